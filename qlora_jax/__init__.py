@@ -1,0 +1,1 @@
+"""QLoRA finetuning in JAX."""
