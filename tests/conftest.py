@@ -1,0 +1,102 @@
+"""Strict settings for every test, and the fixtures that reach outside: the oracle's Python, a real model, local data."""
+
+import importlib.util
+import json
+import os
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import hypothesis
+import jax
+import jaxtyping
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+jaxtyping.install_import_hook(["qlora_jax", "pallas_kernels"], "beartype.beartype")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a test compiles; a deadline would measure the compiler.
+hypothesis.settings.register_profile(
+    "qlora_jax", deadline=None, max_examples=50, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("qlora_jax")
+
+Oracle = Callable[..., dict[str, np.ndarray]]
+
+
+def _oracle_python() -> Path:
+    named = os.environ.get("QLORA_ORACLE_PYTHON")
+    python = Path(named) if named else ROOT / ".oracle/bin/python"
+    if named and not python.exists():
+        raise FileNotFoundError(f"QLORA_ORACLE_PYTHON={named} does not exist")
+    if not python.exists():
+        pytest.skip("no oracle environment (torch, transformers, peft, bitsandbytes): bash scripts/setup_oracle.sh")
+    return python
+
+
+def _write_inputs(path: Path, inputs: dict[str, object]) -> None:
+    arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+    foreign = [f"{name}: {value.dtype}" for name, value in arrays.items() if value.dtype.kind not in "biufcU"]
+    if foreign:
+        raise ValueError(f"an .npz can not hold {foreign}; send bfloat16 as .view(np.uint16)")
+    rest = {name: value for name, value in inputs.items() if name not in arrays}
+    np.savez(path, **arrays, json=np.array(json.dumps(rest)))
+
+
+@pytest.fixture
+def oracle(tmp_path: Path) -> Oracle:
+    """`oracle(script, **inputs) -> arrays`: runs a script of tests/oracle in the oracle's Python (see bridge.py there).
+
+    NumPy arrays pass as they are, everything else as JSON. Skips where the oracle's Python is absent.
+    """
+
+    def run(script: Path, **inputs: object) -> dict[str, np.ndarray]:
+        python = _oracle_python()
+        source, result = tmp_path / f"{script.stem}_in.npz", tmp_path / f"{script.stem}_out.npz"
+        _write_inputs(source, inputs)
+        done = subprocess.run([python, script, source, result], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.fail(f"{script.name} failed in the oracle's Python:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        with np.load(result) as arrays:
+            return dict(arrays)
+
+    return run
+
+
+def load_script(name: str) -> ModuleType:
+    """The module of scripts/{name}.py, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as GGUF, fetched once into the cache; skips where it can't be had."""
+    fetch = load_script("fetch_smollm2")
+    try:
+        return fetch.fetch_smollm2()
+    except OSError as error:
+        pytest.skip(f"SmolLM2 is not to be had: {error}")
+
+
+@pytest.fixture
+def local_data() -> Callable[[str], Path]:
+    """`local_data(name)`: the path of a data file that may not ship with the project; skips where it is absent."""
+    folder = Path(os.environ.get("QLORA_JAX_LOCAL_DATA", ROOT.parent / "shared/data/local_only"))
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"local_only/{name} not present (set QLORA_JAX_LOCAL_DATA to the folder that holds it)")
+        return folder / name
+
+    return find
