@@ -73,3 +73,7 @@ class QTensor:
     def nbytes(self) -> int:
         """Bytes of all leaves."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
+
+    def layer(self, index: Any) -> "QTensor":
+        """The weight of one layer of a stack; `index` may be traced."""
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self)

@@ -1,0 +1,85 @@
+"""w[n, k] = table[code(n, k)] * absmax[block(n, k)], for every layout and for double-quantized constants.
+
+Dimension key: N out, K in, G = K / block_size blocks a row, E elements of `shape`; `...` stacked layers.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats.layouts import LAYOUTS
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+
+
+def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
+    """table[codes] without a bounds check: uint8 codes cannot leave a table of 256, nor nibbles one of 16."""
+    return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
+
+
+def _rounded(product: jax.Array) -> jax.Array:
+    """The product, rounded to its dtype before anything is added to it.
+
+    Compilers contract a * b + c into one fused multiply-add, whose last bit differs from bitsandbytes' two steps, and
+    XLA on CPUs drops optimization barriers before LLVM sees them. A select between the two stops the contraction.
+    """
+    return jnp.where(jnp.isfinite(product), product, jnp.nan)
+
+
+def expand_absmax(qt: QTensor) -> jax.Array:
+    """The block constants in f32: `absmax`, or map8[absmax_codes] * nested_absmax[block // nested] + nested_offset.
+
+    Equal to bitsandbytes to the bit, inside jit too. Shape [..., N, G] (`flat`: [..., ceil(E / block_size)]).
+    """
+    if not qt.double_quant:
+        return jnp.asarray(qt.absmax)
+    shape, stack = qt.absmax_codes.shape, qt.stack_shape
+    blocks = math.prod(shape[len(stack) :])
+    nested_blocks = qt.nested_absmax.shape[-1]
+    spread = jnp.broadcast_to(qt.nested_absmax[..., None], (*stack, nested_blocks, qt.nested_block_size))
+    nested_absmax = spread.reshape(*stack, -1)[..., :blocks]
+    levels = _look_up(dynamic_map(), qt.absmax_codes.reshape(*stack, blocks))
+    absmax = _rounded(levels * nested_absmax) + jnp.asarray(qt.nested_offset)[..., None]
+    return absmax.reshape(shape)
+
+
+def dequantize(qt: QTensor, dtype: Any = None) -> jax.Array:
+    """table[code] * absmax, multiplied in f32, then cast to dtype (default: the dtype before quantization).
+
+    Returns [..., *shape]; a stack gives all its layers, one layer is `jax.tree.map(lambda leaf: leaf[i], qt)`.
+    """
+    dtype = jnp.dtype(qt.dtype if dtype is None else dtype)
+    levels = _look_up(CODE_TABLES[qt.quant_type], LAYOUTS[qt.layout].unpack(jnp.asarray(qt.codes), qt.shape))
+    if qt.layout == "flat":
+        return (levels * _spread_flat(expand_absmax(qt), qt)).astype(dtype)
+    blocks = levels.reshape(*qt.stack_shape, qt.shape[0], -1, qt.block_size)
+    return (blocks * expand_absmax(qt)[..., None]).astype(dtype).reshape(levels.shape)
+
+
+def _spread_flat(absmax: jax.Array, qt: QTensor) -> jax.Array:
+    """[..., ceil(E / block_size)] -> [..., *shape]: each element's own constant."""
+    spread = jnp.broadcast_to(absmax[..., None], (*absmax.shape, qt.block_size)).reshape(*qt.stack_shape, -1)
+    return spread[..., : math.prod(qt.shape)].reshape(*qt.stack_shape, *qt.shape)
+
+
+def expand_absmax_numpy(qt: QTensor) -> np.ndarray:
+    """The oracle of expand_absmax: the same equation, block by block index, in NumPy."""
+    if not qt.double_quant:
+        return np.asarray(qt.absmax)
+    absmax_codes, stack = np.asarray(qt.absmax_codes), qt.stack_shape
+    flat = absmax_codes.reshape(*stack, -1)
+    nested = np.asarray(qt.nested_absmax)[..., np.arange(flat.shape[-1]) // qt.nested_block_size]
+    absmax = dynamic_map()[flat] * nested + np.asarray(qt.nested_offset)[..., None]
+    return absmax.reshape(absmax_codes.shape)
+
+
+def dequantize_numpy(qt: QTensor, dtype: Any = None) -> np.ndarray:
+    """The oracle of dequantize: table[code(e)] * absmax[e // block_size] over the flattened weight, in NumPy."""
+    codes = LAYOUTS[qt.layout].unpack(np.asarray(qt.codes), qt.shape).reshape(*qt.stack_shape, -1)
+    absmax = expand_absmax_numpy(qt).reshape(*qt.stack_shape, -1)
+    block = np.arange(codes.shape[-1]) // qt.block_size
+    weights = CODE_TABLES[qt.quant_type][codes] * absmax[..., block]
+    return weights.astype(jnp.dtype(qt.dtype if dtype is None else dtype)).reshape(*qt.stack_shape, *qt.shape)
