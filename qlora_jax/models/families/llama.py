@@ -1,0 +1,67 @@
+"""The Llama family: Llama 1, 2 and 3, SmolLM2, and what else calls itself `llama` in a Hugging Face config."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families.attributes import Attributes
+from qlora_jax.nn.rope import SCALINGS, Rope, RopeScaling
+
+MODEL_TYPES = ("llama",)
+
+# Attributes that change what a Llama computes, and that the decoder does not have: their only value accepted here.
+ONLY = {
+    "hidden_act": "silu",
+    "partial_rotary_factor": 1.0,
+    "pretraining_tp": 1,
+    "layer_types": None,
+    "sliding_window": None,
+}
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+    attributes = Attributes(config)
+    attributes.require_only(ONLY)
+    heads, width = attributes.integer("num_attention_heads"), attributes.integer("hidden_size")
+    head_dim = attributes.integer("head_dim", width // heads if heads else 0)
+    bias = attributes.boolean("attention_bias", False)
+    max_positions = attributes.integer("max_position_embeddings", 2048)
+    model = ModelConfig(
+        vocab_size=attributes.integer("vocab_size"),
+        embed_dim=width,
+        num_layers=attributes.integer("num_hidden_layers"),
+        num_heads=heads,
+        num_kv_heads=attributes.integer("num_key_value_heads", heads),
+        head_dim=head_dim,
+        mlp_dim=attributes.integer("intermediate_size"),
+        norm_eps=attributes.number("rms_norm_eps", 1e-6),
+        rope=rope_from_hf(attributes, head_dim, max_positions),
+        tie_embeddings=attributes.boolean("tie_word_embeddings", False),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=attributes.boolean("mlp_bias", False),
+        max_positions=max_positions,
+    )
+    if model.num_kv_heads and model.num_heads % model.num_kv_heads:
+        attributes.refuse(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={model.num_kv_heads}")
+    attributes.finish()
+    return model
+
+
+def rope_from_hf(attributes: Attributes, dim: int, max_positions: int) -> Rope:
+    """Rope from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before)."""
+    theta = attributes.number("rope_theta", 10000.0)
+    numbers = dict(attributes.mapping("rope_parameters") or attributes.mapping("rope_scaling") or {})
+    older = attributes.mapping("rope_scaling")
+    if older and attributes.mapping("rope_parameters"):
+        attributes.refuse("both rope_parameters and rope_scaling are given: remove one")
+    theta = float(numbers.pop("rope_theta", theta))
+    kinds = [numbers.pop(key) for key in ("rope_type", "type") if key in numbers]
+    kind = kinds[0] if kinds else "default"
+    numbers.pop("partial_rotary_factor", None) in (None, 1.0) or attributes.refuse("partial_rotary_factor other than 1")
+    if kind not in SCALINGS:
+        attributes.refuse(f"rope scaling {kind!r}: known are {sorted(SCALINGS)}")
+        kind = "default"
+    frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(numbers.items()))
+    return Rope(theta=theta, dim=dim, max_positions=max_positions, scaling=RopeScaling(kind=kind, numbers=frozen))

@@ -1,0 +1,38 @@
+"""The shapes of frozen leaves before anything is loaded: zeros, meant for `nnx.eval_shape`."""
+
+import math
+
+import jax.numpy as jnp
+
+from pallas_kernels.formats.layouts import LAYOUTS
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.models.config import WeightFormat
+
+
+def frozen_linear_leaves(stack: int, shape: tuple[int, int], has_bias: bool, weights: WeightFormat):
+    """(weight, bias) of `stack` layers of a projection (N, K): a QTensor or a dense [L, N, K], and [L, N] or None."""
+    bias = jnp.zeros((stack, shape[0]), weights.dtype) if has_bias else None
+    if weights.quant_type is None:
+        return jnp.zeros((stack, *shape), weights.dtype), bias
+    return _empty_qtensor(stack, shape, weights), bias
+
+
+def _empty_qtensor(stack: int, shape: tuple[int, int], weights: WeightFormat) -> QTensor:
+    layout = LAYOUTS[weights.layout_for(shape)]
+    codes, blocks = layout.codes_shape(shape), layout.constants_shape(shape, weights.block_size)
+    num_blocks = math.prod(blocks)
+    nested = -(-num_blocks // weights.nested_block_size)
+    f32, u8, double = jnp.float32, jnp.uint8, weights.double_quant
+    return QTensor(
+        codes=jnp.zeros((stack, *codes), u8),
+        absmax=None if double else jnp.zeros((stack, *blocks), f32),
+        absmax_codes=jnp.zeros((stack, *blocks), u8) if double else None,
+        nested_absmax=jnp.zeros((stack, nested), f32) if double else None,
+        nested_offset=jnp.zeros((stack,), f32) if double else None,
+        quant_type=weights.quant_type,
+        block_size=weights.block_size,
+        nested_block_size=weights.nested_block_size,
+        shape=shape,
+        dtype=weights.dtype,
+        layout=weights.layout_for(shape),
+    )

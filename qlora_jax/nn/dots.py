@@ -1,0 +1,48 @@
+"""Products accumulated in f32, written in the one form that is fast on every device.
+
+XLA's fast CPU path takes a product only where the left operand contracts its last axis and both operands and the
+result are row-major; any other form is several times slower (docs/cpu.md). So products that contract rows, such as
+the gradient of a LoRA matrix, transpose their narrower operand explicitly.
+
+Dimension key: Z batch, M rows, K and N columns.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
+from jaxtyping import Array, Float
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """x, with its layout pinned so that a transpose before or after is done and not folded into a product."""
+    return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
+
+
+def dot_nn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z K N"]) -> Float[Array, "*Z M N"]:
+    """a b, in f32."""
+    return _dot(a, b, a.ndim - 1, b.ndim - 2)
+
+
+def dot_nt(a: Float[Array, "*Z M K"], b: Float[Array, "*Z N K"]) -> Float[Array, "*Z M N"]:
+    """a b^T, in f32."""
+    return _dot(a, b, a.ndim - 1, b.ndim - 1)
+
+
+def dot_tn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z M N"]) -> Float[Array, "*Z K N"]:
+    """a^T b, in f32, with the narrower of the two transposed."""
+    return jax.lax.platform_dependent(a, b, cpu=_dot_tn_cpu, default=_dot_tn)
+
+
+def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
+    return _dot(a, b, a.ndim - 2, b.ndim - 2)
+
+
+def _dot_tn_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
+    if a.shape[-1] <= b.shape[-1]:
+        return row_major(dot_nn(row_major(jnp.swapaxes(a, -1, -2)), b))
+    return jnp.swapaxes(_dot_tn_cpu(b, a), -1, -2)
+
+
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+    batch = tuple(range(a.ndim - 2))
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=jnp.float32)

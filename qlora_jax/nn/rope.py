@@ -1,0 +1,141 @@
+"""Rotary position embedding in the half-split convention of Hugging Face, and its published scalings.
+
+Dimension key: T positions, N heads, H head_dim.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """A published scaling of rotary frequencies, by the names and numbers of a Hugging Face config.
+
+    `kind` is a key of SCALINGS. `numbers` holds (name, value) pairs, as `factor` or `long_factor`.
+    """
+
+    kind: str = "default"
+    numbers: tuple[tuple[str, float | tuple[float, ...] | bool | None], ...] = ()
+
+    def get(self, name: str, default=None):
+        """The number of that name, or `default` where the config does not give it."""
+        value = dict(self.numbers).get(name)
+        return default if value is None else value
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """How positions turn into rotations: base frequency, rotated dimensions, scaling."""
+
+    theta: float
+    dim: int
+    max_positions: int
+    scaling: RopeScaling = RopeScaling()
+
+
+Frequencies = tuple[np.ndarray, float]  # inverse frequencies f32 [H/2], factor on cos and sin
+
+
+def _powers(rope: Rope, theta: float | None = None) -> np.ndarray:
+    exponents = np.arange(0, rope.dim, 2, dtype=np.float32) / np.float32(rope.dim)
+    return (1.0 / np.float32(theta or rope.theta) ** exponents).astype(np.float32)
+
+
+def _default(rope: Rope, length: int) -> Frequencies:
+    return _powers(rope), 1.0
+
+
+def _linear(rope: Rope, length: int) -> Frequencies:
+    return (_powers(rope) / np.float32(rope.scaling.get("factor"))).astype(np.float32), 1.0
+
+
+def _dynamic(rope: Rope, length: int) -> Frequencies:
+    factor, trained = rope.scaling.get("factor"), rope.max_positions
+    stretch = factor * max(length, trained) / trained - (factor - 1)
+    return _powers(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2))), 1.0
+
+
+def _llama3(rope: Rope, length: int) -> Frequencies:
+    numbers = rope.scaling
+    inv_freq = _powers(rope)
+    factor, original = numbers.get("factor"), numbers.get("original_max_position_embeddings")
+    low, high = numbers.get("low_freq_factor"), numbers.get("high_freq_factor")
+    turns = original * inv_freq / (2 * math.pi)  # rotations within the original context
+    smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return ((1 - smooth) * inv_freq / factor + smooth * inv_freq).astype(np.float32), 1.0
+
+
+def _yarn(rope: Rope, length: int) -> Frequencies:
+    numbers = rope.scaling
+    factor = numbers.get("factor")
+    original = numbers.get("original_max_position_embeddings", rope.max_positions)
+
+    def dimension(turns: float) -> float:
+        return rope.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
+
+    low, high = dimension(numbers.get("beta_fast", 32)), dimension(numbers.get("beta_slow", 1))
+    if numbers.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rope.dim - 1)
+    ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
+    inv_freq = _powers(rope)
+    mixed = inv_freq / factor * ramp + inv_freq * (1 - ramp)
+    return mixed.astype(np.float32), _yarn_attention_factor(numbers, factor)
+
+
+def _yarn_attention_factor(numbers: RopeScaling, factor: float) -> float:
+    def magnitude(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    given, mscale, mscale_all = (numbers.get(n) for n in ("attention_factor", "mscale", "mscale_all_dim"))
+    if given is not None:
+        return given
+    return magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
+
+
+def _longrope(rope: Rope, length: int) -> Frequencies:
+    numbers = rope.scaling
+    original = numbers.get("original_max_position_embeddings", rope.max_positions)
+    stretch = np.asarray(numbers.get("long_factor" if length > original else "short_factor"), np.float32)
+    factor = numbers.get("factor", rope.max_positions / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    return (_powers(rope) / stretch).astype(np.float32), numbers.get("attention_factor", default)
+
+
+SCALINGS: dict[str, Callable[[Rope, int], Frequencies]] = {
+    "default": _default,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+def rotations(
+    rope: Rope, positions: Int[Array, "*B T"], length: int
+) -> tuple[Float[Array, "*B T H"], Float[Array, "*B T H"]]:
+    """cos(p f), sin(p f) for each position p, the frequencies f given twice, in f32.
+
+    Args:
+      positions: from 0 in each row.
+      length: how many positions there are at the most; `dynamic` and `longrope` scale by it.
+    """
+    inv_freq, factor = SCALINGS[rope.scaling.kind](rope, length)
+    angles = positions[..., None].astype(jnp.float32) * inv_freq.reshape((1,) * positions.ndim + inv_freq.shape)
+    angles = jnp.concatenate([angles, angles], axis=-1)
+    return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], cos_BTH: jax.Array, sin_BTH: jax.Array) -> Float[Array, "B T N H"]:
+    """x cos + (-x2, x1) sin, with x1 and x2 the halves of each head, in x's dtype."""
+    x32 = x_BTNH.astype(jnp.float32)
+    x1, x2 = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([-x2, x1], axis=-1)
+    return (x32 * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
