@@ -1,0 +1,17 @@
+"""Configuration: what a run is made of, how YAML and the command line become it, and how errors in it are told."""
+
+from qlora_jax.config.command_line import parse as parse
+from qlora_jax.config.command_line import read_command_line as read_command_line
+from qlora_jax.config.command_line import run_main as run_main
+from qlora_jax.config.decode import ConfigError as ConfigError
+from qlora_jax.config.files import differences as differences
+from qlora_jax.config.files import read_config as read_config
+from qlora_jax.config.files import to_dict as to_dict
+from qlora_jax.config.files import write_config as write_config
+from qlora_jax.config.schema import Config as Config
+from qlora_jax.config.schema import DataArgs as DataArgs
+from qlora_jax.config.schema import LoraArgs as LoraArgs
+from qlora_jax.config.schema import ModelArgs as ModelArgs
+from qlora_jax.config.schema import OptimArgs as OptimArgs
+from qlora_jax.config.schema import TrainArgs as TrainArgs
+from qlora_jax.config.validate import validate as validate

@@ -1,0 +1,98 @@
+"""Configurations as YAML files: read strictly, written exactly, compared by dotted key."""
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_jax.config.decode import ConfigError, decode, walk
+from qlora_jax.config.schema import Config
+from qlora_jax.config.validate import validate
+
+# YAML 1.1 reads 2e-4 as text for want of a dot; everyone who writes a learning rate means YAML 1.2.
+_FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+
+
+class _Loader(yaml.SafeLoader):
+    """yaml.SafeLoader with 2e-4 as a number."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """yaml.SafeDumper that quotes the text "2e-4"."""
+
+
+for _yaml in (_Loader, _Dumper):
+    _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML value, 2e-4 a number."""
+    return yaml.load(text, _Loader)
+
+
+def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """(dotted key, line), a key that stands twice comes twice."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            yield f"{prefix}{name.value}", name.start_mark.line + 1
+            yield from _keys(value, f"{prefix}{name.value}.")
+
+
+def read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
+    """(the file's nested dict, {dotted key: "file:line"}); a key that stands twice is an error."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        node, raw = yaml.compose(text, _Loader), parse_yaml(text)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from None
+    if raw is None:
+        raw = {}
+    if not isinstance(raw, dict):
+        raise ConfigError([f"{path}: found {type(raw).__name__}, expected sections such as `lora:`"])
+    sources: dict[str, str] = {}
+    problems = []
+    for key, line in _keys(node) if node else ():
+        if key in sources:
+            problems.append(f"{key}: set twice ({sources[key]} and line {line}); remove one of them")
+        sources[key] = f"{path}:{line}"
+    if problems:
+        raise ConfigError(problems)
+    return raw, sources
+
+
+def read_config(path: str | os.PathLike) -> Config:
+    """The configuration in a YAML file; raises ConfigError with every problem."""
+    config = decode(Config, *read_yaml(path))
+    validate(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain dicts, defaults included."""
+    return dataclasses.asdict(config)
+
+
+def write_config(config: Config, path: str | os.PathLike) -> None:
+    """Writes every setting, defaults included, so that read_config(path) == config."""
+    # allow_unicode would write some line ends of Unicode bare, and they would come back as spaces.
+    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
+    part = Path(f"{os.fspath(path)}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _value(config: Config, key: str) -> Any:
+    value: Any = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (value in a, value in b)} of the settings that differ, in the order of the schema."""
+    pairs = {key: (_value(a, key), _value(b, key)) for key, _, _ in walk(Config)}
+    return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,0 +1,130 @@
+"""Every setting of a run: its type, default, bounds and help, in one place. Knows nothing of arrays or devices."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bound:
+    """A condition on one value, and the words that tell it: `expected {words}`."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Bound("more than 0", lambda value: value > 0)
+NON_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
+AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
+AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
+BELOW_ONE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
+BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
+NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
+
+
+def setting(help: str, default: Any = dataclasses.MISSING, bound: Bound | None = None) -> Any:
+    """A field with its help text and bound; lists and dicts are copied for each instance; no default: required."""
+    metadata = {"help": help, "bound": bound}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """The base model and how it is held in memory."""
+
+    path: str = setting("a GGUF file, or a Hugging Face folder with config.json and safetensors", bound=NOT_EMPTY)
+    quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "none"] = setting(
+        "4-bit code of the linear layers; none keeps them in 16 bit (plain LoRA)", "nf4"
+    )
+    block_size: int = setting("weights that share one scale (absmax)", 64, BLOCK_SIZE)
+    double_quant: bool = setting("quantize the scales too, to 8 bits (saves 0.37 bits a weight)", True)
+    compute_dtype: Literal["auto", "bfloat16", "float32"] = setting(
+        "dtype of the matmuls; auto: bfloat16 where the device is fast at it, else float32", "auto"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraArgs:
+    """The adapters: the only weights that train."""
+
+    rank: int = setting("columns of lora_a, rows of lora_b", 16, AT_LEAST_ONE)
+    alpha: float = setting("the update is scaled by alpha / rank", 32.0, POSITIVE)
+    dropout: float = setting("share of adapter inputs zeroed while training", 0.0, BELOW_ONE)
+    target_modules: str | list[str] = setting(
+        "layers that get an adapter: all-linear (every linear layer but the head), a list of names such as "
+        "[q_proj, v_proj], or one regular expression over full names",
+        "all-linear",
+        NOT_EMPTY,
+    )
+    rank_pattern: dict[str, int] = setting("another rank where a name matches: {down_proj: 8}", {})
+    alpha_pattern: dict[str, float] = setting("another alpha where a name matches: {down_proj: 16.0}", {})
+    use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataArgs:
+    """Training and held-out rows, and how they become tokens."""
+
+    train: str = setting("JSONL or JSON file of training rows", bound=NOT_EMPTY)
+    eval: str | None = setting("file of held-out rows", None)
+    eval_fraction: float = setting("without eval: hold out this share of train, by a hash of the row", 0.0, BELOW_ONE)
+    format: Literal["auto", "messages", "alpaca", "completion", "text"] = setting(
+        "form of the rows: messages (chat), alpaca (instruction/input/output), completion (prompt/completion), "
+        "text; auto looks at the columns",
+        "auto",
+    )
+    max_length: int = setting("tokens of a row at most, its special tokens included", 1024, AT_LEAST_TWO)
+    overlong: Literal["truncate", "drop", "error"] = setting(
+        "what happens to longer rows (they are counted)", "truncate"
+    )
+    buckets: int = setting("padded lengths that batches come in; each costs one compilation", 4, AT_LEAST_ONE)
+    chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimArgs:
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw"] = setting("optimizer", "adamw")
+    learning_rate: float = setting("peak learning rate", 2e-4, POSITIVE)
+    schedule: Literal["constant", "linear", "cosine"] = setting("after the warm-up: stay, or fall to zero", "constant")
+    warmup_ratio: float = setting("share of the steps over which the learning rate rises from 0", 0.03, UP_TO_ONE)
+    weight_decay: float = setting("decoupled weight decay", 0.0, NON_NEGATIVE)
+    beta1: float = setting("decay of the mean of gradients", 0.9, BELOW_ONE)
+    beta2: float = setting("decay of the mean of squared gradients", 0.999, BELOW_ONE)
+    eps: float = setting("added to the root of the second moment", 1e-8, POSITIVE)
+    max_grad_norm: float = setting("gradients are scaled down to this global norm; 0 turns it off", 0.3, NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """Steps, batches, and what is written when. An optimizer step sees micro_batch_size x accumulation rows."""
+
+    epochs: float = setting("passes over the training rows", 1.0, POSITIVE)
+    steps: int | None = setting("optimizer steps; overrides epochs", None, AT_LEAST_ONE)
+    micro_batch_size: int = setting("rows that go through the model at once", 1, AT_LEAST_ONE)
+    accumulation: int = setting("micro-batches an optimizer step", 16, AT_LEAST_ONE)
+    remat: Literal["none", "names", "full"] = setting(
+        "what is computed again in the backward pass: nothing (fast, most memory), all but named outputs, everything",
+        "none",
+    )
+    eval_every: int = setting("evaluate every so many steps; 0: only at the end", 0, NON_NEGATIVE)
+    save_every: int = setting("save a checkpoint every so many steps; 0: only at the end", 100, NON_NEGATIVE)
+    keep: int = setting("checkpoints kept", 2, AT_LEAST_ONE)
+    log_every: int = setting("report every so many steps", 1, AT_LEAST_ONE)
+    seed: int = setting("seed of adapters, shuffling and dropout", 0, NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run. Paths are relative to the folder that the command runs in."""
+
+    model: ModelArgs = setting("the base model")
+    lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
+    data: DataArgs = setting("the data")
+    optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
+    train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
+    output: str = setting("folder of the run: checkpoints, metrics, plot, resolved config", bound=NOT_EMPTY)

@@ -1,0 +1,38 @@
+"""What must hold between settings, and for a Config made in Python."""
+
+import dataclasses
+
+from qlora_jax.config.decode import ConfigError, find_problems
+from qlora_jax.config.schema import Config
+
+
+def _pattern_problems(config: Config) -> list[str]:
+    patterns = {"lora.rank_pattern": config.lora.rank_pattern, "lora.alpha_pattern": config.lora.alpha_pattern}
+    return [
+        f"{key}: found {value!r} for {name!r}, expected more than 0"
+        for key, pattern in patterns.items()
+        for name, value in pattern.items()
+        if value <= 0
+    ]
+
+
+def _relation_problems(config: Config) -> list[str]:
+    problems = _pattern_problems(config)
+    if config.data.eval is not None and config.data.eval_fraction > 0:
+        problems.append(
+            f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "
+            "expected one of them; held-out rows come from a file or out of the training file"
+        )
+    if config.train.eval_every > 0 and config.data.eval is None and config.data.eval_fraction == 0:
+        problems.append(
+            f"train.eval_every: found {config.train.eval_every}, but nothing is held out; "
+            "set data.eval or data.eval_fraction"
+        )
+    return problems
+
+
+def validate(config: Config) -> None:
+    """Raises ConfigError with every problem: types, bounds, and settings that contradict each other."""
+    problems = find_problems(type(config), dataclasses.asdict(config), {}) or _relation_problems(config)
+    if problems:
+        raise ConfigError(problems)

@@ -1,0 +1,109 @@
+"""Dotted overrides, help, and errors without a traceback."""
+
+import sys
+
+import pytest
+
+from qlora_jax.config import ConfigError, parse, read_command_line, run_main
+from qlora_jax.config.decode import walk
+from qlora_jax.config.schema import Config
+
+NEEDED = ["--model.path", "m", "--data.train", "t", "--output", "o"]
+
+
+def test_the_command_line_wins_over_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {path: m}\nlora: {rank: 4, alpha: 8.0}\ndata: {train: t}\noutput: o\n")
+    config = parse(["--config", str(path), "--lora.rank", "32"], "train")
+    assert (config.lora.rank, config.lora.alpha) == (32, 8.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        (["--optim.learning_rate", "1e-3"], "optim.learning_rate", 1e-3),
+        (["--optim.learning_rate=1"], "optim.learning_rate", 1.0),
+        (["--model.double_quant", "false"], "model.double_quant", False),
+        (["--lora.target_modules", "[q_proj, v_proj]"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["--lora.target_modules", r"[qv]_proj|.*\.mlp\..*"], "lora.target_modules", r"[qv]_proj|.*\.mlp\..*"),
+        (["--lora.rank_pattern", "{q_proj: 8}"], "lora.rank_pattern", {"q_proj": 8}),
+        (["--train.steps", "null"], "train.steps", None),
+        (["--data.eval", "null"], "data.eval", None),
+        (["--data.eval", "12"], "data.eval", "12"),
+        (["--data.chat_template=-.jinja"], "data.chat_template", "-.jinja"),
+    ],
+)
+def test_values(words, key, value):
+    section, name = key.split(".")
+    assert getattr(getattr(parse([*NEEDED, *words], "train"), section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--lora.rnk", "8"], "lora.rnk: unknown key; did you mean lora.rank? (command line)"),
+        (["--rank", "8"], "rank: unknown key; did you mean lora.rank?"),
+        (["--lr", "8"], "lr: unknown key; did you mean optim.learning_rate?"),
+        (["--frobnicate", "8"], "frobnicate: unknown key; --help lists all keys"),
+        (["--optim.schedule", "cosin"], "did you mean cosine?"),
+        (["--lora.rank", "8.5"], "lora.rank: found 8.5, expected a whole number"),
+        (["--lora.rank"], "--lora.rank: lacks a value"),
+        (["--lora.rank", "--lora.alpha", "3"], "--lora.rank: lacks a value"),
+        (["--lora.rank", "8", "--lora.rank", "9"], "--lora.rank: given twice"),
+        (["run"], "run: stands alone"),
+        (["--lora", "3"], "lora: found '3', expected a section"),
+        (["--lora.rank.x", "3"], "expected a whole number"),
+    ],
+)
+def test_errors(words, message):
+    with pytest.raises(ConfigError) as error:
+        parse([*NEEDED, *words], "train")
+    assert message in str(error.value)
+
+
+def test_switches():
+    assert read_command_line([*NEEDED, "--resume"], "train", {"resume": "go on"})[1] == {"resume"}
+    assert read_command_line(NEEDED, "train", {"resume": "go on"})[1] == set()
+    with pytest.raises(ConfigError, match="resume"):
+        parse([*NEEDED, "--resume"], "train")
+
+
+def test_help_names_every_setting(capsys):
+    with pytest.raises(SystemExit) as leave:
+        read_command_line(["--help"], "python -m x", {"resume": "go on from the last checkpoint"})
+    assert leave.value.code == 0
+    text = capsys.readouterr().out
+    assert all(f"--{key} " in text for key, _, _ in walk(Config))
+    assert "go on from the last checkpoint" in text
+    assert max(map(len, text.splitlines())) <= 120
+
+
+def fail_with(error: BaseException):
+    def main(argv: list[str]) -> None:
+        raise error
+
+    return main
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("rank is 0"), "error: rank is 0\n"),
+        (FileNotFoundError(2, "No such file or directory", "a.gguf"), "error: a.gguf: No such file or directory\n"),
+    ],
+)
+def test_user_errors_show_no_traceback(capsys, monkeypatch, error, message):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(SystemExit) as leave:
+        run_main(fail_with(error))
+    assert leave.value.code == 2
+    assert capsys.readouterr().err == message
+    monkeypatch.setenv("QLORA_JAX_TRACEBACK", "1")
+    with pytest.raises(type(error)):
+        run_main(fail_with(error))
+
+
+def test_other_errors_are_ours_and_show_one(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["x"])
+    with pytest.raises(AssertionError):
+        run_main(fail_with(AssertionError()))
