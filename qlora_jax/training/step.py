@@ -1,0 +1,102 @@
+"""One optimizer step, as two compiled functions: gradients of the accumulated loss, and the update.
+
+They are apart so that an update can be paged, and so that a new length bucket compiles the gradients alone.
+
+Dimension key: A micro-batches accumulated, B rows of a micro-batch, T positions, M = B T.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from qlora_jax.models.partition import Lora, combine
+from qlora_jax.nn.loss import token_nll
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepLoss:
+    """What one step's forward passes say: sums of losses in nats, and over how many supervised tokens."""
+
+    nll: Float[Array, ""]
+    tokens: Float[Array, ""]
+    row_nll_AB: Float[Array, "A B"]
+
+
+def row_nll(
+    model: Any, inputs_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, remat: str, key: jax.Array | None
+) -> Float[Array, " B"]:
+    """Each row's sum over its tokens of weight * -log p(target), in f32."""
+    hidden_MD = model.hidden(inputs_BT, remat=remat, key=key)
+    nll_M = token_nll(hidden_MD, model.head_VD, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
+    return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "remat"))
+def gradients(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None,
+    *,
+    remat: str,
+) -> tuple[Lora, StepLoss]:
+    """Gradients of (sum of losses) / (sum of supervised tokens) over all micro-batches, in f32, and the sums.
+
+    Weighing by tokens makes the result that of one large batch, however its tokens fall into micro-batches.
+
+    Args:
+      batch: `inputs`, `targets` int32 [A, B, T] and `weights` f32 [A, B, T].
+      key: dropout's key of this step, folded with the micro-batch; None where there is no dropout.
+    """
+
+    def summed(lora: Lora, micro: dict[str, jax.Array], index: jax.Array):
+        micro_key = None if key is None else jax.random.fold_in(key, index)
+        rows_B = row_nll(
+            combine(graphdef, lora, base),
+            micro["inputs"],
+            micro["targets"],
+            micro["weights"],
+            remat=remat,
+            key=micro_key,
+        )
+        return jnp.sum(rows_B), rows_B
+
+    def accumulate(total: Lora, xs):
+        micro, index = xs
+        (_, rows_B), grads = jax.value_and_grad(summed, has_aux=True)(lora, micro, index)
+        return jax.tree.map(jnp.add, total, grads), rows_B
+
+    count = batch["weights"].shape[0]
+    zeros = jax.tree.map(jnp.zeros_like, lora)
+    total, row_nll_AB = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count, dtype=jnp.int32)))
+    tokens = jnp.sum(batch["weights"])
+    loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
+    return jax.tree.map(lambda g: g / tokens, total), loss
+
+
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("lora", "state", "grads"))
+def update(
+    optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
+) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
+    """(LoRA parameters and optimizer state after one step, the gradients' global norm before clipping)."""
+    norm = optax.global_norm(grads)
+    with jax.numpy_dtype_promotion("standard"):  # optax multiplies its f32 state by Python and int32 scalars
+        updates, state = optimizer.update(grads, state, lora)
+        return optax.apply_updates(lora, updates), state, norm
+
+
+@functools.partial(jax.jit, static_argnames="graphdef")
+def evaluation_loss(
+    graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, batch: dict[str, jax.Array]
+) -> Float[Array, " B"]:
+    """Each row's sum of losses, without dropout; `batch` as for `gradients`, with no leading axis A."""
+    model = combine(graphdef, lora, base)
+    return row_nll(model, batch["inputs"], batch["targets"], batch["weights"], remat="none", key=None)
