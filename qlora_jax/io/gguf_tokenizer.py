@@ -1,0 +1,54 @@
+"""Collects the tokenizer's part of GGUF metadata into the tokenizer dict of ModelSource."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+PREFIX = "tokenizer.ggml."
+SPECIAL_IDS = {
+    "bos_token": "bos_token_id",
+    "eos_token": "eos_token_id",
+    "pad_token": "padding_token_id",
+    "unk_token": "unknown_token_id",
+}
+NO_TOKEN = 2**32 - 1  # -1 in the unsigned type of ids
+STOP_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
+# Where the file has no add_bos_token, it follows from the kind of vocabulary (llama.cpp).
+MODELS_WITH_BOS = {"llama"}
+PRES_WITH_BOS = {"llama3", "llama-v3", "llama-bpe"}
+
+
+def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The tokenizer dict of ModelSource, with the vocabulary under "gguf".
+
+    Raises:
+      ValueError: there is no vocabulary, or a special token's id lies outside it.
+    """
+    keys = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
+    missing = [f"{PREFIX}{key}" for key in ("model", "tokens") if key not in keys]
+    if missing:
+        raise ValueError(f"{path}: the file has no tokenizer: {', '.join(missing)} missing")
+    tokens = keys["tokens"]
+    ids = {key: keys[key] for key in (*SPECIAL_IDS.values(), *STOP_IDS) if keys.get(key, NO_TOKEN) != NO_TOKEN}
+    outside = [f"{PREFIX}{key} = {number}" for key, number in ids.items() if not 0 <= number < len(tokens)]
+    if outside:
+        raise ValueError(f"{path}: outside the vocabulary of {len(tokens)} tokens: {', '.join(outside)}")
+    special = {name: tokens[ids[key]] if key in ids else None for name, key in SPECIAL_IDS.items()}
+    with_bos = keys["model"] in MODELS_WITH_BOS or keys.get("pre") in PRES_WITH_BOS
+    return special | {
+        "chat_template": metadata.get("tokenizer.chat_template"),
+        "add_bos_token": keys.get("add_bos_token", with_bos),
+        "stop_token_ids": [ids[key] for key in STOP_IDS if key in ids],
+        "gguf": _vocabulary(keys),
+    }
+
+
+def _vocabulary(keys: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "model": keys["model"],
+        "pre": keys.get("pre", "default"),
+        "tokens": keys["tokens"],
+        "token_type": keys.get("token_type", []),
+        "merges": keys.get("merges", []),
+        "add_space_prefix": keys.get("add_space_prefix", keys["model"] in MODELS_WITH_BOS),
+    }

@@ -1,0 +1,185 @@
+"""Hugging Face folders: what is read equals what was written, and a bad one gets one clear error."""
+
+import json
+import resource
+from pathlib import Path
+
+import hypothesis
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import strategies
+from safetensors.numpy import save_file
+
+from qlora_jax.io.safetensors import read_header
+from qlora_jax.io.source import open_model
+from tests.io.tiny_models import random_weights, tiny_config, write_folder
+
+CONFIG = tiny_config()
+WEIGHTS = random_weights(CONFIG)
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("shards", [1, 3])
+def test_reads_what_was_written(tmp_path: Path, shards: int) -> None:
+    source = open_model(write_folder(tmp_path, CONFIG, WEIGHTS, shards))
+    assert source.config == CONFIG
+    assert source.tensors.keys() == WEIGHTS.keys()
+    for name, entry in source.tensors.items():
+        assert (entry.name, entry.shape, entry.file_type) == (name, WEIGHTS[name].shape, "F32")
+        assert entry.nbytes == WEIGHTS[name].nbytes
+        np.testing.assert_array_equal(entry.read(), WEIGHTS[name], strict=True)
+
+
+@pytest.mark.parametrize(("dtype", "file_type"), [("float16", "F16"), ("float32", "F32"), ("bfloat16", "BF16")])
+def test_reads_each_type_to_the_bit(tmp_path: Path, dtype: str, file_type: str) -> None:
+    values = np.random.default_rng(0).normal(size=(5, 7)).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    (entry,) = read_header(tmp_path / "w.safetensors")
+    assert (entry.file_type, entry.read().dtype) == (file_type, values.dtype)
+    assert entry.read().tobytes() == values.tobytes()
+
+
+def test_reads_what_transformers_wrote(tmp_path: Path, oracle) -> None:
+    expected = oracle(Path("tests/oracle/peft_save_llama.py").absolute(), folder=str(tmp_path), config=CONFIG)
+    source = open_model(tmp_path)
+    assert {entry.file_type for entry in source.tensors.values()} == {"BF16"}
+    assert source.tensors.keys() == expected.keys()
+    for name, entry in source.tensors.items():
+        np.testing.assert_array_equal(entry.read().astype(np.float32), expected[name])
+
+
+def test_one_tensor_in_memory_at_a_time(tmp_path: Path) -> None:
+    weights = {f"w{index}": np.zeros((2048, 2048), np.float32) for index in range(6)}  # 16 MiB each
+    save_file(weights, tmp_path / "w.safetensors")
+    del weights
+    before = _resident_bytes()
+    for entry in read_header(tmp_path / "w.safetensors"):
+        assert entry.read().sum() == 0
+        assert _resident_bytes() - before < 24 * 2**20
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
+def _header(**tensors: object) -> bytes:
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+GOOD = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+BAD_FILES = {
+    "empty": (b"", "byte 0 announces a header of 0 bytes, the file has 0"),
+    "header longer than the file": (b"\xff\xff\0\0\0\0\0\0{}", "announces a header of 65535 bytes, the file has 10"),
+    "an unbelievable header": (b"\xff" * 8 + b"{}", "header of 18446744073709551615 bytes"),
+    "no JSON": (b"\2\0\0\0\0\0\0\0{]", "header from byte 8 is no JSON"),
+    "no object": (b"\2\0\0\0\0\0\0\0[]", "header from byte 8 is no JSON object"),
+    "truncated": (_header(w=GOOD) + b"1234567", r"truncated: tensor w lies in bytes \d+ to \d+, but the file ends at"),
+    "wrong size": (_header(w=GOOD | {"shape": [3]}) + b"12345678", "takes 12 bytes, .* which are 8"),
+    "negative": (_header(w=GOOD | {"shape": [-2], "data_offsets": [8, 0]}), "the header says .* of tensor w"),
+    "no offsets": (_header(w={"dtype": "F32", "shape": [2]}), "the header says .* of tensor w"),
+    "odd offsets": (_header(w=GOOD | {"data_offsets": [0, 4, 8]}), "the header says .* of tensor w"),
+    "boolean axis": (_header(w=GOOD | {"shape": [True, 2]}), "the header says .* of tensor w"),
+    "odd type": (_header(w=GOOD | {"dtype": ["F32"]}), "the header says .* of tensor w"),
+    "integers": (_header(w=GOOD | {"dtype": "I64"}), "tensor w has type I64; supported: F32, F16, BF16"),
+    "tensor is no object": (_header(w=3), "the header says 3 of tensor w"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file(tmp_path: Path, case: str) -> None:
+    content, message = BAD_FILES[case]
+    (tmp_path / "w.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        list(read_header(tmp_path / "w.safetensors"))
+    assert str(tmp_path / "w.safetensors") in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def sound_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    return (write_folder(tmp_path_factory.mktemp("sound"), CONFIG, WEIGHTS) / "model.safetensors").read_bytes()
+
+
+@hypothesis.given(data=strategies.data())
+def test_damage_is_read_or_refused(sound_bytes: bytes, tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    """A byte of the header changed, or the file cut: ValueError or a sound result, nothing else."""
+    damaged = bytearray(sound_bytes)
+    header_end = 8 + int.from_bytes(sound_bytes[:8], "little")
+    damaged[data.draw(strategies.integers(0, header_end - 1))] = data.draw(strategies.integers(0, 255))
+    cut = data.draw(strategies.one_of(strategies.none(), strategies.integers(0, len(damaged))))
+    path = tmp_path_factory.mktemp("damaged") / "w.safetensors"
+    path.write_bytes(damaged[:cut])
+    try:
+        entries = list(read_header(path))
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    for entry in entries:
+        assert entry.read().shape == entry.shape
+
+
+def test_missing_shards_all_named(tmp_path: Path) -> None:
+    write_folder(tmp_path, CONFIG, WEIGHTS, 3)
+    for shard in (1, 3):
+        (tmp_path / f"model-0000{shard}-of-00003.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"3 shards, 2 of them missing: model-00001-of.*, model-00003-of"):
+        open_model(tmp_path)
+
+
+def test_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
+    write_folder(tmp_path, CONFIG, WEIGHTS, 2)
+    index = json.loads((tmp_path / INDEX).read_text())
+    del index["weight_map"]["model.norm.weight"]
+    index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
+    (tmp_path / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="does not fit its shards, 2 tensors") as error:
+        open_model(tmp_path)
+    assert "ghost: named, but not in model-00001-of-00002.safetensors" in str(error.value)
+    assert "model.norm.weight: in model-" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "line 1, column 2: no JSON"),
+        ("[]", "expected a JSON object, found list"),
+        ("{}", "expected an object 'weight_map'"),
+        ('{"weight_map": {"w": "../secret.safetensors"}}', "shards must lie in the folder itself, found ../secret"),
+    ],
+)
+def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / INDEX).write_text(index)
+    with pytest.raises(ValueError, match=message):
+        open_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "has no config.json.* It holds: nothing"),
+        ({"config.json": "{}"}, "neither model.safetensors nor model.safetensors.index.json"),
+        (
+            {"config.json": "{}", "a.bin": ""},
+            r"a pickle: reading such a file can run any code.*save_pretrained",
+        ),
+        ({"model-q4.gguf": ""}, "holds model-q4.gguf: give the path of that file"),
+        ({"config.json": '{"hidden_size": 5,}'}, r"config.json, line 1, column \d+: no JSON"),
+        ({"config.json": '{"quantization_config": {"quant_method": "gptq"}}'}, "gptq.*already quantized"),
+    ],
+)
+def test_folder_without_a_model(tmp_path: Path, files: dict[str, str], message: str) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        open_model(tmp_path)
+
+
+def test_paths_that_hold_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no such file or folder\. Models are read from disk"):
+        open_model("some-org/some-model")
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(ValueError, match="is a weight file: give its folder"):
+        open_model(tmp_path / "model.safetensors")
