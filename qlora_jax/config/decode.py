@@ -147,9 +147,9 @@ def find_problems(schema: type, raw: Mapping[str, Any], sources: Sources) -> lis
     return problems
 
 
-def _build[T](schema: type[T], raw: Mapping[str, Any]) -> T:
+def _build(schema: type, raw: Mapping[str, Any]) -> Any:
     hints, arguments = typing.get_type_hints(schema), {}
-    for field in dataclasses.fields(schema):  # type: ignore[arg-type]
+    for field in dataclasses.fields(schema):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             arguments[field.name] = _build(hint, raw.get(field.name) or {})

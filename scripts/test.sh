@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Sets up and runs the test suite. Arguments go to pytest: `bash scripts/test.sh -m slow`, `... -k config`.
+#
+# Tests against torch, transformers, peft and bitsandbytes skip until scripts/setup_oracle.sh has been run.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+QLORA_JAX_EXTRAS="${QLORA_JAX_EXTRAS:-} dev" bash scripts/setup.sh
+exec .venv/bin/python -m pytest "$@"
