@@ -12,21 +12,13 @@ import numpy as np
 
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.rounding import rounded
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 
 
 def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
     """table[codes] without a bounds check: uint8 codes cannot leave a table of 256, nor nibbles one of 16."""
     return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
-
-
-def _rounded(product: jax.Array) -> jax.Array:
-    """The product, rounded to its dtype before anything is added to it.
-
-    Compilers contract a * b + c into one fused multiply-add, whose last bit differs from bitsandbytes' two steps, and
-    XLA on CPUs drops optimization barriers before LLVM sees them. A select between the two stops the contraction.
-    """
-    return jnp.where(jnp.isfinite(product), product, jnp.nan)
 
 
 def expand_absmax(qt: QTensor) -> jax.Array:
@@ -42,7 +34,7 @@ def expand_absmax(qt: QTensor) -> jax.Array:
     spread = jnp.broadcast_to(qt.nested_absmax[..., None], (*stack, nested_blocks, qt.nested_block_size))
     nested_absmax = spread.reshape(*stack, -1)[..., :blocks]
     levels = _look_up(dynamic_map(), qt.absmax_codes.reshape(*stack, blocks))
-    absmax = _rounded(levels * nested_absmax) + jnp.asarray(qt.nested_offset)[..., None]
+    absmax = rounded(levels * nested_absmax) + jnp.asarray(qt.nested_offset)[..., None]
     return absmax.reshape(shape)
 
 

@@ -6,11 +6,12 @@ midpoint goes to the lower value. Codes of types that are not sorted by value fo
 """
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 
 
-def _table(values: list[float], divisor: float = 1.0) -> np.ndarray:
+def _table(values: Sequence[float | np.floating] | np.ndarray, divisor: float = 1.0) -> np.ndarray:
     """values / divisor in float32, read-only."""
     table = np.array(values, np.float32) / np.float32(divisor)
     table.flags.writeable = False
@@ -49,7 +50,7 @@ def _signed(magnitudes: list[float]) -> list[float]:
 FP4_CODE = _table(_signed([0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0]), 12.0)
 
 # bitsandbytes' "int4" table: 7 down to -7, two codes of zero.
-INT4_CODE = _table([7, 6, 5, 4, 3, 2, 1, 0, 0, -1, -2, -3, -4, -5, -6, -7], 7.0)
+INT4_CODE = _table(np.concatenate([np.arange(7, -1, -1), -np.arange(8)]), 7.0)
 
 # OCP microscaling FP4 (E2M1), scaled so that its largest value is 1.
 E2M1_CODE = _table(_signed([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]), 6.0)
@@ -75,7 +76,7 @@ CODE_BY_RANK: dict[str, np.ndarray] = {
 def _midpoints(quant_type: str) -> np.ndarray:
     """(v[r] + v[r+1]) / 2 in float32, v the sorted table."""
     ascending = CODE_TABLES[quant_type][CODE_BY_RANK[quant_type]]
-    return _table(list((ascending[:-1] + ascending[1:]) / np.float32(2)))
+    return _table((ascending[:-1] + ascending[1:]) / np.float32(2))
 
 
 MIDPOINTS: dict[str, np.ndarray] = {quant_type: _midpoints(quant_type) for quant_type in CODE_TABLES}

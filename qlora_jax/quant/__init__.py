@@ -1,0 +1,11 @@
+"""4-bit quantization of weights: bitsandbytes' formats to the bit, in NumPy and under jit."""
+
+import jax
+
+from pallas_kernels.formats.dequantize import dequantize as _dequantize
+from qlora_jax.quant.quantize import quantize as quantize
+from qlora_jax.quant.quantize import quantize_traceable as quantize_traceable
+from qlora_jax.quant.reference import quantize_numpy as quantize_numpy
+from qlora_jax.quant.settings import QuantSettings as QuantSettings
+
+dequantize = jax.jit(_dequantize, static_argnames="dtype")

@@ -1,0 +1,143 @@
+"""The quantizer under jit, and the host function that decides which quantizer a weight needs."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, UInt8
+
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
+from qlora_jax.quant.assemble import assemble
+from qlora_jax.quant.reference import quantize_numpy
+from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
+
+# XLA flushes subnormal numbers to zero on CPUs. Blocks between these bounds meet none: their reciprocal, and all
+# differences of their constants, are normal numbers.
+EXACT_ABSMAX = (np.float32(1e-30), np.float32(2.0**126))
+SAFELY_NORMAL = np.float32(2.0**-120)
+MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
+
+
+def quantize(
+    weight: np.ndarray | jax.Array,
+    *,
+    quant_type: str = "nf4",
+    block_size: int = 64,
+    double_quant: bool = True,
+    nested_block_size: int = 256,
+) -> QTensor:
+    """code(e) = nearest table index of w[e] * (1 / absmax[block]): bitsandbytes' CPU results to the bit.
+
+    Jitted; a weight with blocks so small or large that XLA would flush subnormal numbers goes through `quantize_numpy`.
+
+    Args:
+      weight: a concrete array of any shape, float32, float16 or bfloat16. Matrices [N, K] with K % block_size == 0 give
+        layout `bnb`, all other shapes `flat`.
+      quant_type: nf4 or fp4 as in bitsandbytes; int4, e2m1 or e3m0.
+      block_size: elements that share a constant, 32 to 4096.
+      double_quant: whether the constants are themselves quantized to 8 bits (`nested_offset` is then within 2 ulp of
+        torch's mean, which is not deterministic; given the same offset all else is equal).
+      nested_block_size: constants that share one of their own.
+
+    Raises:
+      ValueError: a setting, dtype or shape that cannot be quantized, or an element that is not finite.
+    """
+    settings = QuantSettings(
+        quant_type=quant_type, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size
+    )
+    check_weight(weight.shape, weight.dtype)
+    qt, finite, exact = _quantize_and_inspect(weight, settings)
+    if not finite:
+        check_finite(np.asarray(weight))
+    if exact:
+        return qt
+    in_numpy = quantize_numpy(
+        np.asarray(weight),
+        quant_type=quant_type,
+        block_size=block_size,
+        double_quant=double_quant,
+        nested_block_size=nested_block_size,
+    )
+    return jax.tree.map(jnp.asarray, in_numpy)
+
+
+def quantize_traceable(weight: Float[Array, "..."], settings: QuantSettings) -> QTensor:
+    """The pure core of `quantize`, for use under jit and eval_shape: checks nothing, routes nothing.
+
+    Equal to bitsandbytes for blocks whose absmax is zero or within EXACT_ABSMAX; a partial block of zeros has absmax 0.
+    """
+    blocks = _blocks(weight, settings.block_size)
+    absmax = _block_absmax(blocks)
+    normalized = blocks * _inverse(absmax)[:, None]
+    if blocks.size != weight.size:  # bitsandbytes divides in a partial block
+        last = blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1.0)
+        normalized = normalized.at[-1].set(last)
+    codes = _nearest_codes(normalized, settings.quant_type)
+    return assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _quantize_and_inspect(
+    weight: Float[Array, "..."], settings: QuantSettings
+) -> tuple[QTensor, Bool[Array, ""], Bool[Array, ""]]:
+    """(the quantized weight, whether all elements are finite, whether it equals quantize_numpy's result)."""
+    blocks = _blocks(weight, settings.block_size)
+    absmax = _block_absmax(blocks)
+    exact = _no_subnormals(blocks, absmax, settings.quant_type)
+    if blocks.size != weight.size:  # bitsandbytes gives a partial block of zeros the subnormal constant 1e-38
+        exact &= absmax[-1] > 0
+    qt = quantize_traceable(weight, settings)
+    if settings.double_quant:  # where the constants add up beyond float32, quantize_numpy says so
+        exact &= jnp.isfinite(qt.nested_offset)
+    return qt, jnp.all(jnp.isfinite(absmax)), exact
+
+
+def _blocks(weight: Float[Array, "..."], block_size: int) -> Float32[Array, "blocks block_size"]:
+    """The flattened weight in f32, padded with zeros to whole blocks."""
+    flat = weight.astype(jnp.float32).reshape(-1)
+    return jnp.pad(flat, (0, -flat.size % block_size)).reshape(-1, block_size)
+
+
+def _magnitude_bits(values: Float32[Array, "..."]) -> Array:
+    """The bits of |values| as int32: ordered as the magnitudes are, NaN largest, and no subnormal is flushed."""
+    return lax.bitcast_convert_type(values, jnp.int32) & MAGNITUDE_BITS
+
+
+def _block_absmax(blocks: Float32[Array, "blocks block_size"]) -> Float32[Array, " blocks"]:
+    return lax.bitcast_convert_type(jnp.max(_magnitude_bits(blocks), axis=-1), jnp.float32)
+
+
+def _inverse(absmax: Float32[Array, " blocks"]) -> Float32[Array, " blocks"]:
+    """1 / absmax, and 0 for blocks of zeros."""
+    return jnp.where(absmax > 0, 1 / jnp.where(absmax > 0, absmax, 1.0), 0.0)
+
+
+def _nearest_codes(normalized: Float32[Array, "*shape"], quant_type: str) -> UInt8[Array, "*shape"]:
+    """code_by_rank[sum_j (x > midpoint_j)], the look-up folded into the sum: each step adds what the code gains."""
+    code_by_rank = CODE_BY_RANK[quant_type]
+    gains = np.diff(code_by_rank)  # modulo 256
+    codes = jnp.full(normalized.shape, code_by_rank[0])
+    for midpoint, gain in zip(MIDPOINTS[quant_type], gains, strict=True):
+        codes += jnp.where(normalized > midpoint, gain, np.uint8(0))
+    return codes
+
+
+def _no_subnormals(blocks: Array, absmax: Array, quant_type: str) -> Bool[Array, ""]:
+    """Whether flushing subnormal numbers to zero cannot change any code."""
+    bits = _magnitude_bits(absmax)
+    lowest, highest = (bound.view(np.int32) for bound in EXACT_ABSMAX)
+    exact = jnp.all((bits == 0) | ((bits >= lowest) & (bits <= highest)))
+    if 0 in MIDPOINTS[quant_type]:
+        exact &= _no_product_underflows(blocks, absmax)
+    return exact
+
+
+def _no_product_underflows(blocks: Array, absmax: Array) -> Bool[Array, ""]:
+    """Whether w / absmax is zero or normal for all w: on a midpoint of zero the sign of the smallest number counts."""
+    bits = _magnitude_bits(blocks)
+    smallest = lax.bitcast_convert_type(jnp.min(jnp.where(bits == 0, MAGNITUDE_BITS, bits), axis=-1), jnp.float32)
+    normal = (smallest >= SAFELY_NORMAL) & (smallest * _inverse(absmax) >= SAFELY_NORMAL)
+    return jnp.all(normal | (absmax == 0))
