@@ -1,0 +1,77 @@
+"""What every implementation of nf4_matmul must do, as one suite; a check raises where an implementation does not.
+
+The oracle is NumPy in float64: table * absmax, then a product.
+"""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.layouts import repack
+from pallas_kernels.nf4_matmul import nf4_matmul
+from qlora_jax.quant import quantize_numpy
+
+ROWS = (1, 7, 16, 65, 128, 300)
+SHAPES = ((64, 128), (96, 192), (192, 576))  # 576 = 4.5 x 128, as in SmolLM2
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+# A product of K terms is summed in f32, its error growing as sqrt(K) ulps of f32, and rounded once to the result's
+# dtype: half an ulp. Weights are rounded to x's dtype first: half an ulp a term, at random.
+ULP = {jnp.dtype(jnp.float32): 2.0**-23, jnp.dtype(jnp.bfloat16): 2.0**-8, jnp.dtype(jnp.float16): 2.0**-11}
+
+
+def frobenius_tolerance(dtype, terms: int) -> float:
+    """Relative error in the Frobenius norm: both roundings of half an ulp, and sqrt(K) ulps of the f32 sum."""
+    return 1.5 * ULP[jnp.dtype(dtype)] + np.sqrt(terms) * ULP[jnp.dtype(jnp.float32)]
+
+
+def assert_close(actual, expected, terms: int) -> None:
+    """Within frobenius_tolerance of the actual's dtype."""
+    error = np.asarray(actual, np.float64) - expected
+    relative = np.linalg.norm(error) / max(np.linalg.norm(expected), 1e-30)
+    assert relative <= frobenius_tolerance(actual.dtype, terms), (relative, actual.dtype)
+
+
+def weight(shape, *, layout="bnb", quant_type="nf4", double_quant=True, seed=0):
+    """A random quantized weight in a layout."""
+    w = np.random.default_rng(seed).standard_normal(shape, np.float32) * 0.05
+    packed = repack(quantize_numpy(w, quant_type=quant_type, double_quant=double_quant), layout)
+    return jax.tree.map(jnp.asarray, packed)
+
+
+def cases():
+    """(rows, shape, dtype, quant_type, double_quant): each value of each axis appears, not every combination."""
+    for (m, shape), dtype in itertools.product(itertools.product(ROWS, SHAPES[:2]), DTYPES[:2]):
+        yield m, shape, dtype, "nf4", True
+    for quant_type, double_quant in (("fp4", True), ("int4", False), ("nf4", False)):
+        yield 65, SHAPES[2], jnp.float16, quant_type, double_quant
+
+
+def check(implementation, layout, rows, shape, dtype, quant_type, double_quant):
+    """Values and dx of one call against float64."""
+    w = weight(shape, layout=layout, quant_type=quant_type, double_quant=double_quant)
+    dense = dequantize_numpy(w, np.float32).astype(np.float64)
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32), dtype)
+    dy = jnp.asarray(rng.standard_normal((rows, shape[0]), np.float32), dtype)
+    y, vjp = jax.vjp(lambda x: nf4_matmul(x, w, implementation=implementation), x)
+    (dx,) = vjp(dy)
+    assert y.dtype == dtype and dx.dtype == dtype
+    assert_close(y, np.asarray(x, np.float64) @ dense.T, shape[1])
+    assert_close(dx, np.asarray(dy, np.float64) @ dense, shape[0])
+
+
+def check_stack(implementation, layout):
+    """A traced layer index, leading axes of x, vmap, and scan with checkpoint give what single calls give."""
+    layers = [weight((64, 128), layout=layout, seed=i) for i in range(3)]
+    stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+    x = jnp.asarray(np.random.default_rng(2).standard_normal((2, 5, 128), np.float32))
+    for i, single in enumerate(layers):
+        expected = nf4_matmul(x.reshape(10, 128), single, implementation=implementation).reshape(2, 5, 64)
+        at = jax.jit(lambda x, i: nf4_matmul(x, stack, i, implementation=implementation))
+        np.testing.assert_array_equal(at(x, jnp.int32(i)), expected)
+        mapped = jax.vmap(lambda x, i=i: nf4_matmul(x, stack, i, implementation=implementation))(x)
+        np.testing.assert_allclose(mapped, expected, rtol=1e-6, atol=1e-6)

@@ -1,0 +1,44 @@
+"""Each implementation passes the contract; bad calls are refused with what was given."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
+from tests.contract import nf4_matmul as contract
+
+
+@pytest.mark.parametrize("layout", ["bnb", "row_planar"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_values_and_input_gradients(implementation, layout):
+    for case in contract.cases():
+        contract.check(implementation, layout, *case)
+
+
+@pytest.mark.parametrize("layout", ["bnb", "row_planar"])
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_stacks_and_transforms(implementation, layout):
+    contract.check_stack(implementation, layout)
+
+
+def test_a_flat_layout_is_taken_by_the_reference():
+    contract.check("reference", "flat", 7, (24, 40), jnp.float32, "nf4", True)
+
+
+def test_bad_calls_say_what_was_given():
+    w = contract.weight((64, 128))
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    with pytest.raises(ValueError, match=r"K=64.*\(64, 128\).*K=128"):
+        nf4_matmul(jnp.zeros((2, 64)), w)
+    with pytest.raises(ValueError, match=r"layer=None.*stack_shape=\(2,\)"):
+        nf4_matmul(jnp.zeros((2, 128)), stack)
+    with pytest.raises(ValueError, match=r"layer=0.*stack_shape=\(\)"):
+        nf4_matmul(jnp.zeros((2, 128)), w, 0)
+    with pytest.raises(ValueError, match=r"implementation='nope'.*reference"):
+        nf4_matmul(jnp.zeros((2, 128)), w, implementation="nope")
+
+
+def test_forward_mode_is_refused():
+    w = contract.weight((64, 128))
+    with pytest.raises(TypeError, match="custom_vjp"):
+        jax.jvp(lambda x: nf4_matmul(x, w), (jnp.zeros((2, 128)),), (jnp.ones((2, 128)),))

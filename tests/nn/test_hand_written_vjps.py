@@ -1,0 +1,111 @@
+"""Each function with a VJP of its own against autodiff of its equation, in f32: values and every gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.nn.attention import cached_attention, causal_attention
+from qlora_jax.nn.dots import dot_tn
+from qlora_jax.nn.lora import lora_delta
+from qlora_jax.nn.loss import token_nll
+from qlora_jax.nn.mlp import swiglu
+from qlora_jax.nn.norm import rms_norm
+
+
+def _random(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32))
+
+
+def _check(ours, plain, *args, tolerance=2e-5):
+    """Equal values, and equal gradients of a random linear function of them."""
+    value, vjp = jax.vjp(ours, *args)
+    expected, expected_vjp = jax.vjp(plain, *args)
+    cotangent = _random(*value.shape, seed=9)
+    for actual, wanted in zip([value, *vjp(cotangent)], [expected, *expected_vjp(cotangent)], strict=True):
+        scale = float(jnp.max(jnp.abs(wanted))) + 1e-6
+        np.testing.assert_allclose(actual / scale, wanted / scale, atol=tolerance)
+
+
+def _plain_norm(x, weight):
+    rstd = jax.lax.rsqrt(jnp.mean(x * x, axis=-1, keepdims=True) + 1e-5)
+    return x * rstd * weight[None]
+
+
+def _plain_attention(q, k, v, scale=0.3):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf)), v)
+
+
+def test_rms_norm():
+    _check(lambda x, w: rms_norm(x, w, 1e-5), _plain_norm, _random(6, 32), _random(32))
+
+
+def test_swiglu():
+    _check(swiglu, lambda gate, up: gate * jax.nn.sigmoid(gate) * up, _random(6, 32), _random(6, 32, seed=1))
+
+
+@pytest.mark.parametrize("narrow", ["a", "b"])
+def test_dot_that_contracts_rows(narrow):
+    a, b = (_random(2, 40, 8), _random(2, 40, 24)) if narrow == "a" else (_random(2, 40, 24), _random(2, 40, 8))
+    np.testing.assert_allclose(dot_tn(a, b), jnp.swapaxes(a, 1, 2) @ b, atol=2e-5)
+
+
+# Lengths: one chunk, a whole number of chunks, a ragged last one, and runs of more than one chunk.
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(5, 2, 2), (256, 4, 2), (300, 6, 2), (1100, 2, 1)])
+def test_causal_attention(length, heads, kv_heads):
+    q, k, v = _random(2, length, heads, 16), _random(2, length, kv_heads, 16), _random(2, length, kv_heads, 16, seed=1)
+    _check(lambda q, k, v: causal_attention(q, k, v, 0.3), _plain_attention, q, k, v)
+
+
+def test_attention_over_a_cache_equals_causal_attention():
+    q, k, v = _random(2, 9, 4, 16), _random(2, 12, 2, 16), _random(2, 12, 2, 16, seed=1)
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    np.testing.assert_allclose(
+        cached_attention(q, k, v, positions, 0.3), _plain_attention(q, k[:, :9], v[:, :9]), atol=2e-6
+    )
+
+
+def test_attention_memory_is_linear_in_length():
+    def temporaries(length):
+        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
+        loss = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v, 0.3)), argnums=(0, 1, 2))
+        return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
+
+    short, long = temporaries(1024), temporaries(8192)
+    assert long < 10 * short
+    assert long < 8192 * 8192 * 4
+
+
+@pytest.mark.parametrize("supervised", [0, 1, 37, 700])
+def test_token_nll(supervised):
+    m, vocab = 700, 50
+    hidden, head = _random(m, 24), _random(vocab, 24)
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, vocab, m), jnp.int32)
+    mask = jnp.asarray(np.random.default_rng(1).permutation(m) < supervised)
+
+    def plain(hidden):
+        log_p = jax.nn.log_softmax(hidden @ head.T)
+        return jnp.where(mask, -jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0], 0.0)
+
+    _check(lambda hidden: token_nll(hidden, head, targets, mask), plain, hidden)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_lora_delta(dropout):
+    key = jax.random.key(3)
+    keep = jax.random.bernoulli(key, 1 - dropout, (30, 48)).astype(jnp.float32) / (1 - dropout)
+    _check(
+        lambda x, a, b: lora_delta(x, a, b, 2.0, dropout, key),
+        lambda x, a, b: 2.0 * (x * keep) @ a @ b,
+        _random(30, 48),
+        _random(48, 4),
+        _random(4, 20),
+    )
+
+
+def test_dropout_needs_a_key_and_none_means_none():
+    x, a, b = _random(30, 48), _random(48, 4), _random(4, 20)
+    np.testing.assert_array_equal(lora_delta(x, a, b, 2.0, 0.5, None), lora_delta(x, a, b, 2.0, 0.0, None))
