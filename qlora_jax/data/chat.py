@@ -1,0 +1,83 @@
+"""Chat templates: jinja in a sandbox, with the extras that published templates count on (those of transformers)."""
+
+import datetime
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+Message = Mapping[str, Any]
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """Reads `{% generation %}...{% endgeneration %}` as its body: our masks come from spans, not from marks."""
+
+    tags = {"generation"}  # noqa: RUF012 (a class attribute that jinja reads)
+
+    def parse(self, parser: Any) -> list[Any]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+
+
+def render(
+    template: str,
+    messages: Sequence[Message],
+    special_tokens: Mapping[str, str],
+    add_generation_prompt: bool = False,
+) -> str:
+    """The text that `template` makes of `messages`, as transformers' `apply_chat_template(tokenize=False)` gives it.
+
+    Args:
+      template: jinja source.
+      messages: dicts with `role` and `content`; keys whose value is None are dropped.
+      special_tokens: `bos_token`, `eos_token`, ... by name; those that the tokenizer lacks are left out.
+      add_generation_prompt: ends with what comes before an assistant's turn.
+
+    Raises:
+      ValueError: the template does not parse, refuses these messages or fails on them.
+    """
+    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    compiled = _compile(template)
+    try:
+        return compiled.render(
+            messages=chat,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **special_tokens,
+        )
+    except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"the chat template refuses a conversation with roles {roles}: {error}") from error

@@ -1,0 +1,71 @@
+"""Segments of text to token ids with a mask, exact at every boundary between supervised and not."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32, Int64
+
+from qlora_jax.data.spans import Segment
+from qlora_jax.data.tokenizer import Tokenizer
+
+
+class Encoded(NamedTuple):
+    """Ids of a row, which of them the loss sees as targets, and whether a token had to be cut at a boundary."""
+
+    ids: Int32[np.ndarray, " T"]
+    supervised: Bool[np.ndarray, " T"]
+    cut: bool
+
+
+def encode_segments(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded:
+    """The ids of the row's joined text, and for each id whether it lies in a supervised segment.
+
+    Where one token would reach over a boundary (an answer that begins with several spaces, say), the text is encoded
+    piece by piece instead, so that the ids are those of generation: the prompt's, then the answer's. Such a row is
+    marked `cut`; every other has the ids of the whole text.
+
+    Args:
+      encoding: of the joined text, from `tokenizer.encode_spans`, which is fast on many rows at once.
+
+    Raises:
+      ValueError: the pieces of a cut row do not decode to its text, so its mask can't be exact.
+    """
+    return _whole(tokenizer, row, encoding) or _piecewise(tokenizer, row, encoding)
+
+
+def _whole(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded | None:
+    """The mask from the tokens' offsets, or None where a token reaches over a boundary."""
+    spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
+    supervised = np.array([segment.supervised for segment in row])
+    bounds = np.cumsum([len(segment.text) for segment in row])
+    first, last = _segments_of(spans, bounds)
+    over = np.flatnonzero(supervised[first] != supervised[last])
+    if any(encoding.ids[index] not in tokenizer.added_ids for index in over):
+        return None
+    text = "".join(segment.text for segment in row)
+    # An added token may swallow the spaces around it; it belongs where its own text is.
+    for index in over:
+        begin, end = spans[index]
+        spans[index, 0] += len(text[begin:end]) - len(text[begin:end].lstrip())
+    first, _ = _segments_of(spans, bounds)
+    return Encoded(np.array(encoding.ids, np.int32), supervised[first], False)
+
+
+def _segments_of(spans: Int64[np.ndarray, "T 2"], bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Index of the segment that holds each token's first character, and its last one."""
+    begin, end = spans[:, 0], np.maximum(spans[:, 1] - 1, spans[:, 0])
+    first, last = (np.searchsorted(bounds, at, side="right") for at in (begin, end))
+    return np.minimum(first, len(bounds) - 1), np.minimum(last, len(bounds) - 1)
+
+
+def _piecewise(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded:
+    pieces = tokenizer.encode_batch([segment.text for segment in row])
+    ids = [token for piece in pieces for token in piece]
+    if tokenizer.decode(ids) != tokenizer.decode(encoding.ids):
+        raise ValueError(
+            "a token reaches over the start or end of an answer, and this tokenizer can't encode the two apart"
+        )
+    supervised = np.repeat([segment.supervised for segment in row], [len(piece) for piece in pieces])
+    return Encoded(np.array(ids, np.int32), supervised, True)

@@ -1,0 +1,152 @@
+"""The forms a row may have: how each is recognised, checked, and turned into a conversation or into plain text."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from qlora_jax.data.chat import Message
+from qlora_jax.data.spans import Segment
+
+Columns = Mapping[str, Any]
+
+# The texts of artidoro/qlora's Alpaca format, its trailing space included.
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response: "
+)
+ALPACA_NO_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response: "
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Form:
+    """One form of rows.
+
+    Fields:
+      required, optional: its columns.
+      problems: what is wrong with a row that has the required columns; empty if nothing is.
+      messages: the row as a conversation, for a tokenizer with a chat template; None: never one.
+      plain: the row as text for a tokenizer without a template (bos and eos are added later); None: needs a template.
+    """
+
+    name: str
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    problems: Callable[[Columns], list[str]]
+    messages: Callable[[Columns], Sequence[Message]] | None = None
+    plain: Callable[[Columns], list[Segment]] | None = None
+
+    def __str__(self) -> str:
+        columns = [*self.required, *(f"{name} (optional)" for name in self.optional)]
+        return f"{self.name}: {', '.join(columns)}"
+
+    def check(self, row: Columns) -> list[str]:
+        """What is wrong with this row, missing columns included."""
+        missing = [name for name in self.required if name not in row]
+        if missing:
+            return [f"no column {' or '.join(map(repr, missing))}; found {', '.join(map(repr, row))}"]
+        return self.problems(row)
+
+    def content(self, row: Columns) -> str:
+        """What the model gets to see of a row, in one canonical text: rows of equal content have equal ids."""
+        columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
+        return json.dumps(columns, sort_keys=True, ensure_ascii=False)
+
+
+_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def _text_problems(row: Columns, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
+    problems = [_text_problem(name, row[name], name in may_be_blank) for name in names]
+    return [problem for problem in problems if problem]
+
+
+def _text_problem(name: str, value: Any, may_be_blank: bool = False) -> str | None:
+    if not isinstance(value, str):
+        return f"{name} is {type(value).__name__}, expected text"
+    if not may_be_blank and not value.strip():
+        return f"{name} is empty"
+    half = _HALF_SURROGATE.search(value)
+    if half:
+        return f"{name} holds half of a surrogate pair (\\u{ord(half.group()):x}), which is no character"
+    return None
+
+
+def _message_problems(row: Columns) -> list[str]:
+    messages = row["messages"]
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        return ['messages is no list of objects like {"role": "user", "content": "..."}']
+    problems = []
+    for index, message in enumerate(messages):
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            problems.append(
+                f"message {index} needs 'role' and 'content', found {', '.join(map(repr, message)) or 'nothing'}"
+            )
+            continue
+        name = f"content of message {index} ({message['role']})"
+        problem = _text_problem(name, message["content"], message["role"] != "assistant")
+        problems += [problem] * bool(problem)
+    roles = [message.get("role") for message in messages]
+    if not problems and "assistant" not in roles:
+        problems.append(f"no message has the role 'assistant', so there is nothing to learn; roles: {roles}")
+    return problems
+
+
+def _alpaca_problems(row: Columns) -> list[str]:
+    texts = {**row, "input": row.get("input") or ""}
+    return _text_problems(texts, "instruction", "input", "output", may_be_blank=("input",))
+
+
+def _question(prompt: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _alpaca_messages(row: Columns) -> list[Message]:
+    context = f"\n\n{row['input']}" if row.get("input") else ""
+    return _question(row["instruction"] + context, row["output"])
+
+
+def _alpaca_plain(row: Columns) -> list[Segment]:
+    template = ALPACA_WITH_INPUT if row.get("input") else ALPACA_NO_INPUT
+    prompt = template.format(instruction=row["instruction"], input=row.get("input"))
+    return [Segment(prompt, False), Segment(row["output"], True)]
+
+
+_FORMS = (
+    Form(
+        name="messages",
+        required=("messages",),
+        problems=_message_problems,
+        messages=lambda row: row["messages"],
+    ),
+    # Through a chat template as a user's and an assistant's turn; without one as the texts above, eos after the output.
+    Form(
+        name="alpaca",
+        required=("instruction", "output"),
+        optional=("input",),
+        problems=_alpaca_problems,
+        messages=_alpaca_messages,
+        plain=_alpaca_plain,
+    ),
+    # Likewise a user's and an assistant's turn; without a template the two texts as they are, eos after the completion.
+    Form(
+        name="completion",
+        required=("prompt", "completion"),
+        problems=lambda row: _text_problems(row, "prompt", "completion", may_be_blank=("prompt",)),
+        messages=lambda row: _question(row["prompt"], row["completion"]),
+        plain=lambda row: [Segment(row["prompt"], False), Segment(row["completion"], True)],
+    ),
+    # Never a conversation: all of the text is supervised, eos after it.
+    Form(
+        name="text",
+        required=("text",),
+        problems=lambda row: _text_problems(row, "text"),
+        plain=lambda row: [Segment(row["text"], True)],
+    ),
+)
+FORMS = {form.name: form for form in _FORMS}

@@ -1,0 +1,157 @@
+"""The tokenizer: built from the plain dict that a model reader yields, wrapping the `tokenizers` library."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from qlora_jax.data.chat import Message, render
+from qlora_jax.data.gguf_tokenizer import rebuild
+
+_NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tokenizer:
+    """Text to ids and back, and messages to text. Adds no special tokens by itself: templates and formats do.
+
+    Fields:
+      backend: the `tokenizers.Tokenizer`, without truncation, padding or post-processing.
+      exported: the same as tokenizer.json would have it, post-processing included.
+      chat_template: jinja source, or None for a base model.
+      special_tokens: the named ones that exist: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
+      add_bos_token: plain text (no chat template) starts with bos.
+    """
+
+    backend: tokenizers.Tokenizer
+    exported: str
+    chat_template: str | None
+    special_tokens: Mapping[str, str]
+    add_bos_token: bool
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, nothing added."""
+        return [encoding.ids for encoding in self.encode_spans(texts)]
+
+    def encode_spans(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Encodings with `ids` and `offsets`, where token i covers `text[start_i:end_i]`, spaces included.
+
+        Tokens that share one character all carry its whole span.
+        """
+        return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        """Text of `ids`; special tokens are spelled out unless skipped."""
+        return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The chat template applied to `messages`; ValueError where there is no template."""
+        if self.chat_template is None:
+            raise ValueError("this tokenizer has no chat template; name a jinja file: data.chat_template")
+        return render(self.chat_template, messages, self.special_tokens, add_generation_prompt)
+
+    def _id(self, name: str) -> int | None:
+        token = self.special_tokens.get(name)
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def bos_id(self) -> int | None:
+        """Id of the begin-of-sequence token."""
+        return self._id("bos_token")
+
+    @property
+    def eos_id(self) -> int | None:
+        """Id of the end-of-sequence token."""
+        return self._id("eos_token")
+
+    @property
+    def pad_id(self) -> int | None:
+        """Id of the padding token; often that of eos, so nothing here masks by it."""
+        return self._id("pad_token")
+
+    @property
+    def unk_id(self) -> int | None:
+        """Id of the unknown token."""
+        return self._id("unk_token")
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, added tokens included."""
+        return self.backend.get_vocab_size(with_added_tokens=True)
+
+    @functools.cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Ids of added tokens: those that are found in a text before BPE sees it."""
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+    @functools.cached_property
+    def special_text(self) -> re.Pattern[str]:
+        """Matches the text of any special token, longest first."""
+        special = {token.content for token in self.backend.get_added_tokens_decoder().values() if token.special}
+        special |= set(self.special_tokens.values())
+        longest_first = sorted(special, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    def to_json(self) -> str:
+        """The text of tokenizer.json."""
+        return self.exported
+
+
+def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of a model source: from the text of tokenizer.json, or rebuilt from GGUF metadata.
+
+    Args:
+      source: `chat_template`, `bos_token`, `eos_token`, `pad_token`, `unk_token` (each a str or None),
+        `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see gguf_tokenizer.rebuild).
+
+    Raises:
+      ValueError: neither form is there, the text is no tokenizer, or a named token is not in the vocabulary.
+    """
+    special_tokens = {name: source[name] for name in _NAMED if source.get(name) is not None}
+    bos = special_tokens.get("bos_token") if source.get("add_bos_token") else None
+    backend = _from_json(source["tokenizer_json"]) if "tokenizer_json" in source else _from_gguf(source, bos)
+    unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if backend.token_to_id(token) is None]
+    if unknown:
+        raise ValueError(f"the tokenizer names tokens that are not in its vocabulary: {', '.join(unknown)}")
+    backend.no_truncation()
+    backend.no_padding()
+    exported = backend.to_str()
+    # A post-processor may trim spaces off the offsets, and masks are made from offsets.
+    backend.post_processor = None
+    return Tokenizer(
+        backend=backend,
+        exported=exported,
+        chat_template=source.get("chat_template"),
+        special_tokens=special_tokens,
+        add_bos_token=bool(source.get("add_bos_token", False)),
+    )
+
+
+def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
+    """The same tokenizer with the jinja template in file `path`."""
+    try:
+        template = Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the chat template can't be read as a UTF-8 file: {error}") from error
+    return dataclasses.replace(tokenizer, chat_template=template)
+
+
+def _from_json(text: str) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for whatever it can't parse
+        raise ValueError(f"tokenizer.json can't be read by tokenizers {tokenizers.__version__}: {error}") from error
+
+
+def _from_gguf(source: Mapping[str, Any], bos: str | None) -> tokenizers.Tokenizer:
+    if "gguf" not in source:
+        raise ValueError(f"a tokenizer needs 'tokenizer_json' or 'gguf'; found only {sorted(source)}")
+    return rebuild(source["gguf"], bos)
