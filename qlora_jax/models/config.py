@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from pallas_kernels.nf4_matmul.layouts import preferred_layout
 from qlora_jax.nn.rope import Rope
 
 
@@ -60,7 +61,7 @@ class WeightFormat:
 
     Attributes:
       quant_type: a key of CODE_TABLES for the linear layers, or None: dense, in `dtype`.
-      layout: layout of their codes where K is a whole number of blocks; other shapes are `flat`.
+      platform: the device's, as jax names it; chooses the layout of the codes.
       dtype: of embedding, head, norms and biases, and of activations.
     """
 
@@ -68,12 +69,9 @@ class WeightFormat:
     block_size: int = 64
     double_quant: bool = True
     nested_block_size: int = 256
-    layout: str = "bnb"
+    platform: str = "cpu"
     dtype: str = "bfloat16"
 
     def layout_for(self, shape: tuple[int, int]) -> str:
         """The layout that a weight of (N, K) gets."""
-        n, k = shape
-        if k % self.block_size:
-            return "flat"
-        return "bnb" if self.layout == "row_planar" and n % 2 else self.layout
+        return preferred_layout(self.platform, shape, self.block_size)

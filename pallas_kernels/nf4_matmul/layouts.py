@@ -1,0 +1,15 @@
+"""Which layout of the codes a device reads fastest."""
+
+from pallas_kernels.formats.layouts import layout_problem
+
+# The first layout of a platform's row that the weight's shape allows.
+PREFERRED = {"cpu": ("row_planar", "bnb", "flat")}
+DEFAULT = ("bnb", "flat")
+
+
+def preferred_layout(platform: str, shape: tuple[int, ...], block_size: int) -> str:
+    """The layout to hold a weight (N, K) in, on a platform as jax names it (`cpu`, `gpu`)."""
+    for layout in PREFERRED.get(platform, DEFAULT):
+        if not layout_problem(layout, shape, block_size):
+            return layout
+    raise ValueError(f"no layout holds a weight of {shape=} in blocks of {block_size}")
