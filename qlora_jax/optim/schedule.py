@@ -1,0 +1,55 @@
+"""Learning-rate schedules, as transformers has them.
+
+W warm-up steps, S steps in all, `step` counted from 0. All rise as step / W; the first step after that has the peak.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from qlora_jax.config import OptimArgs
+
+Shape = Callable[[jax.Array], jax.Array]
+
+
+def _constant(progress: jax.Array) -> jax.Array:
+    return jnp.ones_like(progress)
+
+
+def _linear(progress: jax.Array) -> jax.Array:
+    return 1.0 - progress
+
+
+def _cosine(progress: jax.Array) -> jax.Array:
+    return 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
+
+
+# progress (step - W) / (S - W) in [0, 1] -> factor of the peak learning rate.
+SHAPES: dict[str, Shape] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
+
+
+def warmup_steps(args: OptimArgs, total_steps: int) -> int:
+    """W = ceil(warmup_ratio * S), as transformers counts it."""
+    return math.ceil(args.warmup_ratio * total_steps)
+
+
+def make_schedule(args: OptimArgs, total_steps: int) -> optax.Schedule:
+    """`schedule(step) -> learning rate`, f32; step 0 of a warm-up has 0, and past `total_steps` it stays at its end.
+
+    Unlike transformers' schedule of this name, `constant` warms up; warmup_ratio 0 turns that off.
+    """
+    if total_steps < 1:
+        raise ValueError(f"total_steps: found {total_steps}, expected 1 or more")
+    warmup = warmup_steps(args, total_steps)
+    shape = SHAPES[args.schedule]
+
+    def schedule(step: jax.typing.ArrayLike) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
+        factor = jnp.where(step < warmup, step / max(1, warmup), shape(progress))
+        return args.learning_rate * factor
+
+    return schedule
