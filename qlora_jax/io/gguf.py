@@ -37,6 +37,7 @@ NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bia
 
 # Dequantizing makes several temporaries as large as its result, so it goes by slices of about this many weights.
 SLICE_WEIGHTS = 1 << 20
+ALIGNMENT = 64  # bytes
 
 
 def open_gguf(path: Path) -> ModelSource:
@@ -118,9 +119,16 @@ def _rotary_order(rows: int, heads: int) -> np.ndarray:
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:
-    out = np.empty((math.prod(shape[:-1]), shape[-1]), np.float32)
+    out = _aligned_empty((math.prod(shape[:-1]), shape[-1]))
     rows = raw.reshape(len(out), -1)
     step = max(1, SLICE_WEIGHTS // shape[-1])
     for start in range(0, len(out), step):
         out[start : start + step] = dequantize(rows[start : start + step], kind)
     return out.reshape(shape)
+
+
+def _aligned_empty(shape: tuple[int, int]) -> np.ndarray:
+    """f32, not initialised, on an address that the CPU backend takes over as it is, where another would be copied."""
+    buffer = np.empty(math.prod(shape) * 4 + ALIGNMENT, np.uint8)
+    start = -buffer.ctypes.data % ALIGNMENT
+    return buffer[start : start + math.prod(shape) * 4].view(np.float32).reshape(shape)

@@ -1,0 +1,191 @@
+"""Fills a model from disk, one tensor at a time: read, quantize, put into the stacked array in place.
+
+Host memory beyond the model itself: the largest tensor in f32 and its codes. There is never a 16-bit copy of a
+quantized layer, and never a second stack.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.formats.layouts import repack
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.io.entries import ModelSource, TensorEntry
+from qlora_jax.io.inventory import check_inventory, layer_name
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.quant import quantize
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """A model with its weights, and what tells its base from any other.
+
+    Attributes:
+      fingerprint: SHA-256 over the features, the quantization and every tensor as quantized, in hexadecimal. It does
+        not depend on layout, device or compute dtype.
+    """
+
+    model: CausalLM
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One leaf of the model and the tensors on disk that fill it.
+
+    Attributes:
+      path: of the leaf in the model's state.
+      spec: array or QTensor of ShapeDtypeStructs.
+      names: the layers' tensors in order, or one name.
+      stacked: the leaf has a leading axis of layers.
+    """
+
+    path: tuple[Any, ...]
+    spec: Any
+    names: list[str]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of each tensor on disk."""
+        if isinstance(self.spec, QTensor):
+            return self.spec.shape
+        return self.spec.shape[1:] if self.stacked else self.spec.shape
+
+
+def load_model(
+    source: ModelSource, config: ModelConfig, weights: WeightFormat, progress: Progress | None = None
+) -> Loaded:
+    """The model of `config` with the weights of `source`, linear layers quantized as `weights` says.
+
+    Args:
+      progress: called with (bytes of file done, bytes in all, name of the tensor) after each tensor.
+
+    Raises:
+      ValueError: tensors missing, unexpected or mis-shaped, all at once; or one that is not finite, by name and index.
+    """
+    graphdef, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, weights)))
+    variables = dict(nnx.to_flat_state(state))
+    slots = [_slot(path, variable.get_value(), config.num_layers) for path, variable in variables.items()]
+    check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config.tie_embeddings)
+    report = _reporter(source, slots, progress)
+    digest = _digest_of_settings(config, weights)
+    stacks = iter(_empty([slot.spec for slot in slots if slot.stacked]))
+    leaves = [
+        _filled(next(stacks) if slot.stacked else None, _converted(source, slot, digest, report)) for slot in slots
+    ]
+    filled = [(slot.path, variables[slot.path].replace(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
+    return Loaded(model=nnx.merge(graphdef, nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
+
+
+def _slot(path: tuple[Any, ...], spec: Any, layers: int) -> Slot:
+    name = ".".join(map(str, path))
+    stacked = path[:2] == ("model", "layers")
+    names = [layer_name(name, layer) for layer in range(layers)] if stacked else [name]
+    return Slot(path=path, spec=spec, names=names, stacked=stacked)
+
+
+def _reporter(source: ModelSource, slots: list[Slot], progress: Progress | None) -> Callable[[TensorEntry], None]:
+    total = sum(source.tensors[name].nbytes for slot in slots for name in slot.names)
+    done = 0
+
+    def report(entry: TensorEntry) -> None:
+        nonlocal done
+        done += entry.nbytes
+        if progress is not None:
+            progress(done, total, entry.name)
+
+    return report
+
+
+def _empty(specs: Any) -> Any:
+    """Zeros for a tree of ShapeDtypeStructs, made by one compiled call."""
+    return jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs))()
+
+
+def _filled(stack: Any, layers: Iterator[QTensor | jax.Array]) -> Any:
+    """The stack with all layers put into it, or the one layer where there is no stack."""
+    if stack is None:
+        (leaf,) = layers
+        return leaf
+    for index, layer in enumerate(layers):
+        stack = _put(stack, layer, np.int32(index))
+    return stack
+
+
+def _converted(
+    source: ModelSource, slot: Slot, digest: Any, report: Callable[[TensorEntry], None]
+) -> Iterator[QTensor | jax.Array]:
+    """Each tensor of a slot as it is held: quantized, or in the dtype of the leaf."""
+    for name in slot.names:
+        entry = source.tensors[name]
+        array = entry.read()
+        _check_finite(source, name, array)
+        if isinstance(slot.spec, QTensor):
+            layer = _quantized(array, slot.spec)
+            _update(digest, name, jax.tree.leaves(layer))
+        else:
+            _update(digest, name, [array])
+            layer = _owned(array, slot.spec.dtype)
+        del array  # before the next one is read
+        yield layer
+        report(entry)
+
+
+def _quantized(array: np.ndarray, spec: QTensor) -> QTensor:
+    layer = quantize(
+        array,
+        quant_type=spec.quant_type,
+        block_size=spec.block_size,
+        double_quant=spec.double_quant,
+        nested_block_size=spec.nested_block_size,
+    )
+    return dataclasses.replace(layer, dtype=spec.dtype)
+
+
+def _owned(array: np.ndarray, dtype: Any) -> jax.Array:
+    """A device array that shares no memory with the file."""
+    return jnp.array(array.astype(dtype, copy=False), copy=True)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(stack: Any, layer: Any, index: Any) -> Any:
+    """The stack with one layer set, in the memory of the stack given."""
+    if isinstance(stack, QTensor):
+        layer = repack(layer, stack.layout)
+    return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), stack, layer)
+
+
+def _check_finite(source: ModelSource, name: str, array: np.ndarray) -> None:
+    if np.isfinite(array.min()) and np.isfinite(array.max()):  # both are NaN where any element is
+        return
+    bad = np.argwhere(~np.isfinite(array))
+    raise ValueError(
+        f"{source.path}: {len(bad)} of {array.size} elements of {name} are not finite, the first is "
+        f"{array[tuple(bad[0])]} at {bad[0].tolist()}: the file is damaged, or was saved by a run that diverged"
+    )
+
+
+def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Any:
+    held = {key: value for key, value in dataclasses.asdict(weights).items() if key not in ("platform", "dtype")}
+    settings = {"config": dataclasses.asdict(config), "weights": held}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+
+
+def _update(digest: Any, name: str, leaves: list[Any]) -> None:
+    digest.update(name.encode())
+    for leaf in leaves:
+        array = np.ascontiguousarray(leaf)
+        digest.update(f"{array.dtype.name}{array.shape}".encode())
+        digest.update(array.reshape(-1).view(np.uint8))

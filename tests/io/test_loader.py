@@ -1,0 +1,222 @@
+"""The loader: what stands in the model is what was on disk, quantized; memory; errors; the fingerprint."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+from pallas_kernels.formats.layouts import repack
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.io import loader
+from qlora_jax.io.inventory import layer_name
+from qlora_jax.io.source import open_model
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.quant import quantize_numpy
+from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
+
+CONFIG = tiny_config(attention_bias=True)
+WEIGHTS = random_weights(CONFIG)
+FORMAT = WeightFormat(dtype="float32")
+
+
+def _load(path: Path, weights: WeightFormat = FORMAT, **kwargs: Any) -> loader.Loaded:
+    source = open_model(path)
+    return loader.load_model(source, model_config(source.config), weights, **kwargs)
+
+
+def _leaf(model: Any, name: str) -> Any:
+    for part in name.split("."):
+        model = getattr(model, part)
+    return model.get_value()
+
+
+def _assert_same(found: QTensor, expected: QTensor) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), theirs, strict=True)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        FORMAT,
+        WeightFormat(dtype="bfloat16", platform="cuda"),
+        WeightFormat(dtype="float32", quant_type="fp4", block_size=32, double_quant=False),
+        WeightFormat(dtype="float32", block_size=128),  # 64 columns are no whole block: layout flat
+    ],
+    ids=lambda weights: f"{weights.quant_type}-{weights.dtype}-{weights.block_size}",
+)
+def test_every_leaf_is_what_was_on_disk(tmp_path: Path, weights: WeightFormat) -> None:
+    model = _load(write_folder(tmp_path, CONFIG, WEIGHTS), weights).model
+    settings = {field: getattr(weights, field) for field in ("quant_type", "block_size", "double_quant")}
+    for name in _linears():
+        for layer in range(CONFIG["num_hidden_layers"]):
+            found = jax.tree.map(lambda leaf, layer=layer: leaf[layer], _leaf(model, name))
+            expected = quantize_numpy(WEIGHTS[layer_name(name, layer)], **settings)
+            expected = dataclasses.replace(repack(expected, found.layout), dtype=weights.dtype)
+            _assert_same(found, expected)
+    _assert_dense_leaves(model, weights.dtype)
+
+
+def _linears() -> list[str]:
+    marker = "model.layers.0."
+    names = [name for name in WEIGHTS if name.startswith(marker) and WEIGHTS[name].ndim == 2]
+    return [name.replace(marker, "model.layers.") for name in names]
+
+
+def _assert_dense_leaves(model: Any, dtype: str) -> None:
+    for name, weight in WEIGHTS.items():
+        if name.startswith("model.layers.0.") and weight.ndim == 1:
+            stacked = name.replace("model.layers.0.", "model.layers.")
+            expected = np.stack([WEIGHTS[layer_name(stacked, layer)] for layer in range(2)])
+            found = _leaf(model, stacked)
+        elif not name.startswith("model.layers."):
+            found, expected = _leaf(model, name), weight
+        else:
+            continue
+        np.testing.assert_array_equal(np.asarray(found), expected.astype(dtype), strict=True)
+
+
+def test_no_quantization(tmp_path: Path) -> None:
+    model = _load(write_folder(tmp_path, CONFIG, WEIGHTS), WeightFormat(dtype="bfloat16", quant_type=None)).model
+    for name in _linears():
+        expected = np.stack([WEIGHTS[layer_name(name, layer)] for layer in range(2)]).astype(ml_dtypes.bfloat16)
+        np.testing.assert_array_equal(np.asarray(_leaf(model, name)), expected, strict=True)
+
+
+def test_leaves_share_no_memory_with_the_file(tmp_path: Path) -> None:
+    """A folder may be replaced while a model that came from it is in use."""
+    path = write_folder(tmp_path, CONFIG, WEIGHTS)
+    model = _load(path).model
+    before = np.array(_leaf(model, "model.embed_tokens.weight"))
+    with (path / "model.safetensors").open("r+b") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        file.write(bytes(size))
+    np.testing.assert_array_equal(_leaf(model, "model.embed_tokens.weight"), before)
+
+
+def test_layers_are_put_into_the_stack_in_place() -> None:
+    stack = jax.tree.map(jax.numpy.asarray, quantize_numpy(np.ones((64, 64), np.float32)))
+    layer = jax.tree.map(lambda leaf: leaf + leaf, stack)
+    stack = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * 3), stack)
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stack)]
+    after = loader._put(stack, layer, np.int32(1))
+    # A buffer of one f32 per layer may be passed on or not; the codes must be.
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)][:2] == before[:2]
+    np.testing.assert_array_equal(after.codes[1], layer.codes)
+
+
+def test_progress_counts_the_bytes_of_the_file(tmp_path: Path) -> None:
+    calls: list[tuple[int, int, str]] = []
+    _load(write_folder(tmp_path, CONFIG, WEIGHTS), progress=lambda *call: calls.append(call))
+    total = sum(weight.nbytes for weight in WEIGHTS.values())
+    assert [done for done, _, _ in calls] == np.cumsum([WEIGHTS[name].nbytes for _, _, name in calls]).tolist()
+    assert {name for _, _, name in calls} == WEIGHTS.keys()
+    assert calls[-1][:2] == (total, total)
+
+
+def test_fingerprint_tells_bases_apart(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "hf", CONFIG, WEIGHTS)
+    print_ = _load(folder).fingerprint
+    assert _load(write_gguf(tmp_path / "same.gguf", CONFIG, WEIGHTS)).fingerprint == print_
+    assert _load(folder, WeightFormat(dtype="bfloat16", platform="cuda")).fingerprint == print_
+    nudged = {name: weight.copy() for name, weight in WEIGHTS.items()}
+    nudged["model.layers.1.mlp.up_proj.weight"][3, 5] *= -1
+    others = [
+        _load(write_folder(tmp_path / "nudged", CONFIG, nudged)),
+        _load(write_folder(tmp_path / "theta", CONFIG | {"rope_theta": 5e5}, WEIGHTS)),
+        _load(folder, dataclasses.replace(FORMAT, quant_type="fp4")),
+        _load(folder, dataclasses.replace(FORMAT, double_quant=False)),
+    ]
+    assert len({print_, *(other.fingerprint for other in others)}) == 5
+
+
+def test_all_that_does_not_fit_in_one_error(tmp_path: Path) -> None:
+    weights = {name: weight for name, weight in WEIGHTS.items() if ".up_proj." not in name and "1.mlp.gate" not in name}
+    weights["model.layers.0.self_attn.q_norm.weight"] = np.ones(16, np.float32)
+    weights["model.norm.weight"] = np.ones(63, np.float32)
+    with pytest.raises(ValueError, match="the tensors do not fit the model") as error:
+        _load(write_folder(tmp_path, CONFIG, weights))
+    assert str(error.value).splitlines()[1:] == [
+        "  missing: model.layers.*.mlp.gate_proj.weight in layers 1",
+        "  missing: model.layers.*.mlp.up_proj.weight in layers 0, 1",
+        "  unexpected: model.layers.*.self_attn.q_norm.weight in layers 0",
+        "  shape [63] of model.norm.weight, expected [64]",
+    ]
+
+
+def test_derived_tables_may_be_there(tmp_path: Path) -> None:
+    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}
+    plain = _load(write_folder(tmp_path / "a", CONFIG, WEIGHTS))
+    assert _load(write_folder(tmp_path / "b", CONFIG, WEIGHTS | extra)).fingerprint == plain.fingerprint
+
+
+def test_a_head_tied_to_the_embedding_may_be_there_if_equal(tmp_path: Path) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    weights = random_weights(config)
+    head = {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    assert not hasattr(_load(write_folder(tmp_path / "a", config, weights | head)).model, "lm_head")
+    with pytest.raises(ValueError, match=r"unexpected: lm_head.weight"):
+        _load(write_folder(tmp_path / "b", config, weights | {"lm_head.weight": head["lm_head.weight"] + 1}))
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "model.norm.weight"])
+@pytest.mark.parametrize("value", [np.nan, -np.inf])
+def test_not_finite(tmp_path: Path, name: str, value: float) -> None:
+    weights = {key: weight.copy() for key, weight in WEIGHTS.items()}
+    weights[name].reshape(-1)[[7, 9]] = value
+    with pytest.raises(
+        ValueError, match=rf"2 of \d+ elements of {name} are not finite, the first is {value} at"
+    ) as error:
+        _load(write_folder(tmp_path, CONFIG, weights))
+    assert "7]" in str(error.value)
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from qlora_jax.io.loader import load_model
+from qlora_jax.io.source import open_model
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
+import jax
+
+def status(key):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1]) * 1024
+
+def load(path):
+    source = open_model(path)
+    return jax.block_until_ready(jax.tree.leaves(load_model(source, model_config(source.config), FORMAT).model))
+
+FORMAT = WeightFormat(dtype="bfloat16")
+load(sys.argv[1])  # compiles what depends on the tensors' shapes
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+leaves = load(sys.argv[2])
+print(json.dumps({"peak": status("VmHWM") - before, "model": sum(leaf.nbytes for leaf in leaves)}))
+"""
+
+
+def test_host_peak(tmp_path: Path) -> None:
+    """The 4-bit model, the largest tensor in f32 and a constant; never 16 bits a weight, never the file."""
+    config = tiny_config(hidden_size=256, intermediate_size=1024, head_dim=64, num_hidden_layers=32, vocab_size=4096)
+    few = config | {"num_hidden_layers": 1}
+    for name, each in (("many", config), ("few", few)):
+        weights = random_weights(each)
+        write_folder(tmp_path / name, each, weights)
+    command = [sys.executable, "-c", MEASURE, tmp_path / "few", tmp_path / "many"]
+    measured = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=Path.cwd()).stdout)
+    linear_weights = sum(weight.size for weight in random_weights(config).values() if weight.ndim == 2)
+    largest, constant = 4096 * 256 * 4, 16 * 2**20
+    assert measured["peak"] < measured["model"] + largest + constant
+    assert measured["model"] + largest + constant < linear_weights * 2  # so that a 16-bit copy would be seen
