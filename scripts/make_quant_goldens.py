@@ -1,0 +1,118 @@
+"""Writes tests/golden/quant.npz: small weights, and what bitsandbytes' CPU backend makes of them.
+
+Run with the oracle's Python (scripts/setup_oracle.sh): .oracle/bin/python scripts/make_quant_goldens.py
+
+The real weights are slices of all-MiniLM-L6-v2 (Apache-2.0; see tests/golden/README.md). They come from the golden file
+itself unless --real names a safetensors file of that model.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests/oracle"))
+from bnb_quantize import quantized  # noqa: E402
+
+GOLDEN = ROOT / "tests/golden/quant.npz"
+REAL_SLICES = {
+    "real_query": "encoder.layer.0.attention.self.query.weight",
+    "real_value": "encoder.layer.5.attention.self.value.weight",
+}
+ROWS = 8
+# The CPU kernel dequantizes with wrong constants where K % 16 == 0 and K % 64 != 0, so no such shape is here.
+INPUT_BLOCK_SIZES = {
+    "real_query": 64,
+    "real_value": 128,
+    "normal": 256,
+    "scales": 64,
+    "zeros": 64,
+    "ties_nf4": 64,
+    "ties_fp4": 64,
+    "subnormal": 64,
+    "odd_shape": 64,
+    "vector": 64,
+    "many_blocks": 32,
+}
+
+
+def ties(midpoints: list[float]) -> np.ndarray:
+    """Blocks of absmax 0.5 and 4 whose other elements lie on midpoints of the code, and one ulp to either side."""
+    on = np.array(midpoints, np.float32)
+    around = np.concatenate([on, np.nextafter(on, np.float32(-2)), np.nextafter(on, np.float32(2)), [1.0]])
+    block = np.pad(around.astype(np.float32), (0, 64 - around.size))
+    return np.stack([block * np.float32(0.5), block * np.float32(-4)])
+
+
+def midpoints(quant_type: str) -> list[float]:
+    from bitsandbytes.functional import get_4bit_type
+
+    levels = np.sort(get_4bit_type(quant_type, device="cpu").numpy())
+    return ((levels[:-1] + levels[1:]) / np.float32(2)).tolist()
+
+
+def made_up(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Weights that reach the corners: scales, blocks of zeros, ties, subnormal numbers, shapes."""
+    normal = rng.standard_normal((8, 256), np.float32)
+    zeros = normal[:4].copy()
+    zeros[:, 64:128] = 0
+    zeros[1] = 0
+    return {
+        "normal": normal,
+        "scales": normal[:4] * np.float32(10.0) ** np.array([[-12], [-3], [3], [12]], np.float32),
+        "zeros": zeros,
+        "ties_nf4": ties(midpoints("nf4")),
+        "ties_fp4": ties(midpoints("fp4")),
+        "subnormal": normal[:4] * np.array([[1e-36], [1e-38], [1e-40], [3e-45]], np.float32),
+        "odd_shape": rng.standard_normal((3, 5, 7), np.float32),
+        "vector": rng.standard_normal(200, np.float32),
+        "many_blocks": rng.standard_normal((36, 256), np.float32).astype(np.float16),
+    }
+
+
+def real_slices(file: Path | None) -> dict[str, np.ndarray]:
+    if file is None:
+        with np.load(GOLDEN) as golden:
+            return {name: golden[name] for name in REAL_SLICES}
+    tensors = load_file(file)
+    return {name: tensors[tensor][:ROWS].astype(np.float16) for name, tensor in REAL_SLICES.items()}
+
+
+def digest(weights: np.ndarray) -> str:
+    """sha256 of f32 values; adding zero gives both zeros the same sign, on which bitsandbytes' kernels differ."""
+    return hashlib.sha256((weights + np.float32(0)).tobytes()).hexdigest()
+
+
+def both_ways(weight: torch.Tensor, quant_type: str, block_size: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """(codes and all constants, digests of the dequantized weights) without and with double quantization."""
+    single, double = (quantized(weight, quant_type, block_size, double_quant) for double_quant in (False, True))
+    digests = {"single": digest(single.pop("weights")), "double": digest(double.pop("weights"))}
+    return single | double, digests
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, help="safetensors file of all-MiniLM-L6-v2")
+    inputs = real_slices(parser.parse_args().real) | made_up(np.random.default_rng(20231))
+    torch.set_num_threads(1)
+    arrays, cases = dict(inputs), {}
+    for name, block_size in INPUT_BLOCK_SIZES.items():
+        for quant_type in ("nf4", "fp4"):
+            leaves, digests = both_ways(torch.from_numpy(inputs[name]), quant_type, block_size)
+            case = f"{name}-{quant_type}"
+            cases[case] = {"input": name, "quant_type": quant_type, "block_size": block_size, "weights_sha256": digests}
+            arrays |= {f"{case}.{leaf}": value for leaf, value in leaves.items()}
+    made_by = {package: version(package) for package in ("bitsandbytes", "torch")}
+    np.savez_compressed(GOLDEN, **arrays, json=np.array(json.dumps({"made_by": made_by, "cases": cases})))
+    print(f"{GOLDEN.relative_to(ROOT)}: {len(cases)} cases, {GOLDEN.stat().st_size} bytes, {made_by}")
+
+
+if __name__ == "__main__":
+    main()
