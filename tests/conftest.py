@@ -1,4 +1,4 @@
-"""Strict settings for every test, and the fixtures that reach outside: the oracle's Python, a real model, local data."""
+"""Strict settings for every test, and fixtures that reach outside: the oracle's Python, a real model, local data."""
 
 import importlib.util
 import json
@@ -18,7 +18,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-jaxtyping.install_import_hook(["qlora_jax", "pallas_kernels"], "beartype.beartype")
+# The numeric tower of PEP 484: an int is a float, as type checkers have it.
+TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook(["qlora_jax", "pallas_kernels"], TYPECHECKER)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

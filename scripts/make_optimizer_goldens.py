@@ -1,6 +1,6 @@
 """Writes tests/golden/adamw.npz: 50 steps of torch's AdamW. Run with the oracle's Python.
 
-.oracle/bin/python scripts/make_optimizer_golden.py
+.oracle/bin/python scripts/make_optimizer_goldens.py
 """
 
 import json
