@@ -28,6 +28,7 @@ class Batch:
     the target is supervised. What is padding is known by length, never by its id.
 
     Fields:
+      tokens: places filled, padding not counted.
       rows: number in the data file of each row (`TokenRows.where` tells the line); -1 for an all-padding row.
       position: where to go on once this batch has been trained on; None in evaluation.
     """
@@ -36,6 +37,7 @@ class Batch:
     targets: Int32[np.ndarray, "A B T"]
     weights: Float32[np.ndarray, "A B T"]
     rows: Int64[np.ndarray, "A B"]
+    tokens: int
     position: dict[str, int] | None = None
 
 
@@ -126,11 +128,13 @@ def fill(
     shape = (*chosen.shape, length)
     inputs, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
     weights, numbers = np.zeros(shape, np.float32), np.full(chosen.shape, NO_ROW, np.int64)
+    tokens = 0
     for place, index in np.ndenumerate(chosen):
         if index != NO_ROW:
             ids, supervised = rows.row(int(index))
+            tokens += len(ids) - 1
             inputs[place][: len(ids) - 1] = ids[:-1]
             targets[place][: len(ids) - 1] = ids[1:]
             weights[place][: len(ids) - 1] = supervised[1:]
             numbers[place] = rows.numbers[index]
-    return Batch(inputs=inputs, targets=targets, weights=weights, rows=numbers, position=position)
+    return Batch(inputs=inputs, targets=targets, weights=weights, rows=numbers, tokens=tokens, position=position)

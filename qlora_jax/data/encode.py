@@ -12,11 +12,18 @@ from qlora_jax.data.tokenizer import Tokenizer
 
 
 class Encoded(NamedTuple):
-    """Ids of a row, which of them the loss sees as targets, and whether a token had to be cut at a boundary."""
+    """One row of tokens.
+
+    Fields:
+      supervised: which ids the loss sees as targets.
+      cut: a token had to be cut at a boundary, see `encode_segments`.
+      lossy: the ids decode to another text: the tokenizer has no token for some of its characters, or rewrites them.
+    """
 
     ids: Int32[np.ndarray, " T"]
     supervised: Bool[np.ndarray, " T"]
     cut: bool
+    lossy: bool
 
 
 def encode_segments(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded:
@@ -32,25 +39,38 @@ def encode_segments(tokenizer: Tokenizer, row: Sequence[Segment], encoding: toke
     Raises:
       ValueError: the pieces of a cut row do not decode to its text, so its mask can't be exact.
     """
-    return _whole(tokenizer, row, encoding) or _piecewise(tokenizer, row, encoding)
+    text, decoded = "".join(segment.text for segment in row), tokenizer.decode(encoding.ids)
+    # Spaces aside: some tokenizers put one first, or take those around a special token.
+    lossy = decoded != text and "".join(decoded.split()) != "".join(text.split())
+    mask = _mask(tokenizer, row, text, encoding)
+    if mask is not None:
+        return Encoded(np.array(encoding.ids, np.int32), mask, False, lossy)
+    pieces = tokenizer.encode_batch([segment.text for segment in row])
+    ids = [token for piece in pieces for token in piece]
+    if tokenizer.decode(ids) != decoded:
+        raise ValueError("a token reaches over the start or end of an answer, and this tokenizer can't encode the two apart")
+    mask = np.repeat([segment.supervised for segment in row], [len(piece) for piece in pieces])
+    return Encoded(np.array(ids, np.int32), mask, True, lossy)
 
 
-def _whole(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded | None:
+def _mask(
+    tokenizer: Tokenizer, row: Sequence[Segment], text: str, encoding: tokenizers.Encoding
+) -> Bool[np.ndarray, " T"] | None:
     """The mask from the tokens' offsets, or None where a token reaches over a boundary."""
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
     supervised = np.array([segment.supervised for segment in row])
     bounds = np.cumsum([len(segment.text) for segment in row])
     first, last = _segments_of(spans, bounds)
-    over = np.flatnonzero(supervised[first] != supervised[last])
+    runs = np.cumsum(np.diff(supervised, prepend=supervised[:1]))
+    over = np.flatnonzero(runs[first] != runs[last])
     if any(encoding.ids[index] not in tokenizer.added_ids for index in over):
         return None
-    text = "".join(segment.text for segment in row)
     # An added token may swallow the spaces around it; it belongs where its own text is.
     for index in over:
         begin, end = spans[index]
         spans[index, 0] += len(text[begin:end]) - len(text[begin:end].lstrip())
     first, _ = _segments_of(spans, bounds)
-    return Encoded(np.array(encoding.ids, np.int32), supervised[first], False)
+    return supervised[first]
 
 
 def _segments_of(spans: Int64[np.ndarray, "T 2"], bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -58,14 +78,3 @@ def _segments_of(spans: Int64[np.ndarray, "T 2"], bounds: np.ndarray) -> tuple[n
     begin, end = spans[:, 0], np.maximum(spans[:, 1] - 1, spans[:, 0])
     first, last = (np.searchsorted(bounds, at, side="right") for at in (begin, end))
     return np.minimum(first, len(bounds) - 1), np.minimum(last, len(bounds) - 1)
-
-
-def _piecewise(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded:
-    pieces = tokenizer.encode_batch([segment.text for segment in row])
-    ids = [token for piece in pieces for token in piece]
-    if tokenizer.decode(ids) != tokenizer.decode(encoding.ids):
-        raise ValueError(
-            "a token reaches over the start or end of an answer, and this tokenizer can't encode the two apart"
-        )
-    supervised = np.repeat([segment.supervised for segment in row], [len(piece) for piece in pieces])
-    return Encoded(np.array(ids, np.int32), supervised, True)

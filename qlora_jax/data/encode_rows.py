@@ -84,4 +84,4 @@ def _framed(row: Encoded, tokenizer: Tokenizer) -> Encoded:
     before = [tokenizer.bos_id] if tokenizer.add_bos_token else []
     ids = np.array([*before, *row.ids, tokenizer.eos_id], np.int32)
     supervised = np.array([*(False for _ in before), *row.supervised, True])
-    return Encoded(ids, supervised, row.cut)
+    return row._replace(ids=ids, supervised=supervised)

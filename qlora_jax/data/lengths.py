@@ -58,7 +58,7 @@ def fit_lengths(
 
 
 def _cut(row: Encoded, max_length: int) -> Encoded:
-    return Encoded(row.ids[:max_length], row.supervised[:max_length], row.cut)
+    return row._replace(ids=row.ids[:max_length], supervised=row.supervised[:max_length])
 
 
 def _nothing_left(path: str, total: int, overlong: int, max_length: int) -> str:

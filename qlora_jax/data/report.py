@@ -26,6 +26,7 @@ class SideReport:
       percentiles: tokens a row before truncation, at PERCENTILES.
       truncated, overlong, unsupervised: as in lengths.Fitted.
       cut: rows in which a token was cut at the start or end of an answer, as generation cuts it.
+      lossy: rows that do not decode to their own text.
       special_text: rows whose own text spells a special token; it is encoded as that token.
       tokens, supervised: targets of the kept rows, and those among them that the loss sees.
     """
@@ -40,6 +41,7 @@ class SideReport:
     overlong: int
     unsupervised: int
     cut: int
+    lossy: int
     special_text: int
     tokens: int
     supervised: int
@@ -99,6 +101,7 @@ def report_side(
         overlong=fitted.overlong,
         unsupervised=fitted.unsupervised,
         cut=sum(row.cut for row in fitted.rows),
+        lossy=sum(row.lossy for row in fitted.rows),
         special_text=special_text,
         tokens=int(rows.places.sum()),
         supervised=int((rows.supervised & ~first_ids).sum()),

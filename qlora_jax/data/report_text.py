@@ -60,6 +60,7 @@ def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str,
         ("supervised", f"{side.supervised_share:.1%} of {side.tokens:,} targets ({side.supervised:,})"),
         ("too long", _too_long(side, max_length)),
         *_warning(side.cut, "rows have a token cut where an answer starts or ends, as generation cuts it"),
+        *_warning(side.lossy, "rows hold characters that the tokenizer leaves out or rewrites"),
         *_warning(side.special_text, "rows spell a special token in their own text; it counts as that token"),
     ]
 

@@ -57,7 +57,7 @@ def turn_marks(tokenizer: Tokenizer) -> TurnMarks:
     answered = tokenizer.render([user, {"role": "assistant", "content": answer}])
     _, found, tail = answered.partition(answer)
     if not found:
-        raise ValueError(f"the chat template leaves the assistant's text out: it renders {answered!r}")
+        raise ValueError(f"the chat template drops or rewrites what the assistant says: {answer!r} in {answered!r}")
     end = tokenizer.special_text.search(tail)
     if end is None or tail[: end.start()].strip():
         raise ValueError(
@@ -101,7 +101,7 @@ def _assistant_texts(
         if rendered == "".join(a + t for a, t in zip(around, [*texts, ""], strict=True)):
             return _positions(around, texts)
     raise ValueError(
-        "the chat template rewrites what the assistant says (it may drop reasoning, or merge turns), so the exact span "
+        "the chat template rewrites what the assistant says (it may take out reasoning, say), so the exact span "
         "of its text is unknown. Use a template that keeps it as it is: data.chat_template names a jinja file."
     )
 
@@ -112,7 +112,7 @@ def _split_once_each(text: str, separators: Sequence[str]) -> list[str]:
     for separator in separators:
         before, found, text = text.partition(separator)
         if not found or separator in text:
-            raise ValueError("the chat template leaves out, repeats or reorders assistant turns")
+            raise ValueError("the chat template drops, repeats or reorders what the assistant says")
         pieces.append(before)
     return [*pieces, text]
 

@@ -27,8 +27,8 @@ class Tokenizer:
       add_bos_token: plain text (no chat template) starts with bos.
     """
 
-    backend: tokenizers.Tokenizer
-    exported: str
+    backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
+    exported: str = dataclasses.field(repr=False)
     chat_template: str | None
     special_tokens: Mapping[str, str]
     add_bos_token: bool

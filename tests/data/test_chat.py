@@ -1,0 +1,70 @@
+"""Chat templates against transformers, and what a template may not do."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_jax.data.chat import render
+from qlora_jax.data.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+USER, ASSISTANT = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "  4, of course.\n"}
+CONVERSATIONS = (
+    [USER],
+    [USER, ASSISTANT],
+    [USER, ASSISTANT, {"role": "user", "content": "Sûr? 👍🏽"}, {"role": "assistant", "content": "Oui\n\n    5"}],
+    [{"role": "user", "content": "", "name": None}, {"role": "assistant", "content": "<|im_end|> & <b> \"q\" 'a'"}],
+)
+WITH_SYSTEM = [{"role": "system", "content": "Be brief.", "meta": {"a": [1, "é<"]}}, USER, ASSISTANT]
+
+
+def test_text_and_ids_equal_transformers(oracle: Callable, tmp_path: Path, smollm2_source: dict, templates: dict):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(smollm2_source["tokenizer_json"], encoding="utf-8")
+    special = {name: smollm2_source[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    cases: list[tuple[str, list[dict[str, Any]], bool]] = [
+        (template, messages, prompt)
+        for name, template in templates.items()
+        for messages in (*CONVERSATIONS, *([WITH_SYSTEM] if name != "mistral" else []))
+        for prompt in (False, True)
+    ]
+    script = ROOT / "tests/oracle/tokenizer_chat.py"
+    results = oracle(script, tokenizer_json=str(path), special_tokens=special, cases=cases)
+    for (template, messages, prompt), theirs in zip(cases, json.loads(str(results["results"])), strict=True):
+        tokenizer = load_tokenizer({**smollm2_source, "chat_template": template})
+        text = tokenizer.render(messages, add_generation_prompt=prompt)
+        assert {"text": text, "ids": tokenizer.encode(text)} == theirs
+
+
+def test_default_system_message(smollm2_template: str):
+    assert render(smollm2_template, [USER], {}, add_generation_prompt=True) == (
+        "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+        "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("template", "told"),
+    [
+        ("{% for %}", "does not parse: line 1"),
+        ("{{ raise_exception('roles must alternate') }}", r"roles \['user'\]: roles must alternate"),
+        ("{{ messages[0].content + 1 }}", "refuses a conversation"),
+        ("{{ messages[3].content }}", "refuses a conversation"),
+        # The sandbox: no way from a template to Python's own objects, nor into the messages.
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses a conversation"),
+        ("{{ messages.append(1) }}", "refuses a conversation"),
+        ("{{ messages.__init__.__globals__ }}", "refuses a conversation"),
+    ],
+)
+def test_bad_templates_are_told(template: str, told: str):
+    with pytest.raises(ValueError, match=told):
+        render(template, [USER], {})
+
+
+def test_no_template_is_told(plain_tokenizer):
+    with pytest.raises(ValueError, match=r"no chat template; name a jinja file: data\.chat_template"):
+        plain_tokenizer.render([USER])

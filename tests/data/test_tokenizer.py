@@ -1,0 +1,182 @@
+"""The tokenizer against tokenizer.json, the real GGUF, and transformers."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.data.gguf_tokenizer import KNOWN_PRE, rebuild
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
+
+ROOT = Path(__file__).parents[2]
+
+TRICKY = (
+    "\n    5",
+    "  12  345",
+    "x =  1_000\t\t7\r\n\r\n",
+    "१२३ ٤٥٦ ４５ ½ ²",
+    "Straße, naïve café, ﬁ ligature, e\u0301",
+    "Привет, мир! 42 раза",
+    "中文字符，测试123。日本語テスト한국어",
+    "שלום עולם العربية ١٢٣ हिन्दी ไทย",
+    "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ok👍🏽5",
+    "\x00\x01\x1b[31m\x7f\x85\u200b\ufeff\u2028",
+    "<|im_start|>user\nhi<|im_end|>\n<|endoftext|><|im_end",
+    "<repo_name>a<file_sep> <empty_output>",
+    "I'll can't WE'RE they'd 'S 's",
+    "a" * 300 + " " * 70 + "\n" * 40,
+)
+
+
+def _strings(count: int) -> list[str]:
+    """Strings of code, prose, and random mixtures of scripts, digits, spaces and special tokens."""
+    generator = random.Random(0)
+    code = "\n".join(path.read_text() for path in sorted((ROOT / "qlora_jax").rglob("*.py")))
+    prose = (ROOT / "examples/titles/heldout.jsonl").read_text(encoding="utf-8")
+    scripts = ["abc XYZ", "0123456789", " \t\n\r", "éüßñ", "Привет", "中文字", "ひらカナ", "한국", "עברית", "عرب١٢", "हिन्दी", "ไทย"]
+    pieces = [*scripts, "👍🏽😀👩‍👧", "\x00\x1b\x7f\u200b", "'sll'RE", "<|im_end|>", "<|im_start|>", "()[]{}:;_-"]
+
+    def mixed() -> str:
+        chosen = generator.choices(pieces, k=generator.randint(1, 12))
+        return "".join(p if p.startswith("<|") else "".join(generator.choices(p, k=generator.randint(1, 5))) for p in chosen)
+
+    def cut(text: str) -> str:
+        start = generator.randrange(len(text) - 200)
+        return text[start : start + generator.randint(1, 200)]
+
+    third = count // 3
+    return [*TRICKY, *(mixed() for _ in range(third)), *(cut(code) for _ in range(third)), *(cut(prose) for _ in range(third))]
+
+
+def _difference(ours: list[list[int]], theirs: list[list[int]], strings: list[str]) -> list[str]:
+    return [text for text, a, b in zip(strings, ours, theirs, strict=True) if a != b]
+
+
+def test_metadata_gives_tokenizer_json_back(tokenizer: Tokenizer, smollm2_source: dict, smollm2_metadata: dict):
+    source = {key: value for key, value in smollm2_source.items() if key != "tokenizer_json"}
+    rebuilt = load_tokenizer({**source, "gguf": smollm2_metadata})
+    assert json.loads(rebuilt.to_json()) == json.loads(tokenizer.to_json())
+    strings = _strings(6000)
+    assert _difference(rebuilt.encode_batch(strings), tokenizer.encode_batch(strings), strings) == []
+    assert (rebuilt.bos_id, rebuilt.eos_id, rebuilt.pad_id, rebuilt.unk_id, rebuilt.vocab_size) == (1, 2, 2, 0, 49152)
+
+
+def test_real_gguf_gives_tokenizer_json_back(smollm2_gguf: Path, tokenizer: Tokenizer, smollm2_template: str):
+    gguf = pytest.importorskip("gguf")
+    fields = gguf.GGUFReader(smollm2_gguf).fields
+    names = ("model", "pre", "tokens", "token_type", "merges")
+    metadata = {name: fields[f"tokenizer.ggml.{name}"].contents() for name in names}
+    assert json.loads(rebuild(metadata).to_str()) == json.loads(tokenizer.to_json())
+    assert fields["tokenizer.chat_template"].contents() == smollm2_template
+
+
+def test_decode_inverts_encode(tokenizer: Tokenizer):
+    # SmolLM2's vocabulary lacks the bytes of some control characters, and of planes 4 to 15.
+    @given(st.text(st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")))
+    def check(text: str):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+    check()
+
+
+def test_gpt2_metadata_gives_gpt2s_tokenizer_back(local_data: Callable[[str], Path]):
+    text = local_data("gpt2_tokenizer.json").read_text(encoding="utf-8")
+    vocabulary = json.loads(text)["model"]["vocab"]
+    metadata = {
+        "model": "gpt2",
+        "pre": "gpt-2",
+        "tokens": sorted(vocabulary, key=vocabulary.get),
+        "token_type": [3 if token == "<|endoftext|>" else 1 for token in sorted(vocabulary, key=vocabulary.get)],
+        "merges": [m if isinstance(m, str) else " ".join(m) for m in json.loads(text)["model"]["merges"]],
+    }
+    ends = {"eos_token": "<|endoftext|>", "add_bos_token": False}
+    ours, published = load_tokenizer({"gguf": metadata, **ends}), load_tokenizer({"tokenizer_json": text, **ends})
+    strings = [text for text in _strings(3000) if text]
+    assert _difference(ours.encode_batch(strings), published.encode_batch(strings), strings) == []
+    assert (published.bos_id, published.pad_id, published.eos_id) == (None, None, 50256)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+def test_each_kind_splits_as_transformers_does(
+    pre: str, oracle: Callable, tmp_path: Path, smollm2_metadata: dict, smollm2_json: str
+):
+    """The vocabulary is SmolLM2's, and its specials stay plain: what is compared is splitting and normalizing."""
+    path = tmp_path / "tokenizer.json"
+    path.write_text(smollm2_json, encoding="utf-8")
+    strings = [text for text in _strings(1500) if "<" not in text]
+    theirs = oracle(ROOT / "tests/oracle/tokenizer_pre.py", tokenizer_json=str(path), pre=pre, strings=strings)
+    ends = theirs["lengths"].cumsum()[:-1]
+    expected = [part.tolist() for part in np.split(theirs["ids"], ends)]
+    plain = {**smollm2_metadata, "pre": pre, "token_type": [1] * len(smollm2_metadata["tokens"])}
+    ours = [encoding.ids for encoding in rebuild(plain).encode_batch(strings)]
+    assert _difference(ours, expected, strings) == []
+
+
+def test_llama3_kinds_take_whole_words_before_merging():
+    """Llama 3's published tokenizer.json says ignore_merges: a word in the vocabulary is one token."""
+    metadata = {"model": "gpt2", "tokens": ["a", "b", "c", "ab", "abc"], "token_type": [1] * 5, "merges": ["a b"]}
+    assert rebuild({**metadata, "pre": "llama-bpe"}).encode("abc").ids == [4]
+    assert rebuild({**metadata, "pre": "gpt-2"}).encode("abc").ids == [3, 2]
+
+
+def test_bos_is_exported_but_never_added_by_encode(smollm2_source: dict, smollm2_metadata: dict):
+    source = {**smollm2_source, "gguf": smollm2_metadata, "add_bos_token": True}
+    del source["tokenizer_json"]
+    tokenizer = load_tokenizer(source)
+    assert tokenizer.encode("Hi") == load_tokenizer(smollm2_source).encode("Hi")
+    assert json.loads(tokenizer.to_json())["post_processor"]["type"] == "TemplateProcessing"
+
+
+def test_settings_of_tokenizer_json_that_change_lengths_are_off(smollm2_source: dict):
+    whole = json.loads(smollm2_source["tokenizer_json"])
+    whole["truncation"] = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+    whole["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    tokenizer = load_tokenizer({**smollm2_source, "tokenizer_json": json.dumps(whole)})
+    (encoding,) = tokenizer.encode_spans(["one two three four five six"])
+    assert len(encoding.ids) == 6
+    assert encoding.offsets[1] == (3, 7)  # the space belongs to its token
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known: smollm, gpt-2"),
+        ({"pre": None}, "tokenizer.ggml.pre is None"),
+        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'; only 'gpt2'"),
+        ({"merges": ["a b", "a", "a b c"]}, "2 of tokenizer.ggml.merges are not two tokens: 1: 'a', 2: 'a b c'"),
+        ({"tokens": ["a", "b", "a"]}, r"holds 1 tokens twice, such as \['a'\]"),
+        ({"token_type": [1]}, "3 tokenizer.ggml.tokens but 1 token_type"),
+    ],
+)
+def test_metadata_that_can_not_be_right_is_refused(change: dict[str, Any], told: str):
+    metadata = {"model": "gpt2", "pre": "gpt-2", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
+    with pytest.raises(ValueError, match=told):
+        rebuild({**metadata, **change})
+
+
+def test_sources_that_can_not_be_right_are_refused(smollm2_source: dict):
+    with pytest.raises(ValueError, match="eos_token '<nope>'"):
+        load_tokenizer({**smollm2_source, "eos_token": "<nope>"})
+    with pytest.raises(ValueError, match=r"tokenizer\.json can't be read"):
+        load_tokenizer({"tokenizer_json": '{"model": '})
+    with pytest.raises(ValueError, match="needs 'tokenizer_json' or 'gguf'"):
+        load_tokenizer({"chat_template": None})
+
+
+def test_a_template_file_replaces_the_models_own(tokenizer: Tokenizer, tmp_path: Path):
+    (tmp_path / "own.jinja").write_text("\ufeff{{ messages[0].content }}", encoding="utf-8")
+    assert with_chat_template(tokenizer, tmp_path / "own.jinja").render([{"role": "user", "content": "Hi"}]) == "Hi"
+    with pytest.raises(ValueError, match=r"none\.jinja: the chat template can't be read"):
+        with_chat_template(tokenizer, tmp_path / "none.jinja")
+
+
+def test_every_known_kind_builds():
+    metadata = {"model": "gpt2", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
+    for pre in KNOWN_PRE:
+        assert rebuild({**metadata, "pre": pre}).encode("ab").ids == [2]

@@ -1,0 +1,24 @@
+"""Ids that transformers' own tokenizer of a GGUF `pre` kind gives, over the vocabulary of a tokenizer.json."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from bridge import inputs, save
+from tokenizers import Regex, pre_tokenizers
+from transformers import GPT2Tokenizer, Qwen2Tokenizer
+from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+given = inputs()
+model = json.loads(Path(given["tokenizer_json"]).read_text(encoding="utf-8"))["model"]
+kind = Qwen2Tokenizer if given["pre"] == "qwen2" else GPT2Tokenizer
+# Their constructors add the class's own end token; one of the vocabulary is named, so that ids stay.
+special = {name: "<|endoftext|>" for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
+tokenizer = kind(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], **special).backend_tokenizer
+if given["pre"] == "llama-bpe":
+    split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+ids = [tokenizer.encode(text, add_special_tokens=False).ids for text in given["strings"]]
+save(ids=np.array([token for row in ids for token in row]), lengths=np.array([len(row) for row in ids]))
