@@ -79,7 +79,7 @@ def _yarn(rope: Rope, length: int) -> Frequencies:
     def dimension(turns: float) -> float:
         return rope.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = dimension(numbers.get("beta_fast", 32)), dimension(numbers.get("beta_slow", 1))
+    low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
     if numbers.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
@@ -115,6 +115,23 @@ SCALINGS: dict[str, Callable[[Rope, int], Frequencies]] = {
     "llama3": _llama3,
     "yarn": _yarn,
     "longrope": _longrope,
+}
+
+# The numbers that each scaling needs, then those that it may have.
+NUMBERS: dict[str, tuple[set[str], set[str]]] = {
+    "default": (set(), set()),
+    "linear": ({"factor"}, set()),
+    "dynamic": ({"factor"}, set()),
+    "llama3": ({"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"}, set()),
+    "yarn": (
+        {"factor"},
+        {"original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"}
+        | {"mscale", "mscale_all_dim", "truncate"},
+    ),
+    "longrope": (
+        {"short_factor", "long_factor"},
+        {"factor", "original_max_position_embeddings", "attention_factor"},
+    ),
 }
 
 

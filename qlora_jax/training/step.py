@@ -82,7 +82,7 @@ def gradients(
     return jax.tree.map(lambda g: g / tokens, total), loss
 
 
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("lora", "state", "grads"))
+@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("lora", "state"))
 def update(
     optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:

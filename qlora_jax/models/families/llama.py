@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.nn.rope import SCALINGS, Rope, RopeScaling
+from qlora_jax.nn.rope import NUMBERS, SCALINGS, Rope, RopeScaling
 
 MODEL_TYPES = ("llama",)
 
@@ -52,16 +52,28 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 def rope_from_hf(attributes: Attributes, dim: int, max_positions: int) -> Rope:
     """Rope from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before)."""
     theta = attributes.number("rope_theta", 10000.0)
-    numbers = dict(attributes.mapping("rope_parameters") or attributes.mapping("rope_scaling") or {})
-    older = attributes.mapping("rope_scaling")
-    if older and attributes.mapping("rope_parameters"):
-        attributes.refuse("both rope_parameters and rope_scaling are given: remove one")
-    theta = float(numbers.pop("rope_theta", theta))
-    kinds = [numbers.pop(key) for key in ("rope_type", "type") if key in numbers]
-    kind = kinds[0] if kinds else "default"
-    numbers.pop("partial_rotary_factor", None) in (None, 1.0) or attributes.refuse("partial_rotary_factor other than 1")
+    new, old = attributes.mapping("rope_parameters"), attributes.mapping("rope_scaling")
+    if new and old:
+        attributes.refuse("rope_parameters and rope_scaling are both given: remove one")
+    numbers = dict(new or old or {})
+    kind = numbers.pop("rope_type", numbers.pop("type", "default"))
+    rope_theta = float(numbers.pop("rope_theta", theta))
+    if numbers.pop("partial_rotary_factor", 1.0) != 1.0:
+        attributes.refuse("partial_rotary_factor other than 1 is not supported")
     if kind not in SCALINGS:
-        attributes.refuse(f"rope scaling {kind!r}: known are {sorted(SCALINGS)}")
-        kind = "default"
-    frozen = tuple((k, tuple(v) if isinstance(v, list) else v) for k, v in sorted(numbers.items()))
-    return Rope(theta=theta, dim=dim, max_positions=max_positions, scaling=RopeScaling(kind=kind, numbers=frozen))
+        attributes.refuse(f"rope scaling {kind!r} is not supported: known are {sorted(SCALINGS)}")
+        return Rope(theta=rope_theta, dim=dim, max_positions=max_positions)
+    required, optional = NUMBERS[kind]
+    if missing := required - numbers.keys():
+        attributes.refuse(f"rope scaling {kind!r} lacks {sorted(missing)}")
+    if unknown := {n for n in numbers.keys() - required - optional if numbers[n] is not None}:
+        attributes.refuse(f"rope scaling {kind!r} has {sorted(unknown)}, which it does not know")
+    scaling = RopeScaling(kind=kind, numbers=tuple((name, _as_float(v)) for name, v in sorted(numbers.items())))
+    return Rope(theta=rope_theta, dim=dim, max_positions=max_positions, scaling=scaling)
+
+
+def _as_float(value: Any) -> Any:
+    """JSON's whole numbers as floats, lists as tuples."""
+    if isinstance(value, list):
+        return tuple(float(v) for v in value)
+    return float(value) if type(value) is int else value

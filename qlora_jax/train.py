@@ -1,0 +1,29 @@
+"""`python -m qlora_jax.train`: one finetuning run, from a model and rows on disk to checkpoints and a loss plot."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_jax.config import read_command_line, run_main
+
+PROG = "python -m qlora_jax.train"
+SWITCHES = {"resume": "go on from the newest checkpoint in `output`", "dry_run": "report on the data, then stop"}
+
+
+def main(argv: list[str]) -> None:
+    """Configuration, data report, model, banner, steps, plot; raises ValueError or OSError for bad input."""
+    config, given = read_command_line(argv, PROG, SWITCHES)
+    run = Path(config.output)
+    console = Console()
+    # After the configuration: jax starts when these are imported, and a typing error should not wait for it.
+    from qlora_jax.training.run import check_folder, report_data, train
+
+    check_folder(run, resume="resume" in given)
+    if "dry_run" in given:
+        report_data(config, console)
+        return
+    train(config, run, resume="resume" in given, console=console)
+
+
+if __name__ == "__main__":
+    run_main(main)

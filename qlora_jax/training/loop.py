@@ -1,0 +1,162 @@
+"""The loop over optimizer steps: batches in, metrics and checkpoints out, and leaving cleanly at any boundary."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+import optax
+
+from qlora_jax.data.batches import START, Batch
+from qlora_jax.io.checkpoint import Checkpoints
+from qlora_jax.models.partition import Lora
+from qlora_jax.training.resume import check_resumable, checkpoint_state
+from qlora_jax.training.session import Session
+from qlora_jax.training.step import evaluation_loss, gradients, update
+
+EVAL_ROWS = 8  # rows of an evaluation batch
+
+
+class Reporter(Protocol):
+    """Where a run's numbers go."""
+
+    def step(self, record: dict[str, Any]) -> None:
+        """One optimizer step's numbers."""
+        ...
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        """Held-out loss at a step."""
+        ...
+
+
+@dataclasses.dataclass
+class Progress:
+    """Where a run stands: LoRA and optimizer state after `step` steps, and the data position that comes next."""
+
+    lora: Lora
+    optimizer_state: optax.OptState
+    step: int
+    position: dict[str, int]
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or the gradient of a step is not finite; the message names the rows."""
+
+
+def start(session: Session) -> Progress:
+    """Step 0."""
+    return Progress(session.lora, session.optimizer.init(session.lora), 0, dict(START))
+
+
+def restore(session: Session, checkpoints: Checkpoints) -> Progress:
+    """The newest checkpoint, checked against the session's settings, base and data."""
+    check_resumable(session, checkpoints.read_state())
+    fresh = start(session)
+    lora, optimizer_state, state = checkpoints.restore(fresh.lora, fresh.optimizer_state)
+    return Progress(lora, optimizer_state, state["step"], state["position"])
+
+
+def run_steps(
+    session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter, stop: Callable[[], bool]
+) -> Progress:
+    """Trains from `progress` to the last step, or until `stop()` is true at the end of a step; saves where it leaves.
+
+    Raises:
+      NonFiniteLoss: nothing of that step is saved.
+      CheckpointError: a checkpoint could not be written.
+    """
+    settings = session.config.train
+    if progress.step == 0:
+        evaluate(session, progress, reporter)
+    for batch in session.dataset.train_batches(progress.position):
+        if progress.step >= session.total_steps or stop():
+            break
+        progress = train_step(session, progress, batch, reporter)
+        if settings.eval_every and progress.step % settings.eval_every == 0 and progress.step < session.total_steps:
+            evaluate(session, progress, reporter)
+        if settings.save_every and progress.step % settings.save_every == 0:
+            save(session, progress, checkpoints)
+    if progress.step >= session.total_steps:
+        evaluate(session, progress, reporter)
+    save(session, progress, checkpoints)
+    return progress
+
+
+def train_step(session: Session, progress: Progress, batch: Batch, reporter: Reporter) -> Progress:
+    """One optimizer step, reported once its numbers are known."""
+    began = time.perf_counter()
+    key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
+    arrays = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
+    grads, loss = gradients(
+        session.graphdef, progress.lora, session.base, arrays, key, remat=session.config.train.remat
+    )
+    lora, optimizer_state, norm = update(session.optimizer, progress.lora, progress.optimizer_state, grads)
+    nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
+    step = progress.step + 1
+    if not (np.isfinite(nll) and np.isfinite(norm)):
+        raise NonFiniteLoss(_non_finite(session, batch, step, row_nll_AB, float(norm)))
+    reporter.step(
+        {
+            "step": step,
+            "loss": float(nll) / float(tokens),
+            "learning_rate": float(session.schedule(progress.step)),
+            "grad_norm": float(norm),
+            "supervised_tokens": int(tokens),
+            "tokens": batch.tokens,
+            "length": batch.inputs.shape[-1],
+            "seconds": time.perf_counter() - began,
+        }
+    )
+    return Progress(lora, optimizer_state, step, batch.position)
+
+
+def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarray, norm: float) -> str:
+    bad = batch.rows[~np.isfinite(row_nll_AB)]
+    rows, which = (bad, "rows with a loss that is not finite") if bad.size else (batch.rows, "rows of the step")
+    places = [session.dataset.train.where(int(row)) for row in rows.reshape(-1) if row >= 0]
+    return (
+        f"step {step}: the loss or its gradient is not finite (gradient norm {norm}); {which}: {', '.join(places)}. "
+        "The last checkpoint is from before this step. Look at these rows, or lower optim.learning_rate."
+    )
+
+
+def evaluate(session: Session, progress: Progress, reporter: Reporter) -> None:
+    """Reports the held-out loss, weighed by tokens; nothing where nothing is held out."""
+    if session.dataset.eval is None:
+        return
+    nll = tokens = 0.0
+    for batch in session.dataset.eval_batches(EVAL_ROWS):
+        arrays = {"inputs": batch.inputs[0], "targets": batch.targets[0], "weights": batch.weights[0]}
+        rows_B = evaluation_loss(session.graphdef, progress.lora, session.base, arrays)
+        nll += float(np.sum(np.asarray(rows_B, np.float64)))
+        tokens += float(np.sum(batch.weights, dtype=np.float64))
+    reporter.evaluation({"step": progress.step, "eval_loss": nll / tokens, "eval_tokens": int(tokens)})
+
+
+def save(session: Session, progress: Progress, checkpoints: Checkpoints) -> None:
+    """A checkpoint of `progress`."""
+    state = checkpoint_state(session, progress.step, progress.position)
+    checkpoints.save(progress.step, progress.lora, progress.optimizer_state, state)
+
+
+@contextmanager
+def stop_on_signals(told: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """`stop()`, true once SIGINT or SIGTERM came; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+        told(f"{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once, without saving")
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(received)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

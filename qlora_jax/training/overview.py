@@ -1,0 +1,79 @@
+"""The banner of a run: what it computes on, in what, what trains, and which options are off."""
+
+import jax
+
+from qlora_jax.config import Config
+from qlora_jax.models.partition import Lora
+from qlora_jax.training.session import Session
+
+Rows = dict[str, str]
+
+
+def overview(session: Session, first_step: int) -> Rows:
+    """One line a fact, in the order a reader asks."""
+    config = session.config
+    trained, frozen = _count(session.lora), _frozen_count(session)
+    steps = f"{session.total_steps:,}"
+    return {
+        "device": f"{_device()}, computing in {session.weights.dtype}",
+        "base": f"{config.model.path}, {frozen:,} parameters, {_megabytes(session.base)}",
+        "held as": _held_as(session),
+        "trained": f"{trained:,} LoRA parameters, {trained / (trained + frozen):.2%} of all, {_megabytes(session.lora)}"
+        f" in float32; rank {config.lora.rank} on {len(session.lora)} projections",
+        "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
+        f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
+        "batch": f"{config.train.micro_batch_size * config.train.accumulation} rows = micro-batch "
+        f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",
+        "steps": steps if first_step == 0 else f"{steps}, of which {first_step:,} are done",
+        "run": config.output,
+        "not used": ", ".join(_unused(config)) or "nothing: every option is on",
+    }
+
+
+def _count(tree: Lora) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _frozen_count(session: Session) -> int:
+    model = session.model
+    linear = model.num_layers * sum(n * k + (n if bias else 0) for (n, k), bias in model.linear_shapes().values())
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
+    return linear + tables + (2 * model.num_layers + 1) * model.embed_dim
+
+
+def _megabytes(tree: object) -> str:
+    return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e6:,.0f} MB"
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
+    return f"{device.platform}{kind}"
+
+
+def _held_as(session: Session) -> str:
+    weights, args = session.weights, session.config.model
+    rest = f"norms, embedding and head {weights.dtype}"
+    if weights.quant_type is None:
+        return f"{weights.dtype}, not quantized"
+    double = "double-quantized scales" if weights.double_quant else "float32 scales"
+    return f"{weights.quant_type} in blocks of {args.block_size}, {double}; {rest}"
+
+
+def _clip(config: Config) -> str:
+    return f", gradient norm clipped at {config.optim.max_grad_norm:g}" if config.optim.max_grad_norm else ""
+
+
+def _unused(config: Config) -> list[str]:
+    """Options that are off in this run."""
+    options = {
+        "quantization": config.model.quant_type == "none",
+        "dropout": config.lora.dropout == 0,
+        "rematerialization": config.train.remat == "none",
+        "gradient clipping": config.optim.max_grad_norm == 0,
+        "weight decay": config.optim.weight_decay == 0,
+        "held-out rows": config.data.eval is None and config.data.eval_fraction == 0,
+        "packing": True,
+        "optimizer paging": True,
+    }
+    return [name for name, off in options.items() if off]

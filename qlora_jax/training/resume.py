@@ -1,0 +1,61 @@
+"""What a checkpoint says besides its arrays, and whether a run may go on from it."""
+
+from typing import Any
+
+import jax
+import jaxlib
+import optax
+import orbax.checkpoint
+
+from qlora_jax.config import Config, differences, to_dict
+from qlora_jax.config.decode import decode
+from qlora_jax.training.session import Session
+
+# Settings that may differ when a run goes on: they change nothing that is computed, or what they name is checked by
+# its content (base and data have fingerprints).
+MAY_DIFFER = frozenset(
+    [
+        "model.path",
+        "data.train",
+        "data.eval",
+        "output",
+        "train.eval_every",
+        "train.save_every",
+        "train.keep",
+        "train.log_every",
+    ]
+)
+
+
+def checkpoint_state(session: Session, step: int, position: dict[str, int]) -> dict[str, Any]:
+    """The JSON part of a checkpoint."""
+    return {
+        "step": step,
+        "position": position,
+        "fingerprint": session.fingerprint,
+        "data_fingerprint": session.dataset.fingerprint,
+        "config": to_dict(session.config),
+        "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
+    }
+
+
+def check_resumable(session: Session, state: dict[str, Any]) -> None:
+    """Passes where going on gives what an uninterrupted run would have given.
+
+    Raises:
+      ValueError: each setting that differs, another base, other data.
+    """
+    changed = differences(decode(Config, state["config"], {}), session.config)
+    problems = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items() if key not in MAY_DIFFER]
+    if session.fingerprint != state["fingerprint"]:
+        problems.append(
+            f"the base model: fingerprint {state['fingerprint'][:12]} then, {session.fingerprint[:12]} now "
+            f"({session.config.model.path})"
+        )
+    if session.dataset.fingerprint != state["data_fingerprint"]:
+        problems.append(f"the training rows as tokens, in {session.config.data.train}")
+    if problems:
+        raise ValueError(
+            f"{session.config.output}: its checkpoint of step {state['step']} was made otherwise, so the run "
+            "can't go on from it:\n  " + "\n  ".join(problems) + "\nGive the same settings, or another output folder."
+        )

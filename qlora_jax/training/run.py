@@ -1,0 +1,96 @@
+"""A whole run: what `python -m qlora_jax.train` does once it has a configuration."""
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from qlora_jax.config import Config, write_config
+from qlora_jax.data.report_text import print_report
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints
+from qlora_jax.io.progress import loading
+from qlora_jax.training.display import Display, banner
+from qlora_jax.training.loop import Reporter, restore, run_steps, start, stop_on_signals
+from qlora_jax.training.metrics import MetricsFile, read_metrics
+from qlora_jax.training.overview import overview
+from qlora_jax.training.plot import plot_loss
+from qlora_jax.training.session import open_inputs, prepare
+
+METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
+
+
+def check_folder(run: Path, *, resume: bool) -> None:
+    """Passes an output folder that a new run may take, or that a resumed run can go on in.
+
+    Raises:
+      ValueError: it holds a run already and `resume` is false, or the reverse; or something that is no run.
+    """
+    checkpoints = run / CHECKPOINT_FOLDER
+    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    if resume and not saved:
+        raise ValueError(f"--resume: {run} holds no checkpoint to go on from; start the run without --resume")
+    if resume or not run.exists():
+        return
+    if saved or (run / METRICS_FILE).exists():
+        raise ValueError(f"{run} already holds a run: go on with it by --resume, or give another output folder")
+    if not run.is_dir() or (any(run.iterdir()) and not (run / CONFIG_FILE).exists()):
+        raise ValueError(f"{run} is there already and is no run's folder: give another output")
+
+
+def report_data(config: Config, console: Console) -> None:
+    """Prints what the run would learn from."""
+    print_report(open_inputs(config).dataset.report, console)
+
+
+class _Report(Reporter):
+    """Writes each record to metrics.jsonl, and shows it."""
+
+    def __init__(self, metrics: MetricsFile, display: Display):
+        self._metrics, self._display = metrics, display
+
+    def step(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        self._display.step(record)
+
+    def evaluation(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        self._display.evaluation(record)
+
+
+def train(config: Config, run: Path, *, resume: bool, console: Console) -> bool:
+    """Trains in the folder `run`; True when the last step is done, False when a signal ended it sooner.
+
+    Raises:
+      ValueError: bad input of any kind, or a loss that is not finite.
+      OSError: files that cannot be read or written.
+    """
+    inputs = open_inputs(config)
+    print_report(inputs.dataset.report, console)
+    with loading(console) as progress:
+        session = prepare(config, inputs, progress)
+    run.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(run, config.train.keep) as checkpoints:
+        state = restore(session, checkpoints) if resume else start(session)
+        write_config(config, run / CONFIG_FILE)
+        banner("QLoRA finetuning", overview(session, state.step), console)
+        display = Display(session.total_steps, state.step, config.train.log_every, console)
+        with MetricsFile(run / METRICS_FILE, state.step) as metrics, display, stop_on_signals(display.message) as stop:
+            state = run_steps(session, state, checkpoints, _Report(metrics, display), stop)
+    plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
+    finished = state.step >= session.total_steps
+    _say_goodbye(run, state.step, finished, console)
+    return finished
+
+
+def _say_goodbye(run: Path, step: int, finished: bool, console: Console) -> None:
+    lines = {
+        "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
+        "loss plot": f"{run / PLOT_FILE}",
+        "metrics": f"{run / METRICS_FILE}",
+    }
+    if finished:
+        lines["try it"] = f"python -m qlora_jax.generate --run {run}"
+        lines["export"] = f"python -m qlora_jax.export {run} --format peft --output {run}-peft"
+    else:
+        lines["go on"] = f"python -m qlora_jax.train --config {run / CONFIG_FILE} --resume"
+    banner("done" if finished else f"stopped after step {step}", lines, console)

@@ -1,0 +1,105 @@
+"""Everything a run holds before its first step, built from the configuration alone."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from qlora_jax.config import Config
+from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.source import open_model
+from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import Lora, partition
+from qlora_jax.models.precision import weight_format
+from qlora_jax.nn.linear import named_key
+from qlora_jax.optim import make_optimizer, make_schedule
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Session:
+    """A model in three parts, its optimizer, and its data.
+
+    Attributes:
+      fingerprint: of the base, as io.loader makes it.
+      total_steps: optimizer steps of the whole run.
+      dropout_key: folded with step, micro-batch, layer and name; None where there is no dropout.
+    """
+
+    config: Config
+    model: ModelConfig
+    weights: WeightFormat
+    dataset: Dataset
+    graphdef: nnx.GraphDef
+    lora: Lora
+    base: nnx.State
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[Any], Any]
+    fingerprint: str
+    total_steps: int
+    dropout_key: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What a run reads, checked; no weight has been read yet."""
+
+    source: ModelSource
+    model: ModelConfig
+    dataset: Dataset
+
+
+def open_inputs(config: Config) -> Inputs:
+    """The model's metadata and the data set.
+
+    Raises:
+      ValueError: whatever is wrong with the model's files, its config, or the data.
+    """
+    source = open_model(config.model.path)
+    model = model_config(source.config)
+    if config.data.max_length > model.max_positions:
+        raise ValueError(
+            f"data.max_length={config.data.max_length} is longer than the model allows: {source.path} was made for "
+            f"{model.max_positions} positions; set data.max_length to at most that"
+        )
+    dataset = load_dataset(
+        config.data,
+        load_tokenizer(source.tokenizer),
+        seed=config.train.seed,
+        micro_batch_size=config.train.micro_batch_size,
+        accumulation=config.train.accumulation,
+    )
+    return Inputs(source=source, model=model, dataset=dataset)
+
+
+def prepare(config: Config, inputs: Inputs, progress: Progress) -> Session:
+    """Loads, quantizes and adapts: the session of a run at step 0."""
+    dataset = inputs.dataset
+    weights = weight_format(config.model)
+    loaded = load_model(inputs.source, inputs.model, weights, progress)
+    key = jax.random.key(config.train.seed)
+    add_lora(loaded.model, config.lora, named_key(key, "lora"))
+    graphdef, lora, base = partition(loaded.model)
+    total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
+    return Session(
+        config=config,
+        model=inputs.model,
+        weights=weights,
+        dataset=dataset,
+        graphdef=graphdef,
+        lora=lora,
+        base=base,
+        optimizer=make_optimizer(config.optim, total_steps),
+        schedule=make_schedule(config.optim, total_steps),
+        fingerprint=loaded.fingerprint,
+        total_steps=total_steps,
+        dropout_key=named_key(key, "dropout") if config.lora.dropout else None,
+    )
