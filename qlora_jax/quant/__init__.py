@@ -3,8 +3,8 @@
 import jax
 
 from pallas_kernels.formats.dequantize import dequantize as _dequantize
-from qlora_jax.quant.quantize import quantize as quantize
-from qlora_jax.quant.quantize import quantize_traceable as quantize_traceable
+from qlora_jax.quant.blockwise import quantize as quantize
+from qlora_jax.quant.blockwise import quantize_traceable as quantize_traceable
 from qlora_jax.quant.reference import quantize_numpy as quantize_numpy
 from qlora_jax.quant.settings import QuantSettings as QuantSettings
 

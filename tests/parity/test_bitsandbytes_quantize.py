@@ -1,0 +1,219 @@
+"""Thousands of weights through bitsandbytes itself and through both quantizers, in one process of the oracle.
+
+Equal to the bit: codes, absmax, and, given the oracle's offset, all double-quantized constants; the offset itself
+within 2 ulp. Under jit, where compiling is what takes the time, the double-quantized settings alone.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import MIDPOINTS
+from qlora_jax import quant
+from qlora_jax.quant.double_quant import quantize_constants
+
+SCRIPT = Path(__file__).resolve().parent.parent / "oracle/bnb_quantize.py"
+COUNT = 30  # weights in a group
+
+Weights = np.ndarray  # f32 [COUNT, *shape]
+
+
+def powers(rng: np.random.Generator, low: float, high: float, rank: int = 2) -> np.ndarray:
+    """A scale for each weight, its logarithm even between the bounds."""
+    return 10.0 ** rng.uniform(low, high, (COUNT, *[1] * rank))
+
+
+def normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return rng.standard_normal((COUNT, *shape))
+
+
+def bounded(rng: np.random.Generator, *shape: int) -> np.ndarray:
+    return np.clip(0.3 * normal(rng, *shape), -1, 1)
+
+
+def random_scales(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return normal(rng, 16, 256) * powers(rng, -4, 2)
+
+
+def long_rows(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return normal(rng, 2, 8192)
+
+
+def many_blocks(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    """More than one nested block, the last one partial."""
+    return normal(rng, 37, 512) * powers(rng, -2, 0)
+
+
+def zero_blocks(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    """About a third of the blocks are zeros; in the first weight all are."""
+    blocks = normal(rng, 8, 4, 64) * (rng.random((COUNT, 8, 4, 1)) > 0.3)
+    blocks[0] = 0
+    return blocks.reshape(COUNT, 8, 256)
+
+
+def around_midpoints(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    """Values on the midpoints of the table and one ulp to either side, in blocks of absmax 1 and -1."""
+    on = rng.choice(MIDPOINTS[quant_type], (COUNT, 8, 128))
+    towards = on + rng.integers(-1, 2, on.shape).astype(np.float32)
+    values = np.nextafter(on, towards)
+    values[:, :, 0], values[:, :, 64] = 1, -1
+    return values
+
+
+def exact_ties(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    """Scaled by powers of two, the midpoints stay midpoints."""
+    return around_midpoints(rng, quant_type) * 2.0 ** rng.integers(-20, 20, (COUNT, 1, 1))
+
+
+def near_ties(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return around_midpoints(rng, quant_type) * powers(rng, -3, 3)
+
+
+def tiny(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return bounded(rng, 8, 128) * powers(rng, -36, -29)
+
+
+def subnormal(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return bounded(rng, 8, 128) * powers(rng, -46, -36)
+
+
+def huge(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return bounded(rng, 8, 128) * powers(rng, 30, 36)
+
+
+def subnormal_among_normal(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    weights = bounded(rng, 8, 128)
+    small = 10.0 ** rng.uniform(-46, -36, weights.shape)
+    return np.where(rng.random(weights.shape) < 0.3, small * weights, weights) * powers(rng, -2, 6)
+
+
+def vector(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    return normal(rng, 333)
+
+
+def partial_rows(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    """Rows that are no whole blocks; 100 % 16 != 0, where the oracle's CPU kernel is right."""
+    return normal(rng, 7, 100)
+
+
+def odd_counts(rng: np.random.Generator, quant_type: str) -> np.ndarray:
+    weights = normal(rng, 3, 5, 7)
+    weights[0] = 0
+    return weights
+
+
+# (weights, block size, dtype); every row is tried with both tables, double-quantized or not.
+GROUPS: list[tuple[Callable[[np.random.Generator, str], np.ndarray], int, str]] = [
+    (random_scales, 32, "float32"),
+    (random_scales, 64, "float32"),
+    (random_scales, 64, "float16"),
+    (random_scales, 64, "bfloat16"),
+    (random_scales, 256, "float32"),
+    (long_rows, 4096, "float32"),
+    (long_rows, 2048, "bfloat16"),
+    (many_blocks, 64, "float32"),
+    (zero_blocks, 64, "float32"),
+    (exact_ties, 64, "float32"),
+    (near_ties, 64, "float32"),
+    (tiny, 64, "float32"),
+    (subnormal, 64, "float32"),
+    (huge, 64, "float32"),
+    (subnormal_among_normal, 64, "float32"),
+    (vector, 64, "float32"),
+    (partial_rows, 64, "float32"),
+    (odd_counts, 32, "bfloat16"),
+]
+# XLA on CPUs flushes subnormal products, so dequantization under jit is compared for the others.
+FLUSHED_BY_XLA = (tiny, subnormal, odd_counts)
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    return np.asarray(array).reshape(-1).view(np.uint8)
+
+
+def equal_bits(actual: np.ndarray, expected: np.ndarray) -> bool:
+    return np.array_equal(bits(actual), bits(expected))
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> int:
+    return abs(int(np.float32(a).view(np.int32)) - int(np.float32(b).view(np.int32)))
+
+
+def with_oracle_offset(qt: QTensor, absmax: np.ndarray, offset: np.ndarray) -> QTensor:
+    """qt with its constants quantized again, from the oracle's offset."""
+    codes, nested_absmax = quantize_constants(absmax.reshape(-1), offset, qt.nested_block_size)
+    codes = codes.reshape(qt.absmax_codes.shape)
+    return dataclasses.replace(qt, absmax_codes=codes, nested_absmax=nested_absmax, nested_offset=offset)
+
+
+def numpy_differences(qt: QTensor, expected: dict[str, np.ndarray]) -> list[str]:
+    """What of a weight quantized in NumPy is not the oracle's to the bit."""
+    leaves = [name for name in expected if name != "weights"]
+    different = [name for name in leaves if not equal_bits(getattr(qt, name), expected[name])]
+    # By value: bitsandbytes' kernels differ in the sign of FP4's second zero.
+    if not np.array_equal(dequantize_numpy(qt).astype(np.float32), expected["weights"]):
+        different.append("weights")
+    return different
+
+
+def jit_differences(weight: np.ndarray, settings: dict, qt: QTensor, flushed: bool) -> list[str]:
+    """In what jit differs from NumPy."""
+    in_jit = quant.quantize(weight, **settings)
+    equal = map(equal_bits, jax.tree.leaves(in_jit), jax.tree.leaves(qt))
+    different = [] if all(equal) else ["quantize"]
+    if not flushed and not np.array_equal(np.asarray(quant.dequantize(in_jit)), dequantize_numpy(qt)):
+        different.append("dequantize")
+    return different
+
+
+def differences(weight: np.ndarray, settings: dict, expected: dict[str, np.ndarray], flushed: bool) -> list[str]:
+    """Everything in which one weight differs from the oracle, or jit from NumPy."""
+    qt = quant.quantize_numpy(weight, **settings)
+    if not settings["double_quant"]:
+        return numpy_differences(qt, expected)
+    different = jit_differences(weight, settings, qt, flushed)
+    if ulps(qt.nested_offset, expected["nested_offset"]) > 2:
+        different.append("nested_offset")
+    absmax = quant.quantize_numpy(weight, **settings | {"double_quant": False}).absmax
+    return different + numpy_differences(with_oracle_offset(qt, absmax, expected["nested_offset"]), expected)
+
+
+def make_groups() -> dict[str, tuple[np.ndarray, dict, str, bool]]:
+    """name -> (weights [COUNT, *shape] in their dtype, settings, dtype, whether XLA would flush products)."""
+    rng, groups = np.random.default_rng(20260), {}
+    for (make, block_size, dtype), quant_type, double_quant in itertools.product(GROUPS, ("nf4", "fp4"), (False, True)):
+        name = f"{make.__name__}-{block_size}-{dtype}-{quant_type}-{'double' if double_quant else 'single'}"
+        settings = {"quant_type": quant_type, "block_size": block_size, "double_quant": double_quant}
+        weights = make(rng, quant_type).astype(np.float32).astype(DTYPES[dtype])
+        groups[name] = (weights, settings, dtype, make in FLUSHED_BY_XLA)
+    return groups
+
+
+def test_equals_bitsandbytes_on_thousands_of_weights(oracle) -> None:
+    groups = make_groups()
+    assert sum(len(weights) for weights, *_ in groups.values()) > 2000
+    results = oracle(
+        SCRIPT,
+        settings={name: settings | {"dtype": dtype} for name, (_, settings, dtype, _) in groups.items()},
+        **{
+            name: weights.view(np.uint16) if dtype == "bfloat16" else weights
+            for name, (weights, _, dtype, _) in groups.items()
+        },
+    )
+    failures = []
+    for name, (weights, settings, _, flushed) in groups.items():
+        outputs = {key.removeprefix(f"{name}."): value for key, value in results.items() if key.startswith(f"{name}.")}
+        for i, weight in enumerate(weights):
+            expected = {key: value[i] for key, value in outputs.items()}
+            if different := differences(weight, settings, expected, flushed):
+                failures.append(f"{name}[{i}]: {', '.join(different)}")
+    assert not failures, f"{len(failures)} weights differ:\n" + "\n".join(failures[:40])
