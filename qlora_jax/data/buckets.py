@@ -59,7 +59,7 @@ def _best_edges(counts: Int64[np.ndarray, " units"], most: int) -> list[tuple[in
     # cost[i, j]: rows of used units i..j-1 padded to the last of them.
     cost = np.where(np.triu(np.ones((len(used), len(used)), bool)), used * (below[1:] - below[:-1, None]), np.inf)
     best, choices = cost[0], [np.zeros(len(used), int)]
-    solutions = [(int(used[-1]),)]
+    solutions: list[tuple[int, ...]] = [(int(used[-1]),)]
     for _ in range(min(most, len(used)) - 1):
         # Before the bucket that starts at unit i, the best split of units 0..i-1.
         options = np.concatenate([[np.inf], best[:-1]])[:, None] + cost

@@ -48,7 +48,9 @@ def encode_segments(tokenizer: Tokenizer, row: Sequence[Segment], encoding: toke
     pieces = tokenizer.encode_batch([segment.text for segment in row])
     ids = [token for piece in pieces for token in piece]
     if tokenizer.decode(ids) != decoded:
-        raise ValueError("a token reaches over the start or end of an answer, and this tokenizer can't encode the two apart")
+        raise ValueError(
+            "a token reaches over the start or end of an answer, and the tokenizer can't encode the two apart"
+        )
     mask = np.repeat([segment.supervised for segment in row], [len(piece) for piece in pieces])
     return Encoded(np.array(ids, np.int32), mask, True, lossy)
 

@@ -94,11 +94,11 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
 
 
 def _merges(merges: Sequence[str]) -> list[tuple[str, str]]:
-    pairs = [tuple(merge.split(" ")) for merge in merges]
+    pairs = [merge.split(" ") for merge in merges]
     wrong = [f"{index}: {merges[index]!r}" for index, pair in enumerate(pairs) if len(pair) != 2]
     if wrong:
         raise ValueError(f"GGUF: {len(wrong)} of tokenizer.ggml.merges are not two tokens: {', '.join(wrong[:5])}")
-    return pairs
+    return [(first, second) for first, second in pairs]
 
 
 def _added_tokens(tokens: Sequence[str], token_type: Sequence[int]) -> list[AddedToken]:

@@ -124,9 +124,10 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield error.lineno, _Broken(f"not JSON: {error.msg} at column {error.colno}; the array ends there")
             return
-    rest = text[at + 1 :].strip(_SPACE)
-    if rest:
-        yield line + text.count("\n", counted, at), _Broken(f"more text after the end of the array: {_shorten(rest)}")
+    rest = _skip(text, at + 1)
+    if rest < len(text):
+        found = _shorten(text[rest:])
+        yield line + text.count("\n", counted, rest), _Broken(f"more text after the end of the array: {found}")
 
 
 def _next_element(text: str, at: int) -> int:

@@ -96,7 +96,7 @@ def report_side(
         ignored_columns=tuple(name for name in columns if name not in (*form.required, *form.optional)),
         rows=len(encoded),
         kept=len(rows),
-        percentiles=tuple(int(np.percentile(lengths, p, method="higher")) for p in PERCENTILES),
+        percentiles=tuple(int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES),
         truncated=fitted.truncated,
         overlong=fitted.overlong,
         unsupervised=fitted.unsupervised,

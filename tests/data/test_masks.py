@@ -17,7 +17,19 @@ from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 # SmolLM2's vocabulary lacks the bytes of some control characters, and of planes 4 to 15.
 characters = st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")
 text = st.text(characters, max_size=40) | st.sampled_from(
-    ["    return 5", "\n\nx", "5", " 5", "'s", "é\u0301", "👍🏽", "<|im_end|>", "<|im_start|>assistant\n", "x\t", "\u2028"]
+    [
+        "    return 5",
+        "\n\nx",
+        "5",
+        " 5",
+        "'s",
+        "é\u0301",
+        "👍🏽",
+        "<|im_end|>",
+        "<|im_start|>assistant\n",
+        "x\t",
+        "\u2028",
+    ]
 )
 answers = text.filter(lambda content: content.strip())
 
@@ -174,7 +186,10 @@ def test_tokenizers_that_put_a_space_before_every_text(sentencepiece_like: Token
     [
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", r"puts '\\n' after"),
         ("{% for m in messages %}{{ m.content + '.<|im_end|>' }}{% endfor %}", r"puts '\.<\|im_end\|>' after"),
-        ("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}", "drops or rewrites what the assistant says"),
+        (
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
+            "drops or rewrites what the assistant says",
+        ),
     ],
 )
 def test_templates_without_an_end_of_turn_are_refused(smollm2_source: dict, template: str, told: str):
@@ -201,5 +216,5 @@ def test_templates_without_exact_spans_are_refused(smollm2_source: dict, body: s
 
 def test_pieces_that_do_not_decode_to_the_text_are_refused(sentencepiece_like: Tokenizer):
     row = [Segment("the c", False), Segment("at", True)]
-    with pytest.raises(ValueError, match="can't encode the two apart"):
+    with pytest.raises(ValueError, match="the tokenizer can't encode the two apart"):
         encode_segments(sentencepiece_like, row, sentencepiece_like.encode_spans(["the cat"])[0])

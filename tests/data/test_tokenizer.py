@@ -20,10 +20,10 @@ TRICKY = (
     "\n    5",
     "  12  345",
     "x =  1_000\t\t7\r\n\r\n",
-    "१२३ ٤٥٦ ４５ ½ ²",
+    "१२३ ٤٥٦ \uff14\uff15 ½ ²",
     "Straße, naïve café, ﬁ ligature, e\u0301",
     "Привет, мир! 42 раза",
-    "中文字符，测试123。日本語テスト한국어",
+    "中文字符\uff0c测试123。日本語テスト한국어",
     "שלום עולם العربية ١٢٣ हिन्दी ไทย",
     "👩‍👩‍👧‍👦 🏳️‍🌈 🇩🇪 ok👍🏽5",
     "\x00\x01\x1b[31m\x7f\x85\u200b\ufeff\u2028",
@@ -39,19 +39,39 @@ def _strings(count: int) -> list[str]:
     generator = random.Random(0)
     code = "\n".join(path.read_text() for path in sorted((ROOT / "qlora_jax").rglob("*.py")))
     prose = (ROOT / "examples/titles/heldout.jsonl").read_text(encoding="utf-8")
-    scripts = ["abc XYZ", "0123456789", " \t\n\r", "éüßñ", "Привет", "中文字", "ひらカナ", "한국", "עברית", "عرب١٢", "हिन्दी", "ไทย"]
+    scripts = [
+        "abc XYZ",
+        "0123456789",
+        " \t\n\r",
+        "éüßñ",
+        "Привет",
+        "中文字",
+        "ひらカナ",
+        "한국",
+        "עברית",
+        "عرب١٢",
+        "हिन्दी",
+        "ไทย",
+    ]
     pieces = [*scripts, "👍🏽😀👩‍👧", "\x00\x1b\x7f\u200b", "'sll'RE", "<|im_end|>", "<|im_start|>", "()[]{}:;_-"]
 
     def mixed() -> str:
         chosen = generator.choices(pieces, k=generator.randint(1, 12))
-        return "".join(p if p.startswith("<|") else "".join(generator.choices(p, k=generator.randint(1, 5))) for p in chosen)
+        return "".join(
+            p if p.startswith("<|") else "".join(generator.choices(p, k=generator.randint(1, 5))) for p in chosen
+        )
 
     def cut(text: str) -> str:
         start = generator.randrange(len(text) - 200)
         return text[start : start + generator.randint(1, 200)]
 
     third = count // 3
-    return [*TRICKY, *(mixed() for _ in range(third)), *(cut(code) for _ in range(third)), *(cut(prose) for _ in range(third))]
+    return [
+        *TRICKY,
+        *(mixed() for _ in range(third)),
+        *(cut(code) for _ in range(third)),
+        *(cut(prose) for _ in range(third)),
+    ]
 
 
 def _difference(ours: list[list[int]], theirs: list[list[int]], strings: list[str]) -> list[str]:

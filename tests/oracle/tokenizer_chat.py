@@ -3,8 +3,9 @@
 import json
 
 import numpy as np
-from bridge import inputs, save
 from transformers import PreTrainedTokenizerFast
+
+from bridge import inputs, save
 
 given = inputs()
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=given["tokenizer_json"], **given["special_tokens"])

@@ -1,0 +1,246 @@
+"""load_dataset from settings to batches and report; held-out rows; lengths; the data that ships."""
+
+import dataclasses
+import gzip
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.formats import FORMS
+from qlora_jax.data.holdout import content_hash, hold_out
+from qlora_jax.data.readers import Place, Row, read_rows
+from qlora_jax.data.report_text import facts, marked_example, print_report
+from qlora_jax.data.spans import Segment
+from qlora_jax.data.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(tokenizer: Tokenizer, **settings: Any) -> Dataset:
+    return load_dataset(DataArgs(**settings), tokenizer, seed=0, micro_batch_size=2, accumulation=2)
+
+
+def question(number: int, answer: str = "yes") -> dict[str, Any]:
+    return {"prompt": f"Is {number} odd?", "completion": answer, "id": number}
+
+
+def test_settings_become_batches(tokenizer: Tokenizer, write_rows: Callable):
+    path = write_rows([question(number) for number in range(10)])
+    dataset = load(tokenizer, train=path)
+    assert dataset.steps_per_epoch == 3 and dataset.eval is None and list(dataset.eval_batches(4)) == []
+    batch = next(dataset.train_batches())
+    assert batch.inputs.shape == (2, 2, 64)
+    supervised = batch.targets[0, 0][batch.weights[0, 0] == 1]
+    assert tokenizer.decode(supervised.tolist()) == "yes<|im_end|>"
+    assert dataset.train.where(int(batch.rows[0, 0])) == f"{path}:{batch.rows[0, 0] + 1}"
+
+
+def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows: Callable):
+    path = write_rows([question(number) for number in range(10)])
+    dataset = load(tokenizer, train=path)
+    assert dataset.fingerprint == load(tokenizer, train=path).fingerprint
+    changed = write_rows([question(number, "no" if number == 9 else "yes") for number in range(10)], "changed.jsonl")
+    others = [
+        load(tokenizer, train=changed),
+        dataclasses.replace(dataset, seed=1),
+        dataclasses.replace(dataset, accumulation=4),
+    ]
+    assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 4
+
+
+@given(st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=3), st.integers()), max_size=30))
+def test_rows_of_equal_content_are_on_one_side(pairs: list[tuple[str, int]]):
+    # The last two rows have hashes on either side of 0.5.
+    rows = [
+        Row(Place(n + 1, n), {"text": text, "id": number})
+        for n, (text, number) in enumerate([*pairs, ("a", 0), ("e", 0)])
+    ]
+    train, held = hold_out("x.jsonl", rows, FORMS["text"], 0.5)
+    assert sorted([*train, *held], key=lambda row: row.place) == rows
+    assert not {row.data["text"] for row in train} & {row.data["text"] for row in held}
+    # The side of a row does not depend on the others.
+    again = hold_out("x.jsonl", rows[len(pairs) // 2 :], FORMS["text"], 0.5)
+    assert again[0] == [row for row in train if row in rows[len(pairs) // 2 :]]
+
+
+def test_the_hash_of_a_row_never_changes():
+    """Runs of other versions have to hold out the same rows: SHA-256 of {"text": "a"}, first 8 bytes."""
+    row = Row(Place(1, 0), {"text": "a", "id": 5})
+    assert content_hash(FORMS["text"], row) == 0xFCF7579B2DB13F7E
+    alpaca = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "input": None}]
+    assert len({content_hash(FORMS["alpaca"], Row(Place(1, 0), data)) for data in alpaca}) == 1
+
+
+def test_a_fraction_is_held_out_and_never_trained_on(tokenizer: Tokenizer, write_rows: Callable):
+    path = write_rows([question(number % 300) for number in range(400)])
+    dataset = load(tokenizer, train=path, eval_fraction=0.25)
+    assert dataset.eval is not None and len(dataset.train) + len(dataset.eval) == 400
+    assert 60 < len(dataset.eval) < 140 and dataset.report.shared == 0
+    batches = list(dataset.eval_batches(8))
+    held = {int(number) for batch in batches for number in batch.rows.ravel()} - {-1}
+    assert held == set(dataset.eval.numbers.tolist()) and not held & set(dataset.train.numbers.tolist())
+    assert {number for number in range(300, 400) if number - 300 in held} == {n for n in held if n >= 300}
+
+
+def test_a_named_file_is_held_out_and_rows_in_both_are_told(tokenizer: Tokenizer, write_rows: Callable):
+    train = write_rows([question(number) for number in range(6)])
+    long = {"prompt": "word " * 100, "completion": "yes"}
+    held = write_rows([question(5), {**question(99), "id": 5}, long], "held.jsonl")
+    dataset = load(tokenizer, train=train, eval=held)
+    assert dataset.report.shared == 1
+    assert ("note", "1 held-out rows are also trained on, so their score says little") in facts(dataset.report)
+    assert dataset.buckets == (64,) and dataset.eval_buckets == (64, 192)
+    assert [batch.inputs.shape for batch in dataset.eval_batches(2)] == [(1, 2, 64), (1, 2, 192)]
+
+
+def test_impossible_hold_outs_are_told(tokenizer: Tokenizer, write_rows: Callable):
+    path = write_rows([question(1), question(2)])
+    with pytest.raises(ValueError, match="are both set"):
+        load(tokenizer, train=path, eval=path, eval_fraction=0.1)
+    with pytest.raises(ValueError, match=r"eval_fraction 1e-06 of 2 rows leaves 2 to train on and 0 held out"):
+        load(tokenizer, train=path, eval_fraction=1e-6)
+
+
+def rows_of_lengths(tokenizer: Tokenizer, write_rows: Callable) -> str:
+    """Four rows of 10, 20, 30 and 40 tokens (eos included), the answer one token and eos."""
+    words = [" word" * (n - 2) for n in (10, 20, 30, 40)]
+    return write_rows([{"prompt": text, "completion": " yes"} for text in words])
+
+
+def test_long_rows_are_cut_and_counted(plain_tokenizer: Tokenizer, write_rows: Callable):
+    path = rows_of_lengths(plain_tokenizer, write_rows)
+    report = load(plain_tokenizer, train=path, max_length=29).report.train
+    # Of 30 tokens the eos is cut, the answer stays; of 40 nothing that is supervised is left.
+    assert (report.rows, report.kept, report.truncated, report.overlong, report.unsupervised) == (4, 3, 1, 0, 1)
+    assert report.percentiles == (10, 10, 20, 30, 40, 40) and report.cut == 0
+    assert (report.tokens, report.supervised) == (9 + 19 + 28, 2 + 2 + 1)
+    dropped = load(plain_tokenizer, train=path, max_length=29, overlong="drop").report.train
+    assert (dropped.kept, dropped.truncated, dropped.overlong, dropped.unsupervised) == (2, 0, 2, 0)
+
+
+def test_long_rows_can_be_errors(plain_tokenizer: Tokenizer, write_rows: Callable):
+    path = rows_of_lengths(plain_tokenizer, write_rows)
+    with pytest.raises(
+        ValueError, match=r"2 of 4 rows(.|\n)*:3: 30 tokens, longer than data\.max_length 29(.|\n)*:4: 40"
+    ):
+        load(plain_tokenizer, train=path, max_length=29, overlong="error")
+    assert load(plain_tokenizer, train=path, max_length=40, overlong="error").report.train.kept == 4
+
+
+def test_a_data_set_with_nothing_left_is_an_error(plain_tokenizer: Tokenizer, write_rows: Callable):
+    path = rows_of_lengths(plain_tokenizer, write_rows)
+    with pytest.raises(
+        ValueError, match=r"of 4, 4 were longer than data\.max_length 8 and dropped(.|\n)*Raise data\.max"
+    ):
+        load(plain_tokenizer, train=path, max_length=8, overlong="drop")
+    with pytest.raises(ValueError, match=r"of 4, 0 were longer .* and in 4 no supervised token is left"):
+        load(plain_tokenizer, train=path, max_length=8)
+
+
+def printed(dataset: Dataset, **options: Any) -> str:
+    console = Console(file=io.StringIO(), width=100, **options)
+    print_report(dataset.report, console)
+    return console.file.getvalue()
+
+
+def test_report_of_a_known_data_set(plain_tokenizer: Tokenizer, write_rows: Callable):
+    path = rows_of_lengths(plain_tokenizer, write_rows)
+    assert printed(load(plain_tokenizer, train=path)) == (
+        f"data: train: 4 of 4 rows of {path}, form completion\n"
+        "data: tokens a row: 1% 10, 25% 10, median 20, 75% 30, 95% 40, longest 40\n"
+        "data: supervised: 8.3% of 96 targets (8)\n"
+        "data: too long: none (data.max_length 1,024)\n"
+        "data: buckets: 64 (1 steps)\n"
+        "data: padding: 62.5% of the places in an epoch's batches\n"
+        "data: epoch: 1 steps of 4 rows\n"
+        "data: held out: none\n"
+        f"data: example: {path}:1, the loss sees what is in ⟦ ⟧\n"
+        "  |  word word word word word word word word⟦ yes<|im_end|>⟧\n"
+    )
+
+
+def test_report_on_a_terminal_has_colour_and_marks(tokenizer: Tokenizer, write_rows: Callable):
+    text = printed(load(tokenizer, train=write_rows([question(1)])), force_terminal=True, color_system="standard")
+    assert "\x1b[1;32m⟦yes<|im_end|>⟧\x1b[0m" in text and "╭─ data" in text
+
+
+def test_report_tells_what_a_person_would_not_see(tokenizer: Tokenizer, write_rows: Callable):
+    rows = [
+        {**question(1), "completion": "  indented", "note": "x"},
+        {**question(2), "completion": "\x04 dropped by this tokenizer"},
+        {**question(3), "completion": "a <|im_end|> b"},
+    ]
+    dataset = load(tokenizer, train=write_rows(rows))
+    told = facts(dataset.report)
+    assert "columns not used: id, note" in told[0][1]
+    assert [value.split(" ")[0] for name, value in told if name == "note"] == ["1", "1", "1"]
+    assert (dataset.report.train.cut, dataset.report.train.lossy, dataset.report.train.special_text) == (1, 1, 1)
+
+
+def test_the_example_can_not_drive_the_terminal():
+    text = marked_example([Segment("a\x1b[2Jb\r\x9bc", False), Segment("\x07ok\n\tx", True)], ("[[", "]]")).plain
+    assert text == "a␛[2Jb␍\ufffdc[[␇ok\n\tx]]"
+    long = marked_example([Segment("a" * 5000, False), Segment("b" * 5000, True)]).plain
+    assert len(long) < 1700 and "...(4,400 characters)..." in long
+
+
+def test_marks_are_ascii_where_the_console_is(tokenizer: Tokenizer, write_rows: Callable):
+    dataset = load(tokenizer, train=write_rows([question(1)]))
+    console = Console(file=io.TextIOWrapper(io.BytesIO(), encoding="ascii"), width=100)
+    print_report(dataset.report, console)
+    console.file.flush()
+    assert b"[[yes<|im_end|>]]" in console.file.buffer.getvalue()
+
+
+def test_a_template_of_ones_own(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}")
+    dataset = load(tokenizer, train=write_rows([question(1)]), chat_template=str(tmp_path / "own.jinja"))
+    assert dataset.tokenizer.decode(dataset.train.row(0)[0].tolist()) == (
+        "user:Is 1 odd?<|im_end|>assistant:yes<|im_end|>"
+    )
+
+
+def test_titles_ship_with_a_clean_split(tokenizer: Tokenizer):
+    folder = ROOT / "examples/titles"
+    train, held = read_rows(folder / "train.jsonl.gz"), read_rows(folder / "heldout.jsonl")
+    assert (len(train), len(held)) == (4978, 400)
+    for turn in (0, 1):
+        sides = [{row.data["messages"][turn]["content"] for row in side} for side in (train, held)]
+        assert not sides[0] & sides[1]
+    titles = [row.data["messages"][1]["content"] for row in (*train, *held)]
+    assert all(title.startswith("Title: ") for title in titles) and len(set(titles)) == 5378
+
+
+def test_titles_load(tokenizer: Tokenizer, tmp_path: Path):
+    some = gzip.decompress((ROOT / "examples/titles/train.jsonl.gz").read_bytes()).splitlines(keepends=True)[:300]
+    (tmp_path / "some.jsonl").write_bytes(b"".join(some))
+    dataset = load(tokenizer, train=str(tmp_path / "some.jsonl"), eval=str(ROOT / "examples/titles/heldout.jsonl"))
+    assert (dataset.report.train.cut, dataset.report.train.lossy, dataset.report.train.special_text) == (0, 0, 0)
+    for index, line in enumerate(some[:50]):
+        ids, supervised = dataset.train.row(index)
+        answer = json.loads(line)["messages"][1]["content"]
+        assert tokenizer.decode(ids[supervised].tolist()) == answer + "<|im_end|>"
+    assert np.unique(dataset.train.numbers).size == 300
+
+
+def test_the_shipped_multiple_choice_questions_are_whole():
+    rows = read_rows(ROOT / "examples/multiple_choice/openbookqa_500.jsonl.gz")
+    assert len(rows) == 500
+    assert all(row.data["answer"] in row.data["options"].split("\n") for row in rows)
+
+
+def test_data_needs_no_jax():
+    code = "import sys, qlora_jax.data.dataset, qlora_jax.data.report_text; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

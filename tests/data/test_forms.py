@@ -1,0 +1,195 @@
+"""Forms of rows: how they are recognised, what they become, and what each error says."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_jax.data.encode import Encoded
+from qlora_jax.data.encode_rows import check_rows, encode_rows
+from qlora_jax.data.formats import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, FORMS
+from qlora_jax.data.readers import Place, Row
+from qlora_jax.data.recognise import recognise
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+MESSAGES = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
+ALPACA = {"instruction": "Add", "input": "1 and 2", "output": "3"}
+COMPLETION = {"prompt": "Q:", "completion": " A"}
+TEXT = {"text": "Once upon"}
+
+
+def rows_of(*data: dict[str, Any]) -> list[Row]:
+    return [Row(Place(number + 1, number), columns) for number, columns in enumerate(data)]
+
+
+def encode_one(tokenizer: Tokenizer, row: dict[str, Any]) -> Encoded:
+    rows = rows_of(row)
+    form = recognise("x.jsonl", rows)
+    check_rows("x.jsonl", rows, form)
+    return encode_rows("x.jsonl", rows, form, tokenizer)[0]
+
+
+def parts(tokenizer: Tokenizer, row: Encoded) -> tuple[str, str]:
+    """(text without loss, text with loss)."""
+    return tuple(tokenizer.decode(row.ids[mask].tolist()) for mask in (~row.supervised, row.supervised))
+
+
+@pytest.mark.parametrize(
+    ("rows", "name"),
+    [
+        ([MESSAGES], "messages"),
+        ([ALPACA], "alpaca"),
+        ([{"instruction": "a", "output": "b"}], "alpaca"),
+        ([{**ALPACA, "text": "all of it"}], "alpaca"),
+        ([COMPLETION], "completion"),
+        ([{**MESSAGES, "prompt": "p"}], "messages"),
+        ([{"id": 1, "text": "t"}, {"text": "u", "source": "web"}], "text"),
+    ],
+)
+def test_forms_are_told_by_their_columns(rows: list[dict[str, Any]], name: str):
+    assert recognise("x.jsonl", rows_of(*rows)).name == name
+    assert recognise("x.jsonl", rows_of(*rows), name).name == name
+
+
+def test_a_named_form_wins_over_the_first_that_fits():
+    assert recognise("x.jsonl", rows_of({**ALPACA, "text": "all of it"}), "text").name == "text"
+
+
+@pytest.mark.parametrize(
+    ("columns", "nearest"),
+    [
+        (["question", "answer"], "Nearest: completion: rename 'question' to 'prompt', 'answer' to 'completion'."),
+        (["subject", "input", "output"], "Nearest: completion: rename 'input' to 'prompt', 'output' to 'completion'."),
+        (["Instruction", "Output"], "Nearest: alpaca: rename 'Instruction' to 'instruction', 'Output' to 'output'."),
+        (["instruction", "response"], "Nearest: alpaca: rename 'response' to 'output'."),
+        (["conversations"], "Nearest: messages: rename 'conversations' to 'messages'."),
+        (["instruction", "instances"], "Nearest: alpaca: add 'output'."),
+        (["promt", "completion"], "Nearest: completion: rename 'promt' to 'prompt'."),
+        (["sentence", "label"], "None of the columns looks like one of these."),
+    ],
+)
+def test_unknown_forms_are_told_with_columns_forms_and_the_nearest(columns: list[str], nearest: str):
+    with pytest.raises(ValueError, match=r"x\.jsonl: the rows are in no known form") as error:
+        recognise("x.jsonl", rows_of(dict.fromkeys(columns, "v")))
+    told = str(error.value)
+    assert f"Columns found: {', '.join(map(repr, columns))}." in told and told.endswith(nearest)
+    assert all(form.name in told for form in FORMS.values())
+
+
+def test_a_wrong_name_is_told_with_the_form_that_fits():
+    with pytest.raises(ValueError, match=r"not in the form 'alpaca'(.|\n)*Nearest: completion: fits as it is"):
+        recognise("x.jsonl", rows_of(COMPLETION), "alpaca")
+
+
+def turn(role: str, content: Any) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "told"),
+    [
+        ("alpaca", {"instruction": "a"}, "no column 'output'; found 'instruction'"),
+        ("alpaca", {"instruction": " ", "output": ""}, "instruction is empty; output is empty"),
+        ("alpaca", {**ALPACA, "input": ["x"]}, "input is list, expected text"),
+        ("completion", {"prompt": "", "completion": None}, "completion is NoneType, expected text"),
+        ("text", {"text": "a\ud83d"}, r"text holds half of a surrogate pair \(\\ud83d\)"),
+        ("messages", {"messages": "hello"}, "messages is no list of objects"),
+        ("messages", {"messages": []}, "no message has the role 'assistant'"),
+        ("messages", {"messages": [turn("human", "a"), turn("gpt", "b")]}, r"roles: \['human', 'gpt'\]"),
+        (
+            "messages",
+            {"messages": [{"from": "human", "value": "b"}]},
+            "message 0 needs 'role' and 'content', found 'from'",
+        ),
+        ("messages", {"messages": [turn("assistant", "")]}, r"content of message 0 \(assistant\) is empty"),
+        ("messages", {"messages": [turn("assistant", None)]}, r"message 0 \(assistant\) is NoneType, expected text"),
+    ],
+)
+def test_rows_that_can_not_teach_are_all_told(name: str, row: dict[str, Any], told: str):
+    good = {"messages": MESSAGES, "alpaca": ALPACA, "completion": COMPLETION, "text": TEXT}[name]
+    with pytest.raises(ValueError, match=rf"2 of 3 rows can't be used:\n  x\.jsonl:2: .*{told}") as error:
+        check_rows("x.jsonl", rows_of(good, row, row), FORMS[name])
+    assert "x.jsonl:3: " in str(error.value)
+
+
+def test_questions_and_answers_go_through_the_chat_template(tokenizer: Tokenizer):
+    for row, question, answer in (
+        (MESSAGES, "Q", "A"),
+        (ALPACA, "Add\n\n1 and 2", "3"),
+        ({**ALPACA, "input": ""}, "Add", "3"),
+        ({"instruction": "Add", "output": "3"}, "Add", "3"),
+        (COMPLETION, "Q:", " A"),
+    ):
+        encoded = encode_one(tokenizer, row)
+        assert encoded.ids.tolist() == tokenizer.encode(
+            tokenizer.render([turn("user", question), turn("assistant", answer)])
+        )
+        assert parts(tokenizer, encoded)[1] == answer + "<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt", "answer"),
+    [
+        (ALPACA, ALPACA_WITH_INPUT.format(instruction="Add", input="1 and 2"), "3"),
+        ({**ALPACA, "input": ""}, ALPACA_NO_INPUT.format(instruction="Add"), "3"),
+        ({**ALPACA, "input": None}, ALPACA_NO_INPUT.format(instruction="Add"), "3"),
+        (COMPLETION, "Q:", " A"),
+        (TEXT, "", "Once upon"),
+    ],
+)
+def test_without_a_template_answers_end_with_eos(plain_tokenizer: Tokenizer, row: dict, prompt: str, answer: str):
+    encoded = encode_one(plain_tokenizer, row)
+    expected = plain_tokenizer.encode(prompt) + plain_tokenizer.encode(answer) + [plain_tokenizer.eos_id]
+    assert encoded.ids.tolist() == expected
+    assert parts(plain_tokenizer, encoded) == (prompt, answer + "<|im_end|>")
+
+
+def test_texts_of_the_reference_alpaca_format():
+    assert ALPACA_WITH_INPUT.format(instruction="I", input="C") == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+        "response that appropriately completes the request.\n\n### Instruction:\nI\n\n### Input:\nC\n\n### Response: "
+    )
+    assert ALPACA_NO_INPUT.format(instruction="I") == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+        "\n\n### Instruction:\nI\n\n### Response: "
+    )
+
+
+def test_plain_text_starts_with_bos_only_where_the_tokenizer_asks(smollm2_source: dict):
+    tokenizer = load_tokenizer({**smollm2_source, "bos_token": "<|endoftext|>", "add_bos_token": True})
+    text = encode_one(tokenizer, TEXT)
+    assert text.ids.tolist() == [0, *tokenizer.encode("Once upon"), 2]
+    assert text.supervised.tolist() == [False, *[True] * (len(text.ids) - 1)]
+    # A chat template writes its own.
+    assert 0 not in encode_one(tokenizer, MESSAGES).ids
+
+
+def test_what_a_form_needs_of_the_tokenizer_is_told(smollm2_source: dict, plain_tokenizer: Tokenizer):
+    with pytest.raises(ValueError, match="form 'messages' need a chat template"):
+        encode_one(plain_tokenizer, MESSAGES)
+    nameless = load_tokenizer({"tokenizer_json": smollm2_source["tokenizer_json"]})
+    with pytest.raises(ValueError, match="names no eos_token"):
+        encode_one(nameless, TEXT)
+
+
+def test_rows_that_the_template_refuses_are_all_told(smollm2_source: dict, templates: dict):
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates["mistral"]})
+    with_system = {"messages": [turn("system", "s"), *MESSAGES["messages"]]}
+    rows = rows_of(with_system, MESSAGES, with_system)
+    with pytest.raises(ValueError, match=r"2 of 3 rows(.|\n)*x\.jsonl:1: .*only user and assistant(.|\n)*x\.jsonl:3: "):
+        encode_rows("x.jsonl", rows, FORMS["messages"], tokenizer)
+
+
+def test_real_data_of_other_tools(local_data: Callable, tokenizer: Tokenizer, plain_tokenizer: Tokenizer):
+    from qlora_jax.data.readers import read_rows
+
+    path = str(local_data("alpaca_en_demo.json.gz"))
+    rows = read_rows(path)
+    form = recognise(path, rows)
+    check_rows(path, rows, form)
+    assert (len(rows), form.name) == (999, "alpaca")
+    for chosen in (tokenizer, plain_tokenizer):
+        for row, encoded in zip(rows[:50], encode_rows(path, rows[:50], form, chosen), strict=True):
+            assert parts(chosen, encoded)[1] == row.data["output"] + "<|im_end|>"
+            assert not encoded.lossy and np.all(np.diff(np.flatnonzero(encoded.supervised)) == 1)

@@ -1,0 +1,97 @@
+"""Files as people have them: marks, line ends, names that lie, broken rows; every error names file and line."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.data.readers import Place, Row, read_rows
+
+ROWS = [{"text": "a"}, {"text": "b\u2028c", "more": 1}, {"text": "é"}]
+LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)
+ARRAY = json.dumps(ROWS, ensure_ascii=False, indent=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "lines"),
+    [
+        ("rows.jsonl", LINES + "\n", [1, 2, 3]),
+        ("no_last_newline.jsonl", LINES, [1, 2, 3]),
+        ("mark.jsonl", "\ufeff" + LINES, [1, 2, 3]),
+        ("windows.jsonl", LINES.replace("\n", "\r\n") + "\r\n", [1, 2, 3]),
+        ("blank.jsonl", "\n\n" + LINES.replace("\n", "\n \t\n") + "\n\n", [3, 5, 7]),
+        ("lines_despite_the_name.json", LINES, [1, 2, 3]),
+        ("array.json", ARRAY, [2, 5, 9]),
+        ("array_despite_the_name.jsonl", "\ufeff \n" + ARRAY + "\n", [3, 6, 10]),
+        ("one_line.json", json.dumps(ROWS), [1, 1, 1]),
+    ],
+)
+@pytest.mark.parametrize("zipped", [False, True])
+def test_every_layout_gives_the_same_rows(tmp_path: Path, name: str, content: str, lines: list[int], zipped: bool):
+    raw = content.encode()
+    path = tmp_path / (name + ".gz" if zipped else name)
+    path.write_bytes(gzip.compress(raw) if zipped else raw)
+    assert read_rows(path) == [Row(Place(line, n), row) for n, (line, row) in enumerate(zip(lines, ROWS, strict=True))]
+
+
+def test_a_gzip_file_is_known_by_its_bytes(tmp_path: Path):
+    (tmp_path / "rows.jsonl").write_bytes(gzip.compress(LINES.encode()))
+    assert len(read_rows(tmp_path / "rows.jsonl")) == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"", "holds no rows"),
+        (b"\xef\xbb\xbf\n\n", "holds no rows"),
+        (b"[]", "holds no rows"),
+        (b'{"a": 1}\n{"a": \xff}\n', r":2: byte 15 is not UTF-8"),
+        (
+            b'{"a": 1}\n{"a": }\n\n{"a": 2\n',
+            r"2 of 3 rows(.|\n)*:2: not JSON: Expecting value at column 7(.|\n)*:4 \(row 3\)",
+        ),
+        (
+            b'{"a": 1}\n[1, 2]\n"x"\n',
+            r"2 of 3 rows(.|\n)*:2: expected an object(.|\n)*found \[1, 2\](.|\n)*:3: .*found \"x\"",
+        ),
+        (b'{\n  "a": 1\n}\n', r":1: not JSON"),
+        (b'[{"a": 1},\n 7]', r"1 of 2 rows(.|\n)*:2: expected an object"),
+        (b'[{"a": 1},\n {"a": }]', r":2: not JSON: Expecting value at column 8"),
+        (b'[{"a": 1}\n {"a": 2}]', r":2: not JSON: expected ',' or '\]'"),
+        (b'[{"a": 1},\n]', r":2: not JSON: expected a row after the comma"),
+        (b'[{"a": 1},\n{"a": 2}', r":2 \(row 3\): not JSON: expected ',' or '\]'"),
+        (b'[{"a": 1}]\n\n{"a": 2}', r":3 \(row 2\): more text after the end of the array"),
+    ],
+)
+def test_bad_content_is_told_by_line(tmp_path: Path, content: bytes, told: str):
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    with pytest.raises(ValueError, match=told) as error:
+        read_rows(tmp_path / "bad.jsonl")
+    assert str(tmp_path / "bad.jsonl") in str(error.value)
+
+
+def test_many_problems_are_counted_and_the_first_few_shown(tmp_path: Path):
+    (tmp_path / "bad.jsonl").write_text("x\n" * 20)
+    with pytest.raises(ValueError, match=r"20 of 20 rows") as error:
+        read_rows(tmp_path / "bad.jsonl")
+    assert str(error.value).count("not JSON") == 8 and str(error.value).endswith("... and 12 more")
+
+
+def test_broken_gzip_files_are_told(tmp_path: Path):
+    whole = gzip.compress(LINES.encode())
+    flipped = whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:]
+    for content in (whole[:-12], whole[:15], flipped):
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: the gzip file is truncated or corrupt"):
+            read_rows(tmp_path / "rows.jsonl.gz")
+
+
+def test_missing_files_are_told_with_the_nearest(tmp_path: Path):
+    (tmp_path / "train.jsonl.gz").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"train\.jsonl: no such file; did you mean .*train\.jsonl\.gz\?"):
+        read_rows(tmp_path / "train.jsonl")
+    with pytest.raises(ValueError, match=r"no such file$"):
+        read_rows(tmp_path / "nowhere/train.jsonl")
+    with pytest.raises(ValueError, match="can't be read"):
+        read_rows(tmp_path)
