@@ -40,14 +40,13 @@ def print_report(report: DataReport, console: Console) -> None:
 
 def facts(report: DataReport) -> list[tuple[str, str]]:
     """(name, value) of every line of the report."""
-    lengths = zip(report.buckets, report.steps, strict=True)
+    by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
     return [
         *_side_facts("train", report.train, report.max_length),
-        ("buckets", ", ".join(f"{length} ({steps:,} steps)" for length, steps in lengths)),
+        ("steps an epoch", f"{report.steps_per_epoch:,} of {report.rows_per_step} rows; by padded length {by_length}"),
         ("padding", f"{report.padding_share:.1%} of the places in an epoch's batches"),
-        ("epoch", f"{report.steps_per_epoch:,} steps of {report.rows_per_step} rows"),
         *(_side_facts("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
-        *_warning(report.shared, "held-out rows are also trained on, so their score says little"),
+        *_warning(report.shared, "held-out rows that are also trained on, so that their score says little"),
     ]
 
 
@@ -59,9 +58,9 @@ def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str,
         ("tokens a row", quantiles),
         ("supervised", f"{side.supervised_share:.1%} of {side.tokens:,} targets ({side.supervised:,})"),
         ("too long", _too_long(side, max_length)),
-        *_warning(side.cut, "rows have a token cut where an answer starts or ends, as generation cuts it"),
-        *_warning(side.lossy, "rows hold characters that the tokenizer leaves out or rewrites"),
-        *_warning(side.special_text, "rows spell a special token in their own text; it counts as that token"),
+        *_warning(side.cut, "rows with a token cut where an answer starts or ends, as generation cuts it"),
+        *_warning(side.lossy, "rows with characters that the tokenizer leaves out or rewrites"),
+        *_warning(side.special_text, "rows that spell a special token in their own text; it counts as that token"),
     ]
 
 
@@ -80,7 +79,7 @@ def _too_long(side: SideReport, max_length: int) -> str:
 
 
 def _warning(count: int, what: str) -> list[tuple[str, str]]:
-    return [("note", f"{count:,} {what}")] if count else []
+    return [("note", f"{what}: {count:,}")] if count else []
 
 
 def legend(marks: tuple[str, str]) -> str:
