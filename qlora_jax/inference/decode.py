@@ -1,0 +1,257 @@
+"""Text generation: a prompt goes through the model in chunks, then one token at a time, over a key-value cache.
+
+Shapes are static and come from short tables, so that the number of compilations is small and known. Prompts are padded
+to the right; a row's own length says where it stands, and cache slots behind that are never seen.
+
+Dimension key: B batch, P padded prompt, T positions of a call, S cache slots, D embed, V vocab, M = B T.
+"""
+
+import collections
+import dataclasses
+import functools
+import itertools
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from qlora_jax.inference.sampling import Sampling, choose
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM, KVCache
+from qlora_jax.models.partition import Lora, combine
+from qlora_jax.nn.dots import dot_nt
+
+PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
+BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
+FIRST_SLOTS = 256  # a cache has this many slots, or twice, or four times as many ...
+# For one pair of batch and slots: `extend` for each chunk and for single tokens, and `next_token`.
+COMPILATIONS = len(PREFILL_CHUNKS) + 2
+
+Reason = Literal["stop", "length", "context"]
+Parts = tuple[nnx.GraphDef, Lora, nnx.State]
+
+
+class Step(NamedTuple):
+    """One token of one reply, or its end, or both.
+
+    Fields:
+      row: index of the prompt.
+      token: None where the reply ends with a stop token, which is no part of it.
+      end: "stop": a stop token came; "length": max_new_tokens; "context": the model has no position left.
+    """
+
+    row: int
+    token: int | None
+    end: Reason | None
+
+
+class Reply(NamedTuple):
+    """The ids generated for one prompt, a stop token not included, and why they end there (see Step)."""
+
+    ids: list[int]
+    end: Reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Batch:
+    """Prompts that are decoded together, padded to static shapes; rows after the last prompt are dummies."""
+
+    tokens_BP: np.ndarray
+    lengths_B: np.ndarray
+    keys_B: jax.Array
+    slots: int
+
+
+class _Limits(NamedTuple):
+    """What ends a reply."""
+
+    stop_ids: frozenset[int]
+    max_new_tokens: int
+    max_positions: int
+
+    def step(self, row: int, token: int, prompt: int, generated: int) -> Step:
+        """The step of a token that is the `generated`-th after a prompt of `prompt` tokens."""
+        if token in self.stop_ids:
+            return Step(row, None, "stop")
+        if prompt + generated == self.max_positions:
+            return Step(row, token, "context")
+        return Step(row, token, "length" if generated == self.max_new_tokens else None)
+
+
+@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+def extend(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    tokens_BT: Int[Array, "B T"],
+    start_B: Int[Array, " B"],
+    length_B: Int[Array, " B"],
+    last_BD: Float[Array, "B D"],
+    cache: KVCache,
+) -> tuple[Float[Array, "B D"], KVCache]:
+    """(hidden state of each row's last token, the cache) after tokens at positions start, start + 1, ...
+
+    Args:
+      length_B: tokens of each row in all; where the last of them is not among these, `last_BD` is handed on.
+    """
+    batch, length = tokens_BT.shape
+    hidden_MD, cache = combine(graphdef, lora, base).extend(tokens_BT, start_B, cache)
+    at_B = length_B - 1 - start_B
+    found_BD = hidden_MD.reshape(batch, length, -1)[jnp.arange(batch), jnp.clip(at_B, 0, length - 1)]
+    inside_B = (at_B >= 0) & (at_B < length)
+    return jnp.where(inside_B[:, None], found_BD, last_BD), cache
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"))
+def next_token(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    last_BD: Float[Array, "B D"],
+    keys_B: Key[Array, " B"],
+    index: Int[Array, ""],
+    sampling: Sampling,
+) -> Int[Array, " B"]:
+    """The token that follows each row, chosen from f32 logits; `index` counts the tokens generated before it."""
+    logits_BV = dot_nt(last_BD, combine(graphdef, lora, base).head_VD)
+    return choose(logits_BV, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, index), sampling)
+
+
+def stream(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+) -> Iterator[Step]:
+    """The tokens of a reply to each prompt, as they come; up to 16 prompts of like length are decoded together.
+
+    What a row draws depends on the seed, its prompt and its tokens, not on its neighbours. A prompt that is there
+    several times gets as many different draws, the first of which is what it gets alone.
+
+    Raises:
+      ValueError: a prompt that is empty, or leaves the model no position to answer in: all of them at once.
+    """
+    parts, model = (graphdef, lora, base), combine(graphdef, lora, base)
+    _check(prompts, max_new_tokens, model.config)
+    limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
+    repeats = _repeats(prompts)
+    shortest_first = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
+    for rows in itertools.batched(shortest_first, BATCHES[-1]):
+        batch = _batch([prompts[row] for row in rows], [repeats[row] for row in rows], sampling, max_new_tokens, model)
+        for step in _decode(parts, model, batch, len(rows), sampling, limits):
+            yield step._replace(row=rows[step.row])
+
+
+def generate(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+) -> list[Reply]:
+    """The whole reply to each prompt, in order; see `stream`."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    ends: dict[int, Reason] = {}
+    for row, token, end in stream(
+        graphdef, lora, base, prompts, sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids
+    ):
+        if token is not None:
+            ids[row].append(token)
+        if end is not None:
+            ends[row] = end
+    return [Reply(reply, ends[row]) for row, reply in enumerate(ids)]
+
+
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+    problems = [] if max_new_tokens >= 1 else [f"max_new_tokens={max_new_tokens}: at least 1 is needed"]
+    for row, prompt in enumerate(prompts):
+        if not prompt:
+            problems.append(f"prompt {row}: no tokens; at least one is needed")
+        elif len(prompt) >= config.max_positions:
+            problems.append(
+                f"prompt {row}: {len(prompt)} tokens, and the model has {config.max_positions} positions for prompt "
+                "and reply together; shorten it"
+            )
+    if problems:
+        raise ValueError("\n  ".join(["can't generate:", *problems]))
+
+
+def _repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
+    """How often each prompt stands before itself."""
+    seen: collections.Counter[tuple[int, ...]] = collections.Counter()
+    repeats = []
+    for prompt in map(tuple, prompts):
+        repeats.append(seen[prompt])
+        seen[prompt] += 1
+    return repeats
+
+
+def _round_up(number: int, sizes: Sequence[int]) -> int:
+    return next(size for size in sizes if size >= number)
+
+
+def _slots(needed: int, config: ModelConfig) -> int:
+    slots = FIRST_SLOTS
+    while slots < needed:
+        slots *= 2
+    return min(slots, config.max_positions)
+
+
+def _chunks(length: int) -> list[tuple[int, int]]:
+    """(start, size) of the chunks that a prompt goes through the model in; the last may reach over its end."""
+    largest = PREFILL_CHUNKS[-1]
+    starts = range(0, length, largest)
+    return [(start, _round_up(min(length - start, largest), PREFILL_CHUNKS)) for start in starts]
+
+
+def _batch(
+    prompts: Sequence[Sequence[int]], repeats: Sequence[int], sampling: Sampling, max_new_tokens: int, model: CausalLM
+) -> _Batch:
+    batch, longest = _round_up(len(prompts), BATCHES), max(map(len, prompts))
+    tokens_BP = np.zeros((batch, sum(_chunks(longest)[-1])), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens_BP[row, : len(prompt)] = prompt
+    lengths_B = np.array([*map(len, prompts), *[1] * (batch - len(prompts))], np.int32)
+    key = jax.random.key(sampling.seed)
+    keys_B = jnp.stack([jax.random.fold_in(key, repeat) for repeat in [*repeats, *[0] * (batch - len(prompts))]])
+    slots = _slots(longest + max_new_tokens, model.config)
+    return _Batch(tokens_BP=tokens_BP, lengths_B=lengths_B, keys_B=keys_B, slots=slots)
+
+
+def _prefill(parts: Parts, model: CausalLM, batch: _Batch) -> tuple[jax.Array, KVCache]:
+    size, _ = batch.tokens_BP.shape
+    dtype = model.model.embed_tokens.weight[...].dtype
+    last_BD = jnp.zeros((size, model.config.embed_dim), dtype)
+    cache = KVCache.empty(model.config, size, batch.slots, dtype)
+    for start, length in _chunks(int(batch.lengths_B.max())):
+        tokens_BT, start_B = batch.tokens_BP[:, start : start + length], np.full(size, start, np.int32)
+        last_BD, cache = extend(*parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
+    return last_BD, cache
+
+
+def _decode(
+    parts: Parts, model: CausalLM, batch: _Batch, rows: int, sampling: Sampling, limits: _Limits
+) -> Iterator[Step]:
+    last_BD, cache = _prefill(parts, model, batch)
+    running = set(range(rows))
+    for index in itertools.count():
+        tokens_B = np.asarray(next_token(*parts, last_BD, batch.keys_B, np.int32(index), sampling))
+        steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
+        running -= {step.row for step in steps if step.end is not None}
+        if running:  # rows that have ended stay where the cache has room: nobody reads them
+            start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
+            last_BD, cache = extend(*parts, tokens_B[:, None], start_B, start_B + 1, last_BD, cache)
+        yield from steps  # while the device works on the next token
+        if not running:
+            return

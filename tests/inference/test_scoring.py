@@ -1,0 +1,128 @@
+"""Likelihoods in padded batches equal those of each row alone, summed in float64."""
+
+import numpy as np
+import pytest
+
+from qlora_jax.inference import scoring
+from qlora_jax.inference.choices import Choice, choice_scores
+from qlora_jax.inference.scoring import answer_scores, padded_length, windows
+from tests.inference.tiny import VOCAB, full_logits, tiny_parts
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_parts()
+
+
+def row(rng: np.random.Generator, length: int, share: float = 0.5):
+    scored = rng.random(length) < share
+    scored[-1] = True
+    return rng.integers(0, VOCAB, length).astype(np.int32), scored
+
+
+def expected_scores(parts, ids: np.ndarray, scored: np.ndarray) -> tuple[float, list[bool]]:
+    """(sum of -log p, whether each scored token is the likeliest) by the plain definition, in float64."""
+    logits = np.asarray(full_logits(parts, ids.tolist()), np.float64)
+    places = [at for at in range(1, len(ids)) if scored[at]]
+    nll = sum(np.log(np.exp(logits[at - 1]).sum()) - logits[at - 1, ids[at]] for at in places)
+    return nll, [logits[at - 1].argmax() == ids[at] for at in places]
+
+
+def greedy_row(parts, prompt: np.ndarray, count: int):
+    """A row whose `count` scored tokens are what greedy decoding writes after the prompt."""
+    ids = prompt.tolist()
+    for _ in range(count):
+        ids.append(int(full_logits(parts, ids)[-1].argmax()))
+    return np.array(ids, np.int32), np.arange(len(ids)) >= len(prompt)
+
+
+def changed(ids: np.ndarray, at: int) -> np.ndarray:
+    other = ids.copy()
+    other[at] = (ids[at] + 1) % VOCAB
+    return other
+
+
+def test_rows_of_many_lengths(parts):
+    rng = np.random.default_rng(0)
+    rows = [row(rng, length) for length in (2, 33, 20, 600, 7, 350, 64, 2)]
+    scores = answer_scores(*parts, rows)
+    for index, (ids, scored) in enumerate(rows):
+        nll, hits = expected_scores(parts, ids, scored)
+        assert scores.nll[index] == pytest.approx(nll, rel=1e-5)
+        assert scores.tokens[index] == len(hits)
+        assert (scores.exact[index], scores.begins[index]) == (all(hits), all(hits[:-1]))
+    assert scores.mean_nll == pytest.approx(scores.nll.sum() / scores.tokens.sum())
+
+
+def test_exact_and_begins(parts):
+    prompt = np.random.default_rng(1).integers(0, VOCAB, 9).astype(np.int32)
+    ids, scored = greedy_row(parts, prompt, 4)
+    rows = [(ids, scored), (changed(ids, -1), scored), (changed(ids, -2), scored), (changed(ids, 9), scored)]
+    scores = answer_scores(*parts, rows)
+    assert scores.exact.tolist() == [True, False, False, False]
+    assert scores.begins.tolist() == [True, True, False, False]
+
+
+def test_a_score_does_not_depend_on_its_batch(parts):
+    rng = np.random.default_rng(2)
+    rows = [row(rng, length) for length in (40, 35, 48, 44)]
+    together, done = answer_scores(*parts, rows), []
+    alone = [answer_scores(*parts, [one], done.append).nll[0] for one in rows]
+    np.testing.assert_allclose(together.nll, alone, rtol=1e-6)
+    assert done == [1] * 4
+
+
+def test_one_compilation_for_each_length(parts):
+    rng = np.random.default_rng(3)
+    scoring.score_tokens.clear_cache()
+    for _ in range(2):
+        answer_scores(*parts, [row(rng, length) for length in (20, *rng.integers(65, 129, 100))])
+    assert scoring.score_tokens._cache_size() == len({padded_length(n) for n in range(65, 129)}) == 2
+
+
+def test_padded_lengths():
+    assert [padded_length(n) for n in (1, 32, 33, 48, 49, 65, 97, 512, 513)] == [32, 32, 48, 48, 64, 96, 128, 512, 768]
+
+
+def test_windows_do_not_overlap_and_leave_nothing_out():
+    rows = windows(range(11), 4)
+    assert [ids.tolist() for ids, _ in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert all(scored.all() for _, scored in rows)
+    assert len(windows(range(11), 4, count=2)) == 2
+    assert len(windows(range(9), 4)) == 2  # a ninth id alone has nothing before it
+    with pytest.raises(ValueError, match="at least 2"):
+        windows([3], 4)
+
+
+def test_rows_that_can_not_be_scored_are_told_all_at_once(parts):
+    rows = [(np.zeros(601, np.int32), np.ones(601, bool)), (np.zeros(3, np.int32), np.array([True, False, False]))]
+    with pytest.raises(ValueError, match=r"row 0: 601 tokens(?s:.*)row 1: no token to score"):
+        answer_scores(*parts, rows)
+
+
+def test_choices_by_sum_and_by_mean(parts):
+    rng = np.random.default_rng(6)
+    prompt = rng.integers(0, VOCAB, 6).astype(np.int32)
+    options = [
+        (np.concatenate([prompt, rng.integers(0, VOCAB, n).astype(np.int32)]), np.arange(6 + n) >= 6) for n in (1, 3, 9)
+    ]
+    nll = np.array([expected_scores(parts, *option)[0] for option in options])
+    by_sum, by_mean = int(nll.argmin()), int((nll / (1, 3, 9)).argmin())
+    scores = choice_scores(*parts, [Choice(options=options, answer=answer) for answer in range(3)])
+    assert scores.by_sum.tolist() == [answer == by_sum for answer in range(3)]
+    assert scores.by_mean.tolist() == [answer == by_mean for answer in range(3)]
+    assert by_sum != by_mean and not scores.tied_by_sum.any()
+
+
+def test_a_tie_is_not_right_and_is_told(parts):
+    likely, unlikely = (
+        greedy_row(parts, np.array([5, 6], np.int32), 2),
+        (np.array([5, 6, 7, 8], np.int32), np.arange(4) >= 2),
+    )
+    choices = [
+        Choice(options=[likely, likely, unlikely], answer=0),
+        Choice(options=[likely, unlikely, unlikely], answer=2),
+    ]
+    scores = choice_scores(*parts, choices)
+    assert scores.by_sum.tolist() == [False, False]
+    assert scores.tied_by_sum.tolist() == [True, False]

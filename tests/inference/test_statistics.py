@@ -1,0 +1,46 @@
+"""Intervals and tests against their definitions, and against figures from textbooks."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, wilson_interval
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (130, 400), (1, 2850)])
+def test_wilson_bounds_are_where_the_share_is_just_plausible(successes, trials):
+    for p in wilson_interval(successes, trials):
+        distance = successes / trials - p
+        assert distance**2 == pytest.approx(1.959963984540054**2 * p * (1 - p) / trials, abs=1e-12)
+
+
+def test_wilson_published():
+    # Newcombe (1998), table I: 81 of 263, 15 of 148, 0 of 20, method 3.
+    for (successes, trials), bounds in {
+        (81, 263): (0.2553, 0.3662),
+        (15, 148): (0.0624, 0.1605),
+        (0, 20): (0.0, 0.1611),
+    }.items():
+        assert wilson_interval(successes, trials) == pytest.approx(bounds, abs=5e-5)
+
+
+def test_mcnemar_counts_coin_throws():
+    a = np.array([True] * 7 + [False] * 2 + [True] * 5 + [False] * 4)
+    b = np.array([False] * 7 + [True] * 2 + [True] * 5 + [False] * 4)
+    throws = [sum(throw) for throw in itertools.product([0, 1], repeat=9)]
+    as_far = sum(heads <= 2 or heads >= 7 for heads in throws)
+    assert mcnemar(a, b) == mcnemar(b, a) == as_far / len(throws)
+    assert mcnemar(a, a) == 1.0
+
+
+def test_paired_bootstrap_has_the_width_of_the_normal_approximation():
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(5, 15, 400)
+    a = rng.normal(2.0, 1.0, 400) * tokens
+    difference = rng.normal(0.1, 0.3, 400) * tokens
+    low, high = paired_bootstrap(a, a + difference, tokens)
+    mean = difference.sum() / tokens.sum()
+    error = np.sqrt(((difference - mean * tokens) ** 2).sum()) / tokens.sum()
+    assert low == pytest.approx(mean - 1.96 * error, abs=0.15 * error)
+    assert high == pytest.approx(mean + 1.96 * error, abs=0.15 * error)
