@@ -19,9 +19,11 @@ from flax import nnx
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.entries import ModelSource, TensorEntry
-from qlora_jax.io.inventory import check_inventory, layer_name
+from qlora_jax.io.inventory import check_inventory
+from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import quantize
 
 Progress = Callable[[int, int, str], None]
@@ -40,30 +42,6 @@ class Loaded:
     fingerprint: str
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Slot:
-    """One leaf of the model and the tensors on disk that fill it.
-
-    Attributes:
-      path: of the leaf in the model's state.
-      spec: array or QTensor of ShapeDtypeStructs.
-      names: the layers' tensors in order, or one name.
-      stacked: the leaf has a leading axis of layers.
-    """
-
-    path: tuple[Any, ...]
-    spec: Any
-    names: list[str]
-    stacked: bool
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of each tensor on disk."""
-        if isinstance(self.spec, QTensor):
-            return self.spec.shape
-        return self.spec.shape[1:] if self.stacked else self.spec.shape
-
-
 def load_model(
     source: ModelSource, config: ModelConfig, weights: WeightFormat, progress: Progress | None = None
 ) -> Loaded:
@@ -75,25 +53,17 @@ def load_model(
     Raises:
       ValueError: tensors missing, unexpected or mis-shaped, all at once; or one that is not finite, by name and index.
     """
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, weights)))
-    variables = dict(nnx.to_flat_state(state))
-    slots = [_slot(path, variable.get_value(), config.num_layers) for path, variable in variables.items()]
+    model = nnx.eval_shape(lambda: CausalLM(config, weights))
+    slots = slots_of(model, config.num_layers)
     check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config.tie_embeddings)
     report = _reporter(source, slots, progress)
     digest = _digest_of_settings(config, weights)
-    stacks = iter(_empty([slot.spec for slot in slots if slot.stacked]))
+    stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
     leaves = [
         _filled(next(stacks) if slot.stacked else None, _converted(source, slot, digest, report)) for slot in slots
     ]
-    filled = [(slot.path, variables[slot.path].replace(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
-    return Loaded(model=nnx.merge(graphdef, nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
-
-
-def _slot(path: tuple[Any, ...], spec: Any, layers: int) -> Slot:
-    name = ".".join(map(str, path))
-    stacked = path[:2] == ("model", "layers")
-    names = [layer_name(name, layer) for layer in range(layers)] if stacked else [name]
-    return Slot(path=path, spec=spec, names=names, stacked=stacked)
+    filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
+    return Loaded(model=nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
 
 
 def _reporter(source: ModelSource, slots: list[Slot], progress: Progress | None) -> Callable[[TensorEntry], None]:
@@ -132,12 +102,12 @@ def _converted(
         entry = source.tensors[name]
         array = entry.read()
         _check_finite(source, name, array)
-        if isinstance(slot.spec, QTensor):
-            layer = _quantized(array, slot.spec)
+        if isinstance(slot.leaf, QTensor):
+            layer = _quantized(array, slot.leaf)
             _update(digest, name, jax.tree.leaves(layer))
         else:
             _update(digest, name, [array])
-            layer = _owned(array, slot.spec.dtype)
+            layer = _owned(array, slot.leaf.dtype)
         del array  # before the next one is read
         yield layer
         report(entry)

@@ -1,33 +1,33 @@
 """Shows how far loading is: a bar in a terminal, a line for each quarter elsewhere."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
+from rich import progress as bars
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-Report = Callable[[int, int, str], None]
+from qlora_jax.io.loader import Progress
 
 
 @contextlib.contextmanager
-def loading_progress(console: Console) -> Iterator[Report]:
-    """Yields a `progress` for `load_model`: called with (bytes done, bytes in all, name of the tensor)."""
+def loading(console: Console) -> Iterator[Progress]:
+    """Yields a `progress` for `load_model`; the bar goes when the block ends."""
     if not console.is_terminal:
         yield _quarters(console)
         return
     columns = (
-        TextColumn("loading"),
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[tensor]}"),
+        bars.TextColumn("loading"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[tensor]}"),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("loading", total=None, tensor="")
-        yield lambda done, total, name: progress.update(task, completed=done, total=total, tensor=name)
+    with bars.Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("loading", total=None, tensor="")
+        yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
 
 
-def _quarters(console: Console) -> Report:
+def _quarters(console: Console) -> Progress:
     shown = 0
 
     def report(done: int, total: int, name: str) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import tokenizers
 from safetensors.numpy import save_file
 
 TOKENS = ["<unk>", "<s>", "</s>", *(f"t{index}" for index in range(29))]
@@ -95,6 +96,12 @@ def write_folder(
     for name, text in files.items():
         (folder / name).write_text(text)
     return folder
+
+
+def tokenizer_json() -> str:
+    """tokenizer.json of a vocabulary of whole words, TOKENS."""
+    model = tokenizers.models.WordLevel({token: index for index, token in enumerate(TOKENS)}, unk_token="<unk>")
+    return tokenizers.Tokenizer(model).to_str()
 
 
 GGUF_NAMES = {

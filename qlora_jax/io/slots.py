@@ -1,0 +1,45 @@
+"""Which tensors on disk belong to which leaf of a model: the loader's way in, and the export's way out."""
+
+import dataclasses
+from typing import Any
+
+from flax import nnx
+
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.io.inventory import layer_name
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One leaf of the base and the tensors on disk that fill it.
+
+    Attributes:
+      path: of the leaf in the model's state.
+      leaf: array or QTensor; of ShapeDtypeStructs before it is filled.
+      names: Hugging Face's names of the layers' tensors in order, or one name.
+      stacked: the leaf has a leading axis of layers.
+    """
+
+    path: tuple[Any, ...]
+    leaf: Any
+    names: list[str]
+    stacked: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of each tensor on disk."""
+        if isinstance(self.leaf, QTensor):
+            return self.leaf.shape
+        return self.leaf.shape[1:] if self.stacked else self.leaf.shape
+
+
+def slots_of(model: nnx.Module, layers: int) -> list[Slot]:
+    """The slots of a model without adapters, in the order of its state."""
+    return [_slot(path, variable.get_value(), layers) for path, variable in nnx.to_flat_state(nnx.state(model))]
+
+
+def _slot(path: tuple[Any, ...], leaf: Any, layers: int) -> Slot:
+    name = ".".join(map(str, path))
+    stacked = path[:2] == ("model", "layers")
+    names = [layer_name(name, layer) for layer in range(layers)] if stacked else [name]
+    return Slot(path=path, leaf=leaf, names=names, stacked=stacked)

@@ -1,0 +1,83 @@
+"""The PEFT adapter's tensors and settings; tests/parity/test_peft.py has peft itself load them."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.io.peft import adapter_config, adapter_tensors, target_suffixes, write_adapter
+
+LINEARS = [f"model.layers.self_attn.{name}_proj" for name in "qkvo"] + ["model.layers.mlp.up_proj"]
+
+
+def _lora(ranks: dict[str, int], layers: int = 2) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return {
+        name: {
+            "lora_a": rng.normal(size=(layers, 12, rank)).astype(np.float32),
+            "lora_b": rng.normal(size=(layers, rank, 8)).astype(np.float32),
+        }
+        for name, rank in ranks.items()
+    }
+
+
+def test_tensors_are_transposed_and_named_by_layer() -> None:
+    lora = _lora({LINEARS[0]: 3, LINEARS[4]: 2})
+    tensors = adapter_tensors(lora)
+    assert len(tensors) == 2 * 2 * 2
+    for layer in range(2):
+        a = tensors[f"base_model.model.model.layers.{layer}.self_attn.q_proj.lora_A.weight"]
+        b = tensors[f"base_model.model.model.layers.{layer}.mlp.up_proj.lora_B.weight"]
+        np.testing.assert_array_equal(a, lora[LINEARS[0]]["lora_a"][layer].T, strict=True)
+        np.testing.assert_array_equal(b, lora[LINEARS[4]]["lora_b"][layer].T, strict=True)
+        assert a.flags.c_contiguous and b.flags.c_contiguous
+
+
+def test_config() -> None:
+    args = LoraArgs(rank=3, alpha=16.0, dropout=0.05, rank_pattern={"up_proj": 2}, alpha_pattern={"k_proj": 2.5})
+    config = adapter_config(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), args, LINEARS, "some/base")
+    assert config == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "some/base",
+        "inference_mode": True,
+        "r": 3,
+        "lora_alpha": 16,
+        "lora_dropout": 0.05,
+        "use_rslora": False,
+        "target_modules": ["q_proj", "up_proj"],
+        "rank_pattern": {"up_proj": 2},
+        "alpha_pattern": {"k_proj": 2.5},
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def test_ranks_that_do_not_fit_the_settings() -> None:
+    with pytest.raises(ValueError, match=r"model.layers.mlp.up_proj has rank 2, the settings say 3"):
+        adapter_config(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), LoraArgs(rank=3), LINEARS, "base")
+
+
+def test_suffixes_never_reach_a_module_without_adapter() -> None:
+    linears = ["model.layers.attn.dense", "model.layers.mlp.dense", "model.layers.mlp.up"]
+    assert target_suffixes(linears, linears) == ["dense", "up"]
+    assert target_suffixes([linears[0], linears[2]], linears) == ["attn.dense", "up"]
+
+
+def test_files(tmp_path: Path) -> None:
+    lora = _lora({LINEARS[0]: 3})
+    config = adapter_config(lora, LoraArgs(rank=3), LINEARS, "some/base")
+    write_adapter(tmp_path, adapter_tensors(lora), config)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "README.md",
+    }
+    assert json.loads((tmp_path / "adapter_config.json").read_text()) == config
+    assert load_file(tmp_path / "adapter_model.safetensors").keys() == adapter_tensors(lora).keys()
+    assert "from_pretrained('some/base')" in (tmp_path / "README.md").read_text()

@@ -1,0 +1,24 @@
+"""The progress of loading, without a terminal and in one."""
+
+import io
+
+from rich.console import Console
+
+from qlora_jax.io.progress import loading
+
+
+def _output(terminal: bool) -> str:
+    text = io.StringIO()
+    with loading(Console(file=text, force_terminal=terminal, width=120)) as progress:
+        for done in range(10, 101, 10):
+            progress(done * 1_000_000, 100_000_000, f"tensor{done}")
+    return text.getvalue()
+
+
+def test_four_lines_without_a_terminal() -> None:
+    lines = [f"loading: {percent}% of 100 MB" for percent in (25, 50, 75, 100)]
+    assert _output(terminal=False).splitlines() == lines
+
+
+def test_a_bar_in_a_terminal() -> None:
+    assert "100.0/100.0 MB" in _output(terminal=True)

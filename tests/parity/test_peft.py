@@ -1,0 +1,92 @@
+"""An exported run, loaded by peft over the exported base, computes what our model computes."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
+from qlora_jax.export import main
+from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
+from qlora_jax.io.loader import load_model
+from qlora_jax.io.source import open_model
+from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import combine, partition
+from qlora_jax.models.precision import weight_format
+from qlora_jax.nn.dots import dot_nt
+from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
+
+SCRIPT = Path(__file__).parent.parent / "oracle/peft_logits.py"
+LORAS = {
+    "all": LoraArgs(rank=4, alpha=8.0),
+    "patterns": LoraArgs(
+        rank=4,
+        alpha=8.0,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"down_proj": 2, "self_attn.v_proj": 6},
+        alpha_pattern={r".*\.q_proj": 12.5},
+    ),
+    "rslora": LoraArgs(rank=4, alpha=8.0, use_rslora=True, rank_pattern={"up_proj": 9}),
+}
+
+
+def _write_run(run: Path, model: Path, lora_args: LoraArgs) -> tuple[Any, Any]:
+    """A run with random adapters, as training would have left it; its model and its base model."""
+    config = Config(
+        model=ModelArgs(path=str(model), compute_dtype="float32"),
+        lora=lora_args,
+        data=DataArgs(train="x"),
+        output=str(run),
+    )
+    source = open_model(model)
+    loaded = load_model(source, model_config(source.config), weight_format(config.model))
+    base = loaded.model
+    add_lora(base, lora_args, jax.random.key(0))
+    graphdef, lora, frozen = partition(base)
+    key = jax.random.key(1)
+    lora = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * 0.1, lora)
+    run.mkdir()
+    write_config(config, run / CONFIG_FILE)
+    with Checkpoints(run, keep=1) as checkpoints:
+        checkpoints.save(7, lora, {"count": np.zeros(1)}, {"fingerprint": loaded.fingerprint})
+    without = load_model(source, model_config(source.config), weight_format(config.model)).model
+    return combine(graphdef, lora, frozen), without
+
+
+def _logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    hidden = jax.jit(type(model).hidden)(model, tokens)
+    return np.asarray(dot_nt(hidden, model.head_VD)).reshape(*tokens.shape, -1)
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_peft_over_the_dequantized_base(tmp_path: Path, oracle, name: str) -> None:
+    config = tiny_config(attention_bias=True, tie_word_embeddings=name == "all")
+    model = write_folder(tmp_path / "model", config, random_weights(config), **{"tokenizer.json": tokenizer_json()})
+    adapted, base = _write_run(tmp_path / "run", model, LORAS[name])
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
+    main([str(tmp_path / "run"), "--format", "peft", "--with-base", "--output", str(tmp_path / "out")])
+    found = oracle(SCRIPT, base=str(tmp_path / "out/base"), adapter=str(tmp_path / "out"), tokens=tokens)
+    assert found["dtype"] == "torch.float32"
+    np.testing.assert_allclose(found["base"], _logits(base, tokens), atol=1e-4)
+    np.testing.assert_allclose(found["adapted"], _logits(adapted, tokens), atol=1e-4)
+    assert np.abs(found["adapted"] - found["base"]).max() > 0.1
+
+
+def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
+    config = tiny_config()
+    files = {"tokenizer.json": tokenizer_json()}
+    model = write_folder(tmp_path / "model", config, random_weights(config), **files)
+    run, output = tmp_path / "run", tmp_path / "out"
+    _write_run(run, model, LORAS["all"])
+    with pytest.raises(ValueError, match="a checkpoint of step 3: steps saved are \\[7\\]"):
+        main([str(run), "--step", "3"])
+    write_folder(model, config, random_weights(config, seed=5))
+    with pytest.raises(ValueError, match=r"is not the base that .*run was trained on: its fingerprint is"):
+        main([str(run), "--output", str(output), "--with-base"])
+    assert not output.exists()
+    main([str(run), "--output", str(output)])  # the adapter alone needs no weights
+    with pytest.raises(ValueError, match="is there already and not empty"):
+        main([str(run), "--output", str(output)])
