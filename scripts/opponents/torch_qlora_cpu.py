@@ -1,0 +1,218 @@
+"""The opponent: QLoRA on a CPU with torch, transformers, peft and bitsandbytes, in its best configuration by default.
+
+    .oracle/bin/python scripts/opponents/torch_qlora_cpu.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+
+Loads a GGUF model, quantizes every linear layer but the head to NF4 with double-quantized constants, adds LoRA, trains
+for a few steps and times them. One JSON line comes last. Other rows to compare with: --no-quant (LoRA on an unquantized
+base) and --full (every parameter trained).
+"""
+
+import argparse
+import gzip
+import json
+import os
+import resource
+import statistics
+import time
+
+import bitsandbytes as bnb
+import peft
+import torch
+import transformers
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--gguf", required=True, help="path of the GGUF model file")
+    p.add_argument("--text", help="training text, .txt or .txt.gz (without it: random tokens)")
+    p.add_argument("--no-quant", action="store_true", help="LoRA on an unquantized base")
+    p.add_argument("--full", action="store_true", help="train every parameter; implies --no-quant")
+    p.add_argument("--rank", type=int, default=16)
+    p.add_argument("--alpha", type=float, default=32.0)
+    p.add_argument("--lr", type=float, default=2e-4)
+    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--seq", type=int, default=512)
+    p.add_argument("--steps", type=int, default=12, help="timed steps")
+    p.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
+    p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    p.add_argument(
+        "--dtype",
+        choices=["fp32", "autocast", "mixed", "bf16"],
+        default="mixed",
+        help="fp32: all fp32; autocast: fp32 parameters, bf16 matmuls; mixed: bf16 base, "
+        "fp32 adapters, bf16 matmuls; bf16: everything bf16",
+    )
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
+    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    p.add_argument("--seed", type=int, default=0)
+    return p.parse_args(argv)
+
+
+def param_dtype(dtype: str) -> torch.dtype:
+    return torch.bfloat16 if dtype in ("bf16", "mixed") else torch.float32
+
+
+def adapter_dtype(dtype: str) -> torch.dtype:
+    return torch.bfloat16 if dtype == "bf16" else torch.float32
+
+
+def matmul_dtype(dtype: str) -> torch.dtype:
+    return torch.float32 if dtype == "fp32" else torch.bfloat16
+
+
+def load_gguf(path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
+    """The model, dequantized to `dtype`, and its tokenizer."""
+    folder, file = os.path.split(os.path.abspath(path))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=dtype, attn_implementation=attention
+    )
+    model.config.use_cache = False
+    return model, tokenizer
+
+
+def quantize_nf4(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
+    """Replaces each linear layer but the head by a bitsandbytes NF4 layer, in place.
+
+    transformers refuses a BitsAndBytesConfig together with gguf_file, so this does by hand what
+    `load_in_4bit` would do.
+    """
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, torch.nn.Linear) or name.split(".")[-1] not in LINEAR_LAYERS:
+            continue
+        new = bnb.nn.Linear4bit(
+            layer.in_features,
+            layer.out_features,
+            bias=layer.bias is not None,
+            device="meta",
+            compute_dtype=compute_dtype,
+            quant_type="nf4",
+            compress_statistics=True,
+        )
+        new.weight = bnb.nn.Params4bit(
+            layer.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=True, module=new
+        )
+        new.bias = layer.bias
+        new.to("cpu")  # quantizes
+        assert new.weight.dtype == torch.uint8 and new.weight.quant_state.nested
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, new)
+    model.is_loaded_in_4bit = True  # what peft and transformers look at
+
+
+def build(
+    gguf, dtype="mixed", quant=True, full=False, rank=16, alpha=32.0, checkpointing=False, attention="sdpa", seed=0
+):
+    """A trainable model and its tokenizer."""
+    torch.manual_seed(seed)
+    model, tokenizer = load_gguf(gguf, param_dtype(dtype), attention)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if full:
+        return model.train(), tokenizer
+    if quant:
+        quantize_nf4(model, matmul_dtype(dtype))
+    model.requires_grad_(False)
+    config = peft.LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM"
+    )
+    # Left alone, peft would hold bf16 adapters in fp32 and so run their matmuls in fp32.
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype(dtype))
+    return model.train(), tokenizer
+
+
+def token_batches(text, tokenizer, batch, seq, seed):
+    """Endless batches of `seq`-token windows at random places of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    if text is None:
+        while True:
+            yield torch.randint(3, len(tokenizer), (batch, seq), generator=generator)
+    opener = gzip.open if text.endswith(".gz") else open
+    with opener(text, "rt", encoding="utf-8") as f:
+        ids = torch.tensor(tokenizer(f.read())["input_ids"])
+    while True:
+        starts = torch.randint(0, len(ids) - seq, (batch,), generator=generator)
+        yield torch.stack([ids[s : s + seq] for s in starts])
+
+
+def make_step(model, dtype, lr, compiled=False):
+    """(step function, optimizer): forward, backward, clip, AdamW."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
+    forward = torch.compile(model) if compiled else model
+
+    def step(**inputs):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype in ("autocast", "mixed")):
+            loss = forward(**inputs).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    return step, optimizer
+
+
+def main() -> None:
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    quant = not (args.no_quant or args.full)
+    started = time.perf_counter()
+    model, tokenizer = build(
+        args.gguf, args.dtype, quant, args.full, args.rank, args.alpha, args.checkpointing, args.attention, args.seed
+    )
+    load_s = time.perf_counter() - started
+    load_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    step, _ = make_step(model, args.dtype, args.lr, args.compile)
+
+    batches = token_batches(args.text, tokenizer, args.batch, args.seq, args.seed)
+    losses, seconds = [], []
+    for _ in range(args.warmup + args.steps):
+        ids = next(batches)
+        t = time.perf_counter()
+        losses.append(round(step(input_ids=ids, labels=ids), 4))
+        seconds.append(time.perf_counter() - t)
+    timed = seconds[args.warmup :]
+    median = statistics.median(timed)
+    print(
+        json.dumps(
+            {
+                "mode": "full" if args.full else "qlora" if quant else "lora",
+                **{
+                    k: getattr(args, k)
+                    for k in (
+                        "dtype",
+                        "compile",
+                        "attention",
+                        "checkpointing",
+                        "batch",
+                        "seq",
+                        "rank",
+                        "lr",
+                        "threads",
+                        "seed",
+                    )
+                },
+                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "load_s": round(load_s, 2),
+                "first_step_s": round(seconds[0], 2),
+                "step_s_median": round(median, 4),
+                "step_s_min": round(min(timed), 4),
+                "tokens_per_s": round(args.batch * args.seq / median, 1),
+                "load_rss_mib": round(load_rss),
+                "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
+                "losses": losses,
+                "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, bnb)},
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
