@@ -1,0 +1,120 @@
+"""What a run shows while it goes: a banner, then a live line in a terminal, or plain lines in a file or a pipe."""
+
+import time
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+_WINDOW = 20  # steps that speed and time left are averaged over
+
+
+def banner(title: str, rows: Mapping[str, str], console: Console) -> None:
+    """Prints the title and one aligned `name  value` row each; long values wrap in a terminal and nowhere else."""
+    if not console.is_terminal:
+        width = max(map(len, rows))
+        lines = [title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+        console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(Text(f"  {name}", style="cyan"), Text(value))
+    console.print(Text(title, style="bold"))
+    console.print(table)
+
+
+def duration(seconds: float) -> str:
+    """`75.2` -> `1:15`, `3675` -> `1:01:15`."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class Pace:
+    """Tokens a second and seconds a step over the last steps; a first step compiles and does not count."""
+
+    def __init__(self) -> None:
+        self._steps: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)  # wall clock, tokens, seconds
+        self._last: float | None = None
+
+    def add(self, tokens: int, seconds: float, now: float) -> None:
+        """One step that took `seconds` and ended at `now`; the time since the last one counts for the time left."""
+        if self._last is not None:
+            self._steps.append((now - self._last, tokens, seconds))
+        self._last = now
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None before the second step."""
+        seconds = sum(seconds for _, _, seconds in self._steps)
+        return sum(tokens for _, tokens, _ in self._steps) / seconds if seconds else None
+
+    @property
+    def seconds_per_step(self) -> float | None:
+        """Of the wall clock, evaluations and checkpoints between steps included; None before the second step."""
+        return sum(wall for wall, _, _ in self._steps) / len(self._steps) if self._steps else None
+
+
+def status(record: Mapping[str, Any], pace: Pace, steps_left: int) -> str:
+    """One step's numbers in words: `loss 2.345  812 tok/s  lr 2.0e-04  grad 0.31  1:23 left`."""
+    speed, step_time = pace.tokens_per_second, pace.seconds_per_step
+    parts = [
+        f"loss {record['loss']:.3f}",
+        "" if speed is None else f"{speed:.0f} tok/s",
+        f"lr {record['learning_rate']:.1e}",
+        f"grad {record['grad_norm']:.2f}",
+        "" if step_time is None else f"{duration(steps_left * step_time)} left",
+    ]
+    return "  ".join(filter(None, parts))
+
+
+class Display:
+    """Shows the steps and evaluations of a run; use as a context manager, so that a terminal is left as it was.
+
+    Records are those of metrics.jsonl: `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `seconds` of a step;
+    `step`, `eval_loss` of an evaluation.
+    """
+
+    def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):
+        """`first_step` steps are done; without a terminal, every `log_every`-th step and the last have a line."""
+        self._total, self._log_every, self._console = total_steps, log_every, console
+        self._pace = Pace()
+        self._progress = Progress(
+            TextColumn("step {task.completed}/{task.total}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[status]}", markup=False),
+            console=console,
+            expand=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "", total=total_steps, completed=first_step, status="compiling the first step"
+        )
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Shows one optimizer step."""
+        step = record["step"]
+        self._pace.add(record["tokens"], record["seconds"], time.monotonic())
+        text = status(record, self._pace, self._total - step)
+        self._progress.update(self._task, completed=step, status=text)
+        if not self._console.is_terminal and (step % self._log_every == 0 or step == self._total):
+            self.message(f"step {step}/{self._total}  {text}")
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Shows a held-out loss; it stays in the terminal, above the live line."""
+        self.message(f"step {record['step']}/{self._total}  held-out loss {record['eval_loss']:.3f}")
+
+    def message(self, text: str) -> None:
+        """One line that stays."""
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "Display":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.stop()

@@ -1,0 +1,67 @@
+"""The banner, the plain lines, and the live line as a terminal gets it."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora_jax.training.display import Display, Pace, banner, duration
+
+
+def record(step: int, **changes) -> dict:
+    numbers = {"loss": 2.34567, "learning_rate": 2e-4, "grad_norm": 0.312, "tokens": 512, "seconds": 0.5}
+    return {"step": step, **numbers, **changes}
+
+
+def plain() -> tuple[Console, io.StringIO]:
+    out = io.StringIO()
+    return Console(file=out, width=40), out
+
+
+def test_plain_lines_at_every_nth_step_and_the_last():
+    console, out = plain()
+    with Display(5, 0, 2, console) as display:
+        for step in range(1, 6):
+            display.step(record(step))
+        display.evaluation({"step": 5, "eval_loss": 1.25})
+    lines = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5", "step 5/5"]
+    assert lines[0].startswith("step 2/5  loss 2.346  1024 tok/s  lr 2.0e-04  grad 0.31  0:00 left")
+    assert lines[-1] == "step 5/5  held-out loss 1.250"
+    assert "\x1b" not in out.getvalue()
+
+
+def test_a_terminal_has_one_live_line_and_is_left_as_it_was():
+    out = io.StringIO()
+    console = Console(file=out, width=100, force_terminal=True)
+    with pytest.raises(KeyboardInterrupt), Display(5, 2, 1, console) as display:
+        assert "step 2/5" in out.getvalue()
+        display.step(record(3))
+        display.message("saving [bold]")
+        raise KeyboardInterrupt
+    text = out.getvalue()
+    assert "saving [bold]" in text
+    assert "loss 2.346" in text
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
+
+
+def test_the_banner_neither_wraps_nor_reads_markup_in_a_file():
+    console, out = plain()
+    banner("train", {"model": "x" * 60, "not used": "[q_proj]"}, console)
+    assert out.getvalue().splitlines() == ["train", f"  model     {'x' * 60}", "  not used  [q_proj]"]
+
+
+def test_pace_leaves_out_the_step_that_compiles():
+    pace = Pace()
+    pace.add(tokens=100, seconds=60.0, now=60.0)
+    assert pace.tokens_per_second is None
+    assert pace.seconds_per_step is None
+    pace.add(tokens=100, seconds=1.0, now=63.0)  # two seconds of evaluation in between
+    pace.add(tokens=300, seconds=3.0, now=66.0)
+    assert pace.tokens_per_second == 100.0
+    assert pace.seconds_per_step == 3.0
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75.2, "1:15"), (3675, "1:01:15"), (360000, "100:00:00")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text

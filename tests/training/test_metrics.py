@@ -1,0 +1,69 @@
+"""metrics.jsonl: what is written comes back, also after a kill and a resume."""
+
+import json
+
+import pytest
+
+from qlora_jax.training.metrics import MetricsFile, read_metrics
+
+
+def write_steps(path, steps, first_step):
+    with MetricsFile(path, first_step) as metrics:
+        for step in steps:
+            metrics.write({"step": step, "loss": step / 7})
+
+
+def test_each_record_is_in_the_file_before_write_returns(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0) as metrics:
+        metrics.write({"step": 1, "loss": 0.1})
+        assert read_metrics(path) == [{"step": 1, "loss": 0.1}]
+
+
+def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path):
+    whole, resumed = tmp_path / "whole.jsonl", tmp_path / "resumed.jsonl"
+    write_steps(whole, range(1, 9), 0)
+    write_steps(resumed, range(1, 7), 0)  # killed after step 6, its checkpoint is of step 4
+    write_steps(resumed, range(5, 9), 4)
+    assert resumed.read_bytes() == whole.read_bytes()
+
+
+def test_a_run_from_step_0_starts_the_file_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, range(3), 0)
+    write_steps(path, range(2), 0)
+    assert [record["step"] for record in read_metrics(path)] == [0, 1]
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_half_a_last_line_is_dropped(tmp_path, cut):
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, [1, 2], 0)
+    text = path.read_text()
+    path.write_text(text + '{"step": 3, "loss": 0.5}'[:cut])
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    write_steps(path, [3], 2)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2, 3]
+
+
+def test_anything_else_is_told_with_its_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found 'nonsense"):
+        read_metrics(path)
+
+
+def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, 0) as metrics:
+        metrics.write({"step": 1, "loss": float("nan"), "grad_norm": float("inf")})
+
+    def refuse(word):
+        raise AssertionError(word)
+
+    assert json.loads(path.read_text(), parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None}
+
+
+def test_a_record_needs_its_step(tmp_path):
+    with MetricsFile(tmp_path / "m.jsonl", 0) as metrics, pytest.raises(ValueError, match="needs `step`"):
+        metrics.write({"loss": 1.0})
