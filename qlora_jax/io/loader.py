@@ -26,6 +26,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import quantize
 
+SLICE = 1 << 22  # weights that are looked at in one go
 Progress = Callable[[int, int, str], None]
 
 
@@ -101,11 +102,11 @@ def _converted(
     for name in slot.names:
         entry = source.tensors[name]
         array = entry.read()
-        _check_finite(source, name, array)
         if isinstance(slot.leaf, QTensor):
-            layer = _quantized(array, slot.leaf)
+            layer = _quantized(source, name, array, slot.leaf)
             _update(digest, name, jax.tree.leaves(layer))
         else:
+            _check_finite(source, name, array)
             _update(digest, name, [array])
             layer = _owned(array, slot.leaf.dtype)
         del array  # before the next one is read
@@ -113,14 +114,18 @@ def _converted(
         report(entry)
 
 
-def _quantized(array: np.ndarray, spec: QTensor) -> QTensor:
-    layer = quantize(
-        array,
-        quant_type=spec.quant_type,
-        block_size=spec.block_size,
-        double_quant=spec.double_quant,
-        nested_block_size=spec.nested_block_size,
-    )
+def _quantized(source: ModelSource, name: str, array: np.ndarray, spec: QTensor) -> QTensor:
+    try:
+        layer = quantize(
+            array,
+            quant_type=spec.quant_type,
+            block_size=spec.block_size,
+            double_quant=spec.double_quant,
+            nested_block_size=spec.nested_block_size,
+        )
+    except ValueError:  # the quantizer looks for what is not finite as it goes, but does not know the tensor's name
+        _check_finite(source, name, array)
+        raise
     return dataclasses.replace(layer, dtype=spec.dtype)
 
 
@@ -138,7 +143,8 @@ def _put(stack: Any, layer: Any, index: Any) -> Any:
 
 
 def _check_finite(source: ModelSource, name: str, array: np.ndarray) -> None:
-    if np.isfinite(array.min()) and np.isfinite(array.max()):  # both are NaN where any element is
+    flat = array.reshape(-1)
+    if all(np.isfinite(flat[start : start + SLICE]).all() for start in range(0, flat.size, SLICE)):
         return
     bad = np.argwhere(~np.isfinite(array))
     raise ValueError(

@@ -24,6 +24,7 @@ from tests.io.tiny_models import random_weights, tiny_config, write_folder, writ
 
 CONFIG = tiny_config(attention_bias=True)
 WEIGHTS = random_weights(CONFIG)
+WEIGHTS["model.layers.0.mlp.up_proj.weight"][:2] = [[1e-40], [0.0]]  # a subnormal block, and one of zeros
 FORMAT = WeightFormat(dtype="float32")
 
 
@@ -90,6 +91,17 @@ def test_no_quantization(tmp_path: Path) -> None:
     for name in _linears():
         expected = np.stack([WEIGHTS[layer_name(name, layer)] for layer in range(2)]).astype(ml_dtypes.bfloat16)
         np.testing.assert_array_equal(np.asarray(_leaf(model, name)), expected, strict=True)
+
+
+def test_bf16_files(tmp_path: Path) -> None:
+    halves = {name: weight.astype(ml_dtypes.bfloat16) for name, weight in WEIGHTS.items()}
+    model = _load(write_folder(tmp_path, CONFIG, halves)).model
+    name = "model.layers.mlp.up_proj.weight"
+    found = jax.tree.map(lambda leaf: leaf[0], _leaf(model, name))
+    expected = repack(quantize_numpy(halves[layer_name(name, 0)]), found.layout)
+    _assert_same(found, dataclasses.replace(expected, dtype="float32"))
+    embedding = np.asarray(_leaf(model, "model.embed_tokens.weight"))
+    np.testing.assert_array_equal(embedding, halves["model.embed_tokens.weight"].astype(np.float32), strict=True)
 
 
 def test_leaves_share_no_memory_with_the_file(tmp_path: Path) -> None:
