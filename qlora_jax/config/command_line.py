@@ -100,42 +100,50 @@ def _entry(head: str, text: str, width: int) -> str:
     return "\n".join([start, *(indent + line for line in body[1:])])
 
 
-def _section_title(section: str) -> str:
-    return f"{section}: {typing.get_type_hints(Config)[section].__doc__}" if section else str(Config.__doc__)
+def _section_title(schema: type, section: str) -> str:
+    return f"{section}: {typing.get_type_hints(schema)[section].__doc__}" if section else str(schema.__doc__)
 
 
-def help_text(prog: str, switches: Mapping[str, str]) -> str:
+def help_text(prog: str, switches: Mapping[str, str], schema: type = Config) -> str:
     """Every setting by section: its type, what it does, its default."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
-    lines = [f"usage: {prog} [--config FILE] [--section.key value ...]", ""]
+    key = "section.key" if any("." in key for key, _, _ in walk(schema)) else "key"
+    lines = [f"usage: {prog} [--config FILE] [--{key} value ...]", ""]
     lines.append(_entry("config FILE", "YAML file of the settings below; the command line wins over it", width))
     lines += [_entry(name, text, width) for name, text in switches.items()]
-    for section, settings in itertools.groupby(walk(Config), lambda setting: setting[0].rpartition(".")[0]):
-        lines += ["", *textwrap.wrap(_section_title(section), width)]
+    for section, settings in itertools.groupby(walk(schema), lambda setting: setting[0].rpartition(".")[0]):
+        lines += ["", *textwrap.wrap(_section_title(schema, section), width)]
         for key, field, hint in settings:
             lines.append(_entry(f"{key} {_metavar(hint)}", f"{field.metadata['help']} {_default(field)}", width))
     return "\n".join(lines)
 
 
-def read_command_line(argv: Sequence[str], prog: str, switches: Mapping[str, str]) -> tuple[Config, set[str]]:
-    """(the validated configuration, the switches given), from a YAML file and the settings that override it.
+def read_command_line[T](
+    argv: Sequence[str],
+    prog: str,
+    switches: Mapping[str, str],
+    schema: type[T] = Config,
+    check: Callable[[T], None] = validate,
+) -> tuple[T, set[str]]:
+    """(the validated settings, the switches given), from a YAML file and the settings that override it.
 
-    `switches` maps the name of a flag without a value to its help text. `--help` prints and exits.
+    `switches` maps the name of a flag without a value to its help text; `check` raises ConfigError where settings
+    contradict each other. `--help` prints and exits.
     """
     if {"--help", "-h"} & set(argv):
-        print(help_text(prog, switches))
+        print(help_text(prog, switches, schema))
         sys.exit(0)
     settings, given, problems = _split(argv, switches)
     raw, sources = read_yaml(settings.pop("config")) if "config" in settings else ({}, {})
     if problems:
         raise ConfigError(problems)
-    hints = {key: hint for key, _, hint in walk(Config)}
+    hints = {key: hint for key, _, hint in walk(schema)}
     for key, text in settings.items():
         _merge(raw, key, _from_text(hints.get(key, str), text))
         sources[key] = "command line"
-    config = decode(Config, raw, sources)
-    validate(config)
-    return config, given
+    settings_read = decode(schema, raw, sources)
+    check(settings_read)
+    return settings_read, given
 
 
 def parse(argv: Sequence[str], prog: str) -> Config:

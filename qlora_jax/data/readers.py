@@ -43,7 +43,7 @@ def read_rows(path: str | Path) -> list[Row]:
         them, by line number), or no row at all.
     """
     path = Path(path)
-    text = _decode(path, _bytes(path))
+    text = read_text(path)
     parse = _array if text.lstrip(_SPACE).startswith("[") else _lines
     found = [(Place(line, number), value) for number, (line, value) in enumerate(parse(text))]
     if not found:
@@ -51,6 +51,12 @@ def read_rows(path: str | Path) -> list[Row]:
     problems = [(place, _not_a_row(value)) for place, value in found if not isinstance(value, dict)]
     raise_problems(path, problems, len(found))
     return [Row(place, value) for place, value in found]
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, gzipped or not, without its byte order mark; ValueError where it can't be had."""
+    path = Path(path)
+    return _decode(path, _bytes(path))
 
 
 def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) -> None:
