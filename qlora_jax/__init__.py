@@ -20,7 +20,7 @@ _PUBLIC = {
     "load_tokenizer": "qlora_jax.data.tokenizer",
 }
 
-__all__ = list(_PUBLIC)
+__all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

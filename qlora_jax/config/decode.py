@@ -147,7 +147,7 @@ def find_problems(schema: type, raw: Mapping[str, Any], sources: Sources) -> lis
     return problems
 
 
-def _build(schema: type, raw: Mapping[str, Any]) -> Any:
+def _build(schema: Any, raw: Mapping[str, Any]) -> Any:
     hints, arguments = typing.get_type_hints(schema), {}
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
