@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from qlora_jax.training.step import evaluation_loss, gradients, update
 EVAL_ROWS = 8  # rows of an evaluation batch
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Where a run's numbers go."""
 

@@ -13,18 +13,16 @@ from qlora_jax.training.session import Session
 
 # Settings that may differ when a run goes on: they change nothing that is computed, or what they name is checked by
 # its content (base and data have fingerprints).
-MAY_DIFFER = frozenset(
-    [
-        "model.path",
-        "data.train",
-        "data.eval",
-        "output",
-        "train.eval_every",
-        "train.save_every",
-        "train.keep",
-        "train.log_every",
-    ]
-)
+MAY_DIFFER = {
+    "model.path",
+    "data.train",
+    "data.eval",
+    "output",
+    "train.eval_every",
+    "train.save_every",
+    "train.keep",
+    "train.log_every",
+}
 
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int]) -> dict[str, Any]:

@@ -87,7 +87,7 @@ def update(
     optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
     """(LoRA parameters and optimizer state after one step, the gradients' global norm before clipping)."""
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its f32 state by Python and int32 scalars
         updates, state = optimizer.update(grads, state, lora)
         return optax.apply_updates(lora, updates), state, norm

@@ -1,0 +1,65 @@
+"""A tiny model folder and a data set on disk, and the settings of a run over them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs, TrainArgs
+from tests.io.tiny_models import random_weights, tiny_config, write_folder
+
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s>' + m['role'] + ':' + m['content'] + '</s>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s>assistant:' }}{% endif %}"
+)
+
+
+def byte_tokenizer_json() -> str:
+    """A token a byte, and the special tokens <s> and </s>."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens(["<s>", "</s>"])
+    return backend.to_str()
+
+
+def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of 2 layers that reads bytes."""
+    config = tiny_config(vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257, **changes)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": TEMPLATE}
+    folder = write_folder(folder, config, random_weights(config, seed))
+    (folder / "tokenizer.json").write_text(byte_tokenizer_json())
+    (folder / "tokenizer_config.json").write_text(json.dumps(special))
+    return folder
+
+
+def write_rows(path: Path, count: int = 40) -> Path:
+    """Rows of two lengths that can be learned: the answer repeats the question's word."""
+    words = ["sun", "moon", "a much longer word that fills another bucket of its own, more than sixty-four bytes"]
+    rows = [{"prompt": f"say {words[i % 3]} {i}", "completion": f"{words[i % 2]}"} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def project(folder: Path, layers: int = 2, **changes: Any) -> Config:
+    """The settings of a run of 10 steps; `changes` as section=dict(...)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sections: dict[str, dict[str, Any]] = {
+        "model": dict(path=str(write_model(folder / "model", num_hidden_layers=layers)), compute_dtype="float32"),
+        "lora": dict(rank=4, dropout=0.1),
+        "data": dict(train=str(write_rows(folder / "rows.jsonl")), eval_fraction=0.2, max_length=160, buckets=2),
+        "optim": dict(learning_rate=1e-2, schedule="cosine"),
+        "train": dict(steps=10, micro_batch_size=2, accumulation=2, save_every=3, eval_every=5),
+    }
+    for section, values in changes.items():
+        sections[section] |= values
+    return Config(
+        model=ModelArgs(**sections["model"]),
+        lora=LoraArgs(**sections["lora"]),
+        data=DataArgs(**sections["data"]),
+        optim=OptimArgs(**sections["optim"]),
+        train=TrainArgs(**sections["train"]),
+        output=str(folder / "run"),
+    )

@@ -1,0 +1,206 @@
+"""Whole runs on a tiny model: what trains, what doesn't, and that stopping changes nothing."""
+
+import contextlib
+import dataclasses
+import io
+import warnings
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from rich.console import Console
+
+from qlora_jax.io.checkpoint import Checkpoints, open_run
+from qlora_jax.training import loop
+from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.run import check_folder, train
+from qlora_jax.training.session import open_inputs, prepare
+from qlora_jax.training.step import evaluation_loss, gradients, update
+from tests.e2e.project import project, write_model
+
+TIMING = {"seconds"}
+
+
+def quiet() -> Console:
+    return Console(file=io.StringIO())
+
+
+def session_of(config):
+    return prepare(config, open_inputs(config), lambda *_: None)
+
+
+def run(config, resume=False):
+    return train(config, Path(config.output), resume=resume, console=quiet())
+
+
+def numbers(config):
+    """metrics.jsonl without what a clock says."""
+    records = read_metrics(Path(config.output) / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k not in TIMING} for record in records]
+
+
+def arrays_at(config, step):
+    folder = Path(config.output) / "checkpoints" / str(step)
+    checkpointer = ocp.StandardCheckpointer()
+    return jax.tree.leaves([checkpointer.restore(folder.absolute() / item) for item in ("lora", "optimizer")])
+
+
+def first_batch(session):
+    batch = next(session.dataset.train_batches())
+    return batch, {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of 10 steps, uninterrupted."""
+    config = project(tmp_path_factory.mktemp("finished"))
+    assert run(config)
+    return config
+
+
+def test_the_loss_falls_and_everything_is_written(finished):
+    losses = [record["eval_loss"] for record in numbers(finished) if "eval_loss" in record]
+    assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
+    folder = Path(finished.output)
+    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "config.yaml", "loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["10", "9"]
+    steps = [record for record in numbers(finished) if "loss" in record]
+    assert [record["step"] for record in steps] == list(range(1, 11))
+    assert all(record["learning_rate"] > 0 for record in steps[1:])
+
+
+def test_only_lora_trains_and_no_code_reaches_gradients_or_optimizer(tmp_path):
+    session = session_of(project(tmp_path))
+    before = [np.array(leaf) for leaf in jax.tree.leaves(session.base)]
+    assert any(leaf.dtype == np.uint8 for leaf in before)
+    progress = loop.start(session)
+    batch, arrays = first_batch(session)
+    grads, _ = gradients(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat="none")
+    assert jax.tree.structure(grads) == jax.tree.structure(session.lora)
+    for tree in (grads, progress.optimizer_state):
+        assert not [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.uint8]
+    assert {name.rsplit(".", 1)[1] for name in session.lora} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    run_quietly(session, progress, batch)
+    after = [np.array(leaf) for leaf in jax.tree.leaves(session.base)]
+    for old, new in zip(before, after, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+class Records(list):
+    """A reporter that remembers."""
+
+    def step(self, record):
+        self.append(record)
+
+    evaluation = step
+
+
+def run_quietly(session, progress, batch):
+    return loop.train_step(session, progress, batch, Records())
+
+
+@pytest.mark.parametrize("stop_after", [1, 4, 6])
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, stop_after, monkeypatch):
+    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
+    calls = []
+
+    def stop():
+        calls.append(None)
+        return len(calls) > stop_after
+
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: contextlib.nullcontext(stop))
+        assert not run(config)
+    assert open_run(Path(config.output)).step == stop_after
+    assert run(config, resume=True)
+    assert numbers(config) == numbers(finished)
+    for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
+        np.testing.assert_array_equal(resumed, whole)
+
+
+def test_accumulation_weighs_by_tokens(tmp_path):
+    session = session_of(project(tmp_path, lora=dict(dropout=0.0)))
+    _, arrays = first_batch(session)
+    one = {name: a.reshape(1, -1, a.shape[-1]) for name, a in arrays.items()}
+    split, split_loss = gradients(session.graphdef, session.lora, session.base, arrays, None, remat="none")
+    whole, whole_loss = gradients(session.graphdef, session.lora, session.base, one, None, remat="none")
+    tokens = arrays["weights"].sum(axis=(1, 2))
+    assert tokens[0] != tokens[1]  # else a mean of means would do as well
+    np.testing.assert_allclose(split_loss.nll, whole_loss.nll, rtol=1e-6)
+    for a, b in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9)
+
+
+@pytest.mark.parametrize("remat", ["names", "full"])
+def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat):
+    session = session_of(project(tmp_path, layers=16))  # so many that what is kept of each outweighs the logits
+    _, arrays = first_batch(session)
+    key = session.dropout_key
+    plain, _ = gradients(session.graphdef, session.lora, session.base, arrays, key, remat="none")
+    again, _ = gradients(session.graphdef, session.lora, session.base, arrays, key, remat=remat)
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9)
+
+    def temporaries(policy):
+        args = (session.graphdef, session.lora, session.base, arrays, key)
+        return gradients.lower(*args, remat=policy).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(remat) < 0.7 * temporaries("none")
+
+
+def test_compilations_are_one_a_length_and_one_update(tmp_path):
+    config = project(tmp_path)
+    session = session_of(config)
+    for function in (gradients, update, evaluation_loss):
+        function.clear_cache()
+    with Checkpoints(Path(config.output), config.train.keep) as checkpoints:
+        loop.run_steps(session, loop.start(session), checkpoints, Records(), lambda: False)
+    assert len(session.dataset.buckets) == 2
+    assert gradients._cache_size() == len(session.dataset.buckets)
+    assert update._cache_size() == 1
+    assert evaluation_loss._cache_size() <= len(session.dataset.eval_buckets)
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):
+    session = session_of(project(tmp_path))
+    broken = jax.tree.map(lambda leaf: leaf + jnp.nan, session.lora)
+    progress = dataclasses.replace(loop.start(session), lora=broken)
+    batch, _ = first_batch(session)
+    with pytest.raises(loop.NonFiniteLoss, match=r"step 1: .*rows\.jsonl:\d+"):
+        run_quietly(session, progress, batch)
+
+
+def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
+    folder = Path(finished.output).absolute() / "checkpoints" / "10"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora = ocp.StandardCheckpointer().restore(folder / "lora")
+    assert lora["model.layers.self_attn.q_proj"]["lora_a"].shape == (2, 64, 4)
+    assert open_run(Path(finished.output)).step == 10
+
+
+def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
+    other_model = write_model(tmp_path / "model", seed=1)
+    changed = dataclasses.replace(
+        finished,
+        lora=dataclasses.replace(finished.lora, alpha=8.0),
+        model=dataclasses.replace(finished.model, path=str(other_model)),
+    )
+    with pytest.raises(ValueError) as caught:
+        run(changed, resume=True)
+    assert "lora.alpha: 32.0 then, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
+
+
+def test_an_output_folder_in_use_is_refused(finished, tmp_path):
+    with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
+        check_folder(Path(finished.output), resume=False)
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        check_folder(tmp_path, resume=True)
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="is no run's folder"):
+        check_folder(tmp_path, resume=False)
