@@ -1,12 +1,13 @@
 """The quantizer under jit, and the host function that decides which quantizer a weight needs."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Float32, UInt8
+from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
@@ -70,13 +71,7 @@ def quantize_traceable(weight: Float[Array, "..."], settings: QuantSettings) -> 
     Equal to bitsandbytes for blocks whose absmax is zero or within EXACT_ABSMAX; a partial block of zeros has absmax 0.
     """
     blocks = _blocks(weight, settings.block_size)
-    absmax = _block_absmax(blocks)
-    normalized = blocks * _inverse(absmax)[:, None]
-    if blocks.size != weight.size:  # bitsandbytes divides in a partial block
-        last = blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1.0)
-        normalized = normalized.at[-1].set(last)
-    codes = _nearest_codes(normalized, settings.quant_type)
-    return assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
+    return _quantize_blocks(blocks, _block_absmax(blocks), weight, settings)
 
 
 @functools.partial(jax.jit, static_argnames="settings")
@@ -89,10 +84,19 @@ def _quantize_and_inspect(
     exact = _no_subnormals(blocks, absmax, settings.quant_type)
     if blocks.size != weight.size:  # bitsandbytes gives a partial block of zeros the subnormal constant 1e-38
         exact &= absmax[-1] > 0
-    qt = quantize_traceable(weight, settings)
+    qt = _quantize_blocks(blocks, absmax, weight, settings)
     if settings.double_quant:  # where the constants add up beyond float32, quantize_numpy says so
         exact &= jnp.isfinite(qt.nested_offset)
     return qt, jnp.all(jnp.isfinite(absmax)), exact
+
+
+def _quantize_blocks(blocks: Array, absmax: Array, weight: Array, settings: QuantSettings) -> QTensor:
+    normalized = blocks * _inverse(absmax)[:, None]
+    if blocks.size != weight.size:  # bitsandbytes divides in a partial block
+        last = blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1.0)
+        normalized = normalized.at[-1].set(last)
+    codes = _nearest_codes(normalized, settings.quant_type)
+    return assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
 
 
 def _blocks(weight: Float[Array, "..."], block_size: int) -> Float32[Array, "blocks block_size"]:
@@ -106,8 +110,23 @@ def _magnitude_bits(values: Float32[Array, "..."]) -> Array:
     return lax.bitcast_convert_type(values, jnp.int32) & MAGNITUDE_BITS
 
 
+def _reduce_blocks(
+    bits: Int32[Array, "blocks block_size"], pair: Callable, reduce: Callable
+) -> Float32[Array, " blocks"]:
+    """The largest (or smallest) of each block, as float32; `pair` and `reduce` are jnp.maximum and jnp.max, or min.
+
+    XLA on CPUs makes a slow pass and a copy of the weight of a reduction of integers along the last axis; a tree of
+    pairs, 64 leaves at most, it vectorizes. The barrier keeps it from doing the tree anew for each code.
+    """
+    leaves = bits.reshape(-1, min(bits.shape[-1], 64))
+    while leaves.shape[-1] > 1:
+        leaves = pair(leaves[:, 0::2], leaves[:, 1::2])
+    parts = lax.optimization_barrier(leaves).reshape(bits.shape[0], -1)
+    return lax.bitcast_convert_type(reduce(parts, axis=-1), jnp.float32)
+
+
 def _block_absmax(blocks: Float32[Array, "blocks block_size"]) -> Float32[Array, " blocks"]:
-    return lax.bitcast_convert_type(jnp.max(_magnitude_bits(blocks), axis=-1), jnp.float32)
+    return _reduce_blocks(_magnitude_bits(blocks), jnp.maximum, jnp.max)
 
 
 def _inverse(absmax: Float32[Array, " blocks"]) -> Float32[Array, " blocks"]:
@@ -138,6 +157,6 @@ def _no_subnormals(blocks: Array, absmax: Array, quant_type: str) -> Bool[Array,
 def _no_product_underflows(blocks: Array, absmax: Array) -> Bool[Array, ""]:
     """Whether w / absmax is zero or normal for all w: on a midpoint of zero the sign of the smallest number counts."""
     bits = _magnitude_bits(blocks)
-    smallest = lax.bitcast_convert_type(jnp.min(jnp.where(bits == 0, MAGNITUDE_BITS, bits), axis=-1), jnp.float32)
+    smallest = _reduce_blocks(jnp.where(bits == 0, MAGNITUDE_BITS, bits), jnp.minimum, jnp.min)
     normal = (smallest >= SAFELY_NORMAL) & (smallest * _inverse(absmax) >= SAFELY_NORMAL)
     return jnp.all(normal | (absmax == 0))

@@ -1,0 +1,145 @@
+"""Times quantizing to NF4 with double quantization, and dequantizing, against bitsandbytes on the same CPU.
+
+    python scripts/bench_quantize.py --opponent-python .oracle/bin/python
+
+Both run in turns, in two processes of which one waits; a ratio is of medians. Both are given the same f32 weights in
+their own arrays, and must make the same codes of them.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+SHAPES = ("576x576", "1536x576", "2048x2048", "4096x4096")
+# An idle OpenMP or XLA thread may spin for some milliseconds before it sleeps.
+REST_SECONDS = 0.05
+
+Operations = dict[str, Callable[[], object]]
+
+
+def weight_of(shape: str) -> np.ndarray:
+    rows, columns = map(int, shape.split("x"))
+    return np.random.default_rng(0).standard_normal((rows, columns), np.float32)
+
+
+def seconds(operation: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    operation()
+    return time.perf_counter() - start
+
+
+def digest(codes: np.ndarray) -> str:
+    return hashlib.sha256(codes.tobytes()).hexdigest()
+
+
+def our_operations(shape: str) -> tuple[Operations, str]:
+    import jax
+    import jax.numpy as jnp
+
+    from qlora_jax import quant
+
+    weight = jnp.asarray(weight_of(shape))
+    qt = quant.quantize(weight)
+    operations = {
+        "quantize": lambda: jax.block_until_ready(quant.quantize(weight)),
+        "dequantize": lambda: jax.block_until_ready(quant.dequantize(qt, "bfloat16")),
+    }
+    return operations, digest(np.asarray(qt.codes))
+
+
+def their_operations(shape: str) -> tuple[Operations, str]:
+    import torch
+    from bitsandbytes import functional as bnb
+
+    weight = torch.from_numpy(weight_of(shape))
+    settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}
+    codes, state = bnb.quantize_4bit(weight, **settings)
+    state.dtype = torch.bfloat16
+    operations = {
+        "quantize": lambda: bnb.quantize_4bit(weight, **settings),
+        "dequantize": lambda: bnb.dequantize_4bit(codes, state),
+    }
+    return operations, digest(codes.numpy())
+
+
+def serve() -> None:
+    """The opponent: a line of JSON in, [shape] or [shape, operation]; a line out, the codes' digest or seconds."""
+    operations: dict[str, Operations] = {}
+    for line in sys.stdin:
+        shape, *operation = json.loads(line)
+        if operation:
+            print(seconds(operations[shape][operation[0]]), flush=True)
+        else:
+            operations[shape], codes = their_operations(shape)
+            print(codes, flush=True)
+
+
+class Opponent:
+    """The process that runs `serve` in bitsandbytes' Python."""
+
+    def __init__(self, python: Path) -> None:
+        command = [str(python), __file__, "--serve"]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def ask(self, *question: str) -> str:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(question), file=self.process.stdin, flush=True)
+        if not (answer := self.process.stdout.readline()):
+            raise RuntimeError(f"the opponent stopped with exit status {self.process.wait()}; its error is above")
+        return answer.strip()
+
+
+def compare(shape: str, opponent: Opponent, repeats: int) -> list[dict]:
+    """A row for each operation: medians over interleaved runs."""
+    ours, our_codes = our_operations(shape)
+    if our_codes != opponent.ask(shape):
+        raise RuntimeError(f"{shape}: the two made different codes")
+    rows = []
+    for name, operation in ours.items():
+        times: dict[str, list[float]] = {"ours": [], "bitsandbytes": []}
+        for _ in range(repeats + 1):  # the first run of each warms up
+            times["ours"].append(seconds(operation))
+            time.sleep(REST_SECONDS)
+            times["bitsandbytes"].append(float(opponent.ask(shape, name)))
+            time.sleep(REST_SECONDS)
+        medians = {who: statistics.median(runs[1:]) for who, runs in times.items()}
+        rows.append({"operation": name, "shape": shape, **medians, "ratio": medians["bitsandbytes"] / medians["ours"]})
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    print(f"{'operation':<12}{'shape':<12}{'ours, ms':>10}{'bitsandbytes, ms':>18}{'times faster':>14}")
+    for row in rows:
+        ours, theirs = row["ours"] * 1e3, row["bitsandbytes"] * 1e3
+        print(f"{row['operation']:<12}{row['shape']:<12}{ours:>10.2f}{theirs:>18.2f}{row['ratio']:>14.1f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--opponent-python", type=Path, default=ROOT / ".oracle/bin/python")
+    parser.add_argument("--shapes", nargs="+", default=SHAPES)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve()
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    sys.path.insert(0, str(ROOT))
+    opponent = Opponent(args.opponent_python)
+    rows = [row for shape in args.shapes for row in compare(shape, opponent, args.repeats)]
+    print_table(rows)
+    print(json.dumps({"benchmark": "quantize", "cores": os.cpu_count(), "repeats": args.repeats, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
