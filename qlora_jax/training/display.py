@@ -89,7 +89,6 @@ class Display:
             TextColumn("{task.fields[status]}", markup=False),
             console=console,
             expand=True,
-            disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
             "", total=total_steps, completed=first_step, status="compiling the first step"
@@ -113,8 +112,10 @@ class Display:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> "Display":
-        self._progress.start()
+        if self._console.is_terminal:
+            self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
+        if self._console.is_terminal:
+            self._progress.stop()
