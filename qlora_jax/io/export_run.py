@@ -10,7 +10,7 @@ from qlora_jax.io.dense_folder import write_dense_folder, write_tokenizer
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.peft import adapter_config, adapter_tensors, write_adapter
+from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.progress import loading
 from qlora_jax.io.source import open_model
 from qlora_jax.models.config import ModelConfig
@@ -55,6 +55,6 @@ def _write_base(folder: Path, run: Run, source: ModelSource, features: ModelConf
 
 def _tell(output: Path, run: Run, base: Path, console: Console) -> None:
     lines = [f"adapter of {run.path}, step {run.step}: {output}", f"its base model: {base}"]
-    if base.suffix == ".gguf":
+    if is_gguf(str(base)):
         lines.append("peft loads no GGUF file: export again with --with-base to get a base that it loads")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

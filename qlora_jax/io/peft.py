@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.inventory import layer_name
@@ -78,9 +78,9 @@ def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]
 
 def write_adapter(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
     """The adapter's three files, in a folder that is there."""
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(README.format(**config), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(config), encoding="utf-8")
 
 
 README = """\
@@ -95,10 +95,21 @@ A LoRA adapter (rank {r}, alpha {lora_alpha}) for the base model `{base_model_na
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({base_model_name_or_path!r})
+base = AutoModelForCausalLM.from_pretrained({loadable!r})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
+
+
+def _readme(config: dict[str, Any]) -> str:
+    base = config["base_model_name_or_path"]
+    loadable = "the same model as a Hugging Face folder" if is_gguf(base) else base
+    return README.format(**config, loadable=loadable)
+
+
+def is_gguf(base: str) -> bool:
+    """Whether a base is a file that transformers and peft do not load as it is."""
+    return base.endswith(".gguf")
 
 
 def _check_ranks(lora: Lora, args: LoraArgs) -> None:

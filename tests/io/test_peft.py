@@ -81,3 +81,11 @@ def test_files(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "adapter_config.json").read_text()) == config
     assert load_file(tmp_path / "adapter_model.safetensors").keys() == adapter_tensors(lora).keys()
     assert "from_pretrained('some/base')" in (tmp_path / "README.md").read_text()
+
+
+def test_readme_over_a_gguf_file(tmp_path: Path) -> None:
+    lora = _lora({LINEARS[0]: 3})
+    write_adapter(tmp_path, adapter_tensors(lora), adapter_config(lora, LoraArgs(rank=3), LINEARS, "a/model.gguf"))
+    text = (tmp_path / "README.md").read_text()
+    assert "base model `a/model.gguf`" in text
+    assert "from_pretrained('the same model as a Hugging Face folder')" in text

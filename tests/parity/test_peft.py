@@ -1,5 +1,6 @@
 """An exported run, loaded by peft over the exported base, computes what our model computes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
+from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
@@ -90,3 +92,26 @@ def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
     main([str(run), "--output", str(output)])  # the adapter alone needs no weights
     with pytest.raises(ValueError, match="is there already and not empty"):
         main([str(run), "--output", str(output)])
+
+
+@pytest.mark.slow
+def test_smollm2_with_its_tokenizer(tmp_path: Path, oracle, smollm2_gguf: Path) -> None:
+    """From a GGUF file to a folder that transformers and peft load with nothing else."""
+    adapted, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
+    main([str(tmp_path / "run"), "--with-base", "--output", str(tmp_path / "out")])
+    tokenizer = load_tokenizer(open_model(smollm2_gguf).tokenizer)
+    texts = ["The sea, 12345 times\n    5", "naïve ☃ <|im_end|>", "def f(x):\n\treturn x"]
+    messages = [{"role": "user", "content": "Hello"}]
+    found = oracle(
+        SCRIPT.with_name("peft_tokenizer.py"), folder=str(tmp_path / "out/base"), texts=texts, messages=messages
+    )
+    assert json.loads(str(found["json"])) == {
+        "ids": [tokenizer.encode(text) for text in texts],
+        "chat": tokenizer.render(messages, add_generation_prompt=True),
+        "special": [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id],
+    }
+    tokens = np.array(
+        [tokenizer.encode("The capital of France is the city of Paris, which lies on the Seine.")], np.int32
+    )
+    logits = oracle(SCRIPT, base=str(tmp_path / "out/base"), adapter=str(tmp_path / "out"), tokens=tokens)["adapted"]
+    np.testing.assert_allclose(_logits(adapted, tokens), logits, atol=1e-4 * np.abs(logits).max())
