@@ -18,6 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4  # ggml's own limit
+VALUE_TYPES = {kind.value: kind for kind in GGUFValueType}
+TENSOR_TYPES = {kind.value: kind for kind in GGMLQuantizationType}
 SCALARS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -131,9 +133,9 @@ def _read_key(cursor: _Cursor) -> tuple[str, Any]:
 
 def _value_type(cursor: _Cursor, key: str) -> GGUFValueType:
     position, number = cursor.position, cursor.number("<I", f"the type of {key}")
-    if number not in iter(GGUFValueType):
+    if number not in VALUE_TYPES:
         raise cursor.corrupt(position, f"unknown type {number} of metadata key {key!r}")
-    return GGUFValueType(number)
+    return VALUE_TYPES[number]
 
 
 def _read_value(cursor: _Cursor, kind: GGUFValueType, key: str) -> Any:
@@ -166,9 +168,9 @@ def _read_tensor_row(cursor: _Cursor) -> tuple[str, tuple[int, ...], GGMLQuantiz
         raise cursor.corrupt(position, f"tensor {name!r} has {dims} axes, expected 1 to {MAX_DIMS}")
     shape = tuple(reversed([cursor.number("<Q", f"the shape of {name}") for _ in range(dims)]))
     position, number = cursor.position, cursor.number("<I", f"the type of {name}")
-    if number not in iter(GGMLQuantizationType):
+    if number not in TENSOR_TYPES:
         raise cursor.corrupt(position, f"tensor {name!r} has the unknown type {number}")
-    return name, shape, GGMLQuantizationType(number), cursor.number("<Q", f"the offset of {name}")
+    return name, shape, TENSOR_TYPES[number], cursor.number("<Q", f"the offset of {name}")
 
 
 def _located(cursor: _Cursor, row: tuple[Any, ...], start: int, alignment: int) -> TensorInfo:

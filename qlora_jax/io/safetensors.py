@@ -81,14 +81,13 @@ def _parse_header(path: Path) -> tuple[dict[str, Any], int]:
 
 def _checked_info(path: Path, name: str, info: Any) -> tuple[str, tuple[int, ...], int, int]:
     """(type, shape, begin, end) of one header entry; begin and end count from the end of the header."""
+    corrupt = ValueError(f"{path}: corrupt: the header says {info!r} of tensor {name}")
     try:
         file_type, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-        sound = isinstance(file_type, str)
-        sound &= all(type(number) is int and number >= 0 for number in (*shape, begin, end))
     except (KeyError, TypeError, ValueError):
-        sound = False
-    if not sound:
-        raise ValueError(f"{path}: corrupt: the header says {info!r} of tensor {name}")
+        raise corrupt from None
+    if type(file_type) is not str or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
+        raise corrupt
     if file_type not in DTYPES:
         raise ValueError(
             f"{path}: tensor {name} has type {file_type}; supported: {', '.join(DTYPES)}. "
