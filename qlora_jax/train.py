@@ -1,11 +1,13 @@
 """`python -m qlora_jax.train`: one finetuning run, from a model and rows on disk to checkpoints and a loss plot."""
 
+import sys
 from pathlib import Path
 
 from rich.console import Console
 
 from qlora_jax.config import read_command_line, run_main
 
+STOPPED = 143  # what shells report for SIGTERM; the run was saved and can go on
 PROG = "python -m qlora_jax.train"
 SWITCHES = {"resume": "go on from the newest checkpoint in `output`", "dry_run": "report on the data, then stop"}
 
@@ -16,13 +18,16 @@ def main(argv: list[str]) -> None:
     run = Path(config.output)
     console = Console()
     # After the configuration: jax starts when these are imported, and a typing error should not wait for it.
+    from qlora_jax import runtime
     from qlora_jax.training.run import check_folder, report_data, train
 
+    runtime.start()
     check_folder(run, resume="resume" in given)
     if "dry_run" in given:
         report_data(config, console)
         return
-    train(config, run, resume="resume" in given, console=console)
+    if not train(config, run, resume="resume" in given, console=console):
+        sys.exit(STOPPED)
 
 
 if __name__ == "__main__":

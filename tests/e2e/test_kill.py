@@ -1,0 +1,93 @@
+"""SIGKILL at random moments, saves under way included, then --resume: to the bit as an uninterrupted run."""
+
+import dataclasses
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_jax.config import write_config
+from tests.e2e.project import project
+from tests.e2e.test_training import arrays_at, numbers
+
+KILLS = 22
+STEPS = 160
+
+
+def _start(config_file: Path, cache: Path, *switches: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qlora_jax.train", "--config", str(config_file), *switches]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "QLORA_JAX_CACHE": str(cache)}
+    with (cache.parent / "output.txt").open("w") as output:
+        return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+
+
+def _saved(run: Path) -> bool:
+    folder = run / "checkpoints"
+    return folder.is_dir() and any(entry.name.isdigit() for entry in folder.iterdir())
+
+
+def _saving(run: Path) -> bool:
+    return any("tmp" in entry.name for entry in (run / "checkpoints").iterdir())
+
+
+def _kill(process: subprocess.Popen, run: Path, random_: random.Random, in_a_save: bool) -> bool:
+    """Kills the process once it has written a step of its own, at a random moment or within a save.
+
+    False where it ended by itself.
+    """
+    metrics = run / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while process.poll() is None and (not _saved(run) or metrics.stat().st_mtime_ns == before):
+        time.sleep(0.01)
+    while in_a_save and process.poll() is None and not _saving(run):
+        time.sleep(0.0005)
+    time.sleep(random_.uniform(0.0, 0.01 if in_a_save else 0.3))
+    if process.poll() is not None:
+        return False
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    return True
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path):
+    settings = dict(steps=STEPS, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
+    config = project(tmp_path, train=settings, data=dict(eval_fraction=0.0))
+    whole = dataclasses.replace(config, output=str(tmp_path / "whole"))
+    write_config(config, tmp_path / "killed.yaml")
+    write_config(whole, tmp_path / "whole.yaml")
+    assert _start(tmp_path / "whole.yaml", tmp_path / "cache").wait() == 0, (tmp_path / "output.txt").read_text()
+    run, random_, kills, cut_off_saves = Path(config.output), random.Random(0), 0, 0
+    while True:
+        process = _start(tmp_path / "killed.yaml", tmp_path / "cache", *(["--resume"] if _saved(run) else []))
+        if kills < KILLS and _kill(process, run, random_, in_a_save=kills % 2 == 1):
+            kills += 1
+            cut_off_saves += _saving(run)
+            continue
+        assert process.wait() == 0, (tmp_path / "output.txt").read_text()
+        break
+    assert kills >= 20, kills
+    assert cut_off_saves >= 3, f"only {cut_off_saves} kills met a save under way"
+    assert numbers(config) == numbers(whole)
+    for killed, expected in zip(arrays_at(config, STEPS), arrays_at(whole, STEPS), strict=True):
+        np.testing.assert_array_equal(killed, expected)
+
+
+def test_sigterm_saves_and_leaves_and(tmp_path):
+    config = project(tmp_path, train=dict(steps=400, save_every=0, eval_every=0), data=dict(eval_fraction=0.0))
+    write_config(config, tmp_path / "run.yaml")
+    process = _start(tmp_path / "run.yaml", tmp_path / "cache")
+    metrics = Path(config.output) / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    status, output = process.wait(timeout=60), (tmp_path / "output.txt").read_text()
+    assert status == 143, output
+    assert "SIGTERM: saving after this step" in output and "--resume" in output
+    assert _saved(Path(config.output))
