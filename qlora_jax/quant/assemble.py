@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from pallas_kernels.formats.layouts import LAYOUTS, natural_layout, pack_pairs
+from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.quant.double_quant import mean, quantize_constants
 from qlora_jax.quant.settings import QuantSettings
@@ -12,17 +12,16 @@ Array = Any  # numpy.ndarray or jax.Array
 
 
 def assemble(codes: Array, absmax: Array, settings: QuantSettings, shape: tuple[int, ...], dtype: str) -> QTensor:
-    """The QTensor of one weight from its unpacked codes [blocks, block_size] and its constants [blocks].
+    """The QTensor of one weight from its codes [blocks, block_size/2], two a byte, and its constants [blocks].
 
     The layout is `bnb` for a matrix whose rows are whole blocks, else `flat`; what is left of the last, partial block
     holds the code of zero, as bitsandbytes pads.
     """
     layout = natural_layout(shape, settings.block_size)
     stored = -(-math.prod(shape) // 2)
-    packed = pack_pairs(codes.reshape(-1))[:stored]
     constants_shape = LAYOUTS[layout].constants_shape(shape, settings.block_size)
     return QTensor(
-        codes=packed.reshape(LAYOUTS[layout].codes_shape(shape)),
+        codes=codes.reshape(-1)[:stored].reshape(LAYOUTS[layout].codes_shape(shape)),
         **_constants(absmax, constants_shape, settings),
         quant_type=settings.quant_type,
         block_size=settings.block_size,

@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 
+from pallas_kernels.formats.layouts import pack_nibbles
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
 from qlora_jax.quant.assemble import assemble
@@ -95,7 +96,10 @@ def _quantize_blocks(blocks: Array, absmax: Array, weight: Array, settings: Quan
     if blocks.size != weight.size:  # bitsandbytes divides in a partial block
         last = blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1.0)
         normalized = normalized.at[-1].set(last)
-    codes = _nearest_codes(normalized, settings.quant_type)
+    # XLA on CPUs vectorizes this where neighbours part before they are quantized, and the loop runs over whole blocks:
+    # the barrier keeps the final shape, whose rows may cut blocks, out of it.
+    first, second = (_nearest_codes(normalized[:, start::2], settings.quant_type) for start in (0, 1))
+    codes = lax.optimization_barrier(pack_nibbles(first, second))
     return assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
 
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from pallas_kernels.formats.layouts import pack_pairs
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
 from qlora_jax.quant.assemble import assemble
@@ -32,7 +33,7 @@ def quantize_numpy(
     check_finite(weight)
     blocks, partial = _blocks(weight.astype(np.float32), block_size)
     absmax, normalized = _normalize(blocks, partial)
-    codes = CODE_BY_RANK[quant_type][_rank(normalized, MIDPOINTS[quant_type])]
+    codes = pack_pairs(CODE_BY_RANK[quant_type][_rank(normalized, MIDPOINTS[quant_type])])
     with np.errstate(over="ignore", invalid="ignore"):
         qt = assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
     if double_quant and not np.isfinite(qt.nested_offset):
