@@ -1,9 +1,8 @@
 """What transformers' logits processors leave of random logits, temperature first, then top-k, then top-p."""
 
 import torch
-from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
 from bridge import inputs, save
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 given = inputs()
 logits = torch.from_numpy(given["logits"])

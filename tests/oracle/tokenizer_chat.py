@@ -3,9 +3,8 @@
 import json
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
-
 from bridge import inputs, save
+from transformers import PreTrainedTokenizerFast
 
 given = inputs()
 tokenizer = PreTrainedTokenizerFast(tokenizer_file=given["tokenizer_json"], **given["special_tokens"])

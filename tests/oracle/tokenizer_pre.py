@@ -4,11 +4,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from bridge import inputs, save
 from tokenizers import Regex, pre_tokenizers
 from transformers import GPT2Tokenizer, Qwen2Tokenizer
 from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
-
-from bridge import inputs, save
 
 given = inputs()
 model = json.loads(Path(given["tokenizer_json"]).read_text(encoding="utf-8"))["model"]
