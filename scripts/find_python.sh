@@ -1,32 +1,30 @@
 #!/usr/bin/env bash
-# Prints the path of a Python that really runs and whose version is in a range, or fails.
+# Prints the path of a Python that really runs, whose version is in a range, and that has the modules named, or fails.
 #
-#     bash scripts/find_python.sh 3.12 3.14
+#     bash scripts/find_python.sh 3.12 3.14 ensurepip
 #
 # A name on PATH is no proof: version managers put shims there that fail when they are called.
 set -euo pipefail
-lowest=$1 highest=$2
 
 candidates() {
-    local minor
-    for minor in 13 12 14 11; do echo "python3.$minor"; done
-    echo python3
-    echo python
+    # Every match on PATH, not only the first: the real one may stand behind a shim.
+    for name in python3.13 python3.12 python3.14 python3.11 python3 python; do type -aP "$name" || true; done
     # Version managers keep interpreters that are not on PATH.
-    printf '%s\n' "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.*/bin/python3
+    printf '%s\n' "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python3
 }
 
 check='
 import sys
-low, high = (tuple(map(int, text.split("."))) for text in sys.argv[1:])
+low, high = (tuple(map(int, text.split("."))) for text in sys.argv[1:3])
 if not low <= sys.version_info[:2] <= high:
     sys.exit(1)
-import ssl, venv  # an interpreter without them can install nothing
+for module in ["ssl", *sys.argv[3:]]:
+    __import__(module)
 print(sys.executable)
 '
 
 while read -r candidate; do
-    if found=$("$candidate" -c "$check" "$lowest" "$highest" 2>/dev/null </dev/null); then
+    if found=$("$candidate" -c "$check" "$@" 2>/dev/null </dev/null); then
         echo "$found"
         exit 0
     fi

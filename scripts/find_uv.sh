@@ -9,14 +9,12 @@ fi
 uv=$PWD/.cache/uv/bin/uv
 if ! "$uv" --version >/dev/null 2>&1; then
     echo "setup: uv is not on PATH; installing it into .cache/uv" >&2
-    python=$(bash scripts/find_python.sh 3.8 3.99) || {
-        echo "setup: found no Python that runs, and no uv; install one of the two" >&2
+    # venv's pip comes from ensurepip, which Debian and Ubuntu keep in a package of its own.
+    python=$(bash scripts/find_python.sh 3.8 3.99 ensurepip) || {
+        echo "setup: found neither uv nor a Python that can install it; install uv (or, on Debian, python3-venv)" >&2
         exit 1
     }
-    "$python" -m venv --clear .cache/uv >&2 || {
-        echo "setup: $python can't make environments (on Debian and Ubuntu: apt install python3-venv), or install uv yourself" >&2
-        exit 1
-    }
+    "$python" -m venv --clear .cache/uv >&2
     .cache/uv/bin/python -m pip install --quiet --disable-pip-version-check uv >&2
 fi
 echo "$uv"

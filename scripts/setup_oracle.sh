@@ -12,7 +12,7 @@ if cmp --silent "$requirements" .oracle/requirements.txt; then
     echo "oracle: ready"
     exit 0
 fi
-python=$(bash scripts/find_python.sh 3.11 3.11) || {
+python=$(bash scripts/find_python.sh 3.11 3.11 ensurepip) || {
     echo "oracle: skipped, for there is no Python 3.11 here; tests that compare with torch, peft and bitsandbytes will skip"
     exit 0
 }
