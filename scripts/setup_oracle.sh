@@ -8,7 +8,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=scripts/opponents/requirements.txt
 
-if cmp --silent "$requirements" .oracle/requirements.txt; then
+if cmp -s "$requirements" .oracle/requirements.txt; then
     echo "oracle: ready"
     exit 0
 fi

@@ -7,13 +7,17 @@ for a few steps and times them. One JSON line comes last. Other rows to compare 
 base) and --full (every parameter trained).
 """
 
+import time
+
+STARTED = time.perf_counter()  # before the imports below, which are part of the time to the first step
+
 import argparse
 import gzip
 import json
 import os
 import resource
 import statistics
-import time
+import sys
 
 import bitsandbytes as bnb
 import peft
@@ -48,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--in-turns", action="store_true", help="a step, and a JSON line, for each line of standard input")
     return p.parse_args(argv)
 
 
@@ -159,6 +164,21 @@ def make_step(model, dtype, lr, compiled=False):
     return step, optimizer
 
 
+def steps_in_turns(step, batches) -> None:
+    """A training step for each line of standard input; scripts/bench_train.py lets two programs alternate so."""
+    for _ in sys.stdin:
+        ids = next(batches)
+        began = time.perf_counter()
+        loss = step(input_ids=ids, labels=ids)
+        record = {
+            "seconds": time.perf_counter() - began,
+            "loss": loss,
+            "since_start_s": time.perf_counter() - STARTED,
+            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        }
+        print(json.dumps(record), flush=True)
+
+
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
@@ -172,6 +192,9 @@ def main() -> None:
     step, _ = make_step(model, args.dtype, args.lr, args.compile)
 
     batches = token_batches(args.text, tokenizer, args.batch, args.seq, args.seed)
+    if args.in_turns:
+        steps_in_turns(step, batches)
+        return
     losses, seconds = [], []
     for _ in range(args.warmup + args.steps):
         ids = next(batches)
