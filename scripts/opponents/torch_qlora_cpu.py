@@ -7,10 +7,6 @@ for a few steps and times them. One JSON line comes last. Other rows to compare 
 base) and --full (every parameter trained).
 """
 
-import time
-
-STARTED = time.perf_counter()  # before the imports below, which are part of the time to the first step
-
 import argparse
 import gzip
 import json
@@ -18,6 +14,7 @@ import os
 import resource
 import statistics
 import sys
+import time
 
 import bitsandbytes as bnb
 import peft
@@ -173,7 +170,6 @@ def steps_in_turns(step, batches) -> None:
         record = {
             "seconds": time.perf_counter() - began,
             "loss": loss,
-            "since_start_s": time.perf_counter() - STARTED,
             "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
         }
         print(json.dumps(record), flush=True)

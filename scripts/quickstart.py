@@ -1,0 +1,110 @@
+"""The quickstart: one finetuning run on data that ships with the project, scored on held-out rows before and after.
+
+python scripts/quickstart.py [--section.key value ...]
+"""
+
+import sys
+import time
+from pathlib import Path
+
+from fetch_smollm2 import fetch_smollm2
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_jax import runtime
+from qlora_jax.config import Config, parse, run_main
+from qlora_jax.data.readers import read_rows
+from qlora_jax.inference.decode import Parts, generate
+from qlora_jax.inference.prompts import prompter, stop_ids
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.tables import Scored, show
+from qlora_jax.inference.task_files import rows_task
+from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
+from qlora_jax.models.partition import partition
+from qlora_jax.training.run import check_folder, train
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLES = (3, 5, 8, 13)  # held-out rows whose answers are shown; chosen before any was looked at
+LABELS = {"quantized": "before (NF4 base)", "checkpoint": "after (with the adapter)"}
+
+
+def main(argv: list[str]) -> None:
+    """Model, training, scores, samples; raises ValueError or OSError for bad input."""
+    runtime.start()
+    began, console = time.perf_counter(), Console()
+    console.print("[bold]1. The model:[/] SmolLM2-135M-Instruct, 94 MiB, fetched once")
+    model = fetch_smollm2()
+    config = _config(argv, model)
+    run = Path(config.output)
+    check_folder(run, resume=False)
+    console.print(f"[bold]2. Training[/] on {config.data.train}; any time: Ctrl-C saves and leaves")
+    if not train(config, run, resume=False, console=console):
+        sys.exit(143)
+    console.print(f"[bold]3. Held-out rows[/] of {config.data.eval}, never trained on: scored before and after")
+    opened = open_base_or_run(None, config.output)
+    base = load_base(opened, opened.args)
+    parts = {"quantized": partition(base)}
+    parts["checkpoint"] = adapted(base, opened.run)
+    _scores(config, opened, parts, console)
+    console.print("[bold]4. Answers[/] to held-out passages")
+    _samples(config, opened, parts, console)
+    _next_steps(config, time.perf_counter() - began, console)
+
+
+def _config(argv: list[str], model: Path) -> Config:
+    defaults = ["--config", str(ROOT / "configs/smollm2_titles.yaml"), "--model.path", str(model)]
+    given = {word.partition("=")[0] for word in argv}
+    if "--output" not in given:
+        defaults += ["--output", "runs/quickstart"]
+    return parse([*defaults, *argv], "scripts/quickstart.py")
+
+
+def _scores(config: Config, opened: Opened, parts: dict[str, Parts], console: Console) -> None:
+    task = rows_task(config.data.eval, opened.tokenizer, max_rows=None, max_positions=opened.features.max_positions)
+    scores = {}
+    for column, model in parts.items():
+        with console.status(f"scoring {LABELS[column]}"):
+            scores[column] = task.score(model, lambda done: None)
+    show(Scored(task, scores), LABELS, console)
+
+
+def _samples(config: Config, opened: Opened, parts: dict[str, Parts], console: Console) -> None:
+    rows = read_rows(config.data.eval)
+    chosen = [rows[index].data["messages"] for index in SAMPLES]
+    ask = prompter(opened.tokenizer, raw=False, system=None)
+    prompts = [ask.question(messages[0]["content"]) for messages in chosen]
+    stops = stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=True)
+    answers = {
+        column: [
+            opened.tokenizer.decode(reply.ids)
+            for reply in generate(*model, prompts, sampling=Sampling(), max_new_tokens=40, stop_ids=stops)
+        ]
+        for column, model in parts.items()
+    }
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("passage", "wanted", "before", "after"):
+        table.add_column(heading, overflow="fold")
+    for place, messages in enumerate(chosen):
+        passage = messages[0]["content"].partition("\n\n")[0]
+        cells = [f"{passage[:120]} ...", messages[-1]["content"], *(answers[column][place] for column in answers)]
+        table.add_row(*map(Text, cells))
+    console.print(table)
+
+
+def _next_steps(config: Config, seconds: float, console: Console) -> None:
+    run = config.output
+    lines = [
+        f"All of it took {seconds / 60:.1f} minutes. The loss plot: {run}/loss.png",
+        "Three things to try next:",
+        f"  python -m qlora_jax.generate --run {run}",
+        "  python -m qlora_jax.train --config configs/smollm2_titles.yaml --model.path "
+        f"{config.model.path} --data.train YOUR.jsonl --data.eval null --data.eval_fraction 0.1 --output runs/mine",
+        f"  python -m qlora_jax.export {run} --format peft",
+    ]
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    run_main(main)
