@@ -3,8 +3,8 @@
     python scripts/bench_train.py [--batch 1 4] [--steps 8] [--opponent-args="--no-compile"]
 
 Both load SmolLM2-135M-Instruct, hold it in NF4 with double quantization, and train LoRA of rank 16 on all linear layers
-on rows of 512 tokens. The two processes stay alive and take turns step by step, so that a machine whose speed drifts slows
-both; the ratio is the median of the ratios of neighbouring steps. The opponent runs in the oracle environment
+on rows of 512 tokens. The two processes stay alive and take turns step by step, so that a machine whose speed drifts
+slows both; the ratio is the median of the ratios of neighbouring steps. The opponent runs in the oracle environment
 (scripts/setup_oracle.sh). A table for people, then one JSON line.
 """
 

@@ -16,10 +16,10 @@ ALL_LINEAR = "all-linear"
 
 def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
     """(name with the layer's index left out, projection) of each adaptable projection."""
-    for group in (model.model.layers.self_attn, model.model.layers.mlp):
-        for layer in vars(group).values():
-            if isinstance(layer, QLinear):
-                yield layer.name, layer
+    for name in model.config.linear_shapes():
+        group, projection = name.split(".")
+        linear: QLinear = getattr(getattr(model.model.layers, group), projection)
+        yield linear.name, linear
 
 
 def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:

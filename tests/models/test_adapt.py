@@ -1,0 +1,99 @@
+"""Which projections get an adapter, of which rank and scaling; patterns that cannot be honoured are refused by name."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.models.adapt import add_lora, linears
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import combine, partition
+from tests.io.tiny_models import tiny_config
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+def adapted(**settings):
+    """{projection's last name: its adapter} of a tiny model."""
+    config = model_config(tiny_config(num_hidden_layers=3))
+    model = nnx.eval_shape(lambda: CausalLM(config, WeightFormat()))
+    add_lora(model, LoraArgs(**settings), jax.random.key(0))
+    return {name.rsplit(".")[-1]: linear.adapter for name, linear in linears(model) if linear.adapter}
+
+
+@pytest.mark.parametrize(
+    ("target_modules", "expected"),
+    [
+        ("all-linear", ATTENTION + MLP),
+        (["q_proj", "v_proj"], ["q_proj", "v_proj"]),
+        (["self_attn.q_proj"], ["q_proj"]),
+        (r"model\.layers\.\d+\.mlp\..*", MLP),
+        (r".*\.(q|k)_proj", ["q_proj", "k_proj"]),
+    ],
+)
+def test_targets(target_modules, expected):
+    assert list(adapted(target_modules=target_modules)) == expected
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        (dict(target_modules=["w_pack"]), "'w_pack' matches none of the linear layers: model.layers.self_attn.q_proj"),
+        (dict(target_modules=["q_proj", "proj"]), "'proj' matches none"),
+        (dict(target_modules=r".*lm_head"), "matches none"),
+        (dict(target_modules=r"model\.layers\.[01]\..*up_proj"), "up_proj (2 of 3 layers): layers are stacked"),
+        (dict(target_modules=["q_proj"], rank_pattern={"up_proj": 4}), "rank_pattern 'up_proj' matches none"),
+        (dict(alpha_pattern={r"layers\.0\.mlp\.up_proj": 4.0}), "alpha_pattern"),
+    ],
+)
+def test_patterns_that_cannot_be_honoured_are_refused(settings, part):
+    with pytest.raises(ValueError) as caught:
+        adapted(**settings)
+    assert part in str(caught.value)
+
+
+def test_ranks_and_scalings():
+    adapters = adapted(rank=8, alpha=16.0, rank_pattern={"up_proj": 2}, alpha_pattern={"mlp.down_proj": 3.0})
+    assert adapters["q_proj"].lora_a[...].shape == (3, 64, 8) and adapters["q_proj"].scaling == 2.0
+    assert adapters["up_proj"].lora_b[...].shape == (3, 2, 128) and adapters["up_proj"].scaling == 8.0
+    assert adapters["down_proj"].scaling == 3.0 / 8
+    assert adapted(rank=9, alpha=6.0, use_rslora=True)["q_proj"].scaling == pytest.approx(6.0 / math.sqrt(9))
+
+
+def test_initial_values_are_pefts_and_belong_to_the_name():
+    some, every = adapted(target_modules=["v_proj"])["v_proj"], adapted()["v_proj"]
+    np.testing.assert_array_equal(some.lora_a[...], every.lora_a[...])
+    assert not np.any(every.lora_b[...])
+    bound = 1 / math.sqrt(64)  # Kaiming-uniform with a = sqrt(5): sqrt(6 / (1 + 5) / K)
+    values = np.asarray(every.lora_a[...])
+    assert np.abs(values).max() <= bound and np.abs(values).max() > 0.98 * bound
+    assert values.std() == pytest.approx(bound / math.sqrt(3), rel=0.03)
+    assert not np.array_equal(values[0], values[1])
+
+
+def test_partition_and_combine_are_inverse():
+    config = model_config(tiny_config())
+    model = CausalLM(config, WeightFormat(dtype="float32"))
+    add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+    graphdef, lora, base = partition(model)
+    assert lora["model.layers.mlp.up_proj"].keys() == {"lora_a", "lora_b"}
+    again = partition(combine(graphdef, lora, base))
+    assert again[0] == graphdef
+    for a, b in zip(jax.tree.leaves(again[1:]), jax.tree.leaves((lora, base)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_merge_does_what_the_adapter_does():
+    adapter = adapted(rank=4)["q_proj"]
+    rng = np.random.default_rng(0)
+    adapter.lora_b[...] = jax.numpy.asarray(rng.standard_normal((3, 4, 64), np.float32))
+    weight, x = rng.standard_normal((64, 64), np.float32), rng.standard_normal((5, 64), np.float32)
+    one = type(adapter)(adapter.lora_a[...][1], adapter.lora_b[...][1], adapter.scaling, 0.0)
+    y = one.apply(jax.numpy.asarray(x), lambda x: x @ weight.T, None)
+    np.testing.assert_allclose(y, x @ one.merge(jax.numpy.asarray(weight)).T, rtol=1e-4, atol=1e-4)
