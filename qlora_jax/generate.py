@@ -1,0 +1,89 @@
+"""`python -m qlora_jax.generate`: replies of a base or of a run, to one prompt, a file of prompts, or in a chat."""
+
+import contextlib
+import functools
+import sys
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING
+
+from rich.console import Console
+
+from qlora_jax.config import read_command_line, run_main
+from qlora_jax.inference.settings import GenerateArgs, check_generate
+
+if TYPE_CHECKING:
+    from qlora_jax.inference.decode import Parts
+    from qlora_jax.io.opened import Opened
+
+PROG = "python -m qlora_jax.generate"
+SWITCHES = {"raw": "no chat template: the model goes on with the prompt's text"}
+
+
+def main(argv: list[str]) -> None:
+    """Settings, prompts, model, replies; raises ValueError or OSError for bad input."""
+    args, given = read_command_line(argv, PROG, SWITCHES, GenerateArgs, check_generate)
+    # After the settings: jax starts when these are imported, and a typing error should not wait for it.
+    from qlora_jax import runtime
+    from qlora_jax.inference import prompts
+    from qlora_jax.inference.answer_file import write_replies
+    from qlora_jax.inference.chat import ENDS, chat, show_reply
+    from qlora_jax.inference.decode import stream
+    from qlora_jax.inference.sampling import Sampling
+    from qlora_jax.io.opened import open_base_or_run
+
+    runtime.start()
+    opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
+    prompter = prompts.prompter(opened.tokenizer, raw="raw" in given, system=args.system)
+    limit = opened.features.max_positions
+    rows = [] if args.prompts is None else prompts.read_prompts(args.prompts)
+    encoded = prompts.encode_prompts(args.prompts or "", rows, prompter, limit)
+    messages = Console(stderr=True)
+    parts = _load(opened, args, messages)
+    reply_to = functools.partial(
+        stream,
+        *parts,
+        sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
+        max_new_tokens=args.max_new_tokens,
+        stop_ids=prompts.stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=prompter.chat),
+    )
+    if args.prompts is not None:
+        with _writing(args.output) as output:
+            write_replies(rows, reply_to(encoded), opened.tokenizer, output, messages)
+    elif args.prompt is not None:
+        _, end = show_reply(reply_to([prompter.question(args.prompt)]), opened.tokenizer, Console())
+        if end in ENDS:
+            messages.print(ENDS[end], style="dim", highlight=False)
+        if end == "interrupted":
+            raise KeyboardInterrupt
+    else:
+        chat(prompter, lambda ids: reply_to([ids]), limit, Console())
+
+
+def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "Parts":
+    """The model as trained, or as the settings want it."""
+    from qlora_jax.io.opened import adapted, held_as, load_base
+    from qlora_jax.io.progress import loading
+    from qlora_jax.models.partition import partition
+
+    held = held_as(opened, args.quant_type, args.compute_dtype)
+    with loading(console) as progress:
+        model = load_base(opened, held, progress)
+    if opened.run is None:
+        return partition(model)
+    if held.quant_type != opened.args.quant_type:
+        trained = f"this adapter was trained on a base in {opened.args.quant_type}"
+        console.print(f"note: {trained}, and runs on one in {held.quant_type}", highlight=False)
+    return adapted(model, opened.run)
+
+
+@contextlib.contextmanager
+def _writing(path: str | None) -> Iterator[IO[str]]:
+    if path is None:
+        yield sys.stdout
+        return
+    with open(path, "w", encoding="utf-8") as file:
+        yield file
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,40 @@
+"""Replies to a file of prompts, as JSON Lines."""
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import IO
+
+from rich.console import Console
+from rich.progress import Progress
+
+from qlora_jax.data.readers import Row
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.inference.decode import Step
+
+
+def write_replies(
+    rows: Sequence[Row], steps: Iterator[Step], tokenizer: Tokenizer, output: IO[str], console: Console
+) -> None:
+    """Writes one line for each row, in order, as soon as it and all before it are there.
+
+    A line has the row's own columns, and `reply`, `end` (see Step) and `reply_tokens`.
+    """
+    ids: list[list[int]] = [[] for _ in rows]
+    ends: dict[int, str] = {}
+    written = 0
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("replies", total=len(rows))
+        for step in steps:
+            ids[step.row] += [] if step.token is None else [step.token]
+            if step.end is None:
+                continue
+            ends[step.row] = step.end
+            while written in ends:
+                output.write(_line(rows[written], tokenizer.decode(ids[written]), ends[written], len(ids[written])))
+                written += 1
+            output.flush()
+            bar.update(task, completed=len(ends))
+
+
+def _line(row: Row, reply: str, end: str, tokens: int) -> str:
+    return json.dumps({**row.data, "reply": reply, "end": end, "reply_tokens": tokens}, ensure_ascii=False) + "\n"

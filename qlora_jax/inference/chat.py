@@ -1,0 +1,164 @@
+"""A conversation in the terminal: tokens shown as they come, the history kept."""
+
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from rich.console import Console
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.inference.decode import Step
+from qlora_jax.inference.prompts import Prompter
+from qlora_jax.inference.stream import TextStream
+
+HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
+# What is said of a reply that did not end by itself.
+ENDS = {
+    "length": "stopped at --max_new_tokens",
+    "context": "stopped: the conversation fills the model's context; /reset begins anew",
+    "interrupted": "stopped by Ctrl-C",
+}
+
+Stream = Callable[[list[int]], Iterator[Step]]
+
+
+class History(Protocol):
+    """What has been said."""
+
+    def ask(self, text: str) -> list[int]:
+        """Ids of the prompt that `text` makes after everything before; nothing is kept yet."""
+        ...
+
+    def keep(self, text: str, reply: str) -> None:
+        """Adds a question and its answer."""
+        ...
+
+
+class Conversation(History):
+    """Turns of a user and an assistant, through the chat template."""
+
+    def __init__(self, prompter: Prompter):
+        self._prompter = prompter
+        self._messages: list[dict[str, str]] = []
+
+    def ask(self, text: str) -> list[int]:
+        return self._prompter.conversation([*self._messages, {"role": "user", "content": text}])
+
+    def keep(self, text: str, reply: str) -> None:
+        self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
+
+
+class Text(History):
+    """One text, which person and model write in turn."""
+
+    def __init__(self, prompter: Prompter):
+        self._prompter = prompter
+        self._text = ""
+
+    def ask(self, text: str) -> list[int]:
+        return self._prompter.text(self._text + text)
+
+    def keep(self, text: str, reply: str) -> None:
+        self._text += text + reply
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C has been pressed; a second time it interrupts as ever, should the first not be heard."""
+    pressed = False
+
+    def note(number: int, frame: object) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def show_reply(steps: Iterator[Step], tokenizer: Tokenizer, console: Console) -> tuple[str, str]:
+    """(the reply, why it ended: as in Step, or "interrupted" by Ctrl-C), printed as it comes."""
+    text, pieces, end = TextStream(tokenizer), [], "interrupted"
+    started, count = time.perf_counter(), 0
+    with interruptible() as pressed:
+        for step in _waited_for(steps, console):
+            pieces.append("" if step.token is None else text.push(step.token))
+            console.out(pieces[-1], end="", highlight=False)
+            count += step.token is not None
+            end = step.end or end
+            if pressed():
+                break
+    pieces.append(text.flush())
+    console.out(pieces[-1], highlight=False)
+    if console.is_terminal:
+        speed = count / (time.perf_counter() - started)
+        _note(f"{count} tokens, {speed:.1f} a second", console)
+    return "".join(pieces), end
+
+
+def chat(prompter: Prompter, stream: Stream, max_positions: int, console: Console) -> None:
+    """Reads questions and shows answers until the input ends."""
+    _note(HELP, console)
+    history = _empty_history(prompter)
+    for line in _questions(console):
+        if line == "/quit":
+            return
+        if line == "/reset":
+            history = _empty_history(prompter)
+            _note("the conversation begins anew", console)
+        elif line.startswith("/"):
+            _note(f"no such command: {line}; {HELP}", console)
+        else:
+            _turn(line, prompter.tokenizer, stream, history, max_positions, console)
+
+
+def _turn(
+    line: str, tokenizer: Tokenizer, stream: Stream, history: History, max_positions: int, console: Console
+) -> None:
+    prompt = history.ask(line)
+    if len(prompt) >= max_positions:
+        found = f"the conversation has {len(prompt)} tokens with this question, and the model reads {max_positions}"
+        _note(f"{found}; the question is left out: shorten it, or begin anew by /reset", console)
+        return
+    reply, end = show_reply(stream(prompt), tokenizer, console)
+    history.keep(line, reply)
+    if end in ENDS:
+        _note(ENDS[end], console)
+
+
+def _empty_history(prompter: Prompter) -> History:
+    return Conversation(prompter) if prompter.chat else Text(prompter)
+
+
+def _note(text: str, console: Console) -> None:
+    console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+
+def _waited_for(steps: Iterator[Step], console: Console) -> Iterator[Step]:
+    """The same steps, with a spinner in a terminal until the first one is there: a first reply compiles."""
+    with console.status("reading"):
+        first = next(steps)
+    yield first
+    yield from steps
+
+
+def _questions(console: Console) -> Iterator[str]:
+    """Lines that a person types, blank ones left out, until Ctrl-D."""
+    mark = "> " if console.is_terminal else ""
+    while True:
+        try:
+            line = input(mark).strip()
+        except EOFError:
+            console.out("")
+            return
+        except KeyboardInterrupt:
+            console.out("")
+            _note("Ctrl-D leaves", console)
+            continue
+        if line:
+            yield line

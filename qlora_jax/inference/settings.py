@@ -1,0 +1,114 @@
+"""The settings of `generate` and `evaluate`, read by the same machinery as those of a training run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from qlora_jax.config import ConfigError
+from qlora_jax.config.schema import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, Bound, setting
+
+ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
+
+Quant = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
+Dtype = Literal["auto", "bfloat16", "float32"]
+Column = Literal["unquantized", "quantized", "checkpoint"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArgs:
+    """Answers one prompt, a file of prompts, or a person in a chat (where neither is given)."""
+
+    model: str | None = setting("a GGUF file, or a Hugging Face folder; with run: where the run's base lies now", None)
+    run: str | None = setting("the folder of a training run: its base with its adapter", None)
+    step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
+    prompt: str | None = setting("one prompt; the reply is printed as it comes", None, NOT_EMPTY)
+    prompts: str | None = setting(
+        "file of prompts: JSON or JSON Lines in the forms of training data (an answer at the end is left out), or else "
+        "one prompt a line",
+        None,
+        NOT_EMPTY,
+    )
+    output: str | None = setting("JSON Lines file for the replies to prompts (null: standard output)", None, NOT_EMPTY)
+    system: str | None = setting("system message of the chat template (null: the template's own)", None)
+    chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
+    max_new_tokens: int = setting("tokens of a reply at most", 256, AT_LEAST_ONE)
+    temperature: float = setting("0: always the likeliest token; 1: draw as the model says", 0.0, NON_NEGATIVE)
+    top_k: int = setting("draw from the k likeliest tokens only; 0: all", 0, NON_NEGATIVE)
+    top_p: float = setting("draw from the likeliest tokens that reach this probability", 1.0, ABOVE_ZERO_UP_TO_ONE)
+    seed: int = setting("of the draws; a reply depends on it and on its own prompt alone", 0, NON_NEGATIVE)
+    quant_type: Quant = setting("4-bit code of the base; auto: as the run was trained, or nf4; none: 16 bit", "auto")
+    compute_dtype: Dtype = setting("auto: bfloat16 where the device is fast at it, else float32", "auto")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateArgs:
+    """Scores a model, side by side: its base unquantized, its base quantized, and a run's checkpoint."""
+
+    model: str | None = setting("a GGUF file, or a Hugging Face folder; with run: where the run's base lies now", None)
+    run: str | None = setting("the folder of a training run: its base, and the base with its adapter", None)
+    step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
+    text: str | None = setting("text file: perplexity of windows without overlap", None, NOT_EMPTY)
+    choices: str | None = setting(
+        "file of multiple-choice questions: question, options, answer, or prompt, options, answer: accuracy by the "
+        "likelihood of the options",
+        None,
+        NOT_EMPTY,
+    )
+    rows: str | None = setting(
+        "file of rows in the forms of training data: perplexity of the answers, and how many are what the model would "
+        "write",
+        None,
+        NOT_EMPTY,
+    )
+    window: int = setting("tokens of a window of text; its first one is not scored", 512, AT_LEAST_TWO)
+    max_tokens: int | None = setting("only the first tokens of the text (null: all)", None, AT_LEAST_TWO)
+    max_rows: int | None = setting("only the first questions and rows (null: all)", None, AT_LEAST_ONE)
+    json: str | None = setting("also write the scores to this file", None, NOT_EMPTY)
+    columns: list[Column] | None = setting(
+        "which of [unquantized, quantized, checkpoint] to score (null: all that there are)", None, NOT_EMPTY
+    )
+    chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
+    quant_type: Quant = setting("4-bit code of the quantized base; auto: as the run was trained, or nf4", "auto")
+    compute_dtype: Dtype = setting("auto: bfloat16 where the device is fast at it, else float32", "float32")
+
+
+def check_generate(args: GenerateArgs) -> None:
+    """Raises ConfigError with everything in which the settings contradict each other."""
+    problems = _model_problems(args)
+    if args.prompt is not None and args.prompts is not None:
+        problems.append("prompt and prompts: both are given, expected one of them, or neither for a chat")
+    if args.output is not None and args.prompts is None:
+        problems.append("output: is for the replies to a file of prompts; give prompts too")
+    problems += _folder_problems("output", args.output)
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_evaluate(args: EvaluateArgs) -> None:
+    """Raises ConfigError with everything in which the settings contradict each other."""
+    problems = _model_problems(args)
+    if args.text is None and args.choices is None and args.rows is None:
+        problems.append("text, choices, rows: none is given, expected at least one of them to score")
+    if args.run is None and "checkpoint" in (args.columns or []):
+        problems.append("columns: checkpoint needs a run")
+    if args.quant_type == "none" and args.columns is not None and "quantized" in args.columns:
+        problems.append("columns: quantized needs a quant_type other than none")
+    problems += _folder_problems("json", args.json)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _model_problems(args: GenerateArgs | EvaluateArgs) -> list[str]:
+    problems = []
+    if args.model is None and args.run is None:
+        problems.append("model, run: neither is given, expected a model's path or a run's folder")
+    if args.step is not None and args.run is None:
+        problems.append("step: is a run's; give run too")
+    return problems
+
+
+def _folder_problems(key: str, path: str | None) -> list[str]:
+    """Told before minutes of work, not after."""
+    if path is None or Path(path).parent.is_dir():
+        return []
+    return [f"{key}: found {path!r}, but there is no folder {str(Path(path).parent)!r}; make it first"]

@@ -1,0 +1,150 @@
+"""Tasks from files: a text, questions with options, rows in the forms of training data."""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from qlora_jax.data.encode import encode_segments
+from qlora_jax.data.encode_rows import check_rows, encode_rows
+from qlora_jax.data.readers import Problem, Row, raise_problems, read_rows, read_text
+from qlora_jax.data.recognise import recognise
+from qlora_jax.data.spans import Segment
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.inference.choices import Choice
+from qlora_jax.inference.scoring import ScoredIds, windows
+from qlora_jax.inference.tasks import ChoiceTask, RowsTask, TextTask
+
+QUESTION_COLUMNS = ("question", "prompt")
+_LETTERED = re.compile(r"([A-Z])\. ")
+
+
+class Question(NamedTuple):
+    """A question in words."""
+
+    prompt: str
+    options: list[str]
+    answer: int
+
+
+def text_task(path: str, tokenizer: Tokenizer, *, window: int, max_tokens: int | None, max_positions: int) -> TextTask:
+    """Windows of `window` tokens, one after the other, of the text in a file; nothing is added to it."""
+    if window > max_positions:
+        raise ValueError(f"window={window}: the model reads {max_positions} tokens; set --window to at most that")
+    ids = tokenizer.encode(read_text(path))
+    used = ids[:max_tokens]
+    if len(used) < 2:
+        raise ValueError(f"{path}: {len(used)} tokens to score, expected at least 2")
+    rows = windows(used, window)
+    scored = sum(len(row) - 1 for row, _ in rows)
+    return TextTask(title=f"{path}: {len(rows)} windows of {window} tokens, {scored:,} scored", rows=rows)
+
+
+def rows_task(path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int) -> RowsTask:
+    """The rows of a file in a form of training data; what a training run would learn is scored."""
+    rows = read_rows(path)[:max_rows]
+    form = recognise(path, rows)
+    check_rows(path, rows, form)
+    scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, form, tokenizer)]
+    _check_lengths(path, rows, [[one] for one in scored], max_positions)
+    return RowsTask(title=f"{path}: answers of {len(rows)} rows", rows=scored)
+
+
+def choice_task(path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int) -> ChoiceTask:
+    """The questions of a file: an option's likelihood is that of its text as the reply to the question."""
+    rows = read_rows(path)[:max_rows]
+    questions: list[Question] = []
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            questions.append(read_question(row.data))
+        except ValueError as error:
+            problems.append((row.place, str(error)))
+    raise_problems(path, problems, len(rows))
+    options = [_encoded_options(question, tokenizer) for question in questions]
+    _check_lengths(path, rows, options, max_positions)
+    choices = [Choice(options=o, answer=question.answer) for o, question in zip(options, questions, strict=True)]
+    return ChoiceTask(title=f"{path}: {len(choices)} questions", choices=choices)
+
+
+def read_question(columns: Mapping[str, Any]) -> Question:
+    """The question of a row.
+
+    `options` is a list, or one text of lines that begin with "A. ", "B. ", ...; `answer` is the right option's text,
+    its letter, both ("B. text"), or its place in the list, from 0.
+
+    Raises:
+      ValueError: columns missing or of another kind, fewer than two options, or an answer that is none of them.
+    """
+    prompt = next((columns[name] for name in QUESTION_COLUMNS if name in columns), None)
+    missing = [name for name in ("options", "answer") if name not in columns]
+    if not isinstance(prompt, str) or missing:
+        expected = "question (or prompt), options, answer"
+        raise ValueError(f"expected the columns {expected}; found {', '.join(map(repr, columns))}")
+    options = columns["options"]
+    texts = split_lettered(options) if isinstance(options, str) else options
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(
+            f"options: expected a list of two or more texts, or lines 'A. ...', 'B. ...'; found {options!r}"
+        )
+    return Question(prompt, texts, _answer(columns["answer"], texts))
+
+
+def split_lettered(text: str) -> list[str]:
+    """["x", "y"] of "A. x\\nB. y"; an option may have several lines."""
+    starts = []
+    for letter in string.ascii_uppercase:
+        found = f"\n{text}".find(f"\n{letter}. ", starts[-1] if starts else 0)
+        if found < 0 or (found > 0 and not starts):
+            break
+        starts.append(found)
+    ends = [*starts[1:], len(text)]
+    return [text[start + len("A. ") : end].rstrip("\n") for start, end in zip(starts, ends, strict=True)]
+
+
+def _answer(answer: Any, options: Sequence[str]) -> int:
+    letters = string.ascii_uppercase[: len(options)]
+    if type(answer) is int and 0 <= answer < len(options):
+        return answer
+    if isinstance(answer, str):
+        lettered = _LETTERED.match(answer)
+        if lettered and lettered[1] in letters and options[letters.index(lettered[1])] == answer[lettered.end() :]:
+            return letters.index(lettered[1])
+        if answer in options:
+            return options.index(answer)
+        if len(answer) == 1 and answer.upper() in letters:
+            return letters.index(answer.upper())
+    raise ValueError(f"answer {answer!r} is none of the {len(options)} options: give its text, its letter or its place")
+
+
+def _encoded_options(question: Question, tokenizer: Tokenizer) -> list[ScoredIds]:
+    if tokenizer.chat_template is None:
+        prompt, options = f"Question: {question.prompt}\nAnswer:", [f" {option}" for option in question.options]
+    else:
+        messages = [{"role": "user", "content": question.prompt}]
+        prompt, options = tokenizer.render(messages, add_generation_prompt=True), question.options
+    # A template writes its own bos; plain text has one where the tokenizer asks for it.
+    bos = [tokenizer.bos_id] if tokenizer.add_bos_token and tokenizer.chat_template is None else []
+    encodings = tokenizer.encode_spans([prompt + option for option in options])
+    encoded = [
+        encode_segments(tokenizer, [Segment(prompt, False), Segment(option, True)], encoding)
+        for option, encoding in zip(options, encodings, strict=True)
+    ]
+    return [
+        (np.array([*bos, *row.ids], np.int32), np.concatenate([np.zeros(len(bos), bool), row.supervised]))
+        for row in encoded
+    ]
+
+
+def _check_lengths(path: str, rows: Sequence[Row], scored: Sequence[Sequence[ScoredIds]], max_positions: int) -> None:
+    """Raises one ValueError that names every row longer than the model reads, or with nothing to score."""
+    problems: list[Problem] = []
+    for row, parts in zip(rows, scored, strict=True):
+        longest = max(len(ids) for ids, _ in parts)
+        if longest > max_positions:
+            problems.append((row.place, f"{longest} tokens, and the model reads {max_positions}; shorten it"))
+        elif not all(supervised[1:].any() for _, supervised in parts):
+            problems.append((row.place, "no token to score"))
+    raise_problems(path, problems, len(rows))

@@ -1,0 +1,152 @@
+"""What can be scored: a text, multiple-choice questions, rows with answers; how each is summed up and compared."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from qlora_jax.inference.choices import Choice, ChoiceScores, choice_scores
+from qlora_jax.inference.decode import Parts
+from qlora_jax.inference.scoring import RowScores, ScoredIds, answer_scores
+from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, wilson_interval
+
+Progress = Callable[[int], None]
+
+
+class Measure(NamedTuple):
+    """One figure of one model.
+
+    Fields:
+      kind: "share" (from 0 to 1), "number", or "count".
+      interval: 95 %, or None.
+    """
+
+    name: str
+    kind: str
+    value: float
+    interval: tuple[float, float] | None = None
+
+
+class Comparison(NamedTuple):
+    """A figure's change from one model to another, scored on the same rows.
+
+    Fields:
+      interval: 95 % of the difference (paired bootstrap over rows), or None.
+      p: that the two are equally good (McNemar, exact), or None.
+    """
+
+    name: str
+    kind: str
+    difference: float
+    interval: tuple[float, float] | None = None
+    p: float | None = None
+
+
+class Task(Protocol):
+    """Something to score models on.
+
+    Attributes:
+      name: the setting that asks for it.
+      title: what it is, for people.
+      size: rows that `score` reports as done, in all.
+    """
+
+    name: str
+    title: str
+
+    @property
+    def size(self) -> int: ...
+
+    def score(self, parts: Parts, progress: Progress) -> Any: ...
+
+    def measures(self, scores: Any) -> list[Measure]: ...
+
+    def compare(self, before: Any, after: Any) -> list[Comparison]: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextTask(Task):
+    """Perplexity of windows of a text."""
+
+    title: str
+    rows: Sequence[ScoredIds]
+    name: str = "text"
+
+    @property
+    def size(self) -> int:
+        return len(self.rows)
+
+    def score(self, parts: Parts, progress: Progress) -> RowScores:
+        return answer_scores(*parts, self.rows, progress)
+
+    def measures(self, scores: RowScores) -> list[Measure]:
+        return _losses(scores)
+
+    def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
+        return [_loss_change(before, after)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsTask(TextTask):
+    """Loss of answers, and whether greedy decoding would write them."""
+
+    name: str = "rows"
+
+    def measures(self, scores: RowScores) -> list[Measure]:
+        hits = {"begins with the answer": scores.begins, "is exactly the answer": scores.exact}
+        return [*_losses(scores), *(_share(name, right) for name, right in hits.items())]
+
+    def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
+        hits = {
+            "begins with the answer": (before.begins, after.begins),
+            "is exactly the answer": (before.exact, after.exact),
+        }
+        return [_loss_change(before, after), *(_share_change(name, *pair) for name, pair in hits.items())]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoiceTask(Task):
+    """Accuracy of the likeliest option."""
+
+    title: str
+    choices: Sequence[Choice]
+    name: str = "choices"
+
+    @property
+    def size(self) -> int:
+        return sum(len(choice.options) for choice in self.choices)
+
+    def score(self, parts: Parts, progress: Progress) -> ChoiceScores:
+        return choice_scores(*parts, self.choices, progress)
+
+    def measures(self, scores: ChoiceScores) -> list[Measure]:
+        ties = int((scores.tied_by_sum | scores.tied_by_mean).sum())
+        return [
+            _share("right by likelihood", scores.by_sum),
+            _share("right by likelihood a token", scores.by_mean),
+            Measure("ties (counted as wrong)", "count", ties),
+        ]
+
+    def compare(self, before: ChoiceScores, after: ChoiceScores) -> list[Comparison]:
+        return [
+            _share_change("right by likelihood", before.by_sum, after.by_sum),
+            _share_change("right by likelihood a token", before.by_mean, after.by_mean),
+        ]
+
+
+def _losses(scores: RowScores) -> list[Measure]:
+    return [Measure("perplexity", "number", scores.perplexity), Measure("loss a token", "number", scores.mean_nll)]
+
+
+def _loss_change(before: RowScores, after: RowScores) -> Comparison:
+    interval = paired_bootstrap(before.nll, after.nll, after.tokens)
+    return Comparison("loss a token", "number", after.mean_nll - before.mean_nll, interval=interval)
+
+
+def _share(name: str, right: np.ndarray) -> Measure:
+    return Measure(name, "share", float(right.mean()), wilson_interval(int(right.sum()), len(right)))
+
+
+def _share_change(name: str, before: np.ndarray, after: np.ndarray) -> Comparison:
+    return Comparison(name, "share", float(after.mean() - before.mean()), p=mcnemar(before, after))

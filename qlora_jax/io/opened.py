@@ -1,0 +1,105 @@
+"""A model to use rather than to train: a base from disk, with the adapter of a run or without."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+from flax import nnx
+
+from qlora_jax.config import ModelArgs
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
+from qlora_jax.io.checkpoint import Run, open_run
+from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.source import open_model
+from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import Lora, partition
+from qlora_jax.models.precision import weight_format
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model's metadata and tokenizer, and the run whose adapter it gets; no weight of the base has been read yet.
+
+    Fields:
+      args: how the base is held; those of the run where there is one.
+    """
+
+    source: ModelSource
+    features: ModelConfig
+    tokenizer: Tokenizer
+    args: ModelArgs
+    run: Run | None
+
+
+def open_base_or_run(
+    model: str | None, run: str | None, *, step: int | None = None, chat_template: str | None = None
+) -> Opened:
+    """The model at path `model`, or the base of the run in folder `run` (looked for at `model` where both are given).
+
+    Args:
+      step: the run's checkpoint; None for the newest.
+      chat_template: a jinja file instead of the run's, or the model's own.
+
+    Raises:
+      ValueError: whatever is wrong with the files of either.
+    """
+    opened_run = None if run is None else open_run(Path(run), step)
+    args = ModelArgs(path=str(model)) if opened_run is None else opened_run.config.model
+    source = open_model(args.path if model is None else model)
+    tokenizer = load_tokenizer(source.tokenizer)
+    template = chat_template or (opened_run.config.data.chat_template if opened_run else None)
+    return Opened(
+        source=source,
+        features=model_config(source.config),
+        tokenizer=tokenizer if template is None else with_chat_template(tokenizer, template),
+        args=args,
+        run=opened_run,
+    )
+
+
+def held_as(opened: Opened, quant_type: str, compute_dtype: str) -> ModelArgs:
+    """How to hold the base: as asked for, or as `opened` says where that is "auto"."""
+    wanted = {"quant_type": quant_type, "compute_dtype": compute_dtype}
+    return dataclasses.replace(opened.args, **{name: value for name, value in wanted.items() if value != "auto"})
+
+
+def load_base(opened: Opened, args: ModelArgs, progress: Progress | None = None) -> CausalLM:
+    """The base, held as `args` says.
+
+    Raises:
+      ValueError: it is not the base of the run; that can be told where it is quantized as the run was trained.
+    """
+    loaded = load_model(opened.source, opened.features, weight_format(args), progress)
+    run = opened.run
+    if run is None or _quantization(args) != _quantization(run.config.model):
+        return loaded.model
+    if loaded.fingerprint != run.fingerprint:
+        raise ValueError(
+            f"{opened.source.path} is not the base that {run.path} was trained on: its fingerprint is "
+            f"{loaded.fingerprint[:12]}, expected {run.fingerprint[:12]}. Give the path of the right one: --model"
+        )
+    return loaded.model
+
+
+def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
+    """(structure, LoRA parameters, base) of the model with the run's adapter on it.
+
+    Raises:
+      ValueError: the adapter does not fit the model; names every projection where it does not.
+    """
+    add_lora(model, run.config.lora, jax.random.key(0))
+    graphdef, fresh, base = partition(model)
+    shapes, expected = (jax.tree.map(lambda leaf: leaf.shape, lora) for lora in (run.lora, fresh))
+    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+    if names:
+        lines = "\n".join(f"  {name}: {shapes.get(name)}, expected {expected.get(name)}" for name in names)
+        raise ValueError(f"the adapter of {run.path} does not fit the model:\n{lines}")
+    return graphdef, run.lora, base
+
+
+def _quantization(args: ModelArgs) -> tuple[str, int, bool]:
+    return args.quant_type, args.block_size, args.double_quant
