@@ -15,9 +15,11 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     output = args.output or args.run / args.format
     # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
+    from qlora_jax import runtime
     from qlora_jax.io.export_run import export_peft
 
-    export_peft(args.run, output, step=args.step, with_base=args.with_base, console=Console())
+    runtime.start()
+    export_peft(args.run, output, step=args.step, model=args.model, with_base=args.with_base, console=Console())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -26,6 +28,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--format", choices=["peft"], default="peft", help="peft: a LoRA adapter for the peft library")
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
+    parser.add_argument("--model", help="where the base model lies now, if it was moved after training")
     parser.add_argument(
         "--with-base",
         action="store_true",

@@ -4,53 +4,47 @@ from pathlib import Path
 
 from rich.console import Console
 
-from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.checkpoint import Run, open_run
+from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.dense_folder import write_dense_folder, write_tokenizer
-from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.folders import staged_folder
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.opened import Opened, load_base, open_base_or_run
 from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.progress import loading
-from qlora_jax.io.source import open_model
-from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import model_config
-from qlora_jax.models.precision import weight_format
 
 BASE = "base"
 
 
-def export_peft(path: Path, output: Path, *, step: int | None, with_base: bool, console: Console) -> None:
+def export_peft(
+    path: Path, output: Path, *, step: int | None, model: str | None, with_base: bool, console: Console
+) -> None:
     """Writes the adapter of the run at `path` to the new folder `output`, and with `with_base` its base to output/base.
+
+    Args:
+      model: where the run's base lies now, if elsewhere than in training.
 
     Raises:
       ValueError: no run or no such step, an output that is there already, or (with_base) another base than the run's.
     """
-    run = open_run(path, step)
-    source = open_model(run.config.model.path)
-    features = model_config(source.config)
-    base = (output / BASE if with_base else source.path).absolute()
-    linears = [f"model.layers.{name}" for name in features.linear_shapes()]
+    opened = open_base_or_run(model, str(path), step=step)
+    run = opened.run
+    assert run is not None
+    base = (output / BASE if with_base else opened.source.path).absolute()
+    linears = [f"model.layers.{name}" for name in opened.features.linear_shapes()]
     config = adapter_config(run.lora, run.config.lora, linears, str(base))
     with staged_folder(output) as folder:
         write_adapter(folder, adapter_tensors(run.lora), config)
         if with_base:
-            _write_base(folder / BASE, run, source, features, console)
+            _write_base(folder / BASE, opened, console)
     _tell(output, run, base, console)
 
 
-def _write_base(folder: Path, run: Run, source: ModelSource, features: ModelConfig, console: Console) -> None:
+def _write_base(folder: Path, opened: Opened, console: Console) -> None:
     """The base as the run saw it: quantized, and dequantized again."""
     with loading(console) as progress:
-        loaded = load_model(source, features, weight_format(run.config.model), progress)
-    if loaded.fingerprint != run.fingerprint:
-        raise ValueError(
-            f"{source.path} is not the base that {run.path} was trained on: its fingerprint is "
-            f"{loaded.fingerprint[:12]}, expected {run.fingerprint[:12]}. Put the original files back."
-        )
+        model = load_base(opened, opened.args, progress)
     folder.mkdir()
-    write_dense_folder(folder, loaded.model, source.config)
-    write_tokenizer(folder, load_tokenizer(source.tokenizer), source.tokenizer["stop_token_ids"])
+    write_dense_folder(folder, model, opened.source.config)
+    write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 
 def _tell(output: Path, run: Run, base: Path, console: Console) -> None:

@@ -35,6 +35,12 @@ LORAS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets up its process; a test shares it."""
+    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
+
+
 def _write_run(run: Path, model: Path, lora_args: LoraArgs) -> tuple[Any, Any]:
     """A run with random adapters, as training would have left it; its model and its base model."""
     config = Config(
