@@ -1,4 +1,4 @@
-"""Logits of transformers' model in `base` on `tokens`, alone and with peft's adapter from `adapter`."""
+"""For each case of `cases`, {name: [folder of the base, folder of the adapter]}: logits on `tokens`, without and with."""
 
 import torch
 from bridge import inputs, save
@@ -7,8 +7,11 @@ from transformers import AutoModelForCausalLM
 
 given = inputs()
 tokens = torch.from_numpy(given["tokens"]).long()
-model = AutoModelForCausalLM.from_pretrained(given["base"])
-with torch.no_grad():
-    base = model(tokens).logits.float().numpy()
-    model = PeftModel.from_pretrained(model, given["adapter"])
-    save(base=base, adapted=model(tokens).logits.float().numpy(), dtype=str(model.dtype))
+logits = {}
+for name, (base, adapter) in given["cases"].items():
+    model = AutoModelForCausalLM.from_pretrained(base)
+    assert model.dtype == torch.float32, model.dtype
+    with torch.no_grad():
+        logits[f"{name}/base"] = model(tokens).logits.numpy()
+        logits[f"{name}/adapted"] = PeftModel.from_pretrained(model, adapter)(tokens).logits.numpy()
+save(**logits)

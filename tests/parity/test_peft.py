@@ -69,18 +69,22 @@ def _logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(dot_nt(hidden, model.head_VD)).reshape(*tokens.shape, -1)
 
 
-@pytest.mark.parametrize("name", LORAS)
-def test_peft_over_the_dequantized_base(tmp_path: Path, oracle, name: str) -> None:
-    config = tiny_config(attention_bias=True, tie_word_embeddings=name == "all")
-    model = write_folder(tmp_path / "model", config, random_weights(config), **{"tokenizer.json": tokenizer_json()})
-    adapted, base = _write_run(tmp_path / "run", model, LORAS[name])
+def test_peft_over_the_dequantized_base(tmp_path: Path, oracle) -> None:
     tokens = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
-    main([str(tmp_path / "run"), "--format", "peft", "--with-base", "--output", str(tmp_path / "out")])
-    found = oracle(SCRIPT, base=str(tmp_path / "out/base"), adapter=str(tmp_path / "out"), tokens=tokens)
-    assert found["dtype"] == "torch.float32"
-    np.testing.assert_allclose(found["base"], _logits(base, tokens), atol=1e-4)
-    np.testing.assert_allclose(found["adapted"], _logits(adapted, tokens), atol=1e-4)
-    assert np.abs(found["adapted"] - found["base"]).max() > 0.1
+    ours = {}
+    for name, lora_args in LORAS.items():
+        config = tiny_config(attention_bias=True, tie_word_embeddings=name == "all")
+        files = {"tokenizer.json": tokenizer_json()}
+        model = write_folder(tmp_path / f"{name}-model", config, random_weights(config), **files)
+        adapted, base = _write_run(tmp_path / name, model, lora_args)
+        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(adapted, tokens)}
+    cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in LORAS}
+    found = oracle(SCRIPT, cases=cases, tokens=tokens)
+    assert found.keys() == ours.keys()
+    for name, logits in ours.items():
+        np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
+    assert all(np.abs(found[f"{name}/adapted"] - found[f"{name}/base"]).max() > 0.1 for name in LORAS)
 
 
 def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
@@ -89,7 +93,7 @@ def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
     model = write_folder(tmp_path / "model", config, random_weights(config), **files)
     run, output = tmp_path / "run", tmp_path / "out"
     _write_run(run, model, LORAS["all"])
-    with pytest.raises(ValueError, match="a checkpoint of step 3: steps saved are \\[7\\]"):
+    with pytest.raises(ValueError, match=r"a checkpoint of step 3: steps saved are \[7\]"):
         main([str(run), "--step", "3"])
     write_folder(model, config, random_weights(config, seed=5))
     with pytest.raises(ValueError, match=r"is not the base that .*run was trained on: its fingerprint is"):
@@ -119,5 +123,6 @@ def test_smollm2_with_its_tokenizer(tmp_path: Path, oracle, smollm2_gguf: Path) 
     tokens = np.array(
         [tokenizer.encode("The capital of France is the city of Paris, which lies on the Seine.")], np.int32
     )
-    logits = oracle(SCRIPT, base=str(tmp_path / "out/base"), adapter=str(tmp_path / "out"), tokens=tokens)["adapted"]
+    cases = {"out": [str(tmp_path / "out/base"), str(tmp_path / "out")]}
+    logits = oracle(SCRIPT, cases=cases, tokens=tokens)["out/adapted"]
     np.testing.assert_allclose(_logits(adapted, tokens), logits, atol=1e-4 * np.abs(logits).max())
