@@ -1,4 +1,4 @@
-"""For each case of `cases`, {name: [folder of the base, folder of the adapter]}: logits on `tokens`, without and with."""
+"""Logits on `tokens`, without and with the adapter, for each of `cases`: {name: [base folder, adapter folder]}."""
 
 import torch
 from bridge import inputs, save
