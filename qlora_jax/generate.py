@@ -2,9 +2,8 @@
 
 import contextlib
 import functools
-import sys
-from collections.abc import Iterator
-from typing import IO, TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -47,8 +46,8 @@ def main(argv: list[str]) -> None:
         stop_ids=prompts.stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=prompter.chat),
     )
     if args.prompts is not None:
-        with _writing(args.output) as output:
-            write_replies(rows, reply_to(encoded), opened.tokenizer, output, messages)
+        with _writer(args.output) as write:
+            write_replies(rows, reply_to(encoded), opened.tokenizer, write, messages)
     elif args.prompt is not None:
         _, end = show_reply(reply_to([prompter.question(args.prompt)]), opened.tokenizer, Console())
         if end in ENDS:
@@ -77,12 +76,13 @@ def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "Parts":
 
 
 @contextlib.contextmanager
-def _writing(path: str | None) -> Iterator[IO[str]]:
+def _writer(path: str | None) -> Iterator[Callable[[str], object]]:
+    """Yields what writes to the file, or to standard output, line by line."""
     if path is None:
-        yield sys.stdout
+        yield functools.partial(print, end="", flush=True)
         return
-    with open(path, "w", encoding="utf-8") as file:
-        yield file
+    with open(path, "w", encoding="utf-8", buffering=1) as file:
+        yield file.write
 
 
 if __name__ == "__main__":

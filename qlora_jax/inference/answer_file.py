@@ -1,8 +1,7 @@
 """Replies to a file of prompts, as JSON Lines."""
 
 import json
-from collections.abc import Iterator, Sequence
-from typing import IO
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import Progress
@@ -13,7 +12,7 @@ from qlora_jax.inference.decode import Step
 
 
 def write_replies(
-    rows: Sequence[Row], steps: Iterator[Step], tokenizer: Tokenizer, output: IO[str], console: Console
+    rows: Sequence[Row], steps: Iterator[Step], tokenizer: Tokenizer, write: Callable[[str], object], console: Console
 ) -> None:
     """Writes one line for each row, in order, as soon as it and all before it are there.
 
@@ -30,9 +29,8 @@ def write_replies(
                 continue
             ends[step.row] = step.end
             while written in ends:
-                output.write(_line(rows[written], tokenizer.decode(ids[written]), ends[written], len(ids[written])))
+                write(_line(rows[written], tokenizer.decode(ids[written]), ends[written], len(ids[written])))
                 written += 1
-            output.flush()
             bar.update(task, completed=len(ends))
 
 

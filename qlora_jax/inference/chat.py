@@ -4,7 +4,6 @@ import contextlib
 import signal
 import time
 from collections.abc import Callable, Iterator
-from typing import Protocol
 
 from rich.console import Console
 
@@ -24,19 +23,7 @@ ENDS = {
 Stream = Callable[[list[int]], Iterator[Step]]
 
 
-class History(Protocol):
-    """What has been said."""
-
-    def ask(self, text: str) -> list[int]:
-        """Ids of the prompt that `text` makes after everything before; nothing is kept yet."""
-        ...
-
-    def keep(self, text: str, reply: str) -> None:
-        """Adds a question and its answer."""
-        ...
-
-
-class Conversation(History):
+class Conversation:
     """Turns of a user and an assistant, through the chat template."""
 
     def __init__(self, prompter: Prompter):
@@ -44,13 +31,15 @@ class Conversation(History):
         self._messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> list[int]:
+        """Ids of the prompt that `text` makes after everything before; nothing is kept yet."""
         return self._prompter.conversation([*self._messages, {"role": "user", "content": text}])
 
     def keep(self, text: str, reply: str) -> None:
+        """Adds a question and its answer."""
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
-class Text(History):
+class Text:
     """One text, which person and model write in turn."""
 
     def __init__(self, prompter: Prompter):
@@ -58,10 +47,15 @@ class Text(History):
         self._text = ""
 
     def ask(self, text: str) -> list[int]:
+        """Ids of everything before and `text`; nothing is kept yet."""
         return self._prompter.text(self._text + text)
 
     def keep(self, text: str, reply: str) -> None:
+        """Adds what the person wrote, and what the model went on with."""
         self._text += text + reply
+
+
+History = Conversation | Text
 
 
 @contextlib.contextmanager
@@ -88,13 +82,13 @@ def show_reply(steps: Iterator[Step], tokenizer: Tokenizer, console: Console) ->
     with interruptible() as pressed:
         for step in _waited_for(steps, console):
             pieces.append("" if step.token is None else text.push(step.token))
-            console.out(pieces[-1], end="", highlight=False)
+            _write(pieces[-1], console)
             count += step.token is not None
             end = step.end or end
             if pressed():
                 break
     pieces.append(text.flush())
-    console.out(pieces[-1], highlight=False)
+    _write(f"{pieces[-1]}\n", console)
     if console.is_terminal:
         speed = count / (time.perf_counter() - started)
         _note(f"{count} tokens, {speed:.1f} a second", console)
@@ -135,6 +129,12 @@ def _empty_history(prompter: Prompter) -> History:
     return Conversation(prompter) if prompter.chat else Text(prompter)
 
 
+def _write(text: str, console: Console) -> None:
+    """The text as it is; rich would take some control characters out."""
+    console.file.write(text)
+    console.file.flush()
+
+
 def _note(text: str, console: Console) -> None:
     console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
@@ -154,10 +154,10 @@ def _questions(console: Console) -> Iterator[str]:
         try:
             line = input(mark).strip()
         except EOFError:
-            console.out("")
+            _write("\n", console)
             return
         except KeyboardInterrupt:
-            console.out("")
+            _write("\n", console)
             _note("Ctrl-D leaves", console)
             continue
         if line:

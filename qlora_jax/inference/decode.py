@@ -27,6 +27,7 @@ from qlora_jax.nn.dots import dot_nt
 
 PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
 BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
+ORDER_WINDOW = 64  # rows among which those of like length are sought
 FIRST_SLOTS = 256  # a cache has this many slots, or twice, or four times as many ...
 # For one pair of batch and slots: `extend` for each chunk and for single tokens, and `next_token`.
 COMPILATIONS = len(PREFILL_CHUNKS) + 2
@@ -143,8 +144,7 @@ def stream(
     _check(prompts, max_new_tokens, model.config)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
     repeats = _repeats(prompts)
-    shortest_first = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
-    for rows in itertools.batched(shortest_first, BATCHES[-1]):
+    for rows in _groups(prompts):
         batch = _batch([prompts[row] for row in rows], [repeats[row] for row in rows], sampling, max_new_tokens, model)
         for step in _decode(parts, model, batch, len(rows), sampling, limits):
             yield step._replace(row=rows[step.row])
@@ -195,6 +195,12 @@ def _repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
         repeats.append(seen[prompt])
         seen[prompt] += 1
     return repeats
+
+
+def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+    """Rows to decode together; rows far apart are not, so that replies come about in order."""
+    for window in itertools.batched(range(len(prompts)), ORDER_WINDOW):
+        yield from itertools.batched(sorted(window, key=lambda row: len(prompts[row])), BATCHES[-1])
 
 
 def _round_up(number: int, sizes: Sequence[int]) -> int:

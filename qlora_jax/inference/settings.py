@@ -11,7 +11,7 @@ ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < valu
 
 Quant = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
 Dtype = Literal["auto", "bfloat16", "float32"]
-Column = Literal["unquantized", "quantized", "checkpoint"]
+COLUMNS = ("unquantized", "quantized", "checkpoint")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +64,8 @@ class EvaluateArgs:
     max_tokens: int | None = setting("only the first tokens of the text (null: all)", None, AT_LEAST_TWO)
     max_rows: int | None = setting("only the first questions and rows (null: all)", None, AT_LEAST_ONE)
     json: str | None = setting("also write the scores to this file", None, NOT_EMPTY)
-    columns: list[Column] | None = setting(
-        "which of [unquantized, quantized, checkpoint] to score (null: all that there are)", None, NOT_EMPTY
+    columns: list[str] | None = setting(
+        f"which of [{', '.join(COLUMNS)}] to score (null: all that there are)", None, NOT_EMPTY
     )
     chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
     quant_type: Quant = setting("4-bit code of the quantized base; auto: as the run was trained, or nf4", "auto")
@@ -89,9 +89,13 @@ def check_evaluate(args: EvaluateArgs) -> None:
     problems = _model_problems(args)
     if args.text is None and args.choices is None and args.rows is None:
         problems.append("text, choices, rows: none is given, expected at least one of them to score")
-    if args.run is None and "checkpoint" in (args.columns or []):
+    columns = args.columns or []
+    problems += [
+        f"columns: found {name!r}, expected some of {', '.join(COLUMNS)}" for name in set(columns) - {*COLUMNS}
+    ]
+    if args.run is None and "checkpoint" in columns:
         problems.append("columns: checkpoint needs a run")
-    if args.quant_type == "none" and args.columns is not None and "quantized" in args.columns:
+    if args.quant_type == "none" and "quantized" in columns:
         problems.append("columns: quantized needs a quant_type other than none")
     problems += _folder_problems("json", args.json)
     if problems:

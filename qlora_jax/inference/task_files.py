@@ -1,5 +1,6 @@
 """Tasks from files: a text, questions with options, rows in the forms of training data."""
 
+import itertools
 import re
 import string
 from collections.abc import Mapping, Sequence
@@ -100,8 +101,8 @@ def split_lettered(text: str) -> list[str]:
         if found < 0 or (found > 0 and not starts):
             break
         starts.append(found)
-    ends = [*starts[1:], len(text)]
-    return [text[start + len("A. ") : end].rstrip("\n") for start, end in zip(starts, ends, strict=True)]
+    bounds = itertools.pairwise([*starts, len(text)])
+    return [text[start + len("A. ") : end].rstrip("\n") for start, end in bounds]
 
 
 def _answer(answer: Any, options: Sequence[str]) -> int:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,31 +43,14 @@ class Comparison(NamedTuple):
     p: float | None = None
 
 
-class Task(Protocol):
-    """Something to score models on.
-
-    Attributes:
-      name: the setting that asks for it.
-      title: what it is, for people.
-      size: rows that `score` reports as done, in all.
-    """
-
-    name: str
-    title: str
-
-    @property
-    def size(self) -> int: ...
-
-    def score(self, parts: Parts, progress: Progress) -> Any: ...
-
-    def measures(self, scores: Any) -> list[Measure]: ...
-
-    def compare(self, before: Any, after: Any) -> list[Comparison]: ...
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextTask(Task):
-    """Perplexity of windows of a text."""
+class TextTask:
+    """Perplexity of windows of a text.
+
+    Fields of every task:
+      title: what it is, for people.
+      name: the setting that asks for it.
+    """
 
     title: str
     rows: Sequence[ScoredIds]
@@ -75,15 +58,19 @@ class TextTask(Task):
 
     @property
     def size(self) -> int:
+        """Rows that `score` reports as done, in all."""
         return len(self.rows)
 
     def score(self, parts: Parts, progress: Progress) -> RowScores:
+        """The scores of one model."""
         return answer_scores(*parts, self.rows, progress)
 
     def measures(self, scores: RowScores) -> list[Measure]:
+        """What the scores say."""
         return _losses(scores)
 
     def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
+        """What changed from one model to another."""
         return [_loss_change(before, after)]
 
 
@@ -94,10 +81,12 @@ class RowsTask(TextTask):
     name: str = "rows"
 
     def measures(self, scores: RowScores) -> list[Measure]:
+        """What the scores say."""
         hits = {"begins with the answer": scores.begins, "is exactly the answer": scores.exact}
         return [*_losses(scores), *(_share(name, right) for name, right in hits.items())]
 
     def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
+        """What changed from one model to another."""
         hits = {
             "begins with the answer": (before.begins, after.begins),
             "is exactly the answer": (before.exact, after.exact),
@@ -106,7 +95,7 @@ class RowsTask(TextTask):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ChoiceTask(Task):
+class ChoiceTask:
     """Accuracy of the likeliest option."""
 
     title: str
@@ -115,12 +104,15 @@ class ChoiceTask(Task):
 
     @property
     def size(self) -> int:
+        """Rows that `score` reports as done, in all."""
         return sum(len(choice.options) for choice in self.choices)
 
     def score(self, parts: Parts, progress: Progress) -> ChoiceScores:
+        """The scores of one model."""
         return choice_scores(*parts, self.choices, progress)
 
     def measures(self, scores: ChoiceScores) -> list[Measure]:
+        """What the scores say."""
         ties = int((scores.tied_by_sum | scores.tied_by_mean).sum())
         return [
             _share("right by likelihood", scores.by_sum),
@@ -129,10 +121,14 @@ class ChoiceTask(Task):
         ]
 
     def compare(self, before: ChoiceScores, after: ChoiceScores) -> list[Comparison]:
+        """What changed from one model to another."""
         return [
             _share_change("right by likelihood", before.by_sum, after.by_sum),
             _share_change("right by likelihood a token", before.by_mean, after.by_mean),
         ]
+
+
+Task = TextTask | ChoiceTask
 
 
 def _losses(scores: RowScores) -> list[Measure]:

@@ -1,0 +1,163 @@
+"""`python -m qlora_jax.generate`, from the command line to what is printed and written."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qlora_jax import generate, runtime
+from qlora_jax.inference import decode
+from qlora_jax.inference.prompts import stop_ids
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.io.opened import adapted, load_base, open_base_or_run
+from qlora_jax.models.partition import partition
+from tests.inference.small_run import STEPS, write_run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+DRAWN = ("--temperature", "1.5", "--seed", "5", "--max_new_tokens", "8")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("generate")
+    write_run(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch):
+    """The compilation cache of the person who runs the tests is left alone."""
+    monkeypatch.setattr(runtime, "start", lambda: None)
+
+
+def direct(folder: Path, prompt: str, step: int | None, **sampling) -> str:
+    """The reply without the command: the checkpoint's at `step`, the base's where that is None."""
+    opened = open_base_or_run(None, str(folder / "run"), step=step)
+    model = load_base(opened, opened.args)
+    parts = partition(model) if step is None else adapted(model, opened.run)
+    ids = opened.tokenizer.encode(opened.tokenizer.render([{"role": "user", "content": prompt}], True))
+    stops = stop_ids(opened.tokenizer, [], chat=True)
+    settings = dict(sampling=Sampling(**sampling), max_new_tokens=8, stop_ids=stops)
+    return opened.tokenizer.decode(decode.generate(*parts, [ids], **settings)[0].ids)
+
+
+def test_a_prompt_is_answered_on_standard_output(folder, capsys):
+    settings = dict(temperature=1.5, seed=5)
+    base, newest, earlier = (direct(folder, "hello", step, **settings) for step in (None, STEPS[-1], STEPS[0]))
+    assert len({base, newest, earlier}) == 3
+    run, model = ["--run", str(folder / "run")], ["--model", str(folder / "model"), "--compute_dtype", "float32"]
+    for words, expected in [(model, base), (run, newest), ([*run, "--step", "3"], earlier), ([*model, *run], newest)]:
+        generate.main([*words, "--prompt", "hello", *DRAWN])
+        printed = capsys.readouterr()
+        assert printed.out == expected + "\n"
+        assert "stopped at --max_new_tokens" in printed.err
+
+
+def test_a_file_of_prompts(folder, tmp_path, capsys):
+    rows = [
+        {"prompt": "hello", "topic": "greeting"},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "left out"}]},
+        {"instruction": "hello", "output": "left out"},
+        {"prompt": "another"},
+    ]
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "replies.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--run", str(folder / "run"), "--prompts", str(prompts)]
+    generate.main([*words, "--output", str(output), "--max_new_tokens", "8"])
+    replies = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [{name: reply[name] for name in row} for row, reply in zip(rows, replies, strict=True)] == rows
+    assert [reply["reply"] for reply in replies] == [direct(folder, p, 7) for p in ["hello"] * 3 + ["another"]]
+    assert {(reply["end"], reply["reply_tokens"]) for reply in replies} == {("length", 8)}
+    assert capsys.readouterr().out == ""
+
+
+def test_lines_are_prompts_and_raw_leaves_the_template_out(folder, tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("hello\n\n  \nand 'this'\n")
+    words = ["--model", str(folder / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens", "3"]
+    generate.main(words)
+    chat = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    generate.main([*words, "--raw"])
+    raw = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [reply["prompt"] for reply in raw] == ["hello", "and 'this'"]
+    assert [reply["reply"] for reply in raw] != [reply["reply"] for reply in chat]
+
+
+def test_a_chat_keeps_its_history(folder, capsys, monkeypatch):
+    first = direct(folder, "hello", 7)
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nhello\n/reset\nhello\n/quit\nnever read\n"))
+    generate.main(["--run", str(folder / "run"), "--max_new_tokens", "8"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("/", "stopped"))]
+    assert len(lines) == 4
+    assert (lines[0], lines[2], lines[3]) == (first, "the conversation begins anew", first)
+    assert lines[1] != first
+
+
+def test_another_base_is_refused(folder, tmp_path):
+    write_run(tmp_path, seed=1)
+    words = ["--run", str(folder / "run"), "--model", str(tmp_path / "model"), "--prompt", "hello"]
+    with pytest.raises(ValueError, match=r"is not the base that .*run was trained on: its fingerprint"):
+        generate.main(words)
+
+
+def test_an_adapter_on_a_base_held_otherwise_is_told(folder, capsys):
+    generate.main(["--run", str(folder / "run"), "--prompt", "hello", "--quant_type", "none", "--max_new_tokens", "1"])
+    assert "trained on a base in nf4, and runs on one in none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--prompt x", r"model, run: neither is given"),
+        ("--model m --step 3", r"step: is a run's"),
+        ("--model m --prompt x --prompts y", r"prompt and prompts: both are given"),
+        ("--model m --output o", r"output: is for the replies to a file of prompts"),
+        ("--model m --prompts p --output nowhere/o", r"output: found 'nowhere/o', but there is no folder 'nowhere'"),
+        ("--model m --top_p 0", r"top_p: found 0, expected more than 0 and at most 1"),
+        ("--model m --topk 3", r"topk: unknown key; did you mean top_k"),
+        ("--model nowhere", r"nowhere: no such file or folder"),
+        ("--run nowhere", r"nowhere holds no run"),
+        ("--run RUN --step 4", r"does not hold a checkpoint of step 4: steps saved are \[3, 7\]"),
+        ("--model MODEL --raw --system x", r"--system is for a chat template, and --raw is given"),
+    ],
+)
+def test_bad_settings(folder, words, message):
+    places = {"RUN": folder / "run", "MODEL": folder / "model"}
+    with pytest.raises(ValueError, match=message):
+        generate.main([str(places.get(word, word)) for word in words.split()])
+
+
+def test_bad_prompts_are_told_by_line_before_the_model_is_loaded(folder, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"question": "x"}, {"prompt": 3}, {"messages": []}, {"prompt": "x" * 300}, {"prompt": "fine"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError) as error:
+        generate.main(["--model", str(folder / "model"), "--prompts", str(path)])
+    lines = str(error.value).splitlines()
+    assert "4 of 5 rows can't be used" in lines[0]
+    for line, (number, words) in zip(
+        lines[1:],
+        [(1, "expected one of the columns 'messages', 'prompt', 'instruction'; found 'question'"), (2, "prompt is int"),
+         (3, "assistant"), (4, "tokens, and the model has 256 positions")],
+        strict=True,
+    ):  # fmt: skip
+        assert f"{path}:{number}: " in line and words in line
+
+
+def test_help_tells_every_setting_and_its_default(capsys):
+    with pytest.raises(SystemExit) as left:
+        generate.main(["--help"])
+    printed = capsys.readouterr().out
+    assert left.value.code == 0
+    assert printed.startswith("usage: python -m qlora_jax.generate [--config FILE] [--key value ...]")
+    for name in ("--raw", "--prompts TEXT|null", "--max_new_tokens INT", "[256]", "{auto,nf4,"):
+        assert name in printed
+
+
+def test_the_command_shows_no_traceback():
+    words = ["-m", "qlora_jax.generate", "--model", "nowhere", "--prompt", "x"]
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: nowhere: no such file or folder") and "Traceback" not in done.stderr

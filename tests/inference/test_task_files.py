@@ -1,0 +1,101 @@
+"""Questions in the shapes they come in, and rows that can't be scored."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qlora_jax.inference.task_files import choice_task, read_question, rows_task, split_lettered, text_task
+from tests.inference.tiny import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+LETTERED = "A. one\nB. two\nlines of it\nC. B. three"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("A. x\nB. y", ["x", "y"]),
+        (LETTERED, ["one", "two\nlines of it", "B. three"]),
+        ("A. x\nC. y", ["x\nC. y"]),
+        ("see:\nA. x\nB. y", []),
+        ("x or y", []),
+    ],
+)
+def test_lettered_options(text, options):
+    assert split_lettered(text) == options
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "expected"),
+    [
+        (["yes", "no"], 1, 1),
+        (["yes", "no"], "no", 1),
+        (["yes", "no"], "b", 1),
+        (["B", "A"], "A", 1),  # a text comes before a letter
+        (LETTERED, "C. B. three", 2),
+        (LETTERED, "B. two\nlines of it", 1),
+        (LETTERED, "B", 1),
+        (["A. x", "y"], "A. x", 0),
+    ],
+)
+def test_answers(options, answer, expected):
+    assert read_question({"question": "q", "options": options, "answer": answer}).answer == expected
+    assert read_question({"prompt": "q", "options": options, "answer": answer}).prompt == "q"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q", "options": ["a", "b"]}, "expected the columns .* found 'question', 'options'"),
+        ({"question": "q", "options": ["a"], "answer": 0}, "options: expected a list of two or more"),
+        ({"question": "q", "options": "a or b", "answer": 0}, "options: expected"),
+        ({"question": "q", "options": ["a", ""], "answer": 0}, "options: expected"),
+        ({"question": "q", "options": ["a", "b"], "answer": 2}, "answer 2 is none of the 2 options"),
+        ({"question": "q", "options": ["a", "b"], "answer": True}, "answer True is none"),
+        ({"question": "q", "options": ["a", "b"], "answer": "C"}, "answer 'C' is none"),
+        ({"question": "q", "options": "A. x\nB. y", "answer": "A. y"}, "answer 'A. y' is none"),
+    ],
+)
+def test_questions_that_are_none(row, message):
+    with pytest.raises(ValueError, match=message):
+        read_question(row)
+
+
+def test_only_the_option_is_scored(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"question": "Why?", "options": ["so", "ü"], "answer": "so"}])
+    (choice,) = choice_task(path, TOKENIZER, max_rows=None, max_positions=99).choices
+    texts = [(TOKENIZER.decode(ids.tolist()), TOKENIZER.decode(ids[scored].tolist())) for ids, scored in choice.options]
+    assert texts == [("Question: Why?\nAnswer: so", " so"), ("Question: Why?\nAnswer: ü", " ü")]
+    assert choice.answer == 0
+
+
+def test_a_text_in_windows(tmp_path):
+    (tmp_path / "text.txt").write_text("abcdefghij")
+    task = text_task(str(tmp_path / "text.txt"), TOKENIZER, window=4, max_tokens=7, max_positions=4)
+    assert [TOKENIZER.decode(ids.tolist()) for ids, _ in task.rows] == ["abcd", "efg"]
+    assert task.title.endswith("2 windows of 4 tokens, 5 scored")
+    with pytest.raises(ValueError, match="window=4: the model reads 3"):
+        text_task(str(tmp_path / "text.txt"), TOKENIZER, window=4, max_tokens=7, max_positions=3)
+
+
+def test_rows_score_what_training_learns(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"prompt": "ab", "completion": "cd"}] * 3)
+    task = rows_task(path, TOKENIZER, max_rows=2, max_positions=5)
+    assert len(task.rows) == 2
+    assert [TOKENIZER.decode(ids[scored].tolist()) for ids, scored in task.rows] == ["cd<end>"] * 2
+    np.testing.assert_array_equal(task.rows[0][1], [False, False, True, True, True])
+
+
+def test_long_rows_are_told_by_line(tmp_path):
+    rows = write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}, {"prompt": "abc", "completion": "d"}])
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: 5 tokens, and the model reads 4"):
+        rows_task(rows, TOKENIZER, max_rows=None, max_positions=4)
+    questions = write(tmp_path / "q.jsonl", [{"question": "abc", "options": ["a", "long"], "answer": 0}])
+    with pytest.raises(ValueError, match=r"q.jsonl:1: 26 tokens, and the model reads 25"):
+        choice_task(questions, TOKENIZER, max_rows=None, max_positions=25)
