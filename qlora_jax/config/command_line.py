@@ -163,6 +163,9 @@ def run_main(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:  # `... | head` has read enough; what is left to flush goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("QLORA_JAX_TRACEBACK") == "1":
             raise

@@ -1,6 +1,8 @@
 """Dotted overrides, help, and errors without a traceback."""
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,7 @@ from qlora_jax.config import ConfigError, parse, read_command_line, run_main
 from qlora_jax.config.decode import walk
 from qlora_jax.config.schema import Config
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 NEEDED = ["--model.path", "m", "--data.train", "t", "--output", "o"]
 
 
@@ -101,6 +104,17 @@ def test_user_errors_show_no_traceback(capsys, monkeypatch, error, message):
     monkeypatch.setenv("QLORA_JAX_TRACEBACK", "1")
     with pytest.raises(type(error)):
         run_main(fail_with(error))
+
+
+def test_a_reader_that_stops_is_no_error():
+    code = "from qlora_jax.config import run_main\ndef main(argv):\n    while True: print('a line')\nrun_main(main)"
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        assert run.stdout is not None and run.stderr is not None
+        run.stdout.readline()
+        run.stdout.close()
+        assert run.stderr.read() == b""
+    assert run.returncode == 141
 
 
 def test_other_errors_are_ours_and_show_one(monkeypatch):
