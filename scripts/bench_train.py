@@ -30,7 +30,8 @@ class Player:
     """A process that does one training step each time it is asked, and tells how long it took."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self._errors = tempfile.TemporaryFile("w+")
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._started = time.perf_counter()
         self._process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
 
@@ -42,12 +43,14 @@ class Player:
         for line in self._process.stdout:
             if line.startswith("{"):
                 return json.loads(line) | {"since_start_s": time.perf_counter() - self._started}
-        raise RuntimeError(f"{self._process.args} ended with status {self._process.wait()}")
+        status, _ = self._process.wait(), self._errors.seek(0)
+        raise RuntimeError(f"{self._process.args} ended with status {status}:\n{self._errors.read()[-3000:]}")
 
     def close(self) -> None:
         """Ends it."""
         self._process.kill()
         self._process.communicate()
+        self._errors.close()
 
 
 def duel(ours: list[str], theirs: list[str], cache: str, steps: int) -> dict[str, Any]:

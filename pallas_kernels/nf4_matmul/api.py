@@ -18,7 +18,7 @@ Layer = Int[Array, ""] | int | None
 class Product(Protocol):
     """[M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward); one unstacked weight."""
 
-    def __call__(self, rows: jax.Array, weights: QTensor) -> jax.Array: ...
+    def __call__(self, rows: jax.Array, weights: QTensor, /) -> jax.Array: ...
 
 
 class Implementation(NamedTuple):

@@ -132,8 +132,8 @@ def _restore(manager: ocp.CheckpointManager, folder: Path, step: int | None, ite
         return manager.restore(step, args=items)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"the checkpoint of step {step} in {folder} cannot be read: {_first_line(error)}; remove that folder to fall "
-            "back to an earlier step"
+            f"the checkpoint of step {step} in {folder} cannot be read: {_first_line(error)}; remove that folder to "
+            "fall back to an earlier step"
         ) from error
 
 

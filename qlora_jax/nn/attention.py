@@ -136,7 +136,7 @@ def _backward(scale, residuals, do_BTNH):
             d_scores = (weights * (d_weights - mean) * scale).astype(q_ZMH.dtype)
             dk = sums[0] + dot_tn(d_scores, q_ZMH)
             dv = sums[1] + dot_tn(weights.astype(do_ZMH.dtype), do_ZMH)
-            return (dk, dv), dot_nn(d_scores, k_ZSH[:, :end]).astype(q_ZMH.dtype)
+            return (dk, dv), dot_nn(d_scores, k_ZSH[:, :end], q_ZMH.dtype)
 
         zeros = (dk_ZSH[:, :end] * 0, dv_ZSH[:, :end] * 0)
         args = [_chunks_of(x, start, end) for x in (q_ZGTH, do_ZGTH, lse_ZGT)]

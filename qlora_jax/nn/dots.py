@@ -10,6 +10,7 @@ Dimension key: Z batch, M rows, K and N columns.
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 
@@ -18,14 +19,18 @@ def row_major(x: jax.Array) -> jax.Array:
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 
-def dot_nn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z K N"]) -> Float[Array, "*Z M N"]:
-    """a b, in f32."""
-    return _dot(a, b, a.ndim - 1, b.ndim - 2)
+def dot_nn(
+    a: Float[Array, "*Z M K"], b: Float[Array, "*Z K N"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*Z M N"]:
+    """a b, summed in f32 and rounded once to `dtype`."""
+    return _dot(a, b, a.ndim - 1, b.ndim - 2, dtype)
 
 
-def dot_nt(a: Float[Array, "*Z M K"], b: Float[Array, "*Z N K"]) -> Float[Array, "*Z M N"]:
-    """a b^T, in f32."""
-    return _dot(a, b, a.ndim - 1, b.ndim - 1)
+def dot_nt(
+    a: Float[Array, "*Z M K"], b: Float[Array, "*Z N K"], dtype: DTypeLike = jnp.float32
+) -> Float[Array, "*Z M N"]:
+    """a b^T, summed in f32 and rounded once to `dtype`."""
+    return _dot(a, b, a.ndim - 1, b.ndim - 1, dtype)
 
 
 def dot_tn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z M N"]) -> Float[Array, "*Z K N"]:
@@ -34,7 +39,7 @@ def dot_tn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z M N"]) -> Float[Array,
 
 
 def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
-    return _dot(a, b, a.ndim - 2, b.ndim - 2)
+    return _dot(a, b, a.ndim - 2, b.ndim - 2, jnp.float32)
 
 
 def _dot_tn_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -43,6 +48,7 @@ def _dot_tn_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.swapaxes(_dot_tn_cpu(b, a), -1, -2)
 
 
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
+def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> jax.Array:
     batch = tuple(range(a.ndim - 2))
-    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=jnp.float32)
+    # XLA sums 16-bit products in f32 whatever the result's dtype; a 16-bit result saves a pass over it.
+    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=dtype)

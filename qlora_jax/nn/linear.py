@@ -33,7 +33,7 @@ def frozen_linear(x_MK: Float[Array, "M K"], weight: QTensor | jax.Array, layer:
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
     w_NK = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-    return dot_nt(x_MK, w_NK.astype(x_MK.dtype)).astype(x_MK.dtype)
+    return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
 
 
 class QLinear(nnx.Module):

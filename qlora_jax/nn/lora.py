@@ -43,7 +43,7 @@ def _dropped(x_MK: jax.Array, dropout: float, key: jax.Array | None) -> jax.Arra
 def _forward(x_MK, lora_a_KR, lora_b_RN, scaling, dropout, key):
     dtype = x_MK.dtype
     xa_MR = (dot_nn(_dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)) * scaling).astype(dtype)
-    y_MN = dot_nn(xa_MR, lora_b_RN.astype(dtype)).astype(dtype)
+    y_MN = dot_nn(xa_MR, lora_b_RN.astype(dtype), dtype)
     return y_MN, (x_MK, lora_a_KR, lora_b_RN, xa_MR, key)
 
 
@@ -53,7 +53,7 @@ def _backward(scaling, dropout, residuals, dy_MN):
     d_xa_MR = (dot_nt(dy_MN, lora_b_RN.astype(dtype)) * scaling).astype(dtype)
     d_b_RN = dot_tn(xa_MR, dy_MN)
     d_a_KR = dot_tn(_dropped(x_MK, dropout, key), d_xa_MR)
-    dx_MK = _dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype)).astype(dtype), dropout, key)
+    dx_MK = _dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
     return dx_MK, d_a_KR.astype(lora_a_KR.dtype), d_b_RN.astype(lora_b_RN.dtype), None
 
 

@@ -39,7 +39,7 @@ def _nll_and_grad_of_chunk(hidden_CD, head_VD, targets_C):
     nll_C = lse_C - jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
     is_target = jnp.arange(logits_CV.shape[1], dtype=targets_C.dtype)[None, :] == targets_C[:, None]
     d_logits_CV = jnp.exp(logits_CV - lse_C[:, None]) - is_target.astype(jnp.float32)
-    return nll_C, dot_nn(d_logits_CV.astype(hidden_CD.dtype), head_VD).astype(hidden_CD.dtype)
+    return nll_C, dot_nn(d_logits_CV.astype(hidden_CD.dtype), head_VD, hidden_CD.dtype)
 
 
 def _in_chunks(of_chunk, hidden_MD, head_VD, targets_M, supervised_M):

@@ -6,6 +6,7 @@ Dimension key: T positions, N heads, H head_dim.
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ class RopeScaling:
     kind: str = "default"
     numbers: tuple[tuple[str, float | tuple[float, ...] | bool | None], ...] = ()
 
-    def get(self, name: str, default=None):
+    def get(self, name: str, default: Any = None) -> Any:
         """The number of that name, or `default` where the config does not give it."""
         value = dict(self.numbers).get(name)
         return default if value is None else value

@@ -52,7 +52,8 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
     for file in (tmp_path / "checkpoints/1/lora").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
-    with Checkpoints(tmp_path, keep=2) as checkpoints, pytest.raises(CheckpointError, match=r"step 1 .* cannot be read"):
+    unreadable = pytest.raises(CheckpointError, match=r"step 1 .* cannot be read")
+    with Checkpoints(tmp_path, keep=2) as checkpoints, unreadable:
         checkpoints.restore(LORA, {"mu": jnp.zeros(3)})
 
 
