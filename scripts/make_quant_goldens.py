@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bitsandbytes import functional as bnb
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,6 +40,7 @@ INPUT_BLOCK_SIZES = {
     "subnormal": 64,
     "odd_shape": 64,
     "vector": 64,
+    "partial_ties": 64,
     "many_blocks": 32,
 }
 
@@ -52,10 +54,37 @@ def ties(midpoints: list[float]) -> np.ndarray:
 
 
 def midpoints(quant_type: str) -> list[float]:
-    from bitsandbytes.functional import get_4bit_type
-
-    levels = np.sort(get_4bit_type(quant_type, device="cpu").numpy())
+    levels = np.sort(bnb.get_4bit_type(quant_type, device="cpu").numpy())
     return ((levels[:-1] + levels[1:]) / np.float32(2)).tolist()
+
+
+def partial_ties(midpoints: list[float], rng: np.random.Generator) -> np.ndarray:
+    """One partial block near ties, where w * (1 / absmax) and w / absmax fall on different sides of five midpoints."""
+    around, one = ties(midpoints)[0][:46] * np.float32(2), np.float32(1)
+    while True:
+        absmax = np.float32(rng.uniform(1, 2))
+        block = around * absmax
+        product, quotient = block * (one / absmax), block / absmax
+        if sum(np.sum((product > midpoint) != (quotient > midpoint)) for midpoint in np.float32(midpoints)) >= 5:
+            return block
+
+
+def eight_bit_codes(values: np.ndarray) -> np.ndarray:
+    """bitsandbytes' 8-bit codes of 255 values of a block whose absmax is 1."""
+    codes, _ = bnb.quantize_blockwise(torch.from_numpy(np.append(np.float32(1), values)), blocksize=256)
+    return codes.numpy()[1:]
+
+
+def look_up_thresholds() -> dict[str, np.ndarray]:
+    """f32[255]: the smallest values with 8-bit codes beyond c, for c in 0..254; the codes there, and one ulp below."""
+    low, high = np.full(255, -1.0, np.float32), np.full(255, 1.0, np.float32)
+    while np.any(np.nextafter(low, np.float32(2)) < high):
+        middle = ((low.astype(np.float64) + high) / 2).astype(np.float32)
+        middle = np.where(middle == low, np.nextafter(low, np.float32(2)), middle)
+        above = eight_bit_codes(middle) > np.arange(255)
+        low, high = np.where(above, low, middle), np.where(above, middle, high)
+    codes = np.stack([eight_bit_codes(high), eight_bit_codes(low)])
+    return {"look_up.thresholds": high, "look_up.codes": codes}
 
 
 def made_up(rng: np.random.Generator) -> dict[str, np.ndarray]:
@@ -73,6 +102,7 @@ def made_up(rng: np.random.Generator) -> dict[str, np.ndarray]:
         "subnormal": normal[:4] * np.array([[1e-36], [1e-38], [1e-40], [3e-45]], np.float32),
         "odd_shape": rng.standard_normal((3, 5, 7), np.float32),
         "vector": rng.standard_normal(200, np.float32),
+        "partial_ties": partial_ties(midpoints("nf4"), rng),
         "many_blocks": rng.standard_normal((36, 256), np.float32).astype(np.float16),
     }
 
@@ -102,7 +132,7 @@ def main() -> None:
     parser.add_argument("--real", type=Path, help="safetensors file of all-MiniLM-L6-v2")
     inputs = real_slices(parser.parse_args().real) | made_up(np.random.default_rng(20231))
     torch.set_num_threads(1)
-    arrays, cases = dict(inputs), {}
+    arrays, cases = inputs | look_up_thresholds(), {}
     for name, block_size in INPUT_BLOCK_SIZES.items():
         for quant_type in ("nf4", "fp4"):
             leaves, digests = both_ways(torch.from_numpy(inputs[name]), quant_type, block_size)

@@ -94,8 +94,9 @@ def _quantize_and_inspect(
 def _quantize_blocks(blocks: Array, absmax: Array, weight: Array, settings: QuantSettings) -> QTensor:
     normalized = blocks * _inverse(absmax)[:, None]
     if blocks.size != weight.size:  # bitsandbytes divides in a partial block
-        last = blocks[-1] / jnp.where(absmax[-1] > 0, absmax[-1], 1.0)
-        normalized = normalized.at[-1].set(last)
+        # XLA turns a quotient by one number into products with its reciprocal, but not one by an array.
+        divisor = lax.optimization_barrier(jnp.full(blocks.shape[1:], jnp.where(absmax[-1] > 0, absmax[-1], 1.0)))
+        normalized = normalized.at[-1].set(blocks[-1] / divisor)
     # XLA on CPUs vectorizes this where neighbours part before they are quantized, and the loop runs over whole blocks:
     # the barrier keeps the final shape, whose rows may cut blocks, out of it.
     first, second = (_nearest_codes(normalized[:, start::2], settings.quant_type) for start in (0, 1))

@@ -1,5 +1,7 @@
 """The mean and the 8-bit look-up of double quantization."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from pallas_kernels.formats.tables import dynamic_map
 from qlora_jax.quant.double_quant import LOOK_UP_SIZE, mean, nearest_code_look_up, quantize_constants
 
+GOLDEN = Path(__file__).resolve().parent.parent / "golden/quant.npz"
+
 
 @pytest.mark.parametrize("count", [1, 2, 3, 9, 1000, 13824, 100_003])
 def test_mean_is_correct_to_the_last_bit_and_equal_under_jit(count: int) -> None:
@@ -15,6 +19,12 @@ def test_mean_is_correct_to_the_last_bit_and_equal_under_jit(count: int) -> None
     exact = np.float32(absmax.mean(dtype=np.float64))
     np.testing.assert_array_max_ulp(mean(absmax), exact, maxulp=1)
     np.testing.assert_array_equal(np.asarray(jax.jit(mean)(jnp.asarray(absmax))), mean(absmax))
+
+
+def test_mean_never_takes_one_rounding_for_two() -> None:
+    rng, in_jit = np.random.default_rng(1), jax.jit(mean)
+    arrays = rng.gamma(9.0, 0.01, (400, 999)).astype(np.float32)
+    np.testing.assert_array_equal([np.asarray(in_jit(absmax)) for absmax in arrays], [mean(a) for a in arrays])
 
 
 def test_look_up_is_nearest_but_for_its_own_step() -> None:
@@ -28,6 +38,19 @@ def test_look_up_is_nearest_but_for_its_own_step() -> None:
     assert 0 < different.size < 0.01 * values.size
     to_midpoint = np.abs(values[different, None] - midpoints[None, :]).min(-1)
     assert to_midpoint.max() <= 2.0 / (LOOK_UP_SIZE - 1)
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["numpy", "jit"])
+def test_codes_change_where_bitsandbytes_changes_them(jit: bool) -> None:
+    """Every threshold of its look-up, found by bisection: the codes there, and one ulp below."""
+    with np.load(GOLDEN) as golden:
+        at, expected = golden["look_up.thresholds"], golden["look_up.codes"]
+    blocks = [np.append(np.float32(1), values) for values in (at, np.nextafter(at, np.float32(-2)))]
+    absmax = np.concatenate(blocks)
+    quantize = jax.jit(quantize_constants, static_argnums=2) if jit else quantize_constants
+    codes, nested_absmax = quantize(jnp.asarray(absmax) if jit else absmax, np.float32(0), 256)
+    np.testing.assert_array_equal(np.asarray(nested_absmax), 1)
+    np.testing.assert_array_equal(np.asarray(codes).reshape(2, 256)[:, 1:], expected)
 
 
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 5000])
