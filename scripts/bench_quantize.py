@@ -3,7 +3,7 @@
     python scripts/bench_quantize.py --opponent-python .oracle/bin/python
 
 Both run in turns, in two processes of which one waits; a ratio is of medians. Both are given the same f32 weights in
-their own arrays, and must make the same codes of them.
+their own arrays, and must make the same codes of them. Each dequantizes to bf16 from the layout that it trains on.
 """
 
 import argparse
@@ -46,13 +46,15 @@ def our_operations(shape: str) -> tuple[Operations, str]:
     import jax
     import jax.numpy as jnp
 
+    from pallas_kernels.formats.layouts import repack
     from qlora_jax import quant
 
     weight = jnp.asarray(weight_of(shape))
     qt = quant.quantize(weight)
+    as_trained = repack(qt, "row_planar")
     operations = {
         "quantize": lambda: jax.block_until_ready(quant.quantize(weight)),
-        "dequantize": lambda: jax.block_until_ready(quant.dequantize(qt, "bfloat16")),
+        "dequantize": lambda: jax.block_until_ready(quant.dequantize(as_trained, "bfloat16")),
     }
     return operations, digest(np.asarray(qt.codes))
 
