@@ -204,4 +204,6 @@ class CausalLM(nnx.Module):
     ) -> tuple[Float[Array, "M D"], KVCache]:
         """Hidden states of tokens that follow `start` earlier ones in each row, and the cache with them in it."""
         index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-        return self.model(tokens_BT, index_BT, length=cache.k.shape[2], remat="none", cache=cache)
+        hidden_MD, longer = self.model(tokens_BT, index_BT, length=cache.k.shape[2], remat="none", cache=cache)
+        assert longer is not None  # a cache given comes back
+        return hidden_MD, longer

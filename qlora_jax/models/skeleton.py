@@ -29,7 +29,7 @@ def _empty_qtensor(stack: int, shape: tuple[int, int], weights: WeightFormat) ->
         absmax_codes=jnp.zeros((stack, *blocks), u8) if double else None,
         nested_absmax=jnp.zeros((stack, nested), f32) if double else None,
         nested_offset=jnp.zeros((stack,), f32) if double else None,
-        quant_type=weights.quant_type,
+        quant_type=str(weights.quant_type),
         block_size=weights.block_size,
         nested_block_size=weights.nested_block_size,
         shape=shape,

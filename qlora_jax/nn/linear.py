@@ -52,8 +52,8 @@ class QLinear(nnx.Module):
     @property
     def shape(self) -> tuple[int, int]:
         """(N, K) of one layer."""
-        weight = self.weight.get_value()
-        return weight.shape if isinstance(weight, QTensor) else weight.shape[-2:]
+        out_features, in_features = self.weight.get_value().shape[-2:]
+        return out_features, in_features
 
     def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None) -> Float[Array, "M N"]:
         def frozen(x: jax.Array) -> jax.Array:

@@ -112,6 +112,7 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
             "seconds": time.perf_counter() - began,
         }
     )
+    assert batch.position is not None  # only batches of an evaluation have none
     return Progress(lora, optimizer_state, step, batch.position)
 
 

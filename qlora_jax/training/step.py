@@ -7,7 +7,7 @@ Dimension key: A micro-batches accumulated, B rows of a micro-batch, T positions
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def update(
     norm = optax.tree.norm(grads)
     with jax.numpy_dtype_promotion("standard"):  # optax multiplies its f32 state by Python and int32 scalars
         updates, state = optimizer.update(grads, state, lora)
-        return optax.apply_updates(lora, updates), state, norm
+        return cast(Lora, optax.apply_updates(lora, updates)), state, norm
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")
