@@ -77,21 +77,19 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 def show_reply(steps: Iterator[Step], tokenizer: Tokenizer, console: Console) -> tuple[str, str]:
     """(the reply, why it ended: as in Step, or "interrupted" by Ctrl-C), printed as it comes."""
-    text, pieces, end = TextStream(tokenizer), [], "interrupted"
-    started, count = time.perf_counter(), 0
+    text, pieces, end, times = TextStream(tokenizer), [], "interrupted", []
     with interruptible() as pressed:
         for step in _waited_for(steps, console):
             pieces.append("" if step.token is None else text.push(step.token))
             _write(pieces[-1], console)
-            count += step.token is not None
+            times.append(time.perf_counter())
             end = step.end or end
             if pressed():
                 break
     pieces.append(text.flush())
     _write(f"{pieces[-1]}\n", console)
-    if console.is_terminal:
-        speed = count / (time.perf_counter() - started)
-        _note(f"{count} tokens, {speed:.1f} a second", console)
+    if console.is_terminal and len(times) > 1:  # the first token waited for the prompt, and maybe for the compiler
+        _note(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens a second", console)
     return "".join(pieces), end
 
 
