@@ -18,6 +18,15 @@ GOLDEN = Path(__file__).parent.parent / "golden/adamw.npz"
 ORACLE = Path(__file__).parent.parent / "oracle/adamw.py"
 
 
+def read_golden() -> tuple[dict, dict, dict, dict]:
+    """(settings, parameters at the start, gradients of every step, torch's parameters after every step)."""
+    with np.load(GOLDEN) as file:
+        arrays = dict(file)
+    names = ("lora_a", "lora_b")
+    start, gradients = ({n: arrays[f"{n}_{what}"] for n in names} for what in ("start", "gradients"))
+    return json.loads(str(arrays["settings"])), start, gradients, {n: arrays[n] for n in names}
+
+
 def optim_args(settings: dict) -> OptimArgs:
     """The oracle's settings as ours."""
     ours = {k: v for k, v in settings.items() if k not in ("warmup_steps", "total_steps")}
@@ -45,19 +54,14 @@ def assert_equal_traces(found: dict, expected: dict, learning_rate: float) -> No
 
 
 def test_fifty_steps_equal_torch_golden():
-    golden = np.load(GOLDEN)
-    settings = json.loads(str(golden["settings"]))
-    start = {n: golden[f"{n}_start"] for n in ("lora_a", "lora_b")}
-    gradients = {n: golden[f"{n}_gradients"] for n in start}
-    assert_equal_traces(trace(settings, start, gradients), golden, settings["learning_rate"])
+    settings, start, gradients, expected = read_golden()
+    assert_equal_traces(trace(settings, start, gradients), expected, settings["learning_rate"])
 
 
 @pytest.mark.parametrize("schedule", list(SHAPES))
 def test_learning_rates_and_steps_equal_torch(oracle, schedule):
-    golden = np.load(GOLDEN)
-    settings = json.loads(str(golden["settings"])) | {"schedule": schedule, "warmup_steps": 2, "weight_decay": 0.0}
-    start = {n: golden[f"{n}_start"] for n in ("lora_a", "lora_b")}
-    gradients = {n: golden[f"{n}_gradients"] for n in start}
+    settings, start, gradients, _ = read_golden()
+    settings |= {"schedule": schedule, "warmup_steps": 2, "weight_decay": 0.0}
     sent = {f"{n}_gradients": g for n, g in gradients.items()}
     expected = oracle(ORACLE, settings=settings, names=list(start), **start, **sent)
     assert_equal_traces(trace(settings, start, gradients), expected, settings["learning_rate"])
