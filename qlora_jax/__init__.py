@@ -9,15 +9,18 @@ from typing import Any
 
 # public name -> the module that defines it
 _PUBLIC = {
-    "Config": "qlora_jax.config",
-    "read_config": "qlora_jax.config",
-    "write_config": "qlora_jax.config",
-    "QTensor": "pallas_kernels.formats.qtensor",
-    "nf4_matmul": "pallas_kernels.nf4_matmul",
+    "open_base_or_run": "qlora_jax.io.opened",
+    "load_base": "qlora_jax.io.opened",
+    "adapted": "qlora_jax.io.opened",
+    "LoraArgs": "qlora_jax.config",
+    "add_lora": "qlora_jax.models.adapt",
+    "partition": "qlora_jax.models.partition",
+    "combine": "qlora_jax.models.partition",
+    "token_nll": "qlora_jax.nn.loss",
     "quantize": "qlora_jax.quant",
     "dequantize": "qlora_jax.quant",
-    "open_model": "qlora_jax.io.source",
-    "load_tokenizer": "qlora_jax.data.tokenizer",
+    "QTensor": "pallas_kernels.formats.qtensor",
+    "nf4_matmul": "pallas_kernels.nf4_matmul",
 }
 
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

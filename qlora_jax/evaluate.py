@@ -67,7 +67,11 @@ def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
     if args.choices is not None:
         tasks.append(task_files.choice_task(args.choices, tokenizer, max_rows=args.max_rows, max_positions=limit))
     if args.rows is not None:
-        tasks.append(task_files.rows_task(args.rows, tokenizer, max_rows=args.max_rows, max_positions=limit))
+        tasks.append(
+            task_files.rows_task(
+                args.rows, tokenizer, max_rows=args.max_rows, max_positions=limit, answer_start=args.answer_start
+            )
+        )
     return tasks
 
 

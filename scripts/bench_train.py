@@ -30,7 +30,7 @@ class Player:
     """A process that does one training step each time it is asked, and tells how long it took."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
-        self._errors = tempfile.TemporaryFile("w+")
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
         self._started = time.perf_counter()
         self._process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)

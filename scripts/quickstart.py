@@ -62,7 +62,9 @@ def _config(argv: list[str], model: Path) -> Config:
 
 
 def _scores(config: Config, opened: Opened, parts: dict[str, Parts], console: Console) -> None:
-    task = rows_task(config.data.eval, opened.tokenizer, max_rows=None, max_positions=opened.features.max_positions)
+    # The base never heard of the form "Title: ...": give it that start, so that form alone makes no difference.
+    limit = opened.features.max_positions
+    task = rows_task(config.data.eval, opened.tokenizer, max_rows=None, max_positions=limit, answer_start="Title:")
     scores = {}
     for column, model in parts.items():
         with console.status(f"scoring {LABELS[column]}"):

@@ -60,6 +60,9 @@ class EvaluateArgs:
         None,
         NOT_EMPTY,
     )
+    answer_start: str | None = setting(
+        "with rows: how every answer begins; it is given to the model, and what follows it is scored", None, NOT_EMPTY
+    )
     window: int = setting("tokens of a window of text; its first one is not scored", 512, AT_LEAST_TWO)
     max_tokens: int | None = setting("only the first tokens of the text (null: all)", None, AT_LEAST_TWO)
     max_rows: int | None = setting("only the first questions and rows (null: all)", None, AT_LEAST_ONE)
@@ -93,6 +96,8 @@ def check_evaluate(args: EvaluateArgs) -> None:
     problems += [
         f"columns: found {name!r}, expected some of {', '.join(COLUMNS)}" for name in set(columns) - {*COLUMNS}
     ]
+    if args.answer_start is not None and args.rows is None:
+        problems.append("answer_start: is for rows; give rows too")
     if args.run is None and "checkpoint" in columns:
         problems.append("columns: checkpoint needs a run")
     if args.quant_type == "none" and "quantized" in columns:

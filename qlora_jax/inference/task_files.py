@@ -43,14 +43,46 @@ def text_task(path: str, tokenizer: Tokenizer, *, window: int, max_tokens: int |
     return TextTask(title=f"{path}: {len(rows)} windows of {window} tokens, {scored:,} scored", rows=rows)
 
 
-def rows_task(path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int) -> RowsTask:
-    """The rows of a file in a form of training data; what a training run would learn is scored."""
+def rows_task(
+    path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int, answer_start: str | None = None
+) -> RowsTask:
+    """The rows of a file in a form of training data; what a training run would learn is scored.
+
+    Args:
+      answer_start: how every answer begins; it is given to the model, and what follows it is scored.
+
+    Raises:
+      ValueError: rows that can't be scored, all of them.
+    """
     rows = read_rows(path)[:max_rows]
     form = recognise(path, rows)
     check_rows(path, rows, form)
     scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, form, tokenizer)]
+    title = f"{path}: answers of {len(rows)} rows"
+    if answer_start is not None:
+        scored = _after_start(path, rows, scored, tokenizer, answer_start)
+        title += f", after {answer_start!r}"
     _check_lengths(path, rows, [[one] for one in scored], max_positions)
-    return RowsTask(title=f"{path}: answers of {len(rows)} rows", rows=scored)
+    return RowsTask(title=title, rows=scored)
+
+
+def _after_start(
+    path: str, rows: Sequence[Row], scored: Sequence[ScoredIds], tokenizer: Tokenizer, answer_start: str
+) -> list[ScoredIds]:
+    """The same rows without the tokens of `answer_start`, with which the scored part of each has to begin."""
+    start = np.array(tokenizer.encode(answer_start), np.int32)
+    after: list[ScoredIds] = []
+    problems: list[Problem] = []
+    for row, (ids, supervised) in zip(rows, scored, strict=True):
+        places = np.flatnonzero(supervised)
+        if not np.array_equal(ids[places[: len(start)]], start):
+            found = tokenizer.decode(ids[places[: len(start)]].tolist())
+            problems.append((row.place, f"the answer begins with {found!r}, expected {answer_start!r}"))
+        rest = supervised.copy()
+        rest[places[: len(start)]] = False
+        after.append((ids, rest))
+    raise_problems(path, problems, len(rows))
+    return after
 
 
 def choice_task(path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int) -> ChoiceTask:

@@ -99,3 +99,12 @@ def test_long_rows_are_told_by_line(tmp_path):
     questions = write(tmp_path / "q.jsonl", [{"question": "abc", "options": ["a", "long"], "answer": 0}])
     with pytest.raises(ValueError, match=r"q.jsonl:1: 26 tokens, and the model reads 25"):
         choice_task(questions, TOKENIZER, max_rows=None, max_positions=25)
+
+
+def test_the_given_start_of_an_answer_is_not_scored(tmp_path):
+    good, bad = {"prompt": "ab", "completion": "T: cd"}, {"prompt": "ab", "completion": "cd"}
+    limits = dict(max_rows=None, max_positions=99, answer_start="T:")
+    task = rows_task(write(tmp_path / "rows.jsonl", [good] * 2), TOKENIZER, **limits)
+    assert [TOKENIZER.decode(ids[scored].tolist()) for ids, scored in task.rows] == [" cd<end>"] * 2
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the answer begins with 'cd', expected 'T:'"):
+        rows_task(write(tmp_path / "rows.jsonl", [good, bad]), TOKENIZER, **limits)
