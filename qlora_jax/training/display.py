@@ -35,27 +35,29 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Tokens a second and seconds a step over the last steps; a first step compiles and does not count."""
+    """Tokens a second and seconds a step over the last steps; the first step of a length compiles and does not count."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)  # wall clock, tokens, seconds
-        self._last: float | None = None
+        self._lengths: set[int] = set()
+        self._last = 0.0
 
-    def add(self, tokens: int, seconds: float, now: float) -> None:
+    def add(self, tokens: int, seconds: float, length: int, now: float) -> None:
         """One step that took `seconds` and ended at `now`; the time since the last one counts for the time left."""
-        if self._last is not None:
+        if length in self._lengths:
             self._steps.append((now - self._last, tokens, seconds))
+        self._lengths.add(length)
         self._last = now
 
     @property
     def tokens_per_second(self) -> float | None:
-        """None before the second step."""
+        """None before the second step of a length."""
         seconds = sum(seconds for _, _, seconds in self._steps)
         return sum(tokens for _, tokens, _ in self._steps) / seconds if seconds else None
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Of the wall clock, evaluations and checkpoints between steps included; None before the second step."""
+        """Of the wall clock, evaluations and checkpoints between steps included; None before the second of a length."""
         return sum(wall for wall, _, _ in self._steps) / len(self._steps) if self._steps else None
 
 
@@ -75,8 +77,8 @@ def status(record: Mapping[str, Any], pace: Pace, steps_left: int) -> str:
 class Display:
     """Shows the steps and evaluations of a run; use as a context manager, so that a terminal is left as it was.
 
-    Records are those of metrics.jsonl: `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `seconds` of a step;
-    `step`, `eval_loss` of an evaluation.
+    Records are those of metrics.jsonl: `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `length`, `seconds` of a
+    step; `step`, `eval_loss` of an evaluation.
     """
 
     def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):
@@ -97,7 +99,7 @@ class Display:
     def step(self, record: Mapping[str, Any]) -> None:
         """Shows one optimizer step."""
         step = record["step"]
-        self._pace.add(record["tokens"], record["seconds"], time.monotonic())
+        self._pace.add(record["tokens"], record["seconds"], record["length"], time.monotonic())
         text = status(record, self._pace, self._total - step)
         self._progress.update(self._task, completed=step, status=text)
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._total):

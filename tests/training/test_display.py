@@ -9,7 +9,7 @@ from qlora_jax.training.display import Display, Pace, banner, duration
 
 
 def record(step: int, **changes) -> dict:
-    numbers = {"loss": 2.34567, "learning_rate": 2e-4, "grad_norm": 0.312, "tokens": 512, "seconds": 0.5}
+    numbers = {"loss": 2.34567, "learning_rate": 2e-4, "grad_norm": 0.312, "tokens": 512, "length": 64, "seconds": 0.5}
     return {"step": step, **numbers, **changes}
 
 
@@ -51,13 +51,14 @@ def test_the_banner_neither_wraps_nor_reads_markup_in_a_file():
     assert out.getvalue().splitlines() == ["train", f"  model     {'x' * 60}", "  not used  [q_proj]"]
 
 
-def test_pace_leaves_out_the_step_that_compiles():
+def test_pace_leaves_out_the_steps_that_compile():
     pace = Pace()
-    pace.add(tokens=100, seconds=60.0, now=60.0)
+    pace.add(tokens=100, seconds=60.0, length=64, now=60.0)
     assert pace.tokens_per_second is None
     assert pace.seconds_per_step is None
-    pace.add(tokens=100, seconds=1.0, now=63.0)  # two seconds of evaluation in between
-    pace.add(tokens=300, seconds=3.0, now=66.0)
+    pace.add(tokens=100, seconds=1.0, length=64, now=63.0)  # two seconds of evaluation in between
+    pace.add(tokens=200, seconds=70.0, length=128, now=133.0)
+    pace.add(tokens=300, seconds=3.0, length=128, now=136.0)
     assert pace.tokens_per_second == 100.0
     assert pace.seconds_per_step == 3.0
 
