@@ -35,7 +35,7 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """Tokens a second and seconds a step over the last steps; the first step of a length compiles and does not count."""
+    """Tokens a second and seconds a step over the last steps; the first of a length compiles and does not count."""
 
     def __init__(self) -> None:
         self._steps: deque[tuple[float, int, float]] = deque(maxlen=_WINDOW)  # wall clock, tokens, seconds
