@@ -11,7 +11,9 @@ from qlora_jax.config import read_command_line, run_main
 from qlora_jax.inference.settings import GenerateArgs, check_generate
 
 if TYPE_CHECKING:
+    from qlora_jax.data.readers import Row
     from qlora_jax.inference.decode import Parts
+    from qlora_jax.inference.prompts import Prompter
     from qlora_jax.io.opened import Opened
 
 PROG = "python -m qlora_jax.generate"
@@ -34,8 +36,7 @@ def main(argv: list[str]) -> None:
     opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
     prompter = prompts.prompter(opened.tokenizer, raw="raw" in given, system=args.system)
     limit = opened.features.max_positions
-    rows = [] if args.prompts is None else prompts.read_prompts(args.prompts)
-    encoded = prompts.encode_prompts(args.prompts or "", rows, prompter, limit)
+    rows, encoded = _prompts(args, prompter, limit)
     messages = Console(stderr=True)
     parts = _load(opened, args, messages)
     reply_to = functools.partial(
@@ -49,13 +50,25 @@ def main(argv: list[str]) -> None:
         with _writer(args.output) as write:
             write_replies(rows, reply_to(encoded), opened.tokenizer, write, messages)
     elif args.prompt is not None:
-        _, end = show_reply(reply_to([prompter.question(args.prompt)]), opened.tokenizer, Console())
+        _, end = show_reply(reply_to(encoded), opened.tokenizer, Console())
         if end in ENDS:
             messages.print(ENDS[end], style="dim", highlight=False)
         if end == "interrupted":
             raise KeyboardInterrupt
     else:
         chat(prompter, lambda ids: reply_to([ids]), limit, Console())
+
+
+def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tuple[list["Row"], list[list[int]]]:
+    """The rows of the file of prompts or the one prompt, and their ids; neither is there in a chat."""
+    from qlora_jax.data.readers import Place, Row
+    from qlora_jax.inference.prompts import encode_prompts, read_prompts
+
+    if args.prompts is not None:
+        rows = read_prompts(args.prompts)
+        return rows, encode_prompts(args.prompts, rows, prompter, max_positions)
+    rows = [] if args.prompt is None else [Row(Place(1, 0), {"prompt": args.prompt})]
+    return rows, encode_prompts("--prompt", rows, prompter, max_positions)
 
 
 def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "Parts":

@@ -16,7 +16,7 @@ HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
 # What is said of a reply that did not end by itself.
 ENDS = {
     "length": "stopped at --max_new_tokens",
-    "context": "stopped: the conversation fills the model's context; /reset begins anew",
+    "context": "stopped: the model's context is full",
     "interrupted": "stopped by Ctrl-C",
 }
 
@@ -120,7 +120,7 @@ def _turn(
     reply, end = show_reply(stream(prompt), tokenizer, console)
     history.keep(line, reply)
     if end in ENDS:
-        _note(ENDS[end], console)
+        _note(ENDS[end] + ("; /reset begins anew" if end == "context" else ""), console)
 
 
 def _empty_history(prompter: Prompter) -> History:

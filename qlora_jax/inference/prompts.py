@@ -42,10 +42,6 @@ class Prompter:
         system = [] if self.system is None or has_system else [{"role": "system", "content": self.system}]
         return self.tokenizer.encode(self.tokenizer.render([*system, *messages], add_generation_prompt=True))
 
-    def question(self, text: str) -> list[int]:
-        """Ids of one prompt."""
-        return self.conversation([{"role": "user", "content": text}]) if self.chat else self.text(text)
-
     def row(self, columns: Mapping[str, Any]) -> list[int]:
         """Ids of a row that has one of PROMPT_COLUMNS, an answer at its end left out.
 

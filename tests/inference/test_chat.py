@@ -76,6 +76,13 @@ def test_a_second_ctrl_c_interrupts_as_ever():
         show_reply(steps(), TOKENIZER, console())
 
 
+def test_a_full_context_ends_the_answer_and_tells_the_way_out(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("question\n"))
+    out = console()
+    chat(PROMPTER, lambda ids: steps_of("x", "context"), 100, out)
+    assert "x\nstopped: the model's context is full; /reset begins anew" in out.file.getvalue()
+
+
 @pytest.mark.parametrize("end", ["stop", "length", "context"])
 def test_why_a_reply_ended(end):
     assert show_reply(steps_of("x", end), TOKENIZER, console()) == ("x", end)

@@ -120,6 +120,7 @@ def test_an_adapter_on_a_base_held_otherwise_is_told(folder, capsys):
         ("--model nowhere", r"nowhere: no such file or folder"),
         ("--run nowhere", r"nowhere holds no run"),
         ("--run RUN --step 4", r"does not hold a checkpoint of step 4: steps saved are \[3, 7\]"),
+        (f"--model MODEL --prompt {'x' * 300}", r"--prompt:1: 3\d\d tokens, and the model has 256 positions"),
         ("--model MODEL --raw --system x", r"--system is for a chat template, and --raw is given"),
     ],
 )
