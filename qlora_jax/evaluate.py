@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from qlora_jax import allocator
 from qlora_jax.config import read_command_line, run_main
 from qlora_jax.inference.settings import EvaluateArgs, check_evaluate
 
@@ -120,4 +121,5 @@ def _score(task: "Task", parts: "Parts", label: str, console: Console) -> Any:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     run_main(main)

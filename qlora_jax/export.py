@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_jax import allocator
 from qlora_jax.config import run_main
 
 PROG = "python -m qlora_jax.export"
@@ -39,4 +40,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     run_main(main)

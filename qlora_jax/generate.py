@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from qlora_jax import allocator
 from qlora_jax.config import read_command_line, run_main
 from qlora_jax.inference.settings import GenerateArgs, check_generate
 
@@ -99,4 +100,5 @@ def _writer(path: str | None) -> Iterator[Callable[[str], object]]:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     run_main(main)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_jax import allocator
 from qlora_jax.config import read_command_line, run_main
 
 STOPPED = 143  # what shells report for SIGTERM; the run was saved and can go on
@@ -31,4 +32,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     run_main(main)

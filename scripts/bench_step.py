@@ -12,7 +12,7 @@ import time
 import jax
 import numpy as np
 
-from qlora_jax import runtime
+from qlora_jax import allocator, runtime
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.source import open_model
@@ -42,13 +42,17 @@ def main() -> None:
     graphdef, lora, base = partition(model)
     optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
     state = optimizer.init(lora)
+    compiled = None
     rng = np.random.default_rng(0)
     for _ in sys.stdin:
         ids = rng.integers(3, model.config.vocab_size, (1, args.batch, args.seq + 1)).astype(np.int32)
         began = time.perf_counter()
         ones = np.ones((1, args.batch, args.seq), np.float32)
         batch = {"inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": ones}
-        grads, loss = gradients(graphdef, lora, base, batch, None, remat=args.remat)
+        if compiled is None:
+            compiled = gradients.lower(graphdef, lora, base, batch, None, remat=args.remat).compile()
+            runtime.give_memory_back()
+        grads, loss = compiled(lora, base, batch, None)
         lora, state, norm = update(optimizer, lora, state, grads)
         nll, _ = jax.device_get((loss.nll, norm))
         record = {
@@ -60,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     main()

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qlora_jax import runtime
+from qlora_jax import allocator, runtime
 from qlora_jax.config import Config, parse, run_main
 from qlora_jax.data.readers import read_rows
 from qlora_jax.inference.decode import Parts, generate
@@ -109,4 +109,5 @@ def _next_steps(config: Config, seconds: float, console: Console) -> None:
 
 
 if __name__ == "__main__":
+    allocator.tune()
     run_main(main)

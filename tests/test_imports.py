@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LAYERS = {
     "pallas_kernels": 0,
     "qlora_jax.config": 0,
+    "qlora_jax.allocator": 0,
     "qlora_jax.runtime": 0,
     "qlora_jax.sharding": 0,
     "qlora_jax.quant": 1,

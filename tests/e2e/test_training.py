@@ -16,6 +16,7 @@ from rich.console import Console
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.training import loop
 from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.programs import Gradients
 from qlora_jax.training.run import check_folder, train
 from qlora_jax.training.session import open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update
@@ -101,7 +102,7 @@ class Records(list):
 
 
 def run_quietly(session, progress, batch):
-    return loop.train_step(session, progress, batch, Records())
+    return loop.train_step(session, Gradients(session), progress, batch, Records())
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6])
@@ -153,15 +154,17 @@ def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat):
     assert temporaries(remat) < 0.7 * temporaries("none")
 
 
-def test_compilations_are_one_a_length_and_one_update(tmp_path):
+def test_compilations_are_one_a_length_and_one_update(tmp_path, monkeypatch):
     config = project(tmp_path)
     session = session_of(config)
-    for function in (gradients, update, evaluation_loss):
+    compiled = []
+    monkeypatch.setattr(loop, "Gradients", lambda session: compiled.append(Gradients(session)) or compiled[-1])
+    for function in (update, evaluation_loss):
         function.clear_cache()
     with Checkpoints(Path(config.output), config.train.keep) as checkpoints:
         loop.run_steps(session, loop.start(session), checkpoints, Records(), lambda: False)
     assert len(session.dataset.buckets) == 2
-    assert gradients._cache_size() == len(session.dataset.buckets)
+    assert [len(programs) for programs in compiled] == [len(session.dataset.buckets)]
     assert update._cache_size() == 1
     assert evaluation_loss._cache_size() <= len(session.dataset.eval_buckets)
 
