@@ -1,6 +1,6 @@
 """Our side of bench_train.py: a training step for each line on standard input, a JSON line for each step.
 
-python scripts/bench_step.py --gguf FILE [--batch 1] [--seq 512] [--rank 16] [--remat none]
+python scripts/bench_step.py --gguf FILE [--batch 1] [--seq 512] [--rank 16] [--remat names]
 """
 
 import argparse
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--remat", default="none")
+    parser.add_argument("--remat", default="names")
     parser.add_argument("--compute-dtype", default="auto")
     args = parser.parse_args()
     runtime.start()

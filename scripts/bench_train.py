@@ -1,16 +1,18 @@
 """Training speed, memory and time to the first step: ours against PyTorch + PEFT + bitsandbytes, in one run.
 
-    python scripts/bench_train.py [--batch 1 4] [--steps 8] [--opponent-args="--no-compile"]
+    python scripts/bench_train.py [--batch 1 4] [--blocks 4] [--opponent-args="--no-compile"]
 
 Both load SmolLM2-135M-Instruct, hold it in NF4 with double quantization, and train LoRA of rank 16 on all linear layers
-on rows of 512 tokens. The two processes stay alive and take turns step by step, so that a machine whose speed drifts
-slows both; the ratio is the median of the ratios of neighbouring steps. The opponent runs in the oracle environment
-(scripts/setup_oracle.sh). A table for people, then one JSON line.
+on rows of 512 tokens. The two processes stay alive and take turns, a block of steps each, so that a machine whose speed
+drifts slows both. The first step of a block is not counted: after a pause a step of either takes longer, which no
+training run sees. The ratio is the median over the ratios of neighbouring blocks. The opponent runs in the oracle
+environment (scripts/setup_oracle.sh). A table for people, then one JSON line.
 """
 
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -23,11 +25,11 @@ from fetch_smollm2 import fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 ORACLE = Path(os.environ.get("QLORA_ORACLE_PYTHON", ROOT / ".oracle/bin/python"))
-WARM_UP = 2  # steps of each that are not counted
+BLOCK = 4  # counted steps of a block
 
 
 class Player:
-    """A process that does one training step each time it is asked, and tells how long it took."""
+    """A process that does a training step each time it is asked, and tells how long it took."""
 
     def __init__(self, command: list[str], environment: dict[str, str]):
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
@@ -35,8 +37,14 @@ class Player:
         self._started = time.perf_counter()
         self._process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
 
-    def turn(self) -> dict[str, Any]:
-        """One step's record."""
+    def turn(self, steps: int) -> list[dict[str, Any]]:
+        """The records of so many steps; the process is stopped between its turns: its idle threads take no time."""
+        self._process.send_signal(signal.SIGCONT)
+        records = [self._step() for _ in range(steps)]
+        self._process.send_signal(signal.SIGSTOP)
+        return records
+
+    def _step(self) -> dict[str, Any]:
         assert self._process.stdin and self._process.stdout
         self._process.stdin.write("\n")
         self._process.stdin.flush()
@@ -53,33 +61,34 @@ class Player:
         self._errors.close()
 
 
-def duel(ours: list[str], theirs: list[str], cache: str, steps: int) -> dict[str, Any]:
-    """Steps in turn; both start one after the other, so that neither's start-up slows the other's."""
-    players = []
-    firsts = []
-    for command in (ours, theirs):
-        players.append(Player(command, {"QLORA_JAX_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"}))
-        firsts.append(players[-1].turn())
-    turns: list[tuple[dict, dict]] = []
-    for _ in range(WARM_UP + steps):
-        turns.append((players[0].turn(), players[1].turn()))
-    for player in players:
+def duel(ours: list[str], theirs: list[str], cache: str, blocks: int) -> dict[str, Any]:
+    """Blocks in turn; both start one after the other, so that neither's start-up slows the other's."""
+    players: dict[str, Player] = {}
+    firsts, turns = {}, {"ours": [], "theirs": []}
+    for name, command in (("ours", ours), ("theirs", theirs)):
+        players[name] = Player(command, {"QLORA_JAX_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"})
+        firsts[name] = players[name].turn(1)[0]
+    for _ in range(blocks):
+        for name, player in players.items():
+            turns[name].append(player.turn(1 + BLOCK)[1:])
+    for player in players.values():
         player.close()
-    timed = turns[WARM_UP:]
-    names = ("ours", "theirs")
+    medians = {name: [statistics.median(r["seconds"] for r in turn) for turn in turns[name]] for name in players}
     return {
-        **{
-            name: {
-                "step_s": statistics.median(turn[i]["seconds"] for turn in timed),
-                "peak_rss_mib": turns[-1][i]["peak_rss_mib"],
-                "to_first_step_s": firsts[i]["since_start_s"],
-                "loss": turns[-1][i]["loss"],
-            }
-            for i, name in enumerate(names)
-        },
-        "speed_ratio": statistics.median(b["seconds"] / a["seconds"] for a, b in timed),
-        "memory_ratio": turns[-1][0]["peak_rss_mib"] / turns[-1][1]["peak_rss_mib"],
-        "steps": steps,
+        **{name: _summary(firsts[name], turns[name]) for name in players},
+        "speed_ratio": statistics.median(b / a for a, b in zip(medians["ours"], medians["theirs"], strict=True)),
+        "memory_ratio": turns["ours"][-1][-1]["peak_rss_mib"] / turns["theirs"][-1][-1]["peak_rss_mib"],
+        "blocks": blocks,
+    }
+
+
+def _summary(first: dict[str, Any], turns: list[list[dict[str, Any]]]) -> dict[str, float]:
+    steps = [record for turn in turns for record in turn]
+    return {
+        "step_s": statistics.median(record["seconds"] for record in steps),
+        "peak_rss_mib": steps[-1]["peak_rss_mib"],
+        "to_first_step_s": first["since_start_s"],
+        "loss": steps[-1]["loss"],
     }
 
 
@@ -87,10 +96,10 @@ def main() -> None:
     """Each batch size: a duel, with a cold and then a warm compilation cache of ours."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--steps", type=int, default=8, help="counted steps of each")
+    parser.add_argument("--blocks", type=int, default=4, help=f"turns of each, of {BLOCK} counted steps")
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--remat", default="none", choices=["none", "names", "full"])
+    parser.add_argument("--remat", default="names", choices=["none", "names", "full"])
     parser.add_argument("--opponent-args", default="", help="further arguments of opponents/torch_qlora_cpu.py")
     args = parser.parse_args()
     gguf = str(fetch_smollm2())
@@ -100,9 +109,9 @@ def main() -> None:
         ours = [sys.executable, str(ROOT / "scripts/bench_step.py"), "--gguf", gguf, *shape, "--remat", args.remat]
         theirs = [str(ORACLE), str(ROOT / "scripts/opponents/torch_qlora_cpu.py"), "--gguf", gguf, *shape, "--in-turns"]
         with tempfile.TemporaryDirectory() as cache:
-            result = duel(ours, [*theirs, *args.opponent_args.split()], cache, args.steps)
+            result = duel(ours, [*theirs, *args.opponent_args.split()], cache, args.blocks)
             warm = Player(ours, {"QLORA_JAX_CACHE": cache})
-            result["ours"]["to_first_step_warm_s"] = warm.turn()["since_start_s"]
+            result["ours"]["to_first_step_warm_s"] = warm.turn(1)[0]["since_start_s"]
             warm.close()
         results.append({"batch": batch, "seq": args.seq, "rank": args.rank, "remat": args.remat} | result)
         _show(results[-1], args.seq)

@@ -26,6 +26,7 @@ from qlora_jax.models.partition import partition
 from qlora_jax.training.run import check_folder, train
 
 ROOT = Path(__file__).resolve().parent.parent
+HELD_OUT = ROOT / "examples/titles/heldout.jsonl"
 SAMPLES = (3, 5, 8, 13)  # held-out rows whose answers are shown; chosen before any was looked at
 LABELS = {"quantized": "before (NF4 base)", "checkpoint": "after (with the adapter)"}
 
@@ -42,29 +43,39 @@ def main(argv: list[str]) -> None:
     console.print(f"[bold]2. Training[/] on {config.data.train}; any time: Ctrl-C saves and leaves")
     if not train(config, run, resume=False, console=console):
         sys.exit(143)
-    console.print(f"[bold]3. Held-out rows[/] of {config.data.eval}, never trained on: scored before and after")
+    console.print(
+        f"[bold]3. Held-out rows[/] of {HELD_OUT.relative_to(ROOT)}, never trained on: scored before and after"
+    )
     opened = open_base_or_run(None, config.output)
     base = load_base(opened, opened.args)
     parts = {"quantized": partition(base)}
     parts["checkpoint"] = adapted(base, opened.run)
-    _scores(config, opened, parts, console)
+    _scores(opened, parts, console)
     console.print("[bold]4. Answers[/] to held-out passages")
-    _samples(config, opened, parts, console)
+    _samples(opened, parts, console)
     _next_steps(config, time.perf_counter() - began, console)
 
 
 def _config(argv: list[str], model: Path) -> Config:
-    defaults = ["--config", str(ROOT / "configs/smollm2_titles.yaml"), "--model.path", str(model)]
+    # Scored at the end, before and after: while it trains that would be done twice.
+    defaults = [
+        "--config",
+        str(ROOT / "configs/smollm2_titles.yaml"),
+        "--model.path",
+        str(model),
+        "--data.eval",
+        "null",
+    ]
     given = {word.partition("=")[0] for word in argv}
     if "--output" not in given:
         defaults += ["--output", "runs/quickstart"]
     return parse([*defaults, *argv], "scripts/quickstart.py")
 
 
-def _scores(config: Config, opened: Opened, parts: dict[str, Parts], console: Console) -> None:
+def _scores(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
     # The base never heard of the form "Title: ...": give it that start, so that form alone makes no difference.
     limit = opened.features.max_positions
-    task = rows_task(config.data.eval, opened.tokenizer, max_rows=None, max_positions=limit, answer_start="Title:")
+    task = rows_task(str(HELD_OUT), opened.tokenizer, max_rows=None, max_positions=limit, answer_start="Title:")
     scores = {}
     for column, model in parts.items():
         with console.status(f"scoring {LABELS[column]}"):
@@ -72,8 +83,8 @@ def _scores(config: Config, opened: Opened, parts: dict[str, Parts], console: Co
     show(Scored(task, scores), LABELS, console)
 
 
-def _samples(config: Config, opened: Opened, parts: dict[str, Parts], console: Console) -> None:
-    rows = read_rows(config.data.eval)
+def _samples(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
+    rows = read_rows(str(HELD_OUT))
     chosen = [rows[index].data["messages"] for index in SAMPLES]
     ask = prompter(opened.tokenizer, raw=False, system=None)
     prompts = [ask.question(messages[0]["content"]) for messages in chosen]

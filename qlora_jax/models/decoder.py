@@ -25,8 +25,12 @@ from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import rotate, rotations
 from qlora_jax.nn.variables import Frozen
 
-# What jax.checkpoint keeps of a layer besides its input. `none` is no checkpoint at all.
-SAVED_NAMES = ("query", "key", "value", "attention_out", "attention_lse", "attention_residual")
+# What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
+# so that norms and activations alone are computed again. `full`: nothing.
+SAVED_NAMES = (
+    *("query", "key", "value", "attention_out", "attention_lse", "attention_residual"),
+    *("mlp_gate", "mlp_up", "lora_xa"),
+)
 REMAT_POLICIES = {
     "none": None,
     "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
@@ -102,7 +106,9 @@ class MLP(nnx.Module):
         self.gate_proj, self.up_proj, self.down_proj = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
 
     def __call__(self, x_MD, layer, key):
-        return self.down_proj(swiglu(self.gate_proj(x_MD, layer, key), self.up_proj(x_MD, layer, key)), layer, key)
+        gate_MF = checkpoint_name(self.gate_proj(x_MD, layer, key), "mlp_gate")
+        up_MF = checkpoint_name(self.up_proj(x_MD, layer, key), "mlp_up")
+        return self.down_proj(swiglu(gate_MF, up_MF), layer, key)
 
 
 class Block(nnx.Module):

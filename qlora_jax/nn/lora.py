@@ -9,6 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
@@ -44,7 +45,7 @@ def _forward(x_MK, lora_a_KR, lora_b_RN, scaling, dropout, key):
     dtype = x_MK.dtype
     xa_MR = (dot_nn(_dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)) * scaling).astype(dtype)
     y_MN = dot_nn(xa_MR, lora_b_RN.astype(dtype), dtype)
-    return y_MN, (x_MK, lora_a_KR, lora_b_RN, xa_MR, key)
+    return y_MN, (x_MK, lora_a_KR, lora_b_RN, checkpoint_name(xa_MR, "lora_xa"), key)
 
 
 def _backward(scaling, dropout, residuals, dy_MN):
