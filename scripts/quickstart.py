@@ -40,7 +40,7 @@ def main(argv: list[str]) -> None:
     config = _config(argv, model)
     run = Path(config.output)
     check_folder(run, resume=False)
-    console.print(f"[bold]2. Training[/] on {config.data.train}; any time: Ctrl-C saves and leaves")
+    console.print(f"[bold]2. Training[/] on {config.data.train}; Ctrl-C saves and leaves at any time")
     if not train(config, run, resume=False, console=console):
         sys.exit(143)
     console.print(
@@ -85,9 +85,9 @@ def _scores(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
 
 def _samples(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
     rows = read_rows(str(HELD_OUT))
-    chosen = [rows[index].data["messages"] for index in SAMPLES]
+    chosen = [rows[index].data for index in SAMPLES]
     ask = prompter(opened.tokenizer, raw=False, system=None)
-    prompts = [ask.question(messages[0]["content"]) for messages in chosen]
+    prompts = [ask.row(row) for row in chosen]
     stops = stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=True)
     answers = {
         column: [
@@ -99,7 +99,8 @@ def _samples(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("passage", "wanted", "before", "after"):
         table.add_column(heading, overflow="fold")
-    for place, messages in enumerate(chosen):
+    for place, row in enumerate(chosen):
+        messages = row["messages"]
         passage = messages[0]["content"].partition("\n\n")[0]
         cells = [f"{passage[:120]} ...", messages[-1]["content"], *(answers[column][place] for column in answers)]
         table.add_row(*map(Text, cells))
