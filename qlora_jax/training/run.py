@@ -78,11 +78,12 @@ def train(config: Config, run: Path, *, resume: bool, console: Console) -> bool:
             state = run_steps(session, state, checkpoints, _Report(metrics, display), stop)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
     finished = state.step >= session.total_steps
-    _say_goodbye(run, state.step, finished, console)
+    _say_goodbye(config, state.step, finished, console)
     return finished
 
 
-def _say_goodbye(run: Path, step: int, finished: bool, console: Console) -> None:
+def _say_goodbye(config: Config, step: int, finished: bool, console: Console) -> None:
+    run = Path(config.output)
     lines = {
         "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
         "loss plot": f"{run / PLOT_FILE}",
@@ -90,7 +91,8 @@ def _say_goodbye(run: Path, step: int, finished: bool, console: Console) -> None
     }
     if finished:
         lines["try it"] = f"python -m qlora_jax.generate --run {run}"
-        lines["export"] = f"python -m qlora_jax.export {run} --format peft --output {run}-peft"
+        with_base = " --with-base" if Path(config.model.path).is_file() else ""  # peft loads no GGUF file
+        lines["export"] = f"python -m qlora_jax.export {run} --format peft --output {run}-peft{with_base}"
     else:
         lines["go on"] = f"python -m qlora_jax.train --config {run / CONFIG_FILE} --resume"
     banner("done" if finished else f"stopped after step {step}", lines, console)

@@ -88,9 +88,8 @@ def update(
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
     """(LoRA parameters and optimizer state after one step, the gradients' global norm before clipping)."""
     norm = optax.tree.norm(grads)
-    with jax.numpy_dtype_promotion("standard"):  # optax multiplies its f32 state by Python and int32 scalars
-        updates, state = optimizer.update(grads, state, lora)
-        return cast(Lora, optax.apply_updates(lora, updates)), state, norm
+    updates, state = optimizer.update(grads, state, lora)
+    return cast(Lora, optax.apply_updates(lora, updates)), state, norm
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

@@ -137,8 +137,8 @@ def test_accumulation_weighs_by_tokens(tmp_path):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9)
 
 
-@pytest.mark.parametrize("remat", ["names", "full"])
-def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat):
+@pytest.mark.parametrize(("remat", "share"), [("names", 0.9), ("full", 0.5)])
+def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat, share):
     session = session_of(project(tmp_path, layers=16))  # so many that what is kept of each outweighs the logits
     _, arrays = first_batch(session)
     key = session.dropout_key
@@ -152,7 +152,7 @@ def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat):
         args = (session.graphdef, session.lora, session.base, arrays, key)
         return gradients.lower(*args, remat=policy).compile().memory_analysis().temp_size_in_bytes
 
-    assert temporaries(remat) < 0.7 * temporaries("none")
+    assert temporaries(remat) < share * temporaries("none")
 
 
 def test_compilations_are_one_a_length_and_one_update(tmp_path, monkeypatch):
