@@ -109,7 +109,7 @@ class TrainArgs:
     accumulation: int = setting("micro-batches an optimizer step", 16, AT_LEAST_ONE)
     remat: Literal["none", "names", "full"] = setting(
         "what is computed again in the backward pass: none: nothing; names: norms and activations (as fast, a quarter "
-        "less memory); full: everything (a third slower, least memory)",
+        "less memory on SmolLM2); full: everything (slower, least memory)",
         "names",
     )
     eval_every: int = setting("evaluate every so many steps; 0: only at the end", 0, NON_NEGATIVE)
