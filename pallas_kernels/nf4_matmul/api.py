@@ -4,31 +4,28 @@ Dimension key: M rows, N out, K in, L layers.
 """
 
 import functools
-from typing import NamedTuple, Protocol
+import operator
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.devices import Device, target_device
+from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul import reference
+from pallas_kernels.nf4_matmul.dispatch import Abilities, Call, Choice, Direction, Implementation, choose
 
 Layer = Int[Array, ""] | int | None
 
+DTYPES = ("bfloat16", "float16", "float32")
 
-class Product(Protocol):
-    """[M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward); one unstacked weight."""
+IMPLEMENTATIONS = {"reference": Implementation(reference.forward, reference.backward, Abilities())}
 
-    def __call__(self, rows: jax.Array, weights: QTensor, /) -> jax.Array: ...
-
-
-class Implementation(NamedTuple):
-    """One way to run the op. Raises NotImplementedError where it cannot do a call, and for nothing else."""
-
-    forward: Product
-    backward: Product
-
-
-IMPLEMENTATIONS = {"reference": Implementation(reference.forward, reference.backward)}
+# Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest there first.
+PREFERENCE: dict[str, tuple[str, ...]] = {"any": ("reference",)}
 
 
 def nf4_matmul(
@@ -43,46 +40,81 @@ def nf4_matmul(
     Args:
       x: bf16, f16 or f32.
       weights: one weight (`layer` None), or a stack with one leading axis (`layer` its index, which may be traced).
-      implementation: a key of IMPLEMENTATIONS to force; None takes the first that can do the call.
+      implementation: a key of IMPLEMENTATIONS to force; None takes the first in the device's order that can do the
+        call (`chosen` tells which and why).
 
     Raises:
-      ValueError: K differs between x and weights; a stack without a layer or the reverse; an unknown implementation.
-      NotImplementedError: the implementation that was named, or every one, cannot do this call.
+      ValueError: what no implementation could do: x's rank or dtype, another K in x and weights, a stack without a
+        layer or the reverse, codes that are not what their layout says, an unknown implementation.
+      NotImplementedError: the implementation that was named, or every one, cannot do this call on this device.
     """
-    _check(x, weights, layer, implementation)
+    if problems := list(_problems(x, weights, layer, implementation)):
+        raise ValueError("nf4_matmul: " + "; ".join(problems))
     x_MK = x.reshape(-1, x.shape[-1])
     y_MN = _nf4_matmul(x_MK, weights, layer, implementation)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
 
-def _check(x: jax.Array, weights: QTensor, layer: Layer, implementation: str | None) -> None:
-    problems = []
+def chosen(device: Device, call: Call, implementation: str | None = None) -> Choice:
+    """What runs a call on a device, and why not what comes before it in the device's order."""
+    order = next(PREFERENCE[name] for name in (*device.names, "any") if name in PREFERENCE)
+    return choose(device, call, IMPLEMENTATIONS, (implementation,) if implementation else order)
+
+
+def _problems(x: Any, weights: QTensor, layer: Any, implementation: str | None) -> Iterator[str]:
+    if x.ndim == 0:
+        yield "x is a scalar: at least one axis, of length K, is needed"
+    if str(x.dtype) not in DTYPES:
+        yield f"x has dtype {x.dtype}: one of {', '.join(DTYPES)} is needed"
     if len(weights.shape) != 2:
-        problems.append(f"weights of shape {weights.shape}: a matrix (N, K) is needed")
-    elif x.shape[-1] != weights.shape[1]:
-        problems.append(
-            f"x has K={x.shape[-1]} as its last axis, the weight {weights.shape} (N, K) has K={weights.shape[1]}"
-        )
-    stacked = len(weights.stack_shape)
-    if stacked != (layer is not None):
-        wanted = "one leading axis of layers" if layer is not None else "no leading axes"
-        problems.append(f"{layer=} goes with weights of {wanted}, found stack_shape={weights.stack_shape}")
+        yield f"weights of shape {weights.shape}: a matrix (N, K) is needed"
+    elif x.ndim and x.shape[-1] != weights.shape[1]:
+        yield f"x has K={x.shape[-1]} as its last axis, the weight {weights.shape} (N, K) has K={weights.shape[1]}"
+    yield from _layer_problems(weights.stack_shape, layer)
+    yield from _weights_problems(weights)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        problems.append(f"{implementation=}: known are {sorted(IMPLEMENTATIONS)}")
-    if problems:
-        raise ValueError("nf4_matmul: " + "; ".join(problems))
+        yield f"{implementation=}: known are {sorted(IMPLEMENTATIONS)}"
 
 
-def _run(direction: str, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None) -> jax.Array:
-    names = [implementation] if implementation else list(IMPLEMENTATIONS)
-    refusals = []
+def _layer_problems(stack_shape: tuple[int, ...], layer: Any) -> Iterator[str]:
+    if len(stack_shape) != (layer is not None):
+        wanted = "one leading axis of layers" if layer is not None else "no leading axes"
+        yield f"{layer=} goes with weights of {wanted}, found {stack_shape=}"
+    elif layer is not None and not isinstance(layer, jax.Array) and not 0 <= operator.index(layer) < stack_shape[0]:
+        # An index out of range would be clamped: another layer's weight, without a word.
+        yield f"{layer=} is none of the {stack_shape[0]} layers of the stack"
+
+
+def _weights_problems(weights: QTensor) -> Iterator[str]:
+    if weights.quant_type not in CODE_TABLES:
+        yield f"quant_type {weights.quant_type!r}: known are {', '.join(CODE_TABLES)}"
+    if weights.codes.dtype != "uint8":
+        yield f"codes have dtype {weights.codes.dtype}: uint8 is needed"
+    if problem := layout_problem(weights.layout, weights.shape, weights.block_size):
+        yield problem
+        return
+    layout = LAYOUTS[weights.layout]
+    for name, wanted in (
+        ("codes", layout.codes_shape(weights.shape)),
+        (
+            "absmax_codes" if weights.double_quant else "absmax",
+            layout.constants_shape(weights.shape, weights.block_size),
+        ),
+    ):
+        found = tuple(getattr(weights, name).shape)
+        if found != (*weights.stack_shape, *wanted):
+            yield f"{name} {list(found)}: layout {weights.layout!r} of {weights.shape} (N, K) holds {list(wanted)}"
+
+
+def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None):
+    device = target_device()
+    call = Call.of(direction, rows.shape[0], rows.dtype, weights)
+    choice = chosen(device, call, implementation)
+    if choice.name is None:
+        reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals.items())
+        raise NotImplementedError(f"nf4_matmul {direction} on {device}: {reasons}")
     one = weights if layer is None else weights.layer(layer)
-    for name in names:
-        try:
-            return getattr(IMPLEMENTATIONS[name], direction)(rows, one)
-        except NotImplementedError as error:
-            refusals.append(f"{name}: {error}")
-    raise NotImplementedError(f"nf4_matmul {direction}: " + "; ".join(refusals))
+    return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, one)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
