@@ -1,0 +1,16 @@
+"""Ahead of time: compile a JAX function for an NVIDIA card that is absent, and read what it would use.
+
+compiled = compile_for("a100", step, params, on_host(moments), batch)
+compiled.memory.device_total, compiled.fits, compiled.kernels, compiled.largest_temporaries()
+"""
+
+from pallas_kernels.aot.compile import CompiledFor as CompiledFor
+from pallas_kernels.aot.compile import compile_for as compile_for
+from pallas_kernels.aot.machine_code import Kernel as Kernel
+from pallas_kernels.aot.machine_code import Loop as Loop
+from pallas_kernels.aot.memory import Bytes as Bytes
+from pallas_kernels.aot.memory import MemoryUse as MemoryUse
+from pallas_kernels.aot.memory import Temporary as Temporary
+from pallas_kernels.aot.placement import on_host as on_host
+from pallas_kernels.aot.toolchain import CompilerUnavailableError as CompilerUnavailableError
+from pallas_kernels.aot.toolchain import problem as problem

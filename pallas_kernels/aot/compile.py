@@ -1,0 +1,122 @@
+"""compile_for: a JAX function, compiled to machine code for an NVIDIA card that is not in this machine."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+from pallas_kernels.aot import placement, toolchain
+from pallas_kernels.aot.cubins import find_cubins
+from pallas_kernels.aot.executable import read_executable
+from pallas_kernels.aot.machine_code import Kernel, read_kernels
+from pallas_kernels.aot.memory import MemoryUse, Temporary, read_memory, read_temporaries
+from pallas_kernels.gpu_specs import Card, find_card
+
+GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledFor:
+    """A program compiled for `card`. What costs time is read when it is asked for, once."""
+
+    card: Card
+    compiled: jax.stages.Compiled
+    memory: MemoryUse
+
+    @property
+    def fits(self) -> bool:
+        """Whether the program's own bytes fit the card; the CUDA context and fragmentation want about 1 GiB more."""
+        return self.memory.device_total <= self.card.memory_bytes
+
+    def check_fits(self) -> None:
+        """Raises ValueError with the numbers where the program does not fit the card (XLA compiles it all the same)."""
+        if self.fits:
+            return
+        used = self.memory.device
+        parts = {"arguments": used.arguments, "outputs": used.outputs - used.aliases, "temporaries": used.temporaries}
+        told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        raise ValueError(
+            f"the program needs {used.total / GIB:.2f} GiB ({told}), {self.card.description} has "
+            f"{self.card.memory_bytes / GIB:.2f} GiB"
+        )
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The optimized HLO."""
+        return self.compiled.as_text() or ""
+
+    @functools.cached_property
+    def kernels(self) -> list[Kernel]:
+        """The kernels as the assembler made them; calls of libraries (cuBLAS, cuDNN) are not among them."""
+        return read_kernels(find_cubins(self._executable))
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """Products on tensor cores in all kernels, as they stand in the code."""
+        return sum(kernel.tensor_core_instructions for kernel in self.kernels)
+
+    @property
+    def spilled(self) -> tuple[str, ...]:
+        """Names of the kernels that keep something in local memory because it did not fit registers."""
+        return tuple(kernel.name for kernel in self.kernels if kernel.stack_bytes)
+
+    def largest_temporaries(self, count: int = 10) -> list[Temporary]:
+        """The largest temporary buffers, on the card and in host memory."""
+        return read_temporaries(self._executable, self.text)[:count]
+
+    @functools.cached_property
+    def _executable(self) -> bytes:
+        loaded = self.compiled.runtime_executable()
+        assert loaded is not None
+        return read_executable(loaded.serialize())
+
+
+def compile_for(
+    card: str,
+    fn: Callable[..., Any],
+    *args: Any,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    **kwargs: Any,
+) -> CompiledFor:
+    """Compiles `fn(*args, **kwargs)` for one card of pallas_kernels.gpu_specs.CARDS, which need not be here.
+
+    While `fn` is traced, the absent card is `jax_default_device`, so that Pallas and our own dispatch make code for it;
+    no array can be made on it.
+
+    Args:
+      card: a key of CARDS.
+      fn: a function, or one that is jitted already; then its own donations and static arguments hold.
+      args, kwargs: pytrees whose leaves have a shape and a dtype (arrays, ShapeDtypeStruct), of which nothing else is
+        read; other leaves (numbers, static arguments) are given to `fn` as they are. Leaves are on the card, except
+        those of `on_host`. A result is in host memory where `fn` ends with `jax.device_put(x, jax.memory.Space.Host)`.
+      donate_argnums, static_argnums: as jax.jit has them.
+
+    Raises:
+      CompilerUnavailableError: packages are missing, or JAX has not loaded its CUDA plugin; see `problem`.
+      ValueError: an unknown card; donate_argnums or static_argnums for a function that is jitted already; array
+        arguments that are all on the host.
+      RuntimeError: JAX did not keep an array in the host's memory as it was told to.
+      Whatever tracing and compiling raise: a kernel that this card can't run, or that takes too much shared memory. A
+      program that is larger than the card's memory is no error: see CompiledFor.check_fits.
+    """
+    spec = find_card(card)
+    toolchain.require()
+    device = toolchain.device_for(spec)
+    args, kwargs = placement.place((args, kwargs), device)
+    with jax.default_device(device):
+        traced = _jitted(fn, donate_argnums, static_argnums).trace(*args, **kwargs)
+        compiled = traced.lower().compile()
+    done = CompiledFor(spec, compiled, read_memory(compiled.memory_analysis()))
+    placement.check_host_kept(traced, done.text)
+    return done
+
+
+def _jitted(fn: Callable[..., Any], donate_argnums: int | Sequence[int], static_argnums: int | Sequence[int]) -> Any:
+    if not hasattr(fn, "trace"):
+        return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
+    if donate_argnums != () or static_argnums != ():
+        raise ValueError(f"{fn} is jitted already: {donate_argnums=} and {static_argnums=} belong into its own jax.jit")
+    return fn

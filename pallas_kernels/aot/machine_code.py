@@ -1,0 +1,152 @@
+"""What the assembler made of each kernel: registers, spills, shared memory, instructions, and the loops that matter.
+
+Read from NVIDIA's own tools: `cuobjdump -res-usage` for resources, `nvdisasm -c` for the listing (SASS).
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from pallas_kernels.aot import toolchain
+from pallas_kernels.aot.cubins import Cubin
+
+TENSOR_CORE = "MMA"  # in the name of every tensor-core product: HMMA, HGMMA, IMMA, UTCHMMA
+
+_RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+)")
+_LABEL = re.compile(r"^\s*(\.L_\w+):")
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
+_PREDICATE = re.compile(r"^@!?U?P\w+\s+")
+_TARGET = re.compile(r"\(?(\.L_\w+)")
+_UNCONDITIONAL = re.compile(r"^(BRA(\.\w+)*\s+`?\(?\.L_|EXIT|RET|BRX|JMX)")
+
+
+class Loop(NamedTuple):
+    """One loop: the instructions from its first to its branch back, each counted once, inner loops included."""
+
+    instructions: int
+    opcodes: Counter[str]
+
+
+class Kernel(NamedTuple):
+    """One kernel as it would run. Bytes are a thread's (stack) and a block's (shared).
+
+    Fields:
+      stack_bytes: registers that did not fit (spills), and arrays that a thread indexes; 0 in a good kernel.
+      shared_bytes: static and dynamic; on Hopper the driver's 1024 are in it.
+      opcodes: instructions by name without suffixes (HMMA, LDS), as they stand in the code.
+      loops: those that hold tensor-core instructions, in order of their end, so that an inner comes before its outer.
+    """
+
+    name: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    opcodes: Counter[str]
+    loops: tuple[Loop, ...]
+
+    @property
+    def tensor_core_instructions(self) -> int:
+        """How many of its instructions are products on tensor cores, as they stand in the code."""
+        return tensor_core_instructions(self.opcodes)
+
+
+def tensor_core_instructions(opcodes: Counter[str]) -> int:
+    """How many of the instructions counted are products on tensor cores."""
+    return sum(count for opcode, count in opcodes.items() if TENSOR_CORE in opcode)
+
+
+def read_kernels(cubins: list[Cubin]) -> list[Kernel]:
+    """The kernels of all cubins, in order.
+
+    Raises:
+      CompilerUnavailableError: NVIDIA's tools are not installed.
+      subprocess.CalledProcessError: one of them does not take a cubin.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        return [kernel for cubin in cubins for kernel in _read_cubin(cubin, Path(folder) / "kernel.cubin")]
+
+
+def _read_cubin(cubin: Cubin, path: Path) -> Iterator[Kernel]:
+    path.write_bytes(cubin.image)
+    usage = _output("cuobjdump", "-res-usage", str(path))
+    listings = split_listing(_output("nvdisasm", "-c", str(path)))
+    for name, registers, stack, shared in _RESOURCES.findall(usage):
+        shared_bytes = int(shared) + cubin.dynamic_shared_bytes
+        opcodes, loops = read_listing(listings[name])
+        yield Kernel(name, int(registers), int(stack), shared_bytes, opcodes, loops)
+
+
+def _output(tool: str, *arguments: str) -> str:
+    command = [str(toolchain.tool(f"nvidia-cuda-{tool}", tool)), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def split_listing(listing: str) -> dict[str, list[str]]:
+    """{function: the lines of its code} of what `nvdisasm -c` prints for a cubin."""
+    functions: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in listing.splitlines():
+        if section := _SECTION.match(line):
+            lines = functions.setdefault(section[1], [])
+        lines.append(line)
+    return functions
+
+
+def read_listing(lines: list[str]) -> tuple[Counter[str], tuple[Loop, ...]]:
+    """(opcodes, tensor-core loops) of one function's code."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    for line in lines:
+        if label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif instruction := _INSTRUCTION.match(line):
+            instructions.append(instruction[1])
+    bodies = (instructions[start : end + 1] for start, end in _find_loops(instructions, labels))
+    loops = (Loop(len(body), _count(body)) for body in bodies)
+    return _count(instructions), tuple(loop for loop in loops if tensor_core_instructions(loop.opcodes))
+
+
+def _count(instructions: list[str]) -> Counter[str]:
+    bare = (_PREDICATE.sub("", text) for text in instructions)
+    return Counter(re.split(r"[\s.]", text, maxsplit=1)[0] for text in bare)
+
+
+def _find_loops(instructions: list[str], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
+    """(first, last) of each loop: a branch back to an instruction that every way to the branch passes.
+
+    The second half matters: slow paths (a barrier that is not there yet) stand behind the code and branch back into it.
+    """
+    targets = _branch_targets(instructions, labels)
+    for branch, target in targets.items():
+        if target <= branch and not _reaches(branch, target, instructions, targets):
+            yield target, branch
+
+
+def _branch_targets(instructions: list[str], labels: dict[str, int]) -> dict[int, int]:
+    targets = {}
+    for at, text in enumerate(instructions):
+        if _PREDICATE.sub("", text).startswith("BRA") and (label := _TARGET.search(text)):
+            targets[at] = labels[label[1]]
+    return targets
+
+
+def _reaches(goal: int, avoid: int, instructions: list[str], targets: dict[int, int]) -> bool:
+    """Whether the function's start reaches the instruction `goal` without passing `avoid`."""
+    seen, waiting = {avoid}, [0]
+    while waiting:
+        at = waiting.pop()
+        if at in seen or at >= len(instructions):
+            continue
+        if at == goal:
+            return True
+        seen.add(at)
+        if at in targets:
+            waiting.append(targets[at])
+        if not _UNCONDITIONAL.match(instructions[at]):
+            waiting.append(at + 1)
+    return False

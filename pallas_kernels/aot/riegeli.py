@@ -1,0 +1,64 @@
+"""The Riegeli record format, as far as XLA writes its executables in it.
+
+Format: google/riegeli, doc/riegeli_records_file_format.md. A file is chunks; every 64 KiB a block header is laid over
+them. A chunk of kind `r` holds the sizes of its records, then the records, each part compressed on its own.
+"""
+
+import importlib
+import struct
+from collections.abc import Iterator
+
+from pallas_kernels.aot.protobuf import varint
+
+SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the hash in the block header that opens every file
+BLOCK, BLOCK_HEADER = 1 << 16, 24
+CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes of data, hash of data, kind and number of records, decoded bytes
+SIMPLE, NO_RECORDS = ord("r"), frozenset(b"smp")  # signature, metadata, padding
+
+
+def records(file: bytes) -> Iterator[bytes]:
+    """The records of a file, in order.
+
+    Raises:
+      ValueError: no Riegeli file, one that is cut short, or a kind of chunk or compression that is not read here.
+    """
+    if not file.startswith(SIGNATURE):
+        raise ValueError(f"no Riegeli file: it starts with {file[:8].hex()}, not {SIGNATURE.hex()}")
+    chunks = b"".join(file[at + BLOCK_HEADER : at + BLOCK] for at in range(0, len(file), BLOCK))
+    at = 0
+    while at < len(chunks):
+        if at + CHUNK_HEADER.size > len(chunks):
+            raise ValueError(f"the Riegeli file ends inside of a chunk header, at byte {at} of {len(chunks)}")
+        _, size, _, kind_and_count, _ = CHUNK_HEADER.unpack_from(chunks, at)
+        kind, count = kind_and_count & 255, kind_and_count >> 8
+        start = at + CHUNK_HEADER.size
+        # A chunk is never shorter than its number of records, but what would fill it up is not read here.
+        if start + size > len(chunks) or count > CHUNK_HEADER.size + size:
+            raise ValueError(f"the Riegeli file ends inside of a chunk of {size} bytes and {count} records")
+        if kind == SIMPLE:
+            yield from _simple_chunk(chunks[start : start + size], count)
+        elif kind not in NO_RECORDS:
+            raise ValueError(f"a Riegeli chunk of kind {chr(kind)!r} is not read here")
+        at = start + size
+
+
+def _simple_chunk(data: bytes, count: int) -> Iterator[bytes]:
+    compression, (length, at) = data[0], varint(data, 1)
+    sizes = _decompress(compression, data[at : at + length])
+    values = _decompress(compression, data[at + length :])
+    at = start = 0
+    for _ in range(count):
+        size, at = varint(sizes, at)
+        yield values[start : start + size]
+        start += size
+
+
+def _decompress(compression: int, data: bytes) -> bytes:
+    if compression == 0:
+        return data
+    cramjam = importlib.import_module("cramjam")  # of the extra gpu-compile, which may be absent
+    kinds = {"s": cramjam.snappy.decompress_raw, "z": cramjam.zstd.decompress, "b": cramjam.brotli.decompress}
+    if chr(compression) not in kinds:
+        raise ValueError(f"Riegeli's compression {chr(compression)!r} is not read here")
+    _, at = varint(data, 0)  # the decompressed size comes first
+    return bytes(kinds[chr(compression)](data[at:]))

@@ -1,0 +1,103 @@
+"""The packages that compile for absent cards: whether they are here, and how to get them.
+
+They are the extra `gpu-compile`: JAX's CUDA plugin without the CUDA libraries, NVIDIA's assembler and disassembler, and
+a decompressor for what XLA serializes. No driver and no card is needed.
+"""
+
+import ctypes
+import functools
+import importlib.metadata
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from pallas_kernels.gpu_specs import CARDS, Card, target_config
+
+PACKAGES = (
+    "jax-cuda13-plugin",
+    "jax-cuda13-pjrt",
+    "nvidia-cuda-nvcc",  # ptxas
+    "nvidia-nvvm",
+    "nvidia-cuda-cuobjdump",
+    "nvidia-cuda-nvdisasm",
+    "cramjam",
+)
+INSTALL = 'bash scripts/setup_gpu_compile.sh, or pip install "qlora-jax[gpu-compile]"'
+SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # JAX's own switch: load the plugin though cuDNN and others are absent
+
+
+class CompilerUnavailableError(RuntimeError):
+    """Compiling for an absent card can't work in this process; the message says why and what to do."""
+
+
+def problem() -> str | None:
+    """Why compiling for absent cards can't work here, with what to do about it; None where it can."""
+    return _missing_packages() or _mismatched_plugin() or _unloadable_plugin()
+
+
+def require() -> None:
+    """Raises CompilerUnavailableError where there is a problem()."""
+    if found := problem():
+        raise CompilerUnavailableError(f"compiling for a card that is not here: {found}")
+
+
+def tool(package: str, name: str) -> Path:
+    """The path of one of NVIDIA's programs, out of its wheel: the versions that the extra pins decide, not PATH."""
+    for file in importlib.metadata.files(package) or ():
+        if file.name == name and file.parent.name == "bin":
+            return Path(str(file.locate()))
+    raise CompilerUnavailableError(f"package {package} holds no program {name}; install again: {INSTALL}")
+
+
+@functools.cache
+def device_for(card: Card) -> Any:
+    """A compile-only jax.Device of this card, the same one each time. Call `require` first."""
+    description = topologies.get_topology_desc(platform="cuda", target_config=target_config(card), topology="1x1x1")
+    return description.devices[0]
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _missing_packages() -> str | None:
+    missing = [package for package in PACKAGES if _version(package) is None]
+    return f"packages missing: {', '.join(missing)}; install them: {INSTALL}" if missing else None
+
+
+def _mismatched_plugin() -> str | None:
+    plugin, jaxlib = _version("jax-cuda13-plugin"), _version("jaxlib")
+    if plugin == jaxlib:
+        return None
+    return f"jax-cuda13-plugin {plugin} goes with jaxlib {plugin}, found {jaxlib}; install the one that fits: {INSTALL}"
+
+
+def _unloadable_plugin() -> str | None:
+    cure = f"set JAX_PLATFORMS=cpu (or {SKIP_CHECK}=1) before the process's first use of jax"
+    # Asked before the plugin is: it would print a traceback, and could not be loaded again.
+    if _cuda_is_wanted() and not os.environ.get(SKIP_CHECK) and not _has_driver():
+        return f"there is no NVIDIA driver, and without one JAX refuses its CUDA plugin; {cure}"
+    try:
+        device_for(next(iter(CARDS.values())))
+    except NotImplementedError:
+        return f"JAX has not loaded its CUDA plugin in this process; {cure}"
+    return None
+
+
+def _cuda_is_wanted() -> bool:
+    platforms = jax.config.jax_platforms  # type: ignore[attr-defined]
+    return not platforms or not {"cuda", "gpu"}.isdisjoint(platforms.split(","))
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True

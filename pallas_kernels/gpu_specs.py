@@ -1,0 +1,230 @@
+"""NVIDIA cards as data: what they have, and the text that lets XLA compile for one that is absent.
+
+Where the rows come from: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's own descriptions
+(openxla/xla, xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000), shortened. `rtx4090` and
+`l40s` do not exist there: they were written from NVIDIA's data sheets on the a6000's pattern, and never compared with a
+card; their `memory_bytes` in particular is what such a card is believed to report, less than the nominal 24 and 48 GB.
+`bf16_flops` is from data sheets: dense (not sparse) tensor cores, f32 accumulation.
+"""
+
+import dataclasses
+import difflib
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Card:
+    """One model of card. Sizes in bytes, rates in units a second.
+
+    Fields:
+      description: the name that a driver reports, which becomes `device_kind` in JAX.
+      compute_capability: (major, minor).
+      accelerated: True where code is made for this one architecture (sm_90a: TMA, wgmma), not for a family.
+      bandwidth: device memory, bytes/s.
+      bf16_flops: peak of a dense bf16 product with f32 accumulation, FLOP/s; a fused multiply-add counts two.
+      shared_memory_per_block: the most that one block may ask for (opt-in limit).
+      source: where the row comes from.
+    """
+
+    name: str
+    description: str
+    compute_capability: tuple[int, int]
+    accelerated: bool
+    sm_count: int
+    fp32_cores_per_sm: int
+    threads_per_sm: int
+    shared_memory_per_sm: int
+    shared_memory_per_block: int
+    l2_bytes: int
+    memory_bytes: int
+    bandwidth: float
+    clock_ghz: float
+    bf16_flops: float
+    source: str
+
+    @property
+    def architecture(self) -> str:
+        """The architecture as ptxas names it: sm_90a, sm_86."""
+        return "sm_{}{}".format(*self.compute_capability) + ("a" if self.accelerated else "")
+
+
+# What cards of one generation share. Shared memory: an SM's, and what one block may have of it.
+AMPERE = {
+    "accelerated": False,
+    "threads_per_sm": 2048,
+    "shared_memory_per_sm": 167936,
+    "shared_memory_per_block": 166912,
+}
+SMALL = {
+    "accelerated": False,
+    "threads_per_sm": 1536,
+    "shared_memory_per_sm": 102400,
+    "shared_memory_per_block": 101376,
+}
+HOPPER = {
+    "accelerated": True,
+    "threads_per_sm": 2048,
+    "shared_memory_per_sm": 233472,
+    "shared_memory_per_block": 232448,
+}
+
+_ROWS = [
+    Card(
+        name="h100",
+        description="NVIDIA H100 80GB HBM3",
+        compute_capability=(9, 0),
+        sm_count=132,
+        fp32_cores_per_sm=128,
+        l2_bytes=52428800,
+        memory_bytes=84942979072,
+        bandwidth=3352320000000,
+        clock_ghz=1.98,
+        bf16_flops=989.4e12,
+        source="XLA h100_sxm; peak: NVIDIA H100 data sheet (SXM)",
+        **HOPPER,
+    ),
+    Card(
+        name="h200",
+        description="NVIDIA H200 141GB HBM3e",
+        compute_capability=(9, 0),
+        sm_count=132,
+        fp32_cores_per_sm=128,
+        l2_bytes=52428800,
+        memory_bytes=151397597184,
+        bandwidth=4800000000000,
+        clock_ghz=1.98,
+        bf16_flops=989.4e12,
+        source="XLA h200; peak: NVIDIA H200 data sheet (SXM)",
+        **HOPPER,
+    ),
+    Card(
+        name="b200",
+        description="NVIDIA B200",
+        compute_capability=(10, 0),
+        sm_count=148,
+        fp32_cores_per_sm=128,
+        l2_bytes=132644864,
+        memory_bytes=191514411008,
+        bandwidth=7672320000000,
+        clock_ghz=1.965,
+        bf16_flops=2.25e15,
+        source="XLA b200; peak: NVIDIA Blackwell data sheet (HGX B200)",
+        **HOPPER,
+    ),
+    Card(
+        name="a100",
+        description="NVIDIA A100-SXM4-80GB",
+        compute_capability=(8, 0),
+        sm_count=108,
+        fp32_cores_per_sm=64,
+        l2_bytes=41943040,
+        memory_bytes=85100068864,
+        bandwidth=2039040000000,
+        clock_ghz=1.41,
+        bf16_flops=312e12,
+        source="XLA a100_sxm_80; peak: NVIDIA A100 data sheet",
+        **AMPERE,
+    ),
+    Card(
+        name="a6000",
+        description="NVIDIA RTX A6000",
+        compute_capability=(8, 6),
+        sm_count=84,
+        fp32_cores_per_sm=128,
+        l2_bytes=6291456,
+        memory_bytes=51041271808,
+        bandwidth=768096000000,
+        clock_ghz=1.8,
+        bf16_flops=154.8e12,
+        source="XLA a6000; peak: NVIDIA RTX A6000 data sheet (309.7 with sparsity)",
+        **SMALL,
+    ),
+    Card(
+        name="rtx4090",
+        description="NVIDIA GeForce RTX 4090",
+        compute_capability=(8, 9),
+        sm_count=128,
+        fp32_cores_per_sm=128,
+        l2_bytes=75497472,
+        memory_bytes=25281560576,
+        bandwidth=1008000000000,
+        clock_ghz=2.52,
+        bf16_flops=165.2e12,
+        source="by hand; peak: NVIDIA Ada white paper (f32 accumulation)",
+        **SMALL,
+    ),
+    Card(
+        name="l40s",
+        description="NVIDIA L40S",
+        compute_capability=(8, 9),
+        sm_count=142,
+        fp32_cores_per_sm=128,
+        l2_bytes=100663296,
+        memory_bytes=47697362944,
+        bandwidth=864000000000,
+        clock_ghz=2.52,
+        bf16_flops=362e12,
+        source="by hand; peak: NVIDIA L40S data sheet (733 with sparsity)",
+        **SMALL,
+    ),
+]
+
+CARDS: dict[str, Card] = {card.name: card for card in _ROWS}
+
+# Equal for all of these cards.
+_LIMITS = {
+    "threads_per_block_limit": 1024,
+    "threads_per_warp": 32,
+    "shared_memory_per_block": 49152,  # what a block gets without asking; Card's is the opt-in limit
+    "block_dim_limit_x": 2147483647,
+    "block_dim_limit_y": 65535,
+    "block_dim_limit_z": 65535,
+    "registers_per_core_limit": 65536,
+    "registers_per_block_limit": 65536,
+    "thread_dim_limit_x": 1024,
+    "thread_dim_limit_y": 1024,
+    "thread_dim_limit_z": 64,
+    "dnn_version": '"9.10.0"',
+}
+
+
+def find_card(name: str) -> Card:
+    """The card of this name.
+
+    Raises:
+      ValueError: no such card; the known ones are listed and the nearest is suggested.
+    """
+    if name in CARDS:
+        return CARDS[name]
+    near = difflib.get_close_matches(name.lower(), CARDS, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"card {name!r} is not known; known: {', '.join(CARDS)}{hint}")
+
+
+def target_config(card: Card) -> str:
+    """The text of xla's stream_executor.GpuTargetConfigProto, which `get_topology_desc(target_config=...)` takes."""
+    major, minor = card.compute_capability
+    feature = "ACCELERATED_FEATURES" if card.accelerated else "NONE"
+    fields = _LIMITS | {
+        "core_count": card.sm_count,
+        "fpus_per_core": card.fp32_cores_per_sm,
+        "threads_per_core_limit": card.threads_per_sm,
+        "shared_memory_per_core": card.shared_memory_per_sm,
+        "shared_memory_per_block_optin": card.shared_memory_per_block,
+        "l2_cache_size": card.l2_bytes,
+        "device_memory_size": card.memory_bytes,
+        "memory_bandwidth": int(card.bandwidth),
+        "clock_rate_ghz": card.clock_ghz,
+    }
+    lines = [f"  {name}: {value}" for name, value in fields.items()]
+    return "\n".join(
+        [
+            "gpu_device_info {",
+            *lines,
+            f"  cuda_compute_capability {{ major: {major} minor: {minor} feature_extension: {feature} }}",
+            "}",
+            'platform_name: "CUDA"',
+            "dnn_version_info { major: 9 minor: 10 patch: 0 }",
+            f'device_description_str: "{card.description}"',
+            "",
+        ]
+    )
