@@ -1,11 +1,10 @@
 """Our side of bench_train.py: a training step for each line on standard input, a JSON line for each step.
 
-python scripts/bench_step.py --gguf FILE [--batch 1] [--seq 512] [--rank 16] [--remat names]
+python scripts/bench_step.py --model PATH [--batch 1] [--seq 512] [--rank 16] [--remat names]
 """
 
 import argparse
 import json
-import resource
 import sys
 import time
 
@@ -27,7 +26,7 @@ from qlora_jax.training.step import gradients, update
 def main() -> None:
     """Loads, then steps as long as it is asked."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--gguf", required=True)
+    parser.add_argument("--model", required=True, help="a GGUF file or a Hugging Face folder")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
@@ -35,8 +34,8 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="auto")
     args = parser.parse_args()
     runtime.start()
-    source = open_model(args.gguf)
-    held = weight_format(ModelArgs(path=args.gguf, compute_dtype=args.compute_dtype))
+    source = open_model(args.model)
+    held = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype))
     model = load_model(source, model_config(source.config), held).model
     add_lora(model, LoraArgs(rank=args.rank), jax.random.key(0))
     graphdef, lora, base = partition(model)
@@ -55,11 +54,7 @@ def main() -> None:
         grads, loss = compiled(lora, base, batch, None)
         lora, state, norm = update(optimizer, lora, state, grads)
         nll, _ = jax.device_get((loss.nll, norm))
-        record = {
-            "seconds": time.perf_counter() - began,
-            "loss": float(nll) / ones.sum().item(),
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
+        record = {"seconds": time.perf_counter() - began, "loss": float(nll) / ones.sum().item()}
         print(json.dumps(record), flush=True)
 
 

@@ -1,133 +1,171 @@
 """Training speed, memory and time to the first step: ours against PyTorch + PEFT + bitsandbytes, in one run.
 
-    python scripts/bench_train.py [--batch 1 4] [--blocks 4] [--opponent-args="--no-compile"]
+    python scripts/bench_train.py [--rows b1-r16 seq2048] [--blocks 4] [--output results.json] [--quick] [--list]
 
-Both load SmolLM2-135M-Instruct, hold it in NF4 with double quantization, and train LoRA of rank 16 on all linear layers
-on rows of 512 tokens. The two processes stay alive and take turns, a block of steps each, so that a machine whose speed
-drifts slows both. The first step of a block is not counted: after a pause a step of either takes longer, which no
-training run sees. The ratio is the median over the ratios of neighbouring blocks. The opponent runs in the oracle
-environment (scripts/setup_oracle.sh). A table for people, then one JSON line.
+Both hold the same model in NF4 with double quantization and train LoRA on all linear layers, on rows of random tokens.
+In each row of the table each is started twice, alone: with an empty cache of compiled programs ("cold"), then with what
+the first start left there ("warm"). The processes of the second start take turns, a block of steps each; the first step
+of a block is not counted. So do two that time bf16 matrix products, in jax and in torch. Everything is a median:
+
+  speed   over neighbouring blocks, of their seconds a step / ours
+  memory  peak resident memory of the process, ours / theirs; the worse of the first start's and the second's
+  first   seconds from the start of the process to the end of its first step
+  share   of the faster library's bf16 product rate: FLOP of a step by formula (train_rows.py) / its time / that rate
+
+Rows -ckpt: the opponent with gradient checkpointing, ours with `train.remat: full`; elsewhere the opponent without,
+ours with its default, `names`. Where a row has several configurations of the opponent, the fastest is the opponent. It
+runs in the oracle environment (scripts/setup_oracle.sh). --quick is a smoke test: one step, caches kept, nothing to
+quote.
 """
 
 import argparse
+import contextlib
 import json
 import os
-import signal
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fetch_smollm2 import fetch_smollm2
+from fetch_smollm2 import cache_dir, fetch_smollm2
+from players import Game, Record, Turns, block_medians, median_of, median_ratio
+from random_model import make_random_model
+from train_rows import ROWS, Row
 
-ROOT = Path(__file__).resolve().parent.parent
-ORACLE = Path(os.environ.get("QLORA_ORACLE_PYTHON", ROOT / ".oracle/bin/python"))
-BLOCK = 4  # counted steps of a block
-
-
-class Player:
-    """A process that does a training step each time it is asked, and tells how long it took."""
-
-    def __init__(self, command: list[str], environment: dict[str, str]):
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
-        self._started = time.perf_counter()
-        self._process = subprocess.Popen(command, text=True, env=os.environ | environment, **pipes)
-
-    def turn(self, steps: int) -> list[dict[str, Any]]:
-        """The records of so many steps; the process is stopped between its turns: its idle threads take no time."""
-        self._process.send_signal(signal.SIGCONT)
-        records = [self._step() for _ in range(steps)]
-        self._process.send_signal(signal.SIGSTOP)
-        return records
-
-    def _step(self) -> dict[str, Any]:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line) | {"since_start_s": time.perf_counter() - self._started}
-        status, _ = self._process.wait(), self._errors.seek(0)
-        raise RuntimeError(f"{self._process.args} ended with status {status}:\n{self._errors.read()[-3000:]}")
-
-    def close(self) -> None:
-        """Ends it."""
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
+SCRIPTS = Path(__file__).resolve().parent
+ORACLE = os.environ.get("QLORA_ORACLE_PYTHON", str(SCRIPTS.parent / ".oracle/bin/python"))
+OURS = "ours"
+PRODUCTS = {
+    "gemm jax": [sys.executable, str(SCRIPTS / "gemm_rate.py"), "--library", "jax"],
+    "gemm torch": [ORACLE, str(SCRIPTS / "gemm_rate.py"), "--library", "torch"],
+}
+MODELS = {"smollm2": fetch_smollm2, "qwen2-0.5b": lambda: make_random_model("qwen2-0.5b")}
 
 
-def duel(ours: list[str], theirs: list[str], cache: str, blocks: int) -> dict[str, Any]:
-    """Blocks in turn; both start one after the other, so that neither's start-up slows the other's."""
-    players: dict[str, Player] = {}
-    firsts, turns = {}, {"ours": [], "theirs": []}
-    for name, command in (("ours", ours), ("theirs", theirs)):
-        players[name] = Player(command, {"QLORA_JAX_CACHE": cache, "TOKENIZERS_PARALLELISM": "false"})
-        firsts[name] = players[name].turn(1)[0]
-    for _ in range(blocks):
-        for name, player in players.items():
-            turns[name].append(player.turn(1 + BLOCK)[1:])
-    for player in players.values():
-        player.close()
-    medians = {name: [statistics.median(r["seconds"] for r in turn) for turn in turns[name]] for name in players}
+def commands_of(row: Row) -> dict[str, list[str]]:
+    """Who plays: ours, and the opponent in each of its configurations, by that configuration."""
+    model = str(MODELS[row.model]())
+    ours = [sys.executable, str(SCRIPTS / "bench_step.py"), *row.our_arguments(model)]
+    opponent = [ORACLE, str(SCRIPTS / "opponents/torch_qlora_cpu.py")]
+    theirs = {" ".join(c): [*opponent, *row.their_arguments(model, c)] for c in row.opponents}
+    return {OURS: ours, **theirs}
+
+
+@contextlib.contextmanager
+def caches(keep: bool) -> Iterator[dict[str, str]]:
+    """Environment variables that name caches of compiled programs: empty ones for a row, or ones that are kept."""
+    with contextlib.ExitStack() as stack:
+        folder = cache_dir() / "bench" if keep else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield {
+            "QLORA_JAX_CACHE": str(folder / "ours"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "theirs"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }
+
+
+def measure(row: Row, blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
+    """The row's figures, and the failure of each that failed."""
+    commands = commands_of(row)
+    with caches(keep=quick) as environment, Game(environment, timeout_s) as game:
+        cold: dict[str, Record | None] = {} if quick else {n: first_start(game, n, c) for n, c in commands.items()}
+        steps = 1 if quick else row.steps
+        alive = [name for name in commands if name not in game.failures]
+        warm = {name: game.start(name, commands[name], steps) for name in alive}
+        for name, command in PRODUCTS.items():
+            game.start(name, command)
+        turns = game.play(1 if quick else blocks)
+    players = {n: summary(row, turns, n, cold.get(n), warm[n]) for n in commands if n in turns}
+    return {"flop": row.flops(), "players": players, **verdict(turns, players), "failures": game.failures}
+
+
+def first_start(game: Game, name: str, command: list[str]) -> Record | None:
+    """The first step of a start with empty caches, after which it ends."""
+    record = game.start(name, command)
+    game.close()
+    return record
+
+
+def summary(row: Row, turns: dict[str, Turns], name: str, cold: Record | None, warm: Record | None) -> dict[str, Any]:
+    """One player's figures; `cold` is None where there was no first start."""
+    assert warm is not None, "who plays has started"
+    step_s = median_of(turns[name], "seconds")
     return {
-        **{name: _summary(firsts[name], turns[name]) for name in players},
-        "speed_ratio": statistics.median(b / a for a, b in zip(medians["ours"], medians["theirs"], strict=True)),
-        "memory_ratio": turns["ours"][-1][-1]["peak_rss_mib"] / turns["theirs"][-1][-1]["peak_rss_mib"],
-        "blocks": blocks,
+        "step_s": step_s,
+        "tokens_per_s": row.batch * row.seq / step_s,
+        "share": share(row.flops(), turns, name),
+        "loss": turns[name][-1][-1]["loss"],
+        "warm": {"first_step_s": warm["since_start_s"], "peak_rss_mib": turns[name][-1][-1]["peak_rss_mib"]},
+        "cold": cold and {"first_step_s": cold["since_start_s"], "peak_rss_mib": cold["peak_rss_mib"]},
     }
 
 
-def _summary(first: dict[str, Any], turns: list[list[dict[str, Any]]]) -> dict[str, float]:
-    steps = [record for turn in turns for record in turn]
-    return {
-        "step_s": statistics.median(record["seconds"] for record in steps),
-        "peak_rss_mib": steps[-1]["peak_rss_mib"],
-        "to_first_step_s": first["since_start_s"],
-        "loss": steps[-1]["loss"],
-    }
+def share(flop: float, turns: dict[str, Turns], name: str) -> float | None:
+    """A player's share of the faster library's product rate, each block by that block's; None without a rate."""
+    rates = [block_medians(turns[product], "gflops") for product in PRODUCTS if product in turns]
+    if not rates:
+        return None
+    best = map(max, zip(*rates, strict=True))
+    seconds = block_medians(turns[name], "seconds")
+    return statistics.median(flop / s / (rate * 1e9) for s, rate in zip(seconds, best, strict=True))
+
+
+def verdict(turns: dict[str, Turns], players: dict[str, Any]) -> dict[str, Any]:
+    """The opponent's fastest configuration, and both ratios; None where one of the two has nothing to show."""
+    gemm = {product: median_of(turns[product], "gflops") for product in PRODUCTS if product in turns}
+    theirs = min((name for name in players if name != OURS), key=lambda n: players[n]["step_s"], default=None)
+    ratios: dict[str, Any] = {"gemm_gflops": gemm, "opponent": theirs, "speed": None, "memory": None}
+    if theirs is None or OURS not in players:
+        return ratios
+    ratios["speed"] = median_ratio(block_medians(turns[theirs], "seconds"), block_medians(turns[OURS], "seconds"))
+    starts = [start for start in ("cold", "warm") if players[OURS][start] and players[theirs][start]]
+    ratios["memory"] = max(players[OURS][s]["peak_rss_mib"] / players[theirs][s]["peak_rss_mib"] for s in starts)
+    return ratios
+
+
+COLUMNS = ("tokens/s", "share", "MiB cold", "MiB warm", "first cold", "first warm")
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """A row for people."""
+    gemm = ", ".join(f"{product} {rate:.0f}" for product, rate in result["gemm_gflops"].items())
+    print(f"\n{name}: {result['flop'] / 1e9:.0f} GFLOP a step; GFLOP/s: {gemm}")
+    print(" " * 34 + "".join(f"{column:>12}" for column in COLUMNS))
+    for player, figures in result["players"].items():
+        cells = f"{figures['tokens_per_s']:>12.0f}" + (
+            f"{figures['share']:>12.0%}" if figures["share"] else f"{'-':>12}"
+        )
+        for field, digits in (("peak_rss_mib", 0), ("first_step_s", 1)):
+            starts = [figures[start] for start in ("cold", "warm")]
+            cells += "".join(f"{start[field]:>12.{digits}f}" if start else f"{'-':>12}" for start in starts)
+        print(f"  {player:<32}{cells}")
+    for player, failure in result["failures"].items():
+        print(f"  {player}: FAILED: {failure}")
+    if result["speed"] is not None:
+        print(f"  speed {result['speed']:.2f}x, memory {result['memory']:.2f}x, against {result['opponent']}")
+    sys.stdout.flush()
 
 
 def main() -> None:
-    """Each batch size: a duel, with a cold and then a warm compilation cache of ours."""
+    """The rows asked for, one after the other; the file is written anew after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 4])
-    parser.add_argument("--blocks", type=int, default=4, help=f"turns of each, of {BLOCK} counted steps")
-    parser.add_argument("--seq", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--remat", default="names", choices=["none", "names", "full"])
-    parser.add_argument("--opponent-args", default="", help="further arguments of opponents/torch_qlora_cpu.py")
+    parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="NAME")
+    parser.add_argument("--list", action="store_true", help="show the rows, and do nothing")
+    parser.add_argument("--blocks", type=int, default=4, help="turns of each")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a step counts as failed")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: 1 block of 1 step, no cold start")
     args = parser.parse_args()
-    gguf = str(fetch_smollm2())
-    results = []
-    for batch in args.batch:
-        shape = ["--batch", str(batch), "--seq", str(args.seq), "--rank", str(args.rank)]
-        ours = [sys.executable, str(ROOT / "scripts/bench_step.py"), "--gguf", gguf, *shape, "--remat", args.remat]
-        theirs = [str(ORACLE), str(ROOT / "scripts/opponents/torch_qlora_cpu.py"), "--gguf", gguf, *shape, "--in-turns"]
-        with tempfile.TemporaryDirectory() as cache:
-            result = duel(ours, [*theirs, *args.opponent_args.split()], cache, args.blocks)
-            warm = Player(ours, {"QLORA_JAX_CACHE": cache})
-            result["ours"]["to_first_step_warm_s"] = warm.turn(1)[0]["since_start_s"]
-            warm.close()
-        results.append({"batch": batch, "seq": args.seq, "rank": args.rank, "remat": args.remat} | result)
-        _show(results[-1], args.seq)
-    print(json.dumps(results))
-
-
-def _show(result: dict[str, Any], seq: int) -> None:
-    tokens = result["batch"] * seq
-    print(f"batch {result['batch']}, {seq} tokens, rank {result['rank']}, remat {result['remat']}")
-    for name in ("ours", "theirs"):
-        row = result[name]
-        warm = f", warm cache {row['to_first_step_warm_s']:.1f} s" if "to_first_step_warm_s" in row else ""
-        print(f"  {name:<7} {row['step_s']:.3f} s a step, {tokens / row['step_s']:.0f} tokens/s, ", end="")
-        print(f"peak {row['peak_rss_mib']:.0f} MiB, loss {row['loss']:.3f}, ", end="")
-        print(f"first step done after {row['to_first_step_s']:.1f} s{warm}")
-    print(f"  speed {result['speed_ratio']:.2f}x, memory {result['memory_ratio']:.2f}x", flush=True)
+    if args.list:
+        print("\n".join(f"{name:<14}{row.describe()}" for name, row in ROWS.items()))
+        return
+    results = {}
+    for name in args.rows:
+        results[name] = measure(ROWS[name], args.blocks, args.quick, args.timeout)
+        show(name, results[name])
+        if args.output:
+            args.output.write_text(json.dumps({"quick": args.quick, "rows": results}, indent=1))
 
 
 if __name__ == "__main__":

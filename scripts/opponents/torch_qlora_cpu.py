@@ -1,10 +1,10 @@
 """The opponent: QLoRA on a CPU with torch, transformers, peft and bitsandbytes, in its best configuration by default.
 
-    .oracle/bin/python scripts/opponents/torch_qlora_cpu.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    .oracle/bin/python scripts/opponents/torch_qlora_cpu.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
-Loads a GGUF model, quantizes every linear layer but the head to NF4 with double-quantized constants, adds LoRA, trains
-for a few steps and times them. One JSON line comes last. Other rows to compare with: --no-quant (LoRA on an unquantized
-base) and --full (every parameter trained).
+Loads a model (a GGUF file or a Hugging Face folder), quantizes every linear layer but the head to NF4 with
+double-quantized constants, adds LoRA, trains for a few steps and times them. One JSON line comes last. Other rows to
+compare with: --no-quant (LoRA on an unquantized base) and --full (every parameter trained).
 """
 
 import argparse
@@ -26,7 +26,7 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--gguf", required=True, help="path of the GGUF model file")
+    p.add_argument("--model", required=True, help="path of a GGUF model file or of a Hugging Face folder")
     p.add_argument("--text", help="training text, .txt or .txt.gz (without it: random tokens)")
     p.add_argument("--no-quant", action="store_true", help="LoRA on an unquantized base")
     p.add_argument("--full", action="store_true", help="train every parameter; implies --no-quant")
@@ -45,7 +45,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="fp32: all fp32; autocast: fp32 parameters, bf16 matmuls; mixed: bf16 base, "
         "fp32 adapters, bf16 matmuls; bf16: everything bf16",
     )
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
+    p.add_argument(
+        "--compile",
+        choices=["model", "layers", "none"],
+        default="model",
+        help="torch.compile of the whole model, or of each decoder layer (which checkpointing can wrap)",
+    )
     p.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--seed", type=int, default=0)
@@ -65,15 +70,20 @@ def matmul_dtype(dtype: str) -> torch.dtype:
     return torch.float32 if dtype == "fp32" else torch.bfloat16
 
 
-def load_gguf(path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa"):
-    """The model, dequantized to `dtype`, and its tokenizer."""
-    folder, file = os.path.split(os.path.abspath(path))
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
+def load_dense(path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
+    """The model of a GGUF file or a Hugging Face folder, its weights in `dtype`."""
+    folder, file = (path, None) if os.path.isdir(path) else os.path.split(os.path.abspath(path))
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, dtype=dtype, attn_implementation=attention
     )
     model.config.use_cache = False
-    return model, tokenizer
+    return model
+
+
+def load_tokenizer(path: str):
+    """The tokenizer in a GGUF file or a Hugging Face folder."""
+    folder, file = (path, None) if os.path.isdir(path) else os.path.split(os.path.abspath(path))
+    return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def quantize_nf4(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
@@ -106,15 +116,15 @@ def quantize_nf4(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def build(
-    gguf, dtype="mixed", quant=True, full=False, rank=16, alpha=32.0, checkpointing=False, attention="sdpa", seed=0
+    path, dtype="mixed", quant=True, full=False, rank=16, alpha=32.0, checkpointing=False, attention="sdpa", seed=0
 ):
-    """A trainable model and its tokenizer."""
+    """A trainable model."""
     torch.manual_seed(seed)
-    model, tokenizer = load_gguf(gguf, param_dtype(dtype), attention)
+    model = load_dense(path, param_dtype(dtype), attention)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if full:
-        return model.train(), tokenizer
+        return model.train()
     if quant:
         quantize_nf4(model, matmul_dtype(dtype))
     model.requires_grad_(False)
@@ -126,15 +136,19 @@ def build(
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.to(adapter_dtype(dtype))
-    return model.train(), tokenizer
+    return model.train()
 
 
-def token_batches(text, tokenizer, batch, seq, seed):
+def random_batches(vocab, batch, seq, seed):
+    """Endless batches of random tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield torch.randint(3, vocab, (batch, seq), generator=generator)
+
+
+def text_batches(text, tokenizer, batch, seq, seed):
     """Endless batches of `seq`-token windows at random places of the text."""
     generator = torch.Generator().manual_seed(seed)
-    if text is None:
-        while True:
-            yield torch.randint(3, len(tokenizer), (batch, seq), generator=generator)
     opener = gzip.open if text.endswith(".gz") else open
     with opener(text, "rt", encoding="utf-8") as f:
         ids = torch.tensor(tokenizer(f.read())["input_ids"])
@@ -143,11 +157,21 @@ def token_batches(text, tokenizer, batch, seq, seed):
         yield torch.stack([ids[s : s + seq] for s in starts])
 
 
-def make_step(model, dtype, lr, compiled=False):
+def compiled(model, how):
+    """The model as torch.compile makes it: "model", "layers" or "none" (as it is)."""
+    if how == "layers":
+        for name, module in model.named_modules():
+            if name.endswith("model.layers"):
+                for layer in module:
+                    layer.compile()
+    return torch.compile(model) if how == "model" else model
+
+
+def make_step(model, dtype, lr, compile="none"):
     """(step function, optimizer): forward, backward, clip, AdamW."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
-    forward = torch.compile(model) if compiled else model
+    forward = compiled(model, compile)
 
     def step(**inputs):
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype in ("autocast", "mixed")):
@@ -161,76 +185,59 @@ def make_step(model, dtype, lr, compiled=False):
     return step, optimizer
 
 
-def steps_in_turns(step, batches) -> None:
-    """A training step for each line of standard input; scripts/bench_train.py lets two programs alternate so."""
-    for _ in sys.stdin:
-        ids = next(batches)
-        began = time.perf_counter()
-        loss = step(input_ids=ids, labels=ids)
-        record = {
-            "seconds": time.perf_counter() - began,
-            "loss": loss,
-            "peak_rss_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-        }
-        print(json.dumps(record), flush=True)
+def timed(step, ids):
+    """One step on these rows: its seconds and its loss."""
+    began = time.perf_counter()
+    loss = step(input_ids=ids, labels=ids)
+    return {"seconds": time.perf_counter() - began, "loss": loss}
+
+
+def summary(args, model, load_s, load_rss, records):
+    """What the last line tells: settings, and medians over the steps after the warm-up."""
+    seconds = [record["seconds"] for record in records[args.warmup :]]
+    settings = ("dtype", "compile", "attention", "checkpointing", "batch", "seq", "rank", "lr", "threads", "seed")
+    return {
+        "mode": "full" if args.full else "lora" if args.no_quant else "qlora",
+        **{name: getattr(args, name) for name in settings},
+        "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "load_s": round(load_s, 2),
+        "first_step_s": round(records[0]["seconds"], 2),
+        "step_s_median": round(statistics.median(seconds), 4),
+        "step_s_min": round(min(seconds), 4),
+        "tokens_per_s": round(args.batch * args.seq / statistics.median(seconds), 1),
+        "load_rss_mib": round(load_rss),
+        "peak_rss_mib": round(peak_rss_mib()),
+        "losses": [round(record["loss"], 4) for record in records],
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, bnb)},
+    }
+
+
+def peak_rss_mib() -> float:
+    """Of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(args.threads)
     quant = not (args.no_quant or args.full)
-    started = time.perf_counter()
-    model, tokenizer = build(
-        args.gguf, args.dtype, quant, args.full, args.rank, args.alpha, args.checkpointing, args.attention, args.seed
+    began = time.perf_counter()
+    model = build(
+        args.model, args.dtype, quant, args.full, args.rank, args.alpha, args.checkpointing, args.attention, args.seed
     )
-    load_s = time.perf_counter() - started
-    load_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    load_s, load_rss = time.perf_counter() - began, peak_rss_mib()
     step, _ = make_step(model, args.dtype, args.lr, args.compile)
-
-    batches = token_batches(args.text, tokenizer, args.batch, args.seq, args.seed)
-    if args.in_turns:
-        steps_in_turns(step, batches)
+    sizes = (args.batch, args.seq, args.seed)
+    if args.text is None:
+        batches = random_batches(model.config.vocab_size, *sizes)
+    else:
+        batches = text_batches(args.text, load_tokenizer(args.model), *sizes)
+    if args.in_turns:  # scripts/bench_train.py lets two programs alternate so
+        for _ in sys.stdin:
+            print(json.dumps(timed(step, next(batches))), flush=True)
         return
-    losses, seconds = [], []
-    for _ in range(args.warmup + args.steps):
-        ids = next(batches)
-        t = time.perf_counter()
-        losses.append(round(step(input_ids=ids, labels=ids), 4))
-        seconds.append(time.perf_counter() - t)
-    timed = seconds[args.warmup :]
-    median = statistics.median(timed)
-    print(
-        json.dumps(
-            {
-                "mode": "full" if args.full else "qlora" if quant else "lora",
-                **{
-                    k: getattr(args, k)
-                    for k in (
-                        "dtype",
-                        "compile",
-                        "attention",
-                        "checkpointing",
-                        "batch",
-                        "seq",
-                        "rank",
-                        "lr",
-                        "threads",
-                        "seed",
-                    )
-                },
-                "trainable": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "load_s": round(load_s, 2),
-                "first_step_s": round(seconds[0], 2),
-                "step_s_median": round(median, 4),
-                "step_s_min": round(min(timed), 4),
-                "tokens_per_s": round(args.batch * args.seq / median, 1),
-                "load_rss_mib": round(load_rss),
-                "peak_rss_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
-                "losses": losses,
-                "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft, bnb)},
-            }
-        )
-    )
+    records = [timed(step, next(batches)) for _ in range(args.warmup + args.steps)]
+    print(json.dumps(summary(args, model, load_s, load_rss, records)))
 
 
 if __name__ == "__main__":

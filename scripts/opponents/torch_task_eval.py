@@ -23,7 +23,7 @@ import time
 
 import torch
 from torch.nn.functional import cross_entropy, linear
-from torch_qlora_cpu import build
+from torch_qlora_cpu import build, load_tokenizer
 
 # An example is (prompt, answer, options). The loss and the scores see the answer only.
 
@@ -187,7 +187,8 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     args = p.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    model, tokenizer = build(args.gguf, args.dtype, rank=args.rank, alpha=args.alpha, seed=args.seed)
+    tokenizer = load_tokenizer(args.gguf)
+    model = build(args.gguf, args.dtype, rank=args.rank, alpha=args.alpha, seed=args.seed)
     train, test = split(args, tokenizer)
     train = random.Random(args.seed).sample(train, args.train_rows)
     before = evaluate(model, tokenizer, test, args.dtype)

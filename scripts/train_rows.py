@@ -1,0 +1,123 @@
+"""What bench_train.py measures: its rows, and how much arithmetic a training step has in each."""
+
+import dataclasses
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """The sizes of a decoder-only model with grouped-query attention, a gated MLP and a head."""
+
+    layers: int
+    width: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    vocab: int
+
+    def linears(self) -> tuple[tuple[int, int], ...]:
+        """(out, in) of each projection of a layer: q, k, v, o, gate, up, down."""
+        q, kv, d, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.width, self.mlp
+        return ((q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f))
+
+
+SHAPES = {
+    "smollm2": Shape(layers=30, width=576, heads=9, kv_heads=3, head_dim=64, mlp=1536, vocab=49152),
+    "qwen2-0.5b": Shape(layers=24, width=896, heads=14, kv_heads=2, head_dim=64, mlp=4864, vocab=151936),
+}
+
+
+def training_flops(shape: Shape, batch: int, seq: int, rank: int) -> float:
+    """FLOP of one step: 2 for each multiply-add of the matrix products that the mathematics needs.
+
+    With M = batch * seq tokens, in each layer: 4 M out in for each frozen projection (forward, and the gradient of its
+    input; it has none of its own), 6 M rank (out + in) for its adapter (forward, input, parameters), and
+    6 batch heads head_dim seq^2 for attention (q k^T and weights v, and four products backward, each over the causal
+    half). Once: 4 M vocab width for the head. What is computed again (checkpointing, scores in attention's backward
+    pass) is not counted, nor is anything element-wise.
+    """
+    m = batch * seq
+    frozen = sum(4 * m * out * into for out, into in shape.linears())
+    adapters = sum(6 * m * rank * (out + into) for out, into in shape.linears())
+    attention = 6 * batch * shape.heads * shape.head_dim * seq**2
+    return float(shape.layers * (frozen + adapters + attention) + 4 * m * shape.vocab * shape.width)
+
+
+# The opponent's configurations, as arguments of opponents/torch_qlora_cpu.py. With checkpointing, a compilation of the
+# whole model does not end within three minutes; one of each layer does, and beats eager.
+MODEL = ("--dtype", "mixed", "--compile", "model")
+LAYERS = ("--dtype", "mixed", "--compile", "layers")
+LAYERS_BF16 = ("--dtype", "bf16", "--compile", "layers")
+MODEL_F32 = ("--dtype", "fp32", "--compile", "model")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """One row of the table.
+
+    Attributes:
+      model: a key of SHAPES.
+      checkpointing: the opponent's gradient checkpointing, and `train.remat: full` here; without it, each side's
+        default: for ours `names`, which keeps what products gave and computes norms and activations again.
+      f32: computes in float32; else in bfloat16 with float32 adapters.
+      opponents: configurations of the opponent that play; the fastest of them is the opponent.
+      steps: counted steps of a block.
+    """
+
+    model: str = "smollm2"
+    batch: int = 1
+    seq: int = 512
+    rank: int = 16
+    checkpointing: bool = False
+    f32: bool = False
+    opponents: tuple[tuple[str, ...], ...] = (MODEL,)
+    steps: int = 4
+
+    def describe(self) -> str:
+        """In words."""
+        dtype, opponents = "f32" if self.f32 else "bf16", " | ".join(map(" ".join, self.opponents))
+        sizes = f"batch {self.batch}, {self.seq} tokens, rank {self.rank}"
+        return f"{self.model}, {sizes}, {dtype}, remat {self.remat()}; against {opponents}"
+
+    def flops(self) -> float:
+        """Of one step."""
+        return training_flops(SHAPES[self.model], self.batch, self.seq, self.rank)
+
+    def remat(self) -> str:
+        """Our setting `train.remat`."""
+        return "full" if self.checkpointing else "names"
+
+    def our_arguments(self, model_path: str) -> list[str]:
+        """Of bench_step.py."""
+        dtype = "float32" if self.f32 else "bfloat16"
+        return [*self._shared(model_path), "--remat", self.remat(), "--compute-dtype", dtype]
+
+    def their_arguments(self, model_path: str, configuration: Iterable[str]) -> list[str]:
+        """Of opponents/torch_qlora_cpu.py."""
+        checkpointing = ["--checkpointing"] if self.checkpointing else []
+        return [*self._shared(model_path), *configuration, *checkpointing, "--in-turns"]
+
+    def _shared(self, model_path: str) -> list[str]:
+        sizes = {"--batch": self.batch, "--seq": self.seq, "--rank": self.rank}
+        return ["--model", model_path, *(str(part) for size in sizes.items() for part in size)]
+
+
+def _smollm2_rows() -> dict[str, Row]:
+    """Batch, checkpointing and rank in all combinations."""
+    rows = {}
+    for batch, steps in ((1, 4), (4, 2)):
+        for suffix, checkpointing, opponents in (("", False, (MODEL,)), ("-ckpt", True, (LAYERS,))):
+            for rank in (16, 64):
+                row = Row(batch=batch, rank=rank, checkpointing=checkpointing, opponents=opponents, steps=steps)
+                rows[f"b{batch}-r{rank}{suffix}"] = row
+    return rows
+
+
+ROWS = {
+    **_smollm2_rows(),
+    "f32": Row(f32=True, opponents=(MODEL_F32,)),
+    "qwen2-0.5b": Row(model="qwen2-0.5b", steps=2),
+    "seq2048": Row(seq=2048, steps=2),
+    "seq4096": Row(seq=4096, steps=1),
+}

@@ -1,0 +1,69 @@
+"""What scripts/bench_train.py makes of its players' records, and the random model's tensors."""
+
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
+
+
+@pytest.fixture
+def bench(load_script, monkeypatch):
+    """The script, with what it imports from beside it."""
+    before = set(sys.modules)
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    yield load_script("bench_train")
+    for name in set(sys.modules) - before:
+        if (SCRIPTS / f"{name}.py").exists():
+            del sys.modules[name]
+
+
+def turns_of(field: str, *blocks: float, peak: float = 0.0):
+    return [[{field: value, "peak_rss_mib": peak, "loss": 1.0}] for value in blocks]
+
+
+def start(seconds: float, peak: float):
+    return {"since_start_s": seconds, "peak_rss_mib": peak}
+
+
+def test_figures_of_a_row(bench):
+    row = bench.Row()
+    rate = row.flops() / 1e9  # a step at this rate takes a second
+    turns = {
+        "ours": turns_of("seconds", 2.0, 4.0, peak=500),
+        "slower": turns_of("seconds", 9.0, 9.0, peak=900),
+        "faster": turns_of("seconds", 3.0, 6.0, peak=1000),
+        "gemm jax": turns_of("gflops", rate, rate / 2),
+        "gemm torch": turns_of("gflops", rate / 4, rate),
+    }
+    cold = {"ours": start(20, 600), "faster": start(80, 1000), "slower": start(30, 900)}
+    players = {n: bench.summary(row, turns, n, cold[n], start(9, 100)) for n in ("ours", "slower", "faster")}
+    assert players["ours"]["share"] == pytest.approx((1 / 2 + 1 / 4) / 2)
+    assert players["ours"]["tokens_per_s"] == 512 / 3
+    assert players["ours"]["cold"] == {"first_step_s": 20, "peak_rss_mib": 600}
+    assert players["ours"]["warm"] == {"first_step_s": 9, "peak_rss_mib": 500}
+    verdict = bench.verdict(turns, players)
+    assert (verdict["opponent"], verdict["speed"], verdict["memory"]) == ("faster", 1.5, 0.6)
+
+
+def test_an_opponent_that_failed_leaves_no_ratio(bench, capsys):
+    turns = {"ours": turns_of("seconds", 2.0, peak=500)}
+    players = {"ours": bench.summary(bench.Row(), turns, "ours", None, start(9, 500))}
+    verdict = bench.verdict(turns, players)
+    assert (verdict["opponent"], verdict["speed"], verdict["memory"]) == (None, None, None)
+    bench.show("row", {"flop": 1e9, "players": players, "failures": {"--compile model": "no answer"}, **verdict})
+    assert "--compile model: FAILED: no answer" in capsys.readouterr().out
+
+
+def test_the_random_model_has_the_parameters_of_qwen2(bench):
+    from random_model import SHAPES, random_tensor, tensor_shapes
+
+    shapes = tensor_shapes(SHAPES["qwen2-0.5b"], attention_bias=True)
+    o_biases = 24 * 896  # which Qwen2 does not have
+    assert sum(map(math.prod, shapes.values())) == 494_032_768 + o_biases
+    weight = random_tensor("a.weight", (64, 64), np.random.default_rng(0)).astype(np.float32)
+    assert 0.018 < weight.std() < 0.022
+    assert (random_tensor("x_layernorm.weight", (8,), np.random.default_rng(0)) == 1).all()
