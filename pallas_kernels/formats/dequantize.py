@@ -43,7 +43,11 @@ def dequantize(qt: QTensor, dtype: Any = None) -> jax.Array:
 
     Returns [..., *shape]; a stack gives all its layers, one layer is `jax.tree.map(lambda leaf: leaf[i], qt)`.
     """
-    dtype = jnp.dtype(qt.dtype if dtype is None else dtype)
+    with jax.named_scope("dequantize"):
+        return _dequantize(qt, jnp.dtype(qt.dtype if dtype is None else dtype))
+
+
+def _dequantize(qt: QTensor, dtype: Any) -> jax.Array:
     levels = _look_up(CODE_TABLES[qt.quant_type], LAYOUTS[qt.layout].unpack(jnp.asarray(qt.codes), qt.shape))
     if qt.layout == "flat":
         return (levels * _spread_flat(expand_absmax(qt), qt)).astype(dtype)

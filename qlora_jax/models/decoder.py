@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.skeleton import frozen_linear_leaves
 from qlora_jax.nn.attention import cached_attention, causal_attention
-from qlora_jax.nn.linear import QLinear
+from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mlp import swiglu
 from qlora_jax.nn.norm import RMSNorm
 from qlora_jax.nn.rope import rotate, rotations
@@ -58,8 +58,8 @@ class Positions:
     """Where the tokens of a call stand: index [B, T], and the rotations of each."""
 
     index_BT: jax.Array
-    cos_BTH: jax.Array
-    sin_BTH: jax.Array
+    cos_BTJ: jax.Array
+    sin_BTJ: jax.Array
 
 
 jax.tree_util.register_dataclass(Positions)
@@ -77,13 +77,15 @@ class Attention(nnx.Module):
         config = self.config
         batch, length = positions.index_BT.shape
         heads = (batch, length, -1, config.head_dim)
-        q = rotate(self.q_proj(x_MD, layer, key).reshape(heads), positions.cos_BTH, positions.sin_BTH)
-        k = rotate(self.k_proj(x_MD, layer, key).reshape(heads), positions.cos_BTH, positions.sin_BTH)
-        v = self.v_proj(x_MD, layer, key).reshape(heads)
+        projections = project([self.q_proj, self.k_proj, self.v_proj], x_MD, layer, key)
+        q, k, v = (y.reshape(heads) for y in projections)
+        with jax.named_scope("rope"):
+            q, k = (rotate(x, positions.cos_BTJ, positions.sin_BTJ) for x in (q, k))
         scale = config.head_dim**-0.5
         if cache is None:
             q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
-            out_BTNH = causal_attention(q, k, v, scale)
+            with jax.named_scope("attention"):
+                out_BTNH = causal_attention(q, k, v, scale)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)
             k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
@@ -106,9 +108,11 @@ class MLP(nnx.Module):
         self.gate_proj, self.up_proj, self.down_proj = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
 
     def __call__(self, x_MD, layer, key):
-        gate_MF = checkpoint_name(self.gate_proj(x_MD, layer, key), "mlp_gate")
-        up_MF = checkpoint_name(self.up_proj(x_MD, layer, key), "mlp_up")
-        return self.down_proj(swiglu(gate_MF, up_MF), layer, key)
+        gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, key)
+        gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
+        with jax.named_scope("swiglu"):
+            hidden_MF = swiglu(gate_MF, up_MF)
+        return self.down_proj(hidden_MF, layer, key)
 
 
 class Block(nnx.Module):

@@ -3,7 +3,9 @@
 Dimension key: L layers, M rows, K in, N out.
 """
 
+import functools
 import zlib
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import jax
@@ -16,11 +18,18 @@ from qlora_jax.nn.dots import dot_nt
 from qlora_jax.nn.variables import Frozen, of_layer
 
 
-class Adapter(Protocol):
-    """What trains on top of a frozen linear layer; the layer knows nothing else of it."""
+Product = Callable[[jax.Array], jax.Array]  # [M, K] -> [M, N]
 
-    def apply(self, x_MK: jax.Array, frozen, key: jax.Array | None) -> jax.Array:
-        """The layer's result; `frozen` is the frozen layer as a function of x."""
+
+class Adapter(Protocol):
+    """What trains on top of frozen linear layers; the layers know nothing else of it."""
+
+    @staticmethod
+    def apply(
+        adapters: Sequence, x_MK: jax.Array, frozen: Sequence[Product], keys: Sequence[jax.Array | None]
+    ) -> list[jax.Array]:
+        """The results of several layers that read the same x, each with its adapter of this kind, its frozen product
+        as a function of x, and its key of dropout (None: no dropout)."""
         ...
 
     def merge(self, weight: jax.Array) -> jax.Array:
@@ -55,14 +64,35 @@ class QLinear(nnx.Module):
         out_features, in_features = self.weight.get_value().shape[-2:]
         return out_features, in_features
 
-    def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None) -> Float[Array, "M N"]:
-        def frozen(x: jax.Array) -> jax.Array:
-            y = frozen_linear(x, self.weight.get_value(), layer)
-            return y if self.bias is None else y + of_layer(self.bias, layer).astype(y.dtype)[None]
+    def frozen(self, x_MK: Float[Array, "M K"], layer: jax.Array) -> Float[Array, "M N"]:
+        """x W^T + b of one layer, without the adapter."""
+        with jax.named_scope("frozen"):
+            y_MN = frozen_linear(x_MK, self.weight.get_value(), layer)
+        return y_MN if self.bias is None else y_MN + of_layer(self.bias, layer).astype(y_MN.dtype)[None]
 
-        if self.adapter is None:
-            return frozen(x_MK)
-        return self.adapter.apply(x_MK, frozen, None if key is None else named_key(key, self.name))
+    def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None) -> Float[Array, "M N"]:
+        """The result with the adapter, where one is set."""
+        return project([self], x_MK, layer, key)[0]
+
+
+def project(
+    linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None
+) -> list[jax.Array]:
+    """What each of `linears` makes of the same x; adapters of one kind see x together, and may share work."""
+    frozen: list[Product] = [functools.partial(linear.frozen, layer=layer) for linear in linears]
+    keys = [None if key is None else named_key(key, linear.name) for linear in linears]
+    results: dict[int, jax.Array] = {}
+    for kind in dict.fromkeys(type(linear.adapter) for linear in linears):
+        places = [i for i, linear in enumerate(linears) if type(linear.adapter) is kind]
+        results |= zip(places, _of_kind(kind, places, linears, x_MK, frozen, keys), strict=True)
+    return [results[i] for i in range(len(linears))]
+
+
+def _of_kind(kind, places: list[int], linears, x_MK: jax.Array, frozen, keys) -> list[jax.Array]:
+    """The results of those of `linears` whose adapter is of this kind, or that have none."""
+    if kind is type(None):
+        return [frozen[i](x_MK) for i in places]
+    return kind.apply([linears[i].adapter for i in places], x_MK, [frozen[i] for i in places], [keys[i] for i in places])
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:

@@ -5,9 +5,11 @@ Dimension key: L layers, M rows, K in, N out, R rank.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
@@ -16,22 +18,24 @@ from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def lora_delta(
+def lora_deltas(
     x_MK: Float[Array, "M K"],
     lora_a_KR: Float[Array, "K R"],
-    lora_b_RN: Float[Array, "R N"],
-    scaling: float,
+    lora_bs: tuple[Float[Array, "_ _"], ...],
+    scalings: tuple[float, ...],
     dropout: float,
     key: jax.Array | None,
-) -> Float[Array, "M N"]:
-    """scaling * dropout(x) A B, with A and B cast to x's dtype, sums in f32, the result in x's dtype.
+) -> tuple[Float[Array, "M _"], ...]:
+    """scaling_i * dropout(x) A_i B_i for each i, with A and B cast to x's dtype, sums in f32, results in x's dtype.
 
-    The gradients of A and B come in f32. Dropout masks are made again from `key` in the backward pass, not kept.
+    One x, so one product with all A: a product with 16 columns costs hardly less than one with 48. The gradients of A
+    and B come in f32. Dropout's mask, shared by all i, is made again from `key` in the backward pass, not kept.
 
     Args:
+      lora_a_KR: the A_i side by side, their ranks those of `lora_bs`: [R_i, N_i].
       dropout: probability that an element of x is zeroed; needs `key` where it is not 0.
     """
-    return _forward(x_MK, lora_a_KR, lora_b_RN, scaling, dropout, key)[0]
+    return _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key)[0]
 
 
 def _dropped(x_MK: jax.Array, dropout: float, key: jax.Array | None) -> jax.Array:
@@ -41,24 +45,36 @@ def _dropped(x_MK: jax.Array, dropout: float, key: jax.Array | None) -> jax.Arra
     return jnp.where(keep, x_MK / jnp.asarray(1.0 - dropout, x_MK.dtype), jnp.zeros((), x_MK.dtype))
 
 
-def _forward(x_MK, lora_a_KR, lora_b_RN, scaling, dropout, key):
-    dtype = x_MK.dtype
-    xa_MR = (dot_nn(_dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)) * scaling).astype(dtype)
-    y_MN = dot_nn(xa_MR, lora_b_RN.astype(dtype), dtype)
-    return y_MN, (x_MK, lora_a_KR, lora_b_RN, checkpoint_name(xa_MR, "lora_xa"), key)
+def _scaled(product_MR: jax.Array, scalings: tuple[float, ...], lora_bs: tuple[jax.Array, ...], dtype) -> jax.Array:
+    """Each rank's column times its own scaling."""
+    scaling_1R = np.repeat(np.asarray(scalings, np.float32), [b.shape[0] for b in lora_bs])[None]
+    return (product_MR * scaling_1R).astype(dtype)
 
 
-def _backward(scaling, dropout, residuals, dy_MN):
-    x_MK, lora_a_KR, lora_b_RN, xa_MR, key = residuals
+def _split(x_MR: jax.Array, lora_bs: tuple[jax.Array, ...]) -> list[jax.Array]:
+    """The columns that belong to each of lora_bs."""
+    return jnp.split(x_MR, np.cumsum([b.shape[0] for b in lora_bs])[:-1].tolist(), axis=1)
+
+
+def _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key):
     dtype = x_MK.dtype
-    d_xa_MR = (dot_nt(dy_MN, lora_b_RN.astype(dtype)) * scaling).astype(dtype)
-    d_b_RN = dot_tn(xa_MR, dy_MN)
+    xa_MR = _scaled(dot_nn(_dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
+    ys = tuple(dot_nn(xa, b.astype(dtype), dtype) for xa, b in zip(_split(xa_MR, lora_bs), lora_bs, strict=True))
+    return ys, (x_MK, lora_a_KR, lora_bs, checkpoint_name(xa_MR, "lora_xa"), key)
+
+
+def _backward(scalings, dropout, residuals, dys):
+    x_MK, lora_a_KR, lora_bs, xa_MR, key = residuals
+    dtype = x_MK.dtype
+    d_xa_MR = jnp.concatenate([dot_nt(dy, b.astype(dtype)) for dy, b in zip(dys, lora_bs, strict=True)], axis=1)
+    d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)
+    d_bs = tuple(dot_tn(xa, dy).astype(jnp.float32) for xa, dy in zip(_split(xa_MR, lora_bs), dys, strict=True))
     d_a_KR = dot_tn(_dropped(x_MK, dropout, key), d_xa_MR)
     dx_MK = _dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
-    return dx_MK, d_a_KR.astype(lora_a_KR.dtype), d_b_RN.astype(lora_b_RN.dtype), None
+    return dx_MK, d_a_KR, d_bs, None
 
 
-lora_delta.defvjp(_forward, _backward)
+lora_deltas.defvjp(_forward, _backward)
 
 
 class LoRA(nnx.Module):
@@ -88,11 +104,31 @@ class LoRA(nnx.Module):
         lora_a = jax.random.uniform(key, (stack, k, rank), jnp.float32, -bound, bound)
         return cls(lora_a, jnp.zeros((stack, rank, n), jnp.float32), scaling, dropout)
 
-    def apply(self, x_MK: jax.Array, frozen, key: jax.Array | None) -> jax.Array:
-        """frozen(x) + scaling * dropout(x) A B."""
-        return frozen(x_MK) + lora_delta(x_MK, self.lora_a[...], self.lora_b[...], self.scaling, self.dropout, key)
+    @staticmethod
+    def apply(
+        adapters: "Sequence[LoRA]",
+        x_MK: Float[Array, "M K"],
+        frozen: Sequence[Callable[[jax.Array], jax.Array]],
+        keys: Sequence[jax.Array | None],
+    ) -> list[jax.Array]:
+        """frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
+        ys = [frozen_linear(x_MK) for frozen_linear in frozen]
+        with jax.named_scope("lora"):
+            return [y + delta for y, delta in zip(ys, _deltas(adapters, x_MK, keys), strict=True)]
 
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """weight + scaling * (A B)^T, in f32."""
         delta = dot_nn(self.lora_a[...], self.lora_b[...]) * self.scaling
         return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
+
+
+def _deltas(adapters: Sequence[LoRA], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
+    """Together where x is the same to all; one by one where each drops elements of its own."""
+    if all(adapter.dropout == 0.0 or key is None for adapter, key in zip(adapters, keys, strict=True)):
+        lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
+        lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)
+        return list(lora_deltas(x_MK, lora_a_KR, lora_bs, tuple(adapter.scaling for adapter in adapters), 0.0, None))
+    return [
+        lora_deltas(x_MK, one.lora_a[...], (one.lora_b[...],), (one.scaling,), one.dropout, key)[0]
+        for one, key in zip(adapters, keys, strict=True)
+    ]

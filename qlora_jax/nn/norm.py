@@ -55,4 +55,5 @@ class RMSNorm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
-        return rms_norm(x, of_layer(self.weight, layer), self.eps)
+        with jax.named_scope("norm"):
+            return rms_norm(x, of_layer(self.weight, layer), self.eps)

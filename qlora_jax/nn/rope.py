@@ -1,6 +1,6 @@
 """Rotary position embedding in the half-split convention of Hugging Face, and its published scalings.
 
-Dimension key: T positions, N heads, H head_dim.
+Dimension key: B batch, T positions, N heads, H head_dim, J = H / 2 frequencies.
 """
 
 import dataclasses
@@ -138,8 +138,8 @@ NUMBERS: dict[str, tuple[set[str], set[str]]] = {
 
 def rotations(
     rope: Rope, positions: Int[Array, "*B T"], length: int
-) -> tuple[Float[Array, "*B T H"], Float[Array, "*B T H"]]:
-    """cos(p f), sin(p f) for each position p, the frequencies f given twice, in f32.
+) -> tuple[Float[Array, "*B T J"], Float[Array, "*B T J"]]:
+    """cos(p f_j), sin(p f_j) for each position p and frequency f_j, in f32.
 
     Args:
       positions: from 0 in each row.
@@ -147,13 +147,36 @@ def rotations(
     """
     inv_freq, factor = SCALINGS[rope.scaling.kind](rope, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq.reshape((1,) * positions.ndim + inv_freq.shape)
-    angles = jnp.concatenate([angles, angles], axis=-1)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def rotate(x_BTNH: Float[Array, "B T N H"], cos_BTH: jax.Array, sin_BTH: jax.Array) -> Float[Array, "B T N H"]:
-    """x cos + (-x2, x1) sin, with x1 and x2 the halves of each head, in x's dtype."""
-    x32 = x_BTNH.astype(jnp.float32)
-    x1, x2 = jnp.split(x32, 2, axis=-1)
-    turned = jnp.concatenate([-x2, x1], axis=-1)
-    return (x32 * cos_BTH[:, :, None] + turned * sin_BTH[:, :, None]).astype(x_BTNH.dtype)
+@jax.custom_vjp
+def rotate(
+    x_BTNH: Float[Array, "B T N H"], cos_BTJ: Float[Array, "B T J"], sin_BTJ: Float[Array, "B T J"]
+) -> Float[Array, "B T N H"]:
+    """(x1 cos - x2 sin, x2 cos + x1 sin), with x1 and x2 the halves of each head, in x's dtype.
+
+    Differentiable in x alone: dx is dy turned back.
+    """
+    return _turn(x_BTNH, cos_BTJ, sin_BTJ)
+
+
+def _turn(x_BTNH: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
+    half = x_BTNH.shape[-1] // 2
+    x1, x2 = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half:].astype(jnp.float32)
+    cos, sin = cos_BTJ[:, :, None], sin_BTJ[:, :, None]
+    turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
+    # Cast first, so that what is concatenated, which no loop does in passing, is half as large.
+    return jnp.concatenate([part.astype(x_BTNH.dtype) for part in turned], axis=-1)
+
+
+def _forward(x_BTNH, cos_BTJ, sin_BTJ):
+    return _turn(x_BTNH, cos_BTJ, sin_BTJ), (cos_BTJ, sin_BTJ)
+
+
+def _backward(residuals, dy_BTNH):
+    cos_BTJ, sin_BTJ = residuals
+    return _turn(dy_BTNH, cos_BTJ, -sin_BTJ), None, None
+
+
+rotate.defvjp(_forward, _backward)

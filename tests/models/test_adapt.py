@@ -95,5 +95,5 @@ def test_merge_does_what_the_adapter_does():
     adapter.lora_b[...] = jax.numpy.asarray(rng.standard_normal((3, 4, 64), np.float32))
     weight, x = rng.standard_normal((64, 64), np.float32), rng.standard_normal((5, 64), np.float32)
     one = type(adapter)(adapter.lora_a[...][1], adapter.lora_b[...][1], adapter.scaling, 0.0)
-    y = one.apply(jax.numpy.asarray(x), lambda x: x @ weight.T, None)
+    (y,) = one.apply([one], jax.numpy.asarray(x), [lambda x: x @ weight.T], [None])
     np.testing.assert_allclose(y, x @ one.merge(jax.numpy.asarray(weight)).T, rtol=1e-4, atol=1e-4)

@@ -7,10 +7,11 @@ import pytest
 
 from qlora_jax.nn.attention import cached_attention, causal_attention
 from qlora_jax.nn.dots import dot_tn
-from qlora_jax.nn.lora import lora_delta
+from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.nn.mlp import swiglu
 from qlora_jax.nn.norm import rms_norm
+from qlora_jax.nn.rope import Rope, rotate, rotations
 
 
 def _random(*shape, seed=0):
@@ -94,18 +95,42 @@ def test_token_nll(supervised):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
-def test_lora_delta(dropout):
+def test_lora_deltas(dropout):
     key = jax.random.key(3)
     keep = jax.random.bernoulli(key, 1 - dropout, (30, 48)).astype(jnp.float32) / (1 - dropout)
-    _check(
-        lambda x, a, b: lora_delta(x, a, b, 2.0, dropout, key),
-        lambda x, a, b: 2.0 * (x * keep) @ a @ b,
-        _random(30, 48),
-        _random(48, 4),
-        _random(4, 20),
-    )
+
+    def ours(x, a, b):
+        return lora_deltas(x, a, (b,), (2.0,), dropout, key)[0]
+
+    _check(ours, lambda x, a, b: 2.0 * (x * keep) @ a @ b, _random(30, 48), _random(48, 4), _random(4, 20))
+
+
+def test_lora_deltas_of_one_x():
+    """Ranks, widths and scalings differ: each result and each gradient is that of its own adapter."""
+
+    def ours(x, a1, a2, b1, b2):
+        return jnp.concatenate(lora_deltas(x, jnp.concatenate([a1, a2], 1), (b1, b2), (2.0, 0.5), 0.0, None), 1)
+
+    def plain(x, a1, a2, b1, b2):
+        return jnp.concatenate([2.0 * x @ a1 @ b1, 0.5 * x @ a2 @ b2], axis=1)
+
+    _check(ours, plain, _random(30, 48), _random(48, 4), _random(48, 3), _random(4, 20), _random(3, 12))
 
 
 def test_dropout_needs_a_key_and_none_means_none():
     x, a, b = _random(30, 48), _random(48, 4), _random(4, 20)
-    np.testing.assert_array_equal(lora_delta(x, a, b, 2.0, 0.5, None), lora_delta(x, a, b, 2.0, 0.0, None))
+    without = lora_deltas(x, a, (b,), (2.0,), 0.0, None)[0]
+    np.testing.assert_array_equal(lora_deltas(x, a, (b,), (2.0,), 0.5, None)[0], without)
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+def test_rotate_turns_pairs_of_a_head_as_complex_numbers(heads):
+    positions = jnp.asarray([[0, 1, 2, 3, 4], [3, 4, 5, 6, 7]], jnp.int32)
+    cos, sin = rotations(Rope(theta=100.0, dim=16, max_positions=32), positions, 32)
+
+    def plain(x):
+        angles = positions[..., None, None].astype(jnp.float32) * np.float32(100.0) ** -(np.arange(8, dtype=np.float32) / 8)[None, None, None]
+        turned = jax.lax.complex(x[..., :8], x[..., 8:]) * jnp.exp(jax.lax.complex(jnp.zeros_like(angles), angles))
+        return jnp.concatenate([turned.real, turned.imag], axis=-1)
+
+    _check(lambda x: rotate(x, cos, sin), plain, _random(2, 5, heads, 16))
