@@ -1,8 +1,10 @@
 """compile_for: a JAX function, compiled to machine code for an NVIDIA card that is not in this machine."""
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -106,12 +108,24 @@ def compile_for(
     toolchain.require()
     device = toolchain.device_for(spec)
     args, kwargs = placement.place((args, kwargs), device)
-    with jax.default_device(device):
+    with jax.default_device(device), _not_kept_on_disk():
         traced = _jitted(fn, donate_argnums, static_argnums).trace(*args, **kwargs)
         compiled = traced.lower().compile()
     done = CompiledFor(spec, compiled, read_memory(compiled.memory_analysis()))
     placement.check_host_kept(traced, done.text)
     return done
+
+
+@contextlib.contextmanager
+def _not_kept_on_disk() -> Iterator[None]:
+    """JAX's compilation cache stores a program for an absent card but can't load it: it warns and compiles again."""
+    setting = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, setting)
+    jax.config.update(setting, math.inf)
+    try:
+        yield
+    finally:
+        jax.config.update(setting, before)
 
 
 def _jitted(fn: Callable[..., Any], donate_argnums: int | Sequence[int], static_argnums: int | Sequence[int]) -> Any:
