@@ -55,10 +55,15 @@ def nf4_matmul(
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
 
+def preference(device: Device) -> tuple[str, ...]:
+    """The implementations that a device would rather have, the first the most."""
+    return next(PREFERENCE[name] for name in (*device.names, "any") if name in PREFERENCE)
+
+
 def chosen(device: Device, call: Call, implementation: str | None = None) -> Choice:
     """What runs a call on a device, and why not what comes before it in the device's order."""
-    order = next(PREFERENCE[name] for name in (*device.names, "any") if name in PREFERENCE)
-    return choose(device, call, IMPLEMENTATIONS, (implementation,) if implementation else order)
+    order = (implementation,) if implementation else preference(device)
+    return choose(device, call, IMPLEMENTATIONS, order)
 
 
 def _problems(x: Any, weights: QTensor, layer: Any, implementation: str | None) -> Iterator[str]:

@@ -71,11 +71,16 @@ class Product(Protocol):
 
 
 class Implementation(NamedTuple):
-    """One way to run the op, and what it can do."""
+    """One way to run the op, and what it can do.
+
+    Fields:
+      fused: a weight is dequantized inside the product; otherwise a whole one is written to memory and read again.
+    """
 
     forward: Product
     backward: Product
     abilities: Abilities
+    fused: bool = False
 
 
 class Choice(NamedTuple):

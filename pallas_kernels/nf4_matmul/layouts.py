@@ -9,7 +9,15 @@ DEFAULT = ("bnb", "flat")
 
 def preferred_layout(platform: str, shape: tuple[int, ...], block_size: int) -> str:
     """The layout to hold a weight (N, K) in, on a platform as jax names it (`cpu`, `gpu`)."""
+    return chosen_layout(platform, shape, block_size)[0]
+
+
+def chosen_layout(platform: str, shape: tuple[int, ...], block_size: int) -> tuple[str, dict[str, str]]:
+    """(the preferred layout, why the shape does not allow each that the platform would rather have)."""
+    refusals: dict[str, str] = {}
     for layout in PREFERRED.get(platform, DEFAULT):
-        if not layout_problem(layout, shape, block_size):
-            return layout
+        problem = layout_problem(layout, shape, block_size)
+        if problem is None:
+            return layout, refusals
+        refusals[layout] = problem
     raise ValueError(f"no layout holds a weight of {shape=} in blocks of {block_size}")

@@ -1,0 +1,176 @@
+"""The report says what the op itself would choose, in a table, in lines and in JSON, and starts no backend for it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pallas_kernels import aot, report
+from pallas_kernels.devices import Device
+from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.nf4_matmul import api, costs, reference
+from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
+from pallas_kernels.nf4_matmul.shapes import REDUCED, SHAPES, TILE, reduced
+from tests.contract import nf4_matmul as contract
+
+ROOT = Path(__file__).resolve().parent.parent
+DOWN = SHAPES["llama-2-7b/down"]
+
+
+def lines_of(capsys, *argv: str) -> list[str]:
+    assert report.main(argv) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_every_card_and_shape_has_a_line(capsys):
+    lines = lines_of(capsys, "--m", "1", "512")
+    assert len(lines) == (1 + len(CARDS)) * len(SHAPES) * 2 + 1
+    assert "nothing here was measured" in lines[-1]
+    found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
+    assert "forward reference, backward reference; layout bnb" in found
+
+
+def test_numbers_of_one_line():
+    """LLaMA-2-7B's down_proj, 45.1 M weights: 0.5 bytes of codes each, 1/64 + 4/(64 256) of constants, 2 in bf16."""
+    line = report.line("a100", DOWN, 512)
+    assert line.codes == 4096 * 11008 // 2 and line.dequantized == 2 * 4096 * 11008
+    assert line.constants == 4096 * 11008 // 64 + 4 * (4096 * 11008 // 64 // 256) + 4
+    moved = line.codes + line.constants + 2 * line.dequantized + 2 * 512 * (4096 + 11008)
+    assert line.intensity == pytest.approx(2 * 512 * 4096 * 11008 / moved)
+    assert line.bound == "compute" and line.roof_seconds == pytest.approx(2 * 512 * 4096 * 11008 / 312e12)
+    one = report.line("a100", DOWN, 1)
+    assert one.bound == "memory" and one.roof_seconds > 2 * 4096 * 11008 / 312e12
+    on_cpu = report.line("cpu", DOWN, 1)
+    assert on_cpu.layout == "row_planar" and on_cpu.bound is None and on_cpu.roof_seconds is None
+
+
+def test_a_fused_implementation_moves_no_dequantized_weight(monkeypatch):
+    fused = Implementation(reference.forward, reference.backward, Abilities(devices=("sm_90",), rows=(16, 4096)), True)
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "fused", fused)
+    monkeypatch.setitem(api.PREFERENCE, "sm_90", ("fused", "reference"))
+    many, one = report.line("h100", DOWN, 512), report.line("h100", DOWN, 1)
+    assert many.runs == {"forward": "fused", "backward": "fused"} and many.dequantized == 0 and not many.refused
+    assert many.intensity > 3 * report.line("a100", DOWN, 512).intensity
+    assert one.runs["forward"] == "reference"
+    assert one.refused["fused forward"] == "takes 16 to 4096 rows, not 1"
+    assert "not fused forward: takes 16 to 4096 rows, not 1" in report.plain(one)
+
+
+def test_the_table_fits_100_columns(monkeypatch, capsys):
+    odd = Implementation(reference.forward, reference.backward, Abilities(devices=("sm_80",), rows=(1, 16)))
+    monkeypatch.setitem(api.IMPLEMENTATIONS, "small", odd)
+    monkeypatch.setitem(api.PREFERENCE, "cpu", ("small", "reference"))
+    console = Console(force_terminal=True, width=100, color_system=None)
+    report.report(report._arguments([]), console)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    text = "\n".join(lines)
+    for name in (*SHAPES, *CARDS, "no fused kernel for it", "not small forward: runs on sm_80, not on cpu"):
+        assert name in text
+    assert "…" not in text
+
+
+def test_json_holds_everything(capsys):
+    assert report.main(["--card", "l40s", "cpu", "--shape", "smollm2*", "--m", "7", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert "nothing here was measured" in found["note"]
+    assert [(line["device"], line["shape"]) for line in found["lines"]] == [
+        (card, name) for card in ("l40s", "cpu") for name in SHAPES if name.startswith("smollm2")
+    ]
+    assert found["lines"][0]["runs"] == {"forward": "reference", "backward": "reference"}
+
+
+@pytest.mark.parametrize(
+    ("argv", "part"),
+    [
+        (["--card", "cpu", "h10"], "card 'h10' is not known; known: h100,"),
+        (["--shape", "llama-4/*"], "shape 'llama-4/*' matches none of: smollm2-135m/q,o,"),
+    ],
+)
+def test_an_unknown_name_is_one_line_and_exit_code_2(argv, part, capsys):
+    assert report.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1 and part in err
+
+
+@pytest.mark.parametrize("m", ["0", "-3", "many"])
+def test_rows_are_positive_numbers(m, capsys):
+    with pytest.raises(SystemExit) as caught:
+        report.main(["--m", m])
+    assert caught.value.code == 2 and "--m" in capsys.readouterr().err
+
+
+def test_compiling_where_it_can_not_be_done_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setattr(aot, "problem", lambda: "packages missing: nvidia-cuda-nvcc; install them: somehow")
+    assert report.main(["--card", "h100", "--compile"]) == 2
+    assert "--compile: packages missing: nvidia-cuda-nvcc" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
+def test_compiled_products_use_tensor_cores(capsys):
+    argv = ["--card", "a100", "--shape", "smollm2-135m/k,v", "--m", "512", "--json", "--compile"]
+    assert report.main(argv) == 0
+    compiled = json.loads(capsys.readouterr().out)["lines"][0]["compiled"]
+    for way in ("forward", "backward"):
+        assert compiled[way]["tensor-core instructions"] > 0 and compiled[way]["registers"] > 0
+        assert compiled[way]["temporary bytes"] >= 2 * 192 * 576  # the reference's dequantized weight
+
+
+def test_no_backend_is_started():
+    code = (
+        "import sys\n"
+        "from pallas_kernels import report\n"
+        "assert report.main(['--m', '1']) == 0\n"
+        "from jax._src import xla_bridge\n"
+        "print(xla_bridge.backends_are_initialized(), file=sys.stderr)"
+    )
+    environment = os.environ | {"JAX_PLATFORMS": ""}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and done.stderr.strip() == "False", done.stderr
+
+
+def test_a_cards_device_is_what_jax_would_say():
+    for name, card in CARDS.items():
+        device, same = report.device_of_card(name)
+        assert same is card
+        assert device == Device(platform="gpu", kind=card.description, compute_capability=card.compute_capability)
+
+
+# Shapes and costs
+
+
+def test_reduced_shapes_keep_the_remainders_of_real_ones():
+    assert {reduced(size) % TILE for size in (576, 192, 896, 4864, 11008)} == {64, 192, 128, 0}
+    for shape in SHAPES.values():
+        for size in shape.nk:
+            assert reduced(size) % TILE == size % TILE and reduced(size) <= min(size, 2 * TILE)
+    assert all(k % 64 == 0 for _, k in REDUCED)
+
+
+@pytest.mark.parametrize("shape", REDUCED, ids=str)
+def test_reduced_shapes_are_right(shape):
+    contract.check(None, api_layout(shape), 17, shape, contract.DTYPES[1], "nf4", True)
+
+
+def api_layout(shape) -> str:
+    return report.chosen_layout("cpu", shape, 64)[0]
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128), (96, 192), (5, 7)])
+def test_held_bytes_are_those_of_a_quantized_weight(shape, double_quant):
+    layout = "flat" if shape == (5, 7) else "bnb"
+    w = contract.weight(shape, layout=layout, double_quant=double_quant)
+    kept = costs.held(shape, double_quant=double_quant)
+    assert kept.codes == w.codes.nbytes and kept.codes + kept.constants == w.nbytes
+
+
+def test_which_roof_is_lower():
+    under = costs.roof(1, (4096, 4096), fused=True, peak=1e15, bandwidth=1e12)
+    assert under.bound == "memory" and under.seconds == costs.traffic(1, (4096, 4096), fused=True) / 1e12
+    under = costs.roof(4096, (4096, 4096), fused=True, peak=1e15, bandwidth=1e12)
+    assert under.bound == "compute" and under.seconds == 2 * 4096**3 / 1e15 and under.ridge == 1000
