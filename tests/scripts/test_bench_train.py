@@ -1,24 +1,14 @@
 """What scripts/bench_train.py makes of its players' records, and the random model's tensors."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-SCRIPTS = Path(__file__).resolve().parent.parent.parent / "scripts"
-
 
 @pytest.fixture
-def bench(load_script, monkeypatch):
-    """The script, with what it imports from beside it."""
-    before = set(sys.modules)
-    monkeypatch.syspath_prepend(str(SCRIPTS))
-    yield load_script("bench_train")
-    for name in set(sys.modules) - before:
-        if (SCRIPTS / f"{name}.py").exists():
-            del sys.modules[name]
+def bench(load_with_neighbours):
+    return load_with_neighbours("bench_train")
 
 
 def turns_of(field: str, *blocks: float, peak: float = 0.0):

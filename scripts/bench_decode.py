@@ -1,0 +1,127 @@
+"""Decoding speed at batch 1, SmolLM2, greedy: ours against transformers + bitsandbytes and llama.cpp, in one run.
+
+    python scripts/bench_decode.py [--new-tokens 128] [--blocks 5] [--output results.json] [--quick]
+
+All read the same GGUF file. Ours and transformers hold it in NF4 with double quantization, llama.cpp as it is (Q4_1).
+Each process answers the same prompt once when it starts, which loads, compiles and warms up; then they take turns of
+one counted reply after one that is not counted. Everything is a median:
+
+  tokens/s    over the last three quarters of a reply: neither the prompt nor the first tokens are in it
+  prompt      milliseconds from the call to the first token, compiled and warmed up
+  first       seconds from the start of the process to the end of its first reply, cold: empty caches of programs
+  MiB         peak resident memory of the process
+  speed       of ours against each, over neighbouring blocks
+  same        leading tokens of the reply that equal ours; llama.cpp's weights are others, so it may part early
+
+Of transformers' configurations the fastest counts; `compiled` is a static cache and torch.compile, for which on a CPU a
+private switch of transformers must be set. Opponents run in the oracle environment (scripts/setup_oracle.sh), for
+llama.cpp with opponents/requirements-llama.txt too: without it that row says so. --quick is a smoke test: short
+replies, one block, caches kept, nothing to quote.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from bench_train import ORACLE, OURS, SCRIPTS, caches
+from fetch_smollm2 import fetch_smollm2
+from players import Game, Record, Turns, median_ratio
+
+TEXT = """The history of the lighthouse goes back to fires that were lit on hilltops, and later on platforms, to guide
+ships into port. A lighthouse on the island of Pharos, built in the third century before our era, was long among the
+tallest buildings made by people. What follows is a short account of how such towers were built and tended, and why"""
+PROMPT_TOKENS = 64
+TRANSFORMERS = "transformers"
+CONFIGURATIONS = (("bf16", "dynamic"), ("bf16", "compiled"), ("fp32", "dynamic"))
+
+
+def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
+    """Who plays, by name."""
+    arguments = ["--model", str(model), "--new-tokens", str(new_tokens), "--prompt", *map(str, prompt_ids(model))]
+    opponents = SCRIPTS / "opponents"
+    torch = [ORACLE, str(opponents / "torch_decode.py"), *arguments]
+    theirs = {f"{TRANSFORMERS} {d}, {c}": [*torch, "--dtype", d, "--cache", c] for d, c in CONFIGURATIONS}
+    ours = [sys.executable, str(SCRIPTS / "bench_reply.py"), *arguments]
+    return {OURS: ours, **theirs, "llama.cpp": [ORACLE, str(opponents / "llama_cpp_decode.py"), *arguments]}
+
+
+def prompt_ids(model: Path) -> list[int]:
+    """The first tokens of TEXT."""
+    from qlora_jax.data.tokenizer import load_tokenizer
+    from qlora_jax.io.source import open_model
+
+    return load_tokenizer(open_model(model).tokenizer).encode(TEXT)[:PROMPT_TOKENS]
+
+
+def rate(reply: Record) -> float:
+    """Tokens a second over the last three quarters of a reply."""
+    start = len(reply["seconds"]) // 4
+    return (len(reply["seconds"]) - 1 - start) / (reply["seconds"][-1] - reply["seconds"][start])
+
+
+def measure(commands: dict[str, list[str]], blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
+    """Everyone's figures, the fastest transformers, ratios, and the failure of each that failed."""
+    with caches(keep=quick) as environment, Game(environment, timeout_s) as game:
+        firsts = {name: game.start(name, command) for name, command in commands.items()}
+        turns = game.play(blocks)
+    rates = {name: [rate(turn[-1]) for turn in turns[name]] for name in turns}
+    players = {name: summary(firsts[name], turns, name, rates[name]) for name in turns}
+    fastest = max((n for n in players if n.startswith(TRANSFORMERS)), key=lambda n: players[n]["rate"], default=None)
+    speed = {n: median_ratio(rates[OURS], rates[n]) for n in players if n != OURS} if OURS in players else {}
+    return {"players": players, "opponent": fastest, "speed": speed, "failures": game.failures}
+
+
+def summary(first: Record | None, turns: dict[str, Turns], name: str, rates: list[float]) -> dict[str, Any]:
+    """One player's figures."""
+    assert first is not None, "who plays has started"
+    replies = [turn[-1] for turn in turns[name]]
+    return {
+        "rate": statistics.median(rates),
+        "prompt_s": statistics.median([reply["seconds"][0] for reply in replies]),
+        "first_s": first["since_start_s"],
+        "peak_rss_mib": replies[-1]["peak_rss_mib"],
+        "same": same_start(replies[-1]["ids"], turns[OURS][-1][-1]["ids"]) if OURS in turns else None,
+    }
+
+
+def same_start(ids: list[int], others: list[int]) -> int:
+    """How many leading ids are equal."""
+    return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False))])
+
+
+def show(result: dict[str, Any]) -> None:
+    """A table for people."""
+    columns = ("tokens/s", "prompt, ms", "first, s", "MiB", "speed", "same")
+    print(f"{'':<28}" + "".join(f"{column:>12}" for column in columns))
+    for name, figures in result["players"].items():
+        speed = f"{result['speed'][name]:.2f}x" if name in result["speed"] else "-"
+        same = "-" if figures["same"] is None else str(figures["same"])
+        numbers = f"{figures['rate']:>12.1f}{1e3 * figures['prompt_s']:>12.0f}{figures['first_s']:>12.1f}"
+        print(f"{name:<28}{numbers}{figures['peak_rss_mib']:>12.0f}{speed:>12}{same:>12}")
+    for name, failure in result["failures"].items():
+        print(f"{name}: NOT AVAILABLE: {failure}")
+    print(f"fastest of transformers: {result['opponent']}")
+
+
+def main() -> None:
+    """One table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=5, help="turns of each")
+    parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a reply counts as failed")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--quick", action="store_true", help="a smoke test: 24 tokens, 1 block, caches kept")
+    args = parser.parse_args()
+    new_tokens, blocks = (24, 1) if args.quick else (args.new_tokens, args.blocks)
+    result = measure(commands_of(fetch_smollm2(), new_tokens), blocks, args.quick, args.timeout)
+    show(result)
+    if args.output:
+        args.output.write_text(json.dumps({"quick": args.quick, "new_tokens": new_tokens, **result}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

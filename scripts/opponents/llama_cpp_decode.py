@@ -1,0 +1,37 @@
+"""llama.cpp's side of bench_decode.py, through llama-cpp-python: one reply for each line read.
+
+    .oracle/bin/python -m pip install --requirement scripts/opponents/requirements-llama.txt
+    .oracle/bin/python scripts/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3 --new-tokens 128
+
+Greedy, batch 1, the weights as the file has them. Prints a JSON line for each reply; times count from the call.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import sys
+import time
+
+import llama_cpp
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--model", required=True)
+    p.add_argument("--prompt", type=int, nargs="+", required=True, help="its ids")
+    p.add_argument("--new-tokens", type=int, default=128)
+    args = p.parse_args()
+    threads = len(os.sched_getaffinity(0))
+    model = llama_cpp.Llama(args.model, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
+    for _ in sys.stdin:
+        model.reset()  # forgets the prompt, which it would not read again
+        ids, seconds, began = [], [], time.perf_counter()
+        for token in itertools.islice(model.generate(args.prompt, temp=0.0, reset=False), args.new_tokens):
+            ids.append(token)
+            seconds.append(time.perf_counter() - began)
+        print(json.dumps({"ids": ids, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
