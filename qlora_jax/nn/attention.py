@@ -1,154 +1,129 @@
 """Causal attention for training, and attention over a key-value cache for decoding.
 
-Scores exist for one chunk of queries at a time, and the backward pass makes them anew from the log-sum-exp: memory is
-linear in T, and no [T, S] array is kept.
+Scores exist for one tile of queries and keys at a time. The softmax is summed up tile by tile against the largest score
+so far, and the backward pass makes each tile anew from the log-sum-exp: memory is linear in T, and no [T, T] array is
+kept. All scores are made by products in the form that is fast on CPUs (docs/cpu.md).
 
 Dimension key: B batch, T query, S key, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
-C queries of a chunk, M = G C, I chunks of a run.
+C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.nn.attention_tiles import Tiling, Visibility
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.exp2 import exp2_of_scores
 
-CHUNK = 128  # queries whose scores exist at once
-RUNS = 8  # a run of chunks sees no key after its own end, so 8 runs compute 9/16 of the full square
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def causal_attention(
-    q_BTNH: Float[Array, "B T N H"], k_BTKH: Float[Array, "B T K H"], v_BTKH: Float[Array, "B T K H"], scale: float
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    scale: float,
+    *,
+    window: int | None = None,
+    segments_BT: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T, over keys no later than the query) v; scores and sums in f32, the result in q's dtype.
+    """softmax(scale q k^T, over visible keys) v; scores and sums in f32, the result in q's dtype.
 
-    Query head n reads key head n // G.
+    Query head n reads key head n // G. A key is visible where 0 <= query's position - key's position < window, as
+    transformers' sliding windows have it, and where both have the same segment.
+
+    Args:
+      scale: above zero.
+      window: how many positions a query sees, its own among them; None for all before it.
+      segments_BT: an id of the text that each position belongs to, where rows hold several. What lies before the first
+        chunk with the queries' ids costs nothing, so ids should ascend.
+
+    Raises:
+      ValueError: a scale or window that is not above zero.
     """
-    return _forward(q_BTNH, k_BTKH, v_BTKH, scale)[0]
+    if scale <= 0 or (window is not None and window <= 0):
+        raise ValueError(f"scale = {scale}, window = {window}: expected numbers above zero")
+    return _attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)
 
 
-def _fold(x_BTNH: jax.Array, kv_heads: int) -> jax.Array:
-    """[B, T, N, H] -> [Z, G, T, H]."""
-    b, t, n, h = x_BTNH.shape
-    x = x_BTNH.reshape(b, t, kv_heads, n // kv_heads, h)
-    return x.transpose(0, 2, 3, 1, 4).reshape(b * kv_heads, n // kv_heads, t, h)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)[0]
 
 
-def _unfold(x_ZGTH: jax.Array, batch: int) -> jax.Array:
-    """[Z, G, T, H] -> [B, T, N, H]."""
-    z, g, t, h = x_ZGTH.shape
-    x = x_ZGTH.reshape(batch, z // batch, g, t, h)
-    return x.transpose(0, 3, 1, 2, 4).reshape(batch, t, z // batch * g, h)
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
+    tiling = Tiling.of(q_BTNH, k_BTKH)
+    visibility = Visibility.of(tiling, window, segments_BT)
+    k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
+    step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scale * math.log2(math.e))
+    _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
+    # The names are given here, since what the backward pass wants is what a remat policy has to keep.
+    out_BTNH = checkpoint_name(tiling.join(out_IZMH), "attention_out")
+    lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_IZM)
 
 
-def _pad_to_chunks(x_BTNH: jax.Array) -> jax.Array:
-    """Zeros after the last position: no real query sees them, since keys there are later than it."""
-    length = x_BTNH.shape[1]
-    extra = -length % min(CHUNK, length)
-    return jnp.pad(x_BTNH, ((0, 0), (0, extra), (0, 0), (0, 0)))
+def _forward_chunk(k_JZPH, v_JZPH, visibility, to_log2, _, chunk):
+    """(None, (out, log2-sum-exp2)) of one chunk of queries; to_log2 turns a product into the logarithm of a weight."""
+    i, q_ZMH = chunk
+
+    def tile(keys, carry):
+        top_ZM, total_ZM, sum_ZMH = carry
+        scores_ZMC = visibility.mask(dot_nt(q_ZMH, keys.of(k_JZPH)), i, keys, MASKED)
+        new_ZM = jnp.maximum(top_ZM, jnp.max(scores_ZMC, axis=2))
+        weights_ZMC = exp2_of_scores((scores_ZMC - new_ZM[..., None]) * to_log2).astype(q_ZMH.dtype)
+        # A tile in which a query sees nothing leaves weights of 1; its own key, in the last tile, fades them to 0.
+        fade_ZM = exp2_of_scores((top_ZM - new_ZM) * to_log2)
+        total_ZM = total_ZM * fade_ZM + jnp.sum(weights_ZMC.astype(jnp.float32), axis=2)
+        return new_ZM, total_ZM, sum_ZMH * fade_ZM[..., None] + dot_nn(weights_ZMC, keys.of(v_JZPH))
+
+    zeros_ZMH = jnp.zeros(q_ZMH.shape, jnp.float32)
+    start = (jnp.full(q_ZMH.shape[:2], MASKED, jnp.float32), zeros_ZMH[..., 0], zeros_ZMH)
+    top_ZM, total_ZM, sum_ZMH = visibility.over_tiles(tile, start, i)
+    return None, ((sum_ZMH / total_ZM[..., None]).astype(q_ZMH.dtype), top_ZM * to_log2 + jnp.log2(total_ZM))
 
 
-def _runs(length: int) -> list[tuple[int, int]]:
-    """(start, end) of each run of queries, whole chunks all."""
-    chunk = min(CHUNK, length)
-    chunks = length // chunk
-    per_run = -(-chunks // RUNS)
-    return [(i * chunk, min(i + per_run, chunks) * chunk) for i in range(0, chunks, per_run)]
+def _backward(scale, window, residuals, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_IZM = residuals
+    tiling = Tiling.of(q_BTNH, k_BTKH)
+    visibility = Visibility.of(tiling, window, segments_BT)
+    # sum over keys of weight x d_weight = sum over features of out x d_out: a pass over [T, H], not over the scores.
+    mean_BTN1 = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3, keepdims=True)
+    k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
+    step = functools.partial(_backward_chunk, k_JZPH, v_JZPH, visibility, scale)
+    sums = (jnp.zeros_like(jnp.swapaxes(k_JZPH, 2, 3), jnp.float32),) * 2
+    by_chunk = (*(tiling.split(x) for x in (q_BTNH, do_BTNH, mean_BTN1)), lse_IZM)
+    (dk_JZHP, dv_JZHP), dq_IZMH = tiling.over_chunks(step, sums, by_chunk)
+    dk_JZPH, dv_JZPH = (jnp.swapaxes(x, 2, 3).astype(k_BTKH.dtype) for x in (dk_JZHP * scale, dv_JZHP))
+    return tiling.join(dq_IZMH), tiling.of_keys.join(dk_JZPH), tiling.of_keys.join(dv_JZPH), None
 
 
-def _chunks_of(x_ZGT: jax.Array, start: int, end: int) -> jax.Array:
-    """[Z, G, T, ...] -> [I, Z, M, ...]: the chunks of one run, heads of a group folded into rows."""
-    x = x_ZGT[:, :, start:end]
-    z, g, t, *rest = x.shape
-    c = min(CHUNK, x_ZGT.shape[2])
-    x = jnp.moveaxis(x.reshape(z, g, t // c, c, *rest), 2, 0)
-    return x.reshape(t // c, z, g * c, *rest)
+def _backward_chunk(k_JZPH, v_JZPH, visibility, scale, sums, chunk):
+    """Adds what one chunk of queries gives to (dk^T / scale, dv^T) of all keys, and returns its dq."""
+    i, q_ZMH, do_ZMH, mean_ZM1, lse_ZM = chunk
+
+    def tile(keys, carry):
+        dq_ZMH, dk_JZHP, dv_JZHP = carry
+        k_ZCH = keys.of(k_JZPH)
+        scores_ZMC = visibility.mask(dot_nt(q_ZMH, k_ZCH), i, keys, MASKED)
+        weights_ZMC = exp2_of_scores(scores_ZMC * (scale * math.log2(math.e)) - lse_ZM[..., None]).astype(q_ZMH.dtype)
+        d_weights_ZMC = dot_nt(do_ZMH, keys.of(v_JZPH))
+        d_scores_ZMC = (weights_ZMC.astype(jnp.float32) * (d_weights_ZMC - mean_ZM1)).astype(q_ZMH.dtype)
+        dk_JZHP = keys.add(dk_JZHP, dot_tn(q_ZMH, d_scores_ZMC))
+        dv_JZHP = keys.add(dv_JZHP, dot_tn(do_ZMH, weights_ZMC))
+        return dq_ZMH + dot_nn(d_scores_ZMC, k_ZCH), dk_JZHP, dv_JZHP
+
+    start = (jnp.zeros(q_ZMH.shape, jnp.float32), *sums)
+    dq_ZMH, dk_JZHP, dv_JZHP = visibility.over_tiles(tile, start, i)
+    return (dk_JZHP, dv_JZHP), (dq_ZMH * scale).astype(q_ZMH.dtype)
 
 
-def _join_chunks(x_IZM: jax.Array, groups: int) -> jax.Array:
-    """The inverse of _chunks_of."""
-    i, z, m, *rest = x_IZM.shape
-    x = jnp.moveaxis(x_IZM.reshape(i, z, groups, m // groups, *rest), 0, 2)
-    return x.reshape(z, groups, i * (m // groups), *rest)
-
-
-def _scores(q_ZMH: jax.Array, k_ZSH: jax.Array, first: jax.Array, groups: int, scale: float) -> jax.Array:
-    """Masked scores of the chunk whose first query stands at position `first`."""
-    scores_ZMS = dot_nt(q_ZMH, k_ZSH) * scale
-    c = q_ZMH.shape[1] // groups
-    query_M = first + jnp.tile(jnp.arange(c, dtype=jnp.int32), groups)
-    visible_MS = jnp.arange(k_ZSH.shape[1], dtype=jnp.int32)[None, :] <= query_M[:, None]
-    return jnp.where(visible_MS[None], scores_ZMS, MASKED)
-
-
-def _starts(start: int, end: int, length: int) -> jax.Array:
-    return jnp.arange(start, end, min(CHUNK, length), dtype=jnp.int32)
-
-
-def _forward(q_BTNH, k_BTKH, v_BTKH, scale):
-    batch, length, _, _ = q_BTNH.shape
-    kv_heads = k_BTKH.shape[2]
-    q_ZGTH, k_ZG1SH, v_ZG1SH = (_fold(_pad_to_chunks(x), kv_heads) for x in (q_BTNH, k_BTKH, v_BTKH))
-    k_ZSH, v_ZSH = k_ZG1SH[:, 0], v_ZG1SH[:, 0]
-    groups, padded = q_ZGTH.shape[1], q_ZGTH.shape[2]
-    outs, lses = [], []
-    for start, end in _runs(padded):
-
-        def chunk(args, end=end):
-            q_ZMH, first = args
-            scores = _scores(q_ZMH, k_ZSH[:, :end], first, groups, scale)
-            top = jnp.max(scores, axis=-1, keepdims=True)
-            weights = jnp.exp(scores - top)
-            total = jnp.sum(weights, axis=-1, keepdims=True)
-            out = dot_nn(weights.astype(v_ZSH.dtype), v_ZSH[:, :end]) / total
-            return out.astype(q_ZMH.dtype), (top + jnp.log(total))[..., 0]
-
-        out, lse = jax.lax.map(chunk, (_chunks_of(q_ZGTH, start, end), _starts(start, end, padded)))
-        outs.append(_join_chunks(out, groups))
-        lses.append(_join_chunks(lse, groups))
-    out_BTNH = _unfold(jnp.concatenate(outs, axis=2), batch)[:, :length]
-    lse_ZGT = checkpoint_name(jnp.concatenate(lses, axis=2), "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, lse_ZGT)
-
-
-def _backward(scale, residuals, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, lse_ZGT = residuals
-    batch, length, _, _ = q_BTNH.shape
-    kv_heads = k_BTKH.shape[2]
-    q_ZGTH, do_ZGTH, k_ZG1SH, v_ZG1SH = (_fold(_pad_to_chunks(x), kv_heads) for x in (q_BTNH, do_BTNH, k_BTKH, v_BTKH))
-    k_ZSH, v_ZSH = k_ZG1SH[:, 0], v_ZG1SH[:, 0]
-    groups, padded = q_ZGTH.shape[1], q_ZGTH.shape[2]
-    dk_ZSH, dv_ZSH = jnp.zeros(k_ZSH.shape, jnp.float32), jnp.zeros(v_ZSH.shape, jnp.float32)
-    dqs = []
-    for start, end in _runs(padded):
-
-        def chunk(sums, args, end=end):
-            q_ZMH, do_ZMH, lse_ZM, first = args
-            scores = _scores(q_ZMH, k_ZSH[:, :end], first, groups, scale)
-            weights = jnp.exp(scores - lse_ZM[..., None])
-            d_weights = dot_nt(do_ZMH, v_ZSH[:, :end])
-            mean = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
-            d_scores = (weights * (d_weights - mean) * scale).astype(q_ZMH.dtype)
-            dk = sums[0] + dot_tn(d_scores, q_ZMH)
-            dv = sums[1] + dot_tn(weights.astype(do_ZMH.dtype), do_ZMH)
-            return (dk, dv), dot_nn(d_scores, k_ZSH[:, :end], q_ZMH.dtype)
-
-        zeros = (dk_ZSH[:, :end] * 0, dv_ZSH[:, :end] * 0)
-        args = [_chunks_of(x, start, end) for x in (q_ZGTH, do_ZGTH, lse_ZGT)]
-        (dk, dv), dq = jax.lax.scan(chunk, zeros, (*args, _starts(start, end, padded)))
-        dk_ZSH, dv_ZSH = dk_ZSH.at[:, :end].add(dk), dv_ZSH.at[:, :end].add(dv)
-        dqs.append(_join_chunks(dq, groups))
-    dq_BTNH = _unfold(jnp.concatenate(dqs, axis=2), batch)[:, :length]
-    dk_BTKH, dv_BTKH = (_unfold(x[:, None].astype(k_BTKH.dtype), batch)[:, :length] for x in (dk_ZSH, dv_ZSH))
-    return dq_BTNH, dk_BTKH, dv_BTKH
-
-
-causal_attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)
 
 
 def cached_attention(
@@ -160,13 +135,14 @@ def cached_attention(
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T, over cache slots no later than the query's position) v, in q's dtype."""
     batch, length, _, _ = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q_ZGTH, k_ZG1SH, v_ZG1SH = (_fold(x, kv_heads) for x in (q_BTNH, k_BSKH, v_BSKH))
-    z, groups, _, h = q_ZGTH.shape
-    scores_ZMS = dot_nt(q_ZGTH.reshape(z, groups * length, h), k_ZG1SH[:, 0]) * scale
-    slots_S = jnp.arange(k_BSKH.shape[1], dtype=positions_BT.dtype)
+    kv_heads, slots = k_BSKH.shape[2], k_BSKH.shape[1]
+    queries = Tiling(batch, length, kv_heads, length)
+    keys = Tiling(batch, slots, kv_heads, slots)
+    q_ZMH, k_ZSH, v_ZSH = queries.split(q_BTNH)[0], keys.split(k_BSKH)[0], keys.split(v_BSKH)[0]
+    scores_ZMS = dot_nt(q_ZMH, k_ZSH) * scale
+    slots_S = jnp.arange(slots, dtype=positions_BT.dtype)
     visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
-    visible_ZMS = jnp.tile(jnp.repeat(visible_BTS, kv_heads, axis=0), (1, groups, 1))
-    weights = jax.nn.softmax(jnp.where(visible_ZMS, scores_ZMS, MASKED), axis=-1)
-    out_ZMH = dot_nn(weights.astype(v_BSKH.dtype), v_ZG1SH[:, 0]).astype(q_BTNH.dtype)
-    return _unfold(out_ZMH.reshape(z, groups, length, h), batch)
+    visible_ZMS = jnp.tile(jnp.repeat(visible_BTS, kv_heads, axis=0), (1, q_ZMH.shape[1] // length, 1))
+    weights_ZMS = jax.nn.softmax(jnp.where(visible_ZMS, scores_ZMS, MASKED), axis=-1)
+    out_ZMH = dot_nn(weights_ZMS.astype(v_BSKH.dtype), v_ZSH).astype(q_BTNH.dtype)
+    return queries.join(out_ZMH[None])

@@ -1,0 +1,192 @@
+"""How attention is cut into tiles, and which scores of a tile are visible.
+
+A tile is a chunk of queries against a chunk of keys, for all rows and heads at once. Tiles that are wholly masked are
+never visited: neither keys later than the queries, nor what lies before a window, nor before a packed segment.
+
+Dimension key: B batch, T positions, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
+C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys,
+D how many chunks keys lie before queries.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int, Shaped
+
+# Positions of a chunk. The scores of a tile should stay near the processor's caches: on 2 cores, 9 heads of 256 x 256
+# or 36 of 128 x 128 are best. Lengths between, such as 192, are slower than either.
+LARGE, SMALL = 256, 128
+LARGE_FITS = 16  # rows times heads up to which the large chunk is used
+SHORT = 512  # up to this length, all keys that a chunk of queries sees make one tile
+
+
+def _chunk(rows_and_heads: int, length: int) -> int:
+    """What pads least, and the larger where equal."""
+    if length <= SMALL:
+        return length
+    large_is_best = rows_and_heads <= LARGE_FITS and length > SHORT and -length % LARGE == -length % SMALL
+    return LARGE if large_is_best else SMALL
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Equal chunks of positions, the last one padded: no real query sees a key after it."""
+
+    batch: int
+    length: int
+    kv_heads: int
+    chunk: int
+    unrolled: bool = False  # whether the program is written out chunk by chunk, all keys of a chunk in one tile
+
+    @classmethod
+    def of(cls, q_BTNH: jax.Array, k_BTKH: jax.Array) -> "Tiling":
+        """The tiling for these shapes."""
+        batch, length, heads, _ = q_BTNH.shape
+        unrolled = length <= SHORT and batch * heads <= LARGE_FITS
+        return cls(batch, length, k_BTKH.shape[2], _chunk(batch * heads, length), unrolled)
+
+    @property
+    def chunks(self) -> int:
+        """I."""
+        return -(-self.length // self.chunk)
+
+    @property
+    def of_keys(self) -> "Tiling":
+        """How keys are cut: as queries are, or not at all where a tile may hold any number of them."""
+        return dataclasses.replace(self, chunk=self.chunks * self.chunk) if self.unrolled else self
+
+    def split(self, x_BTNH: Shaped[Array, "B T N H"]) -> Shaped[Array, "I Z M H"]:
+        """Chunks, and the heads that share a key head as rows of one matrix."""
+        b, t, n, h = x_BTNH.shape
+        x = jnp.pad(x_BTNH, ((0, 0), (0, self.chunks * self.chunk - t), (0, 0), (0, 0)))
+        x = x.reshape(b, self.chunks, self.chunk, self.kv_heads, n // self.kv_heads, h)
+        return x.transpose(1, 0, 3, 4, 2, 5).reshape(self.chunks, b * self.kv_heads, n // self.kv_heads * self.chunk, h)
+
+    def join(self, x_IZMH: Shaped[Array, "I Z M H"]) -> Shaped[Array, "B T N H"]:
+        """The inverse of split."""
+        i, _, m, h = x_IZMH.shape
+        groups = m // self.chunk
+        x = x_IZMH.reshape(i, self.batch, self.kv_heads, groups, self.chunk, h).transpose(1, 0, 4, 2, 3, 5)
+        return x.reshape(self.batch, i * self.chunk, self.kv_heads * groups, h)[:, : self.length]
+
+    def over_chunks(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+        """jax.lax.scan(step, carry, (indices, *xs)), each index an int where chunks are unrolled."""
+        if not self.unrolled:
+            return jax.lax.scan(step, carry, (jnp.arange(self.chunks, dtype=jnp.int32), *xs))
+        results = []
+        for i in range(self.chunks):
+            carry, result = step(carry, (i, *(x[i] for x in xs)))
+            results.append(result)
+        return carry, jax.tree.map(lambda *each: jnp.stack(each), *results)
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The keys of a tile: the first `count` of chunk j, and whether any may be hidden from the tile's queries."""
+
+    j: jax.Array | int
+    count: int
+    masked: bool
+
+    def of(self, x_JZPH: jax.Array) -> jax.Array:
+        """Their part [Z, C, H] of an array of all keys."""
+        _, z, _, h = x_JZPH.shape
+        return jax.lax.dynamic_slice(x_JZPH, (self.j, 0, 0, 0), (1, z, self.count, h))[0]
+
+    def add(self, x_JZHP: jax.Array, more_ZHC: jax.Array) -> jax.Array:
+        """An array of all keys, transposed, with more added to their part."""
+        start = (self.j, 0, 0, 0)
+        before = jax.lax.dynamic_slice(x_JZHP, start, (1, *more_ZHC.shape))
+        return jax.lax.dynamic_update_slice(x_JZHP, before + more_ZHC[None], start)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Which keys a query sees: 0 <= query - key < window, and equal segments.
+
+    first_I is the first chunk of keys that the queries of each chunk may see; bands_DCC what positions alone let the
+    queries of a chunk see of the keys that lie D chunks before. It is made once: in a pass over scores, a load is
+    several times faster than comparing positions.
+    """
+
+    tiling: Tiling = dataclasses.field(metadata={"static": True})
+    window: int | None = dataclasses.field(metadata={"static": True})
+    segments_BS: Int[Array, "B S"] | None
+    first_I: Int[Array, " I"]
+    bands_DCC: Bool[Array, "D C C"]
+
+    @classmethod
+    def of(cls, tiling: Tiling, window: int | None, segments_BT: Int[Array, "B T"] | None) -> "Visibility":
+        """The visibility of whole rows, cut as `tiling` says."""
+        window = None if window is None or window >= tiling.length else window
+        starts_I = tiling.chunk * jnp.arange(tiling.chunks, dtype=jnp.int32)
+        first_I = jnp.zeros_like(starts_I) if window is None else jnp.maximum(starts_I - window + 1, 0) // tiling.chunk
+        bands_DCC = _bands(tiling.chunk, window)
+        if segments_BT is None:
+            return cls(tiling, window, None, first_I, bands_DCC)
+        padding = ((0, 0), (0, tiling.chunks * tiling.chunk - tiling.length))
+        segments_BS = jnp.pad(segments_BT.astype(jnp.int32), padding, mode="edge")
+        first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
+        return cls(tiling, window, segments_BS, first_I, bands_DCC)
+
+    def over_tiles(self, tile: Callable[[Keys, Any], Any], carry: Any, i: jax.Array | int) -> Any:
+        """carry = tile(keys, carry) for all keys that queries of chunk i may see, their own chunk's at last."""
+        chunk = self.tiling.chunk
+        if isinstance(i, int):
+            return tile(Keys(0, (i + 1) * chunk, True), carry)
+        # Before the queries' own chunk, causality hides nothing.
+        masked = self.window is not None or self.segments_BS is not None
+        first = jax.lax.dynamic_index_in_dim(self.first_I, i, keepdims=False)
+        carry = jax.lax.fori_loop(first, i, lambda j, carry: tile(Keys(j, chunk, masked), carry), carry)
+        return tile(Keys(i, chunk, True), carry)
+
+    def mask(self, scores_ZMC: jax.Array, i: jax.Array | int, keys: Keys, hidden: float) -> jax.Array:
+        """Scores of the queries of chunk i, and `hidden` where a key is not visible."""
+        if not keys.masked:
+            return scores_ZMC
+        visible = self._of_tile(i, keys)[:, None]
+        z, m, s = scores_ZMC.shape
+        c = self.tiling.chunk
+        scores = scores_ZMC.reshape(visible.shape[0], z * m // c // visible.shape[0], c, s)
+        return jnp.where(visible, scores, hidden).reshape(z, m, s)
+
+    def _of_tile(self, i: jax.Array | int, keys: Keys) -> Bool[Array, "B_or_1 C S"]:
+        c = self.tiling.chunk
+        if isinstance(i, int):
+            visible = _within(_behind(c, keys.count) + i * c, self.window)[None]
+        else:  # past the last band, all are alike
+            visible = jax.lax.dynamic_index_in_dim(self.bands_DCC, i - keys.j)
+        if self.segments_BS is None:
+            return visible
+        first_key = keys.j * self.tiling.of_keys.chunk
+        of_queries_BC = jax.lax.dynamic_slice_in_dim(self.segments_BS, i * c, c, axis=1)
+        of_keys_BS = jax.lax.dynamic_slice_in_dim(self.segments_BS, first_key, keys.count, axis=1)
+        return visible & (of_queries_BC[:, :, None] == of_keys_BS[:, None, :])
+
+
+def _behind(queries: int, keys: int) -> Int[Array, "C S"]:
+    """How far each key lies before each query, where both start at the same position."""
+    return jnp.arange(queries, dtype=jnp.int32)[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :]
+
+
+def _within(behind: jax.Array, window: int | None) -> jax.Array:
+    return behind >= 0 if window is None else (behind >= 0) & (behind < window)
+
+
+def _bands(chunk: int, window: int | None) -> Bool[Array, "D C C"]:
+    """Visible by position, for each number of chunks between queries and keys up to the last that differs."""
+    furthest = 1 if window is None else (chunk + window - 2) // chunk
+    chunks_D11 = jnp.arange(furthest + 1, dtype=jnp.int32)[:, None, None]
+    return _within(chunks_D11 * chunk + _behind(chunk, chunk)[None], window)
+
+
+def _first_of_segments(segments_BS: jax.Array, chunks: int) -> jax.Array:
+    """The first chunk whose range of ids, in any row, meets the range of each chunk: exact where ids ascend."""
+    segments_BIC = segments_BS.reshape(segments_BS.shape[0], chunks, -1)
+    low_BI, high_BI = jnp.min(segments_BIC, axis=2), jnp.max(segments_BIC, axis=2)
+    meets_BII = (low_BI[:, :, None] <= high_BI[:, None]) & (low_BI[:, None] <= high_BI[:, :, None])
+    return jnp.argmax(jnp.any(meets_BII, axis=0), axis=1).astype(jnp.int32)

@@ -1,0 +1,164 @@
+"""Causal attention against a plain softmax and its autodiff: each feature, 16 bits, properties, and memory."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.nn.attention import causal_attention
+from qlora_jax.nn.attention_tiles import Tiling, Visibility
+
+SCALE = 0.3
+
+
+def _random(*shape, seed=0, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng([seed, *shape]).standard_normal(shape, np.float32)).astype(dtype)
+
+
+def _inputs(length, heads, kv_heads, batch=2, head_dim=16, dtype=jnp.float32):
+    """q, k, v and a cotangent of the result."""
+    counts = (heads, kv_heads, kv_heads, heads)
+    return tuple(_random(batch, length, n, head_dim, seed=i, dtype=dtype) for i, n in enumerate(counts))
+
+
+def _segments(length, *rows):
+    """Ids by the lengths of packed texts, and what is left over."""
+    ids = [np.repeat(np.arange(len(row) + 1), [*row, length - sum(row)]) for row in rows]
+    return jnp.asarray(np.stack(ids), jnp.int32)
+
+
+def _plain(q, k, v, window=None, segments_BT=None):
+    """transformers' definition: key <= query, key > query - window, equal segments."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    at = jnp.arange(q.shape[1])
+    visible = (at[None, :] <= at[:, None])[None]
+    if window is not None:
+        visible &= (at[None, :] > at[:, None] - window)[None]
+    if segments_BT is not None:
+        visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    scores = jnp.where(visible[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * SCALE, -jnp.inf)
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _value_and_gradients(attention, q, k, v, cotangent):
+    value, vjp = jax.vjp(attention, q, k, v)
+    return value, *vjp(cotangent)
+
+
+def _errors(length, heads, kv_heads, dtype=jnp.float32, batch=2, head_dim=16, **visible):
+    """Largest errors of the value, dq, dk and dv, as shares of their largest entries."""
+    inputs = _inputs(length, heads, kv_heads, batch, head_dim, dtype)
+    ours = _value_and_gradients(lambda *qkv: causal_attention(*qkv, SCALE, **visible), *inputs)
+    plain = _value_and_gradients(lambda *qkv: _plain(*qkv, **visible), *(x.astype(jnp.float32) for x in inputs))
+    assert {x.dtype for x in ours} == {jnp.dtype(dtype)}
+    pairs = zip(ours, plain, strict=True)
+    # Where a query sees itself alone dq is 0, and what is left of rounding counts against 1.
+    return [float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b), initial=1.0)) for a, b in pairs]
+
+
+# Lengths below a chunk, unrolled, ragged, and in a loop over tiles of 256 and (batch x heads above 16) of 128.
+SHAPES = [(1, 2, 2), (5, 2, 1), (256, 4, 2), (300, 6, 2), (512, 3, 3), (800, 4, 1), (700, 9, 3), (400, 10, 2)]
+
+
+@pytest.mark.parametrize(("length", "heads", "kv_heads"), SHAPES)
+def test_causal(length, heads, kv_heads):
+    assert max(_errors(length, heads, kv_heads)) < 5e-6
+
+
+@pytest.mark.parametrize("head_dim", [1, 20, 96])
+def test_head_dims(head_dim):
+    assert max(_errors(150, 2, 1, head_dim=head_dim)) < 5e-6
+
+
+@pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2), (700, 10)])
+@pytest.mark.parametrize("window", [1, 256, 258])
+def test_window(length, heads, window):
+    assert max(_errors(length, heads, heads // 2, window=window)) < 5e-6
+
+
+@pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2), (700, 10)])
+@pytest.mark.parametrize("window", [None, 70])
+def test_segments(length, heads, window):
+    ids = _segments(length, (40, 2, 200), (256, 1, 30))
+    assert max(_errors(length, heads, heads // 2, window=window, segments_BT=ids)) < 5e-6
+
+
+def test_segments_in_any_order():
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 600)), jnp.int32)
+    assert max(_errors(600, 2, 2, segments_BT=ids)) < 5e-6
+
+
+@pytest.mark.parametrize(("length", "heads"), [(300, 6), (900, 2)])
+def test_bfloat16(length, heads):
+    """Each of at most four roundings on the way (weight, score's gradient, mean's output, result) is of 2^-9."""
+    assert max(_errors(length, heads, 2, jnp.bfloat16)) < 4 * 2**-9
+
+
+@pytest.mark.parametrize("length", [300, 800])
+def test_large_scores_neither_overflow_nor_vanish(length):
+    q, k, v, _ = _inputs(length, 2, 2)
+    np.testing.assert_allclose(causal_attention(100 * q, k, v, SCALE), _plain(100 * q, k, v), atol=5e-4)
+
+
+@pytest.mark.parametrize("length", [300, 800])
+def test_the_future_has_no_influence(length):
+    q, k, v, _ = _inputs(length, 2, 2)
+    cut = length // 2 + 3
+    before = causal_attention(q, k, v, SCALE)
+    after = causal_attention(q, k.at[:, cut:].add(7.0), v.at[:, cut:].add(7.0), SCALE)
+    np.testing.assert_array_equal(after[:, :cut], before[:, :cut])
+
+
+def test_packed_equals_unpacked():
+    q, k, v, _ = _inputs(900, 2, 1, batch=1)
+    cuts = [0, 130, 131, 600, 900]
+    packed = causal_attention(q, k, v, SCALE, segments_BT=_segments(900, np.diff(cuts)[:-1]))
+    pairs = itertools.pairwise(cuts)
+    alone = [causal_attention(*(x[:, start:end] for x in (q, k, v)), SCALE) for start, end in pairs]
+    np.testing.assert_allclose(packed, jnp.concatenate(alone, axis=1), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [300, 800])
+def test_a_window_of_the_whole_length_is_none(length):
+    q, k, v, _ = _inputs(length, 2, 2)
+    np.testing.assert_array_equal(causal_attention(q, k, v, SCALE, window=length), causal_attention(q, k, v, SCALE))
+
+
+def test_what_no_query_of_a_chunk_sees_is_not_visited():
+    tiling = Tiling(batch=1, length=1280, kv_heads=1, chunk=256)
+    assert Visibility.of(tiling, None, None).first_I.tolist() == [0, 0, 0, 0, 0]
+    assert Visibility.of(tiling, 256, None).first_I.tolist() == [0, 0, 1, 2, 3]
+    assert Visibility.of(tiling, 258, None).first_I.tolist() == [0, 0, 0, 1, 2]
+    assert Visibility.of(tiling, None, _segments(1280, (300, 468))).first_I.tolist() == [0, 0, 1, 3, 3]
+
+
+@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": 1.0, "window": 0}])
+def test_what_is_not_above_zero_is_refused(wrong):
+    with pytest.raises(ValueError, match="above zero"):
+        causal_attention(*_inputs(5, 2, 2)[:3], **wrong)
+
+
+def _temporaries(length, batch=1, heads=9, kv_heads=3, head_dim=64):
+    """Scratch bytes of a forward and backward pass in bf16."""
+    shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
+    q, k, v, do = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
+
+    def gradients(q, k, v, do):
+        return jax.vjp(lambda *qkv: causal_attention(*qkv, SCALE), q, k, v)[1](do)
+
+    return jax.jit(gradients).lower(q, k, v, do).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_is_linear_in_length():
+    lengths = [1024, 2048, 4096, 8192, 16384]
+    used = [_temporaries(length) for length in lengths]
+    assert all(long <= 2.1 * short for short, long in itertools.pairwise(used))
+    for length, size in zip(lengths, used, strict=True):
+        # q, do, out and dq, twice each (as rows and in chunks), and four arrays of keys so, in 16 bits; keys'
+        # gradients, twice each, in 32; then at most four tiles of scores in 32 bits.
+        linear = length * 64 * (2 * 2 * (4 * 9 + 4 * 3) + 2 * 4 * (2 * 3))
+        assert size < linear + 4 * (9 * 256 * 256 * 4)
