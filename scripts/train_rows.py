@@ -118,6 +118,6 @@ ROWS = {
     **_smollm2_rows(),
     "f32": Row(f32=True, opponents=(MODEL_F32,)),
     "qwen2-0.5b": Row(model="qwen2-0.5b", steps=2),
-    "seq2048": Row(seq=2048, steps=2),
-    "seq4096": Row(seq=4096, steps=1),
+    "seq2048": Row(seq=2048, opponents=(MODEL, LAYERS), steps=2),
+    "seq4096": Row(seq=4096, opponents=(MODEL, LAYERS), steps=1),
 }
