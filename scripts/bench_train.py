@@ -162,8 +162,12 @@ def main() -> None:
         return
     results = {}
     for name in args.rows:
-        results[name] = measure(ROWS[name], args.blocks, args.quick, args.timeout)
-        show(name, results[name])
+        try:
+            results[name] = measure(ROWS[name], args.blocks, args.quick, args.timeout)
+            show(name, results[name])
+        except OSError as error:  # its model is not to be had
+            results[name] = {"failures": {"model": str(error)}}
+            print(f"\n{name}: FAILED: {error}", flush=True)
         if args.output:
             args.output.write_text(json.dumps({"quick": args.quick, "rows": results}, indent=1))
 
