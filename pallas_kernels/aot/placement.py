@@ -4,6 +4,7 @@ On the mesh of a compile-only device JAX drops memory kinds without a word (such
 on that mesh's abstract twin it keeps them. One argument has to be on the mesh itself, which tells what to compile for.
 """
 
+import re
 from typing import Any
 
 import jax
@@ -41,7 +42,7 @@ def place(tree: Any, device: Any) -> Any:
 
 
 def check_host_kept(traced: Any, text: str) -> None:
-    """Raises RuntimeError unless the optimized HLO has as many arrays in host memory as the traced program says.
+    """Raises RuntimeError unless the optimized HLO has the arrays in host memory that the traced program says.
 
     Otherwise an offload that does not happen would pass for one that does.
     """
@@ -49,13 +50,40 @@ def check_host_kept(traced: Any, text: str) -> None:
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # jit gives XLA the used arguments only
     arguments = [variable for variable, is_used in zip(jaxpr.invars, used, strict=True) if is_used]
     wanted = (_count_host(arguments), _count_host(jaxpr.outvars))
-    layout = text.split("\n", 1)[0].split("entry_computation_layout=", 1)[1]
-    found = tuple(part.count(HOST_LAYOUT) for part in layout.split("->", 1))
-    if found != wanted:
+    header = text.split("\n", 1)[0]
+    in_host = _in_host(header)
+    found = tuple(map(sum, in_host))
+    if found[0] != wanted[0] or found[1] < wanted[1]:  # jit's out_shardings may have moved more results
         raise RuntimeError(
             f"the program has {wanted} (arguments, results) in host memory, JAX compiled it with {found}: memory kinds "
             "were dropped, so its bytes on the card are not to be believed"
         )
+    _check_donations(header, *in_host)
+
+
+def _in_host(header: str) -> tuple[list[bool], list[bool]]:
+    """Of each argument and each result of the entry computation, whether its layout is in host memory."""
+    layout = re.search(r"entry_computation_layout=\{\((.*?)\)->(.*?)\}(?:, \w+=|$)", header)
+    assert layout is not None, header
+    arguments, results = ([HOST_LAYOUT in shape for shape in part.split(", ")] for part in layout.groups())
+    return arguments, results
+
+
+def _check_donations(header: str, arguments: list[bool], results: list[bool]) -> None:
+    """Raises RuntimeError where a donated argument's bytes are given to a result in the other memory.
+
+    JAX matches donations by shape and dtype alone where it does not know the memory of every argument and result, and
+    XLA believes it: the result lies where the argument was. On a real card jit's out_shardings make them known, and
+    without them the same happens; here nothing does, for the arguments on a compile-only device have no memory kind.
+    """
+    for result, argument in re.findall(r"\{(\d*)\}: \((\d+), \{\}, \w+-alias\)", header):
+        at = (int(argument), int(result or 0))
+        if arguments[at[0]] != results[at[1]]:
+            raise RuntimeError(
+                f"JAX gives result {at[1]} the bytes of donated argument {at[0]} (of those that are used), though one "
+                "is in host memory and the other on the card; do not donate that argument, or return first, of the "
+                "results of its shape and dtype, the one that takes its place"
+            )
 
 
 def _count_host(variables: list[Any]) -> int:

@@ -51,11 +51,13 @@ def fields(message: bytes) -> Iterator[tuple[int, Field]]:
     while at < len(message):
         key, at = varint(message, at)
         number, kind = key >> 3, key & 7
+        if number == 0:
+            raise ValueError(f"no protobuf message: field 0 before byte {at}")
         if kind == _VARINT:
             value, at = varint(message, at)
         else:
             size, at = varint(message, at) if kind == _BYTES else (_WIDTH.get(kind), at)
-            if size is None or number == 0 or at + size > len(message):
+            if size is None or at + size > len(message):
                 raise ValueError(f"no protobuf message: field {number} of wire type {kind} before byte {at}")
             value, at = message[at : at + size], at + size
         yield number, value

@@ -13,6 +13,11 @@ from pallas_kernels.aot.protobuf import varint
 SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the hash in the block header that opens every file
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes of data, hash of data, kind and number of records, decoded bytes
+CODECS = {  # Riegeli's letter: module of cramjam and its function
+    ord("s"): ("snappy", "decompress_raw"),
+    ord("z"): ("zstd", "decompress"),
+    ord("b"): ("brotli", "decompress"),
+}
 SIMPLE, NO_RECORDS = ord("r"), frozenset(b"smp")  # signature, metadata, padding
 
 
@@ -56,9 +61,9 @@ def _simple_chunk(data: bytes, count: int) -> Iterator[bytes]:
 def _decompress(compression: int, data: bytes) -> bytes:
     if compression == 0:
         return data
-    cramjam = importlib.import_module("cramjam")  # of the extra gpu-compile, which may be absent
-    kinds = {"s": cramjam.snappy.decompress_raw, "z": cramjam.zstd.decompress, "b": cramjam.brotli.decompress}
-    if chr(compression) not in kinds:
+    if compression not in CODECS:
         raise ValueError(f"Riegeli's compression {chr(compression)!r} is not read here")
+    module, function = CODECS[compression]
+    codec = getattr(importlib.import_module("cramjam"), module)  # of the extra gpu-compile, which may be absent
     _, at = varint(data, 0)  # the decompressed size comes first
-    return bytes(kinds[chr(compression)](data[at:]))
+    return bytes(getattr(codec, function)(data[at:]))

@@ -1,0 +1,82 @@
+"""Where compiling for absent cards can't work, every use says why and what to do."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.aot import toolchain
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture
+def versions(monkeypatch):
+    """The versions of packages that toolchain sees; a missing key is a package that is not installed."""
+    found = dict.fromkeys(toolchain.PACKAGES, "0.12.0") | {"jaxlib": "0.12.0"}
+    monkeypatch.setattr(toolchain, "_version", found.get)
+    return found
+
+
+def test_missing_packages_are_named_with_the_command_that_installs_them(versions):
+    del versions["nvidia-cuda-nvcc"], versions["cramjam"]
+    told = aot.problem()
+    assert told is not None
+    assert "packages missing: nvidia-cuda-nvcc, cramjam;" in told
+    assert "bash scripts/setup_gpu_compile.sh" in told
+    assert 'pip install "qlora-jax[gpu-compile]"' in told
+
+
+def test_a_plugin_of_another_release_is_named(versions):
+    versions["jax-cuda13-plugin"] = "0.11.2"
+    assert "jax-cuda13-plugin 0.11.2 goes with jaxlib 0.11.2, found 0.12.0" in str(aot.problem())
+
+
+def test_compile_for_raises_what_problem_says(versions):
+    del versions["cramjam"]
+    with pytest.raises(aot.CompilerUnavailableError, match=r"not here: packages missing: cramjam; install them"):
+        aot.compile_for("a100", jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32))
+
+
+def test_a_wheel_without_its_program_is_named():
+    with pytest.raises(aot.CompilerUnavailableError, match="package numpy holds no program nvdisasm"):
+        toolchain.tool("numpy", "nvdisasm")
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    cleared = {"JAX_PLATFORMS", toolchain.SKIP_CHECK}
+    environment = {name: value for name, value in os.environ.items() if name not in cleared}
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+needs_no_driver = pytest.mark.skipif(toolchain._has_driver(), reason="there is an NVIDIA driver here")
+
+
+@needs_no_driver
+def test_without_a_driver_and_JAX_PLATFORMS_the_variable_is_named(compile_for):
+    done = run("from pallas_kernels.aot import problem; print(problem())")
+    assert "no NVIDIA driver" in done.stdout
+    assert "set JAX_PLATFORMS=cpu" in done.stdout
+    assert done.stderr == ""  # asking does not make JAX try the plugin, which prints a traceback
+
+
+@needs_no_driver
+@pytest.mark.parametrize(
+    "first",
+    ["import jax; jax.config.update('jax_platforms', 'cpu')", f"import os; os.environ['{toolchain.SKIP_CHECK}'] = '1'"],
+)
+def test_either_cure_works(compile_for, first):
+    done = run(f"{first}\nfrom pallas_kernels.aot import problem\nprint(problem())")
+    assert done.stdout == "None\n", done.stderr
+
+
+@needs_no_driver
+def test_a_plugin_that_was_refused_once_stays_away(compile_for):
+    late = "import jax; jax.devices(); jax.config.update('jax_platforms', 'cpu')"
+    done = run(f"{late}\nfrom pallas_kernels.aot import problem\nprint(problem())")
+    assert "JAX has not loaded its CUDA plugin in this process" in done.stdout

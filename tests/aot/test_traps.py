@@ -1,0 +1,173 @@
+"""What goes wrong without a word where a program is compiled for an absent card with JAX alone.
+
+Each trap has two tests: that compile_for does not fall into it, and that JAX still does (`_jax_` in the name). Where
+one of the second kind fails, JAX has mended something, and pallas_kernels.aot may become simpler.
+"""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels.aot import on_host, placement, toolchain
+from pallas_kernels.gpu_specs import CARDS
+
+F32 = jnp.float32
+Abstract = jax.ShapeDtypeStruct
+
+
+def sharding(card, **kind):
+    mesh = Mesh([toolchain.device_for(CARDS[card])], ("device",))
+    return NamedSharding(mesh, PartitionSpec(), **kind)
+
+
+def on_card(card, shape, dtype=F32, **kind):
+    return Abstract(shape, dtype, sharding=sharding(card, **kind))
+
+
+@pytest.fixture
+def jax_alone(compile_for):
+    """(card, fn, *args, **of_jit) -> Compiled: what one writes without compile_for; skips where that does."""
+
+    def compile_(card, fn, *args, **of_jit):
+        with jax.default_device(toolchain.device_for(CARDS[card])):
+            return jax.jit(fn, **of_jit).lower(*args).compile()
+
+    return compile_
+
+
+def test_an_array_in_host_memory_stays_there(compile_for, offload):
+    compiled = compile_for("a100", offload, Abstract((256, 256), F32), on_host(Abstract((256, 256), F32)))
+    assert compiled.memory.host.arguments == compiled.memory.host.outputs == 256 * 256 * 4
+    assert "S(5)" in compiled.text
+
+
+def test_jax_drops_memory_kinds_on_a_compile_only_device(jax_alone):
+    kept = on_card("a100", (256, 256), memory_kind="pinned_host")
+    compiled = jax_alone("a100", lambda x, kept: x + kept, on_card("a100", (256, 256)), kept)
+    assert "S(5)" not in compiled.as_text()
+    assert compiled.memory_analysis().host_argument_size_in_bytes == 0
+
+
+@pytest.mark.parametrize("dropped", [":S(5)})->", ":S(5)})}, "])
+def test_a_program_with_a_dropped_memory_kind_is_an_error(compile_for, offload, dropped):
+    args = placement.place(
+        (Abstract((256, 256), F32), on_host(Abstract((256, 256), F32))), toolchain.device_for(CARDS["a100"])
+    )
+    text = compile_for("a100", offload, *args).text
+    assert dropped in text
+    placement.check_host_kept(jax.jit(offload).trace(*args), text)
+    with pytest.raises(RuntimeError, match=r"has \(1, 1\) .* in host memory, JAX compiled it with \((0, 1|1, 0)\)"):
+        placement.check_host_kept(jax.jit(offload).trace(*args), text.replace(dropped, dropped.removeprefix(":S(5)")))
+
+
+def test_a_donated_argument_does_not_become_a_result_in_the_other_memory(compile_for, offload):
+    args = (Abstract((256, 256), F32), on_host(Abstract((256, 256), F32)))
+    with pytest.raises(RuntimeError, match=r"result 0 the bytes of donated argument 1 .* do not donate that argument"):
+        compile_for("a100", offload, *args, donate_argnums=1)
+
+
+def test_jax_matches_donations_across_memories(jax_alone, offload):
+    args = placement.place(
+        (Abstract((256, 256), F32), on_host(Abstract((256, 256), F32))), toolchain.device_for(CARDS["a100"])
+    )
+    analysis = jax_alone("a100", offload, *args, donate_argnums=1).memory_analysis()
+    assert analysis.host_output_size_in_bytes == 2 * 256 * 256 * 4  # one of the two results was to be on the card
+
+
+def test_a_program_above_the_cards_memory_is_told_with_its_numbers(compile_for):
+    def twice(x):
+        return x * 2
+
+    compiled = compile_for("rtx4090", twice, Abstract((4 << 30,), F32))
+    assert not compiled.fits
+    with pytest.raises(
+        ValueError, match=r"needs 32\.00 GiB \(arguments 16\.00, outputs 16\.00, temporaries 0\.00\), .*"
+    ):
+        compiled.check_fits()
+    smaller = compile_for("rtx4090", twice, Abstract((2 << 30,), F32))
+    assert smaller.fits
+    smaller.check_fits()
+
+
+def test_jax_compiles_what_no_card_can_hold(jax_alone):
+    compiled = jax_alone("rtx4090", lambda x: x * 2, on_card("rtx4090", (16 << 30,)))
+    assert compiled.memory_analysis().argument_size_in_bytes == 64 << 30 > CARDS["rtx4090"].memory_bytes
+
+
+def hopper_copy(x):
+    """A copy by TMA, which no card before Hopper has."""
+
+    def kernel(x_ref, o_ref, scratch, barrier):
+        plgpu.copy_gmem_to_smem(x_ref, scratch, barrier)
+        plgpu.barrier_wait(barrier)
+        o_ref[...] = scratch[...]
+
+    scratch = [plgpu.SMEM(x.shape, x.dtype), plgpu.Barrier()]
+    return plgpu.kernel(kernel, out_type=Abstract(x.shape, x.dtype), scratch_types=scratch)(x)
+
+
+def test_a_kernel_for_hopper_is_compiled_for_hopper(compile_for):
+    (kernel,) = compile_for("h100", hopper_copy, Abstract((128, 64), F32)).kernels
+    assert kernel.opcodes["UTMALDG"] + kernel.opcodes["UBLKCP"] > 0
+    assert kernel.shared_bytes >= 128 * 64 * 4
+
+
+@pytest.mark.parametrize("card", ["a100", "a6000", "l40s"])
+def test_a_kernel_for_hopper_is_refused_for_an_older_card(compile_for, card):
+    with pytest.raises(ValueError, match="Hopper"):
+        compile_for(card, hopper_copy, Abstract((128, 64), F32))
+
+
+def test_jax_takes_an_unknown_card_for_a_hopper(compile_for):
+    traced = jax.jit(hopper_copy).trace(on_card("a100", (128, 64)))
+    traced.lower()  # no error: without a default device Pallas assumes sm_90
+
+
+def test_bytes_on_the_card_are_without_those_of_the_host(compile_for, offload):
+    args = (Abstract((1 << 20,), F32), on_host(Abstract((1 << 20,), F32)))
+    compiled = compile_for("h100", offload, *args)
+    used, analysis = compiled.memory, compiled.compiled.memory_analysis()
+    assert used.device_total < 13 << 20  # x, its result, and `moved`: 4 MiB each
+    # And JAX still adds the host's: a card's own peak is at most its arguments, outputs and temporaries.
+    assert analysis.peak_memory_in_bytes > used.device_total + used.host.arguments // 2
+
+
+def test_jax_has_no_cost_analysis(jax_alone):
+    assert jax_alone("a100", lambda x: x @ x, on_card("a100", (256, 256))).cost_analysis() is None
+
+
+@pytest.fixture
+def cache_folder(tmp_path):
+    """JAX's compilation cache on disk, in a new folder, storing everything."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+
+
+def test_programs_are_kept_off_the_compilation_cache(compile_for, cache_folder):
+    for _ in range(2):
+        compile_for("a100", jnp.tanh, Abstract((256,), F32))
+        jax.clear_caches()
+    assert list(cache_folder.iterdir()) == []
+    assert jax.config.jax_persistent_cache_min_compile_time_secs == 0.0
+
+
+def test_jax_stores_programs_that_it_can_not_load(jax_alone, cache_folder):
+    jax_alone("a100", jnp.tanh, on_card("a100", (256,)))
+    assert list(cache_folder.iterdir())
+    jax.clear_caches()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        jax_alone("a100", jnp.tanh, on_card("a100", (256,)))
+    assert any("Error reading persistent compilation cache" in str(warning.message) for warning in caught)
