@@ -9,23 +9,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.nf4_matmul import reference
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Call, Choice, Direction, Implementation, choose
-
-Layer = Int[Array, ""] | int | None
+from pallas_kernels.native.library import problem as native_problem
+from pallas_kernels.nf4_matmul import cpu, reference
+from pallas_kernels.nf4_matmul.dispatch import Abilities, Call, Choice, Direction, Implementation, Layer, choose
 
 DTYPES = ("bfloat16", "float16", "float32")
 
-IMPLEMENTATIONS = {"reference": Implementation(reference.forward, reference.backward, Abilities())}
+IMPLEMENTATIONS = {
+    "cpu": Implementation(cpu.forward, cpu.backward, cpu.ABILITIES, missing=native_problem),
+    "reference": Implementation(reference.forward, reference.backward, Abilities()),
+}
 
 # Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest there first.
-PREFERENCE: dict[str, tuple[str, ...]] = {"any": ("reference",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "any": ("reference",)}
 
 
 def nf4_matmul(
@@ -118,8 +120,7 @@ def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, 
     if choice.name is None:
         reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals.items())
         raise NotImplementedError(f"nf4_matmul {direction} on {device}: {reasons}")
-    one = weights if layer is None else weights.layer(layer)
-    return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, one)
+    return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, weights, layer)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))

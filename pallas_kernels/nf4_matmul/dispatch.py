@@ -5,13 +5,16 @@ code that chooses. Dimension key: M rows, N out, K in.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
+from jaxtyping import Array, Int
 
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.qtensor import QTensor
+
+Layer = Int[Array, ""] | int | None
 
 Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
@@ -65,9 +68,12 @@ class Abilities:
 
 
 class Product(Protocol):
-    """[M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward); one unstacked weight."""
+    """[M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward).
 
-    def __call__(self, rows: jax.Array, weights: QTensor, /) -> jax.Array: ...
+    One weight (`layer` None), or a whole stack and the index of the layer that is meant.
+    """
+
+    def __call__(self, rows: jax.Array, weights: QTensor, layer: Layer, /) -> jax.Array: ...
 
 
 class Implementation(NamedTuple):
@@ -75,12 +81,14 @@ class Implementation(NamedTuple):
 
     Fields:
       fused: a weight is dequantized inside the product; otherwise a whole one is written to memory and read again.
+      missing: why it cannot be used in this installation; None: it can.
     """
 
     forward: Product
     backward: Product
     abilities: Abilities
     fused: bool = False
+    missing: Callable[[], str | None] = lambda: None
 
 
 class Choice(NamedTuple):
@@ -119,7 +127,7 @@ def choose(device: Device, call: Call, implementations: Mapping[str, Implementat
     """The first implementation of `order` that can do the call on the device."""
     refusals: dict[str, str] = {}
     for name in order:
-        reason = refusal(implementations[name].abilities, device, call)
+        reason = refusal(implementations[name].abilities, device, call) or implementations[name].missing()
         if reason is None:
             return Choice(name, refusals)
         refusals[name] = reason

@@ -3,24 +3,26 @@
 Dimension key: M rows, N out, K in.
 """
 
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.nf4_matmul.dispatch import Layer
+from pallas_kernels.products import dot
 
 
-def _dot(a: jax.Array, b: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    dims = (((contract[0],), (contract[1],)), ((), ()))
-    # XLA sums 16-bit products in f32 and rounds once; asking for f32 would cost a second pass over the result.
-    return jax.lax.dot_general(a, b, dims, preferred_element_type=a.dtype)
+def _dequantize(weights: QTensor, layer: Layer, dtype: Any) -> jax.Array:
+    return dequantize(weights if layer is None else weights.layer(layer), dtype)
 
 
-def forward(x_MK: Float[Array, "M K"], weights: QTensor) -> Float[Array, "M N"]:
+def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
     """y = x w^T, accumulated in f32, in x's dtype."""
-    return _dot(x_MK, dequantize(weights, x_MK.dtype), (1, 1))
+    return dot(x_MK, _dequantize(weights, layer, x_MK.dtype), (1, 1), x_MK.dtype)
 
 
-def backward(dy_MN: Float[Array, "M N"], weights: QTensor) -> Float[Array, "M K"]:
+def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
     """dx = dy w, accumulated in f32, in dy's dtype."""
-    return _dot(dy_MN, dequantize(weights, dy_MN.dtype), (1, 0))
+    return dot(dy_MN, _dequantize(weights, layer, dy_MN.dtype), (1, 0), dy_MN.dtype)

@@ -118,9 +118,7 @@ def next_token(
     sampling: Sampling,
 ) -> Int[Array, " B"]:
     """The token that follows each row, chosen from f32 logits; `index` counts the tokens generated before it."""
-    batch = last_BD.shape[0]
-    rows_D = jnp.repeat(last_BD, _copies(batch, last_BD.dtype), axis=0)
-    logits_BV = dot_nt(rows_D, combine(graphdef, lora, base).head_VD)[:batch]
+    logits_BV = dot_nt(last_BD, combine(graphdef, lora, base).head_VD)
     return choose(logits_BV, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, index), sampling)
 
 
@@ -209,14 +207,6 @@ def _round_up(number: int, sizes: Sequence[int]) -> int:
     return next(size for size in sizes if size >= number)
 
 
-def _copies(batch: int, dtype: Any) -> int:
-    """2 for a single row in bfloat16, whose products are slow in XLA on CPUs: 97 ms against 3 ms with a second row.
-
-    (A head of 49152 x 576.) Elsewhere 1.
-    """
-    return 2 if batch == 1 and dtype == jnp.bfloat16 else 1
-
-
 def _dtype(model: CausalLM) -> Any:
     return model.model.embed_tokens.weight[...].dtype
 
@@ -263,7 +253,6 @@ def _decode(
     parts: Parts, model: CausalLM, batch: _Batch, rows: int, sampling: Sampling, limits: _Limits
 ) -> Iterator[Step]:
     last_BD, cache = _prefill(parts, model, batch)
-    width = _copies(len(batch.lengths_B), last_BD.dtype)  # a copy's place in the cache is the next token's
     running = set(range(rows))
     for index in itertools.count():
         tokens_B = np.asarray(next_token(*parts, last_BD, batch.keys_B, np.int32(index), sampling))
@@ -271,8 +260,7 @@ def _decode(
         running -= {step.row for step in steps if step.end is not None}
         if running:  # rows that have ended stay where the cache has room: nobody reads them
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
-            tokens_BT = np.repeat(tokens_B[:, None], width, axis=1)
-            last_BD, cache = extend(*parts, tokens_BT, start_B, start_B + 1, last_BD, cache)
+            last_BD, cache = extend(*parts, tokens_B[:, None], start_B, start_B + 1, last_BD, cache)
         yield from steps  # while the device works on the next token
         if not running:
             return

@@ -13,6 +13,8 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from pallas_kernels.products import dot
+
 
 def row_major(x: jax.Array) -> jax.Array:
     """x, with its layout pinned so that a transpose before or after is done and not folded into a product."""
@@ -23,14 +25,14 @@ def dot_nn(
     a: Float[Array, "*Z M K"], b: Float[Array, "*Z K N"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*Z M N"]:
     """a b, summed in f32 and rounded once to `dtype`."""
-    return _dot(a, b, a.ndim - 1, b.ndim - 2, dtype)
+    return dot(a, b, (a.ndim - 1, b.ndim - 2), dtype)
 
 
 def dot_nt(
     a: Float[Array, "*Z M K"], b: Float[Array, "*Z N K"], dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "*Z M N"]:
     """a b^T, summed in f32 and rounded once to `dtype`."""
-    return _dot(a, b, a.ndim - 1, b.ndim - 1, dtype)
+    return dot(a, b, (a.ndim - 1, b.ndim - 1), dtype)
 
 
 def dot_tn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z M N"]) -> Float[Array, "*Z K N"]:
@@ -39,16 +41,10 @@ def dot_tn(a: Float[Array, "*Z M K"], b: Float[Array, "*Z M N"]) -> Float[Array,
 
 
 def _dot_tn(a: jax.Array, b: jax.Array) -> jax.Array:
-    return _dot(a, b, a.ndim - 2, b.ndim - 2, jnp.float32)
+    return dot(a, b, (a.ndim - 2, b.ndim - 2), jnp.float32)
 
 
 def _dot_tn_cpu(a: jax.Array, b: jax.Array) -> jax.Array:
     if a.shape[-1] <= b.shape[-1]:
         return row_major(dot_nn(row_major(jnp.swapaxes(a, -1, -2)), b))
     return jnp.swapaxes(_dot_tn_cpu(b, a), -1, -2)
-
-
-def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int, dtype: DTypeLike) -> jax.Array:
-    batch = tuple(range(a.ndim - 2))
-    # XLA sums 16-bit products in f32 whatever the result's dtype; a 16-bit result saves a pass over it.
-    return jax.lax.dot_general(a, b, (((a_axis,), (b_axis,)), (batch, batch)), preferred_element_type=dtype)

@@ -17,7 +17,6 @@ from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dots import dot_nt
 from qlora_jax.nn.variables import Frozen, of_layer
 
-
 Product = Callable[[jax.Array], jax.Array]  # [M, K] -> [M, N]
 
 
@@ -79,20 +78,17 @@ def project(
     linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None
 ) -> list[jax.Array]:
     """What each of `linears` makes of the same x; adapters of one kind see x together, and may share work."""
-    frozen: list[Product] = [functools.partial(linear.frozen, layer=layer) for linear in linears]
-    keys = [None if key is None else named_key(key, linear.name) for linear in linears]
-    results: dict[int, jax.Array] = {}
+    results: dict[str, jax.Array] = {}
     for kind in dict.fromkeys(type(linear.adapter) for linear in linears):
-        places = [i for i, linear in enumerate(linears) if type(linear.adapter) is kind]
-        results |= zip(places, _of_kind(kind, places, linears, x_MK, frozen, keys), strict=True)
-    return [results[i] for i in range(len(linears))]
-
-
-def _of_kind(kind, places: list[int], linears, x_MK: jax.Array, frozen, keys) -> list[jax.Array]:
-    """The results of those of `linears` whose adapter is of this kind, or that have none."""
-    if kind is type(None):
-        return [frozen[i](x_MK) for i in places]
-    return kind.apply([linears[i].adapter for i in places], x_MK, [frozen[i] for i in places], [keys[i] for i in places])
+        alike = [linear for linear in linears if type(linear.adapter) is kind]
+        frozen: list[Product] = [functools.partial(linear.frozen, layer=layer) for linear in alike]
+        if kind is type(None):
+            ys = [product(x_MK) for product in frozen]
+        else:
+            keys = [None if key is None else named_key(key, linear.name) for linear in alike]
+            ys = kind.apply([linear.adapter for linear in alike], x_MK, frozen, keys)
+        results |= {linear.name: y for linear, y in zip(alike, ys, strict=True)}
+    return [results[linear.name] for linear in linears]
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:

@@ -8,13 +8,14 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import repack
-from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from qlora_jax.quant import quantize_numpy
 
-ROWS = (1, 7, 16, 65, 128, 300)
+ROWS = (1, 3, 7, 16, 65, 128, 300)
 SHAPES = ((64, 128), (96, 192), (192, 576))  # 576 = 4.5 x 128, as in SmolLM2
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -51,12 +52,17 @@ def cases():
 
 
 def check(implementation, layout, rows, shape, dtype, quant_type, double_quant):
-    """Values and dx of one call against float64."""
+    """Values and dx of one call against float64; or a refusal, where the implementation does not take the dtype."""
+    dtypes = IMPLEMENTATIONS[implementation].abilities.dtypes
     w = weight(shape, layout=layout, quant_type=quant_type, double_quant=double_quant)
     dense = dequantize_numpy(w, np.float32).astype(np.float64)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32), dtype)
     dy = jnp.asarray(rng.standard_normal((rows, shape[0]), np.float32), dtype)
+    if dtypes is not None and str(x.dtype) not in dtypes:
+        with pytest.raises(NotImplementedError, match=str(x.dtype)):
+            nf4_matmul(x, w, implementation=implementation)
+        return
     y, vjp = jax.vjp(lambda x: nf4_matmul(x, w, implementation=implementation), x)
     (dx,) = vjp(dy)
     assert y.dtype == dtype and dx.dtype == dtype

@@ -3,7 +3,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -97,17 +96,6 @@ def test_a_full_context_ends_the_reply_and_says_so():
     long, short = generate(*parts, prompts, sampling=GREEDY, max_new_tokens=9, stop_ids=[])
     assert (long.end, long.ids) == ("context", naive(parts, prompts[0], 5, GREEDY))
     assert (short.end, short.ids) == ("length", naive(parts, prompts[1], 9, GREEDY))
-
-
-def test_a_single_row_may_go_through_the_model_twice(monkeypatch):
-    """As it does in bfloat16; in f32 the tokens can be compared exactly, to the last position that the model has."""
-    assert decode._copies(1, jnp.bfloat16) == 2
-    assert decode._copies(2, jnp.bfloat16) == decode._copies(1, jnp.float32) == 1
-    monkeypatch.setattr(decode, "_copies", lambda batch, dtype: 2)
-    parts = tiny_parts(max_positions=80)  # a configuration of its own is compiled anew, with the copies
-    (prompt,) = prompts_of(70)
-    (reply,) = generate(*parts, [prompt], sampling=GREEDY, max_new_tokens=20, stop_ids=[])
-    assert (reply.end, reply.ids) == ("context", naive(parts, prompt, 10, GREEDY))
 
 
 def test_steps_come_one_by_one(parts):

@@ -4,19 +4,28 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.devices import target_device
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from tests.contract import nf4_matmul as contract
 
+# Every implementation that runs on this machine, with every layout that it takes.
+RUNS = [
+    pytest.param(
+        name, layout, marks=pytest.mark.skipif(bool(one.missing()), reason=f"implementation {name} {one.missing()}")
+    )
+    for name, one in IMPLEMENTATIONS.items()
+    for layout in one.abilities.layouts or ("bnb", "row_planar")
+    if one.abilities.devices is None or set(one.abilities.devices) & set(target_device().names)
+]
 
-@pytest.mark.parametrize("layout", ["bnb", "row_planar"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+
+@pytest.mark.parametrize(("implementation", "layout"), RUNS)
 def test_values_and_input_gradients(implementation, layout):
     for case in contract.cases():
         contract.check(implementation, layout, *case)
 
 
-@pytest.mark.parametrize("layout", ["bnb", "row_planar"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(("implementation", "layout"), RUNS)
 def test_stacks_and_transforms(implementation, layout):
     contract.check_stack(implementation, layout)
 

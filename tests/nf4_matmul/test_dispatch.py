@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from pallas_kernels import devices
+from pallas_kernels import aot, devices
 from pallas_kernels.devices import Device, device_of, target_device
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Abilities, Call, Implementation, choose, refusal
+from pallas_kernels.report import device_of_card
 from tests.contract.nf4_matmul import weight
 
 CPU = Device(platform="cpu", kind="cpu")
@@ -133,13 +134,13 @@ def gpu_only(monkeypatch):
     """An implementation for Hopper that says that it ran."""
     ran = []
 
-    def forward(rows, weights):
+    def forward(rows, weights, layer):
         ran.append("forward")
-        return reference.forward(rows, weights)
+        return reference.forward(rows, weights, layer)
 
-    def backward(rows, weights):
+    def backward(rows, weights, layer):
         ran.append("backward")
-        return reference.backward(rows, weights)
+        return reference.backward(rows, weights, layer)
 
     monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", Implementation(forward, backward, Abilities(devices=("sm_90",))))
     monkeypatch.setitem(api.PREFERENCE, "sm_90", ("hopper", "reference"))
@@ -164,6 +165,23 @@ def test_the_device_at_tracing_chooses_even_where_the_function_was_traced_before
         step.trace(x)
     assert gpu_only == ["forward", "backward"]
     np.testing.assert_array_equal(step(x), expected)
+
+
+@pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
+@pytest.mark.parametrize(("card", "ran"), [("h100", ["forward"]), ("a100", [])])
+def test_compiling_for_an_absent_card_chooses_what_that_card_runs(gpu_only, card, ran):
+    devices_seen = []
+
+    def product(x, w):
+        devices_seen.append(target_device())
+        return nf4_matmul(x, w)
+
+    jitted = jax.jit(product)
+    w, x = weight((64, 128)), jnp.ones((16, 128), jnp.bfloat16)
+    jitted(x, w)  # traced for the CPU before
+    aot.compile_for(card, jitted, x, w)
+    assert gpu_only == ran
+    assert devices_seen == [CPU, device_of_card(card)[0]]
 
 
 # Bad calls

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn.attention import cached_attention, causal_attention
-from qlora_jax.nn.dots import dot_tn
+from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.nn.mlp import swiglu
@@ -129,8 +129,19 @@ def test_rotate_turns_pairs_of_a_head_as_complex_numbers(heads):
     cos, sin = rotations(Rope(theta=100.0, dim=16, max_positions=32), positions, 32)
 
     def plain(x):
-        angles = positions[..., None, None].astype(jnp.float32) * np.float32(100.0) ** -(np.arange(8, dtype=np.float32) / 8)[None, None, None]
+        angles = (
+            positions[..., None, None].astype(jnp.float32)
+            * np.float32(100.0) ** -(np.arange(8, dtype=np.float32) / 8)[None, None, None]
+        )
         turned = jax.lax.complex(x[..., :8], x[..., 8:]) * jnp.exp(jax.lax.complex(jnp.zeros_like(angles), angles))
         return jnp.concatenate([turned.real, turned.imag], axis=-1)
 
     _check(lambda x: rotate(x, cos, sin), plain, _random(2, 5, heads, 16))
+
+
+def test_a_product_of_one_row_is_that_of_the_row_among_others():
+    """It is made with two rows on CPUs, in bfloat16; neither may show."""
+    a, b = _random(3, 64).astype(jnp.bfloat16), _random(40, 64).astype(jnp.bfloat16)
+    np.testing.assert_allclose(dot_nt(a[:1], b), dot_nt(a, b)[:1], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dot_nn(a[:1], b.T), dot_nn(a, b.T)[:1], rtol=1e-5, atol=1e-5)
+    assert dot_tn(a[:1], a[:1]).shape == (64, 64)

@@ -1,0 +1,57 @@
+"""nf4_matmul on CPUs by the C++ handlers of pallas_kernels.native, where they are built.
+
+Few rows are multiplied straight from the codes, each weight in a register only. For many, one layer is dequantized and
+XLA's own product follows, which by then costs far more than the dequantization.
+
+Dimension key: M rows, N out, K in, L layers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+from pallas_kernels.nf4_matmul.dispatch import Abilities, Layer
+from pallas_kernels.products import dot
+
+# The handlers read whole vectors of 16 weights, in the one layout that gives two rows a load.
+ABILITIES = Abilities(
+    devices=("cpu",), layouts=("row_planar",), dtypes=("bfloat16", "float32"), block_sizes=(64, 128, 256, 512, 1024)
+)
+FEW_ROWS = 8  # up to here the product from the codes is faster than dequantize + dot (docs/cpu.md)
+
+
+def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
+    """y = x w^T, accumulated in f32, in x's dtype."""
+    if x_MK.shape[0] > FEW_ROWS:
+        return dot(x_MK, dequantize_layer(weights, layer, x_MK.dtype), (1, 1), x_MK.dtype)
+    shape = jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), x_MK.dtype)
+    return _call("nf4_rows", shape, weights, layer, x_MK)
+
+
+def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
+    """dx = dy w, accumulated in f32, in dy's dtype."""
+    return dot(dy_MN, dequantize_layer(weights, layer, dy_MN.dtype), (1, 0), dy_MN.dtype)
+
+
+def dequantize_layer(weights: QTensor, layer: Layer, dtype: Any) -> Float[Array, "N K"]:
+    """One layer of the weights: `formats.dequantize`, to the bit."""
+    with jax.named_scope("dequantize"):
+        return _call("nf4_dequantize", jax.ShapeDtypeStruct(weights.shape, dtype), weights, layer)
+
+
+def _call(name: str, out: jax.ShapeDtypeStruct, weights: QTensor, layer: Layer, *rows: jax.Array) -> jax.Array:
+    """A handler on one layer; the whole stack is handed over, so that no slice of it is made."""
+    stack = weights if layer is not None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], weights)
+    if stack.double_quant:
+        constants = (stack.absmax_codes, stack.nested_absmax, stack.nested_offset)
+    else:
+        constants = (stack.absmax, jnp.zeros((1, 1), jnp.float32), jnp.zeros((1,), jnp.float32))
+    tables = (CODE_TABLES[weights.quant_type].astype(np.float32), dynamic_map().astype(np.float32))
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32)
+    call = jax.ffi.ffi_call(name, out, vmap_method="sequential")
+    return call(*rows, stack.codes, *constants, index, *tables, nested_size=np.int64(weights.nested_block_size))

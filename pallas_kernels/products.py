@@ -1,0 +1,29 @@
+"""A product of matrices as XLA does it best on every device."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> jax.Array:
+    """Contracts axis contract[0] of a with contract[1] of b, summed in f32 and rounded once to `dtype`.
+
+    Leading axes beyond two are batches. XLA sums 16-bit products in f32 whatever the result's dtype; a 16-bit result
+    saves a pass over it.
+    """
+    batch = tuple(range(a.ndim - 2))
+    dims = ((contract[:1], contract[1:]), (batch, batch))
+    product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
+    if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
+        return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
+    return product(a, b)
+
+
+def _doubled(product, rows_axis: int):
+    """The product of a single row, made with two: XLA on CPUs takes 97 ms rather than 3 ms for one row in bfloat16.
+
+    (A head of 49152 x 576.)
+    """
+    return lambda a, b: product(jnp.repeat(a, 2, axis=rows_axis), b)[:1]
