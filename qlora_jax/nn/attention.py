@@ -4,6 +4,9 @@ Scores exist for one tile of queries and keys at a time. The softmax is summed u
 so far, and the backward pass makes each tile anew from the log-sum-exp: memory is linear in T, and no [T, T] array is
 kept. All scores are made by products in the form that is fast on CPUs (docs/cpu.md).
 
+The same code runs on GPUs: of JAX's own kernels none is supported, compiles without cuDNN at hand, and has a causal
+backward pass (jax 0.11.2 and 0.12.0.1: cuDNN's is not found, Mosaic's has no causal backward, Triton's is deprecated).
+
 Dimension key: B batch, T query, S key, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
 C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys.
 """
