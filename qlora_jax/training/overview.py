@@ -2,6 +2,10 @@
 
 import jax
 
+from pallas_kernels.devices import target_device
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.nf4_matmul.api import chosen
+from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.session import Session
@@ -18,6 +22,7 @@ def overview(session: Session, first_step: int) -> Rows:
         "device": f"{_device()}, computing in {session.weights.dtype}",
         "base": f"{config.model.path}, {frozen:,} parameters, {_megabytes(session.base)}",
         "held as": _held_as(session),
+        "products by": _products(session),
         "trained": f"{trained:,} LoRA parameters, {trained / (trained + frozen):.2%} of all, {_megabytes(session.lora)}"
         f" in float32; rank {config.lora.rank} on {len(session.lora)} projections",
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
@@ -58,6 +63,18 @@ def _held_as(session: Session) -> str:
         return f"{weights.dtype}, not quantized"
     double = "double-quantized scales" if weights.double_quant else "float32 scales"
     return f"{weights.quant_type} in blocks of {args.block_size}, {double}; {rest}"
+
+
+def _products(session: Session) -> str:
+    """Which implementations multiply with 4-bit weights in training, and why not what the device would rather run."""
+    train, device = session.config.train, target_device()
+    rows = train.micro_batch_size * max(session.dataset.buckets)
+    leaves = jax.tree.leaves(session.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
+    choices = [chosen(device, call) for call in calls]
+    names = dict.fromkeys(str(choice.name) for choice in choices)
+    refusals = dict.fromkeys(f"; not {name}: {why}" for choice in choices for name, why in choice.refusals.items())
+    return (", ".join(names) + "".join(refusals)) or "XLA, on dense weights"
 
 
 def _clip(config: Config) -> str:

@@ -1,0 +1,288 @@
+"""What one optimizer step costs, by formula: floating-point operations of its products, and bytes of what it holds.
+
+Pure arithmetic on a ModelConfig and shapes; tests count the same from the compiled program. Elementwise work (norms,
+rotations, activations, softmax, the optimizer) is no product and is not counted.
+
+Dimension key: A micro-batches, B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim,
+F mlp, V vocab, R rank; of a projection, `out` and `in` features.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flops
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.nn import loss
+from qlora_jax.nn.attention_tiles import Tiling
+
+DOWN = "mlp.down_proj"  # the last product of a layer: nothing in the layer's backward pass needs its result
+F32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """What the counts depend on.
+
+    Attributes:
+      ranks: R by the name of each projection that has an adapter, within a layer: `mlp.down_proj`.
+      batch: (A, B, T).
+      remat: a key of REMAT_POLICIES.
+      supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
+    """
+
+    model: ModelConfig
+    weights: WeightFormat
+    ranks: Mapping[str, int]
+    batch: tuple[int, int, int]
+    remat: str
+    supervised: int | None = None
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.batch[1] * self.batch[2]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an activation."""
+        return 2 if self.weights.dtype in ("bfloat16", "float16") else F32
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """(name, (out, in)) of each projection of a layer."""
+        for name, (shape, _) in self.model.linear_shapes().items():
+            yield name, shape
+
+
+def ranks_of(lora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
+    """`Step.ranks` of LoRA parameters, abstract ones too."""
+    return {name.removeprefix("model.layers."): leaves["lora_a"].shape[-1] for name, leaves in lora.items()}
+
+
+# Operations of one micro-batch, one layer
+
+
+def frozen_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+    """sum over projections of 2 M out in: y = x W^T, and as much for dx = dy W."""
+    return sum(product_flops(step.rows, shape) for name, shape in step.shapes() if name not in without)
+
+
+def lora_down_flops(step: Step) -> int:
+    """sum over adapters of 2 M in R: x A."""
+    return sum(2 * step.rows * k * step.ranks[name] for name, (_, k) in step.shapes() if name in step.ranks)
+
+
+def lora_up_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+    """sum over adapters of 2 M R out: (x A) B."""
+    names = step.ranks.keys() - set(without)
+    return sum(2 * step.rows * n * step.ranks[name] for name, (n, _) in step.shapes() if name in names)
+
+
+def tiling(step: Step) -> Tiling:
+    """How attention cuts T positions: I chunks of C, the last one padded."""
+    model, (_, rows, length) = step.model, step.batch
+    found: list[Tiling] = []
+    queries, keys = (
+        jax.ShapeDtypeStruct((rows, length, heads, model.head_dim), step.weights.dtype)
+        for heads in (model.num_heads, model.num_kv_heads)
+    )
+    jax.eval_shape(lambda q, k: found.append(Tiling.of(q, k)), queries, keys)
+    return found[0]
+
+
+def pairs(step: Step) -> int:
+    """Pairs (query, key) of the tiles that attention visits: C^2 I (I + 1) / 2.
+
+    T^2 would be the full square, T^2 / 2 the least.
+    """
+    tiles = tiling(step)
+    return tiles.chunk**2 * tiles.chunks * (tiles.chunks + 1) // 2
+
+
+def attention_flops(step: Step, *, products: int) -> int:
+    """products 2 B N H pairs: 2 products forward (q k^T, p v); 5 backward (those scores again, dp, dk, dv, dq)."""
+    return products * _flops_a_pair(step) * pairs(step)
+
+
+def attention_again_flops(step: Step) -> int:
+    """The 2 products of the forward pass. Where attention is unrolled the compiler sees that the scores q k^T are those
+    that the backward pass makes as well, and one product is left."""
+    return attention_flops(step, products=1 if tiling(step).unrolled else 2)
+
+
+def _flops_a_pair(step: Step) -> int:
+    """2 B N H."""
+    return 2 * step.batch[1] * step.model.num_heads * step.model.head_dim
+
+
+# Operations of one micro-batch, once
+
+
+def head_flops(step: Step) -> int:
+    """2 C I D V: the logits of I chunks of C supervised tokens; as much again for the hidden states' gradient."""
+    return 2 * head_rows(step) * step.model.embed_dim * step.model.vocab_size
+
+
+def head_rows(step: Step) -> int:
+    """C I: supervised tokens in whole chunks of C = min(CHUNK, M)."""
+    chunk = min(loss.CHUNK, step.rows)
+    tokens = step.rows if step.supervised is None else step.supervised
+    return -(-tokens // chunk) * chunk
+
+
+Part = Callable[[Step], int]
+
+LAYER_FLOPS: dict[str, Part] = {
+    "frozen forward": frozen_flops,
+    "frozen backward": frozen_flops,
+    "lora forward": lambda step: lora_down_flops(step) + lora_up_flops(step),
+    # d(xA) = dy B^T and dB = (xA)^T dy; dA = x^T d(xA) and dx = d(xA) A^T
+    "lora backward": lambda step: 2 * lora_up_flops(step) + 2 * lora_down_flops(step),
+    "attention forward": lambda step: attention_flops(step, products=2),
+    "attention backward": lambda step: attention_flops(step, products=5),
+}
+HEAD_FLOPS: dict[str, Part] = {"head forward": head_flops, "head backward": head_flops}
+
+# What a policy computes again in the backward pass; down_proj's own result is not needed there.
+FULL: dict[str, Part] = {
+    "frozen again": lambda step: frozen_flops(step, without=(DOWN,)),
+    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=(DOWN,)),
+    "attention again": attention_again_flops,
+}
+AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL}
+
+
+def flops(step: Step) -> dict[str, int]:
+    """Operations of one optimizer step by part: A (L (forward + backward + again) + head)."""
+    micro_batches, layers = step.batch[0], step.model.num_layers
+    per_layer = LAYER_FLOPS | AGAIN[step.remat]
+    counted = {name: micro_batches * layers * part(step) for name, part in per_layer.items()}
+    return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}
+
+
+# Bytes
+
+
+def frozen_bytes(step: Step) -> dict[str, int]:
+    """codes, constants: L times `held` of each projection (dense weights count as codes, in their own dtype).
+
+    tables: V D of embedding and head (once where tied). vectors: norms (2 L + 1) D, biases L out. In the dtype.
+    """
+    model, layers, size = step.model, step.model.num_layers, step.itemsize
+    weights = [_held(step, shape) for _, shape in step.shapes()]
+    biases = sum(shape[0] for shape, has_bias in model.linear_shapes().values() if has_bias)
+    return {
+        "codes": layers * sum(codes for codes, _ in weights),
+        "constants": layers * sum(constants for _, constants in weights),
+        "tables": (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim * size,
+        "vectors": ((2 * layers + 1) * model.embed_dim + layers * biases) * size,
+    }
+
+
+def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
+    weights = step.weights
+    if weights.quant_type is None:
+        return shape[0] * shape[1] * step.itemsize, 0
+    kept = held(
+        shape,
+        block_size=weights.block_size,
+        nested_block_size=weights.nested_block_size,
+        double_quant=weights.double_quant,
+    )
+    return kept.codes, kept.constants
+
+
+def lora_bytes(step: Step) -> int:
+    """4 L sum over adapters of R (in + out): the parameters in f32; their gradients are as large."""
+    parameters = sum(step.ranks[name] * sum(shape) for name, shape in step.shapes() if name in step.ranks)
+    return F32 * step.model.num_layers * parameters
+
+
+def optimizer_bytes(step: Step) -> int:
+    """Adam's two moments in f32, and two counts of steps (Adam's and the schedule's) in int32."""
+    return 2 * lora_bytes(step) + 2 * F32
+
+
+def batch_bytes(step: Step) -> int:
+    """12 A B T: inputs and targets in int32, weights in f32."""
+    return 3 * F32 * int(np.prod(step.batch))
+
+
+def saved_bytes(step: Step) -> dict[str, int]:
+    """Activations kept of all layers between forward and backward, by what they are, for the policy.
+
+    L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
+    gate, up and inner activation F; xA R. attention_lse is f32 [B, N, T] a layer. What only adapters read is kept for
+    those that there are. The policy `none` may keep as much more as the LoRA parameters and norms are: autodiff keeps
+    slices of them, and the compiler does not see of each that it has it already.
+    """
+    return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
+
+
+def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
+    """M width itemsize, where an adapter that reads it is there (or whatever there is, where none is named)."""
+
+    def part(step: Step) -> int:
+        is_read = not read_by or not step.ranks.keys().isdisjoint(read_by)
+        return is_read * step.rows * width(step.model) * step.itemsize
+
+    return part
+
+
+def _lse(step: Step) -> int:
+    tiles = tiling(step)
+    return F32 * step.batch[1] * step.model.num_heads * tiles.chunks * tiles.chunk
+
+
+def _lora_xa(step: Step) -> int:
+    return step.rows * sum(step.ranks.values()) * step.itemsize
+
+
+INPUT: dict[str, Part] = {"layer input": _wide(lambda m: m.embed_dim)}
+NAMED: dict[str, Part] = {
+    "query": _wide(lambda m: m.num_heads * m.head_dim),
+    "key and value": _wide(lambda m: 2 * m.num_kv_heads * m.head_dim),
+    "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
+    "attention_lse": _lse,
+    "attention_residual": _wide(lambda m: m.embed_dim),
+    "mlp_gate and mlp_up": _wide(lambda m: 2 * m.mlp_dim),
+    "lora_xa": _lora_xa,
+}
+READ: dict[str, Part] = {
+    "attention's input": _wide(lambda m: m.embed_dim, *(f"self_attn.{name}_proj" for name in "qkv")),
+    "mlp's input": _wide(lambda m: m.embed_dim, "mlp.gate_proj", "mlp.up_proj"),
+    "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
+    # Once more, heads joined to rows: attention's own backward pass keeps the other shape.
+    "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
+}
+SAVED: dict[str, dict[str, Part]] = {"none": INPUT | NAMED | READ, "names": INPUT | NAMED, "full": INPUT}
+
+
+def dequantized_traffic(step: Step) -> int:
+    """Bytes of dequantized weights of one step, where an implementation writes and reads each for each product.
+
+    2 * 2 N K a product, for the forward pass, the backward pass and what is computed again.
+    """
+    layer = sum(2 * dequantized_bytes(shape) for _, shape in step.shapes())
+    again = sum(2 * dequantized_bytes(shape) for name, shape in step.shapes() if name != DOWN)
+    times = step.batch[0] * step.model.num_layers
+    return times * (2 * layer + (again if "frozen again" in AGAIN[step.remat] else 0))
+
+
+def logits_bytes(step: Step) -> int:
+    """C V (4 + itemsize): one chunk's logits in f32 and their gradient in the compute dtype."""
+    return min(loss.CHUNK, step.rows) * step.model.vocab_size * (F32 + step.itemsize)
+
+
+def argument_bytes(step: Step) -> int:
+    """What `gradients` is given, dropout's key left out: frozen weights, LoRA, batch."""
+    return sum(frozen_bytes(step).values()) + lora_bytes(step) + batch_bytes(step)
+
+
+def gradient_output_bytes(step: Step) -> int:
+    """What `gradients` returns: a gradient of each LoRA parameter, two sums and A B rows' losses in f32."""
+    accumulated, rows, _ = step.batch
+    return lora_bytes(step) + F32 * (2 + accumulated * rows)

@@ -1,0 +1,176 @@
+"""The real training step from shapes alone: equal to what a run holds, and compiled whole for cards that are absent."""
+
+import math
+import re
+import time
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import aot
+from pallas_kernels.gpu_specs import CARDS
+from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import partition
+from qlora_jax.nn import loss
+from qlora_jax.optim import make_optimizer
+from qlora_jax.training import counts, step
+from qlora_jax.training.abstract import abstract_step
+from tests.io.tiny_models import tiny_config
+from tests.training.compiled_text import computed, dots, nbytes, shape_of
+from tests.training.real_models import REAL_MODELS
+
+FIVE = ("h100", "a100", "a6000", "rtx4090", "l40s")
+needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
+
+
+def _described(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), tree)
+
+
+@pytest.mark.parametrize("lora", [LoraArgs(rank=4), LoraArgs(rank=2, target_modules=["q_proj"], dropout=0.1)])
+@pytest.mark.parametrize("optim", [OptimArgs(), OptimArgs(max_grad_norm=0.0, weight_decay=0.1)])
+def test_it_is_what_a_run_holds(lora, optim):
+    config, weights = model_config(tiny_config()), WeightFormat(dtype="float32")
+    model = CausalLM(config, weights)
+    add_lora(model, lora, jax.random.key(0))
+    graphdef, parameters, base = partition(model)
+    abstract = abstract_step(config, weights, lora, batch=(2, 3, 16), optim=optim)
+    assert abstract.graphdef == graphdef and hash(abstract.graphdef) == hash(graphdef)
+    assert _described(abstract.lora) == _described(parameters)
+    assert _described(abstract.base) == _described(base)
+    assert _described(abstract.state) == _described(make_optimizer(optim, 10).init(parameters))
+    assert (abstract.key is None) == (lora.dropout == 0)
+    for made, real in zip(jax.tree.leaves(abstract.key), jax.tree.leaves(jax.random.key(0)), strict=False):
+        assert made.dtype == real.dtype
+
+
+def test_the_compiled_program_takes_a_runs_arrays():
+    config, weights, lora = model_config(tiny_config()), WeightFormat(dtype="float32"), LoraArgs(rank=4)
+    function, args, kwargs = abstract_step(config, weights, lora, batch=(1, 2, 16)).gradients()
+    assert function is step.gradients
+    compiled = function.lower(*args, **kwargs).compile()
+    model = CausalLM(config, weights)
+    add_lora(model, lora, jax.random.key(0))
+    _, parameters, base = partition(model)
+    tokens = jnp.ones((1, 2, 16), jnp.int32)
+    batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones((1, 2, 16))}
+    grads, told = compiled(parameters, base, batch, None)
+    assert _described(grads) == _described(parameters) and told.tokens == 32
+
+
+def test_65b_takes_no_memory_and_no_time():
+    before = time.perf_counter()
+    made = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(platform="gpu"), LoraArgs(rank=64), batch=(1, 1, 512))
+    assert time.perf_counter() - before < 5
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves((made.lora, made.base, made.state)))
+
+
+# Compiled for absent cards
+
+
+def compile_both(name: str, card: str, batch, remat="names", **lora):
+    """(counts.Step, gradients and update compiled for the card, the abstract step)."""
+    model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
+    abstract = abstract_step(model, weights, LoraArgs(**lora), batch=batch, remat=remat)
+    compiled = [
+        aot.compile_for(card, p.function, *p.args, **p.kwargs) for p in (abstract.gradients(), abstract.update())
+    ]
+    ranks = counts.ranks_of(abstract.lora)
+    counted = counts.Step(model=model, weights=weights, ranks=ranks, batch=batch, remat=remat)
+    return counted, *compiled, abstract
+
+
+def check_counts(counted, gradients, update, abstract):
+    """Operations and bytes of the compiled programs are the formulas'."""
+    products = dots(gradients.text)
+    excess = sum(dot.flops * dot.times for dot in products) - sum(counts.flops(counted).values())
+    assert 0 <= excess <= sum(dot.flops * dot.times for dot in products if is_split(dot)) / 2
+    device = gradients.memory.device
+    assert device.arguments == counts.argument_bytes(counted)
+    pointers = 8 * (len(jax.tree.leaves(abstract.lora)) + 3)  # the table of a tuple's members
+    assert device.outputs == counts.gradient_output_bytes(counted) + pointers
+    lora, state = counts.lora_bytes(counted), counts.optimizer_bytes(counted)
+    assert update.memory.device.arguments == 2 * lora + state
+    assert update.memory.device.aliases == lora + state
+    saved = sum(counts.saved_bytes(counted).values())
+    assert saved < device.temporaries < saved + working_set(counted)
+
+
+def is_split(dot) -> bool:
+    """Whether XLA shares out the contracted length among blocks, as a batch dimension, padded with zeros to whole
+    parts: as much as half of the product may be padding. In the model itself attention alone has batch dimensions."""
+    return dot.batched and "attention" not in dot.op_name
+
+
+def working_set(counted) -> int:
+    """What may be live beside the saved activations: one chunk of logits (twice: split products are summed in f32),
+    the gradients of one micro-batch, and of one layer eight arrays of each width and two dequantized MLP weights."""
+    model = counted.model
+    widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * model.num_heads * model.head_dim
+    layer = 8 * counted.rows * widths * counted.itemsize + 4 * 2 * model.mlp_dim * model.embed_dim
+    return 2 * counts.logits_bytes(counted) + counts.lora_bytes(counted) + layer
+
+
+def check_nothing_is_whole(counted, text):
+    """No copy of a stack's codes, no stack of dequantized weights, and no logits beyond one chunk of tokens."""
+    model, layers = counted.model, counted.model.num_layers
+    smallest = layers * min(n * k for _, (n, k) in counted.shapes())
+    kept = set(counts.saved_bytes(counted))
+    for kind in computed(text):
+        sizes = shape_of(kind)
+        if sizes[:1] == [layers]:
+            assert not kind.startswith("u8") or math.prod(sizes) < smallest // 2, kind
+            assert sizes[1:] not in [[n, k] for _, (n, k) in counted.shapes()], (kind, kept)
+        chunk = min(loss.CHUNK, counted.rows)
+        if re.match(r"f32|bf16", kind) and model.vocab_size in sizes and model.embed_dim not in sizes:
+            assert nbytes(kind) <= 4 * chunk * model.vocab_size, kind
+
+
+@needs_compiler
+def test_the_step_of_smollm2_compiles_for_an_h100():
+    counted, gradients, update, abstract = compile_both("smollm2-135m", "h100", (1, 1, 128))
+    check_counts(counted, gradients, update, abstract)
+    check_nothing_is_whole(counted, gradients.text)
+    assert gradients.fits
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_products_run_on_tensor_cores_without_spilling_much():
+    gradients = compile_both("smollm2-135m", "h100", (1, 1, 128))[1]  # reading all machine code takes a minute
+    assert gradients.tensor_core_instructions > 0
+    assert len(gradients.spilled) < len(gradients.kernels) / 10
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("card", FIVE)
+@pytest.mark.parametrize(
+    ("name", "batch", "remat"),
+    [
+        ("smollm2-135m", (2, 4, 512), "names"),
+        ("smollm2-135m", (1, 1, 512), "full"),
+        ("qwen2-0.5b", (1, 1, 512), "none"),
+        ("llama-3-8b", (1, 1, 2048), "names"),
+    ],
+)
+def test_steps_of_real_models_compile_for_every_card(name, batch, remat, card):
+    counted, gradients, update, abstract = compile_both(name, card, batch, remat)
+    check_counts(counted, gradients, update, abstract)
+    check_nothing_is_whole(counted, gradients.text)
+    assert gradients.fits and update.fits
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_65b_is_larger_than_a_4090_and_that_is_told():
+    assert CARDS["rtx4090"].memory_bytes < 32 * 2**30
+    gradients = compile_both("llama-65b", "rtx4090", (1, 1, 512), "full", rank=64)[1]
+    assert not gradients.fits
+    with pytest.raises(ValueError, match=r"NVIDIA GeForce RTX 4090 has 23.55 GiB"):
+        gradients.check_fits()
