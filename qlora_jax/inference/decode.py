@@ -29,7 +29,7 @@ PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model 
 BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
 ORDER_WINDOW = 64  # rows among which those of like length are sought
 FIRST_SLOTS = 256  # a cache has this many slots, or twice, or four times as many ...
-# For one pair of batch and slots: `extend` for each chunk and for single tokens, and `next_token`.
+# For one pair of batch and slots: `extend` for each chunk, `next_token` once after them, and `advance`.
 COMPILATIONS = len(PREFILL_CHUNKS) + 2
 
 Reason = Literal["stop", "length", "context"]
@@ -118,7 +118,29 @@ def next_token(
     sampling: Sampling,
 ) -> Int[Array, " B"]:
     """The token that follows each row, chosen from f32 logits; `index` counts the tokens generated before it."""
-    logits_BV = dot_nt(last_BD, combine(graphdef, lora, base).head_VD)
+    return _choose(combine(graphdef, lora, base), last_BD, keys_B, index, sampling)
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="cache")
+def advance(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    tokens_B: Int[Array, " B"],
+    start_B: Int[Array, " B"],
+    cache: KVCache,
+    keys_B: Key[Array, " B"],
+    index: Int[Array, ""],
+    sampling: Sampling,
+) -> tuple[Int[Array, " B"], KVCache]:
+    """(the token that follows, the cache) after one token a row at position start: `extend` and `next_token` in one."""
+    model = combine(graphdef, lora, base)
+    hidden_BD, cache = model.extend(tokens_B[:, None], start_B, cache)
+    return _choose(model, hidden_BD, keys_B, index, sampling), cache
+
+
+def _choose(model: CausalLM, last_BD: jax.Array, keys_B: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:
+    logits_BV = dot_nt(last_BD, model.head_VD)
     return choose(logits_BV, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, index), sampling)
 
 
@@ -140,7 +162,9 @@ def stream(
     Raises:
       ValueError: a prompt that is empty, or leaves the model no position to answer in: all of them at once.
     """
-    parts, model = (graphdef, lora, base), combine(graphdef, lora, base)
+    model = combine(graphdef, lora, base)
+    # Products cast the adapters to the compute dtype: once here, rather than for every token.
+    parts = (graphdef, jax.tree.map(lambda leaf: leaf.astype(_dtype(model)), lora), base)
     _check(prompts, max_new_tokens, model.config)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
     repeats = _repeats(prompts)
@@ -254,13 +278,14 @@ def _decode(
 ) -> Iterator[Step]:
     last_BD, cache = _prefill(parts, model, batch)
     running = set(range(rows))
+    next_B = next_token(*parts, last_BD, batch.keys_B, np.int32(0), sampling)
     for index in itertools.count():
-        tokens_B = np.asarray(next_token(*parts, last_BD, batch.keys_B, np.int32(index), sampling))
+        tokens_B = np.asarray(next_B)
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
         running -= {step.row for step in steps if step.end is not None}
         if running:  # rows that have ended stay where the cache has room: nobody reads them
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
-            last_BD, cache = extend(*parts, tokens_B[:, None], start_B, start_B + 1, last_BD, cache)
+            next_B, cache = advance(*parts, next_B, start_B, cache, batch.keys_B, np.int32(index + 1), sampling)
         yield from steps  # while the device works on the next token
         if not running:
             return

@@ -41,15 +41,15 @@ REMAT_POLICIES = {
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of the positions seen so far: k, v [L, B, S, K, H], keys already rotated."""
+    """Keys and values of the positions seen so far: k, v [L, B, K, S, H], keys already rotated."""
 
-    k: Float[Array, "L B S K H"]
-    v: Float[Array, "L B S K H"]
+    k: Float[Array, "L B K S H"]
+    v: Float[Array, "L B K S H"]
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
         """Room for `slots` positions of each of `batch` rows."""
-        shape = (config.num_layers, batch, slots, config.num_kv_heads, config.head_dim)
+        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
@@ -88,8 +88,8 @@ class Attention(nnx.Module):
                 out_BTNH = causal_attention(q, k, v, scale)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)
-            k_BSKH, v_BSKH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
-            out_BTNH = cached_attention(q, k_BSKH, v_BSKH, positions.index_BT, scale)
+            k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
+            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale)
         out_MD = checkpoint_name(out_BTNH.reshape(batch * length, -1), "attention_out")
         return self.o_proj(out_MD, layer, key), cache
 
@@ -97,7 +97,7 @@ class Attention(nnx.Module):
 def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> KVCache:
     """The cache with each row's keys and values put at that row's positions, in place inside the scan."""
     rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
-    put = [x.at[layer, rows_B1, index_BT].set(new.astype(x.dtype)) for x, new in ((cache.k, k), (cache.v, v))]
+    put = [x.at[layer, rows_B1, :, index_BT].set(new.astype(x.dtype)) for x, new in ((cache.k, k), (cache.v, v))]
     return KVCache(k=put[0], v=put[1])
 
 
@@ -214,6 +214,6 @@ class CausalLM(nnx.Module):
     ) -> tuple[Float[Array, "M D"], KVCache]:
         """Hidden states of tokens that follow `start` earlier ones in each row, and the cache with them in it."""
         index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-        hidden_MD, longer = self.model(tokens_BT, index_BT, length=cache.k.shape[2], remat="none", cache=cache)
+        hidden_MD, longer = self.model(tokens_BT, index_BT, length=cache.k.shape[3], remat="none", cache=cache)
         assert longer is not None  # a cache given comes back
         return hidden_MD, longer

@@ -131,21 +131,21 @@ _attention.defvjp(_forward, _backward)
 
 def cached_attention(
     q_BTNH: Float[Array, "B T N H"],
-    k_BSKH: Float[Array, "B S K H"],
-    v_BSKH: Float[Array, "B S K H"],
+    k_BKSH: Float[Array, "B K S H"],
+    v_BKSH: Float[Array, "B K S H"],
     positions_BT: Int[Array, "B T"],
     scale: float,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T, over cache slots no later than the query's position) v, in q's dtype."""
     batch, length, _, _ = q_BTNH.shape
-    kv_heads, slots = k_BSKH.shape[2], k_BSKH.shape[1]
+    _, kv_heads, slots, _ = k_BKSH.shape
     queries = Tiling(batch, length, kv_heads, length)
-    keys = Tiling(batch, slots, kv_heads, slots)
-    q_ZMH, k_ZSH, v_ZSH = queries.split(q_BTNH)[0], keys.split(k_BSKH)[0], keys.split(v_BSKH)[0]
+    q_ZMH = queries.split(q_BTNH)[0]
+    k_ZSH, v_ZSH = (x.reshape(batch * kv_heads, slots, -1) for x in (k_BKSH, v_BKSH))
     scores_ZMS = dot_nt(q_ZMH, k_ZSH) * scale
     slots_S = jnp.arange(slots, dtype=positions_BT.dtype)
     visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
     visible_ZMS = jnp.tile(jnp.repeat(visible_BTS, kv_heads, axis=0), (1, q_ZMH.shape[1] // length, 1))
     weights_ZMS = jax.nn.softmax(jnp.where(visible_ZMS, scores_ZMS, MASKED), axis=-1)
-    out_ZMH = dot_nn(weights_ZMS.astype(v_BSKH.dtype), v_ZSH).astype(q_BTNH.dtype)
+    out_ZMH = dot_nn(weights_ZMS.astype(v_BKSH.dtype), v_ZSH).astype(q_BTNH.dtype)
     return queries.join(out_ZMH[None])

@@ -65,7 +65,9 @@ def test_attention_over_a_cache_equals_causal_attention():
     q, k, v = _random(2, 9, 4, 16), _random(2, 12, 2, 16), _random(2, 12, 2, 16, seed=1)
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
     np.testing.assert_allclose(
-        cached_attention(q, k, v, positions, 0.3), _plain_attention(q, k[:, :9], v[:, :9]), atol=2e-6
+        cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), positions, 0.3),
+        _plain_attention(q, k[:, :9], v[:, :9]),
+        atol=2e-6,
     )
 
 
