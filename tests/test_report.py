@@ -14,6 +14,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.nf4_matmul import api, costs, reference
 from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
+from pallas_kernels.nf4_matmul.layouts import chosen_layout
 from pallas_kernels.nf4_matmul.shapes import REDUCED, SHAPES, TILE, reduced
 from tests.contract import nf4_matmul as contract
 
@@ -153,11 +154,8 @@ def test_reduced_shapes_keep_the_remainders_of_real_ones():
 
 @pytest.mark.parametrize("shape", REDUCED, ids=str)
 def test_reduced_shapes_are_right(shape):
-    contract.check(None, api_layout(shape), 17, shape, contract.DTYPES[1], "nf4", True)
-
-
-def api_layout(shape) -> str:
-    return report.chosen_layout("cpu", shape, 64)[0]
+    layout, _ = chosen_layout("cpu", shape, 64)
+    contract.check("reference", layout, 17, shape, contract.DTYPES[1], "nf4", True)
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
