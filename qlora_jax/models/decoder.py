@@ -90,7 +90,7 @@ class Attention(nnx.Module):
             cache = _write(cache, layer, k, v, positions.index_BT)
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
             out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale)
-        out_MD = checkpoint_name(out_BTNH.reshape(batch * length, -1), "attention_out")
+        out_MD = out_BTNH.reshape(batch * length, -1)
         return self.o_proj(out_MD, layer, key), cache
 
 

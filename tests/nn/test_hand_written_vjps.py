@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.attention import cached_attention, causal_attention
+from qlora_jax.nn.attention import cached_attention
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import token_nll
@@ -54,13 +54,6 @@ def test_dot_that_contracts_rows(narrow):
     np.testing.assert_allclose(dot_tn(a, b), jnp.swapaxes(a, 1, 2) @ b, atol=2e-5)
 
 
-# Lengths: one chunk, a whole number of chunks, a ragged last one, and runs of more than one chunk.
-@pytest.mark.parametrize(("length", "heads", "kv_heads"), [(5, 2, 2), (256, 4, 2), (300, 6, 2), (1100, 2, 1)])
-def test_causal_attention(length, heads, kv_heads):
-    q, k, v = _random(2, length, heads, 16), _random(2, length, kv_heads, 16), _random(2, length, kv_heads, 16, seed=1)
-    _check(lambda q, k, v: causal_attention(q, k, v, 0.3), _plain_attention, q, k, v)
-
-
 def test_attention_over_a_cache_equals_causal_attention():
     q, k, v = _random(2, 9, 4, 16), _random(2, 12, 2, 16), _random(2, 12, 2, 16, seed=1)
     positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
@@ -69,17 +62,6 @@ def test_attention_over_a_cache_equals_causal_attention():
         _plain_attention(q, k[:, :9], v[:, :9]),
         atol=2e-6,
     )
-
-
-def test_attention_memory_is_linear_in_length():
-    def temporaries(length):
-        shape = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-        loss = jax.grad(lambda q, k, v: jnp.sum(causal_attention(q, k, v, 0.3)), argnums=(0, 1, 2))
-        return jax.jit(loss).lower(shape, shape, shape).compile().memory_analysis().temp_size_in_bytes
-
-    short, long = temporaries(1024), temporaries(8192)
-    assert long < 10 * short
-    assert long < 8192 * 8192 * 4
 
 
 @pytest.mark.parametrize("supervised", [0, 1, 37, 700])

@@ -87,11 +87,8 @@ def test_arguments_and_results_are_the_formulas_bytes(case):
     assert memory.output_size_in_bytes == counts.gradient_output_bytes(counted) + pointers
 
 
-def test_stacks_between_forward_and_backward_are_the_saved_activations(case, request):
+def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     counted, step, _, text = case
-    if counted.remat == "names" and "self_attn.o_proj" in counted.ranks:
-        twice = "models/decoder.py gives the name attention_out a second time, to a reshape: it is kept in both shapes"
-        request.applymarker(pytest.mark.xfail(reason=twice, strict=True))
     (forward,) = (loop for loop in loops(text) if loop.trips == LAYERS and "transpose(" not in loop.op_name)
     carried = sum(nbytes(kind) for kind in forward.carried if kind.split("[")[1].startswith(f"{LAYERS},"))
     given = sum(_bytes(leaf) for leaf in jax.tree.leaves((step.base, step.lora)) if leaf.shape[:1] == (LAYERS,))
