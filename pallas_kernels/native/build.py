@@ -49,9 +49,6 @@ def build() -> Path:
         if done.returncode:
             raise ValueError(f"{' '.join(command)}\nended with status {done.returncode}:\n{_errors(done.stderr)}")
         built.replace(path)  # whole or not at all: another process may be loading it
-    for old in path.parent.glob("nf4_cpu-*.so"):
-        if old != path:
-            old.unlink()
     return path
 
 
