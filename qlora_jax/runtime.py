@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 
 CACHE_VARIABLE = "QLORA_JAX_CACHE"
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver on Linux, and under WSL
 
 
 def cache_folder() -> Path:
@@ -15,10 +16,13 @@ def cache_folder() -> Path:
 
 
 def start() -> None:
-    """Keeps compiled programs on disk, so that a second start does not compile.
+    """Keeps compiled programs on disk, so that a second start does not compile; spares jax a vain search for CUDA.
 
     A cache folder that jax was given otherwise is left alone.
     """
+    if not any(Path(path).exists() for path in DRIVERS):
+        # With jax's CUDA plugin (the extra gpu-compile) and no driver, jax prints a traceback and goes on with the CPU.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
