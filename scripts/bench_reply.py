@@ -10,7 +10,12 @@ import json
 import sys
 import time
 
-from qlora_jax import allocator, runtime
+from qlora_jax import allocator
+
+if __name__ == "__main__":
+    allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
+
+from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import stream
 from qlora_jax.inference.sampling import Sampling
@@ -43,5 +48,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    allocator.tune()
     main()

@@ -8,10 +8,15 @@ import json
 import sys
 import time
 
+from qlora_jax import allocator
+
+if __name__ == "__main__":
+    allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
+
 import jax
 import numpy as np
 
-from qlora_jax import allocator, runtime
+from qlora_jax import runtime
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.source import open_model
@@ -59,5 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    allocator.tune()
     main()
