@@ -1,19 +1,19 @@
 """compile_for: a JAX function, compiled to machine code for an NVIDIA card that is not in this machine."""
 
-import contextlib
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Sequence
+import io
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 
-from pallas_kernels.aot import placement, toolchain
+from pallas_kernels.aot import placement, processes, toolchain
 from pallas_kernels.aot.cubins import find_cubins
 from pallas_kernels.aot.executable import read_executable
 from pallas_kernels.aot.machine_code import Kernel, read_kernels
-from pallas_kernels.aot.memory import MemoryUse, Temporary, read_memory, read_temporaries
+from pallas_kernels.aot.memory import MemoryUse, Temporary, read_temporaries
+from pallas_kernels.aot.worker import Request
 from pallas_kernels.gpu_specs import Card, find_card
 
 GIB = 2**30
@@ -21,11 +21,17 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class CompiledFor:
-    """A program compiled for `card`. What costs time is read when it is asked for, once."""
+    """A program compiled for `card`. What costs time is read when it is asked for, once.
+
+    Fields:
+      text: the optimized HLO.
+      serialized: the executable as XLA serializes it.
+    """
 
     card: Card
-    compiled: jax.stages.Compiled
     memory: MemoryUse
+    text: str = dataclasses.field(repr=False)
+    serialized: bytes = dataclasses.field(repr=False)
 
     @property
     def fits(self) -> bool:
@@ -45,14 +51,18 @@ class CompiledFor:
         )
 
     @functools.cached_property
-    def text(self) -> str:
-        """The optimized HLO."""
-        return self.compiled.as_text() or ""
-
-    @functools.cached_property
     def kernels(self) -> list[Kernel]:
-        """The kernels as the assembler made them; calls of libraries (cuBLAS, cuDNN) are not among them."""
-        return read_kernels(find_cubins(self._executable))
+        """The kernels as the assembler made them; calls of libraries (cuBLAS, cuDNN) are not among them.
+
+        Raises:
+          RuntimeError: one of them is for another architecture than the card's.
+        """
+        kernels = read_kernels(find_cubins(self._executable))
+        wrong = [f"{kernel.name}: {kernel.architecture}" for kernel in kernels]
+        wrong = [one for one in wrong if not one.endswith(f" {self.card.architecture}")]
+        if wrong:
+            raise RuntimeError(f"compiled for {self.card.name}, {self.card.architecture}, but found {', '.join(wrong)}")
+        return kernels
 
     @property
     def tensor_core_instructions(self) -> int:
@@ -70,9 +80,7 @@ class CompiledFor:
 
     @functools.cached_property
     def _executable(self) -> bytes:
-        loaded = self.compiled.runtime_executable()
-        assert loaded is not None
-        return read_executable(loaded.serialize())
+        return read_executable(self.serialized)
 
 
 def compile_for(
@@ -86,7 +94,8 @@ def compile_for(
     """Compiles `fn(*args, **kwargs)` for one card of pallas_kernels.gpu_specs.CARDS, which need not be here.
 
     While `fn` is traced, the absent card is `jax_default_device`, so that Pallas and our own dispatch make code for it;
-    no array can be made on it.
+    no array can be made on it. XLA runs in a process of its own for each architecture (pallas_kernels.aot.worker says
+    why), which takes two seconds to start and ends with this one. JAX's compilation cache has no part in it.
 
     Args:
       card: a key of CARDS.
@@ -101,6 +110,7 @@ def compile_for(
       ValueError: an unknown card; donate_argnums or static_argnums for a function that is jitted already; array
         arguments that are all on the host.
       RuntimeError: JAX did not keep an array in the host's memory as it was told to.
+      CompilerCrashedError: XLA or LLVM ended its process.
       Whatever tracing and compiling raise: a kernel that this card can't run, or that takes too much shared memory. A
       program that is larger than the card's memory is no error: see CompiledFor.check_fits.
     """
@@ -108,24 +118,13 @@ def compile_for(
     toolchain.require()
     device = toolchain.device_for(spec)
     args, kwargs = placement.place((args, kwargs), device)
-    with jax.default_device(device), _not_kept_on_disk():
+    with jax.default_device(device):
         traced = _jitted(fn, donate_argnums, static_argnums).trace(*args, **kwargs)
-        compiled = traced.lower().compile()
-    done = CompiledFor(spec, compiled, read_memory(compiled.memory_analysis()))
-    placement.check_host_kept(traced, done.text)
-    return done
-
-
-@contextlib.contextmanager
-def _not_kept_on_disk() -> Iterator[None]:
-    """JAX's compilation cache stores a program for an absent card but can't load it: it warns and compiles again."""
-    setting = "jax_persistent_cache_min_compile_time_secs"
-    before = getattr(jax.config, setting)
-    jax.config.update(setting, math.inf)
-    try:
-        yield
-    finally:
-        jax.config.update(setting, before)
+        module = io.BytesIO()
+        traced.lower().compiler_ir("stablehlo").operation.write_bytecode(module)
+    program = processes.build(Request(spec, module.getvalue()))
+    placement.check_host_kept(traced, program.text)
+    return CompiledFor(spec, program.memory, program.text, program.serialized)
 
 
 def _jitted(fn: Callable[..., Any], donate_argnums: int | Sequence[int], static_argnums: int | Sequence[int]) -> Any:

@@ -17,6 +17,7 @@ from pallas_kernels.aot.cubins import Cubin
 TENSOR_CORE = "MMA"  # in the name of every tensor-core product: HMMA, HGMMA, IMMA, UTCHMMA
 
 _RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
+_ARCHITECTURE = re.compile(r"^\s*\.target\s+(\w+)", re.MULTILINE)
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+)")
 _LABEL = re.compile(r"^\s*(\.L_\w+):")
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
@@ -36,6 +37,7 @@ class Kernel(NamedTuple):
     """One kernel as it would run. Bytes are a thread's (stack) and a block's (shared).
 
     Fields:
+      architecture: as ptxas names it (sm_90a).
       stack_bytes: registers that did not fit (spills), and arrays that a thread indexes; 0 in a good kernel.
       shared_bytes: static and dynamic; on Hopper the driver's 1024 are in it.
       opcodes: instructions by name without suffixes (HMMA, LDS), as they stand in the code.
@@ -43,6 +45,7 @@ class Kernel(NamedTuple):
     """
 
     name: str
+    architecture: str
     registers: int
     stack_bytes: int
     shared_bytes: int
@@ -74,11 +77,13 @@ def read_kernels(cubins: list[Cubin]) -> list[Kernel]:
 def _read_cubin(cubin: Cubin, path: Path) -> Iterator[Kernel]:
     path.write_bytes(cubin.image)
     usage = _output("cuobjdump", "-res-usage", str(path))
-    listings = split_listing(_output("nvdisasm", "-c", str(path)))
+    listing = _output("nvdisasm", "-c", str(path))
+    (architecture,) = _ARCHITECTURE.findall(listing)
+    listings = split_listing(listing)
     for name, registers, stack, shared in _RESOURCES.findall(usage):
         shared_bytes = int(shared) + cubin.dynamic_shared_bytes
         opcodes, loops = read_listing(listings[name])
-        yield Kernel(name, int(registers), int(stack), shared_bytes, opcodes, loops)
+        yield Kernel(name, architecture, int(registers), int(stack), shared_bytes, opcodes, loops)
 
 
 def _output(tool: str, *arguments: str) -> str:

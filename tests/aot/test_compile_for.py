@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.aot import on_host
@@ -44,6 +45,18 @@ def test_kernels_have_registers_shared_memory_and_a_main_loop(compile_for):
     (loop,) = gemm.loops
     assert 10 < loop.instructions < sum(gemm.opcodes.values())
     assert loop.opcodes["HMMA"] > 0
+
+
+@pytest.mark.parametrize(("columns", "spills"), [(64, False), (256, True)])
+def test_a_kernel_that_holds_too_much_in_registers_is_told(compile_for, columns, spills):
+    def kernel(x_ref, o_ref):  # 128 threads hold 128 rows of f32: a register a column, and as many for exp(x)
+        y = jnp.exp(x_ref[...])
+        o_ref[...] = y / jnp.sum(y)
+
+    x = Abstract((128, columns), F32)
+    compiled = compile_for("a100", lambda value: plgpu.kernel(kernel, out_type=x)(value), x)
+    assert bool(compiled.spilled) == spills
+    assert [kernel.stack_bytes > 0 for kernel in compiled.kernels] == [spills]
 
 
 def test_the_same_jitted_function_is_traced_again_for_another_card(compile_for):

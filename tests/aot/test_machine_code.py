@@ -66,4 +66,4 @@ def test_loops_are_those_with_tensor_core_instructions_inner_first():
 
 def test_tensor_core_instructions_of_every_generation_count():
     opcodes = Counter(HMMA=2, HGMMA=3, UTCHMMA=4, FFMA=100, IMAD=7)
-    assert Kernel("k", 32, 0, 0, opcodes, ()).tensor_core_instructions == 9
+    assert Kernel("k", "sm_80", 32, 0, 0, opcodes, ()).tensor_core_instructions == 9

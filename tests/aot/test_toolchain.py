@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import aot
-from pallas_kernels.aot import toolchain
+from pallas_kernels.aot import processes, toolchain
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -46,6 +46,23 @@ def test_compile_for_raises_what_problem_says(versions):
 def test_a_wheel_without_its_program_is_named():
     with pytest.raises(aot.CompilerUnavailableError, match="package numpy holds no program nvdisasm"):
         toolchain.tool("numpy", "nvdisasm")
+
+
+def test_a_compiler_that_dies_is_an_error_and_the_next_call_has_a_new_one(compile_for):
+    x = jax.ShapeDtypeStruct((8,), jnp.float32)
+    compile_for("a100", jnp.tanh, x)
+    process = processes._compiler("sm_80").process
+    assert process is not None
+    process.kill()
+    with pytest.raises(aot.CompilerCrashedError, match="compiler for sm_80 ended with exit code -9"):
+        compile_for("a100", jnp.tanh, x)
+    assert compile_for("a100", jnp.tanh, x).fits
+
+
+def test_what_the_compiler_refuses_is_jaxs_own_error(compile_for):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no custom call of this name"):
+        call = jax.ffi.ffi_call("no custom call of this name", jax.ShapeDtypeStruct((8,), jnp.float32))
+        compile_for("a100", lambda x: call(x), jax.ShapeDtypeStruct((8,), jnp.float32))
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:

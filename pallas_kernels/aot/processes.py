@@ -1,0 +1,79 @@
+"""The compilers' processes: one for each architecture, started when it is first needed, ended with this process."""
+
+import atexit
+import functools
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+
+from pallas_kernels.aot.worker import Program, Reply, Request
+
+_ROOT = Path(__file__).resolve().parents[2]  # the folder to import pallas_kernels from
+
+
+class CompilerCrashedError(RuntimeError):
+    """XLA's compiler ended its process; what it said last is on stderr."""
+
+
+def build(request: Request) -> Program:
+    """Compiles in the process of the card's architecture.
+
+    Raises:
+      jax.errors.JaxRuntimeError: the compiler refuses the module.
+      CompilerCrashedError: the compiler gave up its process, as LLVM does for instructions that a card does not have.
+    """
+    reply = _compiler(request.card.architecture).ask(request)
+    if reply.program is None:
+        raise jax.errors.JaxRuntimeError(reply.error)
+    return reply.program
+
+
+@functools.cache
+def _compiler(architecture: str) -> "_Compiler":
+    compiler = _Compiler(architecture)
+    atexit.register(compiler.end)
+    return compiler
+
+
+class _Compiler:
+    """One process, which is started again where it has ended."""
+
+    def __init__(self, architecture: str) -> None:
+        self.architecture = architecture
+        self.lock = threading.Lock()  # one request at a time
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def ask(self, request: Request) -> Reply:
+        with self.lock:
+            process = self.process = self.process or _start()
+            assert process.stdin is not None and process.stdout is not None
+            try:
+                pickle.dump(request, process.stdin)
+                process.stdin.flush()
+                return pickle.load(process.stdout)
+            except (EOFError, BrokenPipeError) as error:
+                code = self.end()
+                raise CompilerCrashedError(
+                    f"XLA's compiler for {self.architecture} ended with exit code {code}; see stderr for its last words"
+                ) from error
+
+    def end(self) -> int | None:
+        process, self.process = self.process, None
+        if process is None:
+            return None
+        with process:  # closes the pipes, upon which it ends, and waits for it
+            pass
+        return process.returncode
+
+
+def _start() -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    # Not -m: the module would be __main__ there, and what it pickles unknown here.
+    command = [sys.executable, "-c", "from pallas_kernels.aot import worker; worker.main()"]
+    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
