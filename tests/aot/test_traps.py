@@ -148,10 +148,13 @@ def test_a_mosaic_kernel_is_compiled_for_one_card_after_another(compile_for):
 
 
 JAX_ALONE_FOR_TWO_CARDS = """
+import runpy
 import jax, jax.numpy as jnp
 from pallas_kernels.aot import compile, memory, placement, toolchain
 from pallas_kernels.gpu_specs import CARDS
-from tests.aot.test_traps import register_copy
+
+# Not `import tests`: a package of that name that others install would be found before this folder.
+register_copy = runpy.run_path("tests/aot/test_traps.py")["register_copy"]
 
 for card in (CARDS["h100"], CARDS["a100"]):
     device = toolchain.device_for(card)
