@@ -74,6 +74,11 @@ class CompiledFor:
         """Names of the kernels that keep something in local memory because it did not fit registers."""
         return tuple(kernel.name for kernel in self.kernels if kernel.stack_bytes)
 
+    @property
+    def exceeding_shared_memory(self) -> tuple[str, ...]:
+        """Names of the kernels that the card would not launch: a block can not have the shared memory they ask for."""
+        return tuple(k.name for k in self.kernels if k.shared_bytes > self.card.shared_memory_per_sm)
+
     def largest_temporaries(self, count: int = 10) -> list[Temporary]:
         """The largest temporary buffers, on the card and in host memory."""
         return read_temporaries(self._executable, self.text)[:count]
@@ -109,10 +114,11 @@ def compile_for(
       CompilerUnavailableError: packages are missing, or JAX has not loaded its CUDA plugin; see `problem`.
       ValueError: an unknown card; donate_argnums or static_argnums for a function that is jitted already; array
         arguments that are all on the host.
-      RuntimeError: JAX did not keep an array in the host's memory as it was told to.
+      RuntimeError: JAX did not keep an array in the memory that it was told to (pallas_kernels.aot.placement).
       CompilerCrashedError: XLA or LLVM ended its process.
-      Whatever tracing and compiling raise: a kernel that this card can't run, or that takes too much shared memory. A
-      program that is larger than the card's memory is no error: see CompiledFor.check_fits.
+      Whatever tracing and compiling raise: a kernel that this card can't run. A program larger than the card's
+      memory is no error (CompiledFor.check_fits), nor is a Mosaic kernel with too much shared memory
+      (CompiledFor.exceeding_shared_memory).
     """
     spec = find_card(card)
     toolchain.require()

@@ -39,7 +39,7 @@ class Kernel(NamedTuple):
     Fields:
       architecture: as ptxas names it (sm_90a).
       stack_bytes: registers that did not fit (spills), and arrays that a thread indexes; 0 in a good kernel.
-      shared_bytes: static and dynamic; on Hopper the driver's 1024 are in it.
+      shared_bytes: static and dynamic, and the 1024 that the driver keeps of each block; an SM has no more for a block.
       opcodes: instructions by name without suffixes (HMMA, LDS), as they stand in the code.
       loops: those that hold tensor-core instructions, in order of their end, so that an inner comes before its outer.
     """

@@ -177,6 +177,24 @@ def test_jax_keeps_the_architecture_of_a_processs_first_mosaic_kernel(compile_fo
     assert second == "compiled for a100, sm_80, but found kernel_mosaic_gpu_kernel: sm_90a"
 
 
+def roomy_copy(x):
+    """A copy that asks for 120 KiB of shared memory besides."""
+
+    def kernel(x_ref, o_ref, scratch):
+        o_ref[...] = x_ref[...]
+
+    scratch = [plgpu.SMEM((240, 128), F32)]
+    return plgpu.kernel(kernel, out_type=Abstract(x.shape, x.dtype), scratch_types=scratch)(x)
+
+
+@pytest.mark.parametrize(("card", "exceeds"), [("a100", False), ("a6000", True), ("l40s", True)])
+def test_a_kernel_with_more_shared_memory_than_the_card_has_is_told(compile_for, card, exceeds):
+    # JAX compiles it all the same (the other half of this trap): Mosaic's own limit is not that of the card.
+    compiled = compile_for(card, roomy_copy, Abstract((128, 64), F32))
+    assert len(compiled.exceeding_shared_memory) == exceeds
+    assert 120 << 10 <= compiled.kernels[0].shared_bytes < 124 << 10
+
+
 def test_bytes_on_the_card_are_without_those_of_the_host(compile_for, offload):
     args = (Abstract((1 << 20,), F32), on_host(Abstract((1 << 20,), F32)))
     compiled = compile_for("h100", offload, *args)
