@@ -9,7 +9,6 @@ _DEGREE = 5
 _INTERPOLANT = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, _DEGREE, domain=[-0.5, 0.5])
 _COEFFICIENTS = [float(c) for c in _INTERPOLANT.convert(kind=np.polynomial.Polynomial).coef]
 _SMALLEST = -126.0  # 2^-126 is the smallest normal number
-_ROUNDER = 1.5 * 2**23  # x + _ROUNDER has no room for a fraction: its last bits are the nearest integer
 
 
 def exp2_of_scores(x: jax.Array) -> jax.Array:
@@ -20,11 +19,11 @@ def exp2_of_scores(x: jax.Array) -> jax.Array:
 def _exp2_cpu(x: jax.Array) -> jax.Array:
     """2^n p(f) with n the nearest integer, put in by adding n to the exponent's bits."""
     clipped = jnp.maximum(x, _SMALLEST)
-    shifted = clipped + _ROUNDER
-    fraction = clipped - (shifted - _ROUNDER)
+    nearest = jnp.round(clipped)  # not by adding and subtracting 1.5 * 2^23, which jax 0.11 takes for nothing at all
+    fraction = clipped - nearest
     power = jnp.full_like(x, _COEFFICIENTS[-1])
     for coefficient in _COEFFICIENTS[-2::-1]:
         power = power * fraction + coefficient
-    exponent = jax.lax.bitcast_convert_type(shifted, jnp.int32) << 23
+    exponent = nearest.astype(jnp.int32) << 23
     bits = jax.lax.bitcast_convert_type(power, jnp.int32) + exponent
     return jnp.where(x < _SMALLEST, 0.0, jax.lax.bitcast_convert_type(bits, jnp.float32))
