@@ -4,8 +4,8 @@ Where the rows come from: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's o
 (openxla/xla, xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000), shortened. `rtx4090` and
 `l40s` do not exist there: they were written from NVIDIA's data sheets on the a6000's pattern, and never compared with a
 card; their `memory_bytes` in particular is what such a card is believed to report, less than the nominal 24 and 48 GB.
-`bf16_flops` is what data sheets are remembered to say: dense (not sparse) tensor cores, f32 accumulation. It agrees with
-XLA's clocks for h100, h200 and b200; the others were not checked.
+`bf16_flops` is what data sheets are remembered to say: dense (not sparse) tensor cores, f32 accumulation. It
+agrees with XLA's clocks for h100, h200 and b200; the others were not checked.
 
 XLA's own code compiles for all of them. Compiling a Hopper kernel (wgmma) for `b200` is an error, with jax 0.12.0.1 one
 that ends the compiler's process.

@@ -15,16 +15,9 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
+from real_step import hold, random_batch
 
 from qlora_jax import runtime
-from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
-from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import add_lora
-from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import partition
-from qlora_jax.models.precision import weight_format
-from qlora_jax.optim import make_optimizer
 from qlora_jax.training.step import gradients, update
 
 
@@ -39,27 +32,20 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="auto")
     args = parser.parse_args()
     runtime.start()
-    source = open_model(args.model)
-    held = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype))
-    model = load_model(source, model_config(source.config), held).model
-    add_lora(model, LoraArgs(rank=args.rank), jax.random.key(0))
-    graphdef, lora, base = partition(model)
-    optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
-    state = optimizer.init(lora)
+    held = hold(args.model, rank=args.rank, compute_dtype=args.compute_dtype)
+    lora, state, base = held.lora, held.state, held.base
     compiled = None
     rng = np.random.default_rng(0)
     for _ in sys.stdin:
-        ids = rng.integers(3, model.config.vocab_size, (1, args.batch, args.seq + 1)).astype(np.int32)
+        batch = random_batch(rng, held.config.vocab_size, args.batch, args.seq)
         began = time.perf_counter()
-        ones = np.ones((1, args.batch, args.seq), np.float32)
-        batch = {"inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": ones}
         if compiled is None:
-            compiled = gradients.lower(graphdef, lora, base, batch, None, remat=args.remat).compile()
+            compiled = gradients.lower(held.graphdef, lora, base, batch, None, remat=args.remat).compile()
             runtime.give_memory_back()
         grads, loss = compiled(lora, base, batch, None)
-        lora, state, norm = update(optimizer, lora, state, grads)
+        lora, state, norm = update(held.optimizer, lora, state, grads)
         nll, _ = jax.device_get((loss.nll, norm))
-        record = {"seconds": time.perf_counter() - began, "loss": float(nll) / ones.sum().item()}
+        record = {"seconds": time.perf_counter() - began, "loss": float(nll) / batch["weights"].sum().item()}
         print(json.dumps(record), flush=True)
 
 

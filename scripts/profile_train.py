@@ -33,18 +33,11 @@ from fetch_smollm2 import fetch_smollm2
 from profile_card import bytes_on
 from profile_parts import DIRECTIONS, OPTIMIZER, Event, Measured, by_part, flop_by_part, measure, operations_of, short
 from profile_tables import show_times
+from real_step import hold, random_batch
 from rich.console import Console
 
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
-from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
-from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import add_lora
-from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import partition
-from qlora_jax.models.precision import weight_format
-from qlora_jax.optim import make_optimizer
 from qlora_jax.training import counts
 from qlora_jax.training.step import gradients, update
 
@@ -63,28 +56,18 @@ class Run(NamedTuple):
 
 def prepare(args: argparse.Namespace) -> Run:
     """Loads the model and compiles both programs, as bench_step.py has them."""
-    source = open_model(args.model)
-    held = weight_format(ModelArgs(path=str(args.model), compute_dtype=args.compute_dtype))
-    model = load_model(source, model_config(source.config), held).model
-    add_lora(model, LoraArgs(rank=args.rank), jax.random.key(0))
-    graphdef, lora, base = partition(model)
-    optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
-    state, batch = optimizer.init(lora), random_batch(model.config.vocab_size, args.batch, args.seq)
+    held = hold(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype)
+    lora, state, base = held.lora, held.state, held.base
+    batch = random_batch(np.random.default_rng(0), held.config.vocab_size, args.batch, args.seq)
     programs = {
-        "gradients": gradients.lower(graphdef, lora, base, batch, None, remat=args.remat).compile(),
-        OPTIMIZER: update.lower(optimizer, lora, state, lora).compile(),
+        "gradients": gradients.lower(held.graphdef, lora, base, batch, None, remat=args.remat).compile(),
+        OPTIMIZER: update.lower(held.optimizer, lora, state, lora).compile(),
     }
     runtime.give_memory_back()
     ranks, shape = counts.ranks_of(lora), (1, args.batch, args.seq)
-    counted = counts.Step(model=model.config, weights=held, ranks=ranks, batch=shape, remat=args.remat)
+    counted = counts.Step(model=held.config, weights=held.weights, ranks=ranks, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
     return Run(stepper(programs, lora, state, base, batch), texts, counted)
-
-
-def random_batch(vocabulary: int, rows: int, length: int) -> dict[str, np.ndarray]:
-    """One micro-batch, every token supervised."""
-    ids = np.random.default_rng(0).integers(3, vocabulary, (1, rows, length + 1)).astype(np.int32)
-    return {"inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": np.ones((1, rows, length), np.float32)}
 
 
 def stepper(programs: dict[str, Any], lora: Any, state: Any, base: Any, batch: Any) -> Callable[[], Seconds]:

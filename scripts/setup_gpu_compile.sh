@@ -3,7 +3,8 @@
 # call takes seconds.
 #
 # It is the extra `gpu-compile`. With it installed JAX looks for a card at every start, and where there is neither card
-# nor driver it prints a traceback and goes on with the CPU; JAX_PLATFORMS=cpu spares that, and compiling needs it.
+# nor driver it prints a traceback and goes on with the CPU, except in this project's commands. JAX_PLATFORMS=cpu spares
+# that, and compiling needs it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -65,11 +65,6 @@ class QTensor:
         return tuple(constants.shape[:-block_axes])
 
     @property
-    def num_weights(self) -> int:
-        """How many weights the codes stand for, all layers of a stack counted."""
-        return math.prod(self.stack_shape) * math.prod(self.shape)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of all leaves."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))

@@ -12,7 +12,7 @@ _SMALLEST = -126.0  # 2^-126 is the smallest normal number
 
 
 def exp2_of_scores(x: jax.Array) -> jax.Array:
-    """2^x in f32 for x <= 0, within 3e-7 relative; 0 below 2^-126. On CPUs half the time of jnp.exp2."""
+    """2^x in f32 for x <= 0, within 3e-7 relative; 0 below 2^-126. On CPUs 0.6 of the time of jnp.exp2."""
     return jax.lax.platform_dependent(x, cpu=_exp2_cpu, default=jnp.exp2)
 
 
