@@ -3,15 +3,21 @@
 Dimension key: N out, K in, G = K / block_size, E = elements of `shape`; `...` stacked layers. A byte holds two codes,
 one in its high and one in its low nibble. With code(n, k), or code(e) over the flattened weight:
 
-| layout       | codes                | byte                                           | constants               |
-|--------------|----------------------|------------------------------------------------|-------------------------|
-| `bnb`        | u8 [..., N, K/2]     | [n, j] = code(n, 2j) << 4 or code(n, 2j+1)     | [..., N, G]             |
-| `row_planar` | u8 [..., N/2, K]     | [i, k] = code(i, k) << 4 or code(i + N/2, k)   | [..., N, G]             |
-| `flat`       | u8 [..., ceil(E/2)]  | [j] = code(2j) << 4 or code(2j+1)              | [..., ceil(E / block)]  |
+| layout       | codes                     | byte                                             | constants              |
+|--------------|---------------------------|--------------------------------------------------|------------------------|
+| `bnb`        | u8 [..., N, K/2]          | [n, j] = code(n, 2j) << 4 or code(n, 2j+1)       | [..., N, G]            |
+| `row_planar` | u8 [..., N/2, K]          | [i, k] = code(i, k) << 4 or code(i + N/2, k)     | [..., N, G]            |
+| `split_k`    | u8 [..., N, 64 P]         | [n, 64p+j] = code(n, 128p+64+j) << 4 or          | [..., G, N]            |
+|              | P = ceil(K / 128), j < 64 | code(n, 128p+j); past K the high nibble is 0     |                        |
+| `flat`       | u8 [..., ceil(E/2)]       | [j] = code(2j) << 4 or code(2j+1)                | [..., ceil(E / block)] |
 
 `bnb` is bitsandbytes' byte order, so that import and export are reshapes; it needs K % block_size == 0. `row_planar`
-unpacks to two contiguous halves, which is what CPUs like; it needs an even N besides. `flat` takes any shape: blocks
+unpacks to two contiguous halves, which is what CPUs like; it needs an even N besides. `split_k` is what the GPU kernels
+read: the nibbles of 64 neighbouring bytes are two runs of 64 columns, each with one constant a row, and the constants
+of a run are neighbours; it needs N and K that are multiples of 64, and blocks that are. `flat` takes any shape: blocks
 run over the flattened weight, the last may be partial, and an odd E leaves one nibble of padding.
+
+Whatever the order in which constants are held, double quantization counts blocks as bitsandbytes does: n * G + g.
 
 Every function takes NumPy or JAX arrays and returns the same kind.
 """
@@ -24,6 +30,8 @@ from typing import Any
 from pallas_kernels.formats.qtensor import QTensor
 
 Array = Any  # numpy.ndarray or jax.Array
+
+RUN = 64  # columns that `split_k` keeps together
 
 
 def pack_nibbles(high: Array, low: Array) -> Array:
@@ -60,6 +68,22 @@ def unpack_halves(codes: Array) -> Array:
     return xp.concat(unpack_nibbles(codes), axis=-2)
 
 
+def pack_runs(unpacked: Array) -> Array:
+    """[..., N, K] codes -> [..., N, 64 ceil(K/128)] bytes, runs of 64 columns in the low and high nibbles in turn."""
+    xp = unpacked.__array_namespace__()
+    padding = -unpacked.shape[-1] % (2 * RUN)
+    padded = xp.pad(unpacked, [(0, 0)] * (unpacked.ndim - 1) + [(0, padding)])
+    runs = padded.reshape(*unpacked.shape[:-1], -1, 2, RUN)
+    return pack_nibbles(runs[..., 1, :], runs[..., 0, :]).reshape(*unpacked.shape[:-1], -1)
+
+
+def unpack_runs(codes: Array, columns: int) -> Array:
+    """[..., N, 64 ceil(K/128)] bytes -> [..., N, K] codes: the inverse of pack_runs, without its padding."""
+    xp = codes.__array_namespace__()
+    high, low = unpack_nibbles(codes.reshape(*codes.shape[:-1], -1, RUN))
+    return xp.stack((low, high), axis=-2).reshape(*codes.shape[:-1], -1)[..., :columns]
+
+
 def _flat_to_bnb(codes: Array, shape: tuple[int, ...]) -> Array:
     rows, columns = shape
     return codes.reshape(*codes.shape[:-1], rows, columns // 2)
@@ -77,6 +101,14 @@ def _bnb_to_row_planar(codes: Array, shape: tuple[int, ...]) -> Array:
     return pack_halves(unpack_pairs(codes))
 
 
+def _split_k_to_bnb(codes: Array, shape: tuple[int, ...]) -> Array:
+    return pack_pairs(unpack_runs(codes, shape[1]))
+
+
+def _bnb_to_split_k(codes: Array, shape: tuple[int, ...]) -> Array:
+    return pack_runs(unpack_pairs(codes))
+
+
 def _unchanged(codes: Array, shape: tuple[int, ...]) -> Array:
     return codes
 
@@ -89,6 +121,10 @@ def _unpack_row_planar(codes: Array, shape: tuple[int, ...]) -> Array:
     return unpack_halves(codes)
 
 
+def _unpack_split_k(codes: Array, shape: tuple[int, ...]) -> Array:
+    return unpack_runs(codes, shape[1])
+
+
 def _unpack_flat(codes: Array, shape: tuple[int, ...]) -> Array:
     elements = unpack_pairs(codes)[..., : math.prod(shape)]
     return elements.reshape(*codes.shape[:-1], *shape)
@@ -96,13 +132,28 @@ def _unpack_flat(codes: Array, shape: tuple[int, ...]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One row of the table above: shapes and conversions for a weight of static `shape`, stacks allowed."""
+    """One row of the table above: shapes and conversions for a weight of static `shape`, stacks allowed.
+
+    Fields:
+      blocks_shape: of the constants in the order of blocks, (N, G) or (blocks,); from (shape, block_size).
+      transposed: constants are held (G, N).
+    """
 
     codes_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-    constants_shape: Callable[[tuple[int, ...], int], tuple[int, ...]]
+    blocks_shape: Callable[[tuple[int, ...], int], tuple[int, ...]]
     unpack: Callable[[Array, tuple[int, ...]], Array]
     to_bnb: Callable[[Array, tuple[int, ...]], Array]
     from_bnb: Callable[[Array, tuple[int, ...]], Array]
+    transposed: bool = False
+
+    def constants_shape(self, shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
+        """The shape of a weight's constants as they are held."""
+        blocks = self.blocks_shape(shape, block_size)
+        return blocks[::-1] if self.transposed else blocks
+
+    def turn(self, constants: Array) -> Array:
+        """Constants as held -> in the order of blocks, or back."""
+        return constants.swapaxes(-1, -2) if self.transposed else constants
 
 
 def _rows_of_blocks(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
@@ -116,21 +167,29 @@ def _flat_blocks(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
 LAYOUTS: dict[str, Layout] = {
     "bnb": Layout(
         codes_shape=lambda shape: (shape[0], shape[1] // 2),
-        constants_shape=_rows_of_blocks,
+        blocks_shape=_rows_of_blocks,
         unpack=_unpack_bnb,
         to_bnb=_unchanged,
         from_bnb=_unchanged,
     ),
     "row_planar": Layout(
         codes_shape=lambda shape: (shape[0] // 2, shape[1]),
-        constants_shape=_rows_of_blocks,
+        blocks_shape=_rows_of_blocks,
         unpack=_unpack_row_planar,
         to_bnb=_row_planar_to_bnb,
         from_bnb=_bnb_to_row_planar,
     ),
+    "split_k": Layout(
+        codes_shape=lambda shape: (shape[0], -(-shape[1] // (2 * RUN)) * RUN),
+        blocks_shape=_rows_of_blocks,
+        unpack=_unpack_split_k,
+        to_bnb=_split_k_to_bnb,
+        from_bnb=_bnb_to_split_k,
+        transposed=True,
+    ),
     "flat": Layout(
         codes_shape=lambda shape: (-(-math.prod(shape) // 2),),
-        constants_shape=_flat_blocks,
+        blocks_shape=_flat_blocks,
         unpack=_unpack_flat,
         to_bnb=_flat_to_bnb,
         from_bnb=_bnb_to_flat,
@@ -148,6 +207,8 @@ def layout_problem(layout: str, shape: tuple[int, ...], block_size: int) -> str 
         return f"layout {layout!r} needs a matrix [N, K] with K % {block_size} == 0, got shape {shape}; use 'flat'"
     if layout == "row_planar" and shape[0] % 2:
         return f"layout 'row_planar' needs an even N, got shape {shape}; use 'bnb'"
+    if layout == "split_k" and (shape[0] % RUN or shape[1] % RUN or block_size % RUN):
+        return f"layout 'split_k' needs N, K and blocks of multiples of {RUN}, got {shape=}, {block_size=}; use 'bnb'"
     return None
 
 
@@ -169,11 +230,16 @@ def repack(qt: QTensor, layout: str) -> QTensor:
     if qt.layout == "flat" and (problem := layout_problem("bnb", qt.shape, qt.block_size)):
         raise ValueError(f"cannot repack from 'flat': {problem}")
     codes = LAYOUTS[layout].from_bnb(LAYOUTS[qt.layout].to_bnb(qt.codes, qt.shape), qt.shape)
-    shape = (*qt.stack_shape, *LAYOUTS[layout].constants_shape(qt.shape, qt.block_size))
     return dataclasses.replace(
         qt,
         codes=codes,
-        absmax=None if qt.double_quant else qt.absmax.reshape(shape),
-        absmax_codes=qt.absmax_codes.reshape(shape) if qt.double_quant else None,
+        absmax=None if qt.double_quant else _repack_constants(qt, qt.absmax, layout),
+        absmax_codes=_repack_constants(qt, qt.absmax_codes, layout) if qt.double_quant else None,
         layout=layout,
     )
+
+
+def _repack_constants(qt: QTensor, constants: Array, layout: str) -> Array:
+    in_order = LAYOUTS[qt.layout].turn(constants)
+    shape = LAYOUTS[layout].blocks_shape(qt.shape, qt.block_size)
+    return LAYOUTS[layout].turn(in_order.reshape(*qt.stack_shape, *shape))

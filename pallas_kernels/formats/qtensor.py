@@ -24,11 +24,11 @@ class QTensor:
     `code` is read from `codes` by the equation of `layout` (pallas_kernels.formats.layouts). The constants are either
     `absmax` itself, or double-quantized:
     `absmax = map8[absmax_codes] * nested_absmax[block // nested_block_size] + nested_offset`, with `map8` the signed
-    dynamic 8-bit map and `block` counted over the flattened weight.
+    dynamic 8-bit map and `block` counted over the flattened weight, whatever the layout.
 
     Leaves (leading axes, the same on all, are stacked layers):
-      codes: uint8 [..., N, K/2] (`bnb`), [..., N/2, K] (`row_planar`), [..., ceil(E/2)] (`flat`).
-      absmax: f32 [..., N, G] (`flat`: [..., ceil(E/B)]), or None where double-quantized.
+      codes: uint8, the shape that the layout says.
+      absmax: f32 [..., N, G] (`split_k`: [..., G, N], `flat`: [..., ceil(E/B)]), or None where double-quantized.
       absmax_codes: uint8, the shape that absmax would have, or None.
       nested_absmax: f32 [..., ceil(blocks/nested_block_size)], or None.
       nested_offset: f32 [...], one a weight, or None.

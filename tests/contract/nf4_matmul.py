@@ -16,7 +16,7 @@ from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from qlora_jax.quant import quantize_numpy
 
 ROWS = (1, 3, 7, 16, 65, 128, 300)
-SHAPES = ((64, 128), (96, 192), (192, 576))  # 576 = 4.5 x 128, as in SmolLM2
+SHAPES = ((64, 128), (128, 192), (192, 576))  # 576 = 4.5 x 128, as in SmolLM2
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 # A product of K terms is summed in f32, its error growing as sqrt(K) ulps of f32, and rounded once to the result's

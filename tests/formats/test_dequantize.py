@@ -10,7 +10,7 @@ from pallas_kernels.formats.layouts import LAYOUTS, repack
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 
-ROWS, COLUMNS, BLOCK_SIZE, NESTED = 40, 576, 64, 256
+ROWS, COLUMNS, BLOCK_SIZE, NESTED = 64, 576, 64, 256
 BLOCKS = COLUMNS // BLOCK_SIZE
 
 
@@ -80,13 +80,13 @@ def test_one_layer_of_a_stack_inside_jit(layout: str) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_constants_are_rounded_twice_as_bitsandbytes_rounds_them(layout: str) -> None:
-    """One fused multiply-add would differ in about a tenth of these 1,080 constants."""
+    """One fused multiply-add would differ in about a tenth of these 1,728 constants."""
     qt = repack(stacked_weight("nf4", layers=3), layout)
     expected = expand_absmax_numpy(qt)
-    once = dynamic_map()[qt.absmax_codes].astype(np.float64)
+    once = dynamic_map()[LAYOUTS[layout].turn(qt.absmax_codes)].astype(np.float64)
     nested = np.repeat(qt.nested_absmax, NESTED, axis=-1)[:, : ROWS * BLOCKS].reshape(once.shape)
     offset = qt.nested_offset.reshape(-1, *[1] * (once.ndim - 1))
-    fused = (once * nested + offset).astype(np.float32)
+    fused = LAYOUTS[layout].turn((once * nested + offset).astype(np.float32))
     assert np.sum(fused != expected) > 50
     np.testing.assert_array_equal(np.asarray(jax.jit(expand_absmax)(on_device(qt))), expected)
 

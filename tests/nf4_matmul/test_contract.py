@@ -14,7 +14,7 @@ RUNS = [
         name, layout, marks=pytest.mark.skipif(bool(one.missing()), reason=f"implementation {name} {one.missing()}")
     )
     for name, one in IMPLEMENTATIONS.items()
-    for layout in one.abilities.layouts or ("bnb", "row_planar")
+    for layout in one.abilities.layouts or ("bnb", "row_planar", "split_k")
     if one.abilities.devices is None or set(one.abilities.devices) & set(target_device().names)
 ]
 
