@@ -82,7 +82,7 @@ def formula_rows(step: counts.Step) -> list[dict[str, Any]]:
     rows += [("lora", "parameters", lora), ("lora", "gradients", lora)]
     rows += [("optimizer", "state", counts.optimizer_bytes(step)), ("other", "batch", counts.batch_bytes(step))]
     rows += [(KEPT_BY[name], f"kept: {name}", size) for name, size in counts.saved_bytes(step).items()]
-    rows += [("head", "one chunk's logits and their gradient", counts.logits_bytes(step))]
+    rows += [("head", "one tile's logits and their exponentials", counts.logits_bytes(step))]
     return [{"part": part, "what": what, "bytes": size} for part, what, size in rows]
 
 

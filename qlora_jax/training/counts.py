@@ -8,6 +8,7 @@ F mlp, V vocab, R rank; of a projection, `out` and `in` features.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -126,9 +127,14 @@ def head_flops(step: Step) -> int:
     return 2 * head_rows(step) * step.model.embed_dim * step.model.vocab_size
 
 
+def head_tile(step: Step) -> loss.Tile:
+    """How the head is cut: C tokens with W of its rows at once."""
+    return loss.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
+
+
 def head_rows(step: Step) -> int:
-    """C I: supervised tokens in whole chunks of C = min(CHUNK, M)."""
-    chunk = min(loss.CHUNK, step.rows)
+    """C I: supervised tokens in whole chunks of C."""
+    chunk = head_tile(step).tokens
     tokens = step.rows if step.supervised is None else step.supervised
     return -(-tokens // chunk) * chunk
 
@@ -273,8 +279,8 @@ def dequantized_traffic(step: Step) -> int:
 
 
 def logits_bytes(step: Step) -> int:
-    """C V (4 + itemsize): one chunk's logits in f32 and their gradient in the compute dtype."""
-    return min(loss.CHUNK, step.rows) * step.model.vocab_size * (F32 + step.itemsize)
+    """C W (4 + itemsize): one tile's logits in f32 and their exponentials in the compute dtype."""
+    return math.prod(head_tile(step)) * (F32 + step.itemsize)
 
 
 def argument_bytes(step: Step) -> int:

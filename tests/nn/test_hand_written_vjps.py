@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.nn.attention import cached_attention
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.lora import lora_deltas
-from qlora_jax.nn.loss import token_nll
+from qlora_jax.nn.loss import TILES, Tile, token_nll
 from qlora_jax.nn.mlp import swiglu
 from qlora_jax.nn.norm import rms_norm
 from qlora_jax.nn.rope import Rope, rotate, rotations
@@ -64,9 +64,11 @@ def test_attention_over_a_cache_equals_causal_attention():
     )
 
 
+@pytest.mark.parametrize("vocab", [50, 64, 100], ids=["a tile and a rest", "two tiles", "three and a rest"])
 @pytest.mark.parametrize("supervised", [0, 1, 37, 700])
-def test_token_nll(supervised):
-    m, vocab = 700, 50
+def test_token_nll(supervised, vocab, monkeypatch):
+    monkeypatch.setitem(TILES, "cpu", Tile(256, 32))
+    m = 700
     hidden, head = _random(m, 24), _random(vocab, 24)
     targets = jnp.asarray(np.random.default_rng(0).integers(0, vocab, m), jnp.int32)
     mask = jnp.asarray(np.random.default_rng(1).permutation(m) < supervised)
@@ -76,6 +78,19 @@ def test_token_nll(supervised):
         return jnp.where(mask, -jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0], 0.0)
 
     _check(lambda hidden: token_nll(hidden, head, targets, mask), plain, hidden)
+
+
+def test_token_nll_of_logits_beyond_exp(monkeypatch):
+    """exp(l) alone would overflow, and the first tile's largest logit is far below the second's."""
+    monkeypatch.setitem(TILES, "cpu", Tile(256, 32))
+    hidden, head = _random(8, 24), _random(64, 24) * jnp.where(jnp.arange(64) < 32, 0.01, 200.0)[:, None]
+    targets = jnp.arange(0, 64, 8, dtype=jnp.int32)
+    everyone = jnp.ones(8, bool)
+
+    def plain(hidden):
+        return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[:, None], 1)[:, 0]
+
+    _check(lambda hidden: token_nll(hidden, head, targets, everyone), plain, hidden)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

@@ -16,7 +16,6 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
-from qlora_jax.nn import loss
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training import counts, step
 from qlora_jax.training.abstract import abstract_step
@@ -108,7 +107,7 @@ def is_split(dot) -> bool:
 
 
 def working_set(counted) -> int:
-    """What may be live beside the saved activations: one chunk of logits (twice: split products are summed in f32),
+    """What may be live beside the saved activations: one tile of logits (twice: split products are summed in f32),
     the gradients of one micro-batch, and of one layer eight arrays of each width and two dequantized MLP weights."""
     model = counted.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * model.num_heads * model.head_dim
@@ -126,7 +125,7 @@ def check_nothing_is_whole(counted, text):
         if sizes[:1] == [layers]:
             assert not kind.startswith("u8") or math.prod(sizes) < smallest // 2, kind
             assert sizes[1:] not in [[n, k] for _, (n, k) in counted.shapes()], (kind, kept)
-        chunk = min(loss.CHUNK, counted.rows)
+        chunk = counts.head_tile(counted).tokens
         if re.match(r"f32|bf16", kind) and model.vocab_size in sizes and model.embed_dim not in sizes:
             assert nbytes(kind) <= 4 * chunk * model.vocab_size, kind
 
