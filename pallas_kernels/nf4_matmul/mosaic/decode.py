@@ -1,0 +1,94 @@
+"""Codes to table values inside a kernel: two 16-bit values for every packed byte, by 11 integer instructions for four.
+
+PRMT picks four bytes out of eight by the low three bits of each nibble of a selector. A table of 16 16-bit values is
+eight 32-bit words, four of low bytes and four of high bytes: two PRMTs look four codes up in the lower and in the upper
+half of the low bytes, a third takes of each pair the one that bit 3 of the code means; the same for the high bytes; and
+two PRMTs put the bytes together. Any table of 16 values costs the same.
+
+Dimension key: R rows, J = 64 bytes of a row.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm
+
+RUN = 64  # bytes of a row that are decoded together; each holds a code of two runs of 64 columns
+
+# $2: two packed bytes, so four codes. $0: the values of the two low nibbles, $1: of the two high ones, in their order.
+_PTX = """{{ .reg .b32 s,m,a,b,p,q;
+ and.b32 s, $2, 0x7777; shr.u32 m, $2, 1; and.b32 m, m, 0x4444; or.b32 m, m, 0x3210;
+ prmt.b32 a, {0}, {1}, s; prmt.b32 b, {2}, {3}, s; prmt.b32 p, a, b, m;
+ prmt.b32 a, {4}, {5}, s; prmt.b32 b, {6}, {7}, s; prmt.b32 q, a, b, m;
+ prmt.b32 $0, p, q, 0x6240; prmt.b32 $1, p, q, 0x7351; }}"""
+
+
+def table_words(table: np.ndarray, dtype: Any) -> list[int]:
+    """The table in a 16-bit dtype as 32-bit words: four of the values' low bytes, then four of their high bytes."""
+    bits = table.astype(jnp.dtype(dtype)).view(np.uint16)
+    lows_and_highs = np.concatenate([bits & 255, bits >> 8]).astype(np.uint8)
+    return lows_and_highs.view("<u4").tolist()
+
+
+def decode_ptx(table: np.ndarray, dtype: Any) -> str:
+    """The inline assembly that looks four codes up in a table of 16 values."""
+    return _PTX.format(*(f"0x{word:08x}" for word in table_words(table, dtype)))
+
+
+def decode_pair(
+    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """(table[byte & 15], table[byte >> 4]) in a 16-bit dtype, inside a Mosaic kernel.
+
+    Args:
+      packed: u8 [R, 64] in registers, of `layout`, which must keep two neighbouring bytes of a row in one register.
+      rows: R.
+      layout: a plgpu.Layout, which the results have too.
+      table: f32 [16].
+    """
+    result = plgpu.ShapeDtypeStruct((rows, RUN), jnp.dtype(dtype), layout=layout)
+    look_up = functools.partial(_look_up, decode_ptx(table, dtype), dtype)
+    return plgpu.inline_mgpu(arg_types=(layout,), return_type=(result, result))(look_up)(packed)
+
+
+def select_pair(
+    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: Any
+) -> tuple[jax.Array, jax.Array]:
+    """`decode_pair` of operations that can be interpreted: a tree of 15 selects over the bits of each code."""
+    assert packed.shape == (rows, RUN)
+    codes = packed.astype(jnp.int32)
+    values = table.astype(jnp.dtype(dtype)).astype(np.float32).tolist()
+    low, high = (_select(values, nibbles).astype(dtype) for nibbles in (codes & 15, codes >> 4))
+    return low, high
+
+
+def _look_up(ptx: str, dtype: Any, ctx: Any, packed: mgpu.FragmentedArray) -> tuple[Any, Any]:
+    low, high = np.empty_like(packed.registers), np.empty_like(packed.registers)
+    for at in np.ndindex(packed.registers.shape):
+        low[at], high[at] = _look_up_register(ptx, dtype, packed.registers[at])
+    make = functools.partial(mgpu.FragmentedArray, _layout=packed.layout, _is_signed=None)
+    return make(_registers=low), make(_registers=high)
+
+
+def _look_up_register(ptx: str, dtype: Any, register: Any) -> list[Any]:
+    """One register of two packed bytes -> two registers of two values."""
+    i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
+    two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+    word = arith.extui(i32, mgpu.utils.bitcast(register, i16))
+    words = llvm.inline_asm(ir.Type.parse("!llvm.struct<(i32,i32)>"), [word], ptx, "=r,=r,r")
+    return [mgpu.utils.bitcast(llvm.extractvalue(i32, words, [at]), two_values) for at in (0, 1)]
+
+
+def _select(values: Sequence[float], codes: jax.Array) -> jax.Array:
+    level = [jnp.full(codes.shape, value, jnp.float32) for value in values]
+    for bit in range(4):
+        is_set = (codes >> bit) & 1 == 1
+        level = [jnp.where(is_set, level[i + 1], level[i]) for i in range(0, len(level), 2)]
+    return level[0]

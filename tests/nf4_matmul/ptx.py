@@ -1,0 +1,50 @@
+"""An interpreter of the few PTX instructions that the kernels' inline assembly is made of, on arrays of words."""
+
+import re
+
+import numpy as np
+
+U32 = np.uint32
+
+
+def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
+    """Byte i of the result is the byte of b:a that bits 0 to 2 of selector nibble i name; bit 3 replicates its sign."""
+    both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(a)
+    for i in range(4):
+        nibble = selector >> U32(4 * i) & U32(15)
+        byte = (both >> (nibble & U32(7)).astype(np.uint64) * np.uint64(8) & np.uint64(255)).astype(U32)
+        signs = np.where(byte & U32(128), U32(255), U32(0))
+        result |= np.where(nibble & U32(8), signs, byte) << U32(8 * i)
+    return result
+
+
+INSTRUCTIONS = {
+    "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
+    "shr.u32": np.right_shift,
+    "prmt.b32": prmt,
+}
+
+
+def run(ptx: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
+    """The words of $0 .. $outputs-1 after the snippet; the inputs are the operands that follow them.
+
+    Raises:
+      KeyError: an instruction or a register that is not known here.
+    """
+    registers = {f"${outputs + i}": words.astype(U32) for i, words in enumerate(inputs)}
+    shape = np.broadcast_shapes(*(words.shape for words in inputs))
+
+    def value(operand: str) -> np.ndarray:
+        if re.match(r"\d", operand):
+            return np.full(shape, int(operand, 0), U32)
+        return registers[operand]
+
+    for statement in ptx.strip("{} \n").split(";"):
+        if not statement.strip() or ".reg" in statement:
+            continue
+        instruction, operands = statement.split(maxsplit=1)
+        result, *arguments = (operand.strip() for operand in operands.split(","))
+        registers[result] = INSTRUCTIONS[instruction](*map(value, arguments))
+    return [registers[f"${i}"] for i in range(outputs)]
