@@ -15,10 +15,10 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-from real_step import hold, random_batch
+from real_step import Held, hold, random_batch
 
 from qlora_jax import runtime
-from qlora_jax.training.step import gradients, update
+from qlora_jax.training.step import update
 
 
 def main() -> None:
@@ -32,21 +32,22 @@ def main() -> None:
     parser.add_argument("--compute-dtype", default="auto")
     args = parser.parse_args()
     runtime.start()
-    held = hold(args.model, rank=args.rank, compute_dtype=args.compute_dtype)
-    lora, state, base = held.lora, held.state, held.base
-    compiled = None
+    shape = (1, args.batch, args.seq)
+    held = hold(args.model, rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
     rng = np.random.default_rng(0)
     for _ in sys.stdin:
         batch = random_batch(rng, held.config.vocab_size, args.batch, args.seq)
         began = time.perf_counter()
-        if compiled is None:
-            compiled = gradients.lower(held.graphdef, lora, base, batch, None, remat=args.remat).compile()
-            runtime.give_memory_back()
-        grads, loss = compiled(lora, base, batch, None)
-        lora, state, norm = update(held.optimizer, lora, state, grads)
-        nll, _ = jax.device_get((loss.nll, norm))
-        record = {"seconds": time.perf_counter() - began, "loss": float(nll) / batch["weights"].sum().item()}
-        print(json.dumps(record), flush=True)
+        held, loss = step(held, batch)
+        print(json.dumps({"seconds": time.perf_counter() - began, "loss": loss}), flush=True)
+
+
+def step(held: Held, batch: dict[str, np.ndarray]) -> tuple[Held, float]:
+    """One optimizer step; its gradients are freed before the next one, as in a run."""
+    grads, loss = held.gradients(held.lora, held.base, batch, None)
+    lora, state, norm = update(held.optimizer, held.lora, held.state, grads)
+    nll, _ = jax.device_get((loss.nll, norm))
+    return held._replace(lora=lora, state=state), float(nll) / batch["weights"].sum().item()
 
 
 if __name__ == "__main__":

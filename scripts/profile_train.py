@@ -39,7 +39,7 @@ from rich.console import Console
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
 from qlora_jax.training import counts
-from qlora_jax.training.step import gradients, update
+from qlora_jax.training.step import update
 
 MODULES = {"jit_gradients": "gradients", "jit_update": OPTIMIZER}  # as a trace calls the two programs
 WIDTH = 150  # of a table where nothing says how wide the screen is
@@ -55,16 +55,17 @@ class Run(NamedTuple):
 
 
 def prepare(args: argparse.Namespace) -> Run:
-    """Loads the model and compiles both programs, as bench_step.py has them."""
-    held = hold(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype)
+    """Compiles both programs and loads the model, as bench_step.py does."""
+    shape = (1, args.batch, args.seq)
+    held = hold(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
     lora, state, base = held.lora, held.state, held.base
     batch = random_batch(np.random.default_rng(0), held.config.vocab_size, args.batch, args.seq)
     programs = {
-        "gradients": gradients.lower(held.graphdef, lora, base, batch, None, remat=args.remat).compile(),
+        "gradients": held.gradients.compiled(shape),
         OPTIMIZER: update.lower(held.optimizer, lora, state, lora).compile(),
     }
     runtime.give_memory_back()
-    ranks, shape = counts.ranks_of(lora), (1, args.batch, args.seq)
+    ranks = counts.ranks_of(lora)
     counted = counts.Step(model=held.config, weights=held.weights, ranks=ranks, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
     return Run(stepper(programs, lora, state, base, batch), texts, counted)

@@ -14,29 +14,34 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
+from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.programs import Gradients
 
 
 class Held(NamedTuple):
-    """A model in NF4 with adapters on all linear layers, and its optimizer at step 0."""
+    """A model in NF4 with adapters on all linear layers, its optimizer at step 0, and its gradients' program."""
 
     config: ModelConfig
     weights: WeightFormat
-    graphdef: Any
+    gradients: Gradients
     lora: Any
     base: Any
     optimizer: Any
     state: Any
 
 
-def hold(path: str, *, rank: int, compute_dtype: str) -> Held:
-    """Loads and quantizes the model at `path`, a GGUF file or a Hugging Face folder."""
+def hold(path: str, *, rank: int, compute_dtype: str, batch: tuple[int, int, int], remat: str) -> Held:
+    """Compiles for batches (A, B, T), then loads and quantizes the model at `path`, a GGUF file or a folder."""
     source = open_model(path)
+    config, adapters = model_config(source.config), LoraArgs(rank=rank)
     weights = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype))
-    model = load_model(source, model_config(source.config), weights).model
-    add_lora(model, LoraArgs(rank=rank), jax.random.key(0))
-    graphdef, lora, base = partition(model)
+    gradients = Gradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
+    gradients.compiled(batch)
+    model = load_model(source, config, weights).model
+    add_lora(model, adapters, jax.random.key(0))
+    _, lora, base = partition(model)
     optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
-    return Held(model.config, weights, graphdef, lora, base, optimizer, optimizer.init(lora))
+    return Held(config, weights, gradients, lora, base, optimizer, optimizer.init(lora))
 
 
 def random_batch(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> dict[str, np.ndarray]:

@@ -108,7 +108,9 @@ def _converted(
         else:
             _check_finite(source, name, array)
             _update(digest, name, [array])
-            layer = _owned(array, slot.leaf.dtype)
+            # Its own memory, not the file's; and in its own dtype before the copy, so that the two are never there in f32.
+            array = array.astype(slot.leaf.dtype, copy=False)
+            layer = jnp.array(array, copy=True)
         del array  # before the next one is read
         yield layer
         report(entry)
@@ -127,11 +129,6 @@ def _quantized(source: ModelSource, name: str, array: np.ndarray, spec: QTensor)
         _check_finite(source, name, array)
         raise
     return dataclasses.replace(layer, dtype=spec.dtype)
-
-
-def _owned(array: np.ndarray, dtype: Any) -> jax.Array:
-    """A device array that shares no memory with the file."""
-    return jnp.array(array.astype(dtype, copy=False), copy=True)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

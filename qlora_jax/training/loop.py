@@ -14,7 +14,6 @@ import optax
 from qlora_jax.data.batches import START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.programs import Gradients
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss, update
@@ -71,13 +70,13 @@ def run_steps(
       NonFiniteLoss: nothing of that step is saved.
       CheckpointError: a checkpoint could not be written.
     """
-    settings, gradients = session.config.train, Gradients(session)
+    settings = session.config.train
     if progress.step == 0:
         evaluate(session, progress, reporter)
     for batch in session.dataset.train_batches(progress.position):
         if progress.step >= session.total_steps or stop():
             break
-        progress = train_step(session, gradients, progress, batch, reporter)
+        progress = train_step(session, progress, batch, reporter)
         if settings.eval_every and progress.step % settings.eval_every == 0 and progress.step < session.total_steps:
             evaluate(session, progress, reporter)
         if settings.save_every and progress.step % settings.save_every == 0:
@@ -88,14 +87,12 @@ def run_steps(
     return progress
 
 
-def train_step(
-    session: Session, gradients: Gradients, progress: Progress, batch: Batch, reporter: Reporter
-) -> Progress:
+def train_step(session: Session, progress: Progress, batch: Batch, reporter: Reporter) -> Progress:
     """One optimizer step, reported once its numbers are known."""
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
     arrays = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
-    grads, loss = gradients(progress.lora, arrays, key)
+    grads, loss = session.gradients(progress.lora, session.base, arrays, key)
     lora, optimizer_state, norm = update(session.optimizer, progress.lora, progress.optimizer_state, grads)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
     step = progress.step + 1

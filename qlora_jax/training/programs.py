@@ -1,36 +1,49 @@
 """The compiled programs of a run, one for each shape of batch."""
 
+import dataclasses
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.session import Session
-from qlora_jax.training.step import StepLoss, gradients
+from qlora_jax.training.abstract import AbstractStep, abstract_batch
+from qlora_jax.training.step import StepLoss
+
+Shape = tuple[int, int, int]  # (A, B, T)
 
 
 class Gradients:
-    """`training.step.gradients` for one session, compiled when a shape of batch is first seen.
+    """`training.step.gradients` of one run, compiled from shapes alone, so before any weight is read.
 
-    The compiler's memory is given back before the program runs for the first time, so that the two never add up.
+    The compiler takes 300 MB, which it gives back before the weights or a step's scratch want them: the most that a
+    process holds is the largest of the three, not their sum. A shape that was not foreseen is compiled when it comes.
+
+    Args:
+      step: of the run; its batch's shape does not matter.
     """
 
-    def __init__(self, session: Session):
-        self._session = session
-        self._compiled: dict[tuple[int, ...], Any] = {}
+    def __init__(self, step: AbstractStep):
+        self._step = step
+        self._compiled: dict[Shape, Any] = {}
 
     def __len__(self) -> int:
         """How many programs were compiled."""
         return len(self._compiled)
 
-    def __call__(self, lora: Lora, batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[Lora, StepLoss]:
-        """(gradients, losses) of a step's batch."""
-        session, shape = self._session, batch["inputs"].shape
+    def compiled(self, shape: Shape) -> Any:
+        """The program for batches of a shape (A, B, T), a `jax.stages.Compiled`."""
         if shape not in self._compiled:
-            remat = session.config.train.remat
-            lowered = gradients.lower(session.graphdef, lora, session.base, batch, key, remat=remat)
-            self._compiled[shape] = lowered.compile()
+            program = dataclasses.replace(self._step, batch=abstract_batch(*shape)).gradients()
+            self._compiled[shape] = program.function.lower(*program.args, **program.kwargs).compile()
             runtime.give_memory_back()
-        return self._compiled[shape](lora, session.base, batch, key)
+        return self._compiled[shape]
+
+    def __call__(
+        self, lora: Lora, base: nnx.State, batch: dict[str, np.ndarray], key: jax.Array | None
+    ) -> tuple[Lora, StepLoss]:
+        """(gradients, losses) of a step's batch."""
+        accumulated, rows, length = batch["inputs"].shape
+        return self.compiled((accumulated, rows, length))(lora, base, batch, key)

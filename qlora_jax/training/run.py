@@ -14,7 +14,7 @@ from qlora_jax.training.loop import Reporter, restore, run_steps, start, stop_on
 from qlora_jax.training.metrics import MetricsFile, read_metrics
 from qlora_jax.training.overview import overview
 from qlora_jax.training.plot import plot_loss
-from qlora_jax.training.session import open_inputs, prepare
+from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
 
@@ -66,8 +66,10 @@ def train(config: Config, run: Path, *, resume: bool, console: Console) -> bool:
     """
     inputs = open_inputs(config)
     print_report(inputs.dataset.report, console)
+    with console.status("compiling the training step"):
+        gradients = compile_gradients(config, inputs)
     with loading(console) as progress:
-        session = prepare(config, inputs, progress)
+        session = prepare(config, inputs, gradients, progress)
     run.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run, config.train.keep) as checkpoints:
         state = restore(session, checkpoints) if resume else start(session)

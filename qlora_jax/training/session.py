@@ -22,13 +22,16 @@ from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_optimizer, make_schedule
+from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.programs import Gradients
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """A model in three parts, its optimizer, and its data.
+    """A model in three parts, its optimizer, its data, and its compiled programs.
 
     Attributes:
+      gradients: compiled for the shape of the first batch.
       fingerprint: of the base, as io.loader makes it.
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, micro-batch, layer and name; None where there is no dropout.
@@ -41,6 +44,7 @@ class Session:
     graphdef: nnx.GraphDef
     lora: Lora
     base: nnx.State
+    gradients: Gradients
     optimizer: optax.GradientTransformation
     schedule: Callable[[Any], Any]
     fingerprint: str
@@ -80,7 +84,18 @@ def open_inputs(config: Config) -> Inputs:
     return Inputs(source=source, model=model, dataset=dataset)
 
 
-def prepare(config: Config, inputs: Inputs, progress: Progress) -> Session:
+def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
+    """The run's step, compiled for its first batch's shape; done before `prepare`, when memory is still free."""
+    first = next(inputs.dataset.train_batches())
+    accumulated, rows, length = first.inputs.shape
+    weights, remat = weight_format(config.model), config.train.remat
+    shape = (accumulated, rows, length)
+    gradients = Gradients(abstract_step(inputs.model, weights, config.lora, batch=shape, remat=remat))
+    gradients.compiled(shape)
+    return gradients
+
+
+def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Progress) -> Session:
     """Loads, quantizes and adapts: the session of a run at step 0."""
     dataset = inputs.dataset
     weights = weight_format(config.model)
@@ -97,6 +112,7 @@ def prepare(config: Config, inputs: Inputs, progress: Progress) -> Session:
         graphdef=graphdef,
         lora=lora,
         base=base,
+        gradients=gradients,
         optimizer=make_optimizer(config.optim, total_steps),
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=loaded.fingerprint,

@@ -16,9 +16,8 @@ from rich.console import Console
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.training import loop
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.programs import Gradients
 from qlora_jax.training.run import check_folder, train
-from qlora_jax.training.session import open_inputs, prepare
+from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update
 from tests.e2e.project import project, write_model
 
@@ -30,7 +29,8 @@ def quiet() -> Console:
 
 
 def session_of(config):
-    return prepare(config, open_inputs(config), lambda *_: None)
+    inputs = open_inputs(config)
+    return prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
 
 
 def run(config, resume=False):
@@ -102,7 +102,7 @@ class Records(list):
 
 
 def run_quietly(session, progress, batch):
-    return loop.train_step(session, Gradients(session), progress, batch, Records())
+    return loop.train_step(session, progress, batch, Records())
 
 
 @pytest.mark.parametrize("stop_after", [1, 4, 6])
@@ -155,17 +155,16 @@ def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat, sha
     assert temporaries(remat) < share * temporaries("none")
 
 
-def test_compilations_are_one_a_length_and_one_update(tmp_path, monkeypatch):
+def test_compilations_are_one_a_length_and_one_update(tmp_path):
     config = project(tmp_path)
     session = session_of(config)
-    compiled = []
-    monkeypatch.setattr(loop, "Gradients", lambda session: compiled.append(Gradients(session)) or compiled[-1])
+    assert len(session.gradients) == 1  # for the first batch, before the model was loaded
     for function in (update, evaluation_loss):
         function.clear_cache()
     with Checkpoints(Path(config.output), config.train.keep) as checkpoints:
         loop.run_steps(session, loop.start(session), checkpoints, Records(), lambda: False)
     assert len(session.dataset.buckets) == 2
-    assert [len(programs) for programs in compiled] == [len(session.dataset.buckets)]
+    assert len(session.gradients) == len(session.dataset.buckets)
     assert update._cache_size() == 1
     assert evaluation_loss._cache_size() <= len(session.dataset.eval_buckets)
 
