@@ -108,7 +108,7 @@ def _converted(
         else:
             _check_finite(source, name, array)
             _update(digest, name, [array])
-            # Its own memory, not the file's; and in its own dtype before the copy, so that the two are never there in f32.
+            # A copy, for the memory is the file's; made after the cast, so that f32 and two casts are never there at once.
             array = array.astype(slot.leaf.dtype, copy=False)
             layer = jnp.array(array, copy=True)
         del array  # before the next one is read
