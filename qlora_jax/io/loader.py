@@ -108,7 +108,7 @@ def _converted(
         else:
             _check_finite(source, name, array)
             _update(digest, name, [array])
-            # A copy, for the memory is the file's; made after the cast, so that f32 and two casts are never there at once.
+            # A copy, since the memory is the file's, and after the cast: f32 and two casts are never there at once.
             array = array.astype(slot.leaf.dtype, copy=False)
             layer = jnp.array(array, copy=True)
         del array  # before the next one is read
