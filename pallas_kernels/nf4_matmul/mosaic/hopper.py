@@ -1,0 +1,266 @@
+"""nf4_matmul on Hopper: TMA brings codes and rows, two warpgroups dequantize, wgmma multiplies; forward and dx.
+
+Both kernels make a tile of the transposed result, so that the weight is the left operand of wgmma, whose 64 rows a
+warpgroup dequantizes as it needs them:
+
+| kernel   | tile of a warpgroup  | left operand, from         | right operand | a step of the pipeline |
+|----------|----------------------|----------------------------|---------------|------------------------|
+| forward  | y^T [64 n, rows]     | w [64 n, 64 k], registers  | x^T           | 128 of K: two runs     |
+| backward | dx^T [128 k, rows]   | w^T [128 k, 64 n], shared  | dy^T          | 64 of N                |
+
+One warpgroup of the three in a block does nothing but start copies. What lies outside of an array TMA reads as zero and
+does not write: rows past M, the half of a block past N, and columns past K need no code. Only the view of TMA in tiles
+of 8 rows wants M to be a multiple of 8; other rows are padded before the kernel.
+
+A twin of each kernel can be interpreted on a CPU, with JAX's race detector. It is this code but for two lines: codes
+are decoded by selects and not by inline assembly, and forward's left operand goes through shared memory. What the
+detector does not see: that wgmma runs on after it was issued (the interpreter multiplies at once; tests read the order
+of issue, wait and reuse off the traced kernel instead), that it then reads registers (nothing stands between issue and
+wait), the fences inside of Mosaic's own operations, and two blocks that write the same element.
+
+Dimension key: M rows, L layers, N out, K in, J bytes of a packed row; suffix _g in device memory, _s in shared memory.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.nf4_matmul.dispatch import Layer
+from pallas_kernels.nf4_matmul.mosaic import decode
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
+
+WARPGROUPS = 2  # that compute
+RUN = decode.RUN  # columns with one constant a row, and rows of a warpgroup's piece of the weight
+GROUP = 2 * RUN  # columns whose codes share bytes
+EIGHT = 8  # rows of a tile of shared memory, as wgmma reads it
+MEMORY_REGISTERS = 40  # of the warpgroup that starts copies; the others share the rest
+REGISTERS = plgpu.Layout.WGMMA
+
+
+def _tiles(row_bytes: int) -> tuple[Any, ...]:
+    """Tiles of 8 x 64 in shared memory, rotated so that neither TMA nor warps meet in a bank."""
+    return (
+        plgpu.TilingTransform((EIGHT, RUN)),  # pyright: ignore[reportAbstractUsage]
+        plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]
+    )
+
+
+WIDE = _tiles(128)  # rows of 64 values of 16 bits
+NARROW = _tiles(64)  # rows of 64 bytes
+
+
+class Tile(NamedTuple):
+    """Rows of x or dy in one block, and steps of the pipeline whose copies are in shared memory at once."""
+
+    rows: int
+    steps: int
+
+
+# Rows at most -> the tile; each fits shared memory and registers. Below 256 rows a warpgroup's product takes no longer
+# than its next decoding, so that more rows in a tile cost nothing (notes in docs/gpu.md); no card has measured it.
+FORWARD_TILES = {64: Tile(64, 4), 1024: Tile(128, 4), None: Tile(256, 2)}
+BACKWARD_TILES = {64: Tile(64, 4), None: Tile(128, 4)}
+
+
+def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
+    """y = x w^T, accumulated in f32, in x's dtype."""
+    tile = _tile(FORWARD_TILES, x_MK.shape[0])
+    return forward_product(x_MK, operands(weights, layer, x_MK.dtype), tile)
+
+
+def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
+    """dx = dy w, accumulated in f32, in dy's dtype."""
+    tile = _tile(BACKWARD_TILES, dy_MN.shape[0])
+    return backward_product(dy_MN, operands(weights, layer, dy_MN.dtype), tile)
+
+
+def _tile(tiles: dict[int | None, Tile], rows: int) -> Tile:
+    return next(tile for most, tile in tiles.items() if most is None or rows <= most)
+
+
+def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
+    """`forward` with a tile, as a kernel or, with `interpret` (a plgpu.InterpretGPUParams), its twin."""
+    look_up = _look_up(weight, x_MK.dtype, interpret)
+
+    def step(wg, operand_s, x_s, codes_s, scales_s, acc):
+        mine = pl.ds(wg * RUN, RUN)
+        values = _dequantized(look_up, codes_s.at[mine], scales_s.at[:, mine])
+        left = _through_shared(values, operand_s[0].at[wg]) if operand_s else values
+        for run in (0, 1):
+            plgpu.wgmma(acc, left[run], x_s.at[:, pl.ds(run * RUN, RUN)].T)
+        plgpu.wgmma_wait(0)
+        return acc
+
+    return _product(
+        x_MK,
+        weight,
+        tile,
+        Shape(
+            width=weight.shape[0],
+            columns=RUN,
+            steps=pl.cdiv(weight.shape[1], GROUP),
+            blocks=_forward_blocks,
+            operand=() if interpret is None else ((WARPGROUPS, 2, RUN, RUN),),
+        ),
+        step,
+        interpret,
+    )
+
+
+def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
+    """`backward` with a tile, as a kernel or, with `interpret`, its twin."""
+    look_up = _look_up(weight, dy_MN.dtype, interpret)
+
+    def step(wg, operand_s, dy_s, codes_s, scales_s, acc):
+        mine = pl.ds(pl.multiple_of(wg * RUN, RUN), RUN)
+        values = _dequantized(look_up, codes_s.at[:, mine], scales_s.at[pl.ds(2 * wg, 2)])
+        plgpu.wgmma_wait(0)  # the step before has read its operand, all the while that this one was decoded
+        for run in (0, 1):
+            operand_s[0][wg, :, pl.ds(run * RUN, RUN)] = values[run]
+        plgpu.commit_smem()
+        plgpu.wgmma(acc, operand_s[0].at[wg].T, dy_s.T)
+        return acc
+
+    return _product(
+        dy_MN,
+        weight,
+        tile,
+        Shape(
+            width=weight.shape[1],
+            columns=GROUP,
+            steps=pl.cdiv(weight.shape[0], RUN),
+            blocks=_backward_blocks,
+            operand=((WARPGROUPS, RUN, GROUP),),
+            late=1,
+        ),
+        step,
+        interpret,
+    )
+
+
+class Shape(NamedTuple):
+    """What tells the two products apart, beside what they do in a step.
+
+    Fields:
+      width: columns of the result.
+      columns: of the result, that one warpgroup makes.
+      steps: of the pipeline.
+      blocks: (tile, layer, block of rows, block of columns) -> the three pieces that a step reads.
+      operand: shapes of the left operand in shared memory, where it goes through it.
+      late: steps after which a step's shared memory may be filled again; its product still runs in the next.
+    """
+
+    width: int
+    columns: int
+    steps: int
+    blocks: Callable[..., list[plgpu.BlockSpec]]
+    operand: tuple[tuple[int, ...], ...]
+    late: int = 0
+
+
+def _forward_blocks(tile: Tile, layer: Any, m: Any, n: Any, late: int) -> list[plgpu.BlockSpec]:
+    """Rows [rows, 128 k], codes [128 n, 64 bytes], scales [2 runs, 128 n] of step k."""
+    block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
+    return [
+        block((tile.rows, GROUP), lambda k: (m, k), transforms=WIDE),
+        block((None, WARPGROUPS * RUN, RUN), lambda k: (layer, n, k), transforms=NARROW),
+        block((2, WARPGROUPS * RUN), lambda k: (k, n)),
+    ]
+
+
+def _backward_blocks(tile: Tile, layer: Any, m: Any, k: Any, late: int) -> list[plgpu.BlockSpec]:
+    """Rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [4 runs, 64 n] of step n."""
+    block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
+    return [
+        block((tile.rows, RUN), lambda n: (m, n), transforms=WIDE),
+        block((None, RUN, WARPGROUPS * RUN), lambda n: (layer, n, k), transforms=NARROW),
+        block((2 * WARPGROUPS, RUN), lambda n: (k, n)),
+    ]
+
+
+def _look_up(weight: Operands, dtype: Any, interpret: Any) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+    pair = decode.decode_pair if interpret is None else decode.select_pair
+    return functools.partial(pair, rows=RUN, layout=REGISTERS, table=weight.table, dtype=dtype)
+
+
+def _dequantized(look_up: Callable[..., Any], codes_s: Any, scales_s: Any) -> list[jax.Array]:
+    """Two runs [64 rows, 64 columns] of the weight, in registers: values of codes, each times its row's constant."""
+    pair = look_up(plgpu.load(codes_s, layout=REGISTERS))
+    scales = [plgpu.load(scales_s.at[run], layout=REGISTERS.reduce(1)) for run in (0, 1)]
+    return [values * lax.broadcast_in_dim(scale, values.shape, [0]) for values, scale in zip(pair, scales, strict=True)]
+
+
+def _through_shared(values: list[jax.Array], operand_s: Any) -> list[Any]:
+    """The twin's way to wgmma, which the interpreter gives no operand in registers."""
+    for run in (0, 1):
+        operand_s[run] = values[run]
+    plgpu.commit_smem()
+    return [operand_s.at[run] for run in (0, 1)]
+
+
+def _product(
+    rows: jax.Array, weight: Operands, tile: Tile, shape: Shape, step: Callable[..., Any], interpret: Any
+) -> jax.Array:
+    """[M, .] -> [M, width]: one block for each tile of the result, the accumulator kept over all of its steps."""
+    padded = pad_rows(rows, EIGHT)
+    row_tiles = pl.cdiv(len(padded), tile.rows)
+    together = _together(row_tiles)
+
+    def kernel(layer_g, rows_g, codes_g, scales_g, out_g, out_s, operand_s):
+        wg, across = lax.axis_index("wg"), lax.axis_index("across")
+        m = lax.axis_index("group") * together + lax.axis_index("m")
+        columns = pl.ds((across * WARPGROUPS + wg) * shape.columns, shape.columns)
+
+        def compute(pipeline):
+            @functools.partial(pl.run_scoped, acc=plgpu.WGMMAAccumulatorRef((shape.columns, tile.rows), jnp.float32))
+            def _(acc):
+                pipeline(acc)
+                _store(acc[...], out_s.at[wg], out_g.at[pl.ds(m * tile.rows, tile.rows), columns])
+
+        plgpu.emit_pipeline_warp_specialized(
+            lambda _, *step_refs: step(wg, operand_s, *step_refs),
+            grid=(shape.steps,),
+            memory_registers=MEMORY_REGISTERS,
+            in_specs=shape.blocks(tile, layer_g[0], m, across, shape.late),
+            wg_axis="wg",
+            num_compute_wgs=WARPGROUPS,
+            max_concurrent_steps=max(tile.steps, shape.late + 1),
+            compute_context=compute,
+        )(rows_g, codes_g, scales_g)
+
+    shared = functools.partial(plgpu.SMEM, dtype=rows.dtype, transforms=WIDE)
+    run = plgpu.kernel(
+        kernel,
+        out_type=jax.ShapeDtypeStruct((len(padded), shape.width), rows.dtype),
+        grid=(row_tiles // together, pl.cdiv(shape.width, WARPGROUPS * shape.columns), together),
+        grid_names=("group", "across", "m"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="wg",
+        scratch_types=[shared((WARPGROUPS, tile.rows, shape.columns)), [shared(one) for one in shape.operand]],
+        **({} if interpret is None else {"interpret": interpret}),
+    )
+    return run(weight.layer, padded, weight.codes_LNJ, weight.scales)[: len(rows)]
+
+
+def _store(transposed: jax.Array, out_s: Any, out_g: Any) -> None:
+    """A warpgroup's tile, transposed on its way through shared memory."""
+    out_s.T[...] = transposed.astype(out_s.dtype)
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(out_s, out_g)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _together(row_tiles: int) -> int:
+    """Tiles of rows that blocks take before they go on to the next columns: as many as divide them, up to 16.
+
+    Blocks that run at the same time should share what they read, rows as well as codes, in the second-level cache.
+    """
+    return max(count for count in range(1, 17) if row_tiles % count == 0)

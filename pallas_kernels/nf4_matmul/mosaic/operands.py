@@ -1,0 +1,45 @@
+"""What every Mosaic kernel is given of a weight and of its rows. Dimension key: M rows, L layers, N out, K in."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.nf4_matmul.dispatch import Layer
+from pallas_kernels.nf4_matmul.mosaic.constants import expanded_scales
+
+
+class Operands(NamedTuple):
+    """One layer of a weight as a kernel reads it.
+
+    Fields:
+      codes_LNJ: the whole stack, of which the kernel addresses its layer: a slice would be a copy.
+      layer: i32 [1].
+      scales: [2 ceil(K/128), N] in the kernel's dtype, of this layer alone.
+      table: f32 [16].
+      shape: (N, K).
+    """
+
+    codes_LNJ: jax.Array
+    layer: jax.Array
+    scales: jax.Array
+    table: np.ndarray
+    shape: tuple[int, int]
+
+
+def operands(weights: QTensor, layer: Layer, dtype: Any) -> Operands:
+    """The operands of a weight (`layer` None), or of one layer of a stack, for a kernel that multiplies in `dtype`."""
+    codes_LNJ = jnp.asarray(weights.codes) if layer is not None else jnp.asarray(weights.codes)[None]
+    index = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
+    rows, columns = weights.shape
+    scales = expanded_scales(weights, layer, dtype)
+    return Operands(codes_LNJ, index, scales, CODE_TABLES[weights.quant_type], (rows, columns))
+
+
+def pad_rows(rows: jax.Array, multiple: int) -> jax.Array:
+    """Rows of zeros after the last, up to a multiple; the same array where there is nothing to add."""
+    missing = -rows.shape[0] % multiple
+    return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows

@@ -1,0 +1,244 @@
+"""The Hopper kernels' twins, interpreted with the race detector on, and broken copies, which must be caught."""
+
+import dataclasses
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.nf4_matmul.mosaic import decode, hopper
+from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
+from pallas_kernels.nf4_matmul.mosaic.operands import operands
+from pallas_kernels.nf4_matmul.shapes import REDUCED
+from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul.tolerances import relative_error, tolerance
+
+LAYERS = 3
+BF16, F16 = jnp.bfloat16, jnp.float16
+ROWS = (1, 7, 16, 65, 128, 300)
+PRODUCTS = {"forward": hopper.forward_product, "backward": hopper.backward_product}
+DETECTING = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@functools.cache
+def stack(shape, quant_type="nf4", double_quant=True):
+    """Layers of a weight in `split_k`, each of its own."""
+    form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
+    layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def interpreted(direction, rows, shape, tile, dtype, weights=None, layer=1):
+    """(relative error of the twin, the tolerance, whether there was a race)."""
+    weights = stack(shape) if weights is None else weights
+    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
+    right = dense.T if direction == "forward" else dense
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
+    try:
+        product = jax.jit(lambda x, w, i: PRODUCTS[direction](x, operands(w, i, dtype), tile, DETECTING))
+        y = product(x, weights, jnp.int32(layer))
+        assert y.shape == (rows, right.shape[1]) and y.dtype == dtype
+        error = relative_error(y, np.asarray(x, np.float64) @ right.astype(np.float64))
+        return error, tolerance(dtype, len(right), y.size), interpret_pallas_call.get_races().races_found
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def check(*args, **kwargs):
+    error, allowed, races = interpreted(*args, **kwargs)
+    assert error <= allowed
+    assert not races
+
+
+# Rows at and beside a tile's, one step and many, half a block of N, a tail of K, both dtypes.
+CASES = [
+    (1, (64, 64), Tile(64, 4), BF16),
+    (7, (128, 192), Tile(64, 4), F16),
+    (16, (192, 320), Tile(64, 2), BF16),
+    (65, (128, 128), Tile(128, 4), F16),
+    (128, (320, 256), Tile(128, 4), BF16),
+    (300, (192, 192), Tile(128, 3), BF16),
+]
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+@pytest.mark.parametrize(("rows", "shape", "tile", "dtype"), CASES)
+def test_the_twins_compute_the_product_without_a_race(direction, rows, shape, tile, dtype):
+    check(direction, rows, shape, tile, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", PRODUCTS)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("shape", REDUCED)
+def test_the_twins_on_every_reduced_shape(direction, rows, shape):
+    tiles = hopper.FORWARD_TILES if direction == "forward" else hopper.BACKWARD_TILES
+    for tile, dtype in zip(tiles.values(), itertools.cycle((BF16, F16))):
+        check(direction, rows, shape, tile, dtype)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+@pytest.mark.parametrize("quant_type", [name for name in CODE_TABLES if name != "nf4"])
+def test_other_tables_ride_along(direction, quant_type):
+    check(direction, 16, (64, 192), Tile(64, 4), BF16, stack((64, 192), quant_type, double_quant=False))
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+def test_each_layer_of_a_stack_is_read(direction):
+    for layer in range(LAYERS):
+        check(direction, 16, (64, 128), Tile(64, 4), BF16, layer=layer)
+
+
+def test_blocks_of_128_columns():
+    narrow = stack((64, 256), double_quant=False)
+    wide = dataclasses.replace(narrow, block_size=128, absmax=narrow.absmax[:, ::2])
+    check("forward", 16, (64, 256), Tile(64, 4), BF16, wide)
+
+
+# Broken copies: each change is one line of the kernel
+
+
+def caught(direction):
+    """Whether the twin is told from a right one: by its values, by a race, or by what it leaves unfinished."""
+    try:
+        error, allowed, races = interpreted(direction, 128, (128, 512), Tile(64, 2), BF16)
+    except jax.errors.JaxRuntimeError as failed:
+        assert re.search("RACE DETECTED|before kernel finished", str(failed))
+        return True
+    return races or not error <= 2 * allowed  # a NaN is caught too
+
+
+def without(monkeypatch, name):
+    monkeypatch.setattr(hopper.plgpu, name, lambda *args, **kwargs: None)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+def test_the_unbroken_kernel_is_not_caught(direction):
+    assert not caught(direction)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+@pytest.mark.parametrize("missing", ["commit_smem", "wait_smem_to_gmem"])
+def test_a_missing_fence_or_wait_is_caught(monkeypatch, direction, missing):
+    without(monkeypatch, missing)
+    assert caught(direction)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+@pytest.mark.parametrize("broken", [0, 1, 2], ids=["rows", "codes", "scales"])
+@pytest.mark.parametrize("axis", [-2, -1])
+def test_a_wrong_index_map_is_caught(monkeypatch, direction, broken, axis):
+    name = f"_{direction}_blocks"
+    right = getattr(hopper, name)
+
+    def wrong(*args):
+        blocks = right(*args)
+        index_map = blocks[broken].index_map
+
+        def moved(step):
+            at = list(index_map(step))
+            at[axis] = 1 - at[axis]
+            return tuple(at)
+
+        blocks[broken] = dataclasses.replace(blocks[broken], index_map=moved)
+        return blocks
+
+    monkeypatch.setattr(hopper, name, wrong)
+    assert caught(direction)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+def test_a_wrong_layer_is_caught(monkeypatch, direction):
+    product = PRODUCTS[direction]
+
+    def of_the_first(x, weight, tile, interpret):
+        return product(x, weight._replace(layer=0 * weight.layer), tile, interpret)
+
+    monkeypatch.setitem(PRODUCTS, direction, of_the_first)
+    assert caught(direction)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+def test_a_wrong_nibble_is_caught(monkeypatch, direction):
+    right = decode.select_pair
+    monkeypatch.setattr(decode, "select_pair", lambda *args, **kwargs: right(*args, **kwargs)[::-1])
+    assert caught(direction)
+
+
+# What the interpreter does not see: wgmma runs on until it is waited for
+
+
+def traced(direction, interpret=None):
+    """The primitives of one step of the pipeline in a kernel, in order, those inside of others too."""
+    weights = stack((128, 512))
+    x = jnp.zeros((128, 512 if direction == "forward" else 128), BF16)
+    product = PRODUCTS[direction]
+    jaxpr = jax.make_jaxpr(lambda x: product(x, operands(weights, 1, BF16), Tile(64, 2), interpret))(x)
+    steps = [list(equations(body)) for body in loops(jaxpr.jaxpr) if "wgmma_ref" in map(str, names(body))]
+    return steps[-1]  # the innermost
+
+
+def subjaxprs(equation):
+    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
+        inner = getattr(value, "jaxpr", value)
+        if hasattr(inner, "eqns"):
+            yield inner
+
+
+def equations(jaxpr):
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in subjaxprs(equation):
+            yield from equations(inner)
+
+
+def names(jaxpr):
+    return [equation.primitive.name for equation in equations(jaxpr)]
+
+
+def loops(jaxpr):
+    for equation in equations(jaxpr):
+        if equation.primitive.name in ("scan", "while"):
+            yield from subjaxprs(equation)
+
+
+def hazards(step, late):
+    """What goes wrong when steps follow one another: shared memory given away or rewritten while wgmma reads it."""
+    running: set[int] = set()  # steps whose products may not be done
+    for number in range(4):
+        for equation in step:
+            name = equation.primitive.name
+            if name == "wgmma_ref":
+                running.add(number)
+            elif name == "wgmma_wait":
+                running.clear()
+            elif name == "swap" and running:
+                yield f"step {number} writes an operand while the products of {running} run"
+            elif name == "barrier_arrive" and running & set(range(number - late + 1)):
+                yield f"step {number} gives away what the products of {running} read"
+
+
+@pytest.mark.parametrize("twin", [None, DETECTING], ids=["kernel", "twin"])
+@pytest.mark.parametrize(("direction", "late"), [("forward", 0), ("backward", 1)])
+def test_no_memory_is_reused_before_its_product_was_waited_for(monkeypatch, direction, late, twin):
+    step = traced(direction, twin)
+    issued = [equation.primitive.name for equation in step].count("wgmma_ref")
+    assert issued == {"forward": 2, "backward": 1}[direction]
+    assert not list(hazards(step, late))
+    without(monkeypatch, "wgmma_wait")
+    assert list(hazards(traced(direction, twin), late))
+
+
+def test_nothing_stands_between_issue_and_wait_of_products_from_registers():
+    order = [equation.primitive.name for equation in traced("forward")]
+    issued = [at for at, name in enumerate(order) if name == "wgmma_ref"]
+    between = set(order[issued[0] : order.index("wgmma_wait")])
+    assert between <= {"wgmma_ref", "transpose_ref", "broadcast_in_dim", "mul", "add"}, between
