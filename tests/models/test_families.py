@@ -62,7 +62,7 @@ def test_rope_scalings_that_are_not_understood_are_refused(scaling, part):
 
 
 def test_an_unknown_architecture_is_refused():
-    with pytest.raises(ValueError, match="model_type='mamba' is not supported: known are \\['llama'\\]"):
+    with pytest.raises(ValueError, match="model_type='mamba' is not supported: known are \\['llama', 'qwen2'\\]"):
         model_config(dict(SMOLLM2, model_type="mamba"))
 
 

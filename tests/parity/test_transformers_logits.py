@@ -37,6 +37,7 @@ FEATURES = {
     "wide_head": dict(head_dim=24),
     "attention_bias": dict(attention_bias=True),
     "mlp_bias": dict(mlp_bias=True),
+    "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=16, max_window_layers=2),
     "eps": dict(rms_norm_eps=0.3),
     "theta": dict(rope_parameters=dict(ROPE, rope_type="default")),
     "rope_linear": dict(rope_parameters=dict(ROPE, rope_type="linear", factor=3.0)),
@@ -68,7 +69,7 @@ def logits_of(path: Path, tokens: np.ndarray) -> np.ndarray:
 def test_random_models_of_every_feature(oracle, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 97, (2, 37)).astype(np.int32)
     configs = {name: BASE | overrides for name, overrides in FEATURES.items()}
-    expected = oracle(ORACLE / "llama_logits.py", configs=configs, folder=str(tmp_path), tokens=tokens)
+    expected = oracle(ORACLE / "family_logits.py", configs=configs, folder=str(tmp_path), tokens=tokens)
     errors = {}
     for name in FEATURES:
         difference = np.abs(logits_of(tmp_path / name, tokens) - expected[name]).max()

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import llama
+from qlora_jax.models.families import llama, qwen2
 
-FAMILIES = {model_type: family for family in (llama,) for model_type in family.MODEL_TYPES}
+FAMILIES = {model_type: family for family in (llama, qwen2) for model_type in family.MODEL_TYPES}
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:

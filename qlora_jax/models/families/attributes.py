@@ -1,6 +1,6 @@
 """Reading a Hugging Face config so that nothing in it is overlooked."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 # Attributes that do not change what a forward pass computes: names, training-time and generation settings.
@@ -94,6 +94,10 @@ class Attributes:
             value = self._config.get(name)
             if value is not None and value != only:
                 self.refuse(f"{name}={value!r} is not supported (only {only!r})")
+
+    def ignore(self, names: Iterable[str]) -> None:
+        """Takes these as read, whatever they say."""
+        self._read.update(names)
 
     def refuse(self, problem: str) -> None:
         """Notes a problem."""

@@ -23,29 +23,39 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
     attributes = Attributes(config)
     attributes.require_only(ONLY)
+    bias, mlp_bias = attributes.boolean("attention_bias", False), attributes.boolean("mlp_bias", False)
+    defaults = {"max_position_embeddings": 2048}
+    model = decoder_from_hf(attributes, defaults, qkv_bias=bias, o_bias=bias, mlp_bias=mlp_bias)
+    attributes.finish()
+    return model
+
+
+def decoder_from_hf(attributes: Attributes, defaults: Mapping[str, int], **biases: bool) -> ModelConfig:
+    """What all relatives of Llama name alike.
+
+    Args:
+      defaults: of max_position_embeddings, and of num_key_value_heads where that is not the number of heads.
+      biases: qkv_bias, o_bias and mlp_bias of the decoder.
+    """
     heads, width = attributes.integer("num_attention_heads"), attributes.integer("hidden_size")
     head_dim = attributes.integer("head_dim", width // heads if heads else 0)
-    bias = attributes.boolean("attention_bias", False)
-    max_positions = attributes.integer("max_position_embeddings", 2048)
+    max_positions = attributes.integer("max_position_embeddings", defaults["max_position_embeddings"])
     model = ModelConfig(
         vocab_size=attributes.integer("vocab_size"),
         embed_dim=width,
         num_layers=attributes.integer("num_hidden_layers"),
         num_heads=heads,
-        num_kv_heads=attributes.integer("num_key_value_heads", heads),
+        num_kv_heads=attributes.integer("num_key_value_heads", defaults.get("num_key_value_heads", heads)),
         head_dim=head_dim,
         mlp_dim=attributes.integer("intermediate_size"),
         norm_eps=attributes.number("rms_norm_eps", 1e-6),
         rope=rope_from_hf(attributes, head_dim, max_positions),
         tie_embeddings=attributes.boolean("tie_word_embeddings", False),
-        qkv_bias=bias,
-        o_bias=bias,
-        mlp_bias=attributes.boolean("mlp_bias", False),
         max_positions=max_positions,
+        **biases,
     )
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         attributes.refuse(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={model.num_kv_heads}")
-    attributes.finish()
     return model
 
 

@@ -1,4 +1,5 @@
-"""Random Llama models of the configs given, saved as Hugging Face folders; returns their f32 logits."""
+"""Random models of the configs given (llama where `model_type` is left out), saved as Hugging Face folders; their f32
+logits."""
 
 import pathlib
 
@@ -10,8 +11,8 @@ given = inputs()
 torch.manual_seed(0)
 logits = {}
 for name, overrides in given["configs"].items():
-    config = transformers.LlamaConfig(**overrides)
-    model = transformers.LlamaForCausalLM(config).eval().float()
+    config = transformers.AutoConfig.for_model(**({"model_type": "llama"} | overrides))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():  # norms start at one and biases at zero: move them too
             around = 1.0 if "norm" in key else 0.0
