@@ -107,8 +107,8 @@ def line(name: str, shape: Shape, m: int, *, compiled: bool = False) -> Line:
     fused = runs is not None and IMPLEMENTATIONS[runs].fused
     # Roofs of 1 FLOP and 1 byte a second leave the intensity as it is.
     peak, bandwidth = (card.bf16_flops, card.bandwidth) if card else (1.0, 1.0)
-    under = roof(m, shape.nk, fused=fused, peak=peak, bandwidth=bandwidth)
-    kept = held(shape.nk, block_size=BLOCK, nested_block_size=NESTED)
+    under = roof(m, shape.nk, layout, fused=fused, peak=peak, bandwidth=bandwidth)
+    kept = held(shape.nk, layout, block_size=BLOCK, nested_block_size=NESTED)
     return Line(
         device=name,
         shape=shape.name,

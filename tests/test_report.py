@@ -32,7 +32,9 @@ def test_every_card_and_shape_has_a_line(capsys):
     assert len(lines) == (1 + len(CARDS)) * len(SHAPES) * 2 + 1
     assert "nothing here was measured" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
-    assert "forward reference, backward reference; layout bnb" in found
+    assert "forward hopper, backward hopper; layout split_k" in found
+    found = next(line for line in lines if line.startswith("b200: llama-2-7b/down 4096x11008 M=512"))
+    assert "forward reference, backward reference; layout split_k" in found
 
 
 def test_numbers_of_one_line():
@@ -159,16 +161,25 @@ def test_reduced_shapes_are_right(shape):
 
 
 @pytest.mark.parametrize("double_quant", [True, False])
-@pytest.mark.parametrize("shape", [(64, 128), (96, 192), (5, 7)])
+@pytest.mark.parametrize("shape", [(64, 128), (96, 192), (64, 192), (5, 7)])
 def test_held_bytes_are_those_of_a_quantized_weight(shape, double_quant):
-    layout = "flat" if shape == (5, 7) else "bnb"
+    layout = {(5, 7): "flat", (64, 192): "split_k"}.get(shape, "bnb")
     w = contract.weight(shape, layout=layout, double_quant=double_quant)
-    kept = costs.held(shape, double_quant=double_quant)
+    kept = costs.held(shape, layout, double_quant=double_quant)
     assert kept.codes == w.codes.nbytes and kept.codes + kept.constants == w.nbytes
 
 
+def test_a_fused_product_reads_and_writes_its_expanded_constants():
+    kept, activations = costs.held((128, 192), "split_k"), 2 * 5 * (128 + 192)
+    scales = 2 * 128 * 4  # 192 columns are three runs of 64, and one past the end
+    moved = kept.codes + kept.constants + activations
+    assert costs.traffic(5, (128, 192), "split_k", fused=True) == moved + 2 * scales
+    assert costs.traffic(5, (128, 192), "split_k", fused=False) == moved + 2 * 2 * 128 * 192
+
+
 def test_which_roof_is_lower():
-    under = costs.roof(1, (4096, 4096), fused=True, peak=1e15, bandwidth=1e12)
-    assert under.bound == "memory" and under.seconds == costs.traffic(1, (4096, 4096), fused=True) / 1e12
-    under = costs.roof(4096, (4096, 4096), fused=True, peak=1e15, bandwidth=1e12)
+    square = (4096, 4096)
+    under = costs.roof(1, square, "split_k", fused=True, peak=1e15, bandwidth=1e12)
+    assert under.bound == "memory" and under.seconds == costs.traffic(1, square, "split_k", fused=True) / 1e12
+    under = costs.roof(4096, square, "split_k", fused=True, peak=1e15, bandwidth=1e12)
     assert under.bound == "compute" and under.seconds == 2 * 4096**3 / 1e15 and under.ridge == 1000

@@ -4,8 +4,9 @@ Dimension key: M rows, N out, K in, L layers.
 """
 
 import functools
+import importlib
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,17 +18,46 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import cpu, reference
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Call, Choice, Direction, Implementation, Layer, choose
+from pallas_kernels.nf4_matmul.dispatch import (
+    Abilities,
+    Call,
+    Choice,
+    Direction,
+    Implementation,
+    Layer,
+    choose,
+)
+from pallas_kernels.nf4_matmul.mosaic.abilities import HOPPER
 
 DTYPES = ("bfloat16", "float16", "float32")
 
+
+def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
+    """A Mosaic kernel's function, imported when it is called: Mosaic takes most of a second, which CPUs do without."""
+
+    def product(rows, weights, layer):
+        kernels = importlib.import_module(f"pallas_kernels.nf4_matmul.mosaic.{module}")
+        return getattr(kernels, direction)(rows, weights, layer)
+
+    return product
+
+
+def _mosaic(module: str, abilities: Abilities) -> Implementation:
+    return Implementation(_kernel(module, "forward"), _kernel(module, "backward"), abilities, fused=True)
+
+
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.forward, cpu.backward, cpu.ABILITIES, missing=native_problem),
+    "hopper": _mosaic("hopper", HOPPER),
     "reference": Implementation(reference.forward, reference.backward, Abilities()),
 }
 
 # Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest there first.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "reference"), "any": ("reference",)}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "reference"),
+    "sm_90": ("hopper", "reference"),
+    "any": ("reference",),
+}
 
 
 def nf4_matmul(
@@ -123,18 +153,41 @@ def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, 
     return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, weights, layer)
 
 
+@functools.cache
+def _mappable(direction: Direction, implementation: str | None) -> Any:
+    """`_run` under vmap: an axis of the rows alone becomes rows; where weights have one, products are made in turn."""
+
+    @jax.custom_batching.custom_vmap
+    def product(rows, weights, layer):
+        return _run(direction, rows, weights, layer, implementation)
+
+    @product.def_vmap
+    def _(size, mapped, rows, weights, layer):
+        if any(jax.tree.leaves(mapped[1:])):
+
+            def one(at):
+                return product(*jax.tree.map(lambda leaf, is_mapped: leaf[at] if is_mapped else leaf, given, mapped))
+
+            given = (rows, weights, layer)
+            return jax.lax.map(one, jax.numpy.arange(size)), True
+        folded = product(rows.reshape(-1, rows.shape[-1]), weights, layer)
+        return folded.reshape(*rows.shape[:-1], folded.shape[-1]), True
+
+    return product
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _nf4_matmul(x_MK: jax.Array, weights: QTensor, layer: Layer, implementation: str | None) -> jax.Array:
-    return _run("forward", x_MK, weights, layer, implementation)
+    return _mappable("forward", implementation)(x_MK, weights, layer)
 
 
 def _forward(x_MK, weights, layer, implementation):
-    return _run("forward", x_MK, weights, layer, implementation), (weights, layer)
+    return _mappable("forward", implementation)(x_MK, weights, layer), (weights, layer)
 
 
 def _backward(implementation, residuals, dy_MN):
     weights, layer = residuals
-    return _run("backward", dy_MN, weights, layer, implementation), None, None
+    return _mappable("backward", implementation)(dy_MN, weights, layer), None, None
 
 
 _nf4_matmul.defvjp(_forward, _backward)

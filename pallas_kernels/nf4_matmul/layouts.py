@@ -2,8 +2,9 @@
 
 from pallas_kernels.formats.layouts import layout_problem
 
-# The first layout of a platform's row that the weight's shape allows.
-PREFERRED = {"cpu": ("row_planar", "bnb", "flat")}
+# The first layout of a platform's row that the weight's shape allows. All GPUs get the kernels' one, for what has no
+# kernel reads it no slower than another; so the same plan holds for every card.
+PREFERRED = {"cpu": ("row_planar", "bnb", "flat"), "gpu": ("split_k", "bnb", "flat")}
 DEFAULT = ("bnb", "flat")
 
 

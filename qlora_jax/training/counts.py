@@ -194,6 +194,7 @@ def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
         return shape[0] * shape[1] * step.itemsize, 0
     kept = held(
         shape,
+        weights.layout_for(shape),
         block_size=weights.block_size,
         nested_block_size=weights.nested_block_size,
         double_quant=weights.double_quant,

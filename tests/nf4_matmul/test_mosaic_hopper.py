@@ -80,8 +80,7 @@ def test_the_twins_compute_the_product_without_a_race(direction, rows, shape, ti
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("shape", REDUCED)
 def test_the_twins_on_every_reduced_shape(direction, rows, shape):
-    tiles = hopper.FORWARD_TILES if direction == "forward" else hopper.BACKWARD_TILES
-    for tile, dtype in zip(tiles.values(), itertools.cycle((BF16, F16))):
+    for tile, dtype in zip(hopper.TILES[direction], itertools.cycle((BF16, F16))):
         check(direction, rows, shape, tile, dtype)
 
 
@@ -101,6 +100,14 @@ def test_blocks_of_128_columns():
     narrow = stack((64, 256), double_quant=False)
     wide = dataclasses.replace(narrow, block_size=128, absmax=narrow.absmax[:, ::2])
     check("forward", 16, (64, 256), Tile(64, 4), BF16, wide)
+
+
+def test_tiles_grow_with_the_work_and_not_beyond_a_wave():
+    assert hopper.best_tile("forward", 1, 4096).rows == 64
+    assert hopper.best_tile("forward", 128, 4096).rows == 128
+    assert hopper.best_tile("forward", 2048, 1024).rows == 128  # 128 blocks in one wave; of 256 rows, half a wave
+    assert hopper.best_tile("forward", 4096, 11008).rows == 256
+    assert hopper.best_tile("backward", 4096, 11008).rows == 128
 
 
 # Broken copies: each change is one line of the kernel

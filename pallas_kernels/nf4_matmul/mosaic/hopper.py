@@ -33,7 +33,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.nf4_matmul.dispatch import Layer
+from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
 
@@ -64,26 +64,40 @@ class Tile(NamedTuple):
     steps: int
 
 
-# Rows at most -> the tile; each fits shared memory and registers. Below 256 rows a warpgroup's product takes no longer
-# than its next decoding, so that more rows in a tile cost nothing (notes in docs/gpu.md); no card has measured it.
-FORWARD_TILES = {64: Tile(64, 4), 1024: Tile(128, 4), None: Tile(256, 2)}
-BACKWARD_TILES = {64: Tile(64, 4), None: Tile(128, 4)}
+# Those that fit shared memory and registers. What is chosen among them is by reasoning: no card has measured it.
+TILES: dict[Direction, tuple[Tile, ...]] = {
+    "forward": (Tile(64, 4), Tile(128, 4), Tile(256, 2)),
+    "backward": (Tile(64, 4), Tile(128, 4)),
+}
+COLUMNS: dict[Direction, int] = {"forward": RUN, "backward": GROUP}  # of the result, that one warpgroup makes
+PROCESSORS = 132  # of an H100 or H200, each with one block at a time
+DECODING = 550  # cycles of a warpgroup before its product of 64 x 128 weights: about its instructions, and latencies
+
+
+def best_tile(direction: Direction, rows: int, width: int) -> Tile:
+    """The tile with the least waves of blocks times cycles of a step, the smallest of equals.
+
+    A step multiplies 8 cycles for each row of the tile (two warpgroups, 4096 FLOP a cycle); a warpgroup decodes while
+    the other multiplies, so that short products wait for decoding.
+    """
+
+    def cycles(tile: Tile) -> int:
+        blocks = pl.cdiv(rows, tile.rows) * pl.cdiv(width, WARPGROUPS * COLUMNS[direction])
+        return pl.cdiv(blocks, PROCESSORS) * max(8 * tile.rows, DECODING + 4 * tile.rows)
+
+    return min(TILES[direction], key=cycles)
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
     """y = x w^T, accumulated in f32, in x's dtype."""
-    tile = _tile(FORWARD_TILES, x_MK.shape[0])
+    tile = best_tile("forward", x_MK.shape[0], weights.shape[0])
     return forward_product(x_MK, operands(weights, layer, x_MK.dtype), tile)
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
     """dx = dy w, accumulated in f32, in dy's dtype."""
-    tile = _tile(BACKWARD_TILES, dy_MN.shape[0])
+    tile = best_tile("backward", dy_MN.shape[0], weights.shape[1])
     return backward_product(dy_MN, operands(weights, layer, dy_MN.dtype), tile)
-
-
-def _tile(tiles: dict[int | None, Tile], rows: int) -> Tile:
-    return next(tile for most, tile in tiles.items() if most is None or rows <= most)
 
 
 def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
@@ -105,7 +119,7 @@ def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: An
         tile,
         Shape(
             width=weight.shape[0],
-            columns=RUN,
+            columns=COLUMNS["forward"],
             steps=pl.cdiv(weight.shape[1], GROUP),
             blocks=_forward_blocks,
             operand=() if interpret is None else ((WARPGROUPS, 2, RUN, RUN),),
@@ -135,7 +149,7 @@ def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: 
         tile,
         Shape(
             width=weight.shape[1],
-            columns=GROUP,
+            columns=COLUMNS["backward"],
             steps=pl.cdiv(weight.shape[0], RUN),
             blocks=_backward_blocks,
             operand=((WARPGROUPS, RUN, GROUP),),

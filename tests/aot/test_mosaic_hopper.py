@@ -1,0 +1,142 @@
+"""The Hopper kernels as machine code: registers, spills, shared memory, loops, and what a scanned step copies."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul.mosaic import hopper
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands
+from pallas_kernels.nf4_matmul.shapes import SHAPES
+from pallas_kernels.report import abstract_weight
+
+Abstract = jax.ShapeDtypeStruct
+BF16, F16 = jnp.bfloat16, jnp.float16
+LAYERS = 4
+PRODUCTS = {"forward": hopper.forward_product, "backward": hopper.backward_product}
+EVERY_TILE = [(direction, tile) for direction, tiles in hopper.TILES.items() for tile in tiles]
+
+# Instructions that a warp issues for 64 x 128 weights, decoded and multiplied: those of a step of the pipeline.
+MOST_IN_A_LOOP = {"forward": 369, "backward": 384}
+MORE_WITH_TWO_STAGES = 5  # the loop of the 256-row tile computes its stage otherwise; it does twice the work
+REGISTERS = 65536 // (3 * 128) // 8 * 8  # what three warpgroups can be launched with
+
+
+def compile_product(compile_for, direction, tile, rows, shape, dtype):
+    """The one kernel of a product, compiled for an H100."""
+    (n, k), width = shape, shape[direction == "forward"]
+    groups = -(-k // 128)
+    table = CODE_TABLES["nf4"]
+
+    def run(x, codes, layer, scales):
+        return PRODUCTS[direction](x, Operands(codes, layer, scales, table, shape), tile)
+
+    codes, layer = Abstract((LAYERS, n, 64 * groups), jnp.uint8), Abstract((1,), jnp.int32)
+    compiled = compile_for("h100", run, Abstract((rows, width), dtype), codes, layer, Abstract((2 * groups, n), dtype))
+    assert not compiled.spilled and not compiled.exceeding_shared_memory
+    (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)
+    return kernel
+
+
+@pytest.mark.parametrize(("direction", "tile"), EVERY_TILE)
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_every_tile_is_lean_machine_code(compile_for, direction, tile, dtype):
+    kernel = compile_product(compile_for, direction, tile, 2048, (8192, 8192), dtype)
+    assert kernel.registers <= REGISTERS and kernel.stack_bytes == 0
+    assert kernel.shared_bytes <= CARDS["h100"].shared_memory_per_block
+    (loop,) = kernel.loops
+    assert loop.instructions <= MOST_IN_A_LOOP[direction] + (MORE_WITH_TWO_STAGES if tile.rows == 256 else 0)
+    # 64 x 128 weights against the tile's rows: 8 products of 64 x 16 by all rows, nothing between them and one wait.
+    assert loop.opcodes["HGMMA"] == 8 and loop.opcodes["LDL"] + loop.opcodes["STL"] == 0
+
+
+@pytest.mark.parametrize(("direction", "tile"), EVERY_TILE)
+def test_integer_units_are_busy_for_less_time_than_tensor_cores(compile_for, direction, tile):
+    """Half a warp a cycle for integers; a tensor core's 4096 FLOP a cycle and SM. Two warpgroups, four schedulers."""
+    (loop,) = compile_product(compile_for, direction, tile, 2048, (8192, 8192), BF16).loops
+    integer = sum(loop.opcodes[name] for name in ("PRMT", "LOP3", "SHF", "SEL", "LEA", "ISETP", "VIADD", "IADD3"))
+    tensor_cycles = 2 * (2 * 64 * 128 * tile.rows) / 4096
+    if tile.rows >= 128:
+        assert 2 * 2 * integer <= tensor_cycles and 2 * loop.instructions <= tensor_cycles
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("rows", [1, 65, 512, 2048])
+def test_real_shapes_compile(compile_for, name, rows):
+    shape = SHAPES[name].nk
+    for direction in PRODUCTS:
+        tile = hopper.best_tile(direction, rows, shape[direction == "backward"])
+        kernel = compile_product(compile_for, direction, tile, rows, shape, BF16)
+        assert kernel.registers <= REGISTERS
+        # An end of K or N that is no whole block costs an instruction or two.
+        assert all(loop.instructions <= MOST_IN_A_LOOP[direction] + 15 for loop in kernel.loops)
+
+
+def test_a_mapped_product_is_one_kernel(compile_for):
+    def mapped(x, weight):
+        return jax.vmap(lambda x: nf4_matmul(x, weight))(x)
+
+    compiled = compile_for("h100", mapped, Abstract((4, 128, 1024), BF16), abstract_weight((512, 1024), "split_k"))
+    (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)
+    assert kernel.opcodes["HGMMA"] > 0
+    assert "while(" not in compiled.text
+
+
+# A step: layers scanned and recomputed
+
+
+def stacked(shape):
+    one = abstract_weight(shape, "split_k")
+    return jax.tree.map(lambda leaf: Abstract((LAYERS, *leaf.shape), leaf.dtype), one)
+
+
+def step_gradient(x, up, down):
+    def layer(x, index):
+        return x + nf4_matmul(jnp.tanh(nf4_matmul(x, up, index)), down, index), None
+
+    def loss(x):
+        y, _ = jax.lax.scan(jax.checkpoint(layer), x, jnp.arange(LAYERS))
+        return jnp.sum(y.astype(jnp.float32))
+
+    return jax.grad(loss)(x)
+
+
+def made(text):
+    """(dtype, sizes) of all that an instruction computes; parameters, tuples, loops and views only pass arrays on."""
+    passes = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "call"}
+    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", text)
+    return [(dtype, [int(s) for s in sizes.split(",") if s]) for dtype, sizes, opcode in found if opcode not in passes]
+
+
+def whole_weights(text, shapes):
+    """What an instruction computes that is as large as a layer's codes in bytes, or has the shape of its weights."""
+    codes = min(n * k // 2 for n, k in shapes)
+    return [one for one in made(text) if one[0] == "u8" and np.prod(one[1]) >= codes] + [
+        one for one in made(text) if one[0] in ("bf16", "f16", "f32") and sorted(one[1])[-2:] in map(sorted, shapes)
+    ]
+
+
+@pytest.mark.parametrize("rows", [512, 2048])
+def test_a_scanned_step_copies_no_codes_and_makes_no_weight(compile_for, rows):
+    width, inner = 1024, 2816
+    shapes = [(inner, width), (width, inner)]
+    compiled = compile_for("h100", step_gradient, Abstract((rows, width), BF16), *map(stacked, shapes))
+    kernels = [kernel for kernel in compiled.kernels if "mosaic" in kernel.name]
+    assert len(kernels) >= 4 and not compiled.spilled  # two products, forward and backward
+    assert not whole_weights(compiled.text, shapes)
+    activations = LAYERS * rows * width * 2 + 8 * rows * inner * 2
+    scales = 4 * 2 * width * inner // 64
+    assert compiled.memory.device.temporaries <= activations + scales
+
+
+def test_the_checks_of_a_step_can_fail(compile_for):
+    """A card without a fused kernel makes whole weights, and slices of codes."""
+    shapes = [(2816, 1024), (1024, 2816)]
+    compiled = compile_for("b200", step_gradient, Abstract((512, 1024), BF16), *map(stacked, shapes))
+    assert whole_weights(compiled.text, shapes)
