@@ -166,7 +166,9 @@ def _mappable(direction: Direction, implementation: str | None) -> Any:
         if any(jax.tree.leaves(mapped[1:])):
 
             def one(at):
-                return product(*jax.tree.map(lambda leaf, is_mapped: leaf[at] if is_mapped else leaf, given, mapped))
+                return product(
+                    *jax.tree.map(lambda leaf, is_mapped: leaf[at] if is_mapped else leaf, given, tuple(mapped))
+                )
 
             given = (rows, weights, layer)
             return jax.lax.map(one, jax.numpy.arange(size)), True

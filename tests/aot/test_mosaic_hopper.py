@@ -22,12 +22,12 @@ PRODUCTS = {"forward": hopper.forward_product, "backward": hopper.backward_produ
 EVERY_TILE = [(direction, tile) for direction, tiles in hopper.TILES.items() for tile in tiles]
 
 # Instructions that a warp issues for 64 x 128 weights, decoded and multiplied: those of a step of the pipeline.
-MOST_IN_A_LOOP = {"forward": 369, "backward": 384}
+MOST_IN_A_LOOP = {"forward": 357, "backward": 369}
 MORE_WITH_TWO_STAGES = 5  # the loop of the 256-row tile computes its stage otherwise; it does twice the work
 REGISTERS = 65536 // (3 * 128) // 8 * 8  # what three warpgroups can be launched with
 
 
-def compile_product(compile_for, direction, tile, rows, shape, dtype):
+def compile_product(compile_for, direction, tile, rows, shape, dtype, layers=LAYERS):
     """The one kernel of a product, compiled for an H100."""
     (n, k), width = shape, shape[direction == "forward"]
     groups = -(-k // 128)
@@ -36,7 +36,7 @@ def compile_product(compile_for, direction, tile, rows, shape, dtype):
     def run(x, codes, layer, scales):
         return PRODUCTS[direction](x, Operands(codes, layer, scales, table, shape), tile)
 
-    codes, layer = Abstract((LAYERS, n, 64 * groups), jnp.uint8), Abstract((1,), jnp.int32)
+    codes, layer = Abstract((layers, n, 64 * groups), jnp.uint8), Abstract((1,), jnp.int32)
     compiled = compile_for("h100", run, Abstract((rows, width), dtype), codes, layer, Abstract((2 * groups, n), dtype))
     assert not compiled.spilled and not compiled.exceeding_shared_memory
     (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)
@@ -66,16 +66,22 @@ def test_integer_units_are_busy_for_less_time_than_tensor_cores(compile_for, dir
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("rows", [1, 65, 512, 2048])
-def test_real_shapes_compile(compile_for, name, rows):
-    shape = SHAPES[name].nk
+@pytest.mark.parametrize("shape", sorted({shape.nk for shape in SHAPES.values()}))
+@pytest.mark.parametrize("rows", [65, 2048])
+def test_real_shapes_compile(compile_for, shape, rows):
     for direction in PRODUCTS:
         tile = hopper.best_tile(direction, rows, shape[direction == "backward"])
         kernel = compile_product(compile_for, direction, tile, rows, shape, BF16)
         assert kernel.registers <= REGISTERS
         # An end of K or N that is no whole block costs an instruction or two.
         assert all(loop.instructions <= MOST_IN_A_LOOP[direction] + 15 for loop in kernel.loops)
+
+
+@pytest.mark.parametrize("direction", PRODUCTS)
+def test_a_stack_of_more_than_four_gib_of_codes(compile_for, direction):
+    """LLaMA-65B's largest stack: places in it are coordinates of TMA, and no 32-bit offset."""
+    kernel = compile_product(compile_for, direction, hopper.TILES[direction][1], 512, (22016, 8192), BF16, layers=80)
+    assert kernel.loops[0].instructions <= MOST_IN_A_LOOP[direction]
 
 
 def test_a_mapped_product_is_one_kernel(compile_for):

@@ -19,9 +19,18 @@ def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return result
 
 
+def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
+    """Each bit of the result is the bit of the table that the bits of a, b and c number, a's the highest."""
+    result = np.zeros_like(a)
+    for i in range(32):
+        number = (a >> U32(i) & U32(1)) << U32(2) | (b >> U32(i) & U32(1)) << U32(1) | c >> U32(i) & U32(1)
+        result |= (table >> number & U32(1)) << U32(i)
+    return result
+
+
 INSTRUCTIONS = {
     "and.b32": np.bitwise_and,
-    "or.b32": np.bitwise_or,
+    "lop3.b32": lop3,
     "shr.u32": np.right_shift,
     "prmt.b32": prmt,
 }

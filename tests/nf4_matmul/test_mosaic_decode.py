@@ -38,7 +38,15 @@ def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
 
 
 @pytest.mark.parametrize(
-    "change", [("0x7777", "0xffff"), ("0x4444", "0x0444"), ("0x3210", "0x3201"), ("0x6240", "0x7351"), ("p, q", "q, p")]
+    "change",
+    [
+        ("0x7777", "0xffff"),
+        ("0x4444", "0x0444"),
+        ("0x3210", "0x3201"),
+        ("0xea", "0xe8"),
+        ("0x6240", "0x7351"),
+        ("p, q", "q, p"),
+    ],
 )
 def test_the_proof_can_fail(change):
     """A wrong mask, a wrong selector, wrong nibbles, bytes the wrong way round."""
@@ -53,6 +61,9 @@ def test_the_interpreter_selects_bytes_as_the_manual_says():
     a, b = np.uint32([0x83020100]), np.uint32([0x87060504])
     assert ptx.prmt(a, b, np.uint32([0x7402])) == 0x87040002
     assert ptx.prmt(a, b, np.uint32([0x3BF8])) == 0x83FFFF00  # sign of bytes 3, 7 and 0 where bit 3 is set
+    bits = [np.uint32([word]) for word in (0b11110000, 0b11001100, 0b10101010)]
+    for table in (0xEA, 0x96, 0x01):  # (a & b) | c, a ^ b ^ c, ~(a | b | c): the table is what it gives for these words
+        assert ptx.lop3(*bits, np.uint32([table])) & 255 == table
     with pytest.raises(KeyError, match="mul"):
         ptx.run("{ mul.lo.u32 $0, $1, 3; }", [a], 1)
 

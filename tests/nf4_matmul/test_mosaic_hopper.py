@@ -104,9 +104,10 @@ def test_blocks_of_128_columns():
 
 def test_tiles_grow_with_the_work_and_not_beyond_a_wave():
     assert hopper.best_tile("forward", 1, 4096).rows == 64
-    assert hopper.best_tile("forward", 128, 4096).rows == 128
+    assert hopper.best_tile("forward", 128, 4096).rows == 64  # 64 blocks and not 32
+    assert hopper.best_tile("forward", 128, 11008).rows == 128  # 86 blocks in one wave and not 172 in two
     assert hopper.best_tile("forward", 2048, 1024).rows == 128  # 128 blocks in one wave; of 256 rows, half a wave
-    assert hopper.best_tile("forward", 4096, 11008).rows == 256
+    assert hopper.best_tile("forward", 4096, 4096).rows == 256
     assert hopper.best_tile("backward", 4096, 11008).rows == 128
 
 

@@ -50,7 +50,7 @@ def test_a_mapped_axis_of_the_gradient_becomes_rows(seen):
         return jax.grad(lambda x: jnp.sum(nf4_matmul(x, w, implementation=implementation) ** 2))(x)
 
     mapped = jax.vmap(lambda x: gradient(x, "spy"))(x)
-    assert seen[-2:] == [(20, 128), (20, 64)]
+    assert {(20, 128), (20, 64)} <= set(seen)
     np.testing.assert_allclose(mapped, gradient(x, "reference"), rtol=1e-5, atol=1e-5)
 
 

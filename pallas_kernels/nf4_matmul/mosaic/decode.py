@@ -1,4 +1,4 @@
-"""Codes to table values inside a kernel: two 16-bit values for every packed byte, by 11 integer instructions for four.
+"""Codes to table values inside a kernel: two 16-bit values for every packed byte, by 11 instructions for two bytes.
 
 PRMT picks four bytes out of eight by the low three bits of each nibble of a selector. A table of 16 16-bit values is
 eight 32-bit words, four of low bytes and four of high bytes: two PRMTs look four codes up in the lower and in the upper
@@ -23,8 +23,9 @@ from jaxlib.mlir.dialects import arith, llvm
 RUN = 64  # bytes of a row that are decoded together; each holds a code of two runs of 64 columns
 
 # $2: two packed bytes, so four codes. $0: the values of the two low nibbles, $1: of the two high ones, in their order.
+# lop3's table 0xea is (a & b) | c: left to the assembler, it would be two instructions.
 _PTX = """{{ .reg .b32 s,m,a,b,p,q;
- and.b32 s, $2, 0x7777; shr.u32 m, $2, 1; and.b32 m, m, 0x4444; or.b32 m, m, 0x3210;
+ and.b32 s, $2, 0x7777; shr.u32 m, $2, 1; lop3.b32 m, m, 0x4444, 0x3210, 0xea;
  prmt.b32 a, {0}, {1}, s; prmt.b32 b, {2}, {3}, s; prmt.b32 p, a, b, m;
  prmt.b32 a, {4}, {5}, s; prmt.b32 b, {6}, {7}, s; prmt.b32 q, a, b, m;
  prmt.b32 $0, p, q, 0x6240; prmt.b32 $1, p, q, 0x7351; }}"""
