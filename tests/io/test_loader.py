@@ -49,7 +49,7 @@ def _assert_same(found: QTensor, expected: QTensor) -> None:
     "weights",
     [
         FORMAT,
-        WeightFormat(dtype="bfloat16", platform="cuda"),
+        WeightFormat(dtype="bfloat16", platform="gpu"),
         WeightFormat(dtype="float32", quant_type="fp4", block_size=32, double_quant=False),
         WeightFormat(dtype="float32", block_size=128),  # 64 columns are no whole block: layout flat
     ],
@@ -140,7 +140,7 @@ def test_fingerprint_tells_bases_apart(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "hf", CONFIG, WEIGHTS)
     print_ = _load(folder).fingerprint
     assert _load(write_gguf(tmp_path / "same.gguf", CONFIG, WEIGHTS)).fingerprint == print_
-    assert _load(folder, WeightFormat(dtype="bfloat16", platform="cuda")).fingerprint == print_
+    assert _load(folder, WeightFormat(dtype="bfloat16", platform="gpu")).fingerprint == print_
     nudged = {name: weight.copy() for name, weight in WEIGHTS.items()}
     nudged["model.layers.1.mlp.up_proj.weight"][3, 5] *= -1
     others = [
