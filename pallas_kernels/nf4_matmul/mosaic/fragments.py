@@ -1,0 +1,304 @@
+"""Which thread holds what where mma.sync (m16n8k16) multiplies decoded weights: from packed bytes to operands.
+
+A warpgroup of four warps w makes a tile [M rows, 128 columns]; each warp makes 32 of the columns for all of the rows,
+so that no two warps decode the same weight. The decoded weights are the second operand, of which a thread (g, t) =
+(lane / 4, lane % 4) holds neighbours along the contraction, 2t and 2t + 1, in one register. Which of a tile's columns
+is which of the operand's is free; this order lets a thread store four neighbouring columns of a result at once:
+
+    operand's column 64 c + 32 i + 8 w + g   is the tile's column 64 c + 16 w + 2 g + i        (c, i in 0..1)
+
+In the layout `split_k` two neighbouring bytes of a row are neighbours along K, and one byte of each of two rows are
+neighbours along N: both contractions are served by the same bytes, without a transpose. Forward (contraction over K), a
+register holds two bytes of a row. Backward (over N), it holds one byte of each of two rows, put together by one PRMT
+for eight codes.
+
+The functions of this module up to `Alu` arrange registers, whatever these are: machine values in a kernel, arrays over
+128 threads in tests, which prove the arrangement against the equations. Dimension key: J = 64 bytes of a row, R = 64
+rows of packed weights, both in steps s of 16, halves h of 8.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import Replicated, TiledLayout, Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, llvm, vector
+
+from pallas_kernels.nf4_matmul.dispatch import Direction
+from pallas_kernels.nf4_matmul.mosaic.decode import table_words
+
+RUN = 64
+TILE_COLUMNS = 2 * RUN
+STEPS, HALVES = RUN // 16, 2
+
+Register = Any
+
+# [R, J]: row 16 w + 2 g + i, byte 16 s + 8 h + 2 t + e; registers (s, h, i), each of two bytes e.
+PACKED_FORWARD = TiledLayout(Tiling(((64, 16), (16, 8), (2, 2))), (-6,), (-4, -3), -1)
+# [R, J]: row 16 s + 8 h + 2 t + e, byte 16 w + 2 g + i; registers (s, h, e), each of two bytes i.
+PACKED_BACKWARD = TiledLayout(Tiling(((16, 64), (8, 16), (2, 2))), (-5,), (-3, -4), -1)
+# Scales of [R] rows: of rows 16 w + 2 g + i, one register of two i; of rows 16 s + 8 h + 2 t + e, registers (s, h).
+SCALES_FORWARD = TiledLayout(Tiling(((64,), (16,), (2,))), (-3,), (-2, Replicated(4)), -1)
+SCALES_BACKWARD = TiledLayout(Tiling(((16,), (8,), (2,))), (Replicated(4),), (Replicated(8), -2), -1)
+LAYOUTS = {"forward": (PACKED_FORWARD, SCALES_FORWARD), "backward": (PACKED_BACKWARD, SCALES_BACKWARD)}
+# A result [M, J]: row 8 r + g, column 16 w + 4 t + v; registers (r), each of four columns v.
+RESULT = TiledLayout(Tiling(((8, 64), (8, 16), (4,))), (-4,), (-3, -2), -1)
+# One word for each thread, so that the compiler keeps it in a register of its own: see `constant_words`.
+THREADS = plgpu.Layout.WG_STRIDED((128,), 1)
+
+
+class Alu(NamedTuple):
+    """What arranging does with registers.
+
+    Fields:
+      look_up: two packed bytes -> (values of their low nibbles, of their high nibbles), each two values.
+      look_up_across: two bytes of one row, two of the next -> the same for the first bytes of both, then the second.
+      both: (two values, i) -> value i, twice.
+      multiply: two values times two values.
+    """
+
+    look_up: Callable[[Register], Sequence[Register]]
+    look_up_across: Callable[[Register, Register], Sequence[Register]]
+    both: Callable[[Register, int], Register]
+    multiply: Callable[[Register, Register], Register]
+
+
+def operands_forward(
+    packed: Sequence[np.ndarray], scales: Sequence[Sequence[np.ndarray]], alu: Alu
+) -> list[np.ndarray]:
+    """Operands [contraction 64 of the low or the high nibbles, 128 columns]: registers (s, b, h), b = 2 c + i.
+
+    packed: of each chunk c of 64 rows, registers (s, h, i); scales: of nibble and chunk, one register.
+    """
+    operands = [np.empty((STEPS, 2 * len(packed), HALVES), object) for _ in range(2)]
+    for chunk, registers in enumerate(packed):
+        for i in range(2):
+            factors = [alu.both(scales[nibble][chunk].item(), i) for nibble in range(2)]
+            for s, h in np.ndindex(STEPS, HALVES):
+                for nibble, values in enumerate(alu.look_up(registers[s, h, i])):
+                    operands[nibble][s, 2 * chunk + i, h] = alu.multiply(values, factors[nibble])
+    return operands
+
+
+def operands_backward(
+    packed: Sequence[np.ndarray], scales: Sequence[Sequence[np.ndarray]], alu: Alu
+) -> list[np.ndarray]:
+    """Operands [contraction 64 rows, 128 columns of the low, then the high nibbles]: registers (s, b, h), b = 2 c + i.
+
+    packed: of each chunk of 64 rows, registers (s, h, e); scales: of nibble and chunk, registers (s, h).
+    """
+    operands = [np.empty((STEPS, 4, HALVES), object) for _ in packed]
+    for chunk, registers in enumerate(packed):
+        for s, h in np.ndindex(STEPS, HALVES):
+            found = alu.look_up_across(registers[s, h, 0], registers[s, h, 1])
+            for i, nibble in np.ndindex(2, 2):
+                value = alu.multiply(found[2 * i + nibble], scales[nibble][chunk][s, h])
+                operands[chunk][s, 2 * nibble + i, h] = value
+    return operands
+
+
+def results(
+    accumulator: np.ndarray, pick: Callable[[Register, int], Any], join: Callable[..., Register]
+) -> list[np.ndarray]:
+    """Chunks [M, J] as RESULT holds them, from an accumulator's registers (m, b, h) of two values.
+
+    pick: (register, e) -> one value; join: four values -> a register.
+    """
+    chunks = [np.empty((accumulator.shape[0], HALVES), object) for _ in range(accumulator.shape[1] // 2)]
+    for m, h in np.ndindex(accumulator.shape[0], HALVES):
+        for c, chunk in enumerate(chunks):
+            pairs = accumulator[m, 2 * c, h], accumulator[m, 2 * c + 1, h]
+            chunk[m, h] = join(*(pick(pairs[i], e) for e in range(2) for i in range(2)))
+    return chunks
+
+
+_LOOK_UP = """ prmt.b32 a, {{0}}, {1}, s; prmt.b32 b, {{1}}, {3}, s; prmt.b32 p, a, b, m;
+ prmt.b32 a, {{2}}, {5}, s; prmt.b32 b, {{3}}, {7}, s; prmt.b32 q, a, b, m;
+ prmt.b32 {{4}}, p, q, 0x6240; prmt.b32 {{5}}, p, q, 0x7351;"""
+_SPLIT = " and.b32 s, {0}, 0x77777777; shr.u32 m, {0}, 1; and.b32 m, m, {1}; or.b32 m, m, 0x32103210;"
+_FOUR_MERGES = 0x44444444  # of each nibble the bit that a merge selects by, moved one down
+
+
+def look_up_ptx(table: np.ndarray, dtype: Any) -> str:
+    """decode_ptx, with half of its constants as operands: $2 bytes, $3 to $7 constant_words -> $0, $1."""
+    look_up = _LOOK_UP.format(*_hexadecimal(table, dtype))
+    return "\n".join(
+        ["{ .reg .b32 s,m,a,b,p,q;", _SPLIT.format("$2", "$7"), look_up.format("$3", "$4", "$5", "$6", "$0", "$1"), "}"]
+    )
+
+
+def look_up_across_ptx(table: np.ndarray, dtype: Any) -> str:
+    """$4 and $5 of two bytes each, $6 to $10 constant_words -> of the first bytes $0, $1, of the second $2, $3."""
+    together = "{ .reg .b32 x; prmt.b32 x, $4, $5, 0x5140;\n"
+    return together + _look_up_eight(table, dtype, "x", ("$6", "$7", "$8", "$9"), "$10") + "\n}"
+
+
+def _look_up_eight(table: np.ndarray, dtype: Any, word: str, words: Sequence[str], merges: str) -> str:
+    look_up = _LOOK_UP.format(*_hexadecimal(table, dtype))
+    return "\n".join(
+        [
+            "{ .reg .b32 s,m,a,b,p,q;",
+            _SPLIT.format(word, merges),
+            look_up.format(*words, "$0", "$1"),
+            " shr.u32 s, s, 16; shr.u32 m, m, 16;",
+            look_up.format(*words, "$2", "$3"),
+            "}",
+        ]
+    )
+
+
+def look_up_word_ptx(table: np.ndarray, dtype: Any) -> str:
+    """$4 of four bytes, $5 to $9 constant_words -> of the low nibbles of bytes 0, 1 $0, the high $1; of 2, 3 $2, $3."""
+    return _look_up_eight(table, dtype, "$4", ("$5", "$6", "$7", "$8"), "$9")
+
+
+def constant_words(table: np.ndarray, dtype: Any) -> np.ndarray:
+    """i32 [5, 128]: the constants of a look-up that are read from memory, once for each thread.
+
+    An instruction holds one constant at most. Those of every second operand would be copied to a register before each
+    use, wherever the compiler knows them: one instruction in ten.
+    """
+    words = [*table_words(table, dtype)[::2], _FOUR_MERGES]
+    return np.repeat(np.array(words, np.uint32).view(np.int32)[:, None], 128, axis=1)
+
+
+def _hexadecimal(table: np.ndarray, dtype: Any) -> list[str]:
+    return [f"0x{word:08x}" for word in table_words(table, dtype)]
+
+
+# From here on: the same on machine values, inside a kernel.
+
+
+def tiled(layout: TiledLayout) -> Any:
+    """A layout as Pallas takes it."""
+    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
+
+
+def of_rows(dtype: Any) -> Any:
+    """The layout of the first operand, rows that all warps read."""
+    return plgpu.Layout.MMA_LHS(dtype, m_warps=1)
+
+
+def of_weights(dtype: Any) -> Any:
+    """The layout of the second operand."""
+    return plgpu.Layout.MMA_RHS(dtype, m_warps=1)
+
+
+def of_sums(dtype: Any) -> Any:
+    """The layout of the accumulator."""
+    return plgpu.Layout.MMA_ACC(dtype, m_warps=1)
+
+
+def decoded(
+    direction: Direction, codes_s: Any, scales_s: Any, words: Sequence[jax.Array], table: np.ndarray, dtype: Any
+) -> Sequence[jax.Array]:
+    """The operands [64, 128] of both parts of a round, from shared memory: u8 [2, 64, 64], scales [2, 128]."""
+    of_packed, of_scales = map(tiled, LAYOUTS[direction])
+    load = functools.partial(plgpu.load, optimized=False)
+    packed = [load(codes_s.at[chunk], layout=of_packed) for chunk in range(2)]
+    scales = [
+        [load(scales_s.at[nibble, pl.ds(RUN * chunk, RUN)], layout=of_scales) for chunk in range(2)]
+        for nibble in range(2)
+    ]
+    types = ([of_packed] * 2, [[of_scales] * 2] * 2, [THREADS] * len(words))
+    result = plgpu.ShapeDtypeStruct((RUN, TILE_COLUMNS), dtype, layout=of_weights(dtype))
+    emit = functools.partial(_decode, direction, table, dtype)
+    return plgpu.inline_mgpu(arg_types=types, return_type=[result, result])(emit)(packed, scales, list(words))
+
+
+def _decode(direction, table, dtype, ctx, packed, scales, words):
+    arrange, scale_registers = {
+        "forward": (operands_forward, (1,)),
+        "backward": (operands_backward, (STEPS, HALVES)),
+    }[direction]
+    alu = _machine(table, dtype, [word.registers.item() for word in words])
+    chunks = [one.registers.reshape(STEPS, HALVES, 2) for one in packed]
+    factors = [[one.registers.reshape(scale_registers) for one in row] for row in scales]
+    layout, shape = of_weights(dtype), (RUN, TILE_COLUMNS)
+    return [fragmented(registers, layout, shape) for registers in arrange(chunks, factors, alu)]
+
+
+def multiply_add(sums: jax.Array, rows: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:
+    """sums + sum_p rows[p] @ weights[p] on tensor cores: f32 [M, 128], 16 bits [M, 64] and [64, 128].
+
+    Steps of 16 in their order, the parts within: of the operands that one look-up gives, none waits long in registers.
+    """
+    dtype = rows[0].dtype
+    types = (of_sums(dtype), [of_rows(dtype)] * len(rows), [of_weights(dtype)] * len(rows))
+    result = plgpu.ShapeDtypeStruct(sums.shape, jnp.dtype(jnp.float32), layout=of_sums(dtype))
+
+    def emit(ctx, sums, rows, weights):
+        for step in range(0, RUN, 16):
+            for one, other in zip(rows, weights, strict=True):
+                sums = mgpu.mma(sums, one[:, step : step + 16], other[step : step + 16, :])
+        return sums
+
+    return plgpu.inline_mgpu(arg_types=types, return_type=result)(emit)(sums, list(rows), list(weights))
+
+
+def in_order(sums: jax.Array) -> list[jax.Array]:
+    """The tile's columns in their own order, in two chunks [M, 64]; sums in 16 bits."""
+    rows, columns = sums.shape
+    chunk = plgpu.ShapeDtypeStruct((rows, RUN), sums.dtype, layout=tiled(RESULT))
+
+    def emit(ctx, sums):
+        registers = sums.registers.reshape(rows // 16, columns // 32, HALVES)
+        four = ir.VectorType.get((4,), sums.mlir_dtype)
+
+        def join(*values):
+            return vector.from_elements(four, values)
+
+        return [fragmented(one, tiled(RESULT), chunk.shape) for one in results(registers, value, join)]
+
+    return plgpu.inline_mgpu(arg_types=(of_sums(sums.dtype),), return_type=[chunk] * (columns // RUN))(emit)(sums)
+
+
+def fragmented(registers: np.ndarray, layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
+    """An array of registers in the order that its layout has them."""
+    layout = layout.to_mgpu()
+    return mgpu.FragmentedArray(
+        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
+    )
+
+
+def _machine(table: np.ndarray, dtype: Any, constants: Sequence[Any]) -> Alu:
+    two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
+    of_one, of_two = look_up_ptx(table, dtype), look_up_across_ptx(table, dtype)
+    i32 = ir.IntegerType.get_signless(32)
+
+    def look_up(ptx, outputs, *packed):
+        words = [_two_bytes(register) for register in packed]
+        return [mgpu.utils.bitcast(word, two_values) for word in assembly(ptx, i32, outputs, [*words, *constants])]
+
+    return Alu(
+        look_up=functools.partial(look_up, of_one, 2),
+        look_up_across=functools.partial(look_up, of_two, 4),
+        both=lambda register, i: vector.broadcast(two_values, value(register, i)),
+        multiply=arith.mulf,
+    )
+
+
+def _two_bytes(register: Any) -> Any:
+    i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
+    return arith.extui(i32, mgpu.utils.bitcast(register, i16))
+
+
+def value(register: Any, i: int) -> Any:
+    """Element i of a register that holds several."""
+    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
+
+
+def assembly(ptx: str, result: Any, outputs: int, words: Sequence[Any], floats: Sequence[Any] = ()) -> list[Any]:
+    """The outputs of inline PTX, all of one type, i32 or f32; its operands are words, then f32s."""
+    constraint = "=r" if isinstance(result, ir.IntegerType) else "=f"
+    constraints = [constraint] * outputs + ["r"] * len(words) + ["f"] * len(floats)
+    of_all = result if outputs == 1 else ir.Type.parse(f"!llvm.struct<({','.join([str(result)] * outputs)})>")
+    found = llvm.inline_asm(of_all, [*words, *floats], ptx, ",".join(constraints))
+    return [found] if outputs == 1 else [llvm.extractvalue(result, found, [at]) for at in range(outputs)]

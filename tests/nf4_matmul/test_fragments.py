@@ -1,0 +1,164 @@
+"""Which thread holds what: the arrangement of registers against the equations, on arrays over 128 threads.
+
+A register of 16-bit pairs is here an array [128, 2], one of packed bytes [128, 2] or [128, 4]; what a layout puts
+where is read off Mosaic's own TiledLayout by the rule of its documentation.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.nf4_matmul.mosaic import fragments
+from tests.nf4_matmul import ptx
+from tests.nf4_matmul.registers import threads
+
+LANES = 32
+WORDS = np.arange(65536, dtype=np.uint32)
+
+
+def test_the_reading_of_layouts_is_that_of_the_manual():
+    """PTX: of the first operand [16, 16] a thread (g, t) holds (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)."""
+    array = np.arange(256).reshape(16, 16)
+    registers = threads(array, fragments.of_rows(jnp.bfloat16).to_mgpu()).reshape(2, 2)
+    g, t = np.arange(LANES) // 4, np.arange(LANES) % 4
+    for h, r in np.ndindex(2, 2):  # halves of the contraction, halves of the rows
+        expected = array[g + 8 * r, 2 * t + 8 * h]
+        found = [registers[at][:LANES, 0].tolist() for at in ((h, r), (r, h))]
+        assert expected.tolist() in found
+
+
+TABLE = np.arange(16) * 3 - 20
+
+
+def look_up(packed):
+    return TABLE[packed & 15], TABLE[packed >> 4]
+
+
+def look_up_across(first, second):
+    pairs = [np.stack([first[:, i], second[:, i]], axis=1) for i in range(2)]
+    return [value for pair in pairs for value in look_up(pair)]
+
+
+ALU = fragments.Alu(
+    look_up=look_up,
+    look_up_across=look_up_across,
+    both=lambda register, i: register[:, [i, i]],
+    multiply=lambda a, b: a * b,
+)
+
+
+def tile_columns():
+    """The tile's column of each column of the second operand: the equation of the module's docstring."""
+    c, i, w, g = np.meshgrid(range(2), range(2), range(4), range(8), indexing="ij")
+    return (64 * c + 16 * w + 2 * g + i).reshape(-1)
+
+
+def assert_registers(found, expected_array, layout):
+    expected = threads(expected_array, layout)
+    for mine, theirs in zip(found.reshape(-1), expected.reshape(-1), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.fixture
+def packed_and_scales():
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (2, 64, 64)), rng.integers(1, 99, (2, 128))
+
+
+def arranged(direction, packed, scales):
+    of_packed, of_scales = fragments.LAYOUTS[direction]
+    chunks = [threads(chunk, of_packed).reshape(4, 2, 2) for chunk in packed]
+    shape = (1,) if direction == "forward" else (4, 2)
+    factors = [[threads(row[64 * c : 64 * c + 64], of_scales).reshape(shape) for c in range(2)] for row in scales]
+    arrange = {"forward": fragments.operands_forward, "backward": fragments.operands_backward}[direction]
+    return arrange(chunks, factors, ALU)
+
+
+def equation(direction, packed, scales):
+    """Operands [64, 128] of both parts in the tile's own order of columns."""
+    values = np.stack(look_up(packed))  # nibble, chunk, row, byte
+    scaled = values * scales.reshape(2, 2, 64)[..., None]
+    if direction == "forward":  # of each nibble: bytes by rows of both chunks
+        return [scaled[nibble].reshape(128, 64).T for nibble in range(2)]
+    return [np.concatenate([scaled[0, chunk], scaled[1, chunk]], axis=1) for chunk in range(2)]
+
+
+@pytest.mark.parametrize("direction", fragments.LAYOUTS)
+def test_operands_are_where_the_product_wants_them(direction, packed_and_scales):
+    layout = fragments.of_weights(jnp.bfloat16).to_mgpu()
+    found = arranged(direction, *packed_and_scales)
+    for mine, expected in zip(found, equation(direction, *packed_and_scales), strict=True):
+        assert_registers(mine, expected[:, tile_columns()], layout)
+
+
+@pytest.mark.parametrize("direction", fragments.LAYOUTS)
+def test_a_wrong_nibble_is_caught(direction, packed_and_scales, monkeypatch):
+    monkeypatch.setitem(globals(), "ALU", ALU._replace(look_up=lambda p: look_up(p)[::-1]))
+    wrong = ALU._replace(look_up_across=lambda a, b: look_up_across(b, a))
+    monkeypatch.setitem(globals(), "ALU", wrong)
+    with pytest.raises(AssertionError):
+        test_operands_are_where_the_product_wants_them(direction, packed_and_scales)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_results_are_in_the_tiles_order(rows):
+    result = np.arange(rows * 128).reshape(rows, 128)
+    sums = threads(result[:, tile_columns()], fragments.of_sums(jnp.bfloat16).to_mgpu()).reshape(rows // 16, 4, 2)
+
+    def join(*values):
+        return np.stack(values, axis=1)
+
+    chunks = fragments.results(sums, lambda register, e: register[:, e], join)
+    for c, chunk in enumerate(chunks):
+        assert_registers(chunk, result[:, 64 * c : 64 * c + 64], fragments.RESULT)
+
+
+# The assembly
+
+
+def bits(quant_type, dtype):
+    return CODE_TABLES[quant_type].astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
+
+
+def constants(quant_type, dtype):
+    words = fragments.constant_words(CODE_TABLES[quant_type], dtype)
+    return [np.full_like(WORDS, word[0].view(np.uint32)) for word in words]
+
+
+def two_values(words, first, second, values):
+    return values[words >> (4 * first) & 15] | values[words >> (4 * second) & 15] << 16
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quant_type", CODE_TABLES)
+def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
+    table, values = CODE_TABLES[quant_type], bits(quant_type, dtype)
+    low, high = ptx.run(fragments.look_up_ptx(table, dtype), [WORDS, *constants(quant_type, dtype)], 2)
+    np.testing.assert_array_equal(low, two_values(WORDS, 0, 2, values))
+    np.testing.assert_array_equal(high, two_values(WORDS, 1, 3, values))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("quant_type", CODE_TABLES)
+def test_the_assembly_across_rows_is_the_table_for_every_pair(quant_type, dtype):
+    """Every pair of first bytes with some second ones, and every pair of second bytes with some first ones."""
+    table, values = CODE_TABLES[quant_type], bits(quant_type, dtype)
+    other = np.random.default_rng(0).permutation(65536).astype(np.uint32)
+    first, second = WORDS & 255 | (other & 255) << 8, WORDS >> 8 | other & 0xFF00
+    for a, b in ((first, second), (first >> 8 | (first & 255) << 8, second >> 8 | (second & 255) << 8)):
+        found = ptx.run(fragments.look_up_across_ptx(table, dtype), [a, b, *constants(quant_type, dtype)], 4)
+        pairs = [a & 255 | (b & 255) << 8, a >> 8 | b & 0xFF00]
+        expected = [two_values(pair, nibble, nibble + 2, values) for pair in pairs for nibble in range(2)]
+        for mine, theirs in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_a_broken_assembly_is_caught():
+    right = fragments.look_up_ptx(CODE_TABLES["nf4"], "bfloat16")
+    inputs = [WORDS, *constants("nf4", "bfloat16")]
+    for change in (("0x77777777", "0xffffffff"), ("0x32103210", "0x32103201"), ("0x6240", "0x7351"), ("p, q", "q, p")):
+        wrong = right.replace(*change)
+        assert wrong != right
+        pairs = zip(ptx.run(wrong, inputs, 2), ptx.run(right, inputs, 2), strict=True)
+        assert any((mine != theirs).any() for mine, theirs in pairs)

@@ -1,0 +1,159 @@
+"""The kernels for Ampere and Ada as their twin, interpreted with the race detector on; broken copies must be caught."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.devices import Device
+from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.nf4_matmul.mosaic import ampere
+from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Interpreted, Tile, product
+from pallas_kernels.nf4_matmul.mosaic.operands import operands
+from pallas_kernels.nf4_matmul.shapes import REDUCED
+from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul.tolerances import relative_error, tolerance
+
+LAYERS = 3
+BF16, F16 = jnp.bfloat16, jnp.float16
+DIRECTIONS = ("forward", "backward")
+DETECTING = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@functools.cache
+def stack(shape, quant_type="nf4", double_quant=True):
+    """Layers of a weight in `split_k`, each of its own."""
+    form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
+    layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+def interpreted(direction, rows, shape, tile, dtype, weights=None, layer=1, twin=Interpreted):
+    """(relative error of the twin, the tolerance, whether there was a race)."""
+    weights = stack(shape) if weights is None else weights
+    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
+    right = dense.T if direction == "forward" else dense
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
+    twin = twin(direction, dtype, CODE_TABLES[weights.quant_type], DETECTING)
+    try:
+        run = jax.jit(lambda x, w, i: product(twin, x, operands(w, i, dtype), tile))
+        y = run(x, weights, jnp.int32(layer))
+        assert y.shape == (rows, right.shape[1]) and y.dtype == dtype
+        error = relative_error(y, np.asarray(x, np.float64) @ right.astype(np.float64))
+        return error, tolerance(dtype, len(right), y.size), interpret_pallas_call.get_races().races_found
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def check(*args, **kwargs):
+    error, allowed, races = interpreted(*args, **kwargs)
+    assert error <= allowed
+    assert not races
+
+
+# Rows at and beside a tile's, one round and many, halves of tiles and rounds, both dtypes.
+CASES = [
+    (1, (64, 64), SMALL, BF16),
+    (7, (128, 192), SMALL, F16),
+    (65, (192, 320), SMALL, BF16),
+    (128, (128, 512), LARGE, F16),
+    (300, (192, 192), LARGE, BF16),
+]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize(("rows", "shape", "tile", "dtype"), CASES)
+def test_the_twin_computes_the_product_without_a_race(direction, rows, shape, tile, dtype):
+    check(direction, rows, shape, tile, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("rows", [1, 7, 16, 65, 128, 300])
+@pytest.mark.parametrize("shape", REDUCED)
+def test_the_twin_on_every_reduced_shape(direction, rows, shape):
+    for tile, dtype in ((SMALL, BF16), (LARGE, F16)):
+        check(direction, rows, shape, tile, dtype)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("quant_type", [name for name in CODE_TABLES if name != "nf4"])
+def test_other_tables_ride_along(direction, quant_type):
+    check(direction, 16, (64, 192), SMALL, BF16, stack((64, 192), quant_type, double_quant=False))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_each_layer_of_a_stack_is_read(direction):
+    for layer in range(LAYERS):
+        check(direction, 16, (64, 128), SMALL, BF16, layer=layer)
+
+
+def test_the_larger_tile_where_it_costs_no_block_and_fills_the_card():
+    def device(capability):
+        return Device(platform="gpu", kind="", compute_capability=capability)
+
+    assert ampere.tile_for(device((8, 0)), 4096, 14336) == SMALL
+    assert ampere.tile_for(device((8, 6)), 512, 1024) == SMALL  # 32 blocks of 84
+    assert ampere.tile_for(device((8, 6)), 512, 4096) == LARGE
+    assert ampere.tile_for(device((8, 9)), 512, 4096) == SMALL
+    assert ampere.tile_for(device((8, 9)), 1024, 4096) == LARGE
+
+
+# Broken copies: each changes one line of the kernel or of its twin
+
+
+def caught(direction, twin=Interpreted):
+    """Whether the twin is told from a right one: by its values, by a race, or by what it leaves unfinished."""
+    try:
+        error, allowed, races = interpreted(direction, 64, (384, 384), Tile(64, 2), BF16, twin=twin)
+    except jax.errors.JaxRuntimeError as failed:
+        assert re.search("RACE DETECTED|before kernel finished", str(failed))
+        return True
+    return races or not error <= 2 * allowed  # a NaN is caught too
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_unbroken_kernel_is_not_caught(direction):
+    assert not caught(direction)
+
+
+class WithoutWait(Interpreted):
+    def wait(self, arrived, slot, younger):
+        plgpu.commit_smem()
+
+
+class WithoutFence(Interpreted):
+    def wait(self, arrived, slot, younger):
+        plgpu.barrier_wait(arrived[0].at[slot])
+
+
+class OtherNibble(Interpreted):
+    def weights(self, codes_s, scales_s, words):
+        return super().weights(codes_s, scales_s, words)[::-1]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("twin", [WithoutWait, WithoutFence, OtherNibble])
+def test_a_missing_wait_and_a_wrong_nibble_are_caught(direction, twin):
+    assert caught(direction, twin)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("change", ["round", "slot", "tile"])
+def test_a_wrong_index_is_caught(monkeypatch, direction, change):
+    right = ampere._Task.fetch
+
+    def wrong(self, sources, targets, arrived, row, column_tile, k, slot):
+        k = {"round": jnp.maximum(k - 1, 0)}.get(change, k)
+        column_tile = {"tile": (column_tile + 1) % 3}.get(change, column_tile)
+        slot = {"slot": 0}.get(change, slot)
+        return right(self, sources, targets, arrived, row, column_tile, k, slot)
+
+    monkeypatch.setattr(ampere._Task, "fetch", wrong)
+    assert caught(direction)
