@@ -14,7 +14,8 @@ from pallas_kernels.devices import Device
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import ampere
-from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Interpreted, Tile, product
+from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Tile, product
+from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.contract.nf4_matmul import weight

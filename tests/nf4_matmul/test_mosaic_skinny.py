@@ -13,9 +13,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.nf4_matmul.mosaic import fragments, skinny
+from pallas_kernels.nf4_matmul.mosaic import inline, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
-from pallas_kernels.nf4_matmul.mosaic.skinny import Interpreted, product
+from pallas_kernels.nf4_matmul.mosaic.skinny import product
+from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import Interpreted
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.contract.nf4_matmul import weight
 from tests.nf4_matmul import ptx
@@ -104,8 +105,8 @@ def test_the_unbroken_kernel_is_not_caught():
 
 
 def test_a_wrong_nibble_is_caught(monkeypatch):
-    right = skinny.select_pair
-    monkeypatch.setattr(skinny, "select_pair", lambda *args: right(*args)[::-1])
+    right = skinny_instructions.select_pair
+    monkeypatch.setattr(skinny_instructions, "select_pair", lambda *args: right(*args)[::-1])
     assert caught()
 
 
@@ -158,7 +159,7 @@ def look_up(packed, s):
     return low[:, :2], high[:, :2], low[:, 2:], high[:, 2:]
 
 
-ALU = skinny.Alu(
+ALU = skinny_instructions.Alu(
     look_up=look_up,
     values=lambda register, s: (register[:, 4 * s : 4 * s + 2], register[:, 4 * s + 2 : 4 * s + 4]),
     multiply=multiply,
@@ -172,12 +173,12 @@ def test_threads_multiply_what_the_equation_says(tile_rows, alu):
     rng = np.random.default_rng(0)
     codes, scales = rng.integers(0, 256, (32, 256)), rng.integers(1, 9, (8, 32))
     x, sums = rng.integers(-9, 9, (2, tile_rows, 512)), rng.integers(-9, 9, (2, 128, 8))
-    layout = skinny.ROWS if tile_rows == 8 else skinny.TWO_ROWS
-    found = skinny.dots(
-        [threads(one, skinny.SUMS).reshape(4) for one in sums],
+    layout = skinny_instructions.ROWS if tile_rows == 8 else skinny_instructions.TWO_ROWS
+    found = skinny_instructions.dots(
+        [threads(one, skinny_instructions.SUMS).reshape(4) for one in sums],
         [threads(one, layout).reshape(2) for one in x],
-        threads(codes, skinny.CODES).reshape(4),
-        threads(scales, skinny.SCALES).reshape(2),
+        threads(codes, skinny_instructions.CODES).reshape(4),
+        threads(scales, skinny_instructions.SCALES).reshape(2),
         alu,
     )
     weights = np.stack([TABLE[codes & 15], TABLE[codes >> 4]]).reshape(2, 32, 4, 64)  # run, row, warp, byte
@@ -187,7 +188,7 @@ def test_threads_multiply_what_the_equation_says(tile_rows, alu):
     same = [
         np.array_equal(mine, theirs)
         for one, other in zip(found, expected, strict=True)
-        for mine, theirs in zip(one, threads(other, skinny.SUMS).reshape(4), strict=True)
+        for mine, theirs in zip(one, threads(other, skinny_instructions.SUMS).reshape(4), strict=True)
     ]
     assert all(same) == (alu is ALU)
 
@@ -199,8 +200,8 @@ def test_the_assembly_is_the_table_for_every_pair_of_bytes(quant_type, dtype):
     values = table.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
     halves = np.arange(65536, dtype=np.uint32)
     words = np.concatenate([halves | halves[::-1] << 16, halves << 16 | 0xA5C3])
-    constants = [np.full_like(words, word[0].view(np.uint32)) for word in fragments.constant_words(table, dtype)]
-    found = ptx.run(fragments.look_up_word_ptx(table, dtype), [words, *constants], 4)
+    constants = [np.full_like(words, word[0].view(np.uint32)) for word in inline.constant_words(table, dtype)]
+    found = ptx.run(inline.look_up_word_ptx(table, dtype), [words, *constants], 4)
     pairs = [(half, nibble) for half in (words & 0xFFFF, words >> 16) for nibble in range(2)]
     for mine, (half, nibble) in zip(found, pairs, strict=True):
         np.testing.assert_array_equal(mine, values[half >> 4 * nibble & 15] | values[half >> 4 * nibble + 8 & 15] << 16)

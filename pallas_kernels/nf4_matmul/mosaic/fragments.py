@@ -29,10 +29,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated, TiledLayout, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, vector
+from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.nf4_matmul.dispatch import Direction
-from pallas_kernels.nf4_matmul.mosaic.decode import table_words
+from pallas_kernels.nf4_matmul.mosaic import inline
+from pallas_kernels.nf4_matmul.mosaic.inline import THREADS, assembly, fragmented, tiled, value
 
 RUN = 64
 TILE_COLUMNS = 2 * RUN
@@ -50,8 +51,6 @@ SCALES_BACKWARD = TiledLayout(Tiling(((16,), (8,), (2,))), (Replicated(4),), (Re
 LAYOUTS = {"forward": (PACKED_FORWARD, SCALES_FORWARD), "backward": (PACKED_BACKWARD, SCALES_BACKWARD)}
 # A result [M, J]: row 8 r + g, column 16 w + 4 t + v; registers (r), each of four columns v.
 RESULT = TiledLayout(Tiling(((8, 64), (8, 16), (4,))), (-4,), (-3, -2), -1)
-# One word for each thread, so that the compiler keeps it in a register of its own: see `constant_words`.
-THREADS = plgpu.Layout.WG_STRIDED((128,), 1)
 
 
 class Alu(NamedTuple):
@@ -119,66 +118,7 @@ def results(
     return chunks
 
 
-_LOOK_UP = """ prmt.b32 a, {{0}}, {1}, s; prmt.b32 b, {{1}}, {3}, s; prmt.b32 p, a, b, m;
- prmt.b32 a, {{2}}, {5}, s; prmt.b32 b, {{3}}, {7}, s; prmt.b32 q, a, b, m;
- prmt.b32 {{4}}, p, q, 0x6240; prmt.b32 {{5}}, p, q, 0x7351;"""
-_SPLIT = " and.b32 s, {0}, 0x77777777; shr.u32 m, {0}, 1; and.b32 m, m, {1}; or.b32 m, m, 0x32103210;"
-_FOUR_MERGES = 0x44444444  # of each nibble the bit that a merge selects by, moved one down
-
-
-def look_up_ptx(table: np.ndarray, dtype: Any) -> str:
-    """decode_ptx, with half of its constants as operands: $2 bytes, $3 to $7 constant_words -> $0, $1."""
-    look_up = _LOOK_UP.format(*_hexadecimal(table, dtype))
-    return "\n".join(
-        ["{ .reg .b32 s,m,a,b,p,q;", _SPLIT.format("$2", "$7"), look_up.format("$3", "$4", "$5", "$6", "$0", "$1"), "}"]
-    )
-
-
-def look_up_across_ptx(table: np.ndarray, dtype: Any) -> str:
-    """$4 and $5 of two bytes each, $6 to $10 constant_words -> of the first bytes $0, $1, of the second $2, $3."""
-    together = "{ .reg .b32 x; prmt.b32 x, $4, $5, 0x5140;\n"
-    return together + _look_up_eight(table, dtype, "x", ("$6", "$7", "$8", "$9"), "$10") + "\n}"
-
-
-def _look_up_eight(table: np.ndarray, dtype: Any, word: str, words: Sequence[str], merges: str) -> str:
-    look_up = _LOOK_UP.format(*_hexadecimal(table, dtype))
-    return "\n".join(
-        [
-            "{ .reg .b32 s,m,a,b,p,q;",
-            _SPLIT.format(word, merges),
-            look_up.format(*words, "$0", "$1"),
-            " shr.u32 s, s, 16; shr.u32 m, m, 16;",
-            look_up.format(*words, "$2", "$3"),
-            "}",
-        ]
-    )
-
-
-def look_up_word_ptx(table: np.ndarray, dtype: Any) -> str:
-    """$4 of four bytes, $5 to $9 constant_words -> of the low nibbles of bytes 0, 1 $0, the high $1; of 2, 3 $2, $3."""
-    return _look_up_eight(table, dtype, "$4", ("$5", "$6", "$7", "$8"), "$9")
-
-
-def constant_words(table: np.ndarray, dtype: Any) -> np.ndarray:
-    """i32 [5, 128]: the constants of a look-up that are read from memory, once for each thread.
-
-    An instruction holds one constant at most. Those of every second operand would be copied to a register before each
-    use, wherever the compiler knows them: one instruction in ten.
-    """
-    words = [*table_words(table, dtype)[::2], _FOUR_MERGES]
-    return np.repeat(np.array(words, np.uint32).view(np.int32)[:, None], 128, axis=1)
-
-
-def _hexadecimal(table: np.ndarray, dtype: Any) -> list[str]:
-    return [f"0x{word:08x}" for word in table_words(table, dtype)]
-
-
 # From here on: the same on machine values, inside a kernel.
-
-
-def tiled(layout: TiledLayout) -> Any:
-    """A layout as Pallas takes it."""
-    return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
 def of_rows(dtype: Any) -> Any:
@@ -260,17 +200,9 @@ def in_order(sums: jax.Array) -> list[jax.Array]:
     return plgpu.inline_mgpu(arg_types=(of_sums(sums.dtype),), return_type=[chunk] * (columns // RUN))(emit)(sums)
 
 
-def fragmented(registers: np.ndarray, layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
-    """An array of registers in the order that its layout has them."""
-    layout = layout.to_mgpu()
-    return mgpu.FragmentedArray(
-        _registers=registers.reshape(layout.registers_shape(shape)), _layout=layout, _is_signed=None
-    )
-
-
 def _machine(table: np.ndarray, dtype: Any, constants: Sequence[Any]) -> Alu:
     two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
-    of_one, of_two = look_up_ptx(table, dtype), look_up_across_ptx(table, dtype)
+    of_one, of_two = inline.look_up_ptx(table, dtype), inline.look_up_across_ptx(table, dtype)
     i32 = ir.IntegerType.get_signless(32)
 
     def look_up(ptx, outputs, *packed):
@@ -288,17 +220,3 @@ def _machine(table: np.ndarray, dtype: Any, constants: Sequence[Any]) -> Alu:
 def _two_bytes(register: Any) -> Any:
     i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
     return arith.extui(i32, mgpu.utils.bitcast(register, i16))
-
-
-def value(register: Any, i: int) -> Any:
-    """Element i of a register that holds several."""
-    return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
-
-
-def assembly(ptx: str, result: Any, outputs: int, words: Sequence[Any], floats: Sequence[Any] = ()) -> list[Any]:
-    """The outputs of inline PTX, all of one type, i32 or f32; its operands are words, then f32s."""
-    constraint = "=r" if isinstance(result, ir.IntegerType) else "=f"
-    constraints = [constraint] * outputs + ["r"] * len(words) + ["f"] * len(floats)
-    of_all = result if outputs == 1 else ir.Type.parse(f"!llvm.struct<({','.join([str(result)] * outputs)})>")
-    found = llvm.inline_asm(of_all, [*words, *floats], ptx, ",".join(constraints))
-    return [found] if outputs == 1 else [llvm.extractvalue(result, found, [at]) for at in range(outputs)]

@@ -1,0 +1,70 @@
+"""The kernel for few rows as machine code: instructions a weight, vector loads, and bytes in flight."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands
+from pallas_kernels.nf4_matmul.mosaic.skinny import BLOCK, Machine, product
+
+Abstract = jax.ShapeDtypeStruct
+BF16, F16 = jnp.bfloat16, jnp.float16
+CARDS_HERE = ("h100", "a100", "a6000", "rtx4090", "l40s")
+WEIGHTS_OF_A_THREAD = BLOCK * 512 // 128  # in one step of the loop
+REGISTERS = 65536
+
+
+def compile_product(compile_for, card, rows, shape, dtype):
+    n, k = shape
+    groups = -(-k // 128)
+    table = CODE_TABLES["nf4"]
+
+    def run(x, codes, layer, scales):
+        return product(Machine(dtype, table), x, Operands(codes, layer, scales, table, shape))
+
+    codes, layer = Abstract((4, n, 64 * groups), jnp.uint8), Abstract((1,), jnp.int32)
+    compiled = compile_for(card, run, Abstract((rows, k), dtype), codes, layer, Abstract((2 * groups, n), dtype))
+    assert not compiled.spilled and not compiled.exceeding_shared_memory
+    (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)
+    return kernel, compiled
+
+
+@pytest.mark.parametrize("card", CARDS_HERE)
+@pytest.mark.parametrize(("rows", "most"), [(1, 3.5), (2, 3.5), (7, 3.5), (16, 4.0)])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_instructions_for_a_weight_are_few(compile_for, card, rows, most, dtype):
+    kernel, _ = compile_product(compile_for, card, rows, (4096, 4096), dtype)
+    (loop,) = kernel.loops
+    assert loop.instructions / WEIGHTS_OF_A_THREAD <= most
+    tiles = 2 if rows > 8 else 1
+    # Products of 16 x 8 x 16: two pairs of rows, two runs, four steps of K.
+    assert loop.opcodes["HMMA"] == 16 * tiles
+    # 16 bytes of codes of each of four rows, two for the values of a run, one for its scales.
+    assert loop.opcodes["LDG"] + loop.opcodes["LD"] == 4 + 2 * (2 * tiles + 1)
+
+
+@pytest.mark.parametrize("card", CARDS_HERE)
+@pytest.mark.parametrize("rows", [1, 16])
+def test_bytes_in_flight_cover_latency_times_bandwidth(compile_for, card, rows):
+    """A thread has the codes of its next step in flight, 64 bytes; a multiprocessor as many threads as registers and
+    shared memory allow."""
+    kernel, _ = compile_product(compile_for, card, rows, (14336, 4096), BF16)
+    spec = CARDS[card]
+    blocks = min(REGISTERS // (128 * kernel.registers), spec.shared_memory_per_sm // (kernel.shared_bytes + 1024))
+    in_flight = blocks * 128 * 64 * spec.sm_count
+    assert in_flight >= spec.bandwidth * 0.6e-6
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (192, 576), (576, 1536), (1024, 896)])
+@pytest.mark.parametrize("card", ["h100", "l40s"])
+def test_small_and_ragged_weights_compile(compile_for, card, shape):
+    compile_product(compile_for, card, 3, shape, BF16)
+
+
+@pytest.mark.parametrize("card", ["h100", "a100"])
+def test_nothing_but_sums_is_written(compile_for, card):
+    _, compiled = compile_product(compile_for, card, 8, (4096, 4096), BF16)
+    parts = 4
+    assert compiled.memory.device.temporaries <= parts * 8 * 4096 * 4 + 2 * 8 * 4096 + 4096
