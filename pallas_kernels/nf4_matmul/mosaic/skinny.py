@@ -7,14 +7,14 @@ its second: it wants no order of K but that both agree, so the 16 bytes of a thr
 Values come from the table alone; the constant of a run multiplies the run's sum, eight registers for 128 weights of a
 thread. Warps add their sums up through shared memory; parts of K are added by XLA, in the pass that turns the result.
 
-Instructions for one weight and thread: 21 for eight look-ups, 2.63; products 0.13, sums 0.13, and the rest of a step:
-3.2 in all by machine code (M <= 8). The budget on an H100 is 132 x 4 schedulers x 1.755 GHz x 32 / (3.35e12 / 0.53
-weights a second) = 4.7 instructions; of them integers, at half a warp a cycle, may be 2.35 in the time that the codes
-take: integer units bound the kernel at 0.85 of the peak bandwidth there, 0.9 on an A100; on other cards memory does.
-A product by fused multiply-adds would need 1 more a weight to widen to 32 bits and 1 a weight and row of x.
+Instructions for one weight and thread, by machine code: 3.3 up to eight rows, 3.8 up to sixteen; 2.6 of them are the
+look-ups (21 for eight codes), 0.13 products, 0.13 sums. The budget on an H100 is 132 x 4 schedulers x 1.755 GHz x 32 /
+(3.35e12 / 0.53 weights a second) = 4.7. Integers, at half a warp a cycle, are 2.7 of the 2.35 that the time of the
+codes allows: they bound the kernel at 0.86 of the peak bandwidth there, and at 0.92 on an A100; on other cards memory
+does. A product by multiply-adds would take one more a weight to widen it and one for each row of x.
 
 Bytes in flight: latency x bandwidth is 0.6 us x 3.35 TB/s = 2.0 MB on an H100, 15 KB a multiprocessor. A thread has 64
-bytes of the next step in flight, a block 8 KB: two blocks a multiprocessor cover it; by registers it holds four.
+bytes of codes of its next step in flight, a block 8 KB: two blocks a multiprocessor cover it; its registers hold three.
 
 The twin is the same kernel but for `dot` (an einsum; see Interpreted). The race detector sees the sums that warps
 exchange, but a warpgroup is one thread to it: that the warps wait for each other is Mosaic's own barrier.
@@ -125,8 +125,7 @@ class _Task(NamedTuple):
 
         sums, _ = lax.fori_loop(0, steps, step, ([do.zeros() for _ in tiles], load(steps * part)))
         for tile in tiles:
-            sums_s[tile] = sums[tile]
-        plgpu.commit_smem()
+            do.show(sums[tile], sums_s.at[tile])
         for tile in tiles:
             of_warps = [do.stored(sums_s.at[tile, pl.ds(BLOCK * warp, BLOCK)]) for warp in range(WARPS)]
             out_g[part, tile, pl.ds(column, BLOCK)] = sum(of_warps[1:], of_warps[0])

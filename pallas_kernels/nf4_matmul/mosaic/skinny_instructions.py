@@ -75,6 +75,10 @@ class Machine:
         """Sums of four warps to begin with."""
         return plgpu.layout_cast(jnp.zeros((WARPS * BLOCK, EIGHT), jnp.float32), tiled(SUMS))
 
+    def show(self, sums, target) -> None:
+        """The sums of all warps to shared memory, and a barrier."""
+        plgpu.inline_mgpu(arg_types=(SUMS_LAYOUT, plgpu.RefType()))(_show)(sums, target)
+
     def stored(self, source) -> jax.Array:
         """A warp's sums [32, 8] as a warpgroup reads them."""
         return plgpu.load(source, layout=plgpu.Layout.WG_STRIDED((BLOCK, EIGHT), 2), optimized=False)
@@ -111,6 +115,11 @@ class Interpreted:
     def zeros(self) -> jax.Array:
         """As Machine.zeros."""
         return jnp.zeros((WARPS * BLOCK, EIGHT), jnp.float32)
+
+    def show(self, sums, target) -> None:
+        """As Machine.show."""
+        target[...] = sums
+        plgpu.commit_smem()
 
     def dot(self, sums, x, codes, scales, words) -> list[jax.Array]:
         """As Machine.dot."""
@@ -157,6 +166,11 @@ def dots(
         found = runs[tile, run, q // 2, 2 * (q % 2) : 2 * (q % 2) + 2]
         sums[tile][q] = alu.add(sums[tile][q], scales[run], q, found)
     return sums
+
+
+def _show(ctx, sums, target) -> None:
+    sums.store_untiled(target, optimized=False)
+    mgpu.utils.warpgroup_barrier()
 
 
 def _emit_dot(table, dtype, ctx, sums, x, codes, scales, words):
