@@ -6,8 +6,8 @@ registers, to where mma.sync wants them (`fragments`), and never written down. F
 of codes and scales: forward keeps 128 rows n and goes along K, backward keeps two runs of 64 columns k and goes along
 N. All else is shared.
 
-Sizes that are no multiple of a tile: copies are moved to where the array ends (the last rows are then made twice, with
-the same values; a run of the contraction that is read twice has scales 0), and columns past the end are not stored.
+Sizes that are no multiple of a tile: copies are moved to where the array ends. Rows that are then made twice are stored
+once, a run of the contraction that is read twice has scales 0, and columns past the end are not stored.
 Nothing outside of an array is read or written. Rows come in eights: fewer than a tile's, or others, are padded before.
 
 A thread's instructions for a round with 64 (128) rows are 706 (881) forward and 700 (875) backward. Tensor cores need
@@ -22,13 +22,13 @@ race detector do not cover:
   - the number of copies that a wait leaves in flight: `steps - 2` rounds of COPIES groups, each copy one of them;
   - that the barrier behind each wait, which is the only one in a round, also lets a slot be filled again: all reads of
     the round before are behind it, by the order of the program (tests count one barrier and one wait in the loop);
-  - what `fragments` does with registers (tests run its functions on arrays), and the addresses of `_copy_scales`;
-  - two blocks that write the same row, as said above.
+  - what `fragments` does with registers (tests run its functions on arrays), and the addresses of `_copy_scales`.
 
 Dimension key: M rows, N out, K in, L layers, C the contraction (K forward, N backward); _g device, _s shared memory.
 """
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -180,7 +180,7 @@ class _Task(NamedTuple):
 
         start = (do.zeros(tile_rows), jnp.int32(0), jnp.int32(steps - 1))
         sums, *_ = lax.fori_loop(0, self.rounds, one_round, start)
-        self.store(do.in_order(sums), out_g, row, column_tile)
+        self.store(do.in_order(sums), out_g, row_tile, row, column_tile)
 
     def fetch(self, sources, targets, arrived, row, column_tile, k, slot):
         """Starts the copies of round k: two runs of the rows, [128, 64] codes, their scales."""
@@ -197,14 +197,19 @@ class _Task(NamedTuple):
             of_codes = codes_g.at[pl.ds(RUN * block, RUN), pl.ds(RUN * j, RUN)]
             do.copy(of_codes, codes_s.at[slot, part], arrived, slot)
 
-    def store(self, chunks, out_g, row, column_tile):
-        """Chunks [rows, 64] of a result, those that it has."""
-        for part, chunk in enumerate(chunks):
+    def store(self, chunks, out_g, row_tile, row, column_tile):
+        """Chunks [rows, 64] of a result: those that it has, and each row once."""
+        whole = self.rows % self.tile.rows == 0
+        height = self.tile.rows if whole else EIGHT
+        for part, first in itertools.product(range(len(chunks)), range(0, self.tile.rows, height)):
             block = 2 * column_tile + part
+            is_mine = block < self.columns // RUN
+            if not whole:  # the last tile was moved: its first rows are the one's before
+                is_mine &= row + first >= row_tile * self.tile.rows
 
-            @pl.when(block < self.columns // RUN)
-            def _(chunk=chunk, block=block):
-                out_g[pl.ds(row, self.tile.rows), pl.ds(RUN * block, RUN)] = chunk
+            @pl.when(is_mine)
+            def _(rows=chunks[part][first : first + height], first=first, block=block):
+                out_g[pl.ds(row + first, height), pl.ds(RUN * block, RUN)] = rows
 
 
 def _swizzled(row_bytes: int) -> tuple[Any, ...]:
