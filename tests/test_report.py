@@ -33,6 +33,8 @@ def test_every_card_and_shape_has_a_line(capsys):
     assert "nothing here was measured" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
     assert "forward hopper, backward hopper; layout split_k" in found
+    found = next(line for line in lines if line.startswith("l40s: llama-2-7b/down 4096x11008 M=1 "))
+    assert "forward skinny, backward ampere; layout split_k" in found
     found = next(line for line in lines if line.startswith("b200: llama-2-7b/down 4096x11008 M=512"))
     assert "forward reference, backward reference; layout split_k" in found
 
@@ -40,9 +42,11 @@ def test_every_card_and_shape_has_a_line(capsys):
 def test_numbers_of_one_line():
     """LLaMA-2-7B's down_proj, 45.1 M weights: 0.5 bytes of codes each, 1/64 + 4/(64 256) of constants, 2 in bf16."""
     line = report.line("a100", DOWN, 512)
-    assert line.codes == 4096 * 11008 // 2 and line.dequantized == 2 * 4096 * 11008
+    assert line.codes == 4096 * 11008 // 2 and line.dequantized == 0
+    assert report.line("b200", DOWN, 512).dequantized == 2 * 4096 * 11008
     assert line.constants == 4096 * 11008 // 64 + 4 * (4096 * 11008 // 64 // 256) + 4
-    moved = line.codes + line.constants + 2 * line.dequantized + 2 * 512 * (4096 + 11008)
+    expanded = 2 * 4096 * 11008 // 64
+    moved = line.codes + line.constants + 2 * expanded + 2 * 512 * (4096 + 11008)
     assert line.intensity == pytest.approx(2 * 512 * 4096 * 11008 / moved)
     assert line.bound == "compute" and line.roof_seconds == pytest.approx(2 * 512 * 4096 * 11008 / 312e12)
     one = report.line("a100", DOWN, 1)
@@ -57,7 +61,7 @@ def test_a_fused_implementation_moves_no_dequantized_weight(monkeypatch):
     monkeypatch.setitem(api.PREFERENCE, "sm_90", ("fused", "reference"))
     many, one = report.line("h100", DOWN, 512), report.line("h100", DOWN, 1)
     assert many.runs == {"forward": "fused", "backward": "fused"} and many.dequantized == 0 and not many.refused
-    assert many.intensity > 3 * report.line("a100", DOWN, 512).intensity
+    assert many.intensity > 3 * report.line("b200", DOWN, 512).intensity
     assert one.runs["forward"] == "reference"
     assert one.refused["fused forward"] == "takes 16 to 4096 rows, not 1"
     assert "not fused forward: takes 16 to 4096 rows, not 1" in report.plain(one)
@@ -84,7 +88,7 @@ def test_json_holds_everything(capsys):
     assert [(line["device"], line["shape"]) for line in found["lines"]] == [
         (card, name) for card in ("l40s", "cpu") for name in SHAPES if name.startswith("smollm2")
     ]
-    assert found["lines"][0]["runs"] == {"forward": "reference", "backward": "reference"}
+    assert found["lines"][0]["runs"] == {"forward": "skinny", "backward": "ampere"}
 
 
 @pytest.mark.parametrize(

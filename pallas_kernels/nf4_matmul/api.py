@@ -27,7 +27,7 @@ from pallas_kernels.nf4_matmul.dispatch import (
     Layer,
     choose,
 )
-from pallas_kernels.nf4_matmul.mosaic.abilities import HOPPER
+from pallas_kernels.nf4_matmul.mosaic.abilities import AMPERE, HOPPER, SKINNY
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -48,14 +48,19 @@ def _mosaic(module: str, abilities: Abilities) -> Implementation:
 
 IMPLEMENTATIONS = {
     "cpu": Implementation(cpu.forward, cpu.backward, cpu.ABILITIES, missing=native_problem),
+    "ampere": _mosaic("ampere", AMPERE),
     "hopper": _mosaic("hopper", HOPPER),
+    "skinny": _mosaic("skinny", SKINNY),
     "reference": Implementation(reference.forward, reference.backward, Abilities()),
 }
 
 # Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest there first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
-    "sm_90": ("hopper", "reference"),
+    "sm_80": ("skinny", "ampere", "reference"),
+    "sm_86": ("skinny", "ampere", "reference"),
+    "sm_89": ("skinny", "ampere", "reference"),
+    "sm_90": ("skinny", "hopper", "reference"),
     "any": ("reference",),
 }
 

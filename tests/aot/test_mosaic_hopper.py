@@ -1,19 +1,14 @@
-"""The Hopper kernels as machine code: registers, spills, shared memory, loops, and what a scanned step copies."""
-
-import re
+"""The Hopper kernels as machine code: registers, spills, shared memory and loops."""
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.gpu_specs import CARDS
-from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.mosaic import hopper
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands
 from pallas_kernels.nf4_matmul.shapes import SHAPES
-from pallas_kernels.report import abstract_weight
 
 Abstract = jax.ShapeDtypeStruct
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -92,57 +87,3 @@ def test_a_mapped_product_is_one_kernel(compile_for):
     (kernel,) = (kernel for kernel in compiled.kernels if kernel.tensor_core_instructions)
     assert kernel.opcodes["HGMMA"] > 0
     assert "while(" not in compiled.text
-
-
-# A step: layers scanned and recomputed
-
-
-def stacked(shape):
-    one = abstract_weight(shape, "split_k")
-    return jax.tree.map(lambda leaf: Abstract((LAYERS, *leaf.shape), leaf.dtype), one)
-
-
-def step_gradient(x, up, down):
-    def layer(x, index):
-        return x + nf4_matmul(jnp.tanh(nf4_matmul(x, up, index)), down, index), None
-
-    def loss(x):
-        y, _ = jax.lax.scan(jax.checkpoint(layer), x, jnp.arange(LAYERS))
-        return jnp.sum(y.astype(jnp.float32))
-
-    return jax.grad(loss)(x)
-
-
-def made(text):
-    """(dtype, sizes) of all that an instruction computes; parameters, tuples, loops and views only pass arrays on."""
-    passes = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "call"}
-    found = re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", text)
-    return [(dtype, [int(s) for s in sizes.split(",") if s]) for dtype, sizes, opcode in found if opcode not in passes]
-
-
-def whole_weights(text, shapes):
-    """What an instruction computes that is as large as a layer's codes in bytes, or has the shape of its weights."""
-    codes = min(n * k // 2 for n, k in shapes)
-    return [one for one in made(text) if one[0] == "u8" and np.prod(one[1]) >= codes] + [
-        one for one in made(text) if one[0] in ("bf16", "f16", "f32") and sorted(one[1])[-2:] in map(sorted, shapes)
-    ]
-
-
-@pytest.mark.parametrize("rows", [512, 2048])
-def test_a_scanned_step_copies_no_codes_and_makes_no_weight(compile_for, rows):
-    width, inner = 1024, 2816
-    shapes = [(inner, width), (width, inner)]
-    compiled = compile_for("h100", step_gradient, Abstract((rows, width), BF16), *map(stacked, shapes))
-    kernels = [kernel for kernel in compiled.kernels if "mosaic" in kernel.name]
-    assert len(kernels) >= 4 and not compiled.spilled  # two products, forward and backward
-    assert not whole_weights(compiled.text, shapes)
-    activations = LAYERS * rows * width * 2 + 8 * rows * inner * 2
-    scales = 4 * 2 * width * inner // 64
-    assert compiled.memory.device.temporaries <= activations + scales
-
-
-def test_the_checks_of_a_step_can_fail(compile_for):
-    """A card without a fused kernel makes whole weights, and slices of codes."""
-    shapes = [(2816, 1024), (1024, 2816)]
-    compiled = compile_for("b200", step_gradient, Abstract((512, 1024), BF16), *map(stacked, shapes))
-    assert whole_weights(compiled.text, shapes)

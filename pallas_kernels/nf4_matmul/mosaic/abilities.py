@@ -4,8 +4,10 @@ from pallas_kernels.nf4_matmul.dispatch import Abilities
 
 # A weight that is dequantized first is written to memory and read again: 4.5 bytes a weight that a fused kernel saves,
 # whatever M; what a fused kernel loses beside cuBLAS grows with M. With 1.34 ps a weight saved on an H100, and a tenth
-# lost of the 2 M / (0.75 x 989e12) s that cuBLAS takes, they meet at M = 5000. By reasoning: no card has measured it.
-MOST_ROWS = 4096
+# lost of the 2 M / (0.75 x 989e12) s that cuBLAS takes, they meet at M = 5000; with 2.2 ps on an A100 of 312e12, at
+# 2600, with 5.9 ps on an A6000 of 155e12, at 3400. By reasoning: no card has measured it. (`skinny`: two products of eight
+# rows; more would be as many more products for each weight that is decoded.)
+MOST_ROWS = {"hopper": 4096, "ampere": 2048, "skinny": 16}
 
 _EVERY_KERNEL = {
     "layouts": ("split_k",),
@@ -14,4 +16,12 @@ _EVERY_KERNEL = {
     "multiples": (64, 64),
 }
 
-HOPPER = Abilities(devices=("sm_90",), rows=(1, MOST_ROWS), **_EVERY_KERNEL)
+HOPPER = Abilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"]), **_EVERY_KERNEL)
+AMPERE = Abilities(devices=("sm_80", "sm_86", "sm_89"), rows=(1, MOST_ROWS["ampere"]), **_EVERY_KERNEL)
+# Few rows: forward alone, for they are rows of decoding, which has no backward.
+SKINNY = Abilities(
+    devices=("sm_80", "sm_86", "sm_89", "sm_90"),
+    rows=(1, MOST_ROWS["skinny"]),
+    directions=("forward",),
+    **_EVERY_KERNEL,
+)

@@ -40,18 +40,11 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Direction, Layer
+from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import inline
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
-
-ABILITIES = Abilities(
-    devices=("sm_80", "sm_86", "sm_89"),
-    layouts=("split_k",),
-    dtypes=("bfloat16", "float16"),
-    multiples=(RUN, RUN),
-)
 
 EIGHT = 8  # rows of a swizzled tile of shared memory: a copy starts at a multiple
 WIDE = 8  # tiles of rows that are made for one tile of columns before the next: what they read stays in the L2 cache

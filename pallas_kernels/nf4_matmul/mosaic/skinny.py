@@ -35,6 +35,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Layer
 from pallas_kernels.nf4_matmul.mosaic import inline
+from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands
 from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import (
     BLOCK,
@@ -46,7 +47,6 @@ from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import (
     Machine,
 )
 
-MOST_ROWS = 16
 ENOUGH_BLOCKS = 4 * 132  # four on each multiprocessor of the largest card
 PARTS = (4, 2, 1)  # of K
 
@@ -59,7 +59,7 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
 
 def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weight: Operands) -> Float[Array, "M N"]:
     """`forward` with the instructions of a card or of the twin."""
-    assert x_MK.shape[0] <= MOST_ROWS
+    assert x_MK.shape[0] <= MOST_ROWS["skinny"]
     weight = _at_least_a_step(weight)
     groups = weight.codes_LNJ.shape[2] * 2 // GROUP
     steps = pl.cdiv(groups, WARPS)
