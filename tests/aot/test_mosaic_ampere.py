@@ -6,8 +6,11 @@ import pytest
 
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.gpu_specs import CARDS
-from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Machine, product
+from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, product, tile_for
+from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Machine
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands
+from pallas_kernels.nf4_matmul.shapes import SHAPES
+from pallas_kernels.report import device_of_card
 
 Abstract = jax.ShapeDtypeStruct
 BF16, F16 = jnp.bfloat16, jnp.float16
@@ -75,6 +78,19 @@ def test_other_units_are_busy_for_less_time_than_tensor_cores(compile_for, card,
 def test_ragged_sizes_compile(compile_for, card, direction, shape, rows):
     kernel = compile_product(compile_for, card, direction, SMALL, rows, shape, BF16)
     assert kernel.registers <= 255
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", sorted({shape.nk for shape in SHAPES.values()}))
+@pytest.mark.parametrize("rows", [300, 2048])
+@pytest.mark.parametrize("card", ["a100", "a6000"])
+def test_real_shapes_compile(compile_for, card, shape, rows):
+    device = device_of_card(card)[0]
+    for direction in ("forward", "backward"):
+        tile = tile_for(device, rows, shape[direction == "backward"])
+        kernel = compile_product(compile_for, card, direction, tile, rows, shape, BF16)
+        # An end of the contraction or of N that is no whole tile costs a few instructions.
+        assert all(loop.instructions <= MOST_IN_A_LOOP[direction, tile] + 20 for loop in kernel.loops)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

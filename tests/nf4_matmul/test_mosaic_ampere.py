@@ -1,5 +1,6 @@
 """The kernels for Ampere and Ada as their twin, interpreted with the race detector on; broken copies must be caught."""
 
+import collections
 import functools
 import re
 
@@ -15,10 +16,11 @@ from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import ampere
 from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Tile, product
-from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted
+from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import COPIES, Interpreted, Machine
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul.jaxprs import equations, loops
 from tests.nf4_matmul.tolerances import relative_error, tolerance
 
 LAYERS = 3
@@ -158,3 +160,30 @@ def test_a_wrong_index_is_caught(monkeypatch, direction, change):
 
     monkeypatch.setattr(ampere._Task, "fetch", wrong)
     assert caught(direction)
+
+
+# What the interpreter does not see: cp.async is waited for by counting
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("tile", [SMALL, LARGE])
+def test_a_wait_leaves_in_flight_what_was_started_for_later_rounds(direction, tile):
+    weights = stack((192, 320))
+    x = jnp.zeros((128, 320 if direction == "forward" else 192), BF16)
+    machine = Machine(direction, BF16, CODE_TABLES["nf4"])
+    traced = jax.make_jaxpr(lambda x: product(machine, x, operands(weights, 1, BF16), tile))(x)
+    (one_round,) = (body for body in loops(traced.jaxpr) if "wait_gmem_to_smem" in map(str, equations_by_name(body)))
+    in_round = equations_by_name(one_round)
+    assert len(in_round["copy_gmem_to_smem"]) == COPIES  # each a group; the scales are in the first
+    (wait,) = in_round["wait_gmem_to_smem"]
+    assert wait.params["n"] == (tile.steps - 2) * COPIES
+    # Before the loop: the rounds that the first wait leaves in flight, and the one that it waits for.
+    everywhere = equations_by_name(traced.jaxpr)
+    assert len(everywhere["copy_gmem_to_smem"]) == tile.steps * COPIES
+
+
+def equations_by_name(jaxpr):
+    found = collections.defaultdict(list)
+    for equation in equations(jaxpr):
+        found[equation.primitive.name].append(equation)
+    return found

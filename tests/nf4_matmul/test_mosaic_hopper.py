@@ -19,6 +19,7 @@ from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul.jaxprs import equations, loops, names
 from tests.nf4_matmul.tolerances import relative_error, tolerance
 
 LAYERS = 3
@@ -192,30 +193,6 @@ def traced(direction, interpret=None):
     jaxpr = jax.make_jaxpr(lambda x: product(x, operands(weights, 1, BF16), Tile(64, 2), interpret))(x)
     steps = [list(equations(body)) for body in loops(jaxpr.jaxpr) if "wgmma_ref" in map(str, names(body))]
     return steps[-1]  # the innermost
-
-
-def subjaxprs(equation):
-    for value in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda leaf: hasattr(leaf, "eqns")):
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-            yield inner
-
-
-def equations(jaxpr):
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in subjaxprs(equation):
-            yield from equations(inner)
-
-
-def names(jaxpr):
-    return [equation.primitive.name for equation in equations(jaxpr)]
-
-
-def loops(jaxpr):
-    for equation in equations(jaxpr):
-        if equation.primitive.name in ("scan", "while"):
-            yield from subjaxprs(equation)
 
 
 def hazards(step, late):

@@ -5,8 +5,8 @@ from pallas_kernels.nf4_matmul.dispatch import Abilities
 # A weight that is dequantized first is written to memory and read again: 4.5 bytes a weight that a fused kernel saves,
 # whatever M; what a fused kernel loses beside cuBLAS grows with M. With 1.34 ps a weight saved on an H100, and a tenth
 # lost of the 2 M / (0.75 x 989e12) s that cuBLAS takes, they meet at M = 5000; with 2.2 ps on an A100 of 312e12, at
-# 2600, with 5.9 ps on an A6000 of 155e12, at 3400. By reasoning: no card has measured it. (`skinny`: two products of eight
-# rows; more would be as many more products for each weight that is decoded.)
+# 2600; with 5.9 ps on an A6000 of 155e12, at 3400. `skinny` makes two products of eight rows for each weight that it
+# decodes; with more, the others are better. By reasoning: no card has measured it.
 MOST_ROWS = {"hopper": 4096, "ampere": 2048, "skinny": 16}
 
 _EVERY_KERNEL = {
