@@ -1,63 +1,36 @@
 """The kernels for Ampere and Ada as their twin, interpreted with the race detector on; broken copies must be caught."""
 
 import collections
-import functools
-import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import Device
-from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import ampere
 from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Tile, product
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import COPIES, Interpreted, Machine
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
-from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul import twins
 from tests.nf4_matmul.jaxprs import equations, loops
-from tests.nf4_matmul.tolerances import relative_error, tolerance
+from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
 
-LAYERS = 3
 BF16, F16 = jnp.bfloat16, jnp.float16
 DIRECTIONS = ("forward", "backward")
-DETECTING = plgpu.InterpretGPUParams(detect_races=True)
 
 
-@functools.cache
-def stack(shape, quant_type="nf4", double_quant=True):
-    """Layers of a weight in `split_k`, each of its own."""
-    form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
-    layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def twin_of(direction, dtype, tile, quant_type="nf4", twin=Interpreted):
+    """(x, operands) -> product, interpreted."""
+    instructions = twin(direction, dtype, CODE_TABLES[quant_type], DETECTING)
+    return lambda x, weight: product(instructions, x, weight, tile)
 
 
-def interpreted(direction, rows, shape, tile, dtype, weights=None, layer=1, twin=Interpreted):
-    """(relative error of the twin, the tolerance, whether there was a race)."""
+def check(direction, rows, shape, tile, dtype, weights=None, layer=1):
     weights = stack(shape) if weights is None else weights
-    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
-    right = dense.T if direction == "forward" else dense
-    x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
-    twin = twin(direction, dtype, CODE_TABLES[weights.quant_type], DETECTING)
-    try:
-        run = jax.jit(lambda x, w, i: product(twin, x, operands(w, i, dtype), tile))
-        y = run(x, weights, jnp.int32(layer))
-        assert y.shape == (rows, right.shape[1]) and y.dtype == dtype
-        error = relative_error(y, np.asarray(x, np.float64) @ right.astype(np.float64))
-        return error, tolerance(dtype, len(right), y.size), interpret_pallas_call.get_races().races_found
-    finally:
-        interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
-def check(*args, **kwargs):
-    error, allowed, races = interpreted(*args, **kwargs)
-    assert error <= allowed
-    assert not races
+    twins.check(twin_of(direction, dtype, tile, weights.quant_type), direction, rows, weights, dtype, layer)
 
 
 # Rows at and beside a tile's, one round and many, halves of tiles and rounds, both dtypes.
@@ -112,13 +85,8 @@ def test_the_larger_tile_where_it_costs_no_block_and_fills_the_card():
 
 
 def caught(direction, twin=Interpreted):
-    """Whether the twin is told from a right one: by its values, by a race, or by what it leaves unfinished."""
-    try:
-        error, allowed, races = interpreted(direction, 64, (384, 384), Tile(64, 2), BF16, twin=twin)
-    except jax.errors.JaxRuntimeError as failed:
-        assert re.search("RACE DETECTED|before kernel finished", str(failed))
-        return True
-    return races or not error <= 2 * allowed  # a NaN is caught too
+    product = twin_of(direction, BF16, Tile(64, 2), twin=twin)
+    return twins.caught(product, direction, 64, stack((384, 384)), BF16)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

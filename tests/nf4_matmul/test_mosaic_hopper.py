@@ -1,62 +1,34 @@
 """The Hopper kernels' twins, interpreted with the race detector on, and broken copies, which must be caught."""
 
 import dataclasses
-import functools
 import itertools
-import re
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import decode, hopper
 from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
-from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul import twins
 from tests.nf4_matmul.jaxprs import equations, loops, names
-from tests.nf4_matmul.tolerances import relative_error, tolerance
+from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
 
-LAYERS = 3
 BF16, F16 = jnp.bfloat16, jnp.float16
 ROWS = (1, 7, 16, 65, 128, 300)
 PRODUCTS = {"forward": hopper.forward_product, "backward": hopper.backward_product}
-DETECTING = plgpu.InterpretGPUParams(detect_races=True)
 
 
-@functools.cache
-def stack(shape, quant_type="nf4", double_quant=True):
-    """Layers of a weight in `split_k`, each of its own."""
-    form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
-    layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def twin_of(direction, tile):
+    """(x, operands) -> product, interpreted."""
+    return lambda x, weight: PRODUCTS[direction](x, weight, tile, DETECTING)
 
 
-def interpreted(direction, rows, shape, tile, dtype, weights=None, layer=1):
-    """(relative error of the twin, the tolerance, whether there was a race)."""
+def check(direction, rows, shape, tile, dtype, weights=None, layer=1):
     weights = stack(shape) if weights is None else weights
-    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
-    right = dense.T if direction == "forward" else dense
-    x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
-    try:
-        product = jax.jit(lambda x, w, i: PRODUCTS[direction](x, operands(w, i, dtype), tile, DETECTING))
-        y = product(x, weights, jnp.int32(layer))
-        assert y.shape == (rows, right.shape[1]) and y.dtype == dtype
-        error = relative_error(y, np.asarray(x, np.float64) @ right.astype(np.float64))
-        return error, tolerance(dtype, len(right), y.size), interpret_pallas_call.get_races().races_found
-    finally:
-        interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
-def check(*args, **kwargs):
-    error, allowed, races = interpreted(*args, **kwargs)
-    assert error <= allowed
-    assert not races
+    twins.check(twin_of(direction, tile), direction, rows, weights, dtype, layer)
 
 
 # Rows at and beside a tile's, one step and many, half a block of N, a tail of K, both dtypes.
@@ -116,13 +88,7 @@ def test_tiles_grow_with_the_work_and_not_beyond_a_wave():
 
 
 def caught(direction):
-    """Whether the twin is told from a right one: by its values, by a race, or by what it leaves unfinished."""
-    try:
-        error, allowed, races = interpreted(direction, 128, (128, 512), Tile(64, 2), BF16)
-    except jax.errors.JaxRuntimeError as failed:
-        assert re.search("RACE DETECTED|before kernel finished", str(failed))
-        return True
-    return races or not error <= 2 * allowed  # a NaN is caught too
+    return twins.caught(twin_of(direction, Tile(64, 2)), direction, 128, stack((128, 512)), BF16)
 
 
 def without(monkeypatch, name):

@@ -1,59 +1,32 @@
 """The kernel for few rows: its registers on arrays over 128 threads, its twin interpreted, broken copies of both."""
 
 import dataclasses
-import functools
-import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import inline, skinny, skinny_instructions
-from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.mosaic.skinny import product
 from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import Interpreted
 from pallas_kernels.nf4_matmul.shapes import REDUCED
-from tests.contract.nf4_matmul import weight
-from tests.nf4_matmul import ptx
+from tests.nf4_matmul import ptx, twins
 from tests.nf4_matmul.registers import threads
-from tests.nf4_matmul.tolerances import relative_error, tolerance
+from tests.nf4_matmul.twins import DETECTING, stack
 
-LAYERS = 2
 BF16, F16 = jnp.bfloat16, jnp.float16
-DETECTING = plgpu.InterpretGPUParams(detect_races=True)
 
 
-@functools.cache
-def stack(shape, quant_type="nf4", double_quant=True):
-    form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
-    layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+def twin_of(dtype, quant_type="nf4", twin=Interpreted):
+    """(x, operands) -> product, interpreted."""
+    instructions = twin(dtype, CODE_TABLES[quant_type], DETECTING)
+    return lambda x, weight: product(instructions, x, weight)
 
 
-def interpreted(rows, shape, dtype, weights=None, layer=1, twin=Interpreted):
-    """(relative error of the twin, the tolerance, whether there was a race)."""
+def check(rows, shape, dtype, weights=None, layer=1):
     weights = stack(shape) if weights is None else weights
-    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
-    x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, shape[1])), dtype)
-    twin = twin(dtype, CODE_TABLES[weights.quant_type], DETECTING)
-    try:
-        y = jax.jit(lambda x, w, i: product(twin, x, operands(w, i, dtype)))(x, weights, jnp.int32(layer))
-        assert y.shape == (rows, shape[0]) and y.dtype == dtype
-        error = relative_error(y, np.asarray(x, np.float64) @ dense.T.astype(np.float64))
-        return error, tolerance(dtype, shape[1], y.size), interpret_pallas_call.get_races().races_found
-    finally:
-        interpret_pallas_call.reset_gpu_interpret_mode_state()
-
-
-def check(*args, **kwargs):
-    error, allowed, races = interpreted(*args, **kwargs)
-    assert error <= allowed
-    assert not races
+    twins.check(twin_of(dtype, weights.quant_type), "forward", rows, weights, dtype, layer)
 
 
 # One row, two that share a load, a full tile, two tiles; one step, several, a last one that overlaps, K below a step.
@@ -92,12 +65,7 @@ def test_the_first_layer_of_a_stack_is_read():
 
 
 def caught(twin=Interpreted):
-    try:
-        error, allowed, races = interpreted(2, (64, 1344), BF16, twin=twin)
-    except jax.errors.JaxRuntimeError as failed:
-        assert re.search("RACE DETECTED|before kernel finished", str(failed))
-        return True
-    return races or not error <= 2 * allowed
+    return twins.caught(twin_of(BF16, twin=twin), "forward", 2, stack((64, 1344)), BF16)
 
 
 def test_the_unbroken_kernel_is_not_caught():

@@ -1,0 +1,75 @@
+"""Interpreting a kernel's twin on one layer of a stack, with the race detector on, and telling a broken one."""
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands
+from tests.contract.nf4_matmul import weight
+from tests.nf4_matmul.tolerances import relative_error, tolerance
+
+LAYERS = 3
+DETECTING = plgpu.InterpretGPUParams(detect_races=True)
+
+
+@functools.cache
+def stack(shape, quant_type="nf4", double_quant=True):
+    """Layers of a weight in `split_k`, each of its own."""
+    form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
+    layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
+
+
+class Found(NamedTuple):
+    """Relative error of a result, what is allowed, and whether there was a race."""
+
+    error: float
+    allowed: float
+    races: bool
+
+
+def interpreted(
+    product: Callable[[jax.Array, Operands], jax.Array],
+    direction: str,
+    rows: int,
+    weights: Any,
+    dtype: Any,
+    layer: int = 1,
+) -> Found:
+    """What a twin makes of random rows and a layer of the weights."""
+    dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
+    right = dense.T if direction == "forward" else dense
+    x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
+    try:
+        y = jax.jit(lambda x, w, i: product(x, operands(w, i, dtype)))(x, weights, jnp.int32(layer))
+        assert y.shape == (rows, right.shape[1]) and y.dtype == dtype
+        error = relative_error(y, np.asarray(x, np.float64) @ right.astype(np.float64))
+        races = interpret_pallas_call.get_races().races_found
+        return Found(error, tolerance(dtype, len(right), y.size), races)
+    finally:
+        interpret_pallas_call.reset_gpu_interpret_mode_state()
+
+
+def check(*args: Any, **kwargs: Any) -> None:
+    """The twin's result is right, and nothing raced."""
+    found = interpreted(*args, **kwargs)
+    assert found.error <= found.allowed
+    assert not found.races
+
+
+def caught(*args: Any, **kwargs: Any) -> bool:
+    """Whether a twin is told from a right one: by its values, by a race, or by what it leaves unfinished."""
+    try:
+        found = interpreted(*args, **kwargs)
+    except jax.errors.JaxRuntimeError as failed:
+        assert re.search("RACE DETECTED|before kernel finished", str(failed))
+        return True
+    return found.races or not found.error <= 2 * found.allowed  # a NaN is caught too
