@@ -33,7 +33,7 @@ def test_every_card_and_shape_has_a_line(capsys):
     assert "nothing here was measured" in lines[-1]
     found = next(line for line in lines if line.startswith("h100: llama-2-7b/down 4096x11008 M=512"))
     assert "forward hopper, backward hopper; layout split_k" in found
-    found = next(line for line in lines if line.startswith("l40s: llama-2-7b/down 4096x11008 M=1 "))
+    found = next(line for line in lines if line.startswith("l40s: llama-2-7b/down 4096x11008 M=1:"))
     assert "forward skinny, backward ampere; layout split_k" in found
     found = next(line for line in lines if line.startswith("b200: llama-2-7b/down 4096x11008 M=512"))
     assert "forward reference, backward reference; layout split_k" in found
@@ -124,7 +124,7 @@ def test_compiled_products_use_tensor_cores(capsys):
     compiled = json.loads(capsys.readouterr().out)["lines"][0]["compiled"]
     for way in ("forward", "backward"):
         assert compiled[way]["tensor-core instructions"] > 0 and compiled[way]["registers"] > 0
-        assert compiled[way]["temporary bytes"] >= 2 * 192 * 576  # the reference's dequantized weight
+        assert compiled[way]["temporary bytes"] < 2 * 192 * 576  # no dequantized weight
 
 
 def test_no_backend_is_started():

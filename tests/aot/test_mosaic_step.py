@@ -46,8 +46,9 @@ def whole_weights(text, shapes):
     ]
 
 
-@pytest.mark.parametrize("card", ["h100", "a100", "a6000", "rtx4090", "l40s"])
-@pytest.mark.parametrize("rows", [512, 2048])
+@pytest.mark.parametrize(
+    ("card", "rows"), [("h100", 512), ("h100", 2048), ("a100", 512), ("a6000", 512), ("rtx4090", 512), ("l40s", 2048)]
+)
 def test_a_scanned_step_copies_no_codes_and_makes_no_weight(compile_for, card, rows):
     width, inner = 1024, 2816
     shapes = [(inner, width), (width, inner)]
