@@ -116,15 +116,15 @@ def test_a_missing_wait_and_a_wrong_nibble_are_caught(direction, twin):
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("change", ["round", "slot", "tile"])
+@pytest.mark.parametrize("change", ["round", "run", "tile"])
 def test_a_wrong_index_is_caught(monkeypatch, direction, change):
     right = ampere._Task.fetch
 
     def wrong(self, sources, targets, arrived, row, column_tile, k, slot):
         k = {"round": jnp.maximum(k - 1, 0)}.get(change, k)
         column_tile = {"tile": (column_tile + 1) % 3}.get(change, column_tile)
-        slot = {"slot": 0}.get(change, slot)
-        return right(self, sources, targets, arrived, row, column_tile, k, slot)
+        task = self._replace(contracted=self.contracted - 64) if change == "run" else self
+        return right(task, sources, targets, arrived, row, column_tile, k, slot)
 
     monkeypatch.setattr(ampere._Task, "fetch", wrong)
     assert caught(direction)
