@@ -30,6 +30,7 @@ def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.n
 
 INSTRUCTIONS = {
     "and.b32": np.bitwise_and,
+    "or.b32": np.bitwise_or,
     "lop3.b32": lop3,
     "shr.u32": np.right_shift,
     "prmt.b32": prmt,
