@@ -1,6 +1,6 @@
 """Writes a model with random weights, where a benchmark needs a shape rather than what a model knows.
 
-    python scripts/random_model.py [qwen2-0.5b]
+    python scripts/random_model.py [qwen2-0.5b | random-15m]
 
 A Hugging Face folder (config.json, bf16 safetensors; no tokenizer) in the cache, and its path printed. Qwen2-0.5B's
 shape, biases on q, k and v and tied embeddings included, is told as a `llama` with attention biases: the same
@@ -23,7 +23,8 @@ from train_rows import SHAPES, Shape
 
 STANDARD_DEVIATION = 0.02
 SETTINGS = {
-    "qwen2-0.5b": {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "attention_bias": True}
+    "random-15m": {"rope_theta": 1e4, "rms_norm_eps": 1e-5, "max_position_embeddings": 2048, "attention_bias": False},
+    "qwen2-0.5b": {"rope_theta": 1e6, "rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "attention_bias": True},
 }
 
 

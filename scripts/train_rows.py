@@ -24,6 +24,7 @@ class Shape:
 
 SHAPES = {
     "smollm2": Shape(layers=30, width=576, heads=9, kv_heads=3, head_dim=64, mlp=1536, vocab=49152),
+    "random-15m": Shape(layers=6, width=320, heads=5, kv_heads=5, head_dim=64, mlp=896, vocab=24576),
     "qwen2-0.5b": Shape(layers=24, width=896, heads=14, kv_heads=2, head_dim=64, mlp=4864, vocab=151936),
 }
 

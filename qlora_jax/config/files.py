@@ -18,7 +18,7 @@ _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
 class _Loader(yaml.SafeLoader):
-    """yaml.SafeLoader with 2e-4 as a number."""
+    """yaml.SafeLoader with 2e-4 as a number, and `on` and `off` as text."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -27,10 +27,15 @@ class _Dumper(yaml.SafeDumper):
 
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+# In YAML 1.1 `off` is false; in 1.2, and for everyone who writes `paging: off`, it is a word. Written, it is quoted.
+for _letter in "oO":
+    _Loader.yaml_implicit_resolvers[_letter] = [
+        (tag, pattern) for tag, pattern in _Loader.yaml_implicit_resolvers[_letter] if not tag.endswith(":bool")
+    ]
 
 
 def parse_yaml(text: str) -> Any:
-    """A YAML value, 2e-4 a number."""
+    """A YAML value, 2e-4 a number, `off` a word."""
     return yaml.load(text, _Loader)
 
 

@@ -97,6 +97,12 @@ class OptimArgs:
     beta2: float = setting("decay of the mean of squared gradients", 0.999, BELOW_ONE)
     eps: float = setting("added to the root of the second moment", 1e-8, POSITIVE)
     max_grad_norm: float = setting("gradients are scaled down to this global norm; 0 turns it off", 0.3, NON_NEGATIVE)
+    paging: Literal["off", "on", "auto"] = setting(
+        "optimizer state in pages that wait in host memory: on keeps paging_budget of them on the device, auto what "
+        "the next batch leaves room for; results are the same to the bit",
+        "off",
+    )
+    paging_budget: str | None = setting("device memory for pages, such as 512MiB or 2GiB; paging=on needs it", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

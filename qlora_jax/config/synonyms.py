@@ -31,6 +31,7 @@ SYNONYMS = {
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
     "adam_epsilon": "optim.eps",
+    "is_paged": "optim.paging",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "max_steps": "train.steps",

@@ -4,6 +4,7 @@ import dataclasses
 
 from qlora_jax.config.decode import ConfigError, find_problems
 from qlora_jax.config.schema import Config
+from qlora_jax.config.sizes import parse_bytes
 
 
 def _pattern_problems(config: Config) -> list[str]:
@@ -16,8 +17,21 @@ def _pattern_problems(config: Config) -> list[str]:
     ]
 
 
+def _paging_problems(config: Config) -> list[str]:
+    paging, budget = config.optim.paging, config.optim.paging_budget
+    if (paging == "on") != (budget is not None):
+        expected = "a size such as 2GiB" if budget is None else "null (only paging=on has a budget)"
+        return [f"optim.paging_budget: found {budget!r} with optim.paging={paging}, expected {expected}"]
+    try:
+        if budget is not None:
+            parse_bytes(budget)
+    except ValueError as error:
+        return [f"optim.paging_budget: {error}"]
+    return []
+
+
 def _relation_problems(config: Config) -> list[str]:
-    problems = _pattern_problems(config)
+    problems = _pattern_problems(config) + _paging_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

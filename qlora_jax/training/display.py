@@ -10,6 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from qlora_jax.config.sizes import format_bytes
+
 _WINDOW = 20  # steps that speed and time left are averaged over
 
 
@@ -69,22 +71,35 @@ def status(record: Mapping[str, Any], pace: Pace, steps_left: int) -> str:
         "" if speed is None else f"{speed:.0f} tok/s",
         f"lr {record['learning_rate']:.1e}",
         f"grad {record['grad_norm']:.2f}",
+        _moved(record),
         "" if step_time is None else f"{duration(steps_left * step_time)} left",
     ]
     return "  ".join(filter(None, parts))
+
+
+def _moved(record: Mapping[str, Any]) -> str:
+    """`state 1.50 GiB resident, 96.00 MiB in, 96.00 MiB out`; empty where nothing is paged."""
+    if "resident_bytes" not in record:
+        return ""
+    resident, came, went = (
+        format_bytes(record[key]) for key in ("resident_bytes", "paged_in_bytes", "paged_out_bytes")
+    )
+    return f"state {resident} resident, {came} in, {went} out"
 
 
 class Display:
     """Shows the steps and evaluations of a run; use as a context manager, so that a terminal is left as it was.
 
     Records are those of metrics.jsonl: `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `length`, `seconds` of a
-    step; `step`, `eval_loss` of an evaluation.
+    step, and `resident_bytes`, `paged_in_bytes`, `paged_out_bytes`, `paging_problems` where state is paged; `step`,
+    `eval_loss` of an evaluation.
     """
 
     def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):
         """`first_step` steps are done; without a terminal, every `log_every`-th step and the last have a line."""
         self._total, self._log_every, self._console = total_steps, log_every, console
         self._pace = Pace()
+        self._told: set[str] = set()
         self._progress = Progress(
             TextColumn("step {task.completed}/{task.total}"),
             BarColumn(bar_width=None),
@@ -99,6 +114,9 @@ class Display:
     def step(self, record: Mapping[str, Any]) -> None:
         """Shows one optimizer step."""
         step = record["step"]
+        for problem in set(record.get("paging_problems", ())) - self._told:
+            self._told.add(problem)  # each once: what fails at one step fails at the next
+            self.message(f"step {step}: {problem}")
         self._pace.add(record["tokens"], record["seconds"], record["length"], time.monotonic())
         text = status(record, self._pace, self._total - step)
         self._progress.update(self._task, completed=step, status=text)

@@ -9,14 +9,13 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-import optax
 
 from qlora_jax.data.batches import START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.session import Session
-from qlora_jax.training.step import evaluation_loss, update
+from qlora_jax.training.step import evaluation_loss
 
 EVAL_ROWS = 8  # rows of an evaluation batch
 
@@ -39,7 +38,7 @@ class Progress:
     """Where a run stands: LoRA and optimizer state after `step` steps, and the data position that comes next."""
 
     lora: Lora
-    optimizer_state: optax.OptState
+    optimizer_state: Any  # as session.updates has it
     step: int
     position: dict[str, int]
 
@@ -50,15 +49,14 @@ class NonFiniteLoss(ValueError):
 
 def start(session: Session) -> Progress:
     """Step 0."""
-    return Progress(session.lora, session.optimizer.init(session.lora), 0, dict(START))
+    return Progress(session.lora, session.updates.init(session.lora), 0, dict(START))
 
 
 def restore(session: Session, checkpoints: Checkpoints) -> Progress:
     """The newest checkpoint, checked against the session's settings, base and data."""
     check_resumable(session, checkpoints.read_state())
-    fresh = start(session)
-    lora, optimizer_state, state = checkpoints.restore(fresh.lora, fresh.optimizer_state)
-    return Progress(lora, optimizer_state, state["step"], state["position"])
+    lora, optimizer_state, state = checkpoints.restore(session.lora, session.updates.like(session.lora))
+    return Progress(lora, session.updates.restored(optimizer_state), state["step"], state["position"])
 
 
 def run_steps(
@@ -69,6 +67,7 @@ def run_steps(
     Raises:
       NonFiniteLoss: nothing of that step is saved.
       CheckpointError: a checkpoint could not be written.
+      PagingError: optimizer state could be placed nowhere; nothing of that step is saved.
     """
     settings = session.config.train
     if progress.step == 0:
@@ -92,8 +91,9 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
     arrays = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
+    optimizer_state, room, sent = session.updates.make_room(progress.optimizer_state, batch.inputs.shape)
     grads, loss = session.gradients(progress.lora, session.base, arrays, key)
-    lora, optimizer_state, norm = update(session.optimizer, progress.lora, progress.optimizer_state, grads)
+    lora, optimizer_state, norm, moved = session.updates.update(progress.lora, optimizer_state, grads, room)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
     step = progress.step + 1
     if not (np.isfinite(nll) and np.isfinite(norm)):
@@ -109,6 +109,7 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
             "length": batch.inputs.shape[-1],
             "seconds": time.perf_counter() - began,
         }
+        | session.updates.numbers(optimizer_state, sent + moved)
     )
     assert batch.position is not None  # only batches of an evaluation have none
     return Progress(lora, optimizer_state, step, batch.position)
@@ -140,7 +141,7 @@ def evaluate(session: Session, progress: Progress, reporter: Reporter) -> None:
 def save(session: Session, progress: Progress, checkpoints: Checkpoints) -> None:
     """A checkpoint of `progress`."""
     state = checkpoint_state(session, progress.step, progress.position)
-    checkpoints.save(progress.step, progress.lora, progress.optimizer_state, state)
+    checkpoints.save(progress.step, progress.lora, session.updates.to_save(progress.optimizer_state), state)
 
 
 @contextmanager

@@ -27,6 +27,7 @@ def overview(session: Session, first_step: int) -> Rows:
         f" in float32; rank {config.lora.rank} on {len(session.lora)} projections",
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
+        **({"optimizer state": paging} if (paging := session.updates.describe()) else {}),
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} rows = micro-batch "
         f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",
         "steps": steps if first_step == 0 else f"{steps}, of which {first_step:,} are done",
@@ -91,6 +92,6 @@ def _unused(config: Config) -> list[str]:
         "weight decay": config.optim.weight_decay == 0,
         "held-out rows": config.data.eval is None and config.data.eval_fraction == 0,
         "packing": True,
-        "optimizer paging": True,
+        "optimizer paging": config.optim.paging == "off",
     }
     return [name for name, off in options.items() if off]

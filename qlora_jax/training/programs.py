@@ -29,6 +29,11 @@ class Gradients:
         self._step = step
         self._compiled: dict[Shape, Any] = {}
 
+    @property
+    def lora(self) -> Any:
+        """The LoRA parameters' tree, its leaves ShapeDtypeStructs."""
+        return self._step.lora
+
     def __len__(self) -> int:
         """How many programs were compiled."""
         return len(self._compiled)

@@ -22,6 +22,8 @@ MAY_DIFFER = {
     "train.save_every",
     "train.keep",
     "train.log_every",
+    "optim.paging",
+    "optim.paging_budget",
 }
 
 

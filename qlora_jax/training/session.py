@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import optax
 from flax import nnx
 
 from qlora_jax.config import Config
@@ -21,9 +20,10 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.linear import named_key
-from qlora_jax.optim import make_optimizer, make_schedule
+from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.programs import Gradients
+from qlora_jax.training.updates import Updates, make_updates
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +32,7 @@ class Session:
 
     Attributes:
       gradients: compiled for the shape of the first batch.
+      updates: what is done with the optimizer's state.
       fingerprint: of the base, as io.loader makes it.
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, micro-batch, layer and name; None where there is no dropout.
@@ -45,7 +46,7 @@ class Session:
     lora: Lora
     base: nnx.State
     gradients: Gradients
-    optimizer: optax.GradientTransformation
+    updates: Updates
     schedule: Callable[[Any], Any]
     fingerprint: str
     total_steps: int
@@ -99,11 +100,12 @@ def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Prog
     """Loads, quantizes and adapts: the session of a run at step 0."""
     dataset = inputs.dataset
     weights = weight_format(config.model)
+    total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
+    updates = make_updates(config.optim, total_steps, gradients)
     loaded = load_model(inputs.source, inputs.model, weights, progress)
     key = jax.random.key(config.train.seed)
     add_lora(loaded.model, config.lora, named_key(key, "lora"))
     graphdef, lora, base = partition(loaded.model)
-    total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
     return Session(
         config=config,
         model=inputs.model,
@@ -113,7 +115,7 @@ def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Prog
         lora=lora,
         base=base,
         gradients=gradients,
-        optimizer=make_optimizer(config.optim, total_steps),
+        updates=updates,
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=loaded.fingerprint,
         total_steps=total_steps,

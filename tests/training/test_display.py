@@ -31,6 +31,16 @@ def test_plain_lines_at_every_nth_step_and_the_last():
     assert "\x1b" not in out.getvalue()
 
 
+def test_what_is_paged_is_shown_and_a_problem_told_once():
+    console, out = plain()
+    moved = {"resident_bytes": 3 * 2**29, "paged_in_bytes": 2**20, "paged_out_bytes": 0, "paging_problems": ["no room"]}
+    with Display(2, 0, 1, console) as display:
+        for step in (1, 2):
+            display.step(record(step, **moved))
+    assert out.getvalue().count("no room") == 1 and "step 1: no room" in out.getvalue()
+    assert out.getvalue().count("state 1.50 GiB resident, 1.00 MiB in, 0 B out") == 2
+
+
 def test_a_terminal_has_one_live_line_and_is_left_as_it_was():
     out = io.StringIO()
     console = Console(file=out, width=100, force_terminal=True)

@@ -1,0 +1,27 @@
+"""Sizes of memory as people write them."""
+
+import re
+
+UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)")
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a number and a unit: `parse_bytes("1.5 GiB")` is 1610612736; GB is 10^9, GiB 2^30.
+
+    Raises:
+      ValueError: what was found and expected.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    units = {name.lower(): factor for name, factor in UNITS.items()}
+    if found is None or found[2].lower() not in units:
+        raise ValueError(f"found {text!r}, expected a number of 0 or more and a unit ({', '.join(UNITS)}), as in 2GiB")
+    return int(float(found[1]) * units[found[2].lower()])
+
+
+def format_bytes(size: int) -> str:
+    """`format_bytes(1610612736)` is '1.50 GiB'."""
+    for name in ("GiB", "MiB", "KiB"):
+        if size >= UNITS[name]:
+            return f"{size / UNITS[name]:,.2f} {name}"
+    return f"{size} B"

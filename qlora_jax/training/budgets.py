@@ -1,0 +1,62 @@
+"""Bytes of device memory for optimizer pages: declared, or what the compiled gradients of a batch shape leave."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+from qlora_jax.config.sizes import format_bytes
+from qlora_jax.optim.pager import check_budget
+from qlora_jax.optim.pages import Layout
+from qlora_jax.optim.residency import Memory
+from qlora_jax.training.programs import Gradients, Shape
+
+RESERVE = 0.03  # of the device: what its driver, its libraries and fragmentation take beside the compiled programs
+
+
+class Room(NamedTuple):
+    """Device bytes that pages may take while gradients are computed, and while they are updated."""
+
+    gradients: int
+    update: int
+
+
+# (a batch's shape, bytes of pages on the device now) -> room
+Budget = Callable[[Shape, int], Room]
+
+
+def declared(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget, str]:
+    """(the same room for every shape, in words).
+
+    Raises:
+      ValueError: it holds no page, or is more than the device has.
+    """
+    check_budget(budget_bytes, layout, _device_bytes(memory)[0])
+    room = Room(budget_bytes, budget_bytes)
+    return lambda shape, resident: room, f"{format_bytes(budget_bytes)} of them on the device"
+
+
+def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
+    """(device - reserve - what the compiled gradients of a shape need, in words).
+
+    What the device says is held by others than pages counts where it is more than the program knows of.
+    """
+    total, words = _device_bytes(memory)
+
+    def budget(shape: Shape, resident: int) -> Room:
+        program = gradients.compiled(shape).memory_analysis()
+        held, made = program.argument_size_in_bytes, program.output_size_in_bytes - program.alias_size_in_bytes
+        statistics = memory.statistics() or {}
+        held = max(held, statistics.get("bytes_in_use", 0) - resident)
+        free = int(total * (1 - RESERVE)) - held - made
+        return Room(max(0, free - program.temp_size_in_bytes), max(0, free))
+
+    return budget, f"as many on the device as the next batch leaves room for on {words}"
+
+
+def _device_bytes(memory: Memory) -> tuple[int, str]:
+    """(bytes of the device, in words). Where it does not tell, it is taken to have the machine's memory: a CPU has."""
+    statistics = memory.statistics() or {}
+    if "bytes_limit" in statistics:
+        return statistics["bytes_limit"], f"its {format_bytes(statistics['bytes_limit'])}"
+    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return physical, f"{format_bytes(physical)} (this backend reports no memory: the machine's is assumed)"

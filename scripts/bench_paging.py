@@ -1,0 +1,132 @@
+"""What paging costs in a training step: pages all resident, and all away, against plain optax, in one process.
+
+    python scripts/bench_paging.py [--model random-15m | smollm2] [--rounds 20] [--seq 512] [--rank 16]
+
+A round computes the gradients of one batch, as training does, and updates three copies of parameters and state with
+them, in turns: plain optax (training.step.update), pages that all stay, and pages that all go to the host after their
+update. Parameters must come out equal to the bit. The last line is JSON: medians in milliseconds, and the median over
+rounds of (paged - plain) / plain update, and / (gradients + plain update).
+"""
+
+import argparse
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+from qlora_jax import allocator
+
+if __name__ == "__main__":
+    allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from fetch_smollm2 import fetch_smollm2
+from random_model import make_random_model
+from real_step import Held, hold, random_batch
+
+from qlora_jax import runtime
+from qlora_jax.config import OptimArgs
+from qlora_jax.optim import make_elementwise
+from qlora_jax.optim.pager import PagedUpdate, paged_init
+from qlora_jax.optim.pages import layer_pages
+from qlora_jax.optim.residency import Memory
+from qlora_jax.training.step import update
+
+MODELS = {"smollm2": fetch_smollm2, "random-15m": lambda: make_random_model("random-15m")}
+OPTIM = OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0)  # as real_step.hold has it
+STEPS = 1000
+
+Player = Callable[[Any], Any]  # gradients -> parameters after the update
+
+
+def plain(held: Held) -> Player:
+    """Optax on the whole tree."""
+    lora, state = jax.tree.map(jnp.copy, (held.lora, held.state))
+
+    def step(grads: Any) -> Any:
+        nonlocal lora, state
+        lora, state, _ = update(held.optimizer, lora, state, grads)
+        return lora
+
+    return step
+
+
+def paged(held: Held, resident: bool) -> tuple[Player, int]:
+    """(the same in pages that all stay or all go, how many pages)."""
+    transform, memory = make_elementwise(OPTIM, STEPS), Memory.of(jax.devices()[0])
+    lora = jax.tree.map(jnp.copy, held.lora)
+    layout = layer_pages(transform, lora)
+    state, update_pages = paged_init(transform, lora, layout, memory), PagedUpdate(transform, layout, memory, 1.0)
+    budget = layout.total_bytes if resident else 0
+
+    def step(grads: Any) -> Any:
+        nonlocal lora, state
+        lora, state, *_ = update_pages(lora, state, grads, budget)
+        return lora
+
+    return step, layout.count
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    """(milliseconds, result), the result ready."""
+    began = time.perf_counter()
+    result = jax.block_until_ready(work())
+    return 1e3 * (time.perf_counter() - began), result
+
+
+def measure(held: Held, players: dict[str, Player], batch: Any, rounds: int) -> list[dict[str, float]]:
+    """Milliseconds of each round's gradients and updates; two rounds go before, for compilation and first copies.
+
+    Raises:
+      SystemExit: parameters differ.
+    """
+    names, records = list(players), []
+    for turn in range(rounds + 2):
+        lora = jax.tree.map(jnp.copy, held.lora)  # gradients of the same parameters: the players' own move on
+        took, (grads, _) = timed(functools.partial(held.gradients, lora, held.base, batch, None))
+        record, results = {"gradients": took}, {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            record[name], results[name] = timed(functools.partial(players[name], grads))
+        for name in names[1:]:
+            same = jax.tree.map(lambda a, b: bool(np.array_equal(a, b)), results[names[0]], results[name])
+            if not all(jax.tree.leaves(same)):
+                raise SystemExit(f"round {turn}: {name} and {names[0]} differ")
+        records.append(record)
+    return records[2:]
+
+
+def summary(records: list[dict[str, float]]) -> dict[str, float]:
+    """Medians, and medians of ratios."""
+    result = {f"{name}_ms": statistics.median(record[name] for record in records) for name in records[0]}
+    for name in ("resident", "away"):
+        more = [record[name] - record["plain"] for record in records]
+        steps = [record["gradients"] + record["plain"] for record in records]
+        result[f"{name}_over_update"] = statistics.median(m / r["plain"] for m, r in zip(more, records, strict=True))
+        result[f"{name}_over_step"] = statistics.median(m / s for m, s in zip(more, steps, strict=True))
+    return {key: round(value, 5) for key, value in result.items()}
+
+
+def main() -> None:
+    """Measures one model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--seq", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    args = parser.parse_args()
+    runtime.start()
+    shape = (1, 1, args.seq)
+    held = hold(str(MODELS[args.model]()), rank=args.rank, compute_dtype="auto", batch=shape, remat="names")
+    batch = random_batch(np.random.default_rng(0), held.config.vocab_size, 1, args.seq)
+    (resident, count), (away, _) = paged(held, resident=True), paged(held, resident=False)
+    records = measure(held, {"plain": plain(held), "resident": resident, "away": away}, batch, args.rounds)
+    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held.state))
+    print(json.dumps({"model": args.model, "pages": count, "state_bytes": state_bytes, **summary(records)}))
+
+
+if __name__ == "__main__":
+    main()

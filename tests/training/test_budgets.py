@@ -1,0 +1,59 @@
+"""Room for pages: what the compiled program leaves, and what the device says."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from qlora_jax.optim.pressure import SimulatedMemory
+from qlora_jax.optim.residency import Memory
+from qlora_jax.training.budgets import Room, planned
+from qlora_jax.training.programs import Gradients
+
+MIB = 2**20
+SHAPE = (1, 1, 64)
+
+
+class Analysed(Gradients):
+    """Gradients whose program needs: arguments 300, output 50, of which 10 are arguments, scratch by length."""
+
+    def __init__(self):
+        pass
+
+    def compiled(self, shape):
+        numbers = dict(argument_size_in_bytes=300, output_size_in_bytes=50, alias_size_in_bytes=10)
+        numbers |= dict(temp_size_in_bytes=2 * shape[-1])
+        analysis = SimpleNamespace(**{name: size * MIB for name, size in numbers.items()})
+        return SimpleNamespace(memory_analysis=lambda: analysis)
+
+
+def device(total: int, others: int) -> SimulatedMemory:
+    return SimulatedMemory(jax.devices()[0], "pinned_host", total_bytes=total * MIB, others=[others * MIB])
+
+
+@pytest.mark.parametrize(
+    ("others", "length", "room"),
+    [
+        (300, 64, (970 - 300 - 40 - 128, 970 - 300 - 40)),  # 3% of 1000 MiB are kept
+        (0, 64, (970 - 300 - 40 - 128, 970 - 300 - 40)),  # the program knows of more than the device: of itself
+        (500, 64, (970 - 500 - 40 - 128, 970 - 500 - 40)),  # the device knows of more
+        (300, 400, (0, 970 - 300 - 40)),  # a batch that leaves nothing
+    ],
+)
+def test_room_is_what_the_program_and_others_leave(others, length, room):
+    budget, words = planned(Analysed(), device(1000, others))
+    assert budget((1, 1, length), 0) == Room(*(mib * MIB for mib in room))
+    assert "its 1000.00 MiB" in words
+
+
+def test_pages_on_the_device_are_not_counted_against_pages():
+    memory = device(1000, 500)
+    memory.ledger.device_bytes = 200 * MIB
+    budget, _ = planned(Analysed(), memory)
+    assert budget(SHAPE, 200 * MIB) == planned(Analysed(), device(1000, 500))[0](SHAPE, 0)
+
+
+def test_a_device_that_tells_nothing_has_the_memory_of_the_machine():
+    budget, words = planned(Analysed(), Memory.of(jax.devices()[0]))
+    assert "the machine's is assumed" in words
+    assert budget(SHAPE, 0).gradients > 100 * MIB
