@@ -36,7 +36,6 @@ def paged(**optim) -> Config:
         (dict(paging="auto", paging_budget="2GiB"), "expected null"),
         (dict(paging_budget="2GiB"), "expected null"),
         (dict(paging="on", paging_budget="-2GiB"), "paging_budget: found '-2GiB', expected a number of 0 or more"),
-        (dict(paging="sometimes"), "expected one of off, on, auto"),
     ],
 )
 def test_a_budget_goes_with_its_mode(optim, words):

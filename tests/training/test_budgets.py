@@ -43,7 +43,7 @@ def device(total: int, others: int) -> SimulatedMemory:
 def test_room_is_what_the_program_and_others_leave(others, length, room):
     budget, words = planned(Analysed(), device(1000, others))
     assert budget((1, 1, length), 0) == Room(*(mib * MIB for mib in room))
-    assert "its 1000.00 MiB" in words
+    assert "its 1,000.00 MiB" in words
 
 
 def test_pages_on_the_device_are_not_counted_against_pages():
