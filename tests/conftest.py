@@ -34,6 +34,16 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("qlora_jax")
 
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips tests marked `gpu` where jax has none of NVIDIA's: an AMD card has no compute capability of this form."""
+    from pallas_kernels.devices import target_device  # the import hook is in place by now
+
+    if item.get_closest_marker("gpu") and target_device().compute_capability is None:
+        platforms = os.environ["JAX_PLATFORMS"]
+        pytest.skip(f"jax has no NVIDIA GPU with JAX_PLATFORMS={platforms}; on a card set JAX_PLATFORMS=cuda,cpu")
+
+
 Oracle = Callable[..., dict[str, np.ndarray]]
 
 

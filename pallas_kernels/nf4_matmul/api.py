@@ -28,6 +28,7 @@ from pallas_kernels.nf4_matmul.dispatch import (
     choose,
 )
 from pallas_kernels.nf4_matmul.mosaic.abilities import AMPERE, HOPPER, SKINNY
+from pallas_kernels.nf4_matmul.mosaic.installation import problem as mosaic_problem
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -43,7 +44,8 @@ def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
 
 
 def _mosaic(module: str, abilities: Abilities) -> Implementation:
-    return Implementation(_kernel(module, "forward"), _kernel(module, "backward"), abilities, fused=True)
+    ways = _kernel(module, "forward"), _kernel(module, "backward")
+    return Implementation(*ways, abilities, fused=True, missing=mosaic_problem)
 
 
 IMPLEMENTATIONS = {

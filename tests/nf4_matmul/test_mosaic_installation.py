@@ -1,0 +1,70 @@
+"""A jax or a driver that is too old for the kernels: said, and the products go to the reference."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.devices import Device
+from pallas_kernels.nf4_matmul import api
+from pallas_kernels.nf4_matmul.dispatch import Call
+from pallas_kernels.nf4_matmul.mosaic import installation
+from qlora_jax.training import overview
+from tests.contract.nf4_matmul import weight
+from tests.training.test_overview import session_of
+
+CARDS = {
+    "hopper": Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0)),
+    "ampere": Device(platform="gpu", kind="NVIDIA A100-SXM4-80GB", compute_capability=(8, 0)),
+}
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """`installed(jax, driver, runtime)`: as if jax computed on a GPU with these versions."""
+
+    def fake(jax_version, driver, runtime=13000):
+        monkeypatch.setattr(jax, "__version_info__", jax_version)
+        monkeypatch.setattr(jax, "__version__", ".".join(map(str, jax_version)))
+        monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(installation, "cuda_versions", lambda: (driver, runtime))
+
+    return fake
+
+
+OLD = [
+    ((0, 10, 3), 13020, 13000, "needs jax 0.11.2 or newer, found 0.10.3: update jax"),
+    ((0, 11, 2), 12090, 13000, "needs a driver of CUDA 13.0 or newer, found one of CUDA 12.9: update the driver"),
+    ((0, 11, 2), 11080, 12090, "needs a driver of CUDA 12.0 or newer, found one of CUDA 11.8: update the driver"),
+]
+NEW = [((0, 11, 2), 13000, 13000), ((0, 12, 0, 1), 13020, 13000), ((0, 11, 2), 12000, 12090), ((0, 11, 2), None, None)]
+
+
+@pytest.mark.parametrize(("jax_version", "driver", "runtime", "problem"), OLD)
+@pytest.mark.parametrize("kernel", CARDS)
+def test_what_is_too_old_is_said_and_the_reference_runs(
+    installed, monkeypatch, kernel, jax_version, driver, runtime, problem
+):
+    installed(jax_version, driver, runtime)
+    call = Call.of("forward", 128, jnp.dtype(jnp.bfloat16), weight((64, 128), layout="split_k"))
+    choice = api.chosen(CARDS[kernel], call)
+    assert choice.name == "reference" and choice.refusals[kernel] == problem
+    assert api.chosen(CARDS[kernel], call, kernel).name is None  # a name is not replaced
+    monkeypatch.setattr(overview, "target_device", lambda: CARDS[kernel])
+    banner = overview._products.__wrapped__(session_of(weight((64, 128), layout="split_k")))
+    assert banner.startswith("reference; not skinny: ") and banner.endswith(f"; not {kernel}: {problem}")
+
+
+@pytest.mark.parametrize(("jax_version", "driver", "runtime"), NEW)
+def test_what_is_new_enough_is_taken(installed, jax_version, driver, runtime):
+    installed(jax_version, driver, runtime)
+    assert installation.problem() is None
+
+
+def test_another_machines_card_does_not_want_this_ones_driver(monkeypatch):
+    monkeypatch.setattr(installation, "cuda_versions", lambda: pytest.fail("asked"))
+    assert jax.default_backend() == "cpu" and installation.problem() is None
+
+
+def test_the_version_of_cuda_that_jax_was_built_with_is_read_from_its_plugin():
+    pytest.importorskip("jax_cuda13_plugin")
+    assert installation._plugin_versions().cuda_runtime_build_version() // 1000 == 13

@@ -1,0 +1,143 @@
+"""On an NVIDIA GPU: the contract of every implementation that the card can run, and every real shape.
+
+A real shape's product is compared with one made on the card from the dequantized weight, in f32 without TF32; that one
+is itself compared with NumPy's in float64.
+"""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.devices import target_device
+from pallas_kernels.formats.dequantize import dequantize, dequantize_numpy
+from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
+from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, refusal
+from pallas_kernels.nf4_matmul.shapes import SHAPES
+from pallas_kernels.products import dot
+from pallas_kernels.report import abstract_weight
+from pallas_kernels.scattered import scattered_like
+from tests.contract import nf4_matmul as contract
+from tests.nf4_matmul.tolerances import relative_error, tolerance
+
+ROWS = (1, 7, 16, 65, 128, 300, 2048)
+BF16, F16 = jnp.bfloat16, jnp.float16
+DTYPES = (BF16, F16)
+NAMES = [name for name, one in IMPLEMENTATIONS.items() if one.abilities.devices != ("cpu",)]
+REAL = sorted({shape.nk for shape in SHAPES.values()})
+LAYOUT = "split_k"  # in which GPUs hold weights
+LAYER, LAYERS = 1, 2
+
+
+@pytest.fixture(params=NAMES)
+def implementation(request):
+    """Each implementation that the card runs; of the others, why it does not."""
+    devices, here = IMPLEMENTATIONS[request.param].abilities.devices, target_device()
+    if devices is not None and not set(devices) & set(here.names):
+        pytest.skip(f"{request.param} runs on {', '.join(devices)}, not on {here}")
+    if missing := IMPLEMENTATIONS[request.param].missing():
+        pytest.fail(f"{request.param} {missing}")
+    return request.param
+
+
+def stack(shape):
+    """Two layers of a weight, each of its own."""
+    one = abstract_weight(shape, LAYOUT)
+    return scattered_like(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((LAYERS, *leaf.shape), leaf.dtype), one))
+
+
+@functools.partial(jax.jit, static_argnames="contracted")
+def exact(rows, dense, contracted):
+    """The product in f32, which TF32 is not."""
+    with jax.default_matmul_precision("highest"):
+        return dot(rows.astype(jnp.float32), dense, contracted, jnp.float32)
+
+
+@jax.jit
+def difference(actual, expected):
+    """|actual - expected| / |expected| in the Frobenius norm; a NaN where there is one."""
+    return jnp.linalg.norm(actual.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
+
+
+def error_of(implementation, direction, rows, dtype, weights, layer=LAYER):
+    """Relative error of one product with LAYER of a stack, made with `layer` of it."""
+    n, k = weights.shape
+    terms, contracted = (k, (1, 1)) if direction == "forward" else (n, (1, 0))
+    given = jax.random.normal(jax.random.key(rows), (rows, terms), dtype)
+
+    @jax.jit
+    def product(given, weights, layer):
+        if direction == "forward":
+            return nf4_matmul(given, weights, layer, implementation)
+        return IMPLEMENTATIONS[implementation].backward(given, weights, layer)
+
+    actual = product(given, weights, jnp.int32(layer))
+    expected = exact(given, dequantize(weights.layer(LAYER), jnp.float32), contracted)
+    assert actual.shape == expected.shape and actual.dtype == dtype
+    return float(difference(actual, expected)), tolerance(dtype, terms, actual.size)
+
+
+def check_shape(implementation, shape):
+    """Every M and direction that the implementation takes, in one dtype and the other by turns."""
+    weights = stack(shape)
+    for (rows, dtype), direction in itertools.product(zip(ROWS, itertools.cycle(DTYPES)), DIRECTIONS):
+        call = Call.of(direction, rows, jnp.dtype(dtype), weights)
+        if refusal(IMPLEMENTATIONS[implementation].abilities, target_device(), call) is None:
+            error, allowed = error_of(implementation, direction, rows, dtype, weights)
+            assert error <= allowed, (direction, rows, dtype)
+
+
+@pytest.mark.gpu
+def test_values_and_input_gradients(implementation):
+    layouts = IMPLEMENTATIONS[implementation].abilities.layouts or ("bnb", LAYOUT)
+    with jax.default_matmul_precision("highest"):  # the reference's f32 would be TF32 otherwise
+        for layout, case in itertools.product(layouts, contract.cases()):
+            contract.check(implementation, layout, *case)
+
+
+@pytest.mark.gpu
+def test_stacks_and_transforms(implementation):
+    with jax.default_matmul_precision("highest"):
+        contract.check_stack(implementation, LAYOUT)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", REAL, ids=lambda shape: "x".join(map(str, shape)))
+def test_real_shapes(implementation, shape):
+    check_shape(implementation, shape)
+
+
+@pytest.mark.gpu
+def test_what_the_card_computes_in_f32_is_what_numpy_does():
+    check_exact((1536, 576))
+
+
+# What the tests above are made of, on any device
+
+
+def check_exact(shape):
+    weight = scattered_like(abstract_weight(shape, LAYOUT))
+    x = np.random.default_rng(4).standard_normal((65, shape[1]), np.float32)
+    dense = dequantize_numpy(jax.tree.map(np.asarray, weight), np.float32).astype(np.float64)
+    actual = exact(jnp.asarray(x), dequantize(weight, jnp.float32), (1, 1))
+    assert relative_error(actual, x.astype(np.float64) @ dense.T) <= np.sqrt(shape[1]) * 2.0**-23
+
+
+def test_the_exact_product_anywhere():
+    check_exact((192, 320))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_wrong_layer_is_an_error_and_a_right_one_is_not(direction):
+    for dtype in DTYPES:
+        error, allowed = error_of("reference", direction, 65, dtype, stack((192, 320)))
+        assert error <= allowed
+        wrong, allowed = error_of("reference", direction, 65, dtype, stack((192, 320)), layer=0)
+        assert wrong > 100 * allowed
+
+
+def test_the_shapes_are_those_of_published_models():
+    assert (14336, 4096) in REAL and (576, 1536) in REAL and len(REAL) == len(set(REAL))
