@@ -1,0 +1,84 @@
+#!/usr/bin/env bash
+# All that wants an NVIDIA GPU, in less than 20 minutes on one: the contract of every kernel on real shapes, the
+# quickstart with its losses beside the CPU's, and the benchmark. Ends with what passed; fails if anything did not.
+#
+#     bash scripts/gpu_check.sh                       # on a card
+#     bash scripts/gpu_check.sh bench                 # some of: contract quickstart bench
+#     bash scripts/gpu_check.sh --rehearse            # on a CPU: every stage's code, small, interpreted (minutes)
+#
+#   QLORA_JAX_PYTHON=PATH   an interpreter that has jax with CUDA, pytest and the rest: nothing is set up or downloaded
+#                           (default: .venv, which scripts/setup.sh makes with the extras cuda13 and dev)
+#   GPU_CHECK_OUTPUT=DIR    where logs and results go (default: runs/gpu_check)
+#
+# The quickstart's model is taken from the cache ($QLORA_JAX_CACHE, ~/.cache/qlora_jax), or fetched where there is a net.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+rehearse="" stages=()
+for word in "$@"; do
+    case $word in
+    --rehearse) rehearse=--rehearse ;;
+    contract | quickstart | bench) stages+=("$word") ;;
+    *) echo "gpu_check: $word is none of --rehearse, contract, quickstart, bench" >&2 && exit 2 ;;
+    esac
+done
+[ ${#stages[@]} -gt 0 ] || stages=(contract quickstart bench)
+
+if [ -z "${QLORA_JAX_PYTHON:-}" ]; then
+    extras="dev cuda13"
+    [ -z "$rehearse" ] || extras=dev
+    QLORA_JAX_EXTRAS=$extras bash scripts/setup.sh || exit 1
+fi
+python=${QLORA_JAX_PYTHON:-.venv/bin/python}
+output=${GPU_CHECK_OUTPUT:-runs/gpu_check}
+mkdir -p "$output"
+# Without a card jax fails at once, and nothing runs on the CPU unseen.
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=cuda,cpu
+[ -z "$rehearse" ] || export JAX_PLATFORMS=cpu
+
+contract() {
+    # Compiling is most of it, which processes share; each takes of the card what it needs, when it does.
+    local parallel=() processes=4 only=gpu
+    [ -z "$rehearse" ] || processes=2 only="not slow" # the same functions, with the reference on a CPU
+    "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$processes")
+    XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m pytest "${parallel[@]}" -m "$only" tests/nf4_matmul/test_on_gpu.py
+}
+
+quickstart() {
+    local run=$output/quickstart
+    rm -rf "$run"
+    if [ -z "$rehearse" ]; then
+        "$python" scripts/quickstart.py --output "$run" || return
+    else # two steps of it, and no scores
+        local model
+        model=$("$python" scripts/fetch_smollm2.py) || return
+        "$python" -m qlora_jax.train --config configs/smollm2_titles.yaml --model.path "$model" --data.eval null \
+            --train.steps 2 --output "$run" || return
+    fi
+    "$python" scripts/compare_losses.py "$run/metrics.jsonl"
+}
+
+bench() { "$python" scripts/bench_gpu.py $rehearse --output "$output/bench_gpu.json"; }
+
+declare -A limit=([contract]=420 [quickstart]=240 [bench]=520)
+device() { "$python" -c 'import jax; from pallas_kernels.devices import target_device; print(target_device(), "jax", jax.__version__)'; }
+device || { echo "gpu_check: jax does not start with JAX_PLATFORMS=$JAX_PLATFORMS" >&2 && exit 1; }
+
+summary=() failed=0
+export -f contract quickstart bench
+export python output rehearse
+for stage in "${stages[@]}"; do
+    printf '\n=== %s (at most %s s; log: %s)\n' "$stage" "${limit[$stage]}" "$output/$stage.log"
+    began=$SECONDS
+    timeout --kill-after=10 "${limit[$stage]}" bash -c "$stage" 2>&1 | tee "$output/$stage.log"
+    status=${PIPESTATUS[0]}
+    case $status in
+    0) told=passed ;;
+    124 | 137) told="NOT DONE within ${limit[$stage]} s" && failed=1 ;;
+    *) told="FAILED (status $status)" && failed=1 ;;
+    esac
+    summary+=("$(printf '%-12s%-28s%5s s' "$stage" "$told" $((SECONDS - began)))")
+done
+printf '\n=== gpu_check%s\n' "${rehearse:+, rehearsed on a CPU: no figure means anything}"
+printf '%s\n' "${summary[@]}"
+exit $failed

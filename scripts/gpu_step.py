@@ -1,0 +1,98 @@
+"""One side of bench_gpu.py: a training step of Llama-3-8B's shape on random weights, in a process of its own.
+
+    python scripts/gpu_step.py --remat full [--rehearse]
+
+So its peak of memory is its own. Nothing is fetched: shapes become arrays on the device. One line of JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from real_step import random_batch
+
+from pallas_kernels.aot.memory import read_memory
+from pallas_kernels.scattered import scattered_like
+from qlora_jax import runtime
+from qlora_jax.config import LoraArgs
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.decoder import REMAT_POLICIES
+from qlora_jax.models.families import model_config
+from qlora_jax.models.public import PUBLIC
+from qlora_jax.training import counts
+from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.step import update
+
+MODEL, LENGTH = "llama-3-8b", 2048
+TINY = {"num_layers": 2, "embed_dim": 256, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 256, "vocab_size": 512}
+WARM_UP, STEPS = 2, 7
+
+
+def setting(rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
+    """The model's shape and (A, B, T)."""
+    config = model_config(PUBLIC[MODEL])
+    if rehearse:
+        return dataclasses.replace(config, head_dim=64, **TINY), (1, 1, 64)
+    return config, (1, 1, LENGTH)
+
+
+def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dict[str, Any]:
+    """Seconds of a step (gradients and update), operations, and bytes: as compiled, and as the device reports them."""
+    weights = WeightFormat(platform="gpu")
+    step = abstract_step(config, weights, LoraArgs(), batch=batch, remat=remat)
+    program = step.gradients()
+    compiled = program.function.lower(*program.args, **program.kwargs).compile()
+    planned = read_memory(compiled.memory_analysis()).device_total
+    counted = counts.Step(model=config, weights=weights, ranks=counts.ranks_of(step.lora), batch=batch, remat=remat)
+    planned += counts.optimizer_bytes(counted)
+    found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
+    limit = memory("bytes_limit")
+    if limit is not None and planned > limit:
+        return found | {"failure": f"needs {planned} bytes, jax has {limit} of the card"}
+    lora, base = scattered_like((step.lora, step.base))
+    state = step.optimizer.init(lora)
+    filled = memory("peak_bytes_in_use")
+    rows = random_batch(np.random.default_rng(0), config.vocab_size, *batch[1:])
+    seconds, loss = [], math.nan
+    for _ in range(WARM_UP + STEPS):
+        began = time.perf_counter()
+        grads, losses = compiled(lora, base, rows, None)
+        lora, state, _ = jax.block_until_ready(update(step.optimizer, lora, state, grads))
+        seconds.append(time.perf_counter() - began)
+        loss = float(losses.nll) / float(losses.tokens)
+    bytes_seen = {"filled_bytes": filled, "peak_bytes": memory("peak_bytes_in_use")}
+    return found | {"step_s": statistics.median(seconds[WARM_UP:]), "loss": loss, **bytes_seen}
+
+
+def operations(counted: counts.Step) -> dict[str, int]:
+    """Of a step: what the model wants, and what is computed again."""
+    parts = counts.flops(counted)
+    again = sum(count for name, count in parts.items() if name.endswith("again"))
+    return {"model": sum(parts.values()) - again, "again": again}
+
+
+def memory(statistic: str) -> int | None:
+    """A number of the device's allocator; None where it keeps none (a CPU)."""
+    return (jax.local_devices()[0].memory_stats() or {}).get(statistic)
+
+
+def main() -> None:
+    """Measures one policy."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--remat", choices=REMAT_POLICIES, required=True)
+    parser.add_argument("--rehearse", action="store_true", help="a tiny model")
+    args = parser.parse_args()
+    runtime.start()
+    if not args.rehearse and jax.default_backend() != "gpu":
+        raise SystemExit(f"gpu_step: jax computes on {jax.default_backend()}; only a rehearsal does without a GPU")
+    print(json.dumps(measure(*setting(args.rehearse), args.remat)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""What bench_gpu.py's records say: lines for people, from which M on fused loses, and which tile is the fastest.
+
+A record is one shape at one M, by direction the seconds of each player (gpu_products.measure).
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from gpu_products import gigabytes_per_second, tflops
+
+from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
+
+Record = dict[str, Any]
+PLAYERS = ("hopper", "ampere", "skinny", "reference", "bf16")
+
+
+def product_line(record: Record) -> Iterator[str]:
+    """One line a direction: TFLOP/s of everyone, or GB/s for a single row."""
+    for way in ("forward", "backward"):
+        cells = [f"{name} {_rate(record, record[way][name])}" for name in PLAYERS if name in record[way]]
+        yield f"{record['shape']:<22}M={record['m']:<6}{way:<9} " + "  ".join(cells)
+        yield from (f"  FAILED {name}: {why}" for name, why in record[way]["failures"].items())
+
+
+def _rate(record: Record, seconds: float | None) -> str:
+    if seconds is None:
+        return "FAILED"
+    if record["m"] == 1:
+        return f"{gigabytes_per_second(record, seconds):.0f} GB/s"
+    return f"{tflops(record, seconds):.1f}"
+
+
+def loses_from(times: dict[int, tuple[float, float]]) -> int | None:
+    """The least M from which on, at every M measured, the first time is longer than the second; None: there is none.
+
+    Args:
+      times: by M, seconds of a fused product and of the reference.
+    """
+    lost: int | None = None
+    for rows in sorted(times, reverse=True):
+        fused, whole = times[rows]
+        if fused <= whole:
+            break
+        lost = rows
+    return lost
+
+
+def crossover_rows(records: Sequence[Record]) -> Iterator[str]:
+    """For each kernel, direction and shape where it loses to dequantize + cuBLAS; then what MOST_ROWS might say."""
+    for kernel in ("hopper", "ampere"):
+        never_lost: list[bool] = []
+        wins: list[int] = []
+        for (shape, way), times in _times(records, kernel).items():
+            lost = loses_from(times)
+            below = [rows for rows in times if lost is None or rows < lost]
+            wins.append(max(below, default=0))
+            never_lost.append(lost is None)
+            ratios = ", ".join(f"{rows}: {whole / fused:.2f}x" for rows, (fused, whole) in sorted(times.items()))
+            told = f"loses from M = {lost}" if lost else f"never loses up to M = {max(times)}"
+            yield f"crossover {kernel} {way} {shape}: {told} (reference / fused: {ratios})"
+        if wins:
+            yield (
+                f'MOST_ROWS["{kernel}"] = {MOST_ROWS[kernel]} by reasoning; measured: every shape wins up to M = '
+                f"{min(wins)}, the last to lose up to {max(wins)}{' and beyond' if any(never_lost) else ''}"
+            )
+
+
+def _times(records: Sequence[Record], kernel: str) -> dict[tuple[str, str], dict[int, tuple[float, float]]]:
+    found: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
+    for record in records:
+        for way in ("forward", "backward"):
+            fused, whole = record[way].get(kernel), record[way]["reference"]
+            if fused is not None and whole is not None:
+                found.setdefault((record["shape"], way), {})[record["m"]] = fused, whole
+    return found
+
+
+def tile_rows(records: Sequence[Record]) -> Iterator[str]:
+    """For each product TFLOP/s of every tile of a kernel that has several, the fastest, and what the choice costs."""
+    for record in records:
+        for way in ("forward", "backward"):
+            for kernel, tiles in record[way]["tiles"].items():
+                timed = {name: seconds for name, seconds in tiles.items() if seconds is not None}
+                if len(tiles) > 1 and timed:
+                    yield _tile_row(record, way, kernel, timed)
+
+
+def _tile_row(record: Record, way: str, kernel: str, timed: dict[str, float]) -> str:
+    chosen, best = record[way]["chosen"][kernel], min(timed, key=lambda name: timed[name])
+    rates = "; ".join(f"{name}: {tflops(record, seconds):.1f}" for name, seconds in timed.items())
+    cost = f"{timed[chosen] / timed[best]:.2f}x the fastest's time" if chosen in timed else "which failed"
+    return (
+        f"tile {kernel} {way} {record['shape']} M={record['m']}: {rates} TFLOP/s; best {best}; taken {chosen}, {cost}"
+    )
+
+
+def step_line(step: Record, peak: float) -> str:
+    """Tokens/s, shares of the card's peak, and memory as reported against what was compiled, in MiB."""
+    if "failure" in step:
+        return f"step, remat {step['remat']}: FAILED: {step['failure']}"
+    seconds, flops = step["step_s"], step["flops"]
+    mfu, with_again = flops["model"] / seconds / peak, sum(flops.values()) / seconds / peak
+    return (
+        f"step, remat {step['remat']}: {step['tokens'] / seconds:.0f} tokens/s, MFU {mfu:.1%} ({with_again:.1%} with "
+        f"what is computed again), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} MiB on the card (of which "
+        f"{_mib(step['filled_bytes'])} before the first step), {_mib(step['planned_bytes'])} by the compiler"
+    )
+
+
+def _mib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size / 2**20:,.0f}"
+
+
+def goals(records: Sequence[Record], steps: Sequence[Record], peak: float, bandwidth: float) -> Iterator[str]:
+    """The goals for an H100, and the worst that was measured of each."""
+    forward = [(record, record["forward"]) for record in records]
+    every = [(r, r[way]) for r in records for way in ("forward", "backward")]
+    yield _worst(
+        "fused >= 1.00x of dequantize + cuBLAS up to M = 4096",
+        [(r, way["reference"] / way[k]) for r, way in every if 16 < r["m"] <= 4096 for k in _fused(way, "reference")],
+    )
+    yield _worst(
+        "fused >= 0.90x of bf16 cuBLAS at M = 2048",
+        [(r, way["bf16"] / way[k]) for r, way in every if r["m"] == 2048 for k in _fused(way, "bf16")],
+    )
+    yield _worst(
+        "M = 1 at >= 0.70 of the peak bandwidth",
+        [
+            (r, gigabytes_per_second(r, way["skinny"]) * 1e9 / bandwidth)
+            for r, way in forward
+            if r["m"] == 1 and way.get("skinny")
+        ],
+    )
+    shares = [s["flops"]["model"] / s["step_s"] / peak for s in steps if "failure" not in s]
+    yield "goal 8B at 2048 tokens >= 0.50 of peak: " + (f"best {max(shares):.2f}" if shares else "not measured")
+
+
+def _fused(way: Record, against: str) -> list[str]:
+    return [name for name in ("hopper", "ampere") if way.get(name) and way[against]]
+
+
+def _worst(goal: str, found: Sequence[tuple[Record, float]]) -> str:
+    if not found:
+        return f"goal {goal}: not measured"
+    record, value = min(found, key=lambda one: one[1])
+    return f"goal {goal}: worst {value:.2f} ({record['shape']}, M = {record['m']})"
