@@ -32,7 +32,6 @@ fi
 python=${QLORA_JAX_PYTHON:-.venv/bin/python}
 output=${GPU_CHECK_OUTPUT:-runs/gpu_check}
 mkdir -p "$output"
-# Without a card jax fails at once, and nothing runs on the CPU unseen.
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=cuda,cpu
 [ -z "$rehearse" ] || export JAX_PLATFORMS=cpu
 
@@ -61,8 +60,18 @@ quickstart() {
 bench() { "$python" scripts/bench_gpu.py $rehearse --output "$output/bench_gpu.json"; }
 
 declare -A limit=([contract]=420 [quickstart]=240 [bench]=520)
-device() { "$python" -c 'import jax; from pallas_kernels.devices import target_device; print(target_device(), "jax", jax.__version__)'; }
-device || { echo "gpu_check: jax does not start with JAX_PLATFORMS=$JAX_PLATFORMS" >&2 && exit 1; }
+"$python" - "$rehearse" <<'PYTHON' || exit 1
+import sys
+
+import jax
+
+from pallas_kernels.devices import target_device
+
+device = target_device()
+print(f"{sys.executable}, jax {jax.__version__}, {device}")
+if not sys.argv[1] and device.compute_capability is None:
+    sys.exit("gpu_check: jax has no NVIDIA GPU here; without one: --rehearse")
+PYTHON
 
 summary=() failed=0
 export -f contract quickstart bench
