@@ -34,7 +34,7 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 STEP = Path(__file__).resolve().parent / "gpu_step.py"
 STEP_TIMEOUT_S = 120
 POLICIES = ("full", "names", "none")  # most that is computed again first: the least memory
-ROWS = (1, 16, 128, 512, 2048, 4096, 1024, 8192)  # what the goals name before what refines the crossover
+ROWS = (1, 16, 2048, 4096, 8192, 512, 128, 1024)  # what the goals name and the crossover wants before what refines it
 PATTERNS = ("llama-3-8b/*", "llama-3-70b/gate,up", "llama-2-7b/down")
 TINY_ROWS, TINY = (1, 24), Shape("tiny", "square", 256, 256, 1, 1)
 SHARE = 10  # of a card's memory: what weights, and what results, may take

@@ -1,11 +1,16 @@
 """What scripts/gpu_check.sh judges by: losses beside the recorded ones, and the tables of scripts/bench_gpu.py."""
 
 import json
+import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-RECORDED = json.loads((Path(__file__).resolve().parents[1] / "golden/quickstart_losses.json").read_text())
+ROOT = Path(__file__).resolve().parents[2]
+RECORDED = json.loads((ROOT / "tests/golden/quickstart_losses.json").read_text())
 
 
 @pytest.fixture
@@ -108,3 +113,19 @@ def test_the_goals_name_the_worst(tables):
     assert lines[0].endswith("worst 0.50 (tiny, M = 512)")
     assert lines[1].endswith("worst 2.00 (tiny, M = 2048)")
     assert lines[2].endswith("not measured") and lines[3].endswith("best 0.60")
+
+
+@pytest.mark.slow
+def test_the_benchmark_rehearses_all_that_it_does_on_a_card(tmp_path):
+    command = [sys.executable, ROOT / "scripts/bench_gpu.py", "--rehearse", "--output", tmp_path / "bench.json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [step["remat"] for step in result["steps"]] == ["full", "names", "none"]
+    assert all(math.isfinite(step["loss"]) and step["step_s"] > 0 for step in result["steps"])
+    few, more = result["products"]
+    assert few["m"] == 1 and few["forward"]["skinny"] > 0 and "skinny" not in more["forward"]
+    for way in (few["forward"], few["backward"], more["forward"], more["backward"]):
+        assert min(way["hopper"], way["ampere"], way["reference"], way["bf16"]) > 0 and not way["failures"]
+    for told in ("crossover hopper backward", "tile ampere forward", "goal M = 1", "step, remat none"):
+        assert told in done.stdout
