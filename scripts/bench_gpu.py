@@ -26,7 +26,7 @@ import jax
 from gpu_products import Bench, measure
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.devices import target_device
+from pallas_kernels.devices import Device, target_device
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from pallas_kernels.nf4_matmul.mosaic import installation
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
@@ -55,25 +55,23 @@ def run_steps(rehearse: bool) -> list[dict[str, Any]]:
     return records
 
 
-def card_here(name: str | None) -> Card:
-    """The card of that name; without one, the one that jax says is here.
+def card_of(device: Device, name: str | None) -> Card:
+    """The card of that name; without one, the card that the device is, or one of its compute capability, or an h100.
 
-    Raises:
-      ValueError: it is none of CARDS.
+    A guess is better than no benchmark: it sets only what shares are of, and the output names it.
     """
     if name is not None:
         return find_card(name)
-    kind = target_device().kind
-    found = next((card for card in CARDS.values() if card.description == kind), None)
-    if found is None:
-        raise ValueError(f"{kind!r} is none of {', '.join(CARDS)}: name the one with its peak and bandwidth by --card")
-    return found
+    cards = CARDS.values()
+    same = [card for card in cards if card.description == device.kind]
+    alike = [card for card in cards if card.compute_capability == device.compute_capability]
+    return [*same, *alike, CARDS["h100"]][0]
 
 
-def bench_of(card: Card, rehearse: bool) -> Bench:
+def bench_of(device: Device, card: Card, rehearse: bool) -> Bench:
     """How products are measured on the card, or rehearsed."""
     return Bench(
-        device=target_device(),
+        device=device,
         interpret=plgpu.InterpretGPUParams() if rehearse else None,
         peak=card.bf16_flops,
         bandwidth=card.bandwidth,
@@ -91,38 +89,44 @@ def shapes_of(patterns: Sequence[str]) -> list[Shape]:
     return list({shape.nk: shape for shape in named}.values())
 
 
-def main() -> int:
-    """Steps, products, tables; 1 where anything failed."""
+def arguments() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--seconds", type=float, default=400.0, help="after which no further product is begun")
     parser.add_argument("--shape", nargs="+", default=list(PATTERNS), help="names or patterns of shapes")
-    parser.add_argument("--card", help=f"of {', '.join(CARDS)}; default: as jax names it")
+    parser.add_argument("--card", choices=CARDS, help="whose peaks shares are of; default: as jax names it")
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny and interpreted")
-    args = parser.parse_args()
-    began = time.perf_counter()
-    # Before jax takes the card: a step's process wants it whole.
-    result: dict[str, Any] = {"rehearsed": args.rehearse, "steps": run_steps(args.rehearse), "products": []}
+    return parser.parse_args()
+
+
+def main() -> int:
+    """Steps, products, tables; 1 where anything failed."""
+    args, began = arguments(), time.perf_counter()
+    shapes, rows = ([TINY], TINY_ROWS) if args.rehearse else (shapes_of(args.shape), ROWS)
+    steps = run_steps(args.rehearse)  # before jax takes the card: a step's process wants it whole
     device = target_device()
     if not args.rehearse and device.platform != "gpu":
         raise SystemExit(f"bench_gpu: jax computes on {device}; on a card set JAX_PLATFORMS=cuda, else --rehearse")
-    card = card_here(args.card or ("h100" if args.rehearse else None))
-    cuda = installation.cuda_versions() if device.platform == "gpu" else None
-    result |= {"device": str(device), "card": card.name, "jax": jax.__version__, "cuda driver, runtime": cuda}
-    for line in (f"{device}, jax {jax.__version__}, CUDA (driver, runtime) {cuda}", *_step_lines(result, card)):
-        print(line, flush=True)
-    shapes, rows = ([TINY], TINY_ROWS) if args.rehearse else (shapes_of(args.shape), ROWS)
-    left_out = []
+    card = card_of(device, args.card)
+    result = about(device, card) | {"rehearsed": args.rehearse, "steps": steps, "products": [], "left out": []}
+    print("\n".join([", ".join(f"{k} {v}" for k, v in about(device, card).items()), *_step_lines(result, card)]))
     for m, shape in ((m, shape) for m in rows for shape in shapes):
         if time.perf_counter() - began > args.seconds:
-            left_out.append(f"{shape.name} M={m}")
-            continue
-        result["products"].append(measure(bench_of(card, args.rehearse), shape, m))
-        print("\n".join(gpu_tables.product_line(result["products"][-1])), flush=True)
-        _write(args.output, result | {"left out": left_out})
-    _write(args.output, result | {"left out": left_out})
-    _summary(result, card, left_out)
+            result["left out"].append(f"{shape.name} M={m}")
+        else:
+            result["products"].append(measure(bench_of(device, card, args.rehearse), shape, m))
+            print("\n".join(gpu_tables.product_line(result["products"][-1])), flush=True)
+        _write(args.output, result)
+    _summary(result, card)
     return int(_has_failures(result))
+
+
+def about(device: Device, card: Card) -> dict[str, Any]:
+    """What was measured on."""
+    cuda = installation.cuda_versions() if device.platform == "gpu" else None
+    versions = {"jax": jax.__version__, "cuda of driver and runtime": cuda}
+    return {"device": str(device), "shares of the peaks of": card.description, **versions}
 
 
 def _step_lines(result: dict[str, Any], card: Card) -> list[str]:
@@ -135,8 +139,8 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
         path.write_text(json.dumps(result, indent=1))
 
 
-def _summary(result: dict[str, Any], card: Card, left_out: Sequence[str]) -> None:
-    products, steps = result["products"], result["steps"]
+def _summary(result: dict[str, Any], card: Card) -> None:
+    products, steps, left_out = (result[part] for part in ("products", "steps", "left out"))
     lines = [*gpu_tables.crossover_rows(products), *gpu_tables.tile_rows(products), *_step_lines(result, card)]
     lines += gpu_tables.goals(products, steps, card.bf16_flops, card.bandwidth)
     lines += [f"not measured, for time: {', '.join(left_out)}"] if left_out else []

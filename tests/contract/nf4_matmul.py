@@ -61,7 +61,7 @@ def check(implementation, layout, rows, shape, dtype, quant_type, double_quant):
     """Values and dx of one call against float64; or a refusal that says why, of what the implementation can not do."""
     one = IMPLEMENTATIONS[implementation]
     w = weight(shape, layout=layout, quant_type=quant_type, double_quant=double_quant)
-    dense = dequantize_numpy(w, np.float32).astype(np.float64)
+    dense = dequantize_numpy(jax.tree.map(np.asarray, w), np.float32).astype(np.float64)
     rng = np.random.default_rng(1)
     x = jnp.asarray(rng.standard_normal((rows, shape[1]), np.float32), dtype)
     dy = jnp.asarray(rng.standard_normal((rows, shape[0]), np.float32), dtype)
