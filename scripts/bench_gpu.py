@@ -14,6 +14,7 @@ twins, numbers that mean nothing. A step's kernels are not interpreted: callback
 import argparse
 import fnmatch
 import json
+import os
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 
 STEP = Path(__file__).resolve().parent / "gpu_step.py"
 STEP_TIMEOUT_S = 120
+UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # else an error's last lines are not what went wrong
 POLICIES = ("full", "names", "none")  # most that is computed again first: the least memory
 ROWS = (1, 16, 2048, 4096, 8192, 512, 128, 1024)  # what the goals name and the crossover wants before what refines it
 PATTERNS = ("llama-3-8b/*", "llama-3-70b/gate,up", "llama-2-7b/down")
@@ -46,9 +48,11 @@ def run_steps(rehearse: bool) -> list[dict[str, Any]]:
     for remat in POLICIES:
         command = [sys.executable, str(STEP), "--remat", remat, *(["--rehearse"] if rehearse else [])]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=STEP_TIMEOUT_S)
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=STEP_TIMEOUT_S, env=os.environ | UNFILTERED
+            )
             failed = done.returncode != 0
-            record = {"failure": done.stderr[-1500:]} if failed else json.loads(done.stdout.splitlines()[-1])
+            record = {"failure": done.stderr.strip()[-600:]} if failed else json.loads(done.stdout.splitlines()[-1])
         except subprocess.TimeoutExpired:
             record = {"failure": f"not done within {STEP_TIMEOUT_S} s"}
         records.append({"remat": remat, **record})

@@ -30,7 +30,7 @@ from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.step import update
 
 MODEL, LENGTH = "llama-3-8b", 2048
-TINY = {"num_layers": 2, "embed_dim": 256, "num_heads": 4, "num_kv_heads": 2, "mlp_dim": 256, "vocab_size": 512}
+TINY = {"num_layers": 2, "embed_dim": 256, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 256, "vocab_size": 512}
 WARM_UP, STEPS = 2, 7
 
 
@@ -38,7 +38,7 @@ def setting(rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
     """The model's shape and (A, B, T)."""
     config = model_config(PUBLIC[MODEL])
     if rehearse:
-        return dataclasses.replace(config, head_dim=64, **TINY), (1, 1, 64)
+        return dataclasses.replace(config, **TINY), (1, 1, 64)
     return config, (1, 1, LENGTH)
 
 
