@@ -3,7 +3,10 @@
     python scripts/compare_losses.py runs/gpu_check/quickstart/metrics.jsonl
 
 The CPU's are those of seed 0 in bf16 (tests/golden/quickstart_losses.json). Each step's rows are the same; sums are
-made in another order and rounded elsewhere, and updates carry that on.
+made in another order and rounded elsewhere, and updates carry that on. On the CPU, over the first steps: another order
+of sums (two versions of the code) moved a loss by at most 0.8 % and the mean by 0.1 %; f32 throughout, so no rounding at
+all, moved the losses before any update by 0.8 %, then by 4 to 12 % in steps 3 to 6 and 2 to 5 % in steps 7 to 9. A GPU,
+whose compiler may keep a value in f32 where the CPU rounds it, lies between the two.
 """
 
 import json
@@ -16,7 +19,7 @@ from qlora_jax.training.metrics import read_metrics
 
 RECORDED = Path(__file__).resolve().parent.parent / "tests/golden/quickstart_losses.json"
 UNTRAINED = 2  # steps whose loss is the base's: the first update has learning rate 0
-FIRST, EACH, MEAN = 0.02, 0.15, 0.02
+FIRST, EACH, MEAN = 0.02, 0.15, 0.04  # relative; the mean is of all steps compared
 
 
 def problems(losses: Sequence[float], recorded: Sequence[float]) -> list[str]:
