@@ -4,9 +4,9 @@
 
 The CPU's are those of seed 0 in bf16 (tests/golden/quickstart_losses.json). Each step's rows are the same; sums are
 made in another order and rounded elsewhere, and updates carry that on. On the CPU, over the first steps: another order
-of sums (two versions of the code) moved a loss by at most 0.8 % and the mean by 0.1 %; f32 throughout, so no rounding at
-all, moved the losses before any update by 0.8 %, then by 4 to 12 % in steps 3 to 6 and 2 to 5 % in steps 7 to 9. A GPU,
-whose compiler may keep a value in f32 where the CPU rounds it, lies between the two.
+of sums (two versions of the code) moved a loss by at most 0.8 % and the mean by 0.1 %; f32 throughout moved the losses
+before any update by 0.8 %, then by 4 to 12 % in steps 3 to 6 and 2 to 5 % in steps 7 to 9. A GPU, whose compiler may
+keep a value in f32 where the CPU rounds it, lies between the two.
 """
 
 import json
