@@ -10,7 +10,11 @@ from qlora_jax.config import read_command_line, run_main
 
 STOPPED = 143  # what shells report for SIGTERM; the run was saved and can go on
 PROG = "python -m qlora_jax.train"
-SWITCHES = {"resume": "go on from the newest checkpoint in `output`", "dry_run": "report on the data, then stop"}
+SWITCHES = {
+    "resume": "go on from the newest checkpoint in `output`",
+    "dry_run": "report on the data, then stop",
+    "oversized": "start although the memory plan says that the run does not fit",
+}
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +31,7 @@ def main(argv: list[str]) -> None:
     if "dry_run" in given:
         report_data(config, console)
         return
-    if not train(config, run, resume="resume" in given, console=console):
+    if not train(config, run, resume="resume" in given, oversized="oversized" in given, console=console):
         sys.exit(STOPPED)
 
 

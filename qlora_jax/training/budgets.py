@@ -30,7 +30,7 @@ def declared(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget,
     Raises:
       ValueError: it holds no page, or is more than the device has.
     """
-    check_budget(budget_bytes, layout, _device_bytes(memory)[0])
+    check_budget(budget_bytes, layout, device_bytes(memory)[0])
     room = Room(budget_bytes, budget_bytes)
     return lambda shape, resident: room, f"{format_bytes(budget_bytes)} of them on the device"
 
@@ -40,7 +40,7 @@ def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
 
     What the device says is held by others than pages counts where it is more than the program knows of.
     """
-    total, words = _device_bytes(memory)
+    total, words = device_bytes(memory)
 
     def budget(shape: Shape, resident: int) -> Room:
         program = gradients.compiled(shape).memory_analysis()
@@ -53,7 +53,7 @@ def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
     return budget, f"as many on the device as the next batch leaves room for on {words}"
 
 
-def _device_bytes(memory: Memory) -> tuple[int, str]:
+def device_bytes(memory: Memory) -> tuple[int, str]:
     """(bytes of the device, in words). Where it does not tell, it is taken to have the machine's memory: a CPU has."""
     statistics = memory.statistics() or {}
     if "bytes_limit" in statistics:

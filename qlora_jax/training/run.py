@@ -14,9 +14,11 @@ from qlora_jax.training.loop import Reporter, restore, run_steps, start, stop_on
 from qlora_jax.training.metrics import MetricsFile, read_metrics
 from qlora_jax.training.overview import overview
 from qlora_jax.training.plot import plot_loss
+from qlora_jax.training.run_plan import out_of_memory_told, plan_run
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
+OVERSIZED = "oversized"  # the switch of a run that starts although it does not fit
 
 
 def check_folder(run: Path, *, resume: bool) -> None:
@@ -57,17 +59,24 @@ class _Report(Reporter):
         self._display.evaluation(record)
 
 
-def train(config: Config, run: Path, *, resume: bool, console: Console) -> bool:
+def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> bool:
     """Trains in the folder `run`; True when the last step is done, False when a signal ended it sooner.
 
+    Args:
+      oversized: start although the plan says that the device's memory is not enough.
+
     Raises:
-      ValueError: bad input of any kind, or a loss that is not finite.
+      ValueError: bad input of any kind, a run that does not fit the device, or a loss that is not finite.
       OSError: files that cannot be read or written.
     """
     inputs = open_inputs(config)
     print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):
         gradients = compile_gradients(config, inputs)
+        plan = plan_run(config, inputs, gradients)
+    banner("memory plan", plan.rows(), console)
+    if not (plan.fits or oversized):
+        raise ValueError(f"memory plan: {plan.nearest_fix()}\n  --{OVERSIZED} starts it all the same")
     with loading(console) as progress:
         session = prepare(config, inputs, gradients, progress)
     run.mkdir(parents=True, exist_ok=True)
@@ -76,7 +85,12 @@ def train(config: Config, run: Path, *, resume: bool, console: Console) -> bool:
         write_config(config, run / CONFIG_FILE)
         banner("QLoRA finetuning", overview(session, state.step), console)
         display = Display(session.total_steps, state.step, config.train.log_every, console)
-        with MetricsFile(run / METRICS_FILE, state.step) as metrics, display, stop_on_signals(display.message) as stop:
+        with (
+            MetricsFile(run / METRICS_FILE, state.step) as metrics,
+            display,
+            stop_on_signals(display.message) as stop,
+            out_of_memory_told(plan),
+        ):
             state = run_steps(session, state, checkpoints, _Report(metrics, display), stop)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
     finished = state.step >= session.total_steps

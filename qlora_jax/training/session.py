@@ -31,7 +31,7 @@ class Session:
     """A model in three parts, its optimizer, its data, and its compiled programs.
 
     Attributes:
-      gradients: compiled for the shape of the first batch.
+      gradients: compiled for the longest batches.
       updates: what is done with the optimizer's state.
       fingerprint: of the base, as io.loader makes it.
       total_steps: optimizer steps of the whole run.
@@ -86,11 +86,9 @@ def open_inputs(config: Config) -> Inputs:
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
-    """The run's step, compiled for its first batch's shape; done before `prepare`, when memory is still free."""
-    first = next(inputs.dataset.train_batches())
-    accumulated, rows, length = first.inputs.shape
+    """The run's step, compiled for its longest batches; done before `prepare`, when memory is still free."""
     weights, remat = weight_format(config.model), config.train.remat
-    shape = (accumulated, rows, length)
+    shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
     gradients = Gradients(abstract_step(inputs.model, weights, config.lora, batch=shape, remat=remat))
     gradients.compiled(shape)
     return gradients

@@ -37,7 +37,7 @@ def with_paging(config, folder, steps=None, **optim):
 
 def run(config, resume=False):
     out = io.StringIO()
-    assert train(config, Path(config.output), resume=resume, console=Console(file=out, width=200))
+    assert train(config, Path(config.output), resume=resume, oversized=False, console=Console(file=out, width=200))
     return out.getvalue()
 
 
@@ -97,7 +97,7 @@ MODES = [
 def test_a_run_goes_on_with_another_budget_or_mode(plain, tmp_path, before, after, monkeypatch):
     config = with_paging(plain, tmp_path / "run", **MODES[before])
     monkeypatch.setattr("qlora_jax.training.run.run_steps", functools.partial(steps_until, 4))
-    assert not train(config, Path(config.output), resume=False, console=Console(file=io.StringIO()))
+    assert not train(config, Path(config.output), resume=False, oversized=False, console=Console(file=io.StringIO()))
     monkeypatch.undo()
     config = with_paging(plain, tmp_path / "run", **MODES[after])
     run(config, resume=True)

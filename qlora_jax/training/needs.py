@@ -1,0 +1,186 @@
+"""What one optimizer step needs, by kind: what formulas know, and what only a compiler does.
+
+Everything that is held or kept follows from shapes (qlora_jax/training/counts.py). The rest, scratch, is measured by
+compiling the real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from pallas_kernels import aot
+from pallas_kernels.nf4_matmul.costs import dequantized_bytes
+from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.training import counts
+from qlora_jax.training.abstract import AbstractStep, Program, abstract_step
+
+STATE = "optimizer state"
+KINDS = ("weights", "constants", "LoRA", "gradients", STATE, "saved activations", "scratch")
+# Paged state on the device while an update runs: two pages in use, one on its way in and one out, of 32 MiB.
+PAGES_IN_FLIGHT = 4 * 32 * 2**20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What a step's memory depends on.
+
+    Attributes:
+      batch: (A, B, T).
+      remat: a key of REMAT_POLICIES.
+      paged: the optimizer's state is in host memory while gradients are computed.
+    """
+
+    model: ModelConfig
+    weights: WeightFormat
+    lora: LoraArgs
+    optim: OptimArgs
+    batch: tuple[int, int, int]
+    remat: str
+    paged: bool = False
+
+    @property
+    def rows(self) -> int:
+        """M."""
+        return self.batch[1] * self.batch[2]
+
+    @functools.cached_property
+    def ranks(self) -> dict[str, int]:
+        """R of each projection that has an adapter."""
+        return counts.ranks_of(self.step().lora)
+
+    def step(self) -> AbstractStep:
+        """The real step from shapes alone."""
+        return abstract_step(self.model, self.weights, self.lora, batch=self.batch, remat=self.remat, optim=self.optim)
+
+    def counted(self) -> counts.Step:
+        """What counts.py counts by."""
+        return counts.Step(model=self.model, weights=self.weights, ranks=self.ranks, batch=self.batch, remat=self.remat)
+
+    def changed(self, **changes: Any) -> "Setting":
+        """With other batch, remat or paging; the adapters stay, so their ranks are not looked for again."""
+        new = dataclasses.replace(self, **changes)
+        new.__dict__["ranks"] = self.ranks
+        return new
+
+    def resized(self, rows: int, length: int) -> "Setting":
+        """With B rows of T positions; as many rows an optimizer step, or a few more."""
+        accumulated, before, _ = self.batch
+        return self.changed(batch=(-(-accumulated * before // rows), rows, length))
+
+
+class Temporaries(NamedTuple):
+    """Bytes of a compiled step's temporary buffers, what is saved between forward and backward included."""
+
+    gradients: int
+    update: int
+
+
+# Compiles the real step for one device. Raises whatever compiling raises.
+Compile = Callable[[AbstractStep], Temporaries]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Need:
+    """Bytes of one step by kind.
+
+    Attributes:
+      device, host: a number for each of KINDS; on the device, scratch is at its largest moment.
+      source: `compiled`, `fitted` to compiled neighbours, or `estimated` by formula alone.
+    """
+
+    setting: Setting
+    device: dict[str, int]
+    host: dict[str, int]
+    source: str
+
+    @property
+    def total(self) -> int:
+        """Bytes on the device."""
+        return sum(self.device.values())
+
+
+def _need(setting: Setting, scratch: int, source: str) -> Need:
+    of = setting.counted()
+    frozen, lora, state = counts.frozen_bytes(of), counts.lora_bytes(of), counts.optimizer_bytes(of)
+    device = {
+        "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
+        "constants": frozen["constants"],
+        "LoRA": lora,
+        "gradients": lora,
+        STATE: min(state, PAGES_IN_FLIGHT) if setting.paged else state,
+        "saved activations": _saved(of),
+        "scratch": scratch,
+    }
+    host = dict.fromkeys(KINDS, 0) | {STATE: state if setting.paged else 0}
+    return Need(setting=setting, device=device, host=host, source=source)
+
+
+def _saved(of: counts.Step) -> int:
+    return sum(counts.saved_bytes(of).values())
+
+
+def compiled_need(setting: Setting, compile_step: Compile) -> Need:
+    """Scratch as compiled: what is temporary and not saved, and the batch; or the update's, where that is more."""
+    of, temporaries = setting.counted(), compile_step(setting.step())
+    scratch = max(temporaries.gradients + counts.batch_bytes(of), temporaries.update) - _saved(of)
+    return _need(setting, scratch, "compiled")
+
+
+def estimated_need(setting: Setting) -> Need:
+    """Scratch by formula: `working_set`, and the batch."""
+    of = setting.counted()
+    return _need(setting, working_set(of) + counts.batch_bytes(of), "estimated")
+
+
+def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
+    """Scratch on the line over B T through the last two compiled steps that are known; with one, in proportion to
+    `working_set`."""
+    *before, last = known[-2:]
+    rows, scratch = last.setting.rows, _without_batch(last)
+    batch = counts.batch_bytes(setting.counted())
+    if not before or before[0].setting.rows == rows:
+        share = working_set(setting.counted()) / working_set(last.setting.counted())
+        return _need(setting, round(scratch * share) + batch, "fitted")
+    slope = (scratch - _without_batch(before[0])) / (rows - before[0].setting.rows)
+    return _need(setting, max(0, round(scratch + slope * (setting.rows - rows))) + batch, "fitted")
+
+
+def _without_batch(need: Need) -> int:
+    return need.device["scratch"] - counts.batch_bytes(need.setting.counted())
+
+
+def working_set(of: counts.Step) -> int:
+    """One tile of logits; of one layer two arrays of each width, in f32; two dequantized weights of the MLP.
+
+    An estimate: what compilers make of it is compared in tests/training/test_plan.py.
+    """
+    model = of.model
+    widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+    layer = 2 * of.rows * widths * counts.F32
+    weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
+    return counts.logits_bytes(of) + layer + weights
+
+
+# Where the step is compiled
+
+
+def here(step: AbstractStep) -> Temporaries:
+    """Compiled for the device that this process computes on."""
+    return _temporaries(step, lambda p: p.function.lower(*p.args, **p.kwargs).compile().memory_analysis())
+
+
+def on_card(card: str) -> Compile:
+    """Compiled for a card of pallas_kernels.gpu_specs, which need not be here (pallas_kernels.aot.problem: why not)."""
+    return lambda step: _temporaries(step, lambda p: aot.compile_for(card, p.function, *p.args, **p.kwargs).memory)
+
+
+def _temporaries(step: AbstractStep, memory_of: Callable[[Program], Any]) -> Temporaries:
+    sizes = [_device_temporaries(memory_of(program)) for program in (step.gradients(), step.update())]
+    return Temporaries(*sizes)
+
+
+def _device_temporaries(memory: Any) -> int:
+    """Of aot's MemoryUse, or of jax's own analysis."""
+    return memory.device.temporaries if isinstance(memory, aot.MemoryUse) else int(memory.temp_size_in_bytes)

@@ -1,0 +1,166 @@
+"""The memory plan of a run: what its steps need on a device, whether that fits, and what nearest change would fit.
+
+At most MAX_COMPILES steps are compiled, since a large model's takes most of a minute: the one that was asked for, the
+same at half the length, and the answers that are given by name. Other numbers lie on the line through those, and are
+marked so.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
+
+from qlora_jax.data.buckets import UNIT
+from qlora_jax.training.needs import Compile, Need, Setting, compiled_need, estimated_need, fitted_need
+
+MAX_COMPILES = 4
+MOST_ROWS = 256  # of a micro-batch that is looked for
+
+
+class Change(NamedTuple):
+    """One change of the configuration, the options that make it, and what is needed with it."""
+
+    words: str
+    options: Mapping[str, str | int]
+    need: Need
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What was asked for, and what would fit.
+
+    Attributes:
+      limit: bytes of the device that a step may use.
+      asked: the setting itself; `otherwise`: with its optimizer's state paged where that is not, or the reverse.
+      shorter: at half the length, and at half of that.
+      longest: the longest length found to fit, the rest as asked; None: none does.
+      largest: the largest micro-batch found to fit at the length that was asked for; None: not one row does.
+      change: the nearest single change that fits, where the setting does not; None: none alone does.
+    """
+
+    limit: int
+    asked: Need
+    otherwise: Need
+    shorter: tuple[Need, ...]
+    longest: Need | None
+    largest: Need | None
+    change: Change | None
+
+    @property
+    def fits(self) -> bool:
+        """Whether what was asked for fits."""
+        return self.asked.total <= self.limit
+
+
+class _Compiler:
+    """Compiles as long as it may; what it may not is fitted to what it has compiled."""
+
+    def __init__(self, compile_step: Compile | None):
+        self._compile, self._left = compile_step, MAX_COMPILES
+        self.known: list[Need] = []
+
+    def measured(self, setting: Setting) -> Need:
+        """Compiled, or the best that is known without."""
+        if self._compile is None or self._left == 0 or self._same_program(setting):
+            return self.guessed(setting)
+        self._left -= 1
+        self.known.append(compiled_need(setting, self._compile))
+        return self.known[-1]
+
+    def guessed(self, setting: Setting) -> Need:
+        """Fitted to what was compiled, the same policy before others; estimated where nothing was.
+
+        Where the optimizer's state lies changes no program: with the state elsewhere, a step is still as compiled.
+        """
+        if same := self._same_program(setting):
+            return dataclasses.replace(fitted_need(setting, [same]), source=same.source)
+        alike = [need for need in self.known if need.setting.remat == setting.remat] or self.known
+        return fitted_need(setting, alike) if alike else estimated_need(setting)
+
+    def _same_program(self, setting: Setting) -> Need | None:
+        alike = (n for n in self.known if (n.setting.batch, n.setting.remat) == (setting.batch, setting.remat))
+        return next(alike, None)
+
+
+def make_plan(setting: Setting, limit: int, compile_step: Compile | None) -> Plan:
+    """The plan of a setting under a limit in bytes; without `compile_step` every number is an estimate."""
+    compiler = _Compiler(compile_step)
+    rows, length = setting.batch[1:]
+    lengths = [part for part in (length // 2 // UNIT * UNIT, length // 4 // UNIT * UNIT) if part >= UNIT]
+    shorter = [compiler.measured(setting.resized(rows, part)) for part in lengths[:1]]
+    asked = compiler.measured(setting)
+    shorter += [compiler.guessed(setting.resized(rows, part)) for part in lengths[1:]]
+    fits = asked.total <= limit
+    change = None if fits else _nearest(_changes(setting, limit, compiler), limit, compiler)
+    found = compiler.measured if fits else compiler.guessed
+    return Plan(
+        limit=limit,
+        asked=asked,
+        otherwise=compiler.guessed(setting.changed(paged=not setting.paged)),
+        shorter=tuple(shorter),
+        longest=_most(_lengths(setting), limit, compiler, found),
+        largest=_most(_row_counts(setting), limit, compiler, found),
+        change=change,
+    )
+
+
+def _lengths(setting: Setting) -> list[Setting]:
+    """Every length that batches may come in, up to what the model was made for."""
+    return [setting.resized(setting.batch[1], n) for n in range(UNIT, setting.model.max_positions + 1, UNIT)]
+
+
+def _row_counts(setting: Setting) -> list[Setting]:
+    return [setting.resized(rows, setting.batch[2]) for rows in range(1, MOST_ROWS + 1)]
+
+
+def _most(settings: list[Setting], limit: int, compiler: _Compiler, measure: Callable[[Setting], Need]) -> Need | None:
+    """The largest of growing settings that fits, measured; where that says otherwise, what then is known to fit."""
+    for _ in range(MAX_COMPILES):
+        index = _count_fitting(settings, limit, compiler) - 1
+        if index < 0:
+            return None
+        need = measure(settings[index])
+        if need.total <= limit:
+            return need
+        settings = settings[:index]
+    return None
+
+
+def _count_fitting(settings: list[Setting], limit: int, compiler: _Compiler) -> int:
+    """How many of growing settings fit, by bisection."""
+    low, high = 0, len(settings)
+    while low < high:
+        middle = (low + high) // 2
+        if compiler.guessed(settings[middle]).total <= limit:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Change]:
+    """Single changes, what changes least of the run first: the same numbers, the same step, another step."""
+    rows, length = setting.batch[1:]
+    if not setting.paged:
+        paged = setting.changed(paged=True)
+        yield Change("page the optimizer's state to host memory", {"optim.paging": "auto"}, compiler.guessed(paged))
+    if setting.remat != "full":
+        full = setting.changed(remat="full")
+        yield Change("compute activations again in the backward pass", {"train.remat": "full"}, compiler.guessed(full))
+    if rows > 1 and (smaller := _count_fitting(_row_counts(setting)[: rows - 1], limit, compiler)):
+        need = compiler.guessed(setting.resized(smaller, length))
+        options = {"train.micro_batch_size": smaller, "train.accumulation": need.setting.batch[0]}
+        yield Change("fewer rows at once, accumulated", options, need)
+    lengths = [each for each in _lengths(setting) if each.batch[2] < length]
+    if shorter := _count_fitting(lengths, limit, compiler):
+        need = compiler.guessed(lengths[shorter - 1])
+        yield Change("shorter rows", {"data.max_length": need.setting.batch[2]}, need)
+
+
+def _nearest(changes: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:
+    """The first change that is thought to fit and then does."""
+    for change in changes:
+        if change.need.total <= limit:
+            confirmed = compiler.measured(change.need.setting)
+            if confirmed.total <= limit:
+                return change._replace(need=confirmed)
+    return None

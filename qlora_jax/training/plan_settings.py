@@ -1,0 +1,119 @@
+"""The settings of `python -m qlora_jax.plan`: those of a training run, of which data and output may be left out."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.gpu_specs import CARDS, Card, find_card
+from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs
+from qlora_jax.config.schema import NOT_EMPTY, setting
+from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.io.source import open_model
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families import model_config
+from qlora_jax.models.public import PUBLIC, nearest
+
+CPU = "cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanModelArgs(ModelArgs):
+    """The base model and how it is held in memory."""
+
+    path: str = setting(
+        "a Hugging Face folder, a bare config.json, a GGUF file, or a published model by name: " + ", ".join(PUBLIC),
+        bound=NOT_EMPTY,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanDataArgs(DataArgs):
+    """Of the data, the plan takes data.max_length alone: the length that every row has at worst."""
+
+    train: str | None = setting("not read", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlanArgs(Config):
+    """What to plan. All settings of a training run are known, so that its file can be given as --config."""
+
+    card: str | None = setting(f"the card: {', '.join(CARDS)}, or cpu", None)
+    memory: str | None = setting(
+        "instead of what the card has, such as 24GiB; alone: the card whose own is nearest", None
+    )
+    model: PlanModelArgs = setting("the base model")
+    data: PlanDataArgs = dataclasses.field(default_factory=PlanDataArgs)
+    output: str | None = setting("not written", None)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a plan is for.
+
+    Attributes:
+      card: None for the CPU.
+      memory_bytes: what it has, or what was asked for.
+    """
+
+    card: Card | None
+    memory_bytes: int
+
+
+def target_of(card: str | None, memory: str | None) -> Target:
+    """The device of a plan.
+
+    Raises:
+      ConfigError: neither is given, an unknown card, or a size that is none.
+    """
+    if card is None and memory is None:
+        raise ConfigError([f"card, memory: neither is given, expected --card with one of {', '.join(CARDS)}, cpu"])
+    size = None if memory is None else _size(memory)
+    if card == CPU:
+        return Target(card=None, memory_bytes=size or _physical_memory())
+    if card is None:
+        assert size is not None
+        nearest_card = min(CARDS.values(), key=lambda each: abs(each.memory_bytes - size))
+        return Target(card=nearest_card, memory_bytes=size)
+    found = find_card(card)
+    return Target(card=found, memory_bytes=size or found.memory_bytes)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError([f"memory: {error}"]) from error
+
+
+def _physical_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def features_of(path: str) -> ModelConfig:
+    """The features of a model on disk, or of a published one by its name.
+
+    Raises:
+      ValueError: neither; or a config that is not supported.
+    """
+    place = Path(path).expanduser()
+    if place.suffix == ".json" and place.is_file():
+        return model_config(_read_json(place))
+    if (place / "config.json").is_file():
+        return model_config(_read_json(place / "config.json"))
+    if place.exists():
+        return model_config(open_model(place).config)
+    if path in PUBLIC:
+        return model_config(PUBLIC[path])
+    hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
+    raise ValueError(
+        f"{path}: no such file or folder, and no published model that is known by name: {', '.join(PUBLIC)}.{hint}"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error

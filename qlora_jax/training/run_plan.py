@@ -1,0 +1,91 @@
+"""The memory plan of a run that is about to start, on the device that it starts on.
+
+The step is planned for the longest rows that the data has. It is compiled anyway; nothing more is, unless it does not
+fit.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import jax
+
+from qlora_jax.config import Config
+from qlora_jax.config.sizes import format_bytes
+from qlora_jax.models.precision import weight_format
+from qlora_jax.optim.residency import Memory
+from qlora_jax.training import counts
+from qlora_jax.training.abstract import AbstractStep
+from qlora_jax.training.budgets import device_bytes
+from qlora_jax.training.needs import KINDS, Compile, Need, Setting, Temporaries, compiled_need, here
+from qlora_jax.training.plan import make_plan
+from qlora_jax.training.plan_run import run_setting
+from qlora_jax.training.plan_text import verdict
+from qlora_jax.training.programs import Gradients
+from qlora_jax.training.session import Inputs
+
+OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """What the run's largest step needs, and what the device lets it have.
+
+    Attributes:
+      limit: bytes; `device` says of what.
+    """
+
+    need: Need
+    limit: int
+    device: str
+
+    @property
+    def fits(self) -> bool:
+        """Whether the largest step fits."""
+        return self.need.total <= self.limit
+
+    def rows(self) -> dict[str, str]:
+        """For a banner."""
+        parts = [f"{kind} {format_bytes(self.need.device[kind])}" for kind in KINDS]
+        host = sum(self.need.host.values())
+        total = f"{format_bytes(self.need.total)} of {self.device}"
+        batch = "{1} x {2} tokens".format(*self.need.setting.batch)
+        told = {"longest step": batch, "needs": total, "made of": ", ".join(parts)}
+        return told | ({"in host memory": format_bytes(host)} if host else {})
+
+    def nearest_fix(self) -> str:
+        """What would fit, found by compiling; in lines."""
+        return "\n  ".join(verdict(make_plan(self.need.setting, self.limit, here)))
+
+
+def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
+    """The plan of the run's step for its longest bucket, whose program `gradients` has or compiles."""
+    weights = weight_format(config.model)
+    setting = run_setting(config, inputs.model, weights, max(inputs.dataset.buckets))
+    limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
+    return RunPlan(need=compiled_need(setting, _compiled_by(gradients, setting)), limit=limit, device=device)
+
+
+def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
+    """The update takes as much again as the adapters at most: clipped gradients."""
+
+    def compile_step(step: AbstractStep) -> Temporaries:
+        temporaries = gradients.compiled(setting.batch).memory_analysis().temp_size_in_bytes
+        return Temporaries(gradients=temporaries, update=counts.lora_bytes(setting.counted()))
+
+    return compile_step
+
+
+@contextmanager
+def out_of_memory_told(plan: RunPlan) -> Iterator[None]:
+    """A device that runs out of memory becomes a ValueError with the plan and what would fit."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if OUT_OF_MEMORY not in str(error):
+            raise
+        first = str(error).splitlines()[0]
+        lines = [f"{name}: {words}" for name, words in plan.rows().items()]
+        raise ValueError(
+            "\n  ".join([f"the device ran out of memory: {first}", "the plan said:", *lines, plan.nearest_fix()])
+        ) from error
