@@ -96,7 +96,7 @@ def compile_for(
     static_argnums: int | Sequence[int] = (),
     **kwargs: Any,
 ) -> CompiledFor:
-    """Compiles `fn(*args, **kwargs)` for one card of pallas_kernels.gpu_specs.CARDS, which need not be here.
+    """Compiles `fn(*args, **kwargs)` for a card of pallas_kernels.gpu_specs.CARDS, or several, which need not be here.
 
     While `fn` is traced, the absent card is `jax_default_device`, so that Pallas and our own dispatch make code for it;
     no array can be made on it. XLA runs in a process of its own for each architecture (pallas_kernels.aot.worker says
@@ -107,13 +107,15 @@ def compile_for(
       fn: a function, or one that is jitted already; then its own donations and static arguments hold.
       args, kwargs: pytrees whose leaves have a shape and a dtype (arrays, ShapeDtypeStruct), of which nothing else is
         read; other leaves (numbers, static arguments) are given to `fn` as they are. Leaves are on the card, except
-        those of `on_host`. A result is in host memory where `fn` ends with `jax.device_put(x, jax.memory.Space.Host)`.
+        those of `on_host`. Where some have a NamedSharding on an AbstractMesh, the program is for as many cards of one
+        host as the mesh has: those leaves lie over them so, all others are whole on each, and memory is one card's.
+        A result is in host memory where `fn` ends with `jax.device_put(x, jax.memory.Space.Host)`.
       donate_argnums, static_argnums: as jax.jit has them.
 
     Raises:
       CompilerUnavailableError: packages are missing, or JAX has not loaded its CUDA plugin; see `problem`.
       ValueError: an unknown card; donate_argnums or static_argnums for a function that is jitted already; array
-        arguments that are all on the host.
+        arguments that are all on the host, or on several meshes.
       RuntimeError: JAX did not keep an array in the memory that it was told to (pallas_kernels.aot.placement).
       CompilerCrashedError: XLA or LLVM ended its process.
       Whatever tracing and compiling raise: a kernel that this card can't run. A program larger than the card's
@@ -122,13 +124,13 @@ def compile_for(
     """
     spec = find_card(card)
     toolchain.require()
-    device = toolchain.device_for(spec)
-    args, kwargs = placement.place((args, kwargs), device)
-    with jax.default_device(device):
+    devices = toolchain.devices_for(spec, placement.mesh_of((args, kwargs)).size)
+    args, kwargs = placement.place((args, kwargs), *devices)
+    with jax.default_device(devices[0]):
         traced = _jitted(fn, donate_argnums, static_argnums).trace(*args, **kwargs)
         module = io.BytesIO()
         traced.lower().compiler_ir("stablehlo").operation.write_bytecode(module)
-    program = processes.build(Request(spec, module.getvalue()))
+    program = processes.build(Request(spec, module.getvalue(), len(devices)))
     placement.check_host_kept(traced, program.text)
     return CompiledFor(spec, program.memory, program.text, program.serialized)
 

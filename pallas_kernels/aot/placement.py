@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 HOST = "pinned_host"
 HOST_LAYOUT = "S(5)"  # what the layout of an array in host memory has in HLO
+ONE_CARD = AbstractMesh((1,), ("device",), (AxisType.Auto,))
 
 
 def on_host(tree: Any) -> Any:
@@ -21,24 +22,42 @@ def on_host(tree: Any) -> Any:
 
     The function brings them over itself: `jax.device_put(x, jax.memory.Space.Device)`.
     """
-    anywhere = AbstractMesh((1,), ("device",), (AxisType.Auto,))
-    sharding = NamedSharding(anywhere, PartitionSpec(), memory_kind=HOST)
+    sharding = NamedSharding(ONE_CARD, PartitionSpec(), memory_kind=HOST)
     return jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree)
 
 
-def place(tree: Any, device: Any) -> Any:
-    """Array leaves as ShapeDtypeStructs on one device, or in its host's memory where they are `on_host`.
+def mesh_of(tree: Any) -> AbstractMesh:
+    """The abstract mesh that the leaves' shardings speak of; that of one card where none does.
+
+    Raises:
+      ValueError: there are several such meshes.
+    """
+    shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
+    meshes = {one.mesh for one in shardings if _is_abstract(one) and one.memory_kind != HOST}
+    if len(meshes) > 1:
+        raise ValueError(f"array arguments lie on several meshes: {', '.join(map(str, meshes))}; one is needed")
+    return next(iter(meshes), ONE_CARD)
+
+
+def place(tree: Any, *devices: Any) -> Any:
+    """Array leaves as ShapeDtypeStructs on the devices of `mesh_of`, or in the host's memory where they are `on_host`.
 
     Raises:
       ValueError: all of them are in host memory.
     """
-    mesh = Mesh(np.array([device]), ("device",))
-    on_card = NamedSharding(mesh, PartitionSpec())
+    like = mesh_of(tree)
+    mesh = Mesh(np.array(devices).reshape(like.axis_sizes), like.axis_names, axis_types=like.axis_types)
     in_host = NamedSharding(mesh.abstract_mesh, PartitionSpec(), memory_kind=HOST)
     arrays = [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
     if arrays and all(map(_is_on_host, arrays)):
         raise ValueError("all array arguments are on_host; JAX needs one on the card to know what it compiles for")
-    return jax.tree.map(lambda leaf: _abstract(leaf, in_host if _is_on_host(leaf) else on_card), tree)
+
+    def placed(leaf):
+        sharding = getattr(leaf, "sharding", None)
+        spec = sharding.spec if _is_abstract(sharding) else PartitionSpec()
+        return _abstract(leaf, in_host if _is_on_host(leaf) else NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, tree)
 
 
 def check_host_kept(traced: Any, text: str) -> None:
@@ -92,6 +111,10 @@ def _count_host(variables: list[Any]) -> int:
 
 def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_abstract(sharding: Any) -> bool:
+    return isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
 
 
 def _is_on_host(leaf: Any) -> bool:

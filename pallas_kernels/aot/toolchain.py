@@ -52,11 +52,17 @@ def tool(package: str, name: str) -> Path:
     raise CompilerUnavailableError(f"package {package} holds no program {name}; install again: {INSTALL}")
 
 
-@functools.cache
 def device_for(card: Card) -> Any:
     """A compile-only jax.Device of this card, the same one each time. Call `require` first."""
-    description = topologies.get_topology_desc(platform="cuda", target_config=target_config(card), topology="1x1x1")
-    return description.devices[0]
+    return devices_for(card, 1)[0]
+
+
+@functools.cache
+def devices_for(card: Card, count: int) -> tuple[Any, ...]:
+    """As many compile-only devices in one host, the same ones each time. Call `require` first."""
+    topology = f"1x1x{count}"  # slices x hosts x devices
+    description = topologies.get_topology_desc(platform="cuda", target_config=target_config(card), topology=topology)
+    return tuple(description.devices)
 
 
 def _version(package: str) -> str | None:

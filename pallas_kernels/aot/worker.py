@@ -25,10 +25,11 @@ from pallas_kernels.gpu_specs import Card
 
 
 class Request(NamedTuple):
-    """A module of StableHLO, as MLIR bytecode, to be compiled for a card."""
+    """A module of StableHLO, as MLIR bytecode, to be compiled for so many of a card, which run one program together."""
 
     card: Card
     module: bytes
+    devices: int
 
 
 class Program(NamedTuple):
@@ -52,12 +53,13 @@ def build(request: Request) -> Program:
     Raises:
       jax.errors.JaxRuntimeError: the compiler refuses the module.
     """
-    device = toolchain.device_for(request.card)
-    options = compiler.get_compile_options(1, 1, device_assignment=np.array([[device.id]]))
+    devices = toolchain.devices_for(request.card, request.devices)
+    assignment = np.array([[device.id for device in devices]])
+    options = compiler.get_compile_options(1, len(devices), device_assignment=assignment)
     with mlir.make_ir_context():
         module = ir.Module.parse(request.module)
-        devices: Any = xla_client.DeviceList((device,))
-        made = device.client.compile(module, executable_devices=devices, compile_options=options)
+        executable_devices: Any = xla_client.DeviceList(devices)
+        made = devices[0].client.compile(module, executable_devices=executable_devices, compile_options=options)
     text = "\n\n".join(part.to_string() for part in made.hlo_modules())
     return Program(text, made.serialize(), memory.read_memory(made.get_compiled_memory_stats()))
 

@@ -87,7 +87,7 @@ def nf4_matmul(
         layer or the reverse, codes that are not what their layout says, an unknown implementation.
       NotImplementedError: the implementation that was named, or every one, cannot do this call on this device.
     """
-    if problems := list(_problems(x, weights, layer, implementation)):
+    if problems := list(call_problems(x, weights, layer, implementation)):
         raise ValueError("nf4_matmul: " + "; ".join(problems))
     x_MK = x.reshape(-1, x.shape[-1])
     y_MN = _nf4_matmul(x_MK, weights, layer, implementation)
@@ -105,7 +105,8 @@ def chosen(device: Device, call: Call, implementation: str | None = None) -> Cho
     return choose(device, call, IMPLEMENTATIONS, order)
 
 
-def _problems(x: Any, weights: QTensor, layer: Any, implementation: str | None) -> Iterator[str]:
+def call_problems(x: Any, weights: QTensor, layer: Any, implementation: str | None = None) -> Iterator[str]:
+    """Everything that makes nf4_matmul raise ValueError."""
     if x.ndim == 0:
         yield "x is a scalar: at least one axis, of length K, is needed"
     if str(x.dtype) not in DTYPES:
@@ -150,6 +151,13 @@ def _weights_problems(weights: QTensor) -> Iterator[str]:
             yield f"{name} {list(found)}: layout {weights.layout!r} of {weights.shape} (N, K) holds {list(wanted)}"
 
 
+def product(
+    direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None = None
+) -> jax.Array:
+    """One direction of the op, unchecked: [M, K] -> [M, N] forward, [M, N] -> [M, K] backward."""
+    return _mappable(direction, implementation)(rows, weights, layer)
+
+
 def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None):
     device = target_device()
     call = Call.of(direction, rows.shape[0], rows.dtype, weights)
@@ -165,38 +173,38 @@ def _mappable(direction: Direction, implementation: str | None) -> Any:
     """`_run` under vmap: an axis of the rows alone becomes rows; where weights have one, products are made in turn."""
 
     @jax.custom_batching.custom_vmap
-    def product(rows, weights, layer):
+    def mapped_product(rows, weights, layer):
         return _run(direction, rows, weights, layer, implementation)
 
-    @product.def_vmap
+    @mapped_product.def_vmap
     def _(size, mapped, rows, weights, layer):
         if any(jax.tree.leaves(mapped[1:])):
 
             def one(at):
-                return product(
+                return mapped_product(
                     *jax.tree.map(lambda leaf, is_mapped: leaf[at] if is_mapped else leaf, given, tuple(mapped))
                 )
 
             given = (rows, weights, layer)
             return jax.lax.map(one, jax.numpy.arange(size)), True
-        folded = product(rows.reshape(-1, rows.shape[-1]), weights, layer)
+        folded = mapped_product(rows.reshape(-1, rows.shape[-1]), weights, layer)
         return folded.reshape(*rows.shape[:-1], folded.shape[-1]), True
 
-    return product
+    return mapped_product
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _nf4_matmul(x_MK: jax.Array, weights: QTensor, layer: Layer, implementation: str | None) -> jax.Array:
-    return _mappable("forward", implementation)(x_MK, weights, layer)
+    return product("forward", x_MK, weights, layer, implementation)
 
 
 def _forward(x_MK, weights, layer, implementation):
-    return _mappable("forward", implementation)(x_MK, weights, layer), (weights, layer)
+    return product("forward", x_MK, weights, layer, implementation), (weights, layer)
 
 
 def _backward(implementation, residuals, dy_MN):
     weights, layer = residuals
-    return _mappable("backward", implementation)(dy_MN, weights, layer), None, None
+    return product("backward", dy_MN, weights, layer, implementation), None, None
 
 
 _nf4_matmul.defvjp(_forward, _backward)
