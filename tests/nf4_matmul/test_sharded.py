@@ -34,7 +34,7 @@ def test_all_problems_come_at_once():
         column_parallel(jnp.zeros((3, 64)), weight((66, 128)), None, MESH, "model", P("model"))
     told = str(error.value)
     assert "x has K=64" in told and "N=66 over 4 devices is 16.5 each" in told
-    assert "x [3, 64] has an axis of 3, rows=PartitionSpec('model',) cut it into 4" in told
+    assert "x [3, 64] has an axis of 3" in told and "cut it into 4" in told
 
 
 @pytest.mark.parametrize(
