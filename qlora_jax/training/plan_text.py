@@ -43,7 +43,8 @@ def verdict(plan: Plan) -> list[str]:
         need = plan.change.need
         lines.append(f"nearest change that fits: {plan.change.words}: {options} ({_total(need)})")
     rows, length = asked.setting.batch[1:]
-    lines.append(f"longest rows found to fit, {rows} at once: {_most(plan.longest, 2, asked.setting.model.max_positions)}")
+    most_positions = asked.setting.model.max_positions
+    lines.append(f"longest rows found to fit, {rows} at once: {_most(plan.longest, 2, most_positions)}")
     lines.append(f"most rows at once found to fit, of {length} tokens: {_most(plan.largest, 1, MOST_ROWS)}")
     return lines
 
