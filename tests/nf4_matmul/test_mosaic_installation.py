@@ -26,6 +26,7 @@ def installed(monkeypatch):
         monkeypatch.setattr(jax, "__version_info__", jax_version)
         monkeypatch.setattr(jax, "__version__", ".".join(map(str, jax_version)))
         monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+        monkeypatch.setattr(installation, "driver_is_here", lambda: True)
         monkeypatch.setattr(installation, "cuda_versions", lambda: (driver, runtime))
 
     return fake
@@ -62,6 +63,7 @@ def test_what_is_new_enough_is_taken(installed, jax_version, driver, runtime):
 
 def test_another_machines_card_does_not_want_this_ones_driver(monkeypatch):
     monkeypatch.setattr(installation, "cuda_versions", lambda: pytest.fail("asked"))
+    monkeypatch.setattr(installation, "driver_is_here", lambda: True)
     assert jax.default_backend() == "cpu" and installation.problem() is None
 
 

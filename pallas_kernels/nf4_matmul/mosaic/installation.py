@@ -8,6 +8,7 @@ CUDA 12.0. jax with CUDA 13 wants a driver of CUDA 13.0 or later therefore, what
 
 import functools
 import importlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +26,20 @@ def problem() -> str | None:
     """
     if jax.__version_info__ < LEAST_JAX:
         return f"needs jax {'.'.join(map(str, LEAST_JAX))} or newer, found {jax.__version__}: update jax"
-    driver, runtime = cuda_versions() if jax.default_backend() == "gpu" else (None, None)
+    # In this order: where there is no driver, no backend of jax is started to ask.
+    on_gpu = driver_is_here() and jax.default_backend() == "gpu"
+    driver, runtime = cuda_versions() if on_gpu else (None, None)
     if driver is None or runtime is None:
         return None
     least = max(LEAST_CUDA, runtime // 1000 * 1000)
     if driver >= least:
         return None
     return f"needs a driver of CUDA {_name(least)} or newer, found one of CUDA {_name(driver)}: update the driver"
+
+
+def driver_is_here() -> bool:
+    """Whether NVIDIA's driver is loaded, on Linux or under WSL."""
+    return any(Path(path).exists() for path in ("/dev/nvidiactl", "/dev/dxg"))
 
 
 @functools.cache
