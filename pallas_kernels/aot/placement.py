@@ -5,7 +5,7 @@ on that mesh's abstract twin it keeps them. One argument has to be on the mesh i
 """
 
 import re
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import numpy as np
@@ -33,7 +33,8 @@ def mesh_of(tree: Any) -> AbstractMesh:
       ValueError: there are several such meshes.
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    meshes = {one.mesh for one in shardings if _is_abstract(one) and one.memory_kind != HOST}
+    spoken_of = (one.mesh for one in shardings if isinstance(one, NamedSharding) and one.memory_kind != HOST)
+    meshes = {mesh for mesh in spoken_of if isinstance(mesh, AbstractMesh)}
     if len(meshes) > 1:
         raise ValueError(f"array arguments lie on several meshes: {', '.join(map(str, meshes))}; one is needed")
     return next(iter(meshes), ONE_CARD)
@@ -113,7 +114,7 @@ def _is_array(leaf: Any) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _is_abstract(sharding: Any) -> bool:
+def _is_abstract(sharding: Any) -> TypeGuard[NamedSharding]:
     return isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
 
 

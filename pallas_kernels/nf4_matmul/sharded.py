@@ -206,7 +206,8 @@ def _forward(x, weights, layer, split):
 
 
 def _backward(split, residuals, dy):
-    return _on_mesh("backward", _brought("backward", dy, split), *residuals, split), None, None
+    weights, layer = residuals
+    return _on_mesh("backward", _brought("backward", dy, split), weights, layer, split), None, None
 
 
 _product.defvjp(_forward, _backward)
