@@ -7,7 +7,7 @@ from pathlib import Path
 import jax
 
 CACHE_VARIABLE = "QLORA_JAX_CACHE"
-# What jax takes of a GPU's memory at its start, 0.75 where nobody says; its older name is known to older versions.
+# What jax takes of a GPU's memory at its start, 0.75 where nobody says; the second name is the deprecated one.
 MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 USABLE_MEMORY = "0.95"
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver on Linux, and under WSL

@@ -17,11 +17,15 @@ def platform() -> str:
     return jax.default_backend()
 
 
-def compute_dtype(asked: str) -> str:
-    """`asked`, or for `auto`: bfloat16 on accelerators and on CPUs with instructions for it, float32 otherwise."""
+def compute_dtype(asked: str, on: str | None = None) -> str:
+    """`asked`, or for `auto`: bfloat16 on accelerators and on CPUs with instructions for it, float32 otherwise.
+
+    Args:
+      on: the platform; None: what jax computes on.
+    """
     if asked != "auto":
         return asked
-    return "bfloat16" if platform() != "cpu" or _cpu_has_bf16() else "float32"
+    return "bfloat16" if (on or platform()) != "cpu" or _cpu_has_bf16() else "float32"
 
 
 def _cpu_has_bf16() -> bool:
@@ -29,12 +33,12 @@ def _cpu_has_bf16() -> bool:
     return cpuinfo.exists() and BF16_FLAGS.search(cpuinfo.read_text(encoding="utf-8", errors="replace")) is not None
 
 
-def weight_format(args: ModelArgs) -> WeightFormat:
-    """The settings' quantization, in the layout and the dtype that suit the device."""
+def weight_format(args: ModelArgs, on: str | None = None) -> WeightFormat:
+    """The settings' quantization, in the layout and the dtype that suit a platform (None: what jax computes on)."""
     return WeightFormat(
         quant_type=None if args.quant_type == "none" else args.quant_type,
         block_size=args.block_size,
         double_quant=args.double_quant,
-        platform=platform(),
-        dtype=compute_dtype(args.compute_dtype),
+        platform=on or platform(),
+        dtype=compute_dtype(args.compute_dtype, on),
     )

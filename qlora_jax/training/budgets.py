@@ -58,5 +58,10 @@ def device_bytes(memory: Memory) -> tuple[int, str]:
     statistics = memory.statistics() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"], f"its {format_bytes(statistics['bytes_limit'])}"
-    physical = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    physical = physical_memory()
     return physical, f"{format_bytes(physical)} (this backend reports no memory: the machine's is assumed)"
+
+
+def physical_memory() -> int:
+    """Bytes of the machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -13,13 +13,14 @@ from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.optim.pages import PAGE_BYTES
 from qlora_jax.training import counts
 from qlora_jax.training.abstract import AbstractStep, Program, abstract_step
+from qlora_jax.training.updates import PAGES_IN_A_BUDGET
 
 STATE = "optimizer state"
 KINDS = ("weights", "constants", "LoRA", "gradients", STATE, "saved activations", "scratch")
-# Paged state on the device while an update runs: two pages in use, one on its way in and one out, of 32 MiB.
-PAGES_IN_FLIGHT = 4 * 32 * 2**20
+PAGES_IN_FLIGHT = PAGES_IN_A_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +49,9 @@ class Setting:
     @functools.cached_property
     def ranks(self) -> dict[str, int]:
         """R of each projection that has an adapter."""
-        return counts.ranks_of(self.step().lora)
+        return counts.ranks_of(self.step.lora)
 
+    @functools.cached_property
     def step(self) -> AbstractStep:
         """The real step from shapes alone."""
         return abstract_step(self.model, self.weights, self.lora, batch=self.batch, remat=self.remat, optim=self.optim)
@@ -123,7 +125,7 @@ def _saved(of: counts.Step) -> int:
 
 def compiled_need(setting: Setting, compile_step: Compile) -> Need:
     """Scratch as compiled: what is temporary and not saved, and the batch; or the update's, where that is more."""
-    of, temporaries = setting.counted(), compile_step(setting.step())
+    of, temporaries = setting.counted(), compile_step(setting.step)
     scratch = max(temporaries.gradients + counts.batch_bytes(of), temporaries.update) - _saved(of)
     return _need(setting, scratch, "compiled")
 

@@ -1,13 +1,11 @@
 """From settings to what a plan is made of: the step's setting, the compiler for its device, and words for both."""
 
-from typing import Any
-
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.needs import Compile, Setting, here, on_card
-from qlora_jax.training.plan_settings import PlanArgs, Target, features_of
+from qlora_jax.training.plan_settings import CPU, PlanArgs, Target, features_of
 
 GIB = 2**30
 
@@ -24,7 +22,8 @@ def setting_of(args: PlanArgs, target: Target) -> Setting:
             f"data.max_length={args.data.max_length} is longer than the model allows, which was made for "
             f"{model.max_positions} positions"
         )
-    return run_setting(args, model, _weights(args, target), args.data.max_length)
+    weights = weight_format(args.model, CPU if target.card is None else "gpu")
+    return run_setting(args, model, weights, args.data.max_length)
 
 
 def run_setting(config: Config, model: ModelConfig, weights: WeightFormat, length: int) -> Setting:
@@ -57,12 +56,3 @@ def title_of(args: PlanArgs, target: Target) -> str:
         f"{args.model.path}, rank {args.lora.rank}, {train.micro_batch_size} x {args.data.max_length} tokens, "
         f"remat {train.remat}, on {place} ({target.memory_bytes / GIB:,.2f} GiB)"
     )
-
-
-def _weights(args: PlanArgs, target: Target) -> WeightFormat:
-    if target.card is None:
-        return weight_format(args.model)
-    held: dict[str, Any] = {name: getattr(args.model, name) for name in ("block_size", "double_quant")}
-    dtype = "bfloat16" if args.model.compute_dtype == "auto" else args.model.compute_dtype
-    quant_type = None if args.model.quant_type == "none" else args.model.quant_type
-    return WeightFormat(quant_type=quant_type, platform="gpu", dtype=dtype, **held)

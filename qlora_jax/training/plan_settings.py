@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from qlora_jax.io.source import open_model
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.models.public import PUBLIC, nearest
+from qlora_jax.training.budgets import physical_memory
 
 CPU = "cpu"
 
@@ -71,7 +71,7 @@ def target_of(card: str | None, memory: str | None) -> Target:
         raise ConfigError([f"card, memory: neither is given, expected --card with one of {', '.join(CARDS)}, cpu"])
     size = None if memory is None else _size(memory)
     if card == CPU:
-        return Target(card=None, memory_bytes=size or _physical_memory())
+        return Target(card=None, memory_bytes=size or physical_memory())
     if card is None:
         assert size is not None
         nearest_card = min(CARDS.values(), key=lambda each: abs(each.memory_bytes - size))
@@ -85,10 +85,6 @@ def _size(text: str) -> int:
         return parse_bytes(text)
     except ValueError as error:
         raise ConfigError([f"memory: {error}"]) from error
-
-
-def _physical_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def features_of(path: str) -> ModelConfig:

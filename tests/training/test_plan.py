@@ -67,7 +67,7 @@ class Compiler:
 
 
 def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
-    step = TINY.step()
+    step = TINY.step
     program = step.gradients()
     memory = program.function.lower(*program.args, **program.kwargs).compile().memory_analysis()
     need = compiled_need(TINY, here)
