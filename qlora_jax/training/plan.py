@@ -34,7 +34,7 @@ class Plan:
       shorter: at half the length, and at half of that.
       longest: the longest length found to fit, the rest as asked; None: none does.
       largest: the largest micro-batch found to fit at the length that was asked for; None: not one row does.
-      change: the nearest single change that fits, where the setting does not; None: none alone does.
+      change: the nearest change that fits, where the setting does not; None: none does.
     """
 
     limit: int
@@ -138,7 +138,8 @@ def _count_fitting(settings: list[Setting], limit: int, compiler: _Compiler) -> 
 
 
 def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Change]:
-    """Single changes, what changes least of the run first: the same numbers, the same step, another step."""
+    """Single changes, what changes least of the run first: the same numbers, the same step, another step. At last the
+    two together that change no result."""
     rows, length = setting.batch[1:]
     if not setting.paged:
         paged = setting.changed(paged=True)
@@ -154,6 +155,10 @@ def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Chan
     if shorter := _count_fitting(lengths, limit, compiler):
         need = compiler.guessed(lengths[shorter - 1])
         yield Change("shorter rows", {"data.max_length": need.setting.batch[2]}, need)
+    if not setting.paged and setting.remat != "full":
+        both = setting.changed(paged=True, remat="full")
+        options = {"optim.paging": "auto", "train.remat": "full"}
+        yield Change("both page the optimizer's state and compute activations again", options, compiler.guessed(both))
 
 
 def _nearest(changes: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:

@@ -37,7 +37,7 @@ def verdict(plan: Plan) -> list[str]:
     relation = "fits" if plan.fits else "DOES NOT FIT"
     lines = [f"{relation}: {format_bytes(asked.total)} of {format_bytes(plan.limit)} that a step may use"]
     if not plan.fits and plan.change is None:
-        lines.append("no single change makes it fit: combine them, or take a smaller model or a larger card")
+        lines.append("no change that is known makes it fit: take a smaller model or a larger card")
     if plan.change is not None:
         options = " ".join(f"--{name} {value}" for name, value in plan.change.options.items())
         need = plan.change.need
