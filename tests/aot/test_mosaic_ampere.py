@@ -20,6 +20,8 @@ TENSOR_FLOPS = {"a100": 2048, "a6000": 1024, "l40s": 1024, "rtx4090": 512}  # a 
 
 # Instructions of a round, rows x 128 x 128, a thread. The goal was 613 for 128 x 64 x 128, so 1226 for the larger tile.
 MOST_IN_A_LOOP = {("forward", SMALL): 706, ("backward", SMALL): 700, ("forward", LARGE): 881, ("backward", LARGE): 875}
+# More where the contraction or N ends within a tile: which run of 64 is read, and whether it counts, a round.
+RAGGED_END = {SMALL: 20, LARGE: 32}
 SCHEDULERS = 4  # of a multiprocessor, each with one of a block's warps
 
 
@@ -89,8 +91,8 @@ def test_real_shapes_compile(compile_for, card, shape, rows):
     for direction in ("forward", "backward"):
         tile = tile_for(device, rows, shape[direction == "backward"])
         kernel = compile_product(compile_for, card, direction, tile, rows, shape, BF16)
-        # An end of the contraction or of N that is no whole tile costs a few instructions.
-        assert all(loop.instructions <= MOST_IN_A_LOOP[direction, tile] + 20 for loop in kernel.loops)
+        most = MOST_IN_A_LOOP[direction, tile] + RAGGED_END[tile]
+        assert all(loop.instructions <= most for loop in kernel.loops)  # a contraction of one round has none
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
