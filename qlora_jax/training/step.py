@@ -18,6 +18,9 @@ from jaxtyping import Array, Float
 from qlora_jax.models.partition import Lora, combine
 from qlora_jax.nn.loss import token_nll
 
+# On CPUs: a leaf is clipped when its update wants it. XLA's own order clips all leaves first, a second set of gradients.
+LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,9 @@ def gradients(
     return jax.tree.map(lambda g: g / tokens, total), loss
 
 
-@functools.partial(jax.jit, static_argnames="optimizer", donate_argnames=("lora", "state"))
+@functools.partial(
+    jax.jit, static_argnames="optimizer", donate_argnames=("lora", "state"), compiler_options=LEAF_BY_LEAF
+)
 def update(
     optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:

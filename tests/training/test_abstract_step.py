@@ -65,6 +65,17 @@ def test_the_compiled_program_takes_a_runs_arrays():
     assert _described(grads) == _described(parameters) and told.tokens == 32
 
 
+def test_an_update_on_a_cpu_holds_no_second_set_of_gradients():
+    """Gradients are divided by their norm; scratch is a leaf at a time, of fourteen in all."""
+    config = model_config(tiny_config())
+    abstract = abstract_step(config, WeightFormat(dtype="float32"), LoraArgs(rank=32), batch=(1, 2, 16))
+    function, args, kwargs = abstract.update()
+    temporaries = function.lower(*args, **kwargs).compile().memory_analysis().temp_size_in_bytes
+    leaves = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract.lora)]
+    assert len(leaves) == 14
+    assert temporaries < 2 * max(leaves) < sum(leaves) / 2
+
+
 def test_65b_takes_no_memory_and_no_time():
     before = time.perf_counter()
     made = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(platform="gpu"), LoraArgs(rank=64), batch=(1, 1, 512))
