@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from qlora_jax.models.partition import Lora, combine
 from qlora_jax.nn.loss import token_nll
 
-# On CPUs: a leaf is clipped when its update wants it. XLA's own order clips all leaves first, a second set of gradients.
+# On CPUs: a leaf is clipped when its update wants it. XLA's own order clips all first: a second set of gradients.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
