@@ -38,6 +38,7 @@ from rich.console import Console
 
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
+from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.training import counts
 from qlora_jax.training.step import update
 
@@ -167,7 +168,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--remat", default="names", choices=("none", "names", "full"))
+    parser.add_argument("--remat", default="names", choices=REMAT_POLICIES)
     parser.add_argument("--compute-dtype", default="auto")
     parser.add_argument("--steps", type=int, default=4, help="traced steps")
     parser.add_argument("--top", type=int, default=15, help="operations, or temporary buffers, that are listed")

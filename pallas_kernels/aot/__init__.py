@@ -11,6 +11,7 @@ from pallas_kernels.aot.machine_code import Loop as Loop
 from pallas_kernels.aot.memory import Bytes as Bytes
 from pallas_kernels.aot.memory import MemoryUse as MemoryUse
 from pallas_kernels.aot.memory import Temporary as Temporary
+from pallas_kernels.aot.memory import read_memory as read_memory
 from pallas_kernels.aot.placement import on_host as on_host
 from pallas_kernels.aot.processes import CompilerCrashedError as CompilerCrashedError
 from pallas_kernels.aot.toolchain import CompilerUnavailableError as CompilerUnavailableError

@@ -113,9 +113,10 @@ class TrainArgs:
     steps: int | None = setting("optimizer steps; overrides epochs", None, AT_LEAST_ONE)
     micro_batch_size: int = setting("rows that go through the model at once", 1, AT_LEAST_ONE)
     accumulation: int = setting("micro-batches an optimizer step", 16, AT_LEAST_ONE)
-    remat: Literal["none", "names", "full"] = setting(
+    remat: Literal["none", "names", "full", "offload"] = setting(
         "what is computed again in the backward pass: none: nothing; names: norms and activations (as fast, a quarter "
-        "less memory on SmolLM2); full: everything (slower, least memory)",
+        "less memory on SmolLM2); full: everything (slower, less memory); offload: everything, and layers' inputs wait "
+        "in host memory (GPUs alone; least memory)",
         "names",
     )
     eval_every: int = setting("evaluate every so many steps; 0: only at the end", 0, NON_NEGATIVE)

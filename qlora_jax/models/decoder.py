@@ -26,15 +26,23 @@ from qlora_jax.nn.rope import rotate, rotations
 from qlora_jax.nn.variables import Frozen
 
 # What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
-# so that norms and activations alone are computed again. `full`: nothing.
+# so that norms and activations alone are computed again. `full`: nothing. `offload`: as `full`, and the input waits in
+# host memory: it goes there while the next layer is computed, and comes back while a later one is differentiated.
 SAVED_NAMES = (
     *("query", "key", "value", "attention_out", "attention_lse", "attention_residual"),
     *("mlp_gate", "mlp_up", "lora_xa"),
 )
+LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {
     "none": None,
     "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
     "full": jax.checkpoint_policies.nothing_saveable,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -164,6 +172,7 @@ class Decoder(nnx.Module):
 
         def block(carry, per_layer):
             x_MD, cache = carry
+            x_MD = checkpoint_name(x_MD, LAYER_INPUT)
             layer, lora_of_layer = per_layer
             layer_key = None if key is None else jax.random.fold_in(key, layer)
             return nnx.merge(graphdef, lora_of_layer, base)(x_MD, positions, layer, layer_key, cache), None

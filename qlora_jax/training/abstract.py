@@ -78,7 +78,15 @@ def abstract_step(
       batch: (A, B, T).
       remat: a key of REMAT_POLICIES.
       optim: the default optimizer where it is None.
+
+    Raises:
+      ValueError: activations are to wait in host memory, and the device has no other.
     """
+    if remat == "offload" and weights.platform == "cpu":
+        raise ValueError(
+            "train.remat=offload: a CPU's arrays are in host memory already, so nothing would be saved; set "
+            "train.remat=full"
+        )
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: _adapted(model, weights, lora)))
     lora_leaves, base = jax.eval_shape(lambda: partition(_adapted(model, weights, lora))[1:])
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)

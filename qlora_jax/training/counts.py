@@ -158,7 +158,7 @@ FULL: dict[str, Part] = {
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=(DOWN,)),
     "attention again": attention_again_flops,
 }
-AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL}
+AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
 
 
 def flops(step: Step) -> dict[str, int]:
@@ -219,7 +219,7 @@ def batch_bytes(step: Step) -> int:
 
 
 def saved_bytes(step: Step) -> dict[str, int]:
-    """Activations kept of all layers between forward and backward, by what they are, for the policy.
+    """Activations kept on the device of all layers between forward and backward, by what they are, for the policy.
 
     L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
     gate, up and inner activation F; xA R. attention_lse is f32 [B, N, T] a layer. What only adapters read is kept for
@@ -227,6 +227,12 @@ def saved_bytes(step: Step) -> dict[str, int]:
     slices of them, and the compiler does not see of each that it has it already.
     """
     return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
+
+
+def offloaded_bytes(step: Step) -> dict[str, int]:
+    """Activations that wait in host memory between forward and backward, as `saved_bytes` names them."""
+    parts = OFFLOADED.get(step.remat, {})
+    return {name: step.model.num_layers * part(step) for name, part in parts.items()}
 
 
 def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
@@ -265,7 +271,13 @@ READ: dict[str, Part] = {
     # Once more, heads joined to rows: attention's own backward pass keeps the other shape.
     "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
 }
-SAVED: dict[str, dict[str, Part]] = {"none": INPUT | NAMED | READ, "names": INPUT | NAMED, "full": INPUT}
+SAVED: dict[str, dict[str, Part]] = {
+    "none": INPUT | NAMED | READ,
+    "names": INPUT | NAMED,
+    "full": INPUT,
+    "offload": {},
+}
+OFFLOADED: dict[str, dict[str, Part]] = {"offload": INPUT}
 
 
 def dequantized_traffic(step: Step) -> int:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.pages import PAGE_BYTES
 from qlora_jax.training import counts
 from qlora_jax.training.abstract import AbstractStep, Program, abstract_step
 from qlora_jax.training.updates import PAGES_IN_A_BUDGET
 
-STATE = "optimizer state"
-KINDS = ("weights", "constants", "LoRA", "gradients", STATE, "saved activations", "scratch")
+STATE, ACTIVATIONS = "optimizer state", "saved activations"
+KINDS = ("weights", "constants", "LoRA", "gradients", STATE, ACTIVATIONS, "scratch")
 PAGES_IN_FLIGHT = PAGES_IN_A_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs
 
 
@@ -73,10 +74,16 @@ class Setting:
 
 
 class Temporaries(NamedTuple):
-    """Bytes of a compiled step's temporary buffers, what is saved between forward and backward included."""
+    """Bytes of a compiled step's temporary buffers, what is saved between forward and backward included.
+
+    Fields:
+      gradients, update: of each program, on the device.
+      host: of the gradients, in host memory.
+    """
 
     gradients: int
     update: int
+    host: int = 0
 
 
 # Compiles the real step for one device. Raises whatever compiling raises.
@@ -112,10 +119,10 @@ def _need(setting: Setting, scratch: int, source: str) -> Need:
         "LoRA": lora,
         "gradients": lora,
         STATE: min(state, PAGES_IN_FLIGHT) if setting.paged else state,
-        "saved activations": _saved(of),
+        ACTIVATIONS: _saved(of),
         "scratch": scratch,
     }
-    host = dict.fromkeys(KINDS, 0) | {STATE: state if setting.paged else 0}
+    host = dict.fromkeys(KINDS, 0) | {STATE: state if setting.paged else 0, ACTIVATIONS: _offloaded(of)}
     return Need(setting=setting, device=device, host=host, source=source)
 
 
@@ -123,9 +130,22 @@ def _saved(of: counts.Step) -> int:
     return sum(counts.saved_bytes(of).values())
 
 
+def _offloaded(of: counts.Step) -> int:
+    return sum(counts.offloaded_bytes(of).values())
+
+
 def compiled_need(setting: Setting, compile_step: Compile) -> Need:
-    """Scratch as compiled: what is temporary and not saved, and the batch; or the update's, where that is more."""
+    """Scratch as compiled: what is temporary and not saved, and the batch; or the update's, where that is more.
+
+    Raises:
+      RuntimeError: activations that were to wait in host memory stay on the device.
+    """
     of, temporaries = setting.counted(), compile_step(setting.step)
+    if temporaries.host < _offloaded(of):
+        raise RuntimeError(
+            f"train.remat={setting.remat}: {format_bytes(_offloaded(of))} of activations were to wait in host memory, "
+            f"but the compiled step keeps {format_bytes(temporaries.host)} there; set train.remat=full"
+        )
     scratch = max(temporaries.gradients + counts.batch_bytes(of), temporaries.update) - _saved(of)
     return _need(setting, scratch, "compiled")
 
@@ -170,7 +190,9 @@ def working_set(of: counts.Step) -> int:
 
 def here(step: AbstractStep) -> Temporaries:
     """Compiled for the device that this process computes on."""
-    return _temporaries(step, lambda p: p.function.lower(*p.args, **p.kwargs).compile().memory_analysis())
+    return _temporaries(
+        step, lambda p: aot.read_memory(p.function.lower(*p.args, **p.kwargs).compile().memory_analysis())
+    )
 
 
 def on_card(card: str) -> Compile:
@@ -178,11 +200,6 @@ def on_card(card: str) -> Compile:
     return lambda step: _temporaries(step, lambda p: aot.compile_for(card, p.function, *p.args, **p.kwargs).memory)
 
 
-def _temporaries(step: AbstractStep, memory_of: Callable[[Program], Any]) -> Temporaries:
-    sizes = [_device_temporaries(memory_of(program)) for program in (step.gradients(), step.update())]
-    return Temporaries(*sizes)
-
-
-def _device_temporaries(memory: Any) -> int:
-    """Of aot's MemoryUse, or of jax's own analysis."""
-    return memory.device.temporaries if isinstance(memory, aot.MemoryUse) else int(memory.temp_size_in_bytes)
+def _temporaries(step: AbstractStep, memory_of: Callable[[Program], aot.MemoryUse]) -> Temporaries:
+    gradients, update = (memory_of(program) for program in (step.gradients(), step.update()))
+    return Temporaries(gradients.device.temporaries, update.device.temporaries, gradients.host.temporaries)

@@ -15,6 +15,12 @@ from qlora_jax.training.needs import Compile, Need, Setting, compiled_need, esti
 MAX_COMPILES = 4
 MOST_ROWS = 256  # of a micro-batch that is looked for
 
+PAGE = "page the optimizer's state to host memory"
+LEANER = {
+    "full": "compute activations again in the backward pass",
+    "offload": "compute activations again while layers' inputs wait in host memory",
+}  # policies of train.remat by what they keep on the device, the most first
+
 
 class Change(NamedTuple):
     """One change of the configuration, the options that make it, and what is needed with it."""
@@ -139,14 +145,13 @@ def _count_fitting(settings: list[Setting], limit: int, compiler: _Compiler) -> 
 
 def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Change]:
     """Single changes, what changes least of the run first: the same numbers, the same step, another step. At last the
-    two together that change no result."""
+    pairs that change no result."""
     rows, length = setting.batch[1:]
     if not setting.paged:
         paged = setting.changed(paged=True)
-        yield Change("page the optimizer's state to host memory", {"optim.paging": "auto"}, compiler.guessed(paged))
-    if setting.remat != "full":
-        full = setting.changed(remat="full")
-        yield Change("compute activations again in the backward pass", {"train.remat": "full"}, compiler.guessed(full))
+        yield Change(PAGE, {"optim.paging": "auto"}, compiler.guessed(paged))
+    for remat in _leaner(setting):
+        yield Change(LEANER[remat], {"train.remat": remat}, compiler.guessed(setting.changed(remat=remat)))
     if rows > 1 and (smaller := _count_fitting(_row_counts(setting)[: rows - 1], limit, compiler)):
         need = compiler.guessed(setting.resized(smaller, length))
         options = {"train.micro_batch_size": smaller, "train.accumulation": need.setting.batch[0]}
@@ -155,10 +160,16 @@ def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Chan
     if shorter := _count_fitting(lengths, limit, compiler):
         need = compiler.guessed(lengths[shorter - 1])
         yield Change("shorter rows", {"data.max_length": need.setting.batch[2]}, need)
-    if not setting.paged and setting.remat != "full":
-        both = setting.changed(paged=True, remat="full")
-        options = {"optim.paging": "auto", "train.remat": "full"}
-        yield Change("both page the optimizer's state and compute activations again", options, compiler.guessed(both))
+    for remat in () if setting.paged else _leaner(setting):
+        options = {"optim.paging": "auto", "train.remat": remat}
+        both = setting.changed(paged=True, remat=remat)
+        yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.guessed(both))
+
+
+def _leaner(setting: Setting) -> Iterator[str]:
+    """Policies that keep less on the device, what changes least first. A CPU has no other memory."""
+    policies = [remat for remat in LEANER if remat != "offload" or setting.weights.platform != "cpu"]
+    yield from policies[policies.index(setting.remat) + 1 :] if setting.remat in policies else policies
 
 
 def _nearest(changes: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import jax
 
+from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.precision import weight_format
@@ -70,8 +71,9 @@ def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
     """The update takes as much again as the adapters at most: clipped gradients."""
 
     def compile_step(step: AbstractStep) -> Temporaries:
-        temporaries = gradients.compiled(setting.batch).memory_analysis().temp_size_in_bytes
-        return Temporaries(gradients=temporaries, update=counts.lora_bytes(setting.counted()))
+        memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
+        update = counts.lora_bytes(setting.counted())
+        return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step
 

@@ -38,6 +38,11 @@ def test_a_run_that_does_not_fit_is_refused_with_the_nearest_fix_before_it_loads
     assert not Path(config.output).exists()
 
 
+def test_activations_in_host_memory_are_refused_on_a_cpu(tmp_path):
+    with pytest.raises(ValueError, match=r"remat=offload: a CPU's arrays are in host memory already.*remat=full"):
+        start(project(tmp_path, train=dict(steps=1, remat="offload")))
+
+
 def test_it_starts_where_it_is_told_to(tmp_path, monkeypatch):
     device_of(1000, monkeypatch)
     assert "QLoRA finetuning" in start(project(tmp_path, train=dict(steps=1)), oversized=True)

@@ -155,6 +155,22 @@ def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat, sha
     assert temporaries(remat) < share * temporaries("none")
 
 
+def test_activations_that_wait_in_host_memory_change_no_bit(tmp_path):
+    """XLA for CPUs drops the moves that JAX asks for, so a run on a CPU is refused."""
+    session = session_of(project(tmp_path, layers=4))
+    _, arrays = first_batch(session)
+    full, away = (
+        gradients(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat=remat)[0]
+        for remat in ("full", "offload")
+    )
+    for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(away), strict=True):
+        np.testing.assert_array_equal(a, b)
+    args = (session.graphdef, session.lora, session.base, arrays, session.dropout_key)
+    full, away = (gradients.lower(*args, remat=remat) for remat in ("full", "offload"))
+    assert "memory_kind" in away.as_text() and "memory_kind" not in full.as_text()
+    assert away.compile().memory_analysis().host_temp_size_in_bytes == 0
+
+
 def test_compilations_are_one_a_length_and_one_update(tmp_path):
     config = project(tmp_path)
     session = session_of(config)

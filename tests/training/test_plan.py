@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -14,6 +15,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.public import PUBLIC
 from qlora_jax.training import counts
 from qlora_jax.training.needs import (
+    ACTIVATIONS,
     KINDS,
     STATE,
     Setting,
@@ -84,6 +86,33 @@ def test_paged_state_is_counted_where_it_is():
     assert paged.device[STATE] <= need.device[STATE]
     big = real("llama-65b", (1, 1, 512))
     assert estimated_need(big.changed(paged=True)).total < estimated_need(big).total - 5.5e9
+
+
+def on_gpu(setting: Setting, **changes) -> Setting:
+    return dataclasses.replace(setting, weights=WeightFormat(dtype="float32", platform="gpu"), **changes)
+
+
+def test_offloaded_activations_are_counted_where_they_are():
+    full, away = (estimated_need(on_gpu(TINY, remat=remat)) for remat in ("full", "offload"))
+    assert away.host[ACTIVATIONS] == full.device[ACTIVATIONS] > away.device[ACTIVATIONS] == 0
+    assert full.host[ACTIVATIONS] == 0
+    assert full.total - away.total == full.device[ACTIVATIONS]
+
+
+def test_activations_that_stay_on_the_device_are_told():
+    """What JAX makes of the policy where it drops the kind of memory without a word."""
+    stays = on_gpu(TINY, remat="offload")
+    with pytest.raises(RuntimeError, match=r"of activations were to wait in host memory, but .* keeps 0 B there"):
+        compiled_need(stays, lambda step: Temporaries(gradients=10**9, update=0))
+    host = sum(counts.offloaded_bytes(stays.counted()).values())
+    assert compiled_need(stays, lambda step: Temporaries(10**9, 0, host)).host[ACTIVATIONS] == host
+
+
+def test_a_cpu_is_not_told_to_offload():
+    with pytest.raises(ValueError, match="a CPU's arrays are in host memory already"):
+        dataclasses.replace(TINY, remat="offload").step  # noqa: B018
+    plan = make_plan(TINY, 1000, Compiler())
+    assert plan.change is None
 
 
 def test_a_fit_is_exact_on_a_line():
@@ -219,6 +248,24 @@ def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, rem
 
 
 # What QLoRA promises, held to what is compiled: a rise of more than a hundredth is a failure. GiB on the device.
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_offloaded_activations_are_host_memory_in_the_compiled_step():
+    setting = real("smollm2-135m", (1, 2, 512), rank=16)
+    on, away = (setting.changed(remat=remat) for remat in ("full", "offload"))
+    kept = sum(counts.saved_bytes(on.counted()).values())
+    programs = [
+        aot.compile_for("a6000", p.function, *p.args, **p.kwargs) for p in (s.step.gradients() for s in (on, away))
+    ]
+    memory = [program.memory for program in programs]
+    assert memory[0].host.temporaries == 0 and "S(5)" not in programs[0].text
+    assert memory[1].host.temporaries >= kept
+    stack = f"bf16[{setting.model.num_layers},{setting.rows},{setting.model.embed_dim}]"
+    assert re.search(re.escape(stack) + r"\{[\d,]*:S\(5\)\}", programs[1].text)
+    assert not re.search(re.escape(stack) + r"\{[\d,]*\}", programs[1].text)  # no such stack on the device
+    assert memory[0].device.temporaries - memory[1].device.temporaries > 0.7 * kept
 
 
 @needs_compiler
