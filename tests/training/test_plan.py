@@ -271,15 +271,19 @@ def test_offloaded_activations_are_host_memory_in_the_compiled_step():
 @needs_compiler
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "card", "batch", "rank", "whole", "paged"),
+    ("name", "card", "batch", "rank", "remat", "whole", "paged"),
     [
-        ("llama-65b", "a6000", (1, 1, 512), 64, 45.51, 39.68),
-        ("llama-33b", "rtx4090", (1, 1, 512), 64, 24.43, 20.92),
-        ("llama-3-8b", "rtx4090", (1, 2, 2048), 16, 7.94, 7.75),
+        ("llama-65b", "a6000", (1, 1, 512), 64, "full", 45.51, 39.68),
+        ("llama-65b", "a6000", (1, 1, 512), 64, "offload", 45.18, 39.34),
+        ("llama-33b", "rtx4090", (1, 1, 512), 64, "full", 24.43, 20.92),
+        ("llama-13b", "rtx4090", (1, 1, 512), 64, "full", 10.96, 9.22),
+        ("llama-7b", "rtx4090", (1, 1, 512), 64, "full", 6.33, 5.26),
+        ("llama-3-8b", "rtx4090", (1, 2, 2048), 16, "full", 7.94, 7.75),
+        ("llama-3-8b", "rtx4090", (1, 2, 2048), 16, "offload", 6.98, 6.79),
     ],
 )
-def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, whole, paged):
-    setting = real(name, batch, rank=rank)
+def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, remat, whole, paged):
+    setting = real(name, batch, rank=rank, remat=remat)
     need = compiled_need(setting, on_card(card))
     assert need.total / GIB <= 1.01 * whole
     assert fitted_need(setting.changed(paged=True), [need]).total / GIB <= 1.01 * paged
