@@ -25,7 +25,12 @@ def product(x, w):
     return jnp.tanh(x @ w)
 
 
-@pytest.mark.parametrize("card", CARDS)
+FIRST = ("h100", "a100")
+
+
+@pytest.mark.parametrize(
+    "card", [*FIRST, *(pytest.param(card, marks=pytest.mark.slow) for card in CARDS if card not in FIRST)]
+)
 def test_every_card_gets_its_own_code_with_tensor_core_products(compile_for, card):
     compiled = compile_for(card, product, MATRIX, MATRIX)
     assert compiled.card is CARDS[card]

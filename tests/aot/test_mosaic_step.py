@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul.mosaic import installation
 from pallas_kernels.report import abstract_weight
 
 Abstract = jax.ShapeDtypeStruct
@@ -47,7 +48,14 @@ def whole_weights(text, shapes):
 
 
 @pytest.mark.parametrize(
-    ("card", "rows"), [("h100", 512), ("h100", 2048), ("a100", 512), ("a6000", 512), ("rtx4090", 512), ("l40s", 2048)]
+    ("card", "rows"),
+    [
+        ("h100", 512),
+        *(
+            pytest.param(card, rows, marks=pytest.mark.slow)
+            for card, rows in (("h100", 2048), ("a100", 512), ("a6000", 512), ("rtx4090", 512), ("l40s", 2048))
+        ),
+    ],
 )
 def test_a_scanned_step_copies_no_codes_and_makes_no_weight(compile_for, card, rows):
     width, inner = 1024, 2816
@@ -68,7 +76,7 @@ def test_the_checks_of_a_step_can_fail(compile_for):
     assert whole_weights(compiled.text, shapes)
 
 
-@pytest.mark.parametrize("card", ["h100", "l40s"])
+@pytest.mark.parametrize("card", ["h100", pytest.param("l40s", marks=pytest.mark.slow)])
 def test_scanned_decoding_copies_no_codes_and_makes_no_weight(compile_for, card):
     """Eight rows forward: `skinny` on every card."""
     width, inner = 1024, 2816
@@ -83,3 +91,16 @@ def test_scanned_decoding_copies_no_codes_and_makes_no_weight(compile_for, card)
     compiled = compile_for(card, layers, Abstract((8, width), BF16), *map(stacked, shapes))
     assert len([kernel for kernel in compiled.kernels if "mosaic" in kernel.name]) >= 2 and not compiled.spilled
     assert not whole_weights(compiled.text, shapes)
+
+
+@pytest.mark.parametrize("card", ["h100", "a100"])
+def test_a_jax_that_is_too_old_dequantizes_and_leaves_the_product_to_a_library(compile_for, monkeypatch, card):
+    monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
+    shape = (1024, 2048)
+
+    def product(x, weight):
+        return nf4_matmul(x, weight)
+
+    compiled = compile_for(card, product, Abstract((512, 2048), BF16), abstract_weight(shape, "split_k"))
+    assert not [kernel for kernel in compiled.kernels if "mosaic" in kernel.name]
+    assert whole_weights(compiled.text, [shape])

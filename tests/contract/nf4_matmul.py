@@ -18,28 +18,18 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from pallas_kernels.nf4_matmul.dispatch import Call, refusal
 from qlora_jax.quant import quantize_numpy
-from tests.nf4_matmul.tolerances import tolerance
+from tests.nf4_matmul.tolerances import FUSED, UNFUSED, relative_error, tolerance
 
 ROWS = (1, 3, 7, 16, 65, 128, 300)
 SHAPES = ((64, 128), (128, 192), (192, 576))  # 576 = 4.5 x 128, as in SmolLM2
 DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
-# A product of K terms is summed in f32, its error growing as sqrt(K) ulps of f32, and rounded once to the result's
-# dtype: half an ulp. Weights are rounded to x's dtype first: half an ulp a term, at random.
-ULP = {jnp.dtype(jnp.float32): 2.0**-23, jnp.dtype(jnp.bfloat16): 2.0**-8, jnp.dtype(jnp.float16): 2.0**-11}
-
-
-def frobenius_tolerance(dtype, terms: int) -> float:
-    """Relative error in the Frobenius norm: both roundings of half an ulp, and sqrt(K) ulps of the f32 sum."""
-    return 1.5 * ULP[jnp.dtype(dtype)] + np.sqrt(terms) * ULP[jnp.dtype(jnp.float32)]
-
 
 def assert_close(actual, expected, terms: int, fused: bool = False) -> None:
-    """Within frobenius_tolerance of the actual's dtype, or where a kernel is fused within what its roundings give."""
-    error = np.asarray(actual, np.float64) - expected
-    relative = np.linalg.norm(error) / max(np.linalg.norm(expected), 1e-30)
-    of_fused = fused and tolerance(actual.dtype, terms, actual.size)
-    assert relative <= (of_fused or frobenius_tolerance(actual.dtype, terms)), (relative, actual.dtype)
+    """Within what the roundings of a kernel, or of dequantizing first, give."""
+    allowed = tolerance(actual.dtype, terms, actual.size, FUSED if fused else UNFUSED)
+    error = relative_error(actual, expected)
+    assert error <= allowed, (error, allowed, actual.dtype)
 
 
 def weight(shape, *, layout="bnb", quant_type="nf4", double_quant=True, seed=0):

@@ -92,10 +92,18 @@ def test_operands_are_where_the_product_wants_them(direction, packed_and_scales)
         assert_registers(mine, expected[:, tile_columns()], layout)
 
 
+def look_up_wrongly(*packed):
+    return look_up(*packed)[::-1]
+
+
+def look_up_across_wrongly(first, second):
+    low, high, low_of_next, high_of_next = look_up_across(first, second)
+    return high, low, high_of_next, low_of_next
+
+
 @pytest.mark.parametrize("direction", fragments.LAYOUTS)
 def test_a_wrong_nibble_is_caught(direction, packed_and_scales, monkeypatch):
-    monkeypatch.setitem(globals(), "ALU", ALU._replace(look_up=lambda p: look_up(p)[::-1]))
-    wrong = ALU._replace(look_up_across=lambda a, b: look_up_across(b, a))
+    wrong = ALU._replace(look_up=look_up_wrongly, look_up_across=look_up_across_wrongly)
     monkeypatch.setitem(globals(), "ALU", wrong)
     with pytest.raises(AssertionError):
         test_operands_are_where_the_product_wants_them(direction, packed_and_scales)

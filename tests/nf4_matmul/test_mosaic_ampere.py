@@ -1,6 +1,7 @@
 """The kernels for Ampere and Ada as their twin, interpreted with the race detector on; broken copies must be caught."""
 
 import collections
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -49,24 +50,25 @@ def test_the_twin_computes_the_product_without_a_race(direction, rows, shape, ti
     check(direction, rows, shape, tile, dtype)
 
 
+VARIANTS = list(itertools.product((SMALL, LARGE), (BF16, F16)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("rows", [1, 7, 16, 65, 128, 300])
-@pytest.mark.parametrize("shape", REDUCED)
-def test_the_twin_on_every_reduced_shape(direction, rows, shape):
-    for tile, dtype in ((SMALL, BF16), (LARGE, F16)):
-        check(direction, rows, shape, tile, dtype)
+@pytest.mark.parametrize(("shape", "rows", "variant"), twins.covering(REDUCED, twins.ROWS, VARIANTS))
+def test_the_twin_on_every_reduced_shape(direction, shape, rows, variant):
+    check(direction, rows, shape, *variant)
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("quant_type", [name for name in CODE_TABLES if name != "nf4"])
+@pytest.mark.parametrize("quant_type", twins.OTHER_TABLES)
 def test_other_tables_ride_along(direction, quant_type):
     check(direction, 16, (64, 192), SMALL, BF16, stack((64, 192), quant_type, double_quant=False))
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_each_layer_of_a_stack_is_read(direction):
-    for layer in range(LAYERS):
+    for layer in (0, LAYERS - 1):  # all other tests read the one between
         check(direction, 16, (64, 128), SMALL, BF16, layer=layer)
 
 

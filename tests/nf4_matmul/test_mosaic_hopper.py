@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic import decode, hopper
 from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
@@ -17,7 +16,6 @@ from tests.nf4_matmul.jaxprs import equations, loops, names
 from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
 
 BF16, F16 = jnp.bfloat16, jnp.float16
-ROWS = (1, 7, 16, 65, 128, 300)
 PRODUCTS = {"forward": hopper.forward_product, "backward": hopper.backward_product}
 
 
@@ -48,24 +46,28 @@ def test_the_twins_compute_the_product_without_a_race(direction, rows, shape, ti
     check(direction, rows, shape, tile, dtype)
 
 
+EVERY_SHAPE = [
+    (direction, *case)
+    for direction, tiles in hopper.TILES.items()
+    for case in twins.covering(REDUCED, twins.ROWS, list(itertools.product(tiles, (BF16, F16))))
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("direction", PRODUCTS)
-@pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("shape", REDUCED)
-def test_the_twins_on_every_reduced_shape(direction, rows, shape):
-    for tile, dtype in zip(hopper.TILES[direction], itertools.cycle((BF16, F16))):
-        check(direction, rows, shape, tile, dtype)
+@pytest.mark.parametrize(("direction", "shape", "rows", "variant"), EVERY_SHAPE)
+def test_the_twins_on_every_reduced_shape(direction, shape, rows, variant):
+    check(direction, rows, shape, *variant)
 
 
 @pytest.mark.parametrize("direction", PRODUCTS)
-@pytest.mark.parametrize("quant_type", [name for name in CODE_TABLES if name != "nf4"])
+@pytest.mark.parametrize("quant_type", twins.OTHER_TABLES)
 def test_other_tables_ride_along(direction, quant_type):
     check(direction, 16, (64, 192), Tile(64, 4), BF16, stack((64, 192), quant_type, double_quant=False))
 
 
 @pytest.mark.parametrize("direction", PRODUCTS)
 def test_each_layer_of_a_stack_is_read(direction):
-    for layer in range(LAYERS):
+    for layer in (0, LAYERS - 1):  # all other tests read the one between
         check(direction, 16, (64, 128), Tile(64, 4), BF16, layer=layer)
 
 

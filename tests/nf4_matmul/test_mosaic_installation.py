@@ -1,15 +1,22 @@
 """A jax or a driver that is too old for the kernels: said, and the products go to the reference."""
 
+import io
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
+from rich.console import Console
 
 from pallas_kernels.devices import Device
 from pallas_kernels.nf4_matmul import api
 from pallas_kernels.nf4_matmul.dispatch import Call
 from pallas_kernels.nf4_matmul.mosaic import installation
+from qlora_jax.models import precision
 from qlora_jax.training import overview
+from qlora_jax.training.run import train
 from tests.contract.nf4_matmul import weight
+from tests.e2e.project import project
 from tests.training.test_overview import session_of
 
 CARDS = {
@@ -59,6 +66,20 @@ def test_what_is_too_old_is_said_and_the_reference_runs(
 def test_what_is_new_enough_is_taken(installed, jax_version, driver, runtime):
     installed(jax_version, driver, runtime)
     assert installation.problem() is None
+
+
+@pytest.mark.slow
+def test_a_run_says_at_its_start_what_is_too_old(monkeypatch, tmp_path):
+    """A whole run as on a card, all but its arithmetic, which stays the CPU's: what its console shows."""
+    monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
+    monkeypatch.setattr(overview, "target_device", lambda: CARDS["hopper"])
+    monkeypatch.setattr(precision, "platform", lambda: "gpu")
+    config = project(tmp_path, model=dict(compute_dtype="bfloat16"), train=dict(steps=1))
+    shown = io.StringIO()
+    train(config, Path(config.output), resume=False, oversized=False, console=Console(file=shown, width=1000))
+    (line,) = [line for line in shown.getvalue().splitlines() if "products by" in line]
+    assert line.split("products by")[1].split()[0] == "reference;"
+    assert f"not hopper: needs jax 99.0 or newer, found {jax.__version__}: update jax" in line
 
 
 def test_another_machines_card_does_not_want_this_ones_driver(monkeypatch):

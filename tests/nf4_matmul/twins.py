@@ -2,12 +2,13 @@
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -17,7 +18,16 @@ from tests.contract.nf4_matmul import weight
 from tests.nf4_matmul.tolerances import relative_error, tolerance
 
 LAYERS = 3
+ROWS = (1, 7, 16, 65, 128, 300)
+OTHER_TABLES = ["fp4", "int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e2m1", "e3m0"))]
 DETECTING = plgpu.InterpretGPUParams(detect_races=True)
+
+
+def covering(shapes: Sequence[Any], rows: Sequence[int], variants: Sequence[Any]) -> list[tuple[Any, int, Any]]:
+    """(shape, rows, variant): every shape with every number of rows, every variant with every shape, where there are
+    no more variants than numbers of rows, and with every number of rows, where there are no more than shapes."""
+    pairs = [(i, j) for i in range(len(shapes)) for j in range(len(rows))]
+    return [(shapes[i], rows[j], variants[(i + j) % len(variants)]) for i, j in pairs]
 
 
 @functools.cache

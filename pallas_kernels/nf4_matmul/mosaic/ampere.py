@@ -143,6 +143,7 @@ class _Task(NamedTuple):
                 plgpu.SMEM((steps, 2, TILE_COLUMNS), dtype),
                 *self.instructions.barriers(steps),
             ],
+            kernel_name=f"ampere_{self.instructions.direction}",
             **self.instructions.options,
         )(rows_g, *operands)
 

@@ -118,8 +118,8 @@ def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: An
         weight,
         tile,
         Shape(
+            direction="forward",
             width=weight.shape[0],
-            columns=COLUMNS["forward"],
             steps=pl.cdiv(weight.shape[1], GROUP),
             blocks=_forward_blocks,
             operand=() if interpret is None else ((WARPGROUPS, 2, RUN, RUN),),
@@ -148,8 +148,8 @@ def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: 
         weight,
         tile,
         Shape(
+            direction="backward",
             width=weight.shape[1],
-            columns=COLUMNS["backward"],
             steps=pl.cdiv(weight.shape[0], RUN),
             blocks=_backward_blocks,
             operand=((WARPGROUPS, RUN, GROUP),),
@@ -165,19 +165,23 @@ class Shape(NamedTuple):
 
     Fields:
       width: columns of the result.
-      columns: of the result, that one warpgroup makes.
       steps: of the pipeline.
       blocks: (tile, layer, block of rows, block of columns) -> the three pieces that a step reads.
       operand: shapes of the left operand in shared memory, where it goes through it.
       late: steps after which a step's shared memory may be filled again; its product still runs in the next.
     """
 
+    direction: Direction
     width: int
-    columns: int
     steps: int
     blocks: Callable[..., list[plgpu.BlockSpec]]
     operand: tuple[tuple[int, ...], ...]
     late: int = 0
+
+    @property
+    def columns(self) -> int:
+        """Of the result, that one warpgroup makes."""
+        return COLUMNS[self.direction]
 
 
 def _forward_blocks(tile: Tile, layer: Any, m: Any, n: Any, late: int) -> list[plgpu.BlockSpec]:
@@ -227,41 +231,55 @@ def _product(
     padded = pad_rows(rows, EIGHT)
     row_tiles = pl.cdiv(len(padded), tile.rows)
     together = _together(row_tiles)
-
-    def kernel(layer_g, rows_g, codes_g, scales_g, out_g, out_s, operand_s):
-        wg, across = lax.axis_index("wg"), lax.axis_index("across")
-        m = lax.axis_index("group") * together + lax.axis_index("m")
-        columns = pl.ds((across * WARPGROUPS + wg) * shape.columns, shape.columns)
-
-        def compute(pipeline):
-            @functools.partial(pl.run_scoped, acc=plgpu.WGMMAAccumulatorRef((shape.columns, tile.rows), jnp.float32))
-            def _(acc):
-                pipeline(acc)
-                _store(acc[...], out_s.at[wg], out_g.at[pl.ds(m * tile.rows, tile.rows), columns])
-
-        plgpu.emit_pipeline_warp_specialized(
-            lambda _, *step_refs: step(wg, operand_s, *step_refs),
-            grid=(shape.steps,),
-            memory_registers=MEMORY_REGISTERS,
-            in_specs=shape.blocks(tile, layer_g[0], m, across, shape.late),
-            wg_axis="wg",
-            num_compute_wgs=WARPGROUPS,
-            max_concurrent_steps=max(tile.steps, shape.late + 1),
-            compute_context=compute,
-        )(rows_g, codes_g, scales_g)
-
     shared = functools.partial(plgpu.SMEM, dtype=rows.dtype, transforms=WIDE)
     run = plgpu.kernel(
-        kernel,
+        functools.partial(_block_of_result, tile, shape, step, together),
         out_type=jax.ShapeDtypeStruct((len(padded), shape.width), rows.dtype),
         grid=(row_tiles // together, pl.cdiv(shape.width, WARPGROUPS * shape.columns), together),
         grid_names=("group", "across", "m"),
         num_threads=WARPGROUPS + 1,
         thread_name="wg",
         scratch_types=[shared((WARPGROUPS, tile.rows, shape.columns)), [shared(one) for one in shape.operand]],
+        kernel_name=f"hopper_{shape.direction}",
         **({} if interpret is None else {"interpret": interpret}),
     )
     return run(weight.layer, padded, weight.codes_LNJ, weight.scales)[: len(rows)]
+
+
+def _block_of_result(
+    tile: Tile,
+    shape: Shape,
+    step: Callable[..., Any],
+    together: int,
+    layer_g,
+    rows_g,
+    codes_g,
+    scales_g,
+    out_g,
+    out_s,
+    operand_s,
+) -> None:
+    """The kernel: one tile [rows, columns of both warpgroups] of the result."""
+    wg, across = lax.axis_index("wg"), lax.axis_index("across")
+    m = lax.axis_index("group") * together + lax.axis_index("m")
+    columns = pl.ds((across * WARPGROUPS + wg) * shape.columns, shape.columns)
+
+    def compute(pipeline):
+        @functools.partial(pl.run_scoped, acc=plgpu.WGMMAAccumulatorRef((shape.columns, tile.rows), jnp.float32))
+        def _(acc):
+            pipeline(acc)
+            _store(acc[...], out_s.at[wg], out_g.at[pl.ds(m * tile.rows, tile.rows), columns])
+
+    plgpu.emit_pipeline_warp_specialized(
+        lambda _, *step_refs: step(wg, operand_s, *step_refs),
+        grid=(shape.steps,),
+        memory_registers=MEMORY_REGISTERS,
+        in_specs=shape.blocks(tile, layer_g[0], m, across, shape.late),
+        wg_axis="wg",
+        num_compute_wgs=WARPGROUPS,
+        max_concurrent_steps=max(tile.steps, shape.late + 1),
+        compute_context=compute,
+    )(rows_g, codes_g, scales_g)
 
 
 def _store(transposed: jax.Array, out_s: Any, out_g: Any) -> None:

@@ -7,10 +7,10 @@ its second: it wants no order of K but that both agree, so the 16 bytes of a thr
 Values come from the table alone; the constant of a run multiplies the run's sum, eight registers for 128 weights of a
 thread. Warps add their sums up through shared memory; parts of K are added by XLA, in the pass that turns the result.
 
-Instructions for one weight and thread, by machine code: 3.3 up to eight rows, 3.8 up to sixteen; 2.6 of them are the
+Instructions for one weight and thread, by machine code: 3.3 up to eight rows, 3.7 up to sixteen; 2.6 of them are the
 look-ups (21 for eight codes), 0.13 products, 0.13 sums. The budget on an H100 is 132 x 4 schedulers x 1.755 GHz x 32 /
 (3.35e12 / 0.53 weights a second) = 4.7. Integers, at half a warp a cycle, are 2.7 of the 2.35 that the time of the
-codes allows: they bound the kernel at 0.86 of the peak bandwidth there, and at 0.92 on an A100; on other cards memory
+codes allows: they bound the kernel at 0.86 of the peak bandwidth there, and at 0.93 on an A100; on other cards memory
 does. A product by multiply-adds would take one more a weight to widen it and one for each row of x.
 
 Bytes in flight: latency x bandwidth is 0.6 us x 3.35 TB/s = 2.0 MB on an H100, 15 KB a multiprocessor. A thread has 64
@@ -47,8 +47,8 @@ from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import (
     Machine,
 )
 
-ENOUGH_BLOCKS = 4 * 132  # four on each multiprocessor of the largest card
-PARTS = (4, 2, 1)  # of K
+ENOUGH_BLOCKS = 4 * 132  # four for each multiprocessor of an H100, by reasoning
+PARTS = (4, 2, 1)  # that K may be made in, by blocks of their own
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
@@ -74,12 +74,15 @@ def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weig
 
 
 def _worth(parts: int, steps: int, columns: int) -> bool:
-    """Whether parts of K are equal, and without as many there are too few blocks."""
+    """Whether parts of K are equal, and half as many would make too few blocks."""
     return steps % parts == 0 and columns // BLOCK * parts // 2 < ENOUGH_BLOCKS
 
 
 def _at_least_a_step(weight: Operands) -> Operands:
-    """A weight with at most 384 columns, whose rows are shorter than a step, filled up: the one copy that is made."""
+    """A weight with at most 384 columns, whose rows are shorter than a step, filled up with zeros.
+
+    The one case where a layer's codes are copied: at most 192 bytes of each row become 256.
+    """
     missing = STEP_BYTES - weight.codes_LNJ.shape[2]
     if missing <= 0:
         return weight
@@ -107,6 +110,7 @@ class _Task(NamedTuple):
             grid=(self.columns // BLOCK, self.parts),
             grid_names=("block", "part"),
             scratch_types=[plgpu.SMEM((tiles, WARPS * BLOCK, EIGHT), jnp.float32)],
+            kernel_name="skinny",
             **self.instructions.options,
         )(x_TRK, weight.codes_LNJ, weight.layer, weight.scales, words)
 

@@ -1,0 +1,78 @@
+"""Every real shape as machine code for every card, by the op itself: what dispatch picks there, both directions."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS
+from pallas_kernels.nf4_matmul.mosaic import ampere
+from pallas_kernels.nf4_matmul.shapes import SHAPES
+from pallas_kernels.report import abstract_weight, device_of_card
+from tests.aot import test_mosaic_ampere, test_mosaic_hopper, test_mosaic_skinny
+
+Abstract = jax.ShapeDtypeStruct
+BF16 = jnp.bfloat16
+REAL = sorted({shape.nk for shape in SHAPES.values()})
+CARDS_OF_ARCHITECTURES = ("h100", "a100", "a6000", "rtx4090")  # an L40S runs what an RTX 4090 does, see below
+ROWS, FEW = (2048, 300), 16
+# More than where every size is whole tiles, a round: which run of 64 is read at an end, and whether it counts.
+RAGGED = {ampere.SMALL: 20, ampere.LARGE: 32, "hopper": 15, "skinny": 20}
+
+
+def products(x, dy, few, weight):
+    """y and dx of many rows, y of few."""
+    y, vjp = jax.vjp(lambda x: nf4_matmul(x, weight), x)
+    return y, *vjp(dy), nf4_matmul(few, weight)
+
+
+def compile_products(compile_for, card, shape, rows):
+    """{name: kernel}: the three of them."""
+    n, k = shape
+    x, dy, few = (Abstract(sizes, BF16) for sizes in ((rows, k), (rows, n), (FEW, k)))
+    compiled = compile_for(card, products, x, dy, few, abstract_weight(shape, "split_k"))
+    assert not compiled.spilled and not compiled.exceeding_shared_memory
+    kernels = [kernel for kernel in compiled.kernels if kernel.tensor_core_instructions]
+    return {kernel.name.removesuffix("_mosaic_gpu_kernel"): kernel for kernel in kernels}
+
+
+def most_instructions(card, shape, rows):
+    """{kernel: of its loop}."""
+    if card == "h100":
+        most = {f"hopper_{way}": most + RAGGED["hopper"] for way, most in test_mosaic_hopper.MOST_IN_A_LOOP.items()}
+    else:
+        tiles = {
+            way: ampere.tile_for(device_of_card(card)[0], rows, n) for way, n in zip(DIRECTIONS, shape, strict=True)
+        }
+        most = {f"ampere_{way}": test_mosaic_ampere.MOST_IN_A_LOOP[way, t] + RAGGED[t] for way, t in tiles.items()}
+    return most | {"skinny": 4 * test_mosaic_skinny.WEIGHTS_OF_A_THREAD + RAGGED["skinny"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", CARDS_OF_ARCHITECTURES)
+@pytest.mark.parametrize(("shape", "rows"), list(zip(REAL, itertools.cycle(ROWS), strict=False)))
+def test_real_shapes_are_lean_machine_code(compile_for, card, shape, rows):
+    kernels = compile_products(compile_for, card, shape, rows)
+    most = most_instructions(card, shape, rows)
+    assert sorted(kernels) == sorted(most)
+    for name, kernel in kernels.items():
+        assert kernel.shared_bytes <= CARDS[card].shared_memory_per_block, name
+        assert all(loop.instructions <= most[name] for loop in kernel.loops), name  # of one round there is none
+
+
+@pytest.mark.slow
+def test_cards_of_one_architecture_run_the_same_code(compile_for):
+    rtx4090, l40s = (compile_products(compile_for, card, (4096, 14336), 300) for card in ("rtx4090", "l40s"))
+    assert rtx4090 == l40s
+    assert ampere.tile_for(device_of_card("rtx4090")[0], 300, 4096) == ampere.tile_for(
+        device_of_card("l40s")[0], 300, 4096
+    )
+
+
+def test_one_real_shape_of_each_kind_of_card(compile_for):
+    """SmolLM2's, with a tail, of the cards whose kernels differ: what of these tests runs without the slow ones."""
+    for card in ("h100", "a100"):
+        test_real_shapes_are_lean_machine_code(compile_for, card, (576, 1536), 300)
