@@ -13,7 +13,7 @@ from pathlib import Path
 
 import jax
 
-from pallas_kernels.native.library import SOURCE, library_path
+from pallas_kernels.native.library import SOURCES, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
 # No contraction: double-quantized constants are rounded twice, as bitsandbytes rounds them.
@@ -42,7 +42,7 @@ def build() -> Path:
     path = library_path()
     if path.exists():
         return path
-    command = [find_compiler(), *FLAGS, "-isystem", jax.ffi.include_dir(), str(SOURCE)]
+    command = [find_compiler(), *FLAGS, "-isystem", jax.ffi.include_dir(), *map(str, SOURCES)]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)

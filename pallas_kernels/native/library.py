@@ -1,7 +1,7 @@
 """Where the compiled handlers lie, whether they can be used, and their registration with XLA.
 
-The library is built for one processor, by one jaxlib's headers and from one source: its name says which, so that none
-is ever loaded elsewhere. Without it everything works, in plain JAX.
+The library is built for one processor, by one jaxlib's headers and from given sources: its name says which, so that
+none is ever loaded elsewhere. Without it everything works, in plain JAX.
 """
 
 import ctypes
@@ -14,8 +14,11 @@ from pathlib import Path
 
 import jax
 
-SOURCE = Path(__file__).with_name("nf4_cpu.cc")
+_HERE = Path(__file__).parent
+SOURCES = (_HERE / "nf4_cpu.cc", _HERE / "attention_cpu.cc")
+HEADERS = (_HERE / "parallel.h",)
 HANDLERS = ("nf4_dequantize", "nf4_rows")
+ATTENTION = ("attention_forward", "attention_backward")  # not on every processor
 BUILD = "python -m pallas_kernels.native.build"
 
 
@@ -27,19 +30,38 @@ def _processor() -> str:
 
 
 def library_path() -> Path:
-    """The library for this processor, this jaxlib and this source, whether it has been built or not."""
+    """The library for this processor, this jaxlib and these sources, whether it has been built or not."""
     version = importlib.metadata.version("jaxlib")
-    key = hashlib.sha256(f"{version} {_processor()} {SOURCE.read_text()}".encode()).hexdigest()[:16]
-    return SOURCE.with_name(f"nf4_cpu-{key}.so")
+    sources = "".join(path.read_text() for path in SOURCES + HEADERS)
+    key = hashlib.sha256(f"{version} {_processor()} {sources}".encode()).hexdigest()[:16]
+    return _HERE / f"cpu-{key}.so"
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why the handlers cannot be used here; None: they can, and XLA knows them."""
-    path = library_path()
-    if not path.exists():
+    """Why the handlers of frozen products cannot be used here; None: they can, and XLA knows them."""
+    if not library_path().exists():
         return f"has not been built for this processor and jaxlib: `{BUILD}` does"
-    library = ctypes.CDLL(str(path))
-    for name in HANDLERS:
-        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    _register(HANDLERS)
     return None
+
+
+@functools.cache
+def attention_problem() -> str | None:
+    """Why the handlers of attention cannot be used here; None: they can, and XLA knows them."""
+    if missing := problem():
+        return missing
+    if not hasattr(_library(), ATTENTION[0]):
+        return "this processor has no AVX-512 with products of bfloat16 numbers"
+    _register(ATTENTION)
+    return None
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(str(library_path()))
+
+
+def _register(names: tuple[str, ...]) -> None:
+    for name in names:
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(_library(), name)), platform="cpu")

@@ -13,13 +13,11 @@
 #include <immintrin.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <memory>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
+#include "parallel.h"
 
 namespace ffi = xla::ffi;
 
@@ -134,33 +132,13 @@ struct Weight {
   }
 };
 
-// Calls part(0), ..., part(parts - 1), each once, on the threads of the pool and on this one, and returns when all are
-// done. This thread takes parts like any other: it never waits for a part that nobody has begun.
-template <typename Part>
-void in_parallel(ffi::ThreadPool& pool, int64_t parts, const Part& part) {
-  struct State {
-    std::atomic<int64_t> next{0}, done{0};
-  };
-  auto state = std::make_shared<State>();
-  // `part` is used only for parts below `parts`, all of which end before this function does.
-  auto work = [state, parts, &part] {
-    for (int64_t i; (i = state->next.fetch_add(1)) < parts;) {
-      part(i);
-      state->done.fetch_add(1, std::memory_order_release);
-    }
-  };
-  for (int64_t i = 1; i < std::min<int64_t>(parts, pool.num_threads()); ++i) pool.Schedule([work] { work(); });
-  work();
-  while (state->done.load(std::memory_order_acquire) < parts) _mm_pause();
-}
-
 // Calls rows(first, last) for ranges of the N / 2 pairs of rows that are worth a thread's while.
 template <typename Rows>
 void over_row_pairs(ffi::ThreadPool& pool, const Weight& w, const Rows& rows) {
   const int64_t pairs = w.n / 2;
   const int64_t grain = std::max<int64_t>(1, 32768 / w.k);  // pairs of rows a part: 65,536 weights, some microseconds
   const int64_t parts = (pairs + grain - 1) / grain;
-  in_parallel(pool, parts, [&](int64_t part) { rows(part * grain, std::min(pairs, (part + 1) * grain)); });
+  qlora::in_parallel(pool, parts, [&](int64_t part) { rows(part * grain, std::min(pairs, (part + 1) * grain)); });
 }
 
 template <typename Out>

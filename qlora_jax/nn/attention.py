@@ -19,6 +19,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.devices import target_device
+from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention_tiles import Tiling, Visibility
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.exp2 import exp2_of_scores
@@ -51,6 +53,8 @@ def causal_attention(
     """
     if scale <= 0 or (window is not None and window <= 0):
         raise ValueError(f"scale = {scale}, window = {window}: expected numbers above zero")
+    if attention_cpu.refusal(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3]) is None:
+        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)
     return _attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flops
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.nn import loss
+from qlora_jax.nn import attention_cpu, loss
 from qlora_jax.nn.attention_tiles import Tiling
 
 DOWN = "mlp.down_proj"  # the last product of a layer: nothing in the layer's backward pass needs its result
@@ -82,6 +82,11 @@ def lora_up_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
     return sum(2 * step.rows * n * step.ranks[name] for name, (n, _) in step.shapes() if name in names)
 
 
+def in_handlers(step: Step) -> bool:
+    """Whether attention is computed by the C++ handlers of a CPU."""
+    return attention_cpu.refusal(step.weights.platform, step.weights.dtype, step.model.head_dim) is None
+
+
 def tiling(step: Step) -> Tiling:
     """How attention cuts T positions: I chunks of C, the last one padded."""
     model, (_, rows, length) = step.model, step.batch
@@ -99,6 +104,8 @@ def pairs(step: Step) -> int:
 
     T^2 would be the full square, T^2 / 2 the least.
     """
+    if in_handlers(step):
+        return attention_cpu.pairs(step.batch[2])
     tiles = tiling(step)
     return tiles.chunk**2 * tiles.chunks * (tiles.chunks + 1) // 2
 
@@ -111,7 +118,8 @@ def attention_flops(step: Step, *, products: int) -> int:
 def attention_again_flops(step: Step) -> int:
     """The 2 products of the forward pass. Where attention is unrolled the compiler sees that the scores q k^T are those
     that the backward pass makes as well, and one product is left."""
-    return attention_flops(step, products=1 if tiling(step).unrolled else 2)
+    shared = tiling(step).unrolled and not in_handlers(step)
+    return attention_flops(step, products=1 if shared else 2)
 
 
 def _flops_a_pair(step: Step) -> int:
@@ -247,7 +255,8 @@ def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
 
 def _lse(step: Step) -> int:
     tiles = tiling(step)
-    return F32 * step.batch[1] * step.model.num_heads * tiles.chunks * tiles.chunk
+    length = step.batch[2] if in_handlers(step) else tiles.chunks * tiles.chunk
+    return F32 * step.batch[1] * step.model.num_heads * length
 
 
 def _lora_xa(step: Step) -> int:

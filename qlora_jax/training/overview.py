@@ -8,6 +8,7 @@ from pallas_kernels.nf4_matmul.api import chosen
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config
 from qlora_jax.models.partition import Lora
+from qlora_jax.nn import attention_cpu
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
@@ -23,6 +24,7 @@ def overview(session: Session, first_step: int) -> Rows:
         "base": f"{config.model.path}, {frozen:,} parameters, {_megabytes(session.base)}",
         "held as": _held_as(session),
         "products by": _products(session),
+        "attention by": _attention(session),
         "trained": f"{trained:,} LoRA parameters, {trained / (trained + frozen):.2%} of all, {_megabytes(session.lora)}"
         f" in float32; rank {config.lora.rank} on {len(session.lora)} projections",
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
@@ -76,6 +78,11 @@ def _products(session: Session) -> str:
     names = dict.fromkeys(str(choice.name) for choice in choices)
     refusals = dict.fromkeys(f"; not {name}: {why}" for choice in choices for name, why in choice.refusals.items())
     return (", ".join(names) + "".join(refusals)) or "XLA, on dense weights"
+
+
+def _attention(session: Session) -> str:
+    why = attention_cpu.refusal(target_device().platform, session.weights.dtype, session.model.head_dim)
+    return "C++ loops" if why is None else f"XLA, in tiles of scores; {why}"
 
 
 def _clip(config: Config) -> str:

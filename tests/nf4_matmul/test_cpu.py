@@ -77,7 +77,7 @@ def test_what_a_compiler_refuses_is_shown(monkeypatch, tmp_path):
     source = tmp_path / "broken.cc"
     source.write_text("int main() { return undeclared; }")
     monkeypatch.setattr(build, "library_path", lambda: tmp_path / "absent.so")
-    monkeypatch.setattr(build, "SOURCE", source)
+    monkeypatch.setattr(build, "SOURCES", (source,))
     try:
         build.find_compiler()
     except ValueError as error:

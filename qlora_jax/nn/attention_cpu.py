@@ -1,0 +1,95 @@
+"""`nn.attention.causal_attention` on CPUs with bf16 products, by the C++ handlers of pallas_kernels.native.
+
+The same definition, roundings and residuals; tiles of 64 queries whose scores stay in a core's own caches. Packed
+operands and sums are results of the handlers, so that XLA counts their memory: for a position 4 K H bytes forward,
+8 N H backward.
+
+Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64 positions, P pairs.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.native.library import attention_problem
+
+BLOCK = 64  # positions, as in attention_cpu.cc
+WIDTHS = range(32, 257, 32)  # of a head
+
+
+def refusal(platform: str, dtype: Any, width: int) -> str | None:
+    """Why the handlers do not take heads of this dtype and width on this platform; None: they do, and are there."""
+    if platform != "cpu":
+        return "C++ loops are for CPUs"
+    if jnp.dtype(dtype) != jnp.bfloat16:
+        return f"C++ loops are for bfloat16, not {jnp.dtype(dtype)}"
+    if width not in WIDTHS:
+        return f"C++ loops are for heads of 32, 64, ... {WIDTHS[-1]} features, not {width}"
+    return (missing := attention_problem()) and f"C++ loops: {missing}"
+
+
+def pairs(length: int) -> int:
+    """Pairs (query, key) of the blocks that the handlers visit: C^2 I (I + 1) / 2, with C = 64."""
+    blocks = -(-length // BLOCK)
+    return BLOCK**2 * blocks * (blocks + 1) // 2
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"] | None,
+    scale: float,
+    window: int | None,
+) -> Float[Array, "B T N H"]:
+    """softmax(scale q k^T, over visible keys) v."""
+    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)[0]
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
+    (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
+    blocks = -(-length // BLOCK)
+    results = (
+        _shaped(q_BTNH),
+        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        *(jax.ShapeDtypeStruct((batch, kv_heads, blocks, BLOCK // 2 * width), jnp.uint32),) * 2,
+    )
+    call = jax.ffi.ffi_call("attention_forward", results, vmap_method="sequential")
+    ids = _ids(segments_BT)
+    out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, ids, scale=np.float64(scale), window=np.int64(window or 0))
+    # The names are given here, since what the backward pass wants is what a remat policy has to keep.
+    out_BTNH, lse_BNT = checkpoint_name(out_BTNH, "attention_out"), checkpoint_name(lse_BNT, "attention_lse")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_BNT)
+
+
+def _backward(scale, window, residuals, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_BNT = residuals
+    batch, length, heads, width = q_BTNH.shape
+    blocks = -(-length // BLOCK)
+    results = (
+        *(_shaped(x) for x in (q_BTNH, k_BTKH, v_BTKH)),
+        jax.ShapeDtypeStruct((batch, heads, blocks * BLOCK), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, blocks * BLOCK, width), jnp.float32),
+        *(jax.ShapeDtypeStruct((batch, heads, blocks, BLOCK // 2 * width), jnp.uint32),) * 2,
+    )
+    call = jax.ffi.ffi_call("attention_backward", results, vmap_method="sequential")
+    operands = (q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), out_BTNH, lse_BNT, do_BTNH)
+    dq_BTNH, dk_BTKH, dv_BTKH, *_ = call(*operands, scale=np.float64(scale), window=np.int64(window or 0))
+    return dq_BTNH, dk_BTKH, dv_BTKH, None
+
+
+def _shaped(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+def _ids(segments_BT: jax.Array | None) -> jax.Array:
+    return jnp.zeros((0, 0), jnp.int32) if segments_BT is None else segments_BT.astype(jnp.int32)
+
+
+attention.defvjp(_forward, _backward)
