@@ -1,4 +1,5 @@
-"""Writes tests/golden/adamw.npz: 50 steps of torch's AdamW. Run with the oracle's Python.
+"""Writes tests/golden/adamw.npz, 50 steps of torch's AdamW, and tests/golden/optimizers_8bit.npz, 8 steps of
+bitsandbytes' AdamW8bit and Lion8bit. Run with the oracle's Python.
 
 .oracle/bin/python scripts/make_optimizer_goldens.py
 """
@@ -12,7 +13,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 
-from adamw import run  # noqa: E402
+import adamw  # noqa: E402
+import bnb_optimizer  # noqa: E402
+import torch  # noqa: E402
+from bitsandbytes import functional as bnb  # noqa: E402
 
 SETTINGS = {
     "learning_rate": 3e-3,
@@ -26,14 +30,50 @@ SETTINGS = {
     "max_grad_norm": 0.3,
 }
 
+OPTIONS = {"AdamW8bit": {"betas": (0.9, 0.999), "eps": 1e-8}, "Lion8bit": {"betas": (0.9, 0.99)}}
+SHAPES = {"large": (60, 77), "small": (30, 20)}  # 18 whole blocks of 256 and a part of one; below 4,096 elements
+RATES = [float(np.float32(1e-3 * factor)) for factor in (0, 0.25, 0.5, 0.75, 1, 1, 1, 1)]
+
+
+def eight_bit(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Two tensors through each optimizer: the parameters and states after the last step, and the unsigned look-up."""
+    start = {name: rng.normal(scale=1e-2, size=shape).astype("f4") for name, shape in SHAPES.items()}
+    start["large"][:10] = 0
+    scales = 10.0 ** rng.uniform(-6, 0, (len(RATES), 1, 1))
+    # In f16, which takes half the room and is exact in f32.
+    drawn = {n: (scales * rng.normal(size=(len(RATES), *shape)) ** 3).astype("f2") for n, shape in SHAPES.items()}
+    drawn["large"][:, :4] = 0
+    gradients = {name: value.astype("f4") for name, value in drawn.items()}
+    arrays = {f"{n}.start": v for n, v in start.items()} | {f"{n}.gradients": v for n, v in drawn.items()}
+    for kind, options in OPTIONS.items():
+        settings = {"class": kind, "options": options | {"weight_decay": 0.1}, "rates": RATES}
+        for name, value in bnb_optimizer.run(settings, start, gradients).items():
+            arrays[f"{kind}.{name}"] = value[-1] if name in SHAPES else value
+    return arrays | {"look_up.unsigned": unsigned_look_up()}
+
+
+def unsigned_look_up() -> np.ndarray:
+    """uint8[65536]: the codes of 65,536 even steps from -1 to 1."""
+    steps = 2 * np.arange(2**16, dtype="f4") / np.float32(2**16 - 1) - 1
+    code = bnb.create_dynamic_map(signed=False)
+    codes, _ = torch.ops.bitsandbytes.quantize_blockwise(torch.tensor(steps, dtype=torch.float32), code, 2**16)
+    return codes.numpy()
+
 
 def main() -> None:
+    torch_goldens()
+    made = eight_bit(np.random.default_rng(1))
+    np.savez_compressed(ROOT / "tests/golden/optimizers_8bit.npz", settings=json.dumps({"rates": RATES}), **made)
+
+
+def torch_goldens() -> None:
+    """50 steps of AdamW."""
     rng = np.random.default_rng(0)
     start = {"lora_a": rng.normal(size=(5, 3)).astype("f4"), "lora_b": np.zeros((3, 2), "f4")}
     # Norms on both sides of max_grad_norm, so that some steps clip and some don't.
     scale = rng.uniform(0.01, 0.3, size=(SETTINGS["total_steps"], 1, 1))
     gradients = {n: (scale * rng.normal(size=(len(scale), *v.shape))).astype("f4") for n, v in start.items()}
-    result = run(SETTINGS, start, gradients)
+    result = adamw.run(SETTINGS, start, gradients)
     arrays = {f"{n}_start": v for n, v in start.items()} | {f"{n}_gradients": v for n, v in gradients.items()}
     np.savez_compressed(ROOT / "tests/golden/adamw.npz", settings=json.dumps(SETTINGS), **arrays, **result)
 

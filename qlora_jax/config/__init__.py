@@ -8,6 +8,8 @@ from qlora_jax.config.files import differences as differences
 from qlora_jax.config.files import read_config as read_config
 from qlora_jax.config.files import to_dict as to_dict
 from qlora_jax.config.files import write_config as write_config
+from qlora_jax.config.optimizers import paging_of as paging_of
+from qlora_jax.config.optimizers import plain_name as plain_name
 from qlora_jax.config.schema import Config as Config
 from qlora_jax.config.schema import DataArgs as DataArgs
 from qlora_jax.config.schema import LoraArgs as LoraArgs

@@ -94,6 +94,8 @@ def _default(field: dataclasses.Field) -> str:
 def _entry(head: str, text: str, width: int) -> str:
     body = textwrap.wrap(text, width - _HELP_COLUMN, break_on_hyphens=False)
     indent = " " * _HELP_COLUMN
+    if len(f"  --{head}") > width:  # many choices
+        head = textwrap.fill(head.replace(",", ", "), width, initial_indent=" " * 4, subsequent_indent=indent).strip()
     first = f"  --{head}".ljust(_HELP_COLUMN - 2)
     # As argparse does: a head that is too long has a line of its own.
     start = f"{first}  {body[0]}" if len(first) <= _HELP_COLUMN - 2 else f"{first}\n{indent}{body[0]}"

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from qlora_jax.config.synonyms import SYNONYMS
+from qlora_jax.config.synonyms import OPTIMIZERS, SYNONYMS
 
 # Where a dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]
@@ -96,12 +96,17 @@ def _suggestion(key: str, known: list[str]) -> str:
     return f"; did you mean {near[0]}?" if near else "; --help lists all keys"
 
 
+def _near_choices(value: str, choices: tuple[Any, ...]) -> list[str]:
+    synonym = OPTIMIZERS.get(value)
+    return [synonym] if synonym in choices else difflib.get_close_matches(value, choices, n=1)
+
+
 def _value_problem(field: dataclasses.Field, hint: Any, value: Any) -> str | None:
     try:
         converted = convert(hint, value)
     except _Mismatch:
         words = expected(hint)
-        choices = difflib.get_close_matches(str(value), typing.get_args(hint), n=1) if "one of" in words else []
+        choices = _near_choices(str(value), typing.get_args(hint)) if "one of" in words else []
         return f"found {value!r}, expected {words}" + (f"; did you mean {choices[0]}?" if choices else "")
     bound = field.metadata.get("bound")
     if bound is None or converted is None or bound.holds(converted):

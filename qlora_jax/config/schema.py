@@ -84,11 +84,25 @@ class DataArgs:
     chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
 
 
+OptimizerName = Literal[
+    "adamw_32bit",
+    "adamw_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimArgs:
     """The optimizer and its schedule."""
 
-    name: Literal["adamw"] = setting("optimizer", "adamw")
+    name: OptimizerName = setting(
+        "optimizer and bits of its state; paged_: optim.paging is auto unless it is set", "adamw_32bit"
+    )
     learning_rate: float = setting("peak learning rate", 2e-4, POSITIVE)
     schedule: Literal["constant", "linear", "cosine"] = setting("after the warm-up: stay, or fall to zero", "constant")
     warmup_ratio: float = setting("share of the steps over which the learning rate rises from 0", 0.03, UP_TO_ONE)
@@ -97,10 +111,11 @@ class OptimArgs:
     beta2: float = setting("decay of the mean of squared gradients", 0.999, BELOW_ONE)
     eps: float = setting("added to the root of the second moment", 1e-8, POSITIVE)
     max_grad_norm: float = setting("gradients are scaled down to this global norm; 0 turns it off", 0.3, NON_NEGATIVE)
-    paging: Literal["off", "on", "auto"] = setting(
+    paging: Literal["by_name", "off", "on", "auto"] = setting(
         "optimizer state in pages that wait in host memory: on keeps paging_budget of them on the device, auto what "
-        "the next batch leaves room for; results are the same to the bit",
-        "off",
+        "the next batch leaves room for; results are the same to the bit. by_name: auto where the optimizer's name "
+        "begins with paged_, else off",
+        "by_name",
     )
     paging_budget: str | None = setting("device memory for pages, such as 512MiB or 2GiB; paging=on needs it", None)
 

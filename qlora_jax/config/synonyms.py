@@ -45,3 +45,16 @@ SYNONYMS = {
     "logging_steps": "train.log_every",
     "output_dir": "output",
 }
+
+# What they call our optimizers.
+OPTIMIZERS = {
+    "adamw": "adamw_32bit",
+    "adamw_hf": "adamw_32bit",
+    "adamw_torch": "adamw_32bit",
+    "adamw_torch_fused": "adamw_32bit",
+    "adamw_bnb_8bit": "adamw_8bit",
+    "adamw8bit": "adamw_8bit",
+    "lion": "lion_32bit",
+    "paged_adamw": "paged_adamw_32bit",
+    "paged_lion": "paged_lion_32bit",
+}

@@ -3,6 +3,7 @@
 import dataclasses
 
 from qlora_jax.config.decode import ConfigError, find_problems
+from qlora_jax.config.optimizers import PAGED, paging_of, plain_name
 from qlora_jax.config.schema import Config
 from qlora_jax.config.sizes import parse_bytes
 
@@ -18,8 +19,13 @@ def _pattern_problems(config: Config) -> list[str]:
 
 
 def _paging_problems(config: Config) -> list[str]:
-    paging, budget = config.optim.paging, config.optim.paging_budget
-    if (paging == "on") != (budget is not None):
+    name, paging, budget = config.optim.name, config.optim.paging, config.optim.paging_budget
+    if name.startswith(PAGED) and paging == "off":
+        return [
+            f"optim.paging: found 'off' with optim.name={name}, expected by_name, on or auto; "
+            f"{plain_name(name)} is the same without pages"
+        ]
+    if (paging_of(config.optim) == "on") != (budget is not None):
         expected = "a size such as 2GiB" if budget is None else "null (only paging=on has a budget)"
         return [f"optim.paging_budget: found {budget!r} with optim.paging={paging}, expected {expected}"]
     try:

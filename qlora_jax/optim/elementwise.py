@@ -4,12 +4,13 @@ import jax
 import numpy as np
 import optax
 
+from qlora_jax.optim.apply import apply_updates
 from qlora_jax.optim.pager import PagedUpdate, paged_init, to_optax
 from qlora_jax.optim.pages import Layout, Tree, layer_pages
 from qlora_jax.optim.residency import Memory
 
 # Names in optim.chain's table that tests/optim/test_pager.py finds equal to the bit; `check_elementwise` asks others.
-ELEMENTWISE = frozenset({"adamw"})
+ELEMENTWISE = frozenset({"adamw_32bit", "adamw_8bit", "lion_32bit", "lion_8bit"})
 
 
 def check_elementwise(transform: optax.GradientTransformation, params: Tree, layout: Layout, memory: Memory) -> None:
@@ -46,7 +47,7 @@ def _same_in_pages(
     @jax.jit
     def plain(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
         updates, state = transform.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
+        return apply_updates(params, updates), state
 
     update = PagedUpdate(transform, layout, memory, max_grad_norm=0.0)
     whole, state = numbers(0), jax.jit(transform.init)(numbers(0))

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from qlora_jax.optim.apply import apply_updates, in_f32
 from qlora_jax.optim.pages import Layout, Tree
 from qlora_jax.optim.residency import Memory, Moved, Page, Pool, on_device, page_bytes
 
@@ -73,7 +74,7 @@ class PagedUpdate:
     def __init__(self, transform: optax.GradientTransformation, layout: Layout, memory: Memory, max_grad_norm: float):
         self._transform, self._layout, self._memory = transform, layout, memory
         self._max_grad_norm = max_grad_norm
-        self._norm = jax.jit(optax.tree.norm)
+        self._norm = jax.jit(lambda grads: optax.tree.norm(in_f32(grads)))
         self._programs: dict[tuple[int, ...], Any] = {}
 
     def __len__(self) -> int:
@@ -160,9 +161,9 @@ def _page_update(
         own = cut(params, index)
         structure = jax.tree.structure(jax.eval_shape(transform.init, own))
         state = jax.tree.unflatten(structure, _joined(layout, rows, page, shared))
-        updates, state = transform.update(_clipped(cut(grads, index), norm, max_grad_norm), state, own)
+        updates, state = transform.update(_clipped(in_f32(cut(grads, index)), norm, max_grad_norm), state, own)
         page, shared = _split(layout, rows, jax.tree.leaves(state))
-        return put(params, optax.apply_updates(own, updates), index), page, shared
+        return put(params, apply_updates(own, updates), index), page, shared
 
     return update
 

@@ -6,7 +6,7 @@ from pallas_kernels.devices import target_device
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.api import chosen
 from pallas_kernels.nf4_matmul.dispatch import Call
-from qlora_jax.config import Config
+from qlora_jax.config import Config, paging_of
 from qlora_jax.models.partition import Lora
 from qlora_jax.nn import attention_cpu
 from qlora_jax.training.session import Session
@@ -99,6 +99,6 @@ def _unused(config: Config) -> list[str]:
         "weight decay": config.optim.weight_decay == 0,
         "held-out rows": config.data.eval is None and config.data.eval_fraction == 0,
         "packing": True,
-        "optimizer paging": config.optim.paging == "off",
+        "optimizer paging": paging_of(config.optim) == "off",
     }
     return [name for name, off in options.items() if off]

@@ -1,7 +1,7 @@
 """From settings to what a plan is made of: the step's setting, the compiler for its device, and words for both."""
 
 from pallas_kernels import aot
-from qlora_jax.config import Config
+from qlora_jax.config import Config, paging_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.needs import Compile, Setting, here, on_card
@@ -36,7 +36,7 @@ def run_setting(config: Config, model: ModelConfig, weights: WeightFormat, lengt
         optim=config.optim,
         batch=(train.accumulation, train.micro_batch_size, length),
         remat=train.remat,
-        paged=config.optim.paging != "off",
+        paged=paging_of(config.optim) != "off",
     )
 
 

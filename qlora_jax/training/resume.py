@@ -1,5 +1,6 @@
 """What a checkpoint says besides its arrays, and whether a run may go on from it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -7,7 +8,7 @@ import jaxlib
 import optax
 import orbax.checkpoint
 
-from qlora_jax.config import Config, differences, to_dict
+from qlora_jax.config import Config, differences, plain_name, to_dict
 from qlora_jax.config.decode import decode
 from qlora_jax.training.session import Session
 
@@ -39,13 +40,17 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int]) -> d
     }
 
 
+def _unpaged(config: Config) -> Config:
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=plain_name(config.optim.name)))
+
+
 def check_resumable(session: Session, state: dict[str, Any]) -> None:
     """Passes where going on gives what an uninterrupted run would have given.
 
     Raises:
       ValueError: each setting that differs, another base, other data.
     """
-    changed = differences(decode(Config, state["config"], {}), session.config)
+    changed = differences(*map(_unpaged, (decode(Config, state["config"], {}), session.config)))
     problems = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items() if key not in MAY_DIFFER]
     if session.fingerprint != state["fingerprint"]:
         problems.append(

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.models.partition import Lora, combine
 from qlora_jax.nn.loss import token_nll
+from qlora_jax.optim.apply import apply_updates, in_f32
 
 # On CPUs: a leaf is clipped when its update wants it. XLA's own order clips all first: a second set of gradients.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -93,9 +94,10 @@ def update(
     optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
     """(LoRA parameters and optimizer state after one step, the gradients' global norm before clipping)."""
+    grads = in_f32(grads)
     norm = optax.tree.norm(grads)
     updates, state = optimizer.update(grads, state, lora)
-    return cast(Lora, optax.apply_updates(lora, updates)), state, norm
+    return cast(Lora, apply_updates(lora, updates)), state, norm
 
 
 @functools.partial(jax.jit, static_argnames="graphdef")

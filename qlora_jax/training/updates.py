@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import optax
 
-from qlora_jax.config import OptimArgs
+from qlora_jax.config import OptimArgs, paging_of, plain_name
 from qlora_jax.config.sizes import format_bytes, parse_bytes
 from qlora_jax.models.partition import Lora
 from qlora_jax.optim import make_elementwise, make_optimizer
@@ -173,14 +173,14 @@ def make_updates(args: OptimArgs, total_steps: int, gradients: Gradients, memory
       ValueError: a budget that holds no page or that the device does not have; an optimizer that can't be paged.
     """
     optimizer = make_optimizer(args, total_steps)
-    if args.paging == "off":
+    if paging_of(args) == "off":
         return WholeUpdates(optimizer)
     memory = memory or Memory.of(jax.devices()[0])
     transform = make_elementwise(args, total_steps)
     given = None if args.paging_budget is None else parse_bytes(args.paging_budget)
     page_bytes = PAGE_BYTES if given is None else min(PAGE_BYTES, given // PAGES_IN_A_BUDGET)
     layout = layer_pages(transform, gradients.lora, page_bytes)
-    if args.name not in ELEMENTWISE:
+    if plain_name(args.name) not in ELEMENTWISE:
         check_elementwise(transform, gradients.lora, layout, memory)
     budget, words = planned(gradients, memory) if given is None else declared(given, layout, memory)
     return PagedUpdates(

@@ -1,9 +1,22 @@
 """Sizes of memory as text, and the settings that hold them."""
 
+import dataclasses
+
 import pytest
 
-from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs, OptimArgs, read_config, validate, write_config
+from qlora_jax.config import (
+    Config,
+    ConfigError,
+    DataArgs,
+    ModelArgs,
+    OptimArgs,
+    paging_of,
+    read_config,
+    validate,
+    write_config,
+)
 from qlora_jax.config.command_line import parse
+from qlora_jax.config.decode import decode
 from qlora_jax.config.sizes import format_bytes, parse_bytes
 
 
@@ -35,12 +48,38 @@ def paged(**optim) -> Config:
         (dict(paging="on"), "found None with optim.paging=on, expected a size such as 2GiB"),
         (dict(paging="auto", paging_budget="2GiB"), "expected null"),
         (dict(paging_budget="2GiB"), "expected null"),
+        (dict(name="paged_adamw_8bit", paging_budget="2GiB"), "expected null"),
+        (dict(name="paged_adamw_8bit", paging="off"), "found 'off' with optim.name=paged_adamw_8bit.*; adamw_8bit is"),
         (dict(paging="on", paging_budget="-2GiB"), "paging_budget: found '-2GiB', expected a number of 0 or more"),
     ],
 )
 def test_a_budget_goes_with_its_mode(optim, words):
     with pytest.raises(ConfigError, match=words):
         validate(paged(**optim))
+
+
+@pytest.mark.parametrize(
+    ("name", "paging", "expected"),
+    [
+        ("adamw_8bit", "by_name", "off"),
+        ("paged_adamw_8bit", "by_name", "auto"),
+        ("lion_32bit", "auto", "auto"),
+        ("paged_lion_32bit", "on", "on"),
+    ],
+)
+def test_paging_is_what_the_name_says_unless_it_is_set(name, paging, expected):
+    optim = OptimArgs(name=name, paging=paging, paging_budget="2GiB" if paging == "on" else None)
+    validate(dataclasses.replace(paged(), optim=optim))
+    assert paging_of(optim) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [("adamw", "adamw_32bit"), ("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw8bit", "paged_adamw_8bit")],
+)
+def test_what_others_call_an_optimizer_is_named_in_ours(name, ours):
+    with pytest.raises(ConfigError, match=f"optim.name: found '{name}', expected one of .*; did you mean {ours}[?]"):
+        decode(Config, {"model": {"path": "m"}, "data": {"train": "t"}, "output": "o", "optim": {"name": name}})
 
 
 @pytest.mark.parametrize("mode", ["off", "on", "auto"])

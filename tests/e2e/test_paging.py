@@ -104,6 +104,24 @@ def test_a_run_goes_on_with_another_budget_or_mode(plain, tmp_path, before, afte
     assert_same_runs(config, plain)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("before", ["adamw_8bit", "paged_adamw_8bit"])
+def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, monkeypatch):
+    size = dict(lora=dict(rank=64), optim=dict(name="adamw_8bit", schedule="constant"))
+    whole = project(tmp_path / "whole", layers=4, **size)
+    run(whole)
+    paged = dict(paging="on", paging_budget="320KiB")
+    config = with_paging(whole, tmp_path / "run", name=before, **(paged if before.startswith("paged") else {}))
+    monkeypatch.setattr("qlora_jax.training.run.run_steps", functools.partial(steps_until, 4))
+    assert not train(config, Path(config.output), resume=False, oversized=False, console=Console(file=io.StringIO()))
+    monkeypatch.undo()
+    after = with_paging(whole, tmp_path / "run", **({} if before.startswith("paged") else paged))
+    run(after, resume=True)
+    assert_same_runs(after, whole)
+    kinds = [leaf.dtype for leaf in arrays_at(whole, STEPS)]
+    assert kinds.count(np.dtype("uint8")) > 4 and paging_numbers(after if "paged" not in before else config)
+
+
 def steps_until(last, session, progress, checkpoints, reporter, stop):
     """run_steps, stopped by a signal after a step."""
     steps = iter(range(last))

@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from qlora_jax.config import OptimArgs
+from qlora_jax.config.optimizers import PAGED
 from qlora_jax.optim import make_elementwise, make_optimizer, make_schedule
 from qlora_jax.optim.chain import OPTIMIZERS
 from qlora_jax.optim.schedule import SHAPES
@@ -100,7 +101,7 @@ def test_state_is_that_of_the_pytree_given():
 
 def test_config_names_what_the_tables_hold():
     hints = OptimArgs.__annotations__
-    assert set(hints["name"].__args__) == set(OPTIMIZERS)
+    assert set(hints["name"].__args__) == {*OPTIMIZERS, *(PAGED + name for name in OPTIMIZERS)}
     assert set(hints["schedule"].__args__) == set(SHAPES)
 
 

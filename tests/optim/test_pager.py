@@ -14,6 +14,7 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
+from qlora_jax.optim.apply import apply_updates
 from qlora_jax.optim.chain import OPTIMIZERS
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
 from qlora_jax.optim.pager import (
@@ -32,15 +33,18 @@ from qlora_jax.optim.schedule import SHAPES
 STEPS = 50
 LAYERS, PAGES, LAYERS_A_PAGE = 10, 4, 3  # the last page has one layer
 SHAPES_OF = {"q": {"lora_a": (8, 4), "lora_b": (4, 12)}, "v": {"lora_a": (8, 4), "lora_b": (4, 6)}}
+LARGE_OF = {"q": {"lora_a": (64, 70), "lora_b": (64, 72)}, "v": {"lora_a": (64, 3), "lora_b": (3, 1400)}}
 ARGS = OptimArgs(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.3)
 MEMORY = Memory(jax.devices()[0], "pinned_host")
 NUMPY = Memory(jax.devices()[0], "numpy")
 
 
-def tree(seed: int, layers: int = LAYERS) -> dict:
+def tree(seed: int, layers: int = LAYERS, name: str = ARGS.name) -> dict:
+    """Some parameters; in three of four leaves large enough for state in 8 bits, where the optimizer holds it so."""
+    shapes_of = LARGE_OF if name.endswith("_8bit") else SHAPES_OF
     keys = iter(jax.random.split(jax.random.key(seed), 4))
     stacked = functools.partial(jax.tree.map, is_leaf=lambda leaf: isinstance(leaf, tuple))
-    return stacked(lambda shape: jax.random.normal(next(keys), (layers, *shape)), SHAPES_OF)
+    return stacked(lambda shape: jax.random.normal(next(keys), (layers, *shape)), shapes_of)
 
 
 @functools.partial(jax.jit, static_argnames="micro_batches")
@@ -61,9 +65,9 @@ def plain_run(args: OptimArgs, steps: int = STEPS, start=None, micro_batches: in
     @jax.jit
     def update(params, state, grads):
         updates, state = optimizer.update(grads, state, params)
-        return optax.apply_updates(params, updates), state, optax.tree.norm(grads)
+        return apply_updates(params, updates), state, optax.tree.norm(grads)
 
-    params, state, first = start or (tree(0), optimizer.init(tree(0)), 0)
+    params, state, first = start or (tree(0, name=args.name), optimizer.init(tree(0, name=args.name)), 0)
     norms = []
     for step in range(first, first + steps):
         params, state, norm = update(params, state, gradients(params, float(step), micro_batches))
@@ -73,7 +77,7 @@ def plain_run(args: OptimArgs, steps: int = STEPS, start=None, micro_batches: in
 
 def page_size(args: OptimArgs) -> int:
     """Bytes of the state of LAYERS_A_PAGE layers."""
-    state = jax.eval_shape(make_elementwise(args, STEPS).init, tree(0, LAYERS_A_PAGE))
+    state = jax.eval_shape(make_elementwise(args, STEPS).init, tree(0, LAYERS_A_PAGE, args.name))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
 
 
@@ -82,10 +86,10 @@ class Run:
 
     def __init__(self, args: OptimArgs, memory: Memory = MEMORY, start=None):
         self.transform = make_elementwise(args, STEPS)
-        self.layout = layer_pages(self.transform, tree(0), page_size(args))
+        self.layout = layer_pages(self.transform, tree(0, name=args.name), page_size(args))
         self.memory, self.moves, self.norms = memory, [], []
         self.update = PagedUpdate(self.transform, self.layout, memory, args.max_grad_norm)
-        self.params, self.step = tree(0), 0
+        self.params, self.step = tree(0, name=args.name), 0
         if start is None:
             self.state = paged_init(self.transform, self.params, self.layout, memory)
         else:
@@ -144,6 +148,13 @@ def test_fifty_steps_equal_optax_with_every_schedule_clipping_and_accumulation(s
     args = dataclasses.replace(ARGS, schedule=schedule, max_grad_norm=max_grad_norm, warmup_ratio=0.1)
     run = Run(args).go(2 * page_size(args), micro_batches=micro_batches)
     assert_equal_runs(run, plain_run(args, micro_batches=micro_batches))
+
+
+def test_state_is_in_8_bits_where_leaves_are_large():
+    run = Run(dataclasses.replace(ARGS, name="adamw_8bit"))
+    assert run.layout.count == PAGES and run.layout.rows == (LAYERS_A_PAGE,) * 4
+    held = [leaf.dtype for leaf in run.state.pages[0]]
+    assert held.count(np.dtype("uint8")) == 6 and held.count(np.dtype("float32")) == 6 + 2  # scales; a small leaf
 
 
 def test_budgets_that_change_from_step_to_step_change_no_bit():

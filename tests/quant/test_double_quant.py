@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formats.tables import dynamic_map
-from qlora_jax.quant.double_quant import LOOK_UP_SIZE, mean, nearest_code_look_up, quantize_constants
+from qlora_jax.quant.double_quant import mean, quantize_constants
+from qlora_jax.quant.dynamic import LOOK_UP_SIZE, nearest_code_look_up
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/quant.npz"
 

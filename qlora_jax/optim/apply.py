@@ -1,0 +1,30 @@
+"""Gradients before, and parameters after an update."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class Written(NamedTuple):
+    """An update that is the new parameter. p + (new - p) would not be `new` to the last bit."""
+
+    value: jax.Array
+
+
+def apply_updates(params: Any, updates: Any) -> Any:
+    """`optax.apply_updates`; where an update is `Written`, the parameter becomes its value. Dtypes of `params` stay."""
+
+    def apply(update: Any, param: jax.Array) -> jax.Array:
+        if isinstance(update, Written):
+            return update.value.astype(param.dtype)
+        with jax.numpy_dtype_promotion("standard"):
+            return optax.apply_updates(param, update)
+
+    return jax.tree.map(apply, updates, params, is_leaf=lambda update: isinstance(update, Written))
+
+
+def in_f32(tree: Any) -> Any:
+    """Every leaf in f32, in which norms, moments and updates are computed."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
