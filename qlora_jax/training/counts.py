@@ -19,6 +19,7 @@ from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flo
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu, loss
 from qlora_jax.nn.attention_tiles import Tiling
+from qlora_jax.optim.blockwise import BLOCK, MIN_SIZE
 
 DOWN = "mlp.down_proj"  # the last product of a layer: nothing in the layer's backward pass needs its result
 F32 = 4
@@ -33,6 +34,7 @@ class Step:
       batch: (A, B, T).
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
+      optimizer: a key of HELD.
     """
 
     model: ModelConfig
@@ -41,6 +43,7 @@ class Step:
     batch: tuple[int, int, int]
     remat: str
     supervised: int | None = None
+    optimizer: str = "adamw_32bit"
 
     @property
     def rows(self) -> int:
@@ -212,13 +215,32 @@ def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
 
 def lora_bytes(step: Step) -> int:
     """4 L sum over adapters of R (in + out): the parameters in f32; their gradients are as large."""
-    parameters = sum(step.ranks[name] * sum(shape) for name, shape in step.shapes() if name in step.ranks)
-    return F32 * step.model.num_layers * parameters
+    return F32 * step.model.num_layers * sum(_adapter_sizes(step))
+
+
+# By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).
+HELD = {
+    "adamw_32bit": (2, False, 2),
+    "adamw_8bit": (2, True, 1),
+    "lion_32bit": (1, False, 2),
+    "lion_8bit": (1, True, 1),
+}
 
 
 def optimizer_bytes(step: Step) -> int:
-    """Adam's two moments in f32, and two counts of steps (Adam's and the schedule's) in int32."""
-    return 2 * lora_bytes(step) + 2 * F32
+    """Moments L sum over A and B of 4 n, n = R in or R out; in 8 bits n + 4 ceil(n / 256) where n >= 4,096; counts."""
+    moments, eight_bit, counters = HELD[step.optimizer]
+    held = sum(_moment_bytes(n, eight_bit) for n in _adapter_sizes(step))
+    return moments * step.model.num_layers * held + counters * F32
+
+
+def _moment_bytes(n: int, eight_bit: bool) -> int:
+    return n + F32 * -(-n // BLOCK) if eight_bit and n >= MIN_SIZE else F32 * n
+
+
+def _adapter_sizes(step: Step) -> list[int]:
+    """Elements of each A and B of one layer."""
+    return [step.ranks[name] * side for name, shape in step.shapes() if name in step.ranks for side in shape]
 
 
 def batch_bytes(step: Step) -> int:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
-from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.config import LoraArgs, OptimArgs, plain_name
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.pages import PAGE_BYTES
@@ -59,7 +59,14 @@ class Setting:
 
     def counted(self) -> counts.Step:
         """What counts.py counts by."""
-        return counts.Step(model=self.model, weights=self.weights, ranks=self.ranks, batch=self.batch, remat=self.remat)
+        return counts.Step(
+            model=self.model,
+            weights=self.weights,
+            ranks=self.ranks,
+            batch=self.batch,
+            remat=self.remat,
+            optimizer=plain_name(self.optim.name),
+        )
 
     def changed(self, **changes: Any) -> "Setting":
         """With other batch, remat or paging; the adapters stay, so their ranks are not looked for again."""

@@ -1,5 +1,6 @@
 """The formulas for a step's operations and bytes equal what the compiled step does, counted from its text."""
 
+import dataclasses
 import math
 from collections import Counter
 
@@ -7,7 +8,7 @@ import jax
 import pytest
 
 from pallas_kernels.nf4_matmul.shapes import SHAPES
-from qlora_jax.config import LoraArgs
+from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.rope import Rope
@@ -153,6 +154,17 @@ def test_bytes_of_real_models_are_those_of_their_leaves(name, settings):
     assert counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
     assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
     assert counts.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
+
+
+@pytest.mark.parametrize("name", counts.HELD)
+def test_bytes_of_every_optimizer_are_those_of_its_leaves(name):
+    lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)  # some of 4,096 and more
+    step = abstract_step(MODEL, WeightFormat(), lora, batch=(1, 1, 64), optim=optim)
+    counted = dataclasses.replace(_counted(MODEL, WeightFormat(), step, (1, 1, 64)), optimizer=name)
+    assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(step.state) if leaf.ndim} == (
+        {"uint8", "float32"} if name.endswith("_8bit") else {"float32"}
+    )
 
 
 def test_published_sizes():
