@@ -18,12 +18,15 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training import counts
 from qlora_jax.training.abstract import AbstractStep, abstract_step
+from qlora_jax.training.saved import saved_bytes
 
 GIB, MIB = 2**30, 2**20
 ALL = 1 << 30  # temporary buffers
 KEPT_BY = {
     "layer input": "norm",
     "attention_residual": "norm",
+    "attention_normed and mlp_normed": "norm",
+    "before queries' and keys' norms": "norm",
     "attention's input": "lora",
     "o_proj's input": "lora",
     "mlp's input": "lora",
@@ -34,7 +37,7 @@ KEPT_BY = {
     "key and value": "attention",
     "attention_out": "attention",
     "attention_lse": "attention",
-}  # counts.saved_bytes -> whose backward pass reads them
+}  # of saved_bytes -> whose backward pass reads them
 PLACES = ("arguments", "outputs", "aliases", "temporaries", "total")
 MEMORY_COLUMNS = {
     "program": ("program", str),
@@ -81,7 +84,7 @@ def formula_rows(step: counts.Step) -> list[dict[str, Any]]:
     rows += [("head", "weights: embedding and head", frozen["tables"]), ("norm", "weights, biases", frozen["vectors"])]
     rows += [("lora", "parameters", lora), ("lora", "gradients", lora)]
     rows += [("optimizer", "state", counts.optimizer_bytes(step)), ("other", "batch", counts.batch_bytes(step))]
-    rows += [(KEPT_BY[name], f"kept: {name}", size) for name, size in counts.saved_bytes(step).items()]
+    rows += [(KEPT_BY[name], f"kept: {name}", size) for name, size in saved_bytes(step).items()]
     rows += [("head", "one tile's logits and their exponentials", counts.logits_bytes(step))]
     return [{"part": part, "what": what, "bytes": size} for part, what, size in rows]
 

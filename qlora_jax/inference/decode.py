@@ -23,7 +23,6 @@ from qlora_jax.inference.sampling import Sampling, choose
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM, KVCache
 from qlora_jax.models.partition import Lora, combine
-from qlora_jax.nn.dots import dot_nt
 
 PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
 BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
@@ -140,7 +139,7 @@ def advance(
 
 
 def _choose(model: CausalLM, last_BD: jax.Array, keys_B: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:
-    logits_BV = dot_nt(last_BD, model.head_VD)
+    logits_BV = model.head.logits(last_BD)
     return choose(logits_BV, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, index), sampling)
 
 

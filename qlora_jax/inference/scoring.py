@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Int64
 
 from qlora_jax.models.partition import Lora, combine
-from qlora_jax.nn.dots import dot_nt
 
 BATCH_TOKENS = 4096  # positions that go through the model at once, padding included; a longer row goes alone
 CHUNK = 256  # tokens whose logits exist at once
@@ -73,7 +72,7 @@ def score_tokens(
     def chunk(index, sums):
         at_C = jax.lax.dynamic_slice_in_dim(at_M, index * CHUNK, CHUNK)
         targets_C = tokens_M[at_C]
-        logits_CV = dot_nt(hidden_MD[at_C - 1], model.head_VD)
+        logits_CV = model.head.logits(hidden_MD[at_C - 1])
         target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
         found = jax.nn.logsumexp(logits_CV, axis=-1) - target_C, jnp.argmax(logits_CV, axis=-1) == targets_C
         return tuple(

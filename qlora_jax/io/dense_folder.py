@@ -27,7 +27,7 @@ def write_dense_folder(folder: Path, model: CausalLM, config: dict[str, Any]) ->
       config: the model's config.json.
     """
     dtype = model.model.embed_tokens.weight[...].dtype
-    slots = slots_of(model, model.config.num_layers)
+    slots = slots_of(model)
     write_safetensors(folder / SINGLE, slots, dtype)
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
     _write_json(folder / "config.json", kept | {"torch_dtype": dtype.name})

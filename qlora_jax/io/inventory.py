@@ -6,30 +6,29 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from qlora_jax.io.entries import ModelSource
+from qlora_jax.models.config import ModelConfig
 
-LAYER = re.compile(r"model\.layers\.(\d+)\.")
-# Tables that old checkpoints save although they follow from the config.
-DERIVED = re.compile(r".*\.rotary_emb\.inv_freq")
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def layer_name(stacked: str, layer: int) -> str:
     """("model.layers.mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight"."""
-    return stacked.replace("model.layers.", f"model.layers.{layer}.", 1)
+    return stacked.replace(".layers.", f".layers.{layer}.", 1)
 
 
-def check_inventory(source: ModelSource, needed: Mapping[str, tuple[int, ...]], tied: bool) -> None:
+def check_inventory(source: ModelSource, needed: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
     """Passes a source that holds exactly the tensors needed, in their shapes.
 
-    Tables that follow from the config may be there too, and so may a head equal to the embedding it is tied to.
+    A head equal to the embedding it is tied to may be there too.
 
     Raises:
       ValueError: names all missing, unexpected and mis-shaped tensors.
     """
     held = source.tensors
-    extra = {name for name in held.keys() - needed.keys() if not DERIVED.fullmatch(name)}
-    if tied and HEAD in extra and _equal_tensors(source, HEAD, EMBEDDING):
-        extra.remove(HEAD)
+    extra = set(held.keys() - needed.keys())
+    head, embedding = (config.hugging_face_name(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
+    if config.tie_embeddings and head in extra and _equal_tensors(source, head, embedding):
+        extra.remove(head)
     problems = _grouped("missing", needed.keys() - held.keys()) + _grouped("unexpected", extra)
     problems += [
         f"shape {list(held[name].shape)} of {name}, expected {list(shape)}"
@@ -52,8 +51,8 @@ def _grouped(what: str, names: Iterable[str]) -> list[str]:
     """One line for the same tensor in many layers."""
     layers: dict[str, list[int]] = {}
     for name in names:
-        match = LAYER.match(name)
-        group = layers.setdefault(LAYER.sub("model.layers.*.", name, count=1), [])
+        match = LAYER.search(name)
+        group = layers.setdefault(LAYER.sub(".layers.*.", name, count=1), [])
         if match:
             group.append(int(match[1]))
     return [

@@ -55,8 +55,8 @@ def load_model(
       ValueError: tensors missing, unexpected or mis-shaped, all at once; or one that is not finite, by name and index.
     """
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
-    slots = slots_of(model, config.num_layers)
-    check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config.tie_embeddings)
+    slots = slots_of(model)
+    check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config)
     report = _reporter(source, slots, progress)
     digest = _digest_of_settings(config, weights)
     stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
@@ -152,7 +152,7 @@ def _check_finite(source: ModelSource, name: str, array: np.ndarray) -> None:
 
 def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Any:
     held = {key: value for key, value in dataclasses.asdict(weights).items() if key not in ("platform", "dtype")}
-    settings = {"config": dataclasses.asdict(config), "weights": held}
+    settings = {"config": config.described(), "weights": held}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from qlora_jax.io.hf_tokenizer import read_json, read_tokenizer
 DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+# Tables that old checkpoints save although they follow from the config: rotations, and masks of attention.
+DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
@@ -40,11 +43,14 @@ def open_folder(folder: Path) -> ModelSource:
 
 
 def read_header(path: Path) -> Iterator[TensorEntry]:
-    """The tensors of one safetensors file, in the order of its header, every length and offset checked."""
+    """The tensors of one safetensors file, in the order of its header, every length and offset checked.
+
+    Those that follow from the config are left out.
+    """
     header, data_start = _parse_header(path)
     data_bytes = path.stat().st_size - data_start
     for name, info in header.items():
-        if name == "__metadata__":
+        if name == "__metadata__" or DERIVED.fullmatch(name):
             continue
         file_type, shape, begin, end = _checked_info(path, name, info)
         if end > data_bytes:
@@ -127,7 +133,7 @@ def _read_index(path: Path) -> dict[str, str]:
     outside = sorted({shard for shard in shard_of.values() if Path(shard).name != shard})
     if outside:
         raise ValueError(f"{path}: shards must lie in the folder itself, found {', '.join(outside)}")
-    return shard_of
+    return {name: shard for name, shard in shard_of.items() if not DERIVED.fullmatch(name)}
 
 
 def _check_index(folder: Path, shard_of: dict[str, str], shards: list[str]) -> None:

@@ -7,6 +7,8 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.inventory import layer_name
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import CausalLM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,13 @@ class Slot:
         return self.leaf.shape[1:] if self.stacked else self.leaf.shape
 
 
-def slots_of(model: nnx.Module, layers: int) -> list[Slot]:
+def slots_of(model: CausalLM) -> list[Slot]:
     """The slots of a model without adapters, in the order of its state."""
-    return [_slot(path, variable.get_value(), layers) for path, variable in nnx.to_flat_state(nnx.state(model))]
+    return [_slot(path, variable.get_value(), model.config) for path, variable in nnx.to_flat_state(nnx.state(model))]
 
 
-def _slot(path: tuple[Any, ...], leaf: Any, layers: int) -> Slot:
+def _slot(path: tuple[Any, ...], leaf: Any, config: ModelConfig) -> Slot:
     name = ".".join(map(str, path))
     stacked = path[:2] == ("model", "layers")
-    names = [layer_name(name, layer) for layer in range(layers)] if stacked else [name]
-    return Slot(path=path, leaf=leaf, names=names, stacked=stacked)
+    names = [layer_name(name, layer) for layer in range(config.num_layers)] if stacked else [name]
+    return Slot(path=path, leaf=leaf, names=[config.hugging_face_name(name) for name in names], stacked=stacked)

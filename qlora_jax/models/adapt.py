@@ -51,7 +51,7 @@ def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
 
 def _full_names(name: str, layers: int) -> list[str]:
     """The Hugging Face names of one stacked projection."""
-    return [name.replace("model.layers.", f"model.layers.{i}.") for i in range(layers)]
+    return [name.replace(".layers.", f".layers.{i}.", 1) for i in range(layers)]
 
 
 def _is_whole(pattern: str, full_name: str) -> bool:

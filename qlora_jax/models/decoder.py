@@ -1,7 +1,8 @@
 """The one decoder: stacked layers, scanned, for training and for decoding with a cache.
 
-Attribute paths equal Hugging Face names with the layer's index left out, so that `model.layers.self_attn.q_proj`
-holds, stacked on a leading axis, what is `model.layers.{i}.self_attn.q_proj` there.
+Attribute paths equal the Hugging Face names of a Llama with the layer's index left out, so that
+`model.layers.self_attn.q_proj` holds, stacked on a leading axis, what is `model.layers.{i}.self_attn.q_proj` there; a
+family that calls modules otherwise says so (ModelConfig.names).
 
 Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, F mlp, V vocab,
 L layers, M = B T.
@@ -16,21 +17,22 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.models.skeleton import frozen_linear_leaves
 from qlora_jax.nn.attention import cached_attention, causal_attention
 from qlora_jax.nn.linear import QLinear, project
-from qlora_jax.nn.mlp import swiglu
-from qlora_jax.nn.norm import RMSNorm
-from qlora_jax.nn.rope import rotate, rotations
+from qlora_jax.nn.loss import Head
+from qlora_jax.nn.mlp import activated, gated
+from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.rope import Rope, rotate, rotations
 from qlora_jax.nn.variables import Frozen
 
 # What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
 # so that norms and activations alone are computed again. `full`: nothing. `offload`: as `full`, and the input waits in
 # host memory: it goes there while the next layer is computed, and comes back while a later one is differentiated.
 SAVED_NAMES = (
-    *("query", "key", "value", "attention_out", "attention_lse", "attention_residual"),
-    *("mlp_gate", "mlp_up", "lora_xa"),
+    *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
+    *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa"),
 )
 LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {
@@ -61,45 +63,113 @@ class KVCache:
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a call stand: index [B, T], and the rotations of each."""
+    """Where the tokens of a call stand.
+
+    index_BT counts from 0 in each text; segments_BT are ids of the texts of a row, None where it is one; cos and sin
+    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ.
+    """
 
     index_BT: jax.Array
-    cos_BTJ: jax.Array
-    sin_BTJ: jax.Array
+    segments_BT: jax.Array | None
+    cos: jax.Array
+    sin: jax.Array
+
+    @classmethod
+    def of(cls, config: ModelConfig, index_BT: jax.Array, segments_BT: jax.Array | None, length: int) -> "Positions":
+        """With the rotations of up to `length` positions."""
+        kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
+        each = [_rotations(rope, config, index_BT, length) for rope in kinds]
+        cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
+        return cls(index_BT, segments_BT, cos, sin)
+
+    def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
+        """Which of several rotations one layer has."""
+        if self.cos.ndim == 3:
+            return None
+        kinds = list(dict.fromkeys(config.ropes))
+        return jnp.asarray([kinds.index(rope) for rope in config.ropes], jnp.int32)[layer]
 
 
-jax.tree_util.register_dataclass(Positions)
+def _rotations(rope: Rope | None, config: ModelConfig, index_BT: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
+    cos_BTJ, sin_BTJ = rotations(rope or config.rope, index_BT, length)
+    return (cos_BTJ, sin_BTJ) if rope else (jnp.ones_like(cos_BTJ), jnp.zeros_like(sin_BTJ))
+
+
+def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | int | None:
+    """How many positions one layer's queries see of `length`: one number where all layers have the same."""
+    seen = config.seen(length)
+    if len(set(seen)) > 1:
+        return jnp.asarray(seen, jnp.int32)[layer]
+    return seen[0] if seen[0] < length else None
+
+
+def _norm(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> RMSNorm | LayerNorm:
+    ones = jnp.ones(shape, dtype)
+    if config.norm == "layer":
+        return LayerNorm(ones, jnp.zeros_like(ones), config.norm_eps)
+    return RMSNorm(ones, config.norm_eps, config.norm_offset)
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; q, k, v and o are adaptable projections."""
+    """Grouped-query attention with rotary positions; its projections are adaptable."""
 
-    def __init__(self, linears: dict[str, QLinear], config: ModelConfig):
-        self.q_proj, self.k_proj = linears["q_proj"], linears["k_proj"]
-        self.v_proj, self.o_proj = linears["v_proj"], linears["o_proj"]
+    q_proj: QLinear
+    k_proj: QLinear
+    v_proj: QLinear
+    qkv_proj: QLinear  # where they are fused
+    o_proj: QLinear
+
+    def __init__(self, linears: dict[str, QLinear], norms: dict[str, RMSNorm | LayerNorm], config: ModelConfig):
+        for name, module in {**linears, **norms}.items():
+            setattr(self, name, module)
         self.config = config
 
     def __call__(self, x_MD, positions: Positions, layer, key, cache: KVCache | None):
-        config = self.config
-        batch, length = positions.index_BT.shape
-        heads = (batch, length, -1, config.head_dim)
-        projections = project([self.q_proj, self.k_proj, self.v_proj], x_MD, layer, key)
-        q, k, v = (y.reshape(heads) for y in projections)
-        with jax.named_scope("rope"):
-            q, k = (rotate(x, positions.cos_BTJ, positions.sin_BTJ) for x in (q, k))
-        scale = config.head_dim**-0.5
+        q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, key)
+        q, k = self._turned("q_norm", "query", q, positions, layer), self._turned("k_norm", "key", k, positions, layer)
+        length = q.shape[1] if cache is None else cache.k.shape[3]
+        seen = {"window": _window(self.config, layer, length), "softcap": self.config.attention_softcap}
+        scale = self.config.query_scale or self.config.head_dim**-0.5
         if cache is None:
-            q, k, v = checkpoint_name(q, "query"), checkpoint_name(k, "key"), checkpoint_name(v, "value")
+            v = checkpoint_name(v, "value")
             with jax.named_scope("attention"):
-                out_BTNH = causal_attention(q, k, v, scale)
+                out_BTNH = causal_attention(q, k, v, scale, segments_BT=positions.segments_BT, **seen)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
-            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale)
-        out_MD = out_BTNH.reshape(batch * length, -1)
+            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen)
+        out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
         return self.o_proj(out_MD, layer, key), cache
+
+    def _projected(self, x_MD, shape_BT, layer, key) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """q [B, T, N, H], k and v [B, T, K, H]."""
+        config = self.config
+        heads = (*shape_BT, -1, config.head_dim)
+        if config.fused_qkv is None:
+            q, k, v = (y.reshape(heads) for y in project([self.q_proj, self.k_proj, self.v_proj], x_MD, layer, key))
+            return q, k, v
+        fused = self.qkv_proj(x_MD, layer, key).reshape(heads)
+        if config.fused_qkv == "heads":
+            by_head = fused.reshape(*shape_BT, config.num_heads, 3, config.head_dim)
+            return by_head[..., 0, :], by_head[..., 1, :], by_head[..., 2, :]
+        q, k, v = jnp.split(fused, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
+        return q, k, v
+
+    def _turned(self, norm: str, kept_as: str, x_BTNH: jax.Array, positions: Positions, layer) -> jax.Array:
+        """Queries or keys, normalized where they are, and rotated.
+
+        Of the two that a backward pass may keep under a name, the norm's input serves for both.
+        """
+        if self.config.qk_norm is not None:
+            x_BTNH = checkpoint_name(x_BTNH, kept_as)
+            wide = x_BTNH if self.config.qk_norm == "head" else x_BTNH.reshape(*x_BTNH.shape[:2], -1)
+            x_BTNH = getattr(self, norm)(wide, layer).reshape(x_BTNH.shape)
+        with jax.named_scope("rope"):
+            x_BTNH = rotate(x_BTNH, positions.cos, positions.sin, positions.kind_of(self.config, layer))
+        return checkpoint_name(x_BTNH, kept_as) if self.config.qk_norm is None else x_BTNH
 
 
 def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> KVCache:
@@ -110,50 +180,88 @@ def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_B
 
 
 class MLP(nnx.Module):
-    """down(silu(gate(x)) * up(x))."""
+    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
-    def __init__(self, linears: dict[str, QLinear]):
-        self.gate_proj, self.up_proj, self.down_proj = (linears[n] for n in ("gate_proj", "up_proj", "down_proj"))
+    gate_proj: QLinear
+    up_proj: QLinear
+    gate_up_proj: QLinear  # where they are fused
+    down_proj: QLinear
+
+    def __init__(self, linears: dict[str, QLinear], config: ModelConfig):
+        for name, linear in linears.items():
+            setattr(self, name, linear)
+        self.config = config
 
     def __call__(self, x_MD, layer, key):
-        gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, key)
+        return self.down_proj(self._inner(x_MD, layer, key), layer, key)
+
+    def _inner(self, x_MD, layer, key) -> jax.Array:
+        config = self.config
+        if not config.gated:
+            up_MF = checkpoint_name(self.up_proj(x_MD, layer, key), "mlp_up")
+            return activated(up_MF, config.activation)
+        if config.fused_gate_up:
+            gate_MF, up_MF = jnp.split(self.gate_up_proj(x_MD, layer, key), 2, axis=1)
+        else:
+            gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, key)
         gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
         with jax.named_scope("swiglu"):
-            hidden_MF = swiglu(gate_MF, up_MF)
-        return self.down_proj(hidden_MF, layer, key)
+            return gated(gate_MF, up_MF, config.activation)
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP; base leaves hold all layers, adapters one layer inside the scan."""
+    """Attention and MLP with their norms; base leaves hold all layers, adapters one layer inside the scan."""
 
     def __init__(self, config: ModelConfig, weights: WeightFormat):
-        def group(prefix: str) -> dict[str, QLinear]:
-            names = [name for name in config.linear_shapes() if name.startswith(prefix)]
-            return {name.removeprefix(prefix): _qlinear(name, config, weights) for name in names}
+        def group(prefix: str, of: dict[str, Any], make) -> dict[str, Any]:
+            return {n.removeprefix(prefix): make(n) for n in of if n.startswith(prefix)}
 
-        ones = jnp.ones((config.num_layers, config.embed_dim), weights.dtype)
-        self.input_layernorm = RMSNorm(ones, config.norm_eps)
-        self.self_attn = Attention(group("self_attn."), config)
-        self.post_attention_layernorm = RMSNorm(ones, config.norm_eps)
-        self.mlp = MLP(group("mlp."))
+        def linear(name: str) -> QLinear:
+            return _qlinear(name, config, weights)
+
+        def norm(name: str) -> RMSNorm | LayerNorm:
+            return _norm(config, (config.num_layers, widths[name]), weights.dtype)
+
+        shapes, widths = config.linear_shapes(), config.norm_widths()
+        for name in LAYOUTS[config.layout].norms:
+            setattr(self, name, norm(name))
+        attention = group("self_attn.", shapes, linear), group("self_attn.", widths, norm)
+        self.self_attn = Attention(*attention, config)
+        self.mlp = MLP(group("mlp.", shapes, linear), config)
+        self.layout = LAYOUTS[config.layout]
 
     def __call__(self, x_MD, positions: Positions, layer, key, cache: KVCache | None):
-        attended, cache = self.self_attn(self.input_layernorm(x_MD, layer), positions, layer, key, cache)
-        x_MD = checkpoint_name(x_MD + attended, "attention_residual")
-        return x_MD + self.mlp(self.post_attention_layernorm(x_MD, layer), layer, key), cache
+        layout = self.layout
+        to_attention_MD = self._normed(layout.before_attention, x_MD, layer)
+        attended_MD, cache = self.self_attn(to_attention_MD, positions, layer, key, cache)
+        attended_MD = self._normed(layout.after_attention, attended_MD, layer, "attention_normed")
+        if layout.parallel:
+            shared = layout.before_mlp == layout.before_attention
+            to_mlp_MD = to_attention_MD if shared else self._normed(layout.before_mlp, x_MD, layer)
+            return x_MD + attended_MD + self.mlp(to_mlp_MD, layer, key), cache
+        x_MD = checkpoint_name(x_MD + attended_MD, "attention_residual")
+        given_MD = self.mlp(self._normed(layout.before_mlp, x_MD, layer), layer, key)
+        return x_MD + self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), cache
+
+    def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
+        """x through the norm of that name, x itself kept for the backward pass under another; x where there is none."""
+        if norm is None:
+            return x_MD
+        return getattr(self, norm)(x_MD if kept_as is None else checkpoint_name(x_MD, kept_as), layer)
 
 
 def _qlinear(name: str, config: ModelConfig, weights: WeightFormat) -> QLinear:
     shape, has_bias = config.linear_shapes()[name]
     weight, bias = frozen_linear_leaves(config.num_layers, shape, has_bias, weights)
-    return QLinear(f"model.layers.{name}", weight, bias)
+    return QLinear(config.hugging_face_name(f"model.layers.{name}"), weight, bias)
 
 
 class Embedding(nnx.Module):
-    """A frozen table [V, D]."""
+    """A frozen table [V, D]; a head may have a bias [V]."""
 
-    def __init__(self, table: Float[Array, "V D"]):
+    def __init__(self, table: Float[Array, "V D"], *, bias: Float[Array, " V"] | None = None):
         self.weight = Frozen(table)
+        self.bias = None if bias is None else Frozen(bias)
 
 
 class Decoder(nnx.Module):
@@ -163,11 +271,10 @@ class Decoder(nnx.Module):
         self.config = config
         self.embed_tokens = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype))
         self.layers = Block(config, weights)
-        self.norm = RMSNorm(jnp.ones((config.embed_dim,), weights.dtype), config.norm_eps)
+        self.norm = _norm(config, (config.embed_dim,), weights.dtype)
 
-    def __call__(self, tokens_BT, index_BT, *, length: int, remat: str, key=None, cache: KVCache | None = None):
-        positions = Positions(index_BT, *rotations(self.config.rope, index_BT, length))
-        x_MD = self.embed_tokens.weight[...].at[tokens_BT.reshape(-1)].get(mode="promise_in_bounds")
+    def __call__(self, tokens_BT, positions: Positions, *, remat: str, key=None, cache: KVCache | None = None):
+        x_MD = self._embedded(tokens_BT.reshape(-1))
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, ...)
 
         def block(carry, per_layer):
@@ -183,6 +290,11 @@ class Decoder(nnx.Module):
         (x_MD, cache), _ = jax.lax.scan(body, (x_MD, cache), (layers, lora))
         return self.norm(x_MD), cache
 
+    def _embedded(self, tokens_M: jax.Array) -> jax.Array:
+        x_MD = self.embed_tokens.weight[...].at[tokens_M].get(mode="promise_in_bounds")
+        scale = self.config.embed_scale
+        return x_MD if scale is None else x_MD * jnp.asarray(scale, x_MD.dtype)  # rounded as transformers rounds it
+
 
 class CausalLM(nnx.Module):
     """A decoder and its head. All leaves of a new one are placeholders: `io.loader` fills them.
@@ -196,33 +308,54 @@ class CausalLM(nnx.Module):
         self.config = config
         self.model = Decoder(config, weights)
         if not config.tie_embeddings:
-            self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype))
+            bias = jnp.zeros((config.vocab_size,), weights.dtype) if config.head_bias else None
+            self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
 
     @property
-    def head_VD(self) -> jax.Array:
-        """The head's weight: the embedding itself where they are tied."""
-        return (self.model.embed_tokens if self.config.tie_embeddings else self.lm_head).weight[...]
+    def head(self) -> Head:
+        """What turns hidden states into logits; its weight is the embedding itself where they are tied."""
+        table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
+        bias = None if table.bias is None else table.bias[...]
+        return Head(table.weight[...], bias, self.config.head_softcap)
 
     def hidden(
-        self, tokens_BT: Int[Array, "B T"], *, remat: str = "none", key: jax.Array | None = None
+        self,
+        tokens_BT: Int[Array, "B T"],
+        *,
+        remat: str = "none",
+        key: jax.Array | None = None,
+        segments_BT: Int[Array, "B T"] | None = None,
     ) -> Float[Array, "M D"]:
-        """The normalized last hidden state of each token, positions from 0 in each row, causal.
+        """The normalized last hidden state of each token, positions from 0 in each text, causal.
 
-        Padding belongs to the right of a row, where no real token sees it.
+        A row is one text, padded to its right, where no real token sees it; or several, as `segments_BT` says.
 
         Args:
           remat: a key of REMAT_POLICIES.
           key: dropout's key of this step and micro-batch; None for no dropout.
+          segments_BT: which text of its row a token belongs to, ids ascending; padding to the left is such a text.
         """
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
-        return self.model(tokens_BT, index_BT, length=length, remat=remat, key=key)[0]
+        if segments_BT is not None:
+            index_BT = _index_in_segment(segments_BT)
+        positions = Positions.of(self.config, index_BT, segments_BT, length)
+        return self.model(tokens_BT, positions, remat=remat, key=key)[0]
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "M D"], KVCache]:
         """Hidden states of tokens that follow `start` earlier ones in each row, and the cache with them in it."""
         index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
-        hidden_MD, longer = self.model(tokens_BT, index_BT, length=cache.k.shape[3], remat="none", cache=cache)
+        positions = Positions.of(self.config, index_BT, None, cache.k.shape[3])
+        hidden_MD, longer = self.model(tokens_BT, positions, remat="none", cache=cache)
         assert longer is not None  # a cache given comes back
         return hidden_MD, longer
+
+
+def _index_in_segment(segments_BT: jax.Array) -> jax.Array:
+    """How many positions of the same segment lie before each."""
+    batch, length = segments_BT.shape
+    index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index_BT - jax.lax.cummax(jnp.where(begins_BT, index_BT, 0), axis=1)

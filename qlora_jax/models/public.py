@@ -1,7 +1,9 @@
 """Published models by name, as the Hugging Face config of each: for plans of models that have not been downloaded.
 
-Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Qwen2
-(2407.10671) and SmolLM2 (2502.02737), and the config.json that came with each.
+Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral 7B
+(2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), SmolLM2 (2502.02737), SmolLM3, OLMo 2 (2501.00656), Gemma
+(2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Phi-1.5 and 2 (2309.05463), Phi-3 (2404.14219), Phi-4
+(2412.08905), GPT-NeoX-20B (2204.06745) and Pythia (2304.01373), and the config.json that came with each.
 """
 
 import difflib
@@ -35,12 +37,61 @@ def _llama3(*sizes: int) -> Config:
     return _of("llama", sizes, 128256, 8192, 5e5, 1e-5)
 
 
+def _llama32(*sizes: int, head_dim: int) -> Config:
+    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    scaling |= {"original_max_position_embeddings": 8192}
+    config = _of("llama", sizes, 128256, 131072, 5e5, 1e-5)
+    return config | {"rope_scaling": scaling, "head_dim": head_dim, "tie_word_embeddings": True}
+
+
 def _qwen2(*sizes: int, vocabulary: int, tied: bool = False) -> Config:
     return _of("qwen2", sizes, vocabulary, 131072, 1e6, 1e-6) | {"tie_word_embeddings": tied}
 
 
+def _qwen3(*sizes: int, tied: bool = False) -> Config:
+    return _of("qwen3", sizes, 151936, 40960, 1e6, 1e-6) | {"head_dim": 128, "tie_word_embeddings": tied}
+
+
 def _smollm2(*sizes: int, theta: float) -> Config:
     return _of("llama", sizes, 49152, 8192, theta, 1e-5) | {"tie_word_embeddings": True}
+
+
+def _olmo2(*sizes: int) -> Config:
+    return _of("olmo2", sizes, 100352, 4096, 5e5, 1e-6)
+
+
+def _gemma(*sizes: int) -> Config:
+    return _of("gemma", sizes, 256000, 8192, 1e4, 1e-6) | {"head_dim": 256}
+
+
+def _gemma2(*sizes: int, head_dim: int = 256, scalar: int = 256) -> Config:
+    heads = {"head_dim": head_dim, "query_pre_attn_scalar": scalar}
+    return _of("gemma2", sizes, 256000, 8192, 1e4, 1e-6) | heads
+
+
+def _gemma3(*sizes: int, window: int) -> Config:
+    return _of("gemma3_text", sizes, 262144, 32768, 1e6, 1e-6) | {"head_dim": 256, "sliding_window": window}
+
+
+def _phi3(*sizes: int, vocabulary: int, **others: Any) -> Config:
+    return _of("phi3", sizes, vocabulary, 4096, 1e4, 1e-5) | others
+
+
+def _layer_norms(config: Config) -> Config:
+    """With the name of a LayerNorm's epsilon."""
+    return {name: value for name, value in config.items() if name != "rms_norm_eps"} | {
+        "layer_norm_eps": config["rms_norm_eps"]
+    }
+
+
+def _phi(*sizes: int, partial: float) -> Config:
+    return _layer_norms(_of("phi", sizes, 51200, 2048, 1e4, 1e-5)) | {"partial_rotary_factor": partial}
+
+
+def _neox(width: int, layers: int, heads: int, vocabulary: int) -> Config:
+    config = _layer_norms(_of("gpt_neox", (width, 4 * width, layers, heads, heads), vocabulary, 2048, 1e4, 1e-5))
+    del config["num_key_value_heads"], config["rope_theta"]
+    return config | {"rotary_pct": 0.25}
 
 
 PUBLIC: dict[str, Config] = {
@@ -48,16 +99,58 @@ PUBLIC: dict[str, Config] = {
     "llama-13b": _llama1(5120, 13824, 40, 40, 40, eps=1e-6),
     "llama-33b": _llama1(6656, 17920, 60, 52, 52, eps=1e-6),
     "llama-65b": _llama1(8192, 22016, 80, 64, 64, eps=1e-5),
+    "llama-2-7b": _of("llama", (4096, 11008, 32, 32, 32), 32000, 4096, 1e4, 1e-5),
+    "llama-2-13b": _of("llama", (5120, 13824, 40, 40, 40), 32000, 4096, 1e4, 1e-5),
     "llama-2-70b": _of("llama", (8192, 28672, 80, 64, 8), 32000, 4096, 1e4, 1e-5),
     "llama-3-8b": _llama3(4096, 14336, 32, 32, 8),
     "llama-3-70b": _llama3(8192, 28672, 80, 64, 8),
+    "llama-3.2-1b": _llama32(2048, 8192, 16, 32, 8, head_dim=64),
+    "llama-3.2-3b": _llama32(3072, 8192, 28, 24, 8, head_dim=128),
+    "mistral-7b": _of("mistral", (4096, 14336, 32, 32, 8), 32000, 32768, 1e4, 1e-5) | {"sliding_window": 4096},
+    "mistral-nemo-12b": _of("mistral", (5120, 14336, 40, 32, 8), 131072, 131072, 1e6, 1e-5)
+    | {"sliding_window": None, "head_dim": 128},
     "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, vocabulary=151936, tied=True),
     "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, vocabulary=151936, tied=True),
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4, vocabulary=152064),
     "qwen2-72b": _qwen2(8192, 29568, 80, 64, 8, vocabulary=152064),
+    "qwen2.5-3b": _qwen2(2048, 11008, 36, 16, 2, vocabulary=151936, tied=True),
+    "qwen2.5-14b": _qwen2(5120, 13824, 48, 40, 8, vocabulary=152064),
+    "qwen2.5-32b": _qwen2(5120, 27648, 64, 40, 8, vocabulary=152064),
+    "qwen3-0.6b": _qwen3(1024, 3072, 28, 16, 8, tied=True),
+    "qwen3-1.7b": _qwen3(2048, 6144, 28, 16, 8, tied=True),
+    "qwen3-4b": _qwen3(2560, 9728, 36, 32, 8, tied=True),
+    "qwen3-8b": _qwen3(4096, 12288, 36, 32, 8),
+    "qwen3-14b": _qwen3(5120, 17408, 40, 40, 8),
+    "qwen3-32b": _qwen3(5120, 25600, 64, 64, 8),
     "smollm2-135m": _smollm2(576, 1536, 30, 9, 3, theta=1e5),
     "smollm2-360m": _smollm2(960, 2560, 32, 15, 5, theta=1e5),
     "smollm2-1.7b": _smollm2(2048, 8192, 24, 32, 32, theta=1.3e5),
+    "smollm3-3b": _of("smollm3", (2048, 11008, 36, 16, 4), 128256, 65536, 5e6, 1e-6),
+    "olmo2-1b": _olmo2(2048, 8192, 16, 16, 16),
+    "olmo2-7b": _olmo2(4096, 11008, 32, 32, 32),
+    "olmo2-13b": _olmo2(5120, 13824, 40, 40, 40),
+    "olmo2-32b": _olmo2(5120, 27648, 64, 40, 8),
+    "gemma-2b": _gemma(2048, 16384, 18, 8, 1),
+    "gemma-7b": _gemma(3072, 24576, 28, 16, 16),
+    "gemma-2-2b": _gemma2(2304, 9216, 26, 8, 4),
+    "gemma-2-9b": _gemma2(3584, 14336, 42, 16, 8),
+    "gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
+    "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, window=512),
+    "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, window=512),
+    "phi-1.5": _phi(2048, 8192, 24, 32, 32, partial=0.5),
+    "phi-2": _phi(2560, 10240, 32, 32, 32, partial=0.4),
+    "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, vocabulary=32064, sliding_window=2047),
+    "phi-3-medium": _phi3(5120, 17920, 40, 40, 10, vocabulary=32064, sliding_window=2047),
+    "phi-4": _phi3(5120, 17920, 40, 40, 10, vocabulary=100352, max_position_embeddings=16384, rope_theta=250000.0),
+    "gpt-neox-20b": _neox(6144, 44, 64, 50432),
+    "pythia-70m": _neox(512, 6, 8, 50304),
+    "pythia-160m": _neox(768, 12, 12, 50304),
+    "pythia-410m": _neox(1024, 24, 16, 50304),
+    "pythia-1b": _neox(2048, 16, 8, 50304),
+    "pythia-1.4b": _neox(2048, 24, 16, 50304),
+    "pythia-2.8b": _neox(2560, 32, 32, 50304),
+    "pythia-6.9b": _neox(4096, 32, 32, 50432),
+    "pythia-12b": _neox(5120, 36, 40, 50688),
 }
 
 

@@ -13,6 +13,7 @@ C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys.
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,54 +35,90 @@ def causal_attention(
     v_BTKH: Float[Array, "B T K H"],
     scale: float,
     *,
-    window: int | None = None,
+    window: int | Int[Array, ""] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T, over visible keys) v; scores and sums in f32, the result in q's dtype.
+
+    With a softcap c the scores are c tanh(scale q k^T / c).
 
     Query head n reads key head n // G. A key is visible where 0 <= query's position - key's position < window, as
     transformers' sliding windows have it, and where both have the same segment.
 
     Args:
       scale: above zero.
-      window: how many positions a query sees, its own among them; None for all before it.
+      window: how many positions a query sees, its own among them; None for all before it. A traced one, above zero,
+        serves layers whose windows differ.
       segments_BT: an id of the text that each position belongs to, where rows hold several. What lies before the first
         chunk with the queries' ids costs nothing, so ids should ascend.
 
     Raises:
-      ValueError: a scale or window that is not above zero.
+      ValueError: a scale, window or softcap that is not above zero.
     """
-    if scale <= 0 or (window is not None and window <= 0):
-        raise ValueError(f"scale = {scale}, window = {window}: expected numbers above zero")
-    if attention_cpu.refusal(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3]) is None:
-        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)
+    if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
+        raise ValueError(f"scale = {scale}, window = {window}, softcap = {softcap}: expected numbers above zero")
+    fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
+    plain = traced is None and softcap is None
+    if attention_cpu.refusal(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
+        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, fixed)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, (segments_BT, traced), Scores(scale, softcap), fixed)
+
+
+class Scores(NamedTuple):
+    """How products of queries and keys become scores."""
+
+    scale: float
+    softcap: float | None
+
+    @property
+    def to_log2(self) -> float:
+        """What turns a result of `capped` into the base-2 logarithm of a weight."""
+        return (self.scale if self.softcap is None else 1.0) * math.log2(math.e)
+
+    def capped(self, product: jax.Array) -> jax.Array:
+        """softcap tanh(scale product / softcap); without a softcap the product as it is."""
+        if self.softcap is None:
+            return product
+        return self.softcap * jnp.tanh(product * (self.scale / self.softcap))
+
+    def uncapped(self, d_capped: jax.Array, capped: jax.Array) -> jax.Array:
+        """The gradient of scale product, from that of what `capped` gave."""
+        if self.softcap is None:
+            return d_capped
+        return d_capped * (1 - jnp.square(capped / self.softcap))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)[0]
+def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
+def _visibility(tiling: Tiling, limits, window: int | None) -> Visibility:
+    segments_BT, traced = limits
+    return Visibility.of(tiling, window if traced is None else traced, segments_BT)
+
+
+def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = Visibility.of(tiling, window, segments_BT)
+    visibility = _visibility(tiling, limits, window)
     k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
-    step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scale * math.log2(math.e))
+    step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scores)
     _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
     # The names are given here, since what the backward pass wants is what a remat policy has to keep.
     out_BTNH = checkpoint_name(tiling.join(out_IZMH), "attention_out")
     lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_IZM)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
 
 
-def _forward_chunk(k_JZPH, v_JZPH, visibility, to_log2, _, chunk):
-    """(None, (out, log2-sum-exp2)) of one chunk of queries; to_log2 turns a product into the logarithm of a weight."""
+def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
+    """(None, (out, log2-sum-exp2)) of one chunk of queries."""
     i, q_ZMH = chunk
+    to_log2 = scores.to_log2
 
     def tile(keys, carry):
         top_ZM, total_ZM, sum_ZMH = carry
-        scores_ZMC = visibility.mask(dot_nt(q_ZMH, keys.of(k_JZPH)), i, keys, MASKED)
+        scores_ZMC = visibility.mask(scores.capped(dot_nt(q_ZMH, keys.of(k_JZPH))), i, keys, MASKED)
         new_ZM = jnp.maximum(top_ZM, jnp.max(scores_ZMC, axis=2))
         weights_ZMC = exp2_of_scores((scores_ZMC - new_ZM[..., None]) * to_log2).astype(q_ZMH.dtype)
         # A tile in which a query sees nothing leaves weights of 1; its own key, in the last tile, fades them to 0.
@@ -95,39 +132,41 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, to_log2, _, chunk):
     return None, ((sum_ZMH / total_ZM[..., None]).astype(q_ZMH.dtype), top_ZM * to_log2 + jnp.log2(total_ZM))
 
 
-def _backward(scale, window, residuals, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_IZM = residuals
+def _backward(scores, window, residuals, do_BTNH):
+    q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM = residuals
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = Visibility.of(tiling, window, segments_BT)
+    visibility = _visibility(tiling, limits, window)
     # sum over keys of weight x d_weight = sum over features of out x d_out: a pass over [T, H], not over the scores.
     mean_BTN1 = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3, keepdims=True)
     k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
-    step = functools.partial(_backward_chunk, k_JZPH, v_JZPH, visibility, scale)
+    step = functools.partial(_backward_chunk, k_JZPH, v_JZPH, visibility, scores)
     sums = (jnp.zeros_like(jnp.swapaxes(k_JZPH, 2, 3), jnp.float32),) * 2
     by_chunk = (*(tiling.split(x) for x in (q_BTNH, do_BTNH, mean_BTN1)), lse_IZM)
     (dk_JZHP, dv_JZHP), dq_IZMH = tiling.over_chunks(step, sums, by_chunk)
-    dk_JZPH, dv_JZPH = (jnp.swapaxes(x, 2, 3).astype(k_BTKH.dtype) for x in (dk_JZHP * scale, dv_JZHP))
+    dk_JZPH, dv_JZPH = (jnp.swapaxes(x, 2, 3).astype(k_BTKH.dtype) for x in (dk_JZHP * scores.scale, dv_JZHP))
     return tiling.join(dq_IZMH), tiling.of_keys.join(dk_JZPH), tiling.of_keys.join(dv_JZPH), None
 
 
-def _backward_chunk(k_JZPH, v_JZPH, visibility, scale, sums, chunk):
+def _backward_chunk(k_JZPH, v_JZPH, visibility, scores, sums, chunk):
     """Adds what one chunk of queries gives to (dk^T / scale, dv^T) of all keys, and returns its dq."""
     i, q_ZMH, do_ZMH, mean_ZM1, lse_ZM = chunk
 
     def tile(keys, carry):
         dq_ZMH, dk_JZHP, dv_JZHP = carry
         k_ZCH = keys.of(k_JZPH)
-        scores_ZMC = visibility.mask(dot_nt(q_ZMH, k_ZCH), i, keys, MASKED)
-        weights_ZMC = exp2_of_scores(scores_ZMC * (scale * math.log2(math.e)) - lse_ZM[..., None]).astype(q_ZMH.dtype)
+        capped_ZMC = scores.capped(dot_nt(q_ZMH, k_ZCH))
+        scores_ZMC = visibility.mask(capped_ZMC, i, keys, MASKED)
+        weights_ZMC = exp2_of_scores(scores_ZMC * scores.to_log2 - lse_ZM[..., None]).astype(q_ZMH.dtype)
         d_weights_ZMC = dot_nt(do_ZMH, keys.of(v_JZPH))
-        d_scores_ZMC = (weights_ZMC.astype(jnp.float32) * (d_weights_ZMC - mean_ZM1)).astype(q_ZMH.dtype)
+        d_capped_ZMC = weights_ZMC.astype(jnp.float32) * (d_weights_ZMC - mean_ZM1)
+        d_scores_ZMC = scores.uncapped(d_capped_ZMC, capped_ZMC).astype(q_ZMH.dtype)
         dk_JZHP = keys.add(dk_JZHP, dot_tn(q_ZMH, d_scores_ZMC))
         dv_JZHP = keys.add(dv_JZHP, dot_tn(do_ZMH, weights_ZMC))
         return dq_ZMH + dot_nn(d_scores_ZMC, k_ZCH), dk_JZHP, dv_JZHP
 
     start = (jnp.zeros(q_ZMH.shape, jnp.float32), *sums)
     dq_ZMH, dk_JZHP, dv_JZHP = visibility.over_tiles(tile, start, i)
-    return (dk_JZHP, dv_JZHP), (dq_ZMH * scale).astype(q_ZMH.dtype)
+    return (dk_JZHP, dv_JZHP), (dq_ZMH * scores.scale).astype(q_ZMH.dtype)
 
 
 _attention.defvjp(_forward, _backward)
@@ -139,16 +178,25 @@ def cached_attention(
     v_BKSH: Float[Array, "B K S H"],
     positions_BT: Int[Array, "B T"],
     scale: float,
+    *,
+    window: int | Int[Array, ""] | None = None,
+    softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T, over cache slots no later than the query's position) v, in q's dtype."""
+    """softmax(scale q k^T, over cache slots no later than the query's position) v, in q's dtype.
+
+    Window and softcap are those of `causal_attention`.
+    """
     batch, length, _, _ = q_BTNH.shape
     _, kv_heads, slots, _ = k_BKSH.shape
     queries = Tiling(batch, length, kv_heads, length)
     q_ZMH = queries.split(q_BTNH)[0]
     k_ZSH, v_ZSH = (x.reshape(batch * kv_heads, slots, -1) for x in (k_BKSH, v_BKSH))
-    scores_ZMS = dot_nt(q_ZMH, k_ZSH) * scale
+    product_ZMS, scores = dot_nt(q_ZMH, k_ZSH), Scores(scale, softcap)
+    scores_ZMS = product_ZMS * scale if softcap is None else scores.capped(product_ZMS)
     slots_S = jnp.arange(slots, dtype=positions_BT.dtype)
     visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]
+    if window is not None:
+        visible_BTS &= slots_S[None, None, :] > positions_BT[:, :, None] - window
     visible_ZMS = jnp.tile(jnp.repeat(visible_BTS, kv_heads, axis=0), (1, q_ZMH.shape[1] // length, 1))
     weights_ZMS = jax.nn.softmax(jnp.where(visible_ZMS, scores_ZMS, MASKED), axis=-1)
     out_ZMH = dot_nn(weights_ZMS.astype(v_BKSH.dtype), v_ZSH).astype(q_BTNH.dtype)

@@ -22,21 +22,27 @@ BLOCK = 64  # positions, as in attention_cpu.cc
 WIDTHS = range(32, 257, 32)  # of a head
 
 
-def refusal(platform: str, dtype: Any, width: int) -> str | None:
-    """Why the handlers do not take heads of this dtype and width on this platform; None: they do, and are there."""
+def refusal(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None:
+    """Why the handlers do not take heads of this dtype and width on this platform; None: they do, and are there.
+
+    Args:
+      plain: no soft cap, and one window for all layers.
+    """
     if platform != "cpu":
         return "C++ loops are for CPUs"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"C++ loops are for bfloat16, not {jnp.dtype(dtype)}"
     if width not in WIDTHS:
         return f"C++ loops are for heads of 32, 64, ... {WIDTHS[-1]} features, not {width}"
+    if not plain:
+        return "C++ loops are for attention without a soft cap, and with one window for all layers"
     return (missing := attention_problem()) and f"C++ loops: {missing}"
 
 
-def pairs(length: int) -> int:
-    """Pairs (query, key) of the blocks that the handlers visit: C^2 I (I + 1) / 2, with C = 64."""
-    blocks = -(-length // BLOCK)
-    return BLOCK**2 * blocks * (blocks + 1) // 2
+def pairs(length: int, window: int) -> int:
+    """Pairs (query, key) of the blocks that the handlers visit: with C = 64 C^2 I (I + 1) / 2, less before a window."""
+    firsts = [max(i * BLOCK - window + 1, 0) // BLOCK if window < length else 0 for i in range(-(-length // BLOCK))]
+    return BLOCK**2 * sum(i + 1 - first for i, first in enumerate(firsts))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))

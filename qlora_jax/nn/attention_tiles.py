@@ -103,7 +103,6 @@ class Keys:
         return jax.lax.dynamic_update_slice(x_JZHP, before + more_ZHC[None], start)
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Visibility:
     """Which keys a query sees: 0 <= query - key < window, and equal segments.
@@ -113,19 +112,22 @@ class Visibility:
     several times faster than comparing positions.
     """
 
-    tiling: Tiling = dataclasses.field(metadata={"static": True})
-    window: int | None = dataclasses.field(metadata={"static": True})
+    tiling: Tiling
+    window: int | Int[Array, ""] | None
     segments_BS: Int[Array, "B S"] | None
     first_I: Int[Array, " I"]
     bands_DCC: Bool[Array, "D C C"]
 
     @classmethod
-    def of(cls, tiling: Tiling, window: int | None, segments_BT: Int[Array, "B T"] | None) -> "Visibility":
+    def of(
+        cls, tiling: Tiling, window: int | Int[Array, ""] | None, segments_BT: Int[Array, "B T"] | None
+    ) -> "Visibility":
         """The visibility of whole rows, cut as `tiling` says."""
-        window = None if window is None or window >= tiling.length else window
+        if isinstance(window, int) and window >= tiling.length:
+            window = None
         starts_I = tiling.chunk * jnp.arange(tiling.chunks, dtype=jnp.int32)
         first_I = jnp.zeros_like(starts_I) if window is None else jnp.maximum(starts_I - window + 1, 0) // tiling.chunk
-        bands_DCC = _bands(tiling.chunk, window)
+        bands_DCC = _bands(tiling, window)
         if segments_BT is None:
             return cls(tiling, window, None, first_I, bands_DCC)
         padding = ((0, 0), (0, tiling.chunks * tiling.chunk - tiling.length))
@@ -173,13 +175,16 @@ def _behind(queries: int, keys: int) -> Int[Array, "C S"]:
     return jnp.arange(queries, dtype=jnp.int32)[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :]
 
 
-def _within(behind: jax.Array, window: int | None) -> jax.Array:
+def _within(behind: jax.Array, window: int | jax.Array | None) -> jax.Array:
     return behind >= 0 if window is None else (behind >= 0) & (behind < window)
 
 
-def _bands(chunk: int, window: int | None) -> Bool[Array, "D C C"]:
+def _bands(tiling: Tiling, window: int | jax.Array | None) -> Bool[Array, "D C C"]:
     """Visible by position, for each number of chunks between queries and keys up to the last that differs."""
-    furthest = 1 if window is None else (chunk + window - 2) // chunk
+    chunk = tiling.chunk
+    # Under a window that is not known yet, any number of chunks may differ.
+    unfixed = 1 if window is None else tiling.chunks - 1
+    furthest = (chunk + window - 2) // chunk if isinstance(window, int) else unfixed
     chunks_D11 = jnp.arange(furthest + 1, dtype=jnp.int32)[:, None, None]
     return _within(chunks_D11 * chunk + _behind(chunk, chunk)[None], window)
 

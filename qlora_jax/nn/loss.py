@@ -5,9 +5,13 @@ multiplied with the tile itself, so one pass gives log-sum-exp and the gradient 
 
   nll = log sum_v exp(l_v) - l_target,    d nll / d hidden = (sum_v exp(l_v) w_v) / (sum_v exp(l_v)) - w_target
 
+A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied with its slope
+dl_v / dz_v = 1 - (l_v / c)^2.
+
 Dimension key: M tokens, D embed, V vocab, C tokens of a chunk, I chunks, W rows of the head in a tile.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,22 +36,54 @@ class Tile(NamedTuple):
 TILES = {"cpu": Tile(256, 2048)}
 WHOLE_HEAD = Tile(512, 2**31)
 
-OfChunk = Callable[[jax.Array, jax.Array, jax.Array], Any]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: softcap tanh((hidden weight^T + bias) / softcap), with what there is of it.
+
+    Attributes:
+      weight_VD: [V, D]; its rows are what `token_nll` cuts into tiles.
+      bias_V: [V], or None.
+      softcap: or None.
+    """
+
+    weight_VD: Any  # transformations put placeholders in the leaves' place, which a type of arrays would refuse
+    bias_V: Any = None
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        """The logits in f32."""
+        logits_MV = dot_nt(hidden_MD, self.weight_VD)
+        if self.bias_V is not None:
+            logits_MV += self.bias_V.astype(jnp.float32)[None]
+        return logits_MV if self.softcap is None else self.softcap * jnp.tanh(logits_MV / self.softcap)
+
+    def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."] | None:
+        """What the softcap multiplies gradients of these logits with; None where there is none."""
+        return None if self.softcap is None else 1 - jnp.square(logits / self.softcap)
+
+    def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
+        """A part of the rows."""
+        return Head(cut(self.weight_VD), None if self.bias_V is None else cut(self.bias_V), self.softcap)
+
+
+OfChunk = Callable[[jax.Array, Head, jax.Array], Any]
 
 
 @jax.custom_vjp
 def token_nll(
     hidden_MD: Float[Array, "M D"],
-    head_VD: Float[Array, "V D"],
+    head: Head,
     targets_M: Int[Array, " M"],
     supervised_M: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
-    """-log softmax(hidden head^T)[target] in f32 nats where supervised, 0 elsewhere.
+    """-log softmax(head's logits)[target] in f32 nats where supervised, 0 elsewhere.
 
     Supervised tokens are moved together first, so the head's products are done for them alone (rounded up to a chunk).
     Differentiable in `hidden_MD`: the gradient is made while the logits exist, not from logits made again.
     """
-    return _in_chunks(_nll_of_chunk, hidden_MD, head_VD, targets_M, supervised_M)
+    return _in_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
 
 
 def tile_of(platform: str, tokens: int, vocabulary: int) -> Tile:
@@ -65,16 +101,20 @@ class _Running(NamedTuple):
     weighted_CD: jax.Array | None  # None where no gradient is wanted
 
 
-def _nll_of_chunk(hidden_CD, head_VD, targets_C):
+def _nll_of_chunk(hidden_CD, head, targets_C):
     start = _start(hidden_CD, weighted=False)
-    return _nll(_over_tiles(start, hidden_CD, head_VD, targets_C))
+    return _nll(_over_tiles(start, hidden_CD, head, targets_C))
 
 
-def _nll_and_grad_of_chunk(hidden_CD, head_VD, targets_C):
-    run = _over_tiles(_start(hidden_CD, weighted=True), hidden_CD, head_VD, targets_C)
+def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
+    run = _over_tiles(_start(hidden_CD, weighted=True), hidden_CD, head, targets_C)
     assert run.weighted_CD is not None
     mean_CD = run.weighted_CD / run.sum_C[:, None]
-    return _nll(run), (mean_CD - head_VD[targets_C].astype(jnp.float32)).astype(hidden_CD.dtype)
+    target_CD = head.weight_VD[targets_C].astype(jnp.float32)
+    slope_C = head.slope(run.target_C)
+    if slope_C is not None:
+        target_CD *= slope_C[:, None]
+    return _nll(run), (mean_CD - target_CD).astype(hidden_CD.dtype)
 
 
 def _nll(run: _Running) -> jax.Array:
@@ -86,25 +126,25 @@ def _start(hidden_CD: jax.Array, *, weighted: bool) -> _Running:
     return _Running(zeros_C - jnp.inf, zeros_C, zeros_C, jnp.zeros(hidden_CD.shape, jnp.float32) if weighted else None)
 
 
-def _over_tiles(run: _Running, hidden_CD: jax.Array, head_VD: jax.Array, targets_C: jax.Array) -> _Running:
+def _over_tiles(run: _Running, hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> _Running:
     """All of the head: whole tiles in a loop, then what is left."""
-    vocabulary = head_VD.shape[0]
+    vocabulary = head.weight_VD.shape[0]
     rows = tile_of(target_device().platform, hidden_CD.shape[0], vocabulary).rows
     if rows == vocabulary:
-        return _add_tile(run, hidden_CD, head_VD, targets_C)
+        return _add_tile(run, hidden_CD, head, targets_C)
     whole, rest = divmod(vocabulary, rows)
 
     def one(index, run):
-        head_WD = jax.lax.dynamic_slice_in_dim(head_VD, index * rows, rows)
-        return _add_tile(run, hidden_CD, head_WD, targets_C - index * rows)
+        tile = head.rows(lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows))
+        return _add_tile(run, hidden_CD, tile, targets_C - index * rows)
 
     run = jax.lax.fori_loop(0, whole, one, run)
-    return _add_tile(run, hidden_CD, head_VD[-rest:], targets_C - whole * rows) if rest else run
+    return _add_tile(run, hidden_CD, head.rows(lambda x: x[-rest:]), targets_C - whole * rows) if rest else run
 
 
-def _add_tile(run: _Running, hidden_CD: jax.Array, head_WD: jax.Array, place_C: jax.Array) -> _Running:
+def _add_tile(run: _Running, hidden_CD: jax.Array, tile: Head, place_C: jax.Array) -> _Running:
     """One tile more; `place_C` is the target's row in the tile, out of range where it lies in another."""
-    logits_CW = dot_nt(hidden_CD, head_WD)
+    logits_CW = tile.logits(hidden_CD)
     rows = logits_CW.shape[1]
     largest_C = jnp.maximum(run.largest_C, jnp.max(logits_CW, axis=-1))
     exp_CW = jnp.exp(logits_CW - largest_C[:, None])
@@ -112,7 +152,9 @@ def _add_tile(run: _Running, hidden_CD: jax.Array, head_WD: jax.Array, place_C: 
     at_place_C = jnp.take_along_axis(logits_CW, jnp.clip(place_C, 0, rows - 1)[:, None], axis=-1)[:, 0]
     weighted_CD = run.weighted_CD
     if weighted_CD is not None:
-        weighted_CD = weighted_CD * shrink_C[:, None] + dot_nn(exp_CW.astype(hidden_CD.dtype), head_WD)
+        slope_CW = tile.slope(logits_CW)
+        factors_CW = exp_CW if slope_CW is None else exp_CW * slope_CW
+        weighted_CD = weighted_CD * shrink_C[:, None] + dot_nn(factors_CW.astype(hidden_CD.dtype), tile.weight_VD)
     return _Running(
         largest_C=largest_C,
         sum_C=run.sum_C * shrink_C + jnp.sum(exp_CW, axis=-1),
@@ -121,23 +163,23 @@ def _add_tile(run: _Running, hidden_CD: jax.Array, head_WD: jax.Array, place_C: 
     )
 
 
-def _in_chunks(of_chunk: OfChunk, hidden_MD, head_VD, targets_M, supervised_M):
+def _in_chunks(of_chunk: OfChunk, hidden_MD, head: Head, targets_M, supervised_M):
     """of_chunk over the supervised tokens, its results put back in place, zero where not supervised."""
     m = hidden_MD.shape[0]
-    size = tile_of(target_device().platform, m, head_VD.shape[0]).tokens
+    size = tile_of(target_device().platform, m, head.weight_VD.shape[0]).tokens
     order_M = jnp.argsort(~supervised_M, stable=True)
     padding = -m % size
     chunks = jax.tree.map(
         lambda x: jnp.pad(x[order_M], ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]),
         (hidden_MD, targets_M, supervised_M),
     )
-    shapes = jax.eval_shape(of_chunk, chunks[0][0], head_VD, chunks[1][0])
+    shapes = jax.eval_shape(of_chunk, chunks[0][0], head, chunks[1][0])
 
     def one(_, chunk):
         hidden, targets, supervised = chunk
         results = jax.lax.cond(
             jnp.any(supervised),
-            lambda: of_chunk(hidden, head_VD, targets),
+            lambda: of_chunk(hidden, head, targets),
             lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
         )
         return None, jax.tree.map(lambda r: _masked(r, supervised), results)
@@ -152,8 +194,8 @@ def _masked(result: jax.Array, supervised_C: jax.Array) -> jax.Array:
     return jnp.where(keep, result, jnp.zeros((), result.dtype))
 
 
-def _forward(hidden_MD, head_VD, targets_M, supervised_M):
-    nll_M, grad_MD = _in_chunks(_nll_and_grad_of_chunk, hidden_MD, head_VD, targets_M, supervised_M)
+def _forward(hidden_MD, head, targets_M, supervised_M):
+    nll_M, grad_MD = _in_chunks(_nll_and_grad_of_chunk, hidden_MD, head, targets_M, supervised_M)
     return nll_M, grad_MD
 
 

@@ -1,27 +1,82 @@
-"""SwiGLU with a VJP that keeps its two inputs in their own dtype."""
+"""Activations of the MLP with VJPs that keep their inputs in their own dtype."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-@jax.custom_vjp
-def swiglu(gate: Float[Array, "... F"], up: Float[Array, "... F"]) -> Float[Array, "... F"]:
-    """silu(gate) * up, computed in f32, in gate's dtype."""
-    return _forward(gate, up)[0]
+class Activation(NamedTuple):
+    """A function of f32, and its value and slope together."""
+
+    value: Callable[[jax.Array], jax.Array]
+    with_slope: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
 
 
-def _forward(gate, up):
-    out = jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    sigmoid = jax.nn.sigmoid(x)
+    return x * sigmoid, sigmoid * (1 + x * (1 - sigmoid))
+
+
+def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x P(x), with P the normal distribution's function."""
+    probability = 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
+    return x * probability, probability + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+
+
+def _gelu_tanh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x (1 + tanh u) / 2 with u = sqrt(2 / pi) (x + 0.044715 x^3)."""
+    slope_at_0 = math.sqrt(2 / math.pi)
+    tanh = jnp.tanh(slope_at_0 * (x + 0.044715 * x * x * x))
+    d_u = slope_at_0 * (1 + 3 * 0.044715 * x * x)
+    return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * d_u
+
+
+ACTIVATIONS = {
+    "silu": Activation(jax.nn.silu, _silu),
+    "gelu": Activation(functools.partial(jax.nn.gelu, approximate=False), _gelu),
+    "gelu_tanh": Activation(functools.partial(jax.nn.gelu, approximate=True), _gelu_tanh),
+}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
+    """act(gate) * up, computed in f32, in gate's dtype."""
+    return _gated_forward(gate, up, activation)[0]
+
+
+def _gated_forward(gate, up, activation):
+    out = ACTIVATIONS[activation].value(gate.astype(jnp.float32)) * up.astype(jnp.float32)
     return out.astype(gate.dtype), (gate, up)
 
 
-def _backward(residuals, dy):
+def _gated_backward(activation, residuals, dy):
     gate, up = (r.astype(jnp.float32) for r in residuals)
     dy32 = dy.astype(jnp.float32)
-    sigmoid = jax.nn.sigmoid(gate)
-    d_gate = dy32 * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return d_gate.astype(dy.dtype), (dy32 * gate * sigmoid).astype(dy.dtype)
+    value, slope = ACTIVATIONS[activation].with_slope(gate)
+    return (dy32 * up * slope).astype(dy.dtype), (dy32 * value).astype(dy.dtype)
 
 
-swiglu.defvjp(_forward, _backward)
+gated.defvjp(_gated_forward, _gated_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def activated(x: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
+    """act(x), computed in f32, in x's dtype."""
+    return _forward(x, activation)[0]
+
+
+def _forward(x, activation):
+    return ACTIVATIONS[activation].value(x.astype(jnp.float32)).astype(x.dtype), x
+
+
+def _backward(activation, x, dy):
+    _, slope = ACTIVATIONS[activation].with_slope(x.astype(jnp.float32))
+    return ((dy.astype(jnp.float32) * slope).astype(dy.dtype),)
+
+
+activated.defvjp(_forward, _backward)

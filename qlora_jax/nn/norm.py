@@ -1,6 +1,6 @@
-"""RMSNorm, its statistics in f32, with a VJP that keeps its input alone.
+"""RMSNorm and LayerNorm, their statistics in f32, with VJPs that keep the input alone.
 
-Dimension key: D embed; `...` any leading axes.
+Dimension key: D normalized width; `...` any leading axes.
 """
 
 import functools
@@ -13,47 +13,97 @@ from jaxtyping import Array, Float
 from qlora_jax.nn.variables import Frozen, of_layer
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x: Float[Array, "... D"], weight_D: Float[Array, " D"], eps: float) -> Float[Array, "... D"]:
-    """y = weight * x / sqrt(mean(x^2) + eps), computed in f32, in x's dtype."""
-    return _forward(x, weight_D, eps)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def rms_norm(
+    x: Float[Array, "... D"], weight_D: Float[Array, " D"], eps: float, offset: float = 0.0
+) -> Float[Array, "... D"]:
+    """y = (offset + weight) * x / sqrt(mean(x^2) + eps), computed in f32, in x's dtype."""
+    return _rms_forward(x, weight_D, eps, offset)[0]
 
 
-def _normalized(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+def _by_rms(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     x32 = x.astype(jnp.float32)
     rstd = jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return x32 * rstd, rstd
 
 
-def _scale(weight_D: jax.Array, ndim: int) -> jax.Array:
-    return weight_D.astype(jnp.float32).reshape((1,) * (ndim - 1) + weight_D.shape)
+def _scale(weight_D: jax.Array, ndim: int, offset: float = 0.0) -> jax.Array:
+    weight32 = weight_D.astype(jnp.float32).reshape((1,) * (ndim - 1) + weight_D.shape)
+    return weight32 + offset if offset else weight32
 
 
-def _forward(x, weight_D, eps):
-    normalized, _ = _normalized(x, eps)
-    return (normalized * _scale(weight_D, x.ndim)).astype(x.dtype), (x, weight_D)
+def _rms_forward(x, weight_D, eps, offset):
+    normalized, _ = _by_rms(x, eps)
+    return (normalized * _scale(weight_D, x.ndim, offset)).astype(x.dtype), (x, weight_D)
 
 
-def _backward(eps, residuals, dy):
+def _rms_backward(eps, offset, residuals, dy):
     x, weight_D = residuals
-    normalized, rstd = _normalized(x, eps)
+    normalized, rstd = _by_rms(x, eps)
     dy32 = dy.astype(jnp.float32)
-    d_normalized = dy32 * _scale(weight_D, x.ndim)
+    d_normalized = dy32 * _scale(weight_D, x.ndim, offset)
     dx = rstd * (d_normalized - normalized * jnp.mean(d_normalized * normalized, axis=-1, keepdims=True))
     d_weight = jnp.sum(dy32 * normalized, axis=tuple(range(x.ndim - 1)))
     return dx.astype(x.dtype), d_weight.astype(weight_D.dtype)
 
 
-rms_norm.defvjp(_forward, _backward)
+rms_norm.defvjp(_rms_forward, _rms_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(
+    x: Float[Array, "... D"], weight_D: Float[Array, " D"], bias_D: Float[Array, " D"], eps: float
+) -> Float[Array, "... D"]:
+    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias, computed in f32, in x's dtype."""
+    return _layer_forward(x, weight_D, bias_D, eps)[0]
+
+
+def _by_variance(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
+    x32 = x.astype(jnp.float32)
+    return _by_rms(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps)
+
+
+def _layer_forward(x, weight_D, bias_D, eps):
+    normalized, _ = _by_variance(x, eps)
+    y = normalized * _scale(weight_D, x.ndim) + _scale(bias_D, x.ndim)
+    return y.astype(x.dtype), (x, weight_D)
+
+
+def _layer_backward(eps, residuals, dy):
+    x, weight_D = residuals
+    normalized, rstd = _by_variance(x, eps)
+    dy32 = dy.astype(jnp.float32)
+    d_normalized = dy32 * _scale(weight_D, x.ndim)
+    along = normalized * jnp.mean(d_normalized * normalized, axis=-1, keepdims=True)
+    dx = rstd * (d_normalized - jnp.mean(d_normalized, axis=-1, keepdims=True) - along)
+    leading = tuple(range(x.ndim - 1))
+    d_weight, d_bias = jnp.sum(dy32 * normalized, axis=leading), jnp.sum(dy32, axis=leading)
+    return dx.astype(x.dtype), d_weight.astype(weight_D.dtype), d_bias.astype(weight_D.dtype)
+
+
+layer_norm.defvjp(_layer_forward, _layer_backward)
 
 
 class RMSNorm(nnx.Module):
     """rms_norm with a frozen weight: [D], or [L, D] where the layers are stacked."""
 
-    def __init__(self, weight: Float[Array, "*L D"], eps: float):
+    def __init__(self, weight: Float[Array, "*L D"], eps: float, offset: float = 0.0):
         self.weight = Frozen(weight)
+        self.eps = eps
+        self.offset = offset
+
+    def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
+        with jax.named_scope("norm"):
+            return rms_norm(x, of_layer(self.weight, layer), self.eps, self.offset)
+
+
+class LayerNorm(nnx.Module):
+    """layer_norm with frozen weight and bias: [D], or [L, D] where the layers are stacked."""
+
+    def __init__(self, weight: Float[Array, "*L D"], bias: Float[Array, "*L D"], eps: float):
+        self.weight, self.bias = Frozen(weight), Frozen(bias)
         self.eps = eps
 
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
         with jax.named_scope("norm"):
-            return rms_norm(x, of_layer(self.weight, layer), self.eps)
+            return layer_norm(x, of_layer(self.weight, layer), of_layer(self.bias, layer), self.eps)

@@ -1,6 +1,6 @@
 """Rotary position embedding in the half-split convention of Hugging Face, and its published scalings.
 
-Dimension key: B batch, T positions, N heads, H head_dim, J = H / 2 frequencies.
+Dimension key: B batch, T positions, N heads, H head_dim, J = dim / 2 frequencies (H / 2 unless rotation is partial).
 """
 
 import dataclasses
@@ -152,31 +152,42 @@ def rotations(
 
 @jax.custom_vjp
 def rotate(
-    x_BTNH: Float[Array, "B T N H"], cos_BTJ: Float[Array, "B T J"], sin_BTJ: Float[Array, "B T J"]
+    x_BTNH: Float[Array, "B T N H"],
+    cos: Float[Array, "*R B T J"],
+    sin: Float[Array, "*R B T J"],
+    kind: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """(x1 cos - x2 sin, x2 cos + x1 sin), with x1 and x2 the halves of each head, in x's dtype.
+    """(x1 cos - x2 sin, x2 cos + x1 sin, rest), in x's dtype.
 
+    x1 and x2 are the first J of each head and the J after them, rest is what a partial rotation leaves as it is.
     Differentiable in x alone: dx is dy turned back.
+
+    Args:
+      kind: which of R rotations, where there are several: a backward pass then keeps the index, not what it chose.
     """
-    return _turn(x_BTNH, cos_BTJ, sin_BTJ)
+    return _turn(x_BTNH, cos, sin, kind)
 
 
-def _turn(x_BTNH: jax.Array, cos_BTJ: jax.Array, sin_BTJ: jax.Array) -> jax.Array:
-    half = x_BTNH.shape[-1] // 2
-    x1, x2 = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half:].astype(jnp.float32)
-    cos, sin = cos_BTJ[:, :, None], sin_BTJ[:, :, None]
+def _turn(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | None) -> jax.Array:
+    if kind is not None:
+        cos, sin = (jax.lax.dynamic_index_in_dim(x, kind, keepdims=False) for x in (cos, sin))
+    half = cos.shape[-1]
+    x1, x2 = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half : 2 * half].astype(jnp.float32)
+    cos, sin = cos[:, :, None], sin[:, :, None]
     turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
     # Cast first, so that what is concatenated, which no loop does in passing, is half as large.
-    return jnp.concatenate([part.astype(x_BTNH.dtype) for part in turned], axis=-1)
+    parts = [part.astype(x_BTNH.dtype) for part in turned]
+    rest = [x_BTNH[..., 2 * half :]] if 2 * half < x_BTNH.shape[-1] else []
+    return jnp.concatenate(parts + rest, axis=-1)
 
 
-def _forward(x_BTNH, cos_BTJ, sin_BTJ):
-    return _turn(x_BTNH, cos_BTJ, sin_BTJ), (cos_BTJ, sin_BTJ)
+def _forward(x_BTNH, cos, sin, kind):
+    return _turn(x_BTNH, cos, sin, kind), (cos, sin, kind)
 
 
 def _backward(residuals, dy_BTNH):
-    cos_BTJ, sin_BTJ = residuals
-    return _turn(dy_BTNH, cos_BTJ, -sin_BTJ), None, None
+    cos, sin, kind = residuals
+    return _turn(dy_BTNH, cos, -sin, kind), None, None, None
 
 
 rotate.defvjp(_forward, _backward)

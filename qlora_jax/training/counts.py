@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flops
-from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu, loss
 from qlora_jax.nn.attention_tiles import Tiling
 from qlora_jax.optim.blockwise import BLOCK, MIN_SIZE
 
-DOWN = "mlp.down_proj"  # the last product of a layer: nothing in the layer's backward pass needs its result
+DOWN = "mlp.down_proj"  # the last product of a layer
 F32 = 4
 
 
@@ -87,7 +87,8 @@ def lora_up_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
 
 def in_handlers(step: Step) -> bool:
     """Whether attention is computed by the C++ handlers of a CPU."""
-    return attention_cpu.refusal(step.weights.platform, step.weights.dtype, step.model.head_dim) is None
+    plain = step.model.has_plain_attention(step.batch[2])
+    return attention_cpu.refusal(step.weights.platform, step.weights.dtype, step.model.head_dim, plain=plain) is None
 
 
 def tiling(step: Step) -> Tiling:
@@ -103,14 +104,21 @@ def tiling(step: Step) -> Tiling:
 
 
 def pairs(step: Step) -> int:
-    """Pairs (query, key) of the tiles that attention visits: C^2 I (I + 1) / 2.
+    """Pairs (query, key) of the tiles that attention visits, of all layers: L C^2 I (I + 1) / 2 without windows.
 
-    T^2 would be the full square, T^2 / 2 the least.
+    T^2 would be the full square, T^2 / 2 the least. With a window of w, chunk i begins at chunk (i C - w + 1) / C.
     """
+    length, seen = step.batch[2], step.model.seen(step.batch[2])
     if in_handlers(step):
-        return attention_cpu.pairs(step.batch[2])
+        return sum(attention_cpu.pairs(length, window) for window in seen)
     tiles = tiling(step)
-    return tiles.chunk**2 * tiles.chunks * (tiles.chunks + 1) // 2
+    return tiles.chunk**2 * sum(_visited(tiles, window) for window in seen)
+
+
+def _visited(tiles: Tiling, window: int) -> int:
+    """Chunks of keys that all chunks of queries visit; those that are written out visit all before them."""
+    limit = tiles.length if tiles.unrolled else window
+    return sum(i + 1 - max(i * tiles.chunk - limit + 1, 0) // tiles.chunk for i in range(tiles.chunks))
 
 
 def attention_flops(step: Step, *, products: int) -> int:
@@ -163,10 +171,16 @@ LAYER_FLOPS: dict[str, Part] = {
 }
 HEAD_FLOPS: dict[str, Part] = {"head forward": head_flops, "head backward": head_flops}
 
-# What a policy computes again in the backward pass; down_proj's own result is not needed there.
+
+def _not_again(step: Step) -> tuple[str, ...]:
+    """The projections whose results a backward pass does not need: the last one, where no norm reads it."""
+    return (DOWN,) if LAYOUTS[step.model.layout].after_mlp is None else ()
+
+
+# What a policy computes again in the backward pass.
 FULL: dict[str, Part] = {
-    "frozen again": lambda step: frozen_flops(step, without=(DOWN,)),
-    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=(DOWN,)),
+    "frozen again": lambda step: frozen_flops(step, without=_not_again(step)),
+    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=_not_again(step)),
     "attention again": attention_again_flops,
 }
 AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
@@ -176,7 +190,8 @@ def flops(step: Step) -> dict[str, int]:
     """Operations of one optimizer step by part: A (L (forward + backward + again) + head)."""
     micro_batches, layers = step.batch[0], step.model.num_layers
     per_layer = LAYER_FLOPS | AGAIN[step.remat]
-    counted = {name: micro_batches * layers * part(step) for name, part in per_layer.items()}
+    times = {name: 1 if name.startswith("attention") else layers for name in per_layer}  # its pairs are of all layers
+    counted = {name: micro_batches * times[name] * part(step) for name, part in per_layer.items()}
     return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}
 
 
@@ -186,16 +201,17 @@ def flops(step: Step) -> dict[str, int]:
 def frozen_bytes(step: Step) -> dict[str, int]:
     """codes, constants: L times `held` of each projection (dense weights count as codes, in their own dtype).
 
-    tables: V D of embedding and head (once where tied). vectors: norms (2 L + 1) D, biases L out. In the dtype.
+    tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D. In the dtype.
     """
     model, layers, size = step.model, step.model.num_layers, step.itemsize
     weights = [_held(step, shape) for _, shape in step.shapes()]
-    biases = sum(shape[0] for shape, has_bias in model.linear_shapes().values() if has_bias)
+    linear = layers * sum(math.prod(shape) for _, shape in step.shapes())
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
     return {
         "codes": layers * sum(codes for codes, _ in weights),
         "constants": layers * sum(constants for _, constants in weights),
-        "tables": (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim * size,
-        "vectors": ((2 * layers + 1) * model.embed_dim + layers * biases) * size,
+        "tables": tables * size,
+        "vectors": (model.parameters() - linear - tables) * size,
     }
 
 
@@ -248,76 +264,13 @@ def batch_bytes(step: Step) -> int:
     return 3 * F32 * int(np.prod(step.batch))
 
 
-def saved_bytes(step: Step) -> dict[str, int]:
-    """Activations kept on the device of all layers between forward and backward, by what they are, for the policy.
-
-    L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
-    gate, up and inner activation F; xA R. attention_lse is f32 [B, N, T] a layer. What only adapters read is kept for
-    those that there are. The policy `none` may keep as much more as the LoRA parameters and norms are: autodiff keeps
-    slices of them, and the compiler does not see of each that it has it already.
-    """
-    return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
-
-
-def offloaded_bytes(step: Step) -> dict[str, int]:
-    """Activations that wait in host memory between forward and backward, as `saved_bytes` names them."""
-    parts = OFFLOADED.get(step.remat, {})
-    return {name: step.model.num_layers * part(step) for name, part in parts.items()}
-
-
-def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
-    """M width itemsize, where an adapter that reads it is there (or whatever there is, where none is named)."""
-
-    def part(step: Step) -> int:
-        is_read = not read_by or not step.ranks.keys().isdisjoint(read_by)
-        return is_read * step.rows * width(step.model) * step.itemsize
-
-    return part
-
-
-def _lse(step: Step) -> int:
-    tiles = tiling(step)
-    length = step.batch[2] if in_handlers(step) else tiles.chunks * tiles.chunk
-    return F32 * step.batch[1] * step.model.num_heads * length
-
-
-def _lora_xa(step: Step) -> int:
-    return step.rows * sum(step.ranks.values()) * step.itemsize
-
-
-INPUT: dict[str, Part] = {"layer input": _wide(lambda m: m.embed_dim)}
-NAMED: dict[str, Part] = {
-    "query": _wide(lambda m: m.num_heads * m.head_dim),
-    "key and value": _wide(lambda m: 2 * m.num_kv_heads * m.head_dim),
-    "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
-    "attention_lse": _lse,
-    "attention_residual": _wide(lambda m: m.embed_dim),
-    "mlp_gate and mlp_up": _wide(lambda m: 2 * m.mlp_dim),
-    "lora_xa": _lora_xa,
-}
-READ: dict[str, Part] = {
-    "attention's input": _wide(lambda m: m.embed_dim, *(f"self_attn.{name}_proj" for name in "qkv")),
-    "mlp's input": _wide(lambda m: m.embed_dim, "mlp.gate_proj", "mlp.up_proj"),
-    "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
-    # Once more, heads joined to rows: attention's own backward pass keeps the other shape.
-    "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
-}
-SAVED: dict[str, dict[str, Part]] = {
-    "none": INPUT | NAMED | READ,
-    "names": INPUT | NAMED,
-    "full": INPUT,
-    "offload": {},
-}
-OFFLOADED: dict[str, dict[str, Part]] = {"offload": INPUT}
-
-
 def dequantized_traffic(step: Step) -> int:
     """Bytes of dequantized weights of one step, where an implementation writes and reads each for each product.
 
     2 * 2 N K a product, for the forward pass, the backward pass and what is computed again.
     """
     layer = sum(2 * dequantized_bytes(shape) for _, shape in step.shapes())
-    again = sum(2 * dequantized_bytes(shape) for name, shape in step.shapes() if name != DOWN)
+    again = sum(2 * dequantized_bytes(shape) for name, shape in step.shapes() if name not in _not_again(step))
     times = step.batch[0] * step.model.num_layers
     return times * (2 * layer + (again if "frozen again" in AGAIN[step.remat] else 0))
 

@@ -17,6 +17,7 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.pages import PAGE_BYTES
 from qlora_jax.training import counts
 from qlora_jax.training.abstract import AbstractStep, Program, abstract_step
+from qlora_jax.training.saved import offloaded_bytes, saved_bytes
 from qlora_jax.training.updates import PAGES_IN_A_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
@@ -134,11 +135,11 @@ def _need(setting: Setting, scratch: int, source: str) -> Need:
 
 
 def _saved(of: counts.Step) -> int:
-    return sum(counts.saved_bytes(of).values())
+    return sum(saved_bytes(of).values())
 
 
 def _offloaded(of: counts.Step) -> int:
-    return sum(counts.offloaded_bytes(of).values())
+    return sum(offloaded_bytes(of).values())
 
 
 def compiled_need(setting: Setting, compile_step: Compile) -> Need:

@@ -43,10 +43,7 @@ def _count(tree: Lora) -> int:
 
 
 def _frozen_count(session: Session) -> int:
-    model = session.model
-    linear = model.num_layers * sum(n * k + (n if bias else 0) for (n, k), bias in model.linear_shapes().values())
-    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
-    return linear + tables + (2 * model.num_layers + 1) * model.embed_dim
+    return session.model.parameters()
 
 
 def _megabytes(tree: object) -> str:
@@ -81,7 +78,9 @@ def _products(session: Session) -> str:
 
 
 def _attention(session: Session) -> str:
-    why = attention_cpu.refusal(target_device().platform, session.weights.dtype, session.model.head_dim)
+    plain = session.model.has_plain_attention(max(session.dataset.buckets))
+    width = session.model.head_dim
+    why = attention_cpu.refusal(target_device().platform, session.weights.dtype, width, plain=plain)
     return "C++ loops" if why is None else f"XLA, in tiles of scores; {why}"
 
 

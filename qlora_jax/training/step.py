@@ -39,7 +39,7 @@ def row_nll(
     """Each row's sum over its tokens of weight * -log p(target), in f32."""
     hidden_MD = model.hidden(inputs_BT, remat=remat, key=key)
     with jax.named_scope("head"):
-        nll_M = token_nll(hidden_MD, model.head_VD, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
+        nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
     return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
 
 

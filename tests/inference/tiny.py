@@ -54,7 +54,7 @@ def tiny_parts(seed: int = 0, max_positions: int = MAX_POSITIONS):
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(graphdef, lora, base, ids_1T):
     model = combine(graphdef, lora, base)
-    return model.hidden(ids_1T) @ model.head_VD.T
+    return model.head.logits(model.hidden(ids_1T))
 
 
 def full_logits(parts, ids: list[int]) -> jax.Array:

@@ -30,8 +30,8 @@ def _segments(length, *rows):
     return jnp.asarray(np.stack(ids), jnp.int32)
 
 
-def _plain(q, k, v, window=None, segments_BT=None):
-    """transformers' definition: key <= query, key > query - window, equal segments."""
+def _plain(q, k, v, window=None, segments_BT=None, softcap=None):
+    """transformers' definition: key <= query, key > query - window, equal segments; softcap tanh(score / softcap)."""
     k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     at = jnp.arange(q.shape[1])
     visible = (at[None, :] <= at[:, None])[None]
@@ -39,7 +39,9 @@ def _plain(q, k, v, window=None, segments_BT=None):
         visible &= (at[None, :] > at[:, None] - window)[None]
     if segments_BT is not None:
         visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    scores = jnp.where(visible[:, None], jnp.einsum("btnh,bsnh->bnts", q, k) * SCALE, -jnp.inf)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * SCALE
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible[:, None], scores, -jnp.inf)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
 
 
@@ -78,6 +80,29 @@ def test_head_dims(head_dim):
 @pytest.mark.parametrize("window", [1, 256, 258])
 def test_window(length, heads, window):
     assert max(_errors(length, heads, heads // 2, window=window)) < 5e-6
+
+
+@pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2), (700, 10)])
+@pytest.mark.parametrize("window", [1, 70, 258, 900])
+def test_a_window_that_is_traced(length, heads, window):
+    ids = _segments(length, (40, 2, 200), (256, 1, 30))
+    inputs = _inputs(length, heads, heads // 2)
+    for segments_BT in (None, ids):
+
+        def ours(q, k, v, segments_BT=segments_BT):
+            return causal_attention(q, k, v, SCALE, window=jnp.int32(window), segments_BT=segments_BT)
+
+        def plain(q, k, v, segments_BT=segments_BT):
+            return _plain(q, k, v, window, segments_BT)
+
+        pairs = zip(_value_and_gradients(ours, *inputs), _value_and_gradients(plain, *inputs), strict=True)
+        assert max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b), initial=1.0)) for a, b in pairs) < 5e-6
+
+
+@pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2)])
+@pytest.mark.parametrize("window", [None, 70])
+def test_softcap(length, heads, window):
+    assert max(_errors(length, heads, heads // 2, softcap=0.7, window=window)) < 5e-6
 
 
 @pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2), (700, 10)])
@@ -136,7 +161,7 @@ def test_what_no_query_of_a_chunk_sees_is_not_visited():
     assert Visibility.of(tiling, None, _segments(1280, (300, 468))).first_I.tolist() == [0, 0, 1, 3, 3]
 
 
-@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": 1.0, "window": 0}])
+@pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": 1.0, "window": 0}, {"scale": 1.0, "softcap": 0.0}])
 def test_what_is_not_above_zero_is_refused(wrong):
     with pytest.raises(ValueError, match="above zero"):
         causal_attention(*_inputs(5, 2, 2)[:3], **wrong)

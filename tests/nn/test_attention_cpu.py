@@ -28,7 +28,9 @@ def _errors(length, heads, kv_heads, head_dim, batch=2, **visible):
     inputs = _inputs(length, heads, kv_heads, batch, head_dim, BF16)
     ids, window = visible.get("segments_BT"), visible.get("window")
     ours = _all(functools.partial(attention_cpu.attention, segments_BT=ids, scale=SCALE, window=window), inputs)
-    tiles = _all(lambda q, k, v: attention._attention(q, k, v, ids, SCALE, window), inputs)
+    tiles = _all(
+        lambda q, k, v: attention._attention(q, k, v, (ids, None), attention.Scores(SCALE, None), window), inputs
+    )
     plain = _all(lambda *qkv: _plain(*qkv, **visible), [x.astype(jnp.float32) for x in inputs])
     return [
         [float(np.max(np.abs(a - b)) / np.max(np.abs(b), initial=1.0)) for a, b in zip(each, plain, strict=True)]
@@ -97,9 +99,10 @@ def test_causal_attention_takes_them_where_they_are_at_home():
 
     assert calls(BF16, 64)
     assert not calls(jnp.float32, 64) and not calls(jnp.float16, 64) and not calls(BF16, 20)
-    assert "CPUs" in attention_cpu.refusal("gpu", BF16, 64)
-    assert "not float16" in attention_cpu.refusal("cpu", "float16", 64)
-    assert "not 20" in attention_cpu.refusal("cpu", "bfloat16", 20)
+    assert "CPUs" in attention_cpu.refusal("gpu", BF16, 64, plain=True)
+    assert "not float16" in attention_cpu.refusal("cpu", "float16", 64, plain=True)
+    assert "not 20" in attention_cpu.refusal("cpu", "bfloat16", 20, plain=True)
+    assert "soft cap" in attention_cpu.refusal("cpu", "bfloat16", 64, plain=False)
 
 
 def test_vmap_and_checkpoint():

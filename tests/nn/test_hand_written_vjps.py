@@ -8,9 +8,9 @@ import pytest
 from qlora_jax.nn.attention import cached_attention
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.lora import lora_deltas
-from qlora_jax.nn.loss import TILES, Tile, token_nll
-from qlora_jax.nn.mlp import swiglu
-from qlora_jax.nn.norm import rms_norm
+from qlora_jax.nn.loss import TILES, Head, Tile, token_nll
+from qlora_jax.nn.mlp import ACTIVATIONS, activated, gated
+from qlora_jax.nn.norm import layer_norm, rms_norm
 from qlora_jax.nn.rope import Rope, rotate, rotations
 
 
@@ -40,12 +40,33 @@ def _plain_attention(q, k, v, scale=0.3):
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf)), v)
 
 
-def test_rms_norm():
-    _check(lambda x, w: rms_norm(x, w, 1e-5), _plain_norm, _random(6, 32), _random(32))
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_rms_norm(offset):
+    args = _random(6, 32), _random(32)
+    _check(lambda x, w: rms_norm(x, w, 1e-5, offset), lambda x, w: _plain_norm(x, offset + w), *args)
 
 
-def test_swiglu():
-    _check(swiglu, lambda gate, up: gate * jax.nn.sigmoid(gate) * up, _random(6, 32), _random(6, 32, seed=1))
+def test_layer_norm():
+    def plain(x, weight, bias):
+        mean, var = jnp.mean(x, -1, keepdims=True), jnp.var(x, -1, keepdims=True)
+        return (x - mean) / jnp.sqrt(var + 1e-5) * weight[None] + bias[None]
+
+    args = 3 * _random(6, 32) + 2, _random(32), _random(32, seed=1)
+    _check(lambda x, w, b: layer_norm(x, w, b, 1e-5), plain, *args)
+
+
+PLAIN_ACTIVATIONS = {
+    "silu": lambda x: x / (1 + jnp.exp(-x)),
+    "gelu": lambda x: x * jax.scipy.stats.norm.cdf(x),
+    "gelu_tanh": lambda x: x / (1 + jnp.exp(-2 * np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3))),
+}
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation):
+    plain, gate, up = PLAIN_ACTIVATIONS[activation], 2 * _random(6, 32), _random(6, 32, seed=1)
+    _check(lambda x: activated(x, activation), plain, gate)
+    _check(lambda gate, up: gated(gate, up, activation), lambda gate, up: plain(gate) * up, gate, up)
 
 
 @pytest.mark.parametrize("narrow", ["a", "b"])
@@ -77,7 +98,22 @@ def test_token_nll(supervised, vocab, monkeypatch):
         log_p = jax.nn.log_softmax(hidden @ head.T)
         return jnp.where(mask, -jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0], 0.0)
 
-    _check(lambda hidden: token_nll(hidden, head, targets, mask), plain, hidden)
+    _check(lambda hidden: token_nll(hidden, Head(head), targets, mask), plain, hidden)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_token_nll_with_bias_and_softcap(biased, softcap, monkeypatch):
+    monkeypatch.setitem(TILES, "cpu", Tile(256, 32))
+    hidden, head, bias = _random(300, 24), _random(100, 24), _random(100) if biased else None
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, 100, 300), jnp.int32)
+
+    def plain(hidden):
+        logits = hidden @ head.T + (0 if bias is None else bias[None])
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0]
+
+    _check(lambda hidden: token_nll(hidden, Head(head, bias, softcap), targets, jnp.ones(300, bool)), plain, hidden)
 
 
 def test_token_nll_of_logits_beyond_exp(monkeypatch):
@@ -90,7 +126,7 @@ def test_token_nll_of_logits_beyond_exp(monkeypatch):
     def plain(hidden):
         return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[:, None], 1)[:, 0]
 
-    _check(lambda hidden: token_nll(hidden, head, targets, everyone), plain, hidden)
+    _check(lambda hidden: token_nll(hidden, Head(head), targets, everyone), plain, hidden)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

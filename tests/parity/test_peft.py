@@ -18,7 +18,6 @@ from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.nn.dots import dot_nt
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 SCRIPT = Path(__file__).parent.parent / "oracle/peft_logits.py"
@@ -66,7 +65,7 @@ def _write_run(run: Path, model: Path, lora_args: LoraArgs) -> tuple[Any, Any]:
 
 def _logits(model: Any, tokens: np.ndarray) -> np.ndarray:
     hidden = jax.jit(type(model).hidden)(model, tokens)
-    return np.asarray(dot_nt(hidden, model.head_VD)).reshape(*tokens.shape, -1)
+    return np.asarray(model.head.logits(hidden)).reshape(*tokens.shape, -1)
 
 
 def test_peft_over_the_dequantized_base(tmp_path: Path, oracle) -> None:

@@ -10,7 +10,6 @@ from qlora_jax.io.loader import load_model
 from qlora_jax.io.source import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.nn.dots import dot_nt
 
 ORACLE = Path(__file__).parent.parent / "oracle"
 BASE = dict(
@@ -63,7 +62,7 @@ def logits_of(path: Path, tokens: np.ndarray) -> np.ndarray:
     weights = WeightFormat(quant_type=None, dtype="float32")
     model = load_model(source, model_config(source.config), weights).model
     hidden = jax.jit(type(model).hidden)(model, tokens)
-    return np.asarray(dot_nt(hidden, model.head_VD)).reshape(*tokens.shape, -1)
+    return np.asarray(model.head.logits(hidden)).reshape(*tokens.shape, -1)
 
 
 def test_random_models_of_every_feature(oracle, tmp_path):

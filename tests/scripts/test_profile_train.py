@@ -13,6 +13,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
 from qlora_jax.training import counts
+from qlora_jax.training.saved import saved_bytes
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/profile_train.py"
@@ -151,7 +152,7 @@ def test_what_the_formulas_count_has_a_place(parts, load_with_neighbours, remat)
     assert ("recomputed" in flop["frozen"]) == (remat in ("full", "offload"))
     rows = load_with_neighbours("profile_card").formula_rows(counted(remat))
     kept = sum(row["bytes"] for row in rows if row["what"].startswith("kept"))
-    assert kept == sum(counts.saved_bytes(counted(remat)).values())
+    assert kept == sum(saved_bytes(counted(remat)).values())
 
 
 def profile(tmp_path, *arguments):

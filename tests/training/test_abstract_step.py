@@ -22,6 +22,7 @@ from qlora_jax.models.partition import partition
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training import counts, step
 from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.saved import saved_bytes
 from tests.io.tiny_models import tiny_config
 from tests.training.compiled_text import computed, dots, nbytes, shape_of
 from tests.training.real_models import REAL_MODELS
@@ -111,7 +112,7 @@ def check_counts(counted, gradients, update, abstract):
     lora, state = counts.lora_bytes(counted), counts.optimizer_bytes(counted)
     assert update.memory.device.arguments == 2 * lora + state
     assert update.memory.device.aliases == lora + state
-    saved = sum(counts.saved_bytes(counted).values())
+    saved = sum(saved_bytes(counted).values())
     assert saved < device.temporaries < saved + working_set(counted)
 
 
@@ -145,7 +146,7 @@ def check_nothing_is_whole(counted, text):
     """No copy of a stack's codes, no stack of dequantized weights, and no logits beyond one chunk of tokens."""
     model, layers = counted.model, counted.model.num_layers
     smallest = layers * min(n * k for _, (n, k) in counted.shapes())
-    kept = set(counts.saved_bytes(counted))
+    kept = set(saved_bytes(counted))
     for kind in computed(text):
         sizes = shape_of(kind)
         if sizes[:1] == [layers]:

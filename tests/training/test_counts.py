@@ -14,6 +14,7 @@ from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training import counts
 from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.saved import saved_bytes
 from tests.training.compiled_text import dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -34,44 +35,64 @@ MODEL = ModelConfig(
 )
 EVERY = LoraArgs(rank=8, rank_pattern={"down_proj": 16})
 SOME = LoraArgs(rank=8, target_modules=["q_proj", "v_proj"], dropout=0.1)
+# Features of other families, between them all that change what is multiplied, held or kept.
+LIKE_GEMMA3 = dataclasses.replace(
+    MODEL,
+    layout="both",
+    qk_norm="head",
+    norm_offset=1.0,
+    windows=(40, None) * 3 + (40,),
+    ropes=(Rope(theta=5e3, dim=32, max_positions=2048), MODEL.rope) * 3 + (MODEL.rope,),
+    attention_softcap=5.0,
+    head_softcap=3.0,
+    activation="gelu_tanh",
+)
+LIKE_OLMO2 = dataclasses.replace(MODEL, layout="post", qk_norm="width")
+LIKE_PHI3 = dataclasses.replace(MODEL, fused_qkv="parts", fused_gate_up=True)
+PLAIN_MLP = dict(norm="layer", gated=False, o_bias=True, mlp_bias=True, activation="gelu")
+LIKE_PHI = dataclasses.replace(MODEL, layout="parallel, one norm", head_bias=True, **PLAIN_MLP)
+LIKE_NEOX = dataclasses.replace(MODEL, layout="parallel", num_kv_heads=6, fused_qkv="heads", **PLAIN_MLP)
 # Lengths: one chunk of attention, 3 with padding in the last, and 9.
 CASES = {
-    "none": ("none", (1, 2, 320), EVERY),
-    "names": ("names", (2, 2, 320), EVERY),
-    "full": ("full", (1, 2, 320), EVERY),
-    "names, two adapters": ("names", (1, 1, 320), SOME),
-    "none, two adapters": ("none", (1, 1, 320), SOME),
-    "names, long": ("names", (1, 1, 1152), EVERY),
-    "full, short": ("full", (1, 2, 100), EVERY),
-    "full, not unrolled": ("full", (1, 3, 200), EVERY),
+    "none": (MODEL, "none", (1, 2, 320), EVERY),
+    "names": (MODEL, "names", (2, 2, 320), EVERY),
+    "full": (MODEL, "full", (1, 2, 320), EVERY),
+    "names, two adapters": (MODEL, "names", (1, 1, 320), SOME),
+    "none, two adapters": (MODEL, "none", (1, 1, 320), SOME),
+    "names, long": (MODEL, "names", (1, 1, 1152), EVERY),
+    "full, short": (MODEL, "full", (1, 2, 100), EVERY),
+    "full, not unrolled": (MODEL, "full", (1, 3, 200), EVERY),
 }
-
-
+FAMILIES = {
+    f"{name}, {remat}": (model, remat, (1, 2, 320), EVERY)
+    for name, model in {"gemma3": LIKE_GEMMA3, "olmo2": LIKE_OLMO2, "phi3": LIKE_PHI3, "phi": LIKE_PHI}.items()
+    for remat in ("none", "names")
+} | {"neox, none": (LIKE_NEOX, "none", (1, 2, 320), EVERY), "gemma3, full": (LIKE_GEMMA3, "full", (1, 2, 320), EVERY)}
 IN_HANDLERS = ("names, C++ attention", "full, C++ attention")
-CASES |= {IN_HANDLERS[0]: ("names", (2, 2, 320), EVERY), IN_HANDLERS[1]: ("full", (1, 2, 100), EVERY)}
+CASES |= {IN_HANDLERS[0]: (MODEL, "names", (2, 2, 320), EVERY), IN_HANDLERS[1]: (MODEL, "full", (1, 2, 100), EVERY)}
+PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=PARAMS)
 def case(request):
     """(counts.Step, abstract step, compiled gradients, its text)."""
-    remat, batch, lora = CASES[request.param]
     with pytest.MonkeyPatch.context() as patch:
         if request.param not in IN_HANDLERS:
             patch.setattr(attention_cpu, "attention_problem", lambda: "left out")
         elif problem := attention_cpu.attention_problem():
             pytest.skip(problem)
         jax.clear_caches()  # a step that was traced the other way
-        yield _compiled(remat, batch, lora)
+        yield _compiled(*(CASES | FAMILIES)[request.param])
     jax.clear_caches()
 
 
-def _compiled(remat, batch, lora):
+def _compiled(model, remat, batch, lora):
     weights = WeightFormat(platform="cpu")
-    step = abstract_step(MODEL, weights, lora, batch=batch, remat=remat)
+    step = abstract_step(model, weights, lora, batch=batch, remat=remat)
     function, args, kwargs = step.gradients()
     compiled = function.lower(*args, **kwargs).compile()
     ranks = counts.ranks_of(step.lora)
-    counted = counts.Step(model=MODEL, weights=weights, ranks=ranks, batch=batch, remat=remat)
+    counted = counts.Step(model=model, weights=weights, ranks=ranks, batch=batch, remat=remat)
     return counted, step, compiled, compiled.as_text()
 
 
@@ -116,7 +137,7 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     carried = sum(nbytes(kind) for kind in forward.carried if kind.split("[")[1].startswith(f"{LAYERS},"))
     given = sum(_bytes(leaf) for leaf in jax.tree.leaves((step.base, step.lora)) if leaf.shape[:1] == (LAYERS,))
     given -= sum(_bytes(leaf) for leaf in jax.tree.leaves(step.base) if leaf.shape == (LAYERS,))  # nested_offset
-    expected = sum(counts.saved_bytes(counted).values())
+    expected = sum(saved_bytes(counted).values())
     slices = counts.lora_bytes(counted) + counts.frozen_bytes(counted)["vectors"] if counted.remat == "none" else 0
     assert expected <= carried - given <= expected + slices
 

@@ -29,6 +29,7 @@ from qlora_jax.training.needs import (
 )
 from qlora_jax.training.plan import MAX_COMPILES, make_plan
 from qlora_jax.training.plan_settings import features_of, target_of
+from qlora_jax.training.saved import offloaded_bytes, saved_bytes
 from tests.io.tiny_models import tiny_config
 
 GIB = 2**30
@@ -63,7 +64,7 @@ class Compiler:
         accumulated, rows, length = step.batch["inputs"].shape
         self.asked.append(((accumulated, rows, length), step.remat))
         setting = dataclasses.replace(TINY, batch=(accumulated, rows, length), remat=step.remat)
-        saved = sum(counts.saved_bytes(setting.counted()).values())
+        saved = sum(saved_bytes(setting.counted()).values())
         surprise = self._extra if step.remat == "full" else 0
         return Temporaries(gradients=saved + 1_000_000 + 100 * rows * length + surprise, update=0)
 
@@ -104,7 +105,7 @@ def test_activations_that_stay_on_the_device_are_told():
     stays = on_gpu(TINY, remat="offload")
     with pytest.raises(RuntimeError, match=r"of activations were to wait in host memory, but .* keeps 0 B there"):
         compiled_need(stays, lambda step: Temporaries(gradients=10**9, update=0))
-    host = sum(counts.offloaded_bytes(stays.counted()).values())
+    host = sum(offloaded_bytes(stays.counted()).values())
     assert compiled_need(stays, lambda step: Temporaries(10**9, 0, host)).host[ACTIVATIONS] == host
 
 
@@ -255,7 +256,7 @@ def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, rem
 def test_offloaded_activations_are_host_memory_in_the_compiled_step():
     setting = real("smollm2-135m", (1, 2, 512), rank=16)
     on, away = (setting.changed(remat=remat) for remat in ("full", "offload"))
-    kept = sum(counts.saved_bytes(on.counted()).values())
+    kept = sum(saved_bytes(on.counted()).values())
     programs = [
         aot.compile_for("a6000", p.function, *p.args, **p.kwargs) for p in (s.step.gradients() for s in (on, away))
     ]

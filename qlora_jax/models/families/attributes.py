@@ -1,7 +1,17 @@
 """Reading a Hugging Face config so that nothing in it is overlooked."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+# Hugging Face's names of activations, and ours; several of theirs are the same function.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
 
 # Attributes that do not change what a forward pass computes: names, training-time and generation settings.
 HARMLESS = frozenset(
@@ -34,10 +44,15 @@ HARMLESS = frozenset(
         "unsloth_fixed",
         "unsloth_version",
         "use_cache",
+        "cache_implementation",
         "chunk_size_feed_forward",
+        "classifier_dropout",
+        "hidden_dropout",
+        "is_decoder",
         "is_encoder_decoder",
-        "problem_type",
         "is_llama_config",
+        "problem_type",
+        "tokenizer_class",
     ]
 )
 
@@ -77,6 +92,37 @@ class Attributes:
     def boolean(self, name: str, default: bool) -> bool:
         """true or false."""
         return bool(self._get(name, default, bool, "true or false"))
+
+    def optional(self, name: str, absent: float | None) -> float | None:
+        """A number above zero, None where the config says null, `absent` where it says nothing."""
+        self._read.add(name)
+        value = self._config.get(name, absent)
+        if value is not None and (type(value) not in (int, float) or value <= 0):
+            self.refuse(f"{name}={value!r}: a number above zero, or null, is needed")
+            return None
+        return value
+
+    def window(self, name: str, absent: int | None) -> int | None:
+        """`optional`, of a whole number."""
+        value = self.optional(name, absent)
+        if isinstance(value, float):
+            self.refuse(f"{name}={value!r}: a whole number, or null, is needed")
+            return None
+        return value
+
+    def activation(self, name: str, default: str) -> str:
+        """Our name of an activation."""
+        value = self._get(name, default, str, "the name of an activation")
+        if value not in ACTIVATIONS:
+            self.refuse(f"{name}={value!r} is not supported: known are {sorted(ACTIVATIONS)}")
+        return ACTIVATIONS.get(value, "silu")
+
+    def by_layer(self, name: str, layers: int, default: Sequence[Any], accepted: Sequence[Any]) -> list[Any]:
+        """One of `accepted` for each layer."""
+        value = self._get(name, list(default), list, f"a list of {layers}")
+        if value and (len(value) < layers or any(item not in accepted for item in value)):
+            self.refuse(f"{name}={value!r}: {layers} of {list(accepted)} are needed")
+        return list(value)[:layers] if value else list(default)
 
     def mapping(self, name: str) -> Mapping[str, Any] | None:
         """An object, or None."""

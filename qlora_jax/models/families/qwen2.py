@@ -6,25 +6,28 @@ from typing import Any
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
+from qlora_jax.models.families.rope import FULL, SLIDING, layer_types, windows_of
 
 MODEL_TYPES = ("qwen2",)
 
-ONLY = {"hidden_act": "silu", "use_sliding_window": False, "use_mrope": False}
-# What only says where a window would begin, were there one.
-OF_WINDOWS = ("sliding_window", "max_window_layers")
+ONLY = {"hidden_act": "silu", "use_mrope": False}
+DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 
 def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
     attributes = Attributes(config)
     attributes.require_only(ONLY)
-    attributes.ignore(OF_WINDOWS)
-    kinds = set(config.get("layer_types") or ())
-    if kinds - {"full_attention"}:
-        attributes.refuse(f"layer_types with {sorted(kinds - {'full_attention'})} are not supported")
-    attributes.ignore(["layer_types"])
-    # What transformers takes where a config leaves it out.
-    defaults = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
-    model = decoder_from_hf(attributes, defaults, qkv_bias=True, o_bias=False, mlp_bias=False)
+    model = decoder_from_hf(attributes, DEFAULTS, qkv_bias=True, windows=late_windows(attributes))
     attributes.finish()
     return model
+
+
+def late_windows(attributes: Attributes) -> tuple[int | None, ...]:
+    """The windows of Qwen models: from layer `max_window_layers` on, where `use_sliding_window` says so."""
+    layers, window = attributes.integer("num_hidden_layers"), attributes.window("sliding_window", 4096)
+    first = attributes.number("max_window_layers", 28)
+    if not attributes.boolean("use_sliding_window", False):
+        window = None
+    slides = [window is not None and layer >= first for layer in range(layers)]
+    return windows_of(attributes, layer_types(attributes, [SLIDING if s else FULL for s in slides]), window)

@@ -1,0 +1,96 @@
+"""The Gemma family, text models: norms of 1 + weight, a scaled embedding, GeGLU; Gemma 2 and 3 also normalize what
+attention and MLP give, and let most layers see a sliding window only."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families.attributes import Attributes
+from qlora_jax.models.families.llama import decoder_from_hf
+from qlora_jax.models.families.rope import FULL, SLIDING, layer_types, rope_from_hf, rope_of, windows_of
+from qlora_jax.nn.rope import Rope
+
+ONLY = {"use_bidirectional_attention": False}
+SHARED = {"tie_word_embeddings": True, "head_dim": 256}
+GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+    attributes = Attributes(config)
+    attributes.require_only(ONLY)
+    bias = attributes.boolean("attention_bias", False)
+    model = GENERATIONS[config["model_type"]](attributes, qkv_bias=bias, o_bias=bias, norm_offset=1.0)
+    attributes.finish()
+    return dataclasses.replace(model, embed_scale=math.sqrt(model.embed_dim))
+
+
+def _gemma1(attributes: Attributes, **features: Any) -> ModelConfig:
+    # Its published configs say "gelu" and mean the approximation, which transformers takes in its place.
+    act = {"gelu": "gelu_tanh"}.get(given := attributes.activation("hidden_act", "gelu_pytorch_tanh"), given)
+    attributes.ignore(["hidden_activation"])
+    defaults = SHARED | {"max_position_embeddings": 8192, "num_key_value_heads": 16}
+    return decoder_from_hf(attributes, defaults, activation=act, **features)
+
+
+def _gemma2(attributes: Attributes, **features: Any) -> ModelConfig:
+    features |= _later(attributes, attention_softcap=50.0, head_softcap=30.0)
+    windows = _windows(attributes, pattern=2)
+    defaults = SHARED | {"max_position_embeddings": 8192, "num_key_value_heads": 4}
+    return decoder_from_hf(attributes, defaults, windows=windows, **features)
+
+
+def _gemma3(attributes: Attributes, **features: Any) -> ModelConfig:
+    attributes.require_only({"attn_logit_softcapping": None})  # transformers reads it and does nothing with it
+    features |= _later(attributes, attention_softcap=None, head_softcap=None)
+    pattern = attributes.integer("sliding_window_pattern", attributes.integer("_sliding_window_pattern", 6))
+    windows = _windows(attributes, pattern=pattern)
+    whole, local = _ropes(attributes)
+    defaults = SHARED | {"max_position_embeddings": 131072, "num_key_value_heads": 4}
+    model = decoder_from_hf(attributes, defaults, rope=whole, qk_norm="head", windows=windows, **features)
+    turned_locally = local(model.head_dim, model.max_positions)
+    ropes = tuple(model.rope if window is None else turned_locally for window in windows)
+    return dataclasses.replace(model, ropes=ropes)
+
+
+GENERATIONS = {"gemma": _gemma1, "gemma2": _gemma2, "gemma3_text": _gemma3}
+MODEL_TYPES = tuple(GENERATIONS)
+
+
+def _later(attributes: Attributes, **softcaps: float | None) -> dict[str, Any]:
+    """What Gemma 2 and 3 share; softcaps are those where a config leaves them out."""
+    attributes.ignore(["hidden_act"])  # an older name, beside which the one below holds
+    return {
+        "layout": "both",
+        "activation": attributes.activation("hidden_activation", "gelu_pytorch_tanh"),
+        "query_scale": attributes.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_softcap": attributes.optional("attn_logit_softcapping", softcaps["attention_softcap"]),
+        "head_softcap": attributes.optional("final_logit_softcapping", softcaps["head_softcap"]),
+    }
+
+
+def _windows(attributes: Attributes, pattern: int) -> tuple[int | None, ...]:
+    """Each layer but every `pattern`-th slides, where `layer_types` says nothing else."""
+    layers, window = attributes.integer("num_hidden_layers"), attributes.window("sliding_window", 4096)
+    types = layer_types(attributes, [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)])
+    return windows_of(attributes, types, window)
+
+
+def _ropes(attributes: Attributes) -> tuple[Callable[[int, int], Rope], Callable[[int, int], Rope]]:
+    """Of the layers that see everything, and of those with a window: by kind of layer (transformers 5), or by two
+    bases and a scaling of the first."""
+    base = attributes.number("rope_local_base_freq", LOCAL_THETA)
+    given = attributes.mapping("rope_parameters")
+    if given is None:
+        whole = functools.partial(rope_from_hf, attributes, theta=GLOBAL_THETA)
+        return whole, functools.partial(rope_of, attributes, {}, theta=base)
+    attributes.require_only({"rope_scaling": None})
+    if unknown := given.keys() - {FULL, SLIDING}:
+        attributes.refuse(f"rope_parameters has {sorted(unknown)}, known are {FULL!r} and {SLIDING!r}")
+    numbers = [given.get(kind) or {} for kind in (FULL, SLIDING)]
+    thetas = (attributes.number("rope_theta", GLOBAL_THETA), base)
+    whole, local = (functools.partial(rope_of, attributes, n, theta=t) for n, t in zip(numbers, thetas, strict=True))
+    return whole, local

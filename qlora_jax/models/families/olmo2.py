@@ -1,0 +1,23 @@
+"""OLMo 2: norms after attention and MLP rather than before them, and over all of the queries and all of the keys."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families.attributes import Attributes
+from qlora_jax.models.families.llama import decoder_from_hf
+
+MODEL_TYPES = ("olmo2",)
+
+ONLY = {"hidden_act": "silu", "clip_qkv": None}
+DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
+
+
+def from_hf(config: Mapping[str, Any]) -> ModelConfig:
+    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+    attributes = Attributes(config)
+    attributes.require_only(ONLY)
+    bias = attributes.boolean("attention_bias", False)
+    model = decoder_from_hf(attributes, DEFAULTS, qkv_bias=bias, o_bias=bias, layout="post", qk_norm="width")
+    attributes.finish()
+    return model

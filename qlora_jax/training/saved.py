@@ -1,0 +1,92 @@
+"""Bytes of what one step keeps of each layer between its forward and its backward pass, by formula.
+
+Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim, F mlp, R rank.
+"""
+
+from collections.abc import Callable
+
+from qlora_jax.models.config import LAYOUTS, ModelConfig
+from qlora_jax.training.counts import DOWN, F32, Part, Step, in_handlers, tiling
+
+
+def saved_bytes(step: Step) -> dict[str, int]:
+    """Activations kept on the device of all layers between forward and backward, by what they are, for the policy.
+
+    L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
+    gate, up and inner activation F; xA R; what a norm behind attention or MLP reads D. attention_lse is f32 [B, N, T] a
+    layer. What only adapters read is kept for those that there are. The policy `none` may keep as much more as the LoRA
+    parameters and norms are: autodiff keeps slices of them, and the compiler does not see that it has each already.
+    """
+    return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
+
+
+def offloaded_bytes(step: Step) -> dict[str, int]:
+    """Activations that wait in host memory between forward and backward, as `saved_bytes` names them."""
+    parts = OFFLOADED.get(step.remat, {})
+    return {name: step.model.num_layers * part(step) for name, part in parts.items()}
+
+
+def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
+    """M width itemsize, where an adapter that reads it is there (or whatever there is, where none is named)."""
+
+    def part(step: Step) -> int:
+        is_read = not read_by or not step.ranks.keys().isdisjoint(read_by)
+        return is_read * step.rows * width(step.model) * step.itemsize
+
+    return part
+
+
+def _lse(step: Step) -> int:
+    tiles = tiling(step)
+    length = step.batch[2] if in_handlers(step) else tiles.chunks * tiles.chunk
+    return F32 * step.batch[1] * step.model.num_heads * length
+
+
+def _lora_xa(step: Step) -> int:
+    return step.rows * sum(step.ranks.values()) * step.itemsize
+
+
+def _normed_behind(model: ModelConfig) -> int:
+    layout = LAYOUTS[model.layout]
+    return model.embed_dim * ((layout.after_attention is not None) + (layout.after_mlp is not None))
+
+
+def _to_attention(model: ModelConfig) -> int:
+    return model.embed_dim if LAYOUTS[model.layout].before_attention else 0  # else it is the layer's input
+
+
+def _to_mlp(model: ModelConfig) -> int:
+    layout = LAYOUTS[model.layout]
+    return model.embed_dim if layout.before_mlp not in (None, layout.before_attention) else 0
+
+
+def _before_qk_norm(model: ModelConfig) -> int:
+    return (model.num_heads + model.num_kv_heads) * model.head_dim if model.qk_norm else 0
+
+
+INPUT: dict[str, Part] = {"layer input": _wide(lambda m: m.embed_dim)}
+NAMED: dict[str, Part] = {
+    "query": _wide(lambda m: m.num_heads * m.head_dim),
+    "key and value": _wide(lambda m: 2 * m.num_kv_heads * m.head_dim),
+    "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
+    "attention_lse": _lse,
+    "attention_normed and mlp_normed": _wide(_normed_behind),
+    "attention_residual": _wide(lambda m: 0 if LAYOUTS[m.layout].parallel else m.embed_dim),
+    "mlp_gate and mlp_up": _wide(lambda m: (1 + m.gated) * m.mlp_dim),
+    "lora_xa": _lora_xa,
+}
+READ: dict[str, Part] = {
+    "attention's input": _wide(_to_attention, *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))),
+    "mlp's input": _wide(_to_mlp, "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+    "before queries' and keys' norms": _wide(_before_qk_norm),
+    "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
+    # Once more, heads joined to rows: attention's own backward pass keeps the other shape.
+    "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
+}
+SAVED: dict[str, dict[str, Part]] = {
+    "none": INPUT | NAMED | READ,
+    "names": INPUT | NAMED,
+    "full": INPUT,
+    "offload": {},
+}
+OFFLOADED: dict[str, dict[str, Part]] = {"offload": INPUT}

@@ -1,0 +1,172 @@
+"""Each family against transformers, in f32: random tiny models in which every feature is away from its default.
+
+Logits of rows padded on either side and of packed rows; the loss and the gradient of every adapter; and decoding over a
+key-value cache against the whole row at once.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.io.inventory import layer_name
+from qlora_jax.io.loader import load_model
+from qlora_jax.io.source import open_model
+from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import KVCache
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import combine, partition
+from qlora_jax.training.step import row_nll
+
+ORACLE = Path(__file__).parent.parent / "oracle/family_rows.py"
+TOLERANCE = 1e-4
+VOCAB, LENGTH, PADDING, CUT, CHUNK = 97, 36, 11, 15, 12
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+GQA = SIZES | dict(num_key_value_heads=2)
+LLAMA3 = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=16)
+LONGROPE = dict(short_factor=[1.0, 1.1, 1.2, 1.3], long_factor=[1.5, 1.7, 1.9, 2.1])
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+CONFIGS = {
+    "llama3": GQA | dict(rope_parameters=dict(LLAMA3, rope_type="llama3", rope_theta=5000.0)),
+    "mistral": GQA | dict(model_type="mistral", sliding_window=9, head_dim=24, rms_norm_eps=1e-2),
+    "mistral_no_window": GQA | dict(model_type="mistral", sliding_window=None),
+    "qwen2_window": GQA
+    | dict(
+        model_type="qwen2", use_sliding_window=True, sliding_window=9, max_window_layers=1, tie_word_embeddings=True
+    ),
+    "qwen3": GQA | dict(model_type="qwen3", head_dim=24, attention_bias=True),
+    "qwen3_window": GQA
+    | dict(model_type="qwen3", head_dim=16, use_sliding_window=True, sliding_window=9)
+    | dict(layer_types=ALTERNATING),
+    "smollm3": GQA | dict(model_type="smollm3", no_rope_layer_interval=2, mlp_bias=True, attention_bias=True),
+    "smollm3_window": GQA
+    | dict(model_type="smollm3", no_rope_layers=[0, 1, 1], use_sliding_window=True, sliding_window=9),
+    "olmo2": GQA | dict(model_type="olmo2", attention_bias=True, tie_word_embeddings=True),
+    "gemma": GQA | dict(model_type="gemma", head_dim=24, attention_bias=True),
+    "gemma2": GQA
+    | dict(model_type="gemma2", head_dim=16, sliding_window=9, query_pre_attn_scalar=40)
+    | dict(attn_logit_softcapping=0.5, final_logit_softcapping=1.5),
+    "gemma2_plain": GQA
+    | dict(model_type="gemma2", head_dim=16, attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma3": GQA
+    | dict(model_type="gemma3_text", head_dim=16, sliding_window=9, query_pre_attn_scalar=20, layer_types=ALTERNATING)
+    | dict(
+        rope_parameters=dict(
+            full_attention=dict(rope_type="linear", factor=4.0, rope_theta=9000.0),
+            sliding_attention=dict(rope_type="default", rope_theta=500.0),
+        )
+    ),
+    "gemma3_softcap": GQA
+    | dict(model_type="gemma3_text", head_dim=16, sliding_window=9, attention_bias=True, final_logit_softcapping=1.5),
+    "phi3": GQA | dict(model_type="phi3", sliding_window=9),
+    "phi3_longrope": GQA
+    | dict(model_type="phi3", original_max_position_embeddings=32)
+    | dict(rope_parameters=dict(LONGROPE, rope_type="longrope", partial_rotary_factor=0.5, rope_theta=5000.0)),
+    "phi": GQA | dict(model_type="phi", rope_parameters=dict(rope_type="default", partial_rotary_factor=0.25)),
+    "gpt_neox": SIZES | dict(model_type="gpt_neox", layer_norm_eps=1e-3),
+    "gpt_neox_sequential": SIZES
+    | dict(model_type="gpt_neox", use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new")
+    | dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)),
+}
+# Rotations that follow from the length of a row are others in a part of it alone.
+LENGTH_MATTERS = {"phi3_longrope"}
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(3, VOCAB, (2, LENGTH)).astype(np.int32)
+
+
+def _loaded(path: Path):
+    source = open_model(path)
+    return load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32")).model
+
+
+def _rows(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, segments) of the three kinds of row that the oracle computed."""
+    place = np.arange(LENGTH)
+    segments = np.stack([np.zeros(LENGTH, int), place >= PADDING, place >= CUT]).astype(np.int32)
+    return tokens[[0, 1, 0]], segments
+
+
+@jax.jit
+def _logits(model, tokens_BT, segments_BT):
+    hidden = model.hidden(tokens_BT, segments_BT=segments_BT)
+    return model.head.logits(hidden).reshape(*tokens_BT.shape, -1)
+
+
+def _decoded(model, tokens_BT):
+    """Logits of rows that go through a cache in chunks of equal length."""
+    extend = jax.jit(type(model).extend)
+    batch, length = tokens_BT.shape
+    cache, found = KVCache.empty(model.config, batch, length, jnp.float32), []
+    for start in range(0, length, CHUNK):
+        hidden, cache = extend(model, tokens_BT[:, start : start + CHUNK], np.full(batch, start, np.int32), cache)
+        found.append(np.asarray(model.head.logits(hidden)).reshape(batch, CHUNK, -1))
+    return np.concatenate(found, axis=1)
+
+
+def _loss_and_gradients(model, tokens_BT):
+    """The sum of -log p of each next token, and its gradient by every lora_b, whose lora_a are as drawn."""
+    add_lora(model, LoraArgs(rank=4, alpha=8.0), jax.random.key(0))
+    graphdef, lora, base = partition(model)
+    tokens_BT, targets_BT = jnp.asarray(tokens_BT), jnp.roll(tokens_BT, -1, axis=1)
+    weights_BT = jnp.ones(tokens_BT.shape, jnp.float32).at[:, -1].set(0)
+
+    @jax.jit
+    def loss(lora):
+        model = combine(graphdef, lora, base)
+        return row_nll(model, tokens_BT, targets_BT, weights_BT, remat="names", key=None).sum()
+
+    return lora, *jax.value_and_grad(loss)(lora)
+
+
+def _error(actual, expected) -> float:
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
+    """With y = x (W^T + s A B): the gradient by B is s A^T G^T, with G that by W."""
+    config, errors = model.config, []
+    for name, leaves in lora.items():
+        for layer in range(config.num_layers):
+            by_weight = expected.pop(config.hugging_face_name(layer_name(name, layer)))
+            wanted = 2.0 * np.asarray(leaves["lora_a"][layer]).T @ by_weight.T
+            errors.append(_error(np.asarray(gradients[name]["lora_b"][layer]), wanted))
+    assert not expected, f"linear layers without an adapter: {sorted(expected)}"
+    return errors
+
+
+@pytest.mark.slow
+def test_families(oracle, tmp_path, tokens):
+    settings = {"configs": CONFIGS, "folder": str(tmp_path), "padding": PADDING, "cut": CUT}
+    expected = oracle(ORACLE, **settings, tokens=tokens)
+    errors = {}
+    for name in CONFIGS:
+        model = _loaded(tmp_path / name)
+        wanted = {key.removeprefix(f"{name}/"): v for key, v in expected.items() if key.startswith(f"{name}/")}
+        right, left, packed = _logits(model, *_rows(tokens))
+        errors[f"{name}, right"] = _error(right, wanted["right"])
+        errors[f"{name}, left"] = _error(left[PADDING:], wanted["left"])
+        if name not in LENGTH_MATTERS:
+            errors[f"{name}, packed"] = _error(packed, wanted["packed"])
+        errors[f"{name}, decoded"] = _error(_decoded(model, tokens[:1])[0], wanted["right"])
+        lora, nll, gradients = _loss_and_gradients(model, tokens)
+        errors[f"{name}, loss"] = _error(nll, wanted["nll"])
+        of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
+        errors[f"{name}, gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
+    assert max(errors.values()) < TOLERANCE, {name: error for name, error in errors.items() if error >= TOLERANCE}
