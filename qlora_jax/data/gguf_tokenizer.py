@@ -1,11 +1,13 @@
-"""A byte-level BPE tokenizer from GGUF metadata, equal to the tokenizer.json that the file was made from."""
+"""A tokenizer from GGUF metadata: byte-level BPE, equal to the tokenizer.json that the file was made from, or
+SentencePiece's BPE, equal to SentencePiece."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
+_SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 class Pre(NamedTuple):
@@ -24,22 +26,39 @@ def _digits_then_bytes() -> Any:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
-def _split(number: str) -> Callable[[], Any]:
-    words = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+"
-    pattern = rf"{words}|{number}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
+
+
+def _by_case(ending: str) -> str:
+    """Words that begin anew where a small letter is followed by a capital."""
+    start, small, large = r"[^\r\n\p{L}\p{N}]?", r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
+    return f"{start}[{large}]*[{small}]+{ending}|{start}[{large}]+[{small}]*{ending}"
+
+
+def _split(number: str, words: str = _WORDS, after: str = r"\r\n") -> Callable[[], Any]:
+    pattern = rf"{words}|{number}| ?[^\s\p{{L}}\p{{N}}]+[{after}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split
     return lambda: pre_tokenizers.Sequence([split(Regex(pattern), "isolated"), _byte_level(use_regex=False)])
 
 
-# Only kinds that tests hold against their published tokenizers; guessing one would give other ids in silence.
+# Only kinds that tests hold against their published tokenizers, or against transformers'; guessing one would give other
+# ids in silence.
 _LLAMA3 = Pre(_split(r"\p{N}{1,3}"), ignore_merges=True)
+_QWEN2 = Pre(_split(r"\p{N}"), normalizer=normalizers.NFC)
 KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
     "gpt-2": Pre(_byte_level),
+    "phi-2": Pre(_byte_level),
+    "olmo": Pre(_byte_level),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
-    "qwen2": Pre(_split(r"\p{N}"), normalizer=normalizers.NFC),
+    "dbrx": Pre(_split(r"\p{N}{1,3}")),
+    "gpt-4o": Pre(_split(r"\p{N}{1,3}", _by_case(_ENDINGS + "?"), r"\r\n/")),
+    "tekken": Pre(_split(r"\p{N}", _by_case(""), r"\r\n/"), ignore_merges=True),
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
 }
 
 
@@ -47,19 +66,20 @@ def rebuild(metadata: Mapping[str, Any], bos: str | None = None) -> Tokenizer:
     """The tokenizer that `tokenizer.ggml.*` describes.
 
     Args:
-      metadata: `model` ("gpt2"), `pre` (a key of KNOWN_PRE), `tokens`, `token_type`, `merges` ("a b").
+      metadata: `model` (a key of MODELS), `tokens`, `token_type`; of "gpt2" `pre` (a key of KNOWN_PRE) and `merges`
+        ("a b"); of "llama" `scores` (empty: the order of the tokens is that of merges) and `add_space_prefix`.
       bos: a token that tokenizer.json would put before every text, if any.
 
     Raises:
       ValueError: another model or `pre`, lists that disagree, or a malformed merge.
     """
-    pre = _known_pre(metadata)
+    if metadata.get("model") not in MODELS:
+        raise ValueError(
+            f"GGUF: tokenizer.ggml.model is {metadata.get('model')!r}; only {' and '.join(map(repr, MODELS))} can be "
+            "rebuilt. Use the model's Hugging Face folder, which holds tokenizer.json."
+        )
     tokens = metadata["tokens"]
-    bpe = models.BPE(_vocabulary(tokens), _merges(metadata["merges"]), ignore_merges=pre.ignore_merges)
-    tokenizer = Tokenizer(bpe)
-    tokenizer.normalizer = pre.normalizer() if pre.normalizer else None
-    tokenizer.pre_tokenizer = pre.split()
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = MODELS[metadata["model"]](metadata)
     # add_tokens gives a token that is in the vocabulary its own id there.
     tokenizer.add_tokens(_added_tokens(tokens, metadata["token_type"]))
     if bos is not None:
@@ -70,13 +90,67 @@ def rebuild(metadata: Mapping[str, Any], bos: str | None = None) -> Tokenizer:
     return tokenizer
 
 
+def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
+    pre = _known_pre(metadata)
+    bpe = models.BPE(_vocabulary(metadata["tokens"]), _merges(metadata["merges"]), ignore_merges=pre.ignore_merges)
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = pre.normalizer() if pre.normalizer else None
+    tokenizer.pre_tokenizer = pre.split()
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
+    """Text as one string with its spaces spelt out; what no piece covers becomes its bytes."""
+    _check_lengths(metadata)
+    tokens, kinds = [_spelt(token) for token in metadata["tokens"]], metadata["token_type"]
+    merges = _merges_of_pieces(tokens, kinds, metadata["scores"])
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
+    bpe = models.BPE(_vocabulary(tokens), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(bpe)
+    prefixed, replaced = metadata["add_space_prefix"], normalizers.Replace(" ", _SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replaced]) if prefixed else replaced
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefixed else []))
+    return tokenizer
+
+
+MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
+
+
+def _spelt(token: str) -> str:
+    """Gemma's runs of spaces are written as such in GGUF files, and pieces like others in SentencePiece."""
+    return token.replace(" ", _SPACE) if token.isspace() and set(token) == {" "} else token
+
+
+def _check_lengths(metadata: Mapping[str, Any]) -> None:
+    counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores") if metadata[name]}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"GGUF: tokenizer.ggml lists of different lengths: {counts}")
+
+
+def _merges_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
+    """Every pair of pieces that makes a piece, that of the highest score first: what SentencePiece merges by.
+
+    Without scores the first piece of the vocabulary counts most.
+    """
+    pieces = {
+        token: index
+        for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
+        if kind == _NORMAL or set(token) == {_SPACE}
+    }
+    rank = {token: -scores[index] if scores else index for token, index in pieces.items()}
+    pairs = [
+        (token[:cut], token[cut:])
+        for token in pieces
+        for cut in range(1, len(token))
+        if token[:cut] in pieces and token[cut:] in pieces
+    ]
+    return sorted(pairs, key=lambda pair: (rank[pair[0] + pair[1]], pieces[pair[0]], pieces[pair[1]]))
+
+
 def _known_pre(metadata: Mapping[str, Any]) -> Pre:
-    model, pre = metadata.get("model"), metadata.get("pre")
-    if model != "gpt2":
-        raise ValueError(
-            f"GGUF: tokenizer.ggml.model is {model!r}; only 'gpt2' (byte-level BPE) can be rebuilt. "
-            "Use the model's Hugging Face folder, which holds tokenizer.json."
-        )
+    pre = metadata.get("pre")
     if pre not in KNOWN_PRE:
         raise ValueError(
             f"GGUF: tokenizer.ggml.pre is {pre!r}; known: {', '.join(KNOWN_PRE)}. How text is split before BPE "

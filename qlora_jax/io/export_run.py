@@ -29,10 +29,12 @@ def export_peft(
     run = opened.run
     assert run is not None
     base = (output / BASE if with_base else opened.source.path).absolute()
-    linears = [f"model.layers.{name}" for name in opened.features.linear_shapes()]
-    config = adapter_config(run.lora, run.config.lora, linears, str(base))
+    named = opened.features.hugging_face_name
+    linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
+    lora = {named(name): matrices for name, matrices in run.lora.items()}
+    config = adapter_config(lora, run.config.lora, linears, str(base))
     with staged_folder(output) as folder:
-        write_adapter(folder, adapter_tensors(run.lora), config)
+        write_adapter(folder, adapter_tensors(lora), config)
         if with_base:
             _write_base(folder / BASE, opened, console)
     _tell(output, run, base, console)

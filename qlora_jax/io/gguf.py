@@ -1,9 +1,11 @@
 """Reads a GGUF file: tensors dequantized one at a time, under Hugging Face's names and in its row order."""
 
+import dataclasses
 import functools
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -11,7 +13,14 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qlora_jax.io.entries import ModelSource, TensorEntry, map_bytes
-from qlora_jax.io.gguf_config import ROPE_FACTORS, architecture_of, check_types, config_from_metadata
+from qlora_jax.io.gguf_architectures import Architecture
+from qlora_jax.io.gguf_config import (
+    LONGROPE_FACTORS,
+    ROPE_FACTORS,
+    architecture_of,
+    check_types,
+    config_from_metadata,
+)
 from qlora_jax.io.gguf_header import TensorInfo, parse_header
 from qlora_jax.io.gguf_tokenizer import tokenizer_from_metadata
 
@@ -19,20 +28,7 @@ from qlora_jax.io.gguf_tokenizer import tokenizer_from_metadata
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 BLOCKED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
-NAMES = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
+TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
 NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 
 # Dequantizing makes several temporaries as large as its result, so it goes by slices of about this many weights.
@@ -51,11 +47,9 @@ def open_gguf(path: Path) -> ModelSource:
     architecture = architecture_of(path, header.metadata)
     _check_tensor_types(path, header.tensors)
     infos = {info.name: info for info in header.tensors}
-    factors = _read(path, infos[ROPE_FACTORS], None) if ROPE_FACTORS in infos else None
-    config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), factors)
-    heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}
-    permuted_heads = heads if architecture.permutes_rotary_rows else {}
-    entries = [_entry(path, info, permuted_heads) for info in header.tensors if info.name != ROPE_FACTORS]
+    tables = {name: _read(path, infos[name], Change()) for name in TABLES & infos.keys()}
+    config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), tables)
+    entries = [_entry(path, info, architecture, config) for info in header.tensors if info.name not in TABLES]
     return ModelSource(
         path=path,
         config=config,
@@ -64,16 +58,13 @@ def open_gguf(path: Path) -> ModelSource:
     )
 
 
-def hugging_face_name(name: str) -> str:
+def hugging_face_name(name: str, architecture: Architecture) -> str:
     """ "blk.3.attn_q.weight" -> "model.layers.3.self_attn.q_proj.weight"; a name without counterpart stays as it is.
 
     The loader then refuses it by that name, with everything else that does not fit.
     """
     match = NAME.fullmatch(name)
-    if match is None or match["part"] not in NAMES:
-        return name
-    layer = "" if match["layer"] is None else f"model.layers.{match['layer']}."
-    return f"{layer}{NAMES[match['part']]}.{match['leaf']}"
+    return (match and architecture.hugging_face_name(match["layer"], match["part"], match["leaf"])) or name
 
 
 def _check_tensor_types(path: Path, tensors: list[TensorInfo]) -> None:
@@ -87,35 +78,65 @@ def _check_tensor_types(path: Path, tensors: list[TensorInfo]) -> None:
         )
 
 
-def _entry(path: Path, info: TensorInfo, permuted_heads: dict[str, int]) -> TensorEntry:
-    part = NAME.fullmatch(info.name)
-    heads = permuted_heads.get(part["part"]) if part else None
-    if heads is not None and (info.shape[0] % (2 * heads) or info.nbytes % info.shape[0]):
-        raise ValueError(
-            f"{path}: tensor {info.name}, {info.type.name} {list(info.shape)}: its rows can't be put in the order of "
-            f"Hugging Face, expected {heads} heads of an even number of rows"
-        )
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Change:
+    """What has to be done to a tensor of the file: its rows taken in another order, a constant subtracted."""
+
+    order: np.ndarray | None = None
+    offset: float = 0.0
+
+
+def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: dict[str, Any]) -> TensorEntry:
     return TensorEntry(
-        name=hugging_face_name(info.name),
+        name=hugging_face_name(info.name, architecture),
         shape=info.shape,
         file_type=info.type.name,
         nbytes=info.nbytes,
-        read=functools.partial(_read, path, info, heads),
+        read=functools.partial(_read, path, info, _change(path, info, architecture, config)),
     )
 
 
-def _read(path: Path, info: TensorInfo, heads: int | None) -> np.ndarray:
+def _change(path: Path, info: TensorInfo, architecture: Architecture, config: dict[str, Any]) -> Change:
+    """The inverse of what the converter did."""
+    match = NAME.fullmatch(info.name)
+    part = match["part"] if match else ""
+    if part.endswith("norm"):
+        return Change(offset=architecture.norm_offset)
+    heads, groups = config["num_attention_heads"], 0
+    if architecture.permutes_rotary_rows and part in ("attn_q", "attn_k"):
+        heads, groups = heads if part == "attn_q" else config["num_key_value_heads"], 2
+    elif architecture.fused_by_part and part == "attn_qkv":
+        groups = 3
+    if not groups:
+        return Change()
+    if info.shape[0] % (groups * heads) or info.nbytes % info.shape[0]:
+        what = "an even number of rows" if groups == 2 else "as many rows of queries, keys and values"
+        raise ValueError(
+            f"{path}: tensor {info.name}, {info.type.name} {list(info.shape)}: its rows can't be put in the order of "
+            f"Hugging Face, expected {heads} heads of {what}"
+        )
+    return Change(order=(_rotary_order if groups == 2 else _fused_order)(info.shape[0], heads))
+
+
+def _read(path: Path, info: TensorInfo, change: Change) -> np.ndarray:
     raw = map_bytes(path, info.offset, info.nbytes)
-    if heads is not None:
-        raw = raw.reshape(info.shape[0], -1)[_rotary_order(info.shape[0], heads)]
+    if change.order is not None:
+        raw = raw.reshape(info.shape[0], -1)[change.order]
     if info.type.name in PLAIN:
-        return raw.reshape(-1).view(PLAIN[info.type.name]).reshape(info.shape)
-    return _dequantize(raw, info.type, info.shape)
+        values = raw.reshape(-1).view(PLAIN[info.type.name]).reshape(info.shape)
+    else:
+        values = _dequantize(raw, info.type, info.shape)
+    return values.astype(np.float32) - np.float32(change.offset) if change.offset else values
 
 
 def _rotary_order(rows: int, heads: int) -> np.ndarray:
     """Where Hugging Face's rows lie in the file, which keeps the two rows of a rotary pair next to each other."""
     return np.arange(rows).reshape(heads, rows // heads // 2, 2).swapaxes(1, 2).reshape(rows)
+
+
+def _fused_order(rows: int, heads: int) -> np.ndarray:
+    """Where Hugging Face's rows, head by head, lie in the file, which keeps queries, keys and values together."""
+    return np.arange(rows).reshape(3, heads, rows // heads // 3).swapaxes(0, 1).reshape(rows)
 
 
 def _dequantize(raw: np.ndarray, kind: GGMLQuantizationType, shape: tuple[int, ...]) -> np.ndarray:

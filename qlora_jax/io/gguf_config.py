@@ -3,7 +3,6 @@
 A key with the prefix of the architecture changes the computation, so one that is not in a table here is an error.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,35 +10,16 @@ from typing import Any
 
 import numpy as np
 
+from qlora_jax.io.gguf_architectures import ARCHITECTURES, Architecture
+
 ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's scaling divides each rotary frequency by
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class Architecture:
-    """How one GGUF architecture maps to Hugging Face.
-
-    Attributes:
-      name: value of general.architecture and prefix of the keys.
-      model_type, class_name: Hugging Face's.
-      permutes_rotary_rows: the converter moved the rows of q and k so that rotary pairs are neighbours.
-    """
-
-    name: str
-    model_type: str
-    class_name: str
-    permutes_rotary_rows: bool
-
-
-ARCHITECTURES = {
-    "llama": Architecture(name="llama", model_type="llama", class_name="LlamaForCausalLM", permutes_rotary_rows=True)
-}
+LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 
 REQUIRED = {
     "embedding_length": "hidden_size",
     "feed_forward_length": "intermediate_size",
     "block_count": "num_hidden_layers",
     "attention.head_count": "num_attention_heads",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "context_length": "max_position_embeddings",
 }
 OPTIONAL = {
@@ -53,16 +33,23 @@ OPTIONAL = {
 ROPE_FACTOR_KEYS = ("rope.scaling.factor", "rope.scale_linear")  # the second in old files; 0 stands for absent
 FLOATS = {
     "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
     "rope.freq_base",
+    "rope.freq_base_swa",
+    "rope.scaling.attn_factor",
     *ROPE_FACTOR_KEYS,
     "rope.scaling.yarn_beta_fast",
     "rope.scaling.yarn_beta_slow",
 }
+BOOLEANS = {"use_parallel_residual"}
+# Keys where 0 stands for absent.
+ZERO_IS_NONE = {*ROPE_FACTOR_KEYS, "attention.sliding_window"}
 # Keys that may be there with the one value that changes nothing.
 NEUTRAL = {
     "expert_count": 0,
     "expert_used_count": 0,
-    "rope.scaling.attn_factor": 1.0,
     "rope.scaling.yarn_attn_factor": 1.0,
     "rope.scaling.yarn_ext_factor": 1.0,
 }
@@ -80,6 +67,7 @@ METADATA_TYPES: dict[str, type] = {
     "tokenizer.ggml.tokens": list,
     "tokenizer.ggml.token_type": list,
     "tokenizer.ggml.merges": list,
+    "tokenizer.ggml.scores": list,
     "tokenizer.ggml.bos_token_id": int,
     "tokenizer.ggml.eos_token_id": int,
     "tokenizer.ggml.eot_token_id": int,
@@ -134,55 +122,83 @@ def config_from_metadata(
     architecture: Architecture,
     metadata: Mapping[str, Any],
     tensor_names: frozenset[str],
-    rope_factors: np.ndarray | None,
+    rope_factors: Mapping[str, np.ndarray],
 ) -> dict[str, Any]:
     """The config.json that the model would have.
+
+    Args:
+      rope_factors: those of ROPE_FACTORS and LONGROPE_FACTORS that are there, by name.
 
     Raises:
       ValueError: keys missing, unknown, or with a value that is not supported: all of them at once.
     """
     prefix = f"{architecture.name}."
     keys = {key.removeprefix(prefix): value for key, value in metadata.items() if key.startswith(prefix)}
-    keys = {key: value for key, value in keys.items() if key not in ROPE_FACTOR_KEYS or value != 0}
-    problems = _problems(keys)
+    keys = {key: value for key, value in keys.items() if key not in ZERO_IS_NONE or value != 0}
+    problems = _problems(architecture, keys)
     if problems:
         lines = "\n".join(f"  {prefix}{problem}" for problem in problems)
         raise ValueError(f"{path}: metadata that is not supported:\n{lines}")
-    config = {name: keys[key] for key, name in REQUIRED.items()}
-    heads = config["num_attention_heads"]
+    config = {name: keys[key] for key, name in {**REQUIRED, **architecture.eps}.items()}
+    config |= {name: keys[key] for key, name in architecture.attributes.items() if key in keys}
+    heads, head_dim = config["num_attention_heads"], _head_dim(keys)
     config |= {
         "architectures": [architecture.class_name],
         "model_type": architecture.model_type,
         "num_key_value_heads": keys.get("attention.head_count_kv", heads),
-        "head_dim": _head_dim(keys),
+        "head_dim": head_dim,
         "rope_theta": keys.get("rope.freq_base", 10000.0),
         "vocab_size": keys.get("vocab_size", len(metadata.get("tokenizer.ggml.tokens", []))),
-        "hidden_act": "silu",
-        # GGUF has no key for these three: which tensors there are says it.
+        # GGUF has no key for these: which tensors there are says it.
         "tie_word_embeddings": "output.weight" not in tensor_names,
-        "attention_bias": "blk.0.attn_q.bias" in tensor_names,
-        "mlp_bias": "blk.0.ffn_gate.bias" in tensor_names,
+        **{name: tensor in tensor_names for name, tensor in architecture.biases.items()},
+        **architecture.fixed,
         "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
         "eos_token_id": metadata.get("tokenizer.ggml.eos_token_id"),
     }
+    if architecture.partial:
+        config[architecture.partial] = _part(keys.get("rope.dimension_count", head_dim), head_dim)
+    if layers := architecture.query_scalar_layers:
+        by_width = config["num_hidden_layers"] == layers
+        config["query_pre_attn_scalar"] = config["hidden_size"] // heads if by_width else head_dim
     config["rope_scaling"] = _rope_scaling(path, keys, config, rope_factors)
+    if LONGROPE_FACTORS["long_factor"] in rope_factors:
+        config["original_max_position_embeddings"] = _original_context(keys, config)
     return config
+
+
+def _part(rotated: int, head_dim: int) -> float:
+    """rotated / head_dim, such that head_dim times it, rounded down, is `rotated`."""
+    part = rotated / head_dim
+    return part if int(head_dim * part) == rotated else math.nextafter(part, math.inf)
+
+
+def _original_context(keys: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    return keys.get("rope.scaling.original_context_length", config["max_position_embeddings"])
 
 
 def _head_dim(keys: Mapping[str, Any]) -> int:
     return keys.get("attention.key_length", keys["embedding_length"] // keys["attention.head_count"])
 
 
-def _problems(keys: Mapping[str, Any]) -> list[str]:
-    numbers = {*REQUIRED, *OPTIONAL, *FLOATS, "rope.scaling.original_context_length"}
-    known = {*numbers, "rope.scaling.type", *NEUTRAL, *DESCRIPTIVE}
-    problems = [f"{key}: missing" for key in REQUIRED if key not in keys]
+def _problems(architecture: Architecture, keys: Mapping[str, Any]) -> list[str]:
+    required = (*REQUIRED, *architecture.eps)
+    of_architecture = {*architecture.eps, *architecture.attributes}
+    shared = FLOATS - {key for other in ARCHITECTURES.values() for key in (*other.eps, *other.attributes)}
+    numbers = {*required, *OPTIONAL, *shared, *of_architecture, "rope.scaling.original_context_length"} - BOOLEANS
+    known = {*numbers, *of_architecture, "rope.scaling.type", *NEUTRAL, *DESCRIPTIVE}
+    problems = [f"{key}: missing" for key in required if key not in keys]
     problems += [f"{key} = {keys[key]!r}: unknown key" for key in sorted(keys.keys() - known)]
     problems += [
         f"{key} = {keys[key]!r}: expected {value}" for key, value in NEUTRAL.items() if keys.get(key, value) != value
     ]
     problems += [problem for key in sorted(numbers & keys.keys()) if (problem := _number_problem(key, keys[key]))]
-    return problems if problems else _head_problems(keys)
+    problems += [
+        f"{key} = {keys[key]!r}: expected true or false"
+        for key in sorted(BOOLEANS & known & keys.keys())
+        if type(keys[key]) is not bool
+    ]
+    return problems if problems else _head_problems(architecture, keys)
 
 
 def _number_problem(key: str, value: Any) -> str | None:
@@ -191,18 +207,27 @@ def _number_problem(key: str, value: Any) -> str | None:
     return None if sound else f"{key} = {value!r}: expected {'a number' if kind is float else 'an integer'} above 0"
 
 
-def _head_problems(keys: Mapping[str, Any]) -> list[str]:
-    head_dim = _head_dim(keys)
+def _head_problems(architecture: Architecture, keys: Mapping[str, Any]) -> list[str]:
+    head_dim, rotated = _head_dim(keys), keys.get("rope.dimension_count", 0)
+    if architecture.partial and rotated > head_dim:
+        return [f"rope.dimension_count = {rotated}: expected at most {head_dim}, the length of a head"]
+    whole = ("attention.value_length",) if architecture.partial else ("attention.value_length", "rope.dimension_count")
     return [
         f"{key} = {keys[key]}: expected {head_dim}, the length of a head"
-        for key in ("attention.value_length", "rope.dimension_count")
+        for key in whole
         if keys.get(key, head_dim) != head_dim
     ]
 
 
 def _rope_scaling(
-    path: Path, keys: Mapping[str, Any], config: Mapping[str, Any], factors: np.ndarray | None
+    path: Path, keys: Mapping[str, Any], config: Mapping[str, Any], rope_factors: Mapping[str, np.ndarray]
 ) -> dict[str, Any] | None:
+    if set(LONGROPE_FACTORS.values()) <= rope_factors.keys():
+        return _longrope_scaling(keys, rope_factors)
+    attention_factor = keys.get("rope.scaling.attn_factor", 1.0)
+    if attention_factor != 1.0:
+        raise ValueError(f"{path}: rope.scaling.attn_factor = {attention_factor}: expected 1.0, or longrope's factors")
+    factors = rope_factors.get(ROPE_FACTORS)
     factor = next((keys[key] for key in ROPE_FACTOR_KEYS if key in keys), 1.0)
     kind = keys.get("rope.scaling.type", "linear")
     scaled = kind != "none" and factor != 1.0
@@ -219,12 +244,18 @@ def _rope_scaling(
     raise ValueError(f"{path}: rope.scaling.type = {kind!r} is not supported; supported: none, linear, yarn")
 
 
+def _longrope_scaling(keys: Mapping[str, Any], rope_factors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    # The shortest decimal that stands for each f32, as the config had it.
+    factors = {name: [float(str(v)) for v in rope_factors[tensor]] for name, tensor in LONGROPE_FACTORS.items()}
+    given = "rope.scaling.attn_factor"
+    return {"rope_type": "longrope", **factors, **({"attention_factor": keys[given]} if given in keys else {})}
+
+
 def _yarn_scaling(keys: Mapping[str, Any], config: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    original = keys.get("rope.scaling.original_context_length", config["max_position_embeddings"])
     return {
         "rope_type": "yarn",
         "factor": factor,
-        "original_max_position_embeddings": original,
+        "original_max_position_embeddings": _original_context(keys, config),
         "beta_fast": keys.get("rope.scaling.yarn_beta_fast", 32.0),
         "beta_slow": keys.get("rope.scaling.yarn_beta_slow", 1.0),
     }

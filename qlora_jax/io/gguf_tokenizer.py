@@ -16,6 +16,8 @@ STOP_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Where the file has no add_bos_token, it follows from the kind of vocabulary (llama.cpp).
 MODELS_WITH_BOS = {"llama"}
 PRES_WITH_BOS = {"llama3", "llama-v3", "llama-bpe"}
+# Architectures whose vocabularies are in the order of merges, which their scores are not.
+ORDERED = {"gemma", "gemma2", "gemma3"}
 
 
 def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -39,16 +41,17 @@ def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> dict[str
         "chat_template": metadata.get("tokenizer.chat_template"),
         "add_bos_token": keys.get("add_bos_token", with_bos),
         "stop_token_ids": [ids[key] for key in STOP_IDS if key in ids],
-        "gguf": _vocabulary(keys),
+        "gguf": _vocabulary(keys, ordered=metadata["general.architecture"] in ORDERED),
     }
 
 
-def _vocabulary(keys: Mapping[str, Any]) -> dict[str, Any]:
+def _vocabulary(keys: Mapping[str, Any], *, ordered: bool) -> dict[str, Any]:
     return {
         "model": keys["model"],
         "pre": keys.get("pre", "default"),
         "tokens": keys["tokens"],
         "token_type": keys.get("token_type", []),
         "merges": keys.get("merges", []),
+        "scores": [] if ordered else keys.get("scores", []),
         "add_space_prefix": keys.get("add_space_prefix", keys["model"] in MODELS_WITH_BOS),
     }

@@ -122,7 +122,7 @@ def test_gpt2_metadata_gives_gpt2s_tokenizer_back(local_data: Callable[[str], Pa
     assert (published.bos_id, published.pad_id, published.eos_id) == (None, None, 50256)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize("pre", ["gpt-2", "phi-2", "olmo", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken"])
 def test_each_kind_splits_as_transformers_does(
     pre: str, oracle: Callable, tmp_path: Path, smollm2_metadata: dict, smollm2_json: str
 ):
@@ -166,9 +166,13 @@ def test_settings_of_tokenizer_json_that_change_lengths_are_off(smollm2_source: 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"pre": "tekken"}, "tokenizer.ggml.pre is 'tekken'; known: smollm, gpt-2"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking'; known: smollm, gpt-2"),
         ({"pre": None}, "tokenizer.ggml.pre is None"),
-        ({"model": "llama"}, "tokenizer.ggml.model is 'llama'; only 'gpt2'"),
+        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; only 'gpt2' and 'llama' can be rebuilt"),
+        (
+            {"model": "llama", "scores": [0.0] * 2},
+            "lists of different lengths: {'tokens': 3, 'token_type': 3, 'scores': 2}",
+        ),
         ({"merges": ["a b", "a", "a b c"]}, "2 of tokenizer.ggml.merges are not two tokens: 1: 'a', 2: 'a b c'"),
         ({"tokens": ["a", "b", "a"]}, r"holds 1 tokens twice, such as \['a'\]"),
         ({"token_type": [1]}, "3 tokenizer.ggml.tokens but 1 token_type"),
@@ -200,3 +204,16 @@ def test_every_known_kind_builds():
     metadata = {"model": "gpt2", "tokens": ["a", "b", "ab"], "token_type": [1, 1, 1], "merges": ["a b"]}
     for pre in KNOWN_PRE:
         assert rebuild({**metadata, "pre": pre}).encode("ab").ids == [2]
+
+
+def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
+    """With the space in front that Llama's vocabularies want, and without it, as Gemma's; bytes where no piece fits."""
+    corpus = [line for path in (ROOT / "docs").glob("*.md") for line in path.read_text(encoding="utf-8").splitlines()]
+    strings = [text for text in _strings(300) if "\x00" not in text] + ["a <table> b\n\nc", "naïve ☃ 中文", "  two", ""]
+    theirs = oracle(ROOT / "tests/oracle/sentencepiece_bpe.py", corpus=corpus, strings=strings)
+    for name in ("prefixed", "bare"):
+        metadata, ids, texts = (json.loads(str(theirs[f"{name}/{part}"])) for part in ("metadata", "ids", "texts"))
+        rebuilt = rebuild(metadata)
+        ours = [encoding.ids for encoding in rebuilt.encode_batch(strings)]
+        assert _difference(ours, ids, strings) == []
+        assert [rebuilt.decode(row, skip_special_tokens=False) for row in ids] == texts

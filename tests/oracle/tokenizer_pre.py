@@ -15,8 +15,8 @@ kind = Qwen2Tokenizer if given["pre"] == "qwen2" else GPT2Tokenizer
 # Their constructors add the class's own end token; one of the vocabulary is named, so that ids stay.
 special = {name: "<|endoftext|>" for name in ("unk_token", "bos_token", "eos_token", "pad_token")}
 tokenizer = kind(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], **special).backend_tokenizer
-if given["pre"] == "llama-bpe":
-    split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS["llama-bpe"]), behavior="isolated")
+if given["pre"] in GGUF_PRE_TOKENIZER_SPLITS and given["pre"] != "qwen2":  # whose class splits so of itself
+    split = pre_tokenizers.Split(Regex(GGUF_PRE_TOKENIZER_SPLITS[given["pre"]]), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

@@ -18,6 +18,7 @@ from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
+from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 SCRIPT = Path(__file__).parent.parent / "oracle/peft_logits.py"
@@ -84,6 +85,26 @@ def test_peft_over_the_dequantized_base(tmp_path: Path, oracle) -> None:
     for name, logits in ours.items():
         np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
     assert all(np.abs(found[f"{name}/adapted"] - found[f"{name}/base"]).max() > 0.1 for name in LORAS)
+
+
+@pytest.mark.slow
+def test_families_under_their_own_names(tmp_path: Path, oracle) -> None:
+    """Adapter and dequantized base of families whose modules are fused, or called otherwise than a Llama's."""
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
+    ours, names = {}, ("gptneox", "phi2", "phi3", "gemma2")
+    for name in names:
+        config = FAMILIES[name][1]
+        model = write_folder(
+            tmp_path / f"{name}-model", config, random_tensors(config), **{"tokenizer.json": tokenizer_json()}
+        )
+        adapted, base = _write_run(tmp_path / name, model, LORAS["all"])
+        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(adapted, tokens)}
+    cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in names}
+    found = oracle(SCRIPT, cases=cases, tokens=tokens)
+    for name, logits in ours.items():
+        np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
+    assert all(np.abs(found[f"{name}/adapted"] - found[f"{name}/base"]).max() > 0.01 for name in names)
 
 
 def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,188 @@
+"""How GGUF architectures map to Hugging Face: names, metadata keys, and what llama.cpp's converter did to tensors."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+MODULES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+FOUR_NORMS = NORMS_BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
+
+RMS_EPS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
+LAYER_EPS = {"attention.layer_norm_epsilon": "layer_norm_eps"}
+SILU = {"hidden_act": "silu"}
+ATTENTION_BIAS = {"attention_bias": "blk.0.attn_q.bias"}
+BIASES = ATTENTION_BIAS | {"mlp_bias": "blk.0.ffn_gate.bias"}
+WINDOW = {"attention.sliding_window": "sliding_window"}
+SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """How one GGUF architecture maps to Hugging Face.
+
+    Attributes:
+      name: value of general.architecture and prefix of the keys.
+      model_type, class_name: Hugging Face's.
+      modules: Hugging Face's name by ours in GGUF, where it is not that of MODULES.
+      layers: what layers' names begin with.
+      permutes_rotary_rows: the converter moved the rows of q and k so that rotary pairs are neighbours.
+      fused_by_part: the converter moved the rows of fused queries, keys and values, which are head by head in Hugging
+        Face, to all queries, all keys, all values.
+      norm_offset: the converter added it to every norm's weight.
+      eps: the key of the norms' epsilon, and the attribute.
+      attributes: of further keys that may be there.
+      biases: attributes that GGUF has no key for: that this tensor is there says it.
+      partial: the attribute that says which part of a head is rotated; None: all of it.
+      fixed: attributes that the architecture implies.
+      query_scalar_layers: a model of as many layers scales queries by its width a head, others by their length of a
+        head (llama.cpp; there is no key); 0: the architecture has no scale of its own.
+    """
+
+    name: str
+    model_type: str
+    class_name: str
+    modules: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    layers: str = "model.layers"
+    permutes_rotary_rows: bool = False
+    fused_by_part: bool = False
+    norm_offset: float = 0.0
+    eps: Mapping[str, str] = dataclasses.field(default_factory=lambda: RMS_EPS)
+    attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    partial: str | None = None
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    query_scalar_layers: int = 0
+
+    def hugging_face_name(self, layer: str | None, part: str, leaf: str) -> str | None:
+        """("3", "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"; None for a part that is not known."""
+        module = self.modules.get(part, MODULES.get(part))
+        if module is None:
+            return None
+        return f"{module}.{leaf}" if layer is None else f"{self.layers}.{layer}.{module}.{leaf}"
+
+
+ALL = (
+    Architecture(
+        name="llama",
+        model_type="llama",
+        class_name="LlamaForCausalLM",
+        permutes_rotary_rows=True,
+        biases=BIASES,
+        fixed=SILU,
+    ),
+    Architecture(name="qwen2", model_type="qwen2", class_name="Qwen2ForCausalLM", fixed=SILU),
+    Architecture(
+        name="qwen3",
+        model_type="qwen3",
+        class_name="Qwen3ForCausalLM",
+        modules=QK_NORMS,
+        biases=ATTENTION_BIAS,
+        fixed=SILU,
+    ),
+    Architecture(
+        name="smollm3",
+        model_type="smollm3",
+        class_name="SmolLM3ForCausalLM",
+        permutes_rotary_rows=True,
+        biases=BIASES,
+        fixed=SILU | {"no_rope_layer_interval": 4},  # llama.cpp knows no other
+    ),
+    Architecture(
+        name="olmo2",
+        model_type="olmo2",
+        class_name="Olmo2ForCausalLM",
+        modules=QK_NORMS | NORMS_BEHIND,
+        biases=ATTENTION_BIAS,
+        fixed=SILU,
+    ),
+    Architecture(
+        name="gemma",
+        model_type="gemma",
+        class_name="GemmaForCausalLM",
+        norm_offset=1.0,
+        biases=ATTENTION_BIAS,
+    ),
+    Architecture(
+        name="gemma2",
+        model_type="gemma2",
+        class_name="Gemma2ForCausalLM",
+        modules=FOUR_NORMS,
+        norm_offset=1.0,
+        attributes=WINDOW | SOFTCAPS,
+        biases=ATTENTION_BIAS,
+        query_scalar_layers=46,
+    ),
+    Architecture(
+        name="gemma3",
+        model_type="gemma3_text",
+        class_name="Gemma3ForCausalLM",
+        modules=QK_NORMS | FOUR_NORMS,
+        norm_offset=1.0,
+        attributes=WINDOW
+        | SOFTCAPS
+        | {
+            "attention.sliding_window_pattern": "sliding_window_pattern",
+            "rope.freq_base_swa": "rope_local_base_freq",
+        },
+        biases=ATTENTION_BIAS,
+        query_scalar_layers=62,
+    ),
+    Architecture(
+        name="phi2",
+        model_type="phi",
+        class_name="PhiForCausalLM",
+        modules={
+            "output_norm": "model.final_layernorm",
+            "attn_output": "self_attn.dense",
+            "ffn_up": "mlp.fc1",
+            "ffn_down": "mlp.fc2",
+        },
+        eps=LAYER_EPS,
+        partial="partial_rotary_factor",
+    ),
+    Architecture(
+        name="phi3",
+        model_type="phi3",
+        class_name="Phi3ForCausalLM",
+        modules={"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"},
+        attributes=WINDOW,
+        partial="partial_rotary_factor",
+        fixed=SILU,
+    ),
+    Architecture(
+        name="gptneox",
+        model_type="gpt_neox",
+        class_name="GPTNeoXForCausalLM",
+        modules={
+            "token_embd": "gpt_neox.embed_in",
+            "output_norm": "gpt_neox.final_layer_norm",
+            "output": "embed_out",
+            "attn_qkv": "attention.query_key_value",
+            "attn_output": "attention.dense",
+            "ffn_up": "mlp.dense_h_to_4h",
+            "ffn_down": "mlp.dense_4h_to_h",
+        },
+        layers="gpt_neox.layers",
+        fused_by_part=True,
+        eps=LAYER_EPS,
+        attributes={"use_parallel_residual": "use_parallel_residual"},
+        biases={"attention_bias": "blk.0.attn_qkv.bias"},
+        partial="rotary_pct",
+    ),
+)
+ARCHITECTURES = {architecture.name: architecture for architecture in ALL}

@@ -1,0 +1,156 @@
+"""GGUF files of every architecture, written as llama.cpp's converter writes them: for tests of the reader.
+
+Names of tensors and keys are the gguf package's; what the converter does to rows and norms is copied in its form.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from flax import nnx
+
+from qlora_jax.io.slots import slots_of
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families import model_config
+from tests.io.tiny_models import TOKENS, permute_rows
+
+SIZES = dict(
+    vocab_size=len(TOKENS),
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+)
+RMS = SIZES | dict(rms_norm_eps=1e-5, rope_theta=5000.0)
+LAYER = SIZES | dict(layer_norm_eps=1e-5, num_key_value_heads=4)
+LONG, SHORT = [1.5, 1.7, 2.0, 3.0], [1.0, 1.1, 1.2, 1.25]
+LONGROPE = dict(rope_type="longrope", long_factor=LONG, short_factor=SHORT, attention_factor=1.25)
+# By name: llama.cpp's architecture, and a config with what it can say away from the default.
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", RMS | dict(model_type="llama", tie_word_embeddings=True)),
+    "qwen2": ("qwen2", RMS | dict(model_type="qwen2")),
+    "qwen3": ("qwen3", RMS | dict(model_type="qwen3", head_dim=32, tie_word_embeddings=True)),
+    "smollm3": ("smollm3", RMS | dict(model_type="smollm3")),
+    "olmo2": ("olmo2", RMS | dict(model_type="olmo2")),
+    "gemma": ("gemma", RMS | dict(model_type="gemma", head_dim=32, rope_theta=10000.0)),
+    "gemma2": (
+        "gemma2",
+        RMS
+        | dict(model_type="gemma2", head_dim=32, rope_theta=10000.0, sliding_window=16, query_pre_attn_scalar=32)
+        | dict(attn_logit_softcapping=40.0, final_logit_softcapping=20.0),
+    ),
+    "gemma3": (
+        "gemma3",
+        RMS | dict(model_type="gemma3_text", head_dim=32, sliding_window=16, query_pre_attn_scalar=32)
+        | dict(rope_scaling=dict(rope_type="linear", factor=8.0)),
+    ),
+    "phi2": ("phi2", LAYER | dict(model_type="phi", partial_rotary_factor=0.5)),
+    "phi3": ("phi3", RMS | dict(model_type="phi3", sliding_window=24)),
+    "phi3, longrope": (
+        "phi3",
+        RMS | dict(model_type="phi3", partial_rotary_factor=0.5, original_max_position_embeddings=64)
+        | dict(rope_scaling=LONGROPE),
+    ),
+    "gptneox": ("gptneox", LAYER | dict(model_type="gpt_neox", use_parallel_residual=False, rotary_pct=0.5)),
+}  # fmt: skip
+ROTARY = ("llama", "smollm3")
+ONE_MORE = ("gemma", "gemma2", "gemma3")
+
+
+def random_tensors(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
+    """f32 values of every tensor that a checkpoint of this config holds, by Hugging Face's name."""
+    features, rng = model_config(config), np.random.default_rng(seed)
+    model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None, dtype="float32")))
+    shapes = {name: slot.shape for slot in slots_of(model) for name in slot.names}
+    return {name: rng.normal(0, 0.1, shape).astype(np.float32) for name, shape in sorted(shapes.items())}
+
+
+def write_family(path: Path, architecture: str, config: dict[str, Any], tensors: dict[str, np.ndarray]) -> Path:
+    """The file that the converter would make."""
+    writer = gguf.GGUFWriter(path, architecture)
+    _add_sizes(writer, architecture, config)
+    _add_vocabulary(writer)
+    arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
+    names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
+    for name, values in tensors.items():
+        found = names.get_name(name, try_suffixes=(".weight", ".bias"))
+        assert found is not None, name
+        writer.add_tensor(found, np.ascontiguousarray(_converted(architecture, config, name, values)))
+    if scaling := config.get("rope_scaling"):
+        _add_scaling(writer, config, scaling)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def _add_sizes(writer: gguf.GGUFWriter, architecture: str, config: dict[str, Any]) -> None:
+    heads = config["num_attention_heads"]
+    head_dim = config.get("head_dim", config["hidden_size"] // heads)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(heads)
+    if architecture != "gptneox":
+        writer.add_head_count_kv(config["num_key_value_heads"])
+    if "head_dim" in config:
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+    part = config.get("partial_rotary_factor", config.get("rotary_pct", 1.0))
+    if architecture not in ("qwen2", "qwen3", "olmo2", *ONE_MORE):
+        writer.add_rope_dimension_count(int(head_dim * part))
+    optional = {
+        "rms_norm_eps": writer.add_layer_norm_rms_eps,
+        "layer_norm_eps": writer.add_layer_norm_eps,
+        "rope_theta": writer.add_rope_freq_base,
+        "sliding_window": writer.add_sliding_window,
+        "attn_logit_softcapping": writer.add_attn_logit_softcapping,
+        "final_logit_softcapping": writer.add_final_logit_softcapping,
+        "use_parallel_residual": writer.add_parallel_residual,
+        "original_max_position_embeddings": writer.add_rope_scaling_orig_ctx_len,
+    }
+    for name, add in optional.items():
+        if name in config:
+            add(config[name])
+    if architecture == "phi3" and "sliding_window" not in config:
+        writer.add_sliding_window(0)
+
+
+def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[str, Any]) -> None:
+    if scaling["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(scaling["factor"])
+        return
+    writer.add_rope_scaling_attn_factors(scaling["attention_factor"])
+    writer.add_tensor("rope_factors_long.weight", np.asarray(scaling["long_factor"], np.float32))
+    writer.add_tensor("rope_factors_short.weight", np.asarray(scaling["short_factor"], np.float32))
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * 29)
+    writer.add_token_merges(["t 0", "t 1"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+
+
+def _converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
+    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    if architecture in ROTARY and ".q_proj." in name:
+        return permute_rows(values, heads)
+    if architecture in ROTARY and ".k_proj." in name:
+        return permute_rows(values, kv_heads)
+    if architecture in ONE_MORE and name.endswith("norm.weight"):
+        return values + 1
+    if "query_key_value" in name:
+        by_head = values.reshape(heads, 3, config["hidden_size"] // heads, *values.shape[1:])
+        return np.concatenate([by_head[:, part].reshape(-1, *values.shape[1:]) for part in range(3)])
+    return values

@@ -1,0 +1,36 @@
+"""GGUF files of every architecture: config and tensors are those that the file was made from."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Kind
+
+from qlora_jax.io.gguf import _change
+from qlora_jax.io.gguf_architectures import ARCHITECTURES
+from qlora_jax.io.gguf_header import TensorInfo
+from qlora_jax.io.source import open_model
+from qlora_jax.models.families import model_config
+from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
+
+
+def test_every_architecture_is_tried():
+    assert {architecture for architecture, _ in FAMILIES.values()} == ARCHITECTURES.keys()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_config_and_tensors_return(tmp_path: Path, name: str) -> None:
+    architecture, config = FAMILIES[name]
+    tensors = random_tensors(config)
+    source = open_model(write_family(tmp_path / "t.gguf", architecture, config, tensors))
+    assert model_config(source.config) == model_config(config)
+    assert source.tensors.keys() == tensors.keys()
+    rounding = 1e-7 if architecture in ONE_MORE else 0  # 1 is added and taken away
+    for tensor, values in tensors.items():
+        np.testing.assert_allclose(source.tensors[tensor].read(), values, rtol=0, atol=rounding, err_msg=tensor)
+
+
+def test_a_wrong_number_of_fused_rows_is_told(tmp_path: Path) -> None:
+    info = TensorInfo(name="blk.1.attn_qkv.bias", shape=(128,), type=Kind.F32, offset=0, nbytes=512)
+    with pytest.raises(ValueError, match=r"blk.1.attn_qkv.bias, F32 \[128\].* expected 4 heads of as many rows"):
+        _change(tmp_path, info, ARCHITECTURES["gptneox"], {"num_attention_heads": 4})
