@@ -85,7 +85,7 @@ def _columns(args: EvaluateArgs, opened: "Opened") -> dict[str, tuple[str, str]]
         columns["quantized"] = (quant_type, quant_type)
     if opened.run is not None:
         on_another = "" if quant_type == trained else f", on {quant_type} (trained on {trained})"
-        columns["checkpoint"] = (quant_type, f"{opened.run.path.name}, step {opened.run.step}{on_another}")
+        columns["checkpoint"] = (quant_type, f"{opened.run.label}{on_another}")
     missing = set(args.columns or []) - columns.keys()
     if missing:
         raise ValueError(f"columns: {', '.join(sorted(missing))} not there: the base is not quantized")

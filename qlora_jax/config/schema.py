@@ -62,6 +62,7 @@ class LoraArgs:
     rank_pattern: dict[str, int] = setting("another rank where a name matches: {down_proj: 8}", {})
     alpha_pattern: dict[str, float] = setting("another alpha where a name matches: {down_proj: 16.0}", {})
     use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)
+    start: str | None = setting("a PEFT adapter's folder to go on from; its rank and alpha must be those above", None)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

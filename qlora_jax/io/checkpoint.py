@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
-from qlora_jax.config import Config, read_config
+from qlora_jax.config import LoraArgs, ModelArgs, read_config
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 
@@ -93,13 +94,24 @@ class Checkpoints:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
-    """A finished or stopped run, as its checkpoint tells it."""
+    """A finished or stopped run, as its checkpoint tells it; or an adapter that was made elsewhere.
+
+    Fields:
+      step, fingerprint: None where they are not known.
+    """
 
     path: Path
-    config: Config
-    step: int
-    lora: dict[str, dict[str, jax.Array]]
-    fingerprint: str
+    model: ModelArgs
+    lora_args: LoraArgs
+    chat_template: str | None
+    step: int | None
+    lora: Mapping[str, Mapping[str, jax.Array | np.ndarray]]
+    fingerprint: str | None
+
+    @property
+    def label(self) -> str:
+        """What people are told that it is."""
+        return self.path.name if self.step is None else f"{self.path.name}, step {self.step}"
 
 
 def open_run(path: Path, step: int | None = None) -> Run:
@@ -124,7 +136,15 @@ def open_run(path: Path, step: int | None = None) -> Run:
     with ocp.CheckpointManager(folder) as manager:
         saved = _restore(manager, folder, step, items)
     config = read_config(path / CONFIG_FILE)
-    return Run(path=path, config=config, step=step, lora=saved["lora"], fingerprint=saved["state"]["fingerprint"])
+    return Run(
+        path=path,
+        model=config.model,
+        lora_args=config.lora,
+        chat_template=config.data.chat_template,
+        step=step,
+        lora=saved["lora"],
+        fingerprint=saved["state"]["fingerprint"],
+    )
 
 
 def _restore(manager: ocp.CheckpointManager, folder: Path, step: int | None, items: Any) -> Any:

@@ -32,7 +32,7 @@ def export_peft(
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
     lora = {named(name): matrices for name, matrices in run.lora.items()}
-    config = adapter_config(lora, run.config.lora, linears, str(base))
+    config = adapter_config(lora, run.lora_args, linears, str(base))
     with staged_folder(output) as folder:
         write_adapter(folder, adapter_tensors(lora), config)
         if with_base:
@@ -50,7 +50,7 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
 
 
 def _tell(output: Path, run: Run, base: Path, console: Console) -> None:
-    lines = [f"adapter of {run.path}, step {run.step}: {output}", f"its base model: {base}"]
+    lines = [f"adapter of {run.label}: {output}", f"its base model: {base}"]
     if is_gguf(str(base)):
         lines.append("peft loads no GGUF file: export again with --with-base to get a base that it loads")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

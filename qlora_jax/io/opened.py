@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import ModelArgs
@@ -11,6 +12,7 @@ from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_templa
 from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.peft_reader import base_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig
@@ -41,24 +43,52 @@ def open_base_or_run(
     """The model at path `model`, or the base of the run in folder `run` (looked for at `model` where both are given).
 
     Args:
+      run: a run's folder, or a PEFT adapter's.
       step: the run's checkpoint; None for the newest.
       chat_template: a jinja file instead of the run's, or the model's own.
 
     Raises:
       ValueError: whatever is wrong with the files of either.
     """
+    if run is not None and is_adapter(Path(run)):
+        return _open_adapter(Path(run), model, step, chat_template)
     opened_run = None if run is None else open_run(Path(run), step)
-    args = ModelArgs(path=str(model)) if opened_run is None else opened_run.config.model
+    args = ModelArgs(path=str(model)) if opened_run is None else opened_run.model
     source = open_model(args.path if model is None else model)
+    template = chat_template or (opened_run.chat_template if opened_run else None)
+    return _opened(source, args, opened_run, template)
+
+
+def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> Opened:
     tokenizer = load_tokenizer(source.tokenizer)
-    template = chat_template or (opened_run.config.data.chat_template if opened_run else None)
     return Opened(
         source=source,
         features=model_config(source.config),
-        tokenizer=tokenizer if template is None else with_chat_template(tokenizer, template),
+        tokenizer=tokenizer if chat_template is None else with_chat_template(tokenizer, chat_template),
         args=args,
-        run=opened_run,
+        run=run,
     )
+
+
+def _open_adapter(folder: Path, model: str | None, step: int | None, chat_template: str | None) -> Opened:
+    if step is not None:
+        raise ValueError(f"{folder} is a PEFT adapter, which has no steps: leave out --step {step}")
+    path = model or base_of(folder)
+    if path is None or not Path(path).expanduser().exists():
+        raise ValueError(f"the base of {folder} is {path!r}, which is not here: give its path with --model")
+    args = ModelArgs(path=path)
+    source = open_model(path)
+    adapter = read_adapter(folder, model_config(source.config))
+    run = Run(
+        path=folder,
+        model=args,
+        lora_args=adapter.args,
+        chat_template=None,
+        step=None,
+        lora=adapter.lora,
+        fingerprint=None,
+    )
+    return _opened(source, args, run, chat_template)
 
 
 def held_as(opened: Opened, quant_type: str, compute_dtype: str) -> ModelArgs:
@@ -75,7 +105,7 @@ def load_base(opened: Opened, args: ModelArgs, progress: Progress | None = None)
     """
     loaded = load_model(opened.source, opened.features, weight_format(args), progress)
     run = opened.run
-    if run is None or _quantization(args) != _quantization(run.config.model):
+    if run is None or run.fingerprint is None or _quantization(args) != _quantization(run.model):
         return loaded.model
     if loaded.fingerprint != run.fingerprint:
         raise ValueError(
@@ -91,14 +121,10 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
     Raises:
       ValueError: the adapter does not fit the model; names every projection where it does not.
     """
-    add_lora(model, run.config.lora, jax.random.key(0))
+    add_lora(model, run.lora_args, jax.random.key(0))
     graphdef, fresh, base = partition(model)
-    shapes, expected = (jax.tree.map(lambda leaf: leaf.shape, lora) for lora in (run.lora, fresh))
-    names = sorted(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-    if names:
-        lines = "\n".join(f"  {name}: {shapes.get(name)}, expected {expected.get(name)}" for name in names)
-        raise ValueError(f"the adapter of {run.path} does not fit the model:\n{lines}")
-    return graphdef, run.lora, base
+    check_shapes(run.path, run.lora, fresh)
+    return graphdef, jax.tree.map(jnp.asarray, run.lora), base
 
 
 def _quantization(args: ModelArgs) -> tuple[str, int, bool]:

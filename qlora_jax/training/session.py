@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import Config
@@ -13,6 +15,7 @@ from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.peft_reader import check_shapes, read_start
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -60,6 +63,7 @@ class Inputs:
     source: ModelSource
     model: ModelConfig
     dataset: Dataset
+    start: Mapping[str, Mapping[str, Any]] | None  # LoRA parameters to go on from
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -82,7 +86,8 @@ def open_inputs(config: Config) -> Inputs:
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
     )
-    return Inputs(source=source, model=model, dataset=dataset)
+    start = None if config.lora.start is None else read_start(Path(config.lora.start), model, config.lora)
+    return Inputs(source=source, model=model, dataset=dataset, start=start)
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
@@ -104,6 +109,9 @@ def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Prog
     key = jax.random.key(config.train.seed)
     add_lora(loaded.model, config.lora, named_key(key, "lora"))
     graphdef, lora, base = partition(loaded.model)
+    if inputs.start is not None:
+        check_shapes(Path(str(config.lora.start)), inputs.start, lora)
+        lora = jax.tree.map(jnp.asarray, inputs.start)
     return Session(
         config=config,
         model=inputs.model,

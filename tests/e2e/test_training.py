@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.io.checkpoint import Checkpoints, open_run
+from qlora_jax.io.export_run import export_peft
 from qlora_jax.training import loop
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import check_folder, train
@@ -201,6 +202,20 @@ def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
         lora = ocp.StandardCheckpointer().restore(folder / "lora")
     assert lora["model.layers.self_attn.q_proj"]["lora_a"].shape == (2, 64, 4)
     assert open_run(Path(finished.output)).step == 10
+
+
+def test_training_goes_on_from_an_adapter(finished, tmp_path):
+    """The first loss is what the exported adapter gives, not what a fresh one would."""
+    export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=quiet())
+    config = dataclasses.replace(
+        finished,
+        lora=dataclasses.replace(finished.lora, start=str(tmp_path / "peft")),
+        train=dataclasses.replace(finished.train, steps=1),
+        output=str(tmp_path / "more"),
+    )
+    run(config)
+    fresh, more = (next(r["loss"] for r in numbers(c) if "loss" in r) for c in (finished, config))
+    assert more < 0.9 * fresh
 
 
 def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):

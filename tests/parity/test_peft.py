@@ -13,6 +13,7 @@ from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
+from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.families import model_config
@@ -76,15 +77,44 @@ def test_peft_over_the_dequantized_base(tmp_path: Path, oracle) -> None:
         config = tiny_config(attention_bias=True, tie_word_embeddings=name == "all")
         files = {"tokenizer.json": tokenizer_json()}
         model = write_folder(tmp_path / f"{name}-model", config, random_weights(config), **files)
-        adapted, base = _write_run(tmp_path / name, model, lora_args)
+        with_adapter, base = _write_run(tmp_path / name, model, lora_args)
         main([str(tmp_path / name), "--format", "peft", "--with-base"])
-        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(adapted, tokens)}
+        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(with_adapter, tokens)}
     cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in LORAS}
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
     assert found.keys() == ours.keys()
     for name, logits in ours.items():
         np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
     assert all(np.abs(found[f"{name}/adapted"] - found[f"{name}/base"]).max() > 0.1 for name in LORAS)
+
+
+MADE_BY_PEFT = {
+    "llama": dict(r=4, lora_alpha=6, target_modules="all-linear"),
+    "patterns": dict(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], rank_pattern={"up_proj": 2})
+    | dict(alpha_pattern={"self_attn.q_proj": 3}),
+    "rslora": dict(r=9, lora_alpha=6, target_modules=["v_proj", "down_proj"], use_rslora=True),
+    "gptneox": dict(r=3, lora_alpha=6, target_modules=["query_key_value", "dense_4h_to_h"]),
+    "phi3": dict(r=3, lora_alpha=6, target_modules=["gate_up_proj", "o_proj"]),
+}
+
+
+def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
+    """Opened as a run is, over a base that is not quantized, as peft had it."""
+    tokens, cases = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32), {}
+    for name, arguments in MADE_BY_PEFT.items():
+        config = FAMILIES[name][1] if name in FAMILIES else tiny_config()
+        files = {"tokenizer.json": tokenizer_json()}
+        model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
+        cases[name] = [str(model), str(tmp_path / name), arguments]
+    expected = oracle(SCRIPT.with_name("peft_save_adapters.py"), cases=cases, tokens=tokens)
+    for name, (_, folder, _) in cases.items():
+        opened = open_base_or_run(None, folder)
+        base = load_base(opened, held_as(opened, "none", "float32"))
+        assert opened.run is not None
+        logits = _logits(combine(*adapted(base, opened.run)), tokens)
+        np.testing.assert_allclose(logits, expected[name], atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
+    with pytest.raises(ValueError, match="which has no steps: leave out --step 3"):
+        open_base_or_run(None, str(tmp_path / "llama"), step=3)
 
 
 @pytest.mark.slow
@@ -97,9 +127,9 @@ def test_families_under_their_own_names(tmp_path: Path, oracle) -> None:
         model = write_folder(
             tmp_path / f"{name}-model", config, random_tensors(config), **{"tokenizer.json": tokenizer_json()}
         )
-        adapted, base = _write_run(tmp_path / name, model, LORAS["all"])
+        with_adapter, base = _write_run(tmp_path / name, model, LORAS["all"])
         main([str(tmp_path / name), "--format", "peft", "--with-base"])
-        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(adapted, tokens)}
+        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(with_adapter, tokens)}
     cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in names}
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
     for name, logits in ours.items():
@@ -127,7 +157,7 @@ def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_smollm2_with_its_tokenizer(tmp_path: Path, oracle, smollm2_gguf: Path) -> None:
     """From a GGUF file to a folder that transformers and peft load with nothing else."""
-    adapted, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
+    with_adapter, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
     main([str(tmp_path / "run"), "--with-base", "--output", str(tmp_path / "out")])
     tokenizer = load_tokenizer(open_model(smollm2_gguf).tokenizer)
     texts = ["The sea, 12345 times\n    5", "naïve ☃ <|im_end|>", "def f(x):\n\treturn x"]
@@ -145,4 +175,4 @@ def test_smollm2_with_its_tokenizer(tmp_path: Path, oracle, smollm2_gguf: Path) 
     )
     cases = {"out": [str(tmp_path / "out/base"), str(tmp_path / "out")]}
     logits = oracle(SCRIPT, cases=cases, tokens=tokens)["out/adapted"]
-    np.testing.assert_allclose(_logits(adapted, tokens), logits, atol=1e-4 * np.abs(logits).max())
+    np.testing.assert_allclose(_logits(with_adapter, tokens), logits, atol=1e-4 * np.abs(logits).max())

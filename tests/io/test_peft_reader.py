@@ -1,0 +1,98 @@
+"""A PEFT adapter that is read is the one that was written; whatever else a folder holds is told, everything at once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.io.peft import adapter_config, adapter_tensors, write_adapter
+from qlora_jax.io.peft_reader import read_adapter, read_start
+from qlora_jax.models.families import model_config
+from tests.io.tiny_models import tiny_config
+
+MODEL = model_config(tiny_config())
+LINEARS = [f"model.layers.{name}" for name in MODEL.linear_shapes()]
+ARGS = LoraArgs(rank=4, alpha=8.0, dropout=0.1, target_modules=["down_proj", "q_proj"], rank_pattern={"down_proj": 2})
+
+
+def random_lora(seed: int = 0) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    shapes = {"self_attn.q_proj": ((2, 64, 4), (2, 4, 64)), "mlp.down_proj": ((2, 128, 2), (2, 2, 64))}
+    return {
+        f"model.layers.{name}": {"lora_a": rng.random(a, np.float32), "lora_b": rng.random(b, np.float32)}
+        for name, (a, b) in shapes.items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    lora = random_lora()
+    write_adapter(tmp_path, adapter_tensors(lora), adapter_config(lora, ARGS, LINEARS, "a/base"))
+    return tmp_path
+
+
+def test_what_was_written_returns(folder: Path):
+    adapter = read_adapter(folder, MODEL)
+    assert adapter.args == ARGS and adapter.base == "a/base"
+    lora = random_lora()
+    assert adapter.lora.keys() == lora.keys()
+    for name, matrices in lora.items():
+        for matrix, values in matrices.items():
+            np.testing.assert_array_equal(adapter.lora[name][matrix], values, strict=True)
+
+
+def _with(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "parts"),
+    [
+        (dict(peft_type="IA3", use_dora=True), ["peft_type = 'IA3'", "use_dora = True is not supported"]),
+        (dict(modules_to_save=["lm_head"], bias="all"), ["modules_to_save = ['lm_head']", "bias = 'all'"]),
+        (dict(layers_to_transform=[0]), ["layers_to_transform = [0] is not supported"]),
+        (dict(init_lora_weights="pissa"), ["init_lora_weights = 'pissa' changes the base"]),
+    ],
+)
+def test_settings_that_are_not_supported(folder: Path, changes: dict, parts: list[str]):
+    _with(folder, **changes)
+    with pytest.raises(ValueError) as caught:
+        read_adapter(folder, MODEL)
+    assert all(part in str(caught.value) for part in parts)
+
+
+def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    prefix = "base_model.model.model.layers"
+    del tensors[f"{prefix}.1.self_attn.q_proj.lora_A.weight"]
+    tensors[f"{prefix}.0.mlp.down_proj.lora_B.weight"] = np.ones((63, 2), np.float32)
+    tensors[f"{prefix}.0.mlp.w_pack.lora_A.weight"] = np.ones((2, 64), np.float32)
+    tensors["base_model.model.lm_head.weight"] = np.ones((2, 64), np.float32)
+    save_file(tensors, path)
+    with pytest.raises(ValueError) as caught:
+        read_adapter(folder, MODEL)
+    for part in (
+        "model.layers.1.self_attn.q_proj.lora_A.weight is missing",
+        "0.mlp.down_proj.lora_B.weight: shape [63, 2], expected [64, 2]",
+        "model.layers.*.mlp.w_pack: no linear layer",
+        "base_model.model.lm_head.weight: not a matrix of LoRA",
+    ):
+        assert part in str(caught.value)
+
+
+def test_a_pickle_is_refused(folder: Path):
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(ValueError, match="a pickle: reading such a file can run any code"):
+        read_adapter(folder, MODEL)
+
+
+def test_training_goes_on_from_an_adapter_with_its_own_settings_alone(folder: Path):
+    start = read_start(folder, MODEL, LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2}))
+    assert start.keys() == random_lora().keys()
+    with pytest.raises(ValueError, match=r"(?s)lora.rank: 16, in the adapter 4.*lora.alpha: 32.0, in the adapter 8.0"):
+        read_start(folder, MODEL, LoraArgs())
