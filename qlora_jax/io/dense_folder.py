@@ -1,7 +1,6 @@
 """Writes the base as a run saw it, dequantized, as a Hugging Face folder; one tensor in memory at a time."""
 
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,11 @@ import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.io.safetensors import DTYPES, SINGLE
+from qlora_jax.io.safetensors import SINGLE
+from qlora_jax.io.safetensors_writer import Planned, write_safetensors
 from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.quant import dequantize
-
-FILE_TYPES = {dtype: file_type for file_type, dtype in DTYPES.items()}
 
 
 def write_dense_folder(folder: Path, model: CausalLM, config: dict[str, Any]) -> None:
@@ -28,9 +26,15 @@ def write_dense_folder(folder: Path, model: CausalLM, config: dict[str, Any]) ->
     """
     dtype = model.model.embed_tokens.weight[...].dtype
     slots = slots_of(model)
-    write_safetensors(folder / SINGLE, slots, dtype)
-    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype")}
-    _write_json(folder / "config.json", kept | {"torch_dtype": dtype.name})
+    planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
+    write_safetensors(folder / SINGLE, planned, (tensor for slot in slots for tensor in _tensors(slot, dtype)))
+    write_config(folder, config, {"torch_dtype": dtype.name})
+
+
+def write_config(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> None:
+    """config.json: `config` without what it says of how weights are stored, and `changes`."""
+    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
+    _write_json(folder / "config.json", kept | changes)
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None:
@@ -41,24 +45,6 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
     _write_json(folder / "tokenizer_config.json", named | dict(tokenizer.special_tokens))
     if tokenizer.chat_template is not None:
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
-
-
-def write_safetensors(path: Path, slots: list[Slot], dtype: np.dtype) -> None:
-    """Every tensor of the slots in `dtype`, dequantized as it is written."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for slot in slots:
-        size = math.prod(slot.shape) * dtype.itemsize
-        for name in slot.names:
-            header[name] = {"dtype": FILE_TYPES[dtype], "shape": slot.shape, "data_offsets": (end, end + size)}
-            end += size
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # data begins on a multiple of 8 bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for slot in slots:
-            for tensor in _tensors(slot, dtype):
-                file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
 
 
 def _tensors(slot: Slot, dtype: np.dtype) -> Iterator[np.ndarray]:

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.formats.qtensor import QTensor
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
@@ -19,6 +21,7 @@ class TensorEntry:
       nbytes: bytes in the file.
       read: f32, f16 or bf16 array of `shape`, rows in the order of Hugging Face. An unquantized tensor is a read-only
         view of the mapped file, which is unmapped with the last reference to it; a quantized one is a new f32 array.
+      held: where the file holds 4-bit codes of our own kinds: them and their constants, unchanged.
     """
 
     name: str
@@ -26,6 +29,7 @@ class TensorEntry:
     file_type: str
     nbytes: int
     read: Callable[[], np.ndarray]
+    held: Callable[[], QTensor] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

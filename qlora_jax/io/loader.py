@@ -52,11 +52,13 @@ def load_model(
       progress: called with (bytes of file done, bytes in all, name of the tensor) after each tensor.
 
     Raises:
-      ValueError: tensors missing, unexpected or mis-shaped, all at once; or one that is not finite, by name and index.
+      ValueError: tensors missing, unexpected or mis-shaped, all at once; codes on disk of another kind than `weights`
+        says; or a tensor that is not finite, by name and index.
     """
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
     slots = slots_of(model)
     check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config)
+    check_held(source, [slot for slot in slots if isinstance(slot.leaf, QTensor)])
     report = _reporter(source, slots, progress)
     digest = _digest_of_settings(config, weights)
     stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
@@ -65,6 +67,32 @@ def load_model(
     ]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
     return Loaded(model=nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
+
+
+HELD_BY = ("quant_type", "block_size", "double_quant", "nested_block_size")
+
+
+def check_held(source: ModelSource, slots: list[Slot]) -> None:
+    """Passes a source none of whose layers is quantized yet, or all of them, as the model wants them."""
+    held = {name: entry.held for slot in slots for name in slot.names if (entry := source.tensors[name]).held}
+    names = [name for slot in slots for name in slot.names]
+    if not held:
+        return
+    if dense := [name for name in names if name not in held]:
+        raise ValueError(
+            f"{source.path}: {len(dense)} of {len(names)} linear layers are not quantized there, the first is "
+            f"{dense[0]}: layers that were left out are not supported; set model.quant_type=none, or give the 16-bit "
+            "model"
+        )
+    first = held[names[0]]
+    assert first is not None
+    has, wants = first(), slots[0].leaf
+    pairs = [(name, getattr(has, name), getattr(wants, name)) for name in HELD_BY]
+    if wrong := [f"{name}={there}, asked for is {asked}" for name, there, asked in pairs if there != asked]:
+        raise ValueError(
+            f"{source.path} is quantized already, with {'; '.join(wrong)}: nothing is quantized twice; set "
+            "model.quant_type, model.block_size and model.double_quant to what the files hold"
+        )
 
 
 def _reporter(source: ModelSource, slots: list[Slot], progress: Progress | None) -> Callable[[TensorEntry], None]:
@@ -101,24 +129,28 @@ def _converted(
     """Each tensor of a slot as it is held: quantized, or in the dtype of the leaf."""
     for name in slot.names:
         entry = source.tensors[name]
-        array = entry.read()
         if isinstance(slot.leaf, QTensor):
-            layer = _quantized(source, name, array, slot.leaf)
+            layer = dataclasses.replace(quantized(source, entry, slot.leaf), dtype=slot.leaf.dtype)
             _update(digest, name, jax.tree.leaves(layer))
         else:
+            array = entry.read()
             _check_finite(source, name, array)
             _update(digest, name, [array])
             # A copy, since the memory is the file's, and after the cast: f32 and two casts are never there at once.
             array = array.astype(slot.leaf.dtype, copy=False)
             layer = jnp.array(array, copy=True)
-        del array  # before the next one is read
+            del array  # before the next one is read
         yield layer
         report(entry)
 
 
-def _quantized(source: ModelSource, name: str, array: np.ndarray, spec: QTensor) -> QTensor:
+def quantized(source: ModelSource, entry: TensorEntry, spec: QTensor) -> QTensor:
+    """The weight in codes: as the file holds it, or quantized."""
+    if entry.held is not None:
+        return entry.held()
+    array = entry.read()
     try:
-        layer = quantize(
+        return quantize(
             array,
             quant_type=spec.quant_type,
             block_size=spec.block_size,
@@ -126,9 +158,8 @@ def _quantized(source: ModelSource, name: str, array: np.ndarray, spec: QTensor)
             nested_block_size=spec.nested_block_size,
         )
     except ValueError:  # the quantizer looks for what is not finite as it goes, but does not know the tensor's name
-        _check_finite(source, name, array)
+        _check_finite(source, entry.name, array)
         raise
-    return dataclasses.replace(layer, dtype=spec.dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

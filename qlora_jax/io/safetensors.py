@@ -11,10 +11,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from qlora_jax.io.bnb import gathered, is_four_bit
 from qlora_jax.io.entries import ModelSource, TensorEntry, map_bytes
 from qlora_jax.io.hf_tokenizer import read_json, read_tokenizer
 
-DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+FRACTIONS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = FRACTIONS | {"U8": np.dtype(np.uint8)}  # bytes: the codes of weights that are quantized already
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 # Tables that old checkpoints save although they follow from the config: rotations, and masks of attention.
@@ -33,13 +35,27 @@ def open_folder(folder: Path) -> ModelSource:
     if not config_path.is_file():
         raise ValueError(f"{folder} has no config.json, so it is no Hugging Face model folder. {_held(folder)}")
     config = read_json(config_path)
-    if config.get("quantization_config") is not None:
+    quantization = config.get("quantization_config")
+    if quantization is not None and not is_four_bit(quantization):
         raise ValueError(
-            f"{config_path}: quantization_config = {config['quantization_config']}: weights that are already quantized "
-            "are not supported. Give the folder of the 16-bit model they were made from: loading quantizes it."
+            f"{config_path}: quantization_config = {quantization}: of weights that are already quantized, those of "
+            "bitsandbytes in 4 bits alone are supported. Give the folder of the 16-bit model they were made from: "
+            "loading quantizes it."
         )
     tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
+    tensors = gathered(folder, tensors) if quantization else _refuse_bytes(folder, tensors)
     return ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
+
+
+def _refuse_bytes(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Plain weights are numbers with a fraction."""
+    odd = [name for name, entry in tensors.items() if entry.file_type not in FRACTIONS]
+    if odd:
+        raise ValueError(
+            f"{folder}: tensor {odd[0]} has type {tensors[odd[0]].file_type} ({len(odd)} such); supported: "
+            f"{', '.join(FRACTIONS)}. Convert the model to one of them first."
+        )
+    return tensors
 
 
 def read_header(path: Path) -> Iterator[TensorEntry]:

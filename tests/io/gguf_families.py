@@ -24,6 +24,7 @@ SIZES = dict(
     num_attention_heads=4,
     num_key_value_heads=2,
     max_position_embeddings=128,
+    pad_token_id=0,
 )
 RMS = SIZES | dict(rms_norm_eps=1e-5, rope_theta=5000.0)
 LAYER = SIZES | dict(layer_norm_eps=1e-5, num_key_value_heads=4)
@@ -33,7 +34,8 @@ LONGROPE = dict(rope_type="longrope", long_factor=LONG, short_factor=SHORT, atte
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", RMS | dict(model_type="llama", tie_word_embeddings=True)),
     "qwen2": ("qwen2", RMS | dict(model_type="qwen2")),
-    "qwen3": ("qwen3", RMS | dict(model_type="qwen3", head_dim=32, tie_word_embeddings=True)),
+    # 128 is what transformers takes, whatever the file says.
+    "qwen3": ("qwen3", RMS | dict(model_type="qwen3", head_dim=128, tie_word_embeddings=True)),
     "smollm3": ("smollm3", RMS | dict(model_type="smollm3")),
     "olmo2": ("olmo2", RMS | dict(model_type="olmo2")),
     "gemma": ("gemma", RMS | dict(model_type="gemma", head_dim=32, rope_theta=10000.0)),
@@ -140,6 +142,7 @@ def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
     writer.add_token_merges(["t 0", "t 1"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
 
 
 def _converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:

@@ -98,6 +98,7 @@ MADE_BY_PEFT = {
 }
 
 
+@pytest.mark.slow
 def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
     """Opened as a run is, over a base that is not quantized, as peft had it."""
     tokens, cases = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32), {}

@@ -1,0 +1,132 @@
+"""4-bit weights as bitsandbytes writes them into safetensors, with codes and constants as they are.
+
+A weight NAME of N x K is several tensors: NAME the packed codes in any dtype, NAME.absmax (f32, or 8-bit codes where
+NAME.nested_absmax is there), NAME.quant_map, and NAME.quant_state.bitsandbytes__nf4 (or fp4), whose bytes are JSON.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+from qlora_jax.io.entries import TensorEntry
+
+STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
+CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+ULP = 3e-7  # between maps made on different machines
+
+
+def is_four_bit(quantization: Mapping[str, Any]) -> bool:
+    """Whether a quantization_config says that the folder is of this kind."""
+    return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))
+
+
+def gathered(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """One entry for each weight in place of its several tensors; other tensors stay as they are.
+
+    Raises:
+      ValueError: names every weight whose tensors contradict each other, are missing, or use another table.
+    """
+    states = [(match, entries[match[0]]) for name in entries if (match := STATE.fullmatch(name))]
+    found, problems, taken = {}, [], set()
+    for match, entry in states:
+        name, quant_type = match["name"], match["quant_type"]
+        parts = {part: e for part in CONSTANTS if (e := entries.get(f"{name}.{part}")) is not None}
+        taken |= {entry.name, name, *(part.name for part in parts.values())}
+        try:
+            found[name] = _entry(name, quant_type, _state(entry), entries.get(name), parts)
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    rest = {name: entry for name, entry in entries.items() if name not in taken}
+    unknown = [name for name, entry in rest.items() if entry.file_type == "U8"]
+    problems += [f"{name}: bytes, and no quant_state tells of what" for name in unknown]
+    if problems:
+        raise ValueError(f"{path}: 4-bit weights that can't be read:\n  " + "\n  ".join(problems))
+    return rest | found
+
+
+def _state(entry: TensorEntry) -> dict[str, Any]:
+    try:
+        state = json.loads(entry.read().tobytes())
+    except ValueError as error:
+        raise ValueError(f"its quant_state is no JSON: {error}") from None
+    missing = {"quant_type", "blocksize", "shape"} - state.keys()
+    if missing:
+        raise ValueError(f"its quant_state lacks {sorted(missing)}")
+    return state
+
+
+def _entry(
+    name: str,
+    quant_type: str,
+    state: Mapping[str, Any],
+    codes: TensorEntry | None,
+    parts: Mapping[str, TensorEntry],
+) -> TensorEntry:
+    """The weight's entry, its tensors checked against its state."""
+    nested = "nested_absmax" in parts
+    wanted = {"absmax", "quant_map", *({"nested_absmax", "nested_quant_map"} if nested else ())}
+    if codes is None or (missing := wanted - parts.keys()):
+        raise ValueError(f"{sorted(missing) if codes is not None else ['its codes']} missing")
+    shape, block_size = tuple(state["shape"]), state["blocksize"]
+    nested_block_size = state.get("nested_blocksize", 256)
+    blocks = -(-math.prod(shape) // block_size)
+    sizes = {"codes": (codes.nbytes, -(-math.prod(shape) // 2)), "absmax": (math.prod(parts["absmax"].shape), blocks)}
+    if nested:
+        sizes["nested_absmax"] = (math.prod(parts["nested_absmax"].shape), -(-blocks // nested_block_size))
+    problems = [f"{what}: {has}, expected {should}" for what, (has, should) in sizes.items() if has != should]
+    if state["quant_type"] != quant_type:
+        problems.append(f"{state['quant_type']} in its quant_state, {quant_type} in the tensor's name")
+    problems += _table_problems(quant_type, parts)
+    if problems:
+        raise ValueError(f"{'; '.join(problems)} (for {list(shape)} in blocks of {block_size})")
+    like = QTensor(
+        codes=None,
+        quant_type=quant_type,
+        block_size=block_size,
+        nested_block_size=nested_block_size,
+        shape=shape,
+        dtype=str(state.get("dtype", "float32")),
+        layout=natural_layout(shape, block_size),
+    )
+    offset = np.float32(state.get("nested_offset", 0.0))
+    held = functools.partial(_held, like, codes, parts, offset if nested else None)
+    return TensorEntry(
+        name=name,
+        shape=shape,
+        file_type=quant_type.upper(),
+        nbytes=codes.nbytes + sum(part.nbytes for part in parts.values()),
+        read=lambda: dequantize_numpy(held(), np.float32),
+        held=held,
+    )
+
+
+def _table_problems(quant_type: str, parts: Mapping[str, TensorEntry]) -> list[str]:
+    tables = {"quant_map": CODE_TABLES[quant_type], "nested_quant_map": dynamic_map()}
+    return [
+        f"{part} is not the table of {quant_type if part == 'quant_map' else 'the dynamic 8-bit map'}"
+        for part, table in tables.items()
+        if part in parts and not np.allclose(parts[part].read().reshape(-1), table, rtol=ULP, atol=0)
+    ]
+
+
+def _held(like: QTensor, codes: TensorEntry, parts: Mapping[str, TensorEntry], offset: np.float32 | None) -> QTensor:
+    """The weight as the file has it."""
+    layout = LAYOUTS[like.layout]
+    constants_shape = layout.constants_shape(like.shape, like.block_size)
+    packed = np.ascontiguousarray(codes.read()).reshape(-1).view(np.uint8).reshape(layout.codes_shape(like.shape))
+    absmax = parts["absmax"].read().reshape(constants_shape)
+    if offset is None:
+        return dataclasses.replace(like, codes=packed, absmax=absmax)
+    nested = {"nested_absmax": parts["nested_absmax"].read(), "nested_offset": np.asarray(offset)}
+    return dataclasses.replace(like, codes=packed, absmax_codes=absmax, **nested)

@@ -1,0 +1,118 @@
+"""Writes a model in the 4 bits of bitsandbytes, or back in 16, as a folder for transformers; one tensor at a time."""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
+from qlora_jax.io.dense_folder import write_config
+from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.inventory import check_inventory
+from qlora_jax.io.loader import Progress, check_held, quantized
+from qlora_jax.io.safetensors import SINGLE
+from qlora_jax.io.safetensors_writer import Planned, write_safetensors
+from qlora_jax.io.slots import Slot, slots_of
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families import model_config
+
+BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
+DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
+STATE_BYTES = 512  # of a quant_state, whose JSON is padded with spaces: sizes are told before offsets are known
+
+
+def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:
+    """config.json and model.safetensors, with linear layers in codes of `weights`, or dense where it has none.
+
+    What is not a linear layer is written in `weights.dtype`, and so are dense layers.
+
+    Raises:
+      ValueError: as io.loader.load_model.
+    """
+    features = model_config(source.config)
+    slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
+    check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, features)
+    check_held(source, [slot for slot in slots if isinstance(slot.leaf, QTensor)])
+    names = [(slot, name) for slot in slots for name in slot.names]
+    planned = [tensor for slot, name in names for tensor in _planned(slot, name, weights)]
+    write_safetensors(folder / SINGLE, planned, _values(source, names, weights, progress))
+    quantization = _quantization_config(weights, features.hugging_face_name("lm_head"))
+    write_config(folder, source.config, {"torch_dtype": weights.dtype, **quantization})
+
+
+def _planned(slot: Slot, name: str, weights: WeightFormat) -> Iterator[Planned]:
+    """The tensors of one weight, in the order of `_parts`."""
+    if not isinstance(slot.leaf, QTensor):
+        yield Planned(name, DTYPES[weights.dtype], slot.shape)
+        return
+    blocks = -(-math.prod(slot.shape) // weights.block_size)
+    yield Planned(name, BYTES, (-(-math.prod(slot.shape) // 2), 1))
+    yield Planned(f"{name}.absmax", BYTES if weights.double_quant else F32, (blocks,))
+    yield Planned(f"{name}.quant_map", F32, (16,))
+    if weights.double_quant:
+        yield Planned(f"{name}.nested_absmax", F32, (-(-blocks // weights.nested_block_size),))
+        yield Planned(f"{name}.nested_quant_map", F32, (256,))
+    yield Planned(f"{name}.quant_state.bitsandbytes__{weights.quant_type}", BYTES, (STATE_BYTES,))
+
+
+def _values(
+    source: ModelSource, names: list[tuple[Slot, str]], weights: WeightFormat, progress: Progress
+) -> Iterator[np.ndarray]:
+    total, done = sum(source.tensors[name].nbytes for _, name in names), 0
+    for slot, name in names:
+        entry = source.tensors[name]
+        if isinstance(slot.leaf, QTensor):
+            yield from _parts(quantized(source, entry, slot.leaf), weights.dtype)
+        else:
+            yield entry.read().astype(DTYPES[weights.dtype], copy=False)
+        done += entry.nbytes
+        progress(done, total, name)
+
+
+def _parts(weight: QTensor, dtype: str) -> Iterator[np.ndarray]:
+    """Codes, constants and tables of one weight, and what else bitsandbytes keeps of it."""
+    state: dict[str, Any] = {
+        "quant_type": weight.quant_type,
+        "blocksize": weight.block_size,
+        "dtype": dtype,
+        "shape": list(weight.shape),
+    }
+    yield np.asarray(weight.codes)
+    yield np.asarray(weight.absmax_codes if weight.double_quant else weight.absmax)
+    yield CODE_TABLES[weight.quant_type]
+    if weight.double_quant:
+        yield np.asarray(weight.nested_absmax)
+        yield dynamic_map()
+        nested = {"nested_blocksize": weight.nested_block_size, "nested_dtype": "float32"}
+        state |= nested | {"nested_offset": float(np.asarray(weight.nested_offset))}
+    text = json.dumps(state).encode()
+    assert len(text) <= STATE_BYTES, text
+    yield np.frombuffer(text.ljust(STATE_BYTES), np.uint8)
+
+
+def _quantization_config(weights: WeightFormat, head: str) -> dict[str, Any]:
+    if weights.quant_type is None:
+        return {}
+    config = {
+        "quant_method": "bitsandbytes",
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "bnb_4bit_quant_type": weights.quant_type,
+        "bnb_4bit_use_double_quant": weights.double_quant,
+        "bnb_4bit_compute_dtype": weights.dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": [head],
+        "llm_int8_threshold": 6.0,
+    }
+    return {"quantization_config": config}
