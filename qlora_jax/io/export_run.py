@@ -8,7 +8,7 @@ from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.dense_folder import write_dense_folder, write_tokenizer
 from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
-from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, write_adapter
+from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, notes_for_readers, write_adapter
 from qlora_jax.io.progress import loading
 
 BASE = "base"
@@ -37,7 +37,7 @@ def export_peft(
         write_adapter(folder, adapter_tensors(lora), config)
         if with_base:
             _write_base(folder / BASE, opened, console)
-    _tell(output, run, base, console)
+    _tell(output, run, base, notes_for_readers(config), console)
 
 
 def _write_base(folder: Path, opened: Opened, console: Console) -> None:
@@ -49,8 +49,8 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 
-def _tell(output: Path, run: Run, base: Path, console: Console) -> None:
-    lines = [f"adapter of {run.label}: {output}", f"its base model: {base}"]
+def _tell(output: Path, run: Run, base: Path, notes: list[str], console: Console) -> None:
+    lines = [f"adapter of {run.label}: {output}", f"its base model: {base}", *notes]
     if is_gguf(str(base)):
         lines.append("peft loads no GGUF file: export again with --with-base to get a base that it loads")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ Dimension key: L layers, K in, R rank, N out.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ def adapter_tensors(lora: Lora) -> dict[str, np.ndarray]:
 def adapter_config(lora: Lora, args: LoraArgs, linears: Iterable[str], base: str) -> dict[str, Any]:
     """adapter_config.json: PEFT builds from it the adapter that was trained, with the same scaling.
 
+    rsLoRA's scaling is written as an alpha, since not every reader knows of rsLoRA.
+
     Args:
       linears: names of all linear layers, those without an adapter included, with the layer's index left out.
       base: where PEFT finds the base model: a path or a name.
@@ -46,23 +49,59 @@ def adapter_config(lora: Lora, args: LoraArgs, linears: Iterable[str], base: str
       ValueError: the settings give a module another rank than it has.
     """
     _check_ranks(lora, args)
+    linears = list(linears)
+    alpha, alpha_pattern = _alphas(lora, args, linears)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
         "r": args.rank,
-        "lora_alpha": _whole(args.alpha),
+        "lora_alpha": _whole(alpha),
         "lora_dropout": args.dropout,
-        "use_rslora": args.use_rslora,
-        "target_modules": target_suffixes(list(lora), list(linears)),
+        "use_rslora": False,
+        "target_modules": target_suffixes(list(lora), linears),
         "rank_pattern": dict(args.rank_pattern),
-        "alpha_pattern": {pattern: _whole(alpha) for pattern, alpha in args.alpha_pattern.items()},
+        "alpha_pattern": {pattern: _whole(value) for pattern, value in alpha_pattern.items()},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+
+
+def _alphas(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> tuple[float, dict[str, float]]:
+    """(alpha, alpha by pattern), divided by the rank alone: rsLoRA's alpha / sqrt(rank) is alpha sqrt(rank) / rank."""
+    if not args.use_rslora:
+        return args.alpha, dict(args.alpha_pattern)
+    whole = args.alpha * math.sqrt(args.rank)
+    each = {
+        name: _first_match(args.alpha_pattern, name, args.alpha) * math.sqrt(matrices["lora_a"].shape[-1])
+        for name, matrices in lora.items()
+    }
+    return whole, {target_suffixes([name], linears)[0]: alpha for name, alpha in each.items() if alpha != whole}
+
+
+def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    """What PEFT takes for a module: the value of the first pattern that matches the end of its full name."""
+    matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", layer_name(name, 0)))
+    return patterns.get(next(matching, ""), default)
+
+
+VLLM_RANK = 16  # up to which vLLM takes adapters where nothing else is asked for
+
+
+def notes_for_readers(config: Mapping[str, Any]) -> list[str]:
+    """What programs that read PEFT's adapters, but not all of their settings, would make of this one."""
+    patterns = [name for name in ("rank_pattern", "alpha_pattern") if config[name]]
+    notes = []
+    if patterns:
+        notes.append(f"vLLM ignores {' and '.join(patterns)}, and would scale these modules otherwise")
+    elif config["r"] > VLLM_RANK:
+        notes.append(f"vLLM takes it with --max-lora-rank {config['r']} or more")
+    if config["alpha_pattern"]:
+        notes.append("llama.cpp ignores alpha_pattern, and would scale these modules otherwise")
+    return notes
 
 
 def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
@@ -113,11 +152,9 @@ def is_gguf(base: str) -> bool:
 
 
 def _check_ranks(lora: Lora, args: LoraArgs) -> None:
-    """PEFT finds a module's rank by the first pattern that matches the end of its full name."""
     wrong = []
     for name, matrices in lora.items():
-        matching = (p for p in args.rank_pattern if re.match(rf"(.*\.)?({p})$", layer_name(name, 0)))
-        expected, found = args.rank_pattern.get(next(matching, ""), args.rank), matrices["lora_a"].shape[-1]
+        expected, found = _first_match(args.rank_pattern, name, args.rank), matrices["lora_a"].shape[-1]
         if found != expected:
             wrong.append(f"{name} has rank {found}, the settings say {expected}")
     if wrong:

@@ -14,7 +14,7 @@ from qlora_jax.io.slots import slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from tests.io.tiny_models import TOKENS, permute_rows
+from tests.io.tiny_models import TOKENS, add_vocabulary, permute_rows
 
 SIZES = dict(
     vocab_size=len(TOKENS),
@@ -75,7 +75,8 @@ def write_family(path: Path, architecture: str, config: dict[str, Any], tensors:
     """The file that the converter would make."""
     writer = gguf.GGUFWriter(path, architecture)
     _add_sizes(writer, architecture, config)
-    _add_vocabulary(writer)
+    add_vocabulary(writer)
+    writer.add_pad_token_id(0)
     arch = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}[architecture]
     names = gguf.get_tensor_name_map(arch, config["num_hidden_layers"])
     for name, values in tensors.items():
@@ -132,17 +133,6 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
     writer.add_rope_scaling_attn_factors(scaling["attention_factor"])
     writer.add_tensor("rope_factors_long.weight", np.asarray(scaling["long_factor"], np.float32))
     writer.add_tensor("rope_factors_short.weight", np.asarray(scaling["short_factor"], np.float32))
-
-
-def _add_vocabulary(writer: gguf.GGUFWriter) -> None:
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * 29)
-    writer.add_token_merges(["t 0", "t 1"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_pad_token_id(0)
 
 
 def _converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:

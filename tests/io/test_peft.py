@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft import adapter_config, adapter_tensors, target_suffixes, write_adapter
+from qlora_jax.io.peft import adapter_config, adapter_tensors, notes_for_readers, target_suffixes, write_adapter
 
 LINEARS = [f"model.layers.self_attn.{name}_proj" for name in "qkvo"] + ["model.layers.mlp.up_proj"]
 
@@ -56,6 +56,27 @@ def test_config() -> None:
         "init_lora_weights": True,
         "modules_to_save": None,
     }
+
+
+def test_rslora_is_written_as_an_alpha() -> None:
+    args = LoraArgs(rank=4, alpha=6.0, use_rslora=True, rank_pattern={"up_proj": 9}, alpha_pattern={"k_proj": 5.0})
+    config = adapter_config(_lora({LINEARS[0]: 4, LINEARS[1]: 4, LINEARS[4]: 9}), args, LINEARS, "some/base")
+    assert (config["use_rslora"], config["lora_alpha"]) == (False, 12)  # 6 / sqrt(4) = 12 / 4
+    assert config["alpha_pattern"] == {"k_proj": 10, "up_proj": 18}  # 5 / sqrt(4) = 10 / 4, 6 / sqrt(9) = 18 / 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({}, []),
+        (dict(r=64), ["vLLM takes it with --max-lora-rank 64"]),
+        (dict(rank_pattern={"up_proj": 2}), ["vLLM ignores rank_pattern"]),
+        (dict(alpha_pattern={"up_proj": 2}), ["vLLM ignores alpha_pattern", "llama.cpp ignores alpha_pattern"]),
+    ],
+)
+def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str]) -> None:
+    notes = notes_for_readers(dict(r=16, rank_pattern={}, alpha_pattern={}) | changes)
+    assert len(notes) == len(told) and all(note.startswith(part) for note, part in zip(notes, told, strict=True))
 
 
 def test_ranks_that_do_not_fit_the_settings() -> None:

@@ -155,13 +155,7 @@ def write_gguf(
     writer.add_rope_freq_base(config["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_vocab_size(config["vocab_size"])
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(TOKENS)
-    writer.add_token_types([3, 3, 3] + [1] * 29)
-    writer.add_token_merges(["t 0", "t 1"])
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
+    add_vocabulary(writer)
     writer.add_unk_token_id(0)
     for key, value in (extra or {}).items():
         _add(writer, key, value)
@@ -174,6 +168,17 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def add_vocabulary(writer: gguf.GGUFWriter) -> None:
+    """TOKENS, as a byte-level vocabulary."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([3, 3, 3] + [1] * 29)
+    writer.add_token_merges(["t 0", "t 1"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _add(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
