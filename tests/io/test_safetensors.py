@@ -183,3 +183,15 @@ def test_paths_that_hold_no_model(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="is a weight file: give its folder"):
         open_model(tmp_path / "model.safetensors")
+
+
+def test_masks_that_old_checkpoints_save_are_left_out(tmp_path: Path) -> None:
+    weights = random_weights(tiny_config())
+    masks = {
+        "gpt_neox.layers.0.attention.bias": np.ones((1, 1, 4, 4), bool),
+        "gpt_neox.layers.0.attention.masked_bias": np.float32([-1e9]),
+        "gpt_neox.layers.0.attention.rotary_emb.inv_freq": np.ones(4, np.float32),
+    }
+    for shards in (1, 3):
+        source = open_model(write_folder(tmp_path / str(shards), tiny_config(), weights | masks, shards))
+        assert source.tensors.keys() == weights.keys()

@@ -68,3 +68,73 @@ def test_an_unknown_architecture_is_refused():
 
 def test_each_scaling_says_what_it_needs():
     assert NUMBERS.keys() == SCALINGS.keys()
+
+
+def test_a_mixture_of_experts_is_refused_as_such():
+    for experts in (dict(num_local_experts=8), dict(num_experts=64), dict(n_routed_experts=160)):
+        with pytest.raises(ValueError, match=r"is a mixture of experts, .* would not be quantized"):
+            model_config(dict(SMOLLM2, model_type="mixtral", **experts))
+
+
+def test_a_model_of_images_and_text_is_refused_as_such():
+    with pytest.raises(ValueError, match="of a model that sees images too"):
+        model_config(dict(model_type="gemma3", text_config=dict(SMOLLM2)))
+
+
+GEMMA3 = dict(
+    model_type="gemma3_text",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=7,
+    num_attention_heads=4,
+    num_key_value_heads=1,
+    head_dim=16,
+    sliding_window=32,
+)
+
+
+def test_older_and_newer_configs_of_gemma3_mean_the_same():
+    older = dict(rope_theta=1e6, rope_local_base_freq=1e4, rope_scaling=dict(rope_type="linear", factor=8.0))
+    ropes = dict(full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1e6))
+    newer = dict(rope_parameters=ropes | dict(sliding_attention=dict(rope_type="default", rope_theta=1e4)))
+    model = model_config(GEMMA3 | older | dict(sliding_window_pattern=6))
+    assert model == model_config(GEMMA3 | newer)
+    assert model.windows == (32,) * 5 + (None, 32)
+    assert [rope.theta for rope in model.ropes] == [1e4] * 5 + [1e6, 1e4]
+    with pytest.raises(ValueError, match=r"attn_logit_softcapping=50\.0 is not supported"):
+        model_config(GEMMA3 | dict(attn_logit_softcapping=50.0))
+
+
+NEOX = dict(
+    model_type="gpt_neox",
+    vocab_size=1000,
+    hidden_size=64,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+)
+
+
+def test_older_and_newer_configs_of_gpt_neox_mean_the_same():
+    older = model_config(NEOX | dict(rotary_pct=0.5, rotary_emb_base=5000))
+    newer = dict(rope_type="default", rope_theta=5000.0, partial_rotary_factor=0.5)
+    assert older == model_config(NEOX | dict(rope_parameters=newer))
+    assert older.rope.dim == 8 and older.layout == "parallel"
+    assert older.hugging_face_name("model.layers.1.mlp.up_proj.bias") == "gpt_neox.layers.1.mlp.dense_h_to_4h.bias"
+
+
+def test_what_a_family_does_not_have_is_refused_by_name():
+    with pytest.raises(ValueError) as caught:
+        model_config(NEOX | dict(hidden_act="quick_gelu", rotary_pct=0.3, logit_scale=2.0))
+    for part in ("hidden_act='quick_gelu'", "logit_scale=2.0"):
+        assert part in str(caught.value)
+
+
+def test_features_at_their_defaults_leave_a_fingerprint_as_it_was():
+    described = model_config(SMOLLM2).described()
+    assert described.keys() == {
+        *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm_eps"),
+        *("rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "max_positions"),
+    }
+    assert model_config(NEOX).described().keys() > described.keys()
