@@ -81,6 +81,11 @@ class DataArgs:
     overlong: Literal["truncate", "drop", "error"] = setting(
         "what happens to longer rows (they are counted)", "truncate"
     )
+    packing: bool = setting(
+        "put several rows into one of max_length, each seeing itself alone: no token is wasted on padding. A batch's "
+        "rows are then packs, so an epoch has fewer steps",
+        False,
+    )
     buckets: int = setting("padded lengths that batches come in; each costs one compilation", 4, AT_LEAST_ONE)
     chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
 

@@ -4,9 +4,15 @@ An epoch shuffles the rows, deals them to their length buckets, and cuts each bu
 micro_batch_size rows, so that all micro-batches of a step have one shape. Rows that fill no step go up to the next
 bucket; the steps are shuffled. The last step to be filled may have gaps: all-padding rows of weight 0. So every row is
 seen exactly once an epoch, and an epoch always has ceil(rows / rows a step) steps.
+
+Where rows are packed (packing.py), a pack takes the place of a row: all have one length, and an epoch shuffles which
+rows of equal length are together, and the packs.
+
+Dimension key: A micro-batches, B rows (or packs) of each, T places, R data rows in the fullest of them (1 unpacked).
 """
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
@@ -14,6 +20,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from qlora_jax.data.buckets import bucket_of
+from qlora_jax.data.packing import pack
 from qlora_jax.data.rows import TokenRows
 
 START = {"epoch": 0, "index": 0}
@@ -22,30 +29,37 @@ NO_ROW = -1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-    """Arrays of one optimizer step: A micro-batches of B rows, T places, right-padded.
+    """Arrays of one optimizer step, right-padded.
 
     A row of n ids fills n - 1 places: `inputs` its ids but the last, `targets` its ids but the first, `weights` 1 where
     the target is supervised. What is padding is known by length, never by its id.
 
     Fields:
+      segments: which row of its pack each place belongs to, ascending from 0, padding being the last; None unpacked.
       tokens: places filled, padding not counted.
-      rows: number in the data file of each row (`TokenRows.where` tells the line); -1 for an all-padding row.
+      rows: number in the data file of each row (`TokenRows.where` tells the line); -1 where there is none.
       position: where to go on once this batch has been trained on; None in evaluation.
     """
 
     inputs: Int32[np.ndarray, "A B T"]
     targets: Int32[np.ndarray, "A B T"]
     weights: Float32[np.ndarray, "A B T"]
-    rows: Int64[np.ndarray, "A B"]
+    segments: Int32[np.ndarray, "A B T"] | None
+    rows: Int64[np.ndarray, "A B R"]
     tokens: int
     position: dict[str, int] | None = None
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What a compiled step takes."""
+        named = {"inputs": self.inputs, "targets": self.targets, "weights": self.weights}
+        return named if self.segments is None else named | {"segments": self.segments}
+
 
 class Step(NamedTuple):
-    """One optimizer step of an epoch: its length, and the index of each of its rows (-1: no row)."""
+    """One optimizer step of an epoch: its length, and the indices of its rows (-1: no row)."""
 
     length: int
-    rows: Int64[np.ndarray, " rows_per_step"]
+    rows: Int64[np.ndarray, "AB R"]
 
 
 def plan_epoch(
@@ -60,18 +74,32 @@ def plan_epoch(
     for index, length in enumerate(buckets):
         pool = np.concatenate([carried, order[bucket == index]])
         full = len(pool) // rows_per_step * rows_per_step
-        steps += [Step(length, chosen) for chosen in pool[:full].reshape(-1, rows_per_step)]
+        steps += [Step(length, chosen) for chosen in pool[:full].reshape(-1, rows_per_step, 1)]
         carried = pool[full:]
     if len(carried):
         gaps = np.full(rows_per_step - len(carried), NO_ROW)
-        steps.append(Step(buckets[-1], np.concatenate([carried, gaps])))
+        steps.append(Step(buckets[-1], np.concatenate([carried, gaps])[:, None]))
     return [steps[index] for index in generator.permutation(len(steps))]
+
+
+def plan_packed_epoch(
+    places: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int
+) -> list[Step]:
+    """The steps of one epoch of packs, each row in exactly one of them; the last may have gaps."""
+    generator = np.random.default_rng([seed, epoch])
+    packs = pack(places, capacity, generator.permutation(len(places)))
+    steps = -(-len(packs) // packs_per_step)
+    rows = np.full((steps * packs_per_step, max(map(len, packs))), NO_ROW)
+    for place, index in enumerate(generator.permutation(len(packs))):
+        rows[place, : len(packs[index])] = packs[index]
+    return [Step(capacity, chosen) for chosen in rows.reshape(steps, packs_per_step, -1)]
 
 
 def train_batches(
     rows: TokenRows,
     buckets: Sequence[int],
     *,
+    packed: bool = False,
     accumulation: int,
     micro_batch_size: int,
     seed: int,
@@ -82,17 +110,26 @@ def train_batches(
 
     Going on from a batch's own `position` gives exactly the batches that would have followed it.
 
+    Args:
+      packed: whether rows share rows of the batch; then `buckets` is the one length of all packs.
+
     Raises:
       ValueError: a position that this data set does not have.
     """
-    shape = (accumulation, micro_batch_size)
-    epoch, index = _checked(position, -(-len(rows) // (accumulation * micro_batch_size)))
+    shape, per_step = (accumulation, micro_batch_size), accumulation * micro_batch_size
+    if packed:
+        plan = functools.partial(plan_packed_epoch, rows.places, buckets[-1], per_step, seed)
+    else:
+        plan = functools.partial(plan_epoch, rows.places, buckets, per_step, seed)
+    steps = plan(0)
+    epoch, index = _checked(position, len(steps))
     while True:
-        steps = plan_epoch(rows.places, buckets, accumulation * micro_batch_size, seed, epoch)
+        steps = plan(epoch)
         for step in steps[index:]:
             index += 1
             after = {"epoch": epoch, "index": index} if index < len(steps) else {"epoch": epoch + 1, "index": 0}
-            yield fill(rows, step.rows.reshape(shape), step.length, pad_id, after)
+            chosen = step.rows.reshape(*shape, -1)
+            yield fill(rows, chosen, step.length, pad_id, packed=packed, position=after)
         epoch, index = epoch + 1, 0
 
 
@@ -110,31 +147,41 @@ def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pa
     """Every row once, shortest first (so that little is padding), in batches [1, batch_size, T]."""
     order = np.argsort(rows.places, kind="stable")
     for start in range(0, len(order), batch_size):
-        chosen = np.full((1, batch_size), NO_ROW)
+        chosen = np.full((1, batch_size, 1), NO_ROW)
         some = order[start : start + batch_size]
-        chosen[0, : len(some)] = some
+        chosen[0, : len(some), 0] = some
         length = buckets[bucket_of(rows.places[some[-1:]], buckets)[0]]
         yield fill(rows, chosen, length, pad_id)
 
 
 def fill(
     rows: TokenRows,
-    chosen: Int64[np.ndarray, "A B"],
+    chosen: Int64[np.ndarray, "A B R"],
     length: int,
     pad_id: int,
+    *,
+    packed: bool = False,
     position: dict[str, int] | None = None,
 ) -> Batch:
-    """The arrays of the rows at indices `chosen`, padded to `length`."""
-    shape = (*chosen.shape, length)
+    """The arrays of the rows at indices `chosen`, those of one pack one behind the other, padded to `length`."""
+    shape = (*chosen.shape[:2], length)
     inputs, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
-    weights, numbers = np.zeros(shape, np.float32), np.full(chosen.shape, NO_ROW, np.int64)
-    tokens = 0
-    for place, index in np.ndenumerate(chosen):
+    weights, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
+    filled = np.zeros(shape[:2], np.int64)
+    for (*place, _), index in np.ndenumerate(chosen):
         if index != NO_ROW:
+            at = tuple(place)
             ids, supervised = rows.row(int(index))
-            tokens += len(ids) - 1
-            inputs[place][: len(ids) - 1] = ids[:-1]
-            targets[place][: len(ids) - 1] = ids[1:]
-            weights[place][: len(ids) - 1] = supervised[1:]
-            numbers[place] = rows.numbers[index]
-    return Batch(inputs=inputs, targets=targets, weights=weights, rows=numbers, tokens=tokens, position=position)
+            span = slice(filled[at], filled[at] + len(ids) - 1)
+            inputs[at][span], targets[at][span], weights[at][span] = ids[:-1], ids[1:], supervised[1:]
+            segments[at][span.stop :] += 1
+            filled[at] = span.stop
+    return Batch(
+        inputs=inputs,
+        targets=targets,
+        weights=weights,
+        segments=segments if packed else None,
+        rows=np.where(chosen == NO_ROW, NO_ROW, rows.numbers[chosen]),
+        tokens=int(filled.sum()),
+        position=position,
+    )

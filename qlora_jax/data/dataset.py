@@ -15,6 +15,7 @@ from qlora_jax.data.encode_rows import check_rows, encode_rows
 from qlora_jax.data.formats import Form
 from qlora_jax.data.holdout import hold_out, shared_rows
 from qlora_jax.data.lengths import fit_lengths
+from qlora_jax.data.packing import pack_places
 from qlora_jax.data.readers import Row, read_rows
 from qlora_jax.data.recognise import recognise
 from qlora_jax.data.report import DataReport, SideReport, report_data, report_side
@@ -30,6 +31,7 @@ class Dataset:
       tokenizer: the one given, with the chat template that the settings name.
       eval: None where nothing is held out.
       buckets: lengths T that training batches come in; `eval_buckets` those of evaluation batches.
+      packed: whether training rows share rows of a batch.
       report: what to show before training.
     """
 
@@ -38,6 +40,7 @@ class Dataset:
     eval: TokenRows | None
     buckets: tuple[int, ...]
     eval_buckets: tuple[int, ...]
+    packed: bool
     accumulation: int
     micro_batch_size: int
     seed: int
@@ -45,7 +48,7 @@ class Dataset:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every row is seen once: ceil(rows / (accumulation * micro_batch_size))."""
+        """Optimizer steps in which every row is seen once: ceil(rows or packs / (accumulation * micro_batch_size))."""
         return self.report.steps_per_epoch
 
     @functools.cached_property
@@ -54,7 +57,8 @@ class Dataset:
 
         Two data sets with one fingerprint give the same batches at the same position.
         """
-        digest = hashlib.sha256(repr((self.buckets, self.accumulation, self.micro_batch_size, self.seed)).encode())
+        order = (self.buckets, self.packed, self.accumulation, self.micro_batch_size, self.seed)
+        digest = hashlib.sha256(repr(order).encode())
         for array in (self.train.ids, self.train.supervised, self.train.starts, self.train.numbers):
             digest.update(array.tobytes())
         return digest.hexdigest()
@@ -64,6 +68,7 @@ class Dataset:
         return train_batches(
             self.train,
             self.buckets,
+            packed=self.packed,
             accumulation=self.accumulation,
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
@@ -92,7 +97,8 @@ def load_dataset(
     train, train_side = _encode_side(sides[0], tokenizer, data)
     held, held_side = _encode_side(sides[1], tokenizer, data) if len(sides) > 1 else (None, None)
     shared = shared_rows(sides[0].form, sides[0].rows, sides[1].form, sides[1].rows) if len(sides) > 1 else 0
-    buckets = choose_buckets(train.places, accumulation * micro_batch_size, data.buckets)
+    padded = choose_buckets(train.places, accumulation * micro_batch_size, data.buckets)
+    buckets = (pack_places(data.max_length),) if data.packing else padded
     report = report_data(
         train,
         (train_side, held_side),
@@ -101,13 +107,15 @@ def load_dataset(
         buckets,
         accumulation * micro_batch_size,
         tokenizer,
+        packed=data.packing,
     )
     return Dataset(
         tokenizer=tokenizer,
         train=train,
         eval=held,
         buckets=buckets,
-        eval_buckets=_with_longest(buckets, held),
+        eval_buckets=_with_longest(padded, held),
+        packed=data.packing,
         accumulation=accumulation,
         micro_batch_size=micro_batch_size,
         seed=seed,

@@ -9,6 +9,7 @@ from qlora_jax.data.buckets import bucket_of, places_taken, steps_by_bucket
 from qlora_jax.data.encode import Encoded
 from qlora_jax.data.formats import Form
 from qlora_jax.data.lengths import Fitted
+from qlora_jax.data.packing import pack
 from qlora_jax.data.readers import Row
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.spans import Segment
@@ -59,8 +60,9 @@ class DataReport:
     Fields:
       shared: held-out rows that are also trained on.
       buckets, steps: padded lengths, and the optimizer steps an epoch takes at each.
+      packs: how many packs the rows fill; None where they are not packed.
       padding_share: share of an epoch's places that hold no target.
-      rows_per_step: rows an optimizer step sees.
+      rows_per_step: rows, or packs, an optimizer step sees.
       example: the first training row, decoded, in runs of equal supervision.
       example_place: its `file:line`.
     """
@@ -71,6 +73,7 @@ class DataReport:
     max_length: int
     buckets: tuple[int, ...]
     steps: tuple[int, ...]
+    packs: int | None
     padding_share: float
     rows_per_step: int
     example: tuple[Segment, ...]
@@ -116,17 +119,25 @@ def report_data(
     buckets: tuple[int, ...],
     rows_per_step: int,
     tokenizer: Tokenizer,
+    *,
+    packed: bool = False,
 ) -> DataReport:
     """The whole report, from the rows that will be trained on."""
-    counts = np.bincount(bucket_of(train.places, buckets), minlength=len(buckets)).tolist()
-    taken = places_taken(train.places, buckets, rows_per_step)
+    packs = len(pack(train.places, buckets[-1], np.arange(len(train)))) if packed else None
+    if packs is None:
+        counts = np.bincount(bucket_of(train.places, buckets), minlength=len(buckets)).tolist()
+        steps, taken = steps_by_bucket(counts, rows_per_step), places_taken(train.places, buckets, rows_per_step)
+    else:
+        steps = [-(-packs // rows_per_step)]
+        taken = steps[0] * rows_per_step * buckets[0]
     return DataReport(
         train=sides[0],
         eval=sides[1],
         shared=shared,
         max_length=max_length,
         buckets=buckets,
-        steps=tuple(steps_by_bucket(counts, rows_per_step)),
+        steps=tuple(steps),
+        packs=packs,
         padding_share=1 - int(train.places.sum()) / taken,
         rows_per_step=rows_per_step,
         example=decode_row(train, 0, tokenizer),

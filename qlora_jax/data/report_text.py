@@ -40,14 +40,21 @@ def print_report(report: DataReport, console: Console) -> None:
 
 def facts(report: DataReport) -> list[tuple[str, str]]:
     """(name, value) of every line of the report."""
-    by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
     return [
         *_side_facts("train", report.train, report.max_length),
-        ("steps an epoch", f"{report.steps_per_epoch:,} of {report.rows_per_step} rows; by padded length {by_length}"),
+        ("steps an epoch", _steps(report)),
         ("padding", f"{report.padding_share:.1%} of the places in an epoch's batches"),
         *(_side_facts("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
         *_warning(report.shared, "held-out rows that are also trained on, so that their score says little"),
     ]
+
+
+def _steps(report: DataReport) -> str:
+    if report.packs is not None:
+        rows = f"{report.train.kept:,} rows in {report.packs:,} packs of {report.buckets[0]:,} places"
+        return f"{report.steps_per_epoch:,} of {report.rows_per_step} packs; {rows}"
+    by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
+    return f"{report.steps_per_epoch:,} of {report.rows_per_step} rows; by padded length {by_length}"
 
 
 def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str, str]]:

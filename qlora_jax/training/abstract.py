@@ -69,6 +69,7 @@ def abstract_step(
     lora: LoraArgs,
     *,
     batch: tuple[int, int, int],
+    packed: bool = False,
     remat: str = "names",
     optim: OptimArgs | None = None,
 ) -> AbstractStep:
@@ -76,6 +77,7 @@ def abstract_step(
 
     Args:
       batch: (A, B, T).
+      packed: whether rows of the batch are packs of several.
       remat: a key of REMAT_POLICIES.
       optim: the default optimizer where it is None.
 
@@ -94,7 +96,7 @@ def abstract_step(
         graphdef=graphdef,
         lora=lora_leaves,
         base=base,
-        batch=abstract_batch(*batch),
+        batch=abstract_batch(*batch, packed=packed),
         key=jax.eval_shape(lambda: jax.random.key(0)) if lora.dropout else None,
         remat=remat,
         optimizer=optimizer,
@@ -108,7 +110,11 @@ def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs) -> Caus
     return model
 
 
-def abstract_batch(accumulated: int, rows: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """`inputs`, `targets` int32 and `weights` f32, each [A, B, T]."""
+def abstract_batch(
+    accumulated: int, rows: int, length: int, *, packed: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """`inputs`, `targets` int32 and `weights` f32, and `segments` int32 where rows are packs, each [A, B, T]."""
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
+    if packed:
+        dtypes["segments"] = jnp.int32
     return {name: jax.ShapeDtypeStruct((accumulated, rows, length), dtype) for name, dtype in dtypes.items()}

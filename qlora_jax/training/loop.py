@@ -90,9 +90,8 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
     """One optimizer step, reported once its numbers are known."""
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
-    arrays = {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
     optimizer_state, room, sent = session.updates.make_room(progress.optimizer_state, batch.inputs.shape)
-    grads, loss = session.gradients(progress.lora, session.base, arrays, key)
+    grads, loss = session.gradients(progress.lora, session.base, batch.arrays(), key)
     lora, optimizer_state, norm, moved = session.updates.update(progress.lora, optimizer_state, grads, room)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
     step = progress.step + 1
@@ -131,7 +130,7 @@ def evaluate(session: Session, progress: Progress, reporter: Reporter) -> None:
         return
     nll = tokens = 0.0
     for batch in session.dataset.eval_batches(EVAL_ROWS):
-        arrays = {"inputs": batch.inputs[0], "targets": batch.targets[0], "weights": batch.weights[0]}
+        arrays = {name: array[0] for name, array in batch.arrays().items()}
         rows_B = evaluation_loss(session.graphdef, progress.lora, session.base, arrays)
         nll += float(np.sum(np.asarray(rows_B, np.float64)))
         tokens += float(np.sum(batch.weights, dtype=np.float64))

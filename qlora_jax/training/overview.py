@@ -97,7 +97,7 @@ def _unused(config: Config) -> list[str]:
         "gradient clipping": config.optim.max_grad_norm == 0,
         "weight decay": config.optim.weight_decay == 0,
         "held-out rows": config.data.eval is None and config.data.eval_fraction == 0,
-        "packing": True,
+        "packing": not config.data.packing,
         "optimizer paging": paging_of(config.optim) == "off",
     }
     return [name for name, off in options.items() if off]

@@ -41,7 +41,9 @@ class Gradients:
     def compiled(self, shape: Shape) -> Any:
         """The program for batches of a shape (A, B, T), a `jax.stages.Compiled`."""
         if shape not in self._compiled:
-            program = dataclasses.replace(self._step, batch=abstract_batch(*shape)).gradients()
+            program = dataclasses.replace(
+                self._step, batch=abstract_batch(*shape, packed="segments" in self._step.batch)
+            ).gradients()
             self._compiled[shape] = program.function.lower(*program.args, **program.kwargs).compile()
             runtime.give_memory_back()
         return self._compiled[shape]

@@ -94,7 +94,8 @@ def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
     """The run's step, compiled for its longest batches; done before `prepare`, when memory is still free."""
     weights, remat = weight_format(config.model), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
-    gradients = Gradients(abstract_step(inputs.model, weights, config.lora, batch=shape, remat=remat))
+    step = abstract_step(inputs.model, weights, config.lora, batch=shape, packed=inputs.dataset.packed, remat=remat)
+    gradients = Gradients(step)
     gradients.compiled(shape)
     return gradients
 

@@ -33,11 +33,14 @@ class StepLoss:
     row_nll_AB: Float[Array, "A B"]
 
 
-def row_nll(
-    model: Any, inputs_BT: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array, *, remat: str, key: jax.Array | None
-) -> Float[Array, " B"]:
-    """Each row's sum over its tokens of weight * -log p(target), in f32."""
-    hidden_MD = model.hidden(inputs_BT, remat=remat, key=key)
+def row_nll(model: Any, micro: dict[str, jax.Array], *, remat: str, key: jax.Array | None) -> Float[Array, " B"]:
+    """Each row's sum over its tokens of weight * -log p(target), in f32.
+
+    Args:
+      micro: `inputs`, `targets`, `weights` and, where rows are packs, `segments` of one micro-batch, each [B, T].
+    """
+    targets_BT, weights_BT = micro["targets"], micro["weights"]
+    hidden_MD = model.hidden(micro["inputs"], remat=remat, key=key, segments_BT=micro.get("segments"))
     with jax.named_scope("head"):
         nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
     return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
@@ -58,20 +61,13 @@ def gradients(
     Weighing by tokens makes the result that of one large batch, however its tokens fall into micro-batches.
 
     Args:
-      batch: `inputs`, `targets` int32 [A, B, T] and `weights` f32 [A, B, T].
+      batch: `inputs`, `targets` int32 and `weights` f32, and `segments` int32 where rows are packs, each [A, B, T].
       key: dropout's key of this step, folded with the micro-batch; None where there is no dropout.
     """
 
     def summed(lora: Lora, micro: dict[str, jax.Array], index: jax.Array):
         micro_key = None if key is None else jax.random.fold_in(key, index)
-        rows_B = row_nll(
-            combine(graphdef, lora, base),
-            micro["inputs"],
-            micro["targets"],
-            micro["weights"],
-            remat=remat,
-            key=micro_key,
-        )
+        rows_B = row_nll(combine(graphdef, lora, base), micro, remat=remat, key=micro_key)
         return jnp.sum(rows_B), rows_B
 
     def accumulate(total: Lora, xs):
@@ -106,4 +102,4 @@ def evaluation_loss(
 ) -> Float[Array, " B"]:
     """Each row's sum of losses, without dropout; `batch` as for `gradients`, with no leading axis A."""
     model = combine(graphdef, lora, base)
-    return row_nll(model, batch["inputs"], batch["targets"], batch["weights"], remat="none", key=None)
+    return row_nll(model, batch, remat="none", key=None)

@@ -61,7 +61,8 @@ def test_batches_hold_the_ids_of_their_rows(lengths: list[int], shape: tuple[int
     for batch in take_epoch(rows, (64, 192, 448), shape, 1, 0):
         assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (*shape, batch.inputs.shape[2])
         assert batch.inputs.shape[2] in (64, 192, 448)
-        for place, number in np.ndenumerate(batch.rows):
+        for (*at, _), number in np.ndenumerate(batch.rows):
+            place = tuple(at)
             ids, supervised = rows.row(int(number) // 3) if number != NO_ROW else (np.zeros(1, int), np.zeros(1, bool))
             n = len(ids) - 1
             assert batch.inputs[place][:n].tolist() == ids[:-1].tolist()

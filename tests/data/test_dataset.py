@@ -44,7 +44,7 @@ def test_settings_become_batches(tokenizer: Tokenizer, write_rows: Callable):
     assert batch.inputs.shape == (2, 2, 64)
     supervised = batch.targets[0, 0][batch.weights[0, 0] == 1]
     assert tokenizer.decode(supervised.tolist()) == "yes<|im_end|>"
-    assert dataset.train.where(int(batch.rows[0, 0])) == f"{path}:{batch.rows[0, 0] + 1}"
+    assert dataset.train.where(int(batch.rows[0, 0, 0])) == f"{path}:{batch.rows[0, 0, 0] + 1}"
 
 
 def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows: Callable):
@@ -56,8 +56,9 @@ def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows:
         load(tokenizer, train=changed),
         dataclasses.replace(dataset, seed=1),
         dataclasses.replace(dataset, accumulation=4),
+        dataclasses.replace(dataset, packed=True),
     ]
-    assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 4
+    assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
 @given(st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=3), st.integers()), max_size=30))

@@ -52,7 +52,7 @@ def arrays_at(config, step):
 
 def first_batch(session):
     batch = next(session.dataset.train_batches())
-    return batch, {"inputs": batch.inputs, "targets": batch.targets, "weights": batch.weights}
+    return batch, batch.arrays()
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +109,13 @@ def run_quietly(session, progress, batch):
 @pytest.mark.parametrize("stop_after", [1, 4, 6])
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, stop_after, monkeypatch):
     config = dataclasses.replace(finished, output=str(tmp_path / "run"))
+    _stop_and_resume(config, stop_after, monkeypatch)
+    assert numbers(config) == numbers(finished)
+    for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
+        np.testing.assert_array_equal(resumed, whole)
+
+
+def _stop_and_resume(config, stop_after, monkeypatch):
     calls = []
 
     def stop():
@@ -120,9 +127,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, stop_afte
         assert not run(config)
     assert open_run(Path(config.output)).step == stop_after
     assert run(config, resume=True)
-    assert numbers(config) == numbers(finished)
-    for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
-        np.testing.assert_array_equal(resumed, whole)
+
+
+def test_packed_rows_train_resume_and_waste_little(tmp_path, monkeypatch):
+    whole = project(tmp_path / "whole", data=dict(packing=True), train=dict(steps=6, accumulation=1))
+    report = open_inputs(whole).dataset.report
+    # 1,812 places want ten packs of 192; eleven make six steps of two, one of which has a gap.
+    assert (report.train.kept, report.train.tokens) == (32, 1812)
+    assert (report.buckets, report.packs, report.steps) == ((192,), 11, (6,))
+    assert report.padding_share == 1 - 1812 / (12 * 192)
+    assert run(whole)
+    assert {record["length"] for record in numbers(whole) if "loss" in record} == {192}
+    losses = [record["eval_loss"] for record in numbers(whole) if "eval_loss" in record]
+    assert losses[-1] < losses[0]
+    config = dataclasses.replace(whole, output=str(tmp_path / "run"))
+    _stop_and_resume(config, 4, monkeypatch)
+    assert numbers(config) == numbers(whole)
 
 
 def test_accumulation_weighs_by_tokens(tmp_path):

@@ -130,7 +130,8 @@ def _loss_and_gradients(model, tokens_BT):
     @jax.jit
     def loss(lora):
         model = combine(graphdef, lora, base)
-        return row_nll(model, tokens_BT, targets_BT, weights_BT, remat="names", key=None).sum()
+        micro = {"inputs": tokens_BT, "targets": targets_BT, "weights": weights_BT}
+        return row_nll(model, micro, remat="names", key=None).sum()
 
     return lora, *jax.value_and_grad(loss)(lora)
 
