@@ -65,16 +65,32 @@ class LoraArgs:
     start: str | None = setting("a PEFT adapter's folder to go on from; its rank and alpha must be those above", None)
 
 
+FormName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "completion",
+    "input-output",
+    "flan",
+    "hh-rlhf",
+    "guanaco",
+    "chip2",
+    "text",
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataArgs:
     """Training and held-out rows, and how they become tokens."""
 
-    train: str = setting("JSONL or JSON file of training rows", bound=NOT_EMPTY)
+    train: str = setting("JSONL, JSON, CSV or TSV file of training rows, gzipped or not", bound=NOT_EMPTY)
     eval: str | None = setting("file of held-out rows", None)
     eval_fraction: float = setting("without eval: hold out this share of train, by a hash of the row", 0.0, BELOW_ONE)
-    format: Literal["auto", "messages", "alpaca", "completion", "text"] = setting(
-        "form of the rows: messages (chat), alpaca (instruction/input/output), completion (prompt/completion), "
-        "text; auto looks at the columns",
+    format: FormName = setting(
+        "form of the rows (docs/data.md); auto looks at the columns: messages (chat), sharegpt (conversations), alpaca "
+        "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), text; "
+        "hh-rlhf, guanaco and chip2 have to be named",
         "auto",
     )
     max_length: int = setting("tokens of a row at most, its special tokens included", 1024, AT_LEAST_TWO)

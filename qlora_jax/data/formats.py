@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from qlora_jax.data import dialogs
 from qlora_jax.data.chat import Message
 from qlora_jax.data.spans import Segment
 
@@ -29,6 +30,7 @@ class Form:
 
     Fields:
       required, optional: its columns.
+      only_named: its columns do not tell it from another form, so data.format has to.
       problems: what is wrong with a row that has the required columns; empty if nothing is.
       messages: the row as a conversation, for a tokenizer with a chat template; None: never one.
       plain: the row as text for a tokenizer without a template (bos and eos are added later); None: needs a template.
@@ -37,6 +39,7 @@ class Form:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
+    only_named: bool = False
     problems: Callable[[Columns], list[str]]
     messages: Callable[[Columns], Sequence[Message]] | None = None
     plain: Callable[[Columns], list[Segment]] | None = None
@@ -117,12 +120,50 @@ def _alpaca_plain(row: Columns) -> list[Segment]:
     return [Segment(prompt, False), Segment(row["output"], True)]
 
 
+def _pair(name: str, prompt: str, answer: str) -> Form:
+    """A question and an answer: two turns where there is a template, else the two texts, eos after the answer."""
+    return Form(
+        name=name,
+        required=(prompt, answer),
+        problems=lambda row: _text_problems(row, prompt, answer, may_be_blank=(prompt,)),
+        messages=lambda row: _question(row[prompt], row[answer]),
+        plain=lambda row: [Segment(row[prompt], False), Segment(row[answer], True)],
+    )
+
+
+def _marked(name: str, column: str, mark: re.Pattern[str]) -> Form:
+    """Turns marked in one text: a conversation where there is a template, else all of the text, supervised."""
+    return Form(
+        name=name,
+        required=(column,),
+        only_named=True,
+        problems=lambda row: _text_problems(row, column) or dialogs.marked_problems(row[column], mark),
+        messages=lambda row: dialogs.marked_turns(row[column], mark),
+        plain=lambda row: [Segment(row[column], True)],
+    )
+
+
+def _sharegpt_problems(row: Columns) -> list[str]:
+    return dialogs.sharegpt_problems(row) or _message_problems({"messages": dialogs.sharegpt_messages(row)})
+
+
+def _chip2_plain(row: Columns) -> list[Segment]:
+    question, answer = dialogs.chip2_pair(row["text"])
+    return [Segment(question, False), Segment(answer, True)]
+
+
 _FORMS = (
     Form(
         name="messages",
         required=("messages",),
         problems=_message_problems,
         messages=lambda row: row["messages"],
+    ),
+    Form(
+        name="sharegpt",
+        required=("conversations",),
+        problems=_sharegpt_problems,
+        messages=dialogs.sharegpt_messages,
     ),
     # Through a chat template as a user's and an assistant's turn; without one as the texts above, eos after the output.
     Form(
@@ -133,13 +174,18 @@ _FORMS = (
         messages=_alpaca_messages,
         plain=_alpaca_plain,
     ),
-    # Likewise a user's and an assistant's turn; without a template the two texts as they are, eos after the completion.
+    _pair("completion", "prompt", "completion"),
+    _pair("input-output", "input", "output"),  # longform too
+    _pair("flan", "inputs", "targets"),
+    _marked("hh-rlhf", "chosen", dialogs.HH),
+    _marked("guanaco", "text", dialogs.GUANACO),
     Form(
-        name="completion",
-        required=("prompt", "completion"),
-        problems=lambda row: _text_problems(row, "prompt", "completion", may_be_blank=("prompt",)),
-        messages=lambda row: _question(row["prompt"], row["completion"]),
-        plain=lambda row: [Segment(row["prompt"], False), Segment(row["completion"], True)],
+        name="chip2",
+        required=("text",),
+        only_named=True,
+        problems=lambda row: _text_problems(row, "text") or dialogs.chip2_problems(row["text"]),
+        messages=lambda row: _question(*dialogs.chip2_pair(row["text"])),
+        plain=_chip2_plain,
     ),
     # Never a conversation: all of the text is supervised, eos after it.
     Form(

@@ -1,4 +1,4 @@
-"""Rows of JSON Lines or JSON files, gzipped or not, each with its line number for error messages."""
+"""Rows of JSON Lines, JSON, CSV or TSV files, gzipped or not, each with its line number for error messages."""
 
 import difflib
 import gzip
@@ -8,8 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax.data.delimited import Dialect, dialect_of, parse_columns
+
 _SHOWN = 8
 _SPACE = " \t\r\n"
+_PARQUET = b"PAR1"  # its first bytes
 
 
 class Place(NamedTuple):
@@ -34,7 +37,7 @@ Problem = tuple[Place, str]
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSON Lines file, or of a JSON file that holds one array, whatever its name says.
+    """The rows of a .csv or .tsv file; else of a JSON Lines file or of one JSON array, whatever the name says.
 
     UTF-8, with or without a byte order mark; gzipped files are known by their first bytes. Blank lines are no rows.
 
@@ -43,14 +46,26 @@ def read_rows(path: str | Path) -> list[Row]:
         them, by line number), or no row at all.
     """
     path = Path(path)
-    text = read_text(path)
+    text, dialect = read_text(path), dialect_of(path)
     parse = _array if text.lstrip(_SPACE).startswith("[") else _lines
-    found = [(Place(line, number), value) for number, (line, value) in enumerate(parse(text))]
+    parsed = parse(text) if dialect is None else _columns(path, text, dialect)
+    found = [(Place(line, number), value) for number, (line, value) in enumerate(parsed)]
     if not found:
-        raise ValueError(f"{path}: holds no rows; expected one JSON object a line, or one array of objects")
+        expected = (
+            "a line of column names and then rows" if dialect else "one JSON object a line, or one array of objects"
+        )
+        raise ValueError(f"{path}: holds no rows; expected {expected}")
     problems = [(place, _not_a_row(value)) for place, value in found if not isinstance(value, dict)]
     raise_problems(path, problems, len(found))
     return [Row(place, value) for place, value in found]
+
+
+def _columns(path: Path, text: str, dialect: Dialect) -> Iterator[tuple[int, Any]]:
+    try:
+        for line, row in parse_columns(text, dialect):
+            yield line, _Broken(row) if isinstance(row, str) else row
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def read_text(path: str | Path) -> str:
@@ -84,6 +99,11 @@ def _bytes(path: Path) -> bytes:
 
 
 def _decode(path: Path, raw: bytes) -> str:
+    if raw.startswith(_PARQUET):
+        raise ValueError(
+            f"{path}: a Parquet file, which is not read; write it as JSON Lines, for instance with "
+            "pandas.read_parquet(...).to_json(..., orient='records', lines=True)"
+        )
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -14,7 +14,8 @@ def recognise(path: str, rows: Sequence[Row], named: str = "auto") -> Form:
       ValueError: no form fits; tells the columns found, the forms known, and the nearest one with what to rename.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
-    for form in FORMS.values() if named == "auto" else [FORMS[named]]:
+    told = [form for form in FORMS.values() if not form.only_named]
+    for form in told if named == "auto" else [FORMS[named]]:
         if set(form.required) <= set(columns):
             return form
     wrong = "are in no known form" if named == "auto" else f"are not in the form {named!r} that data.format names"
@@ -43,7 +44,7 @@ def _nearest(columns: Sequence[str]) -> str:
         if required in columns:
             return required
         lower = {name.lower(): name for name in reversed(columns)}
-        candidates = [required, *_SYNONYMS[required]]
+        candidates = [required, *_SYNONYMS.get(required, ())]
         close = difflib.get_close_matches(required, lower, n=1, cutoff=0.8)
         return next((lower[name] for name in [*candidates, *close] if name in lower), None)
 
@@ -52,7 +53,7 @@ def _nearest(columns: Sequence[str]) -> str:
         exact = sum(name in columns for name in form.required)
         return len(partners) / len(form.required), exact
 
-    best = max(FORMS.values(), key=score)
+    best = max((form for form in FORMS.values() if not form.only_named), key=score)
     if score(best)[0] == 0:
         return "None of the columns looks like one of these."
     pairs = {name: partner(name) for name in best.required}

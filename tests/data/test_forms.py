@@ -45,6 +45,9 @@ def parts(tokenizer: Tokenizer, row: Encoded) -> tuple[str, str]:
         ([COMPLETION], "completion"),
         ([{**MESSAGES, "prompt": "p"}], "messages"),
         ([{"id": 1, "text": "t"}, {"text": "u", "source": "web"}], "text"),
+        ([{"input": "q", "output": "a", "subject": "s"}], "input-output"),
+        ([{"inputs": "q", "targets": "a"}], "flan"),
+        ([{"id": "x", "conversations": [{"from": "human", "value": "q"}]}], "sharegpt"),
     ],
 )
 def test_forms_are_told_by_their_columns(rows: list[dict[str, Any]], name: str):
@@ -60,10 +63,10 @@ def test_a_named_form_wins_over_the_first_that_fits():
     ("columns", "nearest"),
     [
         (["question", "answer"], "Nearest: completion: rename 'question' to 'prompt', 'answer' to 'completion'."),
-        (["subject", "input", "output"], "Nearest: completion: rename 'input' to 'prompt', 'output' to 'completion'."),
+        (["subject", "inputs", "output"], "Nearest: input-output: rename 'inputs' to 'input'."),
         (["Instruction", "Output"], "Nearest: alpaca: rename 'Instruction' to 'instruction', 'Output' to 'output'."),
         (["instruction", "response"], "Nearest: alpaca: rename 'response' to 'output'."),
-        (["conversations"], "Nearest: messages: rename 'conversations' to 'messages'."),
+        (["dialogue"], "Nearest: messages: rename 'dialogue' to 'messages'."),
         (["instruction", "instances"], "Nearest: alpaca: add 'output'."),
         (["promt", "completion"], "Nearest: completion: rename 'promt' to 'prompt'."),
         (["sentence", "label"], "None of the columns looks like one of these."),

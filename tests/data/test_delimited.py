@@ -1,0 +1,79 @@
+"""Comma- and tab-separated files: fields, lines, and what each error says."""
+
+import csv
+import gzip
+import io
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.data.delimited import DIALECTS, parse_columns
+from qlora_jax.data.readers import read_rows
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=12)
+
+
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=8))
+def test_what_csv_writes_is_read_back(rows):
+    out = io.StringIO(newline="")
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerows([("prompt", "completion"), *rows])
+    read = list(parse_columns(out.getvalue(), DIALECTS[".csv"]))
+    assert [(row["prompt"], row["completion"]) for _, row in read] == rows
+    line = 2
+    for found, row in read:
+        assert found == line
+        line += 1 + row["prompt"].count("\n") + row["completion"].count("\n")
+
+
+def test_a_lone_quote_in_a_tab_separated_file_swallows_no_row(tmp_path):
+    path = tmp_path / "pairs.tsv"
+    path.write_text('prompt\tcompletion\n"Half a quote\tyes\nanother\tno "\n')
+    assert [row.data for row in read_rows(path)] == [
+        {"prompt": '"Half a quote', "completion": "yes"},
+        {"prompt": "another", "completion": 'no "'},
+    ]
+
+
+def test_gzipped_with_a_byte_order_mark_and_windows_line_ends(tmp_path):
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(gzip.compress(b'\xef\xbb\xbfprompt,completion\r\n"1,5","a\r\nb"\r\n\r\nx,y\r\n'))
+    rows = read_rows(path)
+    assert [row.data for row in rows] == [{"prompt": "1,5", "completion": "a\r\nb"}, {"prompt": "x", "completion": "y"}]
+    assert [row.place.line for row in rows] == [2, 5]
+
+
+def test_a_field_may_be_long(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"text\n{'a' * 300_000}\n")
+    assert len(read_rows(path)[0].data["text"]) == 300_000
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", r"the first line has to name the columns, each once; found \[\]"),
+        ("a,a\n1,2\n", r"each once; found \['a', 'a'\]"),
+        ("a,\n1,2\n", "the first line has to name the columns"),
+        ("prompt,completion\n", "holds no rows; expected a line of column names and then rows"),
+        (
+            "prompt,completion\n1,2\n1,2,3\n4\n",
+            r"2 of 3 rows.*\n.*:3 .*3 fields, where the header names 2.*\n.*:4 .*1 f",
+        ),
+        ('prompt,completion\n1,"2\n', r"1 of 1 rows.*\n.*:2.*not ','-separated: unexpected end of data"),
+        ('prompt,completion\n1,"2"x\n', r":2.*not ','-separated"),
+    ],
+)
+def test_broken_files_are_told_by_line(tmp_path, content, told):
+    path = tmp_path / "rows.csv"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=told):
+        read_rows(path)
+
+
+def test_a_parquet_file_is_refused_with_the_way_out(tmp_path):
+    path = tmp_path / "rows.parquet"
+    path.write_bytes(b"PAR1\x15\x04\xff\xfe")
+    with pytest.raises(ValueError, match=r"a Parquet file, which is not read; write it as JSON Lines"):
+        read_rows(path)
