@@ -70,17 +70,20 @@ def gradients(
         rows_B = row_nll(combine(graphdef, lora, base), micro, remat=remat, key=micro_key)
         return jnp.sum(rows_B), rows_B
 
-    def accumulate(total: Lora, xs):
+    # Each layer's gradient is added in place when the backward pass has it: a micro-batch has no set of its own.
+    total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), lora)
+
+    def accumulate(_, xs):
         micro, index = xs
-        (_, rows_B), grads = jax.value_and_grad(summed, has_aux=True)(lora, micro, index)
-        return jax.tree.map(jnp.add, total, grads), rows_B
+        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro, index=index), lora, has_aux=True)
+        backward.with_refs(total)(jnp.ones((), jnp.float32))
+        return None, rows_B
 
     count = batch["weights"].shape[0]
-    zeros = jax.tree.map(jnp.zeros_like, lora)
-    total, row_nll_AB = jax.lax.scan(accumulate, zeros, (batch, jnp.arange(count, dtype=jnp.int32)))
+    _, row_nll_AB = jax.lax.scan(accumulate, None, (batch, jnp.arange(count, dtype=jnp.int32)))
     tokens = jnp.sum(batch["weights"])
     loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
-    return jax.tree.map(lambda g: g / tokens, total), loss
+    return jax.tree.map(lambda ref: jax.freeze(ref) / tokens, total), loss
 
 
 @functools.partial(

@@ -226,6 +226,12 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_whether_it_fits
         command.main([*base[:-4], "--data.max_length", "100000"])
 
 
+def test_a_config_that_is_not_supported_is_one_clear_error(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"model_type": "mamba"}))
+    with pytest.raises(ValueError, match="mamba"):
+        command.main(["--model.path", str(tmp_path), "--card", "cpu"])
+
+
 # Compiled for cards
 
 
@@ -249,6 +255,13 @@ def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, rem
 
 
 # What QLoRA promises, held to what is compiled: a rise of more than a hundredth is a failure. GiB on the device.
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_accumulation_has_no_second_set_of_gradients():
+    once, often = (compiled_need(real("llama-7b", (a, 1, 512)), on_card("a6000")) for a in (1, 4))
+    assert often.total - once.total < 0.05 * once.device["gradients"]
 
 
 @needs_compiler
