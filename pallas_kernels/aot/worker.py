@@ -7,6 +7,7 @@ kernel for an A100 that comes after one for an H100 would be Hopper code, withou
 Reads pickled Requests from stdin and writes pickled Replies to stdout, until stdin ends; both are its parent's.
 """
 
+import importlib
 import os
 import pickle
 import signal
@@ -73,6 +74,9 @@ def _answer(request: Request) -> Reply:
 
 def main() -> None:
     """Serves until stdin ends."""
+    # It tells Mosaic's compiler, by the environment, where its runtime lies; a parent that has made no kernel yet has
+    # not, and the first program fixes what later ones find. Imported here, for it takes a second.
+    importlib.import_module("jax.experimental.mosaic.gpu")
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes stdin
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what compilers print is no reply

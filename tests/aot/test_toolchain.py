@@ -59,6 +59,26 @@ def test_a_compiler_that_dies_is_an_error_and_the_next_call_has_a_new_one(compil
     assert compile_for("a100", jnp.tanh, x).fits
 
 
+PLAIN_THEN_KERNEL = """
+import jax, jax.numpy as jnp
+from pallas_kernels import aot
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.report import abstract_weight
+x = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)
+aot.compile_for("a6000", jnp.tanh, x)
+compiled = aot.compile_for("a6000", nf4_matmul, x, abstract_weight((256, 256), "split_k"))
+print(compiled.tensor_core_instructions)
+"""
+
+
+def test_a_kernel_compiles_after_a_program_that_has_none(compile_for):
+    """In a process that had imported no Mosaic when its compiler started."""
+    command = [sys.executable, "-c", PLAIN_THEN_KERNEL]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 0
+
+
 def test_what_the_compiler_refuses_is_jaxs_own_error(compile_for):
     with pytest.raises(jax.errors.JaxRuntimeError, match="no custom call of this name"):
         call = jax.ffi.ffi_call("no custom call of this name", jax.ShapeDtypeStruct((8,), jnp.float32))
