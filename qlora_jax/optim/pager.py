@@ -19,9 +19,20 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from qlora_jax.config.sizes import format_bytes
 from qlora_jax.optim.apply import apply_updates, in_f32
 from qlora_jax.optim.pages import Layout, Tree
-from qlora_jax.optim.residency import Memory, Moved, Page, Pool, on_device, page_bytes
+from qlora_jax.optim.residency import (
+    COPY_ERRORS,
+    Memory,
+    Moved,
+    Page,
+    PagingError,
+    Pool,
+    first_line,
+    on_device,
+    page_bytes,
+)
 
 AHEAD = 2  # pages whose copy to the device is under way while one is updated, where the budget has room
 
@@ -41,7 +52,11 @@ class PagedState:
 
 
 def paged_init(transform: optax.GradientTransformation, params: Tree, layout: Layout, memory: Memory) -> PagedState:
-    """`transform.init(params)`, all pages on the host; no more than one at a time is on the device."""
+    """`transform.init(params)`, all pages on the host; no more than one at a time is on the device.
+
+    Raises:
+      PagingError: the host has no room for a page.
+    """
     leaves = jax.tree.leaves(params)
     pages, shared = [], ()
     for index in range(layout.count):
@@ -49,10 +64,22 @@ def paged_init(transform: optax.GradientTransformation, params: Tree, layout: La
         first = [index * k for k in layout.rows]
         cut = [jax.lax.dynamic_slice_in_dim(leaf, i, k) for leaf, i, k in zip(leaves, first, rows, strict=True)]
         page, shared = _split(layout, rows, jax.tree.leaves(jax.jit(transform.init)(layout.paged_tree(cut, rows))))
+        pages.append(_on_host(page, memory, index, layout))
+    return PagedState(tuple(pages), jax.device_put(shared, memory.device_sharding))
+
+
+def _on_host(page: Page, memory: Memory, index: int, layout: Layout) -> Page:
+    """A copy on the host, which is there."""
+    try:
         copy = memory.to_host(page)
         memory.wait(copy)
-        pages.append(copy)
-    return PagedState(tuple(pages), jax.device_put(shared, memory.device_sharding))
+    except COPY_ERRORS as error:
+        raise PagingError(
+            f"page {index} of {layout.count} of the optimizer's state ({format_bytes(page_bytes(page))}; "
+            f"{format_bytes(layout.total_bytes)} in all) can't be placed in host memory ({first_line(error)}); make "
+            "room there, or set optim.paging=off"
+        ) from error
+    return copy
 
 
 def resident_bytes(state: PagedState) -> int:
@@ -200,23 +227,37 @@ def to_optax(state: PagedState, layout: Layout, memory: Memory) -> Tree:
     """
     leaves = [np.empty(leaf.shape, leaf.dtype) for leaf in layout.leaves]
     for index, page in enumerate(state.pages):
-        host = memory.to_host(page) if on_device(page) else page
-        for (leaf, first, rows), values in zip(layout.page_leaves(index), host, strict=True):
-            leaves[leaf][first : first + rows] = np.asarray(values)
-        if host is not page:
-            memory.free(host)
+        for (leaf, first, rows), values in zip(layout.page_leaves(index), _values(page, memory), strict=True):
+            leaves[leaf][first : first + rows] = values
     counts = iter(state.shared)
     whole = [np.array(next(counts)) if owner is None else leaves[i] for i, owner in enumerate(layout.owners)]
     return jax.tree.unflatten(layout.state, whole)
 
 
+def _values(page: Page, memory: Memory) -> list[np.ndarray]:
+    """A page's arrays; one on the device goes through the host's pinned memory, or straight where that is full."""
+    try:
+        copy = memory.to_host(page) if on_device(page) else page
+        memory.wait(copy)
+    except COPY_ERRORS:
+        copy = page
+    values = [np.array(leaf) for leaf in copy]
+    if copy is not page:
+        memory.free(copy)
+    return values
+
+
 def from_optax(tree: Tree, layout: Layout, memory: Memory) -> PagedState:
-    """Pages of a plain optimizer's state, all on the host; of a tree on the host, nothing is staged on the device."""
+    """Pages of a plain optimizer's state, all on the host; of a tree on the host, nothing is staged on the device.
+
+    Raises:
+      PagingError: the host has no room for a page.
+    """
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     pages = []
     for index in range(layout.count):
         cut = tuple(leaves[leaf][first : first + rows] for leaf, first, rows in layout.page_leaves(index))
-        pages.append(memory.to_host(cut))
+        pages.append(_on_host(cut, memory, index, layout))
     shared = [leaf for leaf, owner in zip(leaves, layout.owners, strict=True) if owner is None]
     return PagedState(tuple(pages), tuple(jax.device_put(leaf, memory.device_sharding) for leaf in shared))
 

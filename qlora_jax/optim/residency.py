@@ -240,7 +240,7 @@ class Pool:
         self._stuck.add(i)
         problem = (
             f"page {i} of {len(self.pages)} ({format_bytes(self._sizes[i])}) stays on the device, beyond its budget: "
-            f"no copy to the host could be made ({_first_line(error)})"
+            f"no copy to the host could be made ({first_line(error)})"
         )
         self.moved += Moved(problems=(problem,))
 
@@ -268,11 +268,12 @@ class Pool:
         except COPY_ERRORS as error:
             raise PagingError(
                 f"page {i} of {len(self.pages)} of the optimizer's state ({format_bytes(self._sizes[i])}) can't be "
-                f"placed on the device, also with all other pages away ({_first_line(error)}); the step is not "
+                f"placed on the device, also with all other pages away ({first_line(error)}); the step is not "
                 "complete. Free memory there, or make batches smaller, and go on from the last checkpoint with --resume"
             ) from error
         return copy
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says first; its kind where it says nothing."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

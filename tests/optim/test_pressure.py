@@ -8,8 +8,17 @@ import pytest
 
 from qlora_jax.optim.pager import fit, resident_bytes
 from qlora_jax.optim.pressure import SimulatedMemory
-from qlora_jax.optim.residency import Memory, PagingError, host_kind
-from tests.optim.test_pager import ARGS, PAGES, Run, assert_equal_runs, page_size, plain_run
+from qlora_jax.optim.residency import Memory, PagingError, host_kind, on_device
+from tests.optim.test_pager import (
+    ARGS,
+    PAGES,
+    Run,
+    assert_equal_runs,
+    make_elementwise_state,
+    page_size,
+    plain_run,
+    tree,
+)
 
 SIZE = page_size(ARGS)
 STEPS = 8
@@ -87,6 +96,28 @@ def test_a_page_that_can_be_placed_nowhere_is_one_clear_error():
         run.go(0, steps=1)
     assert not any(leaf.is_deleted() for page in state.pages for leaf in page)
     assert all(np.isfinite(np.asarray(leaf)).all() for page in state.pages for leaf in page)
+
+
+def test_a_host_without_room_for_the_state_is_one_clear_error_before_the_first_step():
+    words = (
+        r"page 2 of 4 of the optimizer's state \(.*\) can't be placed in host memory \(RESOURCE_EXHAUSTED.*paging=off"
+    )
+    with pytest.raises(PagingError, match=words):
+        Run(ARGS, simulated(host_bytes=2 * SIZE))
+    _, state, _ = plain_run(ARGS, steps=1)
+    with pytest.raises(PagingError, match=words):
+        Run(ARGS, simulated(host_bytes=2 * SIZE), start=(tree(0), make_elementwise_state(state), 1))
+
+
+@pytest.mark.parametrize("outcome", ["fails", "fails late"])
+def test_a_checkpoint_is_whole_where_its_copies_fail(outcome):
+    saving = []
+    memory = simulated(faults=lambda way, number: outcome if saving and way == "to_host" else "works")
+    run = Run(ARGS, memory).go(2 * SIZE, steps=STEPS)
+    saving.append(True)
+    assert_equal_runs(run, plain_run(ARGS, steps=STEPS))  # reads the state as a checkpoint does
+    assert sum(map(on_device, run.state.pages)) == 2
+    assert memory.ledger.device_bytes + memory.ledger.host_bytes == run.layout.total_bytes
 
 
 def test_the_probe_takes_what_works():
