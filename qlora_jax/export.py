@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.export RUN --format peft`: hands the adapter of a run to the world."""
+"""`python -m qlora_jax.export RUN --format peft`: hands what a run has learned to the world."""
 
 import argparse
 from pathlib import Path
@@ -12,24 +12,40 @@ PROG = "python -m qlora_jax.export"
 
 
 def main(argv: list[str]) -> None:
-    """Writes the adapter of a run, and with --with-base the base it was trained on, dequantized."""
+    """Writes the adapter of a run, or its model with the adapter merged into the weights."""
     args = _parser().parse_args(argv)
+    if args.format == "hf" and args.with_base:
+        raise ValueError("--with-base is for --format peft: a merged model has no base")
+    if args.format == "peft" and args.dtype is not None:
+        raise ValueError("--dtype is for --format hf: an adapter is float32")
     output = args.output or args.run / args.format
     # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
     from qlora_jax import runtime
+    from qlora_jax.io.export_merged import export_merged
     from qlora_jax.io.export_run import export_peft
 
     runtime.start()
-    export_peft(args.run, output, step=args.step, model=args.model, with_base=args.with_base, console=Console())
+    where = {"step": args.step, "model": args.model, "console": Console()}
+    if args.format == "peft":
+        export_peft(args.run, output, with_base=args.with_base, **where)
+    else:
+        export_merged(args.run, output, dtype=args.dtype or "bfloat16", **where)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description=main.__doc__)
     parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument("--format", choices=["peft"], default="peft", help="peft: a LoRA adapter for the peft library")
+    parser.add_argument(
+        "--format",
+        choices=["peft", "hf"],
+        default="peft",
+        help="peft: a LoRA adapter for the peft library; hf: a whole model for transformers, the adapter merged into "
+        "the dequantized weights that it was trained on",
+    )
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
     parser.add_argument("--model", help="where the base model lies now, if it was moved after training")
+    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a merged model's weights")
     parser.add_argument(
         "--with-base",
         action="store_true",

@@ -1,7 +1,11 @@
-"""Writes the base as a run saw it, dequantized, as a Hugging Face folder; one tensor in memory at a time."""
+"""Writes a base as a run saw it, dequantized, with adapters merged or without, as a Hugging Face folder.
 
+One tensor is in memory at a time.
+"""
+
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,25 +14,47 @@ import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.io.safetensors import SINGLE
-from qlora_jax.io.safetensors_writer import Planned, write_safetensors
-from qlora_jax.io.slots import Slot, slots_of
-from qlora_jax.models.decoder import CausalLM
+from qlora_jax.io.safetensors import INDEX, SINGLE
+from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, write_safetensors
+from qlora_jax.io.slots import Slot
+from qlora_jax.nn.lora import LoRA
 from qlora_jax.quant import dequantize
 
 
-def write_dense_folder(folder: Path, model: CausalLM, config: dict[str, Any]) -> None:
-    """config.json and model.safetensors: the base of a model for transformers, in the dtype that the model computes in.
+def write_dense_folder(
+    folder: Path,
+    slots: Sequence[Slot],
+    config: dict[str, Any],
+    *,
+    computed: np.dtype,
+    dtype: np.dtype,
+    adapters: Mapping[str, LoRA],
+) -> None:
+    """config.json and safetensors files: a model for transformers, in `dtype`.
+
+    A weight with an adapter is what the adapter makes of it: dequantized as training saw it, merged in f32, and rounded
+    once.
 
     Args:
-      model: without adapters.
+      slots: of the model without adapters.
       config: the model's config.json.
+      computed: the dtype that training computed in, and saw 4-bit weights in.
+      adapters: by the name of the stacked projection, `model.layers.self_attn.q_proj`.
     """
-    dtype = model.model.embed_tokens.weight[...].dtype
-    slots = slots_of(model)
     planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
-    write_safetensors(folder / SINGLE, planned, (tensor for slot in slots for tensor in _tensors(slot, dtype)))
+    tensors = (tensor for slot in slots for tensor in _tensors(slot, computed, adapters.get(_projection(slot))))
+    values = (np.asarray(tensor, dtype) for tensor in tensors)
+    shards = split(planned)
+    names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        write_safetensors(folder / name, shard, itertools.islice(values, len(shard)))
+    if len(shards) > 1:
+        _write_json(folder / INDEX, index_of(dict(zip(names, shards, strict=True))))
     write_config(folder, config, {"torch_dtype": dtype.name})
+
+
+def _projection(slot: Slot) -> str:
+    return ".".join(map(str, slot.path[:-1])) if slot.path[-1] == "weight" else ""
 
 
 def write_config(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -47,13 +73,14 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def _tensors(slot: Slot, dtype: np.dtype) -> Iterator[np.ndarray]:
+def _tensors(slot: Slot, computed: np.dtype, adapter: LoRA | None) -> Iterator[jax.Array]:
     if not slot.stacked:
-        yield np.asarray(slot.leaf, dtype)
+        yield slot.leaf
         return
     for layer in range(len(slot.names)):
         leaf = _layer(slot.leaf, np.int32(layer))
-        yield np.asarray(dequantize(leaf, dtype) if isinstance(leaf, QTensor) else leaf, dtype)
+        dense = dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf
+        yield dense if adapter is None else adapter.of_layer(layer).merge(dense)
 
 
 @jax.jit

@@ -10,6 +10,7 @@ from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
 from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, notes_for_readers, write_adapter
 from qlora_jax.io.progress import loading
+from qlora_jax.io.slots import slots_of
 
 BASE = "base"
 
@@ -45,7 +46,8 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
     with loading(console) as progress:
         model = load_base(opened, opened.args, progress)
     folder.mkdir()
-    write_dense_folder(folder, model, opened.source.config)
+    dtype = model.model.embed_tokens.weight[...].dtype
+    write_dense_folder(folder, slots_of(model), opened.source.config, computed=dtype, dtype=dtype, adapters={})
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 

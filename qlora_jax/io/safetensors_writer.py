@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +24,27 @@ class Planned(NamedTuple):
     def nbytes(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+SHARD = "model-{:05d}-of-{:05d}.safetensors"
+SHARD_BYTES = 5 * 10**9  # of one file, as transformers cuts them
+
+
+def split(planned: Sequence[Planned]) -> list[list[Planned]]:
+    """The tensors of each file, in order; one that is larger than a file may be has its own."""
+    shards: list[list[Planned]] = [[]]
+    for tensor in planned:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + tensor.nbytes > SHARD_BYTES:
+            shards.append([])
+        shards[-1].append(tensor)
+    return shards
+
+
+def index_of(shards: Mapping[str, Sequence[Planned]]) -> dict[str, Any]:
+    """What model.safetensors.index.json holds: which file each tensor is in."""
+    total = sum(tensor.nbytes for shard in shards.values() for tensor in shard)
+    placed = {tensor.name: file for file, shard in shards.items() for tensor in shard}
+    return {"metadata": {"total_size": total}, "weight_map": placed}
 
 
 def write_safetensors(path: Path, planned: Sequence[Planned], values: Iterable[np.ndarray]) -> None:

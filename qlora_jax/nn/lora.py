@@ -116,6 +116,10 @@ class LoRA(nnx.Module):
         with jax.named_scope("lora"):
             return [y + delta for y, delta in zip(ys, _deltas(adapters, x_MK, keys), strict=True)]
 
+    def of_layer(self, layer: int) -> "LoRA":
+        """The adapter of one layer of the stack."""
+        return LoRA(self.lora_a[...][layer], self.lora_b[...][layer], self.scaling, self.dropout)
+
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """weight + scaling * (A B)^T, in f32."""
         delta = dot_nn(self.lora_a[...], self.lora_b[...]) * self.scaling

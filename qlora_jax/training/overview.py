@@ -30,7 +30,8 @@ def overview(session: Session, first_step: int) -> Rows:
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
         **({"optimizer state": paging} if (paging := session.updates.describe()) else {}),
-        "batch": f"{config.train.micro_batch_size * config.train.accumulation} rows = micro-batch "
+        "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
+        f"{'packs' if config.data.packing else 'rows'} = micro-batch "
         f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",
         "steps": steps if first_step == 0 else f"{steps}, of which {first_step:,} are done",
         "run": config.output,

@@ -1,0 +1,109 @@
+"""A run exported as one model: transformers computes from it what base and adapter compute here."""
+
+import json
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from qlora_jax.export import main
+from qlora_jax.io import export_merged, safetensors_writer
+from qlora_jax.io.source import open_model
+from qlora_jax.nn.lora import LoRA
+from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
+from tests.parity.test_peft import LORAS, _logits, _write_run
+
+SCRIPT = Path(__file__).parent.parent / "oracle/folder_logits.py"
+TOKENS = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
+
+
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets up its process; a test shares it."""
+    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
+
+
+def _run(tmp_path: Path, name: str, lora: str, config=None):
+    """(folder of a run, its model, its base)."""
+    config = config or tiny_config(attention_bias=True, tie_word_embeddings=lora == "all")
+    tensors = random_tensors(config) if name in FAMILIES else random_weights(config)
+    model = write_folder(tmp_path / f"{name}-model", config, tensors, **{"tokenizer.json": tokenizer_json()})
+    return tmp_path / name, *_write_run(tmp_path / name, model, LORAS[lora])
+
+
+def test_transformers_computes_the_same(tmp_path: Path, oracle) -> None:
+    ours, folders = {}, {}
+    for name, lora in {
+        "all": "all",
+        "patterns": "patterns",
+        "rslora": "rslora",
+        "phi3": "all",
+        "gptneox": "all",
+    }.items():
+        config = FAMILIES[name][1] if name in FAMILIES else None
+        run, with_adapter, base = _run(tmp_path, name, lora, config)
+        main([str(run), "--format", "hf", "--dtype", "float32"])
+        ours[name], folders[name] = _logits(with_adapter, TOKENS), str(run / "hf")
+        assert np.abs(ours[name] - _logits(base, TOKENS)).max() > 0.01
+    found = oracle(SCRIPT, folders=folders, tokens=TOKENS)
+    for name, logits in ours.items():
+        np.testing.assert_allclose(found[name], logits, atol=1e-4 * max(1, np.abs(logits).max()), err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_rounded_once(tmp_path: Path, dtype: str) -> None:
+    run, _, _ = _run(tmp_path, "run", "all")
+    main([str(run), "--format", "hf", "--dtype", dtype])
+    main([str(run), "--format", "hf", "--dtype", "float32", "--output", str(tmp_path / "whole")])
+    rounded, whole = (open_model(folder).tensors for folder in (run / "hf", tmp_path / "whole"))
+    assert rounded.keys() == whole.keys() and "model.layers.1.mlp.down_proj.weight" in rounded
+    for name, tensor in rounded.items():
+        expected = whole[name].read().astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16)
+        np.testing.assert_array_equal(tensor.read(), expected, err_msg=name)
+    assert json.loads((run / "hf/config.json").read_text())["torch_dtype"] == dtype
+
+
+@pytest.mark.slow
+def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, _ = _run(tmp_path, "run", "all")
+    main([str(run), "--format", "hf"])
+    monkeypatch.setattr(safetensors_writer, "SHARD_BYTES", 20_000)
+    main([str(run), "--format", "hf", "--output", str(tmp_path / "cut")])
+    files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
+    assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
+    one, cut = (open_model(folder).tensors for folder in (run / "hf", tmp_path / "cut"))
+    assert index["weight_map"].keys() == one.keys() == cut.keys()
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in one.values())
+    for name, tensor in one.items():
+        np.testing.assert_array_equal(cut[name].read(), tensor.read())
+
+
+def test_a_merge_that_is_off_is_refused_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _, _ = _run(tmp_path, "run", "all")
+    merge = LoRA.merge
+    monkeypatch.setattr(LoRA, "merge", lambda self, weight: 0.5 * merge(self, weight) + 0.5 * weight)
+    with pytest.raises(ValueError, match=r"the merge of run, step 7 is not what was trained: largest difference"):
+        main([str(run), "--format", "hf"])
+    assert not (run / "hf").exists() and not list(run.glob(".hf*"))
+
+
+def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    run, _, _ = _run(tmp_path, "run", "all")
+    main([str(run), "--format", "hf", "--dtype", "float32"])
+    told = capsys.readouterr().out
+    assert f"run, step 7, merged: {run / 'hf'}" in told and "largest difference of its logits" in told
+    for wrong in (["--format", "hf", "--with-base"], ["--dtype", "float16"]):
+        with pytest.raises(ValueError, match=r"is for --format"):
+            main([str(run), *wrong, "--output", str(tmp_path / "out")])
+
+
+def test_differences() -> None:
+    base, adapter = np.zeros((2, 3)), np.array([[0.0, 3, 0], [0, 0, -4]])
+    found = export_merged.difference(adapter + 0.1, adapter, base)
+    assert found.largest == pytest.approx(0.1) and found.rms == pytest.approx(0.1)
+    assert found.adapter_largest == 4 and found.adapter_rms == pytest.approx((25 / 6) ** 0.5)
+    assert found.is_small and not export_merged.difference(adapter * 0.5, adapter, base).is_small
