@@ -25,6 +25,7 @@ from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, chosen, nf4_matmul, p
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, roof
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Direction
 from pallas_kernels.nf4_matmul.layouts import chosen_layout
+from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 
 DESCRIPTION = "What would run each product on each card, why, and what it costs by arithmetic."
@@ -32,7 +33,10 @@ CPU = "cpu"
 ROWS = (1, 16, 512, 2048)
 BLOCK, NESTED = 64, 256
 MIB = 2**20
-NOTE = "Sizes, FLOP a byte and roofs are arithmetic on shapes and data sheets; nothing here was measured"
+NOTE = (
+    "Sizes, FLOP a byte and roofs are arithmetic on shapes and data sheets; nothing here was measured. Kernels are "
+    "taken up to M = " + ", ".join(f"{most.rows} ({name}, by {most.by})" for name, most in MOST_ROWS.items())
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

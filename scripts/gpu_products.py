@@ -105,7 +105,7 @@ KERNELS = {
         {"forward": _AMPERE_TILES, "backward": _AMPERE_TILES},
         lambda device, way, rows, width: ampere.tile_for(device, rows, width),
     ),
-    "skinny": Kernel(_skinny, {"forward": (None,), "backward": ()}, lambda *call: None, MOST_ROWS["skinny"]),
+    "skinny": Kernel(_skinny, {"forward": (None,), "backward": ()}, lambda *call: None, MOST_ROWS["skinny"].rows),
 }
 
 

@@ -59,8 +59,9 @@ def crossover_rows(records: Sequence[Record]) -> Iterator[str]:
             told = f"loses from M = {lost}" if lost else f"never loses up to M = {max(times)}"
             yield f"crossover {kernel} {way} {shape}: {told} (reference / fused: {ratios})"
         if wins:
+            most = MOST_ROWS[kernel]
             yield (
-                f'MOST_ROWS["{kernel}"] = {MOST_ROWS[kernel]} by reasoning; measured: every shape wins up to M = '
+                f'MOST_ROWS["{kernel}"] = {most.rows} by {most.by}; here every shape wins up to M = '
                 f"{min(wins)}, the last to lose up to {max(wins)}{' and beyond' if any(never_lost) else ''}"
             )
 

@@ -59,7 +59,7 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
 
 def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weight: Operands) -> Float[Array, "M N"]:
     """`forward` with the instructions of a card or of the twin."""
-    assert x_MK.shape[0] <= MOST_ROWS["skinny"]
+    assert x_MK.shape[0] <= MOST_ROWS["skinny"].rows
     weight = _at_least_a_step(weight)
     groups = weight.codes_LNJ.shape[2] * 2 // GROUP
     steps = pl.cdiv(groups, WARPS)
