@@ -2,7 +2,10 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
+
+from pallas_kernels.formats.tables import CODE_TABLES
 
 U32 = np.uint32
 
@@ -58,3 +61,16 @@ def run(ptx: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
         result, *arguments = (operand.strip() for operand in operands.split(","))
         registers[result] = INSTRUCTIONS[instruction](*map(value, arguments))
     return [registers[f"${i}"] for i in range(outputs)]
+
+
+# What a look-up should give
+
+
+def table_bits(quant_type: str, dtype: str) -> np.ndarray:
+    """The table's 16 values in a 16-bit dtype, as words."""
+    return CODE_TABLES[quant_type].astype(jnp.dtype(dtype)).view(np.uint16).astype(U32)
+
+
+def two_values(words: np.ndarray, first: int, second: int, values: np.ndarray) -> np.ndarray:
+    """The values of the nibbles number `first` and `second` of each word, the first in the low half."""
+    return values[words >> (4 * first) & 15] | values[words >> (4 * second) & 15] << 16

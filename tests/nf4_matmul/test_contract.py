@@ -6,7 +6,9 @@ import pytest
 
 from pallas_kernels.devices import target_device
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
+from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.contract import nf4_matmul as contract
+from tests.nf4_matmul import twins
 
 # Every implementation that runs on this machine, with every layout that it takes.
 RUNS = [
@@ -23,6 +25,16 @@ RUNS = [
 def test_values_and_input_gradients(implementation, layout):
     for case in contract.cases():
         contract.check(implementation, layout, *case)
+
+
+AS_HELD = [run for run in RUNS if run.values in (("cpu", "row_planar"), ("reference", "split_k"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("implementation", "layout"), AS_HELD)
+def test_every_reduced_shape(implementation, layout):
+    for shape, rows, dtype in twins.covering(REDUCED, twins.ROWS, contract.DTYPES):
+        contract.check(implementation, layout, rows, shape, dtype, "nf4", True)
 
 
 @pytest.mark.parametrize(("implementation", "layout"), RUNS)

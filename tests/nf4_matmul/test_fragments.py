@@ -125,39 +125,31 @@ def test_results_are_in_the_tiles_order(rows):
 # The assembly
 
 
-def bits(quant_type, dtype):
-    return CODE_TABLES[quant_type].astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
-
-
 def constants(quant_type, dtype):
     words = inline.constant_words(CODE_TABLES[quant_type], dtype)
     return [np.full_like(WORDS, word[0].view(np.uint32)) for word in words]
 
 
-def two_values(words, first, second, values):
-    return values[words >> (4 * first) & 15] | values[words >> (4 * second) & 15] << 16
-
-
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("quant_type", CODE_TABLES)
 def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
-    table, values = CODE_TABLES[quant_type], bits(quant_type, dtype)
+    table, values = CODE_TABLES[quant_type], ptx.table_bits(quant_type, dtype)
     low, high = ptx.run(inline.look_up_ptx(table, dtype), [WORDS, *constants(quant_type, dtype)], 2)
-    np.testing.assert_array_equal(low, two_values(WORDS, 0, 2, values))
-    np.testing.assert_array_equal(high, two_values(WORDS, 1, 3, values))
+    np.testing.assert_array_equal(low, ptx.two_values(WORDS, 0, 2, values))
+    np.testing.assert_array_equal(high, ptx.two_values(WORDS, 1, 3, values))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("quant_type", CODE_TABLES)
 def test_the_assembly_across_rows_is_the_table_for_every_pair(quant_type, dtype):
     """Every pair of first bytes with some second ones, and every pair of second bytes with some first ones."""
-    table, values = CODE_TABLES[quant_type], bits(quant_type, dtype)
+    table, values = CODE_TABLES[quant_type], ptx.table_bits(quant_type, dtype)
     other = np.random.default_rng(0).permutation(65536).astype(np.uint32)
     first, second = WORDS & 255 | (other & 255) << 8, WORDS >> 8 | other & 0xFF00
     for a, b in ((first, second), (first >> 8 | (first & 255) << 8, second >> 8 | (second & 255) << 8)):
         found = ptx.run(inline.look_up_across_ptx(table, dtype), [a, b, *constants(quant_type, dtype)], 4)
         pairs = [a & 255 | (b & 255) << 8, a >> 8 | b & 0xFF00]
-        expected = [two_values(pair, nibble, nibble + 2, values) for pair in pairs for nibble in range(2)]
+        expected = [ptx.two_values(pair, nibble, nibble + 2, values) for pair in pairs for nibble in range(2)]
         for mine, theirs in zip(found, expected, strict=True):
             np.testing.assert_array_equal(mine, theirs)
 

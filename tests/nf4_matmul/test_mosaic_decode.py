@@ -19,22 +19,13 @@ DTYPES = ("bfloat16", "float16")
 ALL_INPUTS = np.arange(65536, dtype=np.uint32)
 
 
-def bits(quant_type: str, dtype: str) -> np.ndarray:
-    """The table's 16 values in a 16-bit dtype, as words."""
-    return CODE_TABLES[quant_type].astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
-
-
-def two_values(words: np.ndarray, first: int, second: int, values: np.ndarray) -> np.ndarray:
-    """The values of the nibbles number `first` and `second` of each word, the first in the low half."""
-    return values[words >> (4 * first) & 15] | values[words >> (4 * second) & 15] << 16
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("quant_type", CODE_TABLES)
 def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
     low, high = ptx.run(decode_ptx(CODE_TABLES[quant_type], dtype), [ALL_INPUTS], 2)
-    np.testing.assert_array_equal(low, two_values(ALL_INPUTS, 0, 2, bits(quant_type, dtype)))
-    np.testing.assert_array_equal(high, two_values(ALL_INPUTS, 1, 3, bits(quant_type, dtype)))
+    values = ptx.table_bits(quant_type, dtype)
+    np.testing.assert_array_equal(low, ptx.two_values(ALL_INPUTS, 0, 2, values))
+    np.testing.assert_array_equal(high, ptx.two_values(ALL_INPUTS, 1, 3, values))
 
 
 @pytest.mark.parametrize(

@@ -167,15 +167,14 @@ def test_threads_multiply_what_the_equation_says(tile_rows, alu):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("quant_type", CODE_TABLES)
 def test_the_assembly_is_the_table_for_every_pair_of_bytes(quant_type, dtype):
-    table = CODE_TABLES[quant_type]
-    values = table.astype(jnp.dtype(dtype)).view(np.uint16).astype(np.uint32)
+    table, values = CODE_TABLES[quant_type], ptx.table_bits(quant_type, dtype)
     halves = np.arange(65536, dtype=np.uint32)
     words = np.concatenate([halves | halves[::-1] << 16, halves << 16 | 0xA5C3])
     constants = [np.full_like(words, word[0].view(np.uint32)) for word in inline.constant_words(table, dtype)]
     found = ptx.run(inline.look_up_word_ptx(table, dtype), [words, *constants], 4)
     pairs = [(half, nibble) for half in (words & 0xFFFF, words >> 16) for nibble in range(2)]
     for mine, (half, nibble) in zip(found, pairs, strict=True):
-        np.testing.assert_array_equal(mine, values[half >> 4 * nibble & 15] | values[half >> 4 * nibble + 8 & 15] << 16)
+        np.testing.assert_array_equal(mine, ptx.two_values(half, nibble, nibble + 2, values))
 
 
 def test_blocks_of_128_columns():
