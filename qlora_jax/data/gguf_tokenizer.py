@@ -45,7 +45,7 @@ def _split(number: str, words: str = _WORDS, after: str = r"\r\n") -> Callable[[
 # Only kinds that tests hold against their published tokenizers, or against transformers'; guessing one would give other
 # ids in silence.
 _LLAMA3 = Pre(_split(r"\p{N}{1,3}"), ignore_merges=True)
-_QWEN2 = Pre(_split(r"\p{N}"), normalizer=normalizers.NFC)
+
 KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
     "gpt-2": Pre(_byte_level),
@@ -57,8 +57,7 @@ KNOWN_PRE = {
     "dbrx": Pre(_split(r"\p{N}{1,3}")),
     "gpt-4o": Pre(_split(r"\p{N}{1,3}", _by_case(_ENDINGS + "?"), r"\r\n/")),
     "tekken": Pre(_split(r"\p{N}", _by_case(""), r"\r\n/"), ignore_merges=True),
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "qwen2": Pre(_split(r"\p{N}"), normalizer=normalizers.NFC),
 }
 
 

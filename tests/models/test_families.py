@@ -77,7 +77,7 @@ def test_a_mixture_of_experts_is_refused_as_such():
 
 
 def test_a_model_of_images_and_text_is_refused_as_such():
-    with pytest.raises(ValueError, match="of a model that sees images too"):
+    with pytest.raises(ValueError, match="a model that sees images too"):
         model_config(dict(model_type="gemma3", text_config=dict(SMOLLM2)))
 
 

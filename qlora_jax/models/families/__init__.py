@@ -25,6 +25,8 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
             "experts, most of its weights, would not be quantized. Give a dense model"
         )
     if model_type not in FAMILIES:
-        text = " (of a model that sees images too; its text alone is not read yet)" if "text_config" in config else ""
+        text = " (a model that sees images too; the text model alone, as GGUF files hold it, is)" * (
+            "text_config" in config
+        )
         raise ValueError(f"model_type={model_type!r} is not supported{text}: known are {sorted(FAMILIES)}")
     return FAMILIES[model_type].from_hf(config)
