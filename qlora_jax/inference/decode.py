@@ -20,8 +20,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.inference.sampling import Sampling, choose
+from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.decoder import CausalLM, KVCache
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, combine
 
 PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once

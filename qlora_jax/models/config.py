@@ -52,7 +52,7 @@ def _feature(default: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The features of one decoder-only language model. Every feature is honoured by models/decoder.py.
+    """The features of one decoder-only language model, each of them honoured by models/decoder.py or attention.py.
 
     Attributes:
       vocab_size: V, rows of the embedding.

@@ -8,7 +8,6 @@ Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-hea
 L layers, M = B T.
 """
 
-import dataclasses
 from typing import Any
 
 import jax
@@ -17,14 +16,13 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.models.skeleton import frozen_linear_leaves
-from qlora_jax.nn.attention import cached_attention, causal_attention
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.loss import Head
 from qlora_jax.nn.mlp import activated, gated
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.rope import Rope, rotate, rotations
 from qlora_jax.nn.variables import Frozen
 
 # What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
@@ -48,135 +46,11 @@ REMAT_POLICIES = {
 }
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KVCache:
-    """Keys and values of the positions seen so far: k, v [L, B, K, S, H], keys already rotated."""
-
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
-        """Room for `slots` positions of each of `batch` rows."""
-        shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
-        return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Positions:
-    """Where the tokens of a call stand.
-
-    index_BT counts from 0 in each text; segments_BT are ids of the texts of a row, None where it is one; cos and sin
-    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ.
-    """
-
-    index_BT: jax.Array
-    segments_BT: jax.Array | None
-    cos: jax.Array
-    sin: jax.Array
-
-    @classmethod
-    def of(cls, config: ModelConfig, index_BT: jax.Array, segments_BT: jax.Array | None, length: int) -> "Positions":
-        """With the rotations of up to `length` positions."""
-        kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
-        each = [_rotations(rope, config, index_BT, length) for rope in kinds]
-        cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
-        return cls(index_BT, segments_BT, cos, sin)
-
-    def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
-        """Which of several rotations one layer has."""
-        if self.cos.ndim == 3:
-            return None
-        kinds = list(dict.fromkeys(config.ropes))
-        return jnp.asarray([kinds.index(rope) for rope in config.ropes], jnp.int32)[layer]
-
-
-def _rotations(rope: Rope | None, config: ModelConfig, index_BT: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
-    cos_BTJ, sin_BTJ = rotations(rope or config.rope, index_BT, length)
-    return (cos_BTJ, sin_BTJ) if rope else (jnp.ones_like(cos_BTJ), jnp.zeros_like(sin_BTJ))
-
-
-def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | int | None:
-    """How many positions one layer's queries see of `length`: one number where all layers have the same."""
-    seen = config.seen(length)
-    if len(set(seen)) > 1:
-        return jnp.asarray(seen, jnp.int32)[layer]
-    return seen[0] if seen[0] < length else None
-
-
 def _norm(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> RMSNorm | LayerNorm:
     ones = jnp.ones(shape, dtype)
     if config.norm == "layer":
         return LayerNorm(ones, jnp.zeros_like(ones), config.norm_eps)
     return RMSNorm(ones, config.norm_eps, config.norm_offset)
-
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; its projections are adaptable."""
-
-    q_proj: QLinear
-    k_proj: QLinear
-    v_proj: QLinear
-    qkv_proj: QLinear  # where they are fused
-    o_proj: QLinear
-
-    def __init__(self, linears: dict[str, QLinear], norms: dict[str, RMSNorm | LayerNorm], config: ModelConfig):
-        for name, module in {**linears, **norms}.items():
-            setattr(self, name, module)
-        self.config = config
-
-    def __call__(self, x_MD, positions: Positions, layer, key, cache: KVCache | None):
-        q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, key)
-        q, k = self._turned("q_norm", "query", q, positions, layer), self._turned("k_norm", "key", k, positions, layer)
-        length = q.shape[1] if cache is None else cache.k.shape[3]
-        seen = {"window": _window(self.config, layer, length), "softcap": self.config.attention_softcap}
-        scale = self.config.query_scale or self.config.head_dim**-0.5
-        if cache is None:
-            v = checkpoint_name(v, "value")
-            with jax.named_scope("attention"):
-                out_BTNH = causal_attention(q, k, v, scale, segments_BT=positions.segments_BT, **seen)
-        else:
-            cache = _write(cache, layer, k, v, positions.index_BT)
-            k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
-            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen)
-        out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
-        return self.o_proj(out_MD, layer, key), cache
-
-    def _projected(self, x_MD, shape_BT, layer, key) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, N, H], k and v [B, T, K, H]."""
-        config = self.config
-        heads = (*shape_BT, -1, config.head_dim)
-        if config.fused_qkv is None:
-            q, k, v = (y.reshape(heads) for y in project([self.q_proj, self.k_proj, self.v_proj], x_MD, layer, key))
-            return q, k, v
-        fused = self.qkv_proj(x_MD, layer, key).reshape(heads)
-        if config.fused_qkv == "heads":
-            by_head = fused.reshape(*shape_BT, config.num_heads, 3, config.head_dim)
-            return by_head[..., 0, :], by_head[..., 1, :], by_head[..., 2, :]
-        q, k, v = jnp.split(fused, [config.num_heads, config.num_heads + config.num_kv_heads], axis=2)
-        return q, k, v
-
-    def _turned(self, norm: str, kept_as: str, x_BTNH: jax.Array, positions: Positions, layer) -> jax.Array:
-        """Queries or keys, normalized where they are, and rotated.
-
-        Of the two that a backward pass may keep under a name, the norm's input serves for both.
-        """
-        if self.config.qk_norm is not None:
-            x_BTNH = checkpoint_name(x_BTNH, kept_as)
-            wide = x_BTNH if self.config.qk_norm == "head" else x_BTNH.reshape(*x_BTNH.shape[:2], -1)
-            x_BTNH = getattr(self, norm)(wide, layer).reshape(x_BTNH.shape)
-        with jax.named_scope("rope"):
-            x_BTNH = rotate(x_BTNH, positions.cos, positions.sin, positions.kind_of(self.config, layer))
-        return checkpoint_name(x_BTNH, kept_as) if self.config.qk_norm is None else x_BTNH
-
-
-def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> KVCache:
-    """The cache with each row's keys and values put at that row's positions, in place inside the scan."""
-    rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
-    put = [x.at[layer, rows_B1, :, index_BT].set(new.astype(x.dtype)) for x, new in ((cache.k, k), (cache.v, v))]
-    return KVCache(k=put[0], v=put[1])
 
 
 class MLP(nnx.Module):

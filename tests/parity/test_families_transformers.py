@@ -16,8 +16,8 @@ from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.models.decoder import KVCache
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.training.step import row_nll
