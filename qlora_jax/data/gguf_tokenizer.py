@@ -50,7 +50,6 @@ KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
     "gpt-2": Pre(_byte_level),
     "phi-2": Pre(_byte_level),
-    "olmo": Pre(_byte_level),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
