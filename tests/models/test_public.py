@@ -87,6 +87,30 @@ def test_parameters_are_the_published_ones(name):
     assert parameters(model) == model.parameters() == PARAMETERS[name]
 
 
+# What published config.json files say besides, by the model.
+BESIDES = {
+    "smollm3-3b": {"pretraining_tp": 2, "max_window_layers": 28, "no_rope_layer_interval": 4, "rope_scaling": None},
+    "gemma-2b": {"hidden_act": "gelu", "hidden_activation": None, "attention_bias": False, "rope_scaling": None},
+    "gemma-2-9b": {"hidden_act": "gelu_pytorch_tanh", "sliding_window_size": 4096, "cache_implementation": "hybrid"},
+    "gemma-3-1b": {"rope_local_base_freq": 10000, "sliding_window_pattern": 6, "attn_logit_softcapping": None},
+    "phi-2": {"qk_layernorm": False, "resid_pdrop": 0.1, "embd_pdrop": 0.0},
+    "phi-3-mini": {
+        "original_max_position_embeddings": 4096,
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+    },
+    "phi-4": {"full_attn_mod": 1, "interpolate_factor": 1, "lm_head_bias": False, "mlp_bias": False},
+    "gpt-neox-20b": {"hidden_act": "gelu_fast", "hidden_dropout_prob": 0, "rotary_emb_base": 10000},
+    "qwen3-8b": {"max_window_layers": 36, "use_sliding_window": False, "sliding_window": None, "rope_scaling": None},
+    "mistral-7b": {"attention_dropout": 0.0, "rope_scaling": None},
+    "olmo2-7b": {"attention_bias": False, "rope_scaling": None},
+}
+
+
+@pytest.mark.parametrize("name", BESIDES)
+def test_what_published_configs_say_besides_is_understood(name):
+    assert parameters(model_config(PUBLIC[name] | BESIDES[name])) == PARAMETERS[name]
+
+
 def test_a_misspelt_name_finds_its_model():
     assert nearest("llama3-8b") == "llama-3-8b" and nearest("Qwen2-7B") == "qwen2-7b"
     assert nearest("a-folder/of/mine") is None

@@ -62,7 +62,7 @@ MODEL_TYPES = tuple(GENERATIONS)
 
 def _later(attributes: Attributes, **softcaps: float | None) -> dict[str, Any]:
     """What Gemma 2 and 3 share; softcaps are those where a config leaves them out."""
-    attributes.ignore(["hidden_act"])  # an older name, beside which the one below holds
+    attributes.ignore(["hidden_act", "sliding_window_size"])  # older names, beside which those of today hold
     return {
         "layout": "both",
         "activation": attributes.activation("hidden_activation", "gelu_pytorch_tanh"),

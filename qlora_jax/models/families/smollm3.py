@@ -13,6 +13,7 @@ from qlora_jax.models.families.rope import FULL, SLIDING, layer_types, rope_from
 MODEL_TYPES = ("smollm3",)
 
 ONLY = {"hidden_act": "silu"}
+UNUSED = ("pretraining_tp", "max_window_layers")  # its published config has them, and transformers reads neither
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 
@@ -20,6 +21,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
     """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
     attributes = Attributes(config)
     attributes.require_only(ONLY)
+    attributes.ignore(UNUSED)
     bias, mlp_bias = attributes.boolean("attention_bias", False), attributes.boolean("mlp_bias", False)
     rotates = _rotates(attributes)
     rope = functools.partial(rope_from_hf, attributes, theta=2e6)
