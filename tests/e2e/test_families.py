@@ -11,9 +11,11 @@ from rich.console import Console
 
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
+from qlora_jax.io.export_merged import export_merged
 from qlora_jax.io.export_run import export_peft
 from qlora_jax.io.opened import adapted, load_base, open_base_or_run
 from qlora_jax.io.peft_reader import read_adapter
+from qlora_jax.io.source import open_model
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, project
@@ -54,3 +56,7 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
         for matrix, values in matrices.items():
             np.testing.assert_array_equal(adapter.lora[module][matrix], values)
     assert dataclasses.replace(adapter.args, target_modules="all-linear") == whole.lora
+    # The merge is compared with base and adapter as it is exported.
+    merge = {"step": None, "model": None, "dtype": "float32", "console": Console(file=io.StringIO())}
+    export_merged(Path(whole.output), tmp_path / "merged", **merge)
+    assert open_model(tmp_path / "merged").tensors.keys() == opened.source.tensors.keys()
