@@ -1,6 +1,7 @@
 """What paging costs in a training step: pages all resident, and all away, against plain optax, in one process.
 
-    python scripts/bench_paging.py [--model random-15m | smollm2] [--rounds 20] [--seq 512] [--rank 16]
+    python scripts/bench_paging.py [--model random-15m | smollm2] [--optim adamw_8bit] [--rounds 20] [--seq 512]
+        [--rank 16]
 
 A round computes the gradients of one batch, as training does, and updates three copies of parameters and state with
 them, in turns: plain optax (training.step.update), pages that all stay, and pages that all go to the host after their
@@ -30,34 +31,35 @@ from real_step import Held, hold, random_batch
 
 from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
-from qlora_jax.optim import make_elementwise
+from qlora_jax.optim import make_elementwise, make_optimizer
+from qlora_jax.optim.chain import OPTIMIZERS
 from qlora_jax.optim.pager import PagedUpdate, paged_init
 from qlora_jax.optim.pages import layer_pages
 from qlora_jax.optim.residency import Memory
 from qlora_jax.training.step import update
 
 MODELS = {"smollm2": fetch_smollm2, "random-15m": lambda: make_random_model("random-15m")}
-OPTIM = OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0)  # as real_step.hold has it
 STEPS = 1000
 
 Player = Callable[[Any], Any]  # gradients -> parameters after the update
 
 
-def plain(held: Held) -> Player:
-    """Optax on the whole tree."""
-    lora, state = jax.tree.map(jnp.copy, (held.lora, held.state))
+def plain(held: Held, optim: OptimArgs) -> tuple[Player, int]:
+    """(the optimizer on the whole tree, bytes of its state)."""
+    optimizer, lora = make_optimizer(optim, STEPS), jax.tree.map(jnp.copy, held.lora)
+    state = optimizer.init(lora)
 
     def step(grads: Any) -> Any:
         nonlocal lora, state
-        lora, state, _ = update(held.optimizer, lora, state, grads)
+        lora, state, _ = update(optimizer, lora, state, grads)
         return lora
 
-    return step
+    return step, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-def paged(held: Held, resident: bool) -> tuple[Player, int]:
+def paged(held: Held, optim: OptimArgs, resident: bool) -> tuple[Player, int]:
     """(the same in pages that all stay or all go, how many pages)."""
-    transform, memory = make_elementwise(OPTIM, STEPS), Memory.of(jax.devices()[0])
+    transform, memory = make_elementwise(optim, STEPS), Memory.of(jax.devices()[0])
     lora = jax.tree.map(jnp.copy, held.lora)
     layout = layer_pages(transform, lora)
     state, update_pages = paged_init(transform, lora, layout, memory), PagedUpdate(transform, layout, memory, 1.0)
@@ -114,6 +116,7 @@ def main() -> None:
     """Measures one model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="smollm2")
+    parser.add_argument("--optim", choices=OPTIMIZERS, default="adamw_32bit")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
@@ -122,10 +125,12 @@ def main() -> None:
     shape = (1, 1, args.seq)
     held = hold(str(MODELS[args.model]()), rank=args.rank, compute_dtype="auto", batch=shape, remat="names")
     batch = random_batch(np.random.default_rng(0), held.config.vocab_size, 1, args.seq)
-    (resident, count), (away, _) = paged(held, resident=True), paged(held, resident=False)
-    records = measure(held, {"plain": plain(held), "resident": resident, "away": away}, batch, args.rounds)
-    state_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(held.state))
-    print(json.dumps({"model": args.model, "pages": count, "state_bytes": state_bytes, **summary(records)}))
+    optim = OptimArgs(name=args.optim, max_grad_norm=1.0, warmup_ratio=0.0)
+    (whole, state_bytes), (resident, count) = plain(held, optim), paged(held, optim, resident=True)
+    players = {"plain": whole, "resident": resident, "away": paged(held, optim, resident=False)[0]}
+    told = {"model": args.model, "optim": args.optim, "pages": count, "state_bytes": state_bytes}
+    told["adapter_elements"] = sum(leaf.size for leaf in jax.tree.leaves(held.lora))
+    print(json.dumps(told | summary(measure(held, players, batch, args.rounds))))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,11 @@ class LoraArgs:
     alpha_pattern: dict[str, float] = setting("another alpha where a name matches: {down_proj: 16.0}", {})
     use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)
     start: str | None = setting("a PEFT adapter's folder to go on from; its rank and alpha must be those above", None)
+    dtype: Literal["float32", "bfloat16"] = setting(
+        "what adapters are stored in, and their gradients; bfloat16 is half the bytes, and each update, computed in "
+        "float32, is rounded to it",
+        "float32",
+    )
 
 
 FormName = Literal[

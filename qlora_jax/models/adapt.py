@@ -46,6 +46,7 @@ def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
             rank=rank,
             scaling=alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank,
             dropout=spec.dropout,
+            dtype=spec.dtype,
         )
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
@@ -29,7 +30,8 @@ def lora_deltas(
     """scaling_i * dropout(x) A_i B_i for each i, with A and B cast to x's dtype, sums in f32, results in x's dtype.
 
     One x, so one product with all A: a product with 16 columns costs hardly less than one with 48. The gradients of A
-    and B come in f32. Dropout's mask, shared by all i, is made again from `key` in the backward pass, not kept.
+    and B, summed in f32, come in the dtype of A and B. Dropout's mask, shared by all i, is made again from `key` in the
+    backward pass, not kept.
 
     Args:
       lora_a_KR: the A_i side by side, their ranks those of `lora_bs`: [R_i, N_i].
@@ -68,8 +70,9 @@ def _backward(scalings, dropout, residuals, dys):
     dtype = x_MK.dtype
     d_xa_MR = jnp.concatenate([dot_nt(dy, b.astype(dtype)) for dy, b in zip(dys, lora_bs, strict=True)], axis=1)
     d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)
-    d_bs = tuple(dot_tn(xa, dy).astype(jnp.float32) for xa, dy in zip(_split(xa_MR, lora_bs), dys, strict=True))
-    d_a_KR = dot_tn(_dropped(x_MK, dropout, key), d_xa_MR)
+    rows = zip(_split(xa_MR, lora_bs), dys, lora_bs, strict=True)
+    d_bs = tuple(dot_tn(xa, dy).astype(b.dtype) for xa, dy, b in rows)
+    d_a_KR = dot_tn(_dropped(x_MK, dropout, key), d_xa_MR).astype(lora_a_KR.dtype)
     dx_MK = _dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
     return dx_MK, d_a_KR, d_bs, None
 
@@ -80,7 +83,7 @@ lora_deltas.defvjp(_forward, _backward)
 class LoRA(nnx.Module):
     """LoRA (and rsLoRA) on one projection: `scaling` is alpha / rank, or alpha / sqrt(rank).
 
-    `lora_a` [L, K, R] and `lora_b` [L, R, N] in f32; inside the scan over layers, one layer of each.
+    `lora_a` [L, K, R] and `lora_b` [L, R, N] in f32 or bf16; inside the scan over layers, one layer of each.
     """
 
     def __init__(self, lora_a: Float[Array, "*L K R"], lora_b: Float[Array, "*L R N"], scaling: float, dropout: float):
@@ -91,18 +94,27 @@ class LoRA(nnx.Module):
 
     @classmethod
     def init(
-        cls, key: jax.Array, stack: int, shape: tuple[int, int], *, rank: int, scaling: float, dropout: float
+        cls,
+        key: jax.Array,
+        stack: int,
+        shape: tuple[int, int],
+        *,
+        rank: int,
+        scaling: float,
+        dropout: float,
+        dtype: DTypeLike = jnp.float32,
     ) -> "LoRA":
         """A uniform in +-1/sqrt(K) and B zero, as PEFT draws them (Kaiming with a = sqrt(5)); the delta is then zero.
 
         Args:
           stack: number of layers L.
           shape: (N, K) of the frozen weight.
+          dtype: A is drawn in f32 and rounded to it.
         """
         n, k = shape
         bound = 1 / math.sqrt(k)
         lora_a = jax.random.uniform(key, (stack, k, rank), jnp.float32, -bound, bound)
-        return cls(lora_a, jnp.zeros((stack, rank, n), jnp.float32), scaling, dropout)
+        return cls(lora_a.astype(dtype), jnp.zeros((stack, rank, n), dtype), scaling, dropout)
 
     @staticmethod
     def apply(

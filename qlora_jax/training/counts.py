@@ -35,6 +35,7 @@ class Step:
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
       optimizer: a key of HELD.
+      lora_dtype: of the adapters.
     """
 
     model: ModelConfig
@@ -44,6 +45,7 @@ class Step:
     remat: str
     supervised: int | None = None
     optimizer: str = "adamw_32bit"
+    lora_dtype: str = "float32"
 
     @property
     def rows(self) -> int:
@@ -230,8 +232,8 @@ def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def lora_bytes(step: Step) -> int:
-    """4 L sum over adapters of R (in + out): the parameters in f32; their gradients are as large."""
-    return F32 * step.model.num_layers * sum(_adapter_sizes(step))
+    """L sum over adapters of R (in + out), 4 bytes or 2 each: the parameters; their gradients are as large."""
+    return (2 if step.lora_dtype == "bfloat16" else F32) * step.model.num_layers * sum(_adapter_sizes(step))
 
 
 # By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).

@@ -67,10 +67,11 @@ class Setting:
             batch=self.batch,
             remat=self.remat,
             optimizer=plain_name(self.optim.name),
+            lora_dtype=self.lora.dtype,
         )
 
     def changed(self, **changes: Any) -> "Setting":
-        """With other batch, remat or paging; the adapters stay, so their ranks are not looked for again."""
+        """With other batch, remat, paging or dtype; the adapters stay, so their ranks are not looked for again."""
         new = dataclasses.replace(self, **changes)
         new.__dict__["ranks"] = self.ranks
         return new

@@ -26,7 +26,7 @@ def overview(session: Session, first_step: int) -> Rows:
         "products by": _products(session),
         "attention by": _attention(session),
         "trained": f"{trained:,} LoRA parameters, {trained / (trained + frozen):.2%} of all, {_megabytes(session.lora)}"
-        f" in float32; rank {config.lora.rank} on {len(session.lora)} projections",
+        f" in {config.lora.dtype}; rank {config.lora.rank} on {len(session.lora)} projections",
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
         **({"optimizer state": paging} if (paging := session.updates.describe()) else {}),

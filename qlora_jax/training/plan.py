@@ -7,8 +7,9 @@ marked so.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from qlora_jax.config import plain_name
 from qlora_jax.data.buckets import UNIT
 from qlora_jax.training.needs import Compile, Need, Setting, compiled_need, estimated_need, fitted_need
 
@@ -83,8 +84,12 @@ class _Compiler:
         return fitted_need(setting, alike) if alike else estimated_need(setting)
 
     def _same_program(self, setting: Setting) -> Need | None:
-        alike = (n for n in self.known if (n.setting.batch, n.setting.remat) == (setting.batch, setting.remat))
-        return next(alike, None)
+        return next((need for need in self.known if _program(need.setting) == _program(setting)), None)
+
+
+def _program(setting: Setting) -> tuple[Any, ...]:
+    """What the compiled step depends on, of what plans change."""
+    return setting.batch, setting.remat, setting.lora.dtype, plain_name(setting.optim.name)
 
 
 def make_plan(setting: Setting, limit: int, compile_step: Compile | None) -> Plan:
@@ -144,8 +149,8 @@ def _count_fitting(settings: list[Setting], limit: int, compiler: _Compiler) -> 
 
 
 def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Change]:
-    """Single changes, what changes least of the run first: the same numbers, the same step, another step. At last the
-    pairs that change no result."""
+    """Single changes, what changes least of the run first: the same numbers, the same step, coarser numbers, another
+    step. At last the pairs that change no result."""
     rows, length = setting.batch[1:]
     if not setting.paged:
         paged = setting.changed(paged=True)
@@ -156,6 +161,7 @@ def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Chan
         need = compiler.guessed(setting.resized(smaller, length))
         options = {"train.micro_batch_size": smaller, "train.accumulation": need.setting.batch[0]}
         yield Change("fewer rows at once, accumulated", options, need)
+    yield from _smaller_numbers(setting, compiler)
     lengths = [each for each in _lengths(setting) if each.batch[2] < length]
     if shorter := _count_fitting(lengths, limit, compiler):
         need = compiler.guessed(lengths[shorter - 1])
@@ -164,6 +170,17 @@ def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Chan
         options = {"optim.paging": "auto", "train.remat": remat}
         both = setting.changed(paged=True, remat=remat)
         yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.guessed(both))
+
+
+def _smaller_numbers(setting: Setting, compiler: _Compiler) -> Iterator[Change]:
+    """State in 8 bits, adapters in bf16."""
+    name = setting.optim.name.replace("_32bit", "_8bit")
+    if name != setting.optim.name:
+        eight_bit = setting.changed(optim=dataclasses.replace(setting.optim, name=name))
+        yield Change("hold the optimizer's state in 8 bits", {"optim.name": name}, compiler.guessed(eight_bit))
+    if setting.lora.dtype != "bfloat16":
+        halved = setting.changed(lora=dataclasses.replace(setting.lora, dtype="bfloat16"))
+        yield Change("hold adapters in bfloat16", {"lora.dtype": "bfloat16"}, compiler.guessed(halved))
 
 
 def _leaner(setting: Setting) -> Iterator[str]:

@@ -56,9 +56,10 @@ def gradients(
     *,
     remat: str,
 ) -> tuple[Lora, StepLoss]:
-    """Gradients of (sum of losses) / (sum of supervised tokens) over all micro-batches, in f32, and the sums.
+    """Gradients of (sum of losses) / (sum of supervised tokens) over all micro-batches, and the sums.
 
-    Weighing by tokens makes the result that of one large batch, however its tokens fall into micro-batches.
+    Weighing by tokens makes the result that of one large batch, however its tokens fall into micro-batches. Gradients
+    are summed over micro-batches in the parameters' dtype, f32 or bf16, as torch does.
 
     Args:
       batch: `inputs`, `targets` int32 and `weights` f32, and `segments` int32 where rows are packs, each [A, B, T].
@@ -83,7 +84,12 @@ def gradients(
     _, row_nll_AB = jax.lax.scan(accumulate, None, (batch, jnp.arange(count, dtype=jnp.int32)))
     tokens = jnp.sum(batch["weights"])
     loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
-    return jax.tree.map(lambda ref: jax.freeze(ref) / tokens, total), loss
+
+    def mean(total: jax.Ref) -> jax.Array:
+        summed = jax.freeze(total)
+        return (summed.astype(jnp.float32) / tokens).astype(summed.dtype)
+
+    return jax.tree.map(mean, total), loss
 
 
 @functools.partial(

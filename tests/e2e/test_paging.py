@@ -105,9 +105,11 @@ def test_a_run_goes_on_with_another_budget_or_mode(plain, tmp_path, before, afte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before", ["adamw_8bit", "paged_adamw_8bit"])
-def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, monkeypatch):
-    size = dict(lora=dict(rank=64), optim=dict(name="adamw_8bit", schedule="constant"))
+@pytest.mark.parametrize(
+    ("before", "dtype"), [("adamw_8bit", "float32"), ("paged_adamw_8bit", "float32"), ("adamw_8bit", "bfloat16")]
+)
+def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, dtype, monkeypatch):
+    size = dict(lora=dict(rank=64, dtype=dtype), optim=dict(name="adamw_8bit", schedule="constant"))
     whole = project(tmp_path / "whole", layers=4, **size)
     run(whole)
     paged = dict(paging="on", paging_budget="320KiB")
@@ -118,8 +120,12 @@ def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, monkeypa
     after = with_paging(whole, tmp_path / "run", **({} if before.startswith("paged") else paged))
     run(after, resume=True)
     assert_same_runs(after, whole)
-    kinds = [leaf.dtype for leaf in arrays_at(whole, STEPS)]
-    assert kinds.count(np.dtype("uint8")) > 4 and paging_numbers(after if "paged" not in before else config)
+    kinds = [leaf.dtype.name for leaf in arrays_at(whole, STEPS)]
+    assert (
+        kinds.count("uint8") > 4
+        and ("bfloat16" in kinds) == (dtype == "bfloat16")
+        and paging_numbers(after if "paged" not in before else config)
+    )
 
 
 def steps_until(last, session, progress, checkpoints, reporter, stop):

@@ -152,6 +152,20 @@ def test_lora_deltas_of_one_x():
     _check(ours, plain, _random(30, 48), _random(48, 4), _random(48, 3), _random(4, 20), _random(3, 12))
 
 
+def test_adapters_in_bf16_take_gradients_rounded_to_it():
+    def ours(x, a, b):
+        return lora_deltas(x, a, (b,), (2.0,), 0.0, None)[0]
+
+    x, a, b = _random(30, 48), _random(48, 4).astype(jnp.bfloat16), _random(4, 20).astype(jnp.bfloat16)
+    value, vjp = jax.vjp(ours, x, a, b)
+    expected, expected_vjp = jax.vjp(ours, x, a.astype(jnp.float32), b.astype(jnp.float32))
+    (dx, *grads), (wanted_dx, *wanted) = vjp(value), expected_vjp(expected)
+    jax.tree.map(np.testing.assert_array_equal, (value, dx), (expected, wanted_dx))
+    for found, exact in zip(grads, wanted, strict=True):
+        assert found.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(found, exact.astype(jnp.bfloat16))
+
+
 def test_dropout_needs_a_key_and_none_means_none():
     x, a, b = _random(30, 48), _random(48, 4), _random(4, 20)
     without = lora_deltas(x, a, (b,), (2.0,), 0.0, None)[0]

@@ -59,6 +59,7 @@ CASES = {
     "full": (MODEL, "full", (1, 2, 320), EVERY),
     "names, two adapters": (MODEL, "names", (1, 1, 320), SOME),
     "none, two adapters": (MODEL, "none", (1, 1, 320), SOME),
+    "names, bf16 adapters": (MODEL, "names", (2, 2, 320), dataclasses.replace(EVERY, dtype="bfloat16")),
     "names, long": (MODEL, "names", (1, 1, 1152), EVERY),
     "full, short": (MODEL, "full", (1, 2, 100), EVERY),
     "full, not unrolled": (MODEL, "full", (1, 3, 200), EVERY),
@@ -91,8 +92,7 @@ def _compiled(model, remat, batch, lora):
     step = abstract_step(model, weights, lora, batch=batch, remat=remat)
     function, args, kwargs = step.gradients()
     compiled = function.lower(*args, **kwargs).compile()
-    ranks = counts.ranks_of(step.lora)
-    counted = counts.Step(model=model, weights=weights, ranks=ranks, batch=batch, remat=remat)
+    counted = dataclasses.replace(_counted(model, weights, step, batch), lora_dtype=lora.dtype)
     return counted, step, compiled, compiled.as_text()
 
 
