@@ -68,11 +68,11 @@ def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
 
 
 def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
-    """The update takes as much again as the adapters at most: clipped gradients."""
+    """The update takes clipped gradients in f32 at most."""
 
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
-        update = counts.lora_bytes(setting.counted())
+        update = counts.lora_bytes(dataclasses.replace(setting.counted(), lora_dtype="float32"))
         return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step
