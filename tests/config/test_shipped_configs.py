@@ -34,6 +34,7 @@ def test_guanaco_is_the_papers(size, learning_rate, dropout):
     assert (config.optim.learning_rate, config.lora.dropout) == (learning_rate, dropout)
     assert (config.model.quant_type, config.model.double_quant, config.model.compute_dtype) == ("nf4", True, "bfloat16")
     assert (config.lora.rank, config.lora.alpha, config.lora.target_modules) == (64, 16.0, "all-linear")
+    assert (config.optim.name, config.lora.dtype) == ("paged_adamw_32bit", "bfloat16")
     assert (config.optim.schedule, config.optim.beta2, config.optim.max_grad_norm) == ("constant", 0.999, 0.3)
     assert config.train.micro_batch_size * config.train.accumulation == 16
     assert config.train.steps == 1875
