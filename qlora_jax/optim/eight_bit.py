@@ -23,7 +23,7 @@ import optax
 
 from pallas_kernels.formats.rounding import rounded
 from qlora_jax.optim.apply import Written
-from qlora_jax.optim.blockwise import dequantize, is_large, quantize, state_zeros
+from qlora_jax.optim.blockwise import Quantized, dequantize, is_large, quantize, state_zeros
 
 Array = jax.Array
 Moments = tuple[Array, ...]
@@ -141,10 +141,26 @@ def _scalars(rule: Rule, count: Array, rate: Array) -> Scalars:
 
 def _leaf_step(rule: Rule, by: Scalars, p: Array, g: Array, moments: list[Any]) -> tuple[Any, ...]:
     """(the written parameter, its moments as they are held)."""
-    p, g = p.astype(jnp.float32), g.astype(jnp.float32)
     if not is_large(p.shape):
-        value, new = rule.small(p, g, tuple(moments), by)
+        value, new = rule.small(p.astype(jnp.float32), g.astype(jnp.float32), tuple(moments), by)
         return Written(value), *new
+
+    # Tensor by tensor and in place: f32 moments of whole leaves would take more than the 8 bits save.
+    def tensor_step(index: Array, held: tuple[Any, ...]) -> tuple[Any, ...]:
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), (g, *held))
+        return jax.tree.map(
+            lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, index, 0),
+            held,
+            _tensor_step(rule, by, *own),
+        )
+
+    value, *new = jax.lax.fori_loop(0, p.shape[0], tensor_step, (p, *moments))
+    return Written(value), *new
+
+
+def _tensor_step(rule: Rule, by: Scalars, g: Array, p: Array, *moments: Quantized) -> tuple[Any, ...]:
+    """(parameter, moments) after a step, as they are held."""
     values = tuple(dequantize(moment, signed) for moment, signed in zip(moments, rule.signed, strict=True))
-    value, new = rule.large(p, g, values, by)
-    return Written(value), *(quantize(moment, signed) for moment, signed in zip(new, rule.signed, strict=True))
+    value, new = rule.large(p.astype(jnp.float32), g.astype(jnp.float32), values, by)
+    held = (quantize(moment, signed) for moment, signed in zip(new, rule.signed, strict=True))
+    return value.astype(p.dtype), *held
