@@ -130,3 +130,21 @@ def test_a_gradient_that_is_not_finite_shows_in_its_parameter_alone(kind):
     params, state = stepped(MADE[kind](lambda count: jnp.float32(1e-3)), params, [grads])
     assert jnp.isnan(params["a"]).sum() == 1 and jnp.isnan(params["a"][0, 0, 0])
     assert state.moments[0]["a"].codes.dtype == jnp.uint8
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_scratch_is_that_of_a_few_tensors(kind):
+    """Whole leaves' moments in f32 would take more than the 8 bits save."""
+    shape = (40, 64, 128)
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    params = {"a": leaf, "b": leaf, "c": leaf}
+    transform = MADE[kind](lambda count: jnp.float32(1e-3))
+
+    def step(params, state, grads):
+        updates, state = transform.update(grads, state, params)
+        return apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(transform.init, params), params)
+    memory = compiled.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 0.5 * 4 * np.prod(shape)
+    assert memory.alias_size_in_bytes > 3 * 4 * np.prod(shape)
