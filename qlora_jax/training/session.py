@@ -112,7 +112,7 @@ def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Prog
     graphdef, lora, base = partition(loaded.model)
     if inputs.start is not None:
         check_shapes(Path(str(config.lora.start)), inputs.start, lora)
-        lora = jax.tree.map(jnp.asarray, inputs.start)
+        lora = jax.tree.map(lambda values, fresh: jnp.asarray(values, fresh.dtype), inputs.start, lora)
     return Session(
         config=config,
         model=inputs.model,
