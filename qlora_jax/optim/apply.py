@@ -26,5 +26,14 @@ def apply_updates(params: Any, updates: Any) -> Any:
 
 
 def in_f32(tree: Any) -> Any:
-    """Every leaf in f32, in which norms, moments and updates are computed."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+    """Every leaf, f32 or bf16, in f32, in which norms, moments and updates are computed."""
+    return jax.tree.map(_in_f32, tree)
+
+
+def _in_f32(leaf: jax.Array) -> jax.Array:
+    # Not by `astype`: XLA on CPUs fuses that into a sum over bf16 in a program that has no other use of it, and adds up
+    # in another order than where it does not. Norms are to be the same bits in every program.
+    if leaf.dtype != jnp.bfloat16:
+        return leaf.astype(jnp.float32)
+    high = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(high << 16, jnp.float32)

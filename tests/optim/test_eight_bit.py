@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ MADE = {
 }
 
 
-def stepped(transform, params, gradients):
+def stepped(transform, params, gradients) -> tuple[dict, Any]:
     """(parameters, state) after a step with each of the gradients, in one program a step as training has it."""
 
     @jax.jit
@@ -145,6 +146,6 @@ def test_scratch_is_that_of_a_few_tensors(kind):
         return apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, jax.eval_shape(transform.init, params), params)
-    memory = compiled.compile().memory_analysis()
+    memory: Any = compiled.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * 4 * np.prod(shape)
     assert memory.alias_size_in_bytes > 3 * 4 * np.prod(shape)

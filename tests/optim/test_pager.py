@@ -29,6 +29,7 @@ from qlora_jax.optim.pager import (
 from qlora_jax.optim.pages import layer_pages
 from qlora_jax.optim.residency import Memory, on_device
 from qlora_jax.optim.schedule import SHAPES
+from qlora_jax.training.step import update
 
 STEPS = 50
 LAYERS, PAGES, LAYERS_A_PAGE = 10, 4, 3  # the last page has one layer
@@ -148,6 +149,20 @@ def test_fifty_steps_equal_optax_with_every_schedule_clipping_and_accumulation(s
     args = dataclasses.replace(ARGS, schedule=schedule, max_grad_norm=max_grad_norm, warmup_ratio=0.1)
     run = Run(args).go(2 * page_size(args), micro_batches=micro_batches)
     assert_equal_runs(run, plain_run(args, micro_batches=micro_batches))
+
+
+@pytest.mark.parametrize("name", ["adamw_32bit", "adamw_8bit"])
+def test_norms_of_bf16_gradients_are_the_same_in_every_program(name):
+    """XLA sums bf16 in another order where nothing else reads it in f32."""
+    transform, optimizer = (make(OptimArgs(name=name), STEPS) for make in (make_elementwise, make_optimizer))
+    grads, params = (jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), tree(i, name="adamw_8bit")) for i in (1, 2))
+    layout = layer_pages(transform, params)
+    paged = PagedUpdate(transform, layout, MEMORY, max_grad_norm=0.3)
+    state = paged_init(transform, params, layout, MEMORY)
+    whole, after, norm = update(optimizer, jax.tree.map(jnp.copy, params), optimizer.init(params), grads)
+    found, state, paged_norm, _ = paged(params, state, grads, 0)
+    assert_same((found, to_optax(state, layout, MEMORY), paged_norm), (whole, after, norm))
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(whole)} == {"bfloat16"}
 
 
 def test_state_is_in_8_bits_where_leaves_are_large():
