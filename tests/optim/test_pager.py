@@ -158,7 +158,7 @@ def test_norms_of_bf16_gradients_are_the_same_in_every_program(name):
     shapes = {str(i): (4, 64, 32 * 2 ** (i % 3)) for i in range(14)}
     rng = np.random.default_rng(0)
     params, *gradients = (
-        {key: jnp.asarray(0.01 * rng.normal(size=shape), jnp.bfloat16) for key, shape in shapes.items()}
+        {"all": {key: jnp.asarray(0.01 * rng.normal(size=shape), jnp.bfloat16) for key, shape in shapes.items()}}
         for _ in range(25)
     )
     layout = layer_pages(transform, params)
