@@ -8,16 +8,23 @@ from rich.console import Console
 from qlora_jax import allocator
 from qlora_jax.config import run_main
 
+# --dtype of each --format, the default first.
+DTYPES = {
+    "peft": (),
+    "hf": ("bfloat16", "float16", "float32"),
+    "gguf": ("float16", "bfloat16", "float32", "q8_0", "q4_0"),
+}
 PROG = "python -m qlora_jax.export"
 
 
 def main(argv: list[str]) -> None:
     """Writes the adapter of a run, or its model with the adapter merged into the weights."""
     args = _parser().parse_args(argv)
-    if args.format == "hf" and args.with_base:
+    if args.format != "peft" and args.with_base:
         raise ValueError("--with-base is for --format peft: a merged model has no base")
-    if args.format == "peft" and args.dtype is not None:
-        raise ValueError("--dtype is for --format hf: an adapter is float32")
+    if args.dtype not in (None, *DTYPES[args.format]):
+        possible = ", ".join(DTYPES[args.format]) or "none: an adapter is float32"
+        raise ValueError(f"--dtype {args.dtype} is not for --format {args.format}; possible: {possible}")
     output = args.output or args.run / args.format
     # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
     from qlora_jax import runtime
@@ -29,7 +36,7 @@ def main(argv: list[str]) -> None:
     if args.format == "peft":
         export_peft(args.run, output, with_base=args.with_base, **where)
     else:
-        export_merged(args.run, output, dtype=args.dtype or "bfloat16", **where)
+        export_merged(args.run, output, args.format, dtype=args.dtype or DTYPES[args.format][0], **where)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,15 +44,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument(
         "--format",
-        choices=["peft", "hf"],
+        choices=list(DTYPES),
         default="peft",
         help="peft: a LoRA adapter for the peft library; hf: a whole model for transformers, the adapter merged into "
-        "the dequantized weights that it was trained on",
+        "the dequantized weights that it was trained on; gguf: the same for llama.cpp, where the base is a GGUF file",
     )
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
     parser.add_argument("--model", help="where the base model lies now, if it was moved after training")
-    parser.add_argument("--dtype", choices=["bfloat16", "float16", "float32"], help="of a merged model's weights")
+    dtypes = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items() if dtypes)
+    parser.add_argument("--dtype", help=f"of a merged model's weights, the first by default; {dtypes}")
     parser.add_argument(
         "--with-base",
         action="store_true",

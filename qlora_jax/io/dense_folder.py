@@ -42,8 +42,7 @@ def write_dense_folder(
       adapters: by the name of the stacked projection, `model.layers.self_attn.q_proj`.
     """
     planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
-    tensors = (tensor for slot in slots for tensor in _tensors(slot, computed, adapters.get(_projection(slot))))
-    values = (np.asarray(tensor, dtype) for tensor in tensors)
+    values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, computed, adapters))
     shards = split(planned)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -51,6 +50,12 @@ def write_dense_folder(
     if len(shards) > 1:
         _write_json(folder / INDEX, index_of(dict(zip(names, shards, strict=True))))
     write_config(folder, config, {"torch_dtype": dtype.name})
+
+
+def dense_tensors(slots: Sequence[Slot], computed: np.dtype, adapters: Mapping[str, LoRA]) -> Iterator[jax.Array]:
+    """The tensors of the slots' names, in their order; those with an adapter in f32."""
+    for slot in slots:
+        yield from _tensors(slot, computed, adapters.get(_projection(slot)))
 
 
 def _projection(slot: Slot) -> str:

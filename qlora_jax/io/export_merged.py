@@ -19,12 +19,14 @@ from rich.console import Console
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.io.dense_folder import write_dense_folder, write_tokenizer
+from qlora_jax.io.dense_folder import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.folders import staged_folder
+from qlora_jax.io.gguf_writer import write_gguf
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
+from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
+from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
-from qlora_jax.io.slots import slots_of
+from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.io.source import open_model
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -37,6 +39,7 @@ PROMPTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "Frage: Wie viele Beine haben drei Spinnen? Antwort:",
 )
+QUANTIZED = ("q8_0", "q4_0")  # what their rounding costs is told, not refused
 # A merge is refused where it is off by more than this share of what the adapter does, and of the logits themselves;
 # 16-bit computation alone makes some 2^-6 of the latter.
 OF_ADAPTER, OF_LOGITS = 1 / 4, 1 / 16
@@ -71,20 +74,26 @@ class Difference(NamedTuple):
 
 
 def export_merged(
-    path: Path, output: Path, *, step: int | None, model: str | None, dtype: str, console: Console
+    path: Path, output: Path, form: str, *, step: int | None, model: str | None, dtype: str, console: Console
 ) -> None:
-    """Writes the run at `path` to the new folder `output` as a model for transformers, its weights in `dtype`.
+    """Writes the run at `path` to the new folder `output` as one model, its weights in `dtype`.
 
     Args:
+      form: "hf", a folder for transformers; or "gguf", a file for llama.cpp, which a base in a GGUF file allows.
       model: where the run's base lies now, if elsewhere than in training.
 
     Raises:
-      ValueError: no run or no such step, an output that is there already, another base than the run's, or a merge whose
-        logits are not those of base and adapter.
+      ValueError: no run or no such step, an output that is there already, another base than the run's, a form that its
+        base does not allow, or a merge in 16 bits or more whose logits are not those of base and adapter.
     """
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
+    if form == "gguf" and not is_gguf(str(opened.source.path)):
+        raise ValueError(
+            f"--format gguf takes metadata and tokenizer from the base's GGUF file, and {opened.source.path} is none. "
+            "Export with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+        )
     with staged_folder(output) as folder:
         with loading(console) as progress:
             base = load_base(opened, opened.args, progress)
@@ -92,20 +101,31 @@ def export_merged(
         graphdef, lora, frozen = adapted(base, run)
         prompts, none = tokens_of(opened.tokenizer, PROMPTS), jax.tree.map(jnp.zeros_like, lora)
         with_adapter, without = (_logits(graphdef, each, frozen, prompts) for each in (lora, none))
-        write_dense_folder(
-            folder,
-            slots,
-            opened.source.config,
-            computed=computed,
-            dtype=jnp.dtype(dtype),
-            adapters=_adapters(combine(graphdef, lora, frozen)),
-        )
-        write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
-        del base, slots, frozen  # the merged model is read back, and two at once may be more than there is room for
-        found = difference(_logits(*_read_back(folder, computed.name), prompts), with_adapter, without)
-        if not found.is_small:
+        write = {"hf": _write_folder, "gguf": _write_file}[form]
+        adapters = _adapters(combine(graphdef, lora, frozen))
+        written = write(folder, opened, slots, computed=computed, dtype=dtype, adapters=adapters)
+        del base, slots, frozen, adapters  # what is read back may leave no room for them
+        found = difference(_logits(*_read_back(written, computed.name), prompts), with_adapter, without)
+        if not found.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {found}. Try --dtype float32")
-    console.print(f"{run.label}, merged: {output}\n{found}", markup=False, highlight=False, soft_wrap=True)
+    lines = [f"{run.label}, merged: {output}", str(found)]
+    if not found.is_small:
+        lines.append(f"{dtype} rounds away more than the adapter adds: --dtype q8_0 or float16 keeps what was learned")
+    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _write_folder(folder: Path, opened: Opened, slots: Sequence[Slot], *, dtype: str, **how: Any) -> Path:
+    write_dense_folder(folder, slots, opened.source.config, dtype=jnp.dtype(dtype), **how)
+    write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
+    return folder
+
+
+def _write_file(folder: Path, opened: Opened, slots: Sequence[Slot], *, dtype: str, **how: Any) -> Path:
+    source, path = opened.source, folder / f"model-{dtype}.gguf"
+    names = [name for slot in slots for name in slot.names]
+    values = (np.asarray(tensor) for tensor in dense_tensors(slots, **how))
+    write_gguf(path, source.path, source.config, names, values, dtype)
+    return path
 
 
 class Prompts(NamedTuple):
@@ -156,7 +176,7 @@ def _adapters(model: CausalLM) -> dict[str, LoRA]:
     return found
 
 
-def _read_back(folder: Path, computed: str) -> tuple[nnx.GraphDef, Lora, nnx.State]:
-    args: dict[str, Any] = {"path": str(folder), "quant_type": "none", "compute_dtype": computed}
-    source = open_model(folder)
+def _read_back(path: Path, computed: str) -> tuple[nnx.GraphDef, Lora, nnx.State]:
+    args: dict[str, Any] = {"path": str(path), "quant_type": "none", "compute_dtype": computed}
+    source = open_model(path)
     return partition(load_model(source, model_config(source.config), weight_format(ModelArgs(**args))).model)

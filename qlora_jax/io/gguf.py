@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,15 @@ class Change:
     order: np.ndarray | None = None
     offset: float = 0.0
 
+    def undone(self, values: np.ndarray) -> np.ndarray:
+        """A tensor as the file has it, from one as Hugging Face has it; f32."""
+        values = values.astype(np.float32) + np.float32(self.offset)
+        if self.order is None:
+            return values
+        rows = np.empty_like(values)
+        rows[self.order] = values
+        return rows
+
 
 def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: dict[str, Any]) -> TensorEntry:
     return TensorEntry(
@@ -92,11 +102,11 @@ def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: dic
         shape=info.shape,
         file_type=info.type.name,
         nbytes=info.nbytes,
-        read=functools.partial(_read, path, info, _change(path, info, architecture, config)),
+        read=functools.partial(_read, path, info, change_of(path, info, architecture, config)),
     )
 
 
-def _change(path: Path, info: TensorInfo, architecture: Architecture, config: dict[str, Any]) -> Change:
+def change_of(path: Path, info: TensorInfo, architecture: Architecture, config: Mapping[str, Any]) -> Change:
     """The inverse of what the converter did."""
     match = NAME.fullmatch(info.name)
     part = match["part"] if match else ""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from qlora_jax.io.gguf import _change
+from qlora_jax.io.gguf import change_of
 from qlora_jax.io.gguf_architectures import ARCHITECTURES
 from qlora_jax.io.gguf_header import TensorInfo
 from qlora_jax.io.source import open_model
@@ -33,4 +33,4 @@ def test_config_and_tensors_return(tmp_path: Path, name: str) -> None:
 def test_a_wrong_number_of_fused_rows_is_told(tmp_path: Path) -> None:
     info = TensorInfo(name="blk.1.attn_qkv.bias", shape=(128,), type=Kind.F32, offset=0, nbytes=512)
     with pytest.raises(ValueError, match=r"blk.1.attn_qkv.bias, F32 \[128\].* expected 4 heads of as many rows"):
-        _change(tmp_path, info, ARCHITECTURES["gptneox"], {"num_attention_heads": 4})
+        change_of(tmp_path, info, ARCHITECTURES["gptneox"], {"num_attention_heads": 4})

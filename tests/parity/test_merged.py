@@ -96,9 +96,35 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     main([str(run), "--format", "hf", "--dtype", "float32"])
     told = capsys.readouterr().out
     assert f"run, step 7, merged: {run / 'hf'}" in told and "largest difference of its logits" in told
-    for wrong in (["--format", "hf", "--with-base"], ["--dtype", "float16"]):
-        with pytest.raises(ValueError, match=r"is for --format"):
+    refused = {
+        "--with-base is for --format peft": ["--format", "hf", "--with-base"],
+        "possible: none: an adapter is float32": ["--dtype", "float16"],
+        "possible: bfloat16, float16, float32": ["--format", "hf", "--dtype", "q8_0"],
+        "takes metadata and tokenizer from the base's GGUF file, and .* is none": ["--format", "gguf"],
+    }
+    for problem, wrong in refused.items():
+        with pytest.raises(ValueError, match=problem):
             main([str(run), *wrong, "--output", str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_gguf_file_for_llama_cpp(tmp_path: Path, oracle, smollm2_gguf: Path, capsys: pytest.CaptureFixture) -> None:
+    """Read by transformers; the tensors are those of the merged folder."""
+    with_adapter, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
+    main([str(tmp_path / "run"), "--format", "gguf", "--dtype", "float32"])
+    main([str(tmp_path / "run"), "--format", "hf", "--dtype", "float32"])
+    path = tmp_path / "run/gguf/model-float32.gguf"
+    file, folder = open_model(path).tensors, open_model(tmp_path / "run/hf").tensors
+    assert file.keys() == folder.keys()
+    for name, tensor in folder.items():
+        np.testing.assert_array_equal(file[name].read(), tensor.read(), err_msg=name)
+    found = oracle(SCRIPT.with_name("gguf_logits.py"), path=str(path), tokens=TOKENS)["logits"]
+    ours = _logits(with_adapter, TOKENS)
+    np.testing.assert_allclose(found, ours, atol=1e-4 * np.abs(ours).max())
+    capsys.readouterr()
+    main([str(tmp_path / "run"), "--format", "gguf", "--dtype", "q4_0", "--output", str(tmp_path / "q4")])
+    assert "largest difference of its logits" in capsys.readouterr().out
 
 
 def test_differences() -> None:
