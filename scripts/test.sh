@@ -6,4 +6,5 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 QLORA_JAX_EXTRAS="${QLORA_JAX_EXTRAS:-} dev" bash scripts/setup.sh
-exec .venv/bin/python -m pytest "$@"
+# Two processes at a time, the tests of a file in one: most of their time is the compiler's, which has one thread.
+exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
