@@ -34,8 +34,8 @@ from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.chain import OPTIMIZERS
 from qlora_jax.optim.pager import PagedUpdate, paged_init
-from qlora_jax.optim.pages import layer_pages
-from qlora_jax.optim.residency import Memory
+from qlora_jax.optim.pages import PAGE_BYTES, layer_pages
+from qlora_jax.optim.residency import Memory, Moved
 from qlora_jax.training.step import update
 
 MODELS = {"smollm2": fetch_smollm2, "random-15m": lambda: make_random_model("random-15m")}
@@ -57,20 +57,21 @@ def plain(held: Held, optim: OptimArgs) -> tuple[Player, int]:
     return step, sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
 
-def paged(held: Held, optim: OptimArgs, resident: bool) -> tuple[Player, int]:
-    """(the same in pages that all stay or all go, how many pages)."""
-    transform, memory = make_elementwise(optim, STEPS), Memory.of(jax.devices()[0])
-    lora = jax.tree.map(jnp.copy, held.lora)
-    layout = layer_pages(transform, lora)
-    state, update_pages = paged_init(transform, lora, layout, memory), PagedUpdate(transform, layout, memory, 1.0)
-    budget = layout.total_bytes if resident else 0
+class Paged:
+    """The same in pages, of which a share of the bytes may stay on the device; remembers what moved last."""
 
-    def step(grads: Any) -> Any:
-        nonlocal lora, state
-        lora, state, *_ = update_pages(lora, state, grads, budget)
-        return lora
+    def __init__(self, held: Held, optim: OptimArgs, share: float, page_bytes: int = PAGE_BYTES):
+        transform, memory = make_elementwise(optim, STEPS), Memory.of(jax.devices()[0])
+        self._lora = jax.tree.map(jnp.copy, held.lora)
+        self.layout = layer_pages(transform, self._lora, page_bytes)
+        self._state = paged_init(transform, self._lora, self.layout, memory)
+        self._update = PagedUpdate(transform, self.layout, memory, 1.0)
+        self._budget = int(share * self.layout.total_bytes)
+        self.moved = Moved()
 
-    return step, layout.count
+    def __call__(self, grads: Any) -> Any:
+        self._lora, self._state, _, self.moved = self._update(self._lora, self._state, grads, self._budget)
+        return self._lora
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -104,7 +105,7 @@ def measure(held: Held, players: dict[str, Player], batch: Any, rounds: int) -> 
 def summary(records: list[dict[str, float]]) -> dict[str, float]:
     """Medians, and medians of ratios."""
     result = {f"{name}_ms": statistics.median(record[name] for record in records) for name in records[0]}
-    for name in ("resident", "away"):
+    for name in [name for name in records[0] if name not in ("gradients", "plain")]:
         more = [record[name] - record["plain"] for record in records]
         steps = [record["gradients"] + record["plain"] for record in records]
         result[f"{name}_over_update"] = statistics.median(m / r["plain"] for m, r in zip(more, records, strict=True))
@@ -126,9 +127,9 @@ def main() -> None:
     held = hold(str(MODELS[args.model]()), rank=args.rank, compute_dtype="auto", batch=shape, remat="names")
     batch = random_batch(np.random.default_rng(0), held.config.vocab_size, 1, args.seq)
     optim = OptimArgs(name=args.optim, max_grad_norm=1.0, warmup_ratio=0.0)
-    (whole, state_bytes), (resident, count) = plain(held, optim), paged(held, optim, resident=True)
-    players = {"plain": whole, "resident": resident, "away": paged(held, optim, resident=False)[0]}
-    told = {"model": args.model, "optim": args.optim, "pages": count, "state_bytes": state_bytes}
+    whole, state_bytes = plain(held, optim)
+    players = {"plain": whole, "resident": Paged(held, optim, 1.0), "away": (away := Paged(held, optim, 0.0))}
+    told = {"model": args.model, "optim": args.optim, "pages": away.layout.count, "state_bytes": state_bytes}
     told["adapter_elements"] = sum(leaf.size for leaf in jax.tree.leaves(held.lora))
     print(json.dumps(told | summary(measure(held, players, batch, args.rounds))))
 

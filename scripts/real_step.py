@@ -1,5 +1,6 @@
 """What bench_step.py and profile_train.py both start from: a model on disk as a training step holds it, and a batch."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -30,13 +31,26 @@ class Held(NamedTuple):
     state: Any
 
 
-def hold(path: str, *, rank: int, compute_dtype: str, batch: tuple[int, int, int], remat: str) -> Held:
-    """Compiles for batches (A, B, T), then loads and quantizes the model at `path`, a GGUF file or a folder."""
+def hold(
+    path: str,
+    *,
+    rank: int,
+    compute_dtype: str,
+    batch: tuple[int, int, int],
+    remat: str,
+    compiled: Callable[[], None] = lambda: None,
+) -> Held:
+    """Compiles for batches (A, B, T), then loads and quantizes the model at `path`, a GGUF file or a folder.
+
+    Args:
+      compiled: called between the two.
+    """
     source = open_model(path)
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
     weights = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype))
     gradients = Gradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
     gradients.compiled(batch)
+    compiled()
     model = load_model(source, config, weights).model
     add_lora(model, adapters, jax.random.key(0))
     _, lora, base = partition(model)

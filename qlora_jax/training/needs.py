@@ -21,7 +21,11 @@ from qlora_jax.training.saved import offloaded_bytes, saved_bytes
 from qlora_jax.training.updates import PAGES_IN_A_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
-KINDS = ("weights", "constants", "LoRA", "gradients", STATE, ACTIVATIONS, "scratch")
+PROGRAMS = "programs"
+KINDS = ("weights", "constants", "LoRA", "gradients", STATE, ACTIVATIONS, "scratch", PROGRAMS)
+# On a CPU programs lie in the memory that is planned. Measured (scripts/plan_memory.py), much the same for any model:
+# those of the loader and the update, and libraries' pages that they touch; not what is there before a weight is read.
+CPU_PROGRAMS = 80 * 2**20
 PAGES_IN_FLIGHT = PAGES_IN_A_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs
 
 
@@ -130,6 +134,7 @@ def _need(setting: Setting, scratch: int, source: str) -> Need:
         STATE: min(state, PAGES_IN_FLIGHT) if setting.paged else state,
         ACTIVATIONS: _saved(of),
         "scratch": scratch,
+        PROGRAMS: CPU_PROGRAMS if setting.weights.platform == "cpu" else 0,
     }
     host = dict.fromkeys(KINDS, 0) | {STATE: state if setting.paged else 0, ACTIVATIONS: _offloaded(of)}
     return Need(setting=setting, device=device, host=host, source=source)

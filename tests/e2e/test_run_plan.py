@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.training import run, run_plan
+from qlora_jax.training.needs import CPU_PROGRAMS
 from tests.e2e.project import project
 
 
@@ -31,7 +32,7 @@ def test_the_plan_comes_first(tmp_path):
 def test_a_run_that_does_not_fit_is_refused_with_the_nearest_fix_before_it_loads(tmp_path, monkeypatch):
     config = project(tmp_path, layers=8, train=dict(steps=1, remat="none", micro_batch_size=8))
     monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("loaded"))
-    device_of(30_000_000, monkeypatch)
+    device_of(30_000_000 + CPU_PROGRAMS, monkeypatch)
     with pytest.raises(ValueError, match=r"(?s)DOES NOT FIT.*--train\.\w+") as refused:
         start(config)
     assert "--oversized starts it all the same" in str(refused.value)

@@ -17,6 +17,7 @@ from qlora_jax.training import counts
 from qlora_jax.training.needs import (
     ACTIVATIONS,
     KINDS,
+    PROGRAMS,
     STATE,
     Setting,
     Temporaries,
@@ -78,7 +79,8 @@ def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
     pointers = 8 * (len(step.lora) * 2 + 3)  # the table of a tuple's members
     program_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - pointers
     few = counts.gradient_output_bytes(TINY.counted()) - counts.lora_bytes(TINY.counted())  # losses of rows
-    assert need.total == program_bytes - few + counts.optimizer_bytes(TINY.counted())
+    assert need.total - need.device[PROGRAMS] == program_bytes - few + counts.optimizer_bytes(TINY.counted())
+    assert need.device[PROGRAMS] > 0 == estimated_need(on_gpu(TINY)).device[PROGRAMS]
 
 
 def test_paged_state_is_counted_where_it_is():

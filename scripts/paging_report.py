@@ -1,0 +1,213 @@
+"""Plots and tables of the paging study, from its numbers."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from paging_lengths import most_rows, moved_pages
+from paging_needs import CELLS, Needs, Point, longest_rows, setting
+from paging_policies import OURS, POLICIES, steady_moves
+
+from pallas_kernels.gpu_specs import CARDS
+from qlora_jax import runtime
+from qlora_jax.optim.pages import PAGE_BYTES
+from qlora_jax.training import counts
+
+GIB, GB = 2**30, 1e9
+PAGES = 32
+LIMITS = {card: float(runtime.USABLE_MEMORY) * CARDS[card].memory_bytes for card in CELLS}
+# Bytes a second in each direction that PCI Express x16 has by its specification, and that a transfer can at best have.
+LINKS = {"PCIe 3.0": 15.75e9, "PCIe 4.0": 31.5e9, "PCIe 5.0": 63.0e9}
+SHARE_OF_PEAK = 0.5  # of a card's bf16 rate, assumed for a step
+NAMES = {"rtx4090": "RTX 4090, 24 GB", "a6000": "RTX A6000, 48 GB", "a100": "A100, 80 GB"}
+MEASURED, COMPILED = "measured on 2 cores of a CPU", "computed from compiled programs"
+SWEPT = (("llama-7b", 8, "rtx4090"), ("llama-13b", 4, "rtx4090"))  # (model, rows at once, whose compiled steps)
+
+
+def report(numbers: dict[str, Any], folder: Path) -> None:
+    """Writes the plots to `folder`/images, and prints the tables."""
+    points = [Point(*point) for point in numbers["points"]]
+    draw(folder / "images" / "paging_policies.png", [policies])
+    draw(
+        folder / "images" / "paging_costs.png", [lambda axes: budgets(axes, numbers), lambda axes: sizes(axes, numbers)]
+    )
+    sweeps = [lambda axes, each=each: spikes(axes, points, numbers["lengths"], *each) for each in SWEPT]
+    draw(folder / "images" / "paging_lengths.png", sweeps)
+    longest = longest_rows(points, LIMITS)
+    draw(
+        folder / "images" / "paging_longest.png",
+        [lambda axes, card=card: bars(axes, card, longest) for card in CELLS],
+    )
+    for table in (costs_table(numbers), lengths_table(numbers), spikes_table(points, numbers), longest_table(longest)):
+        print("\n".join(table), end="\n\n")
+    print("\n".join(links_table(points)))
+
+
+def draw(path: Path, panels: Sequence[Any]) -> None:
+    """Panels side by side."""
+    figure = Figure(figsize=(6.2 * len(panels) if len(panels) < 3 else 14, 4.2), dpi=110, layout="constrained")
+    for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        panel(axes)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path)
+
+
+def policies(axes: Axes) -> None:
+    """Pages moved each way in a step, by the room that there is."""
+    styles = iter(("-", "--", ":", "-.", "-"))
+    for name, policy in POLICIES.items():
+        moved = [steady_moves(policy, PAGES, room) for room in range(1, PAGES + 1)]
+        wide = 3.5 if name == OURS else 1.8
+        axes.plot(range(1, PAGES + 1), moved, next(styles), linewidth=wide, alpha=0.8, label=name)
+    axes.set(
+        title="Simulated: what a step moves",
+        xlabel=f"pages that the device has room for, of {PAGES}",
+        ylabel="pages in, and as many out, a step",
+        ylim=(0, PAGES + 2),
+    )
+    axes.legend(frameon=False, fontsize=8)
+
+
+def budgets(axes: Axes, numbers: dict[str, Any]) -> None:
+    """Overhead against the share of pages that may stay."""
+    rows = _of_kind(numbers, "budget")
+    axes.plot([100 * row["value"] for row in rows], [100 * row["over_step"] for row in rows], "o-", linewidth=2)
+    axes.set(
+        title=f"Budget ({MEASURED})",
+        xlabel="state that may stay on the device, %",
+        ylabel="time beyond plain optax, % of a step",
+    )
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+
+
+def sizes(axes: Axes, numbers: dict[str, Any]) -> None:
+    """Overhead against the size of a page."""
+    for kind, words in (("away", "all pages away"), ("resident", "all pages resident")):
+        rows = _of_kind(numbers, kind)
+        places, values = [row["page_bytes"] / 1e6 for row in rows], [100 * row["over_step"] for row in rows]
+        axes.plot(places, values, "o-", linewidth=2, label=words)
+    axes.set(
+        title=f"Page size ({MEASURED})", xlabel="MB of state in a page", ylabel="time beyond plain optax, % of a step"
+    )
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
+    axes.legend(frameon=False)
+
+
+def _of_kind(numbers: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+    return [row for row in numbers["costs"]["rows"] if row["kind"] == kind]
+
+
+def spikes(axes: Axes, points: Sequence[Point], lengths: Sequence[Any], model: str, rows: int, card: str) -> None:
+    """The share of steps that page, by the memory of the device."""
+    needs = Needs.of(points, model, card, "full")
+    low, high = needs.held + needs.moving(64 * rows), needs.held + needs.state + needs.moving(2048 * rows)
+    limits = [low + (1.1 * high - low) * i / 80 for i in range(81)]
+    for data in lengths:
+        found = [(limit, moved_pages(needs, limit, rows, data)) for limit in limits]
+        known = [(limit / GIB, 100 * _share(moved)) for limit, moved in found if moved is not None]
+        axes.plot(*zip(*known, strict=True), linewidth=2, label=data["name"])
+    axes.set(
+        title=f"{_pretty(model)}, {rows} rows at once ({COMPILED})",
+        xlabel="GiB that a step may use",
+        ylabel="steps in which pages move, %",
+        ylim=(-3, 103),
+    )
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _share(moved: Sequence[int]) -> float:
+    return sum(pages > 0 for pages in moved) / len(moved)
+
+
+def bars(axes: Axes, card: str, longest: Sequence[dict[str, Any]]) -> None:
+    """The longest row by model and by how state is held."""
+    rows = [row for row in longest if row["card"] == card]
+    choices = list(rows[0]["longest"])
+    width = 0.8 / len(choices)
+    for index, choice in enumerate(choices):
+        heights = [row["longest"][choice] for row in rows]
+        places = [place + (index - (len(choices) - 1) / 2) * width for place in range(len(rows))]
+        axes.bar(places, heights, width, label=choice)
+    axes.set_xticks(range(len(rows)), [_pretty(row["model"]) for row in rows])
+    axes.set(title=NAMES[card], ylabel="tokens of the longest row that fits, one at once" if card == "rtx4090" else "")
+    axes.set_yscale("symlog", linthresh=64)
+    axes.set_ylim(0, 4e6)  # with room for the legend
+    if card == "rtx4090":
+        axes.legend(frameon=False, fontsize=8, loc="upper right")
+
+
+def _pretty(model: str) -> str:
+    return model.replace("llama-", "LLaMA-").upper().replace("LLAMA", "LLaMA")
+
+
+def costs_table(numbers: dict[str, Any]) -> Iterator[str]:
+    """What was measured."""
+    costs = numbers["costs"]
+    yield f"gradients {costs['gradients_ms']:.0f} ms, plain update {costs['plain_ms']:.1f} ms\n"
+    yield "| | pages | of MB | MB moved a step | update, ms | beyond plain, of a step |"
+    yield "|---|---|---|---|---|---|"
+    for row in costs["rows"]:
+        what = f"budget {row['value']:.0%}" if row["kind"] == "budget" else f"all {row['kind']}"
+        cells = (row["pages"], f"{row['page_bytes'] / 1e6:.1f}", f"{row['moved_bytes'] / 1e6:.0f}")
+        yield f"| {what} | {' | '.join(map(str, cells))} | {row['update_ms']:.1f} | {row['over_step']:+.2%} |"
+
+
+def lengths_table(numbers: dict[str, Any]) -> Iterator[str]:
+    """The data sets."""
+    yield "| data | rows | tokens: median | 90 % | 99 % | most | padded lengths of batches (share of steps) |"
+    yield "|---|---|---|---|---|---|---|"
+    for data in numbers["lengths"]:
+        steps = data["steps"]
+        shares = [f"{n} ({steps.count(str(i)) / len(steps):.0%})" for i, n in enumerate(data["buckets"])]
+        quantiles = " | ".join(f"{n:,}" for n in data["quantiles"].values())
+        yield f"| {data['name']} | {data['rows']:,} | {quantiles} | {', '.join(shares)} |"
+
+
+def spikes_table(points: Sequence[Point], numbers: dict[str, Any]) -> Iterator[str]:
+    """How often real batches page, on real cards, at the most rows that fit; those that never do are left out."""
+    yield "| model | card | data | rows at once | steps that page | GB moved a step, mean | most |"
+    yield "|---|---|---|---|---|---|---|"
+    for card, models in CELLS.items():
+        for model in models:
+            for data in numbers["lengths"]:
+                found = most_rows(Needs.of(points, model, card, "full"), LIMITS[card], data)
+                what = f"{_pretty(model)} | {NAMES[card]} | {data['name']}"
+                if found is None:
+                    yield f"| {what} | none fits | | | |"
+                    continue
+                rows, moved = found
+                if not any(moved):
+                    continue
+                mean, most = (PAGE_BYTES * pages / GB for pages in (sum(moved) / len(moved), max(moved)))
+                yield f"| {what} | {rows} | {_share(moved):.1%} | {mean:.2f} | {most:.2f} |"
+
+
+def longest_table(longest: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """What each way to hold state buys."""
+    yield "| model | card | " + " | ".join(longest[0]["longest"]) + " |"
+    yield "|---|---" + "|---" * len(longest[0]["longest"]) + "|"
+    for row in longest:
+        cells = [f"{tokens:,}" if tokens else "none" for tokens in row["longest"].values()]
+        yield f"| {_pretty(row['model'])} | {NAMES[row['card']]} | {' | '.join(cells)} |"
+
+
+def links_table(points: Sequence[Point]) -> Iterator[str]:
+    """Arithmetic on data sheets: all state out and in once a step, beside the step's products."""
+    yield (
+        "| model | f32 state, GB | " + " | ".join(f"{link}, ms" for link in LINKS) + " | step of 16 x 512, s | share |"
+    )
+    yield "|---|---" + "|---" * len(LINKS) + "|---|---|"
+    card = CARDS["a6000"]
+    for model in CELLS["a6000"]:
+        needs = Needs.of(points, model, "a6000", "full")
+        seconds = sum(counts.flops(setting(model, (16, 1, 512), "full").counted()).values())
+        seconds /= SHARE_OF_PEAK * card.bf16_flops
+        times = [2 * needs.state / link for link in LINKS.values()]
+        cells = " | ".join(f"{1e3 * t:,.0f}" for t in times)
+        share = 2 * needs.state / LINKS["PCIe 4.0"] / seconds
+        yield f"| {_pretty(model)} | {needs.state / GB:.2f} | {cells} | {seconds:.1f} | {share:.2%} |"
