@@ -105,7 +105,9 @@ def test_a_run_goes_on_with_another_budget_or_mode(plain, tmp_path, before, afte
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "dtype"), [("adamw_8bit", "float32"), ("paged_adamw_8bit", "float32")])
+@pytest.mark.parametrize(
+    ("before", "dtype"), [("adamw_8bit", "float32"), ("paged_adamw_8bit", "float32"), ("adamw_8bit", "bfloat16")]
+)
 def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, dtype, monkeypatch):
     size = dict(lora=dict(rank=64, dtype=dtype), optim=dict(name="adamw_8bit", schedule="constant"))
     whole = project(tmp_path / "whole", layers=4, **size)
