@@ -98,7 +98,7 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 def _near_choices(value: str, choices: tuple[Any, ...]) -> list[str]:
     synonym = OPTIMIZERS.get(value)
-    return [synonym] if synonym in choices else difflib.get_close_matches(value, choices, n=1)
+    return [synonym] if synonym is not None and synonym in choices else difflib.get_close_matches(value, choices, n=1)
 
 
 def _value_problem(field: dataclasses.Field, hint: Any, value: Any) -> str | None:

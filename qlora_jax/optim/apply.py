@@ -16,7 +16,7 @@ class Written(NamedTuple):
 def apply_updates(params: Any, updates: Any) -> Any:
     """`optax.apply_updates`; where an update is `Written`, the parameter becomes its value. Dtypes of `params` stay."""
 
-    def apply(update: Any, param: jax.Array) -> jax.Array:
+    def apply(update: Any, param: jax.Array) -> Any:
         if isinstance(update, Written):
             return update.value.astype(param.dtype)
         with jax.numpy_dtype_promotion("standard"):

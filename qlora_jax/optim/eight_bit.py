@@ -121,10 +121,10 @@ def _transform(rule: Rule, learning_rate: optax.Schedule) -> optax.GradientTrans
         trees = tuple(jax.tree.map(lambda p: state_zeros(p.shape), params) for _ in rule.signed)
         return EightBitState(jnp.zeros([], jnp.int32), trees)
 
-    def update(grads: Any, state: Any, params: Any = None, **_: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         leaves, structure = jax.tree.flatten(params)
         by = _scalars(rule, state.count, jnp.asarray(learning_rate(state.count)))
-        columns = [structure.flatten_up_to(tree) for tree in (grads, *state.moments)]
+        columns = [structure.flatten_up_to(tree) for tree in (updates, *state.moments)]
         stepped = [_leaf_step(rule, by, p, g, moments) for p, g, *moments in zip(leaves, *columns, strict=True)]
         written, *moments = (structure.unflatten(column) for column in zip(*stepped, strict=True))
         return written, EightBitState(jnp.asarray(optax.safe_increment(state.count)), tuple(moments))
