@@ -41,12 +41,13 @@ def main(argv: list[str]) -> None:
     run = Path(config.output)
     check_folder(run, resume=False)
     console.print(f"[bold]2. Training[/] on {config.data.train}; Ctrl-C saves and leaves at any time")
-    if not train(config, run, resume=False, console=console):
+    if not train(config, run, resume=False, oversized=False, console=console):
         sys.exit(143)
     console.print(
         f"[bold]3. Held-out rows[/] of {HELD_OUT.relative_to(ROOT)}, never trained on: scored before and after"
     )
     opened = open_base_or_run(None, config.output)
+    assert opened.run is not None
     base = load_base(opened, opened.args)
     parts = {"quantized": partition(base)}
     parts["checkpoint"] = adapted(base, opened.run)
