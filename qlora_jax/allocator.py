@@ -7,7 +7,7 @@ import sys
 # pages of 4 KiB that is a tenth of the step. arena_max=1: with an arena for each thread, what it freed stays with it.
 # mmap_threshold: from 4 MiB on a block is always mapped, and unmapped when it is freed; else the heap grows over the
 # first steps by the holes between them, 50 to 75 MiB. From 8 MiB on, a rank of 64 takes 68 MiB more; from 2 MiB on, a
-# step takes 7 to 25 % longer.
+# step takes up to a quarter longer.
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304"
 
 

@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     if args.format != "peft" and args.with_base:
         raise ValueError("--with-base is for --format peft: a merged model has no base")
     if args.dtype not in (None, *DTYPES[args.format]):
-        possible = ", ".join(DTYPES[args.format]) or "none: an adapter is float32"
+        possible = ", ".join(DTYPES[args.format]) or "none: an adapter keeps its own"
         raise ValueError(f"--dtype {args.dtype} is not for --format {args.format}; possible: {possible}")
     output = args.output or args.run / args.format
     # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(DTYPES),
         default="peft",
         help="peft: a LoRA adapter for the peft library; hf: a whole model for transformers, the adapter merged into "
-        "the dequantized weights that it was trained on; gguf: the same for llama.cpp, where the base is a GGUF file",
+        "the dequantized weights that it was trained on; gguf: the same as a GGUF file, where the base is one",
     )
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")

@@ -499,10 +499,9 @@ const int32_t* ids(ffi::Buffer<ffi::S32> segments) {
 
 // Shapes agree, and H is a multiple of 32: the Python side made them. Packed arrays are results, so that XLA accounts for
 // them.
-ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments,
-                   ffi::Result<Numbers> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
-                   ffi::Result<ffi::Buffer<ffi::U32>> key_columns, ffi::Result<ffi::Buffer<ffi::U32>> value_rows,
-                   double scale, int64_t window) {
+ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments, double scale,
+                   int64_t window, ffi::Result<Numbers> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
+                   ffi::Result<ffi::Buffer<ffi::U32>> key_columns, ffi::Result<ffi::Buffer<ffi::U32>> value_rows) {
   const Sizes s = sizes_of(q, k);
   const Visibility visibility(s, window, ids(segments));
   const Forward task{s, visibility, static_cast<float>(scale * kLog2E), bits(q), bits(k), bits(v), bits(out),
@@ -512,11 +511,12 @@ ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::B
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments, Numbers out,
-                    ffi::Buffer<ffi::F32> lse, Numbers d_out, ffi::Result<Numbers> dq, ffi::Result<Numbers> dk,
+ffi::Error backward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments,
+                    double scale, int64_t window, Numbers out, ffi::Buffer<ffi::F32> lse, Numbers d_out,
+                    ffi::Result<Numbers> dq, ffi::Result<Numbers> dk,
                     ffi::Result<Numbers> dv, ffi::Result<ffi::Buffer<ffi::F32>> mean,
                     ffi::Result<ffi::Buffer<ffi::F32>> sums, ffi::Result<ffi::Buffer<ffi::U32>> query_rows,
-                    ffi::Result<ffi::Buffer<ffi::U32>> d_out_rows, double scale, int64_t window) {
+                    ffi::Result<ffi::Buffer<ffi::U32>> d_out_rows) {
   const Sizes s = sizes_of(q, k);
   const Visibility visibility(s, window, ids(segments));
   const auto turns = std::make_unique<std::atomic<int64_t>[]>(s.b * s.n * s.blocks());
@@ -531,27 +531,24 @@ ffi::Error backward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::
 
 }  // namespace
 
+#define ATTENTION_OPERANDS       \
+  Ctx<ffi::ThreadPool>()         \
+      .Arg<Numbers>()            \
+      .Arg<Numbers>()            \
+      .Arg<Numbers>()            \
+      .Arg<ffi::Buffer<ffi::S32>>() \
+      .Attr<double>("scale")     \
+      .Attr<int64_t>("window")
+
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_forward, forward,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Numbers>()
-                                  .Arg<Numbers>()
-                                  .Arg<Numbers>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Ret<Numbers>()
+                                  .ATTENTION_OPERANDS.Ret<Numbers>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Attr<double>("scale")
-                                  .Attr<int64_t>("window"));
+                                  .Ret<ffi::Buffer<ffi::U32>>());
 XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_backward, backward,
                               ffi::Ffi::Bind()
-                                  .Ctx<ffi::ThreadPool>()
-                                  .Arg<Numbers>()
-                                  .Arg<Numbers>()
-                                  .Arg<Numbers>()
-                                  .Arg<ffi::Buffer<ffi::S32>>()
-                                  .Arg<Numbers>()
+                                  .ATTENTION_OPERANDS.Arg<Numbers>()
                                   .Arg<ffi::Buffer<ffi::F32>>()
                                   .Arg<Numbers>()
                                   .Ret<Numbers>()
@@ -560,8 +557,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_backward, backward,
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::F32>>()
                                   .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Ret<ffi::Buffer<ffi::U32>>()
-                                  .Attr<double>("scale")
-                                  .Attr<int64_t>("window"));
+                                  .Ret<ffi::Buffer<ffi::U32>>());
 
 #endif  // AVX-512 with bf16

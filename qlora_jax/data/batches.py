@@ -121,26 +121,25 @@ def train_batches(
         plan = functools.partial(plan_packed_epoch, rows.places, buckets[-1], per_step, seed)
     else:
         plan = functools.partial(plan_epoch, rows.places, buckets, per_step, seed)
-    steps = plan(0)
-    epoch, index = _checked(position, len(steps))
+    epoch, index = position.get("epoch", -1), position.get("index", -1)
+    steps = plan(max(epoch, 0))
+    _check(position, len(steps))
     while True:
-        steps = plan(epoch)
         for step in steps[index:]:
             index += 1
             after = {"epoch": epoch, "index": index} if index < len(steps) else {"epoch": epoch + 1, "index": 0}
             chosen = step.rows.reshape(*shape, -1)
             yield fill(rows, chosen, step.length, pad_id, packed=packed, position=after)
         epoch, index = epoch + 1, 0
+        steps = plan(epoch)
 
 
-def _checked(position: Mapping[str, int], steps: int) -> tuple[int, int]:
-    epoch, index = position.get("epoch", -1), position.get("index", -1)
-    if set(position) != set(START) or epoch < 0 or not 0 <= index < steps:
+def _check(position: Mapping[str, int], steps: int) -> None:
+    if set(position) != set(START) or position["epoch"] < 0 or not 0 <= position["index"] < steps:
         raise ValueError(
             f"data position {dict(position)} does not exist: this data set has steps 0 to {steps - 1} an epoch. "
             "Have the data, data.max_length or the batch size changed since it was saved?"
         )
-    return epoch, index
 
 
 def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pad_id: int) -> Iterator[Batch]:

@@ -1,8 +1,8 @@
 """Packing: several rows in one row of a batch, so that hardly a place is padding.
 
 Best-fit decreasing: rows are taken longest first, each into the fullest pack that still holds it. It needs at most
-11/9 of the fewest packs there could be, plus one (Johnson 1974); on lengths of instructions a pack or two more. How
-many there are depends on the lengths alone, not on the order that rows of one length are taken in.
+11/9 of the fewest packs there could be, and four (Johnson et al. 1974). How many there are depends on the lengths
+alone, not on the order that rows of one length are taken in.
 """
 
 import bisect

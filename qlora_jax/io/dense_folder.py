@@ -17,7 +17,7 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.io.safetensors import INDEX, SINGLE
 from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, write_safetensors
 from qlora_jax.io.slots import Slot
-from qlora_jax.nn.lora import LoRA
+from qlora_jax.nn.linear import Adapter
 from qlora_jax.quant import dequantize
 
 
@@ -28,7 +28,7 @@ def write_dense_folder(
     *,
     computed: np.dtype,
     dtype: np.dtype,
-    adapters: Mapping[str, LoRA],
+    adapters: Mapping[str, Adapter],
 ) -> None:
     """config.json and safetensors files: a model for transformers, in `dtype`.
 
@@ -39,7 +39,7 @@ def write_dense_folder(
       slots: of the model without adapters.
       config: the model's config.json.
       computed: the dtype that training computed in, and saw 4-bit weights in.
-      adapters: by the name of the stacked projection, `model.layers.self_attn.q_proj`.
+      adapters: by the name of the first layer's weight, `model.layers.0.self_attn.q_proj.weight`.
     """
     planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
     values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, computed, adapters))
@@ -52,14 +52,10 @@ def write_dense_folder(
     write_config(folder, config, {"torch_dtype": dtype.name})
 
 
-def dense_tensors(slots: Sequence[Slot], computed: np.dtype, adapters: Mapping[str, LoRA]) -> Iterator[jax.Array]:
+def dense_tensors(slots: Sequence[Slot], computed: np.dtype, adapters: Mapping[str, Adapter]) -> Iterator[jax.Array]:
     """The tensors of the slots' names, in their order; those with an adapter in f32."""
     for slot in slots:
-        yield from _tensors(slot, computed, adapters.get(_projection(slot)))
-
-
-def _projection(slot: Slot) -> str:
-    return ".".join(map(str, slot.path[:-1])) if slot.path[-1] == "weight" else ""
+        yield from _tensors(slot, computed, adapters.get(slot.names[0]))
 
 
 def write_config(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -78,7 +74,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def _tensors(slot: Slot, computed: np.dtype, adapter: LoRA | None) -> Iterator[jax.Array]:
+def _tensors(slot: Slot, computed: np.dtype, adapter: Adapter | None) -> Iterator[jax.Array]:
     if not slot.stacked:
         yield slot.leaf
         return

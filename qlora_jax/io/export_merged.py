@@ -22,17 +22,19 @@ from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.io.dense_folder import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
 from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.io.source import open_model
+from qlora_jax.models.adapt import linears
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.nn.lora import LoRA
+from qlora_jax.nn.linear import Adapter
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -165,15 +167,9 @@ def _logits(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, prompts: Prompt
     return np.asarray(logits(lora, base, prompts.tokens_BT))[prompts.real_BT.reshape(-1)]
 
 
-def _adapters(model: CausalLM) -> dict[str, LoRA]:
-    """By the name of the projection, `model.layers.self_attn.q_proj`."""
-    found = {}
-    for name in model.config.linear_shapes():
-        group, projection = name.split(".")
-        adapter = getattr(getattr(model.model.layers, group), projection).adapter
-        if adapter is not None:
-            found[f"model.layers.{name}"] = adapter
-    return found
+def _adapters(model: CausalLM) -> dict[str, Adapter]:
+    """By the name of the first layer's weight."""
+    return {layer_name(f"{name}.weight", 0): linear.adapter for name, linear in linears(model) if linear.adapter}
 
 
 def _read_back(path: Path, computed: str) -> tuple[nnx.GraphDef, Lora, nnx.State]:

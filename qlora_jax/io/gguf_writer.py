@@ -9,7 +9,7 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from gguf.quants import quantize
 
-from qlora_jax.io.gguf import Change, change_of, hugging_face_name
+from qlora_jax.io.gguf import TABLES, Change, change_of, hugging_face_name
 from qlora_jax.io.gguf_config import architecture_of
 from qlora_jax.io.gguf_header import TensorInfo, parse_header
 
@@ -46,14 +46,15 @@ def write_gguf(
       names: Hugging Face's, of the values in their order.
       dtype: a key of TYPES.
     """
-    metadata, infos = _like(like)
+    header = parse_header(like)
+    infos = {info.name: info for info in header.tensors}
     kind, file_type = TYPES[dtype]
-    architecture = architecture_of(like, metadata)
+    architecture = architecture_of(like, header.metadata)
     known = {hugging_face_name(name, architecture): info for name, info in infos.items()}
     targets = [
         Target(known[n].name, _kind(known[n], kind), change_of(like, known[n], architecture, config)) for n in names
     ]
-    tables = [info for name, info in infos.items() if name not in {target.name for target in targets}]
+    tables = [infos[name] for name in sorted(TABLES & infos.keys())]
     writer = GGUFWriter(path, architecture.name)
     _copy_keys(writer, like)
     writer.add_file_type(file_type)
@@ -72,11 +73,6 @@ def write_gguf(
     for info in tables:
         writer.write_tensor_data(np.fromfile(like, np.float32, info.nbytes // 4, offset=info.offset))
     writer.close()
-
-
-def _like(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    header = parse_header(path)
-    return header.metadata, {info.name: info for info in header.tensors}
 
 
 def _kind(info: TensorInfo, wanted: GGMLQuantizationType) -> GGMLQuantizationType:

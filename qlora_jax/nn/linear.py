@@ -6,7 +6,7 @@ Dimension key: L layers, M rows, K in, N out.
 import functools
 import zlib
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 from flax import nnx
@@ -20,6 +20,7 @@ from qlora_jax.nn.variables import Frozen, of_layer
 Product = Callable[[jax.Array], jax.Array]  # [M, K] -> [M, N]
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """What trains on top of frozen linear layers; the layers know nothing else of it."""
 
@@ -29,6 +30,10 @@ class Adapter(Protocol):
     ) -> list[jax.Array]:
         """The results of several layers that read the same x, each with its adapter of this kind, its frozen product
         as a function of x, and its key of dropout (None: no dropout)."""
+        ...
+
+    def of_layer(self, layer: int) -> "Adapter":
+        """The adapter of one layer of the stack."""
         ...
 
     def merge(self, weight: jax.Array) -> jax.Array:

@@ -98,7 +98,7 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert f"run, step 7, merged: {run / 'hf'}" in told and "largest difference of its logits" in told
     refused = {
         "--with-base is for --format peft": ["--format", "hf", "--with-base"],
-        "possible: none: an adapter is float32": ["--dtype", "float16"],
+        "possible: none: an adapter keeps its own": ["--dtype", "float16"],
         "possible: bfloat16, float16, float32": ["--format", "hf", "--dtype", "q8_0"],
         "takes metadata and tokenizer from the base's GGUF file, and .* is none": ["--format", "gguf"],
     }
@@ -109,7 +109,7 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 
 
 @pytest.mark.slow
-def test_a_gguf_file_for_llama_cpp(tmp_path: Path, oracle, smollm2_gguf: Path, capsys: pytest.CaptureFixture) -> None:
+def test_a_gguf_file(tmp_path: Path, oracle, smollm2_gguf: Path, capsys: pytest.CaptureFixture) -> None:
     """Read by transformers; the tensors are those of the merged folder."""
     with_adapter, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
     main([str(tmp_path / "run"), "--format", "gguf", "--dtype", "float32"])
