@@ -21,23 +21,26 @@ def main(argv: list[str]) -> None:
     args, given = read_command_line(argv, PROG, SWITCHES, PlanArgs, lambda _: None)
     from qlora_jax import runtime
     from qlora_jax.training.plan import make_plan
-    from qlora_jax.training.plan_run import compiler_for, setting_of, title_of
+    from qlora_jax.training.plan_run import buckets_of, compiler_for, setting_of, title_of
     from qlora_jax.training.plan_settings import target_of
     from qlora_jax.training.plan_text import as_json, print_plan
 
     runtime.start()
     console = Console()
     target = target_of(args.card, args.memory)
-    setting = setting_of(args, target)
+    buckets, unknown = buckets_of(args)
+    if unknown:
+        print(f"every row counts as data.max_length, {args.data.max_length} tokens: {unknown}", file=sys.stderr)
+    setting = setting_of(args, target, buckets)
     compile_step, why = compiler_for(target)
     if why:
         print(f"nothing is compiled, so every number is an estimate: {why}", file=sys.stderr)
     usable = float(runtime.USABLE_MEMORY) * target.memory_bytes  # the rest is for CUDA itself
-    plan = make_plan(setting, int(usable), compile_step)
+    plan = make_plan(setting, int(usable), compile_step, buckets)
     if "json" in given:
         print(json.dumps(as_json(plan), indent=1))
     else:
-        print_plan(plan, title_of(args, target), console)
+        print_plan(plan, title_of(args, target, setting), console)
     if not plan.fits:
         sys.exit(DOES_NOT_FIT)
 

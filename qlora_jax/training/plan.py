@@ -1,12 +1,12 @@
 """The memory plan of a run: what its steps need on a device, whether that fits, and what nearest change would fit.
 
 At most MAX_COMPILES steps are compiled, since a large model's takes most of a minute: the one that was asked for, the
-same at half the length, and the answers that are given by name. Other numbers lie on the line through those, and are
-marked so.
+same at about half the length, and the answers that are given by name. Other numbers lie on the line through those, and
+are marked so.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlora_jax.config import plain_name
@@ -38,7 +38,7 @@ class Plan:
     Attributes:
       limit: bytes of the device that a step may use.
       asked: the setting itself; `otherwise`: with its optimizer's state paged where that is not, or the reverse.
-      shorter: at half the length, and at half of that.
+      shorter: at the data's other lengths, the longest first; where those are not known, at half and a quarter.
       longest: the longest length found to fit, the rest as asked; None: none does.
       largest: the largest micro-batch found to fit at the length that was asked for; None: not one row does.
       change: the nearest change that fits, where the setting does not; None: none does.
@@ -92,14 +92,17 @@ def _program(setting: Setting) -> tuple[Any, ...]:
     return setting.batch, setting.remat, setting.lora.dtype, plain_name(setting.optim.name)
 
 
-def make_plan(setting: Setting, limit: int, compile_step: Compile | None) -> Plan:
-    """The plan of a setting under a limit in bytes; without `compile_step` every number is an estimate."""
+def make_plan(setting: Setting, limit: int, compile_step: Compile | None, buckets: Sequence[int] = ()) -> Plan:
+    """The plan of a setting under a limit in bytes; without `compile_step` every number is an estimate.
+
+    Args:
+      buckets: the lengths that batches come in, the setting's own as the longest; empty: not known.
+    """
     compiler = _Compiler(compile_step)
-    rows, length = setting.batch[1:]
-    lengths = [part for part in (length // 2 // UNIT * UNIT, length // 4 // UNIT * UNIT) if part >= UNIT]
-    shorter = [compiler.measured(setting.resized(rows, part)) for part in lengths[:1]]
+    shorter = [setting.resized(setting.batch[1], part) for part in _shorter(setting.batch[2], buckets)]
+    for middle in sorted(shorter, key=lambda each: abs(2 * each.batch[2] - setting.batch[2]))[:1]:
+        compiler.measured(middle)
     asked = compiler.measured(setting)
-    shorter += [compiler.guessed(setting.resized(rows, part)) for part in lengths[1:]]
     fits = asked.total <= limit
     change = None if fits else _nearest(_changes(setting, limit, compiler), limit, compiler)
     found = compiler.measured if fits else compiler.guessed
@@ -107,11 +110,18 @@ def make_plan(setting: Setting, limit: int, compile_step: Compile | None) -> Pla
         limit=limit,
         asked=asked,
         otherwise=compiler.guessed(setting.changed(paged=not setting.paged)),
-        shorter=tuple(shorter),
+        shorter=tuple(compiler.guessed(each) for each in shorter),
         longest=_most(_lengths(setting), limit, compiler, found),
         largest=_most(_row_counts(setting), limit, compiler, found),
         change=change,
     )
+
+
+def _shorter(length: int, buckets: Sequence[int]) -> list[int]:
+    """The other lengths of a plan, the longest first."""
+    if buckets:
+        return sorted(set(buckets) - {length}, reverse=True)
+    return [part for part in (length // 2 // UNIT * UNIT, length // 4 // UNIT * UNIT) if part >= UNIT]
 
 
 def _lengths(setting: Setting) -> list[Setting]:

@@ -1,17 +1,21 @@
 """From settings to what a plan is made of: the step's setting, the compiler for its device, and words for both."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from pallas_kernels import aot
 from qlora_jax.config import Config, paging_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.needs import Compile, Setting, here, on_card
 from qlora_jax.training.plan_settings import CPU, PlanArgs, Target, features_of
+from qlora_jax.training.session import open_inputs
 
 GIB = 2**30
 
 
-def setting_of(args: PlanArgs, target: Target) -> Setting:
-    """What the run that is asked about needs its memory for, every row as long as data.max_length.
+def setting_of(args: PlanArgs, target: Target, buckets: Sequence[int]) -> Setting:
+    """What the longest step needs its memory for: of the longest bucket, or data.max_length where none is known.
 
     Raises:
       ValueError: no such model, or rows longer than it was made for.
@@ -23,7 +27,22 @@ def setting_of(args: PlanArgs, target: Target) -> Setting:
             f"{model.max_positions} positions"
         )
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
-    return run_setting(args, model, weights, args.data.max_length)
+    return run_setting(args, model, weights, max(buckets, default=args.data.max_length))
+
+
+def buckets_of(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
+    """(the lengths that batches of data.train come in, empty where they are not known; why they are not).
+
+    Raises:
+      ValueError: whatever is wrong with the data, or with the model's tokenizer.
+    """
+    if args.data.train is None:
+        return (), None
+    place = Path(args.model.path).expanduser()
+    if not place.exists() or place.suffix == ".json":
+        why = f"{args.model.path} is a configuration alone, without a tokenizer that data.train could be counted with"
+        return (), why
+    return open_inputs(args).dataset.buckets, None
 
 
 def run_setting(config: Config, model: ModelConfig, weights: WeightFormat, length: int) -> Setting:
@@ -48,11 +67,11 @@ def compiler_for(target: Target) -> tuple[Compile | None, str | None]:
     return (None, problem) if problem else (on_card(target.card.name), None)
 
 
-def title_of(args: PlanArgs, target: Target) -> str:
+def title_of(args: PlanArgs, target: Target, setting: Setting) -> str:
     """What is planned, on what."""
-    train = args.train
+    _, rows, length = setting.batch
     place = "this CPU" if target.card is None else target.card.description
     return (
-        f"{args.model.path}, rank {args.lora.rank}, {train.micro_batch_size} x {args.data.max_length} tokens, "
-        f"remat {train.remat}, on {place} ({target.memory_bytes / GIB:,.2f} GiB)"
+        f"{args.model.path}, rank {args.lora.rank}, {rows} x {length} tokens, "
+        f"remat {setting.remat}, on {place} ({target.memory_bytes / GIB:,.2f} GiB)"
     )

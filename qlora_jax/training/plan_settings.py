@@ -30,9 +30,11 @@ class PlanModelArgs(ModelArgs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanDataArgs(DataArgs):
-    """Of the data, the plan takes data.max_length alone: the length that every row has at worst."""
+    """Training rows, of which the plan takes the lengths that batches come in; without, all are data.max_length."""
 
-    train: str | None = setting("not read", None)
+    train: str | None = setting(
+        "file of training rows, for the lengths of their batches; without it every row counts as data.max_length", None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,10 @@ import pytest
 from pallas_kernels import aot
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import plan as command
-from qlora_jax.config import ConfigError, LoraArgs, OptimArgs
+from qlora_jax.config import ConfigError, DataArgs, LoraArgs, OptimArgs
+from qlora_jax.data.dataset import load_dataset
+from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.io.source import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.public import PUBLIC
@@ -31,6 +34,7 @@ from qlora_jax.training.needs import (
 from qlora_jax.training.plan import MAX_COMPILES, make_plan
 from qlora_jax.training.plan_settings import features_of, target_of
 from qlora_jax.training.saved import offloaded_bytes, saved_bytes
+from tests.e2e.project import write_model, write_rows
 from tests.io.tiny_models import tiny_config
 
 GIB = 2**30
@@ -141,6 +145,15 @@ def test_what_fits_is_told_with_the_most_that_would():
     assert [need.setting.batch[2] for need in plan.shorter] == [256, 128]
 
 
+def test_the_datas_own_lengths_are_rows_of_the_plan():
+    compiler = Compiler()
+    plan = make_plan(TINY, 10**12, compiler, (64, 192, 448, 512))
+    assert [need.setting.batch for need in plan.shorter] == [(2, 4, length) for length in (448, 192, 64)]
+    assert [need.source for need in plan.shorter] == ["fitted", "compiled", "fitted"]  # 192 is nearest to the half
+    assert [need.total for need in plan.shorter] == [total(TINY.resized(4, length)) for length in (448, 192, 64)]
+    assert not make_plan(TINY, 10**12, Compiler(), (512,)).shorter
+
+
 def test_nothing_longer_than_the_model_was_made_for():
     plan = make_plan(TINY, 10**12, Compiler())
     assert plan.longest.setting.batch[2] == TINY.model.max_positions
@@ -247,6 +260,22 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_whether_it_fits
     assert told["asked"]["total"] == sum(told["asked"]["device"].values()) > told["limit"]
     with pytest.raises(ValueError, match="longer than the model allows"):
         command.main([*base[:-4], "--data.max_length", "100000"])
+
+
+def test_the_command_plans_for_the_lengths_that_rows_have(tmp_path, capsys):
+    model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
+    given = ["--card", "cpu", "--data.train", str(rows), "--data.max_length", "250", "--lora.rank", "4", "--json"]
+    options = [*given, "--train.accumulation", "1", "--train.micro_batch_size", "2"]
+    command.main(["--model.path", str(model), *options])
+    told = json.loads(capsys.readouterr().out)
+    data = DataArgs(train=str(rows), max_length=250)
+    tokenizer = load_tokenizer(open_model(model).tokenizer)
+    dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=2, accumulation=1)
+    lengths = [need["batch"][2] for need in (told["asked"], *told["shorter"])]
+    assert lengths == sorted(dataset.buckets, reverse=True) and len(lengths) > 1 and lengths[0] < 250
+    command.main(["--model.path", str(model / "config.json"), *options])
+    told, notes = capsys.readouterr()
+    assert json.loads(told)["asked"]["batch"] == [1, 2, 250] and "every row counts as data.max_length, 250" in notes
 
 
 def test_a_config_that_is_not_supported_is_one_clear_error(tmp_path):
