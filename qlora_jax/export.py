@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
-    parser.add_argument("--model", help="where the base model lies now, if it was moved after training")
+    parser.add_argument("--model", help="where the base model lies now, if it was moved after training; or org/name")
     dtypes = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items() if dtypes)
     parser.add_argument("--dtype", help=f"of a merged model's weights, the first by default; {dtypes}")
     parser.add_argument(

@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=PROG, description=main.__doc__)
-    parser.add_argument("model", type=Path, help="a Hugging Face folder, in 16 bits or in 4, or a GGUF file")
+    parser.add_argument("model", help="a Hugging Face folder, in 16 bits or in 4, a GGUF file, or org/name on the Hub")
     parser.add_argument("--output", type=Path, required=True, help="a new folder")
     parser.add_argument("--quant-type", choices=["nf4", "fp4", "none"], default="nf4", help="none: back to 16 bits")
     parser.add_argument(

@@ -35,7 +35,11 @@ def setting(help: str, default: Any = dataclasses.MISSING, bound: Bound | None =
 class ModelArgs:
     """The base model and how it is held in memory."""
 
-    path: str = setting("a GGUF file, or a Hugging Face folder with config.json and safetensors", bound=NOT_EMPTY)
+    path: str = setting(
+        "a Hugging Face folder with config.json and safetensors, a GGUF file, or a model on the Hub: org/name, "
+        "org/name@revision, org/name/file.gguf",
+        bound=NOT_EMPTY,
+    )
     quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "none"] = setting(
         "4-bit code of the linear layers; none keeps them in 16 bit (plain LoRA)", "nf4"
     )

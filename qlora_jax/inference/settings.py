@@ -11,6 +11,7 @@ ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < valu
 
 Quant = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
 Dtype = Literal["auto", "bfloat16", "float32"]
+MODEL = "a Hugging Face folder, a GGUF file, or org/name on the Hub; with run: where the run's base lies now"
 COLUMNS = ("unquantized", "quantized", "checkpoint")
 
 
@@ -18,7 +19,7 @@ COLUMNS = ("unquantized", "quantized", "checkpoint")
 class GenerateArgs:
     """Answers one prompt, a file of prompts, or a person in a chat (where neither is given)."""
 
-    model: str | None = setting("a GGUF file, or a Hugging Face folder; with run: where the run's base lies now", None)
+    model: str | None = setting(MODEL, None)
     run: str | None = setting("the folder of a training run: its base with its adapter", None)
     step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
     prompt: str | None = setting("one prompt; the reply is printed as it comes", None, NOT_EMPTY)
@@ -44,7 +45,7 @@ class GenerateArgs:
 class EvaluateArgs:
     """Scores a model, side by side: its base unquantized, its base quantized, and a run's checkpoint."""
 
-    model: str | None = setting("a GGUF file, or a Hugging Face folder; with run: where the run's base lies now", None)
+    model: str | None = setting(MODEL, None)
     run: str | None = setting("the folder of a training run: its base, and the base with its adapter", None)
     step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
     text: str | None = setting("text file: perplexity of windows without overlap", None, NOT_EMPTY)

@@ -37,18 +37,20 @@ class ModelSource:
     """A model on disk: metadata read, tensors not yet.
 
     Attributes:
-      path: the folder or file that the user named.
+      path: the folder or file that the user named, or where the cache holds it.
       config: the model in the form of a Hugging Face config.json.
       tokenizer: "chat_template", "bos_token", "eos_token", "pad_token", "unk_token" (str or None), "add_bos_token"
         (bool), "stop_token_ids" (ids that end a reply), and either "tokenizer_json" (its text) or "gguf" (the
         vocabulary of a GGUF file: "model", "pre", "tokens", "token_type", "merges", "add_space_prefix").
       tensors: by Hugging Face name.
+      hub_name: of a model from the Hub: "org/name@commit", which names these files for good.
     """
 
     path: Path
     config: dict[str, Any]
     tokenizer: dict[str, Any]
     tensors: Mapping[str, TensorEntry]
+    hub_name: str | None = None
 
 
 def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:

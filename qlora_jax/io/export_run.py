@@ -1,12 +1,15 @@
 """Exports a run, from its checkpoint and its base on disk."""
 
+import dataclasses
 from pathlib import Path
 
 from rich.console import Console
 
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.dense_folder import write_dense_folder, write_tokenizer
+from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.folders import staged_folder
+from qlora_jax.io.hub import HubName
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
 from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, notes_for_readers, write_adapter
 from qlora_jax.io.progress import loading
@@ -29,16 +32,24 @@ def export_peft(
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
-    base = (output / BASE if with_base else opened.source.path).absolute()
+    base, revision = (str((output / BASE).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
     lora = {named(name): matrices for name, matrices in run.lora.items()}
-    config = adapter_config(lora, run.lora_args, linears, str(base))
+    config = adapter_config(lora, run.lora_args, linears, base) | {"revision": revision}
     with staged_folder(output) as folder:
         write_adapter(folder, adapter_tensors(lora), config)
         if with_base:
             _write_base(folder / BASE, opened, console)
     _tell(output, run, base, notes_for_readers(config), console)
+
+
+def _base_of(source: ModelSource) -> tuple[str, str | None]:
+    """(where PEFT finds the base, at which revision): what transformers calls a name on the Hub, or a path."""
+    on_hub = HubName.of(source.hub_name or "")
+    if on_hub is None:
+        return str(source.path.absolute()), None
+    return str(dataclasses.replace(on_hub, revision=None)), on_hub.revision
 
 
 def _write_base(folder: Path, opened: Opened, console: Console) -> None:
@@ -51,8 +62,8 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 
-def _tell(output: Path, run: Run, base: Path, notes: list[str], console: Console) -> None:
+def _tell(output: Path, run: Run, base: str, notes: list[str], console: Console) -> None:
     lines = [f"adapter of {run.label}: {output}", f"its base model: {base}", *notes]
-    if is_gguf(str(base)):
+    if is_gguf(base):
         lines.append("peft loads no GGUF file: export again with --with-base to get a base that it loads")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

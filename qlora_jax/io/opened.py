@@ -11,6 +11,7 @@ from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
 from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.hub import HubName
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.peft_reader import base_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.io.source import open_model
@@ -40,9 +41,10 @@ class Opened:
 def open_base_or_run(
     model: str | None, run: str | None, *, step: int | None = None, chat_template: str | None = None
 ) -> Opened:
-    """The model at path `model`, or the base of the run in folder `run` (looked for at `model` where both are given).
+    """The model `model`, or the base of the run in folder `run` (looked for at `model` where both are given).
 
     Args:
+      model: a path, or a name on the Hub.
       run: a run's folder, or a PEFT adapter's.
       step: the run's checkpoint; None for the newest.
       chat_template: a jinja file instead of the run's, or the model's own.
@@ -74,7 +76,7 @@ def _open_adapter(folder: Path, model: str | None, step: int | None, chat_templa
     if step is not None:
         raise ValueError(f"{folder} is a PEFT adapter, which has no steps: leave out --step {step}")
     path = model or base_of(folder)
-    if path is None or not Path(path).expanduser().exists():
+    if path is None or not (Path(path).expanduser().exists() or HubName.of(path)):
         raise ValueError(f"the base of {folder} is {path!r}, which is not here: give its path with --model")
     args = ModelArgs(path=path)
     source = open_model(path)

@@ -134,7 +134,7 @@ A LoRA adapter (rank {r}, alpha {lora_alpha}) for the base model `{base_model_na
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-base = AutoModelForCausalLM.from_pretrained({loadable!r})
+base = AutoModelForCausalLM.from_pretrained({loadable})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
@@ -142,7 +142,9 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 
 def _readme(config: dict[str, Any]) -> str:
     base = config["base_model_name_or_path"]
-    loadable = "the same model as a Hugging Face folder" if is_gguf(base) else base
+    loadable = repr("the same model as a Hugging Face folder" if is_gguf(base) else base)
+    if config.get("revision"):
+        loadable += f", revision={config['revision']!r}"
     return README.format(**config, loadable=loadable)
 
 

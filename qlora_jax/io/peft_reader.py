@@ -15,6 +15,7 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.entries import TensorEntry
 from qlora_jax.io.hf_tokenizer import read_json
+from qlora_jax.io.hub import named
 from qlora_jax.io.inventory import LAYER, layer_name
 from qlora_jax.io.peft import PREFIX, Lora, target_suffixes
 from qlora_jax.io.safetensors import read_header
@@ -55,8 +56,11 @@ def is_adapter(folder: Path) -> bool:
 
 
 def base_of(folder: Path) -> str | None:
-    """Where its base model is, as the adapter says."""
-    return read_json(folder / CONFIG).get("base_model_name_or_path")
+    """Where its base model is, as the adapter says; a name on the Hub with the revision, if one is told."""
+    config = read_json(folder / CONFIG)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    on_hub = named(base) if base and revision else None
+    return str(dataclasses.replace(on_hub, revision=revision)) if on_hub else base
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:

@@ -130,7 +130,7 @@ def _weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if not (folder / INDEX).is_file():
         raise ValueError(f"{folder} has neither {SINGLE} nor {INDEX}. {_held(folder)}")
-    shard_of = _read_index(folder / INDEX)
+    shard_of = read_index(folder / INDEX)
     shards = sorted(set(shard_of.values()))
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
@@ -142,7 +142,8 @@ def _weight_files(folder: Path) -> list[Path]:
     return [folder / shard for shard in shards]
 
 
-def _read_index(path: Path) -> dict[str, str]:
+def read_index(path: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index of shards; ValueError where it is none, or leads out of its folder."""
     shard_of = read_json(path).get("weight_map")
     if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
         raise ValueError(f"{path}: expected an object 'weight_map' of tensor name to file name")

@@ -9,6 +9,7 @@ from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs
 from qlora_jax.config.schema import NOT_EMPTY, setting
 from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.io.hub import fetch_config, named
 from qlora_jax.io.source import open_model
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
@@ -23,7 +24,8 @@ class PlanModelArgs(ModelArgs):
     """The base model and how it is held in memory."""
 
     path: str = setting(
-        "a Hugging Face folder, a bare config.json, a GGUF file, or a published model by name: " + ", ".join(PUBLIC),
+        "a Hugging Face folder, a bare config.json, a GGUF file, a name on the Hub (org/name; config.json alone is "
+        "fetched), or a published model by name: " + ", ".join(PUBLIC),
         bound=NOT_EMPTY,
     )
 
@@ -90,10 +92,11 @@ def _size(text: str) -> int:
 
 
 def features_of(path: str) -> ModelConfig:
-    """The features of a model on disk, or of a published one by its name.
+    """The features of a model on disk, of a published one by its name, or of one on the Hub, of which config.json alone
+    is fetched.
 
     Raises:
-      ValueError: neither; or a config that is not supported.
+      ValueError: none of them; or a config that is not supported.
     """
     place = Path(path).expanduser()
     if place.suffix == ".json" and place.is_file():
@@ -104,9 +107,13 @@ def features_of(path: str) -> ModelConfig:
         return model_config(open_model(place).config)
     if path in PUBLIC:
         return model_config(PUBLIC[path])
+    on_hub = named(path)
+    if on_hub is not None:
+        return features_of(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
     raise ValueError(
-        f"{path}: no such file or folder, and no published model that is known by name: {', '.join(PUBLIC)}.{hint}"
+        f"{path}: no such file or folder, no name on the Hub (org/name), and no published model that is known by "
+        f"name: {', '.join(PUBLIC)}.{hint}"
     )
 
 

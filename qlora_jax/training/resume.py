@@ -55,7 +55,7 @@ def check_resumable(session: Session, state: dict[str, Any]) -> None:
     if session.fingerprint != state["fingerprint"]:
         problems.append(
             f"the base model: fingerprint {state['fingerprint'][:12]} then, {session.fingerprint[:12]} now "
-            f"({session.config.model.path})"
+            f"({session.config.model.path}; then {state['config']['model']['path']})"
         )
     if session.dataset.fingerprint != state["data_fingerprint"]:
         problems.append(f"the training rows as tokens, in {session.config.data.train}")

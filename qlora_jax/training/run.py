@@ -1,5 +1,6 @@
 """A whole run: what `python -m qlora_jax.train` does once it has a configuration."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 from qlora_jax.config import Config, write_config
 from qlora_jax.data.report_text import print_report
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints
+from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.training.display import Display, banner
 from qlora_jax.training.loop import Reporter, restore, run_steps, start, stop_on_signals
@@ -15,7 +17,7 @@ from qlora_jax.training.metrics import MetricsFile, read_metrics
 from qlora_jax.training.overview import overview
 from qlora_jax.training.plot import plot_loss
 from qlora_jax.training.run_plan import out_of_memory_told, plan_run
-from qlora_jax.training.session import compile_gradients, open_inputs, prepare
+from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
 
 METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
 OVERSIZED = "oversized"  # the switch of a run that starts although it does not fit
@@ -70,6 +72,7 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
       OSError: files that cannot be read or written.
     """
     inputs = open_inputs(config)
+    config = _pinned(config, inputs)
     print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):
         gradients = compile_gradients(config, inputs)
@@ -98,6 +101,12 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
     return finished
 
 
+def _pinned(config: Config, inputs: Inputs) -> Config:
+    """With the commit of a model from the Hub, so that the run goes on with the files that it began with."""
+    path = inputs.source.hub_name or config.model.path
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+
+
 def _say_goodbye(config: Config, step: int, finished: bool, console: Console) -> None:
     run = Path(config.output)
     lines = {
@@ -107,7 +116,7 @@ def _say_goodbye(config: Config, step: int, finished: bool, console: Console) ->
     }
     if finished:
         lines["try it"] = f"python -m qlora_jax.generate --run {run}"
-        with_base = " --with-base" if Path(config.model.path).is_file() else ""  # peft loads no GGUF file
+        with_base = " --with-base" if is_gguf(config.model.path) else ""  # peft loads no GGUF file
         lines["export"] = f"python -m qlora_jax.export {run} --format peft --output {run}-peft{with_base}"
     else:
         lines["go on"] = f"python -m qlora_jax.train --config {run / CONFIG_FILE} --resume"

@@ -178,8 +178,8 @@ def test_folder_without_a_model(tmp_path: Path, files: dict[str, str], message: 
 
 
 def test_paths_that_hold_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no such file or folder\. Models are read from disk"):
-        open_model("some-org/some-model")
+    with pytest.raises(ValueError, match=r"no such file or folder\. Give a Hugging Face folder"):
+        open_model("some-model")
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(ValueError, match="is a weight file: give its folder"):
         open_model(tmp_path / "model.safetensors")

@@ -1,0 +1,157 @@
+"""A Hugging Face Hub on this machine: the endpoints that huggingface_hub asks, and what it was asked for."""
+
+import contextlib
+import hashlib
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import huggingface_hub.constants
+import pytest
+
+Files = dict[str, bytes]
+
+
+class Hub:
+    """Repositories of this hub: {"org/name": {commit: files}}, the last commit being `main`.
+
+    Attributes:
+      gated: repositories that only `token` may read.
+      asked: (method, path) of each request.
+      fetched: the files whose contents were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.repos: dict[str, dict[str, Files]] = {}
+        self.tags: dict[tuple[str, str], str] = {}
+        self.gated: set[str] = set()
+        self.token = "hf_secret"
+        self.asked: list[tuple[str, str]] = []
+        self.url = ""
+
+    def push(self, repo: str, files: Files, tag: str | None = None) -> str:
+        """A new commit; its hash."""
+        commits = self.repos.setdefault(repo, {})
+        commit = hashlib.sha1(f"{repo}{len(commits)}".encode()).hexdigest()
+        commits[commit] = files
+        if tag:
+            self.tags[repo, tag] = commit
+        return commit
+
+    def push_folder(self, repo: str, folder: Path, tag: str | None = None, **more: bytes) -> str:
+        """A new commit of a folder's files."""
+        files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        return self.push(repo, files | more, tag)
+
+    @property
+    def fetched(self) -> list[str]:
+        return sorted(path.split("/", 5)[5] for method, path in self.asked if method == "GET" and "/resolve/" in path)
+
+    def commit(self, repo: str, revision: str) -> str | None:
+        commits = self.repos[repo]
+        if revision == "main":
+            return list(commits)[-1]
+        return revision if revision in commits else self.tags.get((repo, revision))
+
+
+class _Refused(Exception):
+    def __init__(self, status: int, code: str):
+        self.status, self.code = status, code
+
+
+def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            self._answer(with_body=True)
+
+        def do_HEAD(self) -> None:
+            self._answer(with_body=False)
+
+        def log_message(self, format: str, *args: Any) -> None:
+            pass
+
+        def _answer(self, *, with_body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.asked.append((self.command, path))
+            try:
+                body, headers = self._found(path.strip("/").split("/"))
+                status = 200
+            except _Refused as refused:
+                body, headers, status = b"{}", {"X-Error-Code": refused.code}, refused.status
+            self.send_response(status)
+            for name, value in (headers | {"Content-Length": str(len(body))}).items():
+                self.send_header(name, value)
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body)
+
+        def _found(self, parts: list[str]) -> tuple[bytes, dict[str, str]]:
+            of_api = parts[:2] == ["api", "models"]
+            repo, *rest = self._repo(parts[2:] if of_api else parts)
+            if of_api:
+                return json.dumps(self._described(repo, rest)).encode(), {"Content-Type": "application/json"}
+            kind, revision, *file = rest
+            assert kind == "resolve", parts
+            commit = self._commit(repo, revision)
+            if (name := "/".join(file)) not in hub.repos[repo][commit]:
+                raise _Refused(404, "EntryNotFound")
+            body = hub.repos[repo][commit][name]
+            return body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
+
+        def _repo(self, parts: list[str]) -> list[str]:
+            repo = "/".join(parts[:2])
+            if repo not in hub.repos:
+                raise _Refused(401, "RepoNotFound")  # as the Hub says it to those it does not know
+            if repo in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                raise _Refused(401, "GatedRepo")
+            return [repo, *parts[2:]]
+
+        def _commit(self, repo: str, revision: str) -> str:
+            commit = hub.commit(repo, revision)
+            if commit is None:
+                raise _Refused(404, "RevisionNotFound")
+            return commit
+
+        def _described(self, repo: str, rest: list[str]) -> Any:
+            commit = self._commit(repo, rest[1] if rest else "main")
+            files = hub.repos[repo][commit]
+            if rest[:1] == ["tree"]:
+                return [
+                    {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                    for name, body in files.items()
+                ]
+            return {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+
+    return Handler
+
+
+@contextlib.contextmanager
+def running(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+    """A hub with nothing on it, which huggingface_hub takes for the real one, with an empty cache."""
+    hub = Hub()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
+        server.daemon_threads = True
+        hub.url = f"http://127.0.0.1:{server.server_port}"
+        # huggingface_hub reads the environment once, when it is imported.
+        for name, value in {
+            "ENDPOINT": hub.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": hub.url + "/{repo_id}/resolve/{revision}/{filename}",
+            "HF_HUB_CACHE": str(cache),
+            "HF_HUB_OFFLINE": False,
+            "HF_HUB_DISABLE_PROGRESS_BARS": True,
+        }.items():
+            monkeypatch.setattr(huggingface_hub.constants, name, value)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield hub
+        finally:
+            server.shutdown()
+            thread.join()
