@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from qlora_jax.config.synonyms import OPTIMIZERS, SYNONYMS
+from qlora_jax.config.synonyms import CHOICES, SYNONYMS
 
 # Where a dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]
@@ -97,7 +97,7 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 
 def _near_choices(value: str, choices: tuple[Any, ...]) -> list[str]:
-    synonym = OPTIMIZERS.get(value)
+    synonym = CHOICES.get(value)
     return [synonym] if synonym is not None and synonym in choices else difflib.get_close_matches(value, choices, n=1)
 
 

@@ -81,6 +81,7 @@ FormName = Literal[
     "alpaca",
     "completion",
     "input-output",
+    "unnatural-instructions",
     "flan",
     "hh-rlhf",
     "guanaco",
@@ -98,13 +99,28 @@ class DataArgs:
     eval_fraction: float = setting("without eval: hold out this share of train, by a hash of the row", 0.0, BELOW_ONE)
     format: FormName = setting(
         "form of the rows (docs/data.md); auto looks at the columns: messages (chat), sharegpt (conversations), alpaca "
-        "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), text; "
-        "hh-rlhf, guanaco and chip2 have to be named",
+        "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), "
+        "unnatural-instructions (instances), text; hh-rlhf, guanaco and chip2 have to be named",
         "auto",
     )
+    learn: Literal["assistant", "last", "all"] = setting(
+        "what the loss sees: every turn of the assistant, its last turn alone, or all of a row, prompts too (train on "
+        "source)",
+        "assistant",
+    )
     max_length: int = setting("tokens of a row at most, its special tokens included", 1024, AT_LEAST_TWO)
-    overlong: Literal["truncate", "drop", "error"] = setting(
-        "what happens to longer rows (they are counted)", "truncate"
+    overlong: Literal["error", "drop", "truncate-left", "truncate-right"] = setting(
+        "what happens to longer rows (they are counted): refused, left out, or cut at their beginning or end",
+        "truncate-right",
+    )
+    source_max_length: int | None = setting(
+        "cut what comes before the answer to so many tokens, bos included, on its right: source_max_len of the "
+        "reference; rows of one prompt and one answer only",
+        None,
+        AT_LEAST_ONE,
+    )
+    target_max_length: int | None = setting(
+        "cut the answer, eos included, to so many tokens: target_max_len of the reference", None, AT_LEAST_ONE
     )
     packing: bool = setting(
         "put several rows into one of max_length, each seeing itself alone: no token is wasted on padding. A batch's "

@@ -22,6 +22,13 @@ SYNONYMS = {
     "val_set_size": "data.eval_fraction",
     "max_seq_length": "data.max_length",
     "sequence_len": "data.max_length",
+    "source_max_len": "data.source_max_length",
+    "target_max_len": "data.target_max_length",
+    "train_on_source": "data.learn",
+    "train_on_inputs": "data.learn",
+    "excess_length_strategy": "data.overlong",
+    "group_by_length": "data.buckets",
+    "sample_packing": "data.packing",
     "optim": "optim.name",
     "optimizer": "optim.name",
     "lr": "optim.learning_rate",
@@ -46,8 +53,8 @@ SYNONYMS = {
     "output_dir": "output",
 }
 
-# What they call our optimizers.
-OPTIMIZERS = {
+# What they call our optimizers, data sets' forms and choices.
+CHOICES = {
     "adamw": "adamw_32bit",
     "adamw_hf": "adamw_32bit",
     "adamw_torch": "adamw_32bit",
@@ -57,4 +64,12 @@ OPTIMIZERS = {
     "lion": "lion_32bit",
     "paged_adamw": "paged_adamw_32bit",
     "paged_lion": "paged_lion_32bit",
+    "alpaca-clean": "alpaca",
+    "self-instruct": "completion",
+    "longform": "input-output",
+    "oasst1": "guanaco",
+    "vicuna": "sharegpt",
+    "openai": "messages",
+    "truncate": "truncate-right",
+    "raise": "error",
 }

@@ -43,6 +43,16 @@ def _relation_problems(config: Config) -> list[str]:
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "
             "expected one of them; held-out rows come from a file or out of the training file"
         )
+    source, target = config.data.source_max_length, config.data.target_max_length
+    if (source is None) != (target is None):
+        problems.append(
+            f"data.source_max_length and data.target_max_length: found {source} and {target}, expected both or neither"
+        )
+    elif source is not None and target is not None and source + target > config.data.max_length:
+        problems.append(
+            f"data.max_length: found {config.data.max_length}, expected at least {source + target}: "
+            "data.source_max_length and data.target_max_length together"
+        )
     if config.train.eval_every > 0 and config.data.eval is None and config.data.eval_fraction == 0:
         problems.append(
             f"train.eval_every: found {config.train.eval_every}, but nothing is held out; "

@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.batches import START, Batch, eval_batches, train_batches
 from qlora_jax.data.buckets import UNIT, choose_buckets
-from qlora_jax.data.encode_rows import check_rows, encode_rows
+from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
 from qlora_jax.data.formats import Form
 from qlora_jax.data.holdout import hold_out, shared_rows
-from qlora_jax.data.lengths import fit_lengths
+from qlora_jax.data.lengths import Limits, fit_lengths
 from qlora_jax.data.packing import pack_places
 from qlora_jax.data.readers import Row, read_rows
 from qlora_jax.data.recognise import recognise
@@ -152,16 +152,28 @@ def _read(path: str, form_name: str) -> _Side:
     rows = read_rows(path)
     form = recognise(path, rows, form_name)
     check_rows(path, rows, form)
+    rows, form = examples_of(rows, form)
     return _Side(path, form, rows)
 
 
 def _encode_side(side: _Side, tokenizer: Tokenizer, data: DataArgs) -> tuple[TokenRows, SideReport]:
-    encoded = encode_rows(side.path, side.rows, side.form, tokenizer)
-    places = [row.place for row in side.rows]
-    fitted = fit_lengths(side.path, encoded, places, data.max_length, data.overlong)
+    limits = _limits(data, tokenizer)
+    apart = limits.source is not None or limits.target is not None
+    encoded = encode_rows(side.path, side.rows, side.form, tokenizer, data.learn, one_answer=apart)
+    fitted = fit_lengths(side.path, encoded, [row.place for row in side.rows], limits)
     rows = token_rows(side.path, fitted.rows, fitted.places)
     special = sum(bool(tokenizer.special_text.search(side.form.content(row.data))) for row in side.rows)
-    return rows, report_side(rows, encoded, fitted, side.form, side.rows, special)
+    return rows, report_side(rows, encoded, fitted, side.form, side.rows, special, tokenizer)
+
+
+def _limits(data: DataArgs, tokenizer: Tokenizer) -> Limits:
+    return Limits(
+        max_length=data.max_length,
+        overlong=data.overlong,
+        source=data.source_max_length,
+        target=data.target_max_length,
+        bos_id=tokenizer.bos_id if tokenizer.add_bos_token else None,
+    )
 
 
 def _with_longest(buckets: tuple[int, ...], held: TokenRows | None) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """Segments of text to token ids with a mask, exact at every boundary between supervised and not."""
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -10,24 +10,45 @@ from jaxtyping import Bool, Int32, Int64
 from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 
+Learn = Literal["assistant", "last", "all"]
+Flags = Bool[np.ndarray, " segments"]
+
+
+def _last_alone(answers: Flags) -> Flags:
+    alone = np.zeros_like(answers)
+    alone[np.flatnonzero(answers)[-1:]] = True
+    return alone
+
+
+# Which segments the loss sees, from those that are answers.
+LEARNED: dict[Learn, Callable[[Flags], Flags]] = {
+    "assistant": lambda answers: answers,
+    "last": _last_alone,
+    "all": np.ones_like,
+}
+
 
 class Encoded(NamedTuple):
     """One row of tokens.
 
     Fields:
       supervised: which ids the loss sees as targets.
+      source: how many ids come before the first answer; all of them where there is none.
       cut: a token had to be cut at a boundary, see `encode_segments`.
       lossy: the ids decode to another text: the tokenizer has no token for some of its characters, or rewrites them.
     """
 
     ids: Int32[np.ndarray, " T"]
     supervised: Bool[np.ndarray, " T"]
+    source: int
     cut: bool
     lossy: bool
 
 
-def encode_segments(tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding) -> Encoded:
-    """The ids of the row's joined text, and for each id whether it lies in a supervised segment.
+def encode_segments(
+    tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding, learn: Learn = "assistant"
+) -> Encoded:
+    """The ids of the row's joined text, and for each id whether the loss sees it.
 
     Where one token would reach over a boundary (an answer that begins with several spaces, say), the text is encoded
     piece by piece instead, so that the ids are those of generation: the prompt's, then the answer's. Such a row is
@@ -42,28 +63,30 @@ def encode_segments(tokenizer: Tokenizer, row: Sequence[Segment], encoding: toke
     text, decoded = "".join(segment.text for segment in row), tokenizer.decode(encoding.ids)
     # Spaces aside: some tokenizers put one first, or take those around a special token.
     lossy = decoded != text and "".join(decoded.split()) != "".join(text.split())
-    mask = _mask(tokenizer, row, text, encoding)
-    if mask is not None:
-        return Encoded(np.array(encoding.ids, np.int32), mask, False, lossy)
-    pieces = tokenizer.encode_batch([segment.text for segment in row])
-    ids = [token for piece in pieces for token in piece]
-    if tokenizer.decode(ids) != decoded:
-        raise ValueError(
-            "a token reaches over the start or end of an answer, and the tokenizer can't encode the two apart"
-        )
-    mask = np.repeat([segment.supervised for segment in row], [len(piece) for piece in pieces])
-    return Encoded(np.array(ids, np.int32), mask, True, lossy)
+    ids, at = encoding.ids, _segment_of_each(tokenizer, row, text, encoding)
+    cut = at is None
+    if at is None:
+        pieces = tokenizer.encode_batch([segment.text for segment in row])
+        ids = [token for piece in pieces for token in piece]
+        if tokenizer.decode(ids) != decoded:
+            raise ValueError(
+                "a token reaches over the start or end of an answer, and the tokenizer can't encode the two apart"
+            )
+        at = np.repeat(np.arange(len(row)), [len(piece) for piece in pieces])
+    answers = np.array([segment.supervised for segment in row])
+    source = int(np.argmax(np.append(answers[at], True)))
+    return Encoded(np.array(ids, np.int32), LEARNED[learn](answers)[at], source, cut, lossy)
 
 
-def _mask(
+def _segment_of_each(
     tokenizer: Tokenizer, row: Sequence[Segment], text: str, encoding: tokenizers.Encoding
-) -> Bool[np.ndarray, " T"] | None:
-    """The mask from the tokens' offsets, or None where a token reaches over a boundary."""
+) -> Int64[np.ndarray, " T"] | None:
+    """The index of each token's segment, from its offsets, or None where a token reaches over a boundary."""
     spans = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-    supervised = np.array([segment.supervised for segment in row])
+    answers = np.array([segment.supervised for segment in row])
     bounds = np.cumsum([len(segment.text) for segment in row])
     first, last = _segments_of(spans, bounds)
-    runs = np.cumsum(np.diff(supervised, prepend=supervised[:1]))
+    runs = np.cumsum(np.diff(answers, prepend=answers[:1]))
     over = np.flatnonzero(runs[first] != runs[last])
     if any(encoding.ids[index] not in tokenizer.added_ids for index in over):
         return None
@@ -71,8 +94,7 @@ def _mask(
     for index in over:
         begin, end = spans[index]
         spans[index, 0] += len(text[begin:end]) - len(text[begin:end].lstrip())
-    first, _ = _segments_of(spans, bounds)
-    return supervised[first]
+    return _segments_of(spans, bounds)[0]
 
 
 def _segments_of(spans: Int64[np.ndarray, "T 2"], bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

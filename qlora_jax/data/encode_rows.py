@@ -1,13 +1,14 @@
 """Rows of a known form to ids and masks, all problems of all rows in one error."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from qlora_jax.data.encode import Encoded, encode_segments
-from qlora_jax.data.formats import Columns, Form
-from qlora_jax.data.readers import Problem, Row, raise_problems
+from qlora_jax.data.encode import Encoded, Learn, encode_segments
+from qlora_jax.data.formats import FORMS, Columns, Form
+from qlora_jax.data.readers import Place, Problem, Row, raise_problems
 from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
 from qlora_jax.data.tokenizer import Tokenizer
 
@@ -20,22 +21,43 @@ def check_rows(path: str, rows: Sequence[Row], form: Form) -> None:
     raise_problems(path, [(place, problem) for place, problem in problems if problem], len(rows))
 
 
-def encode_rows(path: str, rows: Sequence[Row], form: Form, tokenizer: Tokenizer) -> list[Encoded]:
+def examples_of(rows: Sequence[Row], form: Form) -> tuple[Sequence[Row], Form]:
+    """The (checked) rows' examples, numbered through, and their form: a row of some forms holds several."""
+    if form.examples is None:
+        return rows, form
+    lines = [(row.place.line, columns) for row in rows for columns in form.examples(row.data)]
+    examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines)]
+    return examples, dataclasses.replace(FORMS["input-output"], name=form.name)
+
+
+def encode_rows(
+    path: str,
+    rows: Sequence[Row],
+    form: Form,
+    tokenizer: Tokenizer,
+    learn: Learn = "assistant",
+    *,
+    one_answer: bool = False,
+) -> list[Encoded]:
     """Ids and mask of each (checked) row: a conversation where the tokenizer has a chat template, else plain text.
 
     A conversation is the rendered template, which writes its own bos if it wants one. Plain text starts with bos where
-    the tokenizer asks for it and ends with eos, which is supervised.
+    the tokenizer asks for it (never with two) and ends with eos, which is supervised.
+
+    Args:
+      learn: what the loss sees: every answer, the last of a row alone, or all of it.
+      one_answer: rows with more than one answer are problems, since source and target can't be told apart.
 
     Raises:
       ValueError: rows whose spans can't be exact, or a tokenizer that lacks what the form needs.
     """
     chat = form.messages is not None and tokenizer.chat_template is not None
-    segment = _conversations(form, tokenizer) if chat else _plain(form, tokenizer)
+    segment = _checked(_conversations(form, tokenizer) if chat else _plain(form, tokenizer), learn, one_answer)
     problems: list[Problem] = []
     encoded = [
         row if chat else _framed(row, tokenizer)
         for chunk in itertools.batched(rows, _CHUNK)
-        for row in _encode(chunk, segment, tokenizer, problems)
+        for row in _encode(chunk, segment, tokenizer, learn, problems)
     ]
     raise_problems(path, problems, len(rows))
     return encoded
@@ -58,10 +80,31 @@ def _plain(form: Form, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment
     return form.plain
 
 
+def _checked(
+    segment: Callable[[Columns], list[Segment]], learn: Learn, one_answer: bool
+) -> Callable[[Columns], list[Segment]]:
+    """`segment`, with ValueError for a row that the settings don't fit."""
+
+    def check(row: Columns) -> list[Segment]:
+        segments = segment(row)
+        answers = sum(piece.supervised for piece in segments)
+        if learn == "last" and len(segments) == answers:
+            raise ValueError("it is one text with no turns, so data.learn last has nothing to choose; set all")
+        if one_answer and answers > 1:
+            raise ValueError(
+                f"{answers} answers: data.source_max_length and data.target_max_length are for rows of one prompt and "
+                "one answer; set data.max_length alone"
+            )
+        return segments
+
+    return check
+
+
 def _encode(
     rows: Sequence[Row],
     segment: Callable[[Columns], list[Segment]],
     tokenizer: Tokenizer,
+    learn: Learn,
     problems: list[Problem],
 ) -> Iterator[Encoded]:
     """Encoded rows; those that fail are left out and told in `problems`."""
@@ -74,14 +117,15 @@ def _encode(
     texts = ["".join(piece.text for piece in pieces) for _, pieces in found]
     for (row, pieces), encoding in zip(found, tokenizer.encode_spans(texts), strict=True):
         try:
-            yield encode_segments(tokenizer, pieces, encoding)
+            yield encode_segments(tokenizer, pieces, encoding, learn)
         except ValueError as error:
             problems.append((row.place, str(error)))
 
 
 def _framed(row: Encoded, tokenizer: Tokenizer) -> Encoded:
     """The row with bos before it where the tokenizer asks for one, and a supervised eos after it."""
-    before = [tokenizer.bos_id] if tokenizer.add_bos_token else []
+    has_bos = row.ids[:1].tolist() == [tokenizer.bos_id]
+    before = [tokenizer.bos_id] if tokenizer.add_bos_token and not has_bos else []
     ids = np.array([*before, *row.ids, tokenizer.eos_id], np.int32)
     supervised = np.array([*(False for _ in before), *row.supervised, True])
-    return row._replace(ids=ids, supervised=supervised)
+    return row._replace(ids=ids, supervised=supervised, source=len(before) + row.source)

@@ -32,6 +32,7 @@ class Form:
       required, optional: its columns.
       only_named: its columns do not tell it from another form, so data.format has to.
       problems: what is wrong with a row that has the required columns; empty if nothing is.
+      examples: the rows of form `input-output` that one row holds; None: a row is one example.
       messages: the row as a conversation, for a tokenizer with a chat template; None: never one.
       plain: the row as text for a tokenizer without a template (bos and eos are added later); None: needs a template.
     """
@@ -41,6 +42,7 @@ class Form:
     optional: tuple[str, ...] = ()
     only_named: bool = False
     problems: Callable[[Columns], list[str]]
+    examples: Callable[[Columns], list[dict[str, Any]]] | None = None
     messages: Callable[[Columns], Sequence[Message]] | None = None
     plain: Callable[[Columns], list[Segment]] | None = None
 
@@ -143,6 +145,26 @@ def _marked(name: str, column: str, mark: re.Pattern[str]) -> Form:
     )
 
 
+def _instance_problems(row: Columns) -> list[str]:
+    instances, names = row["instances"], ("instruction_with_input", "output")
+    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
+        return ['instances is no list of objects like {"instruction_with_input": "...", "output": "..."}']
+    problems = []
+    for index, instance in enumerate(instances):
+        found = [f"needs {' and '.join(map(repr, names))}, found {', '.join(map(repr, instance)) or 'nothing'}"]
+        wrong = _text_problems(instance, *names) if set(names) <= set(instance) else found
+        problems += [f"instance {index}: {problem}" for problem in wrong]
+    return problems
+
+
+def _instances(row: Columns) -> list[dict[str, Any]]:
+    others = {name: value for name, value in row.items() if name != "instances"}
+    return [
+        {**others, "input": instance["instruction_with_input"], "output": instance["output"]}
+        for instance in row["instances"]
+    ]
+
+
 def _sharegpt_problems(row: Columns) -> list[str]:
     return dialogs.sharegpt_problems(row) or _message_problems({"messages": dialogs.sharegpt_messages(row)})
 
@@ -174,8 +196,14 @@ _FORMS = (
         messages=_alpaca_messages,
         plain=_alpaca_plain,
     ),
-    _pair("completion", "prompt", "completion"),
+    _pair("completion", "prompt", "completion"),  # self-instruct
     _pair("input-output", "input", "output"),  # longform too
+    Form(
+        name="unnatural-instructions",
+        required=("instances",),
+        problems=_instance_problems,
+        examples=_instances,
+    ),
     _pair("flan", "inputs", "targets"),
     _marked("hh-rlhf", "chosen", dialogs.HH),
     _marked("guanaco", "text", dialogs.GUANACO),

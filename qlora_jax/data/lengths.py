@@ -1,13 +1,32 @@
-"""What happens to rows longer than `max_length`, counted."""
+"""What happens to rows that are too long, counted."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
+from jaxtyping import Int64
+
 from qlora_jax.data.encode import Encoded
 from qlora_jax.data.readers import Place, raise_problems
 
-Overlong = Literal["truncate", "drop", "error"]
+Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How long rows may be.
+
+    Fields:
+      source, target: ids before the first answer, and from there on: each is cut on its right, as artidoro/qlora does.
+      bos_id: the id that stays in front of a row cut on its left; None: nothing stays.
+    """
+
+    max_length: int
+    overlong: Overlong
+    source: int | None = None
+    target: int | None = None
+    bos_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +34,7 @@ class Fitted:
     """Rows that fit, where they stand, and how many others were cut or left out.
 
     Fields:
-      truncated: rows kept, cut to max_length.
+      truncated: rows kept, cut.
       overlong: rows dropped since they were longer.
       unsupervised: rows dropped since no target was left, by truncation or from the start.
     """
@@ -27,38 +46,64 @@ class Fitted:
     unsupervised: int
 
 
-def fit_lengths(
-    path: str, rows: Sequence[Encoded], places: Sequence[Place], max_length: int, overlong: Overlong
-) -> Fitted:
+def fit_lengths(path: str, rows: Sequence[Encoded], places: Sequence[Place], limits: Limits) -> Fitted:
     """Rows of at most `max_length` ids and at least one target, in order; the rest is cut, dropped or an error.
 
     Raises:
       ValueError: `overlong` is "error" and a row is longer (all of them are named), or no row is left.
     """
-    long = [len(row.ids) > max_length for row in rows]
-    pairs = list(zip(rows, places, long, strict=True))
-    if overlong == "error":
-        fix = f"longer than data.max_length {max_length}; raise it, or set data.overlong to truncate or drop"
-        raise_problems(
-            path, [(place, f"{len(row.ids)} tokens, {fix}") for row, place, is_long in pairs if is_long], len(rows)
-        )
-    if overlong == "drop":
-        pairs = [pair for pair in pairs if not pair[2]]
-    kept = [(_cut(row, max_length), place, is_long) for row, place, is_long in pairs]
-    kept = [pair for pair in kept if pair[0].supervised[1:].any()]
+    apart = [_cut_apart(row, limits) for row in rows]
+    long = [len(row.ids) > limits.max_length for row in apart]
+    if limits.overlong == "error":
+        _refuse_long(path, apart, places, limits.max_length)
+    keep = [not is_long or limits.overlong != "drop" for is_long in long]
+    fits = [_cut(row, limits) for row in apart]
+    learns = [bool(row.supervised[1:].any()) for row in fits]
+    kept = [index for index in range(len(rows)) if keep[index] and learns[index]]
+    overlong = len(rows) - sum(keep)
     if not kept:
-        raise ValueError(_nothing_left(path, len(rows), len(rows) - len(pairs), max_length))
+        raise ValueError(_nothing_left(path, len(rows), overlong, limits.max_length))
     return Fitted(
-        rows=[row for row, _, _ in kept],
-        places=[place for _, place, _ in kept],
-        truncated=sum(is_long for _, _, is_long in kept),
-        overlong=len(rows) - len(pairs),
-        unsupervised=len(pairs) - len(kept),
+        rows=[fits[index] for index in kept],
+        places=[places[index] for index in kept],
+        truncated=sum(len(fits[index].ids) < len(rows[index].ids) for index in kept),
+        overlong=overlong,
+        unsupervised=sum(keep) - len(kept),
     )
 
 
-def _cut(row: Encoded, max_length: int) -> Encoded:
-    return row._replace(ids=row.ids[:max_length], supervised=row.supervised[:max_length])
+def _refuse_long(path: str, rows: Sequence[Encoded], places: Sequence[Place], max_length: int) -> None:
+    fix = f"longer than data.max_length {max_length}; raise it, or set data.overlong to drop or truncate-right"
+    long = [
+        (place, f"{len(row.ids)} tokens, {fix}")
+        for row, place in zip(rows, places, strict=True)
+        if len(row.ids) > max_length
+    ]
+    raise_problems(path, long, len(rows))
+
+
+def _take(row: Encoded, kept: Int64[np.ndarray, " kept"]) -> Encoded:
+    """The row's ids at these indices, which ascend."""
+    return row._replace(
+        ids=row.ids[kept], supervised=row.supervised[kept], source=int(np.searchsorted(kept, row.source))
+    )
+
+
+def _cut_apart(row: Encoded, limits: Limits) -> Encoded:
+    """The row with its source and its target each cut on the right."""
+    if limits.source is None and limits.target is None:
+        return row
+    source, target = np.arange(row.source)[: limits.source], np.arange(row.source, len(row.ids))[: limits.target]
+    return _take(row, np.concatenate([source, target]))
+
+
+def _cut(row: Encoded, limits: Limits) -> Encoded:
+    """The row's first `max_length` ids, or its last ones behind bos."""
+    places = np.arange(len(row.ids))
+    if limits.overlong != "truncate-left" or len(places) <= limits.max_length:
+        return _take(row, places[: limits.max_length])
+    first = places[: int(row.ids[0] == limits.bos_id)]
+    return _take(row, np.concatenate([first, places[len(places) - limits.max_length + len(first) :]]))
 
 
 def _nothing_left(path: str, total: int, overlong: int, max_length: int) -> str:

@@ -29,6 +29,7 @@ class SideReport:
       cut: rows in which a token was cut at the start or end of an answer, as generation cuts it.
       lossy: rows that do not decode to their own text.
       special_text: rows whose own text spells a special token; it is encoded as that token.
+      doubled_bos, without_bos: rows that begin with bos twice, and without it although the tokenizer asks for it.
       tokens, supervised: targets of the kept rows, and those among them that the loss sees.
     """
 
@@ -44,6 +45,8 @@ class SideReport:
     cut: int
     lossy: int
     special_text: int
+    doubled_bos: int
+    without_bos: int
     tokens: int
     supervised: int
 
@@ -86,13 +89,21 @@ class DataReport:
 
 
 def report_side(
-    rows: TokenRows, encoded: Sequence[Encoded], fitted: Fitted, form: Form, read: Sequence[Row], special_text: int
+    rows: TokenRows,
+    encoded: Sequence[Encoded],
+    fitted: Fitted,
+    form: Form,
+    read: Sequence[Row],
+    special_text: int,
+    tokenizer: Tokenizer,
 ) -> SideReport:
     """The numbers of one side: `read` and `encoded` before length handling, `fitted` and `rows` after it."""
     columns = dict.fromkeys(name for row in read for name in row.data)
     lengths = np.array([len(row.ids) for row in encoded])
     first_ids = np.zeros(len(rows.ids), bool)
     first_ids[rows.starts[:-1]] = True
+    bos_id = -1 if tokenizer.bos_id is None else tokenizer.bos_id
+    first, second = (rows.ids[rows.starts[:-1] + place] == bos_id for place in (0, 1))
     return SideReport(
         path=rows.path,
         form=form.name,
@@ -106,6 +117,8 @@ def report_side(
         cut=sum(row.cut for row in fitted.rows),
         lossy=sum(row.lossy for row in fitted.rows),
         special_text=special_text,
+        doubled_bos=int((first & second).sum()),
+        without_bos=int((~first).sum()) if tokenizer.add_bos_token else 0,
         tokens=int(rows.places.sum()),
         supervised=int((rows.supervised & ~first_ids).sum()),
     )

@@ -67,6 +67,10 @@ def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str,
         ("too long", _too_long(side, max_length)),
         *_warning(side.cut, "rows with a token cut where an answer starts or ends, as generation cuts it"),
         *_warning(side.lossy, "rows with characters that the tokenizer leaves out or rewrites"),
+        *_warning(side.doubled_bos, "rows that begin with bos twice"),
+        *_warning(
+            side.without_bos, "rows without bos, which the tokenizer asks for and the chat template does not write"
+        ),
         *_warning(side.special_text, "rows that spell a special token in their own text; it counts as that token"),
     ]
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from qlora_jax.data.encode import encode_segments
-from qlora_jax.data.encode_rows import check_rows, encode_rows
+from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
 from qlora_jax.data.readers import Problem, Row, raise_problems, read_rows, read_text
 from qlora_jax.data.recognise import recognise
 from qlora_jax.data.spans import Segment
@@ -54,9 +54,10 @@ def rows_task(
     Raises:
       ValueError: rows that can't be scored, all of them.
     """
-    rows = read_rows(path)[:max_rows]
+    rows: Sequence[Row] = read_rows(path)[:max_rows]
     form = recognise(path, rows)
     check_rows(path, rows, form)
+    rows, form = examples_of(rows, form)
     scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, form, tokenizer)]
     title = f"{path}: answers of {len(rows)} rows"
     if answer_start is not None:

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs, validate
-from qlora_jax.config.decode import walk
+from qlora_jax.config.decode import decode, walk
 from qlora_jax.config.synonyms import SYNONYMS
 
 MINIMAL = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o")
@@ -36,6 +36,8 @@ def test_the_defaults_hold():
         ("data.eval_fraction", 1.0, 0.5),
         ("data.eval_fraction", -0.1, 0.0),
         ("data.max_length", 1, 2),
+        ("data.source_max_length", 0, None),
+        ("data.source_max_length", 16, None),
         ("optim.learning_rate", -1e-4, 1e-4),
         ("optim.warmup_ratio", 1.1, 1.0),
         ("optim.beta2", 1.0, 0.0),
@@ -55,6 +57,27 @@ def test_bounds(key, bad, good):
 def test_types_of_a_config_made_in_python():
     with pytest.raises(ConfigError, match=r"lora\.rank: found True, expected a whole number"):
         validate(changed("lora.rank", True))
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "ours"),
+    [
+        ("overlong", "truncate", "truncate-right"),
+        ("format", "oasst1", "guanaco"),
+        ("format", "longform", "input-output"),
+    ],
+)
+def test_old_and_foreign_words_are_told_with_ours(key, word, ours):
+    raw = {"model": {"path": "m"}, "data": {"train": "t", key: word}, "output": "o"}
+    with pytest.raises(ConfigError, match=f"data\\.{key}: found '{word}', .*did you mean {ours}\\?"):
+        decode(Config, raw)
+
+
+def test_separate_lengths_fit_into_a_row():
+    data = dataclasses.replace(MINIMAL.data, source_max_length=16, target_max_length=512)
+    validate(dataclasses.replace(MINIMAL, data=data))
+    with pytest.raises(ConfigError, match=r"data\.max_length: found 500, expected at least 528"):
+        validate(dataclasses.replace(MINIMAL, data=dataclasses.replace(data, max_length=500)))
 
 
 def test_two_sources_of_held_out_rows():

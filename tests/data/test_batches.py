@@ -23,7 +23,8 @@ def make_rows(lengths: list[int], seed: int = 0) -> TokenRows:
     """Rows of those lengths, numbered 0, 3, 6, ... (others having been dropped), that use the padding id as well."""
     generator = np.random.default_rng(seed)
     encoded = [
-        Encoded(generator.integers(0, 9, n).astype(np.int32), generator.random(n) < 0.5, False, False) for n in lengths
+        Encoded(generator.integers(0, 9, n).astype(np.int32), generator.random(n) < 0.5, 0, False, False)
+        for n in lengths
     ]
     return token_rows("rows.jsonl", encoded, [Place(3 * index + 1, 3 * index) for index in range(len(lengths))])
 

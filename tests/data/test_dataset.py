@@ -23,7 +23,7 @@ from qlora_jax.data.holdout import content_hash, hold_out
 from qlora_jax.data.readers import Place, Row, read_rows
 from qlora_jax.data.report_text import facts, marked_example, print_report
 from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +131,75 @@ def test_long_rows_are_cut_and_counted(plain_tokenizer: Tokenizer, write_rows: C
     assert (report.tokens, report.supervised) == (9 + 19 + 28, 2 + 2 + 1)
     dropped = load(plain_tokenizer, train=path, max_length=29, overlong="drop").report.train
     assert (dropped.kept, dropped.truncated, dropped.overlong, dropped.unsupervised) == (2, 0, 2, 0)
+
+
+def test_long_rows_can_lose_their_beginning_and_keep_bos(smollm2_source: dict, write_rows: Callable):
+    asked = {**smollm2_source, "chat_template": None, "bos_token": "<|endoftext|>"}
+    for adds_bos in (False, True):
+        tokenizer = load_tokenizer({**asked, "add_bos_token": adds_bos})
+        path = rows_of_lengths(tokenizer, write_rows)
+        dataset = load(tokenizer, train=path, max_length=15, overlong="truncate-left")
+        report = dataset.report.train
+        assert (report.kept, report.truncated, report.unsupervised) == (4, 3, 0)
+        whole = load(tokenizer, train=path).train
+        for index in range(4):
+            ids, supervised = dataset.train.row(index)
+            all_ids, all_supervised = whole.row(index)
+            tail = min(len(all_ids), 15) - adds_bos
+            assert ids.tolist() == [0] * adds_bos + all_ids[-tail:].tolist()
+            assert supervised.tolist() == [False] * adds_bos + all_supervised[-tail:].tolist()
+
+
+def test_prompt_and_answer_can_have_lengths_of_their_own(plain_tokenizer: Tokenizer, write_rows: Callable):
+    path = rows_of_lengths(plain_tokenizer, write_rows)
+    dataset = load(plain_tokenizer, train=path, source_max_length=12, target_max_length=1)
+    report = dataset.report.train
+    assert (report.kept, report.truncated, report.tokens, report.supervised) == (4, 4, 8 + 3 * 12, 4)
+    assert plain_tokenizer.decode(dataset.train.row(3)[0].tolist()) == " word" * 12 + " yes"
+
+
+def test_settings_that_rows_do_not_fit_are_told(tokenizer: Tokenizer, plain_tokenizer: Tokenizer, write_rows: Callable):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
+    path = write_rows([question(1), question(2)])
+    twice = write_rows([{"messages": turns * 2}, {"messages": turns}], "twice.jsonl")
+    with pytest.raises(ValueError, match=r"1 of 2 rows(.|\n)*:1: 2 answers: data\.source_max_length"):
+        load(tokenizer, train=twice, source_max_length=64, target_max_length=64)
+    for form, rows in (("text", [{"text": "a"}]), ("guanaco", [{"text": "### Human: Q### Assistant: A"}])):
+        with pytest.raises(ValueError, match=r"1 of 1 rows(.|\n)*no turns, so data\.learn last"):
+            load(plain_tokenizer, train=write_rows(rows, "text.jsonl"), format=form, learn="last")
+    assert load(plain_tokenizer, train=path, learn="last").report.train.supervised == 4
+    learned = load(plain_tokenizer, train=path, learn="all").report.train
+    assert learned.supervised == learned.tokens
+
+
+def test_bos_is_counted(smollm2_source: dict, templates: dict, write_rows: Callable):
+    path = write_rows([question(1), {"prompt": "<|endoftext|><|endoftext|>Q", "completion": "A"}])
+    named = {**smollm2_source, "bos_token": "<|endoftext|>", "add_bos_token": True}
+    report = load(load_tokenizer({**named, "chat_template": None}), train=path).report.train
+    assert (report.doubled_bos, report.without_bos) == (1, 0)
+    # Its template writes none: that of its makers is followed, and told.
+    report = load(load_tokenizer(named), train=path).report.train
+    assert (report.doubled_bos, report.without_bos) == (0, 2)
+    report = load(load_tokenizer({**named, "chat_template": templates["llama3"]}), train=path).report.train
+    assert (report.doubled_bos, report.without_bos) == (0, 0)
+
+
+def test_a_row_may_hold_several_examples(tokenizer: Tokenizer, write_rows: Callable):
+    instances = [{"instruction_with_input": f"Is {n} odd?", "output": "yes"} for n in (1, 3)]
+    path = write_rows([{"instruction": "Odd?", "instances": instances}, {"instances": instances[:1]}])
+    dataset = load(tokenizer, train=path)
+    assert [dataset.train.where(n) for n in range(3)] == [f"{path}:1", f"{path}:1 (row 2)", f"{path}:2 (row 3)"]
+    assert (dataset.report.train.form, dataset.report.train.ignored_columns) == (
+        "unnatural-instructions",
+        ("instruction",),
+    )
+    broken = write_rows(
+        [{"instances": [{"output": "x"}, {"instruction_with_input": " ", "output": 3}]}], "broken.jsonl"
+    )
+    with pytest.raises(
+        ValueError, match=r"instance 0: needs .* found 'output'; instance 1: .* is empty; instance 1: out"
+    ):
+        load(tokenizer, train=broken)
 
 
 def test_long_rows_can_be_errors(plain_tokenizer: Tokenizer, write_rows: Callable):

@@ -67,7 +67,7 @@ def test_a_named_form_wins_over_the_first_that_fits():
         (["Instruction", "Output"], "Nearest: alpaca: rename 'Instruction' to 'instruction', 'Output' to 'output'."),
         (["instruction", "response"], "Nearest: alpaca: rename 'response' to 'output'."),
         (["dialogue"], "Nearest: messages: rename 'dialogue' to 'messages'."),
-        (["instruction", "instances"], "Nearest: alpaca: add 'output'."),
+        (["instruction", "examples"], "Nearest: alpaca: add 'output'."),
         (["promt", "completion"], "Nearest: completion: rename 'promt' to 'prompt'."),
         (["sentence", "label"], "None of the columns looks like one of these."),
     ],

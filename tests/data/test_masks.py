@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_jax.data.encode import Encoded, encode_segments
+from qlora_jax.data.encode import Encoded, Learn, encode_segments
+from qlora_jax.data.encode_rows import encode_rows
+from qlora_jax.data.formats import FORMS
+from qlora_jax.data.readers import Place, Row
 from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -44,11 +48,11 @@ def conversations(draw: st.DrawFn, system: bool = True) -> list[dict[str, str]]:
     return [*messages, {"role": "user", "content": draw(text)}] if draw(st.booleans()) else messages
 
 
-def encode(tokenizer: Tokenizer, messages: list[dict[str, str]]) -> Encoded:
+def encode(tokenizer: Tokenizer, messages: list[dict[str, str]], learn: Learn = "assistant") -> Encoded:
     segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages)
     rendered = tokenizer.render(messages)
     assert "".join(segment.text for segment in segments) == rendered
-    return encode_segments(tokenizer, segments, tokenizer.encode_spans([rendered])[0])
+    return encode_segments(tokenizer, segments, tokenizer.encode_spans([rendered])[0], learn)
 
 
 def supervised_text(tokenizer: Tokenizer, row: Encoded) -> str:
@@ -60,7 +64,8 @@ def expected(messages: list[dict[str, str]], before: str, end: str, strip: bool 
     return "".join(before + (content.strip() if strip else content) + end for content in contents)
 
 
-@pytest.mark.parametrize(
+# `modern` has {% generation %} marks, the others have none.
+kinds_of_template = pytest.mark.parametrize(
     ("name", "before", "end", "strip", "system"),
     [
         ("smollm2", "", "<|im_end|>", False, True),
@@ -69,6 +74,9 @@ def expected(messages: list[dict[str, str]], before: str, end: str, strip: bool 
         ("modern", "", "<|im_end|>", False, True),
     ],
 )
+
+
+@kinds_of_template
 def test_mask_decodes_to_the_assistants_texts_and_ends(
     smollm2_source: dict, templates: dict, name: str, before: str, end: str, strip: bool, system: bool
 ):
@@ -82,6 +90,69 @@ def test_mask_decodes_to_the_assistants_texts_and_ends(
         assert row.cut or row.ids.tolist() == whole
 
     check()
+
+
+@kinds_of_template
+def test_the_last_turn_alone_or_all_is_learned(
+    smollm2_source: dict, templates: dict, name: str, before: str, end: str, strip: bool, system: bool
+):
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
+
+    @given(conversations(system))
+    def check(messages: list[dict[str, str]]):
+        every, last, whole = (encode(tokenizer, messages, learn) for learn in ("assistant", "last", "all"))
+        answer = [message for message in messages if message["role"] == "assistant"][-1:]
+        assert supervised_text(tokenizer, last) == expected(answer, before, end, strip)
+        assert supervised_text(tokenizer, whole) == tokenizer.render(messages)
+        # What is learned changes no id.
+        assert every.ids.tolist() == last.ids.tolist() == whole.ids.tolist()
+        assert every.source == last.source == whole.source == every.supervised.argmax()
+
+    check()
+
+
+def test_generation_marks_hold_what_the_mask_does(smollm2_source: dict, templates: dict):
+    """Marks made visible: what a template with marks says itself is what our spans say."""
+    marked = (
+        templates["modern"]
+        .replace("{% generation %}", "{{ '\u27e6' }}")
+        .replace("{% endgeneration %}", "{{ '\u27e7' }}")
+    )
+    ours, shown = (load_tokenizer({**smollm2_source, "chat_template": t}) for t in (templates["modern"], marked))
+
+    @given(conversations())
+    def check(messages: list[dict[str, str]]):
+        if not any(mark in message["content"] for mark in "\u27e6\u27e7" for message in messages):
+            inside = re.findall("\u27e6(.*?)\u27e7", shown.render(messages), re.DOTALL)
+            assert supervised_text(ours, encode(ours, messages)) == "".join(inside)
+
+    check()
+
+
+@pytest.mark.parametrize("adds_bos", [False, True])
+@pytest.mark.parametrize("name", ["smollm2", "llama3", "mistral", "modern", None])
+@pytest.mark.parametrize("family", ["smollm2", "sentencepiece"])
+def test_bos_is_there_once_where_it_is_wanted(
+    smollm2_source: dict, sentencepiece_like: Tokenizer, templates: dict, family: str, name: str | None, adds_bos: bool
+):
+    if family == "smollm2":
+        tokenizer = load_tokenizer({**smollm2_source, "bos_token": "<|endoftext|>", "add_bos_token": adds_bos})
+    else:
+        tokenizer = dataclasses.replace(sentencepiece_like, add_bos_token=adds_bos)
+    template = templates[name] if name else None
+    tokenizer = dataclasses.replace(tokenizer, chat_template=template)
+    wanted = adds_bos if template is None else "bos_token" in template
+    if family == "sentencepiece" and template is not None and "eos_token" not in template:
+        return  # it has no <|im_end|>
+    bos = tokenizer.special_tokens["bos_token"]
+    for prompt in ("the cat sat", bos + "the cat sat"):
+        data = {"prompt": prompt, "completion": "yes no"}
+        ids = encode_rows("x", [Row(Place(1, 0), data)], FORMS["completion"], tokenizer)[0].ids.tolist()
+        begins = [token == tokenizer.bos_id for token in ids[:2]]
+        if template is None:
+            assert begins == [wanted or prompt.startswith(bos), False]
+        else:
+            assert begins == [wanted, False]
 
 
 def test_the_prompts_ids_are_those_of_generation(tokenizer: Tokenizer):

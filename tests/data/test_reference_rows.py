@@ -1,0 +1,64 @@
+"""Every form against rows that artidoro/qlora's own mappings and collator made (scripts/make_row_goldens.py)."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_jax.config.synonyms import CHOICES
+from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
+from qlora_jax.data.formats import FORMS
+from qlora_jax.data.lengths import Limits, fit_lengths
+from qlora_jax.data.readers import Place, Row
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden/reference_rows.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def with_bos(smollm2_json: str) -> Tokenizer:
+    return load_tokenizer({"tokenizer_json": smollm2_json, "add_bos_token": True, **GOLDEN["special"]})
+
+
+def examples(name: str) -> tuple[list[Row], Any]:
+    rows = [Row(Place(n + 1, n), columns) for n, columns in enumerate(GOLDEN["forms"][name]["rows"])]
+    form = FORMS[CHOICES.get(name, name)]
+    check_rows("rows.jsonl", rows, form)
+    found, form = examples_of(rows, form)
+    return list(found), form
+
+
+@pytest.mark.parametrize("name", GOLDEN["forms"])
+def test_prompts_and_answers_are_the_references(name: str):
+    rows, form = examples(name)
+    made = [form.plain(row.data) for row in rows]
+    ours = [
+        {key: "".join(s.text for s in row if s.supervised == (key == "output")) for key in ("input", "output")}
+        for row in made
+    ]
+    assert ours == [{key: pair[key] for key in ("input", "output")} for pair in GOLDEN["forms"][name]["pairs"]]
+
+
+@pytest.mark.parametrize("name", GOLDEN["forms"])
+@pytest.mark.parametrize("which", range(len(GOLDEN["limits"])))
+def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which: int):
+    """Its separate lengths too, where a long answer loses its eos, and training on source."""
+    source, target, on_source = GOLDEN["limits"][which]
+    rows, form = examples(name)
+    learn = "all" if on_source else "assistant"
+    encoded = encode_rows("rows.jsonl", rows, form, with_bos, learn, one_answer=True)
+    limits = Limits(max_length=source + target, overlong="error", source=source, target=target)
+    fitted = fit_lengths("rows.jsonl", encoded, [row.place for row in rows], limits)
+    for ours, theirs in zip(fitted.rows, GOLDEN["forms"][name]["tokens"][which], strict=True):
+        assert ours.ids.tolist() == theirs["ids"]
+        # The first label is no target of anything.
+        labels = np.where(ours.supervised, ours.ids, -100)[1:]
+        assert labels.tolist() == theirs["labels"][1:]
+
+
+def test_the_goldens_cut_something():
+    """Else the test above would say nothing of lengths."""
+    whole, short = (sum(len(row["ids"]) for row in GOLDEN["forms"]["alpaca"]["tokens"][n]) for n in (0, 1))
+    assert short < whole
