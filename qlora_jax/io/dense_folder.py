@@ -5,7 +5,7 @@ One tensor is in memory at a time.
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +32,14 @@ def write_dense_folder(
 ) -> None:
     """config.json and safetensors files: a model for transformers, in `dtype`.
 
-    A weight with an adapter is what the adapter makes of it: dequantized as training saw it, merged in f32, and rounded
-    once.
+    A weight or bias with an adapter is what the adapter makes of it: dequantized as training saw it, merged in f32, and
+    rounded once.
 
     Args:
       slots: of the model without adapters.
       config: the model's config.json.
       computed: the dtype that training computed in, and saw 4-bit weights in.
-      adapters: by the name of the first layer's weight, `model.layers.0.self_attn.q_proj.weight`.
+      adapters: by the name of the first layer's module, `model.layers.0.self_attn.q_proj`.
     """
     planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
     values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, computed, adapters))
@@ -55,7 +55,8 @@ def write_dense_folder(
 def dense_tensors(slots: Sequence[Slot], computed: np.dtype, adapters: Mapping[str, Adapter]) -> Iterator[jax.Array]:
     """The tensors of the slots' names, in their order; those with an adapter in f32."""
     for slot in slots:
-        yield from _tensors(slot, computed, adapters.get(slot.names[0]))
+        module, _, leaf = slot.names[0].rpartition(".")
+        yield from _tensors(slot, computed, _merged_by(adapters.get(module), leaf))
 
 
 def write_config(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -74,14 +75,24 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-def _tensors(slot: Slot, computed: np.dtype, adapter: Adapter | None) -> Iterator[jax.Array]:
+Merged = Callable[[int, jax.Array], jax.Array]  # what becomes of one layer's tensor
+
+
+def _merged_by(adapter: Adapter | None, leaf: str) -> Merged:
+    if adapter is None:
+        return lambda layer, dense: dense
+    if leaf == "bias":
+        return lambda layer, dense: adapter.of_layer(layer).merge_bias(dense)
+    return lambda layer, dense: adapter.of_layer(layer).merge(dense)
+
+
+def _tensors(slot: Slot, computed: np.dtype, merged: Merged) -> Iterator[jax.Array]:
     if not slot.stacked:
         yield slot.leaf
         return
     for layer in range(len(slot.names)):
         leaf = _layer(slot.leaf, np.int32(layer))
-        dense = dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf
-        yield dense if adapter is None else adapter.of_layer(layer).merge(dense)
+        yield merged(layer, dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf)
 
 
 @jax.jit

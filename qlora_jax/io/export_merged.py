@@ -168,8 +168,8 @@ def _logits(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, prompts: Prompt
 
 
 def _adapters(model: CausalLM) -> dict[str, Adapter]:
-    """By the name of the first layer's weight."""
-    return {layer_name(f"{name}.weight", 0): linear.adapter for name, linear in linears(model) if linear.adapter}
+    """By the name of the first layer's module."""
+    return {layer_name(name, 0): linear.adapter for name, linear in linears(model) if linear.adapter}
 
 
 def _read_back(path: Path, computed: str) -> tuple[nnx.GraphDef, Lora, nnx.State]:

@@ -30,7 +30,7 @@ from qlora_jax.nn.variables import Frozen
 # host memory: it goes there while the next layer is computed, and comes back while a later one is differentiated.
 SAVED_NAMES = (
     *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
-    *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa"),
+    *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa", "unscaled", "dora_norms"),
 )
 LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {

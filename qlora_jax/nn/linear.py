@@ -3,9 +3,9 @@
 Dimension key: L layers, M rows, K in, N out.
 """
 
-import functools
+import dataclasses
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -15,21 +15,62 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dots import dot_nt
-from qlora_jax.nn.variables import Frozen, of_layer
+from qlora_jax.nn.variables import Frozen
 
-Product = Callable[[jax.Array], jax.Array]  # [M, K] -> [M, N]
+
+def frozen_linear(
+    x_MK: Float[Array, "M K"], weight: QTensor | jax.Array, layer: jax.Array | int
+) -> Float[Array, "M N"]:
+    """x W^T for one layer of a stack, 4-bit or dense, accumulated in f32, in x's dtype."""
+    if isinstance(weight, QTensor):
+        return nf4_matmul(x_MK, weight, layer)
+    w_NK = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenLayer:
+    """One layer of a frozen linear, x W^T + b, and its parts.
+
+    Attributes:
+      weight: a stack, 4-bit or dense [L, N, K]; bias: [L, N].
+      layer: index in the stack.
+    """
+
+    weight: QTensor | jax.Array
+    bias: Float[Array, "L N"] | None
+    layer: jax.Array | int
+
+    def __call__(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
+        """x W^T + b."""
+        return self.biased(self.product(x_MK))
+
+    def product(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
+        """x W^T."""
+        with jax.named_scope("frozen"):
+            return frozen_linear(x_MK, self.weight, self.layer)
+
+    def biased(self, y_MN: Float[Array, "M N"]) -> Float[Array, "M N"]:
+        """y + b."""
+        if self.bias is None:
+            return y_MN
+        bias_N = jax.lax.dynamic_index_in_dim(self.bias, self.layer, keepdims=False)
+        return y_MN + bias_N.astype(y_MN.dtype)[None]
 
 
 @runtime_checkable
 class Adapter(Protocol):
-    """What trains on top of frozen linear layers; the layers know nothing else of it."""
+    """What trains on top of frozen linear layers; the layers know nothing else of it.
+
+    Its leaves that train are `nnx.LoRAParam`s; inside the scan over layers they are one layer's, and others are stacks.
+    """
 
     @staticmethod
     def apply(
-        adapters: Sequence, x_MK: jax.Array, frozen: Sequence[Product], keys: Sequence[jax.Array | None]
+        adapters: Sequence, x_MK: jax.Array, frozen: Sequence[FrozenLayer], keys: Sequence[jax.Array | None]
     ) -> list[jax.Array]:
-        """The results of several layers that read the same x, each with its adapter of this kind, its frozen product
-        as a function of x, and its key of dropout (None: no dropout)."""
+        """The results of several layers that read the same x, each with its adapter of this kind, its frozen layer, and
+        its key of dropout (None: no dropout)."""
         ...
 
     def of_layer(self, layer: int) -> "Adapter":
@@ -37,16 +78,12 @@ class Adapter(Protocol):
         ...
 
     def merge(self, weight: jax.Array) -> jax.Array:
-        """The weight that does the same as `weight` with this adapter."""
+        """The weight, in f32, that does the same as `weight` with this adapter of one layer."""
         ...
 
-
-def frozen_linear(x_MK: Float[Array, "M K"], weight: QTensor | jax.Array, layer: jax.Array) -> Float[Array, "M N"]:
-    """x W^T for one layer of a stack, 4-bit or dense, accumulated in f32, in x's dtype."""
-    if isinstance(weight, QTensor):
-        return nf4_matmul(x_MK, weight, layer)
-    w_NK = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
-    return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
+    def merge_bias(self, bias: jax.Array) -> jax.Array:
+        """The bias that belongs to the merged weight."""
+        ...
 
 
 class QLinear(nnx.Module):
@@ -68,11 +105,10 @@ class QLinear(nnx.Module):
         out_features, in_features = self.weight.get_value().shape[-2:]
         return out_features, in_features
 
-    def frozen(self, x_MK: Float[Array, "M K"], layer: jax.Array) -> Float[Array, "M N"]:
-        """x W^T + b of one layer, without the adapter."""
-        with jax.named_scope("frozen"):
-            y_MN = frozen_linear(x_MK, self.weight.get_value(), layer)
-        return y_MN if self.bias is None else y_MN + of_layer(self.bias, layer).astype(y_MN.dtype)[None]
+    def of_layer(self, layer: jax.Array | int) -> FrozenLayer:
+        """One layer without the adapter."""
+        bias = None if self.bias is None else self.bias[...]
+        return FrozenLayer(self.weight.get_value(), bias, layer)
 
     def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None) -> Float[Array, "M N"]:
         """The result with the adapter, where one is set."""
@@ -86,9 +122,9 @@ def project(
     results: dict[str, jax.Array] = {}
     for kind in dict.fromkeys(type(linear.adapter) for linear in linears):
         alike = [linear for linear in linears if type(linear.adapter) is kind]
-        frozen: list[Product] = [functools.partial(linear.frozen, layer=layer) for linear in alike]
+        frozen = [linear.of_layer(layer) for linear in alike]
         if kind is type(None):
-            ys = [product(x_MK) for product in frozen]
+            ys = [one(x_MK) for one in frozen]
         else:
             keys = [None if key is None else named_key(key, linear.name) for linear in alike]
             ys = kind.apply([linear.adapter for linear in alike], x_MK, frozen, keys)

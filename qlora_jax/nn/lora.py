@@ -5,7 +5,8 @@ Dimension key: L layers, M rows, K in, N out, R rank.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.dropout import dropped
+from qlora_jax.nn.linear import FrozenLayer
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
@@ -40,13 +43,6 @@ def lora_deltas(
     return _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key)[0]
 
 
-def _dropped(x_MK: jax.Array, dropout: float, key: jax.Array | None) -> jax.Array:
-    if dropout == 0.0 or key is None:
-        return x_MK
-    keep = jax.random.bernoulli(key, 1.0 - dropout, x_MK.shape)
-    return jnp.where(keep, x_MK / jnp.asarray(1.0 - dropout, x_MK.dtype), jnp.zeros((), x_MK.dtype))
-
-
 def _scaled(product_MR: jax.Array, scalings: tuple[float, ...], lora_bs: tuple[jax.Array, ...], dtype) -> jax.Array:
     """Each rank's column times its own scaling."""
     scaling_1R = np.repeat(np.asarray(scalings, np.float32), [b.shape[0] for b in lora_bs])[None]
@@ -60,7 +56,7 @@ def _split(x_MR: jax.Array, lora_bs: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 def _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key):
     dtype = x_MK.dtype
-    xa_MR = _scaled(dot_nn(_dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
+    xa_MR = _scaled(dot_nn(dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
     ys = tuple(dot_nn(xa, b.astype(dtype), dtype) for xa, b in zip(_split(xa_MR, lora_bs), lora_bs, strict=True))
     return ys, (x_MK, lora_a_KR, lora_bs, checkpoint_name(xa_MR, "lora_xa"), key)
 
@@ -72,12 +68,22 @@ def _backward(scalings, dropout, residuals, dys):
     d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)
     rows = zip(_split(xa_MR, lora_bs), dys, lora_bs, strict=True)
     d_bs = tuple(dot_tn(xa, dy).astype(b.dtype) for xa, dy, b in rows)
-    d_a_KR = dot_tn(_dropped(x_MK, dropout, key), d_xa_MR).astype(lora_a_KR.dtype)
-    dx_MK = _dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
+    d_a_KR = dot_tn(dropped(x_MK, dropout, key), d_xa_MR).astype(lora_a_KR.dtype)
+    dx_MK = dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
     return dx_MK, d_a_KR, d_bs, None
 
 
 lora_deltas.defvjp(_forward, _backward)
+
+
+@runtime_checkable
+class LowRank(Protocol):
+    """What an adapter of rank R has: A [K, R], B [R, N], and what their product is multiplied by."""
+
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+    scaling: float
+    dropout: float
 
 
 class LoRA(nnx.Module):
@@ -104,29 +110,20 @@ class LoRA(nnx.Module):
         dropout: float,
         dtype: DTypeLike = jnp.float32,
     ) -> "LoRA":
-        """A uniform in +-1/sqrt(K) and B zero, as PEFT draws them (Kaiming with a = sqrt(5)); the delta is then zero.
-
-        Args:
-          stack: number of layers L.
-          shape: (N, K) of the frozen weight.
-          dtype: A is drawn in f32 and rounded to it.
-        """
-        n, k = shape
-        bound = 1 / math.sqrt(k)
-        lora_a = jax.random.uniform(key, (stack, k, rank), jnp.float32, -bound, bound)
-        return cls(lora_a.astype(dtype), jnp.zeros((stack, rank, n), dtype), scaling, dropout)
+        """`stack` layers over weights of `shape` (N, K), with `initial_factors`."""
+        return cls(*initial_factors(key, stack, shape, rank, dtype), scaling, dropout)
 
     @staticmethod
     def apply(
         adapters: "Sequence[LoRA]",
         x_MK: Float[Array, "M K"],
-        frozen: Sequence[Callable[[jax.Array], jax.Array]],
+        frozen: Sequence[FrozenLayer],
         keys: Sequence[jax.Array | None],
     ) -> list[jax.Array]:
         """frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
-        ys = [frozen_linear(x_MK) for frozen_linear in frozen]
+        ys = [one(x_MK) for one in frozen]
         with jax.named_scope("lora"):
-            return [y + delta for y, delta in zip(ys, _deltas(adapters, x_MK, keys), strict=True)]
+            return [y + delta for y, delta in zip(ys, deltas(adapters, x_MK, keys), strict=True)]
 
     def of_layer(self, layer: int) -> "LoRA":
         """The adapter of one layer of the stack."""
@@ -134,12 +131,37 @@ class LoRA(nnx.Module):
 
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """weight + scaling * (A B)^T, in f32."""
-        delta = dot_nn(self.lora_a[...], self.lora_b[...]) * self.scaling
-        return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
+        return with_delta(weight, self)
+
+    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
+        """The bias itself."""
+        return bias
 
 
-def _deltas(adapters: Sequence[LoRA], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
-    """Together where x is the same to all; one by one where each drops elements of its own."""
+def initial_factors(
+    key: jax.Array, stack: int, shape: tuple[int, int], rank: int, dtype: DTypeLike
+) -> tuple[Float[Array, "L K R"], Float[Array, "L R N"]]:
+    """A uniform in +-1/sqrt(K) and B zero, as PEFT draws them (Kaiming with a = sqrt(5)); the delta is then zero.
+
+    Args:
+      stack: number of layers L.
+      shape: (N, K) of the frozen weight.
+      dtype: A is drawn in f32 and rounded to it.
+    """
+    n, k = shape
+    bound = 1 / math.sqrt(k)
+    lora_a = jax.random.uniform(key, (stack, k, rank), jnp.float32, -bound, bound)
+    return lora_a.astype(dtype), jnp.zeros((stack, rank, n), dtype)
+
+
+def with_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, "*L N K"]:
+    """weight + scaling * (A B)^T, in f32."""
+    delta = dot_nn(adapter.lora_a[...], adapter.lora_b[...]) * adapter.scaling
+    return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
+
+
+def deltas(adapters: Sequence[LowRank], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
+    """scaling_i * dropout_i(x) A_i B_i for each i: together, or one by one where each drops elements of its own."""
     if all(adapter.dropout == 0.0 or key is None for adapter, key in zip(adapters, keys, strict=True)):
         lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
         lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)

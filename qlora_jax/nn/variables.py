@@ -13,7 +13,7 @@ class Frozen(nnx.Variable):
     """
 
 
-def of_layer(variable: nnx.Variable, layer: jax.Array | None) -> Any:
+def of_layer(variable: nnx.Variable, layer: jax.Array | int | None) -> Any:
     """The value of one layer of a stacked array Variable, or the whole value where `layer` is None."""
     value = variable.get_value()
     return value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)

@@ -13,6 +13,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
+from qlora_jax.nn.linear import FrozenLayer
 from tests.io.tiny_models import tiny_config
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -95,5 +96,5 @@ def test_merge_does_what_the_adapter_does():
     adapter.lora_b[...] = jax.numpy.asarray(rng.standard_normal((3, 4, 64), np.float32))
     weight, x = rng.standard_normal((64, 64), np.float32), rng.standard_normal((5, 64), np.float32)
     one = type(adapter)(adapter.lora_a[...][1], adapter.lora_b[...][1], adapter.scaling, 0.0)
-    (y,) = one.apply([one], jax.numpy.asarray(x), [lambda x: x @ weight.T], [None])
+    (y,) = one.apply([one], jax.numpy.asarray(x), [FrozenLayer(jax.numpy.asarray(weight[None]), None, 0)], [None])
     np.testing.assert_allclose(y, x @ one.merge(jax.numpy.asarray(weight)).T, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,140 @@
+"""Weight-decomposed low-rank adapters, DoRA (Liu et al., 2024).
+
+Dimension key: L layers, M rows, K in, N out, R rank.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.nn.dots import dot_nn, dot_tn
+from qlora_jax.nn.dropout import dropout
+from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.lora import deltas, with_delta
+from qlora_jax.nn.scale import scaled_columns
+from qlora_jax.nn.variables import Frozen, of_layer
+from qlora_jax.quant import dequantize
+
+EPS = float(jnp.finfo(jnp.float32).eps)
+
+
+class DoRA(nnx.Module):
+    """y = magnitude / ||W + scaling (A B)^T|| * (x W^T + scaling x A B) + b, row norms of W, as PEFT computes it.
+
+    The norm is a constant to gradients (section 4.3 of the paper, and PEFT). With dropout d(x) in training PEFT gives
+    only the change to dropped inputs, and so do we: y = x W^T + b + c (d(x) W^T + scaling d(x) A B) - d(x) W^T with c
+    the quotient above; that is a second frozen product.
+
+    The norm's square is ||W||^2 + 2 scaling sum_r B_r (W A)_r + scaling^2 sum_r B_r (A^T A B)_r, with ||W||^2 computed
+    once, since W is frozen. So a step costs a frozen product of R rows, R / M of the layer's own, and no weight is
+    dequantized for it; the sum over W + scaling (A B)^T itself would write and read N K numbers, and multiply as much.
+    The price is accuracy where the delta undoes W: the terms cancel, and the square is off by f32's eps times
+    ||W||^2 + ||delta||^2 instead of times itself. W, A and B are those of the compute dtype.
+
+    `lora_a` [L, K, R], `lora_b` [L, R, N] in f32 or bf16; `magnitude` [L, N] in f32, for bf16 would round its updates
+    away; inside the scan over layers, one layer of each. `weight_norms2` [L, N] in f32 is frozen.
+    """
+
+    def __init__(
+        self,
+        lora_a: Float[Array, "*L K R"],
+        lora_b: Float[Array, "*L R N"],
+        magnitude: Float[Array, "*L N"],
+        weight_norms2: Float[Array, "*stack N"],
+        scaling: float,
+        dropout: float,
+    ):
+        self.lora_a = nnx.LoRAParam(lora_a)
+        self.lora_b = nnx.LoRAParam(lora_b)
+        self.magnitude = nnx.LoRAParam(magnitude)
+        self.weight_norms2 = Frozen(weight_norms2)
+        self.scaling = scaling
+        self.dropout = dropout
+
+    @classmethod
+    def init(
+        cls,
+        lora_a: Float[Array, "L K R"],
+        lora_b: Float[Array, "L R N"],
+        weight: QTensor | jax.Array,
+        scaling: float,
+        dropout: float,
+    ) -> "DoRA":
+        """With the magnitudes that change nothing: the norms at these A and B, over a stack of frozen weights."""
+        norms2_LN = squared_norms(weight)
+        made = cls(lora_a, lora_b, norms2_LN, norms2_LN, scaling, dropout)
+
+        def norms(layer: jax.Array) -> jax.Array:
+            one = made.of_layer(layer)
+            return one.norms(FrozenLayer(weight, None, layer), one.weight_norms2[...], weight.dtype)
+
+        magnitude_LN = jax.lax.map(norms, jnp.arange(norms2_LN.shape[0], dtype=jnp.int32))
+        return cls(lora_a, lora_b, magnitude_LN, norms2_LN, scaling, dropout)
+
+    @staticmethod
+    def apply(
+        adapters: "Sequence[DoRA]",
+        x_MK: Float[Array, "M K"],
+        frozen: Sequence[FrozenLayer],
+        keys: Sequence[jax.Array | None],
+    ) -> list[jax.Array]:
+        """Each layer's result; products with A are shared where no inputs are dropped."""
+        with jax.named_scope("lora"):
+            added = deltas(adapters, x_MK, keys)
+        rows = zip(adapters, frozen, keys, added, strict=True)
+        return [adapter._applied(x_MK, one, key, delta) for adapter, one, key, delta in rows]
+
+    def _applied(self, x_MK: jax.Array, frozen: FrozenLayer, key: jax.Array | None, delta_MN: jax.Array) -> jax.Array:
+        norms_N = checkpoint_name(
+            self.norms(frozen, of_layer(self.weight_norms2, frozen.layer), x_MK.dtype), "dora_norms"
+        )
+        scale_N = self.magnitude[...] / norms_N
+        product_MN = frozen.product(dropout(x_MK, self.dropout, key))
+        scaled_MN = scaled_columns(checkpoint_name(product_MN + delta_MN, "unscaled"), scale_N)
+        if self.dropout == 0.0 or key is None:
+            return frozen.biased(scaled_MN)
+        return frozen(x_MK) + (scaled_MN - product_MN)
+
+    def norms(self, frozen: FrozenLayer, weight_norms2_N: Float[Array, " N"], dtype: DTypeLike) -> Float[Array, " N"]:
+        """||W + scaling (A B)^T|| of each row of one layer in f32, A and B rounded to `dtype`; no gradient goes in."""
+        a_KR, b_RN = (x.astype(dtype) for x in jax.lax.stop_gradient((self.lora_a[...], self.lora_b[...])))
+        with jax.named_scope("norms"):
+            wa_RN = frozen.product(a_KR.T).astype(jnp.float32)
+            aab_RN = dot_nn(dot_tn(a_KR, a_KR), b_RN.astype(jnp.float32))
+            b_RN = b_RN.astype(jnp.float32) * self.scaling
+            delta2_N = jnp.sum(b_RN * aab_RN, axis=0) * self.scaling
+            norms2_N = weight_norms2_N + 2 * jnp.sum(b_RN * wa_RN, axis=0) + delta2_N
+            return jnp.sqrt(jnp.maximum(norms2_N, EPS * (weight_norms2_N + delta2_N)))
+
+    def of_layer(self, layer: jax.Array | int) -> "DoRA":
+        """The adapter of one layer of the stack."""
+        a, b, magnitude, norms2 = (
+            leaf[...][layer] for leaf in (self.lora_a, self.lora_b, self.magnitude, self.weight_norms2)
+        )
+        return DoRA(a, b, magnitude, norms2, self.scaling, self.dropout)
+
+    def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
+        """The whole weight, its rows scaled to the lengths that they are to have, in f32."""
+        whole_NK = with_delta(weight, self)
+        return whole_NK * (self.magnitude[...] / jnp.linalg.norm(whole_NK, axis=1))[:, None]
+
+    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
+        """The bias itself."""
+        return bias
+
+
+@jax.jit
+def squared_norms(weight: QTensor | jax.Array) -> Float[Array, "L N"]:
+    """||W||^2 of each row of a stack, 4-bit or dense, summed in f32; one layer is dequantized at a time."""
+
+    def of_one(layer: QTensor | jax.Array) -> jax.Array:
+        w_NK = dequantize(layer, layer.dtype) if isinstance(layer, QTensor) else layer
+        return jnp.sum(jnp.square(w_NK.astype(jnp.float32)), axis=1)
+
+    return jax.lax.map(of_one, weight)
