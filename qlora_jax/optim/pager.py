@@ -251,13 +251,18 @@ def from_optax(tree: Tree, layout: Layout, memory: Memory) -> PagedState:
     """Pages of a plain optimizer's state, all on the host; of a tree on the host, nothing is staged on the device.
 
     Raises:
-      PagingError: the host has no room for a page.
+      PagingError: the host has no room for a page; it holds none then.
     """
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    pages = []
+    pages: list[Page] = []
     for index in range(layout.count):
         cut = tuple(leaves[leaf][first : first + rows] for leaf, first, rows in layout.page_leaves(index))
-        pages.append(_on_host(cut, memory, index, layout))
+        try:
+            pages.append(_on_host(cut, memory, index, layout))
+        except PagingError:
+            for page in pages:
+                memory.free(page)
+            raise
     shared = [leaf for leaf, owner in zip(leaves, layout.owners, strict=True) if owner is None]
     return PagedState(tuple(pages), tuple(jax.device_put(leaf, memory.device_sharding) for leaf in shared))
 

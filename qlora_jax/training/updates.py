@@ -25,6 +25,7 @@ from qlora_jax.optim.pager import (
 )
 from qlora_jax.optim.pages import PAGE_BYTES, Layout, Structure, layer_pages
 from qlora_jax.optim.residency import Memory, Moved
+from qlora_jax.optim.whole import cut, joined
 from qlora_jax.training.budgets import Budget, declared, planned
 from qlora_jax.training.programs import Gradients, Shape
 from qlora_jax.training.step import update
@@ -107,15 +108,16 @@ class WholeUpdates(Updates):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedUpdates(Updates):
-    """The state is pages; see qlora_jax.optim.pager.
+    """The state is pages, or whole while there is room for all of it; see qlora_jax.optim.pager and .whole.
 
     Attributes:
       structure: of the state that a checkpoint holds: the plain run's, so that either goes on from the other's.
-      transform: the optimizer without clipping.
+      optimizer: of a whole state; `transform` is the same without clipping.
       words: the budget, for the banner.
     """
 
     structure: Structure
+    optimizer: optax.GradientTransformation
     transform: optax.GradientTransformation
     layout: Layout
     memory: Memory
@@ -126,23 +128,37 @@ class PagedUpdates(Updates):
     def init(self, lora: Lora) -> PagedState:
         return paged_init(self.transform, lora, self.layout, self.memory)
 
-    def make_room(self, state: PagedState, shape: Shape) -> tuple[PagedState, int, Moved]:
-        room = self.budget(shape, resident_bytes(state))
-        state, moved = fit(state, self.memory, room.gradients)
+    def make_room(self, state: Any, shape: Shape) -> tuple[Any, int, Moved]:
+        room = self.budget(shape, self._resident_bytes(state))
+        moved, is_room = Moved(), min(room) >= self.layout.total_bytes
+        if is_room and isinstance(state, PagedState):
+            state, moved = joined(state, self.structure, self.layout, self.memory)
+        if not is_room and not isinstance(state, PagedState):
+            state, moved = cut(state, self.layout, self.memory)
+        if isinstance(state, PagedState):
+            state, sent = fit(state, self.memory, room.gradients)
+            moved += sent
         return state, room.update, moved
 
-    def update(self, lora: Lora, state: PagedState, grads: Lora, room: int) -> Stepped:
-        return self.step(lora, state, grads, room)
+    def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
+        if isinstance(state, PagedState):
+            return self.step(lora, state, grads, room)
+        return *update(self.optimizer, lora, state, grads), Moved()
 
-    def numbers(self, state: PagedState, moved: Moved) -> dict[str, Any]:
+    def _resident_bytes(self, state: Any) -> int:
+        return resident_bytes(state) if isinstance(state, PagedState) else self.layout.total_bytes
+
+    def numbers(self, state: Any, moved: Moved) -> dict[str, Any]:
         numbers = {
             "paged_in_bytes": moved.bytes_in,
             "paged_out_bytes": moved.bytes_out,
-            "resident_bytes": resident_bytes(state),
+            "resident_bytes": self._resident_bytes(state),
         }
         return numbers | ({"paging_problems": list(moved.problems)} if moved.problems else {})
 
-    def to_save(self, state: PagedState) -> Any:
+    def to_save(self, state: Any) -> Any:
+        if not isinstance(state, PagedState):
+            return state
         tree = to_optax(state, self.layout, self.memory)
         return jax.tree.unflatten(self.structure, jax.tree.leaves(tree))  # clipping has no leaves
 
@@ -185,6 +201,7 @@ def make_updates(args: OptimArgs, total_steps: int, gradients: Gradients, memory
     budget, words = planned(gradients, memory) if given is None else declared(given, layout, memory)
     return PagedUpdates(
         structure=jax.tree.structure(jax.eval_shape(optimizer.init, gradients.lora)),
+        optimizer=optimizer,
         transform=transform,
         layout=layout,
         memory=memory,

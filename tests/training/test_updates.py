@@ -10,11 +10,10 @@ import pytest
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise
 from qlora_jax.optim.chain import OPTIMIZERS
-from qlora_jax.optim.pager import resident_bytes
 from qlora_jax.optim.pressure import SimulatedMemory
 from qlora_jax.optim.residency import Memory
 from qlora_jax.training.programs import Gradients
-from qlora_jax.training.updates import PagedUpdates, make_updates
+from qlora_jax.training.updates import make_updates
 from tests.optim.test_pager import assert_same, gradients, tree
 
 STEPS = 50
@@ -54,9 +53,9 @@ def train(args: OptimArgs, memory: Memory | None = None):
     lora, state, norms, resident = tree(0), updates.init(tree(0)), [], []
     for step in range(STEPS):
         state, room, _ = updates.make_room(state, LONG if step % 5 == 4 else SHORT)
-        lora, state, norm, _ = updates.update(lora, state, gradients(lora, float(step)), room)
+        lora, state, norm, moved = updates.update(lora, state, gradients(lora, float(step)), room)
         norms.append(norm)
-        resident.append(resident_bytes(state) if isinstance(updates, PagedUpdates) else None)
+        resident.append(updates.numbers(state, moved).get("resident_bytes"))
     return lora, updates.to_save(state), norms, resident
 
 
