@@ -56,6 +56,7 @@ def render(
     messages: Sequence[Message],
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool = False,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """The text that `template` makes of `messages`, as transformers' `apply_chat_template(tokenize=False)` gives it.
 
@@ -64,6 +65,7 @@ def render(
       messages: dicts with `role` and `content`; keys whose value is None are dropped.
       special_tokens: `bos_token`, `eos_token`, ... by name; those that the tokenizer lacks are left out.
       add_generation_prompt: ends with what comes before an assistant's turn.
+      tools: what the model may call, as JSON schemas.
 
     Raises:
       ValueError: the template does not parse, refuses these messages or fails on them.
@@ -73,7 +75,7 @@ def render(
     try:
         return compiled.render(
             messages=chat,
-            tools=None,
+            tools=tools,
             documents=None,
             add_generation_prompt=add_generation_prompt,
             **special_tokens,

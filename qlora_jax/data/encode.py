@@ -60,22 +60,51 @@ def encode_segments(
     Raises:
       ValueError: the pieces of a cut row do not decode to its text, so its mask can't be exact.
     """
-    text, decoded = "".join(segment.text for segment in row), tokenizer.decode(encoding.ids)
-    # Spaces aside: some tokenizers put one first, or take those around a special token.
-    lossy = decoded != text and "".join(decoded.split()) != "".join(text.split())
-    ids, at = encoding.ids, _segment_of_each(tokenizer, row, text, encoding)
-    cut = at is None
-    if at is None:
-        pieces = tokenizer.encode_batch([segment.text for segment in row])
-        ids = [token for piece in pieces for token in piece]
-        if tokenizer.decode(ids) != decoded:
-            raise ValueError(
-                "a token reaches over the start or end of an answer, and the tokenizer can't encode the two apart"
-            )
-        at = np.repeat(np.arange(len(row)), [len(piece) for piece in pieces])
+    text = "".join([segment.text for segment in row])
+    ids, cut = encoding.ids, False
+    lossy, starts = _is_lossy(tokenizer, text, ids), _starts(row, len(text), encoding)
+    if starts is None:
+        at = _segment_of_each(tokenizer, row, text, encoding)
+        if cut := at is None:
+            ids, at = _piecewise(tokenizer, row, encoding)
+        starts = np.searchsorted(at, np.arange(len(row))).tolist()
     answers = np.array([segment.supervised for segment in row])
-    source = int(np.argmax(np.append(answers[at], True)))
-    return Encoded(np.array(ids, np.int32), LEARNED[learn](answers)[at], source, cut, lossy)
+    supervised = np.repeat(LEARNED[learn](answers), np.diff([*starts, len(ids)]))
+    source = next((start for start, segment in zip(starts, row, strict=True) if segment.supervised), len(ids))
+    return Encoded(np.array(ids, np.int32), supervised, source, cut, lossy)
+
+
+def _is_lossy(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
+    if tokenizer.keeps(text):
+        return False
+    decoded = tokenizer.decode(ids)
+    # Spaces aside: some tokenizers put one first, or take those around a special token.
+    return decoded != text and "".join(decoded.split()) != "".join(text.split())
+
+
+def _starts(row: Sequence[Segment], length: int, encoding: tokenizers.Encoding) -> list[int] | None:
+    """The index of each segment's first token, or None where one begins within a token."""
+    starts, at = [], 0
+    for segment in row:
+        token = len(encoding) if at == length else encoding.char_to_token(at)
+        if token is None or (at < length and (encoding.token_to_chars(token) or (None,))[0] != at):
+            return None
+        starts.append(token)
+        at += len(segment.text)
+    return starts
+
+
+def _piecewise(
+    tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding
+) -> tuple[list[int], Int64[np.ndarray, " T"]]:
+    """The ids of each segment by itself, and the index of each id's segment."""
+    pieces = tokenizer.encode_batch([segment.text for segment in row])
+    ids = [token for piece in pieces for token in piece]
+    if tokenizer.decode(ids) != tokenizer.decode(encoding.ids):
+        raise ValueError(
+            "a token reaches over the start or end of an answer, and the tokenizer can't encode the two apart"
+        )
+    return ids, np.repeat(np.arange(len(row)), [len(piece) for piece in pieces])
 
 
 def _segment_of_each(

@@ -9,8 +9,10 @@ import numpy as np
 from qlora_jax.data.encode import Encoded, Learn, encode_segments
 from qlora_jax.data.formats import FORMS, Columns, Form
 from qlora_jax.data.readers import Place, Problem, Row, raise_problems
-from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.skeletons import segmenter
+from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tools import read_tools
 
 _CHUNK = 1024  # encodings of a whole data set at once would take some 100 bytes a token
 
@@ -64,9 +66,10 @@ def encode_rows(
 
 
 def _conversations(form: Form, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
-    marks, messages = turn_marks(tokenizer), form.messages
+    segments, messages = segmenter(tokenizer), form.messages
     assert messages is not None
-    return lambda row: conversation_segments(tokenizer, marks, messages(row))
+    has_tools = "tools" in form.optional
+    return lambda row: segments(messages(row), read_tools(row) if has_tools else None)
 
 
 def _plain(form: Form, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
@@ -126,6 +129,6 @@ def _framed(row: Encoded, tokenizer: Tokenizer) -> Encoded:
     """The row with bos before it where the tokenizer asks for one, and a supervised eos after it."""
     has_bos = row.ids[:1].tolist() == [tokenizer.bos_id]
     before = [tokenizer.bos_id] if tokenizer.add_bos_token and not has_bos else []
-    ids = np.array([*before, *row.ids, tokenizer.eos_id], np.int32)
-    supervised = np.array([*(False for _ in before), *row.supervised, True])
+    ids = np.concatenate([np.array(before, np.int32), row.ids, np.array([tokenizer.eos_id], np.int32)])
+    supervised = np.concatenate([np.zeros(len(before), bool), row.supervised, np.ones(1, bool)])
     return row._replace(ids=ids, supervised=supervised, source=len(before) + row.source)

@@ -9,6 +9,7 @@ from typing import Any
 from qlora_jax.data import dialogs
 from qlora_jax.data.chat import Message
 from qlora_jax.data.spans import Segment
+from qlora_jax.data.tools import call_problems, tools_problems, with_read_arguments
 
 Columns = Mapping[str, Any]
 
@@ -60,7 +61,9 @@ class Form:
     def content(self, row: Columns) -> str:
         """What the model gets to see of a row, in one canonical text: rows of equal content have equal ids."""
         columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
-        return json.dumps(columns, sort_keys=True, ensure_ascii=False)
+        if not columns.get("tools"):  # rows without them have the text, and so the hash, that they always had
+            columns.pop("tools", None)
+        return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)
 
 
 _HALF_SURROGATE = re.compile("[\ud800-\udfff]")
@@ -88,13 +91,18 @@ def _message_problems(row: Columns) -> list[str]:
         return ['messages is no list of objects like {"role": "user", "content": "..."}']
     problems = []
     for index, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or "content" not in message:
+        if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
             problems.append(
                 f"message {index} needs 'role' and 'content', found {', '.join(map(repr, message)) or 'nothing'}"
             )
             continue
         name = f"content of message {index} ({message['role']})"
-        problem = _text_problem(name, message["content"], message["role"] != "assistant")
+        if message.get("tool_calls"):
+            problems += [f"message {index}: {problem}" for problem in call_problems(message)]
+            if message.get("content") is None:
+                continue
+        speaks = message["role"] == "assistant" and not message.get("tool_calls")
+        problem = _text_problem(name, message["content"], not speaks)
         problems += [problem] * bool(problem)
     roles = [message.get("role") for message in messages]
     if not problems and "assistant" not in roles:
@@ -178,8 +186,9 @@ _FORMS = (
     Form(
         name="messages",
         required=("messages",),
-        problems=_message_problems,
-        messages=lambda row: row["messages"],
+        optional=("tools",),
+        problems=lambda row: _message_problems(row) + tools_problems(row),
+        messages=lambda row: [with_read_arguments(message) for message in row["messages"]],
     ),
     Form(
         name="sharegpt",

@@ -9,20 +9,27 @@ Templates seldom mark what the assistant says, so spans are derived, each step c
   end: what the template always puts after an assistant's text, up to its first special token. A newline behind that
     token is not supervised: generation has stopped by then.
 
+A turn that calls tools is written by the template: it begins likewise, and ends with the last special token of the text
+that the messages up to it render to.
+
 A template that rewrites what the assistant says, or that ends a turn without a special token, is refused.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.chat import Message
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tools import Tools, check_shown, names_called
+
+Render = Callable[..., str]  # the tokenizer's, with the tools of a row
 
 # Letters and digits only, so that a template's trim or escape leaves it alone.
 _PLACEHOLDER = "Qz7PLACEHOLDER{}x9Zq"
 
 # What templates do to an assistant's text; one holds for all turns of a conversation, the first that fits.
-_VARIANTS: tuple[Callable[[str], str], ...] = (
+VARIANTS: tuple[Callable[[str], str], ...] = (
     lambda text: text,
     str.strip,
     str.rstrip,
@@ -69,34 +76,41 @@ def turn_marks(tokenizer: Tokenizer) -> TurnMarks:
     return TurnMarks(prompt, tail[: end.end()])
 
 
-def conversation_segments(tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message]) -> list[Segment]:
+def conversation_segments(
+    tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None = None
+) -> list[Segment]:
     """Segments whose texts join to the rendered conversation; each assistant turn, its end included, is supervised.
 
     Raises:
-      ValueError: the template refuses the conversation, or its spans can't be told exactly.
+      ValueError: the template refuses the conversation or leaves out some of it, or its spans can't be told exactly.
     """
-    rendered = tokenizer.render(messages)
+    render = functools.partial(tokenizer.render, tools=tools)
+    rendered = render(messages)
+    check_shown(tokenizer, messages, tools, rendered)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    said = [index for index in turns if not messages[index].get("tool_calls")]
+    texts = dict(zip(said, _assistant_texts(render, messages, said, rendered), strict=True)) if said else {}
     segments, at = [], 0
-    for index, (begin, stop) in zip(turns, _assistant_texts(tokenizer, messages, turns, rendered), strict=True):
-        start = _turn_start(tokenizer, marks, messages[:index], rendered[:begin], at)
-        if not rendered.startswith(marks.end, stop):
-            found = rendered[stop : stop + len(marks.end) + 10]
-            raise ValueError(f"the chat template ends message {index} with {found!r}, and others with {marks.end!r}")
-        end = stop + len(marks.end)
+    for index in turns:
+        if index in texts:
+            begin, stop = texts[index]
+            start = _turn_start(render, marks, messages[:index], rendered[:begin], at)
+            end = _turn_end(marks, index, rendered, stop)
+        else:
+            start, end = _call_turn(tokenizer, render, messages[: index + 1], rendered, at)
         segments += [Segment(rendered[at:start], False), Segment(rendered[start:end], True)]
         at = end
     return [*segments, Segment(rendered[at:], False)]
 
 
 def _assistant_texts(
-    tokenizer: Tokenizer, messages: Sequence[Message], turns: Sequence[int], rendered: str
+    render: Render, messages: Sequence[Message], turns: Sequence[int], rendered: str
 ) -> list[tuple[int, int]]:
     """[begin, end) of each assistant text in `rendered`."""
     places = {index: _PLACEHOLDER.format(index) for index in turns}
     masked = [{**m, "content": places[i]} if i in places else m for i, m in enumerate(messages)]
-    around = _split_once_each(tokenizer.render(masked), list(places.values()))
-    for variant in _VARIANTS:
+    around = _split_once_each(render(masked), list(places.values()))
+    for variant in VARIANTS:
         texts = [variant(messages[index]["content"]) for index in turns]
         if rendered == "".join(a + t for a, t in zip(around, [*texts, ""], strict=True)):
             return _positions(around, texts)
@@ -126,17 +140,47 @@ def _positions(around: Sequence[str], texts: Sequence[str]) -> list[tuple[int, i
     return spans
 
 
-def _turn_start(tokenizer: Tokenizer, marks: TurnMarks, before: Sequence[Message], rendered: str, at: int) -> int:
+def _turn_start(render: Render, marks: TurnMarks, before: Sequence[Message], rendered: str, at: int) -> int:
     """Where the model begins to write; `rendered` ends where the assistant's own text begins."""
     # Templates may refuse a conversation in which nobody has asked anything.
     if any(message["role"] == "user" for message in before):
-        prompt = tokenizer.render(before, add_generation_prompt=True)
+        prompt = render(before, add_generation_prompt=True)
         if rendered.startswith(prompt) and len(prompt) >= at:
             return len(prompt)
     if marks.prompt and rendered[at:].endswith(marks.prompt):
         return len(rendered)
-    raise ValueError(
-        f"the chat template renders the messages before turn {len(before)} in another way once an answer follows, so "
+    raise _told_otherwise(len(before))
+
+
+def _turn_end(marks: TurnMarks, index: int, rendered: str, stop: int) -> int:
+    """Where the turn is over whose text ends at `stop`."""
+    if not rendered.startswith(marks.end, stop):
+        found = rendered[stop : stop + len(marks.end) + 10]
+        raise ValueError(f"the chat template ends message {index} with {found!r}, and others with {marks.end!r}")
+    return stop + len(marks.end)
+
+
+def _call_turn(
+    tokenizer: Tokenizer, render: Render, through: Sequence[Message], rendered: str, at: int
+) -> tuple[int, int]:
+    """[start, end) of the last turn of `through`, which calls tools: the template writes it, up to a special token."""
+    index, message = len(through) - 1, through[-1]
+    prompt, whole = render(through[:-1], add_generation_prompt=True), render(through)
+    if not (rendered.startswith(whole) and whole.startswith(prompt) and len(prompt) >= at):
+        raise _told_otherwise(index)
+    ends = [match.end() for match in tokenizer.special_text.finditer(whole, len(prompt))]
+    if not ends or whole[ends[-1] :].strip():
+        raise ValueError(f"the chat template ends message {index}, which calls tools, with no special token")
+    written = whole[len(prompt) : ends[-1]]
+    missing = [what for what in (*names_called(message), (message.get("content") or "").strip()) if what not in written]
+    if missing:
+        raise ValueError(f"the chat template leaves out {missing[0]!r} of message {index}, which calls tools")
+    return len(prompt), ends[-1]
+
+
+def _told_otherwise(turn: int) -> ValueError:
+    return ValueError(
+        f"the chat template renders the messages before turn {turn} in another way once an answer follows, so "
         "the model would be trained on a prompt that it never gets. Use another template: data.chat_template names a "
         "jinja file."
     )

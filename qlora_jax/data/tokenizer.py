@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import tokenizers
 
 from qlora_jax.data.chat import Message, render
 from qlora_jax.data.gguf_tokenizer import rebuild
+from qlora_jax.data.lossless import make_keeps
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -52,11 +53,16 @@ class Tokenizer:
         """Text of `ids`; special tokens are spelled out unless skipped."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The chat template applied to `messages`; ValueError where there is no template."""
+    def render(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
+        """The chat template applied to `messages` and `tools`; ValueError where there is no template."""
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template; name a jinja file: data.chat_template")
-        return render(self.chat_template, messages, self.special_tokens, add_generation_prompt)
+        return render(self.chat_template, messages, self.special_tokens, add_generation_prompt, tools)
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -99,6 +105,11 @@ class Tokenizer:
         special |= set(self.special_tokens.values())
         longest_first = sorted(special, key=len, reverse=True)
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+    @functools.cached_property
+    def keeps(self) -> Callable[[str], bool]:
+        """`keeps(text)`: true only if its ids decode to it; see lossless.py."""
+        return make_keeps(self.backend)
 
     def to_json(self) -> str:
         """The text of tokenizer.json."""

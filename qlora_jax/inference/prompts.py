@@ -11,6 +11,7 @@ from qlora_jax.data.formats import FORMS, Form
 from qlora_jax.data.readers import Place, Problem, Row, raise_problems, read_rows, read_text
 from qlora_jax.data.spans import turn_marks
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tools import Tools, read_tools
 
 # Column that makes a row a prompt, and the form of training data that it belongs to.
 PROMPT_COLUMNS = {"messages": "messages", "prompt": "completion", "instruction": "alpaca"}
@@ -36,11 +37,13 @@ class Prompter:
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos_token else None
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
-    def conversation(self, messages: Sequence[Message]) -> list[int]:
+    def conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
         """Ids of a conversation whose next turn is the assistant's."""
         has_system = any(message["role"] == "system" for message in messages)
         system = [] if self.system is None or has_system else [{"role": "system", "content": self.system}]
-        return self.tokenizer.encode(self.tokenizer.render([*system, *messages], add_generation_prompt=True))
+        return self.tokenizer.encode(
+            self.tokenizer.render([*system, *messages], add_generation_prompt=True, tools=tools)
+        )
 
     def row(self, columns: Mapping[str, Any]) -> list[int]:
         """Ids of a row that has one of PROMPT_COLUMNS, an answer at its end left out.
@@ -55,7 +58,10 @@ class Prompter:
         form, answered = FORMS[name], _answered(columns)
         if problems := form.check(answered):
             raise ValueError("; ".join(problems))
-        return self.conversation(_conversation(form, answered)) if self.chat else self.text(_plain(form, answered))
+        if not self.chat:
+            return self.text(_plain(form, answered))
+        tools = read_tools(answered) if "tools" in form.optional else None
+        return self.conversation(_conversation(form, answered), tools)
 
 
 def prompter(tokenizer: Tokenizer, *, raw: bool, system: str | None) -> Prompter:

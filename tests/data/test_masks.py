@@ -11,10 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
+from qlora_jax.data import skeletons
 from qlora_jax.data.encode import Encoded, Learn, encode_segments
 from qlora_jax.data.encode_rows import encode_rows
 from qlora_jax.data.formats import FORMS
 from qlora_jax.data.readers import Place, Row
+from qlora_jax.data.skeletons import segmenter
 from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 
@@ -90,6 +92,25 @@ def test_mask_decodes_to_the_assistants_texts_and_ends(
         assert row.cut or row.ids.tolist() == whole
 
     check()
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3", "mistral", "modern", "thinking"])
+def test_a_kind_of_conversation_is_taken_apart_as_each_of_it_would_be(
+    smollm2_source: dict, templates: dict, name: str, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
+    fast, marks, slow = segmenter(tokenizer), turn_marks(tokenizer), []
+    whole = skeletons.conversation_segments
+    monkeypatch.setattr(skeletons, "conversation_segments", lambda *args: slow.append(args) or whole(*args))
+
+    @given(conversations(name != "mistral"))
+    def check(messages: list[dict[str, str]]):
+        assert fast(messages, None) == conversation_segments(tokenizer, marks, messages)
+
+    check()
+    plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    slow.clear()
+    assert fast(plain, None) and fast(plain, None) and len(slow) <= 1
 
 
 @kinds_of_template

@@ -1,0 +1,70 @@
+"""Which texts a tokenizer certainly keeps, told without decoding them, which would take as long as masks do."""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import tokenizers
+
+# A byte-level vocabulary has a letter for each byte: itself where it can be seen, else one from 256 on.
+_SEEN = {*range(33, 127), *range(161, 173), *range(174, 256)}
+_KEEPING = {"ByteLevel", "Digits", "Sequence", "Split"}
+
+
+def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
+    """`keeps(text)`: true only if the ids of `text` decode to it, spaces around special tokens aside.
+
+    That is known of byte-level BPE (without a normalizer, or with NFC for texts in that form), of characters whose
+    bytes all have a token. Of other tokenizers nothing is known.
+    """
+    missing = [byte for byte, letter in _letters() if backend.token_to_id(letter) is None]
+    if not _is_byte_level(backend) or any(0x80 <= byte < 0xC0 for byte in missing):
+        return lambda text: False
+    ranges = "".join(f"{re.escape(chr(low))}-{re.escape(chr(high))}" for low, high in map(_characters, missing))
+    lost = re.compile(f"[{ranges}]" if ranges else "(?!)")
+    if backend.normalizer is None:
+        return lambda text: not lost.search(text)
+    return lambda text: unicodedata.is_normalized("NFC", text) and not lost.search(text)
+
+
+def _letters() -> Iterator[tuple[int, str]]:
+    """(byte, its letter) of each byte that UTF-8 uses."""
+    unseen = iter(range(256, 512))
+    for byte in range(256):
+        letter = chr(byte if byte in _SEEN else next(unseen))
+        if byte not in (0xC0, 0xC1) and byte < 0xF5:
+            yield byte, letter
+
+
+def _characters(byte: int) -> tuple[int, int]:
+    """The first and last character whose first byte it is."""
+    if byte < 0x80:
+        return byte, byte
+    begin, size = next(
+        (mark, size) for mark, size in ((0xF0, 1 << 18), (0xE0, 1 << 12), (0xC0, 1 << 6)) if byte >= mark
+    )
+    first = (byte - begin) * size
+    return first, min(first + size - 1, 0x10FFFF)
+
+
+def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    model = backend.model
+    return (
+        isinstance(model, tokenizers.models.BPE)
+        and not model.continuing_subword_prefix
+        and not model.end_of_word_suffix
+        and (backend.normalizer is None or isinstance(backend.normalizer, tokenizers.normalizers.NFC))
+        and isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
+        and backend.pre_tokenizer is not None
+        and _splits_only(json.loads(backend.pre_tokenizer.__getstate__()))
+    )
+
+
+def _splits_only(pre_tokenizer: dict[str, Any]) -> bool:
+    """Whether it ends in bytes and takes nothing away before."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    return steps[-1]["type"] == "ByteLevel" and all(
+        step["type"] in _KEEPING and step.get("behavior") != "Removed" for step in steps
+    )

@@ -1,0 +1,63 @@
+"""A text that is said to be kept is kept, and what tokenizers are known to lose is never said to be."""
+
+import dataclasses
+
+import pytest
+import tokenizers
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import decoders, normalizers, pre_tokenizers
+
+from qlora_jax.data.encode import encode_segments
+from qlora_jax.data.lossless import make_keeps
+from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.tokenizer import Tokenizer
+
+
+def bare(text: str) -> str:
+    return "".join(text.split())
+
+
+# SmolLM2 lacks bytes of some control characters, and of planes 4 to 15.
+@given(st.text(st.characters(codec="utf-8")))
+@example("\x04")
+@example("\U00040000")
+@example("a<|im_end|> b")
+def test_what_is_kept_decodes_to_itself(tokenizer: Tokenizer, text: str):
+    if tokenizer.keeps(text):
+        assert bare(tokenizer.decode(tokenizer.encode(text))) == bare(text)
+    row = [Segment(text, True)]
+    encoded = encode_segments(tokenizer, row, tokenizer.encode_spans([text])[0])
+    assert encoded.lossy == (bare(tokenizer.decode(tokenizer.encode(text))) != bare(text))
+
+
+def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
+    assert tokenizer.keeps("naïve 👍🏽 123\n\t") and not tokenizer.keeps("a\x04") and not tokenizer.keeps("\U00040000")
+
+    def changed(**parts: object) -> tokenizers.Tokenizer:
+        backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
+        for name, part in parts.items():
+            setattr(backend, name, part)
+        return backend
+
+    nfc = make_keeps(changed(normalizer=normalizers.NFC()))
+    assert nfc("é") and not nfc("e\u0301")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    removing = pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), byte_level])
+    for unknown in (
+        {"normalizer": normalizers.Lowercase()},
+        {"pre_tokenizer": removing},
+        {"pre_tokenizer": pre_tokenizers.Whitespace()},
+        {"decoder": decoders.Fuse()},
+    ):
+        assert not make_keeps(changed(**unknown))("a")
+
+
+def test_a_text_that_is_kept_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    """Decoding takes as long as all else that masks take."""
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages)
+    encoding = tokenizer.encode_spans(["".join(segment.text for segment in segments)])[0]
+    mute = dataclasses.replace(tokenizer)
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: pytest.fail("decoded"))
+    assert not encode_segments(mute, segments, encoding).lossy
