@@ -73,7 +73,9 @@ class _Compiler:
 
 def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
+    # XLA warns of programs that do not fit a device, which is what plans are asked about; a crash is told all the same.
+    quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
+    environment = os.environ | quiet | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     # Not -m: the module would be __main__ there, and what it pickles unknown here.
     command = [sys.executable, "-c", "from pallas_kernels.aot import worker; worker.main()"]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
