@@ -47,13 +47,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 Oracle = Callable[..., dict[str, np.ndarray]]
 
 
-def _oracle_python() -> Path:
-    named = os.environ.get("QLORA_ORACLE_PYTHON")
-    python = Path(named) if named else ROOT / ".oracle/bin/python"
+def _python_of(folder: str, variable: str, holds: str) -> Path:
+    named = os.environ.get(variable)
+    python = Path(named) if named else ROOT / f".{folder}/bin/python"
     if named and not python.exists():
-        raise FileNotFoundError(f"QLORA_ORACLE_PYTHON={named} does not exist")
+        raise FileNotFoundError(f"{variable}={named} does not exist")
     if not python.exists():
-        pytest.skip("no oracle environment (torch, transformers, peft, bitsandbytes): bash scripts/setup_oracle.sh")
+        pytest.skip(f"no {folder} environment ({holds}): bash scripts/setup_{folder}.sh")
     return python
 
 
@@ -66,24 +66,34 @@ def _write_inputs(path: Path, inputs: dict[str, object]) -> None:
     np.savez(path, **arrays, json=np.array(json.dumps(rest)))
 
 
+def _runner(python_of: Callable[[], Path], folder: Path) -> Oracle:
+    def run(script: Path, **inputs: object) -> dict[str, np.ndarray]:
+        python = python_of()
+        source, result = folder / f"{script.stem}_in.npz", folder / f"{script.stem}_out.npz"
+        _write_inputs(source, inputs)
+        done = subprocess.run([python, script, source, result], capture_output=True, text=True)
+        if done.returncode != 0:
+            pytest.fail(f"{script.name} failed in {python}:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
+        with np.load(result) as arrays:
+            return dict(arrays)
+
+    return run
+
+
 @pytest.fixture
 def oracle(tmp_path: Path) -> Oracle:
     """`oracle(script, **inputs) -> arrays`: runs a script of tests/oracle in the oracle's Python (see bridge.py there).
 
     NumPy arrays pass as they are, everything else as JSON. Skips where the oracle's Python is absent.
     """
+    holds = "torch, transformers, peft, bitsandbytes"
+    return _runner(lambda: _python_of("oracle", "QLORA_ORACLE_PYTHON", holds), tmp_path)
 
-    def run(script: Path, **inputs: object) -> dict[str, np.ndarray]:
-        python = _oracle_python()
-        source, result = tmp_path / f"{script.stem}_in.npz", tmp_path / f"{script.stem}_out.npz"
-        _write_inputs(source, inputs)
-        done = subprocess.run([python, script, source, result], capture_output=True, text=True)
-        if done.returncode != 0:
-            pytest.fail(f"{script.name} failed in the oracle's Python:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}")
-        with np.load(result) as arrays:
-            return dict(arrays)
 
-    return run
+@pytest.fixture
+def llama_cpp(tmp_path: Path) -> Oracle:
+    """The same in the Python that has llama-cpp-python; skips where that is absent."""
+    return _runner(lambda: _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python"), tmp_path)
 
 
 def _load_script(name: str) -> ModuleType:

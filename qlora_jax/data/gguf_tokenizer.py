@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4  # values of tokenizer.ggml.token_type
-_SPACE = "\u2581"  # what SentencePiece writes for a space
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # values of tokenizer.ggml.token_type
+SPACE = "\u2581"  # what SentencePiece writes for a space
 
 
 class Pre(NamedTuple):
@@ -50,6 +50,7 @@ KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
     "gpt-2": Pre(_byte_level),
     "phi-2": Pre(_byte_level),
+    "olmo": Pre(_byte_level, normalizer=normalizers.NFC),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama3": _LLAMA3,
@@ -58,6 +59,21 @@ KNOWN_PRE = {
     "tekken": Pre(_split(r"\p{N}", _by_case(""), r"\r\n/"), ignore_merges=True),
     "qwen2": Pre(_split(r"\p{N}"), normalizer=normalizers.NFC),
 }
+
+
+def known_pre_of(tokenizer: Tokenizer, ignore_merges: bool, texts: Sequence[str]) -> str | None:
+    """The value of `tokenizer.ggml.pre` under which `texts` are normalized and split as `tokenizer` does it, if any."""
+    pieces = [_pieces(tokenizer.normalizer, tokenizer.pre_tokenizer, text) for text in texts]
+    for name, pre in KNOWN_PRE.items():
+        steps = pre.normalizer() if pre.normalizer else None, pre.split()
+        if pre.ignore_merges == ignore_merges and pieces == [_pieces(*steps, text) for text in texts]:
+            return name
+    return None
+
+
+def _pieces(normalizer: Any, split: Any, text: str) -> list[str]:
+    normal = normalizer.normalize_str(text) if normalizer else text
+    return [piece for piece, _ in split.pre_tokenize_str(normal)] if split else [normal]
 
 
 def rebuild(metadata: Mapping[str, Any], bos: str | None = None) -> Tokenizer:
@@ -103,12 +119,12 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     _check_lengths(metadata)
     tokens, kinds = [_spelt(token) for token in metadata["tokens"]], metadata["token_type"]
     merges = _merges_of_pieces(tokens, kinds, metadata["scores"])
-    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == _UNKNOWN), None)
+    unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     bpe = models.BPE(_vocabulary(tokens), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     tokenizer = Tokenizer(bpe)
-    prefixed, replaced = metadata["add_space_prefix"], normalizers.Replace(" ", _SPACE)
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), replaced]) if prefixed else replaced
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    prefixed, replaced = metadata["add_space_prefix"], normalizers.Replace(" ", SPACE)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), replaced]) if prefixed else replaced
+    steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     tokenizer.decoder = decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if prefixed else []))
     return tokenizer
 
@@ -118,7 +134,7 @@ MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
 
 def _spelt(token: str) -> str:
     """Gemma's runs of spaces are written as such in GGUF files, and pieces like others in SentencePiece."""
-    return token.replace(" ", _SPACE) if token.isspace() and set(token) == {" "} else token
+    return token.replace(" ", SPACE) if token.isspace() and set(token) == {" "} else token
 
 
 def _check_lengths(metadata: Mapping[str, Any]) -> None:
@@ -135,7 +151,7 @@ def _merges_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Seque
     pieces = {
         token: index
         for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
-        if kind == _NORMAL or set(token) == {_SPACE}
+        if kind == NORMAL or set(token) == {SPACE}
     }
     rank = {token: -scores[index] if scores else index for token, index in pieces.items()}
     pairs = [
@@ -178,7 +194,7 @@ def _added_tokens(tokens: Sequence[str], token_type: Sequence[int]) -> list[Adde
     if len(tokens) != len(token_type):
         raise ValueError(f"GGUF: {len(tokens)} tokenizer.ggml.tokens but {len(token_type)} token_type")
     return [
-        AddedToken(token, normalized=False, special=kind == _CONTROL)
+        AddedToken(token, normalized=False, special=kind == CONTROL)
         for token, kind in zip(tokens, token_type, strict=True)
-        if kind in (_CONTROL, _USER_DEFINED)
+        if kind in (CONTROL, USER_DEFINED)
     ]

@@ -21,7 +21,8 @@ from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.io.dense_folder import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.folders import staged_folder
-from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.gguf_frame import Framed, frame_of
+from qlora_jax.io.gguf_writer import Frame, frame_like, write_gguf
 from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
@@ -30,6 +31,7 @@ from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import linears
+from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, combine, partition
@@ -81,21 +83,17 @@ def export_merged(
     """Writes the run at `path` to the new folder `output` as one model, its weights in `dtype`.
 
     Args:
-      form: "hf", a folder for transformers; or "gguf", a file for llama.cpp, which a base in a GGUF file allows.
+      form: "hf", a folder for transformers; or "gguf", a file for llama.cpp.
       model: where the run's base lies now, if elsewhere than in training.
 
     Raises:
-      ValueError: no run or no such step, an output that is there already, another base than the run's, a form that its
-        base does not allow, or a merge in 16 bits or more whose logits are not those of base and adapter.
+      ValueError: no run or no such step, an output that is there already, another base than the run's, a model
+        that a GGUF file can't hold, or a merge in 16 bits or more whose logits are not those of base and adapter.
     """
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
-    if form == "gguf" and not is_gguf(str(opened.source.path)):
-        raise ValueError(
-            f"--format gguf takes metadata and tokenizer from the base's GGUF file, and {opened.source.path} is none. "
-            "Export with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
-        )
+    framed = _framed(opened) if form == "gguf" else None
     with staged_folder(output) as folder:
         with loading(console) as progress:
             base = load_base(opened, opened.args, progress)
@@ -103,30 +101,41 @@ def export_merged(
         graphdef, lora, frozen = adapted(base, run)
         prompts, none = tokens_of(opened.tokenizer, PROMPTS), jax.tree.map(jnp.zeros_like, lora)
         with_adapter, without = (_logits(graphdef, each, frozen, prompts) for each in (lora, none))
-        write = {"hf": _write_folder, "gguf": _write_file}[form]
-        adapters = _adapters(combine(graphdef, lora, frozen))
-        written = write(folder, opened, slots, computed=computed, dtype=dtype, adapters=adapters)
-        del base, slots, frozen, adapters  # what is read back may leave no room for them
+        tensors = {"computed": computed, "adapters": _adapters(combine(graphdef, lora, frozen))}
+        written = (
+            _write_file(folder, framed.frame, slots, dtype, **tensors)
+            if framed
+            else _write_folder(folder, opened, slots, dtype, **tensors)
+        )
+        del base, slots, frozen, tensors  # what is read back may leave no room for them
         found = difference(_logits(*_read_back(written, computed.name), prompts), with_adapter, without)
         if not found.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {found}. Try --dtype float32")
-    lines = [f"{run.label}, merged: {output}", str(found)]
+    lines = [f"{run.label}, merged: {output}", str(found), *(framed.notes if framed else [])]
     if not found.is_small:
         lines.append(f"{dtype} rounds away more than the adapter adds: --dtype q8_0 or float16 keeps what was learned")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_folder(folder: Path, opened: Opened, slots: Sequence[Slot], *, dtype: str, **how: Any) -> Path:
-    write_dense_folder(folder, slots, opened.source.config, dtype=jnp.dtype(dtype), **how)
+def _framed(opened: Opened) -> Framed:
+    source, features = opened.source, opened.features
+    if is_gguf(str(source.path)):
+        return Framed(frame_like(source.path, source.config, opened.tokenizer.chat_template), [])
+    model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))
+    shapes = {name: slot.shape for slot in slots_of(model) for name in slot.names}
+    return frame_of(source, features, opened.tokenizer, shapes)
+
+
+def _write_folder(folder: Path, opened: Opened, slots: Sequence[Slot], dtype: str, **tensors: Any) -> Path:
+    write_dense_folder(folder, slots, opened.source.config, dtype=jnp.dtype(dtype), **tensors)
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
     return folder
 
 
-def _write_file(folder: Path, opened: Opened, slots: Sequence[Slot], *, dtype: str, **how: Any) -> Path:
-    source, path = opened.source, folder / f"model-{dtype}.gguf"
+def _write_file(folder: Path, frame: Frame, slots: Sequence[Slot], dtype: str, **tensors: Any) -> Path:
+    path = folder / f"model-{dtype}.gguf"
     names = [name for slot in slots for name in slot.names]
-    values = (np.asarray(tensor) for tensor in dense_tensors(slots, **how))
-    write_gguf(path, source.path, source.config, names, values, dtype)
+    write_gguf(path, frame, names, (np.asarray(tensor) for tensor in dense_tensors(slots, **tensors)), dtype)
     return path
 
 

@@ -14,14 +14,8 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qlora_jax.io.entries import ModelSource, TensorEntry, map_bytes
-from qlora_jax.io.gguf_architectures import Architecture
-from qlora_jax.io.gguf_config import (
-    LONGROPE_FACTORS,
-    ROPE_FACTORS,
-    architecture_of,
-    check_types,
-    config_from_metadata,
-)
+from qlora_jax.io.gguf_architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf_config import architecture_of, check_types, config_from_metadata
 from qlora_jax.io.gguf_header import TensorInfo, parse_header
 from qlora_jax.io.gguf_tokenizer import tokenizer_from_metadata
 

@@ -22,6 +22,11 @@ QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"
 NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 FOUR_NORMS = NORMS_BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
 
+ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's scaling divides each rotary frequency by
+LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+HEAD, OUTPUT_BIAS = "output.weight", ("attn_output.bias",)
+MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
+
 RMS_EPS = {"attention.layer_norm_rms_epsilon": "rms_norm_eps"}
 LAYER_EPS = {"attention.layer_norm_epsilon": "layer_norm_eps"}
 SILU = {"hidden_act": "silu"}
@@ -51,6 +56,11 @@ class Architecture:
       fixed: attributes that the architecture implies.
       query_scalar_layers: a model of as many layers scales queries by its width a head, others by their length of a
         head (llama.cpp; there is no key); 0: the architecture has no scale of its own.
+      also: further model_types of Hugging Face that are this architecture.
+      rope_tables: tensors of rotary factors that llama.cpp reads; without one it can't scale by frequency.
+      never: tensors that llama.cpp has no place for, by the end of their names.
+      always: tensors that llama.cpp asks for, where others may do without.
+      square: llama.cpp takes all of a layer's queries to be as wide as the residual stream.
     """
 
     name: str
@@ -67,6 +77,11 @@ class Architecture:
     partial: str | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     query_scalar_layers: int = 0
+    also: tuple[str, ...] = ()
+    rope_tables: tuple[str, ...] = ()
+    never: tuple[str, ...] = ()
+    always: tuple[str, ...] = ()
+    square: bool = False
 
     def hugging_face_name(self, layer: str | None, part: str, leaf: str) -> str | None:
         """("3", "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"; None for a part that is not known."""
@@ -74,6 +89,16 @@ class Architecture:
         if module is None:
             return None
         return f"{module}.{leaf}" if layer is None else f"{self.layers}.{layer}.{module}.{leaf}"
+
+    def gguf_name(self, name: str) -> str:
+        """The inverse: "model.layers.3.self_attn.q_proj.weight" -> "blk.3.attn_q.weight"; KeyError for another name."""
+        # Where two parts have one name, that of the architecture itself, which stands behind the shared ones.
+        parts = {module: part for part, module in {**MODULES, **self.modules}.items()}
+        module, leaf = name.rsplit(".", 1)
+        if not module.startswith(f"{self.layers}."):
+            return f"{parts[module]}.{leaf}"
+        layer, module = module.removeprefix(f"{self.layers}.").split(".", 1)
+        return f"blk.{layer}.{parts[module]}.{leaf}"
 
 
 ALL = (
@@ -84,8 +109,10 @@ ALL = (
         permutes_rotary_rows=True,
         biases=BIASES,
         fixed=SILU,
+        also=("mistral",),
+        rope_tables=(ROPE_FACTORS,),
     ),
-    Architecture(name="qwen2", model_type="qwen2", class_name="Qwen2ForCausalLM", fixed=SILU),
+    Architecture(name="qwen2", model_type="qwen2", class_name="Qwen2ForCausalLM", fixed=SILU, square=True),
     Architecture(
         name="qwen3",
         model_type="qwen3",
@@ -93,6 +120,7 @@ ALL = (
         modules=QK_NORMS,
         biases=ATTENTION_BIAS,
         fixed=SILU,
+        never=OUTPUT_BIAS,
     ),
     Architecture(
         name="smollm3",
@@ -101,6 +129,7 @@ ALL = (
         permutes_rotary_rows=True,
         biases=BIASES,
         fixed=SILU | {"no_rope_layer_interval": 4},  # llama.cpp knows no other
+        never=(*OUTPUT_BIAS, *MLP_BIASES),
     ),
     Architecture(
         name="olmo2",
@@ -109,6 +138,9 @@ ALL = (
         modules=QK_NORMS | NORMS_BEHIND,
         biases=ATTENTION_BIAS,
         fixed=SILU,
+        never=OUTPUT_BIAS,
+        always=(HEAD,),
+        square=True,
     ),
     Architecture(
         name="gemma",
@@ -116,6 +148,7 @@ ALL = (
         class_name="GemmaForCausalLM",
         norm_offset=1.0,
         biases=ATTENTION_BIAS,
+        never=(*OUTPUT_BIAS, HEAD),
     ),
     Architecture(
         name="gemma2",
@@ -126,6 +159,7 @@ ALL = (
         attributes=WINDOW | SOFTCAPS,
         biases=ATTENTION_BIAS,
         query_scalar_layers=46,
+        never=(*OUTPUT_BIAS, HEAD),
     ),
     Architecture(
         name="gemma3",
@@ -141,6 +175,7 @@ ALL = (
         },
         biases=ATTENTION_BIAS,
         query_scalar_layers=62,
+        never=OUTPUT_BIAS,
     ),
     Architecture(
         name="phi2",
@@ -154,6 +189,8 @@ ALL = (
         },
         eps=LAYER_EPS,
         partial="partial_rotary_factor",
+        always=(HEAD,),
+        square=True,
     ),
     Architecture(
         name="phi3",
@@ -163,6 +200,8 @@ ALL = (
         attributes=WINDOW,
         partial="partial_rotary_factor",
         fixed=SILU,
+        rope_tables=tuple(LONGROPE_FACTORS.values()),
+        square=True,
     ),
     Architecture(
         name="gptneox",
@@ -183,6 +222,9 @@ ALL = (
         attributes={"use_parallel_residual": "use_parallel_residual"},
         biases={"attention_bias": "blk.0.attn_qkv.bias"},
         partial="rotary_pct",
+        always=(HEAD, "attn_qkv.bias"),
+        square=True,
     ),
 )
 ARCHITECTURES = {architecture.name: architecture for architecture in ALL}
+OF_MODEL_TYPE = {kind: each for each in ALL for kind in (each.model_type, *each.also)}

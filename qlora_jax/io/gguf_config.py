@@ -10,10 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.io.gguf_architectures import ARCHITECTURES, Architecture
-
-ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's scaling divides each rotary frequency by
-LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
+from qlora_jax.io.gguf_architectures import ARCHITECTURES, LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 
 REQUIRED = {
     "embedding_length": "hidden_size",

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from qlora_jax.io.gguf_header import parse_header
-from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.gguf_writer import frame_like, write_gguf
 from qlora_jax.io.source import open_model
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 
@@ -21,7 +21,8 @@ def _written(tmp_path: Path, name: str, dtype: str):
     base = write_family(tmp_path / "base.gguf", architecture, config, random_tensors(config))
     given = dict(sorted(random_tensors(config, seed=1).items(), reverse=True))  # in another order than the base's
     path = tmp_path / "new.gguf"
-    write_gguf(path, base, open_model(base).config, list(given), iter(given.values()), dtype)
+    frame = frame_like(base, open_model(base).config, None)
+    write_gguf(path, frame, list(given), iter(given.values()), dtype)
     return base, path, given
 
 

@@ -42,8 +42,8 @@ def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
 
 
-def _write_run(run: Path, model: Path, lora_args: LoraArgs) -> tuple[Any, Any]:
-    """A run with random adapters, as training would have left it; its model and its base model."""
+def _write_run(run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1) -> tuple[Any, Any]:
+    """A run with random adapters of some scale, as training would have left it; its model and its base model."""
     config = Config(
         model=ModelArgs(path=str(model), compute_dtype="float32"),
         lora=lora_args,
@@ -56,7 +56,7 @@ def _write_run(run: Path, model: Path, lora_args: LoraArgs) -> tuple[Any, Any]:
     add_lora(base, lora_args, jax.random.key(0))
     graphdef, lora, frozen = partition(base)
     key = jax.random.key(1)
-    lora = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * 0.1, lora)
+    lora = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, lora)
     run.mkdir()
     write_config(config, run / CONFIG_FILE)
     with Checkpoints(run, keep=1) as checkpoints:

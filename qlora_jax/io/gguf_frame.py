@@ -1,0 +1,104 @@
+"""What a GGUF file of a model in a Hugging Face folder holds beside its weights."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from gguf.constants import GGMLQuantizationType
+
+from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.gguf_architectures import OF_MODEL_TYPE, Architecture
+from qlora_jax.io.gguf_config import config_from_metadata
+from qlora_jax.io.gguf_header import TensorInfo
+from qlora_jax.io.gguf_metadata import features_lost, metadata_of, tensors_misplaced
+from qlora_jax.io.gguf_vocabulary import vocabulary_of
+from qlora_jax.io.gguf_writer import Frame, keys_of, target_of
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families import model_config
+
+WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window, says that it does not use it, and lets every token see all
+
+
+class Framed(NamedTuple):
+    """A frame, and what whoever uses the file should know."""
+
+    frame: Frame
+    notes: list[str]
+
+
+def frame_of(
+    source: ModelSource, features: ModelConfig, tokenizer: Tokenizer, shapes: Mapping[str, tuple[int, ...]]
+) -> Framed:
+    """The frame of a model in a Hugging Face folder, in the form of llama.cpp's converter.
+
+    Args:
+      features: of the model.
+      shapes: of its tensors, by Hugging Face's name.
+
+    Raises:
+      ValueError: no architecture of GGUF, or features, tensors or a tokenizer that such a file can't hold: all of
+        them but the tokenizer's at once.
+    """
+    model_type = source.config["model_type"]
+    if model_type not in OF_MODEL_TYPE:
+        raise ValueError(f"{source.path}: no GGUF architecture for model_type {model_type!r}: export with --format hf")
+    architecture = OF_MODEL_TYPE[model_type]
+    targets = {name: architecture.gguf_name(name) for name in shapes}
+    metadata, tables = metadata_of(features, architecture)
+    config = config_from_metadata(source.path, architecture, metadata, frozenset(targets.values()), tables)
+    problems = _problems(architecture, features, model_config(config), list(targets.values()))
+    if problems:
+        lines = "\n  ".join(problems)
+        raise ValueError(
+            f"{source.path}: a GGUF file of architecture {architecture.name} can't hold this model; export with "
+            f"--format hf:\n  {lines}"
+        )
+    stop = source.tokenizer["stop_token_ids"]
+    vocabulary, notes = vocabulary_of(tokenizer, features.vocab_size, stop, architecture.name)
+    general = {"general.type": "model", **_named(source.path, tokenizer)}
+    return Framed(
+        Frame(
+            architecture=architecture.name,
+            keys=keys_of({**general, **metadata, **vocabulary}),
+            targets={
+                name: target_of(source.path, _info(there, shapes[name]), architecture, config)
+                for name, there in targets.items()
+            },
+            tables=tables,
+        ),
+        notes + _notes(architecture, features),
+    )
+
+
+# llama.cpp lets special tokens of a model that is called so take the space behind them, and looks up these tokens.
+STRIPPING, STRIPPED = ("phi-3", "phi3"), ("</s>", "<unk>", "<s>", "<|endoftext|>")
+
+
+def _named(folder: Path, tokenizer: Tokenizer) -> dict[str, str]:
+    """general.name, the folder's, such that llama.cpp strips spaces where the tokenizer does; none where it can't."""
+    name, backend = folder.absolute().name, tokenizer.backend
+    strips = any(token.rstrip and token.special for token in backend.get_added_tokens_decoder().values())
+    strips = strips and all(backend.token_to_id(token) is not None for token in STRIPPED)
+    said = any(word in name.lower() for word in STRIPPING)
+    if said == strips:
+        return {"general.name": name}
+    return {"general.name": f"{STRIPPING[0]} {name}"} if strips else {}
+
+
+def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
+    return TensorInfo(name=name, shape=shape, type=GGMLQuantizationType.F32, offset=0, nbytes=0)
+
+
+def _problems(architecture: Architecture, features: ModelConfig, read: ModelConfig, names: list[str]) -> list[str]:
+    problems = [*features_lost(features, read), *tensors_misplaced(architecture, names)]
+    queries = features.num_heads * features.head_dim
+    if architecture.square and queries != features.embed_dim:
+        problems.append(f"num_heads * head_dim = {queries}: llama.cpp takes it to be embed_dim = {features.embed_dim}")
+    return problems
+
+
+def _notes(architecture: Architecture, features: ModelConfig) -> list[str]:
+    if architecture.name in WINDOW_UNUSED and any(features.windows):
+        return ["llama.cpp does not use the sliding window of this architecture: beyond it, tokens see more than here"]
+    return []

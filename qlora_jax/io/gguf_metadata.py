@@ -1,0 +1,165 @@
+"""Translates a model's features into GGUF metadata: the inverse of gguf_config.
+
+What a file can't say is found by reading it: a feature that comes back another has no key.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from qlora_jax.io.gguf_architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf_config import llama3_factors
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.nn.rope import SCALINGS, Rope
+
+Tables = dict[str, np.ndarray]
+GEMMA3_PATTERN = 6  # every sixth layer sees everything, where a file has no key
+
+
+def metadata_of(features: ModelConfig, architecture: Architecture) -> tuple[dict[str, Any], Tables]:
+    """(values by key, the architecture's prefix included; tensors of rotary factors) of a model.
+
+    A feature that no key stands for is left out: `features_lost` finds it.
+    """
+    f = features
+    scaling, tables = SCALED[f.rope.scaling.kind](f.rope)
+    keys = {
+        "context_length": f.max_positions,
+        "embedding_length": f.embed_dim,
+        "block_count": f.num_layers,
+        "feed_forward_length": f.mlp_dim,
+        "attention.head_count": f.num_heads,
+        "attention.head_count_kv": f.num_kv_heads,
+        "attention.key_length": f.head_dim,
+        "attention.value_length": f.head_dim,
+        "rope.dimension_count": f.rope.dim,
+        "rope.freq_base": float(f.rope.theta),
+        "vocab_size": f.vocab_size,
+        **{key: f.norm_eps for key in architecture.eps},
+        **{key: value for key in architecture.attributes if (value := OPTIONAL[key](f)) is not None},
+        **scaling,
+    }
+    kept = {name: table for name, table in tables.items() if name in architecture.rope_tables}
+    return {f"{architecture.name}.{key}": value for key, value in keys.items()}, kept
+
+
+def features_lost(features: ModelConfig, read: ModelConfig) -> list[str]:
+    """What is another in `read`, the model that a file with the metadata of `features` holds."""
+    lost = [
+        (field.name, ours, its)
+        for field in dataclasses.fields(ModelConfig)
+        if not _same(ours := getattr(features, field.name), its := getattr(read, field.name))
+    ]
+    return [f"{name} = {_short(ours)}: the file would say {_short(its)}" for name, ours, its in lost]
+
+
+def tensors_misplaced(architecture: Architecture, names: Iterable[str]) -> list[str]:
+    """What llama.cpp's program of the architecture has no place for, and what it asks for and is not there."""
+    parts = {name.split(".", 2)[-1] if name.startswith("blk.") else name for name in names}
+    return [f"{part}: llama.cpp knows none in {architecture.name}" for part in architecture.never if part in parts] + [
+        f"{part}: llama.cpp needs one in {architecture.name}" for part in architecture.always if part not in parts
+    ]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(_short, value))})"
+    text = f"{value.theta:g} {value.scaling.kind}" if isinstance(value, Rope) else repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+def _same(ours: Any, its: Any) -> bool:
+    """Equal as far as f32 tells; rotations by what they do, since the same may be said in several ways."""
+    if isinstance(ours, tuple) and isinstance(its, tuple):
+        return len(ours) == len(its) and all(map(_same, ours, its))
+    if isinstance(ours, Rope) and isinstance(its, Rope):
+        return _same_rotations(ours, its)
+    if isinstance(ours, float) and isinstance(its, float):
+        return math.isclose(ours, its, rel_tol=1e-6)
+    return ours == its
+
+
+def _same_rotations(ours: Rope, its: Rope) -> bool:
+    if ours.dim != its.dim:
+        return False
+    # Within the context that was trained and beyond it: some scalings tell the two apart.
+    for length in (1, 2 * ours.max_positions):
+        (frequencies, factor), (others, other) = (SCALINGS[rope.scaling.kind](rope, length) for rope in (ours, its))
+        if not (np.allclose(frequencies, others, rtol=1e-5, atol=0) and math.isclose(factor, other, rel_tol=1e-6)):
+            return False
+    return True
+
+
+def _window(features: ModelConfig) -> int | None:
+    return next((window for window in features.windows if window is not None), None)
+
+
+def _pattern(features: ModelConfig) -> int | None:
+    slides = [window is not None for window in features.windows]
+    patterns = (GEMMA3_PATTERN, *range(1, len(slides) + 2))
+    return next((p for p in patterns if slides == [bool((layer + 1) % p) for layer in range(len(slides))]), None)
+
+
+def _local_theta(features: ModelConfig) -> float | None:
+    ropes = zip(features.ropes, features.windows, strict=False)
+    return next((float(rope.theta) for rope, window in ropes if rope is not None and window is not None), None)
+
+
+# The values of keys that only some architectures have, from the features; None: there is no such key in the file.
+OPTIONAL: Mapping[str, Callable[[ModelConfig], Any]] = {
+    "attention.sliding_window": _window,
+    "attention.sliding_window_pattern": _pattern,
+    "rope.freq_base_swa": _local_theta,
+    "attn_logit_softcapping": lambda features: features.attention_softcap,
+    "final_logit_softcapping": lambda features: features.head_softcap,
+    "use_parallel_residual": lambda features: features.layout == "parallel",
+}
+
+
+def _linear(rope: Rope) -> tuple[dict[str, Any], Tables]:
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.scaling.get("factor"))}, {}
+
+
+def _yarn(rope: Rope) -> tuple[dict[str, Any], Tables]:
+    numbers = rope.scaling
+    given = {name: numbers.get(name) for name in ("beta_fast", "beta_slow")}
+    keys = {
+        "rope.scaling.type": "yarn",
+        "rope.scaling.factor": float(numbers.get("factor")),
+        **_original(rope),
+        **{f"rope.scaling.yarn_{name}": float(value) for name, value in given.items() if value is not None},
+    }
+    return keys, {}
+
+
+def _llama3(rope: Rope) -> tuple[dict[str, Any], Tables]:
+    return {}, {ROPE_FACTORS: llama3_factors(rope.dim, rope.theta, dict(rope.scaling.numbers))}
+
+
+def _longrope(rope: Rope) -> tuple[dict[str, Any], Tables]:
+    _, factor = SCALINGS["longrope"](rope, 1)
+    tables = {tensor: np.asarray(rope.scaling.get(name), np.float32) for name, tensor in LONGROPE_FACTORS.items()}
+    return {"rope.scaling.attn_factor": float(factor), **_original(rope)}, tables
+
+
+def _original(rope: Rope) -> dict[str, Any]:
+    original = rope.scaling.get("original_max_position_embeddings", rope.max_positions)
+    return {"rope.scaling.original_context_length": int(original)}
+
+
+def _unscaled(rope: Rope) -> tuple[dict[str, Any], Tables]:
+    return {}, {}
+
+
+# A file can't say "dynamic".
+SCALED: Mapping[str, Callable[[Rope], tuple[dict[str, Any], Tables]]] = {
+    "default": _unscaled,
+    "dynamic": _unscaled,
+    "linear": _linear,
+    "yarn": _yarn,
+    "llama3": _llama3,
+    "longrope": _longrope,
+}

@@ -1,0 +1,166 @@
+"""GGUF files of models in Hugging Face folders, in every architecture: as the converter writes them, and read back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.io.gguf_frame import frame_of
+from qlora_jax.io.gguf_header import parse_header
+from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.source import open_model
+from qlora_jax.models.families import model_config
+from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
+from tests.io.tiny_models import write_folder
+from tests.io.tiny_tokenizers import CORPUS, byte_level, sentencepiece
+
+VOCABULARY = 460
+NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
+MISTRAL = FAMILIES["llama"][1] | dict(model_type="mistral", sliding_window=None)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = FAMILIES | {
+    "mistral": ("llama", MISTRAL),
+    "llama 3": (
+        "llama",
+        FAMILIES["llama"][1] | dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=8192), head_dim=16),
+    ),
+    "qwen2, yarn": ("qwen2", FAMILIES["qwen2"][1] | dict(rope_scaling=YARN)),
+}
+
+
+def _folder(path: Path, config: dict[str, Any], tokenizer: str | None = None, size: int = VOCABULARY, **named: Any):
+    """(source, features, tokenizer, tensors) of a model in a folder."""
+    config = config | {"vocab_size": size}
+    tensors = random_tensors(config)
+    files = {"tokenizer.json": tokenizer or byte_level(), "tokenizer_config.json": json.dumps(NAMED | named)}
+    source = open_model(write_folder(path, config, tensors, **files))
+    return source, model_config(source.config), load_tokenizer(source.tokenizer), tensors
+
+
+def _written(path: Path, source, features, tokenizer, tensors) -> tuple[Path, list[str]]:
+    framed = frame_of(source, features, tokenizer, {name: tensor.shape for name, tensor in tensors.items()})
+    write_gguf(path, framed.frame, list(tensors), iter(tensors.values()), "float32")
+    return path, framed.notes
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_model_returns(tmp_path: Path, name: str) -> None:
+    architecture, config = CONFIGS[name]
+    source, features, tokenizer, tensors = _folder(tmp_path / "model", config)
+    path, _ = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    read = open_model(path)
+    found = model_config(read.config)
+    assert found.linear_shapes() == features.linear_shapes() and found.windows == features.windows
+    assert read.tensors.keys() == tensors.keys()
+    rounding = 2.5e-7 if architecture in ONE_MORE else 0  # 1 is added and taken away
+    for tensor, values in tensors.items():
+        np.testing.assert_allclose(read.tensors[tensor].read(), values, rtol=0, atol=rounding, err_msg=tensor)
+    again = load_tokenizer(read.tokenizer)
+    assert again.encode_batch(CORPUS) == tokenizer.encode_batch(CORPUS)
+    assert (again.bos_id, again.eos_id, again.chat_template) == (1, 2, "{{ messages }}")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_is_what_the_converter_writes(tmp_path: Path, name: str) -> None:
+    """Every key of the architecture that the converter's form has, and every tensor under the gguf package's name."""
+    architecture, config = FAMILIES[name]
+    source, features, tokenizer, tensors = _folder(tmp_path / "model", config)
+    path, _ = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    like = write_family(tmp_path / "like.gguf", architecture, source.config, tensors)
+    ours, its = (parse_header(each) for each in (path, like))
+    keys = {key: value for key, value in its.metadata.items() if key.startswith(architecture)}
+    # 0 stands for absent.
+    assert {key: ours.metadata.get(key, 0) for key in keys} == pytest.approx(keys)
+    shapes = ({info.name: (info.shape, info.type) for info in header.tensors} for header in (ours, its))
+    assert next(shapes) == next(shapes)
+    read, expected = open_model(path), open_model(like)
+    assert all(np.array_equal(read.tensors[t].read(), expected.tensors[t].read()) for t in expected.tensors)
+    assert gguf.GGUFReader(path).fields["general.architecture"].contents() == architecture
+
+
+LOST = {
+    "llama": (
+        dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)),
+        ["rope = 5000 dynamic: the file would say 5000 default"],
+    ),
+    "mistral": (dict(sliding_window=16), [r"windows = \(16, 16\): the file would say \(\)"]),
+    "qwen3": (dict(attention_bias=True), ["attn_output.bias: llama.cpp knows none in qwen3"]),
+    "qwen2": (dict(head_dim=32), ["num_heads \\* head_dim = 128: llama.cpp takes it to be embed_dim = 64"]),
+    "gemma2": (
+        dict(query_pre_attn_scalar=100, attn_logit_softcapping=None, tie_word_embeddings=False),
+        ["query_scale = 0.1: the file would say", "attention_softcap = None", "output.weight: llama.cpp knows none"],
+    ),
+    "smollm3": (
+        dict(no_rope_layers=[0, 1]),
+        [r"ropes = \(None, 5000 default\): the file would say \(\)"],
+    ),
+    "olmo2": (dict(tie_word_embeddings=True), ["output.weight: llama.cpp needs one in olmo2"]),
+    "gptneox": (dict(hidden_act="gelu_new"), ["activation = 'gelu_tanh': the file would say 'gelu'"]),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_a_file_can_not_say_is_refused_at_once(tmp_path: Path, name: str) -> None:
+    changes, problems = LOST[name]
+    source, features, tokenizer, tensors = _folder(tmp_path / "model", CONFIGS[name][1] | changes)
+    for problem in problems:
+        with pytest.raises(ValueError, match=rf"(?s)can't hold this model.*{problem}"):
+            _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+
+
+TOKENIZERS = {
+    "smollm": (byte_level, "gpt2", "smollm"),
+    "gpt-2": (lambda: byte_level("gpt-2"), "gpt2", "gpt-2"),
+    "olmo": (lambda: byte_level("gpt-2", normalizer="nfc"), "gpt2", "olmo"),
+    "llama": (sentencepiece, "llama", "default"),
+    "gemma": (lambda: sentencepiece(prefixed=False), "llama", "default"),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_tokenizers_return(tmp_path: Path, name: str) -> None:
+    make, model, pre = TOKENIZERS[name]
+    named = {} if model == "gpt2" else {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = FAMILIES["gemma" if name == "gemma" else "llama"][1]
+    source, features, tokenizer, tensors = _folder(tmp_path / "model", config, make(), **named)
+    path, notes = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    keys = parse_header(path).metadata
+    assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"], notes) == (model, pre, [])
+    assert len(keys["tokenizer.ggml.tokens"]) == VOCABULARY and keys["tokenizer.ggml.add_bos_token"] is False
+    if model == "llama":
+        assert keys["tokenizer.ggml.add_space_prefix"] is (name == "llama")
+    again = load_tokenizer(open_model(path).tokenizer)
+    texts = [*CORPUS, "a </s> b", "<|im_end|>\n<tool> <table>  two", "\U0001f600 unseen \u4e2d"]
+    assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
+    assert again.special_tokens == tokenizer.special_tokens
+
+
+def test_tokenizers_that_a_file_can_not_hold_are_refused(tmp_path: Path) -> None:
+    word_level = json.loads(byte_level()) | {
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "<u>": 1}, "unk_token": "<u>"}
+    }
+    word_level |= {"added_tokens": []}
+    refused = {
+        "no known value of tokenizer.ggml.pre": (byte_level("dots"), {}),
+        "the tokenizer's model is WordLevel": (json.dumps(word_level), dict(bos_token=None, eos_token=None)),
+        "tokens beyond the 300 rows of the model's embedding": (byte_level(), dict(size=300)),
+    }
+    for problem, (text, named) in refused.items():
+        source, features, tokenizer, tensors = _folder(tmp_path / "model", FAMILIES["llama"][1], text, **named)
+        with pytest.raises(ValueError, match=problem):
+            _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+
+
+def test_what_is_read_otherwise_is_noted(tmp_path: Path) -> None:
+    text = json.loads(byte_level())
+    text["added_tokens"][2]["rstrip"] = True
+    source, features, tokenizer, tensors = _folder(tmp_path / "model", FAMILIES["phi3"][1], json.dumps(text))
+    source.tokenizer["stop_token_ids"] = [2, 0, 3, 4]
+    path, notes = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    assert open_model(path).tokenizer["stop_token_ids"] == [2, 0, 3]
+    assert "['<|im_end|>']" in notes[0] and "these it does not: ['\"']" in notes[1] and "sliding window" in notes[2]

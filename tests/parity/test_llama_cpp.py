@@ -1,0 +1,106 @@
+"""Exported GGUF files, run by llama.cpp: it computes what our model computes, from the same ids."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.export import main
+from qlora_jax.io.export_merged import PROMPTS
+from qlora_jax.quantize import main as quantize
+from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.tiny_models import write_folder
+from tests.io.tiny_tokenizers import CORPUS, byte_level
+from tests.parity.test_peft import LORAS, _logits, _write_run
+
+SCRIPT = Path(__file__).parent.parent / "oracle/llama_cpp_models.py"
+VOCABULARY, LENGTH = 460, 19
+NAMED = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
+TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
+# llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
+DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
+NEW_TOKENS = 24
+ARCHITECTURES = [n for n in FAMILIES if n != "phi3"]
+
+
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets up its process; a test shares it."""
+    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
+
+
+def _run(tmp_path: Path, name: str, lora: str = "all", **changes: Any):
+    """(folder of a run on a model in a folder, its model)."""
+    # llama.cpp's contexts hold 256 tokens at least, and LongRoPE goes by what they hold.
+    lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
+    config = FAMILIES[name][1] | {k: v for k, v in lengths.items() if k in FAMILIES[name][1]}
+    config |= {"vocab_size": VOCABULARY} | changes
+    files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
+    model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
+    return tmp_path / name, _write_run(tmp_path / name, model, LORAS[lora])[0]
+
+
+def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
+    empty = {"rows": [], "texts": [], "prompts": []}
+    return {"model": str(model), "lora": None if lora is None else str(lora), **empty, **more}
+
+
+def _ids(found: dict[str, np.ndarray], name: str) -> dict[str, Any]:
+    return json.loads(str(found[f"{name}/ids"]))
+
+
+def _chosen_by_ours(model: Any, prompts: list[list[int]], replies: list[list[int]], within: float) -> int:
+    """How many tokens of greedy replies are our model's first choice; for the others, it hardly prefers another."""
+    count = 0
+    for prompt, reply in zip(prompts, replies, strict=True):
+        row = np.array([prompt + reply], np.int32)
+        logits = _logits(model, row)[0, len(prompt) - 1 : -1]
+        behind = logits.max(-1) - logits[np.arange(len(reply)), reply]
+        assert behind.max() <= within * np.abs(logits).max()
+        count += int((behind == 0).sum())
+    return count
+
+
+@pytest.mark.slow
+def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
+    """In f32; where llama.cpp's activation is a table in f16 (all that have a GELU), within its rounding."""
+    ours, cases = {}, {}
+    for name in ARCHITECTURES:
+        run, model = _run(tmp_path, name, **DEEPER.get(name, {}))
+        main([str(run), "--format", "gguf", "--dtype", "float32"])
+        ours[name] = _logits(model, TOKENS)
+        cases[name] = _case(run / "gguf/model-float32.gguf", rows=TOKENS.tolist(), texts=CORPUS)
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    expected = load_tokenizer({"tokenizer_json": byte_level()}).encode_batch(CORPUS)
+    for name, logits in ours.items():
+        within = 1e-3 if name.startswith(("gemma", "phi2", "gptneox")) else 1e-5
+        off = np.abs(found[f"{name}/logits"] - logits).max() / np.abs(logits).max()
+        assert off < within, (name, off)
+        assert _ids(found, name)["texts"] == expected, name
+        assert found[f"{name}/special"].tolist() == [1, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["file", "folder"])
+def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> None:
+    """A real model in f16, from its GGUF file and from a Hugging Face folder: ids of all texts, and greedy replies."""
+    if base == "folder":
+        quantize([str(smollm2_gguf), "--output", str(tmp_path / "folder"), "--quant-type", "none"])
+    run, path = tmp_path / "run", tmp_path / "run/gguf/model-float16.gguf"
+    model, _ = _write_run(run, smollm2_gguf if base == "file" else tmp_path / "folder", LORAS["all"], scale=0.02)
+    main([str(run), "--format", "gguf", "--dtype", "float16"])
+    source = open_model(path)
+    tokenizer = load_tokenizer(source.tokenizer)
+    assert source.tokenizer["chat_template"] == open_model(smollm2_gguf).tokenizer["chat_template"]
+    texts = [text for text in TRICKY if "\x00" not in text]
+    prompts = [tokenizer.encode(text) for text in PROMPTS]
+    case = _case(path, rows=[prompts[0]], texts=texts, prompts=prompts)
+    found = llama_cpp(SCRIPT, cases={"run": case}, new_tokens=NEW_TOKENS)
+    logits = _logits(model, np.array([prompts[0]], np.int32))
+    assert np.abs(found["run/logits"] - logits).max() < 0.01 * np.abs(logits).max()
+    ids = _ids(found, "run")
+    assert ids["texts"] == tokenizer.encode_batch(texts)
+    assert _chosen_by_ours(model, prompts, ids["replies"], within=0.01) > 0.95 * NEW_TOKENS * len(prompts)
