@@ -3,7 +3,7 @@
 #
 # It is no dependency: only files pass between it and the project. There are no wheels of it on the package index, so
 # it is built here, with CMake that pip brings along and a C++ compiler that has to be there: three minutes on two cores.
-# Built for this processor's plain instruction set, not for what it alone has, so that a copied environment still runs.
+# Built for x86-64 with AVX2, not for what this processor alone has, so that a copied environment still runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=scripts/opponents/requirements-llama.txt
@@ -20,9 +20,7 @@ command -v c++ >/dev/null || skip "C++ compiler"
 python=$(bash scripts/find_python.sh 3.11 3.14 ensurepip) || skip "Python 3.11 or newer"
 echo "llama.cpp: making .llama_cpp with $python"
 "$python" -m venv --clear .llama_cpp
-# Without the examples and tools that nothing here calls, and without instructions that another x86-64 may lack.
-export CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=OFF -DLLAVA_BUILD=OFF"
-.llama_cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement "$requirements"
+CMAKE_ARGS="-DGGML_NATIVE=OFF" .llama_cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement "$requirements"
 .llama_cpp/bin/python -c 'import llama_cpp' # a broken build shows here, not in a test
 cp "$requirements" .llama_cpp/requirements.txt
 echo "llama.cpp: ready"

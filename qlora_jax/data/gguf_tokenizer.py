@@ -50,6 +50,7 @@ KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
     "gpt-2": Pre(_byte_level),
     "phi-2": Pre(_byte_level),
+    # GPT-NeoX's, which OLMo took over.
     "olmo": Pre(_byte_level, normalizer=normalizers.NFC),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,

@@ -10,7 +10,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, UNUSED, USER_DEFINED, known_pre_of
+from qlora_jax.data.gguf_tokenizer import (
+    BYTE,
+    CONTROL,
+    KNOWN_PRE,
+    NORMAL,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    known_pre_of,
+)
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf_tokenizer import PREFIX, tokenizer_from_metadata
 
@@ -60,7 +70,7 @@ def vocabulary_of(
     read = load_tokenizer(source)
     _check_ids(tokenizer, read, keys["model"])
     texts = [token["content"] for token in added.values() if token["content"] != model.get("unk_token")]
-    return metadata, _notes(tokenizer, read, texts[:MAX_ADDED], _stops(tokenizer, stop)[len(STOPS) :])
+    return metadata, _notes(tokenizer, read, keys["pre"], texts[:MAX_ADDED], _stops(tokenizer, stop)[len(STOPS) :])
 
 
 def _tokens(tokenizer: Tokenizer, added: Mapping[int, Any], size: int) -> tuple[list[str], list[int]]:
@@ -135,10 +145,15 @@ def _check_ids(tokenizer: Tokenizer, read: Tokenizer, kind: str) -> None:
         )
 
 
-def _notes(tokenizer: Tokenizer, read: Tokenizer, added: Sequence[str], unsaid: Sequence[int]) -> list[str]:
+def _notes(tokenizer: Tokenizer, read: Tokenizer, pre: str, added: Sequence[str], unsaid: Sequence[int]) -> list[str]:
     beside = {token: (f"a {token} b\n", token, f"{token}\nb") for token in added}
     other = [token for token, texts in beside.items() if any(read.encode(t) != tokenizer.encode(t) for t in texts)]
     notes = []
+    if KNOWN_PRE.get(pre, KNOWN_PRE["gpt-2"]).normalizer:
+        notes.append(
+            "llama.cpp does not compose characters, as this tokenizer does (NFC): text with accents apart from their "
+            "letters gets other ids there"
+        )
     if other:
         notes.append(f"text beside these tokens may get other ids from the file than from tokenizer.json: {other}")
     if unsaid:

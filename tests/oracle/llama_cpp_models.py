@@ -30,7 +30,7 @@ def reply(model: llama_cpp.Llama, ids: list[int], count: int) -> list[int]:
 given = inputs()
 found = {}
 for name, case in given["cases"].items():
-    longest = max(64, *(len(row) + given["new_tokens"] for row in case["rows"] + case["prompts"]))
+    longest = max([64, *(len(row) + given["new_tokens"] for row in case["rows"] + case["prompts"])])
     model = llama_cpp.Llama(
         case["model"],
         lora_path=case["lora"],

@@ -7,10 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlora_jax.data.gguf_tokenizer import rebuild
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export_merged import PROMPTS
+from qlora_jax.io.gguf_frame import frame_of
+from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.source import open_model
+from qlora_jax.models.families import model_config
 from qlora_jax.quantize import main as quantize
+from tests.data.test_tokenizer import TRICKY, _strings
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
@@ -21,9 +27,9 @@ VOCABULARY, LENGTH = 460, 19
 NAMED = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
 TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
+ARCHITECTURES = [n for n in FAMILIES if n != "phi3"]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
 NEW_TOKENS = 24
-ARCHITECTURES = [n for n in FAMILIES if n != "phi3"]
 
 
 @pytest.fixture(autouse=True)
@@ -104,3 +110,21 @@ def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> No
     ids = _ids(found, "run")
     assert ids["texts"] == tokenizer.encode_batch(texts)
     assert _chosen_by_ours(model, prompts, ids["replies"], within=0.01) > 0.95 * NEW_TOKENS * len(prompts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "name"), [("prefixed", "llama"), ("bare", "gemma")])
+def test_sentencepiece(tmp_path: Path, llama_cpp, oracle, kind: str, name: str) -> None:
+    """Vocabularies that SentencePiece made, by way of tokenizer.json: llama.cpp gives SentencePiece's ids."""
+    texts = [text for text in TRICKY if "\x00" not in text and "<|" not in text]
+    made = oracle(SCRIPT.with_name("sentencepiece_bpe.py"), corpus=_strings(600), strings=texts)
+    metadata = json.loads(str(made[f"{kind}/metadata"]))
+    config = FAMILIES[name][1] | {"vocab_size": len(metadata["tokens"])}
+    files = {"tokenizer.json": rebuild(metadata).to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'}
+    tensors = random_tensors(config)
+    source = open_model(write_folder(tmp_path / "model", config, tensors, **files))
+    shapes = {tensor: values.shape for tensor, values in tensors.items()}
+    framed = frame_of(source, model_config(config), load_tokenizer(source.tokenizer), shapes)
+    write_gguf(tmp_path / "model.gguf", framed.frame, list(tensors), iter(tensors.values()), "float32")
+    found = llama_cpp(SCRIPT, cases={"it": _case(tmp_path / "model.gguf", texts=texts)}, new_tokens=0)
+    assert _ids(found, "it")["texts"] == json.loads(str(made[f"{kind}/ids"]))
