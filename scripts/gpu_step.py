@@ -49,7 +49,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
     program = step.gradients()
     compiled = program.function.lower(*program.args, **program.kwargs).compile()
     planned = read_memory(compiled.memory_analysis()).device_total
-    counted = counts.Step(model=config, weights=weights, ranks=counts.ranks_of(step.lora), batch=batch, remat=remat)
+    counted = counts.Step(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
     planned += counts.optimizer_bytes(counted)
     found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")

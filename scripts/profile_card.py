@@ -32,6 +32,8 @@ KEPT_BY = {
     "mlp's input": "lora",
     "mlp's inner activation": "lora",
     "lora_xa": "lora",
+    "unscaled": "lora",
+    "dora_norms": "dora",
     "mlp_gate and mlp_up": "swiglu",
     "query": "attention",
     "key and value": "attention",
@@ -62,9 +64,9 @@ def step_for(args: argparse.Namespace) -> tuple[AbstractStep, counts.Step]:
     model = model_config(open_model(args.model).config)
     dtype = "bfloat16" if args.compute_dtype == "auto" else args.compute_dtype
     weights, shape = WeightFormat(platform="gpu", dtype=dtype), (1, args.batch, args.seq)
-    step = abstract_step(model, weights, LoraArgs(rank=args.rank), batch=shape, remat=args.remat)
-    ranks = counts.ranks_of(step.lora)
-    return step, counts.Step(model=model, weights=weights, ranks=ranks, batch=shape, remat=args.remat)
+    lora = LoraArgs(rank=args.rank)
+    step = abstract_step(model, weights, lora, batch=shape, remat=args.remat)
+    return step, counts.Step(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
 
 
 def memory_rows(name: str, compiled: aot.CompiledFor) -> list[dict[str, Any]]:

@@ -11,7 +11,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-PARTS = ("dequantize", "frozen", "lora", "attention", "rope", "swiglu", "norm", "head")  # named scopes of the model
+PARTS = (
+    "dequantize",
+    "dora",
+    "frozen",
+    "lora",
+    "attention",
+    "rope",
+    "swiglu",
+    "norm",
+    "head",
+)  # named scopes of the model
 OPTIMIZER, UPDATE, OTHER = "optimizer", "update", "other"
 DIRECTIONS = ("forward", "backward", "recomputed")
 COUNTED = {"again": "recomputed"}  # a direction as counts.py calls it

@@ -38,6 +38,7 @@ from rich.console import Console
 
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
+from qlora_jax.config import LoraArgs
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.training import counts
 from qlora_jax.training.step import update
@@ -66,8 +67,8 @@ def prepare(args: argparse.Namespace) -> Run:
         OPTIMIZER: update.lower(held.optimizer, lora, state, lora).compile(),
     }
     runtime.give_memory_back()
-    ranks = counts.ranks_of(lora)
-    counted = counts.Step(model=held.config, weights=held.weights, ranks=ranks, batch=shape, remat=args.remat)
+    adapters = LoraArgs(rank=args.rank)
+    counted = counts.Step(model=held.config, weights=held.weights, lora=adapters, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
     return Run(stepper(programs, lora, state, base, batch), texts, counted)
 

@@ -54,14 +54,23 @@ class ModelArgs:
 class LoraArgs:
     """The adapters: the only weights that train."""
 
+    method: Literal["lora", "dora", "ia3"] = setting(
+        "what trains (docs/adapters.md). lora; dora: LoRA and the length of each row of the weight; ia3: vectors "
+        "alone, on keys, values and the MLP's inner activations",
+        "lora",
+    )
     rank: int = setting("columns of lora_a, rows of lora_b", 16, AT_LEAST_ONE)
     alpha: float = setting("the update is scaled by alpha / rank", 32.0, POSITIVE)
     dropout: float = setting("share of adapter inputs zeroed while training", 0.0, BELOW_ONE)
     target_modules: str | list[str] = setting(
         "layers that get an adapter: all-linear (every linear layer but the head), a list of names such as "
-        "[q_proj, v_proj], or one regular expression over full names",
-        "all-linear",
+        "[q_proj, v_proj], or one regular expression over full names; auto: all-linear, and for ia3 the projections of "
+        "keys and values and the MLP's last",
+        "auto",
         NOT_EMPTY,
+    )
+    feedforward_modules: list[str] | None = setting(
+        "ia3: those targets whose inputs are scaled, not their results; null: the MLP's last projection", None
     )
     rank_pattern: dict[str, int] = setting("another rank where a name matches: {down_proj: 8}", {})
     alpha_pattern: dict[str, float] = setting("another alpha where a name matches: {down_proj: 16.0}", {})

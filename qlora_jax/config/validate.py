@@ -4,7 +4,7 @@ import dataclasses
 
 from qlora_jax.config.decode import ConfigError, find_problems
 from qlora_jax.config.optimizers import PAGED, paging_of, plain_name
-from qlora_jax.config.schema import Config
+from qlora_jax.config.schema import Config, LoraArgs
 from qlora_jax.config.sizes import parse_bytes
 
 
@@ -15,6 +15,22 @@ def _pattern_problems(config: Config) -> list[str]:
         for key, pattern in patterns.items()
         for name, value in pattern.items()
         if value <= 0
+    ]
+
+
+# What (IA)^3, which has no rank and no dropout, leaves at its default; and what only it has.
+NOT_OF_IA3 = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype")
+OF_IA3 = ("feedforward_modules",)
+
+
+def _method_problems(lora: LoraArgs) -> list[str]:
+    """Settings that the method does not have."""
+    plain = LoraArgs()
+    foreign = {name: f"lora.method={lora.method}" for name in (NOT_OF_IA3 if lora.method == "ia3" else OF_IA3)}
+    return [
+        f"lora.{name}: found {getattr(lora, name)!r}, but {why} has no such setting; leave it out"
+        for name, why in foreign.items()
+        if getattr(lora, name) != getattr(plain, name)
     ]
 
 
@@ -37,7 +53,7 @@ def _paging_problems(config: Config) -> list[str]:
 
 
 def _relation_problems(config: Config) -> list[str]:
-    problems = _pattern_problems(config) + _paging_problems(config)
+    problems = _pattern_problems(config) + _method_problems(config.lora) + _paging_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

@@ -99,7 +99,8 @@ def export_merged(
             base = load_base(opened, opened.args, progress)
         slots, computed = slots_of(base), base.model.embed_tokens.weight[...].dtype
         graphdef, lora, frozen = adapted(base, run)
-        prompts, none = tokens_of(opened.tokenizer, PROMPTS), jax.tree.map(jnp.zeros_like, lora)
+        # `base` has fresh adapters now, which change nothing.
+        prompts, none = tokens_of(opened.tokenizer, PROMPTS), partition(base)[1]
         with_adapter, without = (_logits(graphdef, each, frozen, prompts) for each in (lora, none))
         tensors = {"computed": computed, "adapters": _adapters(combine(graphdef, lora, frozen))}
         written = (

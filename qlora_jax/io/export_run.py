@@ -14,6 +14,7 @@ from qlora_jax.io.opened import Opened, load_base, open_base_or_run
 from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, notes_for_readers, write_adapter
 from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import slots_of
+from qlora_jax.models.adapt import ia3_targets
 
 BASE = "base"
 
@@ -36,9 +37,10 @@ def export_peft(
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
     lora = {named(name): matrices for name, matrices in run.lora.items()}
-    config = adapter_config(lora, run.lora_args, linears, base) | {"revision": revision}
+    on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
+    config = adapter_config(lora, run.lora_args, linears, base, on_inputs) | {"revision": revision}
     with staged_folder(output) as folder:
-        write_adapter(folder, adapter_tensors(lora), config)
+        write_adapter(folder, adapter_tensors(lora, on_inputs), config)
         if with_base:
             _write_base(folder / BASE, opened, console)
     _tell(output, run, base, notes_for_readers(config), console)

@@ -1,4 +1,4 @@
-"""A LoRA as a PEFT adapter: adapter_model.safetensors, adapter_config.json and a README.
+"""Adapters as PEFT has them: adapter_model.safetensors, adapter_config.json and a README.
 
 Dimension key: L layers, K in, R rank, N out.
 """
@@ -6,7 +6,7 @@ Dimension key: L layers, K in, R rank, N out.
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +21,36 @@ PREFIX = "base_model.model."
 Lora = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 
-def adapter_tensors(lora: Lora) -> dict[str, np.ndarray]:
-    """lora_A.weight [R, K] = lora_a[layer]^T and lora_B.weight [N, R] = lora_b[layer]^T, for each layer of each module.
+# Our leaf -> PEFT's, and what becomes of one layer's values.
+LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "lora_a": ("lora_A.weight", np.transpose),
+    "lora_b": ("lora_B.weight", np.transpose),
+    "magnitude": ("lora_magnitude_vector", np.asarray),
+}
+VECTOR = "ia3_l"
+
+
+def adapter_tensors(lora: Lora, on_inputs: Collection[str] = ()) -> dict[str, np.ndarray]:
+    """lora_A.weight [R, K] = lora_a[layer]^T and lora_B.weight [N, R] = lora_b[layer]^T, for each layer of each module;
+    DoRA's lora_magnitude_vector [N]; (IA)^3's ia3_l [N, 1], or [1, K] on inputs.
 
     Args:
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}.
+      on_inputs: modules whose inputs (IA)^3 scales.
     """
     tensors = {}
-    for name, matrices in lora.items():
-        for matrix, peft_name in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            for layer, values in enumerate(np.asarray(matrices[matrix])):
-                key = f"{PREFIX}{layer_name(name, layer)}.{peft_name}.weight"
-                tensors[key] = np.ascontiguousarray(values.T)
+    for name, leaves in lora.items():
+        vector = (VECTOR, (lambda v: v[None]) if name in on_inputs else (lambda v: v[:, None]))
+        for leaf, stack in leaves.items():
+            peft_name, written = LEAVES.get(leaf, vector)
+            for layer, values in enumerate(np.asarray(stack)):
+                tensors[f"{PREFIX}{layer_name(name, layer)}.{peft_name}"] = np.ascontiguousarray(written(values))
     return tensors
 
 
-def adapter_config(lora: Lora, args: LoraArgs, linears: Iterable[str], base: str) -> dict[str, Any]:
+def adapter_config(
+    lora: Lora, args: LoraArgs, linears: Iterable[str], base: str, on_inputs: Collection[str] = ()
+) -> dict[str, Any]:
     """adapter_config.json: PEFT builds from it the adapter that was trained, with the same scaling.
 
     rsLoRA's scaling is written as an alpha, since not every reader knows of rsLoRA.
@@ -44,29 +58,40 @@ def adapter_config(lora: Lora, args: LoraArgs, linears: Iterable[str], base: str
     Args:
       linears: names of all linear layers, those without an adapter included, with the layer's index left out.
       base: where PEFT finds the base model: a path or a name.
+      on_inputs: modules whose inputs (IA)^3 scales.
 
     Raises:
       ValueError: the settings give a module another rank than it has.
     """
-    _check_ranks(lora, args)
     linears = list(linears)
-    alpha, alpha_pattern = _alphas(lora, args, linears)
-    return {
-        "peft_type": "LORA",
+    common = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
+        "target_modules": target_suffixes(list(lora), linears),
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+    }
+    if args.method == "ia3":
+        feedforward = target_suffixes(sorted(on_inputs), linears)
+        return common | {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
+    return common | _low_rank_config(lora, args, linears)
+
+
+def _low_rank_config(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> dict[str, Any]:
+    _check_ranks(lora, args)
+    alpha, alpha_pattern = _alphas(lora, args, linears)
+    return {
+        "peft_type": "LORA",
         "r": args.rank,
         "lora_alpha": _whole(alpha),
         "lora_dropout": args.dropout,
         "use_rslora": False,
-        "target_modules": target_suffixes(list(lora), linears),
+        "use_dora": args.method == "dora",
         "rank_pattern": dict(args.rank_pattern),
         "alpha_pattern": {pattern: _whole(value) for pattern, value in alpha_pattern.items()},
         "bias": "none",
-        "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "modules_to_save": None,
     }
 
 
@@ -93,6 +118,8 @@ VLLM_RANK = 16  # up to which vLLM takes adapters where nothing else is asked fo
 
 def notes_for_readers(config: Mapping[str, Any]) -> list[str]:
     """What programs that read PEFT's adapters, but not all of their settings, would make of this one."""
+    if not_lora := {"IA3": "(IA)^3"}.get(config["peft_type"]) or ("DoRA" if config["use_dora"] else None):
+        return [f"vLLM and llama.cpp take no {not_lora}: for them merge it into a model, --format hf or gguf"]
     patterns = [name for name in ("rank_pattern", "alpha_pattern") if config[name]]
     notes = []
     if patterns:
@@ -125,10 +152,10 @@ def write_adapter(folder: Path, tensors: dict[str, np.ndarray], config: dict[str
 README = """\
 ---
 library_name: peft
-tags: [lora, qlora]
+tags: [{tag}, qlora]
 ---
 
-A LoRA adapter (rank {r}, alpha {lora_alpha}) for the base model `{base_model_name_or_path}`, trained with qlora_jax.
+{what} for the base model `{base_model_name_or_path}`, trained with qlora_jax.
 
 ```python
 from peft import PeftModel
@@ -145,7 +172,14 @@ def _readme(config: dict[str, Any]) -> str:
     loadable = repr("the same model as a Hugging Face folder" if is_gguf(base) else base)
     if config.get("revision"):
         loadable += f", revision={config['revision']!r}"
-    return README.format(**config, loadable=loadable)
+    if config["peft_type"] == "IA3":
+        tag, what = "ia3", "An (IA)^3 adapter"
+    else:
+        tag, what = (
+            "lora",
+            "A {} adapter (rank {r}, alpha {lora_alpha})".format("DoRA" if config["use_dora"] else "LoRA", **config),
+        )
+    return README.format(base_model_name_or_path=base, loadable=loadable, tag=tag, what=what)
 
 
 def is_gguf(base: str) -> bool:

@@ -5,7 +5,7 @@ Dimension key: L layers, K in, R rank, N out.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +17,27 @@ from qlora_jax.io.entries import TensorEntry
 from qlora_jax.io.hf_tokenizer import read_json
 from qlora_jax.io.hub import named
 from qlora_jax.io.inventory import LAYER, layer_name
-from qlora_jax.io.peft import PREFIX, Lora, target_suffixes
+from qlora_jax.io.peft import LEAVES, PREFIX, VECTOR, Lora, target_suffixes
 from qlora_jax.io.safetensors import read_header
+from qlora_jax.models.adapt import ia3_targets
 from qlora_jax.models.config import ModelConfig
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
-READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "rank_pattern", "alpha_pattern")
 # Settings that change nothing that is computed; targets are what there are tensors of.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "peft_version", "revision"),
-    *("loftq_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config", "target_modules"),
-    *("task_type", "eva_config", "corda_config"),
+    *("fan_in_fan_out", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
+    *("target_modules", "task_type", "eva_config", "corda_config", "init_ia3_weights", "feedforward_modules"),
 }
+READ = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 # Initial values that leave the base as it is; others (PiSSA, OLoRA, LoftQ, CorDA) put a part of it into the adapter.
 INITS = (True, False, "gaussian", "orthogonal", "eva")
-ONLY = {"peft_type": "LORA", "bias": "none"}
-KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<matrix>[AB])\.weight")
+ONLY = {"peft_type": ("LORA", "IA3"), "bias": ("none",)}
+MATRICES = ("lora_a", "lora_b")
+OF_METHOD = {"lora": MATRICES, "dora": (*MATRICES, "magnitude"), "ia3": ("vector",)}
+LEAF_NAMES = {ours: theirs for ours, (theirs, _) in LEAVES.items()} | {"vector": VECTOR}
+OURS = {theirs: ours for ours, theirs in LEAF_NAMES.items()}
+KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<leaf>{'|'.join(map(re.escape, OURS))})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +46,8 @@ class PeftAdapter:
 
     Attributes:
       args: settings with which `add_lora` makes adapters of these shapes and scalings.
-      lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}} in f32, by our names.
+      lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}} in f32, by our names; with
+        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3.
       base: where the base model was found when the adapter was made; None where the config does not say.
     """
 
@@ -64,7 +70,7 @@ def base_of(folder: Path) -> str | None:
 
 
 def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
-    """The LoRA adapter in a folder, for the model with these features.
+    """The adapter in a folder, for the model with these features.
 
     Raises:
       ValueError: another kind of adapter, settings that are not supported, or tensors that do not belong to all layers
@@ -74,18 +80,45 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
     _check_settings(folder, config)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
-    lora = _stacked(folder, list(read_header(folder / WEIGHTS)), model)
+    tensors = list(read_header(folder / WEIGHTS))
+    if _kind(config) == "IA3":
+        stacks = _stacked(folder, tensors, model, OF_METHOD["ia3"])
+        args = _ia3_args(stacks, model)
+        lora = {name: {"vector": leaves["vector"].reshape(model.num_layers, -1)} for name, leaves in stacks.items()}
+    else:
+        lora = _stacked(folder, tensors, model, OF_METHOD["dora" if config.get("use_dora") else "lora"])
+        args = _low_rank_args(config, lora, model)
+    return PeftAdapter(args=args, lora=lora, base=config.get("base_model_name_or_path"))
+
+
+def _kind(config: Mapping[str, Any]) -> str:
+    return config.get("peft_type", "LORA")
+
+
+def _suffixes(names: Iterable[str], model: ModelConfig) -> list[str]:
     linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
-    args = LoraArgs(
+    return target_suffixes([model.hugging_face_name(name) for name in names], linears)
+
+
+def _low_rank_args(config: Mapping[str, Any], lora: Lora, model: ModelConfig) -> LoraArgs:
+    return LoraArgs(
+        method="dora" if config.get("use_dora") else "lora",
         rank=config["r"],
         alpha=float(config["lora_alpha"]),
         dropout=float(config.get("lora_dropout", 0.0)),
-        target_modules=target_suffixes([model.hugging_face_name(name) for name in lora], linears),
+        target_modules=_suffixes(lora, model),
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern={name: float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()},
         use_rslora=bool(config.get("use_rslora", False)),
     )
-    return PeftAdapter(args=args, lora=lora, base=config.get("base_model_name_or_path"))
+
+
+def _ia3_args(lora: Lora, model: ModelConfig) -> LoraArgs:
+    """Whose inputs are scaled, the stacks say: [L, 1, K] there, and [L, N, 1] elsewhere."""
+    on_inputs = [name for name, leaves in lora.items() if leaves["vector"].shape[1] == 1]
+    return LoraArgs(
+        method="ia3", target_modules=_suffixes(lora, model), feedforward_modules=_suffixes(on_inputs, model)
+    )
 
 
 def _no_weights(folder: Path) -> str:
@@ -99,11 +132,12 @@ def _no_weights(folder: Path) -> str:
 
 def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
     problems = [
-        f"{name} = {config.get(name)!r}: only {only!r} is supported"
-        for name, only in ONLY.items()
-        if config.get(name, only) != only
+        f"{name} = {config[name]!r}: only {' or '.join(map(repr, possible))} is supported"
+        for name, possible in ONLY.items()
+        if name in config and config[name] not in possible
     ]
-    problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in config]
+    if _kind(config) == "LORA":
+        problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in config]
     init = config.get("init_lora_weights", True)
     if init not in INITS:
         problems.append(
@@ -120,58 +154,74 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
         raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
 
 
-def _stacked(folder: Path, entries: list[TensorEntry], model: ModelConfig) -> dict[str, dict[str, np.ndarray]]:
-    """Layers of each projection as one array, from all of them."""
-    by_key = {(match["module"], match["matrix"]): e for e in entries if (match := KEY.fullmatch(e.name))}
-    problems = [f"{entry.name}: not a matrix of LoRA" for entry in entries if not KEY.fullmatch(entry.name)]
+def _stacked(
+    folder: Path, entries: list[TensorEntry], model: ModelConfig, leaves: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Layers of each projection as one array in f32, from all of them; those of `leaves` that PEFT transposes, back."""
+    matches = {entry.name: KEY.fullmatch(entry.name) for entry in entries}
+    by_key = {(match["module"], OURS[match["leaf"]]): e for e in entries if (match := matches[e.name])}
+    problems = [f"{name}: no part of such an adapter" for name, match in matches.items() if not match]
     lora: dict[str, dict[str, np.ndarray]] = {}
     for inner, (shape, _) in model.linear_shapes().items():
         name = f"model.layers.{inner}"
         modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
-        found = {matrix: [by_key.pop((module, matrix), None) for module in modules] for matrix in "AB"}
-        if any(entry is not None for entry in (*found["A"], *found["B"])):
+        found = {leaf: [by_key.pop((module, leaf), None) for module in modules] for leaf in leaves}
+        if any(entry is not None for entries in found.values() for entry in entries):
             problems += (wrong := _problems(modules, found, shape))
-            lora[name] = {} if wrong else {ours: _stack(found[matrix]) for ours, matrix in MATRICES.items()}
+            lora[name] = {} if wrong else {leaf: _stack(leaf, found[leaf]) for leaf in leaves}
     problems += [
-        f"{module}: no linear layer of the model" for module in sorted({LAYER.sub(".layers.*.", m) for m, _ in by_key})
+        f"{module}.{LEAF_NAMES[leaf]}: no linear layer of the model, or no part of such an adapter"
+        for module, leaf in sorted({(LAYER.sub(".layers.*.", module), leaf) for module, leaf in by_key})
     ]
     if problems or not lora:
-        lines = problems or ["no matrix of LoRA in it"]
+        lines = problems or ["no part of an adapter in it"]
         raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(lines))
     return lora
 
 
-MATRICES = {"lora_a": "A", "lora_b": "B"}
+Found = Mapping[str, Sequence[TensorEntry | None]]  # by our leaf, of each layer
 
 
-def _problems(modules: list[str], found: dict[str, list[TensorEntry | None]], shape: tuple[int, int]) -> list[str]:
+def _problems(modules: list[str], found: Found, shape: tuple[int, int]) -> list[str]:
     absent = [
-        f"{module}.lora_{matrix}.weight is missing: all layers of a projection are adapted alike here"
-        for matrix, entries in found.items()
+        f"{module}.{LEAF_NAMES[leaf]} is missing: all layers of a projection are adapted alike here"
+        for leaf, entries in found.items()
         for module, entry in zip(modules, entries, strict=True)
         if entry is None
     ]
     if absent:
         return absent
-    ranks = {entry.shape[0] for entry in found["A"] if entry is not None}
+    name = LAYER.sub(".layers.*.", modules[0])
+    first = {leaf: entries[0].shape for leaf, entries in found.items() if entries[0] is not None}
+    ranks = {entry.shape[0] for entry in found.get("lora_a", ()) if entry is not None}
     if len(ranks) > 1:
-        return [f"{LAYER.sub('.layers.*.', modules[0])}: ranks {sorted(ranks)} in its layers; one for all is supported"]
-    (rank,), (n, k) = ranks, shape
-    expected = {"A": (rank, k), "B": (n, rank)}
+        return [f"{name}: ranks {sorted(ranks)} in its layers; one for all is supported"]
+    expected = _expected(first, shape)
     return [
-        f"{entry.name}: shape {list(entry.shape)}, expected {list(expected[matrix])}"
-        for matrix, entries in found.items()
+        f"{entry.name}: shape {list(entry.shape)}, expected {list(expected[leaf])}"
+        for leaf, entries in found.items()
         for entry in entries
-        if entry is not None and entry.shape != expected[matrix]
+        if entry is not None and entry.shape != expected[leaf]
     ]
 
 
-def _stack(entries: list[TensorEntry | None]) -> np.ndarray:
-    """f32, each layer transposed: PEFT's matrices are [out, in]."""
-    return np.stack([np.asarray(entry.read(), np.float32).T for entry in entries if entry is not None])
+def _expected(first: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Shapes that go with those of the first layer."""
+    n, k = shape
+    if "vector" in first:
+        return {"vector": (1, k) if first["vector"] == (1, k) else (n, 1)}
+    rank = first["lora_a"][0]
+    return {"lora_a": (rank, k), "lora_b": (n, rank), "magnitude": (n,)}
 
 
-SCALING = ("rank", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+def _stack(leaf: str, entries: Sequence[TensorEntry | None]) -> np.ndarray:
+    arrays = [np.asarray(entry.read(), np.float32) for entry in entries if entry is not None]
+    return np.stack([array.T if leaf in MATRICES else array for array in arrays])
+
+
+SCALING = ("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+
+IA3_SETTINGS = ("target_modules", "feedforward_modules")
 
 
 def read_start(folder: Path, model: ModelConfig, args: LoraArgs) -> Lora:
@@ -186,6 +236,8 @@ def read_start(folder: Path, model: ModelConfig, args: LoraArgs) -> Lora:
         for name in SCALING
         if getattr(args, name) != getattr(adapter.args, name)
     ]
+    if args.method == adapter.args.method == "ia3" and ia3_targets(model, args) != ia3_targets(model, adapter.args):
+        wrong += [f"lora.{name}: in the adapter {getattr(adapter.args, name)!r}" for name in IA3_SETTINGS]
     if wrong:
         lines = "\n  ".join(wrong)
         raise ValueError(f"lora.start={folder}: give the adapter's own settings, for it was scaled by them:\n  {lines}")

@@ -7,11 +7,19 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.linear import QLinear, named_key
-from qlora_jax.nn.lora import LoRA
+from qlora_jax.nn.dora import DoRA
+from qlora_jax.nn.ia3 import IA3
+from qlora_jax.nn.linear import Adapter, QLinear, named_key
+from qlora_jax.nn.lora import LoRA, initial_factors
 
-ALL_LINEAR = "all-linear"
+AUTO, ALL_LINEAR = "auto", "all-linear"
+# What (IA)^3 was made for: keys, values (or queries, keys and values at once), and the MLP's last projection.
+LAST = "mlp.down_proj"
+IA3_TARGETS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", LAST)
+
+Linears = Mapping[str, QLinear]
 
 
 def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
@@ -23,31 +31,73 @@ def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
 
 
 def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
-    """Sets a LoRA adapter on each projection that the spec targets; its delta is zero until it is trained.
+    """Sets an adapter of the spec's method on each projection that it targets; it changes nothing until it is trained.
 
     Each adapter's initial values belong to (key, name): they do not depend on what else is targeted.
 
     Raises:
       ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1.
     """
-    layers = model.config.num_layers
     known = dict(linears(model))
-    targets = _targets(spec.target_modules, list(known), layers)
+    made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key)
+    for name, adapter in made.items():
+        known[name].adapter = adapter
+
+
+def _ia3s(model: CausalLM, known: Linears, spec: LoraArgs) -> dict[str, Adapter]:
+    targets, on_inputs = ia3_targets(model.config, spec)
+    stack = model.config.num_layers
+    return {name: IA3.init(stack, known[name].shape, on_input=name in on_inputs) for name in targets}
+
+
+def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[str]]:
+    """(projections that get a vector, those of them whose inputs it is on); left open: keys, values, the MLP's last.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or that singles out some layers of a stack.
+    """
+    layers = config.num_layers
+    names = {name: config.hugging_face_name(f"model.layers.{name}") for name in config.linear_shapes()}
+    usual = [names[name] for name in IA3_TARGETS if name in names]
+    targets = usual if spec.target_modules == AUTO else _targets(spec.target_modules, list(names.values()), layers)
+    if spec.feedforward_modules is None:
+        return targets, [name for name in targets if name == names[LAST]]
+    found = [
+        name
+        for entry in spec.feedforward_modules
+        for name in _stacks_matched("feedforward_modules", re.escape(entry), _is_suffix, targets, layers)
+    ]
+    return targets, found
+
+
+def _low_rank(model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array) -> dict[str, Adapter]:
+    made: dict[str, Adapter] = {}
+    for name, (rank, scaling) in ranks_and_scalings(list(known), spec, model.config.num_layers).items():
+        linear = known[name]
+        factors = initial_factors(named_key(key, name), model.config.num_layers, linear.shape, rank, spec.dtype)
+        if spec.method == "dora":
+            made[name] = DoRA.init(*factors, linear.weight.get_value(), scaling, spec.dropout)
+        else:
+            made[name] = LoRA(*factors, scaling, spec.dropout)
+    return made
+
+
+def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[str, tuple[int, float]]:
+    """(rank, scaling) of each of `names` that the spec targets, for LoRA and DoRA.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1.
+    """
+    targets = _targets(spec.target_modules, names, layers)
     ranks = _by_pattern("rank_pattern", spec.rank_pattern, spec.rank, targets, layers)
     alphas = _by_pattern("alpha_pattern", spec.alpha_pattern, spec.alpha, targets, layers)
+    found = {}
     for name in targets:
         rank, alpha = ranks[name], alphas[name]
         if rank < 1:
             raise ValueError(f"rank {rank} for {name}: a rank of at least 1 is needed")
-        known[name].adapter = LoRA.init(
-            named_key(key, name),
-            layers,
-            known[name].shape,
-            rank=rank,
-            scaling=alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank,
-            dropout=spec.dropout,
-            dtype=spec.dtype,
-        )
+        found[name] = rank, alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank
+    return found
 
 
 def _full_names(name: str, layers: int) -> list[str]:
@@ -78,7 +128,7 @@ def _stacks_matched(what: str, pattern: str, matches, names: Sequence[str], laye
 
 
 def _targets(target_modules: str | Sequence[str], names: list[str], layers: int) -> list[str]:
-    if target_modules == ALL_LINEAR:
+    if target_modules in (AUTO, ALL_LINEAR):
         return names
     if isinstance(target_modules, str):
         return _stacks_matched("target_modules", target_modules, _is_whole, names, layers)

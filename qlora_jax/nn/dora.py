@@ -104,7 +104,7 @@ class DoRA(nnx.Module):
     def norms(self, frozen: FrozenLayer, weight_norms2_N: Float[Array, " N"], dtype: DTypeLike) -> Float[Array, " N"]:
         """||W + scaling (A B)^T|| of each row of one layer in f32, A and B rounded to `dtype`; no gradient goes in."""
         a_KR, b_RN = (x.astype(dtype) for x in jax.lax.stop_gradient((self.lora_a[...], self.lora_b[...])))
-        with jax.named_scope("norms"):
+        with jax.named_scope("dora"):
             wa_RN = frozen.product(a_KR.T).astype(jnp.float32)
             aab_RN = dot_nn(dot_tn(a_KR, a_KR), b_RN.astype(jnp.float32))
             b_RN = b_RN.astype(jnp.float32) * self.scaling

@@ -8,14 +8,16 @@ F mlp, V vocab, R rank; of a projection, `out` and `in` features.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
 import numpy as np
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flops
+from qlora_jax.config import LoraArgs
+from qlora_jax.models.adapt import ia3_targets, ranks_and_scalings
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu, loss
 from qlora_jax.nn.attention_tiles import Tiling
@@ -30,22 +32,20 @@ class Step:
     """What the counts depend on.
 
     Attributes:
-      ranks: R by the name of each projection that has an adapter, within a layer: `mlp.down_proj`.
+      lora: the adapters.
       batch: (A, B, T).
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
       optimizer: a key of HELD.
-      lora_dtype: of the adapters.
     """
 
     model: ModelConfig
     weights: WeightFormat
-    ranks: Mapping[str, int]
+    lora: LoraArgs
     batch: tuple[int, int, int]
     remat: str
     supervised: int | None = None
     optimizer: str = "adamw_32bit"
-    lora_dtype: str = "float32"
 
     @property
     def rows(self) -> int:
@@ -57,23 +57,46 @@ class Step:
         """Bytes of an activation."""
         return 2 if self.weights.dtype in ("bfloat16", "float16") else F32
 
+    @functools.cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """R by the name of each projection that has an adapter of that rank, within a layer: `mlp.down_proj`."""
+        if self.lora.method == "ia3":
+            return {}
+        found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
+        return {self._names[name]: rank for name, (rank, _) in found.items()}
+
+    @functools.cached_property
+    def vectors(self) -> Mapping[str, bool]:
+        """The projections that (IA)^3 scales: whether on their inputs."""
+        if self.lora.method != "ia3":
+            return {}
+        targets, on_inputs = ia3_targets(self.model, self.lora)
+        return {self._names[name]: name in on_inputs for name in targets}
+
+    @functools.cached_property
+    def _names(self) -> Mapping[str, str]:
+        named = self.model.hugging_face_name
+        return {named(f"model.layers.{name}"): name for name in self.model.linear_shapes()}
+
+    @property
+    def dora(self) -> Collection[str]:
+        """The projections whose rows' lengths train too."""
+        return self.ranks.keys() if self.lora.method == "dora" else ()
+
     def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(name, (out, in)) of each projection of a layer."""
         for name, (shape, _) in self.model.linear_shapes().items():
             yield name, shape
 
 
-def ranks_of(lora: Mapping[str, Mapping[str, Any]]) -> dict[str, int]:
-    """`Step.ranks` of LoRA parameters, abstract ones too."""
-    return {name.removeprefix("model.layers."): leaves["lora_a"].shape[-1] for name, leaves in lora.items()}
-
-
 # Operations of one micro-batch, one layer
 
 
 def frozen_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
-    """sum over projections of 2 M out in: y = x W^T, and as much for dx = dy W."""
-    return sum(product_flops(step.rows, shape) for name, shape in step.shapes() if name not in without)
+    """sum over projections of 2 M out in: y = x W^T, and as much for dx = dy W; twice where DoRA drops inputs."""
+    twice = step.dora if step.lora.dropout else ()
+    products = ((1 + (name in twice), shape) for name, shape in step.shapes() if name not in without)
+    return sum(times * product_flops(step.rows, shape) for times, shape in products)
 
 
 def lora_down_flops(step: Step) -> int:
@@ -85,6 +108,12 @@ def lora_up_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
     """sum over adapters of 2 M R out: (x A) B."""
     names = step.ranks.keys() - set(without)
     return sum(2 * step.rows * n * step.ranks[name] for name, (n, _) in step.shapes() if name in names)
+
+
+def dora_flops(step: Step) -> int:
+    """sum over DoRA's adapters of 2 R out in + 2 R^2 (in + out): W A, A^T A and (A^T A) B, of its norms."""
+    pairs = ((step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
+    return sum(product_flops(rank, (n, k)) + 2 * rank**2 * (n + k) for rank, (n, k) in pairs)
 
 
 def in_handlers(step: Step) -> bool:
@@ -168,6 +197,7 @@ LAYER_FLOPS: dict[str, Part] = {
     "lora forward": lambda step: lora_down_flops(step) + lora_up_flops(step),
     # d(xA) = dy B^T and dB = (xA)^T dy; dA = x^T d(xA) and dx = d(xA) A^T
     "lora backward": lambda step: 2 * lora_up_flops(step) + 2 * lora_down_flops(step),
+    "dora forward": dora_flops,
     "attention forward": lambda step: attention_flops(step, products=2),
     "attention backward": lambda step: attention_flops(step, products=5),
 }
@@ -175,14 +205,17 @@ HEAD_FLOPS: dict[str, Part] = {"head forward": head_flops, "head backward": head
 
 
 def _not_again(step: Step) -> tuple[str, ...]:
-    """The projections whose results a backward pass does not need: the last one, where no norm reads it."""
-    return (DOWN,) if LAYOUTS[step.model.layout].after_mlp is None else ()
+    """The projections whose results a backward pass does not need: the last one, where no norm reads it, and no vector
+    that trains."""
+    scaled = DOWN in step.dora or step.vectors.get(DOWN) is False
+    return (DOWN,) if LAYOUTS[step.model.layout].after_mlp is None and not scaled else ()
 
 
 # What a policy computes again in the backward pass.
 FULL: dict[str, Part] = {
     "frozen again": lambda step: frozen_flops(step, without=_not_again(step)),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=_not_again(step)),
+    "dora again": dora_flops,
     "attention again": attention_again_flops,
 }
 AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
@@ -203,7 +236,8 @@ def flops(step: Step) -> dict[str, int]:
 def frozen_bytes(step: Step) -> dict[str, int]:
     """codes, constants: L times `held` of each projection (dense weights count as codes, in their own dtype).
 
-    tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D. In the dtype.
+    tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D. In the dtype. DoRA
+    has lengths of rows besides, in f32.
     """
     model, layers, size = step.model, step.model.num_layers, step.itemsize
     weights = [_held(step, shape) for _, shape in step.shapes()]
@@ -213,7 +247,7 @@ def frozen_bytes(step: Step) -> dict[str, int]:
         "codes": layers * sum(codes for codes, _ in weights),
         "constants": layers * sum(constants for _, constants in weights),
         "tables": tables * size,
-        "vectors": (model.parameters() - linear - tables) * size,
+        "vectors": (model.parameters() - linear - tables) * size + layers * F32 * _dora_rows(step),
     }
 
 
@@ -232,8 +266,10 @@ def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def lora_bytes(step: Step) -> int:
-    """L sum over adapters of R (in + out), 4 bytes or 2 each: the parameters; their gradients are as large."""
-    return (2 if step.lora_dtype == "bfloat16" else F32) * step.model.num_layers * sum(_adapter_sizes(step))
+    """L sum over adapters of R (in + out), 4 bytes or 2 each, and 4 bytes for each element of a vector of DoRA or
+    (IA)^3: the parameters; their gradients are as large."""
+    of_matrices = (2 if step.lora.dtype == "bfloat16" else F32) * sum(_matrix_sizes(step))
+    return step.model.num_layers * (of_matrices + F32 * sum(_vector_sizes(step)))
 
 
 # By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).
@@ -246,9 +282,12 @@ HELD = {
 
 
 def optimizer_bytes(step: Step) -> int:
-    """Moments L sum over A and B of 4 n, n = R in or R out; in 8 bits n + 4 ceil(n / 256) where n >= 4,096; counts."""
+    """Moments L sum over A and B of 4 n, n = R in or R out; in 8 bits n + 4 ceil(n / 256) where n >= 4,096; counts.
+
+    Vectors of n elements likewise.
+    """
     moments, eight_bit, counters = HELD[step.optimizer]
-    held = sum(_moment_bytes(n, eight_bit) for n in _adapter_sizes(step))
+    held = sum(_moment_bytes(n, eight_bit) for n in (*_matrix_sizes(step), *_vector_sizes(step)))
     return moments * step.model.num_layers * held + counters * F32
 
 
@@ -256,9 +295,19 @@ def _moment_bytes(n: int, eight_bit: bool) -> int:
     return n + F32 * -(-n // BLOCK) if eight_bit and n >= MIN_SIZE else F32 * n
 
 
-def _adapter_sizes(step: Step) -> list[int]:
+def _matrix_sizes(step: Step) -> list[int]:
     """Elements of each A and B of one layer."""
     return [step.ranks[name] * side for name, shape in step.shapes() if name in step.ranks for side in shape]
+
+
+def _vector_sizes(step: Step) -> list[int]:
+    """Elements of each vector of one layer that trains."""
+    scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
+    return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
+
+
+def _dora_rows(step: Step) -> int:
+    return sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
 def batch_bytes(step: Step) -> int:
@@ -269,12 +318,15 @@ def batch_bytes(step: Step) -> int:
 def dequantized_traffic(step: Step) -> int:
     """Bytes of dequantized weights of one step, where an implementation writes and reads each for each product.
 
-    2 * 2 N K a product, for the forward pass, the backward pass and what is computed again.
+    2 * 2 N K a product, for the forward pass, the backward pass and what is computed again; DoRA's norms take one more
+    of each weight, and its dropout one more of the others.
     """
-    layer = sum(2 * dequantized_bytes(shape) for _, shape in step.shapes())
-    again = sum(2 * dequantized_bytes(shape) for name, shape in step.shapes() if name not in _not_again(step))
+    product = {name: 2 * dequantized_bytes(shape) for name, shape in step.shapes()}
+    norms = sum(product[name] for name in step.dora)
+    layer = sum(product.values()) + (norms if step.lora.dropout else 0)
+    again = layer - sum(product[name] for name in _not_again(step)) + norms
     times = step.batch[0] * step.model.num_layers
-    return times * (2 * layer + (again if "frozen again" in AGAIN[step.remat] else 0))
+    return times * (2 * layer + norms + (again if "frozen again" in AGAIN[step.remat] else 0))
 
 
 def logits_bytes(step: Step) -> int:

@@ -53,11 +53,6 @@ class Setting:
         return self.batch[1] * self.batch[2]
 
     @functools.cached_property
-    def ranks(self) -> dict[str, int]:
-        """R of each projection that has an adapter."""
-        return counts.ranks_of(self.step.lora)
-
-    @functools.cached_property
     def step(self) -> AbstractStep:
         """The real step from shapes alone."""
         return abstract_step(self.model, self.weights, self.lora, batch=self.batch, remat=self.remat, optim=self.optim)
@@ -67,18 +62,15 @@ class Setting:
         return counts.Step(
             model=self.model,
             weights=self.weights,
-            ranks=self.ranks,
+            lora=self.lora,
             batch=self.batch,
             remat=self.remat,
             optimizer=plain_name(self.optim.name),
-            lora_dtype=self.lora.dtype,
         )
 
     def changed(self, **changes: Any) -> "Setting":
-        """With other batch, remat, paging or dtype; the adapters stay, so their ranks are not looked for again."""
-        new = dataclasses.replace(self, **changes)
-        new.__dict__["ranks"] = self.ranks
-        return new
+        """With other batch, remat, paging or dtype."""
+        return dataclasses.replace(self, **changes)
 
     def resized(self, rows: int, length: int) -> "Setting":
         """With B rows of T positions; as many rows an optimizer step, or a few more."""

@@ -12,6 +12,7 @@ from qlora_jax.nn import attention_cpu
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
+METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}
 
 
 def overview(session: Session, first_step: int) -> Rows:
@@ -25,8 +26,8 @@ def overview(session: Session, first_step: int) -> Rows:
         "held as": _held_as(session),
         "products by": _products(session),
         "attention by": _attention(session),
-        "trained": f"{trained:,} LoRA parameters, {trained / (trained + frozen):.2%} of all, {_megabytes(session.lora)}"
-        f" in {config.lora.dtype}; rank {config.lora.rank} on {len(session.lora)} projections",
+        "trained": f"{trained:,} {METHODS[config.lora.method]} parameters, {trained / (trained + frozen):.2%} of all, "
+        f"{_megabytes(session.lora)} in {config.lora.dtype}; {_rank(config)}on {len(session.lora)} projections",
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
         **({"optimizer state": paging} if (paging := session.updates.describe()) else {}),
@@ -37,6 +38,10 @@ def overview(session: Session, first_step: int) -> Rows:
         "run": config.output,
         "not used": ", ".join(_unused(config)) or "nothing: every option is on",
     }
+
+
+def _rank(config: Config) -> str:
+    return "" if config.lora.method == "ia3" else f"rank {config.lora.rank} "
 
 
 def _count(tree: Lora) -> int:

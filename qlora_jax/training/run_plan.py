@@ -72,7 +72,8 @@ def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
 
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
-        update = counts.lora_bytes(dataclasses.replace(setting.counted(), lora_dtype="float32"))
+        in_f32 = dataclasses.replace(setting.lora, dtype="float32")
+        update = counts.lora_bytes(dataclasses.replace(setting.counted(), lora=in_f32))
         return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step

@@ -13,9 +13,10 @@ def saved_bytes(step: Step) -> dict[str, int]:
     """Activations kept on the device of all layers between forward and backward, by what they are, for the policy.
 
     L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
-    gate, up and inner activation F; xA R; what a norm behind attention or MLP reads D. attention_lse is f32 [B, N, T] a
-    layer. What only adapters read is kept for those that there are. The policy `none` may keep as much more as the LoRA
-    parameters and norms are: autodiff keeps slices of them, and the compiler does not see that it has each already.
+    gate, up and inner activation F; xA R; what DoRA and (IA)^3 scale, its own; what a norm behind attention or MLP
+    reads D. attention_lse is f32 [B, N, T] a layer. What only adapters read is kept for those that there are. The
+    policy `none` may keep as much more as the LoRA parameters and norms are: autodiff keeps slices of them, and the
+    compiler does not see that it has each already.
     """
     return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
 
@@ -30,7 +31,8 @@ def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
     """M width itemsize, where an adapter that reads it is there (or whatever there is, where none is named)."""
 
     def part(step: Step) -> int:
-        is_read = not read_by or not step.ranks.keys().isdisjoint(read_by)
+        readers = {*step.ranks, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
+        is_read = not read_by or not readers.isdisjoint(read_by)
         return is_read * step.rows * width(step.model) * step.itemsize
 
     return part
@@ -44,6 +46,16 @@ def _lse(step: Step) -> int:
 
 def _lora_xa(step: Step) -> int:
     return step.rows * sum(step.ranks.values()) * step.itemsize
+
+
+def _unscaled(step: Step) -> int:
+    """What vectors on results are multiplied with: of DoRA, and of (IA)^3."""
+    scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
+    return step.rows * sum(n for name, (n, _) in step.shapes() if name in scaled) * step.itemsize
+
+
+def _dora_norms(step: Step) -> int:
+    return F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
 def _normed_behind(model: ModelConfig) -> int:
@@ -74,6 +86,8 @@ NAMED: dict[str, Part] = {
     "attention_residual": _wide(lambda m: 0 if LAYOUTS[m.layout].parallel else m.embed_dim),
     "mlp_gate and mlp_up": _wide(lambda m: (1 + m.gated) * m.mlp_dim),
     "lora_xa": _lora_xa,
+    "unscaled": _unscaled,
+    "dora_norms": _dora_norms,
 }
 READ: dict[str, Part] = {
     "attention's input": _wide(_to_attention, *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))),

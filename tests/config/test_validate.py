@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs, validate
+from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, validate
 from qlora_jax.config.decode import decode, walk
 from qlora_jax.config.synonyms import SYNONYMS
 
@@ -92,3 +92,25 @@ def test_every_synonym_points_at_a_setting():
 
 def test_every_setting_has_help():
     assert all(field.metadata["help"] for _, field, _ in walk(Config))
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (
+            dict(method="ia3", rank=8, dropout=0.1),
+            ["lora.rank: found 8, but lora.method=ia3 has", "lora.dropout"],
+        ),
+        (dict(method="ia3", dtype="bfloat16"), ["lora.dtype: found 'bfloat16'"]),
+        (
+            dict(feedforward_modules=["down_proj"]),
+            ["lora.feedforward_modules: found ['down_proj']"],
+        ),
+        (dict(method="dora", feedforward_modules=[]), ["lora.feedforward_modules: found [], but lora.method=dora"]),
+    ],
+)
+def test_settings_that_a_method_does_not_have(settings, told):
+    with pytest.raises(ConfigError) as caught:
+        validate(dataclasses.replace(MINIMAL, lora=LoraArgs(**settings)))
+    assert all(part in str(caught.value) for part in told)
+    validate(dataclasses.replace(MINIMAL, lora=LoraArgs(method=settings.get("method", "lora"))))

@@ -224,8 +224,8 @@ def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
     assert open_run(Path(finished.output)).step == 10
 
 
-def test_training_goes_on_from_an_adapter(finished, tmp_path):
-    """The first loss is what the exported adapter gives, not what a fresh one would."""
+def first_losses_before_and_after(finished, tmp_path):
+    """The first loss of a run, and that of another which goes on from its exported adapter."""
     export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=quiet())
     config = dataclasses.replace(
         finished,
@@ -234,7 +234,12 @@ def test_training_goes_on_from_an_adapter(finished, tmp_path):
         output=str(tmp_path / "more"),
     )
     run(config)
-    fresh, more = (next(r["loss"] for r in numbers(c) if "loss" in r) for c in (finished, config))
+    return [next(r["loss"] for r in numbers(c) if "loss" in r) for c in (finished, config)]
+
+
+def test_training_goes_on_from_an_adapter(finished, tmp_path):
+    """The first loss is what the exported adapter gives, not what a fresh one would."""
+    fresh, more = first_losses_before_and_after(finished, tmp_path)
     assert more < 0.9 * fresh
 
 

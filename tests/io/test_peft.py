@@ -48,6 +48,7 @@ def test_config() -> None:
         "lora_alpha": 16,
         "lora_dropout": 0.05,
         "use_rslora": False,
+        "use_dora": False,
         "target_modules": ["q_proj", "up_proj"],
         "rank_pattern": {"up_proj": 2},
         "alpha_pattern": {"k_proj": 2.5},
@@ -72,10 +73,13 @@ def test_rslora_is_written_as_an_alpha() -> None:
         (dict(r=64), ["vLLM takes it with --max-lora-rank 64"]),
         (dict(rank_pattern={"up_proj": 2}), ["vLLM ignores rank_pattern"]),
         (dict(alpha_pattern={"up_proj": 2}), ["vLLM ignores alpha_pattern", "llama.cpp ignores alpha_pattern"]),
+        (dict(use_dora=True), ["vLLM and llama.cpp take no DoRA"]),
+        (dict(peft_type="IA3"), ["vLLM and llama.cpp take no (IA)^3"]),
     ],
 )
 def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str]) -> None:
-    notes = notes_for_readers(dict(r=16, rank_pattern={}, alpha_pattern={}) | changes)
+    plain = dict(peft_type="LORA", use_dora=False, r=16, rank_pattern={}, alpha_pattern={})
+    notes = notes_for_readers(plain | changes)
     assert len(notes) == len(told) and all(note.startswith(part) for note, part in zip(notes, told, strict=True))
 
 

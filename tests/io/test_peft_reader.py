@@ -52,7 +52,7 @@ def _with(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        (dict(peft_type="IA3", use_dora=True), ["peft_type = 'IA3'", "use_dora = True is not supported"]),
+        (dict(peft_type="ADALORA", use_qalora=True), ["peft_type = 'ADALORA'", "use_qalora = True is not supported"]),
         (dict(modules_to_save=["lm_head"], bias="all"), ["modules_to_save = ['lm_head']", "bias = 'all'"]),
         (dict(layers_to_transform=[0]), ["layers_to_transform = [0] is not supported"]),
         (dict(init_lora_weights="pissa"), ["init_lora_weights = 'pissa' changes the base"]),
@@ -79,8 +79,8 @@ def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
     for part in (
         "model.layers.1.self_attn.q_proj.lora_A.weight is missing",
         "0.mlp.down_proj.lora_B.weight: shape [63, 2], expected [64, 2]",
-        "model.layers.*.mlp.w_pack: no linear layer",
-        "base_model.model.lm_head.weight: not a matrix of LoRA",
+        "model.layers.*.mlp.w_pack.lora_A.weight: no linear layer",
+        "base_model.model.lm_head.weight: no part of such an adapter",
     ):
         assert part in str(caught.value)
 

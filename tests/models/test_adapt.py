@@ -98,3 +98,17 @@ def test_merge_does_what_the_adapter_does():
     one = type(adapter)(adapter.lora_a[...][1], adapter.lora_b[...][1], adapter.scaling, 0.0)
     (y,) = one.apply([one], jax.numpy.asarray(x), [FrozenLayer(jax.numpy.asarray(weight[None]), None, 0)], [None])
     np.testing.assert_allclose(y, x @ one.merge(jax.numpy.asarray(weight)).T, rtol=1e-4, atol=1e-4)
+
+
+def test_ia3_is_on_keys_values_and_the_inputs_of_the_last_projection():
+    adapters = adapted(method="ia3")
+    assert {name: (a.on_input, a.vector[...].shape) for name, a in adapters.items()} == {
+        "k_proj": (False, (3, 32)),
+        "v_proj": (False, (3, 32)),
+        "down_proj": (True, (3, 128)),
+    }
+    chosen = adapted(method="ia3", target_modules=["q_proj", "down_proj"], feedforward_modules=["q_proj"])
+    assert {name: a.on_input for name, a in chosen.items()} == {"q_proj": True, "down_proj": False}
+    assert all(np.all(np.asarray(a.vector[...]) == 1) for a in chosen.values())
+    with pytest.raises(ValueError, match="feedforward_modules 'up_proj' matches none of the linear layers"):
+        adapted(method="ia3", feedforward_modules=["up_proj"])

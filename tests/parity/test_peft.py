@@ -56,7 +56,8 @@ def _write_run(run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1) 
     add_lora(base, lora_args, jax.random.key(0))
     graphdef, lora, frozen = partition(base)
     key = jax.random.key(1)
-    lora = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, lora)
+    random = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, lora)
+    lora = jax.tree.map(lambda leaf, noise: leaf + noise if leaf.ndim == 2 else noise, lora, random)  # vectors: near 1
     run.mkdir()
     write_config(config, run / CONFIG_FILE)
     with Checkpoints(run, keep=1) as checkpoints:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from pallas_kernels import aot
+from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
@@ -45,9 +46,9 @@ def script(load_with_neighbours):
 
 
 def counted(remat="names"):
-    ranks = {"self_attn.q_proj": 4, "mlp.down_proj": 4}
+    lora = LoraArgs(rank=4, target_modules=["q_proj", "down_proj"])
     weights = WeightFormat(platform="cpu")
-    return counts.Step(model=model_config(tiny_config()), weights=weights, ranks=ranks, batch=(1, 2, 16), remat=remat)
+    return counts.Step(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)
 
 
 @pytest.mark.parametrize(

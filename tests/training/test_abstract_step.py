@@ -90,12 +90,12 @@ def test_65b_takes_no_memory_and_no_time():
 def compile_both(name: str, card: str, batch, remat="names", **lora):
     """(counts.Step, gradients and update compiled for the card, the abstract step)."""
     model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
-    abstract = abstract_step(model, weights, LoraArgs(**lora), batch=batch, remat=remat)
+    adapters = LoraArgs(**lora)
+    abstract = abstract_step(model, weights, adapters, batch=batch, remat=remat)
     compiled = [
         aot.compile_for(card, p.function, *p.args, **p.kwargs) for p in (abstract.gradients(), abstract.update())
     ]
-    ranks = counts.ranks_of(abstract.lora)
-    counted = counts.Step(model=model, weights=weights, ranks=ranks, batch=batch, remat=remat)
+    counted = counts.Step(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
     return counted, *compiled, abstract
 
 

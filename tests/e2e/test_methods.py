@@ -1,0 +1,76 @@
+"""Whole runs of each method: the loss falls, stopping and pages change nothing, and what was learned is handed on."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from qlora_jax.io.opened import adapted, load_base, open_base_or_run
+from qlora_jax.models.partition import combine
+from tests.e2e.project import project
+from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
+from tests.e2e.test_training import _stop_and_resume, arrays_at, first_losses_before_and_after, numbers, run
+
+pytestmark = pytest.mark.slow
+# (IA)^3's vectors start at 1 and learn more slowly: its learning rate is larger, as its authors' was (3e-3, LoRA 1e-4).
+METHODS = {
+    "dora": dict(lora=dict(method="dora")),
+    "dora in bf16": dict(lora=dict(method="dora", dtype="bfloat16"), model=dict(compute_dtype="bfloat16")),
+    "ia3": dict(lora=dict(method="ia3", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
+}
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def finished(request, tmp_path_factory):
+    """A run of 10 steps, uninterrupted."""
+    config = project(tmp_path_factory.mktemp("finished"), layers=4, **METHODS[request.param])
+    assert run(config)
+    return config
+
+
+def test_the_loss_falls(finished):
+    losses = [record["eval_loss"] for record in numbers(finished) if "eval_loss" in record]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
+    _stop_and_resume(config, 4, monkeypatch)
+    assert_same_runs(config, finished)
+
+
+def test_pages_change_no_bit(finished, tmp_path):
+    """Vectors and matrices are paged together."""
+    budget = "70KiB" if finished.lora.method == "dora" else "4KiB"
+    config = with_paging(finished, tmp_path / "run", paging="on", paging_budget=budget)
+    run(config)
+    assert_same_runs(config, finished)
+    assert any(moved for moved, *_ in paging_numbers(config)[1:])
+
+
+def test_8_bit_state(finished, tmp_path):
+    """Small leaves, such as vectors, stay in 32 bits; a run goes on paged to the bit."""
+    whole = with_paging(finished, tmp_path / "whole", name="adamw_8bit")
+    run(whole)
+    paged = with_paging(finished, tmp_path / "paged", name="adamw_8bit", paging="on", paging_budget="1MiB")
+    run(paged)
+    assert_same_runs(paged, whole)
+    losses = [record["eval_loss"] for record in numbers(whole) if "eval_loss" in record]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_what_was_learned_is_there_when_it_is_opened(finished):
+    opened = open_base_or_run(None, finished.output)
+    assert opened.run is not None and opened.run.lora_args == finished.lora
+    graphdef, lora, base = adapted(load_base(opened, opened.args), opened.run)
+    saved = {str(leaf.shape): leaf for leaf in arrays_at(finished, 10)}
+    assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in saved.values())
+    model = combine(graphdef, lora, base)
+    linear = model.model.layers.self_attn.k_proj
+    leaf = linear.adapter.vector if finished.lora.method == "ia3" else linear.adapter.magnitude
+    assert leaf[...].dtype == np.float32 and np.std(leaf[...]) > 1e-3
+
+
+def test_training_goes_on_from_the_exported_adapter(finished, tmp_path):
+    fresh, more = first_losses_before_and_after(finished, tmp_path)
+    assert more < 0.95 * fresh

@@ -1,0 +1,124 @@
+"""DoRA and (IA)^3: what peft computes with an exported adapter, its gradients and its merge are ours."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.export import main
+from qlora_jax.io.opened import adapted, load_base, open_base_or_run
+from qlora_jax.io.peft import adapter_tensors
+from qlora_jax.models.adapt import ia3_targets
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import combine
+from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
+from tests.parity.test_peft import _write_run
+
+SCRIPT = Path(__file__).parent.parent / "oracle/peft_methods.py"
+EVERY, RATE = 3, 0.25
+METHODS = {
+    "lora": LoraArgs(rank=4, alpha=8.0, dropout=RATE),
+    "dora": LoraArgs(method="dora", rank=4, alpha=8.0),
+    "dora, some, dropout": LoraArgs(
+        method="dora",
+        rank=4,
+        alpha=8.0,
+        dropout=RATE,
+        use_rslora=True,
+        target_modules=["q_proj", "v_proj", "down_proj"],
+        rank_pattern={"down_proj": 2},
+    ),
+    "ia3": LoraArgs(method="ia3"),
+    "ia3, all": LoraArgs(method="ia3", target_modules="all-linear", feedforward_modules=["up_proj", "o_proj"]),
+}
+
+
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets up its process; a test shares it. And dropout takes every third column."""
+
+    def dropped(x, rate, key):
+        if rate == 0.0 or key is None:
+            return x
+        keep = jnp.arange(x.shape[-1]) % EVERY != 0
+        return jnp.where(keep[None], x / jnp.asarray(1 - rate, x.dtype), 0.0)
+
+    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
+    for module in ("dropout", "lora"):
+        monkeypatch.setattr(f"qlora_jax.nn.{module}.dropped", dropped)
+
+
+def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
+    """(logits, those in training, gradients by PEFT's names)."""
+    opened = open_base_or_run(None, str(run))
+    assert opened.run is not None
+    graphdef, lora, base = adapted(load_base(opened, opened.args), opened.run)
+
+    @functools.partial(jax.jit, static_argnames="training")
+    def logits(lora, training):
+        model = combine(graphdef, lora, base)
+        how = {"remat": "names", "key": jax.random.key(0)} if training else {}
+        hidden = model.hidden(jnp.asarray(tokens), **how)
+        return model.head.logits(hidden).reshape(cotangent.shape)
+
+    value, vjp = jax.vjp(lambda lora: logits(lora, True), lora)
+    (grads,) = vjp(jnp.asarray(cotangent))
+    args, named = opened.run.lora_args, opened.features.hugging_face_name
+    on_inputs = ia3_targets(opened.features, args)[1] if args.method == "ia3" else []
+    return (
+        np.asarray(logits(lora, False)),
+        np.asarray(value),
+        adapter_tensors({named(name): leaves for name, leaves in grads.items()}, on_inputs),
+    )
+
+
+def _close(found: np.ndarray, ours: np.ndarray, what: str, tolerance: float = 1e-5) -> None:
+    scale = np.abs(found).max()
+    assert scale > 0, what
+    np.testing.assert_allclose(ours / scale, found / scale, atol=tolerance, err_msg=what)
+
+
+def _compare(tmp_path: Path, oracle, cases: dict[str, tuple[dict, dict, LoraArgs]]) -> None:
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
+    cotangent, ours = np.random.default_rng(1).standard_normal((2, 19, 32)).astype(np.float32), {}
+    for name, (config, weights, lora_args) in cases.items():
+        model = write_folder(tmp_path / f"{name}-model", config, weights, **{"tokenizer.json": tokenizer_json()})
+        _write_run(tmp_path / name, model, lora_args)
+        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        main([str(tmp_path / name), "--format", "hf", "--dtype", "float32"])
+        ours[name] = _ours(tmp_path / name, tokens, cotangent)
+    folders = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in cases}
+    found = oracle(SCRIPT, cases=folders, tokens=tokens, cotangent=cotangent, every=EVERY)
+    for name, (logits, train, grads) in ours.items():
+        _close(found[f"{name}/logits"], logits, name)
+        _close(found[f"{name}/train"], train, f"{name} in training")
+        prefix = f"{name}/grad/"
+        assert {key.removeprefix(prefix) for key in found if key.startswith(prefix)} == grads.keys()
+        for key, grad in grads.items():
+            _close(found[prefix + key], grad, f"{name} {key}", 2e-5)
+        for key, merged in load_file(tmp_path / name / "hf/model.safetensors").items():
+            _close(found[f"{name}/merged/{key}"], merged, f"{name} {key}")
+
+
+@pytest.mark.slow
+def test_forward_gradients_and_merge(tmp_path: Path, oracle) -> None:
+    config = tiny_config(attention_bias=True, mlp_bias=True)
+    weights = random_weights(config)
+    _compare(tmp_path, oracle, {name: (config, weights, args) for name, args in METHODS.items()})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["gptneox", "phi2", "phi3", "gemma2"])
+def test_families_under_their_own_names(tmp_path: Path, oracle, family: str) -> None:
+    """Fused projections, and projections called otherwise: the usual targets of (IA)^3 are found, and its biases."""
+    config = FAMILIES[family][1]
+    args = {"dora": METHODS["dora"], "ia3": METHODS["ia3"]}
+    _compare(tmp_path, oracle, {name: (config, random_tensors(config), each) for name, each in args.items()})
+    assert len(ia3_targets(model_config(config), METHODS["ia3"])[1]) == 1
