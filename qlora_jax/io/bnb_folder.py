@@ -14,7 +14,8 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.dense_folder import write_config
 from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.inventory import check_inventory
+from qlora_jax.io.held import as_held
+from qlora_jax.io.inventory import check_inventory, layer_name
 from qlora_jax.io.loader import Progress, check_held, quantized
 from qlora_jax.io.safetensors import SINGLE
 from qlora_jax.io.safetensors_writer import Planned, write_safetensors
@@ -37,19 +38,23 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
       ValueError: as io.loader.load_model.
     """
     features = model_config(source.config)
+    weights = as_held(weights, source, features)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
     check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, features)
-    check_held(source, [slot for slot in slots if isinstance(slot.leaf, QTensor)])
-    names = [(slot, name) for slot in slots for name in slot.names]
-    planned = [tensor for slot, name in names for tensor in _planned(slot, name, weights)]
+    check_held(source, slots)
+    names = [(slot, index) for slot in slots for index in range(len(slot.names))]
+    planned = [tensor for slot, index in names for tensor in _planned(slot, index, weights)]
     write_safetensors(folder / SINGLE, planned, _values(source, names, weights, progress))
-    quantization = _quantization_config(weights, features.hugging_face_name("lm_head"))
+    dense = [layer_name(f"model.layers.{name}", layer) for name, layers in weights.dense for layer in layers]
+    skipped = [features.hugging_face_name(name) for name in ("lm_head", *dense)]
+    quantization = _quantization_config(weights, skipped)
     write_config(folder, source.config, {"torch_dtype": weights.dtype, **quantization})
 
 
-def _planned(slot: Slot, name: str, weights: WeightFormat) -> Iterator[Planned]:
+def _planned(slot: Slot, index: int, weights: WeightFormat) -> Iterator[Planned]:
     """The tensors of one weight, in the order of `_parts`."""
-    if not isinstance(slot.leaf, QTensor):
+    name = slot.names[index]
+    if slot.quantized_as(index) is None:
         yield Planned(name, DTYPES[weights.dtype], slot.shape)
         return
     blocks = -(-math.prod(slot.shape) // weights.block_size)
@@ -63,17 +68,17 @@ def _planned(slot: Slot, name: str, weights: WeightFormat) -> Iterator[Planned]:
 
 
 def _values(
-    source: ModelSource, names: list[tuple[Slot, str]], weights: WeightFormat, progress: Progress
+    source: ModelSource, names: list[tuple[Slot, int]], weights: WeightFormat, progress: Progress
 ) -> Iterator[np.ndarray]:
-    total, done = sum(source.tensors[name].nbytes for _, name in names), 0
-    for slot, name in names:
-        entry = source.tensors[name]
-        if isinstance(slot.leaf, QTensor):
-            yield from _parts(quantized(source, entry, slot.leaf), weights.dtype)
+    total, done = sum(source.tensors[slot.names[index]].nbytes for slot, index in names), 0
+    for slot, index in names:
+        entry = source.tensors[slot.names[index]]
+        if wants := slot.quantized_as(index):
+            yield from _parts(quantized(source, entry, wants), weights.dtype)
         else:
             yield entry.read().astype(DTYPES[weights.dtype], copy=False)
         done += entry.nbytes
-        progress(done, total, name)
+        progress(done, total, entry.name)
 
 
 def _parts(weight: QTensor, dtype: str) -> Iterator[np.ndarray]:
@@ -97,7 +102,7 @@ def _parts(weight: QTensor, dtype: str) -> Iterator[np.ndarray]:
     yield np.frombuffer(text.ljust(STATE_BYTES), np.uint8)
 
 
-def _quantization_config(weights: WeightFormat, head: str) -> dict[str, Any]:
+def _quantization_config(weights: WeightFormat, skipped: list[str]) -> dict[str, Any]:
     if weights.quant_type is None:
         return {}
     config = {
@@ -112,7 +117,7 @@ def _quantization_config(weights: WeightFormat, head: str) -> dict[str, Any]:
         "bnb_4bit_quant_storage": "uint8",
         "llm_int8_enable_fp32_cpu_offload": False,
         "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": [head],
+        "llm_int8_skip_modules": skipped,
         "llm_int8_threshold": 6.0,
     }
     return {"quantization_config": config}

@@ -18,6 +18,7 @@ from qlora_jax.io.safetensors import INDEX, SINGLE
 from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, write_safetensors
 from qlora_jax.io.slots import Slot
 from qlora_jax.nn.linear import Adapter
+from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.quant import dequantize
 
 
@@ -91,8 +92,14 @@ def _tensors(slot: Slot, computed: np.dtype, merged: Merged) -> Iterator[jax.Arr
         yield slot.leaf
         return
     for layer in range(len(slot.names)):
-        leaf = _layer(slot.leaf, np.int32(layer))
+        leaf = _layer(*_part(slot.leaf, layer))
         yield merged(layer, dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf)
+
+
+def _part(stack: Any, layer: int) -> tuple[Any, np.int32]:
+    """(the stack that holds the layer, its index there)."""
+    part, index = stack.place(layer) if isinstance(stack, MixedStack) else (None, layer)
+    return (stack if part is None else getattr(stack, part)), np.int32(index)
 
 
 @jax.jit

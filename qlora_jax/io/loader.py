@@ -19,10 +19,12 @@ from flax import nnx
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.entries import ModelSource, TensorEntry
+from qlora_jax.io.held import as_held
 from qlora_jax.io.inventory import check_inventory
 from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import quantize
 
@@ -48,6 +50,8 @@ def load_model(
 ) -> Loaded:
     """The model of `config` with the weights of `source`, linear layers quantized as `weights` says.
 
+    Where files hold layers in 4 bits already, those are taken as they are, and the others stay dense.
+
     Args:
       progress: called with (bytes of file done, bytes in all, name of the tensor) after each tensor.
 
@@ -55,10 +59,11 @@ def load_model(
       ValueError: tensors missing, unexpected or mis-shaped, all at once; codes on disk of another kind than `weights`
         says; or a tensor that is not finite, by name and index.
     """
+    weights = as_held(weights, source, config)
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
     slots = slots_of(model)
     check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config)
-    check_held(source, [slot for slot in slots if isinstance(slot.leaf, QTensor)])
+    check_held(source, slots)
     report = _reporter(source, slots, progress)
     digest = _digest_of_settings(config, weights)
     stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
@@ -73,20 +78,13 @@ HELD_BY = ("quant_type", "block_size", "double_quant", "nested_block_size")
 
 
 def check_held(source: ModelSource, slots: list[Slot]) -> None:
-    """Passes a source none of whose layers is quantized yet, or all of them, as the model wants them."""
-    held = {name: entry.held for slot in slots for name in slot.names if (entry := source.tensors[name]).held}
-    names = [name for slot in slots for name in slot.names]
+    """Passes a source whose layers are not quantized yet, or are as the model wants them."""
+    wanted = [(name, slot.quantized_as(index)) for slot in slots for index, name in enumerate(slot.names)]
+    held = [(read, wants) for name, wants in wanted if wants is not None and (read := source.tensors[name].held)]
     if not held:
         return
-    if dense := [name for name in names if name not in held]:
-        raise ValueError(
-            f"{source.path}: {len(dense)} of {len(names)} linear layers are not quantized there, the first is "
-            f"{dense[0]}: layers that were left out are not supported; set model.quant_type=none, or give the 16-bit "
-            "model"
-        )
-    first = held[names[0]]
-    assert first is not None
-    has, wants = first(), slots[0].leaf
+    read, wants = held[0]
+    has = read()
     pairs = [(name, getattr(has, name), getattr(wants, name)) for name in HELD_BY]
     if wrong := [f"{name}={there}, asked for is {asked}" for name, there, asked in pairs if there != asked]:
         raise ValueError(
@@ -119,25 +117,32 @@ def _filled(stack: Any, layers: Iterator[QTensor | jax.Array]) -> Any:
         (leaf,) = layers
         return leaf
     for index, layer in enumerate(layers):
-        stack = _put(stack, layer, np.int32(index))
+        stack = _placed(stack, layer, index)
     return stack
+
+
+def _placed(stack: Any, layer: QTensor | jax.Array, index: int) -> Any:
+    if not isinstance(stack, MixedStack):
+        return _put(stack, layer, np.int32(index))
+    part, place = stack.place(index)
+    return dataclasses.replace(stack, **{part: _put(getattr(stack, part), layer, np.int32(place))})
 
 
 def _converted(
     source: ModelSource, slot: Slot, digest: Any, report: Callable[[TensorEntry], None]
 ) -> Iterator[QTensor | jax.Array]:
     """Each tensor of a slot as it is held: quantized, or in the dtype of the leaf."""
-    for name in slot.names:
+    for index, name in enumerate(slot.names):
         entry = source.tensors[name]
-        if isinstance(slot.leaf, QTensor):
-            layer = dataclasses.replace(quantized(source, entry, slot.leaf), dtype=slot.leaf.dtype)
+        if wants := slot.quantized_as(index):
+            layer = dataclasses.replace(quantized(source, entry, wants), dtype=wants.dtype)
             _update(digest, name, jax.tree.leaves(layer))
         else:
             array = entry.read()
             _check_finite(source, name, array)
             _update(digest, name, [array])
             # A copy, since the memory is the file's, and after the cast: f32 and two casts are never there at once.
-            array = array.astype(slot.leaf.dtype, copy=False)
+            array = array.astype(slot.dtype, copy=False)
             layer = jnp.array(array, copy=True)
             del array  # before the next one is read
         yield layer
@@ -182,7 +187,9 @@ def _check_finite(source: ModelSource, name: str, array: np.ndarray) -> None:
 
 
 def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Any:
-    held = {key: value for key, value in dataclasses.asdict(weights).items() if key not in ("platform", "dtype")}
+    # Which layers are dense shows in the tensors themselves.
+    left_out = ("platform", "dtype", "dense")
+    held = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
     settings = {"config": config.described(), "weights": held}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 

@@ -9,6 +9,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.inventory import layer_name
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.mixed import MixedStack
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +18,7 @@ class Slot:
 
     Attributes:
       path: of the leaf in the model's state.
-      leaf: array or QTensor; of ShapeDtypeStructs before it is filled.
+      leaf: array, QTensor or MixedStack; of ShapeDtypeStructs before it is filled.
       names: Hugging Face's names of the layers' tensors in order, or one name.
       stacked: the leaf has a leading axis of layers.
     """
@@ -30,9 +31,25 @@ class Slot:
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of each tensor on disk."""
-        if isinstance(self.leaf, QTensor):
+        if isinstance(self.leaf, QTensor | MixedStack):
             return self.leaf.shape
         return self.leaf.shape[1:] if self.stacked else self.leaf.shape
+
+    def quantized_as(self, index: int) -> QTensor | None:
+        """Of the tensor at `index` in `names`: what its codes are like; None: it is dense."""
+        if isinstance(self.leaf, MixedStack):
+            return None if index in self.leaf.dense_layers else self.leaf.quantized
+        return self.leaf if isinstance(self.leaf, QTensor) else None
+
+    @property
+    def quantized_names(self) -> list[str]:
+        """Those of `names` that are held in codes."""
+        return [name for index, name in enumerate(self.names) if self.quantized_as(index) is not None]
+
+    @property
+    def dtype(self) -> Any:
+        """Of the tensors that are dense."""
+        return self.leaf.dense.dtype if isinstance(self.leaf, MixedStack) else self.leaf.dtype
 
 
 def slots_of(model: CausalLM) -> list[Slot]:

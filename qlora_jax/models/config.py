@@ -178,6 +178,7 @@ class WeightFormat:
 
     Attributes:
       quant_type: a key of CODE_TABLES for the linear layers, or None: dense, in `dtype`.
+      dense: of projections by their names within a layer, the layers that are dense although others are quantized.
       platform: the device's, as jax names it; chooses the layout of the codes.
       dtype: of embedding, head, norms and biases, and of activations.
     """
@@ -186,8 +187,13 @@ class WeightFormat:
     block_size: int = 64
     double_quant: bool = True
     nested_block_size: int = 256
+    dense: tuple[tuple[str, tuple[int, ...]], ...] = ()
     platform: str = "cpu"
     dtype: str = "bfloat16"
+
+    def dense_layers(self, name: str, num_layers: int) -> tuple[int, ...]:
+        """Which layers of a projection are dense, ascending."""
+        return tuple(range(num_layers)) if self.quant_type is None else dict(self.dense).get(name, ())
 
     def layout_for(self, shape: tuple[int, int]) -> str:
         """The layout that a weight of (N, K) gets."""

@@ -126,7 +126,7 @@ class Block(nnx.Module):
 
 def _qlinear(name: str, config: ModelConfig, weights: WeightFormat) -> QLinear:
     shape, has_bias = config.linear_shapes()[name]
-    weight, bias = frozen_linear_leaves(config.num_layers, shape, has_bias, weights)
+    weight, bias = frozen_linear_leaves(name, config.num_layers, shape, has_bias, weights)
     return QLinear(config.hugging_face_name(f"model.layers.{name}"), weight, bias)
 
 

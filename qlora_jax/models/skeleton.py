@@ -7,14 +7,24 @@ import jax.numpy as jnp
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import WeightFormat
+from qlora_jax.nn.mixed import MixedStack
 
 
-def frozen_linear_leaves(stack: int, shape: tuple[int, int], has_bias: bool, weights: WeightFormat):
-    """(weight, bias) of `stack` layers of a projection (N, K): a QTensor or a dense [L, N, K], and [L, N] or None."""
+def frozen_linear_leaves(name: str, stack: int, shape: tuple[int, int], has_bias: bool, weights: WeightFormat):
+    """(weight, bias) of `stack` layers of a projection (N, K), and [L, N] or None.
+
+    Args:
+      name: within a layer, `mlp.up_proj`.
+    """
     bias = jnp.zeros((stack, shape[0]), weights.dtype) if has_bias else None
-    if weights.quant_type is None:
+    dense = weights.dense_layers(name, stack)
+    if len(dense) == stack:
         return jnp.zeros((stack, *shape), weights.dtype), bias
-    return _empty_qtensor(stack, shape, weights), bias
+    quantized = _empty_qtensor(stack - len(dense), shape, weights)
+    if not dense:
+        return quantized, bias
+    in_16_bit = jnp.zeros((len(dense), *shape), weights.dtype)
+    return MixedStack(quantized=quantized, dense=in_16_bit, dense_layers=dense), bias
 
 
 def _empty_qtensor(stack: int, shape: tuple[int, int], weights: WeightFormat) -> QTensor:

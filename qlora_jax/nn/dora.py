@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.nn.dots import dot_nn, dot_tn
 from qlora_jax.nn.dropout import dropout
-from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.linear import FrozenLayer, Weight
 from qlora_jax.nn.lora import deltas, with_delta
+from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.nn.scale import scaled_columns
 from qlora_jax.nn.variables import Frozen, of_layer
 from qlora_jax.quant import dequantize
@@ -130,8 +131,10 @@ class DoRA(nnx.Module):
 
 
 @jax.jit
-def squared_norms(weight: QTensor | jax.Array) -> Float[Array, "L N"]:
-    """||W||^2 of each row of a stack, 4-bit or dense, summed in f32; one layer is dequantized at a time."""
+def squared_norms(weight: Weight) -> Float[Array, "L N"]:
+    """||W||^2 of each row of a stack, summed in f32; one layer is dequantized at a time."""
+    if isinstance(weight, MixedStack):
+        return weight.in_order(squared_norms(weight.quantized), squared_norms(weight.dense))
 
     def of_one(layer: QTensor | jax.Array) -> jax.Array:
         w_NK = dequantize(layer, layer.dtype) if isinstance(layer, QTensor) else layer

@@ -15,15 +15,18 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.dots import dot_nt
+from qlora_jax.nn.mixed import MixedStack, mixed_linear
 from qlora_jax.nn.variables import Frozen
 
+Weight = QTensor | MixedStack | jax.Array  # a stack: 4-bit, in part 4-bit, or dense [L, N, K]
 
-def frozen_linear(
-    x_MK: Float[Array, "M K"], weight: QTensor | jax.Array, layer: jax.Array | int
-) -> Float[Array, "M N"]:
-    """x W^T for one layer of a stack, 4-bit or dense, accumulated in f32, in x's dtype."""
+
+def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | int) -> Float[Array, "M N"]:
+    """x W^T for one layer of a stack, accumulated in f32, in x's dtype."""
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
+    if isinstance(weight, MixedStack):
+        return mixed_linear(x_MK, weight, layer)
     w_NK = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
     return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
 
@@ -33,11 +36,11 @@ class FrozenLayer:
     """One layer of a frozen linear, x W^T + b, and its parts.
 
     Attributes:
-      weight: a stack, 4-bit or dense [L, N, K]; bias: [L, N].
+      weight: a stack; bias: [L, N].
       layer: index in the stack.
     """
 
-    weight: QTensor | jax.Array
+    weight: Weight
     bias: Float[Array, "L N"] | None
     layer: jax.Array | int
 
@@ -87,13 +90,13 @@ class Adapter(Protocol):
 
 
 class QLinear(nnx.Module):
-    """y = x W^T + b, with W frozen (a QTensor stack, or dense [L, N, K]), through an adapter where one is set.
+    """y = x W^T + b, with W frozen, through an adapter where one is set.
 
     Args:
       name: the Hugging Face name with the layer's index left out; dropout keys are folded from it.
     """
 
-    def __init__(self, name: str, weight: QTensor | jax.Array, bias: Float[Array, "L N"] | None):
+    def __init__(self, name: str, weight: Weight, bias: Float[Array, "L N"] | None):
         self.name = name
         self.weight = Frozen(weight)
         self.bias = None if bias is None else Frozen(bias)

@@ -234,27 +234,29 @@ def flops(step: Step) -> dict[str, int]:
 
 
 def frozen_bytes(step: Step) -> dict[str, int]:
-    """codes, constants: L times `held` of each projection (dense weights count as codes, in their own dtype).
+    """codes, constants: `held` of each projection's layers (dense weights count as codes, in their own dtype).
 
     tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D. In the dtype. DoRA
     has lengths of rows besides, in f32.
     """
     model, layers, size = step.model, step.model.num_layers, step.itemsize
-    weights = [_held(step, shape) for _, shape in step.shapes()]
+    weights = [_held(step, name, shape) for name, shape in step.shapes()]
     linear = layers * sum(math.prod(shape) for _, shape in step.shapes())
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
     return {
-        "codes": layers * sum(codes for codes, _ in weights),
-        "constants": layers * sum(constants for _, constants in weights),
+        "codes": sum(codes for codes, _ in weights),
+        "constants": sum(constants for _, constants in weights),
         "tables": tables * size,
         "vectors": (model.parameters() - linear - tables) * size + layers * F32 * _dora_rows(step),
     }
 
 
-def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
-    weights = step.weights
-    if weights.quant_type is None:
-        return shape[0] * shape[1] * step.itemsize, 0
+def _held(step: Step, name: str, shape: tuple[int, int]) -> tuple[int, int]:
+    weights, layers = step.weights, step.model.num_layers
+    dense = len(weights.dense_layers(name, layers))
+    dense_bytes = dense * math.prod(shape) * step.itemsize
+    if dense == layers:
+        return dense_bytes, 0
     kept = held(
         shape,
         weights.layout_for(shape),
@@ -262,7 +264,7 @@ def _held(step: Step, shape: tuple[int, int]) -> tuple[int, int]:
         nested_block_size=weights.nested_block_size,
         double_quant=weights.double_quant,
     )
-    return kept.codes, kept.constants
+    return dense_bytes + (layers - dense) * kept.codes, (layers - dense) * kept.constants
 
 
 def lora_bytes(step: Step) -> int:

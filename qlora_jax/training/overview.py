@@ -64,7 +64,9 @@ def _device() -> str:
 
 def _held_as(session: Session) -> str:
     weights, args = session.weights, session.config.model
-    rest = f"norms, embedding and head {weights.dtype}"
+    dense = sum(len(layers) for _, layers in weights.dense)
+    left = f"the {dense} linear layers that the files leave in 16 bit, " if dense else ""
+    rest = f"{left}norms, embedding and head {weights.dtype}"
     if weights.quant_type is None:
         return f"{weights.dtype}, not quantized"
     double = "double-quantized scales" if weights.double_quant else "float32 scales"

@@ -13,7 +13,6 @@ import jax
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.models.precision import weight_format
 from qlora_jax.optim.residency import Memory
 from qlora_jax.training import counts
 from qlora_jax.training.abstract import AbstractStep
@@ -23,7 +22,7 @@ from qlora_jax.training.plan import make_plan
 from qlora_jax.training.plan_run import run_setting
 from qlora_jax.training.plan_text import verdict
 from qlora_jax.training.programs import Gradients
-from qlora_jax.training.session import Inputs
+from qlora_jax.training.session import Inputs, weights_of
 
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
@@ -61,7 +60,7 @@ class RunPlan:
 
 def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
     """The plan of the run's step for its longest bucket, whose program `gradients` has or compiles."""
-    weights = weight_format(config.model)
+    weights = weights_of(config, inputs)
     setting = run_setting(config, inputs.model, weights, max(inputs.dataset.buckets))
     limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
     return RunPlan(need=compiled_need(setting, _compiled_by(gradients, setting)), limit=limit, device=device)

@@ -14,6 +14,7 @@ from qlora_jax.config import Config
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.held import as_held
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.peft_reader import check_shapes, read_start
 from qlora_jax.io.source import open_model
@@ -92,7 +93,7 @@ def open_inputs(config: Config) -> Inputs:
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
     """The run's step, compiled for its longest batches; done before `prepare`, when memory is still free."""
-    weights, remat = weight_format(config.model), config.train.remat
+    weights, remat = weights_of(config, inputs), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
     step = abstract_step(inputs.model, weights, config.lora, batch=shape, packed=inputs.dataset.packed, remat=remat)
     gradients = Gradients(step)
@@ -100,10 +101,15 @@ def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
     return gradients
 
 
+def weights_of(config: Config, inputs: Inputs) -> WeightFormat:
+    """How the run holds its frozen weights: layers that the files leave in 16 bit beside 4-bit ones stay so."""
+    return as_held(weight_format(config.model), inputs.source, inputs.model)
+
+
 def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Progress) -> Session:
     """Loads, quantizes and adapts: the session of a run at step 0."""
     dataset = inputs.dataset
-    weights = weight_format(config.model)
+    weights = weights_of(config, inputs)
     total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
     updates = make_updates(config.optim, total_steps, gradients)
     loaded = load_model(inputs.source, inputs.model, weights, progress)

@@ -6,15 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pallas_kernels.formats.layouts import repack
+from qlora_jax.config import LoraArgs
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import linears
+from qlora_jax.models.adapt import add_lora, linears
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import combine, partition
+from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.quant import dequantize
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
@@ -85,9 +89,66 @@ def test_what_the_files_hold_has_to_be_asked_for(tmp_path: Path, oracle, config)
     oracle(ORACLE, quantize={name: [str(dense), str(tmp_path / name), s] for name, s in skipped.items()})
     with pytest.raises(ValueError, match=r"quant_type=fp4, asked for is nf4; double_quant=False, asked for is True"):
         _loaded(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"2 of 14 linear layers are not quantized there, .*mlp.up_proj"):
-        _loaded(tmp_path / "skipped", quant_type="fp4", double_quant=False)
     assert _loaded(tmp_path / "skipped", quant_type=None).model.config == model_config(config)
+
+
+def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None:
+    """One layer's module, a module of all layers: weights, logits and gradients are transformers'; and written back."""
+    config = tiny_config(num_hidden_layers=3)
+    dense = write_folder(tmp_path / "dense", config, random_weights(config))
+    skip = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj", "v_proj"]
+    settings = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip)
+    found = oracle(ORACLE, quantize={"mixed": [str(dense), str(tmp_path / "mixed"), settings]})
+    (tmp_path / "mixed/tokenizer.json").write_text(tokenizer_json())
+    loaded = _loaded(tmp_path / "mixed")
+    layers = loaded.model.model.layers
+    assert isinstance(layers.self_attn.v_proj.weight.get_value(), jax.Array)
+    down = layers.mlp.down_proj.weight.get_value()
+    assert isinstance(down, MixedStack) and down.dense_layers == (1, 2)
+    tensors = open_model(tmp_path / "mixed").tensors
+    assert _digest(repack(down.quantized.layer(0), "bnb").codes) == _digest(
+        found["mixed/codes/model.layers.0.mlp.down_proj"]
+    )
+    for place, layer in enumerate(down.dense_layers):
+        expected = tensors[f"model.layers.{layer}.mlp.down_proj.weight"].read()
+        np.testing.assert_array_equal(down.dense[place], expected)
+
+    # The same model with every weight dense, as the mixed one has them, is what the mixed one computes.
+    quantize_main(
+        [str(tmp_path / "mixed"), "--output", str(tmp_path / "16 bit"), "--quant-type", "none", "--dtype", "float32"]
+    )
+    for remat in ("none", "full"):
+        mixed, plain = (
+            _loss_and_gradients(_loaded(tmp_path / name, **how).model, remat)
+            for name, how in (("mixed", {}), ("16 bit", dict(quant_type=None)))
+        )
+        for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(plain), strict=True):
+            np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
+
+    again = ["--output", str(tmp_path / "again"), "--quant-type", "nf4", "--dtype", "float32"]
+    quantize_main([str(tmp_path / "mixed"), *again])
+    assert _loaded(tmp_path / "again").fingerprint == loaded.fingerprint
+    theirs = oracle(ORACLE, load={name: str(tmp_path / name) for name in ("mixed", "again")})
+    names = {key.partition("/")[2] for key in theirs}
+    assert len(names) == 2 * (7 * 3 - 5)
+    for name in names:
+        np.testing.assert_array_equal(theirs[f"again/{name}"], theirs[f"mixed/{name}"], err_msg=name)
+
+
+def _loss_and_gradients(model, remat: str):
+    add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+    graphdef, lora, base = partition(model)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05, lora)
+    tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, model.config.vocab_size)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(lora):
+        model = combine(graphdef, lora, base)
+        hidden = model.hidden(tokens, remat=remat)
+        return jnp.sum(jnp.sin(model.head.logits(hidden)))
+
+    return loss(lora)
 
 
 MADE_BY_US = {

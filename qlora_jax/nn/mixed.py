@@ -1,0 +1,91 @@
+"""A stack of which some layers are 4-bit and others dense: what a checkpoint that leaves layers in 16 bit asks for.
+
+Dimension key: L layers, M rows, K in, N out.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from pallas_kernels.formats.qtensor import Leaf, QTensor
+from pallas_kernels.nf4_matmul import nf4_matmul
+from pallas_kernels.nf4_matmul.api import product
+from qlora_jax.nn.dots import dot_nn, dot_nt
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixedStack:
+    """Layers in codes and dense ones, each part in the order of the layers.
+
+    Leaves:
+      quantized: a stack of the 4-bit layers; dense: [layers that are dense, N, K].
+    Static:
+      dense_layers: which are dense, ascending.
+    """
+
+    quantized: QTensor
+    dense: Leaf
+    dense_layers: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(N, K) of a layer."""
+        return self.quantized.shape
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.quantized.stack_shape[0] + len(self.dense_layers)
+
+    def place(self, layer: int) -> tuple[str, int]:
+        """(the field that a layer is in, its index there)."""
+        before = sum(dense < layer for dense in self.dense_layers)
+        return ("dense", before) if layer in self.dense_layers else ("quantized", layer - before)
+
+    def traced_place(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+        """(whether a layer is dense, its index in its part), where the layer is known at run time alone."""
+        places = [self.place(each) for each in range(self.num_layers)]
+        is_dense_L, index_L = zip(*((part == "dense", index) for part, index in places), strict=True)
+        return jnp.asarray(is_dense_L)[layer], jnp.asarray(index_L, jnp.int32)[layer]
+
+    def in_order(self, quantized: jax.Array, dense: jax.Array) -> jax.Array:
+        """[L, ...] of what was computed for the parts."""
+        parts = {"quantized": 0, "dense": quantized.shape[0]}
+        order = [parts[part] + index for part, index in map(self.place, range(self.num_layers))]
+        return jnp.concatenate([quantized, dense])[np.array(order)]
+
+
+@jax.custom_vjp
+def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array | int) -> Float[Array, "M N"]:
+    """x W^T for one layer, by the part that it is in; in x's dtype. W is frozen: only x has a gradient.
+
+    One of two branches runs. The rule of its own keeps the weights out of what a scan saves.
+    """
+    is_dense, index = weight.traced_place(layer)
+    return jax.lax.cond(
+        is_dense,
+        lambda: dot_nt(x_MK, weight.dense[index].astype(x_MK.dtype), x_MK.dtype),
+        lambda: nf4_matmul(x_MK, weight.quantized, index),
+    )
+
+
+def _forward(x_MK, weight, layer):
+    return mixed_linear(x_MK, weight, layer), (weight, layer)
+
+
+def _backward(residuals, dy_MN):
+    weight, layer = residuals
+    is_dense, index = weight.traced_place(layer)
+    dx_MK = jax.lax.cond(
+        is_dense,
+        lambda: dot_nn(dy_MN, weight.dense[index].astype(dy_MN.dtype), dy_MN.dtype),
+        lambda: product("backward", dy_MN, weight.quantized, index),
+    )
+    return dx_MK, None, None
+
+
+mixed_linear.defvjp(_forward, _backward)
