@@ -13,6 +13,7 @@ DTYPES = {
     "peft": (),
     "hf": ("bfloat16", "float16", "float32"),
     "gguf": ("float16", "bfloat16", "float32", "q8_0", "q4_0"),
+    "gguf-lora": (),
 }
 PROG = "python -m qlora_jax.export"
 
@@ -20,21 +21,23 @@ PROG = "python -m qlora_jax.export"
 def main(argv: list[str]) -> None:
     """Writes the adapter of a run, or its model with the adapter merged into the weights."""
     args = _parser().parse_args(argv)
-    if args.format != "peft" and args.with_base:
-        raise ValueError("--with-base is for --format peft: a merged model has no base")
+    if DTYPES[args.format] and args.with_base:
+        raise ValueError("--with-base is for --format peft and gguf-lora: a merged model has no base")
     if args.dtype not in (None, *DTYPES[args.format]):
         possible = ", ".join(DTYPES[args.format]) or "none: an adapter keeps its own"
         raise ValueError(f"--dtype {args.dtype} is not for --format {args.format}; possible: {possible}")
     output = args.output or args.run / args.format
     # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
     from qlora_jax import runtime
+    from qlora_jax.io.export_gguf_lora import export_gguf_lora
     from qlora_jax.io.export_merged import export_merged
     from qlora_jax.io.export_run import export_peft
 
     runtime.start()
     where = {"step": args.step, "model": args.model, "console": Console()}
-    if args.format == "peft":
-        export_peft(args.run, output, with_base=args.with_base, **where)
+    adapters = {"peft": export_peft, "gguf-lora": export_gguf_lora}
+    if args.format in adapters:
+        adapters[args.format](args.run, output, with_base=args.with_base, **where)
     else:
         export_merged(args.run, output, args.format, dtype=args.dtype or DTYPES[args.format][0], **where)
 
@@ -47,7 +50,8 @@ def _parser() -> argparse.ArgumentParser:
         choices=list(DTYPES),
         default="peft",
         help="peft: a LoRA adapter for the peft library; hf: a whole model for transformers, the adapter merged into "
-        "the dequantized weights that it was trained on; gguf: the same as a GGUF file, where the base is one",
+        "the dequantized weights that it was trained on; gguf: the same as one file for llama.cpp; gguf-lora: a LoRA "
+        "for llama.cpp, which it puts on a GGUF file of the base",
     )
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
@@ -57,8 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--with-base",
         action="store_true",
-        help="also write the base, dequantized, to OUTPUT/base: peft loads no GGUF file, and over these weights it "
-        "computes what the run computed",
+        help="also write the base, dequantized: over these weights peft, which loads no GGUF file, and llama.cpp "
+        "compute what the run computed",
     )
     return parser
 

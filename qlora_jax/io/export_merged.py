@@ -21,17 +21,15 @@ from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.io.dense_folder import dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.folders import staged_folder
-from qlora_jax.io.gguf_frame import Framed, frame_of
-from qlora_jax.io.gguf_writer import Frame, frame_like, write_gguf
+from qlora_jax.io.gguf_frame import framed
+from qlora_jax.io.gguf_writer import Frame, write_gguf
 from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
-from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import Slot, slots_of
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import linears
-from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, combine, partition
@@ -93,7 +91,7 @@ def export_merged(
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
-    framed = _framed(opened) if form == "gguf" else None
+    file = framed(opened) if form == "gguf" else None
     with staged_folder(output) as folder:
         with loading(console) as progress:
             base = load_base(opened, opened.args, progress)
@@ -104,27 +102,18 @@ def export_merged(
         with_adapter, without = (_logits(graphdef, each, frozen, prompts) for each in (lora, none))
         tensors = {"computed": computed, "adapters": _adapters(combine(graphdef, lora, frozen))}
         written = (
-            _write_file(folder, framed.frame, slots, dtype, **tensors)
-            if framed
+            _write_file(folder, file.frame, slots, dtype, **tensors)
+            if file
             else _write_folder(folder, opened, slots, dtype, **tensors)
         )
         del base, slots, frozen, tensors  # what is read back may leave no room for them
         found = difference(_logits(*_read_back(written, computed.name), prompts), with_adapter, without)
         if not found.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {found}. Try --dtype float32")
-    lines = [f"{run.label}, merged: {output}", str(found), *(framed.notes if framed else [])]
+    lines = [f"{run.label}, merged: {output}", str(found), *(file.notes if file else [])]
     if not found.is_small:
         lines.append(f"{dtype} rounds away more than the adapter adds: --dtype q8_0 or float16 keeps what was learned")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
-
-
-def _framed(opened: Opened) -> Framed:
-    source, features = opened.source, opened.features
-    if is_gguf(str(source.path)):
-        return Framed(frame_like(source.path, source.config, opened.tokenizer.chat_template), [])
-    model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))
-    shapes = {name: slot.shape for slot in slots_of(model) for name in slot.names}
-    return frame_of(source, features, opened.tokenizer, shapes)
 
 
 def _write_folder(folder: Path, opened: Opened, slots: Sequence[Slot], dtype: str, **tensors: Any) -> Path:

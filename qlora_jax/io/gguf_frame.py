@@ -1,9 +1,10 @@
-"""What a GGUF file of a model in a Hugging Face folder holds beside its weights."""
+"""What a GGUF file of a model holds beside its weights: like the base's own file, or made from a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from flax import nnx
 from gguf.constants import GGMLQuantizationType
 
 from qlora_jax.data.tokenizer import Tokenizer
@@ -13,8 +14,12 @@ from qlora_jax.io.gguf_config import config_from_metadata
 from qlora_jax.io.gguf_header import TensorInfo
 from qlora_jax.io.gguf_metadata import features_lost, metadata_of, tensors_misplaced
 from qlora_jax.io.gguf_vocabulary import vocabulary_of
-from qlora_jax.io.gguf_writer import Frame, keys_of, target_of
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.io.gguf_writer import Frame, frame_like, keys_of, target_of
+from qlora_jax.io.opened import Opened
+from qlora_jax.io.peft import is_gguf
+from qlora_jax.io.slots import slots_of
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 
 WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window, says that it does not use it, and lets every token see all
@@ -27,47 +32,61 @@ class Framed(NamedTuple):
     notes: list[str]
 
 
-def frame_of(
-    source: ModelSource, features: ModelConfig, tokenizer: Tokenizer, shapes: Mapping[str, tuple[int, ...]]
-) -> Framed:
-    """The frame of a model in a Hugging Face folder, in the form of llama.cpp's converter.
+def framed(opened: Opened) -> Framed:
+    """The frame of a model's base: like the base's own file, or for a Hugging Face folder as the converter has it.
+
+    Raises:
+      ValueError: no architecture of GGUF, or features, tensors or a tokenizer that such a file can't hold: all of
+        them but the tokenizer's at once.
+    """
+    source, features, tokenizer = opened.source, opened.features, opened.tokenizer
+    bare = frame_without_tokenizer(opened)
+    if is_gguf(str(source.path)):
+        return Framed(bare, [])
+    stop = source.tokenizer["stop_token_ids"]
+    vocabulary, notes = vocabulary_of(tokenizer, features.vocab_size, stop, bare.architecture)
+    keys = [*keys_of(_named(source.path, tokenizer)), *bare.keys, *keys_of(vocabulary)]
+    return Framed(bare._replace(keys=keys), notes + _notes(bare.architecture, features))
+
+
+def frame_without_tokenizer(opened: Opened) -> Frame:
+    """The frame of a model's base, without a tokenizer where that is a Hugging Face folder."""
+    source, features = opened.source, opened.features
+    if is_gguf(str(source.path)):
+        return frame_like(source.path, source.config, opened.tokenizer.chat_template)
+    model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))
+    return frame_of(source, features, {name: slot.shape for slot in slots_of(model) for name in slot.names})
+
+
+def frame_of(source: ModelSource, features: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Frame:
+    """Metadata and names of a model in a Hugging Face folder, in the form of llama.cpp's converter.
 
     Args:
       features: of the model.
       shapes: of its tensors, by Hugging Face's name.
 
     Raises:
-      ValueError: no architecture of GGUF, or features, tensors or a tokenizer that such a file can't hold: all of
-        them but the tokenizer's at once.
+      ValueError: no architecture of GGUF, or features and tensors that such a file can't hold, all at once.
     """
     model_type = source.config["model_type"]
     if model_type not in OF_MODEL_TYPE:
         raise ValueError(f"{source.path}: no GGUF architecture for model_type {model_type!r}: export with --format hf")
     architecture = OF_MODEL_TYPE[model_type]
-    targets = {name: architecture.gguf_name(name) for name in shapes}
+    names = {name: architecture.gguf_name(name) for name in shapes}
     metadata, tables = metadata_of(features, architecture)
-    config = config_from_metadata(source.path, architecture, metadata, frozenset(targets.values()), tables)
-    problems = _problems(architecture, features, model_config(config), list(targets.values()))
-    if problems:
+    config = config_from_metadata(source.path, architecture, metadata, frozenset(names.values()), tables)
+    if problems := _problems(architecture, features, model_config(config), names.values()):
         lines = "\n  ".join(problems)
         raise ValueError(
             f"{source.path}: a GGUF file of architecture {architecture.name} can't hold this model; export with "
             f"--format hf:\n  {lines}"
         )
-    stop = source.tokenizer["stop_token_ids"]
-    vocabulary, notes = vocabulary_of(tokenizer, features.vocab_size, stop, architecture.name)
-    general = {"general.type": "model", **_named(source.path, tokenizer)}
-    return Framed(
-        Frame(
-            architecture=architecture.name,
-            keys=keys_of({**general, **metadata, **vocabulary}),
-            targets={
-                name: target_of(source.path, _info(there, shapes[name]), architecture, config)
-                for name, there in targets.items()
-            },
-            tables=tables,
-        ),
-        notes + _notes(architecture, features),
+    infos = {name: _info(there, shapes[name]) for name, there in names.items()}
+    return Frame(
+        architecture=architecture.name,
+        keys=keys_of({"general.type": "model", **metadata}),
+        targets={name: target_of(source.path, info, architecture, config) for name, info in infos.items()},
+        tables=tables,
     )
 
 
@@ -90,7 +109,7 @@ def _info(name: str, shape: tuple[int, ...]) -> TensorInfo:
     return TensorInfo(name=name, shape=shape, type=GGMLQuantizationType.F32, offset=0, nbytes=0)
 
 
-def _problems(architecture: Architecture, features: ModelConfig, read: ModelConfig, names: list[str]) -> list[str]:
+def _problems(architecture: Architecture, features: ModelConfig, read: ModelConfig, names: Iterable[str]) -> list[str]:
     problems = [*features_lost(features, read), *tensors_misplaced(architecture, names)]
     queries = features.num_heads * features.head_dim
     if architecture.square and queries != features.embed_dim:
@@ -98,7 +117,7 @@ def _problems(architecture: Architecture, features: ModelConfig, read: ModelConf
     return problems
 
 
-def _notes(architecture: Architecture, features: ModelConfig) -> list[str]:
-    if architecture.name in WINDOW_UNUSED and any(features.windows):
+def _notes(architecture: str, features: ModelConfig) -> list[str]:
+    if architecture in WINDOW_UNUSED and any(features.windows):
         return ["llama.cpp does not use the sliding window of this architecture: beyond it, tokens see more than here"]
     return []

@@ -99,12 +99,17 @@ def _alphas(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> tuple[float, 
     """(alpha, alpha by pattern), divided by the rank alone: rsLoRA's alpha / sqrt(rank) is alpha sqrt(rank) / rank."""
     if not args.use_rslora:
         return args.alpha, dict(args.alpha_pattern)
-    whole = args.alpha * math.sqrt(args.rank)
-    each = {
-        name: _first_match(args.alpha_pattern, name, args.alpha) * math.sqrt(matrices["lora_a"].shape[-1])
-        for name, matrices in lora.items()
-    }
+    whole, each = args.alpha * math.sqrt(args.rank), effective_alphas(lora, args)
     return whole, {target_suffixes([name], linears)[0]: alpha for name, alpha in each.items() if alpha != whole}
+
+
+def effective_alphas(lora: Lora, args: LoraArgs) -> dict[str, float]:
+    """Of each module, what divided by its rank is its scaling: alpha, or rsLoRA's alpha sqrt(rank)."""
+    ranks = {name: matrices["lora_a"].shape[-1] for name, matrices in lora.items()}
+    return {
+        name: _first_match(args.alpha_pattern, name, args.alpha) * (math.sqrt(rank) if args.use_rslora else 1)
+        for name, rank in ranks.items()
+    }
 
 
 def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:

@@ -82,7 +82,7 @@ def write_family(path: Path, architecture: str, config: dict[str, Any], tensors:
     for name, values in tensors.items():
         found = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert found is not None, name
-        writer.add_tensor(found, np.ascontiguousarray(_converted(architecture, config, name, values)))
+        writer.add_tensor(found, np.ascontiguousarray(converted(architecture, config, name, values)))
     if scaling := config.get("rope_scaling"):
         _add_scaling(writer, config, scaling)
     writer.write_header_to_file()
@@ -135,7 +135,8 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
     writer.add_tensor("rope_factors_short.weight", np.asarray(scaling["short_factor"], np.float32))
 
 
-def _converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
+def converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
+    """What the converter does to a tensor of Hugging Face's name."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if architecture in ROTARY and ".q_proj." in name:
         return permute_rows(values, heads)

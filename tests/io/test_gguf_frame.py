@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.gguf_frame import frame_of
+from qlora_jax.io.gguf_frame import framed
 from qlora_jax.io.gguf_header import parse_header
 from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.opened import Opened, open_base_or_run
 from qlora_jax.io.source import open_model
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
@@ -34,34 +35,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = FAMILIES | {
 
 
 def _folder(path: Path, config: dict[str, Any], tokenizer: str | None = None, size: int = VOCABULARY, **named: Any):
-    """(source, features, tokenizer, tensors) of a model in a folder."""
+    """(a model in a folder, its tensors)."""
     config = config | {"vocab_size": size}
     tensors = random_tensors(config)
     files = {"tokenizer.json": tokenizer or byte_level(), "tokenizer_config.json": json.dumps(NAMED | named)}
-    source = open_model(write_folder(path, config, tensors, **files))
-    return source, model_config(source.config), load_tokenizer(source.tokenizer), tensors
+    return open_base_or_run(str(write_folder(path, config, tensors, **files)), None), tensors
 
 
-def _written(path: Path, source, features, tokenizer, tensors) -> tuple[Path, list[str]]:
-    framed = frame_of(source, features, tokenizer, {name: tensor.shape for name, tensor in tensors.items()})
-    write_gguf(path, framed.frame, list(tensors), iter(tensors.values()), "float32")
-    return path, framed.notes
+def _written(path: Path, opened: Opened, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
+    frame, notes = framed(opened)
+    write_gguf(path, frame, list(tensors), iter(tensors.values()), "float32")
+    return path, notes
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_model_returns(tmp_path: Path, name: str) -> None:
     architecture, config = CONFIGS[name]
-    source, features, tokenizer, tensors = _folder(tmp_path / "model", config)
-    path, _ = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    opened, tensors = _folder(tmp_path / "model", config)
+    path, _ = _written(tmp_path / "new.gguf", opened, tensors)
     read = open_model(path)
     found = model_config(read.config)
-    assert found.linear_shapes() == features.linear_shapes() and found.windows == features.windows
+    assert found.linear_shapes() == opened.features.linear_shapes() and found.windows == opened.features.windows
     assert read.tensors.keys() == tensors.keys()
     rounding = 2.5e-7 if architecture in ONE_MORE else 0  # 1 is added and taken away
     for tensor, values in tensors.items():
         np.testing.assert_allclose(read.tensors[tensor].read(), values, rtol=0, atol=rounding, err_msg=tensor)
     again = load_tokenizer(read.tokenizer)
-    assert again.encode_batch(CORPUS) == tokenizer.encode_batch(CORPUS)
+    assert again.encode_batch(CORPUS) == opened.tokenizer.encode_batch(CORPUS)
     assert (again.bos_id, again.eos_id, again.chat_template) == (1, 2, "{{ messages }}")
 
 
@@ -69,9 +69,9 @@ def test_the_model_returns(tmp_path: Path, name: str) -> None:
 def test_it_is_what_the_converter_writes(tmp_path: Path, name: str) -> None:
     """Every key of the architecture that the converter's form has, and every tensor under the gguf package's name."""
     architecture, config = FAMILIES[name]
-    source, features, tokenizer, tensors = _folder(tmp_path / "model", config)
-    path, _ = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
-    like = write_family(tmp_path / "like.gguf", architecture, source.config, tensors)
+    opened, tensors = _folder(tmp_path / "model", config)
+    path, _ = _written(tmp_path / "new.gguf", opened, tensors)
+    like = write_family(tmp_path / "like.gguf", architecture, opened.source.config, tensors)
     ours, its = (parse_header(each) for each in (path, like))
     keys = {key: value for key, value in its.metadata.items() if key.startswith(architecture)}
     # 0 stands for absent.
@@ -107,10 +107,10 @@ LOST = {
 @pytest.mark.parametrize("name", LOST)
 def test_what_a_file_can_not_say_is_refused_at_once(tmp_path: Path, name: str) -> None:
     changes, problems = LOST[name]
-    source, features, tokenizer, tensors = _folder(tmp_path / "model", CONFIGS[name][1] | changes)
+    opened, tensors = _folder(tmp_path / "model", CONFIGS[name][1] | changes)
     for problem in problems:
         with pytest.raises(ValueError, match=rf"(?s)can't hold this model.*{problem}"):
-            _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+            _written(tmp_path / "new.gguf", opened, tensors)
 
 
 TOKENIZERS = {
@@ -127,8 +127,8 @@ def test_tokenizers_return(tmp_path: Path, name: str) -> None:
     make, model, pre = TOKENIZERS[name]
     named = {} if model == "gpt2" else {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = FAMILIES["gemma" if name == "gemma" else "llama"][1]
-    source, features, tokenizer, tensors = _folder(tmp_path / "model", config, make(), **named)
-    path, notes = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    opened, tensors = _folder(tmp_path / "model", config, make(), **named)
+    path, notes = _written(tmp_path / "new.gguf", opened, tensors)
     keys = parse_header(path).metadata
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == (model, pre)
     assert ["NFC" in note for note in notes] == ([True] if name == "olmo" else [])
@@ -137,8 +137,8 @@ def test_tokenizers_return(tmp_path: Path, name: str) -> None:
         assert keys["tokenizer.ggml.add_space_prefix"] is (name == "llama")
     again = load_tokenizer(open_model(path).tokenizer)
     texts = [*CORPUS, "a </s> b", "<|im_end|>\n<tool> <table>  two", "\U0001f600 unseen \u4e2d"]
-    assert again.encode_batch(texts) == tokenizer.encode_batch(texts)
-    assert again.special_tokens == tokenizer.special_tokens
+    assert again.encode_batch(texts) == opened.tokenizer.encode_batch(texts)
+    assert again.special_tokens == opened.tokenizer.special_tokens
 
 
 def test_tokenizers_that_a_file_can_not_hold_are_refused(tmp_path: Path) -> None:
@@ -152,16 +152,16 @@ def test_tokenizers_that_a_file_can_not_hold_are_refused(tmp_path: Path) -> None
         "tokens beyond the 300 rows of the model's embedding": (byte_level(), dict(size=300)),
     }
     for problem, (text, named) in refused.items():
-        source, features, tokenizer, tensors = _folder(tmp_path / "model", FAMILIES["llama"][1], text, **named)
+        opened, tensors = _folder(tmp_path / "model", FAMILIES["llama"][1], text, **named)
         with pytest.raises(ValueError, match=problem):
-            _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+            _written(tmp_path / "new.gguf", opened, tensors)
 
 
 def test_what_is_read_otherwise_is_noted(tmp_path: Path) -> None:
     text = json.loads(byte_level())
     text["added_tokens"][2]["rstrip"] = True
-    source, features, tokenizer, tensors = _folder(tmp_path / "model", FAMILIES["phi3"][1], json.dumps(text))
-    source.tokenizer["stop_token_ids"] = [2, 0, 3, 4]
-    path, notes = _written(tmp_path / "new.gguf", source, features, tokenizer, tensors)
+    opened, tensors = _folder(tmp_path / "model", FAMILIES["phi3"][1], json.dumps(text))
+    opened.source.tokenizer["stop_token_ids"] = [2, 0, 3, 4]
+    path, notes = _written(tmp_path / "new.gguf", opened, tensors)
     assert open_model(path).tokenizer["stop_token_ids"] == [2, 0, 3]
     assert "['<|im_end|>']" in notes[0] and "these it does not: ['\"']" in notes[1] and "sliding window" in notes[2]

@@ -11,10 +11,10 @@ from qlora_jax.data.gguf_tokenizer import rebuild
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export_merged import PROMPTS
-from qlora_jax.io.gguf_frame import frame_of
+from qlora_jax.io.gguf_frame import framed
 from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.opened import open_base_or_run
 from qlora_jax.io.source import open_model
-from qlora_jax.models.families import model_config
 from qlora_jax.quantize import main as quantize
 from tests.data.test_tokenizer import TRICKY, _strings
 from tests.io.gguf_families import FAMILIES, random_tensors
@@ -30,6 +30,8 @@ TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 ARCHITECTURES = [n for n in FAMILIES if n != "phi3"]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
 NEW_TOKENS = 24
+WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
+WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
 
 
 @pytest.fixture(autouse=True)
@@ -90,6 +92,23 @@ def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
 
 
 @pytest.mark.slow
+def test_loras(tmp_path: Path, llama_cpp) -> None:
+    """Base and LoRA as two files, in f32."""
+    ours, cases = {}, {}
+    for name, lora in WITH_LORA.items():
+        run, model = _run(tmp_path, name, lora)
+        main([str(run), "--format", "gguf-lora", "--with-base"])
+        ours[name] = _logits(model, TOKENS)
+        files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
+        cases[name] = _case(**files, rows=TOKENS.tolist())
+        cases[f"{name}, alone"] = _case(files["model"], rows=TOKENS.tolist())
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    for name, logits in ours.items():
+        off, added = (np.abs(found[f"{name}{end}/logits"] - logits).max() for end in ("", ", alone"))
+        assert off < 1e-2 * added, (name, off, added)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["file", "folder"])
 def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> None:
     """A real model in f16, from its GGUF file and from a Hugging Face folder: ids of all texts, and greedy replies."""
@@ -98,17 +117,23 @@ def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> No
     run, path = tmp_path / "run", tmp_path / "run/gguf/model-float16.gguf"
     model, _ = _write_run(run, smollm2_gguf if base == "file" else tmp_path / "folder", LORAS["all"], scale=0.02)
     main([str(run), "--format", "gguf", "--dtype", "float16"])
+    main([str(run), "--format", "gguf-lora", "--with-base"])
     source = open_model(path)
     tokenizer = load_tokenizer(source.tokenizer)
     assert source.tokenizer["chat_template"] == open_model(smollm2_gguf).tokenizer["chat_template"]
     texts = [text for text in TRICKY if "\x00" not in text]
     prompts = [tokenizer.encode(text) for text in PROMPTS]
-    case = _case(path, rows=[prompts[0]], texts=texts, prompts=prompts)
-    found = llama_cpp(SCRIPT, cases={"run": case}, new_tokens=NEW_TOKENS)
+    cases = {
+        "run": _case(path, rows=[prompts[0]], texts=texts, prompts=prompts),
+        "lora": _case(run / "gguf-lora/base-float32.gguf", run / "gguf-lora/adapter.gguf", prompts=prompts),
+    }
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=NEW_TOKENS)
     logits = _logits(model, np.array([prompts[0]], np.int32))
     assert np.abs(found["run/logits"] - logits).max() < 0.01 * np.abs(logits).max()
     ids = _ids(found, "run")
     assert ids["texts"] == tokenizer.encode_batch(texts)
+    replies = _ids(found, "lora")["replies"]
+    assert _chosen_by_ours(model, prompts, replies, within=1e-4) == NEW_TOKENS * len(prompts)
     assert _chosen_by_ours(model, prompts, ids["replies"], within=0.01) > 0.95 * NEW_TOKENS * len(prompts)
 
 
@@ -122,9 +147,7 @@ def test_sentencepiece(tmp_path: Path, llama_cpp, oracle, kind: str, name: str) 
     config = FAMILIES[name][1] | {"vocab_size": len(metadata["tokens"])}
     files = {"tokenizer.json": rebuild(metadata).to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'}
     tensors = random_tensors(config)
-    source = open_model(write_folder(tmp_path / "model", config, tensors, **files))
-    shapes = {tensor: values.shape for tensor, values in tensors.items()}
-    framed = frame_of(source, model_config(config), load_tokenizer(source.tokenizer), shapes)
-    write_gguf(tmp_path / "model.gguf", framed.frame, list(tensors), iter(tensors.values()), "float32")
+    opened = open_base_or_run(str(write_folder(tmp_path / "model", config, tensors, **files)), None)
+    write_gguf(tmp_path / "model.gguf", framed(opened).frame, list(tensors), iter(tensors.values()), "float32")
     found = llama_cpp(SCRIPT, cases={"it": _case(tmp_path / "model.gguf", texts=texts)}, new_tokens=0)
     assert _ids(found, "it")["texts"] == json.loads(str(made[f"{kind}/ids"]))
