@@ -96,15 +96,17 @@ def _models(
     args: EvaluateArgs, opened: "Opened", columns: Mapping[str, tuple[str, str]], console: Console
 ) -> Iterator[tuple[str, "Parts"]]:
     """Each column's model, one at a time; columns of one quant_type share their base."""
-    from qlora_jax.io.opened import adapted, held_as, load_base
+    from qlora_jax.io.opened import adapted, held_as, load_base, unadapted
     from qlora_jax.io.progress import loading
-    from qlora_jax.models.partition import partition
 
     for quant_type, group in itertools.groupby(columns, key=lambda name: columns[name][0]):
         with loading(console) as progress:
             model = load_base(opened, held_as(opened, quant_type, args.compute_dtype), progress)
         for name in group:
-            yield name, adapted(model, opened.run) if name == "checkpoint" and opened.run else partition(model)
+            yield (
+                name,
+                adapted(model, opened.run) if name == "checkpoint" and opened.run else unadapted(model, opened.run),
+            )
         del model  # before the next one is loaded
 
 

@@ -45,6 +45,12 @@ class ModelArgs:
     )
     block_size: int = setting("weights that share one scale (absmax)", 64, BLOCK_SIZE)
     double_quant: bool = setting("quantize the scales too, to 8 bits (saves 0.37 bits a weight)", True)
+    new_tokens: list[str] = setting(
+        "tokens added to the vocabulary; their rows of embedding and head train too, and begin as the mean row", []
+    )
+    new_special_tokens: list[str] = setting(
+        "likewise, of tokens that are no text, such as marks of turns (docs/tokens.md)", []
+    )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = setting(
         "dtype of the matmuls; auto: bfloat16 where the device is fast at it, else float32", "auto"
     )

@@ -52,8 +52,18 @@ def _paging_problems(config: Config) -> list[str]:
     return []
 
 
+def _token_problems(config: Config) -> list[str]:
+    tokens = [*config.model.new_tokens, *config.model.new_special_tokens]
+    wrong = [token for token in dict.fromkeys(tokens) if tokens.count(token) > 1 or not token.strip()]
+    return [
+        f"model.new_tokens, model.new_special_tokens: found {token!r}, expected each once, and more than white space"
+        for token in wrong
+    ]
+
+
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _paging_problems(config)
+    problems += _token_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

@@ -26,6 +26,7 @@ class Tokenizer:
       chat_template: jinja source, or None for a base model.
       special_tokens: the named ones that exist: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
       add_bos_token: plain text (no chat template) starts with bos.
+      new_ids: ids of the tokens that were added to the model's own.
     """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -33,6 +34,7 @@ class Tokenizer:
     chat_template: str | None
     special_tokens: Mapping[str, str]
     add_bos_token: bool
+    new_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, nothing added."""
@@ -144,6 +146,29 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
         special_tokens=special_tokens,
         add_bos_token=bool(source.get("add_bos_token", False)),
     )
+
+
+def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequence[str]) -> Tokenizer:
+    """The same tokenizer with tokens added at its end, found wherever they stand in a text, as they are written.
+
+    Args:
+      special: tokens that are no text: they follow `plain`, and transformers can leave them out of what it decodes.
+
+    Raises:
+      ValueError: names those that are in the vocabulary already.
+    """
+    tokens = [*plain, *special]
+    if not tokens:
+        return tokenizer
+    if known := [token for token in tokens if tokenizer.backend.token_to_id(token) is not None]:
+        raise ValueError(f"new tokens: in the vocabulary already, so not new: {', '.join(map(repr, known))}")
+    added = [tokenizers.AddedToken(token, normalized=False, special=token in special) for token in tokens]
+    backend = tokenizers.Tokenizer.from_str(tokenizer.exported)
+    backend.add_tokens(added)
+    exported = backend.to_str()
+    backend.post_processor = None
+    ids = tuple(backend.token_to_id(token) for token in tokens)
+    return dataclasses.replace(tokenizer, backend=backend, exported=exported, new_ids=ids)
 
 
 def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:

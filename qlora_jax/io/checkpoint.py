@@ -98,6 +98,7 @@ class Run:
 
     Fields:
       step, fingerprint: None where they are not known.
+      new_ids: of the tokens whose rows were trained; known with the tokenizer.
     """
 
     path: Path
@@ -107,6 +108,7 @@ class Run:
     step: int | None
     lora: Mapping[str, Mapping[str, jax.Array | np.ndarray]]
     fingerprint: str | None
+    new_ids: tuple[int, ...] = ()
 
     @property
     def label(self) -> str:

@@ -27,13 +27,14 @@ from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
 from qlora_jax.io.progress import loading
-from qlora_jax.io.slots import Slot, slots_of
+from qlora_jax.io.slots import Slot, slots_of, with_tables
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import linears
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, combine, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.models.vocabulary import whole_tables
 from qlora_jax.nn.linear import Adapter
 
 PROMPTS = (
@@ -96,17 +97,20 @@ def export_merged(
         with loading(console) as progress:
             base = load_base(opened, opened.args, progress)
         slots, computed = slots_of(base), base.model.embed_tokens.weight[...].dtype
+        new = [*opened.args.new_tokens, *opened.args.new_special_tokens]
+        prompts = tokens_of(opened.tokenizer, (*PROMPTS, *([" ".join(new)] if new else [])))
         graphdef, lora, frozen = adapted(base, run)
         # `base` has fresh adapters now, which change nothing.
-        prompts, none = tokens_of(opened.tokenizer, PROMPTS), partition(base)[1]
+        none, whole = partition(base)[1], combine(graphdef, lora, frozen)
         with_adapter, without = (_logits(graphdef, each, frozen, prompts) for each in (lora, none))
-        tensors = {"computed": computed, "adapters": _adapters(combine(graphdef, lora, frozen))}
+        slots, config = with_tables(slots, opened.source.config, whole_tables(whole))
+        tensors = {"computed": computed, "adapters": _adapters(whole)}
         written = (
             _write_file(folder, file.frame, slots, dtype, **tensors)
             if file
-            else _write_folder(folder, opened, slots, dtype, **tensors)
+            else _write_folder(folder, opened, slots, config, dtype, **tensors)
         )
-        del base, slots, frozen, tensors  # what is read back may leave no room for them
+        del base, slots, frozen, whole, tensors  # what is read back may leave no room for them
         found = difference(_logits(*_read_back(written, computed.name), prompts), with_adapter, without)
         if not found.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {found}. Try --dtype float32")
@@ -116,8 +120,10 @@ def export_merged(
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 
-def _write_folder(folder: Path, opened: Opened, slots: Sequence[Slot], dtype: str, **tensors: Any) -> Path:
-    write_dense_folder(folder, slots, opened.source.config, dtype=jnp.dtype(dtype), **tensors)
+def _write_folder(
+    folder: Path, opened: Opened, slots: Sequence[Slot], config: dict[str, Any], dtype: str, **tensors: Any
+) -> Path:
+    write_dense_folder(folder, slots, config, dtype=jnp.dtype(dtype), **tensors)
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
     return folder
 

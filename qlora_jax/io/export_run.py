@@ -12,9 +12,11 @@ from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.hub import HubName
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
 from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, notes_for_readers, write_adapter
+from qlora_jax.io.peft_tokens import check_exportable, split, token_config, token_tensors
 from qlora_jax.io.progress import loading
-from qlora_jax.io.slots import slots_of
+from qlora_jax.io.slots import slots_of, with_tables
 from qlora_jax.models.adapt import ia3_targets
+from qlora_jax.models.vocabulary import add_token_rows, whole_tables
 
 BASE = "base"
 
@@ -36,11 +38,16 @@ def export_peft(
     base, revision = (str((output / BASE).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
-    lora = {named(name): matrices for name, matrices in run.lora.items()}
+    adapters, tables = split(run.lora)
+    check_exportable(tables, run.lora_args, opened.features)
+    lora = {named(name): matrices for name, matrices in adapters.items()}
     on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
     config = adapter_config(lora, run.lora_args, linears, base, on_inputs) | {"revision": revision}
+    config |= token_config(tables, run.new_ids, opened.features)
     with staged_folder(output) as folder:
-        write_adapter(folder, adapter_tensors(lora, on_inputs), config)
+        write_adapter(folder, adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features), config)
+        if tables:
+            write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:
             _write_base(folder / BASE, opened, console)
     _tell(output, run, base, notes_for_readers(config), console)
@@ -55,12 +62,14 @@ def _base_of(source: ModelSource) -> tuple[str, str | None]:
 
 
 def _write_base(folder: Path, opened: Opened, console: Console) -> None:
-    """The base as the run saw it: quantized, and dequantized again."""
+    """The base as the run saw it: quantized, and dequantized again; its new tokens have the mean row."""
     with loading(console) as progress:
         model = load_base(opened, opened.args, progress)
     folder.mkdir()
-    dtype = model.model.embed_tokens.weight[...].dtype
-    write_dense_folder(folder, slots_of(model), opened.source.config, computed=dtype, dtype=dtype, adapters={})
+    dtype, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
+    add_token_rows(model, opened.tokenizer.new_ids, dtype)
+    slots, config = with_tables(slots, opened.source.config, whole_tables(model))
+    write_dense_folder(folder, slots, config, computed=dtype, dtype=dtype, adapters={})
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 

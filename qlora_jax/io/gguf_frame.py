@@ -39,9 +39,14 @@ def framed(opened: Opened) -> Framed:
       ValueError: no architecture of GGUF, or features, tensors or a tokenizer that such a file can't hold: all of
         them but the tokenizer's at once.
     """
-    source, features, tokenizer = opened.source, opened.features, opened.tokenizer
+    source, features, tokenizer = opened.source, opened.whole_features, opened.tokenizer
     bare = frame_without_tokenizer(opened)
     if is_gguf(str(source.path)):
+        if tokenizer.new_ids:
+            raise ValueError(
+                f"{source.path}: the vocabulary of a GGUF file is taken from the base's, which lacks the new tokens. "
+                "Export with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
+            )
         return Framed(bare, [])
     stop = source.tokenizer["stop_token_ids"]
     vocabulary, notes = vocabulary_of(tokenizer, features.vocab_size, stop, bare.architecture)
@@ -51,7 +56,7 @@ def framed(opened: Opened) -> Framed:
 
 def frame_without_tokenizer(opened: Opened) -> Frame:
     """The frame of a model's base, without a tokenizer where that is a Hugging Face folder."""
-    source, features = opened.source, opened.features
+    source, features = opened.source, opened.whole_features
     if is_gguf(str(source.path)):
         return frame_like(source.path, source.config, opened.tokenizer.chat_template)
     model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))

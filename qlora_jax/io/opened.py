@@ -8,19 +8,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import ModelArgs
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
+from qlora_jax.data.tokenizer import Tokenizer, with_chat_template
 from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.hub import HubName
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.peft_reader import base_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.io.source import open_model
+from qlora_jax.io.vocabulary import open_tokenizer
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.models.vocabulary import add_token_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,12 @@ class Opened:
     tokenizer: Tokenizer
     args: ModelArgs
     run: Run | None
+
+    @property
+    def whole_features(self) -> ModelConfig:
+        """The features of the model with rows for its new tokens."""
+        rows = max((self.features.vocab_size, *(number + 1 for number in self.tokenizer.new_ids)))
+        return dataclasses.replace(self.features, vocab_size=rows)
 
 
 def open_base_or_run(
@@ -62,13 +70,14 @@ def open_base_or_run(
 
 
 def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> Opened:
-    tokenizer = load_tokenizer(source.tokenizer)
+    features = model_config(source.config)
+    tokenizer = open_tokenizer(source, args, features.vocab_size)
     return Opened(
         source=source,
-        features=model_config(source.config),
+        features=features,
         tokenizer=tokenizer if chat_template is None else with_chat_template(tokenizer, chat_template),
         args=args,
-        run=run,
+        run=None if run is None else dataclasses.replace(run, new_ids=tokenizer.new_ids),
     )
 
 
@@ -124,9 +133,17 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
       ValueError: the adapter does not fit the model; names every projection where it does not.
     """
     add_lora(model, run.lora_args, jax.random.key(0))
+    add_token_rows(model, run.new_ids, run.lora_args.dtype)
     graphdef, fresh, base = partition(model)
     check_shapes(run.path, run.lora, fresh)
     return graphdef, jax.tree.map(jnp.asarray, run.lora), base
+
+
+def unadapted(model: CausalLM, run: Run | None) -> tuple[nnx.GraphDef, Lora, nnx.State]:
+    """Likewise before the run's training: the base; the run's new tokens, if it has any, have the mean row."""
+    if run is not None and run.new_ids:
+        add_token_rows(model, run.new_ids, run.lora_args.dtype)
+    return partition(model)
 
 
 def _quantization(args: ModelArgs) -> tuple[str, int, bool]:

@@ -1,6 +1,7 @@
 """Which tensors on disk belong to which leaf of a model: the loader's way in, and the export's way out."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import nnx
@@ -10,6 +11,8 @@ from qlora_jax.io.inventory import layer_name
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.mixed import MixedStack
+
+EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,15 @@ class Slot:
 def slots_of(model: CausalLM) -> list[Slot]:
     """The slots of a model without adapters, in the order of its state."""
     return [_slot(path, variable.get_value(), model.config) for path, variable in nnx.to_flat_state(nnx.state(model))]
+
+
+def with_tables(
+    slots: Sequence[Slot], config: Mapping[str, Any], tables: Mapping[str, Any]
+) -> tuple[list[Slot], dict[str, Any]]:
+    """(slots, config.json) of the model in which tables are those given, by our names, with more rows perhaps."""
+    placed = [dataclasses.replace(slot, leaf=tables.get(".".join(map(str, slot.path)), slot.leaf)) for slot in slots]
+    rows = {"vocab_size": len(tables[EMBEDDING])} if tables else {}
+    return placed, {**config, **rows}
 
 
 def _slot(path: tuple[Any, ...], leaf: Any, config: ModelConfig) -> Slot:

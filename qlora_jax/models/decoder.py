@@ -14,15 +14,17 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.models.skeleton import frozen_linear_leaves
+from qlora_jax.nn.head import Head, HeadWithRows
 from qlora_jax.nn.linear import QLinear, project
-from qlora_jax.nn.loss import Head
 from qlora_jax.nn.mlp import activated, gated
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.token_rows import TokenRows
 from qlora_jax.nn.variables import Frozen
 
 # What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
@@ -131,11 +133,31 @@ def _qlinear(name: str, config: ModelConfig, weights: WeightFormat) -> QLinear:
 
 
 class Embedding(nnx.Module):
-    """A frozen table [V, D]; a head may have a bias [V]."""
+    """A frozen table [V, D], in which rows train where `adapter` is set; a head may have a bias [V]."""
 
     def __init__(self, table: Float[Array, "V D"], *, bias: Float[Array, " V"] | None = None):
         self.weight = Frozen(table)
         self.bias = None if bias is None else Frozen(bias)
+        self.adapter: TokenRows | None = nnx.data(None)  # data: it may be set later
+
+    def set_rows(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
+        """Lets rows of the tokens `ids` train, each begun as the mean of the table's."""
+        bias_V = None if self.bias is None else self.bias[...]
+        self.adapter = TokenRows.init(self.weight[...], bias_V, ids, dtype) if ids else None
+
+    def __call__(self, tokens_M: Int[Array, " M"]) -> Float[Array, "M D"]:
+        """The row of each token."""
+        if self.adapter is not None:
+            return self.adapter.embedded(tokens_M, self.weight[...])
+        return self.weight[...].at[tokens_M].get(mode="promise_in_bounds")
+
+    def head(self, softcap: float | None) -> Head | HeadWithRows:
+        """The head that the table is."""
+        frozen = Head(self.weight[...], None if self.bias is None else self.bias[...], softcap)
+        if self.adapter is None:
+            return frozen
+        bias_N = None if self.adapter.bias is None else self.adapter.bias[...]
+        return HeadWithRows.of(frozen, self.adapter.rows[...], bias_N, self.adapter.ids)
 
 
 class Decoder(nnx.Module):
@@ -165,7 +187,7 @@ class Decoder(nnx.Module):
         return self.norm(x_MD), cache
 
     def _embedded(self, tokens_M: jax.Array) -> jax.Array:
-        x_MD = self.embed_tokens.weight[...].at[tokens_M].get(mode="promise_in_bounds")
+        x_MD = self.embed_tokens(tokens_M)
         scale = self.config.embed_scale
         return x_MD if scale is None else x_MD * jnp.asarray(scale, x_MD.dtype)  # rounded as transformers rounds it
 
@@ -186,11 +208,10 @@ class CausalLM(nnx.Module):
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
 
     @property
-    def head(self) -> Head:
-        """What turns hidden states into logits; its weight is the embedding itself where they are tied."""
+    def head(self) -> Head | HeadWithRows:
+        """What turns hidden states into logits; it is the embedding itself where they are tied."""
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        bias = None if table.bias is None else table.bias[...]
-        return Head(table.weight[...], bias, self.config.head_softcap)
+        return table.head(self.config.head_softcap)
 
     def hidden(
         self,

@@ -8,10 +8,13 @@ multiplied with the tile itself, so one pass gives log-sum-exp and the gradient 
 A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied with its slope
 dl_v / dz_v = 1 - (l_v / c)^2.
 
-Dimension key: M tokens, D embed, V vocab, C tokens of a chunk, I chunks, W rows of the head in a tile.
+Where rows of the head train beside the frozen ones, as those of new tokens do, log-sum-exp and target of the frozen
+rows are what is differentiated by hand, and the few others are added to them.
+
+Dimension key: M tokens, D embed, V vocab, N rows that train, C tokens of a chunk, I chunks, W rows of the head in a
+tile.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,7 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn.dots import dot_nn, dot_nt
+from qlora_jax.nn.dots import dot_nn
+from qlora_jax.nn.head import Head, HeadWithRows
 
 
 class Tile(NamedTuple):
@@ -37,53 +41,47 @@ TILES = {"cpu": Tile(256, 2048)}
 WHOLE_HEAD = Tile(512, 2**31)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Head:
-    """How hidden states become logits: softcap tanh((hidden weight^T + bias) / softcap), with what there is of it.
-
-    Attributes:
-      weight_VD: [V, D]; its rows are what `token_nll` cuts into tiles.
-      bias_V: [V], or None.
-      softcap: or None.
-    """
-
-    weight_VD: Any  # transformations put placeholders in the leaves' place, which a type of arrays would refuse
-    bias_V: Any = None
-    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
-
-    def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
-        """The logits in f32."""
-        logits_MV = dot_nt(hidden_MD, self.weight_VD)
-        if self.bias_V is not None:
-            logits_MV += self.bias_V.astype(jnp.float32)[None]
-        return logits_MV if self.softcap is None else self.softcap * jnp.tanh(logits_MV / self.softcap)
-
-    def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."] | None:
-        """What the softcap multiplies gradients of these logits with; None where there is none."""
-        return None if self.softcap is None else 1 - jnp.square(logits / self.softcap)
-
-    def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
-        """A part of the rows."""
-        return Head(cut(self.weight_VD), None if self.bias_V is None else cut(self.bias_V), self.softcap)
-
-
 OfChunk = Callable[[jax.Array, Head, jax.Array], Any]
 
 
-@jax.custom_vjp
 def token_nll(
     hidden_MD: Float[Array, "M D"],
-    head: Head,
+    head: Head | HeadWithRows,
     targets_M: Int[Array, " M"],
     supervised_M: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
     """-log softmax(head's logits)[target] in f32 nats where supervised, 0 elsewhere.
 
     Supervised tokens are moved together first, so the head's products are done for them alone (rounded up to a chunk).
-    Differentiable in `hidden_MD`: the gradient is made while the logits exist, not from logits made again.
+    Differentiable in `hidden_MD`, and in the head's rows that train.
     """
+    if isinstance(head, HeadWithRows):
+        return _nll_with_rows(hidden_MD, head, targets_M, supervised_M)
+    return _frozen_nll(hidden_MD, head, targets_M, supervised_M)
+
+
+def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
+    """log(sum over frozen rows + sum over rows that train) - l_target, whichever of the two the target is in."""
+    hot_MN = head.hot(targets_M)
+    vocabulary = head.frozen.weight_VD.shape[0]
+    in_frozen_M = jnp.where(jnp.any(hot_MN, axis=1), vocabulary, targets_M)  # out of range: none of the frozen rows
+    lse_M, target_M = _frozen_sums(hidden_MD, head.frozen, in_frozen_M, supervised_M)
+    own_MN = head.own_logits(hidden_MD)
+    target_M += jnp.sum(jnp.where(hot_MN, own_MN, 0.0), axis=1)
+    nll_M = jnp.logaddexp(lse_M, jax.nn.logsumexp(own_MN, axis=1)) - target_M
+    return jnp.where(supervised_M, nll_M, 0.0)
+
+
+@jax.custom_vjp
+def _frozen_nll(hidden_MD, head: Head, targets_M, supervised_M):
+    """The gradient by `hidden_MD` is made while the logits exist, not from logits made again."""
     return _in_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
+
+
+@jax.custom_vjp
+def _frozen_sums(hidden_MD, head: Head, targets_M, supervised_M):
+    """(log-sum-exp, the target's logit: 0 where the target is out of range), both 0 where not supervised."""
+    return _in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
 
 
 def tile_of(platform: str, tokens: int, vocabulary: int) -> Tile:
@@ -115,6 +113,14 @@ def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
     if slope_C is not None:
         target_CD *= slope_C[:, None]
     return _nll(run), (mean_CD - target_CD).astype(hidden_CD.dtype)
+
+
+def _sums_of_chunk(hidden_CD, head, targets_C):
+    """(log-sum-exp, the target's logit, sum_v exp(l_v) w_v / sum_v exp(l_v))."""
+    run = _over_tiles(_start(hidden_CD, weighted=True), hidden_CD, head, targets_C)
+    assert run.weighted_CD is not None
+    mean_CD = run.weighted_CD / run.sum_C[:, None]
+    return jnp.log(run.sum_C) + run.largest_C, run.target_C, mean_CD.astype(hidden_CD.dtype)
 
 
 def _nll(run: _Running) -> jax.Array:
@@ -194,6 +200,26 @@ def _masked(result: jax.Array, supervised_C: jax.Array) -> jax.Array:
     return jnp.where(keep, result, jnp.zeros((), result.dtype))
 
 
+def _sums_forward(hidden_MD, head, targets_M, supervised_M):
+    lse_M, target_M, mean_MD = _in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    return (lse_M, target_M), (head, targets_M, target_M, mean_MD)
+
+
+def _sums_backward(residuals, cotangents):
+    head, targets_M, target_M, mean_MD = residuals
+    d_lse_M, d_target_M = cotangents
+    d_target_M = jnp.where(targets_M < head.weight_VD.shape[0], d_target_M, 0.0)
+    slope_M = head.slope(target_M)
+    if slope_M is not None:
+        d_target_M *= slope_M
+    target_MD = head.weight_VD.at[targets_M].get(mode="clip").astype(jnp.float32)
+    d_MD = d_lse_M[:, None] * mean_MD.astype(jnp.float32) + d_target_M[:, None] * target_MD
+    return d_MD.astype(mean_MD.dtype), None, None, None
+
+
+_frozen_sums.defvjp(_sums_forward, _sums_backward)
+
+
 def _forward(hidden_MD, head, targets_M, supervised_M):
     nll_M, grad_MD = _in_chunks(_nll_and_grad_of_chunk, hidden_MD, head, targets_M, supervised_M)
     return nll_M, grad_MD
@@ -203,4 +229,4 @@ def _backward(grad_MD, d_nll_M):
     return (grad_MD.astype(jnp.float32) * d_nll_M[:, None]).astype(grad_MD.dtype), None, None, None
 
 
-token_nll.defvjp(_forward, _backward)
+_frozen_nll.defvjp(_forward, _backward)

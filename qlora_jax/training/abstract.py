@@ -19,6 +19,7 @@ from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import partition
+from qlora_jax.models.vocabulary import add_token_rows
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.step import gradients, update
 
@@ -69,6 +70,7 @@ def abstract_step(
     lora: LoraArgs,
     *,
     batch: tuple[int, int, int],
+    new_ids: tuple[int, ...] = (),
     packed: bool = False,
     remat: str = "names",
     optim: OptimArgs | None = None,
@@ -77,6 +79,7 @@ def abstract_step(
 
     Args:
       batch: (A, B, T).
+      new_ids: of tokens whose rows train.
       packed: whether rows of the batch are packs of several.
       remat: a key of REMAT_POLICIES.
       optim: the default optimizer where it is None.
@@ -89,8 +92,8 @@ def abstract_step(
             "train.remat=offload: a CPU's arrays are in host memory already, so nothing would be saved; set "
             "train.remat=full"
         )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _adapted(model, weights, lora)))
-    lora_leaves, base = jax.eval_shape(lambda: partition(_adapted(model, weights, lora))[1:])
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _adapted(model, weights, lora, new_ids)))
+    lora_leaves, base = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids))[1:])
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
     return AbstractStep(
         graphdef=graphdef,
@@ -104,9 +107,10 @@ def abstract_step(
     )
 
 
-def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs) -> CausalLM:
+def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...]) -> CausalLM:
     model = CausalLM(config, weights)
     add_lora(model, lora, jax.random.key(0))
+    add_token_rows(model, new_ids, lora.dtype)
     return model
 
 

@@ -37,6 +37,7 @@ class Step:
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
       optimizer: a key of HELD.
+      new_tokens: tokens whose rows of embedding and head train.
     """
 
     model: ModelConfig
@@ -46,6 +47,7 @@ class Step:
     remat: str
     supervised: int | None = None
     optimizer: str = "adamw_32bit"
+    new_tokens: int = 0
 
     @property
     def rows(self) -> int:
@@ -189,6 +191,11 @@ def head_rows(step: Step) -> int:
     return -(-tokens // chunk) * chunk
 
 
+def row_flops(step: Step) -> int:
+    """2 M D a new token: hidden states times its row of the head."""
+    return 2 * step.rows * step.model.embed_dim * step.new_tokens
+
+
 Part = Callable[[Step], int]
 
 LAYER_FLOPS: dict[str, Part] = {
@@ -201,7 +208,13 @@ LAYER_FLOPS: dict[str, Part] = {
     "attention forward": lambda step: attention_flops(step, products=2),
     "attention backward": lambda step: attention_flops(step, products=5),
 }
-HEAD_FLOPS: dict[str, Part] = {"head forward": head_flops, "head backward": head_flops}
+HEAD_FLOPS: dict[str, Part] = {
+    "head forward": head_flops,
+    "head backward": head_flops,
+    "new_tokens forward": row_flops,
+    # by hidden states, by the head's rows, by the embedding's
+    "new_tokens backward": lambda step: 3 * row_flops(step),
+}
 
 
 def _not_again(step: Step) -> tuple[str, ...]:
@@ -236,8 +249,8 @@ def flops(step: Step) -> dict[str, int]:
 def frozen_bytes(step: Step) -> dict[str, int]:
     """codes, constants: `held` of each projection's layers (dense weights count as codes, in their own dtype).
 
-    tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D. In the dtype. DoRA
-    has lengths of rows besides, in f32.
+    tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D, those of new tokens
+    too. In the dtype. DoRA has lengths of rows besides, in f32.
     """
     model, layers, size = step.model, step.model.num_layers, step.itemsize
     weights = [_held(step, name, shape) for name, shape in step.shapes()]
@@ -247,7 +260,8 @@ def frozen_bytes(step: Step) -> dict[str, int]:
         "codes": sum(codes for codes, _ in weights),
         "constants": sum(constants for _, constants in weights),
         "tables": tables * size,
-        "vectors": (model.parameters() - linear - tables) * size + layers * F32 * _dora_rows(step),
+        "vectors": (model.parameters() - linear - tables + model.head_bias * step.new_tokens) * size
+        + layers * F32 * _dora_rows(step),
     }
 
 
@@ -268,10 +282,16 @@ def _held(step: Step, name: str, shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def lora_bytes(step: Step) -> int:
-    """L sum over adapters of R (in + out), 4 bytes or 2 each, and 4 bytes for each element of a vector of DoRA or
-    (IA)^3: the parameters; their gradients are as large."""
-    of_matrices = (2 if step.lora.dtype == "bfloat16" else F32) * sum(_matrix_sizes(step))
-    return step.model.num_layers * (of_matrices + F32 * sum(_vector_sizes(step)))
+    """L sum over adapters of R (in + out), and D a row of new tokens, 4 bytes or 2 each, and 4 bytes for each element
+    of a vector of DoRA or (IA)^3: the parameters; their gradients are as large."""
+    size = 2 if step.lora.dtype == "bfloat16" else F32
+    per_layer = size * sum(_matrix_sizes(step)) + F32 * sum(_vector_sizes(step))
+    return step.model.num_layers * per_layer + size * _new_rows(step) * step.model.embed_dim
+
+
+def _new_rows(step: Step) -> int:
+    """Of embedding and head."""
+    return step.new_tokens * (1 if step.model.tie_embeddings else 2)
 
 
 # By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).
@@ -286,11 +306,12 @@ HELD = {
 def optimizer_bytes(step: Step) -> int:
     """Moments L sum over A and B of 4 n, n = R in or R out; in 8 bits n + 4 ceil(n / 256) where n >= 4,096; counts.
 
-    Vectors of n elements likewise.
+    Vectors of n elements likewise, and rows of new tokens, n = D.
     """
     moments, eight_bit, counters = HELD[step.optimizer]
     held = sum(_moment_bytes(n, eight_bit) for n in (*_matrix_sizes(step), *_vector_sizes(step)))
-    return moments * step.model.num_layers * held + counters * F32
+    rows = _new_rows(step) * _moment_bytes(step.model.embed_dim, eight_bit)
+    return moments * (step.model.num_layers * held + rows) + counters * F32
 
 
 def _moment_bytes(n: int, eight_bit: bool) -> int:

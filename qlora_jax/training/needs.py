@@ -35,6 +35,7 @@ class Setting:
 
     Attributes:
       batch: (A, B, T).
+      new_ids: of tokens whose rows train.
       remat: a key of REMAT_POLICIES.
       paged: the optimizer's state is in host memory while gradients are computed.
     """
@@ -46,6 +47,7 @@ class Setting:
     batch: tuple[int, int, int]
     remat: str
     paged: bool = False
+    new_ids: tuple[int, ...] = ()
 
     @property
     def rows(self) -> int:
@@ -55,7 +57,8 @@ class Setting:
     @functools.cached_property
     def step(self) -> AbstractStep:
         """The real step from shapes alone."""
-        return abstract_step(self.model, self.weights, self.lora, batch=self.batch, remat=self.remat, optim=self.optim)
+        of_batch = {"batch": self.batch, "new_ids": self.new_ids, "remat": self.remat}
+        return abstract_step(self.model, self.weights, self.lora, **of_batch, optim=self.optim)
 
     def counted(self) -> counts.Step:
         """What counts.py counts by."""
@@ -66,6 +69,7 @@ class Setting:
             batch=self.batch,
             remat=self.remat,
             optimizer=plain_name(self.optim.name),
+            new_tokens=len(self.new_ids),
         )
 
     def changed(self, **changes: Any) -> "Setting":

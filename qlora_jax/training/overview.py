@@ -27,7 +27,8 @@ def overview(session: Session, first_step: int) -> Rows:
         "products by": _products(session),
         "attention by": _attention(session),
         "trained": f"{trained:,} {METHODS[config.lora.method]} parameters, {trained / (trained + frozen):.2%} of all, "
-        f"{_megabytes(session.lora)} in {config.lora.dtype}; {_rank(config)}on {len(session.lora)} projections",
+        f"{_megabytes(session.lora)} in {config.lora.dtype}; {_rank(config)}on {_projections(session)} projections",
+        **_new_tokens(session),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
         **({"optimizer state": paging} if (paging := session.updates.describe()) else {}),
@@ -42,6 +43,17 @@ def overview(session: Session, first_step: int) -> Rows:
 
 def _rank(config: Config) -> str:
     return "" if config.lora.method == "ia3" else f"rank {config.lora.rank} "
+
+
+def _projections(session: Session) -> int:
+    return sum(name.startswith("model.layers.") for name in session.lora)
+
+
+def _new_tokens(session: Session) -> Rows:
+    model = session.config.model
+    tokens = [*model.new_tokens, *model.new_special_tokens]
+    where = "the embedding, which is the head too" if session.model.tie_embeddings else "embedding and head"
+    return {"new tokens": f"{', '.join(tokens)}; their rows of {where} train"} if tokens else {}
 
 
 def _count(tree: Lora) -> int:

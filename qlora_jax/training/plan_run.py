@@ -27,7 +27,9 @@ def setting_of(args: PlanArgs, target: Target, buckets: Sequence[int]) -> Settin
             f"{model.max_positions} positions"
         )
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
-    return run_setting(args, model, weights, max(buckets, default=args.data.max_length))
+    new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
+    ids = tuple(range(model.vocab_size, model.vocab_size + new))  # whichever they will be, their rows are as large
+    return run_setting(args, model, weights, max(buckets, default=args.data.max_length), ids)
 
 
 def buckets_of(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
@@ -45,8 +47,10 @@ def buckets_of(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
     return open_inputs(args).dataset.buckets, None
 
 
-def run_setting(config: Config, model: ModelConfig, weights: WeightFormat, length: int) -> Setting:
-    """The setting of a run's steps with rows of `length` tokens."""
+def run_setting(
+    config: Config, model: ModelConfig, weights: WeightFormat, length: int, new_ids: tuple[int, ...]
+) -> Setting:
+    """The setting of a run's steps with rows of `length` tokens; `new_ids` of its new tokens."""
     train = config.train
     return Setting(
         model=model,
@@ -56,6 +60,7 @@ def run_setting(config: Config, model: ModelConfig, weights: WeightFormat, lengt
         batch=(train.accumulation, train.micro_batch_size, length),
         remat=train.remat,
         paged=paging_of(config.optim) != "off",
+        new_ids=new_ids,
     )
 
 

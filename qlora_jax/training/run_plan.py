@@ -61,7 +61,7 @@ class RunPlan:
 def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
     """The plan of the run's step for its longest bucket, whose program `gradients` has or compiles."""
     weights = weights_of(config, inputs)
-    setting = run_setting(config, inputs.model, weights, max(inputs.dataset.buckets))
+    setting = run_setting(config, inputs.model, weights, max(inputs.dataset.buckets), inputs.new_ids)
     limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
     return RunPlan(need=compiled_need(setting, _compiled_by(gradients, setting)), limit=limit, device=device)
 

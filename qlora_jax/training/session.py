@@ -12,17 +12,18 @@ from flax import nnx
 
 from qlora_jax.config import Config
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.held import as_held
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.peft_reader import check_shapes, read_start
 from qlora_jax.io.source import open_model
+from qlora_jax.io.vocabulary import open_tokenizer
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.models.vocabulary import add_token_rows
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract import abstract_step
@@ -59,12 +60,18 @@ class Session:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads, checked; no weight has been read yet."""
+    """What a run reads, checked; no weight has been read yet.
+
+    Attributes:
+      new_ids: of the new tokens.
+      start: LoRA parameters to go on from.
+    """
 
     source: ModelSource
     model: ModelConfig
     dataset: Dataset
-    start: Mapping[str, Mapping[str, Any]] | None  # LoRA parameters to go on from
+    new_ids: tuple[int, ...]
+    start: Mapping[str, Mapping[str, Any]] | None
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -80,22 +87,31 @@ def open_inputs(config: Config) -> Inputs:
             f"data.max_length={config.data.max_length} is longer than the model allows: {source.path} was made for "
             f"{model.max_positions} positions; set data.max_length to at most that"
         )
+    tokenizer = open_tokenizer(source, config.model, model.vocab_size)
     dataset = load_dataset(
         config.data,
-        load_tokenizer(source.tokenizer),
+        tokenizer,
         seed=config.train.seed,
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
     )
     start = None if config.lora.start is None else read_start(Path(config.lora.start), model, config.lora)
-    return Inputs(source=source, model=model, dataset=dataset, start=start)
+    return Inputs(source=source, model=model, dataset=dataset, new_ids=tokenizer.new_ids, start=start)
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
     """The run's step, compiled for its longest batches; done before `prepare`, when memory is still free."""
     weights, remat = weights_of(config, inputs), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
-    step = abstract_step(inputs.model, weights, config.lora, batch=shape, packed=inputs.dataset.packed, remat=remat)
+    step = abstract_step(
+        inputs.model,
+        weights,
+        config.lora,
+        batch=shape,
+        new_ids=inputs.new_ids,
+        packed=inputs.dataset.packed,
+        remat=remat,
+    )
     gradients = Gradients(step)
     gradients.compiled(shape)
     return gradients
@@ -115,6 +131,7 @@ def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Prog
     loaded = load_model(inputs.source, inputs.model, weights, progress)
     key = jax.random.key(config.train.seed)
     add_lora(loaded.model, config.lora, named_key(key, "lora"))
+    add_token_rows(loaded.model, inputs.new_ids, config.lora.dtype)
     graphdef, lora, base = partition(loaded.model)
     if inputs.start is not None:
         check_shapes(Path(str(config.lora.start)), inputs.start, lora)

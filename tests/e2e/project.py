@@ -27,7 +27,8 @@ def byte_tokenizer_json() -> str:
 
 def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     """A random Llama of 2 layers that reads bytes."""
-    config = tiny_config(vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257, **changes)
+    sizes = dict(vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257)
+    config = tiny_config(**sizes | changes)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": TEMPLATE}
     folder = write_folder(folder, config, random_weights(config, seed))
     (folder / "tokenizer.json").write_text(byte_tokenizer_json())
@@ -43,11 +44,13 @@ def write_rows(path: Path, count: int = 40) -> Path:
     return path
 
 
-def project(folder: Path, layers: int = 2, **changes: Any) -> Config:
-    """The settings of a run of 10 steps; `changes` as section=dict(...)."""
+def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, **changes: Any) -> Config:
+    """The settings of a run of 10 steps; `changes` as section=dict(...), `base` of the model's config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     sections: dict[str, dict[str, Any]] = {
-        "model": dict(path=str(write_model(folder / "model", num_hidden_layers=layers)), compute_dtype="float32"),
+        "model": dict(
+            path=str(write_model(folder / "model", num_hidden_layers=layers, **(base or {}))), compute_dtype="float32"
+        ),
         "lora": dict(rank=4, dropout=0.1),
         "data": dict(train=str(write_rows(folder / "rows.jsonl")), eval_fraction=0.2, max_length=160, buckets=2),
         "optim": dict(learning_rate=1e-2, schedule="cosine"),

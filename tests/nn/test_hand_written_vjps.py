@@ -7,11 +7,13 @@ import pytest
 
 from qlora_jax.nn.attention import cached_attention
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.head import Head, HeadWithRows
 from qlora_jax.nn.lora import lora_deltas
-from qlora_jax.nn.loss import TILES, Head, Tile, token_nll
+from qlora_jax.nn.loss import TILES, Tile, token_nll
 from qlora_jax.nn.mlp import ACTIVATIONS, activated, gated
 from qlora_jax.nn.norm import layer_norm, rms_norm
 from qlora_jax.nn.rope import Rope, rotate, rotations
+from qlora_jax.nn.token_rows import TokenRows
 
 
 def _random(*shape, seed=0):
@@ -127,6 +129,48 @@ def test_token_nll_of_logits_beyond_exp(monkeypatch):
         return -jnp.take_along_axis(jax.nn.log_softmax(hidden @ head.T), targets[:, None], 1)[:, 0]
 
     _check(lambda hidden: token_nll(hidden, Head(head), targets, everyone), plain, hidden)
+
+
+@pytest.mark.parametrize("ids", [(100, 101, 102), (98, 99, 100), (40, 7, 99)], ids=["beyond", "across", "within"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("biased", [False, True])
+def test_token_nll_with_rows_that_train(ids, softcap, biased, monkeypatch):
+    """Rows of a head in place of its own and beyond them; the frozen ones that they replace count for nothing."""
+    monkeypatch.setitem(TILES, "cpu", Tile(256, 32))
+    hidden, table, rows = _random(700, 24), _random(100, 24), _random(3, 24)
+    bias, row_bias = (_random(100), _random(3)) if biased else (None, None)
+    places = np.asarray(ids)
+    size = max(100, *places + 1)
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, size, 700), jnp.int32).at[:60:2].set(ids[1])
+    mask = jnp.asarray(np.random.default_rng(1).random(700) < 0.4)
+
+    def grown(x, own):
+        return jnp.pad(x, ((0, size - 100),) + ((0, 0),) * (x.ndim - 1)).at[places].set(own)
+
+    def logits(hidden, rows):
+        logits = hidden @ grown(table, rows).T + (0 if bias is None else grown(bias, row_bias)[None])
+        return logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+
+    def plain(hidden, rows):
+        log_p = jax.nn.log_softmax(logits(hidden, rows))
+        return jnp.where(mask, -jnp.take_along_axis(log_p, targets[:, None], 1)[:, 0], 0.0)
+
+    def head(rows):
+        return HeadWithRows.of(Head(table, bias, softcap), rows, row_bias, ids)
+
+    _check(lambda hidden, rows: token_nll(hidden, head(rows), targets, mask), plain, hidden, rows)
+    np.testing.assert_allclose(head(rows).logits(hidden), logits(hidden, rows), atol=2e-5)
+
+
+@pytest.mark.parametrize("ids", [(50, 51), (49, 50), (3, 20)], ids=["beyond", "across", "within"])
+def test_rows_of_an_embedding(ids):
+    table, rows = _random(50, 24), _random(2, 24)
+    tokens = jnp.asarray([0, ids[1], 4, ids[0], ids[1], 48, ids[1]], jnp.int32)
+
+    def plain(rows):
+        return jnp.pad(table, ((0, 2), (0, 0))).at[np.asarray(ids)].set(rows)[tokens]
+
+    _check(lambda rows: TokenRows(rows, None, ids).embedded(tokens, table), plain, rows)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

@@ -109,6 +109,34 @@ def test_loras(tmp_path: Path, llama_cpp) -> None:
 
 
 @pytest.mark.slow
+def test_new_tokens(tmp_path: Path, llama_cpp) -> None:
+    """Their rows, of a table that is longer than the vocabulary, and of one that has to become longer; their ids."""
+    new, ours, cases = ["<|tool|>", "<|answer|>"], {}, {}
+    texts = [f"{new[0]}some text{new[1]}", new[1], *CORPUS]
+    for name, size in {"padded": VOCABULARY, "full": tokenizer_size()}.items():
+        config = FAMILIES["qwen2"][1] | {"vocab_size": size, "max_position_embeddings": 512}
+        files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
+        folder = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
+        model, _ = _write_run(tmp_path / name, folder, LORAS["all"], new=new)
+        main([str(tmp_path / name), "--format", "gguf", "--dtype", "float32"])
+        rows = TOKENS % tokenizer_size()
+        rows[:, ::5] = tokenizer_size() + 1
+        ours[name] = _logits(model, rows)
+        cases[name] = _case(tmp_path / name / "gguf/model-float32.gguf", rows=rows.tolist(), texts=texts)
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    plain = load_tokenizer({"tokenizer_json": byte_level()})
+    for name, logits in ours.items():
+        assert np.abs(found[f"{name}/logits"] - logits).max() < 1e-5 * np.abs(logits).max(), name
+        ids = _ids(found, name)["texts"]
+        assert ids[0] == [tokenizer_size(), *plain.encode("some text"), tokenizer_size() + 1]
+        assert ids[1:] == [[tokenizer_size() + 1], *plain.encode_batch(CORPUS)]
+
+
+def tokenizer_size() -> int:
+    return load_tokenizer({"tokenizer_json": byte_level()}).vocab_size
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("base", ["file", "folder"])
 def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> None:
     """A real model in f16, from its GGUF file and from a Hugging Face folder: ids of all texts, and greedy replies."""

@@ -1,6 +1,7 @@
 """An exported run, loaded by peft over the exported base, computes what our model computes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,12 @@ from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run
 from qlora_jax.io.source import open_model
+from qlora_jax.io.vocabulary import open_tokenizer
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
+from qlora_jax.models.vocabulary import add_token_rows
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
@@ -42,10 +45,13 @@ def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
 
 
-def _write_run(run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1) -> tuple[Any, Any]:
-    """A run with random adapters of some scale, as training would have left it; its model and its base model."""
+def _write_run(
+    run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1, new: Sequence[str] = ()
+) -> tuple[Any, Any]:
+    """A run with random adapters of some scale and new tokens, as training would have left it; its model and its base
+    model."""
     config = Config(
-        model=ModelArgs(path=str(model), compute_dtype="float32"),
+        model=ModelArgs(path=str(model), compute_dtype="float32", new_tokens=list(new)),
         lora=lora_args,
         data=DataArgs(train="x"),
         output=str(run),
@@ -54,6 +60,8 @@ def _write_run(run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1) 
     loaded = load_model(source, model_config(source.config), weight_format(config.model))
     base = loaded.model
     add_lora(base, lora_args, jax.random.key(0))
+    ids = open_tokenizer(source, config.model, base.config.vocab_size).new_ids if new else ()
+    add_token_rows(base, ids, "float32")
     graphdef, lora, frozen = partition(base)
     key = jax.random.key(1)
     random = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, lora)
@@ -63,6 +71,7 @@ def _write_run(run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1) 
     with Checkpoints(run, keep=1) as checkpoints:
         checkpoints.save(7, lora, {"count": np.zeros(1)}, {"fingerprint": loaded.fingerprint})
     without = load_model(source, model_config(source.config), weight_format(config.model)).model
+    add_token_rows(without, ids, "float32")
     return combine(graphdef, lora, frozen), without
 
 
@@ -87,6 +96,41 @@ def test_peft_over_the_dequantized_base(tmp_path: Path, oracle) -> None:
     for name, logits in ours.items():
         np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
     assert all(np.abs(found[f"{name}/adapted"] - found[f"{name}/base"]).max() > 0.1 for name in LORAS)
+
+
+NEW = ["<|tool|>", "<|answer|>"]
+
+
+@pytest.mark.slow
+def test_new_tokens(tmp_path: Path, oracle) -> None:
+    """Rows of a head of its own and of a tied one, of a longer table, and in families with names of their own."""
+    untied, padded = tiny_config(), tiny_config(vocab_size=40)
+    configs = {"untied": untied, "padded": padded, "tied": tiny_config(tie_word_embeddings=True)}
+    configs |= {name: FAMILIES[name][1] for name in ("gptneox", "gemma2", "qwen2")}
+    tokens = np.random.default_rng(0).integers(0, 32 + len(NEW), (2, 19)).astype(np.int32)
+    tokens[:, ::4] = 33
+    ours = {}
+    for name, config in configs.items():
+        files = {"tokenizer.json": tokenizer_json()}
+        model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
+        with_adapter, base = _write_run(tmp_path / name, model, LORAS["all"], new=NEW)
+        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(with_adapter, tokens)}
+        saved = json.loads((tmp_path / name / "peft/adapter_config.json").read_text())["trainable_token_indices"]
+        assert all(ids == [32, 33] for ids in saved.values()) and len(saved) == 2 - with_adapter.config.tie_embeddings
+    cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in configs}
+    found = oracle(SCRIPT, cases=cases, tokens=tokens)
+    for name, logits in ours.items():
+        np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
+
+
+def test_new_tokens_beside_a_head_with_a_bias_are_refused(tmp_path: Path) -> None:
+    config = FAMILIES["phi2"][1]
+    files = {"tokenizer.json": tokenizer_json()}
+    model = write_folder(tmp_path / "model", config, random_tensors(config), **files)
+    _write_run(tmp_path / "run", model, LORAS["all"], new=NEW)
+    with pytest.raises(ValueError, match="adds a bias, which PEFT leaves out where rows of a head train"):
+        main([str(tmp_path / "run")])
 
 
 MADE_BY_PEFT = {

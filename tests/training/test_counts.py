@@ -76,6 +76,14 @@ FAMILIES = {
     for name, model in {"gemma3": LIKE_GEMMA3, "olmo2": LIKE_OLMO2, "phi3": LIKE_PHI3, "phi": LIKE_PHI}.items()
     for remat in ("none", "names")
 } | {"neox, none": (LIKE_NEOX, "none", (1, 2, 320), EVERY), "gemma3, full": (LIKE_GEMMA3, "full", (1, 2, 320), EVERY)}
+NEW_IDS = (1000, 1001, 1002, 7, 998)
+NEW_TOKENS = {
+    "names, new tokens": (MODEL, "names", (2, 2, 320), EVERY, NEW_IDS),
+    "names, new tokens, tied": (
+        *(dataclasses.replace(MODEL, tie_embeddings=True), "names", (1, 2, 320)),
+        *(dataclasses.replace(EVERY, dtype="bfloat16"), NEW_IDS),
+    ),
+}
 IN_HANDLERS = ("names, C++ attention", "full, C++ attention")
 CASES |= {IN_HANDLERS[0]: (MODEL, "names", (2, 2, 320), EVERY), IN_HANDLERS[1]: (MODEL, "full", (1, 2, 100), EVERY)}
 METHODS = {
@@ -90,7 +98,7 @@ METHODS = {
     "names, ia3 everywhere": (MODEL, "names", (1, 2, 320), EVERY_IA3),
     "full, ia3 everywhere": (MODEL, "full", (1, 2, 320), EVERY_IA3),
 }
-FAMILIES |= METHODS
+FAMILIES |= METHODS | NEW_TOKENS
 PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
 
 
@@ -107,12 +115,13 @@ def case(request):
     jax.clear_caches()
 
 
-def _compiled(model, remat, batch, lora):
+def _compiled(model, remat, batch, lora, new_ids=()):
     weights = WeightFormat(platform="cpu")
-    step = abstract_step(model, weights, lora, batch=batch, remat=remat)
+    step = abstract_step(model, weights, lora, batch=batch, remat=remat, new_ids=new_ids)
     function, args, kwargs = step.gradients()
     compiled = function.lower(*args, **kwargs).compile()
-    return _counted(model, weights, step, batch, lora), step, compiled, compiled.as_text()
+    counted = dataclasses.replace(_counted(model, weights, step, batch, lora), new_tokens=len(new_ids))
+    return counted, step, compiled, compiled.as_text()
 
 
 def test_products_are_exactly_those_of_the_compiled_step(case):
@@ -134,7 +143,8 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
         part, direction = name.split()
         expected[part, direction != "forward" and part != "head"] += flops
     for dot in dots(text):
-        part = next(part for part in ("dora", "frozen", "lora", "attention", "head") if part in dot.op_name)
+        parts = ("new_tokens", "dora", "frozen", "lora", "attention", "head")
+        part = next(part for part in parts if part in dot.op_name)
         found[part, "transpose(" in dot.op_name] += dot.flops * dot.times
     assert found == expected
     frozen = expected["frozen", False] + expected["frozen", True]
@@ -195,6 +205,18 @@ def test_bytes_of_real_models_are_those_of_their_leaves(name, settings):
     assert counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
     assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
     assert counts.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
+
+
+@pytest.mark.parametrize("model", [MODEL, LIKE_PHI, dataclasses.replace(MODEL, embed_dim=4096, tie_embeddings=True)])
+def test_bytes_of_new_tokens_are_those_of_their_leaves(model):
+    """In 8 bits, where a row is as long as that; a head's biases are frozen."""
+    optim = OptimArgs(name="adamw_8bit")
+    step = abstract_step(model, WeightFormat(), EVERY, batch=(1, 1, 64), optim=optim, new_ids=NEW_IDS)
+    counted = _counted(model, WeightFormat(), step, (1, 1, 64), EVERY)
+    counted = dataclasses.replace(counted, optimizer=optim.name, new_tokens=len(NEW_IDS))
+    assert counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert sum(counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
 
 
 @pytest.mark.parametrize("name", counts.HELD)

@@ -1,0 +1,102 @@
+"""How hidden states become logits: a frozen head, and one in which some rows train.
+
+Dimension key: M tokens, D embed, V rows of the frozen head, N rows that train, W = max(V, largest id + 1).
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.nn.dots import dot_nt
+from qlora_jax.nn.token_rows import hot, row_logits
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Head:
+    """How hidden states become logits: softcap tanh((hidden weight^T + bias) / softcap), with what there is of it.
+
+    Attributes:
+      weight_VD: [V, D]; its rows are what nn.loss cuts into tiles.
+      bias_V: [V], or None.
+      softcap: or None.
+      absent_V: bool [V], rows that others stand in for, whose logits are -inf; None: there is none.
+    """
+
+    weight_VD: Any  # transformations put placeholders in the leaves' place, which a type of arrays would refuse
+    bias_V: Any = None
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    absent_V: Any = None
+
+    def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        """The logits in f32."""
+        logits_MV = dot_nt(hidden_MD, self.weight_VD)
+        if self.bias_V is not None:
+            logits_MV += self.bias_V.astype(jnp.float32)[None]
+        logits_MV = self.capped(logits_MV)
+        return logits_MV if self.absent_V is None else jnp.where(self.absent_V[None], -jnp.inf, logits_MV)
+
+    def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
+        """softcap tanh(logits / softcap)."""
+        return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
+
+    def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."] | None:
+        """What the softcap multiplies gradients of these logits with; None where there is none."""
+        if self.softcap is None:
+            return None
+        slope = 1 - jnp.square(logits / self.softcap)
+        return slope if self.absent_V is None else jnp.where(jnp.isneginf(logits), 0.0, slope)
+
+    def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
+        """A part of the rows."""
+        bias_V, absent_V = (None if x is None else cut(x) for x in (self.bias_V, self.absent_V))
+        return Head(cut(self.weight_VD), bias_V, self.softcap, absent_V)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class HeadWithRows:
+    """A frozen head, and rows that train in place of its own or beyond them.
+
+    Attributes:
+      frozen: whose rows in `ids` are absent.
+      rows_ND, bias_N: weights, and biases (frozen; or None), of the tokens `ids`.
+    """
+
+    frozen: Head
+    rows_ND: Any
+    bias_N: Any
+    ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def of(cls, head: Head, rows_ND: Any, bias_N: Any, ids: tuple[int, ...]) -> "HeadWithRows":
+        """`head` with these rows for the tokens `ids`."""
+        vocabulary = head.weight_VD.shape[0]
+        if min(ids) < vocabulary:
+            absent_V = jnp.any(hot(jnp.arange(vocabulary), ids), axis=1)
+            head = dataclasses.replace(head, absent_V=absent_V)
+        return cls(head, rows_ND, bias_N, ids)
+
+    def hot(self, tokens_M: Int[Array, " M"]) -> Bool[Array, "M N"]:
+        """Which of the rows that train belongs to each token; none to most."""
+        return hot(tokens_M, self.ids)
+
+    def own_logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M N"]:
+        """Logits of the rows that train, in f32."""
+        with jax.named_scope("new_tokens"):
+            logits_MN = row_logits(hidden_MD, self.rows_ND)
+        if self.bias_N is not None:
+            logits_MN += self.bias_N.astype(jnp.float32)[None]
+        return self.frozen.capped(logits_MN)
+
+    def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M W"]:
+        """All logits in f32, each in its token's place."""
+        logits_MV = self.frozen.logits(hidden_MD)
+        beyond = max(0, max(self.ids) + 1 - logits_MV.shape[1])
+        logits_MW = jnp.pad(logits_MV, ((0, 0), (0, beyond)))
+        return logits_MW.at[:, np.asarray(self.ids)].set(self.own_logits(hidden_MD))

@@ -1,0 +1,113 @@
+"""Rows of embedding and head that train while the tables stay frozen: those of new tokens.
+
+  embedded(t) = rows_i where t = ids_i, table_t elsewhere;    logits of ids_i = hidden rows_i^T
+
+Rows are cast to the dtype that is computed in; their gradients are summed in f32, one-hot products both ways, so that
+nothing depends on an order of additions that a scatter would leave open.
+
+Dimension key: M tokens, D embed, V rows of the frozen table, N rows that train.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.variables import Frozen
+
+
+def hot(tokens_M: Int[Array, " M"], ids: tuple[int, ...]) -> Bool[Array, "M N"]:
+    """Which of `ids` each token is."""
+    return tokens_M[:, None] == np.asarray(ids, np.int32)[None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def picked(rows_ND: Float[Array, "N D"], hot_MN: Bool[Array, "M N"], dtype: DTypeLike) -> Float[Array, "M D"]:
+    """The hot row of each token in `dtype`; the first where none is hot, and that has no gradient."""
+    return rows_ND.astype(dtype)[jnp.argmax(hot_MN, axis=1)]
+
+
+def _picked_forward(rows_ND, hot_MN, dtype):
+    return picked(rows_ND, hot_MN, dtype), (rows_ND, hot_MN)
+
+
+def _picked_backward(dtype, residuals, d_MD):
+    rows_ND, hot_MN = residuals
+    return dot_tn(hot_MN.astype(dtype), d_MD).astype(rows_ND.dtype), None
+
+
+picked.defvjp(_picked_forward, _picked_backward)
+
+
+@jax.custom_vjp
+def row_logits(hidden_MD: Float[Array, "M D"], rows_ND: Float[Array, "N D"]) -> Float[Array, "M N"]:
+    """hidden rows^T in f32, rows cast to the dtype of `hidden_MD`."""
+    return dot_nt(hidden_MD, rows_ND.astype(hidden_MD.dtype))
+
+
+def _logits_forward(hidden_MD, rows_ND):
+    return row_logits(hidden_MD, rows_ND), (hidden_MD, rows_ND)
+
+
+def _logits_backward(residuals, d_MN):
+    hidden_MD, rows_ND = residuals
+    dtype = hidden_MD.dtype
+    d_MN = d_MN.astype(dtype)
+    return dot_nn(d_MN, rows_ND.astype(dtype), dtype), dot_tn(d_MN, hidden_MD).astype(rows_ND.dtype)
+
+
+row_logits.defvjp(_logits_forward, _logits_backward)
+
+
+class TokenRows(nnx.Module):
+    """Rows that train, of the tokens `ids` of one table: `rows` [N, D] in f32 or bf16, and of a head their biases [N].
+
+    Biases stay as they are.
+    """
+
+    def __init__(self, rows_ND: Float[Array, "N D"], bias_N: Float[Array, " N"] | None, ids: tuple[int, ...]):
+        self.rows = nnx.LoRAParam(rows_ND)
+        self.bias = None if bias_N is None else Frozen(bias_N)
+        self.ids = ids
+
+    @classmethod
+    def init(
+        cls,
+        table_VD: Float[Array, "V D"],
+        bias_V: Float[Array, " V"] | None,
+        ids: tuple[int, ...],
+        dtype: DTypeLike = jnp.float32,
+    ) -> "TokenRows":
+        """Each row the mean of the table's, and each bias the mean of the biases, taken in f32."""
+        row_D = jnp.mean(table_VD, axis=0, dtype=jnp.float32).astype(dtype)
+        bias_N = None
+        if bias_V is not None:
+            bias_N = jnp.full(len(ids), jnp.mean(bias_V, dtype=jnp.float32), bias_V.dtype)
+        return cls(jnp.tile(row_D[None], (len(ids), 1)), bias_N, ids)
+
+    def embedded(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "V D"]) -> Float[Array, "M D"]:
+        """The row of each token, in the table's dtype."""
+        hot_MN = hot(tokens_M, self.ids)
+        with jax.named_scope("new_tokens"):
+            own_MD = picked(self.rows[...], hot_MN, table_VD.dtype)
+        return jnp.where(jnp.any(hot_MN, axis=1)[:, None], own_MD, table_VD.at[tokens_M].get(mode="clip"))
+
+    def put_into(self, table_VD: jax.Array) -> jax.Array:
+        """The table with these rows in their places, as long as their ids ask for, in its dtype."""
+        return _put(table_VD, self.rows[...], self.ids)
+
+    def bias_put_into(self, bias_V: jax.Array) -> jax.Array:
+        """Likewise of the biases."""
+        assert self.bias is not None
+        return _put(bias_V, self.bias[...], self.ids)
+
+
+def _put(table: jax.Array, rows: jax.Array, ids: tuple[int, ...]) -> jax.Array:
+    beyond = max(0, max(ids) + 1 - table.shape[0])
+    longer = jnp.pad(table, ((0, beyond),) + ((0, 0),) * (table.ndim - 1))
+    return longer.at[np.asarray(ids)].set(rows.astype(table.dtype))
