@@ -23,6 +23,8 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     if DTYPES[args.format] and args.with_base:
         raise ValueError("--with-base is for --format peft and gguf-lora: a merged model has no base")
+    if not DTYPES[args.format] and args.base:
+        raise ValueError("--base is for --format hf and gguf: an adapter goes on any base")
     if args.dtype not in (None, *DTYPES[args.format]):
         possible = ", ".join(DTYPES[args.format]) or "none: an adapter keeps its own"
         raise ValueError(f"--dtype {args.dtype} is not for --format {args.format}; possible: {possible}")
@@ -39,7 +41,8 @@ def main(argv: list[str]) -> None:
     if args.format in adapters:
         adapters[args.format](args.run, output, with_base=args.with_base, **where)
     else:
-        export_merged(args.run, output, args.format, dtype=args.dtype or DTYPES[args.format][0], **where)
+        dtype = args.dtype or DTYPES[args.format][0]
+        export_merged(args.run, output, args.format, base=args.base, dtype=dtype, **where)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -56,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
     parser.add_argument("--model", help="where the base model lies now, if it was moved after training; or org/name")
+    parser.add_argument(
+        "--base",
+        help="merge into the weights of this model, which the run's base was quantized from, instead of the "
+        "dequantized ones that the adapter was trained on; tells what that costs",
+    )
     dtypes = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items() if dtypes)
     parser.add_argument("--dtype", help=f"of a merged model's weights, the first by default; {dtypes}")
     parser.add_argument(

@@ -10,16 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.io.entries import TensorEntry
 from qlora_jax.io.safetensors import INDEX, SINGLE
 from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, write_safetensors
 from qlora_jax.io.slots import Slot
 from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.quant import dequantize
+
+EMPTY: Mapping[str, TensorEntry] = {}
 
 
 def write_dense_folder(
@@ -30,6 +34,7 @@ def write_dense_folder(
     computed: np.dtype,
     dtype: np.dtype,
     adapters: Mapping[str, Adapter],
+    original: Mapping[str, TensorEntry] = EMPTY,
 ) -> None:
     """config.json and safetensors files: a model for transformers, in `dtype`.
 
@@ -41,9 +46,10 @@ def write_dense_folder(
       config: the model's config.json.
       computed: the dtype that training computed in, and saw 4-bit weights in.
       adapters: by the name of the first layer's module, `model.layers.0.self_attn.q_proj`.
+      original: tensors that take the place of the dequantized ones, by name.
     """
     planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
-    values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, computed, adapters))
+    values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, computed, adapters, original))
     shards = split(planned)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -53,11 +59,19 @@ def write_dense_folder(
     write_config(folder, config, {"torch_dtype": dtype.name})
 
 
-def dense_tensors(slots: Sequence[Slot], computed: np.dtype, adapters: Mapping[str, Adapter]) -> Iterator[jax.Array]:
+def dense_tensors(
+    slots: Sequence[Slot],
+    computed: np.dtype,
+    adapters: Mapping[str, Adapter],
+    original: Mapping[str, TensorEntry] = EMPTY,
+) -> Iterator[jax.Array]:
     """The tensors of the slots' names, in their order; those with an adapter in f32."""
     for slot in slots:
         module, _, leaf = slot.names[0].rpartition(".")
-        yield from _tensors(slot, computed, _merged_by(adapters.get(module), leaf))
+        merged = _merged_by(adapters.get(module), leaf)
+        for layer, name in enumerate(slot.names):
+            dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, layer, computed)
+            yield merged(layer, dense)
 
 
 def write_config(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> None:
@@ -87,13 +101,11 @@ def _merged_by(adapter: Adapter | None, leaf: str) -> Merged:
     return lambda layer, dense: adapter.of_layer(layer).merge(dense)
 
 
-def _tensors(slot: Slot, computed: np.dtype, merged: Merged) -> Iterator[jax.Array]:
+def _dense(slot: Slot, layer: int, computed: np.dtype) -> jax.Array:
     if not slot.stacked:
-        yield slot.leaf
-        return
-    for layer in range(len(slot.names)):
-        leaf = _layer(*_part(slot.leaf, layer))
-        yield merged(layer, dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf)
+        return slot.leaf
+    leaf = _layer(*_part(slot.leaf, layer))
+    return dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf
 
 
 def _part(stack: Any, layer: int) -> tuple[Any, np.int32]:

@@ -11,7 +11,8 @@ from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.hub import HubName
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
-from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, notes_for_readers, write_adapter
+from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, write_adapter
+from qlora_jax.io.peft_readers import notes_for_readers
 from qlora_jax.io.peft_tokens import check_exportable, split, token_config, token_tensors
 from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import slots_of, with_tables

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from flax import nnx
 from gguf.constants import GGMLQuantizationType
 
 from qlora_jax.data.tokenizer import Tokenizer
@@ -17,9 +16,8 @@ from qlora_jax.io.gguf_vocabulary import vocabulary_of
 from qlora_jax.io.gguf_writer import Frame, frame_like, keys_of, target_of
 from qlora_jax.io.opened import Opened
 from qlora_jax.io.peft import is_gguf
-from qlora_jax.io.slots import slots_of
-from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.models.decoder import CausalLM
+from qlora_jax.io.slots import shapes_of
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 
 WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window, says that it does not use it, and lets every token see all
@@ -59,8 +57,7 @@ def frame_without_tokenizer(opened: Opened) -> Frame:
     source, features = opened.source, opened.whole_features
     if is_gguf(str(source.path)):
         return frame_like(source.path, source.config, opened.tokenizer.chat_template)
-    model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))
-    return frame_of(source, features, {name: slot.shape for slot in slots_of(model) for name in slot.names})
+    return frame_of(source, features, shapes_of(features))
 
 
 def frame_of(source: ModelSource, features: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Frame:

@@ -3,13 +3,12 @@
 What a file can't say is found by reading it: a feature that comes back another has no key.
 """
 
-import dataclasses
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
+from qlora_jax.io.features import differing
 from qlora_jax.io.gguf_architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf_config import llama3_factors
 from qlora_jax.models.config import ModelConfig
@@ -48,12 +47,7 @@ def metadata_of(features: ModelConfig, architecture: Architecture) -> tuple[dict
 
 def features_lost(features: ModelConfig, read: ModelConfig) -> list[str]:
     """What is another in `read`, the model that a file with the metadata of `features` holds."""
-    lost = [
-        (field.name, ours, its)
-        for field in dataclasses.fields(ModelConfig)
-        if not _same(ours := getattr(features, field.name), its := getattr(read, field.name))
-    ]
-    return [f"{name} = {_short(ours)}: the file would say {_short(its)}" for name, ours, its in lost]
+    return [f"{name} = {ours}: the file would say {its}" for name, ours, its in differing(features, read)]
 
 
 def tensors_misplaced(architecture: Architecture, names: Iterable[str]) -> list[str]:
@@ -62,35 +56,6 @@ def tensors_misplaced(architecture: Architecture, names: Iterable[str]) -> list[
     return [f"{part}: llama.cpp knows none in {architecture.name}" for part in architecture.never if part in parts] + [
         f"{part}: llama.cpp needs one in {architecture.name}" for part in architecture.always if part not in parts
     ]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(map(_short, value))})"
-    text = f"{value.theta:g} {value.scaling.kind}" if isinstance(value, Rope) else repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
-
-
-def _same(ours: Any, its: Any) -> bool:
-    """Equal as far as f32 tells; rotations by what they do, since the same may be said in several ways."""
-    if isinstance(ours, tuple) and isinstance(its, tuple):
-        return len(ours) == len(its) and all(map(_same, ours, its))
-    if isinstance(ours, Rope) and isinstance(its, Rope):
-        return _same_rotations(ours, its)
-    if isinstance(ours, float) and isinstance(its, float):
-        return math.isclose(ours, its, rel_tol=1e-6)
-    return ours == its
-
-
-def _same_rotations(ours: Rope, its: Rope) -> bool:
-    if ours.dim != its.dim:
-        return False
-    # Within the context that was trained and beyond it: some scalings tell the two apart.
-    for length in (1, 2 * ours.max_positions):
-        (frequencies, factor), (others, other) = (SCALINGS[rope.scaling.kind](rope, length) for rope in (ours, its))
-        if not (np.allclose(frequencies, others, rtol=1e-5, atol=0) and math.isclose(factor, other, rel_tol=1e-6)):
-            return False
-    return True
 
 
 def _window(features: ModelConfig) -> int | None:

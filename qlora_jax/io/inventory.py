@@ -29,7 +29,7 @@ def check_inventory(source: ModelSource, needed: Mapping[str, tuple[int, ...]], 
     head, embedding = (config.hugging_face_name(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
     if config.tie_embeddings and head in extra and _equal_tensors(source, head, embedding):
         extra.remove(head)
-    problems = _grouped("missing", needed.keys() - held.keys()) + _grouped("unexpected", extra)
+    problems = grouped("missing", needed.keys() - held.keys()) + grouped("unexpected", extra)
     problems += [
         f"shape {list(held[name].shape)} of {name}, expected {list(shape)}"
         for name, shape in needed.items()
@@ -47,7 +47,7 @@ def _equal_tensors(source: ModelSource, first: str, second: str) -> bool:
     return np.array_equal(held[first].read(), held[second].read())
 
 
-def _grouped(what: str, names: Iterable[str]) -> list[str]:
+def grouped(what: str, names: Iterable[str]) -> list[str]:
     """One line for the same tensor in many layers."""
     layers: dict[str, list[int]] = {}
     for name in names:

@@ -118,24 +118,6 @@ def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
     return patterns.get(next(matching, ""), default)
 
 
-VLLM_RANK = 16  # up to which vLLM takes adapters where nothing else is asked for
-
-
-def notes_for_readers(config: Mapping[str, Any]) -> list[str]:
-    """What programs that read PEFT's adapters, but not all of their settings, would make of this one."""
-    if not_lora := {"IA3": "(IA)^3"}.get(config["peft_type"]) or ("DoRA" if config["use_dora"] else None):
-        return [f"vLLM and llama.cpp take no {not_lora}: for them merge it into a model, --format hf or gguf"]
-    patterns = [name for name in ("rank_pattern", "alpha_pattern") if config[name]]
-    notes = []
-    if patterns:
-        notes.append(f"vLLM ignores {' and '.join(patterns)}, and would scale these modules otherwise")
-    elif config["r"] > VLLM_RANK:
-        notes.append(f"vLLM takes it with --max-lora-rank {config['r']} or more")
-    if config["alpha_pattern"]:
-        notes.append("llama.cpp ignores alpha_pattern, and would scale these modules otherwise")
-    return notes
-
-
 def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
     """For each target the shortest end of its name that no linear layer without an adapter shares, each once."""
     others = [name for name in linears if name not in targets]

@@ -8,7 +8,7 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.inventory import layer_name
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.mixed import MixedStack
 
@@ -67,6 +67,12 @@ def with_tables(
     placed = [dataclasses.replace(slot, leaf=tables.get(".".join(map(str, slot.path)), slot.leaf)) for slot in slots]
     rows = {"vocab_size": len(tables[EMBEDDING])} if tables else {}
     return placed, {**config, **rows}
+
+
+def shapes_of(features: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """By Hugging Face's name, every tensor of a model that is not quantized."""
+    model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))
+    return {name: slot.shape for slot in slots_of(model) for name in slot.names}
 
 
 def _slot(path: tuple[Any, ...], leaf: Any, config: ModelConfig) -> Slot:

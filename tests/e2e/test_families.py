@@ -57,6 +57,6 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
             np.testing.assert_array_equal(adapter.lora[module][matrix], values)
     assert dataclasses.replace(adapter.args, target_modules="all-linear") == whole.lora
     # The merge is compared with base and adapter as it is exported.
-    merge = {"step": None, "model": None, "dtype": "float32", "console": Console(file=io.StringIO())}
+    merge = {"step": None, "model": None, "base": None, "dtype": "float32", "console": Console(file=io.StringIO())}
     export_merged(Path(whole.output), tmp_path / "merged", "hf", **merge)
     assert open_model(tmp_path / "merged").tensors.keys() == opened.source.tensors.keys()

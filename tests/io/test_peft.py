@@ -8,7 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft import adapter_config, adapter_tensors, notes_for_readers, target_suffixes, write_adapter
+from qlora_jax.io.peft import adapter_config, adapter_tensors, target_suffixes, write_adapter
+from qlora_jax.io.peft_readers import notes_for_readers
 
 LINEARS = [f"model.layers.self_attn.{name}_proj" for name in "qkvo"] + ["model.layers.mlp.up_proj"]
 
@@ -71,6 +72,14 @@ def test_rslora_is_written_as_an_alpha() -> None:
     [
         ({}, []),
         (dict(r=64), ["vLLM takes it with --max-lora-rank 64"]),
+        (dict(r=65), ["vLLM takes it with --max-lora-rank 128"]),
+        (dict(r=600), ["vLLM takes no rank above 512, and this has 600"]),
+        (dict(rank_pattern={"up_proj": 24}), ["vLLM takes it with --max-lora-rank 32", "vLLM ignores rank_pattern"]),
+        (
+            dict(modules_to_save=["lm_head"]),
+            ["vLLM and llama.cpp take no adapter that trains more than LoRA (lm_head)"],
+        ),
+        (dict(trainable_token_indices={"embed_tokens": [3]}), ["vLLM and llama.cpp take no adapter that trains more"]),
         (dict(rank_pattern={"up_proj": 2}), ["vLLM ignores rank_pattern"]),
         (dict(alpha_pattern={"up_proj": 2}), ["vLLM ignores alpha_pattern", "llama.cpp ignores alpha_pattern"]),
         (dict(use_dora=True), ["vLLM and llama.cpp take no DoRA"]),
@@ -78,7 +87,7 @@ def test_rslora_is_written_as_an_alpha() -> None:
     ],
 )
 def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str]) -> None:
-    plain = dict(peft_type="LORA", use_dora=False, r=16, rank_pattern={}, alpha_pattern={})
+    plain = dict(peft_type="LORA", use_dora=False, r=16, rank_pattern={}, alpha_pattern={}, modules_to_save=None)
     notes = notes_for_readers(plain | changes)
     assert len(notes) == len(told) and all(note.startswith(part) for note, part in zip(notes, told, strict=True))
 

@@ -10,9 +10,9 @@ import pytest
 from qlora_jax.data.gguf_tokenizer import rebuild
 from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.export import main
-from qlora_jax.io.export_merged import PROMPTS
 from qlora_jax.io.gguf_frame import framed
 from qlora_jax.io.gguf_writer import write_gguf
+from qlora_jax.io.logit_check import PROMPTS
 from qlora_jax.io.opened import open_base_or_run
 from qlora_jax.io.source import open_model
 from qlora_jax.quantize import main as quantize

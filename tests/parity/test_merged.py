@@ -3,14 +3,19 @@
 import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 
+from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.export import main
-from qlora_jax.io import export_merged, safetensors_writer
+from qlora_jax.io import logit_check, safetensors_writer
+from qlora_jax.io.opened import held_as, load_base, open_base_or_run
 from qlora_jax.io.source import open_model
+from qlora_jax.models.adapt import linears
 from qlora_jax.nn.lora import LoRA
+from qlora_jax.quantize import main as quantize
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.io.tiny_tokenizers import byte_level
@@ -111,6 +116,61 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_merged_into_the_original_weights(tmp_path: Path, capsys: pytest.CaptureFixture, form: str) -> None:
+    """W + scaling (A B)^T of the weights that were quantized; what that costs is told."""
+    config = FAMILIES["llama"][1] | {"vocab_size": 460}
+    tensors, files = random_tensors(config), {"tokenizer.json": byte_level()}
+    model = write_folder(tmp_path / "model", config, tensors, **files)
+    with_adapter, _ = _write_run(tmp_path / "run", model, LORAS["all"])
+    main([str(tmp_path / "run"), "--format", form, "--dtype", "float32", "--base", str(model)])
+    told = capsys.readouterr().out
+    written = tmp_path / "run" / form
+    found = open_model(written / "model-float32.gguf" if form == "gguf" else written).tensors
+    adapters = {name: linear.adapter for name, linear in linears(with_adapter)}
+    for name, values in tensors.items():
+        layer = 1 if ".layers.1." in name else 0
+        adapter = adapters.get(name.removesuffix(".weight").replace(f".layers.{layer}.", ".layers."))
+        expected = values if adapter is None else np.asarray(adapter.of_layer(layer).merge(jnp.asarray(values)))
+        np.testing.assert_allclose(found[name].read(), expected, rtol=0, atol=1e-6, err_msg=name)
+    # The cost is the difference from what was trained.
+    folder = write_folder(tmp_path / "again", config, {name: found[name].read() for name in found}, **files)
+    tokenizer = load_tokenizer(open_model(model).tokenizer)
+    prompts = logit_check.tokens_of(tokenizer, logit_check.PROMPTS)
+    merged, trained = (_logits(each, prompts.tokens_BT)[prompts.real_BT] for each in (_dense(folder), with_adapter))
+    cost = np.abs(merged - trained).max()
+    assert f"run, step 7, merged into {model}: {written}" in told and cost > 0.01
+    (costs,) = (line for line in told.splitlines() if line.startswith("what it costs that the adapter was trained"))
+    assert f"3 prompts: {cost:.3g} (rms" in costs
+
+
+def _dense(folder: Path):
+    opened = open_base_or_run(str(folder), None)
+    return load_base(opened, held_as(opened, "none", "float32"))
+
+
+def test_another_original_is_refused(tmp_path: Path) -> None:
+    run, _, _ = _run(tmp_path, "run", "all", tiny_config())
+    config, files = tiny_config(), {"tokenizer.json": tokenizer_json()}
+    weights = random_weights(config)
+    changed = weights | {name: 1.01 * weights[name] for name in list(weights)[2:4]}
+    others = {
+        "norm_eps = 0.001, the run's base has 1e-05": (config | {"rms_norm_eps": 1e-3}, weights),
+        "missing: model.norm.weight": (config, {n: w for n, w in weights.items() if n != "model.norm.weight"}),
+        "2 tensors, quantized as that is": (config, changed),
+    }
+    for index, (problem, (its_config, its_weights)) in enumerate(others.items()):
+        other = write_folder(tmp_path / f"other{index}", its_config, its_weights, **files)
+        with pytest.raises(ValueError, match=problem):
+            main([str(run), "--format", "hf", "--base", str(other)])
+    assert not (run / "hf").exists() and not list(run.glob(".hf*"))
+    quantize([str(tmp_path / "run-model"), "--output", str(tmp_path / "nf4")])
+    with pytest.raises(ValueError, match=r"tensors are quantized, such as .*: --base takes the model in 16 bits"):
+        main([str(run), "--format", "hf", "--base", str(tmp_path / "nf4")])
+    with pytest.raises(ValueError, match="--base is for --format hf and gguf"):
+        main([str(run), "--base", str(tmp_path / "run-model")])
+
+
 @pytest.mark.slow
 def test_a_gguf_file(tmp_path: Path, oracle, smollm2_gguf: Path, capsys: pytest.CaptureFixture) -> None:
     """Read by transformers; the tensors are those of the merged folder."""
@@ -153,7 +213,7 @@ def test_gguf_files_from_folders(tmp_path: Path, oracle) -> None:
 
 def test_differences() -> None:
     base, adapter = np.zeros((2, 3)), np.array([[0.0, 3, 0], [0, 0, -4]])
-    found = export_merged.difference(adapter + 0.1, adapter, base)
+    found = logit_check.difference(adapter + 0.1, adapter, base)
     assert found.largest == pytest.approx(0.1) and found.rms == pytest.approx(0.1)
     assert found.adapter_largest == 4 and found.adapter_rms == pytest.approx((25 / 6) ** 0.5)
-    assert found.is_small and not export_merged.difference(adapter * 0.5, adapter, base).is_small
+    assert found.is_small and not logit_check.difference(adapter * 0.5, adapter, base).is_small
