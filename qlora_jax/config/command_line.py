@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import yaml
 
-from qlora_jax.config.decode import ConfigError, decode, walk
+from qlora_jax.config.decode import UNIONS, ConfigError, decode, walk
 from qlora_jax.config.files import parse_yaml, read_yaml
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
@@ -29,18 +29,20 @@ _METAVARS = {
     list: "LIST",
     dict: "MAPPING",
 }
+_OPENED = {"[": list, "{": dict}
 
 
 def _from_text(hint: Any, text: str) -> Any:
     """A command line's text as the YAML value that the type asks for; text it stays where that fails."""
-    arms = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
-    if str in arms and not (text == "null" and types.NoneType in arms) and not (list[str] in arms and text[:1] == "["):
+    arms = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
+    opened = _OPENED.get(text[:1]) in [typing.get_origin(arm) or arm for arm in arms]
+    if str in arms and not (text == "null" and types.NoneType in arms) and not opened:
         return text
     try:
         value = parse_yaml(text)
     except yaml.YAMLError:
         return text
-    return text if str in arms and not isinstance(value, list | None) else value
+    return text if str in arms and not isinstance(value, list | dict | None) else value
 
 
 def _split(argv: Sequence[str], switches: Mapping[str, str]) -> tuple[dict[str, str], set[str], list[str]]:
@@ -78,7 +80,7 @@ def _metavar(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "{" + ",".join(arguments) + "}"
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return "|".join(_metavar(arm) for arm in arguments)
     return _METAVARS[origin or hint]
 

@@ -13,6 +13,9 @@ from qlora_jax.config.synonyms import CHOICES, SYNONYMS
 # Where a dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]
 
+# `A | B` is of the second kind where A is a Literal.
+UNIONS = (types.UnionType, typing.Union)
+
 _WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", types.NoneType: "null"}
 
 
@@ -33,7 +36,7 @@ def expected(hint: Any) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "one of " + ", ".join(arguments)
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return " or ".join(expected(arm) for arm in arguments)
     if origin is list:
         return f"a list of {expected(arguments[0])}"
@@ -65,7 +68,7 @@ def convert(hint: Any, value: Any) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal and value in arguments:
         return value
-    if origin is types.UnionType:
+    if origin in UNIONS:
         return _convert_union(arguments, value)
     if origin is list and isinstance(value, list):
         return [convert(arguments[0], item) for item in value]
@@ -101,12 +104,19 @@ def _near_choices(value: str, choices: tuple[Any, ...]) -> list[str]:
     return [synonym] if synonym is not None and synonym in choices else difflib.get_close_matches(value, choices, n=1)
 
 
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The words that the type, or an arm of it, is one of."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return next((_choices(arm) for arm in typing.get_args(hint) if typing.get_origin(arm) is Literal), ())
+
+
 def _value_problem(field: dataclasses.Field, hint: Any, value: Any) -> str | None:
     try:
         converted = convert(hint, value)
     except _Mismatch:
         words = expected(hint)
-        choices = _near_choices(str(value), typing.get_args(hint)) if "one of" in words else []
+        choices = _near_choices(str(value), _choices(hint)) if "one of" in words else []
         return f"found {value!r}, expected {words}" + (f"; did you mean {choices[0]}?" if choices else "")
     bound = field.metadata.get("bound")
     if bound is None or converted is None or bound.holds(converted):

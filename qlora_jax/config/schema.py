@@ -17,6 +17,7 @@ POSITIVE = Bound("more than 0", lambda value: value > 0)
 NON_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
 AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
 AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
+AT_LEAST_HUNDRED = Bound("100 or more", lambda value: value >= 100)
 BELOW_ONE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
 BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
@@ -109,13 +110,18 @@ FormName = Literal[
 class DataArgs:
     """Training and held-out rows, and how they become tokens."""
 
-    train: str = setting("JSONL, JSON, CSV or TSV file of training rows, gzipped or not", bound=NOT_EMPTY)
+    train: str | dict[str, float] = setting(
+        "training rows: a JSONL, JSON, CSV, TSV or Parquet file, or a data set on the Hub (hf://datasets/org/name); "
+        "or several and how often an epoch goes through each: {a.jsonl: 1, b.jsonl: 0.5}",
+        bound=NOT_EMPTY,
+    )
     eval: str | None = setting("file of held-out rows", None)
     eval_fraction: float = setting("without eval: hold out this share of train, by a hash of the row", 0.0, BELOW_ONE)
-    format: FormName = setting(
+    format: FormName | dict[str, FormName] = setting(
         "form of the rows (docs/data.md); auto looks at the columns: messages (chat), sharegpt (conversations), alpaca "
         "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), "
-        "unnatural-instructions (instances), text; hh-rlhf, guanaco and chip2 have to be named",
+        "unnatural-instructions (instances), text; hh-rlhf, guanaco and chip2 have to be named. Of several files: "
+        "{b.jsonl: guanaco}, the others being auto",
         "auto",
     )
     learn: Literal["assistant", "last", "all"] = setting(
@@ -142,7 +148,21 @@ class DataArgs:
         "rows are then packs, so an epoch has fewer steps",
         False,
     )
-    buckets: int = setting("padded lengths that batches come in; each costs one compilation", 4, AT_LEAST_ONE)
+    buckets: int = setting(
+        "padded lengths that batches come in, rows of like length together (group by length); each costs one "
+        "compilation",
+        4,
+        AT_LEAST_ONE,
+    )
+    cache: str | None = setting(
+        "folder that keeps rows as tokens, by their content and all they follow from, for later runs", None
+    )
+    window: int | None = setting(
+        "rows that are in memory and shuffled at once, read from cache in the file's order: for files larger than "
+        "memory. null: all",
+        None,
+        AT_LEAST_HUNDRED,
+    )
     chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
 
 

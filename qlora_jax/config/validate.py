@@ -4,7 +4,7 @@ import dataclasses
 
 from qlora_jax.config.decode import ConfigError, find_problems
 from qlora_jax.config.optimizers import PAGED, paging_of, plain_name
-from qlora_jax.config.schema import Config, LoraArgs
+from qlora_jax.config.schema import Config, DataArgs, LoraArgs
 from qlora_jax.config.sizes import parse_bytes
 
 
@@ -61,6 +61,26 @@ def _token_problems(config: Config) -> list[str]:
     ]
 
 
+def _source_problems(data: DataArgs) -> list[str]:
+    weights = data.train if isinstance(data.train, dict) else {data.train: 1.0}
+    problems = [
+        f"data.train: found the weight {weight!r} for {path!r}, expected more than 0"
+        for path, weight in weights.items()
+        if weight <= 0
+    ]
+    if isinstance(data.format, dict):
+        problems += [
+            f"data.format: found {path!r}, expected the files of data.train and data.eval"
+            for path in data.format
+            if path not in (*weights, data.eval)
+        ]
+    if data.window is not None and data.cache is None:
+        problems.append(
+            f"data.window: found {data.window} without data.cache, expected a folder there to read the windows from"
+        )
+    return problems
+
+
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _paging_problems(config)
     problems += _token_problems(config)
@@ -79,6 +99,7 @@ def _relation_problems(config: Config) -> list[str]:
             f"data.max_length: found {config.data.max_length}, expected at least {source + target}: "
             "data.source_max_length and data.target_max_length together"
         )
+    problems += _source_problems(config.data)
     if config.train.eval_every > 0 and config.data.eval is None and config.data.eval_fraction == 0:
         problems.append(
             f"train.eval_every: found {config.train.eval_every}, but nothing is held out; "

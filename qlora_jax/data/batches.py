@@ -1,11 +1,12 @@
-"""Batches: which rows an optimizer step sees, and the arrays it gets. A pure function of (seed, epoch, index).
+"""Batches: which rows an optimizer step sees, and the arrays it gets. A pure function of (seed, epoch, window, index).
 
-An epoch shuffles the rows, deals them to their length buckets, and cuts each bucket into steps of accumulation x
-micro_batch_size rows, so that all micro-batches of a step have one shape. Rows that fill no step go up to the next
-bucket; the steps are shuffled. The last step to be filled may have gaps: all-padding rows of weight 0. So every row is
-seen exactly once an epoch, and an epoch always has ceil(rows / rows a step) steps.
+An epoch has one window of all rows, or several, one after the other (mixture.py). A window shuffles its rows, deals
+them to their length buckets, and cuts each bucket into steps of accumulation x micro_batch_size rows, so that all
+micro-batches of a step have one shape. Rows that fill no step go up to the next bucket; the steps are shuffled. The
+last step to be filled may have gaps: all-padding rows of weight 0. So every row is seen exactly once, and a window
+always has ceil(rows / rows a step) steps.
 
-Where rows are packed (packing.py), a pack takes the place of a row: all have one length, and an epoch shuffles which
+Where rows are packed (packing.py), a pack takes the place of a row: all have one length, and a window shuffles which
 rows of equal length are together, and the packs.
 
 Dimension key: A micro-batches, B rows (or packs) of each, T places, R data rows in the fullest of them (1 unpacked).
@@ -20,10 +21,11 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from qlora_jax.data.buckets import bucket_of
+from qlora_jax.data.mixture import Mixture
 from qlora_jax.data.packing import pack
 from qlora_jax.data.rows import TokenRows
 
-START = {"epoch": 0, "index": 0}
+START = {"epoch": 0, "window": 0, "index": 0}
 NO_ROW = -1
 
 
@@ -63,10 +65,15 @@ class Step(NamedTuple):
 
 
 def plan_epoch(
-    places: Int64[np.ndarray, " rows"], buckets: Sequence[int], rows_per_step: int, seed: int, epoch: int
+    places: Int64[np.ndarray, " rows"],
+    buckets: Sequence[int],
+    rows_per_step: int,
+    seed: int,
+    epoch: int,
+    window: int = 0,
 ) -> list[Step]:
-    """The steps of one epoch, each row in exactly one of them."""
-    generator = np.random.default_rng([seed, epoch])
+    """The steps of one window of an epoch, each row in exactly one of them."""
+    generator = _generator(seed, epoch, window)
     order = generator.permutation(len(places))
     bucket = bucket_of(places, buckets)[order]
     steps: list[Step] = []
@@ -83,10 +90,10 @@ def plan_epoch(
 
 
 def plan_packed_epoch(
-    places: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int
+    places: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int, window: int = 0
 ) -> list[Step]:
-    """The steps of one epoch of packs, each row in exactly one of them; the last may have gaps."""
-    generator = np.random.default_rng([seed, epoch])
+    """The steps of one window of an epoch of packs, each row in exactly one of them; the last may have gaps."""
+    generator = _generator(seed, epoch, window)
     packs = pack(places, capacity, generator.permutation(len(places)))
     steps = -(-len(packs) // packs_per_step)
     rows = np.full((steps * packs_per_step, max(map(len, packs))), NO_ROW)
@@ -95,8 +102,13 @@ def plan_packed_epoch(
     return [Step(capacity, chosen) for chosen in rows.reshape(steps, packs_per_step, -1)]
 
 
+def _generator(seed: int, epoch: int, window: int) -> np.random.Generator:
+    """Of the first window that which an epoch without windows has."""
+    return np.random.default_rng([seed, epoch, window] if window else [seed, epoch])
+
+
 def train_batches(
-    rows: TokenRows,
+    rows: TokenRows | Mixture,
     buckets: Sequence[int],
     *,
     packed: bool = False,
@@ -117,29 +129,32 @@ def train_batches(
       ValueError: a position that this data set does not have.
     """
     shape, per_step = (accumulation, micro_batch_size), accumulation * micro_batch_size
-    if packed:
-        plan = functools.partial(plan_packed_epoch, rows.places, buckets[-1], per_step, seed)
-    else:
-        plan = functools.partial(plan_epoch, rows.places, buckets, per_step, seed)
-    epoch, index = position.get("epoch", -1), position.get("index", -1)
-    steps = plan(max(epoch, 0))
-    _check(position, len(steps))
+    plan = functools.partial(plan_packed_epoch, capacity=buckets[-1], packs_per_step=per_step, seed=seed)
+    if not packed:
+        plan = functools.partial(plan_epoch, buckets=buckets, rows_per_step=per_step, seed=seed)
+    if set(position) != set(START) or position["epoch"] < 0 or not 0 <= position["window"] < rows.windows:
+        raise ValueError(_no_position(position, f"{rows.windows} windows an epoch"))
+    epoch, window, index = (position[name] for name in START)
     while True:
+        held = rows.window(epoch, window)
+        steps = plan(held.rows.places[held.indices], epoch=epoch, window=window)
+        if not 0 <= index < len(steps):
+            raise ValueError(_no_position(position, f"steps 0 to {len(steps) - 1} in that window"))
+        following = (epoch, window + 1) if window + 1 < rows.windows else (epoch + 1, 0)
         for step in steps[index:]:
             index += 1
-            after = {"epoch": epoch, "index": index} if index < len(steps) else {"epoch": epoch + 1, "index": 0}
-            chosen = step.rows.reshape(*shape, -1)
-            yield fill(rows, chosen, step.length, pad_id, packed=packed, position=after)
-        epoch, index = epoch + 1, 0
-        steps = plan(epoch)
+            after = (epoch, window, index) if index < len(steps) else (*following, 0)
+            chosen = np.where(step.rows == NO_ROW, NO_ROW, held.indices[step.rows]).reshape(*shape, -1)
+            at = dict(zip(START, after, strict=True))
+            yield fill(held.rows, chosen, step.length, pad_id, packed=packed, position=at)
+        (epoch, window), index = following, 0
 
 
-def _check(position: Mapping[str, int], steps: int) -> None:
-    if set(position) != set(START) or position["epoch"] < 0 or not 0 <= position["index"] < steps:
-        raise ValueError(
-            f"data position {dict(position)} does not exist: this data set has steps 0 to {steps - 1} an epoch. "
-            "Have the data, data.max_length or the batch size changed since it was saved?"
-        )
+def _no_position(position: Mapping[str, int], found: str) -> str:
+    return (
+        f"data position {dict(position)} does not exist: this data set has {found}. "
+        "Have the data, data.max_length or the batch size changed since it was saved?"
+    )
 
 
 def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pad_id: int) -> Iterator[Batch]:

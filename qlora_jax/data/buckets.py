@@ -11,17 +11,23 @@ UNIT = 64  # bucket lengths are multiples of it
 _WORTH_A_COMPILATION = 0.02
 
 
-def choose_buckets(places: Int64[np.ndarray, " rows"], rows_per_step: int, most: int) -> tuple[int, ...]:
+Units = Int64[np.ndarray, " units"]  # how many rows fill ceil(places / 64) = 0, 1, 2, ... units
+
+
+def count_units(places: Int64[np.ndarray, " rows"], longest: int) -> Units:
+    """The histogram of rows by units, up to those of a row of `longest` places."""
+    return np.bincount(-(-places // UNIT), minlength=-(-longest // UNIT) + 1)
+
+
+def choose_buckets(units: Units, rows_per_step: int, most: int) -> tuple[int, ...]:
     """At most `most` lengths, ascending, multiples of 64, the last holding every row.
 
-    For each number of lengths the best ones are found exactly (dynamic programming over the histogram of
-    ceil(places / 64)); among those numbers, the smallest that comes within 2 % of the fewest places an epoch takes,
-    with steps filled as `steps_by_bucket` says.
+    For each number of lengths the best ones are found exactly (dynamic programming over the histogram); among those
+    numbers, the smallest that comes within 2 % of the fewest places an epoch takes, with steps filled as
+    `steps_by_bucket` says.
     """
-    units = -(-places // UNIT)
-    counts = np.bincount(units)
-    candidates = [tuple(UNIT * edge for edge in edges) for edges in _best_edges(counts, most)]
-    taken = [places_taken(places, candidate, rows_per_step) for candidate in candidates]
+    candidates = [tuple(UNIT * edge for edge in edges) for edges in _best_edges(units, most)]
+    taken = [places_taken(units, candidate, rows_per_step) for candidate in candidates]
     good = min(taken) * (1 + _WORTH_A_COMPILATION)
     return next(candidate for candidate, cost in zip(candidates, taken, strict=True) if cost <= good)
 
@@ -44,9 +50,10 @@ def steps_by_bucket(counts: Sequence[int], rows_per_step: int) -> list[int]:
     return steps
 
 
-def places_taken(places: Int64[np.ndarray, " rows"], buckets: Sequence[int], rows_per_step: int) -> int:
+def places_taken(units: Units, buckets: Sequence[int], rows_per_step: int) -> int:
     """Places that the batches of one epoch hold, padding included."""
-    counts = np.bincount(bucket_of(places, buckets), minlength=len(buckets)).tolist()
+    edges = np.array(buckets) // UNIT + 1
+    counts = [int(part.sum()) for part in np.split(units, edges)[:-1]]
     return sum(
         n * length * rows_per_step for n, length in zip(steps_by_bucket(counts, rows_per_step), buckets, strict=True)
     )

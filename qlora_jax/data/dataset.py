@@ -1,25 +1,29 @@
-"""load_dataset: from the settings of a run to batches and a report. The way of a row, in the order it goes.
+"""load_dataset: from the settings of a run to batches and a report.
 
-read -> recognise the form -> check -> hold out by hash -> encode with masks -> fit lengths -> buckets -> batches
+Each file becomes token rows (prepare.py), held in memory or in a folder (stored.py); files are mixed (mixture.py), and
+windows of them are dealt to batches (batches.py).
 """
 
 import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.batches import START, Batch, eval_batches, train_batches
-from qlora_jax.data.buckets import UNIT, choose_buckets
-from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
-from qlora_jax.data.formats import Form
-from qlora_jax.data.holdout import hold_out, shared_rows
-from qlora_jax.data.lengths import Limits, fit_lengths
+from qlora_jax.data.buckets import UNIT, choose_buckets, count_units
+from qlora_jax.data.holdout import Side, shared_rows
+from qlora_jax.data.mixture import Mixture, Part, check_weights
 from qlora_jax.data.packing import pack_places
-from qlora_jax.data.readers import Row, read_rows
-from qlora_jax.data.recognise import recognise
-from qlora_jax.data.report import DataReport, SideReport, report_data, report_side
-from qlora_jax.data.rows import TokenRows, token_rows
+from qlora_jax.data.prepare import Preparation, pieces
+from qlora_jax.data.report import DataReport, SideReport, SourceReport, report_data, report_side, together
+from qlora_jax.data.rows import File, TokenRows, joined
+from qlora_jax.data.stored import Piece, StoredRows, open_stored, store
+from qlora_jax.data.tally import Tally
 from qlora_jax.data.tokenizer import Tokenizer, with_chat_template
 
 
@@ -36,7 +40,7 @@ class Dataset:
     """
 
     tokenizer: Tokenizer
-    train: TokenRows
+    train: TokenRows | Mixture
     eval: TokenRows | None
     buckets: tuple[int, ...]
     eval_buckets: tuple[int, ...]
@@ -58,10 +62,7 @@ class Dataset:
         Two data sets with one fingerprint give the same batches at the same position.
         """
         order = (self.buckets, self.packed, self.accumulation, self.micro_batch_size, self.seed)
-        digest = hashlib.sha256(repr(order).encode())
-        for array in (self.train.ids, self.train.supervised, self.train.starts, self.train.numbers):
-            digest.update(array.tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(repr((order, self.train.digest)).encode()).hexdigest()
 
     def train_batches(self, position: Mapping[str, int] = START) -> Iterator[Batch]:
         """Batches without end from `position` on; each carries the position that follows it."""
@@ -86,35 +87,42 @@ class Dataset:
 def load_dataset(
     data: DataArgs, tokenizer: Tokenizer, *, seed: int, micro_batch_size: int, accumulation: int
 ) -> Dataset:
-    """The data set that `data` describes, every row read, checked and encoded.
+    """The data set that `data` describes, every row read, checked and encoded, or taken from data.cache.
 
     Raises:
       ValueError: whatever is wrong with the files, told by file and line, all of one kind at once.
     """
     if data.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, data.chat_template)
-    sides = _sides(data)
-    train, train_side = _encode_side(sides[0], tokenizer, data)
-    held, held_side = _encode_side(sides[1], tokenizer, data) if len(sides) > 1 else (None, None)
-    shared = shared_rows(sides[0].form, sides[0].rows, sides[1].form, sides[1].rows) if len(sides) > 1 else 0
-    padded = choose_buckets(train.places, accumulation * micro_batch_size, data.buckets)
+    if data.eval is not None and data.eval_fraction > 0:
+        raise ValueError(
+            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction}) are both set; "
+            "held-out rows come from one of them"
+        )
+    train, held = _train_sides(data, tokenizer), _held_sides(data, tokenizer)
+    rows = _mixture(data, train, seed)
+    held_rows = _joined(held) if held else None
+    per_step = accumulation * micro_batch_size
+    units = np.sum([count_units(rows.window_places(0, n), data.max_length) for n in range(rows.windows)], axis=0)
+    padded = choose_buckets(units, per_step, data.buckets)
     buckets = (pack_places(data.max_length),) if data.packing else padded
     report = report_data(
-        train,
-        (train_side, held_side),
-        shared,
+        rows,
+        [SourceReport(side.report, weight) for side, weight in zip(train, _weights(data).values(), strict=True)],
+        together([side.report for side in held]) if held else None,
+        _shared(train, held),
         data.max_length,
         buckets,
-        accumulation * micro_batch_size,
+        per_step,
         tokenizer,
         packed=data.packing,
     )
     return Dataset(
         tokenizer=tokenizer,
-        train=train,
-        eval=held,
+        train=rows,
+        eval=held_rows,
         buckets=buckets,
-        eval_buckets=_with_longest(padded, held),
+        eval_buckets=_with_longest(padded, held_rows),
         packed=data.packing,
         accumulation=accumulation,
         micro_batch_size=micro_batch_size,
@@ -123,57 +131,88 @@ def load_dataset(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Side:
-    """Checked rows of one form from one file."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """One side of one file, prepared."""
 
     path: str
-    form: Form
-    rows: Sequence[Row]
+    rows: TokenRows | StoredRows
+    digest: str
+    report: SideReport
+    hashes: Sequence[UInt64[np.ndarray, " read"]]
 
 
-def _sides(data: DataArgs) -> list[_Side]:
-    """The training side and, if anything is held out, the other."""
-    if data.eval is not None and data.eval_fraction > 0:
-        raise ValueError(
-            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction}) are both set; "
-            "held-out rows come from one of them"
-        )
-    train = _read(data.train, data.format)
+def _weights(data: DataArgs) -> dict[str, float]:
+    """Each training file and its weight."""
+    return data.train if isinstance(data.train, dict) else {data.train: 1.0}
+
+
+def _train_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
+    side = Side(data.eval_fraction, held=False) if data.eval_fraction else None
+    return [_prepare(path, side, data, tokenizer, in_memory=data.window is None) for path in _weights(data)]
+
+
+def _held_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
     if data.eval is not None:
-        return [train, _read(data.eval, data.format)]
-    if data.eval_fraction == 0:
-        return [train]
-    parts = hold_out(train.path, train.rows, train.form, data.eval_fraction)
-    return [dataclasses.replace(train, rows=part) for part in parts]
+        return [_prepare(data.eval, None, data, tokenizer, in_memory=True)]
+    if not data.eval_fraction:
+        return []
+    side = Side(data.eval_fraction, held=True)
+    return [_prepare(path, side, data, tokenizer, in_memory=True) for path in _weights(data)]
 
 
-def _read(path: str, form_name: str) -> _Side:
-    rows = read_rows(path)
-    form = recognise(path, rows, form_name)
-    check_rows(path, rows, form)
-    rows, form = examples_of(rows, form)
-    return _Side(path, form, rows)
-
-
-def _encode_side(side: _Side, tokenizer: Tokenizer, data: DataArgs) -> tuple[TokenRows, SideReport]:
-    limits = _limits(data, tokenizer)
-    apart = limits.source is not None or limits.target is not None
-    encoded = encode_rows(side.path, side.rows, side.form, tokenizer, data.learn, one_answer=apart)
-    fitted = fit_lengths(side.path, encoded, [row.place for row in side.rows], limits)
-    rows = token_rows(side.path, fitted.rows, fitted.places)
-    special = sum(bool(tokenizer.special_text.search(side.form.content(row.data))) for row in side.rows)
-    return rows, report_side(rows, encoded, fitted, side.form, side.rows, special, tokenizer)
-
-
-def _limits(data: DataArgs, tokenizer: Tokenizer) -> Limits:
-    return Limits(
-        max_length=data.max_length,
-        overlong=data.overlong,
-        source=data.source_max_length,
-        target=data.target_max_length,
-        bos_id=tokenizer.bos_id if tokenizer.add_bos_token else None,
+def _prepare(path: str, side: Side | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
+    form = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
+    wanted = Preparation(path=path, form=form, side=side, hashed=data.eval is not None, tokenizer=tokenizer, data=data)
+    if data.cache is None:
+        return _in_memory(path, list(pieces(wanted)))
+    folder = Path(data.cache) / wanted.key()
+    stored = open_stored(folder, path)
+    if stored is None:
+        store(pieces(wanted, in_parts=not in_memory), folder)
+        stored = open_stored(folder, path)
+        assert stored is not None
+    return _Prepared(
+        path=path,
+        rows=stored.read(0, len(stored)) if in_memory else stored,
+        digest=stored.digest,
+        report=report_side(path, stored.form, stored.tally),
+        hashes=stored.hashes,
     )
+
+
+def _in_memory(path: str, found: Sequence[Piece]) -> _Prepared:
+    rows = joined([piece.rows for piece in found], (File(path),))
+    tally = functools.reduce(Tally.__add__, [piece.tally for piece in found])
+    return _Prepared(
+        path=path,
+        rows=rows,
+        digest=rows.digest,
+        report=report_side(path, found[-1].form, tally),
+        hashes=[piece.hashes for piece in found],
+    )
+
+
+def _mixture(data: DataArgs, sides: Sequence[_Prepared], seed: int) -> TokenRows | Mixture:
+    """The training rows; those of one file in memory are their own, in the file's order."""
+    weights = _weights(data)
+    parts = tuple(Part(path=side.path, rows=side.rows, weight=weights[side.path], digest=side.digest) for side in sides)
+    check_weights(parts)
+    if len(parts) == 1 and parts[0].weight == 1 and isinstance(parts[0].rows, TokenRows):
+        return parts[0].rows
+    return Mixture(parts=parts, size=data.window, seed=seed)
+
+
+def _joined(sides: Sequence[_Prepared]) -> TokenRows:
+    """The rows of all files, each once."""
+    parts = tuple(Part(path=side.path, rows=side.rows, weight=1.0, digest=side.digest) for side in sides)
+    return Mixture(parts=parts, size=None, seed=0).window(0, 0).rows
+
+
+def _shared(train: Sequence[_Prepared], held: Sequence[_Prepared]) -> int:
+    """Held-out rows that are trained on too."""
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(chunk for side in held for chunk in side.hashes)])
+    return shared_rows((chunk for side in train for chunk in side.hashes), hashes)
 
 
 def _with_longest(buckets: tuple[int, ...], held: TokenRows | None) -> tuple[int, ...]:

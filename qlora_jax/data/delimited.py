@@ -1,8 +1,7 @@
 """Rows of comma-separated files, quoted as RFC 4180 has it, and of tab-separated ones, where a quote is a character."""
 
 import csv
-import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,16 +23,14 @@ def dialect_of(path: Path) -> Dialect | None:
     return DIALECTS.get(suffixes[-1]) if suffixes else None
 
 
-def parse_columns(text: str, dialect: Dialect) -> Iterator[tuple[int, dict[str, str] | str]]:
+def parse_columns(lines: Iterable[str], dialect: Dialect) -> Iterator[tuple[int, dict[str, str] | str]]:
     """(line that it begins on, row, or what is wrong with it) of each record behind the header. Blank lines are none.
 
     Raises:
       ValueError: no header, or one that names a column twice or not at all.
     """
     csv.field_size_limit(2**31 - 1)  # the default refuses a field of more than 128 KiB
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True
-    )
+    reader = csv.reader(lines, delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True)
     records = _records(reader)
     _, header = next(records, (1, []))
     if isinstance(header, str) or not header or len(set(header)) < len(header) or "" in header:

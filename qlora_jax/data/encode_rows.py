@@ -1,10 +1,13 @@
-"""Rows of a known form to ids and masks, all problems of all rows in one error."""
+"""Rows of a known form to ids and masks; the tokenizer's threads work on some while Python makes others ready."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
+import tokenizers
 
 from qlora_jax.data.encode import Encoded, Learn, encode_segments
 from qlora_jax.data.formats import FORMS, Columns, Form
@@ -14,52 +17,125 @@ from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.data.tools import read_tools
 
-_CHUNK = 1024  # encodings of a whole data set at once would take some 100 bytes a token
+CHUNK = 1024  # rows at once: encodings of a whole data set would take some 100 bytes a token
+
+Encodings = Sequence[tokenizers.Encoding]
+
+
+def row_problems(rows: Sequence[Row], form: Form) -> list[Problem]:
+    """Every row that does not fit the form or holds no assistant text."""
+    problems = [(row.place, "; ".join(form.check(row.data))) for row in rows]
+    return [(place, problem) for place, problem in problems if problem]
 
 
 def check_rows(path: str, rows: Sequence[Row], form: Form) -> None:
     """Raises one ValueError that names every row that does not fit the form or holds no assistant text."""
-    problems = [(row.place, "; ".join(form.check(row.data))) for row in rows]
-    raise_problems(path, [(place, problem) for place, problem in problems if problem], len(rows))
+    raise_problems(path, row_problems(rows, form), len(rows))
 
 
-def examples_of(rows: Sequence[Row], form: Form) -> tuple[Sequence[Row], Form]:
-    """The (checked) rows' examples, numbered through, and their form: a row of some forms holds several."""
+def examples_of(rows: Sequence[Row], form: Form, first: int = 0) -> tuple[Sequence[Row], Form]:
+    """The (checked) rows' examples, numbered from `first`, and their form: a row of some forms holds several."""
     if form.examples is None:
         return rows, form
     lines = [(row.place.line, columns) for row in rows for columns in form.examples(row.data)]
-    examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines)]
+    examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines, start=first)]
     return examples, dataclasses.replace(FORMS["input-output"], name=form.name)
 
 
-def encode_rows(
-    path: str,
-    rows: Sequence[Row],
-    form: Form,
-    tokenizer: Tokenizer,
-    learn: Learn = "assistant",
-    *,
-    one_answer: bool = False,
-) -> list[Encoded]:
-    """Ids and mask of each (checked) row: a conversation where the tokenizer has a chat template, else plain text.
+class Texts(NamedTuple):
+    """Rows taken apart, ready to be encoded."""
 
-    A conversation is the rendered template, which writes its own bos if it wants one. Plain text starts with bos where
-    the tokenizer asks for it (never with two) and ends with eos, which is supervised.
+    places: list[Place]
+    segments: list[list[Segment]]
+    texts: list[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Encoder:
+    """What makes ids and masks of rows of one form, in three steps, of which the middle one takes the time.
+
+    A row is a conversation where the tokenizer has a chat template (which writes its own bos if it wants one), else
+    plain text, which starts with bos where the tokenizer asks for it (never with two) and ends with eos, which is
+    supervised.
+    """
+
+    tokenizer: Tokenizer
+    learn: Learn
+    chat: bool
+    segment: Callable[[Columns], list[Segment]]
+
+    def texts(self, rows: Sequence[Row], problems: list[Problem]) -> Texts:
+        """The rows' segments; rows whose spans can't be exact are left out and told in `problems`."""
+        made = Texts([], [], [])
+        for row in rows:
+            try:
+                segments = self.segment(row.data)
+            except ValueError as error:
+                problems.append((row.place, str(error)))
+                continue
+            made.places.append(row.place)
+            made.segments.append(segments)
+            made.texts.append("".join([piece.text for piece in segments]))
+        return made
+
+    def encodings(self, texts: Texts) -> Encodings:
+        """The tokenizer's own work, which holds no lock of Python's."""
+        return self.tokenizer.encode_spans(texts.texts)
+
+    def encoded(self, texts: Texts, encodings: Encodings, problems: list[Problem]) -> tuple[list[Place], list[Encoded]]:
+        """Where the rows stand, and what they became; those that fail are left out and told in `problems`."""
+        places, rows = [], []
+        for place, pieces, encoding in zip(texts.places, texts.segments, encodings, strict=True):
+            try:
+                row = encode_segments(self.tokenizer, pieces, encoding, self.learn)
+            except ValueError as error:
+                problems.append((place, str(error)))
+                continue
+            places.append(place)
+            rows.append(row if self.chat else _framed(row, self.tokenizer))
+        return places, rows
+
+
+def make_encoder(form: Form, tokenizer: Tokenizer, learn: Learn = "assistant", *, one_answer: bool = False) -> Encoder:
+    """The encoder of a form.
 
     Args:
       learn: what the loss sees: every answer, the last of a row alone, or all of it.
       one_answer: rows with more than one answer are problems, since source and target can't be told apart.
 
     Raises:
-      ValueError: rows whose spans can't be exact, or a tokenizer that lacks what the form needs.
+      ValueError: a tokenizer that lacks what the form needs.
     """
     chat = form.messages is not None and tokenizer.chat_template is not None
-    segment = _checked(_conversations(form, tokenizer) if chat else _plain(form, tokenizer), learn, one_answer)
-    problems: list[Problem] = []
+    segment = _conversations(form, tokenizer) if chat else _plain(form, tokenizer)
+    return Encoder(tokenizer=tokenizer, learn=learn, chat=chat, segment=_checked(segment, learn, one_answer))
+
+
+def ahead[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
+    """(item, function(item)) of each item, in order; a thread works on one while the one before is made use of."""
+    with ThreadPoolExecutor(1) as pool:
+        before = None
+        for item in items:
+            begun = item, pool.submit(function, item)
+            if before is not None:
+                yield before[0], before[1].result()
+            before = begun
+        if before is not None:
+            yield before[0], before[1].result()
+
+
+def encode_rows(path: str, rows: Sequence[Row], form: Form, tokenizer: Tokenizer) -> list[Encoded]:
+    """Ids and mask of each (checked) row, every answer learned.
+
+    Raises:
+      ValueError: rows whose spans can't be exact, or a tokenizer that lacks what the form needs.
+    """
+    encoder, problems = make_encoder(form, tokenizer), []
+    chunks = (encoder.texts(chunk, problems) for chunk in itertools.batched(rows, CHUNK))
     encoded = [
-        row if chat else _framed(row, tokenizer)
-        for chunk in itertools.batched(rows, _CHUNK)
-        for row in _encode(chunk, segment, tokenizer, learn, problems)
+        row
+        for texts, encodings in ahead(encoder.encodings, chunks)
+        for row in encoder.encoded(texts, encodings, problems)[1]
     ]
     raise_problems(path, problems, len(rows))
     return encoded
@@ -90,7 +166,7 @@ def _checked(
 
     def check(row: Columns) -> list[Segment]:
         segments = segment(row)
-        answers = sum(piece.supervised for piece in segments)
+        answers = sum([piece.supervised for piece in segments])
         if learn == "last" and len(segments) == answers:
             raise ValueError("it is one text with no turns, so data.learn last has nothing to choose; set all")
         if one_answer and answers > 1:
@@ -101,28 +177,6 @@ def _checked(
         return segments
 
     return check
-
-
-def _encode(
-    rows: Sequence[Row],
-    segment: Callable[[Columns], list[Segment]],
-    tokenizer: Tokenizer,
-    learn: Learn,
-    problems: list[Problem],
-) -> Iterator[Encoded]:
-    """Encoded rows; those that fail are left out and told in `problems`."""
-    found: list[tuple[Row, list[Segment]]] = []
-    for row in rows:
-        try:
-            found.append((row, segment(row.data)))
-        except ValueError as error:
-            problems.append((row.place, str(error)))
-    texts = ["".join(piece.text for piece in pieces) for _, pieces in found]
-    for (row, pieces), encoding in zip(found, tokenizer.encode_spans(texts), strict=True):
-        try:
-            yield encode_segments(tokenizer, pieces, encoding, learn)
-        except ValueError as error:
-            problems.append((row.place, str(error)))
 
 
 def _framed(row: Encoded, tokenizer: Tokenizer) -> Encoded:

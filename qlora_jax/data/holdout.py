@@ -1,38 +1,46 @@
 """Which rows are held out for evaluation: by a hash of their content, so that the choice never changes."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
+from typing import NamedTuple
 
-from qlora_jax.data.formats import Form
-from qlora_jax.data.readers import Row
+import numpy as np
+from jaxtyping import UInt64
+
+from qlora_jax.data.formats import Columns, Form
 
 
-def content_hash(form: Form, row: Row) -> int:
+def content_hash(form: Form, columns: Columns) -> int:
     """64 bits of SHA-256 over what the model gets to see of the row."""
-    return int.from_bytes(hashlib.sha256(form.content(row.data).encode()).digest()[:8], "big")
+    return int.from_bytes(hashlib.sha256(form.content(columns).encode()).digest()[:8], "big")
 
 
-def hold_out(path: str, rows: Sequence[Row], form: Form, fraction: float) -> tuple[list[Row], list[Row]]:
-    """(train, held out): a row is held out iff hash(content) < fraction * 2**64.
+class Side(NamedTuple):
+    """One side of a file: a row is held out iff hash(content) < fraction * 2**64.
 
     Rows of equal content are on the same side, in this file and in any other, whatever the seed and the other rows.
-
-    Raises:
-      ValueError: one side would be empty.
     """
-    limit = int(fraction * 2**64)
-    sides: tuple[list[Row], list[Row]] = ([], [])
-    for row in rows:
-        sides[content_hash(form, row) < limit].append(row)
-    if not all(sides):
+
+    fraction: float
+    held: bool
+
+    def takes(self, hashed: int) -> bool:
+        """Whether a row of that hash is on this side."""
+        return (hashed < int(self.fraction * 2**64)) == self.held
+
+
+def check_sides(path: str, fraction: float, trained: int, held: int) -> None:
+    """Raises ValueError where one side of a file is empty."""
+    if not trained or not held:
         raise ValueError(
-            f"{path}: data.eval_fraction {fraction} of {len(rows)} rows leaves {len(sides[0])} to train on and "
-            f"{len(sides[1])} held out. Name a file of held-out rows (data.eval), or choose another fraction."
+            f"{path}: data.eval_fraction {fraction} of {trained + held} rows leaves {trained} to train on and "
+            f"{held} held out. Name a file of held-out rows (data.eval), or choose another fraction."
         )
-    return sides
 
 
-def shared_rows(form: Form, rows: Sequence[Row], other_form: Form, other: Sequence[Row]) -> int:
-    """How many of `other` have the content of one of `rows`: held-out rows that are trained on."""
-    seen = {content_hash(form, row) for row in rows}
-    return sum(content_hash(other_form, row) in seen for row in other)
+def shared_rows(trained: Iterable[UInt64[np.ndarray, " rows"]], held: UInt64[np.ndarray, " held"]) -> int:
+    """How many of the held-out hashes are among those trained on, which come in pieces."""
+    found = np.zeros(len(held), bool)
+    for hashes in trained:
+        found |= np.isin(held, hashes)
+    return int(found.sum())

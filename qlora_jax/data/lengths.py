@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from qlora_jax.data.encode import Encoded
-from qlora_jax.data.readers import Place, raise_problems
+from qlora_jax.data.readers import Place, Problem
 
 Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]
 
@@ -37,6 +37,7 @@ class Fitted:
       truncated: rows kept, cut.
       overlong: rows dropped since they were longer.
       unsupervised: rows dropped since no target was left, by truncation or from the start.
+      problems: rows that are longer where that is an error.
     """
 
     rows: list[Encoded]
@@ -44,42 +45,34 @@ class Fitted:
     truncated: int
     overlong: int
     unsupervised: int
+    problems: list[Problem]
 
 
-def fit_lengths(path: str, rows: Sequence[Encoded], places: Sequence[Place], limits: Limits) -> Fitted:
-    """Rows of at most `max_length` ids and at least one target, in order; the rest is cut, dropped or an error.
-
-    Raises:
-      ValueError: `overlong` is "error" and a row is longer (all of them are named), or no row is left.
-    """
+def fit_lengths(rows: Sequence[Encoded], places: Sequence[Place], limits: Limits) -> Fitted:
+    """Rows of at most `max_length` ids and at least one target, in order; the rest is cut, dropped or a problem."""
     apart = [_cut_apart(row, limits) for row in rows]
     long = [len(row.ids) > limits.max_length for row in apart]
-    if limits.overlong == "error":
-        _refuse_long(path, apart, places, limits.max_length)
-    keep = [not is_long or limits.overlong != "drop" for is_long in long]
+    keep = [not is_long or limits.overlong.startswith("truncate") for is_long in long]
     fits = [_cut(row, limits) for row in apart]
     learns = [bool(row.supervised[1:].any()) for row in fits]
     kept = [index for index in range(len(rows)) if keep[index] and learns[index]]
-    overlong = len(rows) - sum(keep)
-    if not kept:
-        raise ValueError(_nothing_left(path, len(rows), overlong, limits.max_length))
     return Fitted(
         rows=[fits[index] for index in kept],
         places=[places[index] for index in kept],
         truncated=sum(len(fits[index].ids) < len(rows[index].ids) for index in kept),
-        overlong=overlong,
+        overlong=len(rows) - sum(keep),
         unsupervised=sum(keep) - len(kept),
+        problems=_too_long(apart, places, limits.max_length) if limits.overlong == "error" else [],
     )
 
 
-def _refuse_long(path: str, rows: Sequence[Encoded], places: Sequence[Place], max_length: int) -> None:
+def _too_long(rows: Sequence[Encoded], places: Sequence[Place], max_length: int) -> list[Problem]:
     fix = f"longer than data.max_length {max_length}; raise it, or set data.overlong to drop or truncate-right"
-    long = [
+    return [
         (place, f"{len(row.ids)} tokens, {fix}")
         for row, place in zip(rows, places, strict=True)
         if len(row.ids) > max_length
     ]
-    raise_problems(path, long, len(rows))
 
 
 def _take(row: Encoded, kept: Int64[np.ndarray, " kept"]) -> Encoded:
@@ -99,14 +92,17 @@ def _cut_apart(row: Encoded, limits: Limits) -> Encoded:
 
 def _cut(row: Encoded, limits: Limits) -> Encoded:
     """The row's first `max_length` ids, or its last ones behind bos."""
+    if len(row.ids) <= limits.max_length:
+        return row
     places = np.arange(len(row.ids))
-    if limits.overlong != "truncate-left" or len(places) <= limits.max_length:
+    if limits.overlong != "truncate-left":
         return _take(row, places[: limits.max_length])
     first = places[: int(row.ids[0] == limits.bos_id)]
     return _take(row, np.concatenate([first, places[len(places) - limits.max_length + len(first) :]]))
 
 
-def _nothing_left(path: str, total: int, overlong: int, max_length: int) -> str:
+def nothing_left(path: str, total: int, overlong: int, max_length: int) -> str:
+    """What to say of a file without a row that can be learned from."""
     return (
         f"{path}: no row is left to learn from: of {total}, {overlong} were longer than data.max_length {max_length} "
         f"and dropped, and in {total - overlong} no supervised token is left (answers that start behind max_length). "

@@ -1,18 +1,28 @@
-"""Rows of JSON Lines, JSON, CSV or TSV files, gzipped or not, each with its line number for error messages."""
+"""Rows of files, one after the other, each with its line number for error messages.
 
+JSON Lines, JSON, CSV or TSV, gzipped or not, and Parquet; data sets on a Hub by their name.
+"""
+
+import contextlib
 import difflib
 import gzip
+import hashlib
+import io
 import json
+import typing
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-from qlora_jax.data.delimited import Dialect, dialect_of, parse_columns
+from qlora_jax.data.delimited import dialect_of, parse_columns
+from qlora_jax.data.hub_rows import HubRows, hub_rows
+from qlora_jax.data.parquet import MAGIC, parquet_rows
 
 _SHOWN = 8
 _SPACE = " \t\r\n"
-_PARQUET = b"PAR1"  # its first bytes
+_GZIP = b"\x1f\x8b"
+_PEEKED = 4096
 
 
 class Place(NamedTuple):
@@ -33,45 +43,111 @@ class Row(NamedTuple):
     data: dict[str, Any]
 
 
+class Broken(NamedTuple):
+    """Stands where a row should be, and tells what is there."""
+
+    place: Place
+    problem: str
+
+
 Problem = tuple[Place, str]
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a .csv or .tsv file; else of a JSON Lines file or of one JSON array, whatever the name says.
-
-    UTF-8, with or without a byte order mark; gzipped files are known by their first bytes. Blank lines are no rows.
+    """All rows of a file or data set, as `stream_rows` yields them.
 
     Raises:
-      ValueError: no such file, a broken gzip file, bytes that are not UTF-8, lines that are not JSON objects (all of
-        them, by line number), or no row at all.
+      ValueError: as there; rows that are broken (all of them, by line number), or no row at all.
     """
-    path = Path(path)
-    text, dialect = read_text(path), dialect_of(path)
-    parse = _array if text.lstrip(_SPACE).startswith("[") else _lines
-    parsed = parse(text) if dialect is None else _columns(path, text, dialect)
-    found = [(Place(line, number), value) for number, (line, value) in enumerate(parsed)]
-    if not found:
-        expected = (
-            "a line of column names and then rows" if dialect else "one JSON object a line, or one array of objects"
-        )
-        raise ValueError(f"{path}: holds no rows; expected {expected}")
-    problems = [(place, _not_a_row(value)) for place, value in found if not isinstance(value, dict)]
-    raise_problems(path, problems, len(found))
-    return [Row(place, value) for place, value in found]
+    rows: list[Row] = []
+    problems: list[Problem] = []
+    for found in stream_rows(path):
+        if isinstance(found, Row):
+            rows.append(found)
+        else:
+            problems.append((found.place, found.problem))
+    raise_problems(path, problems, len(rows) + len(problems))
+    if not rows:
+        raise ValueError(no_rows(path))
+    return rows
 
 
-def _columns(path: Path, text: str, dialect: Dialect) -> Iterator[tuple[int, Any]]:
-    try:
-        for line, row in parse_columns(text, dialect):
-            yield line, _Broken(row) if isinstance(row, str) else row
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | Broken]:
+    """The rows of a file, one by one: .csv or .tsv by its name; Parquet, JSON Lines or one JSON array by its content.
+
+    Text is UTF-8, with or without a byte order mark; gzipped files are known by their first bytes. Blank lines are no
+    rows. `hf://datasets/...` names a data set on a Hub (hub_rows.py).
+
+    Args:
+      in_parts: never the whole file at once.
+
+    Raises:
+      ValueError: no such file, a broken gzip or Parquet file, bytes that are not UTF-8, or an array where `in_parts`.
+    """
+    for number, (line, value) in enumerate(_values(str(path), in_parts)):
+        place = Place(line, number)
+        yield Row(place, value) if isinstance(value, dict) else Broken(place, _not_a_row(value))
+
+
+def no_rows(path: str | Path) -> str:
+    """What to say of a file without rows."""
+    return f"{path}: holds no rows; expected {_expected(Path(path))}"
+
+
+def content_digest(path: str | Path) -> str:
+    """SHA-256 of the file's bytes, or of the rows of a data set on a Hub; ValueError where it can't be read."""
+    if hub := HubRows.of(str(path)):
+        digest = hashlib.sha256()
+        for row in hub_rows(hub):
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+    with _opened(Path(path)) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_text(path: str | Path) -> str:
     """The text of a UTF-8 file, gzipped or not, without its byte order mark; ValueError where it can't be had."""
-    path = Path(path)
-    return _decode(path, _bytes(path))
+    with _text(Path(path)) as file:
+        return file.read()
+
+
+def _expected(path: Path) -> str:
+    if dialect_of(path):
+        return "a line of column names and then rows"
+    return "one JSON object a line, or one array of objects"
+
+
+def _values(name: str, in_parts: bool) -> Iterator[tuple[int, Any]]:
+    """(line, value) of each row."""
+    if hub := HubRows.of(name):
+        yield from enumerate(hub_rows(hub), start=1)
+        return
+    path = Path(name)
+    if _begins(path) == MAGIC:
+        yield from enumerate(parquet_rows(path), start=1)
+        return
+    with _text(path) as file:
+        if dialect := dialect_of(path):
+            yield from _columns(path, parse_columns(file, dialect))
+        elif _first(file) != "[":
+            yield from _lines(file)
+        elif in_parts:
+            raise ValueError(
+                f"{path}: one JSON array, which is not read in parts, so data.window is not for it; write it as JSON "
+                "Lines, for instance with jq -c '.[]'"
+            )
+        else:
+            yield from _array(file.read())
+
+
+def _columns(path: Path, records: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+    try:
+        for line, row in records:
+            yield line, _Bad(row) if isinstance(row, str) else row
+    except UnicodeDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) -> None:
@@ -83,10 +159,12 @@ def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) ->
     raise ValueError(f"{path}: {len(problems)} of {total} rows can't be used:{shown}{more}")
 
 
-def _bytes(path: Path) -> bytes:
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The file; ValueError where it, or something in it that is read meanwhile, can't be had."""
     try:
-        raw = path.read_bytes()
-        return gzip.decompress(raw) if raw.startswith(b"\x1f\x8b") else raw
+        with open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
@@ -98,43 +176,81 @@ def _bytes(path: Path) -> bytes:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
 
 
-def _decode(path: Path, raw: bytes) -> str:
-    if raw.startswith(_PARQUET):
-        raise ValueError(
-            f"{path}: a Parquet file, which is not read; write it as JSON Lines, for instance with "
-            "pandas.read_parquet(...).to_json(..., orient='records', lines=True)"
-        )
+def _begins(path: Path) -> bytes:
+    with _opened(path) as file:
+        return file.read(len(MAGIC))
+
+
+@contextlib.contextmanager
+def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
+    """The file's bytes, unzipped where it is a gzip file."""
+    with _opened(path) as file:
+        zipped = file.read(len(_GZIP)) == _GZIP
+        file.seek(0)
+        if not zipped:
+            yield file
+            return
+        with gzip.open(file) as inside:
+            yield inside
+
+
+@contextlib.contextmanager
+def _text(path: Path) -> Iterator[io.TextIOWrapper]:
+    """The file's text; only "\n" ends a line, for other ends may stand inside of JSON's strings or CSV's fields."""
     try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: byte {error.start} is not UTF-8 ({raw[error.start : error.start + 4]!r}); "
-            "convert the file, for instance with iconv -t UTF-8"
-        ) from error
+        with _unpacked(path) as file:
+            yield io.TextIOWrapper(typing.cast(BinaryIO, file), encoding="utf-8-sig", newline="\n")
+    except UnicodeDecodeError:
+        raise ValueError(_not_utf8(path)) from None
 
 
-class _Broken(NamedTuple):
-    """Stands for a row that is not JSON."""
+def _not_utf8(path: Path) -> str:
+    """Where the first bytes are that are not UTF-8."""
+    with _unpacked(path) as file:
+        before = 0
+        for number, line in enumerate(file, start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (
+                    f"{path}:{number}: byte {before + error.start} is not UTF-8 "
+                    f"({line[error.start : error.start + 4]!r}); convert the file, for instance with iconv -t UTF-8"
+                )
+            before += len(line)
+    return f"{path}: is not UTF-8; convert the file, for instance with iconv -t UTF-8"
+
+
+def _first(file: io.TextIOWrapper) -> str:
+    """The first character that is no space; the file is then read from its beginning again."""
+    first = ""
+    while not first and (piece := file.read(_PEEKED)):
+        first = piece.lstrip(_SPACE)[:1]
+    file.seek(0)
+    return first
+
+
+class _Bad(NamedTuple):
+    """Stands for a row that can't be read."""
 
     problem: str
 
 
 def _not_a_row(value: Any) -> str:
-    if isinstance(value, _Broken):
+    if isinstance(value, _Bad):
         return value.problem
     return f'expected an object such as {{"prompt": "..."}}, found {_shorten(json.dumps(value, ensure_ascii=False))}'
 
 
-def _lines(text: str) -> Iterator[tuple[int, Any]]:
+def _lines(file: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
     """(line, value) of each line that is not blank."""
-    # Only "\n" ends a line: splitlines() would also cut at characters that JSON allows inside strings.
-    for line, content in enumerate(text.split("\n"), start=1):
+    for line, content in enumerate(file, start=1):
         if content.strip(_SPACE):
             try:
                 yield line, json.loads(content)
             except json.JSONDecodeError as error:
-                yield line, _Broken(f"not JSON: {error.msg} at column {error.colno}: {_shorten(content)}")
+                yield line, _Bad(f"not JSON: {error.msg} at column {error.colno}: {_shorten(content.rstrip(_SPACE))}")
+            except RecursionError:
+                yield line, _Bad("not read: its JSON is nested too deeply")
 
 
 def _array(text: str) -> Iterator[tuple[int, Any]]:
@@ -148,12 +264,12 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
             yield line, value
             at = _next_element(text, _skip(text, at))
         except json.JSONDecodeError as error:
-            yield error.lineno, _Broken(f"not JSON: {error.msg} at column {error.colno}; the array ends there")
+            yield error.lineno, _Bad(f"not JSON: {error.msg} at column {error.colno}; the array ends there")
             return
     rest = _skip(text, at + 1)
     if rest < len(text):
         found = _shorten(text[rest:])
-        yield line + text.count("\n", counted, rest), _Broken(f"more text after the end of the array: {found}")
+        yield line + text.count("\n", counted, rest), _Bad(f"more text after the end of the array: {found}")
 
 
 def _next_element(text: str, at: int) -> int:

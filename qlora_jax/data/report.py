@@ -1,54 +1,29 @@
 """What the data looks like, as numbers: counted before training, and told by report_text.py."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.buckets import bucket_of, places_taken, steps_by_bucket
-from qlora_jax.data.encode import Encoded
-from qlora_jax.data.formats import Form
-from qlora_jax.data.lengths import Fitted
+from qlora_jax.data.buckets import bucket_of, steps_by_bucket
+from qlora_jax.data.formats import FORMS
+from qlora_jax.data.mixture import Mixture
 from qlora_jax.data.packing import pack
-from qlora_jax.data.readers import Row
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.spans import Segment
+from qlora_jax.data.tally import Tally
 from qlora_jax.data.tokenizer import Tokenizer
-
-PERCENTILES = (1, 25, 50, 75, 95, 100)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SideReport:
-    """One side of the data, training or held out.
-
-    Fields:
-      rows, kept: rows of the file on this side, and those left after length handling.
-      percentiles: tokens a row before truncation, at PERCENTILES.
-      truncated, overlong, unsupervised: as in lengths.Fitted.
-      cut: rows in which a token was cut at the start or end of an answer, as generation cuts it.
-      lossy: rows that do not decode to their own text.
-      special_text: rows whose own text spells a special token; it is encoded as that token.
-      doubled_bos, without_bos: rows that begin with bos twice, and without it although the tokenizer asks for it.
-      tokens, supervised: targets of the kept rows, and those among them that the loss sees.
-    """
+class SideReport(Tally):
+    """The counts of one side of the data, training or held out, and the file and form that they are of."""
 
     path: str
     form: str
     ignored_columns: tuple[str, ...]
-    rows: int
-    kept: int
-    percentiles: tuple[int, ...]
-    truncated: int
-    overlong: int
-    unsupervised: int
-    cut: int
-    lossy: int
-    special_text: int
-    doubled_bos: int
-    without_bos: int
-    tokens: int
-    supervised: int
 
     @property
     def supervised_share(self) -> float:
@@ -56,14 +31,23 @@ class SideReport:
         return self.supervised / self.tokens
 
 
+class SourceReport(NamedTuple):
+    """One training file, and its weight."""
+
+    side: SideReport
+    weight: float
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataReport:
     """All that a person should see before a run starts.
 
     Fields:
+      train: of all training files together; `sources` has each.
       shared: held-out rows that are also trained on.
       buckets, steps: padded lengths, and the optimizer steps an epoch takes at each.
       packs: how many packs the rows fill; None where they are not packed.
+      windows: how many an epoch has, each shuffled by itself.
       padding_share: share of an epoch's places that hold no target.
       rows_per_step: rows, or packs, an optimizer step sees.
       example: the first training row, decoded, in runs of equal supervision.
@@ -71,12 +55,14 @@ class DataReport:
     """
 
     train: SideReport
+    sources: tuple[SourceReport, ...]
     eval: SideReport | None
     shared: int
     max_length: int
     buckets: tuple[int, ...]
     steps: tuple[int, ...]
     packs: int | None
+    windows: int
     padding_share: float
     rows_per_step: int
     example: tuple[Segment, ...]
@@ -88,45 +74,48 @@ class DataReport:
         return sum(self.steps)
 
 
-def report_side(
-    rows: TokenRows,
-    encoded: Sequence[Encoded],
-    fitted: Fitted,
-    form: Form,
-    read: Sequence[Row],
-    special_text: int,
-    tokenizer: Tokenizer,
-) -> SideReport:
-    """The numbers of one side: `read` and `encoded` before length handling, `fitted` and `rows` after it."""
-    columns = dict.fromkeys(name for row in read for name in row.data)
-    lengths = np.array([len(row.ids) for row in encoded])
-    first_ids = np.zeros(len(rows.ids), bool)
-    first_ids[rows.starts[:-1]] = True
-    bos_id = -1 if tokenizer.bos_id is None else tokenizer.bos_id
-    first, second = (rows.ids[rows.starts[:-1] + place] == bos_id for place in (0, 1))
-    return SideReport(
-        path=rows.path,
-        form=form.name,
-        ignored_columns=tuple(name for name in columns if name not in (*form.required, *form.optional)),
-        rows=len(encoded),
-        kept=len(rows),
-        percentiles=tuple(int(np.percentile(lengths, p, method="inverted_cdf")) for p in PERCENTILES),
-        truncated=fitted.truncated,
-        overlong=fitted.overlong,
-        unsupervised=fitted.unsupervised,
-        cut=sum(row.cut for row in fitted.rows),
-        lossy=sum(row.lossy for row in fitted.rows),
-        special_text=special_text,
-        doubled_bos=int((first & second).sum()),
-        without_bos=int((~first).sum()) if tokenizer.add_bos_token else 0,
-        tokens=int(rows.places.sum()),
-        supervised=int((rows.supervised & ~first_ids).sum()),
-    )
+def report_side(path: str, form: str, tally: Tally) -> SideReport:
+    """The report of one file's side."""
+    known = FORMS["input-output" if FORMS[form].examples else form]
+    counts = {field.name: getattr(tally, field.name) for field in dataclasses.fields(Tally)}
+    ignored = tuple(name for name in tally.columns if name not in (*known.required, *known.optional))
+    return SideReport(**counts, path=path, form=form, ignored_columns=ignored)
+
+
+def together(reports: Sequence[SideReport]) -> SideReport:
+    """One report of several files."""
+    if len(reports) == 1:
+        return reports[0]
+    tally: Tally = functools.reduce(Tally.__add__, reports)
+    counts = {field.name: getattr(tally, field.name) for field in dataclasses.fields(Tally)}
+    path, form = (", ".join(dict.fromkeys(names)) for names in zip(*[(r.path, r.form) for r in reports], strict=True))
+    return SideReport(**counts, path=path, form=form, ignored_columns=())
+
+
+class _Taken(NamedTuple):
+    """What an epoch's batches are, window by window: steps at each length, packs, places filled and places held."""
+
+    steps: np.ndarray
+    packs: int
+    filled: int
+    held: int
+
+
+def _window(places: np.ndarray, buckets: Sequence[int], rows_per_step: int, packed: bool) -> _Taken:
+    if packed:
+        packs = len(pack(places, buckets[-1], np.arange(len(places))))
+        steps = np.array([-(-packs // rows_per_step)])
+    else:
+        packs = 0
+        counts = np.bincount(bucket_of(places, buckets), minlength=len(buckets)).tolist()
+        steps = np.array(steps_by_bucket(counts, rows_per_step))
+    return _Taken(steps, packs, int(places.sum()), int((steps * buckets).sum()) * rows_per_step)
 
 
 def report_data(
-    train: TokenRows,
-    sides: tuple[SideReport, SideReport | None],
+    train: TokenRows | Mixture,
+    sources: Sequence[SourceReport],
+    held: SideReport | None,
     shared: int,
     max_length: int,
     buckets: tuple[int, ...],
@@ -135,26 +124,24 @@ def report_data(
     *,
     packed: bool = False,
 ) -> DataReport:
-    """The whole report, from the rows that will be trained on."""
-    packs = len(pack(train.places, buckets[-1], np.arange(len(train)))) if packed else None
-    if packs is None:
-        counts = np.bincount(bucket_of(train.places, buckets), minlength=len(buckets)).tolist()
-        steps, taken = steps_by_bucket(counts, rows_per_step), places_taken(train.places, buckets, rows_per_step)
-    else:
-        steps = [-(-packs // rows_per_step)]
-        taken = steps[0] * rows_per_step * buckets[0]
+    """The whole report; steps, packs and padding are those of the first epoch."""
+    windows = [_window(train.window_places(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
+    filled, taken = sum(one.filled for one in windows), sum(one.held for one in windows)
+    first = train.window(0, 0)
     return DataReport(
-        train=sides[0],
-        eval=sides[1],
+        train=together([source.side for source in sources]),
+        sources=tuple(sources),
+        eval=held,
         shared=shared,
         max_length=max_length,
         buckets=buckets,
-        steps=tuple(steps),
-        packs=packs,
-        padding_share=1 - int(train.places.sum()) / taken,
+        steps=tuple(np.sum([one.steps for one in windows], axis=0).tolist()),
+        packs=sum(one.packs for one in windows) if packed else None,
+        windows=train.windows,
+        padding_share=1 - filled / taken,
         rows_per_step=rows_per_step,
-        example=decode_row(train, 0, tokenizer),
-        example_place=train.where(int(train.numbers[0])),
+        example=decode_row(first.rows, int(first.indices[0]), tokenizer),
+        example_place=train.where(int(first.rows.numbers[first.indices[0]])),
     )
 
 

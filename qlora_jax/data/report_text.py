@@ -7,8 +7,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_jax.data.report import PERCENTILES, DataReport, SideReport
+from qlora_jax.data.report import DataReport, SideReport, SourceReport
 from qlora_jax.data.spans import Segment
+from qlora_jax.data.tally import PERCENTILES
 
 # Around what the loss sees, so that it can be told without colour.
 _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")
@@ -41,20 +42,37 @@ def print_report(report: DataReport, console: Console) -> None:
 def facts(report: DataReport) -> list[tuple[str, str]]:
     """(name, value) of every line of the report."""
     return [
+        *_source_facts(report.sources),
         *_side_facts("train", report.train, report.max_length),
         ("steps an epoch", _steps(report)),
-        ("padding", f"{report.padding_share:.1%} of the places in an epoch's batches"),
+        ("places used", f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"),
         *(_side_facts("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
         *_warning(report.shared, "held-out rows that are also trained on, so that their score says little"),
     ]
 
 
 def _steps(report: DataReport) -> str:
+    by_window = f", in {report.windows:,} windows" if report.windows > 1 else ""
     if report.packs is not None:
         rows = f"{report.train.kept:,} rows in {report.packs:,} packs of {report.buckets[0]:,} places"
-        return f"{report.steps_per_epoch:,} of {report.rows_per_step} packs; {rows}"
+        return f"{report.steps_per_epoch:,} of {report.rows_per_step} packs{by_window}; {rows}"
     by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
-    return f"{report.steps_per_epoch:,} of {report.rows_per_step} rows; by padded length {by_length}"
+    return f"{report.steps_per_epoch:,} of {report.rows_per_step} rows{by_window}; by padded length {by_length}"
+
+
+def _source_facts(sources: Sequence[SourceReport]) -> list[tuple[str, str]]:
+    """What each of several files has of an epoch."""
+    if len(sources) == 1 and sources[0].weight == 1:
+        return []
+    seen = [weight * side.supervised for side, weight in sources]
+    return [
+        (
+            "source",
+            f"{side.path}, form {side.form}: {side.kept:,} rows, weight {weight:g}, "
+            f"{share / sum(seen):.1%} of the targets that are learned",
+        )
+        for (side, weight), share in zip(sources, seen, strict=True)
+    ]
 
 
 def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str, str]]:

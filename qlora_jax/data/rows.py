@@ -1,7 +1,9 @@
-"""Token rows: the ids and masks of a data set in three flat arrays, and where each row came from."""
+"""Token rows: the ids and masks of a data set in flat arrays, and where each row came from."""
 
 import dataclasses
+import hashlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
@@ -10,15 +12,29 @@ from qlora_jax.data.encode import Encoded
 from qlora_jax.data.readers import Place
 
 
+class File(NamedTuple):
+    """A file of rows, and the number of its first row among those of all files."""
+
+    path: str
+    first: int = 0
+
+
+class Window(NamedTuple):
+    """Rows in memory, and the indices of those among them that are gone through; one may be there several times."""
+
+    rows: "TokenRows"
+    indices: Int64[np.ndarray, " n"]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Row i has the ids `ids[starts[i]:starts[i + 1]]`.
+    """Row i has the ids `ids[starts[i]:starts[i + 1]]`. They are one window of an epoch (mixture.py has several).
 
     Fields:
       supervised: for each id, whether the loss sees it as a target.
-      numbers: the row's number in its file, from 0; `batches` and errors name rows by it.
-      lines: the row's line there, from 1.
-      path: the file.
+      numbers: the row's number among those of all files, from 0; `batches` and errors name rows by it.
+      lines: the row's line in its file, from 1.
+      files: in ascending order of their first numbers.
     """
 
     ids: Int32[np.ndarray, " total"]
@@ -26,7 +42,9 @@ class TokenRows:
     starts: Int64[np.ndarray, " rows_and_one"]
     numbers: Int64[np.ndarray, " rows"]
     lines: Int64[np.ndarray, " rows"]
-    path: str
+    files: tuple[File, ...]
+
+    windows = 1
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -41,12 +59,50 @@ class TokenRows:
         """Places that each row fills in a batch: one fewer than its ids."""
         return np.diff(self.starts) - 1
 
+    def window(self, epoch: int, index: int) -> Window:
+        """All rows."""
+        return Window(self, np.arange(len(self)))
+
+    def window_places(self, epoch: int, index: int) -> Int64[np.ndarray, " rows"]:
+        """Places that each row fills in a batch."""
+        return self.places
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the rows."""
+        digests = RowDigest()
+        digests.update(self)
+        return digests.hexdigest()
+
     def where(self, number: int) -> str:
         """`file:line` of the row of that number."""
         index = int(np.searchsorted(self.numbers, number))
         if index == len(self) or self.numbers[index] != number:
-            raise ValueError(f"{self.path}: row {number} is not among the {len(self)} rows kept")
-        return f"{self.path}:{Place(int(self.lines[index]), number)}"
+            paths = ", ".join(file.path for file in self.files)
+            raise ValueError(f"{paths}: row {number} is not among the {len(self)} rows kept")
+        return place_of(self.files, number, int(self.lines[index]))
+
+
+class RowDigest:
+    """SHA-256 of rows that come in pieces; how they are cut makes no difference."""
+
+    def __init__(self) -> None:
+        self._parts = [hashlib.sha256() for _ in range(4)]
+
+    def update(self, rows: TokenRows) -> None:
+        """Adds rows."""
+        for part, array in zip(self._parts, (rows.ids, rows.supervised, rows.places, rows.numbers), strict=True):
+            part.update(np.ascontiguousarray(array))
+
+    def hexdigest(self) -> str:
+        """The digest of all rows so far."""
+        return hashlib.sha256(b"".join(part.digest() for part in self._parts)).hexdigest()
+
+
+def place_of(files: Sequence[File], number: int, line: int) -> str:
+    """`file:line` of the row of that number."""
+    file = [file for file in files if file.first <= number][-1]
+    return f"{file.path}:{Place(line, number - file.first)}"
 
 
 def token_rows(path: str, encoded: Sequence[Encoded], places: Sequence[Place]) -> TokenRows:
@@ -58,5 +114,18 @@ def token_rows(path: str, encoded: Sequence[Encoded], places: Sequence[Place]) -
         starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
         numbers=np.array([place.number for place in places], np.int64),
         lines=np.array([place.line for place in places], np.int64),
-        path=path,
+        files=(File(path),),
+    )
+
+
+def joined(pieces: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:
+    """All rows of all pieces, one behind the other, their numbers as they are."""
+    lengths = np.concatenate([np.diff(piece.starts) for piece in pieces])
+    return TokenRows(
+        ids=np.concatenate([piece.ids for piece in pieces]),
+        supervised=np.concatenate([piece.supervised for piece in pieces]),
+        starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
+        numbers=np.concatenate([piece.numbers for piece in pieces]),
+        lines=np.concatenate([piece.lines for piece in pieces]),
+        files=files,
     )

@@ -34,8 +34,8 @@ class PlanModelArgs(ModelArgs):
 class PlanDataArgs(DataArgs):
     """Training rows, of which the plan takes the lengths that batches come in; without, all are data.max_length."""
 
-    train: str | None = setting(
-        "file of training rows, for the lengths of their batches; without it every row counts as data.max_length", None
+    train: str | dict[str, float] | None = setting(
+        "training rows, for the lengths of their batches; without it every row counts as data.max_length", None
     )
 
 

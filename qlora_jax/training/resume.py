@@ -18,6 +18,7 @@ MAY_DIFFER = {
     "model.path",
     "data.train",
     "data.eval",
+    "data.cache",
     "output",
     "train.eval_every",
     "train.save_every",

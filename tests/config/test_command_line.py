@@ -28,6 +28,7 @@ def test_the_command_line_wins_over_the_file(tmp_path):
         (["--optim.learning_rate=1"], "optim.learning_rate", 1.0),
         (["--model.double_quant", "false"], "model.double_quant", False),
         (["--lora.target_modules", "[q_proj, v_proj]"], "lora.target_modules", ["q_proj", "v_proj"]),
+        (["--data.format", "guanaco"], "data.format", "guanaco"),
         (["--lora.target_modules", r"[qv]_proj|.*\.mlp\..*"], "lora.target_modules", r"[qv]_proj|.*\.mlp\..*"),
         (["--lora.rank_pattern", "{q_proj: 8}"], "lora.rank_pattern", {"q_proj": 8}),
         (["--train.steps", "null"], "train.steps", None),
@@ -39,6 +40,12 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 def test_values(words, key, value):
     section, name = key.split(".")
     assert getattr(getattr(parse([*NEEDED, *words], "train"), section), name) == value
+
+
+def test_files_with_weights():
+    given = ["--model.path", "m", "--output", "o", "--data.train", "{a.jsonl: 1, b.jsonl: 0.5}"]
+    data = parse([*given, "--data.format", "{b.jsonl: guanaco}"], "train").data
+    assert (data.train, data.format) == ({"a.jsonl": 1.0, "b.jsonl": 0.5}, {"b.jsonl": "guanaco"})
 
 
 @pytest.mark.parametrize(

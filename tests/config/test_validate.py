@@ -80,6 +80,26 @@ def test_separate_lengths_fit_into_a_row():
         validate(dataclasses.replace(MINIMAL, data=dataclasses.replace(data, max_length=500)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"train": {"a.jsonl": 1.0, "b.jsonl": 0.0}}, r"data\.train: found the weight 0\.0 for 'b\.jsonl'"),
+        ({"train": {"a.jsonl": 1.0}, "format": {"b.jsonl": "guanaco"}}, r"data\.format: found 'b\.jsonl', expected"),
+        ({"train": "a.jsonl", "window": 1000}, r"data\.window: found 1000 without data\.cache"),
+        ({"train": "a.jsonl", "window": 99, "cache": "c"}, r"data\.window: found 99, expected 100 or more"),
+    ],
+)
+def test_sources_fit_together(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        validate(dataclasses.replace(MINIMAL, data=DataArgs(**settings)))
+
+
+def test_files_with_weights_forms_and_windows():
+    train = {"a.jsonl": 1.0, "b.jsonl": 0.5}
+    data = DataArgs(train=train, format={"b.jsonl": "guanaco", "e": "text"}, eval="e", window=1000, cache="c")
+    validate(dataclasses.replace(MINIMAL, data=data))
+
+
 def test_two_sources_of_held_out_rows():
     both = dataclasses.replace(MINIMAL, data=DataArgs(train="t", eval="e", eval_fraction=0.1))
     with pytest.raises(ConfigError, match="expected one of them"):

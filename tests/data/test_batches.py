@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data.batches import NO_ROW, START, Batch, eval_batches, plan_epoch, train_batches
-from qlora_jax.data.buckets import choose_buckets, places_taken, steps_by_bucket
+from qlora_jax.data.buckets import choose_buckets, count_units, places_taken, steps_by_bucket
 from qlora_jax.data.encode import Encoded
 from qlora_jax.data.readers import Place
 from qlora_jax.data.rows import TokenRows, token_rows
@@ -17,6 +17,10 @@ PAD = 7
 
 lengths = st.lists(st.integers(2, 400), min_size=1, max_size=60)
 shapes = st.tuples(st.integers(1, 4), st.integers(1, 3))
+
+
+def units(places: np.ndarray) -> np.ndarray:
+    return count_units(places, 640)
 
 
 def make_rows(lengths: list[int], seed: int = 0) -> TokenRows:
@@ -38,7 +42,7 @@ def take_epoch(rows: TokenRows, buckets: tuple[int, ...], shape: tuple[int, int]
         micro_batch_size=shape[1],
         seed=seed,
         pad_id=PAD,
-        position={"epoch": epoch, "index": 0},
+        position={**START, "epoch": epoch},
     )
     return list(itertools.islice(batches, steps))
 
@@ -46,14 +50,14 @@ def take_epoch(rows: TokenRows, buckets: tuple[int, ...], shape: tuple[int, int]
 @given(lengths, shapes, st.integers(1, 5), st.integers(0, 2))
 def test_an_epoch_holds_every_row_once(lengths: list[int], shape: tuple[int, int], most: int, epoch: int):
     rows = make_rows(lengths)
-    buckets = choose_buckets(rows.places, shape[0] * shape[1], most)
+    buckets = choose_buckets(units(rows.places), shape[0] * shape[1], most)
     batches = take_epoch(rows, buckets, shape, 0, epoch)
     numbers = np.concatenate([batch.rows.ravel() for batch in batches])
     assert sorted(numbers[numbers != NO_ROW]) == rows.numbers.tolist()
     # At most one step has gaps.
     assert sum((batch.rows == NO_ROW).any() for batch in batches) == (len(lengths) % (shape[0] * shape[1]) > 0)
-    assert sum(batch.inputs.size for batch in batches) == places_taken(rows.places, buckets, shape[0] * shape[1])
-    assert batches[-1].position == {"epoch": epoch + 1, "index": 0}
+    assert sum(batch.inputs.size for batch in batches) == places_taken(units(rows.places), buckets, shape[0] * shape[1])
+    assert batches[-1].position == {**START, "epoch": epoch + 1}
 
 
 @given(lengths, shapes)
@@ -98,12 +102,21 @@ def test_order_follows_seed_and_epoch():
     assert order[1, 1] == again and order[0, 0] != rows.numbers.tolist()
 
 
-@pytest.mark.parametrize("position", [{"epoch": 0, "index": 3}, {"epoch": -1, "index": 0}, {"epoch": 0}, {"step": 1}])
-def test_positions_that_do_not_exist_are_told(position: dict[str, int]):
+@pytest.mark.parametrize(
+    ("position", "told"),
+    [
+        ({**START, "index": 3}, "steps 0 to 2 in that window"),
+        ({**START, "epoch": -1}, "1 windows an epoch"),
+        ({**START, "window": 1}, "1 windows an epoch"),
+        ({"epoch": 0}, "1 windows an epoch"),
+        ({"step": 1}, "1 windows an epoch"),
+    ],
+)
+def test_positions_that_do_not_exist_are_told(position: dict[str, int], told: str):
     batches = train_batches(
         make_rows([5] * 6), (64,), accumulation=1, micro_batch_size=2, seed=0, pad_id=0, position=position
     )
-    with pytest.raises(ValueError, match=r"does not exist: this data set has steps 0 to 2 an epoch"):
+    with pytest.raises(ValueError, match=f"does not exist: this data set has {told}"):
         next(batches)
 
 
@@ -126,7 +139,7 @@ def test_evaluation_sees_every_row_once_shortest_first(lengths: list[int], batch
 @given(st.lists(st.integers(1, 640), min_size=1, max_size=40), st.integers(1, 8), st.integers(1, 4))
 def test_no_choice_of_as_many_buckets_pads_rows_less(places: list[int], rows_per_step: int, most: int):
     rows = np.array(places, np.int64)
-    buckets = choose_buckets(rows, rows_per_step, most)
+    buckets = choose_buckets(units(rows), rows_per_step, most)
     assert len(buckets) <= most and buckets == tuple(sorted(set(buckets))) and buckets[-1] >= rows.max()
     assert all(length % 64 == 0 for length in buckets)
 
@@ -139,12 +152,12 @@ def test_no_choice_of_as_many_buckets_pads_rows_less(places: list[int], rows_per
 
 
 def test_more_buckets_only_where_they_pay():
-    assert choose_buckets(np.full(100, 50), 4, 4) == (64,)
-    assert choose_buckets(np.array([50] * 100 + [500] * 100), 4, 4) == (64, 512)
+    assert choose_buckets(units(np.full(100, 50)), 4, 4) == (64,)
+    assert choose_buckets(units(np.array([50] * 100 + [500] * 100)), 4, 4) == (64, 512)
     # Two short rows never fill a step of 16: they would be carried to the longer bucket anyway.
-    assert choose_buckets(np.array([50] * 2 + [500] * 62), 16, 4) == (512,)
+    assert choose_buckets(units(np.array([50] * 2 + [500] * 62)), 16, 4) == (512,)
     # 1 % of the rows a quarter shorter is not worth a compilation.
-    assert choose_buckets(np.array([300] + [500] * 99), 1, 4) == (512,)
+    assert choose_buckets(units(np.array([300] + [500] * 99)), 1, 4) == (512,)
 
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=5), st.integers(1, 9))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config.synonyms import CHOICES
-from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
+from qlora_jax.data.encode_rows import check_rows, examples_of, make_encoder
 from qlora_jax.data.formats import FORMS
 from qlora_jax.data.lengths import Limits, fit_lengths
 from qlora_jax.data.readers import Place, Row
@@ -48,9 +48,12 @@ def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which
     source, target, on_source = GOLDEN["limits"][which]
     rows, form = examples(name)
     learn = "all" if on_source else "assistant"
-    encoded = encode_rows("rows.jsonl", rows, form, with_bos, learn, one_answer=True)
+    encoder, problems = make_encoder(form, with_bos, learn, one_answer=True), []
+    texts = encoder.texts(rows, problems)
+    places, encoded = encoder.encoded(texts, encoder.encodings(texts), problems)
+    assert problems == [] and len(encoded) == len(rows)
     limits = Limits(max_length=source + target, overlong="error", source=source, target=target)
-    fitted = fit_lengths("rows.jsonl", encoded, [row.place for row in rows], limits)
+    fitted = fit_lengths(encoded, places, limits)
     for ours, theirs in zip(fitted.rows, GOLDEN["forms"][name]["tokens"][which], strict=True):
         assert ours.ids.tolist() == theirs["ids"]
         # The first label is no target of anything.

@@ -20,7 +20,7 @@ from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import check_folder, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update
-from tests.e2e.project import project, write_model
+from tests.e2e.project import project, write_model, write_rows
 
 WHAT_MAY_DIFFER = {"seconds", "resident_bytes", "paged_in_bytes", "paged_out_bytes"}
 
@@ -143,6 +143,26 @@ def test_packed_rows_train_resume_and_waste_little(tmp_path, monkeypatch):
     config = dataclasses.replace(whole, output=str(tmp_path / "run"))
     _stop_and_resume(config, 4, monkeypatch)
     assert numbers(config) == numbers(whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mixture", "windows", "packed windows"])
+def test_mixtures_and_windows_resume_to_the_bit(tmp_path, monkeypatch, kind):
+    whole = project(tmp_path / "whole", data=dict(learn="all"), train=dict(steps=8, accumulation=8))
+    other, many = (str(write_rows(tmp_path / f"{count}.jsonl", count)) for count in (9, 150))
+    settings = {
+        "mixture": dict(train={whole.data.train: 0.5, other: 2.0}),
+        # 120 rows that are not held out are two windows of 60: 4 steps of 16 rows, or 2 of 16 packs.
+        "windows": dict(train=many, cache=str(tmp_path / "cache"), window=100),
+        "packed windows": dict(train=many, cache=str(tmp_path / "cache"), window=100, packing=True),
+    }[kind]
+    whole = dataclasses.replace(whole, data=dataclasses.replace(whole.data, **settings))
+    assert run(whole)
+    config = dataclasses.replace(whole, output=str(tmp_path / "run"))
+    _stop_and_resume(config, 5, monkeypatch)
+    assert numbers(config) == numbers(whole)
+    for resumed, expected in zip(arrays_at(config, 8), arrays_at(whole, 8), strict=True):
+        np.testing.assert_array_equal(resumed, expected)
 
 
 def test_accumulation_weighs_by_tokens(tmp_path):

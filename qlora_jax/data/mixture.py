@@ -1,0 +1,154 @@
+"""Mixtures: several files with weights, and files that are gone through in windows. A pure function of (epoch, window).
+
+A weight is how often an epoch goes through a file: of n rows it sees round(weight n). Epochs go on where the one before
+left off, so of a file of weight 1/2 one epoch sees one half and the next the other; whatever the weight, no row is seen
+twice more often than another by more than once.
+
+An epoch of n rows has ceil(n / window) windows of about equal size, each with its share of every file. In memory a file
+of broken weight is gone through in an order that follows from the seed; in windows, in its own.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from qlora_jax.data.rows import File, TokenRows, Window, joined, place_of
+from qlora_jax.data.stored import StoredRows
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Part:
+    """One file of a mixture."""
+
+    path: str
+    rows: TokenRows | StoredRows
+    weight: float
+    digest: str
+
+    @property
+    def count(self) -> int:
+        """Rows that an epoch sees."""
+        return int(self.weight * len(self.rows) + 0.5)
+
+    @property
+    def numbers(self) -> int:
+        """The numbers of its rows are below it."""
+        last = len(self.rows) - 1
+        rows = self.rows.read(last, last + 1) if isinstance(self.rows, StoredRows) else self.rows
+        return int(rows.numbers[-1]) + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """The rows of several files, as an epoch goes through them.
+
+    Fields:
+      size: rows of a window at most; None: all of an epoch, which are then in memory.
+    """
+
+    parts: tuple[Part, ...]
+    size: int | None
+    seed: int
+
+    def __len__(self) -> int:
+        return sum(part.count for part in self.parts)
+
+    @property
+    def windows(self) -> int:
+        """Windows of an epoch."""
+        return 1 if self.size is None else -(-len(self) // self.size)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """SHA-256 of the rows, and of what the order of windows follows from."""
+        order = (self.size, self.seed, [(part.weight, part.digest) for part in self.parts])
+        return hashlib.sha256(repr(order).encode()).hexdigest()
+
+    @functools.cached_property
+    def files(self) -> tuple[File, ...]:
+        """The files, numbered through."""
+        firsts = itertools.accumulate((part.numbers for part in self.parts[:-1]), initial=0)
+        return tuple(File(part.path, first) for part, first in zip(self.parts, firsts, strict=True))
+
+    def window(self, epoch: int, index: int) -> Window:
+        """One window of an epoch: the rows that it sees of each file, in the files' order."""
+        if self._in_memory is not None:
+            return Window(self._in_memory, self._indices(epoch))
+        pieces = [piece for which in range(len(self.parts)) for piece in self._read(which, epoch, index)]
+        rows = joined(pieces, self.files)
+        return Window(rows, np.arange(len(rows)))
+
+    def window_places(self, epoch: int, index: int) -> Int64[np.ndarray, " n"]:
+        """Places that each row of a window fills in a batch; ids are not read for it."""
+        if self._in_memory is not None:
+            return self._in_memory.places[self._indices(epoch)]
+        lengths = [
+            np.diff(stored.ends(start, stop)) - 1
+            for stored, spans in self._spans(epoch, index)
+            for start, stop in spans
+        ]
+        return np.concatenate(lengths)
+
+    def where(self, number: int) -> str:
+        """`file:line` of the row of that number."""
+        if self._in_memory is not None:
+            return self._in_memory.where(number)
+        which = max(which for which, file in enumerate(self.files) if file.first <= number)
+        rows = self.parts[which].rows
+        assert isinstance(rows, StoredRows)
+        return place_of(self.files, number, rows.line(number - self.files[which].first))
+
+    @functools.cached_property
+    def _in_memory(self) -> TokenRows | None:
+        pieces = [part.rows for part in self.parts if isinstance(part.rows, TokenRows)]
+        if len(pieces) < len(self.parts):
+            return None
+        numbered = [_numbered(piece, file.first) for piece, file in zip(pieces, self.files, strict=True)]
+        return joined(numbered, self.files)
+
+    def _indices(self, epoch: int) -> Int64[np.ndarray, " n"]:
+        """Of the rows in memory, those that an epoch sees, ascending."""
+        found, base = [], 0
+        for which, part in enumerate(self.parts):
+            n, count = len(part.rows), part.count
+            order = np.random.default_rng([self.seed, which]).permutation(n)
+            found.append(base + order[np.arange(epoch * count, (epoch + 1) * count) % n])
+            base += n
+        return np.sort(np.concatenate(found))
+
+    def _spans(self, epoch: int, index: int) -> list[tuple[StoredRows, list[tuple[int, int]]]]:
+        """For each file, the stretches [start, stop) of it that a window holds."""
+        found = []
+        for part in self.parts:
+            assert isinstance(part.rows, StoredRows)
+            begin, end = (epoch * part.count + part.count * edge // self.windows for edge in (index, index + 1))
+            found.append((part.rows, _stretches(begin, end, len(part.rows))))
+        return found
+
+    def _read(self, which: int, epoch: int, index: int) -> list[TokenRows]:
+        stored, spans = self._spans(epoch, index)[which]
+        return [_numbered(stored.read(start, stop), self.files[which].first) for start, stop in spans]
+
+
+def _stretches(begin: int, end: int, n: int) -> list[tuple[int, int]]:
+    """[begin, end) of a file of n rows that is read round and round, as stretches of it."""
+    edges = [begin, *range((begin // n + 1) * n, end, n), end]
+    return [(a % n, a % n + b - a) for a, b in itertools.pairwise(edges) if b > a]
+
+
+def _numbered(rows: TokenRows, first: int) -> TokenRows:
+    return dataclasses.replace(rows, numbers=rows.numbers + first)
+
+
+def check_weights(parts: Sequence[Part]) -> None:
+    """Raises ValueError for files of which an epoch would see no row."""
+    none = [f"{part.path}: weight {part.weight:g} of {len(part.rows)} rows" for part in parts if not part.count]
+    if none:
+        raise ValueError(
+            "data.train: an epoch would see no row of some files; raise their weights:\n  " + "\n  ".join(none)
+        )

@@ -1,0 +1,158 @@
+"""Token rows in a folder: written once, piece by piece, named by the content they were made of, read in pieces.
+
+An entry is whole or not there: it is written beside its place and then moved there.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt64
+
+from qlora_jax.data.rows import File, RowDigest, TokenRows, place_of
+from qlora_jax.data.tally import Tally
+
+_FACTS = "facts.json"
+_CHUNK = 1 << 20
+# One flat file each; a row's ids end where `ends` says.
+_TYPES = {
+    "ids": np.dtype("<i4"),
+    "supervised": np.dtype("?"),
+    "ends": np.dtype("<i8"),
+    "numbers": np.dtype("<i8"),
+    "lines": np.dtype("<i8"),
+    "hashes": np.dtype("<u8"),
+}
+
+
+class Piece(NamedTuple):
+    """Some of a file's rows, in order.
+
+    Fields:
+      hashes: of the content of each row read, also of those that were left out; empty where nobody asks.
+      form: the rows' form.
+    """
+
+    rows: TokenRows
+    tally: Tally
+    hashes: UInt64[np.ndarray, " read"]
+    form: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StoredRows:
+    """Rows in a folder; only those that are read are in memory.
+
+    Fields:
+      count: rows.
+      path: the file that they were made of.
+    """
+
+    folder: Path
+    path: str
+    count: int
+    digest: str
+    form: str
+    tally: Tally
+
+    def __len__(self) -> int:
+        return self.count
+
+    def ends(self, start: int, stop: int) -> Int64[np.ndarray, " rows_and_one"]:
+        """Where the ids of rows start - 1 to stop - 1 end, in the file of ids."""
+        first = max(start - 1, 0)
+        ends = self._array("ends", first, stop - first)
+        return ends if start else np.concatenate([np.zeros(1, np.int64), ends])
+
+    def read(self, start: int, stop: int) -> TokenRows:
+        """Rows start to stop - 1."""
+        ends, count = self.ends(start, stop), stop - start
+        first, total = int(ends[0]), int(ends[-1] - ends[0])
+        return TokenRows(
+            ids=self._array("ids", first, total),
+            supervised=self._array("supervised", first, total),
+            starts=ends - first,
+            numbers=self._array("numbers", start, count),
+            lines=self._array("lines", start, count),
+            files=(File(self.path),),
+        )
+
+    @property
+    def hashes(self) -> list[UInt64[np.ndarray, " read"]]:
+        """Hashes of the content of all rows read, as a file that is mapped: they are in memory while looked at."""
+        path = self.folder / "hashes"
+        if not path.stat().st_size:
+            return []
+        return np.split(mapped := np.memmap(path, _TYPES["hashes"], "r"), range(_CHUNK, len(mapped), _CHUNK))
+
+    def line(self, number: int) -> int:
+        """The line of the row of that number; ValueError where it was not kept."""
+        numbers = np.memmap(self.folder / "numbers", _TYPES["numbers"], "r")
+        index = int(np.searchsorted(numbers, number))
+        if index == self.count or numbers[index] != number:
+            raise ValueError(f"{self.path}: row {number} is not among the {self.count} rows kept")
+        return int(self._array("lines", index, 1)[0])
+
+    def where(self, number: int) -> str:
+        """`file:line` of the row of that number."""
+        return place_of((File(self.path),), number, self.line(number))
+
+    def _array(self, name: str, start: int, count: int) -> np.ndarray:
+        return np.fromfile(self.folder / name, _TYPES[name], count, offset=start * _TYPES[name].itemsize)
+
+
+def open_stored(folder: Path, path: str) -> StoredRows | None:
+    """The entry in `folder`; None where there is none."""
+    try:
+        facts: Mapping[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return StoredRows(
+        folder=folder,
+        path=path,
+        count=facts["tally"]["kept"],
+        digest=facts["digest"],
+        form=facts["form"],
+        tally=Tally.from_dict(facts["tally"]),
+    )
+
+
+def store(pieces: Iterable[Piece], folder: Path) -> None:
+    """Writes the entry; nothing stays of it where `pieces` raises."""
+    part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
+    part.mkdir(parents=True)
+    try:
+        facts = _write(pieces, part)
+        (part / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
+        if not folder.exists():  # another run may have been faster; its entry is the same
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _write(pieces: Iterable[Piece], folder: Path) -> dict[str, Any]:
+    tally, digest, total, form = Tally(), RowDigest(), 0, ""
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(folder / name, "wb")) for name in _TYPES}
+        for piece in pieces:
+            rows = piece.rows
+            arrays = {
+                "ids": rows.ids,
+                "supervised": rows.supervised,
+                "ends": rows.starts[1:] + total,
+                "numbers": rows.numbers,
+                "lines": rows.lines,
+                "hashes": piece.hashes,
+            }
+            for name, array in arrays.items():
+                files[name].write(np.ascontiguousarray(array, _TYPES[name]).data)
+            digest.update(rows)
+            total, tally, form = total + len(rows.ids), tally + piece.tally, piece.form
+    return {"digest": digest.hexdigest(), "form": form, "tally": tally.to_dict()}

@@ -1,0 +1,69 @@
+"""What is counted of rows while they are read; counts of pieces add up to those of the whole."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+PERCENTILES = (1, 25, 50, 75, 95, 100)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tally:
+    """Counts of rows.
+
+    Fields:
+      rows, kept: rows read, and those left after length handling.
+      truncated, overlong, unsupervised: as in lengths.Fitted.
+      cut: rows in which a token was cut at the start or end of an answer, as generation cuts it.
+      lossy: rows that do not decode to their own text.
+      special_text: rows whose own text spells a special token; it is encoded as that token.
+      doubled_bos, without_bos: rows that begin with bos twice, and without it although the tokenizer asks for it.
+      tokens, supervised: targets of the kept rows, and those among them that the loss sees.
+      lengths: how many rows have so many tokens, before any is cut.
+      columns: those found, in the order that they were found in.
+    """
+
+    rows: int = 0
+    kept: int = 0
+    truncated: int = 0
+    overlong: int = 0
+    unsupervised: int = 0
+    cut: int = 0
+    lossy: int = 0
+    special_text: int = 0
+    doubled_bos: int = 0
+    without_bos: int = 0
+    tokens: int = 0
+    supervised: int = 0
+    lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    columns: tuple[str, ...] = ()
+
+    def __add__(self, other: "Tally") -> "Tally":
+        names = [field.name for field in dataclasses.fields(Tally) if field.name not in ("lengths", "columns")]
+        return Tally(
+            **{name: getattr(self, name) + getattr(other, name) for name in names},
+            lengths=dict(collections.Counter(self.lengths) + collections.Counter(other.lengths)),
+            columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
+        )
+
+    @property
+    def percentiles(self) -> tuple[int, ...]:
+        """Tokens a row at PERCENTILES: the smallest length that so many percent of the rows do not exceed."""
+        found, seen, lengths = [], 0, sorted(self.lengths.items())
+        for percentile in PERCENTILES:
+            while seen * 100 < percentile * self.rows and lengths:
+                length, count = lengths.pop(0)
+                seen += count
+            found.append(length)
+        return tuple(found)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What JSON holds."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, saved: Mapping[str, Any]) -> "Tally":
+        """The tally that `to_dict` gave, through JSON."""
+        lengths = {int(length): count for length, count in saved["lengths"].items()}
+        return cls(**{**saved, "lengths": lengths, "columns": tuple(saved["columns"])})

@@ -1,0 +1,173 @@
+"""Mixtures and windows: who is seen how often, in which order, and that any of it can be resumed to the bit."""
+
+import collections
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.data.batches import NO_ROW, START, Batch, train_batches
+from qlora_jax.data.mixture import Mixture, Part, check_weights
+from qlora_jax.data.rows import TokenRows
+from qlora_jax.data.stored import Piece, StoredRows, open_stored, store
+from qlora_jax.data.tally import Tally
+from tests.data.test_batches import PAD, make_rows
+
+weights = st.sampled_from([0.3, 0.5, 1.0, 1.5, 2.0])
+counts = st.lists(st.tuples(st.integers(2, 40), weights), min_size=1, max_size=3)
+
+
+def stored(rows: TokenRows, folder: Path) -> StoredRows:
+    """The rows as an entry of a cache, written in pieces of three."""
+
+    def pieces():
+        for at in range(0, len(rows), 3):
+            part = slice_of(rows, at, min(at + 3, len(rows)))
+            yield Piece(part, Tally(kept=len(part)), np.zeros(0, np.uint64), "text")
+
+    store(pieces(), folder)
+    found = open_stored(folder, rows.files[0].path)
+    assert found is not None and found.digest == rows.digest
+    return found
+
+
+def slice_of(rows: TokenRows, start: int, stop: int) -> TokenRows:
+    ids = slice(rows.starts[start], rows.starts[stop])
+    return TokenRows(
+        ids=rows.ids[ids],
+        supervised=rows.supervised[ids],
+        starts=rows.starts[start : stop + 1] - rows.starts[start],
+        numbers=rows.numbers[start:stop],
+        lines=rows.lines[start:stop],
+        files=rows.files,
+    )
+
+
+def mixture(sizes: list[tuple[int, float]], size: int | None = None, folder: Path | None = None) -> Mixture:
+    """Files of so many rows and such weights; in a folder where one is given."""
+    parts = []
+    for which, (count, weight) in enumerate(sizes):
+        rows = make_rows([5 + (7 * n + which) % 90 for n in range(count)], seed=which)
+        digest = rows.digest
+        held = rows if folder is None else stored(rows, folder / str(which))
+        parts.append(Part(path=rows.files[0].path, rows=held, weight=weight, digest=digest))
+    return Mixture(parts=tuple(parts), size=size, seed=3)
+
+
+def epoch_of(rows: Mixture, epoch: int) -> list[Batch]:
+    batches = train_batches(
+        rows, (128,), accumulation=1, micro_batch_size=2, seed=1, pad_id=PAD, position={**START, "epoch": epoch}
+    )
+    found = []
+    for batch in batches:
+        found.append(batch)
+        if batch.position["epoch"] > epoch:
+            return found
+    raise AssertionError
+
+
+def seen(batches: list[Batch]) -> collections.Counter[int]:
+    numbers = np.concatenate([batch.rows.ravel() for batch in batches])
+    return collections.Counter(numbers[numbers != NO_ROW].tolist())
+
+
+@given(counts)
+def test_weights_say_how_often_a_row_is_seen(sizes: list[tuple[int, float]]):
+    rows = mixture(sizes)
+    totals: collections.Counter[int] = collections.Counter()
+    for epoch in range(3):
+        totals += seen(epoch_of(rows, epoch))
+    for part, file, following in zip(rows.parts, rows.files, [*(f.first for f in rows.files[1:]), np.inf], strict=True):
+        times = [totals[file.first + 3 * n] for n in range(len(part.rows))]
+        assert sum(times) == 3 * part.count == sum(c for n, c in totals.items() if file.first <= n < following)
+        assert max(times) - min(times) <= 1
+
+
+@given(counts, st.booleans(), st.integers(0, 25))
+def test_a_mixture_is_resumed_to_the_bit(sizes: list[tuple[int, float]], packed: bool, done: int):
+    options = {"packed": packed, "accumulation": 1, "micro_batch_size": 2, "seed": 1, "pad_id": PAD}
+    whole = list(itertools.islice(train_batches(mixture(sizes), (128,), **options), done + 3))
+    position = whole[done - 1].position if done else START
+    again = train_batches(mixture(sizes), (128,), **options, position=position)
+    for resumed, expected in zip(again, whole[done:], strict=False):
+        for name in ("inputs", "targets", "weights", "rows"):
+            np.testing.assert_array_equal(getattr(resumed, name), getattr(expected, name))
+        assert resumed.position == expected.position
+
+
+@pytest.fixture
+def windowed(tmp_path: Path) -> Mixture:
+    return mixture([(40, 1.0), (11, 0.5), (9, 2.0)], size=20, folder=tmp_path)
+
+
+def test_windows_hold_each_row_once_in_the_files_order(windowed: Mixture):
+    assert windowed.windows == 4 and len(windowed) == 40 + 6 + 18
+    first, later = (seen(epoch_of(windowed, epoch)) for epoch in (0, 1))
+    for epoch in (first, later):
+        assert [epoch[3 * n] for n in range(40)] == [1] * 40
+        assert [epoch[windowed.files[2].first + 3 * n] for n in range(9)] == [2] * 9
+    halves = [[epoch[windowed.files[1].first + 3 * n] for n in range(11)] for epoch in (first, later)]
+    assert halves == [[1] * 6 + [0] * 5, [1] + [0] * 5 + [1] * 5]
+    window = windowed.window(0, 1)
+    assert window.rows.numbers[:10].tolist() == [3 * n for n in range(10, 20)]
+    np.testing.assert_array_equal(window.rows.places, windowed.window_places(0, 1))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_windows_are_resumed_to_the_bit(windowed: Mixture, packed: bool):
+    options = {"packed": packed, "accumulation": 1, "micro_batch_size": 2, "seed": 1, "pad_id": PAD}
+    whole = list(itertools.islice(train_batches(windowed, (128,), **options), 80))
+    assert len({(batch.position["epoch"], batch.position["window"]) for batch in whole}) > 4
+    for done in range(0, 78, 7):
+        position = whole[done - 1].position if done else START
+        resumed = next(train_batches(windowed, (128,), **options, position=position))
+        for name in ("inputs", "targets", "weights", "rows"):
+            np.testing.assert_array_equal(getattr(resumed, name), getattr(whole[done], name))
+
+
+def test_windows_are_shuffled_each_in_its_own_way(windowed: Mixture):
+    options = {"accumulation": 1, "micro_batch_size": 2, "seed": 1, "pad_id": PAD}
+    batches = list(itertools.islice(train_batches(windowed, (128,), **options), 16))
+    order = np.concatenate([batch.rows.ravel() for batch in batches])
+    assert order.tolist() != sorted(order.tolist())
+    assert next(train_batches(windowed, (128,), **{**options, "seed": 2})).rows.tolist() != batches[0].rows.tolist()
+
+
+def test_rows_are_found_again_in_their_own_file(tmp_path: Path):
+    in_memory, in_folders = mixture([(4, 1.0), (3, 1.0)]), mixture([(4, 1.0), (3, 1.0)], 5, tmp_path)
+    for rows in (in_memory, in_folders):
+        # The last number of the first file is 9.
+        assert (rows.where(3), rows.where(10), rows.where(13)) == (
+            "rows.jsonl:4",
+            "rows.jsonl:1",
+            "rows.jsonl:4",
+        )
+        with pytest.raises(ValueError, match="row 4 is not among"):
+            rows.where(4)
+
+
+def test_rows_in_folders_are_those_in_memory(tmp_path: Path):
+    sizes = [(13, 1.0), (7, 1.0)]
+    whole, parts = mixture(sizes), mixture(sizes, 100, tmp_path)
+    assert parts.windows == 1
+    for ours, theirs in zip(epoch_of(parts, 0), epoch_of(whole, 0), strict=True):
+        np.testing.assert_array_equal(ours.inputs, theirs.inputs)
+        np.testing.assert_array_equal(ours.rows, theirs.rows)
+
+
+def test_weights_of_no_row_are_told():
+    with pytest.raises(ValueError, match=r"raise their weights:\n  rows\.jsonl: weight 0\.1 of 4 rows$"):
+        check_weights(mixture([(10, 0.1), (4, 0.1)]).parts)
+
+
+def test_what_changes_the_order_changes_the_digest(tmp_path: Path):
+    mixtures = [
+        mixture([(4, 1.0), (3, 1.0)]),
+        mixture([(4, 1.0), (3, 2.0)]),
+        mixture([(3, 1.0), (4, 1.0)]),
+        mixture([(4, 1.0), (3, 1.0)], 5, tmp_path),
+    ]
+    assert len({rows.digest for rows in mixtures}) == 4

@@ -1,0 +1,163 @@
+"""The cache: the same rows as without it, made once, made again when anything changes; files larger than memory."""
+
+import itertools
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data import dataset as dataset_module
+from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.conftest import ASSETS
+
+ROOT = Path(__file__).parents[2]
+
+
+def rows_of(count: int) -> list[dict[str, Any]]:
+    return [{"prompt": f"Is {n} odd?" + " Think." * (n % 7), "completion": f"{n} is"} for n in range(count)]
+
+
+def load(tokenizer: Tokenizer, **settings: Any) -> Dataset:
+    return load_dataset(DataArgs(**settings), tokenizer, seed=0, micro_batch_size=2, accumulation=2)
+
+
+def batches_of(dataset: Dataset, count: int) -> list[np.ndarray]:
+    return [batch.inputs for batch in itertools.islice(dataset.train_batches(), count)]
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True}, {"eval_fraction": 0.3}])
+def test_cached_rows_are_the_same(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, settings: dict):
+    path = write_rows(rows_of(40))
+    plain = load(tokenizer, train=path, **settings)
+    for _ in range(2):
+        cached = load(tokenizer, train=path, cache=str(tmp_path / "cache"), **settings)
+        assert cached.fingerprint == plain.fingerprint and cached.report == plain.report
+        assert cached.train.where(3) == f"{path}:4"
+        for ours, theirs in zip(batches_of(cached, 6), batches_of(plain, 6), strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+        held = [[b.inputs.tolist() for b in one.eval_batches(4)] for one in (cached, plain)]
+        assert held[0] == held[1]
+
+
+def test_rows_are_made_once_and_again_when_anything_changes(
+    smollm2_source: dict, write_rows: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    made: list[str] = []
+    pieces = dataset_module.pieces
+    monkeypatch.setattr(dataset_module, "pieces", lambda *args, **kw: made.append("") or pieces(*args, **kw))
+    tokenizer, path, cache = load_tokenizer(smollm2_source), write_rows(rows_of(9)), str(tmp_path / "cache")
+
+    def makes(**changes: Any) -> int:
+        made.clear()
+        settings = {"train": path, "cache": cache, **changes}
+        load(settings.pop("tokenizer", tokenizer), **settings)
+        return len(made)
+
+    assert (makes(), makes(), makes(packing=True, buckets=2)) == (1, 0, 0)
+    template = tmp_path / "own.jinja"
+    template.write_text("{% for m in messages %}{{ m.role + m.content + eos_token }}{% endfor %}")
+    changes: list[dict[str, Any]] = [
+        {"learn": "all"},
+        {"max_length": 512},
+        {"overlong": "drop"},
+        {"format": "completion"},
+        {"chat_template": str(template)},
+        {"tokenizer": load_tokenizer({**smollm2_source, "eos_token": "<|endoftext|>"})},
+        {"train": write_rows(rows_of(10), "more.jsonl")},
+        {"source_max_length": 100, "target_max_length": 100},
+    ]
+    for change in changes:
+        assert (makes(**change), makes(**change)) == (1, 0), change
+    moved = tmp_path / "moved.jsonl"
+    Path(path).rename(moved)
+    assert makes(train=str(moved)) == 0
+    assert makes(train=str(moved), eval_fraction=0.5) == 2
+
+
+def test_nothing_stays_of_rows_that_are_wrong(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
+    path = write_rows([*rows_of(3), {"prompt": "Q", "completion": ""}])
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r":4: completion is empty"):
+            load(tokenizer, train=path, cache=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_rows_that_are_also_trained_on_are_told_from_a_cache_too(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path
+):
+    train, held = write_rows(rows_of(2000)), write_rows(rows_of(2100)[1990:], "held.jsonl")
+    for settings in ({}, {"cache": str(tmp_path / "c")}, {"cache": str(tmp_path / "c"), "window": 1000}):
+        assert load(tokenizer, train=train, eval=held, **settings).report.shared == 10
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_file_in_windows_is_seen_whole(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, packing: bool):
+    path = write_rows(rows_of(2500))
+    dataset = load(tokenizer, train=path, cache=str(tmp_path / "cache"), window=1000, packing=packing, max_length=128)
+    report = dataset.report
+    assert (report.windows, report.train.kept) == (3, 2500)
+    epoch = list(itertools.islice(dataset.train_batches(), dataset.steps_per_epoch))
+    numbers = np.concatenate([batch.rows.ravel() for batch in epoch])
+    assert sorted(numbers[numbers >= 0].tolist()) == list(range(2500))
+    assert epoch[-1].position == {"epoch": 1, "window": 0, "index": 0}
+    assert sum(batch.inputs.size for batch in epoch) * (1 - report.padding_share) == pytest.approx(report.train.tokens)
+    assert dataset.train.where(2400) == f"{path}:2401"
+    again = next(dataset.train_batches(epoch[400].position if len(epoch) > 401 else epoch[20].position))
+    following = epoch[401] if len(epoch) > 401 else epoch[21]
+    np.testing.assert_array_equal(again.inputs, following.inputs)
+
+
+def test_an_array_is_not_read_in_parts(tokenizer: Tokenizer, tmp_path: Path):
+    (tmp_path / "rows.json").write_text(json.dumps(rows_of(5)))
+    with pytest.raises(ValueError, match=r"one JSON array, which is not read in parts"):
+        load(tokenizer, train=str(tmp_path / "rows.json"), cache=str(tmp_path / "c"), window=1000)
+
+
+WORDS = ["every", "number", "of", "a", "run", "is", "right", "where", "memory", "stays", "flat", "in", "summer"]
+MEASURE = """
+import gzip, itertools, json, resource, sys
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.dataset import load_dataset
+from qlora_jax.data.tokenizer import load_tokenizer
+
+path, tokenizer_json, cache = sys.argv[1:]
+tokenizer = load_tokenizer({"tokenizer_json": gzip.open(tokenizer_json, "rt").read(), "eos_token": "<|im_end|>"})
+data = DataArgs(train=path, cache=cache, window=2000, max_length=256, packing=True)
+dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=4, accumulation=4)
+for batch in itertools.islice(dataset.train_batches(), dataset.steps_per_epoch):
+    pass
+print(json.dumps([resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, dataset.report.train.kept]))
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_file(tmp_path: Path):
+    """Ten times the rows, with made-up texts: 3 MB and 30 MB, of which an epoch is read whole."""
+    peaks = []
+    for count in (6_000, 60_000):
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("w") as file:
+            for n in range(count):
+                words = " ".join(WORDS[(n * 7919 + k * k) % len(WORDS)] for k in range(60 + n % 40))
+                file.write(json.dumps({"prompt": words, "completion": f"yes {n}"}) + "\n")
+        command = [
+            sys.executable,
+            "-c",
+            MEASURE,
+            str(path),
+            str(ASSETS / "smollm2_tokenizer.json.gz"),
+            str(tmp_path / "c"),
+        ]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peak, kept = json.loads(done.stdout)
+        assert kept > 0.99 * count
+        peaks.append(peak)
+    assert path.stat().st_size > 25e6
+    assert peaks[1] < 1.1 * peaks[0], peaks
