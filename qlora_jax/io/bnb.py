@@ -108,6 +108,7 @@ def _entry(
         nbytes=codes.nbytes + sum(part.nbytes for part in parts.values()),
         read=lambda: dequantize_numpy(held(), np.float32),
         held=held,
+        places=(*codes.places, *(place for part in parts.values() for place in part.places)),
     )
 
 

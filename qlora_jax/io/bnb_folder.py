@@ -13,7 +13,7 @@ from flax import nnx
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.dense_folder import write_config
-from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.entries import ModelSource, reading_ahead
 from qlora_jax.io.held import as_held
 from qlora_jax.io.inventory import check_inventory, layer_name
 from qlora_jax.io.loader import Progress, check_held, quantized
@@ -71,8 +71,8 @@ def _values(
     source: ModelSource, names: list[tuple[Slot, int]], weights: WeightFormat, progress: Progress
 ) -> Iterator[np.ndarray]:
     total, done = sum(source.tensors[slot.names[index]].nbytes for slot, index in names), 0
-    for slot, index in names:
-        entry = source.tensors[slot.names[index]]
+    entries = reading_ahead([source.tensors[slot.names[index]] for slot, index in names])
+    for (slot, index), entry in zip(names, entries, strict=True):
         if wants := slot.quantized_as(index):
             yield from _parts(quantized(source, entry, wants), weights.dtype)
         else:

@@ -1,13 +1,17 @@
 """What a model on disk looks like to the rest of the program, whichever format its files have."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
+
+AHEAD = 4  # tensors
+CHUNK = 1 << 20  # bytes read in one go
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,6 +26,7 @@ class TensorEntry:
       read: f32, f16 or bf16 array of `shape`, rows in the order of Hugging Face. An unquantized tensor is a read-only
         view of the mapped file, which is unmapped with the last reference to it; a quantized one is a new f32 array.
       held: where the file holds 4-bit codes of our own kinds: them and their constants, unchanged.
+      places: (file, offset, bytes) of what is read.
     """
 
     name: str
@@ -30,6 +35,7 @@ class TensorEntry:
     nbytes: int
     read: Callable[[], np.ndarray]
     held: Callable[[], QTensor] | None = None
+    places: tuple[tuple[Path, int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +57,29 @@ class ModelSource:
     tokenizer: dict[str, Any]
     tensors: Mapping[str, TensorEntry]
     hub_name: str | None = None
+
+
+def reading_ahead(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:
+    """The entries in order, while a thread reads the bytes of the next AHEAD, so that the system's cache has them."""
+    with ThreadPoolExecutor(1) as reader:
+        asked = [reader.submit(_warm, entry) for entry in entries[:AHEAD]]
+        try:
+            for index, entry in enumerate(entries):
+                asked += [reader.submit(_warm, later) for later in entries[index + AHEAD : index + AHEAD + 1]]
+                yield entry
+        finally:
+            for each in asked:
+                each.cancel()
+
+
+def _warm(entry: TensorEntry) -> None:
+    # By reading: the system takes advice of so many bytes for one of its own small windows.
+    buffer = bytearray(CHUNK)
+    for path, offset, nbytes in entry.places:
+        with path.open("rb", buffering=0) as file:
+            file.seek(offset)
+            for start in range(0, nbytes, CHUNK):
+                file.readinto(memoryview(buffer)[: min(CHUNK, nbytes - start)])
 
 
 def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:

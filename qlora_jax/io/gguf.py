@@ -97,6 +97,7 @@ def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: dic
         file_type=info.type.name,
         nbytes=info.nbytes,
         read=functools.partial(_read, path, info, change_of(path, info, architecture, config)),
+        places=((path, info.offset, info.nbytes),),
     )
 
 

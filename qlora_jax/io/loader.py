@@ -18,7 +18,7 @@ from flax import nnx
 
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.entries import ModelSource, TensorEntry
+from qlora_jax.io.entries import ModelSource, TensorEntry, reading_ahead
 from qlora_jax.io.held import as_held
 from qlora_jax.io.inventory import check_inventory
 from qlora_jax.io.slots import Slot, slots_of
@@ -66,9 +66,11 @@ def load_model(
     check_held(source, slots)
     report = _reporter(source, slots, progress)
     digest = _digest_of_settings(config, weights)
+    entries = reading_ahead([source.tensors[name] for slot in slots for name in slot.names])
     stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
     leaves = [
-        _filled(next(stacks) if slot.stacked else None, _converted(source, slot, digest, report)) for slot in slots
+        _filled(next(stacks) if slot.stacked else None, _converted(source, slot, entries, digest, report))
+        for slot in slots
     ]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
     return Loaded(model=nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
@@ -129,11 +131,15 @@ def _placed(stack: Any, layer: QTensor | jax.Array, index: int) -> Any:
 
 
 def _converted(
-    source: ModelSource, slot: Slot, digest: Any, report: Callable[[TensorEntry], None]
+    source: ModelSource,
+    slot: Slot,
+    entries: Iterator[TensorEntry],
+    digest: Any,
+    report: Callable[[TensorEntry], None],
 ) -> Iterator[QTensor | jax.Array]:
-    """Each tensor of a slot as it is held: quantized, or in the dtype of the leaf."""
+    """Each tensor of a slot, which are the next of `entries`, as it is held: quantized, or in the dtype of the leaf."""
     for index, name in enumerate(slot.names):
-        entry = source.tensors[name]
+        entry = next(entries)
         if wants := slot.quantized_as(index):
             layer = dataclasses.replace(quantized(source, entry, wants), dtype=wants.dtype)
             _update(digest, name, jax.tree.leaves(layer))

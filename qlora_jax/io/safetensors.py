@@ -75,7 +75,8 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
                 f"but the file ends at byte {data_start + data_bytes}. Download it again."
             )
         read = functools.partial(_read_tensor, path, data_start + begin, shape, DTYPES[file_type])
-        yield TensorEntry(name=name, shape=shape, file_type=file_type, nbytes=end - begin, read=read)
+        place = (path, data_start + begin, end - begin)
+        yield TensorEntry(name=name, shape=shape, file_type=file_type, nbytes=end - begin, read=read, places=(place,))
 
 
 def _read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

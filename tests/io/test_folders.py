@@ -1,10 +1,16 @@
 """A staged folder appears whole or not at all."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from qlora_jax.io.folders import staged_folder
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -33,3 +39,18 @@ def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match="out is there already and not empty"), staged_folder(tmp_path / "out"):
         raise AssertionError("entered")
     assert (tmp_path / name).read_text() == "precious"
+
+
+@pytest.mark.slow
+def test_a_command_that_is_interrupted_leaves_nothing(tmp_path: Path, smollm2_gguf: Path) -> None:
+    target = tmp_path / "made" / "out"
+    command = [sys.executable, "-m", "qlora_jax.quantize", str(smollm2_gguf), "--output", str(target)]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if any(target.parent.glob(".out.partial-*/*.safetensors")):
+            break
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130 and "Traceback" not in process.communicate()[1]
+    assert not list(target.parent.iterdir())
