@@ -126,7 +126,8 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
         `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see gguf_tokenizer.rebuild).
 
     Raises:
-      ValueError: neither form is there, the text is no tokenizer, or a named token is not in the vocabulary.
+      ValueError: neither form is there (in the words of `missing`, where it has them), the text is no tokenizer, or a
+        named token is not in the vocabulary.
     """
     special_tokens = {name: source[name] for name in _NAMED if source.get(name) is not None}
     bos = special_tokens.get("bos_token") if source.get("add_bos_token") else None
@@ -188,6 +189,8 @@ def _from_json(text: str) -> tokenizers.Tokenizer:
 
 
 def _from_gguf(source: Mapping[str, Any], bos: str | None) -> tokenizers.Tokenizer:
+    if "missing" in source:
+        raise ValueError(source["missing"])
     if "gguf" not in source:
         raise ValueError(f"a tokenizer needs 'tokenizer_json' or 'gguf'; found only {sorted(source)}")
     return rebuild(source["gguf"], bos)

@@ -23,6 +23,14 @@ from qlora_jax.io.entries import TensorEntry
 
 STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
 CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+# What a quant_state may say.
+VALID = {
+    "shape": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "blocksize": lambda value: _is_count(value),
+    "nested_blocksize": lambda value: _is_count(value),
+    "nested_offset": lambda value: isinstance(value, int | float),
+    "dtype": lambda value: isinstance(value, str),
+}
 ULP = 3e-7  # between maps made on different machines
 
 
@@ -60,10 +68,15 @@ def _state(entry: TensorEntry) -> dict[str, Any]:
         state = json.loads(entry.read().tobytes())
     except ValueError as error:
         raise ValueError(f"its quant_state is no JSON: {error}") from None
-    missing = {"quant_type", "blocksize", "shape"} - state.keys()
-    if missing:
-        raise ValueError(f"its quant_state lacks {sorted(missing)}")
+    if not isinstance(state, dict) or (missing := {"quant_type", "blocksize", "shape"} - state.keys()):
+        raise ValueError(f"its quant_state lacks {sorted(missing) if isinstance(state, dict) else 'an object'}")
+    if wrong := [f"{key} {state[key]!r}" for key, holds in VALID.items() if key in state and not holds(state[key])]:
+        raise ValueError(f"its quant_state has {', '.join(wrong)}")
     return state
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
 
 
 def _entry(

@@ -46,8 +46,9 @@ class ModelSource:
       path: the folder or file that the user named, or where the cache holds it.
       config: the model in the form of a Hugging Face config.json.
       tokenizer: "chat_template", "bos_token", "eos_token", "pad_token", "unk_token" (str or None), "add_bos_token"
-        (bool), "stop_token_ids" (ids that end a reply), and either "tokenizer_json" (its text) or "gguf" (the
-        vocabulary of a GGUF file: "model", "pre", "tokens", "token_type", "merges", "add_space_prefix").
+        (bool), "stop_token_ids" (ids that end a reply), and either "tokenizer_json" (its text), "missing" (why
+        there is none, in words) or "gguf" (the vocabulary of a GGUF file: "model", "pre", "tokens", "token_type",
+        "merges", "add_space_prefix").
       tensors: by Hugging Face name.
       hub_name: of a model from the Hub: "org/name@commit", which names these files for good.
     """

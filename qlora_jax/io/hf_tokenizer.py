@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -25,7 +26,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_tokenizer(folder: Path) -> dict[str, Any]:
-    """The tokenizer dict of ModelSource; without "tokenizer_json" where the folder has no tokenizer.json."""
+    """The tokenizer dict of ModelSource; "missing", what to do, where the folder has no tokenizer.json."""
     config = _optional_json(folder / "tokenizer_config.json")
     special = _optional_json(folder / "special_tokens_map.json")
     stop = _optional_json(folder / "generation_config.json").get("eos_token_id")
@@ -34,10 +35,19 @@ def read_tokenizer(folder: Path) -> dict[str, Any]:
     tokenizer["stop_token_ids"] = [] if stop is None else [stop] if isinstance(stop, int) else list(stop)
     path = folder / "tokenizer.json"
     text = path.read_text(encoding="utf-8") if path.is_file() else None
-    if text is not None:
-        tokenizer["tokenizer_json"] = text
+    tokenizer |= {"missing": _missing(folder)} if text is None else {"tokenizer_json": text}
     tokenizer["add_bos_token"] = _adds_bos(config, read_json(path) if text is not None else {}, tokenizer["bos_token"])
     return tokenizer
+
+
+def _missing(folder: Path) -> str:
+    """What to do in a folder without a tokenizer.json; it may be there for its weights alone."""
+    if slow := [name for name in SLOW_FILES if (folder / name).is_file()]:
+        return (
+            f"{folder} has no tokenizer.json, but {', '.join(slow)}: the files of a slow tokenizer. Write the fast one "
+            "with transformers: AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+    return f"{folder} has no tokenizer.json: put the file there, from where the weights came"
 
 
 def _optional_json(path: Path) -> dict[str, Any]:

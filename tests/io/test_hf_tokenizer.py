@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from qlora_jax.data.tokenizer import load_tokenizer
 from qlora_jax.io.hf_tokenizer import read_tokenizer
 
 
@@ -89,6 +90,11 @@ def test_no_tokenizer_files(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(tmp_path)
     assert "tokenizer_json" not in tokenizer
     assert tokenizer["add_bos_token"] is False
+    with pytest.raises(ValueError, match=r"has no tokenizer.json: put the file there"):
+        load_tokenizer(tokenizer)
+    (tmp_path / "tokenizer.model").touch()
+    with pytest.raises(ValueError, match=r"no tokenizer.json, but tokenizer.model: the files of a slow .*save_pretr"):
+        load_tokenizer(read_tokenizer(tmp_path))
 
 
 def test_broken_file_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""4-bit checkpoints that contradict themselves: each weight is named with all that is wrong, before any is read."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from qlora_jax.io.bnb_folder import write_quantized_folder
+from qlora_jax.io.safetensors import SINGLE
+from qlora_jax.io.source import open_model
+from qlora_jax.models.config import WeightFormat
+from tests.io.tiny_models import random_weights, tiny_config, write_folder
+
+UP, DOWN = "model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.down_proj.weight"
+STATE = ".quant_state.bitsandbytes__nf4"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of ours, double-quantized."""
+    config, folder = tiny_config(), tmp_path_factory.mktemp("bnb")
+    (folder / "4 bit").mkdir()
+    source = open_model(write_folder(folder / "dense", config, random_weights(config)))
+    write_quantized_folder(folder / "4 bit", source, WeightFormat(dtype="float32"), lambda *_: None)
+    assert open_model(folder / "4 bit").tensors[UP].held is not None
+    return folder / "4 bit"
+
+
+def state(name: str, **changes: object) -> Callable[[dict], None]:
+    def change(tensors: dict) -> None:
+        told = json.loads(tensors[name + STATE].tobytes()) | changes
+        tensors[name + STATE] = np.frombuffer(json.dumps(told).encode(), np.uint8)
+
+    return change
+
+
+def without(*names: str) -> Callable[[dict], None]:
+    return lambda tensors: [tensors.pop(name) for name in names] and None
+
+
+def put(name: str, value: np.ndarray) -> Callable[[dict], None]:
+    return lambda tensors: tensors.update({name: value})
+
+
+CASES = {
+    "another shape": (state(UP, shape=[64, 64]), [UP, "codes: ", "expected 2048", r"for \[64, 64\] in blocks of 64"]),
+    "another block size": (state(UP, blocksize=128), [UP, "absmax: ", "in blocks of 128"]),
+    "another code": (state(UP, quant_type="fp4"), [UP, "fp4 in its quant_state, nf4 in the tensor's name"]),
+    "no shape": (state(UP, shape=None, blocksize=-1), [UP, "its quant_state has shape None, blocksize -1"]),
+    "no object": (put(UP + STATE, np.frombuffer(b"[]", np.uint8)), [UP, "its quant_state lacks an object"]),
+    "no constants": (without(UP + ".absmax", DOWN + ".quant_map"), [UP, DOWN, "'absmax'", "'quant_map'", "missing"]),
+    "no state": (without(UP + STATE), [UP, "bytes, and no quant_state tells of what"]),
+    "no codes": (without(UP), [UP, "its codes"]),
+    "no JSON": (put(UP + STATE, np.frombuffer(b"{nf4", np.uint8)), [UP, "its quant_state is no JSON"]),
+    "a table of its own": (put(UP + ".quant_map", np.linspace(-1, 1, 16, dtype=np.float32)), [UP, "table of nf4"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_weight_that_contradicts_itself_is_named(sound: Path, tmp_path: Path, case: str) -> None:
+    change, told = CASES[case]
+    tensors = load_file(sound / SINGLE)
+    change(tensors)
+    save_file(tensors, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_text((sound / "config.json").read_text())
+    with pytest.raises(ValueError, match="4-bit weights that can't be read") as error:
+        open_model(tmp_path)
+    for words in told:
+        assert words.replace("\\", "") in str(error.value)
