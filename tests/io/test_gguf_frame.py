@@ -165,3 +165,21 @@ def test_what_is_read_otherwise_is_noted(tmp_path: Path) -> None:
     path, notes = _written(tmp_path / "new.gguf", opened, tensors)
     assert open_model(path).tokenizer["stop_token_ids"] == [2, 0, 3]
     assert "['<|im_end|>']" in notes[0] and "these it does not: ['\"']" in notes[1] and "sliding window" in notes[2]
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_the_name_says_whether_special_tokens_take_the_space_behind_them(tmp_path: Path, strips: bool) -> None:
+    """llama.cpp goes by "phi3" in the name, and then needs Phi-3's tokens."""
+    text = json.loads(sentencepiece())
+    text["added_tokens"][0]["rstrip"] = strips
+    text["added_tokens"].append(
+        text["added_tokens"][0] | {"id": len(text["model"]["vocab"]), "content": "<|endoftext|>"}
+    )
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    for folder, expected in {
+        "mine": "phi-3 mine" if strips else "mine",
+        "my-Phi3": "my-Phi3" if strips else None,
+    }.items():
+        opened, tensors = _folder(tmp_path / folder, FAMILIES["phi3"][1], json.dumps(text), **named)
+        path, _ = _written(tmp_path / f"{folder}.gguf", opened, tensors)
+        assert parse_header(path).metadata.get("general.name") == expected

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlora_jax.config import LoraArgs
 from qlora_jax.data.gguf_tokenizer import rebuild
 from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.export import main
+from qlora_jax.export import DTYPES, main
 from qlora_jax.io.gguf_frame import framed
 from qlora_jax.io.gguf_writer import write_gguf
 from qlora_jax.io.logit_check import PROMPTS
-from qlora_jax.io.opened import open_base_or_run
+from qlora_jax.io.opened import held_as, load_base, open_base_or_run
 from qlora_jax.io.source import open_model
 from qlora_jax.quantize import main as quantize
 from tests.data.test_tokenizer import TRICKY, _strings
@@ -29,6 +30,8 @@ TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
 ARCHITECTURES = [n for n in FAMILIES if n != "phi3"]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
+METHODS = {"qwen2": LoraArgs(method="dora", rank=4, alpha=8.0), "qwen3": LoraArgs(method="ia3")}  # else LoRA
+WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
 NEW_TOKENS = 24
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
 WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
@@ -40,7 +43,7 @@ def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
 
 
-def _run(tmp_path: Path, name: str, lora: str = "all", **changes: Any):
+def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: Any):
     """(folder of a run on a model in a folder, its model)."""
     # llama.cpp's contexts hold 256 tokens at least, and LongRoPE goes by what they hold.
     lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
@@ -48,7 +51,7 @@ def _run(tmp_path: Path, name: str, lora: str = "all", **changes: Any):
     config |= {"vocab_size": VOCABULARY} | changes
     files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
     model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
-    return tmp_path / name, _write_run(tmp_path / name, model, LORAS[lora])[0]
+    return tmp_path / name, _write_run(tmp_path / name, model, lora)[0]
 
 
 def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
     """In f32; where llama.cpp's activation is a table in f16 (all that have a GELU), within its rounding."""
     ours, cases = {}, {}
     for name in ARCHITECTURES:
-        run, model = _run(tmp_path, name, **DEEPER.get(name, {}))
+        run, model = _run(tmp_path, name, METHODS.get(name, LORAS["all"]), **DEEPER.get(name, {}))
         main([str(run), "--format", "gguf", "--dtype", "float32"])
         ours[name] = _logits(model, TOKENS)
         cases[name] = _case(run / "gguf/model-float32.gguf", rows=TOKENS.tolist(), texts=CORPUS)
@@ -92,11 +95,29 @@ def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
 
 
 @pytest.mark.slow
+def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
+    """What the file holds, read here and by llama.cpp, which rounds what it multiplies with matrices to their kind."""
+    run, _ = _run(tmp_path, "llama")
+    ours, cases = {}, {}
+    for dtype in DTYPES["gguf"]:
+        output = tmp_path / dtype
+        main([str(run), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
+        path = output / f"model-{dtype}.gguf"
+        opened = open_base_or_run(str(path), None)
+        ours[dtype] = _logits(load_base(opened, held_as(opened, "none", "float32")), TOKENS)
+        cases[dtype] = _case(path, rows=TOKENS.tolist())
+    found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
+    for dtype, logits in ours.items():
+        off = np.abs(found[f"{dtype}/logits"] - logits).max() / np.abs(logits).max()
+        assert off < WITHIN[dtype], (dtype, off)
+
+
+@pytest.mark.slow
 def test_loras(tmp_path: Path, llama_cpp) -> None:
     """Base and LoRA as two files, in f32."""
     ours, cases = {}, {}
     for name, lora in WITH_LORA.items():
-        run, model = _run(tmp_path, name, lora)
+        run, model = _run(tmp_path, name, LORAS[lora])
         main([str(run), "--format", "gguf-lora", "--with-base"])
         ours[name] = _logits(model, TOKENS)
         files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
