@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from gguf.constants import GGMLQuantizationType
 
@@ -38,18 +38,23 @@ def framed(opened: Opened) -> Framed:
         them but the tokenizer's at once.
     """
     source, features, tokenizer = opened.source, opened.whole_features, opened.tokenizer
-    bare = frame_without_tokenizer(opened)
-    if is_gguf(str(source.path)):
-        if tokenizer.new_ids:
-            raise ValueError(
-                f"{source.path}: the vocabulary of a GGUF file is taken from the base's, which lacks the new tokens. "
-                "Export with --format hf, and convert that folder with llama.cpp's convert_hf_to_gguf.py"
-            )
+    bare, from_file = frame_without_tokenizer(opened), is_gguf(str(source.path))
+    if from_file and not tokenizer.new_ids:
         return Framed(bare, [])
     stop = source.tokenizer["stop_token_ids"]
     vocabulary, notes = vocabulary_of(tokenizer, features.vocab_size, stop, bare.architecture)
+    if from_file:
+        return Framed(_with_vocabulary(bare, features, vocabulary), notes)
     keys = [*keys_of(_named(source.path, tokenizer)), *bare.keys, *keys_of(vocabulary)]
     return Framed(bare._replace(keys=keys), notes + _notes(bare.architecture, features))
+
+
+def _with_vocabulary(like: Frame, features: ModelConfig, vocabulary: Mapping[str, Any]) -> Frame:
+    """The frame with another vocabulary, for which the tables of `features` have rows."""
+    size, shapes = f"{like.architecture}.vocab_size", shapes_of(features)
+    kept = [key for key in like.keys if key.name != size and not key.name.startswith("tokenizer.")]
+    targets = {name: target._replace(shape=shapes[name]) for name, target in like.targets.items()}
+    return like._replace(keys=[*kept, *keys_of({size: features.vocab_size, **vocabulary})], targets=targets)
 
 
 def frame_without_tokenizer(opened: Opened) -> Frame:

@@ -59,6 +59,13 @@ def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
     return {"model": str(model), "lora": None if lora is None else str(lora), **empty, **more}
 
 
+def _gguf_of(folder: Path, path: Path) -> Path:
+    opened = open_base_or_run(str(folder), None)
+    tensors = {name: entry.read() for name, entry in opened.source.tensors.items()}
+    write_gguf(path, framed(opened).frame, list(tensors), iter(tensors.values()), "float32")
+    return path
+
+
 def _ids(found: dict[str, np.ndarray], name: str) -> dict[str, Any]:
     return json.loads(str(found[f"{name}/ids"]))
 
@@ -131,14 +138,17 @@ def test_loras(tmp_path: Path, llama_cpp) -> None:
 
 @pytest.mark.slow
 def test_new_tokens(tmp_path: Path, llama_cpp) -> None:
-    """Their rows, of a table that is longer than the vocabulary, and of one that has to become longer; their ids."""
+    """Their rows, of a table that is longer than the vocabulary, and of one that has to become longer; their ids.
+
+    From folders, and from a GGUF file."""
     new, ours, cases = ["<|tool|>", "<|answer|>"], {}, {}
     texts = [f"{new[0]}some text{new[1]}", new[1], *CORPUS]
-    for name, size in {"padded": VOCABULARY, "full": tokenizer_size()}.items():
+    for name, size in {"padded": VOCABULARY, "full": tokenizer_size(), "file": tokenizer_size()}.items():
         config = FAMILIES["qwen2"][1] | {"vocab_size": size, "max_position_embeddings": 512}
         files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
         folder = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
-        model, _ = _write_run(tmp_path / name, folder, LORAS["all"], new=new)
+        base = _gguf_of(folder, tmp_path / "base.gguf") if name == "file" else folder
+        model, _ = _write_run(tmp_path / name, base, LORAS["all"], new=new)
         main([str(tmp_path / name), "--format", "gguf", "--dtype", "float32"])
         rows = TOKENS % tokenizer_size()
         rows[:, ::5] = tokenizer_size() + 1
