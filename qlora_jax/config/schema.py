@@ -66,6 +66,20 @@ class LoraArgs:
         "alone, on keys, values and the MLP's inner activations",
         "lora",
     )
+    init: Literal["default", "pissa", "loftq"] = setting(
+        "what A and B begin with. default: A random, B zero. pissa: the largest singular parts of each weight, of "
+        "which the rest is quantized. loftq: what quantization takes from each weight",
+        "default",
+    )
+    svd_niter: int = setting(
+        "pissa and loftq: power iterations of a randomized decomposition, such as 4 or 16; 0 computes the whole one, "
+        "which takes long for large models",
+        0,
+        NON_NEGATIVE,
+    )
+    loftq_iterations: int = setting(
+        "loftq: how often a weight is quantized and what is missing decomposed", 1, AT_LEAST_ONE
+    )
     rank: int = setting("columns of lora_a, rows of lora_b", 16, AT_LEAST_ONE)
     alpha: float = setting("the update is scaled by alpha / rank", 32.0, POSITIVE)
     dropout: float = setting("share of adapter inputs zeroed while training", 0.0, BELOW_ONE)

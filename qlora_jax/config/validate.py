@@ -19,19 +19,39 @@ def _pattern_problems(config: Config) -> list[str]:
 
 
 # What (IA)^3, which has no rank and no dropout, leaves at its default; and what only it has.
-NOT_OF_IA3 = ("rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype")
+NOT_OF_IA3 = ("init", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype")
 OF_IA3 = ("feedforward_modules",)
 
 
 def _method_problems(lora: LoraArgs) -> list[str]:
-    """Settings that the method does not have."""
+    """Settings that the method does not have, or the initialisation."""
     plain = LoraArgs()
     foreign = {name: f"lora.method={lora.method}" for name in (NOT_OF_IA3 if lora.method == "ia3" else OF_IA3)}
+    if lora.init == "default":
+        foreign["svd_niter"] = "lora.init=default"
+    if lora.init != "loftq":
+        foreign["loftq_iterations"] = f"lora.init={lora.init}"
     return [
         f"lora.{name}: found {getattr(lora, name)!r}, but {why} has no such setting; leave it out"
         for name, why in foreign.items()
         if getattr(lora, name) != getattr(plain, name)
     ]
+
+
+def _init_problems(config: Config) -> list[str]:
+    init, start = config.lora.init, config.lora.start
+    problems = []
+    if init != "default" and start is not None:
+        problems.append(
+            f"lora.init: found {init!r} with lora.start={start}, expected default; an adapter to go on from has its "
+            "own values"
+        )
+    if init == "loftq" and config.model.quant_type == "none":
+        problems.append(
+            "lora.init: found 'loftq' with model.quant_type=none, but quantization's losses are what it makes up for; "
+            "set lora.init=pissa or default"
+        )
+    return problems
 
 
 def _paging_problems(config: Config) -> list[str]:
@@ -82,7 +102,8 @@ def _source_problems(data: DataArgs) -> list[str]:
 
 
 def _relation_problems(config: Config) -> list[str]:
-    problems = _pattern_problems(config) + _method_problems(config.lora) + _paging_problems(config)
+    problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
+    problems += _paging_problems(config)
     problems += _token_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(

@@ -1,6 +1,7 @@
 """A run's folder on disk, and its checkpoints: orbax, plain dicts, nothing of this package needed to read them.
 
     RUN/config.yaml                       the resolved configuration
+    RUN/initial.safetensors               what adapters begin with, where that is a part of the weights (lora.init)
     RUN/metrics.jsonl                     one line a step or evaluation
     RUN/checkpoints/STEP/lora             {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}
     RUN/checkpoints/STEP/optimizer        the optax state
@@ -20,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from qlora_jax.config import LoraArgs, ModelArgs, read_config
+from qlora_jax.io.initial import Initial, read_initial
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 
@@ -99,6 +101,7 @@ class Run:
     Fields:
       step, fingerprint: None where they are not known.
       new_ids: of the tokens whose rows were trained; known with the tokenizer.
+      initial: what the adapters began with, where that is a part of the weights.
     """
 
     path: Path
@@ -109,6 +112,7 @@ class Run:
     lora: Mapping[str, Mapping[str, jax.Array | np.ndarray]]
     fingerprint: str | None
     new_ids: tuple[int, ...] = ()
+    initial: Initial | None = None
 
     @property
     def label(self) -> str:
@@ -146,6 +150,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         step=step,
         lora=saved["lora"],
         fingerprint=saved["state"]["fingerprint"],
+        initial=read_initial(path, config.lora),
     )
 
 

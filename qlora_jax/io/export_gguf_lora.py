@@ -21,6 +21,7 @@ from qlora_jax.io.gguf_frame import frame_without_tokenizer, framed
 from qlora_jax.io.gguf_writer import Frame, Target, keys_of, write_gguf
 from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
+from qlora_jax.io.over_original import as_exported
 from qlora_jax.io.peft import Lora, effective_alphas
 from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import slots_of
@@ -44,16 +45,18 @@ def export_gguf_lora(
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
-    named = {opened.features.hugging_face_name(name): matrices for name, matrices in run.lora.items()}
+    trained = as_exported(run, with_base)
+    named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)
     base = framed(opened) if with_base else None
-    scaled = shared_alpha(effective_alphas(named, run.lora_args))
+    scaled = shared_alpha(effective_alphas(named, trained.args))
     frame = lora_frame(frame_without_tokenizer(opened), named, scaled.alpha)
     with staged_folder(output) as folder:
         write_gguf(folder / FILE, frame, list(frame.targets), lora_tensors(named, scaled.factors), "float32")
         if base:
             _write_base(folder, base.frame, opened, console)
-    lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _told(scaled), *(base.notes if base else [])]
+    told = [_told(scaled), *trained.notes, *(base.notes if base else [])]
+    lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", *told]
     if not base:
         lines.append("llama.cpp puts it on a GGUF file of the base; --with-base writes the one that it was trained on")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -66,6 +66,11 @@ def export_merged(
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
+    if base is not None and run.initial is not None:
+        raise ValueError(
+            f"--base: the adapter of {run.label} holds a part of the weights (lora.init={run.lora_args.init}), which "
+            "the original ones have too. Leave --base out, or export --format peft: a LoRA over the original weights"
+        )
     file = framed(opened) if form == "gguf" else None
     original = None if base is None else open_original(base, opened)
     new = [*opened.args.new_tokens, *opened.args.new_special_tokens]

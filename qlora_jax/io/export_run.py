@@ -11,6 +11,7 @@ from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.hub import HubName
 from qlora_jax.io.opened import Opened, load_base, open_base_or_run
+from qlora_jax.io.over_original import as_exported
 from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.peft_readers import notes_for_readers
 from qlora_jax.io.peft_tokens import check_exportable, split, token_config, token_tensors
@@ -39,11 +40,12 @@ def export_peft(
     base, revision = (str((output / BASE).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
-    adapters, tables = split(run.lora)
+    trained = as_exported(run, with_base)
+    adapters, tables = split(trained.lora)
     check_exportable(tables, run.lora_args, opened.features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
     on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
-    config = adapter_config(lora, run.lora_args, linears, base, on_inputs) | {"revision": revision}
+    config = adapter_config(lora, trained.args, linears, base, on_inputs) | {"revision": revision}
     config |= token_config(tables, run.new_ids, opened.features)
     with staged_folder(output) as folder:
         write_adapter(folder, adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features), config)
@@ -51,7 +53,7 @@ def export_peft(
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:
             _write_base(folder / BASE, opened, console)
-    _tell(output, run, base, notes_for_readers(config), console)
+    _tell(output, run, base, [*trained.notes, *notes_for_readers(config)], console)
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:

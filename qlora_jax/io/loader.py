@@ -45,8 +45,20 @@ class Loaded:
     fingerprint: str
 
 
+Rest = Callable[[str, np.ndarray], np.ndarray]  # (name of a tensor, the tensor) -> what of it is held
+
+
+def whole(name: str, tensor: np.ndarray) -> np.ndarray:
+    """The tensor."""
+    return tensor
+
+
 def load_model(
-    source: ModelSource, config: ModelConfig, weights: WeightFormat, progress: Progress | None = None
+    source: ModelSource,
+    config: ModelConfig,
+    weights: WeightFormat,
+    progress: Progress | None = None,
+    rest: Rest = whole,
 ) -> Loaded:
     """The model of `config` with the weights of `source`, linear layers quantized as `weights` says.
 
@@ -54,6 +66,7 @@ def load_model(
 
     Args:
       progress: called with (bytes of file done, bytes in all, name of the tensor) after each tensor.
+      rest: what is held of tensors that the files hold in 16 bits or more; adapters have what is not.
 
     Raises:
       ValueError: tensors missing, unexpected or mis-shaped, all at once; codes on disk of another kind than `weights`
@@ -69,7 +82,7 @@ def load_model(
     entries = reading_ahead([source.tensors[name] for slot in slots for name in slot.names])
     stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
     leaves = [
-        _filled(next(stacks) if slot.stacked else None, _converted(source, slot, entries, digest, report))
+        _filled(next(stacks) if slot.stacked else None, _converted(source, slot, entries, digest, report, rest))
         for slot in slots
     ]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
@@ -136,16 +149,18 @@ def _converted(
     entries: Iterator[TensorEntry],
     digest: Any,
     report: Callable[[TensorEntry], None],
+    rest: Rest,
 ) -> Iterator[QTensor | jax.Array]:
     """Each tensor of a slot, which are the next of `entries`, as it is held: quantized, or in the dtype of the leaf."""
     for index, name in enumerate(slot.names):
         entry = next(entries)
         if wants := slot.quantized_as(index):
-            layer = dataclasses.replace(quantized(source, entry, wants), dtype=wants.dtype)
+            layer = dataclasses.replace(quantized(source, entry, wants, rest), dtype=wants.dtype)
             _update(digest, name, jax.tree.leaves(layer))
         else:
             array = entry.read()
             _check_finite(source, name, array)
+            array = rest(name, array)
             _update(digest, name, [array])
             # A copy, since the memory is the file's, and after the cast: f32 and two casts are never there at once.
             array = array.astype(slot.dtype, copy=False)
@@ -155,11 +170,14 @@ def _converted(
         report(entry)
 
 
-def quantized(source: ModelSource, entry: TensorEntry, spec: QTensor) -> QTensor:
+def quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, rest: Rest = whole) -> QTensor:
     """The weight in codes: as the file holds it, or quantized."""
     if entry.held is not None:
         return entry.held()
     array = entry.read()
+    if rest is not whole:
+        _check_finite(source, entry.name, array)
+        array = rest(entry.name, array)
     try:
         return quantize(
             array,

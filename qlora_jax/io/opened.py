@@ -12,7 +12,8 @@ from qlora_jax.data.tokenizer import Tokenizer, with_chat_template
 from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.hub import HubName
-from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.initial import rest_by
+from qlora_jax.io.loader import Progress, load_model, whole
 from qlora_jax.io.peft_reader import base_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.io.source import open_model
 from qlora_jax.io.vocabulary import open_tokenizer
@@ -114,8 +115,9 @@ def load_base(opened: Opened, args: ModelArgs, progress: Progress | None = None)
     Raises:
       ValueError: it is not the base of the run; that can be told where it is quantized as the run was trained.
     """
-    loaded = load_model(opened.source, opened.features, weight_format(args), progress)
     run = opened.run
+    rest = whole if run is None or run.initial is None else rest_by(run.initial, opened.features, run.lora_args)
+    loaded = load_model(opened.source, opened.features, weight_format(args), progress, rest)
     if run is None or run.fingerprint is None or _quantization(args) != _quantization(run.model):
         return loaded.model
     if loaded.fingerprint != run.fingerprint:
@@ -132,7 +134,7 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
     Raises:
       ValueError: the adapter does not fit the model; names every projection where it does not.
     """
-    add_lora(model, run.lora_args, jax.random.key(0))
+    add_lora(model, run.lora_args, jax.random.key(0), None if run.initial is None else run.initial.factors)
     add_token_rows(model, run.new_ids, run.lora_args.dtype)
     graphdef, fresh, base = partition(model)
     check_shapes(run.path, run.lora, fresh)
@@ -140,7 +142,10 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
 
 
 def unadapted(model: CausalLM, run: Run | None) -> tuple[nnx.GraphDef, Lora, nnx.State]:
-    """Likewise before the run's training: the base; the run's new tokens, if it has any, have the mean row."""
+    """Likewise before the run's training: the base, with that part of its weights that the run's adapters began with;
+    the run's new tokens, if it has any, have the mean row."""
+    if run is not None and run.initial is not None:
+        add_lora(model, run.lora_args, jax.random.key(0), run.initial.factors)
     if run is not None and run.new_ids:
         add_token_rows(model, run.new_ids, run.lora_args.dtype)
     return partition(model)

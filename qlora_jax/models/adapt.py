@@ -5,6 +5,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
@@ -20,6 +22,13 @@ LAST = "mlp.down_proj"
 IA3_TARGETS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", LAST)
 
 Linears = Mapping[str, QLinear]
+Factors = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
+
+
+def our_names(config: ModelConfig) -> dict[str, str]:
+    """Our name of each adaptable projection, `model.layers.self_attn.q_proj`, by Hugging Face's."""
+    names = (f"model.layers.{name}" for name in config.linear_shapes())
+    return {config.hugging_face_name(name): name for name in names}
 
 
 def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
@@ -30,16 +39,19 @@ def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
         yield linear.name, linear
 
 
-def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
+def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors | None = None) -> None:
     """Sets an adapter of the spec's method on each projection that it targets; it changes nothing until it is trained.
 
     Each adapter's initial values belong to (key, name): they do not depend on what else is targeted.
+
+    Args:
+      initial: A and B to begin with, instead of drawn ones (`lora.init`): as `partition` has LoRA parameters.
 
     Raises:
       ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1.
     """
     known = dict(linears(model))
-    made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key)
+    made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial)
     for name, adapter in made.items():
         known[name].adapter = adapter
 
@@ -70,15 +82,21 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
     return targets, found
 
 
-def _low_rank(model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array) -> dict[str, Adapter]:
+def _low_rank(
+    model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array, initial: Factors | None
+) -> dict[str, Adapter]:
     made: dict[str, Adapter] = {}
+    ours = our_names(model.config)
     for name, (rank, scaling) in ranks_and_scalings(list(known), spec, model.config.num_layers).items():
         linear = known[name]
-        factors = initial_factors(named_key(key, name), model.config.num_layers, linear.shape, rank, spec.dtype)
-        if spec.method == "dora":
-            made[name] = DoRA.init(*factors, linear.weight.get_value(), scaling, spec.dropout)
+        if initial is None:
+            a, b = initial_factors(named_key(key, name), model.config.num_layers, linear.shape, rank, spec.dtype)
         else:
-            made[name] = LoRA(*factors, scaling, spec.dropout)
+            a, b = (jnp.asarray(initial[ours[name]][leaf], spec.dtype) for leaf in ("lora_a", "lora_b"))
+        if spec.method == "dora":
+            made[name] = DoRA.init(a, b, linear.weight.get_value(), scaling, spec.dropout)
+        else:
+            made[name] = LoRA(a, b, scaling, spec.dropout)
     return made
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from qlora_jax.config import Config, write_config
 from qlora_jax.data.report_text import print_report
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints
+from qlora_jax.io.initial import read_initial, write_initial
 from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.training.display import Display, banner
@@ -81,11 +82,13 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
     if not (plan.fits or oversized):
         raise ValueError(f"memory plan: {plan.nearest_fix()}\n  --{OVERSIZED} starts it all the same")
     with loading(console) as progress:
-        session = prepare(config, inputs, gradients, progress)
+        session = prepare(config, inputs, gradients, progress, read_initial(run, config.lora) if resume else None)
     run.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run, config.train.keep) as checkpoints:
         state = restore(session, checkpoints) if resume else start(session)
         write_config(config, run / CONFIG_FILE)
+        if session.initial is not None and not resume:
+            write_initial(run, session.initial)
         banner("QLoRA finetuning", overview(session, state.step), console)
         display = Display(session.total_steps, state.step, config.train.log_every, console)
         with (

@@ -1,6 +1,7 @@
 """Everything a run holds before its first step, built from the configuration alone."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +15,8 @@ from qlora_jax.config import Config
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.held import as_held
-from qlora_jax.io.loader import Progress, load_model
+from qlora_jax.io.initial import Initial, Splits, check_source, rest_by
+from qlora_jax.io.loader import Loaded, Progress, load_model
 from qlora_jax.io.peft_reader import check_shapes, read_start
 from qlora_jax.io.source import open_model
 from qlora_jax.io.vocabulary import open_tokenizer
@@ -41,6 +43,7 @@ class Session:
       fingerprint: of the base, as io.loader makes it.
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, micro-batch, layer and name; None where there is no dropout.
+      initial: what adapters begin with, where that is a part of the weights.
     """
 
     config: Config
@@ -56,6 +59,7 @@ class Session:
     fingerprint: str
     total_steps: int
     dropout_key: jax.Array | None
+    initial: Initial | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,6 +99,7 @@ def open_inputs(config: Config) -> Inputs:
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
     )
+    check_source(source, config.lora)
     start = None if config.lora.start is None else read_start(Path(config.lora.start), model, config.lora)
     return Inputs(source=source, model=model, dataset=dataset, new_ids=tokenizer.new_ids, start=start)
 
@@ -122,15 +127,21 @@ def weights_of(config: Config, inputs: Inputs) -> WeightFormat:
     return as_held(weight_format(config.model), inputs.source, inputs.model)
 
 
-def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Progress) -> Session:
-    """Loads, quantizes and adapts: the session of a run at step 0."""
+def prepare(
+    config: Config, inputs: Inputs, gradients: Gradients, progress: Progress, initial: Initial | None = None
+) -> Session:
+    """Loads, quantizes and adapts: the session of a run at step 0.
+
+    Args:
+      initial: what the run's adapters began with, where it goes on and that is a part of the weights.
+    """
     dataset = inputs.dataset
     weights = weights_of(config, inputs)
     total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
     updates = make_updates(config.optim, total_steps, gradients)
-    loaded = load_model(inputs.source, inputs.model, weights, progress)
     key = jax.random.key(config.train.seed)
-    add_lora(loaded.model, config.lora, named_key(key, "lora"))
+    loaded, initial = _loaded(config, inputs, weights, progress, initial, named_key(key, "lora"))
+    add_lora(loaded.model, config.lora, named_key(key, "lora"), None if initial is None else initial.factors)
     add_token_rows(loaded.model, inputs.new_ids, config.lora.dtype)
     graphdef, lora, base = partition(loaded.model)
     if inputs.start is not None:
@@ -150,4 +161,18 @@ def prepare(config: Config, inputs: Inputs, gradients: Gradients, progress: Prog
         fingerprint=loaded.fingerprint,
         total_steps=total_steps,
         dropout_key=named_key(key, "dropout") if config.lora.dropout else None,
+        initial=initial,
     )
+
+
+def _loaded(
+    config: Config, inputs: Inputs, weights: WeightFormat, progress: Progress, initial: Initial | None, key: jax.Array
+) -> tuple[Loaded, Initial | None]:
+    """The base, and what of it the adapters begin with: found as it is loaded, or given."""
+    load = functools.partial(load_model, inputs.source, inputs.model, weights, progress)
+    if config.lora.init == "default":
+        return load(), None
+    if initial is not None:
+        return load(rest_by(initial, inputs.model, config.lora)), initial
+    splits = Splits(inputs.model, weights, config.lora, key)
+    return load(splits), splits.initial()

@@ -16,6 +16,9 @@ pytestmark = pytest.mark.slow
 METHODS = {
     "dora": dict(lora=dict(method="dora")),
     "dora in bf16": dict(lora=dict(method="dora", dtype="bfloat16"), model=dict(compute_dtype="bfloat16")),
+    "pissa": dict(lora=dict(init="pissa", svd_niter=4)),
+    "loftq": dict(lora=dict(init="loftq", loftq_iterations=2), model=dict(double_quant=False)),
+    "dora of pissa": dict(lora=dict(method="dora", init="pissa")),
     "ia3": dict(lora=dict(method="ia3", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
 }
 
@@ -41,7 +44,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypat
 
 def test_pages_change_no_bit(finished, tmp_path):
     """Vectors and matrices are paged together."""
-    budget = "70KiB" if finished.lora.method == "dora" else "4KiB"
+    budget = "4KiB" if finished.lora.method == "ia3" else "70KiB"
     config = with_paging(finished, tmp_path / "run", paging="on", paging_budget=budget)
     run(config)
     assert_same_runs(config, finished)
@@ -67,7 +70,7 @@ def test_what_was_learned_is_there_when_it_is_opened(finished):
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in saved.values())
     model = combine(graphdef, lora, base)
     linear = model.model.layers.self_attn.k_proj
-    leaf = linear.adapter.vector if finished.lora.method == "ia3" else linear.adapter.magnitude
+    leaf = getattr(linear.adapter, {"ia3": "vector", "dora": "magnitude", "lora": "lora_b"}[finished.lora.method])
     assert leaf[...].dtype == np.float32 and np.std(leaf[...]) > 1e-3
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.io.export_run import export_peft
+from qlora_jax.io.over_original import as_exported
 from qlora_jax.training import loop
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import check_folder, train
@@ -249,7 +250,9 @@ def first_losses_before_and_after(finished, tmp_path):
     export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=quiet())
     config = dataclasses.replace(
         finished,
-        lora=dataclasses.replace(finished.lora, start=str(tmp_path / "peft")),
+        lora=dataclasses.replace(
+            as_exported(open_run(Path(finished.output)), False).args, start=str(tmp_path / "peft")
+        ),
         train=dataclasses.replace(finished.train, steps=1),
         output=str(tmp_path / "more"),
     )
