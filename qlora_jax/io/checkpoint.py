@@ -102,6 +102,7 @@ class Run:
       step, fingerprint: None where they are not known.
       new_ids: of the tokens whose rows were trained; known with the tokenizer.
       initial: what the adapters began with, where that is a part of the weights.
+      tables: embedding and head in place of the base's, of an adapter that was made elsewhere.
     """
 
     path: Path
@@ -113,6 +114,7 @@ class Run:
     fingerprint: str | None
     new_ids: tuple[int, ...] = ()
     initial: Initial | None = None
+    tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:

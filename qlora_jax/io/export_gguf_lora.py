@@ -68,7 +68,9 @@ def check_plain(run: Run, lora: Lora) -> None:
     Raises:
       ValueError: names every module that has something else, which llama.cpp does not read.
     """
-    if other := {name: sorted(leaves) for name, leaves in lora.items() if leaves.keys() != PLAIN}:
+    other = {name: sorted(leaves) for name, leaves in lora.items() if leaves.keys() != PLAIN}
+    other |= {name: ["the whole table"] for name in run.tables}
+    if other:
         raise ValueError(
             f"{run.label} is no plain LoRA, the only adapter that llama.cpp reads: it trains "
             f"{'; '.join(f'{name}: {leaves}' for name, leaves in other.items())}. Export with --format gguf, merged"

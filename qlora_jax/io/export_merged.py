@@ -113,7 +113,7 @@ def _write(
     if original is not None:
         check_original(original, slots, computed)
     trained, whole = _with_and_without(base, opened.run, prompts)
-    tables = whole_tables(whole)
+    tables = whole_tables(whole, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
     held = {} if original is None else original.tensors
     names = opened.features.hugging_face_name

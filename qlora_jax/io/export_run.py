@@ -42,18 +42,22 @@ def export_peft(
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
     trained = as_exported(run, with_base)
     adapters, tables = split(trained.lora)
-    check_exportable(tables, run.lora_args, opened.features)
+    check_exportable(run, tables, opened.features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
     on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
     config = adapter_config(lora, trained.args, linears, base, on_inputs) | {"revision": revision}
     config |= token_config(tables, run.new_ids, opened.features)
+    whole = opened.whole_features.vocab_size
+    rows = whole if whole > opened.features.vocab_size and not with_base else None
     with staged_folder(output) as folder:
-        write_adapter(folder, adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features), config)
+        tensors = adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features)
+        write_adapter(folder, tensors, config, rows)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:
             _write_base(folder / BASE, opened, console)
-    _tell(output, run, base, [*trained.notes, *notes_for_readers(config)], console)
+    first = [f"PEFT wants its embedding longer first: base.resize_token_embeddings({rows})"] if rows else []
+    _tell(output, run, base, [*first, *trained.notes, *notes_for_readers(config)], console)
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:
@@ -71,7 +75,7 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
     folder.mkdir()
     dtype, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
     add_token_rows(model, opened.tokenizer.new_ids, dtype)
-    slots, config = with_tables(slots, opened.source.config, whole_tables(model))
+    slots, config = with_tables(slots, opened.source.config, whole_tables(model, ()))
     write_dense_folder(folder, slots, config, computed=dtype, dtype=dtype, adapters={})
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 

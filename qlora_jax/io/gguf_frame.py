@@ -39,7 +39,7 @@ def framed(opened: Opened) -> Framed:
     """
     source, features, tokenizer = opened.source, opened.whole_features, opened.tokenizer
     bare, from_file = frame_without_tokenizer(opened), is_gguf(str(source.path))
-    if from_file and not tokenizer.new_ids:
+    if from_file and features == opened.features and not tokenizer.new_ids:
         return Framed(bare, [])
     stop = source.tokenizer["stop_token_ids"]
     vocabulary, notes = vocabulary_of(tokenizer, features.vocab_size, stop, bare.architecture)

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import ModelArgs
-from qlora_jax.data.tokenizer import Tokenizer, with_chat_template
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
 from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.hf_tokenizer import read_tokenizer
 from qlora_jax.io.hub import HubName
 from qlora_jax.io.initial import rest_by
 from qlora_jax.io.loader import Progress, load_model, whole
@@ -23,7 +24,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_token_rows
+from qlora_jax.models.vocabulary import add_token_rows, set_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +43,10 @@ class Opened:
 
     @property
     def whole_features(self) -> ModelConfig:
-        """The features of the model with rows for its new tokens."""
-        rows = max((self.features.vocab_size, *(number + 1 for number in self.tokenizer.new_ids)))
+        """The features of the model with all rows of the run's tables."""
+        tables = {} if self.run is None else self.run.tables
+        lengths = (*(number + 1 for number in self.tokenizer.new_ids), *map(len, tables.values()))
+        rows = max((self.features.vocab_size, *lengths))
         return dataclasses.replace(self.features, vocab_size=rows)
 
 
@@ -73,12 +76,15 @@ def open_base_or_run(
 def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> Opened:
     features = model_config(source.config)
     tokenizer = open_tokenizer(source, args, features.vocab_size)
+    if run is not None:
+        tokenizer = dataclasses.replace(tokenizer, new_ids=tokenizer.new_ids or run.new_ids)
+        run = dataclasses.replace(run, new_ids=tokenizer.new_ids)
     return Opened(
         source=source,
         features=features,
         tokenizer=tokenizer if chat_template is None else with_chat_template(tokenizer, chat_template),
         args=args,
-        run=None if run is None else dataclasses.replace(run, new_ids=tokenizer.new_ids),
+        run=run,
     )
 
 
@@ -90,7 +96,10 @@ def _open_adapter(folder: Path, model: str | None, step: int | None, chat_templa
         raise ValueError(f"the base of {folder} is {path!r}, which is not here: give its path with --model")
     args = ModelArgs(path=path)
     source = open_model(path)
-    adapter = read_adapter(folder, model_config(source.config))
+    features = model_config(source.config)
+    adapter = read_adapter(folder, features)
+    if adapter.new_ids or adapter.tables:
+        source = _with_tokenizer_of(folder, source, max((0, *adapter.new_ids)))
     run = Run(
         path=folder,
         model=args,
@@ -99,8 +108,25 @@ def _open_adapter(folder: Path, model: str | None, step: int | None, chat_templa
         step=None,
         lora=adapter.lora,
         fingerprint=None,
+        new_ids=adapter.new_ids,
+        tables=adapter.tables,
     )
     return _opened(source, args, run, chat_template)
+
+
+def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSource:
+    """With the adapter's own tokenizer, if it has one; else the base's has to know the tokens up to `last`."""
+    own = read_tokenizer(folder)
+    if "tokenizer_json" in own:
+        stop = own["stop_token_ids"] or source.tokenizer["stop_token_ids"]
+        template = own["chat_template"] or source.tokenizer["chat_template"]
+        return dataclasses.replace(source, tokenizer={**own, "stop_token_ids": stop, "chat_template": template})
+    if (size := load_tokenizer(source.tokenizer).vocab_size) <= last:
+        raise ValueError(
+            f"{folder} has rows of new tokens, up to {last}, but no tokenizer.json, and the base's tokenizer has "
+            f"{size} tokens: put the tokenizer that it was trained with into the folder"
+        )
+    return source
 
 
 def held_as(opened: Opened, quant_type: str, compute_dtype: str) -> ModelArgs:
@@ -135,6 +161,7 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
       ValueError: the adapter does not fit the model; names every projection where it does not.
     """
     add_lora(model, run.lora_args, jax.random.key(0), None if run.initial is None else run.initial.factors)
+    set_tables(model, run.tables)
     add_token_rows(model, run.new_ids, run.lora_args.dtype)
     graphdef, fresh, base = partition(model)
     check_shapes(run.path, run.lora, fresh)
@@ -143,11 +170,13 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
 
 def unadapted(model: CausalLM, run: Run | None) -> tuple[nnx.GraphDef, Lora, nnx.State]:
     """Likewise before the run's training: the base, with that part of its weights that the run's adapters began with;
-    the run's new tokens, if it has any, have the mean row."""
-    if run is not None and run.initial is not None:
-        add_lora(model, run.lora_args, jax.random.key(0), run.initial.factors)
-    if run is not None and run.new_ids:
-        add_token_rows(model, run.new_ids, run.lora_args.dtype)
+    tokens that it does not have, and the run's new ones, have the mean row."""
+    if run is not None:
+        if run.initial is not None:
+            add_lora(model, run.lora_args, jax.random.key(0), run.initial.factors)
+        longest = max((0, *map(len, run.tables.values())))
+        beyond = tuple(range(model.config.vocab_size, longest))
+        add_token_rows(model, run.new_ids or beyond, run.lora_args.dtype)
     return partition(model)
 
 

@@ -129,11 +129,13 @@ def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]
     return sorted(suffixes)
 
 
-def write_adapter(folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any]) -> None:
-    """The adapter's three files, in a folder that is there."""
+def write_adapter(
+    folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any], rows: int | None = None
+) -> None:
+    """The adapter's three files, in a folder that is there; `rows` that the base's embedding has to be given first."""
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(config), encoding="utf-8")
+    (folder / "README.md").write_text(_readme(config, rows), encoding="utf-8")
 
 
 README = """\
@@ -149,12 +151,12 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 base = AutoModelForCausalLM.from_pretrained({loadable})
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 """
 
 
-def _readme(config: dict[str, Any]) -> str:
+def _readme(config: dict[str, Any], rows: int | None) -> str:
     base = config["base_model_name_or_path"]
     loadable = repr("the same model as a Hugging Face folder" if is_gguf(base) else base)
     if config.get("revision"):
@@ -166,7 +168,8 @@ def _readme(config: dict[str, Any]) -> str:
             "lora",
             "A {} adapter (rank {r}, alpha {lora_alpha})".format("DoRA" if config["use_dora"] else "LoRA", **config),
         )
-    return README.format(base_model_name_or_path=base, loadable=loadable, tag=tag, what=what)
+    resize = f"base.resize_token_embeddings({rows})  # for the new tokens\n" if rows else ""
+    return README.format(base_model_name_or_path=base, loadable=loadable, resize=resize, tag=tag, what=what)
 
 
 def is_gguf(base: str) -> bool:

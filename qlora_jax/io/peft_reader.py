@@ -18,6 +18,7 @@ from qlora_jax.io.hf_tokenizer import read_json
 from qlora_jax.io.hub import named
 from qlora_jax.io.inventory import LAYER, layer_name
 from qlora_jax.io.peft import LEAVES, PREFIX, VECTOR, Lora, target_suffixes
+from qlora_jax.io.peft_tables import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.safetensors import read_header
 from qlora_jax.models.adapt import ia3_targets
 from qlora_jax.models.config import ModelConfig
@@ -47,13 +48,17 @@ class PeftAdapter:
     Attributes:
       args: settings with which `add_lora` makes adapters of these shapes and scalings.
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}} in f32, by our names; with
-        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3.
+        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3; {"rows": [N, D]} of embedding and head.
+      new_ids: of the tokens that these rows are of.
+      tables: embedding and head in place of the base's, where they were trained whole.
       base: where the base model was found when the adapter was made; None where the config does not say.
     """
 
     args: LoraArgs
     lora: dict[str, dict[str, np.ndarray]]
     base: str | None
+    new_ids: tuple[int, ...]
+    tables: dict[str, np.ndarray]
 
 
 def is_adapter(folder: Path) -> bool:
@@ -77,18 +82,19 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
         of linear layers of the model: all problems of the settings, or of the tensors, at once.
     """
     config = read_json(folder / CONFIG)
-    _check_settings(folder, config)
+    _check_settings(folder, config, model)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
-    tensors = list(read_header(folder / WEIGHTS))
+    tables, tensors, wrong = read_tables(config, list(read_header(folder / WEIGHTS)), model)
     if _kind(config) == "IA3":
-        stacks = _stacked(folder, tensors, model, OF_METHOD["ia3"])
+        stacks = _stacked(folder, tensors, model, OF_METHOD["ia3"], wrong)
         args = _ia3_args(stacks, model)
         lora = {name: {"vector": leaves["vector"].reshape(model.num_layers, -1)} for name, leaves in stacks.items()}
     else:
-        lora = _stacked(folder, tensors, model, OF_METHOD["dora" if config.get("use_dora") else "lora"])
+        lora = _stacked(folder, tensors, model, OF_METHOD["dora" if config.get("use_dora") else "lora"], wrong)
         args = _low_rank_args(config, lora, model)
-    return PeftAdapter(args=args, lora=lora, base=config.get("base_model_name_or_path"))
+    base = config.get("base_model_name_or_path")
+    return PeftAdapter(args=args, lora=lora | tables.rows, base=base, new_ids=tables.ids, tables=tables.whole)
 
 
 def _kind(config: Mapping[str, Any]) -> str:
@@ -130,7 +136,7 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} has {CONFIG}, but no {WEIGHTS}"
 
 
-def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_settings(folder: Path, config: Mapping[str, Any], model: ModelConfig) -> None:
     problems = [
         f"{name} = {config[name]!r}: only {' or '.join(map(repr, possible))} is supported"
         for name, possible in ONLY.items()
@@ -144,23 +150,27 @@ def _check_settings(folder: Path, config: Mapping[str, Any]) -> None:
             f"init_lora_weights = {init!r} changes the base that the adapter belongs to: convert it to a plain LoRA "
             "with peft (save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    known = {*ONLY, *READ, *HARMLESS, "init_lora_weights"}
+    known = {*ONLY, *READ, *HARMLESS, *SETTINGS, "init_lora_weights"}
     problems += [
         f"{name} = {value!r} is not supported"
         for name, value in sorted(config.items())
         if name not in known and value not in (None, False, {}, [])
     ]
+    problems += setting_problems(config, model)
     if problems:
         raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
 
 
 def _stacked(
-    folder: Path, entries: list[TensorEntry], model: ModelConfig, leaves: Sequence[str]
+    folder: Path, entries: list[TensorEntry], model: ModelConfig, leaves: Sequence[str], wrong_tables: list[str]
 ) -> dict[str, dict[str, np.ndarray]]:
-    """Layers of each projection as one array in f32, from all of them; those of `leaves` that PEFT transposes, back."""
+    """Layers of each projection as one array in f32, from all of them; those of `leaves` that PEFT transposes, back.
+
+    What is wrong with tables is told with what is wrong here.
+    """
     matches = {entry.name: KEY.fullmatch(entry.name) for entry in entries}
     by_key = {(match["module"], OURS[match["leaf"]]): e for e in entries if (match := matches[e.name])}
-    problems = [f"{name}: no part of such an adapter" for name, match in matches.items() if not match]
+    problems = wrong_tables + [f"{name}: no part of such an adapter" for name, match in matches.items() if not match]
     lora: dict[str, dict[str, np.ndarray]] = {}
     for inner, (shape, _) in model.linear_shapes().items():
         name = f"model.layers.{inner}"
@@ -224,13 +234,26 @@ SCALING = ("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_patte
 IA3_SETTINGS = ("target_modules", "feedforward_modules")
 
 
-def read_start(folder: Path, model: ModelConfig, args: LoraArgs) -> Lora:
+def read_start(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[int, ...]) -> Lora:
     """The parameters of the adapter in a folder, for training with these settings to go on from.
 
+    Args:
+      new_ids: of the run's new tokens.
+
     Raises:
-      ValueError: settings that are not the adapter's, each with the adapter's own.
+      ValueError: settings or new tokens that are not the adapter's, each with the adapter's own; or whole tables.
     """
     adapter = read_adapter(folder, model)
+    if adapter.tables:
+        raise ValueError(
+            f"lora.start={folder}: it holds {' and '.join(adapter.tables)} whole (modules_to_save), and whole tables "
+            "do not train here. Merge it (python -m qlora_jax.export FOLDER --format hf), and train on that model"
+        )
+    if adapter.new_ids not in ((), new_ids):
+        raise ValueError(
+            f"lora.start={folder}: it has rows of the tokens {list(adapter.new_ids)}; model.new_tokens are "
+            f"{list(new_ids) or 'none'}: name the adapter's tokens, in their order"
+        )
     wrong = [
         f"lora.{name}: {getattr(args, name)!r}, in the adapter {getattr(adapter.args, name)!r}"
         for name in SCALING

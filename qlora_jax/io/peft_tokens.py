@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.config import LoraArgs
+from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.peft import PREFIX, Lora
 from qlora_jax.models.config import ModelConfig
 
@@ -44,14 +44,19 @@ def token_config(tables: Lora, ids: tuple[int, ...], model: ModelConfig) -> dict
     return {"trainable_token_indices": {name: list(ids) for name in names}}
 
 
-def check_exportable(tables: Lora, args: LoraArgs, model: ModelConfig) -> None:
+def check_exportable(run: Run, tables: Lora, model: ModelConfig) -> None:
     """Passes what PEFT computes as it was trained.
 
     Raises:
-      ValueError: (IA)^3, to which PEFT adds no rows; a head with a bias, which it leaves out where its rows train.
+      ValueError: whole tables, as of an adapter that was made elsewhere; rows of tokens beside (IA)^3, to which PEFT
+        adds none, or of a head with a bias, which it leaves out then.
     """
+    if run.tables:
+        raise ValueError(
+            f"--format peft: {run.path} is an adapter already, with whole tables: use that, or --format hf"
+        )
     problems = {
-        "PEFT trains no rows of tokens beside (IA)^3": args.method == "ia3",
+        "PEFT trains no rows of tokens beside (IA)^3": run.lora_args.method == "ia3",
         "the head of this model adds a bias, which PEFT leaves out where rows of a head train "
         "(trainable_token_indices), so logits would be others": model.head_bias,
     }

@@ -65,7 +65,7 @@ def with_tables(
 ) -> tuple[list[Slot], dict[str, Any]]:
     """(slots, config.json) of the model in which tables are those given, by our names, with more rows perhaps."""
     placed = [dataclasses.replace(slot, leaf=tables.get(".".join(map(str, slot.path)), slot.leaf)) for slot in slots]
-    rows = {"vocab_size": len(tables[EMBEDDING])} if tables else {}
+    rows = {"vocab_size": len(tables[EMBEDDING])} if EMBEDDING in tables else {}
     return placed, {**config, **rows}
 
 

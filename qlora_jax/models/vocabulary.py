@@ -1,11 +1,14 @@
 """Rows for new tokens: where a model gets them, and what its tables are with them put in."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
 from qlora_jax.models.decoder import CausalLM, Embedding
+from qlora_jax.nn.variables import Frozen
 
 
 def tables(model: CausalLM) -> Iterator[tuple[str, Embedding]]:
@@ -25,12 +28,22 @@ def add_token_rows(model: CausalLM, ids: tuple[int, ...], dtype: DTypeLike) -> N
         table.set_rows(ids, dtype)
 
 
-def whole_tables(model: CausalLM) -> dict[str, jax.Array]:
-    """Weights and biases of the tables with their rows put in, by our names; empty where no rows train."""
+def set_tables(model: CausalLM, weights: Mapping[str, np.ndarray]) -> None:
+    """Puts whole tables, by our names, in place of the model's; they are frozen, and may have more rows."""
+    for name, table in tables(model):
+        if name in weights:
+            table.weight = Frozen(jnp.asarray(weights[name], table.weight[...].dtype))
+
+
+def whole_tables(model: CausalLM, replaced: Collection[str]) -> dict[str, jax.Array]:
+    """By our names, weights and biases of tables in which rows train, with these put in, and of those `replaced`."""
     whole = {}
     for name, table in tables(model):
-        if table.adapter is not None:
-            whole[f"{name}.weight"] = table.adapter.put_into(table.weight[...])
-            if table.bias is not None:
-                whole[f"{name}.bias"] = table.adapter.bias_put_into(table.bias[...])
+        if table.adapter is None and name not in replaced:
+            continue
+        leaves = {"weight": table.weight} if table.bias is None else {"weight": table.weight, "bias": table.bias}
+        for leaf, variable in leaves.items():
+            rows = table.adapter
+            put = None if rows is None else rows.put_into if leaf == "weight" else rows.bias_put_into
+            whole[f"{name}.{leaf}"] = variable[...] if put is None else put(variable[...])
     return whole

@@ -100,8 +100,9 @@ def open_inputs(config: Config) -> Inputs:
         accumulation=config.train.accumulation,
     )
     check_source(source, config.lora)
-    start = None if config.lora.start is None else read_start(Path(config.lora.start), model, config.lora)
-    return Inputs(source=source, model=model, dataset=dataset, new_ids=tokenizer.new_ids, start=start)
+    path, ids = config.lora.start, tokenizer.new_ids
+    start = None if path is None else read_start(Path(path), model, config.lora, ids)
+    return Inputs(source=source, model=model, dataset=dataset, new_ids=ids, start=start)
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
@@ -145,8 +146,10 @@ def prepare(
     add_token_rows(loaded.model, inputs.new_ids, config.lora.dtype)
     graphdef, lora, base = partition(loaded.model)
     if inputs.start is not None:
-        check_shapes(Path(str(config.lora.start)), inputs.start, lora)
-        lora = jax.tree.map(lambda values, fresh: jnp.asarray(values, fresh.dtype), inputs.start, lora)
+        # New tokens may be added to an adapter that has none.
+        started = {**{name: leaves for name, leaves in lora.items() if "rows" in leaves}, **inputs.start}
+        check_shapes(Path(str(config.lora.start)), started, lora)
+        lora = jax.tree.map(lambda values, fresh: jnp.asarray(values, fresh.dtype), started, lora)
     return Session(
         config=config,
         model=inputs.model,

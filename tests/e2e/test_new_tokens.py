@@ -16,12 +16,13 @@ from safetensors.numpy import load_file
 from qlora_jax.config import Config
 from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.export_merged import export_merged
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run, unadapted
+from qlora_jax.io.export_run import export_peft
+from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run, unadapted
 from qlora_jax.io.source import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from qlora_jax.training.run import train
-from qlora_jax.training.session import open_inputs
+from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from tests.e2e.project import project
 
 NEW = dict(new_tokens=["<|tool|>", "<|answer|>"], new_special_tokens=["<|turn|>"])
@@ -88,6 +89,26 @@ def test_paged_it_is_the_same_run(finished: Config, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, paged.lora, open_run(Path(finished.output)).lora)
 
 
+def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_path: Path) -> None:
+    console = Console(file=io.StringIO(), width=500)
+    export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=console)
+    assert "base.resize_token_embeddings(261)" in console.file.getvalue()
+    assert "base.resize_token_embeddings(261)" in (tmp_path / "peft/README.md").read_text()
+    lora = dataclasses.replace(finished.lora, start=str(tmp_path / "peft"))
+    config = dataclasses.replace(finished, lora=lora, output=str(tmp_path / "run"))
+    inputs = open_inputs(config)
+    session = prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
+    jax.tree.map(np.testing.assert_array_equal, dict(session.lora), dict(open_run(Path(finished.output)).lora))
+    tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
+    found = []
+    for run in (finished.output, str(tmp_path / "peft")):
+        opened = open_base_or_run(None, run)
+        assert opened.run is not None and opened.tokenizer.encode("<|answer|>") == [259]
+        args = held_as(opened, "nf4", "float32")
+        found.append(logits(adapted(load_base(opened, args), opened.run), tokens))
+    np.testing.assert_array_equal(*found)
+
+
 def test_other_new_tokens_are_another_run(finished: Config) -> None:
     model = dataclasses.replace(finished.model, new_tokens=["<|tool|>", "<|other|>"])
     with pytest.raises(ValueError, match=r"model.new_tokens: \['<\|tool\|>', '<\|answer\|>'\] then"):
@@ -105,7 +126,9 @@ def test_a_merged_model_holds_them(finished: Config, tmp_path: Path, tied: bool)
     if tied:
         config = tool_project(tmp_path / "tied", train=dict(steps=2), base=dict(tie_word_embeddings=True))
         trained(config)
-    export_merged(Path(config.output), tmp_path / "hf", "hf", step=None, model=None, dtype="float32", console=quiet())
+    export_merged(
+        Path(config.output), tmp_path / "hf", "hf", step=None, model=None, base=None, dtype="float32", console=quiet()
+    )
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
     opened = open_base_or_run(None, config.output)
     assert opened.run is not None
@@ -136,5 +159,7 @@ def test_a_padded_table_gives_its_rows(tmp_path: Path) -> None:
     assert opened.run is not None and opened.run.new_ids == IDS
     found = logits(adapted(load_base(opened, opened.args), opened.run), np.asarray([[*IDS, 5]], np.int32))
     assert found.shape == (4, 264)
-    export_merged(Path(config.output), tmp_path / "hf", "hf", step=None, model=None, dtype="float32", console=quiet())
+    export_merged(
+        Path(config.output), tmp_path / "hf", "hf", step=None, model=None, base=None, dtype="float32", console=quiet()
+    )
     assert model_config(open_model(tmp_path / "hf").config).vocab_size == 264

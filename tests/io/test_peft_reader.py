@@ -53,7 +53,8 @@ def _with(folder: Path, **changes: object) -> None:
     ("changes", "parts"),
     [
         (dict(peft_type="ADALORA", use_qalora=True), ["peft_type = 'ADALORA'", "use_qalora = True is not supported"]),
-        (dict(modules_to_save=["lm_head"], bias="all"), ["modules_to_save = ['lm_head']", "bias = 'all'"]),
+        (dict(modules_to_save=["lm_head", "norm"], bias="all"), ["modules_to_save: norm: neither", "bias = 'all'"]),
+        (dict(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}), ["other tokens of the head than of the"]),
         (dict(layers_to_transform=[0]), ["layers_to_transform = [0] is not supported"]),
         (dict(init_lora_weights="pissa"), ["init_lora_weights = 'pissa' changes the base"]),
     ],
@@ -80,7 +81,7 @@ def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
         "model.layers.1.self_attn.q_proj.lora_A.weight is missing",
         "0.mlp.down_proj.lora_B.weight: shape [63, 2], expected [64, 2]",
         "model.layers.*.mlp.w_pack.lora_A.weight: no linear layer",
-        "base_model.model.lm_head.weight: no part of such an adapter",
+        "base_model.model.lm_head.weight: shape [2, 64], expected [32 or more, 64]",
     ):
         assert part in str(caught.value)
 
@@ -92,7 +93,49 @@ def test_a_pickle_is_refused(folder: Path):
 
 
 def test_training_goes_on_from_an_adapter_with_its_own_settings_alone(folder: Path):
-    start = read_start(folder, MODEL, LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2}))
+    start = read_start(folder, MODEL, LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2}), ())
     assert start.keys() == random_lora().keys()
     with pytest.raises(ValueError, match=r"(?s)lora.rank: 16, in the adapter 4.*lora.alpha: 32.0, in the adapter 8.0"):
-        read_start(folder, MODEL, LoraArgs())
+        read_start(folder, MODEL, LoraArgs(), ())
+
+
+TIED = model_config(tiny_config(tie_word_embeddings=True))
+EMBEDDING, HEAD = "base_model.model.model.embed_tokens", "base_model.model.lm_head"
+DELTA = "token_adapter.trainable_tokens_delta"
+LONG, OTHER = np.ones((34, 64), np.float32), np.zeros((34, 64), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("model", "tensors", "part"),
+    [
+        (MODEL, {f"{EMBEDDING}.{DELTA}": LONG[:2]}, f"lm_head.{DELTA} is missing"),
+        (TIED, {f"{EMBEDDING}.{DELTA}": LONG[:3]}, "shape [3, 64], expected [2, 64]"),
+        (MODEL, {f"{EMBEDDING}.weight": LONG}, "one of embedding and head is longer than the base's"),
+        (MODEL, {f"{EMBEDDING}.weight": LONG, f"{HEAD}.weight": LONG[:33]}, "are of different lengths"),
+        (TIED, {f"{EMBEDDING}.weight": LONG, f"{HEAD}.weight": OTHER}, "the adapter's two differ"),
+    ],
+)
+def test_tables_that_do_not_fit(folder: Path, model, tensors: dict[str, np.ndarray], part: str):
+    path = folder / "adapter_model.safetensors"
+    save_file(load_file(path) | tensors, path)
+    if any(DELTA in name for name in tensors):
+        _with(folder, trainable_token_indices=[32, 33])
+    with pytest.raises(ValueError) as caught:
+        read_adapter(folder, model)
+    assert part in str(caught.value)
+
+
+def test_training_goes_on_with_the_same_new_tokens_and_no_whole_tables(folder: Path):
+    args = LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2})
+    path = folder / "adapter_model.safetensors"
+    plain = load_file(path)
+    save_file(plain | {f"{EMBEDDING}.{DELTA}": LONG[:2]}, path)
+    _with(folder, trainable_token_indices=[32, 33])
+    rows = read_start(folder, TIED, args, (32, 33))["model.embed_tokens"]["rows"]
+    np.testing.assert_array_equal(rows, LONG[:2])
+    with pytest.raises(ValueError, match=r"rows of the tokens \[32, 33\]; model.new_tokens are \[32\]"):
+        read_start(folder, TIED, args, (32,))
+    save_file(plain | {f"{EMBEDDING}.weight": LONG[:32]}, path)
+    _with(folder, trainable_token_indices=None)
+    with pytest.raises(ValueError, match=r"holds model.embed_tokens whole \(modules_to_save\)"):
+        read_start(folder, TIED, args, ())

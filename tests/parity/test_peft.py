@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
-from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.data.tokenizer import load_tokenizer, with_new_tokens
 from qlora_jax.export import main
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
@@ -122,6 +122,46 @@ def test_new_tokens(tmp_path: Path, oracle) -> None:
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
     for name, logits in ours.items():
         np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
+
+
+TABLES_MADE_BY_PEFT = {
+    "rows": ("untied", dict(resize_to=34, trainable_token_indices={"embed_tokens": [32, 33], "lm_head": [32, 33]})),
+    "rows, tied": ("tied", dict(resize_to=34, trainable_token_indices=[32, 33])),
+    "rows of the vocabulary": ("gptneox", dict(trainable_token_indices={"embed_in": [7, 3], "lm_head": [7, 3]})),
+    "whole": ("untied", dict(resize_to=34, modules_to_save=["embed_tokens", "lm_head"])),
+    "a whole embedding": ("untied", dict(modules_to_save=["embed_tokens"])),
+    "longer, tied": ("tied", dict(resize_to=34)),
+}
+
+
+@pytest.mark.slow
+def test_tables_that_peft_made(tmp_path: Path, oracle) -> None:
+    """Rows of new tokens and of others, and tables that were trained whole: as adapters, and merged."""
+    configs = {"untied": tiny_config(), "tied": tiny_config(tie_word_embeddings=True)}
+    configs["gptneox"] = FAMILIES["gptneox"][1]
+    grown = with_new_tokens(load_tokenizer({"tokenizer_json": tokenizer_json()}), NEW, [])
+    tokens, cases = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32), {}
+    tokens[:, ::5] = 7
+    for name, config in configs.items():
+        files = {"tokenizer.json": tokenizer_json()}
+        write_folder(tmp_path / name, config, random_tensors(config), **files)
+    for name, (base, arguments) in TABLES_MADE_BY_PEFT.items():
+        common = dict(r=3, lora_alpha=6, target_modules="all-linear")
+        cases[name] = [str(tmp_path / base), str(tmp_path / name), common | arguments]
+    expected = oracle(SCRIPT.with_name("peft_save_adapters.py"), cases=cases, tokens=tokens)
+    for name, (_, folder, arguments) in cases.items():
+        if "resize_to" in arguments:
+            (Path(folder) / "tokenizer.json").write_text(grown.to_json())
+        opened = open_base_or_run(None, folder)
+        args = held_as(opened, "none", "float32")
+        assert opened.run is not None
+        logits = _logits(combine(*adapted(load_base(opened, args), opened.run)), tokens)
+        close = dict(atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
+        np.testing.assert_allclose(logits, expected[name], **close)
+        main([folder, "--format", "hf", "--output", f"{folder}-hf", "--dtype", "float32"])
+        merged = open_base_or_run(f"{folder}-hf", None)
+        assert _logits(load_base(merged, args), tokens).shape == logits.shape
+        assert merged.tokenizer.vocab_size == (34 if "resize_to" in arguments else 32)
 
 
 def test_new_tokens_beside_a_head_with_a_bias_are_refused(tmp_path: Path) -> None:
