@@ -249,8 +249,8 @@ def _lines(file: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
                 yield line, json.loads(content)
             except json.JSONDecodeError as error:
                 yield line, _Bad(f"not JSON: {error.msg} at column {error.colno}: {_shorten(content.rstrip(_SPACE))}")
-            except RecursionError:
-                yield line, _Bad("not read: its JSON is nested too deeply")
+            except (ValueError, RecursionError) as error:
+                yield line, _Bad(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
 
 
 def _array(text: str) -> Iterator[tuple[int, Any]]:
@@ -265,6 +265,9 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
             at = _next_element(text, _skip(text, at))
         except json.JSONDecodeError as error:
             yield error.lineno, _Bad(f"not JSON: {error.msg} at column {error.colno}; the array ends there")
+            return
+        except (ValueError, RecursionError) as error:
+            yield line, _Bad(f"not read: {error}; the array ends there")
             return
     rest = _skip(text, at + 1)
     if rest < len(text):

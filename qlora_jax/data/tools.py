@@ -59,7 +59,10 @@ def _with_read_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(arguments: Any) -> Any:
-    return json.loads(arguments) if isinstance(arguments, str) else arguments
+    try:
+        return json.loads(arguments) if isinstance(arguments, str) else arguments
+    except RecursionError as error:
+        raise json.JSONDecodeError(str(error), arguments, 0) from None
 
 
 def names_called(message: Message) -> list[str]:

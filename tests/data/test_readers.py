@@ -71,6 +71,15 @@ def test_bad_content_is_told_by_line(tmp_path: Path, content: bytes, told: str):
     assert str(tmp_path / "bad.jsonl") in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000])
+def test_json_that_python_does_not_read_is_told(tmp_path: Path, value: str):
+    path = tmp_path / "rows.jsonl"
+    for content in (f'{{"a": 1}}\n{{"a": {value}}}\n', f'[{{"a": 1}},\n{{"a": {value}}}]'):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"1 of 2 rows(.|\n)*:2: not read: "):
+            read_rows(path)
+
+
 def test_many_problems_are_counted_and_the_first_few_shown(tmp_path: Path):
     (tmp_path / "bad.jsonl").write_text("x\n" * 20)
     with pytest.raises(ValueError, match=r"20 of 20 rows") as error:

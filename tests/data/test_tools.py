@@ -108,6 +108,7 @@ def test_calls_that_end_otherwise_are_refused(smollm2_source: dict, write_rows: 
     ("row", "told"),
     [
         ({"tools": "[{"}, "tools is not JSON: Expecting"),
+        ({"tools": "[" * 100_000}, "tools is not JSON: maximum recursion depth"),
         ({"tools": {"a": 1}}, "tools is no list of JSON schemas"),
         ({"messages": conversation("{city}")}, "message 1: the arguments of tool call 0 are not JSON"),
         ({"messages": conversation("[1]")}, "message 1: the arguments of tool call 0 are no object"),

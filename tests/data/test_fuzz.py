@@ -1,0 +1,119 @@
+"""Malformed rows, made up by the thousand: each is told by its line, whatever it holds, and nothing else is raised."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.dataset import load_dataset
+from qlora_jax.data.formats import FORMS
+from qlora_jax.data.tokenizer import Tokenizer
+
+TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+GOOD: dict[str, dict[str, Any]] = {
+    "messages": {"messages": TURNS},
+    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
+    "alpaca": {"instruction": "Q", "input": "", "output": "A"},
+    "completion": {"prompt": "Q", "completion": "A"},
+    "input-output": {"input": "Q", "output": "A"},
+    "unnatural-instructions": {"instances": [{"instruction_with_input": "Q", "output": "A"}]},
+    "flan": {"inputs": "Q", "targets": "A"},
+    "hh-rlhf": {"chosen": "\n\nHuman: Q\n\nAssistant: A"},
+    "guanaco": {"text": "### Human: Q### Assistant: A"},
+    "chip2": {"text": "<human>: Q\n<bot>: A"},
+    "text": {"text": "T"},
+}
+leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+anything = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
+)
+no_text = anything.filter(lambda value: not isinstance(value, str))
+not_json = st.sampled_from(['{"text": ', "{'text': 'a'}", '{"text": "a"} trailing', "text", '{"a": 1,}', "NaNa"])
+
+
+@st.composite
+def malformed(draw: st.DrawFn, form: str) -> str:
+    """A line that is certainly no row of that form."""
+    good, required = GOOD[form], FORMS[form].required
+    kind = draw(st.sampled_from(["not json", "no object", "no column", "no text", "blank", "half"]))
+    name = draw(st.sampled_from(required))
+    if kind == "not json":
+        return draw(not_json)
+    if kind == "no object":
+        return json.dumps(draw(anything.filter(lambda value: not isinstance(value, dict))))
+    if kind == "no column":
+        return json.dumps({other: value for other, value in good.items() if other != name})
+    if kind == "no text":
+        lists = isinstance(good[name], list)
+        wrong = draw(anything.filter(lambda value: not isinstance(value, list) or value) if lists else no_text)
+        return json.dumps({**good, name: wrong})
+    answer = required[-1]  # a blank prompt is none of our business
+    text = " \n" if kind == "blank" else "\ud83d"
+    return json.dumps(_with_text(good, answer, text))
+
+
+def _with_text(row: dict[str, Any], column: str, text: str) -> dict[str, Any]:
+    """The row whose answer is that text."""
+    if not isinstance(row[column], list):
+        return {**row, column: text}
+    *before, last = row[column]
+    return {**row, column: [*before, {**last, list(last)[-1]: text}]}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, form: str):
+    """11 forms x 15 files of 7 malformed rows: more than 1,000. The first row is good: a [ would begin an array."""
+    places = st.lists(st.integers(1, 20), min_size=7, max_size=7, unique=True)
+
+    @settings(max_examples=15)
+    @given(st.lists(malformed(form), min_size=7, max_size=7), places)
+    def check(bad: list[str], at: list[int]):
+        lines = [json.dumps(GOOD[form])] * 21
+        for line, text in zip(at, bad, strict=True):
+            lines[line] = text.replace("\n", " ")
+        told = error_of(tokenizer, form, lines)
+        assert "7 of 21 rows can't be used" in told
+        for line in at:
+            assert f"/rows.jsonl:{line + 1}: " in told
+
+    check()
+
+
+def error_of(tokenizer: Tokenizer, form: str, lines: list[str]) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("\n".join(lines), encoding="utf-8")
+        with pytest.raises(ValueError) as error:
+            load_dataset(DataArgs(train=str(path), format=form), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+    return str(error.value)
+
+
+@settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@given(st.sampled_from(list(FORMS)), st.lists(anything, min_size=1, max_size=5), st.booleans())
+def test_anything_else_is_read_or_told(tokenizer: Tokenizer, form: str, values: list[Any], changed: bool):
+    """Values of any kind as rows, or as the columns of a row: no other exception than the one that tells."""
+    rows = [{**GOOD[form], FORMS[form].required[0]: value} if changed else value for value in values]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD[form], *rows]), encoding="utf-8")
+        try:
+            load_dataset(DataArgs(train=str(path), format=form), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+        except ValueError as error:
+            assert f"{path}:" in str(error) and type(error) is ValueError
+
+
+@settings(max_examples=100)
+@given(st.binary(max_size=200), st.sampled_from(["rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz"]))
+def test_files_of_any_bytes_are_read_or_told(tokenizer: Tokenizer, content: bytes, name: str):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        path.write_bytes(content)
+        try:
+            load_dataset(DataArgs(train=str(path)), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+        except ValueError as error:
+            assert str(path) in str(error) and type(error) is ValueError
