@@ -11,20 +11,18 @@ from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 
 Learn = Literal["assistant", "last", "all"]
-Flags = Bool[np.ndarray, " segments"]
 
 
-def _last_alone(answers: Flags) -> Flags:
-    alone = np.zeros_like(answers)
-    alone[np.flatnonzero(answers)[-1:]] = True
-    return alone
+def _last_alone(answers: list[bool]) -> list[bool]:
+    last = max((index for index, answer in enumerate(answers) if answer), default=-1)
+    return [index == last for index in range(len(answers))]
 
 
 # Which segments the loss sees, from those that are answers.
-LEARNED: dict[Learn, Callable[[Flags], Flags]] = {
+LEARNED: dict[Learn, Callable[[list[bool]], list[bool]]] = {
     "assistant": lambda answers: answers,
     "last": _last_alone,
-    "all": np.ones_like,
+    "all": lambda answers: [True] * len(answers),
 }
 
 
@@ -68,9 +66,11 @@ def encode_segments(
         if cut := at is None:
             ids, at = _piecewise(tokenizer, row, encoding)
         starts = np.searchsorted(at, np.arange(len(row))).tolist()
-    answers = np.array([segment.supervised for segment in row])
-    supervised = np.repeat(LEARNED[learn](answers), np.diff([*starts, len(ids)]))
-    source = next((start for start, segment in zip(starts, row, strict=True) if segment.supervised), len(ids))
+    supervised = np.zeros(len(ids), bool)
+    answers = [segment.supervised for segment in row]
+    for start, stop, learned in zip(starts, [*starts[1:], len(ids)], LEARNED[learn](answers), strict=True):
+        supervised[start:stop] = learned
+    source = starts[answers.index(True)] if True in answers else len(ids)
     return Encoded(np.array(ids, np.int32), supervised, source, cut, lossy)
 
 

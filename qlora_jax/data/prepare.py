@@ -7,11 +7,12 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import re
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
@@ -170,7 +171,8 @@ class _Reading:
         texts = self.encoder.texts(chosen, self.problems)
         columns = dict.fromkeys(name for row in chosen for name in row.data)
         special = self._wanted.tokenizer.special_text
-        spelled = sum([bool(special.search(form.content(row.data))) for row in chosen])
+        names = (*form.required, *form.optional)
+        spelled = sum([any([_spells(special, row.data.get(name)) for name in names]) for row in chosen])
         tally = Tally(rows=len(chosen), special_text=spelled, columns=tuple(columns))
         return _Read(texts, tally, hashes)
 
@@ -189,6 +191,14 @@ class _Reading:
         self.others += len(rows) - sum(taken)
         chosen = list(itertools.compress(rows, taken))
         return chosen, np.array(list(itertools.compress(hashes, taken)) if hashed else [], np.uint64)
+
+
+def _spells(special: re.Pattern[str], value: Any) -> bool:
+    """Whether a text in `value`, or in what it holds, has a special token in it."""
+    if isinstance(value, str):
+        return special.search(value) is not None
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return any([_spells(special, one) for one in inner])
 
 
 def _of_encoded(encoded: Sequence[Encoded], kept: Sequence[Encoded]) -> Tally:
