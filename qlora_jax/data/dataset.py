@@ -139,7 +139,7 @@ class _Prepared:
     rows: TokenRows | StoredRows
     digest: str
     report: SideReport
-    hashes: Sequence[UInt64[np.ndarray, " read"]]
+    hashes: Sequence[UInt64[np.ndarray, " _"]]
 
 
 def _weights(data: DataArgs) -> dict[str, float]:

@@ -38,7 +38,7 @@ def check_sides(path: str, fraction: float, trained: int, held: int) -> None:
         )
 
 
-def shared_rows(trained: Iterable[UInt64[np.ndarray, " rows"]], held: UInt64[np.ndarray, " held"]) -> int:
+def shared_rows(trained: Iterable[UInt64[np.ndarray, " _"]], held: UInt64[np.ndarray, " held"]) -> int:
     """How many of the held-out hashes are among those trained on, which come in pieces."""
     found = np.zeros(len(held), bool)
     for hashes in trained:

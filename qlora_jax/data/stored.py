@@ -85,7 +85,7 @@ class StoredRows:
         )
 
     @property
-    def hashes(self) -> list[UInt64[np.ndarray, " read"]]:
+    def hashes(self) -> list[UInt64[np.ndarray, " _"]]:
         """Hashes of the content of all rows read, as a file that is mapped: they are in memory while looked at."""
         path = self.folder / "hashes"
         if not path.stat().st_size:
