@@ -57,16 +57,20 @@ def main(argv: list[str]) -> None:
 
 
 def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
-    from qlora_jax.inference import task_files
+    from qlora_jax.inference import letter_files, task_files
 
     tokenizer = dataclasses.replace(opened.tokenizer, chat_template=None) if raw else opened.tokenizer
     limit = opened.features.max_positions
     tasks: list[Task] = []
     if args.text is not None:
-        sizes = {"window": args.window, "max_tokens": args.max_tokens, "max_positions": limit}
+        sizes = {"window": args.window, "stride": args.stride, "max_tokens": args.max_tokens, "max_positions": limit}
         tasks.append(task_files.text_task(args.text, tokenizer, **sizes))
     if args.choices is not None:
         tasks.append(task_files.choice_task(args.choices, tokenizer, max_rows=args.max_rows, max_positions=limit))
+    if args.letters is not None:
+        exemplars = {"shots": args.shots, "num_shots": args.num_shots}
+        limits = {"max_rows": args.max_rows, "max_positions": limit}
+        tasks.append(letter_files.letters_task(args.letters, tokenizer, **exemplars, **limits))
     if args.rows is not None:
         tasks.append(
             task_files.rows_task(

@@ -100,7 +100,7 @@ def answer_scores(
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
     done = 0
-    for indices, tokens_BT in _batches(rows):
+    for indices, tokens_BT in batches_by_length([ids for ids, _ in rows]):
         row_K, at_K = _scored_places(rows, indices, tokens_BT.shape[1])
         nll_K, hit_K = _score(graphdef, lora, base, tokens_BT, at_K)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
@@ -111,20 +111,28 @@ def answer_scores(
     return RowScores(nll=nll, tokens=tokens, exact=misses == 0, begins=misses == last_missed)
 
 
-def windows(ids: Sequence[int], size: int, count: int | None = None) -> list[ScoredIds]:
-    """Consecutive rows of `size` ids without overlap, each scored from its second id on; the last may be shorter.
+def windows(ids: Sequence[int], size: int, stride: int | None = None, count: int | None = None) -> list[ScoredIds]:
+    """Rows of `size` ids that begin `stride` ids apart; the last may be shorter.
+
+    Each id is scored once, in the first row that holds it, with at least size - stride ids before it; but never the
+    first of a row, since nothing stands before it.
 
     Args:
-      count: how many at most.
+      stride: from 1 to size; None: size, no overlap.
+      count: how many rows at most.
 
     Raises:
       ValueError: fewer than two ids.
     """
     if len(ids) < 2:
         raise ValueError(f"{len(ids)} tokens: at least 2 are needed, since the first is not scored")
-    starts = range(0, len(ids) - 1, size)[:count]  # a last window of one id would score nothing
+    if stride is None or stride == size:
+        starts = range(0, len(ids) - 1, size)[:count]  # a last window of one id would score nothing
+        return [(row := np.array(ids[start : start + size], np.int32), np.ones(len(row), bool)) for start in starts]
+    starts = range(0, max(len(ids) - size, 0) + stride, stride)[:count]
     rows = [np.array(ids[start : start + size], np.int32) for start in starts]
-    return [(row, np.ones(len(row), bool)) for row in rows]
+    seen = [size - stride if start else 0 for start in starts]
+    return [(row, np.arange(len(row)) >= before) for row, before in zip(rows, seen, strict=True)]
 
 
 def padded_length(length: int) -> int:
@@ -146,18 +154,17 @@ def _check(rows: Sequence[ScoredIds], max_positions: int) -> None:
         raise ValueError("\n  ".join(["can't score:", *problems]))
 
 
-def _batches(rows: Sequence[ScoredIds]) -> Iterator[tuple[list[int], np.ndarray]]:
+def batches_by_length(rows: Sequence[Int32[np.ndarray, "_"]]) -> Iterator[tuple[list[int], np.ndarray]]:
     """(indices of rows, their ids padded [B, T]), longest first; B follows from T: there is one shape for each T."""
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index][0]))
+    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     at_once = 1 << (len(rows) - 1).bit_length()
     while longest_first:
-        length = padded_length(len(rows[longest_first[0]][0]))
+        length = padded_length(len(rows[longest_first[0]]))
         batch = min(max(1, BATCH_TOKENS // length), at_once)
         indices, longest_first = longest_first[:batch], longest_first[batch:]
         tokens_BT = np.zeros((batch, length), np.int32)
         for place, index in enumerate(indices):
-            ids = rows[index][0]
-            tokens_BT[place, : len(ids)] = ids
+            tokens_BT[place, : len(rows[index])] = rows[index]
         yield indices, tokens_BT
 
 

@@ -48,13 +48,23 @@ class EvaluateArgs:
     model: str | None = setting(MODEL, None)
     run: str | None = setting("the folder of a training run: its base, and the base with its adapter", None)
     step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
-    text: str | None = setting("text file: perplexity of windows without overlap", None, NOT_EMPTY)
+    text: str | None = setting("text file: perplexity of its windows", None, NOT_EMPTY)
     choices: str | None = setting(
         "file of multiple-choice questions: question, options, answer, or prompt, options, answer: accuracy by the "
         "likelihood of the options",
         None,
         NOT_EMPTY,
     )
+    letters: str | None = setting(
+        "file of multiple-choice questions that are scored as MMLU is, by the letter after a prompt with all options: "
+        "question, options, answer, or input, output (a whole prompt and its letter); with subject: their mean too",
+        None,
+        NOT_EMPTY,
+    )
+    shots: str | None = setting(
+        "with letters: file of questions, shown with their answers before those of their subject", None, NOT_EMPTY
+    )
+    num_shots: int = setting("with shots: how many, the first of each subject", 5, AT_LEAST_ONE)
     rows: str | None = setting(
         "file of rows in the forms of training data: perplexity of the answers, and how many are what the model would "
         "write",
@@ -65,6 +75,12 @@ class EvaluateArgs:
         "with rows: how every answer begins; it is given to the model, and what follows it is scored", None, NOT_EMPTY
     )
     window: int = setting("tokens of a window of text; its first one is not scored", 512, AT_LEAST_TWO)
+    stride: int | None = setting(
+        "tokens from one window's start to the next one's; each token is scored once, with at least window - stride "
+        "before it (null: window, no overlap)",
+        None,
+        AT_LEAST_ONE,
+    )
     max_tokens: int | None = setting("only the first tokens of the text (null: all)", None, AT_LEAST_TWO)
     max_rows: int | None = setting("only the first questions and rows (null: all)", None, AT_LEAST_ONE)
     json: str | None = setting("also write the scores to this file", None, NOT_EMPTY)
@@ -91,8 +107,12 @@ def check_generate(args: GenerateArgs) -> None:
 def check_evaluate(args: EvaluateArgs) -> None:
     """Raises ConfigError with everything in which the settings contradict each other."""
     problems = _model_problems(args)
-    if args.text is None and args.choices is None and args.rows is None:
-        problems.append("text, choices, rows: none is given, expected at least one of them to score")
+    if args.text is None and args.choices is None and args.letters is None and args.rows is None:
+        problems.append("text, choices, letters, rows: none is given, expected at least one of them to score")
+    if args.stride is not None and args.stride > args.window:
+        problems.append(f"stride: found {args.stride}, expected at most window ({args.window}), or tokens are left out")
+    if args.shots is not None and args.letters is None:
+        problems.append("shots: is for letters; give letters too")
     columns = args.columns or []
     problems += [
         f"columns: found {name!r}, expected some of {', '.join(COLUMNS)}" for name in set(columns) - {*COLUMNS}

@@ -1,6 +1,7 @@
 """How far a score can be trusted: intervals, and tests between two models that were scored on the same rows."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -25,6 +26,23 @@ def mcnemar(a: Bool[np.ndarray, " rows"], b: Bool[np.ndarray, " rows"]) -> float
     trials = only_a + only_b
     tail = sum(math.comb(trials, k) for k in range(min(only_a, only_b) + 1))
     return min(1.0, float(2 * tail / 2**trials))
+
+
+def bootstrap(sums: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> tuple[float, float]:
+    """95 % interval of (sum of sums) / (sum of tokens), rows drawn as `paired_bootstrap` draws them."""
+    return paired_bootstrap(np.zeros(len(sums)), sums, tokens)
+
+
+def stratified_bootstrap(right: Bool[np.ndarray, " rows"], subjects: Sequence[str]) -> tuple[float, float]:
+    """95 % interval of the mean of the subjects' shares, each drawn again 10,000 times from its own rows, seed 0.
+
+    A subject with n rows, k of them right, gives a binomial draw of n rows with share k / n.
+    """
+    names, rng = np.array(subjects), np.random.default_rng(0)
+    of_each = [right[names == name] for name in sorted(set(subjects))]
+    draws = [rng.binomial(len(rows), rows.mean(), size=10_000) / len(rows) for rows in of_each]
+    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
+    return float(low), float(high)
 
 
 def paired_bootstrap(

@@ -66,10 +66,9 @@ def _values(**values: Any) -> dict[str, Any]:
 def _measure_text(measure: Measure) -> str:
     if measure.kind == "count":
         return f"{measure.value:.0f}"
-    if measure.kind == "number":
-        return f"{measure.value:.3f}"
-    interval = "" if measure.interval is None else " [{:.1f}, {:.1f}]".format(*(100 * end for end in measure.interval))
-    return f"{100 * measure.value:.1f} %{interval}"
+    scale, unit, digits = (1, "", 3) if measure.kind == "number" else (100, " %", 1)
+    ends = [f"{scale * end:.{digits}f}" for end in measure.interval or ()]
+    return f"{scale * measure.value:.{digits}f}{unit}" + (f" [{', '.join(ends)}]" if ends else "")
 
 
 def _comparison_text(change: Comparison) -> str:

@@ -1,10 +1,6 @@
 """Tasks from files: a text, questions with options, rows in the forms of training data."""
 
-import itertools
-import re
-import string
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -15,32 +11,26 @@ from qlora_jax.data.recognise import recognise
 from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.inference.choices import Choice
+from qlora_jax.inference.questions import Question, read_each, read_question
 from qlora_jax.inference.scoring import ScoredIds, windows
 from qlora_jax.inference.tasks import ChoiceTask, RowsTask, TextTask
 
-QUESTION_COLUMNS = ("question", "prompt")
-_LETTERED = re.compile(r"([A-Z])\. ")
 
-
-class Question(NamedTuple):
-    """A question in words."""
-
-    prompt: str
-    options: list[str]
-    answer: int
-
-
-def text_task(path: str, tokenizer: Tokenizer, *, window: int, max_tokens: int | None, max_positions: int) -> TextTask:
-    """Windows of `window` tokens, one after the other, of the text in a file; nothing is added to it."""
+def text_task(
+    path: str, tokenizer: Tokenizer, *, window: int, stride: int | None, max_tokens: int | None, max_positions: int
+) -> TextTask:
+    """Windows of `window` tokens, one `stride` after the other (None: no overlap), of the text in a file; nothing is
+    added to it. Each token is scored once, in the first window that holds it."""
     if window > max_positions:
         raise ValueError(f"window={window}: the model reads {max_positions} tokens; set --window to at most that")
     ids = tokenizer.encode(read_text(path))
     used = ids[:max_tokens]
     if len(used) < 2:
         raise ValueError(f"{path}: {len(used)} tokens to score, expected at least 2")
-    rows = windows(used, window)
-    scored = sum(len(row) - 1 for row, _ in rows)
-    return TextTask(title=f"{path}: {len(rows)} windows of {window} tokens, {scored:,} scored", rows=rows)
+    rows = windows(used, window, stride)
+    scored = sum(int(mask[1:].sum()) for _, mask in rows)
+    apart = "" if stride is None else f", {stride} apart"
+    return TextTask(title=f"{path}: {len(rows)} windows of {window} tokens{apart}, {scored:,} scored", rows=rows)
 
 
 def rows_task(
@@ -89,68 +79,11 @@ def _after_start(
 def choice_task(path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int) -> ChoiceTask:
     """The questions of a file: an option's likelihood is that of its text as the reply to the question."""
     rows = read_rows(path)[:max_rows]
-    questions: list[Question] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            questions.append(read_question(row.data))
-        except ValueError as error:
-            problems.append((row.place, str(error)))
-    raise_problems(path, problems, len(rows))
+    questions = read_each(path, rows, lambda row: read_question(row.data))
     options = [_encoded_options(question, tokenizer) for question in questions]
     _check_lengths(path, rows, options, max_positions)
     choices = [Choice(options=o, answer=question.answer) for o, question in zip(options, questions, strict=True)]
     return ChoiceTask(title=f"{path}: {len(choices)} questions", choices=choices)
-
-
-def read_question(columns: Mapping[str, Any]) -> Question:
-    """The question of a row.
-
-    `options` is a list, or one text of lines that begin with "A. ", "B. ", ...; `answer` is the right option's text,
-    its letter, both ("B. text"), or its place in the list, from 0.
-
-    Raises:
-      ValueError: columns missing or of another kind, fewer than two options, or an answer that is none of them.
-    """
-    prompt = next((columns[name] for name in QUESTION_COLUMNS if name in columns), None)
-    missing = [name for name in ("options", "answer") if name not in columns]
-    if not isinstance(prompt, str) or missing:
-        expected = "question (or prompt), options, answer"
-        raise ValueError(f"expected the columns {expected}; found {', '.join(map(repr, columns))}")
-    options = columns["options"]
-    texts = split_lettered(options) if isinstance(options, str) else options
-    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(
-            f"options: expected a list of two or more texts, or lines 'A. ...', 'B. ...'; found {options!r}"
-        )
-    return Question(prompt, texts, _answer(columns["answer"], texts))
-
-
-def split_lettered(text: str) -> list[str]:
-    """["x", "y"] of "A. x\\nB. y"; an option may have several lines."""
-    starts = []
-    for letter in string.ascii_uppercase:
-        found = f"\n{text}".find(f"\n{letter}. ", starts[-1] if starts else 0)
-        if found < 0 or (found > 0 and not starts):
-            break
-        starts.append(found)
-    bounds = itertools.pairwise([*starts, len(text)])
-    return [text[start + len("A. ") : end].rstrip("\n") for start, end in bounds]
-
-
-def _answer(answer: Any, options: Sequence[str]) -> int:
-    letters = string.ascii_uppercase[: len(options)]
-    if type(answer) is int and 0 <= answer < len(options):
-        return answer
-    if isinstance(answer, str):
-        lettered = _LETTERED.match(answer)
-        if lettered and lettered[1] in letters and options[letters.index(lettered[1])] == answer[lettered.end() :]:
-            return letters.index(lettered[1])
-        if answer in options:
-            return options.index(answer)
-        if len(answer) == 1 and answer.upper() in letters:
-            return letters.index(answer.upper())
-    raise ValueError(f"answer {answer!r} is none of the {len(options)} options: give its text, its letter or its place")
 
 
 def _encoded_options(question: Question, tokenizer: Tokenizer) -> list[ScoredIds]:

@@ -1,6 +1,7 @@
 """What can be scored: a text, multiple-choice questions, rows with answers; how each is summed up and compared."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,8 +9,9 @@ import numpy as np
 
 from qlora_jax.inference.choices import Choice, ChoiceScores, choice_scores
 from qlora_jax.inference.decode import Parts
+from qlora_jax.inference.letters import Lettered, LetterScores, letter_scores, mean_over_subjects
 from qlora_jax.inference.scoring import RowScores, ScoredIds, answer_scores
-from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, wilson_interval
+from qlora_jax.inference.statistics import bootstrap, mcnemar, paired_bootstrap, stratified_bootstrap, wilson_interval
 
 Progress = Callable[[int], None]
 
@@ -128,11 +130,49 @@ class ChoiceTask:
         ]
 
 
-Task = TextTask | ChoiceTask
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LettersTask:
+    """Accuracy of the likeliest letter; where every question has a subject, their mean too, as MMLU is told."""
+
+    title: str
+    questions: Sequence[Lettered]
+    subjects: Sequence[str] | None
+    name: str = "letters"
+
+    @property
+    def size(self) -> int:
+        """Rows that `score` reports as done, in all."""
+        return len(self.questions)
+
+    def score(self, parts: Parts, progress: Progress) -> LetterScores:
+        """The scores of one model."""
+        return letter_scores(*parts, self.questions, progress)
+
+    def measures(self, scores: LetterScores) -> list[Measure]:
+        """What the scores say."""
+        by_subject = []
+        if self.subjects is not None:
+            mean = mean_over_subjects(scores.right, self.subjects)
+            interval = stratified_bootstrap(scores.right, self.subjects)
+            by_subject = [Measure(f"mean over {len(set(self.subjects))} subjects", "share", mean, interval)]
+        ties = Measure("ties (counted as wrong)", "count", int(scores.tied.sum()))
+        return [_share("right by letter", scores.right), *by_subject, ties]
+
+    def compare(self, before: LetterScores, after: LetterScores) -> list[Comparison]:
+        """What changed from one model to another."""
+        return [_share_change("right by letter", before.right, after.right)]
+
+
+Task = TextTask | ChoiceTask | LettersTask
 
 
 def _losses(scores: RowScores) -> list[Measure]:
-    return [Measure("perplexity", "number", scores.perplexity), Measure("loss a token", "number", scores.mean_nll)]
+    low, high = interval = bootstrap(scores.nll, scores.tokens)
+    perplexities = math.exp(low), math.exp(high)
+    return [
+        Measure("perplexity", "number", scores.perplexity, perplexities),
+        Measure("loss a token", "number", scores.mean_nll, interval),
+    ]
 
 
 def _loss_change(before: RowScores, after: RowScores) -> Comparison:

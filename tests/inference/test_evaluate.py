@@ -39,7 +39,7 @@ def direct(folder, column):
     model = load_base(opened, held_as(opened, "none" if column == "unquantized" else "auto", "float32"))
     parts = adapted(model, opened.run) if column == "checkpoint" else partition(model)
     tokenizer, limits = opened.tokenizer, dict(max_rows=None, max_positions=256)
-    text = text_task(str(folder / "text.txt"), tokenizer, window=64, max_tokens=None, max_positions=256)
+    text = text_task(str(folder / "text.txt"), tokenizer, window=64, stride=None, max_tokens=None, max_positions=256)
     return (
         answer_scores(*parts, text.rows),
         choice_scores(*parts, choice_task(str(folder / "questions.jsonl"), tokenizer, **limits).choices),
@@ -82,7 +82,9 @@ def test_columns_can_be_chosen(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model MODEL", "text, choices, rows: none is given"),
+        ("--model MODEL", "text, choices, letters, rows: none is given"),
+        ("--model MODEL --text TEXT --window 9 --stride 10", r"stride: found 10, expected at most window \(9\)"),
+        ("--model MODEL --text TEXT --shots TEXT", "shots: is for letters; give letters too"),
         ("--model MODEL --text TEXT --columns [checkpoint]", "columns: checkpoint needs a run"),
         ("--model MODEL --text TEXT --columns [nf4]", "columns: found 'nf4', expected some of unquantized"),
         ("--model MODEL --text TEXT --columns [quantized] --quant_type none", "quantized needs a quant_type"),

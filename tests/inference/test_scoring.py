@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qlora_jax.inference import scoring
 from qlora_jax.inference.choices import Choice, choice_scores
@@ -126,3 +128,28 @@ def test_a_tie_is_not_right_and_is_told(parts):
     scores = choice_scores(*parts, choices)
     assert scores.by_sum.tolist() == [False, False]
     assert scores.tied_by_sum.tolist() == [True, False]
+
+
+@given(length=st.integers(2, 60), size=st.integers(2, 20), data=st.data())
+def test_windows_score_each_id_once_with_enough_before_it(length, size, data):
+    stride = data.draw(st.integers(1, size))
+    rows = windows(range(length), size, stride)
+    scored = [int(ids[at]) for ids, mask in rows for at in np.flatnonzero(mask[1:]) + 1]
+    overlap = stride < size
+    assert scored == ([*range(1, length)] if overlap else [n for n in range(1, length) if n % size])
+    for ids, mask in rows:
+        at = np.flatnonzero(mask[1:]) + 1
+        assert len(ids) <= size and np.array_equal(np.diff(ids), np.ones(len(ids) - 1))
+        assert ids[0] == 0 or not overlap or (at >= size - stride).all()
+    assert all(mask[1:].any() for _, mask in rows)
+
+
+def test_strided_perplexity_is_that_of_the_plain_definition(parts):
+    ids = np.random.default_rng(2).integers(0, VOCAB, 50).tolist()
+    scores = answer_scores(*parts, windows(ids, 16, 5))
+    nll = 0.0
+    for at in range(1, 50):
+        start = 0 if at < 16 else 5 * (-(-(at - 15) // 5))  # of the first window that holds it
+        window = np.array(ids[start : start + 16], np.int32)
+        nll += expected_scores(parts, window, np.arange(len(window)) == at - start)[0]
+    assert scores.tokens.sum() == 49 and scores.nll.sum() == pytest.approx(nll, rel=1e-5)

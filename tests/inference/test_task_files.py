@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.inference.task_files import choice_task, read_question, rows_task, split_lettered, text_task
+from qlora_jax.inference.questions import read_question, split_lettered
+from qlora_jax.inference.task_files import choice_task, rows_task, text_task
 from tests.inference.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -77,11 +78,11 @@ def test_only_the_option_is_scored(tmp_path):
 
 def test_a_text_in_windows(tmp_path):
     (tmp_path / "text.txt").write_text("abcdefghij")
-    task = text_task(str(tmp_path / "text.txt"), TOKENIZER, window=4, max_tokens=7, max_positions=4)
+    task = text_task(str(tmp_path / "text.txt"), TOKENIZER, window=4, stride=None, max_tokens=7, max_positions=4)
     assert [TOKENIZER.decode(ids.tolist()) for ids, _ in task.rows] == ["abcd", "efg"]
     assert task.title.endswith("2 windows of 4 tokens, 5 scored")
     with pytest.raises(ValueError, match="window=4: the model reads 3"):
-        text_task(str(tmp_path / "text.txt"), TOKENIZER, window=4, max_tokens=7, max_positions=3)
+        text_task(str(tmp_path / "text.txt"), TOKENIZER, window=4, stride=None, max_tokens=7, max_positions=3)
 
 
 def test_rows_score_what_training_learns(tmp_path):

@@ -1,7 +1,9 @@
 """Perplexity of SmolLM2 on a text, against torch with transformers and bitsandbytes (fp32, 4,088 targets)."""
 
+import gzip
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from qlora_jax import evaluate, runtime
 from qlora_jax.inference.task_files import text_task
 from qlora_jax.io.opened import open_base_or_run
 
+ORACLE = Path(__file__).parent.parent / "oracle/evaluate_text.py"
 # The shipped weights, and their linear layers quantized again to NF4 with double quantization.
 REFERENCE = {"unquantized": 19.502, "quantized": 25.406}
 SHA256_OF_IDS = "9372639fe2f54b2b14a51a3d7a6e2de4f60bda4ac5101310c0701bb48d4a7251"
@@ -18,7 +21,7 @@ SHA256_OF_IDS = "9372639fe2f54b2b14a51a3d7a6e2de4f60bda4ac5101310c0701bb48d4a725
 def test_the_tokens_are_those_of_the_reference(smollm2_gguf, local_data):
     tokenizer = open_base_or_run(str(smollm2_gguf), None).tokenizer
     text = str(local_data("wikitext2_valid.txt.gz"))
-    rows = text_task(text, tokenizer, window=512, max_tokens=4096, max_positions=8192).rows
+    rows = text_task(text, tokenizer, window=512, stride=None, max_tokens=4096, max_positions=8192).rows
     ids = np.concatenate([ids for ids, _ in rows])
     assert hashlib.sha256(ids.astype("<i4").tobytes()).hexdigest() == SHA256_OF_IDS
 
@@ -31,3 +34,34 @@ def test_smollm2(smollm2_gguf, local_data, tmp_path, monkeypatch):
     columns = json.loads((tmp_path / "scores.json").read_text())["tasks"]["text"]["columns"]
     for column, expected in REFERENCE.items():
         assert columns[column]["perplexity"]["value"] == pytest.approx(expected, abs=0.01), column
+
+
+@pytest.mark.slow
+def test_strided_windows_and_letters_are_what_torch_computes(smollm2_gguf, local_data, tmp_path, monkeypatch, oracle):
+    monkeypatch.setattr(runtime, "start", lambda: None)
+    text, mmlu = local_data("wikitext2_valid.txt.gz"), local_data("qlora_zero_shot_mmlu_val.json.gz")
+    with gzip.open(mmlu, "rt") as file:
+        rows = [json.loads(line) for line in file][::25]
+    (tmp_path / "mmlu.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = {"window": 256, "stride": 100, "max_tokens": 1000}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    words = ["--model", str(smollm2_gguf), "--text", str(text), "--letters", str(tmp_path / "mmlu.jsonl"), *options]
+    evaluate.main([*words, "--columns", "[unquantized]", "--json", str(tmp_path / "scores.json")])
+    told = json.loads((tmp_path / "scores.json").read_text())["tasks"]
+    found = {task: told[task]["columns"]["unquantized"] for task in told}
+
+    prompts = [row["input"] for row in rows]
+    with gzip.open(text, "rt") as file:
+        theirs = oracle(ORACLE, gguf=str(smollm2_gguf), text=file.read(100_000), questions=prompts, **sizes)
+    assert theirs["count"] == 999
+    assert found["text"]["perplexity"]["value"] == pytest.approx(float(theirs["perplexity"]), rel=1e-3)
+    low, high = found["text"]["perplexity"]["interval"]
+    assert low < theirs["perplexity"] < high
+    right = theirs["logits"].argmax(axis=1) == np.array(["ABCD".index(row["output"]) for row in rows])
+    assert found["letters"]["right by letter"]["value"] == pytest.approx(right.mean(), abs=1e-3)
+    of = {
+        subject: [r for r, row in zip(right, rows, strict=True) if row["subject"] == subject]
+        for subject in {row["subject"] for row in rows}
+    }
+    name = f"mean over {len(of)} subjects"
+    assert found["letters"][name]["value"] == pytest.approx(np.mean([np.mean(each) for each in of.values()]), abs=1e-3)

@@ -1,0 +1,101 @@
+"""Questions by letter: prompts, exemplars, the likeliest letter, ties, subjects."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from qlora_jax.inference.letter_files import letters_task
+from qlora_jax.inference.letters import Lettered, letter_scores, mean_over_subjects
+from qlora_jax.inference.statistics import stratified_bootstrap, wilson_interval
+from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
+
+TOKENIZER = byte_tokenizer()
+LIMITS = {"shots": None, "num_shots": 2, "max_rows": None, "max_positions": 500}
+QUESTION = {"question": "2 + 2?", "options": ["3", "4"], "answer": "4", "subject": "high_school_math"}
+HEADER = "The following are multiple choice questions (with answers)"
+MADE = f"{HEADER} about  high school math.\n\n2 + 2?\nA. 3\nB. 4\nAnswer:"
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def text_of(question: Lettered) -> str:
+    return TOKENIZER.decode(question.ids.tolist())
+
+
+def letters_of(question: Lettered) -> str:
+    return TOKENIZER.decode(list(question.letters))
+
+
+def test_prompts_are_mmlus(tmp_path):
+    whole = {"subject": "anatomy", "input": "Which?\nA. a\nB. b\nC. c\nD. d\nAnswer:", "output": "C"}
+    task = letters_task(write(tmp_path / "q.jsonl", [QUESTION, whole]), TOKENIZER, **LIMITS)
+    made, given = task.questions
+    assert text_of(made) == MADE + " " and letters_of(made) == "AB" and made.answer == 1  # the space is a token here
+    assert text_of(given) == whole["input"] + " " and letters_of(given) == "ABCD" and given.answer == 2
+    assert task.subjects == ["high_school_math", "anatomy"]
+    nameless = {key: QUESTION[key] for key in ("question", "options", "answer")}
+    task = letters_task(write(tmp_path / "n.jsonl", [nameless, QUESTION]), TOKENIZER, **LIMITS)
+    assert text_of(task.questions[0]).startswith(f"{HEADER}.\n\n2") and task.subjects is None
+
+
+def test_exemplars_are_the_first_of_the_subject(tmp_path):
+    def shot(subject, n):
+        return {"question": f"{n}?", "options": ["x", "y"], "answer": n % 2, "subject": subject}
+
+    shots = [shot("other", 9), shot("high_school_math", 1), shot("high_school_math", 2), shot("high_school_math", 3)]
+    how = LIMITS | {"shots": write(tmp_path / "s.jsonl", shots)}
+    (question,) = letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **how).questions
+    exemplars = "1?\nA. x\nB. y\nAnswer: B\n\n2?\nA. x\nB. y\nAnswer: A\n\n"
+    assert text_of(question) == MADE.replace("2 + 2?", exemplars + "2 + 2?") + " "
+    with pytest.raises(ValueError, match=r"(?s)1 of 1 rows.*subject 'other' has 1 exemplars, expected 2"):
+        letters_task(write(tmp_path / "o.jsonl", [QUESTION | {"subject": "other"}]), TOKENIZER, **how)
+    with pytest.raises(ValueError, match="to which no exemplars are added"):
+        letters_task(write(tmp_path / "w.jsonl", [{"input": "x", "output": "A"}]), TOKENIZER, **how)
+
+
+def test_rows_that_can_not_be_asked_are_told(tmp_path):
+    rows = [{"input": "x", "output": "E"}, {"question": "x"}, QUESTION | {"options": [*map(str, range(27))]}]
+    with pytest.raises(ValueError, match="3 of 3 rows") as error:
+        letters_task(write(tmp_path / "q.jsonl", rows), TOKENIZER, **LIMITS)
+    for words in ("one of A, B, C, D; found output 'E'", "expected the columns", "27 options"):
+        assert words in str(error.value)
+    with pytest.raises(ValueError, match="tokens, and the model reads 50"):
+        letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **(LIMITS | {"max_positions": 50}))
+
+
+def test_the_answer_is_the_letter_with_the_largest_logit():
+    parts, rng = tiny_parts(), np.random.default_rng(0)
+    questions, expected = [], []
+    for length in (3, 40, 41, 100, 7):
+        ids = rng.integers(0, VOCAB, length).astype(np.int32)
+        letters = rng.choice(VOCAB, 4, replace=False).tolist()
+        logits = np.asarray(full_logits(parts, ids.tolist()))[-1, letters]
+        questions += [Lettered(ids=ids, letters=letters, answer=answer) for answer in range(4)]
+        expected += [answer == logits.argmax() for answer in range(4)]
+    done = []
+    scores = letter_scores(*parts, questions, done.append)
+    assert scores.right.tolist() == expected and not scores.tied.any() and done[-1] == 20
+
+
+def test_a_shared_first_place_is_a_tie_and_not_right():
+    graphdef, lora, base = tiny_parts()
+    question = Lettered(ids=np.arange(5, dtype=np.int32), letters=[3, 7], answer=0)
+    table = base["model"]["embed_tokens"]["weight"]
+    table.set_value(table.get_value().at[7].set(table.get_value()[3]))
+    scores = letter_scores(graphdef, lora, base, [question, dataclasses.replace(question, letters=[7, 3])])
+    assert scores.tied.all() and not scores.right.any()
+
+
+def test_subjects_count_alike():
+    right = np.array([1, 1, 1, 0, 0], bool)
+    assert mean_over_subjects(right, ["a", "a", "a", "a", "b"]) == pytest.approx((3 / 4 + 0) / 2)
+    many = np.arange(1000) % 4 > 0
+    low, high = stratified_bootstrap(many, ["one"] * 1000)
+    assert (low, high) == pytest.approx(wilson_interval(750, 1000), abs=3e-3)
+    halves = stratified_bootstrap(many, ["one"] * 500 + ["two"] * 500)
+    assert halves == pytest.approx((low, high), abs=4e-3)
