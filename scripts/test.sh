@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up and runs the test suite. Arguments go to pytest: `bash scripts/test.sh -m slow`, `... -k config`.
 #
-# Tests against torch, transformers, peft and bitsandbytes skip until scripts/setup_oracle.sh has been run.
+# Tests against torch, transformers, peft and bitsandbytes skip until scripts/setup_oracle.sh has been run, those that run
+# GGUF files with llama.cpp until scripts/setup_llama_cpp.sh has been.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_jax.io.features import differing
 from qlora_jax.io.gguf_architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf_config import llama3_factors
+from qlora_jax.io.gguf_config import FLOATS, llama3_factors
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.rope import SCALINGS, Rope
 
@@ -35,14 +35,15 @@ def metadata_of(features: ModelConfig, architecture: Architecture) -> tuple[dict
         "attention.key_length": f.head_dim,
         "attention.value_length": f.head_dim,
         "rope.dimension_count": f.rope.dim,
-        "rope.freq_base": float(f.rope.theta),
+        "rope.freq_base": f.rope.theta,
         "vocab_size": f.vocab_size,
         **{key: f.norm_eps for key in architecture.eps},
         **{key: value for key in architecture.attributes if (value := OPTIONAL[key](f)) is not None},
         **scaling,
     }
     kept = {name: table for name, table in tables.items() if name in architecture.rope_tables}
-    return {f"{architecture.name}.{key}": value for key, value in keys.items()}, kept
+    typed = {key: float(value) if key in FLOATS else value for key, value in keys.items()}  # JSON may say 50 for 50.0
+    return {f"{architecture.name}.{key}": value for key, value in typed.items()}, kept
 
 
 def features_lost(features: ModelConfig, read: ModelConfig) -> list[str]:
@@ -70,7 +71,7 @@ def _pattern(features: ModelConfig) -> int | None:
 
 def _local_theta(features: ModelConfig) -> float | None:
     ropes = zip(features.ropes, features.windows, strict=False)
-    return next((float(rope.theta) for rope, window in ropes if rope is not None and window is not None), None)
+    return next((rope.theta for rope, window in ropes if rope is not None and window is not None), None)
 
 
 # The values of keys that only some architectures have, from the features; None: there is no such key in the file.
@@ -85,7 +86,7 @@ OPTIONAL: Mapping[str, Callable[[ModelConfig], Any]] = {
 
 
 def _linear(rope: Rope) -> tuple[dict[str, Any], Tables]:
-    return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope.scaling.get("factor"))}, {}
+    return {"rope.scaling.type": "linear", "rope.scaling.factor": rope.scaling.get("factor")}, {}
 
 
 def _yarn(rope: Rope) -> tuple[dict[str, Any], Tables]:
@@ -93,9 +94,9 @@ def _yarn(rope: Rope) -> tuple[dict[str, Any], Tables]:
     given = {name: numbers.get(name) for name in ("beta_fast", "beta_slow")}
     keys = {
         "rope.scaling.type": "yarn",
-        "rope.scaling.factor": float(numbers.get("factor")),
+        "rope.scaling.factor": numbers.get("factor"),
         **_original(rope),
-        **{f"rope.scaling.yarn_{name}": float(value) for name, value in given.items() if value is not None},
+        **{f"rope.scaling.yarn_{name}": value for name, value in given.items() if value is not None},
     }
     return keys, {}
 
@@ -107,7 +108,7 @@ def _llama3(rope: Rope) -> tuple[dict[str, Any], Tables]:
 def _longrope(rope: Rope) -> tuple[dict[str, Any], Tables]:
     _, factor = SCALINGS["longrope"](rope, 1)
     tables = {tensor: np.asarray(rope.scaling.get(name), np.float32) for name, tensor in LONGROPE_FACTORS.items()}
-    return {"rope.scaling.attn_factor": float(factor), **_original(rope)}, tables
+    return {"rope.scaling.attn_factor": factor, **_original(rope)}, tables
 
 
 def _original(rope: Rope) -> dict[str, Any]:

@@ -30,6 +30,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = FAMILIES | {
         "llama",
         FAMILIES["llama"][1] | dict(rope_scaling=LLAMA3 | dict(original_max_position_embeddings=8192), head_dim=16),
     ),
+    "gemma2, whole caps": ("gemma2", FAMILIES["gemma2"][1] | dict(attn_logit_softcapping=40, rope_theta=10000)),
     "qwen2, yarn": ("qwen2", FAMILIES["qwen2"][1] | dict(rope_scaling=YARN)),
 }
 

@@ -19,6 +19,7 @@ from qlora_jax.io.source import open_model
 from qlora_jax.quantize import main as quantize
 from tests.data.test_tokenizer import TRICKY, _strings
 from tests.io.gguf_families import FAMILIES, random_tensors
+from tests.io.test_gguf_frame import CONFIGS
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
 from tests.parity.test_peft import LORAS, _logits, _write_run
@@ -28,7 +29,7 @@ VOCABULARY, LENGTH = 460, 19
 NAMED = json.dumps({"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"})
 TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
-ARCHITECTURES = [n for n in FAMILIES if n != "phi3"]
+ARCHITECTURES = [name for name in CONFIGS if name != "phi3"]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
 METHODS = {"qwen2": LoraArgs(method="dora", rank=4, alpha=8.0), "qwen3": LoraArgs(method="ia3")}  # else LoRA
 WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
@@ -47,7 +48,7 @@ def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: An
     """(folder of a run on a model in a folder, its model)."""
     # llama.cpp's contexts hold 256 tokens at least, and LongRoPE goes by what they hold.
     lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 256}
-    config = FAMILIES[name][1] | {k: v for k, v in lengths.items() if k in FAMILIES[name][1]}
+    config = CONFIGS[name][1] | {k: v for k, v in lengths.items() if k in CONFIGS[name][1]}
     config |= {"vocab_size": VOCABULARY} | changes
     files = {"tokenizer.json": byte_level(), "tokenizer_config.json": NAMED}
     model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
