@@ -55,7 +55,7 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
     for module, matrices in opened.run.lora.items():
         for matrix, values in matrices.items():
             np.testing.assert_array_equal(adapter.lora[module][matrix], values)
-    assert dataclasses.replace(adapter.args, target_modules="all-linear") == whole.lora
+    assert dataclasses.replace(adapter.args, target_modules=whole.lora.target_modules) == whole.lora
     # The merge is compared with base and adapter as it is exported.
     merge = {"step": None, "model": None, "base": None, "dtype": "float32", "console": Console(file=io.StringIO())}
     export_merged(Path(whole.output), tmp_path / "merged", "hf", **merge)
