@@ -58,6 +58,7 @@ def main(argv: list[str]) -> None:
 
 def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
     from qlora_jax.inference import letter_files, task_files
+    from qlora_jax.inference.harness_task import HarnessTask
 
     tokenizer = dataclasses.replace(opened.tokenizer, chat_template=None) if raw else opened.tokenizer
     limit = opened.features.max_positions
@@ -77,6 +78,9 @@ def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
                 args.rows, tokenizer, max_rows=args.max_rows, max_positions=limit, answer_start=args.answer_start
             )
         )
+    if args.harness is not None:
+        which = {"tasks": args.harness, "folder": args.harness_folder, "limit": args.max_rows}
+        tasks.append(HarnessTask(tokenizer=tokenizer, **which))
     return tasks
 
 

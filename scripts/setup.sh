@@ -4,7 +4,7 @@
 #     bash scripts/setup.sh
 #
 #   QLORA_JAX_PYTHON=PATH   interpreter of a new .venv (default: a Python >= 3.12 that runs, else uv downloads one)
-#   QLORA_JAX_EXTRAS=...    extras to install besides the core, separated by spaces: dev, cuda13 (default: none)
+#   QLORA_JAX_EXTRAS=...    extras to install besides the core, separated by spaces: dev, hub, lm-eval, ... (default: none)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

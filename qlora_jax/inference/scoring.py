@@ -92,6 +92,8 @@ def answer_scores(
 ) -> RowScores:
     """The scores of each row, in order; a row's first token is never scored, since nothing stands before it.
 
+    A row may be one longer than the model's positions: its last token is only predicted.
+
     Raises:
       ValueError: rows with nothing to score, or longer than the model's positions: all of them, by index.
     """
@@ -147,7 +149,7 @@ def _check(rows: Sequence[ScoredIds], max_positions: int) -> None:
     problems = [
         f"row {index}: {len(ids)} tokens, and the model has {max_positions} positions"
         for index, (ids, _) in enumerate(rows)
-        if len(ids) > max_positions
+        if len(ids) > max_positions + 1
     ]
     problems += [f"row {index}: no token to score" for index, (_, scored) in enumerate(rows) if not scored[1:].any()]
     if problems:

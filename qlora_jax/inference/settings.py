@@ -71,6 +71,12 @@ class EvaluateArgs:
         None,
         NOT_EMPTY,
     )
+    harness: list[str] | None = setting(
+        "tasks of lm-evaluation-harness by name, such as [hellaswag, arc_easy] (pip install 'qlora-jax[lm-eval]')",
+        None,
+        NOT_EMPTY,
+    )
+    harness_folder: str | None = setting("with harness: a folder with task files of your own", None, NOT_EMPTY)
     answer_start: str | None = setting(
         "with rows: how every answer begins; it is given to the model, and what follows it is scored", None, NOT_EMPTY
     )
@@ -82,7 +88,9 @@ class EvaluateArgs:
         AT_LEAST_ONE,
     )
     max_tokens: int | None = setting("only the first tokens of the text (null: all)", None, AT_LEAST_TWO)
-    max_rows: int | None = setting("only the first questions and rows (null: all)", None, AT_LEAST_ONE)
+    max_rows: int | None = setting(
+        "only the first questions and rows, of each task of the harness too (null: all)", None, AT_LEAST_ONE
+    )
     json: str | None = setting("also write the scores to this file", None, NOT_EMPTY)
     columns: list[str] | None = setting(
         f"which of [{', '.join(COLUMNS)}] to score (null: all that there are)", None, NOT_EMPTY
@@ -107,8 +115,10 @@ def check_generate(args: GenerateArgs) -> None:
 def check_evaluate(args: EvaluateArgs) -> None:
     """Raises ConfigError with everything in which the settings contradict each other."""
     problems = _model_problems(args)
-    if args.text is None and args.choices is None and args.letters is None and args.rows is None:
-        problems.append("text, choices, letters, rows: none is given, expected at least one of them to score")
+    if all(task is None for task in (args.text, args.choices, args.letters, args.rows, args.harness)):
+        problems.append("text, choices, letters, rows, harness: none is given, expected at least one of them to score")
+    if args.harness_folder is not None and args.harness is None:
+        problems.append("harness_folder: is for harness; give harness too")
     if args.stride is not None and args.stride > args.window:
         problems.append(f"stride: found {args.stride}, expected at most window ({args.window}), or tokens are left out")
     if args.shots is not None and args.letters is None:

@@ -8,7 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qlora_jax.inference.tasks import Comparison, Measure, Task
+from qlora_jax.inference.measures import Comparison, Measure
+from qlora_jax.inference.tasks import Task
 
 
 class Scored(NamedTuple):

@@ -2,47 +2,17 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import numpy as np
 
 from qlora_jax.inference.choices import Choice, ChoiceScores, choice_scores
 from qlora_jax.inference.decode import Parts
+from qlora_jax.inference.harness_task import HarnessTask
 from qlora_jax.inference.letters import Lettered, LetterScores, letter_scores, mean_over_subjects
+from qlora_jax.inference.measures import Comparison, Measure, Progress
 from qlora_jax.inference.scoring import RowScores, ScoredIds, answer_scores
 from qlora_jax.inference.statistics import bootstrap, mcnemar, paired_bootstrap, stratified_bootstrap, wilson_interval
-
-Progress = Callable[[int], None]
-
-
-class Measure(NamedTuple):
-    """One figure of one model.
-
-    Fields:
-      kind: "share" (from 0 to 1), "number", or "count".
-      interval: 95 %, or None.
-    """
-
-    name: str
-    kind: str
-    value: float
-    interval: tuple[float, float] | None = None
-
-
-class Comparison(NamedTuple):
-    """A figure's change from one model to another, scored on the same rows.
-
-    Fields:
-      interval: 95 % of the difference (paired bootstrap over rows), or None.
-      p: that the two are equally good (McNemar, exact), or None.
-    """
-
-    name: str
-    kind: str
-    difference: float
-    interval: tuple[float, float] | None = None
-    p: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -163,7 +133,7 @@ class LettersTask:
         return [_share_change("right by letter", before.right, after.right)]
 
 
-Task = TextTask | ChoiceTask | LettersTask
+Task = TextTask | ChoiceTask | LettersTask | HarnessTask
 
 
 def _losses(scores: RowScores) -> list[Measure]:

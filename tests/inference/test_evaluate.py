@@ -82,7 +82,7 @@ def test_columns_can_be_chosen(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model MODEL", "text, choices, letters, rows: none is given"),
+        ("--model MODEL", "text, choices, letters, rows, harness: none is given"),
         ("--model MODEL --text TEXT --window 9 --stride 10", r"stride: found 10, expected at most window \(9\)"),
         ("--model MODEL --text TEXT --shots TEXT", "shots: is for letters; give letters too"),
         ("--model MODEL --text TEXT --columns [checkpoint]", "columns: checkpoint needs a run"),

@@ -97,8 +97,9 @@ def test_windows_do_not_overlap_and_leave_nothing_out():
 
 
 def test_rows_that_can_not_be_scored_are_told_all_at_once(parts):
-    rows = [(np.zeros(601, np.int32), np.ones(601, bool)), (np.zeros(3, np.int32), np.array([True, False, False]))]
-    with pytest.raises(ValueError, match=r"row 0: 601 tokens(?s:.*)row 1: no token to score"):
+    answer_scores(*parts, [(np.zeros(601, np.int32), np.ones(601, bool))])  # the last one is only predicted
+    rows = [(np.zeros(602, np.int32), np.ones(602, bool)), (np.zeros(3, np.int32), np.array([True, False, False]))]
+    with pytest.raises(ValueError, match=r"row 0: 602 tokens(?s:.*)row 1: no token to score"):
         answer_scores(*parts, rows)
 
 

@@ -1,0 +1,99 @@
+"""lm-evaluation-harness through our models, against its own Hugging Face backend on the same tiny model and tasks."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from qlora_jax import evaluate, runtime
+from tests.e2e.project import write_model
+
+ORACLE = Path(__file__).parent.parent / "oracle/lm_eval_hf.py"
+WORDS = ["sun", "moon", "star", "tree", "river", "stone", "cloud", "light", "water", "fire", "earth", "wind"]
+TASKS = {
+    "tiny_choice": """
+output_type: multiple_choice
+doc_to_text: "Q: {{question}}\\nA:"
+doc_to_choice: "{{options}}"
+doc_to_target: "{{answer}}"
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "tiny_text": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}]
+""",
+    "tiny_words": """
+output_type: loglikelihood
+doc_to_text: "{{question}}"
+doc_to_target: " {{options[0]}}"
+metric_list: [{metric: perplexity}, {metric: acc}]
+""",
+    "tiny_reply": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{reply}}"
+generation_kwargs: {until: ["e"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+}
+
+
+def write_tasks(folder: Path) -> Path:
+    """Task files over one file of rows; texts are longer than the model reads."""
+    rng = np.random.default_rng(0)
+
+    def some(count: int) -> str:
+        return " ".join(rng.choice(WORDS, count))
+
+    rows = [
+        {
+            "question": some(3 + n % 30) if n else some(70),
+            "options": [some(1 + n % 2), some(2), some(1)],
+            "answer": n % 3,
+            "text": some(4 + 7 * n),
+            "reply": "",
+        }
+        for n in range(12)
+    ]
+    folder.mkdir()
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for name, text in TASKS.items():
+        data = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {folder}/rows.jsonl}}}}\n"
+        (folder / f"{name}.yaml").write_text(f"{data}test_split: test\n{text}")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No network, no cache of others."""
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'qlora-jax[lm-eval]'")
+    monkeypatch.setattr(runtime, "start", lambda: None)
+    for name, value in (("HF_DATASETS_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", "1")):
+        monkeypatch.setenv(name, value)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the harness and its libraries
+def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_path, oracle):
+    model, tasks = write_model(tmp_path / "model"), write_tasks(tmp_path / "tasks")
+    words = ["--model", str(model), "--harness", json.dumps([*TASKS]), "--harness_folder", str(tasks)]
+    evaluate.main([*words, "--columns", "[unquantized]", "--json", str(tmp_path / "scores.json")])
+    told = json.loads((tmp_path / "scores.json").read_text())["tasks"]["harness"]["columns"]["unquantized"]
+    expected = json.loads(str(oracle(ORACLE, folder=str(model), tasks=[*TASKS], task_folder=str(tasks))["results"]))
+    for task, metrics in expected.items():
+        for key, value in metrics.items():
+            metric, _, kept = key.partition(",")
+            if kept and not metric.endswith("_stderr"):
+                assert told[f"{task}: {metric}"]["value"] == pytest.approx(value, rel=1e-3), (task, metric)
+    assert len(told) == 7 and 0 < told["tiny_choice: acc"]["value"] < 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_what_is_not_there_is_told(tmp_path):
+    model = write_model(tmp_path / "model")
+    with pytest.raises(ValueError, match="no task is called nothing_like_it"):
+        evaluate.main(["--model", str(model), "--harness", "[nothing_like_it]", "--columns", "[unquantized]"])
