@@ -1,5 +1,6 @@
 """What a GGUF file of a model holds beside its weights: like the base's own file, or made from a folder."""
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,7 +9,7 @@ from gguf.constants import GGMLQuantizationType
 
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.gguf_architectures import OF_MODEL_TYPE, Architecture
+from qlora_jax.io.gguf_architectures import ARCHITECTURES, OF_MODEL_TYPE, Architecture
 from qlora_jax.io.gguf_config import config_from_metadata
 from qlora_jax.io.gguf_header import TensorInfo
 from qlora_jax.io.gguf_metadata import features_lost, metadata_of, tensors_misplaced
@@ -20,6 +21,7 @@ from qlora_jax.io.slots import shapes_of
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 
+WINDOW = "attention.sliding_window"
 WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window, says that it does not use it, and lets every token see all
 
 
@@ -46,7 +48,7 @@ def framed(opened: Opened) -> Framed:
     if from_file:
         return Framed(_with_vocabulary(bare, features, vocabulary), notes)
     keys = [*keys_of(_named(source.path, tokenizer)), *bare.keys, *keys_of(vocabulary)]
-    return Framed(bare._replace(keys=keys), notes + _notes(bare.architecture, features))
+    return Framed(bare._replace(keys=keys), notes + _notes(ARCHITECTURES[bare.architecture], features))
 
 
 def _with_vocabulary(like: Frame, features: ModelConfig, vocabulary: Mapping[str, Any]) -> Frame:
@@ -79,6 +81,7 @@ def frame_of(source: ModelSource, features: ModelConfig, shapes: Mapping[str, tu
     if model_type not in OF_MODEL_TYPE:
         raise ValueError(f"{source.path}: no GGUF architecture for model_type {model_type!r}: export with --format hf")
     architecture = OF_MODEL_TYPE[model_type]
+    features = within_windows(features, architecture)
     names = {name: architecture.gguf_name(name) for name in shapes}
     metadata, tables = metadata_of(features, architecture)
     config = config_from_metadata(source.path, architecture, metadata, frozenset(names.values()), tables)
@@ -124,7 +127,23 @@ def _problems(architecture: Architecture, features: ModelConfig, read: ModelConf
     return problems
 
 
-def _notes(architecture: str, features: ModelConfig) -> list[str]:
-    if architecture in WINDOW_UNUSED and any(features.windows):
+def within_windows(features: ModelConfig, architecture: Architecture) -> ModelConfig:
+    """The model cut to the context within which its windows hide nothing, where a file has no key for windows."""
+    windows = [window for window in features.windows if window is not None]
+    if WINDOW in architecture.attributes or not windows:
+        return features
+    return dataclasses.replace(features, windows=(), max_positions=min(features.max_positions, *windows))
+
+
+def _notes(architecture: Architecture, features: ModelConfig) -> list[str]:
+    if not any(features.windows):
+        return []
+    if architecture.name in WINDOW_UNUSED:
         return ["llama.cpp does not use the sliding window of this architecture: beyond it, tokens see more than here"]
-    return []
+    cut = within_windows(features, architecture)
+    if cut is features:
+        return []
+    return [
+        f"a GGUF file of architecture {architecture.name} has no sliding window: it says a context of "
+        f"{cut.max_positions} tokens instead of {features.max_positions}, and within that computes the same"
+    ]

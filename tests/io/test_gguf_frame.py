@@ -89,7 +89,6 @@ LOST = {
         dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)),
         ["rope = 5000 dynamic: the file would say 5000 default"],
     ),
-    "mistral": (dict(sliding_window=16), [r"windows = \(16, 16\): the file would say \(\)"]),
     "qwen3": (dict(attention_bias=True), ["attn_output.bias: llama.cpp knows none in qwen3"]),
     "qwen2": (dict(head_dim=32), ["num_heads \\* head_dim = 128: llama.cpp takes it to be embed_dim = 64"]),
     "gemma2": (
@@ -112,6 +111,20 @@ def test_what_a_file_can_not_say_is_refused_at_once(tmp_path: Path, name: str) -
     for problem in problems:
         with pytest.raises(ValueError, match=rf"(?s)can't hold this model.*{problem}"):
             _written(tmp_path / "new.gguf", opened, tensors)
+
+
+WINDOWED = {
+    "mistral": dict(sliding_window=16),
+    "qwen2": dict(use_sliding_window=True, sliding_window=16, max_window_layers=1),
+}
+
+
+@pytest.mark.parametrize("name", WINDOWED)
+def test_a_file_without_windows_says_the_context_within_which_they_hide_nothing(tmp_path: Path, name: str) -> None:
+    opened, tensors = _folder(tmp_path / "model", CONFIGS[name][1] | WINDOWED[name])
+    path, notes = _written(tmp_path / "new.gguf", opened, tensors)
+    assert model_config(open_model(path).config).max_positions == 16
+    assert any("it says a context of 16 tokens instead of 128" in note for note in notes)
 
 
 TOKENIZERS = {

@@ -58,3 +58,10 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
             stored = quantize(values, kind)
             values = stored.view(ml_dtypes.bfloat16) if kind == Kind.BF16 else dequantize(stored, kind)
         np.testing.assert_array_equal(np.asarray(entry.read(), np.float32).reshape(-1), np.float32(values).reshape(-1))
+
+
+def test_a_runs_own_chat_template_takes_the_place_of_the_bases(tmp_path: Path) -> None:
+    architecture, config = FAMILIES["llama"]
+    base = write_family(tmp_path / "base.gguf", architecture, config, random_tensors(config))
+    frame = frame_like(base, open_model(base).config, "{{ messages }}")
+    assert [key.value for key in frame.keys if key.name == "tokenizer.chat_template"] == ["{{ messages }}"]

@@ -116,6 +116,7 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("form", "new"), [("hf", ()), ("gguf", ()), ("hf", ("<|new|>",))])
 def test_merged_into_the_original_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture, form: str, new: tuple[str, ...]
