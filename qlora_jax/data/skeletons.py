@@ -2,7 +2,8 @@
 
 Conversations of one kind have the same roles in the same order. One of placeholders is taken apart as spans.py does;
 the others of its kind have the same pieces with their own texts in them, if that is what the template makes of them, to
-the character. Where it is not, and where turns hold more than a text, spans.py does the row itself.
+the character. Where it is not, and where turns hold more than a text, spans.py does the row itself. That a prompt is
+rendered alike before and behind its answer is thus checked once a kind.
 """
 
 import functools
