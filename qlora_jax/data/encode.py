@@ -1,5 +1,6 @@
 """Segments of text to token ids with a mask, exact at every boundary between supervised and not."""
 
+import array
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -71,7 +72,8 @@ def encode_segments(
     for start, stop, learned in zip(starts, [*starts[1:], len(ids)], LEARNED[learn](answers), strict=True):
         supervised[start:stop] = learned
     source = starts[answers.index(True)] if True in answers else len(ids)
-    return Encoded(np.array(ids, np.int32), supervised, source, cut, lossy)
+    # Faster than np.array, on the way of every token.
+    return Encoded(np.frombuffer(array.array("i", ids), np.int32), supervised, source, cut, lossy)
 
 
 def _is_lossy(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:

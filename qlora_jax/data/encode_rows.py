@@ -17,7 +17,8 @@ from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.data.tools import read_tools
 
-CHUNK = 1024  # rows at once: encodings of a whole data set would take some 100 bytes a token
+# Rows at once. Encodings of a whole data set would take some 100 bytes a token, and the first rows and the last wait.
+CHUNK = 256
 
 Encodings = Sequence[tokenizers.Encoding]
 

@@ -23,10 +23,15 @@ def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
     if not _is_byte_level(backend) or any(0x80 <= byte < 0xC0 for byte in missing):
         return lambda text: False
     ranges = "".join(f"{re.escape(chr(low))}-{re.escape(chr(high))}" for low, high in map(_characters, missing))
-    lost = re.compile(f"[{ranges}]" if ranges else "(?!)")
-    if backend.normalizer is None:
-        return lambda text: not lost.search(text)
-    return lambda text: unicodedata.is_normalized("NFC", text) and not lost.search(text)
+    lost, lost_ascii = re.compile(f"[{ranges}]" if ranges else "(?!)"), [chr(byte) for byte in missing if byte < 0x80]
+    any_form = backend.normalizer is None
+
+    def keeps(text: str) -> bool:
+        if text.isascii():  # which is quicker to search, and in every form
+            return not any([letter in text for letter in lost_ascii])
+        return (any_form or unicodedata.is_normalized("NFC", text)) and not lost.search(text)
+
+    return keeps
 
 
 def _letters() -> Iterator[tuple[int, str]]:

@@ -55,8 +55,8 @@ def segmenter(tokenizer: Tokenizer) -> Segments:
         return [_piece(segment) for segment in segments]
 
     def segments_of(messages: Sequence[Message], tools: Tools | None) -> list[Segment]:
-        if tools is None and all(len(message) == 2 for message in messages):
-            pieces = pieces_of(tuple(message["role"] for message in messages))
+        if tools is None and all([len(message) == 2 for message in messages]):
+            pieces = pieces_of(tuple([message["role"] for message in messages]))
             if pieces and (filled := _filled(pieces, messages, tokenizer.render(messages))):
                 return filled
         return conversation_segments(tokenizer, marks, messages, tools)
