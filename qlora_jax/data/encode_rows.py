@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +17,9 @@ from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.data.tools import read_tools
 
-# Rows at once. Encodings of a whole data set would take some 100 bytes a token, and the first rows and the last wait.
-CHUNK = 256
+# Rows at once. Encodings of a whole data set would take some 100 bytes a token; fewer rows at once, and the tokenizer's
+# threads wait for Python's lock more often.
+CHUNK = 2048
 
 Encodings = Sequence[tokenizers.Encoding]
 
@@ -115,7 +116,7 @@ def make_encoder(form: Form, tokenizer: Tokenizer, learn: Learn = "assistant", *
 def ahead[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
     """(item, function(item)) of each item, in order; a thread works on one while the one before is made use of."""
     with ThreadPoolExecutor(1) as pool:
-        before = None
+        before: tuple[A, Future[B]] | None = None
         for item in items:
             begun = item, pool.submit(function, item)
             if before is not None:
