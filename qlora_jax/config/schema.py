@@ -232,7 +232,13 @@ class TrainArgs:
     )
     eval_every: int = setting("evaluate every so many steps; 0: only at the end", 0, NON_NEGATIVE)
     save_every: int = setting("save a checkpoint every so many steps; 0: only at the end", 100, NON_NEGATIVE)
-    keep: int = setting("checkpoints kept", 2, AT_LEAST_ONE)
+    keep: int = setting("checkpoints kept, the newest", 2, AT_LEAST_ONE)
+    keep_best: bool = setting(
+        "also keep the checkpoint with the least held-out loss; it is saved when its evaluation is done", False
+    )
+    patience: int = setting(
+        "stop after so many evaluations in a row without less held-out loss than before; 0: never", 0, NON_NEGATIVE
+    )
     log_every: int = setting("report every so many steps", 1, AT_LEAST_ONE)
     seed: int = setting("seed of adapters, shuffling and dropout", 0, NON_NEGATIVE)
 

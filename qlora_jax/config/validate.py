@@ -121,12 +121,26 @@ def _relation_problems(config: Config) -> list[str]:
             "data.source_max_length and data.target_max_length together"
         )
     problems += _source_problems(config.data)
-    if config.train.eval_every > 0 and config.data.eval is None and config.data.eval_fraction == 0:
-        problems.append(
-            f"train.eval_every: found {config.train.eval_every}, but nothing is held out; "
-            "set data.eval or data.eval_fraction"
-        )
-    return problems
+    return problems + _evaluation_problems(config)
+
+
+def _evaluation_problems(config: Config) -> list[str]:
+    """Settings that want evaluations, of a run that has none."""
+    train = config.train
+    nothing_held_out = config.data.eval is None and config.data.eval_fraction == 0
+    wanting = {"eval_every": train.eval_every, "keep_best": train.keep_best, "patience": train.patience}
+    if nothing_held_out:
+        return [
+            f"train.{name}: found {value}, but nothing is held out; set data.eval or data.eval_fraction"
+            for name, value in wanting.items()
+            if value
+        ]
+    return [
+        f"train.{name}: found {wanting[name]} with train.eval_every=0, expected evaluations between the first and the "
+        "last step; set train.eval_every"
+        for name in ("keep_best", "patience")
+        if wanting[name] and not train.eval_every
+    ]
 
 
 def validate(config: Config) -> None:

@@ -11,7 +11,7 @@ A checkpoint appears under its name when all of it is on disk: one cut off while
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from qlora_jax.config import LoraArgs, ModelArgs, read_config
 from qlora_jax.io.initial import Initial, read_initial
@@ -30,14 +31,27 @@ class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message says which, why, and what is still good."""
 
 
+@dataclasses.dataclass
+class _Kept(PreservationPolicy):
+    """The newest `count` checkpoints, and that of step `also`."""
+
+    count: int
+    also: int | None = None
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        newest = len(checkpoints) - self.count
+        return [index >= newest or info.step == self.also for index, info in enumerate(checkpoints)]
+
+
 class Checkpoints:
-    """The checkpoints of one run, newest `keep` of them; a context manager.
+    """The checkpoints of one run, newest `keep` of them and one more that is named; a context manager.
 
     Saving is synchronous: when `save` returns the checkpoint is on disk.
     """
 
     def __init__(self, run: Path, keep: int):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=False)
+        self._kept = _Kept(keep)
+        options = ocp.CheckpointManagerOptions(preservation_policy=self._kept, enable_async_checkpointing=False)
         self.folder = (run / CHECKPOINT_FOLDER).absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -46,6 +60,10 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._manager.close()
+
+    def keep_also(self, step: int) -> None:
+        """From now on, the checkpoint of this step stays, however many follow; the one named before does not."""
+        self._kept.also = step
 
     def latest_step(self) -> int | None:
         """The newest whole checkpoint's step, or None."""

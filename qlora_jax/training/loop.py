@@ -13,6 +13,7 @@ import numpy as np
 from qlora_jax.data.batches import START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
+from qlora_jax.training.best import Best
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
@@ -35,12 +36,14 @@ class Reporter(Protocol):
 
 @dataclasses.dataclass
 class Progress:
-    """Where a run stands: LoRA and optimizer state after `step` steps, and the data position that comes next."""
+    """Where a run stands: LoRA and optimizer state after `step` steps, the data position that comes next, and the best
+    evaluation so far."""
 
     lora: Lora
     optimizer_state: Any  # as session.updates has it
     step: int
     position: dict[str, int]
+    best: Best
 
 
 class NonFiniteLoss(ValueError):
@@ -49,20 +52,23 @@ class NonFiniteLoss(ValueError):
 
 def start(session: Session) -> Progress:
     """Step 0."""
-    return Progress(session.lora, session.updates.init(session.lora), 0, dict(START))
+    return Progress(session.lora, session.updates.init(session.lora), 0, dict(START), Best())
 
 
 def restore(session: Session, checkpoints: Checkpoints) -> Progress:
     """The newest checkpoint, checked against the session's settings, base and data."""
     check_resumable(session, checkpoints.read_state())
     lora, optimizer_state, state = checkpoints.restore(session.lora, session.updates.like(session.lora))
-    return Progress(lora, session.updates.restored(optimizer_state), state["step"], state["position"])
+    best = Best.of(state)
+    checkpoints.keep_also(best.step)
+    return Progress(lora, session.updates.restored(optimizer_state), state["step"], state["position"], best)
 
 
 def run_steps(
     session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter, stop: Callable[[], bool]
 ) -> Progress:
-    """Trains from `progress` to the last step, or until `stop()` is true at the end of a step; saves where it leaves.
+    """Trains from `progress` to the last step, or until `stop()` is true or `train.patience` at an end at the end of a
+    step; saves where it leaves.
 
     Raises:
       NonFiniteLoss: nothing of that step is saved.
@@ -71,17 +77,17 @@ def run_steps(
     """
     settings = session.config.train
     if progress.step == 0:
-        evaluate(session, progress, reporter)
+        progress = evaluated(session, progress, checkpoints, reporter)
     for batch in session.dataset.train_batches(progress.position):
-        if progress.step >= session.total_steps or stop():
+        if progress.step >= session.total_steps or stop() or progress.best.is_enough(settings.patience):
             break
         progress = train_step(session, progress, batch, reporter)
         if settings.eval_every and progress.step % settings.eval_every == 0 and progress.step < session.total_steps:
-            evaluate(session, progress, reporter)
+            progress = evaluated(session, progress, checkpoints, reporter)
         if settings.save_every and progress.step % settings.save_every == 0:
             save(session, progress, checkpoints)
     if progress.step >= session.total_steps:
-        evaluate(session, progress, reporter)
+        progress = evaluated(session, progress, checkpoints, reporter)
     save(session, progress, checkpoints)
     return progress
 
@@ -111,7 +117,7 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
         | session.updates.numbers(optimizer_state, sent + moved)
     )
     assert batch.position is not None  # only batches of an evaluation have none
-    return Progress(lora, optimizer_state, step, batch.position)
+    return Progress(lora, optimizer_state, step, batch.position, progress.best)
 
 
 def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarray, norm: float) -> str:
@@ -124,10 +130,20 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
     )
 
 
-def evaluate(session: Session, progress: Progress, reporter: Reporter) -> None:
-    """Reports the held-out loss, weighed by tokens; nothing where nothing is held out."""
+def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter) -> Progress:
+    """Reports the held-out loss; where it is the least so far and the best are kept, saves a checkpoint."""
     if session.dataset.eval is None:
-        return
+        return progress
+    best = progress.best.after(progress.step, held_out_loss(session, progress, reporter))
+    progress = dataclasses.replace(progress, best=best)
+    if session.config.train.keep_best and best.step == progress.step > 0:
+        checkpoints.keep_also(best.step)
+        save(session, progress, checkpoints)
+    return progress
+
+
+def held_out_loss(session: Session, progress: Progress, reporter: Reporter) -> float:
+    """The loss of the held-out rows, weighed by tokens, which is reported."""
     nll = tokens = 0.0
     for batch in session.dataset.eval_batches(EVAL_ROWS):
         arrays = {name: array[0] for name, array in batch.arrays().items()}
@@ -135,11 +151,12 @@ def evaluate(session: Session, progress: Progress, reporter: Reporter) -> None:
         nll += float(np.sum(np.asarray(rows_B, np.float64)))
         tokens += float(np.sum(batch.weights, dtype=np.float64))
     reporter.evaluation({"step": progress.step, "eval_loss": nll / tokens, "eval_tokens": int(tokens)})
+    return nll / tokens
 
 
 def save(session: Session, progress: Progress, checkpoints: Checkpoints) -> None:
     """A checkpoint of `progress`."""
-    state = checkpoint_state(session, progress.step, progress.position)
+    state = checkpoint_state(session, progress.step, progress.position, progress.best)
     checkpoints.save(progress.step, progress.lora, session.updates.to_save(progress.optimizer_state), state)
 
 

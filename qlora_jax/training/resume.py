@@ -10,6 +10,7 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, differences, plain_name, to_dict
 from qlora_jax.config.decode import decode
+from qlora_jax.training.best import Best
 from qlora_jax.training.session import Session
 
 # Settings that may differ when a run goes on: they change nothing that is computed, or what they name is checked by
@@ -23,17 +24,20 @@ MAY_DIFFER = {
     "train.eval_every",
     "train.save_every",
     "train.keep",
+    "train.keep_best",
+    "train.patience",
     "train.log_every",
     "optim.paging",
     "optim.paging_budget",
 }
 
 
-def checkpoint_state(session: Session, step: int, position: dict[str, int]) -> dict[str, Any]:
+def checkpoint_state(session: Session, step: int, position: dict[str, int], best: Best) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     return {
         "step": step,
         "position": position,
+        "best": dataclasses.asdict(best),
         "fingerprint": session.fingerprint,
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),

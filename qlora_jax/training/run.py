@@ -13,7 +13,7 @@ from qlora_jax.io.initial import read_initial, write_initial
 from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.training.display import Display, banner
-from qlora_jax.training.loop import Reporter, restore, run_steps, start, stop_on_signals
+from qlora_jax.training.loop import Progress, Reporter, restore, run_steps, start, stop_on_signals
 from qlora_jax.training.metrics import MetricsFile, read_metrics
 from qlora_jax.training.overview import overview
 from qlora_jax.training.plot import plot_loss
@@ -99,8 +99,8 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
         ):
             state = run_steps(session, state, checkpoints, _Report(metrics, display), stop)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
-    finished = state.step >= session.total_steps
-    _say_goodbye(config, state.step, finished, console)
+    finished = state.step >= session.total_steps or state.best.is_enough(config.train.patience)
+    _say_goodbye(config, state, session.total_steps, finished, console)
     return finished
 
 
@@ -110,17 +110,20 @@ def _pinned(config: Config, inputs: Inputs) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
-def _say_goodbye(config: Config, step: int, finished: bool, console: Console) -> None:
-    run = Path(config.output)
+def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bool, console: Console) -> None:
+    run, step = Path(config.output), state.step
     lines = {
         "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
         "loss plot": f"{run / PLOT_FILE}",
         "metrics": f"{run / METRICS_FILE}",
     }
+    if config.train.keep_best and state.best.step:
+        lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
     if finished:
         lines["try it"] = f"python -m qlora_jax.generate --run {run}"
         with_base = " --with-base" if is_gguf(config.model.path) else ""  # peft loads no GGUF file
         lines["export"] = f"python -m qlora_jax.export {run} --format peft --output {run}-peft{with_base}"
     else:
         lines["go on"] = f"python -m qlora_jax.train --config {run / CONFIG_FILE} --resume"
-    banner("done" if finished else f"stopped after step {step}", lines, console)
+    early = f", for {state.best.since} evaluations found no less held-out loss" if step < total_steps else ""
+    banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, validate
+from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, TrainArgs, validate
 from qlora_jax.config.decode import decode, walk
 from qlora_jax.config.synonyms import SYNONYMS
 
@@ -45,6 +45,8 @@ def test_the_defaults_hold():
         ("train.steps", 0, None),
         ("train.epochs", 0.0, 0.5),
         ("train.eval_every", 5, 0),
+        ("train.keep_best", True, False),
+        ("train.patience", 3, 0),
         ("output", "", "o"),
     ],
 )
@@ -52,6 +54,14 @@ def test_bounds(key, bad, good):
     validate(changed(key, good))
     with pytest.raises(ConfigError, match=key):
         validate(changed(key, bad))
+
+
+def test_the_best_evaluation_is_one_of_several():
+    held_out = dataclasses.replace(MINIMAL, data=dataclasses.replace(MINIMAL.data, eval_fraction=0.1))
+    often = dataclasses.replace(held_out, train=TrainArgs(eval_every=5, keep_best=True, patience=2))
+    validate(often)
+    with pytest.raises(ConfigError, match=r"train\.keep_best: .*train\.eval_every=0(?s:.*)train\.patience: found 2"):
+        validate(dataclasses.replace(often, train=TrainArgs(keep_best=True, patience=2)))
 
 
 def test_types_of_a_config_made_in_python():

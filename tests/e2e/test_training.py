@@ -45,6 +45,11 @@ def numbers(config):
     return [{k: v for k, v in record.items() if k not in WHAT_MAY_DIFFER} for record in records]
 
 
+def steps_saved(config):
+    """Of a run's checkpoints."""
+    return sorted(int(folder.name) for folder in (Path(config.output) / "checkpoints").iterdir())
+
+
 def arrays_at(config, step):
     folder = Path(config.output) / "checkpoints" / str(step)
     checkpointer = ocp.StandardCheckpointer()

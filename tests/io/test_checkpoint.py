@@ -34,6 +34,19 @@ def test_the_newest_are_kept_and_restored(tmp_path):
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]
 
 
+def test_one_more_that_is_named_is_kept(tmp_path):
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        for step in range(1, 7):
+            if step in (2, 4):
+                checkpoints.keep_also(step)
+            checkpoints.save(step, LORA, {"mu": jnp.full(3, step)}, {"step": step})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    with Checkpoints(tmp_path, keep=1) as checkpoints:
+        checkpoints.keep_also(4)
+        checkpoints.save(7, LORA, {"mu": jnp.zeros(3)}, {"step": 7})
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "7"]
+
+
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, LORA, {"mu": jnp.zeros(3)}, {"step": 1})
