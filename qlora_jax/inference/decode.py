@@ -20,6 +20,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.inference.sampling import Sampling, choose
+from qlora_jax.models.adapt import for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
@@ -162,9 +163,8 @@ def stream(
     Raises:
       ValueError: a prompt that is empty, or leaves the model no position to answer in: all of them at once.
     """
-    model = combine(graphdef, lora, base)
-    # Products cast the adapters to the compute dtype: once here, rather than for every token.
-    parts = (graphdef, jax.tree.map(lambda leaf: leaf.astype(_dtype(model)), lora), base)
+    parts = for_decoding(graphdef, lora, base)
+    model = combine(*parts)
     _check(prompts, max_new_tokens, model.config)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
     repeats = _repeats(prompts)

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.dora import DoRA
+from qlora_jax.models.partition import Lora, combine, partition
+from qlora_jax.nn.dora import DoRA, SettledDoRA
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors
@@ -116,6 +118,27 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
             raise ValueError(f"rank {rank} for {name}: a rank of at least 1 is needed")
         found[name] = rank, alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank
     return found
+
+
+VECTORS = ("magnitude", "scale", "vector")  # of adapters; they stay in f32
+
+
+def for_decoding(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State) -> tuple[nnx.GraphDef, Lora, nnx.State]:
+    """The same model for many calls of few tokens, in the parts of `partition`: what they share is computed once.
+
+    That is the norms of DoRA, and the cast of matrices to the compute dtype.
+    """
+    model = combine(graphdef, lora, base)
+    for _, linear in linears(model):
+        if isinstance(linear.adapter, DoRA):
+            linear.adapter = SettledDoRA(linear.adapter, linear.weight.get_value())
+    dtype = model.model.embed_tokens.weight[...].dtype
+    graphdef, lora, base = partition(model)
+    cast = {
+        name: {leaf: values if leaf in VECTORS else values.astype(dtype) for leaf, values in leaves.items()}
+        for name, leaves in lora.items()
+    }
+    return graphdef, cast, base
 
 
 def _full_names(name: str, layers: int) -> list[str]:

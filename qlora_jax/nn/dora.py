@@ -3,6 +3,7 @@
 Dimension key: L layers, M rows, K in, N out, R rank.
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -63,19 +64,13 @@ class DoRA(nnx.Module):
         cls,
         lora_a: Float[Array, "L K R"],
         lora_b: Float[Array, "L R N"],
-        weight: QTensor | jax.Array,
+        weight: Weight,
         scaling: float,
         dropout: float,
     ) -> "DoRA":
         """With the magnitudes that change nothing: the norms at these A and B, over a stack of frozen weights."""
         norms2_LN = squared_norms(weight)
-        made = cls(lora_a, lora_b, norms2_LN, norms2_LN, scaling, dropout)
-
-        def norms(layer: jax.Array) -> jax.Array:
-            one = made.of_layer(layer)
-            return one.norms(FrozenLayer(weight, None, layer), one.weight_norms2[...], weight.dtype)
-
-        magnitude_LN = jax.lax.map(norms, jnp.arange(norms2_LN.shape[0], dtype=jnp.int32))
+        magnitude_LN = stack_norms(lora_a, lora_b, norms2_LN, weight, scaling)
         return cls(lora_a, lora_b, magnitude_LN, norms2_LN, scaling, dropout)
 
     @staticmethod
@@ -92,26 +87,18 @@ class DoRA(nnx.Module):
         return [adapter._applied(x_MK, one, key, delta) for adapter, one, key, delta in rows]
 
     def _applied(self, x_MK: jax.Array, frozen: FrozenLayer, key: jax.Array | None, delta_MN: jax.Array) -> jax.Array:
-        norms_N = checkpoint_name(
-            self.norms(frozen, of_layer(self.weight_norms2, frozen.layer), x_MK.dtype), "dora_norms"
-        )
-        scale_N = self.magnitude[...] / norms_N
+        scale_N = self._scale(frozen, x_MK.dtype)
         product_MN = frozen.product(dropout(x_MK, self.dropout, key))
         scaled_MN = scaled_columns(checkpoint_name(product_MN + delta_MN, "unscaled"), scale_N)
         if self.dropout == 0.0 or key is None:
             return frozen.biased(scaled_MN)
         return frozen(x_MK) + (scaled_MN - product_MN)
 
-    def norms(self, frozen: FrozenLayer, weight_norms2_N: Float[Array, " N"], dtype: DTypeLike) -> Float[Array, " N"]:
-        """||W + scaling (A B)^T|| of each row of one layer in f32, A and B rounded to `dtype`; no gradient goes in."""
-        a_KR, b_RN = (x.astype(dtype) for x in jax.lax.stop_gradient((self.lora_a[...], self.lora_b[...])))
-        with jax.named_scope("dora"):
-            wa_RN = frozen.product(a_KR.T).astype(jnp.float32)
-            aab_RN = dot_nn(dot_tn(a_KR, a_KR), b_RN.astype(jnp.float32))
-            b_RN = b_RN.astype(jnp.float32) * self.scaling
-            delta2_N = jnp.sum(b_RN * aab_RN, axis=0) * self.scaling
-            norms2_N = weight_norms2_N + 2 * jnp.sum(b_RN * wa_RN, axis=0) + delta2_N
-            return jnp.sqrt(jnp.maximum(norms2_N, EPS * (weight_norms2_N + delta2_N)))
+    def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
+        """What results are multiplied by: magnitude / norms."""
+        a_KR, b_RN = (leaf[...].astype(dtype) for leaf in (self.lora_a, self.lora_b))
+        norms_N = row_norms(a_KR, b_RN, of_layer(self.weight_norms2, frozen.layer), frozen, self.scaling)
+        return self.magnitude[...] / checkpoint_name(norms_N, "dora_norms")
 
     def of_layer(self, layer: jax.Array | int) -> "DoRA":
         """The adapter of one layer of the stack."""
@@ -128,6 +115,54 @@ class DoRA(nnx.Module):
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
         """The bias itself."""
         return bias
+
+
+class SettledDoRA(DoRA):
+    """DoRA whose norms were computed once: for use, not for training. `scale` [L, N] is magnitude / norms."""
+
+    def __init__(self, adapter: DoRA, weight: Weight):
+        a, b, magnitude = (leaf[...] for leaf in (adapter.lora_a, adapter.lora_b, adapter.magnitude))
+        norms2 = adapter.weight_norms2[...]
+        super().__init__(a, b, magnitude, norms2, adapter.scaling, 0.0)
+        self.scale = nnx.LoRAParam(magnitude / stack_norms(a, b, norms2, weight, adapter.scaling))
+
+    def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
+        return self.scale[...]
+
+
+def row_norms(
+    a_KR: Float[Array, "K R"],
+    b_RN: Float[Array, "R N"],
+    weight_norms2_N: Float[Array, " N"],
+    frozen: FrozenLayer,
+    scaling: float,
+) -> Float[Array, " N"]:
+    """||W + scaling (A B)^T|| of each row of a layer, in f32, a constant to autodiff; A and B in the compute dtype."""
+    a_KR, b_RN = jax.lax.stop_gradient((a_KR, b_RN))
+    with jax.named_scope("dora"):
+        wa_RN = frozen.product(a_KR.T).astype(jnp.float32)
+        aab_RN = dot_nn(dot_tn(a_KR, a_KR), b_RN.astype(jnp.float32))
+        b_RN = b_RN.astype(jnp.float32) * scaling
+        delta2_N = jnp.sum(b_RN * aab_RN, axis=0) * scaling
+        norms2_N = weight_norms2_N + 2 * jnp.sum(b_RN * wa_RN, axis=0) + delta2_N
+        return jnp.sqrt(jnp.maximum(norms2_N, EPS * (weight_norms2_N + delta2_N)))
+
+
+@functools.partial(jax.jit, static_argnames="scaling")
+def stack_norms(
+    lora_a: Float[Array, "L K R"],
+    lora_b: Float[Array, "L R N"],
+    weight_norms2: Float[Array, "L N"],
+    weight: Weight,
+    scaling: float,
+) -> Float[Array, "L N"]:
+    """`row_norms` of all layers, one after another."""
+
+    def norms(layer: jax.Array) -> jax.Array:
+        a_KR, b_RN = (stack[layer].astype(weight.dtype) for stack in (lora_a, lora_b))
+        return row_norms(a_KR, b_RN, weight_norms2[layer], FrozenLayer(weight, None, layer), scaling)
+
+    return jax.lax.map(norms, jnp.arange(len(weight_norms2), dtype=jnp.int32))
 
 
 @jax.jit

@@ -37,6 +37,11 @@ class MixedStack:
         return self.quantized.shape
 
     @property
+    def dtype(self) -> str:
+        """Of products."""
+        return self.quantized.dtype
+
+    @property
     def num_layers(self) -> int:
         """L."""
         return self.quantized.stack_shape[0] + len(self.dense_layers)

@@ -2,10 +2,13 @@
 
 import dataclasses
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from qlora_jax.io.opened import adapted, load_base, open_base_or_run
+from qlora_jax.models.adapt import for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
@@ -77,3 +80,17 @@ def test_what_was_learned_is_there_when_it_is_opened(finished):
 def test_training_goes_on_from_the_exported_adapter(finished, tmp_path):
     fresh, more = first_losses_before_and_after(finished, tmp_path)
     assert more < 0.95 * fresh
+
+
+def test_decoding_is_what_was_trained(finished):
+    """What is computed once for many tokens, and the dtype of matrices, change nothing else."""
+    opened = open_base_or_run(None, finished.output)
+    assert opened.run is not None
+    parts = adapted(load_base(opened, opened.args), opened.run)
+    tokens = jnp.asarray(np.arange(24, dtype=np.int32)[None])
+    found, expected = (
+        np.asarray(jax.jit(lambda lora, base, graph=graph: combine(graph, lora, base).hidden(tokens))(lora, base), "f4")
+        for graph, lora, base in (for_decoding(*parts), parts)
+    )
+    tolerance = 1e-5 if finished.model.compute_dtype == "float32" else 2e-2
+    np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())

@@ -5,10 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.dora import DoRA
+from qlora_jax.nn.dora import DoRA, SettledDoRA, row_norms
 from qlora_jax.nn.dropout import dropped
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import QLinear, project
+from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.nn.scale import scaled_columns
 from qlora_jax.quant import dequantize, quantize
 from tests.nn.test_hand_written_vjps import _check, _random
@@ -83,8 +84,8 @@ def test_doras_norms_are_those_of_the_whole_weight(share):
     """Deltas far below, like, and far above the weight."""
     linear = _linear(quantized=True)
     a, b = _random(K, R) / 8, _random(R, N) * share
-    adapter = _dora(linear, a, b, jnp.ones(N))
-    norms = adapter.norms(linear.of_layer(LAYER), adapter.weight_norms2[...][1], jnp.float32)
+    norms2 = _dora(linear, a, b, jnp.ones(N)).weight_norms2[...][1]
+    norms = row_norms(a, b, norms2, linear.of_layer(LAYER), 2.0)
     np.testing.assert_allclose(norms, jnp.linalg.norm(_dense(linear) + 2.0 * (a @ b).T, axis=1), rtol=2e-6)
 
 
@@ -92,7 +93,7 @@ def test_a_delta_that_undoes_the_weight_gives_no_nan():
     linear = _linear(quantized=False)
     weight = linear.weight.get_value()[1]
     a, b = jnp.eye(K), -weight.T / 2
-    norms = _dora(linear, a, b, jnp.ones(N)).norms(linear.of_layer(LAYER), jnp.sum(weight**2, axis=1), jnp.float32)
+    norms = row_norms(a, b, jnp.sum(weight**2, axis=1), linear.of_layer(LAYER), 2.0)
     assert np.all(norms > 0) and np.all(norms < 1e-3)
 
 
@@ -130,3 +131,15 @@ def test_fresh_adapters_change_nothing_among_others():
 
 def _dora_magnitude(linear: QLinear, a, b):
     return DoRA.init(jnp.stack([a, a]), jnp.stack([b, b]), linear.weight.get_value(), 2.0, 0.0).magnitude[...][1]
+
+
+def test_dora_over_a_stack_of_both_kinds():
+    quantized, dense = _linear(quantized=True).weight.get_value(), _linear(quantized=False).weight.get_value()
+    stack = MixedStack(quantized=jax.tree.map(lambda leaf: leaf[:1], quantized), dense=dense[1:], dense_layers=(1,))
+    a, b = jnp.stack([_random(K, R)] * 2), jnp.stack([_random(R, N)] * 2)
+    adapter = DoRA.init(a, b, stack, 2.0, 0.0)
+    np.testing.assert_allclose(
+        adapter.magnitude[...][1], jnp.linalg.norm(dense[1] + 2.0 * (a[1] @ b[1]).T, axis=1), rtol=2e-6
+    )
+    settled = SettledDoRA(adapter, stack)
+    np.testing.assert_allclose(settled.scale[...], np.ones((2, N)), rtol=1e-5)
