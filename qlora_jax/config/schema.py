@@ -240,6 +240,14 @@ class TrainArgs:
         "stop after so many evaluations in a row without less held-out loss than before; 0: never", 0, NON_NEGATIVE
     )
     log_every: int = setting("report every so many steps", 1, AT_LEAST_ONE)
+    track: list[Literal["tensorboard", "wandb"]] = setting(
+        "where metrics go besides metrics.jsonl: tensorboard (RUN/tensorboard), wandb; each is an extra to install", []
+    )
+    trace_steps: int = setting(
+        "write a profiler's trace of so many steps, from the third of a start on, to RUN/trace; Perfetto opens it",
+        0,
+        NON_NEGATIVE,
+    )
     seed: int = setting("seed of adapters, shuffling and dropout", 0, NON_NEGATIVE)
 
 

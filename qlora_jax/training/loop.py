@@ -65,7 +65,12 @@ def restore(session: Session, checkpoints: Checkpoints) -> Progress:
 
 
 def run_steps(
-    session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter, stop: Callable[[], bool]
+    session: Session,
+    progress: Progress,
+    checkpoints: Checkpoints,
+    reporter: Reporter,
+    stop: Callable[[], bool],
+    before_step: Callable[[], None] = lambda: None,
 ) -> Progress:
     """Trains from `progress` to the last step, or until `stop()` is true or `train.patience` at an end at the end of a
     step; saves where it leaves.
@@ -81,6 +86,7 @@ def run_steps(
     for batch in session.dataset.train_batches(progress.position):
         if progress.step >= session.total_steps or stop() or progress.best.is_enough(settings.patience):
             break
+        before_step()
         progress = train_step(session, progress, batch, reporter)
         if settings.eval_every and progress.step % settings.eval_every == 0 and progress.step < session.total_steps:
             progress = evaluated(session, progress, checkpoints, reporter)

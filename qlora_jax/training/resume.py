@@ -27,6 +27,8 @@ MAY_DIFFER = {
     "train.keep_best",
     "train.patience",
     "train.log_every",
+    "train.track",
+    "train.trace_steps",
     "optim.paging",
     "optim.paging_budget",
 }

@@ -1,12 +1,13 @@
 """A whole run: what `python -m qlora_jax.train` does once it has a configuration."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qlora_jax.config import Config, write_config
+from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.data.report_text import print_report
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints
 from qlora_jax.io.initial import read_initial, write_initial
@@ -19,8 +20,10 @@ from qlora_jax.training.overview import overview
 from qlora_jax.training.plot import plot_loss
 from qlora_jax.training.run_plan import out_of_memory_told, plan_run
 from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
+from qlora_jax.training.trace import traced_steps
+from qlora_jax.training.trackers import Log, numbers, trackers
 
-METRICS_FILE, PLOT_FILE = "metrics.jsonl", "loss.png"
+METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 OVERSIZED = "oversized"  # the switch of a run that starts although it does not fit
 
 
@@ -48,18 +51,23 @@ def report_data(config: Config, console: Console) -> None:
 
 
 class _Report(Reporter):
-    """Writes each record to metrics.jsonl, and shows it."""
+    """Writes each record to metrics.jsonl, shows it, and hands its numbers on."""
 
-    def __init__(self, metrics: MetricsFile, display: Display):
-        self._metrics, self._display = metrics, display
+    def __init__(self, metrics: MetricsFile, display: Display, logs: Sequence[Log]):
+        self._metrics, self._display, self._logs = metrics, display, logs
 
     def step(self, record: dict[str, Any]) -> None:
-        self._metrics.write(record)
+        self._write(record)
         self._display.step(record)
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        self._metrics.write(record)
+        self._write(record)
         self._display.evaluation(record)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._metrics.write(record)
+        for log in self._logs:
+            log(record["step"], numbers(record))
 
 
 def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> bool:
@@ -92,12 +100,14 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
         banner("QLoRA finetuning", overview(session, state.step), console)
         display = Display(session.total_steps, state.step, config.train.log_every, console)
         with (
+            trackers(config.train.track, run, to_dict(config), state.step) as logs,
             MetricsFile(run / METRICS_FILE, state.step) as metrics,
             display,
             stop_on_signals(display.message) as stop,
             out_of_memory_told(plan),
+            traced_steps(run / TRACE_FOLDER, config.train.trace_steps) as before_step,
         ):
-            state = run_steps(session, state, checkpoints, _Report(metrics, display), stop)
+            state = run_steps(session, state, checkpoints, _Report(metrics, display, logs), stop, before_step)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
     finished = state.step >= session.total_steps or state.best.is_enough(config.train.patience)
     _say_goodbye(config, state, session.total_steps, finished, console)
@@ -117,6 +127,8 @@ def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bo
         "loss plot": f"{run / PLOT_FILE}",
         "metrics": f"{run / METRICS_FILE}",
     }
+    if config.train.trace_steps:
+        lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:
         lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
     if finished:

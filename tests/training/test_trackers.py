@@ -1,0 +1,85 @@
+"""Metrics in TensorBoard's files and in Weights & Biases, and the trace of some steps."""
+
+import gzip
+import json
+import struct
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.training.trackers import numbers, trackers
+from tests.e2e.project import project
+from tests.e2e.test_training import numbers as metrics_of
+from tests.e2e.test_training import run
+
+RECORD = {"step": 3, "loss": 1.5, "tokens": 7, "flag": True, "paging_problems": ["x"]}
+
+
+def scalars(folder: Path) -> list[tuple[str, int, float]]:
+    """(name, step, value) of each event in TensorBoard's files, the oldest file first."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir(), key=lambda path: path.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            found += [(value.tag, event.step, value.simple_value) for value in event.summary.value]
+            at += 16 + length
+    return found
+
+
+def test_numbers_are_what_can_be_drawn():
+    assert numbers(RECORD) == {"loss": 1.5, "tokens": 7.0}
+
+
+def test_tensorboard_has_every_number_of_every_step(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX, of the extra `tensorboard`, is not installed")
+    with trackers(["tensorboard"], tmp_path, {}, 0) as (log,):
+        log(3, numbers(RECORD))
+    with trackers(["tensorboard"], tmp_path, {}, 3) as (log,):
+        log(4, {"loss": 1.25})
+    assert scalars(tmp_path / "tensorboard") == [("loss", 3, 1.5), ("tokens", 3, 7.0), ("loss", 4, 1.25)]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the library
+def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb, the extra of that name, is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    with trackers(["wandb"], tmp_path, {"lora": {"rank": 4}}, 0) as (log,):
+        log(3, numbers(RECORD))
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    for _ in range(100):  # a process of its own writes it, and ends when it likes
+        if b"loss" in file.read_bytes():
+            return
+        time.sleep(0.1)
+    raise AssertionError(file.read_bytes())
+
+
+@pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
+def test_a_library_that_is_not_there_is_told(tmp_path, monkeypatch, name, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with (
+        pytest.raises(ValueError, match=rf"{name} needs {library}, .*qlora-jax\[{name}\]"),
+        trackers([name], tmp_path, {}, 0),
+    ):
+        raise AssertionError("entered")
+
+
+@pytest.mark.slow
+def test_a_run_is_tracked_and_traced(tmp_path):
+    pytest.importorskip("tensorboardX", reason="tensorboardX, of the extra `tensorboard`, is not installed")
+    config = project(tmp_path, train=dict(track=["tensorboard"], trace_steps=2, steps=6))
+    assert run(config)
+    folder = Path(config.output)
+    told = {(step, round(value, 4)) for name, step, value in scalars(folder / "tensorboard") if name == "loss"}
+    assert told == {(record["step"], round(record["loss"], 4)) for record in metrics_of(config) if "loss" in record}
+    (trace,) = (folder / "trace").rglob("perfetto_trace.json.gz")
+    with gzip.open(trace, "rt") as file:
+        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+    assert sum("gradients" in name for name in names) >= 2
