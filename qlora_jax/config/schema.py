@@ -96,6 +96,11 @@ class LoraArgs:
     rank_pattern: dict[str, int] = setting("another rank where a name matches: {down_proj: 8}", {})
     alpha_pattern: dict[str, float] = setting("another alpha where a name matches: {down_proj: 16.0}", {})
     use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)
+    modules_to_save: list[str] = setting(
+        "tables that train whole beside the adapters, of [embed_tokens, lm_head] (docs/tokens.md): copies as large as "
+        "they, their gradients and optimizer state besides",
+        [],
+    )
     start: str | None = setting("a PEFT adapter's folder to go on from; its rank and alpha must be those above", None)
     dtype: Literal["float32", "bfloat16"] = setting(
         "what adapters are stored in, and their gradients; bfloat16 is half the bytes, and each update, computed in "

@@ -24,7 +24,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_token_rows, set_tables
+from qlora_jax.models.vocabulary import add_tables, add_token_rows, set_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
     """
     add_lora(model, run.lora_args, jax.random.key(0), None if run.initial is None else run.initial.factors)
     set_tables(model, run.tables)
-    add_token_rows(model, run.new_ids, run.lora_args.dtype)
+    add_tables(model, run.new_ids, run.lora_args)
     graphdef, fresh, base = partition(model)
     check_shapes(run.path, run.lora, fresh)
     return graphdef, jax.tree.map(jnp.asarray, run.lora), base

@@ -22,6 +22,7 @@ from qlora_jax.io.peft_tables import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.safetensors import read_header
 from qlora_jax.models.adapt import ia3_targets
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.vocabulary import whole_names
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # Settings that change nothing that is computed; targets are what there are tensors of.
@@ -241,13 +242,14 @@ def read_start(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[
       new_ids: of the run's new tokens.
 
     Raises:
-      ValueError: settings or new tokens that are not the adapter's, each with the adapter's own; or whole tables.
+      ValueError: settings or new tokens that are not the adapter's, each with the adapter's own; or whole tables that
+        are not to train.
     """
     adapter = read_adapter(folder, model)
-    if adapter.tables:
+    if missing := adapter.tables.keys() - set(whole_names(model, args.modules_to_save)):
         raise ValueError(
-            f"lora.start={folder}: it holds {' and '.join(adapter.tables)} whole (modules_to_save), and whole tables "
-            "do not train here. Merge it (python -m qlora_jax.export FOLDER --format hf), and train on that model"
+            f"lora.start={folder}: it holds {' and '.join(sorted(missing))} whole: name them in lora.modules_to_save, "
+            "and they train on; or merge it (python -m qlora_jax.export FOLDER --format hf), and train on that model"
         )
     if adapter.new_ids not in ((), new_ids):
         raise ValueError(
@@ -264,7 +266,7 @@ def read_start(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[
     if wrong:
         lines = "\n  ".join(wrong)
         raise ValueError(f"lora.start={folder}: give the adapter's own settings, for it was scaled by them:\n  {lines}")
-    return adapter.lora
+    return {**adapter.lora, **{name: {"weight": table} for name, table in adapter.tables.items()}}
 
 
 def check_shapes(path: Path, lora: Lora, expected: Lora) -> None:

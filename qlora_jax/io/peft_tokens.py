@@ -10,15 +10,17 @@ import numpy as np
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.peft import PREFIX, Lora
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.partition import is_table
 
 DELTA = "token_adapter.trainable_tokens_delta"  # PEFT's name for what are the rows themselves
+PEFT_NAMES = {"rows": DELTA, "weight": "weight"}
 # Modules that transformers calls otherwise than their checkpoints do.
 MODULES = {"embed_out": "lm_head"}
 
 
 def split(lora: Lora) -> tuple[Lora, Lora]:
-    """(adapters of projections, rows of tables)."""
-    tables = {name: leaves for name, leaves in lora.items() if "rows" in leaves}
+    """(adapters of projections, what trains of embedding and head)."""
+    tables = {name: leaves for name, leaves in lora.items() if is_table(name)}
     return {name: leaves for name, leaves in lora.items() if name not in tables}, tables
 
 
@@ -29,19 +31,29 @@ def module_of(name: str, model: ModelConfig) -> str:
 
 
 def token_tensors(tables: Lora, model: ModelConfig) -> dict[str, np.ndarray]:
-    """[N, D] of embedding and head."""
-    return {
-        f"{PREFIX}{module_of(name, model)}.{DELTA}": np.ascontiguousarray(np.asarray(leaves["rows"]))
+    """Rows [N, D] of embedding and head, or the whole tables; PEFT reads a whole one twice where it is both."""
+    tensors = {
+        f"{PREFIX}{module_of(name, model)}.{PEFT_NAMES[leaf]}": np.ascontiguousarray(np.asarray(values))
         for name, leaves in tables.items()
+        for leaf, values in leaves.items()
     }
+    whole = tables.get("model.embed_tokens", {}).get("weight")
+    if model.tie_embeddings and whole is not None:
+        tensors[f"{PREFIX}{module_of('lm_head', model)}.weight"] = np.array(whole)
+    return tensors
 
 
 def token_config(tables: Lora, ids: tuple[int, ...], model: ModelConfig) -> dict[str, Any]:
-    """What adapter_config.json says of them: by the last part of a table's name, which tokens' rows train."""
-    if not tables:
-        return {}
-    names = [module_of(name, model).rpartition(".")[2] for name in tables]
-    return {"trainable_token_indices": {name: list(ids) for name in names}}
+    """What adapter_config.json says of them: by the last part of a table's name, whether it trains whole, or its rows.
+
+    Where the head is the embedding, PEFT has to be told that it stays so.
+    """
+    last = {name: module_of(name, model).rpartition(".")[2] for name in tables}
+    whole = [last[name] for name, leaves in tables.items() if "weight" in leaves]
+    config: dict[str, Any] = {"modules_to_save": whole, "ensure_weight_tying": model.tie_embeddings} if whole else {}
+    if rows := {last[name]: list(ids) for name, leaves in tables.items() if "rows" in leaves}:
+        config["trainable_token_indices"] = rows
+    return config
 
 
 def check_exportable(run: Run, tables: Lora, model: ModelConfig) -> None:

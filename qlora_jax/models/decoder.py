@@ -20,12 +20,13 @@ from jaxtyping import Array, Float, Int
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.models.skeleton import frozen_linear_leaves
-from qlora_jax.nn.head import Head, HeadWithRows
+from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mlp import activated, gated
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.token_rows import TokenRows
 from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.whole_table import WholeTable
 
 # What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
 # so that norms and activations alone are computed again. `full`: nothing. `offload`: as `full`, and the input waits in
@@ -133,17 +134,28 @@ def _qlinear(name: str, config: ModelConfig, weights: WeightFormat) -> QLinear:
 
 
 class Embedding(nnx.Module):
-    """A frozen table [V, D], in which rows train where `adapter` is set; a head may have a bias [V]."""
+    """A frozen table [V, D], in which rows train or instead of which a copy does; a head may have a bias [V]."""
 
     def __init__(self, table: Float[Array, "V D"], *, bias: Float[Array, " V"] | None = None):
         self.weight = Frozen(table)
         self.bias = None if bias is None else Frozen(bias)
-        self.adapter: TokenRows | None = nnx.data(None)  # data: it may be set later
+        self.adapter: TokenRows | WholeTable | None = nnx.data(None)  # data: it may be set later
 
     def set_rows(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
         """Lets rows of the tokens `ids` train, each begun as the mean of the table's."""
         bias_V = None if self.bias is None else self.bias[...]
         self.adapter = TokenRows.init(self.weight[...], bias_V, ids, dtype) if ids else None
+
+    def set_whole(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
+        """Lets a copy of the table train, with rows for the tokens `ids` begun as the mean of the table's.
+
+        The frozen one is let go of; it keeps its dtype.
+        """
+        assert len(self.weight[...]), "the frozen table was let go of: load the base again"
+        whole_VD = self.weight[...].astype(dtype)
+        rows = TokenRows.init(self.weight[...], None, ids, dtype) if ids else None
+        self.adapter = WholeTable(whole_VD if rows is None else rows.put_into(whole_VD))
+        self.weight = Frozen(self.weight[...][:0])
 
     def __call__(self, tokens_M: Int[Array, " M"]) -> Float[Array, "M D"]:
         """The row of each token."""
@@ -151,11 +163,13 @@ class Embedding(nnx.Module):
             return self.adapter.embedded(tokens_M, self.weight[...])
         return self.weight[...].at[tokens_M].get(mode="promise_in_bounds")
 
-    def head(self, softcap: float | None) -> Head | HeadWithRows:
+    def head(self, softcap: float | None) -> Head | HeadWithRows | WholeHead:
         """The head that the table is."""
         frozen = Head(self.weight[...], None if self.bias is None else self.bias[...], softcap)
         if self.adapter is None:
             return frozen
+        if isinstance(self.adapter, WholeTable):
+            return WholeHead(self.adapter.weight[...], softcap)
         bias_N = None if self.adapter.bias is None else self.adapter.bias[...]
         return HeadWithRows.of(frozen, self.adapter.rows[...], bias_N, self.adapter.ids)
 
@@ -208,7 +222,7 @@ class CausalLM(nnx.Module):
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
 
     @property
-    def head(self) -> Head | HeadWithRows:
+    def head(self) -> Head | HeadWithRows | WholeHead:
         """What turns hidden states into logits; it is the embedding itself where they are tied."""
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
         return table.head(self.config.head_softcap)

@@ -12,6 +12,11 @@ from flax import nnx
 Lora = dict[str, dict[str, jax.Array]]
 
 
+def is_table(name: str) -> bool:
+    """Whether a module of what trains is embedding or head, and no projection."""
+    return not name.startswith("model.layers.")
+
+
 def partition(model: nnx.Module) -> tuple[nnx.GraphDef, Lora, nnx.State]:
     """(structure, LoRA parameters, base); `combine` is the inverse."""
     graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)

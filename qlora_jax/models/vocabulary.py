@@ -1,13 +1,16 @@
-"""Rows for new tokens: where a model gets them, and what its tables are with them put in."""
+"""What trains of embedding and head: rows of new tokens, or whole tables; and what the tables are with it put in."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from qlora_jax.config import LoraArgs
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
+from qlora_jax.nn.token_rows import TokenRows
 from qlora_jax.nn.variables import Frozen
 
 
@@ -28,6 +31,36 @@ def add_token_rows(model: CausalLM, ids: tuple[int, ...], dtype: DTypeLike) -> N
         table.set_rows(ids, dtype)
 
 
+def add_tables(model: CausalLM, ids: tuple[int, ...], lora: LoraArgs) -> None:
+    """Sets what trains of embedding and head: those that lora.modules_to_save names, and else rows of the tokens `ids`.
+
+    Raises:
+      ValueError: a name that is neither, or a head that has a bias.
+    """
+    add_token_rows(model, ids, lora.dtype)
+    whole = whole_names(model.config, lora.modules_to_save)
+    for name, table in tables(model):
+        if name in whole:
+            table.set_whole(ids, lora.dtype)
+
+
+def whole_names(config: ModelConfig, modules: Sequence[str]) -> list[str]:
+    """Our names of the tables that modules_to_save names, by our last part of the name or by the family's own."""
+    ours = ["model.embed_tokens", *([] if config.tie_embeddings else ["lm_head"])]
+    known = {named.rpartition(".")[2]: name for name in ours for named in (name, config.hugging_face_name(name))}
+    problems = [
+        f"{module!r}: expected some of {', '.join(known)}" + config.tie_embeddings * ", which is the head too here"
+        for module in modules
+        if module not in known
+    ]
+    names = [known[module] for module in modules if module in known]
+    if config.head_bias and "lm_head" in names:
+        problems.append("'lm_head': a head with a bias does not train whole here; its new tokens' rows do")
+    if problems:
+        raise ValueError(f"lora.modules_to_save: {'; '.join(problems)}")
+    return names
+
+
 def set_tables(model: CausalLM, weights: Mapping[str, np.ndarray]) -> None:
     """Puts whole tables, by our names, in place of the model's; they are frozen, and may have more rows."""
     for name, table in tables(model):
@@ -43,7 +76,10 @@ def whole_tables(model: CausalLM, replaced: Collection[str]) -> dict[str, jax.Ar
             continue
         leaves = {"weight": table.weight} if table.bias is None else {"weight": table.weight, "bias": table.bias}
         for leaf, variable in leaves.items():
-            rows = table.adapter
-            put = None if rows is None else rows.put_into if leaf == "weight" else rows.bias_put_into
-            whole[f"{name}.{leaf}"] = variable[...] if put is None else put(variable[...])
+            trained = table.adapter
+            if trained is not None and leaf == "weight":
+                whole[f"{name}.{leaf}"] = trained.put_into(variable[...])
+            else:
+                rows = isinstance(trained, TokenRows)
+                whole[f"{name}.{leaf}"] = trained.bias_put_into(variable[...]) if rows else variable[...]
     return whole

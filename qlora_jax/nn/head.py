@@ -1,4 +1,4 @@
-"""How hidden states become logits: a frozen head, and one in which some rows train.
+"""How hidden states become logits: a frozen head, one in which some rows train, and one that trains whole.
 
 Dimension key: M tokens, D embed, V rows of the frozen head, N rows that train, W = max(V, largest id + 1).
 """
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.nn.dots import dot_nt
@@ -100,3 +101,20 @@ class HeadWithRows:
         beyond = max(0, max(self.ids) + 1 - logits_MV.shape[1])
         logits_MW = jnp.pad(logits_MV, ((0, 0), (0, beyond)))
         return logits_MW.at[:, np.asarray(self.ids)].set(self.own_logits(hidden_MD))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class WholeHead:
+    """A head that trains whole, without biases: `weight_VD` in f32 or bf16, cast to the hidden states' dtype."""
+
+    weight_VD: Any
+    softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def cast(self, dtype: DTypeLike) -> Head:
+        """The same in the dtype that is computed in."""
+        return Head(self.weight_VD.astype(dtype), None, self.softcap)
+
+    def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
+        """The logits in f32."""
+        return self.cast(hidden_MD.dtype).logits(hidden_MD)

@@ -23,8 +23,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn.dots import dot_nn
-from qlora_jax.nn.head import Head, HeadWithRows
+from qlora_jax.nn.dots import dot_nn, dot_tn
+from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
 
 
 class Tile(NamedTuple):
@@ -46,15 +46,17 @@ OfChunk = Callable[[jax.Array, Head, jax.Array], Any]
 
 def token_nll(
     hidden_MD: Float[Array, "M D"],
-    head: Head | HeadWithRows,
+    head: Head | HeadWithRows | WholeHead,
     targets_M: Int[Array, " M"],
     supervised_M: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
     """-log softmax(head's logits)[target] in f32 nats where supervised, 0 elsewhere.
 
     Supervised tokens are moved together first, so the head's products are done for them alone (rounded up to a chunk).
-    Differentiable in `hidden_MD`, and in the head's rows that train.
+    Differentiable in `hidden_MD`, and in what trains of the head.
     """
+    if isinstance(head, WholeHead):
+        return _whole_nll(hidden_MD, head, targets_M, supervised_M)
     if isinstance(head, HeadWithRows):
         return _nll_with_rows(hidden_MD, head, targets_M, supervised_M)
     return _frozen_nll(hidden_MD, head, targets_M, supervised_M)
@@ -82,6 +84,12 @@ def _frozen_nll(hidden_MD, head: Head, targets_M, supervised_M):
 def _frozen_sums(hidden_MD, head: Head, targets_M, supervised_M):
     """(log-sum-exp, the target's logit: 0 where the target is out of range), both 0 where not supervised."""
     return _in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
+
+
+@jax.custom_vjp
+def _whole_nll(hidden_MD, head: WholeHead, targets_M, supervised_M):
+    """The gradient by the head is made from logits made again, chunk by chunk, and summed in f32."""
+    return _in_chunks(_nll_of_chunk, hidden_MD, head.cast(hidden_MD.dtype), targets_M, supervised_M)
 
 
 def tile_of(platform: str, tokens: int, vocabulary: int) -> Tile:
@@ -218,6 +226,48 @@ def _sums_backward(residuals, cotangents):
 
 
 _frozen_sums.defvjp(_sums_forward, _sums_backward)
+
+
+def _whole_forward(hidden_MD, head, targets_M, supervised_M):
+    frozen = head.cast(hidden_MD.dtype)
+    lse_M, target_M, mean_MD = _in_chunks(_sums_of_chunk, hidden_MD, frozen, targets_M, supervised_M)
+    return lse_M - target_M, (hidden_MD, head, targets_M, supervised_M, lse_M, target_M, mean_MD)
+
+
+def _whole_backward(residuals, d_nll_M):
+    hidden_MD, head, targets_M, supervised_M, lse_M, target_M, mean_MD = residuals
+    frozen = head.cast(hidden_MD.dtype)
+    d_nll_M = jnp.where(supervised_M, d_nll_M, 0.0)
+    (d_hidden_MD, *_) = _sums_backward((frozen, targets_M, target_M, mean_MD), (d_nll_M, -d_nll_M))
+    with jax.named_scope("whole_head"):
+        d_VD = _by_head(hidden_MD, frozen, targets_M, lse_M, d_nll_M)
+    return d_hidden_MD, WholeHead(d_VD.astype(head.weight_VD.dtype), head.softcap), None, None
+
+
+def _by_head(hidden_MD, head: Head, targets_M, lse_M, d_nll_M) -> Float[Array, "V D"]:
+    """sum over tokens of d_nll (softmax - onehot) slope times hidden state; chunks without supervision cost nothing."""
+    m, size = hidden_MD.shape[0], tile_of(target_device().platform, hidden_MD.shape[0], head.weight_VD.shape[0]).tokens
+    order_M = jnp.argsort(d_nll_M == 0, stable=True)
+    chunks = jax.tree.map(
+        lambda x: jnp.pad(x[order_M], ((0, -m % size),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]),
+        (hidden_MD, targets_M, lse_M, d_nll_M),
+    )
+
+    def add(d_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> jax.Array:
+        hidden_CD, targets_C, lse_C, d_nll_C = chunk
+        logits_CV = head.logits(hidden_CD)
+        p_CV = jnp.exp(logits_CV - lse_C[:, None]).at[jnp.arange(size), targets_C].add(-1.0, mode="drop")
+        slope_CV = head.slope(logits_CV)
+        d_CV = p_CV * d_nll_C[:, None] * (1.0 if slope_CV is None else slope_CV)
+        return d_VD + dot_tn(d_CV.astype(hidden_CD.dtype), hidden_CD)
+
+    def one(d_VD, chunk):
+        return jax.lax.cond(jnp.any(chunk[3] != 0), add, lambda d_VD, _: d_VD, d_VD, chunk), None
+
+    return jax.lax.scan(one, jnp.zeros(head.weight_VD.shape, jnp.float32), chunks)[0]
+
+
+_whole_nll.defvjp(_whole_forward, _whole_backward)
 
 
 def _forward(hidden_MD, head, targets_M, supervised_M):

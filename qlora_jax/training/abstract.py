@@ -19,7 +19,7 @@ from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import partition
-from qlora_jax.models.vocabulary import add_token_rows
+from qlora_jax.models.vocabulary import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.step import gradients, update
 
@@ -110,7 +110,7 @@ def abstract_step(
 def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...]) -> CausalLM:
     model = CausalLM(config, weights)
     add_lora(model, lora, jax.random.key(0))
-    add_token_rows(model, new_ids, lora.dtype)
+    add_tables(model, new_ids, lora)
     return model
 
 

@@ -19,6 +19,7 @@ from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flo
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.adapt import ia3_targets, ranks_and_scalings
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
+from qlora_jax.models.vocabulary import whole_names
 from qlora_jax.nn import attention_cpu, loss
 from qlora_jax.nn.attention_tiles import Tiling
 from qlora_jax.optim.blockwise import BLOCK, MIN_SIZE
@@ -74,6 +75,11 @@ class Step:
             return {}
         targets, on_inputs = ia3_targets(self.model, self.lora)
         return {self._names[name]: name in on_inputs for name in targets}
+
+    @functools.cached_property
+    def whole(self) -> list[str]:
+        """Of embedding and head, what trains whole."""
+        return whole_names(self.model, self.lora.modules_to_save)
 
     @functools.cached_property
     def _names(self) -> Mapping[str, str]:
@@ -175,8 +181,12 @@ def _flops_a_pair(step: Step) -> int:
 
 
 def head_flops(step: Step) -> int:
-    """2 C I D V: the logits of I chunks of C supervised tokens; as much again for the hidden states' gradient."""
-    return 2 * head_rows(step) * step.model.embed_dim * step.model.vocab_size
+    """2 C I D V: the logits of I chunks of C supervised tokens; as much again for the hidden states' gradient.
+
+    Where the head trains whole, V has the new tokens too.
+    """
+    rows = step.model.vocab_size + _head_is_whole(step) * step.new_tokens
+    return 2 * head_rows(step) * step.model.embed_dim * rows
 
 
 def head_tile(step: Step) -> loss.Tile:
@@ -191,9 +201,21 @@ def head_rows(step: Step) -> int:
     return -(-tokens // chunk) * chunk
 
 
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+
+
+def _head_is_whole(step: Step) -> bool:
+    return (EMBEDDING if step.model.tie_embeddings else HEAD) in step.whole
+
+
 def row_flops(step: Step) -> int:
     """2 M D a new token: hidden states times its row of the head."""
     return 2 * step.rows * step.model.embed_dim * step.new_tokens
+
+
+def _rows_backward(step: Step) -> int:
+    """By hidden states and by the head's rows, and by the embedding's, where these do not train whole."""
+    return row_flops(step) * (2 * (not _head_is_whole(step)) + (EMBEDDING not in step.whole))
 
 
 Part = Callable[[Step], int]
@@ -211,9 +233,10 @@ LAYER_FLOPS: dict[str, Part] = {
 HEAD_FLOPS: dict[str, Part] = {
     "head forward": head_flops,
     "head backward": head_flops,
-    "new_tokens forward": row_flops,
-    # by hidden states, by the head's rows, by the embedding's
-    "new_tokens backward": lambda step: 3 * row_flops(step),
+    # logits again, and the head's gradient
+    "whole_head backward": lambda step: 2 * _head_is_whole(step) * head_flops(step),
+    "new_tokens forward": lambda step: row_flops(step) * (not _head_is_whole(step)),
+    "new_tokens backward": _rows_backward,
 }
 
 
@@ -249,17 +272,18 @@ def flops(step: Step) -> dict[str, int]:
 def frozen_bytes(step: Step) -> dict[str, int]:
     """codes, constants: `held` of each projection's layers (dense weights count as codes, in their own dtype).
 
-    tables: V D of embedding and head (once where tied). vectors: norms and biases, as (2 L + 1) D, those of new tokens
-    too. In the dtype. DoRA has lengths of rows besides, in f32.
+    tables: V D of embedding and head (once where tied), those that train whole left out. vectors: norms and biases, as
+    (2 L + 1) D, those of new tokens too. In the dtype. DoRA has lengths of rows besides, in f32.
     """
     model, layers, size = step.model, step.model.num_layers, step.itemsize
     weights = [_held(step, name, shape) for name, shape in step.shapes()]
     linear = layers * sum(math.prod(shape) for _, shape in step.shapes())
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
+    held = tables - len(step.whole) * model.vocab_size * model.embed_dim
     return {
         "codes": sum(codes for codes, _ in weights),
         "constants": sum(constants for _, constants in weights),
-        "tables": tables * size,
+        "tables": held * size,
         "vectors": (model.parameters() - linear - tables + model.head_bias * step.new_tokens) * size
         + layers * F32 * _dora_rows(step),
     }
@@ -290,8 +314,9 @@ def lora_bytes(step: Step) -> int:
 
 
 def _new_rows(step: Step) -> int:
-    """Of embedding and head."""
-    return step.new_tokens * (1 if step.model.tie_embeddings else 2)
+    """Rows that train of embedding and head: those of new tokens, and all where a table trains whole."""
+    tables = 1 if step.model.tie_embeddings else 2
+    return tables * step.new_tokens + len(step.whole) * step.model.vocab_size
 
 
 # By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).

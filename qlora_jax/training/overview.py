@@ -7,7 +7,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.api import chosen
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config, paging_of
-from qlora_jax.models.partition import Lora
+from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.nn import attention_cpu
 from qlora_jax.training.session import Session
 
@@ -46,14 +46,16 @@ def _rank(config: Config) -> str:
 
 
 def _projections(session: Session) -> int:
-    return sum(name.startswith("model.layers.") for name in session.lora)
+    return sum(not is_table(name) for name in session.lora)
 
 
 def _new_tokens(session: Session) -> Rows:
     model = session.config.model
     tokens = [*model.new_tokens, *model.new_special_tokens]
     where = "the embedding, which is the head too" if session.model.tie_embeddings else "embedding and head"
-    return {"new tokens": f"{', '.join(tokens)}; their rows of {where} train"} if tokens else {}
+    rows = {"new tokens": f"{', '.join(tokens)}; their rows of {where} train"} if tokens else {}
+    whole = session.config.lora.modules_to_save
+    return rows | ({"trained whole": ", ".join(whole)} if whole else {})
 
 
 def _count(tree: Lora) -> int:

@@ -23,9 +23,9 @@ from qlora_jax.io.vocabulary import open_tokenizer
 from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import Lora, partition
+from qlora_jax.models.partition import Lora, is_table, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_token_rows
+from qlora_jax.models.vocabulary import add_tables
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract import abstract_step
@@ -143,11 +143,14 @@ def prepare(
     key = jax.random.key(config.train.seed)
     loaded, initial = _loaded(config, inputs, weights, progress, initial, named_key(key, "lora"))
     add_lora(loaded.model, config.lora, named_key(key, "lora"), None if initial is None else initial.factors)
-    add_token_rows(loaded.model, inputs.new_ids, config.lora.dtype)
+    add_tables(loaded.model, inputs.new_ids, config.lora)
     graphdef, lora, base = partition(loaded.model)
     if inputs.start is not None:
-        # New tokens may be added to an adapter that has none.
-        started = {**{name: leaves for name, leaves in lora.items() if "rows" in leaves}, **inputs.start}
+        # New tokens, and tables that train whole, may be added to an adapter that has none.
+        started = {
+            **{name: leaves for name, leaves in lora.items() if name not in inputs.start and is_table(name)},
+            **inputs.start,
+        }
         check_shapes(Path(str(config.lora.start)), started, lora)
         lora = jax.tree.map(lambda values, fresh: jnp.asarray(values, fresh.dtype), started, lora)
     return Session(

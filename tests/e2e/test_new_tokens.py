@@ -89,6 +89,37 @@ def test_paged_it_is_the_same_run(finished: Config, tmp_path: Path) -> None:
     jax.tree.map(np.testing.assert_array_equal, paged.lora, open_run(Path(finished.output)).lora)
 
 
+WHOLE = ["embed_tokens", "lm_head"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("new", [True, False])
+def test_whole_tables_train_resume_and_are_paged(tmp_path: Path, new: bool, monkeypatch) -> None:
+    none: dict[str, list[str]] = {} if new else {name: [] for name in NEW}
+    config = tool_project(tmp_path, lora=dict(modules_to_save=WHOLE), model=none)
+    whole = trained(config)
+    weights = load_file(Path(config.model.path) / "model.safetensors")
+    for name in TABLES:
+        table = np.asarray(whole.lora[name]["weight"])
+        assert table.shape == (258 + 3 * new, 64)
+        assert 1e-4 < np.abs(table[:258] - weights[f"{name}.weight"]).max() < 0.1
+    optim = dataclasses.replace(config.optim, paging="on", paging_budget="512KiB")
+    paged = trained(dataclasses.replace(config, optim=optim, output=str(tmp_path / "paged")))
+    jax.tree.map(np.testing.assert_array_equal, paged.lora, whole.lora)
+    cut, steps = dataclasses.replace(config, output=str(tmp_path / "cut")), []
+    with monkeypatch.context() as patch:
+        stop = contextlib.nullcontext(lambda: steps.append(None) or len(steps) > 2)
+        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: stop)
+        assert trained(cut).step == 2
+    jax.tree.map(np.testing.assert_array_equal, trained(cut, resume=True).lora, whole.lora)
+
+
+def test_other_modules_are_refused(tmp_path: Path) -> None:
+    config = tool_project(tmp_path, lora=dict(modules_to_save=["embed_tokens", "norm"]))
+    with pytest.raises(ValueError, match=r"lora.modules_to_save: 'norm': expected some of embed_tokens, lm_head"):
+        compile_gradients(config, open_inputs(config))
+
+
 def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_path: Path) -> None:
     console = Console(file=io.StringIO(), width=500)
     export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=console)

@@ -1,5 +1,6 @@
 """A PEFT adapter that is read is the one that was written; whatever else a folder holds is told, everything at once."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -137,5 +138,7 @@ def test_training_goes_on_with_the_same_new_tokens_and_no_whole_tables(folder: P
         read_start(folder, TIED, args, (32,))
     save_file(plain | {f"{EMBEDDING}.weight": LONG[:32]}, path)
     _with(folder, trainable_token_indices=None)
-    with pytest.raises(ValueError, match=r"holds model.embed_tokens whole \(modules_to_save\)"):
+    with pytest.raises(ValueError, match=r"holds model.embed_tokens whole: name them in lora.modules_to_save"):
         read_start(folder, TIED, args, ())
+    whole = read_start(folder, TIED, dataclasses.replace(args, modules_to_save=["embed_tokens"]), ())
+    np.testing.assert_array_equal(whole["model.embed_tokens"]["weight"], LONG[:32])

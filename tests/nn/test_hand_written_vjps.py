@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.nn.attention import cached_attention
 from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.head import Head, HeadWithRows
+from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
 from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import TILES, Tile, token_nll
 from qlora_jax.nn.mlp import ACTIVATIONS, activated, gated
@@ -160,6 +160,22 @@ def test_token_nll_with_rows_that_train(ids, softcap, biased, monkeypatch):
 
     _check(lambda hidden, rows: token_nll(hidden, head(rows), targets, mask), plain, hidden, rows)
     np.testing.assert_allclose(head(rows).logits(hidden), logits(hidden, rows), atol=2e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("supervised", [0, 1, 300])
+def test_token_nll_of_a_head_that_trains_whole(supervised, softcap, monkeypatch):
+    monkeypatch.setitem(TILES, "cpu", Tile(256, 32))
+    hidden, weight = _random(700, 24), _random(100, 24)
+    targets = jnp.asarray(np.random.default_rng(0).integers(0, 100, 700), jnp.int32)
+    mask = jnp.asarray(np.random.default_rng(1).permutation(700) < supervised)
+
+    def plain(hidden, weight):
+        logits = hidden @ weight.T
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return jnp.where(mask, -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0], 0.0)
+
+    _check(lambda h, w: token_nll(h, WholeHead(w, softcap), targets, mask), plain, hidden, weight)
 
 
 @pytest.mark.parametrize("ids", [(50, 51), (49, 50), (3, 20)], ids=["beyond", "across", "within"])

@@ -1,5 +1,6 @@
 """An exported run, loaded by peft over the exported base, computes what our model computes."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from qlora_jax.models.adapt import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_token_rows
+from qlora_jax.models.vocabulary import add_tables, add_token_rows
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
@@ -61,7 +62,7 @@ def _write_run(
     base = loaded.model
     add_lora(base, lora_args, jax.random.key(0))
     ids = open_tokenizer(source, config.model, base.config.vocab_size).new_ids if new else ()
-    add_token_rows(base, ids, "float32")
+    add_tables(base, ids, lora_args)
     graphdef, lora, frozen = partition(base)
     key = jax.random.key(1)
     random = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, lora)
@@ -122,6 +123,36 @@ def test_new_tokens(tmp_path: Path, oracle) -> None:
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
     for name, logits in ours.items():
         np.testing.assert_allclose(found[name], logits, atol=1e-4, err_msg=name)
+
+
+WHOLE = {
+    "both": ("untied", ["embed_tokens", "lm_head"], NEW),
+    "a whole embedding": ("untied", ["embed_tokens"], NEW),
+    "a whole head": ("untied", ["lm_head"], []),
+    "tied": ("tied", ["embed_tokens"], NEW),
+    "by the family's name": ("gptneox", ["embed_in", "embed_out"], []),
+    "soft caps": ("gemma2", ["embed_tokens"], []),
+}
+
+
+@pytest.mark.slow
+def test_whole_tables(tmp_path: Path, oracle) -> None:
+    """What trained whole, with rows for new tokens or without; rows of the other table beside it."""
+    configs = {"untied": tiny_config(), "tied": tiny_config(tie_word_embeddings=True)}
+    configs |= {name: FAMILIES[name][1] for name in ("gptneox", "gemma2")}
+    tokens, ours = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32), {}
+    for name, (base, modules, new) in WHOLE.items():
+        files = {"tokenizer.json": tokenizer_json()}
+        model = write_folder(tmp_path / f"{name}-model", configs[base], random_tensors(configs[base]), **files)
+        args = dataclasses.replace(LORAS["all"], modules_to_save=modules)
+        with_adapter, _ = _write_run(tmp_path / name, model, args, new=new)
+        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        main([str(tmp_path / name), "--format", "hf", "--dtype", "float32"])
+        ours[f"{name}/adapted"] = _logits(with_adapter, tokens)
+    cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in WHOLE}
+    found = oracle(SCRIPT, cases=cases, tokens=tokens)
+    for name, logits in ours.items():
+        np.testing.assert_allclose(found[name], logits, atol=1e-4 * np.abs(logits).max(), err_msg=name)
 
 
 TABLES_MADE_BY_PEFT = {

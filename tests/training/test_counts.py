@@ -84,6 +84,18 @@ NEW_TOKENS = {
         *(dataclasses.replace(EVERY, dtype="bfloat16"), NEW_IDS),
     ),
 }
+BOTH = ["embed_tokens", "lm_head"]
+NEW_TOKENS |= {
+    "names, whole tables": (MODEL, "names", (2, 2, 320), dataclasses.replace(EVERY, modules_to_save=BOTH)),
+    "names, whole head": (
+        *(MODEL, "names", (1, 2, 320)),
+        *(dataclasses.replace(EVERY, modules_to_save=BOTH[1:], dtype="bfloat16"), (1000, 1001, 1002)),
+    ),
+    "names, tied and whole": (
+        *(dataclasses.replace(MODEL, tie_embeddings=True), "names", (1, 2, 320)),
+        *(dataclasses.replace(EVERY, modules_to_save=BOTH[:1]), (1000, 1001)),
+    ),
+}
 IN_HANDLERS = ("names, C++ attention", "full, C++ attention")
 CASES |= {IN_HANDLERS[0]: (MODEL, "names", (2, 2, 320), EVERY), IN_HANDLERS[1]: (MODEL, "full", (1, 2, 100), EVERY)}
 METHODS = {
@@ -143,7 +155,7 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
         part, direction = name.split()
         expected[part, direction != "forward" and part != "head"] += flops
     for dot in dots(text):
-        parts = ("new_tokens", "dora", "frozen", "lora", "attention", "head")
+        parts = ("new_tokens", "whole_head", "dora", "frozen", "lora", "attention", "head")
         part = next(part for part in parts if part in dot.op_name)
         found[part, "transpose(" in dot.op_name] += dot.flops * dot.times
     assert found == expected
