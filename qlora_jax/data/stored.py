@@ -109,11 +109,15 @@ class StoredRows:
 
 
 def open_stored(folder: Path, path: str) -> StoredRows | None:
-    """The entry in `folder`; None where there is none."""
+    """The entry in `folder`; None where there is none; ValueError where its files are not of the size they had."""
     try:
         facts: Mapping[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    if facts["bytes"] != (found := _sizes(folder)):
+        raise ValueError(
+            f"{folder}: a damaged entry of data.cache: found {found}, expected {facts['bytes']}; delete it"
+        )
     return StoredRows(
         folder=folder,
         path=path,
@@ -124,6 +128,10 @@ def open_stored(folder: Path, path: str) -> StoredRows | None:
     )
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    return {name: path.stat().st_size if (path := folder / name).exists() else 0 for name in _TYPES}
+
+
 def store(pieces: Iterable[Piece], folder: Path) -> None:
     """Writes the entry; nothing stays of it where `pieces` raises."""
     part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
@@ -131,8 +139,10 @@ def store(pieces: Iterable[Piece], folder: Path) -> None:
     try:
         facts = _write(pieces, part)
         (part / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
-        if not folder.exists():  # another run may have been faster; its entry is the same
-            os.replace(part, folder)
+        os.replace(part, folder)
+    except OSError:
+        if not folder.exists():  # else another run was faster, and its entry is the same
+            raise
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -155,4 +165,4 @@ def _write(pieces: Iterable[Piece], folder: Path) -> dict[str, Any]:
                 files[name].write(np.ascontiguousarray(array, _TYPES[name]).data)
             digest.update(rows)
             total, tally, form = total + len(rows.ids), tally + piece.tally, piece.form
-    return {"digest": digest.hexdigest(), "form": form, "tally": tally.to_dict()}
+    return {"digest": digest.hexdigest(), "form": form, "tally": tally.to_dict(), "bytes": _sizes(folder)}

@@ -14,6 +14,7 @@ import pytest
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data import dataset as dataset_module
 from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.stored import store
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import ASSETS
 
@@ -79,6 +80,24 @@ def test_rows_are_made_once_and_again_when_anything_changes(
     Path(path).rename(moved)
     assert makes(train=str(moved)) == 0
     assert makes(train=str(moved), eval_fraction=0.5) == 2
+
+
+def test_a_damaged_entry_is_told(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
+    path, cache = write_rows(rows_of(9)), tmp_path / "cache"
+    load(tokenizer, train=path, cache=str(cache))
+    (ids,) = cache.glob("*/ids")
+    ids.write_bytes(ids.read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"a damaged entry of data\.cache: found .*; delete it"):
+        load(tokenizer, train=path, cache=str(cache))
+
+
+def test_of_two_runs_that_store_the_same_one_is_as_good(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
+    path, cache = write_rows(rows_of(9)), tmp_path / "cache"
+    load(tokenizer, train=path, cache=str(cache))
+    (entry,) = cache.iterdir()
+    before = (entry / "ids").read_bytes()
+    store(iter(()), entry)
+    assert (entry / "ids").read_bytes() == before and list(cache.iterdir()) == [entry]
 
 
 def test_nothing_stays_of_rows_that_are_wrong(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
