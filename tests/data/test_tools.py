@@ -95,6 +95,16 @@ def test_turns_that_a_template_leaves_out_are_refused(smollm2_source: dict, writ
     assert learned(silent, write_rows([{"messages": turns[1:]}])) == "assistantthe assistant<|im_end|>"
 
 
+def test_what_a_tool_says_may_be_written_as_json(smollm2_source: dict, write_rows: Callable):
+    quoting = HERMES.replace("message.content + '\n</tool", "message.content | tojson + '\n</tool")
+    assert quoting != HERMES
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": quoting})
+    turns = conversation({}, content="Hm.")
+    turns[2]["content"] = 'Überall "trocken"\n👍'
+    path = write_rows([{"messages": turns, "tools": [WEATHER]}])
+    assert '"Überall \\"trocken\\"\\n👍"' in learned(tokenizer, path, learn="all")
+
+
 def test_calls_that_end_otherwise_are_refused(smollm2_source: dict, write_rows: Callable):
     open_ended = HERMES.replace(
         "{{- '<|im_end|>\n' }}\n    {%- endif %}", "{{- '.' if message.tool_calls else '<|im_end|>\n' }}{%- endif %}"
