@@ -236,6 +236,13 @@ class TrainArgs:
         "names",
     )
     eval_every: int = setting("evaluate every so many steps; 0: only at the end", 0, NON_NEGATIVE)
+    samples: str | None = setting(
+        "file of prompts, as generate --prompts takes it, that the model replies to at every evaluation (greedily): "
+        "RUN/samples.jsonl; its cache comes on top of the memory plan",
+        None,
+        NOT_EMPTY,
+    )
+    sample_tokens: int = setting("with samples: tokens of a reply at most", 64, AT_LEAST_ONE)
     save_every: int = setting("save a checkpoint every so many steps; 0: only at the end", 100, NON_NEGATIVE)
     keep: int = setting("checkpoints kept, the newest", 2, AT_LEAST_ONE)
     keep_best: bool = setting(

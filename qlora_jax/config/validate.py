@@ -133,7 +133,7 @@ def _evaluation_problems(config: Config) -> list[str]:
         return [
             f"train.{name}: found {value}, but nothing is held out; set data.eval or data.eval_fraction"
             for name, value in wanting.items()
-            if value
+            if value and not (name == "eval_every" and train.samples)  # of which there are replies
         ]
     return [
         f"train.{name}: found {wanting[name]} with train.eval_every=0, expected evaluations between the first and the "

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +13,7 @@ from rich.text import Text
 from qlora_jax.config.sizes import format_bytes
 
 _WINDOW = 20  # steps that speed and time left are averaged over
+_SAMPLE_CHARACTERS = 160
 
 
 def banner(title: str, rows: Mapping[str, str], console: Console) -> None:
@@ -126,6 +127,12 @@ class Display:
     def evaluation(self, record: Mapping[str, Any]) -> None:
         """Shows a held-out loss; it stays in the terminal, above the live line."""
         self.message(f"step {record['step']}/{self._total}  held-out loss {record['eval_loss']:.3f}")
+
+    def samples(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Shows the first reply of a step, on one line."""
+        reply, most = " ".join(records[0]["reply"].split()), _SAMPLE_CHARACTERS
+        told = reply if len(reply) <= most else f"{reply[:most]} ..."
+        self.message(f"step {records[0]['step']}/{self._total}  sample: {told}")
 
     def message(self, text: str) -> None:
         """One line that stays."""

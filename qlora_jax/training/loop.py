@@ -33,6 +33,10 @@ class Reporter(Protocol):
         """Held-out loss at a step."""
         ...
 
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        """Replies to prompts at a step."""
+        ...
+
 
 @dataclasses.dataclass
 class Progress:
@@ -137,7 +141,10 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
 
 
 def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter) -> Progress:
-    """Reports the held-out loss; where it is the least so far and the best are kept, saves a checkpoint."""
+    """Reports samples and the held-out loss; where it is the least so far and the best are kept, saves a checkpoint."""
+    if session.samples is not None:
+        parts = session.graphdef, progress.lora, session.base
+        reporter.samples(session.samples.replies(parts, progress.step))
     if session.dataset.eval is None:
         return progress
     best = progress.best.after(progress.step, held_out_loss(session, progress, reporter))

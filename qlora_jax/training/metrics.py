@@ -55,12 +55,14 @@ class MetricsFile:
         path = Path(path)
         if path.exists():
             keep_until(path, first_step if first_step > 0 else -1)
-        self._file = path.open("a", encoding="utf-8")
+        self._path, self._file = path, None
 
     def write(self, record: Record) -> None:
-        """Appends one record, which has `step`."""
+        """Appends one record, which has `step`; the first makes the file."""
         if "step" not in record:
             raise ValueError(f"a record needs `step`; found {sorted(record)}")
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(_line(record))
         self._file.flush()
 
@@ -68,4 +70,5 @@ class MetricsFile:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -25,6 +25,8 @@ MAY_DIFFER = {
     "train.save_every",
     "train.keep",
     "train.keep_best",
+    "train.samples",
+    "train.sample_tokens",
     "train.patience",
     "train.log_every",
     "train.track",

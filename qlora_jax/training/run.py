@@ -24,6 +24,7 @@ from qlora_jax.training.trace import traced_steps
 from qlora_jax.training.trackers import Log, numbers, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
+SAMPLES_FILE = "samples.jsonl"
 OVERSIZED = "oversized"  # the switch of a run that starts although it does not fit
 
 
@@ -53,8 +54,8 @@ def report_data(config: Config, console: Console) -> None:
 class _Report(Reporter):
     """Writes each record to metrics.jsonl, shows it, and hands its numbers on."""
 
-    def __init__(self, metrics: MetricsFile, display: Display, logs: Sequence[Log]):
-        self._metrics, self._display, self._logs = metrics, display, logs
+    def __init__(self, metrics: MetricsFile, samples: MetricsFile, display: Display, logs: Sequence[Log]):
+        self._metrics, self._samples, self._display, self._logs = metrics, samples, display, logs
 
     def step(self, record: dict[str, Any]) -> None:
         self._write(record)
@@ -63,6 +64,11 @@ class _Report(Reporter):
     def evaluation(self, record: dict[str, Any]) -> None:
         self._write(record)
         self._display.evaluation(record)
+
+    def samples(self, records: list[dict[str, Any]]) -> None:
+        for record in records:
+            self._samples.write(record)
+        self._display.samples(records)
 
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.write(record)
@@ -102,12 +108,13 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
         with (
             trackers(config.train.track, run, to_dict(config), state.step) as logs,
             MetricsFile(run / METRICS_FILE, state.step) as metrics,
+            MetricsFile(run / SAMPLES_FILE, state.step) as samples,
             display,
             stop_on_signals(display.message) as stop,
             out_of_memory_told(plan),
             traced_steps(run / TRACE_FOLDER, config.train.trace_steps) as before_step,
         ):
-            state = run_steps(session, state, checkpoints, _Report(metrics, display, logs), stop, before_step)
+            state = run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
     finished = state.step >= session.total_steps or state.best.is_enough(config.train.patience)
     _say_goodbye(config, state, session.total_steps, finished, console)
@@ -127,6 +134,8 @@ def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bo
         "loss plot": f"{run / PLOT_FILE}",
         "metrics": f"{run / METRICS_FILE}",
     }
+    if config.train.samples is not None:
+        lines["samples"] = f"{run / SAMPLES_FILE}"
     if config.train.trace_steps:
         lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:

@@ -30,6 +30,7 @@ from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.programs import Gradients
+from qlora_jax.training.samples import Samples, open_samples
 from qlora_jax.training.updates import Updates, make_updates
 
 
@@ -60,6 +61,7 @@ class Session:
     total_steps: int
     dropout_key: jax.Array | None
     initial: Initial | None
+    samples: Samples | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class Inputs:
     dataset: Dataset
     new_ids: tuple[int, ...]
     start: Mapping[str, Mapping[str, Any]] | None
+    samples: Samples | None
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -102,7 +105,8 @@ def open_inputs(config: Config) -> Inputs:
     check_source(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start(Path(path), model, config.lora, ids)
-    return Inputs(source=source, model=model, dataset=dataset, new_ids=ids, start=start)
+    samples = open_samples(config.train, dataset.tokenizer, source, model.max_positions)
+    return Inputs(source=source, model=model, dataset=dataset, new_ids=ids, start=start, samples=samples)
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
@@ -168,6 +172,7 @@ def prepare(
         total_steps=total_steps,
         dropout_key=named_key(key, "dropout") if config.lora.dropout else None,
         initial=initial,
+        samples=inputs.samples,
     )
 
 
