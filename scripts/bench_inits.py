@@ -1,0 +1,61 @@
+"""How near adapters begin to the model in 16 bits, and how long it takes to find them: |W - Q(rest) - s (A B)^T| / |W|.
+
+python scripts/bench_inits.py MODEL [--rank 16] [--every 5]
+
+Of every fifth layer's weights, in NF4 with double quantization; mean over weights, and seconds for all of them.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from qlora_jax.config import LoraArgs, ModelArgs
+from qlora_jax.io.initial import Splits, targets_of
+from qlora_jax.io.source import open_model
+from qlora_jax.models.families import model_config
+from qlora_jax.models.precision import weight_format
+from qlora_jax.quant import dequantize, quantize
+
+WAYS = {
+    "default": {},
+    "pissa": dict(init="pissa"),
+    "pissa, svd_niter 4": dict(init="pissa", svd_niter=4),
+    "loftq": dict(init="loftq"),
+    "loftq, svd_niter 4": dict(init="loftq", svd_niter=4),
+    "loftq, 4 iterations": dict(init="loftq", loftq_iterations=4),
+}
+
+
+def main() -> None:
+    """A line for each way to begin."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--every", type=int, default=5)
+    args = parser.parse_args()
+    source = open_model(args.model)
+    config, weights = model_config(source.config), weight_format(ModelArgs(path=str(args.model)))
+    for name, settings in WAYS.items():
+        spec = LoraArgs(rank=args.rank, **settings)
+        targets = {k: t for k, t in targets_of(config, spec).items() if t.layer % args.every == 0}
+        splits = Splits(config, weights, spec, jax.random.key(0))
+        errors, seconds = [], 0.0
+        for tensor, target in targets.items():
+            weight = np.asarray(source.tensors[tensor].read(), np.float32)
+            began = time.perf_counter()
+            rest = weight if spec.init == "default" else splits(tensor, weight)
+            seconds += time.perf_counter() - began
+            begun = np.asarray(dequantize(quantize(rest), jnp.dtype("float32")))
+            if spec.init != "default":
+                factors = splits.initial().factors[target.name]
+                begun = begun + target.scaling * (factors["lora_a"][target.layer] @ factors["lora_b"][target.layer]).T
+            errors.append(np.linalg.norm(weight - begun) / np.linalg.norm(weight))
+        print(f"{name:22} {np.mean(errors):.4f}  {seconds:6.1f} s for {len(targets)} weights", flush=True)
+
+
+if __name__ == "__main__":
+    main()
