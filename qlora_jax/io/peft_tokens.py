@@ -50,7 +50,9 @@ def token_config(tables: Lora, ids: tuple[int, ...], model: ModelConfig) -> dict
     """
     last = {name: module_of(name, model).rpartition(".")[2] for name in tables}
     whole = [last[name] for name, leaves in tables.items() if "weight" in leaves]
-    config: dict[str, Any] = {"modules_to_save": whole, "ensure_weight_tying": model.tie_embeddings} if whole else {}
+    config: dict[str, Any] = {"modules_to_save": whole} if whole else {}
+    if whole and model.tie_embeddings:
+        config["ensure_weight_tying"] = True
     if rows := {last[name]: list(ids) for name, leaves in tables.items() if "rows" in leaves}:
         config["trainable_token_indices"] = rows
     return config
@@ -60,17 +62,21 @@ def check_exportable(run: Run, tables: Lora, model: ModelConfig) -> None:
     """Passes what PEFT computes as it was trained.
 
     Raises:
-      ValueError: whole tables, as of an adapter that was made elsewhere; rows of tokens beside (IA)^3, to which PEFT
-        adds none, or of a head with a bias, which it leaves out then.
+      ValueError: whole tables, as of an adapter that was made elsewhere; rows of tokens, or a head that is the
+        embedding, beside (IA)^3; rows of a head with a bias, which PEFT leaves out then.
     """
     if run.tables:
         raise ValueError(
             f"--format peft: {run.path} is an adapter already, with whole tables: use that, or --format hf"
         )
+    leaves, ia3 = {leaf for table in tables.values() for leaf in table}, run.lora_args.method == "ia3"
     problems = {
-        "PEFT trains no rows of tokens beside (IA)^3": run.lora_args.method == "ia3",
+        "PEFT trains no rows of tokens beside (IA)^3": "rows" in leaves and ia3,
+        "PEFT does not keep a head the embedding that it is beside (IA)^3": "weight" in leaves
+        and ia3
+        and model.tie_embeddings,
         "the head of this model adds a bias, which PEFT leaves out where rows of a head train "
-        "(trainable_token_indices), so logits would be others": model.head_bias,
+        "(trainable_token_indices), so logits would be others": "rows" in leaves and model.head_bias,
     }
-    if tables and (found := [problem for problem, holds in problems.items() if holds]):
+    if found := [problem for problem, holds in problems.items() if holds]:
         raise ValueError(f"--format peft: {'; '.join(found)}. Export one model instead: --format hf")

@@ -155,6 +155,22 @@ def test_whole_tables(tmp_path: Path, oracle) -> None:
         np.testing.assert_allclose(found[name], logits, atol=1e-4 * np.abs(logits).max(), err_msg=name)
 
 
+@pytest.mark.parametrize(
+    ("changes", "new", "told"),
+    [
+        (dict(modules_to_save=["embed_tokens"]), [], "does not keep a head the embedding that it is beside"),
+        (dict(), NEW, "PEFT trains no rows of tokens beside"),
+    ],
+)
+def test_what_peft_has_not_beside_ia3_is_refused(tmp_path: Path, changes: dict, new: list[str], told: str) -> None:
+    config = tiny_config(tie_word_embeddings=True)
+    files = {"tokenizer.json": tokenizer_json()}
+    model = write_folder(tmp_path / "model", config, random_weights(config), **files)
+    _write_run(tmp_path / "run", model, LoraArgs(method="ia3", **changes), new=new)
+    with pytest.raises(ValueError, match=told):
+        main([str(tmp_path / "run")])
+
+
 TABLES_MADE_BY_PEFT = {
     "rows": ("untied", dict(resize_to=34, trainable_token_indices={"embed_tokens": [32, 33], "lm_head": [32, 33]})),
     "rows, tied": ("tied", dict(resize_to=34, trainable_token_indices=[32, 33])),
