@@ -12,7 +12,7 @@ STOPPED = 143  # what shells report for SIGTERM; the run was saved and can go on
 PROG = "python -m qlora_jax.train"
 SWITCHES = {
     "resume": "go on from the newest checkpoint in `output`",
-    "dry_run": "report on the data, then stop",
+    "dry_run": "report on the data and plan memory, also to report.html and report.json in `output`, then stop",
     "oversized": "start although the memory plan says that the run does not fit",
 }
 
@@ -24,12 +24,12 @@ def main(argv: list[str]) -> None:
     console = Console()
     # After the configuration: jax starts when these are imported, and a typing error should not wait for it.
     from qlora_jax import runtime
-    from qlora_jax.training.run import check_folder, report_data, train
+    from qlora_jax.training.run import check_folder, dry_run, train
 
     runtime.start()
     check_folder(run, resume="resume" in given)
     if "dry_run" in given:
-        report_data(config, console)
+        dry_run(config, run, oversized="oversized" in given, console=console)
         return
     if not train(config, run, resume="resume" in given, oversized="oversized" in given, console=console):
         sys.exit(STOPPED)

@@ -81,12 +81,16 @@ def to_dict(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
+def config_text(config: Config) -> str:
+    """Every setting as YAML, defaults included."""
+    # allow_unicode would write some line ends of Unicode bare, and they would come back as spaces.
+    return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
+
+
 def write_config(config: Config, path: str | os.PathLike) -> None:
     """Writes every setting, defaults included, so that read_config(path) == config."""
-    # allow_unicode would write some line ends of Unicode bare, and they would come back as spaces.
-    text = yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
     part = Path(f"{os.fspath(path)}.part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(config_text(config), encoding="utf-8")
     part.replace(path)
 
 

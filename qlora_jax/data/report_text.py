@@ -16,9 +16,9 @@ _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")
 _SEEN_STYLE = "bold green"
 _CONTEXT_CHARS, _SEEN_CHARS = 600, 900
 
-# Escape sequences in someone's data must not reach the terminal.
-_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-_VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
+# Escape sequences in someone's data must not reach the terminal, nor what HTML can't hold a page.
+VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
 
 
 def print_report(report: DataReport, console: Console) -> None:
@@ -120,7 +120,7 @@ def marked_example(segments: Sequence[Segment], marks: tuple[str, str] = _MARKS)
     """The example with what the loss sees in colour and between marks; long runs are shortened in their middle."""
     text = Text()
     for segment in segments:
-        shown = _shorten(segment.text, _SEEN_CHARS if segment.supervised else _CONTEXT_CHARS).translate(_VISIBLE)
+        shown = _shorten(segment.text, _SEEN_CHARS if segment.supervised else _CONTEXT_CHARS).translate(VISIBLE)
         if segment.supervised:
             text.append(f"{marks[0]}{shown}{marks[1]}", style=_SEEN_STYLE)
         else:

@@ -3,8 +3,9 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
@@ -13,12 +14,17 @@ from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints
 from qlora_jax.io.initial import read_initial, write_initial
 from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
+from qlora_jax.optim.residency import Memory
 from qlora_jax.training.display import Display, banner
 from qlora_jax.training.loop import Progress, Reporter, restore, run_steps, start, stop_on_signals
 from qlora_jax.training.metrics import MetricsFile, read_metrics
 from qlora_jax.training.overview import overview
+from qlora_jax.training.peak import watch_peak
 from qlora_jax.training.plot import plot_loss
-from qlora_jax.training.run_plan import out_of_memory_told, plan_run
+from qlora_jax.training.programs import Gradients
+from qlora_jax.training.report import RunReport, make_report
+from qlora_jax.training.report_page import FACTS_FILE, PAGE_FILE, write_report
+from qlora_jax.training.run_plan import RunPlan, out_of_memory_told, plan_run
 from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
 from qlora_jax.training.trace import traced_steps
 from qlora_jax.training.trackers import Log, numbers, trackers
@@ -42,13 +48,55 @@ def check_folder(run: Path, *, resume: bool) -> None:
         return
     if saved or (run / METRICS_FILE).exists():
         raise ValueError(f"{run} already holds a run: go on with it by --resume, or give another output folder")
-    if not run.is_dir() or (any(run.iterdir()) and not (run / CONFIG_FILE).exists()):
+    if not run.is_dir() or not (_names(run) <= {PAGE_FILE, FACTS_FILE} or (run / CONFIG_FILE).exists()):
         raise ValueError(f"{run} is there already and is no run's folder: give another output")
 
 
-def report_data(config: Config, console: Console) -> None:
-    """Prints what the run would learn from."""
-    print_report(open_inputs(config).dataset.report, console)
+def dry_run(config: Config, run: Path, *, oversized: bool, console: Console) -> None:
+    """Prints what the run would learn from and need, and writes it to report.html and report.json in the folder `run`.
+
+    Raises:
+      ValueError: as `train` does before it reads a weight; of a run that does not fit, once the files are written.
+    """
+    planned = _plan(config, console)
+    page = write_report(_report_of(planned, run, None), run)
+    banner("dry run", {"report": f"{page}"}, console)
+    planned.refuse_oversized(oversized)
+
+
+class _Planned(NamedTuple):
+    """A run that has not read a weight yet."""
+
+    config: Config
+    inputs: Inputs
+    gradients: Gradients
+    plan: RunPlan
+
+    def refuse_oversized(self, allowed: bool) -> None:
+        if not (self.plan.fits or allowed):
+            raise ValueError(f"memory plan: {self.plan.nearest_fix()}\n  --{OVERSIZED} starts it all the same")
+
+
+def _plan(config: Config, console: Console) -> _Planned:
+    """Reads the data and compiles the step; prints what comes of it."""
+    inputs = open_inputs(config)
+    config = _pinned(config, inputs)
+    print_report(inputs.dataset.report, console)
+    with console.status("compiling the training step"):
+        gradients = compile_gradients(config, inputs)
+        plan = plan_run(config, inputs, gradients)
+    banner("memory plan", plan.rows(), console)
+    return _Planned(config, inputs, gradients, plan)
+
+
+def _report_of(planned: _Planned, run: Path, peak: int | None) -> RunReport:
+    metrics = run / METRICS_FILE
+    records = read_metrics(metrics) if metrics.exists() else []
+    return make_report(planned.config, planned.inputs.dataset, planned.plan, peak, records)
+
+
+def _names(folder: Path) -> set[str]:
+    return {entry.name for entry in folder.iterdir()}
 
 
 class _Report(Reporter):
@@ -86,15 +134,10 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
       ValueError: bad input of any kind, a run that does not fit the device, or a loss that is not finite.
       OSError: files that cannot be read or written.
     """
-    inputs = open_inputs(config)
-    config = _pinned(config, inputs)
-    print_report(inputs.dataset.report, console)
-    with console.status("compiling the training step"):
-        gradients = compile_gradients(config, inputs)
-        plan = plan_run(config, inputs, gradients)
-    banner("memory plan", plan.rows(), console)
-    if not (plan.fits or oversized):
-        raise ValueError(f"memory plan: {plan.nearest_fix()}\n  --{OVERSIZED} starts it all the same")
+    planned = _plan(config, console)
+    planned.refuse_oversized(oversized)
+    config, inputs, gradients, plan = planned
+    peak = watch_peak(Memory.of(jax.local_devices()[0]))
     with loading(console) as progress:
         session = prepare(config, inputs, gradients, progress, read_initial(run, config.lora) if resume else None)
     run.mkdir(parents=True, exist_ok=True)
@@ -116,6 +159,7 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
         ):
             state = run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
+    write_report(_report_of(planned, run, peak()), run)
     finished = state.step >= session.total_steps or state.best.is_enough(config.train.patience)
     _say_goodbye(config, state, session.total_steps, finished, console)
     return finished
@@ -131,6 +175,7 @@ def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bo
     run, step = Path(config.output), state.step
     lines = {
         "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
+        "report": f"{run / PAGE_FILE}",
         "loss plot": f"{run / PLOT_FILE}",
         "metrics": f"{run / METRICS_FILE}",
     }

@@ -73,7 +73,14 @@ def test_the_loss_falls_and_everything_is_written(finished):
     losses = [record["eval_loss"] for record in numbers(finished) if "eval_loss" in record]
     assert len(losses) == 3 and losses[-1] < 0.8 * losses[0]
     folder = Path(finished.output)
-    assert sorted(p.name for p in folder.iterdir()) == ["checkpoints", "config.yaml", "loss.png", "metrics.jsonl"]
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "loss.png",
+        "metrics.jsonl",
+        "report.html",
+        "report.json",
+    ]
     assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["10", "9"]
     steps = [record for record in numbers(finished) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 11))

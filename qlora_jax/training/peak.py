@@ -1,0 +1,36 @@
+"""Bytes that a run holds at its fullest moment, to put beside its plan."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from qlora_jax.optim.residency import Memory
+
+_PROCESS = Path("/proc/self")
+
+
+def watch_peak(memory: Memory) -> Callable[[], int | None]:
+    """`peak()`: bytes held at most since this call; None where neither device nor system tells.
+
+    A device tells of all that this process ever held there. On a CPU it is what the process has grown by: call before a
+    weight is read.
+    """
+    if memory.device.platform == "cpu":
+        return _watch_process()
+    return lambda: (memory.statistics() or {}).get("peak_bytes_in_use")
+
+
+def _watch_process() -> Callable[[], int | None]:
+    try:
+        (_PROCESS / "clear_refs").write_text("5")  # Linux: the peak starts again from what is resident now
+        before = _resident("VmRSS")
+    except OSError:
+        return lambda: None
+    return lambda: _resident("VmHWM") - before
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"^{field}:\s+(\d+) kB", (_PROCESS / "status").read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{_PROCESS / 'status'} has no {field}")
+    return 1024 * int(found[1])

@@ -1,0 +1,98 @@
+"""What is known of a run, before it starts and after it ended, as figures; report_page.py tells it to people."""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from qlora_jax.config import Config, to_dict
+from qlora_jax.data.dataset import Dataset
+from qlora_jax.data.marked import MarkedRow, marked_rows
+from qlora_jax.data.report import DataReport
+from qlora_jax.training.metrics import Record
+from qlora_jax.training.run_plan import RunPlan
+
+ROWS_SHOWN = 32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """A run's settings, data and plan, and what has come of it so far.
+
+    Fields:
+      rows: a few training rows.
+      peak: as peak.py tells it; None before a run, and where it is not known.
+      records: of metrics.jsonl, those of earlier processes too; none before the first step.
+    """
+
+    config: Config
+    data: DataReport
+    rows: tuple[MarkedRow, ...]
+    plan: RunPlan
+    peak: int | None
+    records: Sequence[Record]
+
+
+def make_report(
+    config: Config, dataset: Dataset, plan: RunPlan, peak: int | None, records: Sequence[Record]
+) -> RunReport:
+    """The report of a run over `dataset`."""
+    rows = marked_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
+    return RunReport(config=config, data=dataset.report, rows=rows, plan=plan, peak=peak, records=records)
+
+
+def report_facts(report: RunReport) -> dict[str, Any]:
+    """What JSON holds; bytes and shares as numbers."""
+    return {
+        "config": to_dict(report.config),
+        "data": _data_facts(report.data),
+        "rows": [_row_facts(row) for row in report.rows],
+        "memory_plan": {
+            "fits": report.plan.fits,
+            "device_bytes": report.plan.need.device,
+            "host_bytes": report.plan.need.host,
+            "limit_bytes": report.plan.limit,
+            "micro_batch": list(report.plan.need.setting.batch[1:]),
+            "peak_bytes": report.peak,
+        },
+        "training": training_facts(report.records),
+    }
+
+
+def _data_facts(data: DataReport) -> dict[str, Any]:
+    facts = dataclasses.asdict(data)
+    del facts["example"], facts["example_place"]  # `rows` has more of them
+    return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
+
+
+def _row_facts(row: MarkedRow) -> dict[str, Any]:
+    segments = [{"text": "".join(run.text for run in runs), "supervised": seen} for runs, seen in row.segments]
+    return {"place": row.place, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
+
+
+def training_facts(records: Sequence[Record]) -> dict[str, Any]:
+    """What the records of a run come to; empty where it made no step.
+
+    `tokens_per_second` is the median over steps: the first of each length compiles, in every process anew. Padding is
+    not counted.
+    """
+    steps = [record for record in records if "loss" in record]
+    if not steps:
+        return {}
+    held = [record for record in records if record.get("eval_loss") is not None]
+    best = min(held, key=lambda record: record["eval_loss"], default=None)
+    return {
+        "steps": steps[-1]["step"],
+        "last_loss": steps[-1]["loss"],
+        "first_eval": _held_out(held[0]) if held else None,
+        "last_eval": _held_out(held[-1]) if held else None,
+        "best_eval": _held_out(best) if best else None,
+        "tokens": sum(record["tokens"] for record in steps),
+        "supervised_tokens": sum(record["supervised_tokens"] for record in steps),
+        "seconds": sum(record["seconds"] for record in steps),
+        "tokens_per_second": statistics.median(record["tokens"] / record["seconds"] for record in steps),
+    }
+
+
+def _held_out(record: Record) -> dict[str, Any]:
+    return {"step": record["step"], "loss": record["eval_loss"]}

@@ -1,0 +1,173 @@
+"""The page of a run: marked rows are what the mask says, and what people wrote stays text."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from qlora_jax.training.run import check_folder, dry_run, train
+from qlora_jax.training.session import open_inputs
+from tests.e2e.project import project
+
+RAN = "document.documentElement.dataset.ran = 1"
+HOSTILE = [
+    f"<script>{RAN}</script>",
+    f"</div></body><img src=x onerror='{RAN}'>",
+    f'"><svg onload="{RAN}"> &lt;b&gt; {{{{ 7 * 7 }}}}',
+    "\x1b[31m\x00 \u202e end </s> of\r\nline",
+]
+VOID = {"meta", "img", "br", "link", "input"}
+CHROMIUM = shutil.which("chromium")
+
+
+class Page(HTMLParser):
+    """Elements, their attributes, and the text of `.row` elements: all of it, and what is marked."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.rows: list[str] = []
+        self.marked: list[list[str]] = []
+        self._open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if ("class", "row") in attrs:
+            self.rows.append("")
+            self.marked.append([])
+            self._open = []
+        if tag == "mark" and self.marked:
+            self.marked[-1].append("")
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag):
+        while self._open and self._open.pop() != tag:
+            pass
+
+    def handle_data(self, data):
+        if "div" in self._open and self.rows:
+            self.rows[-1] += data
+            if "mark" in self._open:
+                self.marked[-1][-1] += data
+
+
+def told(text: str) -> str:
+    """Control characters as the page shows them."""
+    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
+
+
+def hostile(folder: Path):
+    config = project(folder, data=dict(max_length=256), train=dict(steps=4, eval_every=2))
+    rows = [{"prompt": f"{n} {HOSTILE[n % 4]}", "completion": f"<i>{n}</i>\n{HOSTILE[(n + 1) % 4]}"} for n in range(40)]
+    Path(config.data.train).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return config
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """(settings, what was printed) of a dry run over rows that would be a page's elements."""
+    config = hostile(tmp_path_factory.mktemp("reported"))
+    out = io.StringIO()
+    dry_run(config, Path(config.output), oversized=False, console=Console(file=out, width=200))
+    return config, out.getvalue()
+
+
+def page_of(config) -> str:
+    return (Path(config.output) / "report.html").read_text(encoding="utf-8")
+
+
+def facts_of(config):
+    return json.loads((Path(config.output) / "report.json").read_text(encoding="utf-8"))
+
+
+def test_marked_text_is_what_the_mask_decodes_to(reported):
+    config, _ = reported
+    dataset = open_inputs(config).dataset
+    page, facts = Page(page_of(config)), facts_of(config)
+    assert len(page.rows) == len(facts["rows"]) == 32
+    for shown, marks, row in zip(page.rows, page.marked, facts["rows"], strict=True):
+        (number,) = [n for n in map(int, dataset.train.numbers) if dataset.train.where(n) == row["place"]]
+        ids, mask = dataset.train.row(list(dataset.train.numbers).index(number))
+        assert shown == told(dataset.tokenizer.decode(ids.tolist()))
+        assert marks == [told(dataset.tokenizer.decode(ids[mask].tolist()))]
+        assert [s["text"] for s in row["segments"] if s["supervised"]] == [dataset.tokenizer.decode(ids[mask].tolist())]
+
+
+def test_what_people_wrote_stays_text_and_nothing_is_loaded(reported):
+    config, _ = reported
+    page = Page(page_of(config))
+    assert not {"script", "img", "i", "link", "iframe", "object"} & set(page.tags)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert all(value.startswith("#") for name, value in page.attributes if name in ("src", "href", "xlink:href"))
+    assert "default-src 'none'; style-src 'unsafe-inline'" in page_of(config) and "url(h" not in page_of(config)
+    assert any("{{ 7 * 7 }}" in row and "&lt;b&gt;" in row for row in page.rows)
+
+
+def test_the_dry_run_prints_plan_and_place_and_writes_no_more(reported):
+    config, printed = reported
+    assert "memory plan" in printed and "saved activations" in printed and "report.html" in printed
+    assert sorted(path.name for path in Path(config.output).iterdir()) == ["report.html", "report.json"]
+    check_folder(Path(config.output), resume=False)  # a run may take it
+    facts = facts_of(config)
+    assert facts["training"] == {} and facts["memory_plan"]["fits"] and facts["memory_plan"]["peak_bytes"] is None
+    assert facts["data"]["train"]["rows"] == 40 - facts["data"]["eval"]["rows"]
+    assert facts["config"]["data"]["max_length"] == 256
+
+
+def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, monkeypatch):
+    config, quiet = hostile(tmp_path), Console(file=io.StringIO())
+    stops = iter((False, False, True))
+    with monkeypatch.context() as patch:
+        stop = contextlib.nullcontext(lambda: next(stops))
+        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: stop)
+        assert not train(config, Path(config.output), resume=False, oversized=False, console=quiet)
+    assert facts_of(config)["training"]["steps"] == 2
+    assert train(config, Path(config.output), resume=True, oversized=False, console=quiet)
+    done = facts_of(config)["training"]
+    assert done["steps"] == done["last_eval"]["step"] == 4 and done["first_eval"]["step"] == 0
+    text = page_of(config)
+    assert "loss over optimizer steps" in text and f"{done['first_eval']['loss']:.3f} → " in text
+    assert facts_of(config)["memory_plan"]["peak_bytes"] is None or "of the plan" in text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian: apt-get install chromium)")
+@pytest.mark.parametrize("width", [360, 1200])
+def test_a_browser_runs_nothing_and_needs_no_scrolling_sideways(reported, tmp_path, width):
+    config, _ = reported
+    # Without its policy, so that escaping alone has to hold; and with a script that tells the page's width.
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", page_of(config))
+    inner = tmp_path / "inner.html"
+    told = "document.documentElement.scrollWidth + ' ' + ('ran' in document.documentElement.dataset)"
+    probe = f"<script>parent.postMessage({told}, '*')</script>"
+    inner.write_text(text.replace("</body>\n</html>", f"{probe}</body></html>"), encoding="utf-8")
+    outer = tmp_path / "outer.html"
+    outer.write_text(
+        "<script>onmessage = e => document.title = e.data</script>"
+        f"<iframe src=inner.html style='width: {width}px; height: 800px; border: 0'></iframe>"
+    )
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--hide-scrollbars",
+        "--virtual-time-budget=3000",
+        "--dump-dom",
+    ]
+    done = subprocess.run([CHROMIUM, *flags, outer.as_uri()], capture_output=True, text=True, timeout=60, check=True)
+    assert f"<title>{width} false</title>" in done.stdout
