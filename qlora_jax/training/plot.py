@@ -88,10 +88,13 @@ def _svg(draw: Callable[[Any], None]) -> str:
     from cycler import cycler
     from matplotlib.figure import Figure
 
-    ink = dict.fromkeys(("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), "#010101")
-    colors = {"axes.prop_cycle": cycler(color=["#020202", "#030303"]), "grid.color": "#010101"}
+    ink: dict[Any, Any] = dict.fromkeys(
+        ("axes.edgecolor", "axes.labelcolor", "text.color", "xtick.color", "ytick.color"), "#010101"
+    )
+    colors: dict[Any, Any] = {"axes.prop_cycle": cycler(color=["#020202", "#030303"]), "grid.color": "#010101"}
+    texts: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10}
     out = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "", "font.size": 10, **ink, **colors}):
+    with matplotlib.rc_context(texts | ink | colors):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         draw(figure.subplots())
         nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
