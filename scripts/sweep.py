@@ -1,0 +1,195 @@
+"""Trains with every combination of some settings, and some seeds, and compares; started again, it goes on.
+
+    python scripts/sweep.py --config base.yaml --output sweeps/rank --seeds 0 1 2 --set 'lora.rank=[4, 16, 64]' \
+        --set 'lora.target_modules=[all-linear, [q_proj, v_proj]]' [--rows heldout.jsonl]
+
+Each combination and seed is a run of its own, `python -m qlora_jax.train`, in OUTPUT/runs; one that is done is not done
+again, one that was stopped goes on from its checkpoint. Compared is the held-out loss at the end; with --rows, what
+`python -m qlora_jax.evaluate --rows` says of the checkpoint instead. OUTPUT/results.json, results.png, and a table: means over
+seeds, and 95 % intervals of them by Student's t, where there are two seeds or more.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from qlora_jax.training.metrics import read_metrics
+
+# Quantile 0.975 of Student's t by degrees of freedom; beyond them, of the normal distribution.
+T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+NORMAL_95 = 1.960
+
+
+class Cell(NamedTuple):
+    """One combination of settings."""
+
+    settings: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        """For people and folders: `lora.rank=4 lora.alpha=8`."""
+        return " ".join(f"{key}={_short(value)}" for key, value in self.settings.items()) or "as configured"
+
+
+def _short(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def cells(alternatives: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Every combination, the last setting changing first."""
+    return [Cell(dict(zip(alternatives, each, strict=True))) for each in itertools.product(*alternatives.values())]
+
+
+def read_alternatives(words: Sequence[str]) -> dict[str, list[Any]]:
+    """`section.key=[value, value]` of each word.
+
+    Raises:
+      SystemExit: a word that is none.
+    """
+    found = {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        values = yaml.safe_load(text) if equals else None
+        if not isinstance(values, list) or not values:
+            raise SystemExit(f"--set {word!r}: expected section.key=[value, value, ...]")
+        found[key] = values
+    return found
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """mean -+ t s / sqrt(n), 95 %; None of one value."""
+    if len(values) < 2:
+        return None
+    t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else NORMAL_95
+    half = t * statistics.stdev(values) / math.sqrt(len(values))
+    middle = statistics.fmean(values)
+    return middle - half, middle + half
+
+
+class Sweep(NamedTuple):
+    """What is run, and where."""
+
+    config: Path
+    output: Path
+    rows: str | None
+
+    def outcome(self, cell: Cell, seed: int) -> dict[str, float]:
+        """The measures of one run by name, which is trained, or goes on, where it is not done."""
+        run = self.output / "runs" / cell.name.replace("/", "_") / f"seed {seed}"
+        told = run / "outcome.json"
+        if not told.exists():
+            self._train(cell, seed, run)
+            measures = self._evaluate(run) if self.rows else {"held-out loss": _last_loss(run)}
+            told.write_text(json.dumps(measures))
+        return json.loads(told.read_text())
+
+    def _train(self, cell: Cell, seed: int, run: Path) -> None:
+        settings = {**cell.settings, "train.seed": seed, "output": str(run)}
+        options = [word for key, value in settings.items() for word in (f"--{key}", _word(value))]
+        going_on = ["--resume"] if any(run.glob("checkpoints/[0-9]*")) else []
+        _python("qlora_jax.train", "--config", str(self.config), *options, *going_on)
+
+    def _evaluate(self, run: Path) -> dict[str, float]:
+        scores = run / "scores.json"
+        options = ["--rows", str(self.rows), "--columns", "[checkpoint]", "--json", str(scores)]
+        _python("qlora_jax.evaluate", "--run", str(run), *options)
+        columns = json.loads(scores.read_text())["tasks"]["rows"]["columns"]
+        return {name: measure["value"] for name, measure in columns["checkpoint"].items()}
+
+
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _python(module: str, *words: str) -> None:
+    done = subprocess.run([sys.executable, "-m", module, *words], check=False)
+    if done.returncode:
+        raise SystemExit(f"{module} {' '.join(words)}: ended with {done.returncode}; start again to go on from here")
+
+
+def _last_loss(run: Path) -> float:
+    losses = [record["eval_loss"] for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record]
+    if not losses:
+        raise SystemExit(f"{run} has no held-out loss: set data.eval or data.eval_fraction, or give --rows")
+    return losses[-1]
+
+
+def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+    """Measures by cell, each with its mean and interval."""
+    names = list(next(iter(results.values())))
+    drawn = Table()
+    for heading in ("settings", *names):
+        drawn.add_column(heading, justify="left" if heading == "settings" else "right")
+    for cell, measures in results.items():
+        drawn.add_row(cell, *(_text(measures[name]) for name in names))
+    return drawn
+
+
+def _text(values: Sequence[float]) -> str:
+    ends = interval(values)
+    told = f"{statistics.fmean(values):.4f}"
+    return told if ends is None else f"{told} [{ends[0]:.4f}, {ends[1]:.4f}]"
+
+
+def plot(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+    """A panel for each measure: seeds as points, means and intervals as bars."""
+    names = list(next(iter(results.values())))
+    figure, axes = plt.subplots(len(names), 1, figsize=(8, 1 + len(names) * (0.6 + 0.4 * len(results))), squeeze=False)
+    for axis, name in zip(axes[:, 0], names, strict=True):
+        for place, (cell, measures) in enumerate(reversed(results.items())):
+            values = measures[name]
+            axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
+            ends = interval(values) or (values[0], values[0])
+            axis.plot(ends, [place, place], color="black", linewidth=1)
+            axis.plot(statistics.fmean(values), place, "|", color="black", markersize=14)
+        axis.set_yticks(range(len(results)), list(reversed(results)))
+        axis.set_xlabel(name)
+        axis.grid(axis="x", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def collected(
+    sweep: Sweep, seeds: Sequence[int], alternatives: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[str, Any]]:
+    """(a cell's name, its measures: a value for each seed), as each is done."""
+    for cell in cells(alternatives):
+        outcomes = [sweep.outcome(cell, seed) for seed in seeds]
+        yield cell.name, {name: [outcome[name] for outcome in outcomes] for name in outcomes[0]}
+
+
+def main() -> None:
+    """Runs what is not done, and tells what came out."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="settings that all runs share")
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--set", action="append", default=[], help="section.key=[value, value, ...]")
+    parser.add_argument("--rows", help="held-out rows that every run's checkpoint is scored on")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    sweep = Sweep(args.config, args.output, args.rows)
+    results = dict(collected(sweep, args.seeds, read_alternatives(args.set)))
+    (args.output / "results.json").write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1))
+    plot(results, args.output / "results.png")
+    Console().print(table(results))
+
+
+if __name__ == "__main__":
+    main()
