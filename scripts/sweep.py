@@ -5,8 +5,8 @@
 
 Each combination and seed is a run of its own, `python -m qlora_jax.train`, in OUTPUT/runs; one that is done is not done
 again, one that was stopped goes on from its checkpoint. Compared is the held-out loss at the end; with --rows, what
-`python -m qlora_jax.evaluate --rows` says of the checkpoint instead. OUTPUT/results.json, results.png, and a table: means over
-seeds, and 95 % intervals of them by Student's t, where there are two seeds or more.
+`python -m qlora_jax.evaluate --rows` says of the checkpoint instead. OUTPUT/results.json, results.png, and a table:
+means over seeds, and 95 % intervals of them by Student's t, where there are two seeds or more.
 """
 
 import argparse
@@ -151,7 +151,7 @@ def plot(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> No
     names = list(next(iter(results.values())))
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 1 + len(names) * (0.6 + 0.4 * len(results))), squeeze=False)
     for axis, name in zip(axes[:, 0], names, strict=True):
-        for place, (cell, measures) in enumerate(reversed(results.items())):
+        for place, measures in enumerate(reversed(results.values())):
             values = measures[name]
             axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
             ends = interval(values) or (values[0], values[0])
