@@ -158,6 +158,7 @@ def plot(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> No
             axis.plot(ends, [place, place], color="black", linewidth=1)
             axis.plot(statistics.fmean(values), place, "|", color="black", markersize=14)
         axis.set_yticks(range(len(results)), list(reversed(results)))
+        axis.set_ylim(-0.5, len(results) - 0.5)
         axis.set_xlabel(name)
         axis.grid(axis="x", alpha=0.3)
     figure.tight_layout()
