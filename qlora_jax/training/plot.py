@@ -79,6 +79,7 @@ def _draw_lengths(axes: Any, lengths: Mapping[int, int], max_length: int) -> Non
         axis.set_major_locator(MaxNLocator(integer=True, nbins=6))
         axis.set_major_formatter("{x:,.0f}")
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 

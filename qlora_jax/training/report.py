@@ -1,9 +1,10 @@
 """What is known of a run, before it starts and after it ended, as figures; report_page.py tells it to people."""
 
 import dataclasses
+import json
 import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from qlora_jax.config import Config, to_dict
 from qlora_jax.data.dataset import Dataset
@@ -23,6 +24,7 @@ class RunReport:
       rows: a few training rows.
       peak: as peak.py tells it; None before a run, and where it is not known.
       records: of metrics.jsonl, those of earlier processes too; none before the first step.
+      samples: of samples.jsonl, likewise.
     """
 
     config: Config
@@ -31,14 +33,24 @@ class RunReport:
     plan: RunPlan
     peak: int | None
     records: Sequence[Record]
+    samples: Sequence[Record]
 
 
-def make_report(
-    config: Config, dataset: Dataset, plan: RunPlan, peak: int | None, records: Sequence[Record]
-) -> RunReport:
-    """The report of a run over `dataset`."""
-    rows = marked_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
-    return RunReport(config=config, data=dataset.report, rows=rows, plan=plan, peak=peak, records=records)
+class Sample(NamedTuple):
+    """One prompt.
+
+    Fields:
+      prompt: its columns as text.
+      replies: (step, reply) at the first evaluation and at the last.
+    """
+
+    prompt: dict[str, str]
+    replies: tuple[tuple[int, str], ...]
+
+
+def shown_rows(dataset: Dataset) -> tuple[MarkedRow, ...]:
+    """The rows that a report shows."""
+    return marked_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
 
 
 def report_facts(report: RunReport) -> dict[str, Any]:
@@ -56,6 +68,7 @@ def report_facts(report: RunReport) -> dict[str, Any]:
             "peak_bytes": report.peak,
         },
         "training": training_facts(report.records),
+        "samples": [sample._asdict() for sample in before_and_after(report.samples)],
     }
 
 
@@ -91,6 +104,26 @@ def training_facts(records: Sequence[Record]) -> dict[str, Any]:
         "supervised_tokens": sum(record["supervised_tokens"] for record in steps),
         "seconds": sum(record["seconds"] for record in steps),
         "tokens_per_second": statistics.median(record["tokens"] / record["seconds"] for record in steps),
+    }
+
+
+def before_and_after(samples: Sequence[Record]) -> list[Sample]:
+    """Each prompt with its first and its last replies; a prompt that was not asked at both is left out."""
+    steps = sorted({record["step"] for record in samples})
+    ends = dict.fromkeys((*steps[:1], *steps[-1:]))
+    by_step = [[record for record in samples if record["step"] == step] for step in ends]
+    # A run that was killed while it wrote has fewer in its last step.
+    return [
+        Sample(_as_text(records[0]["prompt"]), tuple((record["step"], record["reply"]) for record in records))
+        for records in zip(*by_step, strict=False)
+    ]
+
+
+def _as_text(columns: dict[str, Any]) -> dict[str, str]:
+    """Messages and other columns that are no text, as JSON."""
+    return {
+        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
+        for name, value in columns.items()
     }
 
 

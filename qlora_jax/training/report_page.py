@@ -20,7 +20,7 @@ from qlora_jax.data.report_text import VISIBLE, facts
 from qlora_jax.training.display import duration
 from qlora_jax.training.needs import KINDS
 from qlora_jax.training.plot import lengths_svg, loss_svg
-from qlora_jax.training.report import RunReport, report_facts, training_facts
+from qlora_jax.training.report import RunReport, before_and_after, report_facts, training_facts
 from qlora_jax.training.run_plan import RunPlan
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
@@ -44,6 +44,7 @@ def page(report: RunReport) -> str:
         model=report.config.model.path,
         tiles=_tiles(report),
         loss=Markup(loss_svg(report.records)) if training_facts(report.records) else None,
+        samples=before_and_after(report.samples),
         facts=facts(report.data),
         histograms=_histograms(report.data),
         used=1 - report.data.padding_share,

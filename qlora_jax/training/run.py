@@ -22,7 +22,7 @@ from qlora_jax.training.overview import overview
 from qlora_jax.training.peak import watch_peak
 from qlora_jax.training.plot import plot_loss
 from qlora_jax.training.programs import Gradients
-from qlora_jax.training.report import RunReport, make_report
+from qlora_jax.training.report import RunReport, shown_rows
 from qlora_jax.training.report_page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.run_plan import RunPlan, out_of_memory_told, plan_run
 from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
@@ -90,9 +90,21 @@ def _plan(config: Config, console: Console) -> _Planned:
 
 
 def _report_of(planned: _Planned, run: Path, peak: int | None) -> RunReport:
-    metrics = run / METRICS_FILE
-    records = read_metrics(metrics) if metrics.exists() else []
-    return make_report(planned.config, planned.inputs.dataset, planned.plan, peak, records)
+    config, inputs, _, plan = planned
+    records, samples = (_records(run / name) for name in (METRICS_FILE, SAMPLES_FILE))
+    return RunReport(
+        config=config,
+        data=inputs.dataset.report,
+        rows=shown_rows(inputs.dataset),
+        plan=plan,
+        peak=peak,
+        records=records,
+        samples=samples,
+    )
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    return read_metrics(path) if path.exists() else []
 
 
 def _names(folder: Path) -> set[str]:

@@ -1,6 +1,7 @@
 """The page of a run: marked rows are what the mask says, and what people wrote stays text."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import re
@@ -37,6 +38,7 @@ class Page(HTMLParser):
         self.rows: list[str] = []
         self.marked: list[list[str]] = []
         self._open: list[str] = []
+        self._in_row = False
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -45,8 +47,8 @@ class Page(HTMLParser):
         if ("class", "row") in attrs:
             self.rows.append("")
             self.marked.append([])
-            self._open = []
-        if tag == "mark" and self.marked:
+            self._open, self._in_row = [], True
+        if tag == "mark" and self._in_row:
             self.marked[-1].append("")
         if tag not in VOID:
             self._open.append(tag)
@@ -58,9 +60,10 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         while self._open and self._open.pop() != tag:
             pass
+        self._in_row &= bool(self._open)
 
     def handle_data(self, data):
-        if "div" in self._open and self.rows:
+        if self._in_row:
             self.rows[-1] += data
             if "mark" in self._open:
                 self.marked[-1][-1] += data
@@ -130,7 +133,10 @@ def test_the_dry_run_prints_plan_and_place_and_writes_no_more(reported):
 
 
 def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, monkeypatch):
-    config, quiet = hostile(tmp_path), Console(file=io.StringIO())
+    prompts, quiet = tmp_path / "prompts.txt", Console(file=io.StringIO())
+    prompts.write_text(f"{HOSTILE[0]}\n{HOSTILE[1]}\n")
+    config = hostile(tmp_path)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, samples=str(prompts), sample_tokens=4))
     stops = iter((False, False, True))
     with monkeypatch.context() as patch:
         stop = contextlib.nullcontext(lambda: next(stops))
@@ -142,6 +148,11 @@ def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, mon
     assert done["steps"] == done["last_eval"]["step"] == 4 and done["first_eval"]["step"] == 0
     text = page_of(config)
     assert "loss over optimizer steps" in text and f"{done['first_eval']['loss']:.3f} → " in text
+    samples = facts_of(config)["samples"]
+    assert [sample["prompt"]["prompt"] for sample in samples] == HOSTILE[:2]
+    assert [[step for step, _ in sample["replies"]] for sample in samples] == [[0, 4]] * 2
+    page = Page(text)
+    assert "script" not in page.tags and "img" not in page.tags and page.rows[0] == HOSTILE[0]
     assert facts_of(config)["memory_plan"]["peak_bytes"] is None or "of the plan" in text
 
 

@@ -1,5 +1,6 @@
 """What the records of a run come to, and its curves as SVG."""
 
+import json
 from html.parser import HTMLParser
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 from qlora_jax.optim.residency import Memory
 from qlora_jax.training.peak import watch_peak
 from qlora_jax.training.plot import lengths_svg, loss_svg
-from qlora_jax.training.report import training_facts
+from qlora_jax.training.report import before_and_after, training_facts
 
 
 def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: float = 1.0) -> dict:
@@ -36,6 +37,19 @@ def test_a_run_without_steps_or_held_out_rows_has_no_figures_of_them():
     assert training_facts([]) == training_facts([{"step": 0, "eval_loss": 3.0}]) == {}
     found = training_facts([step(1, None)])
     assert found["last_loss"] is None and found["first_eval"] is None and found["best_eval"] is None
+
+
+def test_replies_before_and_after():
+    def reply(step: int, prompt: object, text: str) -> dict:
+        return {"step": step, "prompt": {"prompt": prompt}, "reply": text, "end": "stop"}
+
+    rows = [reply(step, prompt, f"{prompt[0]} at {step}") for step in (0, 5, 9) for prompt in ("a", [{"role": "user"}])]
+    first, second = before_and_after(rows)
+    assert first == ({"prompt": "a"}, ((0, "a at 0"), (9, "a at 9")))
+    assert json.loads(second.prompt["prompt"]) == [{"role": "user"}] and second.replies[1][0] == 9
+    assert before_and_after(rows[:-1]) == [first]  # the run was killed there
+    assert [sample.replies for sample in before_and_after(rows[:1])] == [((0, "a at 0"),)]
+    assert before_and_after([]) == []
 
 
 class Elements(HTMLParser):
