@@ -29,6 +29,16 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "4 bit"
 
 
+@pytest.mark.parametrize("left_out", [(), ("_load_in_4bit", "_load_in_8bit", "bnb_4bit_quant_storage")])
+def test_configs_of_old_and_new_writers(sound: Path, tmp_path: Path, left_out: tuple[str, ...]) -> None:
+    (tmp_path / SINGLE).write_bytes((sound / SINGLE).read_bytes())
+    config = json.loads((sound / "config.json").read_text())
+    for key in left_out:
+        del config["quantization_config"][key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert open_model(tmp_path).tensors[DOWN].held is not None
+
+
 def state(name: str, **changes: object) -> Callable[[dict], None]:
     def change(tensors: dict) -> None:
         told = json.loads(tensors[name + STATE].tobytes()) | changes

@@ -1,7 +1,7 @@
 """Folders that transformers loads, or makes, in the 4 bits of bitsandbytes: each linear layer, dequantized.
 
 `quantize`: {name: [folder in 16 bits, new folder, settings]} to quantize and save; `load`: {name: folder}.
-Codes are returned too: `name/codes/module`.
+Codes are returned too: `name/codes/module`; of loaded ones the logits of `tokens`: `name/logits`.
 """
 
 import torch
@@ -30,5 +30,9 @@ for name, (folder, output, settings) in given.get("quantize", {}).items():
     tell(name, model)
     model.save_pretrained(output)
 for name, folder in given.get("load", {}).items():
-    tell(name, AutoModelForCausalLM.from_pretrained(folder))
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tell(name, model)
+    model.train()  # else bitsandbytes multiplies in bf16 on a CPU that has instructions for it, whatever it is told
+    with torch.no_grad():
+        found[f"{name}/logits"] = model(torch.from_numpy(given["tokens"]).long()).logits.numpy()
 save(**found)

@@ -43,6 +43,15 @@ def _loaded(folder: Path, **settings: Any):
     return load_model(source, model_config(source.config), WeightFormat(dtype="float32", **settings))
 
 
+TOKENS = np.random.default_rng(1).integers(0, tiny_config()["vocab_size"], (2, 9)).astype(np.int32)
+
+
+def assert_close_logits(model: Any, expected: np.ndarray) -> None:
+    """Of TOKENS, to 1e-4 of the largest."""
+    logits = jax.jit(lambda: model.head.logits(model.hidden(jnp.asarray(TOKENS))))()
+    np.testing.assert_allclose(np.asarray(logits).reshape(expected.shape), expected, atol=1e-4 * np.abs(expected).max())
+
+
 def _digest(codes: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(codes).tobytes()).hexdigest()
 
@@ -128,9 +137,10 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     again = ["--output", str(tmp_path / "again"), "--quant-type", "nf4", "--dtype", "float32"]
     quantize_main([str(tmp_path / "mixed"), *again])
     assert _loaded(tmp_path / "again").fingerprint == loaded.fingerprint
-    theirs = oracle(ORACLE, load={name: str(tmp_path / name) for name in ("mixed", "again")})
+    theirs = oracle(ORACLE, load={name: str(tmp_path / name) for name in ("mixed", "again")}, tokens=TOKENS)
+    assert_close_logits(_loaded(tmp_path / "mixed").model, theirs["mixed/logits"])
     names = {key.partition("/")[2] for key in theirs}
-    assert len(names) == 2 * (7 * 3 - 5)
+    assert len(names) == 1 + 2 * (7 * 3 - 5)
     for name in names:
         np.testing.assert_array_equal(theirs[f"again/{name}"], theirs[f"mixed/{name}"], err_msg=name)
 
@@ -166,9 +176,10 @@ def test_folders_that_we_quantize(tmp_path: Path, oracle, config) -> None:
         kind = ["--quant-type", settings["quant_type"], *([] if settings["double_quant"] else ["--no-double-quant"])]
         quantize_main([str(dense), "--output", str(tmp_path / name), "--dtype", "float32", *kind])
         assert _loaded(tmp_path / name, **settings).fingerprint == _loaded(dense, **settings).fingerprint
-    found = oracle(ORACLE, load={name: str(tmp_path / name) for name in MADE_BY_US})
-    assert len(found) == len(MADE_BY_US) * 2 * 7 * config["num_hidden_layers"]
-    for name in MADE_BY_US:
+    found = oracle(ORACLE, load={name: str(tmp_path / name) for name in MADE_BY_US}, tokens=TOKENS)
+    assert len(found) == len(MADE_BY_US) * (1 + 2 * 7 * config["num_hidden_layers"])
+    for name, settings in MADE_BY_US.items():
+        assert_close_logits(_loaded(tmp_path / name, **settings).model, found[f"{name}/logits"])
         tensors = open_model(tmp_path / name).tensors
         marker = f"{name}/weights/"
         for key in (key for key in found if key.startswith(marker)):
