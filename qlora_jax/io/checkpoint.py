@@ -3,6 +3,7 @@
     RUN/config.yaml                       the resolved configuration
     RUN/initial.safetensors               what adapters begin with, where that is a part of the weights (lora.init)
     RUN/metrics.jsonl                     one line a step or evaluation
+    RUN/report.html, report.json          what is known of the run, for people and for programs
     RUN/checkpoints/STEP/lora             {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}
     RUN/checkpoints/STEP/optimizer        the optax state
     RUN/checkpoints/STEP/state            JSON: step, data position, configuration, fingerprint of the base, versions

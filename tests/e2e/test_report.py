@@ -132,6 +132,7 @@ def test_the_dry_run_prints_plan_and_place_and_writes_no_more(reported):
     assert facts["config"]["data"]["max_length"] == 256
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, monkeypatch):
     prompts, quiet = tmp_path / "prompts.txt", Console(file=io.StringIO())
     prompts.write_text(f"{HOSTILE[0]}\n{HOSTILE[1]}\n")
