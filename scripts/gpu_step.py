@@ -25,7 +25,7 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
 from qlora_jax.models.public import PUBLIC
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts, counts
 from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.step import update
 
@@ -50,7 +50,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
     compiled = program.function.lower(*program.args, **program.kwargs).compile()
     planned = read_memory(compiled.memory_analysis()).device_total
     counted = counts.Step(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
-    planned += counts.optimizer_bytes(counted)
+    planned += byte_counts.optimizer_bytes(counted)
     found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:

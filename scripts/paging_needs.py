@@ -1,8 +1,8 @@
 """What steps of LLaMA need on cards that are absent, by length: the part of the study that is compiled.
 
 A point is one compiled step: its scratch, as XLA assigns it for that card. All else that a step holds
-follows from shapes (qlora_jax/training/counts.py). Between points, and beyond them, scratch lies on the line through
-two neighbours.
+follows from shapes (qlora_jax/training/byte_counts.py). Between points, and beyond them, scratch lies on the line
+through two neighbours.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.public import PUBLIC
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts, counts
 from qlora_jax.training.needs import PAGES_IN_FLIGHT, Setting
 from qlora_jax.training.saved import offloaded_bytes, saved_bytes
 
@@ -69,7 +69,7 @@ def compile_point(model: str, card: str, remat: str, length: int) -> Point:
     memory = aot.compile_for(card, program.function, *program.args, **program.kwargs).memory
     assert memory.host.temporaries >= sum(offloaded_bytes(of).values())
     kept = sum(saved_bytes(of).values())
-    moving = max(memory.device.temporaries + counts.batch_bytes(of), update_temporaries(model, card))
+    moving = max(memory.device.temporaries + byte_counts.batch_bytes(of), update_temporaries(model, card))
     return Point(model, card, remat, length, moving - kept)
 
 
@@ -97,17 +97,17 @@ class Needs:
 
     @property
     def lora(self) -> int:
-        return counts.lora_bytes(self._counted(1))
+        return byte_counts.lora_bytes(self._counted(1))
 
     @property
     def state(self) -> int:
         """Adam's moments in f32."""
-        return counts.optimizer_bytes(self._counted(1))
+        return byte_counts.optimizer_bytes(self._counted(1))
 
     @property
     def held(self) -> int:
         """Weights, constants, adapters and their gradients."""
-        return sum(counts.frozen_bytes(self._counted(1)).values()) + 2 * self.lora
+        return sum(byte_counts.frozen_bytes(self._counted(1)).values()) + 2 * self.lora
 
     def scratch(self, rows: int) -> float:
         """On the line through the two points around `rows`, or the nearest two."""

@@ -16,7 +16,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.io.source import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts, counts
 from qlora_jax.training.abstract import AbstractStep, abstract_step
 from qlora_jax.training.saved import saved_bytes
 
@@ -81,13 +81,16 @@ def memory_rows(name: str, compiled: aot.CompiledFor) -> list[dict[str, Any]]:
 
 def formula_rows(step: counts.Step) -> list[dict[str, Any]]:
     """What the step holds, by part."""
-    frozen, lora = counts.frozen_bytes(step), counts.lora_bytes(step)
+    frozen, lora = byte_counts.frozen_bytes(step), byte_counts.lora_bytes(step)
     rows = [("frozen", f"weights: {name}", frozen[name]) for name in ("codes", "constants")]
     rows += [("head", "weights: embedding and head", frozen["tables"]), ("norm", "weights, biases", frozen["vectors"])]
     rows += [("lora", "parameters", lora), ("lora", "gradients", lora)]
-    rows += [("optimizer", "state", counts.optimizer_bytes(step)), ("other", "batch", counts.batch_bytes(step))]
+    rows += [
+        ("optimizer", "state", byte_counts.optimizer_bytes(step)),
+        ("other", "batch", byte_counts.batch_bytes(step)),
+    ]
     rows += [(KEPT_BY[name], f"kept: {name}", size) for name, size in saved_bytes(step).items()]
-    rows += [("head", "one tile's logits and their exponentials", counts.logits_bytes(step))]
+    rows += [("head", "one tile's logits and their exponentials", byte_counts.logits_bytes(step))]
     return [{"part": part, "what": what, "bytes": size} for part, what, size in rows]
 
 
@@ -111,7 +114,7 @@ def bytes_on(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     told = {
         "memory": [row for name, compiled in made.items() for row in memory_rows(name, compiled)],
         "formula": formula_rows(counted),
-        "dequantized_traffic": counts.dequantized_traffic(counted),
+        "dequantized_traffic": byte_counts.dequantized_traffic(counted),
         "temporaries": temporary_rows(made["gradients"].largest_temporaries(ALL)),
         "fits": all(compiled.fits for compiled in made.values()),
     }

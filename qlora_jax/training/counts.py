@@ -1,4 +1,4 @@
-"""What one optimizer step costs, by formula: floating-point operations of its products, and bytes of what it holds.
+"""What one optimizer step computes, by formula: floating-point operations of its products.
 
 Pure arithmetic on a ModelConfig and shapes; tests count the same from the compiled program. Elementwise work (norms,
 rotations, activations, softmax, the optimizer) is no product and is not counted.
@@ -9,20 +9,17 @@ F mlp, V vocab, R rank; of a projection, `out` and `in` features.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
-import numpy as np
 
-from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, product_flops
+from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.adapt import ia3_targets, ranks_and_scalings
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.models.vocabulary import whole_names
 from qlora_jax.nn import attention_cpu, loss
 from qlora_jax.nn.attention_tiles import Tiling
-from qlora_jax.optim.blockwise import BLOCK, MIN_SIZE
 
 DOWN = "mlp.down_proj"  # the last product of a layer
 F32 = 4
@@ -37,7 +34,7 @@ class Step:
       batch: (A, B, T).
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
-      optimizer: a key of HELD.
+      optimizer: a key of byte_counts.HELD.
       new_tokens: tokens whose rows of embedding and head train.
     """
 
@@ -240,7 +237,7 @@ HEAD_FLOPS: dict[str, Part] = {
 }
 
 
-def _not_again(step: Step) -> tuple[str, ...]:
+def not_again(step: Step) -> tuple[str, ...]:
     """The projections whose results a backward pass does not need: the last one, where no norm reads it, and no vector
     that trains."""
     scaled = DOWN in step.dora or step.vectors.get(DOWN) is False
@@ -249,8 +246,8 @@ def _not_again(step: Step) -> tuple[str, ...]:
 
 # What a policy computes again in the backward pass.
 FULL: dict[str, Part] = {
-    "frozen again": lambda step: frozen_flops(step, without=_not_again(step)),
-    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=_not_again(step)),
+    "frozen again": lambda step: frozen_flops(step, without=not_again(step)),
+    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_again(step)),
     "dora again": dora_flops,
     "attention again": attention_again_flops,
 }
@@ -264,130 +261,3 @@ def flops(step: Step) -> dict[str, int]:
     times = {name: 1 if name.startswith("attention") else layers for name in per_layer}  # its pairs are of all layers
     counted = {name: micro_batches * times[name] * part(step) for name, part in per_layer.items()}
     return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}
-
-
-# Bytes
-
-
-def frozen_bytes(step: Step) -> dict[str, int]:
-    """codes, constants: `held` of each projection's layers (dense weights count as codes, in their own dtype).
-
-    tables: V D of embedding and head (once where tied), those that train whole left out. vectors: norms and biases, as
-    (2 L + 1) D, those of new tokens too. In the dtype. DoRA has lengths of rows besides, in f32.
-    """
-    model, layers, size = step.model, step.model.num_layers, step.itemsize
-    weights = [_held(step, name, shape) for name, shape in step.shapes()]
-    linear = layers * sum(math.prod(shape) for _, shape in step.shapes())
-    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
-    held = tables - len(step.whole) * model.vocab_size * model.embed_dim
-    return {
-        "codes": sum(codes for codes, _ in weights),
-        "constants": sum(constants for _, constants in weights),
-        "tables": held * size,
-        "vectors": (model.parameters() - linear - tables + model.head_bias * step.new_tokens) * size
-        + layers * F32 * _dora_rows(step),
-    }
-
-
-def _held(step: Step, name: str, shape: tuple[int, int]) -> tuple[int, int]:
-    weights, layers = step.weights, step.model.num_layers
-    dense = len(weights.dense_layers(name, layers))
-    dense_bytes = dense * math.prod(shape) * step.itemsize
-    if dense == layers:
-        return dense_bytes, 0
-    kept = held(
-        shape,
-        weights.layout_for(shape),
-        block_size=weights.block_size,
-        nested_block_size=weights.nested_block_size,
-        double_quant=weights.double_quant,
-    )
-    return dense_bytes + (layers - dense) * kept.codes, (layers - dense) * kept.constants
-
-
-def lora_bytes(step: Step) -> int:
-    """L sum over adapters of R (in + out), and D a row of new tokens, 4 bytes or 2 each, and 4 bytes for each element
-    of a vector of DoRA or (IA)^3: the parameters; their gradients are as large."""
-    size = 2 if step.lora.dtype == "bfloat16" else F32
-    per_layer = size * sum(_matrix_sizes(step)) + F32 * sum(_vector_sizes(step))
-    return step.model.num_layers * per_layer + size * _new_rows(step) * step.model.embed_dim
-
-
-def _new_rows(step: Step) -> int:
-    """Rows that train of embedding and head: those of new tokens, and all where a table trains whole."""
-    tables = 1 if step.model.tie_embeddings else 2
-    return tables * step.new_tokens + len(step.whole) * step.model.vocab_size
-
-
-# By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).
-HELD = {
-    "adamw_32bit": (2, False, 2),
-    "adamw_8bit": (2, True, 1),
-    "lion_32bit": (1, False, 2),
-    "lion_8bit": (1, True, 1),
-}
-
-
-def optimizer_bytes(step: Step) -> int:
-    """Moments L sum over A and B of 4 n, n = R in or R out; in 8 bits n + 4 ceil(n / 256) where n >= 4,096; counts.
-
-    Vectors of n elements likewise, and rows of new tokens, n = D.
-    """
-    moments, eight_bit, counters = HELD[step.optimizer]
-    held = sum(_moment_bytes(n, eight_bit) for n in (*_matrix_sizes(step), *_vector_sizes(step)))
-    rows = _new_rows(step) * _moment_bytes(step.model.embed_dim, eight_bit)
-    return moments * (step.model.num_layers * held + rows) + counters * F32
-
-
-def _moment_bytes(n: int, eight_bit: bool) -> int:
-    return n + F32 * -(-n // BLOCK) if eight_bit and n >= MIN_SIZE else F32 * n
-
-
-def _matrix_sizes(step: Step) -> list[int]:
-    """Elements of each A and B of one layer."""
-    return [step.ranks[name] * side for name, shape in step.shapes() if name in step.ranks for side in shape]
-
-
-def _vector_sizes(step: Step) -> list[int]:
-    """Elements of each vector of one layer that trains."""
-    scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
-    return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
-
-
-def _dora_rows(step: Step) -> int:
-    return sum(n for name, (n, _) in step.shapes() if name in step.dora)
-
-
-def batch_bytes(step: Step) -> int:
-    """12 A B T: inputs and targets in int32, weights in f32."""
-    return 3 * F32 * int(np.prod(step.batch))
-
-
-def dequantized_traffic(step: Step) -> int:
-    """Bytes of dequantized weights of one step, where an implementation writes and reads each for each product.
-
-    2 * 2 N K a product, for the forward pass, the backward pass and what is computed again; DoRA's norms take one more
-    of each weight, and its dropout one more of the others.
-    """
-    product = {name: 2 * dequantized_bytes(shape) for name, shape in step.shapes()}
-    norms = sum(product[name] for name in step.dora)
-    layer = sum(product.values()) + (norms if step.lora.dropout else 0)
-    again = layer - sum(product[name] for name in _not_again(step)) + norms
-    times = step.batch[0] * step.model.num_layers
-    return times * (2 * layer + norms + (again if "frozen again" in AGAIN[step.remat] else 0))
-
-
-def logits_bytes(step: Step) -> int:
-    """C W (4 + itemsize): one tile's logits in f32 and their exponentials in the compute dtype."""
-    return math.prod(head_tile(step)) * (F32 + step.itemsize)
-
-
-def argument_bytes(step: Step) -> int:
-    """What `gradients` is given, dropout's key left out: frozen weights, LoRA, batch."""
-    return sum(frozen_bytes(step).values()) + lora_bytes(step) + batch_bytes(step)
-
-
-def gradient_output_bytes(step: Step) -> int:
-    """What `gradients` returns: a gradient of each LoRA parameter, two sums and A B rows' losses in f32."""
-    accumulated, rows, _ = step.batch
-    return lora_bytes(step) + F32 * (2 + accumulated * rows)

@@ -1,6 +1,6 @@
 """What one optimizer step needs, by kind: what formulas know, and what only a compiler does.
 
-Everything that is held or kept follows from shapes (qlora_jax/training/counts.py). The rest, scratch, is measured by
+Everything that is held or kept follows from shapes (byte_counts.py, saved.py). The rest, scratch, is measured by
 compiling the real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
 """
 
@@ -15,7 +15,7 @@ from qlora_jax.config import LoraArgs, OptimArgs, plain_name
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.pages import PAGE_BYTES
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts, counts
 from qlora_jax.training.abstract import AbstractStep, Program, abstract_step
 from qlora_jax.training.saved import offloaded_bytes, saved_bytes
 from qlora_jax.training.updates import PAGES_IN_A_BUDGET
@@ -121,7 +121,7 @@ class Need:
 
 def _need(setting: Setting, scratch: int, source: str) -> Need:
     of = setting.counted()
-    frozen, lora, state = counts.frozen_bytes(of), counts.lora_bytes(of), counts.optimizer_bytes(of)
+    frozen, lora, state = byte_counts.frozen_bytes(of), byte_counts.lora_bytes(of), byte_counts.optimizer_bytes(of)
     device = {
         "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
         "constants": frozen["constants"],
@@ -156,14 +156,14 @@ def compiled_need(setting: Setting, compile_step: Compile) -> Need:
             f"train.remat={setting.remat}: {format_bytes(_offloaded(of))} of activations were to wait in host memory, "
             f"but the compiled step keeps {format_bytes(temporaries.host)} there; set train.remat=full"
         )
-    scratch = max(temporaries.gradients + counts.batch_bytes(of), temporaries.update) - _saved(of)
+    scratch = max(temporaries.gradients + byte_counts.batch_bytes(of), temporaries.update) - _saved(of)
     return _need(setting, scratch, "compiled")
 
 
 def estimated_need(setting: Setting) -> Need:
     """Scratch by formula: `working_set`, and the batch."""
     of = setting.counted()
-    return _need(setting, working_set(of) + counts.batch_bytes(of), "estimated")
+    return _need(setting, working_set(of) + byte_counts.batch_bytes(of), "estimated")
 
 
 def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
@@ -171,7 +171,7 @@ def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
     `working_set`."""
     *before, last = known[-2:]
     rows, scratch = last.setting.rows, _without_batch(last)
-    batch = counts.batch_bytes(setting.counted())
+    batch = byte_counts.batch_bytes(setting.counted())
     if not before or before[0].setting.rows == rows:
         share = working_set(setting.counted()) / working_set(last.setting.counted())
         return _need(setting, round(scratch * share) + batch, "fitted")
@@ -180,7 +180,7 @@ def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
 
 
 def _without_batch(need: Need) -> int:
-    return need.device["scratch"] - counts.batch_bytes(need.setting.counted())
+    return need.device["scratch"] - byte_counts.batch_bytes(need.setting.counted())
 
 
 def working_set(of: counts.Step) -> int:
@@ -192,7 +192,7 @@ def working_set(of: counts.Step) -> int:
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     layer = 2 * of.rows * widths * counts.F32
     weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
-    return counts.logits_bytes(of) + layer + weights
+    return byte_counts.logits_bytes(of) + layer + weights
 
 
 # Where the step is compiled

@@ -73,7 +73,8 @@ def _draw_lengths(axes: Any, lengths: Mapping[int, int], max_length: int) -> Non
     axes.hist(list(lengths), weights=list(lengths.values()), bins=min(_BARS, longest), range=(0, longest), color="C0")
     if longest >= max_length:
         axes.axvline(max_length, color="C1", linestyle="--", label=f"data.max_length {max_length:,}")
-        axes.legend(frameon=False)
+        axes.set_ylim(top=1.2 * axes.get_ylim()[1])  # above the bars
+        axes.legend(frameon=False, loc="upper left")
     axes.set(xlabel="tokens a row, before any is cut", ylabel="rows")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(MaxNLocator(integer=True, nbins=6))

@@ -14,7 +14,7 @@ from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.optim.residency import Memory
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts
 from qlora_jax.training.abstract import AbstractStep
 from qlora_jax.training.budgets import device_bytes
 from qlora_jax.training.needs import KINDS, Compile, Need, Setting, Temporaries, compiled_need, here
@@ -72,7 +72,7 @@ def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
         in_f32 = dataclasses.replace(setting.lora, dtype="float32")
-        update = counts.lora_bytes(dataclasses.replace(setting.counted(), lora=in_f32))
+        update = byte_counts.lora_bytes(dataclasses.replace(setting.counted(), lora=in_f32))
         return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step

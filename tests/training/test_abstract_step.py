@@ -20,7 +20,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.optim import make_optimizer
-from qlora_jax.training import counts, step
+from qlora_jax.training import byte_counts, counts, step
 from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.saved import saved_bytes
 from tests.io.tiny_models import tiny_config
@@ -106,10 +106,10 @@ def check_counts(counted, gradients, update, abstract):
     excess = sum(dot.flops * dot.times for dot in products) - expected
     assert 0 <= excess <= sum(dot.flops * dot.times for dot in products if is_split(dot)) / 2
     device = gradients.memory.device
-    assert device.arguments == counts.argument_bytes(counted)
+    assert device.arguments == byte_counts.argument_bytes(counted)
     pointers = 8 * (len(jax.tree.leaves(abstract.lora)) + 3)  # the table of a tuple's members
-    assert device.outputs == counts.gradient_output_bytes(counted) + pointers
-    lora, state = counts.lora_bytes(counted), counts.optimizer_bytes(counted)
+    assert device.outputs == byte_counts.gradient_output_bytes(counted) + pointers
+    lora, state = byte_counts.lora_bytes(counted), byte_counts.optimizer_bytes(counted)
     assert update.memory.device.arguments == 2 * lora + state
     assert update.memory.device.aliases == lora + state
     saved = sum(saved_bytes(counted).values())
@@ -139,7 +139,7 @@ def working_set(counted) -> int:
     model = counted.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * model.num_heads * model.head_dim
     layer = 8 * counted.rows * widths * counted.itemsize + 4 * 2 * model.mlp_dim * model.embed_dim
-    return 2 * counts.logits_bytes(counted) + counts.lora_bytes(counted) + layer
+    return 2 * byte_counts.logits_bytes(counted) + byte_counts.lora_bytes(counted) + layer
 
 
 def check_nothing_is_whole(counted, text):

@@ -12,7 +12,7 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.rope import Rope
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts, counts
 from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.saved import saved_bytes
 from tests.training.compiled_text import dots, loops, nbytes
@@ -161,16 +161,16 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
     assert found == expected
     frozen = expected["frozen", False] + expected["frozen", True]
     if not counted.dora:
-        assert counts.dequantized_traffic(counted) == 2 * frozen // counted.rows  # 4 N K for each 2 M N K
+        assert byte_counts.dequantized_traffic(counted) == 2 * frozen // counted.rows  # 4 N K for each 2 M N K
 
 
 def test_arguments_and_results_are_the_formulas_bytes(case):
     counted, step, compiled, _ = case
     memory = compiled.memory_analysis()
     key = 0 if step.key is None else 8
-    assert memory.argument_size_in_bytes == counts.argument_bytes(counted) + key
+    assert memory.argument_size_in_bytes == byte_counts.argument_bytes(counted) + key
     pointers = 8 * (len(jax.tree.leaves(step.lora)) + 3)  # XLA on CPUs counts the table of a tuple's members
-    assert memory.output_size_in_bytes == counts.gradient_output_bytes(counted) + pointers
+    assert memory.output_size_in_bytes == byte_counts.gradient_output_bytes(counted) + pointers
 
 
 def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
@@ -180,7 +180,9 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     given = sum(_bytes(leaf) for leaf in jax.tree.leaves((step.base, step.lora)) if leaf.shape[:1] == (LAYERS,))
     given -= sum(_bytes(leaf) for leaf in jax.tree.leaves(step.base) if leaf.shape == (LAYERS,))  # nested_offset
     expected = sum(saved_bytes(counted).values())
-    slices = counts.lora_bytes(counted) + counts.frozen_bytes(counted)["vectors"] if counted.remat == "none" else 0
+    slices = (
+        byte_counts.lora_bytes(counted) + byte_counts.frozen_bytes(counted)["vectors"] if counted.remat == "none" else 0
+    )
     assert expected <= carried - given <= expected + slices
 
 
@@ -193,7 +195,7 @@ def test_the_update_reads_and_overwrites_the_formulas_bytes():
     function, args, kwargs = step.update()
     memory = function.lower(*args, **kwargs).compile().memory_analysis()
     counted = _counted(MODEL, WeightFormat(), step, (1, 1, 128), EVERY)
-    lora, state = counts.lora_bytes(counted), counts.optimizer_bytes(counted)
+    lora, state = byte_counts.lora_bytes(counted), byte_counts.optimizer_bytes(counted)
     assert memory.argument_size_in_bytes == 2 * lora + state
     assert memory.alias_size_in_bytes == lora + state
 
@@ -213,10 +215,10 @@ def test_bytes_of_real_models_are_those_of_their_leaves(name, settings):
     lora = LoraArgs(rank=64)
     step = abstract_step(model, weights, lora, batch=batch)
     counted = _counted(model, weights, step, batch, lora)
-    assert sum(counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
-    assert counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
-    assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
-    assert counts.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
+    assert sum(byte_counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
+    assert byte_counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert byte_counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert byte_counts.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
 
 
 @pytest.mark.parametrize("model", [MODEL, LIKE_PHI, dataclasses.replace(MODEL, embed_dim=4096, tie_embeddings=True)])
@@ -226,17 +228,17 @@ def test_bytes_of_new_tokens_are_those_of_their_leaves(model):
     step = abstract_step(model, WeightFormat(), EVERY, batch=(1, 1, 64), optim=optim, new_ids=NEW_IDS)
     counted = _counted(model, WeightFormat(), step, (1, 1, 64), EVERY)
     counted = dataclasses.replace(counted, optimizer=optim.name, new_tokens=len(NEW_IDS))
-    assert counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
-    assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
-    assert sum(counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
+    assert byte_counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert byte_counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert sum(byte_counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
 
 
-@pytest.mark.parametrize("name", counts.HELD)
+@pytest.mark.parametrize("name", byte_counts.HELD)
 def test_bytes_of_every_optimizer_are_those_of_its_leaves(name):
     lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)  # some of 4,096 and more
     step = abstract_step(MODEL, WeightFormat(), lora, batch=(1, 1, 64), optim=optim)
     counted = dataclasses.replace(_counted(MODEL, WeightFormat(), step, (1, 1, 64), lora), optimizer=name)
-    assert counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert byte_counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(step.state) if leaf.ndim} == (
         {"uint8", "float32"} if name.endswith("_8bit") else {"float32"}
     )
@@ -247,8 +249,8 @@ def test_published_sizes():
     lora = LoraArgs(rank=64)
     step = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(), lora, batch=(1, 1, 512))
     counted = _counted(REAL_MODELS["llama-65b"], WeightFormat(), step, (1, 1, 512), lora)
-    assert counts.lora_bytes(counted) / 4 / 1e6 == pytest.approx(799.5, abs=0.1)
-    assert sum(counts.frozen_bytes(counted).values()) / 2**30 == pytest.approx(32.095, abs=0.005)
+    assert byte_counts.lora_bytes(counted) / 4 / 1e6 == pytest.approx(799.5, abs=0.1)
+    assert sum(byte_counts.frozen_bytes(counted).values()) / 2**30 == pytest.approx(32.095, abs=0.005)
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)

@@ -16,7 +16,7 @@ from qlora_jax.io.source import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.public import PUBLIC
-from qlora_jax.training import counts
+from qlora_jax.training import byte_counts
 from qlora_jax.training.needs import (
     ACTIVATIONS,
     KINDS,
@@ -82,14 +82,14 @@ def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
     assert need.device.keys() == set(KINDS) == need.host.keys() and not any(need.host.values())
     pointers = 8 * (len(step.lora) * 2 + 3)  # the table of a tuple's members
     program_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - pointers
-    few = counts.gradient_output_bytes(TINY.counted()) - counts.lora_bytes(TINY.counted())  # losses of rows
-    assert need.total - need.device[PROGRAMS] == program_bytes - few + counts.optimizer_bytes(TINY.counted())
+    few = byte_counts.gradient_output_bytes(TINY.counted()) - byte_counts.lora_bytes(TINY.counted())  # losses of rows
+    assert need.total - need.device[PROGRAMS] == program_bytes - few + byte_counts.optimizer_bytes(TINY.counted())
     assert need.device[PROGRAMS] > 0 == estimated_need(on_gpu(TINY)).device[PROGRAMS]
 
 
 def test_paged_state_is_counted_where_it_is():
     need, paged = compiled_need(TINY, Compiler()), compiled_need(TINY.changed(paged=True), Compiler())
-    assert paged.host[STATE] == need.device[STATE] == counts.optimizer_bytes(TINY.counted())
+    assert paged.host[STATE] == need.device[STATE] == byte_counts.optimizer_bytes(TINY.counted())
     assert paged.device[STATE] <= need.device[STATE]
     big = real("llama-65b", (1, 1, 512))
     assert estimated_need(big.changed(paged=True)).total < estimated_need(big).total - 5.5e9
