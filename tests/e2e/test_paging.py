@@ -128,10 +128,10 @@ def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, dtype, m
     )
 
 
-def steps_until(last, session, progress, checkpoints, reporter, stop):
+def steps_until(last, session, progress, checkpoints, reporter, stop, before_step):
     """run_steps, stopped by a signal after a step."""
     steps = iter(range(last))
-    return loop.run_steps(session, progress, checkpoints, reporter, lambda: next(steps, None) is None)
+    return loop.run_steps(session, progress, checkpoints, reporter, lambda: next(steps, None) is None, before_step)
 
 
 def simulated_session(config, **changes):
