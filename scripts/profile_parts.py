@@ -21,6 +21,8 @@ PARTS = (
     "swiglu",
     "norm",
     "head",
+    "whole_head",
+    "new_tokens",
 )  # named scopes of the model
 OPTIMIZER, UPDATE, OTHER = "optimizer", "update", "other"
 DIRECTIONS = ("forward", "backward", "recomputed")
