@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pytest
 
 from qlora_jax.training.metrics import read_metrics
 from tests.e2e.project import project
@@ -22,6 +23,7 @@ def held_out(config) -> dict[int, float]:
     return {record["step"]: record["eval_loss"] for record in records if "eval_loss" in record}
 
 
+@pytest.mark.slow
 def test_a_run_stops_early_keeps_the_best_and_resumes_to_the_same_end(tmp_path, monkeypatch):
     config = project(tmp_path / "whole", **SETTINGS)
     assert run(config)

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.qtensor import QTensor
@@ -198,6 +199,7 @@ def make_groups() -> dict[str, tuple[np.ndarray, dict, str, bool]]:
     return groups
 
 
+@pytest.mark.slow
 def test_equals_bitsandbytes_on_thousands_of_weights(oracle) -> None:
     groups = make_groups()
     assert sum(len(weights) for weights, *_ in groups.values()) > 2000

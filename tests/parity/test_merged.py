@@ -41,6 +41,7 @@ def _run(tmp_path: Path, name: str, lora: str, config=None):
     return tmp_path / name, *_write_run(tmp_path / name, model, LORAS[lora])
 
 
+@pytest.mark.slow
 def test_transformers_computes_the_same(tmp_path: Path, oracle) -> None:
     ours, folders = {}, {}
     for name, lora in {
