@@ -1,7 +1,6 @@
 """Folders that transformers + bitsandbytes saved in 4 bits: codes and constants are taken over as they are."""
 
 import hashlib
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.nn.mixed import MixedStack
 from qlora_jax.quant import dequantize
+from tests.commands import quantize_main
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 pytestmark = pytest.mark.slow
@@ -54,11 +54,6 @@ def assert_close_logits(model: Any, expected: np.ndarray) -> None:
 
 def _digest(codes: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(codes).tobytes()).hexdigest()
-
-
-def quantize_main(argv: list[str]) -> None:
-    """The command; not imported, since the package's `quantize` is a function."""
-    runpy.run_module("qlora_jax.quantize", run_name="quantize")["main"](argv)
 
 
 @pytest.fixture(autouse=True)

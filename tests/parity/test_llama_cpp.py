@@ -16,7 +16,7 @@ from qlora_jax.io.gguf_writer import write_gguf
 from qlora_jax.io.logit_check import PROMPTS
 from qlora_jax.io.opened import held_as, load_base, open_base_or_run
 from qlora_jax.io.source import open_model
-from qlora_jax.quantize import main as quantize
+from tests.commands import quantize_main as quantize
 from tests.data.test_tokenizer import TRICKY, _strings
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.test_gguf_frame import CONFIGS

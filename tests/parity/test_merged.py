@@ -15,7 +15,7 @@ from qlora_jax.io.opened import held_as, load_base, open_base_or_run
 from qlora_jax.io.source import open_model
 from qlora_jax.models.adapt import linears
 from qlora_jax.nn.lora import LoRA
-from qlora_jax.quantize import main as quantize
+from tests.commands import quantize_main as quantize
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.io.tiny_tokenizers import byte_level
