@@ -174,6 +174,17 @@ _ROWS = [
 
 CARDS: dict[str, Card] = {card.name: card for card in _ROWS}
 
+# Peaks by the name that a driver reports: those of the cards above, and of others whose data sheet has the same chip
+# (A100 and H200 say one peak for all their boards). H100 PCIe: its own data sheet, and XLA's h100_pcie (114 SMs x 4096
+# FLOP x 1.62 GHz). A slice of a card (MIG) has another name, and no peak here.
+BF16_PEAKS: dict[str, float] = {card.description: card.bf16_flops for card in _ROWS} | {
+    "NVIDIA H200": CARDS["h200"].bf16_flops,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-40GB": CARDS["a100"].bf16_flops,
+    "NVIDIA A100-PCIE-40GB": CARDS["a100"].bf16_flops,
+    "NVIDIA A100 80GB PCIe": CARDS["a100"].bf16_flops,
+}
+
 # Equal for all of these cards.
 _LIMITS = {
     "threads_per_block_limit": 1024,

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from pallas_kernels.native import product as native
+
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> jax.Array:
     """Contracts axis contract[0] of a with contract[1] of b, summed in f32 and rounded once to `dtype`.
@@ -16,6 +18,9 @@ def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike)
     batch = tuple(range(a.ndim - 2))
     dims = ((contract[:1], contract[1:]), (batch, batch))
     product = functools.partial(jax.lax.dot_general, dimension_numbers=dims, preferred_element_type=dtype)
+    if native.takes(a, b, contract):
+        handler = functools.partial(native.product, transposed=contract[1] == 1)
+        return jax.lax.platform_dependent(a, b, cpu=lambda a, b: handler(a, b).astype(dtype), default=product)
     if a.ndim == 2 and a.shape[1 - contract[0]] == 1 and a.dtype == jnp.bfloat16:
         return jax.lax.platform_dependent(a, b, cpu=_doubled(product, 1 - contract[0]), default=product)
     return product(a, b)

@@ -1,13 +1,13 @@
-"""`python -m qlora_jax.evaluate`: a base unquantized and quantized, and a run's checkpoint, scored side by side."""
+"""`python -m qlora_jax.evaluate`: a base unquantized and quantized, and one or two runs' checkpoints, side by side."""
 
 import dataclasses
 import itertools
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 
@@ -16,12 +16,33 @@ from qlora_jax.config import read_command_line, run_main
 from qlora_jax.inference.settings import EvaluateArgs, check_evaluate
 
 if TYPE_CHECKING:
+    from qlora_jax.data.tokenizer import Tokenizer
     from qlora_jax.inference.decode import Parts
+    from qlora_jax.inference.kept import Kept
     from qlora_jax.inference.tasks import Task
     from qlora_jax.io.opened import Opened
 
 PROG = "python -m qlora_jax.evaluate"
+PLAIN: dict[str, Any] = {"style": "dim", "markup": False, "highlight": False}  # messages
 SWITCHES = {"raw": "no chat template: questions and rows are plain text"}
+
+
+class Column(NamedTuple):
+    """A model to score.
+
+    Fields:
+      opened: its base, and the run that it belongs to.
+      tasks: made for it: with its tokenizer, and as long as it reads.
+      quant_type: of the base.
+      label: what people are told that it is.
+      adapted: the run's adapter is on it.
+    """
+
+    opened: "Opened"
+    tasks: "Sequence[Task]"
+    quant_type: str
+    label: str
+    adapted: bool
 
 
 def main(argv: list[str]) -> None:
@@ -29,19 +50,27 @@ def main(argv: list[str]) -> None:
     args, given = read_command_line(argv, PROG, SWITCHES, EvaluateArgs, check_evaluate)
     # After the settings: jax starts when these are imported, and a typing error should not wait for it.
     from qlora_jax import runtime
+    from qlora_jax.inference.harness_ready import check_ready
+    from qlora_jax.inference.kept import kept_for
     from qlora_jax.inference.tables import Scored, as_data, show
     from qlora_jax.io.opened import open_base_or_run
 
     runtime.start()
     opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
     tasks = _tasks(args, opened, raw="raw" in given)
-    columns = _columns(args, opened)
-    labels = {name: label for name, (_, label) in columns.items()}
+    columns = _columns(args, opened, tasks)
+    if args.against is not None:
+        columns["against"] = _against(args, opened, tasks, raw="raw" in given)
+    columns = {name: column for name, column in columns.items() if args.columns is None or name in args.columns}
+    labels = {name: column.label for name, column in columns.items()}
     messages = Console(stderr=True)
+    if args.harness is not None:
+        check_ready(args.harness, args.harness_folder, lambda text: messages.print(text, **PLAIN))
     scores: dict[str, dict[str, Any]] = {task.name: {} for task in tasks}
-    for column, parts in _models(args, opened, columns, messages):
-        for task in tasks:
-            scores[task.name][column] = _score(task, parts, labels[column], messages)
+    for name, parts in _models(args, columns, messages):
+        kept = kept_for(args.keep, parts)  # hashes the model: once for all tasks
+        for task in columns[name].tasks:
+            scores[task.name][name] = _score(task, parts, kept, labels[name], messages)
         del parts  # before the next one is loaded
     scored = [Scored(task, scores[task.name]) for task in tasks]
     console = Console() if sys.stdout.isatty() else Console(width=120)
@@ -56,77 +85,106 @@ def main(argv: list[str]) -> None:
         Path(args.json).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
-    from qlora_jax.inference import letter_files, task_files
-    from qlora_jax.inference.harness_task import HarnessTask
+def _tokenizer(opened: "Opened", *, raw: bool) -> "Tokenizer":
+    return dataclasses.replace(opened.tokenizer, chat_template=None) if raw else opened.tokenizer
 
-    tokenizer = dataclasses.replace(opened.tokenizer, chat_template=None) if raw else opened.tokenizer
+
+def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
+    from qlora_jax.inference import task_files
+    from qlora_jax.inference.harness_task import HarnessTask
+    from qlora_jax.inference.question_tasks import question_tasks
+
+    tokenizer = _tokenizer(opened, raw=raw)
     limit = opened.features.max_positions
+    limits = {"max_rows": args.max_rows, "max_positions": limit, "named": args.file_columns}
     tasks: list[Task] = []
     if args.text is not None:
         sizes = {"window": args.window, "stride": args.stride, "max_tokens": args.max_tokens, "max_positions": limit}
         tasks.append(task_files.text_task(args.text, tokenizer, **sizes))
-    if args.choices is not None:
-        tasks.append(task_files.choice_task(args.choices, tokenizer, max_rows=args.max_rows, max_positions=limit))
-    if args.letters is not None:
-        exemplars = {"shots": args.shots, "num_shots": args.num_shots}
-        limits = {"max_rows": args.max_rows, "max_positions": limit}
-        tasks.append(letter_files.letters_task(args.letters, tokenizer, **exemplars, **limits))
+    stops = opened.source.tokenizer["stop_token_ids"]
+    tasks += question_tasks(args, tokenizer, named_stop_ids=stops, max_positions=limit)
     if args.rows is not None:
-        tasks.append(
-            task_files.rows_task(
-                args.rows, tokenizer, max_rows=args.max_rows, max_positions=limit, answer_start=args.answer_start
-            )
-        )
+        tasks.append(task_files.rows_task(args.rows, tokenizer, answer_start=args.answer_start, **limits))
     if args.harness is not None:
         which = {"tasks": args.harness, "folder": args.harness_folder, "limit": args.max_rows}
-        tasks.append(HarnessTask(tokenizer=tokenizer, **which))
+        tasks.append(HarnessTask(tokenizer=tokenizer, max_positions=limit, **which))
     return tasks
 
 
-def _columns(args: EvaluateArgs, opened: "Opened") -> dict[str, tuple[str, str]]:
-    """Column -> (the base's quant_type, what people are told), in the order to show them."""
-    trained, asked = opened.args.quant_type, args.quant_type
-    quant_type = trained if asked == "auto" else asked
-    columns = {"unquantized": ("none", "unquantized")}
+def _columns(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]") -> dict[str, Column]:
+    """The base's columns and the run's, in the order to show them."""
+    quant_type = _quant_type(args, opened)
+    columns = {"unquantized": Column(opened, tasks, "none", "unquantized", False)}
     if quant_type != "none":
-        columns["quantized"] = (quant_type, quant_type)
+        columns["quantized"] = Column(opened, tasks, quant_type, quant_type, False)
     if opened.run is not None:
-        on_another = "" if quant_type == trained else f", on {quant_type} (trained on {trained})"
-        columns["checkpoint"] = (quant_type, f"{opened.run.label}{on_another}")
-    missing = set(args.columns or []) - columns.keys()
+        columns["checkpoint"] = Column(opened, tasks, quant_type, _run_label(args, opened, quant_type), True)
+    missing = set(args.columns or []) - {*columns, "against"}
     if missing:
         raise ValueError(f"columns: {', '.join(sorted(missing))} not there: the base is not quantized")
-    return {name: column for name, column in columns.items() if args.columns is None or name in args.columns}
+    return columns
 
 
-def _models(
-    args: EvaluateArgs, opened: "Opened", columns: Mapping[str, tuple[str, str]], console: Console
-) -> Iterator[tuple[str, "Parts"]]:
-    """Each column's model, one at a time; columns of one quant_type share their base."""
+def _against(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]", *, raw: bool) -> Column:
+    """The other run's column; ValueError where it is not asked the same as the run."""
+    from qlora_jax.inference.same import check_same
+    from qlora_jax.io.opened import open_base_or_run
+
+    other = open_base_or_run(args.model, args.against, step=args.against_step, chat_template=args.chat_template)
+    others = _tasks(args, other, raw=raw)
+    names = (f"run {args.run}", f"against {args.against}")
+    check_same(tasks, others, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
+    quant_type = _quant_type(args, other)
+    on_another = "" if _of_one_base(opened, other) else f", on {Path(other.source.path).name}"
+    return Column(other, others, quant_type, _run_label(args, other, quant_type) + on_another, True)
+
+
+def _of_one_base(opened: "Opened", other: "Opened") -> bool:
+    """Runs know the base that they were trained on; of adapters from elsewhere, where it lies tells."""
+    assert opened.run is not None and other.run is not None
+    known = opened.run.fingerprint is not None and opened.run.fingerprint == other.run.fingerprint
+    return known or opened.source.path == other.source.path
+
+
+def _quant_type(args: EvaluateArgs, opened: "Opened") -> str:
+    return opened.args.quant_type if args.quant_type == "auto" else args.quant_type
+
+
+def _run_label(args: EvaluateArgs, opened: "Opened", quant_type: str) -> str:
+    run, trained = opened.run, opened.args.quant_type
+    assert run is not None
+    like_named = args.against is not None and Path(str(args.run)).name == Path(args.against).name
+    name = str(run.path.parent / run.label) if like_named else run.label
+    return name if quant_type == trained else f"{name}, on {quant_type} (trained on {trained})"
+
+
+def _models(args: EvaluateArgs, columns: Mapping[str, Column], console: Console) -> Iterator[tuple[str, "Parts"]]:
+    """Each column's model, one at a time; columns of one run and one quant_type share their base."""
     from qlora_jax.io.opened import adapted, held_as, load_base, unadapted
     from qlora_jax.io.progress import loading
 
-    for quant_type, group in itertools.groupby(columns, key=lambda name: columns[name][0]):
+    of_one_base = itertools.groupby(columns, key=lambda name: (id(columns[name].opened), columns[name].quant_type))
+    for names in ([*group] for _, group in of_one_base):
+        opened, _, quant_type, *_ = columns[names[0]]
         with loading(console) as progress:
             model = load_base(opened, held_as(opened, quant_type, args.compute_dtype), progress)
-        for name in group:
-            yield (
-                name,
-                adapted(model, opened.run) if name == "checkpoint" and opened.run else unadapted(model, opened.run),
-            )
+        for name in names:
+            run = opened.run
+            yield name, adapted(model, run) if columns[name].adapted and run else unadapted(model, run)
         del model  # before the next one is loaded
 
 
-def _score(task: "Task", parts: "Parts", label: str, console: Console) -> Any:
+def _score(task: "Task", parts: "Parts", kept: "Kept", label: str, console: Console) -> Any:
     from rich.progress import Progress
 
-    started = time.perf_counter()
+    started, found, made = time.perf_counter(), kept.found, kept.made
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         line = bar.add_task(f"{label}: {task.name}", total=task.size)
-        scores = task.score(parts, lambda done: bar.update(line, completed=done))
+        scores = task.score(parts, lambda done: bar.update(line, completed=done), kept)
     seconds = time.perf_counter() - started
-    console.print(f"{label}: {task.name} scored in {seconds:.0f} s", style="dim", markup=False, highlight=False)
+    found, made = kept.found - found, kept.made - made  # neither counts where nothing is kept
+    before = f", {found} of {found + made} batches before" if found + made else ""
+    console.print(f"{label}: {task.name} scored in {seconds:.0f} s{before}", **PLAIN)
     return scores
 
 

@@ -50,6 +50,8 @@ def main(argv: list[str]) -> None:
     if args.prompts is not None:
         with _writer(args.output) as write:
             write_replies(rows, reply_to(encoded), opened.tokenizer, write, messages)
+        if args.output is not None:
+            messages.print(f"{len(rows):,} replies: {args.output}", markup=False, highlight=False, soft_wrap=True)
     elif args.prompt is not None:
         _, end = show_reply(reply_to(encoded), opened.tokenizer, Console())
         if end in ENDS:

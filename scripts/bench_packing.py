@@ -3,7 +3,8 @@
     python scripts/bench_packing.py --data FILE [--model FILE.gguf] [--max-length 512] [--rows 4] [--seconds 20]
 
 The gradients of real batches of one micro-batch of `--rows` rows, the three ways in turn, for about so many seconds
-each. A useful token is a place that holds one; supervised or not.
+each. A useful token is a place that holds one; supervised or not. `waits` is the share of the time, beginnings of
+epochs too, in which nothing is computed since the next batch is made.
 """
 
 import argparse
@@ -47,15 +48,28 @@ class Way:
     gradients: Gradients
     tokens: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
     def step(self, held: Held) -> None:
         """The gradients of one batch."""
+        asked = time.perf_counter()
         batch = next(self.batches)
+        self.waited += time.perf_counter() - asked
         self.gradients.compiled(batch.inputs.shape)
         began = time.perf_counter()
         jax.block_until_ready(self.gradients(held.lora, held.base, batch.arrays(), None))
         self.seconds += time.perf_counter() - began
         self.tokens += batch.tokens
+
+    @property
+    def waits(self) -> float:
+        """The share of all time that goes by until batches are there."""
+        return self.waited / (self.waited + self.seconds)
+
+    @property
+    def rate(self) -> float:
+        """Useful tokens a second."""
+        return self.tokens / (self.waited + self.seconds)
 
 
 def abstract(held: Held, batch: tuple[int, int, int], *, packed: bool) -> AbstractStep:
@@ -85,16 +99,19 @@ def main() -> None:
         ways[name] = Way(dataset, dataset.train_batches(), gradients)
         for _ in range(4):
             ways[name].step(held)
-        ways[name] = dataclasses.replace(ways[name], tokens=0, seconds=0.0)
+        ways[name] = dataclasses.replace(ways[name], tokens=0, seconds=0.0, waited=0.0)
     for way in itertools.cycle(ways.values()):
         way.step(held)
         if min(each.seconds for each in ways.values()) > args.seconds:
             break
     for name, way in ways.items():
         report = way.dataset.report
-        rate, padded = way.tokens / way.seconds, report.padding_share
-        print(f"{name:>22}: {rate:6.0f} tokens/s; {padded:5.1%} padding; lengths {', '.join(map(str, report.buckets))}")
-    first, *others = (way.tokens / way.seconds for way in ways.values())
+        lengths = ", ".join(map(str, report.buckets))
+        print(
+            f"{name:>22}: {way.rate:6.0f} tokens/s; {report.padding_share:5.1%} padding; waits {way.waits:.3%}; "
+            f"lengths {lengths}"
+        )
+    first, *others = (way.rate for way in ways.values())
     print("packed against the others: " + ", ".join(f"{first / other:.2f}x" for other in others))
 
 

@@ -22,6 +22,7 @@ PARTS = (
     "norm",
     "head",
     "whole_head",
+    "whole_linear",
     "new_tokens",
 )  # named scopes of the model
 OPTIMIZER, UPDATE, OTHER = "optimizer", "update", "other"

@@ -17,6 +17,7 @@ from qlora_jax import allocator, runtime
 from qlora_jax.config import Config, parse, run_main
 from qlora_jax.data.readers import read_rows
 from qlora_jax.inference.decode import Parts, generate
+from qlora_jax.inference.kept import NOTHING_KEPT
 from qlora_jax.inference.prompts import prompter, stop_ids
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.tables import Scored, show
@@ -80,7 +81,7 @@ def _scores(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
     scores = {}
     for column, model in parts.items():
         with console.status(f"scoring {LABELS[column]}"):
-            scores[column] = task.score(model, lambda done: None)
+            scores[column] = task.score(model, lambda done: None, NOTHING_KEPT)
     show(Scored(task, scores), LABELS, console)
 
 

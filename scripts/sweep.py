@@ -1,18 +1,23 @@
-"""Trains with every combination of some settings, and some seeds, and compares; started again, it goes on.
+"""Trains with some settings in many ways, with some seeds, and compares; started again, it goes on.
 
     python scripts/sweep.py --config base.yaml --output sweeps/rank --seeds 0 1 2 --set 'lora.rank=[4, 16, 64]' \
         --set 'lora.target_modules=[all-linear, [q_proj, v_proj]]' [--rows heldout.jsonl]
+    python scripts/sweep.py ... --cell --cell lora.rank=64 --cell model.quant_type=none lora.dropout=0.1
 
-Each combination and seed is a run of its own, `python -m qlora_jax.train`, in OUTPUT/runs; one that is done is not done
-again, one that was stopped goes on from its checkpoint. Compared is the held-out loss at the end; with --rows, what
-`python -m qlora_jax.evaluate --rows` says of the checkpoint instead. OUTPUT/results.json, results.png, and a table:
-means over seeds, and 95 % intervals of them by Student's t, where there are two seeds or more.
+--set: every combination of the values; --cell: settings that go together, with none as the configuration has them;
+--share: settings of all runs, over those of the configuration.
+Each cell and seed is a run of its own, `python -m qlora_jax.train`, in OUTPUT/runs; one that is done is not done
+again, one that was stopped goes on from its checkpoint, or begins anew where it has none. Compared is the held-out
+loss at the end; with --rows, what `python -m qlora_jax.evaluate --rows` says of the checkpoint instead.
+OUTPUT/results.json, results.png, and two tables: means over seeds, and differences from the first cell, seed by seed;
+each with its 95 % interval by Student's t, where there are two seeds or more.
 """
 
 import argparse
 import itertools
 import json
 import math
+import shutil
 import statistics
 import subprocess
 import sys
@@ -28,6 +33,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from qlora_jax.io.checkpoint import saved_steps
 from qlora_jax.training.metrics import read_metrics
 
 # Quantile 0.975 of Student's t by degrees of freedom; beyond them, of the normal distribution.
@@ -53,6 +59,19 @@ def _short(value: Any) -> str:
 def cells(alternatives: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """Every combination, the last setting changing first."""
     return [Cell(dict(zip(alternatives, each, strict=True))) for each in itertools.product(*alternatives.values())]
+
+
+def read_cell(words: Sequence[str]) -> Cell:
+    """The settings `section.key=value` of each word.
+
+    Raises:
+      SystemExit: a word that is none.
+    """
+    wrong = [word for word in words if not all(word.partition("="))]
+    if wrong:
+        raise SystemExit(f"{' '.join(wrong)!r}: expected section.key=value of each word")
+    pairs = (word.partition("=") for word in words)
+    return Cell({key: yaml.safe_load(text) for key, _, text in pairs})
 
 
 def read_alternatives(words: Sequence[str]) -> dict[str, list[Any]]:
@@ -86,7 +105,9 @@ class Sweep(NamedTuple):
 
     config: Path
     output: Path
+    shared: Mapping[str, Any]
     rows: str | None
+    answer_start: str | None
 
     def outcome(self, cell: Cell, seed: int) -> dict[str, float]:
         """The measures of one run by name, which is trained, or goes on, where it is not done."""
@@ -99,14 +120,17 @@ class Sweep(NamedTuple):
         return json.loads(told.read_text())
 
     def _train(self, cell: Cell, seed: int, run: Path) -> None:
-        settings = {**cell.settings, "train.seed": seed, "output": str(run)}
+        settings = {**self.shared, **cell.settings, "train.seed": seed, "output": str(run)}
         options = [word for key, value in settings.items() for word in (f"--{key}", _word(value))]
-        going_on = ["--resume"] if any(run.glob("checkpoints/[0-9]*")) else []
-        _python("qlora_jax.train", "--config", str(self.config), *options, *going_on)
+        going_on = bool(saved_steps(run))
+        if run.exists() and not going_on:
+            shutil.rmtree(run)  # what a run leaves that was cut off before its first checkpoint
+        _python("qlora_jax.train", "--config", str(self.config), *options, *(["--resume"] if going_on else []))
 
     def _evaluate(self, run: Path) -> dict[str, float]:
         scores = run / "scores.json"
         options = ["--rows", str(self.rows), "--columns", "[checkpoint]", "--json", str(scores)]
+        options += [] if self.answer_start is None else ["--answer_start", self.answer_start]
         _python("qlora_jax.evaluate", "--run", str(run), *options)
         columns = json.loads(scores.read_text())["tasks"]["rows"]["columns"]
         return {name: measure["value"] for name, measure in columns["checkpoint"].items()}
@@ -129,10 +153,22 @@ def _last_loss(run: Path) -> float:
     return losses[-1]
 
 
-def table(results: Mapping[str, Mapping[str, Sequence[float]]]) -> Table:
+Results = Mapping[str, Mapping[str, Sequence[float]]]  # values of each seed, by cell and measure
+
+
+def differences(results: Results) -> dict[str, dict[str, list[float]]]:
+    """What each cell but the first has more than the first, seed by seed."""
+    (_, first), *others = results.items()
+    return {
+        cell: {name: [a - b for a, b in zip(values, first[name], strict=True)] for name, values in measures.items()}
+        for cell, measures in others
+    }
+
+
+def table(results: Results, title: str) -> Table:
     """Measures by cell, each with its mean and interval."""
     names = list(next(iter(results.values())))
-    drawn = Table()
+    drawn = Table(title=title)
     for heading in ("settings", *names):
         drawn.add_column(heading, justify="left" if heading == "settings" else "right")
     for cell, measures in results.items():
@@ -146,7 +182,7 @@ def _text(values: Sequence[float]) -> str:
     return told if ends is None else f"{told} [{ends[0]:.4f}, {ends[1]:.4f}]"
 
 
-def plot(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> None:
+def plot(results: Results, path: Path) -> None:
     """A panel for each measure: seeds as points, means and intervals as bars."""
     names = list(next(iter(results.values())))
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 1 + len(names) * (0.6 + 0.4 * len(results))), squeeze=False)
@@ -166,12 +202,13 @@ def plot(results: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> No
     plt.close(figure)
 
 
-def collected(
-    sweep: Sweep, seeds: Sequence[int], alternatives: Mapping[str, Sequence[Any]]
-) -> Iterator[tuple[str, Any]]:
+def collected(sweep: Sweep, seeds: Sequence[int], wanted: Sequence[Cell]) -> Iterator[tuple[str, Any]]:
     """(a cell's name, its measures: a value for each seed), as each is done."""
-    for cell in cells(alternatives):
-        outcomes = [sweep.outcome(cell, seed) for seed in seeds]
+    for number, cell in enumerate(wanted):
+        outcomes = []
+        for place, seed in enumerate(seeds, number * len(seeds) + 1):
+            print(f"run {place} of {len(wanted) * len(seeds)}: {cell.name}, seed {seed}", flush=True)
+            outcomes.append(sweep.outcome(cell, seed))
         yield cell.name, {name: [outcome[name] for outcome in outcomes] for name in outcomes[0]}
 
 
@@ -182,14 +219,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", action="append", default=[], help="section.key=[value, value, ...]")
+    parser.add_argument("--cell", action="append", nargs="*", default=[], help="section.key=value ..., together")
+    parser.add_argument("--share", nargs="*", default=[], help="section.key=value ..., of all runs")
     parser.add_argument("--rows", help="held-out rows that every run's checkpoint is scored on")
+    parser.add_argument("--answer_start", help="with --rows: how every answer begins; what follows is scored")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    sweep = Sweep(args.config, args.output, args.rows)
-    results = dict(collected(sweep, args.seeds, read_alternatives(args.set)))
+    sweep = Sweep(args.config, args.output, read_cell(args.share).settings, args.rows, args.answer_start)
+    wanted = [read_cell(words) for words in args.cell]
+    wanted += cells(read_alternatives(args.set)) if args.set or not wanted else []
+    results = dict(collected(sweep, args.seeds, wanted))
     (args.output / "results.json").write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1))
     plot(results, args.output / "results.png")
-    Console().print(table(results))
+    Console().print(table(results, "means over seeds"))
+    if len(results) > 1:
+        Console().print(table(differences(results), f"less {next(iter(results))!r}, seed by seed"))
+    print(f"written: {args.output / 'results.json'}, {args.output / 'results.png'}; runs: {args.output / 'runs'}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import json
 import os
 import signal
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -35,6 +35,21 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("qlora_jax")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--first-cases", action="store_true", help="of a test with many parameters, the first case alone")
+
+
+@pytest.hookimpl(trylast=True)  # a case that -m has left out is no first case
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With --first-cases: what another version of a library breaks, a test's first case shows."""
+    if not config.getoption("--first-cases"):
+        return
+    first = {item.nodeid.partition("[")[0]: item.nodeid for item in reversed(items)}
+    kept = set(first.values())
+    config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in kept])
+    items[:] = [item for item in items if item.nodeid in kept]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `gpu` where jax has none of NVIDIA's: an AMD card has no compute capability of this form."""
     from pallas_kernels.devices import target_device  # the import hook is in place by now
@@ -42,6 +57,20 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and target_device().compute_capability is None:
         platforms = os.environ["JAX_PLATFORMS"]
         pytest.skip(f"jax has no NVIDIA GPU with JAX_PLATFORMS={platforms}; on a card set JAX_PLATFORMS=cuda,cpu")
+
+
+@pytest.fixture(autouse=True)
+def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command sets up its process, with a cache of compiled programs that is its user's; a test shares one."""
+    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_let_go() -> Iterator[None]:
+    """Each compiled function has memory maps of its own; at the 65,530 that Linux gives a process, XLA for the CPU
+    fails with "Failed to materialize symbols"."""
+    yield
+    jax.clear_caches()
 
 
 Oracle = Callable[..., dict[str, np.ndarray]]

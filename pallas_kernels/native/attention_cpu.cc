@@ -16,40 +16,19 @@
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
 #include <thread>
-#include <vector>
 
+#include "attention.h"
+#include "buffer.h"
 #include "parallel.h"
 
 namespace ffi = xla::ffi;
+using namespace qlora;
 
 namespace {
 
-constexpr int64_t kBlock = 64;         // queries of a tile, and the keys that are packed together
 constexpr int64_t kPairs = kBlock / 2;
-constexpr int64_t kMostKeys = 2 * kBlock;  // of a tile of the forward pass
-constexpr int64_t kRows = 4;           // of a result held in registers, by 64 columns
-constexpr float kMasked = -1e30f;      // finite: a row of nothing but -inf would give NaN
-constexpr float kExp2[] = {1.0000000754548972f,  0.6931471880262273f,   0.2402210748530968f,
-                           0.05550357114222094f, 0.009676031918255982f, 0.001339086336353527f};
-
-// An array in a cache line of its own, freed at the end of its scope.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t count) : at_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {
-    if (at_ == nullptr) std::abort();
-  }
-  ~Buffer() { std::free(at_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  T* get() { return at_; }
-
- private:
-  T* at_;
-};
 
 // ---- products
 
@@ -58,8 +37,6 @@ struct Left {
   const uint32_t* at;
   int64_t row, pair;
 };
-
-enum class Start { kZero, kSum, kFaded };  // what a product is added to
 
 inline __m512bh pairs_of(__m512i words) { return reinterpret_cast<__m512bh&>(words); }
 
@@ -107,24 +84,7 @@ void block_product(Left a, const uint32_t* b, int64_t b_stride, int64_t pairs, i
 
 // ---- arrays
 
-struct Sizes {
-  int64_t b, t, n, k, h;
-  int64_t groups() const { return n / k; }
-  int64_t blocks() const { return (t + kBlock - 1) / kBlock; }
-  int64_t padded() const { return blocks() * kBlock; }
-};
-
-// One head of an array [B, T, heads, H] of bf16.
-struct Head {
-  uint16_t* at;
-  int64_t stride, rows, width;  // between rows; how many there are; H
-
-  static Head of(uint16_t* data, const Sizes& s, int64_t heads, int64_t b, int64_t head) {
-    return {data + (b * s.t * heads + head) * s.h, heads * s.h, s.t, s.h};
-  }
-  int64_t rows_of(int64_t block) const { return std::min(kBlock, rows - block * kBlock); }
-  uint16_t* row(int64_t t) const { return at + t * stride; }
-};
+using Head = qlora::Head<uint16_t>;
 
 inline uint32_t word(const uint16_t* at) {
   uint32_t value;
@@ -180,68 +140,7 @@ void write_rows(const float* from, const Head& head, int64_t block, const Factor
   }
 }
 
-// ---- visibility
-
-// Which keys a query sees: 0 <= query - key < window, and equal segments. Blocks are of 64 positions.
-class Visibility {
- public:
-  Visibility(const Sizes& s, int64_t window, const int32_t* segments)
-      : sizes_(s), window_(window > 0 && window < s.t ? window : s.padded()), cut_(window_ < s.padded()) {
-    if (segments == nullptr) return;
-    ids_.resize(s.b * s.padded());
-    for (int64_t b = 0; b < s.b; ++b)
-      for (int64_t t = 0; t < s.padded(); ++t) ids_[b * s.padded() + t] = segments[b * s.t + std::min(t, s.t - 1)];
-    for (int64_t block = 0; block < s.b * s.blocks(); ++block) {
-      const auto [low, high] = std::minmax_element(&ids_[block * kBlock], &ids_[block * kBlock] + kBlock);
-      lows_.push_back(*low);
-      highs_.push_back(*high);
-    }
-  }
-
-  // The first block of keys, and the last of queries, that positions let block i, and block j, see, or be seen by.
-  int64_t first_keys(int64_t i) const { return std::max<int64_t>(0, i * kBlock - window_ + 1) / kBlock; }
-  int64_t last_queries(int64_t j) const {
-    return std::min(sizes_.blocks() - 1, (j * kBlock + kBlock - 1 + window_ - 1) / kBlock);
-  }
-  bool nothing(int64_t b, int64_t i, int64_t j) const {
-    if (ids_.empty()) return false;
-    const int64_t q = b * sizes_.blocks() + i, k = b * sizes_.blocks() + j;
-    return lows_[q] > highs_[k] || lows_[k] > highs_[q];
-  }
-  bool everything(int64_t b, int64_t i, int64_t j) const {
-    if (i == j || (cut_ && (i - j) * kBlock + kBlock - 1 >= window_)) return false;
-    if (ids_.empty()) return true;
-    const int64_t q = b * sizes_.blocks() + i, k = b * sizes_.blocks() + j;
-    return lows_[q] == highs_[q] && lows_[k] == highs_[k] && lows_[q] == lows_[k];
-  }
-  // Which of the keys [s, s + 16) query t sees.
-  __mmask16 of(int64_t b, int64_t t, int64_t s) const {
-    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-    const __m512i behind = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(t - s)), lanes);
-    __mmask16 seen = _mm512_cmpge_epi32_mask(behind, _mm512_setzero_si512());
-    seen &= _mm512_cmplt_epi32_mask(behind, _mm512_set1_epi32(static_cast<int>(window_)));
-    if (ids_.empty()) return seen;
-    const int32_t* row = &ids_[b * sizes_.padded()];
-    return seen & _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(row + s), _mm512_set1_epi32(row[t]));
-  }
-
- private:
-  Sizes sizes_;
-  int64_t window_;
-  bool cut_;
-  std::vector<int32_t> ids_, lows_, highs_;  // padded; of blocks
-};
-
 // ---- weights
-
-// 2^x for x <= 0, within 3e-7; 0 far below 2^-126. The polynomial meets 2^f at the Chebyshev points of [-1/2, 1/2].
-inline __m512 exp2(__m512 x) {
-  const __m512 nearest = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-  const __m512 f = _mm512_sub_ps(x, nearest);
-  __m512 power = _mm512_set1_ps(kExp2[5]);
-  for (int i = 4; i >= 0; --i) power = _mm512_fmadd_ps(power, f, _mm512_set1_ps(kExp2[i]));
-  return _mm512_scalef_ps(power, nearest);
-}
 
 inline __m512bh rounded(__m512 low, __m512 high) { return _mm512_cvtne2ps_pbh(high, low); }
 inline __m512i bits_of(__m512bh x) { return reinterpret_cast<__m512i&>(x); }
@@ -482,7 +381,6 @@ struct Backward {
 // ---- handlers
 
 using Numbers = ffi::Buffer<ffi::BF16>;
-constexpr double kLog2E = 1.4426950408889634;
 
 uint16_t* bits(Numbers x) { return reinterpret_cast<uint16_t*>(x.typed_data()); }
 uint16_t* bits(ffi::Result<Numbers> x) { return reinterpret_cast<uint16_t*>(x->typed_data()); }

@@ -15,10 +15,14 @@ from pathlib import Path
 import jax
 
 _HERE = Path(__file__).parent
-SOURCES = (_HERE / "nf4_cpu.cc", _HERE / "attention_cpu.cc")
-HEADERS = (_HERE / "parallel.h",)
-HANDLERS = ("nf4_dequantize", "nf4_rows")
-ATTENTION = ("attention_forward", "attention_backward")  # not on every processor
+SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "product", "attention", "attention_f32"))
+HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "buffer", "parallel"))
+HANDLERS = ("nf4_dequantize", "nf4_rows", "product_f32")
+# Not on every processor: by the numbers that they take, with what these want of it.
+ATTENTION = {
+    "bfloat16": (("attention_forward", "attention_backward"), "AVX-512 with products of bfloat16 numbers"),
+    "float32": (("attention_forward_f32",), "AVX-512"),
+}
 BUILD = "python -m pallas_kernels.native.build"
 
 
@@ -39,7 +43,7 @@ def library_path() -> Path:
 
 @functools.cache
 def problem() -> str | None:
-    """Why the handlers of frozen products cannot be used here; None: they can, and XLA knows them."""
+    """Why the handlers of products cannot be used here; None: they can, and XLA knows them."""
     if not library_path().exists():
         return f"has not been built for this processor and jaxlib: `{BUILD}` does"
     _register(HANDLERS)
@@ -47,13 +51,14 @@ def problem() -> str | None:
 
 
 @functools.cache
-def attention_problem() -> str | None:
-    """Why the handlers of attention cannot be used here; None: they can, and XLA knows them."""
+def attention_problem(dtype: str = "bfloat16") -> str | None:
+    """Why the handlers of attention of these numbers cannot be used here; None: they can, and XLA knows them."""
     if missing := problem():
         return missing
-    if not hasattr(_library(), ATTENTION[0]):
-        return "this processor has no AVX-512 with products of bfloat16 numbers"
-    _register(ATTENTION)
+    names, wanted = ATTENTION[dtype]
+    if not hasattr(_library(), names[0]):
+        return f"this processor has no {wanted}"
+    _register(names)
     return None
 
 

@@ -10,6 +10,9 @@ from qlora_jax.config.files import to_dict as to_dict
 from qlora_jax.config.files import write_config as write_config
 from qlora_jax.config.optimizers import paging_of as paging_of
 from qlora_jax.config.optimizers import plain_name as plain_name
+from qlora_jax.config.questions import QUESTION_KINDS as QUESTION_KINDS
+from qlora_jax.config.questions import QuestionArgs as QuestionArgs
+from qlora_jax.config.questions import question_problems as question_problems
 from qlora_jax.config.schema import Config as Config
 from qlora_jax.config.schema import DataArgs as DataArgs
 from qlora_jax.config.schema import LoraArgs as LoraArgs

@@ -90,16 +90,17 @@ def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def _suggestion(key: str, known: list[str]) -> str:
+    """Names are compared by their last part alone: a section that two share makes them no more alike."""
     last = key.rpartition(".")[2]
     same_name = [name for name in known if name.rpartition(".")[2] == last]
     synonym = [SYNONYMS[last]] if SYNONYMS.get(last) in known else []
-    near = same_name or synonym or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    if not near:
-        near = [name for name in known if difflib.get_close_matches(last, [name.rpartition(".")[2]], cutoff=0.6)][:1]
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    near = same_name or synonym or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
     return f"; did you mean {near[0]}?" if near else "; --help lists all keys"
 
 
 def _near_choices(value: str, choices: tuple[Any, ...]) -> list[str]:
+    value = value.lower()
     synonym = CHOICES.get(value)
     return [synonym] if synonym is not None and synonym in choices else difflib.get_close_matches(value, choices, n=1)
 
@@ -111,13 +112,21 @@ def _choices(hint: Any) -> tuple[str, ...]:
     return next((_choices(arm) for arm in typing.get_args(hint) if typing.get_origin(arm) is Literal), ())
 
 
+def _nearest_value(hint: Any, value: Any) -> str:
+    """What was probably meant by a value of another type, as the end of a message; empty where nothing is near."""
+    near = _near_choices(str(value), _choices(hint))
+    if isinstance(value, str) and any(typing.get_origin(arm) is list for arm in (hint, *typing.get_args(hint))):
+        near = [f"[{(near or [value])[0]}]"]
+    if near:
+        return f"; did you mean {near[0]}?"
+    return "; it is one value, with no settings below it" if isinstance(value, Mapping) else ""
+
+
 def _value_problem(field: dataclasses.Field, hint: Any, value: Any) -> str | None:
     try:
         converted = convert(hint, value)
     except _Mismatch:
-        words = expected(hint)
-        choices = _near_choices(str(value), _choices(hint)) if "one of" in words else []
-        return f"found {value!r}, expected {words}" + (f"; did you mean {choices[0]}?" if choices else "")
+        return f"found {value!r}, expected {expected(hint)}{_nearest_value(hint, value)}"
     bound = field.metadata.get("bound")
     if bound is None or converted is None or bound.holds(converted):
         return None

@@ -1,35 +1,21 @@
 """Every setting of a run: its type, default, bounds and help, in one place. Knows nothing of arrays or devices."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Bound:
-    """A condition on one value, and the words that tell it: `expected {words}`."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-POSITIVE = Bound("more than 0", lambda value: value > 0)
-NON_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
-AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
-AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
-AT_LEAST_HUNDRED = Bound("100 or more", lambda value: value >= 100)
-BELOW_ONE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
-UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
-BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
-NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
-
-
-def setting(help: str, default: Any = dataclasses.MISSING, bound: Bound | None = None) -> Any:
-    """A field with its help text and bound; lists and dicts are copied for each instance; no default: required."""
-    metadata = {"help": help, "bound": bound}
-    if isinstance(default, list | dict):
-        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+from qlora_jax.config.fields import (
+    AT_LEAST_HUNDRED,
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    BELOW_ONE,
+    BLOCK_SIZE,
+    NON_NEGATIVE,
+    NOT_EMPTY,
+    POSITIVE,
+    UP_TO_ONE,
+    setting,
+)
+from qlora_jax.config.questions import QuestionArgs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,11 +45,12 @@ class ModelArgs:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraArgs:
-    """The adapters: the only weights that train."""
+    """What trains: adapters, or the model itself."""
 
-    method: Literal["lora", "dora", "ia3"] = setting(
+    method: Literal["lora", "dora", "ia3", "full"] = setting(
         "what trains (docs/adapters.md). lora; dora: LoRA and the length of each row of the weight; ia3: vectors "
-        "alone, on keys, values and the MLP's inner activations",
+        "alone, on keys, values and the MLP's inner activations; full: no adapter, every weight of the model, of which "
+        "none is quantized then",
         "lora",
     )
     init: Literal["default", "pissa", "loftq"] = setting(
@@ -103,8 +90,8 @@ class LoraArgs:
     )
     start: str | None = setting("a PEFT adapter's folder to go on from; its rank and alpha must be those above", None)
     dtype: Literal["float32", "bfloat16"] = setting(
-        "what adapters are stored in, and their gradients; bfloat16 is half the bytes, and each update, computed in "
-        "float32, is rounded to it",
+        "what adapters (with full: matrices) are stored in, and their gradients; bfloat16 is half the bytes, and "
+        "each update, computed in float32, is rounded to it",
         "float32",
     )
 
@@ -116,6 +103,8 @@ FormName = Literal[
     "alpaca",
     "completion",
     "input-output",
+    "seed-tasks",
+    "unnatural-instructions-full",
     "unnatural-instructions",
     "flan",
     "hh-rlhf",
@@ -135,12 +124,14 @@ class DataArgs:
         bound=NOT_EMPTY,
     )
     eval: str | None = setting("file of held-out rows", None)
-    eval_fraction: float = setting("without eval: hold out this share of train, by a hash of the row", 0.0, BELOW_ONE)
+    eval_fraction: float = setting(
+        "without eval: hold out about this share of train, by a hash of the row", 0.0, BELOW_ONE
+    )
     format: FormName | dict[str, FormName] = setting(
         "form of the rows (docs/data.md); auto looks at the columns: messages (chat), sharegpt (conversations), alpaca "
         "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), "
-        "unnatural-instructions (instances), text; hh-rlhf, guanaco and chip2 have to be named. Of several files: "
-        "{b.jsonl: guanaco}, the others being auto",
+        "seed-tasks and unnatural-instructions (instances), text; hh-rlhf, guanaco and chip2 have to be named. Of "
+        "several files: {b.jsonl: guanaco}, the others being auto",
         "auto",
     )
     learn: Literal["assistant", "last", "all"] = setting(
@@ -272,4 +263,5 @@ class Config:
     data: DataArgs = setting("the data")
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
+    questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     output: str = setting("folder of the run: checkpoints, metrics, plot, resolved config", bound=NOT_EMPTY)

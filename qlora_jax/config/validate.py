@@ -4,6 +4,7 @@ import dataclasses
 
 from qlora_jax.config.decode import ConfigError, find_problems
 from qlora_jax.config.optimizers import PAGED, paging_of, plain_name
+from qlora_jax.config.questions import question_problems
 from qlora_jax.config.schema import Config, DataArgs, LoraArgs
 from qlora_jax.config.sizes import parse_bytes
 
@@ -21,12 +22,15 @@ def _pattern_problems(config: Config) -> list[str]:
 # What (IA)^3, which has no rank and no dropout, leaves at its default; and what only it has.
 NOT_OF_IA3 = ("init", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype")
 OF_IA3 = ("feedforward_modules",)
+# What there is none of where the model itself trains.
+NOT_OF_FULL = (*NOT_OF_IA3[:-1], *OF_IA3, "target_modules", "modules_to_save", "start")
+FOREIGN = {"lora": OF_IA3, "dora": OF_IA3, "ia3": NOT_OF_IA3, "full": NOT_OF_FULL}
 
 
 def _method_problems(lora: LoraArgs) -> list[str]:
     """Settings that the method does not have, or the initialisation."""
     plain = LoraArgs()
-    foreign = {name: f"lora.method={lora.method}" for name in (NOT_OF_IA3 if lora.method == "ia3" else OF_IA3)}
+    foreign = {name: f"lora.method={lora.method}" for name in FOREIGN[lora.method]}
     if lora.init == "default":
         foreign["svd_niter"] = "lora.init=default"
     if lora.init != "loftq":
@@ -41,6 +45,11 @@ def _method_problems(lora: LoraArgs) -> list[str]:
 def _init_problems(config: Config) -> list[str]:
     init, start = config.lora.init, config.lora.start
     problems = []
+    if config.lora.method == "full" and config.model.quant_type != "none":
+        problems.append(
+            f"model.quant_type: found {config.model.quant_type!r} with lora.method=full, expected none; 4-bit codes do "
+            "not train"
+        )
     if init != "default" and start is not None:
         problems.append(
             f"lora.init: found {init!r} with lora.start={start}, expected default; an adapter to go on from has its "
@@ -121,6 +130,7 @@ def _relation_problems(config: Config) -> list[str]:
             "data.source_max_length and data.target_max_length together"
         )
     problems += _source_problems(config.data)
+    problems += question_problems(config.questions, "questions.")
     return problems + _evaluation_problems(config)
 
 
@@ -133,7 +143,7 @@ def _evaluation_problems(config: Config) -> list[str]:
         return [
             f"train.{name}: found {value}, but nothing is held out; set data.eval or data.eval_fraction"
             for name, value in wanting.items()
-            if value and not (name == "eval_every" and train.samples)  # of which there are replies
+            if value and not (name == "eval_every" and (train.samples or config.questions.given))
         ]
     return [
         f"train.{name}: found {wanting[name]} with train.eval_every=0, expected evaluations between the first and the "

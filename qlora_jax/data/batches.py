@@ -1,6 +1,6 @@
 """Batches: which rows an optimizer step sees, and the arrays it gets. A pure function of (seed, epoch, window, index).
 
-An epoch has one window of all rows, or several, one after the other (mixture.py). A window shuffles its rows, deals
+An epoch has one window of all rows, or several (mixture.py), in an order of its own. A window shuffles its rows, deals
 them to their length buckets, and cuts each bucket into steps of accumulation x micro_batch_size rows, so that all
 micro-batches of a step have one shape. Rows that fill no step go up to the next bucket; the steps are shuffled. The
 last step to be filled may have gaps: all-padding rows of weight 0. So every row is seen exactly once, and a window
@@ -38,8 +38,8 @@ class Batch:
 
     Fields:
       segments: which row of its pack each place belongs to, ascending from 0, padding being the last; None unpacked.
-      tokens: places filled, padding not counted.
       rows: number in the data file of each row (`TokenRows.where` tells the line); -1 where there is none.
+      lengths: places that each row fills; 0 where there is none.
       position: where to go on once this batch has been trained on; None in evaluation.
     """
 
@@ -48,8 +48,13 @@ class Batch:
     weights: Float32[np.ndarray, "A B T"]
     segments: Int32[np.ndarray, "A B T"] | None
     rows: Int64[np.ndarray, "A B R"]
-    tokens: int
+    lengths: Int64[np.ndarray, "A B R"]
     position: dict[str, int] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Places filled, padding not counted."""
+        return int(self.lengths.sum())
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What a compiled step takes."""
@@ -102,6 +107,11 @@ def plan_packed_epoch(
     return [Step(capacity, chosen) for chosen in rows.reshape(steps, packs_per_step, -1)]
 
 
+def window_order(seed: int, epoch: int, windows: int) -> Int64[np.ndarray, " windows"]:
+    """Which window comes when in an epoch."""
+    return np.random.default_rng([seed, epoch, windows]).permutation(windows)
+
+
 def _generator(seed: int, epoch: int, window: int) -> np.random.Generator:
     """Of the first window that which an epoch without windows has."""
     return np.random.default_rng([seed, epoch, window] if window else [seed, epoch])
@@ -136,7 +146,7 @@ def train_batches(
         raise ValueError(_no_position(position, f"{rows.windows} windows an epoch"))
     epoch, window, index = (position[name] for name in START)
     while True:
-        held = rows.window(epoch, window)
+        held = rows.window(epoch, int(window_order(seed, epoch, rows.windows)[window]))
         steps = plan(held.rows.places[held.indices], epoch=epoch, window=window)
         if not 0 <= index < len(steps):
             raise ValueError(_no_position(position, f"steps 0 to {len(steps) - 1} in that window"))
@@ -181,11 +191,12 @@ def fill(
     shape = (*chosen.shape[:2], length)
     inputs, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
     weights, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    filled = np.zeros(shape[:2], np.int64)
-    for (*place, _), index in np.ndenumerate(chosen):
+    filled, lengths = np.zeros(shape[:2], np.int64), np.zeros(chosen.shape, np.int64)
+    for (*place, slot), index in np.ndenumerate(chosen):
         if index != NO_ROW:
             at = tuple(place)
             ids, supervised = rows.row(int(index))
+            lengths[*at, slot] = len(ids) - 1
             span = slice(filled[at], filled[at] + len(ids) - 1)
             inputs[at][span], targets[at][span], weights[at][span] = ids[:-1], ids[1:], supervised[1:]
             segments[at][span.stop :] += 1
@@ -196,6 +207,6 @@ def fill(
         weights=weights,
         segments=segments if packed else None,
         rows=np.where(chosen == NO_ROW, NO_ROW, rows.numbers[chosen]),
-        tokens=int(filled.sum()),
+        lengths=lengths,
         position=position,
     )

@@ -49,6 +49,8 @@ def _compile(template: str) -> jinja2.Template:
         return environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
+    except (SyntaxError, RecursionError) as error:  # of the Python that jinja makes of it
+        raise ValueError(f"the chat template does not parse: {error.args[0]}") from error
 
 
 def render(
@@ -80,6 +82,6 @@ def render(
             add_generation_prompt=add_generation_prompt,
             **special_tokens,
         )
-    except (jinja2.TemplateError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+    except Exception as error:  # a template may call whatever strings, lists and dicts can do
         roles = [message.get("role") for message in messages]
         raise ValueError(f"the chat template refuses a conversation with roles {roles}: {error}") from error

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.batches import START, Batch, eval_batches, train_batches
+from qlora_jax.data.batches import START, Batch, eval_batches, train_batches, window_order
 from qlora_jax.data.buckets import UNIT, choose_buckets, count_units
 from qlora_jax.data.holdout import Side, shared_rows
 from qlora_jax.data.mixture import Mixture, Part, check_weights
@@ -64,6 +64,10 @@ class Dataset:
         order = (self.buckets, self.packed, self.accumulation, self.micro_batch_size, self.seed)
         return hashlib.sha256(repr((order, self.train.digest)).encode()).hexdigest()
 
+    def window_order(self, epoch: int) -> list[int]:
+        """Which window of the training rows comes when in an epoch; [0] where all rows are one."""
+        return window_order(self.seed, epoch, self.train.windows).tolist()
+
     def train_batches(self, position: Mapping[str, int] = START) -> Iterator[Batch]:
         """Batches without end from `position` on; each carries the position that follows it."""
         return train_batches(
@@ -92,19 +96,14 @@ def load_dataset(
     Raises:
       ValueError: whatever is wrong with the files, told by file and line, all of one kind at once.
     """
+    _check_held_out(data)
     if data.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, data.chat_template)
-    if data.eval is not None and data.eval_fraction > 0:
-        raise ValueError(
-            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction}) are both set; "
-            "held-out rows come from one of them"
-        )
     train, held = _train_sides(data, tokenizer), _held_sides(data, tokenizer)
     rows = _mixture(data, train, seed)
     held_rows = _joined(held) if held else None
     per_step = accumulation * micro_batch_size
-    units = np.sum([count_units(rows.window_places(0, n), data.max_length) for n in range(rows.windows)], axis=0)
-    padded = choose_buckets(units, per_step, data.buckets)
+    padded = _padded_lengths(rows, data, per_step)
     buckets = (pack_places(data.max_length),) if data.packing else padded
     report = report_data(
         rows,
@@ -129,6 +128,20 @@ def load_dataset(
         seed=seed,
         report=report,
     )
+
+
+def _check_held_out(data: DataArgs) -> None:
+    if data.eval is not None and data.eval_fraction > 0:
+        raise ValueError(
+            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction}) are both set; "
+            "held-out rows come from one of them"
+        )
+
+
+def _padded_lengths(rows: TokenRows | Mixture, data: DataArgs, per_step: int) -> tuple[int, ...]:
+    """The lengths that rows are padded to where none share a row of the batch."""
+    units = np.sum([count_units(rows.window_places(0, n), data.max_length) for n in range(rows.windows)], axis=0)
+    return choose_buckets(units, per_step, data.buckets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

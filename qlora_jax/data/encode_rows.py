@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
+from qlora_jax.data.by_bytes import encode_by_bytes
 from qlora_jax.data.encode import Encoded, Learn, encode_segments
 from qlora_jax.data.formats import FORMS, Columns, Form
 from qlora_jax.data.readers import Place, Problem, Row, raise_problems
@@ -41,7 +42,7 @@ def examples_of(rows: Sequence[Row], form: Form, first: int = 0) -> tuple[Sequen
         return rows, form
     lines = [(row.place.line, columns) for row in rows for columns in form.examples(row.data)]
     examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines, start=first)]
-    return examples, dataclasses.replace(FORMS["input-output"], name=form.name)
+    return examples, dataclasses.replace(FORMS[form.example], name=form.name)
 
 
 class Texts(NamedTuple):
@@ -58,7 +59,8 @@ class Encoder:
 
     A row is a conversation where the tokenizer has a chat template (which writes its own bos if it wants one), else
     plain text, which starts with bos where the tokenizer asks for it (never with two) and ends with eos, which is
-    supervised.
+    supervised. Byte-level tokenizers encode prompt and answer of plain text apart: a prompt often ends with a space
+    that would else be in the answer's first token.
     """
 
     tokenizer: Tokenizer
@@ -72,30 +74,50 @@ class Encoder:
         for row in rows:
             try:
                 segments = self.segment(row.data)
+                text = _encodable("".join([piece.text for piece in segments]))
             except ValueError as error:
                 problems.append((row.place, str(error)))
                 continue
             made.places.append(row.place)
             made.segments.append(segments)
-            made.texts.append("".join([piece.text for piece in segments]))
+            made.texts.append(text)
         return made
 
     def encodings(self, texts: Texts) -> Encodings:
         """The tokenizer's own work, which holds no lock of Python's."""
-        return self.tokenizer.encode_spans(texts.texts)
+        if self.tokenizer.byte_lengths is None:
+            return self.tokenizer.encode_spans(texts.texts)
+        if self.chat:
+            return self.tokenizer.encode_fast(texts.texts)
+        return self.tokenizer.encode_fast([piece.text for pieces in texts.segments for piece in pieces])
 
     def encoded(self, texts: Texts, encodings: Encodings, problems: list[Problem]) -> tuple[list[Place], list[Encoded]]:
         """Where the rows stand, and what they became; those that fail are left out and told in `problems`."""
-        places, rows = [], []
-        for place, pieces, encoding in zip(texts.places, texts.segments, encodings, strict=True):
+        found: list[Encoded | None] = [None] * len(texts.places)
+        if self.tokenizer.byte_lengths is not None:
+            found = self._by_bytes(texts, encodings)
+            encodings = self.tokenizer.encode_spans(_left(texts.texts, found))
+        for row, pieces, encoding in zip(
+            _left(range(len(found)), found), _left(texts.segments, found), encodings, strict=True
+        ):
             try:
-                row = encode_segments(self.tokenizer, pieces, encoding, self.learn)
+                found[row] = encode_segments(self.tokenizer, pieces, encoding, self.learn)
             except ValueError as error:
-                problems.append((place, str(error)))
-                continue
-            places.append(place)
-            rows.append(row if self.chat else _framed(row, self.tokenizer))
-        return places, rows
+                problems.append((texts.places[row], str(error)))
+        places = [place for place, row in zip(texts.places, found, strict=True) if row is not None]
+        rows = [row for row in found if row is not None]
+        return places, rows if self.chat else [_framed(row, self.tokenizer) for row in rows]
+
+    def _by_bytes(self, texts: Texts, encodings: Encodings) -> list[Encoded | None]:
+        """The rows of which bytes tell enough."""
+        lengths, keeps = self.tokenizer.byte_lengths, self.tokenizer.keeps
+        assert lengths is not None
+        ids = [encoding.ids for encoding in encodings]
+        if not self.chat:
+            pieces = iter(ids)
+            ids = [[*itertools.chain.from_iterable(itertools.islice(pieces, len(row)))] for row in texts.segments]
+        found = encode_by_bytes(lengths, texts.segments, ids, self.learn)
+        return [row if keeps(text) else None for text, row in zip(texts.texts, found, strict=True)]
 
 
 def make_encoder(form: Form, tokenizer: Tokenizer, learn: Learn = "assistant", *, one_answer: bool = False) -> Encoder:
@@ -179,6 +201,24 @@ def _checked(
         return segments
 
     return check
+
+
+def _encodable(text: str) -> str:
+    """The text; ValueError where it is none: forms look at what is learned, not at roles and tools."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            half = f"\\u{ord(text[error.start]):x}"
+            raise ValueError(
+                f"a role or a tool holds half of a surrogate pair ({half}), which is no character"
+            ) from None
+    return text
+
+
+def _left[T](items: Sequence[T], found: Sequence[Encoded | None]) -> list[T]:
+    """The items of the rows that are not found yet."""
+    return [item for item, row in zip(items, found, strict=True) if row is None]
 
 
 def _framed(row: Encoded, tokenizer: Tokenizer) -> Encoded:

@@ -33,7 +33,8 @@ class Form:
       required, optional: its columns.
       only_named: its columns do not tell it from another form, so data.format has to.
       problems: what is wrong with a row that has the required columns; empty if nothing is.
-      examples: the rows of form `input-output` that one row holds; None: a row is one example.
+      told_by: whether a row with these columns is of this form rather than of another that has them too.
+      examples: the rows of form `example` that one row holds; None: a row is one example.
       messages: the row as a conversation, for a tokenizer with a chat template; None: never one.
       plain: the row as text for a tokenizer without a template (bos and eos are added later); None: needs a template.
     """
@@ -43,7 +44,9 @@ class Form:
     optional: tuple[str, ...] = ()
     only_named: bool = False
     problems: Callable[[Columns], list[str]]
+    told_by: Callable[[Columns], bool] = lambda row: True
     examples: Callable[[Columns], list[dict[str, Any]]] | None = None
+    example: str = "input-output"
     messages: Callable[[Columns], Sequence[Message]] | None = None
     plain: Callable[[Columns], list[Segment]] | None = None
 
@@ -153,24 +156,59 @@ def _marked(name: str, column: str, mark: re.Pattern[str]) -> Form:
     )
 
 
-def _instance_problems(row: Columns) -> list[str]:
-    instances, names = row["instances"], ("instruction_with_input", "output")
-    if not isinstance(instances, list) or not instances or not all(isinstance(one, dict) for one in instances):
-        return ['instances is no list of objects like {"instruction_with_input": "...", "output": "..."}']
+_INSTANCE = ("instruction_with_input", "output")
+
+
+def _listed_problems(column: str, value: Any, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
+    """What keeps `value` from being a list of at least one object with these texts."""
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
+        texts = ", ".join(f'"{name}": "..."' for name in names)
+        return [f"{column} is no list of objects like {{{texts}}}"]
     problems = []
-    for index, instance in enumerate(instances):
-        found = [f"needs {' and '.join(map(repr, names))}, found {', '.join(map(repr, instance)) or 'nothing'}"]
-        wrong = _text_problems(instance, *names) if set(names) <= set(instance) else found
-        problems += [f"instance {index}: {problem}" for problem in wrong]
+    for index, one in enumerate(value):
+        found = [f"needs {' and '.join(map(repr, names))}, found {', '.join(map(repr, one)) or 'nothing'}"]
+        wrong = _text_problems(one, *names, may_be_blank=may_be_blank) if set(names) <= set(one) else found
+        problems += [f"{column.removesuffix('s')} {index}: {problem}" for problem in wrong]
     return problems
 
 
-def _instances(row: Columns) -> list[dict[str, Any]]:
-    others = {name: value for name, value in row.items() if name != "instances"}
+def _unnatural_problems(row: Columns) -> list[str]:
+    return _listed_problems("instances", row["instances"], *_INSTANCE)
+
+
+def _full_problems(row: Columns) -> list[str]:
+    some = row.get("reformulations")  # a task may have none
+    return _unnatural_problems(row) + (_listed_problems("reformulations", some, *_INSTANCE) if some else [])
+
+
+def _examples_in(*columns: str) -> Callable[[Columns], list[dict[str, Any]]]:
+    """Each object of each of these columns: a prompt with its input in it, and an answer."""
+
+    def examples(row: Columns) -> list[dict[str, Any]]:
+        others = {name: value for name, value in row.items() if name not in columns}
+        objects = [one for column in columns for one in row.get(column) or ()]
+        return [{**others, "input": one["instruction_with_input"], "output": one["output"]} for one in objects]
+
+    return examples
+
+
+def _is_seed_task(row: Columns) -> bool:
+    """Whether its instances have an input apart from the instruction, and none with it."""
+    instances = row["instances"] if isinstance(row["instances"], list) else ()
+    names = {name for one in instances if isinstance(one, dict) for name in one}
+    return "input" in names and "instruction_with_input" not in names
+
+
+def _seed_task_problems(row: Columns) -> list[str]:
     return [
-        {**others, "input": instance["instruction_with_input"], "output": instance["output"]}
-        for instance in row["instances"]
+        *_text_problems(row, "instruction"),
+        *_listed_problems("instances", row["instances"], "input", "output", may_be_blank=("input",)),
     ]
+
+
+def _seed_task_examples(row: Columns) -> list[dict[str, Any]]:
+    others = {name: value for name, value in row.items() if name != "instances"}
+    return [{**others, "input": one["input"], "output": one["output"]} for one in row["instances"]]
 
 
 def _sharegpt_problems(row: Columns) -> list[str]:
@@ -208,10 +246,26 @@ _FORMS = (
     _pair("completion", "prompt", "completion"),  # self-instruct
     _pair("input-output", "input", "output"),  # longform too
     Form(
+        name="seed-tasks",
+        required=("instruction", "instances"),
+        told_by=_is_seed_task,
+        problems=_seed_task_problems,
+        examples=_seed_task_examples,
+        example="alpaca",
+    ),
+    Form(
+        name="unnatural-instructions-full",
+        required=("instances",),
+        optional=("reformulations",),
+        told_by=lambda row: "reformulations" in row,
+        problems=_full_problems,
+        examples=_examples_in("instances", "reformulations"),
+    ),
+    Form(
         name="unnatural-instructions",
         required=("instances",),
-        problems=_instance_problems,
-        examples=_instances,
+        problems=_unnatural_problems,
+        examples=_examples_in("instances"),
     ),
     _pair("flan", "inputs", "targets"),
     _marked("hh-rlhf", "chosen", dialogs.HH),

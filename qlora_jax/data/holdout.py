@@ -12,7 +12,9 @@ from qlora_jax.data.formats import Columns, Form
 
 def content_hash(form: Form, columns: Columns) -> int:
     """64 bits of SHA-256 over what the model gets to see of the row."""
-    return int.from_bytes(hashlib.sha256(form.content(columns).encode()).digest()[:8], "big")
+    # Half a surrogate pair, which is told later, is no reason to fail here.
+    text = form.content(columns).encode(errors="surrogatepass")
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
 class Side(NamedTuple):

@@ -6,7 +6,9 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import tokenizers
+from jaxtyping import Int64
 
 # A byte-level vocabulary has a letter for each byte: itself where it can be seen, else one from 256 on.
 _SEEN = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -32,6 +34,22 @@ def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
         return (any_form or unicodedata.is_normalized("NFC", text)) and not lost.search(text)
 
     return keeps
+
+
+def byte_lengths(backend: tokenizers.Tokenizer) -> Int64[np.ndarray, " vocab"] | None:
+    """Bytes that each id stands for in a text that is kept; None where some bytes of a text may have no id.
+
+    That is where nothing is known of the tokenizer, where an added token takes the spaces around it, and where a space
+    is put before every text.
+    """
+    added = backend.get_added_tokens_decoder()
+    if not _is_byte_level(backend) or any(token.lstrip or token.rstrip for token in added.values()):
+        return None
+    tokens = [backend.id_to_token(token) or "" for token in range(backend.get_vocab_size(with_added_tokens=True))]
+    lengths = np.array([len(token) for token in tokens], np.int64)  # a letter a byte
+    for token, text in added.items():
+        lengths[token] = len(text.content.encode())
+    return lengths if lengths[backend.encode("a", add_special_tokens=False).ids].sum() == 1 else None
 
 
 def _letters() -> Iterator[tuple[int, str]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
 import tokenizers
 from jaxtyping import UInt64
@@ -84,6 +85,7 @@ class Preparation:
             template,
             time.strftime("%x") if "strftime_now" in template else "",  # templates may write the day
             tokenizers.__version__,
+            jinja2.__version__,
             Path(self.path).suffixes,  # they tell how fields are told apart
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
@@ -220,4 +222,11 @@ def _of_rows(rows: TokenRows, tokenizer: Tokenizer) -> Tally:
         without_bos=int((~first).sum()) if tokenizer.add_bos_token else 0,
         tokens=int(rows.places.sum()),
         supervised=int(supervised.sum()),
+        new_tokens=_count(rows.ids, tokenizer.new_ids),
     )
+
+
+def _count(ids: np.ndarray, wanted: Sequence[int]) -> dict[int, int]:
+    """How often `ids` has each of those that are wanted; of those that it has."""
+    found, counts = np.unique(ids[np.isin(ids, wanted)], return_counts=True) if wanted else ((), ())
+    return {int(token): int(count) for token, count in zip(found, counts, strict=True)}

@@ -4,7 +4,6 @@ JSON Lines, JSON, CSV or TSV, gzipped or not, and Parquet; data sets on a Hub by
 """
 
 import contextlib
-import difflib
 import gzip
 import hashlib
 import io
@@ -15,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+from qlora_jax.data.absent import what_was_meant
 from qlora_jax.data.delimited import dialect_of, parse_columns
 from qlora_jax.data.hub_rows import HubRows, hub_rows
 from qlora_jax.data.parquet import MAGIC, parquet_rows
@@ -151,12 +151,25 @@ def _columns(path: Path, records: Iterator[tuple[int, Any]]) -> Iterator[tuple[i
 
 
 def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) -> None:
-    """Raises one ValueError that tells how many rows are wrong and shows the first few by line; none: returns."""
+    """Raises one ValueError that tells how many rows are wrong and shows the first few by line; none: returns.
+
+    What is wrong with several in the same words is told once.
+    """
     if not problems:
         return
-    shown = "".join(f"\n  {path}:{place}: {problem}" for place, problem in problems[:_SHOWN])
-    more = f"\n  ... and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
+    places: dict[str, list[Place]] = {}
+    for place, problem in problems:
+        places.setdefault(problem, []).append(place)
+    told = [*places.items()][:_SHOWN]
+    shown = "".join(f"\n  {path}:{_first_places(rows)}: {problem}" for problem, rows in told)
+    left = len(problems) - sum(len(rows) for _, rows in told)
+    more = f"\n  ... and {left} more" if left else ""
     raise ValueError(f"{path}: {len(problems)} of {total} rows can't be used:{shown}{more}")
+
+
+def _first_places(places: Sequence[Place]) -> str:
+    shown = ", ".join(map(str, places[:_SHOWN]))
+    return f"{shown} and {len(places) - _SHOWN} more rows" if len(places) > _SHOWN else shown
 
 
 @contextlib.contextmanager
@@ -166,10 +179,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise ValueError(f"{path}: no such file{hint}") from None
+        raise ValueError(f"{path}: no such file{what_was_meant(path)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: the gzip file is truncated or corrupt: {error}") from error
     except OSError as error:
@@ -238,7 +248,7 @@ class _Bad(NamedTuple):
 def _not_a_row(value: Any) -> str:
     if isinstance(value, _Bad):
         return value.problem
-    return f'expected an object such as {{"prompt": "..."}}, found {_shorten(json.dumps(value, ensure_ascii=False))}'
+    return f'expected an object such as {{"prompt": "..."}}, found {shorten(json.dumps(value, ensure_ascii=False))}'
 
 
 def _lines(file: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
@@ -248,7 +258,7 @@ def _lines(file: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
             try:
                 yield line, json.loads(content)
             except json.JSONDecodeError as error:
-                yield line, _Bad(f"not JSON: {error.msg} at column {error.colno}: {_shorten(content.rstrip(_SPACE))}")
+                yield line, _Bad(f"not JSON: {error.msg} at column {error.colno}: {shorten(content.rstrip(_SPACE))}")
             except (ValueError, RecursionError) as error:
                 yield line, _Bad(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
 
@@ -271,7 +281,7 @@ def _array(text: str) -> Iterator[tuple[int, Any]]:
             return
     rest = _skip(text, at + 1)
     if rest < len(text):
-        found = _shorten(text[rest:])
+        found = shorten(text[rest:])
         yield line + text.count("\n", counted, rest), _Bad(f"more text after the end of the array: {found}")
 
 
@@ -293,5 +303,6 @@ def _skip(text: str, at: int) -> int:
     return at
 
 
-def _shorten(text: str) -> str:
+def shorten(text: str) -> str:
+    """The text, or the beginning of a long one."""
     return text if len(text) <= 60 else f"{text[:57]}..."

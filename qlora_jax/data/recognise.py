@@ -8,7 +8,7 @@ from qlora_jax.data.readers import Row
 
 
 def recognise(path: str, rows: Sequence[Row], named: str = "auto") -> Form:
-    """The form of a file: the one named, or the first in FORMS whose required columns are all there.
+    """The form of a file: the one named, or the first in FORMS whose required columns are there, if a row tells it.
 
     Raises:
       ValueError: no form fits; tells the columns found, the forms known, and the nearest one with what to rename.
@@ -16,7 +16,7 @@ def recognise(path: str, rows: Sequence[Row], named: str = "auto") -> Form:
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
     told = [form for form in FORMS.values() if not form.only_named]
     for form in told if named == "auto" else [FORMS[named]]:
-        if set(form.required) <= set(columns):
+        if set(form.required) <= set(columns) and (named != "auto" or _tells(rows, form)):
             return form
     wrong = "are in no known form" if named == "auto" else f"are not in the form {named!r} that data.format names"
     known = "".join(f"\n  {form}" for form in FORMS.values())
@@ -24,6 +24,10 @@ def recognise(path: str, rows: Sequence[Row], named: str = "auto") -> Form:
         f"{path}: the rows {wrong}. Columns found: {', '.join(map(repr, columns)) or 'none'}.\n"
         f"Forms (data.format):{known}\n{_nearest(columns)}"
     )
+
+
+def _tells(rows: Sequence[Row], form: Form) -> bool:
+    return any(set(form.required) <= set(row.data) and form.told_by(row.data) for row in rows)
 
 
 # Columns of other tools and data sets, and ours that mean the same.

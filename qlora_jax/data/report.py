@@ -45,6 +45,7 @@ class DataReport:
     Fields:
       train: of all training files together; `sources` has each.
       shared: held-out rows that are also trained on.
+      unseen: new tokens that no training row has.
       buckets, steps: padded lengths, and the optimizer steps an epoch takes at each.
       packs: how many packs the rows fill; None where they are not packed.
       windows: how many an epoch has, each shuffled by itself.
@@ -58,6 +59,7 @@ class DataReport:
     sources: tuple[SourceReport, ...]
     eval: SideReport | None
     shared: int
+    unseen: tuple[str, ...]
     max_length: int
     buckets: tuple[int, ...]
     steps: tuple[int, ...]
@@ -76,7 +78,7 @@ class DataReport:
 
 def report_side(path: str, form: str, tally: Tally) -> SideReport:
     """The report of one file's side."""
-    known = FORMS["input-output" if FORMS[form].examples else form]
+    known = FORMS[FORMS[form].example if FORMS[form].examples else form]
     counts = {field.name: getattr(tally, field.name) for field in dataclasses.fields(Tally)}
     ignored = tuple(name for name in tally.columns if name not in (*known.required, *known.optional))
     return SideReport(**counts, path=path, form=form, ignored_columns=ignored)
@@ -127,12 +129,13 @@ def report_data(
     """The whole report; steps, packs and padding are those of the first epoch."""
     windows = [_window(train.window_places(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
     filled, taken = sum(one.filled for one in windows), sum(one.held for one in windows)
-    first = train.window(0, 0)
+    first, side = train.window(0, 0), together([source.side for source in sources])
     return DataReport(
-        train=together([source.side for source in sources]),
+        train=side,
         sources=tuple(sources),
         eval=held,
         shared=shared,
+        unseen=tuple(tokenizer.decode([new]) for new in tokenizer.new_ids if new not in side.new_tokens),
         max_length=max_length,
         buckets=buckets,
         steps=tuple(np.sum([one.steps for one in windows], axis=0).tolist()),

@@ -19,6 +19,8 @@ _CONTEXT_CHARS, _SEEN_CHARS = 600, 900
 # Escape sequences in someone's data must not reach the terminal, nor what HTML can't hold a page.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
+# Marks that turn the direction of what follows, past the end of their own row too.
+VISIBLE |= {code: f"<U+{code:04X}>" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def print_report(report: DataReport, console: Console) -> None:
@@ -44,6 +46,7 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
     return [
         *_source_facts(report.sources),
         *_side_facts("train", report.train, report.max_length),
+        *_unseen(report.unseen),
         ("steps an epoch", _steps(report)),
         ("places used", f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"),
         *(_side_facts("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
@@ -91,6 +94,13 @@ def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str,
         ),
         *_warning(side.special_text, "rows that spell a special token in their own text; it counts as that token"),
     ]
+
+
+def _unseen(tokens: Sequence[str]) -> list[tuple[str, str]]:
+    if not tokens:
+        return []
+    told = f"{', '.join(map(repr, tokens))}; nothing is learned of what they mean"
+    return [("note", f"new tokens that no training row has: {told}")]
 
 
 def _quantile_name(percentile: int) -> str:

@@ -174,7 +174,10 @@ def _call_turn(
     written = whole[len(prompt) : ends[-1]]
     missing = [what for what in (*names_called(message), (message.get("content") or "").strip()) if what not in written]
     if missing:
-        raise ValueError(f"the chat template leaves out {missing[0]!r} of message {index}, which calls tools")
+        raise ValueError(
+            f"the chat template leaves out {missing[0]!r} of message {index}, which calls tools. Use a template that "
+            "shows calls: chat_template (data.chat_template in training) names a jinja file"
+        )
     return len(prompt), ends[-1]
 
 

@@ -112,12 +112,15 @@ def open_stored(folder: Path, path: str) -> StoredRows | None:
     """The entry in `folder`; None where there is none; ValueError where its files are not of the size they had."""
     try:
         facts: Mapping[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        expected = facts["bytes"]
     except FileNotFoundError:
         return None
-    if facts["bytes"] != (found := _sizes(folder)):
-        raise ValueError(
-            f"{folder}: a damaged entry of data.cache: found {found}, expected {facts['bytes']}; delete it"
-        )
+    except OSError as error:
+        raise ValueError(f"data.cache: {folder} can't be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder}: a damaged entry of data.cache: {_FACTS} can't be read; delete it") from error
+    if expected != (found := _sizes(folder)):
+        raise ValueError(f"{folder}: a damaged entry of data.cache: found {found}, expected {expected}; delete it")
     return StoredRows(
         folder=folder,
         path=path,
@@ -133,16 +136,20 @@ def _sizes(folder: Path) -> dict[str, int]:
 
 
 def store(pieces: Iterable[Piece], folder: Path) -> None:
-    """Writes the entry; nothing stays of it where `pieces` raises."""
+    """Writes the entry; nothing stays of it where `pieces` raises.
+
+    Raises:
+      ValueError: the folder can't be written; and as `pieces` does.
+    """
     part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
-    part.mkdir(parents=True)
     try:
+        part.mkdir(parents=True)
         facts = _write(pieces, part)
         (part / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         os.replace(part, folder)
-    except OSError:
+    except OSError as error:
         if not folder.exists():  # else another run was faster, and its entry is the same
-            raise
+            raise ValueError(f"data.cache: {folder.parent} can't be written: {error.strerror}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

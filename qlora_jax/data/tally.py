@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PERCENTILES = (1, 25, 50, 75, 95, 100)
+_MAPS = ("lengths", "new_tokens")  # fields that count by number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,7 @@ class Tally:
       doubled_bos, without_bos: rows that begin with bos twice, and without it although the tokenizer asks for it.
       tokens, supervised: targets of the kept rows, and those among them that the loss sees.
       lengths: how many rows have so many tokens, before any is cut.
+      new_tokens: how often the kept rows have each new token, by id; those that they have at all.
       columns: those found, in the order that they were found in.
     """
 
@@ -37,15 +39,14 @@ class Tally:
     tokens: int = 0
     supervised: int = 0
     lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    new_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
 
     def __add__(self, other: "Tally") -> "Tally":
-        names = [field.name for field in dataclasses.fields(Tally) if field.name not in ("lengths", "columns")]
-        return Tally(
-            **{name: getattr(self, name) + getattr(other, name) for name in names},
-            lengths=dict(collections.Counter(self.lengths) + collections.Counter(other.lengths)),
-            columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
-        )
+        maps: dict[str, Any] = {name: _sum(getattr(self, name), getattr(other, name)) for name in _MAPS}
+        names = {field.name for field in dataclasses.fields(Tally)} - {*_MAPS, "columns"}
+        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return Tally(**sums, **maps, columns=tuple(dict.fromkeys((*self.columns, *other.columns))))
 
     @property
     def percentiles(self) -> tuple[int, ...]:
@@ -65,5 +66,9 @@ class Tally:
     @classmethod
     def from_dict(cls, saved: Mapping[str, Any]) -> "Tally":
         """The tally that `to_dict` gave, through JSON."""
-        lengths = {int(length): count for length, count in saved["lengths"].items()}
-        return cls(**{**saved, "lengths": lengths, "columns": tuple(saved["columns"])})
+        maps = {name: {int(key): count for key, count in saved[name].items()} for name in _MAPS}
+        return cls(**{**saved, **maps, "columns": tuple(saved["columns"])})
+
+
+def _sum(a: Mapping[int, int], b: Mapping[int, int]) -> dict[int, int]:
+    return dict(collections.Counter(a) + collections.Counter(b))

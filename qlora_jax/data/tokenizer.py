@@ -7,11 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
+from jaxtyping import Int64
 
 from qlora_jax.data.chat import Message, render
 from qlora_jax.data.gguf_tokenizer import rebuild
-from qlora_jax.data.lossless import make_keeps
+from qlora_jax.data.lossless import byte_lengths, make_keeps
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -50,6 +52,10 @@ class Tokenizer:
         Tokens that share one character all carry its whole span.
         """
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
+
+    def encode_fast(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
+        """Encodings with `ids` alone, in five sixths of the time."""
+        return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Text of `ids`; special tokens are spelled out unless skipped."""
@@ -112,6 +118,11 @@ class Tokenizer:
     def keeps(self) -> Callable[[str], bool]:
         """`keeps(text)`: true only if its ids decode to it; see lossless.py."""
         return make_keeps(self.backend)
+
+    @functools.cached_property
+    def byte_lengths(self) -> Int64[np.ndarray, " vocab"] | None:
+        """Bytes of a kept text that each id stands for, or None; see lossless.py."""
+        return byte_lengths(self.backend)
 
     def to_json(self) -> str:
         """The text of tokenizer.json."""

@@ -77,8 +77,13 @@ def check_shown(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools 
             f"the row has {len(tools)} tools, and the chat template never shows them, so the model would learn to "
             "call what it has not seen. Use a template that takes tools: data.chat_template names a jinja file"
         )
-    for index, message in enumerate(messages):
+    for message in messages:
         said = (message.get("content") or "").strip() if message["role"] in ("system", "tool") else ""
         # Some templates write what a tool says as a JSON string.
         if said not in rendered and json.dumps(said, ensure_ascii=False)[1:-1] not in rendered:
-            raise ValueError(f"the chat template leaves out message {index} ({message['role']})")
+            # Without the message's number: rows that lack the same are told together.
+            raise ValueError(
+                f"the chat template leaves out what a message of the role {message['role']!r} says. Take such messages "
+                "out of the rows, or use a template that shows them: chat_template (data.chat_template in training) "
+                "names a jinja file"
+            )

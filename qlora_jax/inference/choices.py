@@ -7,6 +7,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
+from qlora_jax.inference.kept import NOTHING_KEPT, Kept
 from qlora_jax.inference.scoring import ScoredIds, answer_scores
 from qlora_jax.models.partition import Lora
 
@@ -33,16 +34,21 @@ class ChoiceScores:
     tied_by_mean: Bool[np.ndarray, " questions"]
 
 
+def option_rows(choices: Sequence[Choice]) -> list[ScoredIds]:
+    """All options of all questions, as rows."""
+    return [option for choice in choices for option in choice.options]
+
+
 def choice_scores(
     graphdef: nnx.GraphDef,
     lora: Lora,
     base: nnx.State,
     choices: Sequence[Choice],
     progress: Callable[[int], None] = lambda rows_done: None,
+    kept: Kept = NOTHING_KEPT,
 ) -> ChoiceScores:
     """The scores of each question; `progress` counts options."""
-    rows = [option for choice in choices for option in choice.options]
-    scores = answer_scores(graphdef, lora, base, rows, progress)
+    scores = answer_scores(graphdef, lora, base, option_rows(choices), progress, kept)
     starts = np.cumsum([len(choice.options) for choice in choices])[:-1]
     sums, means = np.split(-scores.nll, starts), np.split(-scores.nll / scores.tokens, starts)
     answers = [choice.answer for choice in choices]

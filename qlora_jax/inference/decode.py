@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from qlora_jax.inference.decode_shapes import BATCHES, PREFILL_CHUNKS, chunks, round_up, slots_for
 from qlora_jax.inference.sampling import Sampling, choose
 from qlora_jax.models.adapt import for_decoding
 from qlora_jax.models.attention import KVCache
@@ -26,10 +27,7 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, combine
 
-PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
-BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
 ORDER_WINDOW = 64  # rows among which those of like length are sought
-FIRST_SLOTS = 256  # a cache has this many slots, or twice, or four times as many ...
 # For one pair of batch and slots: `extend` for each chunk, `next_token` once after them, and `advance`.
 COMPILATIONS = len(PREFILL_CHUNKS) + 2
 
@@ -227,47 +225,30 @@ def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
         yield from itertools.batched(sorted(window, key=lambda row: len(prompts[row])), BATCHES[-1])
 
 
-def _round_up(number: int, sizes: Sequence[int]) -> int:
-    return next(size for size in sizes if size >= number)
-
-
-def _dtype(model: CausalLM) -> Any:
-    return model.model.embed_tokens.weight[...].dtype
-
-
-def _slots(needed: int, config: ModelConfig) -> int:
-    slots = FIRST_SLOTS
-    while slots < needed:
-        slots *= 2
-    return min(slots, config.max_positions)
-
-
-def _chunks(length: int) -> list[tuple[int, int]]:
-    """(start, size) of the chunks that a prompt goes through the model in; the last may reach over its end."""
-    largest = PREFILL_CHUNKS[-1]
-    starts = range(0, length, largest)
-    return [(start, _round_up(min(length - start, largest), PREFILL_CHUNKS)) for start in starts]
-
-
 def _batch(
     prompts: Sequence[Sequence[int]], repeats: Sequence[int], sampling: Sampling, max_new_tokens: int, model: CausalLM
 ) -> _Batch:
-    batch, longest = _round_up(len(prompts), BATCHES), max(map(len, prompts))
-    tokens_BP = np.zeros((batch, sum(_chunks(longest)[-1])), np.int32)
+    batch, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
+    tokens_BP = np.zeros((batch, sum(chunks(longest)[-1])), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     lengths_B = np.array([*map(len, prompts), *[1] * (batch - len(prompts))], np.int32)
     key = jax.random.key(sampling.seed)
     keys_B = jnp.stack([jax.random.fold_in(key, repeat) for repeat in [*repeats, *[0] * (batch - len(prompts))]])
-    slots = _slots(longest + max_new_tokens, model.config)
+    slots = slots_for(longest + max_new_tokens, model.config)
     return _Batch(tokens_BP=tokens_BP, lengths_B=lengths_B, keys_B=keys_B, slots=slots)
+
+
+def empty_cache(model: CausalLM, size: int, slots: int) -> tuple[jax.Array, KVCache]:
+    """(no hidden states, no positions) of a batch before its first chunk."""
+    dtype = model.model.embed_tokens.weight[...].dtype
+    return jnp.zeros((size, model.config.embed_dim), dtype), KVCache.empty(model.config, size, slots, dtype)
 
 
 def _prefill(parts: Parts, model: CausalLM, batch: _Batch) -> tuple[jax.Array, KVCache]:
     size, _ = batch.tokens_BP.shape
-    last_BD = jnp.zeros((size, model.config.embed_dim), _dtype(model))
-    cache = KVCache.empty(model.config, size, batch.slots, _dtype(model))
-    for start, length in _chunks(int(batch.lengths_B.max())):
+    last_BD, cache = empty_cache(model, size, batch.slots)
+    for start, length in chunks(int(batch.lengths_B.max())):
         tokens_BT, start_B = batch.tokens_BP[:, start : start + length], np.full(size, start, np.int32)
         last_BD, cache = extend(*parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
     return last_BD, cache

@@ -12,7 +12,9 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.decode import Parts, generate
+from qlora_jax.inference.decode import Parts, Reply, generate
+from qlora_jax.inference.kept import Kept
+from qlora_jax.inference.replies import greedy_replies
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.scoring import ScoredIds, answer_scores
 from qlora_jax.models.partition import combine
@@ -27,11 +29,12 @@ class HarnessModel(TemplateLM):
     Args:
       parts: of the model.
       progress: called with how many requests are done.
+      kept: scores of this model.
     """
 
-    def __init__(self, parts: Parts, tokenizer: Tokenizer, progress: Callable[[int], None]):
+    def __init__(self, parts: Parts, tokenizer: Tokenizer, progress: Callable[[int], None], kept: Kept):
         super().__init__()
-        self._parts, self._tokens, self._progress = parts, tokenizer, progress
+        self._parts, self._tokens, self._progress, self._kept = parts, tokenizer, progress, kept
         self.max_length = combine(*parts).config.max_positions
 
     @property
@@ -60,7 +63,8 @@ class HarnessModel(TemplateLM):
 
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """(log p of the continuation, whether greedy decoding writes it) of each pair."""
-        scores = answer_scores(*self._parts, [self._row(*pair) for pair in pairs], self._progress)
+        rows = [self._row(*pair) for pair in pairs]
+        scores = answer_scores(*self._parts, rows, self._progress, self._kept)
         return [(-float(nll), bool(exact)) for nll, exact in zip(scores.nll, scores.exact, strict=True)]
 
     def _row(self, context: list[int], continuation: list[int]) -> ScoredIds:
@@ -85,11 +89,17 @@ class HarnessModel(TemplateLM):
         for settings, members in _grouped([_args(request)[1] for request in requests]).items():
             sampling, most = _sampling(dict(settings))
             prompts = [self.tok_encode(_args(requests[index])[0])[-(self.max_length - most) :] for index in members]
-            how = {"sampling": sampling, "max_new_tokens": most, "stop_ids": [self.eot_token_id]}
-            for index, reply in zip(members, generate(*self._parts, prompts, **how), strict=True):
+            for index, reply in zip(members, self._replies(prompts, sampling, most), strict=True):
                 replies[index] = _until(self._tokens.decode(reply.ids), _args(requests[index])[1].get("until", []))
             self._progress(len(replies))
         return [replies[index] for index in range(len(requests))]
+
+    def _replies(self, prompts: list[list[int]], sampling: Sampling, most: int) -> list[Reply]:
+        """Greedy ones are kept; a drawn one follows from its place among equal prompts too."""
+        limits = {"max_new_tokens": most, "stop_ids": [self.eot_token_id]}
+        if sampling == Sampling():
+            return greedy_replies(self._parts, prompts, **limits, progress=self._progress, kept=self._kept)
+        return generate(*self._parts, prompts, sampling=sampling, **limits)
 
 
 def _args(request: Instance) -> tuple[Any, ...]:

@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.readers import Row, raise_problems, read_rows
+from qlora_jax.data.readers import Row, raise_problems, shorten
 from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.inference.columns import read_each, read_named
 from qlora_jax.inference.letters import Lettered
-from qlora_jax.inference.questions import Question, read_each, read_question
+from qlora_jax.inference.questions import Question, read_question
 from qlora_jax.inference.tasks import LettersTask
 
 
@@ -37,17 +38,21 @@ def letters_task(
     num_shots: int,
     max_rows: int | None,
     max_positions: int,
+    named: Mapping[str, str] | None = None,
 ) -> LettersTask:
     """The questions of a file, each after the first `num_shots` exemplars of its subject from the file `shots`.
 
     A row is {input, output} and perhaps {subject}, a prompt and its letter as QLoRA's MMLU files have them, which takes
     no exemplars; or {question, options, answer} and perhaps {subject}, from which MMLU's prompt is made.
 
+    Args:
+      named: see `columns.read_named`; of both files.
+
     Raises:
       ValueError: rows that are neither, or too long, or whose subject has too few exemplars: all of them.
     """
-    rows = read_rows(path)[:max_rows]
-    exemplars = None if shots is None else _exemplars(shots, num_shots)
+    rows = read_named(path, "letters", named, max_rows)
+    exemplars = None if shots is None else _exemplars(shots, num_shots, named)
     asked = read_each(path, rows, lambda row: _asked(row, exemplars, num_shots))
     questions = [_encoded(one, tokenizer) for one in asked]
     problems = [
@@ -82,7 +87,9 @@ def _whole(columns: Mapping[str, Any], subject: str | None, with_exemplars: bool
     if with_exemplars:
         raise ValueError("the row has a whole prompt (input), to which no exemplars are added: leave out shots")
     if not isinstance(prompt, str) or letter not in [*"ABCD"]:
-        raise ValueError(f"input and output: expected a prompt and one of A, B, C, D; found output {letter!r}")
+        raise ValueError(
+            f"input and output: expected a prompt and one of A, B, C, D; found output {shorten(repr(letter))}"
+        )
     return Asked(prompt, 4, "ABCD".index(letter), subject)
 
 
@@ -98,10 +105,10 @@ def with_options(question: Question) -> str:
     return question.prompt + "".join(f"\n{letter}. {option}" for letter, option in lettered) + "\nAnswer:"
 
 
-def _exemplars(path: str, num_shots: int) -> dict[str | None, list[str]]:
+def _exemplars(path: str, num_shots: int, named: Mapping[str, str] | None) -> dict[str | None, list[str]]:
     """By subject, in the order of the file, `num_shots` at most."""
     found: dict[str | None, list[str]] = {}
-    rows = read_rows(path)
+    rows = read_named(path, "letters", named)
     questions = read_each(path, rows, lambda row: read_question(row.data))
     for row, question in zip(rows, questions, strict=True):
         of_subject = found.setdefault(row.data.get("subject"), [])

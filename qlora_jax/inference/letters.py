@@ -4,7 +4,7 @@ Dimension key: B prompts of a batch, T positions, M = B T, D embed, V vocab, K l
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import jax
@@ -13,7 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from qlora_jax.inference.scoring import batches_by_length
+from qlora_jax.inference.ahead import Ahead, AnyParts, lowered
+from qlora_jax.inference.batches import Batch, batches_by_length, stacked
+from qlora_jax.inference.kept import NOTHING_KEPT, Kept
 from qlora_jax.models.partition import Lora, combine
 
 
@@ -40,20 +42,39 @@ def letter_scores(
     base: nnx.State,
     questions: Sequence[Lettered],
     progress: Callable[[int], None] = lambda questions_done: None,
+    kept: Kept = NOTHING_KEPT,
 ) -> LetterScores:
     """The scores of each question, from f32 logits after its prompt."""
     right, tied, done = np.zeros(len(questions), bool), np.zeros(len(questions), bool), 0
-    for indices, tokens_BT in batches_by_length([question.ids for question in questions]):
-        asked = [questions[index] for index in indices]
-        last_B = np.zeros(len(tokens_BT), np.int32)
-        last_B[: len(asked)] = [len(question.ids) - 1 for question in asked]
-        logits_BV = np.asarray(_next_logits(graphdef, lora, base, tokens_BT, last_B))
-        for index, question, logits_V in zip(indices, asked, logits_BV, strict=False):
-            lead = _lead(logits_V[list(question.letters)], question.answer)
+    for batch in batches_by_length([len(question.ids) for question in questions]):
+        asked = [questions[index] for index in batch.rows]
+        inputs = _inputs(batch, questions)
+        (logits_BK,) = kept.result(inputs, lambda inputs=inputs: [_letter_logits(graphdef, lora, base, *inputs)])
+        for index, question, logits_K in zip(batch.rows, asked, logits_BK, strict=False):
+            lead = _lead(logits_K[: len(question.letters)], question.answer)
             right[index], tied[index] = lead > 0, lead == 0
-        done += len(indices)
+        done += len(asked)
         progress(done)
     return LetterScores(right=right, tied=tied)
+
+
+def _inputs(batch: Batch, questions: Sequence[Lettered]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, the place of each row's last one, and the letters that may follow, as many as any question has."""
+    asked, most = [questions[index] for index in batch.rows], max(len(question.letters) for question in questions)
+    tokens_BT, last_B = stacked(batch, [question.ids for question in asked]), np.zeros(batch.size, np.int32)
+    last_B[: len(asked)] = [len(question.ids) - 1 for question in asked]
+    letters_BK = np.zeros((batch.size, most), np.int32)
+    for place, question in enumerate(asked):
+        letters_BK[place, : len(question.letters)] = question.letters
+    return tokens_BT, last_B, letters_BK
+
+
+def letters_ahead(parts: AnyParts, questions: Sequence[Lettered]) -> Iterator[Ahead]:
+    """The programs of the batch of the most positions and of that of the most rows, each of which has logits."""
+    batches = batches_by_length([len(question.ids) for question in questions])
+    largest = max(batches, key=lambda batch: batch.positions), max(batches, key=lambda batch: batch.size)
+    for batch in {batch.shape: batch for batch in largest}.values():
+        yield lowered(batch.shape, _letter_logits, parts, _inputs(batch, questions))
 
 
 def _lead(logits_K: np.ndarray, answer: int) -> float:
@@ -61,13 +82,19 @@ def _lead(logits_K: np.ndarray, answer: int) -> float:
 
 
 @partial(jax.jit, static_argnames="graphdef")
-def _next_logits(
-    graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, tokens_BT: Int[Array, "B T"], last_B: Int[Array, " B"]
-) -> Float[Array, "B V"]:
-    """f32 logits of what follows place `last` of each row."""
+def _letter_logits(
+    graphdef: nnx.GraphDef,
+    lora: Lora,
+    base: nnx.State,
+    tokens_BT: Int[Array, "B T"],
+    last_B: Int[Array, " B"],
+    letters_BK: Int[Array, "B K"],
+) -> Float[Array, "B K"]:
+    """f32 logits of the letters after place `last` of each row."""
     model = combine(graphdef, lora, base)
     rows, length = tokens_BT.shape
-    return model.head.logits(model.hidden(tokens_BT)[jnp.arange(rows) * length + last_B])
+    logits_BV = model.head.logits(model.hidden(tokens_BT)[jnp.arange(rows) * length + last_B])
+    return jnp.take_along_axis(logits_BV, letters_BK, axis=1)
 
 
 def mean_over_subjects(right: Bool[np.ndarray, " questions"], subjects: Sequence[str]) -> float:

@@ -3,6 +3,11 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import numpy as np
+from jaxtyping import Bool
+
+from qlora_jax.inference.statistics import mcnemar, wilson_interval
+
 Progress = Callable[[int], None]
 
 
@@ -33,3 +38,13 @@ class Comparison(NamedTuple):
     difference: float
     interval: tuple[float, float] | None = None
     p: float | None = None
+
+
+def share(name: str, right: Bool[np.ndarray, " rows"]) -> Measure:
+    """How many rows are right."""
+    return Measure(name, "share", float(right.mean()), wilson_interval(int(right.sum()), len(right)))
+
+
+def share_change(name: str, before: Bool[np.ndarray, " rows"], after: Bool[np.ndarray, " rows"]) -> Comparison:
+    """The same of two models, in pairs."""
+    return Comparison(name, "share", float(after.mean() - before.mean()), p=mcnemar(before, after))

@@ -3,12 +3,13 @@
 import itertools
 import re
 import string
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.data.readers import Problem, Row, raise_problems
+from qlora_jax.config.questions import FILE_COLUMNS
+from qlora_jax.data.readers import shorten
+from qlora_jax.inference.columns import found, values_of
 
-QUESTION_COLUMNS = ("question", "prompt")
 _LETTERED = re.compile(r"([A-Z])\. ")
 
 
@@ -20,23 +21,6 @@ class Question(NamedTuple):
     answer: int
 
 
-def read_each[T](path: str, rows: Sequence[Row], read: Callable[[Row], T]) -> list[T]:
-    """What `read` makes of each row.
-
-    Raises:
-      ValueError: every row that it refuses, by its place.
-    """
-    found: list[T] = []
-    problems: list[Problem] = []
-    for row in rows:
-        try:
-            found.append(read(row))
-        except ValueError as error:
-            problems.append((row.place, str(error)))
-    raise_problems(path, problems, len(rows))
-    return found
-
-
 def read_question(columns: Mapping[str, Any]) -> Question:
     """The question of a row.
 
@@ -46,28 +30,23 @@ def read_question(columns: Mapping[str, Any]) -> Question:
     Raises:
       ValueError: columns missing or of another kind, fewer than two options, or an answer that is none of them.
     """
-    prompt = next((columns[name] for name in QUESTION_COLUMNS if name in columns), None)
-    missing = [name for name in ("options", "answer") if name not in columns]
-    if not isinstance(prompt, str) or missing:
-        expected = "question (or prompt), options, answer"
-        raise ValueError(f"expected the columns {expected}; found {', '.join(map(repr, columns))}")
-    options = columns["options"]
+    prompt, options, answer = values_of(columns, FILE_COLUMNS["choices"])
+    if not isinstance(prompt, str):
+        raise found("question", prompt, "a text")
     texts = split_lettered(options) if isinstance(options, str) else options
     if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(
-            f"options: expected a list of two or more texts, or lines 'A. ...', 'B. ...'; found {options!r}"
-        )
-    return Question(prompt, texts, _answer(columns["answer"], texts))
+        raise found("options", options, "a list of two or more texts, or lines 'A. ...', 'B. ...'")
+    return Question(prompt, texts, _answer(answer, texts))
 
 
 def split_lettered(text: str) -> list[str]:
     """["x", "y"] of "A. x\\nB. y"; an option may have several lines."""
     starts = []
     for letter in string.ascii_uppercase:
-        found = f"\n{text}".find(f"\n{letter}. ", starts[-1] if starts else 0)
-        if found < 0 or (found > 0 and not starts):
+        at = f"\n{text}".find(f"\n{letter}. ", starts[-1] if starts else 0)
+        if at < 0 or (at > 0 and not starts):
             break
-        starts.append(found)
+        starts.append(at)
     bounds = itertools.pairwise([*starts, len(text)])
     return [text[start + len("A. ") : end].rstrip("\n") for start, end in bounds]
 
@@ -84,4 +63,6 @@ def _answer(answer: Any, options: Sequence[str]) -> int:
             return options.index(answer)
         if len(answer) == 1 and answer.upper() in letters:
             return letters.index(answer.upper())
-    raise ValueError(f"answer {answer!r} is none of the {len(options)} options: give its text, its letter or its place")
+    raise ValueError(
+        f"answer {shorten(repr(answer))} is none of the {len(options)} options: give its text, its letter or its place"
+    )

@@ -3,26 +3,31 @@
 Rows go through the model right-padded to a few lengths, so that each length is compiled once; the head is applied where
 a token is scored, and nowhere else.
 
-Dimension key: B rows of a batch, T positions, M = B T, D embed, V vocab, C tokens of a chunk.
+Dimension key: B rows of a batch, T positions, D embed, M places, K scored tokens.
 """
 
 import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Float64, Int, Int32, Int64
+from jaxtyping import Array, Bool, Float64, Int, Int64
 
+from qlora_jax.inference.ahead import Ahead, AnyParts, config_of, lowered
+from qlora_jax.inference.batches import Batch, batches_by_length, stacked
+from qlora_jax.inference.decode import Parts
+from qlora_jax.inference.kept import NOTHING_KEPT, Kept
+from qlora_jax.inference.shared_prompts import Packed, ScoredIds, packed_rows
 from qlora_jax.models.partition import Lora, combine
+from qlora_jax.nn.scores import Scores, token_scores
 
-BATCH_TOKENS = 4096  # positions that go through the model at once, padding included; a longer row goes alone
-CHUNK = 256  # tokens whose logits exist at once
-
-ScoredIds = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # ids of a row, and which of them are scored
+ROOM = 256  # places are a multiple of these
+PADDING = -1  # no branch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,29 +63,20 @@ def score_tokens(
     lora: Lora,
     base: nnx.State,
     tokens_BT: Int[Array, "B T"],
-    at_M: Int[Array, " M"],
+    branches_BT: Int[Array, "B T"] | None,
+    before_M: Int[Array, " M"],
+    targets_M: Int[Array, " M"],
     count: Int[Array, ""],
-) -> tuple[Float[Array, " M"], Bool[Array, " M"]]:
-    """(-log p(token | those before it in its row), whether it is the likeliest one) of the first `count` of `at_M`.
+) -> Scores:
+    """Of the first `count` targets, each by the tokens up to its place `before`.
 
     Args:
-      at_M: indices into the flattened tokens, a multiple of CHUNK; never the first of a row.
+      branches_BT: ids of a prompt (0) and its continuations; None where rows are whole texts.
+      before_M: indices into the flattened tokens.
     """
     model = combine(graphdef, lora, base)
-    hidden_MD, tokens_M = model.hidden(tokens_BT), tokens_BT.reshape(-1)
-
-    def chunk(index, sums):
-        at_C = jax.lax.dynamic_slice_in_dim(at_M, index * CHUNK, CHUNK)
-        targets_C = tokens_M[at_C]
-        logits_CV = model.head.logits(hidden_MD[at_C - 1])
-        target_C = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
-        found = jax.nn.logsumexp(logits_CV, axis=-1) - target_C, jnp.argmax(logits_CV, axis=-1) == targets_C
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(s, f, index * CHUNK, 0) for s, f in zip(sums, found, strict=True)
-        )
-
-    empty = jnp.zeros(at_M.shape, jnp.float32), jnp.zeros(at_M.shape, bool)
-    return jax.lax.fori_loop(0, -(-count // CHUNK), chunk, empty)
+    hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, branching=branches_BT is not None)
+    return token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
 
 
 def answer_scores(
@@ -89,26 +85,28 @@ def answer_scores(
     base: nnx.State,
     rows: Sequence[ScoredIds],
     progress: Callable[[int], None] = lambda rows_done: None,
+    kept: Kept = NOTHING_KEPT,
 ) -> RowScores:
     """The scores of each row, in order; a row's first token is never scored, since nothing stands before it.
 
-    A row may be one longer than the model's positions: its last token is only predicted.
+    A row may be one longer than the model's positions: its last token is only predicted. A prompt that several rows
+    begin with is computed once.
 
     Raises:
       ValueError: rows with nothing to score, or longer than the model's positions: all of them, by index.
     """
-    _check(rows, combine(graphdef, lora, base).config.max_positions)
+    config = combine(graphdef, lora, base).config
+    _check(rows, config.max_positions)
     nll, misses = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
     done = 0
-    for indices, tokens_BT in batches_by_length([ids for ids, _ in rows]):
-        row_K, at_K = _scored_places(rows, indices, tokens_BT.shape[1])
-        nll_K, hit_K = _score(graphdef, lora, base, tokens_BT, at_K)
+    for batch, packed in _batches(packed_rows(rows, share=config.takes_branches)):
+        row_K, nll_K, hit_K = _score((graphdef, lora, base), batch, packed, kept)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
         last_missed[row_K] = ~hit_K  # the last assignment to an index stays, and places are in order
-        done += len(indices)
+        done += len(np.unique(row_K))
         progress(done)
     return RowScores(nll=nll, tokens=tokens, exact=misses == 0, begins=misses == last_missed)
 
@@ -137,14 +135,6 @@ def windows(ids: Sequence[int], size: int, stride: int | None = None, count: int
     return [(row, np.arange(len(row)) >= before) for row, before in zip(rows, seen, strict=True)]
 
 
-def padded_length(length: int) -> int:
-    """The smallest of 32, 48, 64, 96, 128, 192, ... that is at least `length`."""
-    size = 32
-    while size < length:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
-
-
 def _check(rows: Sequence[ScoredIds], max_positions: int) -> None:
     problems = [
         f"row {index}: {len(ids)} tokens, and the model has {max_positions} positions"
@@ -156,31 +146,51 @@ def _check(rows: Sequence[ScoredIds], max_positions: int) -> None:
         raise ValueError("\n  ".join(["can't score:", *problems]))
 
 
-def batches_by_length(rows: Sequence[Int32[np.ndarray, "_"]]) -> Iterator[tuple[list[int], np.ndarray]]:
-    """(indices of rows, their ids padded [B, T]), longest first; B follows from T: there is one shape for each T."""
-    longest_first = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
-    at_once = 1 << (len(rows) - 1).bit_length()
-    while longest_first:
-        length = padded_length(len(rows[longest_first[0]]))
-        batch = min(max(1, BATCH_TOKENS // length), at_once)
-        indices, longest_first = longest_first[:batch], longest_first[batch:]
-        tokens_BT = np.zeros((batch, length), np.int32)
-        for place, index in enumerate(indices):
-            tokens_BT[place, : len(rows[index])] = rows[index]
-        yield indices, tokens_BT
-
-
-def _scored_places(rows: Sequence[ScoredIds], indices: Sequence[int], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(index of the row, place in the flattened batch) of each scored token."""
-    places = [np.flatnonzero(rows[index][1][1:]) + 1 for index in indices]
-    row_K = np.repeat(np.array(indices), [len(p) for p in places])
-    return row_K, np.concatenate([p + i * length for i, p in enumerate(places)])
+def _batches(packed: Sequence[Packed]) -> Iterator[tuple[Batch, Sequence[Packed]]]:
+    """Batches, each with what its indices are of: whole texts, then prompts with continuations."""
+    for branching in (False, True):
+        kind = [one for one in packed if (one.branches is not None) == branching]
+        yield from ((batch, kind) for batch in batches_by_length([len(one.ids) for one in kind]))
 
 
 def _score(
-    graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, tokens_BT: np.ndarray, at_K: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    at_M = np.ones(-(-tokens_BT.size // CHUNK) * CHUNK, np.int32)
-    at_M[: len(at_K)] = at_K
-    nll_M, hit_M = score_tokens(graphdef, lora, base, tokens_BT, at_M, np.int32(len(at_K)))
-    return np.asarray(nll_M)[: len(at_K)], np.asarray(hit_M)[: len(at_K)]
+    parts: Parts, batch: Batch, packed: Sequence[Packed], kept: Kept
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, -log p, whether it is the likeliest) of each scored token of a batch."""
+    inputs, row_K = _inputs(batch, packed)
+    nll_K, hit_K = (x[: len(row_K)] for x in kept.result(inputs, lambda: score_tokens(*parts, *inputs)))
+    return row_K, nll_K, hit_K
+
+
+def _inputs(batch: Batch, packed: Sequence[Packed]) -> tuple[tuple[Any, ...], np.ndarray]:
+    """(what `score_tokens` is given of a batch, the row of each scored token)."""
+    members = [packed[index] for index in batch.rows]
+    row_K, targets_K = (np.concatenate([getattr(one, name) for one in members]) for name in ("row", "targets"))
+    before_K = np.concatenate([one.before + place * batch.length for place, one in enumerate(members)])
+    branches = [one.branches for one in members if one.branches is not None]
+    branches_BT = stacked(batch, branches, fill=PADDING) if branches else None
+    tokens_BT = stacked(batch, [one.ids for one in members])
+    room = _room(tokens_BT.size, len(row_K))
+    before_M, targets_M = (np.pad(x, (0, room - len(x))).astype(np.int32) for x in (before_K, targets_K))
+    return (tokens_BT, branches_BT, before_M, targets_M, np.int32(len(row_K))), row_K
+
+
+def scoring_ahead(parts: AnyParts, rows: Sequence[ScoredIds]) -> Iterator[Ahead]:
+    """The programs for the largest batches that `answer_scores` makes of the rows: of whole texts, and of prompts with
+    continuations."""
+    share = config_of(parts).takes_branches
+    largest: dict[bool, tuple[Batch, Sequence[Packed]]] = {}
+    for batch, packed in _batches(packed_rows(rows, share=share)):
+        kind = packed[0].branches is not None
+        if kind not in largest or batch.positions > largest[kind][0].positions:
+            largest[kind] = batch, packed
+    for batch, packed in largest.values():
+        yield lowered(batch.shape, score_tokens, parts, _inputs(batch, packed)[0])
+
+
+def _room(positions: int, scored: int) -> int:
+    """A multiple of ROOM that follows from a batch's shape, but where many tokens are scored after the same place."""
+    room = -(-positions // ROOM) * ROOM
+    while room < scored:
+        room *= 2
+    return room

@@ -4,24 +4,32 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
-from qlora_jax.config import ConfigError
-from qlora_jax.config.schema import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, Bound, setting
+from qlora_jax.config import QUESTION_KINDS, ConfigError, QuestionArgs, question_problems
+from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, Bound, setting
+from qlora_jax.inference.columns import known_columns
 
 ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 
 Quant = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
 Dtype = Literal["auto", "bfloat16", "float32"]
 MODEL = "a Hugging Face folder, a GGUF file, or org/name on the Hub; with run: where the run's base lies now"
-COLUMNS = ("unquantized", "quantized", "checkpoint")
+COLUMNS = ("unquantized", "quantized", "checkpoint", "against")
+TASKS = ("text", *QUESTION_KINDS, "rows", "harness")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateArgs:
-    """Answers one prompt, a file of prompts, or a person in a chat (where neither is given)."""
+class ModelOrRunArgs:
+    """What is used: a model, or what a run made of it."""
 
     model: str | None = setting(MODEL, None)
-    run: str | None = setting("the folder of a training run: its base with its adapter", None)
+    run: str | None = setting("the folder of a training run: its base and its adapter", None)
     step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArgs(ModelOrRunArgs):
+    """Answers one prompt, a file of prompts, or a person in a chat (where neither is given)."""
+
     prompt: str | None = setting("one prompt; the reply is printed as it comes", None, NOT_EMPTY)
     prompts: str | None = setting(
         "file of prompts: JSON or JSON Lines in the forms of training data (an answer at the end is left out), or else "
@@ -42,29 +50,16 @@ class GenerateArgs:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EvaluateArgs:
-    """Scores a model, side by side: its base unquantized, its base quantized, and a run's checkpoint."""
+class EvaluateArgs(QuestionArgs, ModelOrRunArgs):
+    """Scores a model, side by side: its base unquantized, its base quantized, a run's checkpoint, and another run's."""
 
-    model: str | None = setting(MODEL, None)
-    run: str | None = setting("the folder of a training run: its base, and the base with its adapter", None)
-    step: int | None = setting("the run's checkpoint (null: the newest)", None, NON_NEGATIVE)
+    against: str | None = setting(
+        "the folder of another run, compared with run question by question; with model: their bases both lie there",
+        None,
+        NOT_EMPTY,
+    )
+    against_step: int | None = setting("with against: that run's checkpoint (null: the newest)", None, NON_NEGATIVE)
     text: str | None = setting("text file: perplexity of its windows", None, NOT_EMPTY)
-    choices: str | None = setting(
-        "file of multiple-choice questions: question, options, answer, or prompt, options, answer: accuracy by the "
-        "likelihood of the options",
-        None,
-        NOT_EMPTY,
-    )
-    letters: str | None = setting(
-        "file of multiple-choice questions that are scored as MMLU is, by the letter after a prompt with all options: "
-        "question, options, answer, or input, output (a whole prompt and its letter); with subject: their mean too",
-        None,
-        NOT_EMPTY,
-    )
-    shots: str | None = setting(
-        "with letters: file of questions, shown with their answers before those of their subject", None, NOT_EMPTY
-    )
-    num_shots: int = setting("with shots: how many, the first of each subject", 5, AT_LEAST_ONE)
     rows: str | None = setting(
         "file of rows in the forms of training data: perplexity of the answers, and how many are what the model would "
         "write",
@@ -92,6 +87,11 @@ class EvaluateArgs:
         "only the first questions and rows, of each task of the harness too (null: all)", None, AT_LEAST_ONE
     )
     json: str | None = setting("also write the scores to this file", None, NOT_EMPTY)
+    keep: str | None = setting(
+        "folder for scores as they are made: started again with it, an evaluation that was stopped goes on",
+        None,
+        NOT_EMPTY,
+    )
     columns: list[str] | None = setting(
         f"which of [{', '.join(COLUMNS)}] to score (null: all that there are)", None, NOT_EMPTY
     )
@@ -115,14 +115,13 @@ def check_generate(args: GenerateArgs) -> None:
 def check_evaluate(args: EvaluateArgs) -> None:
     """Raises ConfigError with everything in which the settings contradict each other."""
     problems = _model_problems(args)
-    if all(task is None for task in (args.text, args.choices, args.letters, args.rows, args.harness)):
-        problems.append("text, choices, letters, rows, harness: none is given, expected at least one of them to score")
+    if all(getattr(args, task) is None for task in TASKS):
+        problems.append(f"{', '.join(TASKS)}: none is given, expected at least one of them to score")
     if args.harness_folder is not None and args.harness is None:
         problems.append("harness_folder: is for harness; give harness too")
     if args.stride is not None and args.stride > args.window:
         problems.append(f"stride: found {args.stride}, expected at most window ({args.window}), or tokens are left out")
-    if args.shots is not None and args.letters is None:
-        problems.append("shots: is for letters; give letters too")
+    problems += question_problems(args, rows_columns=() if args.rows is None else known_columns("rows"))
     columns = args.columns or []
     problems += [
         f"columns: found {name!r}, expected some of {', '.join(COLUMNS)}" for name in set(columns) - {*COLUMNS}
@@ -131,6 +130,7 @@ def check_evaluate(args: EvaluateArgs) -> None:
         problems.append("answer_start: is for rows; give rows too")
     if args.run is None and "checkpoint" in columns:
         problems.append("columns: checkpoint needs a run")
+    problems += _against_problems(args)
     if args.quant_type == "none" and "quantized" in columns:
         problems.append("columns: quantized needs a quant_type other than none")
     problems += _folder_problems("json", args.json)
@@ -138,7 +138,18 @@ def check_evaluate(args: EvaluateArgs) -> None:
         raise ConfigError(problems)
 
 
-def _model_problems(args: GenerateArgs | EvaluateArgs) -> list[str]:
+def _against_problems(args: EvaluateArgs) -> list[str]:
+    if args.against is None:
+        problems = ["against_step: is another run's; give against too"] if args.against_step is not None else []
+        return problems + ["columns: against needs another run: --against"] * ("against" in (args.columns or []))
+    if args.run is None:
+        return ["against: is compared with a run; give run too"]
+    if (Path(args.run).resolve(), args.step) == (Path(args.against).resolve(), args.against_step):
+        return ["against: found what run is; give another run's folder, or another checkpoint: step, against_step"]
+    return []
+
+
+def _model_problems(args: ModelOrRunArgs) -> list[str]:
     problems = []
     if args.model is None and args.run is None:
         problems.append("model, run: neither is given, expected a model's path or a run's folder")

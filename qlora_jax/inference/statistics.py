@@ -1,7 +1,8 @@
 """How far a score can be trusted: intervals, and tests between two models that were scored on the same rows."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
@@ -45,6 +46,24 @@ def stratified_bootstrap(right: Bool[np.ndarray, " rows"], subjects: Sequence[st
     return float(low), float(high)
 
 
+def stratified_paired_bootstrap(
+    before: Bool[np.ndarray, " rows"], after: Bool[np.ndarray, " rows"], subjects: Sequence[str]
+) -> tuple[float, float]:
+    """95 % interval of the change of that mean: each subject's pairs are drawn again 10,000 times, seed 0.
+
+    Of a subject's n pairs, those that got worse, stayed and got better give a multinomial draw.
+    """
+    names, rng = np.array(subjects), np.random.default_rng(0)
+    changes = after.astype(np.int64) - before
+    of_each = [changes[names == name] for name in sorted(set(subjects))]
+    draws = [
+        rng.multinomial(len(rows), [(rows == kind).mean() for kind in (-1, 0, 1)], size=10_000) @ (-1, 0, 1) / len(rows)
+        for rows in of_each
+    ]
+    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
+    return float(low), float(high)
+
+
 def paired_bootstrap(
     a: Float64[np.ndarray, " rows"], b: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]
 ) -> tuple[float, float]:
@@ -55,4 +74,19 @@ def paired_bootstrap(
     """
     draws = np.random.default_rng(0).multinomial(len(a), np.full(len(a), 1 / len(a)), size=10_000)
     low, high = np.quantile((draws @ (b - a)) / (draws @ tokens), (0.025, 0.975))
+    return float(low), float(high)
+
+
+def paired_bootstrap_of(
+    before: Float64[np.ndarray, "rows 2"], after: Float64[np.ndarray, "rows 2"], of_mean: Callable[[Any], Any]
+) -> tuple[float, float]:
+    """95 % interval of of_mean(after's mean) - of_mean(before's mean), rows drawn as `paired_bootstrap` draws them.
+
+    Args:
+      before, after: each row's value and weight; a mean is (sum of values) / (sum of weights).
+    """
+    rows = len(before)
+    draws = np.random.default_rng(0).multinomial(rows, np.full(rows, 1 / rows), size=10_000)
+    means = [sums[:, 0] / sums[:, 1] for sums in (draws @ before, draws @ after)]
+    low, high = np.quantile(of_mean(means[1]) - of_mean(means[0]), (0.025, 0.975))
     return float(low), float(high)

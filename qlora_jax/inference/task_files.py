@@ -1,17 +1,18 @@
 """Tasks from files: a text, questions with options, rows in the forms of training data."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from qlora_jax.data.encode import encode_segments
 from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
-from qlora_jax.data.readers import Problem, Row, raise_problems, read_rows, read_text
+from qlora_jax.data.readers import Problem, Row, raise_problems, read_text
 from qlora_jax.data.recognise import recognise
 from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer
 from qlora_jax.inference.choices import Choice
-from qlora_jax.inference.questions import Question, read_each, read_question
+from qlora_jax.inference.columns import read_each, read_named
+from qlora_jax.inference.questions import Question, read_question
 from qlora_jax.inference.scoring import ScoredIds, windows
 from qlora_jax.inference.tasks import ChoiceTask, RowsTask, TextTask
 
@@ -34,17 +35,24 @@ def text_task(
 
 
 def rows_task(
-    path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int, answer_start: str | None = None
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    max_rows: int | None,
+    max_positions: int,
+    answer_start: str | None = None,
+    named: Mapping[str, str] | None = None,
 ) -> RowsTask:
     """The rows of a file in a form of training data; what a training run would learn is scored.
 
     Args:
       answer_start: how every answer begins; it is given to the model, and what follows it is scored.
+      named: see `columns.read_named`.
 
     Raises:
       ValueError: rows that can't be scored, all of them.
     """
-    rows: Sequence[Row] = read_rows(path)[:max_rows]
+    rows: Sequence[Row] = read_named(path, "rows", named, max_rows)
     form = recognise(path, rows)
     check_rows(path, rows, form)
     rows, form = examples_of(rows, form)
@@ -76,9 +84,20 @@ def _after_start(
     return after
 
 
-def choice_task(path: str, tokenizer: Tokenizer, *, max_rows: int | None, max_positions: int) -> ChoiceTask:
-    """The questions of a file: an option's likelihood is that of its text as the reply to the question."""
-    rows = read_rows(path)[:max_rows]
+def choice_task(
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    max_rows: int | None,
+    max_positions: int,
+    named: Mapping[str, str] | None = None,
+) -> ChoiceTask:
+    """The questions of a file: an option's likelihood is that of its text as the reply to the question.
+
+    Args:
+      named: see `columns.read_named`.
+    """
+    rows = read_named(path, "choices", named, max_rows)
     questions = read_each(path, rows, lambda row: read_question(row.data))
     options = [_encoded_options(question, tokenizer) for question in questions]
     _check_lengths(path, rows, options, max_positions)

@@ -1,18 +1,26 @@
 """What can be scored: a text, multiple-choice questions, rows with answers; how each is summed up and compared."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
-import numpy as np
-
-from qlora_jax.inference.choices import Choice, ChoiceScores, choice_scores
+from qlora_jax.inference.ahead import Ahead, AnyParts
+from qlora_jax.inference.answer_task import AnswersTask
+from qlora_jax.inference.choices import Choice, ChoiceScores, choice_scores, option_rows
 from qlora_jax.inference.decode import Parts
 from qlora_jax.inference.harness_task import HarnessTask
-from qlora_jax.inference.letters import Lettered, LetterScores, letter_scores, mean_over_subjects
-from qlora_jax.inference.measures import Comparison, Measure, Progress
-from qlora_jax.inference.scoring import RowScores, ScoredIds, answer_scores
-from qlora_jax.inference.statistics import bootstrap, mcnemar, paired_bootstrap, stratified_bootstrap, wilson_interval
+from qlora_jax.inference.kept import Kept
+from qlora_jax.inference.letters import Lettered, LetterScores, letter_scores, letters_ahead, mean_over_subjects
+from qlora_jax.inference.measures import Comparison, Measure, Progress, share, share_change
+from qlora_jax.inference.scoring import RowScores, ScoredIds, answer_scores, scoring_ahead
+from qlora_jax.inference.statistics import (
+    bootstrap,
+    paired_bootstrap,
+    stratified_bootstrap,
+    stratified_paired_bootstrap,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,9 +41,14 @@ class TextTask:
         """Rows that `score` reports as done, in all."""
         return len(self.rows)
 
-    def score(self, parts: Parts, progress: Progress) -> RowScores:
+    @property
+    def asked(self) -> list[list[Any]]:
+        """Of each row, all that its score follows from beside the model."""
+        return [[*row] for row in self.rows]
+
+    def score(self, parts: Parts, progress: Progress, kept: Kept) -> RowScores:
         """The scores of one model."""
-        return answer_scores(*parts, self.rows, progress)
+        return answer_scores(*parts, self.rows, progress, kept)
 
     def measures(self, scores: RowScores) -> list[Measure]:
         """What the scores say."""
@@ -55,7 +68,7 @@ class RowsTask(TextTask):
     def measures(self, scores: RowScores) -> list[Measure]:
         """What the scores say."""
         hits = {"begins with the answer": scores.begins, "is exactly the answer": scores.exact}
-        return [*_losses(scores), *(_share(name, right) for name, right in hits.items())]
+        return [*_losses(scores), *(share(name, right) for name, right in hits.items())]
 
     def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
         """What changed from one model to another."""
@@ -63,7 +76,7 @@ class RowsTask(TextTask):
             "begins with the answer": (before.begins, after.begins),
             "is exactly the answer": (before.exact, after.exact),
         }
-        return [_loss_change(before, after), *(_share_change(name, *pair) for name, pair in hits.items())]
+        return [_loss_change(before, after), *(share_change(name, *pair) for name, pair in hits.items())]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,24 +92,33 @@ class ChoiceTask:
         """Rows that `score` reports as done, in all."""
         return sum(len(choice.options) for choice in self.choices)
 
-    def score(self, parts: Parts, progress: Progress) -> ChoiceScores:
+    @property
+    def asked(self) -> list[list[Any]]:
+        """Of each question, all that its score follows from beside the model."""
+        return [[choice.answer, *itertools.chain.from_iterable(choice.options)] for choice in self.choices]
+
+    def score(self, parts: Parts, progress: Progress, kept: Kept) -> ChoiceScores:
         """The scores of one model."""
-        return choice_scores(*parts, self.choices, progress)
+        return choice_scores(*parts, self.choices, progress, kept)
+
+    def ahead(self, parts: AnyParts) -> Iterator[Ahead]:
+        """The programs of `score` that want most memory."""
+        return scoring_ahead(parts, option_rows(self.choices))
 
     def measures(self, scores: ChoiceScores) -> list[Measure]:
         """What the scores say."""
         ties = int((scores.tied_by_sum | scores.tied_by_mean).sum())
         return [
-            _share("right by likelihood", scores.by_sum),
-            _share("right by likelihood a token", scores.by_mean),
+            share("right by likelihood", scores.by_sum),
+            share("right by likelihood a token", scores.by_mean),
             Measure("ties (counted as wrong)", "count", ties),
         ]
 
     def compare(self, before: ChoiceScores, after: ChoiceScores) -> list[Comparison]:
         """What changed from one model to another."""
         return [
-            _share_change("right by likelihood", before.by_sum, after.by_sum),
-            _share_change("right by likelihood a token", before.by_mean, after.by_mean),
+            share_change("right by likelihood", before.by_sum, after.by_sum),
+            share_change("right by likelihood a token", before.by_mean, after.by_mean),
         ]
 
 
@@ -114,9 +136,18 @@ class LettersTask:
         """Rows that `score` reports as done, in all."""
         return len(self.questions)
 
-    def score(self, parts: Parts, progress: Progress) -> LetterScores:
+    @property
+    def asked(self) -> list[list[Any]]:
+        """Of each question, all that its score follows from beside the model."""
+        return [[one.ids, [*one.letters], one.answer] for one in self.questions]
+
+    def score(self, parts: Parts, progress: Progress, kept: Kept) -> LetterScores:
         """The scores of one model."""
-        return letter_scores(*parts, self.questions, progress)
+        return letter_scores(*parts, self.questions, progress, kept)
+
+    def ahead(self, parts: AnyParts) -> Iterator[Ahead]:
+        """The programs of `score` that want most memory."""
+        return letters_ahead(parts, self.questions)
 
     def measures(self, scores: LetterScores) -> list[Measure]:
         """What the scores say."""
@@ -124,16 +155,25 @@ class LettersTask:
         if self.subjects is not None:
             mean = mean_over_subjects(scores.right, self.subjects)
             interval = stratified_bootstrap(scores.right, self.subjects)
-            by_subject = [Measure(f"mean over {len(set(self.subjects))} subjects", "share", mean, interval)]
+            by_subject = [Measure(self._over_subjects, "share", mean, interval)]
         ties = Measure("ties (counted as wrong)", "count", int(scores.tied.sum()))
-        return [_share("right by letter", scores.right), *by_subject, ties]
+        return [share("right by letter", scores.right), *by_subject, ties]
 
     def compare(self, before: LetterScores, after: LetterScores) -> list[Comparison]:
         """What changed from one model to another."""
-        return [_share_change("right by letter", before.right, after.right)]
+        by_subject = []
+        if self.subjects is not None:
+            change = mean_over_subjects(after.right, self.subjects) - mean_over_subjects(before.right, self.subjects)
+            interval = stratified_paired_bootstrap(before.right, after.right, self.subjects)
+            by_subject = [Comparison(self._over_subjects, "share", change, interval)]
+        return [share_change("right by letter", before.right, after.right), *by_subject]
+
+    @property
+    def _over_subjects(self) -> str:
+        return f"mean over {len(set(self.subjects or ()))} subjects"
 
 
-Task = TextTask | ChoiceTask | LettersTask | HarnessTask
+Task = TextTask | ChoiceTask | LettersTask | AnswersTask | HarnessTask
 
 
 def _losses(scores: RowScores) -> list[Measure]:
@@ -148,11 +188,3 @@ def _losses(scores: RowScores) -> list[Measure]:
 def _loss_change(before: RowScores, after: RowScores) -> Comparison:
     interval = paired_bootstrap(before.nll, after.nll, after.tokens)
     return Comparison("loss a token", "number", after.mean_nll - before.mean_nll, interval=interval)
-
-
-def _share(name: str, right: np.ndarray) -> Measure:
-    return Measure(name, "share", float(right.mean()), wilson_interval(int(right.sum()), len(right)))
-
-
-def _share_change(name: str, before: np.ndarray, after: np.ndarray) -> Comparison:
-    return Comparison(name, "share", float(after.mean() - before.mean()), p=mcnemar(before, after))

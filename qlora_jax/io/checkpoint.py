@@ -28,6 +28,12 @@ from qlora_jax.io.initial import Initial, read_initial
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 
 
+def saved_steps(run: Path) -> list[int]:
+    """Steps of the whole checkpoints in a run's folder, ascending; none where there is no such folder."""
+    folder = run / CHECKPOINT_FOLDER
+    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
+
+
 class CheckpointError(OSError):
     """A checkpoint could not be written or read; the message says which, why, and what is still good."""
 
@@ -153,8 +159,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         raise ValueError(
             f"{path} holds no run: {CONFIG_FILE} is not there; give the folder that training wrote (output)"
         )
-    folder = (path / CHECKPOINT_FOLDER).absolute()
-    steps = sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+    folder, steps = (path / CHECKPOINT_FOLDER).absolute(), saved_steps(path)
     if not steps or (step is not None and step not in steps):
         wanted = "any checkpoint" if step is None else f"a checkpoint of step {step}"
         raise ValueError(f"{path} does not hold {wanted}: steps saved are {steps or 'none'}")

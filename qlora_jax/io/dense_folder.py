@@ -21,9 +21,11 @@ from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, wri
 from qlora_jax.io.slots import Slot
 from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed import MixedStack
+from qlora_jax.nn.norm import WholeNorm
 from qlora_jax.quant import dequantize
 
 EMPTY: Mapping[str, TensorEntry] = {}
+Merging = Adapter | WholeNorm  # what makes the tensors of a module others
 
 
 def write_dense_folder(
@@ -33,7 +35,7 @@ def write_dense_folder(
     *,
     computed: np.dtype,
     dtype: np.dtype,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Merging],
     original: Mapping[str, TensorEntry] = EMPTY,
 ) -> None:
     """config.json and safetensors files: a model for transformers, in `dtype`.
@@ -62,7 +64,7 @@ def write_dense_folder(
 def dense_tensors(
     slots: Sequence[Slot],
     computed: np.dtype,
-    adapters: Mapping[str, Adapter],
+    adapters: Mapping[str, Merging],
     original: Mapping[str, TensorEntry] = EMPTY,
 ) -> Iterator[jax.Array]:
     """The tensors of the slots' names, in their order; those with an adapter in f32."""
@@ -93,7 +95,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
 Merged = Callable[[int, jax.Array], jax.Array]  # what becomes of one layer's tensor
 
 
-def _merged_by(adapter: Adapter | None, leaf: str) -> Merged:
+def _merged_by(adapter: Merging | None, leaf: str) -> Merged:
     if adapter is None:
         return lambda layer, dense: dense
     if leaf == "bias":

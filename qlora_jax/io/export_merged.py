@@ -16,7 +16,7 @@ from rich.console import Console
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.dense_folder import dense_tensors, write_dense_folder, write_tokenizer
+from qlora_jax.io.dense_folder import Merging, dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.entries import ModelSource
 from qlora_jax.io.folders import staged_folder
 from qlora_jax.io.gguf_frame import framed
@@ -29,13 +29,12 @@ from qlora_jax.io.original import check_original, open_original
 from qlora_jax.io.progress import loading
 from qlora_jax.io.slots import Slot, slots_of, with_tables
 from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import linears
+from qlora_jax.models.adapt import linears, norms
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.vocabulary import whole_tables
-from qlora_jax.nn.linear import Adapter
 
 QUANTIZED = ("q8_0", "q4_0")  # what their rounding costs is told, not refused
 
@@ -66,15 +65,9 @@ def export_merged(
     opened = open_base_or_run(model, str(path), step=step)
     run = opened.run
     assert run is not None
-    if base is not None and run.initial is not None:
-        raise ValueError(
-            f"--base: the adapter of {run.label} holds a part of the weights (lora.init={run.lora_args.init}), which "
-            "the original ones have too. Leave --base out, or export --format peft: a LoRA over the original weights"
-        )
+    original = None if base is None else _original(base, opened, run)
     file = framed(opened) if form == "gguf" else None
-    original = None if base is None else open_original(base, opened)
-    new = [*opened.args.new_tokens, *opened.args.new_special_tokens]
-    prompts = tokens_of(opened.tokenizer, (*PROMPTS, *([" ".join(new)] if new else [])))
+    prompts = _prompts(opened)
     with staged_folder(output) as folder:
         written, computed, trained = _write(folder, opened, file and file.frame, original, prompts, dtype, console)
         merged = logits_of(*_read_back(written, computed), prompts)
@@ -82,14 +75,30 @@ def export_merged(
         found = difference(merged, *expected)
         if not found.is_small and dtype not in QUANTIZED:
             raise ValueError(f"the merge of {run.label} is not what was trained: {found}. Try --dtype float32")
-    lines = [f"{run.label}, merged: {output}", str(found)]
-    if original is not None:
+    if original is None:
+        lines = [f"{run.label}, merged: {output}", str(found)]
+    else:
         lines = [f"{run.label}, merged into {original.path}: {output}", f"as a merge with these weights, {found}"]
         lines.append(f"what it costs that the adapter was trained on others: {difference(merged, *trained)}")
     lines += file.notes if file else []
     if not found.is_small:
         lines.append(f"{dtype} rounds away more than the adapter adds: --dtype q8_0 or float16 keeps what was learned")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+
+
+def _original(base: str, opened: Opened, run: Run) -> ModelSource:
+    if run.initial is not None:
+        raise ValueError(
+            f"--base: the adapter of {run.label} holds a part of the weights (lora.init={run.lora_args.init}), which "
+            "the original ones have too. Leave --base out, or export --format peft: a LoRA over the original weights"
+        )
+    return open_original(base, opened)
+
+
+def _prompts(opened: Opened) -> Prompts:
+    """Some text, and the new tokens."""
+    new = [*opened.args.new_tokens, *opened.args.new_special_tokens]
+    return tokens_of(opened.tokenizer, (*PROMPTS, *([" ".join(new)] if new else [])))
 
 
 Pair = tuple[np.ndarray, np.ndarray]  # logits with the adapter, and without
@@ -149,9 +158,10 @@ def _write_file(folder: Path, frame: Frame, slots: Sequence[Slot], dtype: str, *
     return path
 
 
-def _adapters(model: CausalLM) -> dict[str, Adapter]:
+def _adapters(model: CausalLM) -> dict[str, Merging]:
     """By the name of the first layer's module."""
-    return {layer_name(name, 0): linear.adapter for name, linear in linears(model) if linear.adapter}
+    modules = (*linears(model), *norms(model))
+    return {layer_name(name, 0): module.adapter for name, module in modules if module.adapter}
 
 
 def _read_back(path: Path, computed: str) -> tuple[nnx.GraphDef, Lora, nnx.State]:

@@ -246,7 +246,7 @@ def read_start(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[
         are not to train.
     """
     adapter = read_adapter(folder, model)
-    if missing := adapter.tables.keys() - set(whole_names(model, args.modules_to_save)):
+    if missing := adapter.tables.keys() - set(whole_names(model, args)):
         raise ValueError(
             f"lora.start={folder}: it holds {' and '.join(sorted(missing))} whole: name them in lora.modules_to_save, "
             "and they train on; or merge it (python -m qlora_jax.export FOLDER --format hf), and train on that model"

@@ -62,8 +62,8 @@ def check_exportable(run: Run, tables: Lora, model: ModelConfig) -> None:
     """Passes what PEFT computes as it was trained.
 
     Raises:
-      ValueError: whole tables, as of an adapter that was made elsewhere; rows of tokens, or a head that is the
-        embedding, beside (IA)^3; rows of a head with a bias, which PEFT leaves out then.
+      ValueError: a model that trained whole; whole tables, as of an adapter that was made elsewhere; rows of tokens, or
+        a head that is the embedding, beside (IA)^3; rows of a head with a bias, which PEFT leaves out then.
     """
     if run.tables:
         raise ValueError(
@@ -71,6 +71,7 @@ def check_exportable(run: Run, tables: Lora, model: ModelConfig) -> None:
         )
     leaves, ia3 = {leaf for table in tables.values() for leaf in table}, run.lora_args.method == "ia3"
     problems = {
+        "all of the model was trained (lora.method=full), and PEFT holds adapters": run.lora_args.method == "full",
         "PEFT trains no rows of tokens beside (IA)^3": "rows" in leaves and ia3,
         "PEFT does not keep a head the embedding that it is beside (IA)^3": "weight" in leaves
         and ia3

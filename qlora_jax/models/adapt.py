@@ -1,6 +1,7 @@
 """Which projections get an adapter, and putting it there."""
 
 import math
+import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -17,6 +18,8 @@ from qlora_jax.nn.dora import DoRA, SettledDoRA
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors
+from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.whole_linear import set_whole
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # What (IA)^3 was made for: keys, values (or queries, keys and values at once), and the MLP's last projection.
@@ -41,8 +44,18 @@ def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
         yield linear.name, linear
 
 
+def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
+    """(name with the layer's index left out, norm) of each."""
+    for name in model.config.norm_widths():
+        norm: RMSNorm | LayerNorm = operator.attrgetter(name)(model.model.layers)
+        yield model.config.hugging_face_name(f"model.layers.{name}"), norm
+    yield model.config.hugging_face_name("model.norm"), model.model.norm
+
+
 def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors | None = None) -> None:
     """Sets an adapter of the spec's method on each projection that it targets; it changes nothing until it is trained.
+
+    With the method `full`, projections and norms train themselves.
 
     Each adapter's initial values belong to (key, name): they do not depend on what else is targeted.
 
@@ -50,9 +63,16 @@ def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors |
       initial: A and B to begin with, instead of drawn ones (`lora.init`): as `partition` has LoRA parameters.
 
     Raises:
-      ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1.
+      ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1; weights in
+        codes that are to train themselves.
     """
     known = dict(linears(model))
+    if spec.method == "full":
+        for linear in known.values():
+            set_whole(linear, spec.dtype)
+        for _, norm in norms(model):
+            norm.set_whole()
+        return
     made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial)
     for name, adapter in made.items():
         known[name].adapter = adapter
@@ -120,7 +140,7 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
     return found
 
 
-VECTORS = ("magnitude", "scale", "vector")  # of adapters; they stay in f32
+VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # of what trains; they stay in f32
 
 
 def for_decoding(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State) -> tuple[nnx.GraphDef, Lora, nnx.State]:
@@ -172,7 +192,8 @@ def _targets(target_modules: str | Sequence[str], names: list[str], layers: int)
     if target_modules in (AUTO, ALL_LINEAR):
         return names
     if isinstance(target_modules, str):
-        return _stacks_matched("target_modules", target_modules, _is_whole, names, layers)
+        what = "target_modules, a regular expression over full names (names alone are a list, [q_proj, v_proj]),"
+        return _stacks_matched(what, target_modules, _is_whole, names, layers)
     if not target_modules:
         raise ValueError(f"target_modules is an empty list: name layers, or {ALL_LINEAR!r}")
     found = [

@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.attention import cached_attention, causal_attention
@@ -23,10 +22,13 @@ from qlora_jax.nn.rope import Rope, rotate, rotations
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of the positions seen so far: k, v [L, B, K, S, H], keys already rotated."""
+    """Keys and values of the positions seen so far: k, v [L, B, K, S, H], keys already rotated.
 
-    k: Float[Array, "L B K S H"]
-    v: Float[Array, "L B K S H"]
+    Their types are not checked: a program that is compiled before there is a cache has their shapes alone.
+    """
+
+    k: Any
+    v: Any
 
     @classmethod
     def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
@@ -41,21 +43,30 @@ class Positions:
     """Where the tokens of a call stand.
 
     index_BT counts from 0 in each text; segments_BT are ids of the texts of a row, None where it is one; cos and sin
-    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ.
+    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ. Where `branching`,
+    segment 0 is the beginning of all the others.
     """
 
     index_BT: jax.Array
     segments_BT: jax.Array | None
     cos: jax.Array
     sin: jax.Array
+    branching: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
-    def of(cls, config: ModelConfig, index_BT: jax.Array, segments_BT: jax.Array | None, length: int) -> "Positions":
+    def of(
+        cls,
+        config: ModelConfig,
+        index_BT: jax.Array,
+        segments_BT: jax.Array | None,
+        length: int,
+        branching: bool = False,
+    ) -> "Positions":
         """With the rotations of up to `length` positions."""
         kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
         each = [_rotations(rope, config, index_BT, length) for rope in kinds]
         cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
-        return cls(index_BT, segments_BT, cos, sin)
+        return cls(index_BT, segments_BT, cos, sin, branching)
 
     def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
         """Which of several rotations one layer has."""
@@ -101,7 +112,8 @@ class Attention(nnx.Module):
         if cache is None:
             v = checkpoint_name(v, "value")
             with jax.named_scope("attention"):
-                out_BTNH = causal_attention(q, k, v, scale, segments_BT=positions.segments_BT, **seen)
+                texts = {"segments_BT": positions.segments_BT, "branching": positions.branching}
+                out_BTNH = causal_attention(q, k, v, scale, **texts, **seen)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.nf4_matmul.layouts import preferred_layout
-from qlora_jax.nn.rope import Rope
+from qlora_jax.nn.rope import TURNED_BY_LENGTH, Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,6 +148,13 @@ class ModelConfig:
     def has_plain_attention(self, length: int) -> bool:
         """Whether scores have no soft cap, and all layers see the same of `length` positions."""
         return self.attention_softcap is None and len(set(self.seen(length))) == 1
+
+    @property
+    def takes_branches(self) -> bool:
+        """Whether a row may be a text with several continuations: what a token sees is neither limited by a window nor
+        turned by the length of its row."""
+        kinds = {rope.scaling.kind for rope in (self.rope, *self.ropes) if rope is not None}
+        return not any(self.windows or ()) and not kinds & set(TURNED_BY_LENGTH)
 
     def parameters(self) -> int:
         """How many numbers the base holds."""

@@ -234,6 +234,7 @@ class CausalLM(nnx.Module):
         remat: str = "none",
         key: jax.Array | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
+        branching: bool = False,
     ) -> Float[Array, "M D"]:
         """The normalized last hidden state of each token, positions from 0 in each text, causal.
 
@@ -243,12 +244,16 @@ class CausalLM(nnx.Module):
           remat: a key of REMAT_POLICIES.
           key: dropout's key of this step and micro-batch; None for no dropout.
           segments_BT: which text of its row a token belongs to, ids ascending; padding to the left is such a text.
+          branching: segment 0 is the beginning of all the others, which go on from it; not for layers with windows.
         """
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         if segments_BT is not None:
             index_BT = _index_in_segment(segments_BT)
-        positions = Positions.of(self.config, index_BT, segments_BT, length)
+        if branching:
+            shared_BT = segments_BT == 0
+            index_BT += jnp.where(shared_BT, 0, jnp.sum(shared_BT, axis=1, keepdims=True))
+        positions = Positions.of(self.config, index_BT, segments_BT, length, branching)
         return self.model(tokens_BT, positions, remat=remat, key=key)[0]
 
     def extend(

@@ -13,8 +13,8 @@ Lora = dict[str, dict[str, jax.Array]]
 
 
 def is_table(name: str) -> bool:
-    """Whether a module of what trains is embedding or head, and no projection."""
-    return not name.startswith("model.layers.")
+    """Whether a module of what trains is embedding or head, and no projection or norm."""
+    return name in ("model.embed_tokens", "lm_head")
 
 
 def partition(model: nnx.Module) -> tuple[nnx.GraphDef, Lora, nnx.State]:

@@ -1,6 +1,6 @@
 """What trains of embedding and head: rows of new tokens, or whole tables; and what the tables are with it put in."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -32,21 +32,32 @@ def add_token_rows(model: CausalLM, ids: tuple[int, ...], dtype: DTypeLike) -> N
 
 
 def add_tables(model: CausalLM, ids: tuple[int, ...], lora: LoraArgs) -> None:
-    """Sets what trains of embedding and head: those that lora.modules_to_save names, and else rows of the tokens `ids`.
+    """Sets what trains of embedding and head: the tables of `whole_names`, and else rows of the tokens `ids`.
 
     Raises:
       ValueError: a name that is neither, or a head that has a bias.
     """
     add_token_rows(model, ids, lora.dtype)
-    whole = whole_names(model.config, lora.modules_to_save)
+    whole = whole_names(model.config, lora)
     for name, table in tables(model):
         if name in whole:
             table.set_whole(ids, lora.dtype)
 
 
-def whole_names(config: ModelConfig, modules: Sequence[str]) -> list[str]:
-    """Our names of the tables that modules_to_save names, by our last part of the name or by the family's own."""
+def whole_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
+    """Our names of the tables that train whole.
+
+    With lora.method=full all of them, else those of modules_to_save, by our last part of the name or the family's own.
+
+    Raises:
+      ValueError: a name that is neither, or a head that has a bias.
+    """
     ours = ["model.embed_tokens", *([] if config.tie_embeddings else ["lm_head"])]
+    if lora.method == "full":
+        if config.head_bias:
+            raise ValueError("lora.method=full: the head of this model has a bias, and does not train whole here")
+        return ours
+    modules = lora.modules_to_save
     known = {named.rpartition(".")[2]: name for name in ours for named in (name, config.hugging_face_name(name))}
     problems = [
         f"{module!r}: expected some of {', '.join(known)}" + config.tie_embeddings * ", which is the head too here"

@@ -37,6 +37,7 @@ def causal_attention(
     *,
     window: int | Int[Array, ""] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
+    branching: bool = False,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T, over visible keys) v; scores and sums in f32, the result in q's dtype.
@@ -52,17 +53,21 @@ def causal_attention(
         serves layers whose windows differ.
       segments_BT: an id of the text that each position belongs to, where rows hold several. What lies before the first
         chunk with the queries' ids costs nothing, so ids should ascend.
+      branching: segment 0 is also seen by all that follow it: a text with several continuations.
 
     Raises:
-      ValueError: a scale, window or softcap that is not above zero.
+      ValueError: a scale, window or softcap that is not above zero; or branching with a window, which counts places of
+        a row, or without segments.
     """
     if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
         raise ValueError(f"scale = {scale}, window = {window}, softcap = {softcap}: expected numbers above zero")
+    if branching and (window is not None or segments_BT is None):
+        raise ValueError(f"branching: needs segments and no window; found window = {window}, segments = {segments_BT}")
     fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
-    plain = traced is None and softcap is None
+    plain = traced is None and softcap is None and not branching
     if attention_cpu.refusal(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
         return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, fixed)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, (segments_BT, traced), Scores(scale, softcap), fixed)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, (segments_BT, traced), Scores(scale, softcap), fixed, branching)
 
 
 class Scores(NamedTuple):
@@ -89,26 +94,37 @@ class Scores(NamedTuple):
         return d_capped * (1 - jnp.square(capped / self.softcap))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching)[0]
 
 
-def _visibility(tiling: Tiling, limits, window: int | None) -> Visibility:
+def _visibility(tiling: Tiling, limits, window: int | None, branching: bool) -> Visibility:
     segments_BT, traced = limits
-    return Visibility.of(tiling, window if traced is None else traced, segments_BT)
+    return Visibility.of(tiling, window if traced is None else traced, segments_BT, branching)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
+def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching):
+    plain = limits[1] is None and scores.softcap is None
+    if attention_cpu.takes_forward(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
+        arrays = q_BTNH, k_BTKH, v_BTKH, limits[0]
+        out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window, branching)
+        lse_IZM = Tiling.of(q_BTNH, k_BTKH).split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
+    else:
+        out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching)
+    # The names are given here, since what the backward pass wants is what a remat policy has to keep.
+    out_BTNH = checkpoint_name(out_BTNH, "attention_out")
+    lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
+
+
+def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching):
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window)
+    visibility = _visibility(tiling, limits, window, branching)
     k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
     step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scores)
     _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
-    # The names are given here, since what the backward pass wants is what a remat policy has to keep.
-    out_BTNH = checkpoint_name(tiling.join(out_IZMH), "attention_out")
-    lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
+    return tiling.join(out_IZMH), lse_IZM
 
 
 def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
@@ -132,10 +148,10 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
     return None, ((sum_ZMH / total_ZM[..., None]).astype(q_ZMH.dtype), top_ZM * to_log2 + jnp.log2(total_ZM))
 
 
-def _backward(scores, window, residuals, do_BTNH):
+def _backward(scores, window, branching, residuals, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM = residuals
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window)
+    visibility = _visibility(tiling, limits, window, branching)
     # sum over keys of weight x d_weight = sum over features of out x d_out: a pass over [T, H], not over the scores.
     mean_BTN1 = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3, keepdims=True)
     k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))

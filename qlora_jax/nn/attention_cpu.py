@@ -1,8 +1,8 @@
-"""`nn.attention.causal_attention` on CPUs with bf16 products, by the C++ handlers of pallas_kernels.native.
+"""`nn.attention.causal_attention` on CPUs with AVX-512, by the C++ handlers of pallas_kernels.native.
 
-The same definition, roundings and residuals; tiles of 64 queries whose scores stay in a core's own caches. Packed
-operands and sums are results of the handlers, so that XLA counts their memory: for a position 4 K H bytes forward,
-8 N H backward.
+The same definition, roundings and residuals; tiles of 64 queries whose scores stay in a core's own caches. In bf16,
+where the processor has such products, both passes; in f32 the forward pass. Packed operands and sums are results of the
+handlers, so that XLA counts their memory: for a position 4 K H bytes forward (8 in f32), 8 N H backward.
 
 Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64 positions, P pairs.
 """
@@ -37,6 +37,12 @@ def refusal(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None
     if not plain:
         return "C++ loops are for attention without a soft cap, and with one window for all layers"
     return (missing := attention_problem()) and f"C++ loops: {missing}"
+
+
+def takes_forward(platform: str, dtype: Any, width: int, *, plain: bool) -> bool:
+    """Whether `forward_f32` computes heads of this dtype and width on this platform; `plain` as in `refusal`."""
+    at_home = platform == "cpu" and jnp.dtype(dtype) == jnp.float32 and plain
+    return at_home and width % 16 == 0 and width <= WIDTHS[-1] and attention_problem("float32") is None
 
 
 def pairs(length: int, window: int) -> int:
@@ -88,6 +94,25 @@ def _backward(scale, window, residuals, do_BTNH):
     operands = (q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), out_BTNH, lse_BNT, do_BTNH)
     dq_BTNH, dk_BTKH, dv_BTKH, *_ = call(*operands, scale=np.float64(scale), window=np.int64(window or 0))
     return dq_BTNH, dk_BTKH, dv_BTKH, None
+
+
+def forward_f32(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    segments_BT: Int[Array, "B T"] | None,
+    scale: float,
+    window: int | None,
+    branching: bool,
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
+    """(softmax(scale q k^T, over visible keys) v, log2-sum-exp2 of each query's scores); not to be differentiated."""
+    (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
+    packed = jax.ShapeDtypeStruct((batch, kv_heads, -(-length // BLOCK), BLOCK * width), jnp.float32)
+    results = _shaped(q_BTNH), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), packed, packed
+    call = jax.ffi.ffi_call("attention_forward_f32", results, vmap_method="sequential")
+    how = dict(scale=np.float64(scale), window=np.int64(window or 0), branching=branching)
+    out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), **how)
+    return out_BTNH, lse_BNT
 
 
 def _shaped(x: Any) -> jax.ShapeDtypeStruct:

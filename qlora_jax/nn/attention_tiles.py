@@ -105,7 +105,7 @@ class Keys:
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """Which keys a query sees: 0 <= query - key < window, and equal segments.
+    """Which keys a query sees: 0 <= query - key < window, and equal segments; where `branching`, segment 0 too.
 
     first_I is the first chunk of keys that the queries of each chunk may see; bands_DCC what positions alone let the
     queries of a chunk see of the keys that lie D chunks before. It is made once: in a pass over scores, a load is
@@ -117,10 +117,15 @@ class Visibility:
     segments_BS: Int[Array, "B S"] | None
     first_I: Int[Array, " I"]
     bands_DCC: Bool[Array, "D C C"]
+    branching: bool = False
 
     @classmethod
     def of(
-        cls, tiling: Tiling, window: int | Int[Array, ""] | None, segments_BT: Int[Array, "B T"] | None
+        cls,
+        tiling: Tiling,
+        window: int | Int[Array, ""] | None,
+        segments_BT: Int[Array, "B T"] | None,
+        branching: bool = False,
     ) -> "Visibility":
         """The visibility of whole rows, cut as `tiling` says."""
         if isinstance(window, int) and window >= tiling.length:
@@ -132,8 +137,9 @@ class Visibility:
             return cls(tiling, window, None, first_I, bands_DCC)
         padding = ((0, 0), (0, tiling.chunks * tiling.chunk - tiling.length))
         segments_BS = jnp.pad(segments_BT.astype(jnp.int32), padding, mode="edge")
-        first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
-        return cls(tiling, window, segments_BS, first_I, bands_DCC)
+        if not branching:
+            first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
+        return cls(tiling, window, segments_BS, first_I, bands_DCC, branching)
 
     def over_tiles(self, tile: Callable[[Keys, Any], Any], carry: Any, i: jax.Array | int) -> Any:
         """carry = tile(keys, carry) for all keys that queries of chunk i may see, their own chunk's at last."""
@@ -167,7 +173,8 @@ class Visibility:
         first_key = keys.j * self.tiling.of_keys.chunk
         of_queries_BC = jax.lax.dynamic_slice_in_dim(self.segments_BS, i * c, c, axis=1)
         of_keys_BS = jax.lax.dynamic_slice_in_dim(self.segments_BS, first_key, keys.count, axis=1)
-        return visible & (of_queries_BC[:, :, None] == of_keys_BS[:, None, :])
+        same = of_queries_BC[:, :, None] == of_keys_BS[:, None, :]
+        return visible & (same | (of_keys_BS == 0)[:, None, :] if self.branching else same)
 
 
 def _behind(queries: int, keys: int) -> Int[Array, "C S"]:

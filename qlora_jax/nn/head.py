@@ -23,7 +23,7 @@ class Head:
     """How hidden states become logits: softcap tanh((hidden weight^T + bias) / softcap), with what there is of it.
 
     Attributes:
-      weight_VD: [V, D]; its rows are what nn.loss cuts into tiles.
+      weight_VD: [V, D]; its rows are what nn.head_tiles cuts into tiles.
       bias_V: [V], or None.
       softcap: or None.
       absent_V: bool [V], rows that others stand in for, whose logits are -inf; None: there is none.

@@ -1,7 +1,7 @@
 """Cross-entropy of the next token through a frozen head, never holding [tokens, vocab].
 
-The head is read in tiles of its rows. As in flash attention, each tile's exp(logit - largest so far) is summed, and
-multiplied with the tile itself, so one pass gives log-sum-exp and the gradient of the hidden states:
+The head is read in tiles of its rows (nn.head_tiles). Each tile's exp(logit - largest so far) is summed, and multiplied
+with the tile itself, so one pass gives log-sum-exp and the gradient of the hidden states:
 
   nll = log sum_v exp(l_v) - l_target,    d nll / d hidden = (sum_v exp(l_v) w_v) / (sum_v exp(l_v)) - w_target
 
@@ -11,37 +11,16 @@ dl_v / dz_v = 1 - (l_v / c)^2.
 Where rows of the head train beside the frozen ones, as those of new tokens do, log-sum-exp and target of the frozen
 rows are what is differentiated by hand, and the few others are added to them.
 
-Dimension key: M tokens, D embed, V vocab, N rows that train, C tokens of a chunk, I chunks, W rows of the head in a
-tile.
+Dimension key: M tokens, D embed, V vocab, N rows that train, C tokens of a chunk.
 """
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.devices import target_device
-from qlora_jax.nn.dots import dot_nn, dot_tn
+from qlora_jax.nn.dots import dot_tn
 from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
-
-
-class Tile(NamedTuple):
-    """How much is computed at once: `tokens` hidden states with `rows` of the head."""
-
-    tokens: int
-    rows: int
-
-
-# By platform. On CPUs [256, 2048] logits stay in a core's cache, which is 1.6 times as fast as [256, V]. Elsewhere the
-# whole head at once, since XLA on GPUs copies a tile before it multiplies; 512 tokens keep the products above 300 FLOP
-# a byte of the head, about what the fastest cards do.
-TILES = {"cpu": Tile(256, 2048)}
-WHOLE_HEAD = Tile(512, 2**31)
-
-
-OfChunk = Callable[[jax.Array, Head, jax.Array], Any]
+from qlora_jax.nn.head_tiles import Running, chunk_of, chunked, in_chunks, over_tiles
 
 
 def token_nll(
@@ -77,139 +56,47 @@ def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
 @jax.custom_vjp
 def _frozen_nll(hidden_MD, head: Head, targets_M, supervised_M):
     """The gradient by `hidden_MD` is made while the logits exist, not from logits made again."""
-    return _in_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    return in_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
 
 
 @jax.custom_vjp
 def _frozen_sums(hidden_MD, head: Head, targets_M, supervised_M):
     """(log-sum-exp, the target's logit: 0 where the target is out of range), both 0 where not supervised."""
-    return _in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
+    return in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
 
 
 @jax.custom_vjp
 def _whole_nll(hidden_MD, head: WholeHead, targets_M, supervised_M):
     """The gradient by the head is made from logits made again, chunk by chunk, and summed in f32."""
-    return _in_chunks(_nll_of_chunk, hidden_MD, head.cast(hidden_MD.dtype), targets_M, supervised_M)
-
-
-def tile_of(platform: str, tokens: int, vocabulary: int) -> Tile:
-    """The tile of a platform, no larger than there is work."""
-    tile = TILES.get(platform, WHOLE_HEAD)
-    return Tile(min(tile.tokens, tokens), min(tile.rows, vocabulary))
-
-
-class _Running(NamedTuple):
-    """Over the tiles so far: the largest logit, sum exp(l - largest), the target's logit, sum exp(l - largest) w."""
-
-    largest_C: jax.Array
-    sum_C: jax.Array
-    target_C: jax.Array
-    weighted_CD: jax.Array | None  # None where no gradient is wanted
+    return in_chunks(_nll_of_chunk, hidden_MD, head.cast(hidden_MD.dtype), targets_M, supervised_M)
 
 
 def _nll_of_chunk(hidden_CD, head, targets_C):
-    start = _start(hidden_CD, weighted=False)
-    return _nll(_over_tiles(start, hidden_CD, head, targets_C))
+    return over_tiles(hidden_CD, head, targets_C).nll_C
 
 
 def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
-    run = _over_tiles(_start(hidden_CD, weighted=True), hidden_CD, head, targets_C)
-    assert run.weighted_CD is not None
-    mean_CD = run.weighted_CD / run.sum_C[:, None]
+    run = over_tiles(hidden_CD, head, targets_C, weighted=True)
     target_CD = head.weight_VD[targets_C].astype(jnp.float32)
     slope_C = head.slope(run.target_C)
     if slope_C is not None:
         target_CD *= slope_C[:, None]
-    return _nll(run), (mean_CD - target_CD).astype(hidden_CD.dtype)
+    return run.nll_C, (_mean_row(run) - target_CD).astype(hidden_CD.dtype)
 
 
 def _sums_of_chunk(hidden_CD, head, targets_C):
     """(log-sum-exp, the target's logit, sum_v exp(l_v) w_v / sum_v exp(l_v))."""
-    run = _over_tiles(_start(hidden_CD, weighted=True), hidden_CD, head, targets_C)
+    run = over_tiles(hidden_CD, head, targets_C, weighted=True)
+    return run.lse_C, run.target_C, _mean_row(run).astype(hidden_CD.dtype)
+
+
+def _mean_row(run: Running) -> jax.Array:
     assert run.weighted_CD is not None
-    mean_CD = run.weighted_CD / run.sum_C[:, None]
-    return jnp.log(run.sum_C) + run.largest_C, run.target_C, mean_CD.astype(hidden_CD.dtype)
-
-
-def _nll(run: _Running) -> jax.Array:
-    return jnp.log(run.sum_C) + run.largest_C - run.target_C
-
-
-def _start(hidden_CD: jax.Array, *, weighted: bool) -> _Running:
-    zeros_C = jnp.zeros(hidden_CD.shape[0], jnp.float32)
-    return _Running(zeros_C - jnp.inf, zeros_C, zeros_C, jnp.zeros(hidden_CD.shape, jnp.float32) if weighted else None)
-
-
-def _over_tiles(run: _Running, hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> _Running:
-    """All of the head: whole tiles in a loop, then what is left."""
-    vocabulary = head.weight_VD.shape[0]
-    rows = tile_of(target_device().platform, hidden_CD.shape[0], vocabulary).rows
-    if rows == vocabulary:
-        return _add_tile(run, hidden_CD, head, targets_C)
-    whole, rest = divmod(vocabulary, rows)
-
-    def one(index, run):
-        tile = head.rows(lambda x: jax.lax.dynamic_slice_in_dim(x, index * rows, rows))
-        return _add_tile(run, hidden_CD, tile, targets_C - index * rows)
-
-    run = jax.lax.fori_loop(0, whole, one, run)
-    return _add_tile(run, hidden_CD, head.rows(lambda x: x[-rest:]), targets_C - whole * rows) if rest else run
-
-
-def _add_tile(run: _Running, hidden_CD: jax.Array, tile: Head, place_C: jax.Array) -> _Running:
-    """One tile more; `place_C` is the target's row in the tile, out of range where it lies in another."""
-    logits_CW = tile.logits(hidden_CD)
-    rows = logits_CW.shape[1]
-    largest_C = jnp.maximum(run.largest_C, jnp.max(logits_CW, axis=-1))
-    exp_CW = jnp.exp(logits_CW - largest_C[:, None])
-    shrink_C = jnp.exp(run.largest_C - largest_C)
-    at_place_C = jnp.take_along_axis(logits_CW, jnp.clip(place_C, 0, rows - 1)[:, None], axis=-1)[:, 0]
-    weighted_CD = run.weighted_CD
-    if weighted_CD is not None:
-        slope_CW = tile.slope(logits_CW)
-        factors_CW = exp_CW if slope_CW is None else exp_CW * slope_CW
-        weighted_CD = weighted_CD * shrink_C[:, None] + dot_nn(factors_CW.astype(hidden_CD.dtype), tile.weight_VD)
-    return _Running(
-        largest_C=largest_C,
-        sum_C=run.sum_C * shrink_C + jnp.sum(exp_CW, axis=-1),
-        target_C=jnp.where((place_C >= 0) & (place_C < rows), at_place_C, run.target_C),
-        weighted_CD=weighted_CD,
-    )
-
-
-def _in_chunks(of_chunk: OfChunk, hidden_MD, head: Head, targets_M, supervised_M):
-    """of_chunk over the supervised tokens, its results put back in place, zero where not supervised."""
-    m = hidden_MD.shape[0]
-    size = tile_of(target_device().platform, m, head.weight_VD.shape[0]).tokens
-    order_M = jnp.argsort(~supervised_M, stable=True)
-    padding = -m % size
-    chunks = jax.tree.map(
-        lambda x: jnp.pad(x[order_M], ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]),
-        (hidden_MD, targets_M, supervised_M),
-    )
-    shapes = jax.eval_shape(of_chunk, chunks[0][0], head, chunks[1][0])
-
-    def one(_, chunk):
-        hidden, targets, supervised = chunk
-        results = jax.lax.cond(
-            jnp.any(supervised),
-            lambda: of_chunk(hidden, head, targets),
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-        )
-        return None, jax.tree.map(lambda r: _masked(r, supervised), results)
-
-    _, results = jax.lax.scan(one, None, chunks)
-    place_M = jnp.argsort(order_M)
-    return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[place_M], results)
-
-
-def _masked(result: jax.Array, supervised_C: jax.Array) -> jax.Array:
-    keep = supervised_C.reshape(supervised_C.shape + (1,) * (result.ndim - 1))
-    return jnp.where(keep, result, jnp.zeros((), result.dtype))
+    return run.weighted_CD / run.sum_C[:, None]
 
 
 def _sums_forward(hidden_MD, head, targets_M, supervised_M):
-    lse_M, target_M, mean_MD = _in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    lse_M, target_M, mean_MD = in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)
     return (lse_M, target_M), (head, targets_M, target_M, mean_MD)
 
 
@@ -230,7 +117,7 @@ _frozen_sums.defvjp(_sums_forward, _sums_backward)
 
 def _whole_forward(hidden_MD, head, targets_M, supervised_M):
     frozen = head.cast(hidden_MD.dtype)
-    lse_M, target_M, mean_MD = _in_chunks(_sums_of_chunk, hidden_MD, frozen, targets_M, supervised_M)
+    lse_M, target_M, mean_MD = in_chunks(_sums_of_chunk, hidden_MD, frozen, targets_M, supervised_M)
     return lse_M - target_M, (hidden_MD, head, targets_M, supervised_M, lse_M, target_M, mean_MD)
 
 
@@ -246,12 +133,8 @@ def _whole_backward(residuals, d_nll_M):
 
 def _by_head(hidden_MD, head: Head, targets_M, lse_M, d_nll_M) -> Float[Array, "V D"]:
     """sum over tokens of d_nll (softmax - onehot) slope times hidden state; chunks without supervision cost nothing."""
-    m, size = hidden_MD.shape[0], tile_of(target_device().platform, hidden_MD.shape[0], head.weight_VD.shape[0]).tokens
-    order_M = jnp.argsort(d_nll_M == 0, stable=True)
-    chunks = jax.tree.map(
-        lambda x: jnp.pad(x[order_M], ((0, -m % size),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:]),
-        (hidden_MD, targets_M, lse_M, d_nll_M),
-    )
+    size = chunk_of(hidden_MD.shape[0])
+    chunks = chunked((hidden_MD, targets_M, lse_M, d_nll_M), jnp.argsort(d_nll_M == 0, stable=True), size)
 
     def add(d_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> jax.Array:
         hidden_CD, targets_C, lse_C, d_nll_C = chunk
@@ -271,7 +154,7 @@ _whole_nll.defvjp(_whole_forward, _whole_backward)
 
 
 def _forward(hidden_MD, head, targets_M, supervised_M):
-    nll_M, grad_MD = _in_chunks(_nll_and_grad_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    nll_M, grad_MD = in_chunks(_nll_and_grad_of_chunk, hidden_MD, head, targets_M, supervised_M)
     return nll_M, grad_MD
 
 

@@ -118,6 +118,8 @@ SCALINGS: dict[str, Callable[[Rope, int], Frequencies]] = {
     "longrope": _longrope,
 }
 
+TURNED_BY_LENGTH = ("dynamic", "longrope")
+
 # The numbers that each scaling needs, then those that it may have.
 NUMBERS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),

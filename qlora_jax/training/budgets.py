@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.inference.ahead import bytes_of
 from qlora_jax.optim.pager import check_budget
 from qlora_jax.optim.pages import Layout
 from qlora_jax.optim.residency import Memory
@@ -20,8 +21,10 @@ class Room(NamedTuple):
     update: int
 
 
-# (a batch's shape, bytes of pages on the device now) -> room
-Budget = Callable[[Shape, int], Room]
+# What is computed: gradients of a batch's shape; or an evaluation, which takes so many bytes beside the model.
+Work = Shape | int
+# (what is computed, bytes of pages on the device now) -> room
+Budget = Callable[[Work, int], Room]
 
 
 def declared(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget, str]:
@@ -32,25 +35,33 @@ def declared(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget,
     """
     check_budget(budget_bytes, layout, device_bytes(memory)[0])
     room = Room(budget_bytes, budget_bytes)
-    return lambda shape, resident: room, f"{format_bytes(budget_bytes)} of them on the device"
+    return lambda work, resident: room, f"{format_bytes(budget_bytes)} of them on the device"
 
 
 def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
-    """(device - reserve - what the compiled gradients of a shape need, in words).
+    """(device - reserve - what the work needs, by the compiled gradients of a shape, in words).
 
     What the device says is held by others than pages counts where it is more than the program knows of.
     """
     total, words = device_bytes(memory)
 
-    def budget(shape: Shape, resident: int) -> Room:
-        program = gradients.compiled(shape).memory_analysis()
-        held, made = program.argument_size_in_bytes, program.output_size_in_bytes - program.alias_size_in_bytes
+    def budget(work: Work, resident: int) -> Room:
+        held, made, scratch = _taken(gradients, work)
         statistics = memory.statistics() or {}
         held = max(held, statistics.get("bytes_in_use", 0) - resident)
         free = int(total * (1 - RESERVE)) - held - made
-        return Room(max(0, free - program.temp_size_in_bytes), max(0, free))
+        return Room(max(0, free - scratch), max(0, free))
 
     return budget, f"as many on the device as the next batch leaves room for on {words}"
+
+
+def _taken(gradients: Gradients, work: Work) -> tuple[int, int, int]:
+    """Bytes of (what is there before, what is made and stays, what is there meanwhile)."""
+    if isinstance(work, int):
+        return bytes_of(gradients.parts[1:]), 0, work
+    program = gradients.compiled(work).memory_analysis()
+    made = program.output_size_in_bytes - program.alias_size_in_bytes
+    return program.argument_size_in_bytes, made, program.temp_size_in_bytes
 
 
 def device_bytes(memory: Memory) -> tuple[int, str]:

@@ -19,7 +19,7 @@ def frozen_bytes(step: Step) -> dict[str, int]:
     (2 L + 1) D, those of new tokens too. In the dtype. DoRA has lengths of rows besides, in f32.
     """
     model, layers, size = step.model, step.model.num_layers, step.itemsize
-    weights = [_held(step, name, shape) for name, shape in step.shapes()]
+    weights = [_held(step, name, shape) for name, shape in step.shapes() if step.frozen]
     linear = layers * sum(math.prod(shape) for _, shape in step.shapes())
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
     held = tables - len(step.whole) * model.vocab_size * model.embed_dim
@@ -27,7 +27,7 @@ def frozen_bytes(step: Step) -> dict[str, int]:
         "codes": sum(codes for codes, _ in weights),
         "constants": sum(constants for _, constants in weights),
         "tables": held * size,
-        "vectors": (model.parameters() - linear - tables + model.head_bias * step.new_tokens) * size
+        "vectors": step.frozen * (model.parameters() - linear - tables + model.head_bias * step.new_tokens) * size
         + layers * F32 * _dora_rows(step),
     }
 
@@ -53,7 +53,8 @@ def lora_bytes(step: Step) -> int:
     of a vector of DoRA or (IA)^3: the parameters; their gradients are as large."""
     size = 2 if step.lora.dtype == "bfloat16" else F32
     per_layer = size * sum(_matrix_sizes(step)) + F32 * sum(_vector_sizes(step))
-    return step.model.num_layers * per_layer + size * _new_rows(step) * step.model.embed_dim
+    tables = size * _new_rows(step) * step.model.embed_dim
+    return step.model.num_layers * per_layer + tables + F32 * sum(_last_norm(step))
 
 
 def _new_rows(step: Step) -> int:
@@ -79,7 +80,8 @@ def optimizer_bytes(step: Step) -> int:
     moments, eight_bit, counters = HELD[step.optimizer]
     held = sum(_moment_bytes(n, eight_bit) for n in (*_matrix_sizes(step), *_vector_sizes(step)))
     rows = _new_rows(step) * _moment_bytes(step.model.embed_dim, eight_bit)
-    return moments * (step.model.num_layers * held + rows) + counters * F32
+    last = sum(_moment_bytes(n, eight_bit) for n in _last_norm(step))
+    return moments * (step.model.num_layers * held + rows + last) + counters * F32
 
 
 def _moment_bytes(n: int, eight_bit: bool) -> int:
@@ -87,14 +89,29 @@ def _moment_bytes(n: int, eight_bit: bool) -> int:
 
 
 def _matrix_sizes(step: Step) -> list[int]:
-    """Elements of each A and B of one layer."""
+    """Elements of each A and B of one layer, or of each weight where they train themselves."""
+    if not step.frozen:
+        return [n * k for _, (n, k) in step.shapes()]
     return [step.ranks[name] * side for name, shape in step.shapes() if name in step.ranks for side in shape]
 
 
 def _vector_sizes(step: Step) -> list[int]:
     """Elements of each vector of one layer that trains."""
+    if not step.frozen:
+        biases = [n for (n, _), has_bias in step.model.linear_shapes().values() if has_bias]
+        return biases + _norm_leaves(step) * list(step.model.norm_widths().values())
     scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
     return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
+
+
+def _norm_leaves(step: Step) -> int:
+    """Vectors of a norm: its weight, and a LayerNorm's bias."""
+    return 2 if step.model.norm == "layer" else 1
+
+
+def _last_norm(step: Step) -> list[int]:
+    """Elements of each vector of the norm behind the layers, where it trains."""
+    return [] if step.frozen else _norm_leaves(step) * [step.model.embed_dim]
 
 
 def _dora_rows(step: Step) -> int:
@@ -112,7 +129,7 @@ def dequantized_traffic(step: Step) -> int:
     2 * 2 N K a product, for the forward pass, the backward pass and what is computed again; DoRA's norms take one more
     of each weight, and its dropout one more of the others.
     """
-    product = {name: 2 * dequantized_bytes(shape) for name, shape in step.shapes()}
+    product = {name: 2 * dequantized_bytes(shape) * step.frozen for name, shape in step.shapes()}
     norms = sum(product[name] for name in step.dora)
     layer = sum(product.values()) + (norms if step.lora.dropout else 0)
     again = layer - sum(product[name] for name in not_again(step)) + norms

@@ -18,7 +18,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.adapt import ia3_targets, ranks_and_scalings
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
 from qlora_jax.models.vocabulary import whole_names
-from qlora_jax.nn import attention_cpu, loss
+from qlora_jax.nn import attention_cpu, head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
 
 DOWN = "mlp.down_proj"  # the last product of a layer
@@ -60,7 +60,7 @@ class Step:
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
         """R by the name of each projection that has an adapter of that rank, within a layer: `mlp.down_proj`."""
-        if self.lora.method == "ia3":
+        if self.lora.method in ("ia3", "full"):
             return {}
         found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
         return {self._names[name]: rank for name, (rank, _) in found.items()}
@@ -76,7 +76,7 @@ class Step:
     @functools.cached_property
     def whole(self) -> list[str]:
         """Of embedding and head, what trains whole."""
-        return whole_names(self.model, self.lora.modules_to_save)
+        return whole_names(self.model, self.lora)
 
     @functools.cached_property
     def _names(self) -> Mapping[str, str]:
@@ -87,6 +87,11 @@ class Step:
     def dora(self) -> Collection[str]:
         """The projections whose rows' lengths train too."""
         return self.ranks.keys() if self.lora.method == "dora" else ()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the projections' own weights are; with `full` they train."""
+        return self.lora.method != "full"
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """(name, (out, in)) of each projection of a layer."""
@@ -99,6 +104,16 @@ class Step:
 
 def frozen_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
     """sum over projections of 2 M out in: y = x W^T, and as much for dx = dy W; twice where DoRA drops inputs."""
+    return step.frozen * projection_flops(step, without=without)
+
+
+def whole_linear_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+    """The same, where weights train: then dW = dy^T x is as much once more."""
+    return (not step.frozen) * projection_flops(step, without=without)
+
+
+def projection_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+    """sum over projections of 2 M out in; twice where DoRA drops inputs."""
     twice = step.dora if step.lora.dropout else ()
     products = ((1 + (name in twice), shape) for name, shape in step.shapes() if name not in without)
     return sum(times * product_flops(step.rows, shape) for times, shape in products)
@@ -186,9 +201,9 @@ def head_flops(step: Step) -> int:
     return 2 * head_rows(step) * step.model.embed_dim * rows
 
 
-def head_tile(step: Step) -> loss.Tile:
+def head_tile(step: Step) -> head_tiles.Tile:
     """How the head is cut: C tokens with W of its rows at once."""
-    return loss.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
+    return head_tiles.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
 
 
 def head_rows(step: Step) -> int:
@@ -224,6 +239,8 @@ LAYER_FLOPS: dict[str, Part] = {
     # d(xA) = dy B^T and dB = (xA)^T dy; dA = x^T d(xA) and dx = d(xA) A^T
     "lora backward": lambda step: 2 * lora_up_flops(step) + 2 * lora_down_flops(step),
     "dora forward": dora_flops,
+    "whole_linear forward": whole_linear_flops,
+    "whole_linear backward": lambda step: 2 * whole_linear_flops(step),
     "attention forward": lambda step: attention_flops(step, products=2),
     "attention backward": lambda step: attention_flops(step, products=5),
 }
@@ -249,6 +266,7 @@ FULL: dict[str, Part] = {
     "frozen again": lambda step: frozen_flops(step, without=not_again(step)),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_again(step)),
     "dora again": dora_flops,
+    "whole_linear again": lambda step: whole_linear_flops(step, without=not_again(step)),
     "attention again": attention_again_flops,
 }
 AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}

@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,8 @@ from qlora_jax.data.batches import START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.best import Best
+from qlora_jax.training.figures import perplexity
+from qlora_jax.training.peak import held
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
@@ -30,7 +32,11 @@ class Reporter(Protocol):
         ...
 
     def evaluation(self, record: dict[str, Any]) -> None:
-        """Held-out loss at a step."""
+        """Held-out loss and answers to questions at a step."""
+        ...
+
+    def evaluating(self, words: str) -> None:
+        """How far an evaluation is."""
         ...
 
     def samples(self, records: list[dict[str, Any]]) -> None:
@@ -87,23 +93,34 @@ def run_steps(
     settings = session.config.train
     if progress.step == 0:
         progress = evaluated(session, progress, checkpoints, reporter)
-    for batch in session.dataset.train_batches(progress.position):
+    for batch, data_seconds in timed(session.dataset.train_batches(progress.position)):
         if progress.step >= session.total_steps or stop() or progress.best.is_enough(settings.patience):
             break
         before_step()
-        progress = train_step(session, progress, batch, reporter)
-        if settings.eval_every and progress.step % settings.eval_every == 0 and progress.step < session.total_steps:
+        progress = train_step(session, progress, batch, data_seconds, reporter)
+        if _is_evaluated(session, progress.step):  # before it is saved, for a run that goes on from there has done it
             progress = evaluated(session, progress, checkpoints, reporter)
         if settings.save_every and progress.step % settings.save_every == 0:
             save(session, progress, checkpoints)
-    if progress.step >= session.total_steps:
-        progress = evaluated(session, progress, checkpoints, reporter)
     save(session, progress, checkpoints)
     return progress
 
 
-def train_step(session: Session, progress: Progress, batch: Batch, reporter: Reporter) -> Progress:
-    """One optimizer step, reported once its numbers are known."""
+def _is_evaluated(session: Session, step: int) -> bool:
+    every = session.config.train.eval_every
+    return step == session.total_steps or (every > 0 and step % every == 0)
+
+
+def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
+    """Each batch, and the seconds that it was waited for."""
+    began = time.perf_counter()
+    for batch in batches:
+        yield batch, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+def train_step(session: Session, progress: Progress, batch: Batch, data_seconds: float, reporter: Reporter) -> Progress:
+    """One optimizer step, reported once its numbers are known; `data_seconds` is what its batch was waited for."""
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
     optimizer_state, room, sent = session.updates.make_room(progress.optimizer_state, batch.inputs.shape)
@@ -113,6 +130,7 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
     step = progress.step + 1
     if not (np.isfinite(nll) and np.isfinite(norm)):
         raise NonFiniteLoss(_non_finite(session, batch, step, row_nll_AB, float(norm)))
+    seconds = time.perf_counter() - began
     reporter.step(
         {
             "step": step,
@@ -122,9 +140,12 @@ def train_step(session: Session, progress: Progress, batch: Batch, reporter: Rep
             "supervised_tokens": int(tokens),
             "tokens": batch.tokens,
             "length": batch.inputs.shape[-1],
-            "seconds": time.perf_counter() - began,
+            "seconds": seconds,
+            "data_seconds": data_seconds,
         }
+        | session.utilization.numbers(batch, int(tokens), seconds)
         | session.updates.numbers(optimizer_state, sent + moved)
+        | held(jax.local_devices()[0])
     )
     assert batch.position is not None  # only batches of an evaluation have none
     return Progress(lora, optimizer_state, step, batch.position, progress.best)
@@ -141,13 +162,22 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
 
 
 def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter) -> Progress:
-    """Reports samples and the held-out loss; where it is the least so far and the best are kept, saves a checkpoint."""
+    """Reports samples, the held-out loss and what is right of the questions; where the loss is the least so far and the
+    best are kept, saves a checkpoint."""
+    parts = session.graphdef, progress.lora, session.base
     if session.samples is not None:
-        parts = session.graphdef, progress.lora, session.base
         reporter.samples(session.samples.replies(parts, progress.step))
+    found = {} if session.dataset.eval is None else held_out_loss(session, progress)
+    if session.questions is not None:
+        needed = session.questions.need(parts).size
+        optimizer_state, _, _ = session.updates.make_room(progress.optimizer_state, needed)
+        progress = dataclasses.replace(progress, optimizer_state=optimizer_state)
+        found |= session.questions.figures(parts, reporter.evaluating)
+    if found:
+        reporter.evaluation({"step": progress.step, **found})
     if session.dataset.eval is None:
         return progress
-    best = progress.best.after(progress.step, held_out_loss(session, progress, reporter))
+    best = progress.best.after(progress.step, found["eval_loss"])
     progress = dataclasses.replace(progress, best=best)
     if session.config.train.keep_best and best.step == progress.step > 0:
         checkpoints.keep_also(best.step)
@@ -155,16 +185,16 @@ def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, re
     return progress
 
 
-def held_out_loss(session: Session, progress: Progress, reporter: Reporter) -> float:
-    """The loss of the held-out rows, weighed by tokens, which is reported."""
+def held_out_loss(session: Session, progress: Progress) -> dict[str, float]:
+    """The loss of the held-out rows, weighed by tokens, as a record has it."""
     nll = tokens = 0.0
     for batch in session.dataset.eval_batches(EVAL_ROWS):
         arrays = {name: array[0] for name, array in batch.arrays().items()}
         rows_B = evaluation_loss(session.graphdef, progress.lora, session.base, arrays)
         nll += float(np.sum(np.asarray(rows_B, np.float64)))
         tokens += float(np.sum(batch.weights, dtype=np.float64))
-    reporter.evaluation({"step": progress.step, "eval_loss": nll / tokens, "eval_tokens": int(tokens)})
-    return nll / tokens
+    loss = nll / tokens
+    return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": int(tokens)}
 
 
 def save(session: Session, progress: Progress, checkpoints: Checkpoints) -> None:

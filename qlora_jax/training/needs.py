@@ -22,7 +22,7 @@ from qlora_jax.training.updates import PAGES_IN_A_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
 PROGRAMS = "programs"
-KINDS = ("weights", "constants", "LoRA", "gradients", STATE, ACTIVATIONS, "scratch", PROGRAMS)
+KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", PROGRAMS)
 # On a CPU programs lie in the memory that is planned. Measured (scripts/plan_memory.py), much the same for any model:
 # those of the loader and the update, and libraries' pages that they touch; not what is there before a weight is read.
 CPU_PROGRAMS = 80 * 2**20
@@ -125,7 +125,7 @@ def _need(setting: Setting, scratch: int, source: str) -> Need:
     device = {
         "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
         "constants": frozen["constants"],
-        "LoRA": lora,
+        "trained": lora,
         "gradients": lora,
         STATE: min(state, PAGES_IN_FLIGHT) if setting.paged else state,
         ACTIVATIONS: _saved(of),

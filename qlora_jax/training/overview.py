@@ -1,4 +1,4 @@
-"""The banner of a run: what it computes on, in what, what trains, and which options are off."""
+"""The banner of a run: what it computes on, in what, what trains, and which options are off; where it goes on."""
 
 import jax
 
@@ -7,27 +7,39 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.api import chosen
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config, paging_of
+from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.nn import attention_cpu
+from qlora_jax.training.best import Best
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
-METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}
+METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}  # of those that have adapters
 
 
-def overview(session: Session, first_step: int) -> Rows:
-    """One line a fact, in the order a reader asks."""
+def going_on(session: Session, step: int, best: Best) -> tuple[str, Rows]:
+    """Title and rows of a run that `step` steps are done of: what the banner of its start could not say."""
+    rows = {"run": f"{session.config.output}, with the settings in its {CONFIG_FILE}", "device": _computing(session)}
+    if best.loss is not None:
+        rows["least held-out loss"] = f"{best.loss:.3f}, at step {best.step:,}"
+    return f"going on after step {step:,} of {session.total_steps:,}", rows
+
+
+def overview(session: Session) -> tuple[str, Rows]:
+    """Title, and one line a fact, in the order a reader asks."""
+    return "Full finetuning" if session.config.lora.method == "full" else "QLoRA finetuning", _facts(session)
+
+
+def _facts(session: Session) -> Rows:
     config = session.config
-    trained, frozen = _count(session.lora), _frozen_count(session)
-    steps = f"{session.total_steps:,}"
     return {
-        "device": f"{_device()}, computing in {session.weights.dtype}",
-        "base": f"{config.model.path}, {frozen:,} parameters, {_megabytes(session.base)}",
+        "device": _computing(session),
+        **_peak(session),
+        "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _frozen(session),
         "held as": _held_as(session),
         "products by": _products(session),
         "attention by": _attention(session),
-        "trained": f"{trained:,} {METHODS[config.lora.method]} parameters, {trained / (trained + frozen):.2%} of all, "
-        f"{_megabytes(session.lora)} in {config.lora.dtype}; {_rank(config)}on {_projections(session)} projections",
+        "trained": _trained(session),
         **_new_tokens(session),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
@@ -35,10 +47,28 @@ def overview(session: Session, first_step: int) -> Rows:
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
         f"{'packs' if config.data.packing else 'rows'} = micro-batch "
         f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",
-        "steps": steps if first_step == 0 else f"{steps}, of which {first_step:,} are done",
+        "steps": f"{session.total_steps:,}",
         "run": config.output,
         "not used": ", ".join(_unused(config)) or "nothing: every option is on",
     }
+
+
+def _peak(session: Session) -> Rows:
+    peak = session.utilization.peak
+    return {} if peak is None else {"MFU": f"of {peak / 1e12:,.0f} TFLOP/s, the peak of dense 16-bit products"}
+
+
+def _frozen(session: Session) -> str:
+    return "" if session.config.lora.method == "full" else f", {_megabytes(session.base)}"
+
+
+def _trained(session: Session) -> str:
+    lora, trained, frozen = session.config.lora, _count(session.lora), session.model.parameters()
+    held = f"{_megabytes(session.lora)} in {lora.dtype}"
+    if lora.method == "full":
+        return f"all {trained:,} parameters, {held}"
+    share = f"{trained:,} {METHODS[lora.method]} parameters, {trained / (trained + frozen):.2%} of all, {held}"
+    return f"{share}; {_rank(session.config)}on {_projections(session)} projections"
 
 
 def _rank(config: Config) -> str:
@@ -62,18 +92,14 @@ def _count(tree: Lora) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _frozen_count(session: Session) -> int:
-    return session.model.parameters()
-
-
 def _megabytes(tree: object) -> str:
     return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e6:,.0f} MB"
 
 
-def _device() -> str:
+def _computing(session: Session) -> str:
     device = jax.devices()[0]
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
-    return f"{device.platform}{kind}"
+    return f"{device.platform}{kind}, computing in {session.weights.dtype}"
 
 
 def _held_as(session: Session) -> str:
@@ -101,8 +127,10 @@ def _products(session: Session) -> str:
 
 def _attention(session: Session) -> str:
     plain = session.model.has_plain_attention(max(session.dataset.buckets))
-    width = session.model.head_dim
-    why = attention_cpu.refusal(target_device().platform, session.weights.dtype, width, plain=plain)
+    heads = target_device().platform, session.weights.dtype, session.model.head_dim
+    why = attention_cpu.refusal(*heads, plain=plain)
+    if attention_cpu.takes_forward(*heads, plain=plain):
+        return "C++ loops forward; XLA backward, in tiles of scores"
     return "C++ loops" if why is None else f"XLA, in tiles of scores; {why}"
 
 

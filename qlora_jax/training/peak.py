@@ -1,12 +1,13 @@
-"""Bytes that a run holds at its fullest moment, to put beside its plan."""
+"""Bytes that a run holds: now, for the record of a step, and at its fullest moment, to put beside its plan."""
 
 import re
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_jax.optim.residency import Memory
+from qlora_jax.optim.residency import Device, Memory
 
 _PROCESS = Path("/proc/self")
+_OF_DEVICE = {"device_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}  # as JAX's allocators tell it
 
 
 def watch_peak(memory: Memory) -> Callable[[], int | None]:
@@ -18,6 +19,20 @@ def watch_peak(memory: Memory) -> Callable[[], int | None]:
     if memory.device.platform == "cpu":
         return _watch_process()
     return lambda: (memory.statistics() or {}).get("peak_bytes_in_use")
+
+
+def held(device: Device) -> dict[str, int]:
+    """Bytes held now, of what system and device tell.
+
+    `host_bytes`: resident memory of this process; on Linux. `device_bytes`, `device_peak_bytes`: arrays on the device,
+    now and at most since the process began; not on a CPU, whose arrays are the process's own.
+    """
+    told = device.memory_stats() or {}
+    on_device = {name: told[key] for name, key in _OF_DEVICE.items() if key in told}
+    try:
+        return {"host_bytes": _resident("VmRSS"), **on_device}
+    except OSError:
+        return on_device
 
 
 def _watch_process() -> Callable[[], int | None]:

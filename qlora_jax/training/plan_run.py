@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pallas_kernels import aot
-from qlora_jax.config import Config, paging_of
+from qlora_jax.config import Config, LoraArgs, paging_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.needs import Compile, Setting, here, on_card
@@ -72,11 +72,15 @@ def compiler_for(target: Target) -> tuple[Compile | None, str | None]:
     return (None, problem) if problem else (on_card(target.card.name), None)
 
 
+def _method(lora: LoraArgs) -> str:
+    return f"rank {lora.rank}" if lora.method in ("lora", "dora") else f"lora.method={lora.method}"
+
+
 def title_of(args: PlanArgs, target: Target, setting: Setting) -> str:
     """What is planned, on what."""
     _, rows, length = setting.batch
     place = "this CPU" if target.card is None else target.card.description
     return (
-        f"{args.model.path}, rank {args.lora.rank}, {rows} x {length} tokens, "
+        f"{args.model.path}, {_method(args.lora)}, {rows} x {length} tokens, "
         f"remat {setting.remat}, on {place} ({target.memory_bytes / GIB:,.2f} GiB)"
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs
-from qlora_jax.config.schema import NOT_EMPTY, setting
+from qlora_jax.config.fields import NOT_EMPTY, setting
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.io.hub import fetch_config, named
 from qlora_jax.io.source import open_model

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import runtime
+from qlora_jax.inference.ahead import AnyParts
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.abstract import AbstractStep, abstract_batch
 from qlora_jax.training.step import StepLoss
@@ -33,6 +34,11 @@ class Gradients:
     def lora(self) -> Any:
         """The LoRA parameters' tree, its leaves ShapeDtypeStructs."""
         return self._step.lora
+
+    @property
+    def parts(self) -> AnyParts:
+        """The model in three parts, its leaves ShapeDtypeStructs."""
+        return self._step.graphdef, self._step.lora, self._step.base
 
     def __len__(self) -> int:
         """How many programs were compiled."""

@@ -6,10 +6,11 @@ import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.config import Config, to_dict
+from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.marked import MarkedRow, marked_rows
 from qlora_jax.data.report import DataReport
+from qlora_jax.training.figures import perplexity, shares
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.run_plan import RunPlan
 
@@ -63,11 +64,13 @@ def report_facts(report: RunReport) -> dict[str, Any]:
             "fits": report.plan.fits,
             "device_bytes": report.plan.need.device,
             "host_bytes": report.plan.need.host,
+            "questions_bytes": report.plan.while_asking or None,
             "limit_bytes": report.plan.limit,
             "micro_batch": list(report.plan.need.setting.batch[1:]),
             "peak_bytes": report.peak,
         },
         "training": training_facts(report.records),
+        "questions": question_facts(report.records),
         "samples": [sample._asdict() for sample in before_and_after(report.samples)],
     }
 
@@ -87,12 +90,13 @@ def training_facts(records: Sequence[Record]) -> dict[str, Any]:
     """What the records of a run come to; empty where it made no step.
 
     `tokens_per_second` is the median over steps: the first of each length compiles, in every process anew. Padding is
-    not counted.
+    not counted. So is `mfu`, where the device's peak is known.
     """
     steps = [record for record in records if "loss" in record]
     if not steps:
         return {}
     held = [record for record in records if record.get("eval_loss") is not None]
+    mfu = [record["mfu"] for record in steps if "mfu" in record]
     best = min(held, key=lambda record: record["eval_loss"], default=None)
     return {
         "steps": steps[-1]["step"],
@@ -104,7 +108,19 @@ def training_facts(records: Sequence[Record]) -> dict[str, Any]:
         "supervised_tokens": sum(record["supervised_tokens"] for record in steps),
         "seconds": sum(record["seconds"] for record in steps),
         "tokens_per_second": statistics.median(record["tokens"] / record["seconds"] for record in steps),
+        "mfu": statistics.median(mfu) if mfu else None,
     }
+
+
+def question_facts(records: Sequence[Record]) -> list[dict[str, Any]]:
+    """Of each share of right answers: the kind of questions, its words, and it at the first evaluation and the last."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        for kind in QUESTION_KINDS:
+            for share in shares(record, kind):
+                told = {"step": record["step"], "value": share.value, "interval": [share.low, share.high]}
+                found.setdefault((kind, share.words), []).append(told)
+    return [{"kind": kind, "share": words, "first": each[0], "last": each[-1]} for (kind, words), each in found.items()]
 
 
 def before_and_after(samples: Sequence[Record]) -> list[Sample]:
@@ -120,12 +136,17 @@ def before_and_after(samples: Sequence[Record]) -> list[Sample]:
 
 
 def _as_text(columns: dict[str, Any]) -> dict[str, str]:
-    """Messages and other columns that are no text, as JSON."""
-    return {
-        name: value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, indent=1)
-        for name, value in columns.items()
-    }
+    """Messages of plain text as `role: content`, other columns that are no text as JSON."""
+    return {name: _value_as_text(value) for name, value in columns.items()}
+
+
+def _value_as_text(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and all(isinstance(one, dict) and one.keys() == {"role", "content"} for one in value):
+        return "\n".join(f"{message['role']}: {message['content']}" for message in value)
+    return json.dumps(value, ensure_ascii=False, indent=1)
 
 
 def _held_out(record: Record) -> dict[str, Any]:
-    return {"step": record["step"], "loss": record["eval_loss"]}
+    return {"step": record["step"], "loss": record["eval_loss"], "perplexity": perplexity(record["eval_loss"])}

@@ -6,9 +6,10 @@ Rows, paths and settings are text that someone wrote: jinja2 escapes all of it, 
 
 import functools
 import json
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -17,10 +18,11 @@ from qlora_jax.config.files import config_text
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.data.report import DataReport
 from qlora_jax.data.report_text import VISIBLE, facts
+from qlora_jax.training.curves import charts
 from qlora_jax.training.display import duration
-from qlora_jax.training.needs import KINDS
-from qlora_jax.training.plot import lengths_svg, loss_svg
-from qlora_jax.training.report import RunReport, before_and_after, report_facts, training_facts
+from qlora_jax.training.needs import KINDS, Need
+from qlora_jax.training.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
+from qlora_jax.training.report import RunReport, before_and_after, question_facts, report_facts, training_facts
 from qlora_jax.training.run_plan import RunPlan
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
@@ -43,7 +45,8 @@ def page(report: RunReport) -> str:
         title=Path(report.config.output).name,
         model=report.config.model.path,
         tiles=_tiles(report),
-        loss=Markup(loss_svg(report.records)) if training_facts(report.records) else None,
+        loss=_loss(report),
+        curves=_curves(report),
         samples=before_and_after(report.samples),
         facts=facts(report.data),
         histograms=_histograms(report.data),
@@ -51,7 +54,8 @@ def page(report: RunReport) -> str:
         rows=report.rows,
         fits=report.plan.fits,
         plan=_plan(report.plan, report.peak),
-        kinds=_kinds(report.plan),
+        places=list(_places(report.plan.need)),
+        kinds=_kinds(report.plan.need),
         config=config_text(report.config),
     )
 
@@ -66,13 +70,57 @@ def _template() -> jinja2.Template:
     return environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
 
 
-def _histograms(data: DataReport) -> list[tuple[str, Markup]]:
+class _Figure(NamedTuple):
+    """A drawing on the page.
+
+    Fields:
+      label: for those who do not see it.
+      wide: of one that has a row of the page to itself, for a page that is wide enough.
+    """
+
+    caption: str
+    label: str
+    narrow: Markup
+    wide: Markup | None
+
+
+Drawn = tuple[str, str, Callable[[Size], str]]  # caption, label, and the drawing of a size
+
+
+def _figures(drawn: Sequence[Drawn]) -> list[_Figure]:
+    """Two in a row of a wide page; the last has it to itself where their number is odd."""
+    alone = len(drawn) - 1 if len(drawn) % 2 else None
+    return [
+        _Figure(caption, label, Markup(draw(NARROW)), Markup(draw(WIDE)) if place == alone else None)
+        for place, (caption, label, draw) in enumerate(drawn)
+    ]
+
+
+def _loss(report: RunReport) -> list[_Figure]:
+    if not training_facts(report.records):
+        return []
+    draw = functools.partial(loss_svg, report.records)
+    return _figures([("Nats per supervised token", "loss over optimizer steps", draw)])
+
+
+def _curves(report: RunReport) -> list[_Figure]:
+    found = charts(report.records, report.plan.most)
+    return _figures([(c.told, f"{c.caption} over optimizer steps", functools.partial(chart_svg, c)) for c in found])
+
+
+def _histograms(data: DataReport) -> list[_Figure]:
     sides = {"training rows": data.train, "held-out rows": data.eval}
-    return [(name, Markup(lengths_svg(side.lengths, data.max_length))) for name, side in sides.items() if side]
+    return _figures(
+        [
+            (f"Lengths of {name}", f"lengths of {name}", functools.partial(lengths_svg, side.lengths, data.max_length))
+            for name, side in sides.items()
+            if side
+        ]
+    )
 
 
 def _plan(plan: RunPlan, peak: int | None) -> dict[str, str]:
-    used = {} if peak is None else {"held at most, loading included": _share(peak, plan.need.total)}
+    used = {} if peak is None else {"held at most, loading included": _share(peak, plan.most)}
     return {name: words for name, words in plan.rows().items() if name != "made of"} | used
 
 
@@ -80,10 +128,20 @@ def _share(peak: int, planned: int) -> str:
     return f"{format_bytes(peak)}, {peak / planned:.0%} of the plan"
 
 
-def _kinds(plan: RunPlan) -> list[tuple[str, str, str]]:
-    """(kind, bytes on the device, bytes in host memory) of what takes any."""
-    device, host = plan.need.device, plan.need.host
-    return [(kind, format_bytes(device[kind]), format_bytes(host[kind])) for kind in KINDS if device[kind] + host[kind]]
+def _places(need: Need) -> Mapping[str, Mapping[str, int]]:
+    """Bytes by kind on the device, and in host memory where that holds any."""
+    return {"on the device": need.device} | ({"in host memory": need.host} if any(need.host.values()) else {})
+
+
+def _kinds(need: Need) -> list[tuple[str, list[str]]]:
+    """(kind, bytes in each place) of what takes any."""
+    places = _places(need).values()
+    held = {kind: [place[kind] for place in places] for kind in KINDS}
+    return [
+        (kind, [format_bytes(count) if count else "none" for count in counts])
+        for kind, counts in held.items()
+        if any(counts)
+    ]
 
 
 def _tiles(report: RunReport) -> list[tuple[str, str]]:
@@ -100,11 +158,20 @@ def _tiles(report: RunReport) -> list[tuple[str, str]]:
     return [
         ("steps", f"{done['steps']:,}"),
         *_held_out(done),
+        *_right(report),
         ("last training loss", "not finite" if done["last_loss"] is None else f"{done['last_loss']:.3f}"),
         ("tokens a second", f"{done['tokens_per_second']:,.0f}"),
+        *([] if done["mfu"] is None else [("MFU, of the device's peak", f"{done['mfu']:.1%}")]),
         ("time in steps", duration(done["seconds"])),
         ("tokens seen", f"{done['tokens']:,}"),
-        ("of them learned", f"{done['supervised_tokens']:,}"),
+        ("learned of them", f"{done['supervised_tokens']:,}"),
+    ]
+
+
+def _right(report: RunReport) -> list[tuple[str, str]]:
+    return [
+        (one["share"], f"{one['first']['value']:.1%} → {one['last']['value']:.1%}")
+        for one in question_facts(report.records)
     ]
 
 
@@ -112,7 +179,10 @@ def _held_out(done: dict[str, Any]) -> list[tuple[str, str]]:
     if done["first_eval"] is None:
         return []
     first, last, best = (done[name] for name in ("first_eval", "last_eval", "best_eval"))
-    told = [("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}")]
+    told = [
+        ("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}"),
+        ("its perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"),
+    ]
     return (
         told if best["step"] == last["step"] else [*told, (f"least, at step {best['step']:,}", f"{best['loss']:.3f}")]
     )

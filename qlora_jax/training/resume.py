@@ -8,7 +8,7 @@ import jaxlib
 import optax
 import orbax.checkpoint
 
-from qlora_jax.config import Config, differences, plain_name, to_dict
+from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.decode import decode
 from qlora_jax.training.best import Best
 from qlora_jax.training.session import Session
@@ -33,7 +33,12 @@ MAY_DIFFER = {
     "train.trace_steps",
     "optim.paging",
     "optim.paging_budget",
+    *(f"questions.{field.name}" for field in dataclasses.fields(QuestionArgs)),
 }
+
+
+# What a run needs of a checkpoint's state.
+GOES_ON_FROM = ("position", "best", "fingerprint", "data_fingerprint", "config")
 
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: Best) -> dict[str, Any]:
@@ -41,12 +46,18 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
     return {
         "step": step,
         "position": position,
+        "window_order": session.dataset.window_order(position["epoch"]),
         "best": dataclasses.asdict(best),
         "fingerprint": session.fingerprint,
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
+
+
+def _needed(session: Session) -> tuple[str, ...]:
+    """There was a version that went through windows in the file's order, and said nothing of it."""
+    return GOES_ON_FROM if session.dataset.train.windows == 1 else (*GOES_ON_FROM, "window_order")
 
 
 def _unpaged(config: Config) -> Config:
@@ -57,8 +68,14 @@ def check_resumable(session: Session, state: dict[str, Any]) -> None:
     """Passes where going on gives what an uninterrupted run would have given.
 
     Raises:
-      ValueError: each setting that differs, another base, other data.
+      ValueError: each setting that differs, another base, other data; a checkpoint that lacks what a run goes on from.
     """
+    if missing := [name for name in _needed(session) if name not in state]:
+        raise ValueError(
+            f"{session.config.output}: its checkpoint of step {state['step']} lacks {', '.join(missing)}, since "
+            "another version of qlora_jax wrote it, so the run can't go on from it. Go on with that version, or train "
+            "anew in another output folder; lora.start goes on from the exported adapter."
+        )
     changed = differences(*map(_unpaged, (decode(Config, state["config"], {}), session.config)))
     problems = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items() if key not in MAY_DIFFER]
     if session.fingerprint != state["fingerprint"]:
@@ -68,6 +85,10 @@ def check_resumable(session: Session, state: dict[str, Any]) -> None:
         )
     if session.dataset.fingerprint != state["data_fingerprint"]:
         problems.append(f"the training rows as tokens, in {session.config.data.train}")
+    elif "window_order" in state and state["window_order"] != (
+        now := session.dataset.window_order(epoch := state["position"]["epoch"])
+    ):
+        problems.append(f"windows of epoch {epoch} came in the order {state['window_order']} then, {now} now")
     if problems:
         raise ValueError(
             f"{session.config.output}: its checkpoint of step {state['step']} was made otherwise, so the run "

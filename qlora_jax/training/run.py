@@ -1,6 +1,8 @@
 """A whole run: what `python -m qlora_jax.train` does once it has a configuration."""
 
 import dataclasses
+import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +12,7 @@ from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.data.report_text import print_report
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
 from qlora_jax.io.initial import read_initial, write_initial
 from qlora_jax.io.peft import is_gguf
 from qlora_jax.io.progress import loading
@@ -18,7 +20,7 @@ from qlora_jax.optim.residency import Memory
 from qlora_jax.training.display import Display, banner
 from qlora_jax.training.loop import Progress, Reporter, restore, run_steps, start, stop_on_signals
 from qlora_jax.training.metrics import MetricsFile, read_metrics
-from qlora_jax.training.overview import overview
+from qlora_jax.training.overview import going_on, overview
 from qlora_jax.training.peak import watch_peak
 from qlora_jax.training.plot import plot_loss
 from qlora_jax.training.programs import Gradients
@@ -40,16 +42,30 @@ def check_folder(run: Path, *, resume: bool) -> None:
     Raises:
       ValueError: it holds a run already and `resume` is false, or the reverse; or something that is no run.
     """
-    checkpoints = run / CHECKPOINT_FOLDER
-    saved = checkpoints.is_dir() and any(entry.name.isdigit() for entry in checkpoints.iterdir())
+    saved = bool(saved_steps(run))
+    if not saved and (run / METRICS_FILE).exists():
+        raise ValueError(
+            f"{run} holds a run that ended before its first checkpoint (train.save_every): there is nothing to go on "
+            "from. Delete the folder, or give another output, and start without --resume"
+        )
     if resume and not saved:
         raise ValueError(f"--resume: {run} holds no checkpoint to go on from; start the run without --resume")
-    if resume or not run.exists():
-        return
-    if saved or (run / METRICS_FILE).exists():
+    if saved and not resume:
         raise ValueError(f"{run} already holds a run: go on with it by --resume, or give another output folder")
+    if resume or not run.exists():
+        _check_writable(run)
+        return
     if not run.is_dir() or not (_names(run) <= {PAGE_FILE, FACTS_FILE} or (run / CONFIG_FILE).exists()):
         raise ValueError(f"{run} is there already and is no run's folder: give another output")
+
+
+def _check_writable(run: Path) -> None:
+    """Before data and weights are read, for minutes perhaps."""
+    nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output {run}: {nearest} is a file; give another output")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise ValueError(f"output {run}: no permission to write in {nearest}; give another output")
 
 
 def dry_run(config: Config, run: Path, *, oversized: bool, console: Console) -> None:
@@ -58,7 +74,7 @@ def dry_run(config: Config, run: Path, *, oversized: bool, console: Console) -> 
     Raises:
       ValueError: as `train` does before it reads a weight; of a run that does not fit, once the files are written.
     """
-    planned = _plan(config, console)
+    planned = _plan(config, console, whole=True)
     page = write_report(_report_of(planned, run, None), run)
     banner("dry run", {"report": f"{page}"}, console)
     planned.refuse_oversized(oversized)
@@ -77,15 +93,16 @@ class _Planned(NamedTuple):
             raise ValueError(f"memory plan: {self.plan.nearest_fix()}\n  --{OVERSIZED} starts it all the same")
 
 
-def _plan(config: Config, console: Console) -> _Planned:
-    """Reads the data and compiles the step; prints what comes of it."""
+def _plan(config: Config, console: Console, *, whole: bool) -> _Planned:
+    """Reads the data and compiles the step; prints what comes of it, or no more than the memory that it needs."""
     inputs = open_inputs(config)
     config = _pinned(config, inputs)
-    print_report(inputs.dataset.report, console)
+    if whole:
+        print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):
         gradients = compile_gradients(config, inputs)
         plan = plan_run(config, inputs, gradients)
-    banner("memory plan", plan.rows(), console)
+    banner("memory plan", plan.rows() if whole else {"needs": plan.rows()["needs"]}, console)
     return _Planned(config, inputs, gradients, plan)
 
 
@@ -125,6 +142,9 @@ class _Report(Reporter):
         self._write(record)
         self._display.evaluation(record)
 
+    def evaluating(self, words: str) -> None:
+        self._display.evaluating(words)
+
     def samples(self, records: list[dict[str, Any]]) -> None:
         for record in records:
             self._samples.write(record)
@@ -146,7 +166,7 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
       ValueError: bad input of any kind, a run that does not fit the device, or a loss that is not finite.
       OSError: files that cannot be read or written.
     """
-    planned = _plan(config, console)
+    planned = _plan(config, console, whole=not resume)
     planned.refuse_oversized(oversized)
     config, inputs, gradients, plan = planned
     peak = watch_peak(Memory.of(jax.local_devices()[0]))
@@ -158,7 +178,7 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
         write_config(config, run / CONFIG_FILE)
         if session.initial is not None and not resume:
             write_initial(run, session.initial)
-        banner("QLoRA finetuning", overview(session, state.step), console)
+        banner(*(going_on(session, state.step, state.best) if resume else overview(session)), console)
         display = Display(session.total_steps, state.step, config.train.log_every, console)
         with (
             trackers(config.train.track, run, to_dict(config), state.step) as logs,
@@ -183,6 +203,17 @@ def _pinned(config: Config, inputs: Inputs) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
+def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
+    """What to type next, by what it does, quoted for a shell."""
+    run, module = config.output, "python -m qlora_jax."
+    if not finished:
+        return {"go on": f"{module}train --config {shlex.quote(str(Path(run) / CONFIG_FILE))} --resume"}
+    form = "hf" if config.lora.method == "full" else "peft"
+    with_base = " --with-base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF file
+    export = f"{module}export {shlex.quote(run)} --format {form}{with_base}"
+    return {"try it": f"{module}generate --run {shlex.quote(run)}", "export": export}
+
+
 def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bool, console: Console) -> None:
     run, step = Path(config.output), state.step
     lines = {
@@ -197,11 +228,6 @@ def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bo
         lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:
         lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
-    if finished:
-        lines["try it"] = f"python -m qlora_jax.generate --run {run}"
-        with_base = " --with-base" if is_gguf(config.model.path) else ""  # peft loads no GGUF file
-        lines["export"] = f"python -m qlora_jax.export {run} --format peft --output {run}-peft{with_base}"
-    else:
-        lines["go on"] = f"python -m qlora_jax.train --config {run / CONFIG_FILE} --resume"
+    lines |= next_commands(config, finished=finished)
     early = f", for {state.best.since} evaluations found no less held-out loss" if step < total_steps else ""
     banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

@@ -17,32 +17,49 @@ from qlora_jax.optim.residency import Memory
 from qlora_jax.training import byte_counts
 from qlora_jax.training.abstract import AbstractStep
 from qlora_jax.training.budgets import device_bytes
-from qlora_jax.training.needs import KINDS, Compile, Need, Setting, Temporaries, compiled_need, here
+from qlora_jax.training.needs import ACTIVATIONS, KINDS, Compile, Need, Setting, Temporaries, compiled_need, here
 from qlora_jax.training.plan import make_plan
 from qlora_jax.training.plan_run import run_setting
 from qlora_jax.training.plan_text import verdict
 from qlora_jax.training.programs import Gradients
+from qlora_jax.training.questions import AskingNeed
 from qlora_jax.training.session import Inputs, weights_of
 
+OF_A_STEP = ("gradients", ACTIVATIONS, "scratch")  # kinds of what an evaluation does without
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What the run's largest step needs, and what the device lets it have.
+    """What the run's largest step needs, and its questions, and what the device lets them have.
 
     Attributes:
+      asking: what questions take; None of a run that asks none.
       limit: bytes; `device` says of what.
     """
 
     need: Need
     limit: int
     device: str
+    asking: AskingNeed | None = None
 
     @property
     def fits(self) -> bool:
-        """Whether the largest step fits."""
-        return self.need.total <= self.limit
+        """Whether all of it fits."""
+        return self.most <= self.limit
+
+    @property
+    def most(self) -> int:
+        """Bytes on the device at the largest moment."""
+        return max(self.need.total, self.while_asking)
+
+    @property
+    def while_asking(self) -> int:
+        """Bytes on the device while questions are asked: no gradients, nothing saved for them; 0 of a run that asks
+        none."""
+        if self.asking is None:
+            return 0
+        return sum(self.need.device[kind] for kind in KINDS if kind not in OF_A_STEP) + self.asking.size
 
     def rows(self) -> dict[str, str]:
         """For a banner."""
@@ -51,11 +68,20 @@ class RunPlan:
         total = f"{format_bytes(self.need.total)} of {self.device}"
         batch = "{1} x {2} tokens".format(*self.need.setting.batch)
         told = {"longest step": batch, "needs": total, "made of": ", ".join(parts)}
+        if self.asking is not None:
+            told["questions need"] = f"{format_bytes(self.while_asking)}, most in {self.asking.words}"
         return told | ({"in host memory": format_bytes(host)} if host else {})
 
     def nearest_fix(self) -> str:
         """What would fit, found by compiling; in lines."""
-        return "\n  ".join(verdict(make_plan(self.need.setting, self.limit, here)))
+        lines = verdict(make_plan(self.need.setting, self.limit, here))
+        if self.asking is not None and self.while_asking > self.limit:
+            needs = f"asking needs {format_bytes(self.while_asking)} of {format_bytes(self.limit)}"
+            lines.append(
+                f"DOES NOT FIT: {needs}, most in {self.asking.words}; leave those questions out, and ask them by "
+                "python -m qlora_jax.evaluate when the run is done, or shorten them"
+            )
+        return "\n  ".join(lines)
 
 
 def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
@@ -63,7 +89,9 @@ def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
     weights = weights_of(config, inputs)
     setting = run_setting(config, inputs.model, weights, max(inputs.dataset.buckets), inputs.new_ids)
     limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
-    return RunPlan(need=compiled_need(setting, _compiled_by(gradients, setting)), limit=limit, device=device)
+    need = compiled_need(setting, _compiled_by(gradients, setting))
+    asking = None if inputs.questions is None else inputs.questions.need(gradients.parts)
+    return RunPlan(need=need, limit=limit, device=device, asking=asking)
 
 
 def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:

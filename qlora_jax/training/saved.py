@@ -32,6 +32,7 @@ def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
 
     def part(step: Step) -> int:
         readers = {*step.ranks, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
+        readers |= set() if step.frozen else set(step.model.linear_shapes())
         is_read = not read_by or not readers.isdisjoint(read_by)
         return is_read * step.rows * width(step.model) * step.itemsize
 

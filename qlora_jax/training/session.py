@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels.devices import target_device
 from qlora_jax.config import Config
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.io.entries import ModelSource
@@ -29,9 +30,12 @@ from qlora_jax.models.vocabulary import add_tables
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.counts import Step
 from qlora_jax.training.programs import Gradients
+from qlora_jax.training.questions import Questions, open_questions
 from qlora_jax.training.samples import Samples, open_samples
 from qlora_jax.training.updates import Updates, make_updates
+from qlora_jax.training.utilization import Utilization, peak_of, utilization
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +45,7 @@ class Session:
     Attributes:
       gradients: compiled for the longest batches.
       updates: what is done with the optimizer's state.
+      utilization: of the device, by steps.
       fingerprint: of the base, as io.loader makes it.
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, micro-batch, layer and name; None where there is no dropout.
@@ -56,12 +61,14 @@ class Session:
     base: nnx.State
     gradients: Gradients
     updates: Updates
+    utilization: Utilization
     schedule: Callable[[Any], Any]
     fingerprint: str
     total_steps: int
     dropout_key: jax.Array | None
     initial: Initial | None
     samples: Samples | None
+    questions: Questions | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,6 +86,7 @@ class Inputs:
     new_ids: tuple[int, ...]
     start: Mapping[str, Mapping[str, Any]] | None
     samples: Samples | None
+    questions: Questions | None
 
 
 def open_inputs(config: Config) -> Inputs:
@@ -105,8 +113,16 @@ def open_inputs(config: Config) -> Inputs:
     check_source(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start(Path(path), model, config.lora, ids)
-    samples = open_samples(config.train, dataset.tokenizer, source, model.max_positions)
-    return Inputs(source=source, model=model, dataset=dataset, new_ids=ids, start=start, samples=samples)
+    asked = dataset.tokenizer, source, model.max_positions
+    return Inputs(
+        source=source,
+        model=model,
+        dataset=dataset,
+        new_ids=ids,
+        start=start,
+        samples=open_samples(config.train, *asked),
+        questions=open_questions(config.questions, *asked),
+    )
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
@@ -150,13 +166,7 @@ def prepare(
     add_tables(loaded.model, inputs.new_ids, config.lora)
     graphdef, lora, base = partition(loaded.model)
     if inputs.start is not None:
-        # New tokens, and tables that train whole, may be added to an adapter that has none.
-        started = {
-            **{name: leaves for name, leaves in lora.items() if name not in inputs.start and is_table(name)},
-            **inputs.start,
-        }
-        check_shapes(Path(str(config.lora.start)), started, lora)
-        lora = jax.tree.map(lambda values, fresh: jnp.asarray(values, fresh.dtype), started, lora)
+        lora = _started(inputs.start, lora, Path(str(config.lora.start)))
     return Session(
         config=config,
         model=inputs.model,
@@ -167,13 +177,30 @@ def prepare(
         base=base,
         gradients=gradients,
         updates=updates,
+        utilization=_utilization(config, inputs, weights),
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=loaded.fingerprint,
         total_steps=total_steps,
         dropout_key=named_key(key, "dropout") if config.lora.dropout else None,
         initial=initial,
         samples=inputs.samples,
+        questions=inputs.questions,
     )
+
+
+def _started(start: Mapping[str, Mapping[str, Any]], fresh: Lora, path: Path) -> Lora:
+    """The parameters of the adapter in `path`; fresh ones where it may lack some: new tokens, and tables that train
+    whole, may be added to an adapter that has none."""
+    added = {name: leaves for name, leaves in fresh.items() if name not in start and is_table(name)}
+    started = {**added, **start}
+    check_shapes(path, started, fresh)
+    return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), started, fresh)
+
+
+def _utilization(config: Config, inputs: Inputs, weights: WeightFormat) -> Utilization:
+    new, remat = len(inputs.new_ids), config.train.remat
+    step = Step(model=inputs.model, weights=weights, lora=config.lora, batch=(1, 1, 1), remat=remat, new_tokens=new)
+    return utilization(step, peak_of(target_device(), weights))
 
 
 def _loaded(

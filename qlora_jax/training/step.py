@@ -84,12 +84,12 @@ def gradients(
     _, row_nll_AB = jax.lax.scan(accumulate, None, (batch, jnp.arange(count, dtype=jnp.int32)))
     tokens = jnp.sum(batch["weights"])
     loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
+    return jax.tree.map(functools.partial(_mean, tokens=tokens), total), loss
 
-    def mean(total: jax.Ref) -> jax.Array:
-        summed = jax.freeze(total)
-        return (summed.astype(jnp.float32) / tokens).astype(summed.dtype)
 
-    return jax.tree.map(mean, total), loss
+def _mean(total: jax.Ref, tokens: Float[Array, ""]) -> jax.Array:
+    summed = jax.freeze(total)
+    return (summed.astype(jnp.float32) / tokens).astype(summed.dtype)
 
 
 @functools.partial(

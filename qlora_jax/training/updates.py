@@ -26,8 +26,8 @@ from qlora_jax.optim.pager import (
 from qlora_jax.optim.pages import PAGE_BYTES, Layout, Structure, layer_pages
 from qlora_jax.optim.residency import Memory, Moved
 from qlora_jax.optim.whole import cut, joined
-from qlora_jax.training.budgets import Budget, declared, planned
-from qlora_jax.training.programs import Gradients, Shape
+from qlora_jax.training.budgets import Budget, Work, declared, planned
+from qlora_jax.training.programs import Gradients
 from qlora_jax.training.step import update
 
 PAGES_IN_A_BUDGET = 4  # at least, where layers are small enough: one updated, one coming, one going, one waiting
@@ -43,8 +43,8 @@ class Updates(Protocol):
         """The state at step 0."""
         ...
 
-    def make_room(self, state: Any, shape: Shape) -> tuple[Any, int, Moved]:
-        """(the state with as much on the device as gradients of this shape leave room for, room for its update, moved).
+    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Moved]:
+        """(the state with as much on the device as the work leaves room for, room for its update, moved).
 
         Room is asked for before the gradients: while they are computed, the device tells of their scratch too.
         """
@@ -84,7 +84,7 @@ class WholeUpdates(Updates):
     def init(self, lora: Lora) -> Any:
         return self.optimizer.init(lora)
 
-    def make_room(self, state: Any, shape: Shape) -> tuple[Any, int, Moved]:
+    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Moved]:
         return state, 0, Moved()
 
     def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
@@ -128,8 +128,8 @@ class PagedUpdates(Updates):
     def init(self, lora: Lora) -> PagedState:
         return paged_init(self.transform, lora, self.layout, self.memory)
 
-    def make_room(self, state: Any, shape: Shape) -> tuple[Any, int, Moved]:
-        room = self.budget(shape, self._resident_bytes(state))
+    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Moved]:
+        room = self.budget(work, self._resident_bytes(state))
         moved, is_room = Moved(), min(room) >= self.layout.total_bytes
         if is_room and isinstance(state, PagedState):
             state, moved = joined(state, self.structure, self.layout, self.memory)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_jax import train
 from qlora_jax.config import ConfigError, parse, read_command_line, run_main
 from qlora_jax.config.decode import walk
 from qlora_jax.config.schema import Config
@@ -55,14 +56,20 @@ def test_files_with_weights():
         (["--rank", "8"], "rank: unknown key; did you mean lora.rank?"),
         (["--lr", "8"], "lr: unknown key; did you mean optim.learning_rate?"),
         (["--frobnicate", "8"], "frobnicate: unknown key; --help lists all keys"),
+        (["--lora.bias", "none"], "lora.bias: unknown key; --help lists all keys"),  # lora.rank shares only its section
+        (["--model.load_in_4bit", "true"], "model.load_in_4bit: unknown key; did you mean model.quant_type?"),
+        (["--data.traim", "t"], "data.traim: unknown key; did you mean data.train?"),
         (["--optim.schedule", "cosin"], "did you mean cosine?"),
+        (["--data.format", "ShareGPT"], "did you mean sharegpt?"),
         (["--lora.rank", "8.5"], "lora.rank: found 8.5, expected a whole number"),
         (["--lora.rank"], "--lora.rank: lacks a value"),
         (["--lora.rank", "--lora.alpha", "3"], "--lora.rank: lacks a value"),
         (["--lora.rank", "8", "--lora.rank", "9"], "--lora.rank: given twice"),
         (["run"], "run: stands alone"),
         (["--lora", "3"], "lora: found '3', expected a section"),
-        (["--lora.rank.x", "3"], "expected a whole number"),
+        (["--lora.rank.x", "3"], "expected a whole number; it is one value, with no settings below it"),
+        (["--lora.modules_to_save", "lm_head"], "; did you mean [lm_head]?"),
+        (["--train.track", "wandb"], "expected a list of one of tensorboard, wandb; did you mean [wandb]?"),
     ],
 )
 def test_errors(words, message):
@@ -76,6 +83,15 @@ def test_switches():
     assert read_command_line(NEEDED, "train", {"resume": "go on"})[1] == set()
     with pytest.raises(ConfigError, match="resume"):
         parse([*NEEDED, "--resume"], "train")
+
+
+@pytest.mark.parametrize("output", [["--output", "my run"], ["--output=my run"]])
+def test_a_run_that_goes_on_without_settings_is_told_the_command(output):
+    with pytest.raises(ValueError, match="settings are not given") as error:
+        train.main([*output, "--resume"])
+    assert str(error.value).endswith("\n  python -m qlora_jax.train --config 'my run/config.yaml' --resume")
+    with pytest.raises(ValueError, match=r"data\.train: missing"):
+        train.main([*output, "--model.path", "m", "--resume"])
 
 
 def test_help_names_every_setting(capsys):

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, TrainArgs, validate
+from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, QuestionArgs, TrainArgs, validate
 from qlora_jax.config.decode import decode, walk
 from qlora_jax.config.synonyms import SYNONYMS
 
@@ -54,6 +54,35 @@ def test_bounds(key, bad, good):
     validate(changed(key, good))
     with pytest.raises(ConfigError, match=key):
         validate(changed(key, bad))
+
+
+def asking(**questions) -> Config:
+    return dataclasses.replace(MINIMAL, questions=QuestionArgs(**questions), train=TrainArgs(eval_every=5))
+
+
+def test_questions_are_evaluations_without_held_out_rows_but_none_that_is_the_best():
+    validate(asking(letters="mmlu.jsonl", shots="dev.jsonl"))
+    with pytest.raises(ConfigError, match=r"train\.patience: .*nothing is held out"):
+        validate(dataclasses.replace(asking(letters="mmlu.jsonl"), train=TrainArgs(eval_every=5, patience=1)))
+
+
+@pytest.mark.parametrize(
+    ("questions", "problem"),
+    [
+        ({"answers": "a", "shots": "b"}, r"questions\.shots: is for letters; give questions\.letters too"),
+        ({"letters": "a", "answer_pattern": "b"}, r"questions\.answer_pattern: is for answers"),
+        ({"answers": "a", "answer_pattern": "("}, r"questions\.answer_pattern: found '\(', no regular expression"),
+        ({"file_columns": {"answer": "b"}}, r"questions\.file_columns: is for choices, letters, answers; give one"),
+        (
+            {"answers": "a", "file_columns": {"options": "b"}},
+            r"questions\.file_columns: found 'options', expected",
+        ),
+        ({"answers": "a", "max_rows": 0}, r"questions\.max_rows: found 0"),
+    ],
+)
+def test_settings_of_questions_that_contradict_each_other(questions, problem):
+    with pytest.raises(ConfigError, match=problem):
+        validate(asking(**questions))
 
 
 def test_the_best_evaluation_is_one_of_several():
@@ -137,10 +166,19 @@ def test_every_setting_has_help():
             ["lora.feedforward_modules: found ['down_proj']"],
         ),
         (dict(method="dora", feedforward_modules=[]), ["lora.feedforward_modules: found [], but lora.method=dora"]),
+        (
+            dict(method="full", rank=8, target_modules=["q_proj"], modules_to_save=["lm_head"], start="adapter"),
+            [
+                "lora.rank: found 8, but lora.method=full has",
+                *("lora.target_modules", "lora.modules_to_save", "lora.start"),
+                "model.quant_type: found 'nf4' with lora.method=full, expected none",
+            ],
+        ),
     ],
 )
 def test_settings_that_a_method_does_not_have(settings, told):
     with pytest.raises(ConfigError) as caught:
         validate(dataclasses.replace(MINIMAL, lora=LoraArgs(**settings)))
     assert all(part in str(caught.value) for part in told)
-    validate(dataclasses.replace(MINIMAL, lora=LoraArgs(method=settings.get("method", "lora"))))
+    unquantized = dataclasses.replace(MINIMAL.model, quant_type="none")
+    validate(dataclasses.replace(MINIMAL, model=unquantized, lora=LoraArgs(method=settings.get("method", "lora"))))

@@ -70,6 +70,7 @@ def test_batches_hold_the_ids_of_their_rows(lengths: list[int], shape: tuple[int
             place = tuple(at)
             ids, supervised = rows.row(int(number) // 3) if number != NO_ROW else (np.zeros(1, int), np.zeros(1, bool))
             n = len(ids) - 1
+            assert batch.lengths[place].tolist() == [n]
             assert batch.inputs[place][:n].tolist() == ids[:-1].tolist()
             assert batch.targets[place][:n].tolist() == ids[1:].tolist()
             assert batch.weights[place][:n].tolist() == supervised[1:].tolist()

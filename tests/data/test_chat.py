@@ -51,6 +51,11 @@ def test_default_system_message(smollm2_template: str):
     ("template", "told"),
     [
         ("{% for %}", "does not parse: line 1"),
+        ("{% break %}", "does not parse: 'break' outside loop"),
+        ("{{ 'a'.index('z') }}", r"refuses a conversation with roles \['user'\]: substring not found"),
+        ("{{ 'abc'.encode().decode('utf-16') }}", "refuses a conversation"),
+        ("{% for n in range(10 ** 9) %}x{% endfor %}", "refuses a conversation.*Range too big"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "refuses a conversation.*recursion"),
         ("{{ raise_exception('roles must alternate') }}", r"roles \['user'\]: roles must alternate"),
         ("{{ messages[0].content + 1 }}", "refuses a conversation"),
         ("{{ messages[3].content }}", "refuses a conversation"),

@@ -23,7 +23,7 @@ from qlora_jax.data.holdout import Side, content_hash
 from qlora_jax.data.readers import Place, Row, read_rows
 from qlora_jax.data.report_text import facts, marked_example, print_report
 from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,6 +263,26 @@ def test_report_tells_what_a_person_would_not_see(tokenizer: Tokenizer, write_ro
     assert "columns not used: id, note" in told[0][1]
     assert [value[-3:] for name, value in told if name == "note"] == [": 1", ": 1", ": 1"]
     assert (dataset.report.train.cut, dataset.report.train.lossy, dataset.report.train.special_text) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_new_tokens_that_no_training_row_has_are_told(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, cached: bool
+):
+    grown = with_new_tokens(tokenizer, ["<query>", "<cut>", "<held>"], ["<tool>"])
+    rows = [question(number, "<query>" if number else "yes <query>") for number in range(10)]
+    rows.append({"prompt": "long " * 60, "completion": "yes " * 60 + "<cut>"})
+    other = write_rows([question(number, "no <tool> <tool>") for number in range(3)], "other.jsonl")
+    held = write_rows([question(99, "<held>")], "held.jsonl")
+    settings = dict(train={write_rows(rows): 1.0, other: 0.5}, eval=held, max_length=80, overlong="truncate-right")
+    for _ in range(2):  # what is stored is counted as well
+        report = load(grown, **settings, cache=str(tmp_path / "cache") if cached else None).report
+        assert dict(report.train.new_tokens) == {grown.new_ids[0]: 10, grown.new_ids[3]: 6}
+        assert report.unseen == ("<cut>", "<held>")
+        note = "new tokens that no training row has: '<cut>', '<held>'; nothing is learned of what they mean"
+        assert ("note", note) in facts(report)
+    plain = load(tokenizer, **settings).report
+    assert plain.unseen == () and not [value for _, value in facts(plain) if "new tokens" in value]
 
 
 def test_the_example_can_not_drive_the_terminal():

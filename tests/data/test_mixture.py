@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.batches import NO_ROW, START, Batch, train_batches
+from qlora_jax.data.batches import NO_ROW, START, Batch, train_batches, window_order
 from qlora_jax.data.mixture import Mixture, Part, check_weights
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.stored import Piece, StoredRows, open_stored, store
@@ -134,6 +134,24 @@ def test_windows_are_shuffled_each_in_its_own_way(windowed: Mixture):
     order = np.concatenate([batch.rows.ravel() for batch in batches])
     assert order.tolist() != sorted(order.tolist())
     assert next(train_batches(windowed, (128,), **{**options, "seed": 2})).rows.tolist() != batches[0].rows.tolist()
+
+
+def test_windows_come_in_another_order_each_epoch(windowed: Mixture):
+    def order(epoch: int, seed: int) -> list[int]:
+        """Windows as batches come: each tells by which rows of the first file it holds."""
+        position = {**START, "epoch": epoch}
+        batches = train_batches(
+            windowed, (128,), accumulation=1, micro_batch_size=2, seed=seed, pad_id=PAD, position=position
+        )
+        epoch_batches = itertools.takewhile(lambda batch: batch.position["epoch"] == epoch, batches)
+        numbers = np.concatenate([batch.rows.ravel() for batch in epoch_batches])
+        first = numbers[(numbers != NO_ROW) & (numbers < windowed.files[1].first)]
+        return [window for window, _ in itertools.groupby((first // 30).tolist())]
+
+    orders = [order(epoch, seed) for epoch in range(4) for seed in (1, 2)]
+    assert all(sorted(one) == [0, 1, 2, 3] for one in orders)
+    assert len(set(map(tuple, orders))) > 3
+    assert orders == [window_order(seed, epoch, 4).tolist() for epoch in range(4) for seed in (1, 2)]
 
 
 def test_rows_are_found_again_in_their_own_file(tmp_path: Path):

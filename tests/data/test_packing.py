@@ -71,6 +71,7 @@ def test_batches_hold_rows_one_behind_the_other(row_lengths, shape):
                 assert batch.weights[at][span].tolist() == supervised[1:].tolist()
                 assert (batch.segments[at][span] == which).all()
             assert not batch.weights[at][start:].any() and (batch.segments[at][start:] == len(numbers)).all()
+            assert batch.lengths[at][: len(numbers)].sum() == batch.lengths[at].sum() == start
             seen += numbers
         if batch.position["epoch"] == 1:
             break

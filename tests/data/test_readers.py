@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,10 +82,20 @@ def test_json_that_python_does_not_read_is_told(tmp_path: Path, value: str):
 
 
 def test_many_problems_are_counted_and_the_first_few_shown(tmp_path: Path):
-    (tmp_path / "bad.jsonl").write_text("x\n" * 20)
+    (tmp_path / "bad.jsonl").write_text("".join(f"x{line}\n" for line in range(20)))
     with pytest.raises(ValueError, match=r"20 of 20 rows") as error:
         read_rows(tmp_path / "bad.jsonl")
     assert str(error.value).count("not JSON") == 8 and str(error.value).endswith("... and 12 more")
+
+
+def test_what_is_wrong_with_many_rows_is_told_once(tmp_path: Path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text("x\n" * 3 + "[]\n" + "x\n" * 7)
+    with pytest.raises(ValueError, match=r"11 of 11 rows") as error:
+        read_rows(path)
+    _, of_ten, of_one = str(error.value).splitlines()
+    assert of_ten.startswith(f"  {path}:1, 2, 3, 5, 6, 7, 8, 9 and 2 more rows: not JSON")
+    assert of_one.startswith(f"  {path}:4: expected an object")
 
 
 def test_broken_gzip_files_are_told(tmp_path: Path):
@@ -104,3 +115,17 @@ def test_missing_files_are_told_with_the_nearest(tmp_path: Path):
         read_rows(tmp_path / "nowhere/train.jsonl")
     with pytest.raises(ValueError, match="can't be read"):
         read_rows(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("tatsu-lab/alpaca", "; a data set on the Hub is given as hf://datasets/org/name"),
+        ("hf://tatsu-lab/alpaca", "; a data set on the Hub is given as hf://datasets/org/name"),
+        ("https://example.org/rows.jsonl", "; addresses are not fetched, give a file"),
+        ("[a.jsonl, b.jsonl]", "; several files are given with weights: {a.jsonl: 1, b.jsonl: 1}"),
+    ],
+)
+def test_names_that_are_no_files_are_told_with_how_it_is_written(name: str, meant: str):
+    with pytest.raises(ValueError, match="no such file" + re.escape(meant)):
+        read_rows(Path(name))

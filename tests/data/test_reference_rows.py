@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from qlora_jax.config.synonyms import CHOICES
-from qlora_jax.data.encode_rows import check_rows, examples_of, make_encoder
+from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of, make_encoder
 from qlora_jax.data.formats import FORMS
 from qlora_jax.data.lengths import Limits, fit_lengths
-from qlora_jax.data.readers import Place, Row
+from qlora_jax.data.readers import Place, Row, read_rows
+from qlora_jax.data.recognise import recognise
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/reference_rows.json").read_text(encoding="utf-8"))
@@ -59,6 +60,52 @@ def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which
         # The first label is no target of anything.
         labels = np.where(ours.supervised, ours.ids, -100)[1:]
         assert labels.tolist() == theirs["labels"][1:]
+
+
+def pairs(form_name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a model without a template sees of the examples of one row: prompts and answers."""
+    rows = [Row(Place(1, 0), row)]
+    check_rows("rows.jsonl", rows, FORMS[form_name])
+    found, form = examples_of(rows, FORMS[form_name])
+    assert form.plain is not None
+    prompts = [form.plain(example.data) for example in found]
+    return [(prompt.text, answer.text) for prompt, answer in prompts]
+
+
+def expected(*pairs: dict[str, str]) -> list[tuple[str, str]]:
+    return [(pair["input"], pair["output"]) for pair in pairs]
+
+
+def test_instances_of_seed_tasks_are_the_references_alpaca_rows():
+    golden = GOLDEN["forms"]["alpaca"]
+    for row, pair in zip(golden["rows"], golden["pairs"], strict=True):
+        instance = {"input": row["input"], "output": row["output"]}
+        task = {"id": "seed_task_0", "instruction": row["instruction"], "instances": [instance, instance]}
+        assert pairs("seed-tasks", task) == expected(pair, pair)
+
+
+def test_reformulations_are_examples_as_instances_are():
+    (row,), theirs = (
+        GOLDEN["forms"]["unnatural-instructions"]["rows"],
+        GOLDEN["forms"]["unnatural-instructions"]["pairs"],
+    )
+    first, second = row["instances"]
+    full = {**row, "instances": [first], "reformulations": [second]}
+    assert pairs("unnatural-instructions-full", full) == expected(*theirs)
+    assert pairs("unnatural-instructions", full) == expected(theirs[0])
+    for none in ({}, {"reformulations": None}, {"reformulations": []}):
+        assert pairs("unnatural-instructions-full", {**row, **none}) == expected(*theirs)
+
+
+def test_seed_tasks_of_self_instruct(local_data, with_bos: Tokenizer):
+    path = str(local_data("seed_tasks.jsonl.gz"))
+    rows = read_rows(path)
+    form = recognise(path, rows)
+    check_rows(path, rows, form)
+    found, form = examples_of(rows, form)
+    assert (form.name, len(found)) == ("seed-tasks", 175)
+    for row, encoded in zip(found, encode_rows(path, found, form, with_bos), strict=True):
+        assert with_bos.decode(encoded.ids[encoded.supervised].tolist()) == row.data["output"] + "<|im_end|>"
 
 
 def test_the_goldens_cut_something():

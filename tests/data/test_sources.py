@@ -53,6 +53,20 @@ def test_broken_parquet_rows_and_files_are_told(tmp_path: Path, tokenizer: Token
             read_rows(tmp_path / "broken.parquet")
 
 
+def test_parquet_texts_and_names_that_are_none_are_told(tmp_path: Path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, the extra `parquet`, is not installed")
+    from pyarrow import parquet
+
+    buffers = [None, pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")]
+    text = pyarrow.Array.from_buffers(pyarrow.string(), 1, buffers)
+    parquet.write_table(pyarrow.table({"text": text}), tmp_path / "bytes.parquet")
+    with pytest.raises(ValueError, match=r"bytes\.parquet: a text in the Parquet file is not UTF-8: .* 0xff"):
+        read_rows(tmp_path / "bytes.parquet")
+    parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "twice.parquet")
+    with pytest.raises(ValueError, match=r"twice\.parquet: has several columns named 'text'"):
+        read_rows(tmp_path / "twice.parquet")
+
+
 def test_without_pyarrow_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "rows.parquet").write_bytes(b"PAR1\x15\x04\xff\xfe")
     monkeypatch.setitem(sys.modules, "pyarrow", None)

@@ -1,7 +1,9 @@
 """The cache: the same rows as without it, made once, made again when anything changes; files larger than memory."""
 
+import errno
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,6 +15,7 @@ import pytest
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data import dataset as dataset_module
+from qlora_jax.data import stored as stored_module
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.stored import store
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
@@ -89,6 +92,51 @@ def test_a_damaged_entry_is_told(tokenizer: Tokenizer, write_rows: Callable, tmp
     ids.write_bytes(ids.read_bytes()[:-4])
     with pytest.raises(ValueError, match=r"a damaged entry of data\.cache: found .*; delete it"):
         load(tokenizer, train=path, cache=str(cache))
+
+
+@pytest.mark.parametrize("facts", ["", "{", "[]", '{"bytes": null}'])
+def test_an_entry_whose_facts_are_damaged_is_told(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, facts: str
+):
+    path, cache = write_rows(rows_of(9)), tmp_path / "cache"
+    load(tokenizer, train=path, cache=str(cache))
+    next(cache.glob("*/facts.json")).write_text(facts)
+    with pytest.raises(ValueError, match=r"a damaged entry of data\.cache: .*; delete it"):
+        load(tokenizer, train=path, cache=str(cache))
+
+
+def test_a_cache_that_can_not_be_written_is_told(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = write_rows(rows_of(9))
+    with pytest.raises(ValueError, match=r"data\.cache: .* can't be read: Not a directory"):
+        load(tokenizer, train=path, cache=path)
+
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(stored_module, "_write", full)
+    with pytest.raises(ValueError, match=r"data\.cache: .*cache can't be written: No space left on device"):
+        load(tokenizer, train=path, cache=str(tmp_path / "cache"))
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_killed_run_leaves_no_entry(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
+    """Killed while it writes: the next run finds no entry, makes it, and heeds nothing that lies beside."""
+    path, cache = write_rows(rows_of(9)), tmp_path / "cache"
+    half = (
+        "import os, sys; from pathlib import Path; from qlora_jax.data import stored\n"
+        "def pieces():\n    os.kill(os.getpid(), 9)\n    yield\n"
+        "stored.store(pieces(), Path(sys.argv[1]))"
+    )
+    load(tokenizer, train=path, cache=str(cache))
+    (entry,) = cache.iterdir()
+    before = (entry / "ids").read_bytes()
+    shutil.rmtree(entry)
+    done = subprocess.run([sys.executable, "-c", half, str(entry)], cwd=ROOT)
+    assert done.returncode == -9 and not entry.exists() and len(list(cache.iterdir())) == 1
+    load(tokenizer, train=path, cache=str(cache))
+    assert (entry / "ids").read_bytes() == before
 
 
 def test_of_two_runs_that_store_the_same_one_is_as_good(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):

@@ -212,7 +212,14 @@ def test_every_known_kind_builds():
 def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
     """With the space in front that Llama's vocabularies want, and without it, as Gemma's; bytes where no piece fits."""
     corpus = [line for path in (ROOT / "docs").glob("*.md") for line in path.read_text(encoding="utf-8").splitlines()]
-    strings = [text for text in _strings(300) if "\x00" not in text] + ["a <table> b\n\nc", "naïve ☃ 中文", "  two", ""]
+    # Pieces of our code may spell control tokens, which SentencePiece takes for plain text, as no model is trained to.
+    left_out = ("\x00", "<unk>", "<s>", "</s>")
+    strings = [text for text in _strings(300) if not any(spelled in text for spelled in left_out)] + [
+        "a <table> b\n\nc",
+        "naïve ☃ 中文",
+        "  two",
+        "",
+    ]
     theirs = oracle(ROOT / "tests/oracle/sentencepiece_bpe.py", corpus=corpus, strings=strings)
     for name in ("prefixed", "bare"):
         metadata, ids, texts = (json.loads(str(theirs[f"{name}/{part}"])) for part in ("metadata", "ids", "texts"))

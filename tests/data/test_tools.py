@@ -90,8 +90,13 @@ def test_turns_that_a_template_leaves_out_are_refused(smollm2_source: dict, writ
     template = "{% for m in messages if m.role != 'system' %}{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
     silent = load_tokenizer({**smollm2_source, "chat_template": template})
     turns = [{"role": role, "content": f"the {role}"} for role in ("system", "user", "assistant")]
-    with pytest.raises(ValueError, match=r"leaves out message 0 \(system\)"):
-        learned(silent, write_rows([{"messages": turns}]))
+    with pytest.raises(ValueError, match=r"2 of 3 rows") as error:
+        learned(silent, write_rows([{"messages": turns}, {"messages": turns[1:]}, {"messages": turns[1:] + turns}]))
+    _, told = str(error.value).splitlines()  # once, wherever the message stands
+    assert "jsonl:1, 3: the chat template leaves out what a message of the role 'system' says. " in told
+    assert told.endswith(
+        "a template that shows them: chat_template (data.chat_template in training) names a jinja file"
+    )
     assert learned(silent, write_rows([{"messages": turns[1:]}])) == "assistantthe assistant<|im_end|>"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import tokenizers
 
-from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs, TrainArgs
+from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs, QuestionArgs, TrainArgs
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
 TEMPLATE = (
@@ -55,6 +55,7 @@ def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, *
         "data": dict(train=str(write_rows(folder / "rows.jsonl")), eval_fraction=0.2, max_length=160, buckets=2),
         "optim": dict(learning_rate=1e-2, schedule="cosine"),
         "train": dict(steps=10, micro_batch_size=2, accumulation=2, save_every=3, eval_every=5),
+        "questions": {},
     }
     for section, values in changes.items():
         sections[section] |= values
@@ -64,5 +65,6 @@ def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, *
         data=DataArgs(**sections["data"]),
         optim=OptimArgs(**sections["optim"]),
         train=TrainArgs(**sections["train"]),
+        questions=QuestionArgs(**sections["questions"]),
         output=str(folder / "run"),
     )

@@ -70,8 +70,9 @@ class Page(HTMLParser):
 
 
 def told(text: str) -> str:
-    """Control characters as the page shows them."""
-    return "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
+    """Control characters as the page shows them, and the one that turns directions."""
+    shown = "".join(chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t" else c for c in text)
+    return shown.replace("\u202e", "<U+202E>")
 
 
 def hostile(folder: Path):
@@ -88,6 +89,23 @@ def reported(tmp_path_factory):
     out = io.StringIO()
     dry_run(config, Path(config.output), oversized=False, console=Console(file=out, width=200))
     return config, out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def ended(reported, tmp_path_factory):
+    """The same settings with the records and samples of a run, as a card would have told them."""
+    config = dataclasses.replace(reported[0], output=str(tmp_path_factory.mktemp("ended")))
+    known = {"mfu": 0.4, "device_bytes": 3 << 30, "device_peak_bytes": 4 << 30, "host_bytes": 2 << 30}
+    counts = {"tokens": 100, "supervised_tokens": 50, "length": 64, "seconds": 1.0, "learning_rate": 1e-4}
+    steps = [{"step": n, "loss": 3 / n} | counts | known for n in range(1, 200)]
+    replies = [
+        {"step": n, "prompt": {"prompt": text}, "reply": text, "end": "stop"} for n in (0, 199) for text in HOSTILE
+    ]
+    for name, records in {"metrics": [*steps, {"step": 199, "eval_loss": 2.0}], "samples": replies}.items():
+        text = "".join(json.dumps(record) + "\n" for record in records)
+        (Path(config.output) / f"{name}.jsonl").write_text(text)
+    dry_run(config, Path(config.output), oversized=False, console=Console(file=io.StringIO()))
+    return config
 
 
 def page_of(config) -> str:
@@ -157,15 +175,28 @@ def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, mon
     assert facts_of(config)["memory_plan"]["peak_bytes"] is None or "of the plan" in text
 
 
+def test_the_page_of_a_card_has_mfu_speed_and_memory(ended):
+    text = page_of(ended)
+    assert "40.0%" in text and facts_of(ended)["training"]["mfu"] == 0.4
+    for caption in ("loss", "Learning rate", "Speed", "MFU", "Memory held"):
+        assert f'aria-label="{caption} over optimizer steps"' in text
+    assert "Memory held, GiB" in text and text.count('<div class="wide">') == 1  # the loss; the others are two and two
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian: apt-get install chromium)")
-@pytest.mark.parametrize("width", [360, 1200])
-def test_a_browser_runs_nothing_and_needs_no_scrolling_sideways(reported, tmp_path, width):
-    config, _ = reported
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("width", [360, 700, 768, 1100, 1600])
+def test_a_browser_runs_nothing_and_fits_the_page_with_letters_of_one_size(reported, ended, tmp_path, width, when):
     # Without its policy, so that escaping alone has to hold; and with a script that tells the page's width.
-    text = re.sub(r"<meta http-equiv=[^>]*>", "", page_of(config))
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", page_of(ended if when == "after" else reported[0]))
     inner = tmp_path / "inner.html"
-    told = "document.documentElement.scrollWidth + ' ' + ('ran' in document.documentElement.dataset)"
+    told = (
+        "document.documentElement.scrollWidth + ' ' + ('ran' in document.documentElement.dataset) + ' ' + "
+        "[...document.querySelectorAll('figure svg')].filter(svg => svg.checkVisibility())"
+        ".map(svg => svg.getBoundingClientRect().width / svg.viewBox.baseVal.width * 10)"
+        ".every(letters => letters > 10 && letters < 17)"
+    )
     probe = f"<script>parent.postMessage({told}, '*')</script>"
     inner.write_text(text.replace("</body>\n</html>", f"{probe}</body></html>"), encoding="utf-8")
     outer = tmp_path / "outer.html"
@@ -177,9 +208,11 @@ def test_a_browser_runs_nothing_and_needs_no_scrolling_sideways(reported, tmp_pa
         "--headless",
         "--no-sandbox",
         "--disable-gpu",
+        "--disable-background-networking",
         "--hide-scrollbars",
+        f"--user-data-dir={tmp_path / 'profile'}",
         "--virtual-time-budget=3000",
         "--dump-dom",
     ]
     done = subprocess.run([CHROMIUM, *flags, outer.as_uri()], capture_output=True, text=True, timeout=60, check=True)
-    assert f"<title>{width} false</title>" in done.stdout
+    assert f"<title>{width} false true</title>" in done.stdout

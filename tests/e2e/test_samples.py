@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from qlora_jax import generate, runtime
+from qlora_jax import generate
 from tests.e2e.project import project
 from tests.e2e.test_training import _stop_and_resume, run
 
@@ -27,7 +27,6 @@ def test_every_evaluation_has_replies_and_the_last_are_what_generate_writes(tmp_
     assert [(record["step"], record["prompt"]["prompt"]) for record in told] == [
         (step, prompt) for step in (0, 3, 6) for prompt in PROMPTS
     ]
-    monkeypatch.setattr(runtime, "start", lambda: None)
     out = tmp_path / "replies.jsonl"
     words = ["--run", config.output, "--prompts", how["samples"], "--max_new_tokens", "8", "--output", str(out)]
     generate.main(words)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import io
+import shlex
 import warnings
 from pathlib import Path
 
@@ -13,17 +14,22 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
+from qlora_jax.config import Config, DataArgs, ModelArgs
+from qlora_jax.data.batches import window_order
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.io.export_run import export_peft
 from qlora_jax.io.over_original import as_exported
 from qlora_jax.training import loop
+from qlora_jax.training.best import Best
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.run import check_folder, train
+from qlora_jax.training.resume import check_resumable, checkpoint_state
+from qlora_jax.training.run import check_folder, next_commands, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update
 from tests.e2e.project import project, write_model, write_rows
+from tests.marks import first_always
 
-WHAT_MAY_DIFFER = {"seconds", "resident_bytes", "paged_in_bytes", "paged_out_bytes"}
+WHAT_MAY_DIFFER = {"seconds", "data_seconds", "host_bytes", "resident_bytes", "paged_in_bytes", "paged_out_bytes"}
 
 
 def quiet() -> Console:
@@ -40,7 +46,7 @@ def run(config, resume=False):
 
 
 def numbers(config):
-    """metrics.jsonl without what a clock says, and where optimizer state was."""
+    """metrics.jsonl without what a clock says, what the process held, and where optimizer state was."""
     records = read_metrics(Path(config.output) / "metrics.jsonl")
     return [{k: v for k, v in record.items() if k not in WHAT_MAY_DIFFER} for record in records]
 
@@ -85,6 +91,7 @@ def test_the_loss_falls_and_everything_is_written(finished):
     steps = [record for record in numbers(finished) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 11))
     assert all(record["learning_rate"] > 0 for record in steps[1:])
+    assert sum("data_seconds" in record for record in read_metrics(folder / "metrics.jsonl")) == 10
 
 
 def test_only_lora_trains_and_no_code_reaches_gradients_or_optimizer(tmp_path):
@@ -115,12 +122,15 @@ class Records(list):
     evaluation = step
     samples = list.extend
 
+    def evaluating(self, words):
+        pass
+
 
 def run_quietly(session, progress, batch):
-    return loop.train_step(session, progress, batch, Records())
+    return loop.train_step(session, progress, batch, 0.0, Records())
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 6])
+@pytest.mark.parametrize("stop_after", first_always([4, 1, 6]))
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, stop_after, monkeypatch):
     config = dataclasses.replace(finished, output=str(tmp_path / "run"))
     _stop_and_resume(config, stop_after, monkeypatch)
@@ -179,6 +189,40 @@ def test_mixtures_and_windows_resume_to_the_bit(tmp_path, monkeypatch, kind):
         np.testing.assert_array_equal(resumed, expected)
 
 
+def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refused(tmp_path):
+    many, position = str(write_rows(tmp_path / "many.jsonl", 150)), {"epoch": 3, "window": 1, "index": 0}
+    windows = dict(train=many, cache=str(tmp_path / "cache"), window=100)
+    session = session_of(project(tmp_path / "windows", data=windows))
+    state = checkpoint_state(session, 1, position, Best())
+    assert state["window_order"] == window_order(session.config.train.seed, 3, 2).tolist()
+    check_resumable(session, state)
+    reversed_ = state | {"window_order": state["window_order"][::-1]}
+    with pytest.raises(ValueError, match=r"windows of epoch 3 came in the order \["):
+        check_resumable(session, reversed_)
+    del state["window_order"]
+    with pytest.raises(ValueError, match="lacks window_order, since another version"):
+        check_resumable(session, state)
+    session = session_of(project(tmp_path / "one"))
+    state = checkpoint_state(session, 1, position, Best())
+    del state["window_order"]  # there is but one order of one window
+    check_resumable(session, state)
+
+
+def test_mfu_is_of_the_rows_own_tokens_and_only_where_the_peak_is_known(tmp_path):
+    session = session_of(project(tmp_path))
+    batch, arrays = first_batch(session)
+    assert batch.tokens == batch.lengths.sum() < arrays["inputs"].size
+    records = Records()
+    loop.train_step(session, loop.start(session), batch, 0.0, records)
+    known = dataclasses.replace(session.utilization, peak=1e9)
+    again = dataclasses.replace(session_of(session.config), utilization=known)  # a step takes its session's parameters
+    loop.train_step(again, loop.start(again), batch, 0.0, records)
+    without, record = records
+    assert "mfu" not in without and without["model_flops"] == record["model_flops"]
+    assert record["model_flops"] == known.flops(batch.lengths, int(arrays["weights"].sum()))
+    assert record["mfu"] == pytest.approx(record["model_flops"] / record["seconds"] / 1e9)
+
+
 def test_accumulation_weighs_by_tokens(tmp_path):
     session = session_of(project(tmp_path, lora=dict(dropout=0.0)))
     _, arrays = first_batch(session)
@@ -192,38 +236,36 @@ def test_accumulation_weighs_by_tokens(tmp_path):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9)
 
 
-@pytest.mark.parametrize(("remat", "share"), [("names", 0.9), ("full", 0.5)])
-def test_rematerialization_changes_memory_and_not_gradients(tmp_path, remat, share):
+def test_rematerialization_changes_memory_and_not_gradients(tmp_path):
     session = session_of(project(tmp_path, layers=16))  # so many that what is kept of each outweighs the logits
+    (plain, most), *others = (_gradients_and_memory(session, remat) for remat in ("none", "names", "full"))
+    for (again, memory), share in zip(others, (0.9, 0.5), strict=True):
+        for a, b in zip(plain, again, strict=True):
+            # XLA fuses the two otherwise: f32 rounding through 16 layers, 2.4e-6 of the largest with jax 0.11.2.
+            np.testing.assert_allclose(a, b, atol=8e-6 * float(jnp.abs(b).max()) + 1e-9)
+        assert memory.temp_size_in_bytes < share * most.temp_size_in_bytes
+
+
+def _gradients_and_memory(session, remat):
+    compiled = _lowered_gradients(session, remat).compile()
+    grads, _ = compiled(session.lora, session.base, first_batch(session)[1], session.dropout_key)
+    return jax.tree.leaves(grads), compiled.memory_analysis()
+
+
+def _lowered_gradients(session, remat):
     _, arrays = first_batch(session)
-    key = session.dropout_key
-    plain, _ = gradients(session.graphdef, session.lora, session.base, arrays, key, remat="none")
-    again, _ = gradients(session.graphdef, session.lora, session.base, arrays, key, remat=remat)
-    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(again), strict=True):
-        # XLA fuses the two otherwise: f32 rounding through 16 layers, 2.4e-6 of the largest with jax 0.11.2.
-        np.testing.assert_allclose(a, b, atol=8e-6 * float(jnp.abs(b).max()) + 1e-9)
-
-    def temporaries(policy):
-        args = (session.graphdef, session.lora, session.base, arrays, key)
-        return gradients.lower(*args, remat=policy).compile().memory_analysis().temp_size_in_bytes
-
-    assert temporaries(remat) < share * temporaries("none")
+    return gradients.lower(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat=remat)
 
 
 def test_activations_that_wait_in_host_memory_change_no_bit(tmp_path):
     """XLA for CPUs drops the moves that JAX asks for, so a run on a CPU is refused."""
     session = session_of(project(tmp_path, layers=4))
-    _, arrays = first_batch(session)
-    full, away = (
-        gradients(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat=remat)[0]
-        for remat in ("full", "offload")
-    )
-    for a, b in zip(jax.tree.leaves(full), jax.tree.leaves(away), strict=True):
+    full, away = (_gradients_and_memory(session, remat) for remat in ("full", "offload"))
+    for a, b in zip(full[0], away[0], strict=True):
         np.testing.assert_array_equal(a, b)
-    args = (session.graphdef, session.lora, session.base, arrays, session.dropout_key)
-    full, away = (gradients.lower(*args, remat=remat) for remat in ("full", "offload"))
-    assert "memory_kind" in away.as_text() and "memory_kind" not in full.as_text()
-    assert away.compile().memory_analysis().host_temp_size_in_bytes == 0
+    assert away[1].host_temp_size_in_bytes == 0
+    full, away = (_lowered_gradients(session, remat).as_text() for remat in ("full", "offload"))
+    assert "memory_kind" in away and "memory_kind" not in full
 
 
 def test_compilations_are_one_a_length_and_one_update(tmp_path):
@@ -291,6 +333,21 @@ def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
     assert "lora.alpha: 32.0 then, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
 
 
+def test_a_checkpoint_that_lacks_what_a_run_goes_on_from_is_told(finished, monkeypatch):
+    read = Checkpoints.read_state
+    monkeypatch.setattr(Checkpoints, "read_state", lambda self: {k: v for k, v in read(self).items() if k != "best"})
+    with pytest.raises(ValueError, match=r"its checkpoint of step 10 lacks best, since another version .* lora\.start"):
+        run(finished, resume=True)
+
+
+def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finished):
+    console = quiet()
+    assert train(finished, Path(finished.output), resume=True, oversized=False, console=console)
+    told = console.file.getvalue()
+    assert "going on after step 10 of 10" in told and "least held-out loss  " in told and "needs  " in told
+    assert not [words for words in ("data:", "made of", "trained", "optimizer") if words in told]
+
+
 def test_an_output_folder_in_use_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
         check_folder(Path(finished.output), resume=False)
@@ -299,3 +356,22 @@ def test_an_output_folder_in_use_is_refused(finished, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is no run's folder"):
         check_folder(tmp_path, resume=False)
+    with pytest.raises(ValueError, match=r"thesis\.tex is a file"):
+        check_folder(tmp_path / "thesis.tex" / "run", resume=False)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_without_a_checkpoint_is_told_so_with_and_without_resume(tmp_path, resume):
+    (tmp_path / "metrics.jsonl").write_text("")
+    (tmp_path / "config.yaml").write_text("")
+    with pytest.raises(ValueError, match=r"before its first checkpoint.*Delete the folder.*without --resume"):
+        check_folder(tmp_path, resume=resume)
+
+
+def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
+    config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="it's my runs/1")
+    finished = {name: shlex.split(command)[3:] for name, command in next_commands(config, finished=True).items()}
+    assert finished["try it"] == ["--run", config.output]
+    assert finished["export"] == [config.output, "--format", "peft"]
+    go_on = next_commands(config, finished=False)["go on"]
+    assert shlex.split(go_on)[3:] == ["--config", config.output + "/config.yaml", "--resume"]

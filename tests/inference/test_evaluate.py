@@ -1,16 +1,21 @@
 """`python -m qlora_jax.evaluate`, from the command line to the table and the file."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
-from qlora_jax import evaluate, runtime
+from qlora_jax import evaluate
 from qlora_jax.inference.choices import choice_scores
+from qlora_jax.inference.decode import generate
+from qlora_jax.inference.sampling import Sampling
 from qlora_jax.inference.scoring import answer_scores
+from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, wilson_interval
 from qlora_jax.inference.task_files import choice_task, rows_task, text_task
 from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run
 from qlora_jax.models.partition import partition
+from tests.e2e.project import TEMPLATE
 from tests.inference.small_run import write_run
 
 
@@ -23,19 +28,15 @@ def folder(tmp_path_factory):
     (folder / "text.txt").write_text(" ".join(rng.choice(words, 60)))
     questions = [{"question": f"{a}?", "options": words, "answer": int(rng.integers(4))} for a in rng.choice(words, 12)]
     rows = [{"prompt": f"say {a}", "completion": a} for a in words]
-    for name, lines in {"questions": questions, "rows": rows}.items():
+    answers = [{"question": f"{a}?", "answer": a} for a in words]
+    for name, lines in {"questions": questions, "rows": rows, "answers": answers}.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda: None)
-
-
-def direct(folder, column):
+def direct(folder, column, step=7):
     """A column's scores without the command."""
-    opened = open_base_or_run(None, str(folder / "run"))
+    opened = open_base_or_run(None, str(folder / "run"), step=step)
     model = load_base(opened, held_as(opened, "none" if column == "unquantized" else "auto", "float32"))
     parts = adapted(model, opened.run) if column == "checkpoint" else partition(model)
     tokenizer, limits = opened.tokenizer, dict(max_rows=None, max_positions=256)
@@ -79,13 +80,126 @@ def test_columns_can_be_chosen(folder, tmp_path):
     assert data["tasks"]["text"]["comparisons"] == []
 
 
+def test_exact_answers_are_those_that_the_model_writes(folder, tmp_path):
+    opened = open_base_or_run(str(folder / "model"), None)
+    parts = partition(load_base(opened, held_as(opened, "none", "float32")))
+    rows = []
+    for number, word in enumerate(["sun", "moon", "rain"]):
+        ids = answers_prompt(opened.tokenizer, word)
+        (reply,) = generate(*parts, [ids], sampling=Sampling(), max_new_tokens=5, stop_ids=[])
+        text = opened.tokenizer.decode(reply.ids).strip() or "nothing"
+        rows.append({"question": word, "answer": text if number else "something else"})
+    (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--model", str(folder / "model"), "--answers", str(tmp_path / "answers.jsonl"), "--max_new_tokens", "5"]
+    evaluate.main([*words, "--columns", "[unquantized]", "--json", str(tmp_path / "scores.json")])
+    found = json.loads((tmp_path / "scores.json").read_text())["tasks"]["answers"]["columns"]["unquantized"]
+    assert found["exactly the answer"]["value"] == pytest.approx(2 / 3)
+    assert found["exactly the answer"]["interval"] == pytest.approx(wilson_interval(2, 3))
+
+
+def answers_prompt(tokenizer, word: str) -> list[int]:
+    text = tokenizer.render([{"role": "user", "content": word}], add_generation_prompt=True)
+    return tokenizer.encode(text)
+
+
+def test_two_runs_are_compared_question_by_question(folder, tmp_path):
+    words = [f"--{task}={folder / name}" for task, name in [("rows", "rows.jsonl"), ("choices", "questions.jsonl")]]
+    words += ["--run", str(folder / "run"), "--against", str(folder / "run"), "--against_step", "3"]
+    evaluate.main([*words, "--columns", "[checkpoint, against]", "--json", str(tmp_path / "scores.json")])
+    data = json.loads((tmp_path / "scores.json").read_text())
+    assert [label.rpartition("/")[2] for label in data["labels"].values()] == ["run, step 7", "run, step 3"]
+    (_, choices, rows), (_, other_choices, other_rows) = (direct(folder, "checkpoint", step) for step in (7, 3))
+    loss, *_ = data["tasks"]["rows"]["comparisons"]
+    assert (loss["from"], loss["to"], loss["measure"]) == ("checkpoint", "against", "loss a token")
+    assert loss["difference"] == pytest.approx(other_rows.mean_nll - rows.mean_nll)
+    assert loss["interval"] == pytest.approx(paired_bootstrap(rows.nll, other_rows.nll, rows.tokens))
+    right, _ = data["tasks"]["choices"]["comparisons"]
+    assert right["difference"] == pytest.approx(other_choices.by_sum.mean() - choices.by_sum.mean())
+    assert right["p"] == pytest.approx(mcnemar(choices.by_sum, other_choices.by_sum))
+
+
+def test_a_run_on_another_base_stands_beside_it(folder, tmp_path, capsys):
+    write_run(tmp_path, seed=1)
+    words = ["--run", str(folder / "run"), "--text", str(folder / "text.txt"), "--window", "64"]
+    evaluate.main([*words, "--against", str(tmp_path / "run"), "--json", str(tmp_path / "both.json")])
+    evaluate.main(["--run", str(tmp_path / "run"), *words[2:], "--json", str(tmp_path / "alone.json")])
+    both, alone = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("both", "alone"))
+    assert list(both["labels"]) == ["unquantized", "quantized", "checkpoint", "against"]
+    assert both["labels"]["checkpoint"] == f"{folder}/run, step 7"
+    assert both["labels"]["against"] == f"{tmp_path}/run, step 7, on model"
+    columns = both["tasks"]["text"]["columns"]
+    assert columns["against"] == alone["tasks"]["text"]["columns"]["checkpoint"] != columns["checkpoint"]
+
+
+def another_reader(folder, path, what):
+    """The run's folder again, on a base with another chat template, token to end with, or vocabulary."""
+    shutil.copytree(folder, path)
+    config = path / "run/config.yaml"
+    config.write_text(config.read_text().replace(str(folder), str(path)))
+    name = "tokenizer.json" if what == "vocabulary" else "tokenizer_config.json"
+    file = path / "model" / name
+    read = json.loads(file.read_text())
+    if what == "vocabulary":
+        ids = read["model"]["vocab"]
+        ids["a"], ids["n"] = ids["n"], ids["a"]
+    elif what == "template":
+        read["chat_template"] = read["chat_template"].replace("':'", "': '")
+    else:
+        read["eos_token"] = "<s>"
+    file.write_text(json.dumps(read))
+    return path / "run"
+
+
+@pytest.mark.parametrize(
+    ("what", "task", "message"),
+    [
+        ("vocabulary", "text", r"text: 5 of 5 become other tokens.*; the first is number 1\nTheir models' tokenizers"),
+        ("vocabulary", "letters", "letters: 12 of 12 become"),
+        ("vocabulary", "harness", "harness: its texts would become other tokens"),
+        ("template", "choices", r"choices: 12 of 12 become other tokens(?s:.*)chat templates.*: --chat_template FILE"),
+        ("template", "rows", "rows: 4 of 4 become"),
+        ("template", "answers", "answers: 4 of 4 become"),
+        ("end", "answers", r"answers: 4 of 4 become other tokens, or end at others(?s:.*)ends of replies"),
+    ],
+)
+def test_runs_that_are_not_asked_the_same_are_not_compared(folder, tmp_path, what, task, message):
+    files = {"text": "text.txt", "choices": "questions.jsonl", "letters": "questions.jsonl"}
+    value = "[a_task]" if task == "harness" else str(folder / files.get(task, f"{task}.jsonl"))
+    given = [f"--{task}", value, "--window", "64", "--max_new_tokens", "9"]
+    other = another_reader(folder, tmp_path / "other", what)
+    with pytest.raises(ValueError, match=message) as error:
+        evaluate.main(["--run", str(folder / "run"), "--against", str(other), *given])
+    assert str(error.value).startswith(f"run {folder}/run and against {other} are not asked the same")
+
+
+def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
+    other = another_reader(folder, tmp_path / "other", "template")
+    words = ["--run", str(folder / "run"), "--against", str(other), "--rows", str(folder / "rows.jsonl")]
+    template = tmp_path / "one.jinja"
+    template.write_text(TEMPLATE)
+    words += ["--chat_template", str(template), "--columns", "[checkpoint, against]"]
+    evaluate.main([*words, "--json", str(tmp_path / "scores.json")])
+    data = json.loads((tmp_path / "scores.json").read_text())["tasks"]["rows"]
+    assert data["columns"]["checkpoint"] == data["columns"]["against"]
+    assert {change.get("p", 1) for change in data["comparisons"]} == {1}
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model MODEL", "text, choices, letters, rows, harness: none is given"),
+        ("--model MODEL", "text, choices, letters, answers, rows, harness: none is given"),
         ("--model MODEL --text TEXT --window 9 --stride 10", r"stride: found 10, expected at most window \(9\)"),
         ("--model MODEL --text TEXT --shots TEXT", "shots: is for letters; give letters too"),
+        ("--model MODEL --text TEXT --answer_pattern x", "answer_pattern: is for answers; give answers too"),
+        ("--model MODEL --answers TEXT --answer_pattern (", r"found '\(', no regular expression: missing \)"),
         ("--model MODEL --text TEXT --columns [checkpoint]", "columns: checkpoint needs a run"),
+        ("--model MODEL --text TEXT --columns [against]", "columns: against needs another run"),
+        ("--model MODEL --against MODEL --text TEXT", "against: is compared with a run; give run too"),
+        ("--run RUN --against RUN --text TEXT", "against: found what run is; give another run's folder"),
+        ("--run RUN --against_step 3 --text TEXT", "against_step: is another run's; give against too"),
+        ("--model MODEL --text TEXT --file_columns {'answer':'a'}", "file_columns: is for choices, letters, answers"),
+        ("--model MODEL --answers TEXT --file_columns {'a':'answer'}", "'a', expected some of question, answer, each"),
+        ("--model MODEL --rows TEXT --file_columns {'answer':'a'}", "found 'answer', expected some of .*completion"),
         ("--model MODEL --text TEXT --columns [nf4]", "columns: found 'nf4', expected some of unquantized"),
         ("--model MODEL --text TEXT --columns [quantized] --quant_type none", "quantized needs a quant_type"),
         ("--model MODEL --text TEXT --json nowhere/x", "json: found 'nowhere/x', but there is no folder"),
@@ -95,6 +209,6 @@ def test_columns_can_be_chosen(folder, tmp_path):
     ],
 )
 def test_bad_settings(folder, words, message):
-    places = {"MODEL": folder / "model", "TEXT": folder / "text.txt"}
+    places = {"MODEL": folder / "model", "RUN": folder / "run", "TEXT": folder / "text.txt"}
     with pytest.raises(ValueError, match=message):
         evaluate.main([str(places.get(word, word)) for word in words.split()])

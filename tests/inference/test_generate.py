@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax import generate, runtime
+from qlora_jax import generate
 from qlora_jax.inference import decode
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.sampling import Sampling
@@ -25,12 +25,6 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("generate")
     write_run(folder)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch):
-    """The compilation cache of the person who runs the tests is left alone."""
-    monkeypatch.setattr(runtime, "start", lambda: None)
 
 
 def direct(folder: Path, prompt: str, step: int | None, **sampling) -> str:
@@ -71,7 +65,8 @@ def test_a_file_of_prompts(folder, tmp_path, capsys):
     assert [{name: reply[name] for name in row} for row, reply in zip(rows, replies, strict=True)] == rows
     assert [reply["reply"] for reply in replies] == [direct(folder, p, 7) for p in ["hello"] * 3 + ["another"]]
     assert {(reply["end"], reply["reply_tokens"]) for reply in replies} == {("length", 8)}
-    assert capsys.readouterr().out == ""
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.splitlines()[-1] == f"4 replies: {output}"
 
 
 def test_lines_are_prompts_and_raw_leaves_the_template_out(folder, tmp_path, capsys):

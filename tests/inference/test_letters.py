@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.inference.letter_files import letters_task
 from qlora_jax.inference.letters import Lettered, letter_scores, mean_over_subjects
-from qlora_jax.inference.statistics import stratified_bootstrap, wilson_interval
+from qlora_jax.inference.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 TOKENIZER = byte_tokenizer()
@@ -43,6 +43,14 @@ def test_prompts_are_mmlus(tmp_path):
     assert text_of(task.questions[0]).startswith(f"{HEADER}.\n\n2") and task.subjects is None
 
 
+def test_both_files_may_call_their_columns_otherwise(tmp_path):
+    named = {"question": "problem", "subject": "topic"}
+    row = {"problem": "2 + 2?", "topic": "high_school_math", "options": ["3", "4"], "answer": "4"}
+    path = write(tmp_path / "q.jsonl", [row])
+    task = letters_task(path, TOKENIZER, **(LIMITS | {"named": named, "shots": path, "num_shots": 1}))
+    assert text_of(task.questions[0]) == MADE.replace("2 + 2?", "2 + 2?\nA. 3\nB. 4\nAnswer: B\n\n2 + 2?") + " "
+
+
 def test_exemplars_are_the_first_of_the_subject(tmp_path):
     def shot(subject, n):
         return {"question": f"{n}?", "options": ["x", "y"], "answer": n % 2, "subject": subject}
@@ -62,7 +70,11 @@ def test_rows_that_can_not_be_asked_are_told(tmp_path):
     rows = [{"input": "x", "output": "E"}, {"question": "x"}, QUESTION | {"options": [*map(str, range(27))]}]
     with pytest.raises(ValueError, match="3 of 3 rows") as error:
         letters_task(write(tmp_path / "q.jsonl", rows), TOKENIZER, **LIMITS)
-    for words in ("one of A, B, C, D; found output 'E'", "expected the columns", "27 options"):
+    for words in (
+        "one of A, B, C, D; found output 'E'",
+        "no column 'options' or 'answer': it has 'question'",
+        "27 options",
+    ):
         assert words in str(error.value)
     with pytest.raises(ValueError, match="tokens, and the model reads 50"):
         letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **(LIMITS | {"max_positions": 50}))
@@ -99,3 +111,15 @@ def test_subjects_count_alike():
     assert (low, high) == pytest.approx(wilson_interval(750, 1000), abs=3e-3)
     halves = stratified_bootstrap(many, ["one"] * 500 + ["two"] * 500)
     assert halves == pytest.approx((low, high), abs=4e-3)
+
+
+def test_pairs_of_two_models_within_subjects():
+    """Changes d of n pairs a subject: sqrt(sum over subjects of (mean d^2 - mean^2) / n) / subjects."""
+    rng = np.random.default_rng(0)
+    before, subjects = rng.random(2000) < 0.5, np.repeat(["one", "two"], 1000)
+    after = np.where(rng.random(2000) < 0.1, True, before)
+    low, high = stratified_paired_bootstrap(before, after, list(subjects))
+    changes = (after.astype(float) - before).reshape(2, 1000)
+    middle, spread = changes.mean(), np.sqrt(changes.var(axis=1).sum() / 1000) / 2
+    np.testing.assert_allclose([low, high], [middle - 1.96 * spread, middle + 1.96 * spread], atol=0.1 * spread)
+    assert stratified_paired_bootstrap(before, before, list(subjects)) == (0.0, 0.0)

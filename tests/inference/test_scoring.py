@@ -1,14 +1,19 @@
 """Likelihoods in padded batches equal those of each row alone, summed in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.inference import scoring
+from qlora_jax.inference.batches import BATCH_TOKENS, SHAPE_COST, batches_by_length, padded_length
 from qlora_jax.inference.choices import Choice, choice_scores
-from qlora_jax.inference.scoring import answer_scores, padded_length, windows
-from tests.inference.tiny import VOCAB, full_logits, tiny_parts
+from qlora_jax.inference.scoring import answer_scores, windows
+from qlora_jax.inference.shared_prompts import packed_rows
+from qlora_jax.nn.rope import RopeScaling
+from tests.inference.tiny import VOCAB, full_logits, tiny_config, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -74,16 +79,72 @@ def test_a_score_does_not_depend_on_its_batch(parts):
     assert done == [1] * 4
 
 
-def test_one_compilation_for_each_length(parts):
+def test_one_compilation_for_each_shape(parts):
     rng = np.random.default_rng(3)
+    rows = [row(rng, length) for length in (30, *rng.integers(65, 129, 100), 500, 500)]
+    shapes = {(batch.size, batch.length) for batch in batches_by_length([len(ids) - 1 for ids, _ in rows])}
     scoring.score_tokens.clear_cache()
     for _ in range(2):
-        answer_scores(*parts, [row(rng, length) for length in (20, *rng.integers(65, 129, 100))])
-    assert scoring.score_tokens._cache_size() == len({padded_length(n) for n in range(65, 129)}) == 2
+        answer_scores(*parts, rows)
+    assert scoring.score_tokens._cache_size() == len(shapes) == 2
 
 
 def test_padded_lengths():
-    assert [padded_length(n) for n in (1, 32, 33, 48, 49, 65, 97, 512, 513)] == [32, 32, 48, 48, 64, 96, 128, 512, 768]
+    assert [padded_length(n) for n in (1, 16, 17, 255, 257, 511, 513)] == [16, 16, 32, 256, 288, 512, 576]
+
+
+@given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40))
+def test_batches_hold_each_row_once_and_are_no_longer_than_one_shape_would_be(lengths):
+    batches = batches_by_length(lengths)
+    assert sorted(index for batch in batches for index in batch.rows) == [*range(len(lengths))]
+    for batch in batches:
+        assert len(batch.rows) <= batch.size and batch.size * batch.length <= max(BATCH_TOKENS, batch.length)
+        assert max(lengths[index] for index in batch.rows) <= batch.length
+    assert len({batch.length for batch in batches}) == len({(batch.size, batch.length) for batch in batches})
+    longest, at_once = padded_length(max(lengths)), BATCH_TOKENS // padded_length(max(lengths))
+    spent = sum(batch.size * batch.length for batch in batches) + SHAPE_COST * len({b.length for b in batches})
+    assert spent <= SHAPE_COST + longest * (len(lengths) + -(-len(lengths) // at_once))
+
+
+def options(rng: np.random.Generator, prompt: np.ndarray, lengths):
+    """Rows that go on from a prompt; now and then a token of theirs is not scored."""
+    more = [np.concatenate([prompt, rng.integers(0, VOCAB, n).astype(np.int32)]) for n in lengths]
+    rows = [(ids, np.arange(len(ids)) >= len(prompt)) for ids in more]
+    for ids, scored in rows:
+        scored[len(prompt) + 1 : -1] = rng.random(max(0, len(ids) - len(prompt) - 2)) < 0.7
+    return rows
+
+
+def test_rows_that_share_a_prompt_have_the_scores_that_each_has_alone(parts):
+    rng = np.random.default_rng(8)
+    prompts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (30, 90, 9)]
+    rows = [*options(rng, prompts[0], (1, 3, 20)), *options(rng, prompts[1], (1, 1, 1)), row(rng, 40)]
+    rows += [*options(rng, prompts[2], (30, 4)), *options(rng, prompts[0], (6,))]
+    packed = packed_rows(rows, share=True)
+    assert [None if one.branches is None else one.branches.max() for one in packed] == [4, 0, None, None, None]
+    assert [len(one.ids) for one in packed] == [30 + 19 + 2 + 5, 90, 39, 38, 12]
+    scores = answer_scores(*parts, rows)
+    for index, (ids, scored) in enumerate(rows):
+        nll, hits = expected_scores(parts, ids, scored)
+        assert scores.nll[index] == pytest.approx(nll, rel=1e-5), index
+        assert (scores.tokens[index], scores.exact[index]) == (len(hits), all(hits))
+
+
+def test_many_continuations_are_several_rows():
+    rng = np.random.default_rng(9)
+    rows = options(rng, rng.integers(0, VOCAB, 100).astype(np.int32), [60] * 20)
+    packed = packed_rows(rows, share=True)
+    assert [len(one.ids) for one in packed] == [100 + 59 * 8, 100 + 59 * 9, 100 + 59 * 3]
+    assert sorted({int(index) for one in packed for index in one.row}) == [*range(20)]
+    assert len(packed_rows(rows, share=False)) == 20
+
+
+def test_where_windows_or_lengths_have_a_say_prompts_are_not_shared():
+    plain = tiny_config()
+    scaling = RopeScaling(kind="dynamic", numbers=(("factor", 2.0),))
+    turned = dataclasses.replace(plain, rope=dataclasses.replace(plain.rope, scaling=scaling))
+    assert plain.takes_branches and not turned.takes_branches
+    assert not dataclasses.replace(plain, windows=(None, 8)).takes_branches
 
 
 def test_windows_do_not_overlap_and_leave_nothing_out():

@@ -53,9 +53,21 @@ def test_answers(options, answer, expected):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q", "options": ["a", "b"]}, "expected the columns .* found 'question', 'options'"),
+        (
+            {"question": "q", "options": ["a", "b"]},
+            "no column 'answer': it has 'question', 'options', expected question",
+        ),
         ({"question": "q", "options": ["a"], "answer": 0}, "options: expected a list of two or more"),
         ({"question": "q", "options": "a or b", "answer": 0}, "options: expected"),
+        ({"question": "q", "options": "a or b" * 99, "answer": 0}, r"found 'a or ba or.{40,50}\.\.\.$"),
+        ({"question": ["q"], "options": ["a", "b"], "answer": 0}, r"question: expected a text; found \['q'\]"),
+        (
+            {"problem": "q", "choices": ["a", "b"], "answer": 0},
+            r"no column 'question' or 'options': it has 'problem', 'choices', 'answer', expected question "
+            r"\(or prompt\), options, answer. Tell which they are: --file_columns "
+            r"'{question: problem, options: choices}' \(--questions.file_columns in training\)$",
+        ),
+        ({"q": "q", "options": ["a", "b"], "answer": 0}, "file_columns '{question: COLUMN}'"),
         ({"question": "q", "options": ["a", ""], "answer": 0}, "options: expected"),
         ({"question": "q", "options": ["a", "b"], "answer": 2}, "answer 2 is none of the 2 options"),
         ({"question": "q", "options": ["a", "b"], "answer": True}, "answer True is none"),
@@ -66,6 +78,31 @@ def test_answers(options, answer, expected):
 def test_questions_that_are_none(row, message):
     with pytest.raises(ValueError, match=message):
         read_question(row)
+
+
+def test_a_file_may_call_its_columns_otherwise(tmp_path):
+    limits = dict(max_rows=None, max_positions=99)
+    rows = [{"problem": "2 + 2?", "solution": "4", "question": "number 7", "answer": "?"}]
+    path = write(tmp_path / "rows.jsonl", rows)
+    (row,) = rows_task(path, TOKENIZER, named={"prompt": "problem", "completion": "solution"}, **limits).rows
+    assert TOKENIZER.decode(row[0].tolist()) == "2 + 2?4<end>"
+    questions = [{"problem": "Why?", "choices": ["so", "not so"], "label": 1, "question": "number 7"}]
+    path = write(tmp_path / "q.jsonl", questions)
+    named = {"question": "problem", "options": "choices", "answer": "label", "completion": "of another task"}
+    (choice,) = choice_task(path, TOKENIZER, named=named, **limits).choices
+    assert TOKENIZER.decode(choice.options[0][0].tolist()) == "Question: Why?\nAnswer: so" and choice.answer == 1
+    told = (
+        r"(?s)1 of 1 rows.*q.jsonl:1: no column 'text', which file_columns names; it has 'problem', 'choices', 'label'"
+    )
+    with pytest.raises(ValueError, match=told):
+        choice_task(path, TOKENIZER, named={"question": "text"}, **limits)
+
+
+def test_a_wrong_file_is_told_once_and_in_short(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"title": "x" * 9000, "body": str(n)} for n in range(500)])
+    with pytest.raises(ValueError, match="500 of 500 rows can't be used") as error:
+        choice_task(path, TOKENIZER, max_rows=None, max_positions=99)
+    assert str(error.value).count("it has 'title', 'body'") == 1 and len(str(error.value)) < 500
 
 
 def test_only_the_option_is_scored(tmp_path):

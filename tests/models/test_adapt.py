@@ -48,6 +48,7 @@ def test_targets(target_modules, expected):
         (dict(target_modules=["w_pack"]), "'w_pack' matches none of the linear layers: model.layers.self_attn.q_proj"),
         (dict(target_modules=["q_proj", "proj"]), "'proj' matches none"),
         (dict(target_modules=r".*lm_head"), "matches none"),
+        (dict(target_modules="q_proj,v_proj"), "are a list, [q_proj, v_proj]), 'q_proj,v_proj' matches none"),
         (dict(target_modules=r"model\.layers\.[01]\..*up_proj"), "up_proj (2 of 3 layers): layers are stacked"),
         (dict(target_modules=["q_proj"], rank_pattern={"up_proj": 4}), "rank_pattern 'up_proj' matches none"),
         (dict(alpha_pattern={r"layers\.0\.mlp\.up_proj": 4.0}), "alpha_pattern"),

@@ -15,6 +15,7 @@ from pallas_kernels.nf4_matmul.mosaic.ampere import LARGE, SMALL, Tile, product
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import COPIES, Interpreted, Machine
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
+from tests.marks import some_in_ci
 from tests.nf4_matmul import twins
 from tests.nf4_matmul.jaxprs import equations, loops
 from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
@@ -51,11 +52,12 @@ def test_the_twin_computes_the_product_without_a_race(direction, rows, shape, ti
 
 
 VARIANTS = list(itertools.product((SMALL, LARGE), (BF16, F16)))
+EVERY_SHAPE = [(direction, *case) for direction in DIRECTIONS for case in twins.covering(REDUCED, twins.ROWS, VARIANTS)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize(("shape", "rows", "variant"), twins.covering(REDUCED, twins.ROWS, VARIANTS))
+@pytest.mark.parametrize(
+    ("direction", "shape", "rows", "variant"), some_in_ci(EVERY_SHAPE, lambda i: i % twins.IN_CI == 0)
+)
 def test_the_twin_on_every_reduced_shape(direction, shape, rows, variant):
     check(direction, rows, shape, *variant)
 

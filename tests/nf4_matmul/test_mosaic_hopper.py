@@ -11,6 +11,7 @@ from pallas_kernels.nf4_matmul.mosaic import decode, hopper
 from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
+from tests.marks import some_in_ci
 from tests.nf4_matmul import twins
 from tests.nf4_matmul.jaxprs import equations, loops, names
 from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
@@ -53,8 +54,9 @@ EVERY_SHAPE = [
 ]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("direction", "shape", "rows", "variant"), EVERY_SHAPE)
+@pytest.mark.parametrize(
+    ("direction", "shape", "rows", "variant"), some_in_ci(EVERY_SHAPE, lambda i: i % twins.IN_CI == 0)
+)
 def test_the_twins_on_every_reduced_shape(direction, shape, rows, variant):
     check(direction, rows, shape, *variant)
 

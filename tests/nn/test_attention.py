@@ -8,10 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention import causal_attention
 from qlora_jax.nn.attention_tiles import Tiling, Visibility
+from tests.training.compiled_text import TO_READ
 
 SCALE = 0.3
+
+
+@pytest.fixture(autouse=True)
+def tiles(monkeypatch):
+    """What every device has; C++ loops have tests of their own."""
+    monkeypatch.setattr(attention_cpu, "takes_forward", lambda *args, **kwargs: False)
 
 
 def _random(*shape, seed=0, dtype=jnp.float32):
@@ -30,18 +38,28 @@ def _segments(length, *rows):
     return jnp.asarray(np.stack(ids), jnp.int32)
 
 
-def _plain(q, k, v, window=None, segments_BT=None, softcap=None):
-    """transformers' definition: key <= query, key > query - window, equal segments; softcap tanh(score / softcap)."""
-    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
-    at = jnp.arange(q.shape[1])
+def _plain(q, k, v, window=None, segments_BT=None, softcap=None, branching=False):
+    """transformers' definition: key <= query, key > query - window, equal segments, or the key's is 0 where
+    branching; softcap tanh(score / softcap)."""
+    return _of_visible(q, k, v, _visible(q.shape[1], window, segments_BT, branching), softcap)
+
+
+def _visible(length, window=None, segments_BT=None, branching=False):
+    at = np.arange(length)
     visible = (at[None, :] <= at[:, None])[None]
     if window is not None:
-        visible &= (at[None, :] > at[:, None] - window)[None]
-    if segments_BT is not None:
-        visible = visible & (segments_BT[:, :, None] == segments_BT[:, None, :])
+        visible = visible & (at[None, :] > at[:, None] - window)[None]
+    if segments_BT is None:
+        return visible
+    ids = np.asarray(segments_BT)
+    return visible & ((ids[:, :, None] == ids[:, None, :]) | (branching & (ids == 0)[:, None, :]))
+
+
+def _of_visible(q, k, v, visible_BTS, softcap):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
     scores = jnp.einsum("btnh,bsnh->bnts", q, k) * SCALE
     scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(visible[:, None], scores, -jnp.inf)
+    scores = jnp.where(visible_BTS[:, None], scores, -jnp.inf)
     return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(scores), v)
 
 
@@ -51,15 +69,30 @@ def _value_and_gradients(attention, q, k, v, cotangent):
     return value, *vjp(cotangent)
 
 
-def _errors(length, heads, kv_heads, dtype=jnp.float32, batch=2, head_dim=16, **visible):
-    """Largest errors of the value, dq, dk and dv, as shares of their largest entries."""
-    inputs = _inputs(length, heads, kv_heads, batch, head_dim, dtype)
-    ours = _value_and_gradients(lambda *qkv: causal_attention(*qkv, SCALE, **visible), *inputs)
-    plain = _value_and_gradients(lambda *qkv: _plain(*qkv, **visible), *(x.astype(jnp.float32) for x in inputs))
-    assert {x.dtype for x in ours} == {jnp.dtype(dtype)}
+@functools.partial(jax.jit, static_argnames="softcap")  # compiled once for all that may be visible
+def _plain_value_and_gradients(q, k, v, cotangent, visible_BTS, softcap):
+    value, vjp = jax.vjp(lambda *qkv: _of_visible(*qkv, visible_BTS, softcap), q, k, v)
+    return value, *vjp(cotangent)
+
+
+def _plain_results(inputs, softcap=None, **visible):
+    """The value, dq, dk and dv in f32."""
+    visible_BTS = np.broadcast_to(_visible(inputs[0].shape[1], **visible), (len(inputs[0]), *[inputs[0].shape[1]] * 2))
+    return _plain_value_and_gradients(*(x.astype(jnp.float32) for x in inputs), visible_BTS, softcap=softcap)
+
+
+def _largest_errors(ours, plain):
+    """Of each result, as shares of its largest entry."""
     pairs = zip(ours, plain, strict=True)
     # Where a query sees itself alone dq is 0, and what is left of rounding counts against 1.
     return [float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b), initial=1.0)) for a, b in pairs]
+
+
+def _errors(length, heads, kv_heads, dtype=jnp.float32, batch=2, head_dim=16, **visible):
+    inputs = _inputs(length, heads, kv_heads, batch, head_dim, dtype)
+    ours = _value_and_gradients(lambda *qkv: causal_attention(*qkv, SCALE, **visible), *inputs)
+    assert {x.dtype for x in ours} == {jnp.dtype(dtype)}
+    return _largest_errors(ours, _plain_results(inputs, **visible))
 
 
 # Lengths below a chunk, unrolled, ragged, and in a loop over tiles of 256 and (batch x heads above 16) of 128.
@@ -82,21 +115,21 @@ def test_window(length, heads, window):
     assert max(_errors(length, heads, heads // 2, window=window)) < 5e-6
 
 
+@pytest.mark.parametrize("segments", [False, True])
 @pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2), (700, 10)])
-@pytest.mark.parametrize("window", [1, 70, 258, 900])
-def test_a_window_that_is_traced(length, heads, window):
-    ids = _segments(length, (40, 2, 200), (256, 1, 30))
+def test_a_window_that_is_traced(length, heads, segments):
+    ids = _segments(length, (40, 2, 200), (256, 1, 30)) if segments else None
     inputs = _inputs(length, heads, heads // 2)
-    for segments_BT in (None, ids):
 
-        def ours(q, k, v, segments_BT=segments_BT):
-            return causal_attention(q, k, v, SCALE, window=jnp.int32(window), segments_BT=segments_BT)
+    @jax.jit
+    def ours(window):
+        attention = functools.partial(causal_attention, scale=SCALE, window=window, segments_BT=ids)
+        value, vjp = jax.vjp(attention, *inputs[:3])
+        return value, *vjp(inputs[3])
 
-        def plain(q, k, v, segments_BT=segments_BT):
-            return _plain(q, k, v, window, segments_BT)
-
-        pairs = zip(_value_and_gradients(ours, *inputs), _value_and_gradients(plain, *inputs), strict=True)
-        assert max(float(jnp.max(jnp.abs(a - b)) / jnp.max(jnp.abs(b), initial=1.0)) for a, b in pairs) < 5e-6
+    for window in (1, 70, 258, 900):
+        plain = _plain_results(inputs, window=window, segments_BT=ids)
+        assert max(_largest_errors(ours(jnp.int32(window)), plain)) < 5e-6
 
 
 @pytest.mark.parametrize(("length", "heads"), [(300, 2), (900, 2)])
@@ -110,6 +143,19 @@ def test_softcap(length, heads, window):
 def test_segments(length, heads, window):
     ids = _segments(length, (40, 2, 200), (256, 1, 30))
     assert max(_errors(length, heads, heads // 2, window=window, segments_BT=ids)) < 5e-6
+
+
+@pytest.mark.parametrize(("length", "heads"), [(48, 2), (300, 2), (900, 2), (700, 10)])
+def test_branches_see_their_beginning(length, heads):
+    ids = _segments(length, (20, 2, 10), (40, 1, 3))
+    assert max(_errors(length, heads, heads // 2, segments_BT=ids, branching=True)) < 5e-6
+
+
+def test_branches_go_with_segments_and_without_windows():
+    q, k, v, _ = _inputs(8, 2, 2)
+    for visible in ({}, {"segments_BT": _segments(8, (2,), (3,)), "window": 4}):
+        with pytest.raises(ValueError, match="branching: needs segments and no window"):
+            causal_attention(q, k, v, SCALE, branching=True, **visible)
 
 
 def test_segments_in_any_order():
@@ -175,7 +221,7 @@ def _temporaries(length, batch=1, heads=9, kv_heads=3, head_dim=64):
     def gradients(q, k, v, do):
         return jax.vjp(lambda *qkv: causal_attention(*qkv, SCALE), q, k, v)[1](do)
 
-    return jax.jit(gradients).lower(q, k, v, do).compile().memory_analysis().temp_size_in_bytes
+    return jax.jit(gradients).lower(q, k, v, do).compile(TO_READ).memory_analysis().temp_size_in_bytes
 
 
 def test_memory_is_linear_in_length():

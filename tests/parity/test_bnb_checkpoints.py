@@ -56,12 +56,6 @@ def _digest(codes: Any) -> str:
     return hashlib.sha256(np.ascontiguousarray(codes).tobytes()).hexdigest()
 
 
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command sets up its process; a test shares it."""
-    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
-
-
 @pytest.fixture(scope="module")
 def config() -> dict[str, Any]:
     return tiny_config()

@@ -38,12 +38,6 @@ WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "
 WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
 
 
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command sets up its process; a test shares it."""
-    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
-
-
 def _run(tmp_path: Path, name: str, lora: LoraArgs = LORAS["all"], **changes: Any):
     """(folder of a run on a model in a folder, its model)."""
     # llama.cpp's contexts hold 256 tokens at least, and LongRoPE goes by what they hold.

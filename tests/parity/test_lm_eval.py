@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax import evaluate, runtime
+from qlora_jax import evaluate
 from tests.e2e.project import write_model
 
 ORACLE = Path(__file__).parent.parent / "oracle/lm_eval_hf.py"
@@ -70,7 +70,6 @@ def write_tasks(folder: Path) -> Path:
 def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No network, no cache of others."""
     pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'qlora-jax[lm-eval]'")
-    monkeypatch.setattr(runtime, "start", lambda: None)
     for name, value in (("HF_DATASETS_CACHE", str(tmp_path / "cache")), ("HF_HUB_OFFLINE", "1")):
         monkeypatch.setenv(name, value)
 
@@ -80,14 +79,19 @@ def apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_path, oracle):
     model, tasks = write_model(tmp_path / "model"), write_tasks(tmp_path / "tasks")
     words = ["--model", str(model), "--harness", json.dumps([*TASKS]), "--harness_folder", str(tasks)]
-    evaluate.main([*words, "--columns", "[unquantized]", "--json", str(tmp_path / "scores.json")])
-    told = json.loads((tmp_path / "scores.json").read_text())["tasks"]["harness"]["columns"]["unquantized"]
+    evaluate.main([*words, "--json", str(tmp_path / "scores.json")])
+    data = json.loads((tmp_path / "scores.json").read_text())["tasks"]["harness"]
+    told = data["columns"]["unquantized"]
     expected = json.loads(str(oracle(ORACLE, folder=str(model), tasks=[*TASKS], task_folder=str(tasks))["results"]))
     for task, metrics in expected.items():
         for key, value in metrics.items():
             metric, _, kept = key.partition(",")
             if kept and not metric.endswith("_stderr"):
                 assert told[f"{task}: {metric}"]["value"] == pytest.approx(value, rel=1e-3), (task, metric)
+    tested = {change["measure"]: "p" if "p" in change else "interval" for change in data["comparisons"]}
+    by_p = [f"tiny_choice: {metric}" for metric in ("acc", "acc_norm")] + ["tiny_words: acc", "tiny_reply: exact_match"]
+    assert tested == {name: "p" if name in by_p else "interval" for name in told}
+    assert all("p" in change or "interval" in change for change in data["comparisons"])
     assert len(told) == 7 and 0 < told["tiny_choice: acc"]["value"] < 1
 
 

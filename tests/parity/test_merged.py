@@ -27,12 +27,6 @@ NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
 
 
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command sets up its process; a test shares it."""
-    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
-
-
 def _run(tmp_path: Path, name: str, lora: str, config=None):
     """(folder of a run, its model, its base)."""
     config = config or tiny_config(attention_bias=True, tie_word_embeddings=lora == "all")

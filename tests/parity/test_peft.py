@@ -40,12 +40,6 @@ LORAS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command sets up its process; a test shares it."""
-    monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
-
-
 def _write_run(
     run: Path, model: Path, lora_args: LoraArgs, scale: float = 0.1, new: Sequence[str] = ()
 ) -> tuple[Any, Any]:

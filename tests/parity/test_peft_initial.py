@@ -23,7 +23,7 @@ from qlora_jax.models.precision import weight_format
 from qlora_jax.nn.lora import with_delta
 from qlora_jax.quant import dequantize
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
-from tests.parity.test_peft import SCRIPT, _logits, no_global_settings  # noqa: F401
+from tests.parity.test_peft import SCRIPT, _logits
 
 pytestmark = pytest.mark.slow
 TOKENS = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
@@ -73,7 +73,7 @@ def _deltas(model, spec: LoraArgs) -> dict[str, np.ndarray]:
 
 
 def test_pissa_begins_as_pefts(tmp_path: Path, oracle) -> None:
-    path = _model(tmp_path, falls=0.7)
+    path = _model(tmp_path, falls=0.6)
     common = dict(r=6, lora_alpha=9, target_modules="all-linear", rank_pattern={"up_proj": 3})
     cases = {"whole": "pissa", "randomized": "pissa_niter_16"}
     pissa = {name: common | {"init_lora_weights": init} for name, init in cases.items()}
@@ -104,13 +104,21 @@ def test_loftq_begins_as_pefts(tmp_path: Path, oracle, iterations: int) -> None:
         SCRIPT.with_name("peft_initial.py"), folder=str(path), tokens=TOKENS, pissa={}, loftq={"it": [6, iterations]}
     )
     loaded, _, base = _begun(path, spec, double_quant=False)
-    rests = _weights(base)
+    rests, source = _weights(base), open_model(path)
     for weight, delta in _deltas(loaded.model, spec).items():
         held, theirs = found[f"it/{weight}"], found[f"it/{weight}/delta"]
         differ = np.mean(np.abs(rests[weight] - held) > 1e-5 * np.abs(held).max())
         assert differ <= (0 if iterations == 1 else 0.01), (weight, differ)
-        tolerance = 1e-5 if iterations == 1 else 0.1
+        known = _known_in_f32(source.tensors[weight].read() - rests[weight], spec.rank)
+        tolerance = 4 * known if iterations == 1 else 0.1
         np.testing.assert_allclose(delta, theirs, atol=tolerance * np.abs(theirs).max(), err_msg=weight)
+
+
+def _known_in_f32(matrix: np.ndarray, rank: int) -> float:
+    """eps s_1 / (s_rank - s_rank+1): how far rounding turns the first singular vectors (Wedin). Some 1e-5, and the
+    deltas of two LAPACKs are about as far from one in f64."""
+    s = np.linalg.svd(matrix.astype(np.float64), compute_uv=False)
+    return float(np.finfo(np.float32).eps * s[0] / (s[rank - 1] - s[rank]))
 
 
 def _write_run(run: Path, path: Path, spec: LoraArgs, **held):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax import evaluate, runtime
+from qlora_jax import evaluate
 from qlora_jax.inference.task_files import text_task
 from qlora_jax.io.opened import open_base_or_run
 
@@ -27,8 +27,7 @@ def test_the_tokens_are_those_of_the_reference(smollm2_gguf, local_data):
 
 
 @pytest.mark.slow
-def test_smollm2(smollm2_gguf, local_data, tmp_path, monkeypatch):
-    monkeypatch.setattr(runtime, "start", lambda: None)
+def test_smollm2(smollm2_gguf, local_data, tmp_path):
     words = ["--model", str(smollm2_gguf), "--text", str(local_data("wikitext2_valid.txt.gz")), "--max_tokens", "4096"]
     evaluate.main([*words, "--json", str(tmp_path / "scores.json")])
     columns = json.loads((tmp_path / "scores.json").read_text())["tasks"]["text"]["columns"]
@@ -37,8 +36,7 @@ def test_smollm2(smollm2_gguf, local_data, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_strided_windows_and_letters_are_what_torch_computes(smollm2_gguf, local_data, tmp_path, monkeypatch, oracle):
-    monkeypatch.setattr(runtime, "start", lambda: None)
+def test_strided_windows_and_letters_are_what_torch_computes(smollm2_gguf, local_data, tmp_path, oracle):
     text, mmlu = local_data("wikitext2_valid.txt.gz"), local_data("qlora_zero_shot_mmlu_val.json.gz")
     with gzip.open(mmlu, "rt") as file:
         rows = [json.loads(line) for line in file][::25]

@@ -24,11 +24,51 @@ def test_every_combination_has_a_name_of_its_own(sweep):
         sweep.read_alternatives(["lora.rank=4"])
 
 
+def test_settings_that_go_together(sweep):
+    cell = sweep.read_cell(["lora.method=full", "model.quant_type=none", "lora.target_modules=[q_proj,v_proj]"])
+    assert cell.settings["lora.target_modules"] == ["q_proj", "v_proj"]
+    assert cell.name == "lora.method=full model.quant_type=none lora.target_modules=q_proj+v_proj"
+    assert sweep.read_cell([]).name == "as configured"
+    with pytest.raises(SystemExit, match=r"'lora\.rank': expected section\.key=value"):
+        sweep.read_cell(["lora.alpha=4", "lora.rank"])
+
+
+def test_differences_are_seed_by_seed(sweep):
+    results = {"a": {"loss": [1.0, 2.0, 3.0]}, "b": {"loss": [1.5, 2.25, 3.0]}}
+    assert sweep.differences(results) == {"b": {"loss": [0.5, 0.25, 0.0]}}
+
+
 def test_intervals_are_students(sweep):
     assert sweep.interval([1.0]) is None
     assert sweep.interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     low, high = sweep.interval([0.0, 1.0] * 50)
     assert high - low == pytest.approx(2 * 1.96 * 0.5025 / 10, rel=1e-3)
+
+
+def test_each_run_is_told_before_what_it_prints(sweep, tmp_path, capsys):
+    class Told(sweep.Sweep):
+        def outcome(self, cell, seed):
+            return {"loss": float(seed)}
+
+    wanted = [sweep.read_cell(["lora.rank=2"]), sweep.read_cell([])]
+    told = dict(sweep.collected(Told(tmp_path, tmp_path, {}, None, None), [3, 5], wanted))
+    assert told == {name: {"loss": [3.0, 5.0]} for name in ("lora.rank=2", "as configured")}
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "run 1 of 4: lora.rank=2, seed 3" and lines[-1] == "run 4 of 4: as configured, seed 5"
+
+
+def test_a_run_cut_off_before_its_first_checkpoint_begins_anew(sweep, tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(sweep, "_python", lambda *words: commands.append(words))
+    run, here = tmp_path / "run", sweep.Sweep(tmp_path / "base.yaml", tmp_path, {}, None, None)
+    unfinished = run / "checkpoints/5.orbax-checkpoint-tmp-0"
+    unfinished.mkdir(parents=True)
+    (run / "metrics.jsonl").write_text("{}\n")
+    here._train(sweep.read_cell([]), 0, run)
+    assert not run.exists() and "--resume" not in commands[0]
+    (run / "checkpoints/5").mkdir(parents=True)
+    here._train(sweep.read_cell([]), 0, run)
+    assert (run / "checkpoints/5").exists() and commands[1][-1] == "--resume"
 
 
 @pytest.mark.slow
@@ -37,7 +77,9 @@ def test_runs_are_done_once_and_go_on(sweep, tmp_path, monkeypatch, capsys):
     write_config(config, tmp_path / "base.yaml")
     output = tmp_path / "sweep"
     words = ["sweep.py", "--config", str(tmp_path / "base.yaml"), "--output", str(output), "--seeds", "0", "1"]
-    monkeypatch.setattr(sys, "argv", [*words, "--set", "lora.rank=[2, 4]"])
+    monkeypatch.setattr(
+        sys, "argv", [*words, "--share", "train.steps=2", "--cell", "lora.rank=2", "--set", "lora.rank=[4]"]
+    )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     sweep.main()
     told = json.loads((output / "results.json").read_text())["results"]
@@ -45,7 +87,7 @@ def test_runs_are_done_once_and_go_on(sweep, tmp_path, monkeypatch, capsys):
     for cell, measures in told.items():
         for seed, loss in enumerate(measures["held-out loss"]):
             records = read_metrics(output / "runs" / cell / f"seed {seed}" / "metrics.jsonl")
-            assert loss == records[-1]["eval_loss"]
+            assert loss == records[-1]["eval_loss"] and records[-1]["step"] == 2
     assert len({loss for measures in told.values() for loss in measures["held-out loss"]}) == 4
     assert (output / "results.png").stat().st_size > 5000 and "lora.rank=4" in capsys.readouterr().out
 

@@ -20,6 +20,10 @@ class Analysed(Gradients):
     def __init__(self):
         pass
 
+    @property
+    def parts(self):
+        return None, {}, jax.ShapeDtypeStruct((300 * MIB,), "uint8")
+
     def compiled(self, shape):
         numbers = dict(argument_size_in_bytes=300, output_size_in_bytes=50, alias_size_in_bytes=10)
         numbers |= dict(temp_size_in_bytes=2 * shape[-1])
@@ -44,6 +48,13 @@ def test_room_is_what_the_program_and_others_leave(others, length, room):
     budget, words = planned(Analysed(), device(1000, others))
     assert budget((1, 1, length), 0) == Room(*(mib * MIB for mib in room))
     assert "its 1,000.00 MiB" in words
+
+
+@pytest.mark.parametrize(("others", "held"), [(0, 300), (500, 500)])
+def test_an_evaluation_has_no_gradients(others, held):
+    budget, _ = planned(Analysed(), device(1000, others))
+    assert budget(150 * MIB, 0) == Room((970 - held - 150) * MIB, (970 - held) * MIB)
+    assert budget(900 * MIB, 0).gradients == 0
 
 
 def test_pages_on_the_device_are_not_counted_against_pages():

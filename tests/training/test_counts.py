@@ -15,7 +15,7 @@ from qlora_jax.nn.rope import Rope
 from qlora_jax.training import byte_counts, counts
 from qlora_jax.training.abstract import abstract_step
 from qlora_jax.training.saved import saved_bytes
-from tests.training.compiled_text import dots, loops, nbytes
+from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
 LAYERS = 7  # no other loop runs as often
@@ -39,6 +39,7 @@ SOME = LoraArgs(rank=8, target_modules=["q_proj", "v_proj"], dropout=0.1)
 DORA = LoraArgs(method="dora", rank=16, rank_pattern={"down_proj": 12})
 SOME_DORA = dataclasses.replace(SOME, method="dora", rank=16)
 IA3 = LoraArgs(method="ia3")
+WHOLE = LoraArgs(method="full")
 EVERY_IA3 = LoraArgs(method="ia3", target_modules="all-linear", feedforward_modules=["up_proj", "gate_proj", "o_proj"])
 # Features of other families, between them all that change what is multiplied, held or kept.
 LIKE_GEMMA3 = dataclasses.replace(
@@ -110,7 +111,14 @@ METHODS = {
     "names, ia3 everywhere": (MODEL, "names", (1, 2, 320), EVERY_IA3),
     "full, ia3 everywhere": (MODEL, "full", (1, 2, 320), EVERY_IA3),
 }
-FAMILIES |= METHODS | NEW_TOKENS
+# With dense weights: the product of a frozen one is XLA's, and so is that of one that trains.
+NOT_QUANTIZED = {
+    "names, whole": (MODEL, "names", (2, 2, 320), WHOLE),
+    "none, whole": (MODEL, "none", (1, 2, 320), WHOLE),
+    "full, whole in bf16": (MODEL, "full", (1, 2, 320), dataclasses.replace(WHOLE, dtype="bfloat16")),
+    "names, whole, neox": (LIKE_NEOX, "names", (1, 2, 320), WHOLE),
+}
+FAMILIES |= METHODS | NEW_TOKENS | NOT_QUANTIZED
 PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
 
 
@@ -128,10 +136,10 @@ def case(request):
 
 
 def _compiled(model, remat, batch, lora, new_ids=()):
-    weights = WeightFormat(platform="cpu")
+    weights = WeightFormat(platform="cpu", quant_type=None if lora.method == "full" else "nf4")
     step = abstract_step(model, weights, lora, batch=batch, remat=remat, new_ids=new_ids)
     function, args, kwargs = step.gradients()
-    compiled = function.lower(*args, **kwargs).compile()
+    compiled = function.lower(*args, **kwargs).compile(TO_READ)
     counted = dataclasses.replace(_counted(model, weights, step, batch, lora), new_tokens=len(new_ids))
     return counted, step, compiled, compiled.as_text()
 
@@ -155,7 +163,7 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
         part, direction = name.split()
         expected[part, direction != "forward" and part != "head"] += flops
     for dot in dots(text):
-        parts = ("new_tokens", "whole_head", "dora", "frozen", "lora", "attention", "head")
+        parts = ("new_tokens", "whole_head", "whole_linear", "dora", "frozen", "lora", "attention", "head")
         part = next(part for part in parts if part in dot.op_name)
         found[part, "transpose(" in dot.op_name] += dot.flops * dot.times
     assert found == expected
@@ -193,7 +201,7 @@ def _bytes(leaf) -> int:
 def test_the_update_reads_and_overwrites_the_formulas_bytes():
     step = abstract_step(MODEL, WeightFormat(), EVERY, batch=(1, 1, 128))
     function, args, kwargs = step.update()
-    memory = function.lower(*args, **kwargs).compile().memory_analysis()
+    memory = function.lower(*args, **kwargs).compile(TO_READ).memory_analysis()
     counted = _counted(MODEL, WeightFormat(), step, (1, 1, 128), EVERY)
     lora, state = byte_counts.lora_bytes(counted), byte_counts.optimizer_bytes(counted)
     assert memory.argument_size_in_bytes == 2 * lora + state

@@ -1,6 +1,7 @@
 """The banner, the plain lines, and the live line as a terminal gets it."""
 
 import io
+import re
 
 import pytest
 from rich.console import Console
@@ -23,12 +24,21 @@ def test_plain_lines_at_every_nth_step_and_the_last():
     with Display(5, 0, 2, console) as display:
         for step in range(1, 6):
             display.step(record(step))
-        display.evaluation({"step": 5, "eval_loss": 1.25})
+        display.evaluation({"step": 5, "eval_loss": 1.25, "eval_perplexity": 3.4903})
     lines = out.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5", "step 5/5"]
-    assert lines[0].startswith("step 2/5  loss 2.346  1024 tok/s  lr 2.0e-04  grad 0.31  0:00 left")
-    assert lines[-1] == "step 5/5  held-out loss 1.250"
+    assert lines[0].startswith("step 2/5  loss 2.346  1024 tok/s  0:00 left  lr 2.0e-04  grad 0.31")
+    assert lines[-1] == "step 5/5  held-out loss 1.250, perplexity 3.490"
     assert "\x1b" not in out.getvalue()
+
+
+def test_questions_have_a_line_for_each_kind():
+    console, out = plain()
+    right = {"letters_right_by_letter": 0.25, "letters_right_by_letter_low": 0.1, "letters_right_by_letter_high": 0.482}
+    with Display(5, 0, 2, console) as display:
+        display.evaluating("letters: 3 of 4")  # in a terminal alone
+        display.evaluation({"step": 0, **right, "letters_ties": 1})
+    assert out.getvalue() == "step 0/5  letters: right by letter 25.0% [10.0, 48.2]\n"
 
 
 def test_what_is_paged_is_shown_and_a_problem_told_once():
@@ -39,6 +49,21 @@ def test_what_is_paged_is_shown_and_a_problem_told_once():
             display.step(record(step, **moved))
     assert out.getvalue().count("no room") == 1 and "step 1: no room" in out.getvalue()
     assert out.getvalue().count("state 1.50 GiB resident, 1.00 MiB in, 0 B out") == 2
+
+
+@pytest.mark.parametrize(
+    ("held", "told"),
+    [
+        ({}, "grad 0.31"),
+        ({"host_bytes": 3 * 2**29}, "grad 0.31  host 1.50 GiB"),
+        ({"host_bytes": 2**30, "device_bytes": 2**33}, "grad 0.31  device 8.00 GiB  host 1.00 GiB"),
+    ],
+)
+def test_memory_is_shown_where_it_is_known(held, told):
+    console, out = plain()
+    with Display(1, 0, 1, console) as display:
+        display.step(record(1, **held))
+    assert out.getvalue().splitlines() == [f"step 1/1  loss 2.346  lr 2.0e-04  {told}"]
 
 
 def test_a_terminal_has_one_live_line_and_is_left_as_it_was():
@@ -55,6 +80,15 @@ def test_a_terminal_has_one_live_line_and_is_left_as_it_was():
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")  # the cursor is shown again
 
 
+def test_a_narrow_terminal_cuts_the_end_alone():
+    out = io.StringIO()
+    with Display(500, 0, 1, Console(file=out, width=60, force_terminal=True)) as display:
+        for step in (1, 2):
+            display.step(record(step, mfu=0.41, device_bytes=2**33, host_bytes=2**30))
+    last = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out.getvalue()).split("\r")[-1]
+    assert re.match(r"step 2/500 +loss 2\.346  1024 tok/s  MFU 41\.0%  \d+:\d\d left  ", last) and "host" not in last
+
+
 def test_the_banner_neither_wraps_nor_reads_markup_in_a_file():
     console, out = plain()
     banner("train", {"model": "x" * 60, "not used": "[q_proj]"}, console)
@@ -63,14 +97,32 @@ def test_the_banner_neither_wraps_nor_reads_markup_in_a_file():
 
 def test_pace_leaves_out_the_steps_that_compile():
     pace = Pace()
-    pace.add(tokens=100, seconds=60.0, length=64, now=60.0)
+    pace.add({"tokens": 100, "seconds": 60.0, "length": 64, "mfu": 0.01}, now=60.0)
     assert pace.tokens_per_second is None
     assert pace.seconds_per_step is None
-    pace.add(tokens=100, seconds=1.0, length=64, now=63.0)  # two seconds of evaluation in between
-    pace.add(tokens=200, seconds=70.0, length=128, now=133.0)
-    pace.add(tokens=300, seconds=3.0, length=128, now=136.0)
+    assert pace.mfu is None
+    pace.add(
+        {"tokens": 100, "seconds": 1.0, "length": 64, "mfu": 0.5}, now=63.0
+    )  # two seconds of evaluation in between
+    pace.add({"tokens": 200, "seconds": 70.0, "length": 128, "mfu": 0.01}, now=133.0)
+    pace.add({"tokens": 300, "seconds": 3.0, "length": 128, "mfu": 0.3}, now=136.0)
     assert pace.tokens_per_second == 100.0
     assert pace.seconds_per_step == 3.0
+    assert pace.mfu == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)  # of the time, not of the steps
+
+
+def test_mfu_is_shown_where_it_is_known():
+    console, out = plain()
+    with Display(4, 0, 1, console) as display:
+        for step in (1, 2):
+            display.step(record(step, mfu=0.4123))
+    assert out.getvalue().splitlines()[1].startswith("step 2/4  loss 2.346  1024 tok/s  MFU 41.2%  0:00 left  lr ")
+    assert "MFU" not in out.getvalue().splitlines()[0]  # that step compiled
+    console, out = plain()
+    with Display(4, 0, 1, console) as display:
+        for step in (1, 2):
+            display.step(record(step))
+    assert "MFU" not in out.getvalue()
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75.2, "1:15"), (3675, "1:01:15"), (360000, "100:00:00")])

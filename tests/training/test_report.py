@@ -1,15 +1,22 @@
 """What the records of a run come to, and its curves as SVG."""
 
 import json
+import math
+import re
 from html.parser import HTMLParser
+from types import SimpleNamespace
 
 import jax
 import pytest
 
+from qlora_jax.inference.measures import Measure
+from qlora_jax.inference.statistics import wilson_interval
 from qlora_jax.optim.residency import Memory
-from qlora_jax.training.peak import watch_peak
-from qlora_jax.training.plot import lengths_svg, loss_svg
-from qlora_jax.training.report import before_and_after, training_facts
+from qlora_jax.training.curves import GIB, Chart, Line, charts
+from qlora_jax.training.figures import figures
+from qlora_jax.training.peak import held, watch_peak
+from qlora_jax.training.plot import NARROW, WIDE, chart_svg, lengths_svg, loss_svg
+from qlora_jax.training.report import before_and_after, question_facts, training_facts
 
 
 def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: float = 1.0) -> dict:
@@ -17,20 +24,24 @@ def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: floa
 
 
 def test_records_of_a_run_in_figures():
-    held = [{"step": 0, "eval_loss": 3.0}, {"step": 2, "eval_loss": 1.5}, {"step": 3, "eval_loss": 2.0}]
+    held = [{"step": n, "eval_loss": n + 1} for n in (2, 0, 1)]
+    held = [one | {"step": step} for one, step in zip(held, (0, 2, 3), strict=True)]
     steps = [step(1, seconds=50.0), step(2, tokens=300), step(3, 0.5)]
     found = training_facts([held[0], steps[0], steps[1], held[1], steps[2], held[2]])
     assert found == {
         "steps": 3,
         "last_loss": 0.5,
-        "first_eval": {"step": 0, "loss": 3.0},
-        "last_eval": {"step": 3, "loss": 2.0},
-        "best_eval": {"step": 2, "loss": 1.5},
+        "first_eval": {"step": 0, "loss": 3, "perplexity": math.exp(3)},
+        "last_eval": {"step": 3, "loss": 2, "perplexity": math.exp(2)},
+        "best_eval": {"step": 2, "loss": 1, "perplexity": math.exp(1)},
         "tokens": 500,
         "supervised_tokens": 250,
         "seconds": 52.0,
         "tokens_per_second": 100.0,  # the median of 2, 300 and 100: the first step compiled
+        "mfu": None,
     }
+    known = [one | {"mfu": share} for one, share in zip(steps, (0.001, 0.5, 0.4), strict=True)]
+    assert training_facts(known)["mfu"] == 0.4
 
 
 def test_a_run_without_steps_or_held_out_rows_has_no_figures_of_them():
@@ -52,6 +63,62 @@ def test_replies_before_and_after():
     assert before_and_after([]) == []
 
 
+def test_a_chat_reads_as_turns():
+    turns = [{"role": "user", "content": "Is 2 odd?"}, {"role": "assistant", "content": "No."}]
+    (sample,) = before_and_after([{"step": 0, "prompt": {"messages": turns}, "reply": "", "end": "stop"}])
+    assert sample.prompt == {"messages": "user: Is 2 odd?\nassistant: No."}
+
+
+def on_a_card(number: int, length: int = 64, **changes) -> dict:
+    held = {"device_bytes": 3 * GIB, "device_peak_bytes": 5 * GIB, "host_bytes": 2 * GIB}
+    return step(number) | {"learning_rate": number / 10, "length": length, "mfu": 0.4} | held | changes
+
+
+def test_charts_of_what_a_card_tells():
+    steps = [on_a_card(1, seconds=60.0), on_a_card(2), on_a_card(3, 128, seconds=60.0), on_a_card(4, 128, mfu=0.5)]
+    rate, speed, mfu, memory = charts([{"step": 0, "eval_loss": 3.0}, *steps], 6 * GIB)
+    assert [(line.steps, line.values) for line in rate.lines] == [([1, 2, 3, 4], [0.1, 0.2, 0.3, 0.4])]
+    assert [(line.steps, line.values) for line in speed.lines] == [([2, 4], [100.0, 100.0])]  # 1 and 3 compiled
+    assert [(line.steps, line.values) for line in mfu.lines] == [([2, 4], [40.0, 50.0])]
+    told = {line.label: line.values for line in memory.lines}
+    assert told == {"device": [3.0] * 4, "most so far": [5.0] * 4, "planned": [6.0] * 4, "host": [2.0] * 4}
+
+
+def answered(number: int, right: int, other: int) -> dict:
+    """Of 10 questions by letter."""
+    counts = {"right by letter": right, "mean over 2 subjects": other}
+    return {"step": number} | figures(
+        "letters", [Measure(name, "share", n / 10, wilson_interval(n, 10)) for name, n in counts.items()]
+    )
+
+
+def test_questions_in_figures_and_charts():
+    records = [answered(0, 1, 2), on_a_card(1), answered(1, 7, 6)]
+    first, second = question_facts(records)
+    assert (first["kind"], first["share"]) == ("letters", "right by letter")
+    assert first["first"] == {"step": 0, "value": 0.1, "interval": [*wilson_interval(1, 10)]}
+    assert second["last"] == {"step": 1, "value": 0.6, "interval": [*wilson_interval(6, 10)]}
+    chart, *_ = charts(records, GIB)
+    assert (chart.caption, chart.unit) == ("Questions by letter", "% right")
+    told = [(line.label, line.main, line.steps) for line in chart.lines]
+    assert told == [("right by letter", True, [0, 1]), ("mean over 2 subjects", False, [0, 1])]
+    low, high = wilson_interval(7, 10)
+    assert [
+        ends[1] / 100 for ends in (chart.lines[0].values, chart.lines[0].low, chart.lines[0].high)
+    ] == pytest.approx([0.7, low, high])
+    svg = chart_svg(chart, NARROW)
+    assert svg.count("fill-opacity: 0.15") == 2 and "right by letter" in svg
+    assert question_facts([step(1)]) == []
+
+
+def test_charts_leave_out_what_is_not_known():
+    known = {"learning_rate": 0.1, "length": 64}
+    assert charts([], 0) == charts([{"step": 0, "eval_loss": 3.0}], 0) == []
+    assert [chart.caption for chart in charts([step(1) | known], 0)] == ["Learning rate"]
+    (*_, memory) = charts([step(1) | known, step(2) | known | {"host_bytes": GIB}], 6 * GIB)
+    assert [(line.label, line.steps) for line in memory.lines] == [("host", [2])]
+
+
 class Elements(HTMLParser):
     def __init__(self, text: str):
         super().__init__()
@@ -65,10 +132,14 @@ class Elements(HTMLParser):
 @pytest.mark.parametrize(
     ("svg", "words"),
     [
-        (loss_svg([{"step": 0, "eval_loss": 3.0}, step(1, 2.0), step(2, 1.0)]), ("held out", "optimizer step")),
-        (lengths_svg({3: 1, 40: 5}, 32), ("data.max_length 32", "tokens a row, before any is cut")),
+        (loss_svg([{"step": 0, "eval_loss": 3.0}, step(1, 2.0), step(2, 1.0)], WIDE), ("held out", "optimizer step")),
+        (
+            chart_svg(charts([on_a_card(1), on_a_card(2)], 6 * GIB)[-1], NARROW),
+            ("most so far", "host", "optimizer step"),
+        ),
+        (lengths_svg({3: 1, 40: 5}, 32, NARROW), ("data.max_length 32", "tokens a row, before any is cut")),
     ],
-    ids=["loss", "lengths"],
+    ids=["loss", "memory", "lengths"],
 )
 def test_svg_has_the_pages_colours_and_text_that_stays_text(svg, words):
     assert svg.startswith("<svg") and Elements(svg).tags[0] == "svg"
@@ -78,7 +149,23 @@ def test_svg_has_the_pages_colours_and_text_that_stays_text(svg, words):
 
 
 def test_max_length_is_drawn_only_where_rows_reach_it():
-    assert "max_length" not in lengths_svg({3: 1, 31: 5}, 32)
+    assert "max_length" not in lengths_svg({3: 1, 31: 5}, 32, NARROW)
+
+
+def test_a_drawing_refers_to_nothing_of_another():
+    records = [step(1, 2.0), step(2, 1.0)]
+    drawings = [loss_svg(records, size) for size in (NARROW, WIDE)] + [lengths_svg({3: 1}, 32, NARROW)]
+    named = [set(re.findall(r'\bid="([mp][0-9a-f]{10})"', svg)) for svg in drawings]
+    for svg, names in zip(drawings, named, strict=True):
+        assert names >= set(re.findall(r'(?:url\(|href=")#(\w+)', svg)) != set()
+    assert len(set.union(*named)) == sum(map(len, named))
+
+
+def test_a_chart_tells_its_unit_in_its_caption():
+    (*_, memory), speed = charts([on_a_card(1), on_a_card(2)], 6 * GIB), 12_000
+    assert memory.told == "Memory held, GiB" and Chart("Learning rate", "", []).told == "Learning rate"
+    svg = chart_svg(Chart("Speed", "tokens a second", [Line("", [1, 2], [0.0, speed])]), WIDE)
+    assert "12,000" in svg and "tokens a second" not in svg
 
 
 def test_the_peak_is_what_came_after_the_watch_began():
@@ -90,3 +177,26 @@ def test_the_peak_is_what_came_after_the_watch_began():
     block[::4096] = b"x" * len(block[::4096])
     del block
     assert 60 << 20 < peak() - before < 80 << 20
+
+
+def test_what_is_held_now():
+    cpu = jax.local_devices(backend="cpu")[0]
+    before = held(cpu)
+    if not before:
+        pytest.skip("this system does not tell what a process holds")
+    block = bytearray(64 << 20)
+    block[::4096] = b"x" * len(block[::4096])
+    assert 60 << 20 < held(cpu)["host_bytes"] - before["host_bytes"] < 80 << 20
+
+
+@pytest.mark.parametrize(
+    ("statistics", "told"),
+    [
+        ({"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 9}, {"device_bytes": 5, "device_peak_bytes": 7}),
+        ({"bytes_in_use": 5}, {"device_bytes": 5}),
+        (None, {}),
+    ],
+)
+def test_what_a_device_does_not_tell_is_left_out(statistics, told, monkeypatch, tmp_path):
+    monkeypatch.setattr("qlora_jax.training.peak._PROCESS", tmp_path)  # a system without /proc
+    assert held(SimpleNamespace(memory_stats=lambda: statistics)) == told

@@ -81,5 +81,9 @@ def test_a_run_is_tracked_and_traced(tmp_path):
     assert told == {(record["step"], round(record["loss"], 4)) for record in metrics_of(config) if "loss" in record}
     (trace,) = (folder / "trace").rglob("perfetto_trace.json.gz")
     with gzip.open(trace, "rt") as file:
-        names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
-    assert sum("gradients" in name for name in names) >= 2
+        events = json.load(file)["traceEvents"]
+    assert sum("gradients" in event["name"] for event in events) >= 2
+    assert {event["ph"] for event in events} >= {
+        "X",
+        "M",
+    }  # none is empty, which Perfetto tells

@@ -1,0 +1,32 @@
+"""How a setting is declared: a field with its help text, and a bound on its values."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Bound:
+    """A condition on one value, and the words that tell it: `expected {words}`."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+POSITIVE = Bound("more than 0", lambda value: value > 0)
+NON_NEGATIVE = Bound("0 or more", lambda value: value >= 0)
+AT_LEAST_ONE = Bound("1 or more", lambda value: value >= 1)
+AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
+AT_LEAST_HUNDRED = Bound("100 or more", lambda value: value >= 100)
+BELOW_ONE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
+UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
+BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
+NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
+
+
+def setting(help: str, default: Any = dataclasses.MISSING, bound: Bound | None = None) -> Any:
+    """A field with its help text and bound; lists and dicts are copied for each instance; no default: required."""
+    metadata = {"help": help, "bound": bound}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)

@@ -1,0 +1,58 @@
+"""What replies will want of memory, from shapes alone.
+
+Dimension key: B batch, T positions of a call, D embed.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+
+from qlora_jax.inference.ahead import Ahead, AnyParts, bytes_of, lowered
+from qlora_jax.inference.decode import advance, empty_cache, extend
+from qlora_jax.inference.decode_shapes import BATCHES, chunks, round_up, slots_for
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.models.adapt import for_decoding
+from qlora_jax.models.partition import Lora, combine
+
+
+def decoding_ahead(parts: AnyParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Ahead]:
+    """The programs of greedy replies to prompts that are decoded together: of their largest chunk, and of a token.
+
+    What `for_decoding` makes of the model counts as held.
+    """
+    size, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
+    settled, made = _settled(parts)
+
+    def begun(lora: Lora, base: nnx.State):
+        model = combine(settled[0], lora, base)
+        return empty_cache(model, size, slots_for(longest + max_new_tokens, model.config))
+
+    last_BD, cache = jax.eval_shape(begun, *settled[1:])
+    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    tokens_BT = np.zeros((size, max(length for _, length in chunks(longest))), np.int32)
+    place_B, shape = tokens_BT[:, 0], f"{size} x {cache.k.shape[3]} places of a cache"
+    yield lowered(shape, extend, settled, (tokens_BT, place_B, place_B, last_BD, cache), made)
+    yield lowered(shape, advance, settled, (place_B, place_B, cache, keys_B, np.int32(0)), made, sampling=Sampling())
+
+
+def _settled(parts: AnyParts) -> tuple[AnyParts, int]:
+    """(the shapes of what `for_decoding` returns, bytes of what it makes anew)."""
+    graphdef, lora, base = parts
+    graphdefs: list[nnx.GraphDef] = []
+
+    def settle(lora: Lora, base: nnx.State):
+        structure, *rest = for_decoding(graphdef, lora, base)
+        graphdefs.append(structure)
+        return rest
+
+    cast, settled = jax.eval_shape(settle, lora, base)
+    shared = [
+        leaf
+        for name, leaves in cast.items()
+        for at, leaf in leaves.items()
+        if at in lora[name] and leaf.dtype == lora[name][at].dtype
+    ]
+    made = bytes_of((cast, settled)) - bytes_of((shared, base))
+    return (graphdefs[0], cast, settled), made

@@ -1,0 +1,60 @@
+"""What an evaluation asks of a token: how unlikely it was, and whether greedy decoding would have written it.
+
+Dimension key: M tokens, D embed, C tokens of a chunk, N rows of the head that train.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.head_tiles import in_chunks, least_where, over_tiles
+
+
+class Scores(NamedTuple):
+    """Of each token.
+
+    Fields:
+      nll_M: -log softmax(logits)[target] in nats.
+      likeliest_M: argmax(logits) == target; of those that tie, the least id is the argmax.
+    """
+
+    nll_M: jax.Array
+    likeliest_M: jax.Array
+
+
+def token_scores(
+    hidden_MD: Float[Array, "M D"],
+    head: Head | HeadWithRows | WholeHead,
+    targets_M: Int[Array, " M"],
+    wanted_M: Bool[Array, " M"],
+) -> Scores:
+    """From the head's logits in f32, which never exist for all tokens and ids at once; 0 and False where not wanted.
+
+    Not to be differentiated, as `token_nll` is.
+    """
+    if isinstance(head, WholeHead):
+        head = head.cast(hidden_MD.dtype)
+    return in_chunks(_with_rows if isinstance(head, HeadWithRows) else _frozen, hidden_MD, head, targets_M, wanted_M)
+
+
+def _frozen(hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> Scores:
+    run = over_tiles(hidden_CD, head, targets_C, first=True)
+    return Scores(run.nll_C, run.first_C == targets_C)
+
+
+def _with_rows(hidden_CD: jax.Array, head: HeadWithRows, targets_C: jax.Array) -> Scores:
+    """The rows that train are one tile more, whose ids may lie anywhere."""
+    run = over_tiles(hidden_CD, head.frozen, targets_C, first=True)
+    assert run.first_C is not None
+    own_CN, hot_CN = head.own_logits(hidden_CD), head.hot(targets_C)
+    own_C = jnp.max(own_CN, axis=1)
+    own_first_C = least_where(own_CN == own_C[:, None], jnp.asarray(head.ids))
+    # An absent row is never the first of the largest: its logit is -inf.
+    first_C = jnp.where(own_C > run.largest_C, own_first_C, run.first_C)
+    first_C = jnp.where(own_C == run.largest_C, jnp.minimum(own_first_C, run.first_C), first_C)
+    target_C = jnp.where(jnp.any(hot_CN, axis=1), jnp.sum(jnp.where(hot_CN, own_CN, 0.0), axis=1), run.target_C)
+    lse_C = jnp.logaddexp(run.lse_C, jax.nn.logsumexp(own_CN, axis=1))
+    return Scores(lse_C - target_C, first_C == targets_C)

@@ -1,0 +1,91 @@
+"""A linear layer whose own weight trains, a copy of the frozen one: full finetuning.
+
+Dimension key: L layers, M rows, K in, N out.
+"""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.linear import FrozenLayer, QLinear
+from qlora_jax.nn.variables import Frozen
+
+
+@jax.custom_vjp
+def whole_linear(
+    x_MK: Float[Array, "M K"], weight_NK: Float[Array, "N K"], bias_N: Float[Array, " N"] | None
+) -> Float[Array, "M N"]:
+    """x W^T + b, with W and b cast to x's dtype; the gradients of W and b, summed in f32, come in their own dtype."""
+    y_MN = dot_nt(x_MK, weight_NK.astype(x_MK.dtype), x_MK.dtype)
+    return y_MN if bias_N is None else y_MN + bias_N.astype(y_MN.dtype)[None]
+
+
+def _forward(x_MK, weight_NK, bias_N):
+    return whole_linear(x_MK, weight_NK, bias_N), (x_MK, weight_NK, bias_N)
+
+
+def _backward(residuals, dy_MN):
+    x_MK, weight_NK, bias_N = residuals
+    dx_MK = dot_nn(dy_MN, weight_NK.astype(dy_MN.dtype), x_MK.dtype)
+    d_weight_NK = dot_tn(dy_MN, x_MK).astype(weight_NK.dtype)
+    d_bias_N = None if bias_N is None else jnp.sum(dy_MN, axis=0, dtype=jnp.float32).astype(bias_N.dtype)
+    return dx_MK, d_weight_NK, d_bias_N
+
+
+whole_linear.defvjp(_forward, _backward)
+
+
+class WholeLinear(nnx.Module):
+    """y = x W^T + b in place of the frozen layer: `weight` [L, N, K] in f32 or bf16, and `bias` [L, N] in f32 or None.
+
+    Inside the scan over layers, one layer of each.
+    """
+
+    def __init__(self, weight: Float[Array, "*L N K"], bias: Float[Array, "*L N"] | None):
+        self.weight = nnx.LoRAParam(weight)
+        self.bias = None if bias is None else nnx.LoRAParam(bias)
+
+    @staticmethod
+    def apply(
+        adapters: "Sequence[WholeLinear]",
+        x_MK: Float[Array, "M K"],
+        frozen: Sequence[FrozenLayer],
+        keys: Sequence[jax.Array | None],
+    ) -> list[jax.Array]:
+        """x W^T + b of each; the frozen layers are not used."""
+        biases = [None if one.bias is None else one.bias[...] for one in adapters]
+        with jax.named_scope("whole_linear"):
+            return [whole_linear(x_MK, one.weight[...], bias) for one, bias in zip(adapters, biases, strict=True)]
+
+    def of_layer(self, layer: int) -> "WholeLinear":
+        """One layer of the stack."""
+        return WholeLinear(self.weight[...][layer], None if self.bias is None else self.bias[...][layer])
+
+    def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
+        """The weight that was trained, in f32."""
+        return self.weight[...].astype(jnp.float32)
+
+    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
+        """The bias that was trained."""
+        assert self.bias is not None
+        return self.bias[...]
+
+
+def set_whole(linear: QLinear, dtype: DTypeLike) -> None:
+    """Lets a copy of the layer's weight train, in `dtype`, and of its bias in f32; the frozen ones are let go of.
+
+    Raises:
+      ValueError: the weight is in 4-bit codes, in part or whole.
+    """
+    weight = linear.weight.get_value()
+    if not isinstance(weight, jax.Array):
+        raise ValueError(f"{linear.name}: codes of 4 bits do not train; load the model with model.quant_type=none")
+    bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
+    linear.adapter = WholeLinear(weight.astype(dtype), bias)
+    linear.weight = Frozen(weight[:0])  # of no layers: it keeps the shape of one
+    linear.bias = None if linear.bias is None else Frozen(linear.bias[...][:0])

@@ -1,0 +1,165 @@
+"""Evaluation speed on SmolLM2: ours against transformers + torch, perplexity and multiple choice, in one run.
+
+    python scripts/bench_evaluate.py [--bases none nf4] [--dtypes float32 bfloat16] [--blocks 3]
+        [--output results.json] [--small]
+
+Both score the same ids: overlapping windows of a text (the passages of examples/titles, window 512, stride 256), and
+the options of questions (examples/multiple_choice), each as the reply to its question. The base is as the file has it
+("none": 16 or 32 bit, as the dtype says) or in NF4 with double quantization; the opponent takes bitsandbytes' layers.
+Each process scores all once when it starts, which compiles; then they take turns of one counted time after one that is
+not counted. Everything is a median:
+
+  seconds   of a job, from its ids to the scores
+  first     what the first time took more than that, with empty caches of programs: compilation, for the most part
+  apart     the largest difference from ours in f32, of nats a token over all tokens of the job
+  speed     of ours in each dtype against the opponent's faster one, over neighbouring blocks
+
+Unquantized in f32 both have to give the same loss to a thousandth, or it ends with an error. The opponent runs in the
+oracle environment (scripts/setup_oracle.sh). --small is a smoke test: few rows, 1 block, caches kept, nothing to quote.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_train import ORACLE, OURS, SCRIPTS, caches
+from fetch_smollm2 import fetch_smollm2
+from players import Game, Record, Turns
+
+DTYPES = ("float32", "bfloat16")
+THEIRS = "transformers"
+EXAMPLES = SCRIPTS.parent / "examples"
+WINDOW, STRIDE = 512, 256
+TOLERANCE = 1e-3  # nats a token
+Jobs = dict[str, list[tuple[list[int], int]]]  # rows by job: ids, and the first that is scored
+
+
+def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
+    """The rows, made by the product."""
+    from qlora_jax.inference.task_files import choice_task, text_task
+    from qlora_jax.io.opened import open_base_or_run
+
+    opened = open_base_or_run(str(model), None)
+    limit = {"max_positions": opened.features.max_positions}
+    with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
+        file.write(passages((EXAMPLES / "titles/heldout.jsonl").read_text(encoding="utf-8")))
+        file.flush()
+        sizes = {"window": WINDOW, "stride": STRIDE, "max_tokens": tokens}
+        text = text_task(file.name, opened.tokenizer, **sizes, **limit)
+    path = str(EXAMPLES / "multiple_choice/openbookqa_500.jsonl.gz")
+    choices = choice_task(path, opened.tokenizer, max_rows=questions, **limit).choices
+    rows = {"text": text.rows, "choices": [option for choice in choices for option in choice.options]}
+    return {job: [(ids.tolist(), int(scored.argmax())) for ids, scored in each] for job, each in rows.items()}
+
+
+def passages(lines: str) -> str:
+    """The texts that are asked about, one after the other."""
+    asked = [json.loads(line)["messages"][0]["content"] for line in lines.splitlines()]
+    return "\n\n".join(text.rpartition("\n\n")[0] for text in asked)
+
+
+def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> dict[str, list[str]]:
+    """Who plays, by name."""
+    arguments = ["--model", str(model), "--jobs", str(jobs), "--quant", base]
+    programs = {
+        OURS: [sys.executable, str(SCRIPTS / "bench_scoring.py")],
+        THEIRS: [ORACLE, str(SCRIPTS / "opponents/torch_evaluate.py")],
+    }
+    players = [(who, dtype) for dtype in dtypes for who in programs]
+    return {f"{who} {dtype}": [*programs[who], *arguments, "--dtype", dtype] for who, dtype in players}
+
+
+def measure(commands: dict[str, list[str]], jobs: Jobs, blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
+    """Everyone's figures by job, and the failure of each that failed."""
+    with caches(keep=quick) as environment, Game(environment, timeout_s) as game:
+        firsts = {name: game.start(name, command) for name, command in commands.items()}
+        turns = game.play(blocks)
+    return {"jobs": {job: figures(job, rows, firsts, turns) for job, rows in jobs.items()}, "failures": game.failures}
+
+
+def figures(job: str, rows: list, firsts: dict[str, Record | None], turns: dict[str, Turns]) -> dict[str, Any]:
+    """One job's players, and our speed in each dtype."""
+    seconds = {name: [turn[-1][job]["seconds"] for turn in each] for name, each in turns.items()}
+    losses = {name: loss(rows, each[-1][-1][job]["nll"]) for name, each in turns.items()}
+    players = {name: {"seconds": statistics.median(each)} for name, each in seconds.items()}
+    for name, player in players.items():
+        first = firsts[name]
+        assert first is not None, "who plays has started"
+        player["first_s"] = first[job]["seconds"] - player["seconds"]
+        player["loss"] = losses[name]
+        player["apart"] = abs(losses[name] - losses[f"{OURS} float32"]) if f"{OURS} float32" in losses else None
+    return {"players": players, "speed": speeds(seconds)}
+
+
+def loss(rows: list[tuple[list[int], int]], nll: list[float]) -> float:
+    """Nats a scored token, all weighing the same."""
+    return sum(nll) / sum(len(ids) - max(first, 1) for ids, first in rows)
+
+
+def speeds(seconds: dict[str, list[float]]) -> dict[str, float]:
+    """By our player: the opponent's faster one / ours, the median over blocks."""
+    theirs = [name for name in seconds if name.startswith(THEIRS)]
+    if not theirs:
+        return {}
+    fastest = seconds[min(theirs, key=lambda name: statistics.median(seconds[name]))]
+    ours = [name for name in seconds if name.startswith(OURS)]
+    return {name: statistics.median(a / b for a, b in zip(fastest, seconds[name], strict=True)) for name in ours}
+
+
+def disagreement(base: str, result: dict[str, Any]) -> list[str]:
+    """Unquantized and in f32, jobs whose losses are apart by more than TOLERANCE."""
+    if base != "none":
+        return []
+    apart = {job: of["players"].get(f"{THEIRS} float32", {}).get("apart") for job, of in result["jobs"].items()}
+    return [f"{job}: {value:.2g} nats a token apart" for job, value in apart.items() if value and value > TOLERANCE]
+
+
+def show(base: str, result: dict[str, Any]) -> None:
+    """A table for people."""
+    for job, of in result["jobs"].items():
+        print(f"\n{job}, base {base}")
+        print(f"{'':<24}" + "".join(f"{column:>10}" for column in ("seconds", "first", "loss", "apart", "speed")))
+        for name, player in of["players"].items():
+            speed = f"{of['speed'][name]:.2f}x" if name in of["speed"] else "-"
+            apart = "-" if player["apart"] is None else f"{player['apart']:.1e}"
+            numbers = f"{player['seconds']:>10.2f}{player['first_s']:>10.2f}{player['loss']:>10.4f}"
+            print(f"{name:<24}{numbers}{apart:>10}{speed:>10}")
+    for name, failure in result["failures"].items():
+        print(f"{name}: NOT AVAILABLE: {failure}")
+    sys.stdout.flush()
+
+
+def main() -> None:
+    """Two tables for each base."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bases", nargs="+", choices=["none", "nf4"], default=["none", "nf4"])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--blocks", type=int, default=3, help="turns of each")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text")
+    parser.add_argument("--questions", type=int, default=64)
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a player counts as failed")
+    parser.add_argument("--output", type=Path, help="a JSON file for the results")
+    parser.add_argument("--small", action="store_true", help="a smoke test: 1024 tokens, 8 questions, 1 block")
+    args = parser.parse_args()
+    tokens, questions, blocks = (1024, 8, 1) if args.small else (args.tokens, args.questions, args.blocks)
+    model, results = fetch_smollm2(), {}
+    jobs = make_jobs(model, tokens, questions)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "jobs.json"
+        path.write_text(json.dumps(jobs))
+        for base in args.bases:
+            results[base] = measure(commands_of(model, path, base, args.dtypes), jobs, blocks, args.small, args.timeout)
+            show(base, results[base])
+    if args.output:
+        shape = {"small": args.small, "tokens": tokens, "questions": questions}
+        args.output.write_text(json.dumps({**shape, "bases": results}, indent=1))
+    sys.exit("\n".join(problem for base in args.bases for problem in disagreement(base, results[base])) or None)
+
+
+if __name__ == "__main__":
+    main()

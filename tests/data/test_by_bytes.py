@@ -1,0 +1,116 @@
+"""Masks told from bytes are those told from offsets, and rows of which bytes do not tell enough are left to these."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import pre_tokenizers
+
+from qlora_jax.data.by_bytes import encode_by_bytes
+from qlora_jax.data.encode import Encoded, encode_segments
+from qlora_jax.data.encode_rows import Encoder, make_encoder
+from qlora_jax.data.formats import FORMS
+from qlora_jax.data.lossless import byte_lengths
+from qlora_jax.data.readers import Place, Row
+from qlora_jax.data.spans import Segment
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.test_masks import conversations
+
+texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
+    ["    return", "é\u0301", " ", "<|im_end|>"]
+)
+segments = st.lists(st.builds(Segment, texts, st.booleans()), min_size=1, max_size=5)
+
+
+def lengths_of(tokenizer: Tokenizer) -> np.ndarray:
+    assert tokenizer.byte_lengths is not None
+    return tokenizer.byte_lengths
+
+
+def same(ours: Encoded, theirs: Encoded) -> bool:
+    return (ours.ids.tolist(), ours.supervised.tolist(), *ours[2:]) == (
+        theirs.ids.tolist(),
+        theirs.supervised.tolist(),
+        *theirs[2:],
+    )
+
+
+@given(st.lists(segments, min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]))
+@example([[Segment("a", False), Segment("", True), Segment("b", False)]], "assistant")  # `ab` is one token
+@example([[Segment("a", True), Segment("", False), Segment("", True)]], "last")
+def test_rows_are_as_offsets_have_them(tokenizer: Tokenizer, rows: list[list[Segment]], learn):
+    joined = ["".join(piece.text for piece in row) for row in rows]
+    ids = [encoding.ids for encoding in tokenizer.encode_fast(joined)]
+    assert ids == tokenizer.encode_batch(joined)
+    found = encode_by_bytes(lengths_of(tokenizer), rows, ids, learn)
+    for row, text, ours, encoding in zip(rows, joined, found, tokenizer.encode_spans(joined), strict=True):
+        if not tokenizer.keeps(text):
+            continue
+        theirs = encode_segments(tokenizer, row, encoding, learn)
+        assert (ours is None) == theirs.cut
+        assert ours is None or same(ours, theirs)
+
+
+def encoded(encoder: Encoder, rows: list[Row]) -> list[Encoded]:
+    problems: list = []
+    texts = encoder.texts(rows, problems)
+    _, found = encoder.encoded(texts, encoder.encodings(texts), problems)
+    assert not problems
+    return found
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama3", "modern"])
+def test_a_chunk_mixes_both_ways(smollm2_source: dict, templates: dict, name: str):
+    """Rows that are cut, or hold characters without a token, stand between others, in their order."""
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
+    encoder = make_encoder(FORMS["messages"], tokenizer)
+    hard = [["    return"], ["a\x04"], ["fine"]]
+
+    @given(st.lists(conversations(), min_size=1, max_size=3))
+    def check(found: list[list[dict[str, str]]]):
+        chats = [*found, *([{"role": "assistant", "content": text}] for (text,) in hard)]
+        rows = [Row(Place(n + 1, n), {"messages": messages}) for n, messages in enumerate(chats)]
+        assert all(map(same, encoded(encoder, rows), [encoded(encoder, [row])[0] for row in rows]))
+        for row, encoding in zip(rows, encoded(encoder, rows), strict=True):
+            pieces = encoder.segment(row.data)
+            spans = tokenizer.encode_spans(["".join(piece.text for piece in pieces)])[0]
+            assert same(encoding, encode_segments(tokenizer, pieces, spans))
+
+    check()
+
+
+@given(st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=3), st.booleans())
+@example([("a", "b"), ("Response: ", "3"), ("Q\n", "\nA")], False)
+def test_plain_prompts_and_answers_are_encoded_apart(plain_tokenizer: Tokenizer, pairs: list, learns_all: bool):
+    """As generation has them, and the reference, whether a token would reach over the boundary or not."""
+    encoder = make_encoder(FORMS["completion"], plain_tokenizer, "all" if learns_all else "assistant")
+    kept = [pair for pair in pairs if plain_tokenizer.keeps("".join(pair))]
+    rows = [Row(Place(n + 1, n), {"prompt": p, "completion": a}) for n, (p, a) in enumerate(kept)]
+    for (prompt, answer), row in zip(kept, encoded(encoder, rows), strict=True):
+        before, after = plain_tokenizer.encode(prompt), [*plain_tokenizer.encode(answer), plain_tokenizer.eos_id]
+        assert row.ids.tolist() == before + after and row.source == len(before) and not row.lossy
+        assert row.supervised.tolist() == [learns_all] * len(before) + [True] * len(after)
+
+
+def test_ids_of_a_wrong_text_are_not_taken(tokenizer: Tokenizer):
+    rows = [[Segment("the cat", True)], [Segment("the dog", True)]]
+    ids = tokenizer.encode_batch(["the", "the dog"])
+    first, second = encode_by_bytes(lengths_of(tokenizer), rows, ids)
+    assert first is None and second is not None and second.ids.tolist() == ids[1]
+
+
+@given(st.text(st.characters(codec="utf-8")))
+def test_ids_of_a_kept_text_stand_for_all_its_bytes(tokenizer: Tokenizer, text: str):
+    if tokenizer.keeps(text):
+        assert lengths_of(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
+
+
+def test_tokenizers_whose_ids_may_stand_for_less(tokenizer: Tokenizer, smollm2_source: dict):
+    whole = json.loads(smollm2_source["tokenizer_json"])
+    whole["added_tokens"][2]["rstrip"] = True
+    assert load_tokenizer({**smollm2_source, "tokenizer_json": json.dumps(whole)}).byte_lengths is None
+    backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert byte_lengths(backend) is None

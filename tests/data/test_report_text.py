@@ -1,0 +1,8 @@
+"""What a report shows of texts that would move the cursor, or turn the direction of what follows."""
+
+from qlora_jax.data.report_text import VISIBLE
+
+
+def test_what_would_change_a_display_is_shown_instead():
+    shown = "a\u202eb\u2066c\x1b[31m\x7f\x85\tline\n".translate(VISIBLE)
+    assert shown == "a<U+202E>b<U+2066>c\u241b[31m\u2421\ufffd\tline\n"

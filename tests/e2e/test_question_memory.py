@@ -1,0 +1,86 @@
+"""What a plan says that questions need is what their largest programs take, and a run that can't ask is refused."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from pallas_kernels import aot
+from qlora_jax.inference import decode, letters, scoring
+from qlora_jax.inference.ahead import bytes_of
+from qlora_jax.training import run_plan
+from qlora_jax.training.run import dry_run
+from tests.e2e.project import project
+from tests.e2e.test_questions import asking
+from tests.e2e.test_training import session_of
+from tests.marks import first_always
+
+PROGRAMS = [(scoring, "score_tokens"), (letters, "_letter_logits"), (decode, "extend"), (decode, "advance")]
+
+
+def planned(config) -> str:
+    out = io.StringIO()
+    dry_run(config, Path(config.output), oversized=False, console=Console(file=out, width=250))
+    return out.getvalue()
+
+
+class Watched:
+    """A jitted function, and what each call that was made of it takes beside the model: inputs, results, scratch."""
+
+    def __init__(self, function, taken):
+        self._function, self._taken = function, taken
+
+    def __call__(self, *args, **kwargs):
+        memory = aot.read_memory(self._function.lower(*args, **kwargs).compile().memory_analysis()).device
+        inputs = bytes_of([arg for arg in args[3:] if not isinstance(arg, decode.Sampling)])
+        self._taken.append(inputs + memory.temporaries + memory.outputs - memory.aliases)
+        return self._function(*args, **kwargs)
+
+
+@pytest.mark.parametrize("lora", first_always([{}, {"dtype": "bfloat16"}, {"method": "dora"}]))
+def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
+    session = session_of(asking(tmp_path, lora=lora))
+    abstract = session.gradients.parts
+    parts = session.graphdef, session.lora, session.base
+    for task in session.questions.tasks:
+        ahead, taken = list(task.ahead(abstract)), []
+        with monkeypatch.context() as patch:
+            for module, name in PROGRAMS:
+                patch.setattr(module, name, Watched(getattr(module, name), taken))
+            task.score(parts, lambda done: None, scoring.NOTHING_KEPT)
+        made = 0
+        if task.name == "answers":  # what is cast or settled once for all calls
+            cast = decode.for_decoding(*parts)
+            kept = {id(leaf) for leaf in _leaves(parts)}
+            made = sum(leaf.nbytes for leaf in _leaves(cast) if id(leaf) not in kept)
+        most = max(_taken(one) for one in ahead)
+        assert most == pytest.approx(max(taken) + made, rel=0.02)
+
+
+def _leaves(parts):
+    import jax
+
+    return jax.tree.leaves(parts[1:])
+
+
+def _taken(ahead) -> int:
+    memory = aot.read_memory(ahead.lowered.compile().memory_analysis()).device
+    return ahead.held + memory.temporaries + memory.outputs - memory.aliases
+
+
+def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path, monkeypatch):
+    config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
+    printed = planned(config)
+    assert "questions need" in printed and ", most in questions." in printed
+    asked = run_plan.RunPlan.while_asking.fget
+    seen = []
+    monkeypatch.setattr(run_plan.RunPlan, "while_asking", property(lambda plan: seen.append(asked(plan)) or seen[-1]))
+    planned(config)
+    monkeypatch.setattr(run_plan, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
+    with pytest.raises(ValueError, match=r"asking needs .* most in questions\..*leave those questions out"):
+        planned(config)
+
+
+def test_a_run_without_questions_tells_nothing_of_them(tmp_path):
+    assert "questions need" not in planned(project(tmp_path))

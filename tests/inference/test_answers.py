@@ -1,0 +1,137 @@
+"""Exact answers: what is read from texts, and greedy replies against a plain loop of the model."""
+
+import gzip
+import json
+import re
+
+import numpy as np
+import pytest
+
+from qlora_jax.inference.answer_task import answers_task
+from qlora_jax.inference.answers import Asked, answer_replies, judged, normalised
+from qlora_jax.inference.decode import Reply
+from qlora_jax.inference.kept import Kept, kept_for
+from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
+
+GSM8K = re.compile(r"#### (-?[0-9.,]+)")
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_parts()
+
+
+@pytest.mark.parametrize(
+    ("text", "pattern", "expected"),
+    [
+        ("  Paris\n", None, "Paris"),
+        ("a, b.", None, "a, b."),
+        ("48+24 = <<48+24=72>>72\n#### 72", GSM8K, "72"),
+        ("#### 1\n#### 1,234,567.", GSM8K, "1234567"),
+        ("#### 1,23", GSM8K, "1,23"),
+        ("it is 12, or rather -7", NUMBER, "-7"),
+        ("no number", NUMBER, None),
+        ("x=3", re.compile(r"y=(\d)|x=(\d)"), "3"),
+    ],
+)
+def test_the_answer_in_a_text(text, pattern, expected):
+    assert normalised(text, pattern) == expected
+
+
+def test_replies_are_judged():
+    questions = [Asked(ids=[1], answers={"a", "b"})] * 4
+    replies = [Reply([1], "stop"), Reply([2], "stop"), Reply([3], "length"), Reply([], "context")]
+    texts = {1: "b", 2: "c", 3: "a"}
+    scores = judged(replies, questions, lambda reply: texts.get(reply.ids[0]) if reply.ids else None)
+    assert scores.right.tolist() == [True, False, True, False]
+    assert scores.unanswered.tolist() == [False, False, False, True]
+    assert scores.cut.tolist() == [False, False, True, True]
+
+
+def greedy(parts, prompt, count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(full_logits(parts, ids)[-1].argmax()))
+    return ids[len(prompt) :]
+
+
+def test_replies_are_those_of_a_plain_loop_and_are_kept(parts, tmp_path):
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(0, VOCAB, n).tolist() for n in (5, 40, 9, *[12] * 16)]
+    written = [greedy(parts, prompt, 4) for prompt in prompts]
+    told = [" ".join(map(str, ids)) for ids in written]
+    told[1] = "something else"
+    questions = [Asked(ids=ids, answers={text}) for ids, text in zip(prompts, told, strict=True)]
+    how = {"decode": lambda ids: " ".join(map(str, ids)), "pattern": None, "max_new_tokens": 4, "stop_ids": []}
+    done = []
+    for made in (2, 0):
+        kept = kept_for(str(tmp_path), parts)
+        scores = answer_replies(parts, questions, **how, progress=done.append, kept=kept)
+        assert (kept.made, kept.found) == (made, 2 - made)
+        assert scores.right.tolist() == [place != 1 for place in range(19)]
+        assert scores.cut.all()
+    assert done == [16, 19] * 2
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def task_of(path, pattern=None, **more):
+    how = dict(named_stop_ids=[], pattern=pattern, max_new_tokens=8, max_rows=None, max_positions=100) | more
+    return answers_task(path, byte_tokenizer(), **how)
+
+
+def test_a_task_of_a_file(parts, tmp_path):
+    rows = [{"question": "2+2?", "answer": "so #### 4"}, {"prompt": "x", "answer": ["#### 1,000", "#### 7"]}]
+    task = task_of(write(tmp_path / "q.jsonl", rows), GSM8K.pattern)
+    assert [asked.answers for asked in task.questions] == [{"4"}, {"1000", "7"}]
+    assert byte_tokenizer().decode([*task.questions[0].ids]) == "Question: 2+2?\nAnswer:"
+    scores = task.score(parts, lambda done: None, Kept())
+    names = {measure.name: measure.value for measure in task.measures(scores)}
+    assert set(names) == {
+        "exactly the answer",
+        "no answer found (counted as wrong)",
+        "replies cut off (8 tokens)",
+    }
+    (change,) = task.compare(scores, scores)
+    assert (change.difference, change.p) == (0, 1)
+
+
+def test_columns_of_other_names_and_long_values(tmp_path):
+    path = write(tmp_path / "q.jsonl", [{"problem": "2+2?", "solution": "4"}])
+    (asked,) = task_of(path, named={"question": "problem", "answer": "solution"}).questions
+    assert asked.answers == {"4"}
+    with pytest.raises(
+        ValueError, match=r"q.jsonl:1: no .*--file_columns '{question: problem, answer: solution}' \(--questions"
+    ):
+        task_of(path)
+    long = write(tmp_path / "long.jsonl", [{"question": "2+2?", "answer": {"text": "4" * 999}}])
+    with pytest.raises(ValueError, match=r"answer: expected a text.*found {'text': '4+\.\.\.$"):
+        task_of(long)
+
+
+def test_a_reply_in_plain_text_ends_where_the_next_question_begins(tmp_path):
+    task = task_of(write(tmp_path / "q.jsonl", [{"question": "2+2?", "answer": "4"}]))
+    assert task._text(byte_tokenizer().encode(" 4\nQuestion: 3+3?")) == " 4"
+
+
+def test_rows_that_do_not_fit_are_told_all_at_once(tmp_path):
+    rows = [{"question": "a", "answer": 4}, {"answer": "b"}, {"question": "a", "answer": "none"}]
+    with pytest.raises(ValueError, match=r"3 of 3 rows") as error:
+        task_of(write(tmp_path / "q.jsonl", rows), NUMBER.pattern)
+    for line, words in enumerate(('a number in quotes ("4"); found 4', "no column 'question'", "finds nothing"), 1):
+        assert words in str(error.value).splitlines()[line]
+    with pytest.raises(ValueError, match=r"105 tokens and 8 of a reply, and the model has 100"):
+        task_of(write(tmp_path / "long.jsonl", [{"question": "a" * 87, "answer": "b"}]))
+
+
+def test_gsm8k_answers_are_found_in_every_row(local_data):
+    with gzip.open(local_data("gsm8k_train.jsonl.gz"), "rt", encoding="utf-8") as file:
+        answers = [json.loads(line)["answer"] for line in file]
+    found = [normalised(answer, GSM8K) for answer in answers]
+    assert len(found) == 7473 and found[:3] == ["72", "10", "5"]
+    assert all(number is not None and re.fullmatch(r"-?\d+(\.\d+)?", number) for number in found)
+    assert found == [answer.rpartition("#### ")[2].replace(",", "") for answer in answers]

@@ -1,0 +1,69 @@
+"""The harness before a model is read: whether the Hub answers, and what is told where a data set is not to be had."""
+
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from qlora_jax.inference.harness_ready import check_ready, no_answer
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """The address of a server that refuses everything."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+@pytest.fixture
+def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The address of a port at which nothing listens."""
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{free.getsockname()[1]}"
+
+
+def test_a_server_that_refuses_is_there(server: str):
+    assert no_answer(server) is None  # BaseHTTPRequestHandler: 501
+
+
+def test_no_server_is_told_unless_a_proxy_may_know_better(nobody: str, monkeypatch: pytest.MonkeyPatch):
+    assert "refused" in str(no_answer(nobody))
+    monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
+    assert no_answer(nobody) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # of the harness and its libraries
+def test_a_data_set_that_is_nowhere_ends_it_at_once(nobody: str, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed: pip install 'qlora-jax[lm-eval]'")
+    import datasets.config
+    import huggingface_hub.constants as hub
+
+    for library, name, value in (
+        (hub, "ENDPOINT", nobody),
+        (hub, "HF_HUB_OFFLINE", False),
+        (datasets.config, "HF_HUB_OFFLINE", False),
+        (datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache")),
+    ):
+        monkeypatch.setattr(library, name, value)
+    (tmp_path / "far_away.yaml").write_text(
+        "task: far_away\ndataset_path: nobody/has_it\ntest_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{o}}"\ndoc_to_target: "{{a}}"\n'
+    )
+    told: list[str] = []
+    with pytest.raises(ValueError, match=r"a data set can't be had: .*nobody/has_it") as error:
+        check_ready(["far_away"], str(tmp_path), told.append)
+    for words in (f"{nobody} gives no answer", str(tmp_path / "cache"), "--harness_folder"):
+        assert words in str(error.value)
+    assert any("gives no answer" in line and "the cache alone" in line for line in told)
+    assert hub.HF_HUB_OFFLINE

@@ -1,0 +1,138 @@
+"""Scores kept on disk: found again for the same inputs alone, and after SIGKILL at any moment."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from qlora_jax.inference.kept import Kept, code_digest, digest, kept_for, model_digest
+from qlora_jax.inference.letters import Lettered, letter_scores
+from qlora_jax.inference.scoring import answer_scores
+from tests.e2e.project import write_model
+from tests.inference.tiny import VOCAB, tiny_parts
+
+
+@pytest.fixture(scope="module")
+def parts():
+    return tiny_parts()
+
+
+def rows_of(seed: int):
+    rng = np.random.default_rng(seed)
+    return [(rng.integers(0, VOCAB, n).astype(np.int32), np.arange(n) > 2) for n in (20, 500, 44)]
+
+
+def test_a_digest_tells_dtype_shape_and_bytes_apart():
+    zeros = np.zeros(4, np.int32)
+    others = [zeros.astype(np.float32), zeros.reshape(2, 2), np.arange(4, dtype=np.int32), None, "0", 0]
+    digests = {digest([value]) for value in (zeros, *others)}
+    assert len(digests) == 1 + len(others) and digest([zeros.copy()]) in digests
+
+
+def test_what_is_kept_comes_back_to_the_bit_and_is_not_computed_again(tmp_path):
+    results = [np.float32([0.1, np.nan, -0.0]), np.array([True, False])]
+    first = Kept(tmp_path, "model").result([1, "a"], lambda: results)
+    again = Kept(tmp_path, "model")
+    found = again.result([1, "a"], lambda: pytest.fail("computed again"))
+    for result in (first, found):
+        assert [(x.dtype, x.tobytes()) for x in result] == [(x.dtype, x.tobytes()) for x in results]
+    assert (again.found, again.made) == (1, 0)
+
+
+@pytest.mark.parametrize(("model", "inputs"), [("other", [1]), ("model", [2])])
+def test_another_model_or_other_inputs_find_nothing(tmp_path, model, inputs):
+    Kept(tmp_path, "model").result([1], lambda: [np.zeros(1)])
+    other = Kept(tmp_path, model)
+    assert other.result(inputs, lambda: [np.ones(1)])[0] == 1 and other.made == 1
+
+
+def test_a_file_that_holds_nothing_is_told(tmp_path):
+    kept = Kept(tmp_path, "model")
+    kept.result([1], lambda: [np.zeros(1)])
+    (file,) = tmp_path.iterdir()
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"{file.name}: holds no scores .* delete it"):
+        kept.result([1], lambda: [np.zeros(1)])
+
+
+def test_models_differ_by_any_array_and_by_structure(parts):
+    graphdef, lora, base = parts
+    more = jax.tree.map(lambda leaf: leaf, lora)
+    leaves, tree = jax.tree.flatten(more)
+    leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].add(1e-6)
+    other = graphdef, jax.tree.unflatten(tree, leaves), base
+    longer = tiny_parts(max_positions=601)
+    assert len({model_digest(each) for each in (parts, other, longer)}) == 3
+    assert model_digest(parts) == model_digest(tiny_parts())
+
+
+def test_other_code_finds_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    before = code_digest((tmp_path,))
+    (tmp_path / "folder/new.py").write_text("x = 1\n")
+    after = code_digest.__wrapped__((tmp_path,))
+    (tmp_path / "folder/new.py").write_text("x = 2\n")
+    assert len({before, after, code_digest.__wrapped__((tmp_path,)), code_digest()}) == 4
+
+
+def test_scores_of_rows_and_letters_are_kept(parts, tmp_path):
+    question = Lettered(ids=np.arange(1, 9, dtype=np.int32), letters=[3, 4, 5], answer=1)
+    plain = answer_scores(*parts, rows_of(0)), letter_scores(*parts, [question])
+    for made in (True, False):
+        kept = kept_for(str(tmp_path / "new"), parts)
+        rows = answer_scores(*parts, rows_of(0), kept=kept)
+        letters = letter_scores(*parts, [question], kept=kept)
+        assert (kept.made > 0, kept.found > 0) == (made, not made)
+        assert rows.nll.tobytes() == plain[0].nll.tobytes() and rows.exact.tolist() == plain[0].exact.tolist()
+        assert letters.right.tolist() == plain[1].right.tolist()
+    kept = kept_for(str(tmp_path / "new"), parts)
+    answer_scores(*parts, rows_of(1), kept=kept)
+    assert kept.found == 0
+
+
+def start(folder, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "qlora_jax.evaluate", "--model", str(folder / "model"), *words]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "QLORA_JAX_CACHE": str(folder / "cache")}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
+    write_model(tmp_path / "model")
+    words = np.random.default_rng(0).choice(["sun", "moon", "rain", "wind"], 20_000)
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    questions = [{"question": f"{a} {n}?", "options": ["sun", "moon"], "answer": n % 2} for n, a in enumerate(words)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in questions[:300]))
+    tasks = [f"--text={tmp_path}/text.txt", "--window=64", "--stride=32", f"--choices={tmp_path}/q.jsonl"]
+
+    def ended(*more: str) -> str:
+        process = start(tmp_path, *tasks, *more)
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == 0, told
+        return told
+
+    ended(f"--json={tmp_path}/whole.json")
+    kept, kills = tmp_path / "kept", 0
+    for _ in range(6):
+        before = len([*kept.glob("*.npz")])
+        process = start(tmp_path, *tasks, f"--keep={kept}")
+        while process.poll() is None and len([*kept.glob("*.npz")]) < before + 3:
+            time.sleep(0.005)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -signal.SIGKILL
+        assert process.stderr is not None
+        process.stderr.close()
+    assert kills >= 3
+    made = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
+    told = ended(f"--keep={kept}", f"--json={tmp_path}/again.json")
+    assert {name: (kept / name).stat().st_mtime_ns for name in made} == made
+    assert " batches before" in told and "0 of" not in told.splitlines()[0]
+    whole, again = (json.loads((tmp_path / f"{name}.json").read_text())["tasks"] for name in ("whole", "again"))
+    assert again == whole

@@ -1,0 +1,72 @@
+"""Files that are no GGUF, or not all of one: refused by what is wrong and where."""
+
+import struct
+from pathlib import Path
+
+import hypothesis
+import pytest
+from hypothesis import strategies
+
+from qlora_jax.io.gguf_header import parse_header
+from qlora_jax.io.source import open_model
+
+BAD_FILES = {
+    "empty": (b"", "it has 0 bytes"),
+    "other format": (b"PK\3\4" + bytes(20), r"begins with b'PK\\x03\\x04', a GGUF file with b'GGUF'"),
+    "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "a version 1 GGUF file"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a big-endian GGUF file"),
+    "only magic": (b"GGUF", "the version at byte 4 takes 4 bytes, but the file ends at byte 4"),
+    "endless key": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), f"a metadata key at byte 32 takes {2**63} bytes"),
+    "endless array": (
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**40),
+        f"k at byte 49 takes {2**42} bytes",
+    ),
+    "unknown value type": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77), "byte 33: unknown type 77"),
+    "no UTF-8": (b"GGUF" + struct.pack("<IQQQ2s", 3, 0, 1, 2, b"\xff\xfe"), "byte 24: a metadata key is no UTF-8"),
+    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "a tensor's name at byte 24 takes 8 bytes"),
+    "axes": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), "tensor 't' has 9 axes, expected 1 to 4"),
+    "no axis": (
+        b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0) + bytes(64),
+        r"tensor 't', F32 \[0\], at offset 0: expected axes above 0",
+    ),
+    "unknown tensor type": (
+        b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 8, 999, 0),
+        "tensor 't' has the unknown type 999",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_file(tmp_path: Path, case: str) -> None:
+    content, message = BAD_FILES[case]
+    (tmp_path / "bad.gguf").write_bytes(content)
+    with pytest.raises(ValueError, match=message) as error:
+        open_model(tmp_path / "bad.gguf")
+    assert str(tmp_path / "bad.gguf") in str(error.value)
+
+
+def test_truncated_data(tmp_path: Path, tiny_gguf: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(tiny_gguf.read_bytes()[:-1])
+    with pytest.raises(
+        ValueError, match=r"truncated: tensor 'output.weight' lies in bytes \d+ to \d+, but the file ends"
+    ):
+        open_model(tmp_path / "cut.gguf")
+
+
+@hypothesis.given(data=strategies.data())
+def test_damage_is_read_or_refused(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
+    """Bytes of the header changed, or the file cut: ValueError or a sound result, nothing else."""
+    damaged = bytearray(tiny_gguf.read_bytes())
+    header_end = parse_header(tiny_gguf).tensors[0].offset
+    for _ in range(data.draw(strategies.integers(1, 3))):
+        damaged[data.draw(strategies.integers(0, header_end - 1))] = data.draw(strategies.integers(0, 255))
+    cut = data.draw(strategies.one_of(strategies.none(), strategies.integers(0, len(damaged))))
+    path = tmp_path_factory.mktemp("damaged") / "t.gguf"
+    path.write_bytes(damaged[:cut])
+    try:
+        source = open_model(path)
+    except ValueError as error:
+        assert str(path) in str(error)
+        return
+    for entry in source.tensors.values():
+        assert entry.read().shape == entry.shape

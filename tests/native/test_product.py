@@ -1,0 +1,116 @@
+"""The C++ product of f32 matrices: exact where every sum is, as near as f32 sums are, and only where it is at home."""
+
+import ctypes
+import itertools
+import subprocess
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.native import build, library, product
+from pallas_kernels.products import dot
+
+pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
+
+# [M, N, K]: the least that is taken; below, at and past a strip of rows, a panel of columns and a chunk of k.
+SHAPES = [(9, 32, 32), (12, 32, 32), (13, 33, 33), (96, 64, 1024), (97, 65, 1025), (37, 1000, 577), (23, 71, 4100)]
+ROUNDING = 2.0**-24
+
+
+def _operands(shape, transposed, whole):
+    rows, columns, terms = shape
+    rng = np.random.default_rng([*shape, transposed])
+    sizes = (rows, terms), (columns, terms) if transposed else (terms, columns)
+    return [(rng.integers(-8, 9, size) if whole else rng.standard_normal(size)).astype(np.float32) for size in sizes]
+
+
+def _in_f64(a, b, transposed):
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    return a @ (b.T if transposed else b)
+
+
+def _product(a, b, transposed):
+    compiled = jax.jit(lambda a, b: dot(a, b, (1, int(transposed)), jnp.float32)).lower(a, b).compile()
+    assert "product_f32" in compiled.as_text()
+    return np.asarray(compiled(a, b))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_whole_numbers_are_multiplied_exactly(shape, transposed):
+    """No sum reaches 2^24, so every order of adding gives the same: a term that is left out or misplaced shows."""
+    a, b = _operands(shape, transposed, whole=True)
+    np.testing.assert_array_equal(_product(a, b, transposed), _in_f64(a, b, transposed))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_others_are_off_by_the_roundings_of_a_sum(shape, transposed):
+    """Of K roundings, each of 2^-24 of what has been added up, some sqrt(K) remain (Higham and Mary, 2019)."""
+    a, b = _operands(shape, transposed, whole=False)
+    most = 4 * np.sqrt(shape[2]) * ROUNDING * _in_f64(np.abs(a), np.abs(b), transposed)
+    assert np.all(np.abs(_product(a, b, transposed) - _in_f64(a, b, transposed)) <= most)
+
+
+def test_a_row_is_the_same_whatever_the_other_rows():
+    a, b = _operands((200, 72, 1300), True, whole=False)
+    whole = _product(a, b, True)
+    for rows in (9, 12, 100, 199):
+        np.testing.assert_array_equal(_product(a[-rows:], b, True), whole[-rows:])
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_gradients_are_those_of_the_product(transposed):
+    a, b = map(jnp.asarray, _operands((40, 48, 64), transposed, whole=True))
+
+    def gradients(multiply):
+        return jax.grad(lambda a, b: jnp.sum(multiply(a, b) ** 2), (0, 1))(a, b)
+
+    ours = gradients(lambda a, b: dot(a, b, (1, int(transposed)), jnp.float32))
+    for found, expected in zip(ours, gradients(lambda a, b: a @ (b.T if transposed else b)), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_batch_is_multiplied_in_turn():
+    a, b = (np.stack([x, 2 * x]) for x in _operands((10, 40, 50), False, whole=True))
+    np.testing.assert_array_equal(jax.vmap(lambda a, b: dot(a, b, (1, 0), jnp.float32))(a, b), a @ b)
+
+
+def test_what_the_handler_does_not_take_is_multiplied_by_xla():
+    def taken(a, b, contract=(1, 0)):
+        return product.takes(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
+
+    f32, bf16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+    assert taken(((9, 32), f32), ((32, 32), f32))
+    assert not taken(((8, 32), f32), ((32, 32), f32))
+    assert not taken(((9, 31), f32), ((31, 32), f32))
+    assert not taken(((9, 32), f32), ((32, 31), f32))
+    assert not taken(((9, 32), bf16), ((32, 32), f32))
+    assert not taken(((32, 9), f32), ((32, 32), f32), contract=(0, 0))
+    assert not taken(((2, 9, 32), f32), ((2, 32, 32), f32), contract=(2, 1))
+
+
+def test_the_packed_operand_is_memory_that_xla_counts():
+    a, b = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 100), (70, 100)))
+    compiled = jax.jit(lambda a, b: dot(a, b, (1, 1), jnp.float32)).lower(a, b).compile()
+    packed = 3 * 32 * 100 * 4
+    assert packed <= compiled.memory_analysis().temp_size_in_bytes < packed + 1024
+
+
+def test_a_processor_with_avx2_alone_has_the_same_whole_numbers(tmp_path):
+    """Tiles are of another size there; who has AVX-512 would run that half of the source nowhere else."""
+    path, source = tmp_path / "avx2.so", library.SOURCES[1]
+    assert source.name == "product_cpu.cc"
+    flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]
+    include = ["-isystem", jax.ffi.include_dir()]
+    subprocess.run([build.find_compiler(), *flags, "-mavx2", "-mfma", *include, source, "-o", path], check=True)
+    handler = jax.ffi.pycapsule(ctypes.CDLL(str(path)).product_f32)
+    jax.ffi.register_ffi_target("product_f32_avx2", handler, platform="cpu")
+    for transposed, (rows, columns, terms) in itertools.product([False, True], SHAPES):
+        a, b = _operands((rows, columns, terms), transposed, whole=True)
+        sizes = (rows, columns), (-(-columns // product.COLUMNS), terms, product.COLUMNS)
+        results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
+        found = jax.ffi.ffi_call("product_f32_avx2", results)(a, b, transposed=transposed)[0]
+        np.testing.assert_array_equal(found, _in_f64(a, b, transposed))

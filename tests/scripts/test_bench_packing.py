@@ -1,0 +1,25 @@
+"""What scripts/bench_packing.py counts of a way's steps."""
+
+import itertools
+import types
+
+import numpy as np
+import pytest
+
+
+def test_time_until_a_batch_is_there_counts(load_with_neighbours, monkeypatch: pytest.MonkeyPatch):
+    bench = load_with_neighbours("bench_packing")
+    clock = itertools.accumulate([0.0, 1.0, 0.0, 3.0] * 2)  # a batch takes 1 s, its gradients 3 s
+    monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
+
+    class Gradients:
+        compiled = staticmethod(lambda shape: None)
+
+        def __call__(self, *_: object) -> float:
+            return 0.0
+
+    batch = types.SimpleNamespace(inputs=np.zeros((1, 1, 8)), arrays=dict, tokens=6)
+    way = bench.Way(dataset=None, batches=itertools.repeat(batch), gradients=Gradients())
+    for _ in range(2):
+        way.step(types.SimpleNamespace(lora=None, base=None))
+    assert (way.waits, way.rate, way.tokens) == (0.25, 12 / 8, 12)
