@@ -5,14 +5,16 @@
 
 Both score the same ids: overlapping windows of a text (the passages of examples/titles, window 512, stride 256), and
 the options of questions (examples/multiple_choice), each as the reply to its question. The base is as the file has it
-("none": 16 or 32 bit, as the dtype says) or in NF4 with double quantization; the opponent takes bitsandbytes' layers.
+("none": 16 or 32 bit, as the dtype says) or in NF4 with double quantization; the opponent takes bitsandbytes' layers,
+which on a processor with bf16 products multiply in bf16 whatever the dtype: "rounded" is its float32 like that, float32
+the same layers told not to.
 Each process scores all once when it starts, which compiles; then they take turns of one counted time after one that is
 not counted. Everything is a median:
 
   seconds   of a job, from its ids to the scores
   first     what the first time took more than that, with empty caches of programs: compilation, for the most part
   apart     the largest difference from ours in f32, of nats a token over all tokens of the job
-  speed     of ours in each dtype against the opponent's faster one, over neighbouring blocks
+  speed     of ours in each dtype against the fastest opponent that multiplies as exactly, over neighbouring blocks
 
 Unquantized in f32 both have to give the same loss to a thousandth, or it ends with an error. The opponent runs in the
 oracle environment (scripts/setup_oracle.sh). --small is a smoke test: few rows, 1 block, caches kept, nothing to quote.
@@ -23,7 +25,7 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +73,11 @@ def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> di
         THEIRS: [ORACLE, str(SCRIPTS / "opponents/torch_evaluate.py")],
     }
     players = [(who, dtype) for dtype in dtypes for who in programs]
-    return {f"{who} {dtype}": [*programs[who], *arguments, "--dtype", dtype] for who, dtype in players}
+    commands = {f"{who} {dtype}": [*programs[who], *arguments, "--dtype", dtype] for who, dtype in players}
+    exact = f"{THEIRS} float32"
+    if base == "nf4" and exact in commands and "avx512_bf16" in Path("/proc/cpuinfo").read_text():
+        commands[f"{exact} rounded"] = [*commands[exact], "--rounded"]
+    return commands
 
 
 def measure(commands: dict[str, list[str]], jobs: Jobs, blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
@@ -102,13 +108,20 @@ def loss(rows: list[tuple[list[int], int]], nll: list[float]) -> float:
 
 
 def speeds(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """By our player: the opponent's faster one / ours, the median over blocks."""
-    theirs = [name for name in seconds if name.startswith(THEIRS)]
-    if not theirs:
-        return {}
-    fastest = seconds[min(theirs, key=lambda name: statistics.median(seconds[name]))]
-    ours = [name for name in seconds if name.startswith(OURS)]
-    return {name: statistics.median(a / b for a, b in zip(fastest, seconds[name], strict=True)) for name in ours}
+    """By our player: its fastest opponent's time / its own, the median over blocks."""
+    found = {}
+    for name in (name for name in seconds if name.startswith(OURS)):
+        opponents = opponents_of(name, seconds)
+        if opponents:
+            fastest = min(opponents, key=lambda opponent: statistics.median(seconds[opponent]))
+            found[name] = statistics.median(a / b for a, b in zip(seconds[fastest], seconds[name], strict=True))
+    return found
+
+
+def opponents_of(ours: str, names: Iterable[str]) -> list[str]:
+    """Who multiplies as exactly, or more so."""
+    exact = f"{THEIRS} float32"
+    return [name for name in names if name == exact or (name.startswith(THEIRS) and not ours.endswith("float32"))]
 
 
 def disagreement(base: str, result: dict[str, Any]) -> list[str]:
@@ -123,12 +136,12 @@ def show(base: str, result: dict[str, Any]) -> None:
     """A table for people."""
     for job, of in result["jobs"].items():
         print(f"\n{job}, base {base}")
-        print(f"{'':<24}" + "".join(f"{column:>10}" for column in ("seconds", "first", "loss", "apart", "speed")))
+        print(f"{'':<30}" + "".join(f"{column:>10}" for column in ("seconds", "first", "loss", "apart", "speed")))
         for name, player in of["players"].items():
             speed = f"{of['speed'][name]:.2f}x" if name in of["speed"] else "-"
             apart = "-" if player["apart"] is None else f"{player['apart']:.1e}"
             numbers = f"{player['seconds']:>10.2f}{player['first_s']:>10.2f}{player['loss']:>10.4f}"
-            print(f"{name:<24}{numbers}{apart:>10}{speed:>10}")
+            print(f"{name:<30}{numbers}{apart:>10}{speed:>10}")
     for name, failure in result["failures"].items():
         print(f"{name}: NOT AVAILABLE: {failure}")
     sys.stdout.flush()

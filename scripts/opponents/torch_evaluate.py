@@ -1,11 +1,14 @@
 """The opponent of bench_evaluate.py: all jobs of a file scored with transformers for each line on standard input.
 
     .oracle/bin/python scripts/opponents/torch_evaluate.py --model GGUF --jobs FILE [--quant nf4] [--dtype float32]
+        [--rounded]
 
 Written as well as it can be: rows sorted by length, as many together as --tokens positions hold, no cache, the head at
 scored places alone, log p from f32 logits. torch.compile is left out: it gains 3 to 10 % after 40 to 60 s, and with
-bitsandbytes' layers does not end within minutes. Prints a JSON line each time; a job's time counts from its tokens in
-lists to its scores.
+bitsandbytes' layers does not end within minutes. In float32 bitsandbytes' layers multiply in float32, from dequantized
+weights, as they do wherever a processor has no bf16 products; where it has them, they would round what they multiply,
+the blocks' constants and what comes of it to bf16: --rounded lets them. Prints a JSON line each time; a job's time
+counts from its tokens in lists to its scores.
 """
 
 import argparse
@@ -15,6 +18,7 @@ import sys
 import time
 from pathlib import Path
 
+import bitsandbytes as bnb
 import torch
 from torch.nn.functional import cross_entropy
 from torch_qlora_cpu import load_dense, quantize_nf4
@@ -62,12 +66,20 @@ def timed(model, rows: list, tokens: int) -> dict:
     return {"seconds": time.perf_counter() - began, "nll": nll}
 
 
+def multiply_in_f32(model: torch.nn.Module) -> None:
+    """Keeps bitsandbytes' layers from their kernel, which rounds to bf16 what it is given in f32."""
+    for layer in model.modules():
+        if isinstance(layer, bnb.nn.Linear4bit):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
     p.add_argument("--jobs", type=Path, required=True)
     p.add_argument("--quant", choices=["none", "nf4"], default="nf4")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--rounded", action="store_true", help="bitsandbytes' kernel in float32 too, where it has one")
     p.add_argument("--tokens", type=int, default=2048, help="positions that go through the model at once")
     args = p.parse_args()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -76,6 +88,8 @@ def main() -> None:
     model = load_dense(args.model, dtype)
     if args.quant == "nf4":
         quantize_nf4(model, dtype)
+    if args.dtype == "float32" and not args.rounded:
+        multiply_in_f32(model)
     model = model.eval()
     for _ in sys.stdin:
         print(json.dumps({name: timed(model, rows, args.tokens) for name, rows in jobs.items()}), flush=True)

@@ -25,16 +25,17 @@ def test_passages_without_the_question_after_them(bench):
     assert bench.passages("\n".join(lines)) == "a\n\na.\n\nb\n\nb."
 
 
-def test_speed_is_against_the_faster_of_the_opponents(bench):
+def test_speed_is_against_the_fastest_that_multiplies_as_exactly(bench):
     played = {
         "ours float32": turns(2.0, 4.0, 2.0),
         "transformers float32": turns(9.0, 9.0, 9.0, nll=(1.0, 3.4)),
+        "transformers float32 rounded": turns(4.0, 4.0, 4.0),
         "ours bfloat16": turns(1.0, 2.0, 1.0),
         "transformers bfloat16": turns(3.0, 6.0, 3.0),
     }
     firsts = {name: {"text": {"seconds": 10.0}} for name in played}
     found = bench.figures("text", ROWS, firsts, played)
-    assert found["speed"] == {"ours float32": 1.5, "ours bfloat16": 3.0}
+    assert found["speed"] == {"ours float32": 4.5, "ours bfloat16": 3.0}
     assert found["players"]["transformers float32"]["first_s"] == 1.0
     assert found["players"]["transformers float32"]["apart"] == pytest.approx(0.1)
     result = {"jobs": {"text": found}, "failures": {}}
