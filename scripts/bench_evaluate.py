@@ -16,7 +16,7 @@ not counted. Everything is a median:
   apart     the largest difference from ours in f32, of nats a token over all tokens of the job
   speed     of ours in each dtype against the fastest opponent that multiplies as exactly, over neighbouring blocks
 
-Unquantized in f32 both have to give the same loss to a thousandth, or it ends with an error. The opponent runs in the
+In f32 both have to give the same loss to a thousandth, or it ends with an error. The opponent runs in the
 oracle environment (scripts/setup_oracle.sh). --small is a smoke test: few rows, 1 block, caches kept, nothing to quote.
 """
 
@@ -124,10 +124,8 @@ def opponents_of(ours: str, names: Iterable[str]) -> list[str]:
     return [name for name in names if name == exact or (name.startswith(THEIRS) and not ours.endswith("float32"))]
 
 
-def disagreement(base: str, result: dict[str, Any]) -> list[str]:
-    """Unquantized and in f32, jobs whose losses are apart by more than TOLERANCE."""
-    if base != "none":
-        return []
+def disagreement(result: dict[str, Any]) -> list[str]:
+    """In f32, jobs whose losses are apart by more than TOLERANCE."""
     apart = {job: of["players"].get(f"{THEIRS} float32", {}).get("apart") for job, of in result["jobs"].items()}
     return [f"{job}: {value:.2g} nats a token apart" for job, value in apart.items() if value and value > TOLERANCE]
 
@@ -171,7 +169,7 @@ def main() -> None:
     if args.output:
         shape = {"small": args.small, "tokens": tokens, "questions": questions}
         args.output.write_text(json.dumps({**shape, "bases": results}, indent=1))
-    sys.exit("\n".join(problem for base in args.bases for problem in disagreement(base, results[base])) or None)
+    sys.exit("\n".join(problem for base in args.bases for problem in disagreement(results[base])) or None)
 
 
 if __name__ == "__main__":

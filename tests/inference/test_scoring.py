@@ -93,10 +93,10 @@ def test_padded_lengths():
     assert [padded_length(n) for n in (1, 16, 17, 255, 257, 511, 513)] == [16, 16, 32, 256, 288, 512, 576]
 
 
-@pytest.mark.parametrize("rows, shape, batches", [(15, (5, 512), 3), (8, (8, 512), 1), (17, (6, 512), 3), (9, (3, 512), 3)])
-def test_few_rows_of_a_batch_are_empty(rows, shape, batches):
+@pytest.mark.parametrize(("rows", "size", "batches"), [(15, 5, 3), (8, 8, 1), (17, 6, 3), (9, 3, 3)])
+def test_few_rows_of_a_batch_are_empty(rows, size, batches):
     made = batches_by_length([512] * rows)
-    assert {(batch.size, batch.length) for batch in made} == {shape} and len(made) == batches
+    assert {(batch.size, batch.length) for batch in made} == {(size, 512)} and len(made) == batches
 
 
 @given(lengths=st.lists(st.integers(1, 600), min_size=1, max_size=40))

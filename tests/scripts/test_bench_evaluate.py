@@ -39,8 +39,7 @@ def test_speed_is_against_the_fastest_that_multiplies_as_exactly(bench):
     assert found["players"]["transformers float32"]["first_s"] == 1.0
     assert found["players"]["transformers float32"]["apart"] == pytest.approx(0.1)
     result = {"jobs": {"text": found}, "failures": {}}
-    assert bench.disagreement("none", result) == ["text: 0.1 nats a token apart"]
-    assert bench.disagreement("nf4", result) == []
+    assert bench.disagreement(result) == ["text: 0.1 nats a token apart"]
 
 
 def test_without_an_opponent_there_is_no_speed(bench, capsys):
