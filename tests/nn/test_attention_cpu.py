@@ -1,6 +1,7 @@
 """The C++ handlers of attention against a plain softmax and against the tiles that define them."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -95,10 +96,12 @@ def test_every_run_gives_the_same_bits():
 def test_causal_attention_takes_them_where_they_are_at_home():
     def calls(dtype, head_dim):
         shapes = [jax.ShapeDtypeStruct((1, 64, 2, head_dim), dtype)] * 3
-        return "attention_forward" in jax.jit(lambda q, k, v: causal_attention(q, k, v, SCALE)).lower(*shapes).as_text()
+        text = jax.jit(lambda q, k, v: causal_attention(q, k, v, SCALE)).lower(*shapes).as_text()
+        return re.findall(r"custom_call @(attention_\w+)", text)
 
-    assert calls(BF16, 64)
-    assert not calls(jnp.float32, 64) and not calls(jnp.float16, 64) and not calls(BF16, 20)
+    assert calls(BF16, 64) == ["attention_forward"]
+    assert calls(jnp.float32, 64) == ["attention_forward_f32"]
+    assert calls(jnp.float16, 64) == calls(BF16, 20) == calls(jnp.float32, 20) == []
     assert "CPUs" in attention_cpu.refusal("gpu", BF16, 64, plain=True)
     assert "not float16" in attention_cpu.refusal("cpu", "float16", 64, plain=True)
     assert "not 20" in attention_cpu.refusal("cpu", "bfloat16", 20, plain=True)

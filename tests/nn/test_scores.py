@@ -78,3 +78,12 @@ def test_logits_of_all_ids_exist_nowhere():
     inputs = _whole_numbers(M, D, seed=0), head, jnp.zeros(M, jnp.int32), jnp.ones(M, bool)
     memory = jax.jit(token_scores).lower(*inputs).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 256 * 1000 * 4
+
+
+def test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits():
+    """256 and 257 are one number in bfloat16: rounded, they would tie."""
+    hidden = jnp.zeros((2, D), jnp.bfloat16).at[:, 0].set(16).at[:, 1].set(1)
+    head = Head(jnp.zeros((40, D), jnp.bfloat16).at[:, 0].set(16).at[33, 1].set(1), None, None)
+    found = jax.jit(token_scores)(hidden, head, jnp.array([0, 33], jnp.int32), jnp.ones(2, bool))
+    assert found.likeliest_M.tolist() == [False, True]
+    np.testing.assert_allclose(found.nll_M[0] - found.nll_M[1], 1, rtol=1e-6)

@@ -34,9 +34,9 @@ metric_list: [{metric: perplexity}, {metric: acc}]
     "tiny_reply": """
 output_type: generate_until
 doc_to_text: "{{question}}"
-doc_to_target: "{{reply}}"
+doc_to_target: "{{options[1]}}"
 generation_kwargs: {until: ["e"], max_gen_toks: 12, do_sample: false}
-metric_list: [{metric: exact_match}]
+metric_list: [{metric: exact_match}, {metric: chrf}]
 """,
 }
 
@@ -54,7 +54,6 @@ def write_tasks(folder: Path) -> Path:
             "options": [some(1 + n % 2), some(2), some(1)],
             "answer": n % 3,
             "text": some(4 + 7 * n),
-            "reply": "",
         }
         for n in range(12)
     ]
@@ -89,10 +88,12 @@ def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_pat
             if kept and not metric.endswith("_stderr"):
                 assert told[f"{task}: {metric}"]["value"] == pytest.approx(value, rel=1e-3), (task, metric)
     tested = {change["measure"]: "p" if "p" in change else "interval" for change in data["comparisons"]}
+    untested = {"tiny_reply: chrf"}  # of all replies together
     by_p = [f"tiny_choice: {metric}" for metric in ("acc", "acc_norm")] + ["tiny_words: acc", "tiny_reply: exact_match"]
-    assert tested == {name: "p" if name in by_p else "interval" for name in told}
+    assert tested == {name: "p" if name in by_p else "interval" for name in told.keys() - untested}
     assert all("p" in change or "interval" in change for change in data["comparisons"])
-    assert len(told) == 7 and 0 < told["tiny_choice: acc"]["value"] < 1
+    assert len(told) == 8 and 0 < told["tiny_choice: acc"]["value"] < 1
+    assert told["tiny_reply: chrf"]["value"] > 1  # of 100: the replies have letters of the words
 
 
 @pytest.mark.slow
