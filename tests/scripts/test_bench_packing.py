@@ -22,4 +22,12 @@ def test_time_until_a_batch_is_there_counts(load_with_neighbours, monkeypatch: p
     way = bench.Way(dataset=None, batches=itertools.repeat(batch), gradients=Gradients())
     for _ in range(2):
         way.step(types.SimpleNamespace(lora=None, base=None))
-    assert (way.waits, way.rate, way.tokens) == (0.25, 12 / 8, 12)
+    assert (way.waits, way.rate, way.tokens, way.padding) == (0.25, 12 / 8, 12, 0.25)
+
+
+def test_a_batch_is_cut_to_its_longest_row(load_with_neighbours):
+    bench = load_with_neighbours("bench_packing")
+    ids, lengths = np.zeros((1, 2, 512), np.int32), np.array([[[65], [3]]])
+    weights = ids.astype(np.float32)
+    batch = bench.Batch(inputs=ids, targets=ids, weights=weights, segments=None, rows=lengths, lengths=lengths)
+    assert bench.cut(batch).inputs.shape == bench.cut(batch).weights.shape == (1, 2, 128)

@@ -54,11 +54,17 @@ def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
     with trackers(["wandb"], tmp_path, {"lora": {"rank": 4}}, 0) as (log,):
         log(3, numbers(RECORD))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+    identity = file.parent.name.rpartition("-")[2]
     for _ in range(100):  # a process of its own writes it, and ends when it likes
         if b"loss" in file.read_bytes():
-            return
+            break
         time.sleep(0.1)
-    raise AssertionError(file.read_bytes())
+    else:
+        raise AssertionError(file.read_bytes())
+    with trackers(["wandb"], tmp_path, {"lora": {"rank": 4}}, 3) as (log,):
+        log(4, {"loss": 1.25})
+    runs = {folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")}
+    assert runs == {identity}, "a resumed run is the same run there"
 
 
 @pytest.mark.parametrize(("name", "library"), [("tensorboard", "tensorboardX"), ("wandb", "wandb")])
