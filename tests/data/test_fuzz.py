@@ -1,5 +1,6 @@
 """Malformed rows, made up by the thousand: each is told by its line, whatever it holds, and nothing else is raised."""
 
+import gzip
 import json
 import re
 import tempfile
@@ -34,6 +35,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "chip2": {"text": "<human>: Q\n<bot>: A"},
     "text": {"text": "T"},
 }
+NAMES = ("rows.jsonl", "rows.json", "rows.jsonl.gz")  # lines, whatever the name says
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
@@ -77,23 +79,24 @@ def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, form: str
     places = st.lists(st.integers(1, 20), min_size=7, max_size=7, unique=True)
 
     @settings(max_examples=15)
-    @given(st.lists(malformed(form), min_size=7, max_size=7), places)
-    def check(bad: list[str], at: list[int]):
+    @given(st.lists(malformed(form), min_size=7, max_size=7), places, st.sampled_from(NAMES))
+    def check(bad: list[str], at: list[int], name: str):
         lines = [json.dumps(GOOD[form])] * 21
         for line, text in zip(at, bad, strict=True):
             lines[line] = text.replace("\n", " ")
-        told = error_of(tokenizer, form, lines)
+        told = error_of(tokenizer, form, lines, name)
         assert "7 of 21 rows can't be used" in told
-        lines_told = [line for of_one in re.findall(r"/rows\.jsonl:([\d, ]+): ", told) for line in of_one.split(", ")]
+        found = re.findall(rf"/{re.escape(name)}:([\d, ]+): ", told)
+        lines_told = [line for of_one in found for line in of_one.split(", ")]
         assert sorted(map(int, lines_told)) == [line + 1 for line in sorted(at)]
 
     check()
 
 
-def error_of(tokenizer: Tokenizer, form: str, lines: list[str]) -> str:
+def error_of(tokenizer: Tokenizer, form: str, lines: list[str], name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "rows.jsonl"
-        path.write_text("\n".join(lines), encoding="utf-8")
+        path, content = Path(folder) / name, "\n".join(lines).encode()
+        path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         with pytest.raises(ValueError) as error:
             load_dataset(DataArgs(train=str(path), format=form), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
     return str(error.value)
@@ -123,3 +126,27 @@ def test_files_of_any_bytes_are_read_or_told(tokenizer: Tokenizer, content: byte
             load_dataset(DataArgs(train=str(path)), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
         except ValueError as error:
             assert str(path) in str(error) and type(error) is ValueError
+
+
+@settings(max_examples=100)
+@given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=20), st.floats(0, 1))
+def test_damaged_parquet_is_read_or_told(tokenizer: Tokenizer, changes: list[tuple[float, int]], kept: float):
+    """Some bytes of a file changed, and it cut off somewhere."""
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra `parquet`, is not installed")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.parquet"
+        parquet.write_table(_table(), path)
+        content = bytearray(path.read_bytes())
+        for at, byte in changes:
+            content[int(at * len(content))] = byte
+        path.write_bytes(content if kept > 0.8 else content[: int(kept * len(content))])
+        try:
+            load_dataset(DataArgs(train=str(path)), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+        except ValueError as error:
+            assert str(path) in str(error) and type(error) is ValueError
+
+
+def _table():
+    import pyarrow
+
+    return pyarrow.table({"instruction": ["Q"] * 9, "input": [""] * 9, "output": ["A", "B", "C"] * 3})
