@@ -70,7 +70,8 @@ def restore(session: Session, checkpoints: Checkpoints) -> Progress:
     check_resumable(session, checkpoints.read_state())
     lora, optimizer_state, state = checkpoints.restore(session.lora, session.updates.like(session.lora))
     best = Best.of(state)
-    checkpoints.keep_also(best.step)
+    if session.config.train.keep_best:
+        checkpoints.keep_also(best.step)
     return Progress(lora, session.updates.restored(optimizer_state), state["step"], state["position"], best)
 
 

@@ -130,11 +130,12 @@ def run_quietly(session, progress, batch):
     return loop.train_step(session, progress, batch, 0.0, Records())
 
 
-@pytest.mark.parametrize("stop_after", first_always([4, 1, 6]))
+@pytest.mark.parametrize("stop_after", first_always([5, 1, 6]))
 def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, stop_after, monkeypatch):
     config = dataclasses.replace(finished, output=str(tmp_path / "run"))
     _stop_and_resume(config, stop_after, monkeypatch)
     assert numbers(config) == numbers(finished)
+    assert len([*(Path(config.output) / "checkpoints").iterdir()]) == config.train.keep, "nobody asked for the best one"
     for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
         np.testing.assert_array_equal(resumed, whole)
 
