@@ -24,4 +24,4 @@ echo "setup: installing the locked versions (the first time some 400 MB are down
 "$uv" sync --quiet --frozen --inexact --python .venv/bin/python ${extras[@]+"${extras[@]}"}
 # Optional: C++ loops that dequantize and decode faster on a CPU.
 JAX_PLATFORMS=cpu .venv/bin/python -m pallas_kernels.native.build | sed 's/^/setup: CPU loops /' || true
-echo "setup: ready: $(.venv/bin/python --version), jax $(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))')"
+echo "setup: ready: $(.venv/bin/python --version), jax $(.venv/bin/python -c 'import importlib.metadata as m; print(m.version("jax"))'); to use it: source .venv/bin/activate"

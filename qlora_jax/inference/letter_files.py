@@ -77,7 +77,8 @@ def _asked(row: Row, exemplars: Mapping[str | None, Sequence[str]] | None, num_s
         raise ValueError(f"{len(question.options)} options: there are letters for {len(string.ascii_uppercase)}")
     shown = () if exemplars is None else exemplars.get(subject, ())
     if exemplars is not None and len(shown) < num_shots:
-        raise ValueError(f"subject {subject!r} has {len(shown)} exemplars, expected {num_shots}")
+        of = "those without a subject" if subject is None else f"subject {subject!r}"
+        raise ValueError(f"the file of shots has {len(shown)} exemplars of {of}, expected {num_shots}: see num_shots")
     prompt = header(subject) + "".join(f"{exemplar}\n\n" for exemplar in shown) + with_options(question)
     return Asked(prompt, len(question.options), question.answer, subject)
 

@@ -1,6 +1,8 @@
 """The settings of `generate` and `evaluate`, read by the same machinery as those of a training run."""
 
 import dataclasses
+import difflib
+import typing
 from pathlib import Path
 from typing import Literal
 
@@ -112,6 +114,12 @@ def check_generate(args: GenerateArgs) -> None:
         raise ConfigError(problems)
 
 
+def _unknown_column(name: str) -> str:
+    near = ["quantized"] if name in typing.get_args(Quant) else difflib.get_close_matches(name, COLUMNS, n=1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    return f"columns: found {name!r}, expected some of {', '.join(COLUMNS)}{meant}"
+
+
 def check_evaluate(args: EvaluateArgs) -> None:
     """Raises ConfigError with everything in which the settings contradict each other."""
     problems = _model_problems(args)
@@ -123,9 +131,7 @@ def check_evaluate(args: EvaluateArgs) -> None:
         problems.append(f"stride: found {args.stride}, expected at most window ({args.window}), or tokens are left out")
     problems += question_problems(args, rows_columns=() if args.rows is None else known_columns("rows"))
     columns = args.columns or []
-    problems += [
-        f"columns: found {name!r}, expected some of {', '.join(COLUMNS)}" for name in set(columns) - {*COLUMNS}
-    ]
+    problems += [_unknown_column(name) for name in sorted({*columns} - {*COLUMNS})]
     if args.answer_start is not None and args.rows is None:
         problems.append("answer_start: is for rows; give rows too")
     if args.run is None and "checkpoint" in columns:

@@ -29,7 +29,7 @@ from qlora_jax.training.report_page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.run_plan import RunPlan, out_of_memory_told, plan_run
 from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
 from qlora_jax.training.trace import traced_steps
-from qlora_jax.training.trackers import Log, numbers, trackers
+from qlora_jax.training.trackers import Log, check_installed, numbers, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 SAMPLES_FILE = "samples.jsonl"
@@ -95,6 +95,7 @@ class _Planned(NamedTuple):
 
 def _plan(config: Config, console: Console, *, whole: bool) -> _Planned:
     """Reads the data and compiles the step; prints what comes of it, or no more than the memory that it needs."""
+    check_installed(config.train.track)
     inputs = open_inputs(config)
     config = _pinned(config, inputs)
     if whole:

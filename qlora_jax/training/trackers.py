@@ -5,6 +5,7 @@ Their names are settings' (`train.track`); what they are given are the records o
 
 import contextlib
 import hashlib
+import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,21 @@ Log = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
 
 @contextlib.contextmanager
 def trackers(names: Sequence[str], run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Sequence[Log]]:
-    """What takes each record of a run that has done `first_step` steps; closed when the block ends.
-
-    Raises:
-      ValueError: a library is not installed.
-    """
+    """What takes each record of a run that has done `first_step` steps; closed when the block ends."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(TRACKERS[name](run, config, first_step)) for name in names]
+
+
+def check_installed(names: Sequence[str]) -> None:
+    """Raises ValueError with every library that these trackers need and that is not installed."""
+    problems = [
+        f"train.track: {name} needs {LIBRARIES[name]}, which is not installed: pip install 'qlora-jax[{name}]', or "
+        "leave it out"
+        for name in names
+        if importlib.util.find_spec(LIBRARIES[name]) is None
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
 
 
 def numbers(record: Mapping[str, Any]) -> dict[str, float]:
@@ -35,10 +44,8 @@ def numbers(record: Mapping[str, Any]) -> dict[str, float]:
 @contextlib.contextmanager
 def _tensorboard(run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Log]:
     """RUN/tensorboard, a file for each time that the run was started."""
-    try:
-        from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise _missing("tensorboard", "tensorboardX") from None
+    from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
+
     with SummaryWriter(
         str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None, filename_suffix=f".{first_step}"
     ) as writer:
@@ -53,10 +60,8 @@ def _tensorboard(run: Path, config: Mapping[str, Any], first_step: int) -> Itera
 @contextlib.contextmanager
 def _wandb(run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Log]:
     """A run of Weights & Biases, the same one when the run goes on; its own settings and environment hold."""
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError:
-        raise _missing("wandb", "wandb") from None
+    import wandb  # pyright: ignore[reportMissingImports]
+
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
     settings = {"id": identity, "resume": "allow", "name": run.name, "config": dict(config), "dir": str(run)}
     tracked = wandb.init(project="qlora_jax", **settings)
@@ -66,10 +71,5 @@ def _wandb(run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Lo
         tracked.finish()
 
 
-def _missing(name: str, library: str) -> ValueError:
-    return ValueError(
-        f"train.track: {name} needs {library}, which is not installed: pip install 'qlora-jax[{name}]', or leave it out"
-    )
-
-
 TRACKERS = {"tensorboard": _tensorboard, "wandb": _wandb}
+LIBRARIES = {"tensorboard": "tensorboardX", "wandb": "wandb"}

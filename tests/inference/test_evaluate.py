@@ -200,7 +200,11 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
         ("--model MODEL --text TEXT --file_columns {'answer':'a'}", "file_columns: is for choices, letters, answers"),
         ("--model MODEL --answers TEXT --file_columns {'a':'answer'}", "'a', expected some of question, answer, each"),
         ("--model MODEL --rows TEXT --file_columns {'answer':'a'}", "found 'answer', expected some of .*completion"),
-        ("--model MODEL --text TEXT --columns [nf4]", "columns: found 'nf4', expected some of unquantized"),
+        (
+            "--model MODEL --text TEXT --columns [nf4]",
+            "columns: found 'nf4', expected .*did you mean quantized",
+        ),
+        ("--model MODEL --text TEXT --columns [chekpoint]", "found 'chekpoint', .*did you mean checkpoint"),
         ("--model MODEL --text TEXT --columns [quantized] --quant_type none", "quantized needs a quant_type"),
         ("--model MODEL --text TEXT --json nowhere/x", "json: found 'nowhere/x', but there is no folder"),
         ("--model MODEL --text nowhere --window 9", "nowhere: no such file"),

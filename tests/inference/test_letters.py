@@ -60,7 +60,10 @@ def test_exemplars_are_the_first_of_the_subject(tmp_path):
     (question,) = letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **how).questions
     exemplars = "1?\nA. x\nB. y\nAnswer: B\n\n2?\nA. x\nB. y\nAnswer: A\n\n"
     assert text_of(question) == MADE.replace("2 + 2?", exemplars + "2 + 2?") + " "
-    with pytest.raises(ValueError, match=r"(?s)1 of 1 rows.*subject 'other' has 1 exemplars, expected 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)1 of 1 rows.*shots has 1 exemplars of subject 'other', expected 2",
+    ):
         letters_task(write(tmp_path / "o.jsonl", [QUESTION | {"subject": "other"}]), TOKENIZER, **how)
     with pytest.raises(ValueError, match="to which no exemplars are added"):
         letters_task(write(tmp_path / "w.jsonl", [{"input": "x", "output": "A"}]), TOKENIZER, **how)
