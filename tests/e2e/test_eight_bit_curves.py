@@ -30,6 +30,7 @@ def late_log_loss(config, name: str, seed: int, folder: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_curves_agree_within_the_noise_of_seeds(tmp_path):
     config = project(
         tmp_path / "project",

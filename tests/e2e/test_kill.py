@@ -15,6 +15,7 @@ import pytest
 from qlora_jax.config import write_config
 from tests.e2e.project import project
 from tests.e2e.test_training import arrays_at, numbers
+from tests.marks import some_in_ci
 
 PAGED = dict(paging="on", paging_budget="70KiB")  # of 128 KiB in four pages: two of them move at each step
 
@@ -54,8 +55,9 @@ def _kill(process: subprocess.Popen, run: Path, random_: random.Random, in_a_sav
     return True
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("optim", "total_kills", "steps"), [({}, 22, 160), (PAGED, 10, 80)])
+@pytest.mark.parametrize(
+    ("optim", "total_kills", "steps"), some_in_ci([({}, 22, 160), (PAGED, 10, 80)], lambda i: i == 1)
+)
 def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, optim, total_kills, steps):
     settings = dict(steps=steps, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
     config = project(tmp_path, layers=4, train=settings, data=dict(eval_fraction=0.0), optim=optim)

@@ -22,6 +22,7 @@ from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.test_gguf_frame import CONFIGS
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
+from tests.marks import some_in_ci
 from tests.parity.test_peft import LORAS, _logits, _write_run
 
 SCRIPT = Path(__file__).parent.parent / "oracle/llama_cpp_models.py"
@@ -162,8 +163,7 @@ def tokenizer_size() -> int:
     return load_tokenizer({"tokenizer_json": byte_level()}).vocab_size
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("base", ["file", "folder"])
+@pytest.mark.parametrize("base", some_in_ci([("file",), ("folder",)], lambda i: i == 1))
 def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> None:
     """A real model in f16, from its GGUF file and from a Hugging Face folder: ids of all texts, and greedy replies."""
     if base == "folder":

@@ -176,6 +176,7 @@ TABLES_MADE_BY_PEFT = {
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_tables_that_peft_made(tmp_path: Path, oracle) -> None:
     """Rows of new tokens and of others, and tables that were trained whole: as adapters, and merged."""
     configs = {"untied": tiny_config(), "tied": tiny_config(tie_word_embeddings=True)}

@@ -59,6 +59,7 @@ def _ours(folder: Path, tokens: np.ndarray, rows: dict[str, np.ndarray]) -> dict
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_family(oracle, tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     tokens = rng.integers(3, VOCAB + NEW, (2, LENGTH)).astype(np.int32)

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.conftest import ROOT
+from tests.marks import some_in_ci
 
 
 def last_line(*command: str) -> str:
@@ -27,8 +28,7 @@ def grown(model: str) -> int:
     return json.loads(last_line("scripts/plan_memory.py", "--model", model).splitlines()[-1])["growth"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["smollm2-135m", "qwen2-0.5b"])
+@pytest.mark.parametrize("name", some_in_ci([("smollm2-135m",), ("qwen2-0.5b",)], lambda i: i == 0))
 def test_a_plan_is_within_a_tenth_of_what_a_process_takes(name, request, load_with_neighbours):
     if name == "smollm2-135m":
         model = str(request.getfixturevalue("smollm2_gguf"))

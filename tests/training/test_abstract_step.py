@@ -174,6 +174,7 @@ def test_the_step_of_smollm2_compiles_for_an_h100():
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_products_run_on_tensor_cores_without_spilling_much():
     gradients = compile_both("smollm2-135m", "h100", (1, 1, 128))[1]  # reading all machine code takes a minute
     assert gradients.tensor_core_instructions > 0
@@ -185,7 +186,7 @@ def test_products_run_on_tensor_cores_without_spilling_much():
     ("card", "name", "batch", "remat"),
     some_in_ci(
         [(card, *step) for step in STEPS for card in FIVE],
-        lambda i: i % len(FIVE) == i // len(FIVE) + 1,  # the H100 has a test of its own
+        lambda i: i % len(FIVE) == i // len(FIVE) + 1 < 3,  # the H100 has a test of its own
     ),
 )
 def test_steps_of_real_models_compile_for_every_card(card, name, batch, remat):
@@ -197,6 +198,7 @@ def test_steps_of_real_models_compile_for_every_card(card, name, batch, remat):
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_65b_is_larger_than_a_4090_and_that_is_told():
     assert CARDS["rtx4090"].memory_bytes < 32 * 2**30
     gradients = compile_both("llama-65b", "rtx4090", (1, 1, 512), "full", rank=64)[1]

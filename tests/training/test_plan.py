@@ -315,6 +315,7 @@ def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, rem
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_accumulation_has_no_second_set_of_gradients():
     once, often = (compiled_need(real("llama-7b", (a, 1, 512)), on_card("a6000")) for a in (1, 4))
     assert often.total - once.total < 0.05 * once.device["gradients"]
@@ -351,7 +352,7 @@ def test_offloaded_activations_are_host_memory_in_the_compiled_step():
             ("llama-3-8b", "rtx4090", (1, 2, 2048), 16, "full", 7.94, 7.75),
             ("llama-3-8b", "rtx4090", (1, 2, 2048), 16, "offload", 6.98, 6.79),
         ],
-        lambda i: i in (0, 6),
+        lambda i: i == 6,
     ),
 )
 def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, remat, whole, paged):
@@ -363,6 +364,7 @@ def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, remat, whol
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_65b_with_adapters_in_bf16_takes_no_more_than_it_did():
     """Half of the adapters and of their gradients; 37.3 GiB with the state paged is what was promised."""
     setting = real("llama-65b", (1, 1, 512), lora=LoraArgs(rank=64, dtype="bfloat16"))
