@@ -120,7 +120,8 @@ def _histograms(data: DataReport) -> list[_Figure]:
 
 
 def _plan(plan: RunPlan, peak: int | None) -> dict[str, str]:
-    used = {} if peak is None else {"held at most, loading included": _share(peak, plan.most)}
+    held = "held at most, loading included, beyond Python and its libraries"
+    used = {} if peak is None else {held: _share(peak, plan.most)}
     return {name: words for name, words in plan.rows().items() if name != "made of"} | used
 
 
