@@ -1,11 +1,15 @@
 """Conversations as other data sets write them: lists of ShareGPT, and turns marked in one text."""
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.data.chat import Message
 
+# Who speaks in `messages`. Beside the usual four: developer is what gpt-oss's templates call the system, and function,
+# ipython (Llama 3) and observation (GLM-4) are what others call a tool.
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
 # Who speaks, by the names that ShareGPT's rows use.
 SHAREGPT_ROLES = {
     "human": "user",
@@ -24,6 +28,16 @@ GUANACO = re.compile(r"### (Human|Assistant):")
 HH = re.compile(r"\n\n(Human|Assistant):")
 CHIP2 = re.compile(r"(?:^|\n)<(human|bot)>: ")
 _ROLES = {"Human": "user", "human": "user", "Assistant": "assistant", "bot": "assistant"}
+
+
+def role_problems(role: str) -> list[str]:
+    """What is wrong with a message's role: most templates render any, and one that is misspelt is never learned."""
+    if role in ROLES:
+        return []
+    lower = role.lower()
+    near = [SHAREGPT_ROLES[lower]] if lower in SHAREGPT_ROLES else difflib.get_close_matches(lower, ROLES, n=1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    return [f"the role {role!r} is unknown; known are {', '.join(ROLES)}{meant}"]
 
 
 def sharegpt_problems(row: Mapping[str, Any]) -> list[str]:

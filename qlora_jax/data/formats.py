@@ -99,6 +99,7 @@ def _message_problems(row: Columns) -> list[str]:
                 f"message {index} needs 'role' and 'content', found {', '.join(map(repr, message)) or 'nothing'}"
             )
             continue
+        problems += [f"message {index}: {problem}" for problem in dialogs.role_problems(message["role"])]
         name = f"content of message {index} ({message['role']})"
         if message.get("tool_calls"):
             problems += [f"message {index}: {problem}" for problem in call_problems(message)]

@@ -71,14 +71,14 @@ def names_called(message: Message) -> list[str]:
 
 
 def check_shown(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None, rendered: str) -> None:
-    """Raises ValueError where `rendered` lacks the row's tools, or what its system and tool turns say."""
+    """Raises ValueError where `rendered` lacks the row's tools, or what neither a user nor an assistant says."""
     if tools is not None and tokenizer.render(messages) == rendered:
         raise ValueError(
             f"the row has {len(tools)} tools, and the chat template never shows them, so the model would learn to "
             "call what it has not seen. Use a template that takes tools: data.chat_template names a jinja file"
         )
     for message in messages:
-        said = (message.get("content") or "").strip() if message["role"] in ("system", "tool") else ""
+        said = (message.get("content") or "").strip() if message["role"] not in ("user", "assistant") else ""
         # Some templates write what a tool says as a JSON string.
         if said not in rendered and json.dumps(said, ensure_ascii=False)[1:-1] not in rendered:
             # Without the message's number: rows that lack the same are told together.

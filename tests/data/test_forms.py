@@ -109,7 +109,15 @@ def turn(role: str, content: Any) -> dict[str, Any]:
         ("text", {"text": "a\ud83d"}, r"text holds half of a surrogate pair \(\\ud83d\)"),
         ("messages", {"messages": "hello"}, "messages is no list of objects"),
         ("messages", {"messages": []}, "no message has the role 'assistant'"),
-        ("messages", {"messages": [turn("human", "a"), turn("gpt", "b")]}, r"roles: \['human', 'gpt'\]"),
+        ("messages", {"messages": [turn("system", "a"), turn("user", "b")]}, r"roles: \['system', 'user'\]"),
+        (
+            "messages",
+            {"messages": [turn("human", "a"), turn("Assistant", "b"), turn("usr", "c"), turn("x", "d")]},
+            "message 0: the role 'human' is unknown; known are system, .*, observation; did you mean 'user'[?]; "
+            "message 1: the role 'Assistant' .*did you mean 'assistant'[?]; "
+            "message 2: the role 'usr' .*did you mean 'user'[?]; "
+            "message 3: the role 'x' is unknown; known are .*, observation$",
+        ),
         (
             "messages",
             {"messages": [{"from": "human", "value": "b"}]},
@@ -123,6 +131,11 @@ def test_rows_that_can_not_teach_are_all_told(name: str, row: dict[str, Any], to
     good = {"messages": MESSAGES, "alpaca": ALPACA, "completion": COMPLETION, "text": TEXT}[name]
     with pytest.raises(ValueError, match=rf"2 of 3 rows can't be used:\n  x\.jsonl:2, 3: .*{told}"):
         check_rows("x.jsonl", rows_of(good, row, row), FORMS[name])
+
+
+def test_roles_of_published_data_are_known():
+    for role in ("system", "developer", "user", "tool", "function", "ipython", "observation"):
+        assert FORMS["messages"].check({"messages": [turn(role, "a"), turn("assistant", "b")]}) == []
 
 
 def test_questions_and_answers_go_through_the_chat_template(tokenizer: Tokenizer):

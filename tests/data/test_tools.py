@@ -100,6 +100,17 @@ def test_turns_that_a_template_leaves_out_are_refused(smollm2_source: dict, writ
     assert learned(silent, write_rows([{"messages": turns[1:]}])) == "assistantthe assistant<|im_end|>"
 
 
+@pytest.mark.parametrize("role", ["developer", "function", "ipython", "observation"])
+def test_turns_by_other_names_that_a_template_leaves_out_are_refused(
+    smollm2_source: dict, write_rows: Callable, role: str
+):
+    template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content + '<|im_end|>' }}{% endfor %}"
+    silent = load_tokenizer({**smollm2_source, "chat_template": template})
+    turns = [{"role": one, "content": f"the {one}"} for one in (role, "user", "assistant")]
+    with pytest.raises(ValueError, match=f"leaves out what a message of the role '{role}' says"):
+        learned(silent, write_rows([{"messages": turns}]))
+
+
 def test_what_a_tool_says_may_be_written_as_json(smollm2_source: dict, write_rows: Callable):
     quoting = HERMES.replace("message.content + '\n</tool", "message.content | tojson + '\n</tool")
     assert quoting != HERMES
