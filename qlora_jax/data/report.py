@@ -47,7 +47,8 @@ class DataReport:
       shared: held-out rows that are also trained on.
       unseen: new tokens that no training row has.
       buckets, steps: padded lengths, and the optimizer steps an epoch takes at each.
-      packs: how many packs the rows fill; None where they are not packed.
+      rows_per_epoch: rows that an epoch draws; by their files' weights they may be fewer or more than `train` has.
+      packs: how many packs these rows fill; None where they are not packed.
       windows: how many an epoch has, each shuffled by itself.
       padding_share: share of an epoch's places that hold no target.
       rows_per_step: rows, or packs, an optimizer step sees.
@@ -63,6 +64,7 @@ class DataReport:
     max_length: int
     buckets: tuple[int, ...]
     steps: tuple[int, ...]
+    rows_per_epoch: int
     packs: int | None
     windows: int
     padding_share: float
@@ -139,6 +141,7 @@ def report_data(
         max_length=max_length,
         buckets=buckets,
         steps=tuple(np.sum([one.steps for one in windows], axis=0).tolist()),
+        rows_per_epoch=len(train),
         packs=sum(one.packs for one in windows) if packed else None,
         windows=train.windows,
         padding_share=1 - filled / taken,

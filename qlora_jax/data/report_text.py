@@ -57,7 +57,8 @@ def facts(report: DataReport) -> list[tuple[str, str]]:
 def _steps(report: DataReport) -> str:
     by_window = f", in {report.windows:,} windows" if report.windows > 1 else ""
     if report.packs is not None:
-        rows = f"{report.train.kept:,} rows in {report.packs:,} packs of {report.buckets[0]:,} places"
+        drawn = "" if report.rows_per_epoch == report.train.kept else " that an epoch draws by weight"
+        rows = f"{report.rows_per_epoch:,} rows{drawn} in {report.packs:,} packs of {report.buckets[0]:,} places"
         return f"{report.steps_per_epoch:,} of {report.rows_per_step} packs{by_window}; {rows}"
     by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
     return f"{report.steps_per_epoch:,} of {report.rows_per_step} rows{by_window}; by padded length {by_length}"

@@ -149,6 +149,14 @@ def test_files_are_mixed_and_reported_each(tokenizer: Tokenizer, write_rows: Cal
     assert dataset.fingerprint != other.fingerprint
 
 
+def test_packs_hold_the_rows_that_an_epoch_draws(tokenizer: Tokenizer, write_rows: Callable):
+    files = [write_rows([{"text": f"{name} {n}"} for n in range(10)], f"{name}.jsonl") for name in ("a", "b")]
+    for weight, rows in ((1.0, "20 rows"), (0.5, "15 rows that an epoch draws by weight")):
+        dataset = load(tokenizer, train={files[0]: 1.0, files[1]: weight}, packing=True, max_length=64)
+        told = dict(facts(dataset.report))["steps an epoch"]
+        assert told.endswith(f"; {rows} in {dataset.report.packs} packs of 64 places")
+
+
 def test_each_file_of_a_mixture_holds_out_its_own_rows(tokenizer: Tokenizer, write_rows: Callable):
     files = [write_rows([{"text": f"{name} {n}"} for n in range(60)], f"{name}.jsonl") for name in ("a", "b")]
     dataset = load(tokenizer, train=dict.fromkeys(files, 1.0), eval_fraction=0.3)
