@@ -73,17 +73,20 @@ def _source_facts(sources: Sequence[SourceReport]) -> list[tuple[str, str]]:
         (
             "source",
             f"{side.path}, form {side.form}: {side.kept:,} rows, weight {weight:g}, "
-            f"{share / sum(seen):.1%} of the targets that are learned",
+            f"{share / sum(seen):.1%} of the targets that are learned{_ignored(side)}",
         )
         for (side, weight), share in zip(sources, seen, strict=True)
     ]
 
 
+def _ignored(side: SideReport) -> str:
+    return f"; columns not used: {', '.join(side.ignored_columns)}" if side.ignored_columns else ""
+
+
 def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str, str]]:
     quantiles = ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, side.percentiles, strict=True))
-    ignored = f"; columns not used: {', '.join(side.ignored_columns)}" if side.ignored_columns else ""
     return [
-        (name, f"{side.kept:,} of {side.rows:,} rows of {side.path}, form {side.form}{ignored}"),
+        (name, f"{side.kept:,} of {side.rows:,} rows of {side.path}, form {side.form}{_ignored(side)}"),
         ("tokens a row", quantiles),
         ("supervised", f"{side.supervised_share:.1%} of {side.tokens:,} targets ({side.supervised:,})"),
         ("too long", _too_long(side, max_length)),

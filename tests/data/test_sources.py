@@ -141,7 +141,7 @@ def test_files_are_mixed_and_reported_each(tokenizer: Tokenizer, write_rows: Cal
     assert dataset.report.train.kept == 9 and dataset.report.train.path == f"{pairs}, {guanaco}"
     told = [value for name, value in facts(dataset.report) if name == "source"]
     assert told == [
-        f"{pairs}, form completion: 5 rows, weight 2, 71.4% of the targets that are learned",
+        f"{pairs}, form completion: 5 rows, weight 2, 71.4% of the targets that are learned; columns not used: more",
         f"{guanaco}, form guanaco: 4 rows, weight 0.5, 28.6% of the targets that are learned",
     ]
     assert dataset.train.where(5) == f"{guanaco}:1"
