@@ -27,21 +27,26 @@ def parse_columns(lines: Iterable[str], dialect: Dialect) -> Iterator[tuple[int,
     """(line that it begins on, row, or what is wrong with it) of each record behind the header. Blank lines are none.
 
     Raises:
-      ValueError: no header, or one that names a column twice or not at all.
+      ValueError: no header, or one that names no column, or one twice.
     """
     csv.field_size_limit(2**31 - 1)  # the default refuses a field of more than 128 KiB
     reader = csv.reader(lines, delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True)
     records = _records(reader)
     _, header = next(records, (1, []))
-    if isinstance(header, str) or not header or len(set(header)) < len(header) or "" in header:
-        raise ValueError(f"the first line has to name the columns, each once; found {header!r}")
+    # pandas writes its index, and spreadsheets empty columns, without a name.
+    named = [name or f"column {number} (without a name)" for number, name in enumerate(header, start=1)]
+    if isinstance(header, str) or not any(header) or len(set(named)) < len(named):
+        raise ValueError(
+            f"the first line has to name the columns, each once; found {header!r}. Write the names there, and rename "
+            "or delete what is there twice"
+        )
     for line, fields in records:
         if isinstance(fields, str):
             yield line, fields
-        elif len(fields) != len(header):
-            yield line, f"{len(fields)} fields, where the header names {len(header)}: {', '.join(header)}"
+        elif len(fields) != len(named):
+            yield line, f"{len(fields)} fields, where the header names {len(named)}: {', '.join(named)}"
         else:
-            yield line, dict(zip(header, fields, strict=True))
+            yield line, dict(zip(named, fields, strict=True))
 
 
 def _records(reader: Any) -> Iterator[tuple[int, list[str] | str]]:

@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.delimited import DIALECTS, parse_columns
 from qlora_jax.data.readers import read_rows
 
@@ -44,6 +46,17 @@ def test_gzipped_with_a_byte_order_mark_and_windows_line_ends(tmp_path):
     assert [row.place.line for row in rows] == [2, 5]
 
 
+def test_columns_without_a_name_are_told_among_those_not_used(tmp_path, tokenizer):
+    """As pandas writes its index, and spreadsheets empty columns."""
+    path = tmp_path / "rows.csv"
+    path.write_text(",prompt,completion,,\n0,Q,A,,\n1,R,B,,\n")
+    dataset = load_dataset(DataArgs(train=str(path)), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+    nameless = ("column 1 (without a name)", "column 4 (without a name)", "column 5 (without a name)")
+    assert (dataset.report.train.kept, dataset.report.train.ignored_columns) == (2, nameless)
+    values = dict(zip(nameless, ("1", "", ""), strict=True))
+    assert read_rows(path)[1].data == {"prompt": "R", "completion": "B", **values}
+
+
 def test_a_field_may_be_long(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f"text\n{'a' * 300_000}\n")
@@ -55,7 +68,8 @@ def test_a_field_may_be_long(tmp_path):
     [
         ("", r"the first line has to name the columns, each once; found \[\]"),
         ("a,a\n1,2\n", r"each once; found \['a', 'a'\]"),
-        ("a,\n1,2\n", "the first line has to name the columns"),
+        (",a,,a\n0,1,2,3\n", r"each once; found \['', 'a', '', 'a'\]. Write the names there, and rename or delete"),
+        (",\n1,2\n", r"the first line has to name the columns, each once; found \['', ''\]"),
         ("prompt,completion\n", "holds no rows; expected a line of column names and then rows"),
         (
             "prompt,completion\n1,2\n1,2,3\n4\n",
