@@ -1,5 +1,6 @@
 """Chat templates: jinja in a sandbox, with the extras that published templates count on (those of transformers)."""
 
+import contextlib
 import datetime
 import functools
 import json
@@ -53,6 +54,10 @@ def _compile(template: str) -> jinja2.Template:
         raise ValueError(f"the chat template does not parse: {error.args[0]}") from error
 
 
+def _with_content(message: Message) -> Message:
+    return {"content": "", **message} if message.get("tool_calls") else message
+
+
 def render(
     template: str,
     messages: Sequence[Message],
@@ -64,7 +69,8 @@ def render(
 
     Args:
       template: jinja source.
-      messages: dicts with `role` and `content`; keys whose value is None are dropped.
+      messages: dicts with `role` and `content`; keys whose value is None are dropped. A turn that calls tools may have
+        no content: it is empty text to a template that fails without.
       special_tokens: `bos_token`, `eos_token`, ... by name; those that the tokenizer lacks are left out.
       add_generation_prompt: ends with what comes before an assistant's turn.
       tools: what the model may call, as JSON schemas.
@@ -73,15 +79,14 @@ def render(
       ValueError: the template does not parse, refuses these messages or fails on them.
     """
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens}
     compiled = _compile(template)
     try:
-        return compiled.render(
-            messages=chat,
-            tools=tools,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **special_tokens,
-        )
+        with contextlib.suppress(jinja2.UndefinedError):
+            return compiled.render(messages=chat, **given)
+        # As transformers has it first, so that templates that ask whether there is content are told the truth (`is
+        # defined`, `is string`); those that join it to text fail on what is missing, and mean "".
+        return compiled.render(messages=[_with_content(message) for message in chat], **given)
     except Exception as error:  # a template may call whatever strings, lists and dicts can do
         roles = [message.get("role") for message in messages]
         raise ValueError(f"the chat template refuses a conversation with roles {roles}: {error}") from error

@@ -68,6 +68,25 @@ def test_calls_and_answers_are_learned(hermes: Tokenizer, write_rows: Callable, 
     assert json.dumps(WEATHER) in whole and 'dry "as" a bone' in whole
 
 
+@pytest.mark.parametrize("turn", [{}, {"content": None}, {"content": ""}])
+def test_templates_that_join_content_get_it_empty(smollm2_source: dict, write_rows: Callable, turn: dict):
+    joining = HERMES.replace("(message.content or '')", "message.content")
+    assert joining != HERMES
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": joining})
+    path = write_rows([{"messages": conversation({}, **turn)[:2], "tools": [WEATHER]}])
+    assert learned(tokenizer, path) == '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+
+
+@pytest.mark.parametrize("test", ["is defined", "is string"])
+def test_templates_that_ask_for_content_are_told_when_there_is_none(
+    smollm2_source: dict, write_rows: Callable, test: str
+):
+    asking = HERMES.replace("(message.content or '')", f"('.' + message.content if message.content {test} else '')")
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": asking})
+    path = write_rows([{"messages": conversation({}, content=None)[:2], "tools": [WEATHER]}])
+    assert learned(tokenizer, path) == '<tool_call>\n{"name": "weather", "arguments": {}}\n</tool_call><|im_end|>'
+
+
 def test_a_call_needs_no_words(hermes: Tokenizer, write_rows: Callable):
     for turn in ({}, {"content": None}, {"content": ""}):
         path = write_rows([{"messages": conversation({}, **turn)[:2], "tools": [WEATHER]}])
@@ -79,6 +98,7 @@ def test_a_call_needs_no_words(hermes: Tokenizer, write_rows: Callable):
     [
         ({"messages": conversation({}, content="Hm."), "tools": [WEATHER]}, "the chat template never shows them"),
         ({"messages": conversation({}, content="Hm.")}, "leaves out 'weather' of message 1, which calls tools"),
+        ({"messages": conversation({}, content=None)}, "leaves out 'weather' of message 1, which calls tools"),
     ],
 )
 def test_templates_without_tools_are_refused(tokenizer: Tokenizer, write_rows: Callable, row: dict, told: str):
