@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, NamedTuple
 from qlora_jax.data.absent import what_was_meant
 from qlora_jax.data.delimited import dialect_of, parse_columns
 from qlora_jax.data.hub_rows import HubRows, hub_rows
+from qlora_jax.data.json_rows import SPACE, Bad, json_array, json_lines, shorten
 from qlora_jax.data.parquet import MAGIC, parquet_rows
 
 _SHOWN = 8
-_SPACE = " \t\r\n"
 _GZIP = b"\x1f\x8b"
 _PEEKED = 4096
 
@@ -129,21 +129,31 @@ def _values(name: str, in_parts: bool) -> Iterator[tuple[int, Any]]:
     with _text(path) as file:
         if dialect := dialect_of(path):
             yield from _columns(path, parse_columns(file, dialect))
-        elif _first(file) != "[":
-            yield from _lines(file)
+        elif (first := _first(file)) != "[":
+            _check_lines(path, first)
+            yield from json_lines(file)
         elif in_parts:
             raise ValueError(
                 f"{path}: one JSON array, which is not read in parts, so data.window is not for it; write it as JSON "
                 "Lines, for instance with jq -c '.[]'"
             )
         else:
-            yield from _array(file.read())
+            yield from json_array(file.read())
+
+
+def _check_lines(path: Path, first: str) -> None:
+    """Raises ValueError for prose, of which each line would else be told as broken JSON."""
+    if first not in ("", "{") and path.name.endswith((".txt", ".txt.gz")):
+        raise ValueError(
+            f'{path}: text, expected rows: begins with {first!r}, and rows are JSON objects such as {{"text": "..."}}, '
+            "one a line"
+        )
 
 
 def _columns(path: Path, records: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     try:
         for line, row in records:
-            yield line, _Bad(row) if isinstance(row, str) else row
+            yield line, Bad(row) if isinstance(row, str) else row
     except UnicodeDecodeError:
         raise
     except ValueError as error:
@@ -234,75 +244,12 @@ def _first(file: io.TextIOWrapper) -> str:
     """The first character that is no space; the file is then read from its beginning again."""
     first = ""
     while not first and (piece := file.read(_PEEKED)):
-        first = piece.lstrip(_SPACE)[:1]
+        first = piece.lstrip(SPACE)[:1]
     file.seek(0)
     return first
 
 
-class _Bad(NamedTuple):
-    """Stands for a row that can't be read."""
-
-    problem: str
-
-
 def _not_a_row(value: Any) -> str:
-    if isinstance(value, _Bad):
+    if isinstance(value, Bad):
         return value.problem
     return f'expected an object such as {{"prompt": "..."}}, found {shorten(json.dumps(value, ensure_ascii=False))}'
-
-
-def _lines(file: io.TextIOWrapper) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each line that is not blank."""
-    for line, content in enumerate(file, start=1):
-        if content.strip(_SPACE):
-            try:
-                yield line, json.loads(content)
-            except json.JSONDecodeError as error:
-                yield line, _Bad(f"not JSON: {error.msg} at column {error.colno}: {shorten(content.rstrip(_SPACE))}")
-            except (ValueError, RecursionError) as error:
-                yield line, _Bad(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
-
-
-def _array(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element; one by one, since json.loads would not tell their lines."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = _skip(text, text.index("[") + 1)
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-            yield line, value
-            at = _next_element(text, _skip(text, at))
-        except json.JSONDecodeError as error:
-            yield error.lineno, _Bad(f"not JSON: {error.msg} at column {error.colno}; the array ends there")
-            return
-        except (ValueError, RecursionError) as error:
-            yield line, _Bad(f"not read: {error}; the array ends there")
-            return
-    rest = _skip(text, at + 1)
-    if rest < len(text):
-        found = shorten(text[rest:])
-        yield line + text.count("\n", counted, rest), _Bad(f"more text after the end of the array: {found}")
-
-
-def _next_element(text: str, at: int) -> int:
-    """Position of the next element after the comma at `at`, or of the closing bracket."""
-    if text.startswith("]", at):
-        return at
-    if not text.startswith(",", at):
-        raise json.JSONDecodeError("expected ',' or ']' after an element of the array", text, at)
-    at = _skip(text, at + 1)
-    if text.startswith("]", at):
-        raise json.JSONDecodeError("expected a row after the comma", text, at)
-    return at
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in _SPACE:
-        at += 1
-    return at
-
-
-def shorten(text: str) -> str:
-    """The text, or the beginning of a long one."""
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -72,6 +72,16 @@ def test_bad_content_is_told_by_line(tmp_path: Path, content: bytes, told: str):
     assert str(tmp_path / "bad.jsonl") in str(error.value)
 
 
+def test_prose_is_told_with_what_rows_are(tmp_path: Path):
+    for name, content in (("a.txt", b"Once upon\na time\n"), ("a.txt.gz", gzip.compress(b"\n Once"))):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"such as \{\"text\": \"\.\.\.\"\}, one a line$") as error:
+            read_rows(tmp_path / name)
+        assert str(error.value).startswith(f"{tmp_path / name}: text, expected rows: begins with 'O'")
+    (tmp_path / "rows.txt").write_text(LINES)
+    assert len(read_rows(tmp_path / "rows.txt")) == 3
+
+
 @pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000])
 def test_json_that_python_does_not_read_is_told(tmp_path: Path, value: str):
     path = tmp_path / "rows.jsonl"
