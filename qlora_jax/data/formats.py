@@ -79,7 +79,7 @@ def _text_problems(row: Columns, *names: str, may_be_blank: Sequence[str] = ()) 
 
 def _text_problem(name: str, value: Any, may_be_blank: bool = False) -> str | None:
     if not isinstance(value, str):
-        return f"{name} is {type(value).__name__}, expected text"
+        return f"{name} is {'null' if value is None else type(value).__name__}, expected text"
     if not may_be_blank and not value.strip():
         return f"{name} is empty"
     half = _HALF_SURROGATE.search(value)

@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 SPACE = " \t\r\n"
 
 
+def told(error: json.JSONDecodeError) -> str:
+    """What is wrong with JSON text, and in which column; some of the messages end with a word of their own for it."""
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
+
+
 class Bad(NamedTuple):
     """Stands for a row that can't be read."""
 
@@ -20,7 +25,7 @@ def json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
             try:
                 yield line, json.loads(content)
             except json.JSONDecodeError as error:
-                yield line, Bad(f"not JSON: {error.msg} at column {error.colno}: {shorten(content.rstrip(SPACE))}")
+                yield line, Bad(f"not JSON: {told(error)}: {shorten(content.rstrip(SPACE))}")
             except (ValueError, RecursionError) as error:
                 yield line, Bad(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
 
@@ -36,7 +41,7 @@ def json_array(text: str) -> Iterator[tuple[int, Any]]:
             yield line, value
             at = _next_element(text, _skip(text, at))
         except json.JSONDecodeError as error:
-            yield error.lineno, Bad(f"not JSON: {error.msg} at column {error.colno}; the array ends there")
+            yield error.lineno, Bad(f"not JSON: {told(error)}; the array ends there")
             return
         except (ValueError, RecursionError) as error:
             yield line, Bad(f"not read: {error}; the array ends there")

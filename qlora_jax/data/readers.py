@@ -7,6 +7,7 @@ import contextlib
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import typing
 import zlib
@@ -178,8 +179,15 @@ def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) ->
 
 
 def _first_places(places: Sequence[Place]) -> str:
-    shown = ", ".join(map(str, places[:_SHOWN]))
+    by_line = itertools.groupby(places[:_SHOWN], lambda place: place.line)
+    shown = ", ".join(_of_line(line, [*found]) for line, found in by_line)
     return f"{shown} and {len(places) - _SHOWN} more rows" if len(places) > _SHOWN else shown
+
+
+def _of_line(line: int, places: Sequence[Place]) -> str:
+    """The rows of one line; an array may hold many there."""
+    numbers = ", ".join(str(place.number + 1) for place in places)
+    return f"{line} (rows {numbers})" if len(places) > 1 else str(places[0])
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.data.chat import Message
+from qlora_jax.data.json_rows import told
 from qlora_jax.data.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
@@ -20,7 +21,7 @@ def tools_problems(row: Mapping[str, Any]) -> list[str]:
     try:
         tools = _read(row.get("tools") or None)
     except json.JSONDecodeError as error:
-        return [f"tools is not JSON: {error.msg} at column {error.colno}"]
+        return [f"tools is not JSON: {told(error)}"]
     if not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return []
     return ["tools is no list of JSON schemas"]
@@ -41,7 +42,7 @@ def _call_problems(number: int, call: Mapping[str, Any]) -> list[str]:
     try:
         arguments = _read(function["arguments"])
     except json.JSONDecodeError as error:
-        return [f"the arguments of tool call {number} are not JSON: {error.msg} at column {error.colno}"]
+        return [f"the arguments of tool call {number} are not JSON: {told(error)}"]
     return [] if isinstance(arguments, dict) else [f"the arguments of tool call {number} are no object"]
 
 

@@ -105,7 +105,7 @@ def turn(role: str, content: Any) -> dict[str, Any]:
         ("alpaca", {"instruction": "a"}, "no column 'output'; found 'instruction'"),
         ("alpaca", {"instruction": " ", "output": ""}, "instruction is empty; output is empty"),
         ("alpaca", {**ALPACA, "input": ["x"]}, "input is list, expected text"),
-        ("completion", {"prompt": "", "completion": None}, "completion is NoneType, expected text"),
+        ("completion", {"prompt": "", "completion": None}, "completion is null, expected text"),
         ("text", {"text": "a\ud83d"}, r"text holds half of a surrogate pair \(\\ud83d\)"),
         ("messages", {"messages": "hello"}, "messages is no list of objects"),
         ("messages", {"messages": []}, "no message has the role 'assistant'"),
@@ -124,7 +124,7 @@ def turn(role: str, content: Any) -> dict[str, Any]:
             "message 0 needs 'role' and 'content', found 'from'",
         ),
         ("messages", {"messages": [turn("assistant", "")]}, r"content of message 0 \(assistant\) is empty"),
-        ("messages", {"messages": [turn("assistant", None)]}, r"message 0 \(assistant\) is NoneType, expected text"),
+        ("messages", {"messages": [turn("assistant", None)]}, r"message 0 \(assistant\) is null, expected text"),
     ],
 )
 def test_rows_that_can_not_teach_are_all_told(name: str, row: dict[str, Any], told: str):

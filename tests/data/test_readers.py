@@ -62,6 +62,11 @@ def test_a_gzip_file_is_known_by_its_bytes(tmp_path: Path):
         (b'[{"a": 1}\n {"a": 2}]', r":2: not JSON: expected ',' or '\]'"),
         (b'[{"a": 1},\n]', r":2: not JSON: expected a row after the comma"),
         (b'[{"a": 1},\n{"a": 2}', r":2 \(row 3\): not JSON: expected ',' or '\]'"),
+        (b"[1, 1, 1]", r"bad\.jsonl:1 \(rows 1, 2, 3\): expected an object"),
+        (b'[1, 1,\n {"a": 2}, 1]', r"bad\.jsonl:1 \(rows 1, 2\), 2 \(row 4\): expected an object"),
+        (b'{"a": "\x01"}\n', r":1: not JSON: Invalid control character at column 8"),
+        (b'{"a": "b', r":1: not JSON: Unterminated string starting at column 7"),
+        (b'[{"a": "\x01"}]', r":1: not JSON: Invalid control character at column 9"),
         (b'[{"a": 1}]\n\n{"a": 2}', r":3 \(row 2\): more text after the end of the array"),
     ],
 )

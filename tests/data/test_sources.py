@@ -44,7 +44,7 @@ def test_parquet_rows_are_those_of_json(tmp_path: Path, tokenizer: Tokenizer, wr
 
 def test_broken_parquet_rows_and_files_are_told(tmp_path: Path, tokenizer: Tokenizer):
     path = write_parquet(tmp_path / "rows.parquet", [*ROWS, {"prompt": "Q", "completion": None, "more": None}])
-    with pytest.raises(ValueError, match=r"1 of 6 rows(.|\n)*rows\.parquet:6: completion is NoneType, expected text"):
+    with pytest.raises(ValueError, match=r"1 of 6 rows(.|\n)*rows\.parquet:6: completion is null, expected text"):
         load(tokenizer, train=path)
     raw = Path(path).read_bytes()
     for content in (raw[:-20], b"PAR1" + b"\0" * 40, raw[:200] + b"\xff" * 50 + raw[250:]):
