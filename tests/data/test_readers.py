@@ -126,8 +126,12 @@ def test_missing_files_are_told_with_the_nearest(tmp_path: Path):
     (tmp_path / "train.jsonl.gz").write_bytes(b"")
     with pytest.raises(ValueError, match=r"train\.jsonl: no such file; did you mean .*train\.jsonl\.gz\?"):
         read_rows(tmp_path / "train.jsonl")
-    with pytest.raises(ValueError, match=r"no such file$"):
-        read_rows(tmp_path / "nowhere/train.jsonl")
+    (tmp_path / "pc.jsonl").write_bytes(b"")
+    for name in ("nowhere/train.jsonl", "nope.jsonl"):
+        with pytest.raises(ValueError, match=r"no such file$"):
+            read_rows(tmp_path / name)
+    with pytest.raises(ValueError, match=r"did you mean .*train\.jsonl\.gz\?"):
+        read_rows(tmp_path / "trian.jsonl.gz")
     with pytest.raises(ValueError, match="can't be read"):
         read_rows(tmp_path)
 
