@@ -37,7 +37,10 @@ def expected(hint: Any) -> str:
     if origin is Literal:
         return "one of " + ", ".join(arguments)
     if origin in UNIONS:
-        return " or ".join(expected(arm) for arm in arguments)
+        first, *others = map(expected, arguments)
+        if typing.get_origin(arguments[0]) is Literal:  # long lists are told once
+            others = [words.replace(first, "one of these") for words in others]
+        return " or ".join([first, *others])
     if origin is list:
         return f"a list of {expected(arguments[0])}"
     if origin is dict:

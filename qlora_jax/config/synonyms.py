@@ -115,6 +115,9 @@ CHOICES = {
     "oasst1": "guanaco",
     "vicuna": "sharegpt",
     "openai": "messages",
+    "fp16": "bfloat16",
+    "half": "bfloat16",
+    "fp32": "float32",
     "truncate": "truncate-right",
     "raise": "error",
 }
