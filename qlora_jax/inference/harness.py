@@ -90,9 +90,17 @@ class HarnessModel(TemplateLM):
             sampling, most = _sampling(dict(settings))
             prompts = [self.tok_encode(_args(requests[index])[0])[-(self.max_length - most) :] for index in members]
             for index, reply in zip(members, self._replies(prompts, sampling, most), strict=True):
-                replies[index] = _until(self._tokens.decode(reply.ids), _args(requests[index])[1].get("until", []))
+                replies[index] = self._text(reply.ids, _args(requests[index])[1].get("until", []))
             self._progress(len(replies))
         return [replies[index] for index in range(len(requests))]
+
+    def _text(self, ids: Sequence[int], until: str | Sequence[str]) -> str:
+        """As in the harness' own backend: a reply ends with the first stop text, which may be a special token; such
+        tokens are left out of what is judged, and so is the stop text."""
+        stops = [until] if isinstance(until, str) else until
+        lengths = range(1, len(ids))
+        ends = next((n for n in lengths if _until(text := self._tokens.decode(ids[:n]), stops) != text), len(ids))
+        return _until(self._tokens.decode(ids[:ends], skip_special_tokens=True), stops)
 
     def _replies(self, prompts: list[list[int]], sampling: Sampling, most: int) -> list[Reply]:
         """Greedy ones are kept; a drawn one follows from its place among equal prompts too."""
@@ -130,7 +138,6 @@ def _sampling(settings: dict[str, Any]) -> tuple[Sampling, int]:
     return Sampling(**known) if drawn else Sampling(), most
 
 
-def _until(text: str, stops: str | Sequence[str]) -> str:
-    stops = [stops] if isinstance(stops, str) else stops
+def _until(text: str, stops: Sequence[str]) -> str:
     ends = [place for stop in stops if stop and (place := text.find(stop)) >= 0]
     return text[: min(ends, default=len(text))]

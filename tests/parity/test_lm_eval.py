@@ -87,13 +87,12 @@ def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_pat
             metric, _, kept = key.partition(",")
             if kept and not metric.endswith("_stderr"):
                 assert told[f"{task}: {metric}"]["value"] == pytest.approx(value, rel=1e-3), (task, metric)
-    tested = {change["measure"]: "p" if "p" in change else "interval" for change in data["comparisons"]}
-    untested = {"tiny_reply: chrf"}  # of all replies together
+    tested = {change["measure"]: "".join({"p", "interval"} & change.keys()) for change in data["comparisons"]}
     by_p = [f"tiny_choice: {metric}" for metric in ("acc", "acc_norm")] + ["tiny_words: acc", "tiny_reply: exact_match"]
-    assert tested == {name: "p" if name in by_p else "interval" for name in told.keys() - untested}
-    assert all("p" in change or "interval" in change for change in data["comparisons"])
+    how = dict.fromkeys(told, "interval") | dict.fromkeys(by_p, "p")
+    assert tested == how | {"tiny_reply: chrf": ""}  # of all replies together
     assert len(told) == 8 and 0 < told["tiny_choice: acc"]["value"] < 1
-    assert told["tiny_reply: chrf"]["value"] > 1  # of 100: the replies have letters of the words
+    assert told["tiny_reply: chrf"]["value"] > 0.1  # of 100: the replies have letters of the words
 
 
 @pytest.mark.slow
