@@ -3,6 +3,7 @@
 The harness (`pip install 'qlora-jax[lm-eval]'`) is an extra; it is imported when a task of it is asked for.
 """
 
+import bisect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -98,8 +99,12 @@ class HarnessModel(TemplateLM):
         """As in the harness' own backend: a reply ends with the first stop text, which may be a special token; such
         tokens are left out of what is judged, and so is the stop text."""
         stops = [until] if isinstance(until, str) else until
-        lengths = range(1, len(ids))
-        ends = next((n for n in lengths if _until(text := self._tokens.decode(ids[:n]), stops) != text), len(ids))
+
+        def ended(count: int) -> bool:
+            text = self._tokens.decode(ids[:count])
+            return _until(text, stops) != text
+
+        ends = bisect.bisect_left(range(len(ids)), True, key=ended)
         return _until(self._tokens.decode(ids[:ends], skip_special_tokens=True), stops)
 
     def _replies(self, prompts: list[list[int]], sampling: Sampling, most: int) -> list[Reply]:
