@@ -209,7 +209,7 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
         ("--model MODEL --text TEXT --json nowhere/x", "json: found 'nowhere/x', but there is no folder"),
         ("--model MODEL --text nowhere --window 9", "nowhere: no such file"),
         ("--model MODEL --text TEXT", "window=512: the model reads 256 tokens"),
-        ("--model MODEL --rows TEXT", "text.txt: 1 of 1 rows can't be used"),
+        ("--model MODEL --rows TEXT", "text.txt: text, expected rows: begins with 'w', and rows are JSON objects"),
     ],
 )
 def test_bad_settings(folder, words, message):
