@@ -9,9 +9,14 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.runtime
 import jinja2.sandbox
 
 Message = Mapping[str, Any]
+
+# Names that are safe in any template: what a loop tells, and keys that are no method of a dict.
+_LOOP = frozenset({"first", "last", "index", "index0", "length"})
+_METHODS = frozenset(dir(dict))
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -39,19 +44,31 @@ def _strftime_now(format: str) -> str:
     return datetime.datetime.now().strftime(format)
 
 
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's, which asks a dozen questions of all that templates read: not of what every turn of a chat needs."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """What `obj.attribute` is in a template."""
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP:
+            return getattr(obj, attribute)
+        if type(obj) is dict and attribute in obj and attribute not in _METHODS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols]
-    )
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     try:
-        return environment.from_string(template)
+        compiled = environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
     except (SyntaxError, RecursionError) as error:  # of the Python that jinja makes of it
         raise ValueError(f"the chat template does not parse: {error.args[0]}") from error
+    compiled.globals = dict(compiled.globals)  # a ChainMap, copied for every rendering at ten times a dict's cost
+    return compiled
 
 
 def _with_content(message: Message) -> Message:
