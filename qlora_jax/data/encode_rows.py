@@ -12,6 +12,7 @@ import tokenizers
 from qlora_jax.data.by_bytes import encode_by_bytes
 from qlora_jax.data.encode import Encoded, Learn, encode_segments
 from qlora_jax.data.formats import FORMS, Columns, Form
+from qlora_jax.data.heads import shared_head
 from qlora_jax.data.readers import Place, Problem, Row, raise_problems
 from qlora_jax.data.skeletons import segmenter
 from qlora_jax.data.spans import Segment
@@ -22,7 +23,12 @@ from qlora_jax.data.tools import read_tools
 # threads wait for Python's lock more often.
 CHUNK = 2048
 
-Encodings = Sequence[tokenizers.Encoding]
+
+class Encodings(NamedTuple):
+    """What the tokenizer made of texts: the ids that they all begin with, and of each what follows."""
+
+    head: list[int]
+    texts: Sequence[tokenizers.Encoding]
 
 
 def row_problems(rows: Sequence[Row], form: Form) -> list[Problem]:
@@ -86,19 +92,21 @@ class Encoder:
     def encodings(self, texts: Texts) -> Encodings:
         """The tokenizer's own work, which holds no lock of Python's."""
         if self.tokenizer.byte_lengths is None:
-            return self.tokenizer.encode_spans(texts.texts)
+            return Encodings([], self.tokenizer.encode_spans(texts.texts))
         if self.chat:
-            return self.tokenizer.encode_fast(texts.texts)
-        return self.tokenizer.encode_fast([piece.text for pieces in texts.segments for piece in pieces])
+            head, ids = shared_head(self.tokenizer, texts.texts)
+            return Encodings(ids, self.tokenizer.encode_fast([text[len(head) :] for text in texts.texts]))
+        return Encodings([], self.tokenizer.encode_fast([piece.text for pieces in texts.segments for piece in pieces]))
 
     def encoded(self, texts: Texts, encodings: Encodings, problems: list[Problem]) -> tuple[list[Place], list[Encoded]]:
         """Where the rows stand, and what they became; those that fail are left out and told in `problems`."""
         found: list[Encoded | None] = [None] * len(texts.places)
+        spans = encodings.texts
         if self.tokenizer.byte_lengths is not None:
             found = self._by_bytes(texts, encodings)
-            encodings = self.tokenizer.encode_spans(_left(texts.texts, found))
+            spans = self.tokenizer.encode_spans(_left(texts.texts, found))
         for row, pieces, encoding in zip(
-            _left(range(len(found)), found), _left(texts.segments, found), encodings, strict=True
+            _left(range(len(found)), found), _left(texts.segments, found), spans, strict=True
         ):
             try:
                 found[row] = encode_segments(self.tokenizer, pieces, encoding, self.learn)
@@ -112,7 +120,7 @@ class Encoder:
         """The rows of which bytes tell enough."""
         lengths, keeps = self.tokenizer.byte_lengths, self.tokenizer.keeps
         assert lengths is not None
-        ids = [encoding.ids for encoding in encodings]
+        ids = [encodings.head + encoding.ids for encoding in encodings.texts]
         if not self.chat:
             pieces = iter(ids)
             ids = [[*itertools.chain.from_iterable(itertools.islice(pieces, len(row)))] for row in texts.segments]

@@ -21,7 +21,7 @@ from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.encode import Encoded
-from qlora_jax.data.encode_rows import CHUNK, Encoder, Texts, ahead, examples_of, make_encoder, row_problems
+from qlora_jax.data.encode_rows import CHUNK, Encoder, Encodings, Texts, ahead, examples_of, make_encoder, row_problems
 from qlora_jax.data.formats import Form
 from qlora_jax.data.holdout import Side, check_sides, content_hash
 from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left
@@ -154,7 +154,7 @@ class _Reading:
             if rows:
                 yield self._take(rows)
 
-    def encode(self, read: _Read) -> Sequence[tokenizers.Encoding]:
+    def encode(self, read: _Read) -> Encodings:
         """The tokenizer's own work."""
         assert self.encoder is not None
         return self.encoder.encodings(read.texts)

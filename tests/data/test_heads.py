@@ -1,0 +1,68 @@
+"""What texts begin with is encoded once, and every text has the ids that it has by itself."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from qlora_jax.data.heads import shared_head
+from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+
+PIECES = ["<s>", "<", "s>", "<s>x", "a<s", ">", " ", "a", "x", "\n", "é", "e\u0301"]
+
+
+def built(*added: AddedToken, nfc: bool) -> Tokenizer:
+    """A byte-level tokenizer of single bytes with `ax`, ` a` and `>>` merged, and these tokens."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: number for number, letter in enumerate([*letters, "ax", "Ġa", ">>"])}
+    backend = Backend(models.BPE(vocabulary, [("a", "x"), ("Ġ", "a"), (">", ">")]))
+    backend.normalizer = normalizers.NFC() if nfc else None
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_tokens([*added])
+    return load_tokenizer({"tokenizer_json": backend.to_str()})
+
+
+def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    head, ids = shared_head(tokenizer, texts)
+    assert all(text.startswith(head) for text in texts)
+    return [ids + tokenizer.encode(text[len(head) :]) for text in texts]
+
+
+START = AddedToken("<s>", special=True)
+KINDS = {
+    "plain": [START],
+    "normalized": [AddedToken("<s>", special=True, normalized=True)],
+    "followed by spaces": [AddedToken("<s>", special=True, rstrip=True)],
+    "a word": [AddedToken("<s>", special=True, single_word=True)],
+    "in a longer one": [START, AddedToken("<s>x", normalized=False)],
+    "behind an overlapping one": [START, AddedToken("a<s", normalized=False)],
+}
+
+
+@pytest.mark.parametrize("nfc", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_text_has_its_own_ids(kind: str, nfc: bool):
+    tokenizer = built(*KINDS[kind], nfc=nfc)
+    pieces = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+
+    @given(pieces, st.lists(pieces, min_size=1, max_size=4))
+    def check(head: str, tails: list[str]):
+        texts = [head + tail for tail in tails]
+        assert ids_of(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
+
+    check()
+
+
+def test_a_system_message_that_all_rows_share_is_the_head(tokenizer: Tokenizer):
+    texts = [tokenizer.render([{"role": "user", "content": text}]) for text in ("Hello", "Good morning")]
+    head, ids = shared_head(tokenizer, texts)
+    assert "system\nYou are a helpful" in head
+    assert head.endswith("<|im_end|>\n<|im_start|>")
+    assert ids == tokenizer.encode(head)
+
+
+@pytest.mark.parametrize("texts", [[], ["", "<s>"], ["a", "b"], ["a b", "a c"]])
+def test_without_a_shared_special_token_there_is_no_head(texts: list[str]):
+    assert shared_head(built(START, nfc=False), texts) == ("", [])
