@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int64
+from jaxtyping import Bool, Int32, Int64
 
 from qlora_jax.data.encode import LEARNED, Encoded, Learn
+from qlora_jax.data.lossless import ByteLengths
 from qlora_jax.data.spans import Segment
 
 
 def encode_by_bytes(
-    lengths: Int64[np.ndarray, " vocab"],
+    lengths: ByteLengths,
     rows: Sequence[Sequence[Segment]],
     ids: Sequence[Sequence[int]],
     learn: Learn = "assistant",
@@ -27,7 +28,7 @@ def encode_by_bytes(
     None too for a row whose ids do not stand for as many bytes as its text has.
 
     Args:
-      lengths: bytes of each id, from `byte_lengths`.
+      lengths: bytes of each id.
       rows: segments, at least one each; the tokenizer keeps their texts.
       ids: of each row's joined text.
     """
@@ -35,7 +36,9 @@ def encode_by_bytes(
         return []
     flat = np.frombuffer(b"".join([array.array("i", row) for row in ids]), np.int32)
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    begins = np.concatenate([[0], np.cumsum(lengths[flat])])  # the first byte of each token, and the end
+    begins = np.concatenate(
+        [[0], np.cumsum(_sizes(lengths, flat, starts))]
+    )  # the first byte of each token, and the end
     found = _first_tokens(begins, starts, rows)
     learned = [seen for row in rows for seen in LEARNED[learn]([piece.supervised for piece in row])]
     supervised = np.repeat(learned, np.diff(found.tokens, append=len(flat)))
@@ -45,6 +48,20 @@ def encode_by_bytes(
             itertools.pairwise(starts.tolist()), found.sources.tolist(), found.exact.tolist(), strict=True
         )
     ]
+
+
+def _sizes(
+    lengths: ByteLengths, flat: Int32[np.ndarray, " tokens"], starts: Int64[np.ndarray, " rows_and_one"]
+) -> Int64[np.ndarray, " tokens"]:
+    """Bytes of the text that each token stands for: a space that the tokenizer has put is none of them."""
+    sizes = lengths.of_ids[flat]
+    if lengths.prefix == "never":
+        return sizes
+    added, prefixed = lengths.added[flat], np.zeros(len(flat), bool)
+    prefixed[starts[starts < len(flat)]] = True
+    if lengths.prefix == "every":
+        prefixed[1:] |= added[:-1]
+    return sizes - (prefixed & ~added)
 
 
 class _Found(NamedTuple):

@@ -74,6 +74,11 @@ class Encoder:
     chat: bool
     segment: Callable[[Columns], list[Segment]]
 
+    @property
+    def _apart(self) -> bool:
+        """Whether each segment is encoded by itself."""
+        return not self.chat and self.tokenizer.is_byte_level
+
     def texts(self, rows: Sequence[Row], problems: list[Problem]) -> Texts:
         """The rows' segments; rows whose spans can't be exact are left out and told in `problems`."""
         made = Texts([], [], [])
@@ -93,10 +98,11 @@ class Encoder:
         """The tokenizer's own work, which holds no lock of Python's."""
         if self.tokenizer.byte_lengths is None:
             return Encodings([], self.tokenizer.encode_spans(texts.texts))
-        if self.chat:
-            head, ids = shared_head(self.tokenizer, texts.texts)
-            return Encodings(ids, self.tokenizer.encode_fast([text[len(head) :] for text in texts.texts]))
-        return Encodings([], self.tokenizer.encode_fast([piece.text for pieces in texts.segments for piece in pieces]))
+        if self._apart:
+            pieces = [piece.text for pieces in texts.segments for piece in pieces]
+            return Encodings([], self.tokenizer.encode_fast(pieces))
+        head, ids = shared_head(self.tokenizer, texts.texts)
+        return Encodings(ids, self.tokenizer.encode_fast([text[len(head) :] for text in texts.texts]))
 
     def encoded(self, texts: Texts, encodings: Encodings, problems: list[Problem]) -> tuple[list[Place], list[Encoded]]:
         """Where the rows stand, and what they became; those that fail are left out and told in `problems`."""
@@ -121,7 +127,7 @@ class Encoder:
         lengths, keeps = self.tokenizer.byte_lengths, self.tokenizer.keeps
         assert lengths is not None
         ids = [encodings.head + encoding.ids for encoding in encodings.texts]
-        if not self.chat:
+        if self._apart:
             pieces = iter(ids)
             ids = [[*itertools.chain.from_iterable(itertools.islice(pieces, len(row)))] for row in texts.segments]
         found = encode_by_bytes(lengths, texts.segments, ids, self.learn)

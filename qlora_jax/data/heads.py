@@ -10,8 +10,12 @@ def shared_head(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list[i
     """(head, its ids): every text begins with `head`, and has its ids and then those of the rest alone.
 
     That is known where a special token ends it: a tokenizer takes these out of a text before it looks at what lies
-    between them. Without one there is no head: ("", []).
+    between them. Without one there is no head: ("", []). Nor where a tokenizer treats a text's beginning (and what
+    begins with the rest) in another way.
     """
+    lengths = tokenizer.byte_lengths
+    if lengths is None or lengths.prefix == "first":
+        return "", []
     *_, last = (None, *tokenizer.special_text.finditer(commonprefix(texts)))  # noqa: RUF071 (characters are meant)
     if last is None or not _stands_alone(tokenizer, last.group()):
         return "", []

@@ -4,25 +4,43 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int64
+from jaxtyping import Bool, Int64
+
+from qlora_jax.data import spelt
 
 # A byte-level vocabulary has a letter for each byte: itself where it can be seen, else one from 256 on.
 _SEEN = {*range(33, 127), *range(161, 173), *range(174, 256)}
 _KEEPING = {"ByteLevel", "Digits", "Sequence", "Split"}
 
 
+class ByteLengths(NamedTuple):
+    """How many bytes of a text that is kept each id stands for.
+
+    Fields:
+      of_ids: of each id.
+      added: which ids are added tokens.
+      prefix: where one byte fewer is there, since the tokenizer has put a space (spelt.py).
+    """
+
+    of_ids: Int64[np.ndarray, " vocab"]
+    added: Bool[np.ndarray, " vocab"]
+    prefix: spelt.Prefix
+
+
 def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
     """`keeps(text)`: true only if the ids of `text` decode to it, spaces around special tokens aside.
 
     That is known of byte-level BPE (without a normalizer, or with NFC for texts in that form), of characters whose
-    bytes all have a token. Of other tokenizers nothing is known.
+    bytes all have a token, and of BPE that spells spaces out (spelt.py). Of other tokenizers nothing is known.
     """
+    if spelt.prefix_of(backend) is not None:
+        return spelt.keeps
     missing = [byte for byte, letter in _letters() if backend.token_to_id(letter) is None]
-    if not _is_byte_level(backend) or any(0x80 <= byte < 0xC0 for byte in missing):
+    if not is_byte_level(backend) or any(0x80 <= byte < 0xC0 for byte in missing):
         return lambda text: False
     ranges = "".join(f"{re.escape(chr(low))}-{re.escape(chr(high))}" for low, high in map(_characters, missing))
     lost, lost_ascii = re.compile(f"[{ranges}]" if ranges else "(?!)"), [chr(byte) for byte in missing if byte < 0x80]
@@ -36,20 +54,26 @@ def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
     return keeps
 
 
-def byte_lengths(backend: tokenizers.Tokenizer) -> Int64[np.ndarray, " vocab"] | None:
-    """Bytes that each id stands for in a text that is kept; None where some bytes of a text may have no id.
+def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
+    """Bytes that ids stand for in a text that is kept; None where some bytes of a text may have no id.
 
-    That is where nothing is known of the tokenizer, where an added token takes the spaces around it, and where a space
-    is put before every text.
+    That is where nothing is known of the tokenizer, where an added token takes the spaces around it, and where a
+    byte-level one puts a space before every text.
     """
-    added = backend.get_added_tokens_decoder()
-    if not _is_byte_level(backend) or any(token.lstrip or token.rstrip for token in added.values()):
+    added, prefix = backend.get_added_tokens_decoder(), spelt.prefix_of(backend)
+    # Those that are normalized may be found with a space put before them.
+    if any(token.lstrip or token.rstrip or (prefix and token.normalized) for token in added.values()):
+        return None
+    if not prefix and not is_byte_level(backend):
         return None
     tokens = [backend.id_to_token(token) or "" for token in range(backend.get_vocab_size(with_added_tokens=True))]
-    lengths = np.array([len(token) for token in tokens], np.int64)  # a letter a byte
+    # A byte-level vocabulary has a letter a byte.
+    lengths = np.array([spelt.size_of(token) if prefix else len(token) for token in tokens], np.int64)
     for token, text in added.items():
         lengths[token] = len(text.content.encode())
-    return lengths if lengths[backend.encode("a", add_special_tokens=False).ids].sum() == 1 else None
+    if not prefix and lengths[backend.encode("a", add_special_tokens=False).ids].sum() != 1:
+        return None
+    return ByteLengths(lengths, np.isin(np.arange(len(lengths)), list(added)), prefix or "never")
 
 
 def _letters() -> Iterator[tuple[int, str]]:
@@ -72,7 +96,8 @@ def _characters(byte: int) -> tuple[int, int]:
     return first, min(first + size - 1, 0x10FFFF)
 
 
-def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+def is_byte_level(backend: tokenizers.Tokenizer) -> bool:
+    """Whether it is BPE over the bytes of a text, split but nothing taken away."""
     model = backend.model
     return (
         isinstance(model, tokenizers.models.BPE)

@@ -7,13 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tokenizers
-from jaxtyping import Int64
 
 from qlora_jax.data.chat import Message, render
 from qlora_jax.data.gguf_tokenizer import rebuild
-from qlora_jax.data.lossless import byte_lengths, make_keeps
+from qlora_jax.data.lossless import ByteLengths, byte_lengths, is_byte_level, make_keeps
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -120,9 +118,14 @@ class Tokenizer:
         return make_keeps(self.backend)
 
     @functools.cached_property
-    def byte_lengths(self) -> Int64[np.ndarray, " vocab"] | None:
+    def byte_lengths(self) -> ByteLengths | None:
         """Bytes of a kept text that each id stands for, or None; see lossless.py."""
         return byte_lengths(self.backend)
+
+    @functools.cached_property
+    def is_byte_level(self) -> bool:
+        """Whether texts may be encoded apart: the ids of both, joined, decode to both, joined."""
+        return is_byte_level(self.backend)
 
     def to_json(self) -> str:
         """The text of tokenizer.json."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.io.tiny_tokenizers import sentencepiece
 
 ASSETS = Path(__file__).parent / "assets"
 
@@ -46,6 +47,12 @@ THINKING = """{%- for message in messages %}
     {{- message.content + '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+
+# As Zephyr has it: eos ends every turn, and what follows begins with a newline.
+SPELLING = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +97,17 @@ def tokenizer(smollm2_source: dict[str, Any]) -> Tokenizer:
 def plain_tokenizer(smollm2_source: dict[str, Any]) -> Tokenizer:
     """The same without a chat template, as a base model has it."""
     return load_tokenizer({**smollm2_source, "chat_template": None})
+
+
+def spelling(prefix: str) -> Tokenizer:
+    """A tokenizer that spells spaces out, and puts one "never" (Gemma's), "first" or "every" time (Llama 2's)."""
+    whole = json.loads(sentencepiece(prefixed=prefix == "every"))
+    if prefix == "first":  # as newer versions of transformers write Llama's and Mistral's
+        spelt = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+        whole |= {"normalizer": None, "pre_tokenizer": spelt}
+        whole["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    named = {"bos_token": "<s>", "eos_token": "</s>"}
+    return load_tokenizer({"tokenizer_json": json.dumps(whole), "chat_template": SPELLING, **named})
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -12,19 +11,20 @@ from qlora_jax.data.by_bytes import encode_by_bytes
 from qlora_jax.data.encode import Encoded, encode_segments
 from qlora_jax.data.encode_rows import Encoder, make_encoder
 from qlora_jax.data.formats import FORMS
-from qlora_jax.data.lossless import byte_lengths
+from qlora_jax.data.lossless import ByteLengths, byte_lengths
 from qlora_jax.data.readers import Place, Row
 from qlora_jax.data.spans import Segment
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.conftest import spelling
 from tests.data.test_masks import conversations
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
-    ["    return", "é\u0301", " ", "<|im_end|>"]
+    ["    return", "é\u0301", " ", "<|im_end|>", "</s>", "<s>", "<table>", "fox jumps"]
 )
 segments = st.lists(st.builds(Segment, texts, st.booleans()), min_size=1, max_size=5)
 
 
-def lengths_of(tokenizer: Tokenizer) -> np.ndarray:
+def lengths_of(tokenizer: Tokenizer) -> ByteLengths:
     assert tokenizer.byte_lengths is not None
     return tokenizer.byte_lengths
 
@@ -37,20 +37,39 @@ def same(ours: Encoded, theirs: Encoded) -> bool:
     )
 
 
-@given(st.lists(segments, min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]))
-@example([[Segment("a", False), Segment("", True), Segment("b", False)]], "assistant")  # `ab` is one token
-@example([[Segment("a", True), Segment("", False), Segment("", True)]], "last")
-def test_rows_are_as_offsets_have_them(tokenizer: Tokenizer, rows: list[list[Segment]], learn):
-    joined = ["".join(piece.text for piece in row) for row in rows]
-    ids = [encoding.ids for encoding in tokenizer.encode_fast(joined)]
-    assert ids == tokenizer.encode_batch(joined)
-    found = encode_by_bytes(lengths_of(tokenizer), rows, ids, learn)
-    for row, text, ours, encoding in zip(rows, joined, found, tokenizer.encode_spans(joined), strict=True):
-        if not tokenizer.keeps(text):
-            continue
-        theirs = encode_segments(tokenizer, row, encoding, learn)
-        assert (ours is None) == theirs.cut
-        assert ours is None or same(ours, theirs)
+@pytest.fixture(params=["smollm2", "never", "first", "every"])
+def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
+    """A byte-level tokenizer, or one that spells spaces out and puts one never, first or every time."""
+    return tokenizer if request.param == "smollm2" else spelling(request.param)
+
+
+def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Tokenizer):
+    smollm2, tokenizer, found_some = tokenizer, any_tokenizer, []
+
+    @given(st.lists(segments, min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]))
+    @example([[Segment("a", False), Segment("", True), Segment("b", False)]], "assistant")  # `ab` is one token
+    @example([[Segment("a", True), Segment("", False), Segment("", True)]], "last")
+    @example([[Segment("</s>", False), Segment("fox", True)], [Segment("fox</s>", True), Segment("é", False)]], "last")
+    def check(rows: list[list[Segment]], learn):
+        joined = ["".join(piece.text for piece in row) for row in rows]
+        ids = [encoding.ids for encoding in tokenizer.encode_fast(joined)]
+        assert ids == tokenizer.encode_batch(joined)
+        found = encode_by_bytes(lengths_of(tokenizer), rows, ids, learn)
+        for row, text, ours, encoding in zip(rows, joined, found, tokenizer.encode_spans(joined), strict=True):
+            if not tokenizer.keeps(text):
+                continue
+            try:
+                theirs = encode_segments(tokenizer, row, encoding, learn)
+            except ValueError:  # a token over a boundary, of a tokenizer that can't encode the two apart
+                assert ours is None and tokenizer is not smollm2
+                continue
+            assert ours is None or same(ours, theirs)
+            # Of a text that begins with a space it is not known whether one was put before it.
+            assert (ours is None) == theirs.cut or (lengths_of(tokenizer).prefix == "first" and text[:1] == " ")
+            found_some.append(ours is not None)
+
+    check()
+    assert sum(found_some) > len(found_some) / 3
 
 
 def encoded(encoder: Encoder, rows: list[Row]) -> list[Encoded]:
@@ -101,10 +120,16 @@ def test_ids_of_a_wrong_text_are_not_taken(tokenizer: Tokenizer):
     assert first is None and second is not None and second.ids.tolist() == ids[1]
 
 
-@given(st.text(st.characters(codec="utf-8")))
-def test_ids_of_a_kept_text_stand_for_all_its_bytes(tokenizer: Tokenizer, text: str):
-    if tokenizer.keeps(text):
-        assert lengths_of(tokenizer)[tokenizer.encode(text)].sum() == len(text.encode())
+def test_ids_of_a_kept_text_stand_for_all_its_bytes(any_tokenizer: Tokenizer):
+    tokenizer = any_tokenizer
+
+    @given(st.text(st.characters(codec="utf-8"), min_size=1))
+    def check(text: str):
+        if tokenizer.keeps(text) and text[0] != " ":
+            put = lengths_of(tokenizer).prefix != "never"
+            assert lengths_of(tokenizer).of_ids[tokenizer.encode(text)].sum() == len(text.encode()) + put
+
+    check()
 
 
 def test_tokenizers_whose_ids_may_stand_for_less(tokenizer: Tokenizer, smollm2_source: dict):

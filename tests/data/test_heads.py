@@ -8,6 +8,7 @@ from tokenizers import Tokenizer as Backend
 
 from qlora_jax.data.heads import shared_head
 from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from tests.data.conftest import spelling
 
 PIECES = ["<s>", "<", "s>", "<s>x", "a<s", ">", " ", "a", "x", "\n", "é", "e\u0301"]
 
@@ -44,15 +45,23 @@ KINDS = {
 @pytest.mark.parametrize("nfc", [False, True])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_text_has_its_own_ids(kind: str, nfc: bool):
-    tokenizer = built(*KINDS[kind], nfc=nfc)
-    pieces = st.lists(st.sampled_from(PIECES), max_size=6).map("".join)
+    check(built(*KINDS[kind], nfc=nfc), PIECES)
+
+
+@pytest.mark.parametrize("prefix", ["never", "first", "every"])
+def test_so_it_has_where_spaces_are_spelt_out(prefix: str):
+    check(spelling(prefix), ["</s>", "<s>", "<table>", " ", "\n", "fox", " jumps", "\u2581"])
+
+
+def check(tokenizer: Tokenizer, alphabet: list[str]) -> None:
+    pieces = st.lists(st.sampled_from(alphabet), max_size=6).map("".join)
 
     @given(pieces, st.lists(pieces, min_size=1, max_size=4))
-    def check(head: str, tails: list[str]):
+    def every_text(head: str, tails: list[str]):
         texts = [head + tail for tail in tails]
         assert ids_of(tokenizer, texts) == [tokenizer.encode(text) for text in texts]
 
-    check()
+    every_text()
 
 
 def test_a_system_message_that_all_rows_share_is_the_head(tokenizer: Tokenizer):

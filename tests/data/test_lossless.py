@@ -1,6 +1,7 @@
 """A text that is said to be kept is kept, and what tokenizers are known to lose is never said to be."""
 
 import dataclasses
+import json
 
 import pytest
 import tokenizers
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 from tokenizers import decoders, normalizers, pre_tokenizers
 
 from qlora_jax.data.encode import encode_segments
-from qlora_jax.data.lossless import make_keeps
+from qlora_jax.data.lossless import byte_lengths, make_keeps
 from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.spelt import prefix_of
 from qlora_jax.data.tokenizer import Tokenizer
+from tests.data.conftest import spelling
 
 
 def bare(text: str) -> str:
@@ -29,6 +32,40 @@ def test_what_is_kept_decodes_to_itself(tokenizer: Tokenizer, text: str):
     row = [Segment(text, True)]
     encoded = encode_segments(tokenizer, row, tokenizer.encode_spans([text])[0])
     assert encoded.lossy == (bare(tokenizer.decode(tokenizer.encode(text))) != bare(text))
+
+
+@pytest.mark.parametrize("prefix", ["never", "first", "every"])
+def test_what_is_kept_by_a_tokenizer_that_spells_spaces_out_decodes_to_itself(prefix: str):
+    tokenizer, kept = spelling(prefix), []
+
+    @given(st.text(st.characters(codec="utf-8")))
+    @example("\u2581a")
+    @example("<0x41>")
+    @example("a </s> <table>\n\n b")
+    def check(text: str):
+        kept.append(tokenizer.keeps(text))
+        if kept[-1]:
+            assert bare(tokenizer.decode(tokenizer.encode(text))) == bare(text)
+
+    check()
+    assert sum(kept) > len(kept) / 2 and not tokenizer.keeps("\u2581a") and not tokenizer.keeps("<0x41>")
+
+
+def test_tokenizers_that_spell_spaces_out_are_told_by_all_their_parts():
+    backend = spelling("every").backend
+    assert prefix_of(backend) == "every"
+    whole = json.loads(backend.to_str())
+    for change in (
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, *whole["normalizer"]["normalizers"]]}},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"decoder": {"type": "ByteFallback"}},
+        {"model": {**whole["model"], "byte_fallback": False}},
+        {"model": {**whole["model"], "ignore_merges": True}},
+    ):
+        changed = tokenizers.Tokenizer.from_str(json.dumps(whole | change))
+        assert prefix_of(changed) is None and byte_lengths(changed) is None and not make_keeps(changed)("a")
+    normalized = [{**token, "normalized": True} for token in whole["added_tokens"]]
+    assert byte_lengths(tokenizers.Tokenizer.from_str(json.dumps(whole | {"added_tokens": normalized}))) is None
 
 
 def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
