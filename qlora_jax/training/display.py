@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.figures import shares
+from qlora_jax.training.figures import loss_interval, shares
 
 _WINDOW = 20  # steps that speed and time left are averaged over
 _SAMPLE_CHARACTERS = 160
@@ -115,10 +115,11 @@ def _held(record: Mapping[str, Any]) -> str:
 
 
 def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
-    """`held-out loss 1.250, perplexity 3.490`, and a line for each kind of questions that was asked."""
+    """`held-out loss 1.250 [1.201, 1.304], perplexity 3.490`, and a line for each kind of questions that was asked."""
     lines = []
     if "eval_loss" in record:
-        lines.append(f"held-out loss {record['eval_loss']:.3f}, perplexity {record['eval_perplexity']:.3f}")
+        interval = " [{:.3f}, {:.3f}]".format(*ends) if (ends := loss_interval(record)) else ""
+        lines.append(f"held-out loss {record['eval_loss']:.3f}{interval}, perplexity {record['eval_perplexity']:.3f}")
     for task in QUESTION_KINDS:
         told = [f"{s.words} {s.value:.1%} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in shares(record, task)]
         lines += [f"{task}: {', '.join(told)}"] if told else []
@@ -130,8 +131,8 @@ class Display:
 
     Records are those of metrics.jsonl: `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `length`, `seconds` of a
     step; `mfu`, `host_bytes`, `device_bytes` where they are known; `resident_bytes`, `paged_in_bytes`,
-    `paged_out_bytes`, `paging_problems` where state is paged; `step`, `eval_loss` and `eval_perplexity` where rows are
-    held out, and figures.py's of questions, of an evaluation.
+    `paged_out_bytes`, `paging_problems` where state is paged; `step`, `eval_loss` with its interval and
+    `eval_perplexity` where rows are held out, and figures.py's of questions, of an evaluation.
     """
 
     def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):

@@ -5,9 +5,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.inference.measures import Measure
+import numpy as np
+from jaxtyping import Float64, Int64
 
-LOW, HIGH = "_low", "_high"  # ends of names: of a share's interval
+from qlora_jax.inference.measures import Measure
+from qlora_jax.inference.statistics import bootstrap
+
+LOW, HIGH = "_low", "_high"  # ends of names: of an interval
+LOSS = "eval_loss"
 
 
 class Share(NamedTuple):
@@ -37,6 +42,24 @@ def figures(task: str, measures: Sequence[Measure]) -> dict[str, float]:
         if measure.interval is not None:
             found[name + LOW], found[name + HIGH] = measure.interval
     return found
+
+
+def held_out_figures(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> dict[str, float]:
+    """The loss of rows, every token weighing the same, and its perplexity; the ends of an interval where all is finite.
+
+    Args:
+      nll: each row's sum of -log p over its `tokens`.
+    """
+    loss = float(nll.sum() / tokens.sum())
+    found = {LOSS: loss, "eval_perplexity": perplexity(loss), "eval_tokens": int(tokens.sum())}
+    if math.isfinite(loss):
+        found[LOSS + LOW], found[LOSS + HIGH] = bootstrap(nll, tokens)
+    return found
+
+
+def loss_interval(record: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The interval of a record's held-out loss; None where it has none."""
+    return (record[LOSS + LOW], record[LOSS + HIGH]) if LOSS + LOW in record else None
 
 
 def _key(name: str) -> str:

@@ -10,11 +10,11 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from qlora_jax.data.batches import START, Batch
+from qlora_jax.data.batches import NO_ROW, START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.best import Best
-from qlora_jax.training.figures import perplexity
+from qlora_jax.training.figures import held_out_figures
 from qlora_jax.training.peak import held
 from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.session import Session
@@ -187,15 +187,15 @@ def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, re
 
 
 def held_out_loss(session: Session, progress: Progress) -> dict[str, float]:
-    """The loss of the held-out rows, weighed by tokens, as a record has it."""
-    nll = tokens = 0.0
+    """The loss of the held-out rows, weighed by tokens, as a record has it, with its 95 % interval (bootstrap)."""
+    sums, tokens = [], []
     for batch in session.dataset.eval_batches(EVAL_ROWS):
         arrays = {name: array[0] for name, array in batch.arrays().items()}
         rows_B = evaluation_loss(session.graphdef, progress.lora, session.base, arrays)
-        nll += float(np.sum(np.asarray(rows_B, np.float64)))
-        tokens += float(np.sum(batch.weights, dtype=np.float64))
-    loss = nll / tokens
-    return {"eval_loss": loss, "eval_perplexity": perplexity(loss), "eval_tokens": int(tokens)}
+        there = batch.rows[0, :, 0] != NO_ROW
+        sums.append(np.asarray(rows_B, np.float64)[there])
+        tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])
+    return held_out_figures(np.concatenate(sums), np.concatenate(tokens))
 
 
 def save(session: Session, progress: Progress, checkpoints: Checkpoints) -> None:

@@ -5,7 +5,10 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from qlora_jax.training.curves import Chart
+from qlora_jax.training.figures import loss_interval
 from qlora_jax.training.metrics import Record
 
 Size = tuple[float, float]  # inches
@@ -71,6 +74,8 @@ def _draw_loss(axes: Any, records: Sequence[Record]) -> None:
     eval_steps, eval_losses = _curve(records, "eval_loss")
     if eval_steps:
         axes.plot(eval_steps, eval_losses, color="C1", marker="o", linewidth=2, label="held out")
+        between = [(record["step"], *ends) for record in records if (ends := loss_interval(record))]
+        axes.fill_between(*np.array(between).reshape(-1, 3).T, color="C1", alpha=_FAINT, linewidth=0)
     _legend_above(axes)
     _over_steps(axes)
 

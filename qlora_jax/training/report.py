@@ -10,7 +10,7 @@ from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.marked import MarkedRow, marked_rows
 from qlora_jax.data.report import DataReport
-from qlora_jax.training.figures import perplexity, shares
+from qlora_jax.training.figures import loss_interval, perplexity, shares
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.run_plan import RunPlan
 
@@ -149,4 +149,6 @@ def _value_as_text(value: Any) -> str:
 
 
 def _held_out(record: Record) -> dict[str, Any]:
-    return {"step": record["step"], "loss": record["eval_loss"], "perplexity": perplexity(record["eval_loss"])}
+    loss = record["eval_loss"]
+    ends = loss_interval(record)
+    return {"step": record["step"], "loss": loss, "interval": ends and [*ends], "perplexity": perplexity(loss)}

@@ -180,8 +180,9 @@ def _held_out(done: dict[str, Any]) -> list[tuple[str, str]]:
     if done["first_eval"] is None:
         return []
     first, last, best = (done[name] for name in ("first_eval", "last_eval", "best_eval"))
+    interval = " [{:.3f}, {:.3f}]".format(*last["interval"]) if last["interval"] else ""
     told = [
-        ("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}"),
+        ("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}{interval}"),
         ("its perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"),
     ]
     return (

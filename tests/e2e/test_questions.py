@@ -98,8 +98,9 @@ def test_every_evaluation_has_what_evaluate_says_of_its_checkpoint(finished, tmp
 def test_they_are_shown_and_drawn(finished):
     config, printed = finished
     last = evaluations(config)[-1]
+    loss, low, high = (last[f"eval_loss{end}"] for end in ("", "_low", "_high"))
     for line in (
-        f"step 4/4  held-out loss {last['eval_loss']:.3f}, perplexity {np.exp(last['eval_loss']):.3f}",
+        f"step 4/4  held-out loss {loss:.3f} [{low:.3f}, {high:.3f}], perplexity {np.exp(loss):.3f}",
         f"step 4/4  choices: right by likelihood {last['choices_right_by_likelihood']:.1%} [",
         f"step 4/4  letters: right by letter {last['letters_right_by_letter']:.1%} [",
         f"step 4/4  answers: exactly the answer {last['answers_exactly_the_answer']:.1%} [",

@@ -1,12 +1,15 @@
 """The banner, the plain lines, and the live line as a terminal gets it."""
 
 import io
+import math
 import re
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from qlora_jax.training.display import Display, Pace, banner, duration
+from qlora_jax.training.figures import held_out_figures
 
 
 def record(step: int, **changes) -> dict:
@@ -24,11 +27,13 @@ def test_plain_lines_at_every_nth_step_and_the_last():
     with Display(5, 0, 2, console) as display:
         for step in range(1, 6):
             display.step(record(step))
-        display.evaluation({"step": 5, "eval_loss": 1.25, "eval_perplexity": 3.4903})
+        display.evaluation({"step": 0, "eval_loss": math.inf, "eval_perplexity": math.inf})
+        display.evaluation({"step": 5, **held_out_figures(np.array([1.0, 1.5]), np.array([1, 1]))})
     lines = out.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5", "step 5/5"]
+    assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5", "step 0/5", "step 5/5"]
     assert lines[0].startswith("step 2/5  loss 2.346  1024 tok/s  0:00 left  lr 2.0e-04  grad 0.31")
-    assert lines[-1] == "step 5/5  held-out loss 1.250, perplexity 3.490"
+    assert lines[-2] == "step 0/5  held-out loss inf, perplexity inf"
+    assert lines[-1] == "step 5/5  held-out loss 1.250 [1.000, 1.500], perplexity 3.490"
     assert "\x1b" not in out.getvalue()
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from qlora_jax.inference.measures import Measure, share
 from qlora_jax.inference.statistics import wilson_interval
-from qlora_jax.training.figures import figures, perplexity, shares
+from qlora_jax.training.figures import figures, held_out_figures, loss_interval, perplexity, shares
 from qlora_jax.training.trackers import numbers
 
 
@@ -28,3 +28,22 @@ def test_measures_there_and_back():
 def test_perplexity_is_the_exponential_also_where_that_is_too_much():
     assert perplexity(2.0) == math.exp(2.0)
     assert perplexity(1e4) == math.inf and math.isnan(perplexity(math.nan))
+
+
+def test_held_out_loss_has_the_interval_of_the_normal_approximation():
+    """Of a ratio of sums, by the delta method: 1.96 sqrt(sum of (nll - loss tokens)^2) / (sum of tokens)."""
+    rng = np.random.default_rng(3)
+    tokens = rng.integers(5, 200, size=400)
+    nll = tokens * rng.normal(2.0, 0.5, size=400)
+    found = held_out_figures(nll, tokens)
+    loss = nll.sum() / tokens.sum()
+    half = 1.96 * np.sqrt(np.sum((nll - loss * tokens) ** 2)) / tokens.sum()
+    low, high = loss_interval(found) or (0, 0)
+    assert found["eval_loss"] == loss and found["eval_tokens"] == tokens.sum()
+    np.testing.assert_allclose([low, high], [loss - half, loss + half], atol=0.1 * half)
+
+
+def test_a_loss_that_is_not_finite_has_no_interval():
+    for broken in (math.inf, math.nan):
+        found = held_out_figures(np.array([1.0, broken]), np.array([1, 1]))
+        assert not math.isfinite(found["eval_loss"]) and loss_interval(found) is None

@@ -25,15 +25,16 @@ def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: floa
 
 def test_records_of_a_run_in_figures():
     held = [{"step": n, "eval_loss": n + 1} for n in (2, 0, 1)]
+    held[-1] |= {"eval_loss_low": 1.5, "eval_loss_high": 2.5}
     held = [one | {"step": step} for one, step in zip(held, (0, 2, 3), strict=True)]
     steps = [step(1, seconds=50.0), step(2, tokens=300), step(3, 0.5)]
     found = training_facts([held[0], steps[0], steps[1], held[1], steps[2], held[2]])
     assert found == {
         "steps": 3,
         "last_loss": 0.5,
-        "first_eval": {"step": 0, "loss": 3, "perplexity": math.exp(3)},
-        "last_eval": {"step": 3, "loss": 2, "perplexity": math.exp(2)},
-        "best_eval": {"step": 2, "loss": 1, "perplexity": math.exp(1)},
+        "first_eval": {"step": 0, "loss": 3, "interval": None, "perplexity": math.exp(3)},
+        "last_eval": {"step": 3, "loss": 2, "interval": [1.5, 2.5], "perplexity": math.exp(2)},
+        "best_eval": {"step": 2, "loss": 1, "interval": None, "perplexity": math.exp(1)},
         "tokens": 500,
         "supervised_tokens": 250,
         "seconds": 52.0,
