@@ -47,7 +47,7 @@ def step(products, rows):
 @pytest.mark.parametrize(
     ("card", "rows", "expected"),
     [
-        ("h100", P(), {("all-reduce", "f32")}),
+        pytest.param("h100", P(), {("all-reduce", "f32")}, marks=pytest.mark.slow),
         pytest.param("a100", P("model"), {("all-gather", "bf16"), ("reduce-scatter", "f32")}, marks=pytest.mark.slow),
     ],
 )

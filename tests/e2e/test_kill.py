@@ -137,6 +137,7 @@ def test_a_run_killed_while_a_page_moves_equals_an_uninterrupted_one(tmp_path):
         np.testing.assert_array_equal(killed, expected)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_and(tmp_path):
     config = project(tmp_path, train=dict(steps=400, save_every=0, eval_every=0), data=dict(eval_fraction=0.0))
     write_config(config, tmp_path / "run.yaml")

@@ -69,6 +69,7 @@ def _taken(ahead) -> int:
     return ahead.held + memory.temporaries + memory.outputs - memory.aliases
 
 
+@pytest.mark.slow
 def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path, monkeypatch):
     config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
     printed = planned(config)

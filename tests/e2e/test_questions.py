@@ -134,6 +134,7 @@ def test_a_resumed_run_has_each_record_once(finished, tmp_path, monkeypatch, sto
     assert numbers(config) == numbers(finished[0])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_ask_others(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished[0], output=str(tmp_path / "run"))
     stops = iter([False] * 3 + [True])

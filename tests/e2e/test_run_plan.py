@@ -29,6 +29,7 @@ def test_the_plan_comes_first(tmp_path):
     assert "2 x 128 tokens" in printed and "saved activations" in printed
 
 
+@pytest.mark.slow
 def test_a_run_that_does_not_fit_is_refused_with_the_nearest_fix_before_it_loads(tmp_path, monkeypatch):
     config = project(tmp_path, layers=8, train=dict(steps=1, remat="none", micro_batch_size=8))
     monkeypatch.setattr(run, "prepare", lambda *_: pytest.fail("loaded"))
@@ -49,6 +50,7 @@ def test_it_starts_where_it_is_told_to(tmp_path, monkeypatch):
     assert "QLoRA finetuning" in start(project(tmp_path, train=dict(steps=1)), oversized=True)
 
 
+@pytest.mark.slow
 def test_a_device_that_runs_out_of_memory_is_told_with_the_plan(tmp_path, monkeypatch):
     def exhausted(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12 bytes.")

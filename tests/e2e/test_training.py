@@ -237,6 +237,7 @@ def test_accumulation_weighs_by_tokens(tmp_path):
         np.testing.assert_allclose(a, b, atol=2e-6 * float(jnp.abs(b).max()) + 1e-9)
 
 
+@pytest.mark.slow
 def test_rematerialization_changes_memory_and_not_gradients(tmp_path):
     session = session_of(project(tmp_path, layers=16))  # so many that what is kept of each outweighs the logits
     (plain, most), *others = (_gradients_and_memory(session, remat) for remat in ("none", "names", "full"))
@@ -258,6 +259,7 @@ def _lowered_gradients(session, remat):
     return gradients.lower(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat=remat)
 
 
+@pytest.mark.slow
 def test_activations_that_wait_in_host_memory_change_no_bit(tmp_path):
     """XLA for CPUs drops the moves that JAX asks for, so a run on a CPU is refused."""
     session = session_of(project(tmp_path, layers=4))

@@ -164,6 +164,7 @@ def check_nothing_is_whole(counted, text):
             assert nbytes(kind) <= 4 * chunk * model.vocab_size, kind
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_step_of_smollm2_compiles_for_an_h100():
     counted, gradients, update, abstract = compile_both("smollm2-135m", "h100", (1, 1, 128))

@@ -264,6 +264,7 @@ def test_the_command_prints_a_table_or_json_and_says_by_its_exit_whether_it_fits
         command.main([*base[:-4], "--data.max_length", "100000"])
 
 
+@pytest.mark.slow
 def test_the_command_plans_for_the_lengths_that_rows_have(tmp_path, capsys):
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     given = ["--card", "cpu", "--data.train", str(rows), "--data.max_length", "250", "--lora.rank", "4", "--json"]
