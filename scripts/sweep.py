@@ -7,8 +7,9 @@
 --set: every combination of the values; --cell: settings that go together, with none as the configuration has them;
 --share: settings of all runs, over those of the configuration.
 Each cell and seed is a run of its own, `python -m qlora_jax.train`, in OUTPUT/runs; one that is done is not done
-again, one that was stopped goes on from its checkpoint, or begins anew where it has none. Compared is the held-out
-loss at the end; with --rows, what `python -m qlora_jax.evaluate --rows` says of the checkpoint instead.
+again (and is refused where the configuration, the settings or the rows have changed since), one that was stopped goes
+on from its checkpoint, or begins anew where it has none. Compared is the held-out loss at the end; with --rows, what
+`python -m qlora_jax.evaluate --rows` says of the checkpoint instead.
 OUTPUT/results.json, results.png, and two tables: means over seeds, and differences from the first cell, seed by seed;
 each with its 95 % interval by Student's t, where there are two seeds or more.
 """
@@ -33,6 +34,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from qlora_jax.data.readers import content_digest
 from qlora_jax.io.checkpoint import saved_steps
 from qlora_jax.training.metrics import read_metrics
 
@@ -112,12 +114,20 @@ class Sweep(NamedTuple):
     def outcome(self, cell: Cell, seed: int) -> dict[str, float]:
         """The measures of one run by name, which is trained, or goes on, where it is not done."""
         run = self.output / "runs" / cell.name.replace("/", "_") / f"seed {seed}"
-        told = run / "outcome.json"
+        told, made_of = run / "outcome.json", self._made_of(cell)
         if not told.exists():
             self._train(cell, seed, run)
             measures = self._evaluate(run) if self.rows else {"held-out loss": _last_loss(run)}
-            told.write_text(json.dumps(measures))
-        return json.loads(told.read_text())
+            told.write_text(json.dumps({"made_of": made_of, "measures": measures}))
+        outcome = json.loads(told.read_text())
+        _check_same(run, outcome["made_of"], made_of)
+        return outcome["measures"]
+
+    def _made_of(self, cell: Cell) -> dict[str, Any]:
+        """What a run's measures follow from, beside its seed; files by their content."""
+        files = {"--config": str(self.config), "--rows": self.rows}
+        contents = {name: path and content_digest(path) for name, path in files.items()}
+        return {**contents, "--answer_start": self.answer_start, **self.shared, **cell.settings}
 
     def _train(self, cell: Cell, seed: int, run: Path) -> None:
         settings = {**self.shared, **cell.settings, "train.seed": seed, "output": str(run)}
@@ -134,6 +144,16 @@ class Sweep(NamedTuple):
         _python("qlora_jax.evaluate", "--run", str(run), *options)
         columns = json.loads(scores.read_text())["tasks"]["rows"]["columns"]
         return {name: measure["value"] for name, measure in columns["checkpoint"].items()}
+
+
+def _check_same(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises SystemExit for a run that is done, but not as it would be now."""
+    changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
+    if changed:
+        raise SystemExit(
+            f"{run}: is done, with another {', another '.join(changed)}, so it can't be compared with runs of now. "
+            "Give another --output, or delete the folder"
+        )
 
 
 def _word(value: Any) -> str:

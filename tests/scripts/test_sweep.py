@@ -96,6 +96,10 @@ def test_runs_are_done_once_and_go_on(sweep, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(sweep, "_python", no_training)
     sweep.main()  # all is done
+    monkeypatch.setattr(sys, "argv", ["train.steps=3" if word == "train.steps=2" else word for word in sys.argv])
+    with pytest.raises(SystemExit, match=r"lora\.rank=2/seed 0: is done, with another train\.steps, so it can't"):
+        sweep.main()
+    monkeypatch.setattr(sys, "argv", ["train.steps=2" if word == "train.steps=3" else word for word in sys.argv])
     (output / "runs/lora.rank=4/seed 1/outcome.json").unlink()
     with pytest.raises(AssertionError, match="'--resume'"):
         sweep.main()
