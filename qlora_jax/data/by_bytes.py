@@ -36,9 +36,8 @@ def encode_by_bytes(
         return []
     flat = np.frombuffer(b"".join([array.array("i", row) for row in ids]), np.int32)
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    begins = np.concatenate(
-        [[0], np.cumsum(_sizes(lengths, flat, starts))]
-    )  # the first byte of each token, and the end
+    # The first byte of each token, and the end.
+    begins = np.concatenate([[0], np.cumsum(_sizes(lengths, flat, starts))])
     found = _first_tokens(begins, starts, rows)
     learned = [seen for row in rows for seen in LEARNED[learn]([piece.supervised for piece in row])]
     supervised = np.repeat(learned, np.diff(found.tokens, append=len(flat)))

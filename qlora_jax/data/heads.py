@@ -10,8 +10,8 @@ def shared_head(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list[i
     """(head, its ids): every text begins with `head`, and has its ids and then those of the rest alone.
 
     That is known where a special token ends it: a tokenizer takes these out of a text before it looks at what lies
-    between them. Without one there is no head: ("", []). Nor where a tokenizer treats a text's beginning (and what
-    begins with the rest) in another way.
+    between them. Without one there is no head: ("", []). Nor is there where a tokenizer treats the beginning of a text
+    in a way of its own.
     """
     lengths = tokenizer.byte_lengths
     if lengths is None or lengths.prefix == "first":
