@@ -190,7 +190,7 @@ def table(results: Results, title: str) -> Table:
     names = list(next(iter(results.values())))
     drawn = Table(title=title)
     for heading in ("settings", *names):
-        drawn.add_column(heading, justify="left" if heading == "settings" else "right")
+        drawn.add_column(heading, justify="left" if heading == "settings" else "right", overflow="fold")
     for cell, measures in results.items():
         drawn.add_row(cell, *(_text(measures[name]) for name in names))
     return drawn
@@ -251,9 +251,10 @@ def main() -> None:
     results = dict(collected(sweep, args.seeds, wanted))
     (args.output / "results.json").write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1))
     plot(results, args.output / "results.png")
-    Console().print(table(results, "means over seeds"))
+    console = Console() if sys.stdout.isatty() else Console(width=160)
+    console.print(table(results, "means over seeds"))
     if len(results) > 1:
-        Console().print(table(differences(results), f"less {next(iter(results))!r}, seed by seed"))
+        console.print(table(differences(results), f"less {next(iter(results))!r}, seed by seed"))
     print(f"written: {args.output / 'results.json'}, {args.output / 'results.png'}; runs: {args.output / 'runs'}")
 
 
