@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from pallas_kernels.native import product as native
+from pallas_kernels.native import matmul_f32 as native
 
 
 def dot(a: jax.Array, b: jax.Array, contract: tuple[int, int], dtype: DTypeLike) -> jax.Array:

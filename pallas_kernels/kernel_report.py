@@ -1,4 +1,4 @@
-"""`python -m pallas_kernels.report`: what would run each product on each card, why, and what it costs by arithmetic.
+"""`python -m pallas_kernels.kernel_report`: the kernel that would run each product on each card, and its cost.
 
 No card has to be here: what is shown is what the op itself would choose. Dimension key: M rows, N out, K in.
 """
@@ -24,8 +24,8 @@ from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, chosen, nf4_matmul, preference
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, roof
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Direction
-from pallas_kernels.nf4_matmul.layouts import chosen_layout
-from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
+from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
+from pallas_kernels.nf4_matmul.preferred_layout import chosen_layout
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 
 DESCRIPTION = "What would run each product on each card, why, and what it costs by arithmetic."
@@ -240,7 +240,7 @@ def _positive(text: str) -> int:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m pallas_kernels.report", description=DESCRIPTION)
+    parser = argparse.ArgumentParser("python -m pallas_kernels.kernel_report", description=DESCRIPTION)
     parser.add_argument("--card", nargs="+", default=[CPU, *CARDS], help=f"of: {CPU}, {', '.join(CARDS)}")
     parser.add_argument("--m", nargs="+", type=_positive, default=list(ROWS), help="rows of x")
     parser.add_argument("--shape", nargs="+", default=["*"], help="names or patterns, such as 'llama-2-7b/*'")

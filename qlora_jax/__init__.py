@@ -9,11 +9,11 @@ from typing import Any
 
 # public name -> the module that defines it
 _PUBLIC = {
-    "open_base_or_run": "qlora_jax.io.opened",
-    "load_base": "qlora_jax.io.opened",
-    "adapted": "qlora_jax.io.opened",
+    "open_base_or_run": "qlora_jax.io.pretrained",
+    "load_base": "qlora_jax.io.pretrained",
+    "adapted": "qlora_jax.io.pretrained",
     "LoraArgs": "qlora_jax.config",
-    "add_lora": "qlora_jax.models.adapt",
+    "add_lora": "qlora_jax.models.add_adapters",
     "partition": "qlora_jax.models.partition",
     "combine": "qlora_jax.models.partition",
     "token_nll": "qlora_jax.nn.loss",

@@ -13,14 +13,14 @@ from rich.console import Console
 
 from qlora_jax import allocator
 from qlora_jax.config import read_command_line, run_main
-from qlora_jax.inference.settings import EvaluateArgs, check_evaluate
+from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 
 if TYPE_CHECKING:
-    from qlora_jax.data.tokenizer import Tokenizer
+    from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+    from qlora_jax.evaluation.tasks.task import Task
     from qlora_jax.inference.decode import Parts
-    from qlora_jax.inference.kept import Kept
-    from qlora_jax.inference.tasks import Task
-    from qlora_jax.io.opened import Opened
+    from qlora_jax.inference.result_cache import Kept
+    from qlora_jax.io.pretrained import Opened
 
 PROG = "python -m qlora_jax.evaluate"
 PLAIN: dict[str, Any] = {"style": "dim", "markup": False, "highlight": False}  # messages
@@ -50,10 +50,10 @@ def main(argv: list[str]) -> None:
     args, given = read_command_line(argv, PROG, SWITCHES, EvaluateArgs, check_evaluate)
     # After the settings: jax starts when these are imported, and a typing error should not wait for it.
     from qlora_jax import runtime
-    from qlora_jax.inference.harness_ready import check_ready
-    from qlora_jax.inference.kept import kept_for
-    from qlora_jax.inference.tables import Scored, as_data, show
-    from qlora_jax.io.opened import open_base_or_run
+    from qlora_jax.evaluation.lm_eval.preflight import check_ready
+    from qlora_jax.evaluation.tables import Scored, as_data, show
+    from qlora_jax.inference.result_cache import kept_for
+    from qlora_jax.io.pretrained import open_base_or_run
 
     runtime.start()
     opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
@@ -90,9 +90,9 @@ def _tokenizer(opened: "Opened", *, raw: bool) -> "Tokenizer":
 
 
 def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
-    from qlora_jax.inference import task_files
-    from qlora_jax.inference.harness_task import HarnessTask
-    from qlora_jax.inference.question_tasks import question_tasks
+    from qlora_jax.evaluation.lm_eval.task import HarnessTask
+    from qlora_jax.evaluation.tasks import text
+    from qlora_jax.evaluation.tasks.registry import question_tasks
 
     tokenizer = _tokenizer(opened, raw=raw)
     limit = opened.features.max_positions
@@ -100,11 +100,11 @@ def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
     tasks: list[Task] = []
     if args.text is not None:
         sizes = {"window": args.window, "stride": args.stride, "max_tokens": args.max_tokens, "max_positions": limit}
-        tasks.append(task_files.text_task(args.text, tokenizer, **sizes))
+        tasks.append(text.text_task(args.text, tokenizer, **sizes))
     stops = opened.source.tokenizer["stop_token_ids"]
     tasks += question_tasks(args, tokenizer, named_stop_ids=stops, max_positions=limit)
     if args.rows is not None:
-        tasks.append(task_files.rows_task(args.rows, tokenizer, answer_start=args.answer_start, **limits))
+        tasks.append(text.rows_task(args.rows, tokenizer, answer_start=args.answer_start, **limits))
     if args.harness is not None:
         which = {"tasks": args.harness, "folder": args.harness_folder, "limit": args.max_rows}
         tasks.append(HarnessTask(tokenizer=tokenizer, max_positions=limit, **which))
@@ -127,8 +127,8 @@ def _columns(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]") -> d
 
 def _against(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]", *, raw: bool) -> Column:
     """The other run's column; ValueError where it is not asked the same as the run."""
-    from qlora_jax.inference.same import check_same
-    from qlora_jax.io.opened import open_base_or_run
+    from qlora_jax.evaluation.comparable import check_same
+    from qlora_jax.io.pretrained import open_base_or_run
 
     other = open_base_or_run(args.model, args.against, step=args.against_step, chat_template=args.chat_template)
     others = _tasks(args, other, raw=raw)
@@ -160,7 +160,7 @@ def _run_label(args: EvaluateArgs, opened: "Opened", quant_type: str) -> str:
 
 def _models(args: EvaluateArgs, columns: Mapping[str, Column], console: Console) -> Iterator[tuple[str, "Parts"]]:
     """Each column's model, one at a time; columns of one run and one quant_type share their base."""
-    from qlora_jax.io.opened import adapted, held_as, load_base, unadapted
+    from qlora_jax.io.pretrained import adapted, held_as, load_base, unadapted
     from qlora_jax.io.progress import loading
 
     of_one_base = itertools.groupby(columns, key=lambda name: (id(columns[name].opened), columns[name].quant_type))

@@ -31,9 +31,9 @@ def main(argv: list[str]) -> None:
     output = args.output or args.run / args.format
     # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
     from qlora_jax import runtime
-    from qlora_jax.io.export_gguf_lora import export_gguf_lora
-    from qlora_jax.io.export_merged import export_merged
-    from qlora_jax.io.export_run import export_peft
+    from qlora_jax.io.export.gguf_lora import export_gguf_lora
+    from qlora_jax.io.export.merged import export_merged
+    from qlora_jax.io.export.peft import export_peft
 
     runtime.start()
     where = {"step": args.step, "model": args.model, "console": Console()}

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from qlora_jax import allocator
 from qlora_jax.config import read_command_line, run_main
-from qlora_jax.inference.settings import GenerateArgs, check_generate
+from qlora_jax.evaluation.settings import GenerateArgs, check_generate
 
 if TYPE_CHECKING:
-    from qlora_jax.data.readers import Row
+    from qlora_jax.data.readers.files import Row
     from qlora_jax.inference.decode import Parts
     from qlora_jax.inference.prompts import Prompter
-    from qlora_jax.io.opened import Opened
+    from qlora_jax.io.pretrained import Opened
 
 PROG = "python -m qlora_jax.generate"
 SWITCHES = {"raw": "no chat template: the model goes on with the prompt's text"}
@@ -27,11 +27,11 @@ def main(argv: list[str]) -> None:
     # After the settings: jax starts when these are imported, and a typing error should not wait for it.
     from qlora_jax import runtime
     from qlora_jax.inference import prompts
-    from qlora_jax.inference.answer_file import write_replies
-    from qlora_jax.inference.chat import ENDS, chat, show_reply
     from qlora_jax.inference.decode import stream
+    from qlora_jax.inference.reply_file import write_replies
     from qlora_jax.inference.sampling import Sampling
-    from qlora_jax.io.opened import open_base_or_run
+    from qlora_jax.inference.terminal_chat import ENDS, chat, show_reply
+    from qlora_jax.io.pretrained import open_base_or_run
 
     runtime.start()
     opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
@@ -64,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tuple[list["Row"], list[list[int]]]:
     """The rows of the file of prompts or the one prompt, and their ids; neither is there in a chat."""
-    from qlora_jax.data.readers import Place, Row
+    from qlora_jax.data.readers.files import Place, Row
     from qlora_jax.inference.prompts import encode_prompts, read_prompts
 
     if args.prompts is not None:
@@ -76,7 +76,7 @@ def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tu
 
 def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "Parts":
     """The model as trained, or as the settings want it."""
-    from qlora_jax.io.opened import adapted, held_as, load_base
+    from qlora_jax.io.pretrained import adapted, held_as, load_base
     from qlora_jax.io.progress import loading
     from qlora_jax.models.partition import partition
 

@@ -16,14 +16,14 @@ SWITCHES = {"json": "print every number as JSON instead of the table"}
 def main(argv: list[str]) -> None:
     """Settings, compiles, table; exits with 1 where the run does not fit."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever device is here, nothing is computed on it
-    from qlora_jax.training.plan_settings import PlanArgs
+    from qlora_jax.training.plan.settings import PlanArgs
 
     args, given = read_command_line(argv, PROG, SWITCHES, PlanArgs, lambda _: None)
     from qlora_jax import runtime
-    from qlora_jax.training.plan import make_plan
-    from qlora_jax.training.plan_run import buckets_of, compiler_for, setting_of, title_of
-    from qlora_jax.training.plan_settings import target_of
-    from qlora_jax.training.plan_text import as_json, print_plan
+    from qlora_jax.training.plan.from_config import buckets_of, compiler_for, setting_of, title_of
+    from qlora_jax.training.plan.plan import make_plan
+    from qlora_jax.training.plan.settings import target_of
+    from qlora_jax.training.plan.text import as_json, print_plan
 
     runtime.start()
     console = Console()

@@ -16,12 +16,12 @@ def main(argv: list[str]) -> None:
     args = _parser().parse_args(argv)
     # After the arguments: jax starts when these are imported, and a typing error should not wait for it.
     from qlora_jax import runtime
-    from qlora_jax.data.tokenizer import load_tokenizer
-    from qlora_jax.io.bnb_folder import write_quantized_folder
-    from qlora_jax.io.dense_folder import write_tokenizer
-    from qlora_jax.io.folders import staged_folder
+    from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+    from qlora_jax.io.atomic import staged_folder
+    from qlora_jax.io.hf.bnb_writer import write_quantized_folder
+    from qlora_jax.io.hf.model_writer import write_tokenizer
+    from qlora_jax.io.open_model import open_model
     from qlora_jax.io.progress import loading
-    from qlora_jax.io.source import open_model
     from qlora_jax.models.config import WeightFormat
 
     runtime.start()

@@ -29,16 +29,16 @@ import numpy as np
 from fetch_smollm2 import fetch_smollm2
 
 from qlora_jax.config import DataArgs
-from qlora_jax.data.batches import plan_packed_epoch
+from qlora_jax.data.batching.batches import plan_packed_epoch
+from qlora_jax.data.batching.packing import pack_places
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.encode_rows import CHUNK, ahead, make_encoder
+from qlora_jax.data.encoder import CHUNK, ahead, make_encoder
+from qlora_jax.data.formats.detect import recognise
 from qlora_jax.data.lengths import Limits, fit_lengths
-from qlora_jax.data.packing import pack_places
-from qlora_jax.data.readers import Row, read_rows
-from qlora_jax.data.recognise import recognise
+from qlora_jax.data.readers.files import Row, read_rows
 from qlora_jax.data.rows import TokenRows, joined, token_rows
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
-from qlora_jax.io.source import open_model
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.io.open_model import open_model
 
 MAX_LENGTH = 512
 ROOT = Path(__file__).resolve().parent.parent

@@ -51,8 +51,8 @@ def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
 
 def prompt_ids(model: Path) -> list[int]:
     """The first tokens of TEXT."""
-    from qlora_jax.data.tokenizer import load_tokenizer
-    from qlora_jax.io.source import open_model
+    from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+    from qlora_jax.io.open_model import open_model
 
     return load_tokenizer(open_model(model).tokenizer).encode(TEXT)[:PROMPT_TOKENS]
 

@@ -43,8 +43,8 @@ Jobs = dict[str, list[tuple[list[int], int]]]  # rows by job: ids, and the first
 
 def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
     """The rows, made by the product."""
-    from qlora_jax.inference.task_files import choice_task, text_task
-    from qlora_jax.io.opened import open_base_or_run
+    from qlora_jax.evaluation.tasks.text import choice_task, text_task
+    from qlora_jax.io.pretrained import open_base_or_run
 
     opened = open_base_or_run(str(model), None)
     limit = {"max_positions": opened.features.max_positions}

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import LoraArgs, ModelArgs
-from qlora_jax.io.initial import Splits, targets_of
-from qlora_jax.io.source import open_model
+from qlora_jax.io.adapter_init import Splits, targets_of
+from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
 from qlora_jax.quant import dequantize, quantize

@@ -33,15 +33,15 @@ from flax import nnx
 from plan_memory import forget_the_peak, resident
 
 from qlora_jax import runtime
+from qlora_jax.io.hf.reader import INDEX
+from qlora_jax.io.hf.shard_writer import SHARD, Planned, index_of, split, write_safetensors
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.safetensors import INDEX
-from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, write_safetensors
-from qlora_jax.io.slots import slots_of
-from qlora_jax.io.source import open_model
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import slots_of
+from qlora_jax.models.catalog import PUBLIC
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.public import PUBLIC
 from qlora_jax.quant import quantize
 
 BF16 = np.dtype(ml_dtypes.bfloat16)

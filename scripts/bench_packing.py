@@ -27,12 +27,12 @@ from real_step import Held, hold
 
 from qlora_jax import runtime
 from qlora_jax.config import DataArgs, LoraArgs
-from qlora_jax.data.batches import Batch
+from qlora_jax.data.batching.batches import Batch
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.source import open_model
-from qlora_jax.training.abstract import AbstractStep, abstract_step
-from qlora_jax.training.programs import Gradients
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.open_model import open_model
+from qlora_jax.training.abstract_step import AbstractStep, abstract_step
+from qlora_jax.training.compiled_step import Gradients
 
 WAYS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True},

@@ -34,12 +34,12 @@ from real_step import Held, hold, random_batch
 from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
-from qlora_jax.optim.chain import OPTIMIZERS
+from qlora_jax.optim.optax_chain import OPTIMIZERS
+from qlora_jax.optim.page_layout import PAGE_BYTES, layer_pages
+from qlora_jax.optim.page_pool import Memory, Moved
 from qlora_jax.optim.pager import PagedUpdate, paged_init
-from qlora_jax.optim.pages import PAGE_BYTES, layer_pages
-from qlora_jax.optim.residency import Memory, Moved
+from qlora_jax.training.optimizer_state import make_updates
 from qlora_jax.training.step import update
-from qlora_jax.training.updates import make_updates
 
 MODELS = {"smollm2": fetch_smollm2, "random-15m": lambda: make_random_model("random-15m")}
 STEPS = 1000

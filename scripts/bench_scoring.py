@@ -21,10 +21,10 @@ import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
+from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
 from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.scoring import ScoredIds, answer_scores
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
+from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format

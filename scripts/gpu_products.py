@@ -16,19 +16,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.api import preference
 from pallas_kernels.nf4_matmul.costs import held, product_flops, roof
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Direction
 from pallas_kernels.nf4_matmul.mosaic import ampere, ampere_instructions, hopper, skinny, skinny_instructions
-from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
+from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.products import dot
-from pallas_kernels.report import abstract_weight
-from pallas_kernels.scattered import scattered_like
+from pallas_kernels.synthetic_weights import scattered_like
 
 LAYOUT = "split_k"
 TARGET_S = 2e-3  # that a program should take at least, in as many products as that wants

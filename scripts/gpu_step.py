@@ -18,15 +18,15 @@ import numpy as np
 from real_step import random_batch
 
 from pallas_kernels.aot.memory import read_memory
-from pallas_kernels.scattered import scattered_like
+from pallas_kernels.synthetic_weights import scattered_like
 from qlora_jax import runtime
 from qlora_jax.config import LoraArgs
+from qlora_jax.models.catalog import PUBLIC
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
-from qlora_jax.models.public import PUBLIC
-from qlora_jax.training import byte_counts, counts
-from qlora_jax.training.abstract import abstract_step
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.step import update
 
 MODEL, LENGTH = "llama-3-8b", 2048
@@ -49,8 +49,8 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
     program = step.gradients()
     compiled = program.function.lower(*program.args, **program.kwargs).compile()
     planned = read_memory(compiled.memory_analysis()).device_total
-    counted = counts.Step(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
-    planned += byte_counts.optimizer_bytes(counted)
+    counted = flops.Step(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
+    planned += memory_use.optimizer_bytes(counted)
     found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:
@@ -70,9 +70,9 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
     return found | {"step_s": statistics.median(seconds[WARM_UP:]), "loss": loss, **bytes_seen}
 
 
-def operations(counted: counts.Step) -> dict[str, int]:
+def operations(counted: flops.Step) -> dict[str, int]:
     """Of a step: what the model wants, and what is computed again."""
-    parts = counts.flops(counted)
+    parts = flops.flops(counted)
     again = sum(count for name, count in parts.items() if name.endswith("again"))
     return {"model": sum(parts.values()) - again, "again": again}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpu_products import gigabytes_per_second, tflops
 
-from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
+from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 
 Record = dict[str, Any]
 PLAYERS = ("hopper", "ampere", "skinny", "reference", "bf16")

@@ -18,13 +18,13 @@ from paging_needs import Needs
 from paging_policies import OURS, POLICIES, Room, simulate
 
 from qlora_jax.config import DataArgs
-from qlora_jax.data.batches import plan_epoch
+from qlora_jax.data.batching.batches import plan_epoch
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.readers import read_rows
-from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.source import open_model
-from qlora_jax.optim.pages import PAGE_BYTES
-from qlora_jax.training.budgets import RESERVE
+from qlora_jax.data.readers.files import read_rows
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.open_model import open_model
+from qlora_jax.optim.page_layout import PAGE_BYTES
+from qlora_jax.training.paging_budget import RESERVE
 
 MAX_LENGTH = 2048  # of LLaMA
 ROWS_A_STEP = 16  # micro-batches accumulated included: the paper's batch
@@ -82,7 +82,7 @@ def batch_lengths(name: str, path: Path) -> dict[str, Any]:
 
 
 def rooms(needs: Needs, limit: float, rows: int, lengths: Sequence[int]) -> list[Room]:
-    """Pages that each step leaves room for, as qlora_jax.training.budgets has it; one is updated wherever it lies."""
+    """Pages that each step leaves room for; one is updated wherever it lies (qlora_jax.training.paging_budget)."""
     pages = -(-needs.state // PAGE_BYTES)
     free = limit * (1 - RESERVE) - needs.held
     after = min(pages, max(1, int(free // PAGE_BYTES)))

@@ -1,7 +1,7 @@
 """What steps of LLaMA need on cards that are absent, by length: the part of the study that is compiled.
 
 A point is one compiled step: its scratch, as XLA assigns it for that card. All else that a step holds
-follows from shapes (qlora_jax/training/byte_counts.py). Between points, and beyond them, scratch lies on the line
+follows from shapes (qlora_jax/training/cost/memory_use.py). Between points, and beyond them, scratch lies on the line
 through two neighbours.
 """
 
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 from pallas_kernels import aot
 from qlora_jax.config import LoraArgs, OptimArgs
+from qlora_jax.models.catalog import PUBLIC
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.public import PUBLIC
-from qlora_jax.training import byte_counts, counts
-from qlora_jax.training.needs import PAGES_IN_FLIGHT, Setting
-from qlora_jax.training.saved import offloaded_bytes, saved_bytes
+from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost.activations import offloaded_bytes, saved_bytes
+from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT, Setting
 
 RANK = 64
 LENGTHS = {"full": (512, 2048, 8192), "offload": (2048, 8192)}
@@ -69,7 +69,7 @@ def compile_point(model: str, card: str, remat: str, length: int) -> Point:
     memory = aot.compile_for(card, program.function, *program.args, **program.kwargs).memory
     assert memory.host.temporaries >= sum(offloaded_bytes(of).values())
     kept = sum(saved_bytes(of).values())
-    moving = max(memory.device.temporaries + byte_counts.batch_bytes(of), update_temporaries(model, card))
+    moving = max(memory.device.temporaries + memory_use.batch_bytes(of), update_temporaries(model, card))
     return Point(model, card, remat, length, moving - kept)
 
 
@@ -92,22 +92,22 @@ class Needs:
         found = [point for point in points if (point.model, point.card, point.remat) == (model, card, remat)]
         return cls(setting(model, (1, 1, 64), remat), sorted(found, key=lambda point: point.length))
 
-    def _counted(self, rows: int) -> counts.Step:
+    def _counted(self, rows: int) -> flops.Step:
         return self.step.resized(1, rows).counted()
 
     @property
     def lora(self) -> int:
-        return byte_counts.lora_bytes(self._counted(1))
+        return memory_use.lora_bytes(self._counted(1))
 
     @property
     def state(self) -> int:
         """Adam's moments in f32."""
-        return byte_counts.optimizer_bytes(self._counted(1))
+        return memory_use.optimizer_bytes(self._counted(1))
 
     @property
     def held(self) -> int:
         """Weights, constants, adapters and their gradients."""
-        return sum(byte_counts.frozen_bytes(self._counted(1)).values()) + 2 * self.lora
+        return sum(memory_use.frozen_bytes(self._counted(1)).values()) + 2 * self.lora
 
     def scratch(self, rows: int) -> float:
         """On the line through the two points around `rows`, or the nearest two."""

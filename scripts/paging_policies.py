@@ -5,7 +5,7 @@ it is away; where the room is full another is written out before. At the start o
 to make room for a long batch. A policy says in which order a sweep goes and which page leaves.
 
 No policy moves fewer than P - C pages each way in a step that starts and ends with C of them on the device: the others
-are touched as well, so they come in, and as many go. Zigzag with Belady's rule, which is what qlora_jax.optim.residency
+are touched as well, so they come in, and as many go. Zigzag with Belady's rule, which is what qlora_jax.optim.page_pool
 does, moves just that.
 """
 

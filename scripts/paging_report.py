@@ -12,8 +12,8 @@ from paging_policies import OURS, POLICIES, steady_moves
 
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import runtime
-from qlora_jax.optim.pages import PAGE_BYTES
-from qlora_jax.training import counts
+from qlora_jax.optim.page_layout import PAGE_BYTES
+from qlora_jax.training.cost import flops
 
 GIB, GB = 2**30, 1e9
 PAGES = 32
@@ -205,7 +205,7 @@ def links_table(points: Sequence[Point]) -> Iterator[str]:
     card = CARDS["a6000"]
     for model in CELLS["a6000"]:
         needs = Needs.of(points, model, "a6000", "full")
-        seconds = sum(counts.flops(setting(model, (16, 1, 512), "full").counted()).values())
+        seconds = sum(flops.flops(setting(model, (16, 1, 512), "full").counted()).values())
         seconds /= SHARE_OF_PEAK * card.bf16_flops
         times = [2 * needs.state / link for link in LINKS.values()]
         cells = " | ".join(f"{1e3 * t:,.0f}" for t in times)

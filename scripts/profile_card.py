@@ -13,12 +13,12 @@ from rich.console import Console
 from pallas_kernels import aot
 from pallas_kernels.gpu_specs import Card
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.source import open_model
+from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.training import byte_counts, counts
-from qlora_jax.training.abstract import AbstractStep, abstract_step
-from qlora_jax.training.saved import saved_bytes
+from qlora_jax.training.abstract_step import AbstractStep, abstract_step
+from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost.activations import saved_bytes
 
 GIB, MIB = 2**30, 2**20
 ALL = 1 << 30  # temporary buffers
@@ -59,14 +59,14 @@ TEMPORARY_COLUMNS = {
 }
 
 
-def step_for(args: argparse.Namespace) -> tuple[AbstractStep, counts.Step]:
+def step_for(args: argparse.Namespace) -> tuple[AbstractStep, flops.Step]:
     """The step from shapes alone, of the model's config; `--compute-dtype auto` is bfloat16, as on any GPU."""
     model = model_config(open_model(args.model).config)
     dtype = "bfloat16" if args.compute_dtype == "auto" else args.compute_dtype
     weights, shape = WeightFormat(platform="gpu", dtype=dtype), (1, args.batch, args.seq)
     lora = LoraArgs(rank=args.rank)
     step = abstract_step(model, weights, lora, batch=shape, remat=args.remat)
-    return step, counts.Step(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
+    return step, flops.Step(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
 
 
 def memory_rows(name: str, compiled: aot.CompiledFor) -> list[dict[str, Any]]:
@@ -79,18 +79,18 @@ def memory_rows(name: str, compiled: aot.CompiledFor) -> list[dict[str, Any]]:
     ]
 
 
-def formula_rows(step: counts.Step) -> list[dict[str, Any]]:
+def formula_rows(step: flops.Step) -> list[dict[str, Any]]:
     """What the step holds, by part."""
-    frozen, lora = byte_counts.frozen_bytes(step), byte_counts.lora_bytes(step)
+    frozen, lora = memory_use.frozen_bytes(step), memory_use.lora_bytes(step)
     rows = [("frozen", f"weights: {name}", frozen[name]) for name in ("codes", "constants")]
     rows += [("head", "weights: embedding and head", frozen["tables"]), ("norm", "weights, biases", frozen["vectors"])]
     rows += [("lora", "parameters", lora), ("lora", "gradients", lora)]
     rows += [
-        ("optimizer", "state", byte_counts.optimizer_bytes(step)),
-        ("other", "batch", byte_counts.batch_bytes(step)),
+        ("optimizer", "state", memory_use.optimizer_bytes(step)),
+        ("other", "batch", memory_use.batch_bytes(step)),
     ]
     rows += [(KEPT_BY[name], f"kept: {name}", size) for name, size in saved_bytes(step).items()]
-    rows += [("head", "one tile's logits and their exponentials", byte_counts.logits_bytes(step))]
+    rows += [("head", "one tile's logits and their exponentials", memory_use.logits_bytes(step))]
     return [{"part": part, "what": what, "bytes": size} for part, what, size in rows]
 
 
@@ -114,7 +114,7 @@ def bytes_on(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     told = {
         "memory": [row for name, compiled in made.items() for row in memory_rows(name, compiled)],
         "formula": formula_rows(counted),
-        "dequantized_traffic": byte_counts.dequantized_traffic(counted),
+        "dequantized_traffic": memory_use.dequantized_traffic(counted),
         "temporaries": temporary_rows(made["gradients"].largest_temporaries(ALL)),
         "fits": all(compiled.fits for compiled in made.values()),
     }

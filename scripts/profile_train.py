@@ -10,7 +10,7 @@ which may run side by side. Columns of the first table:
                                   operations that run in it, so that parts add up to the time in which anything ran
   thunks                          the same operations from start to end each, summed: may exceed the wall clock
   share                           of the step's wall clock
-  GFLOP, GFLOP/s                  products by formula (qlora_jax/training/counts.py), and over the milliseconds
+  GFLOP, GFLOP/s                  products by formula (qlora_jax/training/cost/flops.py), and over the milliseconds
 
 What XLA fused counts for one part, which its metadata names. The head's gradient is made in its forward pass. With
 --card, the real step is compiled for that card (`bash scripts/setup_gpu_compile.sh` first) and nothing runs.
@@ -40,7 +40,7 @@ from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.decoder import REMAT_POLICIES
-from qlora_jax.training import counts
+from qlora_jax.training.cost import flops
 from qlora_jax.training.step import update
 
 MODULES = {"jit_gradients": "gradients", "jit_update": OPTIMIZER}  # as a trace calls the two programs
@@ -53,7 +53,7 @@ class Run(NamedTuple):
 
     step: Callable[[], Seconds]
     texts: dict[str, str]
-    counted: counts.Step
+    counted: flops.Step
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -68,7 +68,7 @@ def prepare(args: argparse.Namespace) -> Run:
     }
     runtime.give_memory_back()
     adapters = LoraArgs(rank=args.rank)
-    counted = counts.Step(model=held.config, weights=held.weights, lora=adapters, batch=shape, remat=args.remat)
+    counted = flops.Step(model=held.config, weights=held.weights, lora=adapters, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
     return Run(stepper(programs, lora, state, base, batch), texts, counted)
 
@@ -126,12 +126,12 @@ def median_ms(steps: list[Seconds]) -> Seconds:
     return {name: 1e3 * statistics.median(seconds[name] for seconds in whole) for name in whole[0]}
 
 
-def part_rows(rows: list[Measured], counted: counts.Step, step_ms: float) -> list[dict[str, Any]]:
+def part_rows(rows: list[Measured], counted: flops.Step, step_ms: float) -> list[dict[str, Any]]:
     """A line of the table of parts each, and a last one for the time in which nothing ran.
 
     Sums of medians are not the median of sums: where a step's time varies, the last line may be a little below zero.
     """
-    flop, lines = flop_by_part(counts.flops(counted)), []
+    flop, lines = flop_by_part(flops.flops(counted)), []
     for part, took in by_part(rows).items():
         by_formula = sum(flop.get(part, {}).values())
         rate = by_formula / took.ms / 1e6 if by_formula else None

@@ -15,14 +15,14 @@ from rich.text import Text
 
 from qlora_jax import allocator, runtime
 from qlora_jax.config import Config, parse, run_main
-from qlora_jax.data.readers import read_rows
+from qlora_jax.data.readers.files import read_rows
+from qlora_jax.evaluation.tables import Scored, show
+from qlora_jax.evaluation.tasks.text import rows_task
 from qlora_jax.inference.decode import Parts, generate
-from qlora_jax.inference.kept import NOTHING_KEPT
 from qlora_jax.inference.prompts import prompter, stop_ids
+from qlora_jax.inference.result_cache import NOTHING_KEPT
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.inference.tables import Scored, show
-from qlora_jax.inference.task_files import rows_task
-from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import Opened, adapted, load_base, open_base_or_run
 from qlora_jax.models.partition import partition
 from qlora_jax.training.run import check_folder, train
 

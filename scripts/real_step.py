@@ -8,15 +8,15 @@ import numpy as np
 
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
-from qlora_jax.training.abstract import abstract_step
-from qlora_jax.training.programs import Gradients
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.compiled_step import Gradients
 
 
 class Held(NamedTuple):

@@ -34,7 +34,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from qlora_jax.data.readers import content_digest
+from qlora_jax.data.readers.files import content_digest
 from qlora_jax.io.checkpoint import saved_steps
 from qlora_jax.training.metrics import read_metrics
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from qlora_jax import evaluate
-from qlora_jax.inference.choices import choice_scores
+from qlora_jax.evaluation.loglikelihood import answer_scores
+from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.tasks.choices import choice_scores
+from qlora_jax.evaluation.tasks.text import choice_task, rows_task, text_task
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.inference.scoring import answer_scores
-from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, wilson_interval
-from qlora_jax.inference.task_files import choice_task, rows_task, text_task
-from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run
+from qlora_jax.io.pretrained import adapted, held_as, load_base, open_base_or_run
 from qlora_jax.models.partition import partition
 from tests.e2e.project import TEMPLATE
 from tests.inference.small_run import write_run

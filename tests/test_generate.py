@@ -12,11 +12,11 @@ from qlora_jax import generate
 from qlora_jax.inference import decode
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
 from qlora_jax.models.partition import partition
 from tests.inference.small_run import STEPS, write_run
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 DRAWN = ("--temperature", "1.5", "--seed", "5", "--max_new_tokens", "8")
 
 

@@ -27,9 +27,11 @@ LAYERS = {
     "qlora_jax.models": 3,
     "qlora_jax.io": 4,
     "qlora_jax.inference": 4,
-    "qlora_jax.training": 5,
+    "qlora_jax.evaluation": 5,
+    "qlora_jax.training": 6,
+    "qlora_jax.api": 7,
 }
-MAINS = 6  # every other file at the top: train.py, generate.py, ...
+MAINS = 8  # every other file at the top: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 

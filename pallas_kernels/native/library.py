@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 
 _HERE = Path(__file__).parent
-SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "product", "attention", "attention_f32"))
+SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "matmul_f32", "attention", "attention_f32"))
 HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "buffer", "parallel"))
 HANDLERS = ("nf4_dequantize", "nf4_rows", "product_f32")
 # Not on every processor: by the numbers that they take, with what these want of it.

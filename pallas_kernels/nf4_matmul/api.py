@@ -27,7 +27,7 @@ from pallas_kernels.nf4_matmul.dispatch import (
     Layer,
     choose,
 )
-from pallas_kernels.nf4_matmul.mosaic.abilities import AMPERE, HOPPER, SKINNY
+from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
 from pallas_kernels.nf4_matmul.mosaic.installation import problem as mosaic_problem
 
 DTYPES = ("bfloat16", "float16", "float32")

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from pallas_kernels.dense_matmul import dot
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from pallas_kernels.nf4_matmul.dispatch import Abilities, Layer
-from pallas_kernels.products import dot
 
 # The handlers read whole vectors of 16 weights, in the one layout that gives two rows a load.
 ABILITIES = Abilities(

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float
 
+from pallas_kernels.dense_matmul import dot
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Layer
-from pallas_kernels.products import dot
 
 
 def _dequantize(weights: QTensor, layer: Layer, dtype: Any) -> jax.Array:

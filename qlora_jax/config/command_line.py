@@ -14,10 +14,10 @@ from typing import Any, Literal
 
 import yaml
 
-from qlora_jax.config.decode import UNIONS, ConfigError, decode, walk
-from qlora_jax.config.files import parse_yaml, read_yaml
+from qlora_jax.config.parse import UNIONS, ConfigError, decode, walk
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
+from qlora_jax.config.yaml_files import parse_yaml, read_yaml
 
 _HELP_COLUMN = 34
 _METAVARS = {

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from qlora_jax.config.synonyms import CHOICES, SYNONYMS
+from qlora_jax.config.suggestions import CHOICES, SYNONYMS
 
 # Where a dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]

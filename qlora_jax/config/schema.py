@@ -15,7 +15,7 @@ from qlora_jax.config.fields import (
     UP_TO_ONE,
     setting,
 )
-from qlora_jax.config.questions import QuestionArgs
+from qlora_jax.config.question_settings import QuestionArgs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

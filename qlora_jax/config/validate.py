@@ -2,9 +2,9 @@
 
 import dataclasses
 
-from qlora_jax.config.decode import ConfigError, find_problems
-from qlora_jax.config.optimizers import PAGED, paging_of, plain_name
-from qlora_jax.config.questions import question_problems
+from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
+from qlora_jax.config.parse import ConfigError, find_problems
+from qlora_jax.config.question_settings import question_problems
 from qlora_jax.config.schema import Config, DataArgs, LoraArgs
 from qlora_jax.config.sizes import parse_bytes
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from qlora_jax.config.decode import ConfigError, decode, walk
+from qlora_jax.config.parse import ConfigError, decode, walk
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 

@@ -14,17 +14,17 @@ import numpy as np
 from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.batches import START, Batch, eval_batches, train_batches, window_order
-from qlora_jax.data.buckets import UNIT, choose_buckets, count_units
+from qlora_jax.data.batching.batches import START, Batch, eval_batches, train_batches, window_order
+from qlora_jax.data.batching.buckets import UNIT, choose_buckets, count_units
+from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
+from qlora_jax.data.batching.packing import pack_places
 from qlora_jax.data.holdout import Side, shared_rows
-from qlora_jax.data.mixture import Mixture, Part, check_weights
-from qlora_jax.data.packing import pack_places
 from qlora_jax.data.prepare import Preparation, pieces
-from qlora_jax.data.report import DataReport, SideReport, SourceReport, report_data, report_side, together
+from qlora_jax.data.report.stats import DataReport, SideReport, SourceReport, report_data, report_side, together
+from qlora_jax.data.row_counts import Tally
+from qlora_jax.data.row_store import Piece, StoredRows, open_stored, store
 from qlora_jax.data.rows import File, TokenRows, joined
-from qlora_jax.data.stored import Piece, StoredRows, open_stored, store
-from qlora_jax.data.tally import Tally
-from qlora_jax.data.tokenizer import Tokenizer, with_chat_template
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,15 +9,15 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from qlora_jax.data.by_bytes import encode_by_bytes
-from qlora_jax.data.encode import Encoded, Learn, encode_segments
-from qlora_jax.data.formats import FORMS, Columns, Form
-from qlora_jax.data.heads import shared_head
-from qlora_jax.data.readers import Place, Problem, Row, raise_problems
-from qlora_jax.data.skeletons import segmenter
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.data.tools import read_tools
+from qlora_jax.data.formats.registry import FORMS, Columns, Form
+from qlora_jax.data.formats.tool_calls import read_tools
+from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
+from qlora_jax.data.loss_mask.by_offsets import Encoded, Learn, encode_segments
+from qlora_jax.data.loss_mask.shared_prefix import shared_head
+from qlora_jax.data.loss_mask.span_cache import segmenter
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Rows at once. Encodings of a whole data set would take some 100 bytes a token; fewer rows at once, and the tokenizer's
 # threads wait for Python's lock more often.

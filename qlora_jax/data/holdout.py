@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt64
 
-from qlora_jax.data.formats import Columns, Form
+from qlora_jax.data.formats.registry import Columns, Form
 
 
 def content_hash(form: Form, columns: Columns) -> int:

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from qlora_jax.data.encode import Encoded
-from qlora_jax.data.readers import Place, Problem
+from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.readers.files import Place, Problem
 
 Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]
 

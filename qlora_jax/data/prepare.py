@@ -20,12 +20,13 @@ import tokenizers
 from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.encode import Encoded
-from qlora_jax.data.encode_rows import CHUNK, Encoder, Encodings, Texts, ahead, examples_of, make_encoder, row_problems
-from qlora_jax.data.formats import Form
+from qlora_jax.data.encoder import CHUNK, Encoder, Encodings, Texts, ahead, examples_of, make_encoder, row_problems
+from qlora_jax.data.formats.detect import recognise
+from qlora_jax.data.formats.registry import Form
 from qlora_jax.data.holdout import Side, check_sides, content_hash
 from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left
-from qlora_jax.data.readers import (
+from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.readers.files import (
     Broken,
     Problem,
     Row,
@@ -34,11 +35,10 @@ from qlora_jax.data.readers import (
     raise_problems,
     stream_rows,
 )
-from qlora_jax.data.recognise import recognise
+from qlora_jax.data.row_counts import Tally
+from qlora_jax.data.row_store import Piece
 from qlora_jax.data.rows import TokenRows, token_rows
-from qlora_jax.data.stored import Piece
-from qlora_jax.data.tally import Tally
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ class Preparation:
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(tokenizer.exported.encode())
-        for file in sorted(Path(__file__).parent.glob("*.py")):
+        for file in sorted(Path(__file__).parent.rglob("*.py")):
             digest.update(file.read_bytes())
         return digest.hexdigest()
 

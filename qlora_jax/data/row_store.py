@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt64
 
+from qlora_jax.data.row_counts import Tally
 from qlora_jax.data.rows import File, RowDigest, TokenRows, place_of
-from qlora_jax.data.tally import Tally
 
 _FACTS = "facts.json"
 _CHUNK = 1 << 20

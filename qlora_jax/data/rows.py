@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.encode import Encoded
-from qlora_jax.data.readers import Place
+from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.readers.files import Place
 
 
 class File(NamedTuple):

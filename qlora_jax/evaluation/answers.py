@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Bool
 
 from qlora_jax.inference.decode import Parts, Reply
-from qlora_jax.inference.kept import Kept
 from qlora_jax.inference.replies import greedy_replies
+from qlora_jax.inference.result_cache import Kept
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.config.questions import FILE_COLUMNS
-from qlora_jax.data.readers import Problem, Row, raise_problems, read_rows, shorten
+from qlora_jax.config.question_settings import FILE_COLUMNS
+from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows, shorten
 
 ALSO = {"question": "prompt"}  # the name that a column may have too
 # What other data sets call them.
@@ -20,7 +20,7 @@ def known_columns(task: str) -> Collection[str]:
     """The names that a task's file may have its columns under."""
     if task != "rows":
         return FILE_COLUMNS[task]
-    from qlora_jax.data.formats import FORMS  # the settings are read without what it imports
+    from qlora_jax.data.formats.registry import FORMS  # the settings are read without what it imports
 
     return {name for form in FORMS.values() for name in (*form.required, *form.optional)}
 

@@ -3,9 +3,9 @@
 import itertools
 from collections.abc import Sequence
 
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.kept import digest
-from qlora_jax.inference.tasks import Task
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.tasks.task import Task
+from qlora_jax.inference.result_cache import digest
 
 
 def check_same(

@@ -13,9 +13,9 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from qlora_jax.inference.ahead import Ahead, AnyParts, lowered
-from qlora_jax.inference.batches import Batch, batches_by_length, stacked
-from qlora_jax.inference.kept import NOTHING_KEPT, Kept
+from qlora_jax.evaluation.batches import Batch, batches_by_length, stacked
+from qlora_jax.inference.lowering import Ahead, AnyParts, lowered
+from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
 from qlora_jax.models.partition import Lora, combine
 
 

@@ -18,13 +18,13 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float64, Int, Int64
 
-from qlora_jax.inference.ahead import Ahead, AnyParts, config_of, lowered
-from qlora_jax.inference.batches import Batch, batches_by_length, stacked
+from qlora_jax.evaluation.batches import Batch, batches_by_length, stacked
+from qlora_jax.evaluation.shared_prefixes import Packed, ScoredIds, packed_rows
 from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.kept import NOTHING_KEPT, Kept
-from qlora_jax.inference.shared_prompts import Packed, ScoredIds, packed_rows
+from qlora_jax.inference.lowering import Ahead, AnyParts, config_of, lowered
+from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
 from qlora_jax.models.partition import Lora, combine
-from qlora_jax.nn.scores import Scores, token_scores
+from qlora_jax.nn.token_scores import Scores, token_scores
 
 ROOM = 256  # places are a multiple of these
 PADDING = -1  # no branch

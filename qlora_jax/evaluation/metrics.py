@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool
 
-from qlora_jax.inference.statistics import mcnemar, wilson_interval
+from qlora_jax.evaluation.statistics import mcnemar, wilson_interval
 
 Progress = Callable[[int], None]
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 from qlora_jax.config import QUESTION_KINDS, ConfigError, QuestionArgs, question_problems
 from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, Bound, setting
-from qlora_jax.inference.columns import known_columns
+from qlora_jax.evaluation.columns import known_columns
 
 ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
 

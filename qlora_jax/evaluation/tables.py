@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qlora_jax.inference.measures import Comparison, Measure
-from qlora_jax.inference.tasks import Task
+from qlora_jax.evaluation.metrics import Comparison, Measure
+from qlora_jax.evaluation.tasks.task import Task
 
 
 class Scored(NamedTuple):

@@ -19,13 +19,37 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from qlora_jax.inference.decode_shapes import BATCHES, PREFILL_CHUNKS, chunks, round_up, slots_for
 from qlora_jax.inference.sampling import Sampling, choose
-from qlora_jax.models.adapt import for_decoding
+from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, combine
+
+PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
+BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
+FIRST_SLOTS = 256  # a cache has this many slots, or twice, or four times as many ...
+
+
+def round_up(number: int, sizes: Sequence[int]) -> int:
+    """The first of ascending sizes that is at least `number`."""
+    return next(size for size in sizes if size >= number)
+
+
+def slots_for(needed: int, config: ModelConfig) -> int:
+    """Of a cache for so many positions."""
+    slots = FIRST_SLOTS
+    while slots < needed:
+        slots *= 2
+    return min(slots, config.max_positions)
+
+
+def chunks(length: int) -> list[tuple[int, int]]:
+    """(start, size) of the chunks that a prompt goes through the model in; the last may reach over its end."""
+    largest = PREFILL_CHUNKS[-1]
+    starts = range(0, length, largest)
+    return [(start, round_up(min(length - start, largest), PREFILL_CHUNKS)) for start in starts]
+
 
 ORDER_WINDOW = 64  # rows among which those of like length are sought
 # For one pair of batch and slots: `extend` for each chunk, `next_token` once after them, and `advance`.

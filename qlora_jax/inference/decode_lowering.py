@@ -9,11 +9,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from qlora_jax.inference.ahead import Ahead, AnyParts, bytes_of, lowered
-from qlora_jax.inference.decode import advance, empty_cache, extend
-from qlora_jax.inference.decode_shapes import BATCHES, chunks, round_up, slots_for
+from qlora_jax.inference.decode import BATCHES, advance, chunks, empty_cache, extend, round_up, slots_for
+from qlora_jax.inference.lowering import Ahead, AnyParts, bytes_of, lowered
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.adapt import for_decoding
+from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.partition import Lora, combine
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.chat import Message
-from qlora_jax.data.formats import FORMS, Form
-from qlora_jax.data.readers import Place, Problem, Row, raise_problems, read_rows, read_text
-from qlora_jax.data.spans import turn_marks
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.data.tools import Tools, read_tools
+from qlora_jax.data.formats.registry import FORMS, Form
+from qlora_jax.data.formats.tool_calls import Tools, read_tools
+from qlora_jax.data.loss_mask.spans import turn_marks
+from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_rows, read_text
+from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Column that makes a row a prompt, and the form of training data that it belongs to.
 PROMPT_COLUMNS = {"messages": "messages", "prompt": "completion", "instruction": "alpaca"}

@@ -5,13 +5,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from qlora_jax.inference.ahead import Ahead, AnyParts
-from qlora_jax.inference.decode import Parts, Reply, generate
-from qlora_jax.inference.decode_ahead import decoding_ahead
-from qlora_jax.inference.decode_shapes import BATCHES
-from qlora_jax.inference.kept import Kept
+from qlora_jax.inference.decode import BATCHES, Parts, Reply, generate
+from qlora_jax.inference.decode_lowering import decoding_ahead
+from qlora_jax.inference.lowering import Ahead, AnyParts
+from qlora_jax.inference.result_cache import Kept
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.adapt import for_decoding
+from qlora_jax.models.add_adapters import for_decoding
 
 ENDS = ("stop", "length", "context")
 

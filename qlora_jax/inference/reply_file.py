@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from rich.console import Console
 from rich.progress import Progress
 
-from qlora_jax.data.readers import Row
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.readers.files import Row
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import Step
 
 

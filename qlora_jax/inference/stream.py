@@ -1,6 +1,6 @@
 """Text as it comes: token ids in, whole characters out."""
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 _INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character (yet)
 

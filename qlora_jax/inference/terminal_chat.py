@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 from rich.console import Console
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import Step
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.stream import TextStream

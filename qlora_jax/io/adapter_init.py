@@ -16,13 +16,13 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import Rest
-from qlora_jax.models.adapt import Factors, our_names, ranks_and_scalings
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.models.add_adapters import Factors, our_names, ranks_and_scalings
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.linear import named_key
-from qlora_jax.quant import dequantize, low_rank, quantize
+from qlora_jax.quant import dequantize, pissa_loftq, quantize
 
 FILE = "initial.safetensors"
 
@@ -83,10 +83,10 @@ class Splits:
 
     def __init__(self, config: ModelConfig, weights: WeightFormat, spec: LoraArgs, key: jax.Array):
         self._targets, self._spec, self._key, self._layers = targets_of(config, spec), spec, key, config.num_layers
-        self._split = low_rank.pissa
+        self._split = pissa_loftq.pissa
         if spec.init == "loftq":
             held = functools.partial(_held, weights=weights)
-            self._split = functools.partial(low_rank.loftq, iterations=spec.loftq_iterations, held=held)
+            self._split = functools.partial(pissa_loftq.loftq, iterations=spec.loftq_iterations, held=held)
         self._initial: dict[str, dict[str, np.ndarray]] = {}
         self._taken: dict[str, dict[str, np.ndarray]] = {}
 
@@ -96,14 +96,14 @@ class Splits:
             return weight
         target, spec = self._targets[name], self._spec
         key = named_key(self._key, name)
-        how = low_rank.Decomposition(target.rank, target.scaling, spec.svd_niter, spec.dtype, key)
+        how = pissa_loftq.Decomposition(target.rank, target.scaling, spec.svd_niter, spec.dtype, key)
         split = self._split(weight.astype(np.float32), how)
         self._remember(self._initial, target, split.initial)
         if split.taken is not None and split.taken is not split.initial:
             self._remember(self._taken, target, split.taken)
         return split.rest
 
-    def _remember(self, stacks: dict[str, dict[str, np.ndarray]], target: Target, factors: low_rank.Factors) -> None:
+    def _remember(self, stacks: dict[str, dict[str, np.ndarray]], target: Target, factors: pissa_loftq.Factors) -> None:
         for leaf, values in factors._asdict().items():
             stack = stacks.setdefault(target.name, {}).setdefault(leaf, np.zeros((self._layers, *values.shape), "f4"))
             stack[target.layer] = values
@@ -129,7 +129,7 @@ def rest_by(initial: Initial, config: ModelConfig, spec: LoraArgs) -> Rest:
             return weight
         taken = initial.taken[target.name]
         a_KR, b_RN = (np.asarray(taken[leaf][target.layer]) for leaf in ("lora_a", "lora_b"))
-        return low_rank.without(weight.astype(np.float32), low_rank.Factors(a_KR, b_RN), target.scaling)
+        return pissa_loftq.without(weight.astype(np.float32), pissa_loftq.Factors(a_KR, b_RN), target.scaling)
 
     return rest
 

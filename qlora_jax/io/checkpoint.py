@@ -23,7 +23,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import PreservationPolicy
 
 from qlora_jax.config import LoraArgs, ModelArgs, read_config
-from qlora_jax.io.initial import Initial, read_initial
+from qlora_jax.io.adapter_init import Initial, read_initial
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 

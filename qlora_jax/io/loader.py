@@ -18,13 +18,11 @@ from flax import nnx
 
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.entries import ModelSource, TensorEntry, reading_ahead
-from qlora_jax.io.held import as_held
-from qlora_jax.io.inventory import check_inventory
-from qlora_jax.io.slots import Slot, slots_of
+from qlora_jax.io.model_source import ModelSource, TensorEntry, reading_ahead
+from qlora_jax.io.tensor_map import Slot, check_inventory, layer_name, slots_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.nn.mixed import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import quantize
 
@@ -224,3 +222,24 @@ def _update(digest: Any, name: str, leaves: list[Any]) -> None:
         array = np.ascontiguousarray(leaf)
         digest.update(f"{array.dtype.name}{array.shape}".encode())
         digest.update(array.reshape(-1).view(np.uint8))
+
+
+def as_held(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
+    """`weights`, and which layers stay dense, since the files leave them in 16 bit and quantize others.
+
+    Where the files quantize none, every layer is quantized as `weights` says.
+    """
+    if weights.quant_type is None:
+        return weights
+    dense = {name: _dense_layers(name, source, config) for name in config.linear_shapes()}
+    if all(len(layers) == config.num_layers for layers in dense.values()):
+        return weights
+    return dataclasses.replace(weights, dense=tuple((name, layers) for name, layers in dense.items() if layers))
+
+
+def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:
+    names = [
+        config.hugging_face_name(layer_name(f"model.layers.{name}.weight", layer)) for layer in range(config.num_layers)
+    ]
+    entries = [source.tensors.get(each) for each in names]  # what is missing is told by the loader
+    return tuple(layer for layer, entry in enumerate(entries) if entry is not None and entry.held is None)

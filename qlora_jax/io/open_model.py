@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.gguf import open_gguf
-from qlora_jax.io.hub import fetch_model, named
-from qlora_jax.io.safetensors import open_folder
+from qlora_jax.io.gguf.reader import open_gguf
+from qlora_jax.io.hf.hub import fetch_model, named
+from qlora_jax.io.hf.reader import open_folder
+from qlora_jax.io.model_source import ModelSource
 
 
 def open_model(path: str | Path) -> ModelSource:

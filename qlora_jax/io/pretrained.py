@@ -8,23 +8,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.config import ModelArgs
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template, with_new_tokens
+from qlora_jax.io.adapter_init import rest_by
 from qlora_jax.io.checkpoint import Run, open_run
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.hf_tokenizer import read_tokenizer
-from qlora_jax.io.hub import HubName
-from qlora_jax.io.initial import rest_by
+from qlora_jax.io.hf.hub import HubName
+from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loader import Progress, load_model, whole
-from qlora_jax.io.peft_reader import base_of, check_shapes, is_adapter, read_adapter
-from qlora_jax.io.source import open_model
-from qlora_jax.io.vocabulary import open_tokenizer
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.reader import base_of, check_shapes, is_adapter, read_adapter
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_tables, add_token_rows, set_tables
+from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, set_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,3 +181,22 @@ def unadapted(model: CausalLM, run: Run | None) -> tuple[nnx.GraphDef, Lora, nnx
 
 def _quantization(args: ModelArgs) -> tuple[str, int, bool]:
     return args.quant_type, args.block_size, args.double_quant
+
+
+def open_tokenizer(source: ModelSource, args: ModelArgs, vocabulary: int) -> Tokenizer:
+    """The tokenizer of `source`, with the settings' new tokens.
+
+    Args:
+      vocabulary: rows of the model's embedding.
+
+    Raises:
+      ValueError: it can't be read; a token that is not new; or, with new tokens, fewer rows than tokens before them.
+    """
+    tokenizer = load_tokenizer(source.tokenizer)
+    grown = with_new_tokens(tokenizer, args.new_tokens, args.new_special_tokens)
+    if grown.new_ids and min(grown.new_ids) > vocabulary:
+        raise ValueError(
+            f"{source.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {vocabulary} rows: new "
+            "tokens would leave rows between them that nothing fills"
+        )
+    return grown

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.nn.mixed import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 
 
 def frozen_linear_leaves(name: str, stack: int, shape: tuple[int, int], has_bias: bool, weights: WeightFormat):

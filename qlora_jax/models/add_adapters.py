@@ -15,11 +15,11 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, combine, partition
 from qlora_jax.nn.dora import DoRA, SettledDoRA
+from qlora_jax.nn.full_rank import set_whole
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.whole_linear import set_whole
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # What (IA)^3 was made for: keys, values (or queries, keys and values at once), and the MLP's last projection.

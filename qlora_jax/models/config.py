@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from pallas_kernels.nf4_matmul.layouts import preferred_layout
+from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
 from qlora_jax.nn.rope import TURNED_BY_LENGTH, Rope
 
 

@@ -17,16 +17,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
-from qlora_jax.models.skeleton import frozen_linear_leaves
-from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.full_rank import WholeTable
 from qlora_jax.nn.linear import QLinear, project
+from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
 from qlora_jax.nn.mlp import activated, gated
+from qlora_jax.nn.new_token_rows import TokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.token_rows import TokenRows
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.nn.whole_table import WholeTable
 
 # What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
 # so that norms and activations alone are computed again. `full`: nothing. `offload`: as `full`, and the input waits in

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import target_device
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention_tiles import Tiling, Visibility
-from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.exp2 import exp2_of_scores
+from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN
 
@@ -217,3 +217,28 @@ def cached_attention(
     weights_ZMS = jax.nn.softmax(jnp.where(visible_ZMS, scores_ZMS, MASKED), axis=-1)
     out_ZMH = dot_nn(weights_ZMS.astype(v_BKSH.dtype), v_ZSH).astype(q_BTNH.dtype)
     return queries.join(out_ZMH[None])
+
+
+# 2^f for |f| <= 1/2 by the polynomial that meets it at the Chebyshev points: 2e-7 relative in f32.
+_DEGREE = 5
+_INTERPOLANT = np.polynomial.chebyshev.Chebyshev.interpolate(np.exp2, _DEGREE, domain=[-0.5, 0.5])
+_COEFFICIENTS = [float(c) for c in _INTERPOLANT.convert(kind=np.polynomial.Polynomial).coef]
+_SMALLEST = -126.0  # 2^-126 is the smallest normal number
+
+
+def exp2_of_scores(x: jax.Array) -> jax.Array:
+    """2^x in f32 for x <= 0, within 3e-7 relative; 0 below 2^-126. On CPUs 0.6 of the time of jnp.exp2."""
+    return jax.lax.platform_dependent(x, cpu=_exp2_cpu, default=jnp.exp2)
+
+
+def _exp2_cpu(x: jax.Array) -> jax.Array:
+    """2^n p(f) with n the nearest integer, put in by adding n to the exponent's bits."""
+    clipped = jnp.maximum(x, _SMALLEST)
+    nearest = jnp.round(clipped)  # not by adding and subtracting 1.5 * 2^23, which jax 0.11 takes for nothing at all
+    fraction = clipped - nearest
+    power = jnp.full_like(x, _COEFFICIENTS[-1])
+    for coefficient in _COEFFICIENTS[-2::-1]:
+        power = power * fraction + coefficient
+    exponent = nearest.astype(jnp.int32) << 23
+    bits = jax.lax.bitcast_convert_type(power, jnp.int32) + exponent
+    return jnp.where(x < _SMALLEST, 0.0, jax.lax.bitcast_convert_type(bits, jnp.float32))

@@ -14,12 +14,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.nn.dots import dot_nn, dot_tn
+from qlora_jax.nn.column_scale import scaled_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.linear import FrozenLayer, Weight
 from qlora_jax.nn.lora import deltas, with_delta
-from qlora_jax.nn.mixed import MixedStack
-from qlora_jax.nn.scale import scaled_columns
+from qlora_jax.nn.matmul import dot_nn, dot_tn
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import Frozen, of_layer
 from qlora_jax.quant import dequantize
 

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.linear import FrozenLayer, QLinear
+from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen
 
 
@@ -89,3 +89,18 @@ def set_whole(linear: QLinear, dtype: DTypeLike) -> None:
     linear.adapter = WholeLinear(weight.astype(dtype), bias)
     linear.weight = Frozen(weight[:0])  # of no layers: it keeps the shape of one
     linear.bias = None if linear.bias is None else Frozen(linear.bias[...][:0])
+
+
+class WholeTable(nnx.Module):
+    """`weight` [V, D] in f32 or bf16, in place of the frozen table; it is cast to the dtype that is computed in."""
+
+    def __init__(self, weight_VD: Float[Array, "V D"]):
+        self.weight = nnx.LoRAParam(weight_VD)
+
+    def embedded(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "_ D"]) -> Float[Array, "M D"]:
+        """The row of each token, in the frozen table's dtype."""
+        return self.weight[...].at[tokens_M].get(mode="clip").astype(table_VD.dtype)
+
+    def put_into(self, table_VD: jax.Array) -> jax.Array:
+        """This table, in the frozen one's dtype."""
+        return self.weight[...].astype(table_VD.dtype)

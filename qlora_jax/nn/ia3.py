@@ -11,8 +11,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from qlora_jax.nn.column_scale import scaled_columns
 from qlora_jax.nn.linear import FrozenLayer
-from qlora_jax.nn.scale import scaled_columns
 
 
 class IA3(nnx.Module):

@@ -14,8 +14,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
-from qlora_jax.nn.dots import dot_nt
-from qlora_jax.nn.mixed import MixedStack, mixed_linear
+from qlora_jax.nn.matmul import dot_nt
+from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
 from qlora_jax.nn.variables import Frozen
 
 Weight = QTensor | MixedStack | jax.Array  # a stack: 4-bit, in part 4-bit, or dense [L, N, K]

@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.dots import dot_nt
-from qlora_jax.nn.token_rows import hot, row_logits
+from qlora_jax.nn.matmul import dot_nt
+from qlora_jax.nn.new_token_rows import hot, row_logits
 
 
 @jax.tree_util.register_dataclass

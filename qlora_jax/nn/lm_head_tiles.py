@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn.dots import dot_nn
-from qlora_jax.nn.head import Head, HeadWithRows
+from qlora_jax.nn.lm_head import Head, HeadWithRows
+from qlora_jax.nn.matmul import dot_nn
 
 
 class Tile(NamedTuple):

@@ -16,9 +16,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.dropout import dropped
 from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

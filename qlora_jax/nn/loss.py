@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.dots import dot_tn
-from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.head_tiles import Running, chunk_of, chunked, in_chunks, over_tiles
+from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.lm_head_tiles import Running, chunk_of, chunked, in_chunks, over_tiles
+from qlora_jax.nn.matmul import dot_tn
 
 
 def token_nll(

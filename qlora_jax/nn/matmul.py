@@ -13,7 +13,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallas_kernels.products import dot
+from pallas_kernels.dense_matmul import dot
 
 
 def row_major(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.formats.qtensor import Leaf, QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.api import product
-from qlora_jax.nn.dots import dot_nn, dot_nt
+from qlora_jax.nn.matmul import dot_nn, dot_nt
 
 
 @jax.tree_util.register_dataclass

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.head_tiles import in_chunks, least_where, over_tiles
+from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.lm_head_tiles import in_chunks, least_where, over_tiles
 
 
 class Scores(NamedTuple):

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import optax
 
-from qlora_jax.optim.apply import apply_updates
+from qlora_jax.optim.apply_updates import apply_updates
+from qlora_jax.optim.page_layout import Layout, Tree, layer_pages
+from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import PagedUpdate, paged_init, to_optax
-from qlora_jax.optim.pages import Layout, Tree, layer_pages
-from qlora_jax.optim.residency import Memory
 
 # Names in optim.chain's table that tests/optim/test_pager.py finds equal to the bit; `check_elementwise` asks others.
 ELEMENTWISE = frozenset({"adamw_32bit", "adamw_8bit", "lion_32bit", "lion_8bit"})

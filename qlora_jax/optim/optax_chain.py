@@ -7,8 +7,8 @@ import jax
 import optax
 
 from qlora_jax.config import OptimArgs, plain_name
-from qlora_jax.optim.apply import in_f32
-from qlora_jax.optim.eight_bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.apply_updates import in_f32
+from qlora_jax.optim.optimizers_8bit import adamw_8bit, lion_8bit
 from qlora_jax.optim.schedule import make_schedule
 
 
@@ -58,7 +58,7 @@ def make_elementwise(args: OptimArgs, total_steps: int) -> optax.GradientTransfo
 
 def make_optimizer(args: OptimArgs, total_steps: int) -> optax.GradientTransformation:
     """f32 gradients scaled to a global norm of max_grad_norm at most (0: as they are), then the optimizer of that name
-    at the schedule's rate. Its updates go through qlora_jax.optim.apply.
+    at the schedule's rate. Its updates go through qlora_jax.optim.apply_updates.
 
     Its state has leaves for each leaf of the pytree that `init` is given, and counts steps; nothing of the base.
     """

@@ -8,7 +8,7 @@ again. Weight decay comes first: p (1 - lr wd). What its CUDA kernels do otherwi
 
 - weight decay follows the step: (p + u) (1 - lr wd);
 - codes are the nearest of the map, and a code of the first moment is moved by one where its sign would be lost; here
-  codes are looked up at 65,536 steps from -1 to 1 (qlora_jax/quant/dynamic.py);
+  codes are looked up at 65,536 steps from -1 to 1 (qlora_jax/quant/dynamic_8bit.py);
 - a gradient that is not finite leaves its parameter as it is; here it shows in the loss, and training stops.
 
 Dimension key: L tensors of a leaf, stacked along axis 0.
@@ -22,8 +22,8 @@ import jax.numpy as jnp
 import optax
 
 from pallas_kernels.formats.rounding import rounded
-from qlora_jax.optim.apply import Written
-from qlora_jax.optim.blockwise import Quantized, dequantize, is_large, quantize, state_zeros
+from qlora_jax.optim.apply_updates import Written
+from qlora_jax.optim.state_8bit import Quantized, dequantize, is_large, quantize, state_zeros
 
 Array = jax.Array
 Moments = tuple[Array, ...]
@@ -59,7 +59,7 @@ def adamw_8bit(
 ) -> optax.GradientTransformation:
     """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p = p (1 - lr wd) - lr m / c1 / (sqrt(v) / c2 + eps).
 
-    c1 = 1 - b1^t, c2 = sqrt(1 - b2^t). Updates are `Written`: apply them with qlora_jax.optim.apply.
+    c1 = 1 - b1^t, c2 = sqrt(1 - b2^t). Updates are `Written`: apply them with qlora_jax.optim.apply_updates.
     """
 
     def scalars(step: Array, rate: Array) -> Scalars:

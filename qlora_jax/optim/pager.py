@@ -20,9 +20,9 @@ import optax
 from jaxtyping import Array, Float
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.optim.apply import apply_updates, in_f32
-from qlora_jax.optim.pages import Layout, Tree
-from qlora_jax.optim.residency import (
+from qlora_jax.optim.apply_updates import apply_updates, in_f32
+from qlora_jax.optim.page_layout import Layout, Structure, Tree
+from qlora_jax.optim.page_pool import (
     COPY_ERRORS,
     Memory,
     Moved,
@@ -279,3 +279,39 @@ def check_budget(budget_bytes: int, layout: Layout, device_bytes: int | None) ->
     for broken, words in bounds:
         if broken:
             raise ValueError(f"optim.paging_budget: found {budget_bytes:,} bytes, expected {words}")
+
+
+def joined(state: PagedState, structure: Structure, layout: Layout, memory: Memory) -> tuple[Tree | PagedState, Moved]:
+    """(the plain optimizer's state on the device, what moved); as it is where a page is there, or the copy fails.
+
+    Args:
+      structure: of the result.
+    """
+    if any(on_device(page) for page in state.pages):
+        return state, Moved()
+    leaves = jax.tree.leaves(to_optax(state, layout, memory))
+    try:
+        copies = memory.to_device(_owned(leaves, layout))
+        memory.wait(copies)
+    except COPY_ERRORS:  # one page after another may still have room
+        return state, Moved()
+    for page in state.pages:
+        memory.free(page)
+    own, shared = iter(copies), iter(state.shared)
+    whole = [next(shared) if owner is None else next(own) for owner in layout.owners]
+    return jax.tree.unflatten(structure, whole), Moved(bytes_in=layout.total_bytes, pages_in=layout.count)
+
+
+def cut(whole: Tree, layout: Layout, memory: Memory) -> tuple[Tree | PagedState, Moved]:
+    """(pages, all on the host, what moved); the state as it is, and the problem, where the host has no room."""
+    try:
+        state = from_optax(whole, layout, memory)
+    except PagingError as error:
+        return whole, Moved(problems=(f"the whole state stays on the device, beyond its budget: {error}",))
+    memory.free(_owned(jax.tree.leaves(whole), layout))
+    return state, Moved(bytes_out=layout.total_bytes, pages_out=layout.count)
+
+
+def _owned(leaves: list, layout: Layout) -> Page:
+    """The leaves that pages are cut from."""
+    return tuple(leaf for leaf, owner in zip(leaves, layout.owners, strict=True) if owner is not None)

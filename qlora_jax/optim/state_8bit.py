@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.formats.tables import dynamic_map
-from qlora_jax.quant.dynamic import quantize_blocks
+from qlora_jax.quant.dynamic_8bit import quantize_blocks
 
 BLOCK = 256
 MIN_SIZE = 4096  # tensors of fewer elements keep f32 state, as bitsandbytes' min_8bit_size has it
@@ -48,7 +48,7 @@ def dequantize(state: Quantized, signed: bool) -> Float[Array, "L ..."]:
 
 
 def quantize(x: Float[Array, "L ..."], signed: bool) -> Quantized:
-    """absmax = max |x| of each block, and codes (qlora_jax.quant.dynamic)."""
+    """absmax = max |x| of each block, and codes (qlora_jax.quant.dynamic_8bit)."""
     codes, absmax_LS = quantize_blocks(_blocks(x), signed)
     return Quantized(_tensors(codes, x.shape), absmax_LS)
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from pallas_kernels.formats.layouts import pack_nibbles
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
-from qlora_jax.quant.assemble import assemble
+from qlora_jax.quant.double_quant import assemble
 from qlora_jax.quant.reference import quantize_numpy
 from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
 

@@ -5,14 +5,18 @@ As bitsandbytes' CPU build does it. Every function takes NumPy or JAX arrays, re
 same bits.
 """
 
-from typing import Any
+import math
 
+import jax
 import numpy as np
 
+from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
+from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.rounding import rounded
-from qlora_jax.quant.dynamic import quantize_blocks
+from qlora_jax.quant.dynamic_8bit import quantize_blocks
+from qlora_jax.quant.settings import QuantSettings
 
-Array = Any  # numpy.ndarray or jax.Array
+type Array = np.ndarray | jax.Array
 
 
 def _tree_sum(values: Array) -> Array:
@@ -42,10 +46,40 @@ def mean(absmax: Array) -> Array:
 def quantize_constants(absmax: Array, offset: Array, nested_block_size: int) -> tuple[Array, Array]:
     """(absmax_codes, nested_absmax) of absmax - offset, in blocks of `nested_block_size`, the last one partial.
 
-    A block of zeros takes code 0: map8[0] * nested_absmax is zero there. See qlora_jax.quant.dynamic.
+    A block of zeros takes code 0: map8[0] * nested_absmax is zero there. See qlora_jax.quant.dynamic_8bit.
     """
     xp = absmax.__array_namespace__()
     blocks = -(-absmax.shape[0] // nested_block_size)
     padding = xp.zeros(blocks * nested_block_size - absmax.shape[0], absmax.dtype)
     codes, nested_absmax = quantize_blocks(xp.concat([absmax - offset, padding]).reshape(blocks, nested_block_size))
     return codes.reshape(-1)[: absmax.shape[0]], nested_absmax
+
+
+def assemble(codes: Array, absmax: Array, settings: QuantSettings, shape: tuple[int, ...], dtype: str) -> QTensor:
+    """The QTensor of one weight from its codes [blocks, block_size/2], two a byte, and its constants [blocks].
+
+    The layout is `bnb` for a matrix whose rows are whole blocks, else `flat`; what is left of the last, partial block
+    holds the code of zero, as bitsandbytes pads.
+    """
+    layout = natural_layout(shape, settings.block_size)
+    stored = -(-math.prod(shape) // 2)
+    constants_shape = LAYOUTS[layout].constants_shape(shape, settings.block_size)
+    return QTensor(
+        codes=codes.reshape(-1)[:stored].reshape(LAYOUTS[layout].codes_shape(shape)),
+        **_constants(absmax, constants_shape, settings),
+        quant_type=settings.quant_type,
+        block_size=settings.block_size,
+        nested_block_size=settings.nested_block_size,
+        shape=tuple(shape),
+        dtype=dtype,
+        layout=layout,
+    )
+
+
+def _constants(absmax: Array, shape: tuple[int, ...], settings: QuantSettings) -> dict[str, Array]:
+    """The leaves of a QTensor beside its codes."""
+    if not settings.double_quant:
+        return {"absmax": absmax.reshape(shape)}
+    offset = mean(absmax)
+    absmax_codes, nested_absmax = quantize_constants(absmax, offset, settings.nested_block_size)
+    return {"absmax_codes": absmax_codes.reshape(shape), "nested_absmax": nested_absmax, "nested_offset": offset}

@@ -5,7 +5,7 @@ import numpy as np
 from pallas_kernels.formats.layouts import pack_pairs
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
-from qlora_jax.quant.assemble import assemble
+from qlora_jax.quant.double_quant import assemble
 from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
 
 # bitsandbytes keeps its reciprocals finite with this clamp. Constants of whole blocks are stored as they are, the

@@ -15,11 +15,11 @@ import optax
 from flax import nnx
 
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import partition
-from qlora_jax.models.vocabulary import add_tables
+from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.step import gradients, update
 

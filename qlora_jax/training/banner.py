@@ -10,7 +10,7 @@ from qlora_jax.config import Config, paging_of
 from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.nn import attention_cpu
-from qlora_jax.training.best import Best
+from qlora_jax.training.early_stopping import Best
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]

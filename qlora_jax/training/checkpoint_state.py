@@ -9,8 +9,8 @@ import optax
 import orbax.checkpoint
 
 from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
-from qlora_jax.config.decode import decode
-from qlora_jax.training.best import Best
+from qlora_jax.config.parse import decode
+from qlora_jax.training.early_stopping import Best
 from qlora_jax.training.session import Session
 
 # Settings that may differ when a run goes on: they change nothing that is computed, or what they name is checked by

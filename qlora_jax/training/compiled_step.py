@@ -8,9 +8,9 @@ import numpy as np
 from flax import nnx
 
 from qlora_jax import runtime
-from qlora_jax.inference.ahead import AnyParts
+from qlora_jax.inference.lowering import AnyParts
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.abstract import AbstractStep, abstract_batch
+from qlora_jax.training.abstract_step import AbstractStep, abstract_batch
 from qlora_jax.training.step import StepLoss
 
 Shape = tuple[int, int, int]  # (A, B, T)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.figures import loss_interval, shares
+from qlora_jax.training.eval_metrics import loss_interval, shares
 
 _WINDOW = 20  # steps that speed and time left are averaged over
 _SAMPLE_CHARACTERS = 160

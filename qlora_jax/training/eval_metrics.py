@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.inference.measures import Measure
-from qlora_jax.inference.statistics import bootstrap
+from qlora_jax.evaluation.metrics import Measure
+from qlora_jax.evaluation.statistics import bootstrap
 
 LOW, HIGH = "_low", "_high"  # ends of names: of an interval
 LOSS = "eval_loss"

@@ -10,13 +10,13 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from qlora_jax.data.batches import NO_ROW, START, Batch
+from qlora_jax.data.batching.batches import NO_ROW, START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
-from qlora_jax.training.best import Best
-from qlora_jax.training.figures import held_out_figures
-from qlora_jax.training.peak import held
-from qlora_jax.training.resume import check_resumable, checkpoint_state
+from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
+from qlora_jax.training.early_stopping import Best
+from qlora_jax.training.eval_metrics import held_out_figures
+from qlora_jax.training.memory_watch import held
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
 

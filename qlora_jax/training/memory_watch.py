@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from qlora_jax.optim.residency import Device, Memory
+from qlora_jax.optim.page_pool import Device, Memory
 
 _PROCESS = Path("/proc/self")
 _OF_DEVICE = {"device_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}  # as JAX's allocators tell it

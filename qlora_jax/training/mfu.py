@@ -24,9 +24,9 @@ from jaxtyping import Int64
 
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
-from qlora_jax.data.batches import Batch
+from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.counts import HEAD_FLOPS, LAYER_FLOPS, Step
+from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, Step
 
 # Products of a layer that are as many as there are tokens.
 EACH_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora"))]

@@ -14,20 +14,21 @@ from qlora_jax.config.sizes import format_bytes, parse_bytes
 from qlora_jax.models.partition import Lora
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
+from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, Structure, layer_pages
+from qlora_jax.optim.page_pool import Memory, Moved
 from qlora_jax.optim.pager import (
     PagedState,
     PagedUpdate,
+    cut,
     fit,
     from_optax,
+    joined,
     paged_init,
     resident_bytes,
     to_optax,
 )
-from qlora_jax.optim.pages import PAGE_BYTES, Layout, Structure, layer_pages
-from qlora_jax.optim.residency import Memory, Moved
-from qlora_jax.optim.whole import cut, joined
-from qlora_jax.training.budgets import Budget, Work, declared, planned
-from qlora_jax.training.programs import Gradients
+from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.paging_budget import Budget, Work, declared, planned
 from qlora_jax.training.step import update
 
 PAGES_IN_A_BUDGET = 4  # at least, where layers are small enough: one updated, one coming, one going, one waiting

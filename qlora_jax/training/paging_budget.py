@@ -5,11 +5,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.inference.ahead import bytes_of
+from qlora_jax.inference.lowering import bytes_of
+from qlora_jax.optim.page_layout import Layout
+from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import check_budget
-from qlora_jax.optim.pages import Layout
-from qlora_jax.optim.residency import Memory
-from qlora_jax.training.programs import Gradients, Shape
+from qlora_jax.training.compiled_step import Gradients, Shape
 
 RESERVE = 0.03  # of the device: what its driver, its libraries and fragmentation take beside the compiled programs
 

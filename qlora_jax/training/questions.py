@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 from pallas_kernels import aot
 from qlora_jax import runtime
 from qlora_jax.config import QuestionArgs
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.ahead import AnyParts
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.tasks.registry import QuestionTask, question_tasks
 from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.kept import NOTHING_KEPT
-from qlora_jax.inference.question_tasks import QuestionTask, question_tasks
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.training.figures import figures
+from qlora_jax.inference.lowering import AnyParts
+from qlora_jax.inference.result_cache import NOTHING_KEPT
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.training.eval_metrics import figures
 
 
 class AskingNeed(NamedTuple):

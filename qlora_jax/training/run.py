@@ -11,24 +11,24 @@ import jax
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
-from qlora_jax.data.report_text import print_report
+from qlora_jax.data.report.text import print_report
+from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
-from qlora_jax.io.initial import read_initial, write_initial
-from qlora_jax.io.peft import is_gguf
+from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
-from qlora_jax.optim.residency import Memory
+from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.banner import going_on, overview
+from qlora_jax.training.compiled_step import Gradients
 from qlora_jax.training.display import Display, banner
 from qlora_jax.training.loop import Progress, Reporter, restore, run_steps, start, stop_on_signals
+from qlora_jax.training.memory_watch import watch_peak
 from qlora_jax.training.metrics import MetricsFile, read_metrics
-from qlora_jax.training.overview import going_on, overview
-from qlora_jax.training.peak import watch_peak
-from qlora_jax.training.plot import plot_loss
-from qlora_jax.training.programs import Gradients
-from qlora_jax.training.report import RunReport, shown_rows
-from qlora_jax.training.report_page import FACTS_FILE, PAGE_FILE, write_report
-from qlora_jax.training.run_plan import RunPlan, out_of_memory_told, plan_run
+from qlora_jax.training.plan.preflight import RunPlan, out_of_memory_told, plan_run
+from qlora_jax.training.profiler import traced_steps
+from qlora_jax.training.report.facts import RunReport, shown_rows
+from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
+from qlora_jax.training.report.plot import plot_loss
 from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
-from qlora_jax.training.trace import traced_steps
 from qlora_jax.training.trackers import Log, check_installed, numbers, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"

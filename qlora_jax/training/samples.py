@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from qlora_jax.config.schema import TrainArgs
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import Parts, generate
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, stop_ids
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.entries import ModelSource
+from qlora_jax.io.model_source import ModelSource
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

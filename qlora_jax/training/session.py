@@ -14,28 +14,27 @@ from flax import nnx
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.held import as_held
-from qlora_jax.io.initial import Initial, Splits, check_source, rest_by
-from qlora_jax.io.loader import Loaded, Progress, load_model
-from qlora_jax.io.peft_reader import check_shapes, read_start
-from qlora_jax.io.source import open_model
-from qlora_jax.io.vocabulary import open_tokenizer
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.io.adapter_init import Initial, Splits, check_source, rest_by
+from qlora_jax.io.loader import Loaded, Progress, as_held, load_model
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.reader import check_shapes, read_start
+from qlora_jax.io.pretrained import open_tokenizer
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, is_table, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_tables
+from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
-from qlora_jax.training.abstract import abstract_step
-from qlora_jax.training.counts import Step
-from qlora_jax.training.programs import Gradients
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.cost.flops import Step
+from qlora_jax.training.mfu import Utilization, peak_of, utilization
+from qlora_jax.training.optimizer_state import Updates, make_updates
 from qlora_jax.training.questions import Questions, open_questions
 from qlora_jax.training.samples import Samples, open_samples
-from qlora_jax.training.updates import Updates, make_updates
-from qlora_jax.training.utilization import Utilization, peak_of, utilization
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

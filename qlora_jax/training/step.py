@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from qlora_jax.models.partition import Lora, combine
 from qlora_jax.nn.loss import token_nll
-from qlora_jax.optim.apply import apply_updates, in_f32
+from qlora_jax.optim.apply_updates import apply_updates, in_f32
 
 # On CPUs: a leaf is clipped when its update wants it. XLA's own order clips all first: a second set of gradients.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}

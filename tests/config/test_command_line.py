@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax import train
 from qlora_jax.config import ConfigError, parse, read_command_line, run_main
-from qlora_jax.config.decode import walk
+from qlora_jax.config.parse import walk
 from qlora_jax.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -16,7 +16,7 @@ from qlora_jax.config import (
     write_config,
 )
 from qlora_jax.config.command_line import parse
-from qlora_jax.config.decode import decode
+from qlora_jax.config.parse import decode
 from qlora_jax.config.sizes import format_bytes, parse_bytes
 
 

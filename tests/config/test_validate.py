@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, QuestionArgs, TrainArgs, validate
-from qlora_jax.config.decode import decode, walk
-from qlora_jax.config.synonyms import SYNONYMS
+from qlora_jax.config.parse import decode, walk
+from qlora_jax.config.suggestions import SYNONYMS
 
 MINIMAL = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.io.tiny_tokenizers import sentencepiece
 
 ASSETS = Path(__file__).parent / "assets"

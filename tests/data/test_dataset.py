@@ -18,12 +18,12 @@ from rich.console import Console
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.formats import FORMS
+from qlora_jax.data.formats.registry import FORMS
 from qlora_jax.data.holdout import Side, content_hash
-from qlora_jax.data.readers import Place, Row, read_rows
-from qlora_jax.data.report_text import facts, marked_example, print_report
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.files import Place, Row, read_rows
+from qlora_jax.data.report.text import facts, marked_example, print_report
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 
 ROOT = Path(__file__).parents[2]
 
@@ -338,5 +338,5 @@ def test_the_shipped_multiple_choice_questions_are_whole():
 
 
 def test_data_needs_no_jax():
-    code = "import sys, qlora_jax.data.dataset, qlora_jax.data.report_text; sys.exit('jax' in sys.modules)"
+    code = "import sys, qlora_jax.data.dataset, qlora_jax.data.report.text; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.formats import FORMS
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
 GOOD: dict[str, dict[str, Any]] = {

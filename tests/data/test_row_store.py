@@ -17,10 +17,10 @@ import pytest
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data import dataset as dataset_module
-from qlora_jax.data import stored as stored_module
+from qlora_jax.data import row_store as stored_module
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.stored import store
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.row_store import store
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import ASSETS
 from tests.marks import some_in_ci
 
@@ -195,7 +195,7 @@ MEASURE = """
 import gzip, itertools, json, re, sys
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 
 path, tokenizer_json, cache = sys.argv[1:]
 tokenizer = load_tokenizer({"tokenizer_json": gzip.open(tokenizer_json, "rt").read(), "eos_token": "<|im_end|>"})

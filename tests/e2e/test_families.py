@@ -11,11 +11,11 @@ from rich.console import Console
 
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.export_merged import export_merged
-from qlora_jax.io.export_run import export_peft
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
-from qlora_jax.io.peft_reader import read_adapter
-from qlora_jax.io.source import open_model
+from qlora_jax.io.export.merged import export_merged
+from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.reader import read_adapter
+from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, project

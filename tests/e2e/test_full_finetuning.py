@@ -11,10 +11,10 @@ import pytest
 from rich.console import Console
 from safetensors.numpy import load_file
 
-from qlora_jax.io.export_merged import export_merged
-from qlora_jax.io.export_run import export_peft
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
-from qlora_jax.models.adapt import for_decoding
+from qlora_jax.io.export.merged import export_merged
+from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging

@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax import evaluate, export, generate, plan, train
 from qlora_jax.config import read_config, write_config
-from qlora_jax.io.peft_reader import base_of
+from qlora_jax.io.peft.reader import base_of
 from tests.commands import quantize_main as quantize
 from tests.e2e.project import project, write_model
 from tests.io.hub_server import Hub, running

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
-from qlora_jax.models.adapt import for_decoding
+from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging

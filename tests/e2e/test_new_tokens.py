@@ -15,10 +15,10 @@ from safetensors.numpy import load_file
 
 from qlora_jax.config import Config
 from qlora_jax.io.checkpoint import Run, open_run
-from qlora_jax.io.export_merged import export_merged
-from qlora_jax.io.export_run import export_peft
-from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run, unadapted
-from qlora_jax.io.source import open_model
+from qlora_jax.io.export.merged import export_merged
+from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import adapted, held_as, load_base, open_base_or_run, unadapted
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from qlora_jax.training.run import train

@@ -13,15 +13,15 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.io.checkpoint import Checkpoints
-from qlora_jax.optim.pressure import SimulatedMemory
-from qlora_jax.optim.residency import PagingError
+from qlora_jax.optim.page_pool import PagingError
 from qlora_jax.training import loop
 from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.optimizer_state import make_updates
 from qlora_jax.training.run import train
-from qlora_jax.training.updates import make_updates
 from tests.e2e.project import project
 from tests.e2e.test_training import Records, arrays_at, numbers, session_of
 from tests.marks import first_always, some_in_ci
+from tests.optim.memory_pressure import SimulatedMemory
 
 STEPS = 10
 
@@ -146,7 +146,7 @@ def simulated_session(config, **changes):
 
 
 def test_a_long_batch_sends_away_what_it_needs_and_nothing_else_moves(plain, tmp_path, monkeypatch):
-    monkeypatch.setattr("qlora_jax.training.updates.PAGE_BYTES", 1)  # a page a layer
+    monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
     session = session_of(plain)
     long, short = max(session.dataset.buckets), min(session.dataset.buckets)
     shapes = {length: (2, 2, length) for length in (short, long)}

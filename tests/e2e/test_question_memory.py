@@ -7,16 +7,17 @@ import pytest
 from rich.console import Console
 
 from pallas_kernels import aot
-from qlora_jax.inference import decode, letters, scoring
-from qlora_jax.inference.ahead import bytes_of
-from qlora_jax.training import run_plan
+from qlora_jax.evaluation import letters, loglikelihood
+from qlora_jax.inference import decode
+from qlora_jax.inference.lowering import bytes_of
+from qlora_jax.training.plan import preflight
 from qlora_jax.training.run import dry_run
 from tests.e2e.project import project
 from tests.e2e.test_questions import asking
 from tests.e2e.test_training import session_of
 from tests.marks import first_always
 
-PROGRAMS = [(scoring, "score_tokens"), (letters, "_letter_logits"), (decode, "extend"), (decode, "advance")]
+PROGRAMS = [(loglikelihood, "score_tokens"), (letters, "_letter_logits"), (decode, "extend"), (decode, "advance")]
 
 
 def planned(config) -> str:
@@ -48,7 +49,7 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
         with monkeypatch.context() as patch:
             for module, name in PROGRAMS:
                 patch.setattr(module, name, Watched(getattr(module, name), taken))
-            task.score(parts, lambda done: None, scoring.NOTHING_KEPT)
+            task.score(parts, lambda done: None, loglikelihood.NOTHING_KEPT)
         made = 0
         if task.name == "answers":  # what is cast or settled once for all calls
             cast = decode.for_decoding(*parts)
@@ -74,11 +75,11 @@ def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path
     config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
     printed = planned(config)
     assert "questions need" in printed and ", most in questions." in printed
-    asked = run_plan.RunPlan.while_asking.fget
+    asked = preflight.RunPlan.while_asking.fget
     seen = []
-    monkeypatch.setattr(run_plan.RunPlan, "while_asking", property(lambda plan: seen.append(asked(plan)) or seen[-1]))
+    monkeypatch.setattr(preflight.RunPlan, "while_asking", property(lambda plan: seen.append(asked(plan)) or seen[-1]))
     planned(config)
-    monkeypatch.setattr(run_plan, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
+    monkeypatch.setattr(preflight, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
     with pytest.raises(ValueError, match=r"asking needs .* most in questions\..*leave those questions out"):
         planned(config)
 

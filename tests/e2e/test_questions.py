@@ -12,10 +12,10 @@ import pytest
 from rich.console import Console
 
 from qlora_jax import evaluate
-from qlora_jax.inference.measures import Measure
+from qlora_jax.evaluation.metrics import Measure
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.training import loop
-from qlora_jax.training.figures import figures
+from qlora_jax.training.eval_metrics import figures
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.project import project

@@ -15,14 +15,14 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.config import Config, DataArgs, ModelArgs
-from qlora_jax.data.batches import window_order
+from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.checkpoint import Checkpoints, open_run
-from qlora_jax.io.export_run import export_peft
-from qlora_jax.io.over_original import as_exported
+from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.export.peft import export_peft
 from qlora_jax.training import loop
-from qlora_jax.training.best import Best
+from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
+from qlora_jax.training.early_stopping import Best
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.resume import check_resumable, checkpoint_state
 from qlora_jax.training.run import check_folder, next_commands, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update

@@ -7,10 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from qlora_jax.inference.answer_task import answers_task
-from qlora_jax.inference.answers import Asked, answer_replies, judged, normalised
+from qlora_jax.evaluation.answers import Asked, answer_replies, judged, normalised
+from qlora_jax.evaluation.tasks.answers import answers_task
 from qlora_jax.inference.decode import Reply
-from qlora_jax.inference.kept import Kept, kept_for
+from qlora_jax.inference.result_cache import Kept, kept_for
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 GSM8K = re.compile(r"#### (-?[0-9.,]+)")

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.inference.letter_files import letters_task
-from qlora_jax.inference.letters import Lettered, letter_scores, mean_over_subjects
-from qlora_jax.inference.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.letters import Lettered, letter_scores, mean_over_subjects
+from qlora_jax.evaluation.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.tasks.letters import letters_task
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 TOKENIZER = byte_tokenizer()

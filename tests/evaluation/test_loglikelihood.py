@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.inference import scoring
-from qlora_jax.inference.batches import BATCH_TOKENS, SHAPE_COST, batches_by_length, padded_length
-from qlora_jax.inference.choices import Choice, choice_scores
-from qlora_jax.inference.scoring import answer_scores, windows
-from qlora_jax.inference.shared_prompts import packed_rows
+from qlora_jax.evaluation import loglikelihood
+from qlora_jax.evaluation.batches import BATCH_TOKENS, SHAPE_COST, batches_by_length, padded_length
+from qlora_jax.evaluation.loglikelihood import answer_scores, windows
+from qlora_jax.evaluation.shared_prefixes import packed_rows
+from qlora_jax.evaluation.tasks.choices import Choice, choice_scores
 from qlora_jax.nn.rope import RopeScaling
 from tests.inference.tiny import VOCAB, full_logits, tiny_config, tiny_parts
 
@@ -83,10 +83,10 @@ def test_one_compilation_for_each_shape(parts):
     rng = np.random.default_rng(3)
     rows = [row(rng, length) for length in (30, *rng.integers(65, 129, 100), 500, 500)]
     shapes = {(batch.size, batch.length) for batch in batches_by_length([len(ids) - 1 for ids, _ in rows])}
-    scoring.score_tokens.clear_cache()
+    loglikelihood.score_tokens.clear_cache()
     for _ in range(2):
         answer_scores(*parts, rows)
-    assert scoring.score_tokens._cache_size() == len(shapes) == 2
+    assert loglikelihood.score_tokens._cache_size() == len(shapes) == 2
 
 
 def test_padded_lengths():

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 
-from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, wilson_interval
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (10, 10), (130, 400), (1, 2850)])

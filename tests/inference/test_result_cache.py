@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.inference.kept import Kept, code_digest, digest, kept_for, model_digest
-from qlora_jax.inference.letters import Lettered, letter_scores
-from qlora_jax.inference.scoring import answer_scores
+from qlora_jax.evaluation.letters import Lettered, letter_scores
+from qlora_jax.evaluation.loglikelihood import answer_scores
+from qlora_jax.inference.result_cache import Kept, code_digest, digest, kept_for, model_digest
 from tests.e2e.project import write_model
 from tests.inference.tiny import VOCAB, tiny_parts
 

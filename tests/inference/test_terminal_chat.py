@@ -7,9 +7,9 @@ import signal
 import pytest
 from rich.console import Console
 
-from qlora_jax.inference.chat import chat, show_reply
 from qlora_jax.inference.decode import Step
 from qlora_jax.inference.prompts import Prompter
+from qlora_jax.inference.terminal_chat import chat, show_reply
 from tests.inference.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

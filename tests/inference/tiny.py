@@ -9,8 +9,8 @@ import tokenizers
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine, partition

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.io.folders import staged_folder
+from qlora_jax.io.atomic import staged_folder
 from tests.conftest import ROOT
 
 

@@ -15,8 +15,8 @@ import pytest
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io import loader
-from qlora_jax.io.inventory import layer_name
-from qlora_jax.io.source import open_model
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize_numpy
@@ -197,7 +197,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
+from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 import jax

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from qlora_jax.io.entries import AHEAD, TensorEntry, _warm, reading_ahead
+from qlora_jax.io.model_source import AHEAD, TensorEntry, _warm, reading_ahead
 
 
 def entry(name: str, *places: tuple[Path, int, int]) -> TensorEntry:
@@ -20,7 +20,7 @@ def test_the_next_tensors_are_read_ahead_and_none_beyond(monkeypatch):
         warmed.append(entry.name)
         may_go_on.wait(10)
 
-    monkeypatch.setattr("qlora_jax.io.entries._warm", warm)
+    monkeypatch.setattr("qlora_jax.io.model_source._warm", warm)
     made = [entry(str(i)) for i in range(9)]
     entries = reading_ahead(made)
     assert next(entries) is made[0]
@@ -32,7 +32,7 @@ def test_the_next_tensors_are_read_ahead_and_none_beyond(monkeypatch):
 
 def test_reading_ahead_reads_the_bytes_of_each_place(tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(bytes(range(256)) * 20)
-    monkeypatch.setattr("qlora_jax.io.entries.CHUNK", 1000)
+    monkeypatch.setattr("qlora_jax.io.model_source.CHUNK", 1000)
     read = []
     original = io.FileIO.readinto
 

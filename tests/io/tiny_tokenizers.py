@@ -2,7 +2,7 @@
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_jax.data.gguf_tokenizer import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, rebuild
+from qlora_jax.data.tokenizer.from_gguf import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, rebuild
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CORPUS = [

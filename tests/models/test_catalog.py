@@ -6,10 +6,10 @@ import jax
 import pytest
 from flax import nnx
 
+from qlora_jax.models.catalog import PUBLIC, nearest
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.public import PUBLIC, nearest
 
 # Numbers of elements of all published tensors. Llama 1's paper rounds them to 6.7, 13.0, 32.5 and 65.2 billion.
 PARAMETERS = {

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn.attention import cached_attention
-from qlora_jax.nn.dots import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.head_tiles import TILES, Tile
+from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.lm_head_tiles import TILES, Tile
 from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import token_nll
+from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.mlp import ACTIVATIONS, activated, gated
+from qlora_jax.nn.new_token_rows import TokenRows
 from qlora_jax.nn.norm import layer_norm, rms_norm
 from qlora_jax.nn.rope import Rope, rotate, rotations
-from qlora_jax.nn.token_rows import TokenRows
 
 
 def _random(*shape, seed=0):

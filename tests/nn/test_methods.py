@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.nn.column_scale import scaled_columns
 from qlora_jax.nn.dora import DoRA, SettledDoRA, row_norms
 from qlora_jax.nn.dropout import dropped
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import QLinear, project
-from qlora_jax.nn.mixed import MixedStack
-from qlora_jax.nn.scale import scaled_columns
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize, quantize
 from tests.nn.test_hand_written_vjps import _check, _random
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.nn.linear import frozen_linear
-from qlora_jax.nn.mixed import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize, quantize
 
 LAYERS, N, K, M = 5, 128, 256, 16

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.head_tiles import TILES, Tile
-from qlora_jax.nn.scores import token_scores
+from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.lm_head_tiles import TILES, Tile
+from qlora_jax.nn.token_scores import token_scores
 
 M, D = 700, 24
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from qlora_jax.optim.residency import Memory, Page, on_device, page_bytes
+from qlora_jax.optim.page_pool import Memory, Page, on_device, page_bytes
 
 Direction = Literal["to_device", "to_host"]
 Outcome = Literal["works", "fails", "fails late"]  # late: the call returns, and waiting for the copy fails

@@ -6,9 +6,9 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax.optim.page_pool import Memory, PagingError, host_kind, on_device
 from qlora_jax.optim.pager import fit, resident_bytes
-from qlora_jax.optim.pressure import SimulatedMemory
-from qlora_jax.optim.residency import Memory, PagingError, host_kind, on_device
+from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import (
     ARGS,
     PAGES,

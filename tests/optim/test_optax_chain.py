@@ -10,9 +10,9 @@ import optax
 import pytest
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.config.optimizers import PAGED
+from qlora_jax.config.optimizer_names import PAGED
 from qlora_jax.optim import make_elementwise, make_optimizer, make_schedule
-from qlora_jax.optim.chain import OPTIMIZERS
+from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.schedule import SHAPES
 
 GOLDEN = Path(__file__).parent.parent / "golden/adamw.npz"

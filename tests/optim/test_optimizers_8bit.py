@@ -12,10 +12,10 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
-from qlora_jax.optim.apply import apply_updates
-from qlora_jax.optim.blockwise import MIN_SIZE, Quantized, dequantize, quantize, state_zeros
-from qlora_jax.optim.eight_bit import adamw_8bit, lion_8bit
-from qlora_jax.quant.dynamic import LOOK_UP_SIZE, nearest_code_look_up
+from qlora_jax.optim.apply_updates import apply_updates
+from qlora_jax.optim.optimizers_8bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.state_8bit import MIN_SIZE, Quantized, dequantize, quantize, state_zeros
+from qlora_jax.quant.dynamic_8bit import LOOK_UP_SIZE, nearest_code_look_up
 
 GOLDEN = Path(__file__).parent.parent / "golden/optimizers_8bit.npz"
 MADE = {

@@ -14,9 +14,11 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
-from qlora_jax.optim.apply import apply_updates
-from qlora_jax.optim.chain import OPTIMIZERS
+from qlora_jax.optim.apply_updates import apply_updates
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
+from qlora_jax.optim.optax_chain import OPTIMIZERS
+from qlora_jax.optim.page_layout import layer_pages
+from qlora_jax.optim.page_pool import Memory, on_device
 from qlora_jax.optim.pager import (
     PagedUpdate,
     check_budget,
@@ -26,8 +28,6 @@ from qlora_jax.optim.pager import (
     resident_bytes,
     to_optax,
 )
-from qlora_jax.optim.pages import layer_pages
-from qlora_jax.optim.residency import Memory, on_device
 from qlora_jax.optim.schedule import SHAPES
 from qlora_jax.training.step import update
 from tests.marks import EXHAUSTIVE
@@ -357,8 +357,8 @@ def test_no_donation_across_kinds_of_memory_ends_the_process():
     # Parameters as users make them: on no device in particular, their kind of memory unspecified.
     code = (
         "import jax.numpy as jnp, optax, warnings, jax; warnings.simplefilter('error')\n"
-        "from qlora_jax.optim.pager import *; from qlora_jax.optim.pages import *\n"
-        "from qlora_jax.optim.residency import *\n"
+        "from qlora_jax.optim.pager import *; from qlora_jax.optim.page_layout import *\n"
+        "from qlora_jax.optim.page_pool import *\n"
         "memory = Memory.of(jax.devices()[0]); assert memory.kind == 'pinned_host'\n"
         "params = {'a': jnp.ones((4, 3)), 'b': jnp.ones((4, 2))}; transform = optax.adam(1e-3)\n"
         "layout = layer_pages(transform, params, 1); state = paged_init(transform, params, layout, memory)\n"

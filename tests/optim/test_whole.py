@@ -7,11 +7,11 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim.pager import PagedState, resident_bytes
-from qlora_jax.optim.pressure import SimulatedMemory
-from qlora_jax.training.budgets import Room
-from qlora_jax.training.updates import PagedUpdates, make_updates
+from qlora_jax.training.optimizer_state import PagedUpdates, make_updates
+from qlora_jax.training.paging_budget import Room
+from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import assert_same, gradients, plain_run, tree
-from tests.training.test_updates import Given, state_bytes
+from tests.training.test_optimizer_state import Given, state_bytes
 
 ARGS = OptimArgs(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.3, paging="auto")
 SIZE = state_bytes(ARGS)
@@ -23,7 +23,7 @@ class Run:
     """Steps with a given room, as the loop makes them."""
 
     def __init__(self, monkeypatch, **changes):
-        monkeypatch.setattr("qlora_jax.training.updates.PAGE_BYTES", 1)  # a page a layer
+        monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
         self.memory = SimulatedMemory(jax.devices()[0], "pinned_host", total_bytes=10 * SIZE, **changes)
         updates = make_updates(ARGS, STEPS, Given(SIZE), self.memory)
         assert isinstance(updates, PagedUpdates)

@@ -9,21 +9,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from pallas_kernels import aot, report
+from pallas_kernels import aot, kernel_report
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.nf4_matmul import api, costs, reference
 from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
-from pallas_kernels.nf4_matmul.layouts import chosen_layout
+from pallas_kernels.nf4_matmul.preferred_layout import chosen_layout
 from pallas_kernels.nf4_matmul.shapes import REDUCED, SHAPES, TILE, reduced
-from tests.contract import nf4_matmul as contract
+from tests.pallas_kernels.nf4_matmul import contract as contract
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DOWN = SHAPES["llama-2-7b/down"]
 
 
 def lines_of(capsys, *argv: str) -> list[str]:
-    assert report.main(argv) == 0
+    assert kernel_report.main(argv) == 0
     return capsys.readouterr().out.splitlines()
 
 
@@ -41,17 +41,17 @@ def test_every_card_and_shape_has_a_line(capsys):
 
 def test_numbers_of_one_line():
     """LLaMA-2-7B's down_proj, 45.1 M weights: 0.5 bytes of codes each, 1/64 + 4/(64 256) of constants, 2 in bf16."""
-    line = report.line("a100", DOWN, 512)
+    line = kernel_report.line("a100", DOWN, 512)
     assert line.codes == 4096 * 11008 // 2 and line.dequantized == 0
-    assert report.line("b200", DOWN, 512).dequantized == 2 * 4096 * 11008
+    assert kernel_report.line("b200", DOWN, 512).dequantized == 2 * 4096 * 11008
     assert line.constants == 4096 * 11008 // 64 + 4 * (4096 * 11008 // 64 // 256) + 4
     expanded = 2 * 4096 * 11008 // 64
     moved = line.codes + line.constants + 2 * expanded + 2 * 512 * (4096 + 11008)
     assert line.intensity == pytest.approx(2 * 512 * 4096 * 11008 / moved)
     assert line.bound == "compute" and line.roof_seconds == pytest.approx(2 * 512 * 4096 * 11008 / 312e12)
-    one = report.line("a100", DOWN, 1)
+    one = kernel_report.line("a100", DOWN, 1)
     assert one.bound == "memory" and one.roof_seconds > 2 * 4096 * 11008 / 312e12
-    on_cpu = report.line("cpu", DOWN, 1)
+    on_cpu = kernel_report.line("cpu", DOWN, 1)
     assert on_cpu.layout == "row_planar" and on_cpu.bound is None and on_cpu.roof_seconds is None
 
 
@@ -59,12 +59,12 @@ def test_a_fused_implementation_moves_no_dequantized_weight(monkeypatch):
     fused = Implementation(reference.forward, reference.backward, Abilities(devices=("sm_90",), rows=(16, 4096)), True)
     monkeypatch.setitem(api.IMPLEMENTATIONS, "fused", fused)
     monkeypatch.setitem(api.PREFERENCE, "sm_90", ("fused", "reference"))
-    many, one = report.line("h100", DOWN, 512), report.line("h100", DOWN, 1)
+    many, one = kernel_report.line("h100", DOWN, 512), kernel_report.line("h100", DOWN, 1)
     assert many.runs == {"forward": "fused", "backward": "fused"} and many.dequantized == 0 and not many.refused
-    assert many.intensity > 3 * report.line("b200", DOWN, 512).intensity
+    assert many.intensity > 3 * kernel_report.line("b200", DOWN, 512).intensity
     assert one.runs["forward"] == "reference"
     assert one.refused["fused forward"] == "takes 16 to 4096 rows, not 1"
-    assert "not fused forward: takes 16 to 4096 rows, not 1" in report.plain(one)
+    assert "not fused forward: takes 16 to 4096 rows, not 1" in kernel_report.plain(one)
 
 
 def test_the_table_fits_100_columns(monkeypatch, capsys):
@@ -72,7 +72,7 @@ def test_the_table_fits_100_columns(monkeypatch, capsys):
     monkeypatch.setitem(api.IMPLEMENTATIONS, "small", odd)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("small", "reference"))
     console = Console(force_terminal=True, width=100, color_system=None)
-    report.report(report._arguments([]), console)
+    kernel_report.report(kernel_report._arguments([]), console)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
@@ -82,7 +82,7 @@ def test_the_table_fits_100_columns(monkeypatch, capsys):
 
 
 def test_json_holds_everything(capsys):
-    assert report.main(["--card", "l40s", "cpu", "--shape", "smollm2*", "--m", "7", "--json"]) == 0
+    assert kernel_report.main(["--card", "l40s", "cpu", "--shape", "smollm2*", "--m", "7", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert "nothing here was measured" in found["note"]
     assert [(line["device"], line["shape"]) for line in found["lines"]] == [
@@ -99,7 +99,7 @@ def test_json_holds_everything(capsys):
     ],
 )
 def test_an_unknown_name_is_one_line_and_exit_code_2(argv, part, capsys):
-    assert report.main(argv) == 2
+    assert kernel_report.main(argv) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1 and part in err
 
@@ -107,20 +107,20 @@ def test_an_unknown_name_is_one_line_and_exit_code_2(argv, part, capsys):
 @pytest.mark.parametrize("m", ["0", "-3", "many"])
 def test_rows_are_positive_numbers(m, capsys):
     with pytest.raises(SystemExit) as caught:
-        report.main(["--m", m])
+        kernel_report.main(["--m", m])
     assert caught.value.code == 2 and "--m" in capsys.readouterr().err
 
 
 def test_compiling_where_it_can_not_be_done_says_what_to_install(monkeypatch, capsys):
     monkeypatch.setattr(aot, "problem", lambda: "packages missing: nvidia-cuda-nvcc; install them: somehow")
-    assert report.main(["--card", "h100", "--compile"]) == 2
+    assert kernel_report.main(["--card", "h100", "--compile"]) == 2
     assert "--compile: packages missing: nvidia-cuda-nvcc" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
 def test_compiled_products_use_tensor_cores(capsys):
     argv = ["--card", "a100", "--shape", "smollm2-135m/k,v", "--m", "512", "--json", "--compile"]
-    assert report.main(argv) == 0
+    assert kernel_report.main(argv) == 0
     compiled = json.loads(capsys.readouterr().out)["lines"][0]["compiled"]
     for way in ("forward", "backward"):
         assert compiled[way]["tensor-core instructions"] > 0 and compiled[way]["registers"] > 0
@@ -131,7 +131,7 @@ def test_no_backend_is_started():
     code = (
         "import sys\n"
         "from pallas_kernels import report\n"
-        "assert report.main(['--m', '1']) == 0\n"
+        "assert kernel_report.main(['--m', '1']) == 0\n"
         "from jax._src import xla_bridge\n"
         "print(xla_bridge.backends_are_initialized(), file=sys.stderr)"
     )
@@ -142,7 +142,7 @@ def test_no_backend_is_started():
 
 def test_a_cards_device_is_what_jax_would_say():
     for name, card in CARDS.items():
-        device, same = report.device_of_card(name)
+        device, same = kernel_report.device_of_card(name)
         assert same is card
         assert device == Device(platform="gpu", kind=card.description, compute_capability=card.compute_capability)
 

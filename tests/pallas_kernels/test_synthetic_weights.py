@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.scattered import WIDTH, scattered_like
+from pallas_kernels.synthetic_weights import WIDTH, scattered_like
 
 
 def test_bytes_and_floats_spread_over_their_range_and_no_two_arrays_are_alike():

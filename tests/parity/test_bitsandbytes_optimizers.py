@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.optim.apply import apply_updates
-from qlora_jax.optim.blockwise import Quantized
-from qlora_jax.optim.eight_bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.apply_updates import apply_updates
+from qlora_jax.optim.optimizers_8bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.state_8bit import Quantized
 
 SCRIPT = Path(__file__).resolve().parent.parent / "oracle/bnb_optimizer.py"
 LAYERS, STEPS = 2, 4

@@ -12,12 +12,12 @@ import pytest
 from pallas_kernels.formats.layouts import repack
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import add_lora, linears
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.add_adapters import add_lora, linears
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
-from qlora_jax.nn.mixed import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize
 from tests.commands import quantize_main
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder

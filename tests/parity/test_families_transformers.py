@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.inventory import layer_name
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config

@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.opened import load_base, open_base_or_run
+from qlora_jax.io.pretrained import load_base, open_base_or_run
 from qlora_jax.models.partition import partition
 
 ORACLE = Path(__file__).parent.parent / "oracle/generate_greedy.py"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from qlora_jax.io.source import open_model
+from qlora_jax.io.open_model import open_model
 from tests.io.gguf_families import FAMILIES, random_tensors, write_family
 from tests.io.tiny_models import random_weights, tiny_config, write_gguf
 
@@ -38,7 +38,7 @@ def test_tiny_model(tmp_path: Path, oracle, tied: bool) -> None:
 
 @pytest.mark.slow
 def test_families_that_transformers_imports(tmp_path: Path, oracle) -> None:
-    """Each file as it is written for tests/io/test_gguf_families.py."""
+    """Each file as it is written for tests/io/gguf/test_families.py."""
     for name in IMPORTED:
         architecture, config = FAMILIES[name]
         write_family(tmp_path / f"{name}.gguf", architecture, config, random_tensors(config))

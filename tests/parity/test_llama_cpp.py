@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.data.gguf_tokenizer import rebuild
-from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.data.tokenizer.from_gguf import rebuild
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import DTYPES, main
-from qlora_jax.io.gguf_frame import framed
-from qlora_jax.io.gguf_writer import write_gguf
-from qlora_jax.io.logit_check import PROMPTS
-from qlora_jax.io.opened import held_as, load_base, open_base_or_run
-from qlora_jax.io.source import open_model
+from qlora_jax.io.export.gguf_metadata import framed
+from qlora_jax.io.export.verify import PROMPTS
+from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
 from tests.commands import quantize_main as quantize
-from tests.data.test_tokenizer import TRICKY, _strings
+from tests.data.tokenizer.test_tokenizer import TRICKY, _strings
+from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, random_tensors
-from tests.io.test_gguf_frame import CONFIGS
 from tests.io.tiny_models import write_folder
 from tests.io.tiny_tokenizers import CORPUS, byte_level
 from tests.marks import some_in_ci

@@ -8,12 +8,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
-from qlora_jax.io import logit_check, safetensors_writer
-from qlora_jax.io.opened import held_as, load_base, open_base_or_run
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import linears
+from qlora_jax.io.export import verify
+from qlora_jax.io.hf import shard_writer
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
+from qlora_jax.models.add_adapters import linears
 from qlora_jax.nn.lora import LoRA
 from tests.commands import quantize_main as quantize
 from tests.io.gguf_families import FAMILIES, random_tensors
@@ -73,7 +74,7 @@ def test_weights_are_rounded_once(tmp_path: Path, dtype: str) -> None:
 def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, _ = _run(tmp_path, "run", "all")
     main([str(run), "--format", "hf"])
-    monkeypatch.setattr(safetensors_writer, "SHARD_BYTES", 20_000)
+    monkeypatch.setattr(shard_writer, "SHARD_BYTES", 20_000)
     main([str(run), "--format", "hf", "--output", str(tmp_path / "cut")])
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
@@ -138,7 +139,7 @@ def test_merged_into_the_original_weights(
     # The cost is the difference from what was trained.
     folder = write_folder(tmp_path / "again", config, {name: found[name].read() for name in found}, **files)
     tokenizer = load_tokenizer(open_model(model).tokenizer)
-    prompts = logit_check.tokens_of(tokenizer, logit_check.PROMPTS)
+    prompts = verify.tokens_of(tokenizer, verify.PROMPTS)
     merged, trained = (_logits(each, prompts.tokens_BT)[prompts.real_BT] for each in (_dense(folder), with_adapter))
     cost = np.abs(merged - trained).max()
     assert f"run, step 7, merged into {model}: {written}" in told and cost > 0.01
@@ -215,7 +216,7 @@ def test_gguf_files_from_folders(tmp_path: Path, oracle) -> None:
 
 def test_differences() -> None:
     base, adapter = np.zeros((2, 3)), np.array([[0.0, 3, 0], [0, 0, -4]])
-    found = logit_check.difference(adapter + 0.1, adapter, base)
+    found = verify.difference(adapter + 0.1, adapter, base)
     assert found.largest == pytest.approx(0.1) and found.rms == pytest.approx(0.1)
     assert found.adapter_largest == 4 and found.adapter_rms == pytest.approx((25 / 6) ** 0.5)
-    assert found.is_small and not logit_check.difference(adapter * 0.5, adapter, base).is_small
+    assert found.is_small and not verify.difference(adapter * 0.5, adapter, base).is_small

@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
-from qlora_jax.data.tokenizer import load_tokenizer, with_new_tokens
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer, with_new_tokens
 from qlora_jax.export import main
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.opened import adapted, held_as, load_base, open_base_or_run
-from qlora_jax.io.source import open_model
-from qlora_jax.io.vocabulary import open_tokenizer
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import adapted, held_as, load_base, open_base_or_run, open_tokenizer
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import add_tables, add_token_rows
+from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 

@@ -10,13 +10,13 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.export import main
+from qlora_jax.io.adapter_init import Splits, targets_of, write_initial
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
-from qlora_jax.io.initial import Splits, targets_of, write_initial
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
-from qlora_jax.io.slots import slots_of
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.tensor_map import slots_of
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format

@@ -12,9 +12,9 @@ from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.export import main
-from qlora_jax.io.opened import adapted, load_base, open_base_or_run
-from qlora_jax.io.peft import adapter_tensors
-from qlora_jax.models.adapt import ia3_targets
+from qlora_jax.io.peft.writer import adapter_tensors
+from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from tests.io.gguf_families import FAMILIES, random_tensors

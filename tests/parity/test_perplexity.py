@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from qlora_jax import evaluate
-from qlora_jax.inference.task_files import text_task
-from qlora_jax.io.opened import open_base_or_run
+from qlora_jax.evaluation.tasks.text import text_task
+from qlora_jax.io.pretrained import open_base_or_run
 
 ORACLE = Path(__file__).parent.parent / "oracle/evaluate_text.py"
 # The shipped weights, and their linear layers quantized again to NF4 with double quantization.

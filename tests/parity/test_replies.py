@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qlora_jax.data.readers import read_rows
-from qlora_jax.inference.choices import choice_scores
-from qlora_jax.inference.scoring import answer_scores
-from qlora_jax.inference.task_files import choice_task, rows_task
-from qlora_jax.io.opened import held_as, load_base, open_base_or_run
+from qlora_jax.data.readers.files import read_rows
+from qlora_jax.evaluation.loglikelihood import answer_scores
+from qlora_jax.evaluation.tasks.choices import choice_scores
+from qlora_jax.evaluation.tasks.text import choice_task, rows_task
+from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
 from qlora_jax.models.partition import partition
 
 ORACLE = Path(__file__).parent.parent / "oracle/reply_likelihoods.py"

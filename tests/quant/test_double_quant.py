@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels.formats.tables import dynamic_map
 from qlora_jax.quant.double_quant import mean, quantize_constants
-from qlora_jax.quant.dynamic import LOOK_UP_SIZE, nearest_code_look_up
+from qlora_jax.quant.dynamic_8bit import LOOK_UP_SIZE, nearest_code_look_up
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden/quant.npz"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.quant import dequantize, quantize
-from qlora_jax.quant.low_rank import Decomposition, decomposed, loftq, on_grid, pissa, without
+from qlora_jax.quant.pissa_loftq import Decomposition, decomposed, loftq, on_grid, pissa, without
 
 N, K, R = 96, 128, 8
 

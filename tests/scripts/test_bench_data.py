@@ -7,8 +7,8 @@ import pytest
 
 from qlora_jax.config import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.readers import read_rows
-from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.data.readers.files import read_rows
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from tests.data.conftest import ASSETS
 
 

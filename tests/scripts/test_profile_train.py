@@ -13,8 +13,8 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
-from qlora_jax.training import counts
-from qlora_jax.training.saved import saved_bytes
+from qlora_jax.training.cost import flops
+from qlora_jax.training.cost.activations import saved_bytes
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts/profile_train.py"
@@ -48,7 +48,7 @@ def script(load_with_neighbours):
 def counted(remat="names"):
     lora = LoraArgs(rank=4, target_modules=["q_proj", "down_proj"])
     weights = WeightFormat(platform="cpu")
-    return counts.Step(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)
+    return flops.Step(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_rates_are_of_the_formulas_flop_and_rows_add_up(parts, script):
     programs = {"gradients": parts.operations_of(HLO)}
     rows = parts.measure([step_of(parts, 1e6)], programs)
     lines = script.part_rows(rows, counted(), 100.0)
-    flop = counts.flops(counted())
+    flop = flops.flops(counted())
     frozen = {"forward": flop["frozen forward"], "backward": flop["frozen backward"]}
     assert lines[0]["flop"] == frozen
     assert lines[0]["gflop_per_second"] == pytest.approx(sum(frozen.values()) / 0.070 / 1e9)
@@ -147,7 +147,7 @@ def test_rates_are_of_the_formulas_flop_and_rows_add_up(parts, script):
 
 @pytest.mark.parametrize("remat", REMAT_POLICIES)
 def test_what_the_formulas_count_has_a_place(parts, load_with_neighbours, remat):
-    flop = parts.flop_by_part(counts.flops(counted(remat)))
+    flop = parts.flop_by_part(flops.flops(counted(remat)))
     assert flop.keys() <= set(parts.PARTS)
     assert {direction for part in flop.values() for direction in part} <= set(parts.DIRECTIONS)
     assert ("recomputed" in flop["frozen"]) == (remat in ("full", "offload"))

@@ -4,7 +4,7 @@ import gzip
 
 import pytest
 
-from qlora_jax.optim.pages import PAGE_BYTES
+from qlora_jax.optim.page_layout import PAGE_BYTES
 
 MIB = 2**20
 

@@ -10,19 +10,20 @@ import pytest
 
 from pallas_kernels import aot
 from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.kernel_report import abstract_weight, device_of_card
 from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, chosen
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call
-from pallas_kernels.report import abstract_weight, device_of_card
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.optim import make_optimizer
-from qlora_jax.training import byte_counts, counts, step
-from qlora_jax.training.abstract import abstract_step
-from qlora_jax.training.saved import saved_bytes
+from qlora_jax.training import step
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost.activations import saved_bytes
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
 from tests.training.compiled_text import TO_READ, computed, dots, nbytes, shape_of
@@ -95,28 +96,28 @@ def test_65b_takes_no_memory_and_no_time():
 
 
 def compile_both(name: str, card: str, batch, remat="names", **lora):
-    """(counts.Step, gradients and update compiled for the card, the abstract step)."""
+    """(flops.Step, gradients and update compiled for the card, the abstract step)."""
     model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
     adapters = LoraArgs(**lora)
     abstract = abstract_step(model, weights, adapters, batch=batch, remat=remat)
     compiled = [
         aot.compile_for(card, p.function, *p.args, **p.kwargs) for p in (abstract.gradients(), abstract.update())
     ]
-    counted = counts.Step(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
+    counted = flops.Step(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
     return counted, *compiled, abstract
 
 
 def check_counts(counted, gradients, update, abstract):
     """Operations and bytes of the compiled programs are the formulas'."""
     products = dots(gradients.text)
-    expected = sum(counts.flops(counted).values()) - fused_flops(counted, gradients.card)
+    expected = sum(flops.flops(counted).values()) - fused_flops(counted, gradients.card)
     excess = sum(dot.flops * dot.times for dot in products) - expected
     assert 0 <= excess <= sum(dot.flops * dot.times for dot in products if is_split(dot)) / 2
     device = gradients.memory.device
-    assert device.arguments == byte_counts.argument_bytes(counted)
+    assert device.arguments == memory_use.argument_bytes(counted)
     pointers = 8 * (len(jax.tree.leaves(abstract.lora)) + 3)  # the table of a tuple's members
-    assert device.outputs == byte_counts.gradient_output_bytes(counted) + pointers
-    lora, state = byte_counts.lora_bytes(counted), byte_counts.optimizer_bytes(counted)
+    assert device.outputs == memory_use.gradient_output_bytes(counted) + pointers
+    lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
     assert update.memory.device.arguments == 2 * lora + state
     assert update.memory.device.aliases == lora + state
     saved = sum(saved_bytes(counted).values())
@@ -131,7 +132,7 @@ def fused_flops(counted, card) -> int:
         calls = [Call.of(way, rows, jnp.dtype(counted.weights.dtype), weight) for way in DIRECTIONS]
         runs |= {IMPLEMENTATIONS[str(chosen(device, call).name)].fused for call in calls}
     (fused,) = runs
-    return fused * sum(flops for part, flops in counts.flops(counted).items() if part.startswith("frozen"))
+    return fused * sum(flops for part, flops in flops.flops(counted).items() if part.startswith("frozen"))
 
 
 def is_split(dot) -> bool:
@@ -146,7 +147,7 @@ def working_set(counted) -> int:
     model = counted.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * model.num_heads * model.head_dim
     layer = 8 * counted.rows * widths * counted.itemsize + 4 * 2 * model.mlp_dim * model.embed_dim
-    return 2 * byte_counts.logits_bytes(counted) + byte_counts.lora_bytes(counted) + layer
+    return 2 * memory_use.logits_bytes(counted) + memory_use.lora_bytes(counted) + layer
 
 
 def check_nothing_is_whole(counted, text):
@@ -159,7 +160,7 @@ def check_nothing_is_whole(counted, text):
         if sizes[:1] == [layers]:
             assert not kind.startswith("u8") or math.prod(sizes) < smallest // 2, kind
             assert sizes[1:] not in [[n, k] for _, (n, k) in counted.shapes()], (kind, kept)
-        chunk = counts.head_tile(counted).tokens
+        chunk = flops.head_tile(counted).tokens
         if re.match(r"f32|bf16", kind) and model.vocab_size in sizes and model.embed_dim not in sizes:
             assert nbytes(kind) <= 4 * chunk * model.vocab_size, kind
 

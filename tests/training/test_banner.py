@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
-from qlora_jax.training.overview import _products
-from tests.contract.nf4_matmul import weight
+from qlora_jax.training.banner import _products
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 
 def session_of(*weights):

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.training.display import Display, Pace, banner, duration
-from qlora_jax.training.figures import held_out_figures
+from qlora_jax.training.eval_metrics import held_out_figures
 
 
 def record(step: int, **changes) -> dict:

@@ -5,9 +5,9 @@ import math
 
 import numpy as np
 
-from qlora_jax.inference.measures import Measure, share
-from qlora_jax.inference.statistics import wilson_interval
-from qlora_jax.training.figures import figures, held_out_figures, loss_interval, perplexity, shares
+from qlora_jax.evaluation.metrics import Measure, share
+from qlora_jax.evaluation.statistics import wilson_interval
+from qlora_jax.training.eval_metrics import figures, held_out_figures, loss_interval, perplexity, shares
 from qlora_jax.training.trackers import numbers
 
 

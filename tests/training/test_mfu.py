@@ -10,8 +10,8 @@ from pallas_kernels.gpu_specs import CARDS
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.rope import Rope
-from qlora_jax.training import counts
-from qlora_jax.training.utilization import NO_WINDOW, causal_pairs, peak_of, utilization
+from qlora_jax.training.cost import flops
+from qlora_jax.training.mfu import NO_WINDOW, causal_pairs, peak_of, utilization
 
 L, D, N, K, H, F, V, R = 3, 64, 4, 2, 16, 96, 500, 8
 MODEL = ModelConfig(
@@ -35,9 +35,9 @@ TOKENS, TARGETS = 20, 6
 PAIRS = sum(n * (n + 1) // 2 for n in (3, 10, 7))
 
 
-def step(**changes) -> counts.Step:
+def step(**changes) -> flops.Step:
     fields = dict(model=MODEL, weights=WeightFormat(), lora=LoraArgs(rank=R), batch=(4, 8, 512), remat="full")
-    return counts.Step(**fields | changes)
+    return flops.Step(**fields | changes)
 
 
 def test_operations_in_closed_form():
@@ -69,7 +69,7 @@ def test_neither_padding_nor_batches_nor_recomputation_count():
 def test_without_padding_products_are_those_of_the_program():
     """counts.flops equals what XLA compiles (test_counts.py); attention there visits whole tiles, so it stays out."""
     full = step(remat="none", batch=(2, 4, 64), supervised=256)
-    parts = counts.flops(full)
+    parts = flops.flops(full)
     found = utilization(full, None)
     lengths = np.full((2, 4, 1), 64)
     attention = found.pair * L * causal_pairs(lengths, NO_WINDOW)

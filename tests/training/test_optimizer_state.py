@@ -9,11 +9,11 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise
-from qlora_jax.optim.chain import OPTIMIZERS
-from qlora_jax.optim.pressure import SimulatedMemory
-from qlora_jax.optim.residency import Memory
-from qlora_jax.training.programs import Gradients
-from qlora_jax.training.updates import make_updates
+from qlora_jax.optim.optax_chain import OPTIMIZERS
+from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.optimizer_state import make_updates
+from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import assert_same, gradients, tree
 
 STEPS = 50
@@ -83,7 +83,7 @@ MODES = {
 @pytest.mark.parametrize("name", list(OPTIMIZERS))
 @pytest.mark.parametrize("mode", MODES)
 def test_fifty_steps_of_every_mode_equal_the_plain_run(name, mode, monkeypatch):
-    monkeypatch.setattr("qlora_jax.training.updates.PAGE_BYTES", 1)  # a page a layer
+    monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
     share, memory, expected = MODES[mode]
     args = dataclasses.replace(ARGS, name=name)
     state = state_bytes(args)

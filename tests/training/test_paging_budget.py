@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from qlora_jax.optim.pressure import SimulatedMemory
-from qlora_jax.optim.residency import Memory
-from qlora_jax.training.budgets import Room, planned
-from qlora_jax.training.programs import Gradients
+from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.paging_budget import Room, planned
+from tests.optim.memory_pressure import SimulatedMemory
 
 MIB = 2**20
 SHAPE = (1, 1, 64)

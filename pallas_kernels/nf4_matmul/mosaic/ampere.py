@@ -41,7 +41,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
-from pallas_kernels.nf4_matmul.mosaic import inline
+from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Machine
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
@@ -105,7 +105,7 @@ def product(
     columns, contracted = _columns(instructions.direction, weight), rows_MC.shape[1]
     task = _Task(instructions, tile, padded.shape[0], contracted, columns, weight.shape[0])
     scales = jnp.pad(weight.scales, ((0, 0), (0, -weight.shape[0] % TILE_COLUMNS)))
-    words = jnp.asarray(inline.constant_words(weight.table, rows_MC.dtype))
+    words = jnp.asarray(inline_ptx.constant_words(weight.table, rows_MC.dtype))
     return task.run(padded, weight.codes_LNJ, weight.layer, scales, words)[:rows]
 
 

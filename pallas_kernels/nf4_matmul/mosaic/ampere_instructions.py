@@ -16,7 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
 from pallas_kernels.nf4_matmul.dispatch import Direction
-from pallas_kernels.nf4_matmul.mosaic import fragments, inline
+from pallas_kernels.nf4_matmul.mosaic import fragments, inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 
@@ -55,7 +55,7 @@ class Machine:
 
     def constants(self, words_g) -> list[jax.Array]:
         """The look-up's constants, in registers."""
-        return inline.constants(words_g)
+        return inline_ptx.constants(words_g)
 
     def weights(self, codes_s, scales_s, words) -> Sequence[jax.Array]:
         """Of each part of the round's contraction the second operand [64, 128]."""

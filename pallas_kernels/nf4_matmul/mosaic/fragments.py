@@ -32,8 +32,8 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.nf4_matmul.dispatch import Direction
-from pallas_kernels.nf4_matmul.mosaic import inline
-from pallas_kernels.nf4_matmul.mosaic.inline import THREADS, assembly, fragmented, tiled, value
+from pallas_kernels.nf4_matmul.mosaic import inline_ptx
+from pallas_kernels.nf4_matmul.mosaic.inline_ptx import THREADS, assembly, fragmented, tiled, value
 
 RUN = 64
 TILE_COLUMNS = 2 * RUN
@@ -202,7 +202,7 @@ def in_order(sums: jax.Array) -> list[jax.Array]:
 
 def _machine(table: np.ndarray, dtype: Any, constants: Sequence[Any]) -> Alu:
     two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
-    of_one, of_two = inline.look_up_ptx(table, dtype), inline.look_up_across_ptx(table, dtype)
+    of_one, of_two = inline_ptx.look_up_ptx(table, dtype), inline_ptx.look_up_across_ptx(table, dtype)
     i32 = ir.IntegerType.get_signless(32)
 
     def look_up(ptx, outputs, *packed):

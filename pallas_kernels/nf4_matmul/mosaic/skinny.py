@@ -34,8 +34,8 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Layer
-from pallas_kernels.nf4_matmul.mosaic import inline
-from pallas_kernels.nf4_matmul.mosaic.abilities import MOST_ROWS
+from pallas_kernels.nf4_matmul.mosaic import inline_ptx
+from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands
 from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import (
     BLOCK,
@@ -103,7 +103,7 @@ class _Task(NamedTuple):
     def run(self, x_TRK: jax.Array, weight: Operands) -> Float[Array, "parts T N 8"]:
         """Sums of every part of K."""
         tiles = x_TRK.shape[0]
-        words = jnp.asarray(inline.constant_words(weight.table, x_TRK.dtype))
+        words = jnp.asarray(inline_ptx.constant_words(weight.table, x_TRK.dtype))
         return plgpu.kernel(
             self.kernel,
             out_type=jax.ShapeDtypeStruct((self.parts, tiles, self.columns, EIGHT), jnp.float32),

@@ -17,9 +17,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
-from pallas_kernels.nf4_matmul.mosaic import inline
+from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
-from pallas_kernels.nf4_matmul.mosaic.inline import tiled
+from pallas_kernels.nf4_matmul.mosaic.inline_ptx import tiled
 
 WARPS = 4
 GROUP = 128  # columns of K whose codes share 64 bytes
@@ -69,7 +69,7 @@ class Machine:
 
     def constants(self, words_g) -> list[jax.Array]:
         """The look-up's constants, in registers."""
-        return inline.constants(words_g)
+        return inline_ptx.constants(words_g)
 
     def zeros(self) -> jax.Array:
         """Sums of four warps to begin with."""
@@ -87,7 +87,7 @@ class Machine:
         """Of each warp w, row n and row m of x: sums + sum_r scales[2 w + r, n] (table[codes of run r] . x)."""
         of_rows = tiled(ROWS if x[0].shape[0] == EIGHT else TWO_ROWS)
         of_codes, of_scales = tiled(CODES), tiled(SCALES)
-        types = ([SUMS_LAYOUT] * len(x), [of_rows] * len(x), of_codes, of_scales, [inline.THREADS] * len(words))
+        types = ([SUMS_LAYOUT] * len(x), [of_rows] * len(x), of_codes, of_scales, [inline_ptx.THREADS] * len(words))
         result = [plgpu.ShapeDtypeStruct(one.shape, jnp.dtype(jnp.float32), layout=SUMS_LAYOUT) for one in sums]
         emit = functools.partial(_emit_dot, self.table, self.dtype)
         return plgpu.inline_mgpu(arg_types=types, return_type=result)(emit)(list(sums), list(x), codes, scales, words)
@@ -182,12 +182,12 @@ def _emit_dot(table, dtype, ctx, sums, x, codes, scales, words):
         scales.registers.reshape(2),
         alu,
     )
-    return [inline.fragmented(one, SUMS_LAYOUT, (WARPS * BLOCK, EIGHT)) for one in found]
+    return [inline_ptx.fragmented(one, SUMS_LAYOUT, (WARPS * BLOCK, EIGHT)) for one in found]
 
 
 def _machine(table: np.ndarray, dtype: Any, constants: list[Any]) -> Alu:
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
-    ptx = inline.look_up_word_ptx(table, dtype)
+    ptx = inline_ptx.look_up_word_ptx(table, dtype)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     multiply_ptx = (
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 "
@@ -195,22 +195,24 @@ def _machine(table: np.ndarray, dtype: Any, constants: list[Any]) -> Alu:
     )
 
     def word(register, at, count):
-        return inline.value(mgpu.utils.bitcast(register, ir.VectorType.get((count,), i32)), at)
+        return inline_ptx.value(mgpu.utils.bitcast(register, ir.VectorType.get((count,), i32)), at)
 
     def multiply(weights, values, sums):
         start = [mgpu.utils.c(0.0, f32)] * 4 if sums[0] is None else list(sums)
-        return inline.assembly(multiply_ptx, f32, 4, [*weights, *values], start)
+        return inline_ptx.assembly(multiply_ptx, f32, 4, [*weights, *values], start)
 
     def add(sums, scales, q, found):
-        scale = arith.extf(f32, inline.value(scales, q))
+        scale = arith.extf(f32, inline_ptx.value(scales, q))
         new = [
-            inline.assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], inline.value(sums, v)])[0]
+            inline_ptx.assembly("fma.rn.f32 $0, $1, $2, $3;", f32, 1, [], [scale, found[v], inline_ptx.value(sums, v)])[
+                0
+            ]
             for v in range(2)
         ]
         return vector.from_elements(ir.VectorType.get((2,), f32), new)
 
     return Alu(
-        look_up=lambda register, s: inline.assembly(ptx, i32, 4, [word(register, s, 4), *constants], []),
+        look_up=lambda register, s: inline_ptx.assembly(ptx, i32, 4, [word(register, s, 4), *constants], []),
         values=lambda register, s: [word(register, 2 * s + half, 8) for half in range(2)],
         multiply=multiply,
         add=add,

@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from qlora_jax.data.buckets import bucket_of
-from qlora_jax.data.mixture import Mixture
-from qlora_jax.data.packing import pack
+from qlora_jax.data.batching.buckets import bucket_of
+from qlora_jax.data.batching.mixture import Mixture
+from qlora_jax.data.batching.packing import pack
 from qlora_jax.data.rows import TokenRows
 
 START = {"epoch": 0, "window": 0, "index": 0}

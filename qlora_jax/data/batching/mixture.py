@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int64
 
+from qlora_jax.data.row_store import StoredRows
 from qlora_jax.data.rows import File, TokenRows, Window, joined, place_of
-from qlora_jax.data.stored import StoredRows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

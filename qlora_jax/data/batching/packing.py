@@ -10,7 +10,7 @@ import bisect
 import numpy as np
 from jaxtyping import Int64
 
-from qlora_jax.data.buckets import UNIT
+from qlora_jax.data.batching.buckets import UNIT
 
 
 def pack_places(max_length: int) -> int:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_jax.data.chat import Message
+from qlora_jax.data.tokenizer.chat_template import Message
 
 # Who speaks in `messages`. Beside the usual four: developer is what gpt-oss's templates call the system, and function,
 # ipython (Llama 3) and observation (GLM-4) are what others call a tool.

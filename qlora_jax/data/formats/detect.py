@@ -3,8 +3,8 @@
 import difflib
 from collections.abc import Sequence
 
-from qlora_jax.data.formats import FORMS, Form
-from qlora_jax.data.readers import Row
+from qlora_jax.data.formats.registry import FORMS, Form
+from qlora_jax.data.readers.files import Row
 
 
 def recognise(path: str, rows: Sequence[Row], named: str = "auto") -> Form:

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.data import dialogs
-from qlora_jax.data.chat import Message
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tools import call_problems, tools_problems, with_read_arguments
+from qlora_jax.data.formats import conversations
+from qlora_jax.data.formats.tool_calls import call_problems, tools_problems, with_read_arguments
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.tokenizer.chat_template import Message
 
 Columns = Mapping[str, Any]
 
@@ -99,7 +99,7 @@ def _message_problems(row: Columns) -> list[str]:
                 f"message {index} needs 'role' and 'content', found {', '.join(map(repr, message)) or 'nothing'}"
             )
             continue
-        problems += [f"message {index}: {problem}" for problem in dialogs.role_problems(message["role"])]
+        problems += [f"message {index}: {problem}" for problem in conversations.role_problems(message["role"])]
         name = f"content of message {index} ({message['role']})"
         if message.get("tool_calls"):
             problems += [f"message {index}: {problem}" for problem in call_problems(message)]
@@ -151,8 +151,8 @@ def _marked(name: str, column: str, mark: re.Pattern[str]) -> Form:
         name=name,
         required=(column,),
         only_named=True,
-        problems=lambda row: _text_problems(row, column) or dialogs.marked_problems(row[column], mark),
-        messages=lambda row: dialogs.marked_turns(row[column], mark),
+        problems=lambda row: _text_problems(row, column) or conversations.marked_problems(row[column], mark),
+        messages=lambda row: conversations.marked_turns(row[column], mark),
         plain=lambda row: [Segment(row[column], True)],
     )
 
@@ -213,11 +213,11 @@ def _seed_task_examples(row: Columns) -> list[dict[str, Any]]:
 
 
 def _sharegpt_problems(row: Columns) -> list[str]:
-    return dialogs.sharegpt_problems(row) or _message_problems({"messages": dialogs.sharegpt_messages(row)})
+    return conversations.sharegpt_problems(row) or _message_problems({"messages": conversations.sharegpt_messages(row)})
 
 
 def _chip2_plain(row: Columns) -> list[Segment]:
-    question, answer = dialogs.chip2_pair(row["text"])
+    question, answer = conversations.chip2_pair(row["text"])
     return [Segment(question, False), Segment(answer, True)]
 
 
@@ -233,7 +233,7 @@ _FORMS = (
         name="sharegpt",
         required=("conversations",),
         problems=_sharegpt_problems,
-        messages=dialogs.sharegpt_messages,
+        messages=conversations.sharegpt_messages,
     ),
     # Through a chat template as a user's and an assistant's turn; without one as the texts above, eos after the output.
     Form(
@@ -269,14 +269,14 @@ _FORMS = (
         examples=_examples_in("instances"),
     ),
     _pair("flan", "inputs", "targets"),
-    _marked("hh-rlhf", "chosen", dialogs.HH),
-    _marked("guanaco", "text", dialogs.GUANACO),
+    _marked("hh-rlhf", "chosen", conversations.HH),
+    _marked("guanaco", "text", conversations.GUANACO),
     Form(
         name="chip2",
         required=("text",),
         only_named=True,
-        problems=lambda row: _text_problems(row, "text") or dialogs.chip2_problems(row["text"]),
-        messages=lambda row: _question(*dialogs.chip2_pair(row["text"])),
+        problems=lambda row: _text_problems(row, "text") or conversations.chip2_problems(row["text"]),
+        messages=lambda row: _question(*conversations.chip2_pair(row["text"])),
         plain=_chip2_plain,
     ),
     # Never a conversation: all of the text is supervised, eos after it.

@@ -4,9 +4,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_jax.data.chat import Message
-from qlora_jax.data.json_rows import told
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.readers.json_rows import told
+from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 Tools = Sequence[Mapping[str, Any]]
 

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.encode import LEARNED, Encoded, Learn
-from qlora_jax.data.lossless import ByteLengths
-from qlora_jax.data.spans import Segment
+from qlora_jax.data.loss_mask.by_offsets import LEARNED, Encoded, Learn
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.tokenizer.byte_lengths import ByteLengths
 
 
 def encode_by_bytes(

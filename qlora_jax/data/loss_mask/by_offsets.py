@@ -8,8 +8,8 @@ import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 Learn = Literal["assistant", "last", "all"]
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from os.path import commonprefix
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
 def shared_head(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list[int]]:

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.chat import Message
-from qlora_jax.data.spans import VARIANTS, Segment, conversation_segments, turn_marks
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.data.tools import Tools
+from qlora_jax.data.formats.tool_calls import Tools
+from qlora_jax.data.loss_mask.spans import VARIANTS, Segment, conversation_segments, turn_marks
+from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Letters and digits only, as a template's trim or escape leaves alone.
 _PLACE = "Qz8MESSAGE{}x8Zq"

@@ -19,9 +19,9 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.chat import Message
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.data.tools import Tools, check_shown, names_called
+from qlora_jax.data.formats.tool_calls import Tools, check_shown, names_called
+from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 Render = Callable[..., str]  # the tokenizer's, with the tools of a row
 

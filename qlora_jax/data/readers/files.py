@@ -4,6 +4,7 @@ JSON Lines, JSON, CSV or TSV, gzipped or not, and Parquet; data sets on a Hub by
 """
 
 import contextlib
+import difflib
 import gzip
 import hashlib
 import io
@@ -15,11 +16,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from qlora_jax.data.absent import what_was_meant
-from qlora_jax.data.delimited import dialect_of, parse_columns
-from qlora_jax.data.hub_rows import HubRows, hub_rows
-from qlora_jax.data.json_rows import SPACE, Bad, json_array, json_lines, shorten
-from qlora_jax.data.parquet import MAGIC, parquet_rows
+from qlora_jax.data.readers.csv_rows import dialect_of, parse_columns
+from qlora_jax.data.readers.hub_rows import HubRows, hub_rows
+from qlora_jax.data.readers.json_rows import SPACE, Bad, json_array, json_lines, shorten
+from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 
 _SHOWN = 8
 _GZIP = b"\x1f\x8b"
@@ -261,3 +261,16 @@ def _not_a_row(value: Any) -> str:
     if isinstance(value, Bad):
         return value.problem
     return f'expected an object such as {{"prompt": "..."}}, found {shorten(json.dumps(value, ensure_ascii=False))}'
+
+
+def what_was_meant(path: Path) -> str:
+    """The end of a message about a name that is no file's: one beside it, or how such a source is written."""
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    # What follows the dot is alike in most names, and half of a short one.
+    if near := difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.85):
+        return f"; did you mean {path.parent / near[0]}?"
+    if str(path).startswith(("http:", "https:")):
+        return "; addresses are not fetched, give a file, or hf://datasets/org/name for a data set on the Hub"
+    if "," in str(path):
+        return "; several files are given with weights: {a.jsonl: 1, b.jsonl: 1}"
+    return "" if path.suffix else "; a data set on the Hub is given as hf://datasets/org/name"

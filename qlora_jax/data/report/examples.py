@@ -5,10 +5,10 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.mixture import Mixture
-from qlora_jax.data.report import decode_row
+from qlora_jax.data.batching.mixture import Mixture
+from qlora_jax.data.report.stats import decode_row
 from qlora_jax.data.rows import TokenRows
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
 class Run(NamedTuple):

@@ -7,14 +7,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.buckets import bucket_of, steps_by_bucket
-from qlora_jax.data.formats import FORMS
-from qlora_jax.data.mixture import Mixture
-from qlora_jax.data.packing import pack
+from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
+from qlora_jax.data.batching.mixture import Mixture
+from qlora_jax.data.batching.packing import pack
+from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.row_counts import Tally
 from qlora_jax.data.rows import TokenRows
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tally import Tally
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,9 +7,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qlora_jax.data.report import DataReport, SideReport, SourceReport
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tally import PERCENTILES
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.report.stats import DataReport, SideReport, SourceReport
+from qlora_jax.data.row_counts import PERCENTILES
 
 # Around what the loss sees, so that it can be told without colour.
 _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")

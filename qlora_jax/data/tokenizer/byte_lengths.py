@@ -4,13 +4,69 @@ import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tokenizers
 from jaxtyping import Bool, Int64
 
-from qlora_jax.data import spelt
+from qlora_jax.data.tokenizer.from_gguf import SPACE
+
+Prefix = Literal["never", "first", "every"]
+
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+_SPELL = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
+_SPLIT = {"type": "Split", "pattern": {"String": " "}, "behavior": "MergedWithPrevious", "invert": False}
+
+# What the normalizer and the pre-tokenizer do: where they put a space that the text does not have. Gemma's split finds
+# no space, since they are spelt out by then.
+_STEPS: list[tuple[Any, Any, Prefix]] = [
+    ({"type": "Sequence", "normalizers": [_PREPEND, _SPELL]}, None, "every"),
+    (_SPELL, None, "never"),
+    (_SPELL, _SPLIT, "never"),
+    (None, {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "first", "split": False}, "first"),
+    (None, {"type": "Metaspace", "replacement": SPACE, "prepend_scheme": "never", "split": False}, "never"),
+]
+_DECODE = [
+    {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
+    {"type": "ByteFallback"},
+    {"type": "Fuse"},
+]
+_STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+def prefix_of(backend: tokenizers.Tokenizer) -> Prefix | None:
+    """Where such a tokenizer puts a space before a text: never, before all of it, or behind every added token too.
+
+    None for a tokenizer of another kind, or one that lacks a byte.
+    """
+    model, decoder = backend.model, _state(backend.decoder) or {}
+    if not (
+        isinstance(model, tokenizers.models.BPE)
+        and model.byte_fallback
+        and not (model.ignore_merges or model.continuing_subword_prefix or model.end_of_word_suffix)
+        and all(backend.token_to_id(byte) is not None for byte in _BYTES)
+        and decoder.get("decoders") in (_DECODE, [*_DECODE, _STRIP])
+    ):
+        return None
+    steps = _state(backend.normalizer), _state(backend.pre_tokenizer)
+    return next((prefix for *known, prefix in _STEPS if tuple(known) == steps), None)
+
+
+def keeps_spelled(text: str) -> bool:
+    """Whether the text has nothing in it that is spelt like a space or a byte, and so would be taken for one."""
+    return SPACE not in text and "<0x" not in text
+
+
+def size_of(token: str) -> int:
+    """Bytes of text that a token of the vocabulary stands for."""
+    return 1 if token in _BYTES else len(token.replace(SPACE, " ").encode())
+
+
+def _state(part: Any) -> Any:
+    return None if part is None else json.loads(part.__getstate__())
+
 
 # A byte-level vocabulary has a letter for each byte: itself where it can be seen, else one from 256 on.
 _SEEN = {*range(33, 127), *range(161, 173), *range(174, 256)}
@@ -23,22 +79,22 @@ class ByteLengths(NamedTuple):
     Fields:
       of_ids: of each id.
       added: which ids are added tokens.
-      prefix: where one byte fewer is there, since the tokenizer has put a space (spelt.py).
+      prefix: where one byte fewer is there, since the tokenizer has put a space (byte_lengths.py).
     """
 
     of_ids: Int64[np.ndarray, " vocab"]
     added: Bool[np.ndarray, " vocab"]
-    prefix: spelt.Prefix
+    prefix: Prefix
 
 
 def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
     """`keeps(text)`: true only if the ids of `text` decode to it, spaces around special tokens aside.
 
     That is known of byte-level BPE (without a normalizer, or with NFC for texts in that form), of characters whose
-    bytes all have a token, and of BPE that spells spaces out (spelt.py). Of other tokenizers nothing is known.
+    bytes all have a token, and of BPE that spells spaces out (byte_lengths.py). Of other tokenizers nothing is known.
     """
-    if spelt.prefix_of(backend) is not None:
-        return spelt.keeps
+    if prefix_of(backend) is not None:
+        return keeps_spelled
     missing = [byte for byte, letter in _letters() if backend.token_to_id(letter) is None]
     if not is_byte_level(backend) or any(0x80 <= byte < 0xC0 for byte in missing):
         return lambda text: False
@@ -60,7 +116,7 @@ def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
     That is where nothing is known of the tokenizer, where an added token takes the spaces around it, and where a
     byte-level one puts a space before every text.
     """
-    added, prefix = backend.get_added_tokens_decoder(), spelt.prefix_of(backend)
+    added, prefix = backend.get_added_tokens_decoder(), prefix_of(backend)
     # Those that are normalized may be found with a space put before them.
     if any(token.lstrip or token.rstrip or (prefix and token.normalized) for token in added.values()):
         return None
@@ -68,7 +124,7 @@ def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
         return None
     tokens = [backend.id_to_token(token) or "" for token in range(backend.get_vocab_size(with_added_tokens=True))]
     # A byte-level vocabulary has a letter a byte.
-    lengths = np.array([spelt.size_of(token) if prefix else len(token) for token in tokens], np.int64)
+    lengths = np.array([size_of(token) if prefix else len(token) for token in tokens], np.int64)
     for token, text in added.items():
         lengths[token] = len(text.content.encode())
     if not prefix and lengths[backend.encode("a", add_special_tokens=False).ids].sum() != 1:

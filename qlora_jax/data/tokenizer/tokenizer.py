@@ -9,9 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from qlora_jax.data.chat import Message, render
-from qlora_jax.data.gguf_tokenizer import rebuild
-from qlora_jax.data.lossless import ByteLengths, byte_lengths, is_byte_level, make_keeps
+from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_keeps
+from qlora_jax.data.tokenizer.chat_template import Message, render
+from qlora_jax.data.tokenizer.from_gguf import rebuild
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 

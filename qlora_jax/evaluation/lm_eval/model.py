@@ -12,12 +12,12 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
 from qlora_jax.inference.decode import Parts, Reply, generate
-from qlora_jax.inference.kept import Kept
 from qlora_jax.inference.replies import greedy_replies
+from qlora_jax.inference.result_cache import Kept
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.inference.scoring import ScoredIds, answer_scores
 from qlora_jax.models.partition import combine
 
 MAX_NEW_TOKENS = 256  # where a task says nothing, as the harness' own backends have it

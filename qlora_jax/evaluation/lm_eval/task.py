@@ -4,13 +4,13 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.lm_eval.paired import Documents, by_document, compared
+from qlora_jax.evaluation.lm_eval.preflight import harness, task_manager
+from qlora_jax.evaluation.metrics import Comparison, Measure, Progress
+from qlora_jax.evaluation.statistics import Z_95
 from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.harness_pairs import Documents, by_document, compared
-from qlora_jax.inference.harness_ready import harness, task_manager
-from qlora_jax.inference.kept import Kept
-from qlora_jax.inference.measures import Comparison, Measure, Progress
-from qlora_jax.inference.statistics import Z_95
+from qlora_jax.inference.result_cache import Kept
 
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics of the harness that are from 0 to 1
 
@@ -71,7 +71,7 @@ class HarnessTask:
 
     def score(self, parts: Parts, progress: Progress, kept: Kept) -> Results:
         """The harness' results of one model, once `check_ready` has loaded the data sets."""
-        from qlora_jax.inference.harness import HarnessModel
+        from qlora_jax.evaluation.lm_eval.model import HarnessModel
 
         results = harness().simple_evaluate(
             model=HarnessModel(parts, self.tokenizer, progress, kept),

@@ -5,17 +5,17 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from qlora_jax.config.questions import FILE_COLUMNS
-from qlora_jax.data.readers import raise_problems, shorten
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.ahead import Ahead, AnyParts
-from qlora_jax.inference.answers import AnswerScores, Asked, answer_replies, normalised
-from qlora_jax.inference.columns import found, read_each, read_named, values_of
+from qlora_jax.config.question_settings import FILE_COLUMNS
+from qlora_jax.data.readers.files import raise_problems, shorten
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.answers import AnswerScores, Asked, answer_replies, normalised
+from qlora_jax.evaluation.columns import found, read_each, read_named, values_of
+from qlora_jax.evaluation.metrics import Comparison, Measure, Progress, share, share_change
 from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.kept import Kept
-from qlora_jax.inference.measures import Comparison, Measure, Progress, share, share_change
+from qlora_jax.inference.lowering import Ahead, AnyParts
 from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import replies_ahead
+from qlora_jax.inference.result_cache import Kept
 
 NEXT_QUESTION = "\nQuestion:"  # where a reply in plain text ends, as the prompt begins
 

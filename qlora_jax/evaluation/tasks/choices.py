@@ -7,8 +7,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool
 
-from qlora_jax.inference.kept import NOTHING_KEPT, Kept
-from qlora_jax.inference.scoring import ScoredIds, answer_scores
+from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
+from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
 from qlora_jax.models.partition import Lora
 
 

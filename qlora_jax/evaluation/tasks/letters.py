@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.data.readers import Row, raise_problems, shorten
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.columns import read_each, read_named
-from qlora_jax.inference.letters import Lettered
-from qlora_jax.inference.questions import Question, read_question
-from qlora_jax.inference.tasks import LettersTask
+from qlora_jax.data.readers.files import Row, raise_problems, shorten
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.columns import read_each, read_named
+from qlora_jax.evaluation.letters import Lettered
+from qlora_jax.evaluation.tasks.question_rows import Question, read_question
+from qlora_jax.evaluation.tasks.task import LettersTask
 
 
 class Asked(NamedTuple):

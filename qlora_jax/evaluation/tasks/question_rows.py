@@ -6,9 +6,9 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from qlora_jax.config.questions import FILE_COLUMNS
-from qlora_jax.data.readers import shorten
-from qlora_jax.inference.columns import found, values_of
+from qlora_jax.config.question_settings import FILE_COLUMNS
+from qlora_jax.data.readers.files import shorten
+from qlora_jax.evaluation.columns import found, values_of
 
 _LETTERED = re.compile(r"([A-Z])\. ")
 

@@ -3,11 +3,11 @@
 from collections.abc import Collection
 
 from qlora_jax.config import QuestionArgs
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.answer_task import AnswersTask, answers_task
-from qlora_jax.inference.letter_files import letters_task
-from qlora_jax.inference.task_files import choice_task
-from qlora_jax.inference.tasks import ChoiceTask, LettersTask
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.tasks.answers import AnswersTask, answers_task
+from qlora_jax.evaluation.tasks.letters import letters_task
+from qlora_jax.evaluation.tasks.task import ChoiceTask, LettersTask
+from qlora_jax.evaluation.tasks.text import choice_task
 
 QuestionTask = ChoiceTask | LettersTask | AnswersTask
 

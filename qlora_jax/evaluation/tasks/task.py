@@ -6,21 +6,21 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from qlora_jax.inference.ahead import Ahead, AnyParts
-from qlora_jax.inference.answer_task import AnswersTask
-from qlora_jax.inference.choices import Choice, ChoiceScores, choice_scores, option_rows
-from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.harness_task import HarnessTask
-from qlora_jax.inference.kept import Kept
-from qlora_jax.inference.letters import Lettered, LetterScores, letter_scores, letters_ahead, mean_over_subjects
-from qlora_jax.inference.measures import Comparison, Measure, Progress, share, share_change
-from qlora_jax.inference.scoring import RowScores, ScoredIds, answer_scores, scoring_ahead
-from qlora_jax.inference.statistics import (
+from qlora_jax.evaluation.letters import Lettered, LetterScores, letter_scores, letters_ahead, mean_over_subjects
+from qlora_jax.evaluation.lm_eval.task import HarnessTask
+from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, answer_scores, scoring_ahead
+from qlora_jax.evaluation.metrics import Comparison, Measure, Progress, share, share_change
+from qlora_jax.evaluation.statistics import (
     bootstrap,
     paired_bootstrap,
     stratified_bootstrap,
     stratified_paired_bootstrap,
 )
+from qlora_jax.evaluation.tasks.answers import AnswersTask
+from qlora_jax.evaluation.tasks.choices import Choice, ChoiceScores, choice_scores, option_rows
+from qlora_jax.inference.decode import Parts
+from qlora_jax.inference.lowering import Ahead, AnyParts
+from qlora_jax.inference.result_cache import Kept
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

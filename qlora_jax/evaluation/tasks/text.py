@@ -4,17 +4,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.data.encode import encode_segments
-from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of
-from qlora_jax.data.readers import Problem, Row, raise_problems, read_text
-from qlora_jax.data.recognise import recognise
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.inference.choices import Choice
-from qlora_jax.inference.columns import read_each, read_named
-from qlora_jax.inference.questions import Question, read_question
-from qlora_jax.inference.scoring import ScoredIds, windows
-from qlora_jax.inference.tasks import ChoiceTask, RowsTask, TextTask
+from qlora_jax.data.encoder import check_rows, encode_rows, examples_of
+from qlora_jax.data.formats.detect import recognise
+from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_text
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.columns import read_each, read_named
+from qlora_jax.evaluation.loglikelihood import ScoredIds, windows
+from qlora_jax.evaluation.tasks.choices import Choice
+from qlora_jax.evaluation.tasks.question_rows import Question, read_question
+from qlora_jax.evaluation.tasks.task import ChoiceTask, RowsTask, TextTask
 
 
 def text_task(

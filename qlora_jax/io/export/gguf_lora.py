@@ -13,18 +13,17 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
+from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.dense_folder import dense_tensors
-from qlora_jax.io.folders import staged_folder
-from qlora_jax.io.gguf import Change
-from qlora_jax.io.gguf_frame import frame_without_tokenizer, framed
-from qlora_jax.io.gguf_writer import Frame, Target, keys_of, write_gguf
-from qlora_jax.io.inventory import layer_name
-from qlora_jax.io.opened import Opened, load_base, open_base_or_run
-from qlora_jax.io.over_original import as_exported
-from qlora_jax.io.peft import Lora, effective_alphas
+from qlora_jax.io.export.gguf_metadata import frame_without_tokenizer, framed
+from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.gguf.reader import Change
+from qlora_jax.io.gguf.writer import Frame, Target, keys_of, write_gguf
+from qlora_jax.io.hf.model_writer import dense_tensors
+from qlora_jax.io.peft.writer import Lora, effective_alphas
+from qlora_jax.io.pretrained import Opened, load_base, open_base_or_run
 from qlora_jax.io.progress import loading
-from qlora_jax.io.slots import slots_of
+from qlora_jax.io.tensor_map import layer_name, slots_of
 
 FILE = "adapter.gguf"
 PLAIN = {"lora_a", "lora_b"}

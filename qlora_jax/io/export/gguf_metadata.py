@@ -7,17 +7,17 @@ from typing import Any, NamedTuple
 
 from gguf.constants import GGMLQuantizationType
 
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.gguf_architectures import ARCHITECTURES, OF_MODEL_TYPE, Architecture
-from qlora_jax.io.gguf_config import config_from_metadata
-from qlora_jax.io.gguf_header import TensorInfo
-from qlora_jax.io.gguf_metadata import features_lost, metadata_of, tensors_misplaced
-from qlora_jax.io.gguf_vocabulary import vocabulary_of
-from qlora_jax.io.gguf_writer import Frame, frame_like, keys_of, target_of
-from qlora_jax.io.opened import Opened
-from qlora_jax.io.peft import is_gguf
-from qlora_jax.io.slots import shapes_of
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.gguf.architectures import ARCHITECTURES, OF_MODEL_TYPE, Architecture
+from qlora_jax.io.gguf.config_reader import config_from_metadata
+from qlora_jax.io.gguf.config_writer import features_lost, metadata_of, tensors_misplaced
+from qlora_jax.io.gguf.header import TensorInfo
+from qlora_jax.io.gguf.tokenizer_writer import vocabulary_of
+from qlora_jax.io.gguf.writer import Frame, frame_like, keys_of, target_of
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.peft.writer import is_gguf
+from qlora_jax.io.pretrained import Opened
+from qlora_jax.io.tensor_map import shapes_of
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 

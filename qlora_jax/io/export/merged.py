@@ -15,26 +15,25 @@ from flax import nnx
 from rich.console import Console
 
 from qlora_jax.config import ModelArgs
+from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.dense_folder import Merging, dense_tensors, write_dense_folder, write_tokenizer
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.folders import staged_folder
-from qlora_jax.io.gguf_frame import framed
-from qlora_jax.io.gguf_writer import Frame, write_gguf
-from qlora_jax.io.inventory import layer_name
+from qlora_jax.io.export.gguf_metadata import framed
+from qlora_jax.io.export.original_base import check_original, open_original
+from qlora_jax.io.export.verify import PROMPTS, Prompts, difference, logits_of, tokens_of
+from qlora_jax.io.gguf.writer import Frame, write_gguf
+from qlora_jax.io.hf.model_writer import Merging, dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import load_model
-from qlora_jax.io.logit_check import PROMPTS, Prompts, difference, logits_of, tokens_of
-from qlora_jax.io.opened import Opened, adapted, load_base, open_base_or_run
-from qlora_jax.io.original import check_original, open_original
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import Opened, adapted, load_base, open_base_or_run
 from qlora_jax.io.progress import loading
-from qlora_jax.io.slots import Slot, slots_of, with_tables
-from qlora_jax.io.source import open_model
-from qlora_jax.models.adapt import linears, norms
+from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
+from qlora_jax.models.add_adapters import linears, norms
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.vocabulary import whole_tables
+from qlora_jax.models.trainable_embeddings import whole_tables
 
 QUANTIZED = ("q8_0", "q4_0")  # what their rounding costs is told, not refused
 

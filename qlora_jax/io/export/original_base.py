@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from pallas_kernels.formats.layouts import repack
-from qlora_jax.io.dense_folder import dense_tensors
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.features import differing
-from qlora_jax.io.inventory import check_inventory, grouped
+from qlora_jax.io.config_diff import differing
+from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import quantized
-from qlora_jax.io.opened import Opened
-from qlora_jax.io.slots import Slot, shapes_of
-from qlora_jax.io.source import open_model
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import Opened
+from qlora_jax.io.tensor_map import Slot, check_inventory, grouped, shapes_of
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import dequantize
 

@@ -9,9 +9,9 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.adapter_init import Initial
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.initial import Initial
-from qlora_jax.models.adapt import Factors
+from qlora_jax.models.add_adapters import Factors
 
 NOTE = (
     "lora.init={}: this is a LoRA of twice the rank over the model as it was, in 16 bits. What quantization took from "

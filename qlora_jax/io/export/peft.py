@@ -5,20 +5,20 @@ from pathlib import Path
 
 from rich.console import Console
 
+from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.dense_folder import write_dense_folder, write_tokenizer
-from qlora_jax.io.entries import ModelSource
-from qlora_jax.io.folders import staged_folder
-from qlora_jax.io.hub import HubName
-from qlora_jax.io.opened import Opened, load_base, open_base_or_run
-from qlora_jax.io.over_original import as_exported
-from qlora_jax.io.peft import adapter_config, adapter_tensors, is_gguf, write_adapter
-from qlora_jax.io.peft_readers import notes_for_readers
-from qlora_jax.io.peft_tokens import check_exportable, split, token_config, token_tensors
+from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.hf.hub import HubName
+from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.peft.compatibility import notes_for_readers
+from qlora_jax.io.peft.embeddings import check_exportable, split, token_config, token_tensors
+from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
+from qlora_jax.io.pretrained import Opened, load_base, open_base_or_run
 from qlora_jax.io.progress import loading
-from qlora_jax.io.slots import slots_of, with_tables
-from qlora_jax.models.adapt import ia3_targets
-from qlora_jax.models.vocabulary import add_token_rows, whole_tables
+from qlora_jax.io.tensor_map import slots_of, with_tables
+from qlora_jax.models.add_adapters import ia3_targets
+from qlora_jax.models.trainable_embeddings import add_token_rows, whole_tables
 
 BASE = "base"
 

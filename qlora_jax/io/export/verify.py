@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.models.partition import Lora, combine
 
 PROMPTS = (

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.io.gguf_architectures import ARCHITECTURES, LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.architectures import ARCHITECTURES, LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 
 REQUIRED = {
     "embedding_length": "hidden_size",

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.io.features import differing
-from qlora_jax.io.gguf_architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf_config import FLOATS, llama3_factors
+from qlora_jax.io.config_diff import differing
+from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.rope import SCALINGS, Rope
 

@@ -13,11 +13,11 @@ import numpy as np
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
-from qlora_jax.io.entries import ModelSource, TensorEntry, map_bytes
-from qlora_jax.io.gguf_architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf_config import architecture_of, check_types, config_from_metadata
-from qlora_jax.io.gguf_header import TensorInfo, parse_header
-from qlora_jax.io.gguf_tokenizer import tokenizer_from_metadata
+from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
+from qlora_jax.io.gguf.config_reader import architecture_of, check_types, config_from_metadata
+from qlora_jax.io.gguf.header import TensorInfo, parse_header
+from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
+from qlora_jax.io.model_source import ModelSource, TensorEntry, map_bytes
 
 # Types stored as plain numbers, and types whose blocks the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.gguf_tokenizer import (
+from qlora_jax.data.tokenizer.from_gguf import (
     BYTE,
     CONTROL,
     KNOWN_PRE,
@@ -21,8 +21,8 @@ from qlora_jax.data.gguf_tokenizer import (
     USER_DEFINED,
     known_pre_of,
 )
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
-from qlora_jax.io.gguf_tokenizer import PREFIX, tokenizer_from_metadata
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.io.gguf.tokenizer_reader import PREFIX, tokenizer_from_metadata
 
 # Every way of splitting text that is known differs from every other on one of these.
 PROBES = (

@@ -9,10 +9,10 @@ from gguf import GGUFReader, GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
 from gguf.quants import quantize
 
-from qlora_jax.io.gguf import TABLES, Change, change_of, hugging_face_name
-from qlora_jax.io.gguf_architectures import Architecture
-from qlora_jax.io.gguf_config import architecture_of
-from qlora_jax.io.gguf_header import TensorInfo, parse_header
+from qlora_jax.io.gguf.architectures import Architecture
+from qlora_jax.io.gguf.config_reader import architecture_of
+from qlora_jax.io.gguf.header import TensorInfo, parse_header
+from qlora_jax.io.gguf.reader import TABLES, Change, change_of, hugging_face_name
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 TYPES = {

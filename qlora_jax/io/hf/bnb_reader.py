@@ -19,7 +19,7 @@ from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.entries import TensorEntry
+from qlora_jax.io.model_source import TensorEntry
 
 STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
 CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

@@ -12,14 +12,12 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.dense_folder import write_config
-from qlora_jax.io.entries import ModelSource, reading_ahead
-from qlora_jax.io.held import as_held
-from qlora_jax.io.inventory import check_inventory, layer_name
-from qlora_jax.io.loader import Progress, check_held, quantized
-from qlora_jax.io.safetensors import SINGLE
-from qlora_jax.io.safetensors_writer import Planned, write_safetensors
-from qlora_jax.io.slots import Slot, slots_of
+from qlora_jax.io.hf.model_writer import write_config
+from qlora_jax.io.hf.reader import SINGLE
+from qlora_jax.io.hf.shard_writer import Planned, write_safetensors
+from qlora_jax.io.loader import Progress, as_held, check_held, quantized
+from qlora_jax.io.model_source import ModelSource, reading_ahead
+from qlora_jax.io.tensor_map import Slot, check_inventory, layer_name, slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config

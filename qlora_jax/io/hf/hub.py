@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.io.safetensors import INDEX, SINGLE, read_index
+from qlora_jax.io.hf.reader import INDEX, SINGLE, read_index
 
 # The grammar of hf:// addresses: a revision follows the name, and a slash in it is written %2F.
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<file>.+\.gguf))?")

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.data.tokenizer import Tokenizer
-from qlora_jax.io.entries import TensorEntry
-from qlora_jax.io.safetensors import INDEX, SINGLE
-from qlora_jax.io.safetensors_writer import SHARD, Planned, index_of, split, write_safetensors
-from qlora_jax.io.slots import Slot
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.hf.reader import INDEX, SINGLE
+from qlora_jax.io.hf.shard_writer import SHARD, Planned, index_of, split, write_safetensors
+from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.io.tensor_map import Slot
 from qlora_jax.nn.linear import Adapter
-from qlora_jax.nn.mixed import MixedStack
+from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.norm import WholeNorm
 from qlora_jax.quant import dequantize
 

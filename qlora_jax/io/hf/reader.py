@@ -11,9 +11,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from qlora_jax.io.bnb import gathered, is_four_bit
-from qlora_jax.io.entries import ModelSource, TensorEntry, map_bytes
-from qlora_jax.io.hf_tokenizer import read_json, read_tokenizer
+from qlora_jax.io.hf.bnb_reader import gathered, is_four_bit
+from qlora_jax.io.hf.tokenizer import read_json, read_tokenizer
+from qlora_jax.io.model_source import ModelSource, TensorEntry, map_bytes
 
 FRACTIONS = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES = FRACTIONS | {"U8": np.dtype(np.uint8)}  # bytes: the codes of weights that are quantized already

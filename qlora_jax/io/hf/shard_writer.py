@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from qlora_jax.io.safetensors import DTYPES
+from qlora_jax.io.hf.reader import DTYPES
 
 FILE_TYPES = {dtype: file_type for file_type, dtype in DTYPES.items()}
 

@@ -13,16 +13,16 @@ import jax
 import numpy as np
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.entries import TensorEntry
-from qlora_jax.io.hf_tokenizer import read_json
-from qlora_jax.io.hub import named
-from qlora_jax.io.inventory import LAYER, layer_name
-from qlora_jax.io.peft import LEAVES, PREFIX, VECTOR, Lora, target_suffixes
-from qlora_jax.io.peft_tables import SETTINGS, read_tables, setting_problems
-from qlora_jax.io.safetensors import read_header
-from qlora_jax.models.adapt import ia3_targets
+from qlora_jax.io.hf.hub import named
+from qlora_jax.io.hf.reader import read_header
+from qlora_jax.io.hf.tokenizer import read_json
+from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
+from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, Lora, target_suffixes
+from qlora_jax.io.tensor_map import LAYER, layer_name
+from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.vocabulary import whole_names
+from qlora_jax.models.trainable_embeddings import whole_names
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # Settings that change nothing that is computed; targets are what there are tensors of.

@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.inventory import layer_name
+from qlora_jax.io.tensor_map import layer_name
 
 PREFIX = "base_model.model."
 Lora = Mapping[str, Mapping[str, jax.Array | np.ndarray]]

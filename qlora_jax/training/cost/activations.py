@@ -6,7 +6,7 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 from collections.abc import Callable
 
 from qlora_jax.models.config import LAYOUTS, ModelConfig
-from qlora_jax.training.counts import DOWN, F32, Part, Step, in_handlers, tiling
+from qlora_jax.training.cost.flops import DOWN, F32, Part, Step, in_handlers, tiling
 
 
 def saved_bytes(step: Step) -> dict[str, int]:

@@ -15,10 +15,10 @@ import jax
 
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.adapt import ia3_targets, ranks_and_scalings
+from qlora_jax.models.add_adapters import ia3_targets, ranks_and_scalings
 from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
-from qlora_jax.models.vocabulary import whole_names
-from qlora_jax.nn import attention_cpu, head_tiles
+from qlora_jax.models.trainable_embeddings import whole_names
+from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
 
 DOWN = "mlp.down_proj"  # the last product of a layer
@@ -34,7 +34,7 @@ class Step:
       batch: (A, B, T).
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
-      optimizer: a key of byte_counts.HELD.
+      optimizer: a key of memory_use.HELD.
       new_tokens: tokens whose rows of embedding and head train.
     """
 
@@ -201,9 +201,9 @@ def head_flops(step: Step) -> int:
     return 2 * head_rows(step) * step.model.embed_dim * rows
 
 
-def head_tile(step: Step) -> head_tiles.Tile:
+def head_tile(step: Step) -> lm_head_tiles.Tile:
     """How the head is cut: C tokens with W of its rows at once."""
-    return head_tiles.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
+    return lm_head_tiles.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
 
 
 def head_rows(step: Step) -> int:

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlora_jax.config import plain_name
-from qlora_jax.data.buckets import UNIT
-from qlora_jax.training.needs import Compile, Need, Setting, compiled_need, estimated_need, fitted_need
+from qlora_jax.data.batching.buckets import UNIT
+from qlora_jax.training.plan.requirements import Compile, Need, Setting, compiled_need, estimated_need, fitted_need
 
 MAX_COMPILES = 4
 MOST_ROWS = 256  # of a micro-batch that is looked for

@@ -13,15 +13,24 @@ import jax
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.optim.residency import Memory
-from qlora_jax.training import byte_counts
-from qlora_jax.training.abstract import AbstractStep
-from qlora_jax.training.budgets import device_bytes
-from qlora_jax.training.needs import ACTIVATIONS, KINDS, Compile, Need, Setting, Temporaries, compiled_need, here
-from qlora_jax.training.plan import make_plan
-from qlora_jax.training.plan_run import run_setting
-from qlora_jax.training.plan_text import verdict
-from qlora_jax.training.programs import Gradients
+from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.abstract_step import AbstractStep
+from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.cost import memory_use
+from qlora_jax.training.paging_budget import device_bytes
+from qlora_jax.training.plan.from_config import run_setting
+from qlora_jax.training.plan.plan import make_plan
+from qlora_jax.training.plan.requirements import (
+    ACTIVATIONS,
+    KINDS,
+    Compile,
+    Need,
+    Setting,
+    Temporaries,
+    compiled_need,
+    here,
+)
+from qlora_jax.training.plan.text import verdict
 from qlora_jax.training.questions import AskingNeed
 from qlora_jax.training.session import Inputs, weights_of
 
@@ -100,7 +109,7 @@ def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
         in_f32 = dataclasses.replace(setting.lora, dtype="float32")
-        update = byte_counts.lora_bytes(dataclasses.replace(setting.counted(), lora=in_f32))
+        update = memory_use.lora_bytes(dataclasses.replace(setting.counted(), lora=in_f32))
         return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step

@@ -1,6 +1,6 @@
 """What one optimizer step needs, by kind: what formulas know, and what only a compiler does.
 
-Everything that is held or kept follows from shapes (byte_counts.py, saved.py). The rest, scratch, is measured by
+Everything that is held or kept follows from shapes (memory.py, saved.py). The rest, scratch, is measured by
 compiling the real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
 """
 
@@ -14,11 +14,11 @@ from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.config import LoraArgs, OptimArgs, plain_name
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
-from qlora_jax.optim.pages import PAGE_BYTES
-from qlora_jax.training import byte_counts, counts
-from qlora_jax.training.abstract import AbstractStep, Program, abstract_step
-from qlora_jax.training.saved import offloaded_bytes, saved_bytes
-from qlora_jax.training.updates import PAGES_IN_A_BUDGET
+from qlora_jax.optim.page_layout import PAGE_BYTES
+from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
+from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost.activations import offloaded_bytes, saved_bytes
+from qlora_jax.training.optimizer_state import PAGES_IN_A_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
 PROGRAMS = "programs"
@@ -60,9 +60,9 @@ class Setting:
         of_batch = {"batch": self.batch, "new_ids": self.new_ids, "remat": self.remat}
         return abstract_step(self.model, self.weights, self.lora, **of_batch, optim=self.optim)
 
-    def counted(self) -> counts.Step:
-        """What counts.py counts by."""
-        return counts.Step(
+    def counted(self) -> flops.Step:
+        """What flops.py counts by."""
+        return flops.Step(
             model=self.model,
             weights=self.weights,
             lora=self.lora,
@@ -121,7 +121,7 @@ class Need:
 
 def _need(setting: Setting, scratch: int, source: str) -> Need:
     of = setting.counted()
-    frozen, lora, state = byte_counts.frozen_bytes(of), byte_counts.lora_bytes(of), byte_counts.optimizer_bytes(of)
+    frozen, lora, state = memory_use.frozen_bytes(of), memory_use.lora_bytes(of), memory_use.optimizer_bytes(of)
     device = {
         "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
         "constants": frozen["constants"],
@@ -136,11 +136,11 @@ def _need(setting: Setting, scratch: int, source: str) -> Need:
     return Need(setting=setting, device=device, host=host, source=source)
 
 
-def _saved(of: counts.Step) -> int:
+def _saved(of: flops.Step) -> int:
     return sum(saved_bytes(of).values())
 
 
-def _offloaded(of: counts.Step) -> int:
+def _offloaded(of: flops.Step) -> int:
     return sum(offloaded_bytes(of).values())
 
 
@@ -156,14 +156,14 @@ def compiled_need(setting: Setting, compile_step: Compile) -> Need:
             f"train.remat={setting.remat}: {format_bytes(_offloaded(of))} of activations were to wait in host memory, "
             f"but the compiled step keeps {format_bytes(temporaries.host)} there; set train.remat=full"
         )
-    scratch = max(temporaries.gradients + byte_counts.batch_bytes(of), temporaries.update) - _saved(of)
+    scratch = max(temporaries.gradients + memory_use.batch_bytes(of), temporaries.update) - _saved(of)
     return _need(setting, scratch, "compiled")
 
 
 def estimated_need(setting: Setting) -> Need:
     """Scratch by formula: `working_set`, and the batch."""
     of = setting.counted()
-    return _need(setting, working_set(of) + byte_counts.batch_bytes(of), "estimated")
+    return _need(setting, working_set(of) + memory_use.batch_bytes(of), "estimated")
 
 
 def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
@@ -171,7 +171,7 @@ def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
     `working_set`."""
     *before, last = known[-2:]
     rows, scratch = last.setting.rows, _without_batch(last)
-    batch = byte_counts.batch_bytes(setting.counted())
+    batch = memory_use.batch_bytes(setting.counted())
     if not before or before[0].setting.rows == rows:
         share = working_set(setting.counted()) / working_set(last.setting.counted())
         return _need(setting, round(scratch * share) + batch, "fitted")
@@ -180,19 +180,19 @@ def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
 
 
 def _without_batch(need: Need) -> int:
-    return need.device["scratch"] - byte_counts.batch_bytes(need.setting.counted())
+    return need.device["scratch"] - memory_use.batch_bytes(need.setting.counted())
 
 
-def working_set(of: counts.Step) -> int:
+def working_set(of: flops.Step) -> int:
     """One tile of logits; of one layer two arrays of each width, in f32; two dequantized weights of the MLP.
 
-    An estimate: what compilers make of it is compared in tests/training/test_plan.py.
+    An estimate: what compilers make of it is compared in tests/training/plan/test_plan.py.
     """
     model = of.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = 2 * of.rows * widths * counts.F32
+    layer = 2 * of.rows * widths * flops.F32
     weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
-    return byte_counts.logits_bytes(of) + layer + weights
+    return memory_use.logits_bytes(of) + layer + weights
 
 
 # Where the step is compiled

@@ -9,12 +9,12 @@ from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs
 from qlora_jax.config.fields import NOT_EMPTY, setting
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.io.hub import fetch_config, named
-from qlora_jax.io.source import open_model
+from qlora_jax.io.hf.hub import fetch_config, named
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.catalog import PUBLIC, nearest
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
-from qlora_jax.models.public import PUBLIC, nearest
-from qlora_jax.training.budgets import physical_memory
+from qlora_jax.training.paging_budget import physical_memory
 
 CPU = "cpu"
 

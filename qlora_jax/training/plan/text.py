@@ -7,8 +7,8 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.needs import KINDS, STATE, Need
-from qlora_jax.training.plan import MOST_ROWS, Plan
+from qlora_jax.training.plan.plan import MOST_ROWS, Plan
+from qlora_jax.training.plan.requirements import KINDS, STATE, Need
 
 GIB = 2**30
 MARKS = {"compiled": "", "fitted": "~", "estimated": "?"}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.training.figures import Share, shares
+from qlora_jax.training.eval_metrics import Share, shares
 from qlora_jax.training.metrics import Record
 
 GIB = 2**30

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.data.marked import MarkedRow, marked_rows
-from qlora_jax.data.report import DataReport
-from qlora_jax.training.figures import loss_interval, perplexity, shares
+from qlora_jax.data.report.examples import MarkedRow, marked_rows
+from qlora_jax.data.report.stats import DataReport
+from qlora_jax.training.eval_metrics import loss_interval, perplexity, shares
 from qlora_jax.training.metrics import Record
-from qlora_jax.training.run_plan import RunPlan
+from qlora_jax.training.plan.preflight import RunPlan
 
 ROWS_SHOWN = 32
 

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import jinja2
 from markupsafe import Markup
 
-from qlora_jax.config.files import config_text
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.data.report import DataReport
-from qlora_jax.data.report_text import VISIBLE, facts
-from qlora_jax.training.curves import charts
+from qlora_jax.config.yaml_files import config_text
+from qlora_jax.data.report.stats import DataReport
+from qlora_jax.data.report.text import VISIBLE, facts
 from qlora_jax.training.display import duration
-from qlora_jax.training.needs import KINDS, Need
-from qlora_jax.training.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
-from qlora_jax.training.report import RunReport, before_and_after, question_facts, report_facts, training_facts
-from qlora_jax.training.run_plan import RunPlan
+from qlora_jax.training.plan.preflight import RunPlan
+from qlora_jax.training.plan.requirements import KINDS, Need
+from qlora_jax.training.report.curves import charts
+from qlora_jax.training.report.facts import RunReport, before_and_after, question_facts, report_facts, training_facts
+from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.training.curves import Chart
-from qlora_jax.training.figures import loss_interval
+from qlora_jax.training.eval_metrics import loss_interval
 from qlora_jax.training.metrics import Record
+from qlora_jax.training.report.curves import Chart
 
 Size = tuple[float, float]  # inches
 # Of SVG: a page shows one about as wide as it is drawn, so that its letters are of the size of the page's.

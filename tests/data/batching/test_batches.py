@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.batches import NO_ROW, START, Batch, eval_batches, plan_epoch, train_batches
-from qlora_jax.data.buckets import choose_buckets, count_units, places_taken, steps_by_bucket
-from qlora_jax.data.encode import Encoded
-from qlora_jax.data.readers import Place
+from qlora_jax.data.batching.batches import NO_ROW, START, Batch, eval_batches, plan_epoch, train_batches
+from qlora_jax.data.batching.buckets import choose_buckets, count_units, places_taken, steps_by_bucket
+from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows
 
 PAD = 7

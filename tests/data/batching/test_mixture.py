@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.batches import NO_ROW, START, Batch, train_batches, window_order
-from qlora_jax.data.mixture import Mixture, Part, check_weights
+from qlora_jax.data.batching.batches import NO_ROW, START, Batch, train_batches, window_order
+from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
+from qlora_jax.data.row_counts import Tally
+from qlora_jax.data.row_store import Piece, StoredRows, open_stored, store
 from qlora_jax.data.rows import TokenRows
-from qlora_jax.data.stored import Piece, StoredRows, open_stored, store
-from qlora_jax.data.tally import Tally
-from tests.data.test_batches import PAD, make_rows
+from tests.data.batching.test_batches import PAD, make_rows
 
 weights = st.sampled_from([0.3, 0.5, 1.0, 1.5, 2.0])
 counts = st.lists(st.tuples(st.integers(2, 40), weights), min_size=1, max_size=3)

@@ -10,15 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.data.batches import NO_ROW, START, train_batches
-from qlora_jax.data.packing import pack, pack_places
-from qlora_jax.models.adapt import add_lora
+from qlora_jax.data.batching.batches import NO_ROW, START, train_batches
+from qlora_jax.data.batching.packing import pack, pack_places
+from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import partition
 from qlora_jax.training.step import gradients
-from tests.data.test_batches import PAD, make_rows
+from tests.data.batching.test_batches import PAD, make_rows
 from tests.io.tiny_models import tiny_config
 
 lengths = st.lists(st.integers(2, 120), min_size=1, max_size=60)

@@ -4,8 +4,7 @@ import re
 
 import pytest
 
-from qlora_jax.data import dialogs
-from qlora_jax.data.formats import FORMS
+from qlora_jax.data.formats.registry import FORMS, conversations
 
 GUANACO = "### Human: Is 7 prime?### Assistant: Yes.\n\nIt is.### Human: And 8?### Assistant: No."
 HH = "\n\nHuman: Is 7 prime?\n\nAssistant: Yes.\n\nIt is.\n\nHuman: And 8?\n\nAssistant: No."
@@ -98,7 +97,10 @@ def test_what_is_wrong_is_told(name, row, problem):
 
 
 def test_marks_inside_a_line_are_no_turns():
-    assert len(dialogs.CHIP2.findall("<human>: say <bot>: loudly\n<bot>: No.")) == 2
-    assert dialogs.marked_turns("\n\nHuman: say Human: x\n\nAssistant: ok", dialogs.HH)[0]["content"] == "say Human: x"
+    assert len(conversations.CHIP2.findall("<human>: say <bot>: loudly\n<bot>: No.")) == 2
+    assert (
+        conversations.marked_turns("\n\nHuman: say Human: x\n\nAssistant: ok", conversations.HH)[0]["content"]
+        == "say Human: x"
+    )
     with pytest.raises(ValueError, match=re.escape("stands before")):
-        dialogs.marked_turns("Human: x\n\nAssistant: y", dialogs.HH)
+        conversations.marked_turns("Human: x\n\nAssistant: y", conversations.HH)

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.config.synonyms import CHOICES
-from qlora_jax.data.encode_rows import check_rows, encode_rows, examples_of, make_encoder
-from qlora_jax.data.formats import FORMS
+from qlora_jax.config.suggestions import CHOICES
+from qlora_jax.data.encoder import check_rows, encode_rows, examples_of, make_encoder
+from qlora_jax.data.formats.detect import recognise
+from qlora_jax.data.formats.registry import FORMS
 from qlora_jax.data.lengths import Limits, fit_lengths
-from qlora_jax.data.readers import Place, Row, read_rows
-from qlora_jax.data.recognise import recognise
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.readers.files import Place, Row, read_rows
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
-GOLDEN = json.loads((Path(__file__).parents[1] / "golden/reference_rows.json").read_text(encoding="utf-8"))
+GOLDEN = json.loads((Path(__file__).parents[2] / "golden/reference_rows.json").read_text(encoding="utf-8"))
 
 
 @pytest.fixture(scope="module")

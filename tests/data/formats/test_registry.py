@@ -6,13 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.encode import Encoded
-from qlora_jax.data.encode_rows import check_rows, encode_rows
-from qlora_jax.data.formats import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, FORMS
+from qlora_jax.data.encoder import check_rows, encode_rows
+from qlora_jax.data.formats.detect import recognise
+from qlora_jax.data.formats.registry import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, FORMS
 from qlora_jax.data.holdout import content_hash
-from qlora_jax.data.readers import Place, Row
-from qlora_jax.data.recognise import recognise
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.readers.files import Place, Row
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 MESSAGES = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]}
 ALPACA = {"instruction": "Add", "input": "1 and 2", "output": "3"}
@@ -215,7 +215,7 @@ def test_half_a_character_in_a_role_or_a_tool_is_told(tokenizer: Tokenizer, temp
 
 
 def test_real_data_of_other_tools(local_data: Callable, tokenizer: Tokenizer, plain_tokenizer: Tokenizer):
-    from qlora_jax.data.readers import read_rows
+    from qlora_jax.data.readers.files import read_rows
 
     path = str(local_data("alpaca_en_demo.json.gz"))
     rows = read_rows(path)

@@ -8,8 +8,8 @@ import pytest
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.formats import FORMS
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.prompts import prompter
 
 # As Hermes and Qwen write them: tools in the system turn, calls in tags, answers of tools in a user's turn.

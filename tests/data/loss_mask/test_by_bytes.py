@@ -7,16 +7,16 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
-from qlora_jax.data.by_bytes import encode_by_bytes
-from qlora_jax.data.encode import Encoded, encode_segments
-from qlora_jax.data.encode_rows import Encoder, make_encoder
-from qlora_jax.data.formats import FORMS
-from qlora_jax.data.lossless import ByteLengths, byte_lengths
-from qlora_jax.data.readers import Place, Row
-from qlora_jax.data.spans import Segment
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.encoder import Encoder, make_encoder
+from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
+from qlora_jax.data.loss_mask.by_offsets import Encoded, encode_segments
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.files import Place, Row
+from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import spelling
-from tests.data.test_masks import conversations
+from tests.data.loss_mask.test_spans import conversations
 
 texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
     ["    return", "é\u0301", " ", "<|im_end|>", "</s>", "<s>", "<table>", "fox jumps"]

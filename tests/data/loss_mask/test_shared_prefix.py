@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from qlora_jax.data.heads import shared_head
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.loss_mask.shared_prefix import shared_head
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import spelling
 
 PIECES = ["<s>", "<", "s>", "<s>x", "a<s", ">", " ", "a", "x", "\n", "é", "e\u0301"]

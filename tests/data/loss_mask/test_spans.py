@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_jax.data import skeletons
-from qlora_jax.data.encode import Encoded, Learn, encode_segments
-from qlora_jax.data.encode_rows import encode_rows
-from qlora_jax.data.formats import FORMS
-from qlora_jax.data.readers import Place, Row
-from qlora_jax.data.skeletons import segmenter
-from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.encoder import encode_rows
+from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.loss_mask import span_cache
+from qlora_jax.data.loss_mask.by_offsets import Encoded, Learn, encode_segments
+from qlora_jax.data.loss_mask.span_cache import segmenter
+from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.readers.files import Place, Row
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 # SmolLM2's vocabulary lacks the bytes of some control characters, and of planes 4 to 15.
 characters = st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")
@@ -100,8 +100,8 @@ def test_a_kind_of_conversation_is_taken_apart_as_each_of_it_would_be(
 ):
     tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
     fast, marks, slow = segmenter(tokenizer), turn_marks(tokenizer), []
-    whole = skeletons.conversation_segments
-    monkeypatch.setattr(skeletons, "conversation_segments", lambda *args: slow.append(args) or whole(*args))
+    whole = span_cache.conversation_segments
+    monkeypatch.setattr(span_cache, "conversation_segments", lambda *args: slow.append(args) or whole(*args))
 
     @given(conversations(name != "mistral"))
     def check(messages: list[dict[str, str]]):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.delimited import DIALECTS, parse_columns
-from qlora_jax.data.readers import read_rows
+from qlora_jax.data.readers.csv_rows import DIALECTS, parse_columns
+from qlora_jax.data.readers.files import read_rows
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=12)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.data.readers import Place, Row, read_rows
+from qlora_jax.data.readers.files import Place, Row, read_rows
 
 ROWS = [{"text": "a"}, {"text": "b\u2028c", "more": 1}, {"text": "é"}]
 LINES = "\n".join(json.dumps(row, ensure_ascii=False) for row in ROWS)

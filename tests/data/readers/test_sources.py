@@ -11,10 +11,10 @@ import pytest
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.hub_rows import HubRows
-from qlora_jax.data.readers import content_digest, read_rows
-from qlora_jax.data.report_text import facts
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.readers.files import content_digest, read_rows
+from qlora_jax.data.readers.hub_rows import HubRows
+from qlora_jax.data.report.text import facts
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 ROWS = [{"prompt": f"Is {n} odd?", "completion": "yes", "more": None} for n in range(5)]
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]

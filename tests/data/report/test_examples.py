@@ -6,7 +6,7 @@ import numpy as np
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.marked import marked_rows, split_runs
+from qlora_jax.data.report.examples import marked_rows, split_runs
 
 ANSWERS = ["<b>4</b>\nand more", "", "漢字 & <script>", " leading <|im_end|> inside", "x" * 300]
 

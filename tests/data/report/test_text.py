@@ -1,6 +1,6 @@
 """What a report shows of texts that would move the cursor, or turn the direction of what follows."""
 
-from qlora_jax.data.report_text import VISIBLE
+from qlora_jax.data.report.text import VISIBLE
 
 
 def test_what_would_change_a_display_is_shown_instead():

@@ -9,11 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import decoders, normalizers, pre_tokenizers
 
-from qlora_jax.data.encode import encode_segments
-from qlora_jax.data.lossless import byte_lengths, make_keeps
-from qlora_jax.data.spans import Segment, conversation_segments, turn_marks
-from qlora_jax.data.spelt import prefix_of
-from qlora_jax.data.tokenizer import Tokenizer
+from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.tokenizer.byte_lengths import byte_lengths, make_keeps, prefix_of
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.conftest import spelling
 
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.data.chat import render
-from qlora_jax.data.tokenizer import load_tokenizer
+from qlora_jax.data.tokenizer.chat_template import render
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 USER, ASSISTANT = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "  4, of course.\n"}
 CONVERSATIONS = (

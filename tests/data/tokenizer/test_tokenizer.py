@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qlora_jax.data.gguf_tokenizer import KNOWN_PRE, rebuild
-from qlora_jax.data.tokenizer import Tokenizer, load_tokenizer, with_chat_template
+from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, rebuild
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 TRICKY = (
     "\n    5",

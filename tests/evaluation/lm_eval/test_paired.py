@@ -5,9 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from qlora_jax.inference.harness_pairs import by_document, compared
-from qlora_jax.inference.harness_task import HarnessTask
-from qlora_jax.inference.statistics import mcnemar, paired_bootstrap, paired_bootstrap_of
+from qlora_jax.evaluation.lm_eval.paired import by_document, compared
+from qlora_jax.evaluation.lm_eval.task import HarnessTask
+from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, paired_bootstrap_of
 from tests.inference.tiny import byte_tokenizer
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qlora_jax.inference.harness_ready import check_ready, no_answer
+from qlora_jax.evaluation.lm_eval.preflight import check_ready, no_answer
 
 
 @pytest.fixture

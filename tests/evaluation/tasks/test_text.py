@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.inference.questions import read_question, split_lettered
-from qlora_jax.inference.task_files import choice_task, rows_task, text_task
+from qlora_jax.evaluation.tasks.question_rows import read_question, split_lettered
+from qlora_jax.evaluation.tasks.text import choice_task, rows_task, text_task
 from tests.inference.tiny import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()

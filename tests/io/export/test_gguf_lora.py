@@ -8,13 +8,13 @@ import pytest
 
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export_gguf_lora import check_plain, lora_frame, lora_tensors, shared_alpha
-from qlora_jax.io.gguf_frame import frame_of
-from qlora_jax.io.gguf_header import parse_header
-from qlora_jax.io.gguf_writer import write_gguf
-from qlora_jax.io.inventory import layer_name
-from qlora_jax.io.opened import open_base_or_run
-from qlora_jax.io.peft import effective_alphas
+from qlora_jax.io.export.gguf_lora import check_plain, lora_frame, lora_tensors, shared_alpha
+from qlora_jax.io.export.gguf_metadata import frame_of
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.peft.writer import effective_alphas
+from qlora_jax.io.pretrained import open_base_or_run
+from qlora_jax.io.tensor_map import layer_name
 from tests.io.gguf_families import FAMILIES, converted, random_tensors
 from tests.io.tiny_models import tokenizer_json, write_folder
 

@@ -8,12 +8,12 @@ import gguf
 import numpy as np
 import pytest
 
-from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.gguf_frame import framed
-from qlora_jax.io.gguf_header import parse_header
-from qlora_jax.io.gguf_writer import write_gguf
-from qlora_jax.io.opened import Opened, open_base_or_run
-from qlora_jax.io.source import open_model
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.export.gguf_metadata import framed
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.gguf.writer import write_gguf
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import Opened, open_base_or_run
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 from tests.io.tiny_models import write_folder

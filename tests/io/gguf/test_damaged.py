@@ -7,8 +7,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies
 
-from qlora_jax.io.gguf_header import parse_header
-from qlora_jax.io.source import open_model
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.open_model import open_model
 
 BAD_FILES = {
     "empty": (b"", "it has 0 bytes"),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from qlora_jax.io.gguf import change_of
-from qlora_jax.io.gguf_architectures import ARCHITECTURES
-from qlora_jax.io.gguf_header import TensorInfo
-from qlora_jax.io.source import open_model
+from qlora_jax.io.gguf.architectures import ARCHITECTURES
+from qlora_jax.io.gguf.header import TensorInfo
+from qlora_jax.io.gguf.reader import change_of
+from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 

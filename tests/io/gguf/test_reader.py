@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
-from qlora_jax.io import gguf as reader
-from qlora_jax.io.gguf_architectures import ARCHITECTURES
-from qlora_jax.io.gguf_header import parse_header
-from qlora_jax.io.source import open_model
+from qlora_jax.io.gguf import reader
+from qlora_jax.io.gguf.architectures import ARCHITECTURES
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import gguf_name, permute_rows, random_weights, tiny_config, write_gguf
 
 CONFIG = tiny_config()

@@ -9,9 +9,9 @@ from gguf import GGMLQuantizationType as Kind
 from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
-from qlora_jax.io.gguf_header import parse_header
-from qlora_jax.io.gguf_writer import frame_like, write_gguf
-from qlora_jax.io.source import open_model
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.gguf.writer import frame_like, write_gguf
+from qlora_jax.io.open_model import open_model
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 
 

@@ -11,11 +11,11 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from qlora_jax.io.hub import HubName, fetch_config, fetch_model, named
-from qlora_jax.io.opened import open_base_or_run
-from qlora_jax.io.peft_reader import base_of
-from qlora_jax.io.source import open_model
-from qlora_jax.training.plan_settings import features_of
+from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, named
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.reader import base_of
+from qlora_jax.io.pretrained import open_base_or_run
+from qlora_jax.training.plan.settings import features_of
 from tests.e2e.project import write_model
 from tests.io.hub_server import Hub, running
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
@@ -202,7 +202,7 @@ def test_an_adapter_names_its_base_and_the_commit(hub: Hub, tmp_path: Path) -> N
 def test_the_environment_is_honoured(hub: Hub, tmp_path: Path) -> None:
     hub.push_folder(REPO, write_model(tmp_path / "tiny"))
     hub.gated.add(REPO)
-    code = f"from qlora_jax.io.source import open_model; print(open_model({REPO!r}).path)"
+    code = f"from qlora_jax.io.open_model import open_model; print(open_model({REPO!r}).path)"
     settings = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": hub.token}
 
     def path(**more: str) -> str:

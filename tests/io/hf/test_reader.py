@@ -11,8 +11,8 @@ import pytest
 from hypothesis import strategies
 from safetensors.numpy import save_file
 
-from qlora_jax.io.safetensors import read_header
-from qlora_jax.io.source import open_model
+from qlora_jax.io.hf.reader import read_header
+from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
 CONFIG = tiny_config()

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.hf_tokenizer import read_tokenizer
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.hf.tokenizer import read_tokenizer
 
 
 def _write(folder: Path, **files: Any) -> Path:

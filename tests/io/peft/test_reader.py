@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft import adapter_config, adapter_tensors, write_adapter
-from qlora_jax.io.peft_reader import read_adapter, read_start
+from qlora_jax.io.peft.reader import read_adapter, read_start
+from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
 

@@ -8,8 +8,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft import adapter_config, adapter_tensors, target_suffixes, write_adapter
-from qlora_jax.io.peft_readers import notes_for_readers
+from qlora_jax.io.peft.compatibility import notes_for_readers
+from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, target_suffixes, write_adapter
 
 LINEARS = [f"model.layers.self_attn.{name}_proj" for name in "qkvo"] + ["model.layers.mlp.up_proj"]
 

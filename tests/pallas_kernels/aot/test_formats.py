@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pallas_kernels.aot import cubins, executable, protobuf, riegeli
-from tests.aot.handmade import chunk, elf, integer_field, riegeli_file, simple_chunk, split_proto
+from tests.pallas_kernels.aot.handmade import chunk, elf, integer_field, riegeli_file, simple_chunk, split_proto
 
 
 def test_records_come_back_in_order_across_chunks_and_blocks():

@@ -8,10 +8,10 @@ import pytest
 
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.mosaic import hopper
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands
-from pallas_kernels.report import abstract_weight
 
 Abstract = jax.ShapeDtypeStruct
 BF16, F16 = jnp.bfloat16, jnp.float16

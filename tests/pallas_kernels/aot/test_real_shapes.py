@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import pytest
 
 from pallas_kernels.gpu_specs import CARDS
+from pallas_kernels.kernel_report import abstract_weight, device_of_card
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS
 from pallas_kernels.nf4_matmul.mosaic import ampere
 from pallas_kernels.nf4_matmul.shapes import SHAPES
-from pallas_kernels.report import abstract_weight, device_of_card
-from tests.aot import test_mosaic_ampere, test_mosaic_hopper, test_mosaic_skinny
 from tests.marks import some_in_ci
+from tests.pallas_kernels.aot import test_mosaic_ampere, test_mosaic_hopper, test_mosaic_skinny
 
 Abstract = jax.ShapeDtypeStruct
 BF16 = jnp.bfloat16

@@ -6,10 +6,10 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.formats.cuts import specs
+from pallas_kernels.formats.shards import specs
 from pallas_kernels.nf4_matmul.sharded import column_parallel, gathered, row_parallel
-from tests.aot.test_mosaic_step import BF16, LAYERS, Abstract, stacked, whole_weights
-from tests.nf4_matmul.collectives import largest_moved, moved
+from tests.pallas_kernels.aot.test_mosaic_step import BF16, LAYERS, Abstract, stacked, whole_weights
+from tests.pallas_kernels.nf4_matmul.collectives import largest_moved, moved
 
 CARDS = 8
 MESH = AbstractMesh((CARDS,), ("model",), (AxisType.Auto,))

@@ -12,7 +12,7 @@ import pytest
 from pallas_kernels import aot
 from pallas_kernels.aot import processes, toolchain
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ PLAIN_THEN_KERNEL = """
 import jax, jax.numpy as jnp
 from pallas_kernels import aot
 from pallas_kernels.nf4_matmul import nf4_matmul
-from pallas_kernels.report import abstract_weight
+from pallas_kernels.kernel_report import abstract_weight
 x = jax.ShapeDtypeStruct((128, 256), jnp.bfloat16)
 aot.compile_for("a6000", jnp.tanh, x)
 compiled = aot.compile_for("a6000", nf4_matmul, x, abstract_weight((256, 256), "split_k"))

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from pallas_kernels.aot import on_host, placement, toolchain
 from pallas_kernels.gpu_specs import CARDS
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 F32 = jnp.float32
 Abstract = jax.ShapeDtypeStruct
 
@@ -154,7 +154,7 @@ from pallas_kernels.aot import compile, memory, placement, toolchain
 from pallas_kernels.gpu_specs import CARDS
 
 # Not `import tests`: a package of that name that others install would be found before this folder.
-register_copy = runpy.run_path("tests/aot/test_traps.py")["register_copy"]
+register_copy = runpy.run_path("tests/pallas_kernels/aot/test_traps.py")["register_copy"]
 
 for card in (CARDS["h100"], CARDS["a100"]):
     device = toolchain.device_for(card)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 
-from pallas_kernels.formats.cuts import shard, specs
 from pallas_kernels.formats.dequantize import dequantize_numpy
-from tests.contract.nf4_matmul import weight
+from pallas_kernels.formats.shards import shard, specs
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 MESH = AbstractMesh((8,), ("model",))
 

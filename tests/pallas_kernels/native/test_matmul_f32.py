@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.native import build, library, product
-from pallas_kernels.products import dot
+from pallas_kernels.dense_matmul import dot
+from pallas_kernels.native import build, library, matmul_f32
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
 
@@ -80,7 +80,7 @@ def test_a_batch_is_multiplied_in_turn():
 
 def test_what_the_handler_does_not_take_is_multiplied_by_xla():
     def taken(a, b, contract=(1, 0)):
-        return product.takes(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
+        return matmul_f32.takes(*(jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (a, b)), contract)
 
     f32, bf16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
     assert taken(((9, 32), f32), ((32, 32), f32))
@@ -102,7 +102,7 @@ def test_the_packed_operand_is_memory_that_xla_counts():
 def test_a_processor_with_avx2_alone_has_the_same_whole_numbers(tmp_path):
     """Tiles are of another size there; who has AVX-512 would run that half of the source nowhere else."""
     path, source = tmp_path / "avx2.so", library.SOURCES[1]
-    assert source.name == "product_cpu.cc"
+    assert source.name == "matmul_f32_cpu.cc"
     flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]
     include = ["-isystem", jax.ffi.include_dir()]
     subprocess.run([build.find_compiler(), *flags, "-mavx2", "-mfma", *include, source, "-o", path], check=True)
@@ -110,7 +110,7 @@ def test_a_processor_with_avx2_alone_has_the_same_whole_numbers(tmp_path):
     jax.ffi.register_ffi_target("product_f32_avx2", handler, platform="cpu")
     for transposed, (rows, columns, terms) in itertools.product([False, True], SHAPES):
         a, b = _operands((rows, columns, terms), transposed, whole=True)
-        sizes = (rows, columns), (-(-columns // product.COLUMNS), terms, product.COLUMNS)
+        sizes = (rows, columns), (-(-columns // matmul_f32.COLUMNS), terms, matmul_f32.COLUMNS)
         results = [jax.ShapeDtypeStruct(size, jnp.float32) for size in sizes]
         found = jax.ffi.ffi_call("product_f32_avx2", results)(a, b, transposed=transposed)[0]
         np.testing.assert_array_equal(found, _in_f64(a, b, transposed))

@@ -18,7 +18,7 @@ from pallas_kernels.formats.layouts import repack
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from pallas_kernels.nf4_matmul.dispatch import Call, refusal
 from qlora_jax.quant import quantize_numpy
-from tests.nf4_matmul.tolerances import FUSED, UNFUSED, relative_error, tolerance
+from tests.pallas_kernels.nf4_matmul.tolerances import FUSED, UNFUSED, relative_error, tolerance
 
 ROWS = (1, 3, 7, 16, 65, 128, 300)
 SHAPES = ((64, 128), (128, 192), (192, 576))  # 576 = 4.5 x 128, as in SmolLM2

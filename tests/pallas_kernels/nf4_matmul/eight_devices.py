@@ -10,13 +10,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.formats.cuts import place
 from pallas_kernels.formats.dequantize import dequantize_numpy
+from pallas_kernels.formats.shards import place
 from pallas_kernels.nf4_matmul import nf4_matmul
 from pallas_kernels.nf4_matmul.sharded import EVERYWHERE, column_parallel, gathered, row_parallel
-from tests.contract.nf4_matmul import weight
-from tests.nf4_matmul.collectives import collectives, largest_moved, moved
-from tests.nf4_matmul.tolerances import OF_PARTS, UNFUSED, relative_error, tolerance
+from tests.pallas_kernels.nf4_matmul.collectives import collectives, largest_moved, moved
+from tests.pallas_kernels.nf4_matmul.contract import weight
+from tests.pallas_kernels.nf4_matmul.tolerances import OF_PARTS, UNFUSED, relative_error, tolerance
 
 LAYERS = 3
 

@@ -7,8 +7,8 @@ import pytest
 from pallas_kernels.devices import target_device
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from pallas_kernels.nf4_matmul.shapes import REDUCED
-from tests.contract import nf4_matmul as contract
-from tests.nf4_matmul import twins
+from tests.pallas_kernels.nf4_matmul import contract as contract
+from tests.pallas_kernels.nf4_matmul import twins
 
 # Every implementation that runs on this machine, with every layout that it takes.
 RUNS = [

@@ -12,7 +12,7 @@ from pallas_kernels.native import build, library
 from pallas_kernels.nf4_matmul import cpu, nf4_matmul
 from pallas_kernels.nf4_matmul.api import chosen
 from pallas_kernels.nf4_matmul.dispatch import Call
-from tests.contract.nf4_matmul import weight
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 needs_handlers = pytest.mark.skipif(bool(library.problem()), reason=f"implementation cpu {library.problem()}")
 

@@ -11,10 +11,10 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from pallas_kernels import aot, devices
 from pallas_kernels.devices import Device, device_of, target_device
+from pallas_kernels.kernel_report import device_of_card
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Abilities, Call, Implementation, choose, refusal
-from pallas_kernels.report import device_of_card
-from tests.contract.nf4_matmul import weight
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 CPU = Device(platform="cpu", kind="cpu")
 H100 = Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0))

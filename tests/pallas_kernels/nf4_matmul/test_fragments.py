@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.nf4_matmul.mosaic import fragments, inline
-from tests.nf4_matmul import ptx
-from tests.nf4_matmul.registers import threads
+from pallas_kernels.nf4_matmul.mosaic import fragments, inline_ptx
+from tests.pallas_kernels.nf4_matmul import ptx
+from tests.pallas_kernels.nf4_matmul.registers import threads
 
 LANES = 32
 WORDS = np.arange(65536, dtype=np.uint32)
@@ -126,7 +126,7 @@ def test_results_are_in_the_tiles_order(rows):
 
 
 def constants(quant_type, dtype):
-    words = inline.constant_words(CODE_TABLES[quant_type], dtype)
+    words = inline_ptx.constant_words(CODE_TABLES[quant_type], dtype)
     return [np.full_like(WORDS, word[0].view(np.uint32)) for word in words]
 
 
@@ -134,7 +134,7 @@ def constants(quant_type, dtype):
 @pytest.mark.parametrize("quant_type", CODE_TABLES)
 def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
     table, values = CODE_TABLES[quant_type], ptx.table_bits(quant_type, dtype)
-    low, high = ptx.run(inline.look_up_ptx(table, dtype), [WORDS, *constants(quant_type, dtype)], 2)
+    low, high = ptx.run(inline_ptx.look_up_ptx(table, dtype), [WORDS, *constants(quant_type, dtype)], 2)
     np.testing.assert_array_equal(low, ptx.two_values(WORDS, 0, 2, values))
     np.testing.assert_array_equal(high, ptx.two_values(WORDS, 1, 3, values))
 
@@ -147,7 +147,7 @@ def test_the_assembly_across_rows_is_the_table_for_every_pair(quant_type, dtype)
     other = np.random.default_rng(0).permutation(65536).astype(np.uint32)
     first, second = WORDS & 255 | (other & 255) << 8, WORDS >> 8 | other & 0xFF00
     for a, b in ((first, second), (first >> 8 | (first & 255) << 8, second >> 8 | (second & 255) << 8)):
-        found = ptx.run(inline.look_up_across_ptx(table, dtype), [a, b, *constants(quant_type, dtype)], 4)
+        found = ptx.run(inline_ptx.look_up_across_ptx(table, dtype), [a, b, *constants(quant_type, dtype)], 4)
         pairs = [a & 255 | (b & 255) << 8, a >> 8 | b & 0xFF00]
         expected = [ptx.two_values(pair, nibble, nibble + 2, values) for pair in pairs for nibble in range(2)]
         for mine, theirs in zip(found, expected, strict=True):
@@ -155,7 +155,7 @@ def test_the_assembly_across_rows_is_the_table_for_every_pair(quant_type, dtype)
 
 
 def test_a_broken_assembly_is_caught():
-    right = inline.look_up_ptx(CODE_TABLES["nf4"], "bfloat16")
+    right = inline_ptx.look_up_ptx(CODE_TABLES["nf4"], "bfloat16")
     inputs = [WORDS, *constants("nf4", "bfloat16")]
     for change in (("0x77777777", "0xffffffff"), ("0x32103210", "0x32103201"), ("0x6240", "0x7351"), ("p, q", "q, p")):
         wrong = right.replace(*change)

@@ -16,9 +16,9 @@ from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import COPIES, Interpr
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.marks import some_in_ci
-from tests.nf4_matmul import twins
-from tests.nf4_matmul.jaxprs import equations, loops
-from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
+from tests.pallas_kernels.nf4_matmul import twins
+from tests.pallas_kernels.nf4_matmul.jaxprs import equations, loops
+from tests.pallas_kernels.nf4_matmul.twins import DETECTING, LAYERS, stack
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 DIRECTIONS = ("forward", "backward")

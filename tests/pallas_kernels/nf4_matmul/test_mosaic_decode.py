@@ -12,8 +12,8 @@ from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.mosaic.constants import expanded_scales
 from pallas_kernels.nf4_matmul.mosaic.decode import decode_ptx, select_pair
 from qlora_jax.quant import quantize_numpy
-from tests.contract.nf4_matmul import weight
-from tests.nf4_matmul import ptx
+from tests.pallas_kernels.nf4_matmul import ptx
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 DTYPES = ("bfloat16", "float16")
 ALL_INPUTS = np.arange(65536, dtype=np.uint32)

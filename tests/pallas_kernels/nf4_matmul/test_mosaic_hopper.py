@@ -12,9 +12,9 @@ from pallas_kernels.nf4_matmul.mosaic.hopper import Tile
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.marks import some_in_ci
-from tests.nf4_matmul import twins
-from tests.nf4_matmul.jaxprs import equations, loops, names
-from tests.nf4_matmul.twins import DETECTING, LAYERS, stack
+from tests.pallas_kernels.nf4_matmul import twins
+from tests.pallas_kernels.nf4_matmul.jaxprs import equations, loops, names
+from tests.pallas_kernels.nf4_matmul.twins import DETECTING, LAYERS, stack
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 PRODUCTS = {"forward": hopper.forward_product, "backward": hopper.backward_product}

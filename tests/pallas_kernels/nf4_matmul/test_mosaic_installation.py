@@ -13,11 +13,11 @@ from pallas_kernels.nf4_matmul import api
 from pallas_kernels.nf4_matmul.dispatch import Call
 from pallas_kernels.nf4_matmul.mosaic import installation
 from qlora_jax.models import precision
-from qlora_jax.training import overview
+from qlora_jax.training import banner
 from qlora_jax.training.run import train
-from tests.contract.nf4_matmul import weight
 from tests.e2e.project import project
-from tests.training.test_overview import session_of
+from tests.pallas_kernels.nf4_matmul.contract import weight
+from tests.training.test_banner import session_of
 
 CARDS = {
     "hopper": Device(platform="gpu", kind="NVIDIA H100 80GB HBM3", compute_capability=(9, 0)),
@@ -57,9 +57,9 @@ def test_what_is_too_old_is_said_and_the_reference_runs(
     choice = api.chosen(CARDS[kernel], call)
     assert choice.name == "reference" and choice.refusals[kernel] == problem
     assert api.chosen(CARDS[kernel], call, kernel).name is None  # a name is not replaced
-    monkeypatch.setattr(overview, "target_device", lambda: CARDS[kernel])
-    banner = overview._products.__wrapped__(session_of(weight((64, 128), layout="split_k")))
-    assert banner.startswith("reference; not skinny: ") and banner.endswith(f"; not {kernel}: {problem}")
+    monkeypatch.setattr(banner, "target_device", lambda: CARDS[kernel])
+    line = banner._products.__wrapped__(session_of(weight((64, 128), layout="split_k")))
+    assert line.startswith("reference; not skinny: ") and line.endswith(f"; not {kernel}: {problem}")
 
 
 @pytest.mark.parametrize(("jax_version", "driver", "runtime"), NEW)
@@ -72,7 +72,7 @@ def test_what_is_new_enough_is_taken(installed, jax_version, driver, runtime):
 def test_a_run_says_at_its_start_what_is_too_old(monkeypatch, tmp_path):
     """A whole run as on a card, all but its arithmetic, which stays the CPU's: what its console shows."""
     monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
-    monkeypatch.setattr(overview, "target_device", lambda: CARDS["hopper"])
+    monkeypatch.setattr(banner, "target_device", lambda: CARDS["hopper"])
     monkeypatch.setattr(precision, "platform", lambda: "gpu")
     config = project(tmp_path, model=dict(compute_dtype="bfloat16"), train=dict(steps=1))
     shown = io.StringIO()

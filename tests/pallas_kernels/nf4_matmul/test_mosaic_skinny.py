@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formats.tables import CODE_TABLES
-from pallas_kernels.nf4_matmul.mosaic import inline, skinny, skinny_instructions
+from pallas_kernels.nf4_matmul.mosaic import inline_ptx, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.skinny import product
 from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import Interpreted
 from pallas_kernels.nf4_matmul.shapes import SHAPES
-from tests.nf4_matmul import ptx, twins
-from tests.nf4_matmul.registers import threads
-from tests.nf4_matmul.twins import DETECTING, stack
+from tests.pallas_kernels.nf4_matmul import ptx, twins
+from tests.pallas_kernels.nf4_matmul.registers import threads
+from tests.pallas_kernels.nf4_matmul.twins import DETECTING, stack
 
 BF16, F16 = jnp.bfloat16, jnp.float16
 
@@ -170,8 +170,8 @@ def test_the_assembly_is_the_table_for_every_pair_of_bytes(quant_type, dtype):
     table, values = CODE_TABLES[quant_type], ptx.table_bits(quant_type, dtype)
     halves = np.arange(65536, dtype=np.uint32)
     words = np.concatenate([halves | halves[::-1] << 16, halves << 16 | 0xA5C3])
-    constants = [np.full_like(words, word[0].view(np.uint32)) for word in inline.constant_words(table, dtype)]
-    found = ptx.run(inline.look_up_word_ptx(table, dtype), [words, *constants], 4)
+    constants = [np.full_like(words, word[0].view(np.uint32)) for word in inline_ptx.constant_words(table, dtype)]
+    found = ptx.run(inline_ptx.look_up_word_ptx(table, dtype), [words, *constants], 4)
     pairs = [(half, nibble) for half in (words & 0xFFFF, words >> 16) for nibble in range(2)]
     for mine, (half, nibble) in zip(found, pairs, strict=True):
         np.testing.assert_array_equal(mine, ptx.two_values(half, nibble, nibble + 2, values))

@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.dequantize import dequantize, dequantize_numpy
+from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, refusal
 from pallas_kernels.nf4_matmul.shapes import SHAPES
-from pallas_kernels.products import dot
-from pallas_kernels.report import abstract_weight
-from pallas_kernels.scattered import scattered_like
-from tests.contract import nf4_matmul as contract
-from tests.nf4_matmul.tolerances import relative_error, tolerance
+from pallas_kernels.synthetic_weights import scattered_like
+from tests.pallas_kernels.nf4_matmul import contract as contract
+from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
 ROWS = (1, 7, 16, 65, 128, 300, 2048)
 BF16, F16 = jnp.bfloat16, jnp.float16

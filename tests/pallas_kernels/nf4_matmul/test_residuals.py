@@ -8,7 +8,7 @@ import pytest
 
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.nf4_matmul import nf4_matmul
-from tests.contract.nf4_matmul import weight
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 LAYERS, N = 12, 256
 

@@ -12,9 +12,9 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.nf4_matmul.sharded import column_parallel, row_parallel
-from tests.contract.nf4_matmul import weight
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 MESH = AbstractMesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
 
 
@@ -24,7 +24,11 @@ def test_on_eight_devices():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
-        [*command, "tests/nf4_matmul/eight_devices.py"], cwd=ROOT, env=environment, capture_output=True, text=True
+        [*command, "tests/pallas_kernels/nf4_matmul/eight_devices.py"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, f"{done.stdout[-8000:]}\n{done.stderr[-2000:]}"
 

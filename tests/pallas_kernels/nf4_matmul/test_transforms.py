@@ -7,7 +7,7 @@ import pytest
 
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
 from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
-from tests.contract.nf4_matmul import weight
+from tests.pallas_kernels.nf4_matmul.contract import weight
 
 LAYERS = 3
 

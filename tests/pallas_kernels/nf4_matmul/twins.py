@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands
-from tests.contract.nf4_matmul import weight
-from tests.nf4_matmul.tolerances import relative_error, tolerance
+from tests.pallas_kernels.nf4_matmul.contract import weight
+from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
 LAYERS = 3
 ROWS = (1, 7, 16, 65, 128, 300)

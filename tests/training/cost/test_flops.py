@@ -12,9 +12,9 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.rope import Rope
-from qlora_jax.training import byte_counts, counts
-from qlora_jax.training.abstract import abstract_step
-from qlora_jax.training.saved import saved_bytes
+from qlora_jax.training.abstract_step import abstract_step
+from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost.activations import saved_bytes
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -124,7 +124,7 @@ PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMIL
 
 @pytest.fixture(scope="module", params=PARAMS)
 def case(request):
-    """(counts.Step, abstract step, compiled gradients, its text)."""
+    """(flops.Step, abstract step, compiled gradients, its text)."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param not in IN_HANDLERS:
             patch.setattr(attention_cpu, "attention_problem", lambda: "left out")
@@ -151,17 +151,17 @@ def test_products_are_exactly_those_of_the_compiled_step(case):
 
 def _in_dots(counted):
     """Operations by part, without those of C++ handlers, which a compiled text does not tell."""
-    parts = counts.flops(counted)
-    return {name: n for name, n in parts.items() if not (counts.in_handlers(counted) and "attention" in name)}
+    parts = flops.flops(counted)
+    return {name: n for name, n in parts.items() if not (flops.in_handlers(counted) and "attention" in name)}
 
 
 def test_each_part_is_its_share_of_the_compiled_step(case):
     """Parts by the scopes that nn and models name; what is computed again runs in the backward loop."""
     counted, _, _, text = case
     expected, found = Counter(), Counter()
-    for name, flops in _in_dots(counted).items():
+    for name, operations in _in_dots(counted).items():
         part, direction = name.split()
-        expected[part, direction != "forward" and part != "head"] += flops
+        expected[part, direction != "forward" and part != "head"] += operations
     for dot in dots(text):
         parts = ("new_tokens", "whole_head", "whole_linear", "dora", "frozen", "lora", "attention", "head")
         part = next(part for part in parts if part in dot.op_name)
@@ -169,16 +169,16 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
     assert found == expected
     frozen = expected["frozen", False] + expected["frozen", True]
     if not counted.dora:
-        assert byte_counts.dequantized_traffic(counted) == 2 * frozen // counted.rows  # 4 N K for each 2 M N K
+        assert memory_use.dequantized_traffic(counted) == 2 * frozen // counted.rows  # 4 N K for each 2 M N K
 
 
 def test_arguments_and_results_are_the_formulas_bytes(case):
     counted, step, compiled, _ = case
     memory = compiled.memory_analysis()
     key = 0 if step.key is None else 8
-    assert memory.argument_size_in_bytes == byte_counts.argument_bytes(counted) + key
+    assert memory.argument_size_in_bytes == memory_use.argument_bytes(counted) + key
     pointers = 8 * (len(jax.tree.leaves(step.lora)) + 3)  # XLA on CPUs counts the table of a tuple's members
-    assert memory.output_size_in_bytes == byte_counts.gradient_output_bytes(counted) + pointers
+    assert memory.output_size_in_bytes == memory_use.gradient_output_bytes(counted) + pointers
 
 
 def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
@@ -188,9 +188,8 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     given = sum(_bytes(leaf) for leaf in jax.tree.leaves((step.base, step.lora)) if leaf.shape[:1] == (LAYERS,))
     given -= sum(_bytes(leaf) for leaf in jax.tree.leaves(step.base) if leaf.shape == (LAYERS,))  # nested_offset
     expected = sum(saved_bytes(counted).values())
-    slices = (
-        byte_counts.lora_bytes(counted) + byte_counts.frozen_bytes(counted)["vectors"] if counted.remat == "none" else 0
-    )
+    vectors = memory_use.lora_bytes(counted) + memory_use.frozen_bytes(counted)["vectors"]
+    slices = vectors if counted.remat == "none" else 0
     assert expected <= carried - given <= expected + slices
 
 
@@ -203,13 +202,13 @@ def test_the_update_reads_and_overwrites_the_formulas_bytes():
     function, args, kwargs = step.update()
     memory = function.lower(*args, **kwargs).compile(TO_READ).memory_analysis()
     counted = _counted(MODEL, WeightFormat(), step, (1, 1, 128), EVERY)
-    lora, state = byte_counts.lora_bytes(counted), byte_counts.optimizer_bytes(counted)
+    lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
     assert memory.argument_size_in_bytes == 2 * lora + state
     assert memory.alias_size_in_bytes == lora + state
 
 
 def _counted(model, weights, step, batch, lora):
-    return counts.Step(model=model, weights=weights, lora=lora, batch=batch, remat=step.remat)
+    return flops.Step(model=model, weights=weights, lora=lora, batch=batch, remat=step.remat)
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)
@@ -223,10 +222,10 @@ def test_bytes_of_real_models_are_those_of_their_leaves(name, settings):
     lora = LoraArgs(rank=64)
     step = abstract_step(model, weights, lora, batch=batch)
     counted = _counted(model, weights, step, batch, lora)
-    assert sum(byte_counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
-    assert byte_counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
-    assert byte_counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
-    assert byte_counts.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
+    assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
+    assert memory_use.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert memory_use.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert memory_use.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
 
 
 @pytest.mark.parametrize("model", [MODEL, LIKE_PHI, dataclasses.replace(MODEL, embed_dim=4096, tie_embeddings=True)])
@@ -236,17 +235,17 @@ def test_bytes_of_new_tokens_are_those_of_their_leaves(model):
     step = abstract_step(model, WeightFormat(), EVERY, batch=(1, 1, 64), optim=optim, new_ids=NEW_IDS)
     counted = _counted(model, WeightFormat(), step, (1, 1, 64), EVERY)
     counted = dataclasses.replace(counted, optimizer=optim.name, new_tokens=len(NEW_IDS))
-    assert byte_counts.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
-    assert byte_counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
-    assert sum(byte_counts.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
+    assert memory_use.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert memory_use.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
 
 
-@pytest.mark.parametrize("name", byte_counts.HELD)
+@pytest.mark.parametrize("name", memory_use.HELD)
 def test_bytes_of_every_optimizer_are_those_of_its_leaves(name):
     lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)  # some of 4,096 and more
     step = abstract_step(MODEL, WeightFormat(), lora, batch=(1, 1, 64), optim=optim)
     counted = dataclasses.replace(_counted(MODEL, WeightFormat(), step, (1, 1, 64), lora), optimizer=name)
-    assert byte_counts.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
+    assert memory_use.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
     assert {leaf.dtype.name for leaf in jax.tree.leaves(step.state) if leaf.ndim} == (
         {"uint8", "float32"} if name.endswith("_8bit") else {"float32"}
     )
@@ -257,8 +256,8 @@ def test_published_sizes():
     lora = LoraArgs(rank=64)
     step = abstract_step(REAL_MODELS["llama-65b"], WeightFormat(), lora, batch=(1, 1, 512))
     counted = _counted(REAL_MODELS["llama-65b"], WeightFormat(), step, (1, 1, 512), lora)
-    assert byte_counts.lora_bytes(counted) / 4 / 1e6 == pytest.approx(799.5, abs=0.1)
-    assert sum(byte_counts.frozen_bytes(counted).values()) / 2**30 == pytest.approx(32.095, abs=0.005)
+    assert memory_use.lora_bytes(counted) / 4 / 1e6 == pytest.approx(799.5, abs=0.1)
+    assert sum(memory_use.frozen_bytes(counted).values()) / 2**30 == pytest.approx(32.095, abs=0.005)
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)
@@ -274,6 +273,6 @@ def test_the_named_shapes_are_those_of_the_models(name):
 
 def test_only_whole_chunks_of_supervised_tokens_reach_the_head():
     some = {"model": MODEL, "weights": WeightFormat(), "lora": LoraArgs(), "batch": (1, 4, 256), "remat": "names"}
-    heads = [counts.head_flops(counts.Step(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
+    heads = [flops.head_flops(flops.Step(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
     one = 2 * 256 * MODEL.embed_dim * MODEL.vocab_size
     assert heads == [4 * one, 4 * one, 2 * one, one, 0]

@@ -11,13 +11,15 @@ from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import plan as command
 from qlora_jax.config import ConfigError, DataArgs, LoraArgs, OptimArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.tokenizer import load_tokenizer
-from qlora_jax.io.source import open_model
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.catalog import PUBLIC
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.public import PUBLIC
-from qlora_jax.training import byte_counts
-from qlora_jax.training.needs import (
+from qlora_jax.training.cost import memory_use
+from qlora_jax.training.cost.activations import offloaded_bytes, saved_bytes
+from qlora_jax.training.plan.plan import MAX_COMPILES, make_plan
+from qlora_jax.training.plan.requirements import (
     ACTIVATIONS,
     KINDS,
     PROGRAMS,
@@ -31,9 +33,7 @@ from qlora_jax.training.needs import (
     on_card,
     working_set,
 )
-from qlora_jax.training.plan import MAX_COMPILES, make_plan
-from qlora_jax.training.plan_settings import features_of, target_of
-from qlora_jax.training.saved import offloaded_bytes, saved_bytes
+from qlora_jax.training.plan.settings import features_of, target_of
 from tests.e2e.project import write_model, write_rows
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
@@ -84,14 +84,14 @@ def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
     assert need.device.keys() == set(KINDS) == need.host.keys() and not any(need.host.values())
     pointers = 8 * (len(step.lora) * 2 + 3)  # the table of a tuple's members
     program_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - pointers
-    few = byte_counts.gradient_output_bytes(TINY.counted()) - byte_counts.lora_bytes(TINY.counted())  # losses of rows
-    assert need.total - need.device[PROGRAMS] == program_bytes - few + byte_counts.optimizer_bytes(TINY.counted())
+    few = memory_use.gradient_output_bytes(TINY.counted()) - memory_use.lora_bytes(TINY.counted())  # losses of rows
+    assert need.total - need.device[PROGRAMS] == program_bytes - few + memory_use.optimizer_bytes(TINY.counted())
     assert need.device[PROGRAMS] > 0 == estimated_need(on_gpu(TINY)).device[PROGRAMS]
 
 
 def test_paged_state_is_counted_where_it_is():
     need, paged = compiled_need(TINY, Compiler()), compiled_need(TINY.changed(paged=True), Compiler())
-    assert paged.host[STATE] == need.device[STATE] == byte_counts.optimizer_bytes(TINY.counted())
+    assert paged.host[STATE] == need.device[STATE] == memory_use.optimizer_bytes(TINY.counted())
     assert paged.device[STATE] <= need.device[STATE]
     big = real("llama-65b", (1, 1, 512))
     assert estimated_need(big.changed(paged=True)).total < estimated_need(big).total - 5.5e9
@@ -170,7 +170,7 @@ def test_nothing_longer_than_the_model_was_made_for():
     ids=["paging", "remat"],
 )
 def test_the_nearest_change_is_the_first_that_fits_and_is_compiled(spare, options, monkeypatch):
-    monkeypatch.setattr("qlora_jax.training.needs.PAGES_IN_FLIGHT", 1000)
+    monkeypatch.setattr("qlora_jax.training.plan.requirements.PAGES_IN_FLIGHT", 1000)
     compiler = Compiler()
     plan = make_plan(TINY, spare(), compiler)
     assert not plan.fits and plan.change.options == options

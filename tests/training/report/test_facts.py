@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from qlora_jax.inference.measures import Measure
-from qlora_jax.inference.statistics import wilson_interval
-from qlora_jax.optim.residency import Memory
-from qlora_jax.training.curves import GIB, Chart, Line, charts
-from qlora_jax.training.figures import figures
-from qlora_jax.training.peak import held, watch_peak
-from qlora_jax.training.plot import NARROW, WIDE, chart_svg, lengths_svg, loss_svg
-from qlora_jax.training.report import before_and_after, question_facts, training_facts
+from qlora_jax.evaluation.metrics import Measure
+from qlora_jax.evaluation.statistics import wilson_interval
+from qlora_jax.optim.page_pool import Memory
+from qlora_jax.training.eval_metrics import figures
+from qlora_jax.training.memory_watch import held, watch_peak
+from qlora_jax.training.report.curves import GIB, Chart, Line, charts
+from qlora_jax.training.report.facts import before_and_after, question_facts, training_facts
+from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, lengths_svg, loss_svg
 
 
 def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: float = 1.0) -> dict:
@@ -199,5 +199,5 @@ def test_what_is_held_now():
     ],
 )
 def test_what_a_device_does_not_tell_is_left_out(statistics, told, monkeypatch, tmp_path):
-    monkeypatch.setattr("qlora_jax.training.peak._PROCESS", tmp_path)  # a system without /proc
+    monkeypatch.setattr("qlora_jax.training.memory_watch._PROCESS", tmp_path)  # a system without /proc
     assert held(SimpleNamespace(memory_stats=lambda: statistics)) == told

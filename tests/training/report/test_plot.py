@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from qlora_jax.training.plot import plot_loss, smooth
+from qlora_jax.training.report.plot import plot_loss, smooth
 
 
 def test_smooth_is_a_weighted_mean_of_what_came():

@@ -1,6 +1,6 @@
 """What one optimizer step holds and moves, by formula: bytes of weights, adapters, moments, batches and logits.
 
-Pure arithmetic, as in qlora_jax.training.counts, whose dimension key holds here too.
+Pure arithmetic, as in qlora_jax.training.cost.flops, whose dimension key holds here too.
 """
 
 import math
@@ -8,8 +8,8 @@ import math
 import numpy as np
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held
-from qlora_jax.optim.blockwise import BLOCK, MIN_SIZE
-from qlora_jax.training.counts import AGAIN, F32, Step, head_tile, not_again
+from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
+from qlora_jax.training.cost.flops import AGAIN, F32, Step, head_tile, not_again
 
 
 def frozen_bytes(step: Step) -> dict[str, int]:
