@@ -54,10 +54,10 @@ quickstart() {
         "$python" -m qlora_jax.train --config configs/smollm2_titles.yaml --model.path "$model" --data.eval null \
             --train.steps 2 --output "$run" || return
     fi
-    "$python" scripts/compare_losses.py "$run/metrics.jsonl"
+    "$python" -m scripts.bench.gpu.compare_losses "$run/metrics.jsonl"
 }
 
-bench() { "$python" scripts/bench_gpu.py $rehearse --output "$output/bench_gpu.json"; }
+bench() { "$python" -m scripts.bench.gpu.run $rehearse --output "$output/bench_gpu.json"; }
 
 declare -A limit=([contract]=420 [quickstart]=240 [bench]=520)
 "$python" - "$rehearse" <<'PYTHON' || exit 1

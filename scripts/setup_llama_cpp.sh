@@ -6,7 +6,7 @@
 # Built for x86-64 with AVX2, not for what this processor alone has, so that a copied environment still runs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-requirements=scripts/opponents/requirements-llama.txt
+requirements=scripts/bench/opponents/requirements-llama.txt
 
 if cmp -s "$requirements" .llama_cpp/requirements.txt; then
     echo "llama.cpp: ready"

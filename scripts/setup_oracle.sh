@@ -6,7 +6,7 @@
 # 3 GB), so point pip at CPU wheels first if that matters:  PIP_FIND_LINKS=FOLDER bash scripts/setup_oracle.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
-requirements=scripts/opponents/requirements.txt
+requirements=scripts/bench/opponents/requirements.txt
 
 if cmp -s "$requirements" .oracle/requirements.txt; then
     echo "oracle: ready"

@@ -1,13 +1,11 @@
 """Strict settings for every test, and fixtures that reach outside: the oracle's Python, a real model, local data."""
 
-import importlib.util
 import json
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -16,6 +14,8 @@ import jax
 import jaxtyping
 import numpy as np
 import pytest
+
+from scripts.fetch_smollm2 import fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -125,25 +125,11 @@ def llama_cpp(tmp_path: Path) -> Oracle:
     return _runner(lambda: _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python"), tmp_path)
 
 
-def _load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def load_script() -> Callable[[str], ModuleType]:
-    """`load_script(name)`: a new module of scripts/{name}.py, which is no package."""
-    return _load_script
-
-
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """SmolLM2-135M-Instruct as GGUF, fetched once into the cache; skips where it can't be had."""
     try:
-        return _load_script("fetch_smollm2").fetch_smollm2()
+        return fetch_smollm2()
     except OSError as error:
         pytest.skip(f"SmolLM2 is not to be had: {error}")
 

@@ -1,6 +1,6 @@
 """How near adapters begin to the model in 16 bits, and how long it takes to find them: |W - Q(rest) - s (A B)^T| / |W|.
 
-python scripts/bench_inits.py MODEL [--rank 16] [--every 5]
+python -m scripts.bench.adapter_init MODEL [--rank 16] [--every 5]
 
 Of every fifth layer's weights, in NF4 with double quantization; mean over weights, and seconds for all of them.
 """

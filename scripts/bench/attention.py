@@ -1,6 +1,6 @@
 """Times one layer's causal attention, forward and backward, against PyTorch's SDPA (flash) on the same CPU.
 
-    python scripts/bench_attention.py [--lengths 512 2048] [--batches 1 4] [--dtypes bfloat16] [--window 1024]
+    python -m scripts.bench.attention [--lengths 512 2048] [--batches 1 4] [--dtypes bfloat16] [--window 1024]
 
 Heads as in SmolLM2-135M: 9 query heads, 3 key heads, 64 each. Forward and backward are two programs on our side, as in
 a training step, where nothing of the first is at hand in the second but what it saved. The two processes take turns, a
@@ -14,13 +14,11 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from players import Game, block_medians, median_of, median_ratio
+from scripts.bench.support.environment import OPPONENTS, ORACLE
+from scripts.bench.support.interleave import Game, block_medians, median_of, median_ratio
 
-ROOT = Path(__file__).resolve().parent.parent
-ORACLE = os.environ.get("QLORA_ORACLE_PYTHON", str(ROOT / ".oracle/bin/python"))
 HEADS = {"heads": 9, "kv_heads": 3, "head_dim": 64}
 
 
@@ -58,8 +56,8 @@ def compare(case: dict[str, Any], blocks: int) -> dict[str, Any]:
     """One row: medians over all runs, and the median of neighbouring turns' ratios."""
     told = json.dumps(case)
     commands = {
-        "ours": [sys.executable, __file__, "--play", told],
-        "theirs": [ORACLE, str(ROOT / "scripts/opponents/torch_attention.py"), told],
+        "ours": [sys.executable, "-m", "scripts.bench.attention", "--play", told],
+        "theirs": [ORACLE, str(OPPONENTS / "torch_attention.py"), told],
     }
     counted = max(2, min(20, 20 * 1024 // (case["length"] * case["batch"])))
     with Game({"JAX_PLATFORMS": "cpu"}) as game:

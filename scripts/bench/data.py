@@ -1,7 +1,6 @@
-#!/usr/bin/python3
 """What rows cost on their way to batches, over what the tokenizer library's own batch encoding takes.
 
-    python scripts/bench_data.py [--data FILE] [--model FILE.gguf] [--rows 8000] [--rounds 7]
+    python -m scripts.bench.data [--data FILE] [--model FILE.gguf] [--rows 8000] [--rounds 7]
 
 Several times in turn, each over the same rows in memory:
 
@@ -26,7 +25,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from fetch_smollm2 import fetch_smollm2
 
 from qlora_jax.config import DataArgs
 from qlora_jax.data.batching.batches import plan_packed_epoch
@@ -39,9 +37,10 @@ from qlora_jax.data.readers.files import Row, read_rows
 from qlora_jax.data.rows import TokenRows, joined, token_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.open_model import open_model
+from scripts.bench.support.environment import ROOT
+from scripts.fetch_smollm2 import fetch_smollm2
 
 MAX_LENGTH = 512
-ROOT = Path(__file__).resolve().parent.parent
 
 
 class Seconds(NamedTuple):

@@ -1,6 +1,6 @@
 """Decoding speed at batch 1, SmolLM2, greedy: ours against transformers + bitsandbytes and llama.cpp, in one run.
 
-    python scripts/bench_decode.py [--new-tokens 128] [--blocks 5] [--output results.json] [--quick]
+    python -m scripts.bench.decode [--new-tokens 128] [--blocks 5] [--output results.json] [--quick]
 
 All read the same GGUF file. Ours and transformers hold it in NF4 with double quantization, llama.cpp as it is (Q4_1).
 Each process answers the same prompt once when it starts, which loads, compiles and warms up; then they take turns of
@@ -27,9 +27,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench_train import ORACLE, OURS, SCRIPTS, caches
-from fetch_smollm2 import fetch_smollm2
-from players import Game, Record, Turns, median_ratio
+from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, compilation_caches
+from scripts.bench.support.interleave import Game, Record, Turns, median_ratio
+from scripts.fetch_smollm2 import fetch_smollm2
 
 TEXT = """The history of the lighthouse goes back to fires that were lit on hilltops, and later on platforms, to guide
 ships into port. A lighthouse on the island of Pharos, built in the third century before our era, was long among the
@@ -42,11 +42,10 @@ CONFIGURATIONS = (("bf16", "dynamic"), ("bf16", "compiled"), ("fp32", "dynamic")
 def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
     """Who plays, by name."""
     arguments = ["--model", str(model), "--new-tokens", str(new_tokens), "--prompt", *map(str, prompt_ids(model))]
-    opponents = SCRIPTS / "opponents"
-    torch = [ORACLE, str(opponents / "torch_decode.py"), *arguments]
+    torch = [ORACLE, str(OPPONENTS / "torch_decode.py"), *arguments]
     theirs = {f"{TRANSFORMERS} {d}, {c}": [*torch, "--dtype", d, "--cache", c] for d, c in CONFIGURATIONS}
-    ours = [sys.executable, str(SCRIPTS / "bench_reply.py"), *arguments]
-    return {OURS: ours, **theirs, "llama.cpp": [ORACLE, str(opponents / "llama_cpp_decode.py"), *arguments]}
+    ours = [sys.executable, "-m", "scripts.bench.workers.reply", *arguments]
+    return {OURS: ours, **theirs, "llama.cpp": [ORACLE, str(OPPONENTS / "llama_cpp_decode.py"), *arguments]}
 
 
 def prompt_ids(model: Path) -> list[int]:
@@ -65,7 +64,7 @@ def rate(reply: Record) -> float:
 
 def measure(commands: dict[str, list[str]], blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
     """Everyone's figures, the fastest transformers, ratios, and the failure of each that failed."""
-    with caches(keep=quick) as environment, Game(environment, timeout_s) as game:
+    with compilation_caches(keep=quick) as environment, Game(environment, timeout_s) as game:
         firsts = {name: game.start(name, command) for name, command in commands.items()}
         turns = game.play(blocks)
     rates = {name: [rate(turn[-1]) for turn in turns[name]] for name in turns}

@@ -1,6 +1,6 @@
 """Evaluation speed on SmolLM2: ours against transformers + torch, perplexity and multiple choice, in one run.
 
-    python scripts/bench_evaluate.py [--bases none nf4] [--dtypes float32 bfloat16] [--blocks 3]
+    python -m scripts.bench.evaluate [--bases none nf4] [--dtypes float32 bfloat16] [--blocks 3]
         [--output results.json] [--small]
 
 Both score the same ids: overlapping windows of a text (the passages of examples/titles, window 512, stride 256), and
@@ -29,13 +29,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_train import ORACLE, OURS, SCRIPTS, caches
-from fetch_smollm2 import fetch_smollm2
-from players import Game, Record, Turns
+from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, ROOT, compilation_caches
+from scripts.bench.support.interleave import Game, Record, Turns
+from scripts.fetch_smollm2 import fetch_smollm2
 
 DTYPES = ("float32", "bfloat16")
 THEIRS = "transformers"
-EXAMPLES = SCRIPTS.parent / "examples"
+EXAMPLES = ROOT / "examples"
 WINDOW, STRIDE = 512, 256
 TOLERANCE = 1e-3  # nats a token
 Jobs = dict[str, list[tuple[list[int], int]]]  # rows by job: ids, and the first that is scored
@@ -69,8 +69,8 @@ def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> di
     """Who plays, by name."""
     arguments = ["--model", str(model), "--jobs", str(jobs), "--quant", base]
     programs = {
-        OURS: [sys.executable, str(SCRIPTS / "bench_scoring.py")],
-        THEIRS: [ORACLE, str(SCRIPTS / "opponents/torch_evaluate.py")],
+        OURS: [sys.executable, "-m", "scripts.bench.workers.scoring"],
+        THEIRS: [ORACLE, str(OPPONENTS / "torch_evaluate.py")],
     }
     players = [(who, dtype) for dtype in dtypes for who in programs]
     commands = {f"{who} {dtype}": [*programs[who], *arguments, "--dtype", dtype] for who, dtype in players}
@@ -82,7 +82,7 @@ def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> di
 
 def measure(commands: dict[str, list[str]], jobs: Jobs, blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
     """Everyone's figures by job, and the failure of each that failed."""
-    with caches(keep=quick) as environment, Game(environment, timeout_s) as game:
+    with compilation_caches(keep=quick) as environment, Game(environment, timeout_s) as game:
         firsts = {name: game.start(name, command) for name, command in commands.items()}
         turns = game.play(blocks)
     return {"jobs": {job: figures(job, rows, firsts, turns) for job, rows in jobs.items()}, "failures": game.failures}

@@ -1,6 +1,6 @@
 """Loads a large sharded checkpoint, made for it and removed after: seconds beside reading and quantizing, and memory.
 
-    python scripts/bench_load.py [--model llama-7b] [--layers N] [--folder PLACE] [--blocks 3]
+    python -m scripts.bench.load [--model llama-7b] [--layers N] [--folder PLACE] [--blocks 3]
 
 The checkpoint has the shapes of a published model in bf16, with random weights, in shards of 5 GB. In each block three
 things take turns, each in a process of its own and with the files out of the system's cache: reading all bytes;
@@ -30,7 +30,6 @@ import jax
 import ml_dtypes
 import numpy as np
 from flax import nnx
-from plan_memory import forget_the_peak, resident
 
 from qlora_jax import runtime
 from qlora_jax.io.hf.reader import INDEX
@@ -43,6 +42,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize
+from scripts.bench.plan_memory import forget_the_peak, resident
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CHUNK = 1 << 24  # bytes read in one go
@@ -131,7 +131,7 @@ def load(folder: Path) -> dict[str, float]:
 def in_a_process(work: str, folder: Path) -> dict[str, float]:
     """What one of WORK tells, the files out of the cache before."""
     forget(folder)
-    command = [sys.executable, __file__, "--work", work, "--folder", str(folder)]
+    command = [sys.executable, "-m", "scripts.bench.load", "--work", work, "--folder", str(folder)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 

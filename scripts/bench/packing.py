@@ -1,6 +1,6 @@
 """Useful tokens a second with rows packed, in length buckets, and padded.
 
-    python scripts/bench_packing.py --data FILE [--model FILE.gguf] [--max-length 512] [--rows 4] [--seconds 20]
+    python -m scripts.bench.packing --data FILE [--model FILE.gguf] [--max-length 512] [--rows 4] [--seconds 20]
 
 The gradients of real batches of one micro-batch of `--rows` rows, the ways in turn, for about so many seconds each:
 packed, by length in 4 buckets, each batch of shuffled rows padded to its own longest (rounded up to 64, a compilation
@@ -22,8 +22,6 @@ if __name__ == "__main__":
     allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
 
 import jax
-from fetch_smollm2 import fetch_smollm2
-from real_step import Held, hold
 
 from qlora_jax import runtime
 from qlora_jax.config import DataArgs, LoraArgs
@@ -33,6 +31,8 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
 from qlora_jax.training.compiled_step import Gradients
+from scripts.bench.support.real_step import Held, hold
+from scripts.fetch_smollm2 import fetch_smollm2
 
 WAYS: dict[str, dict[str, Any]] = {
     "packed": {"packing": True},

@@ -1,6 +1,6 @@
 """What paging costs in a training step: pages all resident, and all away, against plain optax, in one process.
 
-    python scripts/bench_paging.py [--model random-15m | smollm2] [--optim adamw_8bit] [--rounds 20] [--seq 512]
+    python -m scripts.bench.paging [--model random-15m | smollm2] [--optim adamw_8bit] [--rounds 20] [--seq 512]
         [--rank 16]
 
 A round computes the gradients of one batch, as training does, and updates four copies of parameters and state with
@@ -27,9 +27,6 @@ if __name__ == "__main__":
 import jax
 import jax.numpy as jnp
 import numpy as np
-from fetch_smollm2 import fetch_smollm2
-from random_model import make_random_model
-from real_step import Held, hold, random_batch
 
 from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
@@ -40,6 +37,9 @@ from qlora_jax.optim.page_pool import Memory, Moved
 from qlora_jax.optim.pager import PagedUpdate, paged_init
 from qlora_jax.training.optimizer_state import make_updates
 from qlora_jax.training.step import update
+from scripts.bench.support.random_model import make_random_model
+from scripts.bench.support.real_step import Held, hold, random_batch
+from scripts.fetch_smollm2 import fetch_smollm2
 
 MODELS = {"smollm2": fetch_smollm2, "random-15m": lambda: make_random_model("random-15m")}
 STEPS = 1000

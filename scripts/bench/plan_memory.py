@@ -1,6 +1,6 @@
 """What a training step adds to a process's memory on a CPU, to set beside its plan.
 
-    python scripts/plan_memory.py --model PATH [--seq 512] [--rank 16] [--remat names]
+    python -m scripts.bench.plan_memory --model PATH [--seq 512] [--rank 16] [--remat names]
 
 Resident memory once the step is compiled and no weight has been read is the baseline: Python, jax, and the programs.
 Its peak over a few steps, less that, is the growth. Run it twice: with a cold compilation cache the compiler's own
@@ -18,10 +18,10 @@ if __name__ == "__main__":
     allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
 
 import numpy as np
-from bench_step import step
-from real_step import hold, random_batch
 
 from qlora_jax import runtime
+from scripts.bench.support.real_step import hold, random_batch
+from scripts.bench.workers.train_step import step
 
 STEPS = 4
 

@@ -1,6 +1,6 @@
 """Times quantizing to NF4 with double quantization, and dequantizing, against bitsandbytes on the same CPU.
 
-    python scripts/bench_quantize.py --opponent-python .oracle/bin/python
+    python -m scripts.bench.quantize --opponent-python .oracle/bin/python
 
 Both run in turns, in two processes of which one waits; a ratio is of medians. Both are given the same f32 weights in
 their own arrays, and must make the same codes of them. Each dequantizes to bf16 from the layout that it trains on.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ("576x576", "1536x576", "2048x2048", "4096x4096")
 # An idle OpenMP or XLA thread may spin for some milliseconds before it sleeps.
 REST_SECONDS = 0.05
@@ -90,7 +90,8 @@ class Opponent:
     """The process that runs `serve` in bitsandbytes' Python."""
 
     def __init__(self, python: Path) -> None:
-        command = [str(python), __file__, "--serve"]
+        # -P: otherwise the files next to this one would hide packages of their names.
+        command = [str(python), "-P", __file__, "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, *question: str) -> str:
@@ -136,7 +137,6 @@ def main() -> None:
     if args.serve:
         return serve()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    sys.path.insert(0, str(ROOT))
     opponent = Opponent(args.opponent_python)
     rows = [row for shape in args.shapes for row in compare(shape, opponent, args.repeats)]
     print_table(rows)

@@ -1,6 +1,6 @@
 """Training speed, memory and time to the first step: ours against PyTorch + PEFT + bitsandbytes, in one run.
 
-    python scripts/bench_train.py [--rows b1-r16 seq2048] [--blocks 4] [--output FILE] [--warm] [--quick] [--list]
+    python -m scripts.bench.train [--rows b1-r16 seq2048] [--blocks 4] [--output FILE] [--warm] [--quick] [--list]
 
 Both hold the same model in NF4 with double quantization and train LoRA on all linear layers, on rows of random tokens.
 In each row of the table each is started twice, alone: with an empty cache of compiled programs ("cold"), then with what
@@ -19,27 +19,22 @@ run to run: what is told of memory is then a warm start's. --quick is a smoke te
 """
 
 import argparse
-import contextlib
 import json
-import os
 import statistics
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fetch_smollm2 import cache_dir, fetch_smollm2
-from players import Game, Record, Turns, block_medians, median_of, median_ratio
-from random_model import make_random_model
-from train_rows import ROWS, Row
+from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, ROOT, compilation_caches
+from scripts.bench.support.interleave import Game, Record, Turns, block_medians, median_of, median_ratio
+from scripts.bench.support.random_model import make_random_model
+from scripts.bench.support.train_rows import ROWS, Row
+from scripts.fetch_smollm2 import fetch_smollm2
 
-SCRIPTS = Path(__file__).resolve().parent
-ORACLE = os.environ.get("QLORA_ORACLE_PYTHON", str(SCRIPTS.parent / ".oracle/bin/python"))
-OURS = "ours"
+GEMM_RATE = str(ROOT / "scripts/bench/workers/gemm_rate.py")
 PRODUCTS = {
-    "gemm jax": [sys.executable, str(SCRIPTS / "gemm_rate.py"), "--library", "jax"],
-    "gemm torch": [ORACLE, str(SCRIPTS / "gemm_rate.py"), "--library", "torch"],
+    "gemm jax": [sys.executable, GEMM_RATE, "--library", "jax"],
+    "gemm torch": [ORACLE, GEMM_RATE, "--library", "torch"],
 }
 MODELS = {"smollm2": fetch_smollm2, "qwen2-0.5b": lambda: make_random_model("qwen2-0.5b")}
 
@@ -47,28 +42,16 @@ MODELS = {"smollm2": fetch_smollm2, "qwen2-0.5b": lambda: make_random_model("qwe
 def commands_of(row: Row) -> dict[str, list[str]]:
     """Who plays: ours, and the opponent in each of its configurations, by that configuration."""
     model = str(MODELS[row.model]())
-    ours = [sys.executable, str(SCRIPTS / "bench_step.py"), *row.our_arguments(model)]
-    opponent = [ORACLE, str(SCRIPTS / "opponents/torch_qlora_cpu.py")]
+    ours = [sys.executable, "-m", "scripts.bench.workers.train_step", *row.our_arguments(model)]
+    opponent = [ORACLE, str(OPPONENTS / "torch_qlora_cpu.py")]
     theirs = {" ".join(c): [*opponent, *row.their_arguments(model, c)] for c in row.opponents}
     return {OURS: ours, **theirs}
-
-
-@contextlib.contextmanager
-def caches(keep: bool) -> Iterator[dict[str, str]]:
-    """Environment variables that name caches of compiled programs: empty ones for a row, or ones that are kept."""
-    with contextlib.ExitStack() as stack:
-        folder = cache_dir() / "bench" if keep else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        yield {
-            "QLORA_JAX_CACHE": str(folder / "ours"),
-            "TORCHINDUCTOR_CACHE_DIR": str(folder / "theirs"),
-            "TOKENIZERS_PARALLELISM": "false",
-        }
 
 
 def measure(row: Row, blocks: int, steps: int, warm_only: bool, timeout_s: float) -> dict[str, Any]:
     """The row's figures, and the failure of each that failed."""
     commands = commands_of(row)
-    with caches(keep=warm_only) as environment, Game(environment, timeout_s) as game:
+    with compilation_caches(keep=warm_only) as environment, Game(environment, timeout_s) as game:
         cold: dict[str, Record | None] = {} if warm_only else {n: first_start(game, n, c) for n, c in commands.items()}
         alive = [name for name in commands if name not in game.failures]
         warm = {name: game.start(name, commands[name], steps) for name in alive}

@@ -1,9 +1,9 @@
 """The study behind docs/paged-optimizers.md: what paging moves, what it costs, and what it makes possible.
 
-    python scripts/study_paging.py compile [--most 10]        steps of absent cards (bash scripts/setup_gpu_compile.sh)
-    python scripts/study_paging.py costs FILE                 what scripts/paging_costs.py measured
-    python scripts/study_paging.py lengths "NAME=FILE" ...    real rows; names as in paging_lengths.SOURCES
-    python scripts/study_paging.py report                     plots, and the tables on standard output
+    python -m scripts.study_paging compile [--most 10]        steps of absent cards (bash scripts/setup_gpu_compile.sh)
+    python -m scripts.study_paging costs FILE                 what scripts/study_paging/costs.py measured
+    python -m scripts.study_paging lengths "NAME=FILE" ...    real rows; names as in lengths.SOURCES
+    python -m scripts.study_paging report                     plots, and the tables on standard output
 
 Each part keeps its numbers in docs/paged-optimizers.json, from which `report` makes the rest. What is measured,
 compiled, simulated and arithmetic on data sheets stays apart there as in the document.
@@ -14,11 +14,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from paging_lengths import batch_lengths
-from paging_needs import Point, compile_point, missing
-from paging_report import report
+from scripts.study_paging.lengths import batch_lengths
+from scripts.study_paging.memory import Point, compile_point, missing
+from scripts.study_paging.report import report
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+DOCS = Path(__file__).resolve().parents[2] / "docs"
 NUMBERS = DOCS / "paged-optimizers.json"
 
 

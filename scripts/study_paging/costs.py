@@ -1,6 +1,6 @@
 """What pages cost on this machine's CPU, by budget and by size of page: the part of the study that is measured.
 
-    python scripts/paging_costs.py [--rounds 12] > costs.json
+    python -m scripts.study_paging.costs [--rounds 12] > costs.json
 
 One process, SmolLM2-135M at rank 64 (whose state is 156 MB), 512 tokens. A round computes one batch's gradients and
 hands them to plain optax and to each paged update in turn; parameters must come out equal to the bit. On a CPU a copy
@@ -17,12 +17,12 @@ if __name__ == "__main__":
     allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
 
 import numpy as np
-from bench_paging import Paged, measure, plain, summary
-from fetch_smollm2 import fetch_smollm2
-from real_step import hold, random_batch
 
 from qlora_jax import runtime
 from qlora_jax.config import OptimArgs
+from scripts.bench.paging import Paged, measure, plain, summary
+from scripts.bench.support.real_step import hold, random_batch
+from scripts.fetch_smollm2 import fetch_smollm2
 
 RANK, LENGTH = 64, 512
 OPTIM = OptimArgs(name="adamw_32bit", max_grad_norm=1.0, warmup_ratio=0.0)

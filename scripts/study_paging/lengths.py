@@ -1,7 +1,7 @@
 """How often real batches page: lengths of real rows, batched as training does, and the pager's rule over their needs.
 
-Lengths are facts of the data and the tokenizer; needs come from compiled programs (paging_needs.py); what moves is the
-simulation (paging_policies.py), which the pager itself is held to.
+Lengths are facts of the data and the tokenizer; needs come from compiled programs (memory.py); what moves is the
+simulation (policies.py), which the pager itself is held to.
 """
 
 import gzip
@@ -13,9 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fetch_smollm2 import fetch_smollm2
-from paging_needs import Needs
-from paging_policies import OURS, POLICIES, Room, simulate
 
 from qlora_jax.config import DataArgs
 from qlora_jax.data.batching.batches import plan_epoch
@@ -25,6 +22,9 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.optim.page_layout import PAGE_BYTES
 from qlora_jax.training.paging_budget import RESERVE
+from scripts.fetch_smollm2 import fetch_smollm2
+from scripts.study_paging.memory import Needs
+from scripts.study_paging.policies import OURS, POLICIES, Room, simulate
 
 MAX_LENGTH = 2048  # of LLaMA
 ROWS_A_STEP = 16  # micro-batches accumulated included: the paper's batch

@@ -6,14 +6,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from paging_lengths import most_rows, moved_pages
-from paging_needs import CELLS, Needs, Point, longest_rows, setting
-from paging_policies import OURS, POLICIES, steady_moves
 
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import runtime
 from qlora_jax.optim.page_layout import PAGE_BYTES
 from qlora_jax.training.cost import flops
+from scripts.study_paging.lengths import most_rows, moved_pages
+from scripts.study_paging.memory import CELLS, Needs, Point, longest_rows, setting
+from scripts.study_paging.policies import OURS, POLICIES, steady_moves
 
 GIB, GB = 2**30, 1e9
 PAGES = 32

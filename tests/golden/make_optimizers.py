@@ -1,7 +1,7 @@
 """Writes tests/golden/adamw.npz, 50 steps of torch's AdamW, and tests/golden/optimizers_8bit.npz, 8 steps of
 bitsandbytes' AdamW8bit and Lion8bit. Run with the oracle's Python.
 
-.oracle/bin/python scripts/make_optimizer_goldens.py
+.oracle/bin/python tests/golden/make_optimizers.py
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 
 import adamw  # noqa: E402

@@ -1,6 +1,6 @@
 """Writes tests/golden/quant.npz: small weights, and what bitsandbytes' CPU backend makes of them.
 
-Run with the oracle's Python (scripts/setup_oracle.sh): .oracle/bin/python scripts/make_quant_goldens.py
+Run with the oracle's Python (scripts/setup_oracle.sh): .oracle/bin/python tests/golden/make_quant.py
 
 The real weights are slices of all-MiniLM-L6-v2 (Apache-2.0; see tests/golden/README.md). They come from the golden file
 itself unless --real names a safetensors file of that model.
@@ -18,7 +18,7 @@ import torch
 from bitsandbytes import functional as bnb
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests/oracle"))
 from bnb_quantize import quantized  # noqa: E402
 

@@ -1,6 +1,6 @@
 """Writes tests/golden/reference_rows.json: rows of each form, and what artidoro/qlora makes of them.
 
-    .oracle/bin/python scripts/make_row_goldens.py qlora.py
+    .oracle/bin/python tests/golden/make_rows.py qlora.py
 
 `qlora.py` is the reference's file. Its mappings and its collator are taken out of it and run as they are, on rows made
 up here, with SmolLM2's tokenizer and bos.
@@ -23,7 +23,7 @@ import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 TOKENIZER = ROOT / "tests/data/assets/smollm2_tokenizer.json.gz"
 SPECIAL = {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>", "pad_token": "<repo_name>"}
 LIMITS = [(1024, 256, False), (24, 6, False), (24, 6, True), (1, 5, False), (512, 1, False)]

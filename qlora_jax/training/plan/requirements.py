@@ -23,7 +23,7 @@ from qlora_jax.training.optimizer_state import PAGES_IN_A_BUDGET
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
 PROGRAMS = "programs"
 KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", PROGRAMS)
-# On a CPU programs lie in the memory that is planned. Measured (scripts/plan_memory.py), much the same for any model:
+# On a CPU programs lie in the planned memory. Measured (scripts/bench/plan_memory.py), much the same for any model:
 # those of the loader and the update, and libraries' pages that they touch; not what is there before a weight is read.
 CPU_PROGRAMS = 80 * 2**20
 PAGES_IN_FLIGHT = PAGES_IN_A_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs

@@ -1,6 +1,6 @@
 """Whether a quickstart on another device learned what it learned on the CPU: its losses, step by step.
 
-    python scripts/compare_losses.py runs/gpu_check/quickstart/metrics.jsonl
+    python -m scripts.bench.gpu.compare_losses runs/gpu_check/quickstart/metrics.jsonl
 
 The CPU's are those of seed 0 in bf16 (tests/golden/quickstart_losses.json). Each step's rows are the same; sums are
 made in another order and rounded elsewhere, and updates carry that on. On the CPU, over the first steps: another order
@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qlora_jax.training.metrics import read_metrics
 
-RECORDED = Path(__file__).resolve().parent.parent / "tests/golden/quickstart_losses.json"
+RECORDED = Path(__file__).resolve().parents[3] / "tests/golden/quickstart_losses.json"
 UNTRAINED = 2  # steps whose loss is the base's: the first update has learning rate 0
 FIRST, EACH, MEAN = 0.02, 0.15, 0.04  # relative; the mean is of all steps compared
 

@@ -1,7 +1,7 @@
 """The fused kernels' speed on this GPU, beside dequantize + cuBLAS and bf16 cuBLAS, and that of a training step of 8B.
 
-    JAX_PLATFORMS=cuda python scripts/bench_gpu.py --output runs/bench_gpu.json
-    JAX_PLATFORMS=cpu python scripts/bench_gpu.py --rehearse
+    JAX_PLATFORMS=cuda python -m scripts.bench.gpu.run --output runs/bench_gpu.json
+    JAX_PLATFORMS=cpu python -m scripts.bench.gpu.run --rehearse
 
 Steps come first, each in a process of its own; then products, shape by shape, until --seconds are over (what was left
 out is said). The file is written anew after each. At the end: from which M on fused loses (MOST_ROWS of
@@ -22,17 +22,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gpu_tables
 import jax
-from gpu_products import Bench, measure
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.devices import Device, target_device
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from pallas_kernels.nf4_matmul.mosaic import installation
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
+from scripts.bench.gpu import tables
+from scripts.bench.gpu.matmuls import Bench, measure
 
-STEP = Path(__file__).resolve().parent / "gpu_step.py"
 STEP_TIMEOUT_S = 120
 UNFILTERED = {"JAX_TRACEBACK_FILTERING": "off"}  # else an error's last lines are not what went wrong
 POLICIES = ("full", "names", "none")  # most that is computed again first: the least memory
@@ -46,7 +45,8 @@ def run_steps(rehearse: bool) -> list[dict[str, Any]]:
     """A record of each policy's step, or what went wrong."""
     records = []
     for remat in POLICIES:
-        command = [sys.executable, str(STEP), "--remat", remat, *(["--rehearse"] if rehearse else [])]
+        command = [sys.executable, "-m", "scripts.bench.gpu.train_step", "--remat", remat]
+        command += ["--rehearse"] if rehearse else []
         try:
             done = subprocess.run(
                 command, capture_output=True, text=True, timeout=STEP_TIMEOUT_S, env=os.environ | UNFILTERED
@@ -120,7 +120,7 @@ def main() -> int:
             result["left out"].append(f"{shape.name} M={m}")
         else:
             result["products"].append(measure(bench_of(device, card, args.rehearse), shape, m))
-            print("\n".join(gpu_tables.product_line(result["products"][-1])), flush=True)
+            print("\n".join(tables.product_line(result["products"][-1])), flush=True)
         _write(args.output, result)
     _summary(result, card)
     return int(_has_failures(result))
@@ -134,7 +134,7 @@ def about(device: Device, card: Card) -> dict[str, Any]:
 
 
 def _step_lines(result: dict[str, Any], card: Card) -> list[str]:
-    return [gpu_tables.step_line(step, card.bf16_flops) for step in result["steps"]]
+    return [tables.step_line(step, card.bf16_flops) for step in result["steps"]]
 
 
 def _write(path: Path | None, result: dict[str, Any]) -> None:
@@ -145,8 +145,8 @@ def _write(path: Path | None, result: dict[str, Any]) -> None:
 
 def _summary(result: dict[str, Any], card: Card) -> None:
     products, steps, left_out = (result[part] for part in ("products", "steps", "left out"))
-    lines = [*gpu_tables.crossover_rows(products), *gpu_tables.tile_rows(products), *_step_lines(result, card)]
-    lines += gpu_tables.goals(products, steps, card.bf16_flops, card.bandwidth)
+    lines = [*tables.crossover_rows(products), *tables.tile_rows(products), *_step_lines(result, card)]
+    lines += tables.goals(products, steps, card.bf16_flops, card.bandwidth)
     lines += [f"not measured, for time: {', '.join(left_out)}"] if left_out else []
     print("\n".join(["", *lines]), flush=True)
 

@@ -1,14 +1,13 @@
-"""What bench_gpu.py's records say: lines for people, from which M on fused loses, and which tile is the fastest.
+"""What run.py's records say: lines for people, from which M on fused loses, and which tile is the fastest.
 
-A record is one shape at one M, by direction the seconds of each player (gpu_products.measure).
+A record is one shape at one M, by direction the seconds of each player (matmuls.measure).
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gpu_products import gigabytes_per_second, tflops
-
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
+from scripts.bench.gpu.matmuls import gigabytes_per_second, tflops
 
 Record = dict[str, Any]
 PLAYERS = ("hopper", "ampere", "skinny", "reference", "bf16")

@@ -1,6 +1,6 @@
-"""One side of bench_gpu.py: a training step of Llama-3-8B's shape on random weights, in a process of its own.
+"""One side of run.py: a training step of Llama-3-8B's shape on random weights, in a process of its own.
 
-    python scripts/gpu_step.py --remat full [--rehearse]
+    python -m scripts.bench.gpu.train_step --remat full [--rehearse]
 
 So its peak of memory is its own. Nothing is fetched: shapes become arrays on the device. One line of JSON.
 """
@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from real_step import random_batch
 
 from pallas_kernels.aot.memory import read_memory
 from pallas_kernels.synthetic_weights import scattered_like
@@ -28,6 +27,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.step import update
+from scripts.bench.support.real_step import random_batch
 
 MODEL, LENGTH = "llama-3-8b", 2048
 TINY = {"num_layers": 2, "embed_dim": 256, "num_heads": 2, "num_kv_heads": 1, "mlp_dim": 256, "vocab_size": 512}

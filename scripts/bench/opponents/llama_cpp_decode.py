@@ -1,7 +1,7 @@
-"""llama.cpp's side of bench_decode.py, through llama-cpp-python: one reply for each line read.
+"""llama.cpp's side of bench/decode.py, through llama-cpp-python: one reply for each line read.
 
-    .oracle/bin/python -m pip install --requirement scripts/opponents/requirements-llama.txt
-    .oracle/bin/python scripts/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3 --new-tokens 128
+    .oracle/bin/python -m pip install --requirement scripts/bench/opponents/requirements-llama.txt
+    .oracle/bin/python scripts/bench/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3 --new-tokens 128
 
 Greedy, batch 1, the weights as the file has them. Prints a JSON line for each reply; times count from the call.
 """

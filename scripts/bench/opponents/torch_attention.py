@@ -1,6 +1,6 @@
-"""The opponent of bench_attention.py: attention as transformers calls it, PyTorch's flash kernel for CPUs.
+"""The opponent of bench/attention.py: attention as transformers calls it, PyTorch's flash kernel for CPUs.
 
-    .oracle/bin/python scripts/opponents/torch_attention.py CASE < LINES
+    .oracle/bin/python scripts/bench/opponents/torch_attention.py CASE < LINES
 
 CASE is JSON, the arguments of make_run. A forward and backward pass for each line on standard input, a line of JSON
 with its seconds for each.

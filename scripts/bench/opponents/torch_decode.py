@@ -1,6 +1,7 @@
-"""The opponent of bench_decode.py: `generate` of transformers on a bitsandbytes NF4 model, a reply for each line read.
+"""The opponent of bench/decode.py: `generate` of transformers on a bitsandbytes NF4 model, a reply for each line read.
 
-    .oracle/bin/python scripts/opponents/torch_decode.py --model GGUF --prompt 1 2 3 [--dtype bf16] [--cache compiled]
+    .oracle/bin/python scripts/bench/opponents/torch_decode.py --model GGUF --prompt 1 2 3 [--dtype bf16]
+        [--cache compiled]
 
 Greedy, batch 1. Prints a JSON line for each reply; times count from the call.
 """

@@ -1,7 +1,7 @@
-"""The opponent of bench_evaluate.py: all jobs of a file scored with transformers for each line on standard input.
+"""The opponent of bench/evaluate.py: all jobs of a file scored with transformers for each line on standard input.
 
-    .oracle/bin/python scripts/opponents/torch_evaluate.py --model GGUF --jobs FILE [--quant nf4] [--dtype float32]
-        [--rounded]
+    .oracle/bin/python scripts/bench/opponents/torch_evaluate.py --model GGUF --jobs FILE [--quant nf4]
+        [--dtype float32] [--rounded]
 
 Written as well as it can be: rows sorted by length, as many together as --tokens positions hold, no cache, the head at
 scored places alone, log p from f32 logits. torch.compile is left out: it gains 3 to 10 % after 40 to 60 s, and with

@@ -1,6 +1,6 @@
 """The opponent: QLoRA on a CPU with torch, transformers, peft and bitsandbytes, in its best configuration by default.
 
-    .oracle/bin/python scripts/opponents/torch_qlora_cpu.py --model SmolLM2-135M-Instruct.Q4_1.gguf
+    .oracle/bin/python scripts/bench/opponents/torch_qlora_cpu.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
 Loads a model (a GGUF file or a Hugging Face folder), quantizes every linear layer but the head to NF4 with
 double-quantized constants, adds LoRA, trains for a few steps and times them. One JSON line comes last. Other rows to
@@ -232,7 +232,7 @@ def main() -> None:
         batches = random_batches(model.config.vocab_size, *sizes)
     else:
         batches = text_batches(args.text, load_tokenizer(args.model), *sizes)
-    if args.in_turns:  # scripts/bench_train.py lets two programs alternate so
+    if args.in_turns:  # scripts/bench/train.py lets two programs alternate so
         for _ in sys.stdin:
             print(json.dumps(timed(step, next(batches))), flush=True)
         return

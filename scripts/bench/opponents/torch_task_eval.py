@@ -1,7 +1,7 @@
 """The opponent's gain on a task: score a held-out split, train for a few minutes, score it again.
 
-    .oracle/bin/python scripts/opponents/torch_task_eval.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf --task messages \
-        --train examples/titles/train.jsonl.gz --test examples/titles/heldout.jsonl
+    .oracle/bin/python scripts/bench/opponents/torch_task_eval.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
+        --task messages --train examples/titles/train.jsonl.gz --test examples/titles/heldout.jsonl
 
 Tasks and what --train (and --test) must be, plain or .gz:
   messages     conversations of one question and one answer, jsonl; scored by exact match

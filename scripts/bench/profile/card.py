@@ -1,4 +1,4 @@
-"""Bytes of a training step on a GPU that need not be here: as compiled for it, and by formula. For profile_train.py."""
+"""Bytes of a training step on a GPU that need not be here: as compiled for it, and by formula. For train_step.py."""
 
 import argparse
 import dataclasses
@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from profile_parts import direction_of, part_of, short, without_layout
-from profile_tables import number, table
 from rich.console import Console
 
 from pallas_kernels import aot
@@ -19,6 +17,8 @@ from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import saved_bytes
+from scripts.bench.profile.parts import direction_of, part_of, short, without_layout
+from scripts.bench.profile.tables import number, table
 
 GIB, MIB = 2**30, 2**20
 ALL = 1 << 30  # temporary buffers

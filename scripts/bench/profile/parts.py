@@ -1,4 +1,4 @@
-"""Which part of a training step an operation belongs to, and how long each took: the arithmetic of profile_train.py.
+"""Which part of a training step an operation belongs to, and how long each took: the arithmetic of train_step.py.
 
 An operation is an instruction of a compiled program that runs as one piece. What XLA fused is one operation, and goes
 to the part that its metadata names, even where a neighbour's addition or conversion was fused into it.

@@ -1,11 +1,12 @@
-"""The tables of profile_train.py."""
+"""The tables of train_step.py."""
 
 from collections.abc import Callable
 from typing import Any
 
-from profile_parts import DIRECTIONS
 from rich.console import Console
 from rich.table import Table
+
+from scripts.bench.profile.parts import DIRECTIONS
 
 Columns = dict[str, tuple[str, Callable[[Any], str]]]
 

@@ -1,7 +1,8 @@
 """Breaks one training step into parts: milliseconds on a CPU, or bytes on a GPU that need not be here.
 
-    python scripts/profile_train.py [--model FILE.gguf] [--batch 1] [--seq 512] [--rank 16] [--remat names] [--steps 4]
-    python scripts/profile_train.py --card h100 [--batch 4] [--seq 2048]
+    python -m scripts.bench.profile.train_step [--model FILE.gguf] [--batch 1] [--seq 512] [--rank 16]
+        [--remat names] [--steps 4]
+    python -m scripts.bench.profile.train_step --card h100 [--batch 4] [--seq 2048]
 
 Without --card, real steps run on this CPU and are traced. The step's arithmetic is a few hundred operations ("thunks"),
 which may run side by side. Columns of the first table:
@@ -29,11 +30,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from fetch_smollm2 import fetch_smollm2
-from profile_card import bytes_on
-from profile_parts import DIRECTIONS, OPTIMIZER, Event, Measured, by_part, flop_by_part, measure, operations_of, short
-from profile_tables import show_times
-from real_step import hold, random_batch
 from rich.console import Console
 
 from pallas_kernels.gpu_specs import CARDS
@@ -42,6 +38,21 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.training.cost import flops
 from qlora_jax.training.step import update
+from scripts.bench.profile.card import bytes_on
+from scripts.bench.profile.parts import (
+    DIRECTIONS,
+    OPTIMIZER,
+    Event,
+    Measured,
+    by_part,
+    flop_by_part,
+    measure,
+    operations_of,
+    short,
+)
+from scripts.bench.profile.tables import show_times
+from scripts.bench.support.real_step import hold, random_batch
+from scripts.fetch_smollm2 import fetch_smollm2
 
 MODULES = {"jit_gradients": "gradients", "jit_update": OPTIMIZER}  # as a trace calls the two programs
 WIDTH = 150  # of a table where nothing says how wide the screen is
@@ -57,7 +68,7 @@ class Run(NamedTuple):
 
 
 def prepare(args: argparse.Namespace) -> Run:
-    """Compiles both programs and loads the model, as bench_step.py does."""
+    """Compiles both programs and loads the model, as workers/train_step.py does."""
     shape = (1, args.batch, args.seq)
     held = hold(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
     lora, state, base = held.lora, held.state, held.base

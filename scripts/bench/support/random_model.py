@@ -1,6 +1,6 @@
 """Writes a model with random weights, where a benchmark needs a shape rather than what a model knows.
 
-    python scripts/random_model.py [qwen2-0.5b | random-15m]
+    python -m scripts.bench.support.random_model [qwen2-0.5b | random-15m]
 
 A Hugging Face folder (config.json, bf16 safetensors; no tokenizer) in the cache, and its path printed. Qwen2-0.5B's
 shape, biases on q, k and v and tied embeddings included, is told as a `llama` with attention biases: the same
@@ -17,9 +17,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from fetch_smollm2 import cache_dir
 from safetensors.numpy import save_file
-from train_rows import SHAPES, Shape
+
+from scripts.bench.support.train_rows import SHAPES, Shape
+from scripts.fetch_smollm2 import cache_dir
 
 STANDARD_DEVIATION = 0.02
 SETTINGS = {

@@ -1,4 +1,4 @@
-"""What bench_step.py and profile_train.py both start from: a model on disk as a training step holds it, and a batch."""
+"""Loads a model from disk as a training step holds it, and makes random batches."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

@@ -1,4 +1,4 @@
-"""What bench_train.py measures: its rows, and how much arithmetic a training step has in each."""
+"""What bench/train.py measures: its rows, and how much arithmetic a training step has in each."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -90,7 +90,7 @@ class Row:
         return "full" if self.checkpointing else "names"
 
     def our_arguments(self, model_path: str) -> list[str]:
-        """Of bench_step.py."""
+        """Of workers/train_step.py."""
         dtype = "float32" if self.f32 else "bfloat16"
         return [*self._shared(model_path), "--remat", self.remat(), "--compute-dtype", dtype]
 

@@ -1,6 +1,6 @@
 """The rate of bf16 matrix products on this machine: the ceiling that training is measured against.
 
-    python scripts/gemm_rate.py --library jax      # or torch, in the opponent's Python
+    python scripts/bench/workers/gemm_rate.py --library jax      # or torch, in the opponent's Python
 
 For each line on standard input: each shape several times, then one JSON line with the best rate of each, in GFLOP/s.
 """

@@ -1,6 +1,6 @@
-"""Our side of bench_decode.py: one reply for each line on standard input, a JSON line for each reply.
+"""Our side of bench/decode.py: one reply for each line on standard input, a JSON line for each reply.
 
-    python scripts/bench_reply.py --model PATH --prompt 1 2 3 --new-tokens 128 [--compute-dtype auto]
+    python -m scripts.bench.workers.reply --model PATH --prompt 1 2 3 --new-tokens 128 [--compute-dtype auto]
 
 Greedy, batch 1, NF4. Times count from the call.
 """

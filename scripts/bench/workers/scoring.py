@@ -1,6 +1,6 @@
-"""Our side of bench_evaluate.py: all jobs of a file scored for each line on standard input, a JSON line for each time.
+"""Our side of bench/evaluate.py: all jobs of a file scored for each line on standard input, a JSON line for each time.
 
-    python scripts/bench_scoring.py --model PATH --jobs FILE [--quant nf4] [--dtype float32]
+    python -m scripts.bench.workers.scoring --model PATH --jobs FILE [--quant nf4] [--dtype float32]
 
 A job is a list of rows [ids, index of the first scored id]. The time of a job counts from the call that
 `python -m qlora_jax.evaluate` makes to its scores.

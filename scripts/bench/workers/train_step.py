@@ -1,6 +1,6 @@
-"""Our side of bench_train.py: a training step for each line on standard input, a JSON line for each step.
+"""Our side of bench/train.py: a training step for each line on standard input, a JSON line for each step.
 
-python scripts/bench_step.py --model PATH [--batch 1] [--seq 512] [--rank 16] [--remat names]
+python -m scripts.bench.workers.train_step --model PATH [--batch 1] [--seq 512] [--rank 16] [--remat names]
 """
 
 import argparse
@@ -15,10 +15,10 @@ if __name__ == "__main__":
 
 import jax
 import numpy as np
-from real_step import Held, hold, random_batch
 
 from qlora_jax import runtime
 from qlora_jax.training.step import update
+from scripts.bench.support.real_step import Held, hold, random_batch
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Every form against rows that artidoro/qlora's own mappings and collator made (scripts/make_row_goldens.py)."""
+"""Every form against rows that artidoro/qlora's own mappings and collator made (tests/golden/make_rows.py)."""
 
 import json
 from pathlib import Path

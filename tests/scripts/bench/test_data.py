@@ -1,23 +1,17 @@
-"""What scripts/bench_data.py makes of its measurements, and that what it measures is a whole data set."""
+"""What scripts/bench/data.py makes of its measurements, and that what it measures is a whole data set."""
 
 import gzip
 import json
-
-import pytest
 
 from qlora_jax.config import DataArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from scripts.bench import data as bench
 from tests.data.conftest import ASSETS
 
 
-@pytest.fixture
-def bench(load_with_neighbours):
-    return load_with_neighbours("bench_data")
-
-
-def test_rates_are_of_the_fastest_round_and_ratios_of_each_rounds_own(bench):
+def test_rates_are_of_the_fastest_round_and_ratios_of_each_rounds_own():
     def one(library: float, rows: float) -> dict:
         return {"library": bench.Seconds(library, 2 * library), "rows": bench.Seconds(rows, 3 * rows)}
 
@@ -29,7 +23,7 @@ def test_rates_are_of_the_fastest_round_and_ratios_of_each_rounds_own(bench):
     ]
 
 
-def test_the_rows_measured_are_those_of_a_run(bench, tmp_path):
+def test_the_rows_measured_are_those_of_a_run(tmp_path):
     tokenizer = load_tokenizer(
         {
             "tokenizer_json": gzip.decompress((ASSETS / "smollm2_tokenizer.json.gz").read_bytes()).decode(),

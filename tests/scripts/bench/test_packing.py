@@ -1,4 +1,4 @@
-"""What scripts/bench_packing.py counts of a way's steps."""
+"""What scripts/bench/packing.py counts of a way's steps."""
 
 import itertools
 import types
@@ -6,9 +6,10 @@ import types
 import numpy as np
 import pytest
 
+from scripts.bench import packing as bench
 
-def test_time_until_a_batch_is_there_counts(load_with_neighbours, monkeypatch: pytest.MonkeyPatch):
-    bench = load_with_neighbours("bench_packing")
+
+def test_time_until_a_batch_is_there_counts(monkeypatch: pytest.MonkeyPatch):
     clock = itertools.accumulate([0.0, 1.0, 0.0, 3.0] * 2)  # a batch takes 1 s, its gradients 3 s
     monkeypatch.setattr(bench, "time", types.SimpleNamespace(perf_counter=lambda: next(clock)))
 
@@ -25,8 +26,7 @@ def test_time_until_a_batch_is_there_counts(load_with_neighbours, monkeypatch: p
     assert (way.waits, way.rate, way.tokens, way.padding) == (0.25, 12 / 8, 12, 0.25)
 
 
-def test_a_batch_is_cut_to_its_longest_row(load_with_neighbours):
-    bench = load_with_neighbours("bench_packing")
+def test_a_batch_is_cut_to_its_longest_row():
     ids, lengths = np.zeros((1, 2, 512), np.int32), np.array([[[65], [3]]])
     weights = ids.astype(np.float32)
     batch = bench.Batch(inputs=ids, targets=ids, weights=weights, segments=None, rows=lengths, lengths=lengths)

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from scripts.bench.support.random_model import make_random_model
 from tests.conftest import ROOT
 from tests.marks import some_in_ci
 
@@ -25,15 +26,13 @@ def planned(model: str) -> int:
 
 
 def grown(model: str) -> int:
-    return json.loads(last_line("scripts/plan_memory.py", "--model", model).splitlines()[-1])["growth"]
+    return json.loads(last_line("-m", "scripts.bench.plan_memory", "--model", model).splitlines()[-1])["growth"]
 
 
 @pytest.mark.parametrize("name", some_in_ci([("smollm2-135m",), ("qwen2-0.5b",)], lambda i: i == 0))
-def test_a_plan_is_within_a_tenth_of_what_a_process_takes(name, request, load_with_neighbours):
-    if name == "smollm2-135m":
-        model = str(request.getfixturevalue("smollm2_gguf"))
-    else:
-        model = str(load_with_neighbours("random_model").make_random_model(name))
+def test_a_plan_is_within_a_tenth_of_what_a_process_takes(name, request):
+    path = request.getfixturevalue("smollm2_gguf") if name == "smollm2-135m" else make_random_model(name)
+    model = str(path)
     plan = planned(model)
     grown(model)  # with a cold cache the compiler's memory counts too
     assert grown(model) == pytest.approx(plan, rel=0.1)

@@ -1,14 +1,8 @@
-"""What scripts/bench_train.py makes of its players' records, and the random model's tensors."""
+"""What scripts/bench/train.py makes of its players' records."""
 
-import math
-
-import numpy as np
 import pytest
 
-
-@pytest.fixture
-def bench(load_with_neighbours):
-    return load_with_neighbours("bench_train")
+from scripts.bench import train as bench
 
 
 def turns_of(field: str, *blocks: float, peak: float = 0.0):
@@ -19,7 +13,7 @@ def start(seconds: float, peak: float):
     return {"since_start_s": seconds, "peak_rss_mib": peak}
 
 
-def test_figures_of_a_row(bench):
+def test_figures_of_a_row():
     row = bench.Row()
     rate = row.flops() / 1e9  # a step at this rate takes a second
     turns = {
@@ -39,21 +33,10 @@ def test_figures_of_a_row(bench):
     assert (verdict["opponent"], verdict["speed"], verdict["memory"]) == ("faster", 1.5, 0.6)
 
 
-def test_an_opponent_that_failed_leaves_no_ratio(bench, capsys):
+def test_an_opponent_that_failed_leaves_no_ratio(capsys):
     turns = {"ours": turns_of("seconds", 2.0, peak=500)}
     players = {"ours": bench.summary(bench.Row(), turns, "ours", None, start(9, 500))}
     verdict = bench.verdict(turns, players)
     assert (verdict["opponent"], verdict["speed"], verdict["memory"]) == (None, None, None)
     bench.show("row", {"flop": 1e9, "players": players, "failures": {"--compile model": "no answer"}, **verdict})
     assert "--compile model: FAILED: no answer" in capsys.readouterr().out
-
-
-def test_the_random_model_has_the_parameters_of_qwen2(bench):
-    from random_model import SHAPES, random_tensor, tensor_shapes
-
-    shapes = tensor_shapes(SHAPES["qwen2-0.5b"], attention_bias=True)
-    o_biases = 24 * 896  # which Qwen2 does not have
-    assert sum(map(math.prod, shapes.values())) == 494_032_768 + o_biases
-    weight = random_tensor("a.weight", (64, 64), np.random.default_rng(0)).astype(np.float32)
-    assert 0.018 < weight.std() < 0.022
-    assert (random_tensor("x_layernorm.weight", (8,), np.random.default_rng(0)) == 1).all()

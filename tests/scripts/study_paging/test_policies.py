@@ -3,18 +3,14 @@
 import pytest
 
 from qlora_jax.optim.pager import fit
+from scripts.study_paging import policies as study
 from tests.optim.test_pager import ARGS, MEMORY, PAGES, Run, page_size
 
 LRU, MRU, BELADY, LRU_ZIGZAG, ZIGZAG = range(5)  # places in the table of policies
 
 
 @pytest.fixture
-def study(load_script):
-    return load_script("paging_policies")
-
-
-@pytest.fixture
-def moved(study):
+def moved():
     """(policy, pages, room, steps) -> the moves of each step."""
 
     def moved(which, pages, room, steps):
@@ -24,7 +20,7 @@ def moved(study):
 
 
 @pytest.fixture
-def steady(study):
+def steady():
     """(policy, pages, room) -> pages moved in a step, once it has settled."""
     return lambda which, *args, **kwargs: study.steady_moves(list(study.POLICIES.values())[which], *args, **kwargs)
 
@@ -61,7 +57,7 @@ def test_belady_in_one_order_moves_p_minus_c_times_p_over_p_minus_1(steady):
     assert steady(BELADY, 32, 5, cycles=31 * 8) == pytest.approx((32 - 5) * 32 / 31)
 
 
-def test_a_long_batch_sends_away_what_it_needs_and_it_comes_back(study):
+def test_a_long_batch_sends_away_what_it_needs_and_it_comes_back():
     rooms = [(4, 4), (4, 4), (1, 4), (4, 4), (0, 2), (4, 4)]
     found = study.simulate(study.POLICIES[study.OURS], 4, [study.Room(*room) for room in rooms])
     assert found == [
@@ -80,7 +76,7 @@ def test_a_step_needs_room_for_a_page(moved):
 
 
 @pytest.mark.parametrize("rooms", [[2] * 6, [1] * 6, [4, 4, 1, 3, 2, 4, 1, 1, 4], [3, 1, 4, 2, 2, 4]])
-def test_the_pager_moves_what_the_simulation_says(study, rooms):
+def test_the_pager_moves_what_the_simulation_says(rooms):
     """At rooms that change between steps as well."""
     size, run = page_size(ARGS), Run(ARGS)
     found = []

@@ -1,25 +1,20 @@
-"""scripts/players.py with players of a few lines: turns, failures that leave the others playing, ratios of blocks."""
+"""Interleaved processes of a few lines: turns, failures that leave the others running, ratios of blocks."""
 
 import sys
 
-import pytest
+from scripts.bench.support import interleave
 
 COUNTS = "import json, sys\nfor i, _ in enumerate(sys.stdin): print(json.dumps({'seconds': i}), flush=True)"
 DIES = "import json, sys\nsys.stdin.readline(); print('{}', flush=True); sys.stdin.readline(); sys.exit('no memory')"
 SLEEPS = "import time\ntime.sleep(60)"
 
 
-@pytest.fixture
-def players(load_script):
-    return load_script("players")
-
-
 def python(program: str) -> list[str]:
     return [sys.executable, "-S", "-c", program]
 
 
-def test_the_first_of_a_turn_is_not_counted(players):
-    with players.Game() as game:
+def test_the_first_of_a_turn_is_not_counted():
+    with interleave.Game() as game:
         assert game.start("a", python(COUNTS), counted=2)["seconds"] == 0
         game.start("b", python(COUNTS))
         turns = game.play(2)
@@ -30,8 +25,8 @@ def test_the_first_of_a_turn_is_not_counted(players):
     assert 1 < record["peak_rss_mib"] < 100
 
 
-def test_one_that_fails_drops_out_and_says_why(players):
-    with players.Game(timeout_s=0.5) as game:
+def test_one_that_fails_drops_out_and_says_why():
+    with interleave.Game(timeout_s=0.5) as game:
         assert game.start("slow", python(SLEEPS)) is None
         game.start("good", python(COUNTS))
         game.start("dying", python(DIES))
@@ -40,9 +35,9 @@ def test_one_that_fails_drops_out_and_says_why(players):
     assert game.failures["dying"] == "ended (status 1): no memory"
 
 
-def test_ratios_are_of_neighbouring_blocks(players):
+def test_ratios_are_of_neighbouring_blocks():
     turns = [[{"seconds": 1}, {"seconds": 2}, {"seconds": 9}], [{"seconds": 4}, {"seconds": 6}]]
-    assert players.block_medians(turns, "seconds") == [2, 5]
-    assert players.median_of(turns, "seconds") == 4
+    assert interleave.block_medians(turns, "seconds") == [2, 5]
+    assert interleave.median_of(turns, "seconds") == 4
     # The machine halves its speed after the first block: no ratio moves.
-    assert players.median_ratio([3, 6, 6], [2, 4, 3]) == 1.5
+    assert interleave.median_ratio([3, 6, 6], [2, 4, 3]) == 1.5

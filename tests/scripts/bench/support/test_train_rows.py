@@ -1,14 +1,9 @@
-"""The rows of scripts/bench_train.py: the table that the speed goals name, and FLOP against sums made by hand."""
+"""The rows of scripts/bench/train.py: the table that the speed goals name, and FLOP against sums made by hand."""
 
-import pytest
-
-
-@pytest.fixture
-def rows(load_script):
-    return load_script("train_rows")
+from scripts.bench.support import train_rows as rows
 
 
-def test_flop_of_a_step_is_the_sum_over_its_products(rows):
+def test_flop_of_a_step_is_the_sum_over_its_products():
     tiny = rows.Shape(layers=3, width=8, heads=4, kv_heads=2, head_dim=2, mlp=16, vocab=32)
     # q and o 8 x 8, k and v 4 x 8, gate, up and down 16 x 8: 576 weights; sides 16 + 16 + 12 + 12 + 3 * 24 = 128
     tokens = 2 * 10
@@ -19,7 +14,7 @@ def test_flop_of_a_step_is_the_sum_over_its_products(rows):
     assert rows.training_flops(tiny, batch=2, seq=10, rank=5) == 3 * (frozen + adapters + attention) + head
 
 
-def test_flop_of_smollm2(rows):
+def test_flop_of_smollm2():
     weights = 30 * (2 * 576 * 576 + 2 * 192 * 576 + 3 * 1536 * 576)
     sides = 30 * (2 * 1152 + 2 * 768 + 3 * 2112)
     expected = 4 * 512 * (weights + 49152 * 576) + 6 * 512 * 16 * sides + 30 * 6 * 576 * 512**2
@@ -27,7 +22,7 @@ def test_flop_of_smollm2(rows):
     assert rows.ROWS["b4-r16"].flops() == 4 * expected
 
 
-def test_every_case_of_the_goals_has_a_row(rows):
+def test_every_case_of_the_goals_has_a_row():
     def case(row):
         return row.model, row.batch, row.seq, row.rank, row.checkpointing, row.f32
 
@@ -38,7 +33,7 @@ def test_every_case_of_the_goals_has_a_row(rows):
     assert len(rows.ROWS) == 12
 
 
-def test_arguments_of_both_sides_say_the_same(rows):
+def test_arguments_of_both_sides_say_the_same():
     row = rows.Row(batch=4, rank=64, checkpointing=True)
     shared = ["--model", "x.gguf", "--batch", "4", "--seq", "512", "--rank", "64"]
     assert row.our_arguments("x.gguf") == [*shared, "--remat", "full", "--compute-dtype", "bfloat16"]

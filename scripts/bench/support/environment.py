@@ -1,0 +1,30 @@
+"""What benchmarks that compare with an opponent share: its interpreter, its programs, and caches for both sides."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from scripts.fetch_smollm2 import cache_dir
+
+ROOT = Path(__file__).resolve().parents[3]
+OPPONENTS = ROOT / "scripts/bench/opponents"
+ORACLE = os.environ.get("QLORA_ORACLE_PYTHON", str(ROOT / ".oracle/bin/python"))
+OURS = "ours"
+
+
+@contextlib.contextmanager
+def compilation_caches(keep: bool) -> Iterator[dict[str, str]]:
+    """Yields environment variables that name caches of compiled programs.
+
+    Args:
+      keep: use caches that outlive this run; otherwise empty ones, removed at the end.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = cache_dir() / "bench" if keep else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        yield {
+            "QLORA_JAX_CACHE": str(folder / "ours"),
+            "TORCHINDUCTOR_CACHE_DIR": str(folder / "theirs"),
+            "TOKENIZERS_PARALLELISM": "false",
+        }

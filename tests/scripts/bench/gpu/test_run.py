@@ -1,0 +1,26 @@
+"""The GPU benchmark, rehearsed on a CPU."""
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+@pytest.mark.slow
+def test_the_benchmark_rehearses_all_that_it_does_on_a_card(tmp_path):
+    command = [sys.executable, "-m", "scripts.bench.gpu.run", "--rehearse", "--output", tmp_path / "bench.json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / "bench.json").read_text())
+    assert [step["remat"] for step in result["steps"]] == ["full", "names", "none"]
+    assert all(math.isfinite(step["loss"]) and step["step_s"] > 0 for step in result["steps"])
+    few, more = result["products"]
+    assert few["m"] == 1 and few["forward"]["skinny"] > 0 and "skinny" not in more["forward"]
+    for way in (few["forward"], few["backward"], more["forward"], more["backward"]):
+        assert min(way["hopper"], way["ampere"], way["reference"], way["bf16"]) > 0 and not way["failures"]
+    for line in ("crossover hopper backward", "tile ampere forward", "goal M = 1", "step, remat none"):
+        assert line in done.stdout
