@@ -17,13 +17,20 @@ from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.batching.batches import START, Batch, eval_batches, train_batches, window_order
 from qlora_jax.data.batching.buckets import UNIT, choose_buckets, count_units
 from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
-from qlora_jax.data.batching.packing import pack_places
-from qlora_jax.data.holdout import Side, shared_rows
-from qlora_jax.data.prepare import Preparation, pieces
-from qlora_jax.data.report.stats import DataReport, SideReport, SourceReport, report_data, report_side, together
-from qlora_jax.data.row_counts import Tally
-from qlora_jax.data.row_store import Piece, StoredRows, open_stored, store
-from qlora_jax.data.rows import File, TokenRows, joined
+from qlora_jax.data.batching.packing import pack_length
+from qlora_jax.data.holdout import Split, shared_rows
+from qlora_jax.data.prepare import Preparation, row_chunks
+from qlora_jax.data.report.stats import (
+    DataReport,
+    SourceReport,
+    SplitReport,
+    combine_reports,
+    report_data,
+    report_split,
+)
+from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
+from qlora_jax.data.rows import File, TokenRows, concatenate_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template
 
 
@@ -104,11 +111,11 @@ def load_dataset(
     held_rows = _joined(held) if held else None
     per_step = accumulation * micro_batch_size
     padded = _padded_lengths(rows, data, per_step)
-    buckets = (pack_places(data.max_length),) if data.packing else padded
+    buckets = (pack_length(data.max_length),) if data.packing else padded
     report = report_data(
         rows,
         [SourceReport(side.report, weight) for side, weight in zip(train, _weights(data).values(), strict=True)],
-        together([side.report for side in held]) if held else None,
+        combine_reports([side.report for side in held]) if held else None,
         _shared(train, held),
         data.max_length,
         buckets,
@@ -140,7 +147,7 @@ def _check_held_out(data: DataArgs) -> None:
 
 def _padded_lengths(rows: TokenRows | Mixture, data: DataArgs, per_step: int) -> tuple[int, ...]:
     """The lengths that rows are padded to where none share a row of the batch."""
-    units = np.sum([count_units(rows.window_places(0, n), data.max_length) for n in range(rows.windows)], axis=0)
+    units = np.sum([count_units(rows.window_lengths(0, n), data.max_length) for n in range(rows.windows)], axis=0)
     return choose_buckets(units, per_step, data.buckets)
 
 
@@ -151,7 +158,7 @@ class _Prepared:
     path: str
     rows: TokenRows | StoredRows
     digest: str
-    report: SideReport
+    report: SplitReport
     hashes: Sequence[UInt64[np.ndarray, " _"]]
 
 
@@ -161,7 +168,7 @@ def _weights(data: DataArgs) -> dict[str, float]:
 
 
 def _train_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
-    side = Side(data.eval_fraction, held=False) if data.eval_fraction else None
+    side = Split(data.eval_fraction, held=False) if data.eval_fraction else None
     return [_prepare(path, side, data, tokenizer, in_memory=data.window is None) for path in _weights(data)]
 
 
@@ -170,38 +177,38 @@ def _held_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
         return [_prepare(data.eval, None, data, tokenizer, in_memory=True)]
     if not data.eval_fraction:
         return []
-    side = Side(data.eval_fraction, held=True)
+    side = Split(data.eval_fraction, held=True)
     return [_prepare(path, side, data, tokenizer, in_memory=True) for path in _weights(data)]
 
 
-def _prepare(path: str, side: Side | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
+def _prepare(path: str, side: Split | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
     form = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
     wanted = Preparation(path=path, form=form, side=side, hashed=data.eval is not None, tokenizer=tokenizer, data=data)
     if data.cache is None:
-        return _in_memory(path, list(pieces(wanted)))
+        return _in_memory(path, list(row_chunks(wanted)))
     folder = Path(data.cache) / wanted.key()
-    stored = open_stored(folder, path)
+    stored = open_stored_rows(folder, path)
     if stored is None:
-        store(pieces(wanted, in_parts=not in_memory), folder)
-        stored = open_stored(folder, path)
+        store_rows(row_chunks(wanted, in_parts=not in_memory), folder)
+        stored = open_stored_rows(folder, path)
         assert stored is not None
     return _Prepared(
         path=path,
         rows=stored.read(0, len(stored)) if in_memory else stored,
         digest=stored.digest,
-        report=report_side(path, stored.form, stored.tally),
+        report=report_split(path, stored.form, stored.counts),
         hashes=stored.hashes,
     )
 
 
-def _in_memory(path: str, found: Sequence[Piece]) -> _Prepared:
-    rows = joined([piece.rows for piece in found], (File(path),))
-    tally = functools.reduce(Tally.__add__, [piece.tally for piece in found])
+def _in_memory(path: str, found: Sequence[RowChunk]) -> _Prepared:
+    rows = concatenate_rows([piece.rows for piece in found], (File(path),))
+    counts = functools.reduce(RowCounts.__add__, [piece.counts for piece in found])
     return _Prepared(
         path=path,
         rows=rows,
         digest=rows.digest,
-        report=report_side(path, found[-1].form, tally),
+        report=report_split(path, found[-1].form, counts),
         hashes=[piece.hashes for piece in found],
     )
 
@@ -230,7 +237,7 @@ def _shared(train: Sequence[_Prepared], held: Sequence[_Prepared]) -> int:
 
 def _with_longest(buckets: tuple[int, ...], held: TokenRows | None) -> tuple[int, ...]:
     """The training buckets, and one more where a held-out row is longer than all of them."""
-    longest = 0 if held is None else int(held.places.max())
+    longest = 0 if held is None else int(held.lengths.max())
     return buckets if longest <= buckets[-1] else (*buckets, -(-longest // UNIT) * UNIT)
 
 

@@ -1,4 +1,4 @@
-"""Rows of a known form to ids and masks; the tokenizer's threads work on some while Python makes others ready."""
+"""Encodes rows of a known format to ids and masks; Python prepares one chunk while the tokenizer works on another."""
 
 import dataclasses
 import itertools
@@ -9,49 +9,49 @@ from typing import NamedTuple
 import numpy as np
 import tokenizers
 
-from qlora_jax.data.formats.registry import FORMS, Columns, Form
+from qlora_jax.data.formats.registry import FORMATS, Columns, RowFormat
 from qlora_jax.data.formats.tool_calls import read_tools
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
-from qlora_jax.data.loss_mask.by_offsets import Encoded, Learn, encode_segments
-from qlora_jax.data.loss_mask.shared_prefix import shared_head
-from qlora_jax.data.loss_mask.span_cache import segmenter
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow, Learn, encode_segments
+from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
+from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
-# Rows at once. Encodings of a whole data set would take some 100 bytes a token; fewer rows at once, and the tokenizer's
-# threads wait for Python's lock more often.
+# Rows per chunk. The encodings of a whole data set would take about 100 bytes per token; in smaller chunks the
+# tokenizer's threads wait for Python's lock more often.
 CHUNK = 2048
 
 
-class Encodings(NamedTuple):
+class ChunkEncodings(NamedTuple):
     """What the tokenizer made of texts: the ids that they all begin with, and of each what follows."""
 
     head: list[int]
     texts: Sequence[tokenizers.Encoding]
 
 
-def row_problems(rows: Sequence[Row], form: Form) -> list[Problem]:
+def row_problems(rows: Sequence[Row], form: RowFormat) -> list[Problem]:
     """Every row that does not fit the form or holds no assistant text."""
     problems = [(row.place, "; ".join(form.check(row.data))) for row in rows]
     return [(place, problem) for place, problem in problems if problem]
 
 
-def check_rows(path: str, rows: Sequence[Row], form: Form) -> None:
+def check_rows(path: str, rows: Sequence[Row], form: RowFormat) -> None:
     """Raises one ValueError that names every row that does not fit the form or holds no assistant text."""
     raise_problems(path, row_problems(rows, form), len(rows))
 
 
-def examples_of(rows: Sequence[Row], form: Form, first: int = 0) -> tuple[Sequence[Row], Form]:
+def expand_examples(rows: Sequence[Row], form: RowFormat, first: int = 0) -> tuple[Sequence[Row], RowFormat]:
     """The (checked) rows' examples, numbered from `first`, and their form: a row of some forms holds several."""
     if form.examples is None:
         return rows, form
     lines = [(row.place.line, columns) for row in rows for columns in form.examples(row.data)]
     examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines, start=first)]
-    return examples, dataclasses.replace(FORMS[form.example], name=form.name)
+    return examples, dataclasses.replace(FORMATS[form.example], name=form.name)
 
 
-class Texts(NamedTuple):
+class ChunkTexts(NamedTuple):
     """Rows taken apart, ready to be encoded."""
 
     places: list[Place]
@@ -79,9 +79,9 @@ class Encoder:
         """Whether each segment is encoded by itself."""
         return not self.chat and self.tokenizer.is_byte_level
 
-    def texts(self, rows: Sequence[Row], problems: list[Problem]) -> Texts:
+    def texts(self, rows: Sequence[Row], problems: list[Problem]) -> ChunkTexts:
         """The rows' segments; rows whose spans can't be exact are left out and told in `problems`."""
-        made = Texts([], [], [])
+        made = ChunkTexts([], [], [])
         for row in rows:
             try:
                 segments = self.segment(row.data)
@@ -94,19 +94,21 @@ class Encoder:
             made.texts.append(text)
         return made
 
-    def encodings(self, texts: Texts) -> Encodings:
+    def encodings(self, texts: ChunkTexts) -> ChunkEncodings:
         """The tokenizer's own work, which holds no lock of Python's."""
         if self.tokenizer.byte_lengths is None:
-            return Encodings([], self.tokenizer.encode_spans(texts.texts))
+            return ChunkEncodings([], self.tokenizer.encode_spans(texts.texts))
         if self._apart:
             pieces = [piece.text for pieces in texts.segments for piece in pieces]
-            return Encodings([], self.tokenizer.encode_fast(pieces))
-        head, ids = shared_head(self.tokenizer, texts.texts)
-        return Encodings(ids, self.tokenizer.encode_fast([text[len(head) :] for text in texts.texts]))
+            return ChunkEncodings([], self.tokenizer.encode_fast(pieces))
+        head, ids = shared_prefix(self.tokenizer, texts.texts)
+        return ChunkEncodings(ids, self.tokenizer.encode_fast([text[len(head) :] for text in texts.texts]))
 
-    def encoded(self, texts: Texts, encodings: Encodings, problems: list[Problem]) -> tuple[list[Place], list[Encoded]]:
+    def encoded(
+        self, texts: ChunkTexts, encodings: ChunkEncodings, problems: list[Problem]
+    ) -> tuple[list[Place], list[EncodedRow]]:
         """Where the rows stand, and what they became; those that fail are left out and told in `problems`."""
-        found: list[Encoded | None] = [None] * len(texts.places)
+        found: list[EncodedRow | None] = [None] * len(texts.places)
         spans = encodings.texts
         if self.tokenizer.byte_lengths is not None:
             found = self._by_bytes(texts, encodings)
@@ -122,19 +124,21 @@ class Encoder:
         rows = [row for row in found if row is not None]
         return places, rows if self.chat else [_framed(row, self.tokenizer) for row in rows]
 
-    def _by_bytes(self, texts: Texts, encodings: Encodings) -> list[Encoded | None]:
+    def _by_bytes(self, texts: ChunkTexts, encodings: ChunkEncodings) -> list[EncodedRow | None]:
         """The rows of which bytes tell enough."""
-        lengths, keeps = self.tokenizer.byte_lengths, self.tokenizer.keeps
+        lengths, round_trips = self.tokenizer.byte_lengths, self.tokenizer.round_trips
         assert lengths is not None
         ids = [encodings.head + encoding.ids for encoding in encodings.texts]
         if self._apart:
             pieces = iter(ids)
             ids = [[*itertools.chain.from_iterable(itertools.islice(pieces, len(row)))] for row in texts.segments]
         found = encode_by_bytes(lengths, texts.segments, ids, self.learn)
-        return [row if keeps(text) else None for text, row in zip(texts.texts, found, strict=True)]
+        return [row if round_trips(text) else None for text, row in zip(texts.texts, found, strict=True)]
 
 
-def make_encoder(form: Form, tokenizer: Tokenizer, learn: Learn = "assistant", *, one_answer: bool = False) -> Encoder:
+def make_encoder(
+    form: RowFormat, tokenizer: Tokenizer, learn: Learn = "assistant", *, one_answer: bool = False
+) -> Encoder:
     """The encoder of a form.
 
     Args:
@@ -149,7 +153,7 @@ def make_encoder(form: Form, tokenizer: Tokenizer, learn: Learn = "assistant", *
     return Encoder(tokenizer=tokenizer, learn=learn, chat=chat, segment=_checked(segment, learn, one_answer))
 
 
-def ahead[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
+def prefetch_map[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
     """(item, function(item)) of each item, in order; a thread works on one while the one before is made use of."""
     with ThreadPoolExecutor(1) as pool:
         before: tuple[A, Future[B]] | None = None
@@ -162,7 +166,7 @@ def ahead[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tupl
             yield before[0], before[1].result()
 
 
-def encode_rows(path: str, rows: Sequence[Row], form: Form, tokenizer: Tokenizer) -> list[Encoded]:
+def encode_rows(path: str, rows: Sequence[Row], form: RowFormat, tokenizer: Tokenizer) -> list[EncodedRow]:
     """Ids and mask of each (checked) row, every answer learned.
 
     Raises:
@@ -172,21 +176,21 @@ def encode_rows(path: str, rows: Sequence[Row], form: Form, tokenizer: Tokenizer
     chunks = (encoder.texts(chunk, problems) for chunk in itertools.batched(rows, CHUNK))
     encoded = [
         row
-        for texts, encodings in ahead(encoder.encodings, chunks)
+        for texts, encodings in prefetch_map(encoder.encodings, chunks)
         for row in encoder.encoded(texts, encodings, problems)[1]
     ]
     raise_problems(path, problems, len(rows))
     return encoded
 
 
-def _conversations(form: Form, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
-    segments, messages = segmenter(tokenizer), form.messages
+def _conversations(form: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
+    segments, messages = make_segmenter(tokenizer), form.messages
     assert messages is not None
     has_tools = "tools" in form.optional
     return lambda row: segments(messages(row), read_tools(row) if has_tools else None)
 
 
-def _plain(form: Form, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
+def _plain(form: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
     if form.plain is None:
         raise ValueError(
             f"rows of the form {form.name!r} need a chat template, and this model has none; name a jinja file: "
@@ -230,12 +234,12 @@ def _encodable(text: str) -> str:
     return text
 
 
-def _left[T](items: Sequence[T], found: Sequence[Encoded | None]) -> list[T]:
+def _left[T](items: Sequence[T], found: Sequence[EncodedRow | None]) -> list[T]:
     """The items of the rows that are not found yet."""
     return [item for item, row in zip(items, found, strict=True) if row is None]
 
 
-def _framed(row: Encoded, tokenizer: Tokenizer) -> Encoded:
+def _framed(row: EncodedRow, tokenizer: Tokenizer) -> EncodedRow:
     """The row with bos before it where the tokenizer asks for one, and a supervised eos after it."""
     has_bos = row.ids[:1].tolist() == [tokenizer.bos_id]
     before = [tokenizer.bos_id] if tokenizer.add_bos_token and not has_bos else []

@@ -7,17 +7,17 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt64
 
-from qlora_jax.data.formats.registry import Columns, Form
+from qlora_jax.data.formats.registry import Columns, RowFormat
 
 
-def content_hash(form: Form, columns: Columns) -> int:
+def content_hash(form: RowFormat, columns: Columns) -> int:
     """64 bits of SHA-256 over what the model gets to see of the row."""
     # Half a surrogate pair, which is told later, is no reason to fail here.
     text = form.content(columns).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
-class Side(NamedTuple):
+class Split(NamedTuple):
     """One side of a file: a row is held out iff hash(content) < fraction * 2**64.
 
     Rows of equal content are on the same side, in this file and in any other, whatever the seed and the other rows.
@@ -31,7 +31,7 @@ class Side(NamedTuple):
         return (hashed < int(self.fraction * 2**64)) == self.held
 
 
-def check_sides(path: str, fraction: float, trained: int, held: int) -> None:
+def check_splits(path: str, fraction: float, trained: int, held: int) -> None:
     """Raises ValueError where one side of a file is empty."""
     if not trained or not held:
         raise ValueError(

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 
 Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]
@@ -30,7 +30,7 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fitted:
+class FittedRows:
     """Rows that fit, where they stand, and how many others were cut or left out.
 
     Fields:
@@ -40,7 +40,7 @@ class Fitted:
       problems: rows that are longer where that is an error.
     """
 
-    rows: list[Encoded]
+    rows: list[EncodedRow]
     places: list[Place]
     truncated: int
     overlong: int
@@ -48,7 +48,7 @@ class Fitted:
     problems: list[Problem]
 
 
-def fit_lengths(rows: Sequence[Encoded], places: Sequence[Place], limits: Limits) -> Fitted:
+def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Limits) -> FittedRows:
     """Rows of at most `max_length` ids and at least one target, in order; the rest is cut, dropped or a problem."""
     apart = [_cut_apart(row, limits) for row in rows]
     long = [len(row.ids) > limits.max_length for row in apart]
@@ -56,7 +56,7 @@ def fit_lengths(rows: Sequence[Encoded], places: Sequence[Place], limits: Limits
     fits = [_cut(row, limits) for row in apart]
     learns = [bool(row.supervised[1:].any()) for row in fits]
     kept = [index for index in range(len(rows)) if keep[index] and learns[index]]
-    return Fitted(
+    return FittedRows(
         rows=[fits[index] for index in kept],
         places=[places[index] for index in kept],
         truncated=sum(len(fits[index].ids) < len(rows[index].ids) for index in kept),
@@ -66,7 +66,7 @@ def fit_lengths(rows: Sequence[Encoded], places: Sequence[Place], limits: Limits
     )
 
 
-def _too_long(rows: Sequence[Encoded], places: Sequence[Place], max_length: int) -> list[Problem]:
+def _too_long(rows: Sequence[EncodedRow], places: Sequence[Place], max_length: int) -> list[Problem]:
     fix = f"longer than data.max_length {max_length}; raise it, or set data.overlong to drop or truncate-right"
     return [
         (place, f"{len(row.ids)} tokens, {fix}")
@@ -75,14 +75,14 @@ def _too_long(rows: Sequence[Encoded], places: Sequence[Place], max_length: int)
     ]
 
 
-def _take(row: Encoded, kept: Int64[np.ndarray, " kept"]) -> Encoded:
+def _take(row: EncodedRow, kept: Int64[np.ndarray, " kept"]) -> EncodedRow:
     """The row's ids at these indices, which ascend."""
     return row._replace(
         ids=row.ids[kept], supervised=row.supervised[kept], source=int(np.searchsorted(kept, row.source))
     )
 
 
-def _cut_apart(row: Encoded, limits: Limits) -> Encoded:
+def _cut_apart(row: EncodedRow, limits: Limits) -> EncodedRow:
     """The row with its source and its target each cut on the right."""
     if limits.source is None and limits.target is None:
         return row
@@ -90,7 +90,7 @@ def _cut_apart(row: Encoded, limits: Limits) -> Encoded:
     return _take(row, np.concatenate([source, target]))
 
 
-def _cut(row: Encoded, limits: Limits) -> Encoded:
+def _cut(row: EncodedRow, limits: Limits) -> EncodedRow:
     """The row's first `max_length` ids, or its last ones behind bos."""
     if len(row.ids) <= limits.max_length:
         return row
@@ -101,7 +101,7 @@ def _cut(row: Encoded, limits: Limits) -> Encoded:
     return _take(row, np.concatenate([first, places[len(places) - limits.max_length + len(first) :]]))
 
 
-def nothing_left(path: str, total: int, overlong: int, max_length: int) -> str:
+def nothing_left_message(path: str, total: int, overlong: int, max_length: int) -> str:
     """What to say of a file without a row that can be learned from."""
     return (
         f"{path}: no row is left to learn from: of {total}, {overlong} were longer than data.max_length {max_length} "

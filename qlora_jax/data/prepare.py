@@ -1,6 +1,6 @@
 """The way of a file's rows to token rows, some at a time, so that a file need not fit into memory.
 
-read -> recognise the form -> check -> hold out by hash -> encode with masks -> fit lengths
+read -> detect_format the form -> check -> hold out by hash -> encode with masks -> fit lengths
 """
 
 import dataclasses
@@ -20,23 +20,32 @@ import tokenizers
 from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.encoder import CHUNK, Encoder, Encodings, Texts, ahead, examples_of, make_encoder, row_problems
-from qlora_jax.data.formats.detect import recognise
-from qlora_jax.data.formats.registry import Form
-from qlora_jax.data.holdout import Side, check_sides, content_hash
-from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left
-from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.encoder import (
+    CHUNK,
+    ChunkEncodings,
+    ChunkTexts,
+    Encoder,
+    expand_examples,
+    make_encoder,
+    prefetch_map,
+    row_problems,
+)
+from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import RowFormat
+from qlora_jax.data.holdout import Split, check_splits, content_hash
+from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left_message
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow
 from qlora_jax.data.readers.files import (
-    Broken,
+    BrokenRow,
     Problem,
     Row,
     content_digest,
-    no_rows,
+    no_rows_message,
     raise_problems,
     stream_rows,
 )
-from qlora_jax.data.row_counts import Tally
-from qlora_jax.data.row_store import Piece
+from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_store import RowChunk
 from qlora_jax.data.rows import TokenRows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -53,7 +62,7 @@ class Preparation:
 
     path: str
     form: str
-    side: Side | None
+    side: Split | None
     hashed: bool
     tokenizer: Tokenizer
     data: DataArgs
@@ -98,12 +107,12 @@ class Preparation:
 class _Read(NamedTuple):
     """Some rows, read, checked and taken apart."""
 
-    texts: Texts
-    tally: Tally
+    texts: ChunkTexts
+    counts: RowCounts
     hashes: UInt64[np.ndarray, " read"]
 
 
-def pieces(wanted: Preparation, *, in_parts: bool = False) -> Iterator[Piece]:
+def row_chunks(wanted: Preparation, *, in_parts: bool = False) -> Iterator[RowChunk]:
     """The file's token rows, a chunk of its rows at a time.
 
     What comes before an error has been yielded already: it is for nothing.
@@ -112,25 +121,25 @@ def pieces(wanted: Preparation, *, in_parts: bool = False) -> Iterator[Piece]:
       ValueError: whatever is wrong with the rows, told by line, all at once; no row that can be learned from.
     """
     reading = _Reading(wanted, in_parts)
-    whole = Tally()
-    for read, encodings in ahead(reading.encode, reading.chunks()):
+    whole = RowCounts()
+    for read, encodings in prefetch_map(reading.encode, reading.chunks()):
         assert reading.encoder is not None
         places, encoded = reading.encoder.encoded(read.texts, encodings, reading.problems)
         fitted = fit_lengths(encoded, places, wanted.limits)
         reading.problems += fitted.problems
         rows = token_rows(wanted.path, fitted.rows, fitted.places)
-        counted = Tally(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
-        tally = read.tally + counted + _of_encoded(encoded, fitted.rows) + _of_rows(rows, wanted.tokenizer)
-        whole += tally
-        yield Piece(rows, tally, read.hashes, reading.form_name)
+        counted = RowCounts(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
+        counts = read.counts + counted + _of_encoded(encoded, fitted.rows) + _of_rows(rows, wanted.tokenizer)
+        whole += counts
+        yield RowChunk(rows, counts, read.hashes, reading.form_name)
     raise_problems(wanted.path, sorted(reading.problems), reading.seen)
     if not reading.seen:
-        raise ValueError(no_rows(wanted.path))
+        raise ValueError(no_rows_message(wanted.path))
     if wanted.side is not None:
         sides = (reading.others, whole.rows) if wanted.side.held else (whole.rows, reading.others)
-        check_sides(wanted.path, wanted.side.fraction, *sides)
+        check_splits(wanted.path, wanted.side.fraction, *sides)
     if not whole.kept:
-        raise ValueError(nothing_left(wanted.path, whole.rows, whole.overlong, wanted.data.max_length))
+        raise ValueError(nothing_left_message(wanted.path, whole.rows, whole.overlong, wanted.data.max_length))
 
 
 class _Reading:
@@ -142,30 +151,30 @@ class _Reading:
         self.encoder: Encoder | None = None
         self.form_name = ""
         self._wanted, self._in_parts = wanted, in_parts
-        self._form: Form | None = None
+        self._form: RowFormat | None = None
         self._examples = 0
 
     def chunks(self) -> Iterator[_Read]:
         """Rows by chunks; those that are wrong are left out and told in `problems`."""
         for chunk in itertools.batched(stream_rows(self._wanted.path, in_parts=self._in_parts), CHUNK):
             self.seen += len(chunk)
-            self.problems += [(found.place, found.problem) for found in chunk if isinstance(found, Broken)]
+            self.problems += [(found.place, found.problem) for found in chunk if isinstance(found, BrokenRow)]
             rows = [found for found in chunk if isinstance(found, Row)]
             if rows:
                 yield self._take(rows)
 
-    def encode(self, read: _Read) -> Encodings:
+    def encode(self, read: _Read) -> ChunkEncodings:
         """The tokenizer's own work."""
         assert self.encoder is not None
         return self.encoder.encodings(read.texts)
 
     def _take(self, rows: list[Row]) -> _Read:
-        form = self._form = self._form or recognise(self._wanted.path, rows, self._wanted.form)
+        form = self._form = self._form or detect_format(self._wanted.path, rows, self._wanted.form)
         wrong = row_problems(rows, form)
         self.problems += wrong
         places = {place for place, _ in wrong}
         fit = [row for row in rows if row.place not in places] if wrong else rows
-        examples, form = examples_of(fit, form, self._examples)
+        examples, form = expand_examples(fit, form, self._examples)
         self._examples += len(examples)
         if self.encoder is None:
             self.encoder, self.form_name = self._make_encoder(form), form.name
@@ -175,15 +184,15 @@ class _Reading:
         special = self._wanted.tokenizer.special_text
         names = (*form.required, *form.optional)
         spelled = sum([any([_spells(special, row.data.get(name)) for name in names]) for row in chosen])
-        tally = Tally(rows=len(chosen), special_text=spelled, columns=tuple(columns))
-        return _Read(texts, tally, hashes)
+        counts = RowCounts(rows=len(chosen), special_text=spelled, columns=tuple(columns))
+        return _Read(texts, counts, hashes)
 
-    def _make_encoder(self, form: Form) -> Encoder:
+    def _make_encoder(self, form: RowFormat) -> Encoder:
         limits, wanted = self._wanted.limits, self._wanted
         apart = limits.source is not None or limits.target is not None
         return make_encoder(form, wanted.tokenizer, wanted.data.learn, one_answer=apart)
 
-    def _choose(self, rows: Sequence[Row], form: Form) -> tuple[Sequence[Row], UInt64[np.ndarray, " read"]]:
+    def _choose(self, rows: Sequence[Row], form: RowFormat) -> tuple[Sequence[Row], UInt64[np.ndarray, " read"]]:
         """The rows of the side that is wanted, and the hashes of their content where these are wanted."""
         side, hashed = self._wanted.side, self._wanted.hashed
         if side is None and not hashed:
@@ -203,24 +212,24 @@ def _spells(special: re.Pattern[str], value: Any) -> bool:
     return any([_spells(special, one) for one in inner])
 
 
-def _of_encoded(encoded: Sequence[Encoded], kept: Sequence[Encoded]) -> Tally:
-    return Tally(
+def _of_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) -> RowCounts:
+    return RowCounts(
         lengths=dict(Counter([len(row.ids) for row in encoded])),
         cut=sum([row.cut for row in kept]),
         lossy=sum([row.lossy for row in kept]),
     )
 
 
-def _of_rows(rows: TokenRows, tokenizer: Tokenizer) -> Tally:
+def _of_rows(rows: TokenRows, tokenizer: Tokenizer) -> RowCounts:
     bos_id = -1 if tokenizer.bos_id is None else tokenizer.bos_id
     first, second = (rows.ids[rows.starts[:-1] + place] == bos_id for place in (0, 1))
     supervised = rows.supervised.copy()
     supervised[rows.starts[:-1]] = False  # a row's first id is no target
-    return Tally(
+    return RowCounts(
         kept=len(rows),
         doubled_bos=int((first & second).sum()),
         without_bos=int((~first).sum()) if tokenizer.add_bos_token else 0,
-        tokens=int(rows.places.sum()),
+        tokens=int(rows.lengths.sum()),
         supervised=int(supervised.sum()),
         new_tokens=_count(rows.ids, tokenizer.new_ids),
     )

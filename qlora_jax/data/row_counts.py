@@ -10,12 +10,12 @@ _MAPS = ("lengths", "new_tokens")  # fields that count by number
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Tally:
+class RowCounts:
     """Counts of rows.
 
     Fields:
       rows, kept: rows read, and those left after length handling.
-      truncated, overlong, unsupervised: as in lengths.Fitted.
+      truncated, overlong, unsupervised: as in lengths.FittedRows.
       cut: rows in which a token was cut at the start or end of an answer, as generation cuts it.
       lossy: rows that do not decode to their own text.
       special_text: rows whose own text spells a special token; it is encoded as that token.
@@ -42,11 +42,11 @@ class Tally:
     new_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
 
-    def __add__(self, other: "Tally") -> "Tally":
+    def __add__(self, other: "RowCounts") -> "RowCounts":
         maps: dict[str, Any] = {name: _sum(getattr(self, name), getattr(other, name)) for name in _MAPS}
-        names = {field.name for field in dataclasses.fields(Tally)} - {*_MAPS, "columns"}
+        names = {field.name for field in dataclasses.fields(RowCounts)} - {*_MAPS, "columns"}
         sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return Tally(**sums, **maps, columns=tuple(dict.fromkeys((*self.columns, *other.columns))))
+        return RowCounts(**sums, **maps, columns=tuple(dict.fromkeys((*self.columns, *other.columns))))
 
     @property
     def percentiles(self) -> tuple[int, ...]:
@@ -64,8 +64,8 @@ class Tally:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "Tally":
-        """The tally that `to_dict` gave, through JSON."""
+    def from_dict(cls, saved: Mapping[str, Any]) -> "RowCounts":
+        """The counts that `to_dict` gave, through JSON."""
         maps = {name: {int(key): count for key, count in saved[name].items()} for name in _MAPS}
         return cls(**{**saved, **maps, "columns": tuple(saved["columns"])})
 

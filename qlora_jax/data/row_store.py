@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Int64, UInt64
 
-from qlora_jax.data.row_counts import Tally
-from qlora_jax.data.rows import File, RowDigest, TokenRows, place_of
+from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.rows import File, RowDigest, TokenRows, format_place
 
 _FACTS = "facts.json"
 _CHUNK = 1 << 20
@@ -32,7 +32,7 @@ _TYPES = {
 }
 
 
-class Piece(NamedTuple):
+class RowChunk(NamedTuple):
     """Some of a file's rows, in order.
 
     Fields:
@@ -41,7 +41,7 @@ class Piece(NamedTuple):
     """
 
     rows: TokenRows
-    tally: Tally
+    counts: RowCounts
     hashes: UInt64[np.ndarray, " read"]
     form: str
 
@@ -60,7 +60,7 @@ class StoredRows:
     count: int
     digest: str
     form: str
-    tally: Tally
+    counts: RowCounts
 
     def __len__(self) -> int:
         return self.count
@@ -102,13 +102,13 @@ class StoredRows:
 
     def where(self, number: int) -> str:
         """`file:line` of the row of that number."""
-        return place_of((File(self.path),), number, self.line(number))
+        return format_place((File(self.path),), number, self.line(number))
 
     def _array(self, name: str, start: int, count: int) -> np.ndarray:
         return np.fromfile(self.folder / name, _TYPES[name], count, offset=start * _TYPES[name].itemsize)
 
 
-def open_stored(folder: Path, path: str) -> StoredRows | None:
+def open_stored_rows(folder: Path, path: str) -> StoredRows | None:
     """The entry in `folder`; None where there is none; ValueError where its files are not of the size they had."""
     try:
         facts: Mapping[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def open_stored(folder: Path, path: str) -> StoredRows | None:
         count=facts["tally"]["kept"],
         digest=facts["digest"],
         form=facts["form"],
-        tally=Tally.from_dict(facts["tally"]),
+        counts=RowCounts.from_dict(facts["tally"]),
     )
 
 
@@ -135,7 +135,7 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {name: path.stat().st_size if (path := folder / name).exists() else 0 for name in _TYPES}
 
 
-def store(pieces: Iterable[Piece], folder: Path) -> None:
+def store_rows(pieces: Iterable[RowChunk], folder: Path) -> None:
     """Writes the entry; nothing stays of it where `pieces` raises.
 
     Raises:
@@ -154,8 +154,8 @@ def store(pieces: Iterable[Piece], folder: Path) -> None:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(pieces: Iterable[Piece], folder: Path) -> dict[str, Any]:
-    tally, digest, total, form = Tally(), RowDigest(), 0, ""
+def _write(pieces: Iterable[RowChunk], folder: Path) -> dict[str, Any]:
+    counts, digest, total, form = RowCounts(), RowDigest(), 0, ""
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in _TYPES}
         for piece in pieces:
@@ -171,5 +171,5 @@ def _write(pieces: Iterable[Piece], folder: Path) -> dict[str, Any]:
             for name, array in arrays.items():
                 files[name].write(np.ascontiguousarray(array, _TYPES[name]).data)
             digest.update(rows)
-            total, tally, form = total + len(rows.ids), tally + piece.tally, piece.form
-    return {"digest": digest.hexdigest(), "form": form, "tally": tally.to_dict(), "bytes": _sizes(folder)}
+            total, counts, form = total + len(rows.ids), counts + piece.counts, piece.form
+    return {"digest": digest.hexdigest(), "form": form, "tally": counts.to_dict(), "bytes": _sizes(folder)}

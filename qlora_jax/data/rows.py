@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow
 from qlora_jax.data.readers.files import Place
 
 
@@ -55,7 +55,7 @@ class TokenRows:
         return self.ids[span], self.supervised[span]
 
     @property
-    def places(self) -> Int64[np.ndarray, " rows"]:
+    def lengths(self) -> Int64[np.ndarray, " rows"]:
         """Places that each row fills in a batch: one fewer than its ids."""
         return np.diff(self.starts) - 1
 
@@ -63,9 +63,9 @@ class TokenRows:
         """All rows."""
         return Window(self, np.arange(len(self)))
 
-    def window_places(self, epoch: int, index: int) -> Int64[np.ndarray, " rows"]:
+    def window_lengths(self, epoch: int, index: int) -> Int64[np.ndarray, " rows"]:
         """Places that each row fills in a batch."""
-        return self.places
+        return self.lengths
 
     @property
     def digest(self) -> str:
@@ -80,7 +80,7 @@ class TokenRows:
         if index == len(self) or self.numbers[index] != number:
             paths = ", ".join(file.path for file in self.files)
             raise ValueError(f"{paths}: row {number} is not among the {len(self)} rows kept")
-        return place_of(self.files, number, int(self.lines[index]))
+        return format_place(self.files, number, int(self.lines[index]))
 
 
 class RowDigest:
@@ -91,7 +91,7 @@ class RowDigest:
 
     def update(self, rows: TokenRows) -> None:
         """Adds rows."""
-        for part, array in zip(self._parts, (rows.ids, rows.supervised, rows.places, rows.numbers), strict=True):
+        for part, array in zip(self._parts, (rows.ids, rows.supervised, rows.lengths, rows.numbers), strict=True):
             part.update(np.ascontiguousarray(array))
 
     def hexdigest(self) -> str:
@@ -99,13 +99,13 @@ class RowDigest:
         return hashlib.sha256(b"".join(part.digest() for part in self._parts)).hexdigest()
 
 
-def place_of(files: Sequence[File], number: int, line: int) -> str:
+def format_place(files: Sequence[File], number: int, line: int) -> str:
     """`file:line` of the row of that number."""
     file = [file for file in files if file.first <= number][-1]
     return f"{file.path}:{Place(line, number - file.first)}"
 
 
-def token_rows(path: str, encoded: Sequence[Encoded], places: Sequence[Place]) -> TokenRows:
+def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]) -> TokenRows:
     """The rows in one object, in the order given (that of the file)."""
     lengths = np.array([len(row.ids) for row in encoded], np.int64)
     return TokenRows(
@@ -118,7 +118,7 @@ def token_rows(path: str, encoded: Sequence[Encoded], places: Sequence[Place]) -
     )
 
 
-def joined(pieces: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:
+def concatenate_rows(pieces: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:
     """All rows of all pieces, one behind the other, their numbers as they are."""
     lengths = np.concatenate([np.diff(piece.starts) for piece in pieces])
     return TokenRows(

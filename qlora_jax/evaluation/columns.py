@@ -20,9 +20,9 @@ def known_columns(task: str) -> Collection[str]:
     """The names that a task's file may have its columns under."""
     if task != "rows":
         return FILE_COLUMNS[task]
-    from qlora_jax.data.formats.registry import FORMS  # the settings are read without what it imports
+    from qlora_jax.data.formats.registry import FORMATS  # the settings are read without what it imports
 
-    return {name for form in FORMS.values() for name in (*form.required, *form.optional)}
+    return {name for form in FORMATS.values() for name in (*form.required, *form.optional)}
 
 
 def read_named(path: str, task: str, named: Mapping[str, str] | None, max_rows: int | None = None) -> list[Row]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qlora_jax.data.formats.registry import FORMS, Form
+from qlora_jax.data.formats.registry import FORMATS, RowFormat
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
 from qlora_jax.data.loss_mask.spans import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_rows, read_text
@@ -55,7 +55,7 @@ class Prompter:
         if name is None:
             known, found = (", ".join(map(repr, names)) for names in (PROMPT_COLUMNS, columns))
             raise ValueError(f"no prompt: expected one of the columns {known}; found {found}")
-        form, answered = FORMS[name], _answered(columns)
+        form, answered = FORMATS[name], _answered(columns)
         if problems := form.check(answered):
             raise ValueError("; ".join(problems))
         if not self.chat:
@@ -119,12 +119,12 @@ def _answered(columns: Mapping[str, Any]) -> dict[str, Any]:
     return answered
 
 
-def _conversation(form: Form, answered: Mapping[str, Any]) -> Sequence[Message]:
+def _conversation(form: RowFormat, answered: Mapping[str, Any]) -> Sequence[Message]:
     assert form.messages is not None
     return form.messages(answered)[:-1]
 
 
-def _plain(form: Form, answered: Mapping[str, Any]) -> str:
+def _plain(form: RowFormat, answered: Mapping[str, Any]) -> str:
     if form.plain is None:
         raise ValueError(
             f"rows of the form {form.name!r} need a chat template: leave --raw out or give --chat_template"

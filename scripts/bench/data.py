@@ -28,13 +28,13 @@ import numpy as np
 
 from qlora_jax.config import DataArgs
 from qlora_jax.data.batching.batches import plan_packed_epoch
-from qlora_jax.data.batching.packing import pack_places
+from qlora_jax.data.batching.packing import pack_length
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.encoder import CHUNK, ahead, make_encoder
-from qlora_jax.data.formats.detect import recognise
+from qlora_jax.data.encoder import CHUNK, make_encoder, prefetch_map
+from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.lengths import Limits, fit_lengths
 from qlora_jax.data.readers.files import Row, read_rows
-from qlora_jax.data.rows import TokenRows, joined, token_rows
+from qlora_jax.data.rows import TokenRows, concatenate_rows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.open_model import open_model
 from scripts.bench.support.environment import ROOT
@@ -58,15 +58,15 @@ def library(encode: Callable[..., object], texts: list[str]) -> None:
 
 def to_packs(path: str, rows: list[Row], tokenizer: Tokenizer) -> TokenRows:
     """Rows in memory to token rows, and an epoch of packs planned."""
-    encoder, limits = make_encoder(recognise(path, rows), tokenizer), Limits(max_length=MAX_LENGTH, overlong="drop")
+    encoder, limits = make_encoder(detect_format(path, rows), tokenizer), Limits(max_length=MAX_LENGTH, overlong="drop")
     chunks = (encoder.texts(chunk, []) for chunk in itertools.batched(rows, CHUNK))
     pieces = []
-    for texts, encodings in ahead(encoder.encodings, chunks):
+    for texts, encodings in prefetch_map(encoder.encodings, chunks):
         places, encoded = encoder.encoded(texts, encodings, [])
         fitted = fit_lengths(encoded, places, limits)
         pieces.append(token_rows(path, fitted.rows, fitted.places))
-    whole = joined(pieces, pieces[0].files)
-    plan_packed_epoch(whole.places, pack_places(MAX_LENGTH), 16, 0, 0)
+    whole = concatenate_rows(pieces, pieces[0].files)
+    plan_packed_epoch(whole.lengths, pack_length(MAX_LENGTH), 16, 0, 0)
     return whole
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     args = parser.parse_args()
     tokenizer = load_tokenizer(open_model(args.model or str(fetch_smollm2())).tokenizer)
     found = list(itertools.islice(itertools.cycle(read_rows(args.data)), args.rows))
-    form = recognise(args.data, found)
+    form = detect_format(args.data, found)
     texts = make_encoder(form, tokenizer).texts(found, []).texts
     with tempfile.TemporaryDirectory() as folder:
         path, cache = f"{folder}/rows.jsonl", f"{folder}/cache"

@@ -68,10 +68,10 @@ def batch_lengths(name: str, path: Path) -> dict[str, Any]:
         data = load_dataset(args, tokenizer, seed=0, micro_batch_size=1, accumulation=ROWS_A_STEP)
     lengths: list[int] = []
     for epoch in range(STEPS):
-        lengths += [step.length for step in plan_epoch(data.train.places, data.buckets, ROWS_A_STEP, 0, epoch)]
+        lengths += [step.length for step in plan_epoch(data.train.lengths, data.buckets, ROWS_A_STEP, 0, epoch)]
         if len(lengths) >= STEPS:
             break
-    places = data.train.places
+    places = data.train.lengths
     return {
         "name": name,
         "rows": len(places),

@@ -18,11 +18,11 @@ from rich.console import Console
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.formats.registry import FORMS
-from qlora_jax.data.holdout import Side, content_hash
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.holdout import Split, content_hash
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Row, read_rows
-from qlora_jax.data.report.text import facts, marked_example, print_report
+from qlora_jax.data.report.text import facts, format_example, print_report
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -62,8 +62,8 @@ def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows:
 
 
 def hold_out(rows: list[Row]) -> list[list[Row]]:
-    hashes = [content_hash(FORMS["text"], row.data) for row in rows]
-    sides = (Side(0.5, held=False), Side(0.5, held=True))
+    hashes = [content_hash(FORMATS["text"], row.data) for row in rows]
+    sides = (Split(0.5, held=False), Split(0.5, held=True))
     return [[row for row, one in zip(rows, hashes, strict=True) if side.takes(one)] for side in sides]
 
 
@@ -84,9 +84,9 @@ def test_rows_of_equal_content_are_on_one_side(pairs: list[tuple[str, int]]):
 
 def test_the_hash_of_a_row_never_changes():
     """Runs of other versions have to hold out the same rows: SHA-256 of {"text": "a"}, first 8 bytes."""
-    assert content_hash(FORMS["text"], {"text": "a", "id": 5}) == 0xFCF7579B2DB13F7E
+    assert content_hash(FORMATS["text"], {"text": "a", "id": 5}) == 0xFCF7579B2DB13F7E
     alpaca = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "input": None}]
-    assert len({content_hash(FORMS["alpaca"], data) for data in alpaca}) == 1
+    assert len({content_hash(FORMATS["alpaca"], data) for data in alpaca}) == 1
 
 
 def test_a_fraction_is_held_out_and_never_trained_on(tokenizer: Tokenizer, write_rows: Callable):
@@ -286,9 +286,9 @@ def test_new_tokens_that_no_training_row_has_are_told(
 
 
 def test_the_example_can_not_drive_the_terminal():
-    text = marked_example([Segment("a\x1b[2Jb\r\x9bc", False), Segment("\x07ok\n\tx", True)], ("[[", "]]")).plain
+    text = format_example([Segment("a\x1b[2Jb\r\x9bc", False), Segment("\x07ok\n\tx", True)], ("[[", "]]")).plain
     assert text == "a␛[2Jb␍\ufffdc[[␇ok\n\tx]]"
-    long = marked_example([Segment("a" * 5000, False), Segment("b" * 5000, True)]).plain
+    long = format_example([Segment("a" * 5000, False), Segment("b" * 5000, True)]).plain
     assert len(long) < 1700 and "...(4,400 characters)..." in long
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
@@ -47,7 +47,7 @@ not_json = st.sampled_from(['{"text": ', "{'text': 'a'}", '{"text": "a"} trailin
 @st.composite
 def malformed(draw: st.DrawFn, form: str) -> str:
     """A line that is certainly no row of that form."""
-    good, required = GOOD[form], FORMS[form].required
+    good, required = GOOD[form], FORMATS[form].required
     kind = draw(st.sampled_from(["not json", "no object", "no column", "no text", "blank", "half"]))
     name = draw(st.sampled_from(required))
     if kind == "not json":
@@ -73,7 +73,7 @@ def _with_text(row: dict[str, Any], column: str, text: str) -> dict[str, Any]:
     return {**row, column: [*before, {**last, list(last)[-1]: text}]}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, form: str):
     """13 forms x 15 files of 7 malformed rows: more than 1,000. The first row is good: a [ would begin an array."""
     places = st.lists(st.integers(1, 20), min_size=7, max_size=7, unique=True)
@@ -103,10 +103,10 @@ def error_of(tokenizer: Tokenizer, form: str, lines: list[str], name: str) -> st
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-@given(st.sampled_from(list(FORMS)), st.lists(anything, min_size=1, max_size=5), st.booleans())
+@given(st.sampled_from(list(FORMATS)), st.lists(anything, min_size=1, max_size=5), st.booleans())
 def test_anything_else_is_read_or_told(tokenizer: Tokenizer, form: str, values: list[Any], changed: bool):
     """Values of any kind as rows, or as the columns of a row: no other exception than the one that tells."""
-    rows = [{**GOOD[form], FORMS[form].required[0]: value} if changed else value for value in values]
+    rows = [{**GOOD[form], FORMATS[form].required[0]: value} if changed else value for value in values]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
         path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD[form], *rows]), encoding="utf-8")

@@ -19,7 +19,7 @@ from qlora_jax.config.schema import DataArgs
 from qlora_jax.data import dataset as dataset_module
 from qlora_jax.data import row_store as stored_module
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.data.row_store import store
+from qlora_jax.data.row_store import store_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import ASSETS
 from tests.marks import some_in_ci
@@ -57,8 +57,8 @@ def test_rows_are_made_once_and_again_when_anything_changes(
     smollm2_source: dict, write_rows: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     made: list[str] = []
-    pieces = dataset_module.pieces
-    monkeypatch.setattr(dataset_module, "pieces", lambda *args, **kw: made.append("") or pieces(*args, **kw))
+    row_chunks = dataset_module.row_chunks
+    monkeypatch.setattr(dataset_module, "row_chunks", lambda *args, **kw: made.append("") or row_chunks(*args, **kw))
     tokenizer, path, cache = load_tokenizer(smollm2_source), write_rows(rows_of(9)), str(tmp_path / "cache")
 
     def makes(**changes: Any) -> int:
@@ -128,9 +128,9 @@ def test_a_killed_run_leaves_no_entry(tokenizer: Tokenizer, write_rows: Callable
     """Killed while it writes: the next run finds no entry, makes it, and heeds nothing that lies beside."""
     path, cache = write_rows(rows_of(9)), tmp_path / "cache"
     half = (
-        "import os, sys; from pathlib import Path; from qlora_jax.data import stored\n"
+        "import os, sys; from pathlib import Path; from qlora_jax.data import row_store\n"
         "def pieces():\n    os.kill(os.getpid(), 9)\n    yield\n"
-        "stored.store(pieces(), Path(sys.argv[1]))"
+        "row_store.store_rows(pieces(), Path(sys.argv[1]))"
     )
     load(tokenizer, train=path, cache=str(cache))
     (entry,) = cache.iterdir()
@@ -147,7 +147,7 @@ def test_of_two_runs_that_store_the_same_one_is_as_good(tokenizer: Tokenizer, wr
     load(tokenizer, train=path, cache=str(cache))
     (entry,) = cache.iterdir()
     before = (entry / "ids").read_bytes()
-    store(iter(()), entry)
+    store_rows(iter(()), entry)
     assert (entry / "ids").read_bytes() == before and list(cache.iterdir()) == [entry]
 
 

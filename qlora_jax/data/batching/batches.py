@@ -62,7 +62,7 @@ class Batch:
         return named if self.segments is None else named | {"segments": self.segments}
 
 
-class Step(NamedTuple):
+class PlannedStep(NamedTuple):
     """One optimizer step of an epoch: its length, and the indices of its rows (-1: no row)."""
 
     length: int
@@ -76,27 +76,27 @@ def plan_epoch(
     seed: int,
     epoch: int,
     window: int = 0,
-) -> list[Step]:
+) -> list[PlannedStep]:
     """The steps of one window of an epoch, each row in exactly one of them."""
     generator = _generator(seed, epoch, window)
     order = generator.permutation(len(places))
     bucket = bucket_of(places, buckets)[order]
-    steps: list[Step] = []
+    steps: list[PlannedStep] = []
     carried = np.zeros(0, np.int64)
     for index, length in enumerate(buckets):
         pool = np.concatenate([carried, order[bucket == index]])
         full = len(pool) // rows_per_step * rows_per_step
-        steps += [Step(length, chosen) for chosen in pool[:full].reshape(-1, rows_per_step, 1)]
+        steps += [PlannedStep(length, chosen) for chosen in pool[:full].reshape(-1, rows_per_step, 1)]
         carried = pool[full:]
     if len(carried):
         gaps = np.full(rows_per_step - len(carried), NO_ROW)
-        steps.append(Step(buckets[-1], np.concatenate([carried, gaps])[:, None]))
+        steps.append(PlannedStep(buckets[-1], np.concatenate([carried, gaps])[:, None]))
     return [steps[index] for index in generator.permutation(len(steps))]
 
 
 def plan_packed_epoch(
     places: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int, window: int = 0
-) -> list[Step]:
+) -> list[PlannedStep]:
     """The steps of one window of an epoch of packs, each row in exactly one of them; the last may have gaps."""
     generator = _generator(seed, epoch, window)
     packs = pack(places, capacity, generator.permutation(len(places)))
@@ -104,7 +104,7 @@ def plan_packed_epoch(
     rows = np.full((steps * packs_per_step, max(map(len, packs))), NO_ROW)
     for place, index in enumerate(generator.permutation(len(packs))):
         rows[place, : len(packs[index])] = packs[index]
-    return [Step(capacity, chosen) for chosen in rows.reshape(steps, packs_per_step, -1)]
+    return [PlannedStep(capacity, chosen) for chosen in rows.reshape(steps, packs_per_step, -1)]
 
 
 def window_order(seed: int, epoch: int, windows: int) -> Int64[np.ndarray, " windows"]:
@@ -147,7 +147,7 @@ def train_batches(
     epoch, window, index = (position[name] for name in START)
     while True:
         held = rows.window(epoch, int(window_order(seed, epoch, rows.windows)[window]))
-        steps = plan(held.rows.places[held.indices], epoch=epoch, window=window)
+        steps = plan(held.rows.lengths[held.indices], epoch=epoch, window=window)
         if not 0 <= index < len(steps):
             raise ValueError(_no_position(position, f"steps 0 to {len(steps) - 1} in that window"))
         following = (epoch, window + 1) if window + 1 < rows.windows else (epoch + 1, 0)
@@ -169,12 +169,12 @@ def _no_position(position: Mapping[str, int], found: str) -> str:
 
 def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pad_id: int) -> Iterator[Batch]:
     """Every row once, shortest first (so that little is padding), in batches [1, batch_size, T]."""
-    order = np.argsort(rows.places, kind="stable")
+    order = np.argsort(rows.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         chosen = np.full((1, batch_size, 1), NO_ROW)
         some = order[start : start + batch_size]
         chosen[0, : len(some), 0] = some
-        length = buckets[bucket_of(rows.places[some[-1:]], buckets)[0]]
+        length = buckets[bucket_of(rows.lengths[some[-1:]], buckets)[0]]
         yield fill(rows, chosen, length, pad_id)
 
 

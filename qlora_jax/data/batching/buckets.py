@@ -27,7 +27,7 @@ def choose_buckets(units: Units, rows_per_step: int, most: int) -> tuple[int, ..
     `steps_by_bucket` says.
     """
     candidates = [tuple(UNIT * edge for edge in edges) for edges in _best_edges(units, most)]
-    taken = [places_taken(units, candidate, rows_per_step) for candidate in candidates]
+    taken = [padded_positions(units, candidate, rows_per_step) for candidate in candidates]
     good = min(taken) * (1 + _WORTH_A_COMPILATION)
     return next(candidate for candidate, cost in zip(candidates, taken, strict=True) if cost <= good)
 
@@ -50,7 +50,7 @@ def steps_by_bucket(counts: Sequence[int], rows_per_step: int) -> list[int]:
     return steps
 
 
-def places_taken(units: Units, buckets: Sequence[int], rows_per_step: int) -> int:
+def padded_positions(units: Units, buckets: Sequence[int], rows_per_step: int) -> int:
     """Places that the batches of one epoch hold, padding included."""
     edges = np.array(buckets) // UNIT + 1
     counts = [int(part.sum()) for part in np.split(units, edges)[:-1]]

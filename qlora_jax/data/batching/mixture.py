@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from qlora_jax.data.row_store import StoredRows
-from qlora_jax.data.rows import File, TokenRows, Window, joined, place_of
+from qlora_jax.data.rows import File, TokenRows, Window, concatenate_rows, format_place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,13 +80,13 @@ class Mixture:
         if self._in_memory is not None:
             return Window(self._in_memory, self._indices(epoch))
         pieces = [piece for which in range(len(self.parts)) for piece in self._read(which, epoch, index)]
-        rows = joined(pieces, self.files)
+        rows = concatenate_rows(pieces, self.files)
         return Window(rows, np.arange(len(rows)))
 
-    def window_places(self, epoch: int, index: int) -> Int64[np.ndarray, " n"]:
+    def window_lengths(self, epoch: int, index: int) -> Int64[np.ndarray, " n"]:
         """Places that each row of a window fills in a batch; ids are not read for it."""
         if self._in_memory is not None:
-            return self._in_memory.places[self._indices(epoch)]
+            return self._in_memory.lengths[self._indices(epoch)]
         lengths = [
             np.diff(stored.ends(start, stop)) - 1
             for stored, spans in self._spans(epoch, index)
@@ -101,7 +101,7 @@ class Mixture:
         which = max(which for which, file in enumerate(self.files) if file.first <= number)
         rows = self.parts[which].rows
         assert isinstance(rows, StoredRows)
-        return place_of(self.files, number, rows.line(number - self.files[which].first))
+        return format_place(self.files, number, rows.line(number - self.files[which].first))
 
     @functools.cached_property
     def _in_memory(self) -> TokenRows | None:
@@ -109,7 +109,7 @@ class Mixture:
         if len(pieces) < len(self.parts):
             return None
         numbered = [_numbered(piece, file.first) for piece, file in zip(pieces, self.files, strict=True)]
-        return joined(numbered, self.files)
+        return concatenate_rows(numbered, self.files)
 
     def _indices(self, epoch: int) -> Int64[np.ndarray, " n"]:
         """Of the rows in memory, those that an epoch sees, ascending."""

@@ -13,7 +13,7 @@ from jaxtyping import Int64
 from qlora_jax.data.batching.buckets import UNIT
 
 
-def pack_places(max_length: int) -> int:
+def pack_length(max_length: int) -> int:
     """Places of a pack: those of the longest row there may be, in whole units of 64."""
     return -(-(max_length - 1) // UNIT) * UNIT
 

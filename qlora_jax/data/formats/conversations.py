@@ -59,7 +59,7 @@ def sharegpt_messages(row: Mapping[str, Any]) -> list[Message]:
     return [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
 
 
-def marked_turns(text: str, mark: re.Pattern[str]) -> list[Message]:
+def parse_turns(text: str, mark: re.Pattern[str]) -> list[Message]:
     """The turns that `mark` begins, without the blanks around each.
 
     Raises:
@@ -75,10 +75,10 @@ def marked_turns(text: str, mark: re.Pattern[str]) -> list[Message]:
     return messages
 
 
-def marked_problems(text: str, mark: re.Pattern[str]) -> list[str]:
+def turn_problems(text: str, mark: re.Pattern[str]) -> list[str]:
     """Why the text has no turns, or empty."""
     try:
-        messages = marked_turns(text, mark)
+        messages = parse_turns(text, mark)
     except ValueError as error:
         return [str(error)]
     empty = [i for i, message in enumerate(messages) if message["role"] == "assistant" and not message["content"]]

@@ -3,31 +3,31 @@
 import difflib
 from collections.abc import Sequence
 
-from qlora_jax.data.formats.registry import FORMS, Form
+from qlora_jax.data.formats.registry import FORMATS, RowFormat
 from qlora_jax.data.readers.files import Row
 
 
-def recognise(path: str, rows: Sequence[Row], named: str = "auto") -> Form:
-    """The form of a file: the one named, or the first in FORMS whose required columns are there, if a row tells it.
+def detect_format(path: str, rows: Sequence[Row], named: str = "auto") -> RowFormat:
+    """The form of a file: the one named, or the first in FORMATS whose required columns are there, if a row tells it.
 
     Raises:
       ValueError: no form fits; tells the columns found, the forms known, and the nearest one with what to rename.
     """
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
-    told = [form for form in FORMS.values() if not form.only_named]
-    for form in told if named == "auto" else [FORMS[named]]:
+    told = [form for form in FORMATS.values() if not form.explicit_only]
+    for form in told if named == "auto" else [FORMATS[named]]:
         if set(form.required) <= set(columns) and (named != "auto" or _tells(rows, form)):
             return form
     wrong = "are in no known form" if named == "auto" else f"are not in the form {named!r} that data.format names"
-    known = "".join(f"\n  {form}" for form in FORMS.values())
+    known = "".join(f"\n  {form}" for form in FORMATS.values())
     raise ValueError(
         f"{path}: the rows {wrong}. Columns found: {', '.join(map(repr, columns)) or 'none'}.\n"
         f"Forms (data.format):{known}\n{_nearest(columns)}"
     )
 
 
-def _tells(rows: Sequence[Row], form: Form) -> bool:
-    return any(set(form.required) <= set(row.data) and form.told_by(row.data) for row in rows)
+def _tells(rows: Sequence[Row], form: RowFormat) -> bool:
+    return any(set(form.required) <= set(row.data) and form.matches(row.data) for row in rows)
 
 
 # Columns of other tools and data sets, and ours that mean the same.
@@ -52,12 +52,12 @@ def _nearest(columns: Sequence[str]) -> str:
         close = difflib.get_close_matches(required, lower, n=1, cutoff=0.8)
         return next((lower[name] for name in [*candidates, *close] if name in lower), None)
 
-    def score(form: Form) -> tuple[float, int]:
+    def score(form: RowFormat) -> tuple[float, int]:
         partners = {partner(name) for name in form.required} - {None}
         exact = sum(name in columns for name in form.required)
         return len(partners) / len(form.required), exact
 
-    best = max((form for form in FORMS.values() if not form.only_named), key=score)
+    best = max((form for form in FORMATS.values() if not form.explicit_only), key=score)
     if score(best)[0] == 0:
         return "None of the columns looks like one of these."
     pairs = {name: partner(name) for name in best.required}

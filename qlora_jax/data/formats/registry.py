@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from qlora_jax.data.formats import conversations
-from qlora_jax.data.formats.tool_calls import call_problems, tools_problems, with_read_arguments
+from qlora_jax.data.formats.tool_calls import call_problems, tools_problems, with_parsed_arguments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.tokenizer.chat_template import Message
 
@@ -26,14 +26,14 @@ ALPACA_NO_INPUT = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Form:
+class RowFormat:
     """One form of rows.
 
     Fields:
       required, optional: its columns.
-      only_named: its columns do not tell it from another form, so data.format has to.
+      explicit_only: its columns do not tell it from another form, so data.format has to.
       problems: what is wrong with a row that has the required columns; empty if nothing is.
-      told_by: whether a row with these columns is of this form rather than of another that has them too.
+      matches: whether a row with these columns is of this form rather than of another that has them too.
       examples: the rows of form `example` that one row holds; None: a row is one example.
       messages: the row as a conversation, for a tokenizer with a chat template; None: never one.
       plain: the row as text for a tokenizer without a template (bos and eos are added later); None: needs a template.
@@ -42,9 +42,9 @@ class Form:
     name: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
-    only_named: bool = False
+    explicit_only: bool = False
     problems: Callable[[Columns], list[str]]
-    told_by: Callable[[Columns], bool] = lambda row: True
+    matches: Callable[[Columns], bool] = lambda row: True
     examples: Callable[[Columns], list[dict[str, Any]]] | None = None
     example: str = "input-output"
     messages: Callable[[Columns], Sequence[Message]] | None = None
@@ -134,9 +134,9 @@ def _alpaca_plain(row: Columns) -> list[Segment]:
     return [Segment(prompt, False), Segment(row["output"], True)]
 
 
-def _pair(name: str, prompt: str, answer: str) -> Form:
+def _pair(name: str, prompt: str, answer: str) -> RowFormat:
     """A question and an answer: two turns where there is a template, else the two texts, eos after the answer."""
-    return Form(
+    return RowFormat(
         name=name,
         required=(prompt, answer),
         problems=lambda row: _text_problems(row, prompt, answer, may_be_blank=(prompt,)),
@@ -145,14 +145,14 @@ def _pair(name: str, prompt: str, answer: str) -> Form:
     )
 
 
-def _marked(name: str, column: str, mark: re.Pattern[str]) -> Form:
+def _marked(name: str, column: str, mark: re.Pattern[str]) -> RowFormat:
     """Turns marked in one text: a conversation where there is a template, else all of the text, supervised."""
-    return Form(
+    return RowFormat(
         name=name,
         required=(column,),
-        only_named=True,
-        problems=lambda row: _text_problems(row, column) or conversations.marked_problems(row[column], mark),
-        messages=lambda row: conversations.marked_turns(row[column], mark),
+        explicit_only=True,
+        problems=lambda row: _text_problems(row, column) or conversations.turn_problems(row[column], mark),
+        messages=lambda row: conversations.parse_turns(row[column], mark),
         plain=lambda row: [Segment(row[column], True)],
     )
 
@@ -222,21 +222,21 @@ def _chip2_plain(row: Columns) -> list[Segment]:
 
 
 _FORMS = (
-    Form(
+    RowFormat(
         name="messages",
         required=("messages",),
         optional=("tools",),
         problems=lambda row: _message_problems(row) + tools_problems(row),
-        messages=lambda row: [with_read_arguments(message) for message in row["messages"]],
+        messages=lambda row: [with_parsed_arguments(message) for message in row["messages"]],
     ),
-    Form(
+    RowFormat(
         name="sharegpt",
         required=("conversations",),
         problems=_sharegpt_problems,
         messages=conversations.sharegpt_messages,
     ),
     # Through a chat template as a user's and an assistant's turn; without one as the texts above, eos after the output.
-    Form(
+    RowFormat(
         name="alpaca",
         required=("instruction", "output"),
         optional=("input",),
@@ -246,23 +246,23 @@ _FORMS = (
     ),
     _pair("completion", "prompt", "completion"),  # self-instruct
     _pair("input-output", "input", "output"),  # longform too
-    Form(
+    RowFormat(
         name="seed-tasks",
         required=("instruction", "instances"),
-        told_by=_is_seed_task,
+        matches=_is_seed_task,
         problems=_seed_task_problems,
         examples=_seed_task_examples,
         example="alpaca",
     ),
-    Form(
+    RowFormat(
         name="unnatural-instructions-full",
         required=("instances",),
         optional=("reformulations",),
-        told_by=lambda row: "reformulations" in row,
+        matches=lambda row: "reformulations" in row,
         problems=_full_problems,
         examples=_examples_in("instances", "reformulations"),
     ),
-    Form(
+    RowFormat(
         name="unnatural-instructions",
         required=("instances",),
         problems=_unnatural_problems,
@@ -271,20 +271,20 @@ _FORMS = (
     _pair("flan", "inputs", "targets"),
     _marked("hh-rlhf", "chosen", conversations.HH),
     _marked("guanaco", "text", conversations.GUANACO),
-    Form(
+    RowFormat(
         name="chip2",
         required=("text",),
-        only_named=True,
+        explicit_only=True,
         problems=lambda row: _text_problems(row, "text") or conversations.chip2_problems(row["text"]),
         messages=lambda row: _question(*conversations.chip2_pair(row["text"])),
         plain=_chip2_plain,
     ),
     # Never a conversation: all of the text is supervised, eos after it.
-    Form(
+    RowFormat(
         name="text",
         required=("text",),
         problems=lambda row: _text_problems(row, "text"),
         plain=lambda row: [Segment(row["text"], True)],
     ),
 )
-FORMS = {form.name: form for form in _FORMS}
+FORMATS = {form.name: form for form in _FORMS}

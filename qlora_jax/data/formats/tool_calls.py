@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from qlora_jax.data.readers.json_rows import told
+from qlora_jax.data.readers.json_rows import describe_json_error
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -21,7 +21,7 @@ def tools_problems(row: Mapping[str, Any]) -> list[str]:
     try:
         tools = _read(row.get("tools") or None)
     except json.JSONDecodeError as error:
-        return [f"tools is not JSON: {told(error)}"]
+        return [f"tools is not JSON: {describe_json_error(error)}"]
     if not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return []
     return ["tools is no list of JSON schemas"]
@@ -42,20 +42,20 @@ def _call_problems(number: int, call: Mapping[str, Any]) -> list[str]:
     try:
         arguments = _read(function["arguments"])
     except json.JSONDecodeError as error:
-        return [f"the arguments of tool call {number} are not JSON: {told(error)}"]
+        return [f"the arguments of tool call {number} are not JSON: {describe_json_error(error)}"]
     return [] if isinstance(arguments, dict) else [f"the arguments of tool call {number} are no object"]
 
 
-def with_read_arguments(message: Message) -> Message:
+def with_parsed_arguments(message: Message) -> Message:
     """The message with its calls' arguments as objects, as templates want them; others write them as JSON text."""
     if not message.get("tool_calls"):
         return message
-    return {**message, "tool_calls": [_with_read_arguments(call) for call in message["tool_calls"]]}
+    return {**message, "tool_calls": [_with_parsed_arguments(call) for call in message["tool_calls"]]}
 
 
-def _with_read_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
     if "function" in call:
-        return {**call, "function": _with_read_arguments(call["function"])}
+        return {**call, "function": _with_parsed_arguments(call["function"])}
     return {**call, "arguments": _read(call["arguments"])}
 
 
@@ -66,12 +66,12 @@ def _read(arguments: Any) -> Any:
         raise json.JSONDecodeError(str(error), arguments, 0) from None
 
 
-def names_called(message: Message) -> list[str]:
+def called_functions(message: Message) -> list[str]:
     """The functions that a message calls."""
     return [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
 
 
-def check_shown(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None, rendered: str) -> None:
+def check_template_shows(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None, rendered: str) -> None:
     """Raises ValueError where `rendered` lacks the row's tools, or what neither a user nor an assistant says."""
     if tools is not None and tokenizer.render(messages) == rendered:
         raise ValueError(

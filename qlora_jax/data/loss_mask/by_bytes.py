@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.loss_mask.by_offsets import LEARNED, Encoded, Learn
+from qlora_jax.data.loss_mask.by_offsets import SUPERVISED_SEGMENTS, EncodedRow, Learn
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths
 
@@ -22,7 +22,7 @@ def encode_by_bytes(
     rows: Sequence[Sequence[Segment]],
     ids: Sequence[Sequence[int]],
     learn: Learn = "assistant",
-) -> list[Encoded | None]:
+) -> list[EncodedRow | None]:
     """What `encode_segments` gives for each row; None where an answer begins or ends within a token.
 
     None too for a row whose ids do not stand for as many bytes as its text has.
@@ -39,10 +39,10 @@ def encode_by_bytes(
     # The first byte of each token, and the end.
     begins = np.concatenate([[0], np.cumsum(_sizes(lengths, flat, starts))])
     found = _first_tokens(begins, starts, rows)
-    learned = [seen for row in rows for seen in LEARNED[learn]([piece.supervised for piece in row])]
+    learned = [seen for row in rows for seen in SUPERVISED_SEGMENTS[learn]([piece.supervised for piece in row])]
     supervised = np.repeat(learned, np.diff(found.tokens, append=len(flat)))
     return [
-        Encoded(flat[start:stop], supervised[start:stop], source - start, False, False) if exact else None
+        EncodedRow(flat[start:stop], supervised[start:stop], source - start, False, False) if exact else None
         for (start, stop), source, exact in zip(
             itertools.pairwise(starts.tolist()), found.sources.tolist(), found.exact.tolist(), strict=True
         )

@@ -20,14 +20,14 @@ def _last_alone(answers: list[bool]) -> list[bool]:
 
 
 # Which segments the loss sees, from those that are answers.
-LEARNED: dict[Learn, Callable[[list[bool]], list[bool]]] = {
+SUPERVISED_SEGMENTS: dict[Learn, Callable[[list[bool]], list[bool]]] = {
     "assistant": lambda answers: answers,
     "last": _last_alone,
     "all": lambda answers: [True] * len(answers),
 }
 
 
-class Encoded(NamedTuple):
+class EncodedRow(NamedTuple):
     """One row of tokens.
 
     Fields:
@@ -46,7 +46,7 @@ class Encoded(NamedTuple):
 
 def encode_segments(
     tokenizer: Tokenizer, row: Sequence[Segment], encoding: tokenizers.Encoding, learn: Learn = "assistant"
-) -> Encoded:
+) -> EncodedRow:
     """The ids of the row's joined text, and for each id whether the loss sees it.
 
     Where one token would reach over a boundary (an answer that begins with several spaces, say), the text is encoded
@@ -69,15 +69,15 @@ def encode_segments(
         starts = np.searchsorted(at, np.arange(len(row))).tolist()
     supervised = np.zeros(len(ids), bool)
     answers = [segment.supervised for segment in row]
-    for start, stop, learned in zip(starts, [*starts[1:], len(ids)], LEARNED[learn](answers), strict=True):
+    for start, stop, learned in zip(starts, [*starts[1:], len(ids)], SUPERVISED_SEGMENTS[learn](answers), strict=True):
         supervised[start:stop] = learned
     source = starts[answers.index(True)] if True in answers else len(ids)
     # Faster than np.array, on the way of every token.
-    return Encoded(np.frombuffer(array.array("i", ids), np.int32), supervised, source, cut, lossy)
+    return EncodedRow(np.frombuffer(array.array("i", ids), np.int32), supervised, source, cut, lossy)
 
 
 def _is_lossy(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
-    if tokenizer.keeps(text):
+    if tokenizer.round_trips(text):
         return False
     decoded = tokenizer.decode(ids)
     # Spaces aside: some tokenizers put one first, or take those around a special token.

@@ -6,7 +6,7 @@ from os.path import commonprefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
-def shared_head(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list[int]]:
+def shared_prefix(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list[int]]:
     """(head, its ids): every text begins with `head`, and has its ids and then those of the rest alone.
 
     That is known where a special token ends it: a tokenizer takes these out of a text before it looks at what lies

@@ -24,7 +24,7 @@ _KINDS = 4096  # kept
 Segments = Callable[[Sequence[Message], Tools | None], list[Segment]]
 
 
-class Piece(NamedTuple):
+class RowChunk(NamedTuple):
     """A segment of a kind: the template's own texts, and between them the numbers of the messages that stand there."""
 
     texts: tuple[str, ...]
@@ -37,7 +37,7 @@ class Piece(NamedTuple):
         return first + "".join([contents[n] + text for n, text in zip(self.messages, others, strict=True)])
 
 
-def segmenter(tokenizer: Tokenizer) -> Segments:
+def make_segmenter(tokenizer: Tokenizer) -> Segments:
     """`conversation_segments` through the tokenizer's chat template, fast where rows are many.
 
     Raises:
@@ -46,7 +46,7 @@ def segmenter(tokenizer: Tokenizer) -> Segments:
     marks = turn_marks(tokenizer)
 
     @functools.lru_cache(_KINDS)
-    def pieces_of(roles: tuple[str, ...]) -> list[Piece]:
+    def pieces_of(roles: tuple[str, ...]) -> list[RowChunk]:
         conversation = [{"role": role, "content": _PLACE.format(n)} for n, role in enumerate(roles)]
         try:
             segments = conversation_segments(tokenizer, marks, conversation)
@@ -64,12 +64,12 @@ def segmenter(tokenizer: Tokenizer) -> Segments:
     return segments_of
 
 
-def _piece(segment: Segment) -> Piece:
+def _piece(segment: Segment) -> RowChunk:
     parts = _PLACES.split(segment.text)
-    return Piece(tuple(parts[::2]), tuple(map(int, parts[1::2])), segment.supervised)
+    return RowChunk(tuple(parts[::2]), tuple(map(int, parts[1::2])), segment.supervised)
 
 
-def _filled(pieces: Sequence[Piece], messages: Sequence[Message], rendered: str) -> list[Segment]:
+def _filled(pieces: Sequence[RowChunk], messages: Sequence[Message], rendered: str) -> list[Segment]:
     """The pieces with the messages' texts, if they join to `rendered`; else none."""
     for variant in VARIANTS:
         contents = [variant(message["content"]) for message in messages]

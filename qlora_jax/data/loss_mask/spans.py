@@ -19,7 +19,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.formats.tool_calls import Tools, check_shown, names_called
+from qlora_jax.data.formats.tool_calls import Tools, called_functions, check_template_shows
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ def conversation_segments(
     """
     render = functools.partial(tokenizer.render, tools=tools)
     rendered = render(messages)
-    check_shown(tokenizer, messages, tools, rendered)
+    check_template_shows(tokenizer, messages, tools, rendered)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     said = [index for index in turns if not messages[index].get("tool_calls")]
     texts = dict(zip(said, _assistant_texts(render, messages, said, rendered), strict=True)) if said else {}
@@ -172,7 +172,9 @@ def _call_turn(
     if not ends or whole[ends[-1] :].strip():
         raise ValueError(f"the chat template ends message {index}, which calls tools, with no special token")
     written = whole[len(prompt) : ends[-1]]
-    missing = [what for what in (*names_called(message), (message.get("content") or "").strip()) if what not in written]
+    missing = [
+        what for what in (*called_functions(message), (message.get("content") or "").strip()) if what not in written
+    ]
     if missing:
         raise ValueError(
             f"the chat template leaves out {missing[0]!r} of message {index}, which calls tools. Use a template that "

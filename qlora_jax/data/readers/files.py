@@ -18,7 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from qlora_jax.data.readers.csv_rows import dialect_of, parse_columns
 from qlora_jax.data.readers.hub_rows import HubRows, hub_rows
-from qlora_jax.data.readers.json_rows import SPACE, Bad, json_array, json_lines, shorten
+from qlora_jax.data.readers.json_rows import SPACE, BadValue, json_array, json_lines, shorten
 from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 
 _SHOWN = 8
@@ -44,7 +44,7 @@ class Row(NamedTuple):
     data: dict[str, Any]
 
 
-class Broken(NamedTuple):
+class BrokenRow(NamedTuple):
     """Stands where a row should be, and tells what is there."""
 
     place: Place
@@ -69,11 +69,11 @@ def read_rows(path: str | Path) -> list[Row]:
             problems.append((found.place, found.problem))
     raise_problems(path, problems, len(rows) + len(problems))
     if not rows:
-        raise ValueError(no_rows(path))
+        raise ValueError(no_rows_message(path))
     return rows
 
 
-def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | Broken]:
+def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | BrokenRow]:
     """The rows of a file, one by one: .csv or .tsv by its name; Parquet, JSON Lines or one JSON array by its content.
 
     Text is UTF-8, with or without a byte order mark; gzipped files are known by their first bytes. Blank lines are no
@@ -87,17 +87,17 @@ def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | B
     """
     for number, (line, value) in enumerate(_values(str(path), in_parts)):
         place = Place(line, number)
-        yield Row(place, value) if isinstance(value, dict) else Broken(place, _not_a_row(value))
+        yield Row(place, value) if isinstance(value, dict) else BrokenRow(place, _not_a_row(value))
 
 
-def no_rows(path: str | Path) -> str:
+def no_rows_message(path: str | Path) -> str:
     """What to say of a file without rows."""
     return f"{path}: holds no rows; expected {_expected(Path(path))}"
 
 
 def content_digest(path: str | Path) -> str:
     """SHA-256 of the file's bytes, or of the rows of a data set on a Hub; ValueError where it can't be read."""
-    if hub := HubRows.of(str(path)):
+    if hub := HubRows.parse(str(path)):
         digest = hashlib.sha256()
         for row in hub_rows(hub):
             digest.update(json.dumps(row, sort_keys=True, default=str).encode())
@@ -120,7 +120,7 @@ def _expected(path: Path) -> str:
 
 def _values(name: str, in_parts: bool) -> Iterator[tuple[int, Any]]:
     """(line, value) of each row."""
-    if hub := HubRows.of(name):
+    if hub := HubRows.parse(name):
         yield from enumerate(hub_rows(hub), start=1)
         return
     path = Path(name)
@@ -154,7 +154,7 @@ def _check_lines(path: Path, first: str) -> None:
 def _columns(path: Path, records: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
     try:
         for line, row in records:
-            yield line, Bad(row) if isinstance(row, str) else row
+            yield line, BadValue(row) if isinstance(row, str) else row
     except UnicodeDecodeError:
         raise
     except ValueError as error:
@@ -197,7 +197,7 @@ def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file{what_was_meant(path)}") from None
+        raise ValueError(f"{path}: no such file{suggest_source(path)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: the gzip file is truncated or corrupt: {error}") from error
     except OSError as error:
@@ -258,12 +258,12 @@ def _first(file: io.TextIOWrapper) -> str:
 
 
 def _not_a_row(value: Any) -> str:
-    if isinstance(value, Bad):
+    if isinstance(value, BadValue):
         return value.problem
     return f'expected an object such as {{"prompt": "..."}}, found {shorten(json.dumps(value, ensure_ascii=False))}'
 
 
-def what_was_meant(path: Path) -> str:
+def suggest_source(path: Path) -> str:
     """The end of a message about a name that is no file's: one beside it, or how such a source is written."""
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
     # What follows the dot is alike in most names, and half of a short one.

@@ -29,7 +29,7 @@ class HubRows:
     split: str
 
     @classmethod
-    def of(cls, text: str) -> "HubRows | None":
+    def parse(cls, text: str) -> "HubRows | None":
         """What `text` names; None where it is no such address; ValueError where it is a wrong one."""
         if not text.startswith(SCHEME):
             return None

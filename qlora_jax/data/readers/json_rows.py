@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 SPACE = " \t\r\n"
 
 
-def told(error: json.JSONDecodeError) -> str:
+def describe_json_error(error: json.JSONDecodeError) -> str:
     """What is wrong with JSON text, and in which column; some of the messages end with a word of their own for it."""
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
-class Bad(NamedTuple):
+class BadValue(NamedTuple):
     """Stands for a row that can't be read."""
 
     problem: str
@@ -25,9 +25,9 @@ def json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
             try:
                 yield line, json.loads(content)
             except json.JSONDecodeError as error:
-                yield line, Bad(f"not JSON: {told(error)}: {shorten(content.rstrip(SPACE))}")
+                yield line, BadValue(f"not JSON: {describe_json_error(error)}: {shorten(content.rstrip(SPACE))}")
             except (ValueError, RecursionError) as error:
-                yield line, Bad(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
+                yield line, BadValue(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
 
 
 def json_array(text: str) -> Iterator[tuple[int, Any]]:
@@ -41,15 +41,15 @@ def json_array(text: str) -> Iterator[tuple[int, Any]]:
             yield line, value
             at = _next_element(text, _skip(text, at))
         except json.JSONDecodeError as error:
-            yield error.lineno, Bad(f"not JSON: {told(error)}; the array ends there")
+            yield error.lineno, BadValue(f"not JSON: {describe_json_error(error)}; the array ends there")
             return
         except (ValueError, RecursionError) as error:
-            yield line, Bad(f"not read: {error}; the array ends there")
+            yield line, BadValue(f"not read: {error}; the array ends there")
             return
     rest = _skip(text, at + 1)
     if rest < len(text):
         found = shorten(text[rest:])
-        yield line + text.count("\n", counted, rest), Bad(f"more text after the end of the array: {found}")
+        yield line + text.count("\n", counted, rest), BadValue(f"more text after the end of the array: {found}")
 
 
 def _next_element(text: str, at: int) -> int:

@@ -10,15 +10,15 @@ import numpy as np
 from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
-from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.spans import Segment
-from qlora_jax.data.row_counts import Tally
+from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SideReport(Tally):
+class SplitReport(RowCounts):
     """The counts of one side of the data, training or held out, and the file and form that they are of."""
 
     path: str
@@ -34,7 +34,7 @@ class SideReport(Tally):
 class SourceReport(NamedTuple):
     """One training file, and its weight."""
 
-    side: SideReport
+    side: SplitReport
     weight: float
 
 
@@ -56,9 +56,9 @@ class DataReport:
       example_place: its `file:line`.
     """
 
-    train: SideReport
+    train: SplitReport
     sources: tuple[SourceReport, ...]
-    eval: SideReport | None
+    eval: SplitReport | None
     shared: int
     unseen: tuple[str, ...]
     max_length: int
@@ -78,22 +78,22 @@ class DataReport:
         return sum(self.steps)
 
 
-def report_side(path: str, form: str, tally: Tally) -> SideReport:
+def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     """The report of one file's side."""
-    known = FORMS[FORMS[form].example if FORMS[form].examples else form]
-    counts = {field.name: getattr(tally, field.name) for field in dataclasses.fields(Tally)}
-    ignored = tuple(name for name in tally.columns if name not in (*known.required, *known.optional))
-    return SideReport(**counts, path=path, form=form, ignored_columns=ignored)
+    known = FORMATS[FORMATS[form].example if FORMATS[form].examples else form]
+    fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
+    ignored = tuple(name for name in counts.columns if name not in (*known.required, *known.optional))
+    return SplitReport(**fields, path=path, form=form, ignored_columns=ignored)
 
 
-def together(reports: Sequence[SideReport]) -> SideReport:
+def combine_reports(reports: Sequence[SplitReport]) -> SplitReport:
     """One report of several files."""
     if len(reports) == 1:
         return reports[0]
-    tally: Tally = functools.reduce(Tally.__add__, reports)
-    counts = {field.name: getattr(tally, field.name) for field in dataclasses.fields(Tally)}
+    counts: RowCounts = functools.reduce(RowCounts.__add__, reports)
+    fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
     path, form = (", ".join(dict.fromkeys(names)) for names in zip(*[(r.path, r.form) for r in reports], strict=True))
-    return SideReport(**counts, path=path, form=form, ignored_columns=())
+    return SplitReport(**fields, path=path, form=form, ignored_columns=())
 
 
 class _Taken(NamedTuple):
@@ -119,7 +119,7 @@ def _window(places: np.ndarray, buckets: Sequence[int], rows_per_step: int, pack
 def report_data(
     train: TokenRows | Mixture,
     sources: Sequence[SourceReport],
-    held: SideReport | None,
+    held: SplitReport | None,
     shared: int,
     max_length: int,
     buckets: tuple[int, ...],
@@ -129,9 +129,9 @@ def report_data(
     packed: bool = False,
 ) -> DataReport:
     """The whole report; steps, packs and padding are those of the first epoch."""
-    windows = [_window(train.window_places(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
+    windows = [_window(train.window_lengths(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
     filled, taken = sum(one.filled for one in windows), sum(one.held for one in windows)
-    first, side = train.window(0, 0), together([source.side for source in sources])
+    first, side = train.window(0, 0), combine_reports([source.side for source in sources])
     return DataReport(
         train=side,
         sources=tuple(sources),

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_jax.data.loss_mask.spans import Segment
-from qlora_jax.data.report.stats import DataReport, SideReport, SourceReport
+from qlora_jax.data.report.stats import DataReport, SourceReport, SplitReport
 from qlora_jax.data.row_counts import PERCENTILES
 
 # Around what the loss sees, so that it can be told without colour.
@@ -26,7 +26,7 @@ VISIBLE |= {code: f"<U+{code:04X}>" for code in (*range(0x202A, 0x202F), *range(
 def print_report(report: DataReport, console: Console) -> None:
     """Prints facts and example; without colours, boxes and wrapping where `console` is no terminal."""
     marks = _ASCII_MARKS if console.options.ascii_only else _MARKS
-    example, title = marked_example(report.example, marks), f"{report.example_place}, {legend(marks)}"
+    example, title = format_example(report.example, marks), f"{report.example_place}, {legend(marks)}"
     if console.is_terminal:
         table = Table.grid(padding=(0, 2))
         for name, value in facts(report):
@@ -79,11 +79,11 @@ def _source_facts(sources: Sequence[SourceReport]) -> list[tuple[str, str]]:
     ]
 
 
-def _ignored(side: SideReport) -> str:
+def _ignored(side: SplitReport) -> str:
     return f"; columns not used: {', '.join(side.ignored_columns)}" if side.ignored_columns else ""
 
 
-def _side_facts(name: str, side: SideReport, max_length: int) -> list[tuple[str, str]]:
+def _side_facts(name: str, side: SplitReport, max_length: int) -> list[tuple[str, str]]:
     quantiles = ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, side.percentiles, strict=True))
     return [
         (name, f"{side.kept:,} of {side.rows:,} rows of {side.path}, form {side.form}{_ignored(side)}"),
@@ -111,7 +111,7 @@ def _quantile_name(percentile: int) -> str:
     return {50: "median", 100: "longest"}.get(percentile, f"{percentile}%")
 
 
-def _too_long(side: SideReport, max_length: int) -> str:
+def _too_long(side: SplitReport, max_length: int) -> str:
     counts = {
         "truncated": side.truncated,
         "dropped": side.overlong,
@@ -130,7 +130,7 @@ def legend(marks: tuple[str, str]) -> str:
     return f"the loss sees what is in {marks[0]} {marks[1]}"
 
 
-def marked_example(segments: Sequence[Segment], marks: tuple[str, str] = _MARKS) -> Text:
+def format_example(segments: Sequence[Segment], marks: tuple[str, str] = _MARKS) -> Text:
     """The example with what the loss sees in colour and between marks; long runs are shortened in their middle."""
     text = Text()
     for segment in segments:

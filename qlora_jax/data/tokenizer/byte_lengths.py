@@ -1,4 +1,4 @@
-"""Which texts a tokenizer certainly keeps, told without decoding them, which would take as long as masks do."""
+"""Which texts a tokenizer certainly round_trips, told without decoding them, which would take as long as masks do."""
 
 import json
 import re
@@ -36,7 +36,7 @@ _DECODE = [
 _STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 
 
-def prefix_of(backend: tokenizers.Tokenizer) -> Prefix | None:
+def space_prefix(backend: tokenizers.Tokenizer) -> Prefix | None:
     """Where such a tokenizer puts a space before a text: never, before all of it, or behind every added token too.
 
     None for a tokenizer of another kind, or one that lacks a byte.
@@ -54,12 +54,12 @@ def prefix_of(backend: tokenizers.Tokenizer) -> Prefix | None:
     return next((prefix for *known, prefix in _STEPS if tuple(known) == steps), None)
 
 
-def keeps_spelled(text: str) -> bool:
+def _round_trips_spelled(text: str) -> bool:
     """Whether the text has nothing in it that is spelt like a space or a byte, and so would be taken for one."""
     return SPACE not in text and "<0x" not in text
 
 
-def size_of(token: str) -> int:
+def token_byte_count(token: str) -> int:
     """Bytes of text that a token of the vocabulary stands for."""
     return 1 if token in _BYTES else len(token.replace(SPACE, " ").encode())
 
@@ -87,14 +87,14 @@ class ByteLengths(NamedTuple):
     prefix: Prefix
 
 
-def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
-    """`keeps(text)`: true only if the ids of `text` decode to it, spaces around special tokens aside.
+def make_round_trips(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
+    """`round_trips(text)`: true only if the ids of `text` decode to it, spaces around special tokens aside.
 
     That is known of byte-level BPE (without a normalizer, or with NFC for texts in that form), of characters whose
     bytes all have a token, and of BPE that spells spaces out (byte_lengths.py). Of other tokenizers nothing is known.
     """
-    if prefix_of(backend) is not None:
-        return keeps_spelled
+    if space_prefix(backend) is not None:
+        return _round_trips_spelled
     missing = [byte for byte, letter in _letters() if backend.token_to_id(letter) is None]
     if not is_byte_level(backend) or any(0x80 <= byte < 0xC0 for byte in missing):
         return lambda text: False
@@ -102,12 +102,12 @@ def make_keeps(backend: tokenizers.Tokenizer) -> Callable[[str], bool]:
     lost, lost_ascii = re.compile(f"[{ranges}]" if ranges else "(?!)"), [chr(byte) for byte in missing if byte < 0x80]
     any_form = backend.normalizer is None
 
-    def keeps(text: str) -> bool:
+    def round_trips(text: str) -> bool:
         if text.isascii():  # which is quicker to search, and in every form
             return not any([letter in text for letter in lost_ascii])
         return (any_form or unicodedata.is_normalized("NFC", text)) and not lost.search(text)
 
-    return keeps
+    return round_trips
 
 
 def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
@@ -116,7 +116,7 @@ def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
     That is where nothing is known of the tokenizer, where an added token takes the spaces around it, and where a
     byte-level one puts a space before every text.
     """
-    added, prefix = backend.get_added_tokens_decoder(), prefix_of(backend)
+    added, prefix = backend.get_added_tokens_decoder(), space_prefix(backend)
     # Those that are normalized may be found with a space put before them.
     if any(token.lstrip or token.rstrip or (prefix and token.normalized) for token in added.values()):
         return None
@@ -124,7 +124,7 @@ def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
         return None
     tokens = [backend.id_to_token(token) or "" for token in range(backend.get_vocab_size(with_added_tokens=True))]
     # A byte-level vocabulary has a letter a byte.
-    lengths = np.array([size_of(token) if prefix else len(token) for token in tokens], np.int64)
+    lengths = np.array([token_byte_count(token) if prefix else len(token) for token in tokens], np.int64)
     for token, text in added.items():
         lengths[token] = len(text.content.encode())
     if not prefix and lengths[backend.encode("a", add_special_tokens=False).ids].sum() != 1:

@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_keeps
+from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
 from qlora_jax.data.tokenizer.chat_template import Message, render
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 
@@ -45,14 +45,14 @@ class Tokenizer:
         return [encoding.ids for encoding in self.encode_spans(texts)]
 
     def encode_spans(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Encodings with `ids` and `offsets`, where token i covers `text[start_i:end_i]`, spaces included.
+        """ChunkEncodings with `ids` and `offsets`, where token i covers `text[start_i:end_i]`, spaces included.
 
         Tokens that share one character all carry its whole span.
         """
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     def encode_fast(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """Encodings with `ids` alone, in five sixths of the time."""
+        """ChunkEncodings with `ids` alone, in five sixths of the time."""
         return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -113,9 +113,9 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
     @functools.cached_property
-    def keeps(self) -> Callable[[str], bool]:
-        """`keeps(text)`: true only if its ids decode to it; see lossless.py."""
-        return make_keeps(self.backend)
+    def round_trips(self) -> Callable[[str], bool]:
+        """`round_trips(text)`: true only if its ids decode to it; see lossless.py."""
+        return make_round_trips(self.backend)
 
     @functools.cached_property
     def byte_lengths(self) -> ByteLengths | None:

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.data.encoder import check_rows, encode_rows, examples_of
-from qlora_jax.data.formats.detect import recognise
+from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
+from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_text
@@ -53,9 +53,9 @@ def rows_task(
       ValueError: rows that can't be scored, all of them.
     """
     rows: Sequence[Row] = read_named(path, "rows", named, max_rows)
-    form = recognise(path, rows)
+    form = detect_format(path, rows)
     check_rows(path, rows, form)
-    rows, form = examples_of(rows, form)
+    rows, form = expand_examples(rows, form)
     scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, form, tokenizer)]
     title = f"{path}: answers of {len(rows)} rows"
     if answer_start is not None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.data.report.examples import MarkedRow, marked_rows
+from qlora_jax.data.report.examples import ExampleRow, example_rows
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.training.eval_metrics import loss_interval, perplexity, shares
 from qlora_jax.training.metrics import Record
@@ -30,7 +30,7 @@ class RunReport:
 
     config: Config
     data: DataReport
-    rows: tuple[MarkedRow, ...]
+    rows: tuple[ExampleRow, ...]
     plan: RunPlan
     peak: int | None
     records: Sequence[Record]
@@ -49,9 +49,9 @@ class Sample(NamedTuple):
     replies: tuple[tuple[int, str], ...]
 
 
-def shown_rows(dataset: Dataset) -> tuple[MarkedRow, ...]:
+def shown_rows(dataset: Dataset) -> tuple[ExampleRow, ...]:
     """The rows that a report shows."""
-    return marked_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
+    return example_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
 
 
 def report_facts(report: RunReport) -> dict[str, Any]:
@@ -81,7 +81,7 @@ def _data_facts(data: DataReport) -> dict[str, Any]:
     return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
 
 
-def _row_facts(row: MarkedRow) -> dict[str, Any]:
+def _row_facts(row: ExampleRow) -> dict[str, Any]:
     segments = [{"text": "".join(run.text for run in runs), "supervised": seen} for runs, seen in row.segments]
     return {"place": row.place, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
 

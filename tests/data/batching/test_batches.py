@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch, eval_batches, plan_epoch, train_batches
-from qlora_jax.data.batching.buckets import choose_buckets, count_units, places_taken, steps_by_bucket
-from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.batching.buckets import choose_buckets, count_units, padded_positions, steps_by_bucket
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows
 
@@ -27,7 +27,7 @@ def make_rows(lengths: list[int], seed: int = 0) -> TokenRows:
     """Rows of those lengths, numbered 0, 3, 6, ... (others having been dropped), that use the padding id as well."""
     generator = np.random.default_rng(seed)
     encoded = [
-        Encoded(generator.integers(0, 9, n).astype(np.int32), generator.random(n) < 0.5, 0, False, False)
+        EncodedRow(generator.integers(0, 9, n).astype(np.int32), generator.random(n) < 0.5, 0, False, False)
         for n in lengths
     ]
     return token_rows("rows.jsonl", encoded, [Place(3 * index + 1, 3 * index) for index in range(len(lengths))])
@@ -50,13 +50,15 @@ def take_epoch(rows: TokenRows, buckets: tuple[int, ...], shape: tuple[int, int]
 @given(lengths, shapes, st.integers(1, 5), st.integers(0, 2))
 def test_an_epoch_holds_every_row_once(lengths: list[int], shape: tuple[int, int], most: int, epoch: int):
     rows = make_rows(lengths)
-    buckets = choose_buckets(units(rows.places), shape[0] * shape[1], most)
+    buckets = choose_buckets(units(rows.lengths), shape[0] * shape[1], most)
     batches = take_epoch(rows, buckets, shape, 0, epoch)
     numbers = np.concatenate([batch.rows.ravel() for batch in batches])
     assert sorted(numbers[numbers != NO_ROW]) == rows.numbers.tolist()
     # At most one step has gaps.
     assert sum((batch.rows == NO_ROW).any() for batch in batches) == (len(lengths) % (shape[0] * shape[1]) > 0)
-    assert sum(batch.inputs.size for batch in batches) == places_taken(units(rows.places), buckets, shape[0] * shape[1])
+    assert sum(batch.inputs.size for batch in batches) == padded_positions(
+        units(rows.lengths), buckets, shape[0] * shape[1]
+    )
     assert batches[-1].position == {**START, "epoch": epoch + 1}
 
 
@@ -128,12 +130,12 @@ def test_evaluation_sees_every_row_once_shortest_first(lengths: list[int], batch
     numbers = np.concatenate([batch.rows.ravel() for batch in batches])
     seen = numbers[numbers != NO_ROW]
     assert sorted(seen) == rows.numbers.tolist() and len(numbers) - len(seen) < batch_size
-    places = rows.places[seen // 3]
+    places = rows.lengths[seen // 3]
     assert (np.diff(places) >= 0).all()
     assert sum(batch.weights.sum() for batch in batches) == sum(rows.row(i)[1][1:].sum() for i in range(len(rows)))
     # Each batch has the smallest length that holds its longest row.
     for batch in batches:
-        longest = rows.places[batch.rows[batch.rows != NO_ROW] // 3].max()
+        longest = rows.lengths[batch.rows[batch.rows != NO_ROW] // 3].max()
         assert batch.inputs.shape == (1, batch_size, min(length for length in (64, 192, 448) if length >= longest))
 
 
@@ -181,7 +183,8 @@ def test_buckets_group_by_length_about_as_well_as_the_references_sampler():
     places = np.clip(generator.lognormal(4.8, 0.75, 20_000).astype(int), 8, 1023)
     theirs = grouped_by_length(places, 16, 4, generator)
     one, eight = (
-        places_taken(count_units(places, 1024), choose_buckets(count_units(places, 1024), 16, n), 16) for n in (1, 8)
+        padded_positions(count_units(places, 1024), choose_buckets(count_units(places, 1024), 16, n), 16)
+        for n in (1, 8)
     )
     assert eight < 1.05 * theirs and one > 3 * theirs
 

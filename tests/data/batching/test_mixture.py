@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch, train_batches, window_order
 from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
-from qlora_jax.data.row_counts import Tally
-from qlora_jax.data.row_store import Piece, StoredRows, open_stored, store
+from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
 from qlora_jax.data.rows import TokenRows
 from tests.data.batching.test_batches import PAD, make_rows
 
@@ -26,10 +26,10 @@ def stored(rows: TokenRows, folder: Path) -> StoredRows:
     def pieces():
         for at in range(0, len(rows), 3):
             part = slice_of(rows, at, min(at + 3, len(rows)))
-            yield Piece(part, Tally(kept=len(part)), np.zeros(0, np.uint64), "text")
+            yield RowChunk(part, RowCounts(kept=len(part)), np.zeros(0, np.uint64), "text")
 
-    store(pieces(), folder)
-    found = open_stored(folder, rows.files[0].path)
+    store_rows(pieces(), folder)
+    found = open_stored_rows(folder, rows.files[0].path)
     assert found is not None and found.digest == rows.digest
     return found
 
@@ -113,7 +113,7 @@ def test_windows_hold_each_row_once_in_the_files_order(windowed: Mixture):
     assert halves == [[1] * 6 + [0] * 5, [1] + [0] * 5 + [1] * 5]
     window = windowed.window(0, 1)
     assert window.rows.numbers[:10].tolist() == [3 * n for n in range(10, 20)]
-    np.testing.assert_array_equal(window.rows.places, windowed.window_places(0, 1))
+    np.testing.assert_array_equal(window.rows.lengths, windowed.window_lengths(0, 1))
 
 
 @pytest.mark.parametrize("packed", [False, True])

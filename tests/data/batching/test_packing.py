@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.data.batching.batches import NO_ROW, START, train_batches
-from qlora_jax.data.batching.packing import pack, pack_places
+from qlora_jax.data.batching.packing import pack, pack_length
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -47,7 +47,7 @@ def test_each_row_goes_where_least_is_left():
 
 @pytest.mark.parametrize(("max_length", "places"), [(2, 64), (65, 64), (66, 128), (1024, 1024)])
 def test_a_pack_holds_the_longest_row(max_length, places):
-    assert pack_places(max_length) == places
+    assert pack_length(max_length) == places
 
 
 def epoch_of(rows, shape, seed=0, position=START):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from qlora_jax.data.formats.registry import FORMS, conversations
+from qlora_jax.data.formats.registry import FORMATS, conversations
 
 GUANACO = "### Human: Is 7 prime?### Assistant: Yes.\n\nIt is.### Human: And 8?### Assistant: No."
 HH = "\n\nHuman: Is 7 prime?\n\nAssistant: Yes.\n\nIt is.\n\nHuman: And 8?\n\nAssistant: No."
@@ -38,7 +38,7 @@ REFERENCE = {
 @pytest.mark.parametrize("name", REFERENCE)
 def test_plain_text_is_the_references(name):
     row, prompt, answer = REFERENCE[name]
-    form = FORMS[name.partition(",")[0]]
+    form = FORMATS[name.partition(",")[0]]
     assert form.check(row) == []
     segments = form.plain(row)
     assert "".join(s.text for s in segments if not s.supervised) == prompt
@@ -68,7 +68,7 @@ def test_plain_text_is_the_references(name):
     ],
 )
 def test_conversations(name, row, turns):
-    form = FORMS[name]
+    form = FORMATS[name]
     assert form.check(row) == []
     assert [(message["role"], message["content"]) for message in form.messages(row)] == turns
 
@@ -93,14 +93,14 @@ def test_conversations(name, row, turns):
     ],
 )
 def test_what_is_wrong_is_told(name, row, problem):
-    assert problem in "; ".join(FORMS[name].check(row))
+    assert problem in "; ".join(FORMATS[name].check(row))
 
 
 def test_marks_inside_a_line_are_no_turns():
     assert len(conversations.CHIP2.findall("<human>: say <bot>: loudly\n<bot>: No.")) == 2
     assert (
-        conversations.marked_turns("\n\nHuman: say Human: x\n\nAssistant: ok", conversations.HH)[0]["content"]
+        conversations.parse_turns("\n\nHuman: say Human: x\n\nAssistant: ok", conversations.HH)[0]["content"]
         == "say Human: x"
     )
     with pytest.raises(ValueError, match=re.escape("stands before")):
-        conversations.marked_turns("Human: x\n\nAssistant: y", conversations.HH)
+        conversations.parse_turns("Human: x\n\nAssistant: y", conversations.HH)

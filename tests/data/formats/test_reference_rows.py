@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.config.suggestions import CHOICES
-from qlora_jax.data.encoder import check_rows, encode_rows, examples_of, make_encoder
-from qlora_jax.data.formats.detect import recognise
-from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples, make_encoder
+from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.lengths import Limits, fit_lengths
 from qlora_jax.data.readers.files import Place, Row, read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -25,9 +25,9 @@ def with_bos(smollm2_json: str) -> Tokenizer:
 
 def examples(name: str) -> tuple[list[Row], Any]:
     rows = [Row(Place(n + 1, n), columns) for n, columns in enumerate(GOLDEN["forms"][name]["rows"])]
-    form = FORMS[CHOICES.get(name, name)]
+    form = FORMATS[CHOICES.get(name, name)]
     check_rows("rows.jsonl", rows, form)
-    found, form = examples_of(rows, form)
+    found, form = expand_examples(rows, form)
     return list(found), form
 
 
@@ -65,8 +65,8 @@ def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which
 def pairs(form_name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
     """What a model without a template sees of the examples of one row: prompts and answers."""
     rows = [Row(Place(1, 0), row)]
-    check_rows("rows.jsonl", rows, FORMS[form_name])
-    found, form = examples_of(rows, FORMS[form_name])
+    check_rows("rows.jsonl", rows, FORMATS[form_name])
+    found, form = expand_examples(rows, FORMATS[form_name])
     assert form.plain is not None
     prompts = [form.plain(example.data) for example in found]
     return [(prompt.text, answer.text) for prompt, answer in prompts]
@@ -100,9 +100,9 @@ def test_reformulations_are_examples_as_instances_are():
 def test_seed_tasks_of_self_instruct(local_data, with_bos: Tokenizer):
     path = str(local_data("seed_tasks.jsonl.gz"))
     rows = read_rows(path)
-    form = recognise(path, rows)
+    form = detect_format(path, rows)
     check_rows(path, rows, form)
-    found, form = examples_of(rows, form)
+    found, form = expand_examples(rows, form)
     assert (form.name, len(found)) == ("seed-tasks", 175)
     for row, encoded in zip(found, encode_rows(path, found, form, with_bos), strict=True):
         assert with_bos.decode(encoded.ids[encoded.supervised].tolist()) == row.data["output"] + "<|im_end|>"

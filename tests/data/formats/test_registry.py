@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.encoder import check_rows, encode_rows
-from qlora_jax.data.formats.detect import recognise
-from qlora_jax.data.formats.registry import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, FORMS
+from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, FORMATS
 from qlora_jax.data.holdout import content_hash
-from qlora_jax.data.loss_mask.by_offsets import Encoded
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
@@ -25,14 +25,14 @@ def rows_of(*data: dict[str, Any]) -> list[Row]:
     return [Row(Place(number + 1, number), columns) for number, columns in enumerate(data)]
 
 
-def encode_one(tokenizer: Tokenizer, row: dict[str, Any]) -> Encoded:
+def encode_one(tokenizer: Tokenizer, row: dict[str, Any]) -> EncodedRow:
     rows = rows_of(row)
-    form = recognise("x.jsonl", rows)
+    form = detect_format("x.jsonl", rows)
     check_rows("x.jsonl", rows, form)
     return encode_rows("x.jsonl", rows, form, tokenizer)[0]
 
 
-def parts(tokenizer: Tokenizer, row: Encoded) -> tuple[str, str]:
+def parts(tokenizer: Tokenizer, row: EncodedRow) -> tuple[str, str]:
     """(text without loss, text with loss)."""
     return tuple(tokenizer.decode(row.ids[mask].tolist()) for mask in (~row.supervised, row.supervised))
 
@@ -61,12 +61,12 @@ def parts(tokenizer: Tokenizer, row: Encoded) -> tuple[str, str]:
     ],
 )
 def test_forms_are_told_by_their_columns(rows: list[dict[str, Any]], name: str):
-    assert recognise("x.jsonl", rows_of(*rows)).name == name
-    assert recognise("x.jsonl", rows_of(*rows), name).name == name
+    assert detect_format("x.jsonl", rows_of(*rows)).name == name
+    assert detect_format("x.jsonl", rows_of(*rows), name).name == name
 
 
 def test_a_named_form_wins_over_the_first_that_fits():
-    assert recognise("x.jsonl", rows_of({**ALPACA, "text": "all of it"}), "text").name == "text"
+    assert detect_format("x.jsonl", rows_of({**ALPACA, "text": "all of it"}), "text").name == "text"
 
 
 @pytest.mark.parametrize(
@@ -84,15 +84,15 @@ def test_a_named_form_wins_over_the_first_that_fits():
 )
 def test_unknown_forms_are_told_with_columns_forms_and_the_nearest(columns: list[str], nearest: str):
     with pytest.raises(ValueError, match=r"x\.jsonl: the rows are in no known form") as error:
-        recognise("x.jsonl", rows_of(dict.fromkeys(columns, "v")))
+        detect_format("x.jsonl", rows_of(dict.fromkeys(columns, "v")))
     told = str(error.value)
     assert f"Columns found: {', '.join(map(repr, columns))}." in told and told.endswith(nearest)
-    assert all(form.name in told for form in FORMS.values())
+    assert all(form.name in told for form in FORMATS.values())
 
 
 def test_a_wrong_name_is_told_with_the_form_that_fits():
     with pytest.raises(ValueError, match=r"not in the form 'alpaca'(.|\n)*Nearest: completion: fits as it is"):
-        recognise("x.jsonl", rows_of(COMPLETION), "alpaca")
+        detect_format("x.jsonl", rows_of(COMPLETION), "alpaca")
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:
@@ -130,12 +130,12 @@ def turn(role: str, content: Any) -> dict[str, Any]:
 def test_rows_that_can_not_teach_are_all_told(name: str, row: dict[str, Any], told: str):
     good = {"messages": MESSAGES, "alpaca": ALPACA, "completion": COMPLETION, "text": TEXT}[name]
     with pytest.raises(ValueError, match=rf"2 of 3 rows can't be used:\n  x\.jsonl:2, 3: .*{told}"):
-        check_rows("x.jsonl", rows_of(good, row, row), FORMS[name])
+        check_rows("x.jsonl", rows_of(good, row, row), FORMATS[name])
 
 
 def test_roles_of_published_data_are_known():
     for role in ("system", "developer", "user", "tool", "function", "ipython", "observation"):
-        assert FORMS["messages"].check({"messages": [turn(role, "a"), turn("assistant", "b")]}) == []
+        assert FORMATS["messages"].check({"messages": [turn(role, "a"), turn("assistant", "b")]}) == []
 
 
 def test_questions_and_answers_go_through_the_chat_template(tokenizer: Tokenizer):
@@ -203,15 +203,15 @@ def test_rows_that_the_template_refuses_are_all_told(smollm2_source: dict, templ
     with_system = {"messages": [turn("system", "s"), *MESSAGES["messages"]]}
     rows = rows_of(with_system, MESSAGES, with_system)
     with pytest.raises(ValueError, match=r"2 of 3 rows(.|\n)*x\.jsonl:1, 3: .*only user and assistant"):
-        encode_rows("x.jsonl", rows, FORMS["messages"], tokenizer)
+        encode_rows("x.jsonl", rows, FORMATS["messages"], tokenizer)
 
 
 def test_half_a_character_in_a_role_or_a_tool_is_told(tokenizer: Tokenizer, templates: dict):
     half = {"messages": [turn("\ud83d", "Q"), *MESSAGES["messages"]]}
     rows = rows_of(MESSAGES, half, {"messages": [turn("Ünd", "Q"), *MESSAGES["messages"]]})
     with pytest.raises(ValueError, match=r"1 of 3 rows(.|\n)*x\.jsonl:2: a role or a tool holds half .*\(\\ud83d\)"):
-        encode_rows("x.jsonl", rows, FORMS["messages"], tokenizer)
-    assert content_hash(FORMS["messages"], half) != content_hash(FORMS["messages"], MESSAGES)
+        encode_rows("x.jsonl", rows, FORMATS["messages"], tokenizer)
+    assert content_hash(FORMATS["messages"], half) != content_hash(FORMATS["messages"], MESSAGES)
 
 
 def test_real_data_of_other_tools(local_data: Callable, tokenizer: Tokenizer, plain_tokenizer: Tokenizer):
@@ -219,7 +219,7 @@ def test_real_data_of_other_tools(local_data: Callable, tokenizer: Tokenizer, pl
 
     path = str(local_data("alpaca_en_demo.json.gz"))
     rows = read_rows(path)
-    form = recognise(path, rows)
+    form = detect_format(path, rows)
     check_rows(path, rows, form)
     assert (len(rows), form.name) == (999, "alpaca")
     for chosen in (tokenizer, plain_tokenizer):

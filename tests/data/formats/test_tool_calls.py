@@ -8,7 +8,7 @@ import pytest
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.inference.prompts import prompter
 
@@ -165,7 +165,7 @@ def test_calls_that_end_otherwise_are_refused(smollm2_source: dict, write_rows: 
     ],
 )
 def test_what_is_wrong_is_told(row: dict, told: str):
-    assert told in "; ".join(FORMS["messages"].check({"messages": conversation({}), **row}))
+    assert told in "; ".join(FORMATS["messages"].check({"messages": conversation({}), **row}))
 
 
 def test_prompts_have_the_tools_too(hermes: Tokenizer):

@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
 
 from qlora_jax.data.encoder import Encoder, make_encoder
-from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
-from qlora_jax.data.loss_mask.by_offsets import Encoded, encode_segments
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow, encode_segments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths
@@ -29,7 +29,7 @@ def lengths_of(tokenizer: Tokenizer) -> ByteLengths:
     return tokenizer.byte_lengths
 
 
-def same(ours: Encoded, theirs: Encoded) -> bool:
+def same(ours: EncodedRow, theirs: EncodedRow) -> bool:
     return (ours.ids.tolist(), ours.supervised.tolist(), *ours[2:]) == (
         theirs.ids.tolist(),
         theirs.supervised.tolist(),
@@ -56,7 +56,7 @@ def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Toke
         assert ids == tokenizer.encode_batch(joined)
         found = encode_by_bytes(lengths_of(tokenizer), rows, ids, learn)
         for row, text, ours, encoding in zip(rows, joined, found, tokenizer.encode_spans(joined), strict=True):
-            if not tokenizer.keeps(text):
+            if not tokenizer.round_trips(text):
                 continue
             try:
                 theirs = encode_segments(tokenizer, row, encoding, learn)
@@ -72,7 +72,7 @@ def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Toke
     assert sum(found_some) > len(found_some) / 3
 
 
-def encoded(encoder: Encoder, rows: list[Row]) -> list[Encoded]:
+def encoded(encoder: Encoder, rows: list[Row]) -> list[EncodedRow]:
     problems: list = []
     texts = encoder.texts(rows, problems)
     _, found = encoder.encoded(texts, encoder.encodings(texts), problems)
@@ -84,7 +84,7 @@ def encoded(encoder: Encoder, rows: list[Row]) -> list[Encoded]:
 def test_a_chunk_mixes_both_ways(smollm2_source: dict, templates: dict, name: str):
     """Rows that are cut, or hold characters without a token, stand between others, in their order."""
     tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
-    encoder = make_encoder(FORMS["messages"], tokenizer)
+    encoder = make_encoder(FORMATS["messages"], tokenizer)
     hard = [["    return"], ["a\x04"], ["fine"]]
 
     @given(st.lists(conversations(), min_size=1, max_size=3))
@@ -104,8 +104,8 @@ def test_a_chunk_mixes_both_ways(smollm2_source: dict, templates: dict, name: st
 @example([("a", "b"), ("Response: ", "3"), ("Q\n", "\nA")], False)
 def test_plain_prompts_and_answers_are_encoded_apart(plain_tokenizer: Tokenizer, pairs: list, learns_all: bool):
     """As generation has them, and the reference, whether a token would reach over the boundary or not."""
-    encoder = make_encoder(FORMS["completion"], plain_tokenizer, "all" if learns_all else "assistant")
-    kept = [pair for pair in pairs if plain_tokenizer.keeps("".join(pair))]
+    encoder = make_encoder(FORMATS["completion"], plain_tokenizer, "all" if learns_all else "assistant")
+    kept = [pair for pair in pairs if plain_tokenizer.round_trips("".join(pair))]
     rows = [Row(Place(n + 1, n), {"prompt": p, "completion": a}) for n, (p, a) in enumerate(kept)]
     for (prompt, answer), row in zip(kept, encoded(encoder, rows), strict=True):
         before, after = plain_tokenizer.encode(prompt), [*plain_tokenizer.encode(answer), plain_tokenizer.eos_id]
@@ -125,7 +125,7 @@ def test_ids_of_a_kept_text_stand_for_all_its_bytes(any_tokenizer: Tokenizer):
 
     @given(st.text(st.characters(codec="utf-8"), min_size=1))
     def check(text: str):
-        if tokenizer.keeps(text) and text[0] != " ":
+        if tokenizer.round_trips(text) and text[0] != " ":
             put = lengths_of(tokenizer).prefix != "never"
             assert lengths_of(tokenizer).of_ids[tokenizer.encode(text)].sum() == len(text.encode()) + put
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from qlora_jax.data.loss_mask.shared_prefix import shared_head
+from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import spelling
 
@@ -26,7 +26,7 @@ def built(*added: AddedToken, nfc: bool) -> Tokenizer:
 
 
 def ids_of(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
-    head, ids = shared_head(tokenizer, texts)
+    head, ids = shared_prefix(tokenizer, texts)
     assert all(text.startswith(head) for text in texts)
     return [ids + tokenizer.encode(text[len(head) :]) for text in texts]
 
@@ -66,7 +66,7 @@ def check(tokenizer: Tokenizer, alphabet: list[str]) -> None:
 
 def test_a_system_message_that_all_rows_share_is_the_head(tokenizer: Tokenizer):
     texts = [tokenizer.render([{"role": "user", "content": text}]) for text in ("Hello", "Good morning")]
-    head, ids = shared_head(tokenizer, texts)
+    head, ids = shared_prefix(tokenizer, texts)
     assert "system\nYou are a helpful" in head
     assert head.endswith("<|im_end|>\n<|im_start|>")
     assert ids == tokenizer.encode(head)
@@ -74,4 +74,4 @@ def test_a_system_message_that_all_rows_share_is_the_head(tokenizer: Tokenizer):
 
 @pytest.mark.parametrize("texts", [[], ["", "<s>"], ["a", "b"], ["a b", "a c"]])
 def test_without_a_shared_special_token_there_is_no_head(texts: list[str]):
-    assert shared_head(built(START, nfc=False), texts) == ("", [])
+    assert shared_prefix(built(START, nfc=False), texts) == ("", [])

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from qlora_jax.data.encoder import encode_rows
-from qlora_jax.data.formats.registry import FORMS
+from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask import span_cache
-from qlora_jax.data.loss_mask.by_offsets import Encoded, Learn, encode_segments
-from qlora_jax.data.loss_mask.span_cache import segmenter
+from qlora_jax.data.loss_mask.by_offsets import EncodedRow, Learn, encode_segments
+from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -50,14 +50,14 @@ def conversations(draw: st.DrawFn, system: bool = True) -> list[dict[str, str]]:
     return [*messages, {"role": "user", "content": draw(text)}] if draw(st.booleans()) else messages
 
 
-def encode(tokenizer: Tokenizer, messages: list[dict[str, str]], learn: Learn = "assistant") -> Encoded:
+def encode(tokenizer: Tokenizer, messages: list[dict[str, str]], learn: Learn = "assistant") -> EncodedRow:
     segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages)
     rendered = tokenizer.render(messages)
     assert "".join(segment.text for segment in segments) == rendered
     return encode_segments(tokenizer, segments, tokenizer.encode_spans([rendered])[0], learn)
 
 
-def supervised_text(tokenizer: Tokenizer, row: Encoded) -> str:
+def supervised_text(tokenizer: Tokenizer, row: EncodedRow) -> str:
     return tokenizer.decode(row.ids[row.supervised].tolist())
 
 
@@ -99,7 +99,7 @@ def test_a_kind_of_conversation_is_taken_apart_as_each_of_it_would_be(
     smollm2_source: dict, templates: dict, name: str, monkeypatch: pytest.MonkeyPatch
 ):
     tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
-    fast, marks, slow = segmenter(tokenizer), turn_marks(tokenizer), []
+    fast, marks, slow = make_segmenter(tokenizer), turn_marks(tokenizer), []
     whole = span_cache.conversation_segments
     monkeypatch.setattr(span_cache, "conversation_segments", lambda *args: slow.append(args) or whole(*args))
 
@@ -168,7 +168,7 @@ def test_bos_is_there_once_where_it_is_wanted(
     bos = tokenizer.special_tokens["bos_token"]
     for prompt in ("the cat sat", bos + "the cat sat"):
         data = {"prompt": prompt, "completion": "yes no"}
-        ids = encode_rows("x", [Row(Place(1, 0), data)], FORMS["completion"], tokenizer)[0].ids.tolist()
+        ids = encode_rows("x", [Row(Place(1, 0), data)], FORMATS["completion"], tokenizer)[0].ids.tolist()
         begins = [token == tokenizer.bos_id for token in ids[:2]]
         if template is None:
             assert begins == [wanted or prompt.startswith(bos), False]

@@ -84,14 +84,14 @@ def test_without_pyarrow_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest
     ],
 )
 def test_addresses(text: str, expected: tuple | None):
-    hub = HubRows.of(text)
+    hub = HubRows.parse(text)
     assert (hub and (hub.repo, hub.revision, hub.name, hub.split)) == expected
 
 
 @pytest.mark.parametrize("text", ["hf://datasets/org/name?config=x", "hf://datasets/"])
 def test_wrong_addresses_are_told(text: str):
     with pytest.raises(ValueError, match=r"expected hf://datasets/org/name\[@revision\]"):
-        HubRows.of(text)
+        HubRows.parse(text)
 
 
 def test_data_sets_of_a_hub(monkeypatch: pytest.MonkeyPatch, tokenizer: Tokenizer, write_rows: Callable):

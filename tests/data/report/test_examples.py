@@ -6,7 +6,7 @@ import numpy as np
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
-from qlora_jax.data.report.examples import marked_rows, split_runs
+from qlora_jax.data.report.examples import example_rows, split_runs
 
 ANSWERS = ["<b>4</b>\nand more", "", "漢字 & <script>", " leading <|im_end|> inside", "x" * 300]
 
@@ -31,10 +31,10 @@ def test_marked_text_is_what_the_mask_decodes_to(write_rows, tokenizer):
     ]
     path = write_rows(rows)
     dataset = load_dataset(DataArgs(train=path, max_length=512), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
-    marked = marked_rows(dataset.train, tokenizer, 12)
+    marked = example_rows(dataset.train, tokenizer, 12)
     by_place = {dataset.train.where(int(n)): index for index, n in enumerate(dataset.train.numbers)}
     assert len(marked) == 12 and [row.tokens for row in marked] == sorted(row.tokens for row in marked)
-    assert {marked[0].tokens, marked[-1].tokens} == {dataset.train.places.min(), dataset.train.places.max()}
+    assert {marked[0].tokens, marked[-1].tokens} == {dataset.train.lengths.min(), dataset.train.lengths.max()}
     for row in marked:
         ids, supervised = dataset.train.row(by_place[row.place])
         seen = ["".join(run.text for run in runs) for runs, learned in row.segments if learned]
@@ -46,5 +46,5 @@ def test_marked_text_is_what_the_mask_decodes_to(write_rows, tokenizer):
 def test_fewer_rows_than_asked_for_are_all_shown_once(write_rows, tokenizer):
     path = write_rows([{"prompt": "a", "completion": "b"}] * 3)
     dataset = load_dataset(DataArgs(train=path), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
-    places = [row.place for row in marked_rows(dataset.train, tokenizer, 32)]
+    places = [row.place for row in example_rows(dataset.train, tokenizer, 32)]
     assert places == [dataset.train.where(int(n)) for n in np.arange(3)]

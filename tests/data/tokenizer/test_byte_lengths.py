@@ -11,7 +11,7 @@ from tokenizers import decoders, normalizers, pre_tokenizers
 
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
-from qlora_jax.data.tokenizer.byte_lengths import byte_lengths, make_keeps, prefix_of
+from qlora_jax.data.tokenizer.byte_lengths import byte_lengths, make_round_trips, space_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.conftest import spelling
 
@@ -26,7 +26,7 @@ def bare(text: str) -> str:
 @example("\U00040000")
 @example("a<|im_end|> b")
 def test_what_is_kept_decodes_to_itself(tokenizer: Tokenizer, text: str):
-    if tokenizer.keeps(text):
+    if tokenizer.round_trips(text):
         assert bare(tokenizer.decode(tokenizer.encode(text))) == bare(text)
     row = [Segment(text, True)]
     encoded = encode_segments(tokenizer, row, tokenizer.encode_spans([text])[0])
@@ -42,17 +42,17 @@ def test_what_is_kept_by_a_tokenizer_that_spells_spaces_out_decodes_to_itself(pr
     @example("<0x41>")
     @example("a </s> <table>\n\n b")
     def check(text: str):
-        kept.append(tokenizer.keeps(text))
+        kept.append(tokenizer.round_trips(text))
         if kept[-1]:
             assert bare(tokenizer.decode(tokenizer.encode(text))) == bare(text)
 
     check()
-    assert sum(kept) > len(kept) / 2 and not tokenizer.keeps("\u2581a") and not tokenizer.keeps("<0x41>")
+    assert sum(kept) > len(kept) / 2 and not tokenizer.round_trips("\u2581a") and not tokenizer.round_trips("<0x41>")
 
 
 def test_tokenizers_that_spell_spaces_out_are_told_by_all_their_parts():
     backend = spelling("every").backend
-    assert prefix_of(backend) == "every"
+    assert space_prefix(backend) == "every"
     whole = json.loads(backend.to_str())
     for change in (
         {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFKC"}, *whole["normalizer"]["normalizers"]]}},
@@ -62,13 +62,17 @@ def test_tokenizers_that_spell_spaces_out_are_told_by_all_their_parts():
         {"model": {**whole["model"], "ignore_merges": True}},
     ):
         changed = tokenizers.Tokenizer.from_str(json.dumps(whole | change))
-        assert prefix_of(changed) is None and byte_lengths(changed) is None and not make_keeps(changed)("a")
+        assert space_prefix(changed) is None and byte_lengths(changed) is None and not make_round_trips(changed)("a")
     normalized = [{**token, "normalized": True} for token in whole["added_tokens"]]
     assert byte_lengths(tokenizers.Tokenizer.from_str(json.dumps(whole | {"added_tokens": normalized}))) is None
 
 
 def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
-    assert tokenizer.keeps("naïve 👍🏽 123\n\t") and not tokenizer.keeps("a\x04") and not tokenizer.keeps("\U00040000")
+    assert (
+        tokenizer.round_trips("naïve 👍🏽 123\n\t")
+        and not tokenizer.round_trips("a\x04")
+        and not tokenizer.round_trips("\U00040000")
+    )
 
     def changed(**parts: object) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_str(tokenizer.backend.to_str())
@@ -76,7 +80,7 @@ def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
             setattr(backend, name, part)
         return backend
 
-    nfc = make_keeps(changed(normalizer=normalizers.NFC()))
+    nfc = make_round_trips(changed(normalizer=normalizers.NFC()))
     assert nfc("é") and not nfc("e\u0301")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     removing = pre_tokenizers.Sequence([pre_tokenizers.Split("x", "removed"), byte_level])
@@ -86,7 +90,7 @@ def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
         {"pre_tokenizer": pre_tokenizers.Whitespace()},
         {"decoder": decoders.Fuse()},
     ):
-        assert not make_keeps(changed(**unknown))("a")
+        assert not make_round_trips(changed(**unknown))("a")
 
 
 def test_a_text_that_is_kept_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
