@@ -7,20 +7,20 @@ set JAX_PLATFORMS or a memory fraction first.
 import importlib
 from typing import Any
 
-# public name -> the module that defines it
+# public name -> (the module that defines it, its name there)
 _PUBLIC = {
-    "open_base_or_run": "qlora_jax.io.pretrained",
-    "load_base": "qlora_jax.io.pretrained",
-    "adapted": "qlora_jax.io.pretrained",
-    "LoraArgs": "qlora_jax.config",
-    "add_lora": "qlora_jax.models.add_adapters",
-    "partition": "qlora_jax.models.partition",
-    "combine": "qlora_jax.models.partition",
-    "token_nll": "qlora_jax.nn.loss",
-    "quantize": "qlora_jax.quant",
-    "dequantize": "qlora_jax.quant",
-    "QTensor": "pallas_kernels.formats.qtensor",
-    "nf4_matmul": "pallas_kernels.nf4_matmul",
+    "open_base_or_run": ("qlora_jax.io.pretrained", "open_base_or_run"),
+    "load_base": ("qlora_jax.io.pretrained", "load_base"),
+    "adapted": ("qlora_jax.io.pretrained", "adapted"),
+    "LoraArgs": ("qlora_jax.config", "LoraArgs"),
+    "add_lora": ("qlora_jax.models.add_adapters", "add_lora"),
+    "partition": ("qlora_jax.models.partition", "partition"),
+    "combine": ("qlora_jax.models.partition", "combine"),
+    "token_nll": ("qlora_jax.nn.loss", "token_nll"),
+    "quantize_array": ("qlora_jax.quant", "quantize"),
+    "dequantize_array": ("qlora_jax.quant", "dequantize"),
+    "QTensor": ("pallas_kernels.formats.qtensor", "QTensor"),
+    "nf4_matmul": ("pallas_kernels.nf4_matmul", "nf4_matmul"),
 }
 
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
@@ -29,7 +29,8 @@ __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'qlora_jax' has no attribute {name!r}; its names: {', '.join(_PUBLIC)}")
-    return getattr(importlib.import_module(_PUBLIC[name]), name)
+    module, attribute = _PUBLIC[name]
+    return getattr(importlib.import_module(module), attribute)
 
 
 def __dir__() -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from rich.console import Console
 
 from qlora_jax import allocator
-from qlora_jax.config import read_command_line, run_main
+from qlora_jax.config import Command, run_main
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 
 if TYPE_CHECKING:
@@ -22,9 +22,15 @@ if TYPE_CHECKING:
     from qlora_jax.inference.result_cache import Kept
     from qlora_jax.io.pretrained import Opened
 
-PROG = "python -m qlora_jax.evaluate"
 PLAIN: dict[str, Any] = {"style": "dim", "markup": False, "highlight": False}  # messages
-SWITCHES = {"raw": "no chat template: questions and rows are plain text"}
+COMMAND = Command(
+    name="evaluate",
+    summary="Scores a model unquantized, quantized and finetuned, side by side.",
+    example="--run runs/mine --rows heldout.jsonl",
+    schema=EvaluateArgs,
+    check=check_evaluate,
+    flags={"raw": "no chat template: questions and rows are plain text"},
+)
 
 
 class Column(NamedTuple):
@@ -47,7 +53,7 @@ class Column(NamedTuple):
 
 def main(argv: list[str]) -> None:
     """Settings, tasks, models one after the other, tables; raises ValueError or OSError for bad input."""
-    args, given = read_command_line(argv, PROG, SWITCHES, EvaluateArgs, check_evaluate)
+    args, flags = COMMAND.read(argv)
     # After the settings: jax starts when these are imported, and a typing error should not wait for it.
     from qlora_jax import runtime
     from qlora_jax.evaluation.lm_eval.preflight import check_ready
@@ -57,10 +63,10 @@ def main(argv: list[str]) -> None:
 
     runtime.start()
     opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
-    tasks = _tasks(args, opened, raw="raw" in given)
+    tasks = _tasks(args, opened, raw="raw" in flags)
     columns = _columns(args, opened, tasks)
     if args.against is not None:
-        columns["against"] = _against(args, opened, tasks, raw="raw" in given)
+        columns["against"] = _against(args, opened, tasks, raw="raw" in flags)
     columns = {name: column for name, column in columns.items() if args.columns is None or name in args.columns}
     labels = {name: column.label for name, column in columns.items()}
     messages = Console(stderr=True)

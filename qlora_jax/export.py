@@ -1,78 +1,97 @@
-"""`python -m qlora_jax.export RUN --format peft`: hands what a run has learned to the world."""
+"""`python -m qlora_jax.export`: a run's adapter, or its model with the adapter merged, for other libraries."""
 
-import argparse
+import dataclasses
 from pathlib import Path
-
-from rich.console import Console
+from typing import Literal
 
 from qlora_jax import allocator
-from qlora_jax.config import run_main
+from qlora_jax.config import Command, ConfigError, run_main
+from qlora_jax.config.fields import NON_NEGATIVE, NOT_EMPTY, setting
 
-# --dtype of each --format, the default first.
+# The dtypes of each merged format, the default first; adapters have none.
 DTYPES = {
     "peft": (),
     "hf": ("bfloat16", "float16", "float32"),
     "gguf": ("float16", "bfloat16", "float32", "q8_0", "q4_0"),
     "gguf-lora": (),
 }
-PROG = "python -m qlora_jax.export"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportArgs:
+    """The run to export, and the format to write."""
+
+    run: str = setting("the run's folder", bound=NOT_EMPTY)
+    format: Literal["peft", "hf", "gguf", "gguf-lora"] = setting(
+        "peft: an adapter for the peft library. hf: a whole model for transformers, the adapter merged into the "
+        "dequantized base. gguf: the same as one file for llama.cpp. gguf-lora: an adapter for llama.cpp, to use with "
+        "a GGUF file of the base",
+        "peft",
+    )
+    output: str | None = setting("a new folder; null: RUN/FORMAT", None, NOT_EMPTY)
+    step: int | None = setting("the checkpoint to export; null: the newest", None, NON_NEGATIVE)
+    model: str | None = setting("the base model, if it moved after training: a path or org/name", None, NOT_EMPTY)
+    base: str | None = setting(
+        "hf and gguf: merge into the weights of this 16-bit model, which the run's base was quantized from, instead of "
+        "the dequantized base. Reports how far the logits move",
+        None,
+        NOT_EMPTY,
+    )
+    dtype: Literal["bfloat16", "float16", "float32", "q8_0", "q4_0"] | None = setting(
+        "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0 and q4_0",
+        None,
+    )
+
+
+def check_export(args: ExportArgs) -> None:
+    """Raises ConfigError if settings contradict each other."""
+    possible = DTYPES[args.format]
+    problems = []
+    if not possible and args.base is not None:
+        problems.append("base: requires --format hf or gguf (an adapter works with any base). Remove it")
+    if args.dtype not in (None, *possible):
+        expected = ", ".join(possible) or "none, since an adapter keeps its dtype"
+        problems.append(f"dtype: found {args.dtype} with --format {args.format}, expected {expected}")
+    if problems:
+        raise ConfigError(problems)
+
+
+COMMAND = Command(
+    name="export",
+    summary="Writes a run as a PEFT adapter, a merged Hugging Face model, a GGUF file, or a llama.cpp adapter.",
+    example="--run runs/mine --format peft",
+    schema=ExportArgs,
+    check=check_export,
+    flags={
+        "with_base": "peft and gguf-lora: also write the dequantized base that the adapter was trained on. peft cannot "
+        "load GGUF files, so a run from a GGUF file needs it"
+    },
+)
 
 
 def main(argv: list[str]) -> None:
-    """Writes the adapter of a run, or its model with the adapter merged into the weights."""
-    args = _parser().parse_args(argv)
-    if DTYPES[args.format] and args.with_base:
-        raise ValueError("--with-base is for --format peft and gguf-lora: a merged model has no base")
-    if not DTYPES[args.format] and args.base:
-        raise ValueError("--base is for --format hf and gguf: an adapter goes on any base")
-    if args.dtype not in (None, *DTYPES[args.format]):
-        possible = ", ".join(DTYPES[args.format]) or "none: an adapter keeps its own"
-        raise ValueError(f"--dtype {args.dtype} is not for --format {args.format}; possible: {possible}")
-    output = args.output or args.run / args.format
-    # After the arguments: jax starts when this is imported, and a typing error should not wait for it.
+    """Exports the run; raises ValueError or OSError for bad input."""
+    args, flags = COMMAND.read(argv)
+    if DTYPES[args.format] and "with_base" in flags:
+        raise ValueError("--with_base: requires --format peft or gguf-lora (a merged model has no base). Remove it")
+    # Imported after the settings are read, because importing jax takes a second.
+    from rich.console import Console
+
     from qlora_jax import runtime
     from qlora_jax.io.export.gguf_lora import export_gguf_lora
     from qlora_jax.io.export.merged import export_merged
     from qlora_jax.io.export.peft import export_peft
 
     runtime.start()
+    run = Path(args.run)
+    output = run / args.format if args.output is None else Path(args.output)
     where = {"step": args.step, "model": args.model, "console": Console()}
     adapters = {"peft": export_peft, "gguf-lora": export_gguf_lora}
     if args.format in adapters:
-        adapters[args.format](args.run, output, with_base=args.with_base, **where)
+        adapters[args.format](run, output, with_base="with_base" in flags, **where)
     else:
         dtype = args.dtype or DTYPES[args.format][0]
-        export_merged(args.run, output, args.format, base=args.base, dtype=dtype, **where)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=main.__doc__)
-    parser.add_argument("run", type=Path, help="the run's folder")
-    parser.add_argument(
-        "--format",
-        choices=list(DTYPES),
-        default="peft",
-        help="peft: a LoRA adapter for the peft library; hf: a whole model for transformers, the adapter merged into "
-        "the dequantized weights that it was trained on; gguf: the same as one file for llama.cpp; gguf-lora: a LoRA "
-        "for llama.cpp, which it puts on a GGUF file of the base",
-    )
-    parser.add_argument("--output", type=Path, help="a new folder (default: RUN/FORMAT)")
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
-    parser.add_argument("--model", help="where the base model lies now, if it was moved after training; or org/name")
-    parser.add_argument(
-        "--base",
-        help="merge into the weights of this model, which the run's base was quantized from, instead of the "
-        "dequantized ones that the adapter was trained on; tells what that costs",
-    )
-    dtypes = "; ".join(f"{name}: {', '.join(dtypes)}" for name, dtypes in DTYPES.items() if dtypes)
-    parser.add_argument("--dtype", help=f"of a merged model's weights, the first by default; {dtypes}")
-    parser.add_argument(
-        "--with-base",
-        action="store_true",
-        help="also write the base, dequantized: over these weights peft, which loads no GGUF file, and llama.cpp "
-        "compute what the run computed",
-    )
-    return parser
+        export_merged(run, output, args.format, base=args.base, dtype=dtype, **where)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.generate`: replies of a base or of a run, to one prompt, a file of prompts, or in a chat."""
+"""`python -m qlora_jax.generate`: replies of a model or run to one prompt, a file of prompts, or in a chat."""
 
 import contextlib
 import functools
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from qlora_jax import allocator
-from qlora_jax.config import read_command_line, run_main
+from qlora_jax.config import Command, run_main
 from qlora_jax.evaluation.settings import GenerateArgs, check_generate
 
 if TYPE_CHECKING:
@@ -17,14 +17,20 @@ if TYPE_CHECKING:
     from qlora_jax.inference.prompts import Prompter
     from qlora_jax.io.pretrained import Opened
 
-PROG = "python -m qlora_jax.generate"
-SWITCHES = {"raw": "no chat template: the model goes on with the prompt's text"}
+COMMAND = Command(
+    name="generate",
+    summary="Replies to one prompt, to a file of prompts, or in a chat if there is neither.",
+    example="--run runs/mine --prompt Hello",
+    schema=GenerateArgs,
+    check=check_generate,
+    flags={"raw": "no chat template: the model continues the text of the prompt"},
+)
 
 
 def main(argv: list[str]) -> None:
-    """Settings, prompts, model, replies; raises ValueError or OSError for bad input."""
-    args, given = read_command_line(argv, PROG, SWITCHES, GenerateArgs, check_generate)
-    # After the settings: jax starts when these are imported, and a typing error should not wait for it.
+    """Replies; raises ValueError or OSError for bad input."""
+    args, flags = COMMAND.read(argv)
+    # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.inference import prompts
     from qlora_jax.inference.decode import stream
@@ -35,7 +41,7 @@ def main(argv: list[str]) -> None:
 
     runtime.start()
     opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
-    prompter = prompts.prompter(opened.tokenizer, raw="raw" in given, system=args.system)
+    prompter = prompts.prompter(opened.tokenizer, raw="raw" in flags, system=args.system)
     limit = opened.features.max_positions
     rows, encoded = _prompts(args, prompter, limit)
     messages = Console(stderr=True)

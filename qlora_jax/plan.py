@@ -1,28 +1,33 @@
-"""`python -m qlora_jax.plan`: what a finetune needs in memory, on a card that need not be here, before any download."""
+"""`python -m qlora_jax.plan`: the memory that a run needs on a card, which may be absent, before any download."""
 
 import json
 import os
 import sys
 
-from rich.console import Console
+from qlora_jax.config import Command, run_main
+from qlora_jax.training.plan.settings import PlanArgs
 
-from qlora_jax.config import read_command_line, run_main
-
-DOES_NOT_FIT = 1
-PROG = "python -m qlora_jax.plan"
-SWITCHES = {"json": "print every number as JSON instead of the table"}
+DOES_NOT_FIT = 1  # exit code
+COMMAND = Command(
+    name="plan",
+    summary="Computes the memory that a training run needs on a card, and the nearest change that fits.",
+    example="--model llama-3-8b --card rtx4090 --data.max_length 2048",
+    schema=PlanArgs,
+    flags={"json": "print every number as JSON instead of the table"},
+)
 
 
 def main(argv: list[str]) -> None:
-    """Settings, compiles, table; exits with 1 where the run does not fit."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # whatever device is here, nothing is computed on it
-    from qlora_jax.training.plan.settings import PlanArgs
+    """Prints the plan; exits with 1 if the run does not fit."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed on a device of this machine
+    args, flags = COMMAND.read(argv)
+    # Imported after the settings are read, because importing jax takes a second.
+    from rich.console import Console
 
-    args, given = read_command_line(argv, PROG, SWITCHES, PlanArgs, lambda _: None)
     from qlora_jax import runtime
     from qlora_jax.training.plan.from_config import buckets_of, compiler_for, setting_of, title_of
     from qlora_jax.training.plan.plan import make_plan
-    from qlora_jax.training.plan.settings import target_of
+    from qlora_jax.training.plan.target import target_of
     from qlora_jax.training.plan.text import as_json, print_plan
 
     runtime.start()
@@ -30,14 +35,14 @@ def main(argv: list[str]) -> None:
     target = target_of(args.card, args.memory)
     buckets, unknown = buckets_of(args)
     if unknown:
-        print(f"every row counts as data.max_length, {args.data.max_length} tokens: {unknown}", file=sys.stderr)
+        print(f"note: every row counts as {args.data.max_length} tokens (data.max_length): {unknown}", file=sys.stderr)
     setting = setting_of(args, target, buckets)
     compile_step, why = compiler_for(target)
     if why:
-        print(f"nothing is compiled, so every number is an estimate: {why}", file=sys.stderr)
-    usable = float(runtime.USABLE_MEMORY) * target.memory_bytes  # the rest is for CUDA itself
+        print(f"note: every number is an estimate, because nothing can be compiled: {why}", file=sys.stderr)
+    usable = float(runtime.USABLE_MEMORY) * target.memory_bytes  # CUDA itself needs the rest
     plan = make_plan(setting, int(usable), compile_step, buckets)
-    if "json" in given:
+    if "json" in flags:
         print(json.dumps(as_json(plan), indent=1))
     else:
         print_plan(plan, title_of(args, target, setting), console)

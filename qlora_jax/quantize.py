@@ -1,20 +1,39 @@
-"""`python -m qlora_jax.quantize MODEL --output DIR`: a model in 4 bits, for transformers + bitsandbytes."""
+"""`python -m qlora_jax.quantize`: a model in 4 bits, for transformers with bitsandbytes, or back in 16 bits."""
 
-import argparse
+import dataclasses
 from pathlib import Path
-
-from rich.console import Console
+from typing import Literal
 
 from qlora_jax import allocator
-from qlora_jax.config import run_main
+from qlora_jax.config import Command, run_main
+from qlora_jax.config.fields import NOT_EMPTY, setting
 
-PROG = "python -m qlora_jax.quantize"
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizeArgs:
+    """The model to convert, and the format to write."""
+
+    model: str = setting("a Hugging Face folder in 16 or 4 bits, a GGUF file, or org/name on the Hub", bound=NOT_EMPTY)
+    output: str = setting("a new folder", bound=NOT_EMPTY)
+    quant_type: Literal["nf4", "fp4", "none"] = setting("4-bit data type; none: back to 16 bits", "nf4")
+    double_quant: bool = setting("quantize the scales too", True)
+    dtype: Literal["bfloat16", "float16", "float32"] = setting("dtype of the unquantized tensors", "bfloat16")
+
+
+COMMAND = Command(
+    name="quantize",
+    summary="Writes a model in bitsandbytes' 4-bit format for transformers, or a 4-bit model back in 16 bits.",
+    example="--model ~/models/Llama-3.2-1B-Instruct --output llama-nf4",
+    schema=QuantizeArgs,
+)
 
 
 def main(argv: list[str]) -> None:
-    """Writes a model's linear layers in the 4 bits of bitsandbytes, or with --quant-type none back in 16 bits."""
-    args = _parser().parse_args(argv)
-    # After the arguments: jax starts when these are imported, and a typing error should not wait for it.
+    """Converts the model; raises ValueError or OSError for bad input."""
+    args, _ = COMMAND.read(argv)
+    # Imported after the settings are read, because importing jax takes a second.
+    from rich.console import Console
+
     from qlora_jax import runtime
     from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
     from qlora_jax.io.atomic import staged_folder
@@ -30,24 +49,10 @@ def main(argv: list[str]) -> None:
     quant_type = None if args.quant_type == "none" else args.quant_type
     weights = WeightFormat(quant_type=quant_type, double_quant=args.double_quant, dtype=args.dtype)
     console = Console()
-    with staged_folder(args.output) as folder, loading(console) as progress:
+    with staged_folder(Path(args.output)) as folder, loading(console) as progress:
         write_quantized_folder(folder, source, weights, progress)
         write_tokenizer(folder, tokenizer, source.tokenizer["stop_token_ids"])
     console.print(f"{args.model} in {args.quant_type}: {args.output}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog=PROG, description=main.__doc__)
-    parser.add_argument("model", help="a Hugging Face folder, in 16 bits or in 4, a GGUF file, or org/name on the Hub")
-    parser.add_argument("--output", type=Path, required=True, help="a new folder")
-    parser.add_argument("--quant-type", choices=["nf4", "fp4", "none"], default="nf4", help="none: back to 16 bits")
-    parser.add_argument(
-        "--double-quant", action=argparse.BooleanOptionalAction, default=True, help="quantize the scales too"
-    )
-    parser.add_argument(
-        "--dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16", help="of all that is not in 4 bits"
-    )
-    return parser
 
 
 if __name__ == "__main__":

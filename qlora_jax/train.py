@@ -1,51 +1,56 @@
-"""`python -m qlora_jax.train`: one finetuning run, from a model and rows on disk to checkpoints and a loss plot."""
+"""`python -m qlora_jax.train`: one finetuning run, from a model and data on disk to checkpoints and a report."""
 
 import itertools
 import shlex
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from qlora_jax import allocator
-from qlora_jax.config import read_command_line, run_main
+from qlora_jax.config import Command, Config, run_main, validate
 
-STOPPED = 143  # what shells report for SIGTERM; the run was saved and can go on
-PROG = "python -m qlora_jax.train"
-SWITCHES = {
-    "resume": "go on from the newest checkpoint in `output`: --config RUN/config.yaml --resume",
-    "dry_run": "report on the data and plan memory, also to report.html and report.json in `output`, then stop",
-    "oversized": "start although the memory plan says that the run does not fit",
-}
+STOPPED = 143  # what shells report for SIGTERM; the run is saved and can be resumed
+COMMAND = Command(
+    name="train",
+    summary="Finetunes a model on your data; writes checkpoints, metrics and a report into a run folder.",
+    example="--model ~/models/Llama-3.2-1B-Instruct --data.train chats.jsonl --output runs/mine",
+    schema=Config,
+    check=validate,
+    flags={
+        "resume": "continue from the newest checkpoint in the run folder: --config RUN/config.yaml --resume",
+        "dry_run": "print the data report and memory plan, write report.html and report.json, then stop",
+        "oversized": "start even if the memory plan says that the run does not fit",
+    },
+)
 
 
 def main(argv: list[str]) -> None:
-    """Configuration, data report, model, banner, steps, plot; raises ValueError or OSError for bad input."""
-    _check_settings_named(argv)
-    config, given = read_command_line(argv, PROG, SWITCHES)
-    run = Path(config.output)
-    console = Console()
-    # After the configuration: jax starts when these are imported, and a typing error should not wait for it.
+    """Trains; raises ValueError or OSError for bad input, and exits with 143 if a signal stopped the run."""
+    _check_resume_has_settings(argv)
+    config, flags = COMMAND.read(argv)
+    # Imported after the settings are read, because importing jax takes a second.
+    from rich.console import Console
+
     from qlora_jax import runtime
     from qlora_jax.training.run import check_folder, dry_run, train
 
+    console, run = Console(), Path(config.output)
     runtime.start()
-    check_folder(run, resume="resume" in given)
-    if "dry_run" in given:
-        dry_run(config, run, oversized="oversized" in given, console=console)
+    check_folder(run, resume="resume" in flags)
+    if "dry_run" in flags:
+        dry_run(config, run, oversized="oversized" in flags, console=console)
         return
-    if not train(config, run, resume="resume" in given, oversized="oversized" in given, console=console):
+    if not train(config, run, resume="resume" in flags, oversized="oversized" in flags, console=console):
         sys.exit(STOPPED)
 
 
-def _check_settings_named(argv: list[str]) -> None:
-    """Where a run is to go on, its settings are given or named: a folder alone is not read for them."""
+def _check_resume_has_settings(argv: list[str]) -> None:
+    """Raises ValueError for `--resume` without settings: they are not read from the output folder implicitly."""
     words = [part for word in argv for part in word.split("=", 1)]
-    if "--resume" in words and not {"--config", "--model.path", "--help", "-h"} & set(words):
+    if "--resume" in words and not {"--config", "--model", "--model.path", "--help", "-h"} & set(words):
         run = Path(dict(itertools.pairwise(words)).get("--output", "RUN"))
         raise ValueError(
-            "--resume: the run's settings are not given; they are in its folder, for --config to name:\n"
-            f"  {PROG} --config {shlex.quote(str(run / 'config.yaml'))} --resume"
+            "--resume: the run's settings are missing. Give the configuration in its folder:\n"
+            f"  {COMMAND.prog} --config {shlex.quote(str(run / 'config.yaml'))} --resume"
         )
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_jax import allocator, runtime
-from qlora_jax.config import Config, parse, run_main
+from qlora_jax.config import Config, read_arguments, run_main
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.evaluation.tables import Scored, show
 from qlora_jax.evaluation.tasks.text import rows_task
@@ -63,7 +63,7 @@ def _config(argv: list[str], model: Path) -> Config:
     defaults = [
         "--config",
         str(ROOT / "configs/smollm2_titles.yaml"),
-        "--model.path",
+        "--model",
         str(model),
         "--data.eval",
         "null",
@@ -71,7 +71,7 @@ def _config(argv: list[str], model: Path) -> Config:
     given = {word.partition("=")[0] for word in argv}
     if "--output" not in given:
         defaults += ["--output", "runs/quickstart"]
-    return parse([*defaults, *argv], "scripts/quickstart.py")
+    return read_arguments([*defaults, *argv])
 
 
 def _scores(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
@@ -115,9 +115,9 @@ def _next_steps(config: Config, seconds: float, console: Console) -> None:
         f"All of it took {seconds / 60:.1f} minutes. The loss plot: {run}/loss.png",
         "Three things to try next:",
         f"  python -m qlora_jax.generate --run {run}",
-        "  python -m qlora_jax.train --config configs/smollm2_titles.yaml --model.path "
+        "  python -m qlora_jax.train --config configs/smollm2_titles.yaml --model "
         f"{config.model.path} --data.train YOUR.jsonl --data.eval null --data.eval_fraction 0.1 --output runs/mine",
-        f"  python -m qlora_jax.export {run} --format peft",
+        f"  python -m qlora_jax.export --run {run} --format peft",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

@@ -189,15 +189,18 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
     [
         ("--model MODEL", "text, choices, letters, answers, rows, harness: none is given"),
         ("--model MODEL --text TEXT --window 9 --stride 10", r"stride: found 10, expected at most window \(9\)"),
-        ("--model MODEL --text TEXT --shots TEXT", "shots: is for letters; give letters too"),
-        ("--model MODEL --text TEXT --answer_pattern x", "answer_pattern: is for answers; give answers too"),
+        ("--model MODEL --text TEXT --shots TEXT", "shots: requires letters; set it too"),
+        ("--model MODEL --text TEXT --answer_pattern x", "answer_pattern: requires answers; set it too"),
         ("--model MODEL --answers TEXT --answer_pattern (", r"found '\(', no regular expression: missing \)"),
         ("--model MODEL --text TEXT --columns [checkpoint]", "columns: checkpoint needs a run"),
         ("--model MODEL --text TEXT --columns [against]", "columns: against needs another run"),
         ("--model MODEL --against MODEL --text TEXT", "against: is compared with a run; give run too"),
         ("--run RUN --against RUN --text TEXT", "against: found what run is; give another run's folder"),
         ("--run RUN --against_step 3 --text TEXT", "against_step: is another run's; give against too"),
-        ("--model MODEL --text TEXT --file_columns {'answer':'a'}", "file_columns: is for choices, letters, answers"),
+        (
+            "--model MODEL --text TEXT --file_columns {'answer':'a'}",
+            "file_columns: requires one of choices, letters, answers",
+        ),
         ("--model MODEL --answers TEXT --file_columns {'a':'answer'}", "'a', expected some of question, answer, each"),
         ("--model MODEL --rows TEXT --file_columns {'answer':'a'}", "found 'answer', expected some of .*completion"),
         (

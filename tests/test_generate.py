@@ -111,7 +111,7 @@ def test_an_adapter_on_a_base_held_otherwise_is_told(folder, capsys):
         ("--model m --output o", r"output: is for the replies to a file of prompts"),
         ("--model m --prompts p --output nowhere/o", r"output: found 'nowhere/o', but there is no folder 'nowhere'"),
         ("--model m --top_p 0", r"top_p: found 0, expected more than 0 and at most 1"),
-        ("--model m --topk 3", r"topk: unknown key; did you mean top_k"),
+        ("--model m --topk 3", r"topk: unknown setting; did you mean top_k"),
         ("--model nowhere", r"nowhere: no such file or folder"),
         ("--run nowhere", r"nowhere holds no run"),
         ("--run RUN --step 4", r"does not hold a checkpoint of step 4: steps saved are \[3, 7\]"),

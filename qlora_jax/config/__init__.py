@@ -1,7 +1,7 @@
-"""Configuration: what a run is made of, how YAML and the command line become it, and how errors in it are told."""
+"""Configuration of a run: its settings, YAML files, command lines, and errors."""
 
-from qlora_jax.config.command_line import parse as parse
-from qlora_jax.config.command_line import read_command_line as read_command_line
+from qlora_jax.config.command_line import Command as Command
+from qlora_jax.config.command_line import read_arguments as read_arguments
 from qlora_jax.config.command_line import run_main as run_main
 from qlora_jax.config.optimizer_names import paging_of as paging_of
 from qlora_jax.config.optimizer_names import plain_name as plain_name

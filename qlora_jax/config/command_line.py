@@ -1,4 +1,4 @@
-"""`--config FILE --section.key value` to a Config, `--help`, and user errors without a traceback."""
+"""Reads the command lines of all commands: `--config FILE --section.key value --flag`, `--help`, and user errors."""
 
 import dataclasses
 import itertools
@@ -10,14 +10,18 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from qlora_jax.config.parse import UNIONS, ConfigError, decode, walk
+from qlora_jax.config.parse import UNIONS, ConfigError, Hint, from_dict, is_required, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
+
+# `--model X` is `--model.path X` where there is such a setting.
+SHORT_NAMES = {"model": "model.path"}
+ALL = "all"  # `--help all`
 
 _HELP_COLUMN = 34
 _METAVARS = {
@@ -29,14 +33,148 @@ _METAVARS = {
     list: "LIST",
     dict: "MAPPING",
 }
-_OPENED = {"[": list, "{": dict}
+_BRACKETS = {"[": list, "{": dict}
 
 
-def _from_text(hint: Any, text: str) -> Any:
-    """A command line's text as the YAML value that the type asks for; text it stays where that fails."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Command[T]:
+    """The command-line interface of one command.
+
+    Attributes:
+      name: of its module, `train` for `python -m qlora_jax.train`.
+      summary: one sentence for `--help` and for the list of commands.
+      example: arguments of a typical call.
+      schema: the dataclass of its settings.
+      check: raises ConfigError if settings contradict each other.
+      flags: name and help text of each option without a value.
+    """
+
+    name: str
+    summary: str
+    example: str
+    schema: type[T]
+    check: Callable[[T], None] = lambda settings: None
+    flags: Mapping[str, str] = types.MappingProxyType({})
+
+    @property
+    def prog(self) -> str:
+        """What to type to run the command."""
+        return f"python -m qlora_jax.{self.name}"
+
+    def read(self, argv: Sequence[str]) -> tuple[T, set[str]]:
+        """Returns (the validated settings, the names of the flags given); `--help` prints and exits.
+
+        Raises:
+          ConfigError: a malformed argument, an unknown setting, a wrong value, or settings that contradict each other.
+        """
+        if {"--help", "-h"} & set(argv):
+            print(help_text(self, every=ALL in argv))
+            sys.exit(0)
+        settings, flags = read_settings(self.schema, argv, self.flags)
+        self.check(settings)
+        return settings, flags
+
+
+def read_settings[T](
+    schema: type[T], argv: Sequence[str], flags: Mapping[str, str] = types.MappingProxyType({})
+) -> tuple[T, set[str]]:
+    """Returns (the settings of `--config FILE --key value ...`, the names of the flags given).
+
+    Settings on the command line override those in the YAML file.
+
+    Raises:
+      ConfigError: a malformed argument, an unknown setting, or a wrong value.
+    """
+    hints = {key: hint for key, _, hint in walk_settings(schema)}
+    words = _split(argv, _Names(settings=[*hints], flags=[*flags], required=_required(schema)))
+    if words.problems:
+        raise ConfigError(words.problems)
+    raw, sources = read_yaml(words.settings.pop("config")) if "config" in words.settings else ({}, {})
+    for key, text in words.settings.items():
+        _set_nested(raw, key, _parse_value(hints.get(key, str), text))
+        sources[key] = "command line"
+    return from_dict(schema, raw, sources), words.flags
+
+
+def read_arguments(argv: Sequence[str]) -> Config:
+    """The validated configuration of a training run, from `--config FILE --section.key value`.
+
+    Raises:
+      ConfigError: a malformed argument, an unknown setting, a wrong value, or settings that contradict each other.
+    """
+    config, _ = read_settings(Config, argv)
+    validate(config)
+    return config
+
+
+class _Names(NamedTuple):
+    """The names that a command line may use."""
+
+    settings: list[str]
+    flags: list[str]
+    required: list[str]
+
+    def full(self, name: str) -> str:
+        """The setting that `name` stands for."""
+        full = SHORT_NAMES.get(name, name)
+        return full if full in self.settings else name
+
+    def underscored(self, name: str) -> str | None:
+        """The new form of a hyphenated option, without its value; None for any other name."""
+        fixed = name.replace("-", "_")
+        if fixed == name:
+            return None
+        if fixed in (*self.settings, *self.flags):
+            return f"--{fixed}"
+        negated = fixed.removeprefix("no_")
+        return f"--{negated} false" if negated in self.settings else None
+
+
+class _Words(NamedTuple):
+    """A command line, split: settings as text, flags, and problems."""
+
+    settings: dict[str, str]
+    flags: set[str]
+    problems: list[str]
+
+
+def _required(schema: type) -> list[str]:
+    return [key for key, field, _ in walk_settings(schema) if is_required(field)]
+
+
+def _split(argv: Sequence[str], names: _Names) -> _Words:
+    """Splits `--key value`, `--key=value` and `--flag`."""
+    found = _Words({}, set(), [])
+    words = list(reversed(argv))
+    while words:
+        word = words.pop()
+        name, equals, value = word.removeprefix("--").partition("=")
+        key = names.full(name)
+        is_alone = not equals and (not words or words[-1].startswith("--"))
+        if not word.startswith("--"):
+            missing = [each for each in names.required if each not in found.settings]
+            where = f"--{missing[0]} {word}" if missing else f"--name {word}"
+            found.problems.append(f"{word}: found a value without a name; write {where}")
+        elif fixed := names.underscored(name):
+            found.problems.append(f"--{name}: names have underscores; write {fixed}")
+            if not (is_alone or equals):
+                words.pop()
+        elif name in names.flags and not equals:
+            found.flags.add(name)
+        elif key in found.settings:
+            found.problems.append(f"--{name}: given twice")
+        elif is_alone:
+            found.problems.append(f"--{name}: its value is missing; write --{name} VALUE")
+        else:
+            found.settings[key] = value if equals else words.pop()
+    return found
+
+
+def _parse_value(hint: Hint, text: str) -> object:
+    """The YAML value that the annotation asks for; the text itself if it is not valid YAML."""
     arms = typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,)
-    opened = _OPENED.get(text[:1]) in [typing.get_origin(arm) or arm for arm in arms]
-    if str in arms and not (text == "null" and types.NoneType in arms) and not opened:
+    is_collection = _BRACKETS.get(text[:1]) in [typing.get_origin(arm) or arm for arm in arms]
+    if str in arms and not (text == "null" and types.NoneType in arms) and not is_collection:
         return text
     try:
         value = parse_yaml(text)
@@ -45,29 +183,7 @@ def _from_text(hint: Any, text: str) -> Any:
     return text if str in arms and not isinstance(value, list | dict | None) else value
 
 
-def _split(argv: Sequence[str], switches: Mapping[str, str]) -> tuple[dict[str, str], set[str], list[str]]:
-    """(settings as text, switches given, problems) of `--key value`, `--key=value` and `--switch`."""
-    settings: dict[str, str] = {}
-    given: set[str] = set()
-    problems = []
-    words = list(reversed(argv))
-    while words:
-        word = words.pop()
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not word.startswith("--"):
-            problems.append(f"{word}: stands alone; settings are given as --section.key value")
-        elif name in switches and not equals:
-            given.add(name)
-        elif name in settings:
-            problems.append(f"--{name}: given twice")
-        elif equals or (words and not words[-1].startswith("--")):
-            settings[name] = value if equals else words.pop()
-        else:
-            problems.append(f"--{name}: lacks a value")
-    return settings, given, problems
-
-
-def _merge(raw: dict[str, Any], key: str, value: Any) -> None:
+def _set_nested(raw: dict[str, Any], key: str, value: object) -> None:
     *sections, name = key.split(".")
     for section in sections:
         if not isinstance(raw.get(section), dict):
@@ -76,7 +192,41 @@ def _merge(raw: dict[str, Any], key: str, value: Any) -> None:
     raw[name] = value
 
 
-def _metavar(hint: Any) -> str:
+def help_text(command: Command, *, every: bool = False) -> str:
+    """The text of `--help`: usage, an example, flags and common settings; with `every`, all settings."""
+    width = max(60, min(shutil.get_terminal_size().columns, 120))
+    settings = list(walk_settings(command.schema))
+    common = [] if every else [setting for setting in settings if setting[1].metadata["common"]]
+    key = "section.key" if any("." in key for key, _, _ in settings) else "key"
+    lines = [f"usage: {command.prog} [--config FILE] [--{key} value ...]", ""]
+    lines += [*textwrap.wrap(command.summary, width), "", "example:"]
+    lines += [f"  {command.prog} {command.example}", ""]
+    lines.append(_entry("config FILE", "YAML file of settings; the command line overrides it", width))
+    lines += [_entry(name, text, width) for name, text in command.flags.items()]
+    if not common:
+        return "\n".join([*lines, *_sections_text(command.schema, width)])
+    lines += ["", "common settings:"]
+    for key, field, _ in common:
+        name = next((short for short, full in SHORT_NAMES.items() if full == key), key)
+        lines.append(_entry(f"{name}", f"{field.metadata['common']} {_default(field)}", width))
+    return "\n".join([*lines, "", f"--help all lists all {len(settings)} settings."])
+
+
+def _sections_text(schema: type, width: int) -> list[str]:
+    lines = []
+    by_section = itertools.groupby(walk_settings(schema), lambda setting: setting[0].rpartition(".")[0])
+    for section, settings in by_section:
+        lines += ["", *textwrap.wrap(_section_title(schema, section), width)]
+        for key, field, hint in settings:
+            lines.append(_entry(f"{key} {_metavar(hint)}", f"{field.metadata['help']} {_default(field)}", width))
+    return lines
+
+
+def _section_title(schema: type, section: str) -> str:
+    return f"{section}: {typing.get_type_hints(schema)[section].__doc__}" if section else str(schema.__doc__)
+
+
+def _metavar(hint: Hint) -> str:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
         return "{" + ",".join(arguments) + "}"
@@ -99,79 +249,35 @@ def _entry(head: str, text: str, width: int) -> str:
     if len(f"  --{head}") > width:  # many choices
         head = textwrap.fill(head.replace(",", ", "), width, initial_indent=" " * 4, subsequent_indent=indent).strip()
     first = f"  --{head}".ljust(_HELP_COLUMN - 2)
-    # As argparse does: a head that is too long has a line of its own.
+    # Same layout as argparse: a head that is too long gets its own line.
     start = f"{first}  {body[0]}" if len(first) <= _HELP_COLUMN - 2 else f"{first}\n{indent}{body[0]}"
     return "\n".join([start, *(indent + line for line in body[1:])])
 
 
-def _section_title(schema: type, section: str) -> str:
-    return f"{section}: {typing.get_type_hints(schema)[section].__doc__}" if section else str(schema.__doc__)
-
-
-def help_text(prog: str, switches: Mapping[str, str], schema: type = Config) -> str:
-    """Every setting by section: its type, what it does, its default."""
-    width = max(60, min(shutil.get_terminal_size().columns, 120))
-    key = "section.key" if any("." in key for key, _, _ in walk(schema)) else "key"
-    lines = [f"usage: {prog} [--config FILE] [--{key} value ...]", ""]
-    lines.append(_entry("config FILE", "YAML file of the settings below; the command line wins over it", width))
-    lines += [_entry(name, text, width) for name, text in switches.items()]
-    for section, settings in itertools.groupby(walk(schema), lambda setting: setting[0].rpartition(".")[0]):
-        lines += ["", *textwrap.wrap(_section_title(schema, section), width)]
-        for key, field, hint in settings:
-            lines.append(_entry(f"{key} {_metavar(hint)}", f"{field.metadata['help']} {_default(field)}", width))
-    return "\n".join(lines)
-
-
-def read_command_line[T](
-    argv: Sequence[str],
-    prog: str,
-    switches: Mapping[str, str],
-    schema: type[T] = Config,
-    check: Callable[[T], None] = validate,
-) -> tuple[T, set[str]]:
-    """(the validated settings, the switches given), from a YAML file and the settings that override it.
-
-    `switches` maps the name of a flag without a value to its help text; `check` raises ConfigError where settings
-    contradict each other. `--help` prints and exits.
-    """
-    if {"--help", "-h"} & set(argv):
-        print(help_text(prog, switches, schema))
-        sys.exit(0)
-    settings, given, problems = _split(argv, switches)
-    raw, sources = read_yaml(settings.pop("config")) if "config" in settings else ({}, {})
-    if problems:
-        raise ConfigError(problems)
-    hints = {key: hint for key, _, hint in walk(schema)}
-    for key, text in settings.items():
-        _merge(raw, key, _from_text(hints.get(key, str), text))
-        sources[key] = "command line"
-    settings_read = decode(schema, raw, sources)
-    check(settings_read)
-    return settings_read, given
-
-
-def parse(argv: Sequence[str], prog: str) -> Config:
-    """The validated configuration of `prog --config FILE --section.key value`; raises ConfigError."""
-    return read_command_line(argv, prog, {})[0]
-
-
-def _words(error: ValueError | OSError) -> str:
+def _message(error: ValueError | OSError) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     return str(error)
 
 
-def run_main(main: Callable[[list[str]], None]) -> None:
-    """Runs `main(arguments)`: bad input is one message and exit code 2; QLORA_JAX_TRACEBACK=1 shows the traceback."""
+def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
+    """Runs `main(arguments)` and turns its errors into exit codes.
+
+    Bad input prints one message and exits with 2; with QLORA_JAX_TRACEBACK=1 it shows the traceback. Ctrl-C exits with
+    130, a reader that closes standard output with 141.
+
+    Args:
+      argv: the arguments; None for those of the process.
+    """
     try:
-        main(sys.argv[1:])
+        main([*(sys.argv[1:] if argv is None else argv)])
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `... | head` has read enough; what is left to flush goes nowhere
+    except BrokenPipeError:  # `... | head` has read enough; later flushes must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("QLORA_JAX_TRACEBACK") == "1":
             raise
-        print(f"error: {_words(error)}", file=sys.stderr)
+        print(f"error: {_message(error)}", file=sys.stderr)
         sys.exit(2)

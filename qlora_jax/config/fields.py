@@ -1,4 +1,4 @@
-"""How a setting is declared: a field with its help text, and a bound on its values."""
+"""Declares settings: a dataclass field with its help text, and a bound on its values."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,9 +7,9 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bound:
-    """A condition on one value, and the words that tell it: `expected {words}`."""
+    """A condition on one value, and its description for the error `expected {description}`."""
 
-    words: str
+    description: str
     holds: Callable[[Any], bool]
 
 
@@ -24,9 +24,18 @@ BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**
 NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
 
 
-def setting(help: str, default: Any = dataclasses.MISSING, bound: Bound | None = None) -> Any:
-    """A field with its help text and bound; lists and dicts are copied for each instance; no default: required."""
-    metadata = {"help": help, "bound": bound}
+# Returns Any for the same reason as dataclasses.field: it stands where a value of the field's type is expected.
+def setting(
+    help: str, default: Any = dataclasses.MISSING, bound: Bound | None = None, *, common: str | None = None
+) -> Any:
+    """Declares a field with its help text and bound; without a default the setting is required.
+
+    Lists and dicts are copied for each instance.
+
+    Args:
+      common: a help text of one line, for a setting that `--help` lists; `--help all` shows `help`.
+    """
+    metadata = {"help": help, "bound": bound, "common": common}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)

@@ -1,4 +1,4 @@
-"""What the names of optimizers say: which update, how its state is held, and whether it is paged."""
+"""Reads an optimizer's name: its update rule, and whether its state is paged."""
 
 from typing import Literal
 
@@ -8,12 +8,12 @@ PAGED = "paged_"
 
 
 def plain_name(name: str) -> str:
-    """The optimizer whose numbers a name's are: paging changes no bit."""
+    """The optimizer's name without `paged_`; paging does not change its results."""
     return name.removeprefix(PAGED)
 
 
 def paging_of(optim: OptimArgs) -> Literal["off", "on", "auto"]:
-    """What is done: optim.paging, or by the optimizer's name."""
+    """The paging mode: optim.paging, or for `by_name` the one that the optimizer's name implies."""
     if optim.paging == "by_name":
         return "auto" if optim.name.startswith(PAGED) else "off"
     return optim.paging

@@ -1,4 +1,4 @@
-"""Every setting of a run: its type, default, bounds and help, in one place. Knows nothing of arrays or devices."""
+"""Declares every setting of a training run: type, default, bounds and help. Imports neither arrays nor devices."""
 
 import dataclasses
 from typing import Literal
@@ -20,78 +20,88 @@ from qlora_jax.config.question_settings import QuestionArgs
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """The base model and how it is held in memory."""
+    """The base model and its weight format."""
 
     path: str = setting(
-        "a Hugging Face folder with config.json and safetensors, a GGUF file, or a model on the Hub: org/name, "
-        "org/name@revision, org/name/file.gguf",
+        "the base model: a Hugging Face folder with config.json and safetensors, a GGUF file, or a model on the Hub "
+        "(org/name, org/name@revision, org/name/file.gguf)",
         bound=NOT_EMPTY,
+        common="the base model: a Hugging Face folder, a GGUF file, or org/name on the Hub",
     )
     quant_type: Literal["nf4", "fp4", "int4", "e2m1", "e3m0", "none"] = setting(
-        "4-bit code of the linear layers; none keeps them in 16 bit (plain LoRA)", "nf4"
+        "4-bit data type of the linear layers; none leaves them in 16 bits (plain LoRA)",
+        "nf4",
+        common="4-bit type of the linear layers: nf4, fp4, int4, e2m1, e3m0; none: 16 bits",
     )
-    block_size: int = setting("weights that share one scale (absmax)", 64, BLOCK_SIZE)
-    double_quant: bool = setting("quantize the scales too, to 8 bits (saves 0.37 bits a weight)", True)
+    block_size: int = setting("number of weights that share one scale (absmax)", 64, BLOCK_SIZE)
+    double_quant: bool = setting("quantize the scales to 8 bits too; saves 0.37 bits per weight", True)
     new_tokens: list[str] = setting(
-        "tokens added to the vocabulary; their rows of embedding and head train too, and begin as the mean row", []
+        "tokens to add to the vocabulary (docs/tokens.md). Their rows of embedding and head train too; each starts as "
+        "the mean row",
+        [],
     )
     new_special_tokens: list[str] = setting(
-        "likewise, of tokens that are no text, such as marks of turns (docs/tokens.md)", []
+        "special tokens to add, such as turn markers; like new_tokens, but never part of plain text (docs/tokens.md)",
+        [],
     )
     compute_dtype: Literal["auto", "bfloat16", "float32"] = setting(
-        "dtype of the matmuls; auto: bfloat16 where the device is fast at it, else float32", "auto"
+        "dtype of the matmuls; auto: bfloat16 where the device is fast at it, float32 elsewhere", "auto"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraArgs:
-    """What trains: adapters, or the model itself."""
+    """The trained parameters: an adapter, or the whole model."""
 
     method: Literal["lora", "dora", "ia3", "full"] = setting(
-        "what trains (docs/adapters.md). lora; dora: LoRA and the length of each row of the weight; ia3: vectors "
-        "alone, on keys, values and the MLP's inner activations; full: no adapter, every weight of the model, of which "
-        "none is quantized then",
+        "finetuning method (docs/adapters.md). lora: low-rank matrices. dora: LoRA, and the norm of each weight row. "
+        "ia3: scaling vectors for keys, values and the MLP's inner activations. full: every weight of the unquantized "
+        "model",
         "lora",
+        common="finetuning method: lora, dora, ia3, full",
     )
     init: Literal["default", "pissa", "loftq"] = setting(
-        "what A and B begin with. default: A random, B zero. pissa: the largest singular parts of each weight, of "
-        "which the rest is quantized. loftq: what quantization takes from each weight",
+        "initial adapter. default: A random, B zero. pissa: the largest singular components of each weight; the "
+        "remainder is quantized. loftq: an approximation of the quantization error",
         "default",
     )
     svd_niter: int = setting(
-        "pissa and loftq: power iterations of a randomized decomposition, such as 4 or 16; 0 computes the whole one, "
-        "which takes long for large models",
+        "pissa and loftq: power iterations of the randomized SVD, such as 4 or 16; 0: the exact SVD, slow for large "
+        "models",
         0,
         NON_NEGATIVE,
     )
-    loftq_iterations: int = setting(
-        "loftq: how often a weight is quantized and what is missing decomposed", 1, AT_LEAST_ONE
+    loftq_iterations: int = setting("loftq: alternations between quantization and SVD", 1, AT_LEAST_ONE)
+    rank: int = setting("rank of the adapter: columns of lora_a, rows of lora_b", 16, AT_LEAST_ONE, common="LoRA rank")
+    alpha: float = setting(
+        "the adapter's output is scaled by alpha / rank", 32.0, POSITIVE, common="LoRA alpha; scaling is alpha / rank"
     )
-    rank: int = setting("columns of lora_a, rows of lora_b", 16, AT_LEAST_ONE)
-    alpha: float = setting("the update is scaled by alpha / rank", 32.0, POSITIVE)
-    dropout: float = setting("share of adapter inputs zeroed while training", 0.0, BELOW_ONE)
+    dropout: float = setting("dropout rate of the adapter's inputs in training", 0.0, BELOW_ONE)
     target_modules: str | list[str] = setting(
-        "layers that get an adapter: all-linear (every linear layer but the head), a list of names such as "
-        "[q_proj, v_proj], or one regular expression over full names; auto: all-linear, and for ia3 the projections of "
-        "keys and values and the MLP's last",
+        "layers with an adapter: all-linear (every linear layer except the head), a list of names such as "
+        "[q_proj, v_proj], or one regular expression for full names. auto: all-linear; for ia3 the key and value "
+        "projections and the MLP's last projection",
         "auto",
         NOT_EMPTY,
+        common="layers with an adapter: all-linear, or a list such as [q_proj, v_proj]",
     )
     feedforward_modules: list[str] | None = setting(
-        "ia3: those targets whose inputs are scaled, not their results; null: the MLP's last projection", None
+        "ia3: target modules whose inputs are scaled instead of their outputs; null: the MLP's last projection", None
     )
-    rank_pattern: dict[str, int] = setting("another rank where a name matches: {down_proj: 8}", {})
-    alpha_pattern: dict[str, float] = setting("another alpha where a name matches: {down_proj: 16.0}", {})
+    rank_pattern: dict[str, int] = setting("a different rank for matching names: {down_proj: 8}", {})
+    alpha_pattern: dict[str, float] = setting("a different alpha for matching names: {down_proj: 16.0}", {})
     use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)
     modules_to_save: list[str] = setting(
-        "tables that train whole beside the adapters, of [embed_tokens, lm_head] (docs/tokens.md): copies as large as "
-        "they, their gradients and optimizer state besides",
+        "tables to train in full next to the adapter, out of [embed_tokens, lm_head] (docs/tokens.md). Each needs "
+        "memory for a full copy, its gradient and its optimizer state",
         [],
     )
-    start: str | None = setting("a PEFT adapter's folder to go on from; its rank and alpha must be those above", None)
+    start: str | None = setting(
+        "folder of a PEFT adapter to start from; its rank and alpha must equal the settings above", None
+    )
     dtype: Literal["float32", "bfloat16"] = setting(
-        "what adapters (with full: matrices) are stored in, and their gradients; bfloat16 is half the bytes, and "
-        "each update, computed in float32, is rounded to it",
+        "storage dtype of trained parameters and their gradients. bfloat16 needs half the memory; each update is "
+        "computed in float32 and rounded",
         "float32",
     )
 
@@ -116,64 +126,67 @@ FormName = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataArgs:
-    """Training and held-out rows, and how they become tokens."""
+    """Training and evaluation data, and its tokenization."""
 
     train: str | dict[str, float] = setting(
-        "training rows: a JSONL, JSON, CSV, TSV or Parquet file, or a data set on the Hub (hf://datasets/org/name); "
-        "or several and how often an epoch goes through each: {a.jsonl: 1, b.jsonl: 0.5}",
+        "training data: a JSONL, JSON, CSV, TSV or Parquet file, or a dataset on the Hub (hf://datasets/org/name). "
+        "Several files take weights: {a.jsonl: 1, b.jsonl: 0.5} uses half of b.jsonl per epoch",
         bound=NOT_EMPTY,
+        common="training data: a JSONL, JSON, CSV, TSV or Parquet file, or hf://datasets/org/name",
     )
-    eval: str | None = setting("file of held-out rows", None)
+    eval: str | None = setting("evaluation data: a file like train", None, common="file of evaluation data")
     eval_fraction: float = setting(
-        "without eval: hold out about this share of train, by a hash of the row", 0.0, BELOW_ONE
+        "without eval: the fraction of train to hold out, chosen by a hash of each row",
+        0.0,
+        BELOW_ONE,
+        common="without data.eval: fraction of data.train to hold out",
     )
     format: FormName | dict[str, FormName] = setting(
-        "form of the rows (docs/data.md); auto looks at the columns: messages (chat), sharegpt (conversations), alpaca "
-        "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), "
-        "seed-tasks and unnatural-instructions (instances), text; hh-rlhf, guanaco and chip2 have to be named. Of "
-        "several files: {b.jsonl: guanaco}, the others being auto",
+        "row format (docs/data.md). auto detects it by columns: messages (chat), sharegpt (conversations), alpaca "
+        "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), seed-tasks "
+        "and unnatural-instructions (instances), text. hh-rlhf, guanaco and chip2 must be given. For several files: "
+        "{b.jsonl: guanaco}; the others are auto",
         "auto",
     )
     learn: Literal["assistant", "last", "all"] = setting(
-        "what the loss sees: every turn of the assistant, its last turn alone, or all of a row, prompts too (train on "
-        "source)",
+        "tokens in the loss: every assistant turn, the last assistant turn, or all tokens including prompts",
         "assistant",
     )
-    max_length: int = setting("tokens of a row at most, its special tokens included", 1024, AT_LEAST_TWO)
+    max_length: int = setting(
+        "maximum tokens per row, special tokens included", 1024, AT_LEAST_TWO, common="maximum tokens per row"
+    )
     overlong: Literal["error", "drop", "truncate-left", "truncate-right"] = setting(
-        "what happens to longer rows (they are counted): refused, left out, or cut at their beginning or end",
+        "treatment of longer rows: raise an error, drop them, or truncate them at the left or right end. The data "
+        "report counts them",
         "truncate-right",
     )
     source_max_length: int | None = setting(
-        "cut what comes before the answer to so many tokens, bos included, on its right: source_max_len of the "
-        "reference; rows of one prompt and one answer only",
+        "truncate the prompt on the right to this many tokens, bos included (source_max_len of the QLoRA reference). "
+        "Only for rows of one prompt and one answer",
         None,
         AT_LEAST_ONE,
     )
     target_max_length: int | None = setting(
-        "cut the answer, eos included, to so many tokens: target_max_len of the reference", None, AT_LEAST_ONE
-    )
-    packing: bool = setting(
-        "put several rows into one of max_length, each seeing itself alone: no token is wasted on padding. A batch's "
-        "rows are then packs, so an epoch has fewer steps",
-        False,
-    )
-    buckets: int = setting(
-        "padded lengths that batches come in, rows of like length together (group by length); each costs one "
-        "compilation",
-        4,
+        "truncate the answer to this many tokens, eos included (target_max_len of the QLoRA reference)",
+        None,
         AT_LEAST_ONE,
     )
-    cache: str | None = setting(
-        "folder that keeps rows as tokens, by their content and all they follow from, for later runs", None
+    packing: bool = setting(
+        "pack several rows into one of max_length, without padding; each row attends only to itself. A batch then "
+        "holds packs, so an epoch has fewer steps",
+        False,
+        common="pack several rows into one of max_length",
     )
+    buckets: int = setting(
+        "number of padded lengths; batches group rows of similar length. Each costs one compilation", 4, AT_LEAST_ONE
+    )
+    cache: str | None = setting("folder for tokenized rows, reused by later runs with the same data and settings", None)
     window: int | None = setting(
-        "rows that are in memory and shuffled at once, read from cache in the file's order: for files larger than "
-        "memory. null: all",
+        "for files larger than memory: the number of rows to load and shuffle at once, from cache; null: all rows",
         None,
         AT_LEAST_HUNDRED,
     )
-    chat_template: str | None = setting("a jinja file used instead of the model's own chat template", None)
+    chat_template: str | None = setting("a jinja file to use instead of the model's chat template", None)
 
 
 OptimizerName = Literal[
@@ -190,73 +203,95 @@ OptimizerName = Literal[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimArgs:
-    """The optimizer and its schedule."""
+    """The optimizer and its learning rate schedule."""
 
     name: OptimizerName = setting(
-        "optimizer and bits of its state; paged_: optim.paging is auto unless it is set", "adamw_32bit"
+        "optimizer and precision of its state; paged_* turns on paging unless optim.paging is set",
+        "adamw_32bit",
+        common="adamw_32bit, adamw_8bit, lion_32bit, lion_8bit, or paged_*",
     )
-    learning_rate: float = setting("peak learning rate", 2e-4, POSITIVE)
-    schedule: Literal["constant", "linear", "cosine"] = setting("after the warm-up: stay, or fall to zero", "constant")
-    warmup_ratio: float = setting("share of the steps over which the learning rate rises from 0", 0.03, UP_TO_ONE)
+    learning_rate: float = setting("peak learning rate", 2e-4, POSITIVE, common="peak learning rate")
+    schedule: Literal["constant", "linear", "cosine"] = setting(
+        "learning rate after warm-up: constant, or decay to zero", "constant", common="constant, linear or cosine"
+    )
+    warmup_ratio: float = setting("fraction of the steps in which the learning rate rises from 0", 0.03, UP_TO_ONE)
     weight_decay: float = setting("decoupled weight decay", 0.0, NON_NEGATIVE)
-    beta1: float = setting("decay of the mean of gradients", 0.9, BELOW_ONE)
-    beta2: float = setting("decay of the mean of squared gradients", 0.999, BELOW_ONE)
+    beta1: float = setting("decay rate of the first moment", 0.9, BELOW_ONE)
+    beta2: float = setting("decay rate of the second moment", 0.999, BELOW_ONE)
     eps: float = setting("added to the root of the second moment", 1e-8, POSITIVE)
-    max_grad_norm: float = setting("gradients are scaled down to this global norm; 0 turns it off", 0.3, NON_NEGATIVE)
+    max_grad_norm: float = setting("clip gradients to this global norm; 0: no clipping", 0.3, NON_NEGATIVE)
     paging: Literal["by_name", "off", "on", "auto"] = setting(
-        "optimizer state in pages that wait in host memory: on keeps paging_budget of them on the device, auto what "
-        "the next batch leaves room for; results are the same to the bit. by_name: auto where the optimizer's name "
-        "begins with paged_, else off",
+        "page optimizer state to host memory. on: keep paging_budget of it on the device. auto: keep as much as the "
+        "next batch leaves room for. by_name: auto for paged_* optimizers, else off. Results are bit-identical",
         "by_name",
     )
-    paging_budget: str | None = setting("device memory for pages, such as 512MiB or 2GiB; paging=on needs it", None)
+    paging_budget: str | None = setting(
+        "paging=on: device memory for optimizer state, such as 512MiB or 2GiB; required there", None
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainArgs:
-    """Steps, batches, and what is written when. An optimizer step sees micro_batch_size x accumulation rows."""
+    """Steps, batch sizes, evaluation and checkpoints. An optimizer step sees micro_batch_size x accumulation rows."""
 
-    epochs: float = setting("passes over the training rows", 1.0, POSITIVE)
-    steps: int | None = setting("optimizer steps; overrides epochs", None, AT_LEAST_ONE)
-    micro_batch_size: int = setting("rows that go through the model at once", 1, AT_LEAST_ONE)
-    accumulation: int = setting("micro-batches an optimizer step", 16, AT_LEAST_ONE)
-    remat: Literal["none", "names", "full", "offload"] = setting(
-        "what is computed again in the backward pass: none: nothing; names: norms and activations (as fast, a quarter "
-        "less memory on SmolLM2); full: everything (slower, less memory); offload: everything, and layers' inputs wait "
-        "in host memory (GPUs alone; least memory)",
-        "names",
+    epochs: float = setting("passes over the training data", 1.0, POSITIVE, common="passes over the training data")
+    steps: int | None = setting(
+        "optimizer steps; overrides epochs", None, AT_LEAST_ONE, common="optimizer steps; overrides epochs"
     )
-    eval_every: int = setting("evaluate every so many steps; 0: only at the end", 0, NON_NEGATIVE)
+    micro_batch_size: int = setting("rows per forward pass", 1, AT_LEAST_ONE, common="rows per forward pass")
+    accumulation: int = setting(
+        "micro-batches per optimizer step", 16, AT_LEAST_ONE, common="micro-batches per optimizer step"
+    )
+    remat: Literal["none", "names", "full", "offload"] = setting(
+        "recomputation in the backward pass. none: nothing. names: norms and activation functions (as fast as none, a "
+        "quarter less memory on SmolLM2). full: everything (slower, less memory). offload: everything, with layer "
+        "inputs in host memory (GPUs only, least memory)",
+        "names",
+        common="recomputation in the backward pass: none, names, full, offload",
+    )
+    eval_every: int = setting(
+        "steps between evaluations; 0: only at the end",
+        0,
+        NON_NEGATIVE,
+        common="steps between evaluations; 0: only at the end",
+    )
     samples: str | None = setting(
-        "file of prompts, as generate --prompts takes it, that the model replies to at every evaluation (greedily): "
-        "RUN/samples.jsonl; its cache comes on top of the memory plan",
+        "file of prompts, as for generate --prompts. The model replies to them greedily at every evaluation, in "
+        "RUN/samples.jsonl. The memory plan does not include their key-value cache",
         None,
         NOT_EMPTY,
     )
-    sample_tokens: int = setting("with samples: tokens of a reply at most", 64, AT_LEAST_ONE)
-    save_every: int = setting("save a checkpoint every so many steps; 0: only at the end", 100, NON_NEGATIVE)
-    keep: int = setting("checkpoints kept, the newest", 2, AT_LEAST_ONE)
-    keep_best: bool = setting(
-        "also keep the checkpoint with the least held-out loss; it is saved when its evaluation is done", False
+    sample_tokens: int = setting("samples: maximum tokens per reply", 64, AT_LEAST_ONE)
+    save_every: int = setting(
+        "steps between checkpoints; 0: only at the end",
+        100,
+        NON_NEGATIVE,
+        common="steps between checkpoints; 0: only at the end",
     )
+    keep: int = setting("number of recent checkpoints to keep", 2, AT_LEAST_ONE)
+    keep_best: bool = setting("also keep the checkpoint with the lowest evaluation loss", False)
     patience: int = setting(
-        "stop after so many evaluations in a row without less held-out loss than before; 0: never", 0, NON_NEGATIVE
+        "stop after this many evaluations in a row without a lower evaluation loss; 0: never", 0, NON_NEGATIVE
     )
-    log_every: int = setting("report every so many steps", 1, AT_LEAST_ONE)
+    log_every: int = setting("steps between lines of progress", 1, AT_LEAST_ONE)
     track: list[Literal["tensorboard", "wandb"]] = setting(
-        "where metrics go besides metrics.jsonl: tensorboard (RUN/tensorboard), wandb; each is an extra to install", []
+        "experiment trackers besides metrics.jsonl: tensorboard (RUN/tensorboard), wandb; install the extra of the "
+        "same name",
+        [],
     )
     trace_steps: int = setting(
-        "write a profiler's trace of so many steps, from the third of a start on, to RUN/trace; Perfetto opens it",
+        "number of steps to profile, from the third step on, into RUN/trace, which Perfetto opens",
         0,
         NON_NEGATIVE,
     )
-    seed: int = setting("seed of adapters, shuffling and dropout", 0, NON_NEGATIVE)
+    seed: int = setting(
+        "random seed of adapter initialization, shuffling and dropout", 0, NON_NEGATIVE, common="random seed"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """One training run. Paths are relative to the folder that the command runs in."""
+    """All settings of one training run. Relative paths start at the folder that the command runs in."""
 
     model: ModelArgs = setting("the base model")
     lora: LoraArgs = dataclasses.field(default_factory=LoraArgs)
@@ -264,4 +299,8 @@ class Config:
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
-    output: str = setting("folder of the run: checkpoints, metrics, plot, resolved config", bound=NOT_EMPTY)
+    output: str = setting(
+        "the run's folder, for checkpoints, metrics, report and resolved configuration",
+        bound=NOT_EMPTY,
+        common="the run's folder",
+    )

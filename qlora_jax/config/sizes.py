@@ -1,4 +1,4 @@
-"""Sizes of memory as people write them."""
+"""Parses and formats memory sizes such as 2GiB."""
 
 import re
 
@@ -7,10 +7,10 @@ _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]+)")
 
 
 def parse_bytes(text: str) -> int:
-    """Bytes of a number and a unit: `parse_bytes("1.5 GiB")` is 1610612736; GB is 10^9, GiB 2^30.
+    """The size in bytes of a number and a unit: `parse_bytes("1.5 GiB")` is 1610612736; GB is 10^9, GiB 2^30.
 
     Raises:
-      ValueError: what was found and expected.
+      ValueError: the text is not a non-negative number followed by a known unit.
     """
     found = _SIZE.fullmatch(text.strip())
     units = {name.lower(): factor for name, factor in UNITS.items()}
@@ -20,7 +20,7 @@ def parse_bytes(text: str) -> int:
 
 
 def format_bytes(size: int) -> str:
-    """`format_bytes(1610612736)` is '1.50 GiB'."""
+    """The size with a unit: `format_bytes(1610612736)` is '1.50 GiB'."""
     for name in ("GiB", "MiB", "KiB"):
         if size >= UNITS[name]:
             return f"{size / UNITS[name]:,.2f} {name}"

@@ -1,6 +1,14 @@
-"""What other trainers call our settings; used in the message for an unknown key, never to accept one."""
+"""Suggests the setting or value that was probably meant: the nearest name, or ours for another trainer's name.
 
-# transformers' TrainingArguments, peft's LoraConfig, trl, axolotl and the QLoRA reference, by the last part of the key.
+Suggestions appear in error messages only; no other name is ever accepted.
+"""
+
+import difflib
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+# Names in transformers' TrainingArguments, peft's LoraConfig, trl, axolotl and the QLoRA reference.
 SYNONYMS = {
     "model_name_or_path": "model.path",
     "base_model": "model.path",
@@ -98,7 +106,7 @@ SYNONYMS = {
     "output_dir": "output",
 }
 
-# What they call our optimizers, data sets' forms and choices.
+# Other trainers' names of our optimizers, data formats and choices.
 CHOICES = {
     "adamw": "adamw_32bit",
     "adamw_hf": "adamw_32bit",
@@ -121,3 +129,39 @@ CHOICES = {
     "truncate": "truncate-right",
     "raise": "error",
 }
+
+
+def suggest_key(key: str, known: Sequence[str]) -> str:
+    """The end of the message for an unknown key: the known key that was probably meant, or where all are listed.
+
+    Keys are compared by their last part: two keys of one section are not similar because of the section.
+    """
+    last = key.rpartition(".")[2].replace("-", "_")
+    same_name = [name for name in known if name.rpartition(".")[2] == last]
+    synonym = [SYNONYMS[last]] if SYNONYMS.get(last) in known else []
+    by_last = {name.rpartition(".")[2]: name for name in known}
+    near = same_name or synonym or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
+    return f"; did you mean {near[0]}?" if near else "; --help all lists all settings"
+
+
+def suggest_value(hint: Any, value: object) -> str:
+    """The end of the message for a value that the annotation `hint` does not allow; empty if nothing is near."""
+    near = _near_choices(str(value), _choices(hint))
+    if isinstance(value, str) and any(typing.get_origin(arm) is list for arm in (hint, *typing.get_args(hint))):
+        near = [f"[{(near or [value])[0]}]"]
+    if near:
+        return f"; did you mean {near[0]}?"
+    return "; this setting has no settings below it" if isinstance(value, Mapping) else ""
+
+
+def _near_choices(value: str, choices: Sequence[str]) -> list[str]:
+    value = value.lower()
+    synonym = CHOICES.get(value)
+    return [synonym] if synonym is not None and synonym in choices else difflib.get_close_matches(value, choices, n=1)
+
+
+def _choices(hint: Any) -> tuple[str, ...]:
+    """The choices of a Literal, alone or in a union."""
+    if typing.get_origin(hint) is Literal:
+        return typing.get_args(hint)
+    return next((_choices(arm) for arm in typing.get_args(hint) if typing.get_origin(arm) is Literal), ())

@@ -1,4 +1,4 @@
-"""What must hold between settings, and for a Config made in Python."""
+"""Validates a configuration: types, bounds, and settings that contradict each other."""
 
 import dataclasses
 
@@ -19,25 +19,25 @@ def _pattern_problems(config: Config) -> list[str]:
     ]
 
 
-# What (IA)^3, which has no rank and no dropout, leaves at its default; and what only it has.
+# Settings without meaning for (IA)^3, which has no rank and no dropout; and those that only it has.
 NOT_OF_IA3 = ("init", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype")
 OF_IA3 = ("feedforward_modules",)
-# What there is none of where the model itself trains.
+# Settings without meaning in full finetuning.
 NOT_OF_FULL = (*NOT_OF_IA3[:-1], *OF_IA3, "target_modules", "modules_to_save", "start")
-FOREIGN = {"lora": OF_IA3, "dora": OF_IA3, "ia3": NOT_OF_IA3, "full": NOT_OF_FULL}
+UNUSED = {"lora": OF_IA3, "dora": OF_IA3, "ia3": NOT_OF_IA3, "full": NOT_OF_FULL}
 
 
 def _method_problems(lora: LoraArgs) -> list[str]:
-    """Settings that the method does not have, or the initialisation."""
+    """Reports settings that the method or the initialization ignores."""
     plain = LoraArgs()
-    foreign = {name: f"lora.method={lora.method}" for name in FOREIGN[lora.method]}
+    unused = {name: f"lora.method={lora.method}" for name in UNUSED[lora.method]}
     if lora.init == "default":
-        foreign["svd_niter"] = "lora.init=default"
+        unused["svd_niter"] = "lora.init=default"
     if lora.init != "loftq":
-        foreign["loftq_iterations"] = f"lora.init={lora.init}"
+        unused["loftq_iterations"] = f"lora.init={lora.init}"
     return [
-        f"lora.{name}: found {getattr(lora, name)!r}, but {why} has no such setting; leave it out"
-        for name, why in foreign.items()
+        f"lora.{name}: found {getattr(lora, name)!r}, but {why} does not use it. Remove this setting"
+        for name, why in unused.items()
         if getattr(lora, name) != getattr(plain, name)
     ]
 
@@ -47,18 +47,18 @@ def _init_problems(config: Config) -> list[str]:
     problems = []
     if config.lora.method == "full" and config.model.quant_type != "none":
         problems.append(
-            f"model.quant_type: found {config.model.quant_type!r} with lora.method=full, expected none; 4-bit codes do "
-            "not train"
+            f"model.quant_type: found {config.model.quant_type!r} with lora.method=full, expected none. Set "
+            "model.quant_type=none, since 4-bit weights cannot train"
         )
     if init != "default" and start is not None:
         problems.append(
-            f"lora.init: found {init!r} with lora.start={start}, expected default; an adapter to go on from has its "
-            "own values"
+            f"lora.init: found {init!r} with lora.start={start}, expected default. Remove lora.init, since "
+            "the adapter in lora.start has initial values"
         )
     if init == "loftq" and config.model.quant_type == "none":
         problems.append(
-            "lora.init: found 'loftq' with model.quant_type=none, but quantization's losses are what it makes up for; "
-            "set lora.init=pissa or default"
+            "lora.init: found 'loftq' with model.quant_type=none, but loftq corrects the quantization error. "
+            "Set lora.init=pissa or default"
         )
     return problems
 
@@ -67,8 +67,8 @@ def _paging_problems(config: Config) -> list[str]:
     name, paging, budget = config.optim.name, config.optim.paging, config.optim.paging_budget
     if name.startswith(PAGED) and paging == "off":
         return [
-            f"optim.paging: found 'off' with optim.name={name}, expected by_name, on or auto; "
-            f"{plain_name(name)} is the same without pages"
+            f"optim.paging: found 'off' with optim.name={name}, expected by_name, on or auto. "
+            f"Use {plain_name(name)} for no paging"
         ]
     if (paging_of(config.optim) == "on") != (budget is not None):
         expected = "a size such as 2GiB" if budget is None else "null (only paging=on has a budget)"
@@ -85,7 +85,7 @@ def _token_problems(config: Config) -> list[str]:
     tokens = [*config.model.new_tokens, *config.model.new_special_tokens]
     wrong = [token for token in dict.fromkeys(tokens) if tokens.count(token) > 1 or not token.strip()]
     return [
-        f"model.new_tokens, model.new_special_tokens: found {token!r}, expected each once, and more than white space"
+        f"model.new_tokens, model.new_special_tokens: found {token!r}, expected unique tokens that are not blank"
         for token in wrong
     ]
 
@@ -93,7 +93,7 @@ def _token_problems(config: Config) -> list[str]:
 def _source_problems(data: DataArgs) -> list[str]:
     weights = data.train if isinstance(data.train, dict) else {data.train: 1.0}
     problems = [
-        f"data.train: found the weight {weight!r} for {path!r}, expected more than 0"
+        f"data.train: found weight {weight!r} for {path!r}, expected more than 0"
         for path, weight in weights.items()
         if weight <= 0
     ]
@@ -104,9 +104,7 @@ def _source_problems(data: DataArgs) -> list[str]:
             if path not in (*weights, data.eval)
         ]
     if data.window is not None and data.cache is None:
-        problems.append(
-            f"data.window: found {data.window} without data.cache, expected a folder there to read the windows from"
-        )
+        problems.append(f"data.window: found {data.window} without data.cache. Set data.cache to a folder")
     return problems
 
 
@@ -117,7 +115,7 @@ def _relation_problems(config: Config) -> list[str]:
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "
-            "expected one of them; held-out rows come from a file or out of the training file"
+            "expected one of them. Remove data.eval or data.eval_fraction"
         )
     source, target = config.data.source_max_length, config.data.target_max_length
     if (source is None) != (target is None):
@@ -126,8 +124,8 @@ def _relation_problems(config: Config) -> list[str]:
         )
     elif source is not None and target is not None and source + target > config.data.max_length:
         problems.append(
-            f"data.max_length: found {config.data.max_length}, expected at least {source + target}: "
-            "data.source_max_length and data.target_max_length together"
+            f"data.max_length: found {config.data.max_length}, expected at least {source + target}, "
+            "the sum of data.source_max_length and data.target_max_length"
         )
     problems += _source_problems(config.data)
     problems += question_problems(config.questions, "questions.")
@@ -135,26 +133,26 @@ def _relation_problems(config: Config) -> list[str]:
 
 
 def _evaluation_problems(config: Config) -> list[str]:
-    """Settings that want evaluations, of a run that has none."""
+    """Reports settings that require evaluations, in a run without them."""
     train = config.train
-    nothing_held_out = config.data.eval is None and config.data.eval_fraction == 0
-    wanting = {"eval_every": train.eval_every, "keep_best": train.keep_best, "patience": train.patience}
-    if nothing_held_out:
+    no_eval_data = config.data.eval is None and config.data.eval_fraction == 0
+    requiring = {"eval_every": train.eval_every, "keep_best": train.keep_best, "patience": train.patience}
+    if no_eval_data:
         return [
-            f"train.{name}: found {value}, but nothing is held out; set data.eval or data.eval_fraction"
-            for name, value in wanting.items()
+            f"train.{name}: found {value}, but there is no evaluation data. Set data.eval or data.eval_fraction"
+            for name, value in requiring.items()
             if value and not (name == "eval_every" and (train.samples or config.questions.given))
         ]
     return [
-        f"train.{name}: found {wanting[name]} with train.eval_every=0, expected evaluations between the first and the "
-        "last step; set train.eval_every"
+        f"train.{name}: found {requiring[name]} with train.eval_every=0, but it requires several evaluations. "
+        "Set train.eval_every"
         for name in ("keep_best", "patience")
-        if wanting[name] and not train.eval_every
+        if requiring[name] and not train.eval_every
     ]
 
 
 def validate(config: Config) -> None:
-    """Raises ConfigError with every problem: types, bounds, and settings that contradict each other."""
+    """Raises ConfigError with all problems: types, bounds, and settings that contradict each other."""
     problems = find_problems(type(config), dataclasses.asdict(config), {}) or _relation_problems(config)
     if problems:
         raise ConfigError(problems)

@@ -1,4 +1,4 @@
-"""Configurations as YAML files: read strictly, written exactly, compared by dotted key."""
+"""Reads and writes configurations as YAML files, and compares them by dotted key."""
 
 import dataclasses
 import os
@@ -9,11 +9,11 @@ from typing import Any
 
 import yaml
 
-from qlora_jax.config.parse import ConfigError, decode, walk
+from qlora_jax.config.parse import ConfigError, from_dict, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 
-# YAML 1.1 reads 2e-4 as text for want of a dot; everyone who writes a learning rate means YAML 1.2.
+# YAML 1.1 reads 2e-4 as text because it has no dot; YAML 1.2 reads it as a number.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
 
@@ -27,20 +27,20 @@ class _Dumper(yaml.SafeDumper):
 
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
-# In YAML 1.1 `off` is false; in 1.2, and for everyone who writes `paging: off`, it is a word. Written, it is quoted.
+# YAML 1.1 reads `off` as false, YAML 1.2 as text, which `paging: off` means. The dumper quotes it.
 for _letter in "oO":
     _Loader.yaml_implicit_resolvers[_letter] = [
         (tag, pattern) for tag, pattern in _Loader.yaml_implicit_resolvers[_letter] if not tag.endswith(":bool")
     ]
 
 
-def parse_yaml(text: str) -> Any:
-    """A YAML value, 2e-4 a number, `off` a word."""
+def parse_yaml(text: str) -> object:
+    """Parses a YAML value; 2e-4 is a number, `off` is text."""
     return yaml.load(text, _Loader)
 
 
 def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """(dotted key, line), a key that stands twice comes twice."""
+    """Yields (dotted key, line); a duplicate key appears twice."""
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             yield f"{prefix}{name.value}", name.start_mark.line + 1
@@ -48,12 +48,16 @@ def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
 
 
 def read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
-    """(the file's nested dict, {dotted key: "file:line"}); a key that stands twice is an error."""
+    """Returns (the file's nested dict, {dotted key: "file:line"}).
+
+    Raises:
+      ConfigError: the file is not YAML, is not a mapping, or sets a key twice.
+    """
     try:
         text = Path(path).read_text(encoding="utf-8")
         node, raw = yaml.compose(text, _Loader), parse_yaml(text)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"{path} is not YAML: {' '.join(str(error).split())}"]) from None
+        raise ConfigError([f"{path}: not a YAML file: {' '.join(str(error).split())}"]) from None
     if raw is None:
         raw = {}
     if not isinstance(raw, dict):
@@ -62,7 +66,7 @@ def read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     problems = []
     for key, line in _keys(node) if node else ():
         if key in sources:
-            problems.append(f"{key}: set twice ({sources[key]} and line {line}); remove one of them")
+            problems.append(f"{key}: set twice ({sources[key]} and line {line}). Remove one of them")
         sources[key] = f"{path}:{line}"
     if problems:
         raise ConfigError(problems)
@@ -70,38 +74,38 @@ def read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
 
 
 def read_config(path: str | os.PathLike) -> Config:
-    """The configuration in a YAML file; raises ConfigError with every problem."""
-    config = decode(Config, *read_yaml(path))
+    """The configuration in a YAML file; raises ConfigError with all problems."""
+    config = from_dict(Config, *read_yaml(path))
     validate(config)
     return config
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as nested plain dicts, defaults included."""
+    """The configuration as nested plain dicts, including defaults."""
     return dataclasses.asdict(config)
 
 
 def config_text(config: Config) -> str:
-    """Every setting as YAML, defaults included."""
-    # allow_unicode would write some line ends of Unicode bare, and they would come back as spaces.
+    """The configuration as YAML, including defaults."""
+    # allow_unicode would write some Unicode line ends unescaped, which YAML reads back as spaces.
     return yaml.dump(to_dict(config), Dumper=_Dumper, sort_keys=False)
 
 
 def write_config(config: Config, path: str | os.PathLike) -> None:
-    """Writes every setting, defaults included, so that read_config(path) == config."""
+    """Writes all settings, including defaults, so that read_config(path) == config."""
     part = Path(f"{os.fspath(path)}.part")
     part.write_text(config_text(config), encoding="utf-8")
     part.replace(path)
 
 
-def _value(config: Config, key: str) -> Any:
-    value: Any = config
+def _value(config: Config, key: str) -> object:
+    value: object = config
     for name in key.split("."):
         value = getattr(value, name)
     return value
 
 
-def differences(a: Config, b: Config) -> dict[str, tuple[Any, Any]]:
+def differences(a: Config, b: Config) -> dict[str, tuple[object, object]]:
     """{dotted key: (value in a, value in b)} of the settings that differ, in the order of the schema."""
-    pairs = {key: (_value(a, key), _value(b, key)) for key, _, _ in walk(Config)}
+    pairs = {key: (_value(a, key), _value(b, key)) for key, _, _ in walk_settings(Config)}
     return {key: pair for key, pair in pairs.items() if pair[0] != pair[1]}

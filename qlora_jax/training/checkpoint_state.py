@@ -9,7 +9,7 @@ import optax
 import orbax.checkpoint
 
 from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
-from qlora_jax.config.parse import decode
+from qlora_jax.config.parse import from_dict
 from qlora_jax.training.early_stopping import Best
 from qlora_jax.training.session import Session
 
@@ -76,7 +76,7 @@ def check_resumable(session: Session, state: dict[str, Any]) -> None:
             "another version of qlora_jax wrote it, so the run can't go on from it. Go on with that version, or train "
             "anew in another output folder; lora.start goes on from the exported adapter."
         )
-    changed = differences(*map(_unpaged, (decode(Config, state["config"], {}), session.config)))
+    changed = differences(*map(_unpaged, (from_dict(Config, state["config"], {}), session.config)))
     problems = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items() if key not in MAY_DIFFER]
     if session.fingerprint != state["fingerprint"]:
         problems.append(

@@ -210,8 +210,8 @@ def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
     if not finished:
         return {"go on": f"{module}train --config {shlex.quote(str(Path(run) / CONFIG_FILE))} --resume"}
     form = "hf" if config.lora.method == "full" else "peft"
-    with_base = " --with-base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF file
-    export = f"{module}export {shlex.quote(run)} --format {form}{with_base}"
+    with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF file
+    export = f"{module}export --run {shlex.quote(run)} --format {form}{with_base}"
     return {"try it": f"{module}generate --run {shlex.quote(run)}", "export": export}
 
 

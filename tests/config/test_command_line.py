@@ -1,14 +1,17 @@
-"""Dotted overrides, help, and errors without a traceback."""
+"""Command lines of all commands: settings, flags, help, and errors without a traceback."""
 
+import importlib
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from qlora_jax import train
-from qlora_jax.config import ConfigError, parse, read_command_line, run_main
-from qlora_jax.config.parse import walk
+from qlora_jax import export, plan, quantize, train
+from qlora_jax.__main__ import COMMANDS
+from qlora_jax.config import Command, ConfigError, read_arguments, run_main
+from qlora_jax.config.parse import walk_settings
 from qlora_jax.config.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -18,7 +21,7 @@ NEEDED = ["--model.path", "m", "--data.train", "t", "--output", "o"]
 def test_the_command_line_wins_over_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("model: {path: m}\nlora: {rank: 4, alpha: 8.0}\ndata: {train: t}\noutput: o\n")
-    config = parse(["--config", str(path), "--lora.rank", "32"], "train")
+    config = read_arguments(["--config", str(path), "--lora.rank", "32"])
     assert (config.lora.rank, config.lora.alpha) == (32, 8.0)
 
 
@@ -40,68 +43,132 @@ def test_the_command_line_wins_over_the_file(tmp_path):
 )
 def test_values(words, key, value):
     section, name = key.split(".")
-    assert getattr(getattr(parse([*NEEDED, *words], "train"), section), name) == value
+    assert getattr(getattr(read_arguments([*NEEDED, *words]), section), name) == value
 
 
 def test_files_with_weights():
     given = ["--model.path", "m", "--output", "o", "--data.train", "{a.jsonl: 1, b.jsonl: 0.5}"]
-    data = parse([*given, "--data.format", "{b.jsonl: guanaco}"], "train").data
+    data = read_arguments([*given, "--data.format", "{b.jsonl: guanaco}"]).data
     assert (data.train, data.format) == ({"a.jsonl": 1.0, "b.jsonl": 0.5}, {"b.jsonl": "guanaco"})
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--lora.rnk", "8"], "lora.rnk: unknown key; did you mean lora.rank? (command line)"),
-        (["--rank", "8"], "rank: unknown key; did you mean lora.rank?"),
-        (["--lr", "8"], "lr: unknown key; did you mean optim.learning_rate?"),
-        (["--frobnicate", "8"], "frobnicate: unknown key; --help lists all keys"),
-        (["--lora.bias", "none"], "lora.bias: unknown key; --help lists all keys"),  # lora.rank shares only its section
-        (["--model.load_in_4bit", "true"], "model.load_in_4bit: unknown key; did you mean model.quant_type?"),
-        (["--data.traim", "t"], "data.traim: unknown key; did you mean data.train?"),
+        (["--lora.rnk", "8"], "lora.rnk: unknown setting; did you mean lora.rank? (command line)"),
+        (["--rank", "8"], "rank: unknown setting; did you mean lora.rank?"),
+        (["--lr", "8"], "lr: unknown setting; did you mean optim.learning_rate?"),
+        (["--frobnicate", "8"], "frobnicate: unknown setting; --help all lists all settings"),
+        (
+            ["--lora.bias", "none"],
+            "lora.bias: unknown setting; --help all lists all settings",
+        ),  # lora.rank shares only its section
+        (["--model.load_in_4bit", "true"], "model.load_in_4bit: unknown setting; did you mean model.quant_type?"),
+        (["--data.traim", "t"], "data.traim: unknown setting; did you mean data.train?"),
         (["--optim.schedule", "cosin"], "did you mean cosine?"),
         (["--data.format", "ShareGPT"], "did you mean sharegpt?"),
         (["--lora.rank", "8.5"], "lora.rank: found 8.5, expected a whole number"),
-        (["--lora.rank"], "--lora.rank: lacks a value"),
-        (["--lora.rank", "--lora.alpha", "3"], "--lora.rank: lacks a value"),
+        (["--lora.rank"], "--lora.rank: its value is missing"),
+        (["--lora.rank", "--lora.alpha", "3"], "--lora.rank: its value is missing"),
         (["--lora.rank", "8", "--lora.rank", "9"], "--lora.rank: given twice"),
-        (["run"], "run: stands alone"),
+        (["run"], "run: found a value without a name; write --name run"),
         (["--lora", "3"], "lora: found '3', expected a section"),
-        (["--lora.rank.x", "3"], "expected a whole number; it is one value, with no settings below it"),
+        (["--lora.rank.x", "3"], "expected a whole number; this setting has no settings below it"),
         (["--lora.modules_to_save", "lm_head"], "; did you mean [lm_head]?"),
         (["--train.track", "wandb"], "expected a list of one of tensorboard, wandb; did you mean [wandb]?"),
     ],
 )
 def test_errors(words, message):
     with pytest.raises(ConfigError) as error:
-        parse([*NEEDED, *words], "train")
+        read_arguments([*NEEDED, *words])
     assert message in str(error.value)
 
 
-def test_switches():
-    assert read_command_line([*NEEDED, "--resume"], "train", {"resume": "go on"})[1] == {"resume"}
-    assert read_command_line(NEEDED, "train", {"resume": "go on"})[1] == set()
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["llama", "--output", "o"], "llama: found a value without a name; write --model llama"),
+        (["--model", "m", "--quant-type", "nf4"], "--quant-type: names have underscores; write --quant_type"),
+        (
+            ["--model", "m", "--no-double-quant"],
+            "--no-double-quant: names have underscores; write --double_quant false",
+        ),
+    ],
+)
+def test_old_forms_print_the_new_form(words, message):
+    with pytest.raises(ConfigError) as error:
+        quantize.COMMAND.read(words)
+    assert message in str(error.value)
+
+
+def test_a_hyphenated_flag_prints_the_new_form():
+    with pytest.raises(ConfigError, match="--with-base: names have underscores; write --with_base"):
+        export.COMMAND.read(["--run", "r", "--with-base"])
+
+
+@pytest.mark.parametrize("command", [train, plan])
+def test_model_is_short_for_its_path(command):
+    words = ["--model", "m", "--data.train", "t", "--output", "o"]
+    settings, _ = command.COMMAND.read([*words, "--model.block_size=32"])
+    assert (settings.model.path, settings.model.block_size) == ("m", 32)
+    with pytest.raises(ConfigError, match=r"--model\.path: given twice"):
+        command.COMMAND.read([*words, "--model.path", "m"])
+
+
+def test_flags():
+    assert train.COMMAND.read([*NEEDED, "--resume"])[1] == {"resume"}
+    assert train.COMMAND.read(NEEDED)[1] == set()
     with pytest.raises(ConfigError, match="resume"):
-        parse([*NEEDED, "--resume"], "train")
+        read_arguments([*NEEDED, "--resume"])
 
 
 @pytest.mark.parametrize("output", [["--output", "my run"], ["--output=my run"]])
-def test_a_run_that_goes_on_without_settings_is_told_the_command(output):
-    with pytest.raises(ValueError, match="settings are not given") as error:
+def test_resume_without_settings_prints_the_command(output):
+    with pytest.raises(ValueError, match="settings are missing") as error:
         train.main([*output, "--resume"])
     assert str(error.value).endswith("\n  python -m qlora_jax.train --config 'my run/config.yaml' --resume")
     with pytest.raises(ValueError, match=r"data\.train: missing"):
-        train.main([*output, "--model.path", "m", "--resume"])
+        train.main([*output, "--model", "m", "--resume"])
 
 
-def test_help_names_every_setting(capsys):
+def printed_help(command: Command, words: list[str], capsys) -> str:
     with pytest.raises(SystemExit) as leave:
-        read_command_line(["--help"], "python -m x", {"resume": "go on from the last checkpoint"})
+        command.read(words)
     assert leave.value.code == 0
-    text = capsys.readouterr().out
-    assert all(f"--{key} " in text for key, _, _ in walk(Config))
-    assert "go on from the last checkpoint" in text
+    return capsys.readouterr().out
+
+
+def test_help_all_lists_every_setting(capsys):
+    text = printed_help(train.COMMAND, ["--help", "all"], capsys)
+    assert all(f"--{key} " in text for key, _, _ in walk_settings(Config))
+    assert all(f"--{flag} " in text for flag in train.COMMAND.flags)
     assert max(map(len, text.splitlines())) <= 120
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_starts_with_usage_and_an_example_that_reads(name, capsys):
+    command = importlib.import_module(f"qlora_jax.{name}").COMMAND
+    text = printed_help(command, ["--help"], capsys)
+    assert text.startswith(f"usage: python -m qlora_jax.{name} ") and command.example in text
+    command.read(shlex.split(command.example))
+
+
+def test_help_of_many_settings_fits_one_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    text = printed_help(train.COMMAND, ["--help"], capsys)
+    assert len(text.splitlines()) <= 50
+    assert text.rstrip().endswith(f"--help all lists all {len([*walk_settings(Config)])} settings.")
+    assert "--lora.rank " in text and "--lora.svd_niter" not in text
+
+
+def test_the_package_lists_its_commands():
+    done = subprocess.run([sys.executable, "-m", "qlora_jax"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert all(f"\n  {name} " in done.stdout for name in COMMANDS)
+    words = ["quantize", "--model", "nowhere", "--output", "o"]
+    done = subprocess.run([sys.executable, "-m", "qlora_jax", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: nowhere: ")
+    done = subprocess.run([sys.executable, "-m", "qlora_jax", "trian"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("error: trian: unknown command")
 
 
 def fail_with(error: BaseException):
@@ -129,7 +196,7 @@ def test_user_errors_show_no_traceback(capsys, monkeypatch, error, message):
         run_main(fail_with(error))
 
 
-def test_a_reader_that_stops_is_no_error():
+def test_a_closed_pipe_is_not_an_error():
     code = "from qlora_jax.config import run_main\ndef main(argv):\n    while True: print('a line')\nrun_main(main)"
     command = [sys.executable, "-c", code]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
@@ -140,7 +207,7 @@ def test_a_reader_that_stops_is_no_error():
     assert run.returncode == 141
 
 
-def test_other_errors_are_ours_and_show_one(monkeypatch):
+def test_other_errors_show_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(AssertionError):
         run_main(fail_with(AssertionError()))

@@ -1,10 +1,10 @@
-"""Every file in configs/ reads, and those named after the paper hold its numbers."""
+"""Every file in configs/ is valid, and those named after the paper have the paper's numbers."""
 
 from pathlib import Path
 
 import pytest
 
-from qlora_jax.config import Config, parse
+from qlora_jax.config import Config, read_arguments
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -13,7 +13,7 @@ FILES = sorted((ROOT / "configs").glob("*.yaml"))
 def shipped(file: Path) -> Config:
     text = file.read_text()
     given = ["--config", str(file), "--model.path", "a model"]
-    return parse(given if "\n  train: " in text else [*given, "--data.train", "rows.jsonl"], "train")
+    return read_arguments(given if "\n  train: " in text else [*given, "--data.train", "rows.jsonl"])
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -1,4 +1,4 @@
-"""Sizes of memory as text, and the settings that hold them."""
+"""Memory sizes as text, and the settings that use them."""
 
 import dataclasses
 
@@ -15,8 +15,8 @@ from qlora_jax.config import (
     validate,
     write_config,
 )
-from qlora_jax.config.command_line import parse
-from qlora_jax.config.parse import decode
+from qlora_jax.config.command_line import read_arguments
+from qlora_jax.config.parse import from_dict
 from qlora_jax.config.sizes import format_bytes, parse_bytes
 
 
@@ -29,12 +29,12 @@ def test_sizes(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "2", "-1GiB", "2 gigs", "GiB", "1e3MiB", "1..5GiB"])
-def test_what_is_no_size(text):
+def test_malformed_sizes(text):
     with pytest.raises(ValueError, match=r"found .*expected a number of 0 or more and a unit"):
         parse_bytes(text)
 
 
-def test_sizes_in_words():
+def test_format_bytes():
     assert [format_bytes(size) for size in (12, 1536, 2**21, 3 * 2**29)] == ["12 B", "1.50 KiB", "2.00 MiB", "1.50 GiB"]
 
 
@@ -49,11 +49,11 @@ def paged(**optim) -> Config:
         (dict(paging="auto", paging_budget="2GiB"), "expected null"),
         (dict(paging_budget="2GiB"), "expected null"),
         (dict(name="paged_adamw_8bit", paging_budget="2GiB"), "expected null"),
-        (dict(name="paged_adamw_8bit", paging="off"), "found 'off' with optim.name=paged_adamw_8bit.*; adamw_8bit is"),
+        (dict(name="paged_adamw_8bit", paging="off"), "found 'off' with optim.name=paged_adamw_8bit.*. Use adamw_8bit"),
         (dict(paging="on", paging_budget="-2GiB"), "paging_budget: found '-2GiB', expected a number of 0 or more"),
     ],
 )
-def test_a_budget_goes_with_its_mode(optim, words):
+def test_paging_budget_must_match_the_paging_mode(optim, words):
     with pytest.raises(ConfigError, match=words):
         validate(paged(**optim))
 
@@ -67,7 +67,7 @@ def test_a_budget_goes_with_its_mode(optim, words):
         ("paged_lion_32bit", "on", "on"),
     ],
 )
-def test_paging_is_what_the_name_says_unless_it_is_set(name, paging, expected):
+def test_paging_follows_the_name_unless_set(name, paging, expected):
     optim = OptimArgs(name=name, paging=paging, paging_budget="2GiB" if paging == "on" else None)
     validate(dataclasses.replace(paged(), optim=optim))
     assert paging_of(optim) == expected
@@ -77,9 +77,9 @@ def test_paging_is_what_the_name_says_unless_it_is_set(name, paging, expected):
     ("name", "ours"),
     [("adamw", "adamw_32bit"), ("adamw_bnb_8bit", "adamw_8bit"), ("paged_adamw8bit", "paged_adamw_8bit")],
 )
-def test_what_others_call_an_optimizer_is_named_in_ours(name, ours):
+def test_other_trainers_optimizer_names_get_a_suggestion(name, ours):
     with pytest.raises(ConfigError, match=f"optim.name: found '{name}', expected one of .*; did you mean {ours}[?]"):
-        decode(Config, {"model": {"path": "m"}, "data": {"train": "t"}, "output": "o", "optim": {"name": name}})
+        from_dict(Config, {"model": {"path": "m"}, "data": {"train": "t"}, "output": "o", "optim": {"name": name}})
 
 
 @pytest.mark.parametrize("mode", ["off", "on", "auto"])
@@ -92,4 +92,4 @@ def test_on_and_off_are_words_in_yaml(tmp_path, mode):
     write_config(read_config(path), path)
     assert read_config(path) == paged(paging=mode, paging_budget=budget)
     given = [] if budget is None else ["--optim.paging_budget", budget]
-    assert parse(["--config", str(path), "--optim.paging", mode, *given], "train").optim.paging == mode
+    assert read_arguments(["--config", str(path), "--optim.paging", mode, *given]).optim.paging == mode

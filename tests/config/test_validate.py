@@ -1,11 +1,11 @@
-"""Bounds and contradictions, all told at once."""
+"""Bounds and contradictions between settings, reported together."""
 
 import dataclasses
 
 import pytest
 
 from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, QuestionArgs, TrainArgs, validate
-from qlora_jax.config.parse import decode, walk
+from qlora_jax.config.parse import from_dict, walk_settings
 from qlora_jax.config.suggestions import SYNONYMS
 
 MINIMAL = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o")
@@ -18,7 +18,7 @@ def changed(key: str, value: object) -> Config:
     return dataclasses.replace(MINIMAL, **{section: dataclasses.replace(getattr(MINIMAL, section), **{name: value})})
 
 
-def test_the_defaults_hold():
+def test_defaults_are_valid():
     validate(MINIMAL)
 
 
@@ -60,22 +60,22 @@ def asking(**questions) -> Config:
     return dataclasses.replace(MINIMAL, questions=QuestionArgs(**questions), train=TrainArgs(eval_every=5))
 
 
-def test_questions_are_evaluations_without_held_out_rows_but_none_that_is_the_best():
+def test_questions_need_no_evaluation_data_but_patience_does():
     validate(asking(letters="mmlu.jsonl", shots="dev.jsonl"))
-    with pytest.raises(ConfigError, match=r"train\.patience: .*nothing is held out"):
+    with pytest.raises(ConfigError, match=r"train\.patience: .*there is no evaluation data"):
         validate(dataclasses.replace(asking(letters="mmlu.jsonl"), train=TrainArgs(eval_every=5, patience=1)))
 
 
 @pytest.mark.parametrize(
     ("questions", "problem"),
     [
-        ({"answers": "a", "shots": "b"}, r"questions\.shots: is for letters; give questions\.letters too"),
-        ({"letters": "a", "answer_pattern": "b"}, r"questions\.answer_pattern: is for answers"),
-        ({"answers": "a", "answer_pattern": "("}, r"questions\.answer_pattern: found '\(', no regular expression"),
-        ({"file_columns": {"answer": "b"}}, r"questions\.file_columns: is for choices, letters, answers; give one"),
+        ({"answers": "a", "shots": "b"}, r"questions\.shots: requires questions\.letters"),
+        ({"letters": "a", "answer_pattern": "b"}, r"questions\.answer_pattern: requires questions\.answers"),
+        ({"answers": "a", "answer_pattern": "("}, r"questions\.answer_pattern: not a regular expression \(found '\('"),
+        ({"file_columns": {"answer": "b"}}, r"questions\.file_columns: requires one of choices, letters, answers"),
         (
             {"answers": "a", "file_columns": {"options": "b"}},
-            r"questions\.file_columns: found 'options', expected",
+            r"questions\.file_columns: unknown column \(found 'options', expected",
         ),
         ({"answers": "a", "max_rows": 0}, r"questions\.max_rows: found 0"),
     ],
@@ -85,7 +85,7 @@ def test_settings_of_questions_that_contradict_each_other(questions, problem):
         validate(asking(**questions))
 
 
-def test_the_best_evaluation_is_one_of_several():
+def test_keep_best_requires_several_evaluations():
     held_out = dataclasses.replace(MINIMAL, data=dataclasses.replace(MINIMAL.data, eval_fraction=0.1))
     often = dataclasses.replace(held_out, train=TrainArgs(eval_every=5, keep_best=True, patience=2))
     validate(often)
@@ -106,10 +106,10 @@ def test_types_of_a_config_made_in_python():
         ("format", "longform", "input-output"),
     ],
 )
-def test_old_and_foreign_words_are_told_with_ours(key, word, ours):
+def test_other_trainers_values_get_a_suggestion(key, word, ours):
     raw = {"model": {"path": "m"}, "data": {"train": "t", key: word}, "output": "o"}
     with pytest.raises(ConfigError, match=f"data\\.{key}: found '{word}', .*did you mean {ours}\\?"):
-        decode(Config, raw)
+        from_dict(Config, raw)
 
 
 def test_separate_lengths_fit_into_a_row():
@@ -120,16 +120,16 @@ def test_separate_lengths_fit_into_a_row():
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
-        ({"train": {"a.jsonl": 1.0, "b.jsonl": 0.0}}, r"data\.train: found the weight 0\.0 for 'b\.jsonl'"),
+        ({"train": {"a.jsonl": 1.0, "b.jsonl": 0.0}}, r"data\.train: found weight 0\.0 for 'b\.jsonl'"),
         ({"train": {"a.jsonl": 1.0}, "format": {"b.jsonl": "guanaco"}}, r"data\.format: found 'b\.jsonl', expected"),
         ({"train": "a.jsonl", "window": 1000}, r"data\.window: found 1000 without data\.cache"),
         ({"train": "a.jsonl", "window": 99, "cache": "c"}, r"data\.window: found 99, expected 100 or more"),
     ],
 )
-def test_sources_fit_together(settings, told):
-    with pytest.raises(ConfigError, match=told):
+def test_data_settings_that_contradict_each_other(settings, message):
+    with pytest.raises(ConfigError, match=message):
         validate(dataclasses.replace(MINIMAL, data=DataArgs(**settings)))
 
 
@@ -139,26 +139,26 @@ def test_files_with_weights_forms_and_windows():
     validate(dataclasses.replace(MINIMAL, data=data))
 
 
-def test_two_sources_of_held_out_rows():
+def test_eval_and_eval_fraction_exclude_each_other():
     both = dataclasses.replace(MINIMAL, data=DataArgs(train="t", eval="e", eval_fraction=0.1))
     with pytest.raises(ConfigError, match="expected one of them"):
         validate(both)
 
 
 def test_every_synonym_points_at_a_setting():
-    assert set(SYNONYMS.values()) <= {key for key, _, _ in walk(Config)}
+    assert set(SYNONYMS.values()) <= {key for key, _, _ in walk_settings(Config)}
 
 
 def test_every_setting_has_help():
-    assert all(field.metadata["help"] for _, field, _ in walk(Config))
+    assert all(field.metadata["help"] for _, field, _ in walk_settings(Config))
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         (
             dict(method="ia3", rank=8, dropout=0.1),
-            ["lora.rank: found 8, but lora.method=ia3 has", "lora.dropout"],
+            ["lora.rank: found 8, but lora.method=ia3 does not use it", "lora.dropout"],
         ),
         (dict(method="ia3", dtype="bfloat16"), ["lora.dtype: found 'bfloat16'"]),
         (
@@ -169,16 +169,16 @@ def test_every_setting_has_help():
         (
             dict(method="full", rank=8, target_modules=["q_proj"], modules_to_save=["lm_head"], start="adapter"),
             [
-                "lora.rank: found 8, but lora.method=full has",
+                "lora.rank: found 8, but lora.method=full does not use it",
                 *("lora.target_modules", "lora.modules_to_save", "lora.start"),
                 "model.quant_type: found 'nf4' with lora.method=full, expected none",
             ],
         ),
     ],
 )
-def test_settings_that_a_method_does_not_have(settings, told):
+def test_settings_that_a_method_does_not_use(settings, message):
     with pytest.raises(ConfigError) as caught:
         validate(dataclasses.replace(MINIMAL, lora=LoraArgs(**settings)))
-    assert all(part in str(caught.value) for part in told)
+    assert all(part in str(caught.value) for part in message)
     unquantized = dataclasses.replace(MINIMAL.model, quant_type="none")
     validate(dataclasses.replace(MINIMAL, model=unquantized, lora=LoraArgs(method=settings.get("method", "lora"))))

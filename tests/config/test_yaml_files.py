@@ -1,4 +1,4 @@
-"""YAML files: read strictly, written exactly."""
+"""Configurations in YAML files."""
 
 from pathlib import Path
 
@@ -63,14 +63,14 @@ def test_an_empty_section_keeps_its_defaults(tmp_path):
     assert read_config(path).lora == LoraArgs()
 
 
-def test_every_problem_is_told_with_file_and_line(tmp_path):
+def test_every_problem_is_reported_with_file_and_line(tmp_path):
     path = write(tmp_path, "model:\n  path: m\n  quant_type: nf5\nlora:\n  rnak: 8\n  rank: 1.5\n  use_rslora: 1\n")
     with pytest.raises(ConfigError) as error:
         read_config(path)
     quant_type, unknown, rank, boolean, train, output = error.value.problems
     assert quant_type.startswith("model.quant_type: found 'nf5', expected one of nf4, fp4")
     assert quant_type.endswith(f"({path}:3)")
-    assert unknown == f"lora.rnak: unknown key; did you mean lora.rank? ({path}:5)"
+    assert unknown == f"lora.rnak: unknown setting; did you mean lora.rank? ({path}:5)"
     assert rank == f"lora.rank: found 1.5, expected a whole number ({path}:6)"
     assert boolean == f"lora.use_rslora: found 1, expected true or false ({path}:7)"
     assert train.startswith("data.train: missing")
@@ -81,7 +81,7 @@ def test_every_problem_is_told_with_file_and_line(tmp_path):
     ("text", "message"),
     [
         ("lora: {rank: 3, rank: 4}", "lora.rank: set twice"),
-        ("lora: [", "is not YAML"),
+        ("lora: [", "not a YAML file"),
         ("- a\n", "found list, expected sections"),
         ("lora: 3", "lora: found 3, expected a section"),
         ("data: {format: alpaca-clean}", "chip2, text or a mapping of text to one of these; did you mean alpaca?"),

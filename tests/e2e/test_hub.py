@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax import evaluate, export, generate, plan, train
+from qlora_jax import evaluate, export, generate, plan, quantize, train
 from qlora_jax.config import read_config, write_config
 from qlora_jax.io.peft.reader import base_of
-from tests.commands import quantize_main as quantize
 from tests.e2e.project import project, write_model
 from tests.io.hub_server import Hub, running
 
@@ -39,7 +38,7 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, capsys: pytest.Cap
         train.main(["--config", str(tmp_path / "c.yaml"), "--resume"])
     train.main(["--config", f"{run}/config.yaml", "--train.steps", "2", "--resume"])
 
-    export.main([run, "--output", str(tmp_path / "peft")])
+    export.main(["--run", run, "--output", str(tmp_path / "peft")])
     saved = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == (REPO, commit)
     assert f"from_pretrained('{REPO}', revision='{commit}')" in (tmp_path / "peft/README.md").read_text()
@@ -52,9 +51,9 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, capsys: pytest.Cap
         replies.append(capsys.readouterr().out)
     assert len(set(replies)) == 1 and replies[0].strip()
 
-    export.main([run, "--format", "hf", "--output", str(tmp_path / "hf"), "--model", pinned])
+    export.main(["--run", run, "--format", "hf", "--output", str(tmp_path / "hf"), "--model", pinned])
     assert (tmp_path / "hf/model.safetensors").is_file()
-    quantize([pinned, "--output", str(tmp_path / "nf4")])
+    quantize.main(["--model", pinned, "--output", str(tmp_path / "nf4")])
     assert (tmp_path / "nf4/model.safetensors").is_file()
     (tmp_path / "text.txt").write_text("the sun and the moon " * 20)
     evaluate.main(["--model", pinned, "--text", str(tmp_path / "text.txt"), "--window", "32"])

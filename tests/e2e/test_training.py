@@ -375,6 +375,6 @@ def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
     config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="it's my runs/1")
     finished = {name: shlex.split(command)[3:] for name, command in next_commands(config, finished=True).items()}
     assert finished["try it"] == ["--run", config.output]
-    assert finished["export"] == [config.output, "--format", "peft"]
+    assert finished["export"] == ["--run", config.output, "--format", "peft"]
     go_on = next_commands(config, finished=False)["go on"]
     assert shlex.split(go_on)[3:] == ["--config", config.output + "/config.yaml", "--resume"]

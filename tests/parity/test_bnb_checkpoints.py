@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.formats.layouts import repack
+from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
@@ -19,7 +20,6 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize
-from tests.commands import quantize_main
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
 pytestmark = pytest.mark.slow
@@ -112,8 +112,17 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
         np.testing.assert_array_equal(down.dense[place], expected)
 
     # The same model with every weight dense, as the mixed one has them, is what the mixed one computes.
-    quantize_main(
-        [str(tmp_path / "mixed"), "--output", str(tmp_path / "16 bit"), "--quant-type", "none", "--dtype", "float32"]
+    quantize.main(
+        [
+            "--model",
+            str(tmp_path / "mixed"),
+            "--output",
+            str(tmp_path / "16 bit"),
+            "--quant_type",
+            "none",
+            "--dtype",
+            "float32",
+        ]
     )
     for remat in ("none", "full"):
         mixed, plain = (
@@ -123,8 +132,8 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
         for a, b in zip(jax.tree.leaves(mixed), jax.tree.leaves(plain), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-6)
 
-    again = ["--output", str(tmp_path / "again"), "--quant-type", "nf4", "--dtype", "float32"]
-    quantize_main([str(tmp_path / "mixed"), *again])
+    again = ["--output", str(tmp_path / "again"), "--quant_type", "nf4", "--dtype", "float32"]
+    quantize.main(["--model", str(tmp_path / "mixed"), *again])
     assert _loaded(tmp_path / "again").fingerprint == loaded.fingerprint
     theirs = oracle(ORACLE, load={name: str(tmp_path / name) for name in ("mixed", "again")}, tokens=TOKENS)
     assert_close_logits(_loaded(tmp_path / "mixed").model, theirs["mixed/logits"])
@@ -162,8 +171,12 @@ def test_folders_that_we_quantize(tmp_path: Path, oracle, config) -> None:
     files = {"tokenizer.json": tokenizer_json()}
     dense = write_folder(tmp_path / "dense", config, random_weights(config), **files)
     for name, settings in MADE_BY_US.items():
-        kind = ["--quant-type", settings["quant_type"], *([] if settings["double_quant"] else ["--no-double-quant"])]
-        quantize_main([str(dense), "--output", str(tmp_path / name), "--dtype", "float32", *kind])
+        kind = [
+            "--quant_type",
+            settings["quant_type"],
+            *([] if settings["double_quant"] else ["--double_quant", "false"]),
+        ]
+        quantize.main(["--model", str(dense), "--output", str(tmp_path / name), "--dtype", "float32", *kind])
         assert _loaded(tmp_path / name, **settings).fingerprint == _loaded(dense, **settings).fingerprint
     found = oracle(ORACLE, load={name: str(tmp_path / name) for name in MADE_BY_US}, tokens=TOKENS)
     assert len(found) == len(MADE_BY_US) * (1 + 2 * 7 * config["num_hidden_layers"])
@@ -174,8 +187,8 @@ def test_folders_that_we_quantize(tmp_path: Path, oracle, config) -> None:
         for key in (key for key in found if key.startswith(marker)):
             expected = tensors[f"{key.removeprefix(marker)}.weight"].read()
             np.testing.assert_allclose(found[key], expected, rtol=2e-6, atol=1e-7, err_msg=key)
-        again = ["--output", str(tmp_path / f"{name}, back"), "--quant-type", "none", "--dtype", "float32"]
-        quantize_main([str(tmp_path / name), *again])
+        again = ["--output", str(tmp_path / f"{name}, back"), "--quant_type", "none", "--dtype", "float32"]
+        quantize.main(["--model", str(tmp_path / name), *again])
         back = open_model(tmp_path / f"{name}, back")
         assert "quantization_config" not in back.config and back.tensors.keys() == tensors.keys()
         for tensor, entry in back.tensors.items():

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
@@ -16,7 +17,6 @@ from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
-from tests.commands import quantize_main as quantize
 from tests.data.tokenizer.test_tokenizer import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, random_tensors
@@ -84,7 +84,7 @@ def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
     ours, cases = {}, {}
     for name in ARCHITECTURES:
         run, model = _run(tmp_path, name, METHODS.get(name, LORAS["all"]), **DEEPER.get(name, {}))
-        main([str(run), "--format", "gguf", "--dtype", "float32"])
+        main(["--run", str(run), "--format", "gguf", "--dtype", "float32"])
         ours[name] = _logits(model, TOKENS)
         cases[name] = _case(run / "gguf/model-float32.gguf", rows=TOKENS.tolist(), texts=CORPUS)
     found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
@@ -104,7 +104,7 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
     ours, cases = {}, {}
     for dtype in DTYPES["gguf"]:
         output = tmp_path / dtype
-        main([str(run), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
+        main(["--run", str(run), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
         path = output / f"model-{dtype}.gguf"
         opened = open_base_or_run(str(path), None)
         ours[dtype] = _logits(load_base(opened, held_as(opened, "none", "float32")), TOKENS)
@@ -121,7 +121,7 @@ def test_loras(tmp_path: Path, llama_cpp) -> None:
     ours, cases = {}, {}
     for name, lora in WITH_LORA.items():
         run, model = _run(tmp_path, name, LORAS[lora])
-        main([str(run), "--format", "gguf-lora", "--with-base"])
+        main(["--run", str(run), "--format", "gguf-lora", "--with_base"])
         ours[name] = _logits(model, TOKENS)
         files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
         cases[name] = _case(**files, rows=TOKENS.tolist())
@@ -145,7 +145,7 @@ def test_new_tokens(tmp_path: Path, llama_cpp) -> None:
         folder = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
         base = _gguf_of(folder, tmp_path / "base.gguf") if name == "file" else folder
         model, _ = _write_run(tmp_path / name, base, LORAS["all"], new=new)
-        main([str(tmp_path / name), "--format", "gguf", "--dtype", "float32"])
+        main(["--run", str(tmp_path / name), "--format", "gguf", "--dtype", "float32"])
         rows = TOKENS % tokenizer_size()
         rows[:, ::5] = tokenizer_size() + 1
         ours[name] = _logits(model, rows)
@@ -167,11 +167,11 @@ def tokenizer_size() -> int:
 def test_smollm2(tmp_path: Path, llama_cpp, smollm2_gguf: Path, base: str) -> None:
     """A real model in f16, from its GGUF file and from a Hugging Face folder: ids of all texts, and greedy replies."""
     if base == "folder":
-        quantize([str(smollm2_gguf), "--output", str(tmp_path / "folder"), "--quant-type", "none"])
+        quantize.main(["--model", str(smollm2_gguf), "--output", str(tmp_path / "folder"), "--quant_type", "none"])
     run, path = tmp_path / "run", tmp_path / "run/gguf/model-float16.gguf"
     model, _ = _write_run(run, smollm2_gguf if base == "file" else tmp_path / "folder", LORAS["all"], scale=0.02)
-    main([str(run), "--format", "gguf", "--dtype", "float16"])
-    main([str(run), "--format", "gguf-lora", "--with-base"])
+    main(["--run", str(run), "--format", "gguf", "--dtype", "float16"])
+    main(["--run", str(run), "--format", "gguf-lora", "--with_base"])
     source = open_model(path)
     tokenizer = load_tokenizer(source.tokenizer)
     assert source.tokenizer["chat_template"] == open_model(smollm2_gguf).tokenizer["chat_template"]

@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from qlora_jax import quantize
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import main
 from qlora_jax.io.export import verify
@@ -16,7 +17,6 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
 from qlora_jax.models.add_adapters import linears
 from qlora_jax.nn.lora import LoRA
-from tests.commands import quantize_main as quantize
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.io.tiny_tokenizers import byte_level
@@ -48,7 +48,7 @@ def test_transformers_computes_the_same(tmp_path: Path, oracle) -> None:
     }.items():
         config = FAMILIES[name][1] if name in FAMILIES else None
         run, with_adapter, base = _run(tmp_path, name, lora, config)
-        main([str(run), "--format", "hf", "--dtype", "float32"])
+        main(["--run", str(run), "--format", "hf", "--dtype", "float32"])
         ours[name], folders[name] = _logits(with_adapter, TOKENS), str(run / "hf")
         assert np.abs(ours[name] - _logits(base, TOKENS)).max() > 0.01
     found = oracle(SCRIPT, folders=folders, tokens=TOKENS)
@@ -60,8 +60,8 @@ def test_transformers_computes_the_same(tmp_path: Path, oracle) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_are_rounded_once(tmp_path: Path, dtype: str) -> None:
     run, _, _ = _run(tmp_path, "run", "all")
-    main([str(run), "--format", "hf", "--dtype", dtype])
-    main([str(run), "--format", "hf", "--dtype", "float32", "--output", str(tmp_path / "whole")])
+    main(["--run", str(run), "--format", "hf", "--dtype", dtype])
+    main(["--run", str(run), "--format", "hf", "--dtype", "float32", "--output", str(tmp_path / "whole")])
     rounded, whole = (open_model(folder).tensors for folder in (run / "hf", tmp_path / "whole"))
     assert rounded.keys() == whole.keys() and "model.layers.1.mlp.down_proj.weight" in rounded
     for name, tensor in rounded.items():
@@ -73,9 +73,9 @@ def test_weights_are_rounded_once(tmp_path: Path, dtype: str) -> None:
 @pytest.mark.slow
 def test_large_models_are_cut_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _, _ = _run(tmp_path, "run", "all")
-    main([str(run), "--format", "hf"])
+    main(["--run", str(run), "--format", "hf"])
     monkeypatch.setattr(shard_writer, "SHARD_BYTES", 20_000)
-    main([str(run), "--format", "hf", "--output", str(tmp_path / "cut")])
+    main(["--run", str(run), "--format", "hf", "--output", str(tmp_path / "cut")])
     files = sorted(path.name for path in (tmp_path / "cut").glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05d}.safetensors"
     index = json.loads((tmp_path / "cut/model.safetensors.index.json").read_text())
@@ -91,24 +91,24 @@ def test_a_merge_that_is_off_is_refused_and_leaves_nothing(tmp_path: Path, monke
     merge = LoRA.merge
     monkeypatch.setattr(LoRA, "merge", lambda self, weight: 0.5 * merge(self, weight) + 0.5 * weight)
     with pytest.raises(ValueError, match=r"the merge of run, step 7 is not what was trained: largest difference"):
-        main([str(run), "--format", "hf"])
+        main(["--run", str(run), "--format", "hf"])
     assert not (run / "hf").exists() and not list(run.glob(".hf*"))
 
 
 def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     run, _, _ = _run(tmp_path, "run", "all")
-    main([str(run), "--format", "hf", "--dtype", "float32"])
+    main(["--run", str(run), "--format", "hf", "--dtype", "float32"])
     told = capsys.readouterr().out
     assert f"run, step 7, merged: {run / 'hf'}" in told and "largest difference of its logits" in told
     refused = {
-        "--with-base is for --format peft": ["--format", "hf", "--with-base"],
+        "--with_base: requires --format peft": ["--format", "hf", "--with_base"],
         "possible: none: an adapter keeps its own": ["--dtype", "float16"],
         "possible: bfloat16, float16, float32": ["--format", "hf", "--dtype", "q8_0"],
         "the tokenizer's model is WordLevel: a GGUF file holds BPE": ["--format", "gguf"],
     }
     for problem, wrong in refused.items():
         with pytest.raises(ValueError, match=problem):
-            main([str(run), *wrong, "--output", str(tmp_path / "out")])
+            main(["--run", str(run), *wrong, "--output", str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
 
 
@@ -122,7 +122,7 @@ def test_merged_into_the_original_weights(
     tensors, files = random_tensors(config), {"tokenizer.json": byte_level()}
     model = write_folder(tmp_path / "model", config, tensors, **files)
     with_adapter, _ = _write_run(tmp_path / "run", model, LORAS["all"], new=new)
-    main([str(tmp_path / "run"), "--format", form, "--dtype", "float32", "--base", str(model)])
+    main(["--run", str(tmp_path / "run"), "--format", form, "--dtype", "float32", "--base", str(model)])
     told = capsys.readouterr().out
     written = tmp_path / "run" / form
     found = open_model(written / "model-float32.gguf" if form == "gguf" else written).tensors
@@ -165,21 +165,21 @@ def test_another_original_is_refused(tmp_path: Path) -> None:
     for index, (problem, (its_config, its_weights)) in enumerate(others.items()):
         other = write_folder(tmp_path / f"other{index}", its_config, its_weights, **files)
         with pytest.raises(ValueError, match=problem):
-            main([str(run), "--format", "hf", "--base", str(other)])
+            main(["--run", str(run), "--format", "hf", "--base", str(other)])
     assert not (run / "hf").exists() and not list(run.glob(".hf*"))
-    quantize([str(tmp_path / "run-model"), "--output", str(tmp_path / "nf4")])
+    quantize.main(["--model", str(tmp_path / "run-model"), "--output", str(tmp_path / "nf4")])
     with pytest.raises(ValueError, match=r"tensors are quantized, such as .*: --base takes the model in 16 bits"):
-        main([str(run), "--format", "hf", "--base", str(tmp_path / "nf4")])
-    with pytest.raises(ValueError, match="--base is for --format hf and gguf"):
-        main([str(run), "--base", str(tmp_path / "run-model")])
+        main(["--run", str(run), "--format", "hf", "--base", str(tmp_path / "nf4")])
+    with pytest.raises(ValueError, match="base: requires --format hf or gguf"):
+        main(["--run", str(run), "--base", str(tmp_path / "run-model")])
 
 
 @pytest.mark.slow
 def test_a_gguf_file(tmp_path: Path, oracle, smollm2_gguf: Path, capsys: pytest.CaptureFixture) -> None:
     """Read by transformers; the tensors are those of the merged folder."""
     with_adapter, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
-    main([str(tmp_path / "run"), "--format", "gguf", "--dtype", "float32"])
-    main([str(tmp_path / "run"), "--format", "hf", "--dtype", "float32"])
+    main(["--run", str(tmp_path / "run"), "--format", "gguf", "--dtype", "float32"])
+    main(["--run", str(tmp_path / "run"), "--format", "hf", "--dtype", "float32"])
     path = tmp_path / "run/gguf/model-float32.gguf"
     file, folder = open_model(path).tensors, open_model(tmp_path / "run/hf").tensors
     assert file.keys() == folder.keys()
@@ -189,7 +189,7 @@ def test_a_gguf_file(tmp_path: Path, oracle, smollm2_gguf: Path, capsys: pytest.
     ours = _logits(with_adapter, TOKENS)
     np.testing.assert_allclose(found, ours, atol=1e-4 * np.abs(ours).max())
     capsys.readouterr()
-    main([str(tmp_path / "run"), "--format", "gguf", "--dtype", "q4_0", "--output", str(tmp_path / "q4")])
+    main(["--run", str(tmp_path / "run"), "--format", "gguf", "--dtype", "q4_0", "--output", str(tmp_path / "q4")])
     assert "largest difference of its logits" in capsys.readouterr().out
 
 
@@ -203,7 +203,7 @@ def test_gguf_files_from_folders(tmp_path: Path, oracle) -> None:
         model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **tokenizer)
         _write_run(tmp_path / name, model, LORAS["all"])
         for form in ("gguf", "hf"):
-            main([str(tmp_path / name), "--format", form, "--dtype", "float32"])
+            main(["--run", str(tmp_path / name), "--format", form, "--dtype", "float32"])
         files[name] = f"{name}/gguf/model-float32.gguf"
     expected = oracle(SCRIPT.with_name("gguf_import_several.py"), folder=str(tmp_path), files=files)
     for name in IMPORTED:

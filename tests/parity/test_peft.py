@@ -82,7 +82,7 @@ def test_peft_over_the_dequantized_base(tmp_path: Path, oracle) -> None:
         files = {"tokenizer.json": tokenizer_json()}
         model = write_folder(tmp_path / f"{name}-model", config, random_weights(config), **files)
         with_adapter, base = _write_run(tmp_path / name, model, lora_args)
-        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        main(["--run", str(tmp_path / name), "--format", "peft", "--with_base"])
         ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(with_adapter, tokens)}
     cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in LORAS}
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
@@ -108,7 +108,7 @@ def test_new_tokens(tmp_path: Path, oracle) -> None:
         files = {"tokenizer.json": tokenizer_json()}
         model = write_folder(tmp_path / f"{name}-model", config, random_tensors(config), **files)
         with_adapter, base = _write_run(tmp_path / name, model, LORAS["all"], new=NEW)
-        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        main(["--run", str(tmp_path / name), "--format", "peft", "--with_base"])
         ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(with_adapter, tokens)}
         saved = json.loads((tmp_path / name / "peft/adapter_config.json").read_text())["trainable_token_indices"]
         assert all(ids == [32, 33] for ids in saved.values()) and len(saved) == 2 - with_adapter.config.tie_embeddings
@@ -139,8 +139,8 @@ def test_whole_tables(tmp_path: Path, oracle) -> None:
         model = write_folder(tmp_path / f"{name}-model", configs[base], random_tensors(configs[base]), **files)
         args = dataclasses.replace(LORAS["all"], modules_to_save=modules)
         with_adapter, _ = _write_run(tmp_path / name, model, args, new=new)
-        main([str(tmp_path / name), "--format", "peft", "--with-base"])
-        main([str(tmp_path / name), "--format", "hf", "--dtype", "float32"])
+        main(["--run", str(tmp_path / name), "--format", "peft", "--with_base"])
+        main(["--run", str(tmp_path / name), "--format", "hf", "--dtype", "float32"])
         ours[f"{name}/adapted"] = _logits(with_adapter, tokens)
     cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in WHOLE}
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
@@ -161,7 +161,7 @@ def test_what_peft_has_not_beside_ia3_is_refused(tmp_path: Path, changes: dict, 
     model = write_folder(tmp_path / "model", config, random_weights(config), **files)
     _write_run(tmp_path / "run", model, LoraArgs(method="ia3", **changes), new=new)
     with pytest.raises(ValueError, match=told):
-        main([str(tmp_path / "run")])
+        main(["--run", str(tmp_path / "run")])
 
 
 TABLES_MADE_BY_PEFT = {
@@ -199,7 +199,7 @@ def test_tables_that_peft_made(tmp_path: Path, oracle) -> None:
         logits = _logits(combine(*adapted(load_base(opened, args), opened.run)), tokens)
         close = dict(atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
         np.testing.assert_allclose(logits, expected[name], **close)
-        main([folder, "--format", "hf", "--output", f"{folder}-hf", "--dtype", "float32"])
+        main(["--run", folder, "--format", "hf", "--output", f"{folder}-hf", "--dtype", "float32"])
         merged = open_base_or_run(f"{folder}-hf", None)
         assert _logits(load_base(merged, args), tokens).shape == logits.shape
         assert merged.tokenizer.vocab_size == (34 if "resize_to" in arguments else 32)
@@ -211,7 +211,7 @@ def test_new_tokens_beside_a_head_with_a_bias_are_refused(tmp_path: Path) -> Non
     model = write_folder(tmp_path / "model", config, random_tensors(config), **files)
     _write_run(tmp_path / "run", model, LORAS["all"], new=NEW)
     with pytest.raises(ValueError, match="adds a bias, which PEFT leaves out where rows of a head train"):
-        main([str(tmp_path / "run")])
+        main(["--run", str(tmp_path / "run")])
 
 
 MADE_BY_PEFT = {
@@ -255,7 +255,7 @@ def test_families_under_their_own_names(tmp_path: Path, oracle) -> None:
             tmp_path / f"{name}-model", config, random_tensors(config), **{"tokenizer.json": tokenizer_json()}
         )
         with_adapter, base = _write_run(tmp_path / name, model, LORAS["all"])
-        main([str(tmp_path / name), "--format", "peft", "--with-base"])
+        main(["--run", str(tmp_path / name), "--format", "peft", "--with_base"])
         ours |= {f"{name}/base": _logits(base, tokens), f"{name}/adapted": _logits(with_adapter, tokens)}
     cases = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in names}
     found = oracle(SCRIPT, cases=cases, tokens=tokens)
@@ -271,21 +271,21 @@ def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
     run, output = tmp_path / "run", tmp_path / "out"
     _write_run(run, model, LORAS["all"])
     with pytest.raises(ValueError, match=r"a checkpoint of step 3: steps saved are \[7\]"):
-        main([str(run), "--step", "3"])
+        main(["--run", str(run), "--step", "3"])
     write_folder(model, config, random_weights(config, seed=5))
     with pytest.raises(ValueError, match=r"is not the base that .*run was trained on: its fingerprint is"):
-        main([str(run), "--output", str(output), "--with-base"])
+        main(["--run", str(run), "--output", str(output), "--with_base"])
     assert not output.exists()
-    main([str(run), "--output", str(output)])  # the adapter alone needs no weights
+    main(["--run", str(run), "--output", str(output)])  # the adapter alone needs no weights
     with pytest.raises(ValueError, match="is there already and not empty"):
-        main([str(run), "--output", str(output)])
+        main(["--run", str(run), "--output", str(output)])
 
 
 @pytest.mark.slow
 def test_smollm2_with_its_tokenizer(tmp_path: Path, oracle, smollm2_gguf: Path) -> None:
     """From a GGUF file to a folder that transformers and peft load with nothing else."""
     with_adapter, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
-    main([str(tmp_path / "run"), "--with-base", "--output", str(tmp_path / "out")])
+    main(["--run", str(tmp_path / "run"), "--with_base", "--output", str(tmp_path / "out")])
     tokenizer = load_tokenizer(open_model(smollm2_gguf).tokenizer)
     texts = ["The sea, 12345 times\n    5", "naïve ☃ <|im_end|>", "def f(x):\n\treturn x"]
     messages = [{"role": "user", "content": "Hello"}]

@@ -156,9 +156,11 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path, oracle) -> None:
         assert opened.run is not None
         again = combine(*adapted(load_base(opened, opened.args), opened.run))  # refuses another fingerprint
         np.testing.assert_array_equal(_logits(again, TOKENS), _logits(trained, TOKENS))
-        main([str(run), "--output", str(run / "with"), "--with-base"])
-        main([str(run), "--output", str(run / "over")])
-        main([str(run), "--format", "hf", "--dtype", "float32"])  # refuses a merge that is not what was trained
+        main(["--run", str(run), "--output", str(run / "with"), "--with_base"])
+        main(["--run", str(run), "--output", str(run / "over")])
+        main(
+            ["--run", str(run), "--format", "hf", "--dtype", "float32"]
+        )  # refuses a merge that is not what was trained
         ours[name] = _logits(trained, TOKENS)
         folders |= {f"{name}/with": [str(run / "with/base"), str(run / "with")]}
         folders |= {f"{name}/over": [str(path), str(run / "over")]}
@@ -183,7 +185,7 @@ def test_a_merge_into_the_original_weights_is_refused(tmp_path: Path) -> None:
     path, run = _model(tmp_path / "model"), tmp_path / "run"
     _write_run(run, path, LOFTQ)
     with pytest.raises(ValueError, match=r"a part of the weights \(lora.init=loftq\), which the original ones"):
-        main([str(run), "--format", "hf", "--base", str(path)])
+        main(["--run", str(run), "--format", "hf", "--base", str(path)])
 
 
 def test_a_run_without_what_it_began_with_is_refused(tmp_path: Path) -> None:

@@ -89,8 +89,8 @@ def _compare(tmp_path: Path, oracle, cases: dict[str, tuple[dict, dict, LoraArgs
     for name, (config, weights, lora_args) in cases.items():
         model = write_folder(tmp_path / f"{name}-model", config, weights, **{"tokenizer.json": tokenizer_json()})
         _write_run(tmp_path / name, model, lora_args)
-        main([str(tmp_path / name), "--format", "peft", "--with-base"])
-        main([str(tmp_path / name), "--format", "hf", "--dtype", "float32"])
+        main(["--run", str(tmp_path / name), "--format", "peft", "--with_base"])
+        main(["--run", str(tmp_path / name), "--format", "hf", "--dtype", "float32"])
         ours[name] = _ours(tmp_path / name, tokens, cotangent)
     folders = {name: [str(tmp_path / name / "peft/base"), str(tmp_path / name / "peft")] for name in cases}
     found = oracle(SCRIPT, cases=folders, tokens=tokens, cotangent=cotangent, every=EVERY)

@@ -57,7 +57,7 @@ def export_gguf_lora(
     told = [_told(scaled), *trained.notes, *(base.notes if base else [])]
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", *told]
     if not base:
-        lines.append("llama.cpp puts it on a GGUF file of the base; --with-base writes the one that it was trained on")
+        lines.append("llama.cpp puts it on a GGUF file of the base; --with_base writes the one that it was trained on")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 
 

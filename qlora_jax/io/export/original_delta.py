@@ -15,7 +15,7 @@ from qlora_jax.models.add_adapters import Factors
 
 NOTE = (
     "lora.init={}: this is a LoRA of twice the rank over the model as it was, in 16 bits. What quantization took from "
-    "the weights in training is not in it, so logits differ from the run's by that; --with-base writes the base that "
+    "the weights in training is not in it, so logits differ from the run's by that; --with_base writes the base that "
     "was trained on, over which the adapter of its own rank computes what the run did"
 )
 

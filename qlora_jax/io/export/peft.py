@@ -83,5 +83,5 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
 def _tell(output: Path, run: Run, base: str, notes: list[str], console: Console) -> None:
     lines = [f"adapter of {run.label}: {output}", f"its base model: {base}", *notes]
     if is_gguf(base):
-        lines.append("peft loads no GGUF file: export again with --with-base to get a base that it loads")
+        lines.append("peft loads no GGUF file: export again with --with_base to get a base that it loads")
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,8 @@ from qlora_jax.config import Config, LoraArgs, paging_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.plan.requirements import Compile, Setting, here, on_card
-from qlora_jax.training.plan.settings import CPU, PlanArgs, Target, features_of
+from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.target import CPU, Target, features_of
 from qlora_jax.training.session import open_inputs
 
 GIB = 2**30

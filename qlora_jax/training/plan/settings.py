@@ -1,124 +1,49 @@
-"""The settings of `python -m qlora_jax.plan`: those of a training run, of which data and output may be left out."""
+"""The settings of `plan`: those of a training run, without data and output being required.
+
+Importing this module does not import jax, because the command sets JAX_PLATFORMS after it has read its settings.
+"""
 
 import dataclasses
-import json
-from pathlib import Path
-from typing import Any
 
-from pallas_kernels.gpu_specs import CARDS, Card, find_card
-from qlora_jax.config import Config, ConfigError, DataArgs, ModelArgs
+from pallas_kernels.gpu_specs import CARDS
+from qlora_jax.config import Config, DataArgs, ModelArgs
 from qlora_jax.config.fields import NOT_EMPTY, setting
-from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.io.hf.hub import fetch_config, named
-from qlora_jax.io.open_model import open_model
-from qlora_jax.models.catalog import PUBLIC, nearest
-from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.families import model_config
-from qlora_jax.training.paging_budget import physical_memory
-
-CPU = "cpu"
+from qlora_jax.models.catalog import PUBLIC
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanModelArgs(ModelArgs):
-    """The base model and how it is held in memory."""
+    """The base model and its weight format."""
 
     path: str = setting(
-        "a Hugging Face folder, a bare config.json, a GGUF file, a name on the Hub (org/name; config.json alone is "
-        "fetched), or a published model by name: " + ", ".join(PUBLIC),
+        "the base model: a Hugging Face folder, its config.json alone, a GGUF file, a name on the Hub (org/name; only "
+        "config.json is fetched), or a published model by name: " + ", ".join(PUBLIC),
         bound=NOT_EMPTY,
+        common="a Hugging Face folder, a GGUF file, org/name on the Hub, or a published model such as llama-3-8b",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanDataArgs(DataArgs):
-    """Training rows, of which the plan takes the lengths that batches come in; without, all are data.max_length."""
+    """Training data, which gives the lengths of batches; without it all rows have data.max_length tokens."""
 
     train: str | dict[str, float] | None = setting(
-        "training rows, for the lengths of their batches; without it every row counts as data.max_length", None
+        "training data, for the lengths of its batches; null: every row has data.max_length tokens", None
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanArgs(Config):
-    """What to plan. All settings of a training run are known, so that its file can be given as --config."""
+    """The run to plan. All settings of a training run are accepted, so its file can be given as --config."""
 
-    card: str | None = setting(f"the card: {', '.join(CARDS)}, or cpu", None)
+    card: str | None = setting(
+        f"the card: {', '.join(CARDS)}, or cpu", None, common="the card, such as h100 or rtx4090, or cpu"
+    )
     memory: str | None = setting(
-        "instead of what the card has, such as 24GiB; alone: the card whose own is nearest", None
+        "device memory, such as 24GiB, instead of the card's; alone: the card with the nearest size",
+        None,
+        common="device memory, such as 24GiB; without --card: the card with the nearest size",
     )
     model: PlanModelArgs = setting("the base model")
     data: PlanDataArgs = dataclasses.field(default_factory=PlanDataArgs)
-    output: str | None = setting("not written", None)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
-    """What a plan is for.
-
-    Attributes:
-      card: None for the CPU.
-      memory_bytes: what it has, or what was asked for.
-    """
-
-    card: Card | None
-    memory_bytes: int
-
-
-def target_of(card: str | None, memory: str | None) -> Target:
-    """The device of a plan.
-
-    Raises:
-      ConfigError: neither is given, an unknown card, or a size that is none.
-    """
-    if card is None and memory is None:
-        raise ConfigError([f"card, memory: neither is given, expected --card with one of {', '.join(CARDS)}, cpu"])
-    size = None if memory is None else _size(memory)
-    if card == CPU:
-        return Target(card=None, memory_bytes=size or physical_memory())
-    if card is None:
-        assert size is not None
-        nearest_card = min(CARDS.values(), key=lambda each: abs(each.memory_bytes - size))
-        return Target(card=nearest_card, memory_bytes=size)
-    found = find_card(card)
-    return Target(card=found, memory_bytes=size or found.memory_bytes)
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_bytes(text)
-    except ValueError as error:
-        raise ConfigError([f"memory: {error}"]) from error
-
-
-def features_of(path: str) -> ModelConfig:
-    """The features of a model on disk, of a published one by its name, or of one on the Hub, of which config.json alone
-    is fetched.
-
-    Raises:
-      ValueError: none of them; or a config that is not supported.
-    """
-    place = Path(path).expanduser()
-    if place.suffix == ".json" and place.is_file():
-        return model_config(_read_json(place))
-    if (place / "config.json").is_file():
-        return model_config(_read_json(place / "config.json"))
-    if place.exists():
-        return model_config(open_model(place).config)
-    if path in PUBLIC:
-        return model_config(PUBLIC[path])
-    on_hub = named(path)
-    if on_hub is not None:
-        return features_of(str(fetch_config(on_hub)))
-    hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
-    raise ValueError(
-        f"{path}: no such file or folder, no name on the Hub (org/name), and no published model that is known by "
-        f"name: {', '.join(PUBLIC)}.{hint}"
-    )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
+    output: str | None = setting("ignored: a plan writes no files", None)

@@ -15,7 +15,7 @@ from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, named
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_of
 from qlora_jax.io.pretrained import open_base_or_run
-from qlora_jax.training.plan.settings import features_of
+from qlora_jax.training.plan.target import features_of
 from tests.e2e.project import write_model
 from tests.io.hub_server import Hub, running
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf

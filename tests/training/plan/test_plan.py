@@ -33,7 +33,7 @@ from qlora_jax.training.plan.requirements import (
     on_card,
     working_set,
 )
-from qlora_jax.training.plan.settings import features_of, target_of
+from qlora_jax.training.plan.target import features_of, target_of
 from tests.e2e.project import write_model, write_rows
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
@@ -251,7 +251,7 @@ def test_a_model_is_a_folder_a_config_or_a_published_name(tmp_path):
 
 def test_the_command_prints_a_table_or_json_and_says_by_its_exit_whether_it_fits(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
-    base = ["--model.path", str(tmp_path), "--card", "cpu", "--data.max_length", "64", "--lora.rank", "4"]
+    base = ["--model", str(tmp_path), "--card", "cpu", "--data.max_length", "64", "--lora.rank", "4"]
     command.main(base)
     table = capsys.readouterr().out
     assert "saved activations" in table and "fits:" in table
@@ -269,22 +269,25 @@ def test_the_command_plans_for_the_lengths_that_rows_have(tmp_path, capsys):
     model, rows = write_model(tmp_path / "model"), write_rows(tmp_path / "rows.jsonl")
     given = ["--card", "cpu", "--data.train", str(rows), "--data.max_length", "250", "--lora.rank", "4", "--json"]
     options = [*given, "--train.accumulation", "1", "--train.micro_batch_size", "2"]
-    command.main(["--model.path", str(model), *options])
+    command.main(["--model", str(model), *options])
     told = json.loads(capsys.readouterr().out)
     data = DataArgs(train=str(rows), max_length=250)
     tokenizer = load_tokenizer(open_model(model).tokenizer)
     dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=2, accumulation=1)
     lengths = [need["batch"][2] for need in (told["asked"], *told["shorter"])]
     assert lengths == sorted(dataset.buckets, reverse=True) and len(lengths) > 1 and lengths[0] < 250
-    command.main(["--model.path", str(model / "config.json"), *options])
+    command.main(["--model", str(model / "config.json"), *options])
     told, notes = capsys.readouterr()
-    assert json.loads(told)["asked"]["batch"] == [1, 2, 250] and "every row counts as data.max_length, 250" in notes
+    assert (
+        json.loads(told)["asked"]["batch"] == [1, 2, 250]
+        and "every row counts as 250 tokens (data.max_length)" in notes
+    )
 
 
 def test_a_config_that_is_not_supported_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config() | {"model_type": "mamba"}))
     with pytest.raises(ValueError, match="mamba"):
-        command.main(["--model.path", str(tmp_path), "--card", "cpu"])
+        command.main(["--model", str(tmp_path), "--card", "cpu"])
 
 
 # Compiled for cards

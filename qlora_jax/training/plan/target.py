@@ -1,0 +1,90 @@
+"""What is planned: the device, and the model's features, from the settings of `plan`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from pallas_kernels.gpu_specs import CARDS, Card, find_card
+from qlora_jax.config import ConfigError
+from qlora_jax.config.sizes import parse_bytes
+from qlora_jax.io.hf.hub import fetch_config, named
+from qlora_jax.io.open_model import open_model
+from qlora_jax.models.catalog import PUBLIC, nearest
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.families import model_config
+from qlora_jax.training.paging_budget import physical_memory
+
+CPU = "cpu"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """What a plan is for.
+
+    Attributes:
+      card: None for the CPU.
+      memory_bytes: what it has, or what was asked for.
+    """
+
+    card: Card | None
+    memory_bytes: int
+
+
+def target_of(card: str | None, memory: str | None) -> Target:
+    """The device of a plan.
+
+    Raises:
+      ConfigError: neither is given, an unknown card, or a size that is none.
+    """
+    if card is None and memory is None:
+        raise ConfigError([f"card, memory: neither is given, expected --card with one of {', '.join(CARDS)}, cpu"])
+    size = None if memory is None else _size(memory)
+    if card == CPU:
+        return Target(card=None, memory_bytes=size or physical_memory())
+    if card is None:
+        assert size is not None
+        nearest_card = min(CARDS.values(), key=lambda each: abs(each.memory_bytes - size))
+        return Target(card=nearest_card, memory_bytes=size)
+    found = find_card(card)
+    return Target(card=found, memory_bytes=size or found.memory_bytes)
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ConfigError([f"memory: {error}"]) from error
+
+
+def features_of(path: str) -> ModelConfig:
+    """The features of a model on disk, of a published one by its name, or of one on the Hub, of which config.json alone
+    is fetched.
+
+    Raises:
+      ValueError: none of them; or a config that is not supported.
+    """
+    place = Path(path).expanduser()
+    if place.suffix == ".json" and place.is_file():
+        return model_config(_read_json(place))
+    if (place / "config.json").is_file():
+        return model_config(_read_json(place / "config.json"))
+    if place.exists():
+        return model_config(open_model(place).config)
+    if path in PUBLIC:
+        return model_config(PUBLIC[path])
+    on_hub = named(path)
+    if on_hub is not None:
+        return features_of(str(fetch_config(on_hub)))
+    hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
+    raise ValueError(
+        f"{path}: no such file or folder, no name on the Hub (org/name), and no published model that is known by "
+        f"name: {', '.join(PUBLIC)}.{hint}"
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: no JSON: {error}") from error
