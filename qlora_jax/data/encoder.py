@@ -12,7 +12,8 @@ import tokenizers
 from qlora_jax.data.formats.registry import FORMATS, Columns, RowFormat
 from qlora_jax.data.formats.tool_calls import read_tools
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow, Learn, encode_segments
+from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.reference import EncodedRow, Learn
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import Segment

@@ -7,7 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow
+from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 
 Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]

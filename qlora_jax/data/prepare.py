@@ -34,7 +34,7 @@ from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash
 from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left_message
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow
+from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import (
     BrokenRow,
     Problem,

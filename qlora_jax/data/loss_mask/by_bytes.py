@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-from qlora_jax.data.loss_mask.by_offsets import SUPERVISED_SEGMENTS, EncodedRow, Learn
+from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, supervised_segments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths
 
@@ -39,7 +39,7 @@ def encode_by_bytes(
     # The first byte of each token, and the end.
     begins = np.concatenate([[0], np.cumsum(_sizes(lengths, flat, starts))])
     found = _first_tokens(begins, starts, rows)
-    learned = [seen for row in rows for seen in SUPERVISED_SEGMENTS[learn]([piece.supervised for piece in row])]
+    learned = [seen for row in rows for seen in supervised_segments(row, learn)]
     supervised = np.repeat(learned, np.diff(found.tokens, append=len(flat)))
     return [
         EncodedRow(flat[start:stop], supervised[start:stop], source - start, False, False) if exact else None

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch, eval_batches, plan_epoch, train_batches
 from qlora_jax.data.batching.buckets import choose_buckets, count_units, padded_positions, steps_by_bucket
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow
+from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows
 

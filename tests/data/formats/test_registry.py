@@ -10,7 +10,7 @@ from qlora_jax.data.encoder import check_rows, encode_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import ALPACA_NO_INPUT, ALPACA_WITH_INPUT, FORMATS
 from qlora_jax.data.holdout import content_hash
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow
+from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 

@@ -10,18 +10,13 @@ from tokenizers import pre_tokenizers
 from qlora_jax.data.encoder import Encoder, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow, encode_segments
+from qlora_jax.data.loss_mask.reference import EncodedRow, mask_segments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import spelling
-from tests.data.loss_mask.test_spans import conversations
-
-texts = st.text(st.characters(codec="utf-8"), max_size=12) | st.sampled_from(
-    ["    return", "é\u0301", " ", "<|im_end|>", "</s>", "<s>", "<table>", "fox jumps"]
-)
-segments = st.lists(st.builds(Segment, texts, st.booleans()), min_size=1, max_size=5)
+from tests.data.loss_mask.strategies import segment_lists, short_texts
 
 
 def lengths_of(tokenizer: Tokenizer) -> ByteLengths:
@@ -46,7 +41,7 @@ def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Token
 def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Tokenizer):
     smollm2, tokenizer, found_some = tokenizer, any_tokenizer, []
 
-    @given(st.lists(segments, min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]))
+    @given(st.lists(segment_lists, min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]))
     @example([[Segment("a", False), Segment("", True), Segment("b", False)]], "assistant")  # `ab` is one token
     @example([[Segment("a", True), Segment("", False), Segment("", True)]], "last")
     @example([[Segment("</s>", False), Segment("fox", True)], [Segment("fox</s>", True), Segment("é", False)]], "last")
@@ -55,12 +50,12 @@ def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Toke
         ids = [encoding.ids for encoding in tokenizer.encode_fast(joined)]
         assert ids == tokenizer.encode_batch(joined)
         found = encode_by_bytes(lengths_of(tokenizer), rows, ids, learn)
-        for row, text, ours, encoding in zip(rows, joined, found, tokenizer.encode_spans(joined), strict=True):
+        for row, text, ours in zip(rows, joined, found, strict=True):
             if not tokenizer.round_trips(text):
                 continue
             try:
-                theirs = encode_segments(tokenizer, row, encoding, learn)
-            except ValueError:  # a token over a boundary, of a tokenizer that can't encode the two apart
+                theirs = mask_segments(tokenizer, row, learn)
+            except ValueError:  # a token over a boundary, of a tokenizer that can't encode the two separately
                 assert ours is None and tokenizer is not smollm2
                 continue
             assert ours is None or same(ours, theirs)
@@ -80,27 +75,7 @@ def encoded(encoder: Encoder, rows: list[Row]) -> list[EncodedRow]:
     return found
 
 
-@pytest.mark.parametrize("name", ["smollm2", "llama3", "modern"])
-def test_a_chunk_mixes_both_ways(smollm2_source: dict, templates: dict, name: str):
-    """Rows that are cut, or hold characters without a token, stand between others, in their order."""
-    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
-    encoder = make_encoder(FORMATS["messages"], tokenizer)
-    hard = [["    return"], ["a\x04"], ["fine"]]
-
-    @given(st.lists(conversations(), min_size=1, max_size=3))
-    def check(found: list[list[dict[str, str]]]):
-        chats = [*found, *([{"role": "assistant", "content": text}] for (text,) in hard)]
-        rows = [Row(Place(n + 1, n), {"messages": messages}) for n, messages in enumerate(chats)]
-        assert all(map(same, encoded(encoder, rows), [encoded(encoder, [row])[0] for row in rows]))
-        for row, encoding in zip(rows, encoded(encoder, rows), strict=True):
-            pieces = encoder.segment(row.data)
-            spans = tokenizer.encode_spans(["".join(piece.text for piece in pieces)])[0]
-            assert same(encoding, encode_segments(tokenizer, pieces, spans))
-
-    check()
-
-
-@given(st.lists(st.tuples(texts, texts.filter(str.strip)), min_size=1, max_size=3), st.booleans())
+@given(st.lists(st.tuples(short_texts, short_texts.filter(str.strip)), min_size=1, max_size=3), st.booleans())
 @example([("a", "b"), ("Response: ", "3"), ("Q\n", "\nA")], False)
 def test_plain_prompts_and_answers_are_encoded_apart(plain_tokenizer: Tokenizer, pairs: list, learns_all: bool):
     """As generation has them, and the reference, whether a token would reach over the boundary or not."""

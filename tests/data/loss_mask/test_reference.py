@@ -1,60 +1,109 @@
-"""Masks: exactly what the model has to write, token for token, through templates without generation marks."""
+"""The fast paths of the loss mask return the rows of its definition, for tokenizers x templates x conversations."""
 
 import dataclasses
+import itertools
 import json
 import re
+from collections.abc import Sequence
+from typing import get_args
 
 import numpy as np
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_jax.data.encoder import encode_rows
+from qlora_jax.data.encoder import Encoder, encode_rows, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.loss_mask import span_cache
-from qlora_jax.data.loss_mask.by_offsets import EncodedRow, Learn, encode_segments
-from qlora_jax.data.loss_mask.span_cache import make_segmenter
-from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
-from qlora_jax.data.readers.files import Place, Row
+from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, loss_mask, mask_segments
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.files import Place, Problem, Row
+from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests.data.conftest import LLAMA3, MISTRAL, MODERN, SPELLING, THINKING, spelling
+from tests.data.loss_mask.strategies import conversations, segment_lists
 
-# SmolLM2's vocabulary lacks the bytes of some control characters, and of planes 4 to 15.
-characters = st.characters(codec="utf-8", max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")
-text = st.text(characters, max_size=40) | st.sampled_from(
-    [
-        "    return 5",
-        "\n\nx",
-        "5",
-        " 5",
-        "'s",
-        "é\u0301",
-        "👍🏽",
-        "<|im_end|>",
-        "<|im_start|>assistant\n",
-        "x\t",
-        "\u2028",
-    ]
-)
-answers = text.filter(lambda content: content.strip())
+TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "modern": MODERN, "thinking": THINKING, "zephyr": SPELLING}
+# SentencePiece's vocabulary here has no <|im_end|>, so a template has to end turns with eos_token.
+COMBINATIONS = [
+    *itertools.product(["byte-level", "swallowing"], ["smollm2", *TEMPLATES]),
+    *itertools.product(["never", "first", "every"], ["llama3", "mistral", "zephyr"]),
+]
+QUESTION = {"role": "user", "content": "Body?"}
+# A token crosses the start of the answer; a character without a token; and a row that needs no other path.
+HARD = [[QUESTION, {"role": "assistant", "content": text}] for text in ("    return", "a\x04", "fine")]
 
 
-@st.composite
-def conversations(draw: st.DrawFn, system: bool = True) -> list[dict[str, str]]:
-    """Alternating turns, sometimes a system turn first, sometimes a last question that nobody answers."""
-    messages = [{"role": "system", "content": draw(text)}] if system and draw(st.booleans()) else []
-    for _ in range(draw(st.integers(1, 3))):
-        messages.append({"role": "user", "content": draw(text)})
-        messages.append({"role": "assistant", "content": draw(answers)})
-    return [*messages, {"role": "user", "content": draw(text)}] if draw(st.booleans()) else messages
+def make_tokenizer(name: str, smollm2_source: dict, smollm2_template: str, template: str = "smollm2") -> Tokenizer:
+    """A byte-level tokenizer, one whose special tokens swallow the spaces behind them, or SentencePiece's."""
+    if name in ("never", "first", "every"):
+        source = {"tokenizer_json": spelling(name).to_json(), "bos_token": "<s>", "eos_token": "</s>"}
+    else:
+        source, whole = smollm2_source, json.loads(smollm2_source["tokenizer_json"])
+        for token in whole["added_tokens"]:
+            token["rstrip"] = name == "swallowing"
+        source = {**source, "tokenizer_json": json.dumps(whole)}
+    return load_tokenizer({**source, "chat_template": TEMPLATES.get(template, smollm2_template)})
 
 
-def encode(tokenizer: Tokenizer, messages: list[dict[str, str]], learn: Learn = "assistant") -> EncodedRow:
-    segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages)
-    rendered = tokenizer.render(messages)
-    assert "".join(segment.text for segment in segments) == rendered
-    return encode_segments(tokenizer, segments, tokenizer.encode_spans([rendered])[0], learn)
+def as_lists(row: EncodedRow) -> tuple[list[int], list[bool], int, bool, bool]:
+    return row.ids.tolist(), row.supervised.tolist(), row.source, row.cut, row.lossy
+
+
+def fast_rows(encoder: Encoder, chats: Sequence[Sequence[Message]]) -> list[EncodedRow | str]:
+    """Each chat's row, or its error, from one chunk that goes through all fast paths."""
+    problems: list[Problem] = []
+    texts = encoder.texts([Row(Place(n + 1, n), {"messages": chat}) for n, chat in enumerate(chats)], problems)
+    places, rows = encoder.encoded(texts, encoder.encodings(texts), problems)
+    found = dict(problems) | dict(zip(places, rows, strict=True))
+    return [found[place] for place in sorted(found)]
+
+
+def reference_row(tokenizer: Tokenizer, chat: Sequence[Message], learn: Learn) -> EncodedRow | str:
+    try:
+        return loss_mask(tokenizer, chat, learn=learn)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(("name", "template"), COMBINATIONS)
+def test_encoder_returns_the_reference_rows(smollm2_source: dict, smollm2_template: str, name: str, template: str):
+    tokenizer = make_tokenizer(name, smollm2_source, smollm2_template, template)
+    encoders = {learn: make_encoder(FORMATS["messages"], tokenizer, learn) for learn in get_args(Learn)}
+
+    @settings(max_examples=25)
+    @given(st.lists(conversations(template != "mistral"), min_size=1, max_size=3), st.sampled_from(get_args(Learn)))
+    @example(HARD, "assistant")
+    def check(chats: list[list[dict[str, str]]], learn: Learn):
+        for fast, chat in zip(fast_rows(encoders[learn], chats), chats, strict=True):
+            expected = reference_row(tokenizer, chat, learn)
+            assert (fast if isinstance(fast, str) else as_lists(fast)) == (
+                expected if isinstance(expected, str) else as_lists(expected)
+            )
+
+    check()
+
+
+@pytest.mark.parametrize("name", ["byte-level", "swallowing", "never", "first", "every"])
+def test_offsets_return_the_reference_rows(smollm2_source: dict, smollm2_template: str, name: str):
+    tokenizer = make_tokenizer(name, smollm2_source, smollm2_template)
+
+    @given(segment_lists, st.sampled_from(get_args(Learn)))
+    @example([Segment("a", False), Segment("", True), Segment("b", False)], "assistant")  # `ab` is one token
+    @example([Segment("a", True), Segment("", False), Segment("", True)], "last")
+    def check(row: list[Segment], learn: Learn):
+        (encoding,) = tokenizer.encode_spans(["".join(segment.text for segment in row)])
+        try:
+            expected = mask_segments(tokenizer, row, learn)
+        except ValueError as error:
+            with pytest.raises(ValueError, match=str(error)):
+                encode_segments(tokenizer, row, encoding, learn)
+            return
+        assert as_lists(encode_segments(tokenizer, row, encoding, learn)) == as_lists(expected)
+
+    check()
 
 
 def supervised_text(tokenizer: Tokenizer, row: EncodedRow) -> str:
@@ -86,31 +135,12 @@ def test_mask_decodes_to_the_assistants_texts_and_ends(
 
     @given(conversations(system))
     def check(messages: list[dict[str, str]]):
-        row, whole = encode(tokenizer, messages), tokenizer.encode(tokenizer.render(messages))
+        row, whole = loss_mask(tokenizer, messages), tokenizer.encode(tokenizer.render(messages))
         assert supervised_text(tokenizer, row) == expected(messages, before, end, strip)
         assert tokenizer.decode(row.ids.tolist()) == tokenizer.render(messages)
         assert row.cut or row.ids.tolist() == whole
 
     check()
-
-
-@pytest.mark.parametrize("name", ["smollm2", "llama3", "mistral", "modern", "thinking"])
-def test_a_kind_of_conversation_is_taken_apart_as_each_of_it_would_be(
-    smollm2_source: dict, templates: dict, name: str, monkeypatch: pytest.MonkeyPatch
-):
-    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
-    fast, marks, slow = make_segmenter(tokenizer), turn_marks(tokenizer), []
-    whole = span_cache.conversation_segments
-    monkeypatch.setattr(span_cache, "conversation_segments", lambda *args: slow.append(args) or whole(*args))
-
-    @given(conversations(name != "mistral"))
-    def check(messages: list[dict[str, str]]):
-        assert fast(messages, None) == conversation_segments(tokenizer, marks, messages)
-
-    check()
-    plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    slow.clear()
-    assert fast(plain, None) and fast(plain, None) and len(slow) <= 1
 
 
 @kinds_of_template
@@ -121,7 +151,7 @@ def test_the_last_turn_alone_or_all_is_learned(
 
     @given(conversations(system))
     def check(messages: list[dict[str, str]]):
-        every, last, whole = (encode(tokenizer, messages, learn) for learn in ("assistant", "last", "all"))
+        every, last, whole = (loss_mask(tokenizer, messages, learn=learn) for learn in ("assistant", "last", "all"))
         answer = [message for message in messages if message["role"] == "assistant"][-1:]
         assert supervised_text(tokenizer, last) == expected(answer, before, end, strip)
         assert supervised_text(tokenizer, whole) == tokenizer.render(messages)
@@ -145,7 +175,7 @@ def test_generation_marks_hold_what_the_mask_does(smollm2_source: dict, template
     def check(messages: list[dict[str, str]]):
         if not any(mark in message["content"] for mark in "\u27e6\u27e7" for message in messages):
             inside = re.findall("\u27e6(.*?)\u27e7", shown.render(messages), re.DOTALL)
-            assert supervised_text(ours, encode(ours, messages)) == "".join(inside)
+            assert supervised_text(ours, loss_mask(ours, messages)) == "".join(inside)
 
     check()
 
@@ -180,7 +210,7 @@ def test_the_prompts_ids_are_those_of_generation(tokenizer: Tokenizer):
     @given(conversations())
     def check(messages: list[dict[str, str]]):
         turn = next(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        row = encode(tokenizer, messages[: turn + 1])
+        row = loss_mask(tokenizer, messages[: turn + 1])
         prompt = tokenizer.encode(tokenizer.render(messages[:turn], add_generation_prompt=True))
         assert row.ids[: row.supervised.argmax()].tolist() == prompt
 
@@ -189,7 +219,7 @@ def test_the_prompts_ids_are_those_of_generation(tokenizer: Tokenizer):
 
 def test_end_of_turn_is_supervised_where_pad_is_eos_and_the_newline_behind_it_is_not(tokenizer: Tokenizer):
     assert tokenizer.pad_id == tokenizer.eos_id == 2
-    row = encode(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Paris"}])
+    row = loss_mask(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Paris"}])
     ends = np.flatnonzero(row.ids == 2)
     assert row.supervised[ends].tolist() == [False, False, True]  # system, user, assistant
     assert row.ids[-2:].tolist() == [2, 198] and not row.supervised[-1]
@@ -197,27 +227,27 @@ def test_end_of_turn_is_supervised_where_pad_is_eos_and_the_newline_behind_it_is
 
 def test_a_token_over_the_boundary_is_cut_and_told(tokenizer: Tokenizer):
     question = {"role": "user", "content": "Body?"}
-    row = encode(tokenizer, [question, {"role": "assistant", "content": "    return"}])
+    row = loss_mask(tokenizer, [question, {"role": "assistant", "content": "    return"}])
     assert row.cut
     prompt = tokenizer.encode(tokenizer.render([question], add_generation_prompt=True))
     assert row.ids.tolist() == prompt + tokenizer.encode("    return<|im_end|>") + tokenizer.encode("\n")
-    assert not encode(tokenizer, [question, {"role": "assistant", "content": "return"}]).cut
+    assert not loss_mask(tokenizer, [question, {"role": "assistant", "content": "return"}]).cut
 
 
 def test_an_assistants_first_turn_needs_no_question(tokenizer: Tokenizer):
     messages = [{"role": "assistant", "content": "Welcome"}, {"role": "user", "content": "Hi"}]
-    assert supervised_text(tokenizer, encode(tokenizer, messages)) == "Welcome<|im_end|>"
+    assert supervised_text(tokenizer, loss_mask(tokenizer, messages)) == "Welcome<|im_end|>"
     system = [{"role": "system", "content": "s"}, *messages]
-    assert supervised_text(tokenizer, encode(tokenizer, system)) == "Welcome<|im_end|>"
+    assert supervised_text(tokenizer, loss_mask(tokenizer, system)) == "Welcome<|im_end|>"
 
 
 def test_what_the_template_has_the_model_write_is_supervised(smollm2_source: dict, templates: dict):
     tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates["thinking"]})
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "think"}]
-    assert supervised_text(tokenizer, encode(tokenizer, messages)) == "<think>\n\n</think>\n\nthink<|im_end|>"
+    assert supervised_text(tokenizer, loss_mask(tokenizer, messages)) == "<think>\n\n</think>\n\nthink<|im_end|>"
     longer = [*messages, {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
     both = "think<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
-    assert supervised_text(tokenizer, encode(tokenizer, longer)) == both
+    assert supervised_text(tokenizer, loss_mask(tokenizer, longer)) == both
 
 
 def test_special_tokens_that_swallow_spaces(smollm2_source: dict):
@@ -231,7 +261,7 @@ def test_special_tokens_that_swallow_spaces(smollm2_source: dict):
         "'<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<repo_name>\n' }}{% endif %}"
     )
     tokenizer = dataclasses.replace(tokenizer, chat_template=template)
-    row = encode(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}])
+    row = loss_mask(tokenizer, [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a b"}])
     assert not row.cut
     assert supervised_text(tokenizer, row) == "a b<|im_end|>"
 
@@ -267,46 +297,13 @@ def test_tokenizers_that_put_a_space_before_every_text(sentencepiece_like: Token
         {"role": "user", "content": "and the mat"},
         {"role": "assistant", "content": "yes"},
     ]
-    row = encode(sentencepiece_like, messages)
+    row = loss_mask(sentencepiece_like, messages)
     assert not row.cut and row.ids.tolist() == sentencepiece_like.encode(sentencepiece_like.render(messages))
     tokens = [sentencepiece_like.backend.id_to_token(token) for token in row.ids[row.supervised].tolist()]
     assert "".join(tokens) == "▁the▁cat▁sat▁</s>▁yes▁</s>"
 
 
-@pytest.mark.parametrize(
-    ("template", "told"),
-    [
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", r"puts '\\n' after"),
-        ("{% for m in messages %}{{ m.content + '.<|im_end|>' }}{% endfor %}", r"puts '\.<\|im_end\|>' after"),
-        (
-            "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "drops or rewrites what the assistant says",
-        ),
-    ],
-)
-def test_templates_without_an_end_of_turn_are_refused(smollm2_source: dict, template: str, told: str):
-    with pytest.raises(ValueError, match=told):
-        turn_marks(load_tokenizer({**smollm2_source, "chat_template": template}))
-
-
-@pytest.mark.parametrize(
-    ("body", "told"),
-    [
-        ("{{ m.content | replace('s', 'z') + '<|im_end|>' }}", "rewrites what the assistant says"),
-        ("{{ m.content + '<|im_end|>' if loop.last or m.role == 'user' }}", "drops, repeats or reorders"),
-        ("{{ m.content + ('<|endoftext|>' if loop.index == 4 else '<|im_end|>') }}", r"ends message 3 with"),
-        ("{{ messages | length ~ m.content + '<|im_end|>' }}", "in another way once an answer follows"),
-    ],
-)
-def test_templates_without_exact_spans_are_refused(smollm2_source: dict, body: str, told: str):
-    template = f"{{% for m in messages %}}{body}{{% endfor %}}"
-    tokenizer = load_tokenizer({**smollm2_source, "chat_template": template})
-    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "as"}
-    with pytest.raises(ValueError, match=told):
-        conversation_segments(tokenizer, turn_marks(tokenizer), [question, answer, question, answer])
-
-
-def test_pieces_that_do_not_decode_to_the_text_are_refused(sentencepiece_like: Tokenizer):
+def test_segments_that_do_not_decode_to_the_text_are_refused(sentencepiece_like: Tokenizer):
     row = [Segment("the c", False), Segment("at", True)]
-    with pytest.raises(ValueError, match="the tokenizer can't encode the two apart"):
-        encode_segments(sentencepiece_like, row, sentencepiece_like.encode_spans(["the cat"])[0])
+    with pytest.raises(ValueError, match="the tokenizer can't encode the two separately"):
+        mask_segments(sentencepiece_like, row)

@@ -1,0 +1,127 @@
+"""The loss mask by definition: the ids of a conversation, and for each id whether the loss sees it.
+
+Read this file first. Training takes the fast paths next to it. They return the same rows, which
+tests/data/loss_mask/test_reference.py checks:
+
+  span_cache.py     finds the spans of a conversation from those of another with the same roles
+  shared_prefix.py  encodes the beginning that texts share once
+  by_bytes.py       computes the mask from the byte length of each id, for many rows at once
+  by_offsets.py     computes the mask of one row from its offsets, without a loop over tokens
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+import tokenizers
+from jaxtyping import Bool, Int32
+
+from qlora_jax.data.formats.tool_calls import Tools
+from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+
+Learn = Literal["assistant", "last", "all"]
+
+
+class EncodedRow(NamedTuple):
+    """One row of tokens.
+
+    Fields:
+      ids: token ids, [T].
+      supervised: True for each id that the loss sees as a target, [T].
+      source: number of ids before the first answer; all of them if the row has no answer.
+      cut: a token crossed the start or end of an answer, so each segment was encoded separately.
+      lossy: the ids decode to another text, because the tokenizer drops or rewrites some characters.
+    """
+
+    ids: Int32[np.ndarray, " T"]
+    supervised: Bool[np.ndarray, " T"]
+    source: int
+    cut: bool
+    lossy: bool
+
+
+def loss_mask(
+    tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None = None, learn: Learn = "assistant"
+) -> EncodedRow:
+    """Returns the ids and the loss mask of a conversation, through the tokenizer's chat template.
+
+    Args:
+      tools: JSON schemas of the functions that the assistant may call.
+      learn: what the loss sees: every assistant turn, only the last one, or the whole conversation.
+
+    Raises:
+      ValueError: the template rejects the conversation or changes its texts, or its spans are not exact.
+    """
+    segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages, tools)
+    return mask_segments(tokenizer, segments, learn)
+
+
+def mask_segments(tokenizer: Tokenizer, segments: Sequence[Segment], learn: Learn = "assistant") -> EncodedRow:
+    """Returns the ids of the joined text. A token is supervised if the segment that owns it is.
+
+    A token's owner is the segment that holds its first character. If a token crosses the start or end of an answer,
+    each segment is encoded separately. The ids are then those of generation: the prompt's, then the answer's.
+
+    Raises:
+      ValueError: the segments' ids do not decode to the joined text.
+    """
+    text = "".join(segment.text for segment in segments)
+    (encoding,) = tokenizer.encode_spans([text])
+    owner_of_character = [index for index, segment in enumerate(segments) for _ in segment.text]
+    owner_of_character.append(len(segments) - 1)  # a token without characters may stand at the end
+    ids, owners, cut = encoding.ids, [], False
+    for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True):
+        first, last = owner_of_character[begin], owner_of_character[max(begin, end - 1)]
+        if len({segment.supervised for segment in segments[first : last + 1]}) > 1:
+            # An added token, such as an end of turn, may have swallowed the spaces before it.
+            spaces = len(text[begin:end]) - len(text[begin:end].lstrip())
+            first = owner_of_character[begin + spaces]
+            cut = cut or token not in tokenizer.added_ids
+        owners.append(first)
+    if cut:
+        ids, owners = encode_separately(tokenizer, segments, encoding)
+    learned = supervised_segments(segments, learn)
+    first_answer = [segment.supervised for segment in (*segments, Segment("", True))].index(True)
+    return EncodedRow(
+        ids=np.array(ids, np.int32),
+        supervised=np.array([learned[owner] for owner in owners], bool),
+        source=sum(owner < first_answer for owner in owners),
+        cut=cut,
+        lossy=_without_spaces(tokenizer.decode(ids)) != _without_spaces(text),
+    )
+
+
+def supervised_segments(segments: Sequence[Segment], learn: Learn) -> list[bool]:
+    """Returns True for each segment that the loss sees: every answer, only the last one, or all segments."""
+    answers = [segment.supervised for segment in segments]
+    if learn == "assistant":
+        return answers
+    last = max((index for index, answer in enumerate(answers) if answer), default=-1)
+    return [learn == "all" or index == last for index in range(len(answers))]
+
+
+def encode_separately(
+    tokenizer: Tokenizer, segments: Sequence[Segment], encoding: tokenizers.Encoding
+) -> tuple[list[int], list[int]]:
+    """Returns the ids of each segment, encoded without its neighbours, and the segment that owns each id.
+
+    Args:
+      encoding: of the joined text.
+
+    Raises:
+      ValueError: the ids decode to another text than those of `encoding`.
+    """
+    pieces = tokenizer.encode_batch([segment.text for segment in segments])
+    ids = [token for piece in pieces for token in piece]
+    if tokenizer.decode(ids) != tokenizer.decode(encoding.ids):
+        raise ValueError(
+            "a token crosses the start or end of an answer, and the tokenizer can't encode the two separately"
+        )
+    return ids, [index for index, piece in enumerate(pieces) for _ in piece]
+
+
+def _without_spaces(text: str) -> str:
+    """Returns the text without spaces: some tokenizers add one first, or take those around a special token."""
+    return "".join(text.split())
