@@ -1,6 +1,5 @@
 """Which projections get an adapter, and putting it there."""
 
-import math
 import operator
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from qlora_jax.nn.dora import DoRA, SettledDoRA
 from qlora_jax.nn.full_rank import set_whole
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
-from qlora_jax.nn.lora import LoRA, initial_factors
+from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
@@ -136,7 +135,7 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
         rank, alpha = ranks[name], alphas[name]
         if rank < 1:
             raise ValueError(f"rank {rank} for {name}: a rank of at least 1 is needed")
-        found[name] = rank, alpha / math.sqrt(rank) if spec.use_rslora else alpha / rank
+        found[name] = rank, lora_scaling(rank, alpha, spec.use_rslora)
     return found
 
 

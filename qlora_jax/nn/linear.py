@@ -16,18 +16,19 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
-from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.variables import Frozen, select_layer
 
 Weight = QTensor | MixedStack | jax.Array  # a stack: 4-bit, in part 4-bit, or dense [L, N, K]
 
 
-def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | int) -> Float[Array, "M N"]:
-    """x W^T for one layer of a stack, accumulated in f32, in x's dtype."""
+def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | int | None) -> Float[Array, "M N"]:
+    """x W^T for one layer of a stack (None: `weight` is a single layer), accumulated in f32, in x's dtype."""
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
     if isinstance(weight, MixedStack):
+        assert layer is not None, "a MixedStack is always a stack"
         return mixed_linear(x_MK, weight, layer)
-    w_NK = jax.lax.dynamic_index_in_dim(weight, layer, keepdims=False)
+    w_NK = select_layer(weight, layer)
     return dot_nt(x_MK, w_NK.astype(x_MK.dtype), x_MK.dtype)
 
 
@@ -36,13 +37,14 @@ class FrozenLayer:
     """One layer of a frozen linear, x W^T + b, and its parts.
 
     Attributes:
-      weight: a stack; bias: [L, N].
-      layer: index in the stack.
+      weight: a stack of layers, or a single layer.
+      bias: [L, N] or [N].
+      layer: index in the stack; None: `weight` and `bias` are a single layer.
     """
 
     weight: Weight
-    bias: Float[Array, "L N"] | None
-    layer: jax.Array | int
+    bias: Float[Array, "*L N"] | None
+    layer: jax.Array | int | None
 
     def __call__(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
         """x W^T + b."""
@@ -57,7 +59,7 @@ class FrozenLayer:
         """y + b."""
         if self.bias is None:
             return y_MN
-        bias_N = jax.lax.dynamic_index_in_dim(self.bias, self.layer, keepdims=False)
+        bias_N = select_layer(self.bias, self.layer)
         return y_MN + bias_N.astype(y_MN.dtype)[None]
 
 

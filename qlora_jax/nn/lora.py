@@ -138,6 +138,11 @@ class LoRA(nnx.Module):
         return bias
 
 
+def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
+    """alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (Kalajdzievski, 2023)."""
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
 def initial_factors(
     key: jax.Array, stack: int, shape: tuple[int, int], rank: int, dtype: DTypeLike
 ) -> tuple[Float[Array, "L K R"], Float[Array, "L R N"]]:

@@ -1,7 +1,5 @@
 """The two kinds of array a model holds: frozen ones, and those that optax trains (`nnx.LoRAParam`)."""
 
-from typing import Any
-
 import jax
 from flax import nnx
 
@@ -9,11 +7,15 @@ from flax import nnx
 class Frozen(nnx.Variable):
     """A leaf of the base model: never differentiated, never given to an optimizer.
 
-    Holds an array, or a QTensor; where layers are stacked every leaf has a leading axis of layers.
+    Holds an array or a QTensor. Where layers are stacked, every leaf has a leading axis of layers.
     """
 
 
-def of_layer(variable: nnx.Variable, layer: jax.Array | int | None) -> Any:
-    """The value of one layer of a stacked array Variable, or the whole value where `layer` is None."""
-    value = variable.get_value()
-    return value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+def select_layer(stack: jax.Array, layer: jax.Array | int | None) -> jax.Array:
+    """One layer of a stacked array, or the whole array if `layer` is None."""
+    return stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+
+
+def of_layer(variable: nnx.Variable, layer: jax.Array | int | None) -> jax.Array:
+    """One layer of a Variable that holds a stacked array, or its whole value if `layer` is None."""
+    return select_layer(variable.get_value(), layer)
