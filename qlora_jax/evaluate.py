@@ -18,9 +18,9 @@ from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 if TYPE_CHECKING:
     from qlora_jax.data.tokenizer.tokenizer import Tokenizer
     from qlora_jax.evaluation.tasks.task import Task
-    from qlora_jax.inference.decode import Parts
     from qlora_jax.inference.result_cache import Kept
     from qlora_jax.io.pretrained import Opened
+    from qlora_jax.models.partition import ModelParts
 
 PLAIN: dict[str, Any] = {"style": "dim", "markup": False, "highlight": False}  # messages
 COMMAND = Command(
@@ -164,7 +164,7 @@ def _run_label(args: EvaluateArgs, opened: "Opened", quant_type: str) -> str:
     return name if quant_type == trained else f"{name}, on {quant_type} (trained on {trained})"
 
 
-def _models(args: EvaluateArgs, columns: Mapping[str, Column], console: Console) -> Iterator[tuple[str, "Parts"]]:
+def _models(args: EvaluateArgs, columns: Mapping[str, Column], console: Console) -> Iterator[tuple[str, "ModelParts"]]:
     """Each column's model, one at a time; columns of one run and one quant_type share their base."""
     from qlora_jax.io.pretrained import adapted, held_as, load_base, unadapted
     from qlora_jax.io.progress import loading
@@ -180,7 +180,7 @@ def _models(args: EvaluateArgs, columns: Mapping[str, Column], console: Console)
         del model  # before the next one is loaded
 
 
-def _score(task: "Task", parts: "Parts", kept: "Kept", label: str, console: Console) -> Any:
+def _score(task: "Task", parts: "ModelParts", kept: "Kept", label: str, console: Console) -> Any:
     from rich.progress import Progress
 
     started, found, made = time.perf_counter(), kept.found, kept.made

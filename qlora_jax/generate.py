@@ -13,9 +13,9 @@ from qlora_jax.evaluation.settings import GenerateArgs, check_generate
 
 if TYPE_CHECKING:
     from qlora_jax.data.readers.files import Row
-    from qlora_jax.inference.decode import Parts
     from qlora_jax.inference.prompts import Prompter
     from qlora_jax.io.pretrained import Opened
+    from qlora_jax.models.partition import ModelParts
 
 COMMAND = Command(
     name="generate",
@@ -48,7 +48,7 @@ def main(argv: list[str]) -> None:
     parts = _load(opened, args, messages)
     reply_to = functools.partial(
         stream,
-        *parts,
+        parts,
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
         max_new_tokens=args.max_new_tokens,
         stop_ids=prompts.stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=prompter.chat),
@@ -80,7 +80,7 @@ def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tu
     return rows, encode_prompts("--prompt", rows, prompter, max_positions)
 
 
-def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "Parts":
+def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "ModelParts":
     """The model as trained, or as the settings want it."""
     from qlora_jax.io.pretrained import adapted, held_as, load_base
     from qlora_jax.io.progress import loading

@@ -18,12 +18,12 @@ from qlora_jax.config import Config, read_arguments, run_main
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.evaluation.tables import Scored, show
 from qlora_jax.evaluation.tasks.text import rows_task
-from qlora_jax.inference.decode import Parts, generate
+from qlora_jax.inference.decode import generate
 from qlora_jax.inference.prompts import prompter, stop_ids
 from qlora_jax.inference.result_cache import NOTHING_KEPT
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import Opened, adapted, load_base, open_base_or_run
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.training.run import check_folder, train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,7 +74,7 @@ def _config(argv: list[str], model: Path) -> Config:
     return read_arguments([*defaults, *argv])
 
 
-def _scores(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
+def _scores(opened: Opened, parts: dict[str, ModelParts], console: Console) -> None:
     # The base never heard of the form "Title: ...": give it that start, so that form alone makes no difference.
     limit = opened.features.max_positions
     task = rows_task(str(HELD_OUT), opened.tokenizer, max_rows=None, max_positions=limit, answer_start="Title:")
@@ -85,7 +85,7 @@ def _scores(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
     show(Scored(task, scores), LABELS, console)
 
 
-def _samples(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
+def _samples(opened: Opened, parts: dict[str, ModelParts], console: Console) -> None:
     rows = read_rows(str(HELD_OUT))
     chosen = [rows[index].data for index in SAMPLES]
     ask = prompter(opened.tokenizer, raw=False, system=None)
@@ -94,7 +94,7 @@ def _samples(opened: Opened, parts: dict[str, Parts], console: Console) -> None:
     answers = {
         column: [
             opened.tokenizer.decode(reply.ids)
-            for reply in generate(*model, prompts, sampling=Sampling(), max_new_tokens=40, stop_ids=stops)
+            for reply in generate(model, prompts, sampling=Sampling(), max_new_tokens=40, stop_ids=stops)
         ]
         for column, model in parts.items()
     }

@@ -42,9 +42,9 @@ def direct(folder, column, step=7):
     tokenizer, limits = opened.tokenizer, dict(max_rows=None, max_positions=256)
     text = text_task(str(folder / "text.txt"), tokenizer, window=64, stride=None, max_tokens=None, max_positions=256)
     return (
-        answer_scores(*parts, text.rows),
-        choice_scores(*parts, choice_task(str(folder / "questions.jsonl"), tokenizer, **limits).choices),
-        answer_scores(*parts, rows_task(str(folder / "rows.jsonl"), tokenizer, **limits).rows),
+        answer_scores(parts, text.rows),
+        choice_scores(parts, choice_task(str(folder / "questions.jsonl"), tokenizer, **limits).choices),
+        answer_scores(parts, rows_task(str(folder / "rows.jsonl"), tokenizer, **limits).rows),
     )
 
 
@@ -86,7 +86,7 @@ def test_exact_answers_are_those_that_the_model_writes(folder, tmp_path):
     rows = []
     for number, word in enumerate(["sun", "moon", "rain"]):
         ids = answers_prompt(opened.tokenizer, word)
-        (reply,) = generate(*parts, [ids], sampling=Sampling(), max_new_tokens=5, stop_ids=[])
+        (reply,) = generate(parts, [ids], sampling=Sampling(), max_new_tokens=5, stop_ids=[])
         text = opened.tokenizer.decode(reply.ids).strip() or "nothing"
         rows.append({"question": word, "answer": text if number else "something else"})
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -35,7 +35,7 @@ def direct(folder: Path, prompt: str, step: int | None, **sampling) -> str:
     ids = opened.tokenizer.encode(opened.tokenizer.render([{"role": "user", "content": prompt}], True))
     stops = stop_ids(opened.tokenizer, [], chat=True)
     settings = dict(sampling=Sampling(**sampling), max_new_tokens=8, stop_ids=stops)
-    return opened.tokenizer.decode(decode.generate(*parts, [ids], **settings)[0].ids)
+    return opened.tokenizer.decode(decode.generate(parts, [ids], **settings)[0].ids)
 
 
 def test_a_prompt_is_answered_on_standard_output(folder, capsys):

@@ -7,9 +7,10 @@ from collections.abc import Callable, Collection, Sequence
 import numpy as np
 from jaxtyping import Bool
 
-from qlora_jax.inference.decode import Parts, Reply
+from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.replies import greedy_replies
 from qlora_jax.inference.result_cache import Kept
+from qlora_jax.models.partition import ModelParts
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
@@ -48,7 +49,7 @@ def normalised(text: str, pattern: re.Pattern | None) -> str | None:
 
 
 def answer_replies(
-    parts: Parts,
+    parts: ModelParts,
     questions: Sequence[Asked],
     *,
     decode: Callable[[Sequence[int]], str],

@@ -5,18 +5,16 @@ Dimension key: B prompts of a batch, T positions, M = B T, D embed, V vocab, K l
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from qlora_jax.evaluation.batches import Batch, batches_by_length, stacked
-from qlora_jax.inference.lowering import Ahead, AnyParts, lowered
+from qlora_jax.inference.lowering import Ahead, lowered
 from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
-from qlora_jax.models.partition import Lora, combine
+from qlora_jax.models.partition import ModelParts, combine
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,9 +35,7 @@ class LetterScores:
 
 
 def letter_scores(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     questions: Sequence[Lettered],
     progress: Callable[[int], None] = lambda questions_done: None,
     kept: Kept = NOTHING_KEPT,
@@ -49,7 +45,7 @@ def letter_scores(
     for batch in batches_by_length([len(question.ids) for question in questions]):
         asked = [questions[index] for index in batch.rows]
         inputs = _inputs(batch, questions)
-        (logits_BK,) = kept.result(inputs, lambda inputs=inputs: [_letter_logits(graphdef, lora, base, *inputs)])
+        (logits_BK,) = kept.result(inputs, lambda inputs=inputs: [_letter_logits(parts, *inputs)])
         for index, question, logits_K in zip(batch.rows, asked, logits_BK, strict=False):
             lead = _lead(logits_K[: len(question.letters)], question.answer)
             right[index], tied[index] = lead > 0, lead == 0
@@ -69,7 +65,7 @@ def _inputs(batch: Batch, questions: Sequence[Lettered]) -> tuple[np.ndarray, np
     return tokens_BT, last_B, letters_BK
 
 
-def letters_ahead(parts: AnyParts, questions: Sequence[Lettered]) -> Iterator[Ahead]:
+def letters_ahead(parts: ModelParts, questions: Sequence[Lettered]) -> Iterator[Ahead]:
     """The programs of the batch of the most positions and of that of the most rows, each of which has logits."""
     batches = batches_by_length([len(question.ids) for question in questions])
     largest = max(batches, key=lambda batch: batch.positions), max(batches, key=lambda batch: batch.size)
@@ -81,17 +77,15 @@ def _lead(logits_K: np.ndarray, answer: int) -> float:
     return float(logits_K[answer] - np.delete(logits_K, answer).max())
 
 
-@partial(jax.jit, static_argnames="graphdef")
+@jax.jit
 def _letter_logits(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
     last_B: Int[Array, " B"],
     letters_BK: Int[Array, "B K"],
 ) -> Float[Array, "B K"]:
     """f32 logits of the letters after place `last` of each row."""
-    model = combine(graphdef, lora, base)
+    model = combine(parts)
     rows, length = tokens_BT.shape
     logits_BV = model.head.logits(model.hidden(tokens_BT)[jnp.arange(rows) * length + last_B])
     return jnp.take_along_axis(logits_BV, letters_BK, axis=1)

@@ -7,7 +7,6 @@ Dimension key: B rows of a batch, T positions, D embed, M places, K scored token
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,15 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Bool, Float64, Int, Int64
 
 from qlora_jax.evaluation.batches import Batch, batches_by_length, stacked
 from qlora_jax.evaluation.shared_prefixes import Packed, ScoredIds, packed_rows
-from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.lowering import Ahead, AnyParts, config_of, lowered
+from qlora_jax.inference.lowering import Ahead, config_of, lowered
 from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
-from qlora_jax.models.partition import Lora, combine
+from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.token_scores import Scores, token_scores
 
 ROOM = 256  # places are a multiple of these
@@ -57,11 +54,9 @@ class RowScores:
         return math.exp(self.mean_nll)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
+@jax.jit
 def score_tokens(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
     branches_BT: Int[Array, "B T"] | None,
     before_M: Int[Array, " M"],
@@ -74,15 +69,13 @@ def score_tokens(
       branches_BT: ids of a prompt (0) and its continuations; None where rows are whole texts.
       before_M: indices into the flattened tokens.
     """
-    model = combine(graphdef, lora, base)
+    model = combine(parts)
     hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, branching=branches_BT is not None)
     return token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
 
 
 def answer_scores(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     rows: Sequence[ScoredIds],
     progress: Callable[[int], None] = lambda rows_done: None,
     kept: Kept = NOTHING_KEPT,
@@ -95,14 +88,14 @@ def answer_scores(
     Raises:
       ValueError: rows with nothing to score, or longer than the model's positions: all of them, by index.
     """
-    config = combine(graphdef, lora, base).config
+    config = combine(parts).config
     _check(rows, config.max_positions)
     nll, misses = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
     done = 0
     for batch, packed in _batches(packed_rows(rows, share=config.takes_branches)):
-        row_K, nll_K, hit_K = _score((graphdef, lora, base), batch, packed, kept)
+        row_K, nll_K, hit_K = _score(parts, batch, packed, kept)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
         last_missed[row_K] = ~hit_K  # the last assignment to an index stays, and places are in order
@@ -154,11 +147,11 @@ def _batches(packed: Sequence[Packed]) -> Iterator[tuple[Batch, Sequence[Packed]
 
 
 def _score(
-    parts: Parts, batch: Batch, packed: Sequence[Packed], kept: Kept
+    parts: ModelParts, batch: Batch, packed: Sequence[Packed], kept: Kept
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, -log p, whether it is the likeliest) of each scored token of a batch."""
     inputs, row_K = _inputs(batch, packed)
-    nll_K, hit_K = (x[: len(row_K)] for x in kept.result(inputs, lambda: score_tokens(*parts, *inputs)))
+    nll_K, hit_K = (x[: len(row_K)] for x in kept.result(inputs, lambda: score_tokens(parts, *inputs)))
     return row_K, nll_K, hit_K
 
 
@@ -175,7 +168,7 @@ def _inputs(batch: Batch, packed: Sequence[Packed]) -> tuple[tuple[Any, ...], np
     return (tokens_BT, branches_BT, before_M, targets_M, np.int32(len(row_K))), row_K
 
 
-def scoring_ahead(parts: AnyParts, rows: Sequence[ScoredIds]) -> Iterator[Ahead]:
+def scoring_ahead(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[Ahead]:
     """The programs for the largest batches that `answer_scores` makes of the rows: of whole texts, and of prompts with
     continuations."""
     share = config_of(parts).takes_branches

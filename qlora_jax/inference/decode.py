@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.inference.sampling import Sampling, choose
@@ -24,7 +23,7 @@ from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.partition import Lora, combine
+from qlora_jax.models.partition import ModelParts, combine
 
 PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
 BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
@@ -56,7 +55,6 @@ ORDER_WINDOW = 64  # rows among which those of like length are sought
 COMPILATIONS = len(PREFILL_CHUNKS) + 2
 
 Reason = Literal["stop", "length", "context"]
-Parts = tuple[nnx.GraphDef, Lora, nnx.State]
 
 
 class Step(NamedTuple):
@@ -106,11 +104,9 @@ class _Limits(NamedTuple):
         return Step(row, token, "length" if generated == self.max_new_tokens else None)
 
 
-@functools.partial(jax.jit, static_argnames="graphdef", donate_argnames="cache")
+@functools.partial(jax.jit, donate_argnames="cache")
 def extend(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
     start_B: Int[Array, " B"],
     length_B: Int[Array, " B"],
@@ -123,32 +119,28 @@ def extend(
       length_B: tokens of each row in all; where the last of them is not among these, `last_BD` is handed on.
     """
     batch, length = tokens_BT.shape
-    hidden_MD, cache = combine(graphdef, lora, base).extend(tokens_BT, start_B, cache)
+    hidden_MD, cache = combine(parts).extend(tokens_BT, start_B, cache)
     at_B = length_B - 1 - start_B
     found_BD = hidden_MD.reshape(batch, length, -1)[jnp.arange(batch), jnp.clip(at_B, 0, length - 1)]
     inside_B = (at_B >= 0) & (at_B < length)
     return jnp.where(inside_B[:, None], found_BD, last_BD), cache
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"))
+@functools.partial(jax.jit, static_argnames="sampling")
 def next_token(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     last_BD: Float[Array, "B D"],
     keys_B: Key[Array, " B"],
     index: Int[Array, ""],
     sampling: Sampling,
 ) -> Int[Array, " B"]:
     """The token that follows each row, chosen from f32 logits; `index` counts the tokens generated before it."""
-    return _choose(combine(graphdef, lora, base), last_BD, keys_B, index, sampling)
+    return _choose(combine(parts), last_BD, keys_B, index, sampling)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "sampling"), donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
 def advance(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     tokens_B: Int[Array, " B"],
     start_B: Int[Array, " B"],
     cache: KVCache,
@@ -157,7 +149,7 @@ def advance(
     sampling: Sampling,
 ) -> tuple[Int[Array, " B"], KVCache]:
     """(the token that follows, the cache) after one token a row at position start: `extend` and `next_token` in one."""
-    model = combine(graphdef, lora, base)
+    model = combine(parts)
     hidden_BD, cache = model.extend(tokens_B[:, None], start_B, cache)
     return _choose(model, hidden_BD, keys_B, index, sampling), cache
 
@@ -168,9 +160,7 @@ def _choose(model: CausalLM, last_BD: jax.Array, keys_B: jax.Array, index: jax.A
 
 
 def stream(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
@@ -185,8 +175,8 @@ def stream(
     Raises:
       ValueError: a prompt that is empty, or leaves the model no position to answer in: all of them at once.
     """
-    parts = for_decoding(graphdef, lora, base)
-    model = combine(*parts)
+    parts = for_decoding(parts)
+    model = combine(parts)
     _check(prompts, max_new_tokens, model.config)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
     repeats = _repeats(prompts)
@@ -197,9 +187,7 @@ def stream(
 
 
 def generate(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
@@ -209,9 +197,7 @@ def generate(
     """The whole reply to each prompt, in order; see `stream`."""
     ids: list[list[int]] = [[] for _ in prompts]
     ends: dict[int, Reason] = {}
-    for row, token, end in stream(
-        graphdef, lora, base, prompts, sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids
-    ):
+    for row, token, end in stream(parts, prompts, sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
         if token is not None:
             ids[row].append(token)
         if end is not None:
@@ -269,28 +255,28 @@ def empty_cache(model: CausalLM, size: int, slots: int) -> tuple[jax.Array, KVCa
     return jnp.zeros((size, model.config.embed_dim), dtype), KVCache.empty(model.config, size, slots, dtype)
 
 
-def _prefill(parts: Parts, model: CausalLM, batch: _Batch) -> tuple[jax.Array, KVCache]:
+def _prefill(parts: ModelParts, model: CausalLM, batch: _Batch) -> tuple[jax.Array, KVCache]:
     size, _ = batch.tokens_BP.shape
     last_BD, cache = empty_cache(model, size, batch.slots)
     for start, length in chunks(int(batch.lengths_B.max())):
         tokens_BT, start_B = batch.tokens_BP[:, start : start + length], np.full(size, start, np.int32)
-        last_BD, cache = extend(*parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
+        last_BD, cache = extend(parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
     return last_BD, cache
 
 
 def _decode(
-    parts: Parts, model: CausalLM, batch: _Batch, rows: int, sampling: Sampling, limits: _Limits
+    parts: ModelParts, model: CausalLM, batch: _Batch, rows: int, sampling: Sampling, limits: _Limits
 ) -> Iterator[Step]:
     last_BD, cache = _prefill(parts, model, batch)
     running = set(range(rows))
-    next_B = next_token(*parts, last_BD, batch.keys_B, np.int32(0), sampling)
+    next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling)
     for index in itertools.count():
         tokens_B = np.asarray(next_B)
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
         running -= {step.row for step in steps if step.end is not None}
         if running:  # rows that have ended stay where the cache has room: nobody reads them
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
-            next_B, cache = advance(*parts, next_B, start_B, cache, batch.keys_B, np.int32(index + 1), sampling)
+            next_B, cache = advance(parts, next_B, start_B, cache, batch.keys_B, np.int32(index + 1), sampling)
         yield from steps  # while the device works on the next token
         if not running:
             return

@@ -7,16 +7,15 @@ from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import nnx
 
 from qlora_jax.inference.decode import BATCHES, advance, chunks, empty_cache, extend, round_up, slots_for
-from qlora_jax.inference.lowering import Ahead, AnyParts, bytes_of, lowered
+from qlora_jax.inference.lowering import Ahead, bytes_of, lowered
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.add_adapters import for_decoding
-from qlora_jax.models.partition import Lora, combine
+from qlora_jax.models.partition import ModelParts, combine
 
 
-def decoding_ahead(parts: AnyParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Ahead]:
+def decoding_ahead(parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Ahead]:
     """The programs of greedy replies to prompts that are decoded together: of their largest chunk, and of a token.
 
     What `for_decoding` makes of the model counts as held.
@@ -24,11 +23,11 @@ def decoding_ahead(parts: AnyParts, prompts: Sequence[Sequence[int]], max_new_to
     size, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
     settled, made = _settled(parts)
 
-    def begun(lora: Lora, base: nnx.State):
-        model = combine(settled[0], lora, base)
+    def begun(parts: ModelParts):
+        model = combine(parts)
         return empty_cache(model, size, slots_for(longest + max_new_tokens, model.config))
 
-    last_BD, cache = jax.eval_shape(begun, *settled[1:])
+    last_BD, cache = jax.eval_shape(begun, settled)
     keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
     tokens_BT = np.zeros((size, max(length for _, length in chunks(longest))), np.int32)
     place_B, shape = tokens_BT[:, 0], f"{size} x {cache.k.shape[3]} places of a cache"
@@ -36,22 +35,14 @@ def decoding_ahead(parts: AnyParts, prompts: Sequence[Sequence[int]], max_new_to
     yield lowered(shape, advance, settled, (place_B, place_B, cache, keys_B, np.int32(0)), made, sampling=Sampling())
 
 
-def _settled(parts: AnyParts) -> tuple[AnyParts, int]:
+def _settled(parts: ModelParts) -> tuple[ModelParts, int]:
     """(the shapes of what `for_decoding` returns, bytes of what it makes anew)."""
-    graphdef, lora, base = parts
-    graphdefs: list[nnx.GraphDef] = []
-
-    def settle(lora: Lora, base: nnx.State):
-        structure, *rest = for_decoding(graphdef, lora, base)
-        graphdefs.append(structure)
-        return rest
-
-    cast, settled = jax.eval_shape(settle, lora, base)
+    settled = jax.eval_shape(for_decoding, parts)
     shared = [
         leaf
-        for name, leaves in cast.items()
+        for name, leaves in settled.lora.items()
         for at, leaf in leaves.items()
-        if at in lora[name] and leaf.dtype == lora[name][at].dtype
+        if at in parts.lora[name] and leaf.dtype == parts.lora[name][at].dtype
     ]
-    made = bytes_of((cast, settled)) - bytes_of((shared, base))
-    return (graphdefs[0], cast, settled), made
+    made = bytes_of(settled) - bytes_of((shared, parts.base))
+    return settled, made

@@ -3,12 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
 
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.partition import combine
-
-AnyParts = tuple[nnx.GraphDef, Any, Any]  # a model's, their leaves arrays or ShapeDtypeStructs
+from qlora_jax.models.partition import ModelParts, combine
 
 
 class Ahead(NamedTuple):
@@ -26,21 +23,20 @@ class Ahead(NamedTuple):
 
 
 def lowered(
-    shape: str, function: Any, model: AnyParts, inputs: tuple[Any, ...], beside: int = 0, **static: Any
+    shape: str, function: Any, model: ModelParts, inputs: tuple[Any, ...], beside: int = 0, **static: Any
 ) -> Ahead:
-    """`function(*model, *inputs, **static)`, a jitted function.
+    """`function(model, *inputs, **static)`, a jitted function.
 
     Args:
       beside: bytes that stay on the device meanwhile and are no input.
     """
-    return Ahead(shape, function.lower(*model, *inputs, **static), bytes_of(inputs) + beside)
+    return Ahead(shape, function.lower(model, *inputs, **static), bytes_of(inputs) + beside)
 
 
-def config_of(parts: AnyParts) -> ModelConfig:
+def config_of(parts: ModelParts) -> ModelConfig:
     """The model's features."""
-    graphdef, lora, base = parts
     found: list[ModelConfig] = []
-    jax.eval_shape(lambda lora, base: found.append(combine(graphdef, lora, base).config), lora, base)
+    jax.eval_shape(lambda parts: found.append(combine(parts).config), parts)
     return found[0]
 
 

@@ -5,18 +5,19 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 
 import numpy as np
 
-from qlora_jax.inference.decode import BATCHES, Parts, Reply, generate
+from qlora_jax.inference.decode import BATCHES, Reply, generate
 from qlora_jax.inference.decode_lowering import decoding_ahead
-from qlora_jax.inference.lowering import Ahead, AnyParts
+from qlora_jax.inference.lowering import Ahead
 from qlora_jax.inference.result_cache import Kept
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.add_adapters import for_decoding
+from qlora_jax.models.partition import ModelParts
 
 ENDS = ("stop", "length", "context")
 
 
 def greedy_replies(
-    parts: Parts,
+    parts: ModelParts,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -25,13 +26,13 @@ def greedy_replies(
     kept: Kept,
 ) -> list[Reply]:
     """The reply to each prompt, in order; the longest prompts are answered first. See `decode.generate`."""
-    parts = for_decoding(*parts)
+    parts = for_decoding(parts)
     how = {"sampling": Sampling(), "max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     replies: dict[int, Reply] = {}
     for rows in _groups(prompts):
         group = [list(prompts[row]) for row in rows]
         inputs = ["greedy", group, max_new_tokens, sorted(stop_ids)]
-        found = kept.result(inputs, lambda group=group: _flat(generate(*parts, group, **how)))
+        found = kept.result(inputs, lambda group=group: _flat(generate(parts, group, **how)))
         replies.update(zip(rows, _replies(*found), strict=True))
         progress(len(replies))
     return [replies[row] for row in range(len(prompts))]
@@ -42,7 +43,7 @@ def _groups(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     return [*itertools.batched(sorted(range(len(prompts)), key=lambda row: -len(prompts[row])), BATCHES[-1])]
 
 
-def replies_ahead(parts: AnyParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Ahead]:
+def replies_ahead(parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Ahead]:
     """The programs of the largest batch that `greedy_replies` decodes, its first."""
     yield from decoding_ahead(parts, [prompts[row] for row in _groups(prompts)[0]], max_new_tokens)
 

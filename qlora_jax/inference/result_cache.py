@@ -16,8 +16,7 @@ import jax
 import numpy as np
 
 import pallas_kernels
-from qlora_jax.inference.decode import Parts
-from qlora_jax.models.partition import combine
+from qlora_jax.models.partition import ModelParts, combine
 
 Arrays = tuple[np.ndarray, ...]
 PACKAGES = (Path(pallas_kernels.__file__).parent, Path(__file__).parent.parent)
@@ -58,7 +57,7 @@ class Kept:
 NOTHING_KEPT = Kept()
 
 
-def kept_for(folder: str | None, parts: Parts) -> Kept:
+def kept_for(folder: str | None, parts: ModelParts) -> Kept:
     """The kept scores of one model; the folder is made where it is not there."""
     if folder is None:
         return NOTHING_KEPT
@@ -66,12 +65,11 @@ def kept_for(folder: str | None, parts: Parts) -> Kept:
     return Kept(Path(folder), model_digest(parts))
 
 
-def model_digest(parts: Parts) -> str:
+def model_digest(parts: ModelParts) -> str:
     """SHA-256 of a model's structure and all its arrays, of jax's version, our own code, and the kind of device."""
-    graphdef, lora, base = parts
-    leaves, structure = jax.tree.flatten((lora, base))
+    leaves, structure = jax.tree.flatten((parts.lora, parts.base))
     computed_by = [code_digest(), jax.__version__, jax.devices()[0].device_kind, len(jax.devices()), os.cpu_count()]
-    return digest([*computed_by, graphdef, structure, combine(*parts).config, *leaves])
+    return digest([*computed_by, parts.graphdef, structure, combine(parts).config, *leaves])
 
 
 @functools.cache

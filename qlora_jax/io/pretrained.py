@@ -5,7 +5,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template, with_new_tokens
@@ -21,7 +20,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import Lora, partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, set_tables
 
@@ -153,8 +152,8 @@ def load_base(opened: Opened, args: ModelArgs, progress: Progress | None = None)
     return loaded.model
 
 
-def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
-    """(structure, LoRA parameters, base) of the model with the run's adapter on it.
+def adapted(model: CausalLM, run: Run) -> ModelParts:
+    """The parts of the model with the run's adapter on it.
 
     Raises:
       ValueError: the adapter does not fit the model; names every projection where it does not.
@@ -162,12 +161,12 @@ def adapted(model: CausalLM, run: Run) -> tuple[nnx.GraphDef, Lora, nnx.State]:
     add_lora(model, run.lora_args, jax.random.key(0), None if run.initial is None else run.initial.factors)
     set_tables(model, run.tables)
     add_tables(model, run.new_ids, run.lora_args)
-    graphdef, fresh, base = partition(model)
-    check_shapes(run.path, run.lora, fresh)
-    return graphdef, jax.tree.map(jnp.asarray, run.lora), base
+    fresh = partition(model)
+    check_shapes(run.path, run.lora, fresh.lora)
+    return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora))
 
 
-def unadapted(model: CausalLM, run: Run | None) -> tuple[nnx.GraphDef, Lora, nnx.State]:
+def unadapted(model: CausalLM, run: Run | None) -> ModelParts:
     """Likewise before the run's training: the base, with that part of its weights that the run's adapters began with;
     tokens that it does not have, and the run's new ones, have the mean row."""
     if run is not None:

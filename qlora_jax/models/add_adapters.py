@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.partition import Lora, combine, partition
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.nn.dora import DoRA, SettledDoRA
 from qlora_jax.nn.full_rank import set_whole
 from qlora_jax.nn.ia3 import IA3
@@ -142,22 +141,22 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
 VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # of what trains; they stay in f32
 
 
-def for_decoding(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State) -> tuple[nnx.GraphDef, Lora, nnx.State]:
-    """The same model for many calls of few tokens, in the parts of `partition`: what they share is computed once.
+def for_decoding(parts: ModelParts) -> ModelParts:
+    """The same model for many calls of few tokens, with what they share computed once.
 
     That is the norms of DoRA, and the cast of matrices to the compute dtype.
     """
-    model = combine(graphdef, lora, base)
+    model = combine(parts)
     for _, linear in linears(model):
         if isinstance(linear.adapter, DoRA):
             linear.adapter = SettledDoRA(linear.adapter, linear.weight.get_value())
     dtype = model.model.embed_tokens.weight[...].dtype
-    graphdef, lora, base = partition(model)
+    settled = partition(model)
     cast = {
         name: {leaf: values if leaf in VECTORS else values.astype(dtype) for leaf, values in leaves.items()}
-        for name, leaves in lora.items()
+        for name, leaves in settled.lora.items()
     }
-    return graphdef, cast, base
+    return settled.with_lora(cast)
 
 
 def _full_names(name: str, layers: int) -> list[str]:

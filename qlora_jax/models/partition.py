@@ -1,36 +1,58 @@
-"""A model as three parts: its structure, what trains, and what is frozen.
+"""A model as three parts: its structure, the LoRA parameters that train, and the frozen base."""
 
-What trains is a plain dict {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}, which is what
-gradients, optax and checkpoints see; the rest never reaches them.
-"""
-
+import dataclasses
 from typing import Any
 
 import jax
 from flax import nnx
 
+from qlora_jax.models.decoder import CausalLM
+
 Lora = dict[str, dict[str, jax.Array]]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ModelParts:
+    """A model taken apart, as a pytree that jitted functions take as one argument.
+
+    Leaves may be arrays, tracers or ShapeDtypeStructs, so their types are not checked here.
+
+    Fields:
+      graphdef: the structure; static under jit.
+      lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}, which gradients, optax and
+        checkpoints see.
+      base: an `nnx.State` of everything frozen, which none of them sees.
+    """
+
+    graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
+    lora: dict[str, dict[str, Any]]
+    base: nnx.State
+
+    def with_lora(self, lora: Lora) -> "ModelParts":
+        """Returns the same model with other LoRA parameters."""
+        return dataclasses.replace(self, lora=lora)
+
+
 def is_table(name: str) -> bool:
-    """Whether a module of what trains is embedding or head, and no projection or norm."""
+    """Returns True if a trained module is the embedding or the head, not a projection or a norm."""
     return name in ("model.embed_tokens", "lm_head")
 
 
-def partition(model: nnx.Module) -> tuple[nnx.GraphDef, Lora, nnx.State]:
-    """(structure, LoRA parameters, base); `combine` is the inverse."""
+def partition(model: nnx.Module) -> ModelParts:
+    """Returns the parts of a model; `combine` is the inverse."""
     graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
-    return graphdef, _to_dict(lora), base
+    return ModelParts(graphdef, _to_dict(lora), base)
 
 
-def combine(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State) -> Any:
-    """The model again; inside jit too."""
+def combine(parts: ModelParts) -> CausalLM:
+    """Returns the model again; inside jit too."""
     flat = [
         ((*name.split("."), "adapter", leaf), nnx.LoRAParam(value))
-        for name, leaves in lora.items()
+        for name, leaves in parts.lora.items()
         for leaf, value in leaves.items()
     ]
-    return nnx.merge(graphdef, nnx.from_flat_state(flat), base)
+    return nnx.merge(parts.graphdef, nnx.from_flat_state(flat), parts.base)
 
 
 def _to_dict(state: nnx.State) -> Lora:

@@ -12,13 +12,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.step import gradients, update
@@ -45,9 +44,7 @@ class AbstractStep:
       state: of the optimizer.
     """
 
-    graphdef: nnx.GraphDef
-    lora: Abstract
-    base: Abstract
+    parts: ModelParts
     batch: dict[str, jax.ShapeDtypeStruct]
     key: jax.ShapeDtypeStruct | None
     remat: str
@@ -56,12 +53,12 @@ class AbstractStep:
 
     def gradients(self) -> Program:
         """`training.step.gradients`, ready to compile."""
-        args = (self.graphdef, self.lora, self.base, self.batch, self.key)
+        args = (self.parts, self.batch, self.key)
         return Program(gradients, args, {"remat": self.remat})
 
     def update(self) -> Program:
         """`training.step.update`, ready to compile; gradients look like the LoRA parameters."""
-        return Program(update, (self.optimizer, self.lora, self.state, self.lora), {})
+        return Program(update, (self.optimizer, self.parts.lora, self.state, self.parts.lora), {})
 
 
 def abstract_step(
@@ -92,18 +89,15 @@ def abstract_step(
             "train.remat=offload: a CPU's arrays are in host memory already, so nothing would be saved; set "
             "train.remat=full"
         )
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _adapted(model, weights, lora, new_ids)))
-    lora_leaves, base = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids))[1:])
+    parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids)))
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
     return AbstractStep(
-        graphdef=graphdef,
-        lora=lora_leaves,
-        base=base,
+        parts=parts,
         batch=abstract_batch(*batch, packed=packed),
         key=jax.eval_shape(lambda: jax.random.key(0)) if lora.dropout else None,
         remat=remat,
         optimizer=optimizer,
-        state=jax.eval_shape(optimizer.init, lora_leaves),
+        state=jax.eval_shape(optimizer.init, parts.lora),
     )
 
 

@@ -59,12 +59,12 @@ def _peak(session: Session) -> Rows:
 
 
 def _frozen(session: Session) -> str:
-    return "" if session.config.lora.method == "full" else f", {_megabytes(session.base)}"
+    return "" if session.config.lora.method == "full" else f", {_megabytes(session.parts.base)}"
 
 
 def _trained(session: Session) -> str:
-    lora, trained, frozen = session.config.lora, _count(session.lora), session.model.parameters()
-    held = f"{_megabytes(session.lora)} in {lora.dtype}"
+    lora, trained, frozen = session.config.lora, _count(session.parts.lora), session.model.parameters()
+    held = f"{_megabytes(session.parts.lora)} in {lora.dtype}"
     if lora.method == "full":
         return f"all {trained:,} parameters, {held}"
     share = f"{trained:,} {METHODS[lora.method]} parameters, {trained / (trained + frozen):.2%} of all, {held}"
@@ -76,7 +76,7 @@ def _rank(config: Config) -> str:
 
 
 def _projections(session: Session) -> int:
-    return sum(not is_table(name) for name in session.lora)
+    return sum(not is_table(name) for name in session.parts.lora)
 
 
 def _new_tokens(session: Session) -> Rows:
@@ -117,7 +117,7 @@ def _products(session: Session) -> str:
     """Which implementations multiply with 4-bit weights in training, and why not what the device would rather run."""
     train, device = session.config.train, target_device()
     rows = train.micro_batch_size * max(session.dataset.buckets)
-    leaves = jax.tree.leaves(session.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
     choices = [chosen(device, call) for call in calls]
     names = dict.fromkeys(str(choice.name) for choice in choices)

@@ -5,11 +5,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 
 from qlora_jax import runtime
-from qlora_jax.inference.lowering import AnyParts
-from qlora_jax.models.partition import Lora
+from qlora_jax.models.partition import Lora, ModelParts
 from qlora_jax.training.abstract_step import AbstractStep, abstract_batch
 from qlora_jax.training.step import StepLoss
 
@@ -33,12 +31,12 @@ class Gradients:
     @property
     def lora(self) -> Any:
         """The LoRA parameters' tree, its leaves ShapeDtypeStructs."""
-        return self._step.lora
+        return self._step.parts.lora
 
     @property
-    def parts(self) -> AnyParts:
-        """The model in three parts, its leaves ShapeDtypeStructs."""
-        return self._step.graphdef, self._step.lora, self._step.base
+    def parts(self) -> ModelParts:
+        """The model's parts, their leaves ShapeDtypeStructs."""
+        return self._step.parts
 
     def __len__(self) -> int:
         """How many programs were compiled."""
@@ -54,9 +52,7 @@ class Gradients:
             runtime.give_memory_back()
         return self._compiled[shape]
 
-    def __call__(
-        self, lora: Lora, base: nnx.State, batch: dict[str, np.ndarray], key: jax.Array | None
-    ) -> tuple[Lora, StepLoss]:
+    def __call__(self, parts: ModelParts, batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[Lora, StepLoss]:
         """(gradients, losses) of a step's batch."""
         accumulated, rows, length = batch["inputs"].shape
-        return self.compiled((accumulated, rows, length))(lora, base, batch, key)
+        return self.compiled((accumulated, rows, length))(parts, batch, key)

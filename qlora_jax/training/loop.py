@@ -62,13 +62,13 @@ class NonFiniteLoss(ValueError):
 
 def start(session: Session) -> Progress:
     """Step 0."""
-    return Progress(session.lora, session.updates.init(session.lora), 0, dict(START), Best())
+    return Progress(session.parts.lora, session.updates.init(session.parts.lora), 0, dict(START), Best())
 
 
 def restore(session: Session, checkpoints: Checkpoints) -> Progress:
     """The newest checkpoint, checked against the session's settings, base and data."""
     check_resumable(session, checkpoints.read_state())
-    lora, optimizer_state, state = checkpoints.restore(session.lora, session.updates.like(session.lora))
+    lora, optimizer_state, state = checkpoints.restore(session.parts.lora, session.updates.like(session.parts.lora))
     best = Best.of(state)
     if session.config.train.keep_best:
         checkpoints.keep_also(best.step)
@@ -125,7 +125,7 @@ def train_step(session: Session, progress: Progress, batch: Batch, data_seconds:
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
     optimizer_state, room, sent = session.updates.make_room(progress.optimizer_state, batch.inputs.shape)
-    grads, loss = session.gradients(progress.lora, session.base, batch.arrays(), key)
+    grads, loss = session.gradients(session.parts.with_lora(progress.lora), batch.arrays(), key)
     lora, optimizer_state, norm, moved = session.updates.update(progress.lora, optimizer_state, grads, room)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
     step = progress.step + 1
@@ -165,7 +165,7 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
 def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter) -> Progress:
     """Reports samples, the held-out loss and what is right of the questions; where the loss is the least so far and the
     best are kept, saves a checkpoint."""
-    parts = session.graphdef, progress.lora, session.base
+    parts = session.parts.with_lora(progress.lora)
     if session.samples is not None:
         reporter.samples(session.samples.replies(parts, progress.step))
     found = {} if session.dataset.eval is None else held_out_loss(session, progress)
@@ -191,7 +191,7 @@ def held_out_loss(session: Session, progress: Progress) -> dict[str, float]:
     sums, tokens = [], []
     for batch in session.dataset.eval_batches(EVAL_ROWS):
         arrays = {name: array[0] for name, array in batch.arrays().items()}
-        rows_B = evaluation_loss(session.graphdef, progress.lora, session.base, arrays)
+        rows_B = evaluation_loss(session.parts.with_lora(progress.lora), arrays)
         there = batch.rows[0, :, 0] != NO_ROW
         sums.append(np.asarray(rows_B, np.float64)[there])
         tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])

@@ -58,7 +58,7 @@ def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
 def _taken(gradients: Gradients, work: Work) -> tuple[int, int, int]:
     """Bytes of (what is there before, what is made and stays, what is there meanwhile)."""
     if isinstance(work, int):
-        return bytes_of(gradients.parts[1:]), 0, work
+        return bytes_of(gradients.parts), 0, work
     program = gradients.compiled(work).memory_analysis()
     made = program.output_size_in_bytes - program.alias_size_in_bytes
     return program.argument_size_in_bytes, made, program.temp_size_in_bytes

@@ -8,10 +8,9 @@ from qlora_jax import runtime
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.tasks.registry import QuestionTask, question_tasks
-from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.lowering import AnyParts
 from qlora_jax.inference.result_cache import NOTHING_KEPT
 from qlora_jax.io.model_source import ModelSource
+from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.eval_metrics import figures
 
 
@@ -34,7 +33,7 @@ class Questions:
         self.tasks = tasks
         self._need: AskingNeed | None = None
 
-    def figures(self, parts: Parts, told: Callable[[str], None]) -> dict[str, float]:
+    def figures(self, parts: ModelParts, told: Callable[[str], None]) -> dict[str, float]:
         """What a record says of one model's answers; `told` hears how far it is."""
         found: dict[str, float] = {}
         for task in self.tasks:
@@ -46,7 +45,7 @@ class Questions:
             found |= figures(task.name, task.measures(scores))
         return found
 
-    def need(self, parts: AnyParts) -> AskingNeed:
+    def need(self, parts: ModelParts) -> AskingNeed:
         """The most that any of their programs takes, compiled for this device the first time that it is asked for.
 
         Args:
@@ -57,7 +56,7 @@ class Questions:
             runtime.give_memory_back()
         return self._need
 
-    def _needs(self, parts: AnyParts) -> Iterator[AskingNeed]:
+    def _needs(self, parts: ModelParts) -> Iterator[AskingNeed]:
         for task in self.tasks:
             for ahead in task.ahead(parts):
                 memory = aot.read_memory(ahead.lowered.compile().memory_analysis()).device

@@ -6,10 +6,11 @@ from typing import Any
 
 from qlora_jax.config.schema import TrainArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.decode import Parts, generate
+from qlora_jax.inference.decode import generate
 from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, stop_ids
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.model_source import ModelSource
+from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,10 +28,10 @@ class Samples:
     stops: frozenset[int]
     max_new_tokens: int
 
-    def replies(self, parts: Parts, step: int) -> list[dict[str, Any]]:
+    def replies(self, parts: ModelParts, step: int) -> list[dict[str, Any]]:
         """A record for each prompt: its columns, `step`, `reply`, and `end`, why the reply ends there."""
         how = {"sampling": Sampling(), "max_new_tokens": self.max_new_tokens, "stop_ids": self.stops}
-        replies = generate(*parts, self.ids, **how)
+        replies = generate(parts, self.ids, **how)
         return [
             {"step": step, "prompt": row, "reply": self.tokenizer.decode(reply.ids), "end": reply.end}
             for row, reply in zip(self.rows, replies, strict=True)

@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config
@@ -23,7 +22,7 @@ from qlora_jax.io.pretrained import open_tokenizer
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import Lora, is_table, partition
+from qlora_jax.models.partition import Lora, ModelParts, is_table, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.nn.linear import named_key
@@ -55,9 +54,7 @@ class Session:
     model: ModelConfig
     weights: WeightFormat
     dataset: Dataset
-    graphdef: nnx.GraphDef
-    lora: Lora
-    base: nnx.State
+    parts: ModelParts
     gradients: Gradients
     updates: Updates
     utilization: Utilization
@@ -163,17 +160,15 @@ def prepare(
     loaded, initial = _loaded(config, inputs, weights, progress, initial, named_key(key, "lora"))
     add_lora(loaded.model, config.lora, named_key(key, "lora"), None if initial is None else initial.factors)
     add_tables(loaded.model, inputs.new_ids, config.lora)
-    graphdef, lora, base = partition(loaded.model)
+    parts = partition(loaded.model)
     if inputs.start is not None:
-        lora = _started(inputs.start, lora, Path(str(config.lora.start)))
+        parts = parts.with_lora(_started(inputs.start, parts.lora, Path(str(config.lora.start))))
     return Session(
         config=config,
         model=inputs.model,
         weights=weights,
         dataset=dataset,
-        graphdef=graphdef,
-        lora=lora,
-        base=base,
+        parts=parts,
         gradients=gradients,
         updates=updates,
         utilization=_utilization(config, inputs, weights),

@@ -12,10 +12,9 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jaxtyping import Array, Float
 
-from qlora_jax.models.partition import Lora, combine
+from qlora_jax.models.partition import Lora, ModelParts, combine
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 
@@ -46,11 +45,9 @@ def row_nll(model: Any, micro: dict[str, jax.Array], *, remat: str, key: jax.Arr
     return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "remat"))
+@functools.partial(jax.jit, static_argnames="remat")
 def gradients(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     batch: dict[str, jax.Array],
     key: jax.Array | None,
     *,
@@ -68,15 +65,15 @@ def gradients(
 
     def summed(lora: Lora, micro: dict[str, jax.Array], index: jax.Array):
         micro_key = None if key is None else jax.random.fold_in(key, index)
-        rows_B = row_nll(combine(graphdef, lora, base), micro, remat=remat, key=micro_key)
+        rows_B = row_nll(combine(parts.with_lora(lora)), micro, remat=remat, key=micro_key)
         return jnp.sum(rows_B), rows_B
 
     # Each layer's gradient is added in place when the backward pass has it: a micro-batch has no set of its own.
-    total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), lora)
+    total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), parts.lora)
 
     def accumulate(_, xs):
         micro, index = xs
-        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro, index=index), lora, has_aux=True)
+        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro, index=index), parts.lora, has_aux=True)
         backward.with_refs(total)(jnp.ones((), jnp.float32))
         return None, rows_B
 
@@ -105,10 +102,7 @@ def update(
     return cast(Lora, apply_updates(lora, updates)), state, norm
 
 
-@functools.partial(jax.jit, static_argnames="graphdef")
-def evaluation_loss(
-    graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, batch: dict[str, jax.Array]
-) -> Float[Array, " B"]:
+@jax.jit
+def evaluation_loss(parts: ModelParts, batch: dict[str, jax.Array]) -> Float[Array, " B"]:
     """Each row's sum of losses, without dropout; `batch` as for `gradients`, with no leading axis A."""
-    model = combine(graphdef, lora, base)
-    return row_nll(model, batch, remat="none", key=None)
+    return row_nll(combine(parts), batch, remat="none", key=None)

@@ -63,7 +63,7 @@ class Way:
         self.waited += time.perf_counter() - asked
         self.gradients.compiled(batch.inputs.shape)
         began = time.perf_counter()
-        jax.block_until_ready(self.gradients(held.lora, held.base, batch.arrays(), None))
+        jax.block_until_ready(self.gradients(held.parts, batch.arrays(), None))
         self.seconds += time.perf_counter() - began
         self.tokens += batch.tokens
         self.places += batch.inputs.size

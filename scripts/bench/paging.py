@@ -50,7 +50,7 @@ Player = Callable[[Any], Any]  # gradients -> parameters after the update
 
 def plain(held: Held, optim: OptimArgs) -> tuple[Player, int]:
     """(the optimizer on the whole tree, bytes of its state)."""
-    optimizer, lora = make_optimizer(optim, STEPS), jax.tree.map(jnp.copy, held.lora)
+    optimizer, lora = make_optimizer(optim, STEPS), jax.tree.map(jnp.copy, held.parts.lora)
     state = optimizer.init(lora)
 
     def step(grads: Any) -> Any:
@@ -64,7 +64,7 @@ def plain(held: Held, optim: OptimArgs) -> tuple[Player, int]:
 def resident(held: Held, optim: OptimArgs, state_bytes: int) -> Player:
     """What a run does whose budget holds the whole state."""
     paged = dataclasses.replace(optim, paging="on", paging_budget=f"{state_bytes}B")
-    updates, lora = make_updates(paged, STEPS, held.gradients), jax.tree.map(jnp.copy, held.lora)
+    updates, lora = make_updates(paged, STEPS, held.gradients), jax.tree.map(jnp.copy, held.parts.lora)
     state = updates.init(lora)
 
     def step(grads: Any) -> Any:
@@ -81,7 +81,7 @@ class Paged:
 
     def __init__(self, held: Held, optim: OptimArgs, share: float, page_bytes: int = PAGE_BYTES):
         transform, memory = make_elementwise(optim, STEPS), Memory.of(jax.devices()[0])
-        self._lora = jax.tree.map(jnp.copy, held.lora)
+        self._lora = jax.tree.map(jnp.copy, held.parts.lora)
         self.layout = layer_pages(transform, self._lora, page_bytes)
         self._state = paged_init(transform, self._lora, self.layout, memory)
         self._update = PagedUpdate(transform, self.layout, memory, 1.0)
@@ -108,8 +108,8 @@ def measure(held: Held, players: dict[str, Player], batch: Any, rounds: int) -> 
     """
     names, records = list(players), []
     for turn in range(rounds + 2):
-        lora = jax.tree.map(jnp.copy, held.lora)  # gradients of the same parameters: the players' own move on
-        took, (grads, _) = timed(functools.partial(held.gradients, lora, held.base, batch, None))
+        lora = jax.tree.map(jnp.copy, held.parts.lora)  # gradients of the same parameters: the players' own move on
+        took, (grads, _) = timed(functools.partial(held.gradients, held.parts.with_lora(lora), batch, None))
         record, results = {"gradients": took}, {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             record[name], results[name] = timed(functools.partial(players[name], grads))
@@ -150,7 +150,7 @@ def main() -> None:
     players = {"plain": whole, "resident": resident(held, optim, state_bytes), "pages": Paged(held, optim, 1.0)}
     players["away"] = away = Paged(held, optim, 0.0)
     told = {"model": args.model, "optim": args.optim, "pages": away.layout.count, "state_bytes": state_bytes}
-    told["adapter_elements"] = sum(leaf.size for leaf in jax.tree.leaves(held.lora))
+    told["adapter_elements"] = sum(leaf.size for leaf in jax.tree.leaves(held.parts.lora))
     print(json.dumps(told | summary(measure(held, players, batch, args.rounds))))
 
 

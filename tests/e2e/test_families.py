@@ -51,7 +51,7 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
     assert opened.run is not None
     parts = adapted(load_base(opened, opened.args), opened.run)
     prompts = [opened.tokenizer.encode("say sun 1"), opened.tokenizer.encode("say moon")]
-    replies = generate(*parts, prompts, sampling=Sampling(), max_new_tokens=5, stop_ids=[257])
+    replies = generate(parts, prompts, sampling=Sampling(), max_new_tokens=5, stop_ids=[257])
     assert all(reply.ids or reply.end == "stop" for reply in replies)
     export_peft(Path(whole.output), tmp_path / "peft", step=None, model=None, with_base=False, console=Console())
     adapter = read_adapter(tmp_path / "peft", opened.features)

@@ -73,7 +73,7 @@ def test_what_was_learned_is_there_when_it_is_opened_exported_and_decoded(finish
     args = dataclasses.replace(exported.args, quant_type="none", compute_dtype="float32")
     expected, merged, decoded = (
         np.asarray(jax.jit(lambda model=model: model.hidden(tokens))())
-        for model in (combine(*parts), load_base(exported, args), combine(*for_decoding(*parts)))
+        for model in (combine(parts), load_base(exported, args), combine(for_decoding(parts)))
     )
     np.testing.assert_allclose(merged, expected, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(decoded, expected, atol=1e-5 * np.abs(expected).max())
@@ -95,7 +95,7 @@ def test_a_model_written_in_the_dtype_of_training_computes_the_same_to_the_bit(t
     args = dataclasses.replace(exported.args, quant_type="none", compute_dtype="bfloat16")
     trained, written = (
         jax.jit(lambda model=model: model.head.logits(model.hidden(tokens)))()
-        for model in (combine(*adapted(load_base(of_run, of_run.args), of_run.run)), load_base(exported, args))
+        for model in (combine(adapted(load_base(of_run, of_run.args), of_run.run)), load_base(exported, args))
     )
     np.testing.assert_array_equal(written, trained)
 

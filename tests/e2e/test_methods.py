@@ -71,10 +71,10 @@ def test_8_bit_state(finished, tmp_path):
 def test_what_was_learned_is_there_when_it_is_opened(finished):
     opened = open_base_or_run(None, finished.output)
     assert opened.run is not None and opened.run.lora_args == finished.lora
-    graphdef, lora, base = adapted(load_base(opened, opened.args), opened.run)
+    parts = adapted(load_base(opened, opened.args), opened.run)
     saved = {str(leaf.shape): leaf for leaf in arrays_at(finished, 10)}
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in saved.values())
-    model = combine(graphdef, lora, base)
+    model = combine(parts)
     linear = model.model.layers.self_attn.k_proj
     leaf = getattr(linear.adapter, {"ia3": "vector", "dora": "magnitude", "lora": "lora_b"}[finished.lora.method])
     assert leaf[...].dtype == np.float32 and np.std(leaf[...]) > 1e-3
@@ -92,8 +92,9 @@ def test_decoding_is_what_was_trained(finished):
     parts = adapted(load_base(opened, opened.args), opened.run)
     tokens = jnp.asarray(np.arange(24, dtype=np.int32)[None])
     found, expected = (
-        np.asarray(jax.jit(lambda lora, base, graph=graph: combine(graph, lora, base).hidden(tokens))(lora, base), "f4")
-        for graph, lora, base in (for_decoding(*parts), parts)
+        np.asarray(jax.jit(lambda parts: combine(parts).hidden(tokens))(each), "f4")
+        for each in (for_decoding(parts), parts)
+        for each in (for_decoding(parts), parts)
     )
     tolerance = 1e-5 if finished.model.compute_dtype == "float32" else 2e-2
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())

@@ -129,7 +129,7 @@ def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_pat
     config = dataclasses.replace(finished, lora=lora, output=str(tmp_path / "run"))
     inputs = open_inputs(config)
     session = prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None)
-    jax.tree.map(np.testing.assert_array_equal, dict(session.lora), dict(open_run(Path(finished.output)).lora))
+    jax.tree.map(np.testing.assert_array_equal, dict(session.parts.lora), dict(open_run(Path(finished.output)).lora))
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
     found = []
     for run in (finished.output, str(tmp_path / "peft")):
@@ -147,7 +147,7 @@ def test_other_new_tokens_are_another_run(finished: Config) -> None:
 
 
 def logits(parts: Any, tokens: np.ndarray) -> np.ndarray:
-    model = combine(*parts)
+    model = combine(parts)
     return np.asarray(model.head.logits(jax.jit(type(model).hidden)(model, tokens)))
 
 

@@ -152,7 +152,7 @@ def test_a_long_batch_sends_away_what_it_needs_and_nothing_else_moves(plain, tmp
     shapes = {length: (2, 2, length) for length in (short, long)}
     needs = {length: need(session.gradients.compiled(shape)) for length, shape in shapes.items()}
     assert needs[long] > needs[short]
-    state = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(session.lora))  # m and v
+    state = 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(session.parts.lora))  # m and v
     # Room for all pages beside a short batch, and so for fewer beside a long one.
     session, _ = simulated_session(plain, total_bytes=int((needs[short] + state) / 0.97) + 1024)
     records = Records()

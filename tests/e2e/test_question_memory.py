@@ -43,7 +43,7 @@ class Watched:
 def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
     session = session_of(asking(tmp_path, lora=lora))
     abstract = session.gradients.parts
-    parts = session.graphdef, session.lora, session.base
+    parts = session.parts
     for task in session.questions.tasks:
         ahead, taken = list(task.ahead(abstract)), []
         with monkeypatch.context() as patch:
@@ -52,7 +52,7 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
             task.score(parts, lambda done: None, loglikelihood.NOTHING_KEPT)
         made = 0
         if task.name == "answers":  # what is cast or settled once for all calls
-            cast = decode.for_decoding(*parts)
+            cast = decode.for_decoding(parts)
             kept = {id(leaf) for leaf in _leaves(parts)}
             made = sum(leaf.nbytes for leaf in _leaves(cast) if id(leaf) not in kept)
         most = max(_taken(one) for one in ahead)
@@ -62,7 +62,7 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
 def _leaves(parts):
     import jax
 
-    return jax.tree.leaves(parts[1:])
+    return jax.tree.leaves(parts)
 
 
 def _taken(ahead) -> int:

@@ -96,19 +96,19 @@ def test_the_loss_falls_and_everything_is_written(finished):
 
 def test_only_lora_trains_and_no_code_reaches_gradients_or_optimizer(tmp_path):
     session = session_of(project(tmp_path))
-    before = [np.array(leaf) for leaf in jax.tree.leaves(session.base)]
+    before = [np.array(leaf) for leaf in jax.tree.leaves(session.parts.base)]
     assert any(leaf.dtype == np.uint8 for leaf in before)
     progress = loop.start(session)
     batch, arrays = first_batch(session)
-    grads, _ = gradients(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat="none")
-    assert jax.tree.structure(grads) == jax.tree.structure(session.lora)
+    grads, _ = gradients(session.parts, arrays, session.dropout_key, remat="none")
+    assert jax.tree.structure(grads) == jax.tree.structure(session.parts.lora)
     for tree in (grads, progress.optimizer_state):
         assert not [leaf for leaf in jax.tree.leaves(tree) if leaf.dtype == jnp.uint8]
-    assert {name.rsplit(".", 1)[1] for name in session.lora} == {
+    assert {name.rsplit(".", 1)[1] for name in session.parts.lora} == {
         *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
     }
     run_quietly(session, progress, batch)
-    after = [np.array(leaf) for leaf in jax.tree.leaves(session.base)]
+    after = [np.array(leaf) for leaf in jax.tree.leaves(session.parts.base)]
     for old, new in zip(before, after, strict=True):
         np.testing.assert_array_equal(old, new)
 
@@ -228,8 +228,8 @@ def test_accumulation_weighs_by_tokens(tmp_path):
     session = session_of(project(tmp_path, lora=dict(dropout=0.0)))
     _, arrays = first_batch(session)
     one = {name: a.reshape(1, -1, a.shape[-1]) for name, a in arrays.items()}
-    split, split_loss = gradients(session.graphdef, session.lora, session.base, arrays, None, remat="none")
-    whole, whole_loss = gradients(session.graphdef, session.lora, session.base, one, None, remat="none")
+    split, split_loss = gradients(session.parts, arrays, None, remat="none")
+    whole, whole_loss = gradients(session.parts, one, None, remat="none")
     tokens = arrays["weights"].sum(axis=(1, 2))
     assert tokens[0] != tokens[1]  # else a mean of means would do as well
     np.testing.assert_allclose(split_loss.nll, whole_loss.nll, rtol=1e-6)
@@ -250,13 +250,13 @@ def test_rematerialization_changes_memory_and_not_gradients(tmp_path):
 
 def _gradients_and_memory(session, remat):
     compiled = _lowered_gradients(session, remat).compile()
-    grads, _ = compiled(session.lora, session.base, first_batch(session)[1], session.dropout_key)
+    grads, _ = compiled(session.parts, first_batch(session)[1], session.dropout_key)
     return jax.tree.leaves(grads), compiled.memory_analysis()
 
 
 def _lowered_gradients(session, remat):
     _, arrays = first_batch(session)
-    return gradients.lower(session.graphdef, session.lora, session.base, arrays, session.dropout_key, remat=remat)
+    return gradients.lower(session.parts, arrays, session.dropout_key, remat=remat)
 
 
 @pytest.mark.slow
@@ -287,7 +287,7 @@ def test_compilations_are_one_a_length_and_one_update(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):
     session = session_of(project(tmp_path))
-    broken = jax.tree.map(lambda leaf: leaf + jnp.nan, session.lora)
+    broken = jax.tree.map(lambda leaf: leaf + jnp.nan, session.parts.lora)
     progress = dataclasses.replace(loop.start(session), lora=broken)
     batch, _ = first_batch(session)
     with pytest.raises(loop.NonFiniteLoss, match=r"step 1: .*rows\.jsonl:\d+"):

@@ -93,16 +93,16 @@ def test_the_answer_is_the_letter_with_the_largest_logit():
         questions += [Lettered(ids=ids, letters=letters, answer=answer) for answer in range(4)]
         expected += [answer == logits.argmax() for answer in range(4)]
     done = []
-    scores = letter_scores(*parts, questions, done.append)
+    scores = letter_scores(parts, questions, done.append)
     assert scores.right.tolist() == expected and not scores.tied.any() and done[-1] == 20
 
 
 def test_a_shared_first_place_is_a_tie_and_not_right():
-    graphdef, lora, base = tiny_parts()
+    parts = tiny_parts()
     question = Lettered(ids=np.arange(5, dtype=np.int32), letters=[3, 7], answer=0)
-    table = base["model"]["embed_tokens"]["weight"]
+    table = parts.base["model"]["embed_tokens"]["weight"]
     table.set_value(table.get_value().at[7].set(table.get_value()[3]))
-    scores = letter_scores(graphdef, lora, base, [question, dataclasses.replace(question, letters=[7, 3])])
+    scores = letter_scores(parts, [question, dataclasses.replace(question, letters=[7, 3])])
     assert scores.tied.all() and not scores.right.any()
 
 

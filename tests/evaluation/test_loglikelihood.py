@@ -52,7 +52,7 @@ def changed(ids: np.ndarray, at: int) -> np.ndarray:
 def test_rows_of_many_lengths(parts):
     rng = np.random.default_rng(0)
     rows = [row(rng, length) for length in (2, 33, 20, 600, 7, 350, 64, 2)]
-    scores = answer_scores(*parts, rows)
+    scores = answer_scores(parts, rows)
     for index, (ids, scored) in enumerate(rows):
         nll, hits = expected_scores(parts, ids, scored)
         assert scores.nll[index] == pytest.approx(nll, rel=1e-5)
@@ -65,7 +65,7 @@ def test_exact_and_begins(parts):
     prompt = np.random.default_rng(1).integers(0, VOCAB, 9).astype(np.int32)
     ids, scored = greedy_row(parts, prompt, 4)
     rows = [(ids, scored), (changed(ids, -1), scored), (changed(ids, -2), scored), (changed(ids, 9), scored)]
-    scores = answer_scores(*parts, rows)
+    scores = answer_scores(parts, rows)
     assert scores.exact.tolist() == [True, False, False, False]
     assert scores.begins.tolist() == [True, True, False, False]
 
@@ -73,8 +73,8 @@ def test_exact_and_begins(parts):
 def test_a_score_does_not_depend_on_its_batch(parts):
     rng = np.random.default_rng(2)
     rows = [row(rng, length) for length in (40, 35, 48, 44)]
-    together, done = answer_scores(*parts, rows), []
-    alone = [answer_scores(*parts, [one], done.append).nll[0] for one in rows]
+    together, done = answer_scores(parts, rows), []
+    alone = [answer_scores(parts, [one], done.append).nll[0] for one in rows]
     np.testing.assert_allclose(together.nll, alone, rtol=1e-6)
     assert done == [1] * 4
 
@@ -85,7 +85,7 @@ def test_one_compilation_for_each_shape(parts):
     shapes = {(batch.size, batch.length) for batch in batches_by_length([len(ids) - 1 for ids, _ in rows])}
     loglikelihood.score_tokens.clear_cache()
     for _ in range(2):
-        answer_scores(*parts, rows)
+        answer_scores(parts, rows)
     assert loglikelihood.score_tokens._cache_size() == len(shapes) == 2
 
 
@@ -129,7 +129,7 @@ def test_rows_that_share_a_prompt_have_the_scores_that_each_has_alone(parts):
     packed = packed_rows(rows, share=True)
     assert [None if one.branches is None else one.branches.max() for one in packed] == [4, 0, None, None, None]
     assert [len(one.ids) for one in packed] == [30 + 19 + 2 + 5, 90, 39, 38, 12]
-    scores = answer_scores(*parts, rows)
+    scores = answer_scores(parts, rows)
     for index, (ids, scored) in enumerate(rows):
         nll, hits = expected_scores(parts, ids, scored)
         assert scores.nll[index] == pytest.approx(nll, rel=1e-5), index
@@ -164,10 +164,10 @@ def test_windows_do_not_overlap_and_leave_nothing_out():
 
 
 def test_rows_that_can_not_be_scored_are_told_all_at_once(parts):
-    answer_scores(*parts, [(np.zeros(601, np.int32), np.ones(601, bool))])  # the last one is only predicted
+    answer_scores(parts, [(np.zeros(601, np.int32), np.ones(601, bool))])  # the last one is only predicted
     rows = [(np.zeros(602, np.int32), np.ones(602, bool)), (np.zeros(3, np.int32), np.array([True, False, False]))]
     with pytest.raises(ValueError, match=r"row 0: 602 tokens(?s:.*)row 1: no token to score"):
-        answer_scores(*parts, rows)
+        answer_scores(parts, rows)
 
 
 def test_choices_by_sum_and_by_mean(parts):
@@ -178,7 +178,7 @@ def test_choices_by_sum_and_by_mean(parts):
     ]
     nll = np.array([expected_scores(parts, *option)[0] for option in options])
     by_sum, by_mean = int(nll.argmin()), int((nll / (1, 3, 9)).argmin())
-    scores = choice_scores(*parts, [Choice(options=options, answer=answer) for answer in range(3)])
+    scores = choice_scores(parts, [Choice(options=options, answer=answer) for answer in range(3)])
     assert scores.by_sum.tolist() == [answer == by_sum for answer in range(3)]
     assert scores.by_mean.tolist() == [answer == by_mean for answer in range(3)]
     assert by_sum != by_mean and not scores.tied_by_sum.any()
@@ -193,7 +193,7 @@ def test_a_tie_is_not_right_and_is_told(parts):
         Choice(options=[likely, likely, unlikely], answer=0),
         Choice(options=[likely, unlikely, unlikely], answer=2),
     ]
-    scores = choice_scores(*parts, choices)
+    scores = choice_scores(parts, choices)
     assert scores.by_sum.tolist() == [False, False]
     assert scores.tied_by_sum.tolist() == [True, False]
 
@@ -214,7 +214,7 @@ def test_windows_score_each_id_once_with_enough_before_it(length, size, data):
 
 def test_strided_perplexity_is_that_of_the_plain_definition(parts):
     ids = np.random.default_rng(2).integers(0, VOCAB, 50).tolist()
-    scores = answer_scores(*parts, windows(ids, 16, 5))
+    scores = answer_scores(parts, windows(ids, 16, 5))
     nll = 0.0
     for at in range(1, 50):
         start = 0 if at < 16 else 5 * (-(-(at - 15) // 5))  # of the first window that holds it

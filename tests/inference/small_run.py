@@ -31,7 +31,7 @@ def write_run(folder: Path, seed: int = 0) -> Path:
     source = open_model(path)
     loaded = load_model(source, model_config(source.config), weight_format(config.model))
     add_lora(loaded.model, config.lora, jax.random.key(0))
-    _, lora, _ = partition(loaded.model)
+    lora = partition(loaded.model).lora
     run = folder / "run"
     run.mkdir()
     with Checkpoints(run, keep=2) as checkpoints:

@@ -62,11 +62,10 @@ def test_a_file_that_holds_nothing_is_told(tmp_path):
 
 
 def test_models_differ_by_any_array_and_by_structure(parts):
-    graphdef, lora, base = parts
-    more = jax.tree.map(lambda leaf: leaf, lora)
+    more = jax.tree.map(lambda leaf: leaf, parts.lora)
     leaves, tree = jax.tree.flatten(more)
     leaves[0] = leaves[0].at[(0,) * leaves[0].ndim].add(1e-6)
-    other = graphdef, jax.tree.unflatten(tree, leaves), base
+    other = parts.with_lora(jax.tree.unflatten(tree, leaves))
     longer = tiny_parts(max_positions=601)
     assert len({model_digest(each) for each in (parts, other, longer)}) == 3
     assert model_digest(parts) == model_digest(tiny_parts())
@@ -83,16 +82,16 @@ def test_other_code_finds_nothing(tmp_path):
 
 def test_scores_of_rows_and_letters_are_kept(parts, tmp_path):
     question = Lettered(ids=np.arange(1, 9, dtype=np.int32), letters=[3, 4, 5], answer=1)
-    plain = answer_scores(*parts, rows_of(0)), letter_scores(*parts, [question])
+    plain = answer_scores(parts, rows_of(0)), letter_scores(parts, [question])
     for made in (True, False):
         kept = kept_for(str(tmp_path / "new"), parts)
-        rows = answer_scores(*parts, rows_of(0), kept=kept)
-        letters = letter_scores(*parts, [question], kept=kept)
+        rows = answer_scores(parts, rows_of(0), kept=kept)
+        letters = letter_scores(parts, [question], kept=kept)
         assert (kept.made > 0, kept.found > 0) == (made, not made)
         assert rows.nll.tobytes() == plain[0].nll.tobytes() and rows.exact.tolist() == plain[0].exact.tolist()
         assert letters.right.tolist() == plain[1].right.tolist()
     kept = kept_for(str(tmp_path / "new"), parts)
-    answer_scores(*parts, rows_of(1), kept=kept)
+    answer_scores(parts, rows_of(1), kept=kept)
     assert kept.found == 0
 
 

@@ -1,7 +1,5 @@
 """A tiny random model, and a tokenizer of bytes, for tests of inference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +35,7 @@ def tiny_config(max_positions: int = MAX_POSITIONS) -> ModelConfig:
 
 
 def tiny_parts(seed: int = 0, max_positions: int = MAX_POSITIONS):
-    """(graphdef, lora, base) with random dense f32 weights and adapters that do something."""
+    """The parts of a model with random dense f32 weights and adapters that do something."""
     weights = WeightFormat(quant_type=None, dtype="float32")
 
     def build() -> CausalLM:
@@ -51,9 +49,9 @@ def tiny_parts(seed: int = 0, max_positions: int = MAX_POSITIONS):
     return partition(nnx.merge(graphdef, random))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef, lora, base, ids_1T):
-    model = combine(graphdef, lora, base)
+@jax.jit
+def _logits(parts, ids_1T):
+    model = combine(parts)
     return model.head.logits(model.hidden(ids_1T))
 
 
@@ -61,7 +59,7 @@ def full_logits(parts, ids: list[int]) -> jax.Array:
     """f32 logits [T, V] of one row, without a cache; padded to one length, which no earlier token sees."""
     padded = np.zeros((1, MAX_POSITIONS), np.int32)
     padded[0, : len(ids)] = ids
-    return _logits(*parts, padded)[: len(ids)]
+    return _logits(parts, padded)[: len(ids)]
 
 
 def byte_tokenizer() -> Tokenizer:

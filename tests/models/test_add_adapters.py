@@ -83,11 +83,11 @@ def test_partition_and_combine_are_inverse():
     config = model_config(tiny_config())
     model = CausalLM(config, WeightFormat(dtype="float32"))
     add_lora(model, LoraArgs(rank=2), jax.random.key(0))
-    graphdef, lora, base = partition(model)
-    assert lora["model.layers.mlp.up_proj"].keys() == {"lora_a", "lora_b"}
-    again = partition(combine(graphdef, lora, base))
-    assert again[0] == graphdef
-    for a, b in zip(jax.tree.leaves(again[1:]), jax.tree.leaves((lora, base)), strict=True):
+    parts = partition(model)
+    assert parts.lora["model.layers.mlp.up_proj"].keys() == {"lora_a", "lora_b"}
+    again = partition(combine(parts))
+    assert again.graphdef == parts.graphdef
+    for a, b in zip(jax.tree.leaves(again), jax.tree.leaves(parts), strict=True):
         np.testing.assert_array_equal(a, b)
 
 

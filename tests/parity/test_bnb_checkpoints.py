@@ -145,14 +145,14 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
 
 def _loss_and_gradients(model, remat: str):
     add_lora(model, LoraArgs(rank=2), jax.random.key(0))
-    graphdef, lora, base = partition(model)
-    lora = jax.tree.map(lambda leaf: leaf + 0.05, lora)
+    parts = partition(model)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05, parts.lora)
     tokens = jax.random.randint(jax.random.key(1), (2, 9), 0, model.config.vocab_size)
 
     @jax.jit
     @jax.value_and_grad
     def loss(lora):
-        model = combine(graphdef, lora, base)
+        model = combine(parts.with_lora(lora))
         hidden = model.hidden(tokens, remat=remat)
         return jnp.sum(jnp.sin(model.head.logits(hidden)))
 

@@ -123,17 +123,17 @@ def _decoded(model, tokens_BT):
 def _loss_and_gradients(model, tokens_BT):
     """The sum of -log p of each next token, and its gradient by every lora_b, whose lora_a are as drawn."""
     add_lora(model, LoraArgs(rank=4, alpha=8.0), jax.random.key(0))
-    graphdef, lora, base = partition(model)
+    parts = partition(model)
     tokens_BT, targets_BT = jnp.asarray(tokens_BT), jnp.roll(tokens_BT, -1, axis=1)
     weights_BT = jnp.ones(tokens_BT.shape, jnp.float32).at[:, -1].set(0)
 
     @jax.jit
     def loss(lora):
-        model = combine(graphdef, lora, base)
+        model = combine(parts.with_lora(lora))
         micro = {"inputs": tokens_BT, "targets": targets_BT, "weights": weights_BT}
         return row_nll(model, micro, remat="names", key=None).sum()
 
-    return lora, *jax.value_and_grad(loss)(lora)
+    return parts.lora, *jax.value_and_grad(loss)(parts.lora)
 
 
 def _error(actual, expected) -> float:

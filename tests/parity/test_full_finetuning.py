@@ -34,14 +34,14 @@ def _ours(folder: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.n
     model = load_model(source, config, weight_format(args)).model
     add_lora(model, WHOLE, jax.random.key(0))
     add_tables(model, (), WHOLE)
-    graphdef, lora, base = partition(model)
+    parts = partition(model)
 
     @jax.jit
     def logits(lora):
-        model = combine(graphdef, lora, base)
+        model = combine(parts.with_lora(lora))
         return model.head.logits(model.hidden(jnp.asarray(tokens), remat="names")).reshape(cotangent.shape)
 
-    value, vjp = jax.vjp(logits, lora)
+    value, vjp = jax.vjp(logits, parts.lora)
     (grads,) = vjp(jnp.asarray(cotangent))
     return np.asarray(value), dict(_named(grads, config))
 

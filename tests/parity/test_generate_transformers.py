@@ -29,7 +29,7 @@ def test_smollm2(oracle, smollm2_gguf):
     prompts = {name: tokenizer.encode(tokenizer.render(turn, True)) for name, turn in turns.items()}
     eos = tokenizer.eos_id
     expected = oracle(ORACLE, path=str(smollm2_gguf), prompts=prompts, max_new_tokens=32, eos_id=eos)
-    replies = generate(*parts, list(prompts.values()), sampling=Sampling(), max_new_tokens=32, stop_ids=[eos])
+    replies = generate(parts, list(prompts.values()), sampling=Sampling(), max_new_tokens=32, stop_ids=[eos])
     for name, reply in zip(prompts, replies, strict=True):
         ids, ties = expected[f"{name}_ids"], np.flatnonzero(expected[f"{name}_lead"] < TIE)
         sure = ties[0] if len(ties) else len(ids)

@@ -56,17 +56,17 @@ def _write_run(
     add_lora(base, lora_args, jax.random.key(0))
     ids = open_tokenizer(source, config.model, base.config.vocab_size).new_ids if new else ()
     add_tables(base, ids, lora_args)
-    graphdef, lora, frozen = partition(base)
+    parts = partition(base)
     key = jax.random.key(1)
-    random = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, lora)
-    lora = jax.tree.map(lambda leaf, noise: leaf + noise if leaf.ndim == 2 else noise, lora, random)  # vectors: near 1
+    random = jax.tree.map(lambda leaf: jax.random.normal(key, leaf.shape) * scale, parts.lora)
+    lora = jax.tree.map(lambda leaf, noise: leaf + noise if leaf.ndim == 2 else noise, parts.lora, random)
     run.mkdir()
     write_config(config, run / CONFIG_FILE)
     with Checkpoints(run, keep=1) as checkpoints:
         checkpoints.save(7, lora, {"count": np.zeros(1)}, {"fingerprint": loaded.fingerprint})
     without = load_model(source, model_config(source.config), weight_format(config.model)).model
     add_token_rows(without, ids, "float32")
-    return combine(graphdef, lora, frozen), without
+    return combine(parts.with_lora(lora)), without
 
 
 def _logits(model: Any, tokens: np.ndarray) -> np.ndarray:
@@ -196,7 +196,7 @@ def test_tables_that_peft_made(tmp_path: Path, oracle) -> None:
         opened = open_base_or_run(None, folder)
         args = held_as(opened, "none", "float32")
         assert opened.run is not None
-        logits = _logits(combine(*adapted(load_base(opened, args), opened.run)), tokens)
+        logits = _logits(combine(adapted(load_base(opened, args), opened.run)), tokens)
         close = dict(atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
         np.testing.assert_allclose(logits, expected[name], **close)
         main(["--run", folder, "--format", "hf", "--output", f"{folder}-hf", "--dtype", "float32"])
@@ -238,7 +238,7 @@ def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
         opened = open_base_or_run(None, folder)
         base = load_base(opened, held_as(opened, "none", "float32"))
         assert opened.run is not None
-        logits = _logits(combine(*adapted(base, opened.run)), tokens)
+        logits = _logits(combine(adapted(base, opened.run)), tokens)
         np.testing.assert_allclose(logits, expected[name], atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
     with pytest.raises(ValueError, match="which has no steps: leave out --step 3"):
         open_base_or_run(None, str(tmp_path / "llama"), step=3)

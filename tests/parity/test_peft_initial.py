@@ -64,7 +64,7 @@ def _weights(base) -> dict[str, np.ndarray]:
 
 
 def _deltas(model, spec: LoraArgs) -> dict[str, np.ndarray]:
-    lora = partition(model)[1]
+    lora = partition(model).lora
     found = {}
     for name, target in targets_of(model.config, spec).items():
         a, b = (np.asarray(lora[target.name][leaf][target.layer]) for leaf in ("lora_a", "lora_b"))
@@ -124,16 +124,16 @@ def _known_in_f32(matrix: np.ndarray, rank: int) -> float:
 def _write_run(run: Path, path: Path, spec: LoraArgs, **held):
     """A run that has learned something; its model."""
     loaded, initial, _ = _begun(path, spec, **held)
-    graphdef, lora, frozen = partition(loaded.model)
+    parts = partition(loaded.model)
     key = jax.random.key(1)
-    lora = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(key, leaf.shape), lora)
+    lora = jax.tree.map(lambda leaf: leaf + 0.05 * jax.random.normal(key, leaf.shape), parts.lora)
     args = ModelArgs(path=str(path), compute_dtype="float32", **held)
     run.mkdir()
     write_config(Config(model=args, lora=spec, data=DataArgs(train="x"), output=str(run)), run / CONFIG_FILE)
     write_initial(run, initial)
     with Checkpoints(run, keep=1) as checkpoints:
         checkpoints.save(7, lora, {"count": np.zeros(1)}, {"fingerprint": loaded.fingerprint})
-    return combine(graphdef, lora, frozen)
+    return combine(parts.with_lora(lora))
 
 
 CASES = {
@@ -154,7 +154,7 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path, oracle) -> None:
         trained = _write_run(run, path, spec, **held)
         opened = open_base_or_run(None, str(run))
         assert opened.run is not None
-        again = combine(*adapted(load_base(opened, opened.args), opened.run))  # refuses another fingerprint
+        again = combine(adapted(load_base(opened, opened.args), opened.run))  # refuses another fingerprint
         np.testing.assert_array_equal(_logits(again, TOKENS), _logits(trained, TOKENS))
         main(["--run", str(run), "--output", str(run / "with"), "--with_base"])
         main(["--run", str(run), "--output", str(run / "over")])

@@ -57,21 +57,21 @@ def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndar
     """(logits, those in training, gradients by PEFT's names)."""
     opened = open_base_or_run(None, str(run))
     assert opened.run is not None
-    graphdef, lora, base = adapted(load_base(opened, opened.args), opened.run)
+    parts = adapted(load_base(opened, opened.args), opened.run)
 
     @functools.partial(jax.jit, static_argnames="training")
     def logits(lora, training):
-        model = combine(graphdef, lora, base)
+        model = combine(parts.with_lora(lora))
         how = {"remat": "names", "key": jax.random.key(0)} if training else {}
         hidden = model.hidden(jnp.asarray(tokens), **how)
         return model.head.logits(hidden).reshape(cotangent.shape)
 
-    value, vjp = jax.vjp(lambda lora: logits(lora, True), lora)
+    value, vjp = jax.vjp(lambda lora: logits(lora, True), parts.lora)
     (grads,) = vjp(jnp.asarray(cotangent))
     args, named = opened.run.lora_args, opened.features.hugging_face_name
     on_inputs = ia3_targets(opened.features, args)[1] if args.method == "ia3" else []
     return (
-        np.asarray(logits(lora, False)),
+        np.asarray(logits(parts.lora, False)),
         np.asarray(value),
         adapter_tensors({named(name): leaves for name, leaves in grads.items()}, on_inputs),
     )

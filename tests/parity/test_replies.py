@@ -30,7 +30,7 @@ def test_options_and_answers_are_as_likely_as_torch_finds_them(smollm2_gguf, ora
     parts = partition(load_base(opened, held_as(opened, "none", "float32")))
     limits = {"max_rows": COUNT, "max_positions": opened.features.max_positions}
     choices = choice_task(str(QUESTIONS), opened.tokenizer, **limits).choices
-    ours = answer_scores(*parts, [option for choice in choices for option in choice.options])
+    ours = answer_scores(parts, [option for choice in choices for option in choice.options])
     of_options, of_answers = slice(len(options)), slice(len(options), None)
     np.testing.assert_allclose(ours.nll, theirs["nll"][of_options], rtol=1e-3)
     np.testing.assert_array_equal(ours.tokens, theirs["counts"][of_options])
@@ -39,10 +39,10 @@ def test_options_and_answers_are_as_likely_as_torch_finds_them(smollm2_gguf, ora
         (each.reshape(COUNT, 4).argmin(axis=1) == ["ABCD".index(q["answer"][0]) for q in questions]).tolist()
         for each in (theirs["nll"][of_options], (theirs["nll"] / theirs["counts"])[of_options])
     )
-    verdicts = choice_scores(*parts, choices)
+    verdicts = choice_scores(parts, choices)
     assert (verdicts.by_sum.tolist(), verdicts.by_mean.tolist()) == (by_sum, by_mean)
 
-    replies = answer_scores(*parts, rows_task(str(ROWS), opened.tokenizer, **limits).rows)
+    replies = answer_scores(parts, rows_task(str(ROWS), opened.tokenizer, **limits).rows)
     np.testing.assert_allclose(replies.nll, theirs["nll"][of_answers], rtol=1e-3)
     for name, found in {"counts": replies.tokens, "begins": replies.begins, "exact": replies.exact}.items():
         np.testing.assert_array_equal(found, theirs[name][of_answers])

@@ -37,18 +37,18 @@ def _model(folder: Path):
 
 
 def _ours(folder: Path, tokens: np.ndarray, rows: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    graphdef, lora, base = _model(folder)
-    lora = {name: {"rows": jnp.asarray(rows[name])} for name in lora}
+    parts = _model(folder)
+    lora = {name: {"rows": jnp.asarray(rows[name])} for name in parts.lora}
     tokens, targets = jnp.asarray(tokens), jnp.roll(jnp.asarray(tokens), -1, axis=1)
     weights = jnp.ones(tokens.shape, jnp.float32).at[:, -1].set(0)
     micro = {"inputs": tokens, "targets": targets, "weights": weights}
 
     @jax.jit
     def loss(lora):
-        return row_nll(combine(graphdef, lora, base), micro, remat="names", key=None).sum()
+        return row_nll(combine(parts.with_lora(lora)), micro, remat="names", key=None).sum()
 
     nll, gradients = jax.value_and_grad(loss)(lora)
-    model = combine(graphdef, lora, base)
+    model = combine(parts.with_lora(lora))
     logits = model.head.logits(model.hidden(tokens)).reshape(*tokens.shape, -1)
     of_rows = {short: gradients[name]["rows"] for short, name in TABLES.items() if name in gradients}
     cache = KVCache.empty(model.config, 1, LENGTH, jnp.float32)

@@ -49,12 +49,12 @@ def test_it_is_what_a_run_holds(lora, optim):
     config, weights = model_config(tiny_config()), WeightFormat(dtype="float32")
     model = CausalLM(config, weights)
     add_lora(model, lora, jax.random.key(0))
-    graphdef, parameters, base = partition(model)
+    parts = partition(model)
     abstract = abstract_step(config, weights, lora, batch=(2, 3, 16), optim=optim)
-    assert abstract.graphdef == graphdef and hash(abstract.graphdef) == hash(graphdef)
-    assert _described(abstract.lora) == _described(parameters)
-    assert _described(abstract.base) == _described(base)
-    assert _described(abstract.state) == _described(make_optimizer(optim, 10).init(parameters))
+    assert abstract.parts.graphdef == parts.graphdef and hash(abstract.parts.graphdef) == hash(parts.graphdef)
+    assert _described(abstract.parts.lora) == _described(parts.lora)
+    assert _described(abstract.parts.base) == _described(parts.base)
+    assert _described(abstract.state) == _described(make_optimizer(optim, 10).init(parts.lora))
     assert (abstract.key is None) == (lora.dropout == 0)
     for made, real in zip(jax.tree.leaves(abstract.key), jax.tree.leaves(jax.random.key(0)), strict=False):
         assert made.dtype == real.dtype
@@ -67,11 +67,11 @@ def test_the_compiled_program_takes_a_runs_arrays():
     compiled = function.lower(*args, **kwargs).compile()
     model = CausalLM(config, weights)
     add_lora(model, lora, jax.random.key(0))
-    _, parameters, base = partition(model)
+    parts = partition(model)
     tokens = jnp.ones((1, 2, 16), jnp.int32)
     batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones((1, 2, 16))}
-    grads, told = compiled(parameters, base, batch, None)
-    assert _described(grads) == _described(parameters) and told.tokens == 32
+    grads, told = compiled(parts, batch, None)
+    assert _described(grads) == _described(parts.lora) and told.tokens == 32
 
 
 def test_an_update_on_a_cpu_holds_no_second_set_of_gradients():
@@ -80,7 +80,7 @@ def test_an_update_on_a_cpu_holds_no_second_set_of_gradients():
     abstract = abstract_step(config, WeightFormat(dtype="float32"), LoraArgs(rank=32), batch=(1, 2, 16))
     function, args, kwargs = abstract.update()
     temporaries = function.lower(*args, **kwargs).compile(TO_READ).memory_analysis().temp_size_in_bytes
-    leaves = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract.lora)]
+    leaves = [math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(abstract.parts.lora)]
     assert len(leaves) == 14
     assert temporaries < 2 * max(leaves) < sum(leaves) / 2
 
@@ -115,7 +115,7 @@ def check_counts(counted, gradients, update, abstract):
     assert 0 <= excess <= sum(dot.flops * dot.times for dot in products if is_split(dot)) / 2
     device = gradients.memory.device
     assert device.arguments == memory_use.argument_bytes(counted)
-    pointers = 8 * (len(jax.tree.leaves(abstract.lora)) + 3)  # the table of a tuple's members
+    pointers = 8 * (len(jax.tree.leaves(abstract.parts.lora)) + 3)  # the table of a tuple's members
     assert device.outputs == memory_use.gradient_output_bytes(counted) + pointers
     lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
     assert update.memory.device.arguments == 2 * lora + state

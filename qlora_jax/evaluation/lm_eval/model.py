@@ -14,11 +14,11 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
-from qlora_jax.inference.decode import Parts, Reply, generate
+from qlora_jax.inference.decode import Reply, generate
 from qlora_jax.inference.replies import greedy_replies
 from qlora_jax.inference.result_cache import Kept
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.partition import combine
+from qlora_jax.models.partition import ModelParts, combine
 
 MAX_NEW_TOKENS = 256  # where a task says nothing, as the harness' own backends have it
 Pair = tuple[list[int], list[int]]
@@ -33,10 +33,10 @@ class HarnessModel(TemplateLM):
       kept: scores of this model.
     """
 
-    def __init__(self, parts: Parts, tokenizer: Tokenizer, progress: Callable[[int], None], kept: Kept):
+    def __init__(self, parts: ModelParts, tokenizer: Tokenizer, progress: Callable[[int], None], kept: Kept):
         super().__init__()
         self._parts, self._tokens, self._progress, self._kept = parts, tokenizer, progress, kept
-        self.max_length = combine(*parts).config.max_positions
+        self.max_length = combine(parts).config.max_positions
 
     @property
     def eot_token_id(self) -> int:
@@ -65,7 +65,7 @@ class HarnessModel(TemplateLM):
     def _scores(self, pairs: Sequence[Pair]) -> list[tuple[float, bool]]:
         """(log p of the continuation, whether greedy decoding writes it) of each pair."""
         rows = [self._row(*pair) for pair in pairs]
-        scores = answer_scores(*self._parts, rows, self._progress, self._kept)
+        scores = answer_scores(self._parts, rows, self._progress, self._kept)
         return [(-float(nll), bool(exact)) for nll, exact in zip(scores.nll, scores.exact, strict=True)]
 
     def _row(self, context: list[int], continuation: list[int]) -> ScoredIds:
@@ -112,7 +112,7 @@ class HarnessModel(TemplateLM):
         limits = {"max_new_tokens": most, "stop_ids": [self.eot_token_id]}
         if sampling == Sampling():
             return greedy_replies(self._parts, prompts, **limits, progress=self._progress, kept=self._kept)
-        return generate(*self._parts, prompts, sampling=sampling, **limits)
+        return generate(self._parts, prompts, sampling=sampling, **limits)
 
 
 def _args(request: Instance) -> tuple[Any, ...]:

@@ -9,8 +9,8 @@ from qlora_jax.evaluation.lm_eval.paired import Documents, by_document, compared
 from qlora_jax.evaluation.lm_eval.preflight import harness, task_manager
 from qlora_jax.evaluation.metrics import Comparison, Measure, Progress
 from qlora_jax.evaluation.statistics import Z_95
-from qlora_jax.inference.decode import Parts
 from qlora_jax.inference.result_cache import Kept
+from qlora_jax.models.partition import ModelParts
 
 SHARES = ("acc", "acc_norm", "exact_match")  # metrics of the harness that are from 0 to 1
 
@@ -69,7 +69,7 @@ class HarnessTask:
         reader = self.tokenizer
         return [[reader.exported, sorted(reader.special_tokens.items()), reader.add_bos_token, self.max_positions]]
 
-    def score(self, parts: Parts, progress: Progress, kept: Kept) -> Results:
+    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> Results:
         """The harness' results of one model, once `check_ready` has loaded the data sets."""
         from qlora_jax.evaluation.lm_eval.model import HarnessModel
 

@@ -11,11 +11,11 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.answers import AnswerScores, Asked, answer_replies, normalised
 from qlora_jax.evaluation.columns import found, read_each, read_named, values_of
 from qlora_jax.evaluation.metrics import Comparison, Measure, Progress, share, share_change
-from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.lowering import Ahead, AnyParts
+from qlora_jax.inference.lowering import Ahead
 from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import replies_ahead
 from qlora_jax.inference.result_cache import Kept
+from qlora_jax.models.partition import ModelParts
 
 NEXT_QUESTION = "\nQuestion:"  # where a reply in plain text ends, as the prompt begins
 
@@ -48,13 +48,13 @@ class AnswersTask:
         """Of each question, all that its score follows from beside the model."""
         return [[[*one.ids], sorted(one.answers), sorted(self.stop_ids)] for one in self.questions]
 
-    def score(self, parts: Parts, progress: Progress, kept: Kept) -> AnswerScores:
+    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> AnswerScores:
         """The scores of one model."""
         limits = {"max_new_tokens": self.max_new_tokens, "stop_ids": self.stop_ids}
         how = {"decode": self._text, "pattern": self.pattern, **limits}
         return answer_replies(parts, self.questions, **how, progress=progress, kept=kept)
 
-    def ahead(self, parts: AnyParts) -> Iterator[Ahead]:
+    def ahead(self, parts: ModelParts) -> Iterator[Ahead]:
         """The programs of `score` that want most memory."""
         return replies_ahead(parts, [question.ids for question in self.questions], self.max_new_tokens)
 

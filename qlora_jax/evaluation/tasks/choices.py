@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool
 
 from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
 from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
-from qlora_jax.models.partition import Lora
+from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,15 +39,13 @@ def option_rows(choices: Sequence[Choice]) -> list[ScoredIds]:
 
 
 def choice_scores(
-    graphdef: nnx.GraphDef,
-    lora: Lora,
-    base: nnx.State,
+    parts: ModelParts,
     choices: Sequence[Choice],
     progress: Callable[[int], None] = lambda rows_done: None,
     kept: Kept = NOTHING_KEPT,
 ) -> ChoiceScores:
     """The scores of each question; `progress` counts options."""
-    scores = answer_scores(graphdef, lora, base, option_rows(choices), progress, kept)
+    scores = answer_scores(parts, option_rows(choices), progress, kept)
     starts = np.cumsum([len(choice.options) for choice in choices])[:-1]
     sums, means = np.split(-scores.nll, starts), np.split(-scores.nll / scores.tokens, starts)
     answers = [choice.answer for choice in choices]

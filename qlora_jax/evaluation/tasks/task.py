@@ -18,9 +18,9 @@ from qlora_jax.evaluation.statistics import (
 )
 from qlora_jax.evaluation.tasks.answers import AnswersTask
 from qlora_jax.evaluation.tasks.choices import Choice, ChoiceScores, choice_scores, option_rows
-from qlora_jax.inference.decode import Parts
-from qlora_jax.inference.lowering import Ahead, AnyParts
+from qlora_jax.inference.lowering import Ahead
 from qlora_jax.inference.result_cache import Kept
+from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,9 @@ class TextTask:
         """Of each row, all that its score follows from beside the model."""
         return [[*row] for row in self.rows]
 
-    def score(self, parts: Parts, progress: Progress, kept: Kept) -> RowScores:
+    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> RowScores:
         """The scores of one model."""
-        return answer_scores(*parts, self.rows, progress, kept)
+        return answer_scores(parts, self.rows, progress, kept)
 
     def measures(self, scores: RowScores) -> list[Measure]:
         """What the scores say."""
@@ -97,11 +97,11 @@ class ChoiceTask:
         """Of each question, all that its score follows from beside the model."""
         return [[choice.answer, *itertools.chain.from_iterable(choice.options)] for choice in self.choices]
 
-    def score(self, parts: Parts, progress: Progress, kept: Kept) -> ChoiceScores:
+    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> ChoiceScores:
         """The scores of one model."""
-        return choice_scores(*parts, self.choices, progress, kept)
+        return choice_scores(parts, self.choices, progress, kept)
 
-    def ahead(self, parts: AnyParts) -> Iterator[Ahead]:
+    def ahead(self, parts: ModelParts) -> Iterator[Ahead]:
         """The programs of `score` that want most memory."""
         return scoring_ahead(parts, option_rows(self.choices))
 
@@ -141,11 +141,11 @@ class LettersTask:
         """Of each question, all that its score follows from beside the model."""
         return [[one.ids, [*one.letters], one.answer] for one in self.questions]
 
-    def score(self, parts: Parts, progress: Progress, kept: Kept) -> LetterScores:
+    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> LetterScores:
         """The scores of one model."""
-        return letter_scores(*parts, self.questions, progress, kept)
+        return letter_scores(parts, self.questions, progress, kept)
 
-    def ahead(self, parts: AnyParts) -> Iterator[Ahead]:
+    def ahead(self, parts: ModelParts) -> Iterator[Ahead]:
         """The programs of `score` that want most memory."""
         return letters_ahead(parts, self.questions)
 

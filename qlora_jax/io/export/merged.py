@@ -11,7 +11,6 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from rich.console import Console
 
 from qlora_jax.config import ModelArgs
@@ -31,7 +30,7 @@ from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
 from qlora_jax.models.add_adapters import linears, norms
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import Lora, combine, partition
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import whole_tables
 
@@ -69,7 +68,7 @@ def export_merged(
     prompts = _prompts(opened)
     with staged_folder(output) as folder:
         written, computed, trained = _write(folder, opened, file and file.frame, original, prompts, dtype, console)
-        merged = logits_of(*_read_back(written, computed), prompts)
+        merged = logits_of(_read_back(written, computed), prompts)
         expected = trained if original is None else _with_and_without(_dense(original, computed), run, prompts)[0]
         found = difference(merged, *expected)
         if not found.is_small and dtype not in QUANTIZED:
@@ -136,10 +135,10 @@ def _write(
 
 def _with_and_without(model: CausalLM, run: Run, prompts: Prompts) -> tuple[Pair, CausalLM]:
     """(logits, the model with the run's adapter)."""
-    graphdef, lora, frozen = adapted(model, run)
+    parts = adapted(model, run)
     # `model` has fresh adapters now, which change nothing.
-    with_adapter, without = (logits_of(graphdef, each, frozen, prompts) for each in (lora, partition(model)[1]))
-    return (with_adapter, without), combine(graphdef, lora, frozen)
+    with_adapter, without = (logits_of(each, prompts) for each in (parts, partition(model)))
+    return (with_adapter, without), combine(parts)
 
 
 def _write_folder(
@@ -163,7 +162,7 @@ def _adapters(model: CausalLM) -> dict[str, Merging]:
     return {layer_name(name, 0): module.adapter for name, module in modules if module.adapter}
 
 
-def _read_back(path: Path, computed: str) -> tuple[nnx.GraphDef, Lora, nnx.State]:
+def _read_back(path: Path, computed: str) -> ModelParts:
     return partition(_dense(open_model(path), computed))
 
 

@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from jaxtyping import Bool, Float, Int32
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.models.partition import Lora, combine
+from qlora_jax.models.partition import ModelParts, combine
 
 PROMPTS = (
     "The capital of France is Paris, and the capital of Italy is",
@@ -78,12 +77,12 @@ def difference(
     return Difference(largest(off), rms(off), largest(added), rms(added), float(np.std(with_adapter)))
 
 
-def logits_of(graphdef: nnx.GraphDef, lora: Lora, base: nnx.State, prompts: Prompts) -> np.ndarray:
+def logits_of(parts: ModelParts, prompts: Prompts) -> np.ndarray:
     """[real tokens, V] in f32."""
 
     @jax.jit
-    def logits(lora: Lora, base: nnx.State, tokens_BT: jax.Array) -> jax.Array:
-        model = combine(graphdef, lora, base)
+    def logits(parts: ModelParts, tokens_BT: jax.Array) -> jax.Array:
+        model = combine(parts)
         return model.head.logits(model.hidden(tokens_BT))
 
-    return np.asarray(logits(lora, base, prompts.tokens_BT))[prompts.real_BT.reshape(-1)]
+    return np.asarray(logits(parts, prompts.tokens_BT))[prompts.real_BT.reshape(-1)]

@@ -55,14 +55,15 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:
         return found | {"failure": f"needs {planned} bytes, jax has {limit} of the card"}
-    lora, base = scattered_like((step.lora, step.base))
+    parts = scattered_like(step.parts)
+    lora = parts.lora
     state = step.optimizer.init(lora)
     filled = memory("peak_bytes_in_use")
     rows = random_batch(np.random.default_rng(0), config.vocab_size, *batch[1:])
     seconds, loss = [], math.nan
     for _ in range(WARM_UP + STEPS):
         began = time.perf_counter()
-        grads, losses = compiled(lora, base, rows, None)
+        grads, losses = compiled(parts.with_lora(lora), rows, None)
         lora, state, _ = jax.block_until_ready(update(step.optimizer, lora, state, grads))
         seconds.append(time.perf_counter() - began)
         loss = float(losses.nll) / float(losses.tokens)

@@ -36,6 +36,7 @@ from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import allocator, runtime
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.decoder import REMAT_POLICIES
+from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.cost import flops
 from qlora_jax.training.step import update
 from scripts.bench.profile.card import bytes_on
@@ -71,28 +72,29 @@ def prepare(args: argparse.Namespace) -> Run:
     """Compiles both programs and loads the model, as workers/train_step.py does."""
     shape = (1, args.batch, args.seq)
     held = hold(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
-    lora, state, base = held.lora, held.state, held.base
+    parts, state = held.parts, held.state
     batch = random_batch(np.random.default_rng(0), held.config.vocab_size, args.batch, args.seq)
     programs = {
         "gradients": held.gradients.compiled(shape),
-        OPTIMIZER: update.lower(held.optimizer, lora, state, lora).compile(),
+        OPTIMIZER: update.lower(held.optimizer, parts.lora, state, parts.lora).compile(),
     }
     runtime.give_memory_back()
     adapters = LoraArgs(rank=args.rank)
     counted = flops.Step(model=held.config, weights=held.weights, lora=adapters, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
-    return Run(stepper(programs, lora, state, base, batch), texts, counted)
+    return Run(stepper(programs, parts, state, batch), texts, counted)
 
 
-def stepper(programs: dict[str, Any], lora: Any, state: Any, base: Any, batch: Any) -> Callable[[], Seconds]:
-    """Run.step, which trains `lora` from step to step."""
+def stepper(programs: dict[str, Any], parts: ModelParts, state: Any, batch: Any) -> Callable[[], Seconds]:
+    """Run.step, which trains `parts.lora` from step to step."""
 
     def step() -> Seconds:
-        nonlocal lora, state
+        nonlocal parts, state
         began = time.perf_counter()
-        grads, _ = jax.block_until_ready(programs["gradients"](lora, base, batch, None))
+        grads, _ = jax.block_until_ready(programs["gradients"](parts, batch, None))
         between = time.perf_counter()
-        lora, state, _ = jax.block_until_ready(programs[OPTIMIZER](lora, state, grads))
+        lora, state, _ = jax.block_until_ready(programs[OPTIMIZER](parts.lora, state, grads))
+        parts = parts.with_lora(lora)
         return {"gradients": between - began, OPTIMIZER: time.perf_counter() - between}
 
     return step

@@ -12,7 +12,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.abstract_step import abstract_step
@@ -25,8 +25,7 @@ class Held(NamedTuple):
     config: ModelConfig
     weights: WeightFormat
     gradients: Gradients
-    lora: Any
-    base: Any
+    parts: ModelParts
     optimizer: Any
     state: Any
 
@@ -53,9 +52,9 @@ def hold(
     compiled()
     model = load_model(source, config, weights).model
     add_lora(model, adapters, jax.random.key(0))
-    _, lora, base = partition(model)
+    parts = partition(model)
     optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
-    return Held(config, weights, gradients, lora, base, optimizer, optimizer.init(lora))
+    return Held(config, weights, gradients, parts, optimizer, optimizer.init(parts.lora))
 
 
 def random_batch(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> dict[str, np.ndarray]:

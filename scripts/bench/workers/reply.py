@@ -41,7 +41,7 @@ def main() -> None:
     for _ in sys.stdin:
         ids, seconds, began = [], [], time.perf_counter()
         settings = {"sampling": Sampling(), "max_new_tokens": args.new_tokens, "stop_ids": ()}
-        for step in stream(*parts, [args.prompt], **settings):
+        for step in stream(parts, [args.prompt], **settings):
             ids.append(step.token)
             seconds.append(time.perf_counter() - began)
         print(json.dumps({"ids": ids, "seconds": seconds}), flush=True)

@@ -22,11 +22,10 @@ import numpy as np
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
 from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
-from qlora_jax.inference.decode import Parts
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 
 
@@ -52,10 +51,10 @@ def scored(ids: list[int], first: int) -> ScoredIds:
     return np.array(ids, np.int32), np.arange(len(ids)) >= first
 
 
-def timed(parts: Parts, rows: list[ScoredIds]) -> dict:
+def timed(parts: ModelParts, rows: list[ScoredIds]) -> dict:
     """How long the rows take, and -log p of each."""
     began = time.perf_counter()
-    scores = answer_scores(*parts, rows)
+    scores = answer_scores(parts, rows)
     return {"seconds": time.perf_counter() - began, "nll": scores.nll.tolist()}
 
 

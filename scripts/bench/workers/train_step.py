@@ -44,10 +44,10 @@ def main() -> None:
 
 def step(held: Held, batch: dict[str, np.ndarray]) -> tuple[Held, float]:
     """One optimizer step; its gradients are freed before the next one, as in a run."""
-    grads, loss = held.gradients(held.lora, held.base, batch, None)
-    lora, state, norm = update(held.optimizer, held.lora, held.state, grads)
+    grads, loss = held.gradients(held.parts, batch, None)
+    lora, state, norm = update(held.optimizer, held.parts.lora, held.state, grads)
     nll, _ = jax.device_get((loss.nll, norm))
-    return held._replace(lora=lora, state=state), float(nll) / batch["weights"].sum().item()
+    return held._replace(parts=held.parts.with_lora(lora), state=state), float(nll) / batch["weights"].sum().item()
 
 
 if __name__ == "__main__":

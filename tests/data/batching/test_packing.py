@@ -16,7 +16,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.training.step import gradients
 from tests.data.batching.test_batches import PAD, make_rows
 from tests.io.tiny_models import tiny_config
@@ -100,13 +100,12 @@ def test_order_follows_seed_and_epoch():
 
 @pytest.fixture(scope="module")
 def parts():
-    """(graphdef, LoRA parameters whose updates are not zero, base) of a tiny model in NF4, computed in f32."""
+    """The parts of a tiny NF4 model, computed in f32, whose LoRA updates are not zero."""
     model = CausalLM(model_config(tiny_config()), WeightFormat(dtype="float32"))
     add_lora(model, LoraArgs(rank=4), jax.random.key(0))
-    graphdef, lora, base = partition(model)
-    base = jax.tree.map(_filled, base)
-    lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1, lora)
-    return graphdef, lora, base
+    parts = partition(model)
+    lora = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1, parts.lora)
+    return ModelParts(parts.graphdef, lora, jax.tree.map(_filled, parts.base))
 
 
 def _filled(leaf):
@@ -118,14 +117,13 @@ def _filled(leaf):
 
 
 def test_losses_and_gradients_are_those_of_the_rows_alone(parts):
-    graphdef, lora, base = parts
     rows = make_rows([20, 33, 7, 50, 16])
     packed = next(epoch_of(rows, (1, 1)))
     assert (packed.rows >= 0).sum() == 5
     options = {"accumulation": 1, "micro_batch_size": 5, "seed": 0, "pad_id": PAD}
     alone = next(train_batches(rows, (64,), **options))
-    ours, loss = gradients(graphdef, lora, base, packed.arrays(), None, remat="names")
-    expected, by_row = gradients(graphdef, lora, base, alone.arrays(), None, remat="names")
+    ours, loss = gradients(parts, packed.arrays(), None, remat="names")
+    expected, by_row = gradients(parts, alone.arrays(), None, remat="names")
     np.testing.assert_allclose(loss.nll, by_row.nll, rtol=1e-6)
     assert loss.tokens == by_row.tokens
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
@@ -135,12 +133,11 @@ def test_losses_and_gradients_are_those_of_the_rows_alone(parts):
 
 def test_a_row_does_not_change_with_its_neighbours(parts):
     """Each segment's hidden states are equal to the bit whatever the others hold."""
-    graphdef, lora, base = parts
     batch = next(epoch_of(make_rows([20, 33, 7, 50, 16]), (1, 1))).arrays()
     only_last = batch | {"weights": batch["weights"] * (batch["segments"] == 3)}
     assert only_last["weights"].sum() > 0
     others = batch["segments"] < 3
     changed = only_last | {"inputs": np.where(others, (batch["inputs"] + 1) % 9, batch["inputs"])}
-    first, again = (gradients(graphdef, lora, base, each, None, remat="names") for each in (only_last, changed))
+    first, again = (gradients(parts, each, None, remat="names") for each in (only_last, changed))
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)

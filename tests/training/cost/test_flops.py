@@ -177,7 +177,7 @@ def test_arguments_and_results_are_the_formulas_bytes(case):
     memory = compiled.memory_analysis()
     key = 0 if step.key is None else 8
     assert memory.argument_size_in_bytes == memory_use.argument_bytes(counted) + key
-    pointers = 8 * (len(jax.tree.leaves(step.lora)) + 3)  # XLA on CPUs counts the table of a tuple's members
+    pointers = 8 * (len(jax.tree.leaves(step.parts.lora)) + 3)  # XLA on CPUs counts the table of a tuple's members
     assert memory.output_size_in_bytes == memory_use.gradient_output_bytes(counted) + pointers
 
 
@@ -185,8 +185,10 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     counted, step, _, text = case
     (forward,) = (loop for loop in loops(text) if loop.trips == LAYERS and "transpose(" not in loop.op_name)
     carried = sum(nbytes(kind) for kind in forward.carried if kind.split("[")[1].startswith(f"{LAYERS},"))
-    given = sum(_bytes(leaf) for leaf in jax.tree.leaves((step.base, step.lora)) if leaf.shape[:1] == (LAYERS,))
-    given -= sum(_bytes(leaf) for leaf in jax.tree.leaves(step.base) if leaf.shape == (LAYERS,))  # nested_offset
+    given = sum(
+        _bytes(leaf) for leaf in jax.tree.leaves((step.parts.base, step.parts.lora)) if leaf.shape[:1] == (LAYERS,)
+    )
+    given -= sum(_bytes(leaf) for leaf in jax.tree.leaves(step.parts.base) if leaf.shape == (LAYERS,))  # nested_offset
     expected = sum(saved_bytes(counted).values())
     vectors = memory_use.lora_bytes(counted) + memory_use.frozen_bytes(counted)["vectors"]
     slices = vectors if counted.remat == "none" else 0
@@ -222,8 +224,8 @@ def test_bytes_of_real_models_are_those_of_their_leaves(name, settings):
     lora = LoraArgs(rank=64)
     step = abstract_step(model, weights, lora, batch=batch)
     counted = _counted(model, weights, step, batch, lora)
-    assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
-    assert memory_use.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.parts.base)))
+    assert memory_use.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.parts.lora)))
     assert memory_use.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
     assert memory_use.batch_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.batch)))
 
@@ -235,9 +237,9 @@ def test_bytes_of_new_tokens_are_those_of_their_leaves(model):
     step = abstract_step(model, WeightFormat(), EVERY, batch=(1, 1, 64), optim=optim, new_ids=NEW_IDS)
     counted = _counted(model, WeightFormat(), step, (1, 1, 64), EVERY)
     counted = dataclasses.replace(counted, optimizer=optim.name, new_tokens=len(NEW_IDS))
-    assert memory_use.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.lora)))
+    assert memory_use.lora_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.parts.lora)))
     assert memory_use.optimizer_bytes(counted) == sum(map(_bytes, jax.tree.leaves(step.state)))
-    assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.base)))
+    assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.parts.base)))
 
 
 @pytest.mark.parametrize("name", memory_use.HELD)

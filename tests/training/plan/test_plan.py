@@ -82,7 +82,7 @@ def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
     memory = program.function.lower(*program.args, **program.kwargs).compile(TO_READ).memory_analysis()
     need = compiled_need(TINY, here)
     assert need.device.keys() == set(KINDS) == need.host.keys() and not any(need.host.values())
-    pointers = 8 * (len(step.lora) * 2 + 3)  # the table of a tuple's members
+    pointers = 8 * (len(step.parts.lora) * 2 + 3)  # the table of a tuple's members
     program_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - pointers
     few = memory_use.gradient_output_bytes(TINY.counted()) - memory_use.lora_bytes(TINY.counted())  # losses of rows
     assert need.total - need.device[PROGRAMS] == program_bytes - few + memory_use.optimizer_bytes(TINY.counted())
