@@ -182,8 +182,10 @@ def _held_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
 
 
 def _prepare(path: str, side: Split | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
-    form = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
-    wanted = Preparation(path=path, form=form, side=side, hashed=data.eval is not None, tokenizer=tokenizer, data=data)
+    row_format = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
+    wanted = Preparation(
+        path=path, row_format=row_format, side=side, hashed=data.eval is not None, tokenizer=tokenizer, data=data
+    )
     if data.cache is None:
         return _in_memory(path, list(row_chunks(wanted)))
     folder = Path(data.cache) / wanted.key()
@@ -196,7 +198,7 @@ def _prepare(path: str, side: Split | None, data: DataArgs, tokenizer: Tokenizer
         path=path,
         rows=stored.read(0, len(stored)) if in_memory else stored,
         digest=stored.digest,
-        report=report_split(path, stored.form, stored.counts),
+        report=report_split(path, stored.row_format, stored.counts),
         hashes=stored.hashes,
     )
 
@@ -208,7 +210,7 @@ def _in_memory(path: str, found: Sequence[RowChunk]) -> _Prepared:
         path=path,
         rows=rows,
         digest=rows.digest,
-        report=report_split(path, found[-1].form, counts),
+        report=report_split(path, found[-1].row_format, counts),
         hashes=[piece.hashes for piece in found],
     )
 

@@ -1,4 +1,4 @@
-"""Encodes rows of a known format to ids and masks; Python prepares one chunk while the tokenizer works on another."""
+"""Encodes rows of a known format to ids and masks. Python prepares one chunk while the tokenizer works on another."""
 
 import dataclasses
 import itertools
@@ -26,34 +26,42 @@ CHUNK = 2048
 
 
 class ChunkEncodings(NamedTuple):
-    """What the tokenizer made of texts: the ids that they all begin with, and of each what follows."""
+    """Ids of a chunk's texts.
 
-    head: list[int]
+    Fields:
+      prefix: ids that all texts begin with.
+      texts: for each text, the encoding of what follows the prefix.
+    """
+
+    prefix: list[int]
     texts: Sequence[tokenizers.Encoding]
 
 
-def row_problems(rows: Sequence[Row], form: RowFormat) -> list[Problem]:
-    """Every row that does not fit the form or holds no assistant text."""
-    problems = [(row.place, "; ".join(form.check(row.data))) for row in rows]
+def row_problems(rows: Sequence[Row], row_format: RowFormat) -> list[Problem]:
+    """Returns (place, problem) of every row that does not fit the format or has no assistant text."""
+    problems = [(row.place, "; ".join(row_format.check(row.data))) for row in rows]
     return [(place, problem) for place, problem in problems if problem]
 
 
-def check_rows(path: str, rows: Sequence[Row], form: RowFormat) -> None:
-    """Raises one ValueError that names every row that does not fit the form or holds no assistant text."""
-    raise_problems(path, row_problems(rows, form), len(rows))
+def check_rows(path: str, rows: Sequence[Row], row_format: RowFormat) -> None:
+    """Raises one ValueError that names every row that does not fit the format or has no assistant text."""
+    raise_problems(path, row_problems(rows, row_format), len(rows))
 
 
-def expand_examples(rows: Sequence[Row], form: RowFormat, first: int = 0) -> tuple[Sequence[Row], RowFormat]:
-    """The (checked) rows' examples, numbered from `first`, and their form: a row of some forms holds several."""
-    if form.examples is None:
-        return rows, form
-    lines = [(row.place.line, columns) for row in rows for columns in form.examples(row.data)]
+def expand_examples(rows: Sequence[Row], row_format: RowFormat, first: int = 0) -> tuple[Sequence[Row], RowFormat]:
+    """Returns the examples of checked rows, numbered from `first`, and their format.
+
+    In some formats one row holds several examples.
+    """
+    if row_format.examples is None:
+        return rows, row_format
+    lines = [(row.place.line, columns) for row in rows for columns in row_format.examples(row.data)]
     examples = [Row(Place(line, number), columns) for number, (line, columns) in enumerate(lines, start=first)]
-    return examples, dataclasses.replace(FORMATS[form.example], name=form.name)
+    return examples, dataclasses.replace(FORMATS[row_format.example], name=row_format.name)
 
 
 class ChunkTexts(NamedTuple):
-    """Rows taken apart, ready to be encoded."""
+    """Rows as segments of text, ready to encode."""
 
     places: list[Place]
     segments: list[list[Segment]]
@@ -62,12 +70,13 @@ class ChunkTexts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """What makes ids and masks of rows of one form, in three steps, of which the middle one takes the time.
+    """Makes ids and masks of rows of one format, in three steps: texts, encodings, encoded. The second takes the time.
 
-    A row is a conversation where the tokenizer has a chat template (which writes its own bos if it wants one), else
-    plain text, which starts with bos where the tokenizer asks for it (never with two) and ends with eos, which is
-    supervised. Byte-level tokenizers encode prompt and answer of plain text apart: a prompt often ends with a space
-    that would else be in the answer's first token.
+    With a chat template, a row is a conversation, and the template writes bos if it wants one. Without a template, a
+    row is plain text. It begins with one bos if the tokenizer asks for it, and ends with a supervised eos.
+
+    Byte-level tokenizers encode the prompt and the answer of plain text separately. A prompt often ends with a space,
+    which would otherwise be part of the answer's first token.
     """
 
     tokenizer: Tokenizer
@@ -76,12 +85,12 @@ class Encoder:
     segment: Callable[[Columns], list[Segment]]
 
     @property
-    def _apart(self) -> bool:
-        """Whether each segment is encoded by itself."""
+    def _encodes_separately(self) -> bool:
+        """True if each segment is encoded without its neighbours."""
         return not self.chat and self.tokenizer.is_byte_level
 
     def texts(self, rows: Sequence[Row], problems: list[Problem]) -> ChunkTexts:
-        """The rows' segments; rows whose spans can't be exact are left out and told in `problems`."""
+        """Returns the rows' segments. Rows without exact spans are skipped and added to `problems`."""
         made = ChunkTexts([], [], [])
         for row in rows:
             try:
@@ -96,26 +105,26 @@ class Encoder:
         return made
 
     def encodings(self, texts: ChunkTexts) -> ChunkEncodings:
-        """The tokenizer's own work, which holds no lock of Python's."""
+        """Runs the tokenizer, which releases Python's lock meanwhile."""
         if self.tokenizer.byte_lengths is None:
             return ChunkEncodings([], self.tokenizer.encode_spans(texts.texts))
-        if self._apart:
+        if self._encodes_separately:
             pieces = [piece.text for pieces in texts.segments for piece in pieces]
             return ChunkEncodings([], self.tokenizer.encode_fast(pieces))
-        head, ids = shared_prefix(self.tokenizer, texts.texts)
-        return ChunkEncodings(ids, self.tokenizer.encode_fast([text[len(head) :] for text in texts.texts]))
+        prefix, ids = shared_prefix(self.tokenizer, texts.texts)
+        return ChunkEncodings(ids, self.tokenizer.encode_fast([text[len(prefix) :] for text in texts.texts]))
 
     def encoded(
         self, texts: ChunkTexts, encodings: ChunkEncodings, problems: list[Problem]
     ) -> tuple[list[Place], list[EncodedRow]]:
-        """Where the rows stand, and what they became; those that fail are left out and told in `problems`."""
+        """Returns the rows' places and their ids with masks. Rows that fail are skipped and added to `problems`."""
         found: list[EncodedRow | None] = [None] * len(texts.places)
         spans = encodings.texts
         if self.tokenizer.byte_lengths is not None:
             found = self._by_bytes(texts, encodings)
-            spans = self.tokenizer.encode_spans(_left(texts.texts, found))
+            spans = self.tokenizer.encode_spans(_remaining(texts.texts, found))
         for row, pieces, encoding in zip(
-            _left(range(len(found)), found), _left(texts.segments, found), spans, strict=True
+            _remaining(range(len(found)), found), _remaining(texts.segments, found), spans, strict=True
         ):
             try:
                 found[row] = encode_segments(self.tokenizer, pieces, encoding, self.learn)
@@ -123,14 +132,14 @@ class Encoder:
                 problems.append((texts.places[row], str(error)))
         places = [place for place, row in zip(texts.places, found, strict=True) if row is not None]
         rows = [row for row in found if row is not None]
-        return places, rows if self.chat else [_framed(row, self.tokenizer) for row in rows]
+        return places, rows if self.chat else [_with_bos_and_eos(row, self.tokenizer) for row in rows]
 
     def _by_bytes(self, texts: ChunkTexts, encodings: ChunkEncodings) -> list[EncodedRow | None]:
-        """The rows of which bytes tell enough."""
+        """Returns the rows whose masks follow from the byte lengths of ids; None for each other row."""
         lengths, round_trips = self.tokenizer.byte_lengths, self.tokenizer.round_trips
         assert lengths is not None
-        ids = [encodings.head + encoding.ids for encoding in encodings.texts]
-        if self._apart:
+        ids = [encodings.prefix + encoding.ids for encoding in encodings.texts]
+        if self._encodes_separately:
             pieces = iter(ids)
             ids = [[*itertools.chain.from_iterable(itertools.islice(pieces, len(row)))] for row in texts.segments]
         found = encode_by_bytes(lengths, texts.segments, ids, self.learn)
@@ -138,42 +147,42 @@ class Encoder:
 
 
 def make_encoder(
-    form: RowFormat, tokenizer: Tokenizer, learn: Learn = "assistant", *, one_answer: bool = False
+    row_format: RowFormat, tokenizer: Tokenizer, learn: Learn = "assistant", *, one_answer: bool = False
 ) -> Encoder:
-    """The encoder of a form.
+    """Returns the encoder of a row format.
 
     Args:
-      learn: what the loss sees: every answer, the last of a row alone, or all of it.
-      one_answer: rows with more than one answer are problems, since source and target can't be told apart.
+      learn: the part that the loss sees: every answer, only the last one of a row, or the whole row.
+      one_answer: reports rows with more than one answer, because they have no single source and target.
 
     Raises:
-      ValueError: a tokenizer that lacks what the form needs.
+      ValueError: the tokenizer lacks a chat template or an eos token that the format needs.
     """
-    chat = form.messages is not None and tokenizer.chat_template is not None
-    segment = _conversations(form, tokenizer) if chat else _plain(form, tokenizer)
+    chat = row_format.messages is not None and tokenizer.chat_template is not None
+    segment = _conversations(row_format, tokenizer) if chat else _plain(row_format, tokenizer)
     return Encoder(tokenizer=tokenizer, learn=learn, chat=chat, segment=_checked(segment, learn, one_answer))
 
 
 def prefetch_map[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
-    """(item, function(item)) of each item, in order; a thread works on one while the one before is made use of."""
+    """Yields (item, function(item)) in order. A thread computes the next result while the caller uses the last one."""
     with ThreadPoolExecutor(1) as pool:
         before: tuple[A, Future[B]] | None = None
         for item in items:
-            begun = item, pool.submit(function, item)
+            started = item, pool.submit(function, item)
             if before is not None:
                 yield before[0], before[1].result()
-            before = begun
+            before = started
         if before is not None:
             yield before[0], before[1].result()
 
 
-def encode_rows(path: str, rows: Sequence[Row], form: RowFormat, tokenizer: Tokenizer) -> list[EncodedRow]:
-    """Ids and mask of each (checked) row, every answer learned.
+def encode_rows(path: str, rows: Sequence[Row], row_format: RowFormat, tokenizer: Tokenizer) -> list[EncodedRow]:
+    """Returns the ids and the mask of each checked row, with every answer supervised.
 
     Raises:
-      ValueError: rows whose spans can't be exact, or a tokenizer that lacks what the form needs.
+      ValueError: rows without exact spans, or a tokenizer without what the format needs.
     """
-    encoder, problems = make_encoder(form, tokenizer), []
+    encoder, problems = make_encoder(row_format, tokenizer), []
     chunks = (encoder.texts(chunk, problems) for chunk in itertools.batched(rows, CHUNK))
     encoded = [
         row
@@ -184,38 +193,41 @@ def encode_rows(path: str, rows: Sequence[Row], form: RowFormat, tokenizer: Toke
     return encoded
 
 
-def _conversations(form: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
-    segments, messages = make_segmenter(tokenizer), form.messages
+def _conversations(row_format: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
+    segments, messages = make_segmenter(tokenizer), row_format.messages
     assert messages is not None
-    has_tools = "tools" in form.optional
+    has_tools = "tools" in row_format.optional
     return lambda row: segments(messages(row), read_tools(row) if has_tools else None)
 
 
-def _plain(form: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
-    if form.plain is None:
+def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
+    if row_format.plain is None:
         raise ValueError(
-            f"rows of the form {form.name!r} need a chat template, and this model has none; name a jinja file: "
-            "data.chat_template"
+            f"rows of the format {row_format.name!r} need a chat template, and this model has none. "
+            "Set data.chat_template to a jinja file."
         )
     if tokenizer.eos_id is None:
-        raise ValueError(f"rows of the form {form.name!r} end with eos, and this tokenizer names no eos_token")
-    return form.plain
+        raise ValueError(
+            f"rows of the format {row_format.name!r} end with eos, and this tokenizer has no eos_token. "
+            "Add eos_token to its files."
+        )
+    return row_format.plain
 
 
 def _checked(
     segment: Callable[[Columns], list[Segment]], learn: Learn, one_answer: bool
 ) -> Callable[[Columns], list[Segment]]:
-    """`segment`, with ValueError for a row that the settings don't fit."""
+    """Returns `segment` with a check that raises ValueError for rows that do not fit the settings."""
 
     def check(row: Columns) -> list[Segment]:
         segments = segment(row)
         answers = sum([piece.supervised for piece in segments])
         if learn == "last" and len(segments) == answers:
-            raise ValueError("it is one text with no turns, so data.learn last has nothing to choose; set all")
+            raise ValueError("one text without turns, so data.learn last has no last turn. Set data.learn to all.")
         if one_answer and answers > 1:
             raise ValueError(
-                f"{answers} answers: data.source_max_length and data.target_max_length are for rows of one prompt and "
-                "one answer; set data.max_length alone"
+                f"found {answers} answers, expected one: data.source_max_length and data.target_max_length apply to "
+                "rows of one prompt and one answer. Set data.max_length instead."
             )
         return segments
 
@@ -223,25 +235,25 @@ def _checked(
 
 
 def _encodable(text: str) -> str:
-    """The text; ValueError where it is none: forms look at what is learned, not at roles and tools."""
+    """Returns the text; raises ValueError if it is not Unicode. Formats check answers, but not roles and tools."""
     if not text.isascii():
         try:
             text.encode()
         except UnicodeEncodeError as error:
             half = f"\\u{ord(text[error.start]):x}"
             raise ValueError(
-                f"a role or a tool holds half of a surrogate pair ({half}), which is no character"
+                f"a role or a tool contains {half}, half of a surrogate pair. Replace it with a whole character."
             ) from None
     return text
 
 
-def _left[T](items: Sequence[T], found: Sequence[EncodedRow | None]) -> list[T]:
-    """The items of the rows that are not found yet."""
+def _remaining[T](items: Sequence[T], found: Sequence[EncodedRow | None]) -> list[T]:
+    """Returns the items of rows that have no result yet."""
     return [item for item, row in zip(items, found, strict=True) if row is None]
 
 
-def _framed(row: EncodedRow, tokenizer: Tokenizer) -> EncodedRow:
-    """The row with bos before it where the tokenizer asks for one, and a supervised eos after it."""
+def _with_bos_and_eos(row: EncodedRow, tokenizer: Tokenizer) -> EncodedRow:
+    """Returns the row with a supervised eos after it, and with bos before it if the tokenizer asks for one."""
     has_bos = row.ids[:1].tolist() == [tokenizer.bos_id]
     before = [tokenizer.bos_id] if tokenizer.add_bos_token and not has_bos else []
     ids = np.concatenate([np.array(before, np.int32), row.ids, np.array([tokenizer.eos_id], np.int32)])

@@ -10,10 +10,10 @@ from jaxtyping import UInt64
 from qlora_jax.data.formats.registry import Columns, RowFormat
 
 
-def content_hash(form: RowFormat, columns: Columns) -> int:
+def content_hash(row_format: RowFormat, columns: Columns) -> int:
     """64 bits of SHA-256 over what the model gets to see of the row."""
     # Half a surrogate pair, which is told later, is no reason to fail here.
-    text = form.content(columns).encode(errors="surrogatepass")
+    text = row_format.content(columns).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 

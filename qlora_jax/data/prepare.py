@@ -61,7 +61,7 @@ class Preparation:
     """
 
     path: str
-    form: str
+    row_format: str
     side: Split | None
     hashed: bool
     tokenizer: Tokenizer
@@ -84,7 +84,7 @@ class Preparation:
         template = tokenizer.chat_template or ""
         settings = [
             content_digest(self.path),
-            self.form,
+            self.row_format,
             self.side,
             self.hashed,
             dataclasses.astuple(self.limits),
@@ -131,7 +131,7 @@ def row_chunks(wanted: Preparation, *, in_parts: bool = False) -> Iterator[RowCh
         counted = RowCounts(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
         counts = read.counts + counted + _of_encoded(encoded, fitted.rows) + _of_rows(rows, wanted.tokenizer)
         whole += counts
-        yield RowChunk(rows, counts, read.hashes, reading.form_name)
+        yield RowChunk(rows, counts, read.hashes, reading.format_name)
     raise_problems(wanted.path, sorted(reading.problems), reading.seen)
     if not reading.seen:
         raise ValueError(no_rows_message(wanted.path))
@@ -149,9 +149,9 @@ class _Reading:
         self.problems: list[Problem] = []
         self.seen = self.others = 0  # rows of the file, and examples of the other side
         self.encoder: Encoder | None = None
-        self.form_name = ""
+        self.format_name = ""
         self._wanted, self._in_parts = wanted, in_parts
-        self._form: RowFormat | None = None
+        self._format: RowFormat | None = None
         self._examples = 0
 
     def chunks(self) -> Iterator[_Read]:
@@ -169,35 +169,35 @@ class _Reading:
         return self.encoder.encodings(read.texts)
 
     def _take(self, rows: list[Row]) -> _Read:
-        form = self._form = self._form or detect_format(self._wanted.path, rows, self._wanted.form)
-        wrong = row_problems(rows, form)
+        row_format = self._format = self._format or detect_format(self._wanted.path, rows, self._wanted.row_format)
+        wrong = row_problems(rows, row_format)
         self.problems += wrong
         places = {place for place, _ in wrong}
         fit = [row for row in rows if row.place not in places] if wrong else rows
-        examples, form = expand_examples(fit, form, self._examples)
+        examples, row_format = expand_examples(fit, row_format, self._examples)
         self._examples += len(examples)
         if self.encoder is None:
-            self.encoder, self.form_name = self._make_encoder(form), form.name
-        chosen, hashes = self._choose(examples, form)
+            self.encoder, self.format_name = self._make_encoder(row_format), row_format.name
+        chosen, hashes = self._choose(examples, row_format)
         texts = self.encoder.texts(chosen, self.problems)
         columns = dict.fromkeys(name for row in chosen for name in row.data)
         special = self._wanted.tokenizer.special_text
-        names = (*form.required, *form.optional)
+        names = (*row_format.required, *row_format.optional)
         spelled = sum([any([_spells(special, row.data.get(name)) for name in names]) for row in chosen])
         counts = RowCounts(rows=len(chosen), special_text=spelled, columns=tuple(columns))
         return _Read(texts, counts, hashes)
 
-    def _make_encoder(self, form: RowFormat) -> Encoder:
+    def _make_encoder(self, row_format: RowFormat) -> Encoder:
         limits, wanted = self._wanted.limits, self._wanted
         apart = limits.source is not None or limits.target is not None
-        return make_encoder(form, wanted.tokenizer, wanted.data.learn, one_answer=apart)
+        return make_encoder(row_format, wanted.tokenizer, wanted.data.learn, one_answer=apart)
 
-    def _choose(self, rows: Sequence[Row], form: RowFormat) -> tuple[Sequence[Row], UInt64[np.ndarray, " read"]]:
+    def _choose(self, rows: Sequence[Row], row_format: RowFormat) -> tuple[Sequence[Row], UInt64[np.ndarray, " read"]]:
         """The rows of the side that is wanted, and the hashes of their content where these are wanted."""
         side, hashed = self._wanted.side, self._wanted.hashed
         if side is None and not hashed:
             return rows, np.zeros(0, np.uint64)
-        hashes = [content_hash(form, row.data) for row in rows]
+        hashes = [content_hash(row_format, row.data) for row in rows]
         taken = [side is None or side.takes(one) for one in hashes]
         self.others += len(rows) - sum(taken)
         chosen = list(itertools.compress(rows, taken))

@@ -43,7 +43,7 @@ class RowChunk(NamedTuple):
     rows: TokenRows
     counts: RowCounts
     hashes: UInt64[np.ndarray, " read"]
-    form: str
+    row_format: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class StoredRows:
     path: str
     count: int
     digest: str
-    form: str
+    row_format: str
     counts: RowCounts
 
     def __len__(self) -> int:
@@ -126,7 +126,7 @@ def open_stored_rows(folder: Path, path: str) -> StoredRows | None:
         path=path,
         count=facts["tally"]["kept"],
         digest=facts["digest"],
-        form=facts["form"],
+        row_format=facts["form"],
         counts=RowCounts.from_dict(facts["tally"]),
     )
 
@@ -155,7 +155,7 @@ def store_rows(pieces: Iterable[RowChunk], folder: Path) -> None:
 
 
 def _write(pieces: Iterable[RowChunk], folder: Path) -> dict[str, Any]:
-    counts, digest, total, form = RowCounts(), RowDigest(), 0, ""
+    counts, digest, total, row_format = RowCounts(), RowDigest(), 0, ""
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in _TYPES}
         for piece in pieces:
@@ -171,5 +171,5 @@ def _write(pieces: Iterable[RowChunk], folder: Path) -> dict[str, Any]:
             for name, array in arrays.items():
                 files[name].write(np.ascontiguousarray(array, _TYPES[name]).data)
             digest.update(rows)
-            total, counts, form = total + len(rows.ids), counts + piece.counts, piece.form
-    return {"digest": digest.hexdigest(), "form": form, "tally": counts.to_dict(), "bytes": _sizes(folder)}
+            total, counts, row_format = total + len(rows.ids), counts + piece.counts, piece.row_format
+    return {"digest": digest.hexdigest(), "form": row_format, "tally": counts.to_dict(), "bytes": _sizes(folder)}

@@ -167,11 +167,13 @@ def test_settings_that_rows_do_not_fit_are_told(tokenizer: Tokenizer, plain_toke
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     path = write_rows([question(1), question(2)])
     twice = write_rows([{"messages": turns * 2}, {"messages": turns}], "twice.jsonl")
-    with pytest.raises(ValueError, match=r"1 of 2 rows(.|\n)*:1: 2 answers: data\.source_max_length"):
+    with pytest.raises(
+        ValueError, match=r"1 of 2 rows(.|\n)*:1: found 2 answers, expected one: data\.source_max_length"
+    ):
         load(tokenizer, train=twice, source_max_length=64, target_max_length=64)
-    for form, rows in (("text", [{"text": "a"}]), ("guanaco", [{"text": "### Human: Q### Assistant: A"}])):
-        with pytest.raises(ValueError, match=r"1 of 1 rows(.|\n)*no turns, so data\.learn last"):
-            load(plain_tokenizer, train=write_rows(rows, "text.jsonl"), format=form, learn="last")
+    for row_format, rows in (("text", [{"text": "a"}]), ("guanaco", [{"text": "### Human: Q### Assistant: A"}])):
+        with pytest.raises(ValueError, match=r"1 of 1 rows(.|\n)*without turns, so data\.learn last"):
+            load(plain_tokenizer, train=write_rows(rows, "text.jsonl"), format=row_format, learn="last")
     assert load(plain_tokenizer, train=path, learn="last").report.train.supervised == 4
     learned = load(plain_tokenizer, train=path, learn="all").report.train
     assert learned.supervised == learned.tokens

@@ -45,9 +45,9 @@ not_json = st.sampled_from(['{"text": ', "{'text': 'a'}", '{"text": "a"} trailin
 
 
 @st.composite
-def malformed(draw: st.DrawFn, form: str) -> str:
+def malformed(draw: st.DrawFn, row_format: str) -> str:
     """A line that is certainly no row of that form."""
-    good, required = GOOD[form], FORMATS[form].required
+    good, required = GOOD[row_format], FORMATS[row_format].required
     kind = draw(st.sampled_from(["not json", "no object", "no column", "no text", "blank", "half"]))
     name = draw(st.sampled_from(required))
     if kind == "not json":
@@ -73,18 +73,18 @@ def _with_text(row: dict[str, Any], column: str, text: str) -> dict[str, Any]:
     return {**row, column: [*before, {**last, list(last)[-1]: text}]}
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, form: str):
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, row_format: str):
     """13 forms x 15 files of 7 malformed rows: more than 1,000. The first row is good: a [ would begin an array."""
     places = st.lists(st.integers(1, 20), min_size=7, max_size=7, unique=True)
 
     @settings(max_examples=15)
-    @given(st.lists(malformed(form), min_size=7, max_size=7), places, st.sampled_from(NAMES))
+    @given(st.lists(malformed(row_format), min_size=7, max_size=7), places, st.sampled_from(NAMES))
     def check(bad: list[str], at: list[int], name: str):
-        lines = [json.dumps(GOOD[form])] * 21
+        lines = [json.dumps(GOOD[row_format])] * 21
         for line, text in zip(at, bad, strict=True):
             lines[line] = text.replace("\n", " ")
-        told = error_of(tokenizer, form, lines, name)
+        told = error_of(tokenizer, row_format, lines, name)
         assert "7 of 21 rows can't be used" in told
         found = re.findall(rf"/{re.escape(name)}:([\d, ]+): ", told)
         lines_told = [line for of_one in found for line in of_one.split(", ")]
@@ -93,25 +93,29 @@ def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, form: str
     check()
 
 
-def error_of(tokenizer: Tokenizer, form: str, lines: list[str], name: str) -> str:
+def error_of(tokenizer: Tokenizer, row_format: str, lines: list[str], name: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path, content = Path(folder) / name, "\n".join(lines).encode()
         path.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
         with pytest.raises(ValueError) as error:
-            load_dataset(DataArgs(train=str(path), format=form), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+            load_dataset(
+                DataArgs(train=str(path), format=row_format), tokenizer, seed=0, micro_batch_size=1, accumulation=1
+            )
     return str(error.value)
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(list(FORMATS)), st.lists(anything, min_size=1, max_size=5), st.booleans())
-def test_anything_else_is_read_or_told(tokenizer: Tokenizer, form: str, values: list[Any], changed: bool):
+def test_anything_else_is_read_or_told(tokenizer: Tokenizer, row_format: str, values: list[Any], changed: bool):
     """Values of any kind as rows, or as the columns of a row: no other exception than the one that tells."""
-    rows = [{**GOOD[form], FORMATS[form].required[0]: value} if changed else value for value in values]
+    rows = [{**GOOD[row_format], FORMATS[row_format].required[0]: value} if changed else value for value in values]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD[form], *rows]), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD[row_format], *rows]), encoding="utf-8")
         try:
-            load_dataset(DataArgs(train=str(path), format=form), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
+            load_dataset(
+                DataArgs(train=str(path), format=row_format), tokenizer, seed=0, micro_batch_size=1, accumulation=1
+            )
         except ValueError as error:
             assert f"{path}:" in str(error) and type(error) is ValueError
 

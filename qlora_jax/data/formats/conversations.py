@@ -1,4 +1,4 @@
-"""Conversations as other data sets write them: lists of ShareGPT, and turns marked in one text."""
+"""Reads the conversations of other data sets: ShareGPT's lists, and tagged turns in one text."""
 
 import difflib
 import re
@@ -7,10 +7,10 @@ from typing import Any
 
 from qlora_jax.data.tokenizer.chat_template import Message
 
-# Who speaks in `messages`. Beside the usual four: developer is what gpt-oss's templates call the system, and function,
-# ipython (Llama 3) and observation (GLM-4) are what others call a tool.
+# Roles in `messages`. Besides the usual four: gpt-oss's templates call the system developer. Other templates call a
+# tool function, ipython (Llama 3) or observation (GLM-4).
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython", "observation")
-# Who speaks, by the names that ShareGPT's rows use.
+# Roles by the names in ShareGPT's rows.
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -23,7 +23,7 @@ SHAREGPT_ROLES = {
     "function": "tool",
     "observation": "tool",
 }
-# What precedes a turn of timdettmers/openassistant-guanaco, of Anthropic/hh-rlhf, and of laion/OIG's chip2.
+# Tags before a turn in timdettmers/openassistant-guanaco, Anthropic/hh-rlhf, and laion/OIG's chip2.
 GUANACO = re.compile(r"### (Human|Assistant):")
 HH = re.compile(r"\n\n(Human|Assistant):")
 CHIP2 = re.compile(r"(?:^|\n)<(human|bot)>: ")
@@ -31,54 +31,54 @@ _ROLES = {"Human": "user", "human": "user", "Assistant": "assistant", "bot": "as
 
 
 def role_problems(role: str) -> list[str]:
-    """What is wrong with a message's role: most templates render any, and one that is misspelt is never learned."""
+    """Returns the problems of a message's role. Most templates render any role, but never learn a misspelt one."""
     if role in ROLES:
         return []
     lower = role.lower()
     near = [SHAREGPT_ROLES[lower]] if lower in SHAREGPT_ROLES else difflib.get_close_matches(lower, ROLES, n=1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
-    return [f"the role {role!r} is unknown; known are {', '.join(ROLES)}{meant}"]
+    return [f"unknown role {role!r}; known are {', '.join(ROLES)}{meant}"]
 
 
 def sharegpt_problems(row: Mapping[str, Any]) -> list[str]:
-    """What keeps `conversations` from being a list of turns with a known speaker."""
+    """Returns the reasons why `conversations` is not a list of turns with known speakers."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        return ['conversations is no list of objects like {"from": "human", "value": "..."}']
+        return ['conversations is not a list of objects like {"from": "human", "value": "..."}']
     problems = []
     for index, turn in enumerate(turns):
         if "from" not in turn or "value" not in turn:
             problems.append(f"turn {index} needs 'from' and 'value', found {', '.join(map(repr, turn)) or 'nothing'}")
-        elif turn["from"] not in list(SHAREGPT_ROLES):  # it may be anything, a list too
+        elif turn["from"] not in list(SHAREGPT_ROLES):  # the value may be unhashable
             problems.append(f"turn {index} is from {turn['from']!r}; known are {', '.join(SHAREGPT_ROLES)}")
     return problems
 
 
 def sharegpt_messages(row: Mapping[str, Any]) -> list[Message]:
-    """The turns as messages."""
+    """Returns the turns as messages."""
     return [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
 
 
-def parse_turns(text: str, mark: re.Pattern[str]) -> list[Message]:
-    """The turns that `mark` begins, without the blanks around each.
+def parse_turns(text: str, tag: re.Pattern[str]) -> list[Message]:
+    """Returns the turns that `tag` begins, without surrounding whitespace.
 
     Raises:
-      ValueError: text before the first mark, or no turn of the assistant.
+      ValueError: text before the first tag, or no turn of the assistant.
     """
-    before, *pieces = mark.split(text)
+    before, *pieces = tag.split(text)
     if before.strip():
-        raise ValueError(f"{before[:40]!r} stands before the first mark of a turn, {_told(mark)}")
+        raise ValueError(f"text before the first turn (found {before[:40]!r}, expected a tag {tag.pattern!r})")
     turns = zip(pieces[::2], pieces[1::2], strict=True)
-    messages: list[Message] = [{"role": _ROLES[who], "content": said.strip()} for who, said in turns]
+    messages: list[Message] = [{"role": _ROLES[who], "content": content.strip()} for who, content in turns]
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"no turn of the assistant; turns are marked by {_told(mark)}")
+        raise ValueError(f"no turn of the assistant; turns begin with {tag.pattern!r}")
     return messages
 
 
-def turn_problems(text: str, mark: re.Pattern[str]) -> list[str]:
-    """Why the text has no turns, or empty."""
+def turn_problems(text: str, tag: re.Pattern[str]) -> list[str]:
+    """Returns the reasons why `parse_turns` fails, or which answers are empty."""
     try:
-        messages = parse_turns(text, mark)
+        messages = parse_turns(text, tag)
     except ValueError as error:
         return [str(error)]
     empty = [i for i, message in enumerate(messages) if message["role"] == "assistant" and not message["content"]]
@@ -86,21 +86,17 @@ def turn_problems(text: str, mark: re.Pattern[str]) -> list[str]:
 
 
 def chip2_pair(text: str) -> Sequence[str]:
-    """(question, answer) of a chip2 row, to the character as artidoro/qlora takes them.
+    """Returns (question, answer) of a chip2 row, with the same characters as artidoro/qlora.
 
-    What follows a second answer is left out there; such rows are refused here (`chip2_problems`).
+    There, the text after a second answer is dropped. Here, `chip2_problems` rejects such rows.
     """
     question, answer = text.split("\n<bot>: ")
     return question.replace("<human>: ", ""), answer
 
 
 def chip2_problems(text: str) -> list[str]:
-    """Why the text is not one question and one answer, or empty."""
+    """Returns the reason why the text is not one question and one answer; empty if it is."""
     speakers = CHIP2.findall(text)
     if speakers != ["human", "bot"] or not text.startswith("<human>: "):
         return [f"expected one '<human>: ' and then one '<bot>: ' at starts of lines, found {speakers}"]
     return []
-
-
-def _told(mark: re.Pattern[str]) -> str:
-    return repr(mark.pattern)

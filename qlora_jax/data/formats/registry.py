@@ -1,4 +1,4 @@
-"""The forms a row may have: how each is recognised, checked, and turned into a conversation or into plain text."""
+"""Row formats: how each is detected and checked, and how a row becomes a conversation or plain text."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from qlora_jax.data.tokenizer.chat_template import Message
 
 Columns = Mapping[str, Any]
 
-# The texts of artidoro/qlora's Alpaca format, its trailing space included.
+# Texts of artidoro/qlora's Alpaca format, with its trailing space.
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -27,16 +27,17 @@ ALPACA_NO_INPUT = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowFormat:
-    """One form of rows.
+    """One format of rows.
 
     Fields:
-      required, optional: its columns.
-      explicit_only: its columns do not tell it from another form, so data.format has to.
-      problems: what is wrong with a row that has the required columns; empty if nothing is.
-      matches: whether a row with these columns is of this form rather than of another that has them too.
-      examples: the rows of form `example` that one row holds; None: a row is one example.
-      messages: the row as a conversation, for a tokenizer with a chat template; None: never one.
-      plain: the row as text for a tokenizer without a template (bos and eos are added later); None: needs a template.
+      required, optional: names of its columns.
+      explicit_only: another format has the same columns, so data.format has to name this one.
+      problems: returns the problems of a row that has the required columns.
+      matches: returns True if a row with these columns has this format, not another with the same columns.
+      examples: returns the rows of the format `example` that one row contains. None: a row is one example.
+      messages: returns the row as a conversation, for a tokenizer with a chat template. None: never a conversation.
+      plain: returns the row as text, for a tokenizer without a template; bos and eos are added later. None: the format
+        needs a template.
     """
 
     name: str
@@ -55,16 +56,16 @@ class RowFormat:
         return f"{self.name}: {', '.join(columns)}"
 
     def check(self, row: Columns) -> list[str]:
-        """What is wrong with this row, missing columns included."""
+        """Returns the problems of a row, missing columns included."""
         missing = [name for name in self.required if name not in row]
         if missing:
             return [f"no column {' or '.join(map(repr, missing))}; found {', '.join(map(repr, row))}"]
         return self.problems(row)
 
     def content(self, row: Columns) -> str:
-        """What the model gets to see of a row, in one canonical text: rows of equal content have equal ids."""
+        """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids."""
         columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
-        if not columns.get("tools"):  # rows without them have the text, and so the hash, that they always had
+        if not columns.get("tools"):  # keeps the hashes of rows from before tools existed
             columns.pop("tools", None)
         return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)
 
@@ -84,14 +85,14 @@ def _text_problem(name: str, value: Any, may_be_blank: bool = False) -> str | No
         return f"{name} is empty"
     half = _HALF_SURROGATE.search(value)
     if half:
-        return f"{name} holds half of a surrogate pair (\\u{ord(half.group()):x}), which is no character"
+        return f"{name} contains half of a surrogate pair (\\u{ord(half.group()):x})"
     return None
 
 
 def _message_problems(row: Columns) -> list[str]:
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return ['messages is no list of objects like {"role": "user", "content": "..."}']
+        return ['messages is not a list of objects like {"role": "user", "content": "..."}']
     problems = []
     for index, message in enumerate(messages):
         if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
@@ -110,7 +111,9 @@ def _message_problems(row: Columns) -> list[str]:
         problems += [problem] * bool(problem)
     roles = [message.get("role") for message in messages]
     if not problems and "assistant" not in roles:
-        problems.append(f"no message has the role 'assistant', so there is nothing to learn; roles: {roles}")
+        problems.append(
+            f"no message has the role 'assistant', so the row has nothing to learn (found the roles {roles})"
+        )
     return problems
 
 
@@ -135,7 +138,7 @@ def _alpaca_plain(row: Columns) -> list[Segment]:
 
 
 def _pair(name: str, prompt: str, answer: str) -> RowFormat:
-    """A question and an answer: two turns where there is a template, else the two texts, eos after the answer."""
+    """A format of a question and an answer: two turns with a template; without, the two texts and then eos."""
     return RowFormat(
         name=name,
         required=(prompt, answer),
@@ -145,14 +148,14 @@ def _pair(name: str, prompt: str, answer: str) -> RowFormat:
     )
 
 
-def _marked(name: str, column: str, mark: re.Pattern[str]) -> RowFormat:
-    """Turns marked in one text: a conversation where there is a template, else all of the text, supervised."""
+def _tagged(name: str, column: str, tag: re.Pattern[str]) -> RowFormat:
+    """A format of tagged turns in one text: a conversation with a template; without, the whole text, supervised."""
     return RowFormat(
         name=name,
         required=(column,),
         explicit_only=True,
-        problems=lambda row: _text_problems(row, column) or conversations.turn_problems(row[column], mark),
-        messages=lambda row: conversations.parse_turns(row[column], mark),
+        problems=lambda row: _text_problems(row, column) or conversations.turn_problems(row[column], tag),
+        messages=lambda row: conversations.parse_turns(row[column], tag),
         plain=lambda row: [Segment(row[column], True)],
     )
 
@@ -161,10 +164,10 @@ _INSTANCE = ("instruction_with_input", "output")
 
 
 def _listed_problems(column: str, value: Any, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
-    """What keeps `value` from being a list of at least one object with these texts."""
+    """Returns the reasons why `value` is not a list of at least one object with these texts."""
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         texts = ", ".join(f'"{name}": "..."' for name in names)
-        return [f"{column} is no list of objects like {{{texts}}}"]
+        return [f"{column} is not a list of objects like {{{texts}}}"]
     problems = []
     for index, one in enumerate(value):
         found = [f"needs {' and '.join(map(repr, names))}, found {', '.join(map(repr, one)) or 'nothing'}"]
@@ -183,7 +186,7 @@ def _full_problems(row: Columns) -> list[str]:
 
 
 def _examples_in(*columns: str) -> Callable[[Columns], list[dict[str, Any]]]:
-    """Each object of each of these columns: a prompt with its input in it, and an answer."""
+    """Returns a function that turns each object of these columns into an example of a prompt and an answer."""
 
     def examples(row: Columns) -> list[dict[str, Any]]:
         others = {name: value for name, value in row.items() if name not in columns}
@@ -194,7 +197,7 @@ def _examples_in(*columns: str) -> Callable[[Columns], list[dict[str, Any]]]:
 
 
 def _is_seed_task(row: Columns) -> bool:
-    """Whether its instances have an input apart from the instruction, and none with it."""
+    """Returns True if the row's instances have an input separate from the instruction, and never joined with it."""
     instances = row["instances"] if isinstance(row["instances"], list) else ()
     names = {name for one in instances if isinstance(one, dict) for name in one}
     return "input" in names and "instruction_with_input" not in names
@@ -235,7 +238,7 @@ _FORMS = (
         problems=_sharegpt_problems,
         messages=conversations.sharegpt_messages,
     ),
-    # Through a chat template as a user's and an assistant's turn; without one as the texts above, eos after the output.
+    # With a chat template a user's and an assistant's turn; without, the texts above with eos after the output.
     RowFormat(
         name="alpaca",
         required=("instruction", "output"),
@@ -244,8 +247,8 @@ _FORMS = (
         messages=_alpaca_messages,
         plain=_alpaca_plain,
     ),
-    _pair("completion", "prompt", "completion"),  # self-instruct
-    _pair("input-output", "input", "output"),  # longform too
+    _pair("completion", "prompt", "completion"),  # Self-Instruct uses it
+    _pair("input-output", "input", "output"),  # LongForm uses it too
     RowFormat(
         name="seed-tasks",
         required=("instruction", "instances"),
@@ -269,8 +272,8 @@ _FORMS = (
         examples=_examples_in("instances"),
     ),
     _pair("flan", "inputs", "targets"),
-    _marked("hh-rlhf", "chosen", conversations.HH),
-    _marked("guanaco", "text", conversations.GUANACO),
+    _tagged("hh-rlhf", "chosen", conversations.HH),
+    _tagged("guanaco", "text", conversations.GUANACO),
     RowFormat(
         name="chip2",
         required=("text",),
@@ -279,7 +282,7 @@ _FORMS = (
         messages=lambda row: _question(*conversations.chip2_pair(row["text"])),
         plain=_chip2_plain,
     ),
-    # Never a conversation: all of the text is supervised, eos after it.
+    # Never a conversation: the whole text is supervised, with eos after it.
     RowFormat(
         name="text",
         required=("text",),
@@ -287,4 +290,4 @@ _FORMS = (
         plain=lambda row: [Segment(row["text"], True)],
     ),
 )
-FORMATS = {form.name: form for form in _FORMS}
+FORMATS = {row_format.name: row_format for row_format in _FORMS}

@@ -1,4 +1,4 @@
-"""Tools in conversations: the schemas a row brings, the calls its turns make, and whether a template shows them."""
+"""Tools in conversations: the schemas of a row, the calls of its turns, and a check that a template writes them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -12,26 +12,26 @@ Tools = Sequence[Mapping[str, Any]]
 
 
 def read_tools(row: Mapping[str, Any]) -> Tools | None:
-    """The row's `tools`, which may be JSON text, since columns of typed files can't hold schemas; None: it has none."""
+    """Returns the row's `tools`, or None. They may be JSON text, because typed columns cannot contain schemas."""
     return _read(row.get("tools") or None) or None
 
 
 def tools_problems(row: Mapping[str, Any]) -> list[str]:
-    """What keeps `tools` from being a list of schemas, or empty."""
+    """Returns the reason why `tools` is not a list of schemas; empty if it is one."""
     try:
         tools = _read(row.get("tools") or None)
     except json.JSONDecodeError as error:
         return [f"tools is not JSON: {describe_json_error(error)}"]
     if not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         return []
-    return ["tools is no list of JSON schemas"]
+    return ["tools is not a list of JSON schemas"]
 
 
 def call_problems(message: Message) -> list[str]:
-    """What is wrong with a message's `tool_calls`, or empty."""
+    """Returns the problems of a message's `tool_calls`."""
     calls = message["tool_calls"]
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        return ['tool_calls is no list of objects like {"function": {"name": "...", "arguments": {...}}}']
+        return ['tool_calls is not a list of objects like {"function": {"name": "...", "arguments": {...}}}']
     return [problem for number, call in enumerate(calls) for problem in _call_problems(number, call)]
 
 
@@ -43,11 +43,11 @@ def _call_problems(number: int, call: Mapping[str, Any]) -> list[str]:
         arguments = _read(function["arguments"])
     except json.JSONDecodeError as error:
         return [f"the arguments of tool call {number} are not JSON: {describe_json_error(error)}"]
-    return [] if isinstance(arguments, dict) else [f"the arguments of tool call {number} are no object"]
+    return [] if isinstance(arguments, dict) else [f"the arguments of tool call {number} are not an object"]
 
 
 def with_parsed_arguments(message: Message) -> Message:
-    """The message with its calls' arguments as objects, as templates want them; others write them as JSON text."""
+    """Returns the message with the arguments of its calls as objects, which templates expect, not as JSON text."""
     if not message.get("tool_calls"):
         return message
     return {**message, "tool_calls": [_with_parsed_arguments(call) for call in message["tool_calls"]]}
@@ -67,24 +67,23 @@ def _read(arguments: Any) -> Any:
 
 
 def called_functions(message: Message) -> list[str]:
-    """The functions that a message calls."""
+    """Returns the names of the functions that a message calls."""
     return [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
 
 
 def check_template_shows(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None, rendered: str) -> None:
-    """Raises ValueError where `rendered` lacks the row's tools, or what neither a user nor an assistant says."""
+    """Raises ValueError if `rendered` lacks the tools, or the text of a role other than user and assistant."""
     if tools is not None and tokenizer.render(messages) == rendered:
         raise ValueError(
-            f"the row has {len(tools)} tools, and the chat template never shows them, so the model would learn to "
-            "call what it has not seen. Use a template that takes tools: data.chat_template names a jinja file"
+            "the chat template does not write the row's tools, so the model would learn to call functions that it has "
+            "not seen. Set data.chat_template to a jinja file that writes tools."
         )
     for message in messages:
-        said = (message.get("content") or "").strip() if message["role"] not in ("user", "assistant") else ""
-        # Some templates write what a tool says as a JSON string.
-        if said not in rendered and json.dumps(said, ensure_ascii=False)[1:-1] not in rendered:
-            # Without the message's number: rows that lack the same are told together.
+        text = (message.get("content") or "").strip() if message["role"] not in ("user", "assistant") else ""
+        # Some templates write a tool's answer as a JSON string.
+        if text not in rendered and json.dumps(text, ensure_ascii=False)[1:-1] not in rendered:
+            # Without the message's index: rows with equal problems are reported together.
             raise ValueError(
-                f"the chat template leaves out what a message of the role {message['role']!r} says. Take such messages "
-                "out of the rows, or use a template that shows them: chat_template (data.chat_template in training) "
-                "names a jinja file"
+                f"the chat template drops the text of a message of the role {message['role']!r}. Remove such messages "
+                "from the rows, or set chat_template (data.chat_template in training) to a jinja file that writes them."
             )

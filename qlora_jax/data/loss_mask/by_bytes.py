@@ -1,7 +1,7 @@
-"""Ids and masks of many rows at once, from the bytes that each id stands for, without asking where tokens lie.
+"""Fast path of reference.mask_segments for many rows: computes masks from byte lengths, without offsets.
 
-The ids of a text that a byte-level tokenizer keeps (lossless.py) are its bytes, one token behind the other. So where
-a token begins is the sum of the lengths before it, and a segment begins with one iff its first byte is such a place.
+If a text round-trips (tokenizer/byte_lengths.py), its tokens are its bytes in order. So a token begins at the sum of
+the byte lengths before it. A segment begins with a token if its first byte is one of those positions.
 """
 
 import array
@@ -23,23 +23,25 @@ def encode_by_bytes(
     ids: Sequence[Sequence[int]],
     learn: Learn = "assistant",
 ) -> list[EncodedRow | None]:
-    """What `encode_segments` gives for each row; None where an answer begins or ends within a token.
+    """Returns for each row the same as `reference.mask_segments`, or None if bytes are not enough to know it.
 
-    None too for a row whose ids do not stand for as many bytes as its text has.
+    They are not enough if an answer begins or ends within a token, or if the ids stand for another number of bytes
+    than the text has.
 
     Args:
-      lengths: bytes of each id.
-      rows: segments, at least one each; the tokenizer keeps their texts.
-      ids: of each row's joined text.
+      lengths: bytes that each id stands for.
+      rows: segments of each row, at least one. Their joined texts round-trip.
+      ids: token ids of each row's joined text.
+      learn: the part that the loss sees.
     """
     if not rows:
         return []
     flat = np.frombuffer(b"".join([array.array("i", row) for row in ids]), np.int32)
     starts = np.concatenate([[0], np.cumsum([len(row) for row in ids])])
-    # The first byte of each token, and the end.
+    # Position of each token's first byte, and of the end.
     begins = np.concatenate([[0], np.cumsum(_sizes(lengths, flat, starts))])
     found = _first_tokens(begins, starts, rows)
-    learned = [seen for row in rows for seen in supervised_segments(row, learn)]
+    learned = [learned for row in rows for learned in supervised_segments(row, learn)]
     supervised = np.repeat(learned, np.diff(found.tokens, append=len(flat)))
     return [
         EncodedRow(flat[start:stop], supervised[start:stop], source - start, False, False) if exact else None
@@ -52,7 +54,7 @@ def encode_by_bytes(
 def _sizes(
     lengths: ByteLengths, flat: Int32[np.ndarray, " tokens"], starts: Int64[np.ndarray, " rows_and_one"]
 ) -> Int64[np.ndarray, " tokens"]:
-    """Bytes of the text that each token stands for: a space that the tokenizer has put is none of them."""
+    """Returns the bytes of the text that each token stands for, without a space that the tokenizer added."""
     sizes = lengths.of_ids[flat]
     if lengths.prefix == "never":
         return sizes
@@ -63,13 +65,13 @@ def _sizes(
     return sizes - (prefixed & ~added)
 
 
-class _Found(NamedTuple):
-    """Where segments begin among the tokens of all rows.
+class _Boundaries(NamedTuple):
+    """Positions of segments among the tokens of all rows.
 
     Fields:
-      tokens: the first token of each segment.
-      sources: the first token of each row's first answer, or the end of the row.
-      exact: whether the row's bytes are those of its tokens, and its answers begin and end with tokens.
+      tokens: first token of each segment.
+      sources: first token of each row's first answer, or the end of the row.
+      exact: True if the tokens have as many bytes as the row, and its answers begin and end with tokens.
     """
 
     tokens: Int64[np.ndarray, " segments"]
@@ -81,9 +83,9 @@ def _first_tokens(
     begins: Int64[np.ndarray, " tokens_and_one"],
     starts: Int64[np.ndarray, " rows_and_one"],
     rows: Sequence[Sequence[Segment]],
-) -> _Found:
+) -> _Boundaries:
     pieces = [piece for row in rows for piece in row]
-    edges = np.concatenate([[0], np.cumsum([len(row) for row in rows])])  # of rows among segments
+    edges = np.concatenate([[0], np.cumsum([len(row) for row in rows])])  # first segment of each row, and the end
     row_of = np.repeat(np.arange(len(rows)), np.diff(edges))
     ends = np.concatenate([[0], np.cumsum([_size(piece.text) for piece in pieces])])
     at = begins[starts[row_of]] + ends[:-1] - ends[edges[row_of]]
@@ -92,9 +94,9 @@ def _first_tokens(
     within = (begins[tokens] != at) & np.diff(answers, prepend=False)
     whole = np.diff(ends[edges]) == np.diff(begins[starts])
     sources = np.minimum.reduceat(np.where(answers, tokens, starts[row_of + 1]), edges[:-1])
-    return _Found(tokens, sources, whole & (np.bincount(row_of, within, len(rows)) == 0))
+    return _Boundaries(tokens, sources, whole & (np.bincount(row_of, within, len(rows)) == 0))
 
 
 def _size(text: str) -> int:
-    """Bytes of a text; that of ASCII is quicker to tell."""
+    """Returns the number of bytes of a text. That of ASCII text needs no encoding."""
     return len(text) if text.isascii() else len(text.encode())

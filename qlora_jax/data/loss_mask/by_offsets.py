@@ -20,7 +20,7 @@ def encode_segments(
     Args:
       row: segments of text, in order.
       encoding: of the joined text, from `tokenizer.encode_spans`, which is fast on many texts at once.
-      learn: what the loss sees.
+      learn: the part that the loss sees.
 
     Raises:
       ValueError: a token crosses the start or end of an answer, and the segments' ids do not decode to the text.

@@ -49,7 +49,7 @@ def loss_mask(
 
     Args:
       tools: JSON schemas of the functions that the assistant may call.
-      learn: what the loss sees: every assistant turn, only the last one, or the whole conversation.
+      learn: the part that the loss sees: every assistant turn, only the last one, or the whole conversation.
 
     Raises:
       ValueError: the template rejects the conversation or changes its texts, or its spans are not exact.

@@ -1,9 +1,8 @@
-"""The spans of a conversation from those of its kind: a template is looked at once a kind, and rendered once a row.
+"""Fast path of spans.conversation_segments: reuses the spans of conversations with the same roles.
 
-Conversations of one kind have the same roles in the same order. One of placeholders is taken apart as spans.py does;
-the others of its kind have the same pieces with their own texts in them, if that is what the template makes of them, to
-the character. Where it is not, and where turns hold more than a text, spans.py does the row itself. That a prompt is
-rendered alike before and behind its answer is thus checked once a kind.
+spans.py renders a conversation several times. Here it does so once per sequence of roles, for a conversation of
+placeholders. A row with these roles is then rendered once, and its texts replace the placeholders. If the result is
+not the rendered row, to the character, or if turns contain more than text, spans.py handles the row.
 """
 
 import functools
@@ -12,68 +11,68 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.formats.tool_calls import Tools
-from qlora_jax.data.loss_mask.spans import VARIANTS, Segment, conversation_segments, turn_marks
+from qlora_jax.data.loss_mask.spans import TEXT_CHANGES, Segment, conversation_segments, turn_marks
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
-# Letters and digits only, as a template's trim or escape leaves alone.
-_PLACE = "Qz8MESSAGE{}x8Zq"
-_PLACES = re.compile(_PLACE.replace("{}", "([0-9]+)"))
-_KINDS = 4096  # kept
+# Letters and digits only: a template that trims or escapes texts does not change them.
+_PLACEHOLDER = "Qz8MESSAGE{}x8Zq"
+_PLACEHOLDERS = re.compile(_PLACEHOLDER.replace("{}", "([0-9]+)"))
+_CACHED = 4096  # sequences of roles
 
 Segments = Callable[[Sequence[Message], Tools | None], list[Segment]]
 
 
-class RowChunk(NamedTuple):
-    """A segment of a kind: the template's own texts, and between them the numbers of the messages that stand there."""
+class SegmentTemplate(NamedTuple):
+    """A segment with gaps: the template's own texts, and the index of the message that fills each gap between them."""
 
     texts: tuple[str, ...]
     messages: tuple[int, ...]
     supervised: bool
 
     def fill(self, contents: Sequence[str]) -> str:
-        """The segment's text with these contents."""
+        """Returns the segment's text with these contents in its gaps."""
         first, *others = self.texts
         return first + "".join([contents[n] + text for n, text in zip(self.messages, others, strict=True)])
 
 
 def make_segmenter(tokenizer: Tokenizer) -> Segments:
-    """`conversation_segments` through the tokenizer's chat template, fast where rows are many.
+    """Returns a function that equals `conversation_segments` for the tokenizer's chat template, but is fast.
 
     Raises:
-      ValueError: as `turn_marks` does; what is returned, as `conversation_segments` does.
+      ValueError: the same errors as `turn_marks`. The returned function raises those of `conversation_segments`.
     """
     marks = turn_marks(tokenizer)
 
-    @functools.lru_cache(_KINDS)
-    def pieces_of(roles: tuple[str, ...]) -> list[RowChunk]:
-        conversation = [{"role": role, "content": _PLACE.format(n)} for n, role in enumerate(roles)]
+    @functools.lru_cache(_CACHED)
+    def templates_of(roles: tuple[str, ...]) -> list[SegmentTemplate]:
+        conversation = [{"role": role, "content": _PLACEHOLDER.format(n)} for n, role in enumerate(roles)]
         try:
             segments = conversation_segments(tokenizer, marks, conversation)
-        except ValueError:  # the row itself has to tell why
+        except ValueError:  # conversation_segments reports the reason with the row
             return []
-        return [_piece(segment) for segment in segments]
+        return [_segment_template(segment) for segment in segments]
 
     def segments_of(messages: Sequence[Message], tools: Tools | None) -> list[Segment]:
         if tools is None and all([len(message) == 2 for message in messages]):
-            pieces = pieces_of(tuple([message["role"] for message in messages]))
-            if pieces and (filled := _filled(pieces, messages, tokenizer.render(messages))):
+            templates = templates_of(tuple([message["role"] for message in messages]))
+            if templates and (filled := _fill(templates, messages, tokenizer.render(messages))):
                 return filled
         return conversation_segments(tokenizer, marks, messages, tools)
 
     return segments_of
 
 
-def _piece(segment: Segment) -> RowChunk:
-    parts = _PLACES.split(segment.text)
-    return RowChunk(tuple(parts[::2]), tuple(map(int, parts[1::2])), segment.supervised)
+def _segment_template(segment: Segment) -> SegmentTemplate:
+    parts = _PLACEHOLDERS.split(segment.text)
+    return SegmentTemplate(tuple(parts[::2]), tuple(map(int, parts[1::2])), segment.supervised)
 
 
-def _filled(pieces: Sequence[RowChunk], messages: Sequence[Message], rendered: str) -> list[Segment]:
-    """The pieces with the messages' texts, if they join to `rendered`; else none."""
-    for variant in VARIANTS:
-        contents = [variant(message["content"]) for message in messages]
-        texts = [piece.fill(contents) for piece in pieces]
+def _fill(templates: Sequence[SegmentTemplate], messages: Sequence[Message], rendered: str) -> list[Segment]:
+    """Returns the segments with the messages' texts if they join to `rendered`, else an empty list."""
+    for change in TEXT_CHANGES:
+        contents = [change(message["content"]) for message in messages]
+        texts = [template.fill(contents) for template in templates]
         if "".join(texts) == rendered:
-            return [Segment(text, piece.supervised) for text, piece in zip(texts, pieces, strict=True)]
+            return [Segment(text, template.supervised) for text, template in zip(texts, templates, strict=True)]
     return []

@@ -1,4 +1,4 @@
-"""Forms of other data sets: the texts that artidoro/qlora makes of them, to the character, and conversations."""
+"""Formats of other data sets: the same texts as in artidoro/qlora, to the character, and conversations."""
 
 import re
 
@@ -13,7 +13,7 @@ ALPACA = {"instruction": "Add", "input": "1 and 2", "output": "3 "}
 HEAD = "Below is an instruction that describes a task"
 TURNS = [("user", "Is 7 prime?"), ("assistant", "Yes.\n\nIt is."), ("user", "And 8?"), ("assistant", "No.")]
 
-# What the reference's mappings give as (input, output): artidoro/qlora 7f4e95a, qlora.py, local_dataset and below.
+# (input, output) of the reference's mappings: artidoro/qlora 7f4e95a, qlora.py, local_dataset and below.
 REFERENCE = {
     "alpaca": (
         ALPACA,
@@ -38,9 +38,9 @@ REFERENCE = {
 @pytest.mark.parametrize("name", REFERENCE)
 def test_plain_text_is_the_references(name):
     row, prompt, answer = REFERENCE[name]
-    form = FORMATS[name.partition(",")[0]]
-    assert form.check(row) == []
-    segments = form.plain(row)
+    row_format = FORMATS[name.partition(",")[0]]
+    assert row_format.check(row) == []
+    segments = row_format.plain(row)
     assert "".join(s.text for s in segments if not s.supervised) == prompt
     assert "".join(s.text for s in segments if s.supervised) == answer
     assert [s.supervised for s in segments] == sorted(s.supervised for s in segments)
@@ -68,15 +68,15 @@ def test_plain_text_is_the_references(name):
     ],
 )
 def test_conversations(name, row, turns):
-    form = FORMATS[name]
-    assert form.check(row) == []
-    assert [(message["role"], message["content"]) for message in form.messages(row)] == turns
+    row_format = FORMATS[name]
+    assert row_format.check(row) == []
+    assert [(message["role"], message["content"]) for message in row_format.messages(row)] == turns
 
 
 @pytest.mark.parametrize(
     ("name", "row", "problem"),
     [
-        ("guanaco", {"text": "Hello ### Human: Q### Assistant: A"}, "'Hello ' stands before the first mark of a turn"),
+        ("guanaco", {"text": "Hello ### Human: Q### Assistant: A"}, "text before the first turn (found 'Hello '"),
         ("guanaco", {"text": "### Human: Q"}, "no turn of the assistant"),
         ("guanaco", {"text": "### Human: Q### Assistant: "}, "the assistant's turn 1 is empty"),
         ("guanaco", {"text": "   "}, "text is empty"),
@@ -84,7 +84,7 @@ def test_conversations(name, row, turns):
         ("hh-rlhf", {"text": HH}, "no column 'chosen'"),
         ("chip2", {"text": "<human>: Q"}, r"found ['human']"),
         ("chip2", {"text": CHIP2 + "\n<bot>: More"}, r"found ['human', 'bot', 'bot']"),
-        ("sharegpt", {"conversations": "x"}, "conversations is no list of objects"),
+        ("sharegpt", {"conversations": "x"}, "conversations is not a list of objects"),
         ("sharegpt", {"conversations": [{"from": "human"}]}, "turn 0 needs 'from' and 'value', found 'from'"),
         ("sharegpt", {"conversations": [{"from": "alien", "value": "x"}]}, "turn 0 is from 'alien'; known are human"),
         ("sharegpt", {"conversations": [{"from": "human", "value": "Q"}]}, "no message has the role 'assistant'"),
@@ -102,5 +102,5 @@ def test_marks_inside_a_line_are_no_turns():
         conversations.parse_turns("\n\nHuman: say Human: x\n\nAssistant: ok", conversations.HH)[0]["content"]
         == "say Human: x"
     )
-    with pytest.raises(ValueError, match=re.escape("stands before")):
+    with pytest.raises(ValueError, match=re.escape("text before the first turn")):
         conversations.parse_turns("Human: x\n\nAssistant: y", conversations.HH)

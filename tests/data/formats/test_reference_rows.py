@@ -1,4 +1,4 @@
-"""Every form against rows that artidoro/qlora's own mappings and collator made (tests/golden/make_rows.py)."""
+"""Every format against rows that artidoro/qlora's own mappings and collator made (tests/golden/make_rows.py)."""
 
 import json
 from pathlib import Path
@@ -25,16 +25,16 @@ def with_bos(smollm2_json: str) -> Tokenizer:
 
 def examples(name: str) -> tuple[list[Row], Any]:
     rows = [Row(Place(n + 1, n), columns) for n, columns in enumerate(GOLDEN["forms"][name]["rows"])]
-    form = FORMATS[CHOICES.get(name, name)]
-    check_rows("rows.jsonl", rows, form)
-    found, form = expand_examples(rows, form)
-    return list(found), form
+    row_format = FORMATS[CHOICES.get(name, name)]
+    check_rows("rows.jsonl", rows, row_format)
+    found, row_format = expand_examples(rows, row_format)
+    return list(found), row_format
 
 
 @pytest.mark.parametrize("name", GOLDEN["forms"])
 def test_prompts_and_answers_are_the_references(name: str):
-    rows, form = examples(name)
-    made = [form.plain(row.data) for row in rows]
+    rows, row_format = examples(name)
+    made = [row_format.plain(row.data) for row in rows]
     ours = [
         {key: "".join(s.text for s in row if s.supervised == (key == "output")) for key in ("input", "output")}
         for row in made
@@ -45,11 +45,11 @@ def test_prompts_and_answers_are_the_references(name: str):
 @pytest.mark.parametrize("name", GOLDEN["forms"])
 @pytest.mark.parametrize("which", range(len(GOLDEN["limits"])))
 def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which: int):
-    """Its separate lengths too, where a long answer loses its eos, and training on source."""
+    """Also with separate lengths, where a long answer loses its eos, and with training on the source."""
     source, target, on_source = GOLDEN["limits"][which]
-    rows, form = examples(name)
+    rows, row_format = examples(name)
     learn = "all" if on_source else "assistant"
-    encoder, problems = make_encoder(form, with_bos, learn, one_answer=True), []
+    encoder, problems = make_encoder(row_format, with_bos, learn, one_answer=True), []
     texts = encoder.texts(rows, problems)
     places, encoded = encoder.encoded(texts, encoder.encodings(texts), problems)
     assert problems == [] and len(encoded) == len(rows)
@@ -57,18 +57,18 @@ def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which
     fitted = fit_lengths(encoded, places, limits)
     for ours, theirs in zip(fitted.rows, GOLDEN["forms"][name]["tokens"][which], strict=True):
         assert ours.ids.tolist() == theirs["ids"]
-        # The first label is no target of anything.
+        # No position predicts the first label.
         labels = np.where(ours.supervised, ours.ids, -100)[1:]
         assert labels.tolist() == theirs["labels"][1:]
 
 
 def pairs(form_name: str, row: dict[str, Any]) -> list[tuple[str, str]]:
-    """What a model without a template sees of the examples of one row: prompts and answers."""
+    """(prompt, answer) of each example of one row, for a model without a template."""
     rows = [Row(Place(1, 0), row)]
     check_rows("rows.jsonl", rows, FORMATS[form_name])
-    found, form = expand_examples(rows, FORMATS[form_name])
-    assert form.plain is not None
-    prompts = [form.plain(example.data) for example in found]
+    found, row_format = expand_examples(rows, FORMATS[form_name])
+    assert row_format.plain is not None
+    prompts = [row_format.plain(example.data) for example in found]
     return [(prompt.text, answer.text) for prompt, answer in prompts]
 
 
@@ -100,15 +100,15 @@ def test_reformulations_are_examples_as_instances_are():
 def test_seed_tasks_of_self_instruct(local_data, with_bos: Tokenizer):
     path = str(local_data("seed_tasks.jsonl.gz"))
     rows = read_rows(path)
-    form = detect_format(path, rows)
-    check_rows(path, rows, form)
-    found, form = expand_examples(rows, form)
-    assert (form.name, len(found)) == ("seed-tasks", 175)
-    for row, encoded in zip(found, encode_rows(path, found, form, with_bos), strict=True):
+    row_format = detect_format(path, rows)
+    check_rows(path, rows, row_format)
+    found, row_format = expand_examples(rows, row_format)
+    assert (row_format.name, len(found)) == ("seed-tasks", 175)
+    for row, encoded in zip(found, encode_rows(path, found, row_format, with_bos), strict=True):
         assert with_bos.decode(encoded.ids[encoded.supervised].tolist()) == row.data["output"] + "<|im_end|>"
 
 
 def test_the_goldens_cut_something():
-    """Else the test above would say nothing of lengths."""
+    """Otherwise the test above would not test lengths."""
     whole, short = (sum(len(row["ids"]) for row in GOLDEN["forms"]["alpaca"]["tokens"][n]) for n in (0, 1))
     assert short < whole

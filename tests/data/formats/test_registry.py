@@ -1,4 +1,4 @@
-"""Forms of rows: how they are recognised, what they become, and what each error says."""
+"""Row formats: detection, the texts that rows become, and the words of each error."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +27,9 @@ def rows_of(*data: dict[str, Any]) -> list[Row]:
 
 def encode_one(tokenizer: Tokenizer, row: dict[str, Any]) -> EncodedRow:
     rows = rows_of(row)
-    form = detect_format("x.jsonl", rows)
-    check_rows("x.jsonl", rows, form)
-    return encode_rows("x.jsonl", rows, form, tokenizer)[0]
+    row_format = detect_format("x.jsonl", rows)
+    check_rows("x.jsonl", rows, row_format)
+    return encode_rows("x.jsonl", rows, row_format, tokenizer)[0]
 
 
 def parts(tokenizer: Tokenizer, row: EncodedRow) -> tuple[str, str]:
@@ -79,19 +79,22 @@ def test_a_named_form_wins_over_the_first_that_fits():
         (["dialogue"], "Nearest: messages: rename 'dialogue' to 'messages'."),
         (["instruction", "examples"], "Nearest: alpaca: add 'output'."),
         (["promt", "completion"], "Nearest: completion: rename 'promt' to 'prompt'."),
-        (["sentence", "label"], "None of the columns looks like one of these."),
+        (
+            ["sentence", "label"],
+            "None of the columns resembles one of these. Rename your columns to those of a format.",
+        ),
     ],
 )
 def test_unknown_forms_are_told_with_columns_forms_and_the_nearest(columns: list[str], nearest: str):
-    with pytest.raises(ValueError, match=r"x\.jsonl: the rows are in no known form") as error:
+    with pytest.raises(ValueError, match=r"x\.jsonl: the rows have no known format") as error:
         detect_format("x.jsonl", rows_of(dict.fromkeys(columns, "v")))
     told = str(error.value)
     assert f"Columns found: {', '.join(map(repr, columns))}." in told and told.endswith(nearest)
-    assert all(form.name in told for form in FORMATS.values())
+    assert all(row_format.name in told for row_format in FORMATS.values())
 
 
 def test_a_wrong_name_is_told_with_the_form_that_fits():
-    with pytest.raises(ValueError, match=r"not in the form 'alpaca'(.|\n)*Nearest: completion: fits as it is"):
+    with pytest.raises(ValueError, match=r"do not have the format 'alpaca'(.|\n)*Nearest: completion: fits as it is"):
         detect_format("x.jsonl", rows_of(COMPLETION), "alpaca")
 
 
@@ -106,17 +109,17 @@ def turn(role: str, content: Any) -> dict[str, Any]:
         ("alpaca", {"instruction": " ", "output": ""}, "instruction is empty; output is empty"),
         ("alpaca", {**ALPACA, "input": ["x"]}, "input is list, expected text"),
         ("completion", {"prompt": "", "completion": None}, "completion is null, expected text"),
-        ("text", {"text": "a\ud83d"}, r"text holds half of a surrogate pair \(\\ud83d\)"),
-        ("messages", {"messages": "hello"}, "messages is no list of objects"),
+        ("text", {"text": "a\ud83d"}, r"text contains half of a surrogate pair \(\\ud83d\)"),
+        ("messages", {"messages": "hello"}, "messages is not a list of objects"),
         ("messages", {"messages": []}, "no message has the role 'assistant'"),
-        ("messages", {"messages": [turn("system", "a"), turn("user", "b")]}, r"roles: \['system', 'user'\]"),
+        ("messages", {"messages": [turn("system", "a"), turn("user", "b")]}, r"found the roles \['system', 'user'\]"),
         (
             "messages",
             {"messages": [turn("human", "a"), turn("Assistant", "b"), turn("usr", "c"), turn("x", "d")]},
-            "message 0: the role 'human' is unknown; known are system, .*, observation; did you mean 'user'[?]; "
-            "message 1: the role 'Assistant' .*did you mean 'assistant'[?]; "
-            "message 2: the role 'usr' .*did you mean 'user'[?]; "
-            "message 3: the role 'x' is unknown; known are .*, observation$",
+            "message 0: unknown role 'human'; known are system, .*, observation; did you mean 'user'[?]; "
+            "message 1: unknown role 'Assistant'.*did you mean 'assistant'[?]; "
+            "message 2: unknown role 'usr'.*did you mean 'user'[?]; "
+            "message 3: unknown role 'x'; known are .*, observation$",
         ),
         (
             "messages",
@@ -191,10 +194,10 @@ def test_plain_text_starts_with_bos_only_where_the_tokenizer_asks(smollm2_source
 
 
 def test_what_a_form_needs_of_the_tokenizer_is_told(smollm2_source: dict, plain_tokenizer: Tokenizer):
-    with pytest.raises(ValueError, match="form 'messages' need a chat template"):
+    with pytest.raises(ValueError, match="format 'messages' need a chat template"):
         encode_one(plain_tokenizer, MESSAGES)
     nameless = load_tokenizer({"tokenizer_json": smollm2_source["tokenizer_json"]})
-    with pytest.raises(ValueError, match="names no eos_token"):
+    with pytest.raises(ValueError, match="has no eos_token"):
         encode_one(nameless, TEXT)
 
 
@@ -209,7 +212,7 @@ def test_rows_that_the_template_refuses_are_all_told(smollm2_source: dict, templ
 def test_half_a_character_in_a_role_or_a_tool_is_told(tokenizer: Tokenizer, templates: dict):
     half = {"messages": [turn("\ud83d", "Q"), *MESSAGES["messages"]]}
     rows = rows_of(MESSAGES, half, {"messages": [turn("Ünd", "Q"), *MESSAGES["messages"]]})
-    with pytest.raises(ValueError, match=r"1 of 3 rows(.|\n)*x\.jsonl:2: a role or a tool holds half .*\(\\ud83d\)"):
+    with pytest.raises(ValueError, match=r"1 of 3 rows(.|\n)*x\.jsonl:2: a role or a tool contains \\ud83d, half of"):
         encode_rows("x.jsonl", rows, FORMATS["messages"], tokenizer)
     assert content_hash(FORMATS["messages"], half) != content_hash(FORMATS["messages"], MESSAGES)
 
@@ -219,10 +222,10 @@ def test_real_data_of_other_tools(local_data: Callable, tokenizer: Tokenizer, pl
 
     path = str(local_data("alpaca_en_demo.json.gz"))
     rows = read_rows(path)
-    form = detect_format(path, rows)
-    check_rows(path, rows, form)
-    assert (len(rows), form.name) == (999, "alpaca")
+    row_format = detect_format(path, rows)
+    check_rows(path, rows, row_format)
+    assert (len(rows), row_format.name) == (999, "alpaca")
     for chosen in (tokenizer, plain_tokenizer):
-        for row, encoded in zip(rows[:50], encode_rows(path, rows[:50], form, chosen), strict=True):
+        for row, encoded in zip(rows[:50], encode_rows(path, rows[:50], row_format, chosen), strict=True):
             assert parts(chosen, encoded)[1] == row.data["output"] + "<|im_end|>"
             assert not encoded.lossy and np.all(np.diff(np.flatnonzero(encoded.supervised)) == 1)

@@ -1,4 +1,4 @@
-"""Conversations with tools: what a template makes of them is learned, and what it leaves out is refused."""
+"""Conversations with tools: calls are learned as the template writes them, and dropped texts raise an error."""
 
 import json
 from collections.abc import Callable
@@ -96,9 +96,12 @@ def test_a_call_needs_no_words(hermes: Tokenizer, write_rows: Callable):
 @pytest.mark.parametrize(
     ("row", "told"),
     [
-        ({"messages": conversation({}, content="Hm."), "tools": [WEATHER]}, "the chat template never shows them"),
-        ({"messages": conversation({}, content="Hm.")}, "leaves out 'weather' of message 1, which calls tools"),
-        ({"messages": conversation({}, content=None)}, "leaves out 'weather' of message 1, which calls tools"),
+        (
+            {"messages": conversation({}, content="Hm."), "tools": [WEATHER]},
+            "the chat template does not write the row's tools",
+        ),
+        ({"messages": conversation({}, content="Hm.")}, "drops 'weather' of message 1, which calls tools"),
+        ({"messages": conversation({}, content=None)}, "drops 'weather' of message 1, which calls tools"),
     ],
 )
 def test_templates_without_tools_are_refused(tokenizer: Tokenizer, write_rows: Callable, row: dict, told: str):
@@ -113,10 +116,8 @@ def test_turns_that_a_template_leaves_out_are_refused(smollm2_source: dict, writ
     with pytest.raises(ValueError, match=r"2 of 3 rows") as error:
         learned(silent, write_rows([{"messages": turns}, {"messages": turns[1:]}, {"messages": turns[1:] + turns}]))
     _, told = str(error.value).splitlines()  # once, wherever the message stands
-    assert "jsonl:1, 3: the chat template leaves out what a message of the role 'system' says. " in told
-    assert told.endswith(
-        "a template that shows them: chat_template (data.chat_template in training) names a jinja file"
-    )
+    assert "jsonl:1, 3: the chat template drops the text of a message of the role 'system'. " in told
+    assert told.endswith("or set chat_template (data.chat_template in training) to a jinja file that writes them.")
     assert learned(silent, write_rows([{"messages": turns[1:]}])) == "assistantthe assistant<|im_end|>"
 
 
@@ -127,7 +128,7 @@ def test_turns_by_other_names_that_a_template_leaves_out_are_refused(
     template = "{% for m in messages if m.role in ('user', 'assistant') %}{{ m.content + '<|im_end|>' }}{% endfor %}"
     silent = load_tokenizer({**smollm2_source, "chat_template": template})
     turns = [{"role": one, "content": f"the {one}"} for one in (role, "user", "assistant")]
-    with pytest.raises(ValueError, match=f"leaves out what a message of the role '{role}' says"):
+    with pytest.raises(ValueError, match=f"drops the text of a message of the role '{role}'"):
         learned(silent, write_rows([{"messages": turns}]))
 
 
@@ -146,7 +147,7 @@ def test_calls_that_end_otherwise_are_refused(smollm2_source: dict, write_rows: 
         "{{- '<|im_end|>\n' }}\n    {%- endif %}", "{{- '.' if message.tool_calls else '<|im_end|>\n' }}{%- endif %}"
     )
     tokenizer = load_tokenizer({**smollm2_source, "chat_template": open_ended})
-    with pytest.raises(ValueError, match="ends message 1, which calls tools, with no special token"):
+    with pytest.raises(ValueError, match="ends message 1, which calls tools, without a special token"):
         learned(tokenizer, write_rows([{"messages": conversation({}), "tools": [WEATHER]}]))
 
 
@@ -156,11 +157,11 @@ def test_calls_that_end_otherwise_are_refused(smollm2_source: dict, write_rows: 
         ({"tools": "[{"}, "tools is not JSON: Expecting"),
         ({"tools": '["\x01"]'}, "tools is not JSON: Invalid control character at column 3"),
         ({"tools": "[" * 100_000}, "tools is not JSON: maximum recursion depth"),
-        ({"tools": {"a": 1}}, "tools is no list of JSON schemas"),
+        ({"tools": {"a": 1}}, "tools is not a list of JSON schemas"),
         ({"messages": conversation("{city}")}, "message 1: the arguments of tool call 0 are not JSON"),
-        ({"messages": conversation("[1]")}, "message 1: the arguments of tool call 0 are no object"),
+        ({"messages": conversation("[1]")}, "message 1: the arguments of tool call 0 are not an object"),
         ({"messages": conversation({}, tool_calls=[{"name": "f"}])}, "tool call 0 needs a function with 'name'"),
-        ({"messages": conversation({}, tool_calls="f()")}, "message 1: tool_calls is no list of objects"),
+        ({"messages": conversation({}, tool_calls="f()")}, "message 1: tool_calls is not a list of objects"),
         ({"messages": conversation({}, tool_calls=[])}, "message 1 needs 'role' and 'content'"),
     ],
 )

@@ -9,11 +9,11 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 @pytest.mark.parametrize(
     ("template", "told"),
     [
-        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", r"puts '\\n' after"),
-        ("{% for m in messages %}{{ m.content + '.<|im_end|>' }}{% endfor %}", r"puts '\.<\|im_end\|>' after"),
+        ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", r"writes '\\n' after"),
+        ("{% for m in messages %}{{ m.content + '.<|im_end|>' }}{% endfor %}", r"writes '\.<\|im_end\|>' after"),
         (
             "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}",
-            "drops or rewrites what the assistant says",
+            "drops or rewrites the assistant's texts",
         ),
     ],
 )
@@ -25,10 +25,10 @@ def test_templates_without_an_end_of_turn_are_refused(smollm2_source: dict, temp
 @pytest.mark.parametrize(
     ("body", "told"),
     [
-        ("{{ m.content | replace('s', 'z') + '<|im_end|>' }}", "rewrites what the assistant says"),
+        ("{{ m.content | replace('s', 'z') + '<|im_end|>' }}", "rewrites the assistant's texts"),
         ("{{ m.content + '<|im_end|>' if loop.last or m.role == 'user' }}", "drops, repeats or reorders"),
         ("{{ m.content + ('<|endoftext|>' if loop.index == 4 else '<|im_end|>') }}", r"ends message 3 with"),
-        ("{{ messages | length ~ m.content + '<|im_end|>' }}", "in another way once an answer follows"),
+        ("{{ messages | length ~ m.content + '<|im_end|>' }}", "differently once an answer follows"),
     ],
 )
 def test_templates_without_exact_spans_are_refused(smollm2_source: dict, body: str, told: str):
