@@ -10,8 +10,8 @@ import importlib
 _PUBLIC = {
     "NF4Linear": "qlora_jax.nn.nf4_linear",
     "NF4LinearGeneral": "qlora_jax.nn.nf4_linear",
-    "QuantRule": "qlora_jax.nn.quantize_model",
-    "quantize_model": "qlora_jax.nn.quantize_model",
+    "QuantRule": "qlora_jax.nn.model_quantization",
+    "quantize_model": "qlora_jax.nn.model_quantization",
 }
 
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]

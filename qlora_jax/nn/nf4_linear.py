@@ -142,7 +142,7 @@ class NF4Linear(_NF4Module):
     The dtype of the result is promoted as `nnx.Linear` does. Products are accumulated in f32.
 
     Args:
-      weight: QTensor of shape (N, K), the transpose of an nnx kernel; `qlora_jax.quantize(kernel.T)` returns one.
+      weight: QTensor of shape (N, K), the transpose of an nnx kernel; `qlora_jax.quantize_array(kernel.T)` returns one.
       bias: [N]; frozen.
       dtype: dtype of the computation; None infers it from the input and the parameters.
       lora: adapter settings, of which rank, alpha, dropout, use_rslora and dtype apply; None adds no adapter.

@@ -10,7 +10,7 @@ from flax import nnx
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.nn.nf4_linear import NF4Linear, NF4LinearGeneral
-from qlora_jax.nn.quantize_model import QuantRule, quantize_model
+from qlora_jax.nn.model_quantization import QuantRule, quantize_model
 from tests.nn.flax_models import MLP, StackedMLP, Transformer, batch
 
 WIDTH = 64
