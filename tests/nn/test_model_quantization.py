@@ -9,11 +9,10 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.nn.nf4_linear import NF4Linear, NF4LinearGeneral
 from qlora_jax.nn.model_quantization import QuantRule, quantize_model
+from qlora_jax.nn.nf4_linear import NF4Linear, NF4LinearGeneral
 from tests.nn.flax_models import MLP, StackedMLP, Transformer, batch
 
-WIDTH = 64
 LORA = LoraArgs(rank=4, alpha=8.0)
 ALL = [QuantRule(".*", lora=LORA)]
 
