@@ -19,6 +19,9 @@ _PUBLIC = {
     "token_nll": ("qlora_jax.nn.loss", "token_nll"),
     "quantize_array": ("qlora_jax.quant", "quantize"),
     "dequantize_array": ("qlora_jax.quant", "dequantize"),
+    "paged": ("qlora_jax.optim.paged", "paged"),
+    "adamw_8bit": ("qlora_jax.optim.optimizers_8bit", "adamw_8bit"),
+    "lion_8bit": ("qlora_jax.optim.optimizers_8bit", "lion_8bit"),
     "QTensor": ("pallas_kernels.formats.qtensor", "QTensor"),
     "nf4_matmul": ("pallas_kernels.nf4_matmul", "nf4_matmul"),
 }

@@ -1,38 +1,38 @@
-"""Gradients before, and parameters after an update."""
+"""Parameters after an update, and gradients before it."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 
-class Written(NamedTuple):
-    """An update that is the new parameter. p + (new - p) would not be `new` to the last bit."""
+class NewValue(NamedTuple):
+    """An update that is the new parameter itself: p + (new - p) may differ from `new` in the last bit."""
 
     value: jax.Array
 
 
-def apply_updates(params: Any, updates: Any) -> Any:
-    """`optax.apply_updates`; where an update is `Written`, the parameter becomes its value. Dtypes of `params` stay."""
+def apply_updates[Tree](params: Tree, updates: object) -> Tree:
+    """Applies updates as `optax.apply_updates` does; a `NewValue` replaces its parameter. Dtypes of `params` stay."""
 
-    def apply(update: Any, param: jax.Array) -> Any:
-        if isinstance(update, Written):
+    def apply(update: jax.Array | NewValue, param: jax.Array) -> jax.Array:
+        if isinstance(update, NewValue):
             return update.value.astype(param.dtype)
         with jax.numpy_dtype_promotion("standard"):
-            return optax.apply_updates(param, update)
+            return jnp.asarray(optax.apply_updates(param, update))
 
-    return jax.tree.map(apply, updates, params, is_leaf=lambda update: isinstance(update, Written))
+    return jax.tree.map(apply, updates, params, is_leaf=lambda update: isinstance(update, NewValue))
 
 
-def in_f32(tree: Any) -> Any:
-    """Every leaf, f32 or bf16, in f32, in which norms, moments and updates are computed."""
+def in_f32[Tree](tree: Tree) -> Tree:
+    """Converts every leaf from f32 or bf16 to f32, in which norms, moments and updates are computed."""
     return jax.tree.map(_in_f32, tree)
 
 
 def _in_f32(leaf: jax.Array) -> jax.Array:
-    # Not by `astype`: XLA on CPUs fuses that into a sum over bf16 in a program that has no other use of it, and adds up
-    # in another order than where it does not. Norms are to be the same bits in every program.
+    # `astype` would change norms: XLA on CPUs fuses it into a sum over bf16 if nothing else in the program reads the
+    # converted array, and that sum adds in another order. Norms must have the same bits in every program.
     if leaf.dtype != jnp.bfloat16:
         return leaf.astype(jnp.float32)
     high = jax.lax.bitcast_convert_type(leaf, jnp.uint16).astype(jnp.uint32)

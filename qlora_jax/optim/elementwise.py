@@ -1,25 +1,26 @@
-"""Which optimizers may be updated in pages: those where an element depends on nothing but itself."""
+"""Checks that an optimizer is elementwise, so that it can be updated page by page."""
 
 import jax
 import numpy as np
 import optax
+from jaxtyping import PyTree
 
-from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.page_layout import Layout, Tree, layer_pages
+from qlora_jax.optim.apply_updates import apply_updates, in_f32
+from qlora_jax.optim.page_layout import Layout, layer_pages
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import PagedUpdate, paged_init, to_optax
 
-# Names in optim.chain's table that tests/optim/test_pager.py finds equal to the bit; `check_elementwise` asks others.
+# Optimizers that tests/optim/test_pager.py proves elementwise; `check_elementwise` checks others when a run starts.
 ELEMENTWISE = frozenset({"adamw_32bit", "adamw_8bit", "lion_32bit", "lion_8bit"})
 
 
-def check_elementwise(transform: optax.GradientTransformation, params: Tree, layout: Layout, memory: Memory) -> None:
-    """Passes a transform that gives the same bits in pages as at once, over the rows of two pages, in two steps.
+def check_elementwise(transform: optax.GradientTransformation, params: PyTree, layout: Layout, memory: Memory) -> None:
+    """Checks that a transform gives the same bits in pages as on whole leaves.
 
-    Two steps, for the first starts from a state of zeros. Gradients are random numbers.
+    Updates random parameters of two pages by random gradients in two steps, because the first starts from zeros.
 
     Args:
-      params: arrays or ShapeDtypeStructs; their shapes count.
+      params: arrays or ShapeDtypeStructs; only their shapes and dtypes are used.
 
     Raises:
       ValueError: the bits differ.
@@ -29,24 +30,24 @@ def check_elementwise(transform: optax.GradientTransformation, params: Tree, lay
         for leaf, k in zip(jax.tree.leaves(params), layout.rows, strict=True)
     ]
     pair = layer_pages(transform, jax.tree.unflatten(layout.params, short), layout.largest_page)
-    if pair.count > 1 and not _same_in_pages(transform, short, pair, memory):
+    if pair.count > 1 and not _is_equal_in_pages(transform, short, pair, memory):
         raise ValueError(
-            "this optimizer is not elementwise: updated in pages, its parameters or its state differ from those "
-            "updated at once; set optim.paging=off"
+            "optim.paging: this optimizer is not elementwise: its parameters or its state differ if they are updated in "
+            "pages. Use it without paging (optim.paging=off in a run)."
         )
 
 
-def _same_in_pages(
+def _is_equal_in_pages(
     transform: optax.GradientTransformation, shapes: list[jax.ShapeDtypeStruct], layout: Layout, memory: Memory
 ) -> bool:
-    def numbers(seed: int) -> Tree:
+    def numbers(seed: int) -> PyTree:
         keys = jax.random.split(jax.random.key(seed), len(shapes))
         drawn = [jax.random.normal(key, leaf.shape, leaf.dtype) for key, leaf in zip(keys, shapes, strict=True)]
         return jax.tree.unflatten(layout.params, drawn)
 
     @jax.jit
-    def plain(params: Tree, state: Tree, grads: Tree) -> tuple[Tree, Tree]:
-        updates, state = transform.update(grads, state, params)
+    def plain(params: PyTree, state: PyTree, grads: PyTree) -> tuple[PyTree, PyTree]:
+        updates, state = transform.update(in_f32(grads), state, params)
         return apply_updates(params, updates), state
 
     update = PagedUpdate(transform, layout, memory, max_grad_norm=0.0)

@@ -1,24 +1,24 @@
 """The optax chain of a run: clip by the global norm, then the optimizer with its schedule."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from qlora_jax.config import OptimArgs, plain_name
 from qlora_jax.optim.apply_updates import in_f32
-from qlora_jax.optim.optimizers_8bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
 from qlora_jax.optim.schedule import make_schedule
 
 
-def _of_optax(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """With state and arithmetic in f32, whatever the parameters are.
+def _in_f32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Keeps state and arithmetic in f32, whatever the parameters' dtype.
 
-    optax computes `decay ** count` with an integer count, which strict dtype promotion refuses.
+    optax computes `decay ** count` with an integer count, which strict dtype promotion forbids.
     """
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         with jax.numpy_dtype_promotion("standard"):
             return transform.update(updates, state, in_f32(params))
 
@@ -26,23 +26,23 @@ def _of_optax(transform: optax.GradientTransformation) -> optax.GradientTransfor
 
 
 def _adamw_32bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return _of_optax(optax.adamw(rate, args.beta1, args.beta2, args.eps, weight_decay=args.weight_decay))
+    return _in_f32(optax.adamw(rate, args.beta1, args.beta2, args.eps, weight_decay=args.weight_decay))
 
 
 def _adamw_8bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return adamw_8bit(rate, args.beta1, args.beta2, args.eps, args.weight_decay)
+    return adamw_8bit_values(rate, args.beta1, args.beta2, args.eps, args.weight_decay)
 
 
 def _lion_32bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return _of_optax(optax.lion(rate, args.beta1, args.beta2, weight_decay=args.weight_decay))
+    return _in_f32(optax.lion(rate, args.beta1, args.beta2, weight_decay=args.weight_decay))
 
 
 def _lion_8bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return lion_8bit(rate, args.beta1, args.beta2, args.weight_decay)
+    return lion_8bit_values(rate, args.beta1, args.beta2, args.weight_decay)
 
 
-# Elementwise transforms only: what is paged to the host is updated in pieces. Names without `paged_`, which says where
-# the state is and nothing of the update.
+# Elementwise transforms only, because paged state is updated page by page. Names have no `paged_` prefix, which says
+# where the state is but does not change the update.
 OPTIMIZERS: dict[str, Callable[[OptimArgs, optax.Schedule], optax.GradientTransformation]] = {
     "adamw_32bit": _adamw_32bit,
     "adamw_8bit": _adamw_8bit,
@@ -52,15 +52,15 @@ OPTIMIZERS: dict[str, Callable[[OptimArgs, optax.Schedule], optax.GradientTransf
 
 
 def make_elementwise(args: OptimArgs, total_steps: int) -> optax.GradientTransformation:
-    """The optimizer without clipping: an element's update depends on that element alone, or on those of its block."""
+    """Returns the optimizer without clipping: an element's update depends only on that element or its 8-bit block."""
     return OPTIMIZERS[plain_name(args.name)](args, make_schedule(args, total_steps))
 
 
 def make_optimizer(args: OptimArgs, total_steps: int) -> optax.GradientTransformation:
-    """f32 gradients scaled to a global norm of max_grad_norm at most (0: as they are), then the optimizer of that name
-    at the schedule's rate. Its updates go through qlora_jax.optim.apply_updates.
+    """Returns the optimizer of a run: clipping to `max_grad_norm` (0: none), then `args.name` at the schedule's rate.
 
-    Its state has leaves for each leaf of the pytree that `init` is given, and counts steps; nothing of the base.
+    Expects f32 gradients. Apply its updates with qlora_jax.optim.apply_updates. The state has leaves for each leaf of
+    the pytree passed to `init`, and a step count.
     """
     optimizer = make_elementwise(args, total_steps)
     if args.max_grad_norm == 0:

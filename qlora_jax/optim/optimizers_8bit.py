@@ -1,51 +1,55 @@
-"""AdamW and Lion with state in 8 bits (blockwise.py), in the arithmetic of bitsandbytes 0.50.2's CPU backend.
+"""AdamW and Lion with 8-bit state (state_8bit.py), in the arithmetic of bitsandbytes 0.50.2's CPU backend.
 
-Equal to it to the bit on a CPU with fused multiply-add, given the same parameters, gradients and rates, with square
-roots rounded as IEEE 754 has it (torch's own, from Intel's MKL, is an ulp off for one value in five).
+`adamw_8bit` and `lion_8bit` are optax transformations. A run uses `adamw_8bit_values` and `lion_8bit_values`, whose
+updates are the new parameters themselves. These are bit-identical to bitsandbytes on a CPU with fused multiply-add,
+given the same parameters, gradients and rates, and square roots rounded as in IEEE 754. (torch takes square roots from
+Intel's MKL, which is an ulp off for one value in five.)
 
-A step dequantizes the moments, updates them in f32, updates the parameters with them as they are, and quantizes them
-again. Weight decay comes first: p (1 - lr wd). What its CUDA kernels do otherwise:
+A step dequantizes the moments, updates them in f32, updates the parameters with the unquantized moments, and quantizes
+the moments again. Weight decay comes first: p (1 - lr wd). The CUDA kernels of bitsandbytes differ:
 
 - weight decay follows the step: (p + u) (1 - lr wd);
 - codes are the nearest of the map, and a code of the first moment is moved by one where its sign would be lost; here
   codes are looked up at 65,536 steps from -1 to 1 (qlora_jax/quant/dynamic_8bit.py);
-- a gradient that is not finite leaves its parameter as it is; here it shows in the loss, and training stops.
+- a gradient that is not finite leaves its parameter unchanged; here the loss becomes non-finite, and training stops.
 
 Dimension key: L tensors of a leaf, stacked along axis 0.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from pallas_kernels.formats.rounding import rounded
-from qlora_jax.optim.apply_updates import Written
+from qlora_jax.optim.apply_updates import NewValue
 from qlora_jax.optim.state_8bit import Quantized, dequantize, is_large, quantize, state_zeros
 
 Array = jax.Array
-Moments = tuple[Array, ...]
+Moments = tuple[Array, ...]  # f32
 Scalars = dict[str, Array]
 # (parameter, gradient, moments, scalars), all f32 -> (parameter, moments)
 Step = Callable[[Array, Array, Moments, Scalars], tuple[Array, Moments]]
 
 
 class EightBitState(NamedTuple):
-    """Steps taken, and a tree like the parameters for each moment."""
+    """The number of steps taken, and a tree like the parameters for each moment."""
 
     count: Array
-    moments: tuple[Any, ...]
+    moments: tuple[PyTree, ...]
 
 
 class Rule(NamedTuple):
-    """An optimizer.
+    """The arithmetic of one optimizer.
 
     Attributes:
-      signed: of each moment, whether it has signs.
+      signed: for each moment, True if it has negative values.
       scalars: (step from 1, learning rate), both f64 -> factors, f64.
-      large: the step on moments that are held in 8 bits; `small`: on those in f32, where bitsandbytes rounds otherwise.
+      large: the step for moments stored in 8 bits.
+      small: the step for moments stored in f32, where bitsandbytes rounds differently.
     """
 
     signed: tuple[bool, ...]
@@ -55,17 +59,75 @@ class Rule(NamedTuple):
 
 
 def adamw_8bit(
+    learning_rate: float | optax.Schedule,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 1e-4,
+) -> optax.GradientTransformation:
+    """AdamW whose moments take one byte per element, as an optax transformation: `optax.adamw` with 8-bit state.
+
+    m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p = p (1 - lr wd) - lr (m / c1) / (sqrt(v) / c2 + eps), with
+    c1 = 1 - b1^t and c2 = sqrt(1 - b2^t). The state is bit-identical to that of a run with `optim.name: adamw_8bit`.
+    `optax.apply_updates` gives that run's f32 parameters bit for bit, except for elements that more than double, more
+    than halve or change their sign in the step. No f32 update may reach their exact value: they may be off by an ulp of
+    the update.
+
+    A leaf is a stack of tensors along axis 0, as LoRA parameters are ([layers, K, R]). Tensors of fewer than 4,096
+    elements keep f32 moments, as in bitsandbytes. A matrix that is not stacked therefore needs a leading axis of 1.
+
+    Args:
+      learning_rate: a number, or a schedule from the step number, counted from 0.
+      weight_decay: multiplied by the learning rate.
+
+    Returns:
+      A transformation whose `update` requires `params`. Its updates are f32.
+    """
+    return _as_deltas(adamw_8bit_values(_schedule(learning_rate), b1, b2, eps, weight_decay))
+
+
+def lion_8bit(
+    learning_rate: float | optax.Schedule, b1: float = 0.9, b2: float = 0.99, weight_decay: float = 1e-3
+) -> optax.GradientTransformation:
+    """Lion whose moment takes one byte per element, as an optax transformation: `optax.lion` with 8-bit state.
+
+    p = p (1 - lr wd) - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g. See `adamw_8bit` for stacks, arguments, and
+    how exactly the updates are those of a run.
+    """
+    return _as_deltas(lion_8bit_values(_schedule(learning_rate), b1, b2, weight_decay))
+
+
+def _schedule(learning_rate: float | optax.Schedule) -> optax.Schedule:
+    return learning_rate if callable(learning_rate) else lambda count: jnp.float32(learning_rate)
+
+
+def _as_deltas(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same transform with updates u for which p + u is the new parameter."""
+
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
+        if params is None:
+            raise ValueError("params: found None, expected the parameters. Pass them to update as its third argument.")
+        values, state = transform.update(updates, state, params)
+        return jax.tree.map(lambda p, new: _delta(p.astype(jnp.float32), new.value), params, values), state
+
+    return optax.GradientTransformation(transform.init, update)
+
+
+def _delta(param: Array, new: Array) -> Array:
+    """new - param, corrected by what a first addition misses."""
+    delta = new - param
+    return delta + (new - rounded(param + delta))
+
+
+def adamw_8bit_values(
     learning_rate: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p = p (1 - lr wd) - lr m / c1 / (sqrt(v) / c2 + eps).
-
-    c1 = 1 - b1^t, c2 = sqrt(1 - b2^t). Updates are `Written`: apply them with qlora_jax.optim.apply_updates.
-    """
+    """AdamW as in `adamw_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates."""
 
     def scalars(step: Array, rate: Array) -> Scalars:
         c1, c2 = 1.0 - jnp.power(beta1, step), jnp.sqrt(1.0 - jnp.power(beta2, step))
         per_step = {"c2": c2, "eps c2": eps * c2, "-lr/c1": -rate / c1, "-lr c2/c1": -rate * c2 / c1}
-        return per_step | {"kept": 1.0 - rate * weight_decay}
+        return per_step | {"1-lr wd": 1.0 - rate * weight_decay}
 
     def moments(g: Array, m: Array, v: Array) -> tuple[Array, Array]:
         return _mixed(m, beta1, g, 1.0 - beta1), _mixed(v, beta2, g, rounded((1.0 - beta2) * g))
@@ -82,13 +144,13 @@ def adamw_8bit(
     return _transform(Rule((True, False), scalars, large, small), learning_rate)
 
 
-def lion_8bit(
+def lion_8bit_values(
     learning_rate: optax.Schedule, beta1: float, beta2: float, weight_decay: float
 ) -> optax.GradientTransformation:
-    """p = p (1 - lr wd) - lr sign(b1 m + (1 - b1) g); m = b2 m + (1 - b2) g. Updates are `Written`, as AdamW's."""
+    """Lion as in `lion_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates."""
 
     def scalars(step: Array, rate: Array) -> Scalars:
-        return {"-lr": -rate, "kept": 1.0 - rate * weight_decay}
+        return {"-lr": -rate, "1-lr wd": 1.0 - rate * weight_decay}
 
     def with_sign(sign: Callable[[Array, Array], Array]) -> Step:
         def step(p: Array, g: Array, m: Moments, by: Scalars) -> tuple[Array, Moments]:
@@ -102,13 +164,13 @@ def lion_8bit(
     return _transform(Rule((True,), scalars, large, small), learning_rate)
 
 
-def _mixed(moment: Array, decay: float, g: Array, share: Any) -> Array:
-    """decay * moment, rounded, + share * g, in one fused step: as torch's mul_ and then add_."""
+def _mixed(moment: Array, decay: float, g: Array, share: float | Array) -> Array:
+    """decay * moment, rounded, + share * g, in one fused step: torch's mul_, then add_."""
     return rounded(decay * moment) + share * g
 
 
 def _decayed(p: Array, by: Scalars, weight_decay: float) -> Array:
-    return rounded(p * by["kept"]) if weight_decay > 0 else p
+    return rounded(p * by["1-lr wd"]) if weight_decay > 0 else p
 
 
 def _quotient(x: Array, divisor: Array) -> Array:
@@ -117,50 +179,53 @@ def _quotient(x: Array, divisor: Array) -> Array:
 
 
 def _transform(rule: Rule, learning_rate: optax.Schedule) -> optax.GradientTransformation:
-    def init(params: Any) -> EightBitState:
+    def init(params: PyTree) -> EightBitState:
         trees = tuple(jax.tree.map(lambda p: state_zeros(p.shape), params) for _ in rule.signed)
         return EightBitState(jnp.zeros([], jnp.int32), trees)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         leaves, structure = jax.tree.flatten(params)
         by = _scalars(rule, state.count, jnp.asarray(learning_rate(state.count)))
         columns = [structure.flatten_up_to(tree) for tree in (updates, *state.moments)]
         stepped = [_leaf_step(rule, by, p, g, moments) for p, g, *moments in zip(leaves, *columns, strict=True)]
-        written, *moments = (structure.unflatten(column) for column in zip(*stepped, strict=True))
-        return written, EightBitState(jnp.asarray(optax.safe_increment(state.count)), tuple(moments))
+        values, *moments = (structure.unflatten(column) for column in zip(*stepped, strict=True))
+        return values, EightBitState(jnp.asarray(optax.safe_increment(state.count)), tuple(moments))
 
     return optax.GradientTransformation(init, update)
 
 
 def _scalars(rule: Rule, count: Array, rate: Array) -> Scalars:
-    """In f64, as Python has them, then rounded to f32."""
+    """The rule's factors, computed in f64 as in Python, then rounded to f32."""
     with jax.enable_x64(True):
         exact = rule.scalars(count.astype(jnp.float64) + 1.0, rate.astype(jnp.float64))
         return {name: value.astype(jnp.float32) for name, value in exact.items()}
 
 
-def _leaf_step(rule: Rule, by: Scalars, p: Array, g: Array, moments: list[Any]) -> tuple[Any, ...]:
-    """(the written parameter, its moments as they are held)."""
+def _leaf_step(
+    rule: Rule, by: Scalars, p: Array, g: Array, moments: Sequence[Array | Quantized]
+) -> tuple[NewValue | Array | Quantized, ...]:
+    """(the new parameter, its stored moments)."""
     if not is_large(p.shape):
-        value, new = rule.small(p.astype(jnp.float32), g.astype(jnp.float32), tuple(moments), by)
-        return Written(value), *new
+        in_f32 = tuple(moment for moment in moments if isinstance(moment, Array))
+        value, new = rule.small(p.astype(jnp.float32), g.astype(jnp.float32), in_f32, by)
+        return NewValue(value), *new
 
     # Tensor by tensor and in place: f32 moments of whole leaves would take more than the 8 bits save.
-    def tensor_step(index: Array, held: tuple[Any, ...]) -> tuple[Any, ...]:
-        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), (g, *held))
+    def tensor_step(index: Array, stored: tuple[Array | Quantized, ...]) -> tuple[Array | Quantized, ...]:
+        own = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), (g, *stored))
         return jax.tree.map(
             lambda leaf, new: jax.lax.dynamic_update_slice_in_dim(leaf, new, index, 0),
-            held,
+            stored,
             _tensor_step(rule, by, *own),
         )
 
     value, *new = jax.lax.fori_loop(0, p.shape[0], tensor_step, (p, *moments))
-    return Written(value), *new
+    return NewValue(value), *new
 
 
-def _tensor_step(rule: Rule, by: Scalars, g: Array, p: Array, *moments: Quantized) -> tuple[Any, ...]:
-    """(parameter, moments) after a step, as they are held."""
+def _tensor_step(rule: Rule, by: Scalars, g: Array, p: Array, *moments: Quantized) -> tuple[Array | Quantized, ...]:
+    """(parameter, stored moments) after a step."""
     values = tuple(dequantize(moment, signed) for moment, signed in zip(moments, rule.signed, strict=True))
     value, new = rule.large(p.astype(jnp.float32), g.astype(jnp.float32), values, by)
-    held = (quantize(moment, signed) for moment, signed in zip(new, rule.signed, strict=True))
-    return value.astype(p.dtype), *held
+    stored = (quantize(moment, signed) for moment, signed in zip(new, rule.signed, strict=True))
+    return value.astype(p.dtype), *stored

@@ -1,7 +1,7 @@
-"""Where an optimizer's state is cut: a page has some layers of every stacked leaf, and the state that belongs to them.
+"""The cut of an optimizer's state into pages: a page has some layers of every stacked leaf, and their state.
 
-Knows shapes alone. A tree's leaves are stacked along axis 0, most often layers; of P pages, page p has rows
-[p k, p k + k) of each leaf, k = ceil(L / P), and the last page what is left.
+Works on shapes alone. Leaves are stacked along axis 0, usually by layer. Of P pages, page p has rows [p k, p k + k) of
+each leaf, with k = ceil(L / P); the last page has the remaining rows.
 
 Dimension key: L rows of a leaf (layers), P pages, k rows of a page.
 """
@@ -12,13 +12,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jaxtyping import PyTree
 
-PAGE_BYTES = 32 * 2**20  # of m and v: below 16 MiB the calls cost, above 64 MiB little is won
+PAGE_BYTES = 32 * 2**20  # smaller than 16 MiB, calls dominate; larger than 64 MiB, little is gained
 
-Structure = Any  # jax's PyTreeDef
-Tree = Any  # parameters, gradients, or an optimizer's state
-Leaves = list[Any]
+PyTreeDef = Any  # jax.tree_util.PyTreeDef, which JAX does not export as a type
+ShapedArray = jax.Array | np.ndarray | jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,72 +27,76 @@ class Layout:
     """The pages of one optimizer's state over one tree of parameters.
 
     Attributes:
-      params: structure of the parameters.
+      params: the structure of the parameters.
       lengths: L of each parameter leaf.
       rows: k of each parameter leaf.
-      state: structure of the state of all parameters.
-      leaves: of that state, shapes and dtypes.
-      owners: of each state leaf, which parameter leaf's rows it has; None for what all pages share, such as a count.
+      state: the structure of the whole state.
+      leaves: the shapes and dtypes of the whole state's leaves.
+      owners: for each state leaf, the parameter leaf whose rows it has; None for a leaf that all pages share, such as
+        a count.
     """
 
-    params: Structure
+    params: PyTreeDef
     lengths: tuple[int, ...]
     rows: tuple[int, ...]
-    state: Structure
+    state: PyTreeDef
     leaves: tuple[jax.ShapeDtypeStruct, ...]
     owners: tuple[int | None, ...]
 
     @property
     def count(self) -> int:
-        """P."""
+        """The number of pages, P."""
         return max(_page_counts(self.lengths, self.rows))
 
     def page_rows(self, page: int) -> tuple[int, ...]:
-        """Of each parameter leaf, the rows in a page; 0 where a shorter leaf has ended."""
+        """Returns the number of rows that a page has of each parameter leaf; 0 if a shorter leaf has ended."""
         pairs = zip(self.lengths, self.rows, strict=True)
         return tuple(max(0, min(k, length - page * k)) for length, k in pairs)
 
     def page_leaves(self, page: int) -> list[tuple[int, int, int]]:
-        """(index in `leaves`, first row, rows) of a page's state leaves, in the order that the page has them."""
+        """Returns (index in `leaves`, first row, rows) of each of a page's arrays, in order."""
         rows = self.page_rows(page)
         owned = [(index, owner) for index, owner in enumerate(self.owners) if owner is not None and rows[owner]]
         return [(index, page * self.rows[owner], rows[owner]) for index, owner in owned]
 
     def page_bytes(self, page: int) -> int:
-        """Bytes of a page's state."""
+        """Returns the bytes of a page."""
         return sum(rows * _row_bytes(self.leaves[index]) for index, _, rows in self.page_leaves(page))
 
     @property
     def largest_page(self) -> int:
-        """Bytes of the first page; no page has more."""
+        """The bytes of the first page; no page has more."""
         return self.page_bytes(0)
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all pages."""
+        """The bytes of all pages."""
         return sum(self.page_bytes(page) for page in range(self.count))
 
-    def paged_tree(self, leaves: Sequence[Any], rows: tuple[int, ...]) -> Tree:
-        """The parameters' tree with these leaves, None where a leaf has no rows in the page."""
+    def paged_tree(self, leaves: Sequence[jax.Array | None], rows: tuple[int, ...]) -> PyTree:
+        """Builds the parameters' tree from a page's leaves, with None for a leaf without rows in the page."""
         present = [leaf if k else None for leaf, k in zip(leaves, rows, strict=True)]
         return jax.tree.unflatten(self.params, present)
 
 
-def layer_pages(transform: optax.GradientTransformation, params: Tree, page_bytes: int = PAGE_BYTES) -> Layout:
-    """The fewest pages of at most `page_bytes` each, or pages of one layer where a layer is larger than that.
+def layer_pages(transform: optax.GradientTransformation, params: PyTree, page_bytes: int = PAGE_BYTES) -> Layout:
+    """Cuts the state into the fewest pages of at most `page_bytes`, or into pages of one layer if layers are larger.
 
-    In a tree of several leaves every page has two or more: with a single one XLA turns the division by Adam's bias
-    correction into a product with its reciprocal, and the last bits differ from those of the whole tree's update.
+    In a tree of several leaves, every page has two or more. With a single leaf, XLA turns the division by Adam's bias
+    correction into a product with its reciprocal, whose last bits differ from those of the whole tree's update.
 
     Args:
       params: arrays or ShapeDtypeStructs.
 
     Raises:
-      ValueError: a parameter without an axis, or a state that does not follow the parameters' rows.
+      ValueError: a parameter is a scalar, or the state does not have the parameters' rows.
     """
     leaves, structure = jax.tree.flatten(params)
     if not leaves or any(leaf.ndim == 0 for leaf in leaves):
-        raise ValueError("paging cuts parameters along their first axis; found a parameter without one, or none at all")
+        raise ValueError(
+            "optim.paging: pages are cut along the first axis of parameters (found a scalar or no parameters). Use the "
+            "optimizer without paging (optim.paging=off in a run)."
+        )
     lengths = tuple(leaf.shape[0] for leaf in leaves)
     state, abstract, owners = _owners(transform, leaves, structure)
     made = [
@@ -102,7 +107,7 @@ def layer_pages(transform: optax.GradientTransformation, params: Tree, page_byte
 
 
 def _even_rows(lengths: tuple[int, ...]) -> list[tuple[int, ...]]:
-    """Every way to cut all leaves into equally many pages, fewest pages first, two leaves or more in each page."""
+    """Every cut of all leaves into equally many pages with two or more leaves each, fewest pages first."""
     cuts = dict.fromkeys(tuple(-(-n // count) for n in lengths) for count in range(1, max(lengths) + 1))
     return [rows for rows in cuts if len(lengths) == 1 or _two_reach_the_end(_page_counts(lengths, rows))]
 
@@ -120,14 +125,14 @@ def _row_bytes(leaf: jax.ShapeDtypeStruct) -> int:
 
 
 def _owners(
-    transform: optax.GradientTransformation, leaves: Leaves, structure: Structure
-) -> tuple[Structure, tuple[jax.ShapeDtypeStruct, ...], tuple[int | None, ...]]:
-    """(structure, leaves, owners) of a state: parameter j is made 1 + j rows longer, and what grows by as much is its.
+    transform: optax.GradientTransformation, leaves: list[ShapedArray], structure: PyTreeDef
+) -> tuple[PyTreeDef, tuple[jax.ShapeDtypeStruct, ...], tuple[int | None, ...]]:
+    """(structure, leaves, owners) of a state: when parameter j grows by 1 + j rows, the leaves that it owns do too.
 
-    So it is seen what `init` does, whatever the optimizer names its fields.
+    This works whatever the optimizer names its fields.
     """
 
-    def state_of(growth: Sequence[int]) -> tuple[Leaves, Structure]:
+    def state_of(growth: Sequence[int]) -> tuple[list[jax.ShapeDtypeStruct], PyTreeDef]:
         grown = [
             jax.ShapeDtypeStruct((leaf.shape[0] + more, *leaf.shape[1:]), leaf.dtype)
             for leaf, more in zip(leaves, growth, strict=True)
@@ -137,19 +142,22 @@ def _owners(
     found, state = state_of([0] * len(leaves))
     grown, grown_state = state_of(range(1, len(leaves) + 1))
     if state != grown_state:
-        raise ValueError("this optimizer's state cannot be paged: its structure depends on the parameters' shapes")
+        raise ValueError(
+            "optim.paging: this optimizer cannot be paged, because its state's structure depends on parameter shapes. "
+            "Use it without paging (optim.paging=off in a run)."
+        )
     owners = tuple(_owner(a, b, leaves) for a, b in zip(found, grown, strict=True))
     return state, tuple(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in found), owners
 
 
-def _owner(leaf: Any, grown: Any, parameters: Leaves) -> int | None:
+def _owner(leaf: jax.ShapeDtypeStruct, grown: jax.ShapeDtypeStruct, parameters: list[ShapedArray]) -> int | None:
     if leaf.shape == grown.shape:
         return None
     owner = grown.shape[0] - leaf.shape[0] - 1
     same_rest = leaf.shape[1:] == grown.shape[1:]
     if not (same_rest and 0 <= owner < len(parameters) and leaf.shape[0] == parameters[owner].shape[0]):
         raise ValueError(
-            f"this optimizer's state cannot be paged: a leaf of shape {leaf.shape} does not have the rows of a "
-            "parameter; set optim.paging=off"
+            "optim.paging: this optimizer cannot be paged, because a state leaf does not have the rows of a parameter "
+            f"(found shape {leaf.shape}). Use it without paging (optim.paging=off in a run)."
         )
     return owner

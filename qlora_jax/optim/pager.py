@@ -1,58 +1,59 @@
-"""An optax update in pages: state that does not fit the device waits in host memory, and no bit of a result changes.
+"""The optimizer pager: state that does not fit the device waits in host memory, and results stay bit-identical.
 
-Any transform is paged whose update of an element depends on that element, its gradient and its state alone. Parameters
-and gradients stay whole on the device; state is held as pages (see pages.py), which go through the device one after
-another, forward in one step and backward in the next: with room for C of P pages, P - C move in and out each step.
+A transform can be paged if its update of an element depends only on that element, its gradient and its state.
+Parameters and gradients stay whole on the device. The state is cut into pages (page_layout.py), and an update sweeps
+them through the device: forward in one step, backward in the next. With room for C of P pages, P - C move in and out
+per step. Page copies and evictions are in page_pool.py.
 
     layout = layer_pages(transform, params)
     state = paged_init(transform, params, layout, memory)
     update = PagedUpdate(transform, layout, memory, max_grad_norm)
-    params, state, norm, moved = update(params, state, grads, budget_bytes)
+    params, state, norm, transfers = update(params, state, grads, budget_bytes)
+
+`qlora_jax.optim.paged` wraps this as an optax transformation.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
-from qlora_jax.optim.page_layout import Layout, Structure, Tree
+from qlora_jax.optim.page_layout import Layout, PyTreeDef
 from qlora_jax.optim.page_pool import (
     COPY_ERRORS,
     Memory,
-    Moved,
     Page,
     PagingError,
     Pool,
+    Transfers,
     first_line,
     on_device,
     page_bytes,
 )
 
-AHEAD = 2  # pages whose copy to the device is under way while one is updated, where the budget has room
+PREFETCHED_PAGES = 2  # copied to the device while one is updated, as far as the budget has room
 
 Shared = tuple[jax.Array, ...]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PagedState:
-    """An optimizer's state as pages, wherever each is now, and what they share (counts).
+class PagedState(NamedTuple):
+    """An optimizer's state in pages, each on the device or on the host, and the leaves that all pages share (counts).
 
-    Used once: an update donates the pages on the device, and the copies on the host are freed as pages move.
+    `PagedUpdate` consumes it: device pages are donated, and host pages are freed as they move.
     """
 
     pages: tuple[Page, ...]
     shared: Shared
 
 
-def paged_init(transform: optax.GradientTransformation, params: Tree, layout: Layout, memory: Memory) -> PagedState:
-    """`transform.init(params)`, all pages on the host; no more than one at a time is on the device.
+def paged_init(transform: optax.GradientTransformation, params: PyTree, layout: Layout, memory: Memory) -> PagedState:
+    """Computes `transform.init(params)` page by page. At most one page is on the device; all end on the host.
 
     Raises:
       PagingError: the host has no room for a page.
@@ -69,148 +70,193 @@ def paged_init(transform: optax.GradientTransformation, params: Tree, layout: La
 
 
 def _on_host(page: Page, memory: Memory, index: int, layout: Layout) -> Page:
-    """A copy on the host, which is there."""
+    """A complete copy on the host."""
     try:
         copy = memory.to_host(page)
         memory.wait(copy)
     except COPY_ERRORS as error:
         raise PagingError(
             f"page {index} of {layout.count} of the optimizer's state ({format_bytes(page_bytes(page))}; "
-            f"{format_bytes(layout.total_bytes)} in all) can't be placed in host memory ({first_line(error)}); make "
-            "room there, or set optim.paging=off"
+            f"{format_bytes(layout.total_bytes)} in all): host memory has no room for it ({first_line(error)}). Free "
+            "host memory, or set optim.paging=off."
         ) from error
     return copy
 
 
 def resident_bytes(state: PagedState) -> int:
-    """Device bytes of the pages, as their arrays tell it."""
+    """Returns the device bytes of the pages."""
     return sum(page_bytes(page) for page in state.pages if on_device(page))
 
 
 class PagedUpdate:
-    """`params, state, norm, moved = update(params, state, grads, budget_bytes)`: one optimizer step, in pages.
+    """`params, state, norm, transfers = update(params, state, grads, budget_bytes)`: one optimizer step, in pages.
 
-    Equal to the bit to a jitted `optax.chain(clip_by_global_norm(max_grad_norm), transform)` with apply_updates.
-    Donates `params` and `state`. One program is compiled for each shape of page: two, where the last is smaller.
+    Bit-identical to a jitted `optax.chain(clip_by_global_norm(max_grad_norm), transform)` with apply_updates. Donates
+    `params` and `state`. Compiles one program per page shape: two, where the last page is smaller.
 
     Args:
       transform: elementwise; see qlora_jax.optim.elementwise.
-      max_grad_norm: gradients are scaled down to this global norm, over all pages; 0: as they are.
+      max_grad_norm: the global norm to which gradients are clipped, over all pages; 0 turns clipping off.
     """
 
     def __init__(self, transform: optax.GradientTransformation, layout: Layout, memory: Memory, max_grad_norm: float):
         self._transform, self._layout, self._memory = transform, layout, memory
         self._max_grad_norm = max_grad_norm
         self._norm = jax.jit(lambda grads: optax.tree.norm(in_f32(grads)))
-        self._programs: dict[tuple[int, ...], Any] = {}
+        self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
 
     def __len__(self) -> int:
-        """How many programs were compiled."""
+        """The number of compiled programs."""
         return len(self._programs)
 
     def __call__(
-        self, params: Tree, state: PagedState, grads: Tree, budget_bytes: int
-    ) -> tuple[Tree, PagedState, Float[Array, ""], Moved]:
-        """(parameters, state, global norm before clipping, what was moved).
+        self, params: PyTree, state: PagedState, grads: PyTree, budget_bytes: int
+    ) -> tuple[PyTree, PagedState, Float[Array, ""], Transfers]:
+        """Returns (parameters, state, global norm before clipping, transfers).
 
         Args:
-          budget_bytes: device memory that pages may take, those being copied included; 0 or more. A page can only be
-            updated on the device, so while it is, that one page may be more; afterwards it is not.
+          budget_bytes: device memory that pages may take, copies under way included; 0 or more. The page being updated
+            is on the device whatever the budget; afterwards it counts.
 
         Raises:
           ValueError: a negative budget.
-          PagingError: a page can't be placed on the device; the step is not complete.
+          PagingError: a page cannot be placed on the device; the step is not complete.
         """
-        if budget_bytes < 0:
-            raise ValueError(f"budget_bytes: found {budget_bytes}, expected 0 or more")
-        # Before any page, for it is over all of them; when it is there, so is the scratch of what computed `grads`.
+        # Before the first page, because the norm spans all pages. Once it is ready, the program that computed `grads`
+        # has ended, and its scratch memory is free.
         norm = jax.block_until_ready(self._norm(grads))
-        order = sweep_order(state)
-        pool = Pool(state.pages, self._memory, order, max(budget_bytes, self._layout.largest_page))
         leaves, gradients, shared = jax.tree.leaves(params), jax.tree.leaves(grads), state.shared
-        for turn, index in enumerate(order):
-            page = pool.take(index)
-            program = self._program(index, leaves, gradients, state.shared, page, norm)
-            leaves, page, shared = program(leaves, gradients, state.shared, page, np.int32(index), norm)
-            pool.give(index, page)
-            for ahead in order[turn + 1 : turn + 1 + AHEAD]:
-                pool.prefetch(ahead)
-        pool.shrink(budget_bytes)
-        params = jax.tree.unflatten(self._layout.params, leaves)
-        return params, PagedState(tuple(pool.pages), shared), norm, pool.moved
 
-    def _program(self, index: int, *args: Any) -> Any:
+        def update_page(index: int, page: Page) -> Page:
+            nonlocal leaves, shared
+            args = leaves, gradients, state.shared, page, np.int32(index), norm
+            leaves, page, shared = self._program(index, args)(*args)
+            return page
+
+        pages, transfers = sweep(state, self._layout, self._memory, budget_bytes, update_page)
+        return jax.tree.unflatten(self._layout.params, leaves), PagedState(pages, shared), norm, transfers
+
+    def _program(self, index: int, args: tuple[object, ...]) -> jax.stages.Compiled:
         rows = self._layout.page_rows(index)
         if rows not in self._programs:
             update = _page_update(self._transform, self._layout, rows, self._max_grad_norm)
-            leaves, gradients, shared, page, norm = args
-            lowered = jax.jit(update, donate_argnums=(0, 3)).lower(
-                leaves, gradients, shared, page, np.int32(index), norm
-            )
-            self._programs[rows] = lowered.compile()
+            self._programs[rows] = jax.jit(update, donate_argnums=(0, 3)).lower(*args).compile()
         return self._programs[rows]
 
 
+def sweep(
+    state: PagedState, layout: Layout, memory: Memory, budget_bytes: int, update_page: Callable[[int, Page], Page]
+) -> tuple[tuple[Page, ...], Transfers]:
+    """Passes every page through the device once, and returns (the updated pages, transfers).
+
+    The next pages are prefetched while one is updated. Updated pages are evicted as the budget requires.
+
+    Args:
+      budget_bytes: device bytes that pages may take; at least the page being updated is on the device.
+      update_page: (page number, page on the device) -> the updated page on the device; may donate the page.
+
+    Raises:
+      ValueError: a negative budget.
+      PagingError: a page cannot be placed on the device.
+    """
+    if budget_bytes < 0:
+        raise ValueError(f"budget_bytes: found {budget_bytes}, expected 0 or more")
+    order = sweep_order(state)
+    pool = Pool(state.pages, memory, order, max(budget_bytes, layout.largest_page))
+    for turn, index in enumerate(order):
+        pool.put(index, update_page(index, pool.fetch(index)))
+        for following in order[turn + 1 : turn + 1 + PREFETCHED_PAGES]:
+            pool.prefetch(following)
+    pool.evict_to(budget_bytes)
+    return tuple(pool.pages), pool.transfers
+
+
 def sweep_order(state: PagedState) -> list[int]:
-    """The order of the next update: from the end whose pages are on the device, which is where the last one ended."""
+    """Returns the page order of the next update: it starts where the last one ended, at resident pages."""
     first, last = on_device(state.pages[0]), on_device(state.pages[-1])
     order = range(len(state.pages))
     return [*reversed(order)] if last and not first else [*order]
 
 
-def fit(state: PagedState, memory: Memory, budget_bytes: int) -> tuple[PagedState, Moved]:
-    """The state with pages of `budget_bytes` at most on the device; the others are on the host when it returns."""
+def evict_to_budget(state: PagedState, memory: Memory, budget_bytes: int) -> tuple[PagedState, Transfers]:
+    """Evicts pages until at most `budget_bytes` are on the device; returns (state, transfers) when that is complete."""
     pool = Pool(state.pages, memory, sweep_order(state), budget_bytes)
-    pool.shrink(budget_bytes)
-    return PagedState(tuple(pool.pages), state.shared), pool.moved
+    pool.evict_to(budget_bytes)
+    return PagedState(tuple(pool.pages), state.shared), pool.transfers
 
 
 def _page_update(
     transform: optax.GradientTransformation, layout: Layout, rows: tuple[int, ...], max_grad_norm: float
-) -> Callable[..., Any]:
+) -> Callable[..., tuple[list[jax.Array], Page, Shared]]:
     """`update(params, grads, shared, page, index, norm) -> (params, page, shared)` for such a page, in lists."""
 
-    def cut(leaves: list[jax.Array], index: jax.Array) -> Tree:
-        slices = [
-            jax.lax.dynamic_slice_in_dim(leaf, index * step, k, 0) if k else None
-            for leaf, step, k in zip(leaves, layout.rows, rows, strict=True)
-        ]
-        return layout.paged_tree(slices, rows)
-
-    def put(leaves: list[jax.Array], tree: Tree, index: jax.Array) -> list[jax.Array]:
-        new = iter(jax.tree.leaves(tree))
-        return [
-            jax.lax.dynamic_update_slice_in_dim(leaf, next(new), index * step, 0) if k else leaf
-            for leaf, step, k in zip(leaves, layout.rows, rows, strict=True)
-        ]
-
     def update(params, grads, shared, page, index, norm):
-        own = cut(params, index)
-        structure = jax.tree.structure(jax.eval_shape(transform.init, own))
-        state = jax.tree.unflatten(structure, _joined(layout, rows, page, shared))
-        updates, state = transform.update(_clipped(in_f32(cut(grads, index)), norm, max_grad_norm), state, own)
-        page, shared = _split(layout, rows, jax.tree.leaves(state))
-        return put(params, apply_updates(own, updates), index), page, shared
+        own, own_grads = (slice_page(layout, rows, leaves, index) for leaves in (params, grads))
+        clipped = _clipped(in_f32(own_grads), norm, max_grad_norm)
+        updates, page, shared = update_page_state(
+            optax.with_extra_args_support(transform), layout, rows, (clipped, page, shared, own)
+        )
+        return write_page(layout, rows, params, apply_updates(own, updates), index), page, shared
 
     return update
 
 
-def _clipped(grads: Tree, norm: jax.Array, max_norm: float) -> Tree:
-    """As optax.clip_by_global_norm, to the bit, with a norm that is known."""
+def update_page_state(
+    transform: optax.GradientTransformationExtraArgs,
+    layout: Layout,
+    rows: tuple[int, ...],
+    args: tuple[PyTree, Page, Shared, PyTree | None],
+    **extra_args: object,
+) -> tuple[PyTree, Page, Shared]:
+    """Applies a transform to one page: (updates of the page's rows, the new page, the new shared leaves).
+
+    Args:
+      args: (gradients of the page's rows, page, shared leaves, parameters of the page's rows).
+    """
+    grads, page, shared, params = args
+    like = grads if params is None else params
+    structure = jax.tree.structure(jax.eval_shape(transform.init, like))
+    state = jax.tree.unflatten(structure, _joined(layout, rows, page, shared))
+    updates, state = transform.update(grads, state, params, **extra_args)
+    return updates, *_split(layout, rows, jax.tree.leaves(state))
+
+
+def slice_page(layout: Layout, rows: tuple[int, ...], leaves: list[jax.Array], index: ArrayLike) -> PyTree:
+    """Slices the rows of page `index` from whole leaves."""
+    slices = [
+        jax.lax.dynamic_slice_in_dim(leaf, index * step, k, 0) if k else None
+        for leaf, step, k in zip(leaves, layout.rows, rows, strict=True)
+    ]
+    return layout.paged_tree(slices, rows)
+
+
+def write_page(
+    layout: Layout, rows: tuple[int, ...], leaves: list[jax.Array], tree: PyTree, index: ArrayLike
+) -> list[jax.Array]:
+    """Writes the rows of page `index`, the inverse of `slice_page`."""
+    new = iter(jax.tree.leaves(tree))
+    return [
+        jax.lax.dynamic_update_slice_in_dim(leaf, next(new), index * step, 0) if k else leaf
+        for leaf, step, k in zip(leaves, layout.rows, rows, strict=True)
+    ]
+
+
+def _clipped(grads: PyTree, norm: jax.Array, max_norm: float) -> PyTree:
+    """Clips bit for bit as optax.clip_by_global_norm does, with a known norm."""
     if max_norm == 0:
         return grads
     small = norm < max_norm
     return jax.tree.map(lambda g: jax.lax.select(small, g, (g / norm.astype(g.dtype)) * max_norm), grads)
 
 
-def _split(layout: Layout, rows: tuple[int, ...], leaves: list[Any]) -> tuple[Page, Shared]:
-    """A page's state leaves as (those that are its own, those that all pages share)."""
+def _split(layout: Layout, rows: tuple[int, ...], leaves: list[jax.Array]) -> tuple[Page, Shared]:
+    """Splits a page's state leaves into (the page, the leaves that all pages share)."""
     pairs = list(zip(_owners_in(layout, rows), leaves, strict=True))
     own = tuple(leaf for owner, leaf in pairs if owner is not None)
     return own, tuple(leaf for owner, leaf in pairs if owner is None)
 
 
-def _joined(layout: Layout, rows: tuple[int, ...], page: Page, shared: Shared) -> list[Any]:
+def _joined(layout: Layout, rows: tuple[int, ...], page: Page, shared: Shared) -> list[jax.Array | np.ndarray]:
     """The inverse of `_split`."""
     own, rest = iter(page), iter(shared)
     return [next(rest) if owner is None else next(own) for owner in _owners_in(layout, rows)]
@@ -220,10 +266,10 @@ def _owners_in(layout: Layout, rows: tuple[int, ...]) -> list[int | None]:
     return [owner for owner in layout.owners if owner is None or rows[owner]]
 
 
-def to_optax(state: PagedState, layout: Layout, memory: Memory) -> Tree:
-    """The state that the plain optimizer would have, its leaves whole NumPy arrays on the host: what is saved.
+def to_optax(state: PagedState, layout: Layout, memory: Memory) -> PyTree:
+    """Assembles the unpaged state, in whole NumPy arrays, for a checkpoint.
 
-    Pages on the device are copied one at a time; none changes its place.
+    Device pages are copied one at a time; every page stays where it is.
     """
     leaves = [np.empty(leaf.shape, leaf.dtype) for leaf in layout.leaves]
     for index, page in enumerate(state.pages):
@@ -235,7 +281,7 @@ def to_optax(state: PagedState, layout: Layout, memory: Memory) -> Tree:
 
 
 def _values(page: Page, memory: Memory) -> list[np.ndarray]:
-    """A page's arrays; one on the device goes through the host's pinned memory, or straight where that is full."""
+    """Reads a page; a device page is copied through pinned host memory, or directly if that is full."""
     try:
         copy = memory.to_host(page) if on_device(page) else page
         memory.wait(copy)
@@ -247,11 +293,11 @@ def _values(page: Page, memory: Memory) -> list[np.ndarray]:
     return values
 
 
-def from_optax(tree: Tree, layout: Layout, memory: Memory) -> PagedState:
-    """Pages of a plain optimizer's state, all on the host; of a tree on the host, nothing is staged on the device.
+def from_optax(tree: PyTree, layout: Layout, memory: Memory) -> PagedState:
+    """Cuts an unpaged state into pages, all on the host. A state on the host does not pass through the device.
 
     Raises:
-      PagingError: the host has no room for a page; it holds none then.
+      PagingError: the host has no room for a page; the pages before it are freed.
     """
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
     pages: list[Page] = []
@@ -268,50 +314,57 @@ def from_optax(tree: Tree, layout: Layout, memory: Memory) -> PagedState:
 
 
 def check_budget(budget_bytes: int, layout: Layout, device_bytes: int | None) -> None:
-    """Passes a budget that holds a page and that the device has; `device_bytes` None: not known.
+    """Checks that a budget holds a page and does not exceed the device's memory (None: unknown).
 
     Raises:
-      ValueError: what was found, and the bounds.
+      ValueError: it does not; names the bounds.
     """
     bounds = [(budget_bytes < layout.largest_page, f"at least {layout.largest_page:,} bytes, one page")]
     if device_bytes is not None:
-        bounds.append((budget_bytes > device_bytes, f"at most {device_bytes:,} bytes, what the device has"))
+        bounds.append((budget_bytes > device_bytes, f"at most {device_bytes:,} bytes, the device's memory"))
     for broken, words in bounds:
         if broken:
-            raise ValueError(f"optim.paging_budget: found {budget_bytes:,} bytes, expected {words}")
+            raise ValueError(f"optim.paging_budget: found {budget_bytes:,} bytes, expected {words}.")
 
 
-def joined(state: PagedState, structure: Structure, layout: Layout, memory: Memory) -> tuple[Tree | PagedState, Moved]:
-    """(the plain optimizer's state on the device, what moved); as it is where a page is there, or the copy fails.
+def unpage(
+    state: PagedState, structure: PyTreeDef, layout: Layout, memory: Memory
+) -> tuple[PyTree | PagedState, Transfers]:
+    """Moves all pages to the device as one unpaged state; returns (that state, transfers).
+
+    Returns the pages unchanged if one of them is already on the device, or if the copy fails.
 
     Args:
-      structure: of the result.
+      structure: the structure of the unpaged state.
     """
     if any(on_device(page) for page in state.pages):
-        return state, Moved()
+        return state, Transfers()
     leaves = jax.tree.leaves(to_optax(state, layout, memory))
     try:
         copies = memory.to_device(_owned(leaves, layout))
         memory.wait(copies)
-    except COPY_ERRORS:  # one page after another may still have room
-        return state, Moved()
+    except COPY_ERRORS:  # the device may still have room for pages, one at a time
+        return state, Transfers()
     for page in state.pages:
         memory.free(page)
     own, shared = iter(copies), iter(state.shared)
     whole = [next(shared) if owner is None else next(own) for owner in layout.owners]
-    return jax.tree.unflatten(structure, whole), Moved(bytes_in=layout.total_bytes, pages_in=layout.count)
+    return jax.tree.unflatten(structure, whole), Transfers(bytes_in=layout.total_bytes, pages_in=layout.count)
 
 
-def cut(whole: Tree, layout: Layout, memory: Memory) -> tuple[Tree | PagedState, Moved]:
-    """(pages, all on the host, what moved); the state as it is, and the problem, where the host has no room."""
+def page_out_all(whole: PyTree, layout: Layout, memory: Memory) -> tuple[PyTree | PagedState, Transfers]:
+    """Moves an unpaged state to the host as pages; returns (pages, transfers).
+
+    Returns the state unchanged, with the problem in `transfers`, if the host has no room.
+    """
     try:
         state = from_optax(whole, layout, memory)
     except PagingError as error:
-        return whole, Moved(problems=(f"the whole state stays on the device, beyond its budget: {error}",))
+        return whole, Transfers(problems=(f"the whole state stays on the device, beyond its budget: {error}",))
     memory.free(_owned(jax.tree.leaves(whole), layout))
-    return state, Moved(bytes_out=layout.total_bytes, pages_out=layout.count)
+    return state, Transfers(bytes_out=layout.total_bytes, pages_out=layout.count)
 
 
 def _owned(leaves: list, layout: Layout) -> Page:
-    """The leaves that pages are cut from."""
+    """The leaves that pages are cut from: not those that all pages share."""
     return tuple(leaf for leaf, owner in zip(leaves, layout.owners, strict=True) if owner is not None)

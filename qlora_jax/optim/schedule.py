@@ -1,6 +1,7 @@
-"""Learning-rate schedules, as transformers has them.
+"""Learning-rate schedules in the definitions of transformers.
 
-W warm-up steps, S steps in all, `step` counted from 0. All rise as step / W; the first step after that has the peak.
+W warm-up steps, S steps in total, `step` counted from 0. Warm-up rises as step / W; the first step after it has the
+peak rate.
 """
 
 import math
@@ -32,17 +33,20 @@ SHAPES: dict[str, Shape] = {"constant": _constant, "linear": _linear, "cosine": 
 
 
 def warmup_steps(args: OptimArgs, total_steps: int) -> int:
-    """W = ceil(warmup_ratio * S), as transformers counts it."""
+    """Returns W = ceil(warmup_ratio * S), as in transformers."""
     return math.ceil(args.warmup_ratio * total_steps)
 
 
 def make_schedule(args: OptimArgs, total_steps: int) -> optax.Schedule:
-    """`schedule(step) -> learning rate`, f32; step 0 of a warm-up has 0, and past `total_steps` it stays at its end.
+    """Returns `schedule(step) -> learning rate`, f32; step 0 of a warm-up has 0, and the end value holds past S.
 
-    Unlike transformers' schedule of this name, `constant` warms up; warmup_ratio 0 turns that off.
+    Unlike transformers' schedule of that name, `constant` warms up; warmup_ratio 0 turns that off.
+
+    Raises:
+      ValueError: `total_steps` is less than 1.
     """
     if total_steps < 1:
-        raise ValueError(f"total_steps: found {total_steps}, expected 1 or more")
+        raise ValueError(f"total_steps: found {total_steps}, expected 1 or more.")
     warmup = warmup_steps(args, total_steps)
     shape = SHAPES[args.schedule]
 

@@ -14,18 +14,18 @@ from qlora_jax.config.sizes import format_bytes, parse_bytes
 from qlora_jax.models.partition import Lora
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
-from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, Structure, layer_pages
-from qlora_jax.optim.page_pool import Memory, Moved
+from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, PyTreeDef, layer_pages
+from qlora_jax.optim.page_pool import Memory, Transfers
 from qlora_jax.optim.pager import (
     PagedState,
     PagedUpdate,
-    cut,
-    fit,
+    evict_to_budget,
     from_optax,
-    joined,
+    page_out_all,
     paged_init,
     resident_bytes,
     to_optax,
+    unpage,
 )
 from qlora_jax.training.compiled_step import Gradients
 from qlora_jax.training.paging_budget import Budget, Work, declared, planned
@@ -33,7 +33,7 @@ from qlora_jax.training.step import update
 
 PAGES_IN_A_BUDGET = 4  # at least, where layers are small enough: one updated, one coming, one going, one waiting
 
-Stepped = tuple[Lora, Any, jax.Array, Moved]
+Stepped = tuple[Lora, Any, jax.Array, Transfers]
 
 
 @runtime_checkable
@@ -44,7 +44,7 @@ class Updates(Protocol):
         """The state at step 0."""
         ...
 
-    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Moved]:
+    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Transfers]:
         """(the state with as much on the device as the work leaves room for, room for its update, moved).
 
         Room is asked for before the gradients: while they are computed, the device tells of their scratch too.
@@ -55,7 +55,7 @@ class Updates(Protocol):
         """(LoRA parameters, state, the gradients' norm before clipping, what was moved); donates the first two."""
         ...
 
-    def numbers(self, state: Any, moved: Moved) -> dict[str, Any]:
+    def numbers(self, state: Any, moved: Transfers) -> dict[str, Any]:
         """What a step's record says of it."""
         ...
 
@@ -85,13 +85,13 @@ class WholeUpdates(Updates):
     def init(self, lora: Lora) -> Any:
         return self.optimizer.init(lora)
 
-    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Moved]:
-        return state, 0, Moved()
+    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Transfers]:
+        return state, 0, Transfers()
 
     def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
-        return *update(self.optimizer, lora, state, grads), Moved()
+        return *update(self.optimizer, lora, state, grads), Transfers()
 
-    def numbers(self, state: Any, moved: Moved) -> dict[str, Any]:
+    def numbers(self, state: Any, moved: Transfers) -> dict[str, Any]:
         return {}
 
     def to_save(self, state: Any) -> Any:
@@ -117,7 +117,7 @@ class PagedUpdates(Updates):
       words: the budget, for the banner.
     """
 
-    structure: Structure
+    structure: PyTreeDef
     optimizer: optax.GradientTransformation
     transform: optax.GradientTransformation
     layout: Layout
@@ -129,27 +129,27 @@ class PagedUpdates(Updates):
     def init(self, lora: Lora) -> PagedState:
         return paged_init(self.transform, lora, self.layout, self.memory)
 
-    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Moved]:
+    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Transfers]:
         room = self.budget(work, self._resident_bytes(state))
-        moved, is_room = Moved(), min(room) >= self.layout.total_bytes
+        moved, is_room = Transfers(), min(room) >= self.layout.total_bytes
         if is_room and isinstance(state, PagedState):
-            state, moved = joined(state, self.structure, self.layout, self.memory)
+            state, moved = unpage(state, self.structure, self.layout, self.memory)
         if not is_room and not isinstance(state, PagedState):
-            state, moved = cut(state, self.layout, self.memory)
+            state, moved = page_out_all(state, self.layout, self.memory)
         if isinstance(state, PagedState):
-            state, sent = fit(state, self.memory, room.gradients)
+            state, sent = evict_to_budget(state, self.memory, room.gradients)
             moved += sent
         return state, room.update, moved
 
     def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
         if isinstance(state, PagedState):
             return self.step(lora, state, grads, room)
-        return *update(self.optimizer, lora, state, grads), Moved()
+        return *update(self.optimizer, lora, state, grads), Transfers()
 
     def _resident_bytes(self, state: Any) -> int:
         return resident_bytes(state) if isinstance(state, PagedState) else self.layout.total_bytes
 
-    def numbers(self, state: Any, moved: Moved) -> dict[str, Any]:
+    def numbers(self, state: Any, moved: Transfers) -> dict[str, Any]:
         numbers = {
             "paged_in_bytes": moved.bytes_in,
             "paged_out_bytes": moved.bytes_out,

@@ -33,7 +33,7 @@ from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.page_layout import PAGE_BYTES, layer_pages
-from qlora_jax.optim.page_pool import Memory, Moved
+from qlora_jax.optim.page_pool import Memory, Transfers
 from qlora_jax.optim.pager import PagedUpdate, paged_init
 from qlora_jax.training.optimizer_state import make_updates
 from qlora_jax.training.step import update
@@ -86,7 +86,7 @@ class Paged:
         self._state = paged_init(transform, self._lora, self.layout, memory)
         self._update = PagedUpdate(transform, self.layout, memory, 1.0)
         self._budget = int(share * self.layout.total_bytes)
-        self.moved = Moved()
+        self.moved = Transfers()
 
     def __call__(self, grads: Any) -> Any:
         self._lora, self._state, _, self.moved = self._update(self._lora, self._state, grads, self._budget)

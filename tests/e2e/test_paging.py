@@ -190,7 +190,7 @@ def test_a_page_without_a_place_stops_the_run_at_its_checkpoint(plain, tmp_path)
             session, loop.start(session), checkpoints, Records(), iter([False, False, True]).__next__
         )
         memory.advance()
-        with pytest.raises(PagingError, match="can't be placed on the device"):
+        with pytest.raises(PagingError, match="the device has no room for it"):
             loop.run_steps(session, progress, checkpoints, Records(), lambda: False)
         assert checkpoints.latest_step() == 2
 

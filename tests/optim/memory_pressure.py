@@ -1,11 +1,11 @@
-"""A device under pressure, where there is none: N bytes, some of them held by others by a script, and copies that fail.
+"""A simulated device under memory pressure: N bytes, a scripted load by other programs, and copies that fail.
 
-Pages go through it as through any other `Memory`; the arrays and the copies are real, the bytes are counted.
+A helper for tests. `SimulatedMemory` is a `Memory`: arrays and copies are real, and their bytes are counted.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 
@@ -21,7 +21,7 @@ def _no_faults(direction: Direction, number: int) -> Outcome:
 
 @dataclasses.dataclass
 class Ledger:
-    """What a simulated device holds and has seen, in bytes and counts."""
+    """The bytes on a simulated device and its host, and the copies made so far."""
 
     step: int = 0
     device_bytes: int = 0
@@ -33,13 +33,13 @@ class Ledger:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SimulatedMemory(Memory):
-    """Memory that is full when its numbers say so.
+    """Memory whose copies fail when its counted bytes exceed its size.
 
     Attributes:
-      total_bytes: of the device.
-      others: bytes that others hold on it at each step; the last goes on for ever. `advance` goes to the next step.
-      host_bytes: of the host's pool; None: as much as wanted.
-      faults: (direction, how many copies went that way before) to what happens to a copy.
+      total_bytes: the size of the device.
+      others: bytes that other programs take at each step; the last value repeats. `advance` begins the next step.
+      host_bytes: the size of the host's pool; None: unlimited.
+      faults: maps (direction, number of earlier copies in it) to the outcome of a copy.
     """
 
     total_bytes: int
@@ -49,11 +49,11 @@ class SimulatedMemory(Memory):
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
 
     def statistics(self) -> dict[str, int]:
-        """As a GPU tells them."""
+        """Returns memory statistics in the format of a GPU."""
         return {"bytes_limit": self.total_bytes, "bytes_in_use": self._others() + self.ledger.device_bytes}
 
     def advance(self) -> None:
-        """The script's next step."""
+        """Begins the next step of the scripted load."""
         self.ledger.step += 1
 
     def to_device(self, page: Page) -> Page:
@@ -85,7 +85,7 @@ class SimulatedMemory(Memory):
     def _others(self) -> int:
         return self.others[min(self.ledger.step, len(self.others) - 1)]
 
-    def _copy(self, direction: Direction, page: Page, room: int | None, copy: Callable[[Page], Any]) -> Page:
+    def _copy(self, direction: Direction, page: Page, room: int | None, copy: Callable[[Page], Page]) -> Page:
         number = self.ledger.copies[direction]
         self.ledger.copies[direction] += 1
         outcome = self.faults(direction, number)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.optim.page_pool import Memory, PagingError, host_kind, on_device
-from qlora_jax.optim.pager import fit, resident_bytes
+from qlora_jax.optim.pager import evict_to_budget, resident_bytes
 from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import (
     ARGS,
@@ -25,7 +25,7 @@ STEPS = 8
 
 
 def simulated(pages: float = 100, **changes) -> SimulatedMemory:
-    """A device of so many pages."""
+    """A simulated device with room for so many pages."""
     return SimulatedMemory(jax.devices()[0], "pinned_host", total_bytes=int(pages * SIZE), **changes)
 
 
@@ -42,9 +42,9 @@ def test_a_device_that_shrinks_between_steps_and_grows_again():
     memory = simulated(4, others=[0, 0, SIZE, 3 * SIZE, 2 * SIZE, 0])
     run, resident = Run(ARGS, memory), []
     for _ in range(STEPS):
-        told = memory.statistics()
-        free = told["bytes_limit"] - told["bytes_in_use"] + resident_bytes(run.state)
-        run.state, _ = fit(run.state, memory, free)
+        reported = memory.statistics()
+        free = reported["bytes_limit"] - reported["bytes_in_use"] + resident_bytes(run.state)
+        run.state, _ = evict_to_budget(run.state, memory, free)
         run.go(free, steps=1)
         resident.append(resident_bytes(run.state))
         memory.advance()
@@ -91,7 +91,7 @@ def test_a_page_that_can_be_placed_nowhere_is_one_clear_error():
     memory.advance()
     state = run.state
     with pytest.raises(
-        PagingError, match=r"page 0 of 4 .* can't be placed on the device.*last checkpoint with --resume"
+        PagingError, match=r"page 0 of 4 .* the device has no room for it.*last checkpoint with --resume"
     ):
         run.go(0, steps=1)
     assert not any(leaf.is_deleted() for page in state.pages for leaf in page)
@@ -100,7 +100,7 @@ def test_a_page_that_can_be_placed_nowhere_is_one_clear_error():
 
 def test_a_host_without_room_for_the_state_is_one_clear_error_before_the_first_step():
     words = (
-        r"page 2 of 4 of the optimizer's state \(.*\) can't be placed in host memory \(RESOURCE_EXHAUSTED.*paging=off"
+        r"page 2 of 4 of the optimizer's state \(.*\): host memory has no room for it \(RESOURCE_EXHAUSTED.*paging=off"
     )
     with pytest.raises(PagingError, match=words):
         Run(ARGS, simulated(host_bytes=2 * SIZE))

@@ -1,4 +1,4 @@
-"""The chain against torch's AdamW step by step, and what it promises beyond that."""
+"""The chain against torch's AdamW step by step, and its other properties."""
 
 import json
 from pathlib import Path
@@ -29,13 +29,13 @@ def read_golden() -> tuple[dict, dict, dict, dict]:
 
 
 def optim_args(settings: dict) -> OptimArgs:
-    """The oracle's settings as ours."""
+    """Converts the oracle's settings to ours."""
     ours = {k: v for k, v in settings.items() if k not in ("warmup_steps", "total_steps")}
     return OptimArgs(**ours, warmup_ratio=settings["warmup_steps"] / settings["total_steps"])
 
 
 def trace(settings: dict, start: dict, gradients: dict) -> dict[str, np.ndarray]:
-    """Every leaf after each step, [steps, ...]."""
+    """Returns every leaf after each step, [steps, ...]."""
     optimizer = make_optimizer(optim_args(settings), settings["total_steps"])
     parameters = jax.tree.map(jnp.asarray, start)
     state, rows = optimizer.init(parameters), []

@@ -1,4 +1,4 @@
-"""8-bit optimizers against bitsandbytes' CPU backend, to the bit, and what they promise beyond that."""
+"""8-bit optimizers against bitsandbytes' CPU backend, bit for bit, and their other properties."""
 
 import dataclasses
 import json
@@ -8,31 +8,38 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
+import qlora_jax
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.optimizers_8bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
 from qlora_jax.optim.state_8bit import MIN_SIZE, Quantized, dequantize, quantize, state_zeros
 from qlora_jax.quant.dynamic_8bit import LOOK_UP_SIZE, nearest_code_look_up
 
 GOLDEN = Path(__file__).parent.parent / "golden/optimizers_8bit.npz"
 MADE = {
-    "AdamW8bit": lambda rate: adamw_8bit(rate, 0.9, 0.999, 1e-8, 0.1),
-    "Lion8bit": lambda rate: lion_8bit(rate, 0.9, 0.99, 0.1),
+    "AdamW8bit": lambda rate: adamw_8bit_values(rate, 0.9, 0.999, 1e-8, 0.1),
+    "Lion8bit": lambda rate: lion_8bit_values(rate, 0.9, 0.99, 0.1),
 }
 
 
-def stepped(transform, params, gradients) -> tuple[dict, Any]:
-    """(parameters, state) after a step with each of the gradients, in one program a step as training has it."""
+def stepper(transform):
+    """A step in one program, as in training: (parameters, state, gradients) -> (parameters, state)."""
 
     @jax.jit
     def step(params, state, grads):
         updates, state = transform.update(grads, state, params)
         return apply_updates(params, updates), state
 
-    state = transform.init(params)
+    return step
+
+
+def stepped(transform, params, gradients) -> tuple[dict, Any]:
+    """(parameters, state) after a step with each of the gradients."""
+    step, state = stepper(transform), transform.init(params)
     for grads in gradients:
         params, state = step(params, state, grads)
     return params, state
@@ -149,3 +156,35 @@ def test_scratch_is_that_of_a_few_tensors(kind):
     memory: Any = compiled.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 0.5 * 4 * np.prod(shape)
     assert memory.alias_size_in_bytes > 3 * 4 * np.prod(shape)
+
+
+@pytest.mark.parametrize("kind", MADE)
+def test_optax_transforms_give_the_state_and_the_parameters_of_a_run(kind):
+    """Exactly, save for parameters that jump in a step: their f32 difference cannot be exact."""
+    public = {
+        "AdamW8bit": qlora_jax.adamw_8bit(1e-3, weight_decay=0.1),
+        "Lion8bit": qlora_jax.lion_8bit(lambda count: jnp.float32(1e-3), weight_decay=0.1),
+    }[kind]
+    key = jax.random.key(0)
+    params = {"a": 0.02 * jax.random.normal(key, (2, 64, 80)), "b": jnp.zeros((2, 64, 70)), "c": jnp.ones((2, 8))}
+    transform = MADE[kind](lambda count: jnp.float32(1e-3))
+    step, update = stepper(transform), jax.jit(public.update)
+    run, run_state, state = params, transform.init(params), public.init(params)
+    for i in range(8):
+        grads = jax.tree.map(lambda leaf, i=i: jax.random.normal(jax.random.fold_in(key, i), leaf.shape), params)
+        updates, state = update(grads, state, run)
+        found: dict = dict(optax.apply_updates(run, updates))
+        before, (run, run_state) = run, step(run, run_state, grads)
+        jax.tree.map(np.testing.assert_array_equal, state, run_state)
+        for name, leaf in found.items():
+            change = np.abs(run[name] - before[name])
+            jumps = (before[name] != 0) & (change > 0.5 * np.minimum(np.abs(before[name]), np.abs(run[name])))
+            np.testing.assert_array_equal(leaf[~jumps], run[name][~jumps])
+            np.testing.assert_allclose(leaf[jumps], run[name][jumps], rtol=0, atol=np.spacing(np.float32(2e-3)))
+        assert not jnp.any(found["b"] != run["b"]) or i > 0  # from zero, every update is exact
+
+
+def test_an_optax_transform_asks_for_parameters():
+    transform = qlora_jax.adamw_8bit(1e-3)
+    with pytest.raises(ValueError, match="params: found None"):
+        transform.update({"a": jnp.ones((1, 2))}, transform.init({"a": jnp.ones((1, 2))}))

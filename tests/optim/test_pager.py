@@ -1,4 +1,4 @@
-"""Updates in pages against plain jitted optax, to the bit, and what moves."""
+"""Paged updates against jitted optax, bit for bit, and the pages that move."""
 
 import contextlib
 import dataclasses
@@ -22,7 +22,7 @@ from qlora_jax.optim.page_pool import Memory, on_device
 from qlora_jax.optim.pager import (
     PagedUpdate,
     check_budget,
-    fit,
+    evict_to_budget,
     from_optax,
     paged_init,
     resident_bytes,
@@ -42,7 +42,7 @@ NUMPY = Memory(jax.devices()[0], "numpy")
 
 
 def tree(seed: int, layers: int = LAYERS, name: str = ARGS.name) -> dict:
-    """Some parameters; in three of four leaves large enough for state in 8 bits, where the optimizer holds it so."""
+    """Makes parameters; for an 8-bit optimizer, three of four leaves are large enough for 8-bit state."""
     shapes_of = LARGE_OF if name.endswith("_8bit") else SHAPES_OF
     keys = iter(jax.random.split(jax.random.key(seed), 4))
     stacked = functools.partial(jax.tree.map, is_leaf=lambda leaf: isinstance(leaf, tuple))
@@ -51,7 +51,7 @@ def tree(seed: int, layers: int = LAYERS, name: str = ARGS.name) -> dict:
 
 @functools.partial(jax.jit, static_argnames="micro_batches")
 def gradients(params: dict, step: jax.Array, micro_batches: int = 1) -> dict:
-    """Of some function of the parameters, so that one wrong bit shows in every later step; below and above the clip."""
+    """Gradients of some function of the parameters, below and above the clip: a wrong bit shows in every later step."""
 
     def accumulate(total, index):
         wave = jax.tree.map(lambda p: jnp.sin(9.0 * p + index + step) * jnp.exp2(-(step % 7.0)), params)
@@ -78,13 +78,13 @@ def plain_run(args: OptimArgs, steps: int = STEPS, start=None, micro_batches: in
 
 
 def page_size(args: OptimArgs) -> int:
-    """Bytes of the state of LAYERS_A_PAGE layers."""
+    """Returns the bytes of the state of LAYERS_A_PAGE layers."""
     state = jax.eval_shape(make_elementwise(args, STEPS).init, tree(0, LAYERS_A_PAGE, args.name))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state) if leaf.ndim)
 
 
 class Run:
-    """A paged run, its moves of each step remembered."""
+    """A paged run that records the transfers and norm of each step."""
 
     def __init__(self, args: OptimArgs, memory: Memory = MEMORY, start=None):
         self.transform = make_elementwise(args, STEPS)
@@ -191,7 +191,7 @@ def test_state_is_in_8_bits_where_leaves_are_large():
 def test_budgets_that_change_from_step_to_step_change_no_bit():
     run, size = Run(ARGS), page_size(ARGS)
     for pages in [4, 4, 1, 3, 0, 2, 4, 1]:
-        run.state, _ = fit(run.state, MEMORY, pages * size)
+        run.state, _ = evict_to_budget(run.state, MEMORY, pages * size)
         assert resident_bytes(run.state) <= pages * size
         run.go(pages * size, steps=1)
         assert resident_bytes(run.state) <= pages * size
@@ -209,14 +209,14 @@ def test_every_transform_that_is_known_is_in_the_table_of_optimizers():
 
 
 def live_bytes() -> int:
-    """Device bytes of all arrays that jax knows."""
+    """Returns the device bytes of all live arrays."""
     arrays = [a for a in jax.live_arrays() if not a.is_deleted() and a.sharding.memory_kind == "device"]
     return sum(a.nbytes for a in arrays)
 
 
 @dataclasses.dataclass(frozen=True)
 class Watched(Memory):
-    """Remembers how many bytes jax has on the device after each copy."""
+    """Memory that records the live device bytes after each copy."""
 
     seen: list = dataclasses.field(default_factory=list)
 
@@ -264,7 +264,7 @@ def test_checkpoints_of_plain_and_paged_runs_are_each_others(budget):
 
 
 def make_elementwise_state(state):
-    """The optimizer's part of the chain's state."""
+    """Returns the optimizer's part of the chain's state."""
     return jax.tree.unflatten(
         jax.tree.structure(jax.eval_shape(make_elementwise(ARGS, STEPS).init, tree(0))), jax.tree.leaves(state)
     )
@@ -302,7 +302,7 @@ def test_trees_whose_leaves_differ_in_length_are_exact(shapes):
 
 
 def standard(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """With the promotion that optax counts on."""
+    """Wraps a transform in the promotion that optax expects."""
 
     def update(*args):
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
@@ -336,9 +336,9 @@ def test_other_transforms_are_tried_and_refused_on_a_difference(name):
 
 def test_a_state_that_is_not_by_layers_is_refused():
     flat = optax.GradientTransformation(lambda params: jax.tree.map(jnp.ravel, params), optax.adam(1e-3).update)
-    with pytest.raises(ValueError, match=r"cannot be paged: a leaf of shape \(320,\).*paging=off"):
+    with pytest.raises(ValueError, match=r"cannot be paged: .*found shape \(320,\).*paging=off"):
         layer_pages(flat, tree(0))
-    with pytest.raises(ValueError, match="parameters along their first axis"):
+    with pytest.raises(ValueError, match="cut along the first axis of parameters"):
         layer_pages(optax.adam(1e-3), {"scale": jnp.float32(1.0)})
 
 

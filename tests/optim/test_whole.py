@@ -1,4 +1,4 @@
-"""A paged state that is whole while there is room: what moves, and where copies fail."""
+"""A paged state that is unpaged while there is room: its transfers, and copies that fail."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ LITTLE, ALL = 0.3, 1.0
 
 
 class Run:
-    """Steps with a given room, as the loop makes them."""
+    """Steps with a given budget, as the training loop makes them."""
 
     def __init__(self, monkeypatch, **changes):
         monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
@@ -31,7 +31,7 @@ class Run:
         self.state = updates.init(self.lora)
 
     def go(self, share: float):
-        """What moved in one step."""
+        """Makes one step, and returns its transfers."""
         room = Room(int(share * SIZE), int(share * SIZE))
         updates = dataclasses.replace(self.updates, budget=lambda shape, resident: room)
         self.state, update_room, moved = updates.make_room(self.state, (1, 1, 64))
@@ -45,7 +45,7 @@ class Run:
         return not isinstance(self.state, PagedState)
 
     def check(self) -> None:
-        """The run is the plain one's, and every byte is in one place."""
+        """Checks that the run equals the unpaged one, and that every byte is in one place."""
         lora, state, _ = plain_run(ARGS, self.step)
         assert_same((self.lora, self.updates.to_save(self.state)), (lora, state))
         assert self.memory.ledger.device_bytes + self.memory.ledger.host_bytes == SIZE

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.optim.apply_updates import apply_updates
-from qlora_jax.optim.optimizers_8bit import adamw_8bit, lion_8bit
+from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
 from qlora_jax.optim.state_8bit import Quantized
 
 SCRIPT = Path(__file__).resolve().parent.parent / "oracle/bnb_optimizer.py"
@@ -16,12 +16,12 @@ LAYERS, STEPS = 2, 4
 SHAPES = {"large": (1024, 500), "odd": (77, 101), "small": (33, 20)}  # 500 x 1024 is whole blocks, 77 x 101 is not
 RATES = [0.0, *(float(np.float32(rate)) for rate in (5e-4, 1e-3, 2e-4))]
 CASES = {
-    "AdamW8bit": (dict(betas=(0.9, 0.999), eps=1e-8), lambda rate, decay: adamw_8bit(rate, 0.9, 0.999, 1e-8, decay)),
+    "AdamW8bit": (dict(betas=(0.9, 0.999), eps=1e-8), lambda rate, decay: adamw_8bit_values(rate, 0.9, 0.999, 1e-8, decay)),
     "AdamW8bit, other betas": (
         dict(betas=(0.7, 0.95), eps=1e-6),
-        lambda r, decay: adamw_8bit(r, 0.7, 0.95, 1e-6, decay),
+        lambda r, decay: adamw_8bit_values(r, 0.7, 0.95, 1e-6, decay),
     ),
-    "Lion8bit": (dict(betas=(0.9, 0.99)), lambda rate, decay: lion_8bit(rate, 0.9, 0.99, decay)),
+    "Lion8bit": (dict(betas=(0.9, 0.99)), lambda rate, decay: lion_8bit_values(rate, 0.9, 0.99, decay)),
 }
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.optim.pager import fit
+from qlora_jax.optim.pager import evict_to_budget
 from scripts.study_paging import policies as study
 from tests.optim.test_pager import ARGS, MEMORY, PAGES, Run, page_size
 
@@ -81,7 +81,7 @@ def test_the_pager_moves_what_the_simulation_says(rooms):
     size, run = page_size(ARGS), Run(ARGS)
     found = []
     for room in rooms:
-        run.state, sent = fit(run.state, MEMORY, room * size)
+        run.state, sent = evict_to_budget(run.state, MEMORY, room * size)
         run.go(room * size, steps=1)
         found.append((run.moves[-1].pages_in, sent.pages_out + run.moves[-1].pages_out))
     assert found == study.simulate(study.POLICIES[study.OURS], PAGES, [study.Room(room, room) for room in rooms])
