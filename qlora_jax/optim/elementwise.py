@@ -32,7 +32,7 @@ def check_elementwise(transform: optax.GradientTransformation, params: PyTree, l
     pair = layer_pages(transform, jax.tree.unflatten(layout.params, short), layout.largest_page)
     if pair.count > 1 and not _is_equal_in_pages(transform, short, pair, memory):
         raise ValueError(
-            "optim.paging: this optimizer is not elementwise: its parameters or its state differ if they are updated in "
+            "optim.paging: this optimizer is not elementwise: its parameters or its state differ if updated in "
             "pages. Use it without paging (optim.paging=off in a run)."
         )
 

@@ -197,7 +197,7 @@ def test_a_page_without_a_place_stops_the_run_at_its_checkpoint(plain, tmp_path)
 
 @pytest.mark.parametrize(
     ("budget", "words"),
-    [("1KiB", "at least .* bytes, one page"), ("900000GiB", "at most .* bytes, what the device has")],
+    [("1KiB", "at least .* bytes, one page"), ("900000GiB", "at most .* bytes, the device's memory")],
 )
 def test_a_budget_that_can_not_be_is_told_before_the_model_is_loaded(plain, tmp_path, budget, words, monkeypatch):
     monkeypatch.setattr("qlora_jax.training.session.load_model", None)

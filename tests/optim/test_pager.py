@@ -336,7 +336,7 @@ def test_other_transforms_are_tried_and_refused_on_a_difference(name):
 
 def test_a_state_that_is_not_by_layers_is_refused():
     flat = optax.GradientTransformation(lambda params: jax.tree.map(jnp.ravel, params), optax.adam(1e-3).update)
-    with pytest.raises(ValueError, match=r"cannot be paged: .*found shape \(320,\).*paging=off"):
+    with pytest.raises(ValueError, match=r"cannot be paged, .*found shape \(320,\).*paging=off"):
         layer_pages(flat, tree(0))
     with pytest.raises(ValueError, match="cut along the first axis of parameters"):
         layer_pages(optax.adam(1e-3), {"scale": jnp.float32(1.0)})
@@ -347,7 +347,7 @@ def test_a_budget_that_can_not_be():
     check_budget(size, run.layout, size)
     with pytest.raises(ValueError, match=r"paging_budget: found .*expected at least .* one page"):
         check_budget(size - 1, run.layout, None)
-    with pytest.raises(ValueError, match=r"paging_budget: found .*expected at most 9,000 bytes, what the device has"):
+    with pytest.raises(ValueError, match=r"paging_budget: found .*expected at most 9,000 bytes, the device's memory"):
         check_budget(9001, run.layout, 9000)
     with pytest.raises(ValueError, match="budget_bytes: found -1, expected 0 or more"):
         run.go(-1, steps=1)

@@ -16,7 +16,10 @@ LAYERS, STEPS = 2, 4
 SHAPES = {"large": (1024, 500), "odd": (77, 101), "small": (33, 20)}  # 500 x 1024 is whole blocks, 77 x 101 is not
 RATES = [0.0, *(float(np.float32(rate)) for rate in (5e-4, 1e-3, 2e-4))]
 CASES = {
-    "AdamW8bit": (dict(betas=(0.9, 0.999), eps=1e-8), lambda rate, decay: adamw_8bit_values(rate, 0.9, 0.999, 1e-8, decay)),
+    "AdamW8bit": (
+        dict(betas=(0.9, 0.999), eps=1e-8),
+        lambda rate, decay: adamw_8bit_values(rate, 0.9, 0.999, 1e-8, decay),
+    ),
     "AdamW8bit, other betas": (
         dict(betas=(0.7, 0.95), eps=1e-6),
         lambda r, decay: adamw_8bit_values(r, 0.7, 0.95, 1e-6, decay),
