@@ -81,17 +81,20 @@ def main(argv: list[str]) -> None:
     from qlora_jax.io.export.gguf_lora import export_gguf_lora
     from qlora_jax.io.export.merged import export_merged
     from qlora_jax.io.export.peft import export_peft
+    from qlora_jax.io.progress import loading
 
     runtime.start()
-    run = Path(args.run)
+    run, console = Path(args.run), Console()
     output = run / args.format if args.output is None else Path(args.output)
-    where = {"step": args.step, "model": args.model, "console": Console()}
     adapters = {"peft": export_peft, "gguf-lora": export_gguf_lora}
-    if args.format in adapters:
-        adapters[args.format](run, output, with_base="with_base" in flags, **where)
-    else:
-        dtype = args.dtype or DTYPES[args.format][0]
-        export_merged(run, output, args.format, base=args.base, dtype=dtype, **where)
+    with loading(console) as progress:
+        where = {"step": args.step, "model": args.model, "progress": progress}
+        if args.format in adapters:
+            result = adapters[args.format](run, output, with_base="with_base" in flags, **where)
+        else:
+            form, dtype = ("hf" if args.format == "hf" else "gguf"), args.dtype or DTYPES[args.format][0]
+            result = export_merged(run, output, form, base=args.base, dtype=dtype, **where)
+    console.print(str(result), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

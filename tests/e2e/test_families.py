@@ -53,13 +53,12 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
     prompts = [opened.tokenizer.encode("say sun 1"), opened.tokenizer.encode("say moon")]
     replies = generate(parts, prompts, sampling=Sampling(), max_new_tokens=5, stop_ids=[257])
     assert all(reply.ids or reply.end == "stop" for reply in replies)
-    export_peft(Path(whole.output), tmp_path / "peft", step=None, model=None, with_base=False, console=Console())
+    export_peft(Path(whole.output), tmp_path / "peft")
     adapter = read_adapter(tmp_path / "peft", opened.features)
     for module, matrices in opened.run.lora.items():
         for matrix, values in matrices.items():
             np.testing.assert_array_equal(adapter.lora[module][matrix], values)
     assert dataclasses.replace(adapter.args, target_modules=whole.lora.target_modules) == whole.lora
     # The merge is compared with base and adapter as it is exported.
-    merge = {"step": None, "model": None, "base": None, "dtype": "float32", "console": Console(file=io.StringIO())}
-    export_merged(Path(whole.output), tmp_path / "merged", "hf", **merge)
+    export_merged(Path(whole.output), tmp_path / "merged", "hf", dtype="float32")
     assert open_model(tmp_path / "merged").tensors.keys() == opened.source.tensors.keys()

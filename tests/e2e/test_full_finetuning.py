@@ -1,14 +1,12 @@
 """Runs in which the model itself trains: every weight moves, stops and pages change nothing."""
 
 import dataclasses
-import io
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 from safetensors.numpy import load_file
 
 from qlora_jax.io.export.merged import export_merged
@@ -37,8 +35,7 @@ def finished(tmp_path_factory):
 
 
 def _export(config, output: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
-    how = {"step": None, "model": None, "base": None, "dtype": dtype, "console": Console(file=io.StringIO())}
-    export_merged(Path(config.output), output, "hf", **how)
+    export_merged(Path(config.output), output, "hf", dtype=dtype)
     return load_file(output / "model.safetensors")
 
 
@@ -102,5 +99,5 @@ def test_a_model_written_in_the_dtype_of_training_computes_the_same_to_the_bit(t
 
 def test_there_is_no_adapter_to_export(finished, tmp_path):
     with pytest.raises(ValueError, match=r"all of the model was trained .* --format hf"):
-        export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=Console())
+        export_peft(Path(finished.output), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()

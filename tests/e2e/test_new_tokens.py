@@ -121,9 +121,8 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_path: Path) -> None:
-    console = Console(file=io.StringIO(), width=500)
-    export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=console)
-    assert "base.resize_token_embeddings(261)" in console.file.getvalue()
+    result = export_peft(Path(finished.output), tmp_path / "peft")
+    assert "base.resize_token_embeddings(261)" in str(result)
     assert "base.resize_token_embeddings(261)" in (tmp_path / "peft/README.md").read_text()
     lora = dataclasses.replace(finished.lora, start=str(tmp_path / "peft"))
     config = dataclasses.replace(finished, lora=lora, output=str(tmp_path / "run"))
@@ -157,9 +156,7 @@ def test_a_merged_model_holds_them(finished: Config, tmp_path: Path, tied: bool)
     if tied:
         config = tool_project(tmp_path / "tied", train=dict(steps=2), base=dict(tie_word_embeddings=True))
         trained(config)
-    export_merged(
-        Path(config.output), tmp_path / "hf", "hf", step=None, model=None, base=None, dtype="float32", console=quiet()
-    )
+    export_merged(Path(config.output), tmp_path / "hf", "hf", dtype="float32")
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
     opened = open_base_or_run(None, config.output)
     assert opened.run is not None
@@ -190,7 +187,5 @@ def test_a_padded_table_gives_its_rows(tmp_path: Path) -> None:
     assert opened.run is not None and opened.run.new_ids == IDS
     found = logits(adapted(load_base(opened, opened.args), opened.run), np.asarray([[*IDS, 5]], np.int32))
     assert found.shape == (4, 264)
-    export_merged(
-        Path(config.output), tmp_path / "hf", "hf", step=None, model=None, base=None, dtype="float32", console=quiet()
-    )
+    export_merged(Path(config.output), tmp_path / "hf", "hf", dtype="float32")
     assert model_config(open_model(tmp_path / "hf").config).vocab_size == 264

@@ -305,7 +305,7 @@ def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
 
 def first_losses_before_and_after(finished, tmp_path):
     """The first loss of a run, and that of another which goes on from its exported adapter."""
-    export_peft(Path(finished.output), tmp_path / "peft", step=None, model=None, with_base=False, console=quiet())
+    export_peft(Path(finished.output), tmp_path / "peft")
     config = dataclasses.replace(
         finished,
         lora=dataclasses.replace(

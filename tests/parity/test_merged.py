@@ -102,8 +102,8 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     assert f"run, step 7, merged: {run / 'hf'}" in told and "largest difference of its logits" in told
     refused = {
         "--with_base: requires --format peft": ["--format", "hf", "--with_base"],
-        "possible: none: an adapter keeps its own": ["--dtype", "float16"],
-        "possible: bfloat16, float16, float32": ["--format", "hf", "--dtype", "q8_0"],
+        "expected none, since an adapter keeps its dtype": ["--dtype", "float16"],
+        "expected bfloat16, float16, float32": ["--format", "hf", "--dtype", "q8_0"],
         "the tokenizer's model is WordLevel: a GGUF file holds BPE": ["--format", "gguf"],
     }
     for problem, wrong in refused.items():
@@ -139,11 +139,11 @@ def test_merged_into_the_original_weights(
     # The cost is the difference from what was trained.
     folder = write_folder(tmp_path / "again", config, {name: found[name].read() for name in found}, **files)
     tokenizer = load_tokenizer(open_model(model).tokenizer)
-    prompts = verify.tokens_of(tokenizer, verify.PROMPTS)
+    prompts = verify.tokenize_prompts(tokenizer, verify.PROMPTS)
     merged, trained = (_logits(each, prompts.tokens_BT)[prompts.real_BT] for each in (_dense(folder), with_adapter))
     cost = np.abs(merged - trained).max()
     assert f"run, step 7, merged into {model}: {written}" in told and cost > 0.01
-    (costs,) = (line for line in told.splitlines() if line.startswith("what it costs that the adapter was trained"))
+    (costs,) = (line for line in told.splitlines() if line.startswith("cost of merging into other weights"))
     assert f"3 prompts: {cost:.3g} (rms" in costs
 
 
@@ -216,7 +216,7 @@ def test_gguf_files_from_folders(tmp_path: Path, oracle) -> None:
 
 def test_differences() -> None:
     base, adapter = np.zeros((2, 3)), np.array([[0.0, 3, 0], [0, 0, -4]])
-    found = verify.difference(adapter + 0.1, adapter, base)
+    found = verify.compare_logits(adapter + 0.1, adapter, base)
     assert found.largest == pytest.approx(0.1) and found.rms == pytest.approx(0.1)
     assert found.adapter_largest == 4 and found.adapter_rms == pytest.approx((25 / 6) ** 0.5)
-    assert found.is_small and not verify.difference(adapter * 0.5, adapter, base).is_small
+    assert found.is_small and not verify.compare_logits(adapter * 0.5, adapter, base).is_small

@@ -1,6 +1,6 @@
-"""Exports a run as a LoRA for llama.cpp: a GGUF file that it puts on a GGUF file of the base.
+"""Exports a run as a LoRA for llama.cpp: a GGUF file that it applies to a GGUF file of the base.
 
-llama.cpp computes W x + alpha / rank * B (A x), one alpha for all modules and each module's own rank.
+llama.cpp computes W x + alpha / rank * B (A x), with one alpha for all modules and a rank per module.
 
 Dimension key: L layers, K in, R rank, N out.
 """
@@ -11,37 +11,47 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from rich.console import Console
 
 from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import frame_without_tokenizer, framed
 from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.reader import Change
 from qlora_jax.io.gguf.writer import Frame, Target, keys_of, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
+from qlora_jax.io.loader import Progress
 from qlora_jax.io.peft.writer import Lora, effective_alphas
 from qlora_jax.io.pretrained import Opened, load_base, open_base_or_run
-from qlora_jax.io.progress import loading
 from qlora_jax.io.tensor_map import layer_name, slots_of
 
 FILE = "adapter.gguf"
-PLAIN = {"lora_a", "lora_b"}
+PLAIN_LEAVES = {"lora_a", "lora_b"}
 
 
 def export_gguf_lora(
-    path: Path, output: Path, *, step: int | None, model: str | None, with_base: bool, console: Console
-) -> None:
-    """Writes the adapter of the run at `path` to the new folder `output`, and with `with_base` the dequantized base.
+    run_folder: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    model: str | None = None,
+    with_base: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Writes a run's adapter to the new folder `output` as a GGUF file for llama.cpp; prints nothing.
 
     Args:
-      model: where the run's base lies now, if elsewhere than in training.
+      run_folder: the run, or an adapter folder of PEFT.
+      step: the checkpoint to export; None for the newest.
+      model: where the run's base is now, if it moved after training.
+      with_base: also write the dequantized base that the adapter was trained on, as a GGUF file next to it.
+      progress: called while that base loads, as by `load_model`.
 
     Raises:
-      ValueError: no run or no such step, an output that is there already, an adapter that is no LoRA, a model that a
-        GGUF file can't hold, or (with_base) another base than the run's.
+      ValueError: `run_folder` is not a run or lacks the step, `output` exists, the adapter is not a plain LoRA, a GGUF
+        file cannot hold the model, or (with `with_base`) the base is not the one that the run was trained on.
     """
-    opened = open_base_or_run(model, str(path), step=step)
+    opened = open_base_or_run(model, str(run_folder), step=step)
     run = opened.run
     assert run is not None
     trained = as_exported(run, with_base)
@@ -53,77 +63,77 @@ def export_gguf_lora(
     with staged_folder(output) as folder:
         write_gguf(folder / FILE, frame, list(frame.targets), lora_tensors(named, scaled.factors), "float32")
         if base:
-            _write_base(folder, base.frame, opened, console)
-    told = [_told(scaled), *trained.notes, *(base.notes if base else [])]
-    lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", *told]
-    if not base:
-        lines.append("llama.cpp puts it on a GGUF file of the base; --with_base writes the one that it was trained on")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+            _write_base(folder, base.frame, opened, progress)
+    lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *trained.notes]
+    if base:
+        lines += base.notes
+    else:
+        lines.append("llama.cpp applies it to a GGUF file of the base; --with_base writes the one it was trained on")
+    return ExportResult(path=output / FILE, lines=tuple(lines))
 
 
 def check_plain(run: Run, lora: Lora) -> None:
-    """Passes an adapter that is nothing but A and B.
+    """Checks that an adapter consists of A and B alone.
 
     Raises:
-      ValueError: names every module that has something else, which llama.cpp does not read.
+      ValueError: names every module that trains something else, which llama.cpp cannot read.
     """
-    other = {name: sorted(leaves) for name, leaves in lora.items() if leaves.keys() != PLAIN}
+    other = {name: sorted(leaves) for name, leaves in lora.items() if leaves.keys() != PLAIN_LEAVES}
     other |= {name: ["the whole table"] for name in run.tables}
     if other:
         raise ValueError(
-            f"{run.label} is no plain LoRA, the only adapter that llama.cpp reads: it trains "
+            f"{run.label} is not a plain LoRA, the only adapter that llama.cpp reads: it trains "
             f"{'; '.join(f'{name}: {leaves}' for name, leaves in other.items())}. Export with --format gguf, merged"
         )
 
 
-class Scaled(NamedTuple):
-    """The file's alpha, and by module what its B is multiplied with so that its own scaling comes out."""
+class SharedAlpha(NamedTuple):
+    """The file's alpha, and the factor of each module's B that preserves its scaling under that alpha."""
 
     alpha: float
     factors: dict[str, float]
 
 
-def shared_alpha(alphas: Mapping[str, float]) -> Scaled:
-    """The alpha that most modules have."""
+def shared_alpha(alphas: Mapping[str, float]) -> SharedAlpha:
+    """Chooses the alpha that most modules have, and scales the B of the others."""
     (alpha, _), *_ = collections.Counter(alphas.values()).most_common(1)
-    return Scaled(alpha, {name: each / alpha for name, each in alphas.items()})
+    return SharedAlpha(alpha, {name: each / alpha for name, each in alphas.items()})
 
 
 def lora_frame(base: Frame, lora: Lora, alpha: float) -> Frame:
-    """Keys and tensors of the file: NAME.lora_a [R, K] and NAME.lora_b [N, R], rows of B as the base's are in GGUF."""
+    """Keys and tensors of the file: NAME.lora_a [R, K] and NAME.lora_b [N, R], rows of B in the base's GGUF order."""
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     targets = {}
     for name, matrices in lora.items():
         for layer in range(len(matrices["lora_a"])):
             weight = layer_name(f"{name}.weight", layer)
-            there, rank = base.targets[weight], matrices["lora_a"].shape[-1]
-            n, k = there.shape
-            targets[f"{weight}.lora_a"] = Target(f"{there.name}.lora_a", (rank, k), Change())
-            targets[f"{weight}.lora_b"] = Target(f"{there.name}.lora_b", (n, rank), there.change)
+            in_base, rank = base.targets[weight], matrices["lora_a"].shape[-1]
+            n, k = in_base.shape
+            targets[f"{weight}.lora_a"] = Target(f"{in_base.name}.lora_a", (rank, k), Change())
+            targets[f"{weight}.lora_b"] = Target(f"{in_base.name}.lora_b", (n, rank), in_base.change)
     return Frame(base.architecture, keys_of(keys), targets, {})
 
 
 def lora_tensors(lora: Lora, factors: Mapping[str, float]) -> Iterator[np.ndarray]:
-    """A and B of each layer of each module in f32, in the order of `lora_frame`'s targets."""
+    """Yields A [R, K] and B [N, R] of each layer of each module in f32, in the order of `lora_frame`'s tensors."""
     for name, matrices in lora.items():
         for a_KR, b_RN in zip(matrices["lora_a"], matrices["lora_b"], strict=True):
             yield np.asarray(a_KR, np.float32).T
             yield np.asarray(b_RN, np.float32).T * np.float32(factors[name])
 
 
-def _write_base(folder: Path, frame: Frame, opened: Opened, console: Console) -> None:
-    """The base as the run saw it: quantized, and dequantized again."""
-    with loading(console) as progress:
-        model = load_base(opened, opened.args, progress)
+def _write_base(folder: Path, frame: Frame, opened: Opened, progress: Progress | None) -> None:
+    """Writes the base that training saw: quantized and dequantized again."""
+    model = load_base(opened, opened.args, progress)
     slots, computed = slots_of(model), model.model.embed_tokens.weight[...].dtype
     names = [name for slot in slots for name in slot.names]
     values = (np.asarray(tensor) for tensor in dense_tensors(slots, computed, {}))
     write_gguf(folder / f"base-{computed.name}.gguf", frame, names, values, computed.name)
 
 
-def _told(scaled: Scaled) -> str:
+def _alpha_line(scaled: SharedAlpha) -> str:
     folded = {name: factor for name, factor in scaled.factors.items() if factor != 1}
-    text = f"alpha {scaled.alpha:g}, over each module's rank"
+    text = f"alpha {scaled.alpha:g}, divided by each module's rank"
     if not folded:
         return text
-    return f"{text}; {len(folded)} modules were scaled otherwise, which is in their B: {', '.join(folded)}"
+    return f"{text}; {len(folded)} modules had another scaling, which is multiplied into their B: {', '.join(folded)}"

@@ -1,171 +1,181 @@
-"""Exports a run as one model: the adapter merged into the dequantized weights that it was trained on, or into the
-original ones.
+"""Exports a run as one model: the adapter merged into the dequantized weights of training, or into the original ones.
 
-Merged weights are rounded once, to 16 bits, and an adapter's share of a weight may be smaller than that rounding. So
-the merged model is read back, and its logits are compared with those of base and adapter.
+Merged weights are rounded once, to 16 bits, and that rounding may exceed an adapter's change of a weight. So the merged
+model is read back, and its logits are compared with those of base and adapter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
 
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.gguf_metadata import framed
+from qlora_jax.io.export.gguf_metadata import Framed, framed
 from qlora_jax.io.export.original_base import check_original, open_original
-from qlora_jax.io.export.verify import PROMPTS, Prompts, difference, logits_of, tokens_of
+from qlora_jax.io.export.result import ExportResult
+from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
 from qlora_jax.io.gguf.writer import Frame, write_gguf
 from qlora_jax.io.hf.model_writer import Merging, dense_tensors, write_dense_folder, write_tokenizer
-from qlora_jax.io.loader import load_model
+from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import Opened, adapted, load_base, open_base_or_run
-from qlora_jax.io.progress import loading
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
 from qlora_jax.models.add_adapters import linears, norms
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import whole_tables
 
-QUANTIZED = ("q8_0", "q4_0")  # what their rounding costs is told, not refused
+QUANTIZED = ("q8_0", "q4_0")  # the loss by rounding to these is reported; it is not an error
+
+
+class Logits(NamedTuple):
+    """The f32 logits [real tokens, V] of the prompts, with the adapter and without."""
+
+    adapted: np.ndarray
+    base: np.ndarray
+
+
+class Merge(NamedTuple):
+    """A merged model that was written, the dtype that training computed in, and the logits of what was trained."""
+
+    path: Path
+    compute_dtype: np.dtype
+    trained: Logits
 
 
 def export_merged(
-    path: Path,
+    run_folder: Path,
     output: Path,
-    form: str,
+    form: Literal["hf", "gguf"],
     *,
-    step: int | None,
-    model: str | None,
-    base: str | None,
     dtype: str,
-    console: Console,
-) -> None:
-    """Writes the run at `path` to the new folder `output` as one model, its weights in `dtype`.
+    step: int | None = None,
+    model: str | None = None,
+    base: str | None = None,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Writes a run to the new folder `output` as one model with the adapter merged; prints nothing.
 
     Args:
+      run_folder: the run, or an adapter folder of PEFT.
       form: "hf", a folder for transformers; or "gguf", a file for llama.cpp.
-      model: where the run's base lies now, if elsewhere than in training.
-      base: the model, not quantized, whose weights take the adapter; None: the dequantized ones of training.
+      dtype: of the written weights: "float32", "float16", "bfloat16"; for "gguf" also "q8_0" and "q4_0".
+      step: the checkpoint to export; None for the newest.
+      model: where the run's base is now, if it moved after training.
+      base: a model in 16 bits or more whose weights take the adapter; None for the dequantized weights of training.
+      progress: called while the run's base loads, as by `load_model`.
 
     Raises:
-      ValueError: no run or no such step, an output that is there already, another base than the run's, a `base` that
-        was not quantized to it, a model that a GGUF file can't hold, or a merge in 16 bits or more whose logits are not
-        those of base and adapter.
+      ValueError: `run_folder` is not a run or lacks the step, `output` exists, the base is not the one that the run was
+        trained on, that base was not quantized from `base`, a GGUF file cannot hold the model, or the merge (in 16 bits
+        or more) gives other logits than base and adapter.
     """
-    opened = open_base_or_run(model, str(path), step=step)
+    opened = open_base_or_run(model, str(run_folder), step=step)
     run = opened.run
     assert run is not None
-    original = None if base is None else _original(base, opened, run)
+    original = None if base is None else _open_original(base, opened, run)
     file = framed(opened) if form == "gguf" else None
     prompts = _prompts(opened)
     with staged_folder(output) as folder:
-        written, computed, trained = _write(folder, opened, file and file.frame, original, prompts, dtype, console)
-        merged = logits_of(_read_back(written, computed), prompts)
-        expected = trained if original is None else _with_and_without(_dense(original, computed), run, prompts)[0]
-        found = difference(merged, *expected)
-        if not found.is_small and dtype not in QUANTIZED:
-            raise ValueError(f"the merge of {run.label} is not what was trained: {found}. Try --dtype float32")
+        merge = _write_merge(folder, opened, file and file.frame, original, prompts, dtype, progress)
+        logits = prompt_logits(partition(_load_dense(open_model(merge.path), merge.compute_dtype)), prompts)
+        expected = merge.trained
+        if original is not None:
+            expected = _adapted_logits(_load_dense(original, merge.compute_dtype), run, prompts)[0]
+        difference = compare_logits(logits, *expected)
+        if not difference.is_small and dtype not in QUANTIZED:
+            raise ValueError(f"the merge of {run.label} is not what was trained: {difference}. Try --dtype float32")
     if original is None:
-        lines = [f"{run.label}, merged: {output}", str(found)]
+        lines = [f"{run.label}, merged: {output}", str(difference)]
     else:
-        lines = [f"{run.label}, merged into {original.path}: {output}", f"as a merge with these weights, {found}"]
-        lines.append(f"what it costs that the adapter was trained on others: {difference(merged, *trained)}")
-    lines += file.notes if file else []
-    if not found.is_small:
-        lines.append(f"{dtype} rounds away more than the adapter adds: --dtype q8_0 or float16 keeps what was learned")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        lines = [f"{run.label}, merged into {original.path}: {output}", f"as a merge with these weights, {difference}"]
+        cost = compare_logits(logits, *merge.trained)
+        lines.append(f"cost of merging into other weights than those of training: {cost}")
+    lines += _notes(file, dtype, difference.is_small)
+    return ExportResult(path=output, lines=tuple(lines), difference=difference)
 
 
-def _original(base: str, opened: Opened, run: Run) -> ModelSource:
+def _notes(file: Framed | None, dtype: str, is_small: bool) -> list[str]:
+    notes = file.notes if file else []
+    if is_small:
+        return notes
+    return [*notes, f"{dtype} rounds away more than the adapter adds: use --dtype q8_0 or float16 to preserve it"]
+
+
+def _open_original(base: str, opened: Opened, run: Run) -> ModelSource:
     if run.initial is not None:
         raise ValueError(
-            f"--base: the adapter of {run.label} holds a part of the weights (lora.init={run.lora_args.init}), which "
-            "the original ones have too. Leave --base out, or export --format peft: a LoRA over the original weights"
+            f"--base: the adapter of {run.label} contains a part of the weights (lora.init={run.lora_args.init}), "
+            "which the original weights contain, too. Remove --base, or export --format peft: a LoRA over the original "
+            "weights"
         )
     return open_original(base, opened)
 
 
-def _prompts(opened: Opened) -> Prompts:
-    """Some text, and the new tokens."""
+def _prompts(opened: Opened) -> PromptBatch:
+    """The fixed prompts, and one of the run's new tokens if it has any."""
     new = [*opened.args.new_tokens, *opened.args.new_special_tokens]
-    return tokens_of(opened.tokenizer, (*PROMPTS, *([" ".join(new)] if new else [])))
+    return tokenize_prompts(opened.tokenizer, (*PROMPTS, *([" ".join(new)] if new else [])))
 
 
-Pair = tuple[np.ndarray, np.ndarray]  # logits with the adapter, and without
-
-
-def _write(
+def _write_merge(
     folder: Path,
     opened: Opened,
     frame: Frame | None,
     original: ModelSource | None,
-    prompts: Prompts,
+    prompts: PromptBatch,
     dtype: str,
-    console: Console,
-) -> tuple[Path, str, Pair]:
-    """(what was written, the dtype of training, the logits of what was trained). The base is gone when it returns:
-    what is read back may have no room beside it."""
+    progress: Progress | None,
+) -> Merge:
+    """Loads base and adapter, writes their merge, and frees the base: memory may not hold it next to the merge."""
     assert opened.run is not None
-    with loading(console) as progress:
-        base = load_base(opened, opened.args, progress)
-    slots, computed = slots_of(base), base.model.embed_tokens.weight[...].dtype
+    base = load_base(opened, opened.args, progress)
+    slots, compute_dtype = slots_of(base), base.model.embed_tokens.weight[...].dtype
     if original is not None:
-        check_original(original, slots, computed)
-    trained, whole = _with_and_without(base, opened.run, prompts)
-    tables = whole_tables(whole, opened.run.tables)
+        check_original(original, slots, compute_dtype)
+    trained, model = _adapted_logits(base, opened.run, prompts)
+    tables = whole_tables(model, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
-    held = {} if original is None else original.tensors
-    names = opened.features.hugging_face_name
-    rest = {name: entry for name, entry in held.items() if name not in map(names, tables)}
-    tensors = {"computed": computed, "adapters": _adapters(whole), "original": rest}
-    if frame is None:
-        written = _write_folder(folder, opened, slots, config, dtype, **tensors)
-    else:
-        written = _write_file(folder, frame, slots, dtype, **tensors)
-    return written, computed.name, trained
+    names = set(map(opened.features.hugging_face_name, tables))
+    originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}
+    adapters = _adapters(model)
+    if frame is not None:
+        path = folder / f"model-{dtype}.gguf"
+        tensors = dense_tensors(slots, compute_dtype, adapters, originals)
+        write_gguf(path, frame, _names(slots), map(np.asarray, tensors), dtype)
+        return Merge(path, compute_dtype, trained)
+    write_dense_folder(
+        folder, slots, config, computed=compute_dtype, dtype=jnp.dtype(dtype), adapters=adapters, original=originals
+    )
+    write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
+    return Merge(folder, compute_dtype, trained)
 
 
-def _with_and_without(model: CausalLM, run: Run, prompts: Prompts) -> tuple[Pair, CausalLM]:
+def _adapted_logits(model: CausalLM, run: Run, prompts: PromptBatch) -> tuple[Logits, CausalLM]:
     """(logits, the model with the run's adapter)."""
     parts = adapted(model, run)
-    # `model` has fresh adapters now, which change nothing.
-    with_adapter, without = (logits_of(each, prompts) for each in (parts, partition(model)))
-    return (with_adapter, without), combine(parts)
+    # `adapted` put fresh adapters on `model`, which change nothing: its logits are the base's.
+    return Logits(prompt_logits(parts, prompts), prompt_logits(partition(model), prompts)), combine(parts)
 
 
-def _write_folder(
-    folder: Path, opened: Opened, slots: Sequence[Slot], config: dict[str, Any], dtype: str, **tensors: Any
-) -> Path:
-    write_dense_folder(folder, slots, config, dtype=jnp.dtype(dtype), **tensors)
-    write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
-    return folder
+def _names(slots: Sequence[Slot]) -> list[str]:
+    return [name for slot in slots for name in slot.names]
 
 
-def _write_file(folder: Path, frame: Frame, slots: Sequence[Slot], dtype: str, **tensors: Any) -> Path:
-    path = folder / f"model-{dtype}.gguf"
-    names = [name for slot in slots for name in slot.names]
-    write_gguf(path, frame, names, (np.asarray(tensor) for tensor in dense_tensors(slots, **tensors)), dtype)
-    return path
-
-
-def _adapters(model: CausalLM) -> dict[str, Merging]:
-    """By the name of the first layer's module."""
+def _adapters(model: CausalLM) -> Mapping[str, Merging]:
+    """The adapters by the name of the first layer's module."""
     modules = (*linears(model), *norms(model))
     return {layer_name(name, 0): module.adapter for name, module in modules if module.adapter}
 
 
-def _read_back(path: Path, computed: str) -> ModelParts:
-    return partition(_dense(open_model(path), computed))
-
-
-def _dense(source: ModelSource, computed: str) -> CausalLM:
-    args: dict[str, Any] = {"path": str(source.path), "quant_type": "none", "compute_dtype": computed}
-    return load_model(source, model_config(source.config), weight_format(ModelArgs(**args))).model
+def _load_dense(source: ModelSource, compute_dtype: np.dtype) -> CausalLM:
+    name = "bfloat16" if compute_dtype == jnp.bfloat16 else "float32"
+    args = ModelArgs(path=str(source.path), quant_type="none", compute_dtype=name)
+    return load_model(source, model_config(source.config), weight_format(args)).model

@@ -1,43 +1,53 @@
-"""Exports a run, from its checkpoint and its base on disk."""
+"""Exports a run as a PEFT adapter folder, from its checkpoint and its base on disk."""
 
 import dataclasses
 from pathlib import Path
 
-from rich.console import Console
-
 from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
+from qlora_jax.io.loader import Progress
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split, token_config, token_tensors
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import Opened, load_base, open_base_or_run
-from qlora_jax.io.progress import loading
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.trainable_embeddings import add_token_rows, whole_tables
 
-BASE = "base"
+BASE_FOLDER = "base"
 
 
 def export_peft(
-    path: Path, output: Path, *, step: int | None, model: str | None, with_base: bool, console: Console
-) -> None:
-    """Writes the adapter of the run at `path` to the new folder `output`, and with `with_base` its base to output/base.
+    run_folder: Path,
+    output: Path,
+    *,
+    step: int | None = None,
+    model: str | None = None,
+    with_base: bool = False,
+    progress: Progress | None = None,
+) -> ExportResult:
+    """Writes a run's adapter to the new folder `output` in PEFT's format; prints nothing.
 
     Args:
-      model: where the run's base lies now, if elsewhere than in training.
+      run_folder: the run, or an adapter folder of PEFT.
+      step: the checkpoint to export; None for the newest.
+      model: where the run's base is now, if it moved after training.
+      with_base: also write the dequantized base that the adapter was trained on, to output/base.
+      progress: called while that base loads, as by `load_model`.
 
     Raises:
-      ValueError: no run or no such step, an output that is there already, or (with_base) another base than the run's.
+      ValueError: `run_folder` is not a run or lacks the step, `output` exists, PEFT cannot hold the adapter, or (with
+        `with_base`) the base is not the one that the run was trained on.
     """
-    opened = open_base_or_run(model, str(path), step=step)
+    opened = open_base_or_run(model, str(run_folder), step=step)
     run = opened.run
     assert run is not None
-    base, revision = (str((output / BASE).absolute()), None) if with_base else _base_of(opened.source)
+    base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
     trained = as_exported(run, with_base)
@@ -47,31 +57,30 @@ def export_peft(
     on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
     config = adapter_config(lora, trained.args, linears, base, on_inputs) | {"revision": revision}
     config |= token_config(tables, run.new_ids, opened.features)
-    whole = opened.whole_features.vocab_size
-    rows = whole if whole > opened.features.vocab_size and not with_base else None
+    total_rows = opened.whole_features.vocab_size
+    resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     with staged_folder(output) as folder:
         tensors = adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features)
-        write_adapter(folder, tensors, config, rows)
+        write_adapter(folder, tensors, config, resized_rows)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:
-            _write_base(folder / BASE, opened, console)
-    first = [f"PEFT wants its embedding longer first: base.resize_token_embeddings({rows})"] if rows else []
-    _tell(output, run, base, [*first, *trained.notes, *notes_for_readers(config)], console)
+            _write_base(folder / BASE_FOLDER, opened, progress)
+    lines = _lines(output, run, base, resized_rows, [*trained.notes, *notes_for_readers(config)])
+    return ExportResult(path=output, lines=lines)
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:
-    """(where PEFT finds the base, at which revision): what transformers calls a name on the Hub, or a path."""
+    """(base, revision) for adapter_config.json: a Hub name and its commit, or an absolute path and None."""
     on_hub = HubName.of(source.hub_name or "")
     if on_hub is None:
         return str(source.path.absolute()), None
     return str(dataclasses.replace(on_hub, revision=None)), on_hub.revision
 
 
-def _write_base(folder: Path, opened: Opened, console: Console) -> None:
-    """The base as the run saw it: quantized, and dequantized again; its new tokens have the mean row."""
-    with loading(console) as progress:
-        model = load_base(opened, opened.args, progress)
+def _write_base(folder: Path, opened: Opened, progress: Progress | None) -> None:
+    """Writes the base that training saw: quantized and dequantized again, new tokens with the mean row."""
+    model = load_base(opened, opened.args, progress)
     folder.mkdir()
     dtype, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
     add_token_rows(model, opened.tokenizer.new_ids, dtype)
@@ -80,8 +89,11 @@ def _write_base(folder: Path, opened: Opened, console: Console) -> None:
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 
-def _tell(output: Path, run: Run, base: str, notes: list[str], console: Console) -> None:
-    lines = [f"adapter of {run.label}: {output}", f"its base model: {base}", *notes]
+def _lines(output: Path, run: Run, base: str, resized_rows: int | None, notes: list[str]) -> tuple[str, ...]:
+    lines = [f"adapter of {run.label}: {output}", f"its base model: {base}"]
+    if resized_rows:
+        lines.append(f"PEFT requires a longer embedding first: base.resize_token_embeddings({resized_rows})")
+    lines += notes
     if is_gguf(base):
-        lines.append("peft loads no GGUF file: export again with --with_base to get a base that it loads")
-    console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        lines.append("peft cannot load a GGUF file: export again with --with_base to get a base that it loads")
+    return tuple(lines)

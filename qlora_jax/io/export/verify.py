@@ -1,4 +1,4 @@
-"""How far the logits of an exported model are from those of base and adapter, on real prompts.
+"""Compares the logits of an exported model with those of base and adapter, on fixed prompts.
 
 Dimension key: B prompts, T tokens of the longest.
 """
@@ -18,17 +18,19 @@ PROMPTS = (
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return",
     "Frage: Wie viele Beine haben drei Spinnen? Antwort:",
 )
-# A merge is refused where it is off by more than this share of what the adapter does, and of the logits themselves;
-# 16-bit computation alone makes some 2^-6 of the latter.
-OF_ADAPTER, OF_LOGITS = 1 / 4, 1 / 16
+# A merge is rejected if its error exceeds both of these shares: of what the adapter adds to the logits, and of the
+# logits' standard deviation. Computing in 16 bits alone causes an error of about 2^-6 of the latter.
+MAX_SHARE_OF_ADAPTER, MAX_SHARE_OF_LOGITS = 1 / 4, 1 / 16
 
 
-class Difference(NamedTuple):
-    """Of logits, over all tokens of the prompts: how far the merge is off, and what there is to be off from.
+class LogitDifference(NamedTuple):
+    """The error of a merged model's logits over all prompt tokens, and the scales to judge it by.
 
-    Fields:
-      largest: of the merge's, from those of base and adapter; rms likewise.
-      adapter_largest, adapter_rms: of what the adapter adds to the base's.
+    Attributes:
+      largest: maximum absolute difference from the logits of base and adapter.
+      rms: root mean square of that difference.
+      adapter_largest: maximum absolute difference that the adapter makes to the base's logits.
+      adapter_rms: root mean square of the adapter's difference.
       spread: standard deviation of the logits.
     """
 
@@ -40,8 +42,8 @@ class Difference(NamedTuple):
 
     @property
     def is_small(self) -> bool:
-        """Whether the merge does what base and adapter do."""
-        return self.rms <= max(OF_ADAPTER * self.adapter_rms, OF_LOGITS * self.spread)
+        """True if the merged model computes what base and adapter compute."""
+        return self.rms <= max(MAX_SHARE_OF_ADAPTER * self.adapter_rms, MAX_SHARE_OF_LOGITS * self.spread)
 
     def __str__(self) -> str:
         return (
@@ -51,34 +53,34 @@ class Difference(NamedTuple):
         )
 
 
-class Prompts(NamedTuple):
-    """Prompts in one array, and which of its places hold a token: the others are to their right."""
+class PromptBatch(NamedTuple):
+    """Prompts in one array, padded on the right; `real_BT` is True at positions that hold a token."""
 
     tokens_BT: Int32[np.ndarray, "B T"]
     real_BT: Bool[np.ndarray, "B T"]
 
 
-def tokens_of(tokenizer: Tokenizer, texts: Sequence[str]) -> Prompts:
-    """The texts' tokens."""
+def tokenize_prompts(tokenizer: Tokenizer, texts: Sequence[str]) -> PromptBatch:
+    """Tokenizes texts into one padded batch."""
     ids = [tokenizer.encode(text) for text in texts]
     lengths = np.array([len(row) for row in ids])
     real_BT = np.arange(lengths.max())[None] < lengths[:, None]
     tokens_BT = np.zeros(real_BT.shape, np.int32)
     tokens_BT[real_BT] = np.concatenate(ids)
-    return Prompts(tokens_BT, real_BT)
+    return PromptBatch(tokens_BT, real_BT)
 
 
-def difference(
+def compare_logits(
     merged: Float[np.ndarray, "real V"], with_adapter: Float[np.ndarray, "real V"], without: Float[np.ndarray, "real V"]
-) -> Difference:
-    """How far a merge's logits are from those of base and adapter."""
+) -> LogitDifference:
+    """Computes how far a merged model's logits are from those of base and adapter."""
     off, added = merged - with_adapter, with_adapter - without
     largest, rms = (lambda x: float(np.max(np.abs(x)))), (lambda x: float(np.sqrt(np.mean(np.square(x)))))
-    return Difference(largest(off), rms(off), largest(added), rms(added), float(np.std(with_adapter)))
+    return LogitDifference(largest(off), rms(off), largest(added), rms(added), float(np.std(with_adapter)))
 
 
-def logits_of(parts: ModelParts, prompts: Prompts) -> np.ndarray:
-    """[real tokens, V] in f32."""
+def prompt_logits(parts: ModelParts, prompts: PromptBatch) -> Float[np.ndarray, "real V"]:
+    """The f32 logits [real tokens, V] of a batch, without those of padding."""
 
     @jax.jit
     def logits(parts: ModelParts, tokens_BT: jax.Array) -> jax.Array:

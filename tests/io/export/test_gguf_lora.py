@@ -103,6 +103,6 @@ def test_another_adapter_is_refused(tmp_path: Path) -> None:
         fingerprint=None,
     )
     with pytest.raises(
-        ValueError, match=r"run, step 3 is no plain LoRA.*layers.q: \[.*'magnitude'\]; .*v: \['vector'\]"
+        ValueError, match=r"run, step 3 is not a plain LoRA.*layers.q: \[.*'magnitude'\]; .*v: \['vector'\]"
     ):
         check_plain(run, lora)
