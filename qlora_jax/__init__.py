@@ -9,7 +9,7 @@ from typing import Any
 
 # public name -> (the module that defines it, its name there)
 _PUBLIC = {
-    "open_base_or_run": ("qlora_jax.io.pretrained", "open_base_or_run"),
+    "open_pretrained": ("qlora_jax.io.pretrained", "open_pretrained"),
     "load_base": ("qlora_jax.io.pretrained", "load_base"),
     "adapted": ("qlora_jax.io.pretrained", "adapted"),
     "LoraArgs": ("qlora_jax.config", "LoraArgs"),

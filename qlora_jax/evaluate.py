@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_jax.data.tokenizer.tokenizer import Tokenizer
     from qlora_jax.evaluation.tasks.task import Task
     from qlora_jax.inference.result_cache import Kept
-    from qlora_jax.io.pretrained import Opened
+    from qlora_jax.io.pretrained import OpenedModel
     from qlora_jax.models.partition import ModelParts
 
 PLAIN: dict[str, Any] = {"style": "dim", "markup": False, "highlight": False}  # messages
@@ -44,7 +44,7 @@ class Column(NamedTuple):
       adapted: the run's adapter is on it.
     """
 
-    opened: "Opened"
+    opened: "OpenedModel"
     tasks: "Sequence[Task]"
     quant_type: str
     label: str
@@ -59,10 +59,10 @@ def main(argv: list[str]) -> None:
     from qlora_jax.evaluation.lm_eval.preflight import check_ready
     from qlora_jax.evaluation.tables import Scored, as_data, show
     from qlora_jax.inference.result_cache import kept_for
-    from qlora_jax.io.pretrained import open_base_or_run
+    from qlora_jax.io.pretrained import open_pretrained
 
     runtime.start()
-    opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
+    opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
     tasks = _tasks(args, opened, raw="raw" in flags)
     columns = _columns(args, opened, tasks)
     if args.against is not None:
@@ -91,11 +91,11 @@ def main(argv: list[str]) -> None:
         Path(args.json).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
 
 
-def _tokenizer(opened: "Opened", *, raw: bool) -> "Tokenizer":
+def _tokenizer(opened: "OpenedModel", *, raw: bool) -> "Tokenizer":
     return dataclasses.replace(opened.tokenizer, chat_template=None) if raw else opened.tokenizer
 
 
-def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
+def _tasks(args: EvaluateArgs, opened: "OpenedModel", *, raw: bool) -> list["Task"]:
     from qlora_jax.evaluation.lm_eval.task import HarnessTask
     from qlora_jax.evaluation.tasks import text
     from qlora_jax.evaluation.tasks.registry import question_tasks
@@ -117,7 +117,7 @@ def _tasks(args: EvaluateArgs, opened: "Opened", *, raw: bool) -> list["Task"]:
     return tasks
 
 
-def _columns(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]") -> dict[str, Column]:
+def _columns(args: EvaluateArgs, opened: "OpenedModel", tasks: "Sequence[Task]") -> dict[str, Column]:
     """The base's columns and the run's, in the order to show them."""
     quant_type = _quant_type(args, opened)
     columns = {"unquantized": Column(opened, tasks, "none", "unquantized", False)}
@@ -131,12 +131,14 @@ def _columns(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]") -> d
     return columns
 
 
-def _against(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]", *, raw: bool) -> Column:
+def _against(args: EvaluateArgs, opened: "OpenedModel", tasks: "Sequence[Task]", *, raw: bool) -> Column:
     """The other run's column; ValueError where it is not asked the same as the run."""
     from qlora_jax.evaluation.comparable import check_same
-    from qlora_jax.io.pretrained import open_base_or_run
+    from qlora_jax.io.pretrained import open_pretrained
 
-    other = open_base_or_run(args.model, args.against, step=args.against_step, chat_template=args.chat_template)
+    other = open_pretrained(
+        model=args.model, run=args.against, step=args.against_step, chat_template=args.chat_template
+    )
     others = _tasks(args, other, raw=raw)
     names = (f"run {args.run}", f"against {args.against}")
     check_same(tasks, others, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
@@ -145,18 +147,18 @@ def _against(args: EvaluateArgs, opened: "Opened", tasks: "Sequence[Task]", *, r
     return Column(other, others, quant_type, _run_label(args, other, quant_type) + on_another, True)
 
 
-def _of_one_base(opened: "Opened", other: "Opened") -> bool:
+def _of_one_base(opened: "OpenedModel", other: "OpenedModel") -> bool:
     """Runs know the base that they were trained on; of adapters from elsewhere, where it lies tells."""
     assert opened.run is not None and other.run is not None
     known = opened.run.fingerprint is not None and opened.run.fingerprint == other.run.fingerprint
     return known or opened.source.path == other.source.path
 
 
-def _quant_type(args: EvaluateArgs, opened: "Opened") -> str:
+def _quant_type(args: EvaluateArgs, opened: "OpenedModel") -> str:
     return opened.args.quant_type if args.quant_type == "auto" else args.quant_type
 
 
-def _run_label(args: EvaluateArgs, opened: "Opened", quant_type: str) -> str:
+def _run_label(args: EvaluateArgs, opened: "OpenedModel", quant_type: str) -> str:
     run, trained = opened.run, opened.args.quant_type
     assert run is not None
     like_named = args.against is not None and Path(str(args.run)).name == Path(args.against).name
@@ -166,17 +168,20 @@ def _run_label(args: EvaluateArgs, opened: "Opened", quant_type: str) -> str:
 
 def _models(args: EvaluateArgs, columns: Mapping[str, Column], console: Console) -> Iterator[tuple[str, "ModelParts"]]:
     """Each column's model, one at a time; columns of one run and one quant_type share their base."""
-    from qlora_jax.io.pretrained import adapted, held_as, load_base, unadapted
+    from qlora_jax.io.pretrained import apply_adapter, load_base, parts_before_training, weight_settings
     from qlora_jax.io.progress import loading
 
     of_one_base = itertools.groupby(columns, key=lambda name: (id(columns[name].opened), columns[name].quant_type))
     for names in ([*group] for _, group in of_one_base):
         opened, _, quant_type, *_ = columns[names[0]]
         with loading(console) as progress:
-            model = load_base(opened, held_as(opened, quant_type, args.compute_dtype), progress)
+            model = load_base(opened, weight_settings(opened, quant_type, args.compute_dtype), progress)
         for name in names:
             run = opened.run
-            yield name, adapted(model, run) if columns[name].adapted and run else unadapted(model, run)
+            yield (
+                name,
+                apply_adapter(model, run) if columns[name].adapted and run else parts_before_training(model, run),
+            )
         del model  # before the next one is loaded
 
 

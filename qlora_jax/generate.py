@@ -14,7 +14,7 @@ from qlora_jax.evaluation.settings import GenerateArgs, check_generate
 if TYPE_CHECKING:
     from qlora_jax.data.readers.files import Row
     from qlora_jax.inference.prompts import Prompter
-    from qlora_jax.io.pretrained import Opened
+    from qlora_jax.io.pretrained import OpenedModel
     from qlora_jax.models.partition import ModelParts
 
 COMMAND = Command(
@@ -37,10 +37,10 @@ def main(argv: list[str]) -> None:
     from qlora_jax.inference.reply_file import write_replies
     from qlora_jax.inference.sampling import Sampling
     from qlora_jax.inference.terminal_chat import ENDS, chat, show_reply
-    from qlora_jax.io.pretrained import open_base_or_run
+    from qlora_jax.io.pretrained import open_pretrained
 
     runtime.start()
-    opened = open_base_or_run(args.model, args.run, step=args.step, chat_template=args.chat_template)
+    opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
     prompter = prompts.prompter(opened.tokenizer, raw="raw" in flags, system=args.system)
     limit = opened.features.max_positions
     rows, encoded = _prompts(args, prompter, limit)
@@ -80,13 +80,13 @@ def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tu
     return rows, encode_prompts("--prompt", rows, prompter, max_positions)
 
 
-def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "ModelParts":
+def _load(opened: "OpenedModel", args: GenerateArgs, console: Console) -> "ModelParts":
     """The model as trained, or as the settings want it."""
-    from qlora_jax.io.pretrained import adapted, held_as, load_base
+    from qlora_jax.io.pretrained import apply_adapter, load_base, weight_settings
     from qlora_jax.io.progress import loading
     from qlora_jax.models.partition import partition
 
-    held = held_as(opened, args.quant_type, args.compute_dtype)
+    held = weight_settings(opened, args.quant_type, args.compute_dtype)
     with loading(console) as progress:
         model = load_base(opened, held, progress)
     if opened.run is None:
@@ -94,7 +94,7 @@ def _load(opened: "Opened", args: GenerateArgs, console: Console) -> "ModelParts
     if held.quant_type != opened.args.quant_type:
         trained = f"this adapter was trained on a base in {opened.args.quant_type}"
         console.print(f"note: {trained}, and runs on one in {held.quant_type}", highlight=False)
-    return adapted(model, opened.run)
+    return apply_adapter(model, opened.run)
 
 
 @contextlib.contextmanager

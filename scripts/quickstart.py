@@ -22,7 +22,7 @@ from qlora_jax.inference.decode import generate
 from qlora_jax.inference.prompts import prompter, stop_ids
 from qlora_jax.inference.result_cache import NOTHING_KEPT
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.pretrained import Opened, adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.training.run import check_folder, train
 
@@ -47,11 +47,11 @@ def main(argv: list[str]) -> None:
     console.print(
         f"[bold]3. Held-out rows[/] of {HELD_OUT.relative_to(ROOT)}, never trained on: scored before and after"
     )
-    opened = open_base_or_run(None, config.output)
+    opened = open_pretrained(run=config.output)
     assert opened.run is not None
     base = load_base(opened, opened.args)
     parts = {"quantized": partition(base)}
-    parts["checkpoint"] = adapted(base, opened.run)
+    parts["checkpoint"] = apply_adapter(base, opened.run)
     _scores(opened, parts, console)
     console.print("[bold]4. Answers[/] to held-out passages")
     _samples(opened, parts, console)
@@ -74,7 +74,7 @@ def _config(argv: list[str], model: Path) -> Config:
     return read_arguments([*defaults, *argv])
 
 
-def _scores(opened: Opened, parts: dict[str, ModelParts], console: Console) -> None:
+def _scores(opened: OpenedModel, parts: dict[str, ModelParts], console: Console) -> None:
     # The base never heard of the form "Title: ...": give it that start, so that form alone makes no difference.
     limit = opened.features.max_positions
     task = rows_task(str(HELD_OUT), opened.tokenizer, max_rows=None, max_positions=limit, answer_start="Title:")
@@ -85,7 +85,7 @@ def _scores(opened: Opened, parts: dict[str, ModelParts], console: Console) -> N
     show(Scored(task, scores), LABELS, console)
 
 
-def _samples(opened: Opened, parts: dict[str, ModelParts], console: Console) -> None:
+def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console) -> None:
     rows = read_rows(str(HELD_OUT))
     chosen = [rows[index].data for index in SAMPLES]
     ask = prompter(opened.tokenizer, raw=False, system=None)

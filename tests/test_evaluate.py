@@ -13,7 +13,7 @@ from qlora_jax.evaluation.tasks.choices import choice_scores
 from qlora_jax.evaluation.tasks.text import choice_task, rows_task, text_task
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.pretrained import adapted, held_as, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.models.partition import partition
 from tests.e2e.project import TEMPLATE
 from tests.inference.small_run import write_run
@@ -36,9 +36,9 @@ def folder(tmp_path_factory):
 
 def direct(folder, column, step=7):
     """A column's scores without the command."""
-    opened = open_base_or_run(None, str(folder / "run"), step=step)
-    model = load_base(opened, held_as(opened, "none" if column == "unquantized" else "auto", "float32"))
-    parts = adapted(model, opened.run) if column == "checkpoint" else partition(model)
+    opened = open_pretrained(run=str(folder / "run"), step=step)
+    model = load_base(opened, weight_settings(opened, "none" if column == "unquantized" else "auto", "float32"))
+    parts = apply_adapter(model, opened.run) if column == "checkpoint" else partition(model)
     tokenizer, limits = opened.tokenizer, dict(max_rows=None, max_positions=256)
     text = text_task(str(folder / "text.txt"), tokenizer, window=64, stride=None, max_tokens=None, max_positions=256)
     return (
@@ -81,8 +81,8 @@ def test_columns_can_be_chosen(folder, tmp_path):
 
 
 def test_exact_answers_are_those_that_the_model_writes(folder, tmp_path):
-    opened = open_base_or_run(str(folder / "model"), None)
-    parts = partition(load_base(opened, held_as(opened, "none", "float32")))
+    opened = open_pretrained(model=str(folder / "model"))
+    parts = partition(load_base(opened, weight_settings(opened, "none", "float32")))
     rows = []
     for number, word in enumerate(["sun", "moon", "rain"]):
         ids = answers_prompt(opened.tokenizer, word)

@@ -12,7 +12,7 @@ from qlora_jax import generate
 from qlora_jax.inference import decode
 from qlora_jax.inference.prompts import stop_ids
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import partition
 from tests.inference.small_run import STEPS, write_run
 
@@ -29,9 +29,9 @@ def folder(tmp_path_factory) -> Path:
 
 def direct(folder: Path, prompt: str, step: int | None, **sampling) -> str:
     """The reply without the command: the checkpoint's at `step`, the base's where that is None."""
-    opened = open_base_or_run(None, str(folder / "run"), step=step)
+    opened = open_pretrained(run=str(folder / "run"), step=step)
     model = load_base(opened, opened.args)
-    parts = partition(model) if step is None else adapted(model, opened.run)
+    parts = partition(model) if step is None else apply_adapter(model, opened.run)
     ids = opened.tokenizer.encode(opened.tokenizer.render([{"role": "user", "content": prompt}], True))
     stops = stop_ids(opened.tokenizer, [], chat=True)
     settings = dict(sampling=Sampling(**sampling), max_new_tokens=8, stop_ids=stops)

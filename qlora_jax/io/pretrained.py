@@ -1,4 +1,4 @@
-"""A model to use rather than to train: a base from disk, with the adapter of a run or without."""
+"""Opens pretrained models and runs for use: metadata and tokenizer first, then the base, then the adapter."""
 
 import dataclasses
 from pathlib import Path
@@ -6,18 +6,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from qlora_jax.config import ModelArgs
+from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template, with_new_tokens
-from qlora_jax.io.adapter_init import rest_by
-from qlora_jax.io.checkpoint import Run, open_run
+from qlora_jax.io.adapter_init import Initial, Splits, rest_by
+from qlora_jax.io.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.tokenizer import read_tokenizer
-from qlora_jax.io.loader import Progress, load_model, whole
+from qlora_jax.io.loader import Loaded, Progress, load_model, whole
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.models.add_adapters import add_lora
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
@@ -26,11 +26,11 @@ from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, se
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Opened:
-    """A model's metadata and tokenizer, and the run whose adapter it gets; no weight of the base has been read yet.
+class OpenedModel:
+    """A model's metadata and tokenizer, and the run whose adapter it gets; no weight has been read yet.
 
     Fields:
-      args: how the base is held; those of the run where there is one.
+      args: weight format of the base; the run's if there is one.
     """
 
     source: ModelSource
@@ -40,44 +40,72 @@ class Opened:
     run: Run | None
 
     @property
-    def whole_features(self) -> ModelConfig:
-        """The features of the model with all rows of the run's tables."""
+    def full_features(self) -> ModelConfig:
+        """The model's features, its vocabulary extended by the rows that the run added."""
         tables = {} if self.run is None else self.run.tables
         lengths = (*(number + 1 for number in self.tokenizer.new_ids), *map(len, tables.values()))
         rows = max((self.features.vocab_size, *lengths))
         return dataclasses.replace(self.features, vocab_size=rows)
 
 
-def open_base_or_run(
-    model: str | None, run: str | None, *, step: int | None = None, chat_template: str | None = None
-) -> Opened:
-    """The model `model`, or the base of the run in folder `run` (looked for at `model` where both are given).
+def is_finetuned(path: str | Path) -> bool:
+    """True if the folder holds a training run or a PEFT adapter, not a base model."""
+    folder = Path(path).expanduser()
+    return (folder / CONFIG_FILE).is_file() or is_adapter(folder)
+
+
+def open_base(args: ModelArgs, chat_template: str | None = None) -> OpenedModel:
+    """Opens the base model at `args.path`, a path or a name on the Hub.
 
     Args:
-      model: a path, or a name on the Hub.
-      run: a run's folder, or a PEFT adapter's.
-      step: the run's checkpoint; None for the newest.
-      chat_template: a jinja file instead of the run's, or the model's own.
+      chat_template: a jinja file to use instead of the model's template.
 
     Raises:
-      ValueError: whatever is wrong with the files of either.
+      ValueError: the files are missing, damaged or not supported.
     """
-    if run is not None and is_adapter(Path(run)):
-        return _open_adapter(Path(run), model, step, chat_template)
-    opened_run = None if run is None else open_run(Path(run), step)
-    args = ModelArgs(path=str(model)) if opened_run is None else opened_run.model
-    source = open_model(args.path if model is None else model)
-    template = chat_template or (opened_run.chat_template if opened_run else None)
-    return _opened(source, args, opened_run, template)
+    return _opened(open_model(args.path), args, None, chat_template)
 
 
-def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> Opened:
+def open_finetuned(
+    folder: str | Path, *, base: str | None = None, step: int | None = None, chat_template: str | None = None
+) -> OpenedModel:
+    """Opens the base of a training run or PEFT adapter, together with the adapter.
+
+    Args:
+      base: path of the base model, if it moved after training.
+      step: the run's checkpoint; None for the newest.
+      chat_template: a jinja file to use instead of the run's or the model's template.
+
+    Raises:
+      ValueError: the files of either are missing, damaged or not supported; there is no such checkpoint.
+    """
+    if is_adapter(Path(folder)):
+        return _open_adapter(Path(folder), base, step, chat_template)
+    run = open_run(Path(folder), step)
+    source = open_model(run.model.path if base is None else base)
+    return _opened(source, run.model, run, chat_template or run.chat_template)
+
+
+def open_pretrained(
+    *, model: str | None = None, run: str | None = None, step: int | None = None, chat_template: str | None = None
+) -> OpenedModel:
+    """Opens the base `model`, or the finetuned `run`, whose base is then looked for at `model` if both are given.
+
+    Raises:
+      ValueError: as `open_base` and `open_finetuned`.
+    """
+    if run is not None:
+        return open_finetuned(run, base=model, step=step, chat_template=chat_template)
+    return open_base(ModelArgs(path=str(model)), chat_template)
+
+
+def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> OpenedModel:
     features = model_config(source.config)
     tokenizer = open_tokenizer(source, args, features.vocab_size)
     if run is not None:
         tokenizer = dataclasses.replace(tokenizer, new_ids=tokenizer.new_ids or run.new_ids)
         run = dataclasses.replace(run, new_ids=tokenizer.new_ids)
-    return Opened(
+    return OpenedModel(
         source=source,
         features=features,
         tokenizer=tokenizer if chat_template is None else with_chat_template(tokenizer, chat_template),
@@ -86,12 +114,12 @@ def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template
     )
 
 
-def _open_adapter(folder: Path, model: str | None, step: int | None, chat_template: str | None) -> Opened:
+def _open_adapter(folder: Path, base: str | None, step: int | None, chat_template: str | None) -> OpenedModel:
     if step is not None:
-        raise ValueError(f"{folder} is a PEFT adapter, which has no steps: leave out --step {step}")
-    path = model or base_of(folder)
+        raise ValueError(f"{folder}: a PEFT adapter has no steps (found step {step}). Remove --step")
+    path = base or base_of(folder)
     if path is None or not (Path(path).expanduser().exists() or HubName.of(path)):
-        raise ValueError(f"the base of {folder} is {path!r}, which is not here: give its path with --model")
+        raise ValueError(f"{folder}: its base model does not exist (found {path!r}). Give its path with --model")
     args = ModelArgs(path=path)
     source = open_model(path)
     features = model_config(source.config)
@@ -113,7 +141,7 @@ def _open_adapter(folder: Path, model: str | None, step: int | None, chat_templa
 
 
 def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSource:
-    """With the adapter's own tokenizer, if it has one; else the base's has to know the tokens up to `last`."""
+    """The source with the adapter's tokenizer; without one, the base's tokenizer must know all tokens up to `last`."""
     own = read_tokenizer(folder)
     if "tokenizer_json" in own:
         stop = own["stop_token_ids"] or source.tokenizer["stop_token_ids"]
@@ -121,42 +149,67 @@ def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSou
         return dataclasses.replace(source, tokenizer={**own, "stop_token_ids": stop, "chat_template": template})
     if (size := load_tokenizer(source.tokenizer).vocab_size) <= last:
         raise ValueError(
-            f"{folder} has rows of new tokens, up to {last}, but no tokenizer.json, and the base's tokenizer has "
-            f"{size} tokens: put the tokenizer that it was trained with into the folder"
+            f"{folder}: tokenizer.json is missing (found rows of new tokens up to {last}, the base's tokenizer has "
+            f"{size} tokens). Copy the tokenizer of training into the folder"
         )
     return source
 
 
-def held_as(opened: Opened, quant_type: str, compute_dtype: str) -> ModelArgs:
-    """How to hold the base: as asked for, or as `opened` says where that is "auto"."""
-    wanted = {"quant_type": quant_type, "compute_dtype": compute_dtype}
-    return dataclasses.replace(opened.args, **{name: value for name, value in wanted.items() if value != "auto"})
+def weight_settings(opened: OpenedModel, quant_type: str, compute_dtype: str) -> ModelArgs:
+    """The weight format to load the base in; "auto" stands for the format in `opened`."""
+    given = {"quant_type": quant_type, "compute_dtype": compute_dtype}
+    return dataclasses.replace(opened.args, **{name: value for name, value in given.items() if value != "auto"})
 
 
-def load_base(opened: Opened, args: ModelArgs, progress: Progress | None = None) -> CausalLM:
-    """The base, held as `args` says.
+def load_base(opened: OpenedModel, args: ModelArgs, progress: Progress | None = None) -> CausalLM:
+    """Loads the base in the weight format of `args`.
 
     Raises:
-      ValueError: it is not the base of the run; that can be told where it is quantized as the run was trained.
+      ValueError: a file is damaged, or it is not the run's base; the latter is checked if the weights are quantized as
+        in training.
     """
+    return load_checked(opened, args, progress).model
+
+
+def load_checked(opened: OpenedModel, args: ModelArgs, progress: Progress | None = None) -> Loaded:
+    """Loads the base like `load_base`, and returns its fingerprint too."""
     run = opened.run
     rest = whole if run is None or run.initial is None else rest_by(run.initial, opened.features, run.lora_args)
     loaded = load_model(opened.source, opened.features, weight_format(args), progress, rest)
     if run is None or run.fingerprint is None or _quantization(args) != _quantization(run.model):
-        return loaded.model
+        return loaded
     if loaded.fingerprint != run.fingerprint:
         raise ValueError(
             f"{opened.source.path} is not the base that {run.path} was trained on: its fingerprint is "
             f"{loaded.fingerprint[:12]}, expected {run.fingerprint[:12]}. Give the path of the right one: --model"
         )
-    return loaded.model
+    return loaded
 
 
-def adapted(model: CausalLM, run: Run) -> ModelParts:
-    """The parts of the model with the run's adapter on it.
+def load_for_training(
+    source: ModelSource,
+    features: ModelConfig,
+    weights: WeightFormat,
+    lora: LoraArgs,
+    key: jax.Array,
+    progress: Progress | None = None,
+) -> tuple[Loaded, Initial | None]:
+    """Loads a base for a new adapter: (the base, what the adapter starts with if that is a part of the weights).
+
+    Args:
+      key: of the adapter's initial values.
+    """
+    if lora.init == "default":
+        return load_model(source, features, weights, progress), None
+    splits = Splits(features, weights, lora, key)
+    return load_model(source, features, weights, progress, splits), splits.initial()
+
+
+def apply_adapter(model: CausalLM, run: Run) -> ModelParts:
+    """Puts the run's adapter on the model, in place, and returns the model's parts.
 
     Raises:
-      ValueError: the adapter does not fit the model; names every projection where it does not.
+      ValueError: the adapter does not fit the model; the message names every projection that differs.
     """
     add_lora(model, run.lora_args, jax.random.key(0), None if run.initial is None else run.initial.factors)
     set_tables(model, run.tables)
@@ -166,9 +219,12 @@ def adapted(model: CausalLM, run: Run) -> ModelParts:
     return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora))
 
 
-def unadapted(model: CausalLM, run: Run | None) -> ModelParts:
-    """Likewise before the run's training: the base, with that part of its weights that the run's adapters began with;
-    tokens that it does not have, and the run's new ones, have the mean row."""
+def parts_before_training(model: CausalLM, run: Run | None) -> ModelParts:
+    """The parts of the model as it was before the run's training.
+
+    With lora.init=pissa or loftq that includes the initial adapter, which holds a part of the base's weights. Tokens
+    that the base does not have get its mean row.
+    """
     if run is not None:
         if run.initial is not None:
             add_lora(model, run.lora_args, jax.random.key(0), run.initial.factors)
@@ -183,19 +239,20 @@ def _quantization(args: ModelArgs) -> tuple[str, int, bool]:
 
 
 def open_tokenizer(source: ModelSource, args: ModelArgs, vocabulary: int) -> Tokenizer:
-    """The tokenizer of `source`, with the settings' new tokens.
+    """The tokenizer of `source`, with the new tokens of `args`.
 
     Args:
-      vocabulary: rows of the model's embedding.
+      vocabulary: number of rows of the model's embedding.
 
     Raises:
-      ValueError: it can't be read; a token that is not new; or, with new tokens, fewer rows than tokens before them.
+      ValueError: the tokenizer cannot be read; a token is not new; or, with new tokens, the embedding has fewer rows
+        than the tokenizer had tokens.
     """
     tokenizer = load_tokenizer(source.tokenizer)
     grown = with_new_tokens(tokenizer, args.new_tokens, args.new_special_tokens)
     if grown.new_ids and min(grown.new_ids) > vocabulary:
         raise ValueError(
-            f"{source.path}: its tokenizer has {tokenizer.vocab_size} tokens, its embedding {vocabulary} rows: new "
-            "tokens would leave rows between them that nothing fills"
+            f"{source.path}: the tokenizer has more tokens than the embedding has rows (found {tokenizer.vocab_size} "
+            f"and {vocabulary}). Remove model.new_tokens, which would leave rows between them without values"
         )
     return grown

@@ -1,9 +1,9 @@
-"""A whole run: what `python -m qlora_jax.train` does once it has a configuration."""
+"""Trains one run: checks, data report, memory plan, steps, checkpoints and report page."""
 
 import dataclasses
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,10 +12,11 @@ from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.data.report.text import print_report
-from qlora_jax.io.adapter_init import read_initial, write_initial
+from qlora_jax.io.adapter_init import Initial, read_initial, write_initial
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
+from qlora_jax.models.partition import ModelParts
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.training.banner import going_on, overview
 from qlora_jax.training.compiled_step import Gradients
@@ -28,60 +29,72 @@ from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.report.facts import RunReport, shown_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import plot_loss
-from qlora_jax.training.session import Inputs, compile_gradients, open_inputs, prepare
+from qlora_jax.training.session import (
+    Inputs,
+    PreparedModel,
+    Session,
+    compile_gradients,
+    make_session,
+    open_inputs,
+    prepare,
+)
 from qlora_jax.training.trackers import Log, check_installed, numbers, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 SAMPLES_FILE = "samples.jsonl"
-OVERSIZED = "oversized"  # the switch of a run that starts although it does not fit
+OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
 
 
-def check_folder(run: Path, *, resume: bool) -> None:
-    """Passes an output folder that a new run may take, or that a resumed run can go on in.
+def check_folder(run: Path, *, resume: bool, allowed: Collection[Path] = ()) -> None:
+    """Checks that the output folder can hold a new run, or holds a run to resume.
+
+    Args:
+      allowed: files that a new run's folder may contain.
 
     Raises:
-      ValueError: it holds a run already and `resume` is false, or the reverse; or something that is no run.
+      ValueError: the folder holds a run and `resume` is false, or the reverse; or it holds other files.
     """
     saved = bool(saved_steps(run))
     if not saved and (run / METRICS_FILE).exists():
         raise ValueError(
-            f"{run} holds a run that ended before its first checkpoint (train.save_every): there is nothing to go on "
-            "from. Delete the folder, or give another output, and start without --resume"
+            f"{run}: the run in it ended before its first checkpoint (train.save_every) and cannot be resumed. Delete "
+            "the folder or give another output, and start without --resume"
         )
     if resume and not saved:
-        raise ValueError(f"--resume: {run} holds no checkpoint to go on from; start the run without --resume")
+        raise ValueError(f"{run}: there is no checkpoint to resume. Start without --resume")
     if saved and not resume:
-        raise ValueError(f"{run} already holds a run: go on with it by --resume, or give another output folder")
+        raise ValueError(f"{run}: contains a run. Resume it with --resume, or give another output")
     if resume or not run.exists():
         _check_writable(run)
         return
-    if not run.is_dir() or not (_names(run) <= {PAGE_FILE, FACTS_FILE} or (run / CONFIG_FILE).exists()):
-        raise ValueError(f"{run} is there already and is no run's folder: give another output")
+    known = {PAGE_FILE, FACTS_FILE, *(path.name for path in allowed)}
+    if not run.is_dir() or not (_names(run) <= known or (run / CONFIG_FILE).exists()):
+        raise ValueError(f"{run}: exists and is not a run folder. Give another output")
 
 
 def _check_writable(run: Path) -> None:
-    """Before data and weights are read, for minutes perhaps."""
+    """Raises ValueError early: reading data and weights may take minutes."""
     nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
     if not nearest.is_dir():
-        raise ValueError(f"output {run}: {nearest} is a file; give another output")
+        raise ValueError(f"output {run}: {nearest} is a file. Give another output")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"output {run}: no permission to write in {nearest}; give another output")
+        raise ValueError(f"output {run}: no permission to write in {nearest}. Give another output")
 
 
 def dry_run(config: Config, run: Path, *, oversized: bool, console: Console) -> None:
-    """Prints what the run would learn from and need, and writes it to report.html and report.json in the folder `run`.
+    """Prints the data report and memory plan, and writes them to report.html and report.json in the folder `run`.
 
     Raises:
-      ValueError: as `train` does before it reads a weight; of a run that does not fit, once the files are written.
+      ValueError: bad input, as in `train`; the run does not fit, after the files are written.
     """
-    planned = _plan(config, console, whole=True)
+    planned = _plan(config, console, full=True)
     page = write_report(_report_of(planned, run, None), run)
     banner("dry run", {"report": f"{page}"}, console)
     planned.refuse_oversized(oversized)
 
 
 class _Planned(NamedTuple):
-    """A run that has not read a weight yet."""
+    """A run before it reads weights."""
 
     config: Config
     inputs: Inputs
@@ -90,20 +103,20 @@ class _Planned(NamedTuple):
 
     def refuse_oversized(self, allowed: bool) -> None:
         if not (self.plan.fits or allowed):
-            raise ValueError(f"memory plan: {self.plan.nearest_fix()}\n  --{OVERSIZED} starts it all the same")
+            raise ValueError(f"memory plan: {self.plan.nearest_fix()}\n  --{OVERSIZED} starts it anyway")
 
 
-def _plan(config: Config, console: Console, *, whole: bool) -> _Planned:
-    """Reads the data and compiles the step; prints what comes of it, or no more than the memory that it needs."""
+def _plan(config: Config, console: Console, *, full: bool, model: PreparedModel | None = None) -> _Planned:
+    """Reads the data and compiles the step; prints the data report if `full`, and the memory plan."""
     check_installed(config.train.track)
-    inputs = open_inputs(config)
+    inputs = open_inputs(config, model)
     config = _pinned(config, inputs)
-    if whole:
+    if full:
         print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):
         gradients = compile_gradients(config, inputs)
         plan = plan_run(config, inputs, gradients)
-    banner("memory plan", plan.rows() if whole else {"needs": plan.rows()["needs"]}, console)
+    banner("memory plan", plan.rows() if full else {"needs": plan.rows()["needs"]}, console)
     return _Planned(config, inputs, gradients, plan)
 
 
@@ -130,7 +143,7 @@ def _names(folder: Path) -> set[str]:
 
 
 class _Report(Reporter):
-    """Writes each record to metrics.jsonl, shows it, and hands its numbers on."""
+    """Writes each record to metrics.jsonl, displays it, and sends its numbers to the trackers."""
 
     def __init__(self, metrics: MetricsFile, samples: MetricsFile, display: Display, logs: Sequence[Log]):
         self._metrics, self._samples, self._display, self._logs = metrics, samples, display, logs
@@ -158,21 +171,47 @@ class _Report(Reporter):
 
 
 def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> bool:
-    """Trains in the folder `run`; True when the last step is done, False when a signal ended it sooner.
+    """Trains in the folder `run`; returns True if the run finished, False if a signal stopped it early.
 
     Args:
-      oversized: start although the plan says that the device's memory is not enough.
+      oversized: start even if the memory plan says that the run does not fit.
 
     Raises:
-      ValueError: bad input of any kind, a run that does not fit the device, or a loss that is not finite.
-      OSError: files that cannot be read or written.
+      ValueError: bad input, a run that does not fit the device, or a loss that is not finite.
+      OSError: a file cannot be read or written.
     """
-    planned = _plan(config, console, whole=not resume)
+    return run_training(config, run, resume=resume, oversized=oversized, console=console).finished
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trained:
+    """The result of a run: the model after `step` optimizer steps; `finished` is False if a signal stopped it early."""
+
+    parts: ModelParts
+    step: int
+    finished: bool
+
+
+def run_training(
+    config: Config,
+    run: Path,
+    *,
+    resume: bool,
+    oversized: bool,
+    console: Console,
+    model: PreparedModel | None = None,
+) -> Trained:
+    """Trains like `train`, and returns the trained model.
+
+    Args:
+      model: a base with an adapter in memory; None to load the base and add an adapter, as `config` says. Its LoRA
+        parameters are donated to the first step.
+    """
+    planned = _plan(config, console, full=not resume, model=model)
     planned.refuse_oversized(oversized)
-    config, inputs, gradients, plan = planned
+    config, plan = planned.config, planned.plan
     peak = watch_peak(Memory.of(jax.local_devices()[0]))
-    with loading(console) as progress:
-        session = prepare(config, inputs, gradients, progress, read_initial(run, config.lora) if resume else None)
+    session = _session(planned, read_initial(run, config.lora) if resume else None, model, console)
     run.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run, config.train.keep) as checkpoints:
         state = restore(session, checkpoints) if resume else start(session)
@@ -194,28 +233,37 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
     write_report(_report_of(planned, run, peak()), run)
     finished = state.step >= session.total_steps or state.best.is_enough(config.train.patience)
-    _say_goodbye(config, state, session.total_steps, finished, console)
-    return finished
+    _print_end(config, state, session.total_steps, finished, console)
+    return Trained(parts=session.parts.with_lora(state.lora), step=state.step, finished=finished)
+
+
+def _session(planned: _Planned, initial: Initial | None, model: PreparedModel | None, console: Console) -> Session:
+    config, inputs, gradients, _ = planned
+    if model is not None:
+        found = {"fingerprint": model.fingerprint, "initial": model.initial}
+        return make_session(config, inputs, gradients, model.parts, **found)
+    with loading(console) as progress:
+        return prepare(config, inputs, gradients, progress, initial)
 
 
 def _pinned(config: Config, inputs: Inputs) -> Config:
-    """With the commit of a model from the Hub, so that the run goes on with the files that it began with."""
+    """The configuration with the commit of a model from the Hub, so that the run resumes with the same files."""
     path = inputs.source.hub_name or config.model.path
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
 def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
-    """What to type next, by what it does, quoted for a shell."""
+    """Commands to type next, quoted for a shell, by their purpose."""
     run, module = config.output, "python -m qlora_jax."
     if not finished:
-        return {"go on": f"{module}train --config {shlex.quote(str(Path(run) / CONFIG_FILE))} --resume"}
+        return {"resume": f"{module}train --config {shlex.quote(str(Path(run) / CONFIG_FILE))} --resume"}
     form = "hf" if config.lora.method == "full" else "peft"
     with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF file
     export = f"{module}export --run {shlex.quote(run)} --format {form}{with_base}"
     return {"try it": f"{module}generate --run {shlex.quote(run)}", "export": export}
 
 
-def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bool, console: Console) -> None:
+def _print_end(config: Config, state: Progress, total_steps: int, finished: bool, console: Console) -> None:
     run, step = Path(config.output), state.step
     lines = {
         "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
@@ -228,7 +276,7 @@ def _say_goodbye(config: Config, state: Progress, total_steps: int, finished: bo
     if config.train.trace_steps:
         lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:
-        lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
+        lines["best"] = f"step {state.best.step}, evaluation loss {state.best.loss:.3f}: --step {state.best.step}"
     lines |= next_commands(config, finished=finished)
-    early = f", for {state.best.since} evaluations found no less held-out loss" if step < total_steps else ""
+    early = f", after {state.best.since} evaluations without a lower evaluation loss" if step < total_steps else ""
     banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

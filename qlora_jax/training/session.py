@@ -1,7 +1,6 @@
-"""Everything a run holds before its first step, built from the configuration alone."""
+"""Builds a training session from a configuration: model, data, optimizer and compiled programs."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,16 +10,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import target_device
-from qlora_jax.config import Config
+from qlora_jax.config import Config, LoraArgs, ModelArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
-from qlora_jax.io.adapter_init import Initial, Splits, check_source, rest_by
-from qlora_jax.io.loader import Loaded, Progress, as_held, load_model
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.adapter_init import Initial, check_source, rest_by
+from qlora_jax.io.loader import Progress, as_held, load_model
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import check_shapes, read_start
-from qlora_jax.io.pretrained import open_tokenizer
+from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, is_table, partition
 from qlora_jax.models.precision import weight_format
@@ -38,16 +39,16 @@ from qlora_jax.training.samples import Samples, open_samples
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Session:
-    """A model in three parts, its optimizer, its data, and its compiled programs.
+    """A model, its optimizer, its data, and its compiled programs, before the first step.
 
     Attributes:
-      gradients: compiled for the longest batches.
-      updates: what is done with the optimizer's state.
-      utilization: of the device, by steps.
-      fingerprint: of the base, as io.loader makes it.
+      gradients: the gradient program, compiled for the longest batches.
+      updates: the optimizer's update, resident or paged.
+      utilization: computes the device's utilization per step.
+      fingerprint: of the base, from io.loader.
       total_steps: optimizer steps of the whole run.
-      dropout_key: folded with step, micro-batch, layer and name; None where there is no dropout.
-      initial: what adapters begin with, where that is a part of the weights.
+      dropout_key: folded with step, micro-batch, layer and name; None without dropout.
+      initial: what adapters start with, if that is a part of the weights (PiSSA, LoftQ).
     """
 
     config: Config
@@ -69,11 +70,11 @@ class Session:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """What a run reads, checked; no weight has been read yet.
+    """The model's metadata and the data of a run, checked; no weight has been read yet.
 
     Attributes:
-      new_ids: of the new tokens.
-      start: LoRA parameters to go on from.
+      new_ids: ids of the new tokens.
+      start: LoRA parameters to start from.
     """
 
     source: ModelSource
@@ -85,20 +86,36 @@ class Inputs:
     questions: Questions | None
 
 
-def open_inputs(config: Config) -> Inputs:
-    """The model's metadata and the data set.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreparedModel:
+    """A model in memory, ready to train: a base with an adapter.
+
+    Attributes:
+      fingerprint: of the base, from io.loader.
+      initial: what the adapter started with, if that is a part of the weights (PiSSA, LoftQ).
+    """
+
+    source: ModelSource
+    tokenizer: Tokenizer
+    parts: ModelParts
+    fingerprint: str
+    initial: Initial | None
+
+
+def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs:
+    """Opens the model's files, or those of a model in memory, and reads the data.
 
     Raises:
-      ValueError: whatever is wrong with the model's files, its config, or the data.
+      ValueError: the model's files or the data are missing, malformed or not supported.
     """
-    source = open_model(config.model.path)
+    source = open_model(config.model.path) if prepared is None else prepared.source
     model = model_config(source.config)
     if config.data.max_length > model.max_positions:
         raise ValueError(
-            f"data.max_length={config.data.max_length} is longer than the model allows: {source.path} was made for "
-            f"{model.max_positions} positions; set data.max_length to at most that"
+            f"data.max_length: found {config.data.max_length}, expected at most {model.max_positions}, the number of "
+            f"positions of {source.path}. Lower it"
         )
-    tokenizer = open_tokenizer(source, config.model, model.vocab_size)
+    tokenizer = open_tokenizer(source, config.model, model.vocab_size) if prepared is None else prepared.tokenizer
     dataset = load_dataset(
         config.data,
         tokenizer,
@@ -109,20 +126,20 @@ def open_inputs(config: Config) -> Inputs:
     check_source(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start(Path(path), model, config.lora, ids)
-    asked = dataset.tokenizer, source, model.max_positions
+    reads = dataset.tokenizer, source, model.max_positions
     return Inputs(
         source=source,
         model=model,
         dataset=dataset,
         new_ids=ids,
         start=start,
-        samples=open_samples(config.train, *asked),
-        questions=open_questions(config.questions, *asked),
+        samples=open_samples(config.train, *reads),
+        questions=open_questions(config.questions, *reads),
     )
 
 
 def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
-    """The run's step, compiled for its longest batches; done before `prepare`, when memory is still free."""
+    """Compiles the run's gradient program for its longest batches, before `prepare` takes memory."""
     weights, remat = weights_of(config, inputs), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
     step = abstract_step(
@@ -140,29 +157,74 @@ def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
 
 
 def weights_of(config: Config, inputs: Inputs) -> WeightFormat:
-    """How the run holds its frozen weights: layers that the files leave in 16 bit beside 4-bit ones stay so."""
-    return as_held(weight_format(config.model), inputs.source, inputs.model)
+    """The run's weight format."""
+    return weights_for(config.model, inputs.source, inputs.model)
+
+
+def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> WeightFormat:
+    """The weight format for `args`; layers that a 4-bit checkpoint leaves in 16 bits stay in 16 bits."""
+    return as_held(weight_format(args), source, features)
 
 
 def prepare(
     config: Config, inputs: Inputs, gradients: Gradients, progress: Progress, initial: Initial | None = None
 ) -> Session:
-    """Loads, quantizes and adapts: the session of a run at step 0.
+    """Loads and quantizes the base, adds the adapter, and returns the session at step 0.
 
     Args:
-      initial: what the run's adapters began with, where it goes on and that is a part of the weights.
+      initial: for a resumed run, what its adapters started with, if that is a part of the weights.
     """
+    weights = weights_of(config, inputs)
+    key = named_key(jax.random.key(config.train.seed), "lora")
+    if initial is None:
+        loaded, initial = load_for_training(inputs.source, inputs.model, weights, config.lora, key, progress)
+    else:
+        rest = rest_by(initial, inputs.model, config.lora)
+        loaded = load_model(inputs.source, inputs.model, weights, progress, rest)
+    parts = training_parts(loaded.model, config.lora, key, new_ids=inputs.new_ids, initial=initial, start=inputs.start)
+    return make_session(config, inputs, gradients, parts, fingerprint=loaded.fingerprint, initial=initial)
+
+
+def training_parts(
+    model: CausalLM,
+    lora: LoraArgs,
+    key: jax.Array,
+    *,
+    new_ids: tuple[int, ...],
+    initial: Initial | None,
+    start: Mapping[str, Mapping[str, Any]] | None,
+) -> ModelParts:
+    """Adds an adapter to the base, in place, and returns the model's parts.
+
+    Args:
+      key: of the adapter's initial values.
+      new_ids: ids of new tokens, whose rows train.
+      initial: values to start with, with PiSSA and LoftQ.
+      start: LoRA parameters to start from.
+
+    Raises:
+      ValueError: the parameters to start from do not fit the model.
+    """
+    add_lora(model, lora, key, None if initial is None else initial.factors)
+    add_tables(model, new_ids, lora)
+    parts = partition(model)
+    return parts if start is None else parts.with_lora(_started(start, parts.lora, Path(str(lora.start))))
+
+
+def make_session(
+    config: Config,
+    inputs: Inputs,
+    gradients: Gradients,
+    parts: ModelParts,
+    *,
+    fingerprint: str,
+    initial: Initial | None,
+) -> Session:
+    """The session of a run at step 0, from a model in memory."""
     dataset = inputs.dataset
     weights = weights_of(config, inputs)
     total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
-    updates = make_updates(config.optim, total_steps, gradients)
     key = jax.random.key(config.train.seed)
-    loaded, initial = _loaded(config, inputs, weights, progress, initial, named_key(key, "lora"))
-    add_lora(loaded.model, config.lora, named_key(key, "lora"), None if initial is None else initial.factors)
-    add_tables(loaded.model, inputs.new_ids, config.lora)
-    parts = partition(loaded.model)
-    if inputs.start is not None:
-        parts = parts.with_lora(_started(inputs.start, parts.lora, Path(str(config.lora.start))))
     return Session(
         config=config,
         model=inputs.model,
@@ -170,10 +232,10 @@ def prepare(
         dataset=dataset,
         parts=parts,
         gradients=gradients,
-        updates=updates,
+        updates=make_updates(config.optim, total_steps, gradients),
         utilization=_utilization(config, inputs, weights),
         schedule=make_schedule(config.optim, total_steps),
-        fingerprint=loaded.fingerprint,
+        fingerprint=fingerprint,
         total_steps=total_steps,
         dropout_key=named_key(key, "dropout") if config.lora.dropout else None,
         initial=initial,
@@ -183,8 +245,7 @@ def prepare(
 
 
 def _started(start: Mapping[str, Mapping[str, Any]], fresh: Lora, path: Path) -> Lora:
-    """The parameters of the adapter in `path`; fresh ones where it may lack some: new tokens, and tables that train
-    whole, may be added to an adapter that has none."""
+    """The parameters of the adapter in `path`; fresh ones for rows and tables of embeddings that it lacks."""
     added = {name: leaves for name, leaves in fresh.items() if name not in start and is_table(name)}
     started = {**added, **start}
     check_shapes(path, started, fresh)
@@ -195,16 +256,3 @@ def _utilization(config: Config, inputs: Inputs, weights: WeightFormat) -> Utili
     new, remat = len(inputs.new_ids), config.train.remat
     step = Step(model=inputs.model, weights=weights, lora=config.lora, batch=(1, 1, 1), remat=remat, new_tokens=new)
     return utilization(step, peak_of(target_device(), weights))
-
-
-def _loaded(
-    config: Config, inputs: Inputs, weights: WeightFormat, progress: Progress, initial: Initial | None, key: jax.Array
-) -> tuple[Loaded, Initial | None]:
-    """The base, and what of it the adapters begin with: found as it is loaded, or given."""
-    load = functools.partial(load_model, inputs.source, inputs.model, weights, progress)
-    if config.lora.init == "default":
-        return load(), None
-    if initial is not None:
-        return load(rest_by(initial, inputs.model, config.lora)), initial
-    splits = Splits(inputs.model, weights, config.lora, key)
-    return load(splits), splits.initial()

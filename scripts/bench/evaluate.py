@@ -44,9 +44,9 @@ Jobs = dict[str, list[tuple[list[int], int]]]  # rows by job: ids, and the first
 def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
     """The rows, made by the product."""
     from qlora_jax.evaluation.tasks.text import choice_task, text_task
-    from qlora_jax.io.pretrained import open_base_or_run
+    from qlora_jax.io.pretrained import open_pretrained
 
-    opened = open_base_or_run(str(model), None)
+    opened = open_pretrained(model=str(model))
     limit = {"max_positions": opened.features.max_positions}
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(passages((EXAMPLES / "titles/heldout.jsonl").read_text(encoding="utf-8")))

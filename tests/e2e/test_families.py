@@ -15,7 +15,7 @@ from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, project
@@ -47,9 +47,9 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
     _train(whole)
     losses = [record["loss"] for record in read_metrics(Path(whole.output) / "metrics.jsonl") if "loss" in record]
     assert len(losses) == 8 and np.mean(losses[-3:]) < np.mean(losses[:3])
-    opened = open_base_or_run(None, whole.output)
+    opened = open_pretrained(run=whole.output)
     assert opened.run is not None
-    parts = adapted(load_base(opened, opened.args), opened.run)
+    parts = apply_adapter(load_base(opened, opened.args), opened.run)
     prompts = [opened.tokenizer.encode("say sun 1"), opened.tokenizer.encode("say moon")]
     replies = generate(parts, prompts, sampling=Sampling(), max_new_tokens=5, stop_ids=[257])
     assert all(reply.ids or reply.end == "stop" for reply in replies)

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
-from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
@@ -63,10 +63,10 @@ def test_pages_change_no_bit(finished, tmp_path):
 def test_what_was_learned_is_there_when_it_is_opened_exported_and_decoded(finished, tmp_path):
     tokens = jnp.asarray(np.arange(24, dtype=np.int32)[None])
     _export(finished, tmp_path / "hf")
-    of_run = open_base_or_run(None, finished.output)
+    of_run = open_pretrained(run=finished.output)
     assert of_run.run is not None
-    parts = adapted(load_base(of_run, of_run.args), of_run.run)
-    exported = open_base_or_run(str(tmp_path / "hf"), None)
+    parts = apply_adapter(load_base(of_run, of_run.args), of_run.run)
+    exported = open_pretrained(model=str(tmp_path / "hf"))
     args = dataclasses.replace(exported.args, quant_type="none", compute_dtype="float32")
     expected, merged, decoded = (
         np.asarray(jax.jit(lambda model=model: model.hidden(tokens))())
@@ -86,13 +86,13 @@ def test_a_model_written_in_the_dtype_of_training_computes_the_same_to_the_bit(t
     assert run(config)
     _export(config, tmp_path / "hf", "bfloat16")
     tokens = jnp.asarray(np.arange(24, dtype=np.int32)[None])
-    of_run = open_base_or_run(None, config.output)
+    of_run = open_pretrained(run=config.output)
     assert of_run.run is not None
-    exported = open_base_or_run(str(tmp_path / "hf"), None)
+    exported = open_pretrained(model=str(tmp_path / "hf"))
     args = dataclasses.replace(exported.args, quant_type="none", compute_dtype="bfloat16")
     trained, written = (
         jax.jit(lambda model=model: model.head.logits(model.hidden(tokens)))()
-        for model in (combine(adapted(load_base(of_run, of_run.args), of_run.run)), load_base(exported, args))
+        for model in (combine(apply_adapter(load_base(of_run, of_run.args), of_run.run)), load_base(exported, args))
     )
     np.testing.assert_array_equal(written, trained)
 

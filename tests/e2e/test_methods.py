@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
@@ -69,9 +69,9 @@ def test_8_bit_state(finished, tmp_path):
 
 
 def test_what_was_learned_is_there_when_it_is_opened(finished):
-    opened = open_base_or_run(None, finished.output)
+    opened = open_pretrained(run=finished.output)
     assert opened.run is not None and opened.run.lora_args == finished.lora
-    parts = adapted(load_base(opened, opened.args), opened.run)
+    parts = apply_adapter(load_base(opened, opened.args), opened.run)
     saved = {str(leaf.shape): leaf for leaf in arrays_at(finished, 10)}
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in saved.values())
     model = combine(parts)
@@ -87,9 +87,9 @@ def test_training_goes_on_from_the_exported_adapter(finished, tmp_path):
 
 def test_decoding_is_what_was_trained(finished):
     """What is computed once for many tokens, and the dtype of matrices, change nothing else."""
-    opened = open_base_or_run(None, finished.output)
+    opened = open_pretrained(run=finished.output)
     assert opened.run is not None
-    parts = adapted(load_base(opened, opened.args), opened.run)
+    parts = apply_adapter(load_base(opened, opened.args), opened.run)
     tokens = jnp.asarray(np.arange(24, dtype=np.int32)[None])
     found, expected = (
         np.asarray(jax.jit(lambda parts: combine(parts).hidden(tokens))(each), "f4")

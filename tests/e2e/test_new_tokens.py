@@ -18,7 +18,7 @@ from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import adapted, held_as, load_base, open_base_or_run, unadapted
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, parts_before_training, weight_settings
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from qlora_jax.training.run import train
@@ -132,10 +132,10 @@ def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_pat
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
     found = []
     for run in (finished.output, str(tmp_path / "peft")):
-        opened = open_base_or_run(None, run)
+        opened = open_pretrained(run=run)
         assert opened.run is not None and opened.tokenizer.encode("<|answer|>") == [259]
-        args = held_as(opened, "nf4", "float32")
-        found.append(logits(adapted(load_base(opened, args), opened.run), tokens))
+        args = weight_settings(opened, "nf4", "float32")
+        found.append(logits(apply_adapter(load_base(opened, args), opened.run), tokens))
     np.testing.assert_array_equal(*found)
 
 
@@ -158,12 +158,12 @@ def test_a_merged_model_holds_them(finished: Config, tmp_path: Path, tied: bool)
         trained(config)
     export_merged(Path(config.output), tmp_path / "hf", "hf", dtype="float32")
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
-    opened = open_base_or_run(None, config.output)
+    opened = open_pretrained(run=config.output)
     assert opened.run is not None
-    expected = logits(adapted(load_base(opened, opened.args), opened.run), tokens)
-    merged = open_base_or_run(str(tmp_path / "hf"), None)
+    expected = logits(apply_adapter(load_base(opened, opened.args), opened.run), tokens)
+    merged = open_pretrained(model=str(tmp_path / "hf"))
     plain = dataclasses.replace(opened.args, quant_type="none", new_tokens=[], new_special_tokens=[])
-    found = logits(unadapted(load_base(merged, plain), None), tokens)
+    found = logits(parts_before_training(load_base(merged, plain), None), tokens)
     assert found.shape == expected.shape == (7, 261)
     np.testing.assert_allclose(found, expected, atol=2e-5)
     assert merged.tokenizer.encode("a<|tool|>b<|turn|>") == [*opened.tokenizer.encode("a<|tool|>b<|turn|>")]
@@ -183,9 +183,9 @@ def test_a_padded_table_gives_its_rows(tmp_path: Path) -> None:
     """The model has 264 rows and the tokenizer 258 tokens: the new ones are rows 258 to 260, and the table stays."""
     config = tool_project(tmp_path, train=dict(steps=2), base=dict(vocab_size=264))
     trained(config)
-    opened = open_base_or_run(None, config.output)
+    opened = open_pretrained(run=config.output)
     assert opened.run is not None and opened.run.new_ids == IDS
-    found = logits(adapted(load_base(opened, opened.args), opened.run), np.asarray([[*IDS, 5]], np.int32))
+    found = logits(apply_adapter(load_base(opened, opened.args), opened.run), np.asarray([[*IDS, 5]], np.int32))
     assert found.shape == (4, 264)
     export_merged(Path(config.output), tmp_path / "hf", "hf", dtype="float32")
     assert model_config(open_model(tmp_path / "hf").config).vocab_size == 264

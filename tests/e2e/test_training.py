@@ -352,12 +352,12 @@ def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finish
 
 
 def test_an_output_folder_in_use_is_refused(finished, tmp_path):
-    with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
+    with pytest.raises(ValueError, match=r"contains a run.*--resume"):
         check_folder(Path(finished.output), resume=False)
-    with pytest.raises(ValueError, match="holds no checkpoint"):
+    with pytest.raises(ValueError, match="there is no checkpoint to resume"):
         check_folder(tmp_path, resume=True)
     (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(ValueError, match="is no run's folder"):
+    with pytest.raises(ValueError, match="is not a run folder"):
         check_folder(tmp_path, resume=False)
     with pytest.raises(ValueError, match=r"thesis\.tex is a file"):
         check_folder(tmp_path / "thesis.tex" / "run", resume=False)
@@ -376,5 +376,5 @@ def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
     finished = {name: shlex.split(command)[3:] for name, command in next_commands(config, finished=True).items()}
     assert finished["try it"] == ["--run", config.output]
     assert finished["export"] == ["--run", config.output, "--format", "peft"]
-    go_on = next_commands(config, finished=False)["go on"]
+    go_on = next_commands(config, finished=False)["resume"]
     assert shlex.split(go_on)[3:] == ["--config", config.output + "/config.yaml", "--resume"]

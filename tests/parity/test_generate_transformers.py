@@ -8,7 +8,7 @@ import pytest
 from qlora_jax.config import ModelArgs
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.io.pretrained import load_base, open_base_or_run
+from qlora_jax.io.pretrained import load_base, open_pretrained
 from qlora_jax.models.partition import partition
 
 ORACLE = Path(__file__).parent.parent / "oracle/generate_greedy.py"
@@ -22,7 +22,7 @@ TIE = 1e-3  # a lead below this is rounding
 
 @pytest.mark.slow
 def test_smollm2(oracle, smollm2_gguf):
-    opened = open_base_or_run(str(smollm2_gguf), None)
+    opened = open_pretrained(model=str(smollm2_gguf))
     held = ModelArgs(path=str(smollm2_gguf), quant_type="none", compute_dtype="float32")
     parts, tokenizer = partition(load_base(opened, held)), opened.tokenizer
     turns = {name: [{"role": "user", "content": question}] for name, question in QUESTIONS.items()}

@@ -16,7 +16,7 @@ from qlora_jax.io.export.gguf_metadata import framed
 from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
+from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from tests.data.tokenizer.test_tokenizer import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, random_tensors
@@ -56,7 +56,7 @@ def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
 
 
 def _gguf_of(folder: Path, path: Path) -> Path:
-    opened = open_base_or_run(str(folder), None)
+    opened = open_pretrained(model=str(folder))
     tensors = {name: entry.read() for name, entry in opened.source.tensors.items()}
     write_gguf(path, framed(opened).frame, list(tensors), iter(tensors.values()), "float32")
     return path
@@ -106,8 +106,8 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
         output = tmp_path / dtype
         main(["--run", str(run), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
         path = output / f"model-{dtype}.gguf"
-        opened = open_base_or_run(str(path), None)
-        ours[dtype] = _logits(load_base(opened, held_as(opened, "none", "float32")), TOKENS)
+        opened = open_pretrained(model=str(path))
+        ours[dtype] = _logits(load_base(opened, weight_settings(opened, "none", "float32")), TOKENS)
         cases[dtype] = _case(path, rows=TOKENS.tolist())
     found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
     for dtype, logits in ours.items():
@@ -201,7 +201,7 @@ def test_sentencepiece(tmp_path: Path, llama_cpp, oracle, kind: str, name: str) 
     config = FAMILIES[name][1] | {"vocab_size": len(metadata["tokens"])}
     files = {"tokenizer.json": rebuild(metadata).to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'}
     tensors = random_tensors(config)
-    opened = open_base_or_run(str(write_folder(tmp_path / "model", config, tensors, **files)), None)
+    opened = open_pretrained(model=str(write_folder(tmp_path / "model", config, tensors, **files)))
     write_gguf(tmp_path / "model.gguf", framed(opened).frame, list(tensors), iter(tensors.values()), "float32")
     found = llama_cpp(SCRIPT, cases={"it": _case(tmp_path / "model.gguf", texts=texts)}, new_tokens=0)
     assert _ids(found, "it")["texts"] == json.loads(str(made[f"{kind}/ids"]))

@@ -14,7 +14,7 @@ from qlora_jax.export import main
 from qlora_jax.io.export import verify
 from qlora_jax.io.hf import shard_writer
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
+from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.add_adapters import linears
 from qlora_jax.nn.lora import LoRA
 from tests.io.gguf_families import FAMILIES, random_tensors
@@ -148,8 +148,8 @@ def test_merged_into_the_original_weights(
 
 
 def _dense(folder: Path):
-    opened = open_base_or_run(str(folder), None)
-    return load_base(opened, held_as(opened, "none", "float32"))
+    opened = open_pretrained(model=str(folder))
+    return load_base(opened, weight_settings(opened, "none", "float32"))
 
 
 def test_another_original_is_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from qlora_jax.export import main
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import adapted, held_as, load_base, open_base_or_run, open_tokenizer
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, open_tokenizer, weight_settings
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
@@ -193,14 +193,14 @@ def test_tables_that_peft_made(tmp_path: Path, oracle) -> None:
     for name, (_, folder, arguments) in cases.items():
         if "resize_to" in arguments:
             (Path(folder) / "tokenizer.json").write_text(grown.to_json())
-        opened = open_base_or_run(None, folder)
-        args = held_as(opened, "none", "float32")
+        opened = open_pretrained(run=folder)
+        args = weight_settings(opened, "none", "float32")
         assert opened.run is not None
-        logits = _logits(combine(adapted(load_base(opened, args), opened.run)), tokens)
+        logits = _logits(combine(apply_adapter(load_base(opened, args), opened.run)), tokens)
         close = dict(atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
         np.testing.assert_allclose(logits, expected[name], **close)
         main(["--run", folder, "--format", "hf", "--output", f"{folder}-hf", "--dtype", "float32"])
-        merged = open_base_or_run(f"{folder}-hf", None)
+        merged = open_pretrained(model=f"{folder}-hf")
         assert _logits(load_base(merged, args), tokens).shape == logits.shape
         assert merged.tokenizer.vocab_size == (34 if "resize_to" in arguments else 32)
 
@@ -226,7 +226,7 @@ MADE_BY_PEFT = {
 
 @pytest.mark.slow
 def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
-    """Opened as a run is, over a base that is not quantized, as peft had it."""
+    """OpenedModel as a run is, over a base that is not quantized, as peft had it."""
     tokens, cases = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32), {}
     for name, arguments in MADE_BY_PEFT.items():
         config = FAMILIES[name][1] if name in FAMILIES else tiny_config()
@@ -235,13 +235,13 @@ def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
         cases[name] = [str(model), str(tmp_path / name), arguments]
     expected = oracle(SCRIPT.with_name("peft_save_adapters.py"), cases=cases, tokens=tokens)
     for name, (_, folder, _) in cases.items():
-        opened = open_base_or_run(None, folder)
-        base = load_base(opened, held_as(opened, "none", "float32"))
+        opened = open_pretrained(run=folder)
+        base = load_base(opened, weight_settings(opened, "none", "float32"))
         assert opened.run is not None
-        logits = _logits(combine(adapted(base, opened.run)), tokens)
+        logits = _logits(combine(apply_adapter(base, opened.run)), tokens)
         np.testing.assert_allclose(logits, expected[name], atol=1e-4 * np.abs(expected[name]).max(), err_msg=name)
-    with pytest.raises(ValueError, match="which has no steps: leave out --step 3"):
-        open_base_or_run(None, str(tmp_path / "llama"), step=3)
+    with pytest.raises(ValueError, match=r"a PEFT adapter has no steps \(found step 3\\)"):
+        open_pretrained(run=str(tmp_path / "llama"), step=3)
 
 
 @pytest.mark.slow

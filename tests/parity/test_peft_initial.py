@@ -14,7 +14,7 @@ from qlora_jax.io.adapter_init import Splits, targets_of, write_initial
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.io.tensor_map import slots_of
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
@@ -152,9 +152,9 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path, oracle) -> None:
     for name, (spec, held) in CASES.items():
         run = tmp_path / name
         trained = _write_run(run, path, spec, **held)
-        opened = open_base_or_run(None, str(run))
+        opened = open_pretrained(run=str(run))
         assert opened.run is not None
-        again = combine(adapted(load_base(opened, opened.args), opened.run))  # refuses another fingerprint
+        again = combine(apply_adapter(load_base(opened, opened.args), opened.run))  # refuses another fingerprint
         np.testing.assert_array_equal(_logits(again, TOKENS), _logits(trained, TOKENS))
         main(["--run", str(run), "--output", str(run / "with"), "--with_base"])
         main(["--run", str(run), "--output", str(run / "over")])
@@ -165,7 +165,7 @@ def test_what_is_exported_is_what_was_trained(tmp_path: Path, oracle) -> None:
         folders |= {f"{name}/with": [str(run / "with/base"), str(run / "with")]}
         folders |= {f"{name}/over": [str(path), str(run / "over")]}
     found = oracle(SCRIPT, cases=folders, tokens=TOKENS)
-    quantized = load_base(open_base_or_run(str(path), None), ModelArgs(path=str(path), compute_dtype="float32"))
+    quantized = load_base(open_pretrained(model=str(path)), ModelArgs(path=str(path), compute_dtype="float32"))
     took = _rms(_logits(quantized, TOKENS) - found["loftq/over/base"])
     for name, (_, held) in CASES.items():
         spread = np.abs(ours[name]).max()
@@ -193,7 +193,7 @@ def test_a_run_without_what_it_began_with_is_refused(tmp_path: Path) -> None:
     _write_run(run, path, PISSA)
     (run / "initial.safetensors").unlink()
     with pytest.raises(ValueError, match=r"initial.safetensors is not there, and without it the base of a run with"):
-        open_base_or_run(None, str(run))
+        open_pretrained(run=str(run))
 
 
 def test_a_split_weight_is_a_delta_and_the_rest(tmp_path: Path) -> None:

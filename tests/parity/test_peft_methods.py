@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from qlora_jax.config import LoraArgs
 from qlora_jax.export import main
 from qlora_jax.io.peft.writer import adapter_tensors
-from qlora_jax.io.pretrained import adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
@@ -55,9 +55,9 @@ def dropout_takes_every_third_column(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
     """(logits, those in training, gradients by PEFT's names)."""
-    opened = open_base_or_run(None, str(run))
+    opened = open_pretrained(run=str(run))
     assert opened.run is not None
-    parts = adapted(load_base(opened, opened.args), opened.run)
+    parts = apply_adapter(load_base(opened, opened.args), opened.run)
 
     @functools.partial(jax.jit, static_argnames="training")
     def logits(lora, training):

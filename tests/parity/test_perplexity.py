@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax import evaluate
 from qlora_jax.evaluation.tasks.text import text_task
-from qlora_jax.io.pretrained import open_base_or_run
+from qlora_jax.io.pretrained import open_pretrained
 
 ORACLE = Path(__file__).parent.parent / "oracle/evaluate_text.py"
 # The shipped weights, and their linear layers quantized again to NF4 with double quantization.
@@ -19,7 +19,7 @@ SHA256_OF_IDS = "9372639fe2f54b2b14a51a3d7a6e2de4f60bda4ac5101310c0701bb48d4a725
 
 
 def test_the_tokens_are_those_of_the_reference(smollm2_gguf, local_data):
-    tokenizer = open_base_or_run(str(smollm2_gguf), None).tokenizer
+    tokenizer = open_pretrained(model=str(smollm2_gguf)).tokenizer
     text = str(local_data("wikitext2_valid.txt.gz"))
     rows = text_task(text, tokenizer, window=512, stride=None, max_tokens=4096, max_positions=8192).rows
     ids = np.concatenate([ids for ids, _ in rows])

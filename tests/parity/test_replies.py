@@ -9,7 +9,7 @@ from qlora_jax.data.readers.files import read_rows
 from qlora_jax.evaluation.loglikelihood import answer_scores
 from qlora_jax.evaluation.tasks.choices import choice_scores
 from qlora_jax.evaluation.tasks.text import choice_task, rows_task
-from qlora_jax.io.pretrained import held_as, load_base, open_base_or_run
+from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.partition import partition
 
 ORACLE = Path(__file__).parent.parent / "oracle/reply_likelihoods.py"
@@ -23,11 +23,11 @@ def test_options_and_answers_are_as_likely_as_torch_finds_them(smollm2_gguf, ora
     questions, rows = ([row.data for row in read_rows(path)[:COUNT]] for path in (QUESTIONS, ROWS))
     options = [(q["question"], option[len("A. ") :]) for q in questions for option in q["options"].split("\n")]
     answers = [(user["content"], f"{reply['content']}<|im_end|>") for user, reply in (row["messages"] for row in rows)]
-    opened = open_base_or_run(str(smollm2_gguf), None)
+    opened = open_pretrained(model=str(smollm2_gguf))
     template = opened.tokenizer.chat_template
     theirs = oracle(ORACLE, gguf=str(smollm2_gguf), template=template, pairs=[*options, *answers])
 
-    parts = partition(load_base(opened, held_as(opened, "none", "float32")))
+    parts = partition(load_base(opened, weight_settings(opened, "none", "float32")))
     limits = {"max_rows": COUNT, "max_positions": opened.features.max_positions}
     choices = choice_task(str(QUESTIONS), opened.tokenizer, **limits).choices
     ours = answer_scores(parts, [option for choice in choices for option in choice.options])

@@ -22,7 +22,7 @@ from qlora_jax.io.gguf.writer import Frame, Target, keys_of, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.peft.writer import Lora, effective_alphas
-from qlora_jax.io.pretrained import Opened, load_base, open_base_or_run
+from qlora_jax.io.pretrained import OpenedModel, load_base, open_pretrained
 from qlora_jax.io.tensor_map import layer_name, slots_of
 
 FILE = "adapter.gguf"
@@ -51,7 +51,7 @@ def export_gguf_lora(
       ValueError: `run_folder` is not a run or lacks the step, `output` exists, the adapter is not a plain LoRA, a GGUF
         file cannot hold the model, or (with `with_base`) the base is not the one that the run was trained on.
     """
-    opened = open_base_or_run(model, str(run_folder), step=step)
+    opened = open_pretrained(model=model, run=str(run_folder), step=step)
     run = opened.run
     assert run is not None
     trained = as_exported(run, with_base)
@@ -122,7 +122,7 @@ def lora_tensors(lora: Lora, factors: Mapping[str, float]) -> Iterator[np.ndarra
             yield np.asarray(b_RN, np.float32).T * np.float32(factors[name])
 
 
-def _write_base(folder: Path, frame: Frame, opened: Opened, progress: Progress | None) -> None:
+def _write_base(folder: Path, frame: Frame, opened: OpenedModel, progress: Progress | None) -> None:
     """Writes the base that training saw: quantized and dequantized again."""
     model = load_base(opened, opened.args, progress)
     slots, computed = slots_of(model), model.model.embed_tokens.weight[...].dtype

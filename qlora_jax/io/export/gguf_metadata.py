@@ -16,7 +16,7 @@ from qlora_jax.io.gguf.tokenizer_writer import vocabulary_of
 from qlora_jax.io.gguf.writer import Frame, frame_like, keys_of, target_of
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.writer import is_gguf
-from qlora_jax.io.pretrained import Opened
+from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.tensor_map import shapes_of
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
@@ -32,14 +32,14 @@ class Framed(NamedTuple):
     notes: list[str]
 
 
-def framed(opened: Opened) -> Framed:
+def framed(opened: OpenedModel) -> Framed:
     """The frame of a model's base: like the base's own file, or for a Hugging Face folder as the converter has it.
 
     Raises:
       ValueError: no architecture of GGUF, or features, tensors or a tokenizer that such a file can't hold: all of
         them but the tokenizer's at once.
     """
-    source, features, tokenizer = opened.source, opened.whole_features, opened.tokenizer
+    source, features, tokenizer = opened.source, opened.full_features, opened.tokenizer
     bare, from_file = frame_without_tokenizer(opened), is_gguf(str(source.path))
     if from_file and features == opened.features and not tokenizer.new_ids:
         return Framed(bare, [])
@@ -59,9 +59,9 @@ def _with_vocabulary(like: Frame, features: ModelConfig, vocabulary: Mapping[str
     return like._replace(keys=[*kept, *keys_of({size: features.vocab_size, **vocabulary})], targets=targets)
 
 
-def frame_without_tokenizer(opened: Opened) -> Frame:
+def frame_without_tokenizer(opened: OpenedModel) -> Frame:
     """The frame of a model's base, without a tokenizer where that is a Hugging Face folder."""
-    source, features = opened.source, opened.whole_features
+    source, features = opened.source, opened.full_features
     if is_gguf(str(source.path)):
         return frame_like(source.path, source.config, opened.tokenizer.chat_template)
     return frame_of(source, features, shapes_of(features))

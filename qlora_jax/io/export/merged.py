@@ -23,7 +23,7 @@ from qlora_jax.io.hf.model_writer import Merging, dense_tensors, write_dense_fol
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import Opened, adapted, load_base, open_base_or_run
+from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
 from qlora_jax.models.add_adapters import linears, norms
 from qlora_jax.models.decoder import CausalLM
@@ -77,7 +77,7 @@ def export_merged(
         trained on, that base was not quantized from `base`, a GGUF file cannot hold the model, or the merge (in 16 bits
         or more) gives other logits than base and adapter.
     """
-    opened = open_base_or_run(model, str(run_folder), step=step)
+    opened = open_pretrained(model=model, run=str(run_folder), step=step)
     run = opened.run
     assert run is not None
     original = None if base is None else _open_original(base, opened, run)
@@ -109,7 +109,7 @@ def _notes(file: Framed | None, dtype: str, is_small: bool) -> list[str]:
     return [*notes, f"{dtype} rounds away more than the adapter adds: use --dtype q8_0 or float16 to preserve it"]
 
 
-def _open_original(base: str, opened: Opened, run: Run) -> ModelSource:
+def _open_original(base: str, opened: OpenedModel, run: Run) -> ModelSource:
     if run.initial is not None:
         raise ValueError(
             f"--base: the adapter of {run.label} contains a part of the weights (lora.init={run.lora_args.init}), "
@@ -119,7 +119,7 @@ def _open_original(base: str, opened: Opened, run: Run) -> ModelSource:
     return open_original(base, opened)
 
 
-def _prompts(opened: Opened) -> PromptBatch:
+def _prompts(opened: OpenedModel) -> PromptBatch:
     """The fixed prompts, and one of the run's new tokens if it has any."""
     new = [*opened.args.new_tokens, *opened.args.new_special_tokens]
     return tokenize_prompts(opened.tokenizer, (*PROMPTS, *([" ".join(new)] if new else [])))
@@ -127,7 +127,7 @@ def _prompts(opened: Opened) -> PromptBatch:
 
 def _write_merge(
     folder: Path,
-    opened: Opened,
+    opened: OpenedModel,
     frame: Frame | None,
     original: ModelSource | None,
     prompts: PromptBatch,
@@ -160,7 +160,7 @@ def _write_merge(
 
 def _adapted_logits(model: CausalLM, run: Run, prompts: PromptBatch) -> tuple[Logits, CausalLM]:
     """(logits, the model with the run's adapter)."""
-    parts = adapted(model, run)
+    parts = apply_adapter(model, run)
     # `adapted` put fresh adapters on `model`, which change nothing: its logits are the base's.
     return Logits(prompt_logits(parts, prompts), prompt_logits(partition(model), prompts)), combine(parts)
 

@@ -11,13 +11,13 @@ from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import quantized
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import Opened
+from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.tensor_map import Slot, check_inventory, grouped, shapes_of
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import dequantize
 
 
-def open_original(path: str, opened: Opened) -> ModelSource:
+def open_original(path: str, opened: OpenedModel) -> ModelSource:
     """The model at `path`, which has the features of the run's base, and its tensors.
 
     Raises:

@@ -14,7 +14,7 @@ from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split, token_config, token_tensors
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
-from qlora_jax.io.pretrained import Opened, load_base, open_base_or_run
+from qlora_jax.io.pretrained import OpenedModel, load_base, open_pretrained
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.trainable_embeddings import add_token_rows, whole_tables
@@ -44,7 +44,7 @@ def export_peft(
       ValueError: `run_folder` is not a run or lacks the step, `output` exists, PEFT cannot hold the adapter, or (with
         `with_base`) the base is not the one that the run was trained on.
     """
-    opened = open_base_or_run(model, str(run_folder), step=step)
+    opened = open_pretrained(model=model, run=str(run_folder), step=step)
     run = opened.run
     assert run is not None
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
@@ -57,7 +57,7 @@ def export_peft(
     on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
     config = adapter_config(lora, trained.args, linears, base, on_inputs) | {"revision": revision}
     config |= token_config(tables, run.new_ids, opened.features)
-    total_rows = opened.whole_features.vocab_size
+    total_rows = opened.full_features.vocab_size
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     with staged_folder(output) as folder:
         tensors = adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features)
@@ -78,7 +78,7 @@ def _base_of(source: ModelSource) -> tuple[str, str | None]:
     return str(dataclasses.replace(on_hub, revision=None)), on_hub.revision
 
 
-def _write_base(folder: Path, opened: Opened, progress: Progress | None) -> None:
+def _write_base(folder: Path, opened: OpenedModel, progress: Progress | None) -> None:
     """Writes the base that training saw: quantized and dequantized again, new tokens with the mean row."""
     model = load_base(opened, opened.args, progress)
     folder.mkdir()

@@ -13,7 +13,7 @@ from qlora_jax.io.export.gguf_metadata import frame_of
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.peft.writer import effective_alphas
-from qlora_jax.io.pretrained import open_base_or_run
+from qlora_jax.io.pretrained import open_pretrained
 from qlora_jax.io.tensor_map import layer_name
 from tests.io.gguf_families import FAMILIES, converted, random_tensors
 from tests.io.tiny_models import tokenizer_json, write_folder
@@ -47,7 +47,7 @@ def test_it_adds_what_the_adapter_adds(tmp_path: Path, name: str, settings: str)
     args, tensors = SETTINGS[settings], random_tensors(config)
     shapes = {tensor: values.shape for tensor, values in tensors.items()}
     model = write_folder(tmp_path / "model", config, tensors, **{"tokenizer.json": tokenizer_json()})
-    opened = open_base_or_run(str(model), None)
+    opened = open_pretrained(model=str(model))
     layers = "gpt_neox.layers" if name == "gptneox" else "model.layers"
     lora = _lora(config, layers, MODULES[name], args, shapes)
     scaled = shared_alpha(effective_alphas(lora, args))

@@ -13,7 +13,7 @@ from qlora_jax.io.export.gguf_metadata import framed
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import Opened, open_base_or_run
+from qlora_jax.io.pretrained import OpenedModel, open_pretrained
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 from tests.io.tiny_models import write_folder
@@ -40,10 +40,10 @@ def _folder(path: Path, config: dict[str, Any], tokenizer: str | None = None, si
     config = config | {"vocab_size": size}
     tensors = random_tensors(config)
     files = {"tokenizer.json": tokenizer or byte_level(), "tokenizer_config.json": json.dumps(NAMED | named)}
-    return open_base_or_run(str(write_folder(path, config, tensors, **files)), None), tensors
+    return open_pretrained(model=str(write_folder(path, config, tensors, **files))), tensors
 
 
-def _written(path: Path, opened: Opened, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
+def _written(path: Path, opened: OpenedModel, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
     frame, notes = framed(opened)
     write_gguf(path, frame, list(tensors), iter(tensors.values()), "float32")
     return path, notes

@@ -14,7 +14,7 @@ import pytest
 from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, named
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_of
-from qlora_jax.io.pretrained import open_base_or_run
+from qlora_jax.io.pretrained import open_pretrained
 from qlora_jax.training.plan.target import features_of
 from tests.e2e.project import write_model
 from tests.io.hub_server import Hub, running
@@ -195,7 +195,7 @@ def test_an_adapter_names_its_base_and_the_commit(hub: Hub, tmp_path: Path) -> N
         json.dumps({"base_model_name_or_path": REPO, "revision": commit, "r": 4})
     )
     assert base_of(tmp_path) == f"{REPO}@{commit}"
-    assert open_base_or_run(f"{REPO}@{commit}", None).source.hub_name == f"{REPO}@{commit}"
+    assert open_pretrained(model=f"{REPO}@{commit}").source.hub_name == f"{REPO}@{commit}"
 
 
 @pytest.mark.slow  # another process
