@@ -11,7 +11,7 @@ from typing import Any
 _PUBLIC = {
     "open_pretrained": ("qlora_jax.io.pretrained", "open_pretrained"),
     "load_base": ("qlora_jax.io.pretrained", "load_base"),
-    "adapted": ("qlora_jax.io.pretrained", "adapted"),
+    "apply_adapter": ("qlora_jax.io.pretrained", "apply_adapter"),
     "LoraArgs": ("qlora_jax.config", "LoraArgs"),
     "add_lora": ("qlora_jax.models.add_adapters", "add_lora"),
     "partition": ("qlora_jax.models.partition", "partition"),
