@@ -168,7 +168,7 @@ def _weights(data: DataArgs) -> dict[str, float]:
 
 
 def _train_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
-    side = Split(data.eval_fraction, held=False) if data.eval_fraction else None
+    side = Split(data.eval_fraction, held_out=False) if data.eval_fraction else None
     return [_prepare(path, side, data, tokenizer, in_memory=data.window is None) for path in _weights(data)]
 
 
@@ -177,7 +177,7 @@ def _held_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
         return [_prepare(data.eval, None, data, tokenizer, in_memory=True)]
     if not data.eval_fraction:
         return []
-    side = Split(data.eval_fraction, held=True)
+    side = Split(data.eval_fraction, held_out=True)
     return [_prepare(path, side, data, tokenizer, in_memory=True) for path in _weights(data)]
 
 

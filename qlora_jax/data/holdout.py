@@ -1,4 +1,4 @@
-"""Which rows are held out for evaluation: by a hash of their content, so that the choice never changes."""
+"""Holds out rows for evaluation by a hash of their content, so the choice never changes."""
 
 import hashlib
 from collections.abc import Iterable
@@ -11,38 +11,41 @@ from qlora_jax.data.formats.registry import Columns, RowFormat
 
 
 def content_hash(row_format: RowFormat, columns: Columns) -> int:
-    """64 bits of SHA-256 over what the model gets to see of the row."""
-    # Half a surrogate pair, which is told later, is no reason to fail here.
+    """Returns 64 bits of SHA-256 over the columns that the model sees."""
+    # Half a surrogate pair must not fail here: it is reported later, with its row.
     text = row_format.content(columns).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")
 
 
 class Split(NamedTuple):
-    """One side of a file: a row is held out iff hash(content) < fraction * 2**64.
+    """The training rows or the held-out rows of a file. A row is held out if hash(content) < fraction * 2**64.
 
-    Rows of equal content are on the same side, in this file and in any other, whatever the seed and the other rows.
+    Rows of equal content are in the same split, in all files, whatever the seed and the other rows.
+
+    Fields:
+      held_out: True for the held-out rows.
     """
 
     fraction: float
-    held: bool
+    held_out: bool
 
-    def takes(self, hashed: int) -> bool:
-        """Whether a row of that hash is on this side."""
-        return (hashed < int(self.fraction * 2**64)) == self.held
+    def contains(self, row_hash: int) -> bool:
+        """Returns True if a row with that hash is in this split."""
+        return (row_hash < int(self.fraction * 2**64)) == self.held_out
 
 
-def check_splits(path: str, fraction: float, trained: int, held: int) -> None:
-    """Raises ValueError where one side of a file is empty."""
-    if not trained or not held:
+def check_splits(path: str, fraction: float, train_rows: int, held_out_rows: int) -> None:
+    """Raises ValueError if one of a file's splits is empty."""
+    if not train_rows or not held_out_rows:
         raise ValueError(
-            f"{path}: data.eval_fraction {fraction} of {trained + held} rows leaves {trained} to train on and "
-            f"{held} held out. Name a file of held-out rows (data.eval), or choose another fraction."
+            f"{path}: data.eval_fraction {fraction} of {train_rows + held_out_rows} rows leaves {train_rows} to train "
+            f"on and {held_out_rows} held out. Set data.eval to a file of held-out rows, or choose another fraction."
         )
 
 
-def shared_rows(trained: Iterable[UInt64[np.ndarray, " _"]], held: UInt64[np.ndarray, " held"]) -> int:
-    """How many of the held-out hashes are among those trained on, which come in pieces."""
-    found = np.zeros(len(held), bool)
-    for hashes in trained:
-        found |= np.isin(held, hashes)
+def shared_rows(train_chunks: Iterable[UInt64[np.ndarray, " _"]], held_out: UInt64[np.ndarray, " rows"]) -> int:
+    """Returns the number of held-out hashes that are also in the chunks of training hashes."""
+    found = np.zeros(len(held_out), bool)
+    for hashes in train_chunks:
+        found |= np.isin(held_out, hashes)
     return int(found.sum())

@@ -1,4 +1,4 @@
-"""What happens to rows that are too long, counted."""
+"""Drops or truncates rows that are too long, and counts them."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -15,11 +15,14 @@ Overlong = Literal["error", "drop", "truncate-left", "truncate-right"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Limits:
-    """How long rows may be.
+    """Limits on the length of rows, in ids.
 
     Fields:
-      source, target: ids before the first answer, and from there on: each is cut on its right, as artidoro/qlora does.
-      bos_id: the id that stays in front of a row cut on its left; None: nothing stays.
+      max_length: at most this many ids per row, special tokens included.
+      overlong: what to do with longer rows.
+      source, target: limits on the ids before the first answer, and from there on. Each part is truncated on its right,
+        as in artidoro/qlora. None: no limit.
+      bos_id: id that a row keeps in front when it is truncated on its left. None: no id.
     """
 
     max_length: int
@@ -31,13 +34,13 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class FittedRows:
-    """Rows that fit, where they stand, and how many others were cut or left out.
+    """Rows that fit, their places in the file, and the number of rows truncated or dropped.
 
     Fields:
-      truncated: rows kept, cut.
-      overlong: rows dropped since they were longer.
-      unsupervised: rows dropped since no target was left, by truncation or from the start.
-      problems: rows that are longer where that is an error.
+      truncated: rows that were truncated and kept.
+      overlong: rows dropped because they were too long.
+      unsupervised: rows dropped because they have no target, after truncation or from the start.
+      problems: rows that are too long, if that is an error.
     """
 
     rows: list[EncodedRow]
@@ -49,62 +52,67 @@ class FittedRows:
 
 
 def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Limits) -> FittedRows:
-    """Rows of at most `max_length` ids and at least one target, in order; the rest is cut, dropped or a problem."""
-    apart = [_cut_apart(row, limits) for row in rows]
-    long = [len(row.ids) > limits.max_length for row in apart]
-    keep = [not is_long or limits.overlong.startswith("truncate") for is_long in long]
-    fits = [_cut(row, limits) for row in apart]
-    learns = [bool(row.supervised[1:].any()) for row in fits]
-    kept = [index for index in range(len(rows)) if keep[index] and learns[index]]
+    """Returns rows of at most `max_length` ids and at least one target, in order.
+
+    The other rows are truncated, dropped or reported as problems.
+    """
+    limited = [_limit_parts(row, limits) for row in rows]
+    is_long = [len(row.ids) > limits.max_length for row in limited]
+    keep = [not long or limits.overlong.startswith("truncate") for long in is_long]
+    fits = [_truncate(row, limits) for row in limited]
+    has_target = [bool(row.supervised[1:].any()) for row in fits]
+    kept = [index for index in range(len(rows)) if keep[index] and has_target[index]]
     return FittedRows(
         rows=[fits[index] for index in kept],
         places=[places[index] for index in kept],
         truncated=sum(len(fits[index].ids) < len(rows[index].ids) for index in kept),
         overlong=len(rows) - sum(keep),
         unsupervised=sum(keep) - len(kept),
-        problems=_too_long(apart, places, limits.max_length) if limits.overlong == "error" else [],
+        problems=_too_long(limited, places, limits.max_length) if limits.overlong == "error" else [],
     )
 
 
 def _too_long(rows: Sequence[EncodedRow], places: Sequence[Place], max_length: int) -> list[Problem]:
-    fix = f"longer than data.max_length {max_length}; raise it, or set data.overlong to drop or truncate-right"
+    expected = (
+        f"expected at most {max_length} (data.max_length). Raise it, or set data.overlong to drop or truncate-right."
+    )
     return [
-        (place, f"{len(row.ids)} tokens, {fix}")
+        (place, f"found {len(row.ids)} tokens, {expected}")
         for row, place in zip(rows, places, strict=True)
         if len(row.ids) > max_length
     ]
 
 
 def _take(row: EncodedRow, kept: Int64[np.ndarray, " kept"]) -> EncodedRow:
-    """The row's ids at these indices, which ascend."""
+    """Returns the row's ids at these ascending indices."""
     return row._replace(
         ids=row.ids[kept], supervised=row.supervised[kept], source=int(np.searchsorted(kept, row.source))
     )
 
 
-def _cut_apart(row: EncodedRow, limits: Limits) -> EncodedRow:
-    """The row with its source and its target each cut on the right."""
+def _limit_parts(row: EncodedRow, limits: Limits) -> EncodedRow:
+    """Returns the row with its source and its target truncated on the right."""
     if limits.source is None and limits.target is None:
         return row
     source, target = np.arange(row.source)[: limits.source], np.arange(row.source, len(row.ids))[: limits.target]
     return _take(row, np.concatenate([source, target]))
 
 
-def _cut(row: EncodedRow, limits: Limits) -> EncodedRow:
-    """The row's first `max_length` ids, or its last ones behind bos."""
+def _truncate(row: EncodedRow, limits: Limits) -> EncodedRow:
+    """Returns the row's first `max_length` ids, or bos and its last ones."""
     if len(row.ids) <= limits.max_length:
         return row
-    places = np.arange(len(row.ids))
+    positions = np.arange(len(row.ids))
     if limits.overlong != "truncate-left":
-        return _take(row, places[: limits.max_length])
-    first = places[: int(row.ids[0] == limits.bos_id)]
-    return _take(row, np.concatenate([first, places[len(places) - limits.max_length + len(first) :]]))
+        return _take(row, positions[: limits.max_length])
+    first = positions[: int(row.ids[0] == limits.bos_id)]
+    return _take(row, np.concatenate([first, positions[len(positions) - limits.max_length + len(first) :]]))
 
 
 def nothing_left_message(path: str, total: int, overlong: int, max_length: int) -> str:
-    """What to say of a file without a row that can be learned from."""
+    """Returns the error message for a file without a row to learn from."""
     return (
-        f"{path}: no row is left to learn from: of {total}, {overlong} were longer than data.max_length {max_length} "
-        f"and dropped, and in {total - overlong} no supervised token is left (answers that start behind max_length). "
+        f"{path}: no row has a supervised token left. Of {total} rows, {overlong} were dropped because they are longer "
+        f"than data.max_length {max_length}, and {total - overlong} because their answers start behind it. "
         "Raise data.max_length."
     )

@@ -136,7 +136,7 @@ def row_chunks(wanted: Preparation, *, in_parts: bool = False) -> Iterator[RowCh
     if not reading.seen:
         raise ValueError(no_rows_message(wanted.path))
     if wanted.side is not None:
-        sides = (reading.others, whole.rows) if wanted.side.held else (whole.rows, reading.others)
+        sides = (reading.others, whole.rows) if wanted.side.held_out else (whole.rows, reading.others)
         check_splits(wanted.path, wanted.side.fraction, *sides)
     if not whole.kept:
         raise ValueError(nothing_left_message(wanted.path, whole.rows, whole.overlong, wanted.data.max_length))
@@ -198,7 +198,7 @@ class _Reading:
         if side is None and not hashed:
             return rows, np.zeros(0, np.uint64)
         hashes = [content_hash(row_format, row.data) for row in rows]
-        taken = [side is None or side.takes(one) for one in hashes]
+        taken = [side is None or side.contains(one) for one in hashes]
         self.others += len(rows) - sum(taken)
         chosen = list(itertools.compress(rows, taken))
         return chosen, np.array(list(itertools.compress(hashes, taken)) if hashed else [], np.uint64)

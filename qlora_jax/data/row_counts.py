@@ -1,4 +1,4 @@
-"""What is counted of rows while they are read; counts of pieces add up to those of the whole."""
+"""Counts of rows, taken while they are read. Counts of chunks add up to those of the file."""
 
 import collections
 import dataclasses
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 PERCENTILES = (1, 25, 50, 75, 95, 100)
-_MAPS = ("lengths", "new_tokens")  # fields that count by number
+_HISTOGRAMS = ("lengths", "new_tokens")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,16 +14,16 @@ class RowCounts:
     """Counts of rows.
 
     Fields:
-      rows, kept: rows read, and those left after length handling.
-      truncated, overlong, unsupervised: as in lengths.FittedRows.
-      cut: rows in which a token was cut at the start or end of an answer, as generation cuts it.
+      rows, kept: rows read, and rows left after length handling.
+      truncated, overlong, unsupervised: see lengths.FittedRows.
+      cut: rows in which a token crossed the start or end of an answer, so prompt and answer were encoded separately.
       lossy: rows that do not decode to their own text.
-      special_text: rows whose own text spells a special token; it is encoded as that token.
-      doubled_bos, without_bos: rows that begin with bos twice, and without it although the tokenizer asks for it.
-      tokens, supervised: targets of the kept rows, and those among them that the loss sees.
-      lengths: how many rows have so many tokens, before any is cut.
-      new_tokens: how often the kept rows have each new token, by id; those that they have at all.
-      columns: those found, in the order that they were found in.
+      special_text: rows whose text contains the text of a special token, which is encoded as that token.
+      doubled_bos, without_bos: rows that begin with two bos, and without bos although the tokenizer asks for one.
+      tokens, supervised: targets of the kept rows, and those that the loss sees.
+      lengths: number of rows by number of tokens, before truncation.
+      new_tokens: number of occurrences in kept rows by id of a new token, if any.
+      columns: names of columns, in the order of their first occurrence.
     """
 
     rows: int = 0
@@ -43,14 +43,14 @@ class RowCounts:
     columns: tuple[str, ...] = ()
 
     def __add__(self, other: "RowCounts") -> "RowCounts":
-        maps: dict[str, Any] = {name: _sum(getattr(self, name), getattr(other, name)) for name in _MAPS}
-        names = {field.name for field in dataclasses.fields(RowCounts)} - {*_MAPS, "columns"}
+        maps: dict[str, Any] = {name: _sum(getattr(self, name), getattr(other, name)) for name in _HISTOGRAMS}
+        names = {field.name for field in dataclasses.fields(RowCounts)} - {*_HISTOGRAMS, "columns"}
         sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
         return RowCounts(**sums, **maps, columns=tuple(dict.fromkeys((*self.columns, *other.columns))))
 
     @property
     def percentiles(self) -> tuple[int, ...]:
-        """Tokens a row at PERCENTILES: the smallest length that so many percent of the rows do not exceed."""
+        """Tokens per row at PERCENTILES: the smallest length that so many percent of the rows do not exceed."""
         found, seen, lengths = [], 0, sorted(self.lengths.items())
         for percentile in PERCENTILES:
             while seen * 100 < percentile * self.rows and lengths:
@@ -59,15 +59,15 @@ class RowCounts:
             found.append(length)
         return tuple(found)
 
-    def to_dict(self) -> dict[str, Any]:
-        """What JSON holds."""
+    def to_dict(self) -> dict[str, object]:
+        """Returns the fields for JSON."""
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_dict(cls, saved: Mapping[str, Any]) -> "RowCounts":
-        """The counts that `to_dict` gave, through JSON."""
-        maps = {name: {int(key): count for key, count in saved[name].items()} for name in _MAPS}
-        return cls(**{**saved, **maps, "columns": tuple(saved["columns"])})
+    def from_dict(cls, stored: Mapping[str, Any]) -> "RowCounts":
+        """Returns the counts of `to_dict`, which JSON has stored: its keys are text and its tuples lists."""
+        maps = {name: {int(key): count for key, count in stored[name].items()} for name in _HISTOGRAMS}
+        return cls(**{**stored, **maps, "columns": tuple(stored["columns"])})
 
 
 def _sum(a: Mapping[int, int], b: Mapping[int, int]) -> dict[int, int]:

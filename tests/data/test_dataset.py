@@ -63,8 +63,8 @@ def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows:
 
 def hold_out(rows: list[Row]) -> list[list[Row]]:
     hashes = [content_hash(FORMATS["text"], row.data) for row in rows]
-    sides = (Split(0.5, held=False), Split(0.5, held=True))
-    return [[row for row, one in zip(rows, hashes, strict=True) if side.takes(one)] for side in sides]
+    sides = (Split(0.5, held_out=False), Split(0.5, held_out=True))
+    return [[row for row, one in zip(rows, hashes, strict=True) if side.contains(one)] for side in sides]
 
 
 @given(st.lists(st.tuples(st.text(st.characters(codec="utf-8"), max_size=3), st.integers()), max_size=30))
@@ -212,7 +212,8 @@ def test_a_row_may_hold_several_examples(tokenizer: Tokenizer, write_rows: Calla
 def test_long_rows_can_be_errors(plain_tokenizer: Tokenizer, write_rows: Callable):
     path = rows_of_lengths(plain_tokenizer, write_rows)
     with pytest.raises(
-        ValueError, match=r"2 of 4 rows(.|\n)*:3: 30 tokens, longer than data\.max_length 29(.|\n)*:4: 40"
+        ValueError,
+        match=r"2 of 4 rows(.|\n)*:3: found 30 tokens, expected at most 29 \(data\.max_length\)(.|\n)*:4: found 40",
     ):
         load(plain_tokenizer, train=path, max_length=29, overlong="error")
     assert load(plain_tokenizer, train=path, max_length=40, overlong="error").report.train.kept == 4
@@ -221,10 +222,11 @@ def test_long_rows_can_be_errors(plain_tokenizer: Tokenizer, write_rows: Callabl
 def test_a_data_set_with_nothing_left_is_an_error(plain_tokenizer: Tokenizer, write_rows: Callable):
     path = rows_of_lengths(plain_tokenizer, write_rows)
     with pytest.raises(
-        ValueError, match=r"of 4, 4 were longer than data\.max_length 8 and dropped(.|\n)*Raise data\.max"
+        ValueError,
+        match=r"Of 4 rows, 4 were dropped because they are longer than data\.max_length 8(.|\n)*Raise data\.max",
     ):
         load(plain_tokenizer, train=path, max_length=8, overlong="drop")
-    with pytest.raises(ValueError, match=r"of 4, 0 were longer .* and in 4 no supervised token is left"):
+    with pytest.raises(ValueError, match=r"Of 4 rows, 0 were dropped .* and 4 because their answers start behind it"):
         load(plain_tokenizer, train=path, max_length=8)
 
 

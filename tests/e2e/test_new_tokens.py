@@ -174,7 +174,7 @@ def test_a_merged_model_holds_them(finished: Config, tmp_path: Path, tied: bool)
 
 def test_tokens_that_are_not_new_are_refused(tmp_path: Path) -> None:
     config = tool_project(tmp_path, model=dict(new_tokens=["a", "<|new|>"], new_special_tokens=["</s>"]))
-    with pytest.raises(ValueError, match="in the vocabulary already, so not new: 'a', '</s>'"):
+    with pytest.raises(ValueError, match="already in the vocabulary: 'a', '</s>'"):
         open_inputs(config)
 
 

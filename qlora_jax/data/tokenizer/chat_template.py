@@ -1,4 +1,4 @@
-"""Chat templates: jinja in a sandbox, with the extras that published templates count on (those of transformers)."""
+"""Chat templates: jinja in a sandbox, with the extras of transformers that published templates rely on."""
 
 import contextlib
 import datetime
@@ -9,22 +9,24 @@ from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
 import jinja2.runtime
 import jinja2.sandbox
 
-Message = Mapping[str, Any]
+Message = Mapping[str, Any]  # a JSON object: `content` is text, but `tool_calls` is a list, and templates read more
 
-# Names that are safe in any template: what a loop tells, and keys that are no method of a dict.
+# Names that are safe in any template: attributes of a loop, and keys that are not methods of a dict.
 _LOOP = frozenset({"first", "last", "index", "index0", "length"})
 _METHODS = frozenset(dir(dict))
 
 
 class _GenerationBlock(jinja2.ext.Extension):
-    """Reads `{% generation %}...{% endgeneration %}` as its body: our masks come from spans, not from marks."""
+    """Reads `{% generation %}...{% endgeneration %}` as its body. Masks come from spans, not from these marks."""
 
     tags = {"generation"}  # noqa: RUF012 (a class attribute that jinja reads)
 
-    def parse(self, parser: Any) -> list[Any]:
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
         next(parser.stream)
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
@@ -34,7 +36,11 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(
-    value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys=False
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
 ) -> str:
     # Jinja's own filter escapes HTML characters.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
@@ -45,10 +51,10 @@ def _strftime_now(format: str) -> str:
 
 
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's, which asks a dozen questions of all that templates read: not of what every turn of a chat needs."""
+    """Jinja's sandbox without its dozen checks per attribute for attributes that every turn of a chat reads."""
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        """What `obj.attribute` is in a template."""
+        """Returns the value of `obj.attribute` in a template."""
         if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP:
             return getattr(obj, attribute)
         if type(obj) is dict and attribute in obj and attribute not in _METHODS:
@@ -64,10 +70,14 @@ def _compile(template: str) -> jinja2.Template:
     try:
         compiled = environment.from_string(template)
     except jinja2.TemplateSyntaxError as error:
-        raise ValueError(f"the chat template does not parse: line {error.lineno}: {error.message}") from error
-    except (SyntaxError, RecursionError) as error:  # of the Python that jinja makes of it
-        raise ValueError(f"the chat template does not parse: {error.args[0]}") from error
-    compiled.globals = dict(compiled.globals)  # a ChainMap, copied for every rendering at ten times a dict's cost
+        raise ValueError(
+            f"the chat template does not parse: line {error.lineno}: {error.message}. Correct its jinja."
+        ) from error
+    except (SyntaxError, RecursionError) as error:  # of the Python code that jinja generates
+        raise ValueError(f"the chat template does not parse: {error.args[0]}. Correct its jinja.") from error
+    compiled.globals = dict(
+        compiled.globals
+    )  # was a ChainMap, which costs ten times as much to copy, once per rendering
     return compiled
 
 
@@ -80,20 +90,20 @@ def render(
     messages: Sequence[Message],
     special_tokens: Mapping[str, str],
     add_generation_prompt: bool = False,
-    tools: Sequence[Mapping[str, Any]] | None = None,
+    tools: Sequence[Mapping[str, object]] | None = None,
 ) -> str:
-    """The text that `template` makes of `messages`, as transformers' `apply_chat_template(tokenize=False)` gives it.
+    """Renders `messages` to the same text as transformers' `apply_chat_template(tokenize=False)`.
 
     Args:
       template: jinja source.
-      messages: dicts with `role` and `content`; keys whose value is None are dropped. A turn that calls tools may have
-        no content: it is empty text to a template that fails without.
-      special_tokens: `bos_token`, `eos_token`, ... by name; those that the tokenizer lacks are left out.
-      add_generation_prompt: ends with what comes before an assistant's turn.
-      tools: what the model may call, as JSON schemas.
+      messages: dicts with `role` and `content`. Keys whose value is None are dropped. A turn that calls tools may lack
+        content. A template that fails without it then gets empty text.
+      special_tokens: `bos_token`, `eos_token` and others, by name, if the tokenizer has them.
+      add_generation_prompt: True if the text ends with the prompt of an assistant's turn.
+      tools: JSON schemas of the functions that the model may call.
 
     Raises:
-      ValueError: the template does not parse, refuses these messages or fails on them.
+      ValueError: the template does not parse, rejects these messages or fails on them.
     """
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
     given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens}
@@ -101,9 +111,9 @@ def render(
     try:
         with contextlib.suppress(jinja2.UndefinedError):
             return compiled.render(messages=chat, **given)
-        # As transformers has it first, so that templates that ask whether there is content are told the truth (`is
-        # defined`, `is string`); those that join it to text fail on what is missing, and mean "".
+        # First without content, as in transformers, for templates that test it (`is defined`, `is string`). Templates
+        # that join it to text fail on missing content, and mean "".
         return compiled.render(messages=[_with_content(message) for message in chat], **given)
-    except Exception as error:  # a template may call whatever strings, lists and dicts can do
+    except Exception as error:  # a template may call any method of strings, lists and dicts
         roles = [message.get("role") for message in messages]
-        raise ValueError(f"the chat template refuses a conversation with roles {roles}: {error}") from error
+        raise ValueError(f"the chat template rejects a conversation with roles {roles}: {error}") from error

@@ -1,5 +1,7 @@
-"""A tokenizer from GGUF metadata: byte-level BPE, equal to the tokenizer.json that the file was made from, or
-SentencePiece's BPE, equal to SentencePiece."""
+"""Builds a tokenizer from GGUF metadata.
+
+Byte-level BPE equals the tokenizer.json that the file was made from. SentencePiece's BPE equals SentencePiece.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -7,22 +9,22 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # values of tokenizer.ggml.token_type
-SPACE = "\u2581"  # what SentencePiece writes for a space
+SPACE = "\u2581"  # SentencePiece writes a space as this character
 
 
 class Pre(NamedTuple):
-    """What a value of `tokenizer.ggml.pre` stands for: everything but vocabulary and merges."""
+    """The pre-tokenization that a value of `tokenizer.ggml.pre` names: all of a tokenizer but vocabulary and merges."""
 
-    split: Callable[[], Any]
-    normalizer: Callable[[], Any] | None = None
+    split: Callable[[], pre_tokenizers.PreTokenizer]
+    normalizer: Callable[[], normalizers.Normalizer] | None = None
     ignore_merges: bool = False
 
 
-def _byte_level(use_regex: bool = True) -> Any:
+def _byte_level(use_regex: bool = True) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=use_regex)
 
 
-def _digits_then_bytes() -> Any:
+def _digits_then_bytes() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _byte_level()])
 
 
@@ -31,26 +33,26 @@ _WORDS = rf"{_ENDINGS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+"
 
 
 def _by_case(ending: str) -> str:
-    """Words that begin anew where a small letter is followed by a capital."""
+    """Returns a pattern of words that splits a word where a capital follows a small letter."""
     start, small, large = r"[^\r\n\p{L}\p{N}]?", r"\p{Ll}\p{Lm}\p{Lo}\p{M}", r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}"
     return f"{start}[{large}]*[{small}]+{ending}|{start}[{large}]+[{small}]*{ending}"
 
 
-def _split(number: str, words: str = _WORDS, after: str = r"\r\n") -> Callable[[], Any]:
+def _split(number: str, words: str = _WORDS, after: str = r"\r\n") -> Callable[[], pre_tokenizers.PreTokenizer]:
     pattern = rf"{words}|{number}| ?[^\s\p{{L}}\p{{N}}]+[{after}]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     split = pre_tokenizers.Split
     return lambda: pre_tokenizers.Sequence([split(Regex(pattern), "isolated"), _byte_level(use_regex=False)])
 
 
-# Only kinds that tests hold against their published tokenizers, or against transformers'; guessing one would give other
-# ids in silence.
+# Only names that tests compare with their published tokenizers, or with transformers. A guess would give wrong ids
+# without an error.
 _LLAMA3 = Pre(_split(r"\p{N}{1,3}"), ignore_merges=True)
 
 KNOWN_PRE = {
     "smollm": Pre(_digits_then_bytes),
     "gpt-2": Pre(_byte_level),
     "phi-2": Pre(_byte_level),
-    # GPT-NeoX's, which OLMo took over.
+    # OLMo uses that of GPT-NeoX.
     "olmo": Pre(_byte_level, normalizer=normalizers.NFC),
     "llama-bpe": _LLAMA3,
     "llama-v3": _LLAMA3,
@@ -63,7 +65,7 @@ KNOWN_PRE = {
 
 
 def known_pre_of(tokenizer: Tokenizer, ignore_merges: bool, texts: Sequence[str]) -> str | None:
-    """The value of `tokenizer.ggml.pre` under which `texts` are normalized and split as `tokenizer` does it, if any."""
+    """Returns the value of `tokenizer.ggml.pre` that normalizes and splits `texts` as `tokenizer` does, or None."""
     pieces = [_pieces(tokenizer.normalizer, tokenizer.pre_tokenizer, text) for text in texts]
     for name, pre in KNOWN_PRE.items():
         steps = pre.normalizer() if pre.normalizer else None, pre.split()
@@ -72,30 +74,32 @@ def known_pre_of(tokenizer: Tokenizer, ignore_merges: bool, texts: Sequence[str]
     return None
 
 
-def _pieces(normalizer: Any, split: Any, text: str) -> list[str]:
+def _pieces(
+    normalizer: normalizers.Normalizer | None, split: pre_tokenizers.PreTokenizer | None, text: str
+) -> list[str]:
     normal = normalizer.normalize_str(text) if normalizer else text
     return [piece for piece, _ in split.pre_tokenize_str(normal)] if split else [normal]
 
 
 def rebuild(metadata: Mapping[str, Any], bos: str | None = None) -> Tokenizer:
-    """The tokenizer that `tokenizer.ggml.*` describes.
+    """Builds the tokenizer that `tokenizer.ggml.*` describes.
 
     Args:
-      metadata: `model` (a key of MODELS), `tokens`, `token_type`; of "gpt2" `pre` (a key of KNOWN_PRE) and `merges`
-        ("a b"); of "llama" `scores` (empty: the order of the tokens is that of merges) and `add_space_prefix`.
-      bos: a token that tokenizer.json would put before every text, if any.
+      metadata: `model` (a key of MODELS), `tokens` and `token_type`. "gpt2" also needs `pre` (a key of KNOWN_PRE) and
+        `merges` ("a b"). "llama" also needs `scores` (if empty, tokens merge in their order) and `add_space_prefix`.
+      bos: token that tokenizer.json puts before every text, or None.
 
     Raises:
-      ValueError: another model or `pre`, lists that disagree, or a malformed merge.
+      ValueError: an unknown model or `pre`, lists of different lengths, repeated tokens, or a malformed merge.
     """
     if metadata.get("model") not in MODELS:
         raise ValueError(
-            f"GGUF: tokenizer.ggml.model is {metadata.get('model')!r}; only {' and '.join(map(repr, MODELS))} can be "
-            "rebuilt. Use the model's Hugging Face folder, which holds tokenizer.json."
+            f"GGUF: tokenizer.ggml.model is not supported (found {metadata.get('model')!r}, expected "
+            f"{' or '.join(map(repr, MODELS))}). Use the model's Hugging Face folder, which contains tokenizer.json."
         )
     tokens = metadata["tokens"]
     tokenizer = MODELS[metadata["model"]](metadata)
-    # add_tokens gives a token that is in the vocabulary its own id there.
+    # Tokens that are in the vocabulary already get the ids that they have there.
     tokenizer.add_tokens(_added_tokens(tokens, metadata["token_type"]))
     if bos is not None:
         starts = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
@@ -116,9 +120,9 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
 
 
 def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
-    """Text as one string with its spaces spelt out; what no piece covers becomes its bytes."""
+    """Builds BPE over whole texts with SPACE for spaces. Characters that no piece covers become bytes."""
     _check_lengths(metadata)
-    tokens, kinds = [_spelt(token) for token in metadata["tokens"]], metadata["token_type"]
+    tokens, kinds = [_with_space_characters(token) for token in metadata["tokens"]], metadata["token_type"]
     merges = _merges_of_pieces(tokens, kinds, metadata["scores"])
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     bpe = models.BPE(_vocabulary(tokens), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -133,21 +137,21 @@ def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
 MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
 
 
-def _spelt(token: str) -> str:
-    """Gemma's runs of spaces are written as such in GGUF files, and pieces like others in SentencePiece."""
+def _with_space_characters(token: str) -> str:
+    """Returns the token with SPACE for its spaces. GGUF files write Gemma's runs of spaces as such."""
     return token.replace(" ", SPACE) if token.isspace() and set(token) == {" "} else token
 
 
 def _check_lengths(metadata: Mapping[str, Any]) -> None:
     counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores") if metadata[name]}
     if len(set(counts.values())) > 1:
-        raise ValueError(f"GGUF: tokenizer.ggml lists of different lengths: {counts}")
+        raise ValueError(f"GGUF: tokenizer.ggml lists have different lengths: {counts}. Use an undamaged file.")
 
 
 def _merges_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Sequence[float]) -> list[tuple[str, str]]:
-    """Every pair of pieces that makes a piece, that of the highest score first: what SentencePiece merges by.
+    """Returns every pair of pieces that joins to a piece, highest score first: SentencePiece's merge order.
 
-    Without scores the first piece of the vocabulary counts most.
+    Without scores, pieces that come first in the vocabulary merge first.
     """
     pieces = {
         token: index
@@ -168,8 +172,8 @@ def _known_pre(metadata: Mapping[str, Any]) -> Pre:
     pre = metadata.get("pre")
     if pre not in KNOWN_PRE:
         raise ValueError(
-            f"GGUF: tokenizer.ggml.pre is {pre!r}; known: {', '.join(KNOWN_PRE)}. How text is split before BPE "
-            "would be a guess. Use the model's Hugging Face folder, which holds tokenizer.json."
+            f"GGUF: tokenizer.ggml.pre is unknown (found {pre!r}, expected one of {', '.join(KNOWN_PRE)}), so "
+            "the split before BPE would be a guess. Use the model's Hugging Face folder, which contains tokenizer.json."
         )
     return KNOWN_PRE[pre]
 
@@ -178,7 +182,9 @@ def _vocabulary(tokens: Sequence[str]) -> dict[str, int]:
     vocabulary = {token: index for index, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         twice = [token for index, token in enumerate(tokens) if vocabulary[token] != index]
-        raise ValueError(f"GGUF: tokenizer.ggml.tokens holds {len(twice)} tokens twice, such as {twice[:5]}")
+        raise ValueError(
+            f"GGUF: tokenizer.ggml.tokens repeats {len(twice)} tokens, such as {twice[:5]}. Use an undamaged file."
+        )
     return vocabulary
 
 
@@ -191,9 +197,12 @@ def _merges(merges: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _added_tokens(tokens: Sequence[str], token_type: Sequence[int]) -> list[AddedToken]:
-    """Control tokens (special) and user-defined ones: both are found in text before BPE sees it."""
+    """Returns control tokens (special) and user-defined ones, which are found in a text before BPE splits it."""
     if len(tokens) != len(token_type):
-        raise ValueError(f"GGUF: {len(tokens)} tokenizer.ggml.tokens but {len(token_type)} token_type")
+        raise ValueError(
+            f"GGUF: tokenizer.ggml.token_type has the wrong length (found {len(token_type)}, expected {len(tokens)}). "
+            "Use an undamaged file."
+        )
     return [
         AddedToken(token, normalized=False, special=kind == CONTROL)
         for token, kind in zip(tokens, token_type, strict=True)

@@ -1,4 +1,4 @@
-"""The tokenizer: built from the plain dict that a model reader yields, wrapping the `tokenizers` library."""
+"""The tokenizer: wraps the `tokenizers` library, built from the plain dict that a model reader returns."""
 
 import dataclasses
 import functools
@@ -18,15 +18,17 @@ _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tokenizer:
-    """Text to ids and back, and messages to text. Adds no special tokens by itself: templates and formats do.
+    """Encodes text to ids, decodes ids to text, and renders messages to text.
+
+    It adds no special tokens: chat templates and row formats do.
 
     Fields:
       backend: the `tokenizers.Tokenizer`, without truncation, padding or post-processing.
-      exported: the same as tokenizer.json would have it, post-processing included.
+      exported: the text of tokenizer.json, with post-processing.
       chat_template: jinja source, or None for a base model.
-      special_tokens: the named ones that exist: `bos_token`, `eos_token`, `pad_token`, `unk_token`.
-      add_bos_token: plain text (no chat template) starts with bos.
-      new_ids: ids of the tokens that were added to the model's own.
+      special_tokens: those of `bos_token`, `eos_token`, `pad_token` and `unk_token` that exist, by name.
+      add_bos_token: True if plain text, without a chat template, starts with bos.
+      new_ids: ids of tokens that were added to the model's own.
     """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -37,37 +39,37 @@ class Tokenizer:
     new_ids: tuple[int, ...] = ()
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added."""
+        """Returns the ids of `text`, without special tokens around it."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, nothing added."""
+        """Returns the ids of each text, without special tokens around it."""
         return [encoding.ids for encoding in self.encode_spans(texts)]
 
     def encode_spans(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """ChunkEncodings with `ids` and `offsets`, where token i covers `text[start_i:end_i]`, spaces included.
+        """Returns encodings with `ids` and `offsets`. Token i covers `text[start_i:end_i]`, with its spaces.
 
-        Tokens that share one character all carry its whole span.
+        Tokens that share one character all cover the whole character.
         """
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     def encode_fast(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
-        """ChunkEncodings with `ids` alone, in five sixths of the time."""
+        """Returns encodings with `ids` but without `offsets`, in five sixths of the time."""
         return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        """Text of `ids`; special tokens are spelled out unless skipped."""
+        """Returns the text of `ids`, including special tokens unless they are skipped."""
         return self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render(
         self,
         messages: Sequence[Message],
         add_generation_prompt: bool = False,
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Sequence[Mapping[str, object]] | None = None,
     ) -> str:
-        """The chat template applied to `messages` and `tools`; ValueError where there is no template."""
+        """Renders `messages` and `tools` with the chat template; raises ValueError without a template."""
         if self.chat_template is None:
-            raise ValueError("this tokenizer has no chat template; name a jinja file: data.chat_template")
+            raise ValueError("this tokenizer has no chat template. Set data.chat_template to a jinja file.")
         return render(self.chat_template, messages, self.special_tokens, add_generation_prompt, tools)
 
     def _id(self, name: str) -> int | None:
@@ -86,7 +88,7 @@ class Tokenizer:
 
     @property
     def pad_id(self) -> int | None:
-        """Id of the padding token; often that of eos, so nothing here masks by it."""
+        """Id of the padding token. Often the same as eos, so masks never depend on it."""
         return self._id("pad_token")
 
     @property
@@ -101,7 +103,7 @@ class Tokenizer:
 
     @functools.cached_property
     def added_ids(self) -> frozenset[int]:
-        """Ids of added tokens: those that are found in a text before BPE sees it."""
+        """Ids of added tokens, which are found in a text before BPE splits it."""
         return frozenset(self.backend.get_added_tokens_decoder())
 
     @functools.cached_property
@@ -114,45 +116,47 @@ class Tokenizer:
 
     @functools.cached_property
     def round_trips(self) -> Callable[[str], bool]:
-        """`round_trips(text)`: true only if its ids decode to it; see lossless.py."""
+        """Function of a text; True only if its ids decode to the same text (see byte_lengths.py)."""
         return make_round_trips(self.backend)
 
     @functools.cached_property
     def byte_lengths(self) -> ByteLengths | None:
-        """Bytes of a kept text that each id stands for, or None; see lossless.py."""
+        """Bytes that each id stands for in a text that round-trips, or None if unknown (see byte_lengths.py)."""
         return byte_lengths(self.backend)
 
     @functools.cached_property
     def is_byte_level(self) -> bool:
-        """Whether texts may be encoded apart: the ids of both, joined, decode to both, joined."""
+        """True if the joined ids of two texts decode to the joined texts."""
         return is_byte_level(self.backend)
 
     def to_json(self) -> str:
-        """The text of tokenizer.json."""
+        """Returns the text of tokenizer.json."""
         return self.exported
 
 
 def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
-    """The tokenizer of a model source: from the text of tokenizer.json, or rebuilt from GGUF metadata.
+    """Builds the tokenizer of a model source, from the text of tokenizer.json or from GGUF metadata.
 
     Args:
       source: `chat_template`, `bos_token`, `eos_token`, `pad_token`, `unk_token` (each a str or None),
-        `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see gguf_tokenizer.rebuild).
+        `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see from_gguf.rebuild). `missing` may give
+        the error message if the source has neither.
 
     Raises:
-      ValueError: neither form is there (in the words of `missing`, where it has them), the text is no tokenizer, or a
-        named token is not in the vocabulary.
+      ValueError: the source has neither, the text is not a tokenizer, or a named token is not in the vocabulary.
     """
     special_tokens = {name: source[name] for name in _NAMED if source.get(name) is not None}
     bos = special_tokens.get("bos_token") if source.get("add_bos_token") else None
     backend = _from_json(source["tokenizer_json"]) if "tokenizer_json" in source else _from_gguf(source, bos)
     unknown = [f"{name} {token!r}" for name, token in special_tokens.items() if backend.token_to_id(token) is None]
     if unknown:
-        raise ValueError(f"the tokenizer names tokens that are not in its vocabulary: {', '.join(unknown)}")
+        raise ValueError(
+            f"tokenizer: special tokens that are not in its vocabulary: {', '.join(unknown)}. Correct its files."
+        )
     backend.no_truncation()
     backend.no_padding()
     exported = backend.to_str()
-    # A post-processor may trim spaces off the offsets, and masks are made from offsets.
+    # A post-processor may remove spaces from the offsets, which masks are made of.
     backend.post_processor = None
     return Tokenizer(
         backend=backend,
@@ -164,19 +168,20 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
 
 
 def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequence[str]) -> Tokenizer:
-    """The same tokenizer with tokens added at its end, found wherever they stand in a text, as they are written.
+    """Returns the tokenizer with new tokens at its end, which are found anywhere in a text.
 
     Args:
-      special: tokens that are no text: they follow `plain`, and transformers can leave them out of what it decodes.
+      plain: tokens that are text.
+      special: control tokens, with ids after those of `plain`. transformers can skip them when it decodes.
 
     Raises:
-      ValueError: names those that are in the vocabulary already.
+      ValueError: some tokens are in the vocabulary already.
     """
     tokens = [*plain, *special]
     if not tokens:
         return tokenizer
     if known := [token for token in tokens if tokenizer.backend.token_to_id(token) is not None]:
-        raise ValueError(f"new tokens: in the vocabulary already, so not new: {', '.join(map(repr, known))}")
+        raise ValueError(f"new tokens: already in the vocabulary: {', '.join(map(repr, known))}. Remove them.")
     added = [tokenizers.AddedToken(token, normalized=False, special=token in special) for token in tokens]
     backend = tokenizers.Tokenizer.from_str(tokenizer.exported)
     backend.add_tokens(added)
@@ -187,24 +192,29 @@ def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequenc
 
 
 def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
-    """The same tokenizer with the jinja template in file `path`."""
+    """Returns the tokenizer with the jinja template of the file `path`."""
     try:
         template = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the chat template can't be read as a UTF-8 file: {error}") from error
+        raise ValueError(
+            f"{path}: the chat template can't be read as UTF-8 text ({error}). Name a jinja file."
+        ) from error
     return dataclasses.replace(tokenizer, chat_template=template)
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:
     try:
         return tokenizers.Tokenizer.from_str(text)
-    except Exception as error:  # the library raises bare Exception for whatever it can't parse
-        raise ValueError(f"tokenizer.json can't be read by tokenizers {tokenizers.__version__}: {error}") from error
+    except Exception as error:  # the library raises bare Exception for text that it can't parse
+        raise ValueError(
+            f"tokenizer.json can't be read by tokenizers {tokenizers.__version__} ({error}). Update tokenizers, or use "
+            "another file."
+        ) from error
 
 
 def _from_gguf(source: Mapping[str, Any], bos: str | None) -> tokenizers.Tokenizer:
     if "missing" in source:
         raise ValueError(source["missing"])
     if "gguf" not in source:
-        raise ValueError(f"a tokenizer needs 'tokenizer_json' or 'gguf'; found only {sorted(source)}")
+        raise ValueError(f"tokenizer source: found {sorted(source)}, expected 'tokenizer_json' or 'gguf' in it")
     return rebuild(source["gguf"], bos)

@@ -1,4 +1,4 @@
-"""Chat templates against transformers, and what a template may not do."""
+"""Chat templates against transformers, and the errors of templates that break the rules."""
 
 import json
 from collections.abc import Callable
@@ -52,17 +52,17 @@ def test_default_system_message(smollm2_template: str):
     [
         ("{% for %}", "does not parse: line 1"),
         ("{% break %}", "does not parse: 'break' outside loop"),
-        ("{{ 'a'.index('z') }}", r"refuses a conversation with roles \['user'\]: substring not found"),
-        ("{{ 'abc'.encode().decode('utf-16') }}", "refuses a conversation"),
-        ("{% for n in range(10 ** 9) %}x{% endfor %}", "refuses a conversation.*Range too big"),
-        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "refuses a conversation.*recursion"),
+        ("{{ 'a'.index('z') }}", r"rejects a conversation with roles \['user'\]: substring not found"),
+        ("{{ 'abc'.encode().decode('utf-16') }}", "rejects a conversation"),
+        ("{% for n in range(10 ** 9) %}x{% endfor %}", "rejects a conversation.*Range too big"),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "rejects a conversation.*recursion"),
         ("{{ raise_exception('roles must alternate') }}", r"roles \['user'\]: roles must alternate"),
-        ("{{ messages[0].content + 1 }}", "refuses a conversation"),
-        ("{{ messages[3].content }}", "refuses a conversation"),
-        # The sandbox: no way from a template to Python's own objects, nor into the messages.
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refuses a conversation"),
-        ("{{ messages.append(1) }}", "refuses a conversation"),
-        ("{{ messages.__init__.__globals__ }}", "refuses a conversation"),
+        ("{{ messages[0].content + 1 }}", "rejects a conversation"),
+        ("{{ messages[3].content }}", "rejects a conversation"),
+        # The sandbox: a template reaches neither Python's own objects nor the messages.
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "rejects a conversation"),
+        ("{{ messages.append(1) }}", "rejects a conversation"),
+        ("{{ messages.__init__.__globals__ }}", "rejects a conversation"),
     ],
 )
 def test_bad_templates_are_told(template: str, told: str):
@@ -71,5 +71,5 @@ def test_bad_templates_are_told(template: str, told: str):
 
 
 def test_no_template_is_told(plain_tokenizer):
-    with pytest.raises(ValueError, match=r"no chat template; name a jinja file: data\.chat_template"):
+    with pytest.raises(ValueError, match=r"no chat template\. Set data\.chat_template"):
         plain_tokenizer.render([USER])

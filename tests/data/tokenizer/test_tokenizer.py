@@ -125,7 +125,7 @@ def test_gpt2_metadata_gives_gpt2s_tokenizer_back(local_data: Callable[[str], Pa
 def test_each_kind_splits_as_transformers_does(
     oracle: Callable, tmp_path: Path, smollm2_metadata: dict, smollm2_json: str
 ):
-    """The vocabulary is SmolLM2's, and its specials stay plain: what is compared is splitting and normalizing."""
+    """Compares splitting and normalizing. The vocabulary is SmolLM2's, and its special tokens are plain."""
     path, pres = (
         tmp_path / "tokenizer.json",
         ["gpt-2", "phi-2", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken"],
@@ -169,16 +169,16 @@ def test_settings_of_tokenizer_json_that_change_lengths_are_off(smollm2_source: 
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"pre": "viking"}, "tokenizer.ggml.pre is 'viking'; known: smollm, gpt-2"),
-        ({"pre": None}, "tokenizer.ggml.pre is None"),
-        ({"model": "t5"}, "tokenizer.ggml.model is 't5'; only 'gpt2' and 'llama' can be rebuilt"),
+        ({"pre": "viking"}, "tokenizer.ggml.pre is unknown .found 'viking', expected one of smollm, gpt-2"),
+        ({"pre": None}, "tokenizer.ggml.pre is unknown .found None"),
+        ({"model": "t5"}, "tokenizer.ggml.model is not supported .found 't5', expected 'gpt2' or 'llama'"),
         (
             {"model": "llama", "scores": [0.0] * 2},
-            "lists of different lengths: {'tokens': 3, 'token_type': 3, 'scores': 2}",
+            "lists have different lengths: {'tokens': 3, 'token_type': 3, 'scores': 2}",
         ),
         ({"merges": ["a b", "a", "a b c"]}, "2 of tokenizer.ggml.merges are not two tokens: 1: 'a', 2: 'a b c'"),
-        ({"tokens": ["a", "b", "a"]}, r"holds 1 tokens twice, such as \['a'\]"),
-        ({"token_type": [1]}, "3 tokenizer.ggml.tokens but 1 token_type"),
+        ({"tokens": ["a", "b", "a"]}, r"repeats 1 tokens, such as \['a'\]"),
+        ({"token_type": [1]}, "token_type has the wrong length .found 1, expected 3"),
     ],
 )
 def test_metadata_that_can_not_be_right_is_refused(change: dict[str, Any], told: str):
@@ -192,7 +192,7 @@ def test_sources_that_can_not_be_right_are_refused(smollm2_source: dict):
         load_tokenizer({**smollm2_source, "eos_token": "<nope>"})
     with pytest.raises(ValueError, match=r"tokenizer\.json can't be read"):
         load_tokenizer({"tokenizer_json": '{"model": '})
-    with pytest.raises(ValueError, match="needs 'tokenizer_json' or 'gguf'"):
+    with pytest.raises(ValueError, match="expected 'tokenizer_json' or 'gguf'"):
         load_tokenizer({"chat_template": None})
 
 
@@ -210,9 +210,9 @@ def test_every_known_kind_builds():
 
 
 def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
-    """With the space in front that Llama's vocabularies want, and without it, as Gemma's; bytes where no piece fits."""
+    """Covers a space in front, as in Llama's vocabularies, none, as in Gemma's, and bytes if no piece fits."""
     corpus = [line for path in (ROOT / "docs").glob("*.md") for line in path.read_text(encoding="utf-8").splitlines()]
-    # Pieces of our code may spell control tokens, which SentencePiece takes for plain text, as no model is trained to.
+    # Our code may contain control tokens, which SentencePiece reads as plain text. No model is trained on that.
     left_out = ("\x00", "<unk>", "<s>", "</s>")
     strings = [text for text in _strings(300) if not any(spelled in text for spelled in left_out)] + [
         "a <table> b\n\nc",
