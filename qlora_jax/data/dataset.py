@@ -1,7 +1,7 @@
 """load_dataset: from the settings of a run to batches and a report.
 
-Each file becomes token rows (prepare.py), held in memory or in a folder (stored.py); files are mixed (mixture.py), and
-windows of them are dealt to batches (batches.py).
+Each file becomes token rows (prepare.py), in memory or in a cache folder (row_store.py). Files are mixed
+(batching/mixture.py), and windows of them are dealt to batches (batching/batches.py).
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """Rows ready to train on, and those held out.
+    """Rows to train on, and held-out rows.
 
     Fields:
-      tokenizer: the one given, with the chat template that the settings name.
-      eval: None where nothing is held out.
-      buckets: lengths T that training batches come in; `eval_buckets` those of evaluation batches.
-      packed: whether training rows share rows of a batch.
-      report: what to show before training.
+      tokenizer: the given tokenizer, with the chat template that the settings name.
+      eval: held-out rows, or None.
+      buckets, eval_buckets: padded lengths T of training batches, and of evaluation batches.
+      packed: True if several training rows share a row of a batch.
+      report: the report to show before training.
     """
 
     tokenizer: Tokenizer
@@ -59,24 +59,24 @@ class Dataset:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps in which every row is seen once: ceil(rows or packs / (accumulation * micro_batch_size))."""
+        """Optimizer steps per epoch: ceil(rows or packs / (accumulation * micro_batch_size))."""
         return self.report.steps_per_epoch
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the training rows as tokens, and of what the order of batches follows from.
+        """SHA-256 of the training rows as tokens, and of the settings that determine the order of batches.
 
-        Two data sets with one fingerprint give the same batches at the same position.
+        Data sets with equal fingerprints give the same batches at the same position.
         """
         order = (self.buckets, self.packed, self.accumulation, self.micro_batch_size, self.seed)
         return hashlib.sha256(repr((order, self.train.digest)).encode()).hexdigest()
 
     def window_order(self, epoch: int) -> list[int]:
-        """Which window of the training rows comes when in an epoch; [0] where all rows are one."""
+        """Returns the windows of the training rows in the order of an epoch; [0] if all rows are one window."""
         return window_order(self.seed, epoch, self.train.windows).tolist()
 
     def train_batches(self, position: Mapping[str, int] = START) -> Iterator[Batch]:
-        """Batches without end from `position` on; each carries the position that follows it."""
+        """Yields batches without end, from `position` on. Each has the position that follows it."""
         return train_batches(
             self.train,
             self.buckets,
@@ -89,7 +89,7 @@ class Dataset:
         )
 
     def eval_batches(self, batch_size: int) -> Iterator[Batch]:
-        """Batches [1, batch_size, T] in which every held-out row is seen once; none where nothing is held out."""
+        """Yields batches [1, batch_size, T] with every held-out row once; none without held-out rows."""
         if self.eval is None:
             return iter(())
         return eval_batches(self.eval, self.eval_buckets, batch_size=batch_size, pad_id=_padding(self.tokenizer))
@@ -98,25 +98,25 @@ class Dataset:
 def load_dataset(
     data: DataArgs, tokenizer: Tokenizer, *, seed: int, micro_batch_size: int, accumulation: int
 ) -> Dataset:
-    """The data set that `data` describes, every row read, checked and encoded, or taken from data.cache.
+    """Loads the data set that `data` describes: reads, checks and encodes every row, or reads data.cache.
 
     Raises:
-      ValueError: whatever is wrong with the files, told by file and line, all of one kind at once.
+      ValueError: problems of settings, files or rows. All problems of a file's rows are in one error, by line.
     """
-    _check_held_out(data)
+    _check_eval_settings(data)
     if data.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, data.chat_template)
-    train, held = _train_sides(data, tokenizer), _held_sides(data, tokenizer)
+    train, held_out = _prepare_train(data, tokenizer), _prepare_eval(data, tokenizer)
     rows = _mixture(data, train, seed)
-    held_rows = _joined(held) if held else None
+    eval_rows = _concatenate(held_out) if held_out else None
     per_step = accumulation * micro_batch_size
     padded = _padded_lengths(rows, data, per_step)
     buckets = (pack_length(data.max_length),) if data.packing else padded
     report = report_data(
         rows,
-        [SourceReport(side.report, weight) for side, weight in zip(train, _weights(data).values(), strict=True)],
-        combine_reports([side.report for side in held]) if held else None,
-        _shared(train, held),
+        [SourceReport(split.report, weight) for split, weight in zip(train, _weights(data).values(), strict=True)],
+        combine_reports([split.report for split in held_out]) if held_out else None,
+        _count_shared(train, held_out),
         data.max_length,
         buckets,
         per_step,
@@ -126,9 +126,9 @@ def load_dataset(
     return Dataset(
         tokenizer=tokenizer,
         train=rows,
-        eval=held_rows,
+        eval=eval_rows,
         buckets=buckets,
-        eval_buckets=_with_longest(padded, held_rows),
+        eval_buckets=_with_longest(padded, eval_rows),
         packed=data.packing,
         accumulation=accumulation,
         micro_batch_size=micro_batch_size,
@@ -137,23 +137,23 @@ def load_dataset(
     )
 
 
-def _check_held_out(data: DataArgs) -> None:
+def _check_eval_settings(data: DataArgs) -> None:
     if data.eval is not None and data.eval_fraction > 0:
         raise ValueError(
-            f"data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction}) are both set; "
-            "held-out rows come from one of them"
+            f"data.eval: found both data.eval ({data.eval}) and data.eval_fraction ({data.eval_fraction}), expected "
+            "one. Remove one of them."
         )
 
 
 def _padded_lengths(rows: TokenRows | Mixture, data: DataArgs, per_step: int) -> tuple[int, ...]:
-    """The lengths that rows are padded to where none share a row of the batch."""
+    """Returns the lengths that rows are padded to without packing."""
     units = np.sum([count_units(rows.window_lengths(0, n), data.max_length) for n in range(rows.windows)], axis=0)
     return choose_buckets(units, per_step, data.buckets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Prepared:
-    """One side of one file, prepared."""
+    """One split of one file as token rows."""
 
     path: str
     rows: TokenRows | StoredRows
@@ -163,35 +163,35 @@ class _Prepared:
 
 
 def _weights(data: DataArgs) -> dict[str, float]:
-    """Each training file and its weight."""
+    """Returns each training file and its weight."""
     return data.train if isinstance(data.train, dict) else {data.train: 1.0}
 
 
-def _train_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
-    side = Split(data.eval_fraction, held_out=False) if data.eval_fraction else None
-    return [_prepare(path, side, data, tokenizer, in_memory=data.window is None) for path in _weights(data)]
+def _prepare_train(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
+    split = Split(data.eval_fraction, held_out=False) if data.eval_fraction else None
+    return [_prepare(path, split, data, tokenizer, in_memory=data.window is None) for path in _weights(data)]
 
 
-def _held_sides(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
+def _prepare_eval(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
     if data.eval is not None:
         return [_prepare(data.eval, None, data, tokenizer, in_memory=True)]
     if not data.eval_fraction:
         return []
-    side = Split(data.eval_fraction, held_out=True)
-    return [_prepare(path, side, data, tokenizer, in_memory=True) for path in _weights(data)]
+    split = Split(data.eval_fraction, held_out=True)
+    return [_prepare(path, split, data, tokenizer, in_memory=True) for path in _weights(data)]
 
 
-def _prepare(path: str, side: Split | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
+def _prepare(path: str, split: Split | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
     row_format = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
-    wanted = Preparation(
-        path=path, row_format=row_format, side=side, hashed=data.eval is not None, tokenizer=tokenizer, data=data
+    preparation = Preparation(
+        path=path, row_format=row_format, split=split, hashed=data.eval is not None, tokenizer=tokenizer, data=data
     )
     if data.cache is None:
-        return _in_memory(path, list(row_chunks(wanted)))
-    folder = Path(data.cache) / wanted.key()
+        return _in_memory(path, list(row_chunks(preparation)))
+    folder = Path(data.cache) / preparation.key()
     stored = open_stored_rows(folder, path)
     if stored is None:
-        store_rows(row_chunks(wanted, in_parts=not in_memory), folder)
+        store_rows(row_chunks(preparation, in_parts=not in_memory), folder)
         stored = open_stored_rows(folder, path)
         assert stored is not None
     return _Prepared(
@@ -203,47 +203,49 @@ def _prepare(path: str, side: Split | None, data: DataArgs, tokenizer: Tokenizer
     )
 
 
-def _in_memory(path: str, found: Sequence[RowChunk]) -> _Prepared:
-    rows = concatenate_rows([piece.rows for piece in found], (File(path),))
-    counts = functools.reduce(RowCounts.__add__, [piece.counts for piece in found])
+def _in_memory(path: str, chunks: Sequence[RowChunk]) -> _Prepared:
+    rows = concatenate_rows([chunk.rows for chunk in chunks], (File(path),))
+    counts = functools.reduce(RowCounts.__add__, [chunk.counts for chunk in chunks])
     return _Prepared(
         path=path,
         rows=rows,
         digest=rows.digest,
-        report=report_split(path, found[-1].row_format, counts),
-        hashes=[piece.hashes for piece in found],
+        report=report_split(path, chunks[-1].row_format, counts),
+        hashes=[chunk.hashes for chunk in chunks],
     )
 
 
-def _mixture(data: DataArgs, sides: Sequence[_Prepared], seed: int) -> TokenRows | Mixture:
-    """The training rows; those of one file in memory are their own, in the file's order."""
+def _mixture(data: DataArgs, splits: Sequence[_Prepared], seed: int) -> TokenRows | Mixture:
+    """Returns the training rows: those of one file in memory in its order, otherwise a mixture of files."""
     weights = _weights(data)
-    parts = tuple(Part(path=side.path, rows=side.rows, weight=weights[side.path], digest=side.digest) for side in sides)
+    parts = tuple(
+        Part(path=split.path, rows=split.rows, weight=weights[split.path], digest=split.digest) for split in splits
+    )
     check_weights(parts)
     if len(parts) == 1 and parts[0].weight == 1 and isinstance(parts[0].rows, TokenRows):
         return parts[0].rows
     return Mixture(parts=parts, size=data.window, seed=seed)
 
 
-def _joined(sides: Sequence[_Prepared]) -> TokenRows:
-    """The rows of all files, each once."""
-    parts = tuple(Part(path=side.path, rows=side.rows, weight=1.0, digest=side.digest) for side in sides)
+def _concatenate(splits: Sequence[_Prepared]) -> TokenRows:
+    """Returns the rows of all files, each once."""
+    parts = tuple(Part(path=split.path, rows=split.rows, weight=1.0, digest=split.digest) for split in splits)
     return Mixture(parts=parts, size=None, seed=0).window(0, 0).rows
 
 
-def _shared(train: Sequence[_Prepared], held: Sequence[_Prepared]) -> int:
-    """Held-out rows that are trained on too."""
-    hashes = np.concatenate([np.zeros(0, np.uint64), *(chunk for side in held for chunk in side.hashes)])
-    return shared_rows((chunk for side in train for chunk in side.hashes), hashes)
+def _count_shared(train: Sequence[_Prepared], held_out: Sequence[_Prepared]) -> int:
+    """Returns the number of held-out rows that are also trained on."""
+    hashes = np.concatenate([np.zeros(0, np.uint64), *(chunk for split in held_out for chunk in split.hashes)])
+    return shared_rows((chunk for split in train for chunk in split.hashes), hashes)
 
 
-def _with_longest(buckets: tuple[int, ...], held: TokenRows | None) -> tuple[int, ...]:
-    """The training buckets, and one more where a held-out row is longer than all of them."""
-    longest = 0 if held is None else int(held.lengths.max())
+def _with_longest(buckets: tuple[int, ...], held_out: TokenRows | None) -> tuple[int, ...]:
+    """Returns the training buckets, and one more if a held-out row is longer than all of them."""
+    longest = 0 if held_out is None else int(held_out.lengths.max())
     return buckets if longest <= buckets[-1] else (*buckets, -(-longest // UNIT) * UNIT)
 
 
 def _padding(tokenizer: Tokenizer) -> int:
-    """Any id will do: padding is masked by length."""
+    """Returns a padding id. Any id works, because padding is masked by length."""
     named = (tokenizer.pad_id, tokenizer.eos_id, 0)
     return next(token for token in named if token is not None)

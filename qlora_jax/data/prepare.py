@@ -1,6 +1,6 @@
-"""The way of a file's rows to token rows, some at a time, so that a file need not fit into memory.
+"""Turns the rows of a file into token rows, chunk by chunk, so a file need not fit into memory.
 
-read -> detect_format the form -> check -> hold out by hash -> encode with masks -> fit lengths
+read -> detect the format -> check -> hold out by hash -> encode with masks -> fit lengths
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 import numpy as np
@@ -52,24 +52,24 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preparation:
-    """What is made of one file.
+    """Settings that turn one file into token rows.
 
     Fields:
-      form: a form's name, or auto.
-      side: which of its rows are taken; None: all.
-      hashed: whether the hashes of its rows' content are wanted.
+      row_format: name of the format, or "auto".
+      split: the training rows or the held-out rows. None: all rows.
+      hashed: True if the content hashes of its rows are needed.
     """
 
     path: str
     row_format: str
-    side: Split | None
+    split: Split | None
     hashed: bool
     tokenizer: Tokenizer
     data: DataArgs
 
     @property
     def limits(self) -> Limits:
-        """How long rows may be."""
+        """Limits on the length of rows."""
         return Limits(
             max_length=self.data.max_length,
             overlong=self.data.overlong,
@@ -79,23 +79,23 @@ class Preparation:
         )
 
     def key(self) -> str:
-        """SHA-256 of all that the token rows follow from: content, settings, tokenizer and template, our own code."""
+        """Returns SHA-256 of all that determines the token rows: content, settings, tokenizer, template, our code."""
         tokenizer = self.tokenizer
         template = tokenizer.chat_template or ""
         settings = [
             content_digest(self.path),
             self.row_format,
-            self.side,
+            self.split,
             self.hashed,
             dataclasses.astuple(self.limits),
             self.data.learn,
             dict(tokenizer.special_tokens),
             tokenizer.add_bos_token,
             template,
-            time.strftime("%x") if "strftime_now" in template else "",  # templates may write the day
+            time.strftime("%x") if "strftime_now" in template else "",  # templates may write the date
             tokenizers.__version__,
             jinja2.__version__,
-            Path(self.path).suffixes,  # they tell how fields are told apart
+            Path(self.path).suffixes,  # the delimiter of columns depends on them
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(tokenizer.exported.encode())
@@ -105,71 +105,76 @@ class Preparation:
 
 
 class _Read(NamedTuple):
-    """Some rows, read, checked and taken apart."""
+    """A chunk of rows, read, checked and split into segments."""
 
     texts: ChunkTexts
     counts: RowCounts
     hashes: UInt64[np.ndarray, " read"]
 
 
-def row_chunks(wanted: Preparation, *, in_parts: bool = False) -> Iterator[RowChunk]:
-    """The file's token rows, a chunk of its rows at a time.
+def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[RowChunk]:
+    """Yields the file's token rows in chunks. Discard the chunks if an error follows them.
 
-    What comes before an error has been yielded already: it is for nothing.
+    Args:
+      in_parts: never read the whole file at once.
 
     Raises:
-      ValueError: whatever is wrong with the rows, told by line, all at once; no row that can be learned from.
+      ValueError: all problems of all rows, by line; or no row has anything to learn.
     """
-    reading = _Reading(wanted, in_parts)
+    reading = _Reading(preparation, in_parts)
     whole = RowCounts()
     for read, encodings in prefetch_map(reading.encode, reading.chunks()):
         assert reading.encoder is not None
         places, encoded = reading.encoder.encoded(read.texts, encodings, reading.problems)
-        fitted = fit_lengths(encoded, places, wanted.limits)
+        fitted = fit_lengths(encoded, places, preparation.limits)
         reading.problems += fitted.problems
-        rows = token_rows(wanted.path, fitted.rows, fitted.places)
+        rows = token_rows(preparation.path, fitted.rows, fitted.places)
         counted = RowCounts(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
-        counts = read.counts + counted + _of_encoded(encoded, fitted.rows) + _of_rows(rows, wanted.tokenizer)
+        counts = read.counts + counted + _count_encoded(encoded, fitted.rows) + _count_kept(rows, preparation.tokenizer)
         whole += counts
         yield RowChunk(rows, counts, read.hashes, reading.format_name)
-    raise_problems(wanted.path, sorted(reading.problems), reading.seen)
+    raise_problems(preparation.path, sorted(reading.problems), reading.seen)
     if not reading.seen:
-        raise ValueError(no_rows_message(wanted.path))
-    if wanted.side is not None:
-        sides = (reading.others, whole.rows) if wanted.side.held_out else (whole.rows, reading.others)
-        check_splits(wanted.path, wanted.side.fraction, *sides)
+        raise ValueError(no_rows_message(preparation.path))
+    if preparation.split is not None:
+        sizes = (reading.others, whole.rows) if preparation.split.held_out else (whole.rows, reading.others)
+        check_splits(preparation.path, preparation.split.fraction, *sizes)
     if not whole.kept:
-        raise ValueError(nothing_left_message(wanted.path, whole.rows, whole.overlong, wanted.data.max_length))
+        raise ValueError(
+            nothing_left_message(preparation.path, whole.rows, whole.overlong, preparation.data.max_length)
+        )
 
 
 class _Reading:
-    """Where the reading of a file stands."""
+    """State of reading a file."""
 
-    def __init__(self, wanted: Preparation, in_parts: bool):
+    def __init__(self, preparation: Preparation, in_parts: bool):
         self.problems: list[Problem] = []
-        self.seen = self.others = 0  # rows of the file, and examples of the other side
+        self.seen = self.others = 0  # rows of the file, and examples of the other split
         self.encoder: Encoder | None = None
         self.format_name = ""
-        self._wanted, self._in_parts = wanted, in_parts
+        self._preparation, self._in_parts = preparation, in_parts
         self._format: RowFormat | None = None
         self._examples = 0
 
     def chunks(self) -> Iterator[_Read]:
-        """Rows by chunks; those that are wrong are left out and told in `problems`."""
-        for chunk in itertools.batched(stream_rows(self._wanted.path, in_parts=self._in_parts), CHUNK):
+        """Yields the file's rows in chunks. Broken rows are skipped and added to `problems`."""
+        for chunk in itertools.batched(stream_rows(self._preparation.path, in_parts=self._in_parts), CHUNK):
             self.seen += len(chunk)
             self.problems += [(found.place, found.problem) for found in chunk if isinstance(found, BrokenRow)]
             rows = [found for found in chunk if isinstance(found, Row)]
             if rows:
-                yield self._take(rows)
+                yield self._read(rows)
 
     def encode(self, read: _Read) -> ChunkEncodings:
-        """The tokenizer's own work."""
+        """Runs the tokenizer."""
         assert self.encoder is not None
         return self.encoder.encodings(read.texts)
 
-    def _take(self, rows: list[Row]) -> _Read:
-        row_format = self._format = self._format or detect_format(self._wanted.path, rows, self._wanted.row_format)
+    def _read(self, rows: list[Row]) -> _Read:
+        row_format = self._format = self._format or detect_format(
+            self._preparation.path, rows, self._preparation.row_format
+        )
         wrong = row_problems(rows, row_format)
         self.problems += wrong
         places = {place for place, _ in wrong}
@@ -181,38 +186,38 @@ class _Reading:
         chosen, hashes = self._choose(examples, row_format)
         texts = self.encoder.texts(chosen, self.problems)
         columns = dict.fromkeys(name for row in chosen for name in row.data)
-        special = self._wanted.tokenizer.special_text
+        special = self._preparation.tokenizer.special_text
         names = (*row_format.required, *row_format.optional)
-        spelled = sum([any([_spells(special, row.data.get(name)) for name in names]) for row in chosen])
-        counts = RowCounts(rows=len(chosen), special_text=spelled, columns=tuple(columns))
+        with_special = sum([any([_contains_special(special, row.data.get(name)) for name in names]) for row in chosen])
+        counts = RowCounts(rows=len(chosen), special_text=with_special, columns=tuple(columns))
         return _Read(texts, counts, hashes)
 
     def _make_encoder(self, row_format: RowFormat) -> Encoder:
-        limits, wanted = self._wanted.limits, self._wanted
-        apart = limits.source is not None or limits.target is not None
-        return make_encoder(row_format, wanted.tokenizer, wanted.data.learn, one_answer=apart)
+        limits, preparation = self._preparation.limits, self._preparation
+        one_answer = limits.source is not None or limits.target is not None
+        return make_encoder(row_format, preparation.tokenizer, preparation.data.learn, one_answer=one_answer)
 
     def _choose(self, rows: Sequence[Row], row_format: RowFormat) -> tuple[Sequence[Row], UInt64[np.ndarray, " read"]]:
-        """The rows of the side that is wanted, and the hashes of their content where these are wanted."""
-        side, hashed = self._wanted.side, self._wanted.hashed
-        if side is None and not hashed:
+        """Returns the rows of the split, and their content hashes if these are needed."""
+        split, hashed = self._preparation.split, self._preparation.hashed
+        if split is None and not hashed:
             return rows, np.zeros(0, np.uint64)
         hashes = [content_hash(row_format, row.data) for row in rows]
-        taken = [side is None or side.contains(one) for one in hashes]
+        taken = [split is None or split.contains(one) for one in hashes]
         self.others += len(rows) - sum(taken)
         chosen = list(itertools.compress(rows, taken))
         return chosen, np.array(list(itertools.compress(hashes, taken)) if hashed else [], np.uint64)
 
 
-def _spells(special: re.Pattern[str], value: Any) -> bool:
-    """Whether a text in `value`, or in what it holds, has a special token in it."""
+def _contains_special(special: re.Pattern[str], value: object) -> bool:
+    """Returns True if `value`, or a text inside it, contains a special token."""
     if isinstance(value, str):
         return special.search(value) is not None
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return any([_spells(special, one) for one in inner])
+    return any([_contains_special(special, one) for one in inner])
 
 
-def _of_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) -> RowCounts:
+def _count_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) -> RowCounts:
     return RowCounts(
         lengths=dict(Counter([len(row.ids) for row in encoded])),
         cut=sum([row.cut for row in kept]),
@@ -220,11 +225,11 @@ def _of_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) -> Ro
     )
 
 
-def _of_rows(rows: TokenRows, tokenizer: Tokenizer) -> RowCounts:
+def _count_kept(rows: TokenRows, tokenizer: Tokenizer) -> RowCounts:
     bos_id = -1 if tokenizer.bos_id is None else tokenizer.bos_id
-    first, second = (rows.ids[rows.starts[:-1] + place] == bos_id for place in (0, 1))
+    first, second = (rows.ids[rows.starts[:-1] + offset] == bos_id for offset in (0, 1))
     supervised = rows.supervised.copy()
-    supervised[rows.starts[:-1]] = False  # a row's first id is no target
+    supervised[rows.starts[:-1]] = False  # no position predicts a row's first id
     return RowCounts(
         kept=len(rows),
         doubled_bos=int((first & second).sum()),
@@ -235,7 +240,7 @@ def _of_rows(rows: TokenRows, tokenizer: Tokenizer) -> RowCounts:
     )
 
 
-def _count(ids: np.ndarray, wanted: Sequence[int]) -> dict[int, int]:
-    """How often `ids` has each of those that are wanted; of those that it has."""
-    found, counts = np.unique(ids[np.isin(ids, wanted)], return_counts=True) if wanted else ((), ())
+def _count(ids: np.ndarray, preparation: Sequence[int]) -> dict[int, int]:
+    """Returns how often each wanted id occurs in `ids`, if it occurs."""
+    found, counts = np.unique(ids[np.isin(ids, preparation)], return_counts=True) if preparation else ((), ())
     return {int(token): int(count) for token, count in zip(found, counts, strict=True)}

@@ -1,6 +1,6 @@
-"""Token rows in a folder: written once, piece by piece, named by the content they were made of, read in pieces.
+"""The cache of token rows: a folder per file, named by a hash of its content, written once and read in parts.
 
-An entry is whole or not there: it is written beside its place and then moved there.
+A folder is complete or does not exist: it is written under another name and then renamed.
 """
 
 import contextlib
@@ -9,9 +9,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64, UInt64
@@ -21,7 +21,7 @@ from qlora_jax.data.rows import File, RowDigest, TokenRows, format_place
 
 _FACTS = "facts.json"
 _CHUNK = 1 << 20
-# One flat file each; a row's ids end where `ends` says.
+# One flat file each. `ends` has the position in `ids` where each row ends.
 _TYPES = {
     "ids": np.dtype("<i4"),
     "supervised": np.dtype("?"),
@@ -36,8 +36,8 @@ class RowChunk(NamedTuple):
     """Some of a file's rows, in order.
 
     Fields:
-      hashes: of the content of each row read, also of those that were left out; empty where nobody asks.
-      form: the rows' form.
+      hashes: content hash of each row read, also of dropped ones. Empty if nothing needs them.
+      row_format: name of the rows' format.
     """
 
     rows: TokenRows
@@ -48,11 +48,11 @@ class RowChunk(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StoredRows:
-    """Rows in a folder; only those that are read are in memory.
+    """Rows in a folder. Only rows that are read use memory.
 
     Fields:
-      count: rows.
-      path: the file that they were made of.
+      path: file that the rows were made of.
+      count: number of rows.
     """
 
     folder: Path
@@ -66,13 +66,13 @@ class StoredRows:
         return self.count
 
     def ends(self, start: int, stop: int) -> Int64[np.ndarray, " rows_and_one"]:
-        """Where the ids of rows start - 1 to stop - 1 end, in the file of ids."""
+        """Returns the positions in the file of ids where rows start - 1 to stop - 1 end."""
         first = max(start - 1, 0)
         ends = self._array("ends", first, stop - first)
         return ends if start else np.concatenate([np.zeros(1, np.int64), ends])
 
     def read(self, start: int, stop: int) -> TokenRows:
-        """Rows start to stop - 1."""
+        """Reads rows start to stop - 1."""
         ends, count = self.ends(start, stop), stop - start
         first, total = int(ends[0]), int(ends[-1] - ends[0])
         return TokenRows(
@@ -86,22 +86,22 @@ class StoredRows:
 
     @property
     def hashes(self) -> list[UInt64[np.ndarray, " _"]]:
-        """Hashes of the content of all rows read, as a file that is mapped: they are in memory while looked at."""
+        """Content hashes of all rows read, in chunks of a memory-mapped file."""
         path = self.folder / "hashes"
         if not path.stat().st_size:
             return []
         return np.split(mapped := np.memmap(path, _TYPES["hashes"], "r"), range(_CHUNK, len(mapped), _CHUNK))
 
     def line(self, number: int) -> int:
-        """The line of the row of that number; ValueError where it was not kept."""
+        """Returns the line of the row with that number; raises ValueError if it was dropped."""
         numbers = np.memmap(self.folder / "numbers", _TYPES["numbers"], "r")
         index = int(np.searchsorted(numbers, number))
         if index == self.count or numbers[index] != number:
-            raise ValueError(f"{self.path}: row {number} is not among the {self.count} rows kept")
+            raise ValueError(f"{self.path}: row {number} is not one of the {self.count} rows kept")
         return int(self._array("lines", index, 1)[0])
 
     def where(self, number: int) -> str:
-        """`file:line` of the row of that number."""
+        """Returns `file:line` of the row with that number."""
         return format_place((File(self.path),), number, self.line(number))
 
     def _array(self, name: str, start: int, count: int) -> np.ndarray:
@@ -109,18 +109,28 @@ class StoredRows:
 
 
 def open_stored_rows(folder: Path, path: str) -> StoredRows | None:
-    """The entry in `folder`; None where there is none; ValueError where its files are not of the size they had."""
+    """Opens the rows in `folder`; returns None if it does not exist.
+
+    Raises:
+      ValueError: the folder can't be read, or its files do not have the sizes that were written.
+    """
     try:
-        facts: Mapping[str, Any] = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         expected = facts["bytes"]
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise ValueError(f"data.cache: {folder} can't be read: {error.strerror}") from error
+        raise ValueError(
+            f"data.cache: {folder} can't be read: {error.strerror}. Set data.cache to a folder."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder}: a damaged entry of data.cache: {_FACTS} can't be read; delete it") from error
+        raise ValueError(
+            f"{folder}: damaged entry of data.cache: {_FACTS} can't be read. Delete the folder."
+        ) from error
     if expected != (found := _sizes(folder)):
-        raise ValueError(f"{folder}: a damaged entry of data.cache: found {found}, expected {expected}; delete it")
+        raise ValueError(
+            f"{folder}: damaged entry of data.cache (found sizes {found}, expected {expected}). Delete the folder."
+        )
     return StoredRows(
         folder=folder,
         path=path,
@@ -135,41 +145,43 @@ def _sizes(folder: Path) -> dict[str, int]:
     return {name: path.stat().st_size if (path := folder / name).exists() else 0 for name in _TYPES}
 
 
-def store_rows(pieces: Iterable[RowChunk], folder: Path) -> None:
-    """Writes the entry; nothing stays of it where `pieces` raises.
+def store_rows(chunks: Iterable[RowChunk], folder: Path) -> None:
+    """Writes the rows to `folder`. Leaves nothing behind if `chunks` raises.
 
     Raises:
-      ValueError: the folder can't be written; and as `pieces` does.
+      ValueError: the folder can't be written, or the errors of `chunks`.
     """
     part = folder.with_name(f"{folder.name}.part-{uuid.uuid4().hex}")
     try:
         part.mkdir(parents=True)
-        facts = _write(pieces, part)
+        facts = _write(chunks, part)
         (part / _FACTS).write_text(json.dumps(facts), encoding="utf-8")
         os.replace(part, folder)
     except OSError as error:
-        if not folder.exists():  # else another run was faster, and its entry is the same
-            raise ValueError(f"data.cache: {folder.parent} can't be written: {error.strerror}") from error
+        if not folder.exists():  # otherwise another run was faster and wrote the same
+            raise ValueError(
+                f"data.cache: {folder.parent} can't be written: {error.strerror}. Free space, or set another folder."
+            ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _write(pieces: Iterable[RowChunk], folder: Path) -> dict[str, Any]:
+def _write(chunks: Iterable[RowChunk], folder: Path) -> dict[str, object]:
     counts, digest, total, row_format = RowCounts(), RowDigest(), 0, ""
     with contextlib.ExitStack() as stack:
         files = {name: stack.enter_context(open(folder / name, "wb")) for name in _TYPES}
-        for piece in pieces:
-            rows = piece.rows
+        for chunk in chunks:
+            rows = chunk.rows
             arrays = {
                 "ids": rows.ids,
                 "supervised": rows.supervised,
                 "ends": rows.starts[1:] + total,
                 "numbers": rows.numbers,
                 "lines": rows.lines,
-                "hashes": piece.hashes,
+                "hashes": chunk.hashes,
             }
             for name, array in arrays.items():
                 files[name].write(np.ascontiguousarray(array, _TYPES[name]).data)
             digest.update(rows)
-            total, counts, row_format = total + len(rows.ids), counts + piece.counts, piece.row_format
+            total, counts, row_format = total + len(rows.ids), counts + chunk.counts, chunk.row_format
     return {"digest": digest.hexdigest(), "form": row_format, "tally": counts.to_dict(), "bytes": _sizes(folder)}

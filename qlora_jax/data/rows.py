@@ -1,4 +1,4 @@
-"""Token rows: the ids and masks of a data set in flat arrays, and where each row came from."""
+"""Token rows: ids and masks of a data set in flat arrays, and the file and line of each row."""
 
 import dataclasses
 import hashlib
@@ -13,14 +13,22 @@ from qlora_jax.data.readers.files import Place
 
 
 class File(NamedTuple):
-    """A file of rows, and the number of its first row among those of all files."""
+    """A file of rows.
+
+    Fields:
+      first: number of its first row, counted over all files.
+    """
 
     path: str
     first: int = 0
 
 
 class Window(NamedTuple):
-    """Rows in memory, and the indices of those among them that are gone through; one may be there several times."""
+    """Rows in memory.
+
+    Fields:
+      indices: indices of the rows that an epoch uses. A row may occur several times.
+    """
 
     rows: "TokenRows"
     indices: Int64[np.ndarray, " n"]
@@ -28,13 +36,15 @@ class Window(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenRows:
-    """Row i has the ids `ids[starts[i]:starts[i + 1]]`. They are one window of an epoch (mixture.py has several).
+    """Rows in flat arrays: row i has the ids `ids[starts[i]:starts[i + 1]]`.
+
+    They are an epoch of one window; mixture.py has epochs of several.
 
     Fields:
-      supervised: for each id, whether the loss sees it as a target.
-      numbers: the row's number among those of all files, from 0; `batches` and errors name rows by it.
-      lines: the row's line in its file, from 1.
-      files: in ascending order of their first numbers.
+      supervised: True for each id that the loss sees as a target.
+      numbers: number of each row, counted from 0 over all files. Batches and errors refer to rows by it.
+      lines: line of each row in its file, from 1.
+      files: files in ascending order of their first numbers.
     """
 
     ids: Int32[np.ndarray, " total"]
@@ -50,21 +60,21 @@ class TokenRows:
         return len(self.numbers)
 
     def row(self, index: int) -> tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]:
-        """(ids, supervised) of the row at `index` (not its number)."""
+        """Returns (ids, supervised) of the row at `index`, which is not its number."""
         span = slice(self.starts[index], self.starts[index + 1])
         return self.ids[span], self.supervised[span]
 
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
-        """Places that each row fills in a batch: one fewer than its ids."""
+        """Positions that each row fills in a batch: one fewer than its ids."""
         return np.diff(self.starts) - 1
 
     def window(self, epoch: int, index: int) -> Window:
-        """All rows."""
+        """Returns all rows."""
         return Window(self, np.arange(len(self)))
 
     def window_lengths(self, epoch: int, index: int) -> Int64[np.ndarray, " rows"]:
-        """Places that each row fills in a batch."""
+        """Returns the positions that each row fills in a batch."""
         return self.lengths
 
     @property
@@ -75,16 +85,16 @@ class TokenRows:
         return digests.hexdigest()
 
     def where(self, number: int) -> str:
-        """`file:line` of the row of that number."""
+        """Returns `file:line` of the row with that number; raises ValueError if no row has it."""
         index = int(np.searchsorted(self.numbers, number))
         if index == len(self) or self.numbers[index] != number:
             paths = ", ".join(file.path for file in self.files)
-            raise ValueError(f"{paths}: row {number} is not among the {len(self)} rows kept")
+            raise ValueError(f"{paths}: row {number} is not one of the {len(self)} rows kept")
         return format_place(self.files, number, int(self.lines[index]))
 
 
 class RowDigest:
-    """SHA-256 of rows that come in pieces; how they are cut makes no difference."""
+    """SHA-256 of rows, added in chunks. The chunks' sizes do not change it."""
 
     def __init__(self) -> None:
         self._parts = [hashlib.sha256() for _ in range(4)]
@@ -95,18 +105,18 @@ class RowDigest:
             part.update(np.ascontiguousarray(array))
 
     def hexdigest(self) -> str:
-        """The digest of all rows so far."""
+        """Returns the digest of all rows added so far."""
         return hashlib.sha256(b"".join(part.digest() for part in self._parts)).hexdigest()
 
 
 def format_place(files: Sequence[File], number: int, line: int) -> str:
-    """`file:line` of the row of that number."""
+    """Returns `file:line` of the row with that number."""
     file = [file for file in files if file.first <= number][-1]
     return f"{file.path}:{Place(line, number - file.first)}"
 
 
 def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]) -> TokenRows:
-    """The rows in one object, in the order given (that of the file)."""
+    """Returns encoded rows as flat arrays, in the order given."""
     lengths = np.array([len(row.ids) for row in encoded], np.int64)
     return TokenRows(
         ids=np.concatenate([np.zeros(0, np.int32), *(row.ids for row in encoded)]),
@@ -118,14 +128,14 @@ def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]
     )
 
 
-def concatenate_rows(pieces: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:
-    """All rows of all pieces, one behind the other, their numbers as they are."""
-    lengths = np.concatenate([np.diff(piece.starts) for piece in pieces])
+def concatenate_rows(chunks: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:
+    """Returns the rows of all chunks in order, with unchanged numbers."""
+    lengths = np.concatenate([np.diff(chunk.starts) for chunk in chunks])
     return TokenRows(
-        ids=np.concatenate([piece.ids for piece in pieces]),
-        supervised=np.concatenate([piece.supervised for piece in pieces]),
+        ids=np.concatenate([chunk.ids for chunk in chunks]),
+        supervised=np.concatenate([chunk.supervised for chunk in chunks]),
         starts=np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)]),
-        numbers=np.concatenate([piece.numbers for piece in pieces]),
-        lines=np.concatenate([piece.lines for piece in pieces]),
+        numbers=np.concatenate([chunk.numbers for chunk in chunks]),
+        lines=np.concatenate([chunk.lines for chunk in chunks]),
         files=files,
     )

@@ -115,7 +115,7 @@ def test_a_named_file_is_held_out_and_rows_in_both_are_told(tokenizer: Tokenizer
 
 def test_impossible_hold_outs_are_told(tokenizer: Tokenizer, write_rows: Callable):
     path = write_rows([question(1), question(2)])
-    with pytest.raises(ValueError, match="are both set"):
+    with pytest.raises(ValueError, match="expected one"):
         load(tokenizer, train=path, eval=path, eval_fraction=0.1)
     with pytest.raises(ValueError, match=r"eval_fraction 1e-06 of 2 rows leaves 2 to train on and 0 held out"):
         load(tokenizer, train=path, eval_fraction=1e-6)

@@ -1,4 +1,4 @@
-"""The cache: the same rows as without it, made once, made again when anything changes; files larger than memory."""
+"""The cache returns the same rows as no cache, is written again after any change, and reads large files in parts."""
 
 import csv
 import errno
@@ -93,7 +93,7 @@ def test_a_damaged_entry_is_told(tokenizer: Tokenizer, write_rows: Callable, tmp
     load(tokenizer, train=path, cache=str(cache))
     (ids,) = cache.glob("*/ids")
     ids.write_bytes(ids.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"a damaged entry of data\.cache: found .*; delete it"):
+    with pytest.raises(ValueError, match=r"damaged entry of data\.cache .found sizes .*Delete the folder"):
         load(tokenizer, train=path, cache=str(cache))
 
 
@@ -104,7 +104,7 @@ def test_an_entry_whose_facts_are_damaged_is_told(
     path, cache = write_rows(rows_of(9)), tmp_path / "cache"
     load(tokenizer, train=path, cache=str(cache))
     next(cache.glob("*/facts.json")).write_text(facts)
-    with pytest.raises(ValueError, match=r"a damaged entry of data\.cache: .*; delete it"):
+    with pytest.raises(ValueError, match=r"damaged entry of data\.cache.*Delete the folder"):
         load(tokenizer, train=path, cache=str(cache))
 
 
@@ -125,7 +125,7 @@ def test_a_cache_that_can_not_be_written_is_told(
 
 
 def test_a_killed_run_leaves_no_entry(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
-    """Killed while it writes: the next run finds no entry, makes it, and heeds nothing that lies beside."""
+    """After a kill during writing, the next run finds no entry, writes it, and ignores the partial folder."""
     path, cache = write_rows(rows_of(9)), tmp_path / "cache"
     half = (
         "import os, sys; from pathlib import Path; from qlora_jax.data import row_store\n"
@@ -203,7 +203,7 @@ data = DataArgs(train=path, cache=cache, window=2000, max_length=256, packing=Tr
 dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=4, accumulation=4)
 for batch in itertools.islice(dataset.train_batches(), dataset.steps_per_epoch):
     pass
-# ru_maxrss is the parent's where that held more before it became this process.
+# ru_maxrss is the parent's if that used more memory before it started this process.
 peak = re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]
 print(json.dumps([int(peak), dataset.report.train.kept]))
 """
@@ -236,10 +236,10 @@ def write_parquet(path: Path, rows: Iterator[dict[str, str]]) -> None:
 FORMATS = {".jsonl": write_lines, ".jsonl.gz": write_lines, ".csv": write_columns, ".parquet": write_parquet}
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells there what a process held at most")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is in Linux's /proc")
 @pytest.mark.parametrize("suffix", some_in_ci([(name,) for name in FORMATS], lambda index: index == 0))
 def test_memory_does_not_grow_with_the_file(tmp_path: Path, suffix: str):
-    """Ten times the rows, with made-up texts: 3 MB and 30 MB as JSON Lines, of which an epoch is read whole."""
+    """Reads an epoch of 3 MB and of 30 MB of JSON Lines with made-up texts."""
     peaks = []
     for count in (6_000, 60_000):
         path = tmp_path / f"{count}{suffix}"

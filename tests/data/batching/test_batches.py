@@ -202,5 +202,5 @@ def test_steps_an_epoch_are_known_from_counts(counts: list[int], rows_per_step: 
 def test_rows_are_found_again_by_number():
     rows = make_rows([5, 6, 7])
     assert rows.where(6) == "rows.jsonl:7"
-    with pytest.raises(ValueError, match="row 5 is not among the 3 rows kept"):
+    with pytest.raises(ValueError, match="row 5 is not one of the 3 rows kept"):
         rows.where(5)

@@ -163,7 +163,7 @@ def test_rows_are_found_again_in_their_own_file(tmp_path: Path):
             "rows.jsonl:1",
             "rows.jsonl:4",
         )
-        with pytest.raises(ValueError, match="row 4 is not among"):
+        with pytest.raises(ValueError, match="row 4 is not one of"):
             rows.where(4)
 
 
