@@ -1,8 +1,9 @@
-"""How near adapters begin to the model in 16 bits, and how long it takes to find them: |W - Q(rest) - s (A B)^T| / |W|.
+"""Measures how close initial adapters are to the 16-bit model: |W - Q(remainder) - s (A B)^T| / |W|.
 
-python -m scripts.bench.adapter_init MODEL [--rank 16] [--every 5]
+    python -m scripts.bench.adapter_init --model MODEL [--rank 16] [--every 5]
 
-Of every fifth layer's weights, in NF4 with double quantization; mean over weights, and seconds for all of them.
+Uses the weights of every fifth layer, in NF4 with double quantization. Prints the mean over weights, and the seconds
+for all of them.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
 from qlora_jax.quant import dequantize, quantize
 
-WAYS = {
+INITS = {
     "default": {},
     "pissa": dict(init="pissa"),
     "pissa, svd_niter 4": dict(init="pissa", svd_niter=4),
@@ -31,15 +32,15 @@ WAYS = {
 
 
 def main() -> None:
-    """A line for each way to begin."""
+    """Prints one line per initialization."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
+    parser.add_argument("--model", type=Path, required=True, help="a GGUF file or a Hugging Face folder")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--every", type=int, default=5)
+    parser.add_argument("--every", type=int, default=5, help="use one layer in N")
     args = parser.parse_args()
     source = open_model(args.model)
     config, weights = model_config(source.config), weight_format(ModelArgs(path=str(args.model)))
-    for name, settings in WAYS.items():
+    for name, settings in INITS.items():
         spec = LoraArgs(rank=args.rank, **settings)
         targets = {k: t for k, t in targets_of(config, spec).items() if t.layer % args.every == 0}
         splits = Splits(config, weights, spec, jax.random.key(0))

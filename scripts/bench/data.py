@@ -1,17 +1,17 @@
-"""What rows cost on their way to batches, over what the tokenizer library's own batch encoding takes.
+"""Measures data preparation, relative to the batch encoding of the tokenizer library.
 
     python -m scripts.bench.data [--data FILE] [--model FILE.gguf] [--rows 8000] [--rounds 7]
 
-Several times in turn, each over the same rows in memory:
+Each round runs these methods in turn, over the same rows in memory:
 
-  library   tokenizers' encode_batch over the texts as the chat template renders them, rendered beforehand
-  ids only  tokenizers' encode_batch_fast, which tells no offsets; rows of byte-level tokenizers need no more
-  rows      templates, masks, lengths, token rows, and an epoch of packs (data.packing), the library's work within
-  load      load_dataset on a file of these rows: reading, checking and the report too
-  cached    the same where data.cache has them, to the first batch
+  library   encode_batch of tokenizers, over texts that the chat template rendered before
+  ids only  encode_batch_fast of tokenizers, which returns no offsets; byte-level tokenizers need none
+  rows      templates, masks, lengths, token rows, and an epoch of packs (data.packing), including the library's work
+  load      load_dataset on a file of these rows: also reads, checks and reports
+  cached    the same with the rows in data.cache, until the first batch
 
-Rates are of the fastest round, ratios the median over rounds of that round's own: of seconds on the clock, and of
-seconds that all threads of the process computed, which others on the machine change less.
+A rate is that of the fastest round. A ratio is the median over rounds, of wall-clock seconds and of CPU seconds of the
+process, on which other work on the machine has less effect.
 """
 
 import argparse
@@ -44,20 +44,20 @@ MAX_LENGTH = 512
 
 
 class Seconds(NamedTuple):
-    """What one call takes: on the clock, and computed by all threads of the process."""
+    """Wall-clock and CPU seconds of one call; CPU seconds are summed over the threads of the process."""
 
     clock: float
     computed: float
 
 
 def library(encode: Callable[..., object], texts: list[str]) -> None:
-    """The library's own batch encoding, as many texts at once as ours has."""
+    """Encodes the texts with the library, as many at once as our encoder does."""
     for chunk in itertools.batched(texts, CHUNK):
         encode(list(chunk), add_special_tokens=False)
 
 
 def to_packs(path: str, rows: list[Row], tokenizer: Tokenizer) -> TokenRows:
-    """Rows in memory to token rows, and an epoch of packs planned."""
+    """Encodes rows in memory and plans an epoch of packs."""
     encoder, limits = make_encoder(detect_format(path, rows), tokenizer), Limits(max_length=MAX_LENGTH, overlong="drop")
     chunks = (encoder.texts(chunk, []) for chunk in itertools.batched(rows, CHUNK))
     pieces = []
@@ -71,20 +71,20 @@ def to_packs(path: str, rows: list[Row], tokenizer: Tokenizer) -> TokenRows:
 
 
 def load(path: str, tokenizer: Tokenizer, cache: str | None) -> None:
-    """A data set from its file to its first batch."""
+    """Loads a data set from its file and makes its first batch."""
     data = DataArgs(train=path, max_length=MAX_LENGTH, overlong="drop", packing=True, cache=cache)
     next(load_dataset(data, tokenizer, seed=0, micro_batch_size=1, accumulation=16).train_batches())
 
 
 def seconds(work: Callable[[], object]) -> Seconds:
-    """What one call takes."""
+    """Returns the seconds of one call."""
     began, computed = time.perf_counter(), time.process_time()
     work()
     return Seconds(time.perf_counter() - began, time.process_time() - computed)
 
 
 def table(rounds: Sequence[Mapping[str, Seconds]], count: int) -> list[str]:
-    """A line a way: rows a second of its fastest round, and how much more than the first way it takes."""
+    """Returns one line per method: rows/s of its fastest round, and its extra time relative to the first method."""
     first, *_ = rounds[0]
     lines = []
     for name in rounds[0]:
@@ -92,13 +92,13 @@ def table(rounds: Sequence[Mapping[str, Seconds]], count: int) -> list[str]:
         clock, computed = (
             statistics.median(one[name][kind] / one[first][kind] for one in rounds) - 1 for kind in (0, 1)
         )
-        over = f", {clock:+.1%} of its time, {computed:+.1%} computed" if name != first else ""
+        over = f", {clock:+.1%} time, {computed:+.1%} CPU time" if name != first else ""
         lines.append(f"{name:>8}: {rate:8.0f} rows/s{over}")
     return lines
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures all methods and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=str(ROOT / "examples/titles/train.jsonl.gz"))
     parser.add_argument("--model", help="a GGUF file or a Hugging Face folder (default: SmolLM2)")
@@ -123,7 +123,7 @@ def main() -> None:
             work()
         rounds = [{name: seconds(work) for name, work in ways.items()} for _ in range(args.rounds)]
     tokens = np.mean([len(ids) for ids in tokenizer.encode_batch(texts[:1000])])
-    print(f"{args.rows} rows of {args.data}, form {form.name}, {tokens:.0f} tokens a row, {args.rounds} rounds")
+    print(f"{args.rows} rows of {args.data}, form {form.name}, {tokens:.0f} tokens per row, {args.rounds} rounds")
     print("\n".join(table(rounds, args.rows)))
 
 

@@ -1,22 +1,22 @@
-"""Decoding speed at batch 1, SmolLM2, greedy: ours against transformers + bitsandbytes and llama.cpp, in one run.
+"""Compares decoding speed with transformers + bitsandbytes and llama.cpp: SmolLM2, batch 1, greedy.
 
-    python -m scripts.bench.decode [--new-tokens 128] [--blocks 5] [--output results.json] [--quick]
+    python -m scripts.bench.decode [--new_tokens 128] [--blocks 5] [--output results.json] [--quick]
 
-All read the same GGUF file. Ours and transformers hold it in NF4 with double quantization, llama.cpp as it is (Q4_1).
-Each process answers the same prompt once when it starts, which loads, compiles and warms up; then they take turns of
-one counted reply after one that is not counted. Everything is a median:
+All read the same GGUF file. Ours and transformers quantize it to NF4 with double quantization; llama.cpp uses its Q4_1.
+Each process replies to the same prompt once when it starts, which loads, compiles and warms up. Then they take turns of
+one counted reply after one that does not count. All figures are medians:
 
-  tokens/s    over the last three quarters of a reply: neither the prompt nor the first tokens are in it
+  tokens/s    over the last three quarters of a reply, without the prompt and the first tokens
   prompt      milliseconds from the call to the first token, compiled and warmed up
-  first       seconds from the start of the process to the end of its first reply, cold: empty caches of programs
+  first       seconds from the start of the process to the end of its first reply, with empty compilation caches
   MiB         peak resident memory of the process
-  speed       of ours against each, over neighbouring blocks
-  same        leading tokens of the reply that equal ours; llama.cpp's weights are others, so it may part early
+  speed       ours relative to each opponent, over neighbouring blocks
+  same        leading tokens that equal ours; llama.cpp has other weights, so it may differ early
 
-Of transformers' configurations the fastest counts; `compiled` is a static cache and torch.compile, for which on a CPU a
-private switch of transformers must be set. Opponents run in the oracle environment (scripts/setup_oracle.sh), for
-llama.cpp with opponents/requirements-llama.txt too: without it that row says so. --quick is a smoke test: short
-replies, one block, caches kept, nothing to quote.
+The fastest configuration of transformers counts. `compiled` is a static cache and torch.compile, which on a CPU needs a
+private switch of transformers. Opponents run in the oracle environment (scripts/setup_oracle.sh); llama.cpp also needs
+opponents/requirements-llama.txt there, and its row says so if it is missing. --quick is a smoke test with short
+replies, one block and kept caches; its figures are meaningless.
 """
 
 import argparse
@@ -25,10 +25,9 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, compilation_caches
-from scripts.bench.support.interleave import Game, Record, Turns, median_ratio
+from scripts.bench.support.interleave import Record, Turns, WorkerGroup, median_ratio
 from scripts.fetch_smollm2 import fetch_smollm2
 
 TEXT = """The history of the lighthouse goes back to fires that were lit on hilltops, and later on platforms, to guide
@@ -40,8 +39,8 @@ CONFIGURATIONS = (("bf16", "dynamic"), ("bf16", "compiled"), ("fp32", "dynamic")
 
 
 def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
-    """Who plays, by name."""
-    arguments = ["--model", str(model), "--new-tokens", str(new_tokens), "--prompt", *map(str, prompt_ids(model))]
+    """Returns the command of each worker by name."""
+    arguments = ["--model", str(model), "--new_tokens", str(new_tokens), "--prompt", *map(str, prompt_ids(model))]
     torch = [ORACLE, str(OPPONENTS / "torch_decode.py"), *arguments]
     theirs = {f"{TRANSFORMERS} {d}, {c}": [*torch, "--dtype", d, "--cache", c] for d, c in CONFIGURATIONS}
     ours = [sys.executable, "-m", "scripts.bench.workers.reply", *arguments]
@@ -49,7 +48,7 @@ def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
 
 
 def prompt_ids(model: Path) -> list[int]:
-    """The first tokens of TEXT."""
+    """Returns the first tokens of TEXT."""
     from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
     from qlora_jax.io.open_model import open_model
 
@@ -57,26 +56,26 @@ def prompt_ids(model: Path) -> list[int]:
 
 
 def rate(reply: Record) -> float:
-    """Tokens a second over the last three quarters of a reply."""
+    """Returns tokens/s over the last three quarters of a reply."""
     start = len(reply["seconds"]) // 4
     return (len(reply["seconds"]) - 1 - start) / (reply["seconds"][-1] - reply["seconds"][start])
 
 
-def measure(commands: dict[str, list[str]], blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
-    """Everyone's figures, the fastest transformers, ratios, and the failure of each that failed."""
-    with compilation_caches(keep=quick) as environment, Game(environment, timeout_s) as game:
-        firsts = {name: game.start(name, command) for name, command in commands.items()}
-        turns = game.play(blocks)
+def measure(commands: dict[str, list[str]], blocks: int, quick: bool, timeout_s: float) -> Record:
+    """Returns the figures of all workers, the fastest transformers, ratios, and failures."""
+    with compilation_caches(keep=quick) as environment, WorkerGroup(environment, timeout_s) as workers:
+        firsts = {name: workers.start(name, command) for name, command in commands.items()}
+        turns = workers.run(blocks)
     rates = {name: [rate(turn[-1]) for turn in turns[name]] for name in turns}
     players = {name: summary(firsts[name], turns, name, rates[name]) for name in turns}
     fastest = max((n for n in players if n.startswith(TRANSFORMERS)), key=lambda n: players[n]["rate"], default=None)
     speed = {n: median_ratio(rates[OURS], rates[n]) for n in players if n != OURS} if OURS in players else {}
-    return {"players": players, "opponent": fastest, "speed": speed, "failures": game.failures}
+    return {"players": players, "opponent": fastest, "speed": speed, "failures": workers.failures}
 
 
-def summary(first: Record | None, turns: dict[str, Turns], name: str, rates: list[float]) -> dict[str, Any]:
-    """One player's figures."""
-    assert first is not None, "who plays has started"
+def summary(first: Record | None, turns: dict[str, Turns], name: str, rates: list[float]) -> Record:
+    """Returns the figures of one worker."""
+    assert first is not None, "a worker with turns has started"
     replies = [turn[-1] for turn in turns[name]]
     return {
         "rate": statistics.median(rates),
@@ -88,12 +87,12 @@ def summary(first: Record | None, turns: dict[str, Turns], name: str, rates: lis
 
 
 def same_start(ids: list[int], others: list[int]) -> int:
-    """How many leading ids are equal."""
+    """Returns the number of equal leading ids."""
     return len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(ids, others, strict=False))])
 
 
-def show(result: dict[str, Any]) -> None:
-    """A table for people."""
+def show(result: Record) -> None:
+    """Prints the table."""
     columns = ("tokens/s", "prompt, ms", "first, s", "MiB", "speed", "same")
     print(f"{'':<28}" + "".join(f"{column:>12}" for column in columns))
     for name, figures in result["players"].items():
@@ -107,10 +106,10 @@ def show(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """One table."""
+    """Measures and prints one table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--blocks", type=int, default=5, help="turns of each")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--blocks", type=int, default=5, help="turns per worker")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds after which a reply counts as failed")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 24 tokens, 1 block, caches kept")

@@ -1,23 +1,23 @@
-"""Evaluation speed on SmolLM2: ours against transformers + torch, perplexity and multiple choice, in one run.
+"""Compares evaluation speed with transformers + torch: perplexity and multiple choice on SmolLM2.
 
     python -m scripts.bench.evaluate [--bases none nf4] [--dtypes float32 bfloat16] [--blocks 3]
         [--output results.json] [--small]
 
 Both score the same ids: overlapping windows of a text (the passages of examples/titles, window 512, stride 256), and
-the options of questions (examples/multiple_choice), each as the reply to its question. The base is as the file has it
-("none": 16 or 32 bit, as the dtype says) or in NF4 with double quantization; the opponent takes bitsandbytes' layers,
-which on a processor with bf16 products multiply in bf16 whatever the dtype: "rounded" is its float32 like that, float32
-the same layers told not to.
-Each process scores all once when it starts, which compiles; then they take turns of one counted time after one that is
-not counted. Everything is a median:
+the options of questions (examples/multiple_choice), each as the reply to its question. The base is unquantized ("none":
+16 or 32 bits, by dtype) or in NF4 with double quantization. The opponent uses the layers of bitsandbytes, which
+multiply in bf16 on a processor with bf16 products, whatever the dtype. "rounded" is float32 in that mode; "float32"
+disables it. Each process scores all jobs once when it starts, which compiles. Then they take turns of one counted run
+after one that does not count. All figures are medians:
 
   seconds   of a job, from its ids to the scores
-  first     what the first time took more than that, with empty caches of programs: compilation, for the most part
-  apart     the largest difference from ours in f32, of nats a token over all tokens of the job
-  speed     of ours in each dtype against the fastest opponent that multiplies as exactly, over neighbouring blocks
+  first     extra seconds of the first run with empty compilation caches, mostly compilation
+  apart     difference from our f32 loss, in nats per token over all tokens of the job
+  speed     ours in each dtype, relative to the fastest opponent that is at least as exact, over neighbouring blocks
 
-In f32 both have to give the same loss to a thousandth, or it ends with an error. The opponent runs in the
-oracle environment (scripts/setup_oracle.sh). --small is a smoke test: few rows, 1 block, caches kept, nothing to quote.
+In f32 both must give the same loss to a thousandth, otherwise the script ends with an error. The opponent runs in the
+oracle environment (scripts/setup_oracle.sh). --small is a smoke test with few rows, one block and kept caches; its
+figures are meaningless.
 """
 
 import argparse
@@ -27,22 +27,21 @@ import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, ROOT, compilation_caches
-from scripts.bench.support.interleave import Game, Record, Turns
+from scripts.bench.support.interleave import Record, Turns, WorkerGroup
 from scripts.fetch_smollm2 import fetch_smollm2
 
 DTYPES = ("float32", "bfloat16")
 THEIRS = "transformers"
 EXAMPLES = ROOT / "examples"
 WINDOW, STRIDE = 512, 256
-TOLERANCE = 1e-3  # nats a token
-Jobs = dict[str, list[tuple[list[int], int]]]  # rows by job: ids, and the first that is scored
+TOLERANCE = 1e-3  # nats per token
+Jobs = dict[str, list[tuple[list[int], int]]]  # per job, rows of (ids, index of the first scored id)
 
 
 def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
-    """The rows, made by the product."""
+    """Returns the rows of both jobs, made by the evaluation code of qlora_jax."""
     from qlora_jax.evaluation.tasks.text import choice_task, text_task
     from qlora_jax.io.pretrained import open_pretrained
 
@@ -60,13 +59,13 @@ def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
 
 
 def passages(lines: str) -> str:
-    """The texts that are asked about, one after the other."""
+    """Returns the texts of the questions, joined in order."""
     asked = [json.loads(line)["messages"][0]["content"] for line in lines.splitlines()]
     return "\n\n".join(text.rpartition("\n\n")[0] for text in asked)
 
 
 def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> dict[str, list[str]]:
-    """Who plays, by name."""
+    """Returns the command of each worker by name."""
     arguments = ["--model", str(model), "--jobs", str(jobs), "--quant", base]
     programs = {
         OURS: [sys.executable, "-m", "scripts.bench.workers.scoring"],
@@ -80,22 +79,25 @@ def commands_of(model: Path, jobs: Path, base: str, dtypes: Sequence[str]) -> di
     return commands
 
 
-def measure(commands: dict[str, list[str]], jobs: Jobs, blocks: int, quick: bool, timeout_s: float) -> dict[str, Any]:
-    """Everyone's figures by job, and the failure of each that failed."""
-    with compilation_caches(keep=quick) as environment, Game(environment, timeout_s) as game:
-        firsts = {name: game.start(name, command) for name, command in commands.items()}
-        turns = game.play(blocks)
-    return {"jobs": {job: figures(job, rows, firsts, turns) for job, rows in jobs.items()}, "failures": game.failures}
+def measure(commands: dict[str, list[str]], jobs: Jobs, blocks: int, quick: bool, timeout_s: float) -> Record:
+    """Returns the figures of all workers by job, and failures."""
+    with compilation_caches(keep=quick) as environment, WorkerGroup(environment, timeout_s) as workers:
+        firsts = {name: workers.start(name, command) for name, command in commands.items()}
+        turns = workers.run(blocks)
+    return {
+        "jobs": {job: figures(job, rows, firsts, turns) for job, rows in jobs.items()},
+        "failures": workers.failures,
+    }
 
 
-def figures(job: str, rows: list, firsts: dict[str, Record | None], turns: dict[str, Turns]) -> dict[str, Any]:
-    """One job's players, and our speed in each dtype."""
+def figures(job: str, rows: list, firsts: dict[str, Record | None], turns: dict[str, Turns]) -> Record:
+    """Returns the workers' figures of one job, and our speed in each dtype."""
     seconds = {name: [turn[-1][job]["seconds"] for turn in each] for name, each in turns.items()}
     losses = {name: loss(rows, each[-1][-1][job]["nll"]) for name, each in turns.items()}
     players = {name: {"seconds": statistics.median(each)} for name, each in seconds.items()}
     for name, player in players.items():
         first = firsts[name]
-        assert first is not None, "who plays has started"
+        assert first is not None, "a worker with turns has started"
         player["first_s"] = first[job]["seconds"] - player["seconds"]
         player["loss"] = losses[name]
         player["apart"] = abs(losses[name] - losses[f"{OURS} float32"]) if f"{OURS} float32" in losses else None
@@ -103,12 +105,12 @@ def figures(job: str, rows: list, firsts: dict[str, Record | None], turns: dict[
 
 
 def loss(rows: list[tuple[list[int], int]], nll: list[float]) -> float:
-    """Nats a scored token, all weighing the same."""
+    """Returns nats per scored token, with equal weights."""
     return sum(nll) / sum(len(ids) - max(first, 1) for ids, first in rows)
 
 
 def speeds(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """By our player: its fastest opponent's time / its own, the median over blocks."""
+    """Returns, for each of our workers, the time of its fastest opponent over its time: the median over blocks."""
     found = {}
     for name in (name for name in seconds if name.startswith(OURS)):
         opponents = opponents_of(name, seconds)
@@ -119,19 +121,19 @@ def speeds(seconds: dict[str, list[float]]) -> dict[str, float]:
 
 
 def opponents_of(ours: str, names: Iterable[str]) -> list[str]:
-    """Who multiplies as exactly, or more so."""
+    """Returns the opponents that multiply at least as exactly."""
     exact = f"{THEIRS} float32"
     return [name for name in names if name == exact or (name.startswith(THEIRS) and not ours.endswith("float32"))]
 
 
-def disagreement(result: dict[str, Any]) -> list[str]:
-    """In f32, jobs whose losses are apart by more than TOLERANCE."""
+def disagreement(result: Record) -> list[str]:
+    """Returns the jobs whose f32 losses differ by more than TOLERANCE."""
     apart = {job: of["players"].get(f"{THEIRS} float32", {}).get("apart") for job, of in result["jobs"].items()}
-    return [f"{job}: {value:.2g} nats a token apart" for job, value in apart.items() if value and value > TOLERANCE]
+    return [f"{job}: {value:.2g} nats per token apart" for job, value in apart.items() if value and value > TOLERANCE]
 
 
-def show(base: str, result: dict[str, Any]) -> None:
-    """A table for people."""
+def show(base: str, result: Record) -> None:
+    """Prints one table per job."""
     for job, of in result["jobs"].items():
         print(f"\n{job}, base {base}")
         print(f"{'':<30}" + "".join(f"{column:>10}" for column in ("seconds", "first", "loss", "apart", "speed")))
@@ -146,14 +148,14 @@ def show(base: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """Two tables for each base."""
+    """Measures and prints two tables per base."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bases", nargs="+", choices=["none", "nf4"], default=["none", "nf4"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--blocks", type=int, default=3, help="turns of each")
-    parser.add_argument("--tokens", type=int, default=4096, help="of the text")
+    parser.add_argument("--blocks", type=int, default=3, help="turns per worker")
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of the text")
     parser.add_argument("--questions", type=int, default=64)
-    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a player counts as failed")
+    parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a worker counts as failed")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
     parser.add_argument("--small", action="store_true", help="a smoke test: 1024 tokens, 8 questions, 1 block")
     args = parser.parse_args()

@@ -1,12 +1,12 @@
-"""Loads a large sharded checkpoint, made for it and removed after: seconds beside reading and quantizing, and memory.
+"""Measures loading of a large sharded checkpoint, compared with reading and quantizing, and its memory.
 
     python -m scripts.bench.load [--model llama-7b] [--layers N] [--folder PLACE] [--blocks 3]
 
-The checkpoint has the shapes of a published model in bf16, with random weights, in shards of 5 GB. In each block three
-things take turns, each in a process of its own and with the files out of the system's cache: reading all bytes;
-quantizing as many weights of those shapes, which are in memory; and loading (read, quantize to NF4 with double
-quantization, stack). The last line is JSON: medians of seconds; loading over the slower of the other two, the median of
-blocks; and the peak of resident memory while loading, beyond what the process had before and beyond the model itself.
+The checkpoint has the shapes of a published model in bf16 with random weights, in shards of 5 GB, and is removed at the
+end. Each block measures three jobs, each in a separate process with the files dropped from the system's cache: reading
+all bytes; quantizing as many weights of those shapes from memory; and loading (read, quantize to NF4 with double
+quantization, stack). The last line is JSON: median seconds; loading time over the slower of the other two, the median
+of blocks; and the peak resident memory of loading, beyond the process before it and the model itself.
 """
 
 import argparse
@@ -19,12 +19,11 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from qlora_jax import allocator
 
 if __name__ == "__main__":
-    allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
+    allocator.tune()  # restarts the process, so it comes before slow imports
 
 import jax
 import ml_dtypes
@@ -42,7 +41,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.quant import quantize
-from scripts.bench.plan_memory import forget_the_peak, resident
+from scripts.bench.plan_memory import reset_peak, resident
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 CHUNK = 1 << 24  # bytes read in one go
@@ -50,7 +49,7 @@ WORK = ("read", "quantize", "load")
 
 
 def make(folder: Path, name: str, layers: int | None) -> None:
-    """The checkpoint; one tensor is in memory at a time."""
+    """Writes the checkpoint, with one tensor in memory at a time."""
     config = {**PUBLIC[name]} | ({} if layers is None else {"num_hidden_layers": layers})
     features = model_config(config)
     weights = WeightFormat(quant_type=None, dtype=BF16.name)
@@ -58,7 +57,7 @@ def make(folder: Path, name: str, layers: int | None) -> None:
     shards = split([Planned(tensor, BF16, slot.shape) for slot in slots for tensor in slot.names])
     names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     rng = np.random.default_rng(0)
-    noise = (rng.standard_normal(1 << 26, np.float32) * 0.02).astype(BF16)  # cut anew for each tensor
+    noise = (rng.standard_normal(1 << 26, np.float32) * 0.02).astype(BF16)  # each tensor gets another part
     for file, shard in zip(names, shards, strict=True):
         write_safetensors(folder / file, shard, (cut(noise, tensor.shape, rng) for tensor in shard))
     (folder / "config.json").write_text(json.dumps(config))
@@ -66,12 +65,12 @@ def make(folder: Path, name: str, layers: int | None) -> None:
 
 
 def cut(noise: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Weights of a shape, out of the noise from a random place on."""
+    """Returns weights of a shape, from a random position of the noise."""
     return np.resize(np.roll(noise, int(rng.integers(noise.size))), shape)
 
 
-def forget(folder: Path) -> None:
-    """The files leave the system's cache."""
+def drop_from_cache(folder: Path) -> None:
+    """Drops the files from the system's cache."""
     for path in folder.iterdir():
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -79,7 +78,7 @@ def forget(folder: Path) -> None:
 
 
 def read(folder: Path) -> dict[str, float]:
-    """All bytes, in order."""
+    """Reads all bytes in order."""
     buffer = bytearray(CHUNK)
     began = time.perf_counter()
     for path in sorted(folder.iterdir()):
@@ -90,7 +89,7 @@ def read(folder: Path) -> dict[str, float]:
 
 
 def quantize_alone(folder: Path) -> dict[str, float]:
-    """Each shape of a linear layer once from memory, by how many there are."""
+    """Quantizes each shape of a linear layer from memory, and multiplies its time by the number of such layers."""
     source = open_model(folder)
     counted: dict[tuple[int, ...], int] = {}
     for name, entry in source.tensors.items():
@@ -106,18 +105,18 @@ def quantize_alone(folder: Path) -> dict[str, float]:
 
 
 def timed(weight: np.ndarray) -> float:
-    """Seconds of one quantization."""
+    """Returns the seconds of one quantization."""
     began = time.perf_counter()
     jax.block_until_ready(quantize(weight))
     return time.perf_counter() - began
 
 
 def load(folder: Path) -> dict[str, float]:
-    """As training does."""
+    """Loads the model as training does; returns seconds and bytes."""
     source = open_model(folder)
     features = model_config(source.config)
     before = resident("VmRSS")
-    forget_the_peak()
+    reset_peak()
     began = time.perf_counter()
     loaded = load_model(source, features, WeightFormat())
     leaves = jax.block_until_ready(jax.tree.leaves(nnx.state(loaded.model)))
@@ -128,21 +127,21 @@ def load(folder: Path) -> dict[str, float]:
     return {"seconds": seconds, "model_bytes": model, "beyond_model_bytes": beyond, "largest_f32_bytes": largest}
 
 
-def in_a_process(work: str, folder: Path) -> dict[str, float]:
-    """What one of WORK tells, the files out of the cache before."""
-    forget(folder)
+def run_in_process(work: str, folder: Path) -> dict[str, float]:
+    """Returns the result of one job of WORK, run in a new process with the files dropped from the cache."""
+    drop_from_cache(folder)
     command = [sys.executable, "-m", "scripts.bench.load", "--work", work, "--folder", str(folder)]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
 
 
 def measured(folder: Path, blocks: int) -> Iterator[dict[str, dict[str, float]]]:
-    """One block after another."""
+    """Yields the results of each block."""
     for _ in range(blocks):
-        yield {work: in_a_process(work, folder) for work in WORK}
+        yield {work: run_in_process(work, folder) for work in WORK}
 
 
-def summary(folder: Path, records: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
-    """Medians of the blocks."""
+def summary(folder: Path, records: list[dict[str, dict[str, float]]]) -> dict[str, float]:
+    """Returns medians over the blocks."""
     size = sum(path.stat().st_size for path in folder.iterdir())
     seconds = {f"{work}_s": statistics.median(record[work]["seconds"] for record in records) for work in WORK}
     ratios = [r["load"]["seconds"] / max(r["read"]["seconds"], r["quantize"]["seconds"]) for r in records]
@@ -158,11 +157,11 @@ def summary(folder: Path, records: list[dict[str, dict[str, float]]]) -> dict[st
 
 
 def main() -> None:
-    """Makes the checkpoint and measures, or, in a process of its own, does one of WORK."""
+    """Writes the checkpoint and measures; with --work, does one job of WORK."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=PUBLIC, default="llama-7b")
-    parser.add_argument("--layers", type=int, help="fewer than the model has")
-    parser.add_argument("--folder", type=Path, help="where there is room (default: the system's temporary folder)")
+    parser.add_argument("--layers", type=int, help="write fewer layers than the model has")
+    parser.add_argument("--folder", type=Path, help="where to write it (default: the system's temporary folder)")
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--work", choices=WORK, help=argparse.SUPPRESS)
     args = parser.parse_args()

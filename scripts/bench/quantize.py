@@ -1,9 +1,9 @@
-"""Times quantizing to NF4 with double quantization, and dequantizing, against bitsandbytes on the same CPU.
+"""Times quantization to NF4 with double quantization, and dequantization, against bitsandbytes on the same CPU.
 
-    python -m scripts.bench.quantize --opponent-python .oracle/bin/python
+    python -m scripts.bench.quantize [--opponent_python .oracle/bin/python]
 
-Both run in turns, in two processes of which one waits; a ratio is of medians. Both are given the same f32 weights in
-their own arrays, and must make the same codes of them. Each dequantizes to bf16 from the layout that it trains on.
+Both run in turns, in two processes of which one waits; a ratio is that of medians. Both quantize the same f32 weights
+and must produce the same codes. Each dequantizes to bf16 from its training layout.
 """
 
 import argparse
@@ -28,6 +28,7 @@ Operations = dict[str, Callable[[], object]]
 
 
 def weight_of(shape: str) -> np.ndarray:
+    """Returns the random f32 weight of a shape such as 576x576."""
     rows, columns = map(int, shape.split("x"))
     return np.random.default_rng(0).standard_normal((rows, columns), np.float32)
 
@@ -75,7 +76,7 @@ def their_operations(shape: str) -> tuple[Operations, str]:
 
 
 def serve() -> None:
-    """The opponent: a line of JSON in, [shape] or [shape, operation]; a line out, the codes' digest or seconds."""
+    """Runs as the opponent: per JSON line [shape] or [shape, operation], prints the digest of the codes or seconds."""
     operations: dict[str, Operations] = {}
     for line in sys.stdin:
         shape, *operation = json.loads(line)
@@ -87,10 +88,10 @@ def serve() -> None:
 
 
 class Opponent:
-    """The process that runs `serve` in bitsandbytes' Python."""
+    """The process that runs `serve` in the Python of bitsandbytes."""
 
     def __init__(self, python: Path) -> None:
-        # -P: otherwise the files next to this one would hide packages of their names.
+        # -P: otherwise the files next to this one would shadow packages.
         command = [str(python), "-P", __file__, "--serve"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
@@ -98,15 +99,15 @@ class Opponent:
         assert self.process.stdin is not None and self.process.stdout is not None
         print(json.dumps(question), file=self.process.stdin, flush=True)
         if not (answer := self.process.stdout.readline()):
-            raise RuntimeError(f"the opponent stopped with exit status {self.process.wait()}; its error is above")
+            raise RuntimeError(f"the opponent stopped (exit status {self.process.wait()}). See its error above.")
         return answer.strip()
 
 
 def compare(shape: str, opponent: Opponent, repeats: int) -> list[dict]:
-    """A row for each operation: medians over interleaved runs."""
+    """Returns one row per operation: medians over interleaved runs."""
     ours, our_codes = our_operations(shape)
     if our_codes != opponent.ask(shape):
-        raise RuntimeError(f"{shape}: the two made different codes")
+        raise RuntimeError(f"{shape}: ours and bitsandbytes made different codes")
     rows = []
     for name, operation in ours.items():
         times: dict[str, list[float]] = {"ours": [], "bitsandbytes": []}
@@ -129,7 +130,7 @@ def print_table(rows: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--opponent-python", type=Path, default=ROOT / ".oracle/bin/python")
+    parser.add_argument("--opponent_python", type=Path, default=ROOT / ".oracle/bin/python")
     parser.add_argument("--shapes", nargs="+", default=SHAPES)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

@@ -1,21 +1,22 @@
-"""Training speed, memory and time to the first step: ours against PyTorch + PEFT + bitsandbytes, in one run.
+"""Compares training speed, memory and time to the first step with PyTorch + PEFT + bitsandbytes.
 
     python -m scripts.bench.train [--rows b1-r16 seq2048] [--blocks 4] [--output FILE] [--warm] [--quick] [--list]
 
-Both hold the same model in NF4 with double quantization and train LoRA on all linear layers, on rows of random tokens.
-In each row of the table each is started twice, alone: with an empty cache of compiled programs ("cold"), then with what
-the first start left there ("warm"). The processes of the second start take turns, a block of steps each; the first step
-of a block is not counted. So do two that time bf16 matrix products, in jax and in torch. Everything is a median:
+Both train LoRA on all linear layers of the same model in NF4 with double quantization, on rows of random tokens. For
+each row of the table each program starts twice, alone: with an empty compilation cache ("cold"), then with the cache of
+the first start ("warm"). The processes of the second start take turns of a block of steps; the first step of a block
+does not count. Two processes that time bf16 matrix products, in jax and in torch, take turns too. All figures are
+medians:
 
-  speed   over neighbouring blocks, of their seconds a step / ours
-  memory  peak resident memory of the process, ours / theirs; the worse of the first start's and the second's
+  speed   their seconds per step / ours, over neighbouring blocks
+  memory  peak resident memory of the process, ours / theirs; the worse of the cold and the warm start
   first   seconds from the start of the process to the end of its first step
   share   of the faster library's bf16 product rate: FLOP of a step by formula (train_rows.py) / its time / that rate
 
-Rows -ckpt: the opponent with gradient checkpointing, ours with `train.remat: full`; elsewhere the opponent without,
-ours with its default, `names`. Where a row has several configurations of the opponent, the fastest is the opponent. It
-runs in the oracle environment (scripts/setup_oracle.sh). --warm leaves the first start out, and keeps the caches from
-run to run: what is told of memory is then a warm start's. --quick is a smoke test: --warm, one step, nothing to quote.
+In rows ending in -ckpt the opponent uses gradient checkpointing and ours `train.remat: full`; otherwise the opponent
+uses none and ours the default, `names`. If a row has several configurations of the opponent, the fastest counts. It
+runs in the oracle environment (scripts/setup_oracle.sh). --warm skips the cold start and keeps the caches between runs;
+memory is then that of a warm start. --quick is a smoke test: --warm with one step; its figures are meaningless.
 """
 
 import argparse
@@ -23,10 +24,9 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, ROOT, compilation_caches
-from scripts.bench.support.interleave import Game, Record, Turns, block_medians, median_of, median_ratio
+from scripts.bench.support.interleave import Record, Turns, WorkerGroup, block_medians, median_of, median_ratio
 from scripts.bench.support.random_model import make_random_model
 from scripts.bench.support.train_rows import ROWS, Row
 from scripts.fetch_smollm2 import fetch_smollm2
@@ -40,7 +40,7 @@ MODELS = {"smollm2": fetch_smollm2, "qwen2-0.5b": lambda: make_random_model("qwe
 
 
 def commands_of(row: Row) -> dict[str, list[str]]:
-    """Who plays: ours, and the opponent in each of its configurations, by that configuration."""
+    """Returns the command of ours, and those of the opponent by configuration."""
     model = str(MODELS[row.model]())
     ours = [sys.executable, "-m", "scripts.bench.workers.train_step", *row.our_arguments(model)]
     opponent = [ORACLE, str(OPPONENTS / "torch_qlora_cpu.py")]
@@ -48,30 +48,32 @@ def commands_of(row: Row) -> dict[str, list[str]]:
     return {OURS: ours, **theirs}
 
 
-def measure(row: Row, blocks: int, steps: int, warm_only: bool, timeout_s: float) -> dict[str, Any]:
-    """The row's figures, and the failure of each that failed."""
+def measure(row: Row, blocks: int, steps: int, warm_only: bool, timeout_s: float) -> Record:
+    """Returns the figures of a row, and failures."""
     commands = commands_of(row)
-    with compilation_caches(keep=warm_only) as environment, Game(environment, timeout_s) as game:
-        cold: dict[str, Record | None] = {} if warm_only else {n: first_start(game, n, c) for n, c in commands.items()}
-        alive = [name for name in commands if name not in game.failures]
-        warm = {name: game.start(name, commands[name], steps) for name in alive}
+    with compilation_caches(keep=warm_only) as environment, WorkerGroup(environment, timeout_s) as workers:
+        cold: dict[str, Record | None] = (
+            {} if warm_only else {n: first_start(workers, n, c) for n, c in commands.items()}
+        )
+        alive = [name for name in commands if name not in workers.failures]
+        warm = {name: workers.start(name, commands[name], steps) for name in alive}
         for name, command in PRODUCTS.items():
-            game.start(name, command)
-        turns = game.play(blocks)
+            workers.start(name, command)
+        turns = workers.run(blocks)
     players = {n: summary(row, turns, n, cold.get(n), warm[n]) for n in commands if n in turns}
-    return {"flop": row.flops(), "players": players, **verdict(turns, players), "failures": game.failures}
+    return {"flop": row.flops(), "players": players, **verdict(turns, players), "failures": workers.failures}
 
 
-def first_start(game: Game, name: str, command: list[str]) -> Record | None:
-    """The first step of a start with empty caches, after which it ends."""
-    record = game.start(name, command)
-    game.close()
+def first_start(workers: WorkerGroup, name: str, command: list[str]) -> Record | None:
+    """Returns the record of the first step after a start, and ends the process."""
+    record = workers.start(name, command)
+    workers.close()
     return record
 
 
-def summary(row: Row, turns: dict[str, Turns], name: str, cold: Record | None, warm: Record | None) -> dict[str, Any]:
-    """One player's figures; `cold` is None where there was no first start."""
-    assert warm is not None, "who plays has started"
+def summary(row: Row, turns: dict[str, Turns], name: str, cold: Record | None, warm: Record | None) -> Record:
+    """Returns the figures of one worker; `cold` is None without a cold start."""
+    assert warm is not None, "a worker with turns has started"
     step_s = median_of(turns[name], "seconds")
     return {
         "step_s": step_s,
@@ -84,7 +86,7 @@ def summary(row: Row, turns: dict[str, Turns], name: str, cold: Record | None, w
 
 
 def share(flop: float, turns: dict[str, Turns], name: str) -> float | None:
-    """A player's share of the faster library's product rate, each block by that block's; None without a rate."""
+    """Returns a worker's share of the faster library's product rate, block by block; None without a rate."""
     rates = [block_medians(turns[product], "gflops") for product in PRODUCTS if product in turns]
     if not rates:
         return None
@@ -93,11 +95,11 @@ def share(flop: float, turns: dict[str, Turns], name: str) -> float | None:
     return statistics.median(flop / s / (rate * 1e9) for s, rate in zip(seconds, best, strict=True))
 
 
-def verdict(turns: dict[str, Turns], players: dict[str, Any]) -> dict[str, Any]:
-    """The opponent's fastest configuration, and both ratios; None where one of the two has nothing to show."""
+def verdict(turns: dict[str, Turns], players: Record) -> Record:
+    """Returns the fastest configuration of the opponent, and both ratios; None if either side failed."""
     gemm = {product: median_of(turns[product], "gflops") for product in PRODUCTS if product in turns}
     theirs = min((name for name in players if name != OURS), key=lambda n: players[n]["step_s"], default=None)
-    ratios: dict[str, Any] = {"gemm_gflops": gemm, "opponent": theirs, "speed": None, "memory": None}
+    ratios: Record = {"gemm_gflops": gemm, "opponent": theirs, "speed": None, "memory": None}
     if theirs is None or OURS not in players:
         return ratios
     ratios["speed"] = median_ratio(block_medians(turns[theirs], "seconds"), block_medians(turns[OURS], "seconds"))
@@ -109,10 +111,10 @@ def verdict(turns: dict[str, Turns], players: dict[str, Any]) -> dict[str, Any]:
 COLUMNS = ("tokens/s", "share", "MiB cold", "MiB warm", "first cold", "first warm")
 
 
-def show(name: str, result: dict[str, Any]) -> None:
-    """A row for people."""
+def show(name: str, result: Record) -> None:
+    """Prints the table of one row."""
     gemm = ", ".join(f"{product} {rate:.0f}" for product, rate in result["gemm_gflops"].items())
-    print(f"\n{name}: {result['flop'] / 1e9:.0f} GFLOP a step; GFLOP/s: {gemm}")
+    print(f"\n{name}: {result['flop'] / 1e9:.0f} GFLOP per step; GFLOP/s: {gemm}")
     print(" " * 34 + "".join(f"{column:>12}" for column in COLUMNS))
     for player, figures in result["players"].items():
         cells = f"{figures['tokens_per_s']:>12.0f}" + (
@@ -130,14 +132,14 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    """The rows asked for, one after the other; the file is written anew after each."""
+    """Measures the requested rows in order, and rewrites the output file after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[*ROWS], choices=ROWS, metavar="NAME")
-    parser.add_argument("--list", action="store_true", help="show the rows, and do nothing")
-    parser.add_argument("--blocks", type=int, default=4, help="turns of each")
+    parser.add_argument("--list", action="store_true", help="list the rows and exit")
+    parser.add_argument("--blocks", type=int, default=4, help="turns per worker")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds after which a step counts as failed")
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
-    parser.add_argument("--warm", action="store_true", help="no cold start; caches are kept")
+    parser.add_argument("--warm", action="store_true", help="skip the cold start, keep caches")
     parser.add_argument("--quick", action="store_true", help="a smoke test: 1 block of 1 step, no cold start")
     args = parser.parse_args()
     if args.list:
@@ -149,7 +151,7 @@ def main() -> None:
             blocks, steps = (1, 1) if args.quick else (args.blocks, ROWS[name].steps)
             results[name] = measure(ROWS[name], blocks, steps, args.warm or args.quick, args.timeout)
             show(name, results[name])
-        except OSError as error:  # its model is not to be had
+        except OSError as error:  # its model cannot be fetched
             results[name] = {"failures": {"model": str(error)}}
             print(f"\n{name}: FAILED: {error}", flush=True)
         if args.output:

@@ -1,45 +1,45 @@
-"""The study behind docs/paged-optimizers.md: what paging moves, what it costs, and what it makes possible.
+"""Runs the study behind docs/paged-optimizers.md: the moves of paging, its cost, and its effect on the longest row.
 
-    python -m scripts.study_paging compile [--most 10]        steps of absent cards (bash scripts/setup_gpu_compile.sh)
-    python -m scripts.study_paging costs FILE                 what scripts/study_paging/costs.py measured
-    python -m scripts.study_paging lengths "NAME=FILE" ...    real rows; names as in lengths.SOURCES
-    python -m scripts.study_paging report                     plots, and the tables on standard output
+    python -m scripts.study_paging compile [--most 10]        compile steps (bash scripts/setup_gpu_compile.sh)
+    python -m scripts.study_paging costs FILE                 store the output of scripts.study_paging.costs
+    python -m scripts.study_paging lengths "NAME=FILE" ...    measure real rows; names of lengths.SOURCES
+    python -m scripts.study_paging report                     write the plots, print the tables
 
-Each part keeps its numbers in docs/paged-optimizers.json, from which `report` makes the rest. What is measured,
-compiled, simulated and arithmetic on data sheets stays apart there as in the document.
+Each part stores its numbers in docs/paged-optimizers.json, from which `report` makes plots and tables. Measured,
+compiled and simulated numbers, and arithmetic on data sheets, are kept apart as in the document.
 """
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from scripts.study_paging.lengths import batch_lengths
 from scripts.study_paging.memory import Point, compile_point, missing
-from scripts.study_paging.report import report
+from scripts.study_paging.report import Numbers, report
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 NUMBERS = DOCS / "paged-optimizers.json"
 
 
-def read() -> dict[str, Any]:
-    """The study's numbers so far."""
-    return json.loads(NUMBERS.read_text()) if NUMBERS.exists() else {"points": [], "costs": None, "lengths": []}
+def read() -> Numbers:
+    """Returns the stored numbers of the study."""
+    return json.loads(NUMBERS.read_text())
 
 
-def write(numbers: dict[str, Any]) -> None:
-    """One line a point, so that a changed one is a changed line."""
+def write(numbers: Numbers) -> None:
+    """Writes one line per point, so that a changed point is a changed line."""
     parts = [f'"points": [\n{_lines(numbers["points"])}\n]', f'"costs": {json.dumps(numbers["costs"])}']
     parts.append(f'"lengths": [\n{_lines(numbers["lengths"])}\n]')
     NUMBERS.write_text("{\n" + ",\n".join(parts) + "\n}\n")
 
 
-def _lines(items: list[Any]) -> str:
+def _lines(items: Sequence[object]) -> str:
     return ",\n".join(json.dumps(item) for item in items)
 
 
-def compile_points(numbers: dict[str, Any], most: int) -> None:
-    """Up to `most` of the steps that are not there yet."""
+def compile_points(numbers: Numbers, most: int) -> None:
+    """Compiles and stores up to `most` missing points."""
     wanted = list(missing([Point(*point) for point in numbers["points"]]))
     for model, card, remat, length in wanted[:most]:
         numbers["points"].append(list(compile_point(model, card, remat, length)))
@@ -48,8 +48,8 @@ def compile_points(numbers: dict[str, Any], most: int) -> None:
     print(f"{max(0, len(wanted) - most)} left")
 
 
-def add_lengths(numbers: dict[str, Any], sources: list[str]) -> None:
-    """The data sets that are named, in place of what was known of them."""
+def add_lengths(numbers: Numbers, sources: list[str]) -> None:
+    """Measures and stores the data sets, given as NAME=FILE; replaces earlier entries."""
     for source in sources:
         name, path = source.split("=", 1)
         numbers["lengths"] = [known for known in numbers["lengths"] if known["name"] != name]
@@ -58,7 +58,7 @@ def add_lengths(numbers: dict[str, Any], sources: list[str]) -> None:
 
 
 def main() -> None:
-    """One part."""
+    """Runs one part of the study."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("compile", "costs", "lengths", "report"))
     parser.add_argument("sources", nargs="*", metavar="FILE or NAME=FILE")

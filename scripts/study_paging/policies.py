@@ -1,12 +1,12 @@
-"""What a paging policy moves, counted exactly: P pages of one size, and a device with room for some of them.
+"""Simulates paging policies: counts exactly the moves of P pages of one size, with room for some on the device.
 
-A step touches every page once (a sweep), and changes it. A page is updated on the device alone, so it is fetched where
-it is away; where the room is full another is written out before. At the start of a step pages may be sent away first,
-to make room for a long batch. A policy says in which order a sweep goes and which page leaves.
+A step updates every page once (a sweep). A page is updated on the device, so an evicted page is fetched; if there is no
+room, another page is evicted first. At the start of a step, pages may be evicted to make room for a long batch. A
+policy defines the order of a sweep and the page to evict.
 
-No policy moves fewer than P - C pages each way in a step that starts and ends with C of them on the device: the others
-are touched as well, so they come in, and as many go. Zigzag with Belady's rule, which is what qlora_jax.optim.page_pool
-does, moves just that.
+No policy moves fewer than P - C pages each way in a step that starts and ends with C pages on the device: the others
+are updated too, so they come in, and as many are evicted. Zigzag with Belady's rule, the policy of
+qlora_jax.optim.page_pool, moves exactly that.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from typing import NamedTuple
 
 
 class Room(NamedTuple):
-    """Pages that the device has room for: while gradients are computed, and while pages are updated (1 or more)."""
+    """Number of pages for which the device has room: during gradients, and during updates (1 or more)."""
 
     gradients: int
     update: int
 
 
 class Moves(NamedTuple):
-    """Pages moved in one step."""
+    """Numbers of pages moved in one step."""
 
     into: int
     out: int
@@ -30,29 +30,29 @@ class Moves(NamedTuple):
 
 @dataclasses.dataclass
 class Residents:
-    """Pages on the device, least recently used first, and which pages will be used, soonest first."""
+    """Pages on the device, least recently used first, and future uses, soonest first."""
 
     pages: list[int]
     future: Sequence[int]
 
 
 def least_recently_used(residents: Residents) -> int:
-    """What an operating system, or CUDA's managed memory, sends away."""
+    """Returns the page that an operating system, or CUDA's managed memory, evicts."""
     return residents.pages[0]
 
 
 def most_recently_used(residents: Residents) -> int:
-    """The page that was just updated."""
+    """Returns the page that was just updated."""
     return residents.pages[-1]
 
 
 def farthest_next_use(residents: Residents) -> int:
-    """Belady's rule: the page that is wanted last; no rule moves less in a given order."""
+    """Returns the page whose next use is last: Belady's rule, which is optimal for a given order."""
     return max(residents.pages, key=residents.future.index)
 
 
 class Policy(NamedTuple):
-    """The order of step s, and the page that leaves."""
+    """The order of a sweep, and the choice of the page to evict."""
 
     order: Callable[[int, int], Sequence[int]]  # (step, P)
     victim: Callable[[Residents], int]
@@ -77,13 +77,15 @@ OURS = "zigzag with Belady's rule (this project)"
 
 
 def simulate(policy: Policy, pages: int, rooms: Sequence[Room]) -> list[Moves]:
-    """The moves of each step; all pages start away. Nothing leaves unless its room is wanted.
+    """Returns the moves of each step. All pages start on the host, and pages are evicted only if their room is needed.
 
     Raises:
-      ValueError: a step has no room to update one page.
+      ValueError: a step has no room for a page during updates.
     """
     if any(room.update < 1 for room in rooms):
-        raise ValueError("a page is updated on the device: every step needs room for one page at least")
+        raise ValueError(
+            "rooms: a step has no room for a page. Updates run on the device, so it needs room for one page."
+        )
     resident: list[int] = []
     moves = []
     for step, room in enumerate(rooms):
@@ -103,16 +105,16 @@ def simulate(policy: Policy, pages: int, rooms: Sequence[Room]) -> list[Moves]:
 
 
 def _shrink(policy: Policy, resident: list[int], room: int, future: Sequence[int]) -> int:
-    """Sends pages away until `room` of them are left; how many went."""
-    gone = 0
+    """Evicts pages until `room` of them are left; returns the number of evicted pages."""
+    evicted = 0
     while len(resident) > room:
         resident.remove(policy.victim(Residents(resident, future)))
-        gone += 1
-    return gone
+        evicted += 1
+    return evicted
 
 
 def steady_moves(policy: Policy, pages: int, room: int, cycles: int = 64) -> float:
-    """Pages moved in a step each way, in the mean over many steps at one room, the first few left out."""
+    """Returns the mean pages moved each way per step, over many steps at a constant room, without the first steps."""
     steps = 2 * cycles
     moves = simulate(policy, pages, [Room(room, room)] * (steps + 2 * pages))[-steps:]
     return sum(move.into for move in moves) / steps

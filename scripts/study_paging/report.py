@@ -1,8 +1,8 @@
-"""Plots and tables of the paging study, from its numbers."""
+"""Draws the plots and prints the tables of the paging study, from its stored numbers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -11,23 +11,51 @@ from pallas_kernels.gpu_specs import CARDS
 from qlora_jax import runtime
 from qlora_jax.optim.page_layout import PAGE_BYTES
 from qlora_jax.training.cost import flops
-from scripts.study_paging.lengths import most_rows, moved_pages
-from scripts.study_paging.memory import CELLS, Needs, Point, longest_rows, setting
+from scripts.study_paging.lengths import BatchLengths, most_rows, moved_pages
+from scripts.study_paging.memory import CELLS, LongestRow, Point, StepMemory, longest_rows, setting
 from scripts.study_paging.policies import OURS, POLICIES, steady_moves
 
 GIB, GB = 2**30, 1e9
 PAGES = 32
 LIMITS = {card: float(runtime.USABLE_MEMORY) * CARDS[card].memory_bytes for card in CELLS}
-# Bytes a second in each direction that PCI Express x16 has by its specification, and that a transfer can at best have.
+# Bytes/s in each direction of PCI Express x16 by specification, the upper bound of a transfer.
 LINKS = {"PCIe 3.0": 15.75e9, "PCIe 4.0": 31.5e9, "PCIe 5.0": 63.0e9}
-SHARE_OF_PEAK = 0.5  # of a card's bf16 rate, assumed for a step
+SHARE_OF_PEAK = 0.5  # assumed share of a card's bf16 rate in a step
 NAMES = {"rtx4090": "RTX 4090, 24 GB", "a6000": "RTX A6000, 48 GB", "a100": "A100, 80 GB"}
 MEASURED, COMPILED = "measured on 2 cores of a CPU", "computed from compiled programs"
-SWEPT = (("llama-7b", 8, "rtx4090"), ("llama-13b", 4, "rtx4090"))  # (model, rows at once, whose compiled steps)
+SWEPT = (("llama-7b", 8, "rtx4090"), ("llama-13b", 4, "rtx4090"))  # (model, rows at once, card of the compiled steps)
 
 
-def report(numbers: dict[str, Any], folder: Path) -> None:
-    """Writes the plots to `folder`/images, and prints the tables."""
+class CostRow(TypedDict):
+    """The measured cost of one budget, or of one page size with all pages resident or away."""
+
+    kind: str
+    value: float
+    pages: int
+    page_bytes: int
+    moved_bytes: int
+    update_ms: float
+    over_step: float
+
+
+class Costs(TypedDict):
+    """The output of costs.py."""
+
+    gradients_ms: float
+    plain_ms: float
+    rows: list[CostRow]
+
+
+class Numbers(TypedDict):
+    """The numbers of the study, as stored in docs/paged-optimizers.json; points are fields of `Point`."""
+
+    points: list[list]
+    costs: Costs
+    lengths: list[BatchLengths]
+
+
+def report(numbers: Numbers, folder: Path) -> None:
+    """Writes the plots to `folder`/images and prints the tables."""
     points = [Point(*point) for point in numbers["points"]]
     draw(folder / "images" / "paging_policies.png", [policies])
     draw(
@@ -45,8 +73,8 @@ def report(numbers: dict[str, Any], folder: Path) -> None:
     print("\n".join(links_table(points)))
 
 
-def draw(path: Path, panels: Sequence[Any]) -> None:
-    """Panels side by side."""
+def draw(path: Path, panels: Sequence[Callable[[Axes], None]]) -> None:
+    """Draws panels next to each other."""
     figure = Figure(figsize=(6.2 * len(panels) if len(panels) < 3 else 14, 4.2), dpi=110, layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         panel(axes)
@@ -57,23 +85,23 @@ def draw(path: Path, panels: Sequence[Any]) -> None:
 
 
 def policies(axes: Axes) -> None:
-    """Pages moved each way in a step, by the room that there is."""
+    """Plots the pages moved each way per step, by room."""
     styles = iter(("-", "--", ":", "-.", "-"))
     for name, policy in POLICIES.items():
         moved = [steady_moves(policy, PAGES, room) for room in range(1, PAGES + 1)]
         wide = 3.5 if name == OURS else 1.8
         axes.plot(range(1, PAGES + 1), moved, next(styles), linewidth=wide, alpha=0.8, label=name)
     axes.set(
-        title="Simulated: what a step moves",
-        xlabel=f"pages that the device has room for, of {PAGES}",
-        ylabel="pages in, and as many out, a step",
+        title="Simulated: pages moved per step",
+        xlabel=f"room on the device, pages of {PAGES}",
+        ylabel="pages in, and as many out, per step",
         ylim=(0, PAGES + 2),
     )
     axes.legend(frameon=False, fontsize=8)
 
 
-def budgets(axes: Axes, numbers: dict[str, Any]) -> None:
-    """Overhead against the share of pages that may stay."""
+def budgets(axes: Axes, numbers: Numbers) -> None:
+    """Plots the overhead by the share of state that may stay on the device."""
     rows = _of_kind(numbers, "budget")
     axes.plot([100 * row["value"] for row in rows], [100 * row["over_step"] for row in rows], "o-", linewidth=2)
     axes.set(
@@ -84,8 +112,8 @@ def budgets(axes: Axes, numbers: dict[str, Any]) -> None:
     axes.set_ylim(bottom=min(0, axes.get_ylim()[0]))
 
 
-def sizes(axes: Axes, numbers: dict[str, Any]) -> None:
-    """Overhead against the size of a page."""
+def sizes(axes: Axes, numbers: Numbers) -> None:
+    """Plots the overhead by page size."""
     for kind, words in (("away", "all pages away"), ("resident", "all pages resident")):
         rows = _of_kind(numbers, kind)
         places, values = [row["page_bytes"] / 1e6 for row in rows], [100 * row["over_step"] for row in rows]
@@ -98,17 +126,19 @@ def sizes(axes: Axes, numbers: dict[str, Any]) -> None:
     axes.legend(frameon=False)
 
 
-def _of_kind(numbers: dict[str, Any], kind: str) -> list[dict[str, Any]]:
+def _of_kind(numbers: Numbers, kind: str) -> list[CostRow]:
     return [row for row in numbers["costs"]["rows"] if row["kind"] == kind]
 
 
-def spikes(axes: Axes, points: Sequence[Point], lengths: Sequence[Any], model: str, rows: int, card: str) -> None:
-    """The share of steps that page, by the memory of the device."""
-    needs = Needs.of(points, model, card, "full")
-    low, high = needs.held + needs.moving(64 * rows), needs.held + needs.state + needs.moving(2048 * rows)
+def spikes(
+    axes: Axes, points: Sequence[Point], lengths: Sequence[BatchLengths], model: str, rows: int, card: str
+) -> None:
+    """Plots the share of steps that page, by the memory of the device."""
+    memory = StepMemory.of(points, model, card, "full")
+    low, high = memory.fixed + memory.per_batch(64 * rows), memory.fixed + memory.state + memory.per_batch(2048 * rows)
     limits = [low + (1.1 * high - low) * i / 80 for i in range(81)]
     for data in lengths:
-        found = [(limit, moved_pages(needs, limit, rows, data)) for limit in limits]
+        found = [(limit, moved_pages(memory, limit, rows, data)) for limit in limits]
         known = [(limit / GIB, 100 * _share(moved)) for limit, moved in found if moved is not None]
         axes.plot(*zip(*known, strict=True), linewidth=2, label=data["name"])
     axes.set(
@@ -124,8 +154,8 @@ def _share(moved: Sequence[int]) -> float:
     return sum(pages > 0 for pages in moved) / len(moved)
 
 
-def bars(axes: Axes, card: str, longest: Sequence[dict[str, Any]]) -> None:
-    """The longest row by model and by how state is held."""
+def bars(axes: Axes, card: str, longest: Sequence[LongestRow]) -> None:
+    """Plots the longest row by model and kind of state."""
     rows = [row for row in longest if row["card"] == card]
     choices = list(rows[0]["longest"])
     width = 0.8 / len(choices)
@@ -136,7 +166,7 @@ def bars(axes: Axes, card: str, longest: Sequence[dict[str, Any]]) -> None:
     axes.set_xticks(range(len(rows)), [_pretty(row["model"]) for row in rows])
     axes.set(title=NAMES[card], ylabel="tokens of the longest row that fits, one at once" if card == "rtx4090" else "")
     axes.set_yscale("symlog", linthresh=64)
-    axes.set_ylim(0, 4e6)  # with room for the legend
+    axes.set_ylim(0, 4e6)  # leaves space for the legend
     if card == "rtx4090":
         axes.legend(frameon=False, fontsize=8, loc="upper right")
 
@@ -145,11 +175,11 @@ def _pretty(model: str) -> str:
     return model.replace("llama-", "LLaMA-").upper().replace("LLAMA", "LLaMA")
 
 
-def costs_table(numbers: dict[str, Any]) -> Iterator[str]:
-    """What was measured."""
+def costs_table(numbers: Numbers) -> Iterator[str]:
+    """Yields the table of measured costs."""
     costs = numbers["costs"]
     yield f"gradients {costs['gradients_ms']:.0f} ms, plain update {costs['plain_ms']:.1f} ms\n"
-    yield "| | pages | of MB | MB moved a step | update, ms | beyond plain, of a step |"
+    yield "| | pages | of MB | MB moved per step | update, ms | beyond plain, of a step |"
     yield "|---|---|---|---|---|---|"
     for row in costs["rows"]:
         what = f"budget {row['value']:.0%}" if row["kind"] == "budget" else f"all {row['kind']}"
@@ -157,8 +187,8 @@ def costs_table(numbers: dict[str, Any]) -> Iterator[str]:
         yield f"| {what} | {' | '.join(map(str, cells))} | {row['update_ms']:.1f} | {row['over_step']:+.2%} |"
 
 
-def lengths_table(numbers: dict[str, Any]) -> Iterator[str]:
-    """The data sets."""
+def lengths_table(numbers: Numbers) -> Iterator[str]:
+    """Yields the table of data sets."""
     yield "| data | rows | tokens: median | 90 % | 99 % | most | padded lengths of batches (share of steps) |"
     yield "|---|---|---|---|---|---|---|"
     for data in numbers["lengths"]:
@@ -168,14 +198,14 @@ def lengths_table(numbers: dict[str, Any]) -> Iterator[str]:
         yield f"| {data['name']} | {data['rows']:,} | {quantiles} | {', '.join(shares)} |"
 
 
-def spikes_table(points: Sequence[Point], numbers: dict[str, Any]) -> Iterator[str]:
-    """How often real batches page, on real cards, at the most rows that fit; those that never do are left out."""
-    yield "| model | card | data | rows at once | steps that page | GB moved a step, mean | most |"
+def spikes_table(points: Sequence[Point], numbers: Numbers) -> Iterator[str]:
+    """Yields the table of real batches that page on real cards, at the largest number of rows that fits."""
+    yield "| model | card | data | rows at once | steps that page | GB moved per step, mean | most |"
     yield "|---|---|---|---|---|---|---|"
     for card, models in CELLS.items():
         for model in models:
             for data in numbers["lengths"]:
-                found = most_rows(Needs.of(points, model, card, "full"), LIMITS[card], data)
+                found = most_rows(StepMemory.of(points, model, card, "full"), LIMITS[card], data)
                 what = f"{_pretty(model)} | {NAMES[card]} | {data['name']}"
                 if found is None:
                     yield f"| {what} | none fits | | | |"
@@ -187,8 +217,8 @@ def spikes_table(points: Sequence[Point], numbers: dict[str, Any]) -> Iterator[s
                 yield f"| {what} | {rows} | {_share(moved):.1%} | {mean:.2f} | {most:.2f} |"
 
 
-def longest_table(longest: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What each way to hold state buys."""
+def longest_table(longest: Sequence[LongestRow]) -> Iterator[str]:
+    """Yields the table of the longest rows by kind of state."""
     yield "| model | card | " + " | ".join(longest[0]["longest"]) + " |"
     yield "|---|---" + "|---" * len(longest[0]["longest"]) + "|"
     for row in longest:
@@ -197,17 +227,17 @@ def longest_table(longest: Sequence[dict[str, Any]]) -> Iterator[str]:
 
 
 def links_table(points: Sequence[Point]) -> Iterator[str]:
-    """Arithmetic on data sheets: all state out and in once a step, beside the step's products."""
+    """Yields the table of transfer times by data sheet: all state out and in once per step, next to the products."""
     yield (
         "| model | f32 state, GB | " + " | ".join(f"{link}, ms" for link in LINKS) + " | step of 16 x 512, s | share |"
     )
     yield "|---|---" + "|---" * len(LINKS) + "|---|---|"
     card = CARDS["a6000"]
     for model in CELLS["a6000"]:
-        needs = Needs.of(points, model, "a6000", "full")
+        memory = StepMemory.of(points, model, "a6000", "full")
         seconds = sum(flops.flops(setting(model, (16, 1, 512), "full").counted()).values())
         seconds /= SHARE_OF_PEAK * card.bf16_flops
-        times = [2 * needs.state / link for link in LINKS.values()]
+        times = [2 * memory.state / link for link in LINKS.values()]
         cells = " | ".join(f"{1e3 * t:,.0f}" for t in times)
-        share = 2 * needs.state / LINKS["PCIe 4.0"] / seconds
-        yield f"| {_pretty(model)} | {needs.state / GB:.2f} | {cells} | {seconds:.1f} | {share:.2%} |"
+        share = 2 * memory.state / LINKS["PCIe 4.0"] / seconds
+        yield f"| {_pretty(model)} | {memory.state / GB:.2f} | {cells} | {seconds:.1f} | {share:.2%} |"

@@ -1,8 +1,8 @@
-"""Times of products with 4-bit weights on this GPU: fused kernels with each of their tiles, the reference, bf16 cuBLAS.
+"""Times products with 4-bit weights on this GPU: fused kernels with each tile, the reference, and bf16 cuBLAS.
 
-A time is that of one product among many in a program, each with a weight of its own, so that neither a call from Python
-nor a second-level cache that holds a weight makes it; the launches of kernels are in it. The programs are run until
-warm, then each is waited for; the median counts. Dimension key: M rows, N out, K in.
+A time is that of one product among many in a program, each with a separate weight, so that Python calls and weights in
+the second-level cache do not affect it; kernel launches do. The programs run until warm, then each is waited for; the
+median counts. Dimension key: M rows, N out, K in.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import Device
+from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
@@ -31,25 +32,33 @@ from pallas_kernels.nf4_matmul.shapes import Shape
 from pallas_kernels.synthetic_weights import scattered_like
 
 LAYOUT = "split_k"
-TARGET_S = 2e-3  # that a program should take at least, in as many products as that wants
+TARGET_S = 2e-3  # minimum duration of a program, which decides how many products it has
 MOST_REPEATS = 32
-Record = dict[str, Any]
-Product = Callable[[jax.Array, Any], jax.Array]
+Record = dict[str, Any]  # a JSON object
+Product = Callable[[jax.Array, QTensor | jax.Array], jax.Array]
+Interpreter = plgpu.InterpretGPUParams | None
+
+
+class Tile(Protocol):
+    """The tile of a kernel."""
+
+    rows: int
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bench:
-    """How to measure.
+    """Parameters of the measurement.
 
     Attributes:
-      interpret: parameters of the interpreter, whose twins then stand in for kernels; None: kernels.
-      peak, bandwidth: of the card, FLOP/s and bytes/s.
-      memory: bytes that weights, and that results, may take.
-      warm_up, samples: calls before those that count, and those.
+      interpret: parameters of the interpreter, which replaces the kernels; None to run kernels.
+      peak, bandwidth: FLOP/s and bytes/s of the card.
+      memory: maximum bytes of weights, and of results.
+      warm_up, samples: number of calls that do not count, and that count.
     """
 
     device: Device
-    interpret: plgpu.InterpretGPUParams | None
+    interpret: Interpreter
     peak: float
     bandwidth: float
     memory: int
@@ -57,15 +66,15 @@ class Bench:
     samples: int
 
 
-# The kernels with a tile, as (rows, weight) -> product
+# Kernels with a tile, as (rows, weight) -> product
 
 
-def _hopper(direction: Direction, tile: Any, interpret: Any) -> Product:
+def _hopper(direction: Direction, tile: Tile | None, interpret: Interpreter) -> Product:
     of_tile = {"forward": hopper.forward_product, "backward": hopper.backward_product}[direction]
     return lambda rows, weight: of_tile(rows, operands(weight, None, rows.dtype), tile, interpret)
 
 
-def _ampere(direction: Direction, tile: Any, interpret: Any) -> Product:
+def _ampere(direction: Direction, tile: Tile | None, interpret: Interpreter) -> Product:
     table, dtype = CODE_TABLES["nf4"], jnp.bfloat16
     if interpret is None:
         instructions = ampere_instructions.Machine(direction, dtype, table)
@@ -74,7 +83,7 @@ def _ampere(direction: Direction, tile: Any, interpret: Any) -> Product:
     return lambda rows, weight: ampere.product(instructions, rows, operands(weight, None, dtype), tile)
 
 
-def _skinny(direction: Direction, tile: Any, interpret: Any) -> Product:
+def _skinny(direction: Direction, tile: Tile | None, interpret: Interpreter) -> Product:
     assert direction == "forward" and tile is None
     table, dtype = CODE_TABLES["nf4"], jnp.bfloat16
     if interpret is None:
@@ -85,15 +94,18 @@ def _skinny(direction: Direction, tile: Any, interpret: Any) -> Product:
 
 
 class Kernel(NamedTuple):
-    """A fused kernel: its product for a tile, its tiles by direction, and which of them it takes itself.
+    """A fused kernel.
 
     Fields:
-      most_rows: beyond which it is not timed; kernels that dispatch leaves at some M are timed beyond it.
+      product: (direction, tile, interpreter) -> product.
+      tiles: the tiles of each direction.
+      chosen: (device, direction, M, width) -> the tile that the kernel selects.
+      most_rows: the largest M that is timed. It exceeds the M at which dispatch leaves the kernel, if there is one.
     """
 
-    product: Callable[[Direction, Any, Any], Product]
-    tiles: dict[Direction, tuple[Any, ...]]
-    chosen: Callable[[Device, Direction, int, int], Any]
+    product: Callable[[Direction, Tile | None, Interpreter], Product]
+    tiles: dict[Direction, tuple[Tile | None, ...]]
+    chosen: Callable[[Device, Direction, int, int], Tile | None]
     most_rows: float = math.inf
 
 
@@ -109,7 +121,7 @@ KERNELS = {
 }
 
 
-# What is timed
+# Measurement
 
 
 def _reference(direction: Direction) -> Product:
@@ -123,7 +135,7 @@ def _dense(direction: Direction) -> Product:
 
 
 def measure(bench: Bench, shape: Shape, rows: int) -> Record:
-    """Both directions of one shape at one M: seconds of every kernel with every tile, `reference` and `bf16`."""
+    """Returns the seconds of every kernel and tile, `reference` and `bf16`, at one shape and M, by direction."""
     ways = {way: _measure_way(bench, shape, rows, way) for way in DIRECTIONS}
     return {"shape": shape.name, "n": shape.n, "k": shape.k, "m": rows, **ways}
 
@@ -147,7 +159,7 @@ def _measure_way(bench: Bench, shape: Shape, rows: int, way: Direction) -> Recor
     return found | {"bf16": _seconds(bench, _dense(way), given, dense, found["failures"], "bf16")}
 
 
-def _fused(bench: Bench, rows: int, way: Direction) -> Iterator[tuple[str, Any, Product]]:
+def _fused(bench: Bench, rows: int, way: Direction) -> Iterator[tuple[str, Tile | None, Product]]:
     names = KERNELS if bench.interpret is not None else preference(bench.device)
     for name in names:
         if name in KERNELS and rows <= KERNELS[name].most_rows:
@@ -155,21 +167,21 @@ def _fused(bench: Bench, rows: int, way: Direction) -> Iterator[tuple[str, Any, 
                 yield name, tile, KERNELS[name].product(way, tile, bench.interpret)
 
 
-def _tile_name(tile: Any) -> str:
+def _tile_name(tile: Tile | None) -> str:
     return "one" if tile is None else f"{tile.rows} rows, {tile.steps} steps"
 
 
 def _repeats(bench: Bench, shape: Shape, rows: int) -> int:
-    """Products of a program: as many as TARGET_S wants, memory allows for weights and results, and MOST_REPEATS."""
+    """Returns the number of products in a program: enough for TARGET_S, within memory and MOST_REPEATS."""
     under = roof(rows, shape.nk, LAYOUT, fused=True, peak=bench.peak, bandwidth=bench.bandwidth)
     room = min(bench.memory // (2 * shape.n * shape.k), bench.memory // (2 * rows * max(shape.nk)))
     return max(1, min(MOST_REPEATS, math.ceil(TARGET_S / under.seconds), room))
 
 
 def _seconds(
-    bench: Bench, product: Product, given: jax.Array, weights: list[Any], failures: dict[str, str], name: str
+    bench: Bench, product: Product, given: jax.Array, weights: list, failures: dict[str, str], name: str
 ) -> float | None:
-    """Of one product; None where the device refuses it, which is told and does not end the others."""
+    """Returns the seconds of one product; None if the device fails, which is recorded in `failures`."""
     try:
         return _median_seconds(bench, _program(product), given, weights) / len(weights)
     except jax.errors.JaxRuntimeError as error:
@@ -177,8 +189,8 @@ def _seconds(
         return None
 
 
-def _program(product: Product) -> Callable[..., Any]:
-    """A product with each weight, one after the other: barriers keep XLA from joining what belongs to two."""
+def _program(product: Product) -> Callable[[jax.Array, list], list[jax.Array]]:
+    """Returns a program of one product per weight, in order; barriers keep XLA from fusing two products."""
     one = jax.jit(product)
 
     def every(rows, weights):
@@ -191,22 +203,24 @@ def _program(product: Product) -> Callable[..., Any]:
     return jax.jit(every)
 
 
-def _median_seconds(bench: Bench, program: Callable[..., Any], *args: Any) -> float:
-    """Of a call until its results are there."""
+def _median_seconds(
+    bench: Bench, program: Callable[[jax.Array, list], list[jax.Array]], rows: jax.Array, weights: list
+) -> float:
+    """Returns the median seconds of a call, including the wait for its results."""
     taken = []
     for _ in range(bench.warm_up + bench.samples):
         began = time.perf_counter()
-        jax.block_until_ready(program(*args))
+        jax.block_until_ready(program(rows, weights))
         taken.append(time.perf_counter() - began)
     return statistics.median(taken[bench.warm_up :])
 
 
 def tflops(record: Record, seconds: float) -> float:
-    """2 M N K / seconds, in 1e12."""
+    """Returns 2 M N K / seconds, in TFLOP/s."""
     return product_flops(record["m"], (record["n"], record["k"])) / seconds / 1e12
 
 
 def gigabytes_per_second(record: Record, seconds: float) -> float:
-    """What a product has to read and write (codes, constants as they are held, rows, result) / seconds, in 1e9."""
-    kept, sizes = held((record["n"], record["k"]), LAYOUT), record["n"] + record["k"]
-    return (kept.codes + kept.constants + 2 * record["m"] * sizes) / seconds / 1e9
+    """Returns the GB/s of the necessary reads and writes: codes, stored constants, rows and result."""
+    stored, sizes = held((record["n"], record["k"]), LAYOUT), record["n"] + record["k"]
+    return (stored.codes + stored.constants + 2 * record["m"] * sizes) / seconds / 1e9

@@ -1,22 +1,20 @@
-"""What run.py's records say: lines for people, from which M on fused loses, and which tile is the fastest.
+"""Prints the records of run.py: one line per product, the M from which on fused loses, and the fastest tiles.
 
-A record is one shape at one M, by direction the seconds of each player (matmuls.measure).
+A record is one shape at one M; by direction it has the seconds of each implementation (matmuls.measure).
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
-from scripts.bench.gpu.matmuls import gigabytes_per_second, tflops
+from scripts.bench.gpu.matmuls import Record, gigabytes_per_second, tflops
 
-Record = dict[str, Any]
-PLAYERS = ("hopper", "ampere", "skinny", "reference", "bf16")
+IMPLEMENTATIONS = ("hopper", "ampere", "skinny", "reference", "bf16")
 
 
 def product_line(record: Record) -> Iterator[str]:
-    """One line a direction: TFLOP/s of everyone, or GB/s for a single row."""
+    """Yields one line per direction: TFLOP/s of each implementation, or GB/s for a single row."""
     for way in ("forward", "backward"):
-        cells = [f"{name} {_rate(record, record[way][name])}" for name in PLAYERS if name in record[way]]
+        cells = [f"{name} {_rate(record, record[way][name])}" for name in IMPLEMENTATIONS if name in record[way]]
         yield f"{record['shape']:<22}M={record['m']:<6}{way:<9} " + "  ".join(cells)
         yield from (f"  FAILED {name}: {why}" for name, why in record[way]["failures"].items())
 
@@ -30,22 +28,22 @@ def _rate(record: Record, seconds: float | None) -> str:
 
 
 def loses_from(times: dict[int, tuple[float, float]]) -> int | None:
-    """The least M from which on, at every M measured, the first time is longer than the second; None: there is none.
+    """Returns the smallest M from which on fused is slower at every measured M; None if it never is.
 
     Args:
-      times: by M, seconds of a fused product and of the reference.
+      times: by M, seconds of the fused product and of the reference.
     """
     lost: int | None = None
     for rows in sorted(times, reverse=True):
-        fused, whole = times[rows]
-        if fused <= whole:
+        fused, reference = times[rows]
+        if fused <= reference:
             break
         lost = rows
     return lost
 
 
 def crossover_rows(records: Sequence[Record]) -> Iterator[str]:
-    """For each kernel, direction and shape where it loses to dequantize + cuBLAS; then what MOST_ROWS might say."""
+    """Yields where each kernel, direction and shape loses to dequantize + cuBLAS, and a suggestion for MOST_ROWS."""
     for kernel in ("hopper", "ampere"):
         never_lost: list[bool] = []
         wins: list[int] = []
@@ -54,9 +52,11 @@ def crossover_rows(records: Sequence[Record]) -> Iterator[str]:
             below = [rows for rows in times if lost is None or rows < lost]
             wins.append(max(below, default=0))
             never_lost.append(lost is None)
-            ratios = ", ".join(f"{rows}: {whole / fused:.2f}x" for rows, (fused, whole) in sorted(times.items()))
-            told = f"loses from M = {lost}" if lost else f"never loses up to M = {max(times)}"
-            yield f"crossover {kernel} {way} {shape}: {told} (reference / fused: {ratios})"
+            ratios = ", ".join(
+                f"{rows}: {reference / fused:.2f}x" for rows, (fused, reference) in sorted(times.items())
+            )
+            verdict = f"loses from M = {lost}" if lost else f"never loses up to M = {max(times)}"
+            yield f"crossover {kernel} {way} {shape}: {verdict} (reference / fused: {ratios})"
         if wins:
             most = MOST_ROWS[kernel]
             yield (
@@ -69,14 +69,14 @@ def _times(records: Sequence[Record], kernel: str) -> dict[tuple[str, str], dict
     found: dict[tuple[str, str], dict[int, tuple[float, float]]] = {}
     for record in records:
         for way in ("forward", "backward"):
-            fused, whole = record[way].get(kernel), record[way]["reference"]
-            if fused is not None and whole is not None:
-                found.setdefault((record["shape"], way), {})[record["m"]] = fused, whole
+            fused, reference = record[way].get(kernel), record[way]["reference"]
+            if fused is not None and reference is not None:
+                found.setdefault((record["shape"], way), {})[record["m"]] = fused, reference
     return found
 
 
 def tile_rows(records: Sequence[Record]) -> Iterator[str]:
-    """For each product TFLOP/s of every tile of a kernel that has several, the fastest, and what the choice costs."""
+    """Yields the TFLOP/s of every tile of kernels with several, the fastest tile, and the cost of the chosen one."""
     for record in records:
         for way in ("forward", "backward"):
             for kernel, tiles in record[way]["tiles"].items():
@@ -95,15 +95,15 @@ def _tile_row(record: Record, way: str, kernel: str, timed: dict[str, float]) ->
 
 
 def step_line(step: Record, peak: float) -> str:
-    """Tokens/s, shares of the card's peak, and memory as reported against what was compiled, in MiB."""
+    """Returns tokens/s, shares of the card's peak, and memory as measured and as compiled, in MiB."""
     if "failure" in step:
         return f"step, remat {step['remat']}: FAILED: {step['failure']}"
     seconds, flops = step["step_s"], step["flops"]
     mfu, with_again = flops["model"] / seconds / peak, sum(flops.values()) / seconds / peak
     return (
         f"step, remat {step['remat']}: {step['tokens'] / seconds:.0f} tokens/s, MFU {mfu:.1%} ({with_again:.1%} with "
-        f"what is computed again), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} MiB on the card (of which "
-        f"{_mib(step['filled_bytes'])} before the first step), {_mib(step['planned_bytes'])} by the compiler"
+        f"recomputation), loss {step['loss']:.3f}; peak {_mib(step['peak_bytes'])} MiB on the card ("
+        f"{_mib(step['filled_bytes'])} before the first step), {_mib(step['planned_bytes'])} planned by the compiler"
     )
 
 
@@ -112,7 +112,7 @@ def _mib(size: int | None) -> str:
 
 
 def goals(records: Sequence[Record], steps: Sequence[Record], peak: float, bandwidth: float) -> Iterator[str]:
-    """The goals for an H100, and the worst that was measured of each."""
+    """Yields the goals for an H100 with the worst measured value of each."""
     forward = [(record, record["forward"]) for record in records]
     every = [(r, r[way]) for r in records for way in ("forward", "backward")]
     yield _worst(

@@ -1,8 +1,9 @@
-"""One side of run.py: a training step of Llama-3-8B's shape on random weights, in a process of its own.
+"""Measures a training step of Llama-3-8B's shape on random weights, for run.py.
 
     python -m scripts.bench.gpu.train_step --remat full [--rehearse]
 
-So its peak of memory is its own. Nothing is fetched: shapes become arrays on the device. One line of JSON.
+A separate process makes the peak memory that of the step. Weights are made on the device, so nothing is fetched. Prints
+one line of JSON.
 """
 
 import argparse
@@ -11,7 +12,6 @@ import json
 import math
 import statistics
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -27,6 +27,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.step import update
+from scripts.bench.gpu.matmuls import Record
 from scripts.bench.support.real_step import random_batch
 
 MODEL, LENGTH = "llama-3-8b", 2048
@@ -35,15 +36,15 @@ WARM_UP, STEPS = 2, 7
 
 
 def setting(rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
-    """The model's shape and (A, B, T)."""
+    """Returns the model's config and the batch shape (A, B, T)."""
     config = model_config(PUBLIC[MODEL])
     if rehearse:
         return dataclasses.replace(config, **TINY), (1, 1, 64)
     return config, (1, 1, LENGTH)
 
 
-def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dict[str, Any]:
-    """Seconds of a step (gradients and update), operations, and bytes: as compiled, and as the device reports them."""
+def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Record:
+    """Returns seconds of a step (gradients and update), operations, and bytes as compiled and as measured."""
     weights = WeightFormat(platform="gpu")
     step = abstract_step(config, weights, LoraArgs(), batch=batch, remat=remat)
     program = step.gradients()
@@ -54,7 +55,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
     found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:
-        return found | {"failure": f"needs {planned} bytes, jax has {limit} of the card"}
+        return found | {"failure": f"needs {planned} bytes (available: {limit})"}
     parts = scattered_like(step.parts)
     lora = parts.lora
     state = step.optimizer.init(lora)
@@ -72,26 +73,28 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> dic
 
 
 def operations(counted: flops.Step) -> dict[str, int]:
-    """Of a step: what the model wants, and what is computed again."""
+    """Returns the operations of a step: those of the model, and recomputation."""
     parts = flops.flops(counted)
     again = sum(count for name, count in parts.items() if name.endswith("again"))
     return {"model": sum(parts.values()) - again, "again": again}
 
 
 def memory(statistic: str) -> int | None:
-    """A number of the device's allocator; None where it keeps none (a CPU)."""
+    """Returns a statistic of the device's allocator; None if it has none (a CPU)."""
     return (jax.local_devices()[0].memory_stats() or {}).get(statistic)
 
 
 def main() -> None:
-    """Measures one policy."""
+    """Measures one remat policy."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--remat", choices=REMAT_POLICIES, required=True)
-    parser.add_argument("--rehearse", action="store_true", help="a tiny model")
+    parser.add_argument("--rehearse", action="store_true", help="use a tiny model")
     args = parser.parse_args()
     runtime.start()
     if not args.rehearse and jax.default_backend() != "gpu":
-        raise SystemExit(f"gpu_step: jax computes on {jax.default_backend()}; only a rehearsal does without a GPU")
+        raise SystemExit(
+            f"bench.gpu.train_step: no GPU (jax uses {jax.default_backend()}). Use one, or pass --rehearse."
+        )
     print(json.dumps(measure(*setting(args.rehearse), args.remat)))
 
 

@@ -1,9 +1,9 @@
-"""llama.cpp's side of bench/decode.py, through llama-cpp-python: one reply for each line read.
+"""The llama.cpp worker of bench/decode.py, through llama-cpp-python: one reply per line on standard input.
 
     .oracle/bin/python -m pip install --requirement scripts/bench/opponents/requirements-llama.txt
-    .oracle/bin/python scripts/bench/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3 --new-tokens 128
+    .oracle/bin/python scripts/bench/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3 --new_tokens 128
 
-Greedy, batch 1, the weights as the file has them. Prints a JSON line for each reply; times count from the call.
+Greedy, batch 1, with the weights of the file. Prints one line of JSON per reply; times are seconds since the call.
 """
 
 import argparse
@@ -19,13 +19,13 @@ import llama_cpp
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
-    p.add_argument("--prompt", type=int, nargs="+", required=True, help="its ids")
-    p.add_argument("--new-tokens", type=int, default=128)
+    p.add_argument("--prompt", type=int, nargs="+", required=True, help="token ids")
+    p.add_argument("--new_tokens", type=int, default=128)
     args = p.parse_args()
     threads = len(os.sched_getaffinity(0))
     model = llama_cpp.Llama(args.model, n_ctx=512, n_threads=threads, n_threads_batch=threads, verbose=False)
     for _ in sys.stdin:
-        model.reset()  # forgets the prompt, which it would not read again
+        model.reset()  # otherwise it would not process the same prompt again
         ids, seconds, began = [], [], time.perf_counter()
         for token in itertools.islice(model.generate(args.prompt, temp=0.0, reset=False), args.new_tokens):
             ids.append(token)

@@ -1,9 +1,9 @@
-"""The opponent of bench/attention.py: attention as transformers calls it, PyTorch's flash kernel for CPUs.
+"""The opponent of bench/attention.py: PyTorch's flash attention for CPUs, called like transformers does.
 
     .oracle/bin/python scripts/bench/opponents/torch_attention.py CASE < LINES
 
-CASE is JSON, the arguments of make_run. A forward and backward pass for each line on standard input, a line of JSON
-with its seconds for each.
+CASE is JSON, the arguments of make_run. Makes a forward and backward pass per line on standard input, and prints its
+seconds as one line of JSON.
 """
 
 import json
@@ -18,7 +18,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 
 def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
-    """What transformers hands to SDPA: no mask where causality says it all, else a boolean one."""
+    """Returns the mask that transformers passes to SDPA: None for plain causality, otherwise a boolean mask."""
     if window is None:
         return None
     at = torch.arange(length)
@@ -27,7 +27,7 @@ def _window_mask(length: int, window: int | None) -> torch.Tensor | None:
 
 
 def make_run(batch: int, length: int, heads: int, kv_heads: int, head_dim: int, dtype: str, window: int | None):
-    """A function of no arguments: one forward and backward pass of fixed random inputs."""
+    """Returns a function that makes one forward and backward pass of fixed random inputs."""
     torch.manual_seed(0)
 
     def random(count: int) -> torch.Tensor:

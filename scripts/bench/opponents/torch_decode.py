@@ -1,9 +1,9 @@
-"""The opponent of bench/decode.py: `generate` of transformers on a bitsandbytes NF4 model, a reply for each line read.
+"""The opponent of bench/decode.py: `generate` of transformers on a bitsandbytes NF4 model, one reply per input line.
 
     .oracle/bin/python scripts/bench/opponents/torch_decode.py --model GGUF --prompt 1 2 3 [--dtype bf16]
         [--cache compiled]
 
-Greedy, batch 1. Prints a JSON line for each reply; times count from the call.
+Greedy, batch 1. Prints one line of JSON per reply; times are seconds since the call.
 """
 
 import argparse
@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class Clock(BaseStreamer):
-    """Notes each token and when it came; the first thing that `generate` puts is the prompt."""
+    """Records each token and its time; the first call of `put` has the prompt."""
 
     def __init__(self):
         self.ids, self.times, self._prompt_seen = [], [], False
@@ -36,7 +36,7 @@ class Clock(BaseStreamer):
 
 
 def settings_of(args):
-    """What `generate` is given, beside the prompt."""
+    """Returns the arguments of `generate`, without the prompt."""
     common = {"do_sample": False, "max_new_tokens": args.new_tokens, "eos_token_id": None, "pad_token_id": 0}
     if args.cache == "dynamic":
         return common
@@ -45,7 +45,7 @@ def settings_of(args):
         from transformers import CompileConfig
 
         config = CompileConfig(mode="default", fullgraph=False)
-        config._compile_all_devices = True  # generate compiles on GPUs alone unless told so
+        config._compile_all_devices = True  # by default, generate compiles only on GPUs
         compile_config = {"compile_config": config}
     return {**common, "cache_implementation": "static", **compile_config}
 
@@ -53,8 +53,8 @@ def settings_of(args):
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
-    p.add_argument("--prompt", type=int, nargs="+", required=True, help="its ids")
-    p.add_argument("--new-tokens", type=int, default=128)
+    p.add_argument("--prompt", type=int, nargs="+", required=True, help="token ids")
+    p.add_argument("--new_tokens", type=int, default=128)
     p.add_argument("--dtype", choices=DTYPES, default="bf16")
     p.add_argument("--cache", choices=["dynamic", "static", "compiled"], default="dynamic")
     args = p.parse_args()

@@ -1,14 +1,14 @@
-"""The opponent of bench/evaluate.py: all jobs of a file scored with transformers for each line on standard input.
+"""The opponent of bench/evaluate.py: scores all jobs of a file with transformers, once per line on standard input.
 
     .oracle/bin/python scripts/bench/opponents/torch_evaluate.py --model GGUF --jobs FILE [--quant nf4]
         [--dtype float32] [--rounded]
 
-Written as well as it can be: rows sorted by length, as many together as --tokens positions hold, no cache, the head at
-scored places alone, log p from f32 logits. torch.compile is left out: it gains 3 to 10 % after 40 to 60 s, and with
-bitsandbytes' layers does not end within minutes. In float32 bitsandbytes' layers multiply in float32, from dequantized
-weights, as they do wherever a processor has no bf16 products; where it has them, they would round what they multiply,
-the blocks' constants and what comes of it to bf16: --rounded lets them. Prints a JSON line each time; a job's time
-counts from its tokens in lists to its scores.
+It is written to be fast: rows sorted by length, batches of up to --tokens positions, no cache, the head at scored
+positions only, log p from f32 logits. It does not use torch.compile, which gains 3 to 10 % after 40 to 60 s, and with
+bitsandbytes' layers takes minutes. In float32, bitsandbytes' layers multiply dequantized weights in float32, as on any
+processor without bf16 products. On a processor with bf16 products they would round operands, block constants and
+results to bf16, which --rounded permits. Prints one line of JSON per input line; a job's time is from its tokens in
+lists to its scores.
 """
 
 import argparse
@@ -23,11 +23,11 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch_qlora_cpu import load_dense, quantize_nf4
 
-HEAD_ROWS = 256  # places whose logits exist at once
+HEAD_ROWS = 256  # positions whose logits exist at the same time
 
 
 def batches(rows: list, tokens: int) -> list[list[int]]:
-    """Indices of rows, longest first, as many together as fit."""
+    """Returns batches of row indices, longest rows first, each as large as fits."""
     waiting, made = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), []
     while waiting:
         count = max(1, tokens // len(rows[waiting[0]][0]))
@@ -37,7 +37,7 @@ def batches(rows: list, tokens: int) -> list[list[int]]:
 
 
 def hidden_states(model, rows: list) -> torch.Tensor:
-    """[B, T, D]; padding is to the right, where under a causal mask no real token sees it, so no mask is given."""
+    """Returns [B, T, D]. Padding is on the right, where causality hides it, so no mask is needed."""
     ids = torch.zeros((len(rows), max(len(ids) for ids, _ in rows)), dtype=torch.long)
     for place, (row, _) in enumerate(rows):
         ids[place, : len(row)] = torch.tensor(row)
@@ -45,7 +45,7 @@ def hidden_states(model, rows: list) -> torch.Tensor:
 
 
 def batch_nll(model, rows: list) -> list[float]:
-    """-log p of each row's scored tokens."""
+    """Returns -log p of each row's scored tokens."""
     hidden = hidden_states(model, rows)
     places = [(i, at) for i, (ids, first) in enumerate(rows) for at in range(max(first, 1), len(ids))]
     of_row = torch.tensor([i for i, _ in places])
@@ -58,7 +58,7 @@ def batch_nll(model, rows: list) -> list[float]:
 
 @torch.inference_mode()
 def timed(model, rows: list, tokens: int) -> dict:
-    """How long the rows take, and -log p of each."""
+    """Returns the seconds that the rows take, and -log p of each row."""
     began, nll = time.perf_counter(), [0.0] * len(rows)
     for indices in batches(rows, tokens):
         for index, one in zip(indices, batch_nll(model, [rows[i] for i in indices]), strict=True):
@@ -67,7 +67,7 @@ def timed(model, rows: list, tokens: int) -> dict:
 
 
 def multiply_in_f32(model: torch.nn.Module) -> None:
-    """Keeps bitsandbytes' layers from their kernel, which rounds to bf16 what it is given in f32."""
+    """Disables the kernel of bitsandbytes' layers that rounds f32 inputs to bf16."""
     for layer in model.modules():
         if isinstance(layer, bnb.nn.Linear4bit):
             layer.support_avx512bf16_for_cpu = False

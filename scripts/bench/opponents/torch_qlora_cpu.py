@@ -1,10 +1,10 @@
-"""The opponent: QLoRA on a CPU with torch, transformers, peft and bitsandbytes, in its best configuration by default.
+"""The opponent: QLoRA on a CPU with torch, transformers, peft and bitsandbytes, by default as fast as it can be.
 
     .oracle/bin/python scripts/bench/opponents/torch_qlora_cpu.py --model SmolLM2-135M-Instruct.Q4_1.gguf
 
 Loads a model (a GGUF file or a Hugging Face folder), quantizes every linear layer but the head to NF4 with
-double-quantized constants, adds LoRA, trains for a few steps and times them. One JSON line comes last. Other rows to
-compare with: --no-quant (LoRA on an unquantized base) and --full (every parameter trained).
+double-quantized constants, adds LoRA, trains for a few steps and times them. The last line is JSON. --no_quant runs
+LoRA on an unquantized base, and --full trains every parameter.
 """
 
 import argparse
@@ -26,17 +26,17 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, help="path of a GGUF model file or of a Hugging Face folder")
-    p.add_argument("--text", help="training text, .txt or .txt.gz (without it: random tokens)")
-    p.add_argument("--no-quant", action="store_true", help="LoRA on an unquantized base")
-    p.add_argument("--full", action="store_true", help="train every parameter; implies --no-quant")
+    p.add_argument("--model", required=True, help="a GGUF file or a Hugging Face folder")
+    p.add_argument("--text", help="training text, .txt or .txt.gz (default: random tokens)")
+    p.add_argument("--no_quant", action="store_true", help="LoRA on an unquantized base")
+    p.add_argument("--full", action="store_true", help="train every parameter; implies --no_quant")
     p.add_argument("--rank", type=int, default=16)
     p.add_argument("--alpha", type=float, default=32.0)
     p.add_argument("--lr", type=float, default=2e-4)
     p.add_argument("--batch", type=int, default=1)
     p.add_argument("--seq", type=int, default=512)
     p.add_argument("--steps", type=int, default=12, help="timed steps")
-    p.add_argument("--warmup", type=int, default=3, help="untimed steps before them")
+    p.add_argument("--warmup", type=int, default=3, help="untimed steps before the timed ones")
     p.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     p.add_argument(
         "--dtype",
@@ -54,7 +54,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     p.add_argument("--attention", default="sdpa", choices=["sdpa", "eager"])
     p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--in-turns", action="store_true", help="a step, and a JSON line, for each line of standard input")
+    p.add_argument(
+        "--in_turns", action="store_true", help="take one step and print one line of JSON per line of standard input"
+    )
     return p.parse_args(argv)
 
 
@@ -71,7 +73,7 @@ def matmul_dtype(dtype: str) -> torch.dtype:
 
 
 def load_dense(path: str, dtype: torch.dtype = torch.float32, attention: str = "sdpa") -> torch.nn.Module:
-    """The model of a GGUF file or a Hugging Face folder, its weights in `dtype`."""
+    """Returns the model of a GGUF file or a Hugging Face folder, with weights in `dtype`."""
     folder, file = (path, None) if os.path.isdir(path) else os.path.split(os.path.abspath(path))
     model = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=file, dtype=dtype, attn_implementation=attention
@@ -81,7 +83,7 @@ def load_dense(path: str, dtype: torch.dtype = torch.float32, attention: str = "
 
 
 def load_tokenizer(path: str):
-    """The tokenizer in a GGUF file or a Hugging Face folder."""
+    """Returns the tokenizer of a GGUF file or a Hugging Face folder."""
     folder, file = (path, None) if os.path.isdir(path) else os.path.split(os.path.abspath(path))
     return transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
@@ -89,8 +91,8 @@ def load_tokenizer(path: str):
 def quantize_nf4(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
     """Replaces each linear layer but the head by a bitsandbytes NF4 layer, in place.
 
-    transformers refuses a BitsAndBytesConfig together with gguf_file, so this does by hand what
-    `load_in_4bit` would do.
+    transformers does not accept a BitsAndBytesConfig together with gguf_file, so this does the work of
+    `load_in_4bit`.
     """
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, torch.nn.Linear) or name.split(".")[-1] not in LINEAR_LAYERS:
@@ -112,13 +114,13 @@ def quantize_nf4(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
         assert new.weight.dtype == torch.uint8 and new.weight.quant_state.nested
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, new)
-    model.is_loaded_in_4bit = True  # what peft and transformers look at
+    model.is_loaded_in_4bit = True  # peft and transformers read this
 
 
 def build(
     path, dtype="mixed", quant=True, full=False, rank=16, alpha=32.0, checkpointing=False, attention="sdpa", seed=0
 ):
-    """A trainable model."""
+    """Returns a trainable model."""
     torch.manual_seed(seed)
     model = load_dense(path, param_dtype(dtype), attention)
     if checkpointing:
@@ -131,7 +133,7 @@ def build(
     config = peft.LoraConfig(
         r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=LINEAR_LAYERS, task_type="CAUSAL_LM"
     )
-    # Left alone, peft would hold bf16 adapters in fp32 and so run their matmuls in fp32.
+    # By default peft stores bf16 adapters in fp32, and so runs their matmuls in fp32.
     model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
     for name, parameter in model.named_parameters():
         if "lora_" in name:
@@ -140,14 +142,14 @@ def build(
 
 
 def random_batches(vocab, batch, seq, seed):
-    """Endless batches of random tokens."""
+    """Yields endless batches of random tokens."""
     generator = torch.Generator().manual_seed(seed)
     while True:
         yield torch.randint(3, vocab, (batch, seq), generator=generator)
 
 
 def text_batches(text, tokenizer, batch, seq, seed):
-    """Endless batches of `seq`-token windows at random places of the text."""
+    """Yields endless batches of `seq`-token windows at random positions of the text."""
     generator = torch.Generator().manual_seed(seed)
     opener = gzip.open if text.endswith(".gz") else open
     with opener(text, "rt", encoding="utf-8") as f:
@@ -158,7 +160,7 @@ def text_batches(text, tokenizer, batch, seq, seed):
 
 
 def compiled(model, how):
-    """The model as torch.compile makes it: "model", "layers" or "none" (as it is)."""
+    """Compiles the whole model ("model"), each layer ("layers"), or nothing ("none")."""
     if how == "layers":
         for name, module in model.named_modules():
             if name.endswith("model.layers"):
@@ -168,7 +170,7 @@ def compiled(model, how):
 
 
 def make_step(model, dtype, lr, compile="none"):
-    """(step function, optimizer): forward, backward, clip, AdamW."""
+    """Returns (step function, optimizer): forward, backward, clip, AdamW."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0, fused=True)
     forward = compiled(model, compile)
@@ -186,14 +188,14 @@ def make_step(model, dtype, lr, compile="none"):
 
 
 def timed(step, ids):
-    """One step on these rows: its seconds and its loss."""
+    """Takes one step on these rows; returns its seconds and its loss."""
     began = time.perf_counter()
     loss = step(input_ids=ids, labels=ids)
     return {"seconds": time.perf_counter() - began, "loss": loss}
 
 
 def summary(args, model, load_s, load_rss, records):
-    """What the last line tells: settings, and medians over the steps after the warm-up."""
+    """Returns the contents of the last line: settings, and medians over the steps after the warm-up."""
     seconds = [record["seconds"] for record in records[args.warmup :]]
     settings = ("dtype", "compile", "attention", "checkpointing", "batch", "seq", "rank", "lr", "threads", "seed")
     return {
@@ -213,7 +215,7 @@ def summary(args, model, load_s, load_rss, records):
 
 
 def peak_rss_mib() -> float:
-    """Of this process."""
+    """Returns the peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -232,7 +234,7 @@ def main() -> None:
         batches = random_batches(model.config.vocab_size, *sizes)
     else:
         batches = text_batches(args.text, load_tokenizer(args.model), *sizes)
-    if args.in_turns:  # scripts/bench/train.py lets two programs alternate so
+    if args.in_turns:  # for scripts/bench/train.py, where programs take turns
         for _ in sys.stdin:
             print(json.dumps(timed(step, next(batches))), flush=True)
         return

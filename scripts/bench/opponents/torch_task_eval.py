@@ -1,15 +1,15 @@
-"""The opponent's gain on a task: score a held-out split, train for a few minutes, score it again.
+"""Measures the opponent's gain on a task: scores a held-out split, trains for a few minutes, and scores it again.
 
     .oracle/bin/python scripts/bench/opponents/torch_task_eval.py --gguf SmolLM2-135M-Instruct.Q4_1.gguf \
         --task messages --train examples/titles/train.jsonl.gz --test examples/titles/heldout.jsonl
 
-Tasks and what --train (and --test) must be, plain or .gz:
+Tasks, and the format of --train (and --test), plain or .gz:
   messages     conversations of one question and one answer, jsonl; scored by exact match
-  title        BoolQ jsonl: give the title of a Wikipedia passage; scored by exact match
+  title        BoolQ jsonl: title of a Wikipedia passage; scored by exact match
   boolq        BoolQ jsonl, short passages: yes or no; scored by the likelier option
   sst2         SST-2 tsv, --test is the dev split: sentiment; scored by the likelier option
   shakespeare  plain text: next token; scored by perplexity on the last tenth, 512-token windows
-One JSON line comes last.
+The last line is JSON.
 """
 
 import argparse
@@ -25,7 +25,7 @@ import torch
 from torch.nn.functional import cross_entropy, linear
 from torch_qlora_cpu import build, load_tokenizer
 
-# An example is (prompt, answer, options). The loss and the scores see the answer only.
+# An example is (prompt, answer, options). The loss and the scores include only the answer.
 
 
 def read(path: str) -> list | str:
@@ -41,7 +41,7 @@ def chat(question, answer_start=""):
 
 
 def title_examples(rows):
-    """The passage without its title -> the title. One example a title, so no title is in both splits."""
+    """Returns examples of a passage and its title. Each title has one example, so no title is in both splits."""
     by_title = {}
     for row in rows:
         title, separator, body = row["passage"].partition(" -- ")
@@ -79,7 +79,7 @@ def sst2_examples(rows):
 
 
 def messages_examples(rows):
-    """Conversations of one question and one answer."""
+    """Returns conversations of one question and one answer."""
     return [(chat(r["messages"][0]["content"]), r["messages"][1]["content"], None) for r in rows]
 
 
@@ -92,7 +92,7 @@ EXAMPLES = {
 
 
 def split(args, tokenizer):
-    """(train, test): lists of examples, or of 512-token windows."""
+    """Returns (train, test): lists of examples, or of 512-token windows."""
     data = read(args.train)
     if args.task == "shakespeare":
         ids = tokenizer(data)["input_ids"]
@@ -107,7 +107,7 @@ def split(args, tokenizer):
 
 
 def collate(examples, tokenizer):
-    """(ids, labels), right-padded; the prompt and the padding have label -100."""
+    """Returns (ids, labels), padded on the right; the prompt and the padding have label -100."""
     rows = []
     for example in examples:
         if isinstance(example, list):
@@ -124,10 +124,10 @@ def collate(examples, tokenizer):
 
 
 def answer_logits(model, ids, labels, dtype):
-    """Logits and targets at the answer tokens only, with the row of each.
+    """Returns logits and targets at the answer tokens, with the row of each.
 
-    The head runs in fp32: bf16 logits near 25 are 0.125 apart, so that options often tie exactly and
-    the order of the vocabulary, not the model, picks the winner.
+    The head runs in fp32: bf16 logits near 25 are 0.125 apart, so options often tie, and then the order of the
+    vocabulary decides instead of the model.
     """
     causal_lm = model.base_model.model
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype in ("autocast", "mixed")):
@@ -139,9 +139,9 @@ def answer_logits(model, ids, labels, dtype):
 
 @torch.no_grad()
 def evaluate(model, tokenizer, examples, dtype, batch=16):
-    # No model.eval() here: bitsandbytes 0.50.2 would repack its weights for inference on the first
-    # such pass, and keep them so, and that path has no backward: training after it loses the
-    # gradient through the base layers without a word. There is no dropout, so train mode is the same.
+    # Without model.eval(): on the first such pass bitsandbytes 0.50.2 repacks its weights for inference permanently.
+    # That path lacks a backward pass, so later training silently loses the gradient through the base layers. The model
+    # has no dropout, so train mode gives the same results.
     assert model.training
     n = len(examples)
     nll = tokens = exact = begins = right = 0
@@ -154,12 +154,12 @@ def evaluate(model, tokenizer, examples, dtype, batch=16):
         tokens += len(targets)
         if isinstance(chunk[0], list):
             continue
-        # Greedy decoding gives the answer exactly when every answer token is the likeliest one.
+        # Greedy decoding gives the answer if and only if every answer token is the likeliest one.
         hit = logits.argmax(-1) == targets
         for i, (_, answer, options) in enumerate(chunk):
             exact += hit[row == i].all().item()
             begins += hit[row == i][:-1].all().item()  # all but the end token
-            if options:  # told apart by their first token
+            if options:  # distinguished by their first token
                 first = [tokenizer(o)["input_ids"][0] for o in options]
                 right += options[logits[row == i][0, first].argmax().item()] == answer
     scores = {"nll": nll / tokens, "perplexity": math.exp(nll / tokens)}
@@ -176,9 +176,9 @@ def main() -> None:
     p.add_argument("--gguf", required=True)
     p.add_argument("--task", required=True, choices=[*EXAMPLES, "shakespeare"])
     p.add_argument("--train", required=True)
-    p.add_argument("--test", help="else the test rows are held out of --train")
-    p.add_argument("--train-rows", type=int, default=800)
-    p.add_argument("--test-rows", type=int, default=500)
+    p.add_argument("--test", help="(default: rows held out of --train)")
+    p.add_argument("--train_rows", type=int, default=800)
+    p.add_argument("--test_rows", type=int, default=500)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--lr", type=float, default=5e-4)
     p.add_argument("--rank", type=int, default=16)
@@ -197,7 +197,7 @@ def main() -> None:
     trainable = [q for q in model.parameters() if q.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=args.lr, weight_decay=0.0, fused=True)
     steps = args.train_rows // args.batch
-    # warm up over a tenth of the steps, then down to zero in a line
+    # linear warm-up over a tenth of the steps, then linear decay to zero
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda s: min((s + 1) / (0.1 * steps), (steps - s) / (0.9 * steps))
     )

@@ -1,7 +1,7 @@
-"""Which part of a training step an operation belongs to, and how long each took: the arithmetic of train_step.py.
+"""Assigns operations of a compiled training step to parts of the model, and sums their times.
 
-An operation is an instruction of a compiled program that runs as one piece. What XLA fused is one operation, and goes
-to the part that its metadata names, even where a neighbour's addition or conversion was fused into it.
+An operation is an instruction of a compiled program that runs as one unit. A fusion is one operation, and belongs to
+the part that its metadata names, even if XLA fused a neighbour's addition or conversion into it.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ PARTS = (
 )  # named scopes of the model
 OPTIMIZER, UPDATE, OTHER = "optimizer", "update", "other"
 DIRECTIONS = ("forward", "backward", "recomputed")
-COUNTED = {"again": "recomputed"}  # a direction as counts.py calls it
-CONTAINERS = {"while", "conditional", "call"}  # their time is that of what they run, which is told as well
+COUNTED = {"again": "recomputed"}  # names of directions in training/cost/flops.py
+CONTAINERS = {"while", "conditional", "call"}  # they run other operations, which are counted
 KINDS = {
-    "dynamic_update_slice": "writes into stacks",  # of a layer's activations that are kept, of its gradients
+    "dynamic_update_slice": "writes into stacks",  # of saved activations of a layer, and of its gradients
     "dynamic_slice": "reads of stacks",
     "broadcast": "fills",
     "broadcast_in_dim": "fills",
@@ -51,8 +51,8 @@ class Operation:
     """An instruction of the optimized HLO.
 
     Attributes:
-      source: `op_name` of its metadata, the path in the JAX program that it comes from; "" for what XLA added.
-      loop: `source` of the loop that it is in; "" outside of loops.
+      source: `op_name` of its metadata, its path in the JAX program; "" if XLA added it.
+      loop: `source` of the enclosing loop; "" outside of loops.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Operation:
 
     @property
     def direction(self) -> str:
-        """One of DIRECTIONS; what has no source runs when its loop does."""
+        """Returns one of DIRECTIONS; an operation without a source has that of its loop."""
         return direction_of(self.source or self.loop)
 
 
 class Event(NamedTuple):
-    """An operation ran, once. Times are in nanoseconds."""
+    """One run of an operation. Times are in nanoseconds."""
 
     program: str
     name: str
@@ -78,12 +78,12 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-    """What one operation took in a step, median over steps.
+    """The time of one operation in a step, median over steps.
 
     Attributes:
-      calls: how often it ran.
-      thunk_ms: from its start to its end, summed over calls.
-      ms: the same, with each instant shared out evenly among the operations that ran in it.
+      calls: number of runs.
+      thunk_ms: milliseconds from start to end, summed over calls.
+      ms: milliseconds with each instant shared evenly among the running operations.
     """
 
     operation: Operation
@@ -96,32 +96,35 @@ class Measured:
 
 @dataclasses.dataclass
 class PartTime:
-    """Milliseconds of one part in a step: its share by direction, and `thunk_ms` as Measured has it."""
+    """Milliseconds of one part in a step, by direction; `thunk_ms` is defined in Measured."""
 
     directions: Counter[str] = dataclasses.field(default_factory=Counter)
     thunk_ms: float = 0.0
 
     @property
     def ms(self) -> float:
-        """Over all directions."""
+        """Returns the sum over directions."""
         return sum(self.directions.values())
 
 
 def part_of(source: str) -> str:
-    """The innermost of PARTS among the scopes of an op_name, or OTHER."""
+    """Returns the innermost of PARTS among the scopes of an op_name, or OTHER."""
     scopes = [scope for scope in re.split(r"[/()]+", source) if scope in PARTS]
     return scopes[-1] if scopes else OTHER
 
 
 def direction_of(source: str) -> str:
-    """One of DIRECTIONS: autodiff wraps scopes in `transpose(...)`, and what it computes again lies in a scope too."""
+    """Returns one of DIRECTIONS: autodiff puts backward and recomputed operations into scopes with fixed names."""
     if "rematted_computation" in source:
         return "recomputed"
     return "backward" if "transpose(" in source else "forward"
 
 
 def kind_of(operation: Operation) -> str:
-    """What an operation outside of all parts does: a value of KINDS, by its primitive or else by what XLA fused."""
+    """Returns the kind of an operation outside of all parts: a value of KINDS, or "rest".
+
+    The kind follows from the primitive, otherwise from the name of the fusion.
+    """
     primitive = operation.source.rsplit("/", 1)[-1]
     names = [primitive] if primitive else re.split(r"[_.]", operation.name)
     kinds = [KINDS[name] for each in names if (name := each.replace("-", "_")) in KINDS]
@@ -129,12 +132,12 @@ def kind_of(operation: Operation) -> str:
 
 
 def short(source: str) -> str:
-    """An op_name without the program, and without the loops that everything is in."""
+    """Returns an op_name without the program and the enclosing loops."""
     return re.sub(r"^jit\(\w+\)/|while/body/|(?:closed_call|eval_jaxpr)/", "", source)
 
 
 def operations_of(text: str) -> dict[str, Operation]:
-    """The instructions of a compiled program's text by name."""
+    """Returns the instructions of a compiled program's text by name."""
     found, inside, loops, computation = {}, {}, {}, ""
     for line in text.splitlines():
         if header := COMPUTATION.match(line):
@@ -147,22 +150,22 @@ def operations_of(text: str) -> dict[str, Operation]:
 
 
 def _read(match: re.Match[str]) -> tuple[Operation, str]:
-    """(an instruction, the computation that is its body where it is a loop, or "")."""
+    """Returns (an instruction, the name of its body if it is a loop, otherwise "")."""
     source, body = (re.search(pattern, match["rest"]) for pattern in (r'op_name="([^"]*)"', r"body=%?([\w.-]+)"))
     operation = Operation(match["name"], without_layout(match["shape"]), match["opcode"], source[1] if source else "")
     return operation, body[1] if body else ""
 
 
 def without_layout(shape: str) -> str:
-    """`bf16[4,8]` of `bf16[4,8]{1,0}`."""
+    """Returns `bf16[4,8]` for `bf16[4,8]{1,0}`."""
     return re.sub(r"\{[^}]*\}", "", shape)
 
 
 def shared_time(events: Iterable[Event]) -> dict[tuple[str, str], float]:
-    """(program, name) -> nanoseconds; the sum is the time in which anything ran.
+    """Returns (program, name) -> nanoseconds, whose sum is the time in which any operation ran.
 
-    Two operations that run side by side for a second get half a second each: so much less would the step take, roughly,
-    without one of them.
+    Two operations that run in parallel for a second get half a second each, which is roughly how much shorter the step
+    would be without one of them.
     """
     listed = list(events)
     edges = [(event.start, False, index) for index, event in enumerate(listed)]
@@ -177,7 +180,7 @@ def shared_time(events: Iterable[Event]) -> dict[tuple[str, str], float]:
 
 
 def measure(steps: Sequence[Sequence[Event]], programs: Mapping[str, Mapping[str, Operation]]) -> list[Measured]:
-    """One entry for each operation of `programs` that ran, longest first; events of anything else are dropped."""
+    """Returns one entry per operation of `programs` that ran, longest first; other events are dropped."""
     known = [[event for event in step if _counts(event, programs)] for step in steps]
     shared = [shared_time(step) for step in known]
     alone = [_thunk_time(step) for step in known]
@@ -209,7 +212,7 @@ def _thunk_time(events: Iterable[Event]) -> dict[tuple[str, str], float]:
 
 
 def _place(program: str, operation: Operation) -> tuple[str, str]:
-    """(part, direction) of an operation; what lies outside of all parts is told by its kind."""
+    """Returns (part, direction) of an operation; outside of all parts, the part is its kind."""
     if program == OPTIMIZER:
         return OPTIMIZER, UPDATE
     part = part_of(operation.source)
@@ -217,7 +220,7 @@ def _place(program: str, operation: Operation) -> tuple[str, str]:
 
 
 def by_part(rows: Iterable[Measured]) -> dict[str, PartTime]:
-    """Sums over operations, longest part first."""
+    """Returns sums over operations, longest part first."""
     parts = defaultdict(PartTime)
     for row in rows:
         parts[row.part].directions[row.direction] += row.ms
@@ -226,7 +229,7 @@ def by_part(rows: Iterable[Measured]) -> dict[str, PartTime]:
 
 
 def flop_by_part(counted: Mapping[str, int]) -> dict[str, dict[str, int]]:
-    """part -> {direction: FLOP} of counts.flops, whose keys are `frozen again`."""
+    """Returns part -> {direction: FLOP} from cost.flops.flops, which has keys such as `frozen again`."""
     parts = defaultdict(dict)
     for name, flop in counted.items():
         part, direction = name.rsplit(" ", 1)

@@ -1,4 +1,4 @@
-"""The tables of train_step.py."""
+"""Tables of the profile, as rich tables."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,21 +8,22 @@ from rich.table import Table
 
 from scripts.bench.profile.parts import DIRECTIONS
 
-Columns = dict[str, tuple[str, Callable[[Any], str]]]
+Row = dict[str, Any]  # a JSON object
+Columns = dict[str, tuple[str, Callable[[Any], str]]]  # heading -> (key, formatter of the key's values)
 
 
-def table(title: str, lines: list[dict[str, Any]], columns: Columns) -> Table:
-    """One row a line; `columns`: heading -> (key, how a value reads). What a line lacks, or is zero, stays empty."""
+def table(title: str, rows: list[Row], columns: Columns) -> Table:
+    """Returns a table; missing values and zeros are empty cells."""
     made = Table(title=title, title_justify="left")
     for heading, (_, show) in columns.items():
         made.add_column(heading, justify="left" if show is str else "right", overflow="fold")
-    for line in lines:
-        made.add_row(*(show(line[key]) if line.get(key) else "" for key, show in columns.values()))
+    for row in rows:
+        made.add_row(*(show(row[key]) if row.get(key) else "" for key, show in columns.values()))
     return made
 
 
 def number(digits: int, scale: float = 1.0) -> Callable[[float], str]:
-    """How a number reads; one that would read as zero is not shown."""
+    """Returns a formatter of numbers; a number that rounds to zero becomes an empty string."""
 
     def show(value: float) -> str:
         text = f"{value * scale:,.{digits}f}"
@@ -52,11 +53,11 @@ OPERATION_COLUMNS = {
 }
 
 
-def show_times(console: Console, told: dict[str, Any], top: int) -> None:
-    """The two tables, and how the wall clock, the operations and the tracing relate."""
-    console.print(table("one step, milliseconds", told["parts"], PART_COLUMNS))
-    clocks = told["untraced_ms"]["step"], told["traced_ms"]["step"], told["busy_ms"], told["thunks_ms"]
+def show_times(console: Console, profile: Row, top: int) -> None:
+    """Prints the two tables, and one line that compares wall-clock time with the time of operations."""
+    console.print(table("one step, milliseconds", profile["parts"], PART_COLUMNS))
+    clocks = profile["untraced_ms"]["step"], profile["traced_ms"]["step"], profile["busy_ms"], profile["thunks_ms"]
     untraced, traced_ms, busy, thunks = (f"{ms:,.0f} ms" for ms in clocks)
     line = f"wall clock {traced_ms} traced, {untraced} untraced; operations ran in {busy} of it, {thunks} summed"
     console.print(line, highlight=False)
-    console.print(table(f"the longest {top} operations", told["operations"][:top], OPERATION_COLUMNS))
+    console.print(table(f"the longest {top} operations", profile["operations"][:top], OPERATION_COLUMNS))

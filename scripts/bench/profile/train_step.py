@@ -1,20 +1,20 @@
-"""Breaks one training step into parts: milliseconds on a CPU, or bytes on a GPU that need not be here.
+"""Profiles one training step by part: milliseconds on a CPU, or bytes on a GPU that need not be present.
 
     python -m scripts.bench.profile.train_step [--model FILE.gguf] [--batch 1] [--seq 512] [--rank 16]
         [--remat names] [--steps 4]
     python -m scripts.bench.profile.train_step --card h100 [--batch 4] [--seq 2048]
 
-Without --card, real steps run on this CPU and are traced. The step's arithmetic is a few hundred operations ("thunks"),
-which may run side by side. Columns of the first table:
+Without --card, real steps run on this CPU and are traced. A step has a few hundred operations ("thunks"), which may run
+in parallel. Columns of the first table:
 
-  forward, backward, recomputed   milliseconds a step, median over steps: each instant is shared out evenly among the
-                                  operations that run in it, so that parts add up to the time in which anything ran
-  thunks                          the same operations from start to end each, summed: may exceed the wall clock
-  share                           of the step's wall clock
-  GFLOP, GFLOP/s                  products by formula (qlora_jax/training/cost/flops.py), and over the milliseconds
+  forward, backward, recomputed   milliseconds per step, median over steps: each instant is shared evenly among the
+                                  running operations, so that parts add up to the time in which any operation ran
+  thunks                          the same operations from start to end, summed: may exceed the wall-clock time
+  share                           share of the step's wall-clock time
+  GFLOP, GFLOP/s                  products by formula (qlora_jax/training/cost/flops.py), and their rate
 
-What XLA fused counts for one part, which its metadata names. The head's gradient is made in its forward pass. With
---card, the real step is compiled for that card (`bash scripts/setup_gpu_compile.sh` first) and nothing runs.
+A fusion counts for one part, which its metadata names. The head's gradient is computed in its forward pass. With
+--card, the real step is compiled for that card (run `bash scripts/setup_gpu_compile.sh` first) and nothing runs.
 """
 
 import argparse
@@ -26,10 +26,11 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
+import optax
 from rich.console import Console
 
 from pallas_kernels.gpu_specs import CARDS
@@ -51,17 +52,17 @@ from scripts.bench.profile.parts import (
     operations_of,
     short,
 )
-from scripts.bench.profile.tables import show_times
-from scripts.bench.support.real_step import hold, random_batch
+from scripts.bench.profile.tables import Row, show_times
+from scripts.bench.support.real_step import load_step, random_batch
 from scripts.fetch_smollm2 import fetch_smollm2
 
-MODULES = {"jit_gradients": "gradients", "jit_update": OPTIMIZER}  # as a trace calls the two programs
-WIDTH = 150  # of a table where nothing says how wide the screen is
+MODULES = {"jit_gradients": "gradients", "jit_update": OPTIMIZER}  # names of the two programs in a trace
+WIDTH = 150  # of tables if the output is not a terminal
 Seconds = dict[str, float]
 
 
 class Run(NamedTuple):
-    """A compiled step: `step()` takes one and tells each program's seconds."""
+    """A compiled step: `step()` takes one step and returns each program's seconds."""
 
     step: Callable[[], Seconds]
     texts: dict[str, str]
@@ -69,24 +70,29 @@ class Run(NamedTuple):
 
 
 def prepare(args: argparse.Namespace) -> Run:
-    """Compiles both programs and loads the model, as workers/train_step.py does."""
+    """Compiles both programs and loads the model, like workers/train_step.py."""
     shape = (1, args.batch, args.seq)
-    held = hold(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
-    parts, state = held.parts, held.state
-    batch = random_batch(np.random.default_rng(0), held.config.vocab_size, args.batch, args.seq)
+    loaded = load_step(str(args.model), rank=args.rank, compute_dtype=args.compute_dtype, batch=shape, remat=args.remat)
+    parts, state = loaded.parts, loaded.state
+    batch = random_batch(np.random.default_rng(0), loaded.config.vocab_size, args.batch, args.seq)
     programs = {
-        "gradients": held.gradients.compiled(shape),
-        OPTIMIZER: update.lower(held.optimizer, parts.lora, state, parts.lora).compile(),
+        "gradients": loaded.gradients.compiled(shape),
+        OPTIMIZER: update.lower(loaded.optimizer, parts.lora, state, parts.lora).compile(),
     }
     runtime.give_memory_back()
     adapters = LoraArgs(rank=args.rank)
-    counted = flops.Step(model=held.config, weights=held.weights, lora=adapters, batch=shape, remat=args.remat)
+    counted = flops.Step(model=loaded.config, weights=loaded.weights, lora=adapters, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
     return Run(stepper(programs, parts, state, batch), texts, counted)
 
 
-def stepper(programs: dict[str, Any], parts: ModelParts, state: Any, batch: Any) -> Callable[[], Seconds]:
-    """Run.step, which trains `parts.lora` from step to step."""
+def stepper(
+    programs: dict[str, jax.stages.Compiled],
+    parts: ModelParts,
+    state: optax.OptState,
+    batch: dict[str, np.ndarray],
+) -> Callable[[], Seconds]:
+    """Returns a function that trains `parts.lora` by one step and returns seconds per program."""
 
     def step() -> Seconds:
         nonlocal parts, state
@@ -101,9 +107,9 @@ def stepper(programs: dict[str, Any], parts: ModelParts, state: Any, batch: Any)
 
 
 def traced(step: Callable[[], Seconds]) -> tuple[Seconds, list[Event]]:
-    """One step's seconds by program, and the operations that ran in it."""
+    """Returns one step's seconds by program, and the operations that ran in it."""
     options = jax.profiler.ProfileOptions()
-    options.python_tracer_level = 0  # calls of Python functions would be traced too, at a price
+    options.python_tracer_level = 0  # tracing calls of Python functions would slow the step
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             seconds = step()
@@ -112,19 +118,19 @@ def traced(step: Callable[[], Seconds]) -> tuple[Seconds, list[Event]]:
 
 
 def events_of(profile: jax.profiler.ProfileData) -> Iterator[Event]:
-    """The operations among all that the profiler saw."""
+    """Yields the operations among all events of the profiler."""
     for plane in profile.planes:
         for line in plane.lines:
             for event in line.events:
-                told = dict(event.stats)
-                if "hlo_op" in told:
-                    module = MODULES.get(str(told["hlo_module"]), "")
-                    yield Event(module, str(told["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns)
+                stats = dict(event.stats)
+                if "hlo_op" in stats:
+                    module = MODULES.get(str(stats["hlo_module"]), "")
+                    yield Event(module, str(stats["hlo_op"]), event.start_ns, event.start_ns + event.duration_ns)
 
 
-def profile(run: Run, steps: int) -> dict[str, Any]:
-    """Wall clocks in milliseconds, and `rows`: the operations."""
-    run.step()  # what a first step has to set up
+def profile(run: Run, steps: int) -> Row:
+    """Returns wall-clock milliseconds, and the operations as `rows`."""
+    run.step()  # includes one-time set-up
     plain = [run.step() for _ in range(steps)]
     seen = [traced(run.step) for _ in range(steps)]
     rows = measure([events for _, events in seen], {name: operations_of(text) for name, text in run.texts.items()})
@@ -134,15 +140,15 @@ def profile(run: Run, steps: int) -> dict[str, Any]:
 
 
 def median_ms(steps: list[Seconds]) -> Seconds:
-    """Of each program and of the whole step."""
+    """Returns the median milliseconds of each program and of the whole step."""
     whole = [seconds | {"step": sum(seconds.values())} for seconds in steps]
     return {name: 1e3 * statistics.median(seconds[name] for seconds in whole) for name in whole[0]}
 
 
-def part_rows(rows: list[Measured], counted: flops.Step, step_ms: float) -> list[dict[str, Any]]:
-    """A line of the table of parts each, and a last one for the time in which nothing ran.
+def part_rows(rows: list[Measured], counted: flops.Step, step_ms: float) -> list[Row]:
+    """Returns one row per part, and a last one for the time in which nothing ran.
 
-    Sums of medians are not the median of sums: where a step's time varies, the last line may be a little below zero.
+    Sums of medians are not the median of sums: if the time of steps varies, the last row may be slightly negative.
     """
     flop, lines = flop_by_part(flops.flops(counted)), []
     for part, took in by_part(rows).items():
@@ -154,8 +160,8 @@ def part_rows(rows: list[Measured], counted: flops.Step, step_ms: float) -> list
     return [*lines, {"part": "nothing ran", "ms": idle, "share": idle / step_ms, "flop": {}}]
 
 
-def operation_rows(rows: list[Measured]) -> list[dict[str, Any]]:
-    """A line of the table of operations each."""
+def operation_rows(rows: list[Measured]) -> list[Row]:
+    """Returns one row per operation."""
     return [
         {"ms": row.ms, "calls": row.calls, "thunks_ms": row.thunk_ms, "part": row.part, "direction": row.direction}
         | {"operation": row.operation.name, "shape": row.operation.shape, "source": short(row.operation.source)}
@@ -163,44 +169,44 @@ def operation_rows(rows: list[Measured]) -> list[dict[str, Any]]:
     ]
 
 
-def times(args: argparse.Namespace, console: Console) -> dict[str, Any]:
-    """Runs, shows, and returns what --json writes."""
-    # A program out of the cache has the metadata of the source that it was first compiled from.
+def times(args: argparse.Namespace, console: Console) -> Row:
+    """Runs the step, prints, and returns the contents of --json."""
+    # A cached program has the metadata of the source from which it was first compiled.
     jax.config.update("jax_enable_compilation_cache", False)
     run = prepare(args)
-    told = profile(run, args.steps)
-    rows = told.pop("rows")
-    told |= {"parts": part_rows(rows, run.counted, told["traced_ms"]["step"]), "operations": operation_rows(rows)}
-    show_times(console, told, args.top)
-    return told | {"compute_dtype": run.counted.weights.dtype, "cores": os.cpu_count()}
+    found = profile(run, args.steps)
+    rows = found.pop("rows")
+    found |= {"parts": part_rows(rows, run.counted, found["traced_ms"]["step"]), "operations": operation_rows(rows)}
+    show_times(console, found, args.top)
+    return found | {"compute_dtype": run.counted.weights.dtype, "cores": os.cpu_count()}
 
 
 def main() -> None:
-    """Times, or with --card bytes."""
+    """Prints times, or bytes with --card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder; SmolLM2-135M where none is")
+    parser.add_argument("--model", type=Path, help="a GGUF file or a Hugging Face folder (default: SmolLM2-135M)")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--remat", default="names", choices=REMAT_POLICIES)
-    parser.add_argument("--compute-dtype", default="auto")
-    parser.add_argument("--steps", type=int, default=4, help="traced steps")
-    parser.add_argument("--top", type=int, default=15, help="operations, or temporary buffers, that are listed")
-    parser.add_argument("--json", type=Path, help="a file for the same figures, of all operations")
-    parser.add_argument("--card", choices=sorted(CARDS), help="bytes on this card; nothing runs")
+    parser.add_argument("--compute_dtype", default="auto")
+    parser.add_argument("--steps", type=int, default=4, help="number of traced steps")
+    parser.add_argument("--top", type=int, default=15, help="number of listed operations or temporary buffers")
+    parser.add_argument("--json", type=Path, help="a file for the figures of all operations")
+    parser.add_argument("--card", choices=sorted(CARDS), help="compute bytes on this card; nothing runs")
     args = parser.parse_args()
-    jax.config.update("jax_platforms", "cpu")  # times are a CPU's; for a card that is absent JAX wants it as well
+    jax.config.update("jax_platforms", "cpu")  # times are those of a CPU; compiling for an absent card needs it too
     args.model = args.model or fetch_smollm2()
     console = Console()
     console = console if console.is_terminal else Console(width=WIDTH)
-    told = bytes_on(args, console) if args.card else times(args, console)
+    found = bytes_on(args, console) if args.card else times(args, console)
     if args.json:
         settings = {name: getattr(args, name) for name in ("batch", "seq", "rank", "remat", "steps", "card")}
-        args.json.write_text(json.dumps({"model": args.model.name} | settings | told, indent=1))
+        args.json.write_text(json.dumps({"model": args.model.name} | settings | found, indent=1))
 
 
 if __name__ == "__main__":
-    # The profiler's types are of an extension module, and Python asks such for their module's name.
+    # The profiler's types come from an extension module that does not set their module's name.
     warnings.filterwarnings("ignore", message="builtin type .* has no __module__ attribute")
     allocator.tune()
     main()

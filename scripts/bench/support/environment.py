@@ -1,4 +1,4 @@
-"""What benchmarks that compare with an opponent share: its interpreter, its programs, and caches for both sides."""
+"""Paths and environment variables of benchmarks that run an opponent in its Python environment."""
 
 import contextlib
 import os

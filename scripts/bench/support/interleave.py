@@ -1,8 +1,8 @@
-"""Processes that are measured against each other in turns, so that a machine whose speed drifts slows them all alike.
+"""Runs processes in turns, so that a machine whose speed drifts slows all of them alike.
 
-A player is any program that does a piece of work for each line on its standard input, and then prints a line of JSON,
-its record. It is stopped (SIGSTOP) while others play: its idle threads take no time from them. Linux only, for the
-signals and for /proc, where memory is read from outside, with one yardstick for every program.
+A worker is any program that does one unit of work for each line on its standard input, and then prints one line of
+JSON, its record. A worker is stopped (SIGSTOP) during the turns of others, so that its idle threads take no time from
+them. Memory is read from /proc for every program alike. Linux only.
 """
 
 import json
@@ -18,32 +18,35 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
-Turns = list[list[Record]]  # a player's turns, each the records of its counted pieces of work
-TAIL = 2000  # characters of a dead player's standard error that are told
+Record = dict[str, Any]  # a JSON object of a benchmark
+Turns = list[list[Record]]  # per turn of a worker, the records that count
+STDERR_CHARACTERS = 2000  # of a failed worker's standard error that are reported
 
 
-class PlayerError(RuntimeError):
-    """A player ended, or took longer than it was given."""
+class WorkerError(RuntimeError):
+    """A worker ended, or exceeded its time limit."""
 
 
-class Player:
-    """One process. Records get `since_start_s` and `peak_rss_mib` (of that process alone, helpers not counted)."""
+class Worker:
+    """One process.
+
+    Records get `since_start_s` and `peak_rss_mib`, the peak of that process without its children.
+    """
 
     def __init__(self, command: list[str], environment: Mapping[str, str] | None = None, timeout_s: float = 900.0):
-        self._timeout_s, self._late = timeout_s, False
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the process
+        self._timeout_s, self._timed_out = timeout_s, False
+        self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         self._started = time.perf_counter()
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
         self._process = subprocess.Popen(command, text=True, env=os.environ | dict(environment or {}), **pipes)
-        # Where memory runs out, the kernel ends this process and not one of somebody else's.
+        # If memory runs out, the kernel must end this process and no other.
         Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000")
 
     def turn(self, count: int) -> list[Record]:
-        """The records of so many pieces of work, done one after the other.
+        """Returns the records of `count` units of work, done in order.
 
         Raises:
-          PlayerError: the process ended, or one piece took longer than `timeout_s`.
+          WorkerError: the process ended, or one unit took longer than `timeout_s`.
         """
         self._process.send_signal(signal.SIGCONT)
         records = [self._work() for _ in range(count)]
@@ -52,7 +55,7 @@ class Player:
 
     def _work(self) -> Record:
         assert self._process.stdin and self._process.stdout
-        alarm = threading.Timer(self._timeout_s, self._give_up)
+        alarm = threading.Timer(self._timeout_s, self._time_out)
         alarm.start()
         try:
             print(file=self._process.stdin, flush=True)
@@ -60,82 +63,85 @@ class Player:
                 if line.startswith("{"):
                     since_start_s = time.perf_counter() - self._started
                     return json.loads(line) | {"since_start_s": since_start_s, "peak_rss_mib": self._peak_rss_mib()}
-        except BrokenPipeError:  # it ended before it was asked
+        except BrokenPipeError:  # it ended before the request
             pass
         finally:
             alarm.cancel()
-        raise PlayerError(self._obituary())
+        raise WorkerError(self._failure())
 
-    def _give_up(self) -> None:
-        self._late = True
+    def _time_out(self) -> None:
+        self._timed_out = True
         self._process.kill()
 
     def _peak_rss_mib(self) -> float:
-        """Since the program was loaded: getrusage would count what its parent held when it forked."""
+        """Returns the peak since the program was loaded; getrusage would include the parent's memory at the fork."""
         status = Path(f"/proc/{self._process.pid}/status").read_text()
         found = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
         assert found is not None, "a running process has a peak"
         return int(found[1]) / 1024
 
-    def _obituary(self) -> str:
+    def _failure(self) -> str:
         status = self._process.wait()
-        if self._late:
+        if self._timed_out:
             return f"no answer within {self._timeout_s:g} s"
-        self._errors.seek(0)
+        self._stderr.seek(0)
         reason = "killed, by the kernel if memory ran out" if status == -signal.SIGKILL else f"status {status}"
-        return f"ended ({reason}): {self._errors.read().strip()[-TAIL:]}"
+        return f"ended ({reason}): {self._stderr.read().strip()[-STDERR_CHARACTERS:]}"
 
     def close(self) -> None:
-        """Ends it."""
+        """Kills the process."""
         self._process.kill()
         self._process.communicate()
-        self._errors.close()
+        self._stderr.close()
 
 
-class Game:
-    """Players by name, playing in turns; one that fails drops out, its failure kept, and the others go on."""
+class WorkerGroup:
+    """Workers by name, which run in turns.
+
+    A worker that fails is removed and its failure is recorded; the others continue.
+    """
 
     def __init__(self, environment: Mapping[str, str] | None = None, timeout_s: float = 900.0):
         self._environment, self._timeout_s = dict(environment or {}), timeout_s
-        self._players: dict[str, Player] = {}
+        self._workers: dict[str, Worker] = {}
         self._counted: dict[str, int] = {}
         self.failures: dict[str, str] = {}
 
     def start(self, name: str, command: list[str], counted: int = 1) -> Record | None:
-        """The record of a new player's first piece of work, the others stopped; None where it failed.
+        """Starts a worker while the others are stopped; returns the record of its first unit, or None if it failed.
 
         Args:
-          counted: pieces of work in each of its turns that count.
+          counted: units of work per turn that count.
         """
-        self._players[name], self._counted[name] = Player(command, self._environment, self._timeout_s), counted
+        self._workers[name], self._counted[name] = Worker(command, self._environment, self._timeout_s), counted
         records = self._turn(name, 1)
         return records[0] if records else None
 
-    def play(self, blocks: int) -> dict[str, Turns]:
-        """So many turns of each that plays to the end. One piece of work goes before those of a turn that count.
+    def run(self, blocks: int) -> dict[str, Turns]:
+        """Returns `blocks` turns of every worker that does not fail.
 
-        The first after a pause takes longer, which nobody who uses the program sees.
+        Each turn starts with one unit that does not count: the first after a pause takes longer, which no user sees.
         """
-        turns: dict[str, Turns] = {name: [] for name in self._players}
+        turns: dict[str, Turns] = {name: [] for name in self._workers}
         for _ in range(blocks):
-            for name in [*self._players]:
+            for name in [*self._workers]:
                 turns[name].append(self._turn(name, 1 + self._counted[name])[1:])
-        return {name: turns[name] for name in self._players}
+        return {name: turns[name] for name in self._workers}
 
     def _turn(self, name: str, count: int) -> list[Record]:
         try:
-            return self._players[name].turn(count)
-        except PlayerError as error:
+            return self._workers[name].turn(count)
+        except WorkerError as error:
             self.failures[name] = str(error)
-            self._players.pop(name).close()
+            self._workers.pop(name).close()
             return []
 
     def close(self) -> None:
-        """Ends all players."""
-        while self._players:
-            self._players.popitem()[1].close()
+        """Kills all workers."""
+        while self._workers:
+            self._workers.popitem()[1].close()
 
-    def __enter__(self) -> "Game":
+    def __enter__(self) -> "WorkerGroup":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -143,15 +149,15 @@ class Game:
 
 
 def median_of(turns: Turns, field: str) -> float:
-    """The median of a field over all records."""
+    """Returns the median of a field over all records."""
     return statistics.median(record[field] for turn in turns for record in turn)
 
 
 def block_medians(turns: Turns, field: str) -> list[float]:
-    """The median of a field in each turn."""
+    """Returns the median of a field in each turn."""
     return [statistics.median(record[field] for record in turn) for turn in turns]
 
 
-def median_ratio(above: list[float], below: list[float]) -> float:
-    """The median over neighbouring blocks of above / below: drift from block to block cancels."""
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+def median_ratio(numerators: list[float], denominators: list[float]) -> float:
+    """Returns the median ratio over neighbouring blocks, in which drift from block to block cancels."""
+    return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))

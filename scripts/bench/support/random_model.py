@@ -1,10 +1,10 @@
-"""Writes a model with random weights, where a benchmark needs a shape rather than what a model knows.
+"""Writes a model with random weights, for benchmarks to which only the shape matters.
 
     python -m scripts.bench.support.random_model [qwen2-0.5b | random-15m]
 
-A Hugging Face folder (config.json, bf16 safetensors; no tokenizer) in the cache, and its path printed. Qwen2-0.5B's
-shape, biases on q, k and v and tied embeddings included, is told as a `llama` with attention biases: the same
-arithmetic, but for one more bias, of `o_proj`, in each layer.
+Writes a Hugging Face folder (config.json, bf16 safetensors; no tokenizer) into the cache and prints its path.
+Qwen2-0.5B's shape is written as a `llama` with attention biases and tied embeddings. The arithmetic is the same, except
+for one additional bias, of `o_proj`, in each layer.
 """
 
 import json
@@ -13,7 +13,6 @@ import os
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -29,8 +28,8 @@ SETTINGS = {
 }
 
 
-def config_of(name: str) -> dict[str, Any]:
-    """The contents of config.json."""
+def config_of(name: str) -> dict[str, object]:
+    """Returns the contents of config.json."""
     shape = SHAPES[name]
     return {
         "model_type": "llama",
@@ -49,7 +48,7 @@ def config_of(name: str) -> dict[str, Any]:
 
 
 def tensor_shapes(shape: Shape, attention_bias: bool) -> dict[str, tuple[int, ...]]:
-    """Hugging Face name -> shape of each tensor."""
+    """Returns the shape of each tensor by its Hugging Face name."""
     attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
     names = [*(f"self_attn.{name}" for name in attention), *(f"mlp.{name}" for name in mlp)]
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (shape.vocab, shape.width)}
@@ -64,7 +63,7 @@ def tensor_shapes(shape: Shape, attention_bias: bool) -> dict[str, tuple[int, ..
 
 
 def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Ones for a norm; else normal numbers."""
+    """Returns ones for a norm, normal numbers for everything else, in bfloat16."""
     if name.endswith("norm.weight"):
         return np.ones(shape, ml_dtypes.bfloat16)
     values = rng.standard_normal(math.prod(shape), np.float32) * np.float32(STANDARD_DEVIATION)
@@ -72,12 +71,12 @@ def random_tensor(name: str, shape: tuple[int, ...], rng: np.random.Generator) -
 
 
 def make_random_model(name: str) -> Path:
-    """The model's folder, written at the first call: beside its place and renamed, so never half there."""
+    """Returns the model's folder, written on the first call; a renamed temporary folder, so it is never incomplete."""
     target = cache_dir() / f"random-{name}"
     if target.exists():
         return target
     config, rng = config_of(name), np.random.default_rng(0)
-    shapes = tensor_shapes(SHAPES[name], config["attention_bias"])
+    shapes = tensor_shapes(SHAPES[name], attention_bias=bool(config["attention_bias"]))
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as parent:
         folder = Path(parent) / target.name

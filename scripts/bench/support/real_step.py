@@ -1,10 +1,11 @@
-"""Loads a model from disk as a training step holds it, and makes random batches."""
+"""Loads a model for training steps outside of the training loop, and makes random batches."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+import optax
 
 from qlora_jax.config import LoraArgs, ModelArgs, OptimArgs
 from qlora_jax.io.loader import load_model
@@ -19,30 +20,32 @@ from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import Gradients
 
 
-class Held(NamedTuple):
-    """A model in NF4 with adapters on all linear layers, its optimizer at step 0, and its gradients' program."""
+class LoadedStep(NamedTuple):
+    """A model in NF4 with adapters on all linear layers, its optimizer at step 0, and its compiled gradients."""
 
     config: ModelConfig
     weights: WeightFormat
     gradients: Gradients
     parts: ModelParts
-    optimizer: Any
-    state: Any
+    optimizer: optax.GradientTransformation
+    state: optax.OptState
 
 
-def hold(
+def load_step(
     path: str,
     *,
     rank: int,
-    compute_dtype: str,
+    compute_dtype: Literal["auto", "bfloat16", "float32"],
     batch: tuple[int, int, int],
     remat: str,
     compiled: Callable[[], None] = lambda: None,
-) -> Held:
-    """Compiles for batches (A, B, T), then loads and quantizes the model at `path`, a GGUF file or a folder.
+) -> LoadedStep:
+    """Compiles the gradients, then loads and quantizes the model.
 
     Args:
-      compiled: called between the two.
+      path: a GGUF file or a Hugging Face folder.
+      batch: (micro-batches, rows, tokens).
+      compiled: called after compiling, before loading.
     """
     source = open_model(path)
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
@@ -54,10 +57,10 @@ def hold(
     add_lora(model, adapters, jax.random.key(0))
     parts = partition(model)
     optimizer = make_optimizer(OptimArgs(max_grad_norm=1.0, warmup_ratio=0.0), 1000)
-    return Held(config, weights, gradients, parts, optimizer, optimizer.init(parts.lora))
+    return LoadedStep(config, weights, gradients, parts, optimizer, optimizer.init(parts.lora))
 
 
 def random_batch(rng: np.random.Generator, vocabulary: int, rows: int, length: int) -> dict[str, np.ndarray]:
-    """One micro-batch, every token supervised."""
+    """Returns one micro-batch of `rows` x `length` random tokens, all supervised."""
     ids = rng.integers(3, vocabulary, (1, rows, length + 1)).astype(np.int32)
     return {"inputs": ids[..., :-1], "targets": ids[..., 1:], "weights": np.ones((1, rows, length), np.float32)}

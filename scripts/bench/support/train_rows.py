@@ -1,4 +1,4 @@
-"""What bench/train.py measures: its rows, and how much arithmetic a training step has in each."""
+"""The rows of bench/train.py, and the operations of a training step in each."""
 
 import dataclasses
 from collections.abc import Iterable
@@ -17,7 +17,7 @@ class Shape:
     vocab: int
 
     def linears(self) -> tuple[tuple[int, int], ...]:
-        """(out, in) of each projection of a layer: q, k, v, o, gate, up, down."""
+        """Returns (out, in) of each projection of a layer: q, k, v, o, gate, up, down."""
         q, kv, d, f = self.heads * self.head_dim, self.kv_heads * self.head_dim, self.width, self.mlp
         return ((q, d), (kv, d), (kv, d), (d, q), (f, d), (f, d), (d, f))
 
@@ -30,13 +30,14 @@ SHAPES = {
 
 
 def training_flops(shape: Shape, batch: int, seq: int, rank: int) -> float:
-    """FLOP of one step: 2 for each multiply-add of the matrix products that the mathematics needs.
+    """Returns the FLOP of one step: 2 per multiply-add of the necessary matrix products.
 
-    With M = batch * seq tokens, in each layer: 4 M out in for each frozen projection (forward, and the gradient of its
-    input; it has none of its own), 6 M rank (out + in) for its adapter (forward, input, parameters), and
-    6 batch heads head_dim seq^2 for attention (q k^T and weights v, and four products backward, each over the causal
-    half). Once: 4 M vocab width for the head. What is computed again (checkpointing, scores in attention's backward
-    pass) is not counted, nor is anything element-wise.
+    With M = batch * seq tokens, each layer has:
+      4 M out in for each frozen projection: forward, and the gradient of its input (the weight has no gradient);
+      6 M rank (out + in) for its adapter: forward, input, parameters;
+      6 batch heads head_dim seq^2 for attention: q k^T, weights v, four products backward, each over the causal half.
+    The head has 4 M vocab width. Recomputation (checkpointing, scores in attention's backward pass) and element-wise
+    operations are not counted.
     """
     m = batch * seq
     frozen = sum(4 * m * out * into for out, into in shape.linears())
@@ -45,8 +46,8 @@ def training_flops(shape: Shape, batch: int, seq: int, rank: int) -> float:
     return float(shape.layers * (frozen + adapters + attention) + 4 * m * shape.vocab * shape.width)
 
 
-# The opponent's configurations, as arguments of opponents/torch_qlora_cpu.py. With checkpointing, a compilation of the
-# whole model does not end within three minutes; one of each layer does, and beats eager.
+# Arguments of opponents/torch_qlora_cpu.py. With checkpointing, compiling the whole model takes more than three
+# minutes; compiling each layer works, and is faster than eager.
 MODEL = ("--dtype", "mixed", "--compile", "model")
 LAYERS = ("--dtype", "mixed", "--compile", "layers")
 LAYERS_BF16 = ("--dtype", "bf16", "--compile", "layers")
@@ -59,11 +60,11 @@ class Row:
 
     Attributes:
       model: a key of SHAPES.
-      checkpointing: the opponent's gradient checkpointing, and `train.remat: full` here; without it, each side's
-        default: for ours `names`, which keeps what products gave and computes norms and activations again.
-      f32: computes in float32; else in bfloat16 with float32 adapters.
-      opponents: configurations of the opponent that play; the fastest of them is the opponent.
-      steps: counted steps of a block.
+      checkpointing: the opponent's gradient checkpointing, and `train.remat: full` for ours. Otherwise each side's
+        default; ours is `names`, which saves the results of products and recomputes norms and activations.
+      f32: compute in float32; otherwise in bfloat16 with float32 adapters.
+      opponents: configurations of the opponent, of which the fastest counts.
+      steps: counted steps per block.
     """
 
     model: str = "smollm2"
@@ -76,28 +77,28 @@ class Row:
     steps: int = 4
 
     def describe(self) -> str:
-        """In words."""
+        """Returns one line that describes the row."""
         dtype, opponents = "f32" if self.f32 else "bf16", " | ".join(map(" ".join, self.opponents))
         sizes = f"batch {self.batch}, {self.seq} tokens, rank {self.rank}"
         return f"{self.model}, {sizes}, {dtype}, remat {self.remat()}; against {opponents}"
 
     def flops(self) -> float:
-        """Of one step."""
+        """Returns the FLOP of one step."""
         return training_flops(SHAPES[self.model], self.batch, self.seq, self.rank)
 
     def remat(self) -> str:
-        """Our setting `train.remat`."""
+        """Returns our setting `train.remat`."""
         return "full" if self.checkpointing else "names"
 
     def our_arguments(self, model_path: str) -> list[str]:
-        """Of workers/train_step.py."""
+        """Returns arguments of workers/train_step.py."""
         dtype = "float32" if self.f32 else "bfloat16"
-        return [*self._shared(model_path), "--remat", self.remat(), "--compute-dtype", dtype]
+        return [*self._shared(model_path), "--remat", self.remat(), "--compute_dtype", dtype]
 
     def their_arguments(self, model_path: str, configuration: Iterable[str]) -> list[str]:
-        """Of opponents/torch_qlora_cpu.py."""
+        """Returns arguments of opponents/torch_qlora_cpu.py."""
         checkpointing = ["--checkpointing"] if self.checkpointing else []
-        return [*self._shared(model_path), *configuration, *checkpointing, "--in-turns"]
+        return [*self._shared(model_path), *configuration, *checkpointing, "--in_turns"]
 
     def _shared(self, model_path: str) -> list[str]:
         sizes = {"--batch": self.batch, "--seq": self.seq, "--rank": self.rank}
@@ -105,7 +106,7 @@ class Row:
 
 
 def _smollm2_rows() -> dict[str, Row]:
-    """Batch, checkpointing and rank in all combinations."""
+    """Returns all combinations of batch, checkpointing and rank."""
     rows = {}
     for batch, steps in ((1, 4), (4, 2)):
         for suffix, checkpointing, opponents in (("", False, (MODEL,)), ("-ckpt", True, (LAYERS,))):

@@ -1,8 +1,9 @@
-"""The rate of bf16 matrix products on this machine: the ceiling that training is measured against.
+"""Measures the rate of bf16 matrix products on this machine, the upper bound of training speed.
 
-    python scripts/bench/workers/gemm_rate.py --library jax      # or torch, in the opponent's Python
+    python scripts/bench/workers/gemm_rate.py --library jax      # or torch, in the oracle's Python
 
-For each line on standard input: each shape several times, then one JSON line with the best rate of each, in GFLOP/s.
+For each line on standard input it times each shape several times, and prints one line of JSON with the best rates in
+GFLOP/s. It runs in both Python environments, so it imports nothing of the project.
 """
 
 import argparse
@@ -11,14 +12,14 @@ import sys
 import time
 from collections.abc import Callable
 
-# (M, K, N) of [M, K] x [K, N]: a large square, and products of 512 tokens as SmolLM2 and Qwen2-0.5B have them.
+# (M, K, N) of [M, K] x [K, N]: a large square, and products of SmolLM2 and Qwen2-0.5B with 512 tokens.
 SHAPES = ((2048, 2048, 2048), (512, 576, 1536), (512, 1536, 576), (512, 896, 4864), (512, 4864, 896))
 REPEATS = 7
 Product = Callable[[], object]
 
 
 def jax_product(m: int, k: int, n: int) -> Product:
-    """A product of constant operands, done when the call returns."""
+    """Returns a blocking product of constant operands."""
     import jax
     import jax.numpy as jnp
 
@@ -28,7 +29,7 @@ def jax_product(m: int, k: int, n: int) -> Product:
 
 
 def torch_product(m: int, k: int, n: int) -> Product:
-    """The same, of torch."""
+    """Returns the same product in torch."""
     import torch
 
     a, b = torch.full((m, k), 0.5, dtype=torch.bfloat16), torch.full((k, n), 0.25, dtype=torch.bfloat16)
@@ -39,19 +40,19 @@ LIBRARIES = {"jax": jax_product, "torch": torch_product}
 
 
 def seconds(product: Product) -> float:
-    """Of one product."""
+    """Returns the seconds of one product."""
     began = time.perf_counter()
     product()
     return time.perf_counter() - began
 
 
 def main() -> None:
-    """Measures as often as it is asked."""
+    """Measures once per input line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", choices=LIBRARIES, required=True)
     products = {shape: LIBRARIES[parser.parse_args().library](*shape) for shape in SHAPES}
     for product in products.values():
-        product()  # compiles, or chooses its kernel
+        product()  # compiles or selects a kernel
     for _ in sys.stdin:
         best = {shape: min(seconds(product) for _ in range(REPEATS)) for shape, product in products.items()}
         rates = {"x".join(map(str, (m, k, n))): 2e-9 * m * k * n / best[m, k, n] for m, k, n in SHAPES}

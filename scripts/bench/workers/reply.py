@@ -1,8 +1,8 @@
-"""Our side of bench/decode.py: one reply for each line on standard input, a JSON line for each reply.
+"""Our worker of bench/decode.py: one reply per line on standard input, one line of JSON per reply.
 
-    python -m scripts.bench.workers.reply --model PATH --prompt 1 2 3 --new-tokens 128 [--compute-dtype auto]
+    python -m scripts.bench.workers.reply --model PATH --prompt 1 2 3 --new_tokens 128 [--compute_dtype auto]
 
-Greedy, batch 1, NF4. Times count from the call.
+Greedy, batch 1, NF4. Times are seconds since the call.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import time
 from qlora_jax import allocator
 
 if __name__ == "__main__":
-    allocator.tune()  # starts again: before anything that takes long to import, as the product's commands do
+    allocator.tune()  # restarts the process, so it comes before slow imports
 
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
@@ -27,17 +27,17 @@ from qlora_jax.models.precision import weight_format
 
 
 def main() -> None:
-    """Loads, then answers as often as it is asked."""
+    """Loads the model, then generates one reply per input line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="a GGUF file or a Hugging Face folder")
-    parser.add_argument("--prompt", type=int, nargs="+", required=True, help="its ids")
-    parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--compute-dtype", default="auto")
+    parser.add_argument("--prompt", type=int, nargs="+", required=True, help="token ids")
+    parser.add_argument("--new_tokens", type=int, default=128)
+    parser.add_argument("--compute_dtype", default="auto")
     args = parser.parse_args()
     runtime.start()
     source = open_model(args.model)
-    held = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype))
-    parts = partition(load_model(source, model_config(source.config), held).model)
+    weights = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype))
+    parts = partition(load_model(source, model_config(source.config), weights).model)
     for _ in sys.stdin:
         ids, seconds, began = [], [], time.perf_counter()
         settings = {"sampling": Sampling(), "max_new_tokens": args.new_tokens, "stop_ids": ()}

@@ -1,4 +1,4 @@
-"""What scripts/bench/data.py makes of its measurements, and that what it measures is a whole data set."""
+"""The data benchmark: its table, and that it prepares the rows that a run would train on."""
 
 import gzip
 import json
@@ -15,11 +15,11 @@ def test_rates_are_of_the_fastest_round_and_ratios_of_each_rounds_own():
     def one(library: float, rows: float) -> dict:
         return {"library": bench.Seconds(library, 2 * library), "rows": bench.Seconds(rows, 3 * rows)}
 
-    # Of the clock 1.5, 1.1 and 0.5; of what was computed 1.5 times that.
+    # Wall-clock ratios 1.5, 1.1 and 0.5; CPU ratios are 1.5 times those.
     lines = bench.table([one(1.0, 1.5), one(2.0, 2.2), one(4.0, 2.0)], 600)
     assert lines == [
         " library:      600 rows/s",
-        "    rows:      400 rows/s, +10.0% of its time, +65.0% computed",
+        "    rows:      400 rows/s, +10.0% time, +65.0% CPU time",
     ]
 
 

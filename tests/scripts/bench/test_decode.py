@@ -1,4 +1,4 @@
-"""What scripts/bench/decode.py makes of its players' replies."""
+"""The decoding benchmark: figures from replies."""
 
 from scripts.bench import decode as bench
 

@@ -1,4 +1,4 @@
-"""What scripts/bench/evaluate.py makes of its players' scores."""
+"""The evaluation benchmark: figures from scores."""
 
 import json
 
@@ -36,7 +36,7 @@ def test_speed_is_against_the_fastest_that_multiplies_as_exactly():
     assert found["players"]["transformers float32"]["first_s"] == 1.0
     assert found["players"]["transformers float32"]["apart"] == pytest.approx(0.1)
     result = {"jobs": {"text": found}, "failures": {}}
-    assert bench.disagreement(result) == ["text: 0.1 nats a token apart"]
+    assert bench.disagreement(result) == ["text: 0.1 nats per token apart"]
 
 
 def test_without_an_opponent_there_is_no_speed(capsys):

@@ -1,4 +1,4 @@
-"""What scripts/bench/packing.py counts of a way's steps."""
+"""The packing benchmark: totals of a method's steps, and cut batches."""
 
 import itertools
 import types
@@ -20,10 +20,10 @@ def test_time_until_a_batch_is_there_counts(monkeypatch: pytest.MonkeyPatch):
             return 0.0
 
     batch = types.SimpleNamespace(inputs=np.zeros((1, 1, 8)), arrays=dict, tokens=6)
-    way = bench.Way(dataset=None, batches=itertools.repeat(batch), gradients=Gradients())
+    method = bench.Method(dataset=None, batches=itertools.repeat(batch), gradients=Gradients())
     for _ in range(2):
-        way.step(types.SimpleNamespace(lora=None, base=None))
-    assert (way.waits, way.rate, way.tokens, way.padding) == (0.25, 12 / 8, 12, 0.25)
+        method.step(types.SimpleNamespace(parts=None))
+    assert (method.waits, method.rate, method.tokens, method.padding) == (0.25, 12 / 8, 12, 0.25)
 
 
 def test_a_batch_is_cut_to_its_longest_row():

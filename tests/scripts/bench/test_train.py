@@ -1,4 +1,4 @@
-"""What scripts/bench/train.py makes of its players' records."""
+"""The training benchmark: figures from records."""
 
 import pytest
 

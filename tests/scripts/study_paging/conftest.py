@@ -9,7 +9,7 @@ MIB = 2**20
 
 @pytest.fixture
 def seven():
-    """LLaMA-7B whose scratch is 100 MiB at 512 tokens, 200 at 2048, and 1736 at 8192."""
+    """Returns LLaMA-7B with 100 MiB of scratch at 512 tokens, 200 at 2048, and 1736 at 8192."""
     sizes = {512: 100, 2048: 200, 8192: 1736}
     points = [memory.Point("llama-7b", "a6000", "full", length, size * MIB) for length, size in sizes.items()]
-    return memory.Needs.of(points, "llama-7b", "a6000", "full")
+    return memory.StepMemory.of(points, "llama-7b", "a6000", "full")

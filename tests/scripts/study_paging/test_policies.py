@@ -71,7 +71,7 @@ def test_a_long_batch_sends_away_what_it_needs_and_it_comes_back():
 
 
 def test_a_step_needs_room_for_a_page(moved):
-    with pytest.raises(ValueError, match="room for one page"):
+    with pytest.raises(ValueError, match="room for a page"):
         moved(ZIGZAG, 4, 0, 1)
 
 

@@ -9,7 +9,7 @@ from scripts.bench.gpu import tables
     ("times", "lost"),
     [
         ({128: (1, 2), 4096: (2, 2), 8192: (3, 2)}, 8192),
-        ({128: (3, 2), 4096: (1, 2), 8192: (1, 2)}, None),  # what it wins again later is no crossover
+        ({128: (3, 2), 4096: (1, 2), 8192: (1, 2)}, None),  # fused wins at larger M, so there is not a crossover
         ({128: (3, 2), 4096: (3, 2)}, 128),
         ({8192: (3, 2), 128: (1, 2), 2048: (5, 2)}, 2048),
     ],

@@ -1,4 +1,4 @@
-"""Which part of a step an operation belongs to, and how time is shared among operations that overlap."""
+"""Parts and directions of operations, and time shared among overlapping operations."""
 
 import pytest
 
@@ -29,7 +29,7 @@ def test_operations_of_a_program():
     assert product.source == "jit(gradients)/while/body/jvp()/frozen/dot_general"
     assert parts.short(product.source) == "jvp()/frozen/dot_general"
     assert found["while.7"].opcode == "while" and found["while.7"].shape == "(s32[], bf16[4,8])"
-    # What XLA added says nothing of itself, but the loop that it is in does.
+    # An operation added by XLA has no source, but its loop has.
     assert (add.source, add.direction, found["copy.8"].direction) == ("", "backward", "forward")
 
 

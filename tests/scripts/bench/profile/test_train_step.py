@@ -28,9 +28,9 @@ def test_rates_are_of_the_formulas_flop_and_rows_add_up():
 
 
 def profile(tmp_path, *arguments):
-    """(what --json wrote, what was printed) for a model of two layers."""
+    """Returns (the contents of --json, the printed text) for a model of two layers."""
     config = tiny_config()
-    model, told = write_folder(tmp_path / "model", config, random_weights(config)), tmp_path / "told.json"
+    model, output = write_folder(tmp_path / "model", config, random_weights(config)), tmp_path / "profile.json"
     command = [
         sys.executable,
         "-m",
@@ -45,26 +45,28 @@ def profile(tmp_path, *arguments):
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(told.read_text()), done.stdout
+    return json.loads(output.read_text()), done.stdout
 
 
 @pytest.mark.slow
 def test_times_of_a_real_step(tmp_path):
-    told, printed = profile(tmp_path, "--steps", "2", "--remat", "full")
-    parts = {line["part"]: line for line in told["parts"]}
+    found, printed = profile(tmp_path, "--steps", "2", "--remat", "full")
+    parts = {line["part"]: line for line in found["parts"]}
     assert {"dequantize", "frozen", "lora", "attention", "norm", "head", "optimizer"} <= parts.keys()
     assert parts["frozen"]["forward"] > 0 and parts["frozen"]["backward"] > 0 and parts["frozen"]["recomputed"] > 0
     assert parts["head"]["gflop_per_second"] > 0
-    assert 0 < told["busy_ms"] <= told["thunks_ms"] * 1.001
-    assert sum(line["ms"] for line in told["parts"]) == pytest.approx(told["traced_ms"]["step"])
+    assert 0 < found["busy_ms"] <= found["thunks_ms"] * 1.001
+    assert sum(line["ms"] for line in found["parts"]) == pytest.approx(found["traced_ms"]["step"])
     assert "wall clock" in printed and "frozen" in printed
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
 def test_bytes_for_an_absent_card(tmp_path):
-    told, printed = profile(tmp_path, "--card", "h100")
-    gradients = next(row for row in told["memory"] if row["program"] == "gradients")
-    weights = sum(row["bytes"] for row in told["formula"] if row["what"].startswith(("weights", "parameters", "batch")))
+    found, printed = profile(tmp_path, "--card", "h100")
+    gradients = next(row for row in found["memory"] if row["program"] == "gradients")
+    weights = sum(
+        row["bytes"] for row in found["formula"] if row["what"].startswith(("weights", "parameters", "batch"))
+    )
     assert gradients["arguments"] == weights
-    assert told["fits"] and told["temporaries"] and "fits" in printed
+    assert found["fits"] and found["temporaries"] and "fits" in printed

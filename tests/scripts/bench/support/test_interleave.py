@@ -14,10 +14,10 @@ def python(program: str) -> list[str]:
 
 
 def test_the_first_of_a_turn_is_not_counted():
-    with interleave.Game() as game:
-        assert game.start("a", python(COUNTS), counted=2)["seconds"] == 0
-        game.start("b", python(COUNTS))
-        turns = game.play(2)
+    with interleave.WorkerGroup() as group:
+        assert group.start("a", python(COUNTS), counted=2)["seconds"] == 0
+        group.start("b", python(COUNTS))
+        turns = group.run(2)
     assert [[record["seconds"] for record in turn] for turn in turns["a"]] == [[2, 3], [5, 6]]
     assert [[record["seconds"] for record in turn] for turn in turns["b"]] == [[2], [4]]
     record = turns["a"][0][0]
@@ -26,13 +26,13 @@ def test_the_first_of_a_turn_is_not_counted():
 
 
 def test_one_that_fails_drops_out_and_says_why():
-    with interleave.Game(timeout_s=0.5) as game:
-        assert game.start("slow", python(SLEEPS)) is None
-        game.start("good", python(COUNTS))
-        game.start("dying", python(DIES))
-        assert list(game.play(1)) == ["good"]
-    assert game.failures["slow"] == "no answer within 0.5 s"
-    assert game.failures["dying"] == "ended (status 1): no memory"
+    with interleave.WorkerGroup(timeout_s=0.5) as group:
+        assert group.start("slow", python(SLEEPS)) is None
+        group.start("good", python(COUNTS))
+        group.start("dying", python(DIES))
+        assert list(group.run(1)) == ["good"]
+    assert group.failures["slow"] == "no answer within 0.5 s"
+    assert group.failures["dying"] == "ended (status 1): no memory"
 
 
 def test_ratios_are_of_neighbouring_blocks():

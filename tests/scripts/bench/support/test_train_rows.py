@@ -36,6 +36,6 @@ def test_every_case_of_the_goals_has_a_row():
 def test_arguments_of_both_sides_say_the_same():
     row = rows.Row(batch=4, rank=64, checkpointing=True)
     shared = ["--model", "x.gguf", "--batch", "4", "--seq", "512", "--rank", "64"]
-    assert row.our_arguments("x.gguf") == [*shared, "--remat", "full", "--compute-dtype", "bfloat16"]
+    assert row.our_arguments("x.gguf") == [*shared, "--remat", "full", "--compute_dtype", "bfloat16"]
     theirs = row.their_arguments("x.gguf", ("--compile", "layers"))
-    assert theirs == [*shared, "--compile", "layers", "--checkpointing", "--in-turns"]
+    assert theirs == [*shared, "--compile", "layers", "--checkpointing", "--in_turns"]
