@@ -104,7 +104,7 @@ class Preparation:
         return digest.hexdigest()
 
 
-class _Read(NamedTuple):
+class _CheckedChunk(NamedTuple):
     """A chunk of rows, read, checked and split into segments."""
 
     texts: ChunkTexts
@@ -121,23 +121,25 @@ def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[
     Raises:
       ValueError: all problems of all rows, by line; or no row has anything to learn.
     """
-    reading = _Reading(preparation, in_parts)
+    reader = _FileReader(preparation, in_parts)
     whole = RowCounts()
-    for read, encodings in prefetch_map(reading.encode, reading.chunks()):
-        assert reading.encoder is not None
-        places, encoded = reading.encoder.encoded(read.texts, encodings, reading.problems)
+    for checked, encodings in prefetch_map(reader.encode, reader.chunks()):
+        assert reader.encoder is not None
+        places, encoded = reader.encoder.encoded(checked.texts, encodings, reader.problems)
         fitted = fit_lengths(encoded, places, preparation.limits)
-        reading.problems += fitted.problems
+        reader.problems += fitted.problems
         rows = token_rows(preparation.path, fitted.rows, fitted.places)
         counted = RowCounts(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
-        counts = read.counts + counted + _count_encoded(encoded, fitted.rows) + _count_kept(rows, preparation.tokenizer)
+        counts = (
+            checked.counts + counted + _count_encoded(encoded, fitted.rows) + _count_kept(rows, preparation.tokenizer)
+        )
         whole += counts
-        yield RowChunk(rows, counts, read.hashes, reading.format_name)
-    raise_problems(preparation.path, sorted(reading.problems), reading.seen)
-    if not reading.seen:
+        yield RowChunk(rows, counts, checked.hashes, reader.format_name)
+    raise_problems(preparation.path, sorted(reader.problems), reader.seen)
+    if not reader.seen:
         raise ValueError(no_rows_message(preparation.path))
     if preparation.split is not None:
-        sizes = (reading.others, whole.rows) if preparation.split.held_out else (whole.rows, reading.others)
+        sizes = (reader.others, whole.rows) if preparation.split.held_out else (whole.rows, reader.others)
         check_splits(preparation.path, preparation.split.fraction, *sizes)
     if not whole.kept:
         raise ValueError(
@@ -145,7 +147,7 @@ def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[
         )
 
 
-class _Reading:
+class _FileReader:
     """State of reading a file."""
 
     def __init__(self, preparation: Preparation, in_parts: bool):
@@ -157,21 +159,21 @@ class _Reading:
         self._format: RowFormat | None = None
         self._examples = 0
 
-    def chunks(self) -> Iterator[_Read]:
+    def chunks(self) -> Iterator[_CheckedChunk]:
         """Yields the file's rows in chunks. Broken rows are skipped and added to `problems`."""
         for chunk in itertools.batched(stream_rows(self._preparation.path, in_parts=self._in_parts), CHUNK):
             self.seen += len(chunk)
             self.problems += [(found.place, found.problem) for found in chunk if isinstance(found, BrokenRow)]
             rows = [found for found in chunk if isinstance(found, Row)]
             if rows:
-                yield self._read(rows)
+                yield self._check(rows)
 
-    def encode(self, read: _Read) -> ChunkEncodings:
+    def encode(self, checked: _CheckedChunk) -> ChunkEncodings:
         """Runs the tokenizer."""
         assert self.encoder is not None
-        return self.encoder.encodings(read.texts)
+        return self.encoder.encodings(checked.texts)
 
-    def _read(self, rows: list[Row]) -> _Read:
+    def _check(self, rows: list[Row]) -> _CheckedChunk:
         row_format = self._format = self._format or detect_format(
             self._preparation.path, rows, self._preparation.row_format
         )
@@ -190,7 +192,7 @@ class _Reading:
         names = (*row_format.required, *row_format.optional)
         with_special = sum([any([_contains_special(special, row.data.get(name)) for name in names]) for row in chosen])
         counts = RowCounts(rows=len(chosen), special_text=with_special, columns=tuple(columns))
-        return _Read(texts, counts, hashes)
+        return _CheckedChunk(texts, counts, hashes)
 
     def _make_encoder(self, row_format: RowFormat) -> Encoder:
         limits, preparation = self._preparation.limits, self._preparation

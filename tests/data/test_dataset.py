@@ -312,6 +312,41 @@ def test_a_template_of_ones_own(tokenizer: Tokenizer, write_rows: Callable, tmp_
     )
 
 
+PAIRS = [{"prompt": f"Is {n} odd?", "completion": "yes", "more": None} for n in range(5)]
+
+
+def test_files_are_mixed_and_reported_each(tokenizer: Tokenizer, write_rows: Callable):
+    guanaco = write_rows([{"text": f"### Human: {n}### Assistant: yes, yes"} for n in range(4)], "guanaco.jsonl")
+    pairs = write_rows(PAIRS, "pairs.jsonl")
+    dataset = load(tokenizer, train={pairs: 2.0, guanaco: 0.5}, format={guanaco: "guanaco"})
+    assert len(dataset.train) == 12 and dataset.steps_per_epoch == 3
+    assert dataset.report.train.kept == 9 and dataset.report.train.path == f"{pairs}, {guanaco}"
+    told = [value for name, value in facts(dataset.report) if name == "source"]
+    assert told == [
+        f"{pairs}, form completion: 5 rows, weight 2, 71.4% of the targets that are learned; columns not used: more",
+        f"{guanaco}, form guanaco: 4 rows, weight 0.5, 28.6% of the targets that are learned",
+    ]
+    assert dataset.train.where(5) == f"{guanaco}:1"
+    other = load(tokenizer, train={pairs: 2.0, guanaco: 1.0}, format={guanaco: "guanaco"})
+    assert dataset.fingerprint != other.fingerprint
+
+
+def test_packs_hold_the_rows_that_an_epoch_draws(tokenizer: Tokenizer, write_rows: Callable):
+    files = [write_rows([{"text": f"{name} {n}"} for n in range(10)], f"{name}.jsonl") for name in ("a", "b")]
+    for weight, rows in ((1.0, "20 rows"), (0.5, "15 rows that an epoch draws by weight")):
+        dataset = load(tokenizer, train={files[0]: 1.0, files[1]: weight}, packing=True, max_length=64)
+        told = dict(facts(dataset.report))["steps an epoch"]
+        assert told.endswith(f"; {rows} in {dataset.report.packs} packs of 64 places")
+
+
+def test_each_file_of_a_mixture_holds_out_its_own_rows(tokenizer: Tokenizer, write_rows: Callable):
+    files = [write_rows([{"text": f"{name} {n}"} for n in range(60)], f"{name}.jsonl") for name in ("a", "b")]
+    dataset = load(tokenizer, train=dict.fromkeys(files, 1.0), eval_fraction=0.3)
+    assert dataset.eval is not None and len(dataset.eval) + len(dataset.train) == 120
+    sources = {dataset.eval.where(int(number)).rpartition(":")[0] for number in dataset.eval.numbers}
+    assert sources == set(files)
+
+
 def test_titles_ship_with_a_clean_split(tokenizer: Tokenizer):
     folder = ROOT / "examples/titles"
     train, held = read_rows(folder / "train.jsonl.gz"), read_rows(folder / "heldout.jsonl")

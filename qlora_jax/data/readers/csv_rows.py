@@ -1,56 +1,60 @@
-"""Rows of comma-separated files, quoted as RFC 4180 has it, and of tab-separated ones, where a quote is a character."""
+"""Reads rows of comma-separated files, quoted as in RFC 4180, and of tab-separated files, where quotes are text."""
 
 import csv
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 
 class Dialect(NamedTuple):
-    """How a file's fields are told apart."""
+    """Delimiter and quoting of a file's fields.
+
+    Fields:
+      quoting: one of csv.QUOTE_*.
+    """
 
     delimiter: str
-    quoting: Any
+    quoting: Literal[0, 3]
 
 
-# By the end of a name, .gz left out. Tab-separated files seldom quote: taking a lone quote for one would swallow rows.
+# By the suffix of a name without .gz. Tab-separated files rarely quote, and a lone quote would swallow rows.
 DIALECTS = {".csv": Dialect(",", csv.QUOTE_MINIMAL), ".tsv": Dialect("\t", csv.QUOTE_NONE)}
 
 
 def dialect_of(path: Path) -> Dialect | None:
-    """The dialect that a file's name tells, or None."""
+    """Returns the dialect for the suffix of a file's name, or None."""
     suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
     return DIALECTS.get(suffixes[-1]) if suffixes else None
 
 
 def parse_columns(lines: Iterable[str], dialect: Dialect) -> Iterator[tuple[int, dict[str, str] | str]]:
-    """(line that it begins on, row, or what is wrong with it) of each record behind the header. Blank lines are none.
+    """Yields (first line, row or problem) of each record after the header. Blank lines are skipped.
 
     Raises:
-      ValueError: no header, or one that names no column, or one twice.
+      ValueError: the header is missing, names no column, or names a column twice.
     """
-    csv.field_size_limit(2**31 - 1)  # the default refuses a field of more than 128 KiB
-    reader = csv.reader(lines, delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True)
-    records = _records(reader)
+    records = _records(lines, dialect)
     _, header = next(records, (1, []))
-    # pandas writes its index, and spreadsheets empty columns, without a name.
+    # pandas writes its index without a name, and spreadsheets empty columns.
     named = [name or f"column {number} (without a name)" for number, name in enumerate(header, start=1)]
     if isinstance(header, str) or not any(header) or len(set(named)) < len(named):
         raise ValueError(
-            f"the first line has to name the columns, each once; found {header!r}. Write the names there, and rename "
-            "or delete what is there twice"
+            f"the first line has to name each column once (found {header!r}). Write the names there, and rename or "
+            "delete repeated columns."
         )
     for line, fields in records:
         if isinstance(fields, str):
             yield line, fields
         elif len(fields) != len(named):
-            yield line, f"{len(fields)} fields, where the header names {len(named)}: {', '.join(named)}"
+            yield line, f"found {len(fields)} fields, expected the header's {len(named)}: {', '.join(named)}"
         else:
             yield line, dict(zip(named, fields, strict=True))
 
 
-def _records(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
-    """(first line, fields) of each record; a record that is broken ends the file."""
+def _records(lines: Iterable[str], dialect: Dialect) -> Iterator[tuple[int, list[str] | str]]:
+    """Yields (first line, fields or problem) of each record. A broken record ends the file."""
+    csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB per field
+    reader = csv.reader(lines, delimiter=dialect.delimiter, quoting=dialect.quoting, strict=True)
     while True:
         line = reader.line_num + 1
         try:
@@ -58,7 +62,7 @@ def _records(reader: Any) -> Iterator[tuple[int, list[str] | str]]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield line, f"not {reader.dialect.delimiter!r}-separated: {error}"
+            yield line, f"not {dialect.delimiter!r}-separated: {error}"
             return
         if fields:
             yield line, fields

@@ -1,6 +1,6 @@
-"""Rows of files, one after the other, each with its line number for error messages.
+"""Reads the rows of files in order, each with its line number for error messages.
 
-JSON Lines, JSON, CSV or TSV, gzipped or not, and Parquet; data sets on a Hub by their name.
+The formats are JSON Lines, JSON, CSV and TSV, gzipped or not, Parquet, and data sets on a Hub.
 """
 
 import contextlib
@@ -27,25 +27,25 @@ _PEEKED = 4096
 
 
 class Place(NamedTuple):
-    """Where a row stands: its line in the file (from 1), and its number among the rows (from 0)."""
+    """Place of a row in a file: its line, from 1, and its number among the rows, from 0."""
 
     line: int
     number: int
 
     def __str__(self) -> str:
-        # An array may hold many rows on one line.
+        # An array may have many rows on one line.
         return f"{self.line}" if self.number + 1 == self.line else f"{self.line} (row {self.number + 1})"
 
 
 class Row(NamedTuple):
-    """One row of a file: where it stands, and its columns."""
+    """A row of a file: its place, and its columns by name."""
 
     place: Place
     data: dict[str, Any]
 
 
 class BrokenRow(NamedTuple):
-    """Stands where a row should be, and tells what is there."""
+    """A row that can't be read: its place, and the problem."""
 
     place: Place
     problem: str
@@ -55,10 +55,10 @@ Problem = tuple[Place, str]
 
 
 def read_rows(path: str | Path) -> list[Row]:
-    """All rows of a file or data set, as `stream_rows` yields them.
+    """Returns all rows of a file or data set.
 
     Raises:
-      ValueError: as there; rows that are broken (all of them, by line number), or no row at all.
+      ValueError: the errors of `stream_rows`, broken rows (all of them, by line number), or no row at all.
     """
     rows: list[Row] = []
     problems: list[Problem] = []
@@ -74,16 +74,17 @@ def read_rows(path: str | Path) -> list[Row]:
 
 
 def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | BrokenRow]:
-    """The rows of a file, one by one: .csv or .tsv by its name; Parquet, JSON Lines or one JSON array by its content.
+    """Yields the rows of a file, one by one.
 
-    Text is UTF-8, with or without a byte order mark; gzipped files are known by their first bytes. Blank lines are no
-    rows. `hf://datasets/...` names a data set on a Hub (hub_rows.py).
+    .csv and .tsv are detected by name, and Parquet, JSON Lines, a JSON array and gzip by content. Text is UTF-8, with
+    or without a byte order mark. Blank lines are skipped. `hf://datasets/...` names a data set on a Hub (hub_rows.py).
 
     Args:
-      in_parts: never the whole file at once.
+      in_parts: never read the whole file at once.
 
     Raises:
-      ValueError: no such file, a broken gzip or Parquet file, bytes that are not UTF-8, or an array where `in_parts`.
+      ValueError: the file does not exist, a broken gzip or Parquet file, bytes that are not UTF-8, or a JSON array with
+        `in_parts`.
     """
     for number, (line, value) in enumerate(_values(str(path), in_parts)):
         place = Place(line, number)
@@ -91,12 +92,16 @@ def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | B
 
 
 def no_rows_message(path: str | Path) -> str:
-    """What to say of a file without rows."""
-    return f"{path}: holds no rows; expected {_expected(Path(path))}"
+    """Returns the error message for a file without rows."""
+    return f"{path}: found no rows, expected {_expected(Path(path))}"
 
 
 def content_digest(path: str | Path) -> str:
-    """SHA-256 of the file's bytes, or of the rows of a data set on a Hub; ValueError where it can't be read."""
+    """Returns SHA-256 of the file's bytes, or of the rows of a data set on a Hub.
+
+    Raises:
+      ValueError: it can't be read.
+    """
     if hub := HubRows.parse(str(path)):
         digest = hashlib.sha256()
         for row in hub_rows(hub):
@@ -107,7 +112,11 @@ def content_digest(path: str | Path) -> str:
 
 
 def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, gzipped or not, without its byte order mark; ValueError where it can't be had."""
+    """Returns the text of a UTF-8 file, gzipped or not, without its byte order mark.
+
+    Raises:
+      ValueError: the file can't be read or is not UTF-8.
+    """
     with _text(Path(path)) as file:
         return file.read()
 
@@ -115,11 +124,11 @@ def read_text(path: str | Path) -> str:
 def _expected(path: Path) -> str:
     if dialect_of(path):
         return "a line of column names and then rows"
-    return "one JSON object a line, or one array of objects"
+    return "one JSON object per line, or one array of objects"
 
 
-def _values(name: str, in_parts: bool) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each row."""
+def _values(name: str, in_parts: bool) -> Iterator[tuple[int, object]]:
+    """Yields (line, value) of each row."""
     if hub := HubRows.parse(name):
         yield from enumerate(hub_rows(hub), start=1)
         return
@@ -135,23 +144,23 @@ def _values(name: str, in_parts: bool) -> Iterator[tuple[int, Any]]:
             yield from json_lines(file)
         elif in_parts:
             raise ValueError(
-                f"{path}: one JSON array, which is not read in parts, so data.window is not for it; write it as JSON "
-                "Lines, for instance with jq -c '.[]'"
+                f"{path}: data.window needs a file that can be read in parts (found one JSON array, expected JSON "
+                "Lines). Convert it, for example with jq -c '.[]'."
             )
         else:
             yield from json_array(file.read())
 
 
 def _check_lines(path: Path, first: str) -> None:
-    """Raises ValueError for prose, of which each line would else be told as broken JSON."""
+    """Raises ValueError for prose. Otherwise, each of its lines would be reported as broken JSON."""
     if first not in ("", "{") and path.name.endswith((".txt", ".txt.gz")):
         raise ValueError(
-            f'{path}: text, expected rows: begins with {first!r}, and rows are JSON objects such as {{"text": "..."}}, '
-            "one a line"
+            f"{path}: not a file of rows (found text that begins with {first!r}, expected one JSON object per line). "
+            'Write rows such as {"text": "..."}.'
         )
 
 
-def _columns(path: Path, records: Iterator[tuple[int, Any]]) -> Iterator[tuple[int, Any]]:
+def _columns(path: Path, records: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
     try:
         for line, row in records:
             yield line, BadValue(row) if isinstance(row, str) else row
@@ -162,18 +171,18 @@ def _columns(path: Path, records: Iterator[tuple[int, Any]]) -> Iterator[tuple[i
 
 
 def raise_problems(path: str | Path, problems: Sequence[Problem], total: int) -> None:
-    """Raises one ValueError that tells how many rows are wrong and shows the first few by line; none: returns.
+    """Raises one ValueError with the number of rows with problems, and the first few problems by line.
 
-    What is wrong with several in the same words is told once.
+    Rows with equal problems share a line of the message. Without problems it returns.
     """
     if not problems:
         return
     places: dict[str, list[Place]] = {}
     for place, problem in problems:
         places.setdefault(problem, []).append(place)
-    told = [*places.items()][:_SHOWN]
-    shown = "".join(f"\n  {path}:{_first_places(rows)}: {problem}" for problem, rows in told)
-    left = len(problems) - sum(len(rows) for _, rows in told)
+    first = [*places.items()][:_SHOWN]
+    shown = "".join(f"\n  {path}:{_first_places(rows)}: {problem}" for problem, rows in first)
+    left = len(problems) - sum(len(rows) for _, rows in first)
     more = f"\n  ... and {left} more" if left else ""
     raise ValueError(f"{path}: {len(problems)} of {total} rows can't be used:{shown}{more}")
 
@@ -185,21 +194,21 @@ def _first_places(places: Sequence[Place]) -> str:
 
 
 def _of_line(line: int, places: Sequence[Place]) -> str:
-    """The rows of one line; an array may hold many there."""
+    """Returns the places on one line. An array may have many rows there."""
     numbers = ", ".join(str(place.number + 1) for place in places)
     return f"{line} (rows {numbers})" if len(places) > 1 else str(places[0])
 
 
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The file; ValueError where it, or something in it that is read meanwhile, can't be had."""
+    """Opens the file. Raises ValueError if it can't be read, now or inside the `with` block."""
     try:
         with open(path, "rb") as file:
             yield file
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file{suggest_source(path)}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: the gzip file is truncated or corrupt: {error}") from error
+        raise ValueError(f"{path}: truncated or corrupt gzip file ({error}). Write or copy it again.") from error
     except OSError as error:
         raise ValueError(f"{path}: can't be read: {error.strerror}") from error
 
@@ -211,7 +220,7 @@ def _begins(path: Path) -> bytes:
 
 @contextlib.contextmanager
 def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
-    """The file's bytes, unzipped where it is a gzip file."""
+    """Opens the file's bytes, decompressed if it is a gzip file."""
     with _opened(path) as file:
         zipped = file.read(len(_GZIP)) == _GZIP
         file.seek(0)
@@ -224,7 +233,7 @@ def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
 
 @contextlib.contextmanager
 def _text(path: Path) -> Iterator[io.TextIOWrapper]:
-    """The file's text; only "\n" ends a line, for other ends may stand inside of JSON's strings or CSV's fields."""
+    """Opens the file's text. Only "\\n" ends a line: strings of JSON and fields of CSV may contain other line ends."""
     try:
         with _unpacked(path) as file:
             yield io.TextIOWrapper(typing.cast(BinaryIO, file), encoding="utf-8-sig", newline="\n")
@@ -233,7 +242,7 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
 
 
 def _not_utf8(path: Path) -> str:
-    """Where the first bytes are that are not UTF-8."""
+    """Returns the error message with the line and position of the first bytes that are not UTF-8."""
     with _unpacked(path) as file:
         before = 0
         for number, line in enumerate(file, start=1):
@@ -242,14 +251,14 @@ def _not_utf8(path: Path) -> str:
             except UnicodeDecodeError as error:
                 return (
                     f"{path}:{number}: byte {before + error.start} is not UTF-8 "
-                    f"({line[error.start : error.start + 4]!r}); convert the file, for instance with iconv -t UTF-8"
+                    f"({line[error.start : error.start + 4]!r}). Convert the file, for example with iconv -t UTF-8."
                 )
             before += len(line)
-    return f"{path}: is not UTF-8; convert the file, for instance with iconv -t UTF-8"
+    return f"{path}: not UTF-8. Convert the file, for example with iconv -t UTF-8."
 
 
 def _first(file: io.TextIOWrapper) -> str:
-    """The first character that is no space; the file is then read from its beginning again."""
+    """Returns the first character that is not white space, and rewinds the file."""
     first = ""
     while not first and (piece := file.read(_PEEKED)):
         first = piece.lstrip(SPACE)[:1]
@@ -257,20 +266,20 @@ def _first(file: io.TextIOWrapper) -> str:
     return first
 
 
-def _not_a_row(value: Any) -> str:
+def _not_a_row(value: object) -> str:
     if isinstance(value, BadValue):
         return value.problem
     return f'expected an object such as {{"prompt": "..."}}, found {shorten(json.dumps(value, ensure_ascii=False))}'
 
 
 def suggest_source(path: Path) -> str:
-    """The end of a message about a name that is no file's: one beside it, or how such a source is written."""
+    """Returns the end of a message about a missing file: a file with a similar name, or how to write such a source."""
     siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-    # What follows the dot is alike in most names, and half of a short one.
+    # The suffix is equal in most names, and half of a short name.
     if near := difflib.get_close_matches(path.name, siblings, n=1, cutoff=0.85):
-        return f"; did you mean {path.parent / near[0]}?"
+        return f". Did you mean {path.parent / near[0]}?"
     if str(path).startswith(("http:", "https:")):
-        return "; addresses are not fetched, give a file, or hf://datasets/org/name for a data set on the Hub"
+        return ". Addresses are not fetched. Give a file, or hf://datasets/org/name for a data set on the Hub."
     if "," in str(path):
-        return "; several files are given with weights: {a.jsonl: 1, b.jsonl: 1}"
-    return "" if path.suffix else "; a data set on the Hub is given as hf://datasets/org/name"
+        return ". Give several files with weights: {a.jsonl: 1, b.jsonl: 1}."
+    return "" if path.suffix else ". Give a data set on the Hub as hf://datasets/org/name."

@@ -1,13 +1,12 @@
-"""Rows of data sets on a Hugging Face Hub: `hf://datasets/org/name[@revision][?name=CONFIG&split=SPLIT]`.
+"""Reads rows of data sets on a Hugging Face Hub: `hf://datasets/org/name[@revision][?name=CONFIG&split=SPLIT]`.
 
-The `datasets` library, which is an extra, does the work, so its cache, token and switches hold (HF_HOME, HF_TOKEN,
-HF_HUB_OFFLINE). Code of a data set is never run.
+It uses the `datasets` library, an optional dependency, with its cache, token and switches (HF_HOME, HF_TOKEN,
+HF_HUB_OFFLINE). The code of a data set is never run.
 """
 
 import dataclasses
 import urllib.parse
 from collections.abc import Iterator
-from typing import Any
 
 SCHEME = "hf://datasets/"
 _OPTIONS = ("name", "split")
@@ -17,10 +16,10 @@ _OPTIONS = ("name", "split")
 class HubRows:
     """A split of a data set.
 
-    Attributes:
+    Fields:
       repo: "org/name", or a local folder that `datasets` reads.
-      revision: a branch, a tag or a commit; None for the repository's own default.
-      name: the configuration; None for its only or default one.
+      revision: a branch, a tag or a commit; None for the repository's default.
+      name: the configuration; None for the only or default one.
     """
 
     repo: str
@@ -30,7 +29,7 @@ class HubRows:
 
     @classmethod
     def parse(cls, text: str) -> "HubRows | None":
-        """What `text` names; None where it is no such address; ValueError where it is a wrong one."""
+        """Parses an hf:// address; returns None for other texts, and raises ValueError for a wrong address."""
         if not text.startswith(SCHEME):
             return None
         address, _, query = text.removeprefix(SCHEME).partition("?")
@@ -39,8 +38,8 @@ class HubRows:
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown or not repo:
             raise ValueError(
-                f"{text}: found the options {', '.join(unknown) or 'none'}, expected "
-                f"{SCHEME}org/name[@revision][?name=CONFIG&split=SPLIT]"
+                f"{text}: wrong address (found the options {', '.join(unknown) or 'none'}, expected "
+                f"{SCHEME}org/name[@revision][?name=CONFIG&split=SPLIT])"
             )
         return cls(
             repo=repo,
@@ -50,18 +49,19 @@ class HubRows:
         )
 
 
-def hub_rows(hub: HubRows) -> Iterator[dict[str, Any]]:
-    """The rows of a split; they lie in files, so memory does not grow with them.
+def hub_rows(hub: HubRows) -> Iterator[dict[str, object]]:
+    """Yields the rows of a split. They are in files, so memory does not grow with their number.
 
     Raises:
-      ValueError: `datasets` is not installed; no such data set, configuration, split or revision; offline.
+      ValueError: `datasets` is not installed; the data set, configuration, split or revision does not exist; or
+        the machine is offline.
     """
     try:
         import datasets  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ValueError(
-            f"{SCHEME}{hub.repo}: data sets on the Hub are read by datasets, and it is not installed: "
-            "pip install 'qlora-jax[datasets]'"
+            f"{SCHEME}{hub.repo}: data sets on the Hub need the datasets library, which is not installed. "
+            "Run pip install 'qlora-jax[datasets]'."
         ) from None
     try:
         rows = datasets.load_dataset(hub.repo, hub.name, split=hub.split, revision=hub.revision)

@@ -1,4 +1,4 @@
-"""Rows of JSON text: one a line, or the elements of one array, each with its line."""
+"""Reads rows of JSON text, one per line or the elements of one array, each with its line number."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -8,18 +8,18 @@ SPACE = " \t\r\n"
 
 
 def describe_json_error(error: json.JSONDecodeError) -> str:
-    """What is wrong with JSON text, and in which column; some of the messages end with a word of their own for it."""
+    """Returns the problem of JSON text and its column. Some messages of the json library already end with "at"."""
     return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 class BadValue(NamedTuple):
-    """Stands for a row that can't be read."""
+    """The problem of a value that can't be read."""
 
     problem: str
 
 
 def json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each line that is not blank."""
+    """Yields (line, value) of each line that is not blank."""
     for line, content in enumerate(file, start=1):
         if content.strip(SPACE):
             try:
@@ -27,11 +27,14 @@ def json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
             except json.JSONDecodeError as error:
                 yield line, BadValue(f"not JSON: {describe_json_error(error)}: {shorten(content.rstrip(SPACE))}")
             except (ValueError, RecursionError) as error:
-                yield line, BadValue(f"not read: {error}")  # nested too deeply, or a number of thousands of digits
+                yield (
+                    line,
+                    BadValue(f"can't be read: {error}"),
+                )  # nested too deeply, or a number with thousands of digits
 
 
 def json_array(text: str) -> Iterator[tuple[int, Any]]:
-    """(line, value) of each element; one by one, since json.loads would not tell their lines."""
+    """Yields (line, value) of each element. Decodes one at a time, because json.loads does not report lines."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     at = _skip(text, text.index("[") + 1)
     while not text.startswith("]", at):
@@ -41,10 +44,10 @@ def json_array(text: str) -> Iterator[tuple[int, Any]]:
             yield line, value
             at = _next_element(text, _skip(text, at))
         except json.JSONDecodeError as error:
-            yield error.lineno, BadValue(f"not JSON: {describe_json_error(error)}; the array ends there")
+            yield error.lineno, BadValue(f"not JSON: {describe_json_error(error)}; reading stops there")
             return
         except (ValueError, RecursionError) as error:
-            yield line, BadValue(f"not read: {error}; the array ends there")
+            yield line, BadValue(f"can't be read: {error}; reading stops there")
             return
     rest = _skip(text, at + 1)
     if rest < len(text):
@@ -53,7 +56,7 @@ def json_array(text: str) -> Iterator[tuple[int, Any]]:
 
 
 def _next_element(text: str, at: int) -> int:
-    """Position of the next element after the comma at `at`, or of the closing bracket."""
+    """Returns the position of the next element after the comma at `at`, or of the closing bracket."""
     if text.startswith("]", at):
         return at
     if not text.startswith(",", at):
@@ -71,5 +74,5 @@ def _skip(text: str, at: int) -> int:
 
 
 def shorten(text: str) -> str:
-    """The text, or the beginning of a long one."""
+    """Returns the text, or the first 57 characters of a long one and "..."."""
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""Comma- and tab-separated files: fields, lines, and what each error says."""
+"""Comma- and tab-separated files: fields, lines, and the words of each error."""
 
 import csv
 import gzip
@@ -47,7 +47,7 @@ def test_gzipped_with_a_byte_order_mark_and_windows_line_ends(tmp_path):
 
 
 def test_columns_without_a_name_are_told_among_those_not_used(tmp_path, tokenizer):
-    """As pandas writes its index, and spreadsheets empty columns."""
+    """pandas writes its index without a name, and spreadsheets empty columns."""
     path = tmp_path / "rows.csv"
     path.write_text(",prompt,completion,,\n0,Q,A,,\n1,R,B,,\n")
     dataset = load_dataset(DataArgs(train=str(path)), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
@@ -66,14 +66,17 @@ def test_a_field_may_be_long(tmp_path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        ("", r"the first line has to name the columns, each once; found \[\]"),
-        ("a,a\n1,2\n", r"each once; found \['a', 'a'\]"),
-        (",a,,a\n0,1,2,3\n", r"each once; found \['', 'a', '', 'a'\]. Write the names there, and rename or delete"),
-        (",\n1,2\n", r"the first line has to name the columns, each once; found \['', ''\]"),
-        ("prompt,completion\n", "holds no rows; expected a line of column names and then rows"),
+        ("", r"the first line has to name each column once .found \[\]"),
+        ("a,a\n1,2\n", r"each column once .found \['a', 'a'\]"),
+        (
+            ",a,,a\n0,1,2,3\n",
+            r"each column once .found \['', 'a', '', 'a'\].\. Write the names there, and rename or delete",
+        ),
+        (",\n1,2\n", r"the first line has to name each column once .found \['', ''\]"),
+        ("prompt,completion\n", "found no rows, expected a line of column names and then rows"),
         (
             "prompt,completion\n1,2\n1,2,3\n4\n",
-            r"2 of 3 rows.*\n.*:3 .*3 fields, where the header names 2.*\n.*:4 .*1 f",
+            r"2 of 3 rows.*\n.*:3 .*found 3 fields, expected the header's 2.*\n.*:4 .*found 1 f",
         ),
         ('prompt,completion\n1,"2\n', r"1 of 1 rows.*\n.*:2.*not ','-separated: unexpected end of data"),
         ('prompt,completion\n1,"2"x\n', r":2.*not ','-separated"),

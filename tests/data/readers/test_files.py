@@ -1,4 +1,4 @@
-"""Files as people have them: marks, line ends, names that lie, broken rows; every error names file and line."""
+"""Files as people write them: byte order marks, line ends, wrong suffixes, broken rows. Errors name file and line."""
 
 import gzip
 import json
@@ -44,9 +44,9 @@ def test_a_gzip_file_is_known_by_its_bytes(tmp_path: Path):
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (b"", "holds no rows"),
-        (b"\xef\xbb\xbf\n\n", "holds no rows"),
-        (b"[]", "holds no rows"),
+        (b"", "found no rows"),
+        (b"\xef\xbb\xbf\n\n", "found no rows"),
+        (b"[]", "found no rows"),
         (b'{"a": 1}\n{"a": \xff}\n', r":2: byte 15 is not UTF-8"),
         (
             b'{"a": 1}\n{"a": }\n\n{"a": 2\n',
@@ -80,9 +80,9 @@ def test_bad_content_is_told_by_line(tmp_path: Path, content: bytes, told: str):
 def test_prose_is_told_with_what_rows_are(tmp_path: Path):
     for name, content in (("a.txt", b"Once upon\na time\n"), ("a.txt.gz", gzip.compress(b"\n Once"))):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(ValueError, match=r"such as \{\"text\": \"\.\.\.\"\}, one a line$") as error:
+        with pytest.raises(ValueError, match=r"Write rows such as \{\"text\": \"\.\.\.\"\}\.$") as error:
             read_rows(tmp_path / name)
-        assert str(error.value).startswith(f"{tmp_path / name}: text, expected rows: begins with 'O'")
+        assert str(error.value).startswith(f"{tmp_path / name}: not a file of rows (found text that begins with 'O'")
     (tmp_path / "rows.txt").write_text(LINES)
     assert len(read_rows(tmp_path / "rows.txt")) == 3
 
@@ -92,7 +92,7 @@ def test_json_that_python_does_not_read_is_told(tmp_path: Path, value: str):
     path = tmp_path / "rows.jsonl"
     for content in (f'{{"a": 1}}\n{{"a": {value}}}\n', f'[{{"a": 1}},\n{{"a": {value}}}]'):
         path.write_text(content)
-        with pytest.raises(ValueError, match=r"1 of 2 rows(.|\n)*:2: not read: "):
+        with pytest.raises(ValueError, match=r"1 of 2 rows(.|\n)*:2: can't be read: "):
             read_rows(path)
 
 
@@ -118,19 +118,19 @@ def test_broken_gzip_files_are_told(tmp_path: Path):
     flipped = whole[:-6] + bytes([whole[-6] ^ 1]) + whole[-5:]
     for content in (whole[:-12], whole[:15], flipped):
         (tmp_path / "rows.jsonl.gz").write_bytes(content)
-        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: the gzip file is truncated or corrupt"):
+        with pytest.raises(ValueError, match=r"rows\.jsonl\.gz: truncated or corrupt gzip file"):
             read_rows(tmp_path / "rows.jsonl.gz")
 
 
 def test_missing_files_are_told_with_the_nearest(tmp_path: Path):
     (tmp_path / "train.jsonl.gz").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"train\.jsonl: no such file; did you mean .*train\.jsonl\.gz\?"):
+    with pytest.raises(ValueError, match=r"train\.jsonl: no such file\. Did you mean .*train\.jsonl\.gz\?"):
         read_rows(tmp_path / "train.jsonl")
     (tmp_path / "pc.jsonl").write_bytes(b"")
     for name in ("nowhere/train.jsonl", "nope.jsonl"):
         with pytest.raises(ValueError, match=r"no such file$"):
             read_rows(tmp_path / name)
-    with pytest.raises(ValueError, match=r"did you mean .*train\.jsonl\.gz\?"):
+    with pytest.raises(ValueError, match=r"Did you mean .*train\.jsonl\.gz\?"):
         read_rows(tmp_path / "trian.jsonl.gz")
     with pytest.raises(ValueError, match="can't be read"):
         read_rows(tmp_path)
@@ -139,12 +139,12 @@ def test_missing_files_are_told_with_the_nearest(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "meant"),
     [
-        ("tatsu-lab/alpaca", "; a data set on the Hub is given as hf://datasets/org/name"),
-        ("hf://tatsu-lab/alpaca", "; a data set on the Hub is given as hf://datasets/org/name"),
-        ("https://example.org/rows.jsonl", "; addresses are not fetched, give a file"),
-        ("[a.jsonl, b.jsonl]", "; several files are given with weights: {a.jsonl: 1, b.jsonl: 1}"),
+        ("tatsu-lab/alpaca", ". Give a data set on the Hub as hf://datasets/org/name."),
+        ("hf://tatsu-lab/alpaca", ". Give a data set on the Hub as hf://datasets/org/name."),
+        ("https://example.org/rows.jsonl", ". Addresses are not fetched. Give a file"),
+        ("[a.jsonl, b.jsonl]", ". Give several files with weights: {a.jsonl: 1, b.jsonl: 1}."),
     ],
 )
-def test_names_that_are_no_files_are_told_with_how_it_is_written(name: str, meant: str):
+def test_names_that_are_not_files_are_reported_with_the_right_notation(name: str, meant: str):
     with pytest.raises(ValueError, match="no such file" + re.escape(meant)):
         read_rows(Path(name))
