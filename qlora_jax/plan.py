@@ -25,18 +25,18 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from qlora_jax import runtime
-    from qlora_jax.training.plan.from_config import buckets_of, compiler_for, setting_of, title_of
+    from qlora_jax.training.plan.from_config import compiler_for, data_buckets, plan_title, step_config
     from qlora_jax.training.plan.plan import make_plan
-    from qlora_jax.training.plan.target import target_of
+    from qlora_jax.training.plan.target import plan_target
     from qlora_jax.training.plan.text import as_json, print_plan
 
     runtime.start()
     console = Console()
-    target = target_of(args.card, args.memory)
-    buckets, unknown = buckets_of(args)
+    target = plan_target(args.card, args.memory)
+    buckets, unknown = data_buckets(args)
     if unknown:
         print(f"note: every row counts as {args.data.max_length} tokens (data.max_length): {unknown}", file=sys.stderr)
-    setting = setting_of(args, target, buckets)
+    setting = step_config(args, target, buckets)
     compile_step, why = compiler_for(target)
     if why:
         print(f"note: every number is an estimate, because nothing can be compiled: {why}", file=sys.stderr)
@@ -45,7 +45,7 @@ def main(argv: list[str]) -> None:
     if "json" in flags:
         print(json.dumps(as_json(plan), indent=1))
     else:
-        print_plan(plan, title_of(args, target, setting), console)
+        print_plan(plan, plan_title(args, target, setting), console)
     if not plan.fits:
         sys.exit(DOES_NOT_FIT)
 

@@ -10,14 +10,14 @@ from qlora_jax.config import Config, paging_of
 from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.nn import attention_cpu
-from qlora_jax.training.early_stopping import Best
+from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
 METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}  # of those that have adapters
 
 
-def going_on(session: Session, step: int, best: Best) -> tuple[str, Rows]:
+def resume_banner(session: Session, step: int, best: BestEvaluation) -> tuple[str, Rows]:
     """Title and rows of a run that `step` steps are done of: what the banner of its start could not say."""
     rows = {"run": f"{session.config.output}, with the settings in its {CONFIG_FILE}", "device": _computing(session)}
     if best.loss is not None:
@@ -25,7 +25,7 @@ def going_on(session: Session, step: int, best: Best) -> tuple[str, Rows]:
     return f"going on after step {step:,} of {session.total_steps:,}", rows
 
 
-def overview(session: Session) -> tuple[str, Rows]:
+def start_banner(session: Session) -> tuple[str, Rows]:
     """Title, and one line a fact, in the order a reader asks."""
     return "Full finetuning" if session.config.lora.method == "full" else "QLoRA finetuning", _facts(session)
 
@@ -43,7 +43,7 @@ def _facts(session: Session) -> Rows:
         **_new_tokens(session),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
-        **({"optimizer state": paging} if (paging := session.updates.describe()) else {}),
+        **({"optimizer state": paging} if (paging := session.state_manager.describe()) else {}),
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
         f"{'packs' if config.data.packing else 'rows'} = micro-batch "
         f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",

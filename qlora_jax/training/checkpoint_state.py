@@ -10,7 +10,7 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import from_dict
-from qlora_jax.training.early_stopping import Best
+from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.session import Session
 
 # Settings that may differ when a run goes on: they change nothing that is computed, or what they name is checked by
@@ -41,7 +41,7 @@ MAY_DIFFER = {
 GOES_ON_FROM = ("position", "best", "fingerprint", "data_fingerprint", "config")
 
 
-def checkpoint_state(session: Session, step: int, position: dict[str, int], best: Best) -> dict[str, Any]:
+def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, Any]:
     """The JSON part of a checkpoint."""
     return {
         "step": step,

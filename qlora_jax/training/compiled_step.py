@@ -14,7 +14,7 @@ from qlora_jax.training.step import StepLoss
 Shape = tuple[int, int, int]  # (A, B, T)
 
 
-class Gradients:
+class CompiledGradients:
     """`training.step.gradients` of one run, compiled from shapes alone, so before any weight is read.
 
     The compiler takes 300 MB, which it gives back before the weights or a step's scratch want them: the most that a

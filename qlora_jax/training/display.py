@@ -12,13 +12,13 @@ from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.eval_metrics import loss_interval, shares
+from qlora_jax.training.eval_metrics import loss_interval, task_metrics
 
 _WINDOW = 20  # steps that speed and time left are averaged over
 _SAMPLE_CHARACTERS = 160
 
 
-def banner(title: str, rows: Mapping[str, str], console: Console) -> None:
+def print_banner(title: str, rows: Mapping[str, str], console: Console) -> None:
     """Prints the title and one aligned `name  value` row each; long values wrap in a terminal and nowhere else."""
     if not console.is_terminal:
         width = max(map(len, rows))
@@ -32,14 +32,14 @@ def banner(title: str, rows: Mapping[str, str], console: Console) -> None:
     console.print(table)
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """`75.2` -> `1:15`, `3675` -> `1:01:15`."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
-class Pace:
+class Throughput:
     """Tokens a second, MFU and seconds a step over the last steps; the first of a length compiles and does not count.
 
     All are None before the second step of a length.
@@ -79,7 +79,7 @@ class Pace:
         return sum(done(record) for _, record in self._steps) / seconds if seconds else None
 
 
-def status(record: Mapping[str, Any], pace: Pace, steps_left: int) -> str:
+def status_line(record: Mapping[str, Any], pace: Throughput, steps_left: int) -> str:
     """One step's numbers in words: `loss 2.345  812 tok/s  MFU 41.0%  1:23 left  lr 2.0e-04  grad 0.31`, and memory.
 
     What a person looks for first comes first: a narrow terminal cuts the end.
@@ -89,7 +89,7 @@ def status(record: Mapping[str, Any], pace: Pace, steps_left: int) -> str:
         f"loss {record['loss']:.3f}",
         "" if speed is None else f"{speed:.0f} tok/s",
         "" if mfu is None else f"MFU {mfu:.1%}",
-        "" if step_time is None else f"{duration(steps_left * step_time)} left",
+        "" if step_time is None else f"{format_duration(steps_left * step_time)} left",
         f"lr {record['learning_rate']:.1e}",
         f"grad {record['grad_norm']:.2f}",
         _moved(record),
@@ -121,7 +121,7 @@ def evaluation_lines(record: Mapping[str, Any]) -> list[str]:
         interval = " [{:.3f}, {:.3f}]".format(*ends) if (ends := loss_interval(record)) else ""
         lines.append(f"held-out loss {record['eval_loss']:.3f}{interval}, perplexity {record['eval_perplexity']:.3f}")
     for task in QUESTION_KINDS:
-        told = [f"{s.words} {s.value:.1%} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in shares(record, task)]
+        told = [f"{s.words} {s.value:.1%} [{100 * s.low:.1f}, {100 * s.high:.1f}]" for s in task_metrics(record, task)]
         lines += [f"{task}: {', '.join(told)}"] if told else []
     return lines
 
@@ -138,7 +138,7 @@ class Display:
     def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):
         """`first_step` steps are done; without a terminal, every `log_every`-th step and the last have a line."""
         self._total, self._log_every, self._console = total_steps, log_every, console
-        self._pace = Pace()
+        self._pace = Throughput()
         self._told: set[str] = set()
         step = f"step {total_steps}/{total_steps}"
         self._progress = Progress(
@@ -159,7 +159,7 @@ class Display:
             self._told.add(problem)  # each once: what fails at one step fails at the next
             self.message(f"step {step}: {problem}")
         self._pace.add(record, time.monotonic())
-        text = status(record, self._pace, self._total - step)
+        text = status_line(record, self._pace, self._total - step)
         self._progress.update(self._task, completed=step, status=text)
         if not self._console.is_terminal and (step % self._log_every == 0 or step == self._total):
             self.message(f"step {step}/{self._total}  {text}")
@@ -170,7 +170,7 @@ class Display:
         for words in evaluation_lines(record):
             self.message(f"step {record['step']}/{self._total}  {words}")
 
-    def evaluating(self, words: str) -> None:
+    def evaluation_progress(self, words: str) -> None:
         """Shows in a terminal how far an evaluation is."""
         self._progress.update(self._task, status=words)
 

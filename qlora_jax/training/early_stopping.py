@@ -6,7 +6,7 @@ from typing import Any
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Best:
+class BestEvaluation:
     """The least held-out loss of a run.
 
     Attributes:
@@ -19,17 +19,17 @@ class Best:
     step: int = 0
     since: int = 0
 
-    def after(self, step: int, loss: float) -> "Best":
+    def after(self, step: int, loss: float) -> "BestEvaluation":
         """With one more evaluation; an equal loss is no better one."""
         if self.loss is None or loss < self.loss:
-            return Best(loss=loss, step=step)
+            return BestEvaluation(loss=loss, step=step)
         return dataclasses.replace(self, since=self.since + 1)
 
-    def is_enough(self, patience: int) -> bool:
+    def should_stop(self, patience: int) -> bool:
         """Whether `patience` evaluations in a row found nothing better; 0: never."""
         return 0 < patience <= self.since
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "Best":
+    def of(cls, state: Mapping[str, Any]) -> "BestEvaluation":
         """What a checkpoint's state says of it."""
         return cls(**state["best"])

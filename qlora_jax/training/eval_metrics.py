@@ -15,7 +15,7 @@ LOW, HIGH = "_low", "_high"  # ends of names: of an interval
 LOSS = "eval_loss"
 
 
-class Share(NamedTuple):
+class TaskMetric(NamedTuple):
     """A share of right answers, from 0 to 1, with its 95 % interval.
 
     Fields:
@@ -29,7 +29,7 @@ class Share(NamedTuple):
     high: float
 
 
-def figures(task: str, measures: Sequence[Measure]) -> dict[str, float]:
+def flatten_metrics(task: str, measures: Sequence[Measure]) -> dict[str, float]:
     """Each measure by its task and name; of one with an interval also its ends.
 
     `letters`, "right by letter" is letters_right_by_letter, letters_right_by_letter_low, letters_right_by_letter_high;
@@ -44,7 +44,7 @@ def figures(task: str, measures: Sequence[Measure]) -> dict[str, float]:
     return found
 
 
-def held_out_figures(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> dict[str, float]:
+def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> dict[str, float]:
     """The loss of rows, every token weighing the same, and its perplexity; the ends of an interval where all is finite.
 
     Args:
@@ -66,11 +66,13 @@ def _key(name: str) -> str:
     return re.sub(r"\W+", "_", name.partition(" (")[0])
 
 
-def shares(record: Mapping[str, Any], task: str) -> list[Share]:
+def task_metrics(record: Mapping[str, Any], task: str) -> list[TaskMetric]:
     """The shares of a task that a record has, in order."""
     names = [name for name in record if name.startswith(f"{task}_") and name + LOW in record]
     return [
-        Share(name, name.removeprefix(f"{task}_").replace("_", " "), *(record[name + end] for end in ("", LOW, HIGH)))
+        TaskMetric(
+            name, name.removeprefix(f"{task}_").replace("_", " "), *(record[name + end] for end in ("", LOW, HIGH))
+        )
         for name in names
     ]
 

@@ -14,9 +14,9 @@ from qlora_jax.data.batching.batches import NO_ROW, START, Batch
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
-from qlora_jax.training.early_stopping import Best
-from qlora_jax.training.eval_metrics import held_out_figures
-from qlora_jax.training.memory_watch import held
+from qlora_jax.training.early_stopping import BestEvaluation
+from qlora_jax.training.eval_metrics import eval_loss_metrics
+from qlora_jax.training.memory_watch import memory_in_use
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
 
@@ -35,7 +35,7 @@ class Reporter(Protocol):
         """Held-out loss and answers to questions at a step."""
         ...
 
-    def evaluating(self, words: str) -> None:
+    def evaluation_progress(self, words: str) -> None:
         """How far an evaluation is."""
         ...
 
@@ -45,44 +45,50 @@ class Reporter(Protocol):
 
 
 @dataclasses.dataclass
-class Progress:
+class TrainState:
     """Where a run stands: LoRA and optimizer state after `step` steps, the data position that comes next, and the best
     evaluation so far."""
 
     lora: Lora
-    optimizer_state: Any  # as session.updates has it
+    optimizer_state: Any  # as session.state_manager has it
     step: int
     position: dict[str, int]
-    best: Best
+    best: BestEvaluation
 
 
 class NonFiniteLoss(ValueError):
     """The loss or the gradient of a step is not finite; the message names the rows."""
 
 
-def start(session: Session) -> Progress:
+def initial_state(session: Session) -> TrainState:
     """Step 0."""
-    return Progress(session.parts.lora, session.updates.init(session.parts.lora), 0, dict(START), Best())
+    return TrainState(
+        session.parts.lora, session.state_manager.init(session.parts.lora), 0, dict(START), BestEvaluation()
+    )
 
 
-def restore(session: Session, checkpoints: Checkpoints) -> Progress:
+def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
     """The newest checkpoint, checked against the session's settings, base and data."""
     check_resumable(session, checkpoints.read_state())
-    lora, optimizer_state, state = checkpoints.restore(session.parts.lora, session.updates.like(session.parts.lora))
-    best = Best.of(state)
+    lora, optimizer_state, state = checkpoints.restore(
+        session.parts.lora, session.state_manager.checkpoint_template(session.parts.lora)
+    )
+    best = BestEvaluation.of(state)
     if session.config.train.keep_best:
         checkpoints.keep_also(best.step)
-    return Progress(lora, session.updates.restored(optimizer_state), state["step"], state["position"], best)
+    return TrainState(
+        lora, session.state_manager.from_checkpoint(optimizer_state), state["step"], state["position"], best
+    )
 
 
 def run_steps(
     session: Session,
-    progress: Progress,
+    progress: TrainState,
     checkpoints: Checkpoints,
     reporter: Reporter,
     stop: Callable[[], bool],
     before_step: Callable[[], None] = lambda: None,
-) -> Progress:
+) -> TrainState:
     """Trains from `progress` to the last step, or until `stop()` is true or `train.patience` at an end at the end of a
     step; saves where it leaves.
 
@@ -93,14 +99,14 @@ def run_steps(
     """
     settings = session.config.train
     if progress.step == 0:
-        progress = evaluated(session, progress, checkpoints, reporter)
+        progress = evaluate(session, progress, checkpoints, reporter)
     for batch, data_seconds in timed(session.dataset.train_batches(progress.position)):
-        if progress.step >= session.total_steps or stop() or progress.best.is_enough(settings.patience):
+        if progress.step >= session.total_steps or stop() or progress.best.should_stop(settings.patience):
             break
         before_step()
         progress = train_step(session, progress, batch, data_seconds, reporter)
         if _is_evaluated(session, progress.step):  # before it is saved, for a run that goes on from there has done it
-            progress = evaluated(session, progress, checkpoints, reporter)
+            progress = evaluate(session, progress, checkpoints, reporter)
         if settings.save_every and progress.step % settings.save_every == 0:
             save(session, progress, checkpoints)
     save(session, progress, checkpoints)
@@ -120,13 +126,15 @@ def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
         began = time.perf_counter()
 
 
-def train_step(session: Session, progress: Progress, batch: Batch, data_seconds: float, reporter: Reporter) -> Progress:
+def train_step(
+    session: Session, progress: TrainState, batch: Batch, data_seconds: float, reporter: Reporter
+) -> TrainState:
     """One optimizer step, reported once its numbers are known; `data_seconds` is what its batch was waited for."""
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
-    optimizer_state, room, sent = session.updates.make_room(progress.optimizer_state, batch.inputs.shape)
+    optimizer_state, room, sent = session.state_manager.make_room(progress.optimizer_state, batch.inputs.shape)
     grads, loss = session.gradients(session.parts.with_lora(progress.lora), batch.arrays(), key)
-    lora, optimizer_state, norm, moved = session.updates.update(progress.lora, optimizer_state, grads, room)
+    lora, optimizer_state, norm, moved = session.state_manager.update(progress.lora, optimizer_state, grads, room)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
     step = progress.step + 1
     if not (np.isfinite(nll) and np.isfinite(norm)):
@@ -144,12 +152,12 @@ def train_step(session: Session, progress: Progress, batch: Batch, data_seconds:
             "seconds": seconds,
             "data_seconds": data_seconds,
         }
-        | session.utilization.numbers(batch, int(tokens), seconds)
-        | session.updates.numbers(optimizer_state, sent + moved)
-        | held(jax.local_devices()[0])
+        | session.utilization.metrics(batch, int(tokens), seconds)
+        | session.state_manager.metrics(optimizer_state, sent + moved)
+        | memory_in_use(jax.local_devices()[0])
     )
     assert batch.position is not None  # only batches of an evaluation have none
-    return Progress(lora, optimizer_state, step, batch.position, progress.best)
+    return TrainState(lora, optimizer_state, step, batch.position, progress.best)
 
 
 def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarray, norm: float) -> str:
@@ -162,7 +170,7 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
     )
 
 
-def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, reporter: Reporter) -> Progress:
+def evaluate(session: Session, progress: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> TrainState:
     """Reports samples, the held-out loss and what is right of the questions; where the loss is the least so far and the
     best are kept, saves a checkpoint."""
     parts = session.parts.with_lora(progress.lora)
@@ -170,10 +178,10 @@ def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, re
         reporter.samples(session.samples.replies(parts, progress.step))
     found = {} if session.dataset.eval is None else held_out_loss(session, progress)
     if session.questions is not None:
-        needed = session.questions.need(parts).size
-        optimizer_state, _, _ = session.updates.make_room(progress.optimizer_state, needed)
+        needed = session.questions.memory(parts).size
+        optimizer_state, _, _ = session.state_manager.make_room(progress.optimizer_state, needed)
         progress = dataclasses.replace(progress, optimizer_state=optimizer_state)
-        found |= session.questions.figures(parts, reporter.evaluating)
+        found |= session.questions.metrics(parts, reporter.evaluation_progress)
     if found:
         reporter.evaluation({"step": progress.step, **found})
     if session.dataset.eval is None:
@@ -186,7 +194,7 @@ def evaluated(session: Session, progress: Progress, checkpoints: Checkpoints, re
     return progress
 
 
-def held_out_loss(session: Session, progress: Progress) -> dict[str, float]:
+def held_out_loss(session: Session, progress: TrainState) -> dict[str, float]:
     """The loss of the held-out rows, weighed by tokens, as a record has it, with its 95 % interval (bootstrap)."""
     sums, tokens = [], []
     for batch in session.dataset.eval_batches(EVAL_ROWS):
@@ -195,13 +203,13 @@ def held_out_loss(session: Session, progress: Progress) -> dict[str, float]:
         there = batch.rows[0, :, 0] != NO_ROW
         sums.append(np.asarray(rows_B, np.float64)[there])
         tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])
-    return held_out_figures(np.concatenate(sums), np.concatenate(tokens))
+    return eval_loss_metrics(np.concatenate(sums), np.concatenate(tokens))
 
 
-def save(session: Session, progress: Progress, checkpoints: Checkpoints) -> None:
+def save(session: Session, progress: TrainState, checkpoints: Checkpoints) -> None:
     """A checkpoint of `progress`."""
     state = checkpoint_state(session, progress.step, progress.position, progress.best)
-    checkpoints.save(progress.step, progress.lora, session.updates.to_save(progress.optimizer_state), state)
+    checkpoints.save(progress.step, progress.lora, session.state_manager.to_checkpoint(progress.optimizer_state), state)
 
 
 @contextmanager

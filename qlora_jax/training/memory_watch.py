@@ -21,7 +21,7 @@ def watch_peak(memory: Memory) -> Callable[[], int | None]:
     return lambda: (memory.statistics() or {}).get("peak_bytes_in_use")
 
 
-def held(device: Device) -> dict[str, int]:
+def memory_in_use(device: Device) -> dict[str, int]:
     """Bytes held now, of what system and device tell.
 
     `host_bytes`: resident memory of this process; on Linux. `device_bytes`, `device_peak_bytes`: arrays on the device,

@@ -36,7 +36,7 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     return list(_records(Path(path)))
 
 
-def keep_until(path: str | os.PathLike, step: int) -> None:
+def truncate_after(path: str | os.PathLike, step: int) -> None:
     """Drops what was written after `step`: a run that goes on from there writes it again."""
     kept = [_line(record) for record in _records(Path(path)) if record["step"] <= step]
     part = Path(f"{os.fspath(path)}.part")
@@ -54,7 +54,7 @@ class MetricsFile:
         """
         path = Path(path)
         if path.exists():
-            keep_until(path, first_step if first_step > 0 else -1)
+            truncate_after(path, first_step if first_step > 0 else -1)
         self._path, self._file = path, None
 
     def write(self, record: Record) -> None:

@@ -26,7 +26,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
 from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, Step
+from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, StepShape
 
 # Products of a layer that are as many as there are tokens.
 EACH_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora"))]
@@ -58,7 +58,7 @@ class Utilization:
         micro_batches = len(lengths) * self.micro_batch
         return int(lengths.sum()) * self.token + targets * self.target + pairs * self.pair + micro_batches
 
-    def numbers(self, batch: Batch, targets: int, seconds: float) -> dict[str, Any]:
+    def metrics(self, batch: Batch, targets: int, seconds: float) -> dict[str, Any]:
         """What a step's record says of it: `model_flops`, and `mfu` where the peak is known."""
         flops = self.flops(batch.lengths, targets)
         return {"model_flops": flops} | ({} if self.peak is None else {"mfu": flops / (seconds * self.peak)})
@@ -70,7 +70,7 @@ def causal_pairs(lengths: Int64[np.ndarray, "..."], window: int) -> int:
     return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
 
 
-def utilization(step: Step, peak: float | None) -> Utilization:
+def utilization(step: StepShape, peak: float | None) -> Utilization:
     """Of a run's steps; of `step` the batch, remat and the optimizer do not matter."""
     one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1)
     model, head = step.model, {name: part(one) for name, part in HEAD_FLOPS.items()}
@@ -88,6 +88,6 @@ def utilization(step: Step, peak: float | None) -> Utilization:
     )
 
 
-def peak_of(device: Device, weights: WeightFormat) -> float | None:
+def peak_flops(device: Device, weights: WeightFormat) -> float | None:
     """FLOP/s of dense products in 16 bit; None for devices that no table has (CPUs all), and for runs in float32."""
     return BF16_PEAKS.get(device.kind) if weights.dtype in ("bfloat16", "float16") else None

@@ -27,24 +27,24 @@ from qlora_jax.optim.pager import (
     to_optax,
     unpage,
 )
-from qlora_jax.training.compiled_step import Gradients
-from qlora_jax.training.paging_budget import Budget, Work, declared, planned
+from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.paging_budget import Budget, Workload, fixed_budget, measured_budget
 from qlora_jax.training.step import update
 
-PAGES_IN_A_BUDGET = 4  # at least, where layers are small enough: one updated, one coming, one going, one waiting
+PAGES_PER_BUDGET = 4  # at least, where layers are small enough: one updated, one coming, one going, one waiting
 
 Stepped = tuple[Lora, Any, jax.Array, Transfers]
 
 
 @runtime_checkable
-class Updates(Protocol):
+class OptimizerStateManager(Protocol):
     """What the loop does with an optimizer's state, of which it knows nothing else."""
 
     def init(self, lora: Lora) -> Any:
         """The state at step 0."""
         ...
 
-    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Transfers]:
+    def make_room(self, state: Any, work: Workload) -> tuple[Any, int, Transfers]:
         """(the state with as much on the device as the work leaves room for, room for its update, moved).
 
         Room is asked for before the gradients: while they are computed, the device tells of their scratch too.
@@ -55,19 +55,19 @@ class Updates(Protocol):
         """(LoRA parameters, state, the gradients' norm before clipping, what was moved); donates the first two."""
         ...
 
-    def numbers(self, state: Any, moved: Transfers) -> dict[str, Any]:
+    def metrics(self, state: Any, moved: Transfers) -> dict[str, Any]:
         """What a step's record says of it."""
         ...
 
-    def to_save(self, state: Any) -> Any:
+    def to_checkpoint(self, state: Any) -> Any:
         """The state as optax has it, for a checkpoint."""
         ...
 
-    def like(self, lora: Lora) -> Any:
+    def checkpoint_template(self, lora: Lora) -> Any:
         """What a checkpoint's state is read into."""
         ...
 
-    def restored(self, tree: Any) -> Any:
+    def from_checkpoint(self, tree: Any) -> Any:
         """The state that a checkpoint holds."""
         ...
 
@@ -77,7 +77,7 @@ class Updates(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class WholeUpdates(Updates):
+class DeviceStateManager(OptimizerStateManager):
     """The state stays on the device, and is updated at once."""
 
     optimizer: optax.GradientTransformation
@@ -85,22 +85,22 @@ class WholeUpdates(Updates):
     def init(self, lora: Lora) -> Any:
         return self.optimizer.init(lora)
 
-    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Transfers]:
+    def make_room(self, state: Any, work: Workload) -> tuple[Any, int, Transfers]:
         return state, 0, Transfers()
 
     def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
         return *update(self.optimizer, lora, state, grads), Transfers()
 
-    def numbers(self, state: Any, moved: Transfers) -> dict[str, Any]:
+    def metrics(self, state: Any, moved: Transfers) -> dict[str, Any]:
         return {}
 
-    def to_save(self, state: Any) -> Any:
+    def to_checkpoint(self, state: Any) -> Any:
         return state
 
-    def like(self, lora: Lora) -> Any:
+    def checkpoint_template(self, lora: Lora) -> Any:
         return self.init(lora)
 
-    def restored(self, tree: Any) -> Any:
+    def from_checkpoint(self, tree: Any) -> Any:
         return tree
 
     def describe(self) -> str:
@@ -108,7 +108,7 @@ class WholeUpdates(Updates):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PagedUpdates(Updates):
+class PagedStateManager(OptimizerStateManager):
     """The state is pages, or whole while there is room for all of it; see qlora_jax.optim.pager and .whole.
 
     Attributes:
@@ -129,7 +129,7 @@ class PagedUpdates(Updates):
     def init(self, lora: Lora) -> PagedState:
         return paged_init(self.transform, lora, self.layout, self.memory)
 
-    def make_room(self, state: Any, work: Work) -> tuple[Any, int, Transfers]:
+    def make_room(self, state: Any, work: Workload) -> tuple[Any, int, Transfers]:
         room = self.budget(work, self._resident_bytes(state))
         moved, is_room = Transfers(), min(room) >= self.layout.total_bytes
         if is_room and isinstance(state, PagedState):
@@ -149,7 +149,7 @@ class PagedUpdates(Updates):
     def _resident_bytes(self, state: Any) -> int:
         return resident_bytes(state) if isinstance(state, PagedState) else self.layout.total_bytes
 
-    def numbers(self, state: Any, moved: Transfers) -> dict[str, Any]:
+    def metrics(self, state: Any, moved: Transfers) -> dict[str, Any]:
         numbers = {
             "paged_in_bytes": moved.bytes_in,
             "paged_out_bytes": moved.bytes_out,
@@ -157,19 +157,19 @@ class PagedUpdates(Updates):
         }
         return numbers | ({"paging_problems": list(moved.problems)} if moved.problems else {})
 
-    def to_save(self, state: Any) -> Any:
+    def to_checkpoint(self, state: Any) -> Any:
         if not isinstance(state, PagedState):
             return state
         tree = to_optax(state, self.layout, self.memory)
         return jax.tree.unflatten(self.structure, jax.tree.leaves(tree))  # clipping has no leaves
 
-    def like(self, lora: Lora) -> Any:
+    def checkpoint_template(self, lora: Lora) -> Any:
         # On the host where the backend can: a state that has to be paged may not fit the device for a moment.
         sharding = self.memory.host_sharding or self.memory.device_sharding
         leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in self.layout.leaves]
         return jax.tree.unflatten(self.structure, leaves)
 
-    def restored(self, tree: Any) -> PagedState:
+    def from_checkpoint(self, tree: Any) -> PagedState:
         return from_optax(tree, self.layout, self.memory)
 
     def describe(self) -> str:
@@ -179,7 +179,9 @@ class PagedUpdates(Updates):
         return f"{total} in {pages} pages of {size}, {self.words}; others wait in {where[self.memory.kind]}"
 
 
-def make_updates(args: OptimArgs, total_steps: int, gradients: Gradients, memory: Memory | None = None) -> Updates:
+def make_state_manager(
+    args: OptimArgs, total_steps: int, gradients: CompiledGradients, memory: Memory | None = None
+) -> OptimizerStateManager:
     """The updates of a run with these settings; nothing is on the device yet.
 
     Args:
@@ -191,16 +193,16 @@ def make_updates(args: OptimArgs, total_steps: int, gradients: Gradients, memory
     """
     optimizer = make_optimizer(args, total_steps)
     if paging_of(args) == "off":
-        return WholeUpdates(optimizer)
+        return DeviceStateManager(optimizer)
     memory = memory or Memory.of(jax.devices()[0])
     transform = make_elementwise(args, total_steps)
     given = None if args.paging_budget is None else parse_bytes(args.paging_budget)
-    page_bytes = PAGE_BYTES if given is None else min(PAGE_BYTES, given // PAGES_IN_A_BUDGET)
+    page_bytes = PAGE_BYTES if given is None else min(PAGE_BYTES, given // PAGES_PER_BUDGET)
     layout = layer_pages(transform, gradients.lora, page_bytes)
     if plain_name(args.name) not in ELEMENTWISE:
         check_elementwise(transform, gradients.lora, layout, memory)
-    budget, words = planned(gradients, memory) if given is None else declared(given, layout, memory)
-    return PagedUpdates(
+    budget, words = measured_budget(gradients, memory) if given is None else fixed_budget(given, layout, memory)
+    return PagedStateManager(
         structure=jax.tree.structure(jax.eval_shape(optimizer.init, gradients.lora)),
         optimizer=optimizer,
         transform=transform,

@@ -9,7 +9,7 @@ from qlora_jax.inference.lowering import bytes_of
 from qlora_jax.optim.page_layout import Layout
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import check_budget
-from qlora_jax.training.compiled_step import Gradients, Shape
+from qlora_jax.training.compiled_step import CompiledGradients, Shape
 
 RESERVE = 0.03  # of the device: what its driver, its libraries and fragmentation take beside the compiled programs
 
@@ -22,12 +22,12 @@ class Room(NamedTuple):
 
 
 # What is computed: gradients of a batch's shape; or an evaluation, which takes so many bytes beside the model.
-Work = Shape | int
+Workload = Shape | int
 # (what is computed, bytes of pages on the device now) -> room
-Budget = Callable[[Work, int], Room]
+Budget = Callable[[Workload, int], Room]
 
 
-def declared(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget, str]:
+def fixed_budget(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget, str]:
     """(the same room for every shape, in words).
 
     Raises:
@@ -38,14 +38,14 @@ def declared(budget_bytes: int, layout: Layout, memory: Memory) -> tuple[Budget,
     return lambda work, resident: room, f"{format_bytes(budget_bytes)} of them on the device"
 
 
-def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
+def measured_budget(gradients: CompiledGradients, memory: Memory) -> tuple[Budget, str]:
     """(device - reserve - what the work needs, by the compiled gradients of a shape, in words).
 
     What the device says is held by others than pages counts where it is more than the program knows of.
     """
     total, words = device_bytes(memory)
 
-    def budget(work: Work, resident: int) -> Room:
+    def budget(work: Workload, resident: int) -> Room:
         held, made, scratch = _taken(gradients, work)
         statistics = memory.statistics() or {}
         held = max(held, statistics.get("bytes_in_use", 0) - resident)
@@ -55,7 +55,7 @@ def planned(gradients: Gradients, memory: Memory) -> tuple[Budget, str]:
     return budget, f"as many on the device as the next batch leaves room for on {words}"
 
 
-def _taken(gradients: Gradients, work: Work) -> tuple[int, int, int]:
+def _taken(gradients: CompiledGradients, work: Workload) -> tuple[int, int, int]:
     """Bytes of (what is there before, what is made and stays, what is there meanwhile)."""
     if isinstance(work, int):
         return bytes_of(gradients.parts), 0, work

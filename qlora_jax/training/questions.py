@@ -11,10 +11,10 @@ from qlora_jax.evaluation.tasks.registry import QuestionTask, question_tasks
 from qlora_jax.inference.result_cache import NOTHING_KEPT
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.training.eval_metrics import figures
+from qlora_jax.training.eval_metrics import flatten_metrics
 
 
-class AskingNeed(NamedTuple):
+class QuestionMemory(NamedTuple):
     """What questions take of the device beside the model and its state.
 
     Fields:
@@ -31,9 +31,9 @@ class Questions:
 
     def __init__(self, tasks: Sequence[QuestionTask]):
         self.tasks = tasks
-        self._need: AskingNeed | None = None
+        self._need: QuestionMemory | None = None
 
-    def figures(self, parts: ModelParts, told: Callable[[str], None]) -> dict[str, float]:
+    def metrics(self, parts: ModelParts, told: Callable[[str], None]) -> dict[str, float]:
         """What a record says of one model's answers; `told` hears how far it is."""
         found: dict[str, float] = {}
         for task in self.tasks:
@@ -42,10 +42,10 @@ class Questions:
                 told(f"{task.name}: {done} of {task.size}")
 
             scores: Any = task.score(parts, progress, NOTHING_KEPT)  # of the task's own kind
-            found |= figures(task.name, task.measures(scores))
+            found |= flatten_metrics(task.name, task.measures(scores))
         return found
 
-    def need(self, parts: ModelParts) -> AskingNeed:
+    def memory(self, parts: ModelParts) -> QuestionMemory:
         """The most that any of their programs takes, compiled for this device the first time that it is asked for.
 
         Args:
@@ -56,12 +56,12 @@ class Questions:
             runtime.give_memory_back()
         return self._need
 
-    def _needs(self, parts: ModelParts) -> Iterator[AskingNeed]:
+    def _needs(self, parts: ModelParts) -> Iterator[QuestionMemory]:
         for task in self.tasks:
             for ahead in task.ahead(parts):
                 memory = aot.read_memory(ahead.lowered.compile().memory_analysis()).device
                 taken = ahead.held + memory.temporaries + memory.outputs - memory.aliases
-                yield AskingNeed(taken, f"questions.{task.name}, {ahead.shape}")
+                yield QuestionMemory(taken, f"questions.{task.name}, {ahead.shape}")
 
 
 def open_questions(

@@ -18,15 +18,15 @@ from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.optim.page_pool import Memory
-from qlora_jax.training.banner import going_on, overview
-from qlora_jax.training.compiled_step import Gradients
-from qlora_jax.training.display import Display, banner
-from qlora_jax.training.loop import Progress, Reporter, restore, run_steps, start, stop_on_signals
+from qlora_jax.training.banner import resume_banner, start_banner
+from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.display import Display, print_banner
+from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, stop_on_signals
 from qlora_jax.training.memory_watch import watch_peak
 from qlora_jax.training.metrics import MetricsFile, read_metrics
-from qlora_jax.training.plan.preflight import RunPlan, out_of_memory_told, plan_run
+from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory, plan_run
 from qlora_jax.training.profiler import traced_steps
-from qlora_jax.training.report.facts import RunReport, shown_rows
+from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import plot_loss
 from qlora_jax.training.session import (
@@ -38,7 +38,7 @@ from qlora_jax.training.session import (
     open_inputs,
     prepare,
 )
-from qlora_jax.training.trackers import Log, check_installed, numbers, trackers
+from qlora_jax.training.trackers import Log, check_installed, scalars, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 SAMPLES_FILE = "samples.jsonl"
@@ -89,7 +89,7 @@ def dry_run(config: Config, run: Path, *, oversized: bool, console: Console) -> 
     """
     planned = _plan(config, console, full=True)
     page = write_report(_report_of(planned, run, None), run)
-    banner("dry run", {"report": f"{page}"}, console)
+    print_banner("dry run", {"report": f"{page}"}, console)
     planned.refuse_oversized(oversized)
 
 
@@ -98,7 +98,7 @@ class _Planned(NamedTuple):
 
     config: Config
     inputs: Inputs
-    gradients: Gradients
+    gradients: CompiledGradients
     plan: RunPlan
 
     def refuse_oversized(self, allowed: bool) -> None:
@@ -116,7 +116,7 @@ def _plan(config: Config, console: Console, *, full: bool, model: PreparedModel 
     with console.status("compiling the training step"):
         gradients = compile_gradients(config, inputs)
         plan = plan_run(config, inputs, gradients)
-    banner("memory plan", plan.rows() if full else {"needs": plan.rows()["needs"]}, console)
+    print_banner("memory plan", plan.rows() if full else {"needs": plan.rows()["needs"]}, console)
     return _Planned(config, inputs, gradients, plan)
 
 
@@ -126,7 +126,7 @@ def _report_of(planned: _Planned, run: Path, peak: int | None) -> RunReport:
     return RunReport(
         config=config,
         data=inputs.dataset.report,
-        rows=shown_rows(inputs.dataset),
+        rows=report_rows(inputs.dataset),
         plan=plan,
         peak=peak,
         records=records,
@@ -156,8 +156,8 @@ class _Report(Reporter):
         self._write(record)
         self._display.evaluation(record)
 
-    def evaluating(self, words: str) -> None:
-        self._display.evaluating(words)
+    def evaluation_progress(self, words: str) -> None:
+        self._display.evaluation_progress(words)
 
     def samples(self, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -167,7 +167,7 @@ class _Report(Reporter):
     def _write(self, record: dict[str, Any]) -> None:
         self._metrics.write(record)
         for log in self._logs:
-            log(record["step"], numbers(record))
+            log(record["step"], scalars(record))
 
 
 def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> bool:
@@ -214,11 +214,11 @@ def run_training(
     session = _session(planned, read_initial(run, config.lora) if resume else None, model, console)
     run.mkdir(parents=True, exist_ok=True)
     with Checkpoints(run, config.train.keep) as checkpoints:
-        state = restore(session, checkpoints) if resume else start(session)
+        state = restore(session, checkpoints) if resume else initial_state(session)
         write_config(config, run / CONFIG_FILE)
         if session.initial is not None and not resume:
             write_initial(run, session.initial)
-        banner(*(going_on(session, state.step, state.best) if resume else overview(session)), console)
+        print_banner(*(resume_banner(session, state.step, state.best) if resume else start_banner(session)), console)
         display = Display(session.total_steps, state.step, config.train.log_every, console)
         with (
             trackers(config.train.track, run, to_dict(config), state.step) as logs,
@@ -226,13 +226,13 @@ def run_training(
             MetricsFile(run / SAMPLES_FILE, state.step) as samples,
             display,
             stop_on_signals(display.message) as stop,
-            out_of_memory_told(plan),
+            explain_out_of_memory(plan),
             traced_steps(run / TRACE_FOLDER, config.train.trace_steps) as before_step,
         ):
             state = run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
     plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
     write_report(_report_of(planned, run, peak()), run)
-    finished = state.step >= session.total_steps or state.best.is_enough(config.train.patience)
+    finished = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
     _print_end(config, state, session.total_steps, finished, console)
     return Trained(parts=session.parts.with_lora(state.lora), step=state.step, finished=finished)
 
@@ -263,7 +263,7 @@ def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
     return {"try it": f"{module}generate --run {shlex.quote(run)}", "export": export}
 
 
-def _print_end(config: Config, state: Progress, total_steps: int, finished: bool, console: Console) -> None:
+def _print_end(config: Config, state: TrainState, total_steps: int, finished: bool, console: Console) -> None:
     run, step = Path(config.output), state.step
     lines = {
         "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
@@ -279,4 +279,4 @@ def _print_end(config: Config, state: Progress, total_steps: int, finished: bool
         lines["best"] = f"step {state.best.step}, evaluation loss {state.best.loss:.3f}: --step {state.best.step}"
     lines |= next_commands(config, finished=finished)
     early = f", after {state.best.since} evaluations without a lower evaluation loss" if step < total_steps else ""
-    banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)
+    print_banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

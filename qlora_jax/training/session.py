@@ -29,10 +29,10 @@ from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.compiled_step import Gradients
-from qlora_jax.training.cost.flops import Step
-from qlora_jax.training.mfu import Utilization, peak_of, utilization
-from qlora_jax.training.optimizer_state import Updates, make_updates
+from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.cost.flops import StepShape
+from qlora_jax.training.mfu import Utilization, peak_flops, utilization
+from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
 from qlora_jax.training.questions import Questions, open_questions
 from qlora_jax.training.samples import Samples, open_samples
 
@@ -43,7 +43,7 @@ class Session:
 
     Attributes:
       gradients: the gradient program, compiled for the longest batches.
-      updates: the optimizer's update, resident or paged.
+      state_manager: the optimizer's update, resident or paged.
       utilization: computes the device's utilization per step.
       fingerprint: of the base, from io.loader.
       total_steps: optimizer steps of the whole run.
@@ -56,8 +56,8 @@ class Session:
     weights: WeightFormat
     dataset: Dataset
     parts: ModelParts
-    gradients: Gradients
-    updates: Updates
+    gradients: CompiledGradients
+    state_manager: OptimizerStateManager
     utilization: Utilization
     schedule: Callable[[Any], Any]
     fingerprint: str
@@ -138,7 +138,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
     )
 
 
-def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
+def compile_gradients(config: Config, inputs: Inputs) -> CompiledGradients:
     """Compiles the run's gradient program for its longest batches, before `prepare` takes memory."""
     weights, remat = weights_of(config, inputs), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
@@ -151,7 +151,7 @@ def compile_gradients(config: Config, inputs: Inputs) -> Gradients:
         packed=inputs.dataset.packed,
         remat=remat,
     )
-    gradients = Gradients(step)
+    gradients = CompiledGradients(step)
     gradients.compiled(shape)
     return gradients
 
@@ -167,7 +167,7 @@ def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> 
 
 
 def prepare(
-    config: Config, inputs: Inputs, gradients: Gradients, progress: Progress, initial: Initial | None = None
+    config: Config, inputs: Inputs, gradients: CompiledGradients, progress: Progress, initial: Initial | None = None
 ) -> Session:
     """Loads and quantizes the base, adds the adapter, and returns the session at step 0.
 
@@ -214,7 +214,7 @@ def training_parts(
 def make_session(
     config: Config,
     inputs: Inputs,
-    gradients: Gradients,
+    gradients: CompiledGradients,
     parts: ModelParts,
     *,
     fingerprint: str,
@@ -232,7 +232,7 @@ def make_session(
         dataset=dataset,
         parts=parts,
         gradients=gradients,
-        updates=make_updates(config.optim, total_steps, gradients),
+        state_manager=make_state_manager(config.optim, total_steps, gradients),
         utilization=_utilization(config, inputs, weights),
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=fingerprint,
@@ -254,5 +254,7 @@ def _started(start: Mapping[str, Mapping[str, Any]], fresh: Lora, path: Path) ->
 
 def _utilization(config: Config, inputs: Inputs, weights: WeightFormat) -> Utilization:
     new, remat = len(inputs.new_ids), config.train.remat
-    step = Step(model=inputs.model, weights=weights, lora=config.lora, batch=(1, 1, 1), remat=remat, new_tokens=new)
-    return utilization(step, peak_of(target_device(), weights))
+    step = StepShape(
+        model=inputs.model, weights=weights, lora=config.lora, batch=(1, 1, 1), remat=remat, new_tokens=new
+    )
+    return utilization(step, peak_flops(target_device(), weights))

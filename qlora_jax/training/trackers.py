@@ -32,7 +32,7 @@ def check_installed(names: Sequence[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def numbers(record: Mapping[str, Any]) -> dict[str, float]:
+def scalars(record: Mapping[str, Any]) -> dict[str, float]:
     """Of a record: what can be drawn over steps."""
     return {
         name: float(value)

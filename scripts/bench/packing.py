@@ -29,7 +29,7 @@ from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
-from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.compiled_step import CompiledGradients
 from scripts.bench.support.real_step import LoadedStep, load_step
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -57,7 +57,7 @@ class Method:
 
     dataset: Dataset
     batches: Iterator[Batch]
-    gradients: Gradients
+    gradients: CompiledGradients
     tokens: int = 0
     seconds: float = 0.0
     waited: float = 0.0
@@ -121,7 +121,7 @@ def main() -> None:
     for name, settings in METHODS.items():
         data = DataArgs(train=args.data, max_length=args.max_length, **settings)
         dataset = load_dataset(data, tokenizer, seed=0, micro_batch_size=args.rows, accumulation=1)
-        gradients = Gradients(abstract(loaded, batch, packed=dataset.packed))
+        gradients = CompiledGradients(abstract(loaded, batch, packed=dataset.packed))
         batches = dataset.train_batches()
         methods[name] = Method(dataset, map(cut, batches) if name == CUT else batches, gradients)
         for _ in range(4):

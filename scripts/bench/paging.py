@@ -35,7 +35,7 @@ from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.page_layout import PAGE_BYTES, layer_pages
 from qlora_jax.optim.page_pool import Memory, Transfers
 from qlora_jax.optim.pager import PagedUpdate, paged_init
-from qlora_jax.training.optimizer_state import make_updates
+from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.step import update
 from scripts.bench.support.random_model import make_random_model
 from scripts.bench.support.real_step import LoadedStep, load_step, random_batch
@@ -64,7 +64,7 @@ def plain(loaded: LoadedStep, optim: OptimArgs) -> tuple[Update, int]:
 def resident(loaded: LoadedStep, optim: OptimArgs, state_bytes: int) -> Update:
     """Returns the update of a paged run whose budget holds the whole state."""
     paged = dataclasses.replace(optim, paging="on", paging_budget=f"{state_bytes}B")
-    updates, lora = make_updates(paged, STEPS, loaded.gradients), jax.tree.map(jnp.copy, loaded.parts.lora)
+    updates, lora = make_state_manager(paged, STEPS, loaded.gradients), jax.tree.map(jnp.copy, loaded.parts.lora)
     state = updates.init(lora)
 
     def step(grads: Lora) -> Lora:

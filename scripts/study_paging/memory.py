@@ -16,8 +16,8 @@ from qlora_jax.models.catalog import PUBLIC
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import offloaded_bytes, saved_bytes
-from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT, Setting
+from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT, StepConfig
 
 RANK = 64
 LENGTHS = {"full": (512, 2048, 8192), "offload": (2048, 8192)}
@@ -40,9 +40,9 @@ class Point(NamedTuple):
 
 
 @functools.cache
-def setting(model: str, batch: tuple[int, int, int], remat: str) -> Setting:
+def setting(model: str, batch: tuple[int, int, int], remat: str) -> StepConfig:
     """Returns the setting: rank 64 on all linear layers, f32 adapters, NF4 and double quantization."""
-    return Setting(
+    return StepConfig(
         model=model_config(PUBLIC[model]),
         weights=WeightFormat(platform="gpu"),
         lora=LoraArgs(rank=RANK),
@@ -64,10 +64,10 @@ def missing(points: Sequence[Point]) -> Iterator[tuple[str, str, str, int]]:
 def compile_point(model: str, card: str, remat: str, length: int) -> Point:
     """Compiles one point, in about 15 s."""
     asked = setting(model, (1, 1, length), remat)
-    program, of = asked.step.gradients(), asked.counted()
+    program, of = asked.abstract_step.gradients(), asked.step_shape()
     memory = aot.compile_for(card, program.function, *program.args, **program.kwargs).memory
-    assert memory.host.temporaries >= sum(offloaded_bytes(of).values())
-    saved = sum(saved_bytes(of).values())
+    assert memory.host.temporaries >= sum(offloaded_activation_bytes(of).values())
+    saved = sum(activation_bytes(of).values())
     per_batch = max(memory.device.temporaries + memory_use.batch_bytes(of), update_temporaries(model, card))
     return Point(model, card, remat, length, per_batch - saved)
 
@@ -75,7 +75,7 @@ def compile_point(model: str, card: str, remat: str, length: int) -> Point:
 @functools.cache
 def update_temporaries(model: str, card: str) -> int:
     """Returns the temporary bytes of the update's program, which do not depend on the batch."""
-    program = setting(model, (1, 1, 64), "full").step.update()
+    program = setting(model, (1, 1, 64), "full").abstract_step.update()
     return aot.compile_for(card, program.function, *program.args, **program.kwargs).memory.device.temporaries
 
 
@@ -83,7 +83,7 @@ def update_temporaries(model: str, card: str) -> int:
 class StepMemory:
     """Bytes of a model's steps on a card: `fixed`, optimizer `state`, and `per_batch(M)` for M tokens at once."""
 
-    step: Setting
+    step: StepConfig
     points: list[Point]
 
     @classmethod
@@ -92,8 +92,8 @@ class StepMemory:
         found = [point for point in points if (point.model, point.card, point.remat) == (model, card, remat)]
         return cls(setting(model, (1, 1, 64), remat), sorted(found, key=lambda point: point.length))
 
-    def _counted(self, rows: int) -> flops.Step:
-        return self.step.resized(1, rows).counted()
+    def _counted(self, rows: int) -> flops.StepShape:
+        return self.step.resized(1, rows).step_shape()
 
     @property
     def lora(self) -> int:
@@ -119,7 +119,7 @@ class StepMemory:
 
     def per_batch(self, rows: int) -> float:
         """Returns the bytes of saved activations and scratch for `rows` tokens."""
-        return sum(saved_bytes(self._counted(rows)).values()) + self.scratch(rows)
+        return sum(activation_bytes(self._counted(rows)).values()) + self.scratch(rows)
 
     def longest(self, limit: float, state_on_device: float) -> int:
         """Returns the longest row, a multiple of 64 tokens, that fits next to the optimizer state; 0 if none does."""

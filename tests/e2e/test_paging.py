@@ -16,7 +16,7 @@ from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.optim.page_pool import PagingError
 from qlora_jax.training import loop
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.optimizer_state import make_updates
+from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.run import train
 from tests.e2e.project import project
 from tests.e2e.test_training import Records, arrays_at, numbers, session_of
@@ -141,8 +141,8 @@ def simulated_session(config, **changes):
     """A session whose pages live on a simulated device."""
     session = session_of(dataclasses.replace(config, optim=dataclasses.replace(config.optim, paging="auto")))
     memory = SimulatedMemory(jax.devices()[0], "pinned_host", **changes)
-    updates = make_updates(session.config.optim, session.total_steps, session.gradients, memory)
-    return dataclasses.replace(session, updates=updates), memory
+    updates = make_state_manager(session.config.optim, session.total_steps, session.gradients, memory)
+    return dataclasses.replace(session, state_manager=updates), memory
 
 
 def test_a_long_batch_sends_away_what_it_needs_and_nothing_else_moves(plain, tmp_path, monkeypatch):
@@ -157,7 +157,7 @@ def test_a_long_batch_sends_away_what_it_needs_and_nothing_else_moves(plain, tmp
     session, _ = simulated_session(plain, total_bytes=int((needs[short] + state) / 0.97) + 1024)
     records = Records()
     with Checkpoints(tmp_path, 2) as checkpoints:
-        loop.run_steps(session, loop.start(session), checkpoints, records, lambda: False)
+        loop.run_steps(session, loop.initial_state(session), checkpoints, records, lambda: False)
     steps = [record for record in records if "loss" in record]
     assert {record["length"] for record in steps} == {long, short}
     for before, record in itertools.pairwise(steps):
@@ -187,7 +187,7 @@ def test_a_page_without_a_place_stops_the_run_at_its_checkpoint(plain, tmp_path)
     session, memory = simulated_session(plain, total_bytes=10**9, others=[0, 10**9])
     with Checkpoints(tmp_path, 2) as checkpoints:
         progress = loop.run_steps(
-            session, loop.start(session), checkpoints, Records(), iter([False, False, True]).__next__
+            session, loop.initial_state(session), checkpoints, Records(), iter([False, False, True]).__next__
         )
         memory.advance()
         with pytest.raises(PagingError, match="the device has no room for it"):

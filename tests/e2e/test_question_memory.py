@@ -75,9 +75,11 @@ def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path
     config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
     printed = planned(config)
     assert "questions need" in printed and ", most in questions." in printed
-    asked = preflight.RunPlan.while_asking.fget
+    asked = preflight.RunPlan.question_bytes.fget
     seen = []
-    monkeypatch.setattr(preflight.RunPlan, "while_asking", property(lambda plan: seen.append(asked(plan)) or seen[-1]))
+    monkeypatch.setattr(
+        preflight.RunPlan, "question_bytes", property(lambda plan: seen.append(asked(plan)) or seen[-1])
+    )
     planned(config)
     monkeypatch.setattr(preflight, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
     with pytest.raises(ValueError, match=r"asking needs .* most in questions\..*leave those questions out"):

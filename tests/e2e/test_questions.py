@@ -161,7 +161,7 @@ def test_later_evaluations_compile_nothing(finished, tmp_path):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with Checkpoints(tmp_path / "run", 1) as checkpoints:
-            progress = loop.evaluated(session, loop.start(session), checkpoints, Records())
+            progress = loop.evaluated(session, loop.initial_state(session), checkpoints, Records())
             assert COMPILED in compiled
             batches = session.dataset.train_batches()
             for _ in range(2):

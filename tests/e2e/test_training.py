@@ -21,7 +21,7 @@ from qlora_jax.io.export.original_delta import as_exported
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
-from qlora_jax.training.early_stopping import Best
+from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import check_folder, next_commands, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
@@ -98,7 +98,7 @@ def test_only_lora_trains_and_no_code_reaches_gradients_or_optimizer(tmp_path):
     session = session_of(project(tmp_path))
     before = [np.array(leaf) for leaf in jax.tree.leaves(session.parts.base)]
     assert any(leaf.dtype == np.uint8 for leaf in before)
-    progress = loop.start(session)
+    progress = loop.initial_state(session)
     batch, arrays = first_batch(session)
     grads, _ = gradients(session.parts, arrays, session.dropout_key, remat="none")
     assert jax.tree.structure(grads) == jax.tree.structure(session.parts.lora)
@@ -122,7 +122,7 @@ class Records(list):
     evaluation = step
     samples = list.extend
 
-    def evaluating(self, words):
+    def evaluation_progress(self, words):
         pass
 
 
@@ -194,7 +194,7 @@ def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refuse
     many, position = str(write_rows(tmp_path / "many.jsonl", 150)), {"epoch": 3, "window": 1, "index": 0}
     windows = dict(train=many, cache=str(tmp_path / "cache"), window=100)
     session = session_of(project(tmp_path / "windows", data=windows))
-    state = checkpoint_state(session, 1, position, Best())
+    state = checkpoint_state(session, 1, position, BestEvaluation())
     assert state["window_order"] == window_order(session.config.train.seed, 3, 2).tolist()
     check_resumable(session, state)
     reversed_ = state | {"window_order": state["window_order"][::-1]}
@@ -204,7 +204,7 @@ def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refuse
     with pytest.raises(ValueError, match="lacks window_order, since another version"):
         check_resumable(session, state)
     session = session_of(project(tmp_path / "one"))
-    state = checkpoint_state(session, 1, position, Best())
+    state = checkpoint_state(session, 1, position, BestEvaluation())
     del state["window_order"]  # there is but one order of one window
     check_resumable(session, state)
 
@@ -214,10 +214,10 @@ def test_mfu_is_of_the_rows_own_tokens_and_only_where_the_peak_is_known(tmp_path
     batch, arrays = first_batch(session)
     assert batch.tokens == batch.lengths.sum() < arrays["inputs"].size
     records = Records()
-    loop.train_step(session, loop.start(session), batch, 0.0, records)
+    loop.train_step(session, loop.initial_state(session), batch, 0.0, records)
     known = dataclasses.replace(session.utilization, peak=1e9)
     again = dataclasses.replace(session_of(session.config), utilization=known)  # a step takes its session's parameters
-    loop.train_step(again, loop.start(again), batch, 0.0, records)
+    loop.train_step(again, loop.initial_state(again), batch, 0.0, records)
     without, record = records
     assert "mfu" not in without and without["model_flops"] == record["model_flops"]
     assert record["model_flops"] == known.flops(batch.lengths, int(arrays["weights"].sum()))
@@ -278,7 +278,7 @@ def test_compilations_are_one_a_length_and_one_update(tmp_path):
     for function in (update, evaluation_loss):
         function.clear_cache()
     with Checkpoints(Path(config.output), config.train.keep) as checkpoints:
-        loop.run_steps(session, loop.start(session), checkpoints, Records(), lambda: False)
+        loop.run_steps(session, loop.initial_state(session), checkpoints, Records(), lambda: False)
     assert len(session.dataset.buckets) == 2
     assert len(session.gradients) == len(session.dataset.buckets)
     assert update._cache_size() == 1
@@ -288,7 +288,7 @@ def test_compilations_are_one_a_length_and_one_update(tmp_path):
 def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):
     session = session_of(project(tmp_path))
     broken = jax.tree.map(lambda leaf: leaf + jnp.nan, session.parts.lora)
-    progress = dataclasses.replace(loop.start(session), lora=broken)
+    progress = dataclasses.replace(loop.initial_state(session), lora=broken)
     batch, _ = first_batch(session)
     with pytest.raises(loop.NonFiniteLoss, match=r"step 1: .*rows\.jsonl:\d+"):
         run_quietly(session, progress, batch)

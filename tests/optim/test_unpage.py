@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.optim.pager import PagedState, resident_bytes
-from qlora_jax.training.optimizer_state import PagedUpdates, make_updates
+from qlora_jax.training.optimizer_state import PagedStateManager, make_state_manager
 from qlora_jax.training.paging_budget import Room
 from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import assert_same, gradients, plain_run, tree
@@ -25,8 +25,8 @@ class Run:
     def __init__(self, monkeypatch, **changes):
         monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
         self.memory = SimulatedMemory(jax.devices()[0], "pinned_host", total_bytes=10 * SIZE, **changes)
-        updates = make_updates(ARGS, STEPS, Given(SIZE), self.memory)
-        assert isinstance(updates, PagedUpdates)
+        updates = make_state_manager(ARGS, STEPS, Given(SIZE), self.memory)
+        assert isinstance(updates, PagedStateManager)
         self.updates, self.lora, self.step = updates, tree(0), 0
         self.state = updates.init(self.lora)
 
@@ -47,7 +47,7 @@ class Run:
     def check(self) -> None:
         """Checks that the run equals the unpaged one, and that every byte is in one place."""
         lora, state, _ = plain_run(ARGS, self.step)
-        assert_same((self.lora, self.updates.to_save(self.state)), (lora, state))
+        assert_same((self.lora, self.updates.to_checkpoint(self.state)), (lora, state))
         assert self.memory.ledger.device_bytes + self.memory.ledger.host_bytes == SIZE
         resident = SIZE if self.is_whole else resident_bytes(self.state)
         assert self.memory.ledger.device_bytes == resident
@@ -57,7 +57,7 @@ def test_a_state_with_room_is_the_plain_optimizers_and_moves_once(monkeypatch):
     run = Run(monkeypatch)
     first, second = run.go(ALL), run.go(ALL)
     assert run.is_whole and (first.bytes_in, first.bytes_out) == (SIZE, 0) and not second.bytes_in + second.bytes_out
-    assert run.updates.numbers(run.state, second)["resident_bytes"] == SIZE
+    assert run.updates.metrics(run.state, second)["resident_bytes"] == SIZE
     run.check()
     assert len(run.updates.step) == 0  # no page's program was compiled
 

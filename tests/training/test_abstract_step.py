@@ -23,7 +23,7 @@ from qlora_jax.optim import make_optimizer
 from qlora_jax.training import step
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import saved_bytes
+from qlora_jax.training.cost.activations import activation_bytes
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
 from tests.training.compiled_text import TO_READ, computed, dots, nbytes, shape_of
@@ -96,14 +96,14 @@ def test_65b_takes_no_memory_and_no_time():
 
 
 def compile_both(name: str, card: str, batch, remat="names", **lora):
-    """(flops.Step, gradients and update compiled for the card, the abstract step)."""
+    """(flops.StepShape, gradients and update compiled for the card, the abstract step)."""
     model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
     adapters = LoraArgs(**lora)
     abstract = abstract_step(model, weights, adapters, batch=batch, remat=remat)
     compiled = [
         aot.compile_for(card, p.function, *p.args, **p.kwargs) for p in (abstract.gradients(), abstract.update())
     ]
-    counted = flops.Step(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
+    counted = flops.StepShape(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
     return counted, *compiled, abstract
 
 
@@ -120,7 +120,7 @@ def check_counts(counted, gradients, update, abstract):
     lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
     assert update.memory.device.arguments == 2 * lora + state
     assert update.memory.device.aliases == lora + state
-    saved = sum(saved_bytes(counted).values())
+    saved = sum(activation_bytes(counted).values())
     assert saved < device.temporaries < saved + working_set(counted)
 
 
@@ -154,7 +154,7 @@ def check_nothing_is_whole(counted, text):
     """No copy of a stack's codes, no stack of dequantized weights, and no logits beyond one chunk of tokens."""
     model, layers = counted.model, counted.model.num_layers
     smallest = layers * min(n * k for _, (n, k) in counted.shapes())
-    kept = set(saved_bytes(counted))
+    kept = set(activation_bytes(counted))
     for kind in computed(text):
         sizes = shape_of(kind)
         if sizes[:1] == [layers]:

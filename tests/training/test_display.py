@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qlora_jax.training.display import Display, Pace, banner, duration
-from qlora_jax.training.eval_metrics import held_out_figures
+from qlora_jax.training.display import Display, Throughput, format_duration, print_banner
+from qlora_jax.training.eval_metrics import eval_loss_metrics
 
 
 def record(step: int, **changes) -> dict:
@@ -28,7 +28,7 @@ def test_plain_lines_at_every_nth_step_and_the_last():
         for step in range(1, 6):
             display.step(record(step))
         display.evaluation({"step": 0, "eval_loss": math.inf, "eval_perplexity": math.inf})
-        display.evaluation({"step": 5, **held_out_figures(np.array([1.0, 1.5]), np.array([1, 1]))})
+        display.evaluation({"step": 5, **eval_loss_metrics(np.array([1.0, 1.5]), np.array([1, 1]))})
     lines = out.getvalue().splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 2/5", "step 4/5", "step 5/5", "step 0/5", "step 5/5"]
     assert lines[0].startswith("step 2/5  loss 2.346  1024 tok/s  0:00 left  lr 2.0e-04  grad 0.31")
@@ -41,7 +41,7 @@ def test_questions_have_a_line_for_each_kind():
     console, out = plain()
     right = {"letters_right_by_letter": 0.25, "letters_right_by_letter_low": 0.1, "letters_right_by_letter_high": 0.482}
     with Display(5, 0, 2, console) as display:
-        display.evaluating("letters: 3 of 4")  # in a terminal alone
+        display.evaluation_progress("letters: 3 of 4")  # in a terminal alone
         display.evaluation({"step": 0, **right, "letters_ties": 1})
     assert out.getvalue() == "step 0/5  letters: right by letter 25.0% [10.0, 48.2]\n"
 
@@ -96,12 +96,12 @@ def test_a_narrow_terminal_cuts_the_end_alone():
 
 def test_the_banner_neither_wraps_nor_reads_markup_in_a_file():
     console, out = plain()
-    banner("train", {"model": "x" * 60, "not used": "[q_proj]"}, console)
+    print_banner("train", {"model": "x" * 60, "not used": "[q_proj]"}, console)
     assert out.getvalue().splitlines() == ["train", f"  model     {'x' * 60}", "  not used  [q_proj]"]
 
 
 def test_pace_leaves_out_the_steps_that_compile():
-    pace = Pace()
+    pace = Throughput()
     pace.add({"tokens": 100, "seconds": 60.0, "length": 64, "mfu": 0.01}, now=60.0)
     assert pace.tokens_per_second is None
     assert pace.seconds_per_step is None
@@ -132,4 +132,4 @@ def test_mfu_is_shown_where_it_is_known():
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75.2, "1:15"), (3675, "1:01:15"), (360000, "100:00:00")])
 def test_duration(seconds, text):
-    assert duration(seconds) == text
+    assert format_duration(seconds) == text

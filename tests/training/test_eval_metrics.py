@@ -7,22 +7,22 @@ import numpy as np
 
 from qlora_jax.evaluation.metrics import Measure, share
 from qlora_jax.evaluation.statistics import wilson_interval
-from qlora_jax.training.eval_metrics import figures, held_out_figures, loss_interval, perplexity, shares
-from qlora_jax.training.trackers import numbers
+from qlora_jax.training.eval_metrics import eval_loss_metrics, flatten_metrics, loss_interval, perplexity, task_metrics
+from qlora_jax.training.trackers import scalars
 
 
 def test_measures_there_and_back():
     right = np.array([True, False, False, True])
-    found = figures(
+    found = flatten_metrics(
         "choices", [share("right by likelihood a token", right), Measure("ties (counted as wrong)", "count", 3)]
     )
     low, high = wilson_interval(2, 4)
     name = "choices_right_by_likelihood_a_token"
     assert found == {name: 0.5, f"{name}_low": low, f"{name}_high": high, "choices_ties": 3}
     record = json.loads(json.dumps({"step": 3, "eval_loss": 1.0} | found))
-    assert shares(record, "choices") == [(name, "right by likelihood a token", 0.5, low, high)]
-    assert shares(record, "letters") == []
-    assert numbers(record) == {"eval_loss": 1.0} | found  # trackers draw all of them
+    assert task_metrics(record, "choices") == [(name, "right by likelihood a token", 0.5, low, high)]
+    assert task_metrics(record, "letters") == []
+    assert scalars(record) == {"eval_loss": 1.0} | found  # trackers draw all of them
 
 
 def test_perplexity_is_the_exponential_also_where_that_is_too_much():
@@ -35,7 +35,7 @@ def test_held_out_loss_has_the_interval_of_the_normal_approximation():
     rng = np.random.default_rng(3)
     tokens = rng.integers(5, 200, size=400)
     nll = tokens * rng.normal(2.0, 0.5, size=400)
-    found = held_out_figures(nll, tokens)
+    found = eval_loss_metrics(nll, tokens)
     loss = nll.sum() / tokens.sum()
     half = 1.96 * np.sqrt(np.sum((nll - loss * tokens) ** 2)) / tokens.sum()
     low, high = loss_interval(found) or (0, 0)
@@ -45,5 +45,5 @@ def test_held_out_loss_has_the_interval_of_the_normal_approximation():
 
 def test_a_loss_that_is_not_finite_has_no_interval():
     for broken in (math.inf, math.nan):
-        found = held_out_figures(np.array([1.0, broken]), np.array([1, 1]))
+        found = eval_loss_metrics(np.array([1.0, broken]), np.array([1, 1]))
         assert not math.isfinite(found["eval_loss"]) and loss_interval(found) is None

@@ -11,7 +11,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training.cost import flops
-from qlora_jax.training.mfu import NO_WINDOW, causal_pairs, peak_of, utilization
+from qlora_jax.training.mfu import NO_WINDOW, causal_pairs, peak_flops, utilization
 
 L, D, N, K, H, F, V, R = 3, 64, 4, 2, 16, 96, 500, 8
 MODEL = ModelConfig(
@@ -35,9 +35,9 @@ TOKENS, TARGETS = 20, 6
 PAIRS = sum(n * (n + 1) // 2 for n in (3, 10, 7))
 
 
-def step(**changes) -> flops.Step:
+def step(**changes) -> flops.StepShape:
     fields = dict(model=MODEL, weights=WeightFormat(), lora=LoraArgs(rank=R), batch=(4, 8, 512), remat="full")
-    return flops.Step(**fields | changes)
+    return flops.StepShape(**fields | changes)
 
 
 def test_operations_in_closed_form():
@@ -119,4 +119,4 @@ def test_layers_have_windows_of_their_own():
     ],
 )
 def test_a_peak_is_known_by_the_devices_name_or_not_at_all(kind, dtype, peak):
-    assert peak_of(Device(platform="gpu", kind=kind), WeightFormat(dtype=dtype)) == peak
+    assert peak_flops(Device(platform="gpu", kind=kind), WeightFormat(dtype=dtype)) == peak

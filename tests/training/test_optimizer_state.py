@@ -11,8 +11,8 @@ from qlora_jax.config import OptimArgs
 from qlora_jax.optim import make_elementwise
 from qlora_jax.optim.optax_chain import OPTIMIZERS
 from qlora_jax.optim.page_pool import Memory
-from qlora_jax.training.compiled_step import Gradients
-from qlora_jax.training.optimizer_state import make_updates
+from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.optimizer_state import make_state_manager
 from tests.optim.memory_pressure import SimulatedMemory
 from tests.optim.test_pager import assert_same, gradients, tree
 
@@ -23,7 +23,7 @@ ARGS = OptimArgs(
 SHORT, LONG = (1, 1, 64), (1, 1, 256)
 
 
-class Given(Gradients):
+class Given(CompiledGradients):
     """Gradients whose scratch a test says: none for short batches, most of the state's size for long ones."""
 
     def __init__(self, state_bytes: int):
@@ -49,14 +49,14 @@ def state_bytes(args: OptimArgs) -> int:
 
 def train(args: OptimArgs, memory: Memory | None = None):
     """(parameters, state, norms, bytes resident after each step) of 50 steps, every fifth batch a long one."""
-    updates = make_updates(args, STEPS, Given(state_bytes(args)), memory)
+    updates = make_state_manager(args, STEPS, Given(state_bytes(args)), memory)
     lora, state, norms, resident = tree(0), updates.init(tree(0)), [], []
     for step in range(STEPS):
         state, room, _ = updates.make_room(state, LONG if step % 5 == 4 else SHORT)
         lora, state, norm, moved = updates.update(lora, state, gradients(lora, float(step)), room)
         norms.append(norm)
-        resident.append(updates.numbers(state, moved).get("resident_bytes"))
-    return lora, updates.to_save(state), norms, resident
+        resident.append(updates.metrics(state, moved).get("resident_bytes"))
+    return lora, updates.to_checkpoint(state), norms, resident
 
 
 def device(state: int, share: float) -> SimulatedMemory:

@@ -6,15 +6,15 @@ import jax
 import pytest
 
 from qlora_jax.optim.page_pool import Memory
-from qlora_jax.training.compiled_step import Gradients
-from qlora_jax.training.paging_budget import Room, planned
+from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.paging_budget import Room, measured_budget
 from tests.optim.memory_pressure import SimulatedMemory
 
 MIB = 2**20
 SHAPE = (1, 1, 64)
 
 
-class Analysed(Gradients):
+class Analysed(CompiledGradients):
     """Gradients whose program needs: arguments 300, output 50, of which 10 are arguments, scratch by length."""
 
     def __init__(self):
@@ -45,14 +45,14 @@ def device(total: int, others: int) -> SimulatedMemory:
     ],
 )
 def test_room_is_what_the_program_and_others_leave(others, length, room):
-    budget, words = planned(Analysed(), device(1000, others))
+    budget, words = measured_budget(Analysed(), device(1000, others))
     assert budget((1, 1, length), 0) == Room(*(mib * MIB for mib in room))
     assert "its 1,000.00 MiB" in words
 
 
 @pytest.mark.parametrize(("others", "held"), [(0, 300), (500, 500)])
 def test_an_evaluation_has_no_gradients(others, held):
-    budget, _ = planned(Analysed(), device(1000, others))
+    budget, _ = measured_budget(Analysed(), device(1000, others))
     assert budget(150 * MIB, 0) == Room((970 - held - 150) * MIB, (970 - held) * MIB)
     assert budget(900 * MIB, 0).gradients == 0
 
@@ -60,11 +60,11 @@ def test_an_evaluation_has_no_gradients(others, held):
 def test_pages_on_the_device_are_not_counted_against_pages():
     memory = device(1000, 500)
     memory.ledger.device_bytes = 200 * MIB
-    budget, _ = planned(Analysed(), memory)
-    assert budget(SHAPE, 200 * MIB) == planned(Analysed(), device(1000, 500))[0](SHAPE, 0)
+    budget, _ = measured_budget(Analysed(), memory)
+    assert budget(SHAPE, 200 * MIB) == measured_budget(Analysed(), device(1000, 500))[0](SHAPE, 0)
 
 
 def test_a_device_that_tells_nothing_has_the_memory_of_the_machine():
-    budget, words = planned(Analysed(), Memory.of(jax.devices()[0]))
+    budget, words = measured_budget(Analysed(), Memory.of(jax.devices()[0]))
     assert "the machine's is assumed" in words
     assert budget(SHAPE, 0).gradients > 100 * MIB

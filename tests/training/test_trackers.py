@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.training.run import dry_run
-from qlora_jax.training.trackers import numbers, trackers
+from qlora_jax.training.trackers import scalars, trackers
 from tests.e2e.project import project
 from tests.e2e.test_training import numbers as metrics_of
 from tests.e2e.test_training import run
@@ -19,7 +19,7 @@ from tests.e2e.test_training import run
 RECORD = {"step": 3, "loss": 1.5, "tokens": 7, "flag": True, "paging_problems": ["x"]}
 
 
-def scalars(folder: Path) -> list[tuple[str, int, float]]:
+def events(folder: Path) -> list[tuple[str, int, float]]:
     """(name, step, value) of each event in TensorBoard's files, the oldest file first."""
     from tensorboardX.proto.event_pb2 import Event
 
@@ -35,16 +35,16 @@ def scalars(folder: Path) -> list[tuple[str, int, float]]:
 
 
 def test_numbers_are_what_can_be_drawn():
-    assert numbers(RECORD) == {"loss": 1.5, "tokens": 7.0}
+    assert scalars(RECORD) == {"loss": 1.5, "tokens": 7.0}
 
 
 def test_tensorboard_has_every_number_of_every_step(tmp_path):
     pytest.importorskip("tensorboardX", reason="tensorboardX, of the extra `tensorboard`, is not installed")
     with trackers(["tensorboard"], tmp_path, {}, 0) as (log,):
-        log(3, numbers(RECORD))
+        log(3, scalars(RECORD))
     with trackers(["tensorboard"], tmp_path, {}, 3) as (log,):
         log(4, {"loss": 1.25})
-    assert scalars(tmp_path / "tensorboard") == [("loss", 3, 1.5), ("tokens", 3, 7.0), ("loss", 4, 1.25)]
+    assert events(tmp_path / "tensorboard") == [("loss", 3, 1.5), ("tokens", 3, 7.0), ("loss", 4, 1.25)]
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     with trackers(["wandb"], tmp_path, {"lora": {"rank": 4}}, 0) as (log,):
-        log(3, numbers(RECORD))
+        log(3, scalars(RECORD))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     identity = file.parent.name.rpartition("-")[2]
     for _ in range(100):  # a process of its own writes it, and ends when it likes
@@ -84,7 +84,7 @@ def test_a_run_is_tracked_and_traced(tmp_path):
     config = project(tmp_path, train=dict(track=["tensorboard"], trace_steps=2, steps=6))
     assert run(config)
     folder = Path(config.output)
-    told = {(step, round(value, 4)) for name, step, value in scalars(folder / "tensorboard") if name == "loss"}
+    told = {(step, round(value, 4)) for name, step, value in events(folder / "tensorboard") if name == "loss"}
     assert told == {(record["step"], round(record["loss"], 4)) for record in metrics_of(config) if "loss" in record}
     (trace,) = (folder / "trace").rglob("perfetto_trace.json.gz")
     with gzip.open(trace, "rt") as file:

@@ -6,10 +6,10 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 from collections.abc import Callable
 
 from qlora_jax.models.config import LAYOUTS, ModelConfig
-from qlora_jax.training.cost.flops import DOWN, F32, Part, Step, in_handlers, tiling
+from qlora_jax.training.cost.flops import DOWN, F32, Formula, StepShape, tiling, uses_cpu_handlers
 
 
-def saved_bytes(step: Step) -> dict[str, int]:
+def activation_bytes(step: StepShape) -> dict[str, int]:
     """Activations kept on the device of all layers between forward and backward, by what they are, for the policy.
 
     L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
@@ -21,16 +21,16 @@ def saved_bytes(step: Step) -> dict[str, int]:
     return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
 
 
-def offloaded_bytes(step: Step) -> dict[str, int]:
+def offloaded_activation_bytes(step: StepShape) -> dict[str, int]:
     """Activations that wait in host memory between forward and backward, as `saved_bytes` names them."""
     parts = OFFLOADED.get(step.remat, {})
     return {name: step.model.num_layers * part(step) for name, part in parts.items()}
 
 
-def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
+def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Formula:
     """M width itemsize, where an adapter that reads it is there (or whatever there is, where none is named)."""
 
-    def part(step: Step) -> int:
+    def part(step: StepShape) -> int:
         readers = {*step.ranks, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
         readers |= set() if step.frozen else set(step.model.linear_shapes())
         is_read = not read_by or not readers.isdisjoint(read_by)
@@ -39,23 +39,23 @@ def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Part:
     return part
 
 
-def _lse(step: Step) -> int:
+def _lse(step: StepShape) -> int:
     tiles = tiling(step)
-    length = step.batch[2] if in_handlers(step) else tiles.chunks * tiles.chunk
+    length = step.batch[2] if uses_cpu_handlers(step) else tiles.chunks * tiles.chunk
     return F32 * step.batch[1] * step.model.num_heads * length
 
 
-def _lora_xa(step: Step) -> int:
+def _lora_xa(step: StepShape) -> int:
     return step.rows * sum(step.ranks.values()) * step.itemsize
 
 
-def _unscaled(step: Step) -> int:
+def _unscaled(step: StepShape) -> int:
     """What vectors on results are multiplied with: of DoRA, and of (IA)^3."""
     scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
     return step.rows * sum(n for name, (n, _) in step.shapes() if name in scaled) * step.itemsize
 
 
-def _dora_norms(step: Step) -> int:
+def _dora_norms(step: StepShape) -> int:
     return F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
@@ -77,8 +77,8 @@ def _before_qk_norm(model: ModelConfig) -> int:
     return (model.num_heads + model.num_kv_heads) * model.head_dim if model.qk_norm else 0
 
 
-INPUT: dict[str, Part] = {"layer input": _wide(lambda m: m.embed_dim)}
-NAMED: dict[str, Part] = {
+INPUT: dict[str, Formula] = {"layer input": _wide(lambda m: m.embed_dim)}
+NAMED: dict[str, Formula] = {
     "query": _wide(lambda m: m.num_heads * m.head_dim),
     "key and value": _wide(lambda m: 2 * m.num_kv_heads * m.head_dim),
     "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
@@ -90,7 +90,7 @@ NAMED: dict[str, Part] = {
     "unscaled": _unscaled,
     "dora_norms": _dora_norms,
 }
-READ: dict[str, Part] = {
+READ: dict[str, Formula] = {
     "attention's input": _wide(_to_attention, *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))),
     "mlp's input": _wide(_to_mlp, "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
     "before queries' and keys' norms": _wide(_before_qk_norm),
@@ -98,10 +98,10 @@ READ: dict[str, Part] = {
     # Once more, heads joined to rows: attention's own backward pass keeps the other shape.
     "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
 }
-SAVED: dict[str, dict[str, Part]] = {
+SAVED: dict[str, dict[str, Formula]] = {
     "none": INPUT | NAMED | READ,
     "names": INPUT | NAMED,
     "full": INPUT,
     "offload": {},
 }
-OFFLOADED: dict[str, dict[str, Part]] = {"offload": INPUT}
+OFFLOADED: dict[str, dict[str, Formula]] = {"offload": INPUT}

@@ -26,7 +26,7 @@ F32 = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step:
+class StepShape:
     """What the counts depend on.
 
     Attributes:
@@ -102,47 +102,47 @@ class Step:
 # Operations of one micro-batch, one layer
 
 
-def frozen_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+def frozen_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """sum over projections of 2 M out in: y = x W^T, and as much for dx = dy W; twice where DoRA drops inputs."""
     return step.frozen * projection_flops(step, without=without)
 
 
-def whole_linear_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+def trained_linear_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """The same, where weights train: then dW = dy^T x is as much once more."""
     return (not step.frozen) * projection_flops(step, without=without)
 
 
-def projection_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+def projection_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """sum over projections of 2 M out in; twice where DoRA drops inputs."""
     twice = step.dora if step.lora.dropout else ()
     products = ((1 + (name in twice), shape) for name, shape in step.shapes() if name not in without)
     return sum(times * product_flops(step.rows, shape) for times, shape in products)
 
 
-def lora_down_flops(step: Step) -> int:
+def lora_down_flops(step: StepShape) -> int:
     """sum over adapters of 2 M in R: x A."""
     return sum(2 * step.rows * k * step.ranks[name] for name, (_, k) in step.shapes() if name in step.ranks)
 
 
-def lora_up_flops(step: Step, *, without: tuple[str, ...] = ()) -> int:
+def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
     """sum over adapters of 2 M R out: (x A) B."""
     names = step.ranks.keys() - set(without)
     return sum(2 * step.rows * n * step.ranks[name] for name, (n, _) in step.shapes() if name in names)
 
 
-def dora_flops(step: Step) -> int:
+def dora_flops(step: StepShape) -> int:
     """sum over DoRA's adapters of 2 R out in + 2 R^2 (in + out): W A, A^T A and (A^T A) B, of its norms."""
     pairs = ((step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
     return sum(product_flops(rank, (n, k)) + 2 * rank**2 * (n + k) for rank, (n, k) in pairs)
 
 
-def in_handlers(step: Step) -> bool:
+def uses_cpu_handlers(step: StepShape) -> bool:
     """Whether attention is computed by the C++ handlers of a CPU."""
     plain = step.model.has_plain_attention(step.batch[2])
     return attention_cpu.refusal(step.weights.platform, step.weights.dtype, step.model.head_dim, plain=plain) is None
 
 
-def tiling(step: Step) -> Tiling:
+def tiling(step: StepShape) -> Tiling:
     """How attention cuts T positions: I chunks of C, the last one padded."""
     model, (_, rows, length) = step.model, step.batch
     found: list[Tiling] = []
@@ -154,13 +154,13 @@ def tiling(step: Step) -> Tiling:
     return found[0]
 
 
-def pairs(step: Step) -> int:
+def pairs(step: StepShape) -> int:
     """Pairs (query, key) of the tiles that attention visits, of all layers: L C^2 I (I + 1) / 2 without windows.
 
     T^2 would be the full square, T^2 / 2 the least. With a window of w, chunk i begins at chunk (i C - w + 1) / C.
     """
     length, seen = step.batch[2], step.model.seen(step.batch[2])
-    if in_handlers(step):
+    if uses_cpu_handlers(step):
         return sum(attention_cpu.pairs(length, window) for window in seen)
     tiles = tiling(step)
     return tiles.chunk**2 * sum(_visited(tiles, window) for window in seen)
@@ -172,19 +172,19 @@ def _visited(tiles: Tiling, window: int) -> int:
     return sum(i + 1 - max(i * tiles.chunk - limit + 1, 0) // tiles.chunk for i in range(tiles.chunks))
 
 
-def attention_flops(step: Step, *, products: int) -> int:
+def attention_flops(step: StepShape, *, products: int) -> int:
     """products 2 B N H pairs: 2 products forward (q k^T, p v); 5 backward (those scores again, dp, dk, dv, dq)."""
     return products * _flops_a_pair(step) * pairs(step)
 
 
-def attention_again_flops(step: Step) -> int:
+def attention_recompute_flops(step: StepShape) -> int:
     """The 2 products of the forward pass. Where attention is unrolled the compiler sees that the scores q k^T are those
     that the backward pass makes as well, and one product is left."""
-    shared = tiling(step).unrolled and not in_handlers(step)
+    shared = tiling(step).unrolled and not uses_cpu_handlers(step)
     return attention_flops(step, products=1 if shared else 2)
 
 
-def _flops_a_pair(step: Step) -> int:
+def _flops_a_pair(step: StepShape) -> int:
     """2 B N H."""
     return 2 * step.batch[1] * step.model.num_heads * step.model.head_dim
 
@@ -192,7 +192,7 @@ def _flops_a_pair(step: Step) -> int:
 # Operations of one micro-batch, once
 
 
-def head_flops(step: Step) -> int:
+def head_flops(step: StepShape) -> int:
     """2 C I D V: the logits of I chunks of C supervised tokens; as much again for the hidden states' gradient.
 
     Where the head trains whole, V has the new tokens too.
@@ -201,12 +201,12 @@ def head_flops(step: Step) -> int:
     return 2 * head_rows(step) * step.model.embed_dim * rows
 
 
-def head_tile(step: Step) -> lm_head_tiles.Tile:
+def head_tile(step: StepShape) -> lm_head_tiles.Tile:
     """How the head is cut: C tokens with W of its rows at once."""
     return lm_head_tiles.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
 
 
-def head_rows(step: Step) -> int:
+def head_rows(step: StepShape) -> int:
     """C I: supervised tokens in whole chunks of C."""
     chunk = head_tile(step).tokens
     tokens = step.rows if step.supervised is None else step.supervised
@@ -216,35 +216,35 @@ def head_rows(step: Step) -> int:
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
-def _head_is_whole(step: Step) -> bool:
+def _head_is_whole(step: StepShape) -> bool:
     return (EMBEDDING if step.model.tie_embeddings else HEAD) in step.whole
 
 
-def row_flops(step: Step) -> int:
+def row_flops(step: StepShape) -> int:
     """2 M D a new token: hidden states times its row of the head."""
     return 2 * step.rows * step.model.embed_dim * step.new_tokens
 
 
-def _rows_backward(step: Step) -> int:
+def _rows_backward(step: StepShape) -> int:
     """By hidden states and by the head's rows, and by the embedding's, where these do not train whole."""
     return row_flops(step) * (2 * (not _head_is_whole(step)) + (EMBEDDING not in step.whole))
 
 
-Part = Callable[[Step], int]
+Formula = Callable[[StepShape], int]
 
-LAYER_FLOPS: dict[str, Part] = {
+LAYER_FLOPS: dict[str, Formula] = {
     "frozen forward": frozen_flops,
     "frozen backward": frozen_flops,
     "lora forward": lambda step: lora_down_flops(step) + lora_up_flops(step),
     # d(xA) = dy B^T and dB = (xA)^T dy; dA = x^T d(xA) and dx = d(xA) A^T
     "lora backward": lambda step: 2 * lora_up_flops(step) + 2 * lora_down_flops(step),
     "dora forward": dora_flops,
-    "whole_linear forward": whole_linear_flops,
-    "whole_linear backward": lambda step: 2 * whole_linear_flops(step),
+    "whole_linear forward": trained_linear_flops,
+    "whole_linear backward": lambda step: 2 * trained_linear_flops(step),
     "attention forward": lambda step: attention_flops(step, products=2),
     "attention backward": lambda step: attention_flops(step, products=5),
 }
-HEAD_FLOPS: dict[str, Part] = {
+HEAD_FLOPS: dict[str, Formula] = {
     "head forward": head_flops,
     "head backward": head_flops,
     # logits again, and the head's gradient
@@ -254,7 +254,7 @@ HEAD_FLOPS: dict[str, Part] = {
 }
 
 
-def not_again(step: Step) -> tuple[str, ...]:
+def not_recomputed(step: StepShape) -> tuple[str, ...]:
     """The projections whose results a backward pass does not need: the last one, where no norm reads it, and no vector
     that trains."""
     scaled = DOWN in step.dora or step.vectors.get(DOWN) is False
@@ -262,20 +262,20 @@ def not_again(step: Step) -> tuple[str, ...]:
 
 
 # What a policy computes again in the backward pass.
-FULL: dict[str, Part] = {
-    "frozen again": lambda step: frozen_flops(step, without=not_again(step)),
-    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_again(step)),
+FULL: dict[str, Formula] = {
+    "frozen again": lambda step: frozen_flops(step, without=not_recomputed(step)),
+    "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),
     "dora again": dora_flops,
-    "whole_linear again": lambda step: whole_linear_flops(step, without=not_again(step)),
-    "attention again": attention_again_flops,
+    "whole_linear again": lambda step: trained_linear_flops(step, without=not_recomputed(step)),
+    "attention again": attention_recompute_flops,
 }
-AGAIN: dict[str, dict[str, Part]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
+RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
 
 
-def flops(step: Step) -> dict[str, int]:
+def flops(step: StepShape) -> dict[str, int]:
     """Operations of one optimizer step by part: A (L (forward + backward + again) + head)."""
     micro_batches, layers = step.batch[0], step.model.num_layers
-    per_layer = LAYER_FLOPS | AGAIN[step.remat]
+    per_layer = LAYER_FLOPS | RECOMPUTED[step.remat]
     times = {name: 1 if name.startswith("attention") else layers for name in per_layer}  # its pairs are of all layers
     counted = {name: micro_batches * times[name] * part(step) for name, part in per_layer.items()}
     return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}

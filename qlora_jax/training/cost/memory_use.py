@@ -9,10 +9,10 @@ import numpy as np
 
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
-from qlora_jax.training.cost.flops import AGAIN, F32, Step, head_tile, not_again
+from qlora_jax.training.cost.flops import F32, RECOMPUTED, StepShape, head_tile, not_recomputed
 
 
-def frozen_bytes(step: Step) -> dict[str, int]:
+def frozen_bytes(step: StepShape) -> dict[str, int]:
     """codes, constants: `held` of each projection's layers (dense weights count as codes, in their own dtype).
 
     tables: V D of embedding and head (once where tied), those that train whole left out. vectors: norms and biases, as
@@ -32,7 +32,7 @@ def frozen_bytes(step: Step) -> dict[str, int]:
     }
 
 
-def _held(step: Step, name: str, shape: tuple[int, int]) -> tuple[int, int]:
+def _held(step: StepShape, name: str, shape: tuple[int, int]) -> tuple[int, int]:
     weights, layers = step.weights, step.model.num_layers
     dense = len(weights.dense_layers(name, layers))
     dense_bytes = dense * math.prod(shape) * step.itemsize
@@ -48,7 +48,7 @@ def _held(step: Step, name: str, shape: tuple[int, int]) -> tuple[int, int]:
     return dense_bytes + (layers - dense) * kept.codes, (layers - dense) * kept.constants
 
 
-def lora_bytes(step: Step) -> int:
+def lora_bytes(step: StepShape) -> int:
     """L sum over adapters of R (in + out), and D a row of new tokens, 4 bytes or 2 each, and 4 bytes for each element
     of a vector of DoRA or (IA)^3: the parameters; their gradients are as large."""
     size = 2 if step.lora.dtype == "bfloat16" else F32
@@ -57,14 +57,14 @@ def lora_bytes(step: Step) -> int:
     return step.model.num_layers * per_layer + tables + F32 * sum(_last_norm(step))
 
 
-def _new_rows(step: Step) -> int:
+def _new_rows(step: StepShape) -> int:
     """Rows that train of embedding and head: those of new tokens, and all where a table trains whole."""
     tables = 1 if step.model.tie_embeddings else 2
     return tables * step.new_tokens + len(step.whole) * step.model.vocab_size
 
 
 # By optimizer: moments, whether they are held in 8 bits, and counts of steps in int32 (optax's schedule has its own).
-HELD = {
+OPTIMIZER_STATES = {
     "adamw_32bit": (2, False, 2),
     "adamw_8bit": (2, True, 1),
     "lion_32bit": (1, False, 2),
@@ -72,12 +72,12 @@ HELD = {
 }
 
 
-def optimizer_bytes(step: Step) -> int:
+def optimizer_bytes(step: StepShape) -> int:
     """Moments L sum over A and B of 4 n, n = R in or R out; in 8 bits n + 4 ceil(n / 256) where n >= 4,096; counts.
 
     Vectors of n elements likewise, and rows of new tokens, n = D.
     """
-    moments, eight_bit, counters = HELD[step.optimizer]
+    moments, eight_bit, counters = OPTIMIZER_STATES[step.optimizer]
     held = sum(_moment_bytes(n, eight_bit) for n in (*_matrix_sizes(step), *_vector_sizes(step)))
     rows = _new_rows(step) * _moment_bytes(step.model.embed_dim, eight_bit)
     last = sum(_moment_bytes(n, eight_bit) for n in _last_norm(step))
@@ -88,14 +88,14 @@ def _moment_bytes(n: int, eight_bit: bool) -> int:
     return n + F32 * -(-n // BLOCK) if eight_bit and n >= MIN_SIZE else F32 * n
 
 
-def _matrix_sizes(step: Step) -> list[int]:
+def _matrix_sizes(step: StepShape) -> list[int]:
     """Elements of each A and B of one layer, or of each weight where they train themselves."""
     if not step.frozen:
         return [n * k for _, (n, k) in step.shapes()]
     return [step.ranks[name] * side for name, shape in step.shapes() if name in step.ranks for side in shape]
 
 
-def _vector_sizes(step: Step) -> list[int]:
+def _vector_sizes(step: StepShape) -> list[int]:
     """Elements of each vector of one layer that trains."""
     if not step.frozen:
         biases = [n for (n, _), has_bias in step.model.linear_shapes().values() if has_bias]
@@ -104,26 +104,26 @@ def _vector_sizes(step: Step) -> list[int]:
     return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
 
 
-def _norm_leaves(step: Step) -> int:
+def _norm_leaves(step: StepShape) -> int:
     """Vectors of a norm: its weight, and a LayerNorm's bias."""
     return 2 if step.model.norm == "layer" else 1
 
 
-def _last_norm(step: Step) -> list[int]:
+def _last_norm(step: StepShape) -> list[int]:
     """Elements of each vector of the norm behind the layers, where it trains."""
     return [] if step.frozen else _norm_leaves(step) * [step.model.embed_dim]
 
 
-def _dora_rows(step: Step) -> int:
+def _dora_rows(step: StepShape) -> int:
     return sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
-def batch_bytes(step: Step) -> int:
+def batch_bytes(step: StepShape) -> int:
     """12 A B T: inputs and targets in int32, weights in f32."""
     return 3 * F32 * int(np.prod(step.batch))
 
 
-def dequantized_traffic(step: Step) -> int:
+def dequantized_traffic(step: StepShape) -> int:
     """Bytes of dequantized weights of one step, where an implementation writes and reads each for each product.
 
     2 * 2 N K a product, for the forward pass, the backward pass and what is computed again; DoRA's norms take one more
@@ -132,22 +132,22 @@ def dequantized_traffic(step: Step) -> int:
     product = {name: 2 * dequantized_bytes(shape) * step.frozen for name, shape in step.shapes()}
     norms = sum(product[name] for name in step.dora)
     layer = sum(product.values()) + (norms if step.lora.dropout else 0)
-    again = layer - sum(product[name] for name in not_again(step)) + norms
+    again = layer - sum(product[name] for name in not_recomputed(step)) + norms
     times = step.batch[0] * step.model.num_layers
-    return times * (2 * layer + norms + (again if "frozen again" in AGAIN[step.remat] else 0))
+    return times * (2 * layer + norms + (again if "frozen again" in RECOMPUTED[step.remat] else 0))
 
 
-def logits_bytes(step: Step) -> int:
+def logits_bytes(step: StepShape) -> int:
     """C W (4 + itemsize): one tile's logits in f32 and their exponentials in the compute dtype."""
     return math.prod(head_tile(step)) * (F32 + step.itemsize)
 
 
-def argument_bytes(step: Step) -> int:
+def argument_bytes(step: StepShape) -> int:
     """What `gradients` is given, dropout's key left out: frozen weights, LoRA, batch."""
     return sum(frozen_bytes(step).values()) + lora_bytes(step) + batch_bytes(step)
 
 
-def gradient_output_bytes(step: Step) -> int:
+def gradient_output_bytes(step: StepShape) -> int:
     """What `gradients` returns: a gradient of each LoRA parameter, two sums and A B rows' losses in f32."""
     accumulated, rows, _ = step.batch
     return lora_bytes(step) + F32 * (2 + accumulated * rows)

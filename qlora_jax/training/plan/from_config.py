@@ -7,21 +7,21 @@ from pallas_kernels import aot
 from qlora_jax.config import Config, LoraArgs, paging_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
-from qlora_jax.training.plan.requirements import Compile, Setting, here, on_card
+from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
-from qlora_jax.training.plan.target import CPU, Target, features_of
+from qlora_jax.training.plan.target import CPU, PlanTarget, model_features
 from qlora_jax.training.session import open_inputs
 
 GIB = 2**30
 
 
-def setting_of(args: PlanArgs, target: Target, buckets: Sequence[int]) -> Setting:
+def step_config(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> StepConfig:
     """What the longest step needs its memory for: of the longest bucket, or data.max_length where none is known.
 
     Raises:
       ValueError: no such model, or rows longer than it was made for.
     """
-    model = features_of(args.model.path)
+    model = model_features(args.model.path)
     if args.data.max_length > model.max_positions:
         raise ValueError(
             f"data.max_length={args.data.max_length} is longer than the model allows, which was made for "
@@ -30,10 +30,10 @@ def setting_of(args: PlanArgs, target: Target, buckets: Sequence[int]) -> Settin
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # whichever they will be, their rows are as large
-    return run_setting(args, model, weights, max(buckets, default=args.data.max_length), ids)
+    return run_step_config(args, model, weights, max(buckets, default=args.data.max_length), ids)
 
 
-def buckets_of(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
+def data_buckets(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
     """(the lengths that batches of data.train come in, empty where they are not known; why they are not).
 
     Raises:
@@ -48,12 +48,12 @@ def buckets_of(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
     return open_inputs(args).dataset.buckets, None
 
 
-def run_setting(
+def run_step_config(
     config: Config, model: ModelConfig, weights: WeightFormat, length: int, new_ids: tuple[int, ...]
-) -> Setting:
+) -> StepConfig:
     """The setting of a run's steps with rows of `length` tokens; `new_ids` of its new tokens."""
     train = config.train
-    return Setting(
+    return StepConfig(
         model=model,
         weights=weights,
         lora=config.lora,
@@ -65,19 +65,19 @@ def run_setting(
     )
 
 
-def compiler_for(target: Target) -> tuple[Compile | None, str | None]:
+def compiler_for(target: PlanTarget) -> tuple[CompileStep | None, str | None]:
     """(what compiles for the target, why nothing does)."""
     if target.card is None:
-        return here, None
+        return compile_here, None
     problem = aot.problem()
-    return (None, problem) if problem else (on_card(target.card.name), None)
+    return (None, problem) if problem else (compile_on_card(target.card.name), None)
 
 
 def _method(lora: LoraArgs) -> str:
     return f"rank {lora.rank}" if lora.method in ("lora", "dora") else f"lora.method={lora.method}"
 
 
-def title_of(args: PlanArgs, target: Target, setting: Setting) -> str:
+def plan_title(args: PlanArgs, target: PlanTarget, setting: StepConfig) -> str:
     """What is planned, on what."""
     _, rows, length = setting.batch
     place = "this CPU" if target.card is None else target.card.description

@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from qlora_jax.config import plain_name
 from qlora_jax.data.batching.buckets import UNIT
-from qlora_jax.training.plan.requirements import Compile, Need, Setting, compiled_need, estimated_need, fitted_need
+from qlora_jax.training.plan.requirements import (
+    CompileStep,
+    Requirements,
+    StepConfig,
+    compiled_requirements,
+    estimated_requirements,
+    fitted_requirements,
+)
 
 MAX_COMPILES = 4
 MOST_ROWS = 256  # of a micro-batch that is looked for
@@ -26,9 +33,9 @@ LEANER = {
 class Change(NamedTuple):
     """One change of the configuration, the options that make it, and what is needed with it."""
 
-    words: str
+    description: str
     options: Mapping[str, str | int]
-    need: Need
+    requirements: Requirements
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,74 +52,74 @@ class Plan:
     """
 
     limit: int
-    asked: Need
-    otherwise: Need
-    shorter: tuple[Need, ...]
-    longest: Need | None
-    largest: Need | None
+    requested: Requirements
+    other_paging: Requirements
+    shorter: tuple[Requirements, ...]
+    longest: Requirements | None
+    largest: Requirements | None
     change: Change | None
 
     @property
     def fits(self) -> bool:
         """Whether what was asked for fits."""
-        return self.asked.total <= self.limit
+        return self.requested.total <= self.limit
 
 
 class _Compiler:
     """Compiles as long as it may; what it may not is fitted to what it has compiled."""
 
-    def __init__(self, compile_step: Compile | None):
+    def __init__(self, compile_step: CompileStep | None):
         self._compile, self._left = compile_step, MAX_COMPILES
-        self.known: list[Need] = []
+        self.known: list[Requirements] = []
 
-    def measured(self, setting: Setting) -> Need:
+    def measured(self, config: StepConfig) -> Requirements:
         """Compiled, or the best that is known without."""
-        if self._compile is None or self._left == 0 or self._same_program(setting):
-            return self.guessed(setting)
+        if self._compile is None or self._left == 0 or self._same_program(config):
+            return self.guessed(config)
         self._left -= 1
-        self.known.append(compiled_need(setting, self._compile))
+        self.known.append(compiled_requirements(config, self._compile))
         return self.known[-1]
 
-    def guessed(self, setting: Setting) -> Need:
+    def guessed(self, config: StepConfig) -> Requirements:
         """Fitted to what was compiled, the same policy before others; estimated where nothing was.
 
         Where the optimizer's state lies changes no program: with the state elsewhere, a step is still as compiled.
         """
-        if same := self._same_program(setting):
-            return dataclasses.replace(fitted_need(setting, [same]), source=same.source)
-        alike = [need for need in self.known if need.setting.remat == setting.remat] or self.known
-        return fitted_need(setting, alike) if alike else estimated_need(setting)
+        if same := self._same_program(config):
+            return dataclasses.replace(fitted_requirements(config, [same]), source=same.source)
+        alike = [need for need in self.known if need.config.remat == config.remat] or self.known
+        return fitted_requirements(config, alike) if alike else estimated_requirements(config)
 
-    def _same_program(self, setting: Setting) -> Need | None:
-        return next((need for need in self.known if _program(need.setting) == _program(setting)), None)
+    def _same_program(self, config: StepConfig) -> Requirements | None:
+        return next((need for need in self.known if _program(need.config) == _program(config)), None)
 
 
-def _program(setting: Setting) -> tuple[Any, ...]:
+def _program(config: StepConfig) -> tuple[Any, ...]:
     """What the compiled step depends on, of what plans change."""
-    return setting.batch, setting.remat, setting.lora.dtype, plain_name(setting.optim.name)
+    return config.batch, config.remat, config.lora.dtype, plain_name(config.optim.name)
 
 
-def make_plan(setting: Setting, limit: int, compile_step: Compile | None, buckets: Sequence[int] = ()) -> Plan:
+def make_plan(config: StepConfig, limit: int, compile_step: CompileStep | None, buckets: Sequence[int] = ()) -> Plan:
     """The plan of a setting under a limit in bytes; without `compile_step` every number is an estimate.
 
     Args:
       buckets: the lengths that batches come in, the setting's own as the longest; empty: not known.
     """
     compiler = _Compiler(compile_step)
-    shorter = [setting.resized(setting.batch[1], part) for part in _shorter(setting.batch[2], buckets)]
-    for middle in sorted(shorter, key=lambda each: abs(2 * each.batch[2] - setting.batch[2]))[:1]:
+    shorter = [config.resized(config.batch[1], part) for part in _shorter(config.batch[2], buckets)]
+    for middle in sorted(shorter, key=lambda each: abs(2 * each.batch[2] - config.batch[2]))[:1]:
         compiler.measured(middle)
-    asked = compiler.measured(setting)
+    asked = compiler.measured(config)
     fits = asked.total <= limit
-    change = None if fits else _nearest(_changes(setting, limit, compiler), limit, compiler)
+    change = None if fits else _nearest(_changes(config, limit, compiler), limit, compiler)
     found = compiler.measured if fits else compiler.guessed
     return Plan(
         limit=limit,
-        asked=asked,
-        otherwise=compiler.guessed(setting.changed(paged=not setting.paged)),
+        requested=asked,
+        other_paging=compiler.guessed(config.replace(paged=not config.paged)),
         shorter=tuple(compiler.guessed(each) for each in shorter),
-        longest=_most(_lengths(setting), limit, compiler, found),
-        largest=_most(_row_counts(setting), limit, compiler, found),
+        longest=_most(_lengths(config), limit, compiler, found),
+        largest=_most(_row_counts(config), limit, compiler, found),
         change=change,
     )
 
@@ -124,86 +131,88 @@ def _shorter(length: int, buckets: Sequence[int]) -> list[int]:
     return [part for part in (length // 2 // UNIT * UNIT, length // 4 // UNIT * UNIT) if part >= UNIT]
 
 
-def _lengths(setting: Setting) -> list[Setting]:
+def _lengths(config: StepConfig) -> list[StepConfig]:
     """Every length that batches may come in, up to what the model was made for."""
-    return [setting.resized(setting.batch[1], n) for n in range(UNIT, setting.model.max_positions + 1, UNIT)]
+    return [config.resized(config.batch[1], n) for n in range(UNIT, config.model.max_positions + 1, UNIT)]
 
 
-def _row_counts(setting: Setting) -> list[Setting]:
-    return [setting.resized(rows, setting.batch[2]) for rows in range(1, MOST_ROWS + 1)]
+def _row_counts(config: StepConfig) -> list[StepConfig]:
+    return [config.resized(rows, config.batch[2]) for rows in range(1, MOST_ROWS + 1)]
 
 
-def _most(settings: list[Setting], limit: int, compiler: _Compiler, measure: Callable[[Setting], Need]) -> Need | None:
+def _most(
+    configs: list[StepConfig], limit: int, compiler: _Compiler, measure: Callable[[StepConfig], Requirements]
+) -> Requirements | None:
     """The largest of growing settings that fits, measured; where that says otherwise, what then is known to fit."""
     for _ in range(MAX_COMPILES):
-        index = _count_fitting(settings, limit, compiler) - 1
+        index = _count_fitting(configs, limit, compiler) - 1
         if index < 0:
             return None
-        need = measure(settings[index])
+        need = measure(configs[index])
         if need.total <= limit:
             return need
-        settings = settings[:index]
+        configs = configs[:index]
     return None
 
 
-def _count_fitting(settings: list[Setting], limit: int, compiler: _Compiler) -> int:
+def _count_fitting(configs: list[StepConfig], limit: int, compiler: _Compiler) -> int:
     """How many of growing settings fit, by bisection."""
-    low, high = 0, len(settings)
+    low, high = 0, len(configs)
     while low < high:
         middle = (low + high) // 2
-        if compiler.guessed(settings[middle]).total <= limit:
+        if compiler.guessed(configs[middle]).total <= limit:
             low = middle + 1
         else:
             high = middle
     return low
 
 
-def _changes(setting: Setting, limit: int, compiler: _Compiler) -> Iterator[Change]:
+def _changes(config: StepConfig, limit: int, compiler: _Compiler) -> Iterator[Change]:
     """Single changes, what changes least of the run first: the same numbers, the same step, coarser numbers, another
     step. At last the pairs that change no result."""
-    rows, length = setting.batch[1:]
-    if not setting.paged:
-        paged = setting.changed(paged=True)
+    rows, length = config.batch[1:]
+    if not config.paged:
+        paged = config.replace(paged=True)
         yield Change(PAGE, {"optim.paging": "auto"}, compiler.guessed(paged))
-    for remat in _leaner(setting):
-        yield Change(LEANER[remat], {"train.remat": remat}, compiler.guessed(setting.changed(remat=remat)))
-    if rows > 1 and (smaller := _count_fitting(_row_counts(setting)[: rows - 1], limit, compiler)):
-        need = compiler.guessed(setting.resized(smaller, length))
-        options = {"train.micro_batch_size": smaller, "train.accumulation": need.setting.batch[0]}
+    for remat in _leaner(config):
+        yield Change(LEANER[remat], {"train.remat": remat}, compiler.guessed(config.replace(remat=remat)))
+    if rows > 1 and (smaller := _count_fitting(_row_counts(config)[: rows - 1], limit, compiler)):
+        need = compiler.guessed(config.resized(smaller, length))
+        options = {"train.micro_batch_size": smaller, "train.accumulation": need.config.batch[0]}
         yield Change("fewer rows at once, accumulated", options, need)
-    yield from _smaller_numbers(setting, compiler)
-    lengths = [each for each in _lengths(setting) if each.batch[2] < length]
+    yield from _smaller_numbers(config, compiler)
+    lengths = [each for each in _lengths(config) if each.batch[2] < length]
     if shorter := _count_fitting(lengths, limit, compiler):
         need = compiler.guessed(lengths[shorter - 1])
-        yield Change("shorter rows", {"data.max_length": need.setting.batch[2]}, need)
-    for remat in () if setting.paged else _leaner(setting):
+        yield Change("shorter rows", {"data.max_length": need.config.batch[2]}, need)
+    for remat in () if config.paged else _leaner(config):
         options = {"optim.paging": "auto", "train.remat": remat}
-        both = setting.changed(paged=True, remat=remat)
+        both = config.replace(paged=True, remat=remat)
         yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.guessed(both))
 
 
-def _smaller_numbers(setting: Setting, compiler: _Compiler) -> Iterator[Change]:
+def _smaller_numbers(config: StepConfig, compiler: _Compiler) -> Iterator[Change]:
     """State in 8 bits, adapters in bf16."""
-    name = setting.optim.name.replace("_32bit", "_8bit")
-    if name != setting.optim.name:
-        eight_bit = setting.changed(optim=dataclasses.replace(setting.optim, name=name))
+    name = config.optim.name.replace("_32bit", "_8bit")
+    if name != config.optim.name:
+        eight_bit = config.replace(optim=dataclasses.replace(config.optim, name=name))
         yield Change("hold the optimizer's state in 8 bits", {"optim.name": name}, compiler.guessed(eight_bit))
-    if setting.lora.dtype != "bfloat16":
-        halved = setting.changed(lora=dataclasses.replace(setting.lora, dtype="bfloat16"))
+    if config.lora.dtype != "bfloat16":
+        halved = config.replace(lora=dataclasses.replace(config.lora, dtype="bfloat16"))
         yield Change("hold adapters in bfloat16", {"lora.dtype": "bfloat16"}, compiler.guessed(halved))
 
 
-def _leaner(setting: Setting) -> Iterator[str]:
+def _leaner(config: StepConfig) -> Iterator[str]:
     """Policies that keep less on the device, what changes least first. A CPU has no other memory."""
-    policies = [remat for remat in LEANER if remat != "offload" or setting.weights.platform != "cpu"]
-    yield from policies[policies.index(setting.remat) + 1 :] if setting.remat in policies else policies
+    policies = [remat for remat in LEANER if remat != "offload" or config.weights.platform != "cpu"]
+    yield from policies[policies.index(config.remat) + 1 :] if config.remat in policies else policies
 
 
 def _nearest(changes: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:
     """The first change that is thought to fit and then does."""
     for change in changes:
-        if change.need.total <= limit:
-            confirmed = compiler.measured(change.need.setting)
+        if change.requirements.total <= limit:
+            confirmed = compiler.measured(change.requirements.config)
             if confirmed.total <= limit:
-                return change._replace(need=confirmed)
+                return change._replace(requirements=confirmed)
     return None

@@ -15,23 +15,23 @@ from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.training.abstract_step import AbstractStep
-from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.paging_budget import device_bytes
-from qlora_jax.training.plan.from_config import run_setting
+from qlora_jax.training.plan.from_config import run_step_config
 from qlora_jax.training.plan.plan import make_plan
 from qlora_jax.training.plan.requirements import (
     ACTIVATIONS,
     KINDS,
-    Compile,
-    Need,
-    Setting,
+    CompileStep,
+    Requirements,
+    StepConfig,
     Temporaries,
-    compiled_need,
-    here,
+    compile_here,
+    compiled_requirements,
 )
 from qlora_jax.training.plan.text import verdict
-from qlora_jax.training.questions import AskingNeed
+from qlora_jax.training.questions import QuestionMemory
 from qlora_jax.training.session import Inputs, weights_of
 
 OF_A_STEP = ("gradients", ACTIVATIONS, "scratch")  # kinds of what an evaluation does without
@@ -47,76 +47,76 @@ class RunPlan:
       limit: bytes; `device` says of what.
     """
 
-    need: Need
+    requirements: Requirements
     limit: int
     device: str
-    asking: AskingNeed | None = None
+    questions: QuestionMemory | None = None
 
     @property
     def fits(self) -> bool:
         """Whether all of it fits."""
-        return self.most <= self.limit
+        return self.peak_bytes <= self.limit
 
     @property
-    def most(self) -> int:
+    def peak_bytes(self) -> int:
         """Bytes on the device at the largest moment."""
-        return max(self.need.total, self.while_asking)
+        return max(self.requirements.total, self.question_bytes)
 
     @property
-    def while_asking(self) -> int:
+    def question_bytes(self) -> int:
         """Bytes on the device while questions are asked: no gradients, nothing saved for them; 0 of a run that asks
         none."""
-        if self.asking is None:
+        if self.questions is None:
             return 0
-        return sum(self.need.device[kind] for kind in KINDS if kind not in OF_A_STEP) + self.asking.size
+        return sum(self.requirements.device[kind] for kind in KINDS if kind not in OF_A_STEP) + self.questions.size
 
     def rows(self) -> dict[str, str]:
         """For a banner."""
-        parts = [f"{kind} {format_bytes(self.need.device[kind])}" for kind in KINDS]
-        host = sum(self.need.host.values())
-        total = f"{format_bytes(self.need.total)} of {self.device}"
-        batch = "{1} x {2} tokens".format(*self.need.setting.batch)
+        parts = [f"{kind} {format_bytes(self.requirements.device[kind])}" for kind in KINDS]
+        host = sum(self.requirements.host.values())
+        total = f"{format_bytes(self.requirements.total)} of {self.device}"
+        batch = "{1} x {2} tokens".format(*self.requirements.config.batch)
         told = {"longest step": batch, "needs": total, "made of": ", ".join(parts)}
-        if self.asking is not None:
-            told["questions need"] = f"{format_bytes(self.while_asking)}, most in {self.asking.words}"
+        if self.questions is not None:
+            told["questions need"] = f"{format_bytes(self.question_bytes)}, most in {self.questions.words}"
         return told | ({"in host memory": format_bytes(host)} if host else {})
 
     def nearest_fix(self) -> str:
         """What would fit, found by compiling; in lines."""
-        lines = verdict(make_plan(self.need.setting, self.limit, here))
-        if self.asking is not None and self.while_asking > self.limit:
-            needs = f"asking needs {format_bytes(self.while_asking)} of {format_bytes(self.limit)}"
+        lines = verdict(make_plan(self.requirements.config, self.limit, compile_here))
+        if self.questions is not None and self.question_bytes > self.limit:
+            needs = f"asking needs {format_bytes(self.question_bytes)} of {format_bytes(self.limit)}"
             lines.append(
-                f"DOES NOT FIT: {needs}, most in {self.asking.words}; leave those questions out, and ask them by "
+                f"DOES NOT FIT: {needs}, most in {self.questions.words}; leave those questions out, and ask them by "
                 "python -m qlora_jax.evaluate when the run is done, or shorten them"
             )
         return "\n  ".join(lines)
 
 
-def plan_run(config: Config, inputs: Inputs, gradients: Gradients) -> RunPlan:
+def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> RunPlan:
     """The plan of the run's step for its longest bucket, whose program `gradients` has or compiles."""
     weights = weights_of(config, inputs)
-    setting = run_setting(config, inputs.model, weights, max(inputs.dataset.buckets), inputs.new_ids)
+    setting = run_step_config(config, inputs.model, weights, max(inputs.dataset.buckets), inputs.new_ids)
     limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
-    need = compiled_need(setting, _compiled_by(gradients, setting))
-    asking = None if inputs.questions is None else inputs.questions.need(gradients.parts)
-    return RunPlan(need=need, limit=limit, device=device, asking=asking)
+    requirements = compiled_requirements(setting, _compiled_by(gradients, setting))
+    questions = None if inputs.questions is None else inputs.questions.memory(gradients.parts)
+    return RunPlan(requirements=requirements, limit=limit, device=device, questions=questions)
 
 
-def _compiled_by(gradients: Gradients, setting: Setting) -> Compile:
+def _compiled_by(gradients: CompiledGradients, setting: StepConfig) -> CompileStep:
     """The update takes clipped gradients in f32 at most."""
 
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
         in_f32 = dataclasses.replace(setting.lora, dtype="float32")
-        update = memory_use.lora_bytes(dataclasses.replace(setting.counted(), lora=in_f32))
+        update = memory_use.lora_bytes(dataclasses.replace(setting.step_shape(), lora=in_f32))
         return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step
 
 
 @contextmanager
-def out_of_memory_told(plan: RunPlan) -> Iterator[None]:
+def explain_out_of_memory(plan: RunPlan) -> Iterator[None]:
     """A device that runs out of memory becomes a ValueError with the plan and what would fit."""
     try:
         yield

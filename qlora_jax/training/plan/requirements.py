@@ -17,8 +17,8 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.page_layout import PAGE_BYTES
 from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import offloaded_bytes, saved_bytes
-from qlora_jax.training.optimizer_state import PAGES_IN_A_BUDGET
+from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
 PROGRAMS = "programs"
@@ -26,11 +26,11 @@ KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "sc
 # On a CPU programs lie in the planned memory. Measured (scripts/bench/plan_memory.py), much the same for any model:
 # those of the loader and the update, and libraries' pages that they touch; not what is there before a weight is read.
 CPU_PROGRAMS = 80 * 2**20
-PAGES_IN_FLIGHT = PAGES_IN_A_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs
+PAGES_IN_FLIGHT = PAGES_PER_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Setting:
+class StepConfig:
     """What a step's memory depends on.
 
     Attributes:
@@ -55,14 +55,14 @@ class Setting:
         return self.batch[1] * self.batch[2]
 
     @functools.cached_property
-    def step(self) -> AbstractStep:
+    def abstract_step(self) -> AbstractStep:
         """The real step from shapes alone."""
         of_batch = {"batch": self.batch, "new_ids": self.new_ids, "remat": self.remat}
         return abstract_step(self.model, self.weights, self.lora, **of_batch, optim=self.optim)
 
-    def counted(self) -> flops.Step:
+    def step_shape(self) -> flops.StepShape:
         """What flops.py counts by."""
-        return flops.Step(
+        return flops.StepShape(
             model=self.model,
             weights=self.weights,
             lora=self.lora,
@@ -72,14 +72,14 @@ class Setting:
             new_tokens=len(self.new_ids),
         )
 
-    def changed(self, **changes: Any) -> "Setting":
+    def replace(self, **changes: Any) -> "StepConfig":
         """With other batch, remat, paging or dtype."""
         return dataclasses.replace(self, **changes)
 
-    def resized(self, rows: int, length: int) -> "Setting":
+    def resized(self, rows: int, length: int) -> "StepConfig":
         """With B rows of T positions; as many rows an optimizer step, or a few more."""
         accumulated, before, _ = self.batch
-        return self.changed(batch=(-(-accumulated * before // rows), rows, length))
+        return self.replace(batch=(-(-accumulated * before // rows), rows, length))
 
 
 class Temporaries(NamedTuple):
@@ -96,11 +96,11 @@ class Temporaries(NamedTuple):
 
 
 # Compiles the real step for one device. Raises whatever compiling raises.
-Compile = Callable[[AbstractStep], Temporaries]
+CompileStep = Callable[[AbstractStep], Temporaries]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Need:
+class Requirements:
     """Bytes of one step by kind.
 
     Attributes:
@@ -108,7 +108,7 @@ class Need:
       source: `compiled`, `fitted` to compiled neighbours, or `estimated` by formula alone.
     """
 
-    setting: Setting
+    config: StepConfig
     device: dict[str, int]
     host: dict[str, int]
     source: str
@@ -119,71 +119,71 @@ class Need:
         return sum(self.device.values())
 
 
-def _need(setting: Setting, scratch: int, source: str) -> Need:
-    of = setting.counted()
+def _need(config: StepConfig, scratch: int, source: str) -> Requirements:
+    of = config.step_shape()
     frozen, lora, state = memory_use.frozen_bytes(of), memory_use.lora_bytes(of), memory_use.optimizer_bytes(of)
     device = {
         "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
         "constants": frozen["constants"],
         "trained": lora,
         "gradients": lora,
-        STATE: min(state, PAGES_IN_FLIGHT) if setting.paged else state,
+        STATE: min(state, PAGES_IN_FLIGHT) if config.paged else state,
         ACTIVATIONS: _saved(of),
         "scratch": scratch,
-        PROGRAMS: CPU_PROGRAMS if setting.weights.platform == "cpu" else 0,
+        PROGRAMS: CPU_PROGRAMS if config.weights.platform == "cpu" else 0,
     }
-    host = dict.fromkeys(KINDS, 0) | {STATE: state if setting.paged else 0, ACTIVATIONS: _offloaded(of)}
-    return Need(setting=setting, device=device, host=host, source=source)
+    host = dict.fromkeys(KINDS, 0) | {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded(of)}
+    return Requirements(config=config, device=device, host=host, source=source)
 
 
-def _saved(of: flops.Step) -> int:
-    return sum(saved_bytes(of).values())
+def _saved(of: flops.StepShape) -> int:
+    return sum(activation_bytes(of).values())
 
 
-def _offloaded(of: flops.Step) -> int:
-    return sum(offloaded_bytes(of).values())
+def _offloaded(of: flops.StepShape) -> int:
+    return sum(offloaded_activation_bytes(of).values())
 
 
-def compiled_need(setting: Setting, compile_step: Compile) -> Need:
+def compiled_requirements(config: StepConfig, compile_step: CompileStep) -> Requirements:
     """Scratch as compiled: what is temporary and not saved, and the batch; or the update's, where that is more.
 
     Raises:
       RuntimeError: activations that were to wait in host memory stay on the device.
     """
-    of, temporaries = setting.counted(), compile_step(setting.step)
+    of, temporaries = config.step_shape(), compile_step(config.abstract_step)
     if temporaries.host < _offloaded(of):
         raise RuntimeError(
-            f"train.remat={setting.remat}: {format_bytes(_offloaded(of))} of activations were to wait in host memory, "
+            f"train.remat={config.remat}: {format_bytes(_offloaded(of))} of activations were to wait in host memory, "
             f"but the compiled step keeps {format_bytes(temporaries.host)} there; set train.remat=full"
         )
     scratch = max(temporaries.gradients + memory_use.batch_bytes(of), temporaries.update) - _saved(of)
-    return _need(setting, scratch, "compiled")
+    return _need(config, scratch, "compiled")
 
 
-def estimated_need(setting: Setting) -> Need:
+def estimated_requirements(config: StepConfig) -> Requirements:
     """Scratch by formula: `working_set`, and the batch."""
-    of = setting.counted()
-    return _need(setting, working_set(of) + memory_use.batch_bytes(of), "estimated")
+    of = config.step_shape()
+    return _need(config, working_set(of) + memory_use.batch_bytes(of), "estimated")
 
 
-def fitted_need(setting: Setting, known: Sequence[Need]) -> Need:
+def fitted_requirements(config: StepConfig, known: Sequence[Requirements]) -> Requirements:
     """Scratch on the line over B T through the last two compiled steps that are known; with one, in proportion to
     `working_set`."""
     *before, last = known[-2:]
-    rows, scratch = last.setting.rows, _without_batch(last)
-    batch = memory_use.batch_bytes(setting.counted())
-    if not before or before[0].setting.rows == rows:
-        share = working_set(setting.counted()) / working_set(last.setting.counted())
-        return _need(setting, round(scratch * share) + batch, "fitted")
-    slope = (scratch - _without_batch(before[0])) / (rows - before[0].setting.rows)
-    return _need(setting, max(0, round(scratch + slope * (setting.rows - rows))) + batch, "fitted")
+    rows, scratch = last.config.rows, _without_batch(last)
+    batch = memory_use.batch_bytes(config.step_shape())
+    if not before or before[0].config.rows == rows:
+        share = working_set(config.step_shape()) / working_set(last.config.step_shape())
+        return _need(config, round(scratch * share) + batch, "fitted")
+    slope = (scratch - _without_batch(before[0])) / (rows - before[0].config.rows)
+    return _need(config, max(0, round(scratch + slope * (config.rows - rows))) + batch, "fitted")
 
 
-def _without_batch(need: Need) -> int:
-    return need.device["scratch"] - memory_use.batch_bytes(need.setting.counted())
+def _without_batch(need: Requirements) -> int:
+    return need.device["scratch"] - memory_use.batch_bytes(need.config.step_shape())
 
 
-def working_set(of: flops.Step) -> int:
+def working_set(of: flops.StepShape) -> int:
     """One tile of logits; of one layer two arrays of each width, in f32; two dequantized weights of the MLP.
 
     An estimate: what compilers make of it is compared in tests/training/plan/test_plan.py.
@@ -198,14 +198,14 @@ def working_set(of: flops.Step) -> int:
 # Where the step is compiled
 
 
-def here(step: AbstractStep) -> Temporaries:
+def compile_here(step: AbstractStep) -> Temporaries:
     """Compiled for the device that this process computes on."""
     return _temporaries(
         step, lambda p: aot.read_memory(p.function.lower(*p.args, **p.kwargs).compile().memory_analysis())
     )
 
 
-def on_card(card: str) -> Compile:
+def compile_on_card(card: str) -> CompileStep:
     """Compiled for a card of pallas_kernels.gpu_specs, which need not be here (pallas_kernels.aot.problem: why not)."""
     return lambda step: _temporaries(step, lambda p: aot.compile_for(card, p.function, *p.args, **p.kwargs).memory)
 

@@ -19,7 +19,7 @@ CPU = "cpu"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Target:
+class PlanTarget:
     """What a plan is for.
 
     Attributes:
@@ -31,7 +31,7 @@ class Target:
     memory_bytes: int
 
 
-def target_of(card: str | None, memory: str | None) -> Target:
+def plan_target(card: str | None, memory: str | None) -> PlanTarget:
     """The device of a plan.
 
     Raises:
@@ -41,13 +41,13 @@ def target_of(card: str | None, memory: str | None) -> Target:
         raise ConfigError([f"card, memory: neither is given, expected --card with one of {', '.join(CARDS)}, cpu"])
     size = None if memory is None else _size(memory)
     if card == CPU:
-        return Target(card=None, memory_bytes=size or physical_memory())
+        return PlanTarget(card=None, memory_bytes=size or physical_memory())
     if card is None:
         assert size is not None
         nearest_card = min(CARDS.values(), key=lambda each: abs(each.memory_bytes - size))
-        return Target(card=nearest_card, memory_bytes=size)
+        return PlanTarget(card=nearest_card, memory_bytes=size)
     found = find_card(card)
-    return Target(card=found, memory_bytes=size or found.memory_bytes)
+    return PlanTarget(card=found, memory_bytes=size or found.memory_bytes)
 
 
 def _size(text: str) -> int:
@@ -57,7 +57,7 @@ def _size(text: str) -> int:
         raise ConfigError([f"memory: {error}"]) from error
 
 
-def features_of(path: str) -> ModelConfig:
+def model_features(path: str) -> ModelConfig:
     """The features of a model on disk, of a published one by its name, or of one on the Hub, of which config.json alone
     is fetched.
 
@@ -75,7 +75,7 @@ def features_of(path: str) -> ModelConfig:
         return model_config(PUBLIC[path])
     on_hub = named(path)
     if on_hub is not None:
-        return features_of(str(fetch_config(on_hub)))
+        return model_features(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
     raise ValueError(
         f"{path}: no such file or folder, no name on the Hub (org/name), and no published model that is known by "

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.training.plan.plan import MOST_ROWS, Plan
-from qlora_jax.training.plan.requirements import KINDS, STATE, Need
+from qlora_jax.training.plan.requirements import KINDS, STATE, Requirements
 
 GIB = 2**30
 MARKS = {"compiled": "", "fitted": "~", "estimated": "?"}
@@ -17,7 +17,7 @@ LEGEND = {"fitted": "~ fitted to compiled steps", "estimated": "? estimated by f
 
 def print_plan(plan: Plan, title: str, console: Console) -> None:
     """A table of bytes by kind, the verdict, and what would fit."""
-    needs = [plan.asked, plan.otherwise, *plan.shorter]
+    needs = [plan.requested, plan.other_paging, *plan.shorter]
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("GiB on the device")
     for need in needs:
@@ -33,17 +33,17 @@ def print_plan(plan: Plan, title: str, console: Console) -> None:
 
 def verdict(plan: Plan) -> list[str]:
     """Whether it fits, the nearest change, and the most that fits."""
-    asked = plan.asked
+    asked = plan.requested
     relation = "fits" if plan.fits else "DOES NOT FIT"
     lines = [f"{relation}: {format_bytes(asked.total)} of {format_bytes(plan.limit)} that a step may use"]
     if not plan.fits and plan.change is None:
         lines.append("no change that is known makes it fit: take a smaller model or a larger card")
     if plan.change is not None:
         options = " ".join(f"--{name} {value}" for name, value in plan.change.options.items())
-        need = plan.change.need
-        lines.append(f"nearest change that fits: {plan.change.words}: {options} ({_total(need)})")
-    rows, length = asked.setting.batch[1:]
-    most_positions = asked.setting.model.max_positions
+        need = plan.change.requirements
+        lines.append(f"nearest change that fits: {plan.change.description}: {options} ({_total(need)})")
+    rows, length = asked.config.batch[1:]
+    most_positions = asked.config.model.max_positions
     lines.append(f"longest rows found to fit, {rows} at once: {_most(plan.longest, 2, most_positions)}")
     lines.append(f"most rows at once found to fit, of {length} tokens: {_most(plan.largest, 1, MOST_ROWS)}")
     return lines
@@ -51,35 +51,39 @@ def verdict(plan: Plan) -> list[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Every number, in bytes."""
-    named = {"asked": plan.asked, "otherwise": plan.otherwise, "longest": plan.longest, "largest": plan.largest}
+    named = {"asked": plan.requested, "otherwise": plan.other_paging, "longest": plan.longest, "largest": plan.largest}
     told: dict[str, Any] = {name: need and _need_json(need) for name, need in named.items()}
     told["shorter"] = [_need_json(need) for need in plan.shorter]
     if plan.change is not None:
         change = plan.change
-        told["change"] = {"what": change.words, "options": dict(change.options), "need": _need_json(change.need)}
+        told["change"] = {
+            "what": change.description,
+            "options": dict(change.options),
+            "need": _need_json(change.requirements),
+        }
     return {"fits": plan.fits, "limit": plan.limit, "change": None} | told
 
 
-def _need_json(need: Need) -> dict[str, Any]:
-    setting = need.setting
-    what = {"batch": setting.batch, "remat": setting.remat, "paged": setting.paged, "source": need.source}
+def _need_json(need: Requirements) -> dict[str, Any]:
+    config = need.config
+    what = {"batch": config.batch, "remat": config.remat, "paged": config.paged, "source": need.source}
     return what | {"total": need.total, "device": need.device, "host": need.host}
 
 
-def _heading(need: Need) -> str:
-    rows, length = need.setting.batch[1:]
-    return f"{rows} x {length}" + (f"\n{STATE}\npaged" if need.setting.paged else "")
+def _heading(need: Requirements) -> str:
+    rows, length = need.config.batch[1:]
+    return f"{rows} x {length}" + (f"\n{STATE}\npaged" if need.config.paged else "")
 
 
-def _most(need: Need | None, axis: int, highest: int) -> str:
+def _most(need: Requirements | None, axis: int, highest: int) -> str:
     if need is None:
         return "none"
-    value = need.setting.batch[axis]
+    value = need.config.batch[axis]
     beyond = " (what the model was made for)" if axis == 2 and value + 64 > highest else ""
     return f"{value:,}{' or more' if axis == 1 and value == highest else beyond} ({_total(need)})"
 
 
-def _total(need: Need) -> str:
+def _total(need: Requirements) -> str:
     return format_bytes(need.total) + MARKS[need.source]
 
 
@@ -87,6 +91,6 @@ def _gib(size: int) -> str:
     return f"{size / GIB:,.2f}"
 
 
-def _legend(needs: Iterable[Need]) -> list[str]:
+def _legend(needs: Iterable[Requirements]) -> list[str]:
     sources = {need.source for need in needs}
     return [text for source, text in LEGEND.items() if source in sources]

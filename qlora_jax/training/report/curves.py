@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.training.eval_metrics import Share, shares
+from qlora_jax.training.eval_metrics import TaskMetric, task_metrics
 from qlora_jax.training.metrics import Record
 
 GIB = 2**30
@@ -64,9 +64,9 @@ def charts(records: Sequence[Record], planned: int) -> list[Chart]:
 
 def _shares(records: Sequence[Record], kind: str) -> list[Line]:
     """A line for each share, the first as the main one; its record's interval around each value."""
-    found: dict[str, list[tuple[int, Share]]] = {}
+    found: dict[str, list[tuple[int, TaskMetric]]] = {}
     for record in records:
-        for share in shares(record, kind):
+        for share in task_metrics(record, kind):
             found.setdefault(share.words, []).append((record["step"], share))
     return [
         Line(

@@ -10,7 +10,7 @@ from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.report.examples import ExampleRow, example_rows
 from qlora_jax.data.report.stats import DataReport
-from qlora_jax.training.eval_metrics import loss_interval, perplexity, shares
+from qlora_jax.training.eval_metrics import loss_interval, perplexity, task_metrics
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.plan.preflight import RunPlan
 
@@ -49,12 +49,12 @@ class Sample(NamedTuple):
     replies: tuple[tuple[int, str], ...]
 
 
-def shown_rows(dataset: Dataset) -> tuple[ExampleRow, ...]:
+def report_rows(dataset: Dataset) -> tuple[ExampleRow, ...]:
     """The rows that a report shows."""
     return example_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
 
 
-def report_facts(report: RunReport) -> dict[str, Any]:
+def report_json(report: RunReport) -> dict[str, Any]:
     """What JSON holds; bytes and shares as numbers."""
     return {
         "config": to_dict(report.config),
@@ -62,15 +62,15 @@ def report_facts(report: RunReport) -> dict[str, Any]:
         "rows": [_row_facts(row) for row in report.rows],
         "memory_plan": {
             "fits": report.plan.fits,
-            "device_bytes": report.plan.need.device,
-            "host_bytes": report.plan.need.host,
-            "questions_bytes": report.plan.while_asking or None,
+            "device_bytes": report.plan.requirements.device,
+            "host_bytes": report.plan.requirements.host,
+            "questions_bytes": report.plan.question_bytes or None,
             "limit_bytes": report.plan.limit,
-            "micro_batch": list(report.plan.need.setting.batch[1:]),
+            "micro_batch": list(report.plan.requirements.config.batch[1:]),
             "peak_bytes": report.peak,
         },
-        "training": training_facts(report.records),
-        "questions": question_facts(report.records),
+        "training": training_summary(report.records),
+        "questions": question_summary(report.records),
         "samples": [sample._asdict() for sample in before_and_after(report.samples)],
     }
 
@@ -86,7 +86,7 @@ def _row_facts(row: ExampleRow) -> dict[str, Any]:
     return {"place": row.place, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
 
 
-def training_facts(records: Sequence[Record]) -> dict[str, Any]:
+def training_summary(records: Sequence[Record]) -> dict[str, Any]:
     """What the records of a run come to; empty where it made no step.
 
     `tokens_per_second` is the median over steps: the first of each length compiles, in every process anew. Padding is
@@ -112,12 +112,12 @@ def training_facts(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def question_facts(records: Sequence[Record]) -> list[dict[str, Any]]:
+def question_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
     """Of each share of right answers: the kind of questions, its words, and it at the first evaluation and the last."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         for kind in QUESTION_KINDS:
-            for share in shares(record, kind):
+            for share in task_metrics(record, kind):
                 told = {"step": record["step"], "value": share.value, "interval": [share.low, share.high]}
                 found.setdefault((kind, share.words), []).append(told)
     return [{"kind": kind, "share": words, "first": each[0], "last": each[-1]} for (kind, words), each in found.items()]

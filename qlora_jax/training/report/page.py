@@ -18,11 +18,11 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import VISIBLE, facts
-from qlora_jax.training.display import duration
+from qlora_jax.training.display import format_duration
 from qlora_jax.training.plan.preflight import RunPlan
-from qlora_jax.training.plan.requirements import KINDS, Need
+from qlora_jax.training.plan.requirements import KINDS, Requirements
 from qlora_jax.training.report.curves import charts
-from qlora_jax.training.report.facts import RunReport, before_and_after, question_facts, report_facts, training_facts
+from qlora_jax.training.report.facts import RunReport, before_and_after, question_summary, report_json, training_summary
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
@@ -31,7 +31,7 @@ PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 def write_report(report: RunReport, run: Path) -> Path:
     """Writes both files into the folder `run`, which is made; returns the page's path."""
     run.mkdir(parents=True, exist_ok=True)
-    texts = {FACTS_FILE: json.dumps(report_facts(report), indent=2) + "\n", PAGE_FILE: page(report)}
+    texts = {FACTS_FILE: json.dumps(report_json(report), indent=2) + "\n", PAGE_FILE: page(report)}
     for name, text in texts.items():
         part = run / f"{name}.part"
         part.write_text(text, encoding="utf-8")
@@ -54,8 +54,8 @@ def page(report: RunReport) -> str:
         rows=report.rows,
         fits=report.plan.fits,
         plan=_plan(report.plan, report.peak),
-        places=list(_places(report.plan.need)),
-        kinds=_kinds(report.plan.need),
+        places=list(_places(report.plan.requirements)),
+        kinds=_kinds(report.plan.requirements),
         config=config_text(report.config),
     )
 
@@ -97,14 +97,14 @@ def _figures(drawn: Sequence[Drawn]) -> list[_Figure]:
 
 
 def _loss(report: RunReport) -> list[_Figure]:
-    if not training_facts(report.records):
+    if not training_summary(report.records):
         return []
     draw = functools.partial(loss_svg, report.records)
     return _figures([("Nats per supervised token", "loss over optimizer steps", draw)])
 
 
 def _curves(report: RunReport) -> list[_Figure]:
-    found = charts(report.records, report.plan.most)
+    found = charts(report.records, report.plan.peak_bytes)
     return _figures([(c.told, f"{c.caption} over optimizer steps", functools.partial(chart_svg, c)) for c in found])
 
 
@@ -121,7 +121,7 @@ def _histograms(data: DataReport) -> list[_Figure]:
 
 def _plan(plan: RunPlan, peak: int | None) -> dict[str, str]:
     held = "held at most, loading included, beyond Python and its libraries"
-    used = {} if peak is None else {held: _share(peak, plan.most)}
+    used = {} if peak is None else {held: _share(peak, plan.peak_bytes)}
     return {name: words for name, words in plan.rows().items() if name != "made of"} | used
 
 
@@ -129,12 +129,12 @@ def _share(peak: int, planned: int) -> str:
     return f"{format_bytes(peak)}, {peak / planned:.0%} of the plan"
 
 
-def _places(need: Need) -> Mapping[str, Mapping[str, int]]:
+def _places(need: Requirements) -> Mapping[str, Mapping[str, int]]:
     """Bytes by kind on the device, and in host memory where that holds any."""
     return {"on the device": need.device} | ({"in host memory": need.host} if any(need.host.values()) else {})
 
 
-def _kinds(need: Need) -> list[tuple[str, list[str]]]:
+def _kinds(need: Requirements) -> list[tuple[str, list[str]]]:
     """(kind, bytes in each place) of what takes any."""
     places = _places(need).values()
     held = {kind: [place[kind] for place in places] for kind in KINDS}
@@ -147,7 +147,7 @@ def _kinds(need: Need) -> list[tuple[str, list[str]]]:
 
 def _tiles(report: RunReport) -> list[tuple[str, str]]:
     """What a reader looks for first."""
-    done = training_facts(report.records)
+    done = training_summary(report.records)
     if not done:
         data = report.data
         return [
@@ -163,7 +163,7 @@ def _tiles(report: RunReport) -> list[tuple[str, str]]:
         ("last training loss", "not finite" if done["last_loss"] is None else f"{done['last_loss']:.3f}"),
         ("tokens a second", f"{done['tokens_per_second']:,.0f}"),
         *([] if done["mfu"] is None else [("MFU, of the device's peak", f"{done['mfu']:.1%}")]),
-        ("time in steps", duration(done["seconds"])),
+        ("time in steps", format_duration(done["seconds"])),
         ("tokens seen", f"{done['tokens']:,}"),
         ("learned of them", f"{done['supervised_tokens']:,}"),
     ]
@@ -172,7 +172,7 @@ def _tiles(report: RunReport) -> list[tuple[str, str]]:
 def _right(report: RunReport) -> list[tuple[str, str]]:
     return [
         (one["share"], f"{one['first']['value']:.1%} → {one['last']['value']:.1%}")
-        for one in question_facts(report.records)
+        for one in question_summary(report.records)
     ]
 
 

@@ -50,7 +50,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     program = step.gradients()
     compiled = program.function.lower(*program.args, **program.kwargs).compile()
     planned = read_memory(compiled.memory_analysis()).device_total
-    counted = flops.Step(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
+    counted = flops.StepShape(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
     planned += memory_use.optimizer_bytes(counted)
     found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")
@@ -72,7 +72,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     return found | {"step_s": statistics.median(seconds[WARM_UP:]), "loss": loss, **bytes_seen}
 
 
-def operations(counted: flops.Step) -> dict[str, int]:
+def operations(counted: flops.StepShape) -> dict[str, int]:
     """Returns the operations of a step: those of the model, and recomputation."""
     parts = flops.flops(counted)
     again = sum(count for name, count in parts.items() if name.endswith("again"))

@@ -15,7 +15,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import saved_bytes
+from qlora_jax.training.cost.activations import activation_bytes
 from scripts.bench.profile.parts import direction_of, part_of, short, without_layout
 from scripts.bench.profile.tables import Row, number, table
 
@@ -58,14 +58,14 @@ TEMPORARY_COLUMNS = {
 }
 
 
-def step_for(args: argparse.Namespace) -> tuple[AbstractStep, flops.Step]:
+def step_for(args: argparse.Namespace) -> tuple[AbstractStep, flops.StepShape]:
     """Returns the step from shapes alone, twice: abstract, and for the formulas. `auto` is bfloat16, as on any GPU."""
     model = model_config(open_model(args.model).config)
     dtype = "bfloat16" if args.compute_dtype == "auto" else args.compute_dtype
     weights, shape = WeightFormat(platform="gpu", dtype=dtype), (1, args.batch, args.seq)
     lora = LoraArgs(rank=args.rank)
     step = abstract_step(model, weights, lora, batch=shape, remat=args.remat)
-    return step, flops.Step(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
+    return step, flops.StepShape(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
 
 
 def memory_rows(name: str, compiled: aot.CompiledFor) -> list[Row]:
@@ -78,7 +78,7 @@ def memory_rows(name: str, compiled: aot.CompiledFor) -> list[Row]:
     ]
 
 
-def formula_rows(step: flops.Step) -> list[Row]:
+def formula_rows(step: flops.StepShape) -> list[Row]:
     """Returns the bytes of the step by part, by formula."""
     frozen, lora = memory_use.frozen_bytes(step), memory_use.lora_bytes(step)
     rows = [("frozen", f"weights: {name}", frozen[name]) for name in ("codes", "constants")]
@@ -88,7 +88,7 @@ def formula_rows(step: flops.Step) -> list[Row]:
         ("optimizer", "state", memory_use.optimizer_bytes(step)),
         ("other", "batch", memory_use.batch_bytes(step)),
     ]
-    rows += [(READ_BY[name], f"saved: {name}", size) for name, size in saved_bytes(step).items()]
+    rows += [(READ_BY[name], f"saved: {name}", size) for name, size in activation_bytes(step).items()]
     rows += [("head", "one tile's logits and their exponentials", memory_use.logits_bytes(step))]
     return [{"part": part, "what": what, "bytes": size} for part, what, size in rows]
 

@@ -66,7 +66,7 @@ class Run(NamedTuple):
 
     step: Callable[[], Seconds]
     texts: dict[str, str]
-    counted: flops.Step
+    counted: flops.StepShape
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -81,7 +81,7 @@ def prepare(args: argparse.Namespace) -> Run:
     }
     runtime.give_memory_back()
     adapters = LoraArgs(rank=args.rank)
-    counted = flops.Step(model=loaded.config, weights=loaded.weights, lora=adapters, batch=shape, remat=args.remat)
+    counted = flops.StepShape(model=loaded.config, weights=loaded.weights, lora=adapters, batch=shape, remat=args.remat)
     texts = {name: program.as_text() for name, program in programs.items()}
     return Run(stepper(programs, parts, state, batch), texts, counted)
 
@@ -145,7 +145,7 @@ def median_ms(steps: list[Seconds]) -> Seconds:
     return {name: 1e3 * statistics.median(seconds[name] for seconds in whole) for name in whole[0]}
 
 
-def part_rows(rows: list[Measured], counted: flops.Step, step_ms: float) -> list[Row]:
+def part_rows(rows: list[Measured], counted: flops.StepShape, step_ms: float) -> list[Row]:
     """Returns one row per part, and a last one for the time in which nothing ran.
 
     Sums of medians are not the median of sums: if the time of steps varies, the last row may be slightly negative.

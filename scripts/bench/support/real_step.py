@@ -17,7 +17,7 @@ from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.abstract_step import abstract_step
-from qlora_jax.training.compiled_step import Gradients
+from qlora_jax.training.compiled_step import CompiledGradients
 
 
 class LoadedStep(NamedTuple):
@@ -25,7 +25,7 @@ class LoadedStep(NamedTuple):
 
     config: ModelConfig
     weights: WeightFormat
-    gradients: Gradients
+    gradients: CompiledGradients
     parts: ModelParts
     optimizer: optax.GradientTransformation
     state: optax.OptState
@@ -50,7 +50,7 @@ def load_step(
     source = open_model(path)
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
     weights = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype))
-    gradients = Gradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
+    gradients = CompiledGradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
     gradients.compiled(batch)
     compiled()
     model = load_model(source, config, weights).model

@@ -15,7 +15,7 @@ from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, named
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_of
 from qlora_jax.io.pretrained import open_pretrained
-from qlora_jax.training.plan.target import features_of
+from qlora_jax.training.plan.target import model_features
 from tests.e2e.project import write_model
 from tests.io.hub_server import Hub, running
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
@@ -105,7 +105,7 @@ def test_a_revision_is_the_one_named(hub: Hub, tmp_path: Path) -> None:
 
 def test_a_plan_fetches_the_config_alone(hub: Hub, tmp_path: Path) -> None:
     hub.push_folder(REPO, write_model(tmp_path / "tiny", num_hidden_layers=3))
-    assert features_of(REPO).num_layers == 3
+    assert model_features(REPO).num_layers == 3
     assert hub.fetched == ["config.json"]
 
 
@@ -118,7 +118,7 @@ def test_a_gguf_file(hub: Hub, tmp_path: Path) -> None:
     source = open_model(f"{REPO}/q8/tiny.gguf")
     assert source.hub_name == f"{REPO}@{commit}/q8/tiny.gguf"
     assert hub.fetched == ["q8/tiny.gguf"]
-    assert features_of(f"{REPO}/q8/tiny.gguf").num_layers == 2  # from the cache
+    assert model_features(f"{REPO}/q8/tiny.gguf").num_layers == 2  # from the cache
 
 
 @pytest.mark.parametrize(
@@ -163,10 +163,10 @@ def test_offline_and_never_fetched(hub: Hub, tmp_path: Path, monkeypatch: pytest
 
 def test_offline_after_a_plan_and_after_all(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = hub.push_folder(REPO, write_model(tmp_path / "tiny"))
-    features_of(REPO)
+    model_features(REPO)
     with monkeypatch.context() as offline:
         set_offline(offline)
-        assert features_of(REPO).num_layers == 2
+        assert model_features(REPO).num_layers == 2
         with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set, and the cache .* or not all of it"):
             open_model(REPO)
     whole = open_model(REPO)

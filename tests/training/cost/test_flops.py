@@ -14,7 +14,7 @@ from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
-from qlora_jax.training.cost.activations import saved_bytes
+from qlora_jax.training.cost.activations import activation_bytes
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -124,7 +124,7 @@ PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMIL
 
 @pytest.fixture(scope="module", params=PARAMS)
 def case(request):
-    """(flops.Step, abstract step, compiled gradients, its text)."""
+    """(flops.StepShape, abstract step, compiled gradients, its text)."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param not in IN_HANDLERS:
             patch.setattr(attention_cpu, "attention_problem", lambda: "left out")
@@ -152,7 +152,7 @@ def test_products_are_exactly_those_of_the_compiled_step(case):
 def _in_dots(counted):
     """Operations by part, without those of C++ handlers, which a compiled text does not tell."""
     parts = flops.flops(counted)
-    return {name: n for name, n in parts.items() if not (flops.in_handlers(counted) and "attention" in name)}
+    return {name: n for name, n in parts.items() if not (flops.uses_cpu_handlers(counted) and "attention" in name)}
 
 
 def test_each_part_is_its_share_of_the_compiled_step(case):
@@ -189,7 +189,7 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
         _bytes(leaf) for leaf in jax.tree.leaves((step.parts.base, step.parts.lora)) if leaf.shape[:1] == (LAYERS,)
     )
     given -= sum(_bytes(leaf) for leaf in jax.tree.leaves(step.parts.base) if leaf.shape == (LAYERS,))  # nested_offset
-    expected = sum(saved_bytes(counted).values())
+    expected = sum(activation_bytes(counted).values())
     vectors = memory_use.lora_bytes(counted) + memory_use.frozen_bytes(counted)["vectors"]
     slices = vectors if counted.remat == "none" else 0
     assert expected <= carried - given <= expected + slices
@@ -210,7 +210,7 @@ def test_the_update_reads_and_overwrites_the_formulas_bytes():
 
 
 def _counted(model, weights, step, batch, lora):
-    return flops.Step(model=model, weights=weights, lora=lora, batch=batch, remat=step.remat)
+    return flops.StepShape(model=model, weights=weights, lora=lora, batch=batch, remat=step.remat)
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)
@@ -242,7 +242,7 @@ def test_bytes_of_new_tokens_are_those_of_their_leaves(model):
     assert sum(memory_use.frozen_bytes(counted).values()) == sum(map(_bytes, jax.tree.leaves(step.parts.base)))
 
 
-@pytest.mark.parametrize("name", memory_use.HELD)
+@pytest.mark.parametrize("name", memory_use.OPTIMIZER_STATES)
 def test_bytes_of_every_optimizer_are_those_of_its_leaves(name):
     lora, optim = LoraArgs(rank=8, rank_pattern={"down_proj": 16}), OptimArgs(name=name)  # some of 4,096 and more
     step = abstract_step(MODEL, WeightFormat(), lora, batch=(1, 1, 64), optim=optim)
@@ -275,6 +275,6 @@ def test_the_named_shapes_are_those_of_the_models(name):
 
 def test_only_whole_chunks_of_supervised_tokens_reach_the_head():
     some = {"model": MODEL, "weights": WeightFormat(), "lora": LoraArgs(), "batch": (1, 4, 256), "remat": "names"}
-    heads = [flops.head_flops(flops.Step(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
+    heads = [flops.head_flops(flops.StepShape(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
     one = 2 * 256 * MODEL.embed_dim * MODEL.vocab_size
     assert heads == [4 * one, 4 * one, 2 * one, one, 0]

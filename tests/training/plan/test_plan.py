@@ -17,23 +17,23 @@ from qlora_jax.models.catalog import PUBLIC
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.activations import offloaded_bytes, saved_bytes
+from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.plan.plan import MAX_COMPILES, make_plan
 from qlora_jax.training.plan.requirements import (
     ACTIVATIONS,
     KINDS,
     PROGRAMS,
     STATE,
-    Setting,
+    StepConfig,
     Temporaries,
-    compiled_need,
-    estimated_need,
-    fitted_need,
-    here,
-    on_card,
+    compile_here,
+    compile_on_card,
+    compiled_requirements,
+    estimated_requirements,
+    fitted_requirements,
     working_set,
 )
-from qlora_jax.training.plan.target import features_of, target_of
+from qlora_jax.training.plan.target import model_features, plan_target
 from tests.e2e.project import write_model, write_rows
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
@@ -42,7 +42,7 @@ from tests.training.compiled_text import TO_READ
 GIB = 2**30
 
 needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
-TINY = Setting(
+TINY = StepConfig(
     model=model_config(tiny_config(num_hidden_layers=6, max_position_embeddings=1024)),
     weights=WeightFormat(dtype="float32"),
     lora=LoraArgs(rank=4),
@@ -52,10 +52,10 @@ TINY = Setting(
 )
 
 
-def real(name: str, batch, **changes) -> Setting:
+def real(name: str, batch, **changes) -> StepConfig:
     weights = WeightFormat(platform="gpu")
     lora = LoraArgs(rank=changes.pop("rank", 64))
-    setting = Setting(
+    setting = StepConfig(
         model=model_config(PUBLIC[name]), weights=weights, lora=lora, optim=OptimArgs(), batch=batch, remat="full"
     )
     return dataclasses.replace(setting, **changes)
@@ -71,38 +71,40 @@ class Compiler:
         accumulated, rows, length = step.batch["inputs"].shape
         self.asked.append(((accumulated, rows, length), step.remat))
         setting = dataclasses.replace(TINY, batch=(accumulated, rows, length), remat=step.remat)
-        saved = sum(saved_bytes(setting.counted()).values())
+        saved = sum(activation_bytes(setting.step_shape()).values())
         surprise = self._extra if step.remat == "full" else 0
         return Temporaries(gradients=saved + 1_000_000 + 100 * rows * length + surprise, update=0)
 
 
 def test_kinds_add_up_to_the_bytes_of_the_compiled_step():
-    step = TINY.step
+    step = TINY.abstract_step
     program = step.gradients()
     memory = program.function.lower(*program.args, **program.kwargs).compile(TO_READ).memory_analysis()
-    need = compiled_need(TINY, here)
+    need = compiled_requirements(TINY, compile_here)
     assert need.device.keys() == set(KINDS) == need.host.keys() and not any(need.host.values())
     pointers = 8 * (len(step.parts.lora) * 2 + 3)  # the table of a tuple's members
     program_bytes = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - pointers
-    few = memory_use.gradient_output_bytes(TINY.counted()) - memory_use.lora_bytes(TINY.counted())  # losses of rows
-    assert need.total - need.device[PROGRAMS] == program_bytes - few + memory_use.optimizer_bytes(TINY.counted())
-    assert need.device[PROGRAMS] > 0 == estimated_need(on_gpu(TINY)).device[PROGRAMS]
+    few = memory_use.gradient_output_bytes(TINY.step_shape()) - memory_use.lora_bytes(
+        TINY.step_shape()
+    )  # losses of rows
+    assert need.total - need.device[PROGRAMS] == program_bytes - few + memory_use.optimizer_bytes(TINY.step_shape())
+    assert need.device[PROGRAMS] > 0 == estimated_requirements(on_gpu(TINY)).device[PROGRAMS]
 
 
 def test_paged_state_is_counted_where_it_is():
-    need, paged = compiled_need(TINY, Compiler()), compiled_need(TINY.changed(paged=True), Compiler())
-    assert paged.host[STATE] == need.device[STATE] == memory_use.optimizer_bytes(TINY.counted())
+    need, paged = compiled_requirements(TINY, Compiler()), compiled_requirements(TINY.replace(paged=True), Compiler())
+    assert paged.host[STATE] == need.device[STATE] == memory_use.optimizer_bytes(TINY.step_shape())
     assert paged.device[STATE] <= need.device[STATE]
     big = real("llama-65b", (1, 1, 512))
-    assert estimated_need(big.changed(paged=True)).total < estimated_need(big).total - 5.5e9
+    assert estimated_requirements(big.replace(paged=True)).total < estimated_requirements(big).total - 5.5e9
 
 
-def on_gpu(setting: Setting, **changes) -> Setting:
+def on_gpu(setting: StepConfig, **changes) -> StepConfig:
     return dataclasses.replace(setting, weights=WeightFormat(dtype="float32", platform="gpu"), **changes)
 
 
 def test_offloaded_activations_are_counted_where_they_are():
-    full, away = (estimated_need(on_gpu(TINY, remat=remat)) for remat in ("full", "offload"))
+    full, away = (estimated_requirements(on_gpu(TINY, remat=remat)) for remat in ("full", "offload"))
     assert away.host[ACTIVATIONS] == full.device[ACTIVATIONS] > away.device[ACTIVATIONS] == 0
     assert full.host[ACTIVATIONS] == 0
     assert full.total - away.total == full.device[ACTIVATIONS]
@@ -112,26 +114,26 @@ def test_activations_that_stay_on_the_device_are_told():
     """What JAX makes of the policy where it drops the kind of memory without a word."""
     stays = on_gpu(TINY, remat="offload")
     with pytest.raises(RuntimeError, match=r"of activations were to wait in host memory, but .* keeps 0 B there"):
-        compiled_need(stays, lambda step: Temporaries(gradients=10**9, update=0))
-    host = sum(offloaded_bytes(stays.counted()).values())
-    assert compiled_need(stays, lambda step: Temporaries(10**9, 0, host)).host[ACTIVATIONS] == host
+        compiled_requirements(stays, lambda step: Temporaries(gradients=10**9, update=0))
+    host = sum(offloaded_activation_bytes(stays.step_shape()).values())
+    assert compiled_requirements(stays, lambda step: Temporaries(10**9, 0, host)).host[ACTIVATIONS] == host
 
 
 def test_a_cpu_is_not_told_to_offload():
     with pytest.raises(ValueError, match="a CPU's arrays are in host memory already"):
-        dataclasses.replace(TINY, remat="offload").step  # noqa: B018
+        dataclasses.replace(TINY, remat="offload").abstract_step  # noqa: B018
     plan = make_plan(TINY, 1000, Compiler())
     assert plan.change is None
 
 
 def test_a_fit_is_exact_on_a_line():
-    known = [compiled_need(TINY.resized(4, length), Compiler()) for length in (256, 512)]
+    known = [compiled_requirements(TINY.resized(4, length), Compiler()) for length in (256, 512)]
     between = TINY.resized(4, 448)
-    assert fitted_need(between, known).total == compiled_need(between, Compiler()).total
+    assert fitted_requirements(between, known).total == compiled_requirements(between, Compiler()).total
 
 
-def total(setting: Setting) -> int:
-    return compiled_need(setting, Compiler()).total
+def total(setting: StepConfig) -> int:
+    return compiled_requirements(setting, Compiler()).total
 
 
 def test_what_fits_is_told_with_the_most_that_would():
@@ -139,18 +141,18 @@ def test_what_fits_is_told_with_the_most_that_would():
     compiler = Compiler()
     plan = make_plan(TINY, limit, compiler)
     assert plan.fits and plan.change is None and len(compiler.asked) <= MAX_COMPILES
-    assert plan.asked.source == plan.longest.source == plan.largest.source == "compiled"
-    assert plan.longest.setting.batch == (2, 4, 768)
-    rows = plan.largest.setting.batch[1]
+    assert plan.requested.source == plan.longest.source == plan.largest.source == "compiled"
+    assert plan.longest.config.batch == (2, 4, 768)
+    rows = plan.largest.config.batch[1]
     assert total(TINY.resized(rows, 512)) <= limit < total(TINY.resized(rows + 1, 512))
-    assert plan.largest.setting.batch[0] * rows >= 2 * 4  # as many rows an optimizer step
-    assert [need.setting.batch[2] for need in plan.shorter] == [256, 128]
+    assert plan.largest.config.batch[0] * rows >= 2 * 4  # as many rows an optimizer step
+    assert [need.config.batch[2] for need in plan.shorter] == [256, 128]
 
 
 def test_the_datas_own_lengths_are_rows_of_the_plan():
     compiler = Compiler()
     plan = make_plan(TINY, 10**12, compiler, (64, 192, 448, 512))
-    assert [need.setting.batch for need in plan.shorter] == [(2, 4, length) for length in (448, 192, 64)]
+    assert [need.config.batch for need in plan.shorter] == [(2, 4, length) for length in (448, 192, 64)]
     assert [need.source for need in plan.shorter] == ["fitted", "compiled", "fitted"]  # 192 is nearest to the half
     assert [need.total for need in plan.shorter] == [total(TINY.resized(4, length)) for length in (448, 192, 64)]
     assert not make_plan(TINY, 10**12, Compiler(), (512,)).shorter
@@ -158,14 +160,14 @@ def test_the_datas_own_lengths_are_rows_of_the_plan():
 
 def test_nothing_longer_than_the_model_was_made_for():
     plan = make_plan(TINY, 10**12, Compiler())
-    assert plan.longest.setting.batch[2] == TINY.model.max_positions
+    assert plan.longest.config.batch[2] == TINY.model.max_positions
 
 
 @pytest.mark.parametrize(
     ("spare", "options"),
     [
-        (lambda: total(TINY.changed(paged=True)), {"optim.paging": "auto"}),
-        (lambda: total(TINY.changed(remat="full")), {"train.remat": "full"}),
+        (lambda: total(TINY.replace(paged=True)), {"optim.paging": "auto"}),
+        (lambda: total(TINY.replace(remat="full")), {"train.remat": "full"}),
     ],
     ids=["paging", "remat"],
 )
@@ -174,7 +176,7 @@ def test_the_nearest_change_is_the_first_that_fits_and_is_compiled(spare, option
     compiler = Compiler()
     plan = make_plan(TINY, spare(), compiler)
     assert not plan.fits and plan.change.options == options
-    assert plan.change.need.source == "compiled" and plan.change.need.total <= plan.limit
+    assert plan.change.requirements.source == "compiled" and plan.change.requirements.total <= plan.limit
     assert len(compiler.asked) <= MAX_COMPILES
 
 
@@ -190,22 +192,22 @@ def test_coarser_numbers_come_before_shorter_rows(change, options):
     """Of a state that is smaller than the pages that are under way, paging frees nothing."""
     asked = dataclasses.replace(TINY, lora=LoraArgs(rank=128), batch=(8, 1, 512), remat="full")
     if "lora" in change:  # state in 8 bits would free more, where it is not
-        asked = asked.changed(optim=OptimArgs(name="adamw_8bit"))
-    changed = asked.changed(**change)
-    assert total(changed) < total(asked)
+        asked = asked.replace(optim=OptimArgs(name="adamw_8bit"))
+    replace = asked.replace(**change)
+    assert total(replace) < total(asked)
     compiler = Compiler()
-    plan = make_plan(asked, total(changed), compiler)
-    assert plan.change.options == options and plan.change.need.source == "compiled"
-    assert len(compiler.asked) <= MAX_COMPILES and total(changed) == plan.change.need.total
+    plan = make_plan(asked, total(replace), compiler)
+    assert plan.change.options == options and plan.change.requirements.source == "compiled"
+    assert len(compiler.asked) <= MAX_COMPILES and total(replace) == plan.change.requirements.total
 
 
 def test_a_change_that_the_compiler_refutes_gives_way_to_the_next():
     limit = total(TINY.resized(2, 512)) + 1
-    assert total(TINY.changed(remat="full")) <= limit  # what a guess from the other policy says
+    assert total(TINY.replace(remat="full")) <= limit  # what a guess from the other policy says
     plan = make_plan(TINY, limit, Compiler(extra=50_000_000))
     assert plan.change.options.keys() == {"train.micro_batch_size", "train.accumulation"}
     rows, accumulated = plan.change.options.values()
-    assert plan.change.need.setting.batch == (accumulated, rows, 512) and rows * accumulated >= 8
+    assert plan.change.requirements.config.batch == (accumulated, rows, 512) and rows * accumulated >= 8
 
 
 def test_nothing_fits_where_the_weights_alone_do_not():
@@ -215,38 +217,38 @@ def test_nothing_fits_where_the_weights_alone_do_not():
 
 def test_without_a_compiler_every_number_is_marked_an_estimate():
     plan = make_plan(TINY, 10**9, None)
-    assert {need.source for need in (plan.asked, *plan.shorter, plan.longest, plan.largest)} == {"estimated"}
+    assert {need.source for need in (plan.requested, *plan.shorter, plan.longest, plan.largest)} == {"estimated"}
 
 
 def test_the_estimate_is_near_what_the_compiler_of_a_cpu_says():
     setting = dataclasses.replace(
         real("smollm2-135m", (1, 1, 512), rank=16), weights=WeightFormat(dtype="bfloat16"), remat="names"
     )
-    compiled = compiled_need(setting, here)
-    assert estimated_need(setting).total == pytest.approx(compiled.total, rel=0.15)
+    compiled = compiled_requirements(setting, compile_here)
+    assert estimated_requirements(setting).total == pytest.approx(compiled.total, rel=0.15)
 
 
 def test_a_target_is_a_card_or_the_nearest_by_memory():
-    assert target_of("a100", None).memory_bytes == CARDS["a100"].memory_bytes
-    assert target_of(None, "24GiB").card.name == "rtx4090" and target_of(None, "24GiB").memory_bytes == 24 * 2**30
-    assert target_of("cpu", None).card is None and target_of("cpu", None).memory_bytes > 2**30
+    assert plan_target("a100", None).memory_bytes == CARDS["a100"].memory_bytes
+    assert plan_target(None, "24GiB").card.name == "rtx4090" and plan_target(None, "24GiB").memory_bytes == 24 * 2**30
+    assert plan_target("cpu", None).card is None and plan_target("cpu", None).memory_bytes > 2**30
     with pytest.raises(ValueError, match="did you mean 'rtx4090'"):
-        target_of("rtx409", None)
+        plan_target("rtx409", None)
     with pytest.raises(ConfigError, match="neither is given"):
-        target_of(None, None)
+        plan_target(None, None)
     with pytest.raises(ConfigError, match="memory: found '24 gigs'"):
-        target_of("a100", "24 gigs")
+        plan_target("a100", "24 gigs")
 
 
 def test_a_model_is_a_folder_a_config_or_a_published_name(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(tiny_config()))
-    assert features_of(str(tmp_path)) == features_of(str(tmp_path / "config.json")) == model_config(tiny_config())
-    assert features_of("llama-3-8b").embed_dim == 4096
+    assert model_features(str(tmp_path)) == model_features(str(tmp_path / "config.json")) == model_config(tiny_config())
+    assert model_features("llama-3-8b").embed_dim == 4096
     with pytest.raises(ValueError, match="Did you mean llama-3-8b"):
-        features_of("llama3-8b")
+        model_features("llama3-8b")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match="no JSON"):
-        features_of(str(tmp_path))
+        model_features(str(tmp_path))
 
 
 def test_the_command_prints_a_table_or_json_and_says_by_its_exit_whether_it_fits(tmp_path, capsys):
@@ -309,9 +311,9 @@ def test_a_config_that_is_not_supported_is_one_clear_error(tmp_path):
 )
 def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, remat):
     setting = real(name, batch, remat=remat)
-    compiled = compiled_need(setting, on_card(card))
-    assert estimated_need(setting).total == pytest.approx(compiled.total, rel=0.15)
-    assert 0.3 < compiled.device["scratch"] / working_set(setting.counted()) < 3
+    compiled = compiled_requirements(setting, compile_on_card(card))
+    assert estimated_requirements(setting).total == pytest.approx(compiled.total, rel=0.15)
+    assert 0.3 < compiled.device["scratch"] / working_set(setting.step_shape()) < 3
 
 
 # What QLoRA promises, held to what is compiled: a rise of more than a hundredth is a failure. GiB on the device.
@@ -321,7 +323,7 @@ def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, rem
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_accumulation_has_no_second_set_of_gradients():
-    once, often = (compiled_need(real("llama-7b", (a, 1, 512)), on_card("a6000")) for a in (1, 4))
+    once, often = (compiled_requirements(real("llama-7b", (a, 1, 512)), compile_on_card("a6000")) for a in (1, 4))
     assert often.total - once.total < 0.05 * once.device["gradients"]
 
 
@@ -329,10 +331,11 @@ def test_accumulation_has_no_second_set_of_gradients():
 @pytest.mark.slow
 def test_offloaded_activations_are_host_memory_in_the_compiled_step():
     setting = real("smollm2-135m", (1, 2, 512), rank=16)
-    on, away = (setting.changed(remat=remat) for remat in ("full", "offload"))
-    kept = sum(saved_bytes(on.counted()).values())
+    on, away = (setting.replace(remat=remat) for remat in ("full", "offload"))
+    kept = sum(activation_bytes(on.step_shape()).values())
     programs = [
-        aot.compile_for("a6000", p.function, *p.args, **p.kwargs) for p in (s.step.gradients() for s in (on, away))
+        aot.compile_for("a6000", p.function, *p.args, **p.kwargs)
+        for p in (s.abstract_step.gradients() for s in (on, away))
     ]
     memory = [program.memory for program in programs]
     assert memory[0].host.temporaries == 0 and "S(5)" not in programs[0].text
@@ -361,9 +364,9 @@ def test_offloaded_activations_are_host_memory_in_the_compiled_step():
 )
 def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, remat, whole, paged):
     setting = real(name, batch, rank=rank, remat=remat)
-    need = compiled_need(setting, on_card(card))
+    need = compiled_requirements(setting, compile_on_card(card))
     assert need.total / GIB <= 1.01 * whole
-    assert fitted_need(setting.changed(paged=True), [need]).total / GIB <= 1.01 * paged
+    assert fitted_requirements(setting.replace(paged=True), [need]).total / GIB <= 1.01 * paged
 
 
 @needs_compiler
@@ -372,9 +375,9 @@ def test_the_step_takes_no_more_than_it_did(name, card, batch, rank, remat, whol
 def test_65b_with_adapters_in_bf16_takes_no_more_than_it_did():
     """Half of the adapters and of their gradients; 37.3 GiB with the state paged is what was promised."""
     setting = real("llama-65b", (1, 1, 512), lora=LoraArgs(rank=64, dtype="bfloat16"))
-    need = compiled_need(setting, on_card("a6000"))
+    need = compiled_requirements(setting, compile_on_card("a6000"))
     assert need.total / GIB <= 1.01 * 42.17
-    assert fitted_need(setting.changed(paged=True), [need]).total / GIB <= 1.01 * 36.34
+    assert fitted_requirements(setting.replace(paged=True), [need]).total / GIB <= 1.01 * 36.34
 
 
 @needs_compiler
@@ -382,6 +385,6 @@ def test_65b_with_adapters_in_bf16_takes_no_more_than_it_did():
 def test_the_update_of_65b_in_8_bits_takes_no_more_scratch_than_it_did():
     """Whole leaves' moments in f32, two times 3.0 GiB, would take more than the 8 bits save."""
     setting = real("llama-65b", (1, 1, 512), optim=OptimArgs(name="adamw_8bit"))
-    update = setting.step.update()
+    update = setting.abstract_step.update()
     scratch = aot.compile_for("a6000", update.function, *update.args, **update.kwargs).memory.device.temporaries
     assert scratch <= 1.01 * 462_285_128

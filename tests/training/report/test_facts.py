@@ -12,10 +12,10 @@ import pytest
 from qlora_jax.evaluation.metrics import Measure
 from qlora_jax.evaluation.statistics import wilson_interval
 from qlora_jax.optim.page_pool import Memory
-from qlora_jax.training.eval_metrics import figures
-from qlora_jax.training.memory_watch import held, watch_peak
+from qlora_jax.training.eval_metrics import flatten_metrics
+from qlora_jax.training.memory_watch import memory_in_use, watch_peak
 from qlora_jax.training.report.curves import GIB, Chart, Line, charts
-from qlora_jax.training.report.facts import before_and_after, question_facts, training_facts
+from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
 from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, lengths_svg, loss_svg
 
 
@@ -28,7 +28,7 @@ def test_records_of_a_run_in_figures():
     held[-1] |= {"eval_loss_low": 1.5, "eval_loss_high": 2.5}
     held = [one | {"step": step} for one, step in zip(held, (0, 2, 3), strict=True)]
     steps = [step(1, seconds=50.0), step(2, tokens=300), step(3, 0.5)]
-    found = training_facts([held[0], steps[0], steps[1], held[1], steps[2], held[2]])
+    found = training_summary([held[0], steps[0], steps[1], held[1], steps[2], held[2]])
     assert found == {
         "steps": 3,
         "last_loss": 0.5,
@@ -42,12 +42,12 @@ def test_records_of_a_run_in_figures():
         "mfu": None,
     }
     known = [one | {"mfu": share} for one, share in zip(steps, (0.001, 0.5, 0.4), strict=True)]
-    assert training_facts(known)["mfu"] == 0.4
+    assert training_summary(known)["mfu"] == 0.4
 
 
 def test_a_run_without_steps_or_held_out_rows_has_no_figures_of_them():
-    assert training_facts([]) == training_facts([{"step": 0, "eval_loss": 3.0}]) == {}
-    found = training_facts([step(1, None)])
+    assert training_summary([]) == training_summary([{"step": 0, "eval_loss": 3.0}]) == {}
+    found = training_summary([step(1, None)])
     assert found["last_loss"] is None and found["first_eval"] is None and found["best_eval"] is None
 
 
@@ -88,14 +88,14 @@ def test_charts_of_what_a_card_tells():
 def answered(number: int, right: int, other: int) -> dict:
     """Of 10 questions by letter."""
     counts = {"right by letter": right, "mean over 2 subjects": other}
-    return {"step": number} | figures(
+    return {"step": number} | flatten_metrics(
         "letters", [Measure(name, "share", n / 10, wilson_interval(n, 10)) for name, n in counts.items()]
     )
 
 
 def test_questions_in_figures_and_charts():
     records = [answered(0, 1, 2), on_a_card(1), answered(1, 7, 6)]
-    first, second = question_facts(records)
+    first, second = question_summary(records)
     assert (first["kind"], first["share"]) == ("letters", "right by letter")
     assert first["first"] == {"step": 0, "value": 0.1, "interval": [*wilson_interval(1, 10)]}
     assert second["last"] == {"step": 1, "value": 0.6, "interval": [*wilson_interval(6, 10)]}
@@ -109,7 +109,7 @@ def test_questions_in_figures_and_charts():
     ] == pytest.approx([0.7, low, high])
     svg = chart_svg(chart, NARROW)
     assert svg.count("fill-opacity: 0.15") == 2 and "right by letter" in svg
-    assert question_facts([step(1)]) == []
+    assert question_summary([step(1)]) == []
 
 
 def test_charts_leave_out_what_is_not_known():
@@ -182,12 +182,12 @@ def test_the_peak_is_what_came_after_the_watch_began():
 
 def test_what_is_held_now():
     cpu = jax.local_devices(backend="cpu")[0]
-    before = held(cpu)
+    before = memory_in_use(cpu)
     if not before:
         pytest.skip("this system does not tell what a process holds")
     block = bytearray(64 << 20)
     block[::4096] = b"x" * len(block[::4096])
-    assert 60 << 20 < held(cpu)["host_bytes"] - before["host_bytes"] < 80 << 20
+    assert 60 << 20 < memory_in_use(cpu)["host_bytes"] - before["host_bytes"] < 80 << 20
 
 
 @pytest.mark.parametrize(
@@ -200,4 +200,4 @@ def test_what_is_held_now():
 )
 def test_what_a_device_does_not_tell_is_left_out(statistics, told, monkeypatch, tmp_path):
     monkeypatch.setattr("qlora_jax.training.memory_watch._PROCESS", tmp_path)  # a system without /proc
-    assert held(SimpleNamespace(memory_stats=lambda: statistics)) == told
+    assert memory_in_use(SimpleNamespace(memory_stats=lambda: statistics)) == told

@@ -39,4 +39,4 @@ def step_of(scale):
 def counted(remat="names"):
     lora = LoraArgs(rank=4, target_modules=["q_proj", "down_proj"])
     weights = WeightFormat(platform="cpu")
-    return flops.Step(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)
+    return flops.StepShape(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.training.cost import flops
-from qlora_jax.training.cost.activations import saved_bytes
+from qlora_jax.training.cost.activations import activation_bytes
 from scripts.bench.profile import card, parts
 from tests.scripts.bench.profile.example_program import counted
 
@@ -17,7 +17,7 @@ def test_what_the_formulas_count_has_a_place(remat):
     assert ("recomputed" in flop["frozen"]) == (remat in ("full", "offload"))
     rows = card.formula_rows(counted(remat))
     saved = sum(row["bytes"] for row in rows if row["what"].startswith("saved"))
-    assert saved == sum(saved_bytes(counted(remat)).values())
+    assert saved == sum(activation_bytes(counted(remat)).values())
 
 
 def test_without_the_wheels_it_says_what_to_install(monkeypatch):
