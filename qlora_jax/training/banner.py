@@ -37,7 +37,7 @@ def _facts(session: Session) -> Rows:
         **_peak(session),
         "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _frozen(session),
         "held as": _held_as(session),
-        "products by": _products(session),
+        "products by": _matmuls(session),
         "attention by": _attention(session),
         "trained": _trained(session),
         **_new_tokens(session),
@@ -113,7 +113,7 @@ def _held_as(session: Session) -> str:
     return f"{weights.quant_type} in blocks of {args.block_size}, {double}; {rest}"
 
 
-def _products(session: Session) -> str:
+def _matmuls(session: Session) -> str:
     """Which implementations multiply with 4-bit weights in training, and why not what the device would rather run."""
     train, device = session.config.train, target_device()
     rows = train.micro_batch_size * max(session.dataset.buckets)

@@ -77,9 +77,8 @@ def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path
     assert "questions need" in printed and ", most in questions." in printed
     asked = preflight.RunPlan.question_bytes.fget
     seen = []
-    monkeypatch.setattr(
-        preflight.RunPlan, "question_bytes", property(lambda plan: seen.append(asked(plan)) or seen[-1])
-    )
+    watched = property(lambda plan: seen.append(asked(plan)) or seen[-1])
+    monkeypatch.setattr(preflight.RunPlan, "question_bytes", watched)
     planned(config)
     monkeypatch.setattr(preflight, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
     with pytest.raises(ValueError, match=r"asking needs .* most in questions\..*leave those questions out"):

@@ -15,7 +15,7 @@ from qlora_jax import evaluate
 from qlora_jax.evaluation.metrics import Measure
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.training import loop
-from qlora_jax.training.eval_metrics import figures
+from qlora_jax.training.eval_metrics import flatten_metrics
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import dry_run, train
 from tests.e2e.project import project
@@ -69,7 +69,9 @@ def evaluated(config, folder: Path, *, step: int, column: str = "checkpoint") ->
     found = {}
     for kind, task in json.loads(out.read_text())["tasks"].items():
         of_column = task["columns"][column].items()
-        found |= figures(kind, [Measure(name, "", one["value"], one.get("interval")) for name, one in of_column])
+        found |= flatten_metrics(
+            kind, [Measure(name, "", one["value"], one.get("interval")) for name, one in of_column]
+        )
     return found
 
 
@@ -161,13 +163,13 @@ def test_later_evaluations_compile_nothing(finished, tmp_path):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with Checkpoints(tmp_path / "run", 1) as checkpoints:
-            progress = loop.evaluated(session, loop.initial_state(session), checkpoints, Records())
+            progress = loop.evaluate(session, loop.initial_state(session), checkpoints, Records())
             assert COMPILED in compiled
             batches = session.dataset.train_batches()
             for _ in range(2):
                 progress = loop.train_step(session, progress, next(batches), 0.0, Records())
                 compiled.clear()
-                progress = loop.evaluated(session, progress, checkpoints, Records())
+                progress = loop.evaluate(session, progress, checkpoints, Records())
                 assert COMPILED not in compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)

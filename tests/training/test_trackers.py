@@ -84,13 +84,10 @@ def test_a_run_is_tracked_and_traced(tmp_path):
     config = project(tmp_path, train=dict(track=["tensorboard"], trace_steps=2, steps=6))
     assert run(config)
     folder = Path(config.output)
-    told = {(step, round(value, 4)) for name, step, value in events(folder / "tensorboard") if name == "loss"}
-    assert told == {(record["step"], round(record["loss"], 4)) for record in metrics_of(config) if "loss" in record}
+    logged = {(step, round(value, 4)) for name, step, value in events(folder / "tensorboard") if name == "loss"}
+    assert logged == {(record["step"], round(record["loss"], 4)) for record in metrics_of(config) if "loss" in record}
     (trace,) = (folder / "trace").rglob("perfetto_trace.json.gz")
     with gzip.open(trace, "rt") as file:
-        events = json.load(file)["traceEvents"]
-    assert sum("gradients" in event["name"] for event in events) >= 2
-    assert {event["ph"] for event in events} >= {
-        "X",
-        "M",
-    }  # none is empty, which Perfetto tells
+        traced = json.load(file)["traceEvents"]
+    assert sum("gradients" in event["name"] for event in traced) >= 2
+    assert {event["ph"] for event in traced} >= {"X", "M"}  # Perfetto reports an empty event as an error

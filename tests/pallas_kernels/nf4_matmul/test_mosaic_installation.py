@@ -58,7 +58,7 @@ def test_what_is_too_old_is_said_and_the_reference_runs(
     assert choice.name == "reference" and choice.refusals[kernel] == problem
     assert api.chosen(CARDS[kernel], call, kernel).name is None  # a name is not replaced
     monkeypatch.setattr(banner, "target_device", lambda: CARDS[kernel])
-    line = banner._products.__wrapped__(session_of(weight((64, 128), layout="split_k")))
+    line = banner._matmuls.__wrapped__(session_of(weight((64, 128), layout="split_k")))
     assert line.startswith("reference; not skinny: ") and line.endswith(f"; not {kernel}: {problem}")
 
 
