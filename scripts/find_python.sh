@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Prints the path of a Python that really runs, whose version is in a range, and that has the modules named, or fails.
+# Prints the path of a working Python whose version is in a range and that has the given modules, or fails.
 #
 #     bash scripts/find_python.sh 3.12 3.14 ensurepip
 #
-# A name on PATH is no proof: version managers put shims there that fail when they are called.
+# It runs each candidate, because version managers put shims on PATH that fail when called.
 set -euo pipefail
 
 candidates() {
-    # Every match on PATH, not only the first: the real one may stand behind a shim.
+    # Every match on PATH, because a shim may come before a working Python.
     for name in python3.13 python3.12 python3.14 python3.11 python3 python; do type -aP "$name" || true; done
     # Version managers keep interpreters that are not on PATH.
     printf '%s\n' "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python3

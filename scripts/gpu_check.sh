@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# All that wants an NVIDIA GPU, in less than 20 minutes on one: the contract of every kernel on real shapes, the
-# quickstart with its losses beside the CPU's, and the benchmark. Ends with what passed; fails if anything did not.
+# Runs every check that needs an NVIDIA GPU, in less than 20 minutes: the contract of every kernel on real shapes, the
+# quickstart with its losses compared with the CPU's, and the benchmark. The last lines list what passed.
 #
 #     bash scripts/gpu_check.sh                       # on a card
-#     bash scripts/gpu_check.sh bench                 # some of: contract quickstart bench
-#     bash scripts/gpu_check.sh --rehearse            # on a CPU: every stage's code, small, interpreted (minutes)
+#     bash scripts/gpu_check.sh bench                 # any of: contract quickstart bench
+#     bash scripts/gpu_check.sh --rehearse            # on a CPU: all stages, small and interpreted (minutes)
 #
-#   QLORA_JAX_PYTHON=PATH   an interpreter that has jax with CUDA, pytest and the rest: nothing is set up or downloaded
-#                           (default: .venv, which scripts/setup.sh makes with the extras cuda13 and dev)
-#   GPU_CHECK_OUTPUT=DIR    where logs and results go (default: runs/gpu_check)
+#   QLORA_JAX_PYTHON=PATH   an interpreter with jax for CUDA, pytest and the dependencies; nothing is installed
+#                           (default: .venv, which scripts/setup.sh creates with the extras cuda13 and dev)
+#   GPU_CHECK_OUTPUT=DIR    folder for logs and results (default: runs/gpu_check)
 #
-# The quickstart's model is taken from the cache ($QLORA_JAX_CACHE, ~/.cache/qlora_jax), or fetched where there is a net.
+# The quickstart's model comes from the cache ($QLORA_JAX_CACHE, ~/.cache/qlora_jax), or is downloaded.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,7 +19,7 @@ for word in "$@"; do
     case $word in
     --rehearse) rehearse=--rehearse ;;
     contract | quickstart | bench) stages+=("$word") ;;
-    *) echo "gpu_check: $word is none of --rehearse, contract, quickstart, bench" >&2 && exit 2 ;;
+    *) echo "gpu_check: $word: unknown argument (expected --rehearse, contract, quickstart or bench)" >&2 && exit 2 ;;
     esac
 done
 [ ${#stages[@]} -gt 0 ] || stages=(contract quickstart bench)
@@ -36,9 +36,9 @@ export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} JAX_PLATFORMS=cuda,cpu
 [ -z "$rehearse" ] || export JAX_PLATFORMS=cpu
 
 contract() {
-    # Compiling is most of it, which processes share; each takes of the card what it needs, when it does.
+    # Most of the time is compiling, in parallel processes; each allocates memory of the card on demand.
     local parallel=() processes=4 only=gpu
-    [ -z "$rehearse" ] || processes=2 only="not slow" # the same functions, with the reference on a CPU
+    [ -z "$rehearse" ] || processes=2 only="not slow" # the same tests with the reference on a CPU
     "$python" -c 'import xdist' 2>/dev/null && parallel=(-n "$processes")
     XLA_PYTHON_CLIENT_PREALLOCATE=false "$python" -m pytest "${parallel[@]}" -m "$only" tests/pallas_kernels/nf4_matmul/test_on_gpu.py
 }
@@ -48,10 +48,10 @@ quickstart() {
     rm -rf "$run"
     if [ -z "$rehearse" ]; then
         "$python" scripts/quickstart.py --output "$run" || return
-    else # two steps of it, and no scores
+    else # two steps, without scores
         local model
         model=$("$python" scripts/fetch_smollm2.py) || return
-        "$python" -m qlora_jax.train --config configs/smollm2_titles.yaml --model.path "$model" --data.eval null \
+        "$python" -m qlora_jax.train --config configs/smollm2_titles.yaml --model "$model" --data.eval null \
             --train.steps 2 --output "$run" || return
     fi
     "$python" -m scripts.bench.gpu.compare_losses "$run/metrics.jsonl"
@@ -70,7 +70,7 @@ from pallas_kernels.devices import target_device
 device = target_device()
 print(f"{sys.executable}, jax {jax.__version__}, {device}")
 if not sys.argv[1] and device.compute_capability is None:
-    sys.exit("gpu_check: jax has no NVIDIA GPU here; without one: --rehearse")
+    sys.exit("gpu_check: jax finds no NVIDIA GPU. Without one, pass --rehearse.")
 PYTHON
 
 summary=() failed=0
@@ -82,12 +82,12 @@ for stage in "${stages[@]}"; do
     timeout --kill-after=10 "${limit[$stage]}" bash -c "$stage" 2>&1 | tee "$output/$stage.log"
     status=${PIPESTATUS[0]}
     case $status in
-    0) told=passed ;;
-    124 | 137) told="NOT DONE within ${limit[$stage]} s" && failed=1 ;;
-    *) told="FAILED (status $status)" && failed=1 ;;
+    0) result=passed ;;
+    124 | 137) result="NOT FINISHED within ${limit[$stage]} s" && failed=1 ;;
+    *) result="FAILED (status $status)" && failed=1 ;;
     esac
-    summary+=("$(printf '%-12s%-28s%5s s' "$stage" "$told" $((SECONDS - began)))")
+    summary+=("$(printf '%-12s%-28s%5s s' "$stage" "$result" $((SECONDS - began)))")
 done
-printf '\n=== gpu_check%s\n' "${rehearse:+, rehearsed on a CPU: no figure means anything}"
+printf '\n=== gpu_check%s\n' "${rehearse:+, rehearsed on a CPU: figures are meaningless}"
 printf '%s\n' "${summary[@]}"
 exit $failed

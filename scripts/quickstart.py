@@ -1,4 +1,4 @@
-"""The quickstart: one finetuning run on data that ships with the project, scored on held-out rows before and after.
+"""Finetunes a small model on data in this repository, and scores it on held-out rows before and after.
 
 python scripts/quickstart.py [--section.key value ...]
 """
@@ -28,12 +28,17 @@ from qlora_jax.training.run import check_folder, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ROOT / "examples/titles/heldout.jsonl"
-SAMPLES = (3, 5, 8, 13)  # held-out rows whose answers are shown; chosen before any was looked at
+SAMPLES = (3, 5, 8, 13)  # held-out rows whose answers are shown; chosen before looking at any
 LABELS = {"quantized": "before (NF4 base)", "checkpoint": "after (with the adapter)"}
 
 
 def main(argv: list[str]) -> None:
-    """Model, training, scores, samples; raises ValueError or OSError for bad input."""
+    """Fetches the model, trains, scores and shows samples.
+
+    Raises:
+      ValueError: a setting is invalid.
+      OSError: the model cannot be fetched, or a file cannot be read or written.
+    """
     runtime.start()
     began, console = time.perf_counter(), Console()
     console.print("[bold]1. The model:[/] SmolLM2-135M-Instruct, 94 MiB, fetched once")
@@ -41,11 +46,11 @@ def main(argv: list[str]) -> None:
     config = _config(argv, model)
     run = Path(config.output)
     check_folder(run, resume=False)
-    console.print(f"[bold]2. Training[/] on {config.data.train}; Ctrl-C saves and leaves at any time")
+    console.print(f"[bold]2. Training[/] on {config.data.train}; Ctrl-C saves a checkpoint and stops")
     if not train(config, run, resume=False, oversized=False, console=console):
         sys.exit(143)
     console.print(
-        f"[bold]3. Held-out rows[/] of {HELD_OUT.relative_to(ROOT)}, never trained on: scored before and after"
+        f"[bold]3. Held-out rows[/] of {HELD_OUT.relative_to(ROOT)}, not used in training: scored before and after"
     )
     opened = open_pretrained(run=config.output)
     assert opened.run is not None
@@ -59,7 +64,7 @@ def main(argv: list[str]) -> None:
 
 
 def _config(argv: list[str], model: Path) -> Config:
-    # Scored at the end, before and after: while it trains that would be done twice.
+    # The script scores held-out rows before and after training, so evaluation during training is off.
     defaults = [
         "--config",
         str(ROOT / "configs/smollm2_titles.yaml"),
@@ -75,7 +80,7 @@ def _config(argv: list[str], model: Path) -> Config:
 
 
 def _scores(opened: OpenedModel, parts: dict[str, ModelParts], console: Console) -> None:
-    # The base never heard of the form "Title: ...": give it that start, so that form alone makes no difference.
+    # The base does not know the format "Title: ...". Both get this start, so that the format does not affect scores.
     limit = opened.features.max_positions
     task = rows_task(str(HELD_OUT), opened.tokenizer, max_rows=None, max_positions=limit, answer_start="Title:")
     scores = {}
@@ -99,12 +104,12 @@ def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console
         for column, model in parts.items()
     }
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("passage", "wanted", "before", "after"):
+    for heading in ("passage", "title", "before", "after"):
         table.add_column(heading, overflow="fold")
-    for place, row in enumerate(chosen):
+    for index, row in enumerate(chosen):
         messages = row["messages"]
         passage = messages[0]["content"].partition("\n\n")[0]
-        cells = [f"{passage[:120]} ...", messages[-1]["content"], *(answers[column][place] for column in answers)]
+        cells = [f"{passage[:120]} ...", messages[-1]["content"], *(answers[column][index] for column in answers)]
         table.add_row(*map(Text, cells))
     console.print(table)
 
@@ -112,12 +117,12 @@ def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console
 def _next_steps(config: Config, seconds: float, console: Console) -> None:
     run = config.output
     lines = [
-        f"All of it took {seconds / 60:.1f} minutes. The loss plot: {run}/loss.png",
-        "Three things to try next:",
-        f"  python -m qlora_jax.generate --run {run}",
-        "  python -m qlora_jax.train --config configs/smollm2_titles.yaml --model "
+        f"Total time: {seconds / 60:.1f} minutes. Loss plot: {run}/loss.png",
+        "Next steps, after `source .venv/bin/activate`:",
+        f"  qlora-jax generate --run {run}",
+        "  qlora-jax train --config configs/smollm2_titles.yaml --model "
         f"{config.model.path} --data.train YOUR.jsonl --data.eval null --data.eval_fraction 0.1 --output runs/mine",
-        f"  python -m qlora_jax.export --run {run} --format peft",
+        f"  qlora-jax export --run {run} --format peft",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

@@ -1,10 +1,9 @@
 #!/usr/bin/env bash
-# Adds to .venv what compiles for NVIDIA cards that are absent (pallas_kernels.aot): 1 GB, no driver, no root. A second
-# call takes seconds.
+# Installs the extra `gpu-compile` into .venv, which compiles for NVIDIA cards that are absent (pallas_kernels.aot).
+# It takes 1 GB and needs no driver or root. A second call takes seconds.
 #
-# It is the extra `gpu-compile`. With it installed JAX looks for a card at every start, and where there is neither card
-# nor driver it prints a traceback and goes on with the CPU, except in this project's commands. JAX_PLATFORMS=cpu spares
-# that, and compiling needs it.
+# With this extra, JAX looks for a card at every start. Without card and driver it prints a traceback and continues on
+# the CPU, except in this project's commands. JAX_PLATFORMS=cpu avoids the traceback, and compiling requires it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

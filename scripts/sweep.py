@@ -1,17 +1,18 @@
-"""Trains with some settings in many ways, with some seeds, and compares; started again, it goes on.
+"""Trains combinations of settings with several seeds and compares them; started again, it continues.
 
     python scripts/sweep.py --config base.yaml --output sweeps/rank --seeds 0 1 2 --set 'lora.rank=[4, 16, 64]' \
         --set 'lora.target_modules=[all-linear, [q_proj, v_proj]]' [--rows heldout.jsonl]
     python scripts/sweep.py ... --cell --cell lora.rank=64 --cell model.quant_type=none lora.dropout=0.1
 
---set: every combination of the values; --cell: settings that go together, with none as the configuration has them;
---share: settings of all runs, over those of the configuration.
-Each cell and seed is a run of its own, `python -m qlora_jax.train`, in OUTPUT/runs; one that is done is not done
-again (and is refused where the configuration, the settings or the rows have changed since), one that was stopped goes
-on from its checkpoint, or begins anew where it has none. Compared is the held-out loss at the end; with --rows, what
-`python -m qlora_jax.evaluate --rows` says of the checkpoint instead.
-OUTPUT/results.json, results.png, and two tables: means over seeds, and differences from the first cell, seed by seed;
-each with its 95 % interval by Student's t, where there are two seeds or more.
+--set takes every combination of the values. --cell takes settings that belong together; an empty --cell uses the
+configuration unchanged. --share adds settings to all runs.
+
+Each cell and seed is one run of `qlora-jax train` in OUTPUT/runs. A finished run is not repeated; if the configuration,
+the settings or the rows have changed since, it raises an error. A stopped run resumes from its checkpoint, or restarts
+if it has none. Runs are compared by their final held-out loss, or with --rows by the scores of `qlora-jax evaluate`.
+
+Writes OUTPUT/results.json and results.png, and prints two tables: means over seeds, and differences from the first
+cell, seed by seed. With two seeds or more, each has its 95 % interval by Student's t.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import matplotlib
 
@@ -38,7 +39,7 @@ from qlora_jax.data.readers.files import content_digest
 from qlora_jax.io.checkpoint import saved_steps
 from qlora_jax.training.metrics import read_metrics
 
-# Quantile 0.975 of Student's t by degrees of freedom; beyond them, of the normal distribution.
+# Quantiles 0.975 of Student's t for 1, 2, ... degrees of freedom; beyond the table, of the normal distribution.
 T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 NORMAL_95 = 1.960
 
@@ -46,54 +47,54 @@ NORMAL_95 = 1.960
 class Cell(NamedTuple):
     """One combination of settings."""
 
-    settings: Mapping[str, Any]
+    settings: Mapping[str, object]
 
     @property
     def name(self) -> str:
-        """For people and folders: `lora.rank=4 lora.alpha=8`."""
+        """Returns the name for tables and folders: `lora.rank=4 lora.alpha=8`."""
         return " ".join(f"{key}={_short(value)}" for key, value in self.settings.items()) or "as configured"
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return "+".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def cells(alternatives: Mapping[str, Sequence[Any]]) -> list[Cell]:
-    """Every combination, the last setting changing first."""
+def cells(alternatives: Mapping[str, Sequence[object]]) -> list[Cell]:
+    """Returns every combination; the last setting changes fastest."""
     return [Cell(dict(zip(alternatives, each, strict=True))) for each in itertools.product(*alternatives.values())]
 
 
 def read_cell(words: Sequence[str]) -> Cell:
-    """The settings `section.key=value` of each word.
+    """Parses words of the form `section.key=value`.
 
     Raises:
-      SystemExit: a word that is none.
+      SystemExit: a word has another form.
     """
     wrong = [word for word in words if not all(word.partition("="))]
     if wrong:
-        raise SystemExit(f"{' '.join(wrong)!r}: expected section.key=value of each word")
+        raise SystemExit(f"{' '.join(wrong)!r}: not a setting (expected section.key=value)")
     pairs = (word.partition("=") for word in words)
     return Cell({key: yaml.safe_load(text) for key, _, text in pairs})
 
 
-def read_alternatives(words: Sequence[str]) -> dict[str, list[Any]]:
-    """`section.key=[value, value]` of each word.
+def read_alternatives(words: Sequence[str]) -> dict[str, list[object]]:
+    """Parses words of the form `section.key=[value, value]`.
 
     Raises:
-      SystemExit: a word that is none.
+      SystemExit: a word has another form.
     """
     found = {}
     for word in words:
         key, equals, text = word.partition("=")
         values = yaml.safe_load(text) if equals else None
         if not isinstance(values, list) or not values:
-            raise SystemExit(f"--set {word!r}: expected section.key=[value, value, ...]")
+            raise SystemExit(f"--set {word!r}: not a list of values (expected section.key=[value, value, ...])")
         found[key] = values
     return found
 
 
 def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """mean -+ t s / sqrt(n), 95 %; None of one value."""
+    """Returns the 95 % interval mean -+ t s / sqrt(n); None for one value."""
     if len(values) < 2:
         return None
     t = T_95[len(values) - 2] if len(values) - 2 < len(T_95) else NORMAL_95
@@ -103,28 +104,28 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 class Sweep(NamedTuple):
-    """What is run, and where."""
+    """The settings of a sweep."""
 
     config: Path
     output: Path
-    shared: Mapping[str, Any]
+    shared: Mapping[str, object]
     rows: str | None
     answer_start: str | None
 
     def outcome(self, cell: Cell, seed: int) -> dict[str, float]:
-        """The measures of one run by name, which is trained, or goes on, where it is not done."""
+        """Returns the measures of one run by name; trains or resumes the run if it is not finished."""
         run = self.output / "runs" / cell.name.replace("/", "_") / f"seed {seed}"
-        told, made_of = run / "outcome.json", self._made_of(cell)
-        if not told.exists():
+        stored, inputs = run / "outcome.json", self._inputs(cell)
+        if not stored.exists():
             self._train(cell, seed, run)
             measures = self._evaluate(run) if self.rows else {"held-out loss": _last_loss(run)}
-            told.write_text(json.dumps({"made_of": made_of, "measures": measures}))
-        outcome = json.loads(told.read_text())
-        _check_same(run, outcome["made_of"], made_of)
+            stored.write_text(json.dumps({"made_of": inputs, "measures": measures}))
+        outcome = json.loads(stored.read_text())
+        _check_unchanged(run, outcome["made_of"], inputs)
         return outcome["measures"]
 
-    def _made_of(self, cell: Cell) -> dict[str, Any]:
-        """What a run's measures follow from, beside its seed; files by their content."""
+    def _inputs(self, cell: Cell) -> dict[str, object]:
+        """Returns all inputs of a run except its seed; files by a digest of their content."""
         files = {"--config": str(self.config), "--rows": self.rows}
         contents = {name: path and content_digest(path) for name, path in files.items()}
         return {**contents, "--answer_start": self.answer_start, **self.shared, **cell.settings}
@@ -132,10 +133,10 @@ class Sweep(NamedTuple):
     def _train(self, cell: Cell, seed: int, run: Path) -> None:
         settings = {**self.shared, **cell.settings, "train.seed": seed, "output": str(run)}
         options = [word for key, value in settings.items() for word in (f"--{key}", _word(value))]
-        going_on = bool(saved_steps(run))
-        if run.exists() and not going_on:
-            shutil.rmtree(run)  # what a run leaves that was cut off before its first checkpoint
-        _python("qlora_jax.train", "--config", str(self.config), *options, *(["--resume"] if going_on else []))
+        resume = bool(saved_steps(run))
+        if run.exists() and not resume:
+            shutil.rmtree(run)  # remains of a run that was stopped before its first checkpoint
+        _python("qlora_jax.train", "--config", str(self.config), *options, *(["--resume"] if resume else []))
 
     def _evaluate(self, run: Path) -> dict[str, float]:
         scores = run / "scores.json"
@@ -146,38 +147,39 @@ class Sweep(NamedTuple):
         return {name: measure["value"] for name, measure in columns["checkpoint"].items()}
 
 
-def _check_same(run: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises SystemExit for a run that is done, but not as it would be now."""
+def _check_unchanged(run: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    """Raises SystemExit if a finished run had other inputs."""
     changed = [name for name in {**then, **now} if then.get(name) != now.get(name)]
     if changed:
         raise SystemExit(
-            f"{run}: is done, with another {', another '.join(changed)}, so it can't be compared with runs of now. "
-            "Give another --output, or delete the folder"
+            f"{run}: finished with other values of {', '.join(changed)}. Use another --output, or delete the folder."
         )
 
 
-def _word(value: Any) -> str:
+def _word(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _python(module: str, *words: str) -> None:
     done = subprocess.run([sys.executable, "-m", module, *words], check=False)
     if done.returncode:
-        raise SystemExit(f"{module} {' '.join(words)}: ended with {done.returncode}; start again to go on from here")
+        raise SystemExit(
+            f"{module} {' '.join(words)}: failed (exit code {done.returncode}). Start the sweep again to continue."
+        )
 
 
 def _last_loss(run: Path) -> float:
     losses = [record["eval_loss"] for record in read_metrics(run / "metrics.jsonl") if "eval_loss" in record]
     if not losses:
-        raise SystemExit(f"{run} has no held-out loss: set data.eval or data.eval_fraction, or give --rows")
+        raise SystemExit(f"{run}: no held-out loss. Set data.eval or data.eval_fraction, or pass --rows.")
     return losses[-1]
 
 
-Results = Mapping[str, Mapping[str, Sequence[float]]]  # values of each seed, by cell and measure
+Results = Mapping[str, Mapping[str, Sequence[float]]]  # by cell and measure, one value per seed
 
 
 def differences(results: Results) -> dict[str, dict[str, list[float]]]:
-    """What each cell but the first has more than the first, seed by seed."""
+    """Returns the differences of all other cells from the first cell, seed by seed."""
     (_, first), *others = results.items()
     return {
         cell: {name: [a - b for a, b in zip(values, first[name], strict=True)] for name, values in measures.items()}
@@ -186,7 +188,7 @@ def differences(results: Results) -> dict[str, dict[str, list[float]]]:
 
 
 def table(results: Results, title: str) -> Table:
-    """Measures by cell, each with its mean and interval."""
+    """Returns a table of the measures by cell, each with its mean and interval."""
     names = list(next(iter(results.values())))
     drawn = Table(title=title)
     for heading in ("settings", *names):
@@ -198,12 +200,12 @@ def table(results: Results, title: str) -> Table:
 
 def _text(values: Sequence[float]) -> str:
     ends = interval(values)
-    told = f"{statistics.fmean(values):.4f}"
-    return told if ends is None else f"{told} [{ends[0]:.4f}, {ends[1]:.4f}]"
+    mean = f"{statistics.fmean(values):.4f}"
+    return mean if ends is None else f"{mean} [{ends[0]:.4f}, {ends[1]:.4f}]"
 
 
 def plot(results: Results, path: Path) -> None:
-    """A panel for each measure: seeds as points, means and intervals as bars."""
+    """Draws a panel per measure: seeds as points, means and intervals as bars."""
     names = list(next(iter(results.values())))
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 1 + len(names) * (0.6 + 0.4 * len(results))), squeeze=False)
     for axis, name in zip(axes[:, 0], names, strict=True):
@@ -222,8 +224,8 @@ def plot(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def collected(sweep: Sweep, seeds: Sequence[int], wanted: Sequence[Cell]) -> Iterator[tuple[str, Any]]:
-    """(a cell's name, its measures: a value for each seed), as each is done."""
+def run_all(sweep: Sweep, seeds: Sequence[int], wanted: Sequence[Cell]) -> Iterator[tuple[str, dict[str, list[float]]]]:
+    """Yields each cell's name and measures, one value per seed, as soon as it is finished."""
     for number, cell in enumerate(wanted):
         outcomes = []
         for place, seed in enumerate(seeds, number * len(seeds) + 1):
@@ -233,29 +235,29 @@ def collected(sweep: Sweep, seeds: Sequence[int], wanted: Sequence[Cell]) -> Ite
 
 
 def main() -> None:
-    """Runs what is not done, and tells what came out."""
+    """Runs the unfinished runs, and writes and prints the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, help="settings that all runs share")
+    parser.add_argument("--config", type=Path, required=True, help="configuration of all runs")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--set", action="append", default=[], help="section.key=[value, value, ...]")
     parser.add_argument("--cell", action="append", nargs="*", default=[], help="section.key=value ..., together")
-    parser.add_argument("--share", nargs="*", default=[], help="section.key=value ..., of all runs")
-    parser.add_argument("--rows", help="held-out rows that every run's checkpoint is scored on")
-    parser.add_argument("--answer_start", help="with --rows: how every answer begins; what follows is scored")
+    parser.add_argument("--share", nargs="*", default=[], help="section.key=value ..., for all runs")
+    parser.add_argument("--rows", help="held-out rows, on which every checkpoint is scored")
+    parser.add_argument("--answer_start", help="with --rows: the start of every answer, not scored")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     sweep = Sweep(args.config, args.output, read_cell(args.share).settings, args.rows, args.answer_start)
     wanted = [read_cell(words) for words in args.cell]
     wanted += cells(read_alternatives(args.set)) if args.set or not wanted else []
-    results = dict(collected(sweep, args.seeds, wanted))
+    results = dict(run_all(sweep, args.seeds, wanted))
     (args.output / "results.json").write_text(json.dumps({"seeds": args.seeds, "results": results}, indent=1))
     plot(results, args.output / "results.png")
     console = Console() if sys.stdout.isatty() else Console(width=160)
     console.print(table(results, "means over seeds"))
     if len(results) > 1:
-        console.print(table(differences(results), f"less {next(iter(results))!r}, seed by seed"))
-    print(f"written: {args.output / 'results.json'}, {args.output / 'results.png'}; runs: {args.output / 'runs'}")
+        console.print(table(differences(results), f"difference from {next(iter(results))!r}, seed by seed"))
+    print(f"wrote {args.output / 'results.json'}, {args.output / 'results.png'}; runs: {args.output / 'runs'}")
 
 
 if __name__ == "__main__":

@@ -131,7 +131,7 @@ def smollm2_gguf() -> Path:
     try:
         return fetch_smollm2()
     except OSError as error:
-        pytest.skip(f"SmolLM2 is not to be had: {error}")
+        pytest.skip(f"SmolLM2 cannot be fetched: {error}")
 
 
 @pytest.fixture

@@ -1,7 +1,8 @@
-"""Writes tests/golden/adamw.npz, 50 steps of torch's AdamW, and tests/golden/optimizers_8bit.npz, 8 steps of
-bitsandbytes' AdamW8bit and Lion8bit. Run with the oracle's Python.
+"""Writes golden files of optimizers: adamw.npz and optimizers_8bit.npz in tests/golden.
 
-.oracle/bin/python tests/golden/make_optimizers.py
+adamw.npz has 50 steps of torch's AdamW, optimizers_8bit.npz 8 steps of bitsandbytes' AdamW8bit and Lion8bit.
+
+    .oracle/bin/python tests/golden/make_optimizers.py
 """
 
 import json
@@ -36,11 +37,11 @@ RATES = [float(np.float32(1e-3 * factor)) for factor in (0, 0.25, 0.5, 0.75, 1, 
 
 
 def eight_bit(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Two tensors through each optimizer: the parameters and states after the last step, and the unsigned look-up."""
+    """Returns parameters and states of two tensors after the last step of each optimizer, and the unsigned look-up."""
     start = {name: rng.normal(scale=1e-2, size=shape).astype("f4") for name, shape in SHAPES.items()}
     start["large"][:10] = 0
     scales = 10.0 ** rng.uniform(-6, 0, (len(RATES), 1, 1))
-    # In f16, which takes half the room and is exact in f32.
+    # f16 takes half the space and is exact in f32.
     drawn = {n: (scales * rng.normal(size=(len(RATES), *shape)) ** 3).astype("f2") for n, shape in SHAPES.items()}
     drawn["large"][:, :4] = 0
     gradients = {name: value.astype("f4") for name, value in drawn.items()}
@@ -53,7 +54,7 @@ def eight_bit(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def unsigned_look_up() -> np.ndarray:
-    """uint8[65536]: the codes of 65,536 even steps from -1 to 1."""
+    """Returns uint8[65536]: the codes of 65,536 even steps from -1 to 1."""
     steps = 2 * np.arange(2**16, dtype="f4") / np.float32(2**16 - 1) - 1
     code = bnb.create_dynamic_map(signed=False)
     codes, _ = torch.ops.bitsandbytes.quantize_blockwise(torch.tensor(steps, dtype=torch.float32), code, 2**16)
@@ -61,16 +62,17 @@ def unsigned_look_up() -> np.ndarray:
 
 
 def main() -> None:
+    """Writes both golden files."""
     torch_goldens()
     made = eight_bit(np.random.default_rng(1))
     np.savez_compressed(ROOT / "tests/golden/optimizers_8bit.npz", settings=json.dumps({"rates": RATES}), **made)
 
 
 def torch_goldens() -> None:
-    """50 steps of AdamW."""
+    """Writes 50 steps of AdamW."""
     rng = np.random.default_rng(0)
     start = {"lora_a": rng.normal(size=(5, 3)).astype("f4"), "lora_b": np.zeros((3, 2), "f4")}
-    # Norms on both sides of max_grad_norm, so that some steps clip and some don't.
+    # Norms on both sides of max_grad_norm, so that only some steps clip.
     scale = rng.uniform(0.01, 0.3, size=(SETTINGS["total_steps"], 1, 1))
     gradients = {n: (scale * rng.normal(size=(len(scale), *v.shape))).astype("f4") for n, v in start.items()}
     result = adamw.run(SETTINGS, start, gradients)

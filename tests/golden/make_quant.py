@@ -1,9 +1,9 @@
-"""Writes tests/golden/quant.npz: small weights, and what bitsandbytes' CPU backend makes of them.
+"""Writes tests/golden/quant.npz: small weights, and the results of bitsandbytes' CPU backend for them.
 
-Run with the oracle's Python (scripts/setup_oracle.sh): .oracle/bin/python tests/golden/make_quant.py
+    .oracle/bin/python tests/golden/make_quant.py [--real model.safetensors]
 
-The real weights are slices of all-MiniLM-L6-v2 (Apache-2.0; see tests/golden/README.md). They come from the golden file
-itself unless --real names a safetensors file of that model.
+The real weights are slices of all-MiniLM-L6-v2 (Apache-2.0; see tests/golden/README.md). They are copied from the
+golden file unless --real is a safetensors file of that model.
 """
 
 import argparse
@@ -28,7 +28,7 @@ REAL_SLICES = {
     "real_value": "encoder.layer.5.attention.self.value.weight",
 }
 ROWS = 8
-# The CPU kernel dequantizes with wrong constants where K % 16 == 0 and K % 64 != 0, so no such shape is here.
+# The CPU kernel dequantizes with wrong constants if K % 16 == 0 and K % 64 != 0, so such shapes are excluded.
 INPUT_BLOCK_SIZES = {
     "real_query": 64,
     "real_value": 128,
@@ -46,7 +46,7 @@ INPUT_BLOCK_SIZES = {
 
 
 def ties(midpoints: list[float]) -> np.ndarray:
-    """Blocks of absmax 0.5 and 4 whose other elements lie on midpoints of the code, and one ulp to either side."""
+    """Returns blocks of absmax 0.5 and 4 whose other elements are midpoints of the code, and one ulp to either side."""
     on = np.array(midpoints, np.float32)
     around = np.concatenate([on, np.nextafter(on, np.float32(-2)), np.nextafter(on, np.float32(2)), [1.0]])
     block = np.pad(around.astype(np.float32), (0, 64 - around.size))
@@ -54,12 +54,13 @@ def ties(midpoints: list[float]) -> np.ndarray:
 
 
 def midpoints(quant_type: str) -> list[float]:
+    """Returns the midpoints between neighbouring levels of a code table."""
     levels = np.sort(bnb.get_4bit_type(quant_type, device="cpu").numpy())
     return ((levels[:-1] + levels[1:]) / np.float32(2)).tolist()
 
 
 def partial_ties(midpoints: list[float], rng: np.random.Generator) -> np.ndarray:
-    """One partial block near ties, where w * (1 / absmax) and w / absmax fall on different sides of five midpoints."""
+    """Returns a partial block near ties: w * (1 / absmax) and w / absmax lie on different sides of five midpoints."""
     around, one = ties(midpoints)[0][:46] * np.float32(2), np.float32(1)
     while True:
         absmax = np.float32(rng.uniform(1, 2))
@@ -70,13 +71,13 @@ def partial_ties(midpoints: list[float], rng: np.random.Generator) -> np.ndarray
 
 
 def eight_bit_codes(values: np.ndarray) -> np.ndarray:
-    """bitsandbytes' 8-bit codes of 255 values of a block whose absmax is 1."""
+    """Returns bitsandbytes' 8-bit codes of 255 values, in a block with absmax 1."""
     codes, _ = bnb.quantize_blockwise(torch.from_numpy(np.append(np.float32(1), values)), blocksize=256)
     return codes.numpy()[1:]
 
 
 def look_up_thresholds() -> dict[str, np.ndarray]:
-    """f32[255]: the smallest values with 8-bit codes beyond c, for c in 0..254; the codes there, and one ulp below."""
+    """Returns f32[255]: the smallest values with codes above c in 0..254; also their codes, and those one ulp below."""
     low, high = np.full(255, -1.0, np.float32), np.full(255, 1.0, np.float32)
     while np.any(np.nextafter(low, np.float32(2)) < high):
         middle = ((low.astype(np.float64) + high) / 2).astype(np.float32)
@@ -87,8 +88,8 @@ def look_up_thresholds() -> dict[str, np.ndarray]:
     return {"look_up.thresholds": high, "look_up.codes": codes}
 
 
-def made_up(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Weights that reach the corners: scales, blocks of zeros, ties, subnormal numbers, shapes."""
+def synthetic(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Returns synthetic weights for edge cases: scales, blocks of zeros, ties, subnormal numbers, shapes."""
     normal = rng.standard_normal((8, 256), np.float32)
     zeros = normal[:4].copy()
     zeros[:, 64:128] = 0
@@ -108,6 +109,7 @@ def made_up(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def real_slices(file: Path | None) -> dict[str, np.ndarray]:
+    """Returns rows of the real weights, from a safetensors file or from the golden file."""
     if file is None:
         with np.load(GOLDEN) as golden:
             return {name: golden[name] for name in REAL_SLICES}
@@ -116,21 +118,22 @@ def real_slices(file: Path | None) -> dict[str, np.ndarray]:
 
 
 def digest(weights: np.ndarray) -> str:
-    """sha256 of f32 values; adding zero gives both zeros the same sign, on which bitsandbytes' kernels differ."""
+    """Returns the sha256 of f32 values; adding zero removes signs of zeros, in which bitsandbytes' kernels differ."""
     return hashlib.sha256((weights + np.float32(0)).tobytes()).hexdigest()
 
 
 def both_ways(weight: torch.Tensor, quant_type: str, block_size: int) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """(codes and all constants, digests of the dequantized weights) without and with double quantization."""
+    """Returns (codes and all constants, digests of the dequantized weights), without and with double quantization."""
     single, double = (quantized(weight, quant_type, block_size, double_quant) for double_quant in (False, True))
     digests = {"single": digest(single.pop("weights")), "double": digest(double.pop("weights"))}
     return single | double, digests
 
 
 def main() -> None:
+    """Writes the golden file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--real", type=Path, help="safetensors file of all-MiniLM-L6-v2")
-    inputs = real_slices(parser.parse_args().real) | made_up(np.random.default_rng(20231))
+    inputs = real_slices(parser.parse_args().real) | synthetic(np.random.default_rng(20231))
     torch.set_num_threads(1)
     arrays, cases = inputs | look_up_thresholds(), {}
     for name, block_size in INPUT_BLOCK_SIZES.items():

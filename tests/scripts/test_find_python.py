@@ -1,4 +1,4 @@
-"""scripts/find_python.sh: names on PATH that fail when called are passed over."""
+"""scripts/find_python.sh: names on PATH that fail when called are skipped."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The sweep: combinations, intervals, runs that are not done twice, and one that was cut off."""
+"""The sweep: combinations, intervals, finished runs that are not repeated, and a run that was stopped."""
 
 import json
 import sys
@@ -16,7 +16,7 @@ def test_every_combination_has_a_name_of_its_own():
     names = [cell.name for cell in sweep.cells(alternatives)]
     assert names[:2] == ["lora.rank=4 lora.target_modules=all-linear", "lora.rank=4 lora.target_modules=q_proj+v_proj"]
     assert len(set(names)) == 4 and [cell.name for cell in sweep.cells({})] == ["as configured"]
-    with pytest.raises(SystemExit, match=r"'lora\.rank=4': expected section\.key=\[value"):
+    with pytest.raises(SystemExit, match=r"'lora\.rank=4': not a list of values"):
         sweep.read_alternatives(["lora.rank=4"])
 
 
@@ -25,7 +25,7 @@ def test_settings_that_go_together():
     assert cell.settings["lora.target_modules"] == ["q_proj", "v_proj"]
     assert cell.name == "lora.method=full model.quant_type=none lora.target_modules=q_proj+v_proj"
     assert sweep.read_cell([]).name == "as configured"
-    with pytest.raises(SystemExit, match=r"'lora\.rank': expected section\.key=value"):
+    with pytest.raises(SystemExit, match=r"'lora\.rank': not a setting"):
         sweep.read_cell(["lora.alpha=4", "lora.rank"])
 
 
@@ -41,14 +41,14 @@ def test_intervals_are_students():
     assert high - low == pytest.approx(2 * 1.96 * 0.5025 / 10, rel=1e-3)
 
 
-def test_each_run_is_told_before_what_it_prints(tmp_path, capsys):
-    class Told(sweep.Sweep):
+def test_each_run_is_announced(tmp_path, capsys):
+    class Fake(sweep.Sweep):
         def outcome(self, cell, seed):
             return {"loss": float(seed)}
 
     wanted = [sweep.read_cell(["lora.rank=2"]), sweep.read_cell([])]
-    told = dict(sweep.collected(Told(tmp_path, tmp_path, {}, None, None), [3, 5], wanted))
-    assert told == {name: {"loss": [3.0, 5.0]} for name in ("lora.rank=2", "as configured")}
+    results = dict(sweep.run_all(Fake(tmp_path, tmp_path, {}, None, None), [3, 5], wanted))
+    assert results == {name: {"loss": [3.0, 5.0]} for name in ("lora.rank=2", "as configured")}
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "run 1 of 4: lora.rank=2, seed 3" and lines[-1] == "run 4 of 4: as configured, seed 5"
 
@@ -78,22 +78,22 @@ def test_runs_are_done_once_and_go_on(tmp_path, monkeypatch, capsys):
     )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     sweep.main()
-    told = json.loads((output / "results.json").read_text())["results"]
-    assert list(told) == ["lora.rank=2", "lora.rank=4"]
-    for cell, measures in told.items():
+    results = json.loads((output / "results.json").read_text())["results"]
+    assert list(results) == ["lora.rank=2", "lora.rank=4"]
+    for cell, measures in results.items():
         for seed, loss in enumerate(measures["held-out loss"]):
             records = read_metrics(output / "runs" / cell / f"seed {seed}" / "metrics.jsonl")
             assert loss == records[-1]["eval_loss"] and records[-1]["step"] == 2
-    assert len({loss for measures in told.values() for loss in measures["held-out loss"]}) == 4
+    assert len({loss for measures in results.values() for loss in measures["held-out loss"]}) == 4
     assert (output / "results.png").stat().st_size > 5000 and "lora.rank=4" in capsys.readouterr().out
 
     def no_training(*command):
         raise AssertionError(command)
 
     monkeypatch.setattr(sweep, "_python", no_training)
-    sweep.main()  # all is done
+    sweep.main()  # everything is finished
     monkeypatch.setattr(sys, "argv", ["train.steps=3" if word == "train.steps=2" else word for word in sys.argv])
-    with pytest.raises(SystemExit, match=r"lora\.rank=2/seed 0: is done, with another train\.steps, so it can't"):
+    with pytest.raises(SystemExit, match=r"lora\.rank=2/seed 0: finished with other values of train\.steps\."):
         sweep.main()
     monkeypatch.setattr(sys, "argv", ["train.steps=2" if word == "train.steps=3" else word for word in sys.argv])
     (output / "runs/lora.rank=4/seed 1/outcome.json").unlink()

@@ -1,4 +1,4 @@
-"""A plan on a CPU beside what the process then takes, both in fresh processes, the programs out of the cache."""
+"""A memory plan on a CPU compared with a measured process, both in new processes with cached programs."""
 
 import json
 import os

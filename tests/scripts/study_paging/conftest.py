@@ -1,4 +1,4 @@
-"""A model whose compiled steps are given by hand, so that tests compile nothing."""
+"""A model with compiled steps given by hand, so that tests compile nothing."""
 
 import pytest
 

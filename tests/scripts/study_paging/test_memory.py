@@ -1,4 +1,4 @@
-"""The memory arithmetic of the paging study, on points that are given by hand."""
+"""The memory arithmetic of the paging study, on points given by hand."""
 
 import pytest
 

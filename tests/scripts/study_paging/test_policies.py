@@ -1,4 +1,4 @@
-"""Paging policies, counted by hand for a few pages, held to the bound, and to what the pager itself moves."""
+"""Paging policies: counts by hand for a few pages, the lower bound, and equality with the moves of the pager."""
 
 import pytest
 
@@ -11,7 +11,7 @@ LRU, MRU, BELADY, LRU_ZIGZAG, ZIGZAG = range(5)  # places in the table of polici
 
 @pytest.fixture
 def moved():
-    """(policy, pages, room, steps) -> the moves of each step."""
+    """Returns a function of (policy, pages, room, steps) that returns the moves of each step."""
 
     def moved(which, pages, room, steps):
         return study.simulate(list(study.POLICIES.values())[which], pages, [study.Room(room, room)] * steps)
@@ -21,7 +21,7 @@ def moved():
 
 @pytest.fixture
 def steady():
-    """(policy, pages, room) -> pages moved in a step, once it has settled."""
+    """Returns a function of (policy, pages, room) that returns the pages moved per step in the steady state."""
     return lambda which, *args, **kwargs: study.steady_moves(list(study.POLICIES.values())[which], *args, **kwargs)
 
 
@@ -77,7 +77,7 @@ def test_a_step_needs_room_for_a_page(moved):
 
 @pytest.mark.parametrize("rooms", [[2] * 6, [1] * 6, [4, 4, 1, 3, 2, 4, 1, 1, 4], [3, 1, 4, 2, 2, 4]])
 def test_the_pager_moves_what_the_simulation_says(rooms):
-    """At rooms that change between steps as well."""
+    """Also with room that changes between steps."""
     size, run = page_size(ARGS), Run(ARGS)
     found = []
     for room in rooms:

@@ -19,7 +19,7 @@ def test_the_rows_from_which_on_fused_loses(times, lost):
 
 
 def record(m, fused, reference):
-    """A shape with N K = 2^20 and one kernel, in seconds."""
+    """Returns a record with N K = 2^20 and one kernel; times are in seconds."""
     way = {
         "hopper": fused,
         "reference": reference,

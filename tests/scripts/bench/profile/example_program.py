@@ -24,7 +24,7 @@ ENTRY %main.9 (x: f32[4]) -> f32[4] {
 
 
 def step_of(scale):
-    """A loop that spans a product and an addition which overlap, the update, and something of another program."""
+    """Returns events: a loop over an overlapping product and addition, the update, and an event of another program."""
     events = [
         ("gradients", "while.7", 0, 100),
         ("gradients", "ynn_fusion.3", 0, 40),

@@ -1,4 +1,4 @@
-"""The random model: its tensors and their numbers."""
+"""The random model: shapes and distribution of its tensors."""
 
 import math
 

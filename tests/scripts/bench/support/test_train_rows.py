@@ -1,4 +1,4 @@
-"""The rows of scripts/bench/train.py: the table that the speed goals name, and FLOP against sums made by hand."""
+"""The rows of scripts/bench/train.py: those of the speed goals, and FLOP compared with sums made by hand."""
 
 from scripts.bench.support import train_rows as rows
 
