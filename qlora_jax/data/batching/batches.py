@@ -1,15 +1,15 @@
-"""Batches: which rows an optimizer step sees, and the arrays it gets. A pure function of (seed, epoch, window, index).
+"""Batches: the rows and the arrays of each optimizer step. A pure function of (seed, epoch, window, index).
 
-An epoch has one window of all rows, or several (mixture.py), in an order of its own. A window shuffles its rows, deals
-them to their length buckets, and cuts each bucket into steps of accumulation x micro_batch_size rows, so that all
-micro-batches of a step have one shape. Rows that fill no step go up to the next bucket; the steps are shuffled. The
-last step to be filled may have gaps: all-padding rows of weight 0. So every row is seen exactly once, and a window
-always has ceil(rows / rows a step) steps.
+An epoch has one window of all rows, or several windows (mixture.py) in a new order each epoch. A window shuffles its
+rows, deals them to length buckets, and cuts each bucket into steps of accumulation x micro_batch_size rows. So all
+micro-batches of a step have the same shape. Rows that do not fill a step go to the next longer bucket. The steps are
+then shuffled. The last step of the longest bucket may have gaps: all-padding rows of weight 0. So an epoch sees every
+row exactly once, and a window has ceil(rows / rows per step) steps.
 
-Where rows are packed (packing.py), a pack takes the place of a row: all have one length, and a window shuffles which
-rows of equal length are together, and the packs.
+With packing (packing.py), a pack replaces a row, and all packs have the same length. A window shuffles the packs, and
+the rows of equal length among them.
 
-Dimension key: A micro-batches, B rows (or packs) of each, T places, R data rows in the fullest of them (1 unpacked).
+Dimension key: A micro-batches, B rows (or packs) of each, T positions, R data rows in the fullest pack (1 unpacked).
 """
 
 import dataclasses
@@ -33,14 +33,15 @@ NO_ROW = -1
 class Batch:
     """Arrays of one optimizer step, right-padded.
 
-    A row of n ids fills n - 1 places: `inputs` its ids but the last, `targets` its ids but the first, `weights` 1 where
-    the target is supervised. What is padding is known by length, never by its id.
+    A row of n ids fills n - 1 positions. `inputs` are its ids without the last, `targets` its ids without the first.
+    `weights` are 1 for supervised targets, otherwise 0. Padding is known by length, never by its id.
 
     Fields:
-      segments: which row of its pack each place belongs to, ascending from 0, padding being the last; None unpacked.
-      rows: number in the data file of each row (`TokenRows.where` tells the line); -1 where there is none.
-      lengths: places that each row fills; 0 where there is none.
-      position: where to go on once this batch has been trained on; None in evaluation.
+      segments: index of the row in its pack that each position belongs to, ascending from 0; padding is the last.
+        None without packing.
+      rows: number of each row in the data (`TokenRows.where` returns its line); -1 for a gap.
+      lengths: positions that each row fills; 0 for a gap.
+      position: data position to resume from after this batch; None in evaluation.
     """
 
     inputs: Int32[np.ndarray, "A B T"]
@@ -53,34 +54,34 @@ class Batch:
 
     @property
     def tokens(self) -> int:
-        """Places filled, padding not counted."""
+        """Positions filled, without padding."""
         return int(self.lengths.sum())
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What a compiled step takes."""
+        """Returns the arguments of a compiled step, by name."""
         named = {"inputs": self.inputs, "targets": self.targets, "weights": self.weights}
         return named if self.segments is None else named | {"segments": self.segments}
 
 
 class PlannedStep(NamedTuple):
-    """One optimizer step of an epoch: its length, and the indices of its rows (-1: no row)."""
+    """One optimizer step of an epoch: its padded length, and the indices of its rows (-1: gap)."""
 
     length: int
     rows: Int64[np.ndarray, "AB R"]
 
 
 def plan_epoch(
-    places: Int64[np.ndarray, " rows"],
+    lengths: Int64[np.ndarray, " rows"],
     buckets: Sequence[int],
     rows_per_step: int,
     seed: int,
     epoch: int,
     window: int = 0,
 ) -> list[PlannedStep]:
-    """The steps of one window of an epoch, each row in exactly one of them."""
+    """Returns the steps of one window of an epoch. Each row is in exactly one of them."""
     generator = _generator(seed, epoch, window)
-    order = generator.permutation(len(places))
-    bucket = bucket_of(places, buckets)[order]
+    order = generator.permutation(len(lengths))
+    bucket = bucket_of(lengths, buckets)[order]
     steps: list[PlannedStep] = []
     carried = np.zeros(0, np.int64)
     for index, length in enumerate(buckets):
@@ -95,11 +96,11 @@ def plan_epoch(
 
 
 def plan_packed_epoch(
-    places: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int, window: int = 0
+    lengths: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int, window: int = 0
 ) -> list[PlannedStep]:
-    """The steps of one window of an epoch of packs, each row in exactly one of them; the last may have gaps."""
+    """Returns the steps of one window of an epoch of packs. Each row is in exactly one; the last step may have gaps."""
     generator = _generator(seed, epoch, window)
-    packs = pack(places, capacity, generator.permutation(len(places)))
+    packs = pack(lengths, capacity, generator.permutation(len(lengths)))
     steps = -(-len(packs) // packs_per_step)
     rows = np.full((steps * packs_per_step, max(map(len, packs))), NO_ROW)
     for place, index in enumerate(generator.permutation(len(packs))):
@@ -108,12 +109,12 @@ def plan_packed_epoch(
 
 
 def window_order(seed: int, epoch: int, windows: int) -> Int64[np.ndarray, " windows"]:
-    """Which window comes when in an epoch."""
+    """Returns the windows in the order of an epoch."""
     return np.random.default_rng([seed, epoch, windows]).permutation(windows)
 
 
 def _generator(seed: int, epoch: int, window: int) -> np.random.Generator:
-    """Of the first window that which an epoch without windows has."""
+    """Returns a window's generator. That of the first window is the same as without windows."""
     return np.random.default_rng([seed, epoch, window] if window else [seed, epoch])
 
 
@@ -128,12 +129,18 @@ def train_batches(
     pad_id: int,
     position: Mapping[str, int] = START,
 ) -> Iterator[Batch]:
-    """Batches without end, epoch after epoch, from `position` on.
+    """Yields batches without end, epoch after epoch, from `position` on.
 
-    Going on from a batch's own `position` gives exactly the batches that would have followed it.
+    Resuming from a batch's `position` gives exactly the batches that followed it.
 
     Args:
-      packed: whether rows share rows of the batch; then `buckets` is the one length of all packs.
+      rows: training rows, or a mixture of files.
+      buckets: padded lengths, ascending.
+      packed: True if several rows share a row of a batch. `buckets` is then the length of all packs.
+      accumulation: micro-batches per optimizer step.
+      micro_batch_size: rows, or packs, per micro-batch.
+      pad_id: id at padding positions.
+      position: epoch, window and index of the step to start with.
 
     Raises:
       ValueError: a position that this data set does not have.
@@ -143,42 +150,42 @@ def train_batches(
     if not packed:
         plan = functools.partial(plan_epoch, buckets=buckets, rows_per_step=per_step, seed=seed)
     if set(position) != set(START) or position["epoch"] < 0 or not 0 <= position["window"] < rows.windows:
-        raise ValueError(_no_position(position, f"{rows.windows} windows an epoch"))
+        raise ValueError(_no_position(position, f"{rows.windows} windows per epoch"))
     epoch, window, index = (position[name] for name in START)
     while True:
-        held = rows.window(epoch, int(window_order(seed, epoch, rows.windows)[window]))
-        steps = plan(held.rows.lengths[held.indices], epoch=epoch, window=window)
+        loaded = rows.window(epoch, int(window_order(seed, epoch, rows.windows)[window]))
+        steps = plan(loaded.rows.lengths[loaded.indices], epoch=epoch, window=window)
         if not 0 <= index < len(steps):
-            raise ValueError(_no_position(position, f"steps 0 to {len(steps) - 1} in that window"))
-        following = (epoch, window + 1) if window + 1 < rows.windows else (epoch + 1, 0)
+            raise ValueError(_no_position(position, f"steps 0 to {len(steps) - 1} of that window"))
+        next_window = (epoch, window + 1) if window + 1 < rows.windows else (epoch + 1, 0)
         for step in steps[index:]:
             index += 1
-            after = (epoch, window, index) if index < len(steps) else (*following, 0)
-            chosen = np.where(step.rows == NO_ROW, NO_ROW, held.indices[step.rows]).reshape(*shape, -1)
+            after = (epoch, window, index) if index < len(steps) else (*next_window, 0)
+            chosen = np.where(step.rows == NO_ROW, NO_ROW, loaded.indices[step.rows]).reshape(*shape, -1)
             at = dict(zip(START, after, strict=True))
-            yield fill(held.rows, chosen, step.length, pad_id, packed=packed, position=at)
-        (epoch, window), index = following, 0
+            yield fill_batch(loaded.rows, chosen, step.length, pad_id, packed=packed, position=at)
+        (epoch, window), index = next_window, 0
 
 
 def _no_position(position: Mapping[str, int], found: str) -> str:
     return (
-        f"data position {dict(position)} does not exist: this data set has {found}. "
-        "Have the data, data.max_length or the batch size changed since it was saved?"
+        f"data position: not in this data set (found {dict(position)}, expected one within {found}). "
+        "Restore the data, data.max_length and the batch size with which the checkpoint was saved."
     )
 
 
 def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pad_id: int) -> Iterator[Batch]:
-    """Every row once, shortest first (so that little is padding), in batches [1, batch_size, T]."""
+    """Yields batches [1, batch_size, T] with every row once, shortest first, so that padding is short."""
     order = np.argsort(rows.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
         chosen = np.full((1, batch_size, 1), NO_ROW)
         some = order[start : start + batch_size]
         chosen[0, : len(some), 0] = some
         length = buckets[bucket_of(rows.lengths[some[-1:]], buckets)[0]]
-        yield fill(rows, chosen, length, pad_id)
+        yield fill_batch(rows, chosen, length, pad_id)
 
 
-def fill(
+def fill_batch(
     rows: TokenRows,
     chosen: Int64[np.ndarray, "A B R"],
     length: int,
@@ -187,7 +194,7 @@ def fill(
     packed: bool = False,
     position: dict[str, int] | None = None,
 ) -> Batch:
-    """The arrays of the rows at indices `chosen`, those of one pack one behind the other, padded to `length`."""
+    """Returns the arrays of the rows at indices `chosen`, with the rows of a pack in order, padded to `length`."""
     shape = (*chosen.shape[:2], length)
     inputs, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
     weights, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)

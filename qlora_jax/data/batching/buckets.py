@@ -1,4 +1,4 @@
-"""Length buckets: the few padded lengths that batches come in, chosen to pad least over the actual rows."""
+"""Length buckets: the few padded lengths of batches, chosen for the least padding over the actual rows."""
 
 from collections.abc import Sequence
 
@@ -7,40 +7,39 @@ from jaxtyping import Int64
 
 UNIT = 64  # bucket lengths are multiples of it
 
-# Each length is a compilation of the training step, so one more has to save at least this share of the places.
+# Each length needs a compilation of the training step. One more has to save at least this share of the positions.
 _WORTH_A_COMPILATION = 0.02
 
 
-Units = Int64[np.ndarray, " units"]  # how many rows fill ceil(places / 64) = 0, 1, 2, ... units
+Units = Int64[np.ndarray, " units"]  # number of rows that fill ceil(length / 64) = 0, 1, 2, ... units
 
 
-def count_units(places: Int64[np.ndarray, " rows"], longest: int) -> Units:
-    """The histogram of rows by units, up to those of a row of `longest` places."""
-    return np.bincount(-(-places // UNIT), minlength=-(-longest // UNIT) + 1)
+def count_units(lengths: Int64[np.ndarray, " rows"], longest: int) -> Units:
+    """Returns the histogram of rows by units, up to a row of `longest` positions."""
+    return np.bincount(-(-lengths // UNIT), minlength=-(-longest // UNIT) + 1)
 
 
-def choose_buckets(units: Units, rows_per_step: int, most: int) -> tuple[int, ...]:
-    """At most `most` lengths, ascending, multiples of 64, the last holding every row.
+def choose_buckets(units: Units, rows_per_step: int, max_buckets: int) -> tuple[int, ...]:
+    """Returns at most `max_buckets` lengths: ascending multiples of 64. The last is at least the longest row.
 
-    For each number of lengths the best ones are found exactly (dynamic programming over the histogram); among those
-    numbers, the smallest that comes within 2 % of the fewest places an epoch takes, with steps filled as
-    `steps_by_bucket` says.
+    Dynamic programming over the histogram finds the best lengths for each number of lengths. The smallest number within
+    2 % of the fewest positions per epoch is used. Steps are counted by `steps_by_bucket`.
     """
-    candidates = [tuple(UNIT * edge for edge in edges) for edges in _best_edges(units, most)]
+    candidates = [tuple(UNIT * edge for edge in edges) for edges in _best_edges(units, max_buckets)]
     taken = [padded_positions(units, candidate, rows_per_step) for candidate in candidates]
     good = min(taken) * (1 + _WORTH_A_COMPILATION)
     return next(candidate for candidate, cost in zip(candidates, taken, strict=True) if cost <= good)
 
 
-def bucket_of(places: Int64[np.ndarray, " rows"], buckets: Sequence[int]) -> Int64[np.ndarray, " rows"]:
-    """Index of the smallest bucket that holds each row."""
-    return np.searchsorted(np.array(buckets), places, side="left")
+def bucket_of(lengths: Int64[np.ndarray, " rows"], buckets: Sequence[int]) -> Int64[np.ndarray, " rows"]:
+    """Returns the index of the smallest bucket that each row fits."""
+    return np.searchsorted(np.array(buckets), lengths, side="left")
 
 
 def steps_by_bucket(counts: Sequence[int], rows_per_step: int) -> list[int]:
-    """Steps an epoch takes in each bucket; ceil(rows / rows_per_step) in all.
+    """Returns the steps per epoch in each bucket, ceil(rows / rows_per_step) in total.
 
-    Rows that fill no step go up to the next bucket; the last step of the last bucket may have gaps.
+    Rows that do not fill a step go to the next bucket. The last step of the last bucket may have gaps.
     """
     steps, carried = [], 0
     for count in counts:
@@ -51,7 +50,7 @@ def steps_by_bucket(counts: Sequence[int], rows_per_step: int) -> list[int]:
 
 
 def padded_positions(units: Units, buckets: Sequence[int], rows_per_step: int) -> int:
-    """Places that the batches of one epoch hold, padding included."""
+    """Returns the positions of all batches of an epoch, padding included."""
     edges = np.array(buckets) // UNIT + 1
     counts = [int(part.sum()) for part in np.split(units, edges)[:-1]]
     return sum(
@@ -59,16 +58,16 @@ def padded_positions(units: Units, buckets: Sequence[int], rows_per_step: int) -
     )
 
 
-def _best_edges(counts: Int64[np.ndarray, " units"], most: int) -> list[tuple[int, ...]]:
-    """For 1, 2, ..., `most` edges: those that minimise sum over rows of the smallest edge >= the row's unit."""
+def _best_edges(counts: Int64[np.ndarray, " units"], max_buckets: int) -> list[tuple[int, ...]]:
+    """Returns, for 1 to `max_buckets` edges, those that minimise the sum over rows of the smallest edge >= its unit."""
     used = np.flatnonzero(counts)
     below = np.concatenate([[0], np.cumsum(counts[used])])  # rows in the first i used units
     # cost[i, j]: rows of used units i..j-1 padded to the last of them.
     cost = np.where(np.triu(np.ones((len(used), len(used)), bool)), used * (below[1:] - below[:-1, None]), np.inf)
     best, choices = cost[0], [np.zeros(len(used), int)]
     solutions: list[tuple[int, ...]] = [(int(used[-1]),)]
-    for _ in range(min(most, len(used)) - 1):
-        # Before the bucket that starts at unit i, the best split of units 0..i-1.
+    for _ in range(min(max_buckets, len(used)) - 1):
+        # Before the bucket that starts at unit i comes the best split of units 0..i-1.
         options = np.concatenate([[np.inf], best[:-1]])[:, None] + cost
         choices.append(options.argmin(axis=0))
         best = options.min(axis=0)
@@ -77,7 +76,7 @@ def _best_edges(counts: Int64[np.ndarray, " units"], most: int) -> list[tuple[in
 
 
 def _edges(used: Int64[np.ndarray, " used"], choices: Sequence[np.ndarray]) -> tuple[int, ...]:
-    """Walks the choices back from the last unit."""
+    """Returns the edges: follows the choices back from the last unit."""
     edges, last = [], len(used) - 1
     for choice in reversed(choices):
         edges.append(int(used[last]))

@@ -1,11 +1,11 @@
-"""Mixtures: several files with weights, and files that are gone through in windows. A pure function of (epoch, window).
+"""Mixtures: several files with weights, read whole or in windows. A pure function of (epoch, window).
 
-A weight is how often an epoch goes through a file: of n rows it sees round(weight n). Epochs go on where the one before
-left off, so of a file of weight 1/2 one epoch sees one half and the next the other; whatever the weight, no row is seen
-twice more often than another by more than once.
+The weight of a file is the number of times that an epoch goes through it: of n rows it uses round(weight n). The next
+epoch continues where the last one stopped, so two epochs of weight 1/2 use each row once. Any two rows' counts differ
+by at most one.
 
-An epoch of n rows has ceil(n / window) windows of about equal size, each with its share of every file. In memory a file
-of broken weight is gone through in an order that follows from the seed; in windows, in its own.
+An epoch of n rows has ceil(n / window) windows of about equal size, each with its share of every file. Rows in memory
+are used in an order that the seed determines; rows in windows, in the order of their file.
 """
 
 import dataclasses
@@ -32,12 +32,12 @@ class Part:
 
     @property
     def count(self) -> int:
-        """Rows that an epoch sees."""
+        """Rows of this file per epoch."""
         return int(self.weight * len(self.rows) + 0.5)
 
     @property
     def numbers(self) -> int:
-        """The numbers of its rows are below it."""
+        """Upper bound of the numbers of its rows."""
         last = len(self.rows) - 1
         rows = self.rows.read(last, last + 1) if isinstance(self.rows, StoredRows) else self.rows
         return int(rows.numbers[-1]) + 1
@@ -45,10 +45,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """The rows of several files, as an epoch goes through them.
+    """The rows of several files, in the order of an epoch.
 
     Fields:
-      size: rows of a window at most; None: all of an epoch, which are then in memory.
+      size: rows per window, at most. None: one window of all rows, which are in memory.
     """
 
     parts: tuple[Part, ...]
@@ -60,23 +60,23 @@ class Mixture:
 
     @property
     def windows(self) -> int:
-        """Windows of an epoch."""
+        """Windows per epoch."""
         return 1 if self.size is None else -(-len(self) // self.size)
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the rows, and of what the order of windows follows from."""
+        """SHA-256 of the rows, and of the settings that determine the order of windows."""
         order = (self.size, self.seed, [(part.weight, part.digest) for part in self.parts])
         return hashlib.sha256(repr(order).encode()).hexdigest()
 
     @functools.cached_property
     def files(self) -> tuple[File, ...]:
-        """The files, numbered through."""
+        """The files, with row numbers counted over all of them."""
         firsts = itertools.accumulate((part.numbers for part in self.parts[:-1]), initial=0)
         return tuple(File(part.path, first) for part, first in zip(self.parts, firsts, strict=True))
 
     def window(self, epoch: int, index: int) -> Window:
-        """One window of an epoch: the rows that it sees of each file, in the files' order."""
+        """Returns one window of an epoch: its rows of each file, in the files' order."""
         if self._in_memory is not None:
             return Window(self._in_memory, self._indices(epoch))
         pieces = [piece for which in range(len(self.parts)) for piece in self._read(which, epoch, index)]
@@ -84,7 +84,7 @@ class Mixture:
         return Window(rows, np.arange(len(rows)))
 
     def window_lengths(self, epoch: int, index: int) -> Int64[np.ndarray, " n"]:
-        """Places that each row of a window fills in a batch; ids are not read for it."""
+        """Returns the positions that each row of a window fills in a batch, without reading ids."""
         if self._in_memory is not None:
             return self._in_memory.lengths[self._indices(epoch)]
         lengths = [
@@ -95,7 +95,7 @@ class Mixture:
         return np.concatenate(lengths)
 
     def where(self, number: int) -> str:
-        """`file:line` of the row of that number."""
+        """Returns `file:line` of the row with that number."""
         if self._in_memory is not None:
             return self._in_memory.where(number)
         which = max(which for which, file in enumerate(self.files) if file.first <= number)
@@ -112,7 +112,7 @@ class Mixture:
         return concatenate_rows(numbered, self.files)
 
     def _indices(self, epoch: int) -> Int64[np.ndarray, " n"]:
-        """Of the rows in memory, those that an epoch sees, ascending."""
+        """Returns the ascending indices of the rows in memory that an epoch uses."""
         found, base = [], 0
         for which, part in enumerate(self.parts):
             n, count = len(part.rows), part.count
@@ -122,12 +122,12 @@ class Mixture:
         return np.sort(np.concatenate(found))
 
     def _spans(self, epoch: int, index: int) -> list[tuple[StoredRows, list[tuple[int, int]]]]:
-        """For each file, the stretches [start, stop) of it that a window holds."""
+        """Returns the ranges [start, stop) of each file that a window contains."""
         found = []
         for part in self.parts:
             assert isinstance(part.rows, StoredRows)
             begin, end = (epoch * part.count + part.count * edge // self.windows for edge in (index, index + 1))
-            found.append((part.rows, _stretches(begin, end, len(part.rows))))
+            found.append((part.rows, _wrapped_ranges(begin, end, len(part.rows))))
         return found
 
     def _read(self, which: int, epoch: int, index: int) -> list[TokenRows]:
@@ -135,8 +135,8 @@ class Mixture:
         return [_numbered(stored.read(start, stop), self.files[which].first) for start, stop in spans]
 
 
-def _stretches(begin: int, end: int, n: int) -> list[tuple[int, int]]:
-    """[begin, end) of a file of n rows that is read round and round, as stretches of it."""
+def _wrapped_ranges(begin: int, end: int, n: int) -> list[tuple[int, int]]:
+    """Returns [begin, end) of a file of n rows that repeats without end, as ranges of the file."""
     edges = [begin, *range((begin // n + 1) * n, end, n), end]
     return [(a % n, a % n + b - a) for a, b in itertools.pairwise(edges) if b > a]
 
@@ -146,9 +146,7 @@ def _numbered(rows: TokenRows, first: int) -> TokenRows:
 
 
 def check_weights(parts: Sequence[Part]) -> None:
-    """Raises ValueError for files of which an epoch would see no row."""
+    """Raises ValueError for files whose weight is too small for a single row per epoch."""
     none = [f"{part.path}: weight {part.weight:g} of {len(part.rows)} rows" for part in parts if not part.count]
     if none:
-        raise ValueError(
-            "data.train: an epoch would see no row of some files; raise their weights:\n  " + "\n  ".join(none)
-        )
+        raise ValueError("data.train: an epoch has no rows of some files. Raise their weights:\n  " + "\n  ".join(none))

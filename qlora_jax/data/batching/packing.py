@@ -1,8 +1,8 @@
-"""Packing: several rows in one row of a batch, so that hardly a place is padding.
+"""Packing: several rows in one row of a batch, so that few positions are padding.
 
-Best-fit decreasing: rows are taken longest first, each into the fullest pack that still holds it. It needs at most
-11/9 of the fewest packs there could be, and four (Johnson et al. 1974). How many there are depends on the lengths
-alone, not on the order that rows of one length are taken in.
+Best-fit decreasing takes rows longest first and puts each into the fullest pack with enough room. It needs at most 11/9
+of the smallest possible number of packs, plus four (Johnson et al. 1974). The number of packs depends only on the
+lengths, not on the order of rows with equal lengths.
 """
 
 import bisect
@@ -14,25 +14,30 @@ from qlora_jax.data.batching.buckets import UNIT
 
 
 def pack_length(max_length: int) -> int:
-    """Places of a pack: those of the longest row there may be, in whole units of 64."""
+    """Returns the positions of a pack: those of the longest possible row, rounded up to a multiple of 64."""
     return -(-(max_length - 1) // UNIT) * UNIT
 
 
-def pack(places: Int64[np.ndarray, " rows"], capacity: int, order: Int64[np.ndarray, " rows"]) -> list[list[int]]:
-    """The indices of the rows in each pack: every row in one, none fuller than `capacity`.
+def pack(lengths: Int64[np.ndarray, " rows"], capacity: int, order: Int64[np.ndarray, " rows"]) -> list[list[int]]:
+    """Returns the indices of the rows in each pack. Each row is in one pack, of at most `capacity` positions.
 
-    Rows of equal length are taken in `order`.
+    Args:
+      lengths: positions that each row fills.
+      capacity: positions of a pack.
+      order: permutation of the rows. Rows of equal length are packed in this order.
 
     Raises:
-      ValueError: a row that no pack holds.
+      ValueError: a row is longer than a pack.
     """
-    if len(places) and places.max() > capacity:
-        raise ValueError(f"a row of {places.max()} places does not fit a pack of {capacity}")
+    if len(lengths) and lengths.max() > capacity:
+        raise ValueError(
+            f"packing: a row does not fit a pack (found {lengths.max()} positions, expected at most {capacity})"
+        )
     packs: list[list[int]] = []
-    by_room: dict[int, list[int]] = {}  # packs by the places that are left in them
+    by_room: dict[int, list[int]] = {}  # packs by the positions left in them
     rooms: list[int] = []  # keys of by_room, ascending
-    for index in order[np.argsort(-places[order], kind="stable")].tolist():
-        size = int(places[index])
+    for index in order[np.argsort(-lengths[order], kind="stable")].tolist():
+        size = int(lengths[index])
         at = bisect.bisect_left(rooms, size)
         if at == len(rooms):
             room, chosen = capacity, len(packs)

@@ -1,4 +1,4 @@
-"""Mixtures and windows: who is seen how often, in which order, and that any of it can be resumed to the bit."""
+"""Mixtures and windows: how often rows occur, in which order, and that resume is bit-identical."""
 
 import collections
 import itertools
@@ -21,14 +21,14 @@ counts = st.lists(st.tuples(st.integers(2, 40), weights), min_size=1, max_size=3
 
 
 def stored(rows: TokenRows, folder: Path) -> StoredRows:
-    """The rows as an entry of a cache, written in pieces of three."""
+    """The rows as an entry of the cache, written in chunks of three."""
 
-    def pieces():
+    def chunks():
         for at in range(0, len(rows), 3):
             part = slice_of(rows, at, min(at + 3, len(rows)))
             yield RowChunk(part, RowCounts(kept=len(part)), np.zeros(0, np.uint64), "text")
 
-    store_rows(pieces(), folder)
+    store_rows(chunks(), folder)
     found = open_stored_rows(folder, rows.files[0].path)
     assert found is not None and found.digest == rows.digest
     return found
@@ -47,7 +47,7 @@ def slice_of(rows: TokenRows, start: int, stop: int) -> TokenRows:
 
 
 def mixture(sizes: list[tuple[int, float]], size: int | None = None, folder: Path | None = None) -> Mixture:
-    """Files of so many rows and such weights; in a folder where one is given."""
+    """A mixture of files with (rows, weight) `sizes`, in memory or in `folder`."""
     parts = []
     for which, (count, weight) in enumerate(sizes):
         rows = make_rows([5 + (7 * n + which) % 90 for n in range(count)], seed=which)
@@ -87,7 +87,7 @@ def test_weights_say_how_often_a_row_is_seen(sizes: list[tuple[int, float]]):
 
 
 @given(counts, st.booleans(), st.integers(0, 25))
-def test_a_mixture_is_resumed_to_the_bit(sizes: list[tuple[int, float]], packed: bool, done: int):
+def test_resume_of_a_mixture_is_bit_identical(sizes: list[tuple[int, float]], packed: bool, done: int):
     options = {"packed": packed, "accumulation": 1, "micro_batch_size": 2, "seed": 1, "pad_id": PAD}
     whole = list(itertools.islice(train_batches(mixture(sizes), (128,), **options), done + 3))
     position = whole[done - 1].position if done else START
@@ -117,7 +117,7 @@ def test_windows_hold_each_row_once_in_the_files_order(windowed: Mixture):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_windows_are_resumed_to_the_bit(windowed: Mixture, packed: bool):
+def test_resume_of_windows_is_bit_identical(windowed: Mixture, packed: bool):
     options = {"packed": packed, "accumulation": 1, "micro_batch_size": 2, "seed": 1, "pad_id": PAD}
     whole = list(itertools.islice(train_batches(windowed, (128,), **options), 80))
     assert len({(batch.position["epoch"], batch.position["window"]) for batch in whole}) > 4
@@ -138,7 +138,7 @@ def test_windows_are_shuffled_each_in_its_own_way(windowed: Mixture):
 
 def test_windows_come_in_another_order_each_epoch(windowed: Mixture):
     def order(epoch: int, seed: int) -> list[int]:
-        """Windows as batches come: each tells by which rows of the first file it holds."""
+        """Windows in the order of batches. The rows of the first file identify a window."""
         position = {**START, "epoch": epoch}
         batches = train_batches(
             windowed, (128,), accumulation=1, micro_batch_size=2, seed=seed, pad_id=PAD, position=position
@@ -177,7 +177,7 @@ def test_rows_in_folders_are_those_in_memory(tmp_path: Path):
 
 
 def test_weights_of_no_row_are_told():
-    with pytest.raises(ValueError, match=r"raise their weights:\n  rows\.jsonl: weight 0\.1 of 4 rows$"):
+    with pytest.raises(ValueError, match=r"Raise their weights:\n  rows\.jsonl: weight 0\.1 of 4 rows$"):
         check_weights(mixture([(10, 0.1), (4, 0.1)]).parts)
 
 

@@ -1,4 +1,4 @@
-"""Packing: every row in one pack, few packs, exact resume, and rows that see nothing of each other."""
+"""Packing: every row in one pack, few packs, exact resume, and rows that do not see each other."""
 
 import itertools
 
@@ -41,7 +41,7 @@ def test_every_row_is_in_one_pack_and_few_are_needed(places, random):
 def test_each_row_goes_where_least_is_left():
     # 60 and 50 leave 40 and 50; 40 fits both and fills the first; 30 and 20 fill the second.
     assert pack(np.array([20, 40, 60, 30, 50]), 100, np.arange(5)) == [[2, 1], [4, 3, 0]]
-    with pytest.raises(ValueError, match="a row of 101 places does not fit a pack of 100"):
+    with pytest.raises(ValueError, match=r"a row does not fit a pack .found 101 positions, expected at most 100"):
         pack(np.array([101]), 100, np.arange(1))
 
 
@@ -109,7 +109,7 @@ def parts():
 
 
 def _filled(leaf):
-    """Random codes and constants for a placeholder."""
+    """Random codes and constants in place of a placeholder."""
     generator = np.random.default_rng(leaf.size)
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.asarray(generator.standard_normal(leaf.shape) * 0.1, leaf.dtype)
@@ -132,7 +132,7 @@ def test_losses_and_gradients_are_those_of_the_rows_alone(parts):
 
 
 def test_a_row_does_not_change_with_its_neighbours(parts):
-    """Each segment's hidden states are equal to the bit whatever the others hold."""
+    """The gradients of one segment are bit-identical for any content of the others."""
     batch = next(epoch_of(make_rows([20, 33, 7, 50, 16]), (1, 1))).arrays()
     only_last = batch | {"weights": batch["weights"] * (batch["segments"] == 3)}
     assert only_last["weights"].sum() > 0

@@ -70,7 +70,7 @@ def test_a_field_may_be_long(tmp_path):
         ("a,a\n1,2\n", r"each column once .found \['a', 'a'\]"),
         (
             ",a,,a\n0,1,2,3\n",
-            r"each column once .found \['', 'a', '', 'a'\].\. Write the names there, and rename or delete",
+            r"each column once .found \['', 'a', '', 'a'\].\. Write the names there",
         ),
         (",\n1,2\n", r"the first line has to name each column once .found \['', ''\]"),
         ("prompt,completion\n", "found no rows, expected a line of column names and then rows"),
