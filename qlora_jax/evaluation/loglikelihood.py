@@ -21,7 +21,7 @@ from qlora_jax.evaluation.shared_prefixes import Packed, ScoredIds, packed_rows
 from qlora_jax.inference.lowering import Ahead, config_of, lowered
 from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
 from qlora_jax.models.partition import ModelParts, combine
-from qlora_jax.nn.token_scores import Scores, token_scores
+from qlora_jax.nn.token_scores import TokenScores, token_scores
 
 ROOM = 256  # places are a multiple of these
 PADDING = -1  # no branch
@@ -62,7 +62,7 @@ def score_tokens(
     before_M: Int[Array, " M"],
     targets_M: Int[Array, " M"],
     count: Int[Array, ""],
-) -> Scores:
+) -> TokenScores:
     """Of the first `count` targets, each by the tokens up to its place `before`.
 
     Args:
@@ -70,7 +70,7 @@ def score_tokens(
       before_M: indices into the flattened tokens.
     """
     model = combine(parts)
-    hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, branching=branches_BT is not None)
+    hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, shared_prefix=branches_BT is not None)
     return token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
 
 
@@ -94,7 +94,7 @@ def answer_scores(
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
     done = 0
-    for batch, packed in _batches(packed_rows(rows, share=config.takes_branches)):
+    for batch, packed in _batches(packed_rows(rows, share=config.supports_shared_prefix)):
         row_K, nll_K, hit_K = _score(parts, batch, packed, kept)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
@@ -141,8 +141,8 @@ def _check(rows: Sequence[ScoredIds], max_positions: int) -> None:
 
 def _batches(packed: Sequence[Packed]) -> Iterator[tuple[Batch, Sequence[Packed]]]:
     """Batches, each with what its indices are of: whole texts, then prompts with continuations."""
-    for branching in (False, True):
-        kind = [one for one in packed if (one.branches is not None) == branching]
+    for shared_prefix in (False, True):
+        kind = [one for one in packed if (one.branches is not None) == shared_prefix]
         yield from ((batch, kind) for batch in batches_by_length([len(one.ids) for one in kind]))
 
 
@@ -171,7 +171,7 @@ def _inputs(batch: Batch, packed: Sequence[Packed]) -> tuple[tuple[Any, ...], np
 def scoring_ahead(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[Ahead]:
     """The programs for the largest batches that `answer_scores` makes of the rows: of whole texts, and of prompts with
     continuations."""
-    share = config_of(parts).takes_branches
+    share = config_of(parts).supports_shared_prefix
     largest: dict[bool, tuple[Batch, Sequence[Packed]]] = {}
     for batch, packed in _batches(packed_rows(rows, share=share)):
         kind = packed[0].branches is not None

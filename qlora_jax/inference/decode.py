@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.inference.sampling import Sampling, choose
-from qlora_jax.models.add_adapters import for_decoding
+from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
@@ -175,7 +175,7 @@ def stream(
     Raises:
       ValueError: a prompt that is empty, or leaves the model no position to answer in: all of them at once.
     """
-    parts = for_decoding(parts)
+    parts = prepare_for_decoding(parts)
     model = combine(parts)
     _check(prompts, max_new_tokens, model.config)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)

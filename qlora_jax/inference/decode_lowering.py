@@ -11,14 +11,14 @@ import numpy as np
 from qlora_jax.inference.decode import BATCHES, advance, chunks, empty_cache, extend, round_up, slots_for
 from qlora_jax.inference.lowering import Ahead, bytes_of, lowered
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.add_adapters import for_decoding
+from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import ModelParts, combine
 
 
 def decoding_ahead(parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[Ahead]:
     """The programs of greedy replies to prompts that are decoded together: of their largest chunk, and of a token.
 
-    What `for_decoding` makes of the model counts as held.
+    What `prepare_for_decoding` makes of the model counts as held.
     """
     size, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
     settled, made = _settled(parts)
@@ -36,8 +36,8 @@ def decoding_ahead(parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_
 
 
 def _settled(parts: ModelParts) -> tuple[ModelParts, int]:
-    """(the shapes of what `for_decoding` returns, bytes of what it makes anew)."""
-    settled = jax.eval_shape(for_decoding, parts)
+    """(the shapes of what `prepare_for_decoding` returns, bytes of what it makes anew)."""
+    settled = jax.eval_shape(prepare_for_decoding, parts)
     shared = [
         leaf
         for name, leaves in settled.lora.items()

@@ -10,7 +10,7 @@ from qlora_jax.inference.decode_lowering import decoding_ahead
 from qlora_jax.inference.lowering import Ahead
 from qlora_jax.inference.result_cache import Kept
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.models.add_adapters import for_decoding
+from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import ModelParts
 
 ENDS = ("stop", "length", "context")
@@ -26,7 +26,7 @@ def greedy_replies(
     kept: Kept,
 ) -> list[Reply]:
     """The reply to each prompt, in order; the longest prompts are answered first. See `decode.generate`."""
-    parts = for_decoding(parts)
+    parts = prepare_for_decoding(parts)
     how = {"sampling": Sampling(), "max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     replies: dict[int, Reply] = {}
     for rows in _groups(prompts):

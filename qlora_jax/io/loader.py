@@ -137,7 +137,7 @@ def _filled(stack: Any, layers: Iterator[QTensor | jax.Array]) -> Any:
 def _placed(stack: Any, layer: QTensor | jax.Array, index: int) -> Any:
     if not isinstance(stack, MixedStack):
         return _put(stack, layer, np.int32(index))
-    part, place = stack.place(index)
+    part, place = stack.locate(index)
     return dataclasses.replace(stack, **{part: _put(getattr(stack, part), layer, np.int32(place))})
 
 
@@ -212,7 +212,7 @@ def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Any:
     # Which layers are dense shows in the tensors themselves.
     left_out = ("platform", "dtype", "dense")
     held = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
-    settings = {"config": config.described(), "weights": held}
+    settings = {"config": config.fingerprint_features(), "weights": held}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
 

@@ -12,8 +12,8 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
-from qlora_jax.nn.dora import DoRA, SettledDoRA
-from qlora_jax.nn.full_rank import set_whole
+from qlora_jax.nn.dora import DoRA, InferenceDoRA
+from qlora_jax.nn.full_rank import make_trainable
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
@@ -67,9 +67,9 @@ def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors |
     known = dict(linears(model))
     if spec.method == "full":
         for linear in known.values():
-            set_whole(linear, spec.dtype)
+            make_trainable(linear, spec.dtype)
         for _, norm in norms(model):
-            norm.set_whole()
+            norm.make_trainable()
         return
     made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial)
     for name, adapter in made.items():
@@ -141,7 +141,7 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
 VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # of what trains; they stay in f32
 
 
-def for_decoding(parts: ModelParts) -> ModelParts:
+def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     """The same model for many calls of few tokens, with what they share computed once.
 
     That is the norms of DoRA, and the cast of matrices to the compute dtype.
@@ -149,7 +149,7 @@ def for_decoding(parts: ModelParts) -> ModelParts:
     model = combine(parts)
     for _, linear in linears(model):
         if isinstance(linear.adapter, DoRA):
-            linear.adapter = SettledDoRA(linear.adapter, linear.weight.get_value())
+            linear.adapter = InferenceDoRA(linear.adapter, linear.weight.get_value())
     dtype = model.model.embed_tokens.weight[...].dtype
     settled = partition(model)
     cast = {

@@ -43,7 +43,7 @@ class Positions:
     """Where the tokens of a call stand.
 
     index_BT counts from 0 in each text; segments_BT are ids of the texts of a row, None where it is one; cos and sin
-    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ. Where `branching`,
+    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ. Where `shared_prefix`,
     segment 0 is the beginning of all the others.
     """
 
@@ -51,7 +51,7 @@ class Positions:
     segments_BT: jax.Array | None
     cos: jax.Array
     sin: jax.Array
-    branching: bool = dataclasses.field(default=False, metadata={"static": True})
+    shared_prefix: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(
@@ -60,13 +60,13 @@ class Positions:
         index_BT: jax.Array,
         segments_BT: jax.Array | None,
         length: int,
-        branching: bool = False,
+        shared_prefix: bool = False,
     ) -> "Positions":
         """With the rotations of up to `length` positions."""
         kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
         each = [_rotations(rope, config, index_BT, length) for rope in kinds]
         cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
-        return cls(index_BT, segments_BT, cos, sin, branching)
+        return cls(index_BT, segments_BT, cos, sin, shared_prefix)
 
     def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
         """Which of several rotations one layer has."""
@@ -83,7 +83,7 @@ def _rotations(rope: Rope | None, config: ModelConfig, index_BT: jax.Array, leng
 
 def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | int | None:
     """How many positions one layer's queries see of `length`: one number where all layers have the same."""
-    seen = config.seen(length)
+    seen = config.visible_counts(length)
     if len(set(seen)) > 1:
         return jnp.asarray(seen, jnp.int32)[layer]
     return seen[0] if seen[0] < length else None
@@ -112,7 +112,7 @@ class Attention(nnx.Module):
         if cache is None:
             v = checkpoint_name(v, "value")
             with jax.named_scope("attention"):
-                texts = {"segments_BT": positions.segments_BT, "branching": positions.branching}
+                texts = {"segments_BT": positions.segments_BT, "shared_prefix": positions.shared_prefix}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)

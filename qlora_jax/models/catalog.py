@@ -94,7 +94,7 @@ def _neox(width: int, layers: int, heads: int, vocabulary: int) -> Config:
     return config | {"rotary_pct": 0.25}
 
 
-PUBLIC: dict[str, Config] = {
+PUBLISHED: dict[str, Config] = {
     "llama-7b": _llama1(4096, 11008, 32, 32, 32, eps=1e-6),
     "llama-13b": _llama1(5120, 13824, 40, 40, 40, eps=1e-6),
     "llama-33b": _llama1(6656, 17920, 60, 52, 52, eps=1e-6),
@@ -156,5 +156,5 @@ PUBLIC: dict[str, Config] = {
 
 def nearest(name: str) -> str | None:
     """The published model whose name is most like this one; None where none is."""
-    near = difflib.get_close_matches(name.lower(), PUBLIC, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name.lower(), PUBLISHED, n=1, cutoff=0.6)
     return near[0] if near else None

@@ -4,11 +4,11 @@ import dataclasses
 from typing import Any
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.nn.rope import TURNED_BY_LENGTH, Rope
+from qlora_jax.nn.rope import LENGTH_DEPENDENT, Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Layout:
+class NormPlacement:
     """Where the norms of a block stand, each by Hugging Face's name; None: there is none.
 
     Attributes:
@@ -31,17 +31,17 @@ class Layout:
 
 
 ATTENTION_NORM, MLP_NORM = "input_layernorm", "post_attention_layernorm"
-LAYOUTS = {
-    "pre": Layout(before_attention=ATTENTION_NORM, before_mlp=MLP_NORM),
-    "post": Layout(after_attention="post_attention_layernorm", after_mlp="post_feedforward_layernorm"),
-    "both": Layout(
+NORM_PLACEMENTS = {
+    "pre": NormPlacement(before_attention=ATTENTION_NORM, before_mlp=MLP_NORM),
+    "post": NormPlacement(after_attention="post_attention_layernorm", after_mlp="post_feedforward_layernorm"),
+    "both": NormPlacement(
         before_attention=ATTENTION_NORM,
         after_attention="post_attention_layernorm",
         before_mlp="pre_feedforward_layernorm",
         after_mlp="post_feedforward_layernorm",
     ),
-    "parallel": Layout(before_attention=ATTENTION_NORM, before_mlp=MLP_NORM, parallel=True),
-    "parallel, one norm": Layout(before_attention=ATTENTION_NORM, before_mlp=ATTENTION_NORM, parallel=True),
+    "parallel": NormPlacement(before_attention=ATTENTION_NORM, before_mlp=MLP_NORM, parallel=True),
+    "parallel, one norm": NormPlacement(before_attention=ATTENTION_NORM, before_mlp=ATTENTION_NORM, parallel=True),
 }
 
 
@@ -67,7 +67,7 @@ class ModelConfig:
       tie_embeddings: the head is the embedding itself.
       qkv_bias, o_bias, mlp_bias: which projections add a bias.
       max_positions: longest sequence that the model was made for.
-      layout: a key of LAYOUTS.
+      layout: a key of NORM_PLACEMENTS.
       norm: "rms", or "layer" (with a bias).
       norm_offset: added to the weight of every norm.
       qk_norm: queries and keys are normalized before they are turned: each "head" alone, or over the whole "width".
@@ -136,25 +136,25 @@ class ModelConfig:
         heads = {"q_norm": self.num_heads, "k_norm": self.num_kv_heads}
         over = {None: {}, "head": dict.fromkeys(heads, 1), "width": heads}[self.qk_norm]
         return {
-            **{name: self.embed_dim for name in LAYOUTS[self.layout].norms},
+            **{name: self.embed_dim for name in NORM_PLACEMENTS[self.layout].norms},
             **{f"self_attn.{name}": count * self.head_dim for name, count in over.items()},
         }
 
-    def seen(self, length: int) -> list[int]:
+    def visible_counts(self, length: int) -> list[int]:
         """Of `length` positions, how many a query of each layer sees."""
         windows = self.windows or (None,) * self.num_layers
         return [length if window is None else min(window, length) for window in windows]
 
     def has_plain_attention(self, length: int) -> bool:
         """Whether scores have no soft cap, and all layers see the same of `length` positions."""
-        return self.attention_softcap is None and len(set(self.seen(length))) == 1
+        return self.attention_softcap is None and len(set(self.visible_counts(length))) == 1
 
     @property
-    def takes_branches(self) -> bool:
+    def supports_shared_prefix(self) -> bool:
         """Whether a row may be a text with several continuations: what a token sees is neither limited by a window nor
         turned by the length of its row."""
         kinds = {rope.scaling.kind for rope in (self.rope, *self.ropes) if rope is not None}
-        return not any(self.windows or ()) and not kinds & set(TURNED_BY_LENGTH)
+        return not any(self.windows or ()) and not kinds & set(LENGTH_DEPENDENT)
 
     def parameters(self) -> int:
         """How many numbers the base holds."""
@@ -171,7 +171,7 @@ class ModelConfig:
             dotted = dotted.replace(f".{ours}.", f".{theirs}.")
         return dotted.strip(".")
 
-    def described(self) -> dict[str, Any]:
+    def fingerprint_features(self) -> dict[str, Any]:
         """The features as plain values; those that came later only where they are used, so that fingerprints stay."""
         described = dataclasses.asdict(self)
         later = [field for field in dataclasses.fields(self) if "later" in field.metadata]

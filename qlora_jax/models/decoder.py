@@ -19,12 +19,12 @@ from jaxtyping import Array, Float, Int
 
 from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
-from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
-from qlora_jax.nn.full_rank import WholeTable
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.nn.full_rank import TrainableTable
 from qlora_jax.nn.linear import QLinear, project
-from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.mlp import activated, gated
-from qlora_jax.nn.new_token_rows import TokenRows
+from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.mlp import apply_activation, gated_activation
+from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.variables import Frozen
 
@@ -76,14 +76,14 @@ class MLP(nnx.Module):
         config = self.config
         if not config.gated:
             up_MF = checkpoint_name(self.up_proj(x_MD, layer, key), "mlp_up")
-            return activated(up_MF, config.activation)
+            return apply_activation(up_MF, config.activation)
         if config.fused_gate_up:
             gate_MF, up_MF = jnp.split(self.gate_up_proj(x_MD, layer, key), 2, axis=1)
         else:
             gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, key)
         gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
         with jax.named_scope("swiglu"):
-            return gated(gate_MF, up_MF, config.activation)
+            return gated_activation(gate_MF, up_MF, config.activation)
 
 
 class Block(nnx.Module):
@@ -100,12 +100,12 @@ class Block(nnx.Module):
             return _norm(config, (config.num_layers, widths[name]), weights.dtype)
 
         shapes, widths = config.linear_shapes(), config.norm_widths()
-        for name in LAYOUTS[config.layout].norms:
+        for name in NORM_PLACEMENTS[config.layout].norms:
             setattr(self, name, norm(name))
         attention = group("self_attn.", shapes, linear), group("self_attn.", widths, norm)
         self.self_attn = Attention(*attention, config)
         self.mlp = MLP(group("mlp.", shapes, linear), config)
-        self.layout = LAYOUTS[config.layout]
+        self.layout = NORM_PLACEMENTS[config.layout]
 
     def __call__(self, x_MD, positions: Positions, layer, key, cache: KVCache | None):
         layout = self.layout
@@ -139,37 +139,37 @@ class Embedding(nnx.Module):
     def __init__(self, table: Float[Array, "V D"], *, bias: Float[Array, " V"] | None = None):
         self.weight = Frozen(table)
         self.bias = None if bias is None else Frozen(bias)
-        self.adapter: TokenRows | WholeTable | None = nnx.data(None)  # data: it may be set later
+        self.adapter: NewTokenRows | TrainableTable | None = nnx.data(None)  # data: it may be set later
 
     def set_rows(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
         """Lets rows of the tokens `ids` train, each begun as the mean of the table's."""
         bias_V = None if self.bias is None else self.bias[...]
-        self.adapter = TokenRows.init(self.weight[...], bias_V, ids, dtype) if ids else None
+        self.adapter = NewTokenRows.init(self.weight[...], bias_V, ids, dtype) if ids else None
 
-    def set_whole(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
+    def make_trainable(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
         """Lets a copy of the table train, with rows for the tokens `ids` begun as the mean of the table's.
 
         The frozen one is let go of; it keeps its dtype.
         """
         assert len(self.weight[...]), "the frozen table was let go of: load the base again"
         whole_VD = self.weight[...].astype(dtype)
-        rows = TokenRows.init(self.weight[...], None, ids, dtype) if ids else None
-        self.adapter = WholeTable(whole_VD if rows is None else rows.put_into(whole_VD))
+        rows = NewTokenRows.init(self.weight[...], None, ids, dtype) if ids else None
+        self.adapter = TrainableTable(whole_VD if rows is None else rows.insert_into(whole_VD))
         self.weight = Frozen(self.weight[...][:0])
 
     def __call__(self, tokens_M: Int[Array, " M"]) -> Float[Array, "M D"]:
         """The row of each token."""
         if self.adapter is not None:
-            return self.adapter.embedded(tokens_M, self.weight[...])
+            return self.adapter.lookup(tokens_M, self.weight[...])
         return self.weight[...].at[tokens_M].get(mode="promise_in_bounds")
 
-    def head(self, softcap: float | None) -> Head | HeadWithRows | WholeHead:
+    def head(self, softcap: float | None) -> Head | HeadWithRows | TrainableHead:
         """The head that the table is."""
         frozen = Head(self.weight[...], None if self.bias is None else self.bias[...], softcap)
         if self.adapter is None:
             return frozen
-        if isinstance(self.adapter, WholeTable):
-            return WholeHead(self.adapter.weight[...], softcap)
+        if isinstance(self.adapter, TrainableTable):
+            return TrainableHead(self.adapter.weight[...], softcap)
         bias_N = None if self.adapter.bias is None else self.adapter.bias[...]
         return HeadWithRows.of(frozen, self.adapter.rows[...], bias_N, self.adapter.ids)
 
@@ -222,7 +222,7 @@ class CausalLM(nnx.Module):
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
 
     @property
-    def head(self) -> Head | HeadWithRows | WholeHead:
+    def head(self) -> Head | HeadWithRows | TrainableHead:
         """What turns hidden states into logits; it is the embedding itself where they are tied."""
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
         return table.head(self.config.head_softcap)
@@ -234,7 +234,7 @@ class CausalLM(nnx.Module):
         remat: str = "none",
         key: jax.Array | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
-        branching: bool = False,
+        shared_prefix: bool = False,
     ) -> Float[Array, "M D"]:
         """The normalized last hidden state of each token, positions from 0 in each text, causal.
 
@@ -244,16 +244,16 @@ class CausalLM(nnx.Module):
           remat: a key of REMAT_POLICIES.
           key: dropout's key of this step and micro-batch; None for no dropout.
           segments_BT: which text of its row a token belongs to, ids ascending; padding to the left is such a text.
-          branching: segment 0 is the beginning of all the others, which go on from it; not for layers with windows.
+          shared_prefix: segment 0 is the beginning of all the others, which go on from it; not for layers with windows.
         """
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         if segments_BT is not None:
             index_BT = _index_in_segment(segments_BT)
-        if branching:
+        if shared_prefix:
             shared_BT = segments_BT == 0
             index_BT += jnp.where(shared_BT, 0, jnp.sum(shared_BT, axis=1, keepdims=True))
-        positions = Positions.of(self.config, index_BT, segments_BT, length, branching)
+        positions = Positions.of(self.config, index_BT, segments_BT, length, shared_prefix)
         return self.model(tokens_BT, positions, remat=remat, key=key)[0]
 
     def extend(

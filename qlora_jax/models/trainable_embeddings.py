@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM, Embedding
-from qlora_jax.nn.new_token_rows import TokenRows
+from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.variables import Frozen
 
 
@@ -32,19 +32,19 @@ def add_token_rows(model: CausalLM, ids: tuple[int, ...], dtype: DTypeLike) -> N
 
 
 def add_tables(model: CausalLM, ids: tuple[int, ...], lora: LoraArgs) -> None:
-    """Sets what trains of embedding and head: the tables of `whole_names`, and else rows of the tokens `ids`.
+    """Sets what trains of embedding and head: the tables of `trainable_table_names`, and else rows of the tokens `ids`.
 
     Raises:
       ValueError: a name that is neither, or a head that has a bias.
     """
     add_token_rows(model, ids, lora.dtype)
-    whole = whole_names(model.config, lora)
+    whole = trainable_table_names(model.config, lora)
     for name, table in tables(model):
         if name in whole:
-            table.set_whole(ids, lora.dtype)
+            table.make_trainable(ids, lora.dtype)
 
 
-def whole_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
+def trainable_table_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
     """Our names of the tables that train whole.
 
     With lora.method=full all of them, else those of modules_to_save, by our last part of the name or the family's own.
@@ -79,7 +79,7 @@ def set_tables(model: CausalLM, weights: Mapping[str, np.ndarray]) -> None:
             table.weight = Frozen(jnp.asarray(weights[name], table.weight[...].dtype))
 
 
-def whole_tables(model: CausalLM, replaced: Collection[str]) -> dict[str, jax.Array]:
+def merged_tables(model: CausalLM, replaced: Collection[str]) -> dict[str, jax.Array]:
     """By our names, weights and biases of tables in which rows train, with these put in, and of those `replaced`."""
     whole = {}
     for name, table in tables(model):
@@ -89,8 +89,8 @@ def whole_tables(model: CausalLM, replaced: Collection[str]) -> dict[str, jax.Ar
         for leaf, variable in leaves.items():
             trained = table.adapter
             if trained is not None and leaf == "weight":
-                whole[f"{name}.{leaf}"] = trained.put_into(variable[...])
+                whole[f"{name}.{leaf}"] = trained.insert_into(variable[...])
             else:
-                rows = isinstance(trained, TokenRows)
-                whole[f"{name}.{leaf}"] = trained.bias_put_into(variable[...]) if rows else variable[...]
+                rows = isinstance(trained, NewTokenRows)
+                whole[f"{name}.{leaf}"] = trained.insert_bias_into(variable[...]) if rows else variable[...]
     return whole

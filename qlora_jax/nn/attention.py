@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import target_device
 from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.attention_tiles import Tiling, Visibility
+from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN
@@ -37,7 +37,7 @@ def causal_attention(
     *,
     window: int | Int[Array, ""] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
-    branching: bool = False,
+    shared_prefix: bool = False,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """softmax(scale q k^T, over visible keys) v; scores and sums in f32, the result in q's dtype.
@@ -53,24 +53,26 @@ def causal_attention(
         serves layers whose windows differ.
       segments_BT: an id of the text that each position belongs to, where rows hold several. What lies before the first
         chunk with the queries' ids costs nothing, so ids should ascend.
-      branching: segment 0 is also seen by all that follow it: a text with several continuations.
+      shared_prefix: segment 0 is also seen by all that follow it: a text with several continuations.
 
     Raises:
-      ValueError: a scale, window or softcap that is not above zero; or branching with a window, which counts places of
-        a row, or without segments.
+      ValueError: `scale`, `window` or `softcap` is not above zero; or `shared_prefix` is set with a window, which counts
+        positions of a row, or without segments.
     """
     if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
         raise ValueError(f"scale = {scale}, window = {window}, softcap = {softcap}: expected numbers above zero")
-    if branching and (window is not None or segments_BT is None):
-        raise ValueError(f"branching: needs segments and no window; found window = {window}, segments = {segments_BT}")
+    if shared_prefix and (window is not None or segments_BT is None):
+        raise ValueError(
+            f"shared_prefix: needs segments and no window; found window = {window}, segments = {segments_BT}"
+        )
     fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
-    plain = traced is None and softcap is None and not branching
-    if attention_cpu.refusal(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
+    plain = traced is None and softcap is None and not shared_prefix
+    if attention_cpu.unsupported_reason(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
         return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, fixed)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, (segments_BT, traced), Scores(scale, softcap), fixed, branching)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, (segments_BT, traced), ScoreScaling(scale, softcap), fixed, shared_prefix)
 
 
-class Scores(NamedTuple):
+class ScoreScaling(NamedTuple):
     """How products of queries and keys become scores."""
 
     scale: float
@@ -95,33 +97,33 @@ class Scores(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching)[0]
+def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix)[0]
 
 
-def _visibility(tiling: Tiling, limits, window: int | None, branching: bool) -> Visibility:
+def _visibility(tiling: Tiling, limits, window: int | None, shared_prefix: bool) -> AttentionMask:
     segments_BT, traced = limits
-    return Visibility.of(tiling, window if traced is None else traced, segments_BT, branching)
+    return AttentionMask.of(tiling, window if traced is None else traced, segments_BT, shared_prefix)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching):
+def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
     plain = limits[1] is None and scores.softcap is None
-    if attention_cpu.takes_forward(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
+    if attention_cpu.supports_forward_f32(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
         arrays = q_BTNH, k_BTKH, v_BTKH, limits[0]
-        out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window, branching)
+        out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window, shared_prefix)
         lse_IZM = Tiling.of(q_BTNH, k_BTKH).split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
     else:
-        out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching)
+        out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix)
     # The names are given here, since what the backward pass wants is what a remat policy has to keep.
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
 
 
-def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, branching):
+def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window, branching)
-    k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
+    visibility = _visibility(tiling, limits, window, shared_prefix)
+    k_JZPH, v_JZPH = (tiling.key_tiling.split(x) for x in (k_BTKH, v_BTKH))
     step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scores)
     _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
     return tiling.join(out_IZMH), lse_IZM
@@ -144,23 +146,23 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
 
     zeros_ZMH = jnp.zeros(q_ZMH.shape, jnp.float32)
     start = (jnp.full(q_ZMH.shape[:2], MASKED, jnp.float32), zeros_ZMH[..., 0], zeros_ZMH)
-    top_ZM, total_ZM, sum_ZMH = visibility.over_tiles(tile, start, i)
+    top_ZM, total_ZM, sum_ZMH = visibility.fold_tiles(tile, start, i)
     return None, ((sum_ZMH / total_ZM[..., None]).astype(q_ZMH.dtype), top_ZM * to_log2 + jnp.log2(total_ZM))
 
 
-def _backward(scores, window, branching, residuals, do_BTNH):
+def _backward(scores, window, shared_prefix, residuals, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM = residuals
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window, branching)
+    visibility = _visibility(tiling, limits, window, shared_prefix)
     # sum over keys of weight x d_weight = sum over features of out x d_out: a pass over [T, H], not over the scores.
     mean_BTN1 = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3, keepdims=True)
-    k_JZPH, v_JZPH = (tiling.of_keys.split(x) for x in (k_BTKH, v_BTKH))
+    k_JZPH, v_JZPH = (tiling.key_tiling.split(x) for x in (k_BTKH, v_BTKH))
     step = functools.partial(_backward_chunk, k_JZPH, v_JZPH, visibility, scores)
     sums = (jnp.zeros_like(jnp.swapaxes(k_JZPH, 2, 3), jnp.float32),) * 2
     by_chunk = (*(tiling.split(x) for x in (q_BTNH, do_BTNH, mean_BTN1)), lse_IZM)
     (dk_JZHP, dv_JZHP), dq_IZMH = tiling.over_chunks(step, sums, by_chunk)
     dk_JZPH, dv_JZPH = (jnp.swapaxes(x, 2, 3).astype(k_BTKH.dtype) for x in (dk_JZHP * scores.scale, dv_JZHP))
-    return tiling.join(dq_IZMH), tiling.of_keys.join(dk_JZPH), tiling.of_keys.join(dv_JZPH), None
+    return tiling.join(dq_IZMH), tiling.key_tiling.join(dk_JZPH), tiling.key_tiling.join(dv_JZPH), None
 
 
 def _backward_chunk(k_JZPH, v_JZPH, visibility, scores, sums, chunk):
@@ -181,7 +183,7 @@ def _backward_chunk(k_JZPH, v_JZPH, visibility, scores, sums, chunk):
         return dq_ZMH + dot_nn(d_scores_ZMC, k_ZCH), dk_JZHP, dv_JZHP
 
     start = (jnp.zeros(q_ZMH.shape, jnp.float32), *sums)
-    dq_ZMH, dk_JZHP, dv_JZHP = visibility.over_tiles(tile, start, i)
+    dq_ZMH, dk_JZHP, dv_JZHP = visibility.fold_tiles(tile, start, i)
     return (dk_JZHP, dv_JZHP), (dq_ZMH * scores.scale).astype(q_ZMH.dtype)
 
 
@@ -207,7 +209,7 @@ def cached_attention(
     queries = Tiling(batch, length, kv_heads, length)
     q_ZMH = queries.split(q_BTNH)[0]
     k_ZSH, v_ZSH = (x.reshape(batch * kv_heads, slots, -1) for x in (k_BKSH, v_BKSH))
-    product_ZMS, scores = dot_nt(q_ZMH, k_ZSH), Scores(scale, softcap)
+    product_ZMS, scores = dot_nt(q_ZMH, k_ZSH), ScoreScaling(scale, softcap)
     scores_ZMS = product_ZMS * scale if softcap is None else scores.capped(product_ZMS)
     slots_S = jnp.arange(slots, dtype=positions_BT.dtype)
     visible_BTS = slots_S[None, None, :] <= positions_BT[:, :, None]

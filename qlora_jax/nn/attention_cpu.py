@@ -22,7 +22,7 @@ BLOCK = 64  # positions, as in attention_cpu.cc
 WIDTHS = range(32, 257, 32)  # of a head
 
 
-def refusal(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None:
+def unsupported_reason(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None:
     """Why the handlers do not take heads of this dtype and width on this platform; None: they do, and are there.
 
     Args:
@@ -39,13 +39,13 @@ def refusal(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None
     return (missing := attention_problem()) and f"C++ loops: {missing}"
 
 
-def takes_forward(platform: str, dtype: Any, width: int, *, plain: bool) -> bool:
-    """Whether `forward_f32` computes heads of this dtype and width on this platform; `plain` as in `refusal`."""
+def supports_forward_f32(platform: str, dtype: Any, width: int, *, plain: bool) -> bool:
+    """True if `forward_f32` computes heads of this dtype and width on this platform; `plain` as above."""
     at_home = platform == "cpu" and jnp.dtype(dtype) == jnp.float32 and plain
     return at_home and width % 16 == 0 and width <= WIDTHS[-1] and attention_problem("float32") is None
 
 
-def pairs(length: int, window: int) -> int:
+def visited_pairs(length: int, window: int) -> int:
     """Pairs (query, key) of the blocks that the handlers visit: with C = 64 C^2 I (I + 1) / 2, less before a window."""
     firsts = [max(i * BLOCK - window + 1, 0) // BLOCK if window < length else 0 for i in range(-(-length // BLOCK))]
     return BLOCK**2 * sum(i + 1 - first for i, first in enumerate(firsts))
@@ -103,14 +103,14 @@ def forward_f32(
     segments_BT: Int[Array, "B T"] | None,
     scale: float,
     window: int | None,
-    branching: bool,
+    shared_prefix: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """(softmax(scale q k^T, over visible keys) v, log2-sum-exp2 of each query's scores); not to be differentiated."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     packed = jax.ShapeDtypeStruct((batch, kv_heads, -(-length // BLOCK), BLOCK * width), jnp.float32)
     results = _shaped(q_BTNH), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), packed, packed
     call = jax.ffi.ffi_call("attention_forward_f32", results, vmap_method="sequential")
-    how = dict(scale=np.float64(scale), window=np.int64(window or 0), branching=branching)
+    how = dict(scale=np.float64(scale), window=np.int64(window or 0), branching=shared_prefix)
     out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), **how)
     return out_BTNH, lse_BNT
 

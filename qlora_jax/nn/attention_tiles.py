@@ -54,7 +54,7 @@ class Tiling:
         return -(-self.length // self.chunk)
 
     @property
-    def of_keys(self) -> "Tiling":
+    def key_tiling(self) -> "Tiling":
         """How keys are cut: as queries are, or not at all where a tile may hold any number of them."""
         return dataclasses.replace(self, chunk=self.chunks * self.chunk) if self.unrolled else self
 
@@ -84,7 +84,7 @@ class Tiling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class KeyTile:
     """The keys of a tile: the first `count` of chunk j, and whether any may be hidden from the tile's queries."""
 
     j: jax.Array | int
@@ -104,8 +104,8 @@ class Keys:
 
 
 @dataclasses.dataclass(frozen=True)
-class Visibility:
-    """Which keys a query sees: 0 <= query - key < window, and equal segments; where `branching`, segment 0 too.
+class AttentionMask:
+    """Which keys a query sees: 0 <= query - key < window, and equal segments; where `shared_prefix`, segment 0 too.
 
     first_I is the first chunk of keys that the queries of each chunk may see; bands_DCC what positions alone let the
     queries of a chunk see of the keys that lie D chunks before. It is made once: in a pass over scores, a load is
@@ -117,7 +117,7 @@ class Visibility:
     segments_BS: Int[Array, "B S"] | None
     first_I: Int[Array, " I"]
     bands_DCC: Bool[Array, "D C C"]
-    branching: bool = False
+    shared_prefix: bool = False
 
     @classmethod
     def of(
@@ -125,8 +125,8 @@ class Visibility:
         tiling: Tiling,
         window: int | Int[Array, ""] | None,
         segments_BT: Int[Array, "B T"] | None,
-        branching: bool = False,
-    ) -> "Visibility":
+        shared_prefix: bool = False,
+    ) -> "AttentionMask":
         """The visibility of whole rows, cut as `tiling` says."""
         if isinstance(window, int) and window >= tiling.length:
             window = None
@@ -137,22 +137,22 @@ class Visibility:
             return cls(tiling, window, None, first_I, bands_DCC)
         padding = ((0, 0), (0, tiling.chunks * tiling.chunk - tiling.length))
         segments_BS = jnp.pad(segments_BT.astype(jnp.int32), padding, mode="edge")
-        if not branching:
+        if not shared_prefix:
             first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
-        return cls(tiling, window, segments_BS, first_I, bands_DCC, branching)
+        return cls(tiling, window, segments_BS, first_I, bands_DCC, shared_prefix)
 
-    def over_tiles(self, tile: Callable[[Keys, Any], Any], carry: Any, i: jax.Array | int) -> Any:
+    def fold_tiles(self, tile: Callable[[KeyTile, Any], Any], carry: Any, i: jax.Array | int) -> Any:
         """carry = tile(keys, carry) for all keys that queries of chunk i may see, their own chunk's at last."""
         chunk = self.tiling.chunk
         if isinstance(i, int):
-            return tile(Keys(0, (i + 1) * chunk, True), carry)
+            return tile(KeyTile(0, (i + 1) * chunk, True), carry)
         # Before the queries' own chunk, causality hides nothing.
         masked = self.window is not None or self.segments_BS is not None
         first = jax.lax.dynamic_index_in_dim(self.first_I, i, keepdims=False)
-        carry = jax.lax.fori_loop(first, i, lambda j, carry: tile(Keys(j, chunk, masked), carry), carry)
-        return tile(Keys(i, chunk, True), carry)
+        carry = jax.lax.fori_loop(first, i, lambda j, carry: tile(KeyTile(j, chunk, masked), carry), carry)
+        return tile(KeyTile(i, chunk, True), carry)
 
-    def mask(self, scores_ZMC: jax.Array, i: jax.Array | int, keys: Keys, hidden: float) -> jax.Array:
+    def mask(self, scores_ZMC: jax.Array, i: jax.Array | int, keys: KeyTile, hidden: float) -> jax.Array:
         """Scores of the queries of chunk i, and `hidden` where a key is not visible."""
         if not keys.masked:
             return scores_ZMC
@@ -162,7 +162,7 @@ class Visibility:
         scores = scores_ZMC.reshape(visible.shape[0], z * m // c // visible.shape[0], c, s)
         return jnp.where(visible, scores, hidden).reshape(z, m, s)
 
-    def _of_tile(self, i: jax.Array | int, keys: Keys) -> Bool[Array, "B_or_1 C S"]:
+    def _of_tile(self, i: jax.Array | int, keys: KeyTile) -> Bool[Array, "B_or_1 C S"]:
         c = self.tiling.chunk
         if isinstance(i, int):
             visible = _within(_behind(c, keys.count) + i * c, self.window)[None]
@@ -170,11 +170,11 @@ class Visibility:
             visible = jax.lax.dynamic_index_in_dim(self.bands_DCC, i - keys.j)
         if self.segments_BS is None:
             return visible
-        first_key = keys.j * self.tiling.of_keys.chunk
+        first_key = keys.j * self.tiling.key_tiling.chunk
         of_queries_BC = jax.lax.dynamic_slice_in_dim(self.segments_BS, i * c, c, axis=1)
         of_keys_BS = jax.lax.dynamic_slice_in_dim(self.segments_BS, first_key, keys.count, axis=1)
         same = of_queries_BC[:, :, None] == of_keys_BS[:, None, :]
-        return visible & (same | (of_keys_BS == 0)[:, None, :] if self.branching else same)
+        return visible & (same | (of_keys_BS == 0)[:, None, :] if self.shared_prefix else same)
 
 
 def _behind(queries: int, keys: int) -> Int[Array, "C S"]:

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float
 
 
 @jax.custom_vjp
-def scaled_columns(x_MN: Float[Array, "M N"], scale_N: Float[Array, " N"]) -> Float[Array, "M N"]:
+def scale_columns(x_MN: Float[Array, "M N"], scale_N: Float[Array, " N"]) -> Float[Array, "M N"]:
     """x * scale, computed in f32, in x's dtype; the gradient of scale is summed over the rows in f32.
 
     Kept for the backward pass: x, in its own dtype, and scale.
@@ -31,4 +31,4 @@ def _backward(residuals, dy_MN):
     return _times(dy_MN, scale_N), d_scale_N.astype(scale_N.dtype)
 
 
-scaled_columns.defvjp(_forward, _backward)
+scale_columns.defvjp(_forward, _backward)

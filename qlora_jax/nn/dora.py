@@ -14,13 +14,13 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.nn.column_scale import scaled_columns
+from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.linear import FrozenLayer, Weight
-from qlora_jax.nn.lora import deltas, with_delta
+from qlora_jax.nn.lora import adapter_deltas, add_delta
 from qlora_jax.nn.matmul import dot_nn, dot_tn
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.nn.variables import Frozen, of_layer
+from qlora_jax.nn.variables import Frozen, select_layer
 from qlora_jax.quant import dequantize
 
 EPS = float(jnp.finfo(jnp.float32).eps)
@@ -82,14 +82,14 @@ class DoRA(nnx.Module):
     ) -> list[jax.Array]:
         """Each layer's result; products with A are shared where no inputs are dropped."""
         with jax.named_scope("lora"):
-            added = deltas(adapters, x_MK, keys)
+            added = adapter_deltas(adapters, x_MK, keys)
         rows = zip(adapters, frozen, keys, added, strict=True)
         return [adapter._applied(x_MK, one, key, delta) for adapter, one, key, delta in rows]
 
     def _applied(self, x_MK: jax.Array, frozen: FrozenLayer, key: jax.Array | None, delta_MN: jax.Array) -> jax.Array:
         scale_N = self._scale(frozen, x_MK.dtype)
         product_MN = frozen.product(dropout(x_MK, self.dropout, key))
-        scaled_MN = scaled_columns(checkpoint_name(product_MN + delta_MN, "unscaled"), scale_N)
+        scaled_MN = scale_columns(checkpoint_name(product_MN + delta_MN, "unscaled"), scale_N)
         if self.dropout == 0.0 or key is None:
             return frozen.biased(scaled_MN)
         return frozen(x_MK) + (scaled_MN - product_MN)
@@ -97,10 +97,10 @@ class DoRA(nnx.Module):
     def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
         """What results are multiplied by: magnitude / norms."""
         a_KR, b_RN = (leaf[...].astype(dtype) for leaf in (self.lora_a, self.lora_b))
-        norms_N = row_norms(a_KR, b_RN, of_layer(self.weight_norms2, frozen.layer), frozen, self.scaling)
+        norms_N = row_norms(a_KR, b_RN, select_layer(self.weight_norms2[...], frozen.layer), frozen, self.scaling)
         return self.magnitude[...] / checkpoint_name(norms_N, "dora_norms")
 
-    def of_layer(self, layer: jax.Array | int) -> "DoRA":
+    def select_layer(self, layer: jax.Array | int) -> "DoRA":
         """The adapter of one layer of the stack."""
         a, b, magnitude, norms2 = (
             leaf[...][layer] for leaf in (self.lora_a, self.lora_b, self.magnitude, self.weight_norms2)
@@ -109,7 +109,7 @@ class DoRA(nnx.Module):
 
     def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
         """The whole weight, its rows scaled to the lengths that they are to have, in f32."""
-        whole_NK = with_delta(weight, self)
+        whole_NK = add_delta(weight, self)
         return whole_NK * (self.magnitude[...] / jnp.linalg.norm(whole_NK, axis=1))[:, None]
 
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
@@ -117,7 +117,7 @@ class DoRA(nnx.Module):
         return bias
 
 
-class SettledDoRA(DoRA):
+class InferenceDoRA(DoRA):
     """DoRA whose norms were computed once: for use, not for training. `scale` [L, N] is magnitude / norms."""
 
     def __init__(self, adapter: DoRA, weight: Weight):
@@ -169,7 +169,7 @@ def stack_norms(
 def squared_norms(weight: Weight) -> Float[Array, "L N"]:
     """||W||^2 of each row of a stack, summed in f32; one layer is dequantized at a time."""
     if isinstance(weight, MixedStack):
-        return weight.in_order(squared_norms(weight.quantized), squared_norms(weight.dense))
+        return weight.in_layer_order(squared_norms(weight.quantized), squared_norms(weight.dense))
 
     def of_one(layer: QTensor | jax.Array) -> jax.Array:
         w_NK = dequantize(layer, layer.dtype) if isinstance(layer, QTensor) else layer

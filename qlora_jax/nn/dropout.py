@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def dropped(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
+def apply_dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
     """x / (1 - rate) where `key` keeps an element, else 0; x where the rate is 0 or there is no key.
 
     Linear and diagonal, so it is its own transpose.
@@ -20,8 +20,10 @@ def dropped(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
-    """`dropped`, of which autodiff keeps the key alone."""
-    return dropped(x, rate, key)
+    """`apply_dropout`, of which autodiff keeps the key alone."""
+    return apply_dropout(x, rate, key)
 
 
-dropout.defvjp(lambda x, rate, key: (dropped(x, rate, key), key), lambda rate, key, dy: (dropped(dy, rate, key), None))
+dropout.defvjp(
+    lambda x, rate, key: (apply_dropout(x, rate, key), key), lambda rate, key, dy: (apply_dropout(dy, rate, key), None)
+)

@@ -17,7 +17,7 @@ from qlora_jax.nn.variables import Frozen
 
 
 @jax.custom_vjp
-def whole_linear(
+def trainable_linear(
     x_MK: Float[Array, "M K"], weight_NK: Float[Array, "N K"], bias_N: Float[Array, " N"] | None
 ) -> Float[Array, "M N"]:
     """x W^T + b, with W and b cast to x's dtype; the gradients of W and b, summed in f32, come in their own dtype."""
@@ -26,7 +26,7 @@ def whole_linear(
 
 
 def _forward(x_MK, weight_NK, bias_N):
-    return whole_linear(x_MK, weight_NK, bias_N), (x_MK, weight_NK, bias_N)
+    return trainable_linear(x_MK, weight_NK, bias_N), (x_MK, weight_NK, bias_N)
 
 
 def _backward(residuals, dy_MN):
@@ -37,10 +37,10 @@ def _backward(residuals, dy_MN):
     return dx_MK, d_weight_NK, d_bias_N
 
 
-whole_linear.defvjp(_forward, _backward)
+trainable_linear.defvjp(_forward, _backward)
 
 
-class WholeLinear(nnx.Module):
+class TrainableLinear(nnx.Module):
     """y = x W^T + b in place of the frozen layer: `weight` [L, N, K] in f32 or bf16, and `bias` [L, N] in f32 or None.
 
     Inside the scan over layers, one layer of each.
@@ -52,7 +52,7 @@ class WholeLinear(nnx.Module):
 
     @staticmethod
     def apply(
-        adapters: "Sequence[WholeLinear]",
+        adapters: "Sequence[TrainableLinear]",
         x_MK: Float[Array, "M K"],
         frozen: Sequence[FrozenLayer],
         keys: Sequence[jax.Array | None],
@@ -60,11 +60,11 @@ class WholeLinear(nnx.Module):
         """x W^T + b of each; the frozen layers are not used."""
         biases = [None if one.bias is None else one.bias[...] for one in adapters]
         with jax.named_scope("whole_linear"):
-            return [whole_linear(x_MK, one.weight[...], bias) for one, bias in zip(adapters, biases, strict=True)]
+            return [trainable_linear(x_MK, one.weight[...], bias) for one, bias in zip(adapters, biases, strict=True)]
 
-    def of_layer(self, layer: int) -> "WholeLinear":
+    def select_layer(self, layer: int) -> "TrainableLinear":
         """One layer of the stack."""
-        return WholeLinear(self.weight[...][layer], None if self.bias is None else self.bias[...][layer])
+        return TrainableLinear(self.weight[...][layer], None if self.bias is None else self.bias[...][layer])
 
     def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
         """The weight that was trained, in f32."""
@@ -76,7 +76,7 @@ class WholeLinear(nnx.Module):
         return self.bias[...]
 
 
-def set_whole(linear: QLinear, dtype: DTypeLike) -> None:
+def make_trainable(linear: QLinear, dtype: DTypeLike) -> None:
     """Lets a copy of the layer's weight train, in `dtype`, and of its bias in f32; the frozen ones are let go of.
 
     Raises:
@@ -86,21 +86,21 @@ def set_whole(linear: QLinear, dtype: DTypeLike) -> None:
     if not isinstance(weight, jax.Array):
         raise ValueError(f"{linear.name}: codes of 4 bits do not train; load the model with model.quant_type=none")
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
-    linear.adapter = WholeLinear(weight.astype(dtype), bias)
+    linear.adapter = TrainableLinear(weight.astype(dtype), bias)
     linear.weight = Frozen(weight[:0])  # of no layers: it keeps the shape of one
     linear.bias = None if linear.bias is None else Frozen(linear.bias[...][:0])
 
 
-class WholeTable(nnx.Module):
+class TrainableTable(nnx.Module):
     """`weight` [V, D] in f32 or bf16, in place of the frozen table; it is cast to the dtype that is computed in."""
 
     def __init__(self, weight_VD: Float[Array, "V D"]):
         self.weight = nnx.LoRAParam(weight_VD)
 
-    def embedded(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "_ D"]) -> Float[Array, "M D"]:
+    def lookup(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "_ D"]) -> Float[Array, "M D"]:
         """The row of each token, in the frozen table's dtype."""
         return self.weight[...].at[tokens_M].get(mode="clip").astype(table_VD.dtype)
 
-    def put_into(self, table_VD: jax.Array) -> jax.Array:
+    def insert_into(self, table_VD: jax.Array) -> jax.Array:
         """This table, in the frozen one's dtype."""
         return self.weight[...].astype(table_VD.dtype)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.column_scale import scaled_columns
+from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.linear import FrozenLayer
 
 
@@ -44,10 +44,10 @@ class IA3(nnx.Module):
     def _applied(self, x_MK: jax.Array, frozen: FrozenLayer) -> jax.Array:
         vector = self.vector[...]
         if self.on_input:
-            return frozen(scaled_columns(x_MK, vector))
-        return scaled_columns(checkpoint_name(frozen(x_MK), "unscaled"), vector)
+            return frozen(scale_columns(x_MK, vector))
+        return scale_columns(checkpoint_name(frozen(x_MK), "unscaled"), vector)
 
-    def of_layer(self, layer: int) -> "IA3":
+    def select_layer(self, layer: int) -> "IA3":
         """The adapter of one layer of the stack."""
         return IA3(self.vector[...][layer], self.on_input)
 

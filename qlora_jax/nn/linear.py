@@ -78,7 +78,7 @@ class Adapter(Protocol):
         its key of dropout (None: no dropout)."""
         ...
 
-    def of_layer(self, layer: int) -> "Adapter":
+    def select_layer(self, layer: int) -> "Adapter":
         """The adapter of one layer of the stack."""
         ...
 
@@ -110,7 +110,7 @@ class QLinear(nnx.Module):
         out_features, in_features = self.weight.get_value().shape[-2:]
         return out_features, in_features
 
-    def of_layer(self, layer: jax.Array | int) -> FrozenLayer:
+    def select_layer(self, layer: jax.Array | int) -> FrozenLayer:
         """One layer without the adapter."""
         bias = None if self.bias is None else self.bias[...]
         return FrozenLayer(self.weight.get_value(), bias, layer)
@@ -127,7 +127,7 @@ def project(
     results: dict[str, jax.Array] = {}
     for kind in dict.fromkeys(type(linear.adapter) for linear in linears):
         alike = [linear for linear in linears if type(linear.adapter) is kind]
-        frozen = [linear.of_layer(layer) for linear in alike]
+        frozen = [linear.select_layer(layer) for linear in alike]
         if kind is type(None):
             ys = [one(x_MK) for one in frozen]
         else:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.nn.matmul import dot_nt
-from qlora_jax.nn.new_token_rows import hot, row_logits
+from qlora_jax.nn.new_token_rows import one_hot_ids, row_logits
 
 
 @jax.tree_util.register_dataclass
@@ -26,13 +26,13 @@ class Head:
       weight_VD: [V, D]; its rows are what nn.head_tiles cuts into tiles.
       bias_V: [V], or None.
       softcap: or None.
-      absent_V: bool [V], rows that others stand in for, whose logits are -inf; None: there is none.
+      masked_V: bool [V], rows that others stand in for, whose logits are -inf; None: there is none.
     """
 
     weight_VD: Any  # transformations put placeholders in the leaves' place, which a type of arrays would refuse
     bias_V: Any = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
-    absent_V: Any = None
+    masked_V: Any = None
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """The logits in f32."""
@@ -40,7 +40,7 @@ class Head:
         if self.bias_V is not None:
             logits_MV += self.bias_V.astype(jnp.float32)[None]
         logits_MV = self.capped(logits_MV)
-        return logits_MV if self.absent_V is None else jnp.where(self.absent_V[None], -jnp.inf, logits_MV)
+        return logits_MV if self.masked_V is None else jnp.where(self.masked_V[None], -jnp.inf, logits_MV)
 
     def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
         """softcap tanh(logits / softcap)."""
@@ -51,12 +51,12 @@ class Head:
         if self.softcap is None:
             return None
         slope = 1 - jnp.square(logits / self.softcap)
-        return slope if self.absent_V is None else jnp.where(jnp.isneginf(logits), 0.0, slope)
+        return slope if self.masked_V is None else jnp.where(jnp.isneginf(logits), 0.0, slope)
 
     def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
         """A part of the rows."""
-        bias_V, absent_V = (None if x is None else cut(x) for x in (self.bias_V, self.absent_V))
-        return Head(cut(self.weight_VD), bias_V, self.softcap, absent_V)
+        bias_V, masked_V = (None if x is None else cut(x) for x in (self.bias_V, self.masked_V))
+        return Head(cut(self.weight_VD), bias_V, self.softcap, masked_V)
 
 
 @jax.tree_util.register_dataclass
@@ -79,15 +79,15 @@ class HeadWithRows:
         """`head` with these rows for the tokens `ids`."""
         vocabulary = head.weight_VD.shape[0]
         if min(ids) < vocabulary:
-            absent_V = jnp.any(hot(jnp.arange(vocabulary), ids), axis=1)
-            head = dataclasses.replace(head, absent_V=absent_V)
+            masked_V = jnp.any(one_hot_ids(jnp.arange(vocabulary), ids), axis=1)
+            head = dataclasses.replace(head, masked_V=masked_V)
         return cls(head, rows_ND, bias_N, ids)
 
-    def hot(self, tokens_M: Int[Array, " M"]) -> Bool[Array, "M N"]:
+    def one_hot(self, tokens_M: Int[Array, " M"]) -> Bool[Array, "M N"]:
         """Which of the rows that train belongs to each token; none to most."""
-        return hot(tokens_M, self.ids)
+        return one_hot_ids(tokens_M, self.ids)
 
-    def own_logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M N"]:
+    def trained_logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M N"]:
         """Logits of the rows that train, in f32."""
         with jax.named_scope("new_tokens"):
             logits_MN = row_logits(hidden_MD, self.rows_ND)
@@ -100,12 +100,12 @@ class HeadWithRows:
         logits_MV = self.frozen.logits(hidden_MD)
         beyond = max(0, max(self.ids) + 1 - logits_MV.shape[1])
         logits_MW = jnp.pad(logits_MV, ((0, 0), (0, beyond)))
-        return logits_MW.at[:, np.asarray(self.ids)].set(self.own_logits(hidden_MD))
+        return logits_MW.at[:, np.asarray(self.ids)].set(self.trained_logits(hidden_MD))
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class WholeHead:
+class TrainableHead:
     """A head that trains whole, without biases: `weight_VD` in f32 or bf16, cast to the hidden states' dtype."""
 
     weight_VD: Any

@@ -1,4 +1,4 @@
-"""Running sums over a frozen head, tile by tile of its rows, never holding [tokens, vocab].
+"""RunningSums sums over a frozen head, tile by tile of its rows, never holding [tokens, vocab].
 
 As in flash attention, each tile's exp(logit - largest so far) is summed, so one pass gives log-sum-exp; what else is
 wanted of the logits is taken while the tile's exist.
@@ -34,18 +34,18 @@ WHOLE_HEAD = Tile(512, 2**31)
 OfChunk = Callable[[jax.Array, Any, jax.Array], Any]
 
 
-def tile_of(platform: str, tokens: int, vocabulary: int) -> Tile:
+def tile_size(platform: str, tokens: int, vocabulary: int) -> Tile:
     """The tile of a platform, no larger than there is work."""
     tile = TILES.get(platform, WHOLE_HEAD)
     return Tile(min(tile.tokens, tokens), min(tile.rows, vocabulary))
 
 
-def chunk_of(tokens: int) -> int:
+def chunk_size(tokens: int) -> int:
     """How many of `tokens` are computed at once here."""
-    return tile_of(target_device().platform, tokens, 1).tokens
+    return tile_size(target_device().platform, tokens, 1).tokens
 
 
-class Running(NamedTuple):
+class RunningSums(NamedTuple):
     """Over the tiles so far.
 
     Fields:
@@ -73,12 +73,12 @@ class Running(NamedTuple):
         return self.lse_C - self.target_C
 
 
-def over_tiles(
+def sum_over_tiles(
     hidden_CD: jax.Array, head: Head, targets_C: jax.Array, *, weighted: bool = False, first: bool = False
-) -> Running:
+) -> RunningSums:
     """All of the head: whole tiles in a loop, then what is left."""
     run, vocabulary = _start(hidden_CD, weighted, first), head.weight_VD.shape[0]
-    rows = tile_of(target_device().platform, hidden_CD.shape[0], vocabulary).rows
+    rows = tile_size(target_device().platform, hidden_CD.shape[0], vocabulary).rows
     if rows == vocabulary:
         return _add_tile(run, hidden_CD, head, targets_C, 0)
     whole, rest = divmod(vocabulary, rows)
@@ -91,19 +91,19 @@ def over_tiles(
     return _add_tile(run, hidden_CD, head.rows(lambda x: x[-rest:]), targets_C, whole * rows) if rest else run
 
 
-def least_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:
+def first_id_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:
     """The least id that is found; written so that XLA on CPUs can vectorize it, as it can't jnp.argmax."""
     return jnp.min(jnp.where(found_CW, ids_W[None], jnp.iinfo(jnp.int32).max), axis=1)
 
 
-def in_chunks(of_chunk: OfChunk, hidden_MD, head: Head | HeadWithRows, targets_M, wanted_M):
+def map_token_chunks(of_chunk: OfChunk, hidden_MD, head: Head | HeadWithRows, targets_M, wanted_M):
     """of_chunk over the wanted tokens, its results put back in place, zero where not wanted.
 
     They are moved together first, so products are done for them alone (rounded up to a chunk).
     """
-    size = chunk_of(hidden_MD.shape[0])
+    size = chunk_size(hidden_MD.shape[0])
     order_M = jnp.argsort(~wanted_M, stable=True)
-    chunks = chunked((hidden_MD, targets_M, wanted_M), order_M, size)
+    chunks = split_chunks((hidden_MD, targets_M, wanted_M), order_M, size)
     shapes = jax.eval_shape(of_chunk, chunks[0][0], head, chunks[1][0])
 
     def one(_, chunk):
@@ -120,7 +120,7 @@ def in_chunks(of_chunk: OfChunk, hidden_MD, head: Head | HeadWithRows, targets_M
     return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[place_M], results)
 
 
-def chunked(arrays: tuple[jax.Array, ...], order_M: jax.Array, size: int) -> tuple[jax.Array, ...]:
+def split_chunks(arrays: tuple[jax.Array, ...], order_M: jax.Array, size: int) -> tuple[jax.Array, ...]:
     """Each [M, ...] as [I, size, ...], in that order, the last chunk filled up with zeros."""
     padding = -order_M.shape[0] % size
 
@@ -130,9 +130,9 @@ def chunked(arrays: tuple[jax.Array, ...], order_M: jax.Array, size: int) -> tup
     return jax.tree.map(one, arrays)
 
 
-def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> Running:
+def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> RunningSums:
     zeros_C = jnp.zeros(hidden_CD.shape[0], jnp.float32)
-    return Running(
+    return RunningSums(
         largest_C=zeros_C - jnp.inf,
         sum_C=zeros_C,
         target_C=zeros_C,
@@ -142,8 +142,8 @@ def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> Running:
 
 
 def _add_tile(
-    run: Running, hidden_CD: jax.Array, tile: Head, targets_C: jax.Array, start: jax.typing.ArrayLike
-) -> Running:
+    run: RunningSums, hidden_CD: jax.Array, tile: Head, targets_C: jax.Array, start: jax.typing.ArrayLike
+) -> RunningSums:
     """One tile more, whose first row is the head's row `start`."""
     logits_CW = tile.logits(hidden_CD)
     rows, place_C = logits_CW.shape[1], targets_C - start
@@ -158,9 +158,9 @@ def _add_tile(
         factors_CW = exp_CW if slope_CW is None else exp_CW * slope_CW
         weighted_CD = weighted_CD * shrink_C[:, None] + dot_nn(factors_CW.astype(hidden_CD.dtype), tile.weight_VD)
     if first_C is not None:
-        in_tile_C = start + least_where(logits_CW == tile_C[:, None], jnp.arange(rows))
+        in_tile_C = start + first_id_where(logits_CW == tile_C[:, None], jnp.arange(rows))
         first_C = jnp.where(tile_C > run.largest_C, in_tile_C, first_C)
-    return Running(
+    return RunningSums(
         largest_C=largest_C,
         sum_C=run.sum_C * shrink_C + jnp.sum(exp_CW, axis=-1),
         target_C=jnp.where((place_C >= 0) & (place_C < rows), at_place_C, run.target_C),

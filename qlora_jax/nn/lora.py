@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.dropout import dropped
+from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
@@ -56,7 +56,7 @@ def _split(x_MR: jax.Array, lora_bs: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 def _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key):
     dtype = x_MK.dtype
-    xa_MR = _scaled(dot_nn(dropped(x_MK, dropout, key), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
+    xa_MR = _scaled(dot_nn(apply_dropout(x_MK, dropout, key), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
     ys = tuple(dot_nn(xa, b.astype(dtype), dtype) for xa, b in zip(_split(xa_MR, lora_bs), lora_bs, strict=True))
     return ys, (x_MK, lora_a_KR, lora_bs, checkpoint_name(xa_MR, "lora_xa"), key)
 
@@ -68,8 +68,8 @@ def _backward(scalings, dropout, residuals, dys):
     d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)
     rows = zip(_split(xa_MR, lora_bs), dys, lora_bs, strict=True)
     d_bs = tuple(dot_tn(xa, dy).astype(b.dtype) for xa, dy, b in rows)
-    d_a_KR = dot_tn(dropped(x_MK, dropout, key), d_xa_MR).astype(lora_a_KR.dtype)
-    dx_MK = dropped(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
+    d_a_KR = dot_tn(apply_dropout(x_MK, dropout, key), d_xa_MR).astype(lora_a_KR.dtype)
+    dx_MK = apply_dropout(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
     return dx_MK, d_a_KR, d_bs, None
 
 
@@ -123,15 +123,15 @@ class LoRA(nnx.Module):
         """frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
         ys = [one(x_MK) for one in frozen]
         with jax.named_scope("lora"):
-            return [y + delta for y, delta in zip(ys, deltas(adapters, x_MK, keys), strict=True)]
+            return [y + delta for y, delta in zip(ys, adapter_deltas(adapters, x_MK, keys), strict=True)]
 
-    def of_layer(self, layer: int) -> "LoRA":
+    def select_layer(self, layer: int) -> "LoRA":
         """The adapter of one layer of the stack."""
         return LoRA(self.lora_a[...][layer], self.lora_b[...][layer], self.scaling, self.dropout)
 
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """weight + scaling * (A B)^T, in f32."""
-        return with_delta(weight, self)
+        return add_delta(weight, self)
 
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
         """The bias itself."""
@@ -159,13 +159,13 @@ def initial_factors(
     return lora_a.astype(dtype), jnp.zeros((stack, rank, n), dtype)
 
 
-def with_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, "*L N K"]:
+def add_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, "*L N K"]:
     """weight + scaling * (A B)^T, in f32."""
     delta = dot_nn(adapter.lora_a[...], adapter.lora_b[...]) * adapter.scaling
     return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
 
 
-def deltas(adapters: Sequence[LowRank], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
+def adapter_deltas(adapters: Sequence[LowRank], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
     """scaling_i * dropout_i(x) A_i B_i for each i: together, or one by one where each drops elements of its own."""
     if all(adapter.dropout == 0.0 or key is None for adapter, key in zip(adapters, keys, strict=True)):
         lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)

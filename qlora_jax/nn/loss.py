@@ -18,14 +18,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.lm_head_tiles import Running, chunk_of, chunked, in_chunks, over_tiles
+from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head_tiles import RunningSums, chunk_size, map_token_chunks, split_chunks, sum_over_tiles
 from qlora_jax.nn.matmul import dot_tn
 
 
 def token_nll(
     hidden_MD: Float[Array, "M D"],
-    head: Head | HeadWithRows | WholeHead,
+    head: Head | HeadWithRows | TrainableHead,
     targets_M: Int[Array, " M"],
     supervised_M: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
@@ -34,7 +34,7 @@ def token_nll(
     Supervised tokens are moved together first, so the head's products are done for them alone (rounded up to a chunk).
     Differentiable in `hidden_MD`, and in what trains of the head.
     """
-    if isinstance(head, WholeHead):
+    if isinstance(head, TrainableHead):
         return _whole_nll(hidden_MD, head, targets_M, supervised_M)
     if isinstance(head, HeadWithRows):
         return _nll_with_rows(hidden_MD, head, targets_M, supervised_M)
@@ -43,11 +43,11 @@ def token_nll(
 
 def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
     """log(sum over frozen rows + sum over rows that train) - l_target, whichever of the two the target is in."""
-    hot_MN = head.hot(targets_M)
+    hot_MN = head.one_hot(targets_M)
     vocabulary = head.frozen.weight_VD.shape[0]
     in_frozen_M = jnp.where(jnp.any(hot_MN, axis=1), vocabulary, targets_M)  # out of range: none of the frozen rows
     lse_M, target_M = _frozen_sums(hidden_MD, head.frozen, in_frozen_M, supervised_M)
-    own_MN = head.own_logits(hidden_MD)
+    own_MN = head.trained_logits(hidden_MD)
     target_M += jnp.sum(jnp.where(hot_MN, own_MN, 0.0), axis=1)
     nll_M = jnp.logaddexp(lse_M, jax.nn.logsumexp(own_MN, axis=1)) - target_M
     return jnp.where(supervised_M, nll_M, 0.0)
@@ -56,27 +56,27 @@ def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
 @jax.custom_vjp
 def _frozen_nll(hidden_MD, head: Head, targets_M, supervised_M):
     """The gradient by `hidden_MD` is made while the logits exist, not from logits made again."""
-    return in_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    return map_token_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
 
 
 @jax.custom_vjp
 def _frozen_sums(hidden_MD, head: Head, targets_M, supervised_M):
     """(log-sum-exp, the target's logit: 0 where the target is out of range), both 0 where not supervised."""
-    return in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
+    return map_token_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
 
 
 @jax.custom_vjp
-def _whole_nll(hidden_MD, head: WholeHead, targets_M, supervised_M):
+def _whole_nll(hidden_MD, head: TrainableHead, targets_M, supervised_M):
     """The gradient by the head is made from logits made again, chunk by chunk, and summed in f32."""
-    return in_chunks(_nll_of_chunk, hidden_MD, head.cast(hidden_MD.dtype), targets_M, supervised_M)
+    return map_token_chunks(_nll_of_chunk, hidden_MD, head.cast(hidden_MD.dtype), targets_M, supervised_M)
 
 
 def _nll_of_chunk(hidden_CD, head, targets_C):
-    return over_tiles(hidden_CD, head, targets_C).nll_C
+    return sum_over_tiles(hidden_CD, head, targets_C).nll_C
 
 
 def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
-    run = over_tiles(hidden_CD, head, targets_C, weighted=True)
+    run = sum_over_tiles(hidden_CD, head, targets_C, weighted=True)
     target_CD = head.weight_VD[targets_C].astype(jnp.float32)
     slope_C = head.slope(run.target_C)
     if slope_C is not None:
@@ -86,17 +86,17 @@ def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
 
 def _sums_of_chunk(hidden_CD, head, targets_C):
     """(log-sum-exp, the target's logit, sum_v exp(l_v) w_v / sum_v exp(l_v))."""
-    run = over_tiles(hidden_CD, head, targets_C, weighted=True)
+    run = sum_over_tiles(hidden_CD, head, targets_C, weighted=True)
     return run.lse_C, run.target_C, _mean_row(run).astype(hidden_CD.dtype)
 
 
-def _mean_row(run: Running) -> jax.Array:
+def _mean_row(run: RunningSums) -> jax.Array:
     assert run.weighted_CD is not None
     return run.weighted_CD / run.sum_C[:, None]
 
 
 def _sums_forward(hidden_MD, head, targets_M, supervised_M):
-    lse_M, target_M, mean_MD = in_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    lse_M, target_M, mean_MD = map_token_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)
     return (lse_M, target_M), (head, targets_M, target_M, mean_MD)
 
 
@@ -117,7 +117,7 @@ _frozen_sums.defvjp(_sums_forward, _sums_backward)
 
 def _whole_forward(hidden_MD, head, targets_M, supervised_M):
     frozen = head.cast(hidden_MD.dtype)
-    lse_M, target_M, mean_MD = in_chunks(_sums_of_chunk, hidden_MD, frozen, targets_M, supervised_M)
+    lse_M, target_M, mean_MD = map_token_chunks(_sums_of_chunk, hidden_MD, frozen, targets_M, supervised_M)
     return lse_M - target_M, (hidden_MD, head, targets_M, supervised_M, lse_M, target_M, mean_MD)
 
 
@@ -128,13 +128,13 @@ def _whole_backward(residuals, d_nll_M):
     (d_hidden_MD, *_) = _sums_backward((frozen, targets_M, target_M, mean_MD), (d_nll_M, -d_nll_M))
     with jax.named_scope("whole_head"):
         d_VD = _by_head(hidden_MD, frozen, targets_M, lse_M, d_nll_M)
-    return d_hidden_MD, WholeHead(d_VD.astype(head.weight_VD.dtype), head.softcap), None, None
+    return d_hidden_MD, TrainableHead(d_VD.astype(head.weight_VD.dtype), head.softcap), None, None
 
 
 def _by_head(hidden_MD, head: Head, targets_M, lse_M, d_nll_M) -> Float[Array, "V D"]:
     """sum over tokens of d_nll (softmax - onehot) slope times hidden state; chunks without supervision cost nothing."""
-    size = chunk_of(hidden_MD.shape[0])
-    chunks = chunked((hidden_MD, targets_M, lse_M, d_nll_M), jnp.argsort(d_nll_M == 0, stable=True), size)
+    size = chunk_size(hidden_MD.shape[0])
+    chunks = split_chunks((hidden_MD, targets_M, lse_M, d_nll_M), jnp.argsort(d_nll_M == 0, stable=True), size)
 
     def add(d_VD: jax.Array, chunk: tuple[jax.Array, ...]) -> jax.Array:
         hidden_CD, targets_C, lse_C, d_nll_C = chunk
@@ -154,7 +154,7 @@ _whole_nll.defvjp(_whole_forward, _whole_backward)
 
 
 def _forward(hidden_MD, head, targets_M, supervised_M):
-    nll_M, grad_MD = in_chunks(_nll_and_grad_of_chunk, hidden_MD, head, targets_M, supervised_M)
+    nll_M, grad_MD = map_token_chunks(_nll_and_grad_of_chunk, hidden_MD, head, targets_M, supervised_M)
     return nll_M, grad_MD
 
 

@@ -46,21 +46,21 @@ class MixedStack:
         """L."""
         return self.quantized.stack_shape[0] + len(self.dense_layers)
 
-    def place(self, layer: int) -> tuple[str, int]:
+    def locate(self, layer: int) -> tuple[str, int]:
         """(the field that a layer is in, its index there)."""
         before = sum(dense < layer for dense in self.dense_layers)
         return ("dense", before) if layer in self.dense_layers else ("quantized", layer - before)
 
-    def traced_place(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+    def locate_traced(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
         """(whether a layer is dense, its index in its part), where the layer is known at run time alone."""
-        places = [self.place(each) for each in range(self.num_layers)]
+        places = [self.locate(each) for each in range(self.num_layers)]
         is_dense_L, index_L = zip(*((part == "dense", index) for part, index in places), strict=True)
         return jnp.asarray(is_dense_L)[layer], jnp.asarray(index_L, jnp.int32)[layer]
 
-    def in_order(self, quantized: jax.Array, dense: jax.Array) -> jax.Array:
+    def in_layer_order(self, quantized: jax.Array, dense: jax.Array) -> jax.Array:
         """[L, ...] of what was computed for the parts."""
         parts = {"quantized": 0, "dense": quantized.shape[0]}
-        order = [parts[part] + index for part, index in map(self.place, range(self.num_layers))]
+        order = [parts[part] + index for part, index in map(self.locate, range(self.num_layers))]
         return jnp.concatenate([quantized, dense])[np.array(order)]
 
 
@@ -70,7 +70,7 @@ def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array
 
     One of two branches runs. The rule of its own keeps the weights out of what a scan saves.
     """
-    is_dense, index = weight.traced_place(layer)
+    is_dense, index = weight.locate_traced(layer)
     return jax.lax.cond(
         is_dense,
         lambda: dot_nt(x_MK, weight.dense[index].astype(x_MK.dtype), x_MK.dtype),
@@ -84,7 +84,7 @@ def _forward(x_MK, weight, layer):
 
 def _backward(residuals, dy_MN):
     weight, layer = residuals
-    is_dense, index = weight.traced_place(layer)
+    is_dense, index = weight.locate_traced(layer)
     dx_MK = jax.lax.cond(
         is_dense,
         lambda: dot_nn(dy_MN, weight.dense[index].astype(dy_MN.dtype), dy_MN.dtype),

@@ -44,7 +44,7 @@ ACTIVATIONS = {
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gated(gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
+def gated_activation(gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
     """act(gate) * up, computed in f32, in gate's dtype."""
     return _gated_forward(gate, up, activation)[0]
 
@@ -61,11 +61,11 @@ def _gated_backward(activation, residuals, dy):
     return (dy32 * up * slope).astype(dy.dtype), (dy32 * value).astype(dy.dtype)
 
 
-gated.defvjp(_gated_forward, _gated_backward)
+gated_activation.defvjp(_gated_forward, _gated_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def activated(x: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
+def apply_activation(x: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
     """act(x), computed in f32, in x's dtype."""
     return _forward(x, activation)[0]
 
@@ -79,4 +79,4 @@ def _backward(activation, x, dy):
     return ((dy.astype(jnp.float32) * slope).astype(dy.dtype),)
 
 
-activated.defvjp(_forward, _backward)
+apply_activation.defvjp(_forward, _backward)

@@ -21,19 +21,19 @@ from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen
 
 
-def hot(tokens_M: Int[Array, " M"], ids: tuple[int, ...]) -> Bool[Array, "M N"]:
+def one_hot_ids(tokens_M: Int[Array, " M"], ids: tuple[int, ...]) -> Bool[Array, "M N"]:
     """Which of `ids` each token is."""
     return tokens_M[:, None] == np.asarray(ids, np.int32)[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def picked(rows_ND: Float[Array, "N D"], hot_MN: Bool[Array, "M N"], dtype: DTypeLike) -> Float[Array, "M D"]:
+def gather_rows(rows_ND: Float[Array, "N D"], hot_MN: Bool[Array, "M N"], dtype: DTypeLike) -> Float[Array, "M D"]:
     """The hot row of each token in `dtype`; the first where none is hot, and that has no gradient."""
     return rows_ND.astype(dtype)[jnp.argmax(hot_MN, axis=1)]
 
 
 def _picked_forward(rows_ND, hot_MN, dtype):
-    return picked(rows_ND, hot_MN, dtype), (rows_ND, hot_MN)
+    return gather_rows(rows_ND, hot_MN, dtype), (rows_ND, hot_MN)
 
 
 def _picked_backward(dtype, residuals, d_MD):
@@ -41,7 +41,7 @@ def _picked_backward(dtype, residuals, d_MD):
     return dot_tn(hot_MN.astype(dtype), d_MD).astype(rows_ND.dtype), None
 
 
-picked.defvjp(_picked_forward, _picked_backward)
+gather_rows.defvjp(_picked_forward, _picked_backward)
 
 
 @jax.custom_vjp
@@ -64,7 +64,7 @@ def _logits_backward(residuals, d_MN):
 row_logits.defvjp(_logits_forward, _logits_backward)
 
 
-class TokenRows(nnx.Module):
+class NewTokenRows(nnx.Module):
     """Rows that train, of the tokens `ids` of one table: `rows` [N, D] in f32 or bf16, and of a head their biases [N].
 
     Biases stay as they are.
@@ -82,7 +82,7 @@ class TokenRows(nnx.Module):
         bias_V: Float[Array, " V"] | None,
         ids: tuple[int, ...],
         dtype: DTypeLike = jnp.float32,
-    ) -> "TokenRows":
+    ) -> "NewTokenRows":
         """Each row the mean of the table's, and each bias the mean of the biases, taken in f32."""
         row_D = jnp.mean(table_VD, axis=0, dtype=jnp.float32).astype(dtype)
         bias_N = None
@@ -90,18 +90,18 @@ class TokenRows(nnx.Module):
             bias_N = jnp.full(len(ids), jnp.mean(bias_V, dtype=jnp.float32), bias_V.dtype)
         return cls(jnp.tile(row_D[None], (len(ids), 1)), bias_N, ids)
 
-    def embedded(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "V D"]) -> Float[Array, "M D"]:
+    def lookup(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "V D"]) -> Float[Array, "M D"]:
         """The row of each token, in the table's dtype."""
-        hot_MN = hot(tokens_M, self.ids)
+        hot_MN = one_hot_ids(tokens_M, self.ids)
         with jax.named_scope("new_tokens"):
-            own_MD = picked(self.rows[...], hot_MN, table_VD.dtype)
+            own_MD = gather_rows(self.rows[...], hot_MN, table_VD.dtype)
         return jnp.where(jnp.any(hot_MN, axis=1)[:, None], own_MD, table_VD.at[tokens_M].get(mode="clip"))
 
-    def put_into(self, table_VD: jax.Array) -> jax.Array:
+    def insert_into(self, table_VD: jax.Array) -> jax.Array:
         """The table with these rows in their places, as long as their ids ask for, in its dtype."""
         return _put(table_VD, self.rows[...], self.ids)
 
-    def bias_put_into(self, bias_V: jax.Array) -> jax.Array:
+    def insert_bias_into(self, bias_V: jax.Array) -> jax.Array:
         """Likewise of the biases."""
         assert self.bias is not None
         return _put(bias_V, self.bias[...], self.ids)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from qlora_jax.nn.variables import Frozen, of_layer
+from qlora_jax.nn.variables import Frozen, select_layer
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -86,16 +86,16 @@ layer_norm.defvjp(_layer_forward, _layer_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def as_in(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
+def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
     """x rounded to what `dtype` can hold, in its own dtype; the gradient is passed on as it is."""
     held = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, exponent_bits=held.nexp, mantissa_bits=held.nmant)
 
 
-as_in.defvjp(lambda x, dtype: (as_in(x, dtype), None), lambda dtype, _, dx: (dx,))
+round_to.defvjp(lambda x, dtype: (round_to(x, dtype), None), lambda dtype, _, dx: (dx,))
 
 
-class WholeNorm(nnx.Module):
+class TrainableNorm(nnx.Module):
     """A norm's weight and bias that train, in f32: `gain`, `bias` [D], or [L, D]; inside the scan, one layer.
 
     They are rounded to the dtype that is computed in, as a frozen norm's are, so that a model written in that dtype
@@ -108,13 +108,13 @@ class WholeNorm(nnx.Module):
 
     def leaves(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
         """(weight, bias) to compute with in `dtype`."""
-        return as_in(self.gain[...], dtype), None if self.bias is None else as_in(self.bias[...], dtype)
+        return round_to(self.gain[...], dtype), None if self.bias is None else round_to(self.bias[...], dtype)
 
-    def of_layer(self, layer: int) -> "WholeNorm":
+    def select_layer(self, layer: int) -> "TrainableNorm":
         """One layer of the stack, or the norm itself where there is none."""
         if self.gain[...].ndim == 1:
             return self
-        return WholeNorm(self.gain[...][layer], None if self.bias is None else self.bias[...][layer])
+        return TrainableNorm(self.gain[...][layer], None if self.bias is None else self.bias[...][layer])
 
     def merge(self, weight: Float[Array, " D"]) -> Float[Array, " D"]:
         """The weight that was trained."""
@@ -133,15 +133,15 @@ class RMSNorm(nnx.Module):
         self.weight = Frozen(weight)
         self.eps = eps
         self.offset = offset
-        self.adapter: WholeNorm | None = nnx.data(None)  # data: it may be set later
+        self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
-    def set_whole(self) -> None:
+    def make_trainable(self) -> None:
         """Lets a copy of the weight train; the frozen one is let go of."""
-        self.adapter = WholeNorm(self.weight[...].astype(jnp.float32), None)
+        self.adapter = TrainableNorm(self.weight[...].astype(jnp.float32), None)
         self.weight = Frozen(self.weight[...][:0])
 
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
-        weight = of_layer(self.weight, layer) if self.adapter is None else self.adapter.leaves(x.dtype)[0]
+        weight = select_layer(self.weight[...], layer) if self.adapter is None else self.adapter.leaves(x.dtype)[0]
         with jax.named_scope("norm"):
             return rms_norm(x, weight, self.eps, self.offset)
 
@@ -152,16 +152,16 @@ class LayerNorm(nnx.Module):
     def __init__(self, weight: Float[Array, "*L D"], bias: Float[Array, "*L D"], eps: float):
         self.weight, self.bias = Frozen(weight), Frozen(bias)
         self.eps = eps
-        self.adapter: WholeNorm | None = nnx.data(None)  # data: it may be set later
+        self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
-    def set_whole(self) -> None:
+    def make_trainable(self) -> None:
         """Lets copies of weight and bias train; the frozen ones are let go of."""
-        self.adapter = WholeNorm(*(leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias)))
+        self.adapter = TrainableNorm(*(leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias)))
         self.weight, self.bias = (Frozen(leaf[...][:0]) for leaf in (self.weight, self.bias))
 
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
         if self.adapter is None:
-            weight, bias = of_layer(self.weight, layer), of_layer(self.bias, layer)
+            weight, bias = select_layer(self.weight[...], layer), select_layer(self.bias[...], layer)
         else:
             weight, bias = self.adapter.leaves(x.dtype)
             assert bias is not None

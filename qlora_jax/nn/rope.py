@@ -118,10 +118,10 @@ SCALINGS: dict[str, Callable[[Rope, int], Frequencies]] = {
     "longrope": _longrope,
 }
 
-TURNED_BY_LENGTH = ("dynamic", "longrope")
+LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 # The numbers that each scaling needs, then those that it may have.
-NUMBERS: dict[str, tuple[set[str], set[str]]] = {
+SCALING_NUMBERS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
     "dynamic": ({"factor"}, set()),

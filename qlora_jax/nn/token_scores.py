@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
-from qlora_jax.nn.lm_head_tiles import in_chunks, least_where, over_tiles
+from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
+from qlora_jax.nn.lm_head_tiles import first_id_where, map_token_chunks, sum_over_tiles
 
 
-class Scores(NamedTuple):
+class TokenScores(NamedTuple):
     """Of each token.
 
     Fields:
@@ -27,34 +27,36 @@ class Scores(NamedTuple):
 
 def token_scores(
     hidden_MD: Float[Array, "M D"],
-    head: Head | HeadWithRows | WholeHead,
+    head: Head | HeadWithRows | TrainableHead,
     targets_M: Int[Array, " M"],
     wanted_M: Bool[Array, " M"],
-) -> Scores:
+) -> TokenScores:
     """From the head's logits in f32, which never exist for all tokens and ids at once; 0 and False where not wanted.
 
     Not to be differentiated, as `token_nll` is.
     """
-    if isinstance(head, WholeHead):
+    if isinstance(head, TrainableHead):
         head = head.cast(hidden_MD.dtype)
-    return in_chunks(_with_rows if isinstance(head, HeadWithRows) else _frozen, hidden_MD, head, targets_M, wanted_M)
+    return map_token_chunks(
+        _with_rows if isinstance(head, HeadWithRows) else _frozen, hidden_MD, head, targets_M, wanted_M
+    )
 
 
-def _frozen(hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> Scores:
-    run = over_tiles(hidden_CD, head, targets_C, first=True)
-    return Scores(run.nll_C, run.first_C == targets_C)
+def _frozen(hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> TokenScores:
+    run = sum_over_tiles(hidden_CD, head, targets_C, first=True)
+    return TokenScores(run.nll_C, run.first_C == targets_C)
 
 
-def _with_rows(hidden_CD: jax.Array, head: HeadWithRows, targets_C: jax.Array) -> Scores:
+def _with_rows(hidden_CD: jax.Array, head: HeadWithRows, targets_C: jax.Array) -> TokenScores:
     """The rows that train are one tile more, whose ids may lie anywhere."""
-    run = over_tiles(hidden_CD, head.frozen, targets_C, first=True)
+    run = sum_over_tiles(hidden_CD, head.frozen, targets_C, first=True)
     assert run.first_C is not None
-    own_CN, hot_CN = head.own_logits(hidden_CD), head.hot(targets_C)
+    own_CN, hot_CN = head.trained_logits(hidden_CD), head.one_hot(targets_C)
     own_C = jnp.max(own_CN, axis=1)
-    own_first_C = least_where(own_CN == own_C[:, None], jnp.asarray(head.ids))
+    own_first_C = first_id_where(own_CN == own_C[:, None], jnp.asarray(head.ids))
     # An absent row is never the first of the largest: its logit is -inf.
     first_C = jnp.where(own_C > run.largest_C, own_first_C, run.first_C)
     first_C = jnp.where(own_C == run.largest_C, jnp.minimum(own_first_C, run.first_C), first_C)
     target_C = jnp.where(jnp.any(hot_CN, axis=1), jnp.sum(jnp.where(hot_CN, own_CN, 0.0), axis=1), run.target_C)
     lse_C = jnp.logaddexp(run.lse_C, jax.nn.logsumexp(own_CN, axis=1))
-    return Scores(lse_C - target_C, first_C == targets_C)
+    return TokenScores(lse_C - target_C, first_C == targets_C)

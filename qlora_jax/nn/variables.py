@@ -14,8 +14,3 @@ class Frozen(nnx.Variable):
 def select_layer(stack: jax.Array, layer: jax.Array | int | None) -> jax.Array:
     """One layer of a stacked array, or the whole array if `layer` is None."""
     return stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-
-
-def of_layer(variable: nnx.Variable, layer: jax.Array | int | None) -> jax.Array:
-    """One layer of a Variable that holds a stacked array, or its whole value if `layer` is None."""
-    return select_layer(variable.get_value(), layer)

@@ -128,8 +128,8 @@ def _matmuls(session: Session) -> str:
 def _attention(session: Session) -> str:
     plain = session.model.has_plain_attention(max(session.dataset.buckets))
     heads = target_device().platform, session.weights.dtype, session.model.head_dim
-    why = attention_cpu.refusal(*heads, plain=plain)
-    if attention_cpu.takes_forward(*heads, plain=plain):
+    why = attention_cpu.unsupported_reason(*heads, plain=plain)
+    if attention_cpu.supports_forward_f32(*heads, plain=plain):
         return "C++ loops forward; XLA backward, in tiles of scores"
     return "C++ loops" if why is None else f"XLA, in tiles of scores; {why}"
 

@@ -36,7 +36,7 @@ from qlora_jax.io.hf.shard_writer import SHARD, Planned, index_of, split, write_
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import slots_of
-from qlora_jax.models.catalog import PUBLIC
+from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -50,7 +50,7 @@ WORK = ("read", "quantize", "load")
 
 def make(folder: Path, name: str, layers: int | None) -> None:
     """Writes the checkpoint, with one tensor in memory at a time."""
-    config = {**PUBLIC[name]} | ({} if layers is None else {"num_hidden_layers": layers})
+    config = {**PUBLISHED[name]} | ({} if layers is None else {"num_hidden_layers": layers})
     features = model_config(config)
     weights = WeightFormat(quant_type=None, dtype=BF16.name)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
@@ -159,7 +159,7 @@ def summary(folder: Path, records: list[dict[str, dict[str, float]]]) -> dict[st
 def main() -> None:
     """Writes the checkpoint and measures; with --work, does one job of WORK."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=PUBLIC, default="llama-7b")
+    parser.add_argument("--model", choices=PUBLISHED, default="llama-7b")
     parser.add_argument("--layers", type=int, help="write fewer layers than the model has")
     parser.add_argument("--folder", type=Path, help="where to write it (default: the system's temporary folder)")
     parser.add_argument("--blocks", type=int, default=3)

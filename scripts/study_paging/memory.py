@@ -12,7 +12,7 @@ from typing import NamedTuple, TypedDict
 
 from pallas_kernels import aot
 from qlora_jax.config import LoraArgs, OptimArgs
-from qlora_jax.models.catalog import PUBLIC
+from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import flops, memory_use
@@ -43,7 +43,7 @@ class Point(NamedTuple):
 def setting(model: str, batch: tuple[int, int, int], remat: str) -> StepConfig:
     """Returns the setting: rank 64 on all linear layers, f32 adapters, NF4 and double quantization."""
     return StepConfig(
-        model=model_config(PUBLIC[model]),
+        model=model_config(PUBLISHED[model]),
         weights=WeightFormat(platform="gpu"),
         lora=LoraArgs(rank=RANK),
         optim=OptimArgs(),

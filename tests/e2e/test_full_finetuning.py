@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
-from qlora_jax.models.add_adapters import for_decoding
+from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
@@ -70,7 +70,7 @@ def test_what_was_learned_is_there_when_it_is_opened_exported_and_decoded(finish
     args = dataclasses.replace(exported.args, quant_type="none", compute_dtype="float32")
     expected, merged, decoded = (
         np.asarray(jax.jit(lambda model=model: model.hidden(tokens))())
-        for model in (combine(parts), load_base(exported, args), combine(for_decoding(parts)))
+        for model in (combine(parts), load_base(exported, args), combine(prepare_for_decoding(parts)))
     )
     np.testing.assert_allclose(merged, expected, atol=1e-5 * np.abs(expected).max())
     np.testing.assert_allclose(decoded, expected, atol=1e-5 * np.abs(expected).max())

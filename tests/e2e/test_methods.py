@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
-from qlora_jax.models.add_adapters import for_decoding
+from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
 from tests.e2e.test_paging import assert_same_runs, paging_numbers, with_paging
@@ -93,8 +93,8 @@ def test_decoding_is_what_was_trained(finished):
     tokens = jnp.asarray(np.arange(24, dtype=np.int32)[None])
     found, expected = (
         np.asarray(jax.jit(lambda parts: combine(parts).hidden(tokens))(each), "f4")
-        for each in (for_decoding(parts), parts)
-        for each in (for_decoding(parts), parts)
+        for each in (prepare_for_decoding(parts), parts)
+        for each in (prepare_for_decoding(parts), parts)
     )
     tolerance = 1e-5 if finished.model.compute_dtype == "float32" else 2e-2
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())

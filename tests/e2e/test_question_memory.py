@@ -52,7 +52,7 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
             task.score(parts, lambda done: None, loglikelihood.NOTHING_KEPT)
         made = 0
         if task.name == "answers":  # what is cast or settled once for all calls
-            cast = decode.for_decoding(parts)
+            cast = decode.prepare_for_decoding(parts)
             kept = {id(leaf) for leaf in _leaves(parts)}
             made = sum(leaf.nbytes for leaf in _leaves(cast) if id(leaf) not in kept)
         most = max(_taken(one) for one in ahead)

@@ -149,8 +149,8 @@ def test_where_windows_or_lengths_have_a_say_prompts_are_not_shared():
     plain = tiny_config()
     scaling = RopeScaling(kind="dynamic", numbers=(("factor", 2.0),))
     turned = dataclasses.replace(plain, rope=dataclasses.replace(plain.rope, scaling=scaling))
-    assert plain.takes_branches and not turned.takes_branches
-    assert not dataclasses.replace(plain, windows=(None, 8)).takes_branches
+    assert plain.supports_shared_prefix and not turned.supports_shared_prefix
+    assert not dataclasses.replace(plain, windows=(None, 8)).supports_shared_prefix
 
 
 def test_windows_do_not_overlap_and_leave_nothing_out():

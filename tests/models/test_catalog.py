@@ -6,7 +6,7 @@ import jax
 import pytest
 from flax import nnx
 
-from qlora_jax.models.catalog import PUBLIC, nearest
+from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -78,12 +78,12 @@ def parameters(model: ModelConfig) -> int:
 
 
 def test_each_has_a_published_count():
-    assert PUBLIC.keys() == PARAMETERS.keys()
+    assert PUBLISHED.keys() == PARAMETERS.keys()
 
 
-@pytest.mark.parametrize("name", PUBLIC)
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_are_the_published_ones(name):
-    model = model_config(PUBLIC[name])
+    model = model_config(PUBLISHED[name])
     assert parameters(model) == model.parameters() == PARAMETERS[name]
 
 
@@ -108,7 +108,7 @@ BESIDES = {
 
 @pytest.mark.parametrize("name", BESIDES)
 def test_what_published_configs_say_besides_is_understood(name):
-    assert parameters(model_config(PUBLIC[name] | BESIDES[name])) == PARAMETERS[name]
+    assert parameters(model_config(PUBLISHED[name] | BESIDES[name])) == PARAMETERS[name]
 
 
 def test_a_misspelt_name_finds_its_model():

@@ -3,7 +3,7 @@
 import pytest
 
 from qlora_jax.models.families import model_config
-from qlora_jax.nn.rope import NUMBERS, SCALINGS
+from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS
 
 SMOLLM2 = dict(
     model_type="llama",
@@ -67,7 +67,7 @@ def test_an_unknown_architecture_is_refused():
 
 
 def test_each_scaling_says_what_it_needs():
-    assert NUMBERS.keys() == SCALINGS.keys()
+    assert SCALING_NUMBERS.keys() == SCALINGS.keys()
 
 
 def test_a_mixture_of_experts_is_refused_as_such():
@@ -132,9 +132,9 @@ def test_what_a_family_does_not_have_is_refused_by_name():
 
 
 def test_features_at_their_defaults_leave_a_fingerprint_as_it_was():
-    described = model_config(SMOLLM2).described()
+    described = model_config(SMOLLM2).fingerprint_features()
     assert described.keys() == {
         *("vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_dim", "norm_eps"),
         *("rope", "tie_embeddings", "qkv_bias", "o_bias", "mlp_bias", "max_positions"),
     }
-    assert model_config(NEOX).described().keys() > described.keys()
+    assert model_config(NEOX).fingerprint_features().keys() > described.keys()

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention import causal_attention
-from qlora_jax.nn.attention_tiles import Tiling, Visibility
+from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
 from tests.training.compiled_text import TO_READ
 
 SCALE = 0.3
@@ -38,13 +38,13 @@ def _segments(length, *rows):
     return jnp.asarray(np.stack(ids), jnp.int32)
 
 
-def _plain(q, k, v, window=None, segments_BT=None, softcap=None, branching=False):
+def _plain(q, k, v, window=None, segments_BT=None, softcap=None, shared_prefix=False):
     """transformers' definition: key <= query, key > query - window, equal segments, or the key's is 0 where
-    branching; softcap tanh(score / softcap)."""
-    return _of_visible(q, k, v, _visible(q.shape[1], window, segments_BT, branching), softcap)
+    shared_prefix; softcap tanh(score / softcap)."""
+    return _of_visible(q, k, v, _visible(q.shape[1], window, segments_BT, shared_prefix), softcap)
 
 
-def _visible(length, window=None, segments_BT=None, branching=False):
+def _visible(length, window=None, segments_BT=None, shared_prefix=False):
     at = np.arange(length)
     visible = (at[None, :] <= at[:, None])[None]
     if window is not None:
@@ -52,7 +52,7 @@ def _visible(length, window=None, segments_BT=None, branching=False):
     if segments_BT is None:
         return visible
     ids = np.asarray(segments_BT)
-    return visible & ((ids[:, :, None] == ids[:, None, :]) | (branching & (ids == 0)[:, None, :]))
+    return visible & ((ids[:, :, None] == ids[:, None, :]) | (shared_prefix & (ids == 0)[:, None, :]))
 
 
 def _of_visible(q, k, v, visible_BTS, softcap):
@@ -148,14 +148,14 @@ def test_segments(length, heads, window):
 @pytest.mark.parametrize(("length", "heads"), [(48, 2), (300, 2), (900, 2), (700, 10)])
 def test_branches_see_their_beginning(length, heads):
     ids = _segments(length, (20, 2, 10), (40, 1, 3))
-    assert max(_errors(length, heads, heads // 2, segments_BT=ids, branching=True)) < 5e-6
+    assert max(_errors(length, heads, heads // 2, segments_BT=ids, shared_prefix=True)) < 5e-6
 
 
 def test_branches_go_with_segments_and_without_windows():
     q, k, v, _ = _inputs(8, 2, 2)
     for visible in ({}, {"segments_BT": _segments(8, (2,), (3,)), "window": 4}):
-        with pytest.raises(ValueError, match="branching: needs segments and no window"):
-            causal_attention(q, k, v, SCALE, branching=True, **visible)
+        with pytest.raises(ValueError, match="shared_prefix: needs segments and no window"):
+            causal_attention(q, k, v, SCALE, shared_prefix=True, **visible)
 
 
 def test_segments_in_any_order():
@@ -201,10 +201,10 @@ def test_a_window_of_the_whole_length_is_none(length):
 
 def test_what_no_query_of_a_chunk_sees_is_not_visited():
     tiling = Tiling(batch=1, length=1280, kv_heads=1, chunk=256)
-    assert Visibility.of(tiling, None, None).first_I.tolist() == [0, 0, 0, 0, 0]
-    assert Visibility.of(tiling, 256, None).first_I.tolist() == [0, 0, 1, 2, 3]
-    assert Visibility.of(tiling, 258, None).first_I.tolist() == [0, 0, 0, 1, 2]
-    assert Visibility.of(tiling, None, _segments(1280, (300, 468))).first_I.tolist() == [0, 0, 1, 3, 3]
+    assert AttentionMask.of(tiling, None, None).first_I.tolist() == [0, 0, 0, 0, 0]
+    assert AttentionMask.of(tiling, 256, None).first_I.tolist() == [0, 0, 1, 2, 3]
+    assert AttentionMask.of(tiling, 258, None).first_I.tolist() == [0, 0, 0, 1, 2]
+    assert AttentionMask.of(tiling, None, _segments(1280, (300, 468))).first_I.tolist() == [0, 0, 1, 3, 3]
 
 
 @pytest.mark.parametrize("wrong", [{"scale": 0.0}, {"scale": 1.0, "window": 0}, {"scale": 1.0, "softcap": 0.0}])

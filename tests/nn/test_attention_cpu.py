@@ -102,10 +102,10 @@ def test_causal_attention_takes_them_where_they_are_at_home():
     assert calls(BF16, 64) == ["attention_forward"]
     assert calls(jnp.float32, 64) == ["attention_forward_f32"]
     assert calls(jnp.float16, 64) == calls(BF16, 20) == calls(jnp.float32, 20) == []
-    assert "CPUs" in attention_cpu.refusal("gpu", BF16, 64, plain=True)
-    assert "not float16" in attention_cpu.refusal("cpu", "float16", 64, plain=True)
-    assert "not 20" in attention_cpu.refusal("cpu", "bfloat16", 20, plain=True)
-    assert "soft cap" in attention_cpu.refusal("cpu", "bfloat16", 64, plain=False)
+    assert "CPUs" in attention_cpu.unsupported_reason("gpu", BF16, 64, plain=True)
+    assert "not float16" in attention_cpu.unsupported_reason("cpu", "float16", 64, plain=True)
+    assert "not 20" in attention_cpu.unsupported_reason("cpu", "bfloat16", 20, plain=True)
+    assert "soft cap" in attention_cpu.unsupported_reason("cpu", "bfloat16", 64, plain=False)
 
 
 def test_vmap_and_checkpoint():

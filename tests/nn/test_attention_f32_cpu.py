@@ -45,13 +45,13 @@ def test_segments(window):
 @pytest.mark.parametrize("beginning", [20, 64, 150])
 def test_branches_see_their_beginning(beginning):
     ids = _segments(300, (beginning, 2, 60), (beginning + 1, 1, 30)).at[0, -20:].set(-1)
-    assert max(_errors(300, 4, 2, segments_BT=ids, branching=True)) < 5e-6
+    assert max(_errors(300, 4, 2, segments_BT=ids, shared_prefix=True)) < 5e-6
 
 
 def test_segments_in_any_order():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 300)), jnp.int32)
     assert max(_errors(300, 2, 2, segments_BT=ids)) < 5e-6
-    assert max(_errors(300, 2, 2, segments_BT=ids, branching=True)) < 5e-6
+    assert max(_errors(300, 2, 2, segments_BT=ids, shared_prefix=True)) < 5e-6
 
 
 def test_large_scores_neither_overflow_nor_vanish():
@@ -74,4 +74,4 @@ def test_it_runs_where_it_is_at_home():
     assert runs() and runs(window=8)
     assert not runs(jnp.float16) and not runs(head_dim=20)
     assert not runs(softcap=2.0) and not runs(window=jnp.int32(8))
-    assert not attention_cpu.takes_forward("gpu", jnp.float32, 64, plain=True)
+    assert not attention_cpu.supports_forward_f32("gpu", jnp.float32, 64, plain=True)

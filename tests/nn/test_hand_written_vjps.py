@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn.attention import cached_attention
-from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head_tiles import TILES, Tile
 from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.mlp import ACTIVATIONS, activated, gated
-from qlora_jax.nn.new_token_rows import TokenRows
+from qlora_jax.nn.mlp import ACTIVATIONS
+from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import layer_norm, rms_norm
 from qlora_jax.nn.rope import Rope, rotate, rotations
 
@@ -68,8 +68,8 @@ PLAIN_ACTIVATIONS = {
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations(activation):
     plain, gate, up = PLAIN_ACTIVATIONS[activation], 2 * _random(6, 32), _random(6, 32, seed=1)
-    _check(lambda x: activated(x, activation), plain, gate)
-    _check(lambda gate, up: gated(gate, up, activation), lambda gate, up: plain(gate) * up, gate, up)
+    _check(lambda x: apply_activation(x, activation), plain, gate)
+    _check(lambda gate, up: gated_activation(gate, up, activation), lambda gate, up: plain(gate) * up, gate, up)
 
 
 @pytest.mark.parametrize("narrow", ["a", "b"])
@@ -176,7 +176,7 @@ def test_token_nll_of_a_head_that_trains_whole(supervised, softcap, monkeypatch)
         logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
         return jnp.where(mask, -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0], 0.0)
 
-    _check(lambda h, w: token_nll(h, WholeHead(w, softcap), targets, mask), plain, hidden, weight)
+    _check(lambda h, w: token_nll(h, TrainableHead(w, softcap), targets, mask), plain, hidden, weight)
 
 
 @pytest.mark.parametrize("ids", [(50, 51), (49, 50), (3, 20)], ids=["beyond", "across", "within"])
@@ -187,7 +187,7 @@ def test_rows_of_an_embedding(ids):
     def plain(rows):
         return jnp.pad(table, ((0, 2), (0, 0))).at[np.asarray(ids)].set(rows)[tokens]
 
-    _check(lambda rows: TokenRows(rows, None, ids).embedded(tokens, table), plain, rows)
+    _check(lambda rows: NewTokenRows(rows, None, ids).lookup(tokens, table), plain, rows)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])

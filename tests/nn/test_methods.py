@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.column_scale import scaled_columns
-from qlora_jax.nn.dora import DoRA, SettledDoRA, row_norms
-from qlora_jax.nn.dropout import dropped
+from qlora_jax.nn.column_scale import scale_columns
+from qlora_jax.nn.dora import DoRA, InferenceDoRA, row_norms
+from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mixed_stack import MixedStack
@@ -33,7 +33,7 @@ def _dense(linear: QLinear) -> jax.Array:
 
 
 def test_scaled_columns():
-    _check(scaled_columns, lambda x, s: x * s[None], _random(M, N), _random(N))
+    _check(scale_columns, lambda x, s: x * s[None], _random(M, N), _random(N))
 
 
 def _dora(linear: QLinear, a, b, m, dropout: float = 0.0) -> DoRA:
@@ -50,12 +50,12 @@ def test_dora(quantized, dropout):
 
     def ours(x, a, b, m):
         adapter = _dora(linear, a, b, m, dropout)
-        return DoRA.apply([adapter], x, [linear.of_layer(LAYER)], [key])[0]
+        return DoRA.apply([adapter], x, [linear.select_layer(LAYER)], [key])[0]
 
     def plain(x, a, b, m):
         whole = weight + 2.0 * (a @ b).T
         norm = jax.lax.stop_gradient(jnp.linalg.norm(whole, axis=1))
-        x_dropped = dropped(x, dropout, key)
+        x_dropped = apply_dropout(x, dropout, key)
         change = (m / norm)[None] * (x_dropped @ whole.T) - x_dropped @ weight.T
         return x @ weight.T + bias[None] + change
 
@@ -67,13 +67,13 @@ def test_dora_starts_as_the_weight_and_its_merge_does_what_it_does():
     linear = _linear(quantized=True)
     factors = jnp.stack([_random(K, R)] * 2), jnp.stack([_random(R, N)] * 2)
     fresh = DoRA.init(factors[0], jnp.zeros_like(factors[1]), linear.weight.get_value(), 2.0, 0.0)
-    np.testing.assert_allclose(fresh.of_layer(1).merge(_dense(linear)), _dense(linear), rtol=2e-6, atol=1e-7)
+    np.testing.assert_allclose(fresh.select_layer(1).merge(_dense(linear)), _dense(linear), rtol=2e-6, atol=1e-7)
     trained = DoRA(*factors, 1 + _random(2, N) ** 2, fresh.weight_norms2[...], 2.0, 0.0)
-    x, one = _random(M, K), trained.of_layer(1)
+    x, one = _random(M, K), trained.select_layer(1)
     inside = DoRA(
         *(leaf[...] for leaf in (one.lora_a, one.lora_b, one.magnitude)), trained.weight_norms2[...], 2.0, 0.0
     )
-    y = DoRA.apply([inside], x, [linear.of_layer(LAYER)], [None])[0]
+    y = DoRA.apply([inside], x, [linear.select_layer(LAYER)], [None])[0]
     merged = x @ one.merge(_dense(linear)).T + linear.bias[...][1][None]
     np.testing.assert_allclose(y, merged, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(one.merge_bias(linear.bias[...][1]), linear.bias[...][1])
@@ -85,7 +85,7 @@ def test_doras_norms_are_those_of_the_whole_weight(share):
     linear = _linear(quantized=True)
     a, b = _random(K, R) / 8, _random(R, N) * share
     norms2 = _dora(linear, a, b, jnp.ones(N)).weight_norms2[...][1]
-    norms = row_norms(a, b, norms2, linear.of_layer(LAYER), 2.0)
+    norms = row_norms(a, b, norms2, linear.select_layer(LAYER), 2.0)
     np.testing.assert_allclose(norms, jnp.linalg.norm(_dense(linear) + 2.0 * (a @ b).T, axis=1), rtol=2e-6)
 
 
@@ -93,7 +93,7 @@ def test_a_delta_that_undoes_the_weight_gives_no_nan():
     linear = _linear(quantized=False)
     weight = linear.weight.get_value()[1]
     a, b = jnp.eye(K), -weight.T / 2
-    norms = row_norms(a, b, jnp.sum(weight**2, axis=1), linear.of_layer(LAYER), 2.0)
+    norms = row_norms(a, b, jnp.sum(weight**2, axis=1), linear.select_layer(LAYER), 2.0)
     assert np.all(norms > 0) and np.all(norms < 1e-3)
 
 
@@ -103,14 +103,14 @@ def test_ia3(on_input):
     weight, bias = _dense(linear), linear.bias[...][1]
 
     def ours(x, vector):
-        return IA3.apply([IA3(vector, on_input)], x, [linear.of_layer(LAYER)], [None])[0]
+        return IA3.apply([IA3(vector, on_input)], x, [linear.select_layer(LAYER)], [None])[0]
 
     def plain(x, vector):
         return (x * vector[None]) @ weight.T + bias[None] if on_input else (x @ weight.T + bias[None]) * vector[None]
 
     vector = _random(K if on_input else N)
     _check(ours, plain, _random(M, K), vector)
-    one = IA3(jnp.stack([vector, vector]), on_input).of_layer(1)
+    one = IA3(jnp.stack([vector, vector]), on_input).select_layer(1)
     merged = _random(M, K) @ one.merge(weight).T + one.merge_bias(bias)[None]
     np.testing.assert_allclose(ours(_random(M, K), vector), merged, rtol=2e-5, atol=2e-5)
 
@@ -141,5 +141,5 @@ def test_dora_over_a_stack_of_both_kinds():
     np.testing.assert_allclose(
         adapter.magnitude[...][1], jnp.linalg.norm(dense[1] + 2.0 * (a[1] @ b[1]).T, axis=1), rtol=2e-6
     )
-    settled = SettledDoRA(adapter, stack)
+    settled = InferenceDoRA(adapter, stack)
     np.testing.assert_allclose(settled.scale[...], np.ones((2, N)), rtol=1e-5)

@@ -18,7 +18,7 @@ def weights() -> tuple[MixedStack, jax.Array]:
     codes = [quantize(w_NK) for layer, w_NK in enumerate(w_LNK) if layer not in DENSE]
     quantized = jax.tree.map(lambda *leaves: jnp.stack(leaves), *codes)
     mixed = MixedStack(quantized=quantized, dense=jnp.asarray(w_LNK[list(DENSE)]), dense_layers=DENSE)
-    return mixed, mixed.in_order(jnp.stack([dequantize(one, jnp.float32) for one in codes]), mixed.dense)
+    return mixed, mixed.in_layer_order(jnp.stack([dequantize(one, jnp.float32) for one in codes]), mixed.dense)
 
 
 def through(x_MK, stack):
@@ -34,7 +34,7 @@ def through(x_MK, stack):
 def test_layers_and_their_gradients_are_those_of_the_dense_stack():
     mixed, w_LNK = weights()
     assert mixed.shape == (N, K) and mixed.num_layers == LAYERS
-    assert [mixed.place(layer)[0] for layer in range(LAYERS)] == [
+    assert [mixed.locate(layer)[0] for layer in range(LAYERS)] == [
         "quantized",
         "dense",
         "quantized",

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.lm_head import Head, HeadWithRows, WholeHead
+from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head_tiles import TILES, Tile
 from qlora_jax.nn.token_scores import token_scores
 
@@ -23,7 +23,7 @@ def _whole_numbers(*shape: int, seed: int) -> jax.Array:
 
 
 def _check(head, targets: np.ndarray, wanted: np.ndarray, tied: bool = True) -> np.ndarray:
-    """Scores are the definition's; argmaxes too: among tied logits where those are the same to the bit."""
+    """TokenScores are the definition's; argmaxes too: among tied logits where those are the same to the bit."""
     hidden = _whole_numbers(M, D, seed=0)
     logits = np.asarray(head.logits(hidden))
     found = jax.jit(token_scores)(hidden, head, jnp.asarray(targets, jnp.int32), jnp.asarray(wanted))
@@ -68,7 +68,7 @@ def test_a_head_with_rows_that_train(ids, softcap):
 
 
 def test_a_head_that_trains_whole():
-    head = WholeHead(_whole_numbers(100, D, seed=1))
+    head = TrainableHead(_whole_numbers(100, D, seed=1))
     _check(head, _likely(head, 100), np.ones(M, bool))
 
 

@@ -130,7 +130,7 @@ def test_merged_into_the_original_weights(
     for name, values in tensors.items():
         layer = 1 if ".layers.1." in name else 0
         adapter = adapters.get(name.removesuffix(".weight").replace(f".layers.{layer}.", ".layers."))
-        expected = values if adapter is None else np.asarray(adapter.of_layer(layer).merge(jnp.asarray(values)))
+        expected = values if adapter is None else np.asarray(adapter.select_layer(layer).merge(jnp.asarray(values)))
         read = found[name].read()[: len(expected)]
         np.testing.assert_allclose(read, expected, rtol=0, atol=1e-6, err_msg=name)
     assert len(found["model.embed_tokens.weight"].read()) == config["vocab_size"] + len(new)

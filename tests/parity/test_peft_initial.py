@@ -20,7 +20,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.nn.lora import with_delta
+from qlora_jax.nn.lora import add_delta
 from qlora_jax.quant import dequantize
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 from tests.parity.test_peft import SCRIPT, _logits
@@ -205,7 +205,7 @@ def test_a_split_weight_is_a_delta_and_the_rest(tmp_path: Path) -> None:
     for name, delta in deltas.items():
         np.testing.assert_allclose(rests[name] + delta, source.tensors[name].read(), atol=1e-6)
     linear = loaded.model.model.layers.mlp.up_proj
-    one, weight = linear.adapter.of_layer(1), linear.weight.get_value()[1]
+    one, weight = linear.adapter.select_layer(1), linear.weight.get_value()[1]
     np.testing.assert_allclose(
-        with_delta(weight, one), source.tensors["model.layers.1.mlp.up_proj.weight"].read(), atol=1e-6
+        add_delta(weight, one), source.tensors["model.layers.1.mlp.up_proj.weight"].read(), atol=1e-6
     )

@@ -30,7 +30,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.trainable_embeddings import whole_tables
+from qlora_jax.models.trainable_embeddings import merged_tables
 
 QUANTIZED = ("q8_0", "q4_0")  # the loss by rounding to these is reported; it is not an error
 
@@ -141,7 +141,7 @@ def _write_merge(
     if original is not None:
         check_original(original, slots, compute_dtype)
     trained, model = _adapted_logits(base, opened.run, prompts)
-    tables = whole_tables(model, opened.run.tables)
+    tables = merged_tables(model, opened.run.tables)
     slots, config = with_tables(slots, opened.source.config, tables)
     names = set(map(opened.features.hugging_face_name, tables))
     originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}

@@ -17,7 +17,7 @@ from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, w
 from qlora_jax.io.pretrained import OpenedModel, load_base, open_pretrained
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets
-from qlora_jax.models.trainable_embeddings import add_token_rows, whole_tables
+from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
 BASE_FOLDER = "base"
 
@@ -84,7 +84,7 @@ def _write_base(folder: Path, opened: OpenedModel, progress: Progress | None) ->
     folder.mkdir()
     dtype, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
     add_token_rows(model, opened.tokenizer.new_ids, dtype)
-    slots, config = with_tables(slots, opened.source.config, whole_tables(model, ()))
+    slots, config = with_tables(slots, opened.source.config, merged_tables(model, ()))
     write_dense_folder(folder, slots, config, computed=dtype, dtype=dtype, adapters={})
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 

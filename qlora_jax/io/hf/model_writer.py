@@ -21,11 +21,11 @@ from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.tensor_map import Slot
 from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.nn.norm import WholeNorm
+from qlora_jax.nn.norm import TrainableNorm
 from qlora_jax.quant import dequantize
 
 EMPTY: Mapping[str, TensorEntry] = {}
-Merging = Adapter | WholeNorm  # what makes the tensors of a module others
+Merging = Adapter | TrainableNorm  # what makes the tensors of a module others
 
 
 def write_dense_folder(
@@ -99,8 +99,8 @@ def _merged_by(adapter: Merging | None, leaf: str) -> Merged:
     if adapter is None:
         return lambda layer, dense: dense
     if leaf == "bias":
-        return lambda layer, dense: adapter.of_layer(layer).merge_bias(dense)
-    return lambda layer, dense: adapter.of_layer(layer).merge(dense)
+        return lambda layer, dense: adapter.select_layer(layer).merge_bias(dense)
+    return lambda layer, dense: adapter.select_layer(layer).merge(dense)
 
 
 def _dense(slot: Slot, layer: int, computed: np.dtype) -> jax.Array:
@@ -112,7 +112,7 @@ def _dense(slot: Slot, layer: int, computed: np.dtype) -> jax.Array:
 
 def _part(stack: Any, layer: int) -> tuple[Any, np.int32]:
     """(the stack that holds the layer, its index there)."""
-    part, index = stack.place(layer) if isinstance(stack, MixedStack) else (None, layer)
+    part, index = stack.locate(layer) if isinstance(stack, MixedStack) else (None, layer)
     return (stack if part is None else getattr(stack, part)), np.int32(index)
 
 

@@ -22,7 +22,7 @@ from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, Lora, target_suffix
 from qlora_jax.io.tensor_map import LAYER, layer_name
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.config import ModelConfig
-from qlora_jax.models.trainable_embeddings import whole_names
+from qlora_jax.models.trainable_embeddings import trainable_table_names
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # Settings that change nothing that is computed; targets are what there are tensors of.
@@ -246,7 +246,7 @@ def read_start(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[
         are not to train.
     """
     adapter = read_adapter(folder, model)
-    if missing := adapter.tables.keys() - set(whole_names(model, args)):
+    if missing := adapter.tables.keys() - set(trainable_table_names(model, args)):
         raise ValueError(
             f"lora.start={folder}: it holds {' and '.join(sorted(missing))} whole: name them in lora.modules_to_save, "
             "and they train on; or merge it (python -m qlora_jax.export FOLDER --format hf), and train on that model"

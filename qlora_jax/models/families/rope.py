@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.nn.rope import NUMBERS, SCALINGS, Rope, RopeScaling
+from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONGROPE = ("longrope", "su", "yarn")  # its name, and what Phi-3's configs called it before
@@ -60,7 +60,7 @@ def rope_of(
     if kind not in SCALINGS:
         attributes.refuse(f"rope scaling {kind!r} is not supported: known are {sorted(SCALINGS)}")
         return Rope(**whole)
-    required, optional = NUMBERS[kind]
+    required, optional = SCALING_NUMBERS[kind]
     if missing := required - numbers.keys():
         attributes.refuse(f"rope scaling {kind!r} lacks {sorted(missing)}")
     if unknown := {n for n in numbers.keys() - required - optional if numbers[n] is not None}:

@@ -5,7 +5,7 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 
 from collections.abc import Callable
 
-from qlora_jax.models.config import LAYOUTS, ModelConfig
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.training.cost.flops import DOWN, F32, Formula, StepShape, tiling, uses_cpu_handlers
 
 
@@ -60,16 +60,16 @@ def _dora_norms(step: StepShape) -> int:
 
 
 def _normed_behind(model: ModelConfig) -> int:
-    layout = LAYOUTS[model.layout]
+    layout = NORM_PLACEMENTS[model.layout]
     return model.embed_dim * ((layout.after_attention is not None) + (layout.after_mlp is not None))
 
 
 def _to_attention(model: ModelConfig) -> int:
-    return model.embed_dim if LAYOUTS[model.layout].before_attention else 0  # else it is the layer's input
+    return model.embed_dim if NORM_PLACEMENTS[model.layout].before_attention else 0  # else it is the layer's input
 
 
 def _to_mlp(model: ModelConfig) -> int:
-    layout = LAYOUTS[model.layout]
+    layout = NORM_PLACEMENTS[model.layout]
     return model.embed_dim if layout.before_mlp not in (None, layout.before_attention) else 0
 
 
@@ -84,7 +84,7 @@ NAMED: dict[str, Formula] = {
     "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
     "attention_lse": _lse,
     "attention_normed and mlp_normed": _wide(_normed_behind),
-    "attention_residual": _wide(lambda m: 0 if LAYOUTS[m.layout].parallel else m.embed_dim),
+    "attention_residual": _wide(lambda m: 0 if NORM_PLACEMENTS[m.layout].parallel else m.embed_dim),
     "mlp_gate and mlp_up": _wide(lambda m: (1 + m.gated) * m.mlp_dim),
     "lora_xa": _lora_xa,
     "unscaled": _unscaled,

@@ -16,8 +16,8 @@ import jax
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.add_adapters import ia3_targets, ranks_and_scalings
-from qlora_jax.models.config import LAYOUTS, ModelConfig, WeightFormat
-from qlora_jax.models.trainable_embeddings import whole_names
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
 
@@ -76,7 +76,7 @@ class StepShape:
     @functools.cached_property
     def whole(self) -> list[str]:
         """Of embedding and head, what trains whole."""
-        return whole_names(self.model, self.lora)
+        return trainable_table_names(self.model, self.lora)
 
     @functools.cached_property
     def _names(self) -> Mapping[str, str]:
@@ -139,7 +139,10 @@ def dora_flops(step: StepShape) -> int:
 def uses_cpu_handlers(step: StepShape) -> bool:
     """Whether attention is computed by the C++ handlers of a CPU."""
     plain = step.model.has_plain_attention(step.batch[2])
-    return attention_cpu.refusal(step.weights.platform, step.weights.dtype, step.model.head_dim, plain=plain) is None
+    return (
+        attention_cpu.unsupported_reason(step.weights.platform, step.weights.dtype, step.model.head_dim, plain=plain)
+        is None
+    )
 
 
 def tiling(step: StepShape) -> Tiling:
@@ -159,9 +162,9 @@ def pairs(step: StepShape) -> int:
 
     T^2 would be the full square, T^2 / 2 the least. With a window of w, chunk i begins at chunk (i C - w + 1) / C.
     """
-    length, seen = step.batch[2], step.model.seen(step.batch[2])
+    length, seen = step.batch[2], step.model.visible_counts(step.batch[2])
     if uses_cpu_handlers(step):
-        return sum(attention_cpu.pairs(length, window) for window in seen)
+        return sum(attention_cpu.visited_pairs(length, window) for window in seen)
     tiles = tiling(step)
     return tiles.chunk**2 * sum(_visited(tiles, window) for window in seen)
 
@@ -203,7 +206,7 @@ def head_flops(step: StepShape) -> int:
 
 def head_tile(step: StepShape) -> lm_head_tiles.Tile:
     """How the head is cut: C tokens with W of its rows at once."""
-    return lm_head_tiles.tile_of(step.weights.platform, step.rows, step.model.vocab_size)
+    return lm_head_tiles.tile_size(step.weights.platform, step.rows, step.model.vocab_size)
 
 
 def head_rows(step: StepShape) -> int:
@@ -258,7 +261,7 @@ def not_recomputed(step: StepShape) -> tuple[str, ...]:
     """The projections whose results a backward pass does not need: the last one, where no norm reads it, and no vector
     that trains."""
     scaled = DOWN in step.dora or step.vectors.get(DOWN) is False
-    return (DOWN,) if LAYOUTS[step.model.layout].after_mlp is None and not scaled else ()
+    return (DOWN,) if NORM_PLACEMENTS[step.model.layout].after_mlp is None and not scaled else ()
 
 
 # What a policy computes again in the backward pass.

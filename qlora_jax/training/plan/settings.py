@@ -8,7 +8,7 @@ import dataclasses
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax.config import Config, DataArgs, ModelArgs
 from qlora_jax.config.fields import NOT_EMPTY, setting
-from qlora_jax.models.catalog import PUBLIC
+from qlora_jax.models.catalog import PUBLISHED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -17,7 +17,7 @@ class PlanModelArgs(ModelArgs):
 
     path: str = setting(
         "the base model: a Hugging Face folder, its config.json alone, a GGUF file, a name on the Hub (org/name; only "
-        "config.json is fetched), or a published model by name: " + ", ".join(PUBLIC),
+        "config.json is fetched), or a published model by name: " + ", ".join(PUBLISHED),
         bound=NOT_EMPTY,
         common="a Hugging Face folder, a GGUF file, org/name on the Hub, or a published model such as llama-3-8b",
     )

@@ -10,7 +10,7 @@ from qlora_jax.config import ConfigError
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.io.hf.hub import fetch_config, named
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.catalog import PUBLIC, nearest
+from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 from qlora_jax.training.paging_budget import physical_memory
@@ -71,15 +71,15 @@ def model_features(path: str) -> ModelConfig:
         return model_config(_read_json(place / "config.json"))
     if place.exists():
         return model_config(open_model(place).config)
-    if path in PUBLIC:
-        return model_config(PUBLIC[path])
+    if path in PUBLISHED:
+        return model_config(PUBLISHED[path])
     on_hub = named(path)
     if on_hub is not None:
         return model_features(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
     raise ValueError(
         f"{path}: no such file or folder, no name on the Hub (org/name), and no published model that is known by "
-        f"name: {', '.join(PUBLIC)}.{hint}"
+        f"name: {', '.join(PUBLISHED)}.{hint}"
     )
 
 

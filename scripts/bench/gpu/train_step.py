@@ -20,7 +20,7 @@ from pallas_kernels.aot.memory import read_memory
 from pallas_kernels.synthetic_weights import scattered_like
 from qlora_jax import runtime
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.catalog import PUBLIC
+from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
@@ -37,7 +37,7 @@ WARM_UP, STEPS = 2, 7
 
 def setting(rehearse: bool) -> tuple[ModelConfig, tuple[int, int, int]]:
     """Returns the model's config and the batch shape (A, B, T)."""
-    config = model_config(PUBLIC[MODEL])
+    config = model_config(PUBLISHED[MODEL])
     if rehearse:
         return dataclasses.replace(config, **TINY), (1, 1, 64)
     return config, (1, 1, LENGTH)

@@ -13,7 +13,7 @@ from qlora_jax.config import ConfigError, DataArgs, LoraArgs, OptimArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
-from qlora_jax.models.catalog import PUBLIC
+from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import memory_use
@@ -56,7 +56,7 @@ def real(name: str, batch, **changes) -> StepConfig:
     weights = WeightFormat(platform="gpu")
     lora = LoraArgs(rank=changes.pop("rank", 64))
     setting = StepConfig(
-        model=model_config(PUBLIC[name]), weights=weights, lora=lora, optim=OptimArgs(), batch=batch, remat="full"
+        model=model_config(PUBLISHED[name]), weights=weights, lora=lora, optim=OptimArgs(), batch=batch, remat="full"
     )
     return dataclasses.replace(setting, **changes)
 
