@@ -56,7 +56,7 @@ def causal_attention(
       shared_prefix: segment 0 is also seen by all that follow it: a text with several continuations.
 
     Raises:
-      ValueError: `scale`, `window` or `softcap` is not above zero; or `shared_prefix` is set with a window, which counts
+      ValueError: `scale`, `window` or `softcap` is not above zero; or `shared_prefix` with a window, which counts
         positions of a row, or without segments.
     """
     if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):

@@ -1,4 +1,4 @@
-"""Columns times a vector that trains.
+"""Multiplies columns by a trainable vector.
 
 Dimension key: M rows, N columns.
 """
@@ -10,9 +10,9 @@ from jaxtyping import Array, Float
 
 @jax.custom_vjp
 def scale_columns(x_MN: Float[Array, "M N"], scale_N: Float[Array, " N"]) -> Float[Array, "M N"]:
-    """x * scale, computed in f32, in x's dtype; the gradient of scale is summed over the rows in f32.
+    """Returns x * scale in x's dtype, computed in f32; the gradient of `scale` is summed over rows in f32.
 
-    Kept for the backward pass: x, in its own dtype, and scale.
+    The backward pass saves x, in its own dtype, and `scale`.
     """
     return _forward(x_MN, scale_N)[0]
 

@@ -27,20 +27,19 @@ EPS = float(jnp.finfo(jnp.float32).eps)
 
 
 class DoRA(nnx.Module):
-    """y = magnitude / ||W + scaling (A B)^T|| * (x W^T + scaling x A B) + b, row norms of W, as PEFT computes it.
+    """y = magnitude / ||W + scaling (A B)^T|| * (x W^T + scaling x A B) + b, with norms of rows, as PEFT computes it.
 
-    The norm is a constant to gradients (section 4.3 of the paper, and PEFT). With dropout d(x) in training PEFT gives
-    only the change to dropped inputs, and so do we: y = x W^T + b + c (d(x) W^T + scaling d(x) A B) - d(x) W^T with c
-    the quotient above; that is a second frozen product.
+    Gradients treat the norm as a constant (section 4.3 of the paper). With dropout d(x), PEFT computes only the change
+    from dropped inputs: y = x W^T + b + c (d(x) W^T + scaling d(x) A B) - d(x) W^T, where c is the quotient above.
+    We do the same, which takes a second frozen product.
 
-    The norm's square is ||W||^2 + 2 scaling sum_r B_r (W A)_r + scaling^2 sum_r B_r (A^T A B)_r, with ||W||^2 computed
-    once, since W is frozen. So a step costs a frozen product of R rows, R / M of the layer's own, and no weight is
-    dequantized for it; the sum over W + scaling (A B)^T itself would write and read N K numbers, and multiply as much.
-    The price is accuracy where the delta undoes W: the terms cancel, and the square is off by f32's eps times
-    ||W||^2 + ||delta||^2 instead of times itself. W, A and B are those of the compute dtype.
+    The square of the norm is ||W||^2 + 2 scaling sum_r B_r (W A)_r + scaling^2 sum_r B_r (A^T A B)_r. ||W||^2 is
+    computed once, because W is frozen. So a step costs one frozen product of R rows, and no weight is dequantized.
+    Accuracy is lost only where the delta cancels W: the square is then off by f32's eps times ||W||^2 + ||delta||^2.
+    W, A and B are in the compute dtype.
 
-    `lora_a` [L, K, R], `lora_b` [L, R, N] in f32 or bf16; `magnitude` [L, N] in f32, for bf16 would round its updates
-    away; inside the scan over layers, one layer of each. `weight_norms2` [L, N] in f32 is frozen.
+    `lora_a` [L, K, R] and `lora_b` [L, R, N] are in f32 or bf16. `magnitude` [L, N] is in f32, because bf16 would round
+    its updates away. Inside the scan over layers they have one layer each. `weight_norms2` [L, N] in f32 is frozen.
     """
 
     def __init__(
@@ -68,7 +67,7 @@ class DoRA(nnx.Module):
         scaling: float,
         dropout: float,
     ) -> "DoRA":
-        """With the magnitudes that change nothing: the norms at these A and B, over a stack of frozen weights."""
+        """Creates adapters of a stack that change nothing: magnitudes equal the norms at these A and B."""
         norms2_LN = squared_norms(weight)
         magnitude_LN = stack_norms(lora_a, lora_b, norms2_LN, weight, scaling)
         return cls(lora_a, lora_b, magnitude_LN, norms2_LN, scaling, dropout)
@@ -80,7 +79,7 @@ class DoRA(nnx.Module):
         frozen: Sequence[FrozenLayer],
         keys: Sequence[jax.Array | None],
     ) -> list[jax.Array]:
-        """Each layer's result; products with A are shared where no inputs are dropped."""
+        """Returns each layer's result; without dropout, all layers share one product with A."""
         with jax.named_scope("lora"):
             added = adapter_deltas(adapters, x_MK, keys)
         rows = zip(adapters, frozen, keys, added, strict=True)
@@ -95,30 +94,30 @@ class DoRA(nnx.Module):
         return frozen(x_MK) + (scaled_MN - product_MN)
 
     def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
-        """What results are multiplied by: magnitude / norms."""
+        """Returns magnitude / norms, [N]."""
         a_KR, b_RN = (leaf[...].astype(dtype) for leaf in (self.lora_a, self.lora_b))
         norms_N = row_norms(a_KR, b_RN, select_layer(self.weight_norms2[...], frozen.layer), frozen, self.scaling)
         return self.magnitude[...] / checkpoint_name(norms_N, "dora_norms")
 
     def select_layer(self, layer: jax.Array | int) -> "DoRA":
-        """The adapter of one layer of the stack."""
+        """Returns the adapter of one layer of the stack."""
         a, b, magnitude, norms2 = (
             leaf[...][layer] for leaf in (self.lora_a, self.lora_b, self.magnitude, self.weight_norms2)
         )
         return DoRA(a, b, magnitude, norms2, self.scaling, self.dropout)
 
     def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
-        """The whole weight, its rows scaled to the lengths that they are to have, in f32."""
+        """Returns the merged weight in f32, its rows scaled to the lengths in `magnitude`."""
         whole_NK = add_delta(weight, self)
         return whole_NK * (self.magnitude[...] / jnp.linalg.norm(whole_NK, axis=1))[:, None]
 
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """The bias itself."""
+        """Returns the bias unchanged."""
         return bias
 
 
 class InferenceDoRA(DoRA):
-    """DoRA whose norms were computed once: for use, not for training. `scale` [L, N] is magnitude / norms."""
+    """DoRA with norms computed once, for inference only. `scale` [L, N] is magnitude / norms."""
 
     def __init__(self, adapter: DoRA, weight: Weight):
         a, b, magnitude = (leaf[...] for leaf in (adapter.lora_a, adapter.lora_b, adapter.magnitude))
@@ -137,7 +136,7 @@ def row_norms(
     frozen: FrozenLayer,
     scaling: float,
 ) -> Float[Array, " N"]:
-    """||W + scaling (A B)^T|| of each row of a layer, in f32, a constant to autodiff; A and B in the compute dtype."""
+    """Returns ||W + scaling (A B)^T|| of each row in f32, without gradient; A and B are in the compute dtype."""
     a_KR, b_RN = jax.lax.stop_gradient((a_KR, b_RN))
     with jax.named_scope("dora"):
         wa_RN = frozen.product(a_KR.T).astype(jnp.float32)
@@ -156,7 +155,7 @@ def stack_norms(
     weight: Weight,
     scaling: float,
 ) -> Float[Array, "L N"]:
-    """`row_norms` of all layers, one after another."""
+    """Computes `row_norms` of all layers, one after another."""
 
     def norms(layer: jax.Array) -> jax.Array:
         a_KR, b_RN = (stack[layer].astype(weight.dtype) for stack in (lora_a, lora_b))
@@ -167,7 +166,7 @@ def stack_norms(
 
 @jax.jit
 def squared_norms(weight: Weight) -> Float[Array, "L N"]:
-    """||W||^2 of each row of a stack, summed in f32; one layer is dequantized at a time."""
+    """Computes ||W||^2 of each row of a stack, summed in f32; one layer is dequantized at a time."""
     if isinstance(weight, MixedStack):
         return weight.in_layer_order(squared_norms(weight.quantized), squared_norms(weight.dense))
 

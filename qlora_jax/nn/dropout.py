@@ -1,4 +1,4 @@
-"""Dropout whose mask is made again from its key in the backward pass, and not kept."""
+"""Dropout that draws its mask again from the key in the backward pass, so that no mask is saved."""
 
 import functools
 
@@ -8,9 +8,9 @@ from jaxtyping import Array, Float
 
 
 def apply_dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
-    """x / (1 - rate) where `key` keeps an element, else 0; x where the rate is 0 or there is no key.
+    """Returns x / (1 - rate) where the mask of `key` is set, and 0 elsewhere.
 
-    Linear and diagonal, so it is its own transpose.
+    Returns x itself if the rate is 0 or `key` is None. The function is linear and diagonal, so it is its own transpose.
     """
     if rate == 0.0 or key is None:
         return x
@@ -20,7 +20,7 @@ def apply_dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
-    """`apply_dropout`, of which autodiff keeps the key alone."""
+    """`apply_dropout`, for which autodiff saves the key alone."""
     return apply_dropout(x, rate, key)
 
 

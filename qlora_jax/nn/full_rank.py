@@ -1,4 +1,4 @@
-"""A linear layer whose own weight trains, a copy of the frozen one: full finetuning.
+"""Full finetuning: linear layers and tables that train a copy of the frozen weight.
 
 Dimension key: L layers, M rows, K in, N out.
 """
@@ -20,7 +20,7 @@ from qlora_jax.nn.variables import Frozen
 def trainable_linear(
     x_MK: Float[Array, "M K"], weight_NK: Float[Array, "N K"], bias_N: Float[Array, " N"] | None
 ) -> Float[Array, "M N"]:
-    """x W^T + b, with W and b cast to x's dtype; the gradients of W and b, summed in f32, come in their own dtype."""
+    """Returns x W^T + b, with W and b cast to x's dtype; their gradients are summed in f32 and keep their dtypes."""
     y_MN = dot_nt(x_MK, weight_NK.astype(x_MK.dtype), x_MK.dtype)
     return y_MN if bias_N is None else y_MN + bias_N.astype(y_MN.dtype)[None]
 
@@ -41,9 +41,9 @@ trainable_linear.defvjp(_forward, _backward)
 
 
 class TrainableLinear(nnx.Module):
-    """y = x W^T + b in place of the frozen layer: `weight` [L, N, K] in f32 or bf16, and `bias` [L, N] in f32 or None.
+    """y = x W^T + b in place of the frozen layer.
 
-    Inside the scan over layers, one layer of each.
+    `weight` [L, N, K] is in f32 or bf16, `bias` [L, N] in f32 or None. Inside the scan over layers they have one layer.
     """
 
     def __init__(self, weight: Float[Array, "*L N K"], bias: Float[Array, "*L N"] | None):
@@ -57,50 +57,53 @@ class TrainableLinear(nnx.Module):
         frozen: Sequence[FrozenLayer],
         keys: Sequence[jax.Array | None],
     ) -> list[jax.Array]:
-        """x W^T + b of each; the frozen layers are not used."""
+        """Returns x W^T + b of each; the frozen layers are not used."""
         biases = [None if one.bias is None else one.bias[...] for one in adapters]
         with jax.named_scope("whole_linear"):
             return [trainable_linear(x_MK, one.weight[...], bias) for one, bias in zip(adapters, biases, strict=True)]
 
     def select_layer(self, layer: int) -> "TrainableLinear":
-        """One layer of the stack."""
+        """Returns one layer of the stack."""
         return TrainableLinear(self.weight[...][layer], None if self.bias is None else self.bias[...][layer])
 
     def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
-        """The weight that was trained, in f32."""
+        """Returns the trained weight in f32."""
         return self.weight[...].astype(jnp.float32)
 
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """The bias that was trained."""
+        """Returns the trained bias."""
         assert self.bias is not None
         return self.bias[...]
 
 
 def make_trainable(linear: QLinear, dtype: DTypeLike) -> None:
-    """Lets a copy of the layer's weight train, in `dtype`, and of its bias in f32; the frozen ones are let go of.
+    """Replaces the layer's frozen weight by a trainable copy in `dtype`, and its bias by one in f32.
 
     Raises:
-      ValueError: the weight is in 4-bit codes, in part or whole.
+      ValueError: all or some of the weight is in 4-bit codes.
     """
     weight = linear.weight.get_value()
     if not isinstance(weight, jax.Array):
-        raise ValueError(f"{linear.name}: codes of 4 bits do not train; load the model with model.quant_type=none")
+        raise ValueError(
+            f"{linear.name}: a 4-bit weight cannot train (found {type(weight).__name__}, expected a dense array). "
+            "Load the model with model.quant_type=none."
+        )
     bias = None if linear.bias is None else linear.bias[...].astype(jnp.float32)
     linear.adapter = TrainableLinear(weight.astype(dtype), bias)
-    linear.weight = Frozen(weight[:0])  # of no layers: it keeps the shape of one
+    linear.weight = Frozen(weight[:0])  # zero layers: frees the memory and keeps (N, K)
     linear.bias = None if linear.bias is None else Frozen(linear.bias[...][:0])
 
 
 class TrainableTable(nnx.Module):
-    """`weight` [V, D] in f32 or bf16, in place of the frozen table; it is cast to the dtype that is computed in."""
+    """A trainable table in place of the frozen one: `weight` [V, D] in f32 or bf16, cast to the compute dtype."""
 
     def __init__(self, weight_VD: Float[Array, "V D"]):
         self.weight = nnx.LoRAParam(weight_VD)
 
     def lookup(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "_ D"]) -> Float[Array, "M D"]:
-        """The row of each token, in the frozen table's dtype."""
+        """Returns the row of each token, in the frozen table's dtype."""
         return self.weight[...].at[tokens_M].get(mode="clip").astype(table_VD.dtype)
 
     def insert_into(self, table_VD: jax.Array) -> jax.Array:
-        """This table, in the frozen one's dtype."""
+        """Returns this table in the frozen one's dtype."""
         return self.weight[...].astype(table_VD.dtype)

@@ -1,4 +1,4 @@
-"""The frozen linear layer, with an adapter or without.
+"""The frozen linear layer, with or without an adapter.
 
 Dimension key: L layers, M rows, K in, N out.
 """
@@ -18,11 +18,11 @@ from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
 from qlora_jax.nn.variables import Frozen, select_layer
 
-Weight = QTensor | MixedStack | jax.Array  # a stack: 4-bit, in part 4-bit, or dense [L, N, K]
+Weight = QTensor | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
 
 
 def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | int | None) -> Float[Array, "M N"]:
-    """x W^T for one layer of a stack (None: `weight` is a single layer), accumulated in f32, in x's dtype."""
+    """Returns x W^T in x's dtype, accumulated in f32, for one layer of a stack (None: `weight` is a single layer)."""
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
     if isinstance(weight, MixedStack):
@@ -34,7 +34,7 @@ def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | 
 
 @dataclasses.dataclass(frozen=True)
 class FrozenLayer:
-    """One layer of a frozen linear, x W^T + b, and its parts.
+    """One layer of a frozen linear, x W^T + b, and its separate terms.
 
     Attributes:
       weight: a stack of layers, or a single layer.
@@ -47,16 +47,16 @@ class FrozenLayer:
     layer: jax.Array | int | None
 
     def __call__(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
-        """x W^T + b."""
+        """Returns x W^T + b."""
         return self.biased(self.product(x_MK))
 
     def product(self, x_MK: Float[Array, "M K"]) -> Float[Array, "M N"]:
-        """x W^T."""
+        """Returns x W^T."""
         with jax.named_scope("frozen"):
             return frozen_linear(x_MK, self.weight, self.layer)
 
     def biased(self, y_MN: Float[Array, "M N"]) -> Float[Array, "M N"]:
-        """y + b."""
+        """Returns y + b."""
         if self.bias is None:
             return y_MN
         bias_N = select_layer(self.bias, self.layer)
@@ -65,37 +65,42 @@ class FrozenLayer:
 
 @runtime_checkable
 class Adapter(Protocol):
-    """What trains on top of frozen linear layers; the layers know nothing else of it.
+    """Interface between a frozen linear layer and what trains on top of it.
 
-    Its leaves that train are `nnx.LoRAParam`s; inside the scan over layers they are one layer's, and others are stacks.
+    Leaves that train are `nnx.LoRAParam`s. Inside the scan over layers they have the values of one layer, while frozen
+    leaves stay stacked.
     """
 
     @staticmethod
     def apply(
         adapters: Sequence, x_MK: jax.Array, frozen: Sequence[FrozenLayer], keys: Sequence[jax.Array | None]
     ) -> list[jax.Array]:
-        """The results of several layers that read the same x, each with its adapter of this kind, its frozen layer, and
-        its key of dropout (None: no dropout)."""
+        """Returns the results of several layers that read the same x.
+
+        Each layer has its adapter of this kind, its frozen layer and its dropout key (None: no dropout).
+        """
         ...
 
     def select_layer(self, layer: int) -> "Adapter":
-        """The adapter of one layer of the stack."""
+        """Returns the adapter of one layer of the stack."""
         ...
 
     def merge(self, weight: jax.Array) -> jax.Array:
-        """The weight, in f32, that does the same as `weight` with this adapter of one layer."""
+        """Returns the f32 weight that computes the same as `weight` with this adapter of one layer."""
         ...
 
     def merge_bias(self, bias: jax.Array) -> jax.Array:
-        """The bias that belongs to the merged weight."""
+        """Returns the bias that belongs to the merged weight."""
         ...
 
 
 class QLinear(nnx.Module):
-    """y = x W^T + b, with W frozen, through an adapter where one is set.
+    """y = x W^T + b with W frozen, through an adapter if one is set.
 
     Args:
-      name: the Hugging Face name with the layer's index left out; dropout keys are folded from it.
+      name: the Hugging Face name without the layer's index; dropout keys are folded from it.
+      weight: a stack of layers.
+      bias: [L, N], or None.
     """
 
     def __init__(self, name: str, weight: Weight, bias: Float[Array, "L N"] | None):
@@ -111,19 +116,19 @@ class QLinear(nnx.Module):
         return out_features, in_features
 
     def select_layer(self, layer: jax.Array | int) -> FrozenLayer:
-        """One layer without the adapter."""
+        """Returns one layer without the adapter."""
         bias = None if self.bias is None else self.bias[...]
         return FrozenLayer(self.weight.get_value(), bias, layer)
 
     def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None) -> Float[Array, "M N"]:
-        """The result with the adapter, where one is set."""
+        """Returns the layer's result, with the adapter if one is set."""
         return project([self], x_MK, layer, key)[0]
 
 
 def project(
     linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None
 ) -> list[jax.Array]:
-    """What each of `linears` makes of the same x; adapters of one kind see x together, and may share work."""
+    """Returns the result of each linear for one x; adapters of one kind are applied together and may share work."""
     results: dict[str, jax.Array] = {}
     for kind in dict.fromkeys(type(linear.adapter) for linear in linears):
         alike = [linear for linear in linears if type(linear.adapter) is kind]
@@ -138,5 +143,5 @@ def project(
 
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
-    """A key that belongs to `name` alone, whatever else is drawn."""
+    """Folds `name` into a key, so that draws for one name do not depend on other draws."""
     return jax.random.fold_in(key, zlib.crc32(name.encode()))

@@ -30,27 +30,30 @@ def lora_deltas(
     dropout: float,
     key: jax.Array | None,
 ) -> tuple[Float[Array, "M _"], ...]:
-    """scaling_i * dropout(x) A_i B_i for each i, with A and B cast to x's dtype, sums in f32, results in x's dtype.
+    """Returns scaling_i * dropout(x) A_i B_i for each i, in x's dtype.
 
-    One x, so one product with all A: a product with 16 columns costs hardly less than one with 48. The gradients of A
-    and B, summed in f32, come in the dtype of A and B. Dropout's mask, shared by all i, is made again from `key` in the
-    backward pass, not kept.
+    A and B are cast to x's dtype, and sums are in f32. All A share one product, because a product with 16 columns costs
+    hardly less than one with 48. The gradients of A and B are summed in f32 and returned in the dtype of A and B. All i
+    share the dropout mask, which the backward pass draws again from `key`.
 
     Args:
-      lora_a_KR: the A_i side by side, their ranks those of `lora_bs`: [R_i, N_i].
-      dropout: probability that an element of x is zeroed; needs `key` where it is not 0.
+      lora_a_KR: the A_i side by side, in the order of `lora_bs`.
+      lora_bs: the B_i, each [R_i, N_i].
+      scalings: one factor per i.
+      dropout: probability that an element of x is zeroed.
+      key: required if `dropout` is not 0.
     """
     return _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key)[0]
 
 
 def _scaled(product_MR: jax.Array, scalings: tuple[float, ...], lora_bs: tuple[jax.Array, ...], dtype) -> jax.Array:
-    """Each rank's column times its own scaling."""
+    """Multiplies each column by the scaling of its adapter."""
     scaling_1R = np.repeat(np.asarray(scalings, np.float32), [b.shape[0] for b in lora_bs])[None]
     return (product_MR * scaling_1R).astype(dtype)
 
 
 def _split(x_MR: jax.Array, lora_bs: tuple[jax.Array, ...]) -> list[jax.Array]:
-    """The columns that belong to each of lora_bs."""
+    """Splits the columns by the ranks of `lora_bs`."""
     return jnp.split(x_MR, np.cumsum([b.shape[0] for b in lora_bs])[:-1].tolist(), axis=1)
 
 
@@ -78,7 +81,7 @@ lora_deltas.defvjp(_forward, _backward)
 
 @runtime_checkable
 class LowRank(Protocol):
-    """What an adapter of rank R has: A [K, R], B [R, N], and what their product is multiplied by."""
+    """An adapter of rank R: A [K, R], B [R, N], and the factor of their product."""
 
     lora_a: nnx.LoRAParam
     lora_b: nnx.LoRAParam
@@ -87,9 +90,9 @@ class LowRank(Protocol):
 
 
 class LoRA(nnx.Module):
-    """LoRA (and rsLoRA) on one projection: `scaling` is alpha / rank, or alpha / sqrt(rank).
+    """LoRA or rsLoRA on one projection (Hu et al., 2021): `scaling` is alpha / rank, or alpha / sqrt(rank).
 
-    `lora_a` [L, K, R] and `lora_b` [L, R, N] in f32 or bf16; inside the scan over layers, one layer of each.
+    `lora_a` [L, K, R] and `lora_b` [L, R, N] are in f32 or bf16. Inside the scan over layers they have one layer each.
     """
 
     def __init__(self, lora_a: Float[Array, "*L K R"], lora_b: Float[Array, "*L R N"], scaling: float, dropout: float):
@@ -110,7 +113,7 @@ class LoRA(nnx.Module):
         dropout: float,
         dtype: DTypeLike = jnp.float32,
     ) -> "LoRA":
-        """`stack` layers over weights of `shape` (N, K), with `initial_factors`."""
+        """Draws adapters for `stack` layers of weights (N, K), with `initial_factors`."""
         return cls(*initial_factors(key, stack, shape, rank, dtype), scaling, dropout)
 
     @staticmethod
@@ -120,38 +123,40 @@ class LoRA(nnx.Module):
         frozen: Sequence[FrozenLayer],
         keys: Sequence[jax.Array | None],
     ) -> list[jax.Array]:
-        """frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
+        """Returns frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
         ys = [one(x_MK) for one in frozen]
         with jax.named_scope("lora"):
             return [y + delta for y, delta in zip(ys, adapter_deltas(adapters, x_MK, keys), strict=True)]
 
     def select_layer(self, layer: int) -> "LoRA":
-        """The adapter of one layer of the stack."""
+        """Returns the adapter of one layer of the stack."""
         return LoRA(self.lora_a[...][layer], self.lora_b[...][layer], self.scaling, self.dropout)
 
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
-        """weight + scaling * (A B)^T, in f32."""
+        """Returns weight + scaling * (A B)^T, in f32."""
         return add_delta(weight, self)
 
     def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
-        """The bias itself."""
+        """Returns the bias unchanged."""
         return bias
 
 
 def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
-    """alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (Kalajdzievski, 2023)."""
+    """Returns alpha / rank, or alpha / sqrt(rank) for rank-stabilized LoRA (Kalajdzievski, 2023)."""
     return alpha / math.sqrt(rank) if use_rslora else alpha / rank
 
 
 def initial_factors(
     key: jax.Array, stack: int, shape: tuple[int, int], rank: int, dtype: DTypeLike
 ) -> tuple[Float[Array, "L K R"], Float[Array, "L R N"]]:
-    """A uniform in +-1/sqrt(K) and B zero, as PEFT draws them (Kaiming with a = sqrt(5)); the delta is then zero.
+    """Draws A uniformly in +-1/sqrt(K) and sets B to zero, as PEFT does (Kaiming with a = sqrt(5)).
+
+    The adapter then changes nothing.
 
     Args:
       stack: number of layers L.
       shape: (N, K) of the frozen weight.
-      dtype: A is drawn in f32 and rounded to it.
+      dtype: dtype of both; A is drawn in f32 and rounded.
     """
     n, k = shape
     bound = 1 / math.sqrt(k)
@@ -160,13 +165,13 @@ def initial_factors(
 
 
 def add_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, "*L N K"]:
-    """weight + scaling * (A B)^T, in f32."""
+    """Returns weight + scaling * (A B)^T, in f32."""
     delta = dot_nn(adapter.lora_a[...], adapter.lora_b[...]) * adapter.scaling
     return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
 
 
 def adapter_deltas(adapters: Sequence[LowRank], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
-    """scaling_i * dropout_i(x) A_i B_i for each i: together, or one by one where each drops elements of its own."""
+    """Returns scaling_i * dropout_i(x) A_i B_i for each i; with dropout, masks differ and nothing is shared."""
     if all(adapter.dropout == 0.0 or key is None for adapter, key in zip(adapters, keys, strict=True)):
         lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
         lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)

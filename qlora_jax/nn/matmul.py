@@ -1,8 +1,8 @@
-"""Products accumulated in f32, written in the one form that is fast on every device.
+"""Matrix products accumulated in f32, in the one form that is fast on every device.
 
-XLA's fast CPU path takes a product only where the left operand contracts its last axis and both operands and the
-result are row-major; any other form is several times slower (docs/cpu.md). So products that contract rows, such as
-the gradient of a LoRA matrix, transpose their narrower operand explicitly.
+XLA has a fast CPU path for products whose left operand contracts its last axis and whose arrays are all row-major.
+Any other form is several times slower (docs/cpu.md). So products that contract rows, such as the gradient of a LoRA
+matrix, transpose their narrower operand explicitly.
 
 Dimension key: Z batch, M rows, K and N columns.
 """
@@ -17,7 +17,7 @@ from pallas_kernels.dense_matmul import dot
 
 
 def row_major(x: jax.Array) -> jax.Array:
-    """x, with its layout pinned so that a transpose before or after is done and not folded into a product."""
+    """Pins the layout of x, so that XLA executes a transpose next to it and does not fold it into a product."""
     return with_layout_constraint(x, Layout(major_to_minor=tuple(range(x.ndim))))
 
 

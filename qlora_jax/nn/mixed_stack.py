@@ -1,4 +1,4 @@
-"""A stack of which some layers are 4-bit and others dense: what a checkpoint that leaves layers in 16 bit asks for.
+"""A stack of 4-bit and dense layers, for checkpoints that leave some layers in 16 bits.
 
 Dimension key: L layers, M rows, K in, N out.
 """
@@ -19,12 +19,13 @@ from qlora_jax.nn.matmul import dot_nn, dot_nt
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MixedStack:
-    """Layers in codes and dense ones, each part in the order of the layers.
+    """4-bit layers and dense layers, each part in the order of the layers.
 
     Leaves:
-      quantized: a stack of the 4-bit layers; dense: [layers that are dense, N, K].
+      quantized: a stack of the 4-bit layers.
+      dense: [number of dense layers, N, K].
     Static:
-      dense_layers: which are dense, ascending.
+      dense_layers: indices of the dense layers, ascending.
     """
 
     quantized: QTensor
@@ -33,32 +34,32 @@ class MixedStack:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """(N, K) of a layer."""
+        """(N, K) of one layer."""
         return self.quantized.shape
 
     @property
     def dtype(self) -> str:
-        """Of products."""
+        """Name of the compute dtype."""
         return self.quantized.dtype
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers L."""
         return self.quantized.stack_shape[0] + len(self.dense_layers)
 
     def locate(self, layer: int) -> tuple[str, int]:
-        """(the field that a layer is in, its index there)."""
+        """Returns (field that holds a layer, index in that field)."""
         before = sum(dense < layer for dense in self.dense_layers)
         return ("dense", before) if layer in self.dense_layers else ("quantized", layer - before)
 
     def locate_traced(self, layer: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        """(whether a layer is dense, its index in its part), where the layer is known at run time alone."""
+        """Returns (True if a layer is dense, index in its part) for a layer index that may be traced."""
         places = [self.locate(each) for each in range(self.num_layers)]
         is_dense_L, index_L = zip(*((part == "dense", index) for part, index in places), strict=True)
         return jnp.asarray(is_dense_L)[layer], jnp.asarray(index_L, jnp.int32)[layer]
 
     def in_layer_order(self, quantized: jax.Array, dense: jax.Array) -> jax.Array:
-        """[L, ...] of what was computed for the parts."""
+        """Joins results of the two parts to [L, ...], in the order of the layers."""
         parts = {"quantized": 0, "dense": quantized.shape[0]}
         order = [parts[part] + index for part, index in map(self.locate, range(self.num_layers))]
         return jnp.concatenate([quantized, dense])[np.array(order)]
@@ -66,9 +67,10 @@ class MixedStack:
 
 @jax.custom_vjp
 def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array | int) -> Float[Array, "M N"]:
-    """x W^T for one layer, by the part that it is in; in x's dtype. W is frozen: only x has a gradient.
+    """Returns x W^T of one layer, in x's dtype; only x has a gradient.
 
-    One of two branches runs. The rule of its own keeps the weights out of what a scan saves.
+    A `cond` chooses between 4-bit and dense. The custom VJP saves the whole stack and the index, so that a scan saves no
+    weights of single layers.
     """
     is_dense, index = weight.locate_traced(layer)
     return jax.lax.cond(

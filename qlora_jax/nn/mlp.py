@@ -1,4 +1,4 @@
-"""Activations of the MLP with VJPs that keep their inputs in their own dtype."""
+"""MLP activations with VJPs that save inputs in their own dtype."""
 
 import functools
 import math
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 
 class Activation(NamedTuple):
-    """A function of f32, and its value and slope together."""
+    """An elementwise function on f32: its value alone, and its value with its slope."""
 
     value: Callable[[jax.Array], jax.Array]
     with_slope: Callable[[jax.Array], tuple[jax.Array, jax.Array]]
@@ -23,7 +23,7 @@ def _silu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _gelu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """x P(x), with P the normal distribution's function."""
+    """x P(x), with P the normal distribution function."""
     probability = 0.5 * (1 + jax.lax.erf(x / math.sqrt(2)))
     return x * probability, probability + x * jnp.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
 
@@ -45,7 +45,11 @@ ACTIVATIONS = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gated_activation(gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
-    """act(gate) * up, computed in f32, in gate's dtype."""
+    """Returns act(gate) * up in gate's dtype, computed in f32.
+
+    Args:
+      activation: a key of ACTIVATIONS.
+    """
     return _gated_forward(gate, up, activation)[0]
 
 
@@ -66,7 +70,11 @@ gated_activation.defvjp(_gated_forward, _gated_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def apply_activation(x: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
-    """act(x), computed in f32, in x's dtype."""
+    """Returns act(x) in x's dtype, computed in f32.
+
+    Args:
+      activation: a key of ACTIVATIONS.
+    """
     return _forward(x, activation)[0]
 
 

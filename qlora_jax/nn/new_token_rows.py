@@ -1,9 +1,9 @@
-"""Rows of embedding and head that train while the tables stay frozen: those of new tokens.
+"""Trainable rows of embedding and head for new tokens, while the tables stay frozen.
 
-  embedded(t) = rows_i where t = ids_i, table_t elsewhere;    logits of ids_i = hidden rows_i^T
+  lookup(t) = rows_i where t = ids_i, table_t elsewhere;    logits of ids_i = hidden rows_i^T
 
-Rows are cast to the dtype that is computed in; their gradients are summed in f32, one-hot products both ways, so that
-nothing depends on an order of additions that a scatter would leave open.
+Rows are cast to the compute dtype, and their gradients are summed in f32. Both directions are one-hot products, because
+a scatter would leave the order of additions open.
 
 Dimension key: M tokens, D embed, V rows of the frozen table, N rows that train.
 """
@@ -22,13 +22,13 @@ from qlora_jax.nn.variables import Frozen
 
 
 def one_hot_ids(tokens_M: Int[Array, " M"], ids: tuple[int, ...]) -> Bool[Array, "M N"]:
-    """Which of `ids` each token is."""
+    """Compares each token with each of `ids`."""
     return tokens_M[:, None] == np.asarray(ids, np.int32)[None]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def gather_rows(rows_ND: Float[Array, "N D"], hot_MN: Bool[Array, "M N"], dtype: DTypeLike) -> Float[Array, "M D"]:
-    """The hot row of each token in `dtype`; the first where none is hot, and that has no gradient."""
+    """Returns the row of each token in `dtype`; a token without a row gets row 0, which then has no gradient."""
     return rows_ND.astype(dtype)[jnp.argmax(hot_MN, axis=1)]
 
 
@@ -46,7 +46,7 @@ gather_rows.defvjp(_picked_forward, _picked_backward)
 
 @jax.custom_vjp
 def row_logits(hidden_MD: Float[Array, "M D"], rows_ND: Float[Array, "N D"]) -> Float[Array, "M N"]:
-    """hidden rows^T in f32, rows cast to the dtype of `hidden_MD`."""
+    """Returns hidden rows^T in f32, with rows cast to the dtype of `hidden_MD`."""
     return dot_nt(hidden_MD, rows_ND.astype(hidden_MD.dtype))
 
 
@@ -65,9 +65,9 @@ row_logits.defvjp(_logits_forward, _logits_backward)
 
 
 class NewTokenRows(nnx.Module):
-    """Rows that train, of the tokens `ids` of one table: `rows` [N, D] in f32 or bf16, and of a head their biases [N].
+    """Trainable rows of one table, for the tokens `ids`.
 
-    Biases stay as they are.
+    `rows` [N, D] is in f32 or bf16. The head's biases [N] of these tokens stay frozen.
     """
 
     def __init__(self, rows_ND: Float[Array, "N D"], bias_N: Float[Array, " N"] | None, ids: tuple[int, ...]):
@@ -83,7 +83,7 @@ class NewTokenRows(nnx.Module):
         ids: tuple[int, ...],
         dtype: DTypeLike = jnp.float32,
     ) -> "NewTokenRows":
-        """Each row the mean of the table's, and each bias the mean of the biases, taken in f32."""
+        """Sets each row to the mean of the table's rows, and each bias to the mean of the biases, computed in f32."""
         row_D = jnp.mean(table_VD, axis=0, dtype=jnp.float32).astype(dtype)
         bias_N = None
         if bias_V is not None:
@@ -91,18 +91,18 @@ class NewTokenRows(nnx.Module):
         return cls(jnp.tile(row_D[None], (len(ids), 1)), bias_N, ids)
 
     def lookup(self, tokens_M: Int[Array, " M"], table_VD: Float[Array, "V D"]) -> Float[Array, "M D"]:
-        """The row of each token, in the table's dtype."""
+        """Returns the row of each token, in the table's dtype."""
         hot_MN = one_hot_ids(tokens_M, self.ids)
         with jax.named_scope("new_tokens"):
             own_MD = gather_rows(self.rows[...], hot_MN, table_VD.dtype)
         return jnp.where(jnp.any(hot_MN, axis=1)[:, None], own_MD, table_VD.at[tokens_M].get(mode="clip"))
 
     def insert_into(self, table_VD: jax.Array) -> jax.Array:
-        """The table with these rows in their places, as long as their ids ask for, in its dtype."""
+        """Returns the table with these rows inserted, extended if an id lies beyond it, in its dtype."""
         return _put(table_VD, self.rows[...], self.ids)
 
     def insert_bias_into(self, bias_V: jax.Array) -> jax.Array:
-        """Likewise of the biases."""
+        """Returns the biases with those of these rows inserted."""
         assert self.bias is not None
         return _put(bias_V, self.bias[...], self.ids)
 

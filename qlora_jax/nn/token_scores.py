@@ -1,6 +1,6 @@
-"""What an evaluation asks of a token: how unlikely it was, and whether greedy decoding would have written it.
+"""Scores of target tokens for evaluation: negative log-likelihood, and agreement with greedy decoding.
 
-Dimension key: M tokens, D embed, C tokens of a chunk, N rows of the head that train.
+Dimension key: M tokens, D embed, C tokens of a chunk, N trainable rows of the head.
 """
 
 from typing import NamedTuple
@@ -14,11 +14,11 @@ from qlora_jax.nn.lm_head_tiles import first_id_where, map_token_chunks, sum_ove
 
 
 class TokenScores(NamedTuple):
-    """Of each token.
+    """Scores per token.
 
     Fields:
       nll_M: -log softmax(logits)[target] in nats.
-      likeliest_M: argmax(logits) == target; of those that tie, the least id is the argmax.
+      likeliest_M: argmax(logits) == target; the smallest id wins a tie.
     """
 
     nll_M: jax.Array
@@ -31,9 +31,9 @@ def token_scores(
     targets_M: Int[Array, " M"],
     wanted_M: Bool[Array, " M"],
 ) -> TokenScores:
-    """From the head's logits in f32, which never exist for all tokens and ids at once; 0 and False where not wanted.
+    """Scores targets by the head's f32 logits, which never exist for all tokens and ids at once.
 
-    Not to be differentiated, as `token_nll` is.
+    Not differentiable, unlike `token_nll`. Tokens that are not wanted score 0 and False.
     """
     if isinstance(head, TrainableHead):
         head = head.cast(hidden_MD.dtype)
@@ -48,13 +48,13 @@ def _frozen(hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> TokenScor
 
 
 def _with_rows(hidden_CD: jax.Array, head: HeadWithRows, targets_C: jax.Array) -> TokenScores:
-    """The rows that train are one tile more, whose ids may lie anywhere."""
+    """Treats the trainable rows as one more tile, whose ids may lie anywhere."""
     run = sum_over_tiles(hidden_CD, head.frozen, targets_C, first=True)
     assert run.first_C is not None
     own_CN, hot_CN = head.trained_logits(hidden_CD), head.one_hot(targets_C)
     own_C = jnp.max(own_CN, axis=1)
     own_first_C = first_id_where(own_CN == own_C[:, None], jnp.asarray(head.ids))
-    # An absent row is never the first of the largest: its logit is -inf.
+    # A masked row is never the argmax: its logit is -inf.
     first_C = jnp.where(own_C > run.largest_C, own_first_C, run.first_C)
     first_C = jnp.where(own_C == run.largest_C, jnp.minimum(own_first_C, run.first_C), first_C)
     target_C = jnp.where(jnp.any(hot_CN, axis=1), jnp.sum(jnp.where(hot_CN, own_CN, 0.0), axis=1), run.target_C)

@@ -1,16 +1,16 @@
-"""The two kinds of array a model holds: frozen ones, and those that optax trains (`nnx.LoRAParam`)."""
+"""The Variable of frozen arrays. Arrays that optax trains are `nnx.LoRAParam`s."""
 
 import jax
 from flax import nnx
 
 
 class Frozen(nnx.Variable):
-    """A leaf of the base model: never differentiated, never given to an optimizer.
+    """A leaf of the base model, which is never differentiated and never given to an optimizer.
 
     Holds an array or a QTensor. Where layers are stacked, every leaf has a leading axis of layers.
     """
 
 
 def select_layer(stack: jax.Array, layer: jax.Array | int | None) -> jax.Array:
-    """One layer of a stacked array, or the whole array if `layer` is None."""
+    """Returns one layer of a stacked array, or the whole array if `layer` is None."""
     return stack if layer is None else jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)

@@ -19,7 +19,7 @@ SCALE = 0.3
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
     """What every device has; C++ loops have tests of their own."""
-    monkeypatch.setattr(attention_cpu, "takes_forward", lambda *args, **kwargs: False)
+    monkeypatch.setattr(attention_cpu, "supports_forward_f32", lambda *args, **kwargs: False)
 
 
 def _random(*shape, seed=0, dtype=jnp.float32):
