@@ -1,11 +1,11 @@
 """Causal attention for training, and attention over a key-value cache for decoding.
 
-Scores exist for one tile of queries and keys at a time. The softmax is summed up tile by tile against the largest score
-so far, and the backward pass makes each tile anew from the log-sum-exp: memory is linear in T, and no [T, T] array is
-kept. All scores are made by products in the form that is fast on CPUs (docs/cpu.md).
+Scores exist for one tile of queries and keys at a time, as in flash attention (Dao et al., 2022). The softmax is summed
+tile by tile against the largest score so far, and the backward pass recomputes each tile from the log-sum-exp. So
+memory is linear in T, and no [T, T] array exists. Products have the form that is fast on CPUs (docs/cpu.md).
 
-The same code runs on GPUs: of JAX's own kernels none is supported, compiles without cuDNN at hand, and has a causal
-backward pass (jax 0.11.2 and 0.12.0.1: cuDNN's is not found, Mosaic's has no causal backward, Triton's is deprecated).
+The same code runs on GPUs, because none of JAX's kernels fits (jax 0.11.2 and 0.12.0.1): cuDNN's needs cuDNN at compile
+time, Mosaic's has no causal backward pass, and Triton's is deprecated.
 
 Dimension key: B batch, T query, S key, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
 C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys.
@@ -40,30 +40,31 @@ def causal_attention(
     shared_prefix: bool = False,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T, over visible keys) v; scores and sums in f32, the result in q's dtype.
+    """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
 
     With a softcap c the scores are c tanh(scale q k^T / c).
 
-    Query head n reads key head n // G. A key is visible where 0 <= query's position - key's position < window, as
-    transformers' sliding windows have it, and where both have the same segment.
+    Query head n reads key head n // G. A key is visible if 0 <= query's position - key's position < window, as in
+    transformers' sliding windows, and if both have the same segment.
 
     Args:
-      scale: above zero.
-      window: how many positions a query sees, its own among them; None for all before it. A traced one, above zero,
-        serves layers whose windows differ.
-      segments_BT: an id of the text that each position belongs to, where rows hold several. What lies before the first
-        chunk with the queries' ids costs nothing, so ids should ascend.
-      shared_prefix: segment 0 is also seen by all that follow it: a text with several continuations.
+      scale: factor of the scores, above zero.
+      window: number of positions that a query sees, including its own; None: all earlier positions. A traced value,
+        above zero, serves layers with different windows.
+      segments_BT: id of the text that each position belongs to, for packed rows. Ids should ascend: chunks of keys
+        before the first one with the queries' ids are then skipped.
+      shared_prefix: True if segment 0 is visible to all later segments, as a prompt is to its continuations.
+      softcap: cap of the scores; None: no cap.
 
     Raises:
       ValueError: `scale`, `window` or `softcap` is not above zero; or `shared_prefix` with a window, which counts
         positions of a row, or without segments.
     """
     if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
-        raise ValueError(f"scale = {scale}, window = {window}, softcap = {softcap}: expected numbers above zero")
+        raise ValueError(f"attention: found {scale=}, {window=}, {softcap=}, expected numbers above zero.")
     if shared_prefix and (window is not None or segments_BT is None):
         raise ValueError(
-            f"shared_prefix: needs segments and no window; found window = {window}, segments = {segments_BT}"
+            f"attention: shared_prefix requires segments and no window (found {window=}, segments={segments_BT})."
         )
     fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
     plain = traced is None and softcap is None and not shared_prefix
@@ -73,24 +74,24 @@ def causal_attention(
 
 
 class ScoreScaling(NamedTuple):
-    """How products of queries and keys become scores."""
+    """The map from products of queries and keys to scores."""
 
     scale: float
     softcap: float | None
 
     @property
     def to_log2(self) -> float:
-        """What turns a result of `capped` into the base-2 logarithm of a weight."""
+        """Factor from a result of `capped` to the base-2 logarithm of a weight."""
         return (self.scale if self.softcap is None else 1.0) * math.log2(math.e)
 
     def capped(self, product: jax.Array) -> jax.Array:
-        """softcap tanh(scale product / softcap); without a softcap the product as it is."""
+        """Returns softcap tanh(scale product / softcap), or the product unchanged without a softcap."""
         if self.softcap is None:
             return product
         return self.softcap * jnp.tanh(product * (self.scale / self.softcap))
 
     def uncapped(self, d_capped: jax.Array, capped: jax.Array) -> jax.Array:
-        """The gradient of scale product, from that of what `capped` gave."""
+        """Returns the gradient of scale * product from the gradient of `capped`'s result."""
         if self.softcap is None:
             return d_capped
         return d_capped * (1 - jnp.square(capped / self.softcap))
@@ -114,7 +115,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
         lse_IZM = Tiling.of(q_BTNH, k_BTKH).split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
     else:
         out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix)
-    # The names are given here, since what the backward pass wants is what a remat policy has to keep.
+    # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
@@ -130,7 +131,7 @@ def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_pre
 
 
 def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
-    """(None, (out, log2-sum-exp2)) of one chunk of queries."""
+    """Returns (None, (out, log2-sum-exp2)) of one chunk of queries, in the form of a scan's body."""
     i, q_ZMH = chunk
     to_log2 = scores.to_log2
 
@@ -139,7 +140,7 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
         scores_ZMC = visibility.mask(scores.capped(dot_nt(q_ZMH, keys.of(k_JZPH))), i, keys, MASKED)
         new_ZM = jnp.maximum(top_ZM, jnp.max(scores_ZMC, axis=2))
         weights_ZMC = exp2_of_scores((scores_ZMC - new_ZM[..., None]) * to_log2).astype(q_ZMH.dtype)
-        # A tile in which a query sees nothing leaves weights of 1; its own key, in the last tile, fades them to 0.
+        # If a query sees no key of a tile, its weights are 1; its own key, in the last tile, fades them to 0.
         fade_ZM = exp2_of_scores((top_ZM - new_ZM) * to_log2)
         total_ZM = total_ZM * fade_ZM + jnp.sum(weights_ZMC.astype(jnp.float32), axis=2)
         return new_ZM, total_ZM, sum_ZMH * fade_ZM[..., None] + dot_nn(weights_ZMC, keys.of(v_JZPH))
@@ -166,7 +167,7 @@ def _backward(scores, window, shared_prefix, residuals, do_BTNH):
 
 
 def _backward_chunk(k_JZPH, v_JZPH, visibility, scores, sums, chunk):
-    """Adds what one chunk of queries gives to (dk^T / scale, dv^T) of all keys, and returns its dq."""
+    """Adds the gradients from one chunk of queries to (dk^T / scale, dv^T) of all keys, and returns its dq."""
     i, q_ZMH, do_ZMH, mean_ZM1, lse_ZM = chunk
 
     def tile(keys, carry):
@@ -200,9 +201,11 @@ def cached_attention(
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T, over cache slots no later than the query's position) v, in q's dtype.
+    """Returns softmax(scale q k^T, over visible cache slots) v in q's dtype.
 
-    Window and softcap are those of `causal_attention`.
+    Args:
+      positions_BT: position of each query in its row; slots up to it are visible, and later ones are not.
+      scale, window, softcap: as in `causal_attention`.
     """
     batch, length, _, _ = q_BTNH.shape
     _, kv_heads, slots, _ = k_BKSH.shape
@@ -229,14 +232,14 @@ _SMALLEST = -126.0  # 2^-126 is the smallest normal number
 
 
 def exp2_of_scores(x: jax.Array) -> jax.Array:
-    """2^x in f32 for x <= 0, within 3e-7 relative; 0 below 2^-126. On CPUs 0.6 of the time of jnp.exp2."""
+    """Returns 2^x in f32 for x <= 0, within 3e-7 relative, and 0 below 2^-126; on CPUs in 0.6 of jnp.exp2's time."""
     return jax.lax.platform_dependent(x, cpu=_exp2_cpu, default=jnp.exp2)
 
 
 def _exp2_cpu(x: jax.Array) -> jax.Array:
-    """2^n p(f) with n the nearest integer, put in by adding n to the exponent's bits."""
+    """Returns 2^n p(f) with n the nearest integer, which is added to the exponent's bits."""
     clipped = jnp.maximum(x, _SMALLEST)
-    nearest = jnp.round(clipped)  # not by adding and subtracting 1.5 * 2^23, which jax 0.11 takes for nothing at all
+    nearest = jnp.round(clipped)  # jax 0.11 would remove an addition and subtraction of 1.5 * 2^23
     fraction = clipped - nearest
     power = jnp.full_like(x, _COEFFICIENTS[-1])
     for coefficient in _COEFFICIENTS[-2::-1]:

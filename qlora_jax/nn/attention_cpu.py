@@ -1,8 +1,9 @@
 """`nn.attention.causal_attention` on CPUs with AVX-512, by the C++ handlers of pallas_kernels.native.
 
-The same definition, roundings and residuals; tiles of 64 queries whose scores stay in a core's own caches. In bf16,
-where the processor has such products, both passes; in f32 the forward pass. Packed operands and sums are results of the
-handlers, so that XLA counts their memory: for a position 4 K H bytes forward (8 in f32), 8 N H backward.
+Definition, roundings and residuals are the same. Tiles have 64 queries, so that scores stay in the caches of one core.
+In bf16 both passes run here if the processor has bf16 products; in f32 the forward pass alone. Packed operands and sums
+are results of the handlers, so that XLA counts their memory. Per position these are 4 K H bytes forward (8 in f32) and
+8 N H bytes backward.
 
 Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64 positions, P pairs.
 """
@@ -23,10 +24,13 @@ WIDTHS = range(32, 257, 32)  # of a head
 
 
 def unsupported_reason(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None:
-    """Why the handlers do not take heads of this dtype and width on this platform; None: they do, and are there.
+    """Returns the reason why the handlers cannot compute these heads, or None if they can and are built.
 
     Args:
-      plain: no soft cap, and one window for all layers.
+      platform: `cpu`, `gpu` or `tpu`, as JAX names it.
+      dtype: dtype of queries, keys and values.
+      width: features per head.
+      plain: True for scores without soft cap and one window for all layers.
     """
     if platform != "cpu":
         return "C++ loops are for CPUs"
@@ -46,7 +50,7 @@ def supports_forward_f32(platform: str, dtype: Any, width: int, *, plain: bool) 
 
 
 def visited_pairs(length: int, window: int) -> int:
-    """Pairs (query, key) of the blocks that the handlers visit: with C = 64 C^2 I (I + 1) / 2, less before a window."""
+    """Counts the (query, key) pairs of the blocks that the handlers visit: 64^2 I (I + 1) / 2 without a window."""
     firsts = [max(i * BLOCK - window + 1, 0) // BLOCK if window < length else 0 for i in range(-(-length // BLOCK))]
     return BLOCK**2 * sum(i + 1 - first for i, first in enumerate(firsts))
 
@@ -60,7 +64,7 @@ def attention(
     scale: float,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(scale q k^T, over visible keys) v."""
+    """Returns softmax(scale q k^T, over visible keys) v; arguments as in `causal_attention`."""
     return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)[0]
 
 
@@ -75,7 +79,7 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
     call = jax.ffi.ffi_call("attention_forward", results, vmap_method="sequential")
     ids = _ids(segments_BT)
     out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, ids, scale=np.float64(scale), window=np.int64(window or 0))
-    # The names are given here, since what the backward pass wants is what a remat policy has to keep.
+    # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH, lse_BNT = checkpoint_name(out_BTNH, "attention_out"), checkpoint_name(lse_BNT, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_BNT)
 
@@ -105,7 +109,7 @@ def forward_f32(
     window: int | None,
     shared_prefix: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """(softmax(scale q k^T, over visible keys) v, log2-sum-exp2 of each query's scores); not to be differentiated."""
+    """Returns (softmax(scale q k^T, over visible keys) v, log2-sum-exp2 of each query's scores); not differentiable."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     packed = jax.ShapeDtypeStruct((batch, kv_heads, -(-length // BLOCK), BLOCK * width), jnp.float32)
     results = _shaped(q_BTNH), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), packed, packed

@@ -1,11 +1,11 @@
-"""How attention is cut into tiles, and which scores of a tile are visible.
+"""Tiles of attention, and the mask of each tile.
 
-A tile is a chunk of queries against a chunk of keys, for all rows and heads at once. Tiles that are wholly masked are
-never visited: neither keys later than the queries, nor what lies before a window, nor before a packed segment.
+A tile is a chunk of queries against a chunk of keys, for all rows and heads at once. Fully masked tiles are skipped:
+keys after the queries, before a window, or before a packed segment.
 
 Dimension key: B batch, T positions, N q-heads, K kv-heads, G = N / K q-heads a kv-head, H head_dim, Z = B K,
 C positions of a chunk, M = G C, I chunks of queries, J chunks of P keys,
-D how many chunks keys lie before queries.
+D number of chunks between keys and queries.
 """
 
 import dataclasses
@@ -16,15 +16,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int, Shaped
 
-# Positions of a chunk. The scores of a tile should stay near the processor's caches: on 2 cores, 9 heads of 256 x 256
-# or 36 of 128 x 128 are best. Lengths between, such as 192, are slower than either.
+# Positions per chunk. The scores of a tile should fit the processor's caches: on 2 cores, 9 heads of 256 x 256 or 36 of
+# 128 x 128 are fastest. Lengths between, such as 192, are slower than both.
 LARGE, SMALL = 256, 128
-LARGE_FITS = 16  # rows times heads up to which the large chunk is used
-SHORT = 512  # up to this length, all keys that a chunk of queries sees make one tile
+LARGE_FITS = 16  # largest product of rows and heads for which the large chunk is used
+SHORT = 512  # up to this length, all keys that a chunk of queries sees are one tile
 
 
 def _chunk(rows_and_heads: int, length: int) -> int:
-    """What pads least, and the larger where equal."""
+    """Returns the chunk that pads least, or the larger one if both pad equally."""
     if length <= SMALL:
         return length
     large_is_best = rows_and_heads <= LARGE_FITS and length > SHORT and -length % LARGE == -length % SMALL
@@ -33,47 +33,47 @@ def _chunk(rows_and_heads: int, length: int) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Equal chunks of positions, the last one padded: no real query sees a key after it."""
+    """Equal chunks of positions. The last one is padded at its end, where no real query sees a key."""
 
     batch: int
     length: int
     kv_heads: int
     chunk: int
-    unrolled: bool = False  # whether the program is written out chunk by chunk, all keys of a chunk in one tile
+    unrolled: bool = False  # True: no loop; each chunk of queries has all its keys in one tile
 
     @classmethod
     def of(cls, q_BTNH: jax.Array, k_BTKH: jax.Array) -> "Tiling":
-        """The tiling for these shapes."""
+        """Returns the tiling for these shapes."""
         batch, length, heads, _ = q_BTNH.shape
         unrolled = length <= SHORT and batch * heads <= LARGE_FITS
         return cls(batch, length, k_BTKH.shape[2], _chunk(batch * heads, length), unrolled)
 
     @property
     def chunks(self) -> int:
-        """I."""
+        """Number of chunks I."""
         return -(-self.length // self.chunk)
 
     @property
     def key_tiling(self) -> "Tiling":
-        """How keys are cut: as queries are, or not at all where a tile may hold any number of them."""
+        """The tiling of keys: that of queries, or one chunk if a tile may have any number of keys."""
         return dataclasses.replace(self, chunk=self.chunks * self.chunk) if self.unrolled else self
 
     def split(self, x_BTNH: Shaped[Array, "B T N H"]) -> Shaped[Array, "I Z M H"]:
-        """Chunks, and the heads that share a key head as rows of one matrix."""
+        """Splits into chunks, with the heads that share a key head as rows of one matrix."""
         b, t, n, h = x_BTNH.shape
         x = jnp.pad(x_BTNH, ((0, 0), (0, self.chunks * self.chunk - t), (0, 0), (0, 0)))
         x = x.reshape(b, self.chunks, self.chunk, self.kv_heads, n // self.kv_heads, h)
         return x.transpose(1, 0, 3, 4, 2, 5).reshape(self.chunks, b * self.kv_heads, n // self.kv_heads * self.chunk, h)
 
     def join(self, x_IZMH: Shaped[Array, "I Z M H"]) -> Shaped[Array, "B T N H"]:
-        """The inverse of split."""
+        """Inverts `split`."""
         i, _, m, h = x_IZMH.shape
         groups = m // self.chunk
         x = x_IZMH.reshape(i, self.batch, self.kv_heads, groups, self.chunk, h).transpose(1, 0, 4, 2, 3, 5)
         return x.reshape(self.batch, i * self.chunk, self.kv_heads * groups, h)[:, : self.length]
 
     def over_chunks(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
-        """jax.lax.scan(step, carry, (indices, *xs)), each index an int where chunks are unrolled."""
+        """Computes jax.lax.scan(step, carry, (indices, *xs)); if unrolled, each index is an int."""
         if not self.unrolled:
             return jax.lax.scan(step, carry, (jnp.arange(self.chunks, dtype=jnp.int32), *xs))
         results = []
@@ -85,19 +85,19 @@ class Tiling:
 
 @dataclasses.dataclass(frozen=True)
 class KeyTile:
-    """The keys of a tile: the first `count` of chunk j, and whether any may be hidden from the tile's queries."""
+    """The keys of a tile: the first `count` of chunk j. `masked` is False if the tile's queries see all of them."""
 
     j: jax.Array | int
     count: int
     masked: bool
 
     def of(self, x_JZPH: jax.Array) -> jax.Array:
-        """Their part [Z, C, H] of an array of all keys."""
+        """Returns the tile's part [Z, C, H] of an array of all keys."""
         _, z, _, h = x_JZPH.shape
         return jax.lax.dynamic_slice(x_JZPH, (self.j, 0, 0, 0), (1, z, self.count, h))[0]
 
     def add(self, x_JZHP: jax.Array, more_ZHC: jax.Array) -> jax.Array:
-        """An array of all keys, transposed, with more added to their part."""
+        """Returns a transposed array of all keys with `more_ZHC` added to the tile's part."""
         start = (self.j, 0, 0, 0)
         before = jax.lax.dynamic_slice(x_JZHP, start, (1, *more_ZHC.shape))
         return jax.lax.dynamic_update_slice(x_JZHP, before + more_ZHC[None], start)
@@ -105,11 +105,14 @@ class KeyTile:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionMask:
-    """Which keys a query sees: 0 <= query - key < window, and equal segments; where `shared_prefix`, segment 0 too.
+    """The causal mask: a key is visible if 0 <= query - key < window, and in the same segment.
 
-    first_I is the first chunk of keys that the queries of each chunk may see; bands_DCC what positions alone let the
-    queries of a chunk see of the keys that lie D chunks before. It is made once: in a pass over scores, a load is
-    several times faster than comparing positions.
+    With `shared_prefix`, segment 0 is visible too.
+
+    Attributes:
+      first_I: first chunk of keys that the queries of each chunk may see.
+      bands_DCC: mask by position alone, for keys that lie D chunks before the queries. Computed once: loading it is
+        several times faster than comparing positions in each pass over scores.
     """
 
     tiling: Tiling
@@ -127,7 +130,7 @@ class AttentionMask:
         segments_BT: Int[Array, "B T"] | None,
         shared_prefix: bool = False,
     ) -> "AttentionMask":
-        """The visibility of whole rows, cut as `tiling` says."""
+        """Creates the mask of whole rows for a tiling."""
         if isinstance(window, int) and window >= tiling.length:
             window = None
         starts_I = tiling.chunk * jnp.arange(tiling.chunks, dtype=jnp.int32)
@@ -142,18 +145,18 @@ class AttentionMask:
         return cls(tiling, window, segments_BS, first_I, bands_DCC, shared_prefix)
 
     def fold_tiles(self, tile: Callable[[KeyTile, Any], Any], carry: Any, i: jax.Array | int) -> Any:
-        """carry = tile(keys, carry) for all keys that queries of chunk i may see, their own chunk's at last."""
+        """Folds carry = tile(keys, carry) over all keys that queries of chunk i may see; their own chunk comes last."""
         chunk = self.tiling.chunk
         if isinstance(i, int):
             return tile(KeyTile(0, (i + 1) * chunk, True), carry)
-        # Before the queries' own chunk, causality hides nothing.
+        # Causality masks nothing in chunks before the queries' own.
         masked = self.window is not None or self.segments_BS is not None
         first = jax.lax.dynamic_index_in_dim(self.first_I, i, keepdims=False)
         carry = jax.lax.fori_loop(first, i, lambda j, carry: tile(KeyTile(j, chunk, masked), carry), carry)
         return tile(KeyTile(i, chunk, True), carry)
 
     def mask(self, scores_ZMC: jax.Array, i: jax.Array | int, keys: KeyTile, hidden: float) -> jax.Array:
-        """Scores of the queries of chunk i, and `hidden` where a key is not visible."""
+        """Returns the scores of the queries of chunk i, with `hidden` in place of masked ones."""
         if not keys.masked:
             return scores_ZMC
         visible = self._of_tile(i, keys)[:, None]
@@ -166,7 +169,7 @@ class AttentionMask:
         c = self.tiling.chunk
         if isinstance(i, int):
             visible = _within(_behind(c, keys.count) + i * c, self.window)[None]
-        else:  # past the last band, all are alike
+        else:  # the index is clamped: beyond the last band, all bands are equal
             visible = jax.lax.dynamic_index_in_dim(self.bands_DCC, i - keys.j)
         if self.segments_BS is None:
             return visible
@@ -178,7 +181,7 @@ class AttentionMask:
 
 
 def _behind(queries: int, keys: int) -> Int[Array, "C S"]:
-    """How far each key lies before each query, where both start at the same position."""
+    """Returns query - key for queries and keys that start at the same position."""
     return jnp.arange(queries, dtype=jnp.int32)[:, None] - jnp.arange(keys, dtype=jnp.int32)[None, :]
 
 
@@ -187,9 +190,9 @@ def _within(behind: jax.Array, window: int | jax.Array | None) -> jax.Array:
 
 
 def _bands(tiling: Tiling, window: int | jax.Array | None) -> Bool[Array, "D C C"]:
-    """Visible by position, for each number of chunks between queries and keys up to the last that differs."""
+    """Returns the masks by position, for each number of chunks between queries and keys until masks repeat."""
     chunk = tiling.chunk
-    # Under a window that is not known yet, any number of chunks may differ.
+    # With a traced window, the mask may differ for any number of chunks.
     unfixed = 1 if window is None else tiling.chunks - 1
     furthest = (chunk + window - 2) // chunk if isinstance(window, int) else unfixed
     chunks_D11 = jnp.arange(furthest + 1, dtype=jnp.int32)[:, None, None]
@@ -197,7 +200,7 @@ def _bands(tiling: Tiling, window: int | jax.Array | None) -> Bool[Array, "D C C
 
 
 def _first_of_segments(segments_BS: jax.Array, chunks: int) -> jax.Array:
-    """The first chunk whose range of ids, in any row, meets the range of each chunk: exact where ids ascend."""
+    """Returns the first chunk of keys whose range of ids meets that of each chunk, in any row; exact if ids ascend."""
     segments_BIC = segments_BS.reshape(segments_BS.shape[0], chunks, -1)
     low_BI, high_BI = jnp.min(segments_BIC, axis=2), jnp.max(segments_BIC, axis=2)
     meets_BII = (low_BI[:, :, None] <= high_BI[:, None]) & (low_BI[:, None] <= high_BI[:, :, None])

@@ -1,6 +1,6 @@
-"""How hidden states become logits: a frozen head, one in which some rows train, and one that trains whole.
+"""Language model heads: a frozen one, one with trainable rows, and a trainable one.
 
-Dimension key: M tokens, D embed, V rows of the frozen head, N rows that train, W = max(V, largest id + 1).
+Dimension key: M tokens, D embed, V rows of the frozen head, N trainable rows, W = max(V, largest id + 1).
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from qlora_jax.nn.new_token_rows import one_hot_ids, row_logits
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """How hidden states become logits: softcap tanh((hidden weight^T + bias) / softcap), with what there is of it.
+    """A frozen head: softcap tanh((hidden weight^T + bias) / softcap), where bias and softcap are optional.
 
     Attributes:
-      weight_VD: [V, D]; its rows are what nn.head_tiles cuts into tiles.
+      weight_VD: [V, D]; nn.lm_head_tiles reads it in tiles of rows.
       bias_V: [V], or None.
-      softcap: or None.
-      masked_V: bool [V], rows that others stand in for, whose logits are -inf; None: there is none.
+      softcap: cap of the logits, or None.
+      masked_V: bool [V], rows that trainable rows replace, with logits of -inf; None: no row.
     """
 
     weight_VD: Any  # transformations put placeholders in the leaves' place, which a type of arrays would refuse
@@ -35,7 +35,7 @@ class Head:
     masked_V: Any = None
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
-        """The logits in f32."""
+        """Returns the logits in f32."""
         logits_MV = dot_nt(hidden_MD, self.weight_VD)
         if self.bias_V is not None:
             logits_MV += self.bias_V.astype(jnp.float32)[None]
@@ -43,18 +43,18 @@ class Head:
         return logits_MV if self.masked_V is None else jnp.where(self.masked_V[None], -jnp.inf, logits_MV)
 
     def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
-        """softcap tanh(logits / softcap)."""
+        """Returns softcap tanh(logits / softcap), or the logits unchanged without a softcap."""
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."] | None:
-        """What the softcap multiplies gradients of these logits with; None where there is none."""
+        """Returns d capped / d uncapped at these capped logits, or None without a softcap."""
         if self.softcap is None:
             return None
         slope = 1 - jnp.square(logits / self.softcap)
         return slope if self.masked_V is None else jnp.where(jnp.isneginf(logits), 0.0, slope)
 
     def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
-        """A part of the rows."""
+        """Returns a head with a part of the rows."""
         bias_V, masked_V = (None if x is None else cut(x) for x in (self.bias_V, self.masked_V))
         return Head(cut(self.weight_VD), bias_V, self.softcap, masked_V)
 
@@ -62,11 +62,12 @@ class Head:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class HeadWithRows:
-    """A frozen head, and rows that train in place of its own or beyond them.
+    """A frozen head with trainable rows, which replace rows of the head or extend it.
 
     Attributes:
-      frozen: whose rows in `ids` are absent.
-      rows_ND, bias_N: weights, and biases (frozen; or None), of the tokens `ids`.
+      frozen: the head, its rows in `ids` masked.
+      rows_ND: trainable weights of the tokens `ids`.
+      bias_N: frozen biases of these tokens, or None.
     """
 
     frozen: Head
@@ -76,7 +77,7 @@ class HeadWithRows:
 
     @classmethod
     def of(cls, head: Head, rows_ND: Any, bias_N: Any, ids: tuple[int, ...]) -> "HeadWithRows":
-        """`head` with these rows for the tokens `ids`."""
+        """Returns `head` with these rows for the tokens `ids`."""
         vocabulary = head.weight_VD.shape[0]
         if min(ids) < vocabulary:
             masked_V = jnp.any(one_hot_ids(jnp.arange(vocabulary), ids), axis=1)
@@ -84,11 +85,11 @@ class HeadWithRows:
         return cls(head, rows_ND, bias_N, ids)
 
     def one_hot(self, tokens_M: Int[Array, " M"]) -> Bool[Array, "M N"]:
-        """Which of the rows that train belongs to each token; none to most."""
+        """Compares each token with the ids of the trainable rows."""
         return one_hot_ids(tokens_M, self.ids)
 
     def trained_logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M N"]:
-        """Logits of the rows that train, in f32."""
+        """Returns the logits of the trainable rows in f32."""
         with jax.named_scope("new_tokens"):
             logits_MN = row_logits(hidden_MD, self.rows_ND)
         if self.bias_N is not None:
@@ -96,7 +97,7 @@ class HeadWithRows:
         return self.frozen.capped(logits_MN)
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M W"]:
-        """All logits in f32, each in its token's place."""
+        """Returns all logits in f32, in the order of token ids."""
         logits_MV = self.frozen.logits(hidden_MD)
         beyond = max(0, max(self.ids) + 1 - logits_MV.shape[1])
         logits_MW = jnp.pad(logits_MV, ((0, 0), (0, beyond)))
@@ -106,15 +107,15 @@ class HeadWithRows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainableHead:
-    """A head that trains whole, without biases: `weight_VD` in f32 or bf16, cast to the hidden states' dtype."""
+    """A trainable head without biases: `weight_VD` in f32 or bf16, cast to the hidden states' dtype."""
 
     weight_VD: Any
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cast(self, dtype: DTypeLike) -> Head:
-        """The same in the dtype that is computed in."""
+        """Returns the head in the compute dtype, as a frozen head."""
         return Head(self.weight_VD.astype(dtype), None, self.softcap)
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
-        """The logits in f32."""
+        """Returns the logits in f32."""
         return self.cast(hidden_MD.dtype).logits(hidden_MD)

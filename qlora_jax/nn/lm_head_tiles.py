@@ -1,7 +1,7 @@
-"""RunningSums sums over a frozen head, tile by tile of its rows, never holding [tokens, vocab].
+"""Running sums over the logits of a frozen head, in tiles of its rows, so that [tokens, vocab] never exists.
 
-As in flash attention, each tile's exp(logit - largest so far) is summed, so one pass gives log-sum-exp; what else is
-wanted of the logits is taken while the tile's exist.
+As in flash attention, exp(logit - largest so far) is summed tile by tile, so one pass gives log-sum-exp. Other
+statistics of the logits are computed in the same pass.
 
 Dimension key: M tokens, D embed, V vocab, C tokens of a chunk, I chunks, W rows of the head in a tile.
 """
@@ -18,15 +18,15 @@ from qlora_jax.nn.matmul import dot_nn
 
 
 class Tile(NamedTuple):
-    """How much is computed at once: `tokens` hidden states with `rows` of the head."""
+    """The size of a tile: `tokens` hidden states times `rows` of the head."""
 
     tokens: int
     rows: int
 
 
-# By platform. On CPUs [256, 2048] logits stay in a core's cache where that has 2 MB, which is 1.6 times as fast as
-# [256, V]; where it has 1 MB they are no slower. Elsewhere the whole head at once, since XLA on GPUs copies a tile
-# before it multiplies; 512 tokens keep the products above 300 FLOP a byte of the head, about what the fastest cards do.
+# Tiles by platform. On CPUs, [256, 2048] logits fit a core's cache of 2 MB, 1.6 times as fast as [256, V]; with 1 MB
+# both are equally fast. On other platforms a tile has the whole head, because XLA on GPUs copies a tile before it
+# multiplies. 512 tokens keep products above 300 FLOP per byte of the head, about what the fastest cards compute.
 TILES = {"cpu": Tile(256, 2048)}
 WHOLE_HEAD = Tile(512, 2**31)
 
@@ -35,25 +35,25 @@ OfChunk = Callable[[jax.Array, Any, jax.Array], Any]
 
 
 def tile_size(platform: str, tokens: int, vocabulary: int) -> Tile:
-    """The tile of a platform, no larger than there is work."""
+    """Returns the tile of a platform, at most as large as the work."""
     tile = TILES.get(platform, WHOLE_HEAD)
     return Tile(min(tile.tokens, tokens), min(tile.rows, vocabulary))
 
 
 def chunk_size(tokens: int) -> int:
-    """How many of `tokens` are computed at once here."""
+    """Returns the number of `tokens` that this device computes at once."""
     return tile_size(target_device().platform, tokens, 1).tokens
 
 
 class RunningSums(NamedTuple):
-    """Over the tiles so far.
+    """Statistics of the logits l over the tiles so far.
 
     Fields:
       largest_C: the largest logit.
       sum_C: sum exp(l - largest).
-      target_C: the target's logit, 0 before its tile.
-      weighted_CD: sum exp(l - largest) w, or None where no gradient is wanted.
-      first_C: the least row whose logit is the largest, or None where nobody asks.
+      target_C: the target's logit; 0 until its tile.
+      weighted_CD: sum exp(l - largest) w; None if no gradient is required.
+      first_C: the smallest row that has the largest logit; None if not required.
     """
 
     largest_C: jax.Array
@@ -76,7 +76,12 @@ class RunningSums(NamedTuple):
 def sum_over_tiles(
     hidden_CD: jax.Array, head: Head, targets_C: jax.Array, *, weighted: bool = False, first: bool = False
 ) -> RunningSums:
-    """All of the head: whole tiles in a loop, then what is left."""
+    """Sums over the whole head: full tiles in a loop, then the rest.
+
+    Args:
+      weighted: True to compute `weighted_CD`.
+      first: True to compute `first_C`.
+    """
     run, vocabulary = _start(hidden_CD, weighted, first), head.weight_VD.shape[0]
     rows = tile_size(target_device().platform, hidden_CD.shape[0], vocabulary).rows
     if rows == vocabulary:
@@ -92,14 +97,17 @@ def sum_over_tiles(
 
 
 def first_id_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:
-    """The least id that is found; written so that XLA on CPUs can vectorize it, as it can't jnp.argmax."""
+    """Returns the smallest id that is found; XLA on CPUs vectorizes this form, unlike jnp.argmax."""
     return jnp.min(jnp.where(found_CW, ids_W[None], jnp.iinfo(jnp.int32).max), axis=1)
 
 
 def map_token_chunks(of_chunk: OfChunk, hidden_MD, head: Head | HeadWithRows, targets_M, wanted_M):
-    """of_chunk over the wanted tokens, its results put back in place, zero where not wanted.
+    """Maps of_chunk over chunks of wanted tokens; results are in the original order, and zero for unwanted tokens.
 
-    They are moved together first, so products are done for them alone (rounded up to a chunk).
+    Wanted tokens are sorted to the front, so only their chunks are computed.
+
+    Args:
+      of_chunk: (hidden_CD, head, targets_C) -> arrays with a leading axis C.
     """
     size = chunk_size(hidden_MD.shape[0])
     order_M = jnp.argsort(~wanted_M, stable=True)
@@ -121,7 +129,7 @@ def map_token_chunks(of_chunk: OfChunk, hidden_MD, head: Head | HeadWithRows, ta
 
 
 def split_chunks(arrays: tuple[jax.Array, ...], order_M: jax.Array, size: int) -> tuple[jax.Array, ...]:
-    """Each [M, ...] as [I, size, ...], in that order, the last chunk filled up with zeros."""
+    """Reorders each [M, ...] and splits it to [I, size, ...]; the last chunk is padded with zeros."""
     padding = -order_M.shape[0] % size
 
     def one(x: jax.Array) -> jax.Array:
@@ -144,7 +152,7 @@ def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> RunningSums:
 def _add_tile(
     run: RunningSums, hidden_CD: jax.Array, tile: Head, targets_C: jax.Array, start: jax.typing.ArrayLike
 ) -> RunningSums:
-    """One tile more, whose first row is the head's row `start`."""
+    """Adds one tile, whose first row is row `start` of the head."""
     logits_CW = tile.logits(hidden_CD)
     rows, place_C = logits_CW.shape[1], targets_C - start
     tile_C = jnp.max(logits_CW, axis=-1)

@@ -1,17 +1,17 @@
-"""Cross-entropy of the next token through a frozen head, never holding [tokens, vocab].
+"""Cross-entropy of the next token through a head, so that [tokens, vocab] never exists.
 
-The head is read in tiles of its rows (nn.head_tiles). Each tile's exp(logit - largest so far) is summed, and multiplied
-with the tile itself, so one pass gives log-sum-exp and the gradient of the hidden states:
+The head is read in tiles of its rows (nn.lm_head_tiles). Each tile's exp(logit - largest so far) is summed, and
+multiplied by the tile itself. So one pass gives log-sum-exp and the gradient of the hidden states:
 
   nll = log sum_v exp(l_v) - l_target,    d nll / d hidden = (sum_v exp(l_v) w_v) / (sum_v exp(l_v)) - w_target
 
-A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied with its slope
+A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied by its slope
 dl_v / dz_v = 1 - (l_v / c)^2.
 
-Where rows of the head train beside the frozen ones, as those of new tokens do, log-sum-exp and target of the frozen
-rows are what is differentiated by hand, and the few others are added to them.
+If some rows of the head train, such as those of new tokens, the custom VJP covers log-sum-exp and target of the frozen
+rows. Autodiff adds the few trainable rows to them.
 
-Dimension key: M tokens, D embed, V vocab, N rows that train, C tokens of a chunk.
+Dimension key: M tokens, D embed, V vocab, N trainable rows, C tokens of a chunk.
 """
 
 import jax
@@ -29,10 +29,10 @@ def token_nll(
     targets_M: Int[Array, " M"],
     supervised_M: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
-    """-log softmax(head's logits)[target] in f32 nats where supervised, 0 elsewhere.
+    """Returns -log softmax(logits)[target] in f32 nats for supervised tokens, and 0 for others.
 
-    Supervised tokens are moved together first, so the head's products are done for them alone (rounded up to a chunk).
-    Differentiable in `hidden_MD`, and in what trains of the head.
+    Only chunks that have supervised tokens are computed. Differentiable in `hidden_MD` and in the head's trainable
+    parts.
     """
     if isinstance(head, TrainableHead):
         return _whole_nll(hidden_MD, head, targets_M, supervised_M)
@@ -42,10 +42,10 @@ def token_nll(
 
 
 def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
-    """log(sum over frozen rows + sum over rows that train) - l_target, whichever of the two the target is in."""
+    """Returns log(sum over frozen rows + sum over trainable rows) - l_target, with the target in either part."""
     hot_MN = head.one_hot(targets_M)
     vocabulary = head.frozen.weight_VD.shape[0]
-    in_frozen_M = jnp.where(jnp.any(hot_MN, axis=1), vocabulary, targets_M)  # out of range: none of the frozen rows
+    in_frozen_M = jnp.where(jnp.any(hot_MN, axis=1), vocabulary, targets_M)  # out of range: not a frozen row
     lse_M, target_M = _frozen_sums(hidden_MD, head.frozen, in_frozen_M, supervised_M)
     own_MN = head.trained_logits(hidden_MD)
     target_M += jnp.sum(jnp.where(hot_MN, own_MN, 0.0), axis=1)
@@ -55,19 +55,19 @@ def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
 
 @jax.custom_vjp
 def _frozen_nll(hidden_MD, head: Head, targets_M, supervised_M):
-    """The gradient by `hidden_MD` is made while the logits exist, not from logits made again."""
+    """Computes the gradient by `hidden_MD` in the forward pass, while the logits exist."""
     return map_token_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
 
 
 @jax.custom_vjp
 def _frozen_sums(hidden_MD, head: Head, targets_M, supervised_M):
-    """(log-sum-exp, the target's logit: 0 where the target is out of range), both 0 where not supervised."""
+    """Returns (log-sum-exp, the target's logit or 0 if it is out of range), both 0 for unsupervised tokens."""
     return map_token_chunks(_sums_of_chunk, hidden_MD, head, targets_M, supervised_M)[:2]
 
 
 @jax.custom_vjp
 def _whole_nll(hidden_MD, head: TrainableHead, targets_M, supervised_M):
-    """The gradient by the head is made from logits made again, chunk by chunk, and summed in f32."""
+    """Recomputes logits chunk by chunk in the backward pass; the gradient by the head is summed in f32."""
     return map_token_chunks(_nll_of_chunk, hidden_MD, head.cast(hidden_MD.dtype), targets_M, supervised_M)
 
 
@@ -85,7 +85,7 @@ def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
 
 
 def _sums_of_chunk(hidden_CD, head, targets_C):
-    """(log-sum-exp, the target's logit, sum_v exp(l_v) w_v / sum_v exp(l_v))."""
+    """Returns (log-sum-exp, the target's logit, sum_v exp(l_v) w_v / sum_v exp(l_v))."""
     run = sum_over_tiles(hidden_CD, head, targets_C, weighted=True)
     return run.lse_C, run.target_C, _mean_row(run).astype(hidden_CD.dtype)
 
@@ -132,7 +132,7 @@ def _whole_backward(residuals, d_nll_M):
 
 
 def _by_head(hidden_MD, head: Head, targets_M, lse_M, d_nll_M) -> Float[Array, "V D"]:
-    """sum over tokens of d_nll (softmax - onehot) slope times hidden state; chunks without supervision cost nothing."""
+    """Sums d_nll (softmax - onehot) slope times hidden state over tokens; chunks without supervision are skipped."""
     size = chunk_size(hidden_MD.shape[0])
     chunks = split_chunks((hidden_MD, targets_M, lse_M, d_nll_M), jnp.argsort(d_nll_M == 0, stable=True), size)
 

@@ -69,8 +69,8 @@ class MixedStack:
 def mixed_linear(x_MK: Float[Array, "M K"], weight: MixedStack, layer: jax.Array | int) -> Float[Array, "M N"]:
     """Returns x W^T of one layer, in x's dtype; only x has a gradient.
 
-    A `cond` chooses between 4-bit and dense. The custom VJP saves the whole stack and the index, so that a scan saves no
-    weights of single layers.
+    A `cond` chooses between 4-bit and dense. The custom VJP saves the whole stack and the index, so that a scan saves
+    no copy of single layers.
     """
     is_dense, index = weight.locate_traced(layer)
     return jax.lax.cond(

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm, their statistics in f32, with VJPs that keep the input alone.
+"""RMSNorm and LayerNorm with statistics in f32 and VJPs that save only the input.
 
 Dimension key: D normalized width; `...` any leading axes.
 """
@@ -18,7 +18,7 @@ from qlora_jax.nn.variables import Frozen, select_layer
 def rms_norm(
     x: Float[Array, "... D"], weight_D: Float[Array, " D"], eps: float, offset: float = 0.0
 ) -> Float[Array, "... D"]:
-    """y = (offset + weight) * x / sqrt(mean(x^2) + eps), computed in f32, in x's dtype."""
+    """Returns (offset + weight) * x / sqrt(mean(x^2) + eps) in x's dtype, computed in f32."""
     return _rms_forward(x, weight_D, eps, offset)[0]
 
 
@@ -55,7 +55,7 @@ rms_norm.defvjp(_rms_forward, _rms_backward)
 def layer_norm(
     x: Float[Array, "... D"], weight_D: Float[Array, " D"], bias_D: Float[Array, " D"], eps: float
 ) -> Float[Array, "... D"]:
-    """y = weight * (x - mean(x)) / sqrt(var(x) + eps) + bias, computed in f32, in x's dtype."""
+    """Returns weight * (x - mean(x)) / sqrt(var(x) + eps) + bias in x's dtype, computed in f32."""
     return _layer_forward(x, weight_D, bias_D, eps)[0]
 
 
@@ -87,7 +87,7 @@ layer_norm.defvjp(_layer_forward, _layer_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def round_to(x: Float[Array, "..."], dtype: DTypeLike) -> Float[Array, "..."]:
-    """x rounded to what `dtype` can hold, in its own dtype; the gradient is passed on as it is."""
+    """Rounds x to the precision of `dtype` but keeps its dtype; the gradient passes unchanged."""
     held = jnp.finfo(dtype)
     return jax.lax.reduce_precision(x, exponent_bits=held.nexp, mantissa_bits=held.nmant)
 
@@ -96,10 +96,9 @@ round_to.defvjp(lambda x, dtype: (round_to(x, dtype), None), lambda dtype, _, dx
 
 
 class TrainableNorm(nnx.Module):
-    """A norm's weight and bias that train, in f32: `gain`, `bias` [D], or [L, D]; inside the scan, one layer.
+    """A norm's trainable weight and bias in f32: `gain` and `bias`, [D] or [L, D]; inside the scan, one layer.
 
-    They are rounded to the dtype that is computed in, as a frozen norm's are, so that a model written in that dtype
-    computes the same.
+    They are rounded to the compute dtype in use. So a model that is saved in that dtype computes the same.
     """
 
     def __init__(self, gain: Float[Array, "*L D"], bias: Float[Array, "*L D"] | None):
@@ -107,27 +106,27 @@ class TrainableNorm(nnx.Module):
         self.bias = None if bias is None else nnx.LoRAParam(bias)
 
     def leaves(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
-        """(weight, bias) to compute with in `dtype`."""
+        """Returns (weight, bias) for computation in `dtype`."""
         return round_to(self.gain[...], dtype), None if self.bias is None else round_to(self.bias[...], dtype)
 
     def select_layer(self, layer: int) -> "TrainableNorm":
-        """One layer of the stack, or the norm itself where there is none."""
+        """Returns one layer of the stack, or the norm itself if it is not stacked."""
         if self.gain[...].ndim == 1:
             return self
         return TrainableNorm(self.gain[...][layer], None if self.bias is None else self.bias[...][layer])
 
     def merge(self, weight: Float[Array, " D"]) -> Float[Array, " D"]:
-        """The weight that was trained."""
+        """Returns the trained weight."""
         return self.gain[...]
 
     def merge_bias(self, bias: Float[Array, " D"]) -> Float[Array, " D"]:
-        """The bias that was trained."""
+        """Returns the trained bias."""
         assert self.bias is not None
         return self.bias[...]
 
 
 class RMSNorm(nnx.Module):
-    """rms_norm with a frozen weight: [D], or [L, D] where the layers are stacked."""
+    """`rms_norm` with a frozen weight: [D], or [L, D] for stacked layers."""
 
     def __init__(self, weight: Float[Array, "*L D"], eps: float, offset: float = 0.0):
         self.weight = Frozen(weight)
@@ -136,7 +135,7 @@ class RMSNorm(nnx.Module):
         self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
     def make_trainable(self) -> None:
-        """Lets a copy of the weight train; the frozen one is let go of."""
+        """Replaces the frozen weight by a trainable copy."""
         self.adapter = TrainableNorm(self.weight[...].astype(jnp.float32), None)
         self.weight = Frozen(self.weight[...][:0])
 
@@ -147,7 +146,7 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """layer_norm with frozen weight and bias: [D], or [L, D] where the layers are stacked."""
+    """`layer_norm` with frozen weight and bias: [D], or [L, D] for stacked layers."""
 
     def __init__(self, weight: Float[Array, "*L D"], bias: Float[Array, "*L D"], eps: float):
         self.weight, self.bias = Frozen(weight), Frozen(bias)
@@ -155,7 +154,7 @@ class LayerNorm(nnx.Module):
         self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
     def make_trainable(self) -> None:
-        """Lets copies of weight and bias train; the frozen ones are let go of."""
+        """Replaces the frozen weight and bias by trainable copies."""
         self.adapter = TrainableNorm(*(leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias)))
         self.weight, self.bias = (Frozen(leaf[...][:0]) for leaf in (self.weight, self.bias))
 

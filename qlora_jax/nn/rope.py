@@ -1,4 +1,4 @@
-"""Rotary position embedding in the half-split convention of Hugging Face, and its published scalings.
+"""Rotary position embedding (Su et al., 2021) in Hugging Face's half-split convention, and its published scalings.
 
 Dimension key: B batch, T positions, N heads, H head_dim, J = dim / 2 frequencies (H / 2 unless rotation is partial).
 """
@@ -16,23 +16,32 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """A published scaling of rotary frequencies, by the names and numbers of a Hugging Face config.
+    """A published scaling of rotary frequencies, with the names and numbers of a Hugging Face config.
 
-    `kind` is a key of SCALINGS. `numbers` holds (name, value) pairs, as `factor` or `long_factor`.
+    Attributes:
+      kind: a key of SCALINGS.
+      numbers: (name, value) pairs, such as `factor` or `long_factor`.
     """
 
     kind: str = "default"
     numbers: tuple[tuple[str, float | tuple[float, ...] | bool | None], ...] = ()
 
     def get(self, name: str, default: Any = None) -> Any:
-        """The number of that name, or `default` where the config does not give it."""
+        """Returns the number of that name, or `default` if the config does not set it."""
         value = dict(self.numbers).get(name)
         return default if value is None else value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
-    """How positions turn into rotations: base frequency, rotated dimensions, scaling."""
+    """A map from positions to rotations.
+
+    Attributes:
+      theta: base of the frequencies.
+      dim: number of rotated dimensions per head.
+      max_positions: longest sequence of pretraining.
+      scaling: scaling of the frequencies.
+    """
 
     theta: float
     dim: int
@@ -120,7 +129,7 @@ SCALINGS: dict[str, Callable[[Rope, int], Frequencies]] = {
 
 LENGTH_DEPENDENT = ("dynamic", "longrope")
 
-# The numbers that each scaling needs, then those that it may have.
+# For each scaling: the required numbers, then the optional ones.
 SCALING_NUMBERS: dict[str, tuple[set[str], set[str]]] = {
     "default": (set(), set()),
     "linear": ({"factor"}, set()),
@@ -141,11 +150,11 @@ SCALING_NUMBERS: dict[str, tuple[set[str], set[str]]] = {
 def rotations(
     rope: Rope, positions: Int[Array, "*B T"], length: int
 ) -> tuple[Float[Array, "*B T J"], Float[Array, "*B T J"]]:
-    """cos(p f_j), sin(p f_j) for each position p and frequency f_j, in f32.
+    """Returns (cos(p f_j), sin(p f_j)) for each position p and frequency f_j, in f32.
 
     Args:
-      positions: from 0 in each row.
-      length: how many positions there are at the most; `dynamic` and `longrope` scale by it.
+      positions: start at 0 in each row.
+      length: largest number of positions; `dynamic` and `longrope` scale by it.
     """
     inv_freq, factor = SCALINGS[rope.scaling.kind](rope, length)
     angles = positions[..., None].astype(jnp.float32) * inv_freq.reshape((1,) * positions.ndim + inv_freq.shape)
@@ -159,13 +168,13 @@ def rotate(
     sin: Float[Array, "*R B T J"],
     kind: Int[Array, ""] | None = None,
 ) -> Float[Array, "B T N H"]:
-    """(x1 cos - x2 sin, x2 cos + x1 sin, rest), in x's dtype.
+    """Returns (x1 cos - x2 sin, x2 cos + x1 sin, rest) in x's dtype.
 
-    x1 and x2 are the first J of each head and the J after them, rest is what a partial rotation leaves as it is.
-    Differentiable in x alone: dx is dy turned back.
+    x1 is the first J features of each head, x2 the next J; a partial rotation leaves the rest unchanged. Differentiable
+    in x alone: dx is dy rotated back.
 
     Args:
-      kind: which of R rotations, where there are several: a backward pass then keeps the index, not what it chose.
+      kind: index of the rotation if there are R of them. The backward pass saves the index, not the selected rotation.
     """
     return _turn(x_BTNH, cos, sin, kind)
 
@@ -177,7 +186,7 @@ def _turn(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | N
     x1, x2 = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half : 2 * half].astype(jnp.float32)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
-    # Cast first, so that what is concatenated, which no loop does in passing, is half as large.
+    # Cast before the concatenation, which XLA does not fuse, so that it copies half as many bytes.
     parts = [part.astype(x_BTNH.dtype) for part in turned]
     rest = [x_BTNH[..., 2 * half :]] if 2 * half < x_BTNH.shape[-1] else []
     return jnp.concatenate(parts + rest, axis=-1)

@@ -154,7 +154,7 @@ def test_branches_see_their_beginning(length, heads):
 def test_branches_go_with_segments_and_without_windows():
     q, k, v, _ = _inputs(8, 2, 2)
     for visible in ({}, {"segments_BT": _segments(8, (2,), (3,)), "window": 4}):
-        with pytest.raises(ValueError, match="shared_prefix: needs segments and no window"):
+        with pytest.raises(ValueError, match="shared_prefix requires segments and no window"):
             causal_attention(q, k, v, SCALE, shared_prefix=True, **visible)
 
 

@@ -11,7 +11,7 @@ from qlora_jax.nn.lm_head_tiles import TILES, Tile
 from qlora_jax.nn.lora import lora_deltas
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
-from qlora_jax.nn.mlp import ACTIVATIONS
+from qlora_jax.nn.mlp import ACTIVATIONS, apply_activation, gated_activation
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import layer_norm, rms_norm
 from qlora_jax.nn.rope import Rope, rotate, rotations
