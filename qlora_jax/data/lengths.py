@@ -19,7 +19,7 @@ class Limits:
 
     Fields:
       max_length: at most this many ids per row, special tokens included.
-      overlong: what to do with longer rows.
+      overlong: raise an error for longer rows, drop them, or truncate them.
       source, target: limits on the ids before the first answer, and from there on. Each part is truncated on its right,
         as in artidoro/qlora. None: no limit.
       bos_id: id that a row keeps in front when it is truncated on its left. None: no id.

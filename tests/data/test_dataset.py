@@ -22,7 +22,7 @@ from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.holdout import Split, content_hash
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Row, read_rows
-from qlora_jax.data.report.text import facts, format_example, print_report
+from qlora_jax.data.report.text import format_example, print_report, report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -106,9 +106,10 @@ def test_a_named_file_is_held_out_and_rows_in_both_are_told(tokenizer: Tokenizer
     held = write_rows([question(5), {**question(99), "id": 5}, long], "held.jsonl")
     dataset = load(tokenizer, train=train, eval=held)
     assert dataset.report.shared == 1
-    assert ("note", "held-out rows that are also trained on, so that their score says little: 1") in facts(
-        dataset.report
-    )
+    assert (
+        "note",
+        "held-out rows that are also trained on, so their loss is not that of new data: 1",
+    ) in report_lines(dataset.report)
     assert dataset.buckets == (64,) and dataset.eval_buckets == (64, 192)
     assert [batch.inputs.shape for batch in dataset.eval_batches(2)] == [(1, 2, 64), (1, 2, 192)]
 
@@ -239,14 +240,14 @@ def printed(dataset: Dataset, **options: Any) -> str:
 def test_report_of_a_known_data_set(plain_tokenizer: Tokenizer, write_rows: Callable):
     path = rows_of_lengths(plain_tokenizer, write_rows)
     assert printed(load(plain_tokenizer, train=path)) == (
-        f"data: train: 4 of 4 rows of {path}, form completion\n"
-        "data: tokens a row: 1% 10, 25% 10, median 20, 75% 30, 95% 40, longest 40\n"
+        f"data: train: 4 of 4 rows of {path}, format completion\n"
+        "data: tokens per row: 1% 10, 25% 10, median 20, 75% 30, 95% 40, longest 40\n"
         "data: supervised: 8.3% of 96 targets (8)\n"
         "data: too long: none (data.max_length 1,024)\n"
-        "data: steps an epoch: 1 of 4 rows; by padded length 64: 1\n"
-        "data: places used: 37.5% of those in an epoch's batches; the rest is padding\n"
+        "data: steps per epoch: 1 of 4 rows; by padded length 64: 1\n"
+        "data: positions used: 37.5% of those in an epoch's batches; the rest is padding\n"
         "data: held out: none\n"
-        f"data: example: {path}:1, the loss sees what is in ⟦ ⟧\n"
+        f"data: example: {path}:1, the loss sees the text in ⟦ ⟧\n"
         "  |  word word word word word word word word⟦ yes<|im_end|>⟧\n"
     )
 
@@ -263,7 +264,7 @@ def test_report_tells_what_a_person_would_not_see(tokenizer: Tokenizer, write_ro
         {**question(3), "completion": "a <|im_end|> b"},
     ]
     dataset = load(tokenizer, train=write_rows(rows))
-    told = facts(dataset.report)
+    told = report_lines(dataset.report)
     assert "columns not used: id, note" in told[0][1]
     assert [value[-3:] for name, value in told if name == "note"] == [": 1", ": 1", ": 1"]
     assert (dataset.report.train.cut, dataset.report.train.lossy, dataset.report.train.special_text) == (1, 1, 1)
@@ -279,14 +280,14 @@ def test_new_tokens_that_no_training_row_has_are_told(
     other = write_rows([question(number, "no <tool> <tool>") for number in range(3)], "other.jsonl")
     held = write_rows([question(99, "<held>")], "held.jsonl")
     settings = dict(train={write_rows(rows): 1.0, other: 0.5}, eval=held, max_length=80, overlong="truncate-right")
-    for _ in range(2):  # what is stored is counted as well
+    for _ in range(2):  # the second time from the cache
         report = load(grown, **settings, cache=str(tmp_path / "cache") if cached else None).report
         assert dict(report.train.new_tokens) == {grown.new_ids[0]: 10, grown.new_ids[3]: 6}
         assert report.unseen == ("<cut>", "<held>")
-        note = "new tokens that no training row has: '<cut>', '<held>'; nothing is learned of what they mean"
-        assert ("note", note) in facts(report)
+        note = "new tokens in no training row, whose meaning the model cannot learn: '<cut>', '<held>'"
+        assert ("note", note) in report_lines(report)
     plain = load(tokenizer, **settings).report
-    assert plain.unseen == () and not [value for _, value in facts(plain) if "new tokens" in value]
+    assert plain.unseen == () and not [value for _, value in report_lines(plain) if "new tokens" in value]
 
 
 def test_the_example_can_not_drive_the_terminal():
@@ -321,10 +322,10 @@ def test_files_are_mixed_and_reported_each(tokenizer: Tokenizer, write_rows: Cal
     dataset = load(tokenizer, train={pairs: 2.0, guanaco: 0.5}, format={guanaco: "guanaco"})
     assert len(dataset.train) == 12 and dataset.steps_per_epoch == 3
     assert dataset.report.train.kept == 9 and dataset.report.train.path == f"{pairs}, {guanaco}"
-    told = [value for name, value in facts(dataset.report) if name == "source"]
+    told = [value for name, value in report_lines(dataset.report) if name == "source"]
     assert told == [
-        f"{pairs}, form completion: 5 rows, weight 2, 71.4% of the targets that are learned; columns not used: more",
-        f"{guanaco}, form guanaco: 4 rows, weight 0.5, 28.6% of the targets that are learned",
+        f"{pairs}, format completion: 5 rows, weight 2, 71.4% of the supervised targets; columns not used: more",
+        f"{guanaco}, format guanaco: 4 rows, weight 0.5, 28.6% of the supervised targets",
     ]
     assert dataset.train.where(5) == f"{guanaco}:1"
     other = load(tokenizer, train={pairs: 2.0, guanaco: 1.0}, format={guanaco: "guanaco"})
@@ -333,10 +334,10 @@ def test_files_are_mixed_and_reported_each(tokenizer: Tokenizer, write_rows: Cal
 
 def test_packs_hold_the_rows_that_an_epoch_draws(tokenizer: Tokenizer, write_rows: Callable):
     files = [write_rows([{"text": f"{name} {n}"} for n in range(10)], f"{name}.jsonl") for name in ("a", "b")]
-    for weight, rows in ((1.0, "20 rows"), (0.5, "15 rows that an epoch draws by weight")):
+    for weight, rows in ((1.0, "20 rows"), (0.5, "15 rows per epoch, by weight")):
         dataset = load(tokenizer, train={files[0]: 1.0, files[1]: weight}, packing=True, max_length=64)
-        told = dict(facts(dataset.report))["steps an epoch"]
-        assert told.endswith(f"; {rows} in {dataset.report.packs} packs of 64 places")
+        told = dict(report_lines(dataset.report))["steps per epoch"]
+        assert told.endswith(f"; {rows} in {dataset.report.packs} packs of 64 positions")
 
 
 def test_each_file_of_a_mixture_holds_out_its_own_rows(tokenizer: Tokenizer, write_rows: Callable):

@@ -1,4 +1,4 @@
-"""A few dozen rows, decoded, with what the loss sees in them told apart: what a person looks at before a run starts."""
+"""Example rows as text, with the parts that the loss sees, for a person to check before a run."""
 
 import re
 from typing import Literal, NamedTuple
@@ -12,14 +12,14 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
 class TextRun(NamedTuple):
-    """A stretch of text: one special token, the end of a line, or what lies between them."""
+    """A piece of text: one special token, one line end, or the text between them."""
 
     text: str
     kind: Literal["text", "special", "newline"]
 
 
 class ExampleSegment(NamedTuple):
-    """Neighbouring tokens of a row that the loss sees, or of which it sees none, as text."""
+    """Text of neighbouring tokens that the loss sees, or of neighbouring tokens that it does not see."""
 
     runs: tuple[TextRun, ...]
     supervised: bool
@@ -30,7 +30,7 @@ class ExampleRow(NamedTuple):
 
     Fields:
       place: its `file:line`.
-      tokens, supervised: its targets, and those among them that the loss sees.
+      tokens, supervised: number of its targets, and of those that the loss sees.
     """
 
     place: str
@@ -40,29 +40,29 @@ class ExampleRow(NamedTuple):
 
 
 def example_rows(train: TokenRows | Mixture, tokenizer: Tokenizer, count: int) -> tuple[ExampleRow, ...]:
-    """At most `count` rows of the first epoch's first window, shortest first, spread evenly over its lengths.
+    """Returns at most `count` rows of the first window, shortest first, spread evenly over its lengths.
 
-    The joined text of a segment is what its ids decode to.
+    The joined text of a segment equals its decoded ids.
     """
     rows, indices = train.window(0, 0)
     by_length = indices[np.argsort(rows.lengths[indices], kind="stable")]
     chosen = np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int))
-    return tuple(_marked(train, rows, int(index), tokenizer) for index in by_length[chosen])
+    return tuple(_example_row(train, rows, int(index), tokenizer) for index in by_length[chosen])
 
 
-def _marked(train: TokenRows | Mixture, rows: TokenRows, index: int, tokenizer: Tokenizer) -> ExampleRow:
+def _example_row(train: TokenRows | Mixture, rows: TokenRows, index: int, tokenizer: Tokenizer) -> ExampleRow:
     _, supervised = rows.row(index)
     segments = decode_row(rows, index, tokenizer)
     return ExampleRow(
         place=train.where(int(rows.numbers[index])),
         tokens=int(rows.lengths[index]),
-        supervised=int(supervised[1:].sum()),  # the first id is no target
+        supervised=int(supervised[1:].sum()),  # no position predicts the first id
         segments=tuple(ExampleSegment(split_runs(text, tokenizer.special_text), seen) for text, seen in segments),
     )
 
 
 def split_runs(text: str, special: re.Pattern[str]) -> tuple[TextRun, ...]:
-    """`text` cut at special tokens and line ends, nothing left out."""
+    """Returns all of `text`, split at special tokens and line ends."""
     runs, at = [], 0
     for match in re.finditer(f"(?P<special>{special.pattern})|\n", text):
         runs += [

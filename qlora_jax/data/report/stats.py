@@ -1,4 +1,4 @@
-"""What the data looks like, as numbers: counted before training, and told by report_text.py."""
+"""Statistics of a data set, counted before training. text.py prints them."""
 
 import dataclasses
 import functools
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import Int64
 
 from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
@@ -19,7 +20,13 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SplitReport(RowCounts):
-    """The counts of one side of the data, training or held out, and the file and form that they are of."""
+    """Counts of training rows or of held-out rows.
+
+    Fields:
+      path: file, or files.
+      form: name of the row format.
+      ignored_columns: columns that the format does not use.
+    """
 
     path: str
     form: str
@@ -32,27 +39,29 @@ class SplitReport(RowCounts):
 
 
 class SourceReport(NamedTuple):
-    """One training file, and its weight."""
+    """Counts of one training file, and its weight."""
 
-    side: SplitReport
+    split: SplitReport
     weight: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """All that a person should see before a run starts.
+    """Statistics that a person should see before a run.
 
     Fields:
-      train: of all training files together; `sources` has each.
-      shared: held-out rows that are also trained on.
-      unseen: new tokens that no training row has.
-      buckets, steps: padded lengths, and the optimizer steps an epoch takes at each.
-      rows_per_epoch: rows that an epoch draws; by their files' weights they may be fewer or more than `train` has.
-      packs: how many packs these rows fill; None where they are not packed.
-      windows: how many an epoch has, each shuffled by itself.
-      padding_share: share of an epoch's places that hold no target.
-      rows_per_step: rows, or packs, an optimizer step sees.
-      example: the first training row, decoded, in runs of equal supervision.
+      train: counts of all training files together.
+      sources: counts of each training file.
+      eval: counts of held-out rows, or None.
+      shared: number of held-out rows that are also trained on.
+      unseen: new tokens that are in no training row.
+      buckets, steps: padded lengths, and the optimizer steps per epoch at each.
+      rows_per_epoch: rows that an epoch uses. Weights of files may make them fewer or more than those of `train`.
+      packs: number of packs that these rows fill; None without packing.
+      windows: windows per epoch. Each is shuffled separately.
+      padding_share: share of an epoch's positions without a target.
+      rows_per_step: rows, or packs, per optimizer step.
+      example: the first training row as text, split where supervision changes.
       example_place: its `file:line`.
     """
 
@@ -74,12 +83,12 @@ class DataReport:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Optimizer steps an epoch."""
+        """Optimizer steps per epoch."""
         return sum(self.steps)
 
 
 def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
-    """The report of one file's side."""
+    """Returns the report of one split of one file."""
     known = FORMATS[FORMATS[form].example if FORMATS[form].examples else form]
     fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
     ignored = tuple(name for name in counts.columns if name not in (*known.required, *known.optional))
@@ -87,7 +96,7 @@ def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
 
 
 def combine_reports(reports: Sequence[SplitReport]) -> SplitReport:
-    """One report of several files."""
+    """Returns one report of several files."""
     if len(reports) == 1:
         return reports[0]
     counts: RowCounts = functools.reduce(RowCounts.__add__, reports)
@@ -96,30 +105,38 @@ def combine_reports(reports: Sequence[SplitReport]) -> SplitReport:
     return SplitReport(**fields, path=path, form=form, ignored_columns=())
 
 
-class _Taken(NamedTuple):
-    """What an epoch's batches are, window by window: steps at each length, packs, places filled and places held."""
+class _WindowStats(NamedTuple):
+    """Batches of one window.
 
-    steps: np.ndarray
+    Fields:
+      steps: steps at each padded length.
+      packs: number of packs; 0 without packing.
+      filled, total: positions with a target, and all positions.
+    """
+
+    steps: Int64[np.ndarray, " buckets"]
     packs: int
     filled: int
-    held: int
+    total: int
 
 
-def _window(places: np.ndarray, buckets: Sequence[int], rows_per_step: int, packed: bool) -> _Taken:
+def _window_stats(
+    lengths: Int64[np.ndarray, " rows"], buckets: Sequence[int], rows_per_step: int, packed: bool
+) -> _WindowStats:
     if packed:
-        packs = len(pack(places, buckets[-1], np.arange(len(places))))
+        packs = len(pack(lengths, buckets[-1], np.arange(len(lengths))))
         steps = np.array([-(-packs // rows_per_step)])
     else:
         packs = 0
-        counts = np.bincount(bucket_of(places, buckets), minlength=len(buckets)).tolist()
+        counts = np.bincount(bucket_of(lengths, buckets), minlength=len(buckets)).tolist()
         steps = np.array(steps_by_bucket(counts, rows_per_step))
-    return _Taken(steps, packs, int(places.sum()), int((steps * buckets).sum()) * rows_per_step)
+    return _WindowStats(steps, packs, int(lengths.sum()), int((steps * buckets).sum()) * rows_per_step)
 
 
 def report_data(
     train: TokenRows | Mixture,
     sources: Sequence[SourceReport],
-    held: SplitReport | None,
+    eval_report: SplitReport | None,
     shared: int,
     max_length: int,
     buckets: tuple[int, ...],
@@ -128,23 +145,23 @@ def report_data(
     *,
     packed: bool = False,
 ) -> DataReport:
-    """The whole report; steps, packs and padding are those of the first epoch."""
-    windows = [_window(train.window_lengths(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
-    filled, taken = sum(one.filled for one in windows), sum(one.held for one in windows)
-    first, side = train.window(0, 0), combine_reports([source.side for source in sources])
+    """Returns the report. Steps, packs and padding are those of the first epoch."""
+    windows = [_window_stats(train.window_lengths(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
+    filled, total = sum(one.filled for one in windows), sum(one.total for one in windows)
+    first, combined = train.window(0, 0), combine_reports([source.split for source in sources])
     return DataReport(
-        train=side,
+        train=combined,
         sources=tuple(sources),
-        eval=held,
+        eval=eval_report,
         shared=shared,
-        unseen=tuple(tokenizer.decode([new]) for new in tokenizer.new_ids if new not in side.new_tokens),
+        unseen=tuple(tokenizer.decode([new]) for new in tokenizer.new_ids if new not in combined.new_tokens),
         max_length=max_length,
         buckets=buckets,
         steps=tuple(np.sum([one.steps for one in windows], axis=0).tolist()),
         rows_per_epoch=len(train),
         packs=sum(one.packs for one in windows) if packed else None,
         windows=train.windows,
-        padding_share=1 - filled / taken,
+        padding_share=1 - filled / total,
         rows_per_step=rows_per_step,
         example=decode_row(first.rows, int(first.indices[0]), tokenizer),
         example_place=train.where(int(first.rows.numbers[first.indices[0]])),
@@ -152,7 +169,7 @@ def report_data(
 
 
 def decode_row(rows: TokenRows, index: int, tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    """The row's text in runs of equal supervision; what the loss sees is decoded from the very ids of the batch."""
+    """Decodes the row's ids, split where supervision changes."""
     ids, supervised = rows.row(index)
     changes = np.flatnonzero(np.diff(supervised)) + 1
     runs = zip(np.split(ids, changes), np.split(supervised, changes), strict=True)

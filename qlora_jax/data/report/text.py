@@ -1,4 +1,4 @@
-"""The data report as text: a table and a marked example on a terminal, plain lines elsewhere."""
+"""Prints the data report: a table and a highlighted example on a terminal, plain lines elsewhere."""
 
 from collections.abc import Sequence
 
@@ -11,114 +11,119 @@ from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.report.stats import DataReport, SourceReport, SplitReport
 from qlora_jax.data.row_counts import PERCENTILES
 
-# Around what the loss sees, so that it can be told without colour.
+# Marks around supervised text, for displays without colour.
 _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")
-_SEEN_STYLE = "bold green"
-_CONTEXT_CHARS, _SEEN_CHARS = 600, 900
+_SUPERVISED_STYLE = "bold green"
+_CONTEXT_CHARS, _SUPERVISED_CHARS = 600, 900
 
-# Escape sequences in someone's data must not reach the terminal, nor what HTML can't hold a page.
+# Escape sequences in data must not reach the terminal, nor characters that HTML cannot contain the page.
 VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
 VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
-# Marks that turn the direction of what follows, past the end of their own row too.
+# Marks that change the direction of the following text, even past the end of their row.
 VISIBLE |= {code: f"<U+{code:04X}>" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def print_report(report: DataReport, console: Console) -> None:
-    """Prints facts and example; without colours, boxes and wrapping where `console` is no terminal."""
+    """Prints the report's lines and its example, without colours, boxes and wrapping if `console` is not a terminal."""
     marks = _ASCII_MARKS if console.options.ascii_only else _MARKS
     example, title = format_example(report.example, marks), f"{report.example_place}, {legend(marks)}"
     if console.is_terminal:
         table = Table.grid(padding=(0, 2))
-        for name, value in facts(report):
+        for name, value in report_lines(report):
             table.add_row(Text(name, "bold"), Text(value))
         console.print(Panel(table, title="data", title_align="left"))
         console.print(Panel(example, title=Text(title), title_align="left"))
         return
-    for name, value in facts(report):
+    for name, value in report_lines(report):
         console.print(f"data: {name}: {value}", soft_wrap=True, markup=False, highlight=False)
     console.print(f"data: example: {title}", soft_wrap=True, markup=False, highlight=False)
     for line in example.plain.split("\n"):
         console.print(f"  | {line}", soft_wrap=True, markup=False, highlight=False)
 
 
-def facts(report: DataReport) -> list[tuple[str, str]]:
-    """(name, value) of every line of the report."""
+def report_lines(report: DataReport) -> list[tuple[str, str]]:
+    """Returns (name, value) of every line of the report."""
     return [
-        *_source_facts(report.sources),
-        *_side_facts("train", report.train, report.max_length),
+        *_source_lines(report.sources),
+        *_split_lines("train", report.train, report.max_length),
         *_unseen(report.unseen),
-        ("steps an epoch", _steps(report)),
-        ("places used", f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"),
-        *(_side_facts("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
-        *_warning(report.shared, "held-out rows that are also trained on, so that their score says little"),
+        ("steps per epoch", _steps(report)),
+        ("positions used", f"{1 - report.padding_share:.1%} of those in an epoch's batches; the rest is padding"),
+        *(_split_lines("held out", report.eval, report.max_length) if report.eval else [("held out", "none")]),
+        *_warning(report.shared, "held-out rows that are also trained on, so their loss is not that of new data"),
     ]
 
 
 def _steps(report: DataReport) -> str:
     by_window = f", in {report.windows:,} windows" if report.windows > 1 else ""
     if report.packs is not None:
-        drawn = "" if report.rows_per_epoch == report.train.kept else " that an epoch draws by weight"
-        rows = f"{report.rows_per_epoch:,} rows{drawn} in {report.packs:,} packs of {report.buckets[0]:,} places"
+        drawn = "" if report.rows_per_epoch == report.train.kept else " per epoch, by weight"
+        rows = f"{report.rows_per_epoch:,} rows{drawn} in {report.packs:,} packs of {report.buckets[0]:,} positions"
         return f"{report.steps_per_epoch:,} of {report.rows_per_step} packs{by_window}; {rows}"
     by_length = ", ".join(f"{length}: {steps:,}" for length, steps in zip(report.buckets, report.steps, strict=True))
     return f"{report.steps_per_epoch:,} of {report.rows_per_step} rows{by_window}; by padded length {by_length}"
 
 
-def _source_facts(sources: Sequence[SourceReport]) -> list[tuple[str, str]]:
-    """What each of several files has of an epoch."""
+def _source_lines(sources: Sequence[SourceReport]) -> list[tuple[str, str]]:
+    """Returns a line for each of several files."""
     if len(sources) == 1 and sources[0].weight == 1:
         return []
-    seen = [weight * side.supervised for side, weight in sources]
+    seen = [weight * split.supervised for split, weight in sources]
     return [
         (
             "source",
-            f"{side.path}, form {side.form}: {side.kept:,} rows, weight {weight:g}, "
-            f"{share / sum(seen):.1%} of the targets that are learned{_ignored(side)}",
+            f"{split.path}, format {split.form}: {split.kept:,} rows, weight {weight:g}, "
+            f"{share / sum(seen):.1%} of the supervised targets{_ignored(split)}",
         )
-        for (side, weight), share in zip(sources, seen, strict=True)
+        for (split, weight), share in zip(sources, seen, strict=True)
     ]
 
 
-def _ignored(side: SplitReport) -> str:
-    return f"; columns not used: {', '.join(side.ignored_columns)}" if side.ignored_columns else ""
+def _ignored(split: SplitReport) -> str:
+    return f"; columns not used: {', '.join(split.ignored_columns)}" if split.ignored_columns else ""
 
 
-def _side_facts(name: str, side: SplitReport, max_length: int) -> list[tuple[str, str]]:
-    quantiles = ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, side.percentiles, strict=True))
+def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[str, str]]:
+    quantiles = ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, split.percentiles, strict=True))
     return [
-        (name, f"{side.kept:,} of {side.rows:,} rows of {side.path}, form {side.form}{_ignored(side)}"),
-        ("tokens a row", quantiles),
-        ("supervised", f"{side.supervised_share:.1%} of {side.tokens:,} targets ({side.supervised:,})"),
-        ("too long", _too_long(side, max_length)),
-        *_warning(side.cut, "rows with a token cut where an answer starts or ends, as generation cuts it"),
-        *_warning(side.lossy, "rows with characters that the tokenizer leaves out or rewrites"),
-        *_warning(side.doubled_bos, "rows that begin with bos twice"),
+        (name, f"{split.kept:,} of {split.rows:,} rows of {split.path}, format {split.form}{_ignored(split)}"),
+        ("tokens per row", quantiles),
+        ("supervised", f"{split.supervised_share:.1%} of {split.tokens:,} targets ({split.supervised:,})"),
+        ("too long", _too_long(split, max_length)),
         *_warning(
-            side.without_bos, "rows without bos, which the tokenizer asks for and the chat template does not write"
+            split.cut,
+            "rows with a token across the start or end of an answer; its parts are encoded separately",
         ),
-        *_warning(side.special_text, "rows that spell a special token in their own text; it counts as that token"),
+        *_warning(split.lossy, "rows with characters that the tokenizer drops or rewrites"),
+        *_warning(split.doubled_bos, "rows that begin with bos twice"),
+        *_warning(
+            split.without_bos, "rows without bos, which the tokenizer asks for but the chat template does not write"
+        ),
+        *_warning(
+            split.special_text, "rows whose text contains the text of a special token; it is encoded as that token"
+        ),
     ]
 
 
 def _unseen(tokens: Sequence[str]) -> list[tuple[str, str]]:
     if not tokens:
         return []
-    told = f"{', '.join(map(repr, tokens))}; nothing is learned of what they mean"
-    return [("note", f"new tokens that no training row has: {told}")]
+    names = ", ".join(map(repr, tokens))
+    return [("note", f"new tokens in no training row, whose meaning the model cannot learn: {names}")]
 
 
 def _quantile_name(percentile: int) -> str:
     return {50: "median", 100: "longest"}.get(percentile, f"{percentile}%")
 
 
-def _too_long(side: SplitReport, max_length: int) -> str:
+def _too_long(split: SplitReport, max_length: int) -> str:
     counts = {
-        "truncated": side.truncated,
-        "dropped": side.overlong,
-        "dropped with no answer left": side.unsupervised,
+        "truncated": split.truncated,
+        "dropped": split.overlong,
+        "dropped with no answer left": split.unsupervised,
     }
-    told = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "none"
-    return f"{told} (data.max_length {max_length:,})"
+    listed = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "none"
+    return f"{listed} (data.max_length {max_length:,})"
 
 
 def _warning(count: int, what: str) -> list[tuple[str, str]]:
@@ -126,17 +131,17 @@ def _warning(count: int, what: str) -> list[tuple[str, str]]:
 
 
 def legend(marks: tuple[str, str]) -> str:
-    """What the marks mean, in a few words."""
-    return f"the loss sees what is in {marks[0]} {marks[1]}"
+    """Returns the meaning of the marks."""
+    return f"the loss sees the text in {marks[0]} {marks[1]}"
 
 
 def format_example(segments: Sequence[Segment], marks: tuple[str, str] = _MARKS) -> Text:
-    """The example with what the loss sees in colour and between marks; long runs are shortened in their middle."""
+    """Returns the example with supervised text in colour and between marks. The middle of long texts is left out."""
     text = Text()
     for segment in segments:
-        shown = _shorten(segment.text, _SEEN_CHARS if segment.supervised else _CONTEXT_CHARS).translate(VISIBLE)
+        shown = _shorten(segment.text, _SUPERVISED_CHARS if segment.supervised else _CONTEXT_CHARS).translate(VISIBLE)
         if segment.supervised:
-            text.append(f"{marks[0]}{shown}{marks[1]}", style=_SEEN_STYLE)
+            text.append(f"{marks[0]}{shown}{marks[1]}", style=_SUPERVISED_STYLE)
         else:
             text.append(shown)
     return text

@@ -17,7 +17,7 @@ from markupsafe import Markup
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
-from qlora_jax.data.report.text import VISIBLE, facts
+from qlora_jax.data.report.text import VISIBLE, report_lines
 from qlora_jax.training.display import format_duration
 from qlora_jax.training.plan.preflight import RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
@@ -48,7 +48,7 @@ def page(report: RunReport) -> str:
         loss=_loss(report),
         curves=_curves(report),
         samples=before_and_after(report.samples),
-        facts=facts(report.data),
+        facts=report_lines(report.data),
         histograms=_histograms(report.data),
         used=1 - report.data.padding_share,
         rows=report.rows,

@@ -1,4 +1,4 @@
-"""Rows as text: nothing is lost, and what is marked is what the mask says."""
+"""Example rows as text: complete, and supervised where the mask is."""
 
 import re
 

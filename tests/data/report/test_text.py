@@ -1,4 +1,4 @@
-"""What a report shows of texts that would move the cursor, or turn the direction of what follows."""
+"""Characters that would move the cursor or change the direction of text appear as visible characters."""
 
 from qlora_jax.data.report.text import VISIBLE
 
