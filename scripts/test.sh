@@ -7,9 +7,15 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-QLORA_JAX_EXTRAS="${QLORA_JAX_EXTRAS:-} dev" bash scripts/setup.sh
-# Compiling is half of the time, so compiled programs are cached, for tests that share one and for the next run.
-export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$PWD/.cache/programs}"
+# QLORA_JAX_TEST_PYTHON=PATH runs the tests in another environment, which is not set up here.
+python=${QLORA_JAX_TEST_PYTHON:-.venv/bin/python}
+[ -n "${QLORA_JAX_TEST_PYTHON:-}" ] || QLORA_JAX_EXTRAS="${QLORA_JAX_EXTRAS:-} dev" bash scripts/setup.sh
+# Compiling is half of the time, so compiled programs are cached: for tests that share one, and for later runs and clones
+# on the same kind of processor, for which alone machine code is valid.
+processor=$(grep -m1 -E '^(flags|Features)' /proc/cpuinfo 2>/dev/null | cksum | cut -d' ' -f1)
+programs=${XDG_CACHE_HOME:-${HOME:-$PWD}/.cache}/qlora_jax/test_programs-$processor
+export JAX_COMPILATION_CACHE_DIR="${JAX_COMPILATION_CACHE_DIR:-$programs}"
+mkdir -p "$programs" && find "$programs" -type f -mtime +14 -delete # older ones compile again
 export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.2
 # Two processes; all tests of a file run in one, because they may share fixtures.
-exec .venv/bin/python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec "$python" -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -1,4 +1,4 @@
-"""Strict settings for every test, and fixtures that reach outside: the oracle's Python, a real model, local data."""
+"""Strict settings for every test, and fixtures for what lies outside: the oracle's Python, a real model, local data."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from scripts.fetch_smollm2 import fetch_smollm2
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A shell starts background jobs with SIGINT ignored, and they and their children would sleep through tests of Ctrl-C.
+# A shell starts background jobs with SIGINT ignored; tests of Ctrl-C need the default handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# The numeric tower of PEP 484: an int is a float, as type checkers have it.
+# An int is accepted where a float is annotated, as in PEP 484.
 TYPECHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook(["qlora_jax", "pallas_kernels"], TYPECHECKER)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -36,12 +36,12 @@ hypothesis.settings.load_profile("qlora_jax")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--first-cases", action="store_true", help="of a test with many parameters, the first case alone")
+    parser.addoption("--first-cases", action="store_true", help="run only the first case of each parametrized test")
 
 
-@pytest.hookimpl(trylast=True)  # a case that -m has left out is no first case
+@pytest.hookimpl(trylast=True)  # after -m has deselected cases
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With --first-cases: what another version of a library breaks, a test's first case shows."""
+    """Applies --first-cases: one case per test shows that a library's other version breaks it."""
     if not config.getoption("--first-cases"):
         return
     first = {item.nodeid.partition("[")[0]: item.nodeid for item in reversed(items)}
@@ -51,7 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips tests marked `gpu` where jax has none of NVIDIA's: an AMD card has no compute capability of this form."""
+    """Skips tests marked `gpu` unless jax has an NVIDIA GPU; other GPUs have no compute capability of this form."""
     from pallas_kernels.devices import target_device  # the import hook is in place by now
 
     if item.get_closest_marker("gpu") and target_device().compute_capability is None:
@@ -61,14 +61,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(autouse=True)
 def no_global_settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A command sets up its process, with a cache of compiled programs that is its user's; a test shares one."""
+    """Keeps commands from changing process settings, such as the user's cache of compiled programs."""
     monkeypatch.setattr("qlora_jax.runtime.start", lambda: None)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def programs_let_go() -> Iterator[None]:
-    """Each compiled function has memory maps of its own; at the 65,530 that Linux gives a process, XLA for the CPU
-    fails with "Failed to materialize symbols"."""
+    """Frees compiled functions after each module: each has memory maps, and Linux allows a process 65,530.
+
+    Beyond that, XLA for the CPU fails with "Failed to materialize symbols".
+    """
     yield
     jax.clear_caches()
 
@@ -90,7 +92,7 @@ def _write_inputs(path: Path, inputs: dict[str, object]) -> None:
     arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
     foreign = [f"{name}: {value.dtype}" for name, value in arrays.items() if value.dtype.kind not in "biufcU"]
     if foreign:
-        raise ValueError(f"an .npz can not hold {foreign}; send bfloat16 as .view(np.uint16)")
+        raise ValueError(f"an .npz cannot hold {foreign}; send bfloat16 as .view(np.uint16)")
     rest = {name: value for name, value in inputs.items() if name not in arrays}
     np.savez(path, **arrays, json=np.array(json.dumps(rest)))
 
@@ -113,7 +115,7 @@ def _runner(python_of: Callable[[], Path], folder: Path) -> Oracle:
 def oracle(tmp_path: Path) -> Oracle:
     """`oracle(script, **inputs) -> arrays`: runs a script of tests/oracle in the oracle's Python (see bridge.py there).
 
-    NumPy arrays pass as they are, everything else as JSON. Skips where the oracle's Python is absent.
+    NumPy arrays are passed as arrays, everything else as JSON. Skips if the oracle's Python is absent.
     """
     holds = "torch, transformers, peft, bitsandbytes"
     return _runner(lambda: _python_of("oracle", "QLORA_ORACLE_PYTHON", holds), tmp_path)
@@ -121,13 +123,13 @@ def oracle(tmp_path: Path) -> Oracle:
 
 @pytest.fixture
 def llama_cpp(tmp_path: Path) -> Oracle:
-    """The same in the Python that has llama-cpp-python; skips where that is absent."""
+    """`oracle` in the Python that has llama-cpp-python; skips if that is absent."""
     return _runner(lambda: _python_of("llama_cpp", "QLORA_LLAMA_CPP_PYTHON", "llama-cpp-python"), tmp_path)
 
 
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
-    """SmolLM2-135M-Instruct as GGUF, fetched once into the cache; skips where it can't be had."""
+    """Path of SmolLM2-135M-Instruct as GGUF, fetched once into the cache; skips if it cannot be fetched."""
     try:
         return fetch_smollm2()
     except OSError as error:
