@@ -209,13 +209,13 @@ def plot(results: Results, path: Path) -> None:
     names = list(next(iter(results.values())))
     figure, axes = plt.subplots(len(names), 1, figsize=(8, 1 + len(names) * (0.6 + 0.4 * len(results))), squeeze=False)
     for axis, name in zip(axes[:, 0], names, strict=True):
-        for place, measures in enumerate(reversed(results.values())):
+        for place, measures in enumerate(list(results.values())[::-1]):
             values = measures[name]
             axis.plot(values, [place] * len(values), "o", color="tab:blue", alpha=0.5)
             ends = interval(values) or (values[0], values[0])
             axis.plot(ends, [place, place], color="black", linewidth=1)
             axis.plot(statistics.fmean(values), place, "|", color="black", markersize=14)
-        axis.set_yticks(range(len(results)), list(reversed(results)))
+        axis.set_yticks(range(len(results)), [*results][::-1])
         axis.set_ylim(-0.5, len(results) - 0.5)
         axis.set_xlabel(name)
         axis.grid(axis="x", alpha=0.3)

@@ -46,14 +46,14 @@ def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
     from qlora_jax.io.pretrained import open_pretrained
 
     opened = open_pretrained(model=str(model))
-    limit = {"max_positions": opened.features.max_positions}
+    longest = opened.features.max_positions
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(passages((EXAMPLES / "titles/heldout.jsonl").read_text(encoding="utf-8")))
         file.flush()
         sizes = {"window": WINDOW, "stride": STRIDE, "max_tokens": tokens}
-        text = text_task(file.name, opened.tokenizer, **sizes, **limit)
+        text = text_task(file.name, opened.tokenizer, **sizes, max_positions=longest)
     path = str(EXAMPLES / "multiple_choice/openbookqa_500.jsonl.gz")
-    choices = choice_task(path, opened.tokenizer, max_rows=questions, **limit).choices
+    choices = choice_task(path, opened.tokenizer, max_rows=questions, max_positions=longest).choices
     rows = {"text": text.rows, "choices": [option for choice in choices for option in choice.options]}
     return {job: [(ids.tolist(), int(scored.argmax())) for ids, scored in each] for job, each in rows.items()}
 

@@ -61,8 +61,8 @@ def our_operations(shape: str) -> tuple[Operations, str]:
 
 
 def their_operations(shape: str) -> tuple[Operations, str]:
-    import torch
-    from bitsandbytes import functional as bnb
+    import torch  # pyright: ignore[reportMissingImports]
+    from bitsandbytes import functional as bnb  # pyright: ignore[reportMissingImports]
 
     weight = torch.from_numpy(weight_of(shape))
     settings = {"blocksize": 64, "quant_type": "nf4", "compress_statistics": True}

@@ -18,6 +18,7 @@ from qlora_jax.config import DataArgs
 from qlora_jax.data.batching.batches import plan_epoch
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.readers.files import read_rows
+from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.optim.page_layout import PAGE_BYTES
@@ -83,6 +84,7 @@ def batch_lengths(name: str, path: Path) -> BatchLengths:
         rows.write_text("".join(json.dumps(row) + "\n" for row in SOURCES[name](path)), encoding="utf-8")
         args = DataArgs(train=str(rows), max_length=MAX_LENGTH)
         data = load_dataset(args, tokenizer, seed=0, micro_batch_size=1, accumulation=ROWS_PER_STEP)
+    assert isinstance(data.train, TokenRows), "one file is not a mixture"
     lengths: list[int] = []
     for epoch in range(STEPS):
         lengths += [step.length for step in plan_epoch(data.train.lengths, data.buckets, ROWS_PER_STEP, 0, epoch)]

@@ -56,8 +56,8 @@ def missing(points: Sequence[Point]) -> Iterator[tuple[str, str, str, int]]:
     """Yields the points of the study that are not in `points`."""
     have = {point[:4] for point in points}
     for card, models in CELLS.items():
-        for model, (remat, lengths) in itertools.product(models, LENGTHS.items()):
-            wanted = ((model, card, remat, length) for length in lengths)
+        for model in models:
+            wanted = [(model, card, remat, length) for remat, lengths in LENGTHS.items() for length in lengths]
             yield from (each for each in wanted if each not in have)
 
 

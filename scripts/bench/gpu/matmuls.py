@@ -9,7 +9,7 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -18,7 +18,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.dense_matmul import dot
 from pallas_kernels.devices import Device
-from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
@@ -35,15 +34,18 @@ LAYOUT = "split_k"
 TARGET_S = 2e-3  # minimum duration of a program, which decides how many products it has
 MOST_REPEATS = 32
 Record = dict[str, Any]  # a JSON object
-Product = Callable[[jax.Array, QTensor | jax.Array], jax.Array]
+Product = Callable[..., jax.Array]  # (rows, 4-bit or dense weight) -> result
 Interpreter = plgpu.InterpretGPUParams | None
 
 
 class Tile(Protocol):
     """The tile of a kernel."""
 
-    rows: int
-    steps: int
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def steps(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,12 +71,12 @@ class Bench:
 # Kernels with a tile, as (rows, weight) -> product
 
 
-def _hopper(direction: Direction, tile: Tile | None, interpret: Interpreter) -> Product:
+def _hopper(direction: Direction, tile: hopper.Tile, interpret: Interpreter) -> Product:
     of_tile = {"forward": hopper.forward_product, "backward": hopper.backward_product}[direction]
     return lambda rows, weight: of_tile(rows, operands(weight, None, rows.dtype), tile, interpret)
 
 
-def _ampere(direction: Direction, tile: Tile | None, interpret: Interpreter) -> Product:
+def _ampere(direction: Direction, tile: ampere.Tile, interpret: Interpreter) -> Product:
     table, dtype = CODE_TABLES["nf4"], jnp.bfloat16
     if interpret is None:
         instructions = ampere_instructions.Machine(direction, dtype, table)
@@ -83,7 +85,7 @@ def _ampere(direction: Direction, tile: Tile | None, interpret: Interpreter) -> 
     return lambda rows, weight: ampere.product(instructions, rows, operands(weight, None, dtype), tile)
 
 
-def _skinny(direction: Direction, tile: Tile | None, interpret: Interpreter) -> Product:
+def _skinny(direction: Direction, tile: None, interpret: Interpreter) -> Product:
     assert direction == "forward" and tile is None
     table, dtype = CODE_TABLES["nf4"], jnp.bfloat16
     if interpret is None:
@@ -103,9 +105,9 @@ class Kernel(NamedTuple):
       most_rows: the largest M that is timed. It exceeds the M at which dispatch leaves the kernel, if there is one.
     """
 
-    product: Callable[[Direction, Tile | None, Interpreter], Product]
-    tiles: dict[Direction, tuple[Tile | None, ...]]
-    chosen: Callable[[Device, Direction, int, int], Tile | None]
+    product: Callable[..., Product]
+    tiles: Mapping[Direction, Sequence[Tile | None]]
+    chosen: Callable[..., Tile | None]
     most_rows: float = math.inf
 
 

@@ -98,7 +98,7 @@ class Measured:
 class PartTime:
     """Milliseconds of one part in a step, by direction; `thunk_ms` is defined in Measured."""
 
-    directions: Counter[str] = dataclasses.field(default_factory=Counter)
+    directions: dict[str, float] = dataclasses.field(default_factory=lambda: defaultdict(float))
     thunk_ms: float = 0.0
 
     @property

@@ -117,7 +117,7 @@ def traced(step: Callable[[], Seconds]) -> tuple[Seconds, list[Event]]:
         return seconds, list(events_of(jax.profiler.ProfileData.from_file(str(files[0]))))
 
 
-def events_of(profile: jax.profiler.ProfileData) -> Iterator[Event]:
+def events_of(profile: "jax.profiler.ProfileData") -> Iterator[Event]:  # pyright: ignore[reportInvalidTypeForm]
     """Yields the operations among all events of the profiler."""
     for plane in profile.planes:
         for line in plane.lines:

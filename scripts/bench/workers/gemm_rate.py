@@ -30,7 +30,7 @@ def jax_product(m: int, k: int, n: int) -> Product:
 
 def torch_product(m: int, k: int, n: int) -> Product:
     """Returns the same product in torch."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     a, b = torch.full((m, k), 0.5, dtype=torch.bfloat16), torch.full((k, n), 0.25, dtype=torch.bfloat16)
     return lambda: a @ b
