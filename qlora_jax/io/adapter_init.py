@@ -1,7 +1,7 @@
-"""What adapters begin with where that is a part of the weights (PiSSA, LoftQ), and the base without that part.
+"""Adapters that start with a part of the weights (PiSSA, LoftQ), and the base without that part.
 
-A run keeps it in RUN/initial.safetensors: its base is made again from the model's files and these numbers, and its
-adapter can be told as a change of the model as it was.
+RUN/initial.safetensors stores the initial adapter. With it, the base is rebuilt from the model's files, and the trained
+adapter can be exported as a change of the original model.
 
 Dimension key: L layers, K in, R rank, N out.
 """
@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.loader import Rest
+from qlora_jax.io.loader import Transform
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.add_adapters import Factors, our_names, ranks_and_scalings
@@ -25,24 +25,25 @@ from qlora_jax.nn.linear import named_key
 from qlora_jax.quant import dequantize, pissa_loftq, quantize
 
 FILE = "initial.safetensors"
+FACTORS, SUBTRACTED = "factors", "taken"  # the first parts of names in the file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Initial:
-    """By our names, as `partition` has LoRA parameters: {"model.layers.mlp.up_proj": {"lora_a": ..., "lora_b": ...}}.
+class InitialAdapter:
+    """Initial A and B by our names: {"model.layers.mlp.up_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}.
 
     Attributes:
-      factors: what A and B begin with.
-      taken: A and B that the base is short of; empty where it is the whole weights.
+      factors: the initial values of A and B.
+      subtracted: the A and B whose scaled product was subtracted from the base; empty if the base is unchanged.
     """
 
     factors: Factors
-    taken: Factors
+    subtracted: Factors
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """One tensor that an adapter is put on: our name of its projection, its layer, the adapter's rank and scaling."""
+class AdaptedTensor:
+    """A tensor that gets an adapter: our name of its projection, its layer, the adapter's rank and scaling."""
 
     name: str
     layer: int
@@ -50,119 +51,128 @@ class Target:
     scaling: float
 
 
-def targets_of(config: ModelConfig, spec: LoraArgs) -> dict[str, Target]:
-    """By the name of the tensor on disk."""
+def adapted_tensors(config: ModelConfig, spec: LoraArgs) -> dict[str, AdaptedTensor]:
+    """The tensors that get an adapter, by Hugging Face's name."""
     ours = our_names(config)
     found = ranks_and_scalings(list(ours), spec, config.num_layers)
     return {
-        f"{layer_name(name, layer)}.weight": Target(ours[name], layer, rank, scaling)
+        f"{layer_name(name, layer)}.weight": AdaptedTensor(ours[name], layer, rank, scaling)
         for name, (rank, scaling) in found.items()
         for layer in range(config.num_layers)
     }
 
 
-def check_source(source: ModelSource, spec: LoraArgs) -> None:
-    """Passes files whose weights can be decomposed.
+def check_decomposable(source: ModelSource, spec: LoraArgs) -> None:
+    """Checks that a model's weights can be decomposed, if `spec` requires it.
 
     Raises:
-      ValueError: they are quantized already.
+      ValueError: the weights are already quantized.
     """
-    if spec.init != "default" and any(entry.held for entry in source.tensors.values()):
+    if spec.init != "default" and any(entry.read_quantized for entry in source.tensors.values()):
         raise ValueError(
-            f"lora.init={spec.init}: {source.path} is quantized already, and what that took from the weights is not "
-            "known; give the 16-bit model, or set lora.init=default"
+            f"lora.init={spec.init}: {source.path} is already quantized, so the original weights are not known. Give "
+            "the 16-bit model, or set lora.init=default"
         )
 
 
-class Splits:
-    """Splits tensors as they are loaded, and remembers what was taken.
+class WeightDecomposer:
+    """A transform for `load_model` that splits weights into an adapter and a rest, and collects the adapter.
 
     Args:
-      weights: how the rest will be held, which LoftQ asks.
+      config: the model.
+      weights: the format that the rest is quantized to; LoftQ minimizes its error.
+      spec: the adapter's settings.
+      key: the random key of the randomized SVD.
     """
 
     def __init__(self, config: ModelConfig, weights: WeightFormat, spec: LoraArgs, key: jax.Array):
-        self._targets, self._spec, self._key, self._layers = targets_of(config, spec), spec, key, config.num_layers
+        self._tensors, self._spec, self._key = adapted_tensors(config, spec), spec, key
+        self._num_layers = config.num_layers
         self._split = pissa_loftq.pissa
         if spec.init == "loftq":
-            held = functools.partial(_held, weights=weights)
-            self._split = functools.partial(pissa_loftq.loftq, iterations=spec.loftq_iterations, held=held)
-        self._initial: dict[str, dict[str, np.ndarray]] = {}
-        self._taken: dict[str, dict[str, np.ndarray]] = {}
+            round_trip = functools.partial(_round_trip, weights=weights)
+            self._split = functools.partial(pissa_loftq.loftq, iterations=spec.loftq_iterations, held=round_trip)
+        self._factors: dict[str, dict[str, np.ndarray]] = {}
+        self._subtracted: dict[str, dict[str, np.ndarray]] = {}
 
     def __call__(self, name: str, weight: np.ndarray) -> np.ndarray:
-        """The rest of a tensor; the tensor itself where it has no adapter."""
-        if name not in self._targets:
+        """Returns the rest of a tensor; the tensor itself if it gets no adapter."""
+        if name not in self._tensors:
             return weight
-        target, spec = self._targets[name], self._spec
+        tensor, spec = self._tensors[name], self._spec
         key = named_key(self._key, name)
-        how = pissa_loftq.Decomposition(target.rank, target.scaling, spec.svd_niter, spec.dtype, key)
+        how = pissa_loftq.Decomposition(tensor.rank, tensor.scaling, spec.svd_niter, spec.dtype, key)
         split = self._split(weight.astype(np.float32), how)
-        self._remember(self._initial, target, split.initial)
+        self._store(self._factors, tensor, split.initial)
         if split.taken is not None and split.taken is not split.initial:
-            self._remember(self._taken, target, split.taken)
+            self._store(self._subtracted, tensor, split.taken)
         return split.rest
 
-    def _remember(self, stacks: dict[str, dict[str, np.ndarray]], target: Target, factors: pissa_loftq.Factors) -> None:
+    def _store(
+        self, stacks: dict[str, dict[str, np.ndarray]], tensor: AdaptedTensor, factors: pissa_loftq.Factors
+    ) -> None:
         for leaf, values in factors._asdict().items():
-            stack = stacks.setdefault(target.name, {}).setdefault(leaf, np.zeros((self._layers, *values.shape), "f4"))
-            stack[target.layer] = values
+            shape = (self._num_layers, *values.shape)
+            stack = stacks.setdefault(tensor.name, {}).setdefault(leaf, np.zeros(shape, np.float32))
+            stack[tensor.layer] = values
 
-    def initial(self) -> Initial:
-        """Of all tensors, when they have been loaded."""
+    def initial_adapter(self) -> InitialAdapter:
+        """The adapter of all tensors; complete after they have been loaded."""
         pissa = self._spec.init == "pissa"
-        return Initial(factors=self._initial, taken=self._initial if pissa else self._taken)
+        return InitialAdapter(factors=self._factors, subtracted=self._factors if pissa else self._subtracted)
 
 
-def _held(weight: np.ndarray, weights: WeightFormat) -> jax.Array:
+def _round_trip(weight: np.ndarray, weights: WeightFormat) -> jax.Array:
+    """The f32 weight after it is quantized and dequantized."""
     settings = {name: getattr(weights, name) for name in ("block_size", "double_quant", "nested_block_size")}
     return dequantize(quantize(weight, quant_type=str(weights.quant_type), **settings), np.float32)
 
 
-def rest_by(initial: Initial, config: ModelConfig, spec: LoraArgs) -> Rest:
-    """The same rests again, to the bit."""
-    targets = targets_of(config, spec)
+def subtract_initial(initial: InitialAdapter, config: ModelConfig, spec: LoraArgs) -> Transform:
+    """A transform for `load_model` that gives bit-identical rests to those of `WeightDecomposer`."""
+    tensors = adapted_tensors(config, spec)
 
     def rest(name: str, weight: np.ndarray) -> np.ndarray:
-        target = targets.get(name)
-        if target is None or target.name not in initial.taken:
+        tensor = tensors.get(name)
+        if tensor is None or tensor.name not in initial.subtracted:
             return weight
-        taken = initial.taken[target.name]
-        a_KR, b_RN = (np.asarray(taken[leaf][target.layer]) for leaf in ("lora_a", "lora_b"))
-        return pissa_loftq.without(weight.astype(np.float32), pissa_loftq.Factors(a_KR, b_RN), target.scaling)
+        stacks = initial.subtracted[tensor.name]
+        a_KR, b_RN = (np.asarray(stacks[leaf][tensor.layer]) for leaf in ("lora_a", "lora_b"))
+        return pissa_loftq.without(weight.astype(np.float32), pissa_loftq.Factors(a_KR, b_RN), tensor.scaling)
 
     return rest
 
 
-def write_initial(run: Path, initial: Initial) -> None:
-    """RUN/initial.safetensors, whole or not at all."""
+def write_initial(run: Path, initial: InitialAdapter) -> None:
+    """Writes RUN/initial.safetensors, completely or not at all."""
     tensors = {
         f"{kind}/{name}/{leaf}": np.ascontiguousarray(values)
-        for kind, factors in (("factors", initial.factors), ("taken", initial.taken))
+        for kind, factors in ((FACTORS, initial.factors), (SUBTRACTED, initial.subtracted))
         for name, leaves in factors.items()
         for leaf, values in leaves.items()
-        if kind == "factors" or factors is not initial.factors
+        if kind == FACTORS or factors is not initial.factors
     }
     partial = run / f"{FILE}.partial"
     save_file(tensors, partial)
     os.replace(partial, run / FILE)
 
 
-def read_initial(run: Path, spec: LoraArgs) -> Initial | None:
-    """What a run's adapters began with; None where that is no part of the weights.
+def read_initial(run: Path, spec: LoraArgs) -> InitialAdapter | None:
+    """Reads the initial adapter of a run; None if the run's adapters did not start with a part of the weights.
 
     Raises:
-      ValueError: the file is not there.
+      ValueError: the file is missing.
     """
     if spec.init == "default":
         return None
     if not (run / FILE).is_file():
         raise ValueError(
-            f"{run / FILE} is not there, and without it the base of a run with lora.init={spec.init} can't be made "
-            "again: copy it from where the run was trained"
+            f"{run / FILE}: missing, and the base of a run with lora.init={spec.init} cannot be rebuilt without it. "
+            "Copy it from where the run was trained"
         )
-    found: dict[str, dict[str, dict[str, np.ndarray]]] = {"factors": {}, "taken": {}}
+    found: dict[str, dict[str, dict[str, np.ndarray]]] = {FACTORS: {}, SUBTRACTED: {}}
     for key, values in load_file(run / FILE).items():
         kind, name, leaf = key.split("/")
         found[kind].setdefault(name, {})[leaf] = values
-    return Initial(factors=found["factors"], taken=found["factors"] if spec.init == "pissa" else found["taken"])
+    subtracted = found[FACTORS] if spec.init == "pissa" else found[SUBTRACTED]
+    return InitialAdapter(factors=found[FACTORS], subtracted=subtracted)

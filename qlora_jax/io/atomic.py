@@ -1,4 +1,4 @@
-"""Writing a folder so that it is there whole or not at all."""
+"""Writes a folder completely or not at all."""
 
 import contextlib
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder that takes the name `target` when the block ends well; after an error nothing is left.
+    """Yields an empty folder that is renamed to `target` when the block succeeds, and removed when it raises.
 
     Raises:
-      ValueError: `target` is there already and not empty.
+      ValueError: `target` exists and is not empty.
     """
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise ValueError(f"{target} is there already and not empty: nothing is overwritten, choose another output")
+        raise ValueError(f"{target}: exists and is not empty, and exports never overwrite. Choose another output")
     target.parent.mkdir(parents=True, exist_ok=True)
     stage = target.with_name(f".{target.name}.partial-{os.getpid()}")
     stage.mkdir()
@@ -25,4 +25,4 @@ def staged_folder(target: Path) -> Iterator[Path]:
             target.rmdir()
         stage.rename(target)
     finally:
-        shutil.rmtree(stage, ignore_errors=True)  # renamed away where all went well
+        shutil.rmtree(stage, ignore_errors=True)  # after success it is renamed, so there is nothing to remove

@@ -1,4 +1,4 @@
-"""Fills a model from disk, one tensor at a time: read, quantize, put into the stacked array in place.
+"""Fills a model from disk, one tensor at a time: read, quantize, write into the stacked array in place.
 
 Host memory beyond the model itself: the largest tensor in f32 and its codes. There is never a 16-bit copy of a
 quantized layer, and never a second stack.
@@ -8,8 +8,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -18,21 +18,36 @@ from flax import nnx
 
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.model_source import ModelSource, TensorEntry, reading_ahead
-from qlora_jax.io.tensor_map import Slot, check_inventory, layer_name, slots_of
+from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
+from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, layer_name, slots_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.quant import quantize
 
-SLICE = 1 << 22  # weights that are looked at in one go
-Progress = Callable[[int, int, str], None]
+SLICE = 1 << 22  # weights per check for non-finite values
+QUANTIZATION_FIELDS = ("quant_type", "block_size", "double_quant", "nested_block_size")
+
+Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, name of the tensor)
+Transform = Callable[[str, np.ndarray], np.ndarray]  # (name of a tensor, the tensor) -> the tensor that is loaded
+
+
+@runtime_checkable
+class Digest(Protocol):
+    """A hash object of hashlib."""
+
+    def update(self, data: bytes | np.ndarray, /) -> None:
+        """Adds bytes."""
+
+    def hexdigest(self) -> str:
+        """The digest in hexadecimal."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A model with its weights, and what tells its base from any other.
+    """A model with its weights, and the fingerprint that identifies its base.
 
     Attributes:
       fingerprint: SHA-256 over the features, the quantization and every tensor as quantized, in hexadecimal. It does
@@ -43,11 +58,8 @@ class Loaded:
     fingerprint: str
 
 
-Rest = Callable[[str, np.ndarray], np.ndarray]  # (name of a tensor, the tensor) -> what of it is held
-
-
-def whole(name: str, tensor: np.ndarray) -> np.ndarray:
-    """The tensor."""
+def unchanged(name: str, tensor: np.ndarray) -> np.ndarray:
+    """Returns the tensor: the transform of a model that is loaded as it is on disk."""
     return tensor
 
 
@@ -56,57 +68,61 @@ def load_model(
     config: ModelConfig,
     weights: WeightFormat,
     progress: Progress | None = None,
-    rest: Rest = whole,
+    transform: Transform = unchanged,
 ) -> Loaded:
-    """The model of `config` with the weights of `source`, linear layers quantized as `weights` says.
+    """Loads the weights of `source` into the model of `config`, and quantizes its linear layers to `weights`.
 
-    Where files hold layers in 4 bits already, those are taken as they are, and the others stay dense.
+    Layers that the files store in 4 bits are loaded unchanged, and their other layers stay dense.
 
     Args:
-      progress: called with (bytes of file done, bytes in all, name of the tensor) after each tensor.
-      rest: what is held of tensors that the files hold in 16 bits or more; adapters have what is not.
+      progress: called after each tensor with (bytes of file done, bytes in all, name of the tensor).
+      transform: applied to each tensor that is stored in 16 bits or more, before it is quantized. It subtracts the part
+        of the weights that adapters start with (PiSSA, LoftQ).
 
     Raises:
-      ValueError: tensors missing, unexpected or mis-shaped, all at once; codes on disk of another kind than `weights`
-        says; or a tensor that is not finite, by name and index.
+      ValueError: tensors are missing, unexpected or mis-shaped (all are named); the files store codes of another format
+        than `weights`; or a tensor is not finite (its name and the first index are given).
     """
-    weights = as_held(weights, source, config)
+    weights = with_dense_layers(weights, source, config)
     model = nnx.eval_shape(lambda: CausalLM(config, weights))
     slots = slots_of(model)
-    check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, config)
-    check_held(source, slots)
+    check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, config)
+    check_stored_quantization(source, slots)
     report = _reporter(source, slots, progress)
     digest = _digest_of_settings(config, weights)
-    entries = reading_ahead([source.tensors[name] for slot in slots for name in slot.names])
-    stacks = iter(_empty([slot.leaf for slot in slots if slot.stacked]))
+    entries = prefetch([source.tensors[name] for slot in slots for name in slot.names])
+    stacks = iter(_zeros([slot.leaf for slot in slots if slot.stacked]))
     leaves = [
-        _filled(next(stacks) if slot.stacked else None, _converted(source, slot, entries, digest, report, rest))
+        _filled(next(stacks) if slot.stacked else None, _read_slot(source, slot, entries, digest, report, transform))
         for slot in slots
     ]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
     return Loaded(model=nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
 
 
-HELD_BY = ("quant_type", "block_size", "double_quant", "nested_block_size")
+def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> None:
+    """Checks that layers which the files store in 4 bits have the format that the model expects.
 
-
-def check_held(source: ModelSource, slots: list[Slot]) -> None:
-    """Passes a source whose layers are not quantized yet, or are as the model wants them."""
-    wanted = [(name, slot.quantized_as(index)) for slot in slots for index, name in enumerate(slot.names)]
-    held = [(read, wants) for name, wants in wanted if wants is not None and (read := source.tensors[name].held)]
-    if not held:
+    Raises:
+      ValueError: the format differs; every setting that differs is named.
+    """
+    expected = [(name, slot.quantization_of(index)) for slot in slots for index, name in enumerate(slot.names)]
+    stored = [
+        (read, spec) for name, spec in expected if spec is not None and (read := source.tensors[name].read_quantized)
+    ]
+    if not stored:
         return
-    read, wants = held[0]
-    has = read()
-    pairs = [(name, getattr(has, name), getattr(wants, name)) for name in HELD_BY]
-    if wrong := [f"{name}={there}, asked for is {asked}" for name, there, asked in pairs if there != asked]:
+    read, spec = stored[0]
+    weight = read()
+    pairs = [(name, getattr(weight, name), getattr(spec, name)) for name in QUANTIZATION_FIELDS]
+    if wrong := [f"{name}={found}, expected {wanted}" for name, found, wanted in pairs if found != wanted]:
         raise ValueError(
-            f"{source.path} is quantized already, with {'; '.join(wrong)}: nothing is quantized twice; set "
-            "model.quant_type, model.block_size and model.double_quant to what the files hold"
+            f"{source.path}: already quantized, with other settings (found {'; '.join(wrong)}), and weights are never "
+            "quantized twice. Set model.quant_type, model.block_size and model.double_quant to those of the files"
         )
 
 
-def _reporter(source: ModelSource, slots: list[Slot], progress: Progress | None) -> Callable[[TensorEntry], None]:
+def _reporter(source: ModelSource, slots: Sequence[Slot], progress: Progress | None) -> Callable[[TensorEntry], None]:
     total = sum(source.tensors[name].nbytes for slot in slots for name in slot.names)
     done = 0
 
@@ -119,63 +135,67 @@ def _reporter(source: ModelSource, slots: list[Slot], progress: Progress | None)
     return report
 
 
-def _empty(specs: Any) -> Any:
-    """Zeros for a tree of ShapeDtypeStructs, made by one compiled call."""
+def _zeros(specs: Sequence[Leaf]) -> Sequence[Leaf]:
+    """Zeros for leaves of ShapeDtypeStructs, made by one compiled call."""
     return jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs))()
 
 
-def _filled(stack: Any, layers: Iterator[QTensor | jax.Array]) -> Any:
-    """The stack with all layers put into it, or the one layer where there is no stack."""
+def _filled(stack: Leaf | None, layers: Iterator[QTensor | jax.Array]) -> Leaf:
+    """The stack with all layers written into it, or the only layer if there is no stack."""
     if stack is None:
         (leaf,) = layers
         return leaf
     for index, layer in enumerate(layers):
-        stack = _placed(stack, layer, index)
+        stack = _with_layer(stack, layer, index)
     return stack
 
 
-def _placed(stack: Any, layer: QTensor | jax.Array, index: int) -> Any:
+def _with_layer(stack: Leaf, layer: QTensor | jax.Array, index: int) -> Leaf:
     if not isinstance(stack, MixedStack):
-        return _put(stack, layer, np.int32(index))
-    part, place = stack.locate(index)
-    return dataclasses.replace(stack, **{part: _put(getattr(stack, part), layer, np.int32(place))})
+        return _set_layer(stack, layer, np.int32(index))
+    part, index = stack.locate(index)
+    return dataclasses.replace(stack, **{part: _set_layer(getattr(stack, part), layer, np.int32(index))})
 
 
-def _converted(
+def _read_slot(
     source: ModelSource,
     slot: Slot,
     entries: Iterator[TensorEntry],
-    digest: Any,
+    digest: Digest,
     report: Callable[[TensorEntry], None],
-    rest: Rest,
+    transform: Transform,
 ) -> Iterator[QTensor | jax.Array]:
-    """Each tensor of a slot, which are the next of `entries`, as it is held: quantized, or in the dtype of the leaf."""
+    """Yields each tensor of a slot, quantized or in the leaf's dtype; its tensors are the next of `entries`."""
     for index, name in enumerate(slot.names):
         entry = next(entries)
-        if wants := slot.quantized_as(index):
-            layer = dataclasses.replace(quantized(source, entry, wants, rest), dtype=wants.dtype)
+        if spec := slot.quantization_of(index):
+            layer = dataclasses.replace(read_quantized(source, entry, spec, transform), dtype=spec.dtype)
             _update(digest, name, jax.tree.leaves(layer))
         else:
             array = entry.read()
             _check_finite(source, name, array)
-            array = rest(name, array)
+            array = transform(name, array)
             _update(digest, name, [array])
-            # A copy, since the memory is the file's, and after the cast: f32 and two casts are never there at once.
+            # Copied because the memory belongs to the file; after the cast, so that f32 and two casts never coexist.
             array = array.astype(slot.dtype, copy=False)
             layer = jnp.array(array, copy=True)
-            del array  # before the next one is read
+            del array  # before the next tensor is read
         yield layer
         report(entry)
 
 
-def quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, rest: Rest = whole) -> QTensor:
-    """The weight in codes: as the file holds it, or quantized."""
-    if entry.held is not None:
-        return entry.held()
+def read_quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, transform: Transform = unchanged) -> QTensor:
+    """The weight in codes: unchanged if the file stores codes, otherwise transformed and quantized as in `spec`.
+
+    Raises:
+      ValueError: the weight is not finite.
+    """
+    if entry.read_quantized is not None:
+        return entry.read_quantized()
     array = entry.read()
-    if rest is not whole:
+    if transform is not unchanged:
         _check_finite(source, entry.name, array)
-        array = rest(entry.name, array)
+        array = transform(entry.name, array)
     try:
         return quantize(
             array,
@@ -184,15 +204,18 @@ def quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, rest: Rest
             double_quant=spec.double_quant,
             nested_block_size=spec.nested_block_size,
         )
-    except ValueError:  # the quantizer looks for what is not finite as it goes, but does not know the tensor's name
+    except ValueError:  # the quantizer detects non-finite values, but does not know the tensor's name
         _check_finite(source, entry.name, array)
         raise
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _put(stack: Any, layer: Any, index: Any) -> Any:
-    """The stack with one layer set, in the memory of the stack given."""
+def _set_layer[Stack: (jax.Array, QTensor)](
+    stack: Stack, layer: QTensor | jax.Array, index: jax.Array | np.int32
+) -> Stack:
+    """The stack with one layer set, in the memory of the donated stack."""
     if isinstance(stack, QTensor):
+        assert isinstance(layer, QTensor)
         layer = repack(layer, stack.layout)
     return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), stack, layer)
 
@@ -208,15 +231,15 @@ def _check_finite(source: ModelSource, name: str, array: np.ndarray) -> None:
     )
 
 
-def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Any:
-    # Which layers are dense shows in the tensors themselves.
+def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Digest:
+    # `dense` is left out because the tensors themselves show which layers are dense.
     left_out = ("platform", "dtype", "dense")
-    held = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
-    settings = {"config": config.fingerprint_features(), "weights": held}
+    quantization = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
+    settings = {"config": config.fingerprint_features(), "weights": quantization}
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
 
 
-def _update(digest: Any, name: str, leaves: list[Any]) -> None:
+def _update(digest: Digest, name: str, leaves: Sequence[jax.Array | np.ndarray]) -> None:
     digest.update(name.encode())
     for leaf in leaves:
         array = np.ascontiguousarray(leaf)
@@ -224,10 +247,10 @@ def _update(digest: Any, name: str, leaves: list[Any]) -> None:
         digest.update(array.reshape(-1).view(np.uint8))
 
 
-def as_held(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
-    """`weights`, and which layers stay dense, since the files leave them in 16 bit and quantize others.
+def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:
+    """`weights` with the layers that stay dense because the files quantize only the others.
 
-    Where the files quantize none, every layer is quantized as `weights` says.
+    If the files quantize no layer, every layer is quantized to `weights`.
     """
     if weights.quant_type is None:
         return weights
@@ -241,5 +264,5 @@ def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[
     names = [
         config.hugging_face_name(layer_name(f"model.layers.{name}.weight", layer)) for layer in range(config.num_layers)
     ]
-    entries = [source.tensors.get(each) for each in names]  # what is missing is told by the loader
-    return tuple(layer for layer, entry in enumerate(entries) if entry is not None and entry.held is None)
+    entries = [source.tensors.get(each) for each in names]  # `check_tensors` reports a missing one
+    return tuple(layer for layer, entry in enumerate(entries) if entry is not None and entry.read_quantized is None)

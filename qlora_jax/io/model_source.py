@@ -1,32 +1,44 @@
-"""What a model on disk looks like to the rest of the program, whichever format its files have."""
+"""A model on disk in one form for every file format: its config, its tokenizer, and its tensors by name."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
 
-AHEAD = 4  # tensors
-CHUNK = 1 << 20  # bytes read in one go
+JsonObject = dict[str, Any]  # a parsed JSON object; readers check the types of the values that they use
+
+PREFETCH_DEPTH = 4  # tensors
+CHUNK = 1 << 20  # bytes per read
+
+
+class ByteRange(NamedTuple):
+    """A part of a file: `nbytes` bytes from byte `offset`."""
+
+    path: Path
+    offset: int
+    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TensorEntry:
-    """One tensor on disk: `read()` yields the weights, `shape` and `file_type` are known before.
+    """One tensor on disk: its name, shape and type are known, its weights are read on request.
 
     Attributes:
       name: Hugging Face's name, such as "model.layers.3.self_attn.q_proj.weight".
       shape: Hugging Face's shape, (N out, K in) for a linear layer.
       file_type: the type in the file, such as "F32", "BF16", "Q4_1".
       nbytes: bytes in the file.
-      read: f32, f16 or bf16 array of `shape`, rows in the order of Hugging Face. An unquantized tensor is a read-only
-        view of the mapped file, which is unmapped with the last reference to it; a quantized one is a new f32 array.
-      held: where the file holds 4-bit codes of our own kinds: them and their constants, unchanged.
-      places: (file, offset, bytes) of what is read.
+      read: returns an f32, f16 or bf16 array of `shape`, rows in Hugging Face's order. An unquantized tensor is a
+        read-only view of the mapped file, which is unmapped with the last reference to it; a quantized one is a new f32
+        array.
+      read_quantized: returns the 4-bit codes and constants unchanged, if the file stores them in a format of QTensor;
+        None for any other tensor.
+      byte_ranges: the parts of files that `read` reads.
     """
 
     name: str
@@ -34,49 +46,86 @@ class TensorEntry:
     file_type: str
     nbytes: int
     read: Callable[[], np.ndarray]
-    held: Callable[[], QTensor] | None = None
-    places: tuple[tuple[Path, int, int], ...] = ()
+    read_quantized: Callable[[], QTensor] | None = None
+    byte_ranges: tuple[ByteRange, ...] = ()
+
+
+class GgufVocabulary(TypedDict):
+    """The vocabulary of a GGUF file, by the last part of its tokenizer.ggml keys."""
+
+    model: str
+    pre: str
+    tokens: list[str]
+    token_type: list[int]
+    merges: list[str]
+    scores: list[float]
+    add_space_prefix: bool
+
+
+class TokenizerData(TypedDict):
+    """What a model's files say about its tokenizer.
+
+    Exactly one of `tokenizer_json`, `missing` and `gguf` is present.
+
+    Attributes:
+      chat_template: jinja text.
+      bos_token, eos_token, pad_token, unk_token: texts of special tokens, or None.
+      add_bos_token: True if plain text begins with the bos token.
+      stop_token_ids: ids that end a reply.
+      tokenizer_json: the text of tokenizer.json.
+      missing: why there is no tokenizer, and what to do.
+      gguf: the vocabulary of a GGUF file.
+    """
+
+    chat_template: str | None
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    add_bos_token: bool
+    stop_token_ids: list[int]
+    tokenizer_json: NotRequired[str]
+    missing: NotRequired[str]
+    gguf: NotRequired[GgufVocabulary]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
-    """A model on disk: metadata read, tensors not yet.
+    """A model on disk whose metadata was read, and whose tensors were not.
 
     Attributes:
-      path: the folder or file that the user named, or where the cache holds it.
+      path: the folder or file that the user named, or its place in the Hub's cache.
       config: the model in the form of a Hugging Face config.json.
-      tokenizer: "chat_template", "bos_token", "eos_token", "pad_token", "unk_token" (str or None), "add_bos_token"
-        (bool), "stop_token_ids" (ids that end a reply), and either "tokenizer_json" (its text), "missing" (why
-        there is none, in words) or "gguf" (the vocabulary of a GGUF file: "model", "pre", "tokens", "token_type",
-        "merges", "add_space_prefix").
-      tensors: by Hugging Face name.
-      hub_name: of a model from the Hub: "org/name@commit", which names these files for good.
+      tokenizer: what the files say about its tokenizer.
+      tensors: the tensors by Hugging Face name.
+      hub_name: "org/name@commit" for a model from the Hub, which identifies these files for good.
     """
 
     path: Path
-    config: dict[str, Any]
-    tokenizer: dict[str, Any]
+    config: JsonObject
+    tokenizer: TokenizerData
     tensors: Mapping[str, TensorEntry]
     hub_name: str | None = None
 
 
-def reading_ahead(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:
-    """The entries in order, while a thread reads the bytes of the next AHEAD, so that the system's cache has them."""
+def prefetch(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:
+    """Yields the entries in order, while a thread reads the next PREFETCH_DEPTH tensors into the page cache."""
     with ThreadPoolExecutor(1) as reader:
-        asked = [reader.submit(_warm, entry) for entry in entries[:AHEAD]]
+        pending = [reader.submit(_read_into_page_cache, entry) for entry in entries[:PREFETCH_DEPTH]]
         try:
             for index, entry in enumerate(entries):
-                asked += [reader.submit(_warm, later) for later in entries[index + AHEAD : index + AHEAD + 1]]
+                later = entries[index + PREFETCH_DEPTH : index + PREFETCH_DEPTH + 1]
+                pending += [reader.submit(_read_into_page_cache, each) for each in later]
                 yield entry
         finally:
-            for each in asked:
+            for each in pending:
                 each.cancel()
 
 
-def _warm(entry: TensorEntry) -> None:
-    # By reading: the system takes advice of so many bytes for one of its own small windows.
+def _read_into_page_cache(entry: TensorEntry) -> None:
+    # It reads, because advice (madvise) about a large range loads only one small window of it.
     buffer = bytearray(CHUNK)
-    for path, offset, nbytes in entry.places:
+    for path, offset, nbytes in entry.byte_ranges:
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             for start in range(0, nbytes, CHUNK):
@@ -84,7 +133,7 @@ def _warm(entry: TensorEntry) -> None:
 
 
 def map_bytes(path: Path, offset: int, nbytes: int) -> np.ndarray:
-    """uint8 [nbytes], a read-only view of the file from `offset`; the mapping lives as long as the view."""
+    """A read-only view uint8 [nbytes] of the file from byte `offset`; the mapping lives as long as the view."""
     if nbytes == 0:
-        return np.empty(0, np.uint8)  # an empty mapping is an error of the system
+        return np.empty(0, np.uint8)  # the operating system cannot map zero bytes
     return np.asarray(np.memmap(path, np.uint8, mode="r", offset=offset, shape=(nbytes,)))

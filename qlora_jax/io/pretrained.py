@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template, with_new_tokens
-from qlora_jax.io.adapter_init import Initial, Splits, rest_by
+from qlora_jax.io.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
 from qlora_jax.io.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.tokenizer import read_tokenizer
-from qlora_jax.io.loader import Loaded, Progress, load_model, whole
+from qlora_jax.io.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_of, check_shapes, is_adapter, read_adapter
@@ -118,7 +118,7 @@ def _open_adapter(folder: Path, base: str | None, step: int | None, chat_templat
     if step is not None:
         raise ValueError(f"{folder}: a PEFT adapter has no steps (found step {step}). Remove --step")
     path = base or base_of(folder)
-    if path is None or not (Path(path).expanduser().exists() or HubName.of(path)):
+    if path is None or not (Path(path).expanduser().exists() or HubName.parse(path)):
         raise ValueError(f"{folder}: its base model does not exist (found {path!r}). Give its path with --model")
     args = ModelArgs(path=path)
     source = open_model(path)
@@ -174,8 +174,10 @@ def load_base(opened: OpenedModel, args: ModelArgs, progress: Progress | None = 
 def load_checked(opened: OpenedModel, args: ModelArgs, progress: Progress | None = None) -> Loaded:
     """Loads the base like `load_base`, and returns its fingerprint too."""
     run = opened.run
-    rest = whole if run is None or run.initial is None else rest_by(run.initial, opened.features, run.lora_args)
-    loaded = load_model(opened.source, opened.features, weight_format(args), progress, rest)
+    transform = unchanged
+    if run is not None and run.initial is not None:
+        transform = subtract_initial(run.initial, opened.features, run.lora_args)
+    loaded = load_model(opened.source, opened.features, weight_format(args), progress, transform)
     if run is None or run.fingerprint is None or _quantization(args) != _quantization(run.model):
         return loaded
     if loaded.fingerprint != run.fingerprint:
@@ -193,7 +195,7 @@ def load_for_training(
     lora: LoraArgs,
     key: jax.Array,
     progress: Progress | None = None,
-) -> tuple[Loaded, Initial | None]:
+) -> tuple[Loaded, InitialAdapter | None]:
     """Loads a base for a new adapter: (the base, what the adapter starts with if that is a part of the weights).
 
     Args:
@@ -201,8 +203,8 @@ def load_for_training(
     """
     if lora.init == "default":
         return load_model(source, features, weights, progress), None
-    splits = Splits(features, weights, lora, key)
-    return load_model(source, features, weights, progress, splits), splits.initial()
+    decomposer = WeightDecomposer(features, weights, lora, key)
+    return load_model(source, features, weights, progress, decomposer), decomposer.initial_adapter()
 
 
 def apply_adapter(model: CausalLM, run: Run) -> ModelParts:

@@ -1,4 +1,4 @@
-"""Shows how far loading is: a bar in a terminal, a line for each quarter elsewhere."""
+"""Prints the progress of loading: a bar in a terminal, a line per quarter elsewhere."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,9 +11,9 @@ from qlora_jax.io.loader import Progress
 
 @contextlib.contextmanager
 def loading(console: Console) -> Iterator[Progress]:
-    """Yields a `progress` for `load_model`; the bar goes when the block ends."""
+    """Yields a `progress` callback for `load_model`; the bar disappears when the block ends."""
     if not console.is_terminal:
-        yield _quarters(console)
+        yield _print_quarters(console)
         return
     columns = (
         bars.TextColumn("loading"),
@@ -27,13 +27,13 @@ def loading(console: Console) -> Iterator[Progress]:
         yield lambda done, total, name: bar.update(task, completed=done, total=total, tensor=name)
 
 
-def _quarters(console: Console) -> Progress:
-    shown = 0
+def _print_quarters(console: Console) -> Progress:
+    printed = 0
 
     def report(done: int, total: int, name: str) -> None:
-        nonlocal shown
-        if (quarter := 4 * done // total) > shown:
-            shown = quarter
+        nonlocal printed
+        if (quarter := 4 * done // total) > printed:
+            printed = quarter
             console.print(f"loading: {25 * quarter}% of {total / 1e6:.0f} MB", markup=False, highlight=False)
 
     return report

@@ -1,45 +1,50 @@
-"""Which tensors on disk belong to which leaf of a model: the loader's way in, and the export's way out."""
+"""Maps tensors on disk to leaves of a model's state, for loading and for export."""
 
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.mixed_stack import MixedStack
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
+EMBEDDING = "model.embed_tokens.weight"
+
+StatePath = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
+Leaf = jax.Array | np.ndarray | jax.ShapeDtypeStruct | QTensor | MixedStack  # of a state, with or without values
 
 
 def layer_name(stacked: str, layer: int) -> str:
-    """("model.layers.mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight"."""
+    """The name of one layer's tensor: ("model.layers.mlp.up_proj.weight", 3) -> "model.layers.3.mlp.up_proj.weight"."""
     return stacked.replace(".layers.", f".layers.{layer}.", 1)
 
 
-def check_inventory(source: ModelSource, needed: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
-    """Passes a source that holds exactly the tensors needed, in their shapes.
+def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], config: ModelConfig) -> None:
+    """Checks that a source contains exactly the expected tensors, in their shapes.
 
-    A head equal to the embedding it is tied to may be there too.
+    If the model ties its head to the embedding, a head tensor that equals the embedding is accepted.
 
     Raises:
       ValueError: names all missing, unexpected and mis-shaped tensors.
     """
-    held = source.tensors
-    extra = set(held.keys() - needed.keys())
+    found = source.tensors
+    extra = set(found.keys() - expected.keys())
     head, embedding = (config.hugging_face_name(f"{name}.weight") for name in ("lm_head", "model.embed_tokens"))
     if config.tie_embeddings and head in extra and _equal_tensors(source, head, embedding):
         extra.remove(head)
-    problems = grouped("missing", needed.keys() - held.keys()) + grouped("unexpected", extra)
+    problems = lines_by_layer("missing", expected.keys() - found.keys()) + lines_by_layer("unexpected", extra)
     problems += [
-        f"shape {list(held[name].shape)} of {name}, expected {list(shape)}"
-        for name, shape in needed.items()
-        if name in held and held[name].shape != shape
+        f"shape {list(found[name].shape)} of {name}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
     ]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
@@ -47,14 +52,14 @@ def check_inventory(source: ModelSource, needed: Mapping[str, tuple[int, ...]], 
 
 
 def _equal_tensors(source: ModelSource, first: str, second: str) -> bool:
-    held = source.tensors
-    if second not in held or held[first].shape != held[second].shape:
+    tensors = source.tensors
+    if second not in tensors or tensors[first].shape != tensors[second].shape:
         return False
-    return np.array_equal(held[first].read(), held[second].read())
+    return np.array_equal(tensors[first].read(), tensors[second].read())
 
 
-def grouped(what: str, names: Iterable[str]) -> list[str]:
-    """One line for the same tensor in many layers."""
+def lines_by_layer(problem: str, names: Iterable[str]) -> list[str]:
+    """Describes tensors with a problem, one line for the same tensor in several layers."""
     layers: dict[str, list[int]] = {}
     for name in names:
         match = LAYER.search(name)
@@ -62,27 +67,24 @@ def grouped(what: str, names: Iterable[str]) -> list[str]:
         if match:
             group.append(int(match[1]))
     return [
-        f"{what}: {name}" + (f" in layers {', '.join(map(str, sorted(found)))}" if found else "")
+        f"{problem}: {name}" + (f" in layers {', '.join(map(str, sorted(found)))}" if found else "")
         for name, found in sorted(layers.items())
     ]
 
 
-EMBEDDING = "model.embed_tokens.weight"
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One leaf of the base and the tensors on disk that fill it.
+    """One leaf of the base's state and the tensors on disk that fill it.
 
     Attributes:
-      path: of the leaf in the model's state.
-      leaf: array, QTensor or MixedStack; of ShapeDtypeStructs before it is filled.
+      path: keys of the leaf in the model's state.
+      leaf: the leaf; its arrays are ShapeDtypeStructs until it is filled.
       names: Hugging Face's names of the layers' tensors in order, or one name.
-      stacked: the leaf has a leading axis of layers.
+      stacked: True if the leaf has a leading axis of layers.
     """
 
-    path: tuple[Any, ...]
-    leaf: Any
+    path: StatePath
+    leaf: Leaf
     names: list[str]
     stacked: bool
 
@@ -93,21 +95,16 @@ class Slot:
             return self.leaf.shape
         return self.leaf.shape[1:] if self.stacked else self.leaf.shape
 
-    def quantized_as(self, index: int) -> QTensor | None:
-        """Of the tensor at `index` in `names`: what its codes are like; None: it is dense."""
+    def quantization_of(self, index: int) -> QTensor | None:
+        """The leaf that describes the codes of the tensor at `index` in `names`; None if that tensor is dense."""
         if isinstance(self.leaf, MixedStack):
             return None if index in self.leaf.dense_layers else self.leaf.quantized
         return self.leaf if isinstance(self.leaf, QTensor) else None
 
     @property
-    def quantized_names(self) -> list[str]:
-        """Those of `names` that are held in codes."""
-        return [name for index, name in enumerate(self.names) if self.quantized_as(index) is not None]
-
-    @property
-    def dtype(self) -> Any:
-        """Of the tensors that are dense."""
-        return self.leaf.dense.dtype if isinstance(self.leaf, MixedStack) else self.leaf.dtype
+    def dtype(self) -> np.dtype:
+        """The dtype of the dense tensors."""
+        return np.dtype(self.leaf.dense.dtype if isinstance(self.leaf, MixedStack) else self.leaf.dtype)
 
 
 def slots_of(model: CausalLM) -> list[Slot]:
@@ -116,21 +113,28 @@ def slots_of(model: CausalLM) -> list[Slot]:
 
 
 def with_tables(
-    slots: Sequence[Slot], config: Mapping[str, Any], tables: Mapping[str, Any]
-) -> tuple[list[Slot], dict[str, Any]]:
-    """(slots, config.json) of the model in which tables are those given, by our names, with more rows perhaps."""
+    slots: Sequence[Slot], config: JsonObject, tables: Mapping[str, jax.Array | np.ndarray]
+) -> tuple[list[Slot], JsonObject]:
+    """Replaces embedding and head by `tables`, which may have more rows.
+
+    Args:
+      tables: arrays by our names, such as "model.embed_tokens.weight".
+
+    Returns:
+      (slots, config.json) of the model with these tables.
+    """
     placed = [dataclasses.replace(slot, leaf=tables.get(".".join(map(str, slot.path)), slot.leaf)) for slot in slots]
     rows = {"vocab_size": len(tables[EMBEDDING])} if EMBEDDING in tables else {}
     return placed, {**config, **rows}
 
 
-def shapes_of(features: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """By Hugging Face's name, every tensor of a model that is not quantized."""
+def tensor_shapes(features: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of an unquantized model, by Hugging Face's name."""
     model = nnx.eval_shape(lambda: CausalLM(features, WeightFormat(quant_type=None)))
     return {name: slot.shape for slot in slots_of(model) for name in slot.names}
 
 
-def _slot(path: tuple[Any, ...], leaf: Any, config: ModelConfig) -> Slot:
+def _slot(path: StatePath, leaf: Leaf, config: ModelConfig) -> Slot:
     name = ".".join(map(str, path))
     stacked = path[:2] == ("model", "layers")
     names = [layer_name(name, layer) for layer in range(config.num_layers)] if stacked else [name]

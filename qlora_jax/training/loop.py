@@ -75,7 +75,7 @@ def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
     )
     best = BestEvaluation.of(state)
     if session.config.train.keep_best:
-        checkpoints.keep_also(best.step)
+        checkpoints.retain(best.step)
     return TrainState(
         lora, session.state_manager.from_checkpoint(optimizer_state), state["step"], state["position"], best
     )
@@ -189,7 +189,7 @@ def evaluate(session: Session, progress: TrainState, checkpoints: Checkpoints, r
     best = progress.best.after(progress.step, found["eval_loss"])
     progress = dataclasses.replace(progress, best=best)
     if session.config.train.keep_best and best.step == progress.step > 0:
-        checkpoints.keep_also(best.step)
+        checkpoints.retain(best.step)
         save(session, progress, checkpoints)
     return progress
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.data.report.text import print_report
-from qlora_jax.io.adapter_init import Initial, read_initial, write_initial
+from qlora_jax.io.adapter_init import InitialAdapter, read_initial, write_initial
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
@@ -237,7 +237,9 @@ def run_training(
     return Trained(parts=session.parts.with_lora(state.lora), step=state.step, finished=finished)
 
 
-def _session(planned: _Planned, initial: Initial | None, model: PreparedModel | None, console: Console) -> Session:
+def _session(
+    planned: _Planned, initial: InitialAdapter | None, model: PreparedModel | None, console: Console
+) -> Session:
     config, inputs, gradients, _ = planned
     if model is not None:
         found = {"fingerprint": model.fingerprint, "initial": model.initial}

@@ -13,8 +13,8 @@ from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, LoraArgs, ModelArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.adapter_init import Initial, check_source, rest_by
-from qlora_jax.io.loader import Progress, as_held, load_model
+from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
+from qlora_jax.io.loader import Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import check_shapes, read_start
@@ -63,7 +63,7 @@ class Session:
     fingerprint: str
     total_steps: int
     dropout_key: jax.Array | None
-    initial: Initial | None
+    initial: InitialAdapter | None
     samples: Samples | None
     questions: Questions | None
 
@@ -99,7 +99,7 @@ class PreparedModel:
     tokenizer: Tokenizer
     parts: ModelParts
     fingerprint: str
-    initial: Initial | None
+    initial: InitialAdapter | None
 
 
 def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs:
@@ -123,7 +123,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
     )
-    check_source(source, config.lora)
+    check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start(Path(path), model, config.lora, ids)
     reads = dataset.tokenizer, source, model.max_positions
@@ -163,11 +163,11 @@ def weights_of(config: Config, inputs: Inputs) -> WeightFormat:
 
 def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> WeightFormat:
     """The weight format for `args`; layers that a 4-bit checkpoint leaves in 16 bits stay in 16 bits."""
-    return as_held(weight_format(args), source, features)
+    return with_dense_layers(weight_format(args), source, features)
 
 
 def prepare(
-    config: Config, inputs: Inputs, gradients: CompiledGradients, progress: Progress, initial: Initial | None = None
+    config: Config, inputs: Inputs, gradients: CompiledGradients, progress: Progress, initial: InitialAdapter | None = None
 ) -> Session:
     """Loads and quantizes the base, adds the adapter, and returns the session at step 0.
 
@@ -179,8 +179,8 @@ def prepare(
     if initial is None:
         loaded, initial = load_for_training(inputs.source, inputs.model, weights, config.lora, key, progress)
     else:
-        rest = rest_by(initial, inputs.model, config.lora)
-        loaded = load_model(inputs.source, inputs.model, weights, progress, rest)
+        transform = subtract_initial(initial, inputs.model, config.lora)
+        loaded = load_model(inputs.source, inputs.model, weights, progress, transform)
     parts = training_parts(loaded.model, config.lora, key, new_ids=inputs.new_ids, initial=initial, start=inputs.start)
     return make_session(config, inputs, gradients, parts, fingerprint=loaded.fingerprint, initial=initial)
 
@@ -191,7 +191,7 @@ def training_parts(
     key: jax.Array,
     *,
     new_ids: tuple[int, ...],
-    initial: Initial | None,
+    initial: InitialAdapter | None,
     start: Mapping[str, Mapping[str, Any]] | None,
 ) -> ModelParts:
     """Adds an adapter to the base, in place, and returns the model's parts.
@@ -218,7 +218,7 @@ def make_session(
     parts: ModelParts,
     *,
     fingerprint: str,
-    initial: Initial | None,
+    initial: InitialAdapter | None,
 ) -> Session:
     """The session of a run at step 0, from a model in memory."""
     dataset = inputs.dataset

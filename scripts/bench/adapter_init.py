@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import LoraArgs, ModelArgs
-from qlora_jax.io.adapter_init import Splits, targets_of
+from qlora_jax.io.adapter_init import WeightDecomposer, adapted_tensors
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from qlora_jax.models.precision import weight_format
@@ -42,17 +42,17 @@ def main() -> None:
     config, weights = model_config(source.config), weight_format(ModelArgs(path=str(args.model)))
     for name, settings in INITS.items():
         spec = LoraArgs(rank=args.rank, **settings)
-        targets = {k: t for k, t in targets_of(config, spec).items() if t.layer % args.every == 0}
-        splits = Splits(config, weights, spec, jax.random.key(0))
+        targets = {k: t for k, t in adapted_tensors(config, spec).items() if t.layer % args.every == 0}
+        decomposer = WeightDecomposer(config, weights, spec, jax.random.key(0))
         errors, seconds = [], 0.0
         for tensor, target in targets.items():
             weight = np.asarray(source.tensors[tensor].read(), np.float32)
             began = time.perf_counter()
-            rest = weight if spec.init == "default" else splits(tensor, weight)
+            rest = weight if spec.init == "default" else decomposer(tensor, weight)
             seconds += time.perf_counter() - began
             begun = np.asarray(dequantize(quantize(rest), jnp.dtype("float32")))
             if spec.init != "default":
-                factors = splits.initial().factors[target.name]
+                factors = decomposer.initial_adapter().factors[target.name]
                 begun = begun + target.scaling * (factors["lora_a"][target.layer] @ factors["lora_b"][target.layer]).T
             errors.append(np.linalg.norm(weight - begun) / np.linalg.norm(weight))
         print(f"{name:22} {np.mean(errors):.4f}  {seconds:6.1f} s for {len(targets)} weights", flush=True)

@@ -32,7 +32,7 @@ from flax import nnx
 
 from qlora_jax import runtime
 from qlora_jax.io.hf.reader import INDEX
-from qlora_jax.io.hf.shard_writer import SHARD, Planned, index_of, split, write_safetensors
+from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.tensor_map import slots_of
@@ -54,14 +54,14 @@ def make(folder: Path, name: str, layers: int | None) -> None:
     features = model_config(config)
     weights = WeightFormat(quant_type=None, dtype=BF16.name)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
-    shards = split([Planned(tensor, BF16, slot.shape) for slot in slots for tensor in slot.names])
+    shards = split_into_shards([TensorSpec(tensor, BF16, slot.shape) for slot in slots for tensor in slot.names])
     names = [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     rng = np.random.default_rng(0)
     noise = (rng.standard_normal(1 << 26, np.float32) * 0.02).astype(BF16)  # each tensor gets another part
     for file, shard in zip(names, shards, strict=True):
         write_safetensors(folder / file, shard, (cut(noise, tensor.shape, rng) for tensor in shard))
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / INDEX).write_text(json.dumps(index_of(dict(zip(names, shards, strict=True)))))
+    (folder / INDEX).write_text(json.dumps(shard_index(dict(zip(names, shards, strict=True)))))
 
 
 def cut(noise: np.ndarray, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:

@@ -36,7 +36,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("precious")
-    with pytest.raises(ValueError, match="out is there already and not empty"), staged_folder(tmp_path / "out"):
+    with pytest.raises(ValueError, match="out: exists and is not empty"), staged_folder(tmp_path / "out"):
         raise AssertionError("entered")
     assert (tmp_path / name).read_text() == "precious"
 

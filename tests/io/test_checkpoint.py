@@ -38,11 +38,11 @@ def test_one_more_that_is_named_is_kept(tmp_path):
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         for step in range(1, 7):
             if step in (2, 4):
-                checkpoints.keep_also(step)
+                checkpoints.retain(step)
             checkpoints.save(step, LORA, {"mu": jnp.full(3, step)}, {"step": step})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
-        checkpoints.keep_also(4)
+        checkpoints.retain(4)
         checkpoints.save(7, LORA, {"mu": jnp.zeros(3)}, {"step": 7})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "7"]
 
@@ -50,7 +50,7 @@ def test_one_more_that_is_named_is_kept(tmp_path):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, LORA, {"mu": jnp.zeros(3)}, {"step": 1})
-        with full_disk(), pytest.raises(CheckpointError, match=r"step 2 could not be saved.*step 1 is whole and loads"):
+        with full_disk(), pytest.raises(CheckpointError, match=r"step 2 cannot be saved.*step 1 is complete and loads"):
             checkpoints.save(2, LORA, {"mu": jnp.zeros(3)}, {"step": 2})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() == 1
@@ -65,11 +65,11 @@ def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
     for file in (tmp_path / "checkpoints/1/lora").rglob("*"):
         if file.is_file() and file.parent.name == "d":
             file.write_bytes(b"")
-    unreadable = pytest.raises(CheckpointError, match=r"step 1 .* cannot be read")
+    unreadable = pytest.raises(CheckpointError, match=r"step 1 cannot be read")
     with Checkpoints(tmp_path, keep=2) as checkpoints, unreadable:
         checkpoints.restore(LORA, {"mu": jnp.zeros(3)})
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no run: config\.yaml is not there"):
+    with pytest.raises(ValueError, match=r"not a run folder \(config\.yaml is missing\)"):
         open_run(tmp_path)

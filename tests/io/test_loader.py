@@ -121,7 +121,7 @@ def test_layers_are_put_into_the_stack_in_place() -> None:
     layer = jax.tree.map(lambda leaf: leaf + leaf, stack)
     stack = jax.tree.map(lambda leaf: jax.numpy.stack([leaf] * 3), stack)
     before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(stack)]
-    after = loader._put(stack, layer, np.int32(1))
+    after = loader._set_layer(stack, layer, np.int32(1))
     # A buffer of one f32 per layer may be passed on or not; the codes must be.
     assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)][:2] == before[:2]
     np.testing.assert_array_equal(after.codes[1], layer.codes)

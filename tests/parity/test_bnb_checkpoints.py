@@ -85,7 +85,7 @@ def test_what_the_files_hold_has_to_be_asked_for(tmp_path: Path, oracle, config)
     settings = dict(bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["lm_head", "up_proj"])
     skipped = {"whole": settings | dict(llm_int8_skip_modules=["lm_head"]), "skipped": settings}
     oracle(ORACLE, quantize={name: [str(dense), str(tmp_path / name), s] for name, s in skipped.items()})
-    with pytest.raises(ValueError, match=r"quant_type=fp4, asked for is nf4; double_quant=False, asked for is True"):
+    with pytest.raises(ValueError, match=r"quant_type=fp4, expected nf4; double_quant=False, expected True"):
         _loaded(tmp_path / "whole")
     assert _loaded(tmp_path / "skipped", quant_type=None).model.config == model_config(config)
 

@@ -160,7 +160,7 @@ def test_another_original_is_refused(tmp_path: Path) -> None:
     others = {
         "norm_eps = 0.001, the run's base has 1e-05": (config | {"rms_norm_eps": 1e-3}, weights),
         "missing: model.norm.weight": (config, {n: w for n, w in weights.items() if n != "model.norm.weight"}),
-        "2 tensors, quantized as that is": (config, changed),
+        "2 tensors differ from those of training": (config, changed),
     }
     for index, (problem, (its_config, its_weights)) in enumerate(others.items()):
         other = write_folder(tmp_path / f"other{index}", its_config, its_weights, **files)

@@ -270,14 +270,14 @@ def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
     model = write_folder(tmp_path / "model", config, random_weights(config), **files)
     run, output = tmp_path / "run", tmp_path / "out"
     _write_run(run, model, LORAS["all"])
-    with pytest.raises(ValueError, match=r"a checkpoint of step 3: steps saved are \[7\]"):
+    with pytest.raises(ValueError, match=r"a checkpoint of step 3 \(found steps: \[7\]\)"):
         main(["--run", str(run), "--step", "3"])
     write_folder(model, config, random_weights(config, seed=5))
     with pytest.raises(ValueError, match=r"is not the base that .*run was trained on: its fingerprint is"):
         main(["--run", str(run), "--output", str(output), "--with_base"])
     assert not output.exists()
     main(["--run", str(run), "--output", str(output)])  # the adapter alone needs no weights
-    with pytest.raises(ValueError, match="is there already and not empty"):
+    with pytest.raises(ValueError, match="exists and is not empty"):
         main(["--run", str(run), "--output", str(output)])
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
 from qlora_jax.export import main
-from qlora_jax.io.adapter_init import Splits, targets_of, write_initial
+from qlora_jax.io.adapter_init import WeightDecomposer, adapted_tensors, write_initial
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
@@ -43,14 +43,14 @@ def _model(folder: Path, falls: float = 0.95) -> Path:
 
 
 def _begun(path: Path, spec: LoraArgs, **held):
-    """(model with fresh adapters, its Initial, fingerprint) as a run begins."""
+    """(model with fresh adapters, its InitialAdapter, fingerprint) as a run begins."""
     source, args = open_model(path), ModelArgs(path=str(path), compute_dtype="float32", **held)
     config, weights = model_config(source.config), weight_format(args)
-    splits = Splits(config, weights, spec, jax.random.key(0))
-    loaded = load_model(source, config, weights, rest=splits)
+    decomposer = WeightDecomposer(config, weights, spec, jax.random.key(0))
+    loaded = load_model(source, config, weights, transform=decomposer)
     base = slots_of(loaded.model)
-    add_lora(loaded.model, spec, jax.random.key(0), splits.initial().factors)
-    return loaded, splits.initial(), base
+    add_lora(loaded.model, spec, jax.random.key(0), decomposer.initial_adapter().factors)
+    return loaded, decomposer.initial_adapter(), base
 
 
 def _weights(base) -> dict[str, np.ndarray]:
@@ -66,7 +66,7 @@ def _weights(base) -> dict[str, np.ndarray]:
 def _deltas(model, spec: LoraArgs) -> dict[str, np.ndarray]:
     lora = partition(model).lora
     found = {}
-    for name, target in targets_of(model.config, spec).items():
+    for name, target in adapted_tensors(model.config, spec).items():
         a, b = (np.asarray(lora[target.name][leaf][target.layer]) for leaf in ("lora_a", "lora_b"))
         found[name] = target.scaling * (a @ b).T
     return found
@@ -82,7 +82,7 @@ def test_pissa_begins_as_pefts(tmp_path: Path, oracle) -> None:
         spec = dataclasses.replace(PISSA, svd_niter=niter)
         loaded, _, base = _begun(path, spec, quant_type="none")
         np.testing.assert_allclose(_logits(loaded.model, TOKENS), found[f"{name}/logits"], atol=1e-4)
-        rests, targets = _weights(base), targets_of(loaded.model.config, spec)
+        rests, targets = _weights(base), adapted_tensors(loaded.model.config, spec)
         tolerance = 1e-5 if name == "whole" else 1e-4  # random numbers of their own
         for weight, delta in _deltas(loaded.model, spec).items():
             module, scaling = weight.removesuffix(".weight"), targets[weight].scaling
@@ -192,7 +192,7 @@ def test_a_run_without_what_it_began_with_is_refused(tmp_path: Path) -> None:
     path, run = _model(tmp_path / "model"), tmp_path / "run"
     _write_run(run, path, PISSA)
     (run / "initial.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"initial.safetensors is not there, and without it the base of a run with"):
+    with pytest.raises(ValueError, match=r"initial.safetensors: missing, and the base of a run with"):
         open_pretrained(run=str(run))
 
 

@@ -17,7 +17,7 @@ from qlora_jax.io.gguf.writer import Frame, frame_like, keys_of, target_of
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.pretrained import OpenedModel
-from qlora_jax.io.tensor_map import shapes_of
+from qlora_jax.io.tensor_map import tensor_shapes
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
 
@@ -53,7 +53,7 @@ def framed(opened: OpenedModel) -> Framed:
 
 def _with_vocabulary(like: Frame, features: ModelConfig, vocabulary: Mapping[str, Any]) -> Frame:
     """The frame with another vocabulary, for which the tables of `features` have rows."""
-    size, shapes = f"{like.architecture}.vocab_size", shapes_of(features)
+    size, shapes = f"{like.architecture}.vocab_size", tensor_shapes(features)
     kept = [key for key in like.keys if key.name != size and not key.name.startswith("tokenizer.")]
     targets = {name: target._replace(shape=shapes[name]) for name, target in like.targets.items()}
     return like._replace(keys=[*kept, *keys_of({size: features.vocab_size, **vocabulary})], targets=targets)
@@ -64,7 +64,7 @@ def frame_without_tokenizer(opened: OpenedModel) -> Frame:
     source, features = opened.source, opened.full_features
     if is_gguf(str(source.path)):
         return frame_like(source.path, source.config, opened.tokenizer.chat_template)
-    return frame_of(source, features, shapes_of(features))
+    return frame_of(source, features, tensor_shapes(features))
 
 
 def frame_of(source: ModelSource, features: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> Frame:

@@ -19,7 +19,7 @@ from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
 from qlora_jax.io.gguf.writer import Frame, write_gguf
-from qlora_jax.io.hf.model_writer import Merging, dense_tensors, write_dense_folder, write_tokenizer
+from qlora_jax.io.hf.model_writer import Mergeable, dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
@@ -152,7 +152,13 @@ def _write_merge(
         write_gguf(path, frame, _names(slots), map(np.asarray, tensors), dtype)
         return Merge(path, compute_dtype, trained)
     write_dense_folder(
-        folder, slots, config, computed=compute_dtype, dtype=jnp.dtype(dtype), adapters=adapters, original=originals
+        folder,
+        slots,
+        config,
+        compute_dtype=compute_dtype,
+        dtype=jnp.dtype(dtype),
+        adapters=adapters,
+        original=originals,
     )
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
     return Merge(folder, compute_dtype, trained)
@@ -169,7 +175,7 @@ def _names(slots: Sequence[Slot]) -> list[str]:
     return [name for slot in slots for name in slot.names]
 
 
-def _adapters(model: CausalLM) -> Mapping[str, Merging]:
+def _adapters(model: CausalLM) -> Mapping[str, Mergeable]:
     """The adapters by the name of the first layer's module."""
     modules = (*linears(model), *norms(model))
     return {layer_name(name, 0): module.adapter for name, module in modules if module.adapter}

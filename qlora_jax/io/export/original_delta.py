@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.adapter_init import Initial
+from qlora_jax.io.adapter_init import InitialAdapter
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.models.add_adapters import Factors
 
@@ -39,7 +39,7 @@ def as_exported(run: Run, with_base: bool) -> Exported:
     return Exported(*over_original(run.lora, run.lora_args, run.initial), [NOTE.format(run.lora_args.init)])
 
 
-def over_original(lora: Factors, args: LoraArgs, initial: Initial) -> tuple[Factors, LoraArgs]:
+def over_original(lora: Factors, args: LoraArgs, initial: InitialAdapter) -> tuple[Factors, LoraArgs]:
     """The adapter over the model as it was: A and B beside the initial A and minus the initial B, of twice the rank.
 
     W + s (A B - A0 B0), where training had Q(W - taken) + s A B: so it differs by what quantization took from the rest

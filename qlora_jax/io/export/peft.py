@@ -72,7 +72,7 @@ def export_peft(
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:
     """(base, revision) for adapter_config.json: a Hub name and its commit, or an absolute path and None."""
-    on_hub = HubName.of(source.hub_name or "")
+    on_hub = HubName.parse(source.hub_name or "")
     if on_hub is None:
         return str(source.path.absolute()), None
     return str(dataclasses.replace(on_hub, revision=None)), on_hub.revision
@@ -85,7 +85,7 @@ def _write_base(folder: Path, opened: OpenedModel, progress: Progress | None) ->
     dtype, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
     add_token_rows(model, opened.tokenizer.new_ids, dtype)
     slots, config = with_tables(slots, opened.source.config, merged_tables(model, ()))
-    write_dense_folder(folder, slots, config, computed=dtype, dtype=dtype, adapters={})
+    write_dense_folder(folder, slots, config, compute_dtype=dtype, dtype=dtype, adapters={})
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from qlora_jax.io.config_diff import differing
+from qlora_jax.io.config_diff import config_differences
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
 from qlora_jax.models.config import ModelConfig
@@ -48,7 +48,7 @@ def metadata_of(features: ModelConfig, architecture: Architecture) -> tuple[dict
 
 def features_lost(features: ModelConfig, read: ModelConfig) -> list[str]:
     """What is another in `read`, the model that a file with the metadata of `features` holds."""
-    return [f"{name} = {ours}: the file would say {its}" for name, ours, its in differing(features, read)]
+    return [f"{name} = {ours}: the file would say {its}" for name, ours, its in config_differences(features, read)]
 
 
 def tensors_misplaced(architecture: Architecture, names: Iterable[str]) -> list[str]:

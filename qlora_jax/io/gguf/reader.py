@@ -17,7 +17,7 @@ from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Arch
 from qlora_jax.io.gguf.config_reader import architecture_of, check_types, config_from_metadata
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
-from qlora_jax.io.model_source import ModelSource, TensorEntry, map_bytes
+from qlora_jax.io.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
 
 # Types stored as plain numbers, and types whose blocks the gguf package dequantizes.
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -97,7 +97,7 @@ def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: dic
         file_type=info.type.name,
         nbytes=info.nbytes,
         read=functools.partial(_read, path, info, change_of(path, info, architecture, config)),
-        places=((path, info.offset, info.nbytes),),
+        byte_ranges=(ByteRange(path, info.offset, info.nbytes),),
     )
 
 

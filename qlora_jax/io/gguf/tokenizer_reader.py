@@ -4,13 +4,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.io.model_source import GgufVocabulary, TokenizerData
+
 PREFIX = "tokenizer.ggml."
-SPECIAL_IDS = {
-    "bos_token": "bos_token_id",
-    "eos_token": "eos_token_id",
-    "pad_token": "padding_token_id",
-    "unk_token": "unknown_token_id",
-}
+SPECIAL_IDS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")
 NO_TOKEN = 2**32 - 1  # -1 in the unsigned type of ids
 STOP_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
 # Where the file has no add_bos_token, it follows from the kind of vocabulary (llama.cpp).
@@ -20,7 +17,7 @@ PRES_WITH_BOS = {"llama3", "llama-v3", "llama-bpe"}
 ORDERED = {"gemma", "gemma2", "gemma3"}
 
 
-def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> TokenizerData:
     """The tokenizer dict of ModelSource, with the vocabulary under "gguf".
 
     Raises:
@@ -31,13 +28,17 @@ def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> dict[str
     if missing:
         raise ValueError(f"{path}: the file has no tokenizer: {', '.join(missing)} missing")
     tokens = keys["tokens"]
-    ids = {key: keys[key] for key in (*SPECIAL_IDS.values(), *STOP_IDS) if keys.get(key, NO_TOKEN) != NO_TOKEN}
+    ids = {key: keys[key] for key in (*SPECIAL_IDS, *STOP_IDS) if keys.get(key, NO_TOKEN) != NO_TOKEN}
     outside = [f"{PREFIX}{key} = {number}" for key, number in ids.items() if not 0 <= number < len(tokens)]
     if outside:
         raise ValueError(f"{path}: outside the vocabulary of {len(tokens)} tokens: {', '.join(outside)}")
-    special = {name: tokens[ids[key]] if key in ids else None for name, key in SPECIAL_IDS.items()}
+    bos, eos, pad, unk = (tokens[ids[key]] if key in ids else None for key in SPECIAL_IDS)
     with_bos = keys["model"] in MODELS_WITH_BOS or keys.get("pre") in PRES_WITH_BOS
-    return special | {
+    return {
+        "bos_token": bos,
+        "eos_token": eos,
+        "pad_token": pad,
+        "unk_token": unk,
         "chat_template": metadata.get("tokenizer.chat_template"),
         "add_bos_token": keys.get("add_bos_token", with_bos),
         "stop_token_ids": [ids[key] for key in STOP_IDS if key in ids],
@@ -45,7 +46,7 @@ def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> dict[str
     }
 
 
-def _vocabulary(keys: Mapping[str, Any], *, ordered: bool) -> dict[str, Any]:
+def _vocabulary(keys: Mapping[str, Any], *, ordered: bool) -> GgufVocabulary:
     return {
         "model": keys["model"],
         "pre": keys.get("pre", "default"),

@@ -1,7 +1,7 @@
-"""4-bit weights as bitsandbytes writes them into safetensors, with codes and constants as they are.
+"""Reads 4-bit weights that bitsandbytes wrote into safetensors; codes and constants stay unchanged.
 
-A weight NAME of N x K is several tensors: NAME the packed codes in any dtype, NAME.absmax (f32, or 8-bit codes where
-NAME.nested_absmax is there), NAME.quant_map, and NAME.quant_state.bitsandbytes__nf4 (or fp4), whose bytes are JSON.
+A weight NAME of N x K is several tensors: NAME the packed codes in any dtype, NAME.absmax (f32, or 8-bit codes if
+NAME.nested_absmax exists), NAME.quant_map, and NAME.quant_state.bitsandbytes__nf4 (or fp4), whose bytes are JSON.
 """
 
 import dataclasses
@@ -9,9 +9,8 @@ import functools
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -19,85 +18,87 @@ from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.io.model_source import JsonObject, TensorEntry
 
 STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
 CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-# What a quant_state may say.
-VALID = {
+# The values that a quant_state may contain.
+VALID: Mapping[str, Callable[[object], bool]] = {
     "shape": lambda value: isinstance(value, list) and all(map(_is_count, value)),
     "blocksize": lambda value: _is_count(value),
     "nested_blocksize": lambda value: _is_count(value),
     "nested_offset": lambda value: isinstance(value, int | float),
     "dtype": lambda value: isinstance(value, str),
 }
-ULP = 3e-7  # between maps made on different machines
+ULP = 3e-7  # relative difference between tables that were computed on different machines
 
 
-def is_four_bit(quantization: Mapping[str, Any]) -> bool:
-    """Whether a quantization_config says that the folder is of this kind."""
+def is_bnb_4bit(quantization: Mapping[str, object]) -> bool:
+    """True if a quantization_config describes 4-bit weights of bitsandbytes."""
     return quantization.get("quant_method") == "bitsandbytes" and bool(quantization.get("load_in_4bit"))
 
 
-def gathered(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
-    """One entry for each weight in place of its several tensors; other tensors stay as they are.
+def group_quantized(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Replaces the several tensors of each 4-bit weight by one entry; other tensors stay unchanged.
 
     Raises:
       ValueError: names every weight whose tensors contradict each other, are missing, or use another table.
     """
     states = [(match, entries[match[0]]) for name in entries if (match := STATE.fullmatch(name))]
-    found, problems, taken = {}, [], set()
+    found, problems, used = {}, [], set()
     for match, entry in states:
         name, quant_type = match["name"], match["quant_type"]
         parts = {part: e for part in CONSTANTS if (e := entries.get(f"{name}.{part}")) is not None}
-        taken |= {entry.name, name, *(part.name for part in parts.values())}
+        used |= {entry.name, name, *(part.name for part in parts.values())}
         try:
             found[name] = _entry(name, quant_type, _state(entry), entries.get(name), parts)
         except ValueError as error:
             problems.append(f"{name}: {error}")
-    rest = {name: entry for name, entry in entries.items() if name not in taken}
+    rest = {name: entry for name, entry in entries.items() if name not in used}
     unknown = [name for name, entry in rest.items() if entry.file_type == "U8"]
-    problems += [f"{name}: bytes, and no quant_state tells of what" for name in unknown]
+    problems += [f"{name}: bytes (U8) without a quant_state" for name in unknown]
     if problems:
-        raise ValueError(f"{path}: 4-bit weights that can't be read:\n  " + "\n  ".join(problems))
+        raise ValueError(f"{path}: 4-bit weights that cannot be read:\n  " + "\n  ".join(problems))
     return rest | found
 
 
-def _state(entry: TensorEntry) -> dict[str, Any]:
+def _state(entry: TensorEntry) -> JsonObject:
     try:
         state = json.loads(entry.read().tobytes())
     except ValueError as error:
-        raise ValueError(f"its quant_state is no JSON: {error}") from None
+        raise ValueError(f"its quant_state is not JSON: {error}") from None
     if not isinstance(state, dict) or (missing := {"quant_type", "blocksize", "shape"} - state.keys()):
-        raise ValueError(f"its quant_state lacks {sorted(missing) if isinstance(state, dict) else 'an object'}")
-    if wrong := [f"{key} {state[key]!r}" for key, holds in VALID.items() if key in state and not holds(state[key])]:
-        raise ValueError(f"its quant_state has {', '.join(wrong)}")
+        raise ValueError(f"its quant_state lacks {sorted(missing) if isinstance(state, dict) else 'a JSON object'}")
+    if wrong := [f"{key} {state[key]!r}" for key, valid in VALID.items() if key in state and not valid(state[key])]:
+        raise ValueError(f"its quant_state has invalid values: {', '.join(wrong)}")
     return state
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: object) -> bool:
     return type(value) is int and value > 0
 
 
 def _entry(
     name: str,
     quant_type: str,
-    state: Mapping[str, Any],
+    state: JsonObject,
     codes: TensorEntry | None,
     parts: Mapping[str, TensorEntry],
 ) -> TensorEntry:
-    """The weight's entry, its tensors checked against its state."""
+    """The weight's entry, after its tensors are checked against its quant_state."""
     nested = "nested_absmax" in parts
-    wanted = {"absmax", "quant_map", *({"nested_absmax", "nested_quant_map"} if nested else ())}
-    if codes is None or (missing := wanted - parts.keys()):
-        raise ValueError(f"{sorted(missing) if codes is not None else ['its codes']} missing")
+    required = {"absmax", "quant_map", *({"nested_absmax", "nested_quant_map"} if nested else ())}
+    if codes is None or (missing := required - parts.keys()):
+        raise ValueError(f"{sorted(missing) if codes is not None else ['the codes']} missing")
     shape, block_size = tuple(state["shape"]), state["blocksize"]
     nested_block_size = state.get("nested_blocksize", 256)
     blocks = -(-math.prod(shape) // block_size)
     sizes = {"codes": (codes.nbytes, -(-math.prod(shape) // 2)), "absmax": (math.prod(parts["absmax"].shape), blocks)}
     if nested:
         sizes["nested_absmax"] = (math.prod(parts["nested_absmax"].shape), -(-blocks // nested_block_size))
-    problems = [f"{what}: {has}, expected {should}" for what, (has, should) in sizes.items() if has != should]
+    problems = [
+        f"{part}: found {found}, expected {expected}" for part, (found, expected) in sizes.items() if found != expected
+    ]
     if state["quant_type"] != quant_type:
         problems.append(f"{state['quant_type']} in its quant_state, {quant_type} in the tensor's name")
     problems += _table_problems(quant_type, parts)
@@ -113,15 +114,15 @@ def _entry(
         layout=natural_layout(shape, block_size),
     )
     offset = np.float32(state.get("nested_offset", 0.0))
-    held = functools.partial(_held, like, codes, parts, offset if nested else None)
+    read = functools.partial(_read_quantized, like, codes, parts, offset if nested else None)
     return TensorEntry(
         name=name,
         shape=shape,
         file_type=quant_type.upper(),
         nbytes=codes.nbytes + sum(part.nbytes for part in parts.values()),
-        read=lambda: dequantize_numpy(held(), np.float32),
-        held=held,
-        places=(*codes.places, *(place for part in parts.values() for place in part.places)),
+        read=lambda: dequantize_numpy(read(), np.float32),
+        read_quantized=read,
+        byte_ranges=(*codes.byte_ranges, *(each for part in parts.values() for each in part.byte_ranges)),
     )
 
 
@@ -134,8 +135,10 @@ def _table_problems(quant_type: str, parts: Mapping[str, TensorEntry]) -> list[s
     ]
 
 
-def _held(like: QTensor, codes: TensorEntry, parts: Mapping[str, TensorEntry], offset: np.float32 | None) -> QTensor:
-    """The weight as the file has it."""
+def _read_quantized(
+    like: QTensor, codes: TensorEntry, parts: Mapping[str, TensorEntry], offset: np.float32 | None
+) -> QTensor:
+    """The codes and constants in the file."""
     layout = LAYOUTS[like.layout]
     constants_shape = layout.constants_shape(like.shape, like.block_size)
     packed = np.ascontiguousarray(codes.read()).reshape(-1).view(np.uint8).reshape(layout.codes_shape(like.shape))

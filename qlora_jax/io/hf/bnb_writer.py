@@ -1,10 +1,9 @@
-"""Writes a model in the 4 bits of bitsandbytes, or back in 16, as a folder for transformers; one tensor at a time."""
+"""Writes a model as a folder for transformers, in 4 bits of bitsandbytes or in 16 bits, one tensor at a time."""
 
 import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -14,65 +13,65 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 from qlora_jax.io.hf.model_writer import write_config
 from qlora_jax.io.hf.reader import SINGLE
-from qlora_jax.io.hf.shard_writer import Planned, write_safetensors
-from qlora_jax.io.loader import Progress, as_held, check_held, quantized
-from qlora_jax.io.model_source import ModelSource, reading_ahead
-from qlora_jax.io.tensor_map import Slot, check_inventory, layer_name, slots_of
+from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
+from qlora_jax.io.loader import Progress, check_stored_quantization, read_quantized, with_dense_layers
+from qlora_jax.io.model_source import JsonObject, ModelSource, prefetch
+from qlora_jax.io.tensor_map import Slot, check_tensors, layer_name, slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
-STATE_BYTES = 512  # of a quant_state, whose JSON is padded with spaces: sizes are told before offsets are known
+STATE_BYTES = 512  # of a quant_state: its JSON is padded with spaces, because the header is written before it
 
 
 def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:
-    """config.json and model.safetensors, with linear layers in codes of `weights`, or dense where it has none.
+    """Writes config.json and model.safetensors with linear layers quantized to `weights`.
 
-    What is not a linear layer is written in `weights.dtype`, and so are dense layers.
+    All other tensors, and linear layers that stay dense, are written in `weights.dtype`.
 
     Raises:
-      ValueError: as io.loader.load_model.
+      ValueError: as `load_model`.
     """
     features = model_config(source.config)
-    weights = as_held(weights, source, features)
+    weights = with_dense_layers(weights, source, features)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
-    check_inventory(source, {name: slot.shape for slot in slots for name in slot.names}, features)
-    check_held(source, slots)
+    check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)
+    check_stored_quantization(source, slots)
     names = [(slot, index) for slot in slots for index in range(len(slot.names))]
-    planned = [tensor for slot, index in names for tensor in _planned(slot, index, weights)]
-    write_safetensors(folder / SINGLE, planned, _values(source, names, weights, progress))
+    specs = [spec for slot, index in names for spec in _tensor_specs(slot, index, weights)]
+    write_safetensors(folder / SINGLE, specs, _values(source, names, weights, progress))
     dense = [layer_name(f"model.layers.{name}", layer) for name, layers in weights.dense for layer in layers]
     skipped = [features.hugging_face_name(name) for name in ("lm_head", *dense)]
     quantization = _quantization_config(weights, skipped)
     write_config(folder, source.config, {"torch_dtype": weights.dtype, **quantization})
 
 
-def _planned(slot: Slot, index: int, weights: WeightFormat) -> Iterator[Planned]:
+def _tensor_specs(slot: Slot, index: int, weights: WeightFormat) -> Iterator[TensorSpec]:
     """The tensors of one weight, in the order of `_parts`."""
     name = slot.names[index]
-    if slot.quantized_as(index) is None:
-        yield Planned(name, DTYPES[weights.dtype], slot.shape)
+    if slot.quantization_of(index) is None:
+        yield TensorSpec(name, DTYPES[weights.dtype], slot.shape)
         return
     blocks = -(-math.prod(slot.shape) // weights.block_size)
-    yield Planned(name, BYTES, (-(-math.prod(slot.shape) // 2), 1))
-    yield Planned(f"{name}.absmax", BYTES if weights.double_quant else F32, (blocks,))
-    yield Planned(f"{name}.quant_map", F32, (16,))
+    yield TensorSpec(name, BYTES, (-(-math.prod(slot.shape) // 2), 1))
+    yield TensorSpec(f"{name}.absmax", BYTES if weights.double_quant else F32, (blocks,))
+    yield TensorSpec(f"{name}.quant_map", F32, (16,))
     if weights.double_quant:
-        yield Planned(f"{name}.nested_absmax", F32, (-(-blocks // weights.nested_block_size),))
-        yield Planned(f"{name}.nested_quant_map", F32, (256,))
-    yield Planned(f"{name}.quant_state.bitsandbytes__{weights.quant_type}", BYTES, (STATE_BYTES,))
+        yield TensorSpec(f"{name}.nested_absmax", F32, (-(-blocks // weights.nested_block_size),))
+        yield TensorSpec(f"{name}.nested_quant_map", F32, (256,))
+    yield TensorSpec(f"{name}.quant_state.bitsandbytes__{weights.quant_type}", BYTES, (STATE_BYTES,))
 
 
 def _values(
     source: ModelSource, names: list[tuple[Slot, int]], weights: WeightFormat, progress: Progress
 ) -> Iterator[np.ndarray]:
     total, done = sum(source.tensors[slot.names[index]].nbytes for slot, index in names), 0
-    entries = reading_ahead([source.tensors[slot.names[index]] for slot, index in names])
+    entries = prefetch([source.tensors[slot.names[index]] for slot, index in names])
     for (slot, index), entry in zip(names, entries, strict=True):
-        if wants := slot.quantized_as(index):
-            yield from _parts(quantized(source, entry, wants), weights.dtype)
+        if spec := slot.quantization_of(index):
+            yield from _parts(read_quantized(source, entry, spec), weights.dtype)
         else:
             yield entry.read().astype(DTYPES[weights.dtype], copy=False)
         done += entry.nbytes
@@ -80,8 +79,8 @@ def _values(
 
 
 def _parts(weight: QTensor, dtype: str) -> Iterator[np.ndarray]:
-    """Codes, constants and tables of one weight, and what else bitsandbytes keeps of it."""
-    state: dict[str, Any] = {
+    """Yields codes, constants, tables and quant_state of one weight."""
+    state: JsonObject = {
         "quant_type": weight.quant_type,
         "blocksize": weight.block_size,
         "dtype": dtype,
@@ -100,7 +99,7 @@ def _parts(weight: QTensor, dtype: str) -> Iterator[np.ndarray]:
     yield np.frombuffer(text.ljust(STATE_BYTES), np.uint8)
 
 
-def _quantization_config(weights: WeightFormat, skipped: list[str]) -> dict[str, Any]:
+def _quantization_config(weights: WeightFormat, skipped: list[str]) -> JsonObject:
     if weights.quant_type is None:
         return {}
     config = {

@@ -1,4 +1,4 @@
-"""Writes a base as a run saw it, dequantized, with adapters merged or without, as a Hugging Face folder.
+"""Writes the dequantized base of a run as a Hugging Face folder, with or without adapters merged into it.
 
 One tensor is in memory at a time.
 """
@@ -7,7 +7,6 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,74 +15,75 @@ import numpy as np
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.hf.reader import INDEX, SINGLE
-from qlora_jax.io.hf.shard_writer import SHARD, Planned, index_of, split, write_safetensors
-from qlora_jax.io.model_source import TensorEntry
-from qlora_jax.io.tensor_map import Slot
+from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
+from qlora_jax.io.model_source import JsonObject, TensorEntry
+from qlora_jax.io.tensor_map import Leaf, Slot
 from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.norm import TrainableNorm
 from qlora_jax.quant import dequantize
 
-EMPTY: Mapping[str, TensorEntry] = {}
-Merging = Adapter | TrainableNorm  # what makes the tensors of a module others
+NO_ENTRIES: Mapping[str, TensorEntry] = {}
+Mergeable = Adapter | TrainableNorm  # can be merged into the tensors of a module
+Merge = Callable[[int, jax.Array], jax.Array]  # (layer, its dense tensor) -> the merged tensor
 
 
 def write_dense_folder(
     folder: Path,
     slots: Sequence[Slot],
-    config: dict[str, Any],
+    config: JsonObject,
     *,
-    computed: np.dtype,
+    compute_dtype: np.dtype,
     dtype: np.dtype,
-    adapters: Mapping[str, Merging],
-    original: Mapping[str, TensorEntry] = EMPTY,
+    adapters: Mapping[str, Mergeable],
+    original: Mapping[str, TensorEntry] = NO_ENTRIES,
 ) -> None:
-    """config.json and safetensors files: a model for transformers, in `dtype`.
+    """Writes config.json and safetensors files: a model for transformers in `dtype`.
 
-    A weight or bias with an adapter is what the adapter makes of it: dequantized as training saw it, merged in f32, and
-    rounded once.
+    A weight or bias with an adapter is dequantized as in training, merged in f32, and rounded once.
 
     Args:
-      slots: of the model without adapters.
+      slots: slots of the model without adapters.
       config: the model's config.json.
-      computed: the dtype that training computed in, and saw 4-bit weights in.
-      adapters: by the name of the first layer's module, `model.layers.0.self_attn.q_proj`.
-      original: tensors that take the place of the dequantized ones, by name.
+      compute_dtype: the dtype that training compute_dtype in, and dequantized 4-bit weights to.
+      dtype: the dtype of the written tensors.
+      adapters: adapters by the name of the first layer's module, such as `model.layers.0.self_attn.q_proj`.
+      original: tensors that replace the dequantized ones, by Hugging Face's name.
     """
-    planned = [Planned(name, dtype, slot.shape) for slot in slots for name in slot.names]
-    values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, computed, adapters, original))
-    shards = split(planned)
+    specs = [TensorSpec(name, dtype, slot.shape) for slot in slots for name in slot.names]
+    values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, compute_dtype, adapters, original))
+    shards = split_into_shards(specs)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
         write_safetensors(folder / name, shard, itertools.islice(values, len(shard)))
     if len(shards) > 1:
-        _write_json(folder / INDEX, index_of(dict(zip(names, shards, strict=True))))
+        _write_json(folder / INDEX, shard_index(dict(zip(names, shards, strict=True))))
     write_config(folder, config, {"torch_dtype": dtype.name})
 
 
 def dense_tensors(
     slots: Sequence[Slot],
-    computed: np.dtype,
-    adapters: Mapping[str, Merging],
-    original: Mapping[str, TensorEntry] = EMPTY,
+    compute_dtype: np.dtype,
+    adapters: Mapping[str, Mergeable],
+    original: Mapping[str, TensorEntry] = NO_ENTRIES,
 ) -> Iterator[jax.Array]:
-    """The tensors of the slots' names, in their order; those with an adapter in f32."""
+    """Yields the dense tensor of each name of each slot in order; tensors with an adapter in f32."""
     for slot in slots:
         module, _, leaf = slot.names[0].rpartition(".")
-        merged = _merged_by(adapters.get(module), leaf)
+        merge = _merge_of(adapters.get(module), leaf)
         for layer, name in enumerate(slot.names):
-            dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, layer, computed)
-            yield merged(layer, dense)
+            dense = jnp.asarray(original[name].read()) if name in original else _dense(slot, layer, compute_dtype)
+            yield merge(layer, dense)
 
 
-def write_config(folder: Path, config: dict[str, Any], changes: dict[str, Any]) -> None:
-    """config.json: `config` without what it says of how weights are stored, and `changes`."""
+def write_config(folder: Path, config: JsonObject, changes: JsonObject) -> None:
+    """Writes config.json: `config` without its keys for dtype and quantization, updated by `changes`."""
     kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
     _write_json(folder / "config.json", kept | changes)
 
 
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None:
-    """The tokenizer's files and generation_config.json; `stop` are the ids that end a reply."""
+    """Writes the tokenizer's files and generation_config.json; `stop` are the ids that end a reply."""
     _write_json(folder / "generation_config.json", {"eos_token_id": stop, "bos_token_id": tokenizer.bos_id})
     (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.add_bos_token}
@@ -92,10 +92,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
         (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
-Merged = Callable[[int, jax.Array], jax.Array]  # what becomes of one layer's tensor
-
-
-def _merged_by(adapter: Merging | None, leaf: str) -> Merged:
+def _merge_of(adapter: Mergeable | None, leaf: str) -> Merge:
     if adapter is None:
         return lambda layer, dense: dense
     if leaf == "bias":
@@ -103,23 +100,23 @@ def _merged_by(adapter: Merging | None, leaf: str) -> Merged:
     return lambda layer, dense: adapter.select_layer(layer).merge(dense)
 
 
-def _dense(slot: Slot, layer: int, computed: np.dtype) -> jax.Array:
+def _dense(slot: Slot, layer: int, compute_dtype: np.dtype) -> jax.Array:
     if not slot.stacked:
-        return slot.leaf
+        return jnp.asarray(slot.leaf)
     leaf = _layer(*_part(slot.leaf, layer))
-    return dequantize(leaf, computed) if isinstance(leaf, QTensor) else leaf
+    return dequantize(leaf, compute_dtype) if isinstance(leaf, QTensor) else leaf
 
 
-def _part(stack: Any, layer: int) -> tuple[Any, np.int32]:
-    """(the stack that holds the layer, its index there)."""
+def _part(stack: Leaf, layer: int) -> tuple[Leaf, np.int32]:
+    """(the stack that contains the layer, the layer's index in it)."""
     part, index = stack.locate(layer) if isinstance(stack, MixedStack) else (None, layer)
     return (stack if part is None else getattr(stack, part)), np.int32(index)
 
 
 @jax.jit
-def _layer(stack: Any, layer: Any) -> Any:
+def _layer(stack: QTensor | jax.Array, layer: jax.Array | np.int32) -> QTensor | jax.Array:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, layer, keepdims=False), stack)
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _write_json(path: Path, value: JsonObject) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

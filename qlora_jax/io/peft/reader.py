@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.hf.hub import named
+from qlora_jax.io.hf.hub import hub_name_of
 from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.hf.tokenizer import read_json
 from qlora_jax.io.model_source import TensorEntry
@@ -71,7 +71,7 @@ def base_of(folder: Path) -> str | None:
     """Where its base model is, as the adapter says; a name on the Hub with the revision, if one is told."""
     config = read_json(folder / CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
-    on_hub = named(base) if base and revision else None
+    on_hub = hub_name_of(base) if base and revision else None
     return str(dataclasses.replace(on_hub, revision=revision)) if on_hub else base
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import ConfigError
 from qlora_jax.config.sizes import parse_bytes
-from qlora_jax.io.hf.hub import fetch_config, named
+from qlora_jax.io.hf.hub import fetch_config, hub_name_of
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import ModelConfig
@@ -73,7 +73,7 @@ def model_features(path: str) -> ModelConfig:
         return model_config(open_model(place).config)
     if path in PUBLISHED:
         return model_config(PUBLISHED[path])
-    on_hub = named(path)
+    on_hub = hub_name_of(path)
     if on_hub is not None:
         return model_features(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""

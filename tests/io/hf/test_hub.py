@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, named
+from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, hub_name_of
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_of
 from qlora_jax.io.pretrained import open_pretrained
@@ -35,7 +35,7 @@ def set_offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def names(text: str) -> HubName:
-    name = HubName.of(text)
+    name = HubName.parse(text)
     assert name is not None
     return name
 
@@ -58,14 +58,14 @@ def test_a_name_is_read_and_written(text: str, parts: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("text", ["name", "./org/name", "~/org/name", "/org/name", "../name", "a/b/c", "org/name@a@b"])
 def test_a_path_is_no_name(text: str) -> None:
-    assert HubName.of(text) is None
+    assert HubName.parse(text) is None
 
 
 def test_what_lies_at_a_path_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/name").mkdir(parents=True)
-    assert named("org/name") is None
-    assert named("org/other") == names("org/other")
+    assert hub_name_of("org/name") is None
+    assert hub_name_of("org/other") == names("org/other")
 
 
 def test_only_what_is_read_is_fetched(hub: Hub, tmp_path: Path) -> None:
@@ -113,7 +113,7 @@ def test_a_gguf_file(hub: Hub, tmp_path: Path) -> None:
     config = tiny_config()
     file = write_gguf(tmp_path / "tiny.gguf", config, random_weights(config)).read_bytes()
     commit = hub.push(REPO, {"q8/tiny.gguf": file, "other.gguf": b"x"})
-    with pytest.raises(ValueError, match="not in the cache; nothing large is downloaded for a plan"):
+    with pytest.raises(ValueError, match="not in the cache; a plan downloads nothing large"):
         fetch_config(names(f"{REPO}/q8/tiny.gguf"))
     source = open_model(f"{REPO}/q8/tiny.gguf")
     assert source.hub_name == f"{REPO}@{commit}/q8/tiny.gguf"
@@ -124,11 +124,15 @@ def test_a_gguf_file(hub: Hub, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "name", "told"),
     [
-        (["a.gguf", "b.gguf"], REPO, r"has no config.json.*name one of them:\n  org/tiny/a.gguf\n  org/tiny/b.gguf"),
-        (["a.gguf", "config.json"], REPO, r"has no model.safetensors.*\n  org/tiny@[0-9a-f]{40}/a.gguf"),
-        (["config.json", "pytorch_model.bin"], REPO, r"has no model.safetensors.*pytorch_model.bin, a pickle"),
-        (["a.gguf"], f"{REPO}/c.gguf", r"has no c.gguf.*\n  org/tiny/a.gguf"),
-        (["config.json", "x.npz"], REPO, r"has no model.safetensors. It holds: config.json, x.npz"),
+        (
+            ["a.gguf", "b.gguf"],
+            REPO,
+            r"config.json is missing.*one of them:\n  org/tiny/a.gguf\n  org/tiny/b.gguf",
+        ),
+        (["a.gguf", "config.json"], REPO, r"model.safetensors is missing.*\n  org/tiny@[0-9a-f]{40}/a.gguf"),
+        (["config.json", "pytorch_model.bin"], REPO, r"model.safetensors is missing.*pytorch_model.bin, a pickle"),
+        (["a.gguf"], f"{REPO}/c.gguf", r"c.gguf is missing.*\n  org/tiny/a.gguf"),
+        (["config.json", "x.npz"], REPO, r"model.safetensors is missing. It contains: config.json, x.npz"),
     ],
 )
 def test_a_repository_without_it_tells_what_it_holds(hub: Hub, files: list[str], name: str, told: str) -> None:
@@ -148,7 +152,7 @@ def test_no_such_repository_or_revision(hub: Hub, tmp_path: Path) -> None:
 def test_a_gated_repository_wants_a_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push_folder(REPO, write_model(tmp_path / "tiny"))
     hub.gated.add(REPO)
-    with pytest.raises(ValueError, match=f"org/tiny is gated: accept its terms at {hub.url}/org/tiny.*HF_TOKEN"):
+    with pytest.raises(ValueError, match=f"org/tiny is gated. Accept its terms at {hub.url}/org/tiny.*HF_TOKEN"):
         open_model(REPO)
     monkeypatch.setenv("HF_TOKEN", hub.token)
     assert open_model(REPO).config["num_hidden_layers"] == 2
@@ -157,7 +161,7 @@ def test_a_gated_repository_wants_a_token(hub: Hub, tmp_path: Path, monkeypatch:
 def test_offline_and_never_fetched(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.push_folder(REPO, write_model(tmp_path / "tiny"))
     set_offline(monkeypatch)
-    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set, and the cache .* does not hold it"):
+    with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set, and the cache .* does not contain all of it"):
         open_model(REPO)
 
 
@@ -167,7 +171,7 @@ def test_offline_after_a_plan_and_after_all(hub: Hub, tmp_path: Path, monkeypatc
     with monkeypatch.context() as offline:
         set_offline(offline)
         assert model_features(REPO).num_layers == 2
-        with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set, and the cache .* or not all of it"):
+        with pytest.raises(ValueError, match=r"HF_HUB_OFFLINE is set, and the cache .* does not contain all of it"):
             open_model(REPO)
     whole = open_model(REPO)
     hub.asked.clear()
@@ -179,7 +183,7 @@ def test_offline_after_a_plan_and_after_all(hub: Hub, tmp_path: Path, monkeypatc
 
 def test_a_hub_that_is_away(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match=r"http://127.0.0.1:9 gives no answer, and the cache"):
+    with pytest.raises(ValueError, match=r"http://127.0.0.1:9 does not answer, and the cache"):
         open_model(REPO)
 
 

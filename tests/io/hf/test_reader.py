@@ -74,17 +74,20 @@ BAD_FILES = {
     "empty": (b"", "byte 0 announces a header of 0 bytes, the file has 0"),
     "header longer than the file": (b"\xff\xff\0\0\0\0\0\0{}", "announces a header of 65535 bytes, the file has 10"),
     "an unbelievable header": (b"\xff" * 8 + b"{}", "header of 18446744073709551615 bytes"),
-    "no JSON": (b"\2\0\0\0\0\0\0\0{]", "header from byte 8 is no JSON"),
-    "no object": (b"\2\0\0\0\0\0\0\0[]", "header from byte 8 is no JSON object"),
-    "truncated": (_header(w=GOOD) + b"1234567", r"truncated: tensor w lies in bytes \d+ to \d+, but the file ends at"),
-    "wrong size": (_header(w=GOOD | {"shape": [3]}) + b"12345678", "takes 12 bytes, .* which are 8"),
-    "negative": (_header(w=GOOD | {"shape": [-2], "data_offsets": [8, 0]}), "the header says .* of tensor w"),
-    "no offsets": (_header(w={"dtype": "F32", "shape": [2]}), "the header says .* of tensor w"),
-    "odd offsets": (_header(w=GOOD | {"data_offsets": [0, 4, 8]}), "the header says .* of tensor w"),
-    "boolean axis": (_header(w=GOOD | {"shape": [True, 2]}), "the header says .* of tensor w"),
-    "odd type": (_header(w=GOOD | {"dtype": ["F32"]}), "the header says .* of tensor w"),
-    "integers": (_header(w=GOOD | {"dtype": "I64"}), "tensor w has type I64; supported: F32, F16, BF16"),
-    "tensor is no object": (_header(w=3), "the header says 3 of tensor w"),
+    "no JSON": (b"\2\0\0\0\0\0\0\0{]", "header from byte 8 is not JSON"),
+    "no object": (b"\2\0\0\0\0\0\0\0[]", "header from byte 8 is not a JSON object"),
+    "truncated": (
+        _header(w=GOOD) + b"1234567",
+        r"truncated: tensor w is stored in bytes \d+ to \d+, but the file ends",
+    ),
+    "wrong size": (_header(w=GOOD | {"shape": [3]}) + b"12345678", "requires 12 bytes, .* which are 8"),
+    "negative": (_header(w=GOOD | {"shape": [-2], "data_offsets": [8, 0]}), "the header's entry of tensor w is"),
+    "no offsets": (_header(w={"dtype": "F32", "shape": [2]}), "the header's entry of tensor w is"),
+    "odd offsets": (_header(w=GOOD | {"data_offsets": [0, 4, 8]}), "the header's entry of tensor w is"),
+    "boolean axis": (_header(w=GOOD | {"shape": [True, 2]}), "the header's entry of tensor w is"),
+    "odd type": (_header(w=GOOD | {"dtype": ["F32"]}), "the header's entry of tensor w is"),
+    "integers": (_header(w=GOOD | {"dtype": "I64"}), r"tensor w .* \(found I64, expected F32, F16, BF16"),
+    "tensor is no object": (_header(w=3), "the header's entry of tensor w is 3"),
 }
 
 
@@ -124,7 +127,7 @@ def test_missing_shards_all_named(tmp_path: Path) -> None:
     write_folder(tmp_path, CONFIG, WEIGHTS, 3)
     for shard in (1, 3):
         (tmp_path / f"model-0000{shard}-of-00003.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"3 shards, 2 of them missing: model-00001-of.*, model-00003-of"):
+    with pytest.raises(ValueError, match=r"2 of the 3 shards in .* are missing: model-00001-of.*, model-00003-of"):
         open_model(tmp_path)
 
 
@@ -134,7 +137,7 @@ def test_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
     del index["weight_map"]["model.norm.weight"]
     index["weight_map"]["ghost"] = "model-00001-of-00002.safetensors"
     (tmp_path / INDEX).write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="does not fit its shards, 2 tensors") as error:
+    with pytest.raises(ValueError, match="2 tensors do not match the shards") as error:
         open_model(tmp_path)
     assert "ghost: named, but not in model-00001-of-00002.safetensors" in str(error.value)
     assert "model.norm.weight: in model-" in str(error.value)
@@ -143,10 +146,10 @@ def test_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "line 1, column 2: no JSON"),
+        ("{", "line 1, column 2: not JSON"),
         ("[]", "expected a JSON object, found list"),
-        ("{}", "expected an object 'weight_map'"),
-        ('{"weight_map": {"w": "../secret.safetensors"}}', "shards must lie in the folder itself, found ../secret"),
+        ("{}", "'weight_map' is not an object"),
+        ('{"weight_map": {"w": "../secret.safetensors"}}', "shards outside its folder \\(found ../secret"),
     ],
 )
 def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
@@ -159,15 +162,18 @@ def test_bad_index(tmp_path: Path, index: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "has no config.json.* It holds: nothing"),
-        ({"config.json": "{}"}, "neither model.safetensors nor model.safetensors.index.json"),
+        ({}, "config.json is missing.* It contains: nothing"),
+        ({"config.json": "{}"}, "model.safetensors and model.safetensors.index.json are both missing"),
         (
             {"config.json": "{}", "a.bin": ""},
-            r"a pickle: reading such a file can run any code.*save_pretrained",
+            r"a pickle, which is not read because it can run any code.*save_pretrained",
         ),
-        ({"model-q4.gguf": ""}, "holds model-q4.gguf: give the path of that file"),
-        ({"config.json": '{"hidden_size": 5,}'}, r"config.json, line 1, column \d+: no JSON"),
-        ({"config.json": '{"quantization_config": {"quant_method": "gptq"}}'}, "gptq.*already quantized"),
+        ({"model-q4.gguf": ""}, "contains model-q4.gguf: give the path of that file"),
+        ({"config.json": '{"hidden_size": 5,}'}, r"config.json, line 1, column \d+: not JSON"),
+        (
+            {"config.json": '{"quantization_config": {"quant_method": "gptq"}}'},
+            "found .*gptq.*16-bit model",
+        ),
     ],
 )
 def test_folder_without_a_model(tmp_path: Path, files: dict[str, str], message: str) -> None:
@@ -181,7 +187,7 @@ def test_paths_that_hold_no_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"no such file or folder\. Give a Hugging Face folder"):
         open_model("some-model")
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="is a weight file: give its folder"):
+    with pytest.raises(ValueError, match="a weight file, expected a model"):
         open_model(tmp_path / "model.safetensors")
 
 
