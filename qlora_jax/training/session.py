@@ -167,7 +167,11 @@ def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> 
 
 
 def prepare(
-    config: Config, inputs: Inputs, gradients: CompiledGradients, progress: Progress, initial: InitialAdapter | None = None
+    config: Config,
+    inputs: Inputs,
+    gradients: CompiledGradients,
+    progress: Progress,
+    initial: InitialAdapter | None = None,
 ) -> Session:
     """Loads and quantizes the base, adds the adapter, and returns the session at step 0.
 
