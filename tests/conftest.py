@@ -28,7 +28,7 @@ jaxtyping.install_import_hook(["qlora_jax", "pallas_kernels"], TYPECHECKER)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# The first example of a test compiles; a deadline would measure the compiler.
+# The first example of a test compiles, so a deadline would measure the compiler.
 hypothesis.settings.register_profile(
     "qlora_jax", deadline=None, max_examples=50, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -52,7 +52,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips tests marked `gpu` unless jax has an NVIDIA GPU; other GPUs have no compute capability of this form."""
-    from pallas_kernels.devices import target_device  # the import hook is in place by now
+    from pallas_kernels.devices import target_device  # after the import hook is installed
 
     if item.get_closest_marker("gpu") and target_device().compute_capability is None:
         platforms = os.environ["JAX_PLATFORMS"]
