@@ -9,7 +9,7 @@ from rich.console import Console
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
-from qlora_jax.evaluation.settings import GenerateArgs, check_generate
+from qlora_jax.inference.settings import GenerateArgs, check_generate
 
 if TYPE_CHECKING:
     from qlora_jax.data.readers.files import Row
@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.inference.decode import stream
     from qlora_jax.inference.reply_file import write_replies
     from qlora_jax.inference.sampling import Sampling
-    from qlora_jax.inference.terminal_chat import ENDS, chat, show_reply
+    from qlora_jax.inference.terminal_chat import END_MESSAGES, chat, show_reply
     from qlora_jax.io.pretrained import open_pretrained
 
     runtime.start()
@@ -60,8 +60,8 @@ def main(argv: list[str]) -> None:
             messages.print(f"{len(rows):,} replies: {args.output}", markup=False, highlight=False, soft_wrap=True)
     elif args.prompt is not None:
         _, end = show_reply(reply_to(encoded), opened.tokenizer, Console())
-        if end in ENDS:
-            messages.print(ENDS[end], style="dim", highlight=False)
+        if end in END_MESSAGES:
+            messages.print(END_MESSAGES[end], style="dim", highlight=False)
         if end == "interrupted":
             raise KeyboardInterrupt
     else:

@@ -16,11 +16,11 @@ from rich.text import Text
 from qlora_jax import allocator, runtime
 from qlora_jax.config import Config, read_arguments, run_main
 from qlora_jax.data.readers.files import read_rows
-from qlora_jax.evaluation.tables import Scored, show
-from qlora_jax.evaluation.tasks.text import rows_task
+from qlora_jax.evaluation.results import print_table, task_result
+from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.prompts import prompter, stop_ids
-from qlora_jax.inference.result_cache import NOTHING_KEPT
+from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import ModelParts, partition
@@ -86,8 +86,8 @@ def _scores(opened: OpenedModel, parts: dict[str, ModelParts], console: Console)
     scores = {}
     for column, model in parts.items():
         with console.status(f"scoring {LABELS[column]}"):
-            scores[column] = task.score(model, lambda done: None, NOTHING_KEPT)
-    show(Scored(task, scores), LABELS, console)
+            scores[column] = task.score(model, lambda done: None, NO_CACHE)
+    print_table(task_result(task, scores), LABELS, console)
 
 
 def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console) -> None:

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from qlora_jax import evaluate
-from qlora_jax.evaluation.loglikelihood import answer_scores
+from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, wilson_interval
-from qlora_jax.evaluation.tasks.choices import choice_scores
-from qlora_jax.evaluation.tasks.text import choice_task, rows_task, text_task
+from qlora_jax.evaluation.tasks.choices import choices_task, score_choices
+from qlora_jax.evaluation.tasks.rows import rows_task
+from qlora_jax.evaluation.tasks.text import text_task
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
@@ -35,16 +36,16 @@ def folder(tmp_path_factory):
 
 
 def direct(folder, column, step=7):
-    """A column's scores without the command."""
+    """The scores of a column, computed without the command."""
     opened = open_pretrained(run=str(folder / "run"), step=step)
     model = load_base(opened, weight_settings(opened, "none" if column == "unquantized" else "auto", "float32"))
     parts = apply_adapter(model, opened.run) if column == "checkpoint" else partition(model)
     tokenizer, limits = opened.tokenizer, dict(max_rows=None, max_positions=256)
     text = text_task(str(folder / "text.txt"), tokenizer, window=64, stride=None, max_tokens=None, max_positions=256)
     return (
-        answer_scores(parts, text.rows),
-        choice_scores(parts, choice_task(str(folder / "questions.jsonl"), tokenizer, **limits).choices),
-        answer_scores(parts, rows_task(str(folder / "rows.jsonl"), tokenizer, **limits).rows),
+        score_rows(parts, text.rows),
+        score_choices(parts, choices_task(str(folder / "questions.jsonl"), tokenizer, **limits).choices),
+        score_rows(parts, rows_task(str(folder / "rows.jsonl"), tokenizer, **limits).rows),
     )
 
 
@@ -132,7 +133,7 @@ def test_a_run_on_another_base_stands_beside_it(folder, tmp_path, capsys):
 
 
 def another_reader(folder, path, what):
-    """The run's folder again, on a base with another chat template, token to end with, or vocabulary."""
+    """Copies the run's folder, on a base with another chat template, eos token, or vocabulary."""
     shutil.copytree(folder, path)
     config = path / "run/config.yaml"
     config.write_text(config.read_text().replace(str(folder), str(path)))
@@ -153,23 +154,31 @@ def another_reader(folder, path, what):
 @pytest.mark.parametrize(
     ("what", "task", "message"),
     [
-        ("vocabulary", "text", r"text: 5 of 5 become other tokens.*; the first is number 1\nTheir models' tokenizers"),
-        ("vocabulary", "letters", "letters: 12 of 12 become"),
-        ("vocabulary", "harness", "harness: its texts would become other tokens"),
-        ("template", "choices", r"choices: 12 of 12 become other tokens(?s:.*)chat templates.*: --chat_template FILE"),
-        ("template", "rows", "rows: 4 of 4 become"),
-        ("template", "answers", "answers: 4 of 4 become"),
-        ("end", "answers", r"answers: 4 of 4 become other tokens, or end at others(?s:.*)ends of replies"),
+        (
+            "vocabulary",
+            "text",
+            r"text: different tokens or stop tokens in 5 of 5; the first is number 1\nTheir tokenizers",
+        ),
+        ("vocabulary", "letters", "letters: different tokens or stop tokens in 12 of 12"),
+        ("vocabulary", "harness", "harness: different tokenizers or maximum lengths"),
+        (
+            "template",
+            "choices",
+            r"choices: different tokens or stop tokens in 12 of 12(?s:.*)chat templates.*--chat_template FILE",
+        ),
+        ("template", "rows", "rows: different .* in 4 of 4"),
+        ("template", "answers", "answers: different .* in 4 of 4"),
+        ("end", "answers", r"answers: different .* in 4 of 4(?s:.*)or stop tokens differ"),
     ],
 )
-def test_runs_that_are_not_asked_the_same_are_not_compared(folder, tmp_path, what, task, message):
+def test_runs_with_different_questions_are_not_compared(folder, tmp_path, what, task, message):
     files = {"text": "text.txt", "choices": "questions.jsonl", "letters": "questions.jsonl"}
     value = "[a_task]" if task == "harness" else str(folder / files.get(task, f"{task}.jsonl"))
     given = [f"--{task}", value, "--window", "64", "--max_new_tokens", "9"]
     other = another_reader(folder, tmp_path / "other", what)
     with pytest.raises(ValueError, match=message) as error:
         evaluate.main(["--run", str(folder / "run"), "--against", str(other), *given])
-    assert str(error.value).startswith(f"run {folder}/run and against {other} are not asked the same")
+    assert str(error.value).startswith(f"run {folder}/run and against {other}: not comparable")
 
 
 def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
@@ -187,31 +196,34 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model MODEL", "text, choices, letters, answers, rows, harness: none is given"),
-        ("--model MODEL --text TEXT --window 9 --stride 10", r"stride: found 10, expected at most window \(9\)"),
+        ("--model MODEL", "text, choices, letters, answers, rows, harness: found none"),
+        (
+            "--model MODEL --text TEXT --window 9 --stride 10",
+            r"stride: larger than window.* \(found 10, expected at most 9\)",
+        ),
         ("--model MODEL --text TEXT --shots TEXT", "shots: requires letters; set it too"),
         ("--model MODEL --text TEXT --answer_pattern x", "answer_pattern: requires answers; set it too"),
-        ("--model MODEL --answers TEXT --answer_pattern (", r"found '\(', no regular expression: missing \)"),
-        ("--model MODEL --text TEXT --columns [checkpoint]", "columns: checkpoint needs a run"),
-        ("--model MODEL --text TEXT --columns [against]", "columns: against needs another run"),
-        ("--model MODEL --against MODEL --text TEXT", "against: is compared with a run; give run too"),
-        ("--run RUN --against RUN --text TEXT", "against: found what run is; give another run's folder"),
-        ("--run RUN --against_step 3 --text TEXT", "against_step: is another run's; give against too"),
+        ("--model MODEL --answers TEXT --answer_pattern (", r"not a regular expression \(found '\('\): missing \)"),
+        ("--model MODEL --text TEXT --columns [checkpoint]", "columns: checkpoint requires run"),
+        ("--model MODEL --text TEXT --columns [against]", "columns: against requires another run"),
+        ("--model MODEL --against MODEL --text TEXT", "against: requires run"),
+        ("--run RUN --against RUN --text TEXT", "against: the same run and checkpoint as run .*Set another run"),
+        ("--run RUN --against_step 3 --text TEXT", "against_step: requires against"),
         (
             "--model MODEL --text TEXT --file_columns {'answer':'a'}",
             "file_columns: requires one of choices, letters, answers",
         ),
-        ("--model MODEL --answers TEXT --file_columns {'a':'answer'}", "'a', expected some of question, answer, each"),
-        ("--model MODEL --rows TEXT --file_columns {'answer':'a'}", "found 'answer', expected some of .*completion"),
+        ("--model MODEL --answers TEXT --file_columns {'a':'answer'}", "found 'a', expected any of question, answer"),
+        ("--model MODEL --rows TEXT --file_columns {'answer':'a'}", "found 'answer', expected any of .*completion"),
         (
             "--model MODEL --text TEXT --columns [nf4]",
-            "columns: found 'nf4', expected .*did you mean quantized",
+            "columns: unknown column .found 'nf4', expected .*Did you mean quantized",
         ),
-        ("--model MODEL --text TEXT --columns [chekpoint]", "found 'chekpoint', .*did you mean checkpoint"),
-        ("--model MODEL --text TEXT --columns [quantized] --quant_type none", "quantized needs a quant_type"),
-        ("--model MODEL --text TEXT --json nowhere/x", "json: found 'nowhere/x', but there is no folder"),
+        ("--model MODEL --text TEXT --columns [chekpoint]", "found 'chekpoint', .*Did you mean checkpoint"),
+        ("--model MODEL --text TEXT --columns [quantized] --quant_type none", "quantized requires a quant_type"),
+        ("--model MODEL --text TEXT --json nowhere/x", "json: folder 'nowhere' does not exist"),
         ("--model MODEL --text nowhere --window 9", "nowhere: no such file"),
-        ("--model MODEL --text TEXT", "window=512: the model reads 256 tokens"),
+        ("--model MODEL --text TEXT", r"window: too long \(found 512; the model has 256"),
         ("--model MODEL --rows TEXT", "text.txt: text, expected rows: begins with 'w', and rows are JSON objects"),
     ],
 )

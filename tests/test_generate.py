@@ -86,7 +86,7 @@ def test_a_chat_keeps_its_history(folder, capsys, monkeypatch):
     generate.main(["--run", str(folder / "run"), "--max_new_tokens", "8"])
     lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(("/", "stopped"))]
     assert len(lines) == 4
-    assert (lines[0], lines[2], lines[3]) == (first, "the conversation begins anew", first)
+    assert (lines[0], lines[2], lines[3]) == (first, "starting over", first)
     assert lines[1] != first
 
 
@@ -105,18 +105,21 @@ def test_an_adapter_on_a_base_held_otherwise_is_told(folder, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--prompt x", r"model, run: neither is given"),
-        ("--model m --step 3", r"step: is a run's"),
-        ("--model m --prompt x --prompts y", r"prompt and prompts: both are given"),
-        ("--model m --output o", r"output: is for the replies to a file of prompts"),
-        ("--model m --prompts p --output nowhere/o", r"output: found 'nowhere/o', but there is no folder 'nowhere'"),
+        ("--prompt x", r"model, run: found neither"),
+        ("--model m --step 3", r"step: requires run"),
+        ("--model m --prompt x --prompts y", r"prompt, prompts: found both"),
+        ("--model m --output o", r"output: requires prompts"),
+        ("--model m --prompts p --output nowhere/o", r"output: folder 'nowhere' does not exist"),
         ("--model m --top_p 0", r"top_p: found 0, expected more than 0 and at most 1"),
         ("--model m --topk 3", r"topk: unknown setting; did you mean top_k"),
         ("--model nowhere", r"nowhere: no such file or folder"),
         ("--run nowhere", r"nowhere: not a run folder"),
         ("--run RUN --step 4", r"does not have a checkpoint of step 4 \(found steps: \[3, 7\]\)"),
-        (f"--model MODEL --prompt {'x' * 300}", r"--prompt:1: 3\d\d tokens, and the model has 256 positions"),
-        ("--model MODEL --raw --system x", r"--system is for a chat template, and --raw is given"),
+        (
+            f"--model MODEL --prompt {'x' * 300}",
+            r"--prompt:1: too long .found 3\d\d tokens; the model has 256 positions",
+        ),
+        ("--model MODEL --raw --system x", r"--system: requires a chat template. Remove --raw"),
     ],
 )
 def test_bad_settings(folder, words, message):
@@ -135,8 +138,8 @@ def test_bad_prompts_are_told_by_line_before_the_model_is_loaded(folder, tmp_pat
     assert "4 of 5 rows can't be used" in lines[0]
     for line, (number, words) in zip(
         lines[1:],
-        [(1, "expected one of the columns 'messages', 'prompt', 'instruction'; found 'question'"), (2, "prompt is int"),
-         (3, "assistant"), (4, "tokens, and the model has 256 positions")],
+        [(1, r"found columns 'question', expected one of 'messages', 'prompt', 'instruction'"), (2, "prompt is int"),
+         (3, "assistant"), (4, "tokens; the model has 256 positions")],
         strict=True,
     ):  # fmt: skip
         assert f"{path}:{number}: " in line and words in line
@@ -144,7 +147,7 @@ def test_bad_prompts_are_told_by_line_before_the_model_is_loaded(folder, tmp_pat
 
 def test_help_tells_every_setting_and_its_default(capsys):
     with pytest.raises(SystemExit) as left:
-        generate.main(["--help"])
+        generate.main(["--help", "all"])
     printed = capsys.readouterr().out
     assert left.value.code == 0
     assert printed.startswith("usage: python -m qlora_jax.generate [--config FILE] [--key value ...]")

@@ -1,4 +1,4 @@
-"""Which rows go through a model together: shapes are few, since each is compiled, and hold little padding.
+"""Groups rows into batches with few shapes, since each shape compiles, and little padding.
 
 Dimension key: B rows of a batch, T positions.
 """
@@ -9,13 +9,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-BATCH_TOKENS = 4096  # positions that go through a model at once, padding included; a longer row goes alone
-SHAPE_COST = 4096  # positions whose computation takes about as long as the compilation of a shape
-LEAST_STEP = 16
+BATCH_TOKENS = 4096  # maximum positions of a batch, padding included; a longer row is a batch by itself
+SHAPE_COST = 4096  # compiling a shape takes about as long as computing this many positions
+MIN_STEP = 16
 
 
 class Batch(NamedTuple):
-    """Indices of rows, and the shape [B, T] that they are padded to."""
+    """Indices of rows, and the shape [B, T] to which they are padded."""
 
     rows: list[int]
     size: int
@@ -23,25 +23,25 @@ class Batch(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """B T."""
+        """The number of positions, B T."""
         return self.size * self.length
 
     @property
     def shape(self) -> str:
-        """In words."""
+        """The shape as text."""
         return f"{self.size} x {self.length} tokens"
 
 
 def padded_length(length: int) -> int:
-    """The smallest multiple of 16 that is at least `length`; above 256 one of 32, above 512 one of 64, ..."""
-    step = max(LEAST_STEP, 1 << (length - 1).bit_length() >> 4)
+    """Rounds up to a multiple of 16; above 256 to a multiple of 32, above 512 of 64, and so on."""
+    step = max(MIN_STEP, 1 << (length - 1).bit_length() >> 4)
     return -(-length // step) * step
 
 
 def batches_by_length(lengths: Sequence[int]) -> list[Batch]:
-    """Batches of rows of these lengths, longest first, with one shape for each T.
+    """Groups rows of these lengths into batches, longest first, with one shape for each T.
 
-    The T are those of `padded_length` that make (positions computed) + SHAPE_COST (number of shapes) least.
+    The T are values of `padded_length` that minimize (positions computed) + SHAPE_COST (number of shapes).
     """
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     made: list[Batch] = []
@@ -53,9 +53,9 @@ def batches_by_length(lengths: Sequence[int]) -> list[Batch]:
 
 
 def _groups(padded: Sequence[int]) -> list[tuple[int, int]]:
-    """(T, how many rows are padded to it), ascending: the best of all ways to merge neighbours."""
+    """(T, number of rows padded to it), ascending: the cheapest way to merge neighbouring lengths."""
     rungs, counts = np.unique(np.array(padded, np.int64), return_counts=True)
-    below = [0, *np.cumsum(counts).tolist()]  # rows that are shorter than each rung
+    below = [0, *np.cumsum(counts).tolist()]  # number of rows shorter than each rung
     costs, begins = [0], [0]
     for end, length in enumerate(rungs.tolist(), start=1):
         options = [costs[begin] + _cost(below[end] - below[begin], length) for begin in range(end)]
@@ -74,18 +74,18 @@ def _cost(count: int, length: int) -> int:
 
 
 def _split(count: int, length: int) -> tuple[int, int]:
-    """(B, number of batches), all alike and within BATCH_TOKENS: those that leave the fewest rows empty.
+    """(B, number of batches) of equal batches within BATCH_TOKENS that leave the fewest rows empty.
 
-    Up to twice as many batches as have to be: 15 rows of which 8 fit are 3 batches of 5, not 2 of 8.
+    Allows up to twice the minimum number of batches: 15 rows, of which 8 fit, make 3 batches of 5, not 2 of 8.
     """
     least = -(-count // max(1, BATCH_TOKENS // length))
     splits = [(-(-count // batches), batches) for batches in range(least, 2 * least + 1)]
-    return min(splits, key=lambda split: split[0] * split[1])  # of those alike the one of fewest batches
+    return min(splits, key=lambda split: split[0] * split[1])  # among equals, the fewest batches
 
 
-def stacked(batch: Batch, members: Sequence[Int32[np.ndarray, "_"]], fill: int = 0) -> Int32[np.ndarray, "B T"]:
-    """The rows of a batch, in its order, padded with `fill`."""
+def pad_rows(batch: Batch, members: Sequence[Int32[np.ndarray, "_"]], fill: int = 0) -> Int32[np.ndarray, "B T"]:
+    """Stacks the rows of a batch, in its order, padded with `fill` on the right and below."""
     padded_BT = np.full((batch.size, batch.length), fill, np.int32)
-    for place, row in enumerate(members):
-        padded_BT[place, : len(row)] = row
+    for index, row in enumerate(members):
+        padded_BT[index, : len(row)] = row
     return padded_BT

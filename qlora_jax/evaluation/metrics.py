@@ -1,50 +1,67 @@
-"""What a task says of one model, and of two."""
+"""Metrics of one model, and comparisons of a metric between two models."""
 
-from collections.abc import Callable
-from typing import NamedTuple
+import math
+from typing import Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool
 
-from qlora_jax.evaluation.statistics import mcnemar, wilson_interval
+from qlora_jax.evaluation.loglikelihood import RowScores
+from qlora_jax.evaluation.statistics import bootstrap, mcnemar, paired_bootstrap, wilson_interval
 
-Progress = Callable[[int], None]
+# A share is from 0 to 1 and shown as a percentage.
+MetricKind = Literal["share", "number", "count"]
 
 
-class Measure(NamedTuple):
-    """One figure of one model.
+class Metric(NamedTuple):
+    """One metric of one model.
 
     Fields:
-      kind: "share" (from 0 to 1), "number", or "count".
-      interval: 95 %, or None.
+      interval: 95 % confidence interval, or None.
     """
 
     name: str
-    kind: str
+    kind: MetricKind
     value: float
     interval: tuple[float, float] | None = None
 
 
 class Comparison(NamedTuple):
-    """A figure's change from one model to another, scored on the same rows.
+    """The change of a metric from one model to another, scored on the same rows.
 
     Fields:
-      interval: 95 % of the difference (paired bootstrap over rows), or None.
-      p: that the two are equally good (McNemar, exact), or None.
+      interval: 95 % confidence interval of the difference (paired bootstrap over rows), or None.
+      p: p-value of the hypothesis that both models are equally good (McNemar's exact test), or None.
     """
 
     name: str
-    kind: str
+    kind: MetricKind
     difference: float
     interval: tuple[float, float] | None = None
     p: float | None = None
 
 
-def share(name: str, right: Bool[np.ndarray, " rows"]) -> Measure:
-    """How many rows are right."""
-    return Measure(name, "share", float(right.mean()), wilson_interval(int(right.sum()), len(right)))
+def share(name: str, right: Bool[np.ndarray, " rows"]) -> Metric:
+    """The share of rows that are right, with its Wilson interval."""
+    return Metric(name, "share", float(right.mean()), wilson_interval(int(right.sum()), len(right)))
 
 
 def share_change(name: str, before: Bool[np.ndarray, " rows"], after: Bool[np.ndarray, " rows"]) -> Comparison:
-    """The same of two models, in pairs."""
+    """The change of the share of rows that are right, with McNemar's p-value."""
     return Comparison(name, "share", float(after.mean() - before.mean()), p=mcnemar(before, after))
+
+
+def loss_metrics(scores: RowScores) -> list[Metric]:
+    """The perplexity, and the loss in nats per token; each scored token has the same weight."""
+    low, high = interval = bootstrap(scores.nll, scores.tokens)
+    perplexities = math.exp(low), math.exp(high)
+    return [
+        Metric("perplexity", "number", scores.perplexity, perplexities),
+        Metric("loss a token", "number", scores.mean_nll, interval),
+    ]
+
+
+def loss_change(before: RowScores, after: RowScores) -> Comparison:
+    """The change of the loss, in nats per token."""
+    interval = paired_bootstrap(before.nll, after.nll, after.tokens)
+    return Comparison("loss a token", "number", after.mean_nll - before.mean_nll, interval=interval)

@@ -1,4 +1,4 @@
-"""Rows that begin with the same prompt, such as the options of a question, as one row: the prompt is computed once.
+"""Packs rows that share a prompt, such as the options of a question, into one row: the prompt is computed once.
 
 Dimension key: T positions of a row, K scored tokens.
 """
@@ -10,21 +10,22 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-ScoredIds = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # ids of a row, and which of them are scored
+ScoredIds = tuple[Int32[np.ndarray, "_"], Bool[np.ndarray, "_"]]  # ids of a row, and a mask of the scored ones
 
-# About how many positions a prompt's continuations take together, or as many as the prompt where that is longer.
-LEAST_BRANCHES = 512
+# The continuations in one packed row have about this many positions, or as many as the prompt if it is longer.
+MIN_BRANCH_POSITIONS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Packed:
-    """What goes through the model as one row, and what is then scored of it. No token is there that is only predicted.
+class PackedRow:
+    """One row of the model's input, and the tokens to score in it; tokens that are only predicted are not inputs.
 
     Fields:
       ids: a prompt and its continuations, or a whole text.
       branches: 0 for the prompt, then 1, 2, ... for each continuation; None for a whole text.
-      row: the row that each scored token belongs to, in order.
-      before: the place whose hidden state predicts it; targets: the token.
+      row: index of the row that each scored token belongs to, in order.
+      before: position whose hidden state predicts each scored token.
+      targets: id of each scored token.
     """
 
     ids: Int32[np.ndarray, " T"]
@@ -34,43 +35,43 @@ class Packed:
     targets: Int32[np.ndarray, " K"]
 
 
-def packed_rows(rows: Sequence[ScoredIds], *, share: bool) -> list[Packed]:
-    """The rows, those that begin with the same ids up to their first scored one together, if nothing is longer.
+def pack_rows(rows: Sequence[ScoredIds], *, share: bool) -> list[PackedRow]:
+    """Packs rows that are equal up to their first scored id, if all their continuations are shorter than the prompt.
 
     Args:
-      share: False: each goes alone.
+      share: False: pack each row alone.
     """
     if not share:
         return [_alone(index, *row) for index, row in enumerate(rows)]
     together: dict[bytes, list[int]] = {}
     for index, (ids, scored) in enumerate(rows):
-        together.setdefault(ids[: _first(scored)].tobytes(), []).append(index)
-    return [packed for members in together.values() for packed in _packed(rows, members)]
+        together.setdefault(ids[: _first_scored(scored)].tobytes(), []).append(index)
+    return [packed for members in together.values() for packed in _pack_group(rows, members)]
 
 
-def _first(scored: np.ndarray) -> int:
-    """The place of the first token that is scored; never 0, before which nothing stands."""
+def _first_scored(scored: np.ndarray) -> int:
+    """Position of the first scored token; at least 1, because no token precedes position 0."""
     return 1 + int(np.argmax(scored[1:]))
 
 
-def _packed(rows: Sequence[ScoredIds], members: Sequence[int]) -> Iterator[Packed]:
-    prompt = _first(rows[members[0]][1])
-    inputs = [len(rows[index][0]) - 1 - prompt for index in members]  # of the last token nothing is asked
+def _pack_group(rows: Sequence[ScoredIds], members: Sequence[int]) -> Iterator[PackedRow]:
+    prompt = _first_scored(rows[members[0]][1])
+    inputs = [len(rows[index][0]) - 1 - prompt for index in members]  # the last token is only predicted
     if len(members) == 1 or max(inputs) >= prompt:
         yield from (_alone(index, *rows[index]) for index in members)
         return
-    room, taken = max(prompt, LEAST_BRANCHES), np.cumsum(inputs)
-    for _, group in itertools.groupby(range(len(members)), key=lambda place: int(taken[place]) // room):
+    limit, taken = max(prompt, MIN_BRANCH_POSITIONS), np.cumsum(inputs)
+    for _, group in itertools.groupby(range(len(members)), key=lambda place: int(taken[place]) // limit):
         yield _branching(rows, [members[place] for place in group], prompt)
 
 
-def _alone(index: int, ids: np.ndarray, scored: np.ndarray) -> Packed:
+def _alone(index: int, ids: np.ndarray, scored: np.ndarray) -> PackedRow:
     places = np.flatnonzero(scored[1:])
     row = np.full(len(places), index)
-    return Packed(ids=ids[:-1], branches=None, row=row, before=places, targets=ids[places + 1])
+    return PackedRow(ids=ids[:-1], branches=None, row=row, before=places, targets=ids[places + 1])
 
 
-def _branching(rows: Sequence[ScoredIds], members: Sequence[int], prompt: int) -> Packed:
+def _branching(rows: Sequence[ScoredIds], members: Sequence[int], prompt: int) -> PackedRow:
     ids, branches, found = [rows[members[0]][0][:prompt]], [np.zeros(prompt, np.int32)], []
     end = prompt
     for branch, index in enumerate(members, start=1):
@@ -83,4 +84,4 @@ def _branching(rows: Sequence[ScoredIds], members: Sequence[int], prompt: int) -
         end += len(continuation) - 1
     row, before, targets = (np.concatenate(part) for part in zip(*found, strict=True))
     joined = {"ids": np.concatenate(ids), "branches": np.concatenate(branches)}
-    return Packed(**joined, row=row, before=before, targets=targets)
+    return PackedRow(**joined, row=row, before=before, targets=targets)

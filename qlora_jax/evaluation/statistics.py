@@ -1,17 +1,21 @@
-"""How far a score can be trusted: intervals, and tests between two models that were scored on the same rows."""
+"""Confidence intervals of scores, and tests between two models that were scored on the same rows.
+
+SciPy has Wilson intervals and exact binomial tests too. They are computed here because importing `scipy.stats` takes
+about as long as importing JAX; a test compares them with SciPy's.
+"""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
 Z_95 = 1.959963984540054
+SAMPLES = 10_000  # of a bootstrap
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """The shares p for which |successes / trials - p| <= 1.96 sqrt(p (1 - p) / trials): 95 % (Wilson 1927)."""
+    """95 % interval of a share: the p with |successes / trials - p| <= 1.96 sqrt(p (1 - p) / trials) (Wilson 1927)."""
     share, spread = successes / trials, Z_95**2 / trials
     middle = share + spread / 2
     half = Z_95 * math.sqrt(share * (1 - share) / trials + spread / (4 * trials))
@@ -19,9 +23,12 @@ def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
 
 
 def mcnemar(a: Bool[np.ndarray, " rows"], b: Bool[np.ndarray, " rows"]) -> float:
-    """Two-sided exact p-value that models right on rows `a` and on rows `b` are equally good (McNemar).
+    """Two-sided exact p-value of the hypothesis that two models are equally good (McNemar 1947).
 
-    Only rows that one of them has right count: under equality either is the one by a fair coin.
+    Only rows that exactly one model has right count. If the models are equally good, a fair coin decides which one.
+
+    Args:
+      a, b: which rows each model has right.
     """
     only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
     trials = only_a + only_b
@@ -30,69 +37,73 @@ def mcnemar(a: Bool[np.ndarray, " rows"], b: Bool[np.ndarray, " rows"]) -> float
 
 
 def bootstrap(sums: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> tuple[float, float]:
-    """95 % interval of (sum of sums) / (sum of tokens), rows drawn as `paired_bootstrap` draws them."""
+    """95 % interval of (sum of sums) / (sum of tokens); rows are resampled as in `paired_bootstrap`."""
     return paired_bootstrap(np.zeros(len(sums)), sums, tokens)
 
 
 def stratified_bootstrap(right: Bool[np.ndarray, " rows"], subjects: Sequence[str]) -> tuple[float, float]:
-    """95 % interval of the mean of the subjects' shares, each drawn again 10,000 times from its own rows, seed 0.
+    """95 % interval of the mean of the subjects' shares; each subject's rows are resampled 10,000 times, seed 0.
 
-    A subject with n rows, k of them right, gives a binomial draw of n rows with share k / n.
+    Resampling a subject of n rows, k of them right, is a binomial draw of n trials with probability k / n.
     """
     names, rng = np.array(subjects), np.random.default_rng(0)
-    of_each = [right[names == name] for name in sorted(set(subjects))]
-    draws = [rng.binomial(len(rows), rows.mean(), size=10_000) / len(rows) for rows in of_each]
-    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
-    return float(low), float(high)
+    by_subject = [right[names == name] for name in sorted(set(subjects))]
+    draws = [rng.binomial(len(rows), rows.mean(), size=SAMPLES) / len(rows) for rows in by_subject]
+    return _interval(np.mean(draws, axis=0))
 
 
 def stratified_paired_bootstrap(
     before: Bool[np.ndarray, " rows"], after: Bool[np.ndarray, " rows"], subjects: Sequence[str]
 ) -> tuple[float, float]:
-    """95 % interval of the change of that mean: each subject's pairs are drawn again 10,000 times, seed 0.
+    """95 % interval of the change of the mean of the subjects' shares between two models, 10,000 samples, seed 0.
 
-    Of a subject's n pairs, those that got worse, stayed and got better give a multinomial draw.
+    Resampling a subject's n pairs is a multinomial draw of the pairs that got worse, stayed and got better.
     """
     names, rng = np.array(subjects), np.random.default_rng(0)
     changes = after.astype(np.int64) - before
-    of_each = [changes[names == name] for name in sorted(set(subjects))]
+    by_subject = [changes[names == name] for name in sorted(set(subjects))]
     draws = [
-        rng.multinomial(len(rows), [(rows == kind).mean() for kind in (-1, 0, 1)], size=10_000) @ (-1, 0, 1) / len(rows)
-        for rows in of_each
+        rng.multinomial(len(rows), [(rows == kind).mean() for kind in (-1, 0, 1)], size=SAMPLES)
+        @ (-1, 0, 1)
+        / len(rows)
+        for rows in by_subject
     ]
-    low, high = np.quantile(np.mean(draws, axis=0), (0.025, 0.975))
-    return float(low), float(high)
+    return _interval(np.mean(draws, axis=0))
 
 
 def paired_bootstrap(
     a: Float64[np.ndarray, " rows"], b: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]
 ) -> tuple[float, float]:
-    """95 % interval of (sum of b - sum of a) / (sum of tokens), rows drawn with replacement 10,000 times, seed 0.
+    """95 % interval of (sum of b - sum of a) / (sum of tokens); rows are resampled 10,000 times, seed 0.
 
     Args:
-      a, b: two models' sums over each row, of -log p for instance.
+      a, b: each model's sum over the tokens of each row, for instance of -log p.
+      tokens: number of tokens of each row.
     """
-    changes = np.concatenate([(draws @ (b - a)) / (draws @ tokens) for draws in _draws(len(a))])
-    low, high = np.quantile(changes, (0.025, 0.975))
-    return float(low), float(high)
+    return _interval(np.concatenate([(draws @ (b - a)) / (draws @ tokens) for draws in _resample_counts(len(a))]))
 
 
 def paired_bootstrap_of(
-    before: Float64[np.ndarray, "rows 2"], after: Float64[np.ndarray, "rows 2"], of_mean: Callable[[Any], Any]
+    before: Float64[np.ndarray, "rows 2"],
+    after: Float64[np.ndarray, "rows 2"],
+    metric_of_mean: Callable[[Float64[np.ndarray, " samples"]], Float64[np.ndarray, " samples"]],
 ) -> tuple[float, float]:
-    """95 % interval of of_mean(after's mean) - of_mean(before's mean), rows drawn as `paired_bootstrap` draws them.
+    """95 % interval of metric_of_mean(after's mean) - metric_of_mean(before's mean), as in `paired_bootstrap`.
 
     Args:
-      before, after: each row's value and weight; a mean is (sum of values) / (sum of weights).
+      before, after: each row's value and weight; the mean is (sum of values) / (sum of weights).
     """
-    sums = np.concatenate([np.hstack([draws @ before, draws @ after]) for draws in _draws(len(before))])
-    changes = of_mean(sums[:, 2] / sums[:, 3]) - of_mean(sums[:, 0] / sums[:, 1])
-    low, high = np.quantile(changes, (0.025, 0.975))
+    sums = np.concatenate([np.hstack([draws @ before, draws @ after]) for draws in _resample_counts(len(before))])
+    return _interval(metric_of_mean(sums[:, 2] / sums[:, 3]) - metric_of_mean(sums[:, 0] / sums[:, 1]))
+
+
+def _interval(samples: Float64[np.ndarray, " samples"]) -> tuple[float, float]:
+    low, high = np.quantile(samples, (0.025, 0.975))
     return float(low), float(high)
 
 
-def _draws(rows: int) -> Iterator[Int64[np.ndarray, "some rows"]]:
-    """How often each row is in each of 10,000 samples of as many rows, some samples at a time: never gigabytes."""
+def _resample_counts(rows: int) -> Iterator[Int64[np.ndarray, "some rows"]]:
+    """Yields how often each row occurs in each bootstrap sample, 100 samples at a time to bound memory."""
     rng, shares = np.random.default_rng(0), np.full(rows, 1 / rows)
-    for _ in range(100):
+    for _ in range(SAMPLES // 100):
         yield rng.multinomial(rows, shares, size=100)

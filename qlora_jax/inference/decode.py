@@ -1,7 +1,7 @@
-"""Text generation: a prompt goes through the model in chunks, then one token at a time, over a key-value cache.
+"""Generates text: prefills a key-value cache with a prompt in chunks, then decodes one token at a time.
 
-Shapes are static and come from short tables, so that the number of compilations is small and known. Prompts are padded
-to the right; a row's own length says where it stands, and cache slots behind that are never seen.
+Shapes are static and come from short tables, so the number of compilations is small and known. Prompts are padded on
+the right. Each row's length is its position, and attention never reads cache slots after it.
 
 Dimension key: B batch, P padded prompt, T positions of a call, S cache slots, D embed, V vocab, M = B T.
 """
@@ -25,18 +25,18 @@ from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 
-PREFILL_CHUNKS = (64, 256, 512)  # tokens of a prompt that go through the model at once
-BATCHES = (1, 2, 4, 8, 16)  # rows decoded together
-FIRST_SLOTS = 256  # a cache has this many slots, or twice, or four times as many ...
+PREFILL_CHUNKS = (64, 256, 512)  # prompt tokens per call of the model
+BATCHES = (1, 2, 4, 8, 16)  # numbers of rows that are decoded together
+FIRST_SLOTS = 256  # a cache has 256, 512, 1024, ... slots
 
 
 def round_up(number: int, sizes: Sequence[int]) -> int:
-    """The first of ascending sizes that is at least `number`."""
+    """The first size that is at least `number`; `sizes` are ascending."""
     return next(size for size in sizes if size >= number)
 
 
 def slots_for(needed: int, config: ModelConfig) -> int:
-    """Of a cache for so many positions."""
+    """The number of slots of a cache for `needed` positions."""
     slots = FIRST_SLOTS
     while slots < needed:
         slots *= 2
@@ -44,43 +44,44 @@ def slots_for(needed: int, config: ModelConfig) -> int:
 
 
 def chunks(length: int) -> list[tuple[int, int]]:
-    """(start, size) of the chunks that a prompt goes through the model in; the last may reach over its end."""
+    """(start, size) of each chunk of a prompt of `length` tokens; the last may extend past its end."""
     largest = PREFILL_CHUNKS[-1]
     starts = range(0, length, largest)
     return [(start, round_up(min(length - start, largest), PREFILL_CHUNKS)) for start in starts]
 
 
-ORDER_WINDOW = 64  # rows among which those of like length are sought
-# For one pair of batch and slots: `extend` for each chunk, `next_token` once after them, and `advance`.
+ORDER_WINDOW = 64  # rows are sorted by length within windows of this many
+# For one batch size and number of slots: `prefill_chunk` for each chunk size, `next_token`, and `decode_step`.
 COMPILATIONS = len(PREFILL_CHUNKS) + 2
 
-Reason = Literal["stop", "length", "context"]
+EndReason = Literal["stop", "length", "context"]
 
 
-class Step(NamedTuple):
+class DecodeStep(NamedTuple):
     """One token of one reply, or its end, or both.
 
     Fields:
       row: index of the prompt.
-      token: None where the reply ends with a stop token, which is no part of it.
-      end: "stop": a stop token came; "length": max_new_tokens; "context": the model has no position left.
+      token: the next id; None if the reply ends with a stop token, which is not part of the reply.
+      end: why the reply ends after this step: "stop" (a stop token), "length" (max_new_tokens), "context" (the model
+        has no position left), or None if it continues.
     """
 
     row: int
     token: int | None
-    end: Reason | None
+    end: EndReason | None
 
 
 class Reply(NamedTuple):
-    """The ids generated for one prompt, a stop token not included, and why they end there (see Step)."""
+    """The ids generated for one prompt, without the stop token, and why the reply ends (see DecodeStep)."""
 
     ids: list[int]
-    end: Reason
+    end: EndReason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Batch:
-    """Prompts that are decoded together, padded to static shapes; rows after the last prompt are dummies."""
+    """Prompts that are decoded together, padded to static shapes; rows after the last prompt are padding."""
 
     tokens_BP: np.ndarray
     lengths_B: np.ndarray
@@ -89,23 +90,23 @@ class _Batch:
 
 
 class _Limits(NamedTuple):
-    """What ends a reply."""
+    """The conditions that end a reply."""
 
     stop_ids: frozenset[int]
     max_new_tokens: int
     max_positions: int
 
-    def step(self, row: int, token: int, prompt: int, generated: int) -> Step:
-        """The step of a token that is the `generated`-th after a prompt of `prompt` tokens."""
+    def step(self, row: int, token: int, prompt: int, generated: int) -> DecodeStep:
+        """The step of the `generated`-th token after a prompt of `prompt` tokens."""
         if token in self.stop_ids:
-            return Step(row, None, "stop")
+            return DecodeStep(row, None, "stop")
         if prompt + generated == self.max_positions:
-            return Step(row, token, "context")
-        return Step(row, token, "length" if generated == self.max_new_tokens else None)
+            return DecodeStep(row, token, "context")
+        return DecodeStep(row, token, "length" if generated == self.max_new_tokens else None)
 
 
 @functools.partial(jax.jit, donate_argnames="cache")
-def extend(
+def prefill_chunk(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
     start_B: Int[Array, " B"],
@@ -113,10 +114,14 @@ def extend(
     last_BD: Float[Array, "B D"],
     cache: KVCache,
 ) -> tuple[Float[Array, "B D"], KVCache]:
-    """(hidden state of each row's last token, the cache) after tokens at positions start, start + 1, ...
+    """Runs the model on tokens at positions start, start + 1, ... and appends them to the cache.
 
     Args:
-      length_B: tokens of each row in all; where the last of them is not among these, `last_BD` is handed on.
+      length_B: number of tokens of each row's whole prompt.
+      last_BD: the result of the chunk before.
+
+    Returns:
+      (hidden state of each row's last prompt token, or its `last_BD` if that token is in another chunk; the cache).
     """
     batch, length = tokens_BT.shape
     hidden_MD, cache = combine(parts).extend(tokens_BT, start_B, cache)
@@ -134,12 +139,12 @@ def next_token(
     index: Int[Array, ""],
     sampling: Sampling,
 ) -> Int[Array, " B"]:
-    """The token that follows each row, chosen from f32 logits; `index` counts the tokens generated before it."""
+    """Chooses the next token of each row from f32 logits; `index` is the number of tokens generated before it."""
     return _choose(combine(parts), last_BD, keys_B, index, sampling)
 
 
 @functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
-def advance(
+def decode_step(
     parts: ModelParts,
     tokens_B: Int[Array, " B"],
     start_B: Int[Array, " B"],
@@ -148,7 +153,7 @@ def advance(
     index: Int[Array, ""],
     sampling: Sampling,
 ) -> tuple[Int[Array, " B"], KVCache]:
-    """(the token that follows, the cache) after one token a row at position start: `extend` and `next_token` in one."""
+    """Appends one token per row at position start; returns (the next token of each row, the cache)."""
     model = combine(parts)
     hidden_BD, cache = model.extend(tokens_B[:, None], start_B, cache)
     return _choose(model, hidden_BD, keys_B, index, sampling), cache
@@ -166,14 +171,19 @@ def stream(
     sampling: Sampling,
     max_new_tokens: int,
     stop_ids: Collection[int],
-) -> Iterator[Step]:
-    """The tokens of a reply to each prompt, as they come; up to 16 prompts of like length are decoded together.
+) -> Iterator[DecodeStep]:
+    """Yields the tokens of the reply to each prompt as they are generated.
 
-    What a row draws depends on the seed, its prompt and its tokens, not on its neighbours. A prompt that is there
-    several times gets as many different draws, the first of which is what it gets alone.
+    Up to 16 prompts of similar length are decoded together. A row's draws depend on the seed, its prompt and its
+    tokens, not on the other rows. A prompt given several times gets different draws; the first equal those of the
+    prompt alone.
+
+    Args:
+      prompts: token ids of each prompt.
+      stop_ids: ids that end a reply.
 
     Raises:
-      ValueError: a prompt that is empty, or leaves the model no position to answer in: all of them at once.
+      ValueError: prompts that are empty or leave no position for a reply; the message lists all of them.
     """
     parts = prepare_for_decoding(parts)
     model = combine(parts)
@@ -194,9 +204,9 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
 ) -> list[Reply]:
-    """The whole reply to each prompt, in order; see `stream`."""
+    """Returns the complete reply to each prompt, in order; see `stream`."""
     ids: list[list[int]] = [[] for _ in prompts]
-    ends: dict[int, Reason] = {}
+    ends: dict[int, EndReason] = {}
     for row, token, end in stream(parts, prompts, sampling=sampling, max_new_tokens=max_new_tokens, stop_ids=stop_ids):
         if token is not None:
             ids[row].append(token)
@@ -206,21 +216,21 @@ def generate(
 
 
 def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
-    problems = [] if max_new_tokens >= 1 else [f"max_new_tokens={max_new_tokens}: at least 1 is needed"]
+    problems = [] if max_new_tokens >= 1 else [f"max_new_tokens: found {max_new_tokens}, expected at least 1"]
     for row, prompt in enumerate(prompts):
         if not prompt:
-            problems.append(f"prompt {row}: no tokens; at least one is needed")
+            problems.append(f"prompt {row}: empty (expected at least one token)")
         elif len(prompt) >= config.max_positions:
             problems.append(
-                f"prompt {row}: {len(prompt)} tokens, and the model has {config.max_positions} positions for prompt "
-                "and reply together; shorten it"
+                f"prompt {row}: too long (found {len(prompt)} tokens; the model has {config.max_positions} positions "
+                "for prompt and reply). Shorten it"
             )
     if problems:
-        raise ValueError("\n  ".join(["can't generate:", *problems]))
+        raise ValueError("\n  ".join(["cannot generate:", *problems]))
 
 
 def _repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
-    """How often each prompt stands before itself."""
+    """For each prompt, the number of equal prompts before it."""
     seen: collections.Counter[tuple[int, ...]] = collections.Counter()
     repeats = []
     for prompt in map(tuple, prompts):
@@ -230,7 +240,7 @@ def _repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
-    """Rows to decode together; rows far apart are not, so that replies come about in order."""
+    """Rows to decode together, taken from windows of the prompts, so that replies arrive roughly in order."""
     for window in itertools.batched(range(len(prompts)), ORDER_WINDOW):
         yield from itertools.batched(sorted(window, key=lambda row: len(prompts[row])), BATCHES[-1])
 
@@ -250,7 +260,7 @@ def _batch(
 
 
 def empty_cache(model: CausalLM, size: int, slots: int) -> tuple[jax.Array, KVCache]:
-    """(no hidden states, no positions) of a batch before its first chunk."""
+    """(hidden states, cache) of a batch before its first chunk: all zeros."""
     dtype = model.model.embed_tokens.weight[...].dtype
     return jnp.zeros((size, model.config.embed_dim), dtype), KVCache.empty(model.config, size, slots, dtype)
 
@@ -260,13 +270,13 @@ def _prefill(parts: ModelParts, model: CausalLM, batch: _Batch) -> tuple[jax.Arr
     last_BD, cache = empty_cache(model, size, batch.slots)
     for start, length in chunks(int(batch.lengths_B.max())):
         tokens_BT, start_B = batch.tokens_BP[:, start : start + length], np.full(size, start, np.int32)
-        last_BD, cache = extend(parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
+        last_BD, cache = prefill_chunk(parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
     return last_BD, cache
 
 
 def _decode(
     parts: ModelParts, model: CausalLM, batch: _Batch, rows: int, sampling: Sampling, limits: _Limits
-) -> Iterator[Step]:
+) -> Iterator[DecodeStep]:
     last_BD, cache = _prefill(parts, model, batch)
     running = set(range(rows))
     next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling)
@@ -274,9 +284,9 @@ def _decode(
         tokens_B = np.asarray(next_B)
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
         running -= {step.row for step in steps if step.end is not None}
-        if running:  # rows that have ended stay where the cache has room: nobody reads them
+        if running:  # positions of rows that have ended are clipped to the cache; their tokens are not read
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
-            next_B, cache = advance(parts, next_B, start_B, cache, batch.keys_B, np.int32(index + 1), sampling)
-        yield from steps  # while the device works on the next token
+            next_B, cache = decode_step(parts, next_B, start_B, cache, batch.keys_B, np.int32(index + 1), sampling)
+        yield from steps  # meanwhile the device computes the next token
         if not running:
             return

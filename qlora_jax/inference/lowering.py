@@ -1,45 +1,105 @@
-"""Programs of an evaluation lowered from shapes alone, before there is a weight: what memory they will want."""
+"""Lowers inference programs from shapes, to know their memory before weights are loaded.
 
-from typing import Any, NamedTuple
+Dimension key: B batch, T positions of a call, D embed.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
+import numpy as np
 
+from qlora_jax.inference.decode import (
+    BATCHES,
+    chunks,
+    decode_step,
+    empty_cache,
+    prefill_chunk,
+    round_up,
+    slots_for,
+)
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.models.add_adapters import prepare_for_decoding
+from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelParts, combine
 
 
-class Ahead(NamedTuple):
-    """One program.
+class LoweredProgram(NamedTuple):
+    """A program that is ready to compile.
 
     Fields:
-      shape: of its batch, in words.
-      lowered: ready to compile.
-      held: bytes that it is given, or that stay beside it, the model itself left out.
+      shape: description of its batch.
+      lowered: the lowered function.
+      live_bytes: bytes of its inputs, and of arrays that stay on the device while it runs, without the model.
     """
 
     shape: str
     lowered: jax.stages.Lowered
-    held: int
+    live_bytes: int
 
 
-def lowered(
-    shape: str, function: Any, model: ModelParts, inputs: tuple[Any, ...], beside: int = 0, **static: Any
-) -> Ahead:
-    """`function(model, *inputs, **static)`, a jitted function.
+def lower_program(
+    shape: str,
+    function: jax.stages.Wrapped,
+    parts: ModelParts,
+    inputs: tuple[object, ...],
+    extra_bytes: int = 0,
+    **static: object,
+) -> LoweredProgram:
+    """Lowers `function(parts, *inputs, **static)`.
 
     Args:
-      beside: bytes that stay on the device meanwhile and are no input.
+      extra_bytes: bytes that stay on the device meanwhile and are not inputs.
     """
-    return Ahead(shape, function.lower(model, *inputs, **static), bytes_of(inputs) + beside)
+    return LoweredProgram(shape, function.lower(parts, *inputs, **static), bytes_of(inputs) + extra_bytes)
+
+
+def lower_decoding(
+    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Iterator[LoweredProgram]:
+    """Lowers the two largest programs of greedy decoding: the longest prefill chunk, and one decode step.
+
+    Args:
+      parts: arrays, or ShapeDtypeStructs.
+      prompts: token ids of the prompts of one batch.
+    """
+    size, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
+    decoding, added_bytes = _prepare_for_decoding(parts)
+
+    def start(parts: ModelParts) -> tuple[jax.Array, KVCache]:
+        model = combine(parts)
+        return empty_cache(model, size, slots_for(longest + max_new_tokens, model.config))
+
+    last_BD, cache = jax.eval_shape(start, decoding)
+    keys_B = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+    tokens_BT = np.zeros((size, max(length for _, length in chunks(longest))), np.int32)
+    start_B, shape = tokens_BT[:, 0], f"{size} x {cache.k.shape[3]} cache positions"
+    prefill = (tokens_BT, start_B, start_B, last_BD, cache)
+    yield lower_program(shape, prefill_chunk, decoding, prefill, added_bytes)
+    step = (start_B, start_B, cache, keys_B, np.int32(0))
+    yield lower_program(shape, decode_step, decoding, step, added_bytes, sampling=Sampling())
+
+
+def _prepare_for_decoding(parts: ModelParts) -> tuple[ModelParts, int]:
+    """(shapes of the result of `prepare_for_decoding`, bytes of the arrays that it creates)."""
+    decoding = jax.eval_shape(prepare_for_decoding, parts)
+    shared = [
+        leaf
+        for name, leaves in decoding.lora.items()
+        for key, leaf in leaves.items()
+        if key in parts.lora[name] and leaf.dtype == parts.lora[name][key].dtype
+    ]
+    return decoding, bytes_of(decoding) - bytes_of((shared, parts.base))
 
 
 def config_of(parts: ModelParts) -> ModelConfig:
-    """The model's features."""
+    """The configuration of a model, given as arrays or as shapes."""
     found: list[ModelConfig] = []
     jax.eval_shape(lambda parts: found.append(combine(parts).config), parts)
     return found[0]
 
 
-def bytes_of(tree: Any) -> int:
-    """Of arrays, or of ShapeDtypeStructs."""
+def bytes_of(tree: object) -> int:
+    """Total bytes of a pytree of arrays or ShapeDtypeStructs."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

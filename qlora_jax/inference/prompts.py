@@ -1,10 +1,9 @@
-"""From what a person writes to the ids that a model answers: chat templates, files of prompts, stop tokens."""
+"""Turns prompts into token ids: chat templates, files of prompts, and the stop tokens of replies."""
 
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qlora_jax.data.formats.registry import FORMATS, RowFormat
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
@@ -13,10 +12,10 @@ from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, re
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
-# Column that makes a row a prompt, and the form of training data that it belongs to.
+# Column that makes a row a prompt -> the format of training data that the row then has.
 PROMPT_COLUMNS = {"messages": "messages", "prompt": "completion", "instruction": "alpaca"}
 JSON_SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz")
-_ANSWER = "."  # stands where rows of training data have an answer
+_ANSWER = "."  # placeholder for the answer, which formats of training data require
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +23,8 @@ class Prompter:
     """Encodes prompts for one model.
 
     Attributes:
-      chat: prompts are turns of a user, put through the chat template; else they are text to go on with.
-      system: the system message, or None for what the template does without one.
+      chat: True if prompts are user messages for the chat template, False if they are text to continue.
+      system: the system message, or None for the template's default.
     """
 
     tokenizer: Tokenizer
@@ -33,68 +32,80 @@ class Prompter:
     system: str | None
 
     def text(self, text: str) -> list[int]:
-        """Ids of plain text that the model goes on with; bos before it where the tokenizer asks for it."""
+        """Ids of plain text for the model to continue, with a bos token first if the tokenizer adds one."""
         bos = self.tokenizer.bos_id if self.tokenizer.add_bos_token else None
         return ([] if bos is None else [bos]) + self.tokenizer.encode(text)
 
     def conversation(self, messages: Sequence[Message], tools: Tools | None = None) -> list[int]:
-        """Ids of a conversation whose next turn is the assistant's."""
+        """Ids of a conversation, up to where the assistant's next turn begins."""
         has_system = any(message["role"] == "system" for message in messages)
         system = [] if self.system is None or has_system else [{"role": "system", "content": self.system}]
         return self.tokenizer.encode(
             self.tokenizer.render([*system, *messages], add_generation_prompt=True, tools=tools)
         )
 
-    def row(self, columns: Mapping[str, Any]) -> list[int]:
-        """Ids of a row that has one of PROMPT_COLUMNS, an answer at its end left out.
+    def row(self, columns: Mapping[str, object]) -> list[int]:
+        """Ids of a row that has one of PROMPT_COLUMNS; an answer at its end is dropped.
 
         Raises:
-          ValueError: it has none of them, or does not fit the form that it belongs to.
+          ValueError: the row has none of these columns, or does not match its format.
         """
-        name = next((form for column, form in PROMPT_COLUMNS.items() if column in columns), None)
+        name = next((name for column, name in PROMPT_COLUMNS.items() if column in columns), None)
         if name is None:
             known, found = (", ".join(map(repr, names)) for names in (PROMPT_COLUMNS, columns))
-            raise ValueError(f"no prompt: expected one of the columns {known}; found {found}")
-        form, answered = FORMATS[name], _answered(columns)
-        if problems := form.check(answered):
+            raise ValueError(f"no prompt (found columns {found}, expected one of {known})")
+        row_format, answered = FORMATS[name], _with_answer(columns)
+        if problems := row_format.check(answered):
             raise ValueError("; ".join(problems))
         if not self.chat:
-            return self.text(_plain(form, answered))
-        tools = read_tools(answered) if "tools" in form.optional else None
-        return self.conversation(_conversation(form, answered), tools)
+            return self.text(_plain(row_format, answered))
+        tools = read_tools(answered) if "tools" in row_format.optional else None
+        return self.conversation(_conversation(row_format, answered), tools)
 
 
 def prompter(tokenizer: Tokenizer, *, raw: bool, system: str | None) -> Prompter:
-    """Prompts go through the chat template where there is one and `raw` is false."""
+    """Returns a Prompter that uses the chat template, unless there is none or `raw` is true.
+
+    Raises:
+      ValueError: there is a system message but no chat template is used.
+    """
     chat = tokenizer.chat_template is not None and not raw
     if system is not None and not chat:
-        reason = "--raw is given" if raw else "this model has none; give one by --chat_template"
-        raise ValueError(f"--system is for a chat template, and {reason}")
+        fix = "Remove --raw" if raw else "The model has none; set --chat_template"
+        raise ValueError(f"--system: requires a chat template. {fix}")
     return Prompter(tokenizer=tokenizer, chat=chat, system=system)
 
 
 def stop_ids(tokenizer: Tokenizer, named: Iterable[int], *, chat: bool) -> frozenset[int]:
-    """Ids that end a reply: those that the model's files name, eos, and the end of a turn in its template."""
+    """Ids that end a reply: those in the model's files (`named`), eos, and in a chat the template's end of a turn."""
     ids = {*named, tokenizer.eos_id} - {None}
     if chat:
-        # A template that ends turns with no special token is for training to refuse; here the other ids remain.
+        # Training rejects a template that ends turns without a special token; here the other ids remain.
         with contextlib.suppress(ValueError):
             ids.add(tokenizer.encode(turn_marks(tokenizer).end)[-1])
     return frozenset(ids)
 
 
 def read_prompts(path: str) -> list[Row]:
-    """The rows of a JSON or JSON Lines file, or else one row {"prompt": line} for each line that is not blank."""
+    """Reads the rows of a JSON or JSON Lines file; of any other file, a row {"prompt": line} per non-blank line.
+
+    Raises:
+      ValueError: the file has no prompt, or a row is malformed.
+    """
     if Path(path).name.endswith(JSON_SUFFIXES):
         return read_rows(path)
     lines = [(line, text) for line, text in enumerate(read_text(path).split("\n"), start=1) if text.strip()]
     if not lines:
-        raise ValueError(f"{path}: holds no prompt; expected one a line")
+        raise ValueError(f"{path}: contains no prompts (expected one per line)")
     return [Row(Place(line, number), {"prompt": text}) for number, (line, text) in enumerate(lines)]
 
 
 def encode_prompts(path: str, rows: Sequence[Row], prompter: Prompter, max_positions: int) -> list[list[int]]:
-    """Ids of each row; ValueError that names every row that is no prompt, or leaves the model no room for a reply."""
+    """Encodes each row.
+
+    Raises:
+      ValueError: rows that are not prompts, or that leave no position for a reply; the message lists them.
+    """
     encoded: list[list[int]] = []
     problems: list[Problem] = []
     for row in rows:
@@ -104,14 +115,14 @@ def encode_prompts(path: str, rows: Sequence[Row], prompter: Prompter, max_posit
             problems.append((row.place, str(error)))
             continue
         if len(encoded[-1]) >= max_positions:
-            found = f"{len(encoded[-1])} tokens, and the model has {max_positions} positions for prompt and reply"
-            problems.append((row.place, f"{found}; shorten it"))
+            found = f"{len(encoded[-1])} tokens; the model has {max_positions} positions for prompt and reply"
+            problems.append((row.place, f"too long (found {found}). Shorten it"))
     raise_problems(path, problems, len(rows))
     return encoded
 
 
-def _answered(columns: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with an answer of ours, so that it can be taken for one of training data."""
+def _with_answer(columns: Mapping[str, object]) -> dict[str, object]:
+    """The row with a placeholder answer, so that it has a format of training data."""
     answered = {**columns, "completion": _ANSWER, "output": _ANSWER}
     match columns.get("messages"):
         case [*_, {"role": role}] as messages if role != "assistant":
@@ -119,14 +130,14 @@ def _answered(columns: Mapping[str, Any]) -> dict[str, Any]:
     return answered
 
 
-def _conversation(form: RowFormat, answered: Mapping[str, Any]) -> Sequence[Message]:
-    assert form.messages is not None
-    return form.messages(answered)[:-1]
+def _conversation(row_format: RowFormat, answered: Mapping[str, object]) -> Sequence[Message]:
+    assert row_format.messages is not None
+    return row_format.messages(answered)[:-1]
 
 
-def _plain(form: RowFormat, answered: Mapping[str, Any]) -> str:
-    if form.plain is None:
+def _plain(row_format: RowFormat, answered: Mapping[str, object]) -> str:
+    if row_format.plain is None:
         raise ValueError(
-            f"rows of the form {form.name!r} need a chat template: leave --raw out or give --chat_template"
+            f"rows of the format {row_format.name!r} require a chat template. Remove --raw or set --chat_template"
         )
-    return "".join(segment.text for segment in form.plain(answered) if not segment.supervised)
+    return "".join(segment.text for segment in row_format.plain(answered) if not segment.supervised)

@@ -1,4 +1,4 @@
-"""Replies to a file of prompts, as JSON Lines."""
+"""Writes the replies to a file of prompts as JSON Lines."""
 
 import json
 from collections.abc import Callable, Iterator, Sequence
@@ -8,15 +8,23 @@ from rich.progress import Progress
 
 from qlora_jax.data.readers.files import Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.decode import Step
+from qlora_jax.inference.decode import DecodeStep
 
 
 def write_replies(
-    rows: Sequence[Row], steps: Iterator[Step], tokenizer: Tokenizer, write: Callable[[str], object], console: Console
+    rows: Sequence[Row],
+    steps: Iterator[DecodeStep],
+    tokenizer: Tokenizer,
+    write: Callable[[str], object],
+    console: Console,
 ) -> None:
-    """Writes one line for each row, in order, as soon as it and all before it are there.
+    """Writes one line per row, in order, as soon as its reply and all replies before it are complete.
 
-    A line has the row's own columns, and `reply`, `end` (see Step) and `reply_tokens`.
+    A line has the row's columns, and `reply`, `end` (see DecodeStep) and `reply_tokens`.
+
+    Args:
+      write: called with each line, including its line break.
+      console: shows a progress bar if it is a terminal.
     """
     ids: list[list[int]] = [[] for _ in rows]
     ends: dict[int, str] = {}

@@ -1,7 +1,7 @@
-"""Scores kept on disk as they are made, so that an evaluation that was stopped goes on where it was.
+"""Caches results on disk as they are computed, so that an interrupted evaluation resumes.
 
-Each is found by a hash of all that it follows from, the model's arrays and the batch's and our own code, so one that is
-stale is never found: it has another name.
+The key of a result is a hash of everything that it depends on: the model's arrays, the inputs, and our code. A stale
+result has another key, so it is never found.
 """
 
 import functools
@@ -10,10 +10,10 @@ import os
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import ArrayLike
 
 import pallas_kernels
 from qlora_jax.models.partition import ModelParts, combine
@@ -22,51 +22,53 @@ Arrays = tuple[np.ndarray, ...]
 PACKAGES = (Path(pallas_kernels.__file__).parent, Path(__file__).parent.parent)
 
 
-class Kept:
-    """Results in a folder by what they follow from; without a folder, nothing is kept.
+class ResultCache:
+    """Results of one model in a folder, or nowhere if there is no folder.
 
     Attributes:
-      found: how many results were there already; made: how many were not.
+      hits: number of results that were read from the folder.
+      misses: number of results that were computed and stored.
     """
 
     def __init__(self, folder: Path | None = None, model: str = ""):
+        """`model` is a digest of the model, which is part of every key."""
         self._folder, self._model = folder, model
-        self.found = self.made = 0
+        self.hits = self.misses = 0
 
-    def result(self, inputs: Sequence[Any], compute: Callable[[], Sequence[Any]]) -> Arrays:
-        """What `compute` returned for these inputs of this model, now or in an earlier evaluation, to the bit.
+    def get_or_compute(self, inputs: Sequence[object], compute: Callable[[], Sequence[ArrayLike]]) -> Arrays:
+        """Returns the result of `compute`, from this or an earlier process, bit-identical.
 
         Args:
-          inputs: arrays, numbers, texts, None: all that the result follows from beside the model.
+          inputs: arrays, numbers, texts or None: everything but the model that the result depends on.
 
         Raises:
-          ValueError: the file that should hold it can't be read.
+          ValueError: the result's file cannot be read.
         """
         if self._folder is None:
             return tuple(map(np.asarray, compute()))
         path = self._folder / f"{digest([self._model, *inputs])}.npz"
         if path.exists():
-            self.found += 1
+            self.hits += 1
             return _read(path)
         results = tuple(map(np.asarray, compute()))
-        self.made += 1
+        self.misses += 1
         _write(path, results)
         return results
 
 
-NOTHING_KEPT = Kept()
+NO_CACHE = ResultCache()
 
 
-def kept_for(folder: str | None, parts: ModelParts) -> Kept:
-    """The kept scores of one model; the folder is made where it is not there."""
+def open_cache(folder: str | Path | None, parts: ModelParts) -> ResultCache:
+    """Returns the cache of one model in `folder`, which is created if it does not exist; NO_CACHE for None."""
     if folder is None:
-        return NOTHING_KEPT
+        return NO_CACHE
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return Kept(Path(folder), model_digest(parts))
+    return ResultCache(Path(folder), model_digest(parts))
 
 
 def model_digest(parts: ModelParts) -> str:
-    """SHA-256 of a model's structure and all its arrays, of jax's version, our own code, and the kind of device."""
+    """SHA-256 of a model's structure and arrays, JAX's version, our code, and the devices."""
     leaves, structure = jax.tree.flatten((parts.lora, parts.base))
     computed_by = [code_digest(), jax.__version__, jax.devices()[0].device_kind, len(jax.devices()), os.cpu_count()]
     return digest([*computed_by, parts.graphdef, structure, combine(parts).config, *leaves])
@@ -74,7 +76,7 @@ def model_digest(parts: ModelParts) -> str:
 
 @functools.cache
 def code_digest(packages: tuple[Path, ...] = PACKAGES) -> str:
-    """SHA-256 of every file that may compute: Python's, and libraries that were built."""
+    """SHA-256 of every file that may affect results: Python sources and compiled libraries."""
     found = hashlib.sha256()
     for package in packages:
         for file in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".so")):
@@ -82,8 +84,8 @@ def code_digest(packages: tuple[Path, ...] = PACKAGES) -> str:
     return found.hexdigest()
 
 
-def digest(values: Sequence[Any]) -> str:
-    """SHA-256 of arrays, by dtype, shape and bytes, and of what other values print as."""
+def digest(values: Sequence[object]) -> str:
+    """SHA-256 of values: arrays by dtype, shape and bytes, others by their repr."""
     found = hashlib.sha256()
     for value in values:
         array = np.ascontiguousarray(value) if isinstance(value, np.ndarray | jax.Array) else None
@@ -98,11 +100,11 @@ def _read(path: Path) -> Arrays:
         with np.load(path, allow_pickle=False) as file:
             return tuple(file[name] for name in file.files)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: holds no scores ({error}); delete it, and they are made again") from error
+        raise ValueError(f"{path}: not a file of cached scores ({error}). Delete it to compute them again") from error
 
 
 def _write(path: Path, results: Arrays) -> None:
-    """As a whole or not at all, whenever the process is killed."""
+    """Writes the file completely or not at all, even if the process is killed."""
     part = path.with_suffix(f".{os.getpid()}.part")
     with part.open("wb") as file:
         np.savez(file, *results)

@@ -1,4 +1,4 @@
-"""Choosing the next token from logits: greedy, or drawn after temperature, top-k and top-p, in that order.
+"""Chooses the next token from logits: greedy, or drawn after temperature, top-k and top-p, in that order.
 
 Dimension key: B batch, V vocab.
 """
@@ -12,13 +12,13 @@ from jaxtyping import Array, Float, Int, Key
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are chosen; hashable, so that a compiled function is made for exactly these settings.
+    """Sampling settings; hashable, so that they can be a static argument of a jitted function.
 
     Attributes:
-      temperature: logits are divided by it; 0 is greedy: the likeliest token, the first of equals.
-      top_k: only the k likeliest tokens can be drawn; 0 for all.
-      top_p: only the fewest likeliest tokens whose probabilities reach p can be drawn; 1 for all.
-      seed: of the random numbers.
+      temperature: divides the logits; 0 is greedy: the likeliest token, the first if several are equal.
+      top_k: restricts draws to the k likeliest tokens; 0 for all.
+      top_p: restricts draws to the smallest set of likeliest tokens whose probabilities reach p; 1 for all.
+      seed: seed of the random numbers.
     """
 
     temperature: float = 0.0
@@ -29,37 +29,37 @@ class Sampling:
     def __post_init__(self):
         problems = []
         if not 0 <= self.temperature < float("inf"):
-            problems.append(f"temperature={self.temperature}: 0 (greedy) or more is needed")
+            problems.append(f"temperature: found {self.temperature}, expected 0 (greedy) or more")
         if self.top_k < 0:
-            problems.append(f"top_k={self.top_k}: 0 (all tokens) or more is needed")
+            problems.append(f"top_k: found {self.top_k}, expected 0 (all tokens) or more")
         if not 0 < self.top_p <= 1:
-            problems.append(f"top_p={self.top_p}: more than 0 and at most 1 is needed")
+            problems.append(f"top_p: found {self.top_p}, expected more than 0 and at most 1")
         if problems:
             raise ValueError("; ".join(problems))
 
 
 def keep_top_k(logits_BV: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
-    """Logits with all but the k largest of each row at -inf; those equal to the k-th stay too."""
+    """Sets all but the k largest logits of each row to -inf; logits equal to the k-th stay."""
     largest_BK, _ = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))
     return jnp.where(logits_BV >= largest_BK[:, -1:], logits_BV, -jnp.inf)
 
 
 def keep_top_p(logits_BV: Float[Array, "B V"], p: float) -> Float[Array, "B V"]:
-    """Logits with all at -inf but the fewest largest whose probabilities sum to p or more; equal logits stay together.
+    """Sets all logits to -inf except the fewest largest whose probabilities sum to at least p.
 
-    At least one token stays.
+    Equal logits stay together, and at least one token stays.
     """
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
-    # The first is kept whatever rounding makes of `before`.
+    # The likeliest token stays, whatever the rounding of `before`.
     kept_BV = (before_BV < p).at[:, 0].set(True)
     threshold_B1 = jnp.min(jnp.where(kept_BV, sorted_BV, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits_BV >= threshold_B1, logits_BV, -jnp.inf)
 
 
-def filtered(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
-    """The logits that tokens are drawn from: divided by the temperature, then cut by top-k, then by top-p."""
+def filter_logits(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array, "B V"]:
+    """The logits that tokens are drawn from: divided by the temperature, then filtered by top-k, then by top-p."""
     logits_BV = logits_BV / sampling.temperature
     if sampling.top_k:
         logits_BV = keep_top_k(logits_BV, sampling.top_k)
@@ -69,7 +69,7 @@ def filtered(logits_BV: Float[Array, "B V"], sampling: Sampling) -> Float[Array,
 
 
 def choose(logits_BV: Float[Array, "B V"], keys_B: Key[Array, " B"], sampling: Sampling) -> Int[Array, " B"]:
-    """The next token of each row; a row's draw depends on its own key and logits alone."""
+    """Chooses the next token of each row; a row's draw depends only on its key and logits."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
-    return jax.vmap(jax.random.categorical)(keys_B, filtered(logits_BV, sampling)).astype(jnp.int32)
+    return jax.vmap(jax.random.categorical)(keys_B, filter_logits(logits_BV, sampling)).astype(jnp.int32)

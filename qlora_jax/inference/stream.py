@@ -1,15 +1,15 @@
-"""Text as it comes: token ids in, whole characters out."""
+"""Decodes a stream of token ids into text, in whole characters."""
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
-_INCOMPLETE = "\ufffd"  # what decoders write for bytes that are no character (yet)
+_INCOMPLETE = "\ufffd"  # decoders write this for bytes that are not (yet) a character
 
 
 class TextStream:
-    """Pieces of text whose join is the decoding of all ids pushed so far, as soon as characters are whole.
+    """Decodes ids one by one; the pieces joined are the decoding of all ids.
 
-    A token may hold some of a character's bytes; they are kept back until the rest is there. Pieces are taken from the
-    decoding together with the tokens before, since decoders may treat the first token of a text in their own way.
+    A token may contain only some bytes of a character. These wait until the character is complete. Each piece is
+    decoded together with the tokens before it, because decoders may treat the first token of a text differently.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -18,13 +18,13 @@ class TextStream:
         self._pending: list[int] = []
 
     def push(self, token: int) -> str:
-        """The text that became whole with this token; may be empty."""
+        """Adds a token and returns the text that it completes, which may be empty."""
         self._pending.append(token)
         piece = self._piece()
         return "" if piece.endswith(_INCOMPLETE) else self._emit(piece)
 
     def flush(self) -> str:
-        """What was kept back, at the end of the text."""
+        """Returns the text still waiting; call it after the last token."""
         return self._emit(self._piece())
 
     def _piece(self) -> str:

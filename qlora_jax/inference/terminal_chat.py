@@ -1,4 +1,4 @@
-"""A conversation in the terminal: tokens shown as they come, the history kept."""
+"""Chats in the terminal: shows tokens as they are generated, and remembers the conversation."""
 
 import contextlib
 import signal
@@ -8,59 +8,59 @@ from collections.abc import Callable, Iterator
 from rich.console import Console
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.inference.decode import Step
+from qlora_jax.inference.decode import DecodeStep
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.stream import TextStream
 
-HELP = "/reset begins anew, /quit or Ctrl-D leaves, Ctrl-C stops an answer"
-# What is said of a reply that did not end by itself.
-ENDS = {
+HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops a reply"
+# Messages about replies that did not end with a stop token.
+END_MESSAGES = {
     "length": "stopped at --max_new_tokens",
     "context": "stopped: the model's context is full",
     "interrupted": "stopped by Ctrl-C",
 }
 
-Stream = Callable[[list[int]], Iterator[Step]]
+Stream = Callable[[list[int]], Iterator[DecodeStep]]
 
 
 class Conversation:
-    """Turns of a user and an assistant, through the chat template."""
+    """The history of a chat that uses the chat template."""
 
     def __init__(self, prompter: Prompter):
         self._prompter = prompter
         self._messages: list[dict[str, str]] = []
 
     def ask(self, text: str) -> list[int]:
-        """Ids of the prompt that `text` makes after everything before; nothing is kept yet."""
+        """Ids of the history followed by the user message `text`, which is not yet added to the history."""
         return self._prompter.conversation([*self._messages, {"role": "user", "content": text}])
 
-    def keep(self, text: str, reply: str) -> None:
-        """Adds a question and its answer."""
+    def add(self, text: str, reply: str) -> None:
+        """Adds a user message and its reply to the history."""
         self._messages += [{"role": "user", "content": text}, {"role": "assistant", "content": reply}]
 
 
-class Text:
-    """One text, which person and model write in turn."""
+class PlainText:
+    """The history of a chat without a template: one text that user and model continue in turn."""
 
     def __init__(self, prompter: Prompter):
         self._prompter = prompter
         self._text = ""
 
     def ask(self, text: str) -> list[int]:
-        """Ids of everything before and `text`; nothing is kept yet."""
+        """Ids of the history followed by `text`, which is not yet added to the history."""
         return self._prompter.text(self._text + text)
 
-    def keep(self, text: str, reply: str) -> None:
-        """Adds what the person wrote, and what the model went on with."""
+    def add(self, text: str, reply: str) -> None:
+        """Adds the text of the user and its continuation by the model."""
         self._text += text + reply
 
 
-History = Conversation | Text
+History = Conversation | PlainText
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C has been pressed; a second time it interrupts as ever, should the first not be heard."""
+    """Yields a function that returns True once Ctrl-C was pressed; a second Ctrl-C raises KeyboardInterrupt."""
     pressed = False
 
     def note(number: int, frame: object) -> None:
@@ -75,11 +75,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def show_reply(steps: Iterator[Step], tokenizer: Tokenizer, console: Console) -> tuple[str, str]:
-    """(the reply, why it ended: as in Step, or "interrupted" by Ctrl-C), printed as it comes."""
+def show_reply(steps: Iterator[DecodeStep], tokenizer: Tokenizer, console: Console) -> tuple[str, str]:
+    """Prints a reply as it is generated; returns (its text, why it ended: see DecodeStep, or "interrupted")."""
     text, pieces, end, times = TextStream(tokenizer), [], "interrupted", []
     with interruptible() as pressed:
-        for step in _waited_for(steps, console):
+        for step in _with_spinner(steps, console):
             pieces.append("" if step.token is None else text.push(step.token))
             _write(pieces[-1], console)
             times.append(time.perf_counter())
@@ -88,13 +88,17 @@ def show_reply(steps: Iterator[Step], tokenizer: Tokenizer, console: Console) ->
                 break
     pieces.append(text.flush())
     _write(f"{pieces[-1]}\n", console)
-    if console.is_terminal and len(times) > 1:  # the first token waited for the prompt, and maybe for the compiler
-        _note(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens a second", console)
+    if console.is_terminal and len(times) > 1:  # the first token includes prefill, and perhaps compilation
+        _note(f"{(len(times) - 1) / (times[-1] - times[0]):.1f} tokens/s", console)
     return "".join(pieces), end
 
 
 def chat(prompter: Prompter, stream: Stream, max_positions: int, console: Console) -> None:
-    """Reads questions and shows answers until the input ends."""
+    """Reads messages and shows replies until the input ends.
+
+    Args:
+      stream: yields the steps of the reply to a prompt's ids.
+    """
     _note(HELP, console)
     history = _empty_history(prompter)
     for line in _questions(console):
@@ -102,9 +106,9 @@ def chat(prompter: Prompter, stream: Stream, max_positions: int, console: Consol
             return
         if line == "/reset":
             history = _empty_history(prompter)
-            _note("the conversation begins anew", console)
+            _note("starting over", console)
         elif line.startswith("/"):
-            _note(f"no such command: {line}; {HELP}", console)
+            _note(f"unknown command: {line}; {HELP}", console)
         else:
             _turn(line, prompter.tokenizer, stream, history, max_positions, console)
 
@@ -114,21 +118,21 @@ def _turn(
 ) -> None:
     prompt = history.ask(line)
     if len(prompt) >= max_positions:
-        found = f"the conversation has {len(prompt)} tokens with this question, and the model reads {max_positions}"
-        _note(f"{found}; the question is left out: shorten it, or begin anew by /reset", console)
+        found = f"the conversation is too long: {len(prompt)} tokens; the model has {max_positions} positions"
+        _note(f"{found}. The message was dropped: shorten it, or start over with /reset", console)
         return
     reply, end = show_reply(stream(prompt), tokenizer, console)
-    history.keep(line, reply)
-    if end in ENDS:
-        _note(ENDS[end] + ("; /reset begins anew" if end == "context" else ""), console)
+    history.add(line, reply)
+    if end in END_MESSAGES:
+        _note(END_MESSAGES[end] + ("; /reset starts over" if end == "context" else ""), console)
 
 
 def _empty_history(prompter: Prompter) -> History:
-    return Conversation(prompter) if prompter.chat else Text(prompter)
+    return Conversation(prompter) if prompter.chat else PlainText(prompter)
 
 
 def _write(text: str, console: Console) -> None:
-    """The text as it is; rich would take some control characters out."""
+    """Writes the text unchanged; rich would remove some control characters."""
     console.file.write(text)
     console.file.flush()
 
@@ -137,8 +141,8 @@ def _note(text: str, console: Console) -> None:
     console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
 
 
-def _waited_for(steps: Iterator[Step], console: Console) -> Iterator[Step]:
-    """The same steps, with a spinner in a terminal until the first one is there: a first reply compiles."""
+def _with_spinner(steps: Iterator[DecodeStep], console: Console) -> Iterator[DecodeStep]:
+    """The same steps; in a terminal, a spinner shows until the first, which may wait for compilation."""
     with console.status("reading"):
         first = next(steps)
     yield first
@@ -146,11 +150,11 @@ def _waited_for(steps: Iterator[Step], console: Console) -> Iterator[Step]:
 
 
 def _questions(console: Console) -> Iterator[str]:
-    """Lines that a person types, blank ones left out, until Ctrl-D."""
-    mark = "> " if console.is_terminal else ""
+    """Yields the lines that are typed, without blank ones, until Ctrl-D."""
+    prompt = "> " if console.is_terminal else ""
     while True:
         try:
-            line = input(mark).strip()
+            line = input(prompt).strip()
         except EOFError:
             _write("\n", console)
             return

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.evaluation.metrics import Measure
+from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.evaluation.statistics import bootstrap
 
 LOW, HIGH = "_low", "_high"  # ends of names: of an interval
@@ -29,7 +29,7 @@ class TaskMetric(NamedTuple):
     high: float
 
 
-def flatten_metrics(task: str, measures: Sequence[Measure]) -> dict[str, float]:
+def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
     """Each measure by its task and name; of one with an interval also its ends.
 
     `letters`, "right by letter" is letters_right_by_letter, letters_right_by_letter_low, letters_right_by_letter_high;

@@ -1,25 +1,26 @@
-"""What a model answers while it trains: the same questions at every evaluation, scored as `evaluate` scores them."""
+"""Asks a run's questions at every evaluation, and scores them like `evaluate` does."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pallas_kernels import aot
 from qlora_jax import runtime
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.tasks.registry import QuestionTask, question_tasks
-from qlora_jax.inference.result_cache import NOTHING_KEPT
+from qlora_jax.evaluation.tasks.registry import build_tasks
+from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.eval_metrics import flatten_metrics
 
 
 class QuestionMemory(NamedTuple):
-    """What questions take of the device beside the model and its state.
+    """Device memory that questions need in addition to the model and its state.
 
     Fields:
       size: bytes.
-      words: in which program.
+      words: description of the program that needs them.
     """
 
     size: int
@@ -29,50 +30,56 @@ class QuestionMemory(NamedTuple):
 class Questions:
     """The questions of a run."""
 
-    def __init__(self, tasks: Sequence[QuestionTask]):
+    def __init__(self, tasks: Sequence[AnyTask]):
         self.tasks = tasks
-        self._need: QuestionMemory | None = None
+        self._memory: QuestionMemory | None = None
 
-    def metrics(self, parts: ModelParts, told: Callable[[str], None]) -> dict[str, float]:
-        """What a record says of one model's answers; `told` hears how far it is."""
+    def metrics(self, parts: ModelParts, report: Callable[[str], None]) -> dict[str, float]:
+        """Asks the questions and returns their metrics as in metrics.jsonl.
+
+        Args:
+          report: called with lines on the progress.
+        """
         found: dict[str, float] = {}
         for task in self.tasks:
 
-            def progress(done: int, task: QuestionTask = task) -> None:
-                told(f"{task.name}: {done} of {task.size}")
+            def progress(done: int, task: AnyTask = task) -> None:
+                report(f"{task.name}: {done} of {task.size}")
 
-            scores: Any = task.score(parts, progress, NOTHING_KEPT)  # of the task's own kind
-            found |= flatten_metrics(task.name, task.measures(scores))
+            scores = task.score(parts, progress, NO_CACHE)
+            found |= flatten_metrics(task.name, task.metrics(scores))
         return found
 
     def memory(self, parts: ModelParts) -> QuestionMemory:
-        """The most that any of their programs takes, compiled for this device the first time that it is asked for.
+        """The most memory that any of their programs needs; compiles them on the first call.
 
         Args:
-          parts: of the run's model, at any step, or its shapes alone.
+          parts: the run's model at any step, or ShapeDtypeStructs.
         """
-        if self._need is None:
-            self._need = max(self._needs(parts))
+        if self._memory is None:
+            self._memory = max(self._memory_of_programs(parts))
             runtime.give_memory_back()
-        return self._need
+        return self._memory
 
-    def _needs(self, parts: ModelParts) -> Iterator[QuestionMemory]:
+    def _memory_of_programs(self, parts: ModelParts) -> Iterator[QuestionMemory]:
         for task in self.tasks:
-            for ahead in task.ahead(parts):
-                memory = aot.read_memory(ahead.lowered.compile().memory_analysis()).device
-                taken = ahead.held + memory.temporaries + memory.outputs - memory.aliases
-                yield QuestionMemory(taken, f"questions.{task.name}, {ahead.shape}")
+            for program in task.lower(parts):
+                memory = aot.read_memory(program.lowered.compile().memory_analysis()).device
+                size = program.live_bytes + memory.temporaries + memory.outputs - memory.aliases
+                yield QuestionMemory(size, f"questions.{task.name}, {program.shape}")
 
 
 def open_questions(
     args: QuestionArgs, tokenizer: Tokenizer, source: ModelSource, max_positions: int
 ) -> Questions | None:
-    """The questions that a run's settings name; None where they name none.
+    """Reads the questions that a run's settings name; None if they name none.
 
     Raises:
-      ValueError: rows that are no such questions, or too long for the model.
+      ValueError: rows that are not questions, or are too long for the model.
     """
     if not args.given:
         return None
-    stops = source.tokenizer["stop_token_ids"]
-    return Questions(question_tasks(args, tokenizer, named_stop_ids=stops, max_positions=max_positions))
+    stop_ids = source.tokenizer["stop_token_ids"]
+    return Questions(
+        build_tasks(args, TaskContext(tokenizer=tokenizer, max_positions=max_positions, stop_ids=stop_ids))
+    )

@@ -42,18 +42,19 @@ Jobs = dict[str, list[tuple[list[int], int]]]  # per job, rows of (ids, index of
 
 def make_jobs(model: Path, tokens: int, questions: int) -> Jobs:
     """Returns the rows of both jobs, made by the evaluation code of qlora_jax."""
-    from qlora_jax.evaluation.tasks.text import choice_task, text_task
+    from qlora_jax.evaluation.tasks.choices import choices_task
+    from qlora_jax.evaluation.tasks.text import text_task
     from qlora_jax.io.pretrained import open_pretrained
 
     opened = open_pretrained(model=str(model))
-    longest = opened.features.max_positions
+    max_positions = opened.features.max_positions
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as file:
         file.write(passages((EXAMPLES / "titles/heldout.jsonl").read_text(encoding="utf-8")))
         file.flush()
         sizes = {"window": WINDOW, "stride": STRIDE, "max_tokens": tokens}
-        text = text_task(file.name, opened.tokenizer, **sizes, max_positions=longest)
+        text = text_task(file.name, opened.tokenizer, **sizes, max_positions=max_positions)
     path = str(EXAMPLES / "multiple_choice/openbookqa_500.jsonl.gz")
-    choices = choice_task(path, opened.tokenizer, max_rows=questions, max_positions=longest).choices
+    choices = choices_task(path, opened.tokenizer, max_rows=questions, max_positions=max_positions).choices
     rows = {"text": text.rows, "choices": [option for choice in choices for option in choice.options]}
     return {job: [(ids.tolist(), int(scored.argmax())) for ids, scored in each] for job, each in rows.items()}
 

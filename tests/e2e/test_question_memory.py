@@ -7,7 +7,8 @@ import pytest
 from rich.console import Console
 
 from pallas_kernels import aot
-from qlora_jax.evaluation import letters, loglikelihood
+from qlora_jax.evaluation import loglikelihood
+from qlora_jax.evaluation.tasks import letters
 from qlora_jax.inference import decode
 from qlora_jax.inference.lowering import bytes_of
 from qlora_jax.training.plan import preflight
@@ -17,7 +18,12 @@ from tests.e2e.test_questions import asking
 from tests.e2e.test_training import session_of
 from tests.marks import first_always
 
-PROGRAMS = [(loglikelihood, "score_tokens"), (letters, "_letter_logits"), (decode, "extend"), (decode, "advance")]
+PROGRAMS = [
+    (loglikelihood, "score_tokens"),
+    (letters, "_letter_logits"),
+    (decode, "prefill_chunk"),
+    (decode, "decode_step"),
+]
 
 
 def planned(config) -> str:
@@ -45,17 +51,17 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
     abstract = session.gradients.parts
     parts = session.parts
     for task in session.questions.tasks:
-        ahead, taken = list(task.ahead(abstract)), []
+        programs, taken = list(task.lower(abstract)), []
         with monkeypatch.context() as patch:
             for module, name in PROGRAMS:
                 patch.setattr(module, name, Watched(getattr(module, name), taken))
-            task.score(parts, lambda done: None, loglikelihood.NOTHING_KEPT)
+            task.score(parts, lambda done: None, loglikelihood.NO_CACHE)
         made = 0
         if task.name == "answers":  # what is cast or settled once for all calls
             cast = decode.prepare_for_decoding(parts)
             kept = {id(leaf) for leaf in _leaves(parts)}
             made = sum(leaf.nbytes for leaf in _leaves(cast) if id(leaf) not in kept)
-        most = max(_taken(one) for one in ahead)
+        most = max(_taken(program) for program in programs)
         assert most == pytest.approx(max(taken) + made, rel=0.02)
 
 
@@ -65,9 +71,9 @@ def _leaves(parts):
     return jax.tree.leaves(parts)
 
 
-def _taken(ahead) -> int:
-    memory = aot.read_memory(ahead.lowered.compile().memory_analysis()).device
-    return ahead.held + memory.temporaries + memory.outputs - memory.aliases
+def _taken(program) -> int:
+    memory = aot.read_memory(program.lowered.compile().memory_analysis()).device
+    return program.live_bytes + memory.temporaries + memory.outputs - memory.aliases
 
 
 @pytest.mark.slow

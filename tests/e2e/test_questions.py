@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax import evaluate
-from qlora_jax.evaluation.metrics import Measure
+from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.io.checkpoint import Checkpoints
 from qlora_jax.training import loop
 from qlora_jax.training.eval_metrics import flatten_metrics
@@ -69,9 +69,7 @@ def evaluated(config, folder: Path, *, step: int, column: str = "checkpoint") ->
     found = {}
     for kind, task in json.loads(out.read_text())["tasks"].items():
         of_column = task["columns"][column].items()
-        found |= flatten_metrics(
-            kind, [Measure(name, "", one["value"], one.get("interval")) for name, one in of_column]
-        )
+        found |= flatten_metrics(kind, [Metric(name, "", one["value"], one.get("interval")) for name, one in of_column])
     return found
 
 

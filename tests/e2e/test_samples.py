@@ -42,5 +42,5 @@ def test_every_evaluation_has_replies_and_the_last_are_what_generate_writes(tmp_
 def test_prompts_that_leave_no_room_are_told_before_training(tmp_path):
     (tmp_path / "prompts.txt").write_text("x" * 300)
     config = project(tmp_path / "project", train=dict(samples=str(tmp_path / "prompts.txt")))
-    with pytest.raises(ValueError, match="tokens, and the model has 256 positions for prompt and reply"):
+    with pytest.raises(ValueError, match="tokens; the model has 256 positions for prompt and reply"):
         run(config)

@@ -106,14 +106,16 @@ def test_steps_come_one_by_one(parts):
 
 
 def test_bad_prompts_are_told_all_at_once(parts):
-    with pytest.raises(ValueError, match=r"max_new_tokens=0(?s:.*)prompt 1: no tokens(?s:.*)prompt 2: 600 tokens"):
+    with pytest.raises(
+        ValueError, match=r"max_new_tokens: found 0(?s:.*)prompt 1: empty(?s:.*)prompt 2: too long \(found 600 tokens"
+    ):
         generate(parts, [[1], [], [1] * 600], sampling=GREEDY, max_new_tokens=0, stop_ids=[])
 
 
 def test_compilations_are_as_many_as_stated(parts):
-    decode.extend.clear_cache()
+    decode.prefill_chunk.clear_cache()
     decode.next_token.clear_cache()
     for seed in range(2):
         for length in (3, 64, 65, 200, 256, 300, 511):  # chunks of every size; 512 slots for all
             generate(parts, prompts_of(length, seed=seed), sampling=DRAWN, max_new_tokens=260, stop_ids=range(VOCAB))
-    assert decode.extend._cache_size() + decode.next_token._cache_size() == decode.COMPILATIONS
+    assert decode.prefill_chunk._cache_size() + decode.next_token._cache_size() == decode.COMPILATIONS

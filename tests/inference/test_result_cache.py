@@ -1,4 +1,4 @@
-"""Scores kept on disk: found again for the same inputs alone, and after SIGKILL at any moment."""
+"""Cached scores are found again only for the same inputs, and also after SIGKILL at any moment."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.letters import Lettered, letter_scores
-from qlora_jax.evaluation.loglikelihood import answer_scores
-from qlora_jax.inference.result_cache import Kept, code_digest, digest, kept_for, model_digest
+from qlora_jax.evaluation.loglikelihood import score_rows
+from qlora_jax.evaluation.tasks.letters import LetterQuestion, score_letters
+from qlora_jax.inference.result_cache import ResultCache, code_digest, digest, model_digest, open_cache
 from tests.e2e.project import write_model
 from tests.inference.tiny import VOCAB, tiny_parts
 
@@ -37,28 +37,28 @@ def test_a_digest_tells_dtype_shape_and_bytes_apart():
 
 def test_what_is_kept_comes_back_to_the_bit_and_is_not_computed_again(tmp_path):
     results = [np.float32([0.1, np.nan, -0.0]), np.array([True, False])]
-    first = Kept(tmp_path, "model").result([1, "a"], lambda: results)
-    again = Kept(tmp_path, "model")
-    found = again.result([1, "a"], lambda: pytest.fail("computed again"))
+    first = ResultCache(tmp_path, "model").get_or_compute([1, "a"], lambda: results)
+    again = ResultCache(tmp_path, "model")
+    found = again.get_or_compute([1, "a"], lambda: pytest.fail("computed again"))
     for result in (first, found):
         assert [(x.dtype, x.tobytes()) for x in result] == [(x.dtype, x.tobytes()) for x in results]
-    assert (again.found, again.made) == (1, 0)
+    assert (again.hits, again.misses) == (1, 0)
 
 
 @pytest.mark.parametrize(("model", "inputs"), [("other", [1]), ("model", [2])])
 def test_another_model_or_other_inputs_find_nothing(tmp_path, model, inputs):
-    Kept(tmp_path, "model").result([1], lambda: [np.zeros(1)])
-    other = Kept(tmp_path, model)
-    assert other.result(inputs, lambda: [np.ones(1)])[0] == 1 and other.made == 1
+    ResultCache(tmp_path, "model").get_or_compute([1], lambda: [np.zeros(1)])
+    other = ResultCache(tmp_path, model)
+    assert other.get_or_compute(inputs, lambda: [np.ones(1)])[0] == 1 and other.misses == 1
 
 
 def test_a_file_that_holds_nothing_is_told(tmp_path):
-    kept = Kept(tmp_path, "model")
-    kept.result([1], lambda: [np.zeros(1)])
+    cache = ResultCache(tmp_path, "model")
+    cache.get_or_compute([1], lambda: [np.zeros(1)])
     (file,) = tmp_path.iterdir()
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{file.name}: holds no scores .* delete it"):
-        kept.result([1], lambda: [np.zeros(1)])
+    with pytest.raises(ValueError, match=rf"{file.name}: not a file of cached scores .* Delete it"):
+        cache.get_or_compute([1], lambda: [np.zeros(1)])
 
 
 def test_models_differ_by_any_array_and_by_structure(parts):
@@ -81,18 +81,18 @@ def test_other_code_finds_nothing(tmp_path):
 
 
 def test_scores_of_rows_and_letters_are_kept(parts, tmp_path):
-    question = Lettered(ids=np.arange(1, 9, dtype=np.int32), letters=[3, 4, 5], answer=1)
-    plain = answer_scores(parts, rows_of(0)), letter_scores(parts, [question])
-    for made in (True, False):
-        kept = kept_for(str(tmp_path / "new"), parts)
-        rows = answer_scores(parts, rows_of(0), kept=kept)
-        letters = letter_scores(parts, [question], kept=kept)
-        assert (kept.made > 0, kept.found > 0) == (made, not made)
+    question = LetterQuestion(ids=np.arange(1, 9, dtype=np.int32), letters=[3, 4, 5], answer=1)
+    plain = score_rows(parts, rows_of(0)), score_letters(parts, [question])
+    for computed in (True, False):
+        cache = open_cache(tmp_path / "new", parts)
+        rows = score_rows(parts, rows_of(0), cache=cache)
+        letters = score_letters(parts, [question], cache=cache)
+        assert (cache.misses > 0, cache.hits > 0) == (computed, not computed)
         assert rows.nll.tobytes() == plain[0].nll.tobytes() and rows.exact.tolist() == plain[0].exact.tolist()
         assert letters.right.tolist() == plain[1].right.tolist()
-    kept = kept_for(str(tmp_path / "new"), parts)
-    answer_scores(parts, rows_of(1), kept=kept)
-    assert kept.found == 0
+    cache = open_cache(tmp_path / "new", parts)
+    score_rows(parts, rows_of(1), cache=cache)
+    assert cache.hits == 0
 
 
 def start(folder, *words: str) -> subprocess.Popen:
@@ -132,6 +132,6 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
     made = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
     told = ended(f"--keep={kept}", f"--json={tmp_path}/again.json")
     assert {name: (kept / name).stat().st_mtime_ns for name in made} == made
-    assert " batches before" in told and "0 of" not in told.splitlines()[0]
+    assert " batches cached" in told and "0 of" not in told.splitlines()[0]
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text())["tasks"] for name in ("whole", "again"))
     assert again == whole

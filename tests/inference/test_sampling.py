@@ -1,4 +1,4 @@
-"""What the next token is drawn from, against transformers' logits processors."""
+"""The distribution of the next token equals that of transformers' logits processors."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.inference.sampling import Sampling, choose, filtered, keep_top_k, keep_top_p
+from qlora_jax.inference.sampling import Sampling, choose, filter_logits, keep_top_k, keep_top_p
 
 ORACLE = Path(__file__).parent.parent / "oracle/generate_filters.py"
 SETTINGS = {
@@ -27,7 +27,7 @@ def test_kept_tokens_and_probabilities_equal_those_of_transformers(oracle):
     expected = oracle(ORACLE, logits=logits, settings=SETTINGS)
     for name, (temperature, top_k, top_p) in SETTINGS.items():
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-        actual = np.asarray(jax.nn.softmax(filtered(jnp.array(logits), sampling), axis=-1))
+        actual = np.asarray(jax.nn.softmax(filter_logits(jnp.array(logits), sampling), axis=-1))
         np.testing.assert_array_equal(actual > 0, expected[name] > 0, err_msg=name)
         np.testing.assert_allclose(actual, expected[name], rtol=2e-5, atol=1e-30, err_msg=name)
 
@@ -45,7 +45,7 @@ def test_draws_have_the_probabilities_of_the_filtered_logits():
     keys = jax.random.split(jax.random.key(0), count)
     drawn = jax.jit(choose, static_argnums=2)(jnp.repeat(logits, count, axis=0), keys, sampling)
     shares = np.bincount(drawn, minlength=6) / count
-    expected = np.asarray(jax.nn.softmax(filtered(logits, sampling), axis=-1))[0]
+    expected = np.asarray(jax.nn.softmax(filter_logits(logits, sampling), axis=-1))[0]
     np.testing.assert_allclose(shares, expected, atol=4 * 0.5 / count**0.5)
     np.testing.assert_array_equal(shares > 0, expected > 0)
 
@@ -56,5 +56,5 @@ def test_greedy_takes_the_first_of_equals():
 
 
 def test_settings_out_of_bounds_are_told_all_at_once():
-    with pytest.raises(ValueError, match=r"temperature=-1.*top_k=-1.*top_p=0"):
+    with pytest.raises(ValueError, match=r"temperature: found -1.*top_k: found -1.*top_p: found 0"):
         Sampling(temperature=-1.0, top_k=-1, top_p=0.0)

@@ -7,7 +7,7 @@ import signal
 import pytest
 from rich.console import Console
 
-from qlora_jax.inference.decode import Step
+from qlora_jax.inference.decode import DecodeStep
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.terminal_chat import chat, show_reply
 from tests.inference.tiny import byte_tokenizer
@@ -18,8 +18,8 @@ PROMPTER = Prompter(tokenizer=TOKENIZER, chat=False, system=None)
 
 def steps_of(text: str, end: str = "stop"):
     for token in TOKENIZER.encode(text):
-        yield Step(0, token, None)
-    yield Step(0, None, end)
+        yield DecodeStep(0, token, None)
+    yield DecodeStep(0, None, end)
 
 
 def console() -> Console:
@@ -44,13 +44,13 @@ def test_commands_and_history(monkeypatch):
     printed, asked = talk(monkeypatch, typed, ["[ä]", "[2]", "[3]"])
     assert asked == ["one", "one[ä]two", "three"]
     assert "[ä]\n" in printed
-    assert "no such command: /rest" in printed
+    assert "unknown command: /rest" in printed
 
 
 def test_a_question_that_does_not_fit_is_left_out(monkeypatch):
     printed, asked = talk(monkeypatch, "12345\n12345\n1\n", ["abc", "d"], max_positions=10)
     assert asked == ["12345", "12345abc1"]
-    assert "has 13 tokens with this question, and the model reads 10" in printed
+    assert "13 tokens; the model has 10 positions" in printed
 
 
 def test_ctrl_c_stops_the_answer_and_leaves_the_rest_alone():
@@ -58,7 +58,7 @@ def test_ctrl_c_stops_the_answer_and_leaves_the_rest_alone():
         for token in TOKENIZER.encode("abcdef"):
             if token == TOKENIZER.encode("c")[0]:
                 os.kill(os.getpid(), signal.SIGINT)
-            yield Step(0, token, None)
+            yield DecodeStep(0, token, None)
 
     before, out = signal.getsignal(signal.SIGINT), console()
     assert show_reply(steps(), TOKENIZER, out) == ("abc", "interrupted")
@@ -70,7 +70,7 @@ def test_a_second_ctrl_c_interrupts_as_ever():
     def steps():
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        yield Step(0, 1, None)
+        yield DecodeStep(0, 1, None)
 
     with pytest.raises(KeyboardInterrupt):
         show_reply(steps(), TOKENIZER, console())
@@ -80,7 +80,7 @@ def test_a_full_context_ends_the_answer_and_tells_the_way_out(monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("question\n"))
     out = console()
     chat(PROMPTER, lambda ids: steps_of("x", "context"), 100, out)
-    assert "x\nstopped: the model's context is full; /reset begins anew" in out.file.getvalue()
+    assert "x\nstopped: the model's context is full; /reset starts over" in out.file.getvalue()
 
 
 @pytest.mark.parametrize("end", ["stop", "length", "context"])

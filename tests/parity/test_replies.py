@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.readers.files import read_rows
-from qlora_jax.evaluation.loglikelihood import answer_scores
-from qlora_jax.evaluation.tasks.choices import choice_scores
-from qlora_jax.evaluation.tasks.text import choice_task, rows_task
+from qlora_jax.evaluation.loglikelihood import score_rows
+from qlora_jax.evaluation.tasks.choices import choices_task, score_choices
+from qlora_jax.evaluation.tasks.rows import rows_task
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
 from qlora_jax.models.partition import partition
 
@@ -29,8 +29,8 @@ def test_options_and_answers_are_as_likely_as_torch_finds_them(smollm2_gguf, ora
 
     parts = partition(load_base(opened, weight_settings(opened, "none", "float32")))
     limits = {"max_rows": COUNT, "max_positions": opened.features.max_positions}
-    choices = choice_task(str(QUESTIONS), opened.tokenizer, **limits).choices
-    ours = answer_scores(parts, [option for choice in choices for option in choice.options])
+    choices = choices_task(str(QUESTIONS), opened.tokenizer, **limits).choices
+    ours = score_rows(parts, [option for choice in choices for option in choice.options])
     of_options, of_answers = slice(len(options)), slice(len(options), None)
     np.testing.assert_allclose(ours.nll, theirs["nll"][of_options], rtol=1e-3)
     np.testing.assert_array_equal(ours.tokens, theirs["counts"][of_options])
@@ -39,10 +39,10 @@ def test_options_and_answers_are_as_likely_as_torch_finds_them(smollm2_gguf, ora
         (each.reshape(COUNT, 4).argmin(axis=1) == ["ABCD".index(q["answer"][0]) for q in questions]).tolist()
         for each in (theirs["nll"][of_options], (theirs["nll"] / theirs["counts"])[of_options])
     )
-    verdicts = choice_scores(parts, choices)
+    verdicts = score_choices(parts, choices)
     assert (verdicts.by_sum.tolist(), verdicts.by_mean.tolist()) == (by_sum, by_mean)
 
-    replies = answer_scores(parts, rows_task(str(ROWS), opened.tokenizer, **limits).rows)
+    replies = score_rows(parts, rows_task(str(ROWS), opened.tokenizer, **limits).rows)
     np.testing.assert_allclose(replies.nll, theirs["nll"][of_answers], rtol=1e-3)
     for name, found in {"counts": replies.tokens, "begins": replies.begins, "exact": replies.exact}.items():
         np.testing.assert_array_equal(found, theirs[name][of_answers])

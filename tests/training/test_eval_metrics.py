@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 
-from qlora_jax.evaluation.metrics import Measure, share
+from qlora_jax.evaluation.metrics import Metric, share
 from qlora_jax.evaluation.statistics import wilson_interval
 from qlora_jax.training.eval_metrics import eval_loss_metrics, flatten_metrics, loss_interval, perplexity, task_metrics
 from qlora_jax.training.trackers import scalars
@@ -14,7 +14,7 @@ from qlora_jax.training.trackers import scalars
 def test_measures_there_and_back():
     right = np.array([True, False, False, True])
     found = flatten_metrics(
-        "choices", [share("right by likelihood a token", right), Measure("ties (counted as wrong)", "count", 3)]
+        "choices", [share("right by likelihood a token", right), Metric("ties (counted as wrong)", "count", 3)]
     )
     low, high = wilson_interval(2, 4)
     name = "choices_right_by_likelihood_a_token"

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness before a model is read: it is installed, knows the tasks, has their data sets, or says no."""
+"""Checks lm-evaluation-harness before a model is loaded: installation, task names, and data sets."""
 
 import functools
 import logging
@@ -8,85 +8,87 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
-PATIENCE = 5.0  # seconds
+TIMEOUT = 5.0  # seconds to wait for the Hub
 
 
-def harness() -> Any:
-    """The library; ValueError where it is not installed."""
-    os.environ.setdefault("TQDM_DISABLE", "1")  # its bars; ours are shown
+def import_lm_eval() -> Any:
+    """Imports the library, which has no type annotations; raises ValueError if it is not installed."""
+    os.environ.setdefault("TQDM_DISABLE", "1")  # hides its progress bars; ours are shown
     try:
         import lm_eval  # pyright: ignore[reportMissingImports]
         import lm_eval.tasks  # pyright: ignore[reportMissingImports]
     except ImportError as error:
-        raise ValueError(f"harness: it is not installed ({error}): pip install 'qlora-jax[lm-eval]'") from error
+        raise ValueError(f"harness: lm-eval is not installed ({error}). pip install 'qlora-jax[lm-eval]'") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     return lm_eval
 
 
 @functools.cache
 def task_manager(folder: str | None) -> Any:
-    """The harness' tasks, and those of files in `folder`; it reads thousands of files, so once."""
-    return harness().tasks.TaskManager(include_path=folder)
+    """The harness' TaskManager, including the task files in `folder`; cached, because it reads thousands of files."""
+    return import_lm_eval().tasks.TaskManager(include_path=folder)
 
 
-def check_ready(tasks: Sequence[str], folder: str | None, tell: Callable[[str], object]) -> None:
-    """Loads the tasks' data sets, from the Hub or where that gives no answer from the cache alone.
+def check_ready(tasks: Sequence[str], folder: str | None, report: Callable[[str], object]) -> None:
+    """Loads the tasks' data sets, from the Hub or, if it does not respond, from the cache.
 
     Args:
-      tell: is told what there is to wait for, and that there is no network.
+      tasks: names of the harness' tasks.
+      folder: folder with the user's task files, or None.
+      report: called with lines for people: what takes time, and that the Hub does not respond.
 
     Raises:
-      ValueError: the harness is not installed, knows no such task, or can't have a data set.
+      ValueError: the harness is not installed, a task is unknown, or a data set cannot be loaded.
     """
-    tell("harness: reads its list of tasks")
-    harness()
-    offline = _offline(tell)
+    report("harness: reading its list of tasks")
+    import_lm_eval()
+    offline = _go_offline_if_unreachable(report)
     manager = task_manager(folder)
     if unknown := [task for task in tasks if task not in manager.all_tasks]:
-        raise ValueError(f"harness: no task is called {', '.join(unknown)}; `lm_eval ls tasks` lists them")
-    tell(f"harness: loads the data sets of {', '.join(tasks)}")
+        raise ValueError(f"harness: unknown task (found {', '.join(unknown)}). `lm_eval ls tasks` lists them")
+    report(f"harness: loading the data sets of {', '.join(tasks)}")
     try:
         manager.load(list(tasks))
     except (OSError, ValueError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"harness: a data set can't be had: {reason}{_way_out(offline)}") from error
+        raise ValueError(f"harness: cannot load a data set: {reason}{_offline_fix(offline)}") from error
 
 
-def _way_out(offline: str | None) -> str:
+def _offline_fix(offline: str | None) -> str:
     if offline is None:
         return ""
     import datasets.config  # pyright: ignore[reportMissingImports]
 
     return (
-        f". {offline}, and the cache {datasets.config.HF_DATASETS_CACHE} does not hold it. Run the same command once "
-        "where there is a network and bring its cache (HF_DATASETS_CACHE names the folder), or give tasks over files "
-        "of your own: --harness_folder"
+        f". {offline}, and the cache {datasets.config.HF_DATASETS_CACHE} does not contain it. Run the same command "
+        "once on a machine with a network and copy its cache (HF_DATASETS_CACHE names the folder), or use task files "
+        "over your own data: --harness_folder"
     )
 
 
-def _offline(tell: Callable[[str], object]) -> str | None:
-    """Why the Hub is not asked, or None. Where it gives no answer, its libraries are told, or they try six times."""
+def _go_offline_if_unreachable(report: Callable[[str], object]) -> str | None:
+    """Returns why the Hub is not used, or None; sets its libraries offline, which otherwise retry six times."""
     import datasets.config  # pyright: ignore[reportMissingImports]
     import huggingface_hub.constants as hub
 
     if hub.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if (problem := no_answer(hub.ENDPOINT)) is None:
+    if (problem := connection_problem(hub.ENDPOINT)) is None:
         return None
     hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    reason = f"{hub.ENDPOINT} gives no answer ({problem})"
-    tell(f"harness: {reason}; data sets come from the cache alone")
+    reason = f"{hub.ENDPOINT} does not respond ({problem})"
+    report(f"harness: {reason}; data sets are loaded only from the cache")
     return reason
 
 
-def no_answer(address: str) -> str | None:
-    """Why a server can't be reached, or None; nothing is tried where a proxy stands before it."""
+def connection_problem(address: str) -> str | None:
+    """Returns why a server does not respond, or None if it does; behind a proxy, always None."""
     if urllib.request.getproxies():
         return None
     try:
-        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
+        urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=TIMEOUT).close()
     except urllib.error.HTTPError as error:
-        error.close()  # an answer, if no good one
+        error.close()  # an error is a response too
     except urllib.error.URLError as error:
         return str(error.reason)
     except OSError as error:

@@ -1,38 +1,68 @@
-"""Questions with exact answers as a task, and from files."""
+"""The task `answers`: questions with an exact answer, compared with the model's greedy reply."""
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Bool
+
+from qlora_jax.config import QuestionArgs
 from qlora_jax.config.question_settings import FILE_COLUMNS
 from qlora_jax.data.readers.files import raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.answers import AnswerScores, Asked, answer_replies, normalised
-from qlora_jax.evaluation.columns import found, read_each, read_named, values_of
-from qlora_jax.evaluation.metrics import Comparison, Measure, Progress, share, share_change
-from qlora_jax.inference.lowering import Ahead
+from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
+from qlora_jax.inference.decode import Reply
+from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.prompts import Prompter, stop_ids
-from qlora_jax.inference.replies import replies_ahead
-from qlora_jax.inference.result_cache import Kept
+from qlora_jax.inference.replies import greedy_replies, lower_replies
+from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
 
-NEXT_QUESTION = "\nQuestion:"  # where a reply in plain text ends, as the prompt begins
+NEXT_QUESTION = "\nQuestion:"  # a reply in plain text ends before this, which begins the next prompt
+_THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerQuestion:
+    """One question: the ids of its prompt, and the answers that are right, in the form of `extract_answer`."""
+
+    ids: Sequence[int]
+    answers: Collection[str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerScores:
+    """Grades of replies.
+
+    Fields:
+      right: the reply equals an answer.
+      unanswered: no answer was found in the reply.
+      cut_off: the reply ended because of max_new_tokens, or because the model has no position left.
+    """
+
+    right: Bool[np.ndarray, " questions"]
+    unanswered: Bool[np.ndarray, " questions"]
+    cut_off: Bool[np.ndarray, " questions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswersTask:
-    """The share of greedy replies that are exactly the answer.
+    """Share of greedy replies that are exactly the answer; see `task.Task` for the members.
 
     Attributes:
-      pattern: what finds the answer in a text; None: it is the whole text.
-      until: a reply ends before this text too.
+      pattern: finds the answer in a text; None: the answer is the whole text.
+      max_new_tokens: maximum tokens of a reply.
+      stop_ids: ids that end a reply.
+      until: text that also ends a reply, or None.
     """
 
     title: str
-    questions: Sequence[Asked]
+    questions: Sequence[AnswerQuestion]
     tokenizer: Tokenizer
-    pattern: re.Pattern | None
+    pattern: re.Pattern[str] | None
     max_new_tokens: int
     stop_ids: Collection[int]
     until: str | None
@@ -40,37 +70,58 @@ class AnswersTask:
 
     @property
     def size(self) -> int:
-        """Rows that `score` reports as done, in all."""
+        """The number of questions."""
         return len(self.questions)
 
     @property
-    def asked(self) -> list[list[Any]]:
-        """Of each question, all that its score follows from beside the model."""
-        return [[[*one.ids], sorted(one.answers), sorted(self.stop_ids)] for one in self.questions]
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each question's prompt, answers and stop ids."""
+        return [[[*question.ids], sorted(question.answers), sorted(self.stop_ids)] for question in self.questions]
 
-    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> AnswerScores:
-        """The scores of one model."""
-        limits = {"max_new_tokens": self.max_new_tokens, "stop_ids": self.stop_ids}
-        how = {"decode": self._text, "pattern": self.pattern, **limits}
-        return answer_replies(parts, self.questions, **how, progress=progress, kept=kept)
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> AnswerScores:
+        """Generates and grades one model's replies."""
+        replies = greedy_replies(
+            parts,
+            [question.ids for question in self.questions],
+            max_new_tokens=self.max_new_tokens,
+            stop_ids=self.stop_ids,
+            progress=progress,
+            cache=cache,
+        )
+        return grade_replies(replies, self.questions, lambda reply: extract_answer(self._text(reply.ids), self.pattern))
 
-    def ahead(self, parts: ModelParts) -> Iterator[Ahead]:
-        """The programs of `score` that want most memory."""
-        return replies_ahead(parts, [question.ids for question in self.questions], self.max_new_tokens)
+    def metrics(self, scores: AnswerScores) -> list[Metric]:
+        """The share of right replies, and the numbers of replies without an answer and cut off."""
+        cut_off = Metric(f"replies cut off ({self.max_new_tokens} tokens)", "count", int(scores.cut_off.sum()))
+        unanswered = Metric("no answer found (counted as wrong)", "count", int(scores.unanswered.sum()))
+        return [share("exactly the answer", scores.right), *([unanswered] if self.pattern else []), cut_off]
+
+    def compare(self, before: AnswerScores, after: AnswerScores) -> list[Comparison]:
+        """The change of the share of right replies."""
+        return [share_change("exactly the answer", before.right, after.right)]
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the programs of the largest batch."""
+        return lower_replies(parts, [question.ids for question in self.questions], self.max_new_tokens)
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode([*ids])
         return text if self.until is None else text.partition(self.until)[0]
 
-    def measures(self, scores: AnswerScores) -> list[Measure]:
-        """What the scores say."""
-        cut = Measure(f"replies cut off ({self.max_new_tokens} tokens)", "count", int(scores.cut.sum()))
-        unanswered = Measure("no answer found (counted as wrong)", "count", int(scores.unanswered.sum()))
-        return [share("exactly the answer", scores.right), *([unanswered] if self.pattern else []), cut]
 
-    def compare(self, before: AnswerScores, after: AnswerScores) -> list[Comparison]:
-        """What changed from one model to another."""
-        return [share_change("exactly the answer", before.right, after.right)]
+def build(settings: QuestionArgs, context: TaskContext) -> AnswersTask:
+    """Builds the task that the settings describe."""
+    assert settings.answers is not None
+    return answers_task(
+        settings.answers,
+        context.tokenizer,
+        named_stop_ids=context.stop_ids,
+        pattern=settings.answer_pattern,
+        max_new_tokens=settings.max_new_tokens,
+        max_rows=settings.max_rows,
+        max_positions=context.max_positions,
+        file_columns=settings.file_columns,
+    )
 
 
 def answers_task(
@@ -82,50 +133,87 @@ def answers_task(
     max_new_tokens: int,
     max_rows: int | None,
     max_positions: int,
-    named: Mapping[str, str] | None = None,
+    file_columns: Mapping[str, str] | None = None,
 ) -> AnswersTask:
-    """The questions of a file: rows of question (or prompt) and answer, a text or a list of texts that are all right.
+    """Reads rows with the columns question (or prompt) and answer: a text, or a list of texts that are all right.
 
     Args:
-      named: see `columns.read_named`.
+      named_stop_ids: ids that end a reply according to the model's files.
+      pattern: regular expression of `extract_answer`, or None.
+      file_columns: see `task_file.read_task_rows`.
 
     Raises:
-      ValueError: rows that are something else, too long, or in whose answer the pattern finds nothing: all of them.
+      ValueError: rows that are not questions, are too long, or have an answer without a match of the pattern; the
+        message lists them.
     """
-    finder = None if pattern is None else re.compile(pattern)
+    compiled = None if pattern is None else re.compile(pattern)
     chat = tokenizer.chat_template is not None
     prompter = Prompter(tokenizer=tokenizer, chat=chat, system=None)
-    rows = read_named(path, "answers", named, max_rows)
-    questions = read_each(path, rows, lambda row: _asked(row.data, prompter, finder))
+    rows = read_task_rows(path, "answers", file_columns, max_rows)
+    questions = read_each(path, rows, lambda row: _question(row.data, prompter, compiled))
     problems = [
-        (row.place, f"{len(asked.ids)} tokens and {max_new_tokens} of a reply, and the model has {max_positions}")
-        for row, asked in zip(rows, questions, strict=True)
-        if len(asked.ids) + max_new_tokens > max_positions
+        (
+            row.place,
+            f"too long (found {len(question.ids)} tokens and {max_new_tokens} of the reply; the model has "
+            f"{max_positions} positions)",
+        )
+        for row, question in zip(rows, questions, strict=True)
+        if len(question.ids) + max_new_tokens > max_positions
     ]
     raise_problems(path, problems, len(rows))
     return AnswersTask(
         title=f"{path}: {len(rows)} questions, greedy replies" + ("" if pattern is None else f", read by {pattern}"),
         questions=questions,
         tokenizer=tokenizer,
-        pattern=finder,
+        pattern=compiled,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids(tokenizer, named_stop_ids, chat=chat),
         until=None if chat else NEXT_QUESTION,
     )
 
 
-def _asked(columns: Mapping[str, Any], prompter: Prompter, pattern: re.Pattern | None) -> Asked:
+def extract_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
+    """Finds the answer in a text.
+
+    Without a pattern that is the whole text, without surrounding white space. With one, it is the pattern's last match:
+    its first group that matched, or all of it if it has no groups. White space around it, commas between thousands and
+    a final full stop are removed. Returns None if nothing matches.
+    """
+    if pattern is None:
+        return text.strip()
+    matches = list(pattern.finditer(text))
+    if not matches:
+        return None
+    answer = next((group for group in matches[-1].groups() if group is not None), matches[-1].group())
+    return _THOUSANDS.sub("", answer.strip()).removesuffix(".")
+
+
+def grade_replies(
+    replies: Sequence[Reply], questions: Sequence[AnswerQuestion], extract: Callable[[Reply], str | None]
+) -> AnswerScores:
+    """Grades replies; `extract` returns the answer in a reply, or None."""
+    found = [extract(reply) for reply in replies]
+    return AnswerScores(
+        right=np.array([text in question.answers for text, question in zip(found, questions, strict=True)], bool),
+        unanswered=np.array([text is None for text in found], bool),
+        cut_off=np.array([reply.end != "stop" for reply in replies], bool),
+    )
+
+
+def _question(columns: Mapping[str, object], prompter: Prompter, pattern: re.Pattern[str] | None) -> AnswerQuestion:
     question, answer = values_of(columns, FILE_COLUMNS["answers"])
     if not isinstance(question, str):
-        raise found("question", question, "a text")
+        raise wrong_value("question", question, "a text")
     given = answer if isinstance(answer, list) else [answer]
     texts = [text for text in given if isinstance(text, str) and text.strip()]
     if not texts or len(texts) < len(given):
-        raise found("answer", answer, 'a text or a list of texts, none empty, a number in quotes ("4")')
-    answers = [normalised(text, pattern) for text in texts]
+        raise wrong_value("answer", answer, 'a text or a list of texts, none empty; a number in quotes ("4")')
+    answers = [extract_answer(text, pattern) for text in texts]
     if pattern is not None and None in answers:
-        raise ValueError(f"answer_pattern {pattern.pattern!r} finds nothing in the answer {shorten(repr(answer))}")
-    return Asked(ids=_prompt(question, prompter), answers=frozenset(answer for answer in answers if answer is not None))
+        raise ValueError(f"answer: no match of answer_pattern {pattern.pattern!r} (found {shorten(repr(answer))})")
+    return AnswerQuestion(
+        ids=_prompt(question, prompter), answers=frozenset(answer for answer in answers if answer is not None)
+    )
 
 
 def _prompt(question: str, prompter: Prompter) -> list[int]:

@@ -1,19 +1,29 @@
-"""Multiple choice by likelihood: the option that the model finds likeliest is its answer."""
+"""The task `choices`: multiple choice by likelihood; the model's answer is the option that it finds likeliest."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Bool
 
-from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
-from qlora_jax.inference.result_cache import NOTHING_KEPT, Kept
+from qlora_jax.config import QuestionArgs
+from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.tasks.question_rows import Question, read_question
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Choice:
-    """One question: its options as rows of which the option's tokens are scored, and the index of the right one."""
+    """One question: its options as rows in which the option's tokens are scored, and the index of the right one."""
 
     options: Sequence[ScoredIds]
     answer: int
@@ -21,9 +31,9 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChoiceScores:
-    """Which questions a model has right, by the options' sums of log p and by their means over tokens.
+    """Which questions a model has right, by the sum of log p of each option's tokens, and by its mean.
 
-    A question is right where the right option is likelier than every other; where it shares the first place it is tied,
+    A question is right if the right option is likelier than every other. If it shares first place, the question is tied
     and not right.
     """
 
@@ -33,27 +43,127 @@ class ChoiceScores:
     tied_by_mean: Bool[np.ndarray, " questions"]
 
 
-def option_rows(choices: Sequence[Choice]) -> list[ScoredIds]:
-    """All options of all questions, as rows."""
-    return [option for choice in choices for option in choice.options]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChoicesTask:
+    """Share of questions whose likeliest option is right; see `task.Task` for the members."""
+
+    title: str
+    choices: Sequence[Choice]
+    name: str = "choices"
+
+    @property
+    def size(self) -> int:
+        """The number of options of all questions."""
+        return sum(len(choice.options) for choice in self.choices)
+
+    @property
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each question's right option, and the ids of all options."""
+        return [[choice.answer, *itertools.chain.from_iterable(choice.options)] for choice in self.choices]
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> ChoiceScores:
+        """Scores one model on each question."""
+        return score_choices(parts, self.choices, progress, cache)
+
+    def metrics(self, scores: ChoiceScores) -> list[Metric]:
+        """Both shares of right answers, and the number of ties."""
+        ties = int((scores.tied_by_sum | scores.tied_by_mean).sum())
+        return [
+            share("right by likelihood", scores.by_sum),
+            share("right by likelihood a token", scores.by_mean),
+            Metric("ties (counted as wrong)", "count", ties),
+        ]
+
+    def compare(self, before: ChoiceScores, after: ChoiceScores) -> list[Comparison]:
+        """The changes of both shares."""
+        return [
+            share_change("right by likelihood", before.by_sum, after.by_sum),
+            share_change("right by likelihood a token", before.by_mean, after.by_mean),
+        ]
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the programs of the largest batches."""
+        return lower_scoring(parts, _options(self.choices))
 
 
-def choice_scores(
+def build(settings: QuestionArgs, context: TaskContext) -> ChoicesTask:
+    """Builds the task that the settings describe."""
+    assert settings.choices is not None
+    return choices_task(
+        settings.choices,
+        context.tokenizer,
+        max_rows=settings.max_rows,
+        max_positions=context.max_positions,
+        file_columns=settings.file_columns,
+    )
+
+
+def choices_task(
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    max_rows: int | None,
+    max_positions: int,
+    file_columns: Mapping[str, str] | None = None,
+) -> ChoicesTask:
+    """Reads the questions of a file; each option is scored as the reply to the question.
+
+    Args:
+      file_columns: see `task_file.read_task_rows`.
+
+    Raises:
+      ValueError: rows that are not questions, or too long for the model; the message lists them.
+    """
+    rows = read_task_rows(path, "choices", file_columns, max_rows)
+    questions = read_each(path, rows, lambda row: read_question(row.data))
+    options = [_encode_options(question, tokenizer) for question in questions]
+    check_lengths(path, rows, options, max_positions)
+    choices = [
+        Choice(options=encoded, answer=question.answer) for encoded, question in zip(options, questions, strict=True)
+    ]
+    return ChoicesTask(title=f"{path}: {len(choices)} questions", choices=choices)
+
+
+def score_choices(
     parts: ModelParts,
     choices: Sequence[Choice],
-    progress: Callable[[int], None] = lambda rows_done: None,
-    kept: Kept = NOTHING_KEPT,
+    progress: Callable[[int], None] = lambda options_done: None,
+    cache: ResultCache = NO_CACHE,
 ) -> ChoiceScores:
-    """The scores of each question; `progress` counts options."""
-    scores = answer_scores(parts, option_rows(choices), progress, kept)
+    """Scores each question; `progress` is called with the number of options scored so far."""
+    scores = score_rows(parts, _options(choices), progress, cache)
     starts = np.cumsum([len(choice.options) for choice in choices])[:-1]
     sums, means = np.split(-scores.nll, starts), np.split(-scores.nll / scores.tokens, starts)
     answers = [choice.answer for choice in choices]
-    (by_sum, tied_by_sum), (by_mean, tied_by_mean) = _verdicts(sums, answers), _verdicts(means, answers)
+    (by_sum, tied_by_sum), (by_mean, tied_by_mean) = _grade(sums, answers), _grade(means, answers)
     return ChoiceScores(by_sum=by_sum, tied_by_sum=tied_by_sum, by_mean=by_mean, tied_by_mean=tied_by_mean)
 
 
-def _verdicts(likelihoods: Sequence[np.ndarray], answers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """(right, tied) of each question."""
+def _options(choices: Sequence[Choice]) -> list[ScoredIds]:
+    """All options of all questions, in order."""
+    return [option for choice in choices for option in choice.options]
+
+
+def _grade(likelihoods: Sequence[np.ndarray], answers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """(right, tied) of each question, given the likelihoods of its options."""
     lead = np.array([x[answer] - np.delete(x, answer).max() for x, answer in zip(likelihoods, answers, strict=True)])
     return lead > 0, lead == 0
+
+
+def _encode_options(question: Question, tokenizer: Tokenizer) -> list[ScoredIds]:
+    if tokenizer.chat_template is None:
+        prompt, options = f"Question: {question.prompt}\nAnswer:", [f" {option}" for option in question.options]
+    else:
+        messages = [{"role": "user", "content": question.prompt}]
+        prompt, options = tokenizer.render(messages, add_generation_prompt=True), question.options
+    # A chat template writes bos itself.
+    bos = [tokenizer.bos_id] if tokenizer.add_bos_token and tokenizer.chat_template is None else []
+    encodings = tokenizer.encode_spans([prompt + option for option in options])
+    encoded = [
+        encode_segments(tokenizer, [Segment(prompt, False), Segment(option, True)], encoding)
+        for option, encoding in zip(options, encodings, strict=True)
+    ]
+    return [
+        (np.array([*bos, *row.ids], np.int32), np.concatenate([np.zeros(len(bos), bool), row.supervised]))
+        for row in encoded
+    ]

@@ -1,35 +1,45 @@
-"""The tasks of files of questions, as settings name them: for `evaluate`, and for a run that asks while it trains."""
+"""Registers the evaluation tasks: the setting that names a task's input, and the function that builds the task."""
 
-from collections.abc import Collection
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from qlora_jax.config import QuestionArgs
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.tasks.answers import AnswersTask, answers_task
-from qlora_jax.evaluation.tasks.letters import letters_task
-from qlora_jax.evaluation.tasks.task import ChoiceTask, LettersTask
-from qlora_jax.evaluation.tasks.text import choice_task
+if TYPE_CHECKING:
+    from qlora_jax.config import QuestionArgs
+    from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
 
-QuestionTask = ChoiceTask | LettersTask | AnswersTask
+# (settings, context) -> task. The settings are QuestionArgs or a subclass, such as TaskArgs.
+Builder = Callable[..., "AnyTask"]
 
 
-def question_tasks(
-    args: QuestionArgs, tokenizer: Tokenizer, *, named_stop_ids: Collection[int], max_positions: int
-) -> list[QuestionTask]:
-    """A task for each file that `args` names, in the order of its settings.
+def _lazy(module: str) -> Builder:
+    """Returns the function `build` of a module that is imported on the first call.
 
-    Args:
-      named_stop_ids: ids that end a reply, of the model's files.
+    The tasks import JAX, which takes seconds, but a wrong setting should be reported at once.
+    """
+
+    def build(settings: "QuestionArgs", context: "TaskContext") -> "AnyTask":
+        return importlib.import_module(module).build(settings, context)
+
+    return build
+
+
+# Tasks are scored and shown in this order.
+TASKS: dict[str, Builder] = {
+    "text": _lazy("qlora_jax.evaluation.tasks.text"),
+    "choices": _lazy("qlora_jax.evaluation.tasks.choices"),
+    "letters": _lazy("qlora_jax.evaluation.tasks.letters"),
+    "answers": _lazy("qlora_jax.evaluation.tasks.answers"),
+    "rows": _lazy("qlora_jax.evaluation.tasks.rows"),
+    "harness": _lazy("qlora_jax.evaluation.lm_eval.task"),
+}
+
+
+def build_tasks(settings: "QuestionArgs", context: "TaskContext") -> "list[AnyTask]":
+    """Builds a task for each input that the settings name, in the order of the table.
 
     Raises:
-      ValueError: rows that are no such questions, or too long for the model: all of the first file that has any.
+      ValueError: rows that do not match the task or are too long for the model; the message lists all of the first
+        file that has any.
     """
-    limits = {"max_rows": args.max_rows, "max_positions": max_positions, "named": args.file_columns}
-    tasks: list[QuestionTask] = []
-    if args.choices is not None:
-        tasks.append(choice_task(args.choices, tokenizer, **limits))
-    if args.letters is not None:
-        tasks.append(letters_task(args.letters, tokenizer, shots=args.shots, num_shots=args.num_shots, **limits))
-    if args.answers is not None:
-        of_replies = {"pattern": args.answer_pattern, "max_new_tokens": args.max_new_tokens}
-        tasks.append(answers_task(args.answers, tokenizer, named_stop_ids=named_stop_ids, **of_replies, **limits))
-    return tasks
+    return [build(settings, context) for name, build in TASKS.items() if getattr(settings, name, None) is not None]

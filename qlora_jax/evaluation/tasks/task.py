@@ -1,190 +1,106 @@
-"""What can be scored: a text, multiple-choice questions, rows with answers; how each is summed up and compared."""
+"""Defines the interface of an evaluation task.
+
+To add a task:
+
+1. Write a class with the members of `Task` in a new file next to this one, and a function
+   `build(settings, context) -> Task` that reads the task's file.
+2. Add one line to the table in registry.py: the setting that names the task's input, and `build`.
+3. Declare the setting: in QuestionArgs (config/question_settings.py) if training runs may ask it at each evaluation,
+   otherwise in TaskArgs (evaluation/settings.py).
+
+choices.py is a short example.
+"""
 
 import dataclasses
-import itertools
-import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
-from qlora_jax.evaluation.letters import Lettered, LetterScores, letter_scores, letters_ahead, mean_over_subjects
-from qlora_jax.evaluation.lm_eval.task import HarnessTask
-from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, answer_scores, scoring_ahead
-from qlora_jax.evaluation.metrics import Comparison, Measure, Progress, share, share_change
-from qlora_jax.evaluation.statistics import (
-    bootstrap,
-    paired_bootstrap,
-    stratified_bootstrap,
-    stratified_paired_bootstrap,
-)
-from qlora_jax.evaluation.tasks.answers import AnswersTask
-from qlora_jax.evaluation.tasks.choices import Choice, ChoiceScores, choice_scores, option_rows
-from qlora_jax.inference.lowering import Ahead
-from qlora_jax.inference.result_cache import Kept
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.metrics import Comparison, Metric
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
 
+ProgressCallback = Callable[[int], None]  # called with the number of rows done so far
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TextTask:
-    """Perplexity of windows of a text.
+class TaskContext:
+    """Properties of the model that a task needs to turn its file into token ids.
 
-    Fields of every task:
-      title: what it is, for people.
-      name: the setting that asks for it.
+    Attributes:
+      tokenizer: without a chat template if questions are plain text.
+      max_positions: maximum tokens of a row.
+      stop_ids: ids that end a reply according to the model's files.
     """
 
-    title: str
-    rows: Sequence[ScoredIds]
-    name: str = "text"
+    tokenizer: Tokenizer
+    max_positions: int
+    stop_ids: Collection[int] = ()
+
+
+@runtime_checkable
+class Task[Scores](Protocol):
+    """Scores a model on the rows of one file, and turns the scores into metrics.
+
+    `Scores` is the task's own type: usually a dataclass with one array per kind of score and one element per row, so
+    that two models can be compared row by row.
+    """
 
     @property
-    def size(self) -> int:
-        """Rows that `score` reports as done, in all."""
-        return len(self.rows)
+    def name(self) -> str:
+        """The setting that names the task's input, and the task's key in stored metrics."""
+        ...
 
     @property
-    def asked(self) -> list[list[Any]]:
-        """Of each row, all that its score follows from beside the model."""
-        return [[*row] for row in self.rows]
-
-    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> RowScores:
-        """The scores of one model."""
-        return answer_scores(parts, self.rows, progress, kept)
-
-    def measures(self, scores: RowScores) -> list[Measure]:
-        """What the scores say."""
-        return _losses(scores)
-
-    def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
-        """What changed from one model to another."""
-        return [_loss_change(before, after)]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowsTask(TextTask):
-    """Loss of answers, and whether greedy decoding would write them."""
-
-    name: str = "rows"
-
-    def measures(self, scores: RowScores) -> list[Measure]:
-        """What the scores say."""
-        hits = {"begins with the answer": scores.begins, "is exactly the answer": scores.exact}
-        return [*_losses(scores), *(share(name, right) for name, right in hits.items())]
-
-    def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
-        """What changed from one model to another."""
-        hits = {
-            "begins with the answer": (before.begins, after.begins),
-            "is exactly the answer": (before.exact, after.exact),
-        }
-        return [_loss_change(before, after), *(share_change(name, *pair) for name, pair in hits.items())]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChoiceTask:
-    """Accuracy of the likeliest option."""
-
-    title: str
-    choices: Sequence[Choice]
-    name: str = "choices"
+    def title(self) -> str:
+        """One line for people: the file, and how many rows are scored."""
+        ...
 
     @property
-    def size(self) -> int:
-        """Rows that `score` reports as done, in all."""
-        return sum(len(choice.options) for choice in self.choices)
+    def size(self) -> int | None:
+        """The number of rows that `score` reports as done at the end; None if unknown before scoring."""
+        ...
 
     @property
-    def asked(self) -> list[list[Any]]:
-        """Of each question, all that its score follows from beside the model."""
-        return [[choice.answer, *itertools.chain.from_iterable(choice.options)] for choice in self.choices]
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """For each row, everything but the model that its score depends on, such as token ids and the right answer.
 
-    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> ChoiceScores:
-        """The scores of one model."""
-        return choice_scores(parts, self.choices, progress, kept)
+        Two runs are comparable if their tasks have equal inputs.
+        """
+        ...
 
-    def ahead(self, parts: ModelParts) -> Iterator[Ahead]:
-        """The programs of `score` that want most memory."""
-        return scoring_ahead(parts, option_rows(self.choices))
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> Scores:
+        """Scores one model; `cache` returns the results of batches that were scored before."""
+        ...
 
-    def measures(self, scores: ChoiceScores) -> list[Measure]:
-        """What the scores say."""
-        ties = int((scores.tied_by_sum | scores.tied_by_mean).sum())
-        return [
-            share("right by likelihood", scores.by_sum),
-            share("right by likelihood a token", scores.by_mean),
-            Measure("ties (counted as wrong)", "count", ties),
-        ]
+    def metrics(self, scores: Scores) -> list[Metric]:
+        """The metrics of one model, with confidence intervals."""
+        ...
 
-    def compare(self, before: ChoiceScores, after: ChoiceScores) -> list[Comparison]:
-        """What changed from one model to another."""
-        return [
-            share_change("right by likelihood", before.by_sum, after.by_sum),
-            share_change("right by likelihood a token", before.by_mean, after.by_mean),
-        ]
+    def compare(self, before: Scores, after: Scores) -> list[Comparison]:
+        """The changes from one model to another, with paired tests."""
+        ...
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the programs of `score` that need the most memory; `parts` may be ShapeDtypeStructs.
+
+        A training run reserves this memory. Yield nothing if the task is never asked during training.
+        """
+        ...
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LettersTask:
-    """Accuracy of the likeliest letter; where every question has a subject, their mean too, as MMLU is told."""
+@runtime_checkable
+class PreparedTask(Protocol):
+    """A task with work to do once, before a model is loaded, such as downloading a data set."""
 
-    title: str
-    questions: Sequence[Lettered]
-    subjects: Sequence[str] | None
-    name: str = "letters"
+    def prepare(self, report: Callable[[str], object]) -> None:
+        """Prepares the task; `report` is called with lines for people.
 
-    @property
-    def size(self) -> int:
-        """Rows that `score` reports as done, in all."""
-        return len(self.questions)
-
-    @property
-    def asked(self) -> list[list[Any]]:
-        """Of each question, all that its score follows from beside the model."""
-        return [[one.ids, [*one.letters], one.answer] for one in self.questions]
-
-    def score(self, parts: ModelParts, progress: Progress, kept: Kept) -> LetterScores:
-        """The scores of one model."""
-        return letter_scores(parts, self.questions, progress, kept)
-
-    def ahead(self, parts: ModelParts) -> Iterator[Ahead]:
-        """The programs of `score` that want most memory."""
-        return letters_ahead(parts, self.questions)
-
-    def measures(self, scores: LetterScores) -> list[Measure]:
-        """What the scores say."""
-        by_subject = []
-        if self.subjects is not None:
-            mean = mean_over_subjects(scores.right, self.subjects)
-            interval = stratified_bootstrap(scores.right, self.subjects)
-            by_subject = [Measure(self._over_subjects, "share", mean, interval)]
-        ties = Measure("ties (counted as wrong)", "count", int(scores.tied.sum()))
-        return [share("right by letter", scores.right), *by_subject, ties]
-
-    def compare(self, before: LetterScores, after: LetterScores) -> list[Comparison]:
-        """What changed from one model to another."""
-        by_subject = []
-        if self.subjects is not None:
-            change = mean_over_subjects(after.right, self.subjects) - mean_over_subjects(before.right, self.subjects)
-            interval = stratified_paired_bootstrap(before.right, after.right, self.subjects)
-            by_subject = [Comparison(self._over_subjects, "share", change, interval)]
-        return [share_change("right by letter", before.right, after.right), *by_subject]
-
-    @property
-    def _over_subjects(self) -> str:
-        return f"mean over {len(set(self.subjects or ()))} subjects"
+        Raises:
+          ValueError: the task cannot be scored.
+        """
+        ...
 
 
-Task = TextTask | ChoiceTask | LettersTask | AnswersTask | HarnessTask
-
-
-def _losses(scores: RowScores) -> list[Measure]:
-    low, high = interval = bootstrap(scores.nll, scores.tokens)
-    perplexities = math.exp(low), math.exp(high)
-    return [
-        Measure("perplexity", "number", scores.perplexity, perplexities),
-        Measure("loss a token", "number", scores.mean_nll, interval),
-    ]
-
-
-def _loss_change(before: RowScores, after: RowScores) -> Comparison:
-    interval = paired_bootstrap(before.nll, after.nll, after.tokens)
-    return Comparison("loss a token", "number", after.mean_nll - before.mean_nll, interval=interval)
+AnyTask = Task[Any]  # lists contain tasks with different types of scores

@@ -21,7 +21,7 @@ import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.config import ModelArgs
-from qlora_jax.evaluation.loglikelihood import ScoredIds, answer_scores
+from qlora_jax.evaluation.loglikelihood import ScoredIds, score_rows
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
@@ -54,7 +54,7 @@ def scored(ids: list[int], first: int) -> ScoredIds:
 def timed(parts: ModelParts, rows: list[ScoredIds]) -> dict[str, float | list[float]]:
     """Returns the seconds that the rows take, and -log p of each row."""
     began = time.perf_counter()
-    scores = answer_scores(parts, rows)
+    scores = score_rows(parts, rows)
     return {"seconds": time.perf_counter() - began, "nll": scores.nll.tolist()}
 
 

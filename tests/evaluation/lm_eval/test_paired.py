@@ -1,12 +1,12 @@
-"""Paired tests between two models from what lm-evaluation-harness says of each document."""
+"""Paired tests between two models from the harness' values of each document."""
 
 import math
 
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.lm_eval.paired import by_document, compared
-from qlora_jax.evaluation.lm_eval.task import HarnessTask
+from qlora_jax.evaluation.lm_eval.paired import by_document, compare_metric
+from qlora_jax.evaluation.lm_eval.task import LmEvalTask, TaskResults
 from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, paired_bootstrap_of
 from tests.inference.tiny import byte_tokenizer
 
@@ -36,7 +36,7 @@ def test_documents_come_in_order_by_metric_and_filter():
 def test_right_and_wrong_are_compared_by_mcnemar():
     before, after = np.arange(20) < 8, np.arange(20) % 2 == 0
     values = before.mean(), after.mean()
-    change = compared("t: acc", "acc,none", "share", values, (with_weights(before), with_weights(after)))
+    change = compare_metric("t: acc", "acc,none", "share", values, (with_weights(before), with_weights(after)))
     assert change.p == mcnemar(before, after) and change.interval is None
     assert change.difference == pytest.approx(0.1)
 
@@ -55,7 +55,7 @@ def test_other_metrics_by_bootstrap_with_the_harness_figure_of_a_mean(metric, fi
     nll = rng.normal(2.0, 0.5, 60) * weights
     before, after = (np.stack([-each, weights], axis=1) for each in (nll, 0.9 * nll))
     values = tuple(figure(-float(x[:, 0].sum() / weights.sum())) for x in (before, after))
-    change = compared("t", f"{metric},none", "number", values, (before, after))
+    change = compare_metric("t", f"{metric},none", "number", values, (before, after))
     assert change.p is None and change.interval is not None
     low, high = change.interval
     assert low < change.difference == values[1] - values[0] < high
@@ -65,7 +65,7 @@ def test_other_metrics_by_bootstrap_with_the_harness_figure_of_a_mean(metric, fi
 def test_a_figure_that_is_made_otherwise_has_no_test():
     documents = with_weights([0.0, 1.0, 1.0])
     for pair, values in [((documents, documents), (0.8, 0.8)), ((None, None), (2 / 3, 2 / 3))]:
-        change = compared("t: f1", "f1,none", "number", values, pair)
+        change = compare_metric("t: f1", "f1,none", "number", values, pair)
         assert (change.difference, change.p, change.interval) == (0, None, None)
 
 
@@ -77,13 +77,13 @@ def test_with_no_curve_it_is_the_bootstrap_of_a_difference_of_losses():
 
 
 def test_the_task_pairs_documents_of_the_same_metric():
-    task = HarnessTask(tasks=["t"], folder=None, limit=None, max_positions=9, tokenizer=byte_tokenizer())
+    task = LmEvalTask(tasks=["t"], folder=None, limit=None, max_positions=9, tokenizer=byte_tokenizer())
     right = [np.array(each, bool) for each in ([1, 1, 0, 0, 1, 0], [1, 1, 1, 1, 1, 1])]
     results = [
-        {"t": {"acc,none": each.mean(), "acc_stderr,none": 0.1, "documents": {"acc,none": with_weights(each)}}}
+        {"t": TaskResults({"acc,none": each.mean(), "acc_stderr,none": 0.1}, {"acc,none": with_weights(each)})}
         for each in right
     ]
     (change,) = task.compare(*results)
     assert (change.name, change.kind, change.p) == ("t: acc", "share", mcnemar(*right))
-    (measure,) = task.measures(results[0])
-    assert measure.interval == pytest.approx((0.5 - 0.196, 0.5 + 0.196), abs=1e-3)
+    (metric,) = task.metrics(results[0])
+    assert metric.interval == pytest.approx((0.5 - 0.196, 0.5 + 0.196), abs=1e-3)

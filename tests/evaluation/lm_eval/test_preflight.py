@@ -1,4 +1,4 @@
-"""The harness before a model is read: whether the Hub answers, and what is told where a data set is not to be had."""
+"""The harness before a model is loaded: connection to the Hub, and errors about missing data sets."""
 
 import http.server
 import socket
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from qlora_jax.evaluation.lm_eval.preflight import check_ready, no_answer
+from qlora_jax.evaluation.lm_eval.preflight import check_ready, connection_problem
 
 
 @pytest.fixture
@@ -33,13 +33,13 @@ def nobody(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def test_a_server_that_refuses_is_there(server: str):
-    assert no_answer(server) is None  # BaseHTTPRequestHandler: 501
+    assert connection_problem(server) is None  # BaseHTTPRequestHandler: 501
 
 
 def test_no_server_is_told_unless_a_proxy_may_know_better(nobody: str, monkeypatch: pytest.MonkeyPatch):
-    assert "refused" in str(no_answer(nobody))
+    assert "refused" in str(connection_problem(nobody))
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
-    assert no_answer(nobody) is None
+    assert connection_problem(nobody) is None
 
 
 @pytest.mark.slow
@@ -61,9 +61,9 @@ def test_a_data_set_that_is_nowhere_ends_it_at_once(nobody: str, tmp_path, monke
         'doc_to_text: "{{q}}"\ndoc_to_choice: "{{o}}"\ndoc_to_target: "{{a}}"\n'
     )
     told: list[str] = []
-    with pytest.raises(ValueError, match=r"a data set can't be had: .*nobody/has_it") as error:
+    with pytest.raises(ValueError, match=r"cannot load a data set: .*nobody/has_it") as error:
         check_ready(["far_away"], str(tmp_path), told.append)
-    for words in (f"{nobody} gives no answer", str(tmp_path / "cache"), "--harness_folder"):
+    for words in (f"{nobody} does not respond", str(tmp_path / "cache"), "--harness_folder"):
         assert words in str(error.value)
-    assert any("gives no answer" in line and "the cache alone" in line for line in told)
+    assert any("does not respond" in line and "only from the cache" in line for line in told)
     assert hub.HF_HUB_OFFLINE

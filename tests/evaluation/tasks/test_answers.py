@@ -1,4 +1,4 @@
-"""Exact answers: what is read from texts, and greedy replies against a plain loop of the model."""
+"""Exact answers: extraction from texts, and greedy replies against a plain loop of the model."""
 
 import gzip
 import json
@@ -7,10 +7,15 @@ import re
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.answers import Asked, answer_replies, judged, normalised
-from qlora_jax.evaluation.tasks.answers import answers_task
+from qlora_jax.evaluation.tasks.answers import (
+    AnswerQuestion,
+    AnswersTask,
+    answers_task,
+    extract_answer,
+    grade_replies,
+)
 from qlora_jax.inference.decode import Reply
-from qlora_jax.inference.result_cache import Kept, kept_for
+from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 GSM8K = re.compile(r"#### (-?[0-9.,]+)")
@@ -36,17 +41,17 @@ def parts():
     ],
 )
 def test_the_answer_in_a_text(text, pattern, expected):
-    assert normalised(text, pattern) == expected
+    assert extract_answer(text, pattern) == expected
 
 
-def test_replies_are_judged():
-    questions = [Asked(ids=[1], answers={"a", "b"})] * 4
+def test_replies_are_grade_replies():
+    questions = [AnswerQuestion(ids=[1], answers={"a", "b"})] * 4
     replies = [Reply([1], "stop"), Reply([2], "stop"), Reply([3], "length"), Reply([], "context")]
     texts = {1: "b", 2: "c", 3: "a"}
-    scores = judged(replies, questions, lambda reply: texts.get(reply.ids[0]) if reply.ids else None)
+    scores = grade_replies(replies, questions, lambda reply: texts.get(reply.ids[0]) if reply.ids else None)
     assert scores.right.tolist() == [True, False, True, False]
     assert scores.unanswered.tolist() == [False, False, False, True]
-    assert scores.cut.tolist() == [False, False, True, True]
+    assert scores.cut_off.tolist() == [False, False, True, True]
 
 
 def greedy(parts, prompt, count: int) -> list[int]:
@@ -56,21 +61,29 @@ def greedy(parts, prompt, count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-def test_replies_are_those_of_a_plain_loop_and_are_kept(parts, tmp_path):
-    rng = np.random.default_rng(0)
+def test_replies_are_those_of_a_plain_loop_and_are_cached(parts, tmp_path):
+    rng, tokenizer = np.random.default_rng(0), byte_tokenizer()
     prompts = [rng.integers(0, VOCAB, n).tolist() for n in (5, 40, 9, *[12] * 16)]
     written = [greedy(parts, prompt, 4) for prompt in prompts]
-    told = [" ".join(map(str, ids)) for ids in written]
-    told[1] = "something else"
-    questions = [Asked(ids=ids, answers={text}) for ids, text in zip(prompts, told, strict=True)]
-    how = {"decode": lambda ids: " ".join(map(str, ids)), "pattern": None, "max_new_tokens": 4, "stop_ids": []}
+    texts = [tokenizer.decode(ids).strip() for ids in written]
+    texts[1] = "something else"
+    questions = [AnswerQuestion(ids=ids, answers={text}) for ids, text in zip(prompts, texts, strict=True)]
+    task = AnswersTask(
+        title="",
+        questions=questions,
+        tokenizer=tokenizer,
+        pattern=None,
+        max_new_tokens=4,
+        stop_ids=[],
+        until=None,
+    )
     done = []
-    for made in (2, 0):
-        kept = kept_for(str(tmp_path), parts)
-        scores = answer_replies(parts, questions, **how, progress=done.append, kept=kept)
-        assert (kept.made, kept.found) == (made, 2 - made)
+    for misses in (2, 0):
+        cache = open_cache(tmp_path, parts)
+        scores = task.score(parts, done.append, cache)
+        assert (cache.misses, cache.hits) == (misses, 2 - misses)
         assert scores.right.tolist() == [place != 1 for place in range(19)]
-        assert scores.cut.all()
+        assert scores.cut_off.all()
     assert done == [16, 19] * 2
 
 
@@ -89,8 +102,8 @@ def test_a_task_of_a_file(parts, tmp_path):
     task = task_of(write(tmp_path / "q.jsonl", rows), GSM8K.pattern)
     assert [asked.answers for asked in task.questions] == [{"4"}, {"1000", "7"}]
     assert byte_tokenizer().decode([*task.questions[0].ids]) == "Question: 2+2?\nAnswer:"
-    scores = task.score(parts, lambda done: None, Kept())
-    names = {measure.name: measure.value for measure in task.measures(scores)}
+    scores = task.score(parts, lambda done: None, NO_CACHE)
+    names = {metric.name: metric.value for metric in task.metrics(scores)}
     assert set(names) == {
         "exactly the answer",
         "no answer found (counted as wrong)",
@@ -102,14 +115,14 @@ def test_a_task_of_a_file(parts, tmp_path):
 
 def test_columns_of_other_names_and_long_values(tmp_path):
     path = write(tmp_path / "q.jsonl", [{"problem": "2+2?", "solution": "4"}])
-    (asked,) = task_of(path, named={"question": "problem", "answer": "solution"}).questions
+    (asked,) = task_of(path, file_columns={"question": "problem", "answer": "solution"}).questions
     assert asked.answers == {"4"}
     with pytest.raises(
         ValueError, match=r"q.jsonl:1: no .*--file_columns '{question: problem, answer: solution}' \(--questions"
     ):
         task_of(path)
     long = write(tmp_path / "long.jsonl", [{"question": "2+2?", "answer": {"text": "4" * 999}}])
-    with pytest.raises(ValueError, match=r"answer: expected a text.*found {'text': '4+\.\.\.$"):
+    with pytest.raises(ValueError, match=r"answer: found {'text': '4+\.\.\., expected a text"):
         task_of(long)
 
 
@@ -122,16 +135,18 @@ def test_rows_that_do_not_fit_are_told_all_at_once(tmp_path):
     rows = [{"question": "a", "answer": 4}, {"answer": "b"}, {"question": "a", "answer": "none"}]
     with pytest.raises(ValueError, match=r"3 of 3 rows") as error:
         task_of(write(tmp_path / "q.jsonl", rows), NUMBER.pattern)
-    for line, words in enumerate(('a number in quotes ("4"); found 4', "no column 'question'", "finds nothing"), 1):
+    for line, words in enumerate(
+        ("answer: found 4, expected", "no column 'question'", "no match of answer_pattern"), 1
+    ):
         assert words in str(error.value).splitlines()[line]
-    with pytest.raises(ValueError, match=r"105 tokens and 8 of a reply, and the model has 100"):
+    with pytest.raises(ValueError, match=r"105 tokens and 8 of the reply; the model has 100"):
         task_of(write(tmp_path / "long.jsonl", [{"question": "a" * 87, "answer": "b"}]))
 
 
 def test_gsm8k_answers_are_found_in_every_row(local_data):
     with gzip.open(local_data("gsm8k_train.jsonl.gz"), "rt", encoding="utf-8") as file:
         answers = [json.loads(line)["answer"] for line in file]
-    found = [normalised(answer, GSM8K) for answer in answers]
+    found = [extract_answer(answer, GSM8K) for answer in answers]
     assert len(found) == 7473 and found[:3] == ["72", "10", "5"]
     assert all(number is not None and re.fullmatch(r"-?\d+(\.\d+)?", number) for number in found)
     assert found == [answer.rpartition("#### ")[2].replace(",", "") for answer in answers]

@@ -6,9 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.letters import Lettered, letter_scores, mean_over_subjects
 from qlora_jax.evaluation.statistics import stratified_bootstrap, stratified_paired_bootstrap, wilson_interval
-from qlora_jax.evaluation.tasks.letters import letters_task
+from qlora_jax.evaluation.tasks.letters import LetterQuestion, letters_task, mean_over_subjects, score_letters
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
 TOKENIZER = byte_tokenizer()
@@ -23,11 +22,11 @@ def write(path, rows):
     return str(path)
 
 
-def text_of(question: Lettered) -> str:
+def text_of(question: LetterQuestion) -> str:
     return TOKENIZER.decode(question.ids.tolist())
 
 
-def letters_of(question: Lettered) -> str:
+def letters_of(question: LetterQuestion) -> str:
     return TOKENIZER.decode(list(question.letters))
 
 
@@ -47,11 +46,11 @@ def test_both_files_may_call_their_columns_otherwise(tmp_path):
     named = {"question": "problem", "subject": "topic"}
     row = {"problem": "2 + 2?", "topic": "high_school_math", "options": ["3", "4"], "answer": "4"}
     path = write(tmp_path / "q.jsonl", [row])
-    task = letters_task(path, TOKENIZER, **(LIMITS | {"named": named, "shots": path, "num_shots": 1}))
+    task = letters_task(path, TOKENIZER, **(LIMITS | {"file_columns": named, "shots": path, "num_shots": 1}))
     assert text_of(task.questions[0]) == MADE.replace("2 + 2?", "2 + 2?\nA. 3\nB. 4\nAnswer: B\n\n2 + 2?") + " "
 
 
-def test_exemplars_are_the_first_of_the_subject(tmp_path):
+def test_examples_are_the_first_of_the_subject(tmp_path):
     def shot(subject, n):
         return {"question": f"{n}?", "options": ["x", "y"], "answer": n % 2, "subject": subject}
 
@@ -62,10 +61,10 @@ def test_exemplars_are_the_first_of_the_subject(tmp_path):
     assert text_of(question) == MADE.replace("2 + 2?", exemplars + "2 + 2?") + " "
     with pytest.raises(
         ValueError,
-        match=r"(?s)1 of 1 rows.*shots has 1 exemplars of subject 'other', expected 2",
+        match=r"(?s)1 of 1 rows.*shots: too few examples of subject 'other' \(found 1, expected 2\)",
     ):
         letters_task(write(tmp_path / "o.jsonl", [QUESTION | {"subject": "other"}]), TOKENIZER, **how)
-    with pytest.raises(ValueError, match="to which no exemplars are added"):
+    with pytest.raises(ValueError, match="to which no examples are added"):
         letters_task(write(tmp_path / "w.jsonl", [{"input": "x", "output": "A"}]), TOKENIZER, **how)
 
 
@@ -74,12 +73,12 @@ def test_rows_that_can_not_be_asked_are_told(tmp_path):
     with pytest.raises(ValueError, match="3 of 3 rows") as error:
         letters_task(write(tmp_path / "q.jsonl", rows), TOKENIZER, **LIMITS)
     for words in (
-        "one of A, B, C, D; found output 'E'",
-        "no column 'options' or 'answer': it has 'question'",
-        "27 options",
+        "found output 'E', expected a prompt and one of A, B, C, D",
+        "no column 'options' or 'answer' (found 'question'",
+        "options: too many (found 27",
     ):
         assert words in str(error.value)
-    with pytest.raises(ValueError, match="tokens, and the model reads 50"):
+    with pytest.raises(ValueError, match="tokens; the model has 50"):
         letters_task(write(tmp_path / "q.jsonl", [QUESTION]), TOKENIZER, **(LIMITS | {"max_positions": 50}))
 
 
@@ -90,19 +89,19 @@ def test_the_answer_is_the_letter_with_the_largest_logit():
         ids = rng.integers(0, VOCAB, length).astype(np.int32)
         letters = rng.choice(VOCAB, 4, replace=False).tolist()
         logits = np.asarray(full_logits(parts, ids.tolist()))[-1, letters]
-        questions += [Lettered(ids=ids, letters=letters, answer=answer) for answer in range(4)]
+        questions += [LetterQuestion(ids=ids, letters=letters, answer=answer) for answer in range(4)]
         expected += [answer == logits.argmax() for answer in range(4)]
     done = []
-    scores = letter_scores(parts, questions, done.append)
+    scores = score_letters(parts, questions, done.append)
     assert scores.right.tolist() == expected and not scores.tied.any() and done[-1] == 20
 
 
 def test_a_shared_first_place_is_a_tie_and_not_right():
     parts = tiny_parts()
-    question = Lettered(ids=np.arange(5, dtype=np.int32), letters=[3, 7], answer=0)
+    question = LetterQuestion(ids=np.arange(5, dtype=np.int32), letters=[3, 7], answer=0)
     table = parts.base["model"]["embed_tokens"]["weight"]
     table.set_value(table.get_value().at[7].set(table.get_value()[3]))
-    scores = letter_scores(parts, [question, dataclasses.replace(question, letters=[7, 3])])
+    scores = score_letters(parts, [question, dataclasses.replace(question, letters=[7, 3])])
     assert scores.tied.all() and not scores.right.any()
 
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from qlora_jax.evaluation.metrics import Measure
+from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.evaluation.statistics import wilson_interval
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.training.eval_metrics import flatten_metrics
@@ -89,7 +89,7 @@ def answered(number: int, right: int, other: int) -> dict:
     """Of 10 questions by letter."""
     counts = {"right by letter": right, "mean over 2 subjects": other}
     return {"step": number} | flatten_metrics(
-        "letters", [Measure(name, "share", n / 10, wilson_interval(n, 10)) for name, n in counts.items()]
+        "letters", [Metric(name, "share", n / 10, wilson_interval(n, 10)) for name, n in counts.items()]
     )
 
 

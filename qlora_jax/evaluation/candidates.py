@@ -1,0 +1,137 @@
+"""Opens the models that `evaluate` scores side by side: unquantized base, quantized base, and runs' checkpoints."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.comparable import check_comparable
+from qlora_jax.evaluation.reporter import Reporter
+from qlora_jax.evaluation.settings import EvaluateArgs
+from qlora_jax.evaluation.tasks.registry import build_tasks
+from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.io.pretrained import (
+    OpenedModel,
+    apply_adapter,
+    load_base,
+    open_pretrained,
+    parts_before_training,
+    weight_settings,
+)
+from qlora_jax.models.partition import ModelParts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A model to score.
+
+    Attributes:
+      opened: its base, and its run if it has one.
+      tasks: the tasks, with the ids of its tokenizer.
+      quant_type: 4-bit code of its base, or "none".
+      label: description for people.
+      adapted: True if the run's adapter is applied.
+    """
+
+    opened: OpenedModel
+    tasks: Sequence[AnyTask]
+    quant_type: str
+    label: str
+    adapted: bool
+
+
+def open_candidates(args: EvaluateArgs, *, raw: bool) -> dict[str, Candidate]:
+    """Opens the models that the settings describe, by column name, in the order to show them; loads no weights.
+
+    Args:
+      raw: use no chat template.
+
+    Raises:
+      ValueError: a model or a task's file cannot be used, or two runs are not comparable.
+    """
+    opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
+    tasks = _tasks(args, opened, raw=raw)
+    candidates = _base_and_run(args, opened, tasks)
+    if args.against is not None:
+        candidates["against"] = _other_run(args, opened, tasks, raw=raw)
+    return {name: one for name, one in candidates.items() if args.columns is None or name in args.columns}
+
+
+def load_candidates(
+    args: EvaluateArgs, candidates: Mapping[str, Candidate], reporter: Reporter
+) -> Iterator[tuple[str, ModelParts]]:
+    """Loads the models one at a time; candidates of one run and one quant_type share their base."""
+    by_base = itertools.groupby(candidates, key=lambda name: (id(candidates[name].opened), candidates[name].quant_type))
+    for names in ([*group] for _, group in by_base):
+        opened, quant_type = candidates[names[0]].opened, candidates[names[0]].quant_type
+        with reporter.loading() as progress:
+            model = load_base(opened, weight_settings(opened, quant_type, args.compute_dtype), progress)
+        for name in names:
+            run = opened.run if candidates[name].adapted else None
+            yield name, parts_before_training(model, opened.run) if run is None else apply_adapter(model, run)
+        del model  # before the next one is loaded
+
+
+def _tokenizer(opened: OpenedModel, *, raw: bool) -> Tokenizer:
+    return dataclasses.replace(opened.tokenizer, chat_template=None) if raw else opened.tokenizer
+
+
+def _tasks(args: EvaluateArgs, opened: OpenedModel, *, raw: bool) -> list[AnyTask]:
+    context = TaskContext(
+        tokenizer=_tokenizer(opened, raw=raw),
+        max_positions=opened.features.max_positions,
+        stop_ids=opened.source.tokenizer["stop_token_ids"],
+    )
+    return build_tasks(args, context)
+
+
+def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask]) -> dict[str, Candidate]:
+    """The candidates of the base and of the run."""
+
+    def candidate(quant_type: str, label: str, adapted: bool = False) -> Candidate:
+        return Candidate(opened=opened, tasks=tasks, quant_type=quant_type, label=label, adapted=adapted)
+
+    quant_type = _quant_type(args, opened)
+    candidates = {"unquantized": candidate("none", "unquantized")}
+    if quant_type != "none":
+        candidates["quantized"] = candidate(quant_type, quant_type)
+    if opened.run is not None:
+        candidates["checkpoint"] = candidate(quant_type, _run_label(args, opened, quant_type), adapted=True)
+    missing = set(args.columns or []) - {*candidates, "against"}
+    if missing:
+        raise ValueError(f"columns: {', '.join(sorted(missing))} does not exist, because the base is not quantized")
+    return candidates
+
+
+def _other_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask], *, raw: bool) -> Candidate:
+    """The candidate of the other run; ValueError unless the runs are comparable."""
+    other = open_pretrained(
+        model=args.model, run=args.against, step=args.against_step, chat_template=args.chat_template
+    )
+    other_tasks = _tasks(args, other, raw=raw)
+    names = (f"run {args.run}", f"against {args.against}")
+    check_comparable(tasks, other_tasks, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
+    quant_type = _quant_type(args, other)
+    base = "" if _share_base(opened, other) else f", on {Path(other.source.path).name}"
+    label = _run_label(args, other, quant_type) + base
+    return Candidate(opened=other, tasks=other_tasks, quant_type=quant_type, label=label, adapted=True)
+
+
+def _share_base(opened: OpenedModel, other: OpenedModel) -> bool:
+    """True if both have the same base: by the runs' fingerprints, or for PEFT adapters by its path."""
+    assert opened.run is not None and other.run is not None
+    equal = opened.run.fingerprint is not None and opened.run.fingerprint == other.run.fingerprint
+    return equal or opened.source.path == other.source.path
+
+
+def _quant_type(args: EvaluateArgs, opened: OpenedModel) -> str:
+    return opened.args.quant_type if args.quant_type == "auto" else args.quant_type
+
+
+def _run_label(args: EvaluateArgs, opened: OpenedModel, quant_type: str) -> str:
+    run, trained = opened.run, opened.args.quant_type
+    assert run is not None
+    same_name = args.against is not None and Path(str(args.run)).name == Path(args.against).name
+    name = str(run.path.parent / run.label) if same_name else run.label
+    return name if quant_type == trained else f"{name}, on {quant_type} (trained on {trained})"

@@ -1,0 +1,122 @@
+"""Results of an evaluation: metrics by task and model, comparisons between models, and tables of both."""
+
+import dataclasses
+import io
+import itertools
+from collections.abc import Mapping
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qlora_jax.evaluation.metrics import Comparison, Metric
+from qlora_jax.evaluation.tasks.task import Task
+
+WIDTH = 120  # of tables that are not printed to a terminal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TaskResult:
+    """Metrics and comparisons of one task.
+
+    Attributes:
+      title: one line that describes the task.
+      metrics: each model's metrics by name: {"checkpoint": {"perplexity": Metric(...)}}.
+      comparisons: the changes from each model to the next: {("quantized", "checkpoint"): [Comparison(...)]}.
+    """
+
+    title: str
+    metrics: dict[str, dict[str, Metric]]
+    comparisons: dict[tuple[str, str], list[Comparison]]
+
+    def to_dict(self) -> dict[str, object]:
+        """Converts the result to plain dicts, lists, texts and numbers, as in the file of `--json`."""
+        return {
+            "title": self.title,
+            "columns": {
+                model: {name: _given(value=metric.value, interval=metric.interval) for name, metric in metrics.items()}
+                for model, metrics in self.metrics.items()
+            },
+            "comparisons": [
+                {"from": before, "to": after, "measure": change.name}
+                | _given(difference=change.difference, interval=change.interval, p=change.p)
+                for (before, after), changes in self.comparisons.items()
+                for change in changes
+            ],
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Results of one or several models on one or several tasks; `str()` gives the tables that `evaluate` prints.
+
+    Attributes:
+      labels: a description of each model, in order.
+      tasks: the result of each task by its name, such as "text" or "choices".
+    """
+
+    labels: dict[str, str]
+    tasks: dict[str, TaskResult]
+
+    def to_dict(self) -> dict[str, object]:
+        """Converts the results to plain dicts, lists, texts and numbers, as in the file of `--json`."""
+        return {"labels": self.labels, "tasks": {name: result.to_dict() for name, result in self.tasks.items()}}
+
+    def __str__(self) -> str:
+        """The tables as text."""
+        out = io.StringIO()
+        print_tables(self, Console(file=out, width=WIDTH))
+        return out.getvalue()
+
+
+def task_result[Scores](task: Task[Scores], scores: Mapping[str, Scores]) -> TaskResult:
+    """Turns the scores of each model, in order, into metrics, and compares each model with the next."""
+    return TaskResult(
+        title=task.title,
+        metrics={model: {metric.name: metric for metric in task.metrics(one)} for model, one in scores.items()},
+        comparisons={
+            (before, after): task.compare(scores[before], scores[after]) for before, after in itertools.pairwise(scores)
+        },
+    )
+
+
+def print_tables(evaluation: Evaluation, console: Console) -> None:
+    """Prints a table per task."""
+    for result in evaluation.tasks.values():
+        print_table(result, evaluation.labels, console)
+
+
+def print_table(result: TaskResult, labels: Mapping[str, str], console: Console) -> None:
+    """Prints one task's metrics, a column per model, followed by the comparisons."""
+    console.print(result.title, style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table("", box=box.SIMPLE_HEAD)
+    for model in result.metrics:
+        table.add_column(labels[model], justify="right")
+    for row in zip(*(metrics.values() for metrics in result.metrics.values()), strict=True):
+        table.add_row(row[0].name, *(_metric_text(metric) for metric in row))
+    console.print(table)
+    for (before, after), comparisons in result.comparisons.items():
+        changes = "; ".join(_comparison_text(comparison) for comparison in comparisons)
+        text = f"  {labels[before]} to {labels[after]}: {changes}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _given(**values: object) -> dict[str, object]:
+    """The values that are not None."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _metric_text(metric: Metric) -> str:
+    if metric.kind == "count":
+        return f"{metric.value:.0f}"
+    scale, unit, digits = (1, "", 3) if metric.kind == "number" else (100, " %", 1)
+    ends = [f"{scale * end:.{digits}f}" for end in metric.interval or ()]
+    return f"{scale * metric.value:.{digits}f}{unit}" + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def _comparison_text(change: Comparison) -> str:
+    scale, unit, digits = (100, " points", 1) if change.kind == "share" else (1, "", 3)
+    text = f"{change.name} {scale * change.difference:+.{digits}f}{unit}"
+    if change.interval is not None:
+        text += " [{:+.{d}f}, {:+.{d}f}]".format(*(scale * end for end in change.interval), d=digits)
+    return text if change.p is None else f"{text} (p = {change.p:.2g})"

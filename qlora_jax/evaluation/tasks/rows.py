@@ -1,0 +1,125 @@
+"""The task `rows`: loss of the answers in rows of training data, and whether greedy decoding generates them."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
+from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.readers.files import Problem, Row, raise_problems
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.metrics import Comparison, Metric, loss_change, loss_metrics, share, share_change
+from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task_file import check_lengths, read_task_rows
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.models.partition import ModelParts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowsTask:
+    """Loss of answers, and whether greedy decoding generates them; see `task.Task` for the members."""
+
+    title: str
+    rows: Sequence[ScoredIds]
+    name: str = "rows"
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return len(self.rows)
+
+    @property
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each row's ids, and the mask of the scored ones."""
+        return self.rows
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> RowScores:
+        """Scores one model on each row."""
+        return score_rows(parts, self.rows, progress, cache)
+
+    def metrics(self, scores: RowScores) -> list[Metric]:
+        """Perplexity, loss, and the shares of rows whose answer greedy decoding generates."""
+        return [
+            *loss_metrics(scores),
+            share("begins with the answer", scores.begins),
+            share("is exactly the answer", scores.exact),
+        ]
+
+    def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
+        """The changes of the loss and of both shares."""
+        return [
+            loss_change(before, after),
+            share_change("begins with the answer", before.begins, after.begins),
+            share_change("is exactly the answer", before.exact, after.exact),
+        ]
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the programs of the largest batches."""
+        return lower_scoring(parts, self.rows)
+
+
+def build(settings: TaskArgs, context: TaskContext) -> RowsTask:
+    """Builds the task that the settings describe."""
+    assert settings.rows is not None
+    return rows_task(
+        settings.rows,
+        context.tokenizer,
+        max_rows=settings.max_rows,
+        max_positions=context.max_positions,
+        answer_start=settings.answer_start,
+        file_columns=settings.file_columns,
+    )
+
+
+def rows_task(
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    max_rows: int | None,
+    max_positions: int,
+    answer_start: str | None = None,
+    file_columns: Mapping[str, str] | None = None,
+) -> RowsTask:
+    """Reads rows in a format of training data; the tokens that training would learn are scored.
+
+    Args:
+      answer_start: how every answer begins; it is given to the model, and only what follows it is scored.
+      file_columns: see `task_file.read_task_rows`.
+
+    Raises:
+      ValueError: rows that cannot be scored; the message lists them.
+    """
+    rows: Sequence[Row] = read_task_rows(path, "rows", file_columns, max_rows)
+    row_format = detect_format(path, rows)
+    check_rows(path, rows, row_format)
+    rows, row_format = expand_examples(rows, row_format)
+    scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, row_format, tokenizer)]
+    title = f"{path}: answers of {len(rows)} rows"
+    if answer_start is not None:
+        scored = _after_start(path, rows, scored, tokenizer, answer_start)
+        title += f", after {answer_start!r}"
+    check_lengths(path, rows, [[one] for one in scored], max_positions)
+    return RowsTask(title=title, rows=scored)
+
+
+def _after_start(
+    path: str, rows: Sequence[Row], scored: Sequence[ScoredIds], tokenizer: Tokenizer, answer_start: str
+) -> list[ScoredIds]:
+    """The rows with the tokens of `answer_start`, with which each answer must begin, not scored."""
+    start = np.array(tokenizer.encode(answer_start), np.int32)
+    after: list[ScoredIds] = []
+    problems: list[Problem] = []
+    for row, (ids, supervised) in zip(rows, scored, strict=True):
+        answer_positions = np.flatnonzero(supervised)[: len(start)]
+        if not np.array_equal(ids[answer_positions], start):
+            beginning = tokenizer.decode(ids[answer_positions].tolist())
+            problems.append((row.place, f"the answer begins with {beginning!r}, expected {answer_start!r}"))
+        rest = supervised.copy()
+        rest[answer_positions] = False
+        after.append((ids, rest))
+    raise_problems(path, problems, len(rows))
+    return after

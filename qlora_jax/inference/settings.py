@@ -1,0 +1,98 @@
+"""Declares the settings of `generate`, and the settings that it shares with `evaluate`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from qlora_jax.config import ConfigError
+from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, setting
+
+QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
+ComputeDtype = Literal["auto", "bfloat16", "float32"]
+ABOVE_ZERO_UP_TO_ONE = Bound("more than 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOrRunArgs:
+    """The model to use: a base model, or a training run."""
+
+    model: str | None = setting(
+        "a Hugging Face folder, a GGUF file, or org/name on the Hub; with run: the path of the run's base, if it moved",
+        None,
+        common="folder, GGUF file, or org/name on the Hub",
+    )
+    run: str | None = setting(
+        "folder of a training run: its base with its adapter", None, common="folder of a training run"
+    )
+    step: int | None = setting("checkpoint of the run (null: the newest)", None, NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateArgs(ModelOrRunArgs):
+    """Replies to one prompt, to a file of prompts, or, with neither, in a chat."""
+
+    prompt: str | None = setting(
+        "one prompt; its reply is printed as it is generated", None, NOT_EMPTY, common="one prompt"
+    )
+    prompts: str | None = setting(
+        "file of prompts: JSON or JSON Lines in a format of training data (an answer at the end is dropped), or else "
+        "one prompt per line",
+        None,
+        NOT_EMPTY,
+        common="file of prompts: JSON Lines, or one prompt per line",
+    )
+    output: str | None = setting(
+        "JSON Lines file for the replies to prompts (null: standard output)",
+        None,
+        NOT_EMPTY,
+        common="JSON Lines file for the replies",
+    )
+    system: str | None = setting("system message of the chat template (null: the template's default)", None)
+    chat_template: str | None = setting("jinja file to use instead of the model's chat template", None)
+    max_new_tokens: int = setting("maximum tokens per reply", 256, AT_LEAST_ONE, common="maximum tokens per reply")
+    temperature: float = setting(
+        "0: always the likeliest token; 1: draw with the model's probabilities",
+        0.0,
+        NON_NEGATIVE,
+        common="0: the likeliest token; 1: draw with the model's probabilities",
+    )
+    top_k: int = setting("draw only from the k likeliest tokens; 0: from all", 0, NON_NEGATIVE)
+    top_p: float = setting(
+        "draw only from the likeliest tokens whose probabilities reach this sum", 1.0, ABOVE_ZERO_UP_TO_ONE
+    )
+    seed: int = setting("seed of the draws; a reply depends only on it and on the prompt", 0, NON_NEGATIVE)
+    quant_type: QuantType = setting(
+        "4-bit code of the base; auto: as in training, or nf4; none: 16 bit",
+        "auto",
+        common="4-bit code of the base, or none",
+    )
+    compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
+
+
+def check_generate(args: GenerateArgs) -> None:
+    """Raises ConfigError if settings contradict each other; the message lists all contradictions."""
+    problems = model_problems(args)
+    if args.prompt is not None and args.prompts is not None:
+        problems.append("prompt, prompts: found both, expected at most one. Remove one")
+    if args.output is not None and args.prompts is None:
+        problems.append("output: requires prompts, whose replies it stores. Set prompts too")
+    problems += folder_problems("output", args.output)
+    if problems:
+        raise ConfigError(problems)
+
+
+def model_problems(args: ModelOrRunArgs) -> list[str]:
+    """Describes what is wrong with the choice of model, one line per problem."""
+    problems = []
+    if args.model is None and args.run is None:
+        problems.append("model, run: found neither. Set model to a model's path, or run to a run's folder")
+    if args.step is not None and args.run is None:
+        problems.append("step: requires run, whose checkpoint it selects. Set run too")
+    return problems
+
+
+def folder_problems(key: str, path: str | None) -> list[str]:
+    """Describes a missing parent folder of an output file, so that it is reported before minutes of work."""
+    if path is None or Path(path).parent.is_dir():
+        return []
+    return [f"{key}: folder {str(Path(path).parent)!r} does not exist (found {path!r}). Create it"]
