@@ -65,7 +65,7 @@ def lower_decoding(
       prompts: token ids of the prompts of one batch.
     """
     size, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
-    decoding, added_bytes = _prepare_for_decoding(parts)
+    decoding, added_bytes = _decoding_shapes(parts)
 
     def start(parts: ModelParts) -> tuple[jax.Array, KVCache]:
         model = combine(parts)
@@ -81,7 +81,7 @@ def lower_decoding(
     yield lower_program(shape, decode_step, decoding, step, added_bytes, sampling=Sampling())
 
 
-def _prepare_for_decoding(parts: ModelParts) -> tuple[ModelParts, int]:
+def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:
     """(shapes of the result of `prepare_for_decoding`, bytes of the arrays that it creates)."""
     decoding = jax.eval_shape(prepare_for_decoding, parts)
     shared = [
