@@ -184,8 +184,8 @@ def test_without_held_out_rows_they_are_asked_all_the_same(tmp_path):
 def test_rows_that_are_no_questions_are_told_before_training(tmp_path):
     config = asking(tmp_path)
     rows = {
-        "answer 'c' is none of the 2 options": {"question": "?", "options": ["a", "b"], "answer": "c"},
-        "tokens, and the model reads 256": {"question": "x" * 300, "options": ["a", "b"], "answer": 0},
+        "answer: found 'c', expected one of the 2 options": {"question": "?", "options": ["a", "b"], "answer": "c"},
+        "tokens; the model has 256": {"question": "x" * 300, "options": ["a", "b"], "answer": 0},
     }
     for problem, row in rows.items():
         Path(config.questions.letters).write_text(json.dumps(row))
