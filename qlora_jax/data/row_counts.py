@@ -43,10 +43,14 @@ class RowCounts:
     columns: tuple[str, ...] = ()
 
     def __add__(self, other: "RowCounts") -> "RowCounts":
-        maps: dict[str, Any] = {name: _sum(getattr(self, name), getattr(other, name)) for name in _HISTOGRAMS}
         names = {field.name for field in dataclasses.fields(RowCounts)} - {*_HISTOGRAMS, "columns"}
-        sums: dict[str, Any] = {name: getattr(self, name) + getattr(other, name) for name in names}
-        return RowCounts(**sums, **maps, columns=tuple(dict.fromkeys((*self.columns, *other.columns))))
+        counts: dict[str, int] = {name: getattr(self, name) + getattr(other, name) for name in names}
+        return RowCounts(
+            **counts,  # pyright: ignore[reportArgumentType] (all are numbers)
+            lengths=_sum(self.lengths, other.lengths),
+            new_tokens=_sum(self.new_tokens, other.new_tokens),
+            columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
+        )
 
     @property
     def percentiles(self) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """What the model writes while it trains: replies to the same prompts at every evaluation."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.config.schema import TrainArgs
@@ -22,7 +22,7 @@ class Samples:
       stops: ids that end a reply.
     """
 
-    rows: Sequence[dict[str, Any]]
+    rows: Sequence[Mapping[str, Any]]
     ids: Sequence[list[int]]
     tokenizer: Tokenizer
     stops: frozenset[int]

@@ -2,9 +2,9 @@
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
+from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.chat_template import Message
 
 # Roles in `messages`. Besides the usual four: gpt-oss's templates call the system developer. Other templates call a
@@ -40,7 +40,7 @@ def role_problems(role: str) -> list[str]:
     return [f"unknown role {role!r}; known are {', '.join(ROLES)}{meant}"]
 
 
-def sharegpt_problems(row: Mapping[str, Any]) -> list[str]:
+def sharegpt_problems(row: JSONObject) -> list[str]:
     """Returns the reasons why `conversations` is not a list of turns with known speakers."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
@@ -54,7 +54,7 @@ def sharegpt_problems(row: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def sharegpt_messages(row: Mapping[str, Any]) -> list[Message]:
+def sharegpt_messages(row: JSONObject) -> list[Message]:
     """Returns the turns as messages."""
     return [{"role": SHAREGPT_ROLES[turn["from"]], "content": turn["value"]} for turn in row["conversations"]]
 

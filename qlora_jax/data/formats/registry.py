@@ -3,15 +3,15 @@
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from qlora_jax.data.formats import conversations
 from qlora_jax.data.formats.tool_calls import call_problems, tools_problems, with_parsed_arguments
 from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.chat_template import Message
 
-Columns = Mapping[str, Any]
+Columns = JSONObject  # of one row, by name
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.
 ALPACA_WITH_INPUT = (
@@ -46,7 +46,7 @@ class RowFormat:
     explicit_only: bool = False
     problems: Callable[[Columns], list[str]]
     matches: Callable[[Columns], bool] = lambda row: True
-    examples: Callable[[Columns], list[dict[str, Any]]] | None = None
+    examples: Callable[[Columns], list[Columns]] | None = None
     example: str = "input-output"
     messages: Callable[[Columns], Sequence[Message]] | None = None
     plain: Callable[[Columns], list[Segment]] | None = None
@@ -78,7 +78,7 @@ def _text_problems(row: Columns, *names: str, may_be_blank: Sequence[str] = ()) 
     return [problem for problem in problems if problem]
 
 
-def _text_problem(name: str, value: Any, may_be_blank: bool = False) -> str | None:
+def _text_problem(name: str, value: object, may_be_blank: bool = False) -> str | None:
     if not isinstance(value, str):
         return f"{name} is {'null' if value is None else type(value).__name__}, expected text"
     if not may_be_blank and not value.strip():
@@ -163,7 +163,7 @@ def _tagged(name: str, column: str, tag: re.Pattern[str]) -> RowFormat:
 _INSTANCE = ("instruction_with_input", "output")
 
 
-def _listed_problems(column: str, value: Any, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
+def _listed_problems(column: str, value: object, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
     """Returns the reasons why `value` is not a list of at least one object with these texts."""
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) for one in value):
         texts = ", ".join(f'"{name}": "..."' for name in names)
@@ -185,10 +185,10 @@ def _full_problems(row: Columns) -> list[str]:
     return _unnatural_problems(row) + (_listed_problems("reformulations", some, *_INSTANCE) if some else [])
 
 
-def _examples_in(*columns: str) -> Callable[[Columns], list[dict[str, Any]]]:
+def _examples_in(*columns: str) -> Callable[[Columns], list[Columns]]:
     """Returns a function that turns each object of these columns into an example of a prompt and an answer."""
 
-    def examples(row: Columns) -> list[dict[str, Any]]:
+    def examples(row: Columns) -> list[Columns]:
         others = {name: value for name, value in row.items() if name not in columns}
         objects = [one for column in columns for one in row.get(column) or ()]
         return [{**others, "input": one["instruction_with_input"], "output": one["output"]} for one in objects]
@@ -210,7 +210,7 @@ def _seed_task_problems(row: Columns) -> list[str]:
     ]
 
 
-def _seed_task_examples(row: Columns) -> list[dict[str, Any]]:
+def _seed_task_examples(row: Columns) -> list[Columns]:
     others = {name: value for name, value in row.items() if name != "instances"}
     return [{**others, "input": one["input"], "output": one["output"]} for one in row["instances"]]
 

@@ -1,22 +1,22 @@
 """Tools in conversations: the schemas of a row, the calls of its turns, and a check that a template writes them."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from qlora_jax.data.readers.json_rows import describe_json_error
+from qlora_jax.data.readers.json_rows import JSONObject, describe_json_error
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
-Tools = Sequence[Mapping[str, Any]]
+Tools = Sequence[JSONObject]
 
 
-def read_tools(row: Mapping[str, Any]) -> Tools | None:
+def read_tools(row: JSONObject) -> Tools | None:
     """Returns the row's `tools`, or None. They may be JSON text, because typed columns cannot contain schemas."""
     return _read(row.get("tools") or None) or None
 
 
-def tools_problems(row: Mapping[str, Any]) -> list[str]:
+def tools_problems(row: JSONObject) -> list[str]:
     """Returns the reason why `tools` is not a list of schemas; empty if it is one."""
     try:
         tools = _read(row.get("tools") or None)
@@ -35,7 +35,7 @@ def call_problems(message: Message) -> list[str]:
     return [problem for number, call in enumerate(calls) for problem in _call_problems(number, call)]
 
 
-def _call_problems(number: int, call: Mapping[str, Any]) -> list[str]:
+def _call_problems(number: int, call: JSONObject) -> list[str]:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str) or "arguments" not in function:
         return [f"tool call {number} needs a function with 'name' and 'arguments'"]
@@ -53,13 +53,14 @@ def with_parsed_arguments(message: Message) -> Message:
     return {**message, "tool_calls": [_with_parsed_arguments(call) for call in message["tool_calls"]]}
 
 
-def _with_parsed_arguments(call: Mapping[str, Any]) -> dict[str, Any]:
+def _with_parsed_arguments(call: JSONObject) -> JSONObject:
     if "function" in call:
         return {**call, "function": _with_parsed_arguments(call["function"])}
     return {**call, "arguments": _read(call["arguments"])}
 
 
 def _read(arguments: Any) -> Any:
+    """Returns decoded JSON if `arguments` is text, else `arguments`."""
     try:
         return json.loads(arguments) if isinstance(arguments, str) else arguments
     except RecursionError as error:

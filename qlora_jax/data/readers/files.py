@@ -14,11 +14,11 @@ import typing
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from qlora_jax.data.readers.csv_rows import dialect_of, parse_columns
 from qlora_jax.data.readers.hub_rows import HubRows, hub_rows
-from qlora_jax.data.readers.json_rows import SPACE, BadValue, json_array, json_lines, shorten
+from qlora_jax.data.readers.json_rows import SPACE, BadValue, JSONObject, json_array, json_lines, shorten
 from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 
 _SHOWN = 8
@@ -41,7 +41,7 @@ class Row(NamedTuple):
     """A row of a file: its place, and its columns by name."""
 
     place: Place
-    data: dict[str, Any]
+    data: JSONObject
 
 
 class BrokenRow(NamedTuple):

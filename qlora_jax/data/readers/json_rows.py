@@ -1,8 +1,10 @@
 """Reads rows of JSON text, one per line or the elements of one array, each with its line number."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
+
+JSONObject = Mapping[str, Any]  # decoded JSON of unknown content: row formats check the types of its values
 
 SPACE = " \t\r\n"
 
@@ -18,7 +20,7 @@ class BadValue(NamedTuple):
     problem: str
 
 
-def json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def json_lines(file: Iterable[str]) -> Iterator[tuple[int, object]]:
     """Yields (line, value) of each line that is not blank."""
     for line, content in enumerate(file, start=1):
         if content.strip(SPACE):
@@ -33,7 +35,7 @@ def json_lines(file: Iterable[str]) -> Iterator[tuple[int, Any]]:
                 )  # nested too deeply, or a number with thousands of digits
 
 
-def json_array(text: str) -> Iterator[tuple[int, Any]]:
+def json_array(text: str) -> Iterator[tuple[int, object]]:
     """Yields (line, value) of each element. Decodes one at a time, because json.loads does not report lines."""
     decoder, line, counted = json.JSONDecoder(), 1, 0
     at = _skip(text, text.index("[") + 1)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # values of tokenizer.ggml.token_type
+Metadata = Mapping[str, Any]  # values of tokenizer.ggml.*: text, flags, and lists of texts or numbers
 SPACE = "\u2581"  # SentencePiece writes a space as this character
 
 
@@ -81,7 +82,7 @@ def _pieces(
     return [piece for piece, _ in split.pre_tokenize_str(normal)] if split else [normal]
 
 
-def rebuild(metadata: Mapping[str, Any], bos: str | None = None) -> Tokenizer:
+def rebuild(metadata: Metadata, bos: str | None = None) -> Tokenizer:
     """Builds the tokenizer that `tokenizer.ggml.*` describes.
 
     Args:
@@ -109,7 +110,7 @@ def rebuild(metadata: Mapping[str, Any], bos: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
+def _byte_level_bpe(metadata: Metadata) -> Tokenizer:
     pre = _known_pre(metadata)
     bpe = models.BPE(_vocabulary(metadata["tokens"]), _merges(metadata["merges"]), ignore_merges=pre.ignore_merges)
     tokenizer = Tokenizer(bpe)
@@ -119,7 +120,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def _sentencepiece_bpe(metadata: Mapping[str, Any]) -> Tokenizer:
+def _sentencepiece_bpe(metadata: Metadata) -> Tokenizer:
     """Builds BPE over whole texts with SPACE for spaces. Characters that no piece covers become bytes."""
     _check_lengths(metadata)
     tokens, kinds = [_with_space_characters(token) for token in metadata["tokens"]], metadata["token_type"]
@@ -142,7 +143,7 @@ def _with_space_characters(token: str) -> str:
     return token.replace(" ", SPACE) if token.isspace() and set(token) == {" "} else token
 
 
-def _check_lengths(metadata: Mapping[str, Any]) -> None:
+def _check_lengths(metadata: Metadata) -> None:
     counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores") if metadata[name]}
     if len(set(counts.values())) > 1:
         raise ValueError(f"GGUF: tokenizer.ggml lists have different lengths: {counts}. Use an undamaged file.")
@@ -168,7 +169,7 @@ def _merges_of_pieces(tokens: Sequence[str], kinds: Sequence[int], scores: Seque
     return sorted(pairs, key=lambda pair: (rank[pair[0] + pair[1]], pieces[pair[0]], pieces[pair[1]]))
 
 
-def _known_pre(metadata: Mapping[str, Any]) -> Pre:
+def _known_pre(metadata: Metadata) -> Pre:
     pre = metadata.get("pre")
     if pre not in KNOWN_PRE:
         raise ValueError(
