@@ -1,20 +1,27 @@
-"""The shapes of frozen leaves before anything is loaded: zeros, meant for `nnx.eval_shape`."""
+"""Placeholders of frozen leaves, for `nnx.eval_shape` before any weight is loaded."""
 
 import math
 
+import jax
 import jax.numpy as jnp
 
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.config import WeightFormat
+from qlora_jax.nn.linear import Weight
 from qlora_jax.nn.mixed_stack import MixedStack
 
 
-def frozen_linear_leaves(name: str, stack: int, shape: tuple[int, int], has_bias: bool, weights: WeightFormat):
-    """(weight, bias) of `stack` layers of a projection (N, K), and [L, N] or None.
+def frozen_linear_leaves(
+    name: str, stack: int, shape: tuple[int, int], has_bias: bool, weights: WeightFormat
+) -> tuple[Weight, jax.Array | None]:
+    """Returns zeros as (weight, bias) of one projection.
 
     Args:
-      name: within a layer, `mlp.up_proj`.
+      name: name within a layer, such as `mlp.up_proj`.
+      stack: number of layers L.
+      shape: (N, K) of one layer.
+      has_bias: True for a bias [L, N].
     """
     bias = jnp.zeros((stack, shape[0]), weights.dtype) if has_bias else None
     dense = weights.dense_layers(name, stack)

@@ -1,4 +1,4 @@
-"""Which projections get an adapter, and putting it there."""
+"""Selects projections by `target_modules` and adds adapters to them."""
 
 import operator
 import re
@@ -20,7 +20,7 @@ from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
-# What (IA)^3 was made for: keys, values (or queries, keys and values at once), and the MLP's last projection.
+# The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
 LAST = "mlp.down_proj"
 IA3_TARGETS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", LAST)
 
@@ -29,13 +29,13 @@ Factors = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 
 def our_names(config: ModelConfig) -> dict[str, str]:
-    """Our name of each adaptable projection, `model.layers.self_attn.q_proj`, by Hugging Face's."""
+    """Returns {Hugging Face name: our name} of each projection; ours are like `model.layers.self_attn.q_proj`."""
     names = (f"model.layers.{name}" for name in config.linear_shapes())
     return {config.hugging_face_name(name): name for name in names}
 
 
 def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
-    """(name with the layer's index left out, projection) of each adaptable projection."""
+    """Yields (Hugging Face name without the layer's index, projection) of each projection."""
     for name in model.config.linear_shapes():
         group, projection = name.split(".")
         linear: QLinear = getattr(getattr(model.model.layers, group), projection)
@@ -43,7 +43,7 @@ def linears(model: CausalLM) -> Iterator[tuple[str, QLinear]]:
 
 
 def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
-    """(name with the layer's index left out, norm) of each."""
+    """Yields (Hugging Face name without the layer's index, norm) of each norm."""
     for name in model.config.norm_widths():
         norm: RMSNorm | LayerNorm = operator.attrgetter(name)(model.model.layers)
         yield model.config.hugging_face_name(f"model.layers.{name}"), norm
@@ -51,18 +51,19 @@ def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
 
 
 def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors | None = None) -> None:
-    """Sets an adapter of the spec's method on each projection that it targets; it changes nothing until it is trained.
+    """Adds adapters to the targeted projections of `model`, in place; they change nothing until trained.
 
-    With the method `full`, projections and norms train themselves.
-
-    Each adapter's initial values belong to (key, name): they do not depend on what else is targeted.
+    With the method `full`, projections and norms become trainable instead. The initial values of an adapter depend on
+    `key` and its name only, not on the other targets.
 
     Args:
-      initial: A and B to begin with, instead of drawn ones (`lora.init`): as `partition` has LoRA parameters.
+      spec: the `lora` section of a config.
+      key: draws A.
+      initial: initial A and B in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
 
     Raises:
-      ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1; weights in
-        codes that are to train themselves.
+      ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, or 4-bit weights with
+        the method `full`.
     """
     known = dict(linears(model))
     if spec.method == "full":
@@ -83,10 +84,12 @@ def _ia3s(model: CausalLM, known: Linears, spec: LoraArgs) -> dict[str, Adapter]
 
 
 def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[str]]:
-    """(projections that get a vector, those of them whose inputs it is on); left open: keys, values, the MLP's last.
+    """Returns (projections that get a vector, those of them whose inputs are scaled).
+
+    The defaults are keys, values, and the inputs of the MLP's last projection.
 
     Raises:
-      ValueError: a pattern that matches nothing, or that singles out some layers of a stack.
+      ValueError: a pattern that matches nothing, or only some layers of a stack.
     """
     layers = config.num_layers
     names = {name: config.hugging_face_name(f"model.layers.{name}") for name in config.linear_shapes()}
@@ -121,10 +124,10 @@ def _low_rank(
 
 
 def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[str, tuple[int, float]]:
-    """(rank, scaling) of each of `names` that the spec targets, for LoRA and DoRA.
+    """Returns {name: (rank, scaling)} of each targeted projection, for LoRA and DoRA.
 
     Raises:
-      ValueError: a pattern that matches nothing, or that singles out some layers of a stack; rank below 1.
+      ValueError: a pattern that matches nothing or only some layers of a stack, or a rank below 1.
     """
     targets = _targets(spec.target_modules, names, layers)
     ranks = _by_pattern("rank_pattern", spec.rank_pattern, spec.rank, targets, layers)
@@ -133,18 +136,18 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
     for name in targets:
         rank, alpha = ranks[name], alphas[name]
         if rank < 1:
-            raise ValueError(f"rank {rank} for {name}: a rank of at least 1 is needed")
+            raise ValueError(f"lora.rank_pattern: found rank {rank} for {name}, expected at least 1.")
         found[name] = rank, lora_scaling(rank, alpha, spec.use_rslora)
     return found
 
 
-VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # of what trains; they stay in f32
+VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # trainable vectors, which stay in f32
 
 
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
-    """The same model for many calls of few tokens, with what they share computed once.
+    """Returns the model for many calls of few tokens: what all calls share is computed once.
 
-    That is the norms of DoRA, and the cast of matrices to the compute dtype.
+    These are the norms of DoRA, and the cast of matrices to the compute dtype.
     """
     model = combine(parts)
     for _, linear in linears(model):
@@ -160,7 +163,7 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
 
 
 def _full_names(name: str, layers: int) -> list[str]:
-    """The Hugging Face names of one stacked projection."""
+    """Returns the Hugging Face names of the layers of one stacked projection."""
     return [name.replace(".layers.", f".layers.{i}.", 1) for i in range(layers)]
 
 
@@ -173,16 +176,16 @@ def _is_suffix(pattern: str, full_name: str) -> bool:
 
 
 def _stacks_matched(what: str, pattern: str, matches, names: Sequence[str], layers: int) -> list[str]:
-    """The stacked names of which `matches` takes every layer; refuses none at all, and some layers only."""
+    """Returns the stacked names whose layers all match; raises if none does, or only some layers do."""
     matched = {name: sum(matches(pattern, full) for full in _full_names(name, layers)) for name in names}
     partial = [f"{name} ({count} of {layers} layers)" for name, count in matched.items() if 0 < count < layers]
     if partial:
         raise ValueError(
-            f"{what} {pattern!r} singles out layers of {', '.join(partial)}: layers are stacked, so all layers of a "
-            "projection are adapted alike; name the projection without a layer's index"
+            f"{what} {pattern!r} matches some layers of {', '.join(partial)}: layers are stacked, so all layers of a "
+            "projection get the same kind of adapter. Name the projection without a layer's index."
         )
     if not any(matched.values()):
-        raise ValueError(f"{what} {pattern!r} matches none of the linear layers: {', '.join(names)}")
+        raise ValueError(f"{what} {pattern!r} matches none of the linear layers: {', '.join(names)}. Correct the name.")
     return [name for name, count in matched.items() if count]
 
 
@@ -190,10 +193,10 @@ def _targets(target_modules: str | Sequence[str], names: list[str], layers: int)
     if target_modules in (AUTO, ALL_LINEAR):
         return names
     if isinstance(target_modules, str):
-        what = "target_modules, a regular expression over full names (names alone are a list, [q_proj, v_proj]),"
+        what = "target_modules, a regular expression for full names (single names are a list, [q_proj, v_proj]),"
         return _stacks_matched(what, target_modules, _is_whole, names, layers)
     if not target_modules:
-        raise ValueError(f"target_modules is an empty list: name layers, or {ALL_LINEAR!r}")
+        raise ValueError(f"lora.target_modules: the list is empty. Name layers, or set {ALL_LINEAR!r}.")
     found = [
         name
         for entry in target_modules
@@ -203,7 +206,7 @@ def _targets(target_modules: str | Sequence[str], names: list[str], layers: int)
 
 
 def _by_pattern(what: str, patterns: Mapping, default, targets: Sequence[str], layers: int) -> dict:
-    """Each target's value: that of the first pattern that matches it, or the default."""
+    """Returns {target: value of the first pattern that matches it, or the default}."""
     values = {}
     for pattern, value in patterns.items():
         for name in _stacks_matched(what, pattern, _is_suffix, targets, layers):

@@ -1,17 +1,18 @@
-"""The decoder's attention: projections, norms and rotations of queries and keys, with a cache of keys or without.
+"""The decoder's attention: projections, norms and rotations of queries and keys, and an optional KV cache.
 
 Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, J frequencies, L layers,
-R kinds of rotation, M = B T.
+R distinct rotations, M = B T.
 """
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
+from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.attention import cached_attention, causal_attention
 from qlora_jax.nn.linear import QLinear, project
@@ -22,17 +23,17 @@ from qlora_jax.nn.rope import Rope, rotate, rotations
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KVCache:
-    """Keys and values of the positions seen so far: k, v [L, B, K, S, H], keys already rotated.
+    """Keys and values of earlier positions: k, v [L, B, K, S, H], with rotated keys.
 
-    Their types are not checked: a program that is compiled before there is a cache has their shapes alone.
+    Leaves may be ShapeDtypeStructs, for programs that are compiled before a cache exists.
     """
 
-    k: Any
-    v: Any
+    k: Leaf
+    v: Leaf
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: Any) -> "KVCache":
-        """Room for `slots` positions of each of `batch` rows."""
+    def empty(cls, config: ModelConfig, batch: int, slots: int, dtype: DTypeLike) -> "KVCache":
+        """Returns zeros for `slots` positions in each of `batch` rows."""
         shape = (config.num_layers, batch, config.num_kv_heads, slots, config.head_dim)
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
 
@@ -40,11 +41,13 @@ class KVCache:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Positions:
-    """Where the tokens of a call stand.
+    """Positions, texts and rotations of the tokens of a call.
 
-    index_BT counts from 0 in each text; segments_BT are ids of the texts of a row, None where it is one; cos and sin
-    are the rotations of each position, of each kind of layer ([R, B, T, J]) where layers differ. Where `shared_prefix`,
-    segment 0 is the beginning of all the others.
+    Attributes:
+      index_BT: position in its text, from 0.
+      segments_BT: id of the text of each token; None if each row is one text.
+      cos, sin: rotation of each position, [B, T, J], or [R, B, T, J] if layers differ.
+      shared_prefix: True if segment 0 is the beginning of all other segments.
     """
 
     index_BT: jax.Array
@@ -62,14 +65,14 @@ class Positions:
         length: int,
         shared_prefix: bool = False,
     ) -> "Positions":
-        """With the rotations of up to `length` positions."""
+        """Creates positions with the rotations of up to `length` positions."""
         kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
         each = [_rotations(rope, config, index_BT, length) for rope in kinds]
         cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
         return cls(index_BT, segments_BT, cos, sin, shared_prefix)
 
     def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
-        """Which of several rotations one layer has."""
+        """Returns the index of a layer's rotation, or None if all layers share one."""
         if self.cos.ndim == 3:
             return None
         kinds = list(dict.fromkeys(config.ropes))
@@ -82,7 +85,7 @@ def _rotations(rope: Rope | None, config: ModelConfig, index_BT: jax.Array, leng
 
 
 def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | int | None:
-    """How many positions one layer's queries see of `length`: one number where all layers have the same."""
+    """Returns the window of a layer: traced if layers differ, and None if all see all `length` positions."""
     seen = config.visible_counts(length)
     if len(set(seen)) > 1:
         return jnp.asarray(seen, jnp.int32)[layer]
@@ -90,12 +93,12 @@ def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | i
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; its projections are adaptable."""
+    """Grouped-query attention with rotary positions; its projections accept adapters."""
 
     q_proj: QLinear
     k_proj: QLinear
     v_proj: QLinear
-    qkv_proj: QLinear  # where they are fused
+    qkv_proj: QLinear  # in place of the three above if fused
     o_proj: QLinear
 
     def __init__(self, linears: dict[str, QLinear], norms: dict[str, RMSNorm | LayerNorm], config: ModelConfig):
@@ -122,7 +125,7 @@ class Attention(nnx.Module):
         return self.o_proj(out_MD, layer, key), cache
 
     def _projected(self, x_MD, shape_BT, layer, key) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """q [B, T, N, H], k and v [B, T, K, H]."""
+        """Returns q [B, T, N, H], k and v [B, T, K, H]."""
         config = self.config
         heads = (*shape_BT, -1, config.head_dim)
         if config.fused_qkv is None:
@@ -136,9 +139,9 @@ class Attention(nnx.Module):
         return q, k, v
 
     def _turned(self, norm: str, kept_as: str, x_BTNH: jax.Array, positions: Positions, layer) -> jax.Array:
-        """Queries or keys, normalized where they are, and rotated.
+        """Normalizes queries or keys if the model does, and rotates them.
 
-        Of the two that a backward pass may keep under a name, the norm's input serves for both.
+        Names the norm's input for remat, or the result if the model has no such norm.
         """
         if self.config.qk_norm is not None:
             x_BTNH = checkpoint_name(x_BTNH, kept_as)
@@ -150,7 +153,7 @@ class Attention(nnx.Module):
 
 
 def _write(cache: KVCache, layer: jax.Array, k: jax.Array, v: jax.Array, index_BT: jax.Array) -> KVCache:
-    """The cache with each row's keys and values put at that row's positions, in place inside the scan."""
+    """Writes each row's keys and values at that row's positions, in place inside the scan."""
     rows_B1 = jnp.arange(index_BT.shape[0])[:, None]
     put = [x.at[layer, rows_B1, :, index_BT].set(new.astype(x.dtype)) for x, new in ((cache.k, k), (cache.v, v))]
     return KVCache(k=put[0], v=put[1])

@@ -1,19 +1,18 @@
-"""Published models by name, as the Hugging Face config of each: for plans of models that have not been downloaded.
+"""Hugging Face configs of published models by name, for plans of models that are not downloaded.
 
 Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral 7B
 (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), SmolLM2 (2502.02737), SmolLM3, OLMo 2 (2501.00656), Gemma
 (2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Phi-1.5 and 2 (2309.05463), Phi-3 (2404.14219), Phi-4
-(2412.08905), GPT-NeoX-20B (2204.06745) and Pythia (2304.01373), and the config.json that came with each.
+(2412.08905), GPT-NeoX-20B (2204.06745) and Pythia (2304.01373), and the config.json of each.
 """
 
 import difflib
-from typing import Any
 
-Config = dict[str, Any]
+Config = dict[str, object]
 
 
 def _of(model_type: str, sizes: tuple[int, ...], vocabulary: int, positions: int, theta: float, eps: float) -> Config:
-    """`sizes`: width, inner width of the MLP, layers, query heads, key and value heads."""
+    """Returns a config; `sizes` are width, MLP width, layers, query heads, key and value heads."""
     width, inner, layers, heads, kv_heads = sizes
     return {
         "model_type": model_type,
@@ -73,12 +72,12 @@ def _gemma3(*sizes: int, window: int) -> Config:
     return _of("gemma3_text", sizes, 262144, 32768, 1e6, 1e-6) | {"head_dim": 256, "sliding_window": window}
 
 
-def _phi3(*sizes: int, vocabulary: int, **others: Any) -> Config:
+def _phi3(*sizes: int, vocabulary: int, **others: object) -> Config:
     return _of("phi3", sizes, vocabulary, 4096, 1e4, 1e-5) | others
 
 
 def _layer_norms(config: Config) -> Config:
-    """With the name of a LayerNorm's epsilon."""
+    """Renames the epsilon to that of a LayerNorm."""
     return {name: value for name, value in config.items() if name != "rms_norm_eps"} | {
         "layer_norm_eps": config["rms_norm_eps"]
     }
@@ -155,6 +154,6 @@ PUBLISHED: dict[str, Config] = {
 
 
 def nearest(name: str) -> str | None:
-    """The published model whose name is most like this one; None where none is."""
+    """Returns the published name that is most similar to `name`, or None."""
     near = difflib.get_close_matches(name.lower(), PUBLISHED, n=1, cutoff=0.6)
     return near[0] if near else None

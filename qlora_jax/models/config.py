@@ -1,7 +1,6 @@
-"""What a decoder is made of, as features; a family file maps a Hugging Face config to them."""
+"""The features of a decoder. A family file maps a Hugging Face config to them."""
 
 import dataclasses
-from typing import Any
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
 from qlora_jax.nn.rope import LENGTH_DEPENDENT, Rope
@@ -9,12 +8,12 @@ from qlora_jax.nn.rope import LENGTH_DEPENDENT, Rope
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormPlacement:
-    """Where the norms of a block stand, each by Hugging Face's name; None: there is none.
+    """The norms of a block, each by its Hugging Face name; None: no norm.
 
     Attributes:
-      before_attention, before_mlp: of what the part reads.
-      after_attention, after_mlp: of what it gives, before that is added to the residual stream.
-      parallel: attention and MLP read the same residual stream, and both are added to it at once.
+      before_attention, before_mlp: norm of the input of attention or MLP.
+      after_attention, after_mlp: norm of the result, before it is added to the residual stream.
+      parallel: True if attention and MLP read the same residual stream, and both results are added to it.
     """
 
     before_attention: str | None = None
@@ -25,7 +24,7 @@ class NormPlacement:
 
     @property
     def norms(self) -> tuple[str, ...]:
-        """The names, each once."""
+        """The distinct names."""
         names = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
         return tuple(dict.fromkeys(name for name in names if name is not None))
 
@@ -45,14 +44,14 @@ NORM_PLACEMENTS = {
 }
 
 
-def _feature(default: Any) -> Any:
-    """A feature that came later: where it is at its default, a fingerprint does not tell of it."""
+def _feature[T](default: T) -> T:
+    """Declares a feature added after the first release: at its default it is not part of a fingerprint."""
     return dataclasses.field(default=default, metadata={"later": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The features of one decoder-only language model, each of them honoured by models/decoder.py or attention.py.
+    """The features of one decoder-only language model, which models/decoder.py and attention.py implement.
 
     Attributes:
       vocab_size: V, rows of the embedding.
@@ -63,26 +62,26 @@ class ModelConfig:
       head_dim: H.
       mlp_dim: F, inner width of the MLP.
       norm_eps: added to the mean square (RMSNorm) or the variance (LayerNorm).
-      rope: rotary embedding and its scaling; where its `dim` is less than H, the rest of a head is not turned.
-      tie_embeddings: the head is the embedding itself.
-      qkv_bias, o_bias, mlp_bias: which projections add a bias.
-      max_positions: longest sequence that the model was made for.
+      rope: rotary embedding and its scaling; dimensions of a head beyond `rope.dim` are not rotated.
+      tie_embeddings: True if the head is the embedding.
+      qkv_bias, o_bias, mlp_bias: True if these projections add a bias.
+      max_positions: longest sequence of pretraining.
       layout: a key of NORM_PLACEMENTS.
       norm: "rms", or "layer" (with a bias).
       norm_offset: added to the weight of every norm.
-      qk_norm: queries and keys are normalized before they are turned: each "head" alone, or over the whole "width".
-      windows: of each layer, how many positions a query sees; None: all. Empty: no layer has one.
-      ropes: of each layer, where they differ; None: positions are not turned. Empty: all have `rope`.
-      query_scale: of the scores, instead of H^-1/2.
-      attention_softcap, head_softcap: c of c tanh(x / c), on scores and on logits.
-      embed_scale: the embedding's result is multiplied with it.
+      qk_norm: norm of queries and keys before rotation: of each "head", or over the whole "width"; None: no norm.
+      windows: per layer, the number of positions that a query sees; None: all. Empty: no layer has a window.
+      ropes: per layer, its rotary embedding; None: no rotation. Empty: all layers have `rope`.
+      query_scale: factor of the scores; None: H^-1/2.
+      attention_softcap, head_softcap: c of c tanh(x / c) on scores and on logits; None: no cap.
+      embed_scale: factor of the embedding's result; None: 1.
       activation: a key of nn.mlp.ACTIVATIONS.
-      gated: the MLP is down(act(gate(x)) * up(x)) rather than down(act(up(x))).
-      fused_qkv: one projection gives "parts" (all queries, all keys, all values) or "heads" (query, key and value of
-        the first head, of the second, ...).
-      fused_gate_up: one projection gives all of gate, then all of up.
-      head_bias: the head adds a bias.
-      names: (our name, Hugging Face's) of each module that is called otherwise there.
+      gated: True for an MLP down(act(gate(x)) * up(x)), False for down(act(up(x))).
+      fused_qkv: order of one fused projection: "parts" (all queries, all keys, all values) or "heads" (query, key and
+        value of the first head, of the second, ...); None: three projections.
+      fused_gate_up: True if one projection computes gate, then up.
+      head_bias: True if the head adds a bias.
+      names: (our name, Hugging Face's name) of each module whose names differ.
     """
 
     vocab_size: int
@@ -117,7 +116,7 @@ class ModelConfig:
     names: tuple[tuple[str, str], ...] = _feature(())
 
     def linear_shapes(self) -> dict[str, tuple[tuple[int, int], bool]]:
-        """Name within a layer -> ((N out, K in), has a bias), for each projection."""
+        """Returns {name within a layer: ((N out, K in), True if it has a bias)} of each projection."""
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         d, f = self.embed_dim, self.mlp_dim
         apart = {"q_proj": q, "k_proj": kv, "v_proj": kv}
@@ -141,23 +140,25 @@ class ModelConfig:
         }
 
     def visible_counts(self, length: int) -> list[int]:
-        """Of `length` positions, how many a query of each layer sees."""
+        """Returns per layer how many of `length` positions a query sees at most."""
         windows = self.windows or (None,) * self.num_layers
         return [length if window is None else min(window, length) for window in windows]
 
     def has_plain_attention(self, length: int) -> bool:
-        """Whether scores have no soft cap, and all layers see the same of `length` positions."""
+        """True if scores have no soft cap, and all layers see equally many of `length` positions."""
         return self.attention_softcap is None and len(set(self.visible_counts(length))) == 1
 
     @property
     def supports_shared_prefix(self) -> bool:
-        """Whether a row may be a text with several continuations: what a token sees is neither limited by a window nor
-        turned by the length of its row."""
+        """True if a row may be a text with several continuations.
+
+        This requires that no layer has a window, and that no rotation depends on the length of a row.
+        """
         kinds = {rope.scaling.kind for rope in (self.rope, *self.ropes) if rope is not None}
         return not any(self.windows or ()) and not kinds & set(LENGTH_DEPENDENT)
 
     def parameters(self) -> int:
-        """How many numbers the base holds."""
+        """Returns the number of parameters of the base."""
         norm_leaves = 2 if self.norm == "layer" else 1
         linear = sum(n * k + n * has_bias for (n, k), has_bias in self.linear_shapes().values())
         norms = norm_leaves * (self.num_layers * sum(self.norm_widths().values()) + self.embed_dim)
@@ -165,14 +166,14 @@ class ModelConfig:
         return self.num_layers * linear + norms + tables + self.head_bias * self.vocab_size
 
     def hugging_face_name(self, name: str) -> str:
-        """`model.layers.mlp.up_proj` as the model's own checkpoints call it, with the layer's index or without."""
+        """Returns the Hugging Face name of `model.layers.mlp.up_proj`, with or without the layer's index."""
         dotted = f".{name}."
         for ours, theirs in self.names:
             dotted = dotted.replace(f".{ours}.", f".{theirs}.")
         return dotted.strip(".")
 
-    def fingerprint_features(self) -> dict[str, Any]:
-        """The features as plain values; those that came later only where they are used, so that fingerprints stay."""
+    def fingerprint_features(self) -> dict[str, object]:
+        """Returns the features as plain values, without later features at their defaults, so that fingerprints stay."""
         described = dataclasses.asdict(self)
         later = [field for field in dataclasses.fields(self) if "later" in field.metadata]
         unused = {field.name for field in later if getattr(self, field.name) == field.default}
@@ -181,13 +182,16 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class WeightFormat:
-    """How the frozen weights are held.
+    """The format of the frozen weights in memory.
 
     Attributes:
-      quant_type: a key of CODE_TABLES for the linear layers, or None: dense, in `dtype`.
-      dense: of projections by their names within a layer, the layers that are dense although others are quantized.
-      platform: the device's, as jax names it; chooses the layout of the codes.
-      dtype: of embedding, head, norms and biases, and of activations.
+      quant_type: a key of CODE_TABLES for the linear layers; None: dense, in `dtype`.
+      block_size: weights that share one scale.
+      double_quant: True if scales are quantized to 8 bits.
+      nested_block_size: scales that share one scale.
+      dense: (projection's name within a layer, indices of its dense layers), for projections quantized in part.
+      platform: `cpu`, `gpu` or `tpu`, as JAX names it; determines the layout of the codes.
+      dtype: dtype of embedding, head, norms, biases and activations.
     """
 
     quant_type: str | None = "nf4"
@@ -199,9 +203,9 @@ class WeightFormat:
     dtype: str = "bfloat16"
 
     def dense_layers(self, name: str, num_layers: int) -> tuple[int, ...]:
-        """Which layers of a projection are dense, ascending."""
+        """Returns the indices of a projection's dense layers, ascending."""
         return tuple(range(num_layers)) if self.quant_type is None else dict(self.dense).get(name, ())
 
     def layout_for(self, shape: tuple[int, int]) -> str:
-        """The layout that a weight of (N, K) gets."""
+        """Returns the layout of a weight (N, K)."""
         return preferred_layout(self.platform, shape, self.block_size)

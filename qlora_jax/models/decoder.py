@@ -1,14 +1,14 @@
-"""The one decoder: stacked layers, scanned, for training and for decoding with a cache.
+"""The decoder of all model families: stacked layers in one scan, for training and for decoding with a cache.
 
-Attribute paths equal the Hugging Face names of a Llama with the layer's index left out, so that
-`model.layers.self_attn.q_proj` holds, stacked on a leading axis, what is `model.layers.{i}.self_attn.q_proj` there; a
-family that calls modules otherwise says so (ModelConfig.names).
+Attribute paths equal the Hugging Face names of a Llama without the layer's index: `model.layers.self_attn.q_proj` has
+the weights of all `model.layers.{i}.self_attn.q_proj`, stacked on a leading axis. Families with other names map them
+in ModelConfig.names.
 
 Dimension key: B batch, T positions, S cache slots, D embed, N q-heads, K kv-heads, H head_dim, F mlp, V vocab,
 L layers, M = B T.
 """
 
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +28,9 @@ from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.variables import Frozen
 
-# What jax.checkpoint keeps of a layer besides its input. `none`: all that autodiff wants. `names`: what products gave,
-# so that norms and activations alone are computed again. `full`: nothing. `offload`: as `full`, and the input waits in
-# host memory: it goes there while the next layer is computed, and comes back while a later one is differentiated.
+# Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
+# of products, so that only norms and activations are recomputed. `full`: nothing. `offload`: nothing, and the layer's
+# input is in host memory; its copies overlap with the computation of other layers.
 SAVED_NAMES = (
     *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
     *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa", "unscaled", "dora_norms"),
@@ -61,7 +61,7 @@ class MLP(nnx.Module):
 
     gate_proj: QLinear
     up_proj: QLinear
-    gate_up_proj: QLinear  # where they are fused
+    gate_up_proj: QLinear  # in place of the two above if fused
     down_proj: QLinear
 
     def __init__(self, linears: dict[str, QLinear], config: ModelConfig):
@@ -87,10 +87,10 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP with their norms; base leaves hold all layers, adapters one layer inside the scan."""
+    """Attention and MLP with their norms; inside the scan, base leaves have all layers and adapters one."""
 
     def __init__(self, config: ModelConfig, weights: WeightFormat):
-        def group(prefix: str, of: dict[str, Any], make) -> dict[str, Any]:
+        def group[M](prefix: str, of: Iterable[str], make: Callable[[str], M]) -> dict[str, M]:
             return {n.removeprefix(prefix): make(n) for n in of if n.startswith(prefix)}
 
         def linear(name: str) -> QLinear:
@@ -121,7 +121,7 @@ class Block(nnx.Module):
         return x_MD + self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), cache
 
     def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
-        """x through the norm of that name, x itself kept for the backward pass under another; x where there is none."""
+        """Returns norm(x), or x if `norm` is None; `kept_as` names x for remat policies."""
         if norm is None:
             return x_MD
         return getattr(self, norm)(x_MD if kept_as is None else checkpoint_name(x_MD, kept_as), layer)
@@ -134,7 +134,7 @@ def _qlinear(name: str, config: ModelConfig, weights: WeightFormat) -> QLinear:
 
 
 class Embedding(nnx.Module):
-    """A frozen table [V, D], in which rows train or instead of which a copy does; a head may have a bias [V]."""
+    """A frozen table [V, D], of which rows or a full copy may train; a head may have a bias [V]."""
 
     def __init__(self, table: Float[Array, "V D"], *, bias: Float[Array, " V"] | None = None):
         self.weight = Frozen(table)
@@ -142,29 +142,30 @@ class Embedding(nnx.Module):
         self.adapter: NewTokenRows | TrainableTable | None = nnx.data(None)  # data: it may be set later
 
     def set_rows(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
-        """Lets rows of the tokens `ids` train, each begun as the mean of the table's."""
+        """Adds trainable rows for the tokens `ids`, each initialized to the mean row of the table."""
         bias_V = None if self.bias is None else self.bias[...]
         self.adapter = NewTokenRows.init(self.weight[...], bias_V, ids, dtype) if ids else None
 
     def make_trainable(self, ids: tuple[int, ...], dtype: DTypeLike) -> None:
-        """Lets a copy of the table train, with rows for the tokens `ids` begun as the mean of the table's.
+        """Replaces the frozen table by a trainable copy in `dtype`.
 
-        The frozen one is let go of; it keeps its dtype.
+        Rows of the tokens `ids` are initialized to the mean row. The empty frozen table that remains has the compute
+        dtype.
         """
-        assert len(self.weight[...]), "the frozen table was let go of: load the base again"
+        assert len(self.weight[...]), "the frozen table was replaced already: load the base again"
         whole_VD = self.weight[...].astype(dtype)
         rows = NewTokenRows.init(self.weight[...], None, ids, dtype) if ids else None
         self.adapter = TrainableTable(whole_VD if rows is None else rows.insert_into(whole_VD))
         self.weight = Frozen(self.weight[...][:0])
 
     def __call__(self, tokens_M: Int[Array, " M"]) -> Float[Array, "M D"]:
-        """The row of each token."""
+        """Returns the row of each token."""
         if self.adapter is not None:
             return self.adapter.lookup(tokens_M, self.weight[...])
         return self.weight[...].at[tokens_M].get(mode="promise_in_bounds")
 
     def head(self, softcap: float | None) -> Head | HeadWithRows | TrainableHead:
-        """The head that the table is."""
+        """Returns the language model head with this table as its weight."""
         frozen = Head(self.weight[...], None if self.bias is None else self.bias[...], softcap)
         if self.adapter is None:
             return frozen
@@ -207,11 +208,11 @@ class Decoder(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A decoder and its head. All leaves of a new one are placeholders: `io.loader` fills them.
+    """A decoder and its head. All leaves of a new model are placeholders, which `io.loader` fills.
 
     Args:
       config: the model's features.
-      weights: how frozen weights are held.
+      weights: format of the frozen weights.
     """
 
     def __init__(self, config: ModelConfig, weights: WeightFormat):
@@ -223,7 +224,7 @@ class CausalLM(nnx.Module):
 
     @property
     def head(self) -> Head | HeadWithRows | TrainableHead:
-        """What turns hidden states into logits; it is the embedding itself where they are tied."""
+        """The head, which maps hidden states to logits; its weight is the embedding if they are tied."""
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
         return table.head(self.config.head_softcap)
 
@@ -236,15 +237,15 @@ class CausalLM(nnx.Module):
         segments_BT: Int[Array, "B T"] | None = None,
         shared_prefix: bool = False,
     ) -> Float[Array, "M D"]:
-        """The normalized last hidden state of each token, positions from 0 in each text, causal.
+        """Returns the normalized last hidden state of each token; attention is causal, positions start at 0 per text.
 
-        A row is one text, padded to its right, where no real token sees it; or several, as `segments_BT` says.
+        A row is one text, padded on its right where no real token sees it, or several texts.
 
         Args:
           remat: a key of REMAT_POLICIES.
-          key: dropout's key of this step and micro-batch; None for no dropout.
-          segments_BT: which text of its row a token belongs to, ids ascending; padding to the left is such a text.
-          shared_prefix: segment 0 is the beginning of all the others, which go on from it; not for layers with windows.
+          key: dropout key of this step and micro-batch; None: no dropout.
+          segments_BT: id of each token's text in its row, ascending; padding on the left is a text too.
+          shared_prefix: True if segment 0 is the beginning of all others; not supported for layers with windows.
         """
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
@@ -259,16 +260,16 @@ class CausalLM(nnx.Module):
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache
     ) -> tuple[Float[Array, "M D"], KVCache]:
-        """Hidden states of tokens that follow `start` earlier ones in each row, and the cache with them in it."""
+        """Returns hidden states of tokens that follow `start` earlier ones in each row, and the extended cache."""
         index_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None, :]
         positions = Positions.of(self.config, index_BT, None, cache.k.shape[3])
         hidden_MD, longer = self.model(tokens_BT, positions, remat="none", cache=cache)
-        assert longer is not None  # a cache given comes back
+        assert longer is not None  # the model returns a cache if it gets one
         return hidden_MD, longer
 
 
 def _index_in_segment(segments_BT: jax.Array) -> jax.Array:
-    """How many positions of the same segment lie before each."""
+    """Counts the earlier positions of the same segment."""
     batch, length = segments_BT.shape
     index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     begins_BT = jnp.pad(segments_BT[:, 1:] != segments_BT[:, :-1], ((0, 0), (1, 0)), constant_values=True)

@@ -1,4 +1,4 @@
-"""In which dtype a device computes, and how the frozen weights are held for it."""
+"""Compute dtype and weight format for a device."""
 
 import re
 from pathlib import Path
@@ -8,20 +8,21 @@ import jax
 from qlora_jax.config import ModelArgs
 from qlora_jax.models.config import WeightFormat
 
-# Processor flags (as Linux tells them) of fast bfloat16 products: x86 AVX-512 and AMX, then ARM.
+# Linux names of processor flags for fast bfloat16 products: x86 AVX-512 and AMX, then ARM.
 BF16_FLAGS = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
 
 
 def platform() -> str:
-    """What jax computes on: `cpu`, `gpu` or `tpu`."""
+    """Returns JAX's default platform: `cpu`, `gpu` or `tpu`."""
     return jax.default_backend()
 
 
 def compute_dtype(asked: str, on: str | None = None) -> str:
-    """`asked`, or for `auto`: bfloat16 on accelerators and on CPUs with instructions for it, float32 otherwise.
+    """Resolves `auto` to bfloat16 on accelerators and on CPUs with instructions for it, and to float32 on other CPUs.
 
     Args:
-      on: the platform; None: what jax computes on.
+      asked: `auto`, `bfloat16` or `float32`.
+      on: the platform; None: JAX's default.
     """
     if asked != "auto":
         return asked
@@ -34,7 +35,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def weight_format(args: ModelArgs, on: str | None = None) -> WeightFormat:
-    """The settings' quantization, in the layout and the dtype that suit a platform (None: what jax computes on)."""
+    """Returns the configured quantization, with layout and dtype for a platform (None: JAX's default)."""
     return WeightFormat(
         quant_type=None if args.quant_type == "none" else args.quant_type,
         block_size=args.block_size,

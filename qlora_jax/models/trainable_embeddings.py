@@ -1,4 +1,4 @@
-"""What trains of embedding and head: rows of new tokens, or whole tables; and what the tables are with it put in."""
+"""Trainable parts of embedding and head: rows of new tokens, or full tables; and the tables merged with them."""
 
 from collections.abc import Collection, Iterator, Mapping
 
@@ -15,27 +15,27 @@ from qlora_jax.nn.variables import Frozen
 
 
 def tables(model: CausalLM) -> Iterator[tuple[str, Embedding]]:
-    """(name, table) of the embedding, and of the head where that is one of its own."""
+    """Yields (name, table) of the embedding, and of the head unless they are tied."""
     yield "model.embed_tokens", model.model.embed_tokens
     if not model.config.tie_embeddings:
         yield "lm_head", model.lm_head
 
 
 def add_token_rows(model: CausalLM, ids: tuple[int, ...], dtype: DTypeLike) -> None:
-    """Sets rows that train for the tokens `ids` on embedding and head, each the mean of its table; none where no ids.
+    """Adds trainable rows for the tokens `ids` to embedding and head, each initialized to the mean of its table.
 
-    An id may lie beyond the table, or in a row of it, as the first new ones do where a table is longer than its
-    vocabulary: that row is then replaced.
+    An id may lie beyond the table. It may also be a row of the table, as in tables longer than their vocabulary; that
+    row is then replaced.
     """
     for _, table in tables(model):
         table.set_rows(ids, dtype)
 
 
 def add_tables(model: CausalLM, ids: tuple[int, ...], lora: LoraArgs) -> None:
-    """Sets what trains of embedding and head: the tables of `trainable_table_names`, and else rows of the tokens `ids`.
+    """Makes the tables of `trainable_table_names` trainable, and in other tables the rows of the tokens `ids`.
 
     Raises:
-      ValueError: a name that is neither, or a head that has a bias.
+      ValueError: a name that is neither embedding nor head, or a head that has a bias.
     """
     add_token_rows(model, ids, lora.dtype)
     whole = trainable_table_names(model.config, lora)
@@ -45,17 +45,20 @@ def add_tables(model: CausalLM, ids: tuple[int, ...], lora: LoraArgs) -> None:
 
 
 def trainable_table_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
-    """Our names of the tables that train whole.
+    """Returns our names of the tables that train in full.
 
-    With lora.method=full all of them, else those of modules_to_save, by our last part of the name or the family's own.
+    With lora.method=full these are all tables, otherwise those of lora.modules_to_save. A module may be named by the
+    last part of our name or of the family's name.
 
     Raises:
-      ValueError: a name that is neither, or a head that has a bias.
+      ValueError: a name that is neither embedding nor head, or a head that has a bias.
     """
     ours = ["model.embed_tokens", *([] if config.tie_embeddings else ["lm_head"])]
     if lora.method == "full":
         if config.head_bias:
-            raise ValueError("lora.method=full: the head of this model has a bias, and does not train whole here")
+            raise ValueError(
+                "lora.method=full: a head with a bias cannot train (this model's head has one). Use lora.method=lora."
+            )
         return ours
     modules = lora.modules_to_save
     known = {named.rpartition(".")[2]: name for name in ours for named in (name, config.hugging_face_name(name))}
@@ -66,21 +69,25 @@ def trainable_table_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
     ]
     names = [known[module] for module in modules if module in known]
     if config.head_bias and "lm_head" in names:
-        problems.append("'lm_head': a head with a bias does not train whole here; its new tokens' rows do")
+        problems.append("'lm_head': a head with a bias cannot train, only rows of new tokens can. Remove it")
     if problems:
         raise ValueError(f"lora.modules_to_save: {'; '.join(problems)}")
     return names
 
 
 def set_tables(model: CausalLM, weights: Mapping[str, np.ndarray]) -> None:
-    """Puts whole tables, by our names, in place of the model's; they are frozen, and may have more rows."""
+    """Replaces tables of the model by frozen ones, which may have more rows.
+
+    Args:
+      weights: {our name of a table: [V, D]}.
+    """
     for name, table in tables(model):
         if name in weights:
             table.weight = Frozen(jnp.asarray(weights[name], table.weight[...].dtype))
 
 
 def merged_tables(model: CausalLM, replaced: Collection[str]) -> dict[str, jax.Array]:
-    """By our names, weights and biases of tables in which rows train, with these put in, and of those `replaced`."""
+    """Returns {our name: weight or bias} of tables with trainable parts, merged, and of those in `replaced`."""
     whole = {}
     for name, table in tables(model):
         if table.adapter is None and name not in replaced:

@@ -9,12 +9,12 @@ Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native.library import attention_problem
@@ -23,7 +23,7 @@ BLOCK = 64  # positions, as in attention_cpu.cc
 WIDTHS = range(32, 257, 32)  # of a head
 
 
-def unsupported_reason(platform: str, dtype: Any, width: int, *, plain: bool) -> str | None:
+def unsupported_reason(platform: str, dtype: DTypeLike, width: int, *, plain: bool) -> str | None:
     """Returns the reason why the handlers cannot compute these heads, or None if they can and are built.
 
     Args:
@@ -43,7 +43,7 @@ def unsupported_reason(platform: str, dtype: Any, width: int, *, plain: bool) ->
     return (missing := attention_problem()) and f"C++ loops: {missing}"
 
 
-def supports_forward_f32(platform: str, dtype: Any, width: int, *, plain: bool) -> bool:
+def supports_forward_f32(platform: str, dtype: DTypeLike, width: int, *, plain: bool) -> bool:
     """True if `forward_f32` computes heads of this dtype and width on this platform; `plain` as above."""
     at_home = platform == "cpu" and jnp.dtype(dtype) == jnp.float32 and plain
     return at_home and width % 16 == 0 and width <= WIDTHS[-1] and attention_problem("float32") is None
@@ -119,7 +119,7 @@ def forward_f32(
     return out_BTNH, lse_BNT
 
 
-def _shaped(x: Any) -> jax.ShapeDtypeStruct:
+def _shaped(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 

@@ -10,7 +10,6 @@ D number of chunks between keys and queries.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +71,9 @@ class Tiling:
         x = x_IZMH.reshape(i, self.batch, self.kv_heads, groups, self.chunk, h).transpose(1, 0, 4, 2, 3, 5)
         return x.reshape(self.batch, i * self.chunk, self.kv_heads * groups, h)[:, : self.length]
 
-    def over_chunks(self, step: Callable, carry: Any, xs: Any) -> tuple[Any, Any]:
+    def over_chunks[Carry, Result](
+        self, step: Callable[[Carry, tuple], tuple[Carry, Result]], carry: Carry, xs: tuple[jax.Array, ...]
+    ) -> tuple[Carry, Result]:
         """Computes jax.lax.scan(step, carry, (indices, *xs)); if unrolled, each index is an int."""
         if not self.unrolled:
             return jax.lax.scan(step, carry, (jnp.arange(self.chunks, dtype=jnp.int32), *xs))
@@ -144,7 +145,7 @@ class AttentionMask:
             first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
         return cls(tiling, window, segments_BS, first_I, bands_DCC, shared_prefix)
 
-    def fold_tiles(self, tile: Callable[[KeyTile, Any], Any], carry: Any, i: jax.Array | int) -> Any:
+    def fold_tiles[Carry](self, tile: Callable[[KeyTile, Carry], Carry], carry: Carry, i: jax.Array | int) -> Carry:
         """Folds carry = tile(keys, carry) over all keys that queries of chunk i may see; their own chunk comes last."""
         chunk = self.tiling.chunk
         if isinstance(i, int):

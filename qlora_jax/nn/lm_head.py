@@ -5,7 +5,6 @@ Dimension key: M tokens, D embed, V rows of the frozen head, N trainable rows, W
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.new_token_rows import one_hot_ids, row_logits
 
@@ -29,10 +29,10 @@ class Head:
       masked_V: bool [V], rows that trainable rows replace, with logits of -inf; None: no row.
     """
 
-    weight_VD: Any  # transformations put placeholders in the leaves' place, which a type of arrays would refuse
-    bias_V: Any = None
+    weight_VD: Leaf
+    bias_V: Leaf = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
-    masked_V: Any = None
+    masked_V: Leaf = None
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Returns the logits in f32."""
@@ -71,12 +71,12 @@ class HeadWithRows:
     """
 
     frozen: Head
-    rows_ND: Any
-    bias_N: Any
+    rows_ND: Leaf
+    bias_N: Leaf
     ids: tuple[int, ...] = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def of(cls, head: Head, rows_ND: Any, bias_N: Any, ids: tuple[int, ...]) -> "HeadWithRows":
+    def of(cls, head: Head, rows_ND: jax.Array, bias_N: jax.Array | None, ids: tuple[int, ...]) -> "HeadWithRows":
         """Returns `head` with these rows for the tokens `ids`."""
         vocabulary = head.weight_VD.shape[0]
         if min(ids) < vocabulary:
@@ -109,7 +109,7 @@ class HeadWithRows:
 class TrainableHead:
     """A trainable head without biases: `weight_VD` in f32 or bf16, cast to the hidden states' dtype."""
 
-    weight_VD: Any
+    weight_VD: Leaf
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cast(self, dtype: DTypeLike) -> Head:

@@ -7,7 +7,7 @@ Dimension key: M tokens, D embed, V vocab, C tokens of a chunk, I chunks, W rows
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,9 +29,6 @@ class Tile(NamedTuple):
 # multiplies. 512 tokens keep products above 300 FLOP per byte of the head, about what the fastest cards compute.
 TILES = {"cpu": Tile(256, 2048)}
 WHOLE_HEAD = Tile(512, 2**31)
-
-
-OfChunk = Callable[[jax.Array, Any, jax.Array], Any]
 
 
 def tile_size(platform: str, tokens: int, vocabulary: int) -> Tile:
@@ -101,7 +98,13 @@ def first_id_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(found_CW, ids_W[None], jnp.iinfo(jnp.int32).max), axis=1)
 
 
-def map_token_chunks(of_chunk: OfChunk, hidden_MD, head: Head | HeadWithRows, targets_M, wanted_M):
+def map_token_chunks[AnyHead: (Head, HeadWithRows), Result](
+    of_chunk: Callable[[jax.Array, AnyHead, jax.Array], Result],
+    hidden_MD: jax.Array,
+    head: AnyHead,
+    targets_M: jax.Array,
+    wanted_M: jax.Array,
+) -> Result:
     """Maps of_chunk over chunks of wanted tokens; results are in the original order, and zero for unwanted tokens.
 
     Wanted tokens are sorted to the front, so only their chunks are computed.

@@ -6,7 +6,6 @@ Dimension key: B batch, T positions, N heads, H head_dim, J = dim / 2 frequencie
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +25,16 @@ class RopeScaling:
     kind: str = "default"
     numbers: tuple[tuple[str, float | tuple[float, ...] | bool | None], ...] = ()
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str) -> float | tuple[float, ...] | None:
+        """Returns the number or numbers of that name, or None if the config does not set them."""
+        return dict(self.numbers).get(name)
+
+    def number(self, name: str, default: float | None = None) -> float:
         """Returns the number of that name, or `default` if the config does not set it."""
-        value = dict(self.numbers).get(name)
-        return default if value is None else value
+        value = self.get(name)
+        value = default if value is None else value
+        assert isinstance(value, int | float), f"{self.kind} requires {name}"
+        return value
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,11 +67,11 @@ def _default(rope: Rope, length: int) -> Frequencies:
 
 
 def _linear(rope: Rope, length: int) -> Frequencies:
-    return (_powers(rope) / np.float32(rope.scaling.get("factor"))).astype(np.float32), 1.0
+    return (_powers(rope) / np.float32(rope.scaling.number("factor"))).astype(np.float32), 1.0
 
 
 def _dynamic(rope: Rope, length: int) -> Frequencies:
-    factor, trained = rope.scaling.get("factor"), rope.max_positions
+    factor, trained = rope.scaling.number("factor"), rope.max_positions
     stretch = factor * max(length, trained) / trained - (factor - 1)
     return _powers(rope, rope.theta * stretch ** (rope.dim / (rope.dim - 2))), 1.0
 
@@ -74,8 +79,8 @@ def _dynamic(rope: Rope, length: int) -> Frequencies:
 def _llama3(rope: Rope, length: int) -> Frequencies:
     numbers = rope.scaling
     inv_freq = _powers(rope)
-    factor, original = numbers.get("factor"), numbers.get("original_max_position_embeddings")
-    low, high = numbers.get("low_freq_factor"), numbers.get("high_freq_factor")
+    factor, original = numbers.number("factor"), numbers.number("original_max_position_embeddings")
+    low, high = numbers.number("low_freq_factor"), numbers.number("high_freq_factor")
     turns = original * inv_freq / (2 * math.pi)  # rotations within the original context
     smooth = np.clip((turns - low) / (high - low), 0.0, 1.0)
     return ((1 - smooth) * inv_freq / factor + smooth * inv_freq).astype(np.float32), 1.0
@@ -83,14 +88,14 @@ def _llama3(rope: Rope, length: int) -> Frequencies:
 
 def _yarn(rope: Rope, length: int) -> Frequencies:
     numbers = rope.scaling
-    factor = numbers.get("factor")
-    original = numbers.get("original_max_position_embeddings", rope.max_positions)
+    factor = numbers.number("factor")
+    original = numbers.number("original_max_position_embeddings", rope.max_positions)
 
     def dimension(turns: float) -> float:
         return rope.dim * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = dimension(numbers.get("beta_fast", 32.0)), dimension(numbers.get("beta_slow", 1.0))
-    if numbers.get("truncate", True):
+    low, high = dimension(numbers.number("beta_fast", 32.0)), dimension(numbers.number("beta_slow", 1.0))
+    if numbers.number("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.dim - 1)
     ramp = np.clip((np.arange(rope.dim // 2) - low) / max(high - low, 0.001), 0.0, 1.0)
@@ -103,19 +108,19 @@ def _yarn_attention_factor(numbers: RopeScaling, factor: float) -> float:
     def magnitude(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    given, mscale, mscale_all = (numbers.get(n) for n in ("attention_factor", "mscale", "mscale_all_dim"))
-    if given is not None:
-        return given
+    if numbers.get("attention_factor") is not None:
+        return numbers.number("attention_factor")
+    mscale, mscale_all = numbers.number("mscale", 0.0), numbers.number("mscale_all_dim", 0.0)
     return magnitude(mscale) / magnitude(mscale_all) if mscale and mscale_all else magnitude(1.0)
 
 
 def _longrope(rope: Rope, length: int) -> Frequencies:
     numbers = rope.scaling
-    original = numbers.get("original_max_position_embeddings", rope.max_positions)
+    original = numbers.number("original_max_position_embeddings", rope.max_positions)
     stretch = np.asarray(numbers.get("long_factor" if length > original else "short_factor"), np.float32)
-    factor = numbers.get("factor", rope.max_positions / original)
+    factor = numbers.number("factor", rope.max_positions / original)
     default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-    return (_powers(rope) / stretch).astype(np.float32), numbers.get("attention_factor", default)
+    return (_powers(rope) / stretch).astype(np.float32), numbers.number("attention_factor", default)
 
 
 SCALINGS: dict[str, Callable[[Rope, int], Frequencies]] = {

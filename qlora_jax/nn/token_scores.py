@@ -37,9 +37,9 @@ def token_scores(
     """
     if isinstance(head, TrainableHead):
         head = head.cast(hidden_MD.dtype)
-    return map_token_chunks(
-        _with_rows if isinstance(head, HeadWithRows) else _frozen, hidden_MD, head, targets_M, wanted_M
-    )
+    if isinstance(head, HeadWithRows):
+        return map_token_chunks(_with_rows, hidden_MD, head, targets_M, wanted_M)
+    return map_token_chunks(_frozen, hidden_MD, head, targets_M, wanted_M)
 
 
 def _frozen(hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> TokenScores:

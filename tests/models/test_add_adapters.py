@@ -1,4 +1,4 @@
-"""Which projections get an adapter, of which rank and scaling; patterns that cannot be honoured are refused by name."""
+"""Tests targets, ranks and scalings of adapters, and errors for patterns that cannot be honoured."""
 
 import math
 
@@ -21,7 +21,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 
 
 def adapted(**settings):
-    """{projection's last name: its adapter} of a tiny model."""
+    """Returns {last part of a projection's name: its adapter} of a tiny model."""
     config = model_config(tiny_config(num_hidden_layers=3))
     model = nnx.eval_shape(lambda: CausalLM(config, WeightFormat()))
     add_lora(model, LoraArgs(**settings), jax.random.key(0))

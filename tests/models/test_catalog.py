@@ -1,4 +1,4 @@
-"""Parameter counts of the named models against what their publishers say, to the last parameter."""
+"""Tests parameter counts of published models: exact to the last parameter."""
 
 import math
 
@@ -72,7 +72,7 @@ PARAMETERS = {
 
 
 def parameters(model: ModelConfig) -> int:
-    """The elements of all leaves of the model itself, made without allocating any."""
+    """Counts the elements of all leaves of a model, without allocating any."""
     state = nnx.state(nnx.eval_shape(lambda: CausalLM(model, WeightFormat(quant_type=None))))
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
 
@@ -87,7 +87,7 @@ def test_parameters_are_the_published_ones(name):
     assert parameters(model) == model.parameters() == PARAMETERS[name]
 
 
-# What published config.json files say besides, by the model.
+# Further attributes of published config.json files, by model.
 BESIDES = {
     "smollm3-3b": {"pretraining_tp": 2, "max_window_layers": 28, "no_rope_layer_interval": 4, "rope_scaling": None},
     "gemma-2b": {"hidden_act": "gelu", "hidden_activation": None, "attention_bias": False, "rope_scaling": None},

@@ -1,4 +1,4 @@
-"""Causal attention against a plain softmax and its autodiff: each feature, 16 bits, properties, and memory."""
+"""Tests causal attention against a plain softmax and its autodiff: each feature, bf16, properties and memory."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ SCALE = 0.3
 
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch):
-    """What every device has; C++ loops have tests of their own."""
+    """Disables the C++ handlers, which have separate tests."""
     monkeypatch.setattr(attention_cpu, "supports_forward_f32", lambda *args, **kwargs: False)
 
 
@@ -27,20 +27,20 @@ def _random(*shape, seed=0, dtype=jnp.float32):
 
 
 def _inputs(length, heads, kv_heads, batch=2, head_dim=16, dtype=jnp.float32):
-    """q, k, v and a cotangent of the result."""
+    """Draws q, k, v and a cotangent of the result."""
     counts = (heads, kv_heads, kv_heads, heads)
     return tuple(_random(batch, length, n, head_dim, seed=i, dtype=dtype) for i, n in enumerate(counts))
 
 
 def _segments(length, *rows):
-    """Ids by the lengths of packed texts, and what is left over."""
+    """Returns segment ids of packed texts by their lengths, and an id for the rest of the row."""
     ids = [np.repeat(np.arange(len(row) + 1), [*row, length - sum(row)]) for row in rows]
     return jnp.asarray(np.stack(ids), jnp.int32)
 
 
 def _plain(q, k, v, window=None, segments_BT=None, softcap=None, shared_prefix=False):
-    """transformers' definition: key <= query, key > query - window, equal segments, or the key's is 0 where
-    shared_prefix; softcap tanh(score / softcap)."""
+    """Computes attention by transformers' definition: key <= query, key > query - window, equal segments or segment 0
+    of a shared prefix; softcap tanh(score / softcap)."""
     return _of_visible(q, k, v, _visible(q.shape[1], window, segments_BT, shared_prefix), softcap)
 
 
@@ -69,22 +69,22 @@ def _value_and_gradients(attention, q, k, v, cotangent):
     return value, *vjp(cotangent)
 
 
-@functools.partial(jax.jit, static_argnames="softcap")  # compiled once for all that may be visible
+@functools.partial(jax.jit, static_argnames="softcap")  # compiled once for all masks
 def _plain_value_and_gradients(q, k, v, cotangent, visible_BTS, softcap):
     value, vjp = jax.vjp(lambda *qkv: _of_visible(*qkv, visible_BTS, softcap), q, k, v)
     return value, *vjp(cotangent)
 
 
 def _plain_results(inputs, softcap=None, **visible):
-    """The value, dq, dk and dv in f32."""
+    """Returns the value, dq, dk and dv in f32."""
     visible_BTS = np.broadcast_to(_visible(inputs[0].shape[1], **visible), (len(inputs[0]), *[inputs[0].shape[1]] * 2))
     return _plain_value_and_gradients(*(x.astype(jnp.float32) for x in inputs), visible_BTS, softcap=softcap)
 
 
 def _largest_errors(ours, plain):
-    """Of each result, as shares of its largest entry."""
+    """Returns the largest error of each result, relative to its largest entry."""
     pairs = zip(ours, plain, strict=True)
-    # Where a query sees itself alone dq is 0, and what is left of rounding counts against 1.
+    # If a query sees only itself, dq is 0, and rounding errors are relative to 1.
     return [float(jnp.max(jnp.abs(a.astype(jnp.float32) - b)) / jnp.max(jnp.abs(b), initial=1.0)) for a, b in pairs]
 
 
@@ -165,7 +165,7 @@ def test_segments_in_any_order():
 
 @pytest.mark.parametrize(("length", "heads"), [(300, 6), (900, 2)])
 def test_bfloat16(length, heads):
-    """Each of at most four roundings on the way (weight, score's gradient, mean's output, result) is of 2^-9."""
+    """At most four values are rounded, each by 2^-9: weight, gradient of the score, output in the mean, result."""
     assert max(_errors(length, heads, 2, jnp.bfloat16)) < 4 * 2**-9
 
 
@@ -214,7 +214,7 @@ def test_what_is_not_above_zero_is_refused(wrong):
 
 
 def _temporaries(length, batch=1, heads=9, kv_heads=3, head_dim=64):
-    """Scratch bytes of a forward and backward pass in bf16."""
+    """Returns the scratch bytes of a forward and backward pass in bf16."""
     shapes = [(batch, length, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
     q, k, v, do = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in shapes)
 

@@ -1,4 +1,4 @@
-"""The C++ handlers of attention against a plain softmax and against the tiles that define them."""
+"""Tests the C++ handlers of attention against a plain softmax and against the tiled definition."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from tests.nn.test_attention import SCALE, _inputs, _plain, _segments, _value_an
 pytestmark = pytest.mark.skipif(attention_problem() is not None, reason=str(attention_problem()))
 
 BF16 = jnp.bfloat16
-# Where the tiles round: weight, score's gradient, mean's output, result.
+# The tiles round weight, gradient of the score, output in the mean, and result.
 ROUNDINGS = 4 * 2**-9
 
 
@@ -25,7 +25,7 @@ def _all(function, inputs):
 
 
 def _errors(length, heads, kv_heads, head_dim, batch=2, **visible):
-    """Largest errors of the value, dq, dk and dv against f32, as shares of their largest entries; and of the tiles."""
+    """Returns the largest relative errors of value, dq, dk and dv against f32, and those of the tiles."""
     inputs = _inputs(length, heads, kv_heads, batch, head_dim, BF16)
     ids, window = visible.get("segments_BT"), visible.get("window")
     ours = _all(functools.partial(attention_cpu.attention, segments_BT=ids, scale=SCALE, window=window), inputs)
@@ -43,7 +43,7 @@ def _errors(length, heads, kv_heads, head_dim, batch=2, **visible):
 def _check(*args, **kwargs):
     ours, tiles = _errors(*args, **kwargs)
     assert max(ours) < 2 * ROUNDINGS  # wide heads round sums of more terms
-    # Both round at the same places: no result is further off than the tiles' are.
+    # Both round the same values, so errors are of the same size.
     assert all(a < 1.25 * b + 2**-10 for a, b in zip(ours, tiles, strict=True))
 
 
@@ -85,7 +85,7 @@ def test_large_scores_neither_overflow_nor_vanish():
 
 
 def test_every_run_gives_the_same_bits():
-    """Threads add to dq in the order of keys."""
+    """Results are bit-identical for any number of threads, because each adds to dq in the order of keys."""
     inputs = _inputs(700, 6, 2, 2, 64, BF16)
     function = functools.partial(attention_cpu.attention, segments_BT=None, scale=SCALE, window=None)
     first = _all(function, inputs)

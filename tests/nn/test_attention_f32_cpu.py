@@ -1,4 +1,4 @@
-"""The C++ forward pass of attention in f32, and the backward pass of what it leaves, against a plain softmax."""
+"""Tests the C++ forward pass of attention in f32, and the backward pass from its residuals."""
 
 import functools
 
@@ -41,7 +41,7 @@ def test_segments(window):
     assert max(_errors(300, 4, 2, window=window, segments_BT=ids)) < 5e-6
 
 
-# Beginnings that end within a block, with it, and after several; padding belongs to no branch.
+# Prefixes that end inside a block, at its end, and after several blocks; padding is not a branch.
 @pytest.mark.parametrize("beginning", [20, 64, 150])
 def test_branches_see_their_beginning(beginning):
     ids = _segments(300, (beginning, 2, 60), (beginning + 1, 1, 30)).at[0, -20:].set(-1)

@@ -1,4 +1,4 @@
-"""Each function with a VJP of its own against autodiff of its equation, in f32: values and every gradient."""
+"""Tests each function with a custom VJP against autodiff of its equation in f32: values and every gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def _random(*shape, seed=0):
 
 
 def _check(ours, plain, *args, tolerance=2e-5):
-    """Equal values, and equal gradients of a random linear function of them."""
+    """Compares values, and gradients of a random linear function of them."""
     value, vjp = jax.vjp(ours, *args)
     expected, expected_vjp = jax.vjp(plain, *args)
     cotangent = _random(*value.shape, seed=9)
@@ -136,7 +136,7 @@ def test_token_nll_of_logits_beyond_exp(monkeypatch):
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("biased", [False, True])
 def test_token_nll_with_rows_that_train(ids, softcap, biased, monkeypatch):
-    """Rows of a head in place of its own and beyond them; the frozen ones that they replace count for nothing."""
+    """Trainable rows replace and extend a head; the replaced frozen rows have no influence."""
     monkeypatch.setitem(TILES, "cpu", Tile(256, 32))
     hidden, table, rows = _random(700, 24), _random(100, 24), _random(3, 24)
     bias, row_bias = (_random(100), _random(3)) if biased else (None, None)
@@ -202,7 +202,7 @@ def test_lora_deltas(dropout):
 
 
 def test_lora_deltas_of_one_x():
-    """Ranks, widths and scalings differ: each result and each gradient is that of its own adapter."""
+    """Ranks, widths and scalings differ; each result and gradient equals that of one adapter alone."""
 
     def ours(x, a1, a2, b1, b2):
         return jnp.concatenate(lora_deltas(x, jnp.concatenate([a1, a2], 1), (b1, b2), (2.0, 0.5), 0.0, None), 1)
@@ -250,7 +250,7 @@ def test_rotate_turns_pairs_of_a_head_as_complex_numbers(heads):
 
 
 def test_a_product_of_one_row_is_that_of_the_row_among_others():
-    """It is made with two rows on CPUs, in bfloat16; neither may show."""
+    """Products of one row run with two rows on CPUs in bfloat16, which must not change the result."""
     a, b = _random(3, 64).astype(jnp.bfloat16), _random(40, 64).astype(jnp.bfloat16)
     np.testing.assert_allclose(dot_nt(a[:1], b), dot_nt(a, b)[:1], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dot_nn(a[:1], b.T), dot_nn(a, b.T)[:1], rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""DoRA and (IA)^3 against their equations: values, every gradient, and merged weights."""
+"""Tests DoRA and (IA)^3 against their equations: values, every gradient, and merged weights."""
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,7 @@ def _dora(linear: QLinear, a, b, m, dropout: float = 0.0) -> DoRA:
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("quantized", [False, True])
 def test_dora(quantized, dropout):
-    """The norm's gradient is left out, as PEFT leaves it out; only the change sees dropped inputs."""
+    """The norm has no gradient, as in PEFT; dropout applies to the change only."""
     linear, key = _linear(quantized=quantized), jax.random.key(3) if dropout else None
     weight, bias = _dense(linear), linear.bias[...][1]
 
@@ -81,7 +81,7 @@ def test_dora_starts_as_the_weight_and_its_merge_does_what_it_does():
 
 @pytest.mark.parametrize("share", [1e-4, 1.0, 30.0])
 def test_doras_norms_are_those_of_the_whole_weight(share):
-    """Deltas far below, like, and far above the weight."""
+    """Deltas are much smaller than the weight, similar, and much larger."""
     linear = _linear(quantized=True)
     a, b = _random(K, R) / 8, _random(R, N) * share
     norms2 = _dora(linear, a, b, jnp.ones(N)).weight_norms2[...][1]
@@ -116,7 +116,7 @@ def test_ia3(on_input):
 
 
 def test_fresh_adapters_change_nothing_among_others():
-    """Projections of one x with adapters of several kinds."""
+    """Projections of one x may have adapters of several kinds."""
     linears = [_linear(quantized=True) for _ in range(3)]
     for name, linear in zip("abc", linears, strict=True):
         linear.name = name

@@ -1,4 +1,4 @@
-"""Stacks of which some layers are dense: the product, its gradient, and what a scan keeps of them."""
+"""Tests partly dense stacks: the product, its gradient, and what a scan saves."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ DENSE = (1, 4)
 
 
 def weights() -> tuple[MixedStack, jax.Array]:
-    """A mixed stack, and all of its layers as they are used."""
+    """Returns a mixed stack, and its dequantized layers."""
     w_LNK = np.random.default_rng(0).normal(size=(LAYERS, N, K)).astype(np.float32)
     codes = [quantize(w_NK) for layer, w_NK in enumerate(w_LNK) if layer not in DENSE]
     quantized = jax.tree.map(lambda *leaves: jnp.stack(leaves), *codes)
@@ -22,7 +22,7 @@ def weights() -> tuple[MixedStack, jax.Array]:
 
 
 def through(x_MK, stack):
-    """x W_0^T, its K first columns again through W_1, and so on."""
+    """Applies all layers in sequence, each to the first K columns of the result before."""
 
     def layer(x_MK, index):
         y_MN = frozen_linear(x_MK, stack, index)

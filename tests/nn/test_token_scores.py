@@ -1,4 +1,4 @@
-"""-log p and argmax of tokens, tile by tile, against the plain definition over all logits."""
+"""Tests -log p and argmax of tokens, computed tile by tile, against all logits."""
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +18,12 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _whole_numbers(*shape: int, seed: int) -> jax.Array:
-    """Products of these are exact in f32, in any order of sums."""
+    """Draws values whose products are exact in f32, in any order of sums."""
     return jnp.asarray(np.random.default_rng(seed).integers(-2, 3, shape), jnp.float32)
 
 
 def _check(head, targets: np.ndarray, wanted: np.ndarray, tied: bool = True) -> np.ndarray:
-    """TokenScores are the definition's; argmaxes too: among tied logits where those are the same to the bit."""
+    """Compares scores with the definition, and argmaxes among tied logits if these are bit-identical."""
     hidden = _whole_numbers(M, D, seed=0)
     logits = np.asarray(head.logits(hidden))
     found = jax.jit(token_scores)(hidden, head, jnp.asarray(targets, jnp.int32), jnp.asarray(wanted))
@@ -37,7 +37,7 @@ def _check(head, targets: np.ndarray, wanted: np.ndarray, tied: bool = True) -> 
 
 
 def _likely(head, vocabulary: int) -> np.ndarray:
-    """Targets of which a third are argmaxes, and a third tie with one that comes before."""
+    """Draws targets: a third are argmaxes, and a third tie with an earlier id."""
     logits = np.asarray(head.logits(_whole_numbers(M, D, seed=0)))
     last = vocabulary - 1 - logits[:, ::-1].argmax(axis=1)
     drawn = np.random.default_rng(2).integers(0, vocabulary, M)
@@ -57,7 +57,7 @@ def test_a_frozen_head(vocabulary, wanted, softcap):
 @pytest.mark.parametrize("ids", [(100, 101, 102), (98, 99, 100), (40, 7, 99)], ids=["beyond", "across", "within"])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 def test_a_head_with_rows_that_train(ids, softcap):
-    """Rows of which one is another's double, and one is the double of a frozen row: ties of all kinds."""
+    """Creates rows with all kinds of ties: one equals another row, and one a frozen row."""
     table, rows = _whole_numbers(100, D, seed=1), _whole_numbers(3, D, seed=4)
     rows = rows.at[2].set(rows[0]).at[1].set(table[50])
     head = HeadWithRows.of(Head(table, None, softcap), rows, None, ids)
@@ -73,7 +73,7 @@ def test_a_head_that_trains_whole():
 
 
 def test_logits_of_all_ids_exist_nowhere():
-    """Of 700 tokens and 1,000 ids, in chunks of 256 tokens."""
+    """Uses 700 tokens and 1,000 ids, in chunks of 256 tokens."""
     head = Head(_whole_numbers(1000, D, seed=1))
     inputs = _whole_numbers(M, D, seed=0), head, jnp.zeros(M, jnp.int32), jnp.ones(M, bool)
     memory = jax.jit(token_scores).lower(*inputs).compile().memory_analysis()
@@ -81,7 +81,7 @@ def test_logits_of_all_ids_exist_nowhere():
 
 
 def test_logits_of_a_16_bit_model_are_not_rounded_to_16_bits():
-    """256 and 257 are one number in bfloat16: rounded, they would tie."""
+    """256 and 257 are equal in bfloat16, so rounded logits would tie."""
     hidden = jnp.zeros((2, D), jnp.bfloat16).at[:, 0].set(16).at[:, 1].set(1)
     head = Head(jnp.zeros((40, D), jnp.bfloat16).at[:, 0].set(16).at[33, 1].set(1), None, None)
     found = jax.jit(token_scores)(hidden, head, jnp.array([0, 33], jnp.int32), jnp.ones(2, bool))

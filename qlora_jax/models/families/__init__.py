@@ -1,32 +1,29 @@
-"""Model families as data: a Hugging Face config in, the decoder's features out. docs/families.md: how to add one."""
+"""Maps Hugging Face configs to the decoder's features, one module per family (docs/families.md: how to add one)."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import gemma, gpt_neox, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
 
 MODULES = (llama, mistral, qwen2, qwen3, smollm3, olmo2, gemma, phi3, phi, gpt_neox)
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
-# What the number of experts is called in configs of mixtures.
+# Names of the number of experts in configs of mixtures.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of the model that a Hugging Face config describes; its `model_type` chooses the family.
+def model_config(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config to features, by the family of its `model_type`.
 
     Raises:
-      ValueError: an unknown model_type, a mixture of experts, or attributes that the family does not have, all at once.
+      ValueError: an unknown model_type, a mixture of experts, or all attributes that the family does not support.
     """
     model_type = config.get("model_type")
     if experts := [f"{name}={config[name]}" for name in EXPERTS if config.get(name)]:
         raise ValueError(
             f"model_type={model_type!r} with {', '.join(experts)} is a mixture of experts, which is not supported: its "
-            "experts, most of its weights, would not be quantized. Give a dense model"
+            "experts, most of its weights, would not be quantized. Use a dense model."
         )
     if model_type not in FAMILIES:
-        text = " (a model that sees images too; the text model alone, as GGUF files hold it, is)" * (
-            "text_config" in config
-        )
+        text = " (a model of images and text; its text model alone, as in GGUF files, is)" * ("text_config" in config)
         raise ValueError(f"model_type={model_type!r} is not supported{text}: known are {sorted(FAMILIES)}")
     return FAMILIES[model_type].from_hf(config)

@@ -1,9 +1,9 @@
-"""Reading a Hugging Face config so that nothing in it is overlooked."""
+"""Reads a Hugging Face config so that no attribute is overlooked."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-# Hugging Face's names of activations, and ours; several of theirs are the same function.
+# {Hugging Face's name of an activation: ours}; several of theirs are one function.
 ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
@@ -58,9 +58,9 @@ HARMLESS = frozenset(
 
 
 class Attributes:
-    """A config's attributes, each marked as read, with every problem collected and raised by `finish`."""
+    """A config's attributes. It records which ones were read, and `finish` raises all problems at once."""
 
-    def __init__(self, config: Mapping[str, Any]):
+    def __init__(self, config: Mapping[str, object]):
         self._config = config
         self._read = set(HARMLESS)
         self._problems: list[str] = []
@@ -71,70 +71,72 @@ class Attributes:
         if value is None:
             value = default
         if value is None:
-            self.refuse(f"{name} is missing: {expected} is needed")
+            self.refuse(f"{name}: missing, expected {expected}")
             return 0
         if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
-            self.refuse(f"{name}={value!r}: {expected} is needed")
+            self.refuse(f"{name}: found {value!r}, expected {expected}")
             return 0
         return value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """A whole number of at least 1."""
+        """Reads a whole number of at least 1."""
         value = self._get(name, default, int, "a whole number of at least 1")
         if value < 1 and not self._problems:
-            self.refuse(f"{name}={value}: a whole number of at least 1 is needed")
+            self.refuse(f"{name}: found {value}, expected a whole number of at least 1")
         return value
 
     def number(self, name: str, default: float) -> float:
-        """A number."""
+        """Reads a number."""
         return float(self._get(name, default, (int, float), "a number"))
 
     def boolean(self, name: str, default: bool) -> bool:
-        """true or false."""
+        """Reads true or false."""
         return bool(self._get(name, default, bool, "true or false"))
 
     def optional(self, name: str, absent: float | None) -> float | None:
-        """A number above zero, None where the config says null, `absent` where it says nothing."""
+        """Reads a number above zero; None if the config has null, `absent` if it has no such attribute."""
         self._read.add(name)
         value = self._config.get(name, absent)
-        if value is not None and (type(value) not in (int, float) or value <= 0):
-            self.refuse(f"{name}={value!r}: a number above zero, or null, is needed")
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+            self.refuse(f"{name}: found {value!r}, expected a number above zero or null")
             return None
         return value
 
     def window(self, name: str, absent: int | None) -> int | None:
-        """`optional`, of a whole number."""
+        """Reads a whole number above zero, as `optional` does."""
         value = self.optional(name, absent)
         if isinstance(value, float):
-            self.refuse(f"{name}={value!r}: a whole number, or null, is needed")
+            self.refuse(f"{name}: found {value!r}, expected a whole number or null")
             return None
         return value
 
     def activation(self, name: str, default: str) -> str:
-        """Our name of an activation."""
+        """Reads an activation, and returns our name of it."""
         value = self._get(name, default, str, "the name of an activation")
         if value not in ACTIVATIONS:
             self.refuse(f"{name}={value!r} is not supported: known are {sorted(ACTIVATIONS)}")
         return ACTIVATIONS.get(value, "silu")
 
     def by_layer(self, name: str, layers: int, default: Sequence[Any], accepted: Sequence[Any]) -> list[Any]:
-        """One of `accepted` for each layer."""
+        """Reads a list with one of `accepted` per layer."""
         value = self._get(name, list(default), list, f"a list of {layers}")
         if value and (len(value) < layers or any(item not in accepted for item in value)):
-            self.refuse(f"{name}={value!r}: {layers} of {list(accepted)} are needed")
+            self.refuse(f"{name}: found {value!r}, expected {layers} of {list(accepted)}")
         return list(value)[:layers] if value else list(default)
 
     def mapping(self, name: str) -> Mapping[str, Any] | None:
-        """An object, or None."""
+        """Reads an object, or None."""
         self._read.add(name)
         value = self._config.get(name)
         if value is not None and not isinstance(value, Mapping):
-            self.refuse(f"{name}={value!r}: an object is needed")
+            self.refuse(f"{name}: found {value!r}, expected an object")
             return None
         return value
 
-    def require_only(self, values: Mapping[str, Any]) -> None:
-        """Refuses each attribute that is given with another value than here."""
+    def require_only(self, values: Mapping[str, object]) -> None:
+        """Reports each attribute whose value differs from the one given here."""
         for name, only in values.items():
             self._read.add(name)
             value = self._config.get(name)
@@ -142,15 +144,15 @@ class Attributes:
                 self.refuse(f"{name}={value!r} is not supported (only {only!r})")
 
     def ignore(self, names: Iterable[str]) -> None:
-        """Takes these as read, whatever they say."""
+        """Marks these as read, whatever their values."""
         self._read.update(names)
 
     def refuse(self, problem: str) -> None:
-        """Notes a problem."""
+        """Adds a problem, which `finish` raises."""
         self._problems.append(problem)
 
     def finish(self) -> None:
-        """Raises ValueError if any problem was noted, or any attribute was given that nobody read."""
+        """Raises ValueError if there are problems, or attributes that were not read."""
         unread = {k: v for k, v in self._config.items() if k not in self._read and v not in (None, False, {}, [])}
         problems = self._problems + [f"{k}={v!r} is not known to this model family" for k, v in sorted(unread.items())]
         if problems:

@@ -1,5 +1,7 @@
-"""The Gemma family, text models: norms of 1 + weight, a scaled embedding, GeGLU; Gemma 2 and 3 also normalize what
-attention and MLP give, and let most layers see a sliding window only."""
+"""The text models of the Gemma family: norms of 1 + weight, a scaled embedding, GeGLU.
+
+Gemma 2 and 3 also normalize the results of attention and MLP, and most of their layers have a sliding window.
+"""
 
 import dataclasses
 import functools
@@ -18,18 +20,22 @@ SHARED = {"tie_word_embeddings": True, "head_dim": 256}
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)
-    model = GENERATIONS[config["model_type"]](attributes, qkv_bias=bias, o_bias=bias, norm_offset=1.0)
+    model = GENERATIONS[str(config["model_type"])](attributes, qkv_bias=bias, o_bias=bias, norm_offset=1.0)
     attributes.finish()
     return dataclasses.replace(model, embed_scale=math.sqrt(model.embed_dim))
 
 
 def _gemma1(attributes: Attributes, **features: Any) -> ModelConfig:
-    # Its published configs say "gelu" and mean the approximation, which transformers takes in its place.
+    # Published configs have "gelu" but mean the approximation, which transformers uses in its place.
     act = {"gelu": "gelu_tanh"}.get(given := attributes.activation("hidden_act", "gelu_pytorch_tanh"), given)
     attributes.ignore(["hidden_activation"])
     defaults = SHARED | {"max_position_embeddings": 8192, "num_key_value_heads": 16}
@@ -44,7 +50,7 @@ def _gemma2(attributes: Attributes, **features: Any) -> ModelConfig:
 
 
 def _gemma3(attributes: Attributes, **features: Any) -> ModelConfig:
-    attributes.require_only({"attn_logit_softcapping": None})  # transformers reads it and does nothing with it
+    attributes.require_only({"attn_logit_softcapping": None})  # transformers reads it and ignores it
     features |= _later(attributes, attention_softcap=None, head_softcap=None)
     pattern = attributes.integer("sliding_window_pattern", attributes.integer("_sliding_window_pattern", 6))
     windows = _windows(attributes, pattern=pattern)
@@ -61,8 +67,8 @@ MODEL_TYPES = tuple(GENERATIONS)
 
 
 def _later(attributes: Attributes, **softcaps: float | None) -> dict[str, Any]:
-    """What Gemma 2 and 3 share; softcaps are those where a config leaves them out."""
-    attributes.ignore(["hidden_act", "sliding_window_size"])  # older names, beside which those of today hold
+    """Returns the features that Gemma 2 and 3 share; `softcaps` are the defaults."""
+    attributes.ignore(["hidden_act", "sliding_window_size"])  # older names, which newer ones override
     return {
         "layout": "both",
         "activation": attributes.activation("hidden_activation", "gelu_pytorch_tanh"),
@@ -73,15 +79,17 @@ def _later(attributes: Attributes, **softcaps: float | None) -> dict[str, Any]:
 
 
 def _windows(attributes: Attributes, pattern: int) -> tuple[int | None, ...]:
-    """Each layer but every `pattern`-th slides, where `layer_types` says nothing else."""
+    """Returns windows per layer; by default every `pattern`-th layer has none."""
     layers, window = attributes.integer("num_hidden_layers"), attributes.window("sliding_window", 4096)
     types = layer_types(attributes, [SLIDING if (layer + 1) % pattern else FULL for layer in range(layers)])
     return windows_of(attributes, types, window)
 
 
 def _ropes(attributes: Attributes) -> tuple[Callable[[int, int], Rope], Callable[[int, int], Rope]]:
-    """Of the layers that see everything, and of those with a window: by kind of layer (transformers 5), or by two
-    bases and a scaling of the first."""
+    """Returns the ropes of layers without and with a window.
+
+    A config has them per kind of layer (transformers 5), or as two bases and a scaling of the first.
+    """
     base = attributes.number("rope_local_base_freq", LOCAL_THETA)
     given = attributes.mapping("rope_parameters")
     if given is None:
@@ -89,7 +97,7 @@ def _ropes(attributes: Attributes) -> tuple[Callable[[int, int], Rope], Callable
         return whole, functools.partial(rope_of, attributes, {}, theta=base)
     attributes.require_only({"rope_scaling": None})
     if unknown := given.keys() - {FULL, SLIDING}:
-        attributes.refuse(f"rope_parameters has {sorted(unknown)}, known are {FULL!r} and {SLIDING!r}")
+        attributes.refuse(f"rope_parameters: found {sorted(unknown)}, expected {FULL!r} and {SLIDING!r}")
     numbers = [given.get(kind) or {} for kind in (FULL, SLIDING)]
     thetas = (attributes.number("rope_theta", GLOBAL_THETA), base)
     whole, local = (functools.partial(rope_of, attributes, n, theta=t) for n, t in zip(numbers, thetas, strict=True))

@@ -1,9 +1,10 @@
-"""The GPT-NeoX family: GPT-NeoX-20B, Pythia. LayerNorms, a part of each head rotated, and one projection for queries,
-keys and values; attention and MLP are added to the stream at once, unless the config says otherwise."""
+"""The GPT-NeoX family: GPT-NeoX-20B and Pythia.
+
+It has LayerNorms, partial rotation, one projection for queries, keys and values, and by default a parallel residual.
+"""
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -25,8 +26,12 @@ NAMES = (
 )
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     bias = attributes.boolean("attention_bias", True)
     theta, part = attributes.number("rotary_emb_base", 10000.0), attributes.number("rotary_pct", 0.25)

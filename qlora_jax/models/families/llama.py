@@ -1,4 +1,4 @@
-"""The Llama family: Llama 1, 2 and 3, SmolLM2, and what else calls itself `llama` in a Hugging Face config."""
+"""The Llama family: Llama 1, 2 and 3, SmolLM2, and other models with `model_type` llama."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,7 +10,7 @@ from qlora_jax.nn.rope import Rope
 
 MODEL_TYPES = ("llama",)
 
-# Attributes that change what a Llama computes, and that the decoder does not have: their only value accepted here.
+# Attributes that the decoder does not implement, with the only value that is accepted.
 ONLY = {
     "hidden_act": "silu",
     "partial_rotary_factor": 1.0,
@@ -20,8 +20,12 @@ ONLY = {
 }
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     bias, mlp_bias = attributes.boolean("attention_bias", False), attributes.boolean("mlp_bias", False)
@@ -39,13 +43,13 @@ def decoder_from_hf(
     rope: Callable[[int, int], Rope] | None = None,
     **features: Any,
 ) -> ModelConfig:
-    """What the configs of all families name alike.
+    """Reads the attributes that configs of all families share.
 
     Args:
-      defaults: what transformers takes where a config leaves an attribute out, or says null.
-      eps: the name of the norms' epsilon.
-      rope: from (head_dim, max_positions), where the family has more to it than `rope_from_hf`.
-      features: fields of ModelConfig.
+      defaults: transformers' defaults for attributes that are missing or null.
+      eps: name of the norms' epsilon.
+      rope: (head_dim, max_positions) -> Rope; None: `rope_from_hf`.
+      features: further fields of ModelConfig.
     """
     heads, width = attributes.integer("num_attention_heads"), attributes.integer("hidden_size")
     head_dim = attributes.integer("head_dim", defaults.get("head_dim", width // heads if heads else 0))
@@ -67,5 +71,5 @@ def decoder_from_hf(
     if model.num_kv_heads and model.num_heads % model.num_kv_heads:
         attributes.refuse(f"num_attention_heads={heads} is not a multiple of num_key_value_heads={model.num_kv_heads}")
     if model.rope.dim % 2:
-        attributes.refuse(f"{model.rope.dim} of a head's {head_dim} dimensions are rotated: an even number is needed")
+        attributes.refuse(f"found {model.rope.dim} rotated of {head_dim} dimensions per head, expected an even number")
     return model

@@ -1,7 +1,6 @@
-"""The Mistral family: Mistral 7B, NeMo, Small. A Llama in which every layer may see a sliding window only."""
+"""The Mistral family: Mistral 7B, NeMo, Small. A Llama whose layers may have a sliding window."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -14,8 +13,12 @@ ONLY = {"hidden_act": "silu", "layer_types": None}
 DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     window, layers = attributes.window("sliding_window", 4096), attributes.integer("num_hidden_layers")

@@ -1,7 +1,6 @@
-"""OLMo 2: norms after attention and MLP rather than before them, and over all of the queries and all of the keys."""
+"""OLMo 2: norms after attention and MLP instead of before, and norms over all queries and over all keys."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -13,8 +12,12 @@ ONLY = {"hidden_act": "silu", "clip_qkv": None}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)

@@ -1,8 +1,7 @@
-"""The Phi family: Phi-1, 1.5 and 2. One LayerNorm feeds attention and MLP, which are added to the stream at once."""
+"""The Phi family: Phi-1, 1.5 and 2. Attention and MLP share one LayerNorm and have a parallel residual."""
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -30,8 +29,12 @@ FEATURES = {
 }
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     activation = attributes.activation("hidden_act", "gelu_new")

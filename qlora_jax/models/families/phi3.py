@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -17,8 +16,12 @@ ONLY |= {"full_attn_mod": 1, "interpolate_factor": 1}  # of Phi-4-mini
 DEFAULTS = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     window, layers = attributes.window("sliding_window", None), attributes.integer("num_hidden_layers")
@@ -31,7 +34,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def _rope(attributes: Attributes, head_dim: int, max_positions: int) -> Rope:
-    """LongRoPE's original context stands beside its other numbers, and holds before one among them."""
+    """Reads the rope; the top-level original context length overrides the one in LongRoPE's numbers."""
     original = attributes.integer("original_max_position_embeddings", 4096)
     numbers = {"original_max_position_embeddings": original}
     partial = attributes.number("partial_rotary_factor", 1.0)

@@ -1,7 +1,6 @@
 """The Qwen2 family: Qwen2 and Qwen2.5, dense models. A Llama whose q, k and v projections always add a bias."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -14,8 +13,12 @@ ONLY = {"hidden_act": "silu", "use_mrope": False}
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32}
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     model = decoder_from_hf(attributes, DEFAULTS, qkv_bias=True, windows=late_windows(attributes))
@@ -24,7 +27,7 @@ def from_hf(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def late_windows(attributes: Attributes) -> tuple[int | None, ...]:
-    """The windows of Qwen models: from layer `max_window_layers` on, where `use_sliding_window` says so."""
+    """Returns the windows of Qwen models: from layer `max_window_layers` on, if `use_sliding_window`."""
     layers, window = attributes.integer("num_hidden_layers"), attributes.window("sliding_window", 4096)
     first = attributes.number("max_window_layers", 28)
     if not attributes.boolean("use_sliding_window", False):

@@ -1,7 +1,6 @@
-"""The Qwen3 family, dense models: Qwen2 with normalized queries and keys, and biases only where the config says so."""
+"""The Qwen3 family, dense models: Qwen2 with normalized queries and keys, and optional biases."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -14,8 +13,12 @@ ONLY = {"hidden_act": "silu"}
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)

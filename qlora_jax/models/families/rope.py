@@ -1,4 +1,4 @@
-"""Rotary embeddings and sliding windows, as Hugging Face configs say them."""
+"""Reads rotary embeddings and sliding windows from Hugging Face configs."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-LONGROPE = ("longrope", "su", "yarn")  # its name, and what Phi-3's configs called it before
+LONGROPE = ("longrope", "su", "yarn")  # its name, and older names in Phi-3 configs
 
 
 def rope_from_hf(
@@ -19,12 +19,12 @@ def rope_from_hf(
     partial: float | None = None,
     longrope: Mapping[str, int] | None = None,
 ) -> Rope:
-    """Rope from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (before).
+    """Reads a Rope from `rope_parameters` (transformers 5), or from `rope_theta` and `rope_scaling` (older).
 
     Args:
-      theta: where the config gives none.
-      partial: which part of a head is turned where the config says nothing; None: the family always turns all of it.
-      longrope: what stands beside the numbers rather than among them, where that is the scaling.
+      theta: default base of the frequencies.
+      partial: default share of a head that is rotated; None: the family always rotates whole heads.
+      longrope: numbers that override those of a longrope scaling.
     """
     given = attributes.number("rope_theta", theta)
     new, old = attributes.mapping("rope_parameters"), attributes.mapping("rope_scaling")
@@ -49,7 +49,7 @@ def rope_of(
     theta: float,
     partial: float | None = None,
 ) -> Rope:
-    """Rope from one object of numbers; theta and partial hold where it does not give them."""
+    """Reads a Rope from one object of numbers; `theta` and `partial` are defaults."""
     kind = _kind(given)
     numbers = {name: value for name, value in given.items() if name not in ("rope_type", "type")}
     rope_theta = float(numbers.pop("rope_theta", theta))
@@ -64,25 +64,25 @@ def rope_of(
     if missing := required - numbers.keys():
         attributes.refuse(f"rope scaling {kind!r} lacks {sorted(missing)}")
     if unknown := {n for n in numbers.keys() - required - optional if numbers[n] is not None}:
-        attributes.refuse(f"rope scaling {kind!r} has {sorted(unknown)}, which it does not know")
+        attributes.refuse(f"rope scaling {kind!r} has unknown {sorted(unknown)}")
     scaling = RopeScaling(kind=kind, numbers=tuple((name, _as_float(v)) for name, v in sorted(numbers.items())))
     return Rope(**whole, scaling=scaling)
 
 
 def _as_float(value: Any) -> Any:
-    """JSON's whole numbers as floats, lists as tuples."""
+    """Converts whole numbers to floats, and lists to tuples of floats."""
     if isinstance(value, list):
         return tuple(float(v) for v in value)
     return float(value) if type(value) is int else value
 
 
 def layer_types(attributes: Attributes, default: list[str]) -> list[str]:
-    """Of each layer, whether its attention has the window."""
+    """Reads the kind of attention per layer: FULL or SLIDING."""
     return attributes.by_layer("layer_types", len(default), default, (FULL, SLIDING))
 
 
 def windows_of(attributes: Attributes, types: list[str], window: int | None) -> tuple[int | None, ...]:
-    """ModelConfig.windows: of `window` positions in the layers that slide; empty where none does."""
+    """Returns ModelConfig.windows: `window` in the layers of kind SLIDING; empty if there are none."""
     if SLIDING not in types:
         return ()
     if window is None:

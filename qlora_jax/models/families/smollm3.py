@@ -1,9 +1,8 @@
-"""SmolLM3: a Llama in which every fourth layer does not rotate, and such layers may have a sliding window."""
+"""SmolLM3: a Llama in which every fourth layer has no rotation; these layers may have a sliding window."""
 
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
@@ -13,12 +12,16 @@ from qlora_jax.models.families.rope import FULL, SLIDING, layer_types, rope_from
 MODEL_TYPES = ("smollm3",)
 
 ONLY = {"hidden_act": "silu"}
-UNUSED = ("pretraining_tp", "max_window_layers")  # its published config has them, and transformers reads neither
+UNUSED = ("pretraining_tp", "max_window_layers")  # in its published config, but transformers reads neither
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 
-def from_hf(config: Mapping[str, Any]) -> ModelConfig:
-    """The features of a Hugging Face config of this family; refuses, all at once, what it does not know."""
+def from_hf(config: Mapping[str, object]) -> ModelConfig:
+    """Maps a Hugging Face config of this family to features.
+
+    Raises:
+      ValueError: all attributes that the family does not support.
+    """
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     attributes.ignore(UNUSED)
