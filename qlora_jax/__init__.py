@@ -1,27 +1,34 @@
-"""QLoRA finetuning in JAX.
+"""QLoRA finetuning in JAX (docs/python.md).
 
-Names resolve when they are first used: `import qlora_jax` imports neither JAX nor anything else, so that a program may
-set JAX_PLATFORMS or a memory fraction first.
+Names resolve on first use: `import qlora_jax` imports neither jax nor NumPy, so a program can set JAX_PLATFORMS or a
+memory fraction first.
 """
 
 import importlib
 from typing import Any
 
-# public name -> (the module that defines it, its name there)
+# public name -> (the module that defines it, its name there; empty for the module itself)
 _PUBLIC = {
-    "open_pretrained": ("qlora_jax.io.pretrained", "open_pretrained"),
-    "load_base": ("qlora_jax.io.pretrained", "load_base"),
-    "apply_adapter": ("qlora_jax.io.pretrained", "apply_adapter"),
-    "LoraArgs": ("qlora_jax.config", "LoraArgs"),
-    "add_lora": ("qlora_jax.models.add_adapters", "add_lora"),
-    "partition": ("qlora_jax.models.partition", "partition"),
-    "combine": ("qlora_jax.models.partition", "combine"),
+    "load": ("qlora_jax.api.load", "load"),
+    "add_adapter": ("qlora_jax.api.adapt", "add_adapter"),
+    "LoRA": ("qlora_jax.config", "LoraArgs"),
+    "finetune": ("qlora_jax.api.finetune", "finetune"),
+    "generate_text": ("qlora_jax.api.generate", "generate_text"),
+    "save_peft": ("qlora_jax.api.export", "save_peft"),
+    "merge": ("qlora_jax.api.export", "merge"),
+    "save_quantized": ("qlora_jax.api.export", "save_quantized"),
+    "make_plan": ("qlora_jax.api.plan", "make_plan"),
+    "Config": ("qlora_jax.config", "Config"),
+    "prepare_data": ("qlora_jax.api.data", "prepare_data"),
     "token_nll": ("qlora_jax.nn.loss", "token_nll"),
-    "quantize_array": ("qlora_jax.quant", "quantize"),
-    "dequantize_array": ("qlora_jax.quant", "dequantize"),
     "paged": ("qlora_jax.optim.paged", "paged"),
     "adamw_8bit": ("qlora_jax.optim.optimizers_8bit", "adamw_8bit"),
     "lion_8bit": ("qlora_jax.optim.optimizers_8bit", "lion_8bit"),
+    "quantize_model": ("qlora_jax.nn", "quantize_model"),
+    "QuantRule": ("qlora_jax.nn", "QuantRule"),
+    "nn": ("qlora_jax.nn", ""),
+    "quantize_array": ("qlora_jax.quant", "quantize"),
+    "dequantize_array": ("qlora_jax.quant", "dequantize"),
     "QTensor": ("pallas_kernels.formats.qtensor", "QTensor"),
     "nf4_matmul": ("pallas_kernels.nf4_matmul", "nf4_matmul"),
 }
@@ -29,11 +36,12 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> Any:  # Any, so that type checkers accept calls of the names
     if name not in _PUBLIC:
         raise AttributeError(f"module 'qlora_jax' has no attribute {name!r}; its names: {', '.join(_PUBLIC)}")
     module, attribute = _PUBLIC[name]
-    return getattr(importlib.import_module(module), attribute)
+    found = importlib.import_module(module)
+    return getattr(found, attribute) if attribute else found
 
 
 def __dir__() -> list[str]:

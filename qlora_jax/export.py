@@ -78,23 +78,17 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from qlora_jax import runtime
-    from qlora_jax.io.export.gguf_lora import export_gguf_lora
-    from qlora_jax.io.export.merged import export_merged
-    from qlora_jax.io.export.peft import export_peft
-    from qlora_jax.io.progress import loading
+    from qlora_jax.api.export import write_adapter, write_merged
+    from qlora_jax.io.pretrained import open_finetuned
 
     runtime.start()
-    run, console = Path(args.run), Console()
-    output = run / args.format if args.output is None else Path(args.output)
-    adapters = {"peft": export_peft, "gguf-lora": export_gguf_lora}
-    with loading(console) as progress:
-        where = {"step": args.step, "model": args.model, "progress": progress}
-        if args.format in adapters:
-            result = adapters[args.format](run, output, with_base="with_base" in flags, **where)
-        else:
-            form, dtype = ("hf" if args.format == "hf" else "gguf"), args.dtype or DTYPES[args.format][0]
-            result = export_merged(run, output, form, base=args.base, dtype=dtype, **where)
-    console.print(str(result), markup=False, highlight=False, soft_wrap=True)
+    output = Path(args.run) / args.format if args.output is None else Path(args.output)
+    opened = open_finetuned(args.run, base=args.model, step=args.step)
+    if args.format == "peft" or args.format == "gguf-lora":
+        result = write_adapter(opened, output, format=args.format, with_base="with_base" in flags, progress=True)
+    else:
+        result = write_merged(opened, output, format=args.format, dtype=args.dtype, base=args.base, progress=True)
+    Console().print(str(result), markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

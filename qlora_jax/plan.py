@@ -25,27 +25,16 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from qlora_jax import runtime
-    from qlora_jax.training.plan.from_config import compiler_for, data_buckets, plan_title, step_config
-    from qlora_jax.training.plan.plan import make_plan
-    from qlora_jax.training.plan.target import plan_target
-    from qlora_jax.training.plan.text import as_json, print_plan
+    from qlora_jax.api.plan import plan_of
 
     runtime.start()
-    console = Console()
-    target = plan_target(args.card, args.memory)
-    buckets, unknown = data_buckets(args)
-    if unknown:
-        print(f"note: every row counts as {args.data.max_length} tokens (data.max_length): {unknown}", file=sys.stderr)
-    setting = step_config(args, target, buckets)
-    compile_step, why = compiler_for(target)
-    if why:
-        print(f"note: every number is an estimate, because nothing can be compiled: {why}", file=sys.stderr)
-    usable = float(runtime.USABLE_MEMORY) * target.memory_bytes  # CUDA itself needs the rest
-    plan = make_plan(setting, int(usable), compile_step, buckets)
+    plan = plan_of(args)
+    for note in plan.notes:
+        print(f"note: {note}", file=sys.stderr)
     if "json" in flags:
-        print(json.dumps(as_json(plan), indent=1))
+        print(json.dumps(plan.to_dict(), indent=1))
     else:
-        print_plan(plan, plan_title(args, target, setting), console)
+        plan.render(Console())
     if not plan.fits:
         sys.exit(DOES_NOT_FIT)
 

@@ -1,7 +1,6 @@
 """`python -m qlora_jax.quantize`: a model in 4 bits, for transformers with bitsandbytes, or back in 16 bits."""
 
 import dataclasses
-from pathlib import Path
 from typing import Literal
 
 from qlora_jax import allocator
@@ -35,24 +34,12 @@ def main(argv: list[str]) -> None:
     from rich.console import Console
 
     from qlora_jax import runtime
-    from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-    from qlora_jax.io.atomic import staged_folder
-    from qlora_jax.io.hf.bnb_writer import write_quantized_folder
-    from qlora_jax.io.hf.model_writer import write_tokenizer
-    from qlora_jax.io.open_model import open_model
-    from qlora_jax.io.progress import loading
-    from qlora_jax.models.config import WeightFormat
+    from qlora_jax.api.export import save_quantized
 
     runtime.start()
-    source = open_model(args.model)
-    tokenizer = load_tokenizer(source.tokenizer)
-    quant_type = None if args.quant_type == "none" else args.quant_type
-    weights = WeightFormat(quant_type=quant_type, double_quant=args.double_quant, dtype=args.dtype)
-    console = Console()
-    with staged_folder(Path(args.output)) as folder, loading(console) as progress:
-        write_quantized_folder(folder, source, weights, progress)
-        write_tokenizer(folder, tokenizer, source.tokenizer["stop_token_ids"])
-    console.print(f"{args.model} in {args.quant_type}: {args.output}", markup=False, highlight=False, soft_wrap=True)
+    settings = dataclasses.asdict(args)
+    written = save_quantized(settings.pop("model"), settings.pop("output"), **settings, progress=True)
+    Console().print(f"{args.model} in {args.quant_type}: {written}", markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import read_adapter
-from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_finetuned, open_pretrained
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.project import TEMPLATE, byte_tokenizer_json, project
@@ -53,12 +53,12 @@ def test_a_whole_run(tmp_path: Path, name: str) -> None:
     prompts = [opened.tokenizer.encode("say sun 1"), opened.tokenizer.encode("say moon")]
     replies = generate(parts, prompts, sampling=Sampling(), max_new_tokens=5, stop_ids=[257])
     assert all(reply.ids or reply.end == "stop" for reply in replies)
-    export_peft(Path(whole.output), tmp_path / "peft")
+    export_peft(open_finetuned(whole.output), tmp_path / "peft")
     adapter = read_adapter(tmp_path / "peft", opened.features)
     for module, matrices in opened.run.lora.items():
         for matrix, values in matrices.items():
             np.testing.assert_array_equal(adapter.lora[module][matrix], values)
     assert dataclasses.replace(adapter.args, target_modules=whole.lora.target_modules) == whole.lora
     # The merge is compared with base and adapter as it is exported.
-    export_merged(Path(whole.output), tmp_path / "merged", "hf", dtype="float32")
+    export_merged(open_finetuned(whole.output), tmp_path / "merged", "hf", dtype="float32")
     assert open_model(tmp_path / "merged").tensors.keys() == opened.source.tensors.keys()

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
-from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_finetuned, open_pretrained
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
 from tests.e2e.project import project
@@ -35,7 +35,7 @@ def finished(tmp_path_factory):
 
 
 def _export(config, output: Path, dtype: str = "float32") -> dict[str, np.ndarray]:
-    export_merged(Path(config.output), output, "hf", dtype=dtype)
+    export_merged(open_finetuned(config.output), output, "hf", dtype=dtype)
     return load_file(output / "model.safetensors")
 
 
@@ -99,5 +99,5 @@ def test_a_model_written_in_the_dtype_of_training_computes_the_same_to_the_bit(t
 
 def test_there_is_no_adapter_to_export(finished, tmp_path):
     with pytest.raises(ValueError, match=r"all of the model was trained .* --format hf"):
-        export_peft(Path(finished.output), tmp_path / "peft")
+        export_peft(open_finetuned(finished.output), tmp_path / "peft")
     assert not (tmp_path / "peft").exists()

@@ -18,7 +18,14 @@ from qlora_jax.io.checkpoint import Run, open_run
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, parts_before_training, weight_settings
+from qlora_jax.io.pretrained import (
+    apply_adapter,
+    load_base,
+    open_finetuned,
+    open_pretrained,
+    parts_before_training,
+    weight_settings,
+)
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from qlora_jax.training.run import train
@@ -121,7 +128,7 @@ def test_other_modules_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_path: Path) -> None:
-    result = export_peft(Path(finished.output), tmp_path / "peft")
+    result = export_peft(open_finetuned(finished.output), tmp_path / "peft")
     assert "base.resize_token_embeddings(261)" in str(result)
     assert "base.resize_token_embeddings(261)" in (tmp_path / "peft/README.md").read_text()
     lora = dataclasses.replace(finished.lora, start=str(tmp_path / "peft"))
@@ -156,7 +163,7 @@ def test_a_merged_model_holds_them(finished: Config, tmp_path: Path, tied: bool)
     if tied:
         config = tool_project(tmp_path / "tied", train=dict(steps=2), base=dict(tie_word_embeddings=True))
         trained(config)
-    export_merged(Path(config.output), tmp_path / "hf", "hf", dtype="float32")
+    export_merged(open_finetuned(config.output), tmp_path / "hf", "hf", dtype="float32")
     tokens = np.asarray([[*IDS, 5, 60, 258, 7]], np.int32)
     opened = open_pretrained(run=config.output)
     assert opened.run is not None
@@ -187,5 +194,5 @@ def test_a_padded_table_gives_its_rows(tmp_path: Path) -> None:
     assert opened.run is not None and opened.run.new_ids == IDS
     found = logits(apply_adapter(load_base(opened, opened.args), opened.run), np.asarray([[*IDS, 5]], np.int32))
     assert found.shape == (4, 264)
-    export_merged(Path(config.output), tmp_path / "hf", "hf", dtype="float32")
+    export_merged(open_finetuned(config.output), tmp_path / "hf", "hf", dtype="float32")
     assert model_config(open_model(tmp_path / "hf").config).vocab_size == 264

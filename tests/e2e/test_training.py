@@ -19,6 +19,7 @@ from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.io.export.original_delta import as_exported
 from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.early_stopping import BestEvaluation
@@ -305,7 +306,7 @@ def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
 
 def first_losses_before_and_after(finished, tmp_path):
     """The first loss of a run, and that of another which goes on from its exported adapter."""
-    export_peft(Path(finished.output), tmp_path / "peft")
+    export_peft(open_finetuned(finished.output), tmp_path / "peft")
     config = dataclasses.replace(
         finished,
         lora=dataclasses.replace(

@@ -22,7 +22,7 @@ from qlora_jax.io.gguf.writer import Frame, Target, keys_of, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.peft.writer import Lora, effective_alphas
-from qlora_jax.io.pretrained import OpenedModel, load_base, open_pretrained
+from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.tensor_map import layer_name, slots_of
 
 FILE = "adapter.gguf"
@@ -30,30 +30,26 @@ PLAIN_LEAVES = {"lora_a", "lora_b"}
 
 
 def export_gguf_lora(
-    run_folder: Path,
+    opened: OpenedModel,
     output: Path,
     *,
-    step: int | None = None,
-    model: str | None = None,
     with_base: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes a run's adapter to the new folder `output` as a GGUF file for llama.cpp; prints nothing.
 
     Args:
-      run_folder: the run, or an adapter folder of PEFT.
-      step: the checkpoint to export; None for the newest.
-      model: where the run's base is now, if it moved after training.
+      opened: a run or an adapter, with its base; see `open_finetuned`.
       with_base: also write the dequantized base that the adapter was trained on, as a GGUF file next to it.
       progress: called while that base loads, as by `load_model`.
 
     Raises:
-      ValueError: `run_folder` is not a run or lacks the step, `output` exists, the adapter is not a plain LoRA, a GGUF
+      ValueError: `output` exists, the adapter is not a plain LoRA, a GGUF
         file cannot hold the model, or (with `with_base`) the base is not the one that the run was trained on.
     """
-    opened = open_pretrained(model=model, run=str(run_folder), step=step)
     run = opened.run
-    assert run is not None
+    if run is None:
+        raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     trained = as_exported(run, with_base)
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)

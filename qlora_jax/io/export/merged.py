@@ -23,7 +23,7 @@ from qlora_jax.io.hf.model_writer import Mergeable, dense_tensors, write_dense_f
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
+from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
 from qlora_jax.models.add_adapters import linears, norms
 from qlora_jax.models.decoder import CausalLM
@@ -51,35 +51,31 @@ class Merge(NamedTuple):
 
 
 def export_merged(
-    run_folder: Path,
+    opened: OpenedModel,
     output: Path,
     form: Literal["hf", "gguf"],
     *,
     dtype: str,
-    step: int | None = None,
-    model: str | None = None,
     base: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes a run to the new folder `output` as one model with the adapter merged; prints nothing.
 
     Args:
-      run_folder: the run, or an adapter folder of PEFT.
+      opened: a run or an adapter, with its base; see `open_finetuned`.
       form: "hf", a folder for transformers; or "gguf", a file for llama.cpp.
       dtype: of the written weights: "float32", "float16", "bfloat16"; for "gguf" also "q8_0" and "q4_0".
-      step: the checkpoint to export; None for the newest.
-      model: where the run's base is now, if it moved after training.
       base: a model in 16 bits or more whose weights take the adapter; None for the dequantized weights of training.
       progress: called while the run's base loads, as by `load_model`.
 
     Raises:
-      ValueError: `run_folder` is not a run or lacks the step, `output` exists, the base is not the one that the run was
+      ValueError: `output` exists, the base is not the one that the run was
         trained on, that base was not quantized from `base`, a GGUF file cannot hold the model, or the merge (in 16 bits
         or more) gives other logits than base and adapter.
     """
-    opened = open_pretrained(model=model, run=str(run_folder), step=step)
     run = opened.run
-    assert run is not None
+    if run is None:
+        raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     original = None if base is None else _open_original(base, opened, run)
     file = framed(opened) if form == "gguf" else None
     prompts = _prompts(opened)

@@ -14,7 +14,7 @@ from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split, token_config, token_tensors
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
-from qlora_jax.io.pretrained import OpenedModel, load_base, open_pretrained
+from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
@@ -23,30 +23,26 @@ BASE_FOLDER = "base"
 
 
 def export_peft(
-    run_folder: Path,
+    opened: OpenedModel,
     output: Path,
     *,
-    step: int | None = None,
-    model: str | None = None,
     with_base: bool = False,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes a run's adapter to the new folder `output` in PEFT's format; prints nothing.
 
     Args:
-      run_folder: the run, or an adapter folder of PEFT.
-      step: the checkpoint to export; None for the newest.
-      model: where the run's base is now, if it moved after training.
+      opened: a run or an adapter, with its base; see `open_finetuned`.
       with_base: also write the dequantized base that the adapter was trained on, to output/base.
       progress: called while that base loads, as by `load_model`.
 
     Raises:
-      ValueError: `run_folder` is not a run or lacks the step, `output` exists, PEFT cannot hold the adapter, or (with
+      ValueError: `output` exists, PEFT cannot hold the adapter, or (with
         `with_base`) the base is not the one that the run was trained on.
     """
-    opened = open_pretrained(model=model, run=str(run_folder), step=step)
     run = opened.run
-    assert run is not None
+    if run is None:
+        raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]

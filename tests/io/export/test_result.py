@@ -6,13 +6,14 @@ import pytest
 
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.pretrained import open_finetuned
 from tests.inference.small_run import write_run
 
 
 def test_exporters_print_nothing(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
-    run, loaded = write_run(tmp_path), []
-    adapter = export_peft(run, tmp_path / "peft")
-    merged = export_merged(run, tmp_path / "hf", "hf", dtype="float32", progress=lambda *done: loaded.append(done))
+    opened, loaded = open_finetuned(write_run(tmp_path)), []
+    adapter = export_peft(opened, tmp_path / "peft")
+    merged = export_merged(opened, tmp_path / "hf", "hf", dtype="float32", progress=lambda *done: loaded.append(done))
     assert capfd.readouterr() == ("", "")
     assert adapter.path == tmp_path / "peft" and adapter.difference is None
     assert str(adapter).splitlines()[0] == f"adapter of run, step 7: {tmp_path / 'peft'}"

@@ -1,0 +1,90 @@
+"""`prepare_data`: tokenized batches for a training loop of one's own; and data given in memory."""
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.config import ModelArgs
+from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+
+# A path or hf://datasets/org/name; several paths with weights; or rows as they stand in a JSON Lines file.
+Data = str | Path | Mapping[str, float] | Sequence[Mapping[str, object]]
+
+
+def prepare_data(
+    data: Data,
+    tokenizer: Tokenizer,
+    *,
+    eval_data: Data | None = None,
+    eval_fraction: float | None = None,
+    max_length: int | None = None,
+    micro_batch_size: int | None = None,
+    accumulation: int | None = None,
+    packing: bool | None = None,
+    seed: int | None = None,
+    config: Overrides = None,
+) -> Dataset:
+    """Reads, checks and tokenizes training data as `finetune` does.
+
+    `dataset.train_batches()` yields batches without end and `dataset.eval_batches(size)` the evaluation data once. A
+    batch holds NumPy arrays [accumulation, micro_batch_size, T]: `inputs` and `targets` (int32 token ids) and `weights`
+    (f32, 1 for tokens in the loss and 0 elsewhere); `batch.arrays()` is a dict of them. `dataset.report` has the counts
+    of rows and tokens, and what was truncated or dropped.
+
+    Args:
+      data: as for `finetune`. Settings that are None have the defaults of `finetune`.
+      config: more settings by dotted name, such as {"data.format": "sharegpt"}.
+
+    Raises:
+      ValueError: a file is missing or rows are malformed; the message lists all of them by line.
+    """
+    settings = {
+        "data.eval_fraction": eval_fraction,
+        "data.max_length": max_length,
+        "data.packing": packing,
+        "train.micro_batch_size": micro_batch_size,
+        "train.accumulation": accumulation,
+        "train.seed": seed,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        files = write_data(data, eval_data, Path(folder))
+        resolved = training_config(ModelArgs(path="unused"), None, settings | files, config, output="unused")
+        return load_dataset(
+            resolved.data,
+            tokenizer,
+            seed=resolved.train.seed,
+            micro_batch_size=resolved.train.micro_batch_size,
+            accumulation=resolved.train.accumulation,
+        )
+
+
+def write_data(train: Data, evaluation: Data | None, folder: Path) -> dict[str, object]:
+    """The settings data.train and data.eval; rows in memory are written to JSON Lines files in `folder` first.
+
+    Raises:
+      ValueError: a file in `folder` has other rows.
+    """
+    given = {"train": train} if evaluation is None else {"train": train, "eval": evaluation}
+    return {f"data.{name}": _setting(name, data, folder) for name, data in given.items()}
+
+
+def rows_files(folder: Path) -> list[Path]:
+    """The files that `write_data` may write."""
+    return [folder / f"{name}.jsonl" for name in ("train", "eval")]
+
+
+def _setting(name: str, data: Data, folder: Path) -> object:
+    if isinstance(data, str | Path):
+        return str(data)
+    if isinstance(data, Mapping):
+        return {str(path): float(weight) for path, weight in data.items()}
+    text = "".join(json.dumps(dict(row), ensure_ascii=False) + "\n" for row in data)
+    path = folder / f"{name}.jsonl"
+    if path.exists() and path.read_text(encoding="utf-8") != text:
+        raise ValueError(f"{path}: the run was started with other rows. Give the same rows, or another output folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return str(path)

@@ -1,0 +1,160 @@
+"""`save_peft`, `merge` and `save_quantized`: models and adapters for other libraries."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from flax import nnx
+
+from qlora_jax.api.progress import loading_bar
+from qlora_jax.api.provenance import parts_of, provenance_of
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.atomic import staged_folder
+from qlora_jax.io.export.gguf_lora import export_gguf_lora
+from qlora_jax.io.export.merged import export_merged
+from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.export.result import ExportResult
+from qlora_jax.io.hf.bnb_writer import write_quantized_folder
+from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import OpenedModel
+from qlora_jax.models.config import WeightFormat
+
+AdapterFormat = Literal["peft", "gguf-lora"]
+MergedFormat = Literal["hf", "gguf"]
+MergedDtype = Literal["bfloat16", "float16", "float32", "q8_0", "q4_0"]
+# The dtypes that each format can hold, the default first.
+DTYPES: dict[MergedFormat, tuple[MergedDtype, ...]] = {
+    "hf": ("bfloat16", "float16", "float32"),
+    "gguf": ("float16", "bfloat16", "float32", "q8_0", "q4_0"),
+}
+
+
+def save_peft(
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    format: AdapterFormat = "peft",
+    with_base: bool = False,
+    progress: bool = False,
+) -> ExportResult:
+    """Writes the model's adapter for the peft library, or for llama.cpp.
+
+    Args:
+      model: a base from `load` with an adapter, trained by `finetune` or in a training loop of one's own.
+      folder: a new folder.
+      format: "peft", or "gguf-lora" for llama.cpp.
+      with_base: also write the dequantized base, read again from its files. peft cannot load GGUF files, so an adapter
+        for a base from a GGUF file needs it.
+      progress: show a progress bar while the base is read.
+
+    Returns:
+      The path, and notes on what the other library requires; `str(result)` is what the command prints.
+
+    Raises:
+      ValueError: the model has no adapter, the folder exists, or the format cannot hold the adapter.
+    """
+    return write_adapter(as_opened(model), Path(folder), format=format, with_base=with_base, progress=progress)
+
+
+def merge(
+    model: nnx.Module,
+    folder: str | Path,
+    *,
+    format: MergedFormat = "hf",
+    dtype: MergedDtype | None = None,
+    base: str | None = None,
+    progress: bool = False,
+) -> ExportResult:
+    """Writes the model with its adapter merged into the dequantized base, and compares the logits of both.
+
+    The base is read again from its files, so memory holds two copies of it.
+
+    Args:
+      model: a base from `load` with a trained adapter.
+      folder: a new folder.
+      format: "hf" for transformers, "gguf" for llama.cpp.
+      dtype: dtype of the weights; None: bfloat16 for "hf" and float16 for "gguf", which also takes "q8_0" and "q4_0".
+      base: path of the 16-bit model that the base was quantized from, to merge into its weights instead.
+      progress: show a progress bar while the base is read.
+
+    Returns:
+      The path, notes, and the difference between the logits of the merged model and those of base and adapter.
+
+    Raises:
+      ValueError: the model has no adapter, the folder exists, the format cannot hold the model or dtype, or rounding
+        changes the logits too much.
+    """
+    opened = as_opened(model)
+    return write_merged(opened, Path(folder), format=format, dtype=dtype, base=base, progress=progress)
+
+
+def save_quantized(
+    path: str,
+    folder: str | Path,
+    *,
+    quant_type: Literal["nf4", "fp4", "none"] = "nf4",
+    double_quant: bool = True,
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    progress: bool = False,
+) -> Path:
+    """Writes the model at `path` in bitsandbytes' 4-bit format for transformers, or back in 16 bits.
+
+    Args:
+      path: a Hugging Face folder in 16 or 4 bits, a GGUF file, or org/name on the Hub.
+      folder: a new folder.
+      quant_type: 4-bit data type; "none" for 16 bits.
+      double_quant: quantize the scales too.
+      dtype: dtype of the unquantized tensors.
+      progress: show a progress bar.
+
+    Returns:
+      The folder.
+
+    Raises:
+      ValueError: the model's files are missing, damaged or not supported, or the folder exists.
+    """
+    source = open_model(path)
+    tokenizer = load_tokenizer(source.tokenizer)
+    kind = None if quant_type == "none" else quant_type
+    weights = WeightFormat(quant_type=kind, double_quant=double_quant, dtype=dtype)
+    with staged_folder(Path(folder)) as staged, loading_bar(progress) as report:
+        write_quantized_folder(staged, source, weights, report)
+        write_tokenizer(staged, tokenizer, source.tokenizer["stop_token_ids"])
+    return Path(folder)
+
+
+def as_opened(model: nnx.Module) -> OpenedModel:
+    """The files of a model in memory, and its adapter as a run.
+
+    Raises:
+      ValueError: the model is not from `load`, or has no adapter.
+    """
+    provenance = provenance_of(model)
+    return dataclasses.replace(provenance.opened, run=provenance.as_run(parts_of(model)))
+
+
+def write_adapter(
+    opened: OpenedModel, folder: Path, *, format: AdapterFormat, with_base: bool, progress: bool = False
+) -> ExportResult:
+    """Writes the adapter of a run or of a model in memory; see `save_peft`."""
+    export = export_peft if format == "peft" else export_gguf_lora
+    with loading_bar(progress) as report:
+        return export(opened, folder, with_base=with_base, progress=report)
+
+
+def write_merged(
+    opened: OpenedModel,
+    folder: Path,
+    *,
+    format: MergedFormat,
+    dtype: MergedDtype | None = None,
+    base: str | None = None,
+    progress: bool = False,
+) -> ExportResult:
+    """Writes the merged model of a run or of a model in memory; see `merge`."""
+    if dtype not in (None, *DTYPES[format]):
+        raise ValueError(f"dtype: found {dtype} with format {format}, expected one of {', '.join(DTYPES[format])}")
+    dtype = dtype or DTYPES[format][0]
+    with loading_bar(progress) as report:
+        return export_merged(opened, folder, format, dtype=dtype, base=base, progress=report)

@@ -1,0 +1,172 @@
+"""`finetune`: trains a model's adapter, with the same loop, files and results as the command `train`."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from qlora_jax.api.data import Data, rows_files, write_data
+from qlora_jax.api.export import MergedDtype, MergedFormat, merge, save_peft
+from qlora_jax.api.progress import console_for
+from qlora_jax.api.provenance import attach, parts_of, provenance_of
+from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.export.result import ExportResult
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.partition import combine
+from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.run import METRICS_FILE, check_folder, run_training
+from qlora_jax.training.session import PreparedModel
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneRun:
+    """A run that has ended.
+
+    Fields:
+      model: the trained model; the model given to `finetune` is unchanged.
+      folder: the run's folder, which `load` and all commands open.
+      step: number of optimizer steps done.
+      finished: False if Ctrl-C or SIGTERM stopped the run early; `finetune(..., resume=True)` continues it.
+    """
+
+    model: CausalLM
+    folder: Path
+    step: int
+    finished: bool
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """One record per step and per evaluation: "step", "loss", "eval_loss" and so on, as in metrics.jsonl."""
+        return read_metrics(self.folder / METRICS_FILE)
+
+    def save_peft(self, folder: str | Path, *, with_base: bool = False, progress: bool = False) -> ExportResult:
+        """Writes the adapter to a new folder; see `qlora_jax.save_peft`."""
+        return save_peft(self.model, folder, with_base=with_base, progress=progress)
+
+    def merge(
+        self,
+        folder: str | Path,
+        *,
+        format: MergedFormat = "hf",
+        dtype: MergedDtype | None = None,
+        base: str | None = None,
+        progress: bool = False,
+    ) -> ExportResult:
+        """Writes the model with the adapter merged to a new folder; see `qlora_jax.merge`."""
+        return merge(self.model, folder, format=format, dtype=dtype, base=base, progress=progress)
+
+
+def finetune(
+    model: nnx.Module,
+    tokenizer: Tokenizer,
+    data: Data,
+    *,
+    output: str | Path,
+    eval_data: Data | None = None,
+    eval_fraction: float | None = None,
+    steps: int | None = None,
+    epochs: float | None = None,
+    learning_rate: float | None = None,
+    micro_batch_size: int | None = None,
+    accumulation: int | None = None,
+    max_length: int | None = None,
+    packing: bool | None = None,
+    eval_every: int | None = None,
+    save_every: int | None = None,
+    seed: int | None = None,
+    config: Overrides = None,
+    resume: bool = False,
+    oversized: bool = False,
+    progress: bool = False,
+) -> FinetuneRun:
+    """Trains the model's adapter and returns the run; the given model and its arrays stay valid.
+
+    The run's folder is that of the command `train`: checkpoints, metrics.jsonl, report.html and config.yaml. With the
+    same settings the losses are bit-identical to the command's. The first Ctrl-C stops after the current step, saves a
+    checkpoint and returns; the second raises KeyboardInterrupt at once.
+
+    Args:
+      model: from `load` and `add_adapter`.
+      tokenizer: the one that `load` returned with the model.
+      data: a file of rows or hf://datasets/org/name; several files with weights, {"a.jsonl": 1.0, "b.jsonl": 0.5}; or a
+        list of rows such as {"messages": [...]}. A list is written to OUTPUT/train.jsonl, which the run then reads.
+      output: a new folder for the run.
+      eval_data: evaluation data, in the same forms; a list is written to OUTPUT/eval.jsonl.
+      eval_fraction: without eval_data, the fraction of `data` to hold out.
+      steps: optimizer steps; overrides `epochs`.
+      epochs: passes over the data; 1 by default.
+      learning_rate: peak learning rate; 2e-4 by default.
+      micro_batch_size: rows per forward pass; 1 by default.
+      accumulation: micro-batches per optimizer step; 16 by default.
+      max_length: maximum tokens per row; 1024 by default.
+      packing: pack several rows into one of max_length.
+      eval_every: steps between evaluations; 0, the default: only at the end.
+      save_every: steps between checkpoints; 100 by default.
+      seed: random seed of shuffling and dropout; 0 by default.
+      config: more settings by dotted name, such as {"optim.name": "adamw_8bit"} (`python -m qlora_jax.train --help all`
+        lists them); or a `Config`, of which the sections model and lora are ignored.
+      resume: continue the run in `output` from its newest checkpoint.
+      oversized: start even if the memory plan says that the run does not fit.
+      progress: print the data report, the memory plan and each step.
+
+    Raises:
+      ValueError: a setting is wrong, rows are malformed, the folder holds another run, the run does not fit into
+        memory, or a loss is not finite.
+    """
+    provenance = provenance_of(model)
+    if provenance.lora_args is None:
+        raise ValueError("model: has no adapter to train. Add one with qlora_jax.add_adapter")
+    if provenance.opened.run is not None and provenance.opened.run.tables:
+        raise ValueError(
+            f"model: {provenance.opened.run.path} replaces whole tables of the base. Load the base, and add the "
+            'adapter with qlora_jax.LoRA(start="FOLDER")'
+        )
+    if tokenizer != provenance.opened.tokenizer:
+        raise ValueError(
+            "tokenizer: is not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "
+            "template, pass chat_template to qlora_jax.load"
+        )
+    settings = {
+        "data.chat_template": provenance.chat_template,
+        "data.eval_fraction": eval_fraction,
+        "data.max_length": max_length,
+        "data.packing": packing,
+        "optim.learning_rate": learning_rate,
+        "train.steps": steps,
+        "train.epochs": epochs,
+        "train.micro_batch_size": micro_batch_size,
+        "train.accumulation": accumulation,
+        "train.eval_every": eval_every,
+        "train.save_every": save_every,
+        "train.seed": seed,
+    }
+    folder = Path(output)
+    check_folder(folder, resume=resume, allowed=rows_files(folder))
+    settings |= write_data(data, eval_data, folder)
+    resolved = training_config(provenance.opened.args, provenance.lora_args, settings, config, output=str(folder))
+    parts = parts_of(model)
+    trained = run_training(
+        resolved,
+        folder,
+        resume=resume,
+        oversized=oversized,
+        console=console_for(progress),
+        model=PreparedModel(
+            source=provenance.opened.source,
+            tokenizer=tokenizer,
+            # Copied, because steps write the new parameters into the memory of the old ones.
+            parts=parts.with_lora(jax.tree.map(jnp.copy, parts.lora)),
+            fingerprint=provenance.fingerprint,
+            initial=provenance.initial,
+        ),
+    )
+    return FinetuneRun(
+        model=attach(combine(trained.parts), provenance),
+        folder=folder,
+        step=trained.step,
+        finished=trained.finished,
+    )

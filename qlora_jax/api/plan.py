@@ -1,0 +1,103 @@
+"""`make_plan`: the memory that a training run needs on a card, before any download."""
+
+import dataclasses
+import io
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+
+from qlora_jax import runtime
+from qlora_jax.config.parse import from_dict
+from qlora_jax.training.plan import from_config, plan, text
+from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.target import plan_target
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """The memory that a run needs on a card; `str(plan)` is the table that the command prints.
+
+    Fields:
+      plan: the requirements of the run and of near variants, in bytes by kind.
+      title: what is planned, and for which card.
+      notes: why numbers are estimates, or lengths unknown; empty otherwise.
+    """
+
+    plan: plan.Plan
+    title: str
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """True if the run fits."""
+        return self.plan.fits
+
+    @property
+    def needed_bytes(self) -> int:
+        """Device memory that the run's largest step needs."""
+        return self.plan.asked.total
+
+    @property
+    def limit_bytes(self) -> int:
+        """Device memory that a step may use."""
+        return self.plan.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """All numbers in bytes, as the command prints them with --json."""
+        return text.as_json(self.plan)
+
+    def render(self, console: Console) -> None:
+        """Prints the table and the verdict."""
+        text.print_plan(self.plan, self.title, console)
+
+    def __str__(self) -> str:
+        out = io.StringIO()
+        self.render(Console(file=out, width=120))
+        return out.getvalue()
+
+
+def make_plan(
+    model: str, *, card: str | None = None, memory: str | None = None, config: Mapping[str, object] | None = None
+) -> MemoryPlan:
+    """Plans the memory of a training run by compiling its step for a card, which may be absent.
+
+    Args:
+      model: a Hugging Face folder, its config.json alone, a GGUF file, org/name on the Hub (only config.json is
+        fetched), or a published model by name, such as "llama-3-8b".
+      card: the card, such as "h100" or "rtx4090", or "cpu".
+      memory: device memory, such as "24GiB", instead of the card's; without `card`, the card with the nearest size.
+      config: settings of the run by dotted name, such as {"lora.rank": 64, "data.max_length": 2048}.
+
+    Raises:
+      ValueError: an unknown model, card or setting, or a row length beyond the model's positions.
+    """
+    raw: dict[str, Any] = {"model": {"path": model}, "card": card, "memory": memory}
+    for key, value in (config or {}).items():
+        section, _, name = key.rpartition(".")
+        inner = raw.setdefault(section, {}) if section else raw
+        inner[name] = value
+    return plan_of(from_dict(PlanArgs, raw))
+
+
+def plan_of(args: PlanArgs) -> MemoryPlan:
+    """The plan for the settings of the command `plan`.
+
+    Raises:
+      ValueError: as `make_plan`.
+    """
+    target = plan_target(args.card, args.memory)
+    buckets, unknown_lengths = from_config.data_buckets(args)
+    setting = from_config.step_config(args, target, buckets)
+    compile_step, problem = from_config.compiler_for(target)
+    notes = []
+    if unknown_lengths:
+        notes.append(f"every row counts as {args.data.max_length} tokens (data.max_length): {unknown_lengths}")
+    if problem:
+        notes.append(f"every number is an estimate, because nothing can be compiled: {problem}")
+    usable = int(float(runtime.USABLE_MEMORY) * target.memory_bytes)  # CUDA itself needs the rest
+    return MemoryPlan(
+        plan=plan.make_plan(setting, usable, compile_step, buckets),
+        title=from_config.plan_title(args, target, setting),
+        notes=tuple(notes),
+    )
