@@ -125,7 +125,7 @@ def finetune(
             f"model: {provenance.opened.run.path} replaces whole tables of the base. Load the base, and add the "
             'adapter with qlora_jax.LoRA(start="FOLDER")'
         )
-    if tokenizer != provenance.opened.tokenizer:
+    if not _are_equal(tokenizer, provenance.opened.tokenizer):
         raise ValueError(
             "tokenizer: is not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "
             "template, pass chat_template to qlora_jax.load"
@@ -170,3 +170,9 @@ def finetune(
         step=trained.step,
         finished=trained.finished,
     )
+
+
+def _are_equal(a: Tokenizer, b: Tokenizer) -> bool:
+    """True if both encode and render alike; their backends have no equality."""
+    names = ("exported", "chat_template", "special_tokens", "add_bos_token", "new_ids")
+    return all(getattr(a, name) == getattr(b, name) for name in names)
