@@ -36,7 +36,7 @@ class MemoryPlan:
     @property
     def needed_bytes(self) -> int:
         """Device memory that the run's largest step needs."""
-        return self.plan.asked.total
+        return self.plan.requested.total
 
     @property
     def limit_bytes(self) -> int:
