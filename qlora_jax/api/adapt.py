@@ -9,7 +9,7 @@ from flax import nnx
 from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import attach, parts_of, provenance_of
 from qlora_jax.config import Config, DataArgs, LoraArgs, validate
-from qlora_jax.io.adapter_init import check_source
+from qlora_jax.io.adapter_init import check_decomposable
 from qlora_jax.io.peft.reader import read_start
 from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.models.decoder import CausalLM
@@ -43,7 +43,7 @@ def add_adapter(
     opened, args = provenance.opened, provenance.opened.args
     lora = LoraArgs() if lora is None else lora
     validate(Config(model=args, lora=lora, data=DataArgs(train="unused"), output="unused"))
-    check_source(opened.source, lora)
+    check_decomposable(opened.source, lora)
     key = named_key(jax.random.key(0) if key is None else key, "lora")
     fingerprint, initial, base = provenance.fingerprint, None, combine(parts_of(model))
     if lora.init != "default":

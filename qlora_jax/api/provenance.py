@@ -5,7 +5,7 @@ import dataclasses
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.adapter_init import Initial
+from qlora_jax.io.adapter_init import InitialAdapter
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.decoder import CausalLM
@@ -31,7 +31,7 @@ class Provenance:
     chat_template: str | None
     fingerprint: str
     lora_args: LoraArgs | None = None
-    initial: Initial | None = None
+    initial: InitialAdapter | None = None
 
     def as_run(self, parts: ModelParts) -> Run:
         """The model's adapter as a run, for the exporters.
