@@ -18,14 +18,14 @@ LLAMA3 = (
     "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-# No generation prompt: the answer's leading space is the model's to write.
+# No generation prompt: the model writes the answer's leading space.
 MISTRAL = (
     "{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}"
     "{{ '[INST] ' + message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}"
     "{{ ' ' + message['content'] + eos_token }}{% else %}{{ raise_exception('only user and assistant') }}{% endif %}"
     "{% endfor %}"
 )
-# Marks, loop controls, trimmed blocks, a namespace, tojson and macros, as newer templates have them.
+# With generation marks, loop controls, trimmed blocks, a namespace, tojson and macros, like newer templates.
 MODERN = """{%- macro header(role) %}{{ '<|im_start|>' ~ role ~ '\n' }}{% endmacro %}
 {%- set seen = namespace(users=0) %}
 {%- for message in messages %}
@@ -40,7 +40,7 @@ MODERN = """{%- macro header(role) %}{{ '<|im_start|>' ~ role ~ '\n' }}{% endmac
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ header('assistant') }}{% endif %}"""
-# An empty reasoning block before the last answer only: the generation prompt does not hold it, the model writes it.
+# Only the last answer has an empty reasoning block. The generation prompt lacks it, so the model writes it.
 THINKING = """{%- for message in messages %}
     {{- '<|im_start|>' + message.role + '\n' }}
     {%- if message.role == 'assistant' and loop.last %}{{ '<think>\n\n</think>\n\n' }}{% endif %}
@@ -48,8 +48,8 @@ THINKING = """{%- for message in messages %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
 
-# As Zephyr has it: eos ends every turn, and what follows begins with a newline.
-SPELLING = (
+# Zephyr's: eos ends every turn, and a newline follows it.
+ZEPHYR = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
@@ -75,7 +75,7 @@ def templates(smollm2_template: str) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def smollm2_source(smollm2_json: str, smollm2_template: str) -> dict[str, Any]:
-    """What a reader of SmolLM2's folder yields: pad is eos."""
+    """The source that a reader of SmolLM2's folder returns. pad is eos."""
     return {
         "tokenizer_json": smollm2_json,
         "chat_template": smollm2_template,
@@ -95,19 +95,19 @@ def tokenizer(smollm2_source: dict[str, Any]) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def plain_tokenizer(smollm2_source: dict[str, Any]) -> Tokenizer:
-    """The same without a chat template, as a base model has it."""
+    """SmolLM2's tokenizer without a chat template, like that of a base model."""
     return load_tokenizer({**smollm2_source, "chat_template": None})
 
 
-def spelling(prefix: str) -> Tokenizer:
-    """A tokenizer that spells spaces out, and puts one "never" (Gemma's), "first" or "every" time (Llama 2's)."""
+def sentencepiece_tokenizer(prefix: str) -> Tokenizer:
+    """A SentencePiece tokenizer that adds a space "never" (Gemma), "first" in a text, or "every" time (Llama 2)."""
     whole = json.loads(sentencepiece(prefixed=prefix == "every"))
-    if prefix == "first":  # as newer versions of transformers write Llama's and Mistral's
-        spelt = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
-        whole |= {"normalizer": None, "pre_tokenizer": spelt}
+    if prefix == "first":  # newer versions of transformers write Llama's and Mistral's like this
+        metaspace = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": False}
+        whole |= {"normalizer": None, "pre_tokenizer": metaspace}
         whole["decoder"]["decoders"].append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     named = {"bos_token": "<s>", "eos_token": "</s>"}
-    return load_tokenizer({"tokenizer_json": json.dumps(whole), "chat_template": SPELLING, **named})
+    return load_tokenizer({"tokenizer_json": json.dumps(whole), "chat_template": ZEPHYR, **named})
 
 
 @pytest.fixture(scope="session")
@@ -127,7 +127,7 @@ def smollm2_metadata(smollm2_json: str) -> dict[str, Any]:
 
 @pytest.fixture
 def write_rows(tmp_path: Path) -> Callable[..., str]:
-    """`write_rows(rows, name)`: the path of a JSON Lines file that holds them."""
+    """`write_rows(rows, name)`: writes a JSON Lines file and returns its path."""
 
     def write(rows: list[dict[str, Any]], name: str = "rows.jsonl") -> str:
         path = tmp_path / name

@@ -1,4 +1,4 @@
-"""load_dataset from settings to batches and report; held-out rows; lengths; the data that ships."""
+"""load_dataset: from settings to batches and report, held-out rows, lengths, and the example data."""
 
 import dataclasses
 import gzip
@@ -83,7 +83,7 @@ def test_rows_of_equal_content_are_on_one_side(pairs: list[tuple[str, int]]):
 
 
 def test_the_hash_of_a_row_never_changes():
-    """Runs of other versions have to hold out the same rows: SHA-256 of {"text": "a"}, first 8 bytes."""
+    """All versions hold out the same rows. Expects the first 8 bytes of SHA-256 of {"text": "a"}."""
     assert content_hash(FORMATS["text"], {"text": "a", "id": 5}) == 0xFCF7579B2DB13F7E
     alpaca = [{"instruction": "a", "output": "b"}, {"instruction": "a", "output": "b", "input": None}]
     assert len({content_hash(FORMATS["alpaca"], data) for data in alpaca}) == 1
@@ -123,7 +123,7 @@ def test_impossible_hold_outs_are_told(tokenizer: Tokenizer, write_rows: Callabl
 
 
 def rows_of_lengths(tokenizer: Tokenizer, write_rows: Callable) -> str:
-    """Four rows of 10, 20, 30 and 40 tokens (eos included), the answer one token and eos."""
+    """Four rows of 10, 20, 30 and 40 tokens. The answer is one token and eos."""
     words = [" word" * (n - 2) for n in (10, 20, 30, 40)]
     return write_rows([{"prompt": text, "completion": " yes"} for text in words])
 
@@ -131,7 +131,7 @@ def rows_of_lengths(tokenizer: Tokenizer, write_rows: Callable) -> str:
 def test_long_rows_are_cut_and_counted(plain_tokenizer: Tokenizer, write_rows: Callable):
     path = rows_of_lengths(plain_tokenizer, write_rows)
     report = load(plain_tokenizer, train=path, max_length=29).report.train
-    # Of 30 tokens the eos is cut, the answer stays; of 40 nothing that is supervised is left.
+    # The row of 30 tokens loses its eos but not its answer. The row of 40 has no supervised token left.
     assert (report.rows, report.kept, report.truncated, report.overlong, report.unsupervised) == (4, 3, 1, 0, 1)
     assert report.percentiles == (10, 10, 20, 30, 40, 40) and report.cut == 0
     assert (report.tokens, report.supervised) == (9 + 19 + 28, 2 + 2 + 1)
@@ -185,7 +185,7 @@ def test_bos_is_counted(smollm2_source: dict, templates: dict, write_rows: Calla
     named = {**smollm2_source, "bos_token": "<|endoftext|>", "add_bos_token": True}
     report = load(load_tokenizer({**named, "chat_template": None}), train=path).report.train
     assert (report.doubled_bos, report.without_bos) == (1, 0)
-    # Its template writes none: that of its makers is followed, and told.
+    # The model's own template writes none, so none is added, and the report counts such rows.
     report = load(load_tokenizer(named), train=path).report.train
     assert (report.doubled_bos, report.without_bos) == (0, 2)
     report = load(load_tokenizer({**named, "chat_template": templates["llama3"]}), train=path).report.train

@@ -1,4 +1,4 @@
-"""Malformed rows, made up by the thousand: each is told by its line, whatever it holds, and nothing else is raised."""
+"""Thousands of generated malformed rows: each is reported by its line, and nothing but ValueError is raised."""
 
 import gzip
 import json
@@ -35,7 +35,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "chip2": {"text": "<human>: Q\n<bot>: A"},
     "text": {"text": "T"},
 }
-NAMES = ("rows.jsonl", "rows.json", "rows.jsonl.gz")  # lines, whatever the name says
+NAMES = ("rows.jsonl", "rows.json", "rows.jsonl.gz")  # the content decides, not the name
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(
     leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3)
@@ -46,7 +46,7 @@ not_json = st.sampled_from(['{"text": ', "{'text': 'a'}", '{"text": "a"} trailin
 
 @st.composite
 def malformed(draw: st.DrawFn, row_format: str) -> str:
-    """A line that is certainly no row of that form."""
+    """A line that is certainly not a row of that format."""
     good, required = GOOD[row_format], FORMATS[row_format].required
     kind = draw(st.sampled_from(["not json", "no object", "no column", "no text", "blank", "half"]))
     name = draw(st.sampled_from(required))
@@ -60,13 +60,13 @@ def malformed(draw: st.DrawFn, row_format: str) -> str:
         lists = isinstance(good[name], list)
         wrong = draw(anything.filter(lambda value: not isinstance(value, list) or value) if lists else no_text)
         return json.dumps({**good, name: wrong})
-    answer = required[-1]  # a blank prompt is none of our business
+    answer = required[-1]  # blank prompts are allowed
     text = " \n" if kind == "blank" else "\ud83d"
     return json.dumps(_with_text(good, answer, text))
 
 
 def _with_text(row: dict[str, Any], column: str, text: str) -> dict[str, Any]:
-    """The row whose answer is that text."""
+    """The row with that text as its answer."""
     if not isinstance(row[column], list):
         return {**row, column: text}
     *before, last = row[column]
@@ -75,7 +75,7 @@ def _with_text(row: dict[str, Any], column: str, text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row_format", FORMATS)
 def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, row_format: str):
-    """13 forms x 15 files of 7 malformed rows: more than 1,000. The first row is good: a [ would begin an array."""
+    """13 formats x 15 files of 7 malformed rows, more than 1,000. The first row is good: a [ would begin an array."""
     places = st.lists(st.integers(1, 20), min_size=7, max_size=7, unique=True)
 
     @settings(max_examples=15)
@@ -107,7 +107,7 @@ def error_of(tokenizer: Tokenizer, row_format: str, lines: list[str], name: str)
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(list(FORMATS)), st.lists(anything, min_size=1, max_size=5), st.booleans())
 def test_anything_else_is_read_or_told(tokenizer: Tokenizer, row_format: str, values: list[Any], changed: bool):
-    """Values of any kind as rows, or as the columns of a row: no other exception than the one that tells."""
+    """Values of any kind as rows, or as columns of a row: only ValueError is raised."""
     rows = [{**GOOD[row_format], FORMATS[row_format].required[0]: value} if changed else value for value in values]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
@@ -135,7 +135,7 @@ def test_files_of_any_bytes_are_read_or_told(tokenizer: Tokenizer, content: byte
 @settings(max_examples=100)
 @given(st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=20), st.floats(0, 1))
 def test_damaged_parquet_is_read_or_told(tokenizer: Tokenizer, changes: list[tuple[float, int]], kept: float):
-    """Some bytes of a file changed, and it cut off somewhere."""
+    """Changes bytes of a file and truncates it."""
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra `parquet`, is not installed")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.parquet"

@@ -189,7 +189,7 @@ def test_plain_text_starts_with_bos_only_where_the_tokenizer_asks(smollm2_source
     text = encode_one(tokenizer, TEXT)
     assert text.ids.tolist() == [0, *tokenizer.encode("Once upon"), 2]
     assert text.supervised.tolist() == [False, *[True] * (len(text.ids) - 1)]
-    # A chat template writes its own.
+    # A chat template writes its own bos.
     assert 0 not in encode_one(tokenizer, MESSAGES).ids
 
 

@@ -1,4 +1,4 @@
-"""Masks told from bytes are those told from offsets, and rows of which bytes do not tell enough are left to these."""
+"""Masks from byte lengths equal the reference. Rows that need offsets are left to them."""
 
 import json
 
@@ -15,7 +15,7 @@ from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from tests.data.conftest import spelling
+from tests.data.conftest import sentencepiece_tokenizer
 from tests.data.loss_mask.strategies import segment_lists, short_texts
 
 
@@ -34,11 +34,11 @@ def same(ours: EncodedRow, theirs: EncodedRow) -> bool:
 
 @pytest.fixture(params=["smollm2", "never", "first", "every"])
 def any_tokenizer(request: pytest.FixtureRequest, tokenizer: Tokenizer) -> Tokenizer:
-    """A byte-level tokenizer, or one that spells spaces out and puts one never, first or every time."""
-    return tokenizer if request.param == "smollm2" else spelling(request.param)
+    """A byte-level tokenizer, or a SentencePiece tokenizer for each kind of added space."""
+    return tokenizer if request.param == "smollm2" else sentencepiece_tokenizer(request.param)
 
 
-def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Tokenizer):
+def test_masks_equal_the_reference(any_tokenizer: Tokenizer, tokenizer: Tokenizer):
     smollm2, tokenizer, found_some = tokenizer, any_tokenizer, []
 
     @given(st.lists(segment_lists, min_size=1, max_size=4), st.sampled_from(["assistant", "last", "all"]))
@@ -55,11 +55,11 @@ def test_rows_are_as_offsets_have_them(any_tokenizer: Tokenizer, tokenizer: Toke
                 continue
             try:
                 theirs = mask_segments(tokenizer, row, learn)
-            except ValueError:  # a token over a boundary, of a tokenizer that can't encode the two separately
+            except ValueError:  # a token crosses a boundary, and the tokenizer can't encode the parts separately
                 assert ours is None and tokenizer is not smollm2
                 continue
             assert ours is None or same(ours, theirs)
-            # Of a text that begins with a space it is not known whether one was put before it.
+            # It is unknown if a space was added before a text that begins with one.
             assert (ours is None) == theirs.cut or (lengths_of(tokenizer).prefix == "first" and text[:1] == " ")
             found_some.append(ours is not None)
 
@@ -78,7 +78,7 @@ def encoded(encoder: Encoder, rows: list[Row]) -> list[EncodedRow]:
 @given(st.lists(st.tuples(short_texts, short_texts.filter(str.strip)), min_size=1, max_size=3), st.booleans())
 @example([("a", "b"), ("Response: ", "3"), ("Q\n", "\nA")], False)
 def test_plain_prompts_and_answers_are_encoded_apart(plain_tokenizer: Tokenizer, pairs: list, learns_all: bool):
-    """As generation has them, and the reference, whether a token would reach over the boundary or not."""
+    """The ids equal those of generation and of artidoro/qlora, also if a token would cross the boundary."""
     encoder = make_encoder(FORMATS["completion"], plain_tokenizer, "all" if learns_all else "assistant")
     kept = [pair for pair in pairs if plain_tokenizer.round_trips("".join(pair))]
     rows = [Row(Place(n + 1, n), {"prompt": p, "completion": a}) for n, (p, a) in enumerate(kept)]

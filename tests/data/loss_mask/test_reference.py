@@ -22,24 +22,24 @@ from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from tests.data.conftest import LLAMA3, MISTRAL, MODERN, SPELLING, THINKING, spelling
+from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR, sentencepiece_tokenizer
 from tests.data.loss_mask.strategies import conversations, segment_lists
 
-TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "modern": MODERN, "thinking": THINKING, "zephyr": SPELLING}
+TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "modern": MODERN, "thinking": THINKING, "zephyr": ZEPHYR}
 # SentencePiece's vocabulary here has no <|im_end|>, so a template has to end turns with eos_token.
 COMBINATIONS = [
     *itertools.product(["byte-level", "swallowing"], ["smollm2", *TEMPLATES]),
     *itertools.product(["never", "first", "every"], ["llama3", "mistral", "zephyr"]),
 ]
 QUESTION = {"role": "user", "content": "Body?"}
-# A token crosses the start of the answer; a character without a token; and a row that needs no other path.
+# A token that crosses the start of the answer, a character without a token, and a row for the fastest path.
 HARD = [[QUESTION, {"role": "assistant", "content": text}] for text in ("    return", "a\x04", "fine")]
 
 
 def make_tokenizer(name: str, smollm2_source: dict, smollm2_template: str, template: str = "smollm2") -> Tokenizer:
-    """A byte-level tokenizer, one whose special tokens swallow the spaces behind them, or SentencePiece's."""
+    """A byte-level tokenizer, one whose special tokens swallow the spaces after them, or a SentencePiece tokenizer."""
     if name in ("never", "first", "every"):
-        source = {"tokenizer_json": spelling(name).to_json(), "bos_token": "<s>", "eos_token": "</s>"}
+        source = {"tokenizer_json": sentencepiece_tokenizer(name).to_json(), "bos_token": "<s>", "eos_token": "</s>"}
     else:
         source, whole = smollm2_source, json.loads(smollm2_source["tokenizer_json"])
         for token in whole["added_tokens"]:
@@ -115,12 +115,12 @@ def expected(messages: list[dict[str, str]], before: str, end: str, strip: bool 
     return "".join(before + (content.strip() if strip else content) + end for content in contents)
 
 
-# `modern` has {% generation %} marks, the others have none.
+# `modern` has {% generation %} marks; the others do not.
 kinds_of_template = pytest.mark.parametrize(
     ("name", "before", "end", "strip", "system"),
     [
         ("smollm2", "", "<|im_end|>", False, True),
-        ("llama3", "", "<|im_end|>", True, True),  # its end is eos_token, which is this tokenizer's <|im_end|>
+        ("llama3", "", "<|im_end|>", True, True),  # ends turns with eos_token, which is <|im_end|> here
         ("mistral", " ", "<|im_end|>", False, False),
         ("modern", "", "<|im_end|>", False, True),
     ],
@@ -155,7 +155,7 @@ def test_the_last_turn_alone_or_all_is_learned(
         answer = [message for message in messages if message["role"] == "assistant"][-1:]
         assert supervised_text(tokenizer, last) == expected(answer, before, end, strip)
         assert supervised_text(tokenizer, whole) == tokenizer.render(messages)
-        # What is learned changes no id.
+        # The setting does not change ids.
         assert every.ids.tolist() == last.ids.tolist() == whole.ids.tolist()
         assert every.source == last.source == whole.source == every.supervised.argmax()
 
@@ -163,7 +163,7 @@ def test_the_last_turn_alone_or_all_is_learned(
 
 
 def test_generation_marks_hold_what_the_mask_does(smollm2_source: dict, templates: dict):
-    """Marks made visible: what a template with marks says itself is what our spans say."""
+    """Replaces generation marks by visible characters, and compares the text between them with the mask."""
     marked = (
         templates["modern"]
         .replace("{% generation %}", "{{ '\u27e6' }}")
@@ -251,7 +251,7 @@ def test_what_the_template_has_the_model_write_is_supervised(smollm2_source: dic
 
 
 def test_special_tokens_that_swallow_spaces(smollm2_source: dict):
-    """Phi-3's <|end|> takes the newline behind it, and its <|assistant|> the one before the answer."""
+    """Phi-3's <|end|> takes the newline after it, and its <|assistant|> the one before the answer."""
     whole = json.loads(smollm2_source["tokenizer_json"])
     for token in whole["added_tokens"]:
         token["rstrip"] = True
@@ -268,7 +268,7 @@ def test_special_tokens_that_swallow_spaces(smollm2_source: dict):
 
 @pytest.fixture(scope="module")
 def sentencepiece_like() -> Tokenizer:
-    """A tokenizer as Llama 2's: spaces become a letter, and one is put before every text."""
+    """A tokenizer like Llama 2's: spaces become a letter, and one is added before every text."""
     backend = tokenizers.Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]

@@ -1,4 +1,4 @@
-"""What texts begin with is encoded once, and every text has the ids that it has by itself."""
+"""A shared prefix is encoded once, and every text has the same ids as alone."""
 
 import pytest
 from hypothesis import given
@@ -8,13 +8,13 @@ from tokenizers import Tokenizer as Backend
 
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from tests.data.conftest import spelling
+from tests.data.conftest import sentencepiece_tokenizer
 
 PIECES = ["<s>", "<", "s>", "<s>x", "a<s", ">", " ", "a", "x", "\n", "é", "e\u0301"]
 
 
 def built(*added: AddedToken, nfc: bool) -> Tokenizer:
-    """A byte-level tokenizer of single bytes with `ax`, ` a` and `>>` merged, and these tokens."""
+    """A byte-level tokenizer of single bytes, the merges `ax`, ` a` and `>>`, and these added tokens."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {letter: number for number, letter in enumerate([*letters, "ax", "Ġa", ">>"])}
     backend = Backend(models.BPE(vocabulary, [("a", "x"), ("Ġ", "a"), (">", ">")]))
@@ -49,8 +49,8 @@ def test_every_text_has_its_own_ids(kind: str, nfc: bool):
 
 
 @pytest.mark.parametrize("prefix", ["never", "first", "every"])
-def test_so_it_has_where_spaces_are_spelt_out(prefix: str):
-    check(spelling(prefix), ["</s>", "<s>", "<table>", " ", "\n", "fox", " jumps", "\u2581"])
+def test_every_text_has_its_own_ids_with_sentencepiece(prefix: str):
+    check(sentencepiece_tokenizer(prefix), ["</s>", "<s>", "<table>", " ", "\n", "fox", " jumps", "\u2581"])
 
 
 def check(tokenizer: Tokenizer, alphabet: list[str]) -> None:
@@ -64,7 +64,7 @@ def check(tokenizer: Tokenizer, alphabet: list[str]) -> None:
     every_text()
 
 
-def test_a_system_message_that_all_rows_share_is_the_head(tokenizer: Tokenizer):
+def test_a_shared_system_message_is_the_prefix(tokenizer: Tokenizer):
     texts = [tokenizer.render([{"role": "user", "content": text}]) for text in ("Hello", "Good morning")]
     head, ids = shared_prefix(tokenizer, texts)
     assert "system\nYou are a helpful" in head
@@ -73,5 +73,5 @@ def test_a_system_message_that_all_rows_share_is_the_head(tokenizer: Tokenizer):
 
 
 @pytest.mark.parametrize("texts", [[], ["", "<s>"], ["a", "b"], ["a b", "a c"]])
-def test_without_a_shared_special_token_there_is_no_head(texts: list[str]):
+def test_without_a_shared_special_token_there_is_no_prefix(texts: list[str]):
     assert shared_prefix(built(START, nfc=False), texts) == ("", [])

@@ -1,4 +1,4 @@
-"""A text that is said to be kept is kept, and what tokenizers are known to lose is never said to be."""
+"""Texts that are said to round-trip do, and known losses of tokenizers are never said to."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
 from qlora_jax.data.tokenizer.byte_lengths import byte_lengths, make_round_trips, space_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from tests.data.conftest import spelling
+from tests.data.conftest import sentencepiece_tokenizer
 
 
 def bare(text: str) -> str:
@@ -35,7 +35,7 @@ def test_what_is_kept_decodes_to_itself(tokenizer: Tokenizer, text: str):
 
 @pytest.mark.parametrize("prefix", ["never", "first", "every"])
 def test_what_is_kept_by_a_tokenizer_that_spells_spaces_out_decodes_to_itself(prefix: str):
-    tokenizer, kept = spelling(prefix), []
+    tokenizer, kept = sentencepiece_tokenizer(prefix), []
 
     @given(st.text(st.characters(codec="utf-8")))
     @example("\u2581a")
@@ -51,7 +51,7 @@ def test_what_is_kept_by_a_tokenizer_that_spells_spaces_out_decodes_to_itself(pr
 
 
 def test_tokenizers_that_spell_spaces_out_are_told_by_all_their_parts():
-    backend = spelling("every").backend
+    backend = sentencepiece_tokenizer("every").backend
     assert space_prefix(backend) == "every"
     whole = json.loads(backend.to_str())
     for change in (
@@ -94,7 +94,7 @@ def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
 
 
 def test_a_text_that_is_kept_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
-    """Decoding takes as long as all else that masks take."""
+    """Decoding would take as long as the rest of the mask."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages)
     encoding = tokenizer.encode_spans(["".join(segment.text for segment in segments)])[0]
