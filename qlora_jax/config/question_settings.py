@@ -3,16 +3,29 @@
 import dataclasses
 import re
 from collections.abc import Collection
+from typing import NamedTuple
 
 from qlora_jax.config.fields import AT_LEAST_ONE, NOT_EMPTY, setting
 
-# Each kind of question file, by its setting's name, and the columns that it may have.
-FILE_COLUMNS = {
-    "choices": ("question", "options", "answer"),
-    "letters": ("question", "options", "answer", "subject", "input", "output"),
-    "answers": ("question", "answer"),
+
+class QuestionKind(NamedTuple):
+    """A kind of question file.
+
+    Fields:
+      columns: names of the columns that a file may have.
+      caption: caption of its chart in a run's report.
+    """
+
+    columns: tuple[str, ...]
+    caption: str
+
+
+# By the name of the setting, in QuestionArgs, that names the file.
+QUESTION_KINDS = {
+    "choices": QuestionKind(("question", "options", "answer"), "Questions by options"),
+    "letters": QuestionKind(("question", "options", "answer", "subject", "input", "output"), "Questions by letter"),
+    "answers": QuestionKind(("question", "answer"), "Exact answers"),
 }
-QUESTION_KINDS = tuple(FILE_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +105,7 @@ def _column_problems(args: QuestionArgs, section: str, rows_columns: Collection[
     asked = [kind for kind in QUESTION_KINDS if getattr(args, kind) is not None]
     if not asked and not rows_columns:
         return [f"{section}file_columns: requires one of {', '.join(QUESTION_KINDS)}; set one too"]
-    known = dict.fromkeys([*(name for kind in asked for name in FILE_COLUMNS[kind]), *rows_columns])
+    known = dict.fromkeys([*(name for kind in asked for name in QUESTION_KINDS[kind].columns), *rows_columns])
     return [
         f"{section}file_columns: unknown column (found {name!r}, expected any of {', '.join(known)}). Write our name "
         "first, then the file's"

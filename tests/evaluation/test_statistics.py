@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, wilson_interval
 
@@ -23,6 +24,14 @@ def test_wilson_published():
         (0, 20): (0.0, 0.1611),
     }.items():
         assert wilson_interval(successes, trials) == pytest.approx(bounds, abs=5e-5)
+
+
+@pytest.mark.parametrize(("a", "b"), [(0, 10), (3, 10), (10, 10), (130, 400), (1, 2850)])
+def test_intervals_and_tests_equal_those_of_scipy(a, b):
+    interval = stats.binomtest(a, b).proportion_ci(method="wilson")
+    assert wilson_interval(a, b) == pytest.approx((interval.low, interval.high), rel=1e-12, abs=1e-15)
+    only_a, only_b = np.arange(b) < a, np.arange(b) >= a
+    assert mcnemar(only_a, only_b) == pytest.approx(stats.binomtest(a, b).pvalue, rel=1e-12)
 
 
 def test_mcnemar_counts_coin_throws():

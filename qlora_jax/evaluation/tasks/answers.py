@@ -7,8 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 import numpy as np
 from jaxtyping import Bool
 
-from qlora_jax.config import QuestionArgs
-from qlora_jax.config.question_settings import FILE_COLUMNS
+from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.data.readers.files import raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
@@ -201,7 +200,7 @@ def grade_replies(
 
 
 def _question(columns: Mapping[str, object], prompter: Prompter, pattern: re.Pattern[str] | None) -> AnswerQuestion:
-    question, answer = values_of(columns, FILE_COLUMNS["answers"])
+    question, answer = values_of(columns, QUESTION_KINDS["answers"].columns)
     if not isinstance(question, str):
         raise wrong_value("question", question, "a text")
     given = answer if isinstance(answer, list) else [answer]

@@ -6,7 +6,7 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qlora_jax.config.question_settings import FILE_COLUMNS
+from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.evaluation.tasks.task_file import values_of, wrong_value
 
 _LETTERED = re.compile(r"([A-Z])\. ")
@@ -29,7 +29,7 @@ def read_question(columns: Mapping[str, object]) -> Question:
     Raises:
       ValueError: columns are missing or malformed, there are fewer than two options, or the answer is not an option.
     """
-    prompt, options, answer = values_of(columns, FILE_COLUMNS["choices"])
+    prompt, options, answer = values_of(columns, QUESTION_KINDS["choices"].columns)
     if not isinstance(prompt, str):
         raise wrong_value("question", prompt, "a text")
     texts = split_lettered(options) if isinstance(options, str) else options

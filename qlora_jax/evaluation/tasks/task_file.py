@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
-from qlora_jax.config.question_settings import FILE_COLUMNS
+from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows, shorten
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 
@@ -19,7 +19,7 @@ _MAX_SHOWN = 20
 def known_columns(task: str) -> Collection[str]:
     """The column names that a task knows."""
     if task != "rows":
-        return FILE_COLUMNS[task]
+        return QUESTION_KINDS[task].columns
     from qlora_jax.data.formats.registry import FORMATS  # imported late, because reading settings should be fast
 
     return {name for form in FORMATS.values() for name in (*form.required, *form.optional)}

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.training.eval_metrics import TaskMetric, task_metrics
 from qlora_jax.training.metrics import Record
 
 GIB = 2**30
-QUESTION_CHARTS = {"choices": "Questions by options", "letters": "Questions by letter", "answers": "Exact answers"}
 
 
 class Line(NamedTuple):
@@ -52,7 +52,7 @@ def charts(records: Sequence[Record], planned: int) -> list[Chart]:
     steps = [record for record in records if "loss" in record]
     warm = _warm(steps)
     found = [
-        *(Chart(caption, "% right", _shares(records, kind)) for kind, caption in QUESTION_CHARTS.items()),
+        *(Chart(kind.caption, "% right", _shares(records, name)) for name, kind in QUESTION_KINDS.items()),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
         Chart("Speed", "tokens a second, no padding", [_line("", warm, lambda r: r["tokens"] / r["seconds"])]),
         Chart("MFU", "% of the device's peak", [_line("", _with(warm, "mfu"), lambda r: 100 * r["mfu"])]),
