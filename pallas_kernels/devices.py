@@ -1,4 +1,4 @@
-"""The device that a computation is for, which need not be here: what dispatch asks before it chooses."""
+"""The target device of a computation, which may be absent. Dispatch chooses implementations by it."""
 
 import dataclasses
 import re
@@ -7,18 +7,18 @@ from typing import Any
 
 import jax
 
-# What meshes call a platform -> jax's own name of it.
+# A mesh's name of a platform -> JAX's name.
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Device:
-    """What tells devices apart for a kernel.
+    """The properties of a device by which kernels are chosen.
 
     Attributes:
-      platform: as jax names it: `cpu`, `gpu`, `tpu`.
-      kind: the maker's name, such as `NVIDIA H100 80GB HBM3`.
-      compute_capability: (major, minor) of an NVIDIA GPU, None elsewhere or where nobody knows it.
+      platform: JAX's name: `cpu`, `gpu`, `tpu`.
+      kind: the vendor's name, such as `NVIDIA H100 80GB HBM3`.
+      compute_capability: (major, minor) of an NVIDIA GPU; None elsewhere, or if it is unknown.
     """
 
     platform: str
@@ -27,7 +27,7 @@ class Device:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a table may know it by, the most special first: `sm_90`, `gpu`."""
+        """The names under which tables list the device, the most specific first: `sm_90`, `gpu`."""
         if self.compute_capability is None:
             return (self.platform,)
         major, minor = self.compute_capability
@@ -39,9 +39,9 @@ class Device:
 
 
 def target_device() -> Device:
-    """The device of the mesh in use, else `jax_default_device`, else the first device.
+    """Returns the device of the current mesh, else `jax_default_device`, else the first device.
 
-    Tracing for an absent card happens under one of the first two, so that what is chosen then is what the card runs.
+    Tracing for an absent card happens under one of the first two, so the choice made there is the card's.
     """
     mesh_device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
     if mesh_device is not None:
@@ -50,7 +50,7 @@ def target_device() -> Device:
 
 
 def device_of(device: Any) -> Device:
-    """What a `jax.Device` is, one of a compile-only topology too."""
+    """Returns the properties of a `jax.Device`, which may be compile-only."""
     return Device(platform=device.platform, kind=device.device_kind, compute_capability=_capability(device))
 
 
@@ -60,13 +60,13 @@ def _capability(device: Any) -> tuple[int, int] | None:
 
 
 def _default_device() -> Any:
-    """`jax_default_device` as a device: it may hold the name of a platform."""
+    """Returns `jax_default_device` as a device; the option may hold the name of a platform."""
     default = jax.config.jax_default_device
     return jax.local_devices(backend=default)[0] if isinstance(default, str) else default
 
 
 def _of_mesh(abstract: Any) -> Device:
-    """A mesh tells a kind and no compute capability: that of a device of the same kind is taken."""
+    """Reads a mesh's device; a mesh has no compute capability, so a known device of the same kind supplies it."""
     platform = str(PLATFORMS.get(abstract.platform, abstract.platform))
     alike = (device for device in _known_devices() if device.device_kind == abstract.device_kind)
     capability = next((_capability(device) for device in alike), None)

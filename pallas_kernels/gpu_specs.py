@@ -1,14 +1,14 @@
-"""NVIDIA cards as data: what they have, and the text that lets XLA compile for one that is absent.
+"""NVIDIA GPUs as data: their specifications, and the text from which XLA compiles for an absent one.
 
-Where the rows come from: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's own descriptions
-(openxla/xla, xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000), shortened. `rtx4090` and
-`l40s` do not exist there: they were written from NVIDIA's data sheets on the a6000's pattern, and never compared with a
-card; their `memory_bytes` in particular is what such a card is believed to report, less than the nominal 24 and 48 GB.
-`bf16_flops` is what data sheets are remembered to say: dense (not sparse) tensor cores, f32 accumulation. It
-agrees with XLA's clocks for h100, h200 and b200; the others were not checked.
+Sources: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's descriptions, shortened (openxla/xla,
+xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000). XLA has none for `rtx4090` and `l40s`:
+those rows follow NVIDIA's data sheets and the a6000, and were never compared with a card. Their `memory_bytes` in
+particular is an estimate of what such a card reports, less than the nominal 24 and 48 GB. `bf16_flops` is from memory
+of data sheets: dense (not sparse) tensor cores, f32 accumulation. It agrees with XLA's clocks for h100, h200 and b200;
+the others are unchecked.
 
-XLA's own code compiles for all of them. Compiling a Hopper kernel (wgmma) for `b200` is an error, with jax 0.12.0.1 one
-that ends the compiler's process.
+XLA's own code compiles for all of them. Compiling a Hopper kernel (wgmma) for `b200` is an error; with jax 0.12.0.1 it
+ends the compiler's process.
 """
 
 import dataclasses
@@ -17,16 +17,16 @@ import difflib
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Card:
-    """One model of card. Sizes in bytes, rates in units a second.
+    """One GPU model. Sizes are in bytes, rates in units per second.
 
-    Fields:
-      description: the name that a driver reports, which becomes `device_kind` in JAX.
+    Attributes:
+      description: the name that the driver reports, which is `device_kind` in JAX.
       compute_capability: (major, minor).
-      accelerated: True where code is made for this one architecture (sm_90a: TMA, wgmma), not for a family.
+      accelerated: True if code is compiled for this one architecture (sm_90a: TMA, wgmma), not for a family.
       bandwidth: device memory, bytes/s.
-      bf16_flops: peak of a dense bf16 product with f32 accumulation, FLOP/s; a fused multiply-add counts two.
-      shared_memory_per_block: the most that one block may ask for (opt-in limit).
-      source: where the row comes from.
+      bf16_flops: peak of a dense bf16 product with f32 accumulation, FLOP/s; a fused multiply-add is two FLOP.
+      shared_memory_per_block: the opt-in limit of one block.
+      source: the origin of the row.
     """
 
     name: str
@@ -47,11 +47,11 @@ class Card:
 
     @property
     def architecture(self) -> str:
-        """The architecture as ptxas names it: sm_90a, sm_86."""
+        """ptxas's name of the architecture: sm_90a, sm_86."""
         return "sm_{}{}".format(*self.compute_capability) + ("a" if self.accelerated else "")
 
 
-# What cards of one generation share. Shared memory: an SM's, and what one block may have of it.
+# Properties that cards of one generation share: shared memory per SM, and the part that one block may use.
 AMPERE = {
     "accelerated": False,
     "threads_per_sm": 2048,
@@ -174,9 +174,9 @@ _ROWS = [
 
 CARDS: dict[str, Card] = {card.name: card for card in _ROWS}
 
-# Peaks by the name that a driver reports: those of the cards above, and of others whose data sheet has the same chip
-# (A100 and H200 say one peak for all their boards). H100 PCIe: its own data sheet, and XLA's h100_pcie (114 SMs x 4096
-# FLOP x 1.62 GHz). A slice of a card (MIG) has another name, and no peak here.
+# Peaks by the name that the driver reports: those of the cards above, and of others with the same chip (the data sheets
+# of A100 and H200 give one peak for all boards). H100 PCIe: its data sheet, and XLA's h100_pcie (114 SMs x 4096 FLOP x
+# 1.62 GHz). A slice of a card (MIG) has a different name and no peak here.
 BF16_PEAKS: dict[str, float] = {card.description: card.bf16_flops for card in _ROWS} | {
     "NVIDIA H200": CARDS["h200"].bf16_flops,
     "NVIDIA H100 PCIe": 756e12,
@@ -189,7 +189,7 @@ BF16_PEAKS: dict[str, float] = {card.description: card.bf16_flops for card in _R
 _LIMITS = {
     "threads_per_block_limit": 1024,
     "threads_per_warp": 32,
-    "shared_memory_per_block": 49152,  # what a block gets without asking; Card's is the opt-in limit
+    "shared_memory_per_block": 49152,  # the default; Card has the opt-in limit
     "block_dim_limit_x": 2147483647,
     "block_dim_limit_y": 65535,
     "block_dim_limit_z": 65535,
@@ -203,20 +203,20 @@ _LIMITS = {
 
 
 def find_card(name: str) -> Card:
-    """The card of this name.
+    """Returns the card of this name.
 
     Raises:
-      ValueError: no such card; the known ones are listed and the nearest is suggested.
+      ValueError: the name is unknown; lists the known cards and suggests the nearest.
     """
     if name in CARDS:
         return CARDS[name]
     near = difflib.get_close_matches(name.lower(), CARDS, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    raise ValueError(f"card {name!r} is not known; known: {', '.join(CARDS)}{hint}")
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"card {name!r} is unknown (known: {', '.join(CARDS)}).{hint}")
 
 
 def target_config(card: Card) -> str:
-    """The text of xla's stream_executor.GpuTargetConfigProto, which `get_topology_desc(target_config=...)` takes."""
+    """Returns the text of XLA's stream_executor.GpuTargetConfigProto, for `get_topology_desc(target_config=...)`."""
     major, minor = card.compute_capability
     feature = "ACCELERATED_FEATURES" if card.accelerated else "NONE"
     fields = _LIMITS | {

@@ -1,6 +1,6 @@
 """`python -m pallas_kernels.kernel_report`: the kernel that would run each product on each card, and its cost.
 
-No card has to be here: what is shown is what the op itself would choose. Dimension key: M rows, N out, K in.
+No card has to be present: the report uses the op's own dispatch. Dimension key: M rows, N out, K in.
 """
 
 import argparse
@@ -9,7 +9,6 @@ import fnmatch
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,35 +20,38 @@ from pallas_kernels.devices import Device
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
-from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, chosen, nf4_matmul, preference
-from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held, roof
+from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation, nf4_matmul, preference
+from pallas_kernels.nf4_matmul.costs import dequantized_bytes, roofline, weight_bytes
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Direction
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
-from pallas_kernels.nf4_matmul.preferred_layout import chosen_layout
+from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import SHAPES, Shape
 
-DESCRIPTION = "What would run each product on each card, why, and what it costs by arithmetic."
+DESCRIPTION = "Prints which kernel would run each product on each card, why, and its cost by arithmetic."
 CPU = "cpu"
 ROWS = (1, 16, 512, 2048)
 BLOCK, NESTED = 64, 256
 MIB = 2**20
 NOTE = (
-    "Sizes, FLOP a byte and roofs are arithmetic on shapes and data sheets; nothing here was measured. Kernels are "
-    "taken up to M = " + ", ".join(f"{most.rows} ({name}, by {most.by})" for name, most in MOST_ROWS.items())
+    "Sizes, FLOP per byte and rooflines are arithmetic on shapes and data sheets; nothing here was measured. Kernels "
+    "are used up to M = " + ", ".join(f"{most.rows} ({name}, by {most.by})" for name, most in MOST_ROWS.items())
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Line:
-    """One product on one device: what would run it, and what it costs.
+class ReportRow:
+    """One product on one device: the implementation that would run it, and its cost.
 
     Attributes:
-      runs: implementation by direction; None where none can.
-      refused: why not what the device would rather have: layouts and implementations, by name.
-      codes, constants, dequantized: bytes of the weight as held, and of a whole one in bfloat16.
-      intensity: FLOP a byte of memory traffic.
-      bound, roof_seconds: which roof is the lower one, and the time under it; None where the card's are not known.
-      compiled: by direction, what the compiler made of it, where that was asked for.
+      runs: the implementation by direction; None if none can run it.
+      refused: reasons by name, for each layout and implementation that the device prefers but that cannot be used.
+      codes: bytes of the weight's codes.
+      constants: bytes of its block constants.
+      dequantized: bytes of a whole weight in bfloat16; 0 if the implementation is fused.
+      intensity: FLOP per byte of memory traffic.
+      bound: `compute` or `memory`, whichever limits the product; None if the device's rates are unknown.
+      roof_seconds: the least time under that limit; None if the device's rates are unknown.
+      compiled: compiler statistics by direction, with `--compile`.
     """
 
     device: str
@@ -70,7 +72,7 @@ class Line:
 
 
 def device_of_card(name: str) -> tuple[Device, Card | None]:
-    """The device that a card is, and its numbers; `cpu` is this machine's, whose roofs nobody knows.
+    """Returns (the device, the card's specifications); for `cpu`, this machine, the specifications are None.
 
     Raises:
       ValueError: an unknown card.
@@ -82,7 +84,7 @@ def device_of_card(name: str) -> tuple[Device, Card | None]:
 
 
 def abstract_weight(shape: tuple[int, int], layout: str) -> QTensor:
-    """An NF4 weight with double quantization, its leaves shapes alone."""
+    """Returns an abstract NF4 weight with double quantization: its leaves are ShapeDtypeStructs."""
     blocks = LAYOUTS[layout].constants_shape(shape, BLOCK)
     constants = shape[0] * shape[1] // BLOCK
     return QTensor(
@@ -99,21 +101,21 @@ def abstract_weight(shape: tuple[int, int], layout: str) -> QTensor:
     )
 
 
-def line(name: str, shape: Shape, m: int, *, compiled: bool = False) -> Line:
-    """What one product of M rows would be on a card, compiled for it or not."""
+def report_row(name: str, shape: Shape, m: int, *, compiled: bool = False) -> ReportRow:
+    """Describes one product of M rows on a card; with `compiled`, also compiles it."""
     device, card = device_of_card(name)
-    layout, refused = chosen_layout(device.platform, shape.nk, BLOCK)
+    layout, refused = choose_layout(device.platform, shape.nk, BLOCK)
     weight = abstract_weight(shape.nk, layout)
-    choices = {way: chosen(device, Call.of(way, m, "bfloat16", weight)) for way in DIRECTIONS}
+    choices = {way: choose_implementation(device, Call.of(way, m, "bfloat16", weight)) for way in DIRECTIONS}
     for way, choice in choices.items():
         refused |= {f"{runs} {way}": reason for runs, reason in choice.refusals.items()}
     runs = choices["forward"].name
     fused = runs is not None and IMPLEMENTATIONS[runs].fused
-    # Roofs of 1 FLOP and 1 byte a second leave the intensity as it is.
+    # Rates of 1 FLOP/s and 1 byte/s, where the card has none, do not change the intensity.
     peak, bandwidth = (card.bf16_flops, card.bandwidth) if card else (1.0, 1.0)
-    under = roof(m, shape.nk, layout, fused=fused, peak=peak, bandwidth=bandwidth)
-    kept = held(shape.nk, layout, block_size=BLOCK, nested_block_size=NESTED)
-    return Line(
+    under = roofline(m, shape.nk, layout, fused=fused, peak=peak, bandwidth=bandwidth)
+    stored = weight_bytes(shape.nk, layout, block_size=BLOCK, nested_block_size=NESTED)
+    return ReportRow(
         device=name,
         shape=shape.name,
         n=shape.n,
@@ -122,8 +124,8 @@ def line(name: str, shape: Shape, m: int, *, compiled: bool = False) -> Line:
         layout=layout,
         runs={way: choice.name for way, choice in choices.items()},
         refused=refused,
-        codes=kept.codes,
-        constants=kept.constants,
+        codes=stored.codes,
+        constants=stored.constants,
         dequantized=0 if fused else dequantized_bytes(shape.nk),
         intensity=under.intensity,
         bound=under.bound if card else None,
@@ -133,7 +135,7 @@ def line(name: str, shape: Shape, m: int, *, compiled: bool = False) -> Line:
 
 
 def compile_product(card: str, weight: QTensor, m: int, direction: Direction) -> dict[str, int]:
-    """Registers, spills, tensor-core instructions and temporaries of one product compiled for a card."""
+    """Compiles one product for a card; returns its registers, spills, tensor-core instructions and temporaries."""
 
     def forward(x, weight):
         return nf4_matmul(x, weight)
@@ -155,8 +157,8 @@ def compile_product(card: str, weight: QTensor, m: int, direction: Direction) ->
 # Output
 
 
-def print_table(name: str, lines: Sequence[Line], console: Console) -> None:
-    """One device's table: a row for each shape, a column for each M."""
+def print_table(name: str, lines: Sequence[ReportRow], console: Console) -> None:
+    """Prints one device's table: a row per shape, a column per M."""
     table = Table(box=None, padding=(0, 1, 0, 0), header_style="dim")
     for title in ("weight", "N x K", "layout"):
         table.add_column(title, no_wrap=True)
@@ -178,7 +180,7 @@ def print_table(name: str, lines: Sequence[Line], console: Console) -> None:
 
 
 def _heading(name: str) -> Iterator[str]:
-    """What the device is, its roofs, and what it would rather run."""
+    """Yields the device, its rates, and its preferred implementations."""
     device, card = device_of_card(name)
     yield f"{name}: {device}"
     if card is not None:
@@ -188,37 +190,37 @@ def _heading(name: str) -> Iterator[str]:
     order = preference(device)
     yield f"  prefers: {', '.join(order)}"
     if not any(IMPLEMENTATIONS[runs].fused for runs in order):
-        yield "  no fused kernel for it: a whole weight is dequantized before each product"
+        yield "  no fused kernel: a whole weight is dequantized before each product"
 
 
-def _by_shape(lines: Sequence[Line]) -> list[list[Line]]:
+def _by_shape(lines: Sequence[ReportRow]) -> list[list[ReportRow]]:
     names = dict.fromkeys(line.shape for line in lines)
     return [[line for line in lines if line.shape == name] for name in names]
 
 
-def _intensity(line: Line) -> str:
-    """FLOP a byte, and by its first letter the roof that it stands under."""
+def _intensity(line: ReportRow) -> str:
+    """Formats FLOP per byte, and the first letter of its bound."""
     digits = 1 if line.intensity < 10 else 0
     return f"{line.intensity:.{digits}f}" + (f" {line.bound[0]}" if line.bound else "")
 
 
-def _runs(lines: Sequence[Line]) -> str:
-    """The implementation, by M and direction where they differ."""
+def _runs(lines: Sequence[ReportRow]) -> str:
+    """Formats the implementation, by M and direction if they differ."""
     names = {name or "none" for line in lines for name in line.runs.values()}
     if len(names) == 1:
         return names.pop()
     return ", ".join(f"{line.m}: {'/'.join(name or 'none' for name in line.runs.values())}" for line in lines)
 
 
-def _compiled_texts(lines: Sequence[Line]) -> Iterator[str]:
+def _compiled_texts(lines: Sequence[ReportRow]) -> Iterator[str]:
     for line in lines:
         for way, facts in line.compiled.items():
-            told = ", ".join(f"{value:,} {what}" for what, value in facts.items())
-            yield f"  compiled {line.shape} M={line.m} {way}: {told}"
+            text = ", ".join(f"{value:,} {name}" for name, value in facts.items())
+            yield f"  compiled {line.shape} M={line.m} {way}: {text}"
 
 
-def plain(line: Line) -> str:
-    """All of a line, for a pipe."""
+def row_text(line: ReportRow) -> str:
+    """Formats all of a row as one line, for a pipe."""
     bound = f", {line.bound} bound, not under {line.roof_seconds * 1e6:.1f} us" if line.roof_seconds else ""
     runs = ", ".join(f"{way} {name or 'none'}" for way, name in line.runs.items())
     refused = "".join(f"; not {what}: {why}" for what, why in line.refused.items())
@@ -235,42 +237,44 @@ def plain(line: Line) -> str:
 def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is below 1")
+        raise argparse.ArgumentTypeError(f"found {text}, expected 1 or more")
     return number
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m pallas_kernels.kernel_report", description=DESCRIPTION)
-    parser.add_argument("--card", nargs="+", default=[CPU, *CARDS], help=f"of: {CPU}, {', '.join(CARDS)}")
+    parser.add_argument("--card", nargs="+", default=[CPU, *CARDS], help=f"cards: {CPU}, {', '.join(CARDS)}")
     parser.add_argument("--m", nargs="+", type=_positive, default=list(ROWS), help="rows of x")
     parser.add_argument("--shape", nargs="+", default=["*"], help="names or patterns, such as 'llama-2-7b/*'")
     parser.add_argument("--json", action="store_true", help="one JSON document instead of a table")
-    parser.add_argument("--compile", action="store_true", help="compile for the cards: takes seconds a product")
+    parser.add_argument("--compile", action="store_true", help="compile for the cards: takes seconds per product")
     return parser.parse_args(argv)
 
 
 def _shapes(patterns: Sequence[str]) -> list[Shape]:
     for pattern in patterns:
         if not fnmatch.filter(SHAPES, pattern):
-            raise ValueError(f"shape {pattern!r} matches none of: {', '.join(SHAPES)}")
+            raise ValueError(f"shape {pattern!r} matches none of: {', '.join(SHAPES)}.")
     return [shape for name, shape in SHAPES.items() if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 
-def report(args: Any, console: Console) -> None:
-    """Prints what the arguments ask for.
+def report(args: argparse.Namespace, console: Console) -> None:
+    """Prints the report that the arguments describe.
 
     Raises:
       ValueError: an unknown card or shape.
-      CompilerUnavailableError: `--compile` where that can not be done.
+      CompilerUnavailableError: this installation does not support `--compile`.
     """
     shapes = _shapes(args.shape)
     for name in args.card:
-        device_of_card(name)  # all names are read before anything is printed
+        device_of_card(name)  # raises before anything is printed
     if args.compile:
-        jax.config.update("jax_platforms", "cpu")  # the cards are absent; JAX shall not look for them
+        jax.config.update("jax_platforms", "cpu")  # the cards are absent, so JAX must not look for them
         if problem := aot.problem():
             raise aot.CompilerUnavailableError(f"--compile: {problem}")
-    by_card = {name: [line(name, s, m, compiled=args.compile) for s in shapes for m in args.m] for name in args.card}
+    by_card = {
+        name: [report_row(name, s, m, compiled=args.compile) for s in shapes for m in args.m] for name in args.card
+    }
     if args.json:
         lines = [dataclasses.asdict(line) for lines in by_card.values() for line in lines]
         print(json.dumps({"note": NOTE, "lines": lines}, indent=1))
@@ -279,13 +283,17 @@ def report(args: Any, console: Console) -> None:
         if console.is_terminal:
             print_table(name, lines, console)
         else:
-            print("\n".join([*map(plain, lines), *_compiled_texts(lines)]))
+            print("\n".join([*map(row_text, lines), *_compiled_texts(lines)]))
     wrap = not console.is_terminal
-    console.print(f"F/B: FLOP a byte, m: bandwidth bounds it, c: the peak. {NOTE}.", highlight=False, soft_wrap=wrap)
+    console.print(
+        f"F/B: FLOP per byte, m: bound by memory bandwidth, c: by peak compute. {NOTE}.",
+        highlight=False,
+        soft_wrap=wrap,
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; its exit code."""
+    """Runs the command and returns its exit code."""
     try:
         report(_arguments(argv), Console())
     except (ValueError, aot.CompilerUnavailableError) as error:

@@ -1,4 +1,4 @@
-"""Ahead of time: compile a JAX function for an NVIDIA card that is absent, and read what it would use.
+"""Ahead-of-time compilation of JAX functions for NVIDIA GPUs that are not in this machine.
 
 compiled = compile_for("a100", step, params, on_host(moments), batch)
 compiled.memory.device_total, compiled.fits, compiled.kernels, compiled.largest_temporaries()

@@ -1,4 +1,4 @@
-"""compile_for: a JAX function, compiled to machine code for an NVIDIA card that is not in this machine."""
+"""compile_for: compiles a JAX function to machine code for an NVIDIA card that is not in this machine."""
 
 import dataclasses
 import functools
@@ -21,11 +21,12 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class CompiledFor:
-    """A program compiled for `card`. What costs time is read when it is asked for, once.
+    """A program compiled for `card`. Expensive properties are computed on first use.
 
-    Fields:
+    Attributes:
+      memory: bytes by kind, on the card and on the host.
       text: the optimized HLO.
-      serialized: the executable as XLA serializes it.
+      serialized: the executable in XLA's serialization.
     """
 
     card: Card
@@ -35,27 +36,27 @@ class CompiledFor:
 
     @property
     def fits(self) -> bool:
-        """Whether the program's own bytes fit the card; the CUDA context and fragmentation want about 1 GiB more."""
+        """True if the program's bytes fit the card; the CUDA context and fragmentation take about 1 GiB more."""
         return self.memory.device_total <= self.card.memory_bytes
 
     def check_fits(self) -> None:
-        """Raises ValueError with the numbers where the program does not fit the card (XLA compiles it all the same)."""
+        """Raises ValueError if the program does not fit the card, with the numbers. XLA compiles it regardless."""
         if self.fits:
             return
         used = self.memory.device
         parts = {"arguments": used.arguments, "outputs": used.outputs - used.aliases, "temporaries": used.temporaries}
-        told = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
+        text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts.items())
         raise ValueError(
-            f"the program needs {used.total / GIB:.2f} GiB ({told}), {self.card.description} has "
+            f"the program needs {used.total / GIB:.2f} GiB ({text}), {self.card.description} has "
             f"{self.card.memory_bytes / GIB:.2f} GiB"
         )
 
     @functools.cached_property
     def kernels(self) -> list[Kernel]:
-        """The kernels as the assembler made them; calls of libraries (cuBLAS, cuDNN) are not among them.
+        """The kernels in the assembler's output; library calls (cuBLAS, cuDNN) are not included.
 
         Raises:
-          RuntimeError: one of them is for another architecture than the card's.
+          RuntimeError: a kernel is not for the card's architecture.
         """
         kernels = read_kernels(find_cubins(self._executable))
         wrong = [f"{kernel.name}: {kernel.architecture}" for kernel in kernels]
@@ -66,21 +67,21 @@ class CompiledFor:
 
     @property
     def tensor_core_instructions(self) -> int:
-        """Products on tensor cores in all kernels, as they stand in the code."""
+        """The number of tensor-core instructions in the code of all kernels."""
         return sum(kernel.tensor_core_instructions for kernel in self.kernels)
 
     @property
     def spilled(self) -> tuple[str, ...]:
-        """Names of the kernels that keep something in local memory because it did not fit registers."""
+        """The names of kernels that spill registers to local memory."""
         return tuple(kernel.name for kernel in self.kernels if kernel.stack_bytes)
 
     @property
     def exceeding_shared_memory(self) -> tuple[str, ...]:
-        """Names of the kernels that the card would not launch: a block can not have the shared memory they ask for."""
+        """The names of kernels that the card cannot launch, because a block exceeds the available shared memory."""
         return tuple(k.name for k in self.kernels if k.shared_bytes > self.card.shared_memory_per_sm)
 
     def largest_temporaries(self, count: int = 10) -> list[Temporary]:
-        """The largest temporary buffers, on the card and in host memory."""
+        """Returns the largest temporary buffers, on the card and in host memory."""
         return read_temporaries(self._executable, self.text)[:count]
 
     @functools.cached_property
@@ -96,30 +97,30 @@ def compile_for(
     static_argnums: int | Sequence[int] = (),
     **kwargs: Any,
 ) -> CompiledFor:
-    """Compiles `fn(*args, **kwargs)` for a card of pallas_kernels.gpu_specs.CARDS, or several, which need not be here.
+    """Compiles `fn(*args, **kwargs)` for one or several cards of pallas_kernels.gpu_specs.CARDS, which may be absent.
 
-    While `fn` is traced, the absent card is `jax_default_device`, so that Pallas and our own dispatch make code for it;
-    no array can be made on it. XLA runs in a process of its own for each architecture (pallas_kernels.aot.worker says
-    why), which takes two seconds to start and ends with this one. JAX's compilation cache has no part in it.
+    While `fn` is traced, the absent card is `jax_default_device`, so that Pallas and our own dispatch make code for it.
+    No array can be made on it. XLA runs in a separate process per architecture (see pallas_kernels.aot.worker), which
+    takes two seconds to start and ends with this process. JAX's compilation cache is not used.
 
     Args:
       card: a key of CARDS.
-      fn: a function, or one that is jitted already; then its own donations and static arguments hold.
-      args, kwargs: pytrees whose leaves have a shape and a dtype (arrays, ShapeDtypeStruct), of which nothing else is
-        read; other leaves (numbers, static arguments) are given to `fn` as they are. Leaves are on the card, except
-        those of `on_host`. Where some have a NamedSharding on an AbstractMesh, the program is for as many cards of one
-        host as the mesh has: those leaves lie over them so, all others are whole on each, and memory is one card's.
-        A result is in host memory where `fn` ends with `jax.device_put(x, jax.memory.Space.Host)`.
-      donate_argnums, static_argnums: as jax.jit has them.
+      fn: a function; if it is already jitted, its own donations and static arguments apply.
+      args, kwargs: pytrees of arrays or ShapeDtypeStructs, of which only shape, dtype and sharding are read. Other
+        leaves (numbers, static arguments) are passed to `fn` unchanged. Leaves are on the card, except those of
+        `on_host`. If leaves have a NamedSharding on an AbstractMesh, the program is for that many cards of one host:
+        these leaves are sharded, all others are replicated, and memory is that of one card. A result is in host
+        memory if `fn` ends with `jax.device_put(x, jax.memory.Space.Host)`.
+      donate_argnums, static_argnums: those of jax.jit.
 
     Raises:
       CompilerUnavailableError: packages are missing, or JAX has not loaded its CUDA plugin; see `problem`.
-      ValueError: an unknown card; donate_argnums or static_argnums for a function that is jitted already; array
-        arguments that are all on the host, or on several meshes.
-      RuntimeError: JAX did not keep an array in the memory that it was told to (pallas_kernels.aot.placement).
+      ValueError: an unknown card; donate_argnums or static_argnums for a jitted function; array arguments that are all
+        on the host, or on several meshes.
+      RuntimeError: JAX dropped an array's memory kind (pallas_kernels.aot.placement).
       CompilerCrashedError: XLA or LLVM ended its process.
-      Whatever tracing and compiling raise: a kernel that this card can't run. A program larger than the card's
-      memory is no error (CompiledFor.check_fits), nor is a Mosaic kernel with too much shared memory
+      Other errors of tracing and compiling: the card does not support a kernel. A program larger than the card's
+      memory is not an error (CompiledFor.check_fits), nor is a Mosaic kernel with too much shared memory
       (CompiledFor.exceeding_shared_memory).
     """
     spec = find_card(card)
@@ -139,5 +140,5 @@ def _jitted(fn: Callable[..., Any], donate_argnums: int | Sequence[int], static_
     if not hasattr(fn, "trace"):
         return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
     if donate_argnums != () or static_argnums != ():
-        raise ValueError(f"{fn} is jitted already: {donate_argnums=} and {static_argnums=} belong into its own jax.jit")
+        raise ValueError(f"{fn} is jitted already: {donate_argnums=} and {static_argnums=} belong in its own jax.jit.")
     return fn

@@ -1,7 +1,7 @@
-"""The machine code inside of an executable: one ELF image (a cubin) for each kernel that XLA, Triton or Mosaic made.
+"""The machine code in an executable: one ELF image (a cubin) per kernel of XLA, Triton or Mosaic.
 
-Schemas: openxla/xla, xla/backends/gpu/runtime/thunk.proto and what it imports. A kernel's message names its dynamic
-shared memory beside its cubin, which the cubin itself does not say; where, depends on who made the kernel.
+Schemas: openxla/xla, xla/backends/gpu/runtime/thunk.proto and its imports. A kernel's message has its dynamic shared
+memory, which the cubin does not contain. The field depends on the compiler that made the kernel.
 """
 
 import dataclasses
@@ -9,8 +9,8 @@ from collections.abc import Iterator
 
 from pallas_kernels.aot import protobuf
 
-ELF, CUDA_MACHINE = b"\x7fELF", 190  # e_machine of the ELF header, two bytes at 18; Mosaic has host code in an ELF too
-MODULE_BINARY = 4  # GpuExecutableProto.binary: code that belongs to no one thunk
+ELF, CUDA_MACHINE = b"\x7fELF", 190  # e_machine, two bytes at 18 of the ELF header; Mosaic also has host code in an ELF
+MODULE_BINARY = 4  # GpuExecutableProto.binary: code shared by thunks
 
 # (path of fields from a kernel's message to its cubin, field of its bytes of dynamic shared memory).
 _XLA_KERNEL = ((2, 2, 1), 6)  # CustomKernelProto: kernel_spec, its cubin, its bytes; shared_memory_bytes
@@ -20,17 +20,17 @@ _FORMS = (_XLA_KERNEL, _MOSAIC_KERNEL)
 
 @dataclasses.dataclass(frozen=True)
 class Cubin:
-    """One ELF image, and the bytes of shared memory that its launch adds to what the image itself declares."""
+    """One ELF image, and the bytes of shared memory that its launch adds to those that the image declares."""
 
     image: bytes
     dynamic_shared_bytes: int
 
 
 def find_cubins(executable: bytes) -> list[Cubin]:
-    """All distinct cubins of a GpuExecutableProto, in order of appearance.
+    """Returns all distinct cubins of a GpuExecutableProto, in order of appearance.
 
     Raises:
-      ValueError: a cubin lies where none is expected, so its shared memory can't be told.
+      ValueError: a cubin is in an unexpected field, so its shared memory is unknown.
     """
     return list(dict.fromkeys(_walk(executable, ())))
 
@@ -54,4 +54,4 @@ def _dynamic_shared_bytes(path: tuple[tuple[int, bytes], ...]) -> int:
         if numbers[-len(to_cubin) :] == to_cubin:
             _, kernel = path[-len(to_cubin)]
             return protobuf.integer(kernel, shared)
-    raise ValueError(f"a cubin lies at the fields {numbers} of XLA's executable; its form has changed")
+    raise ValueError(f"XLA's executable: found a cubin at the fields {numbers}; its form has changed.")

@@ -1,8 +1,8 @@
-"""What XLA's GPU compiler serialized: one GpuExecutableProto, put together from the files that hold it.
+"""Reads the GpuExecutableProto that XLA's GPU compiler serialized, and joins its parts.
 
 Schemas: openxla/xla, xla/service/gpu/gpu_executable.proto; xla/util/split_proto (writers of the parts). A split proto
-is a Riegeli file: first a manifest, then the parts, each of which is either merged into the message or is the value of
-one field. The executable lies, so split, in a field of another split proto that also holds the compile options.
+is a Riegeli file: a manifest, then the parts. Each part is either merged into the message or is the value of one field.
+The split executable is a field of another split proto, which also has the compile options.
 """
 
 from pallas_kernels.aot import protobuf, riegeli
@@ -13,14 +13,14 @@ _INNER = 1  # ExecutableAndOptionsProto.serialized_executable
 
 
 def read_executable(serialized: bytes) -> bytes:
-    """The message GpuExecutableProto out of what `Compiled.runtime_executable().serialize()` returns.
+    """Returns the GpuExecutableProto in the bytes of `Compiled.runtime_executable().serialize()`.
 
     Raises:
-      ValueError: the bytes are in another form, so XLA has changed it.
+      ValueError: the form is unknown, because XLA has changed it.
     """
     start = serialized.find(riegeli.SIGNATURE)
     if start < 0:
-        raise ValueError("XLA's serialized executable holds no Riegeli file; its form has changed")
+        raise ValueError("XLA's serialized executable contains no Riegeli file; its form has changed.")
     inner = protobuf.submessage(_join(serialized[start:]), _INNER)
     return _join(inner)
 
@@ -29,7 +29,7 @@ def _join(file: bytes) -> bytes:
     manifest, *parts = riegeli.records(file)
     places = protobuf.submessages(manifest, _PARTS)
     if len(places) != len(parts):
-        raise ValueError(f"a split proto's manifest names {len(places)} parts, its file holds {len(parts)}")
+        raise ValueError(f"split proto: its manifest names {len(places)} parts, its file has {len(parts)}.")
     return b"".join(_as_message(place, part) for place, part in zip(places, parts, strict=True))
 
 

@@ -1,6 +1,6 @@
-"""What the assembler made of each kernel: registers, spills, shared memory, instructions, and the loops that matter.
+"""Reads each kernel's machine code: registers, spills, shared memory, instructions, and tensor-core loops.
 
-Read from NVIDIA's own tools: `cuobjdump -res-usage` for resources, `nvdisasm -c` for the listing (SASS).
+The sources are NVIDIA's tools: `cuobjdump -res-usage` for resources, `nvdisasm -c` for the listing (SASS).
 """
 
 import re
@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pallas_kernels.aot import toolchain
 from pallas_kernels.aot.cubins import Cubin
 
-TENSOR_CORE = "MMA"  # in the name of every tensor-core product: HMMA, HGMMA, IMMA, UTCHMMA
+TENSOR_CORE = "MMA"  # in the name of every tensor-core instruction: HMMA, HGMMA, IMMA, UTCHMMA
 
 _RESOURCES = re.compile(r"Function (\S+?):\s*REG:(\d+) STACK:(\d+) SHARED:(\d+)")
 _ARCHITECTURE = re.compile(r"^\s*\.target\s+(\w+)", re.MULTILINE)
@@ -27,21 +27,21 @@ _UNCONDITIONAL = re.compile(r"^(BRA(\.\w+)*\s+`?\(?\.L_|EXIT|RET|BRX|JMX)")
 
 
 class Loop(NamedTuple):
-    """One loop: the instructions from its first to its branch back, each counted once, inner loops included."""
+    """One loop: its instructions from the first to the branch back, each counted once, inner loops included."""
 
     instructions: int
     opcodes: Counter[str]
 
 
 class Kernel(NamedTuple):
-    """One kernel as it would run. Bytes are a thread's (stack) and a block's (shared).
+    """One kernel's machine code.
 
-    Fields:
-      architecture: as ptxas names it (sm_90a).
-      stack_bytes: registers that did not fit (spills), and arrays that a thread indexes; 0 in a good kernel.
-      shared_bytes: static and dynamic, and the 1024 that the driver keeps of each block; an SM has no more for a block.
-      opcodes: instructions by name without suffixes (HMMA, LDS), as they stand in the code.
-      loops: those that hold tensor-core instructions, in order of their end, so that an inner comes before its outer.
+    Attributes:
+      architecture: ptxas's name (sm_90a).
+      stack_bytes: per thread: spilled registers, and arrays that a thread indexes; 0 in a good kernel.
+      shared_bytes: per block: static, dynamic, and the 1024 bytes that the driver reserves.
+      opcodes: counts of instructions in the code by name without suffixes (HMMA, LDS).
+      loops: loops with tensor-core instructions, in order of their end, so inner loops precede outer ones.
     """
 
     name: str
@@ -54,21 +54,21 @@ class Kernel(NamedTuple):
 
     @property
     def tensor_core_instructions(self) -> int:
-        """How many of its instructions are products on tensor cores, as they stand in the code."""
+        """The number of tensor-core instructions in the kernel's code."""
         return tensor_core_instructions(self.opcodes)
 
 
 def tensor_core_instructions(opcodes: Counter[str]) -> int:
-    """How many of the instructions counted are products on tensor cores."""
+    """Returns the number of tensor-core instructions among those counted."""
     return sum(count for opcode, count in opcodes.items() if TENSOR_CORE in opcode)
 
 
 def read_kernels(cubins: list[Cubin]) -> list[Kernel]:
-    """The kernels of all cubins, in order.
+    """Returns the kernels of all cubins, in order.
 
     Raises:
       CompilerUnavailableError: NVIDIA's tools are not installed.
-      subprocess.CalledProcessError: one of them does not take a cubin.
+      subprocess.CalledProcessError: one of them cannot read a cubin.
     """
     with tempfile.TemporaryDirectory() as folder:
         return [kernel for cubin in cubins for kernel in _read_cubin(cubin, Path(folder) / "kernel.cubin")]
@@ -92,7 +92,7 @@ def _output(tool: str, *arguments: str) -> str:
 
 
 def split_listing(listing: str) -> dict[str, list[str]]:
-    """{function: the lines of its code} of what `nvdisasm -c` prints for a cubin."""
+    """Splits the output of `nvdisasm -c` for a cubin into {function: the lines of its code}."""
     functions: dict[str, list[str]] = {}
     lines: list[str] = []
     for line in listing.splitlines():
@@ -103,7 +103,7 @@ def split_listing(listing: str) -> dict[str, list[str]]:
 
 
 def read_listing(lines: list[str]) -> tuple[Counter[str], tuple[Loop, ...]]:
-    """(opcodes, tensor-core loops) of one function's code."""
+    """Returns (opcodes, tensor-core loops) of one function's code."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     for line in lines:
@@ -122,9 +122,9 @@ def _count(instructions: list[str]) -> Counter[str]:
 
 
 def _find_loops(instructions: list[str], labels: dict[str, int]) -> Iterator[tuple[int, int]]:
-    """(first, last) of each loop: a branch back to an instruction that every way to the branch passes.
+    """Yields (first, last) of each loop: a branch back to an instruction that every path to the branch passes.
 
-    The second half matters: slow paths (a barrier that is not there yet) stand behind the code and branch back into it.
+    This excludes slow paths (a barrier that has not completed), which follow the code and branch back into it.
     """
     targets = _branch_targets(instructions, labels)
     for branch, target in targets.items():
@@ -141,7 +141,7 @@ def _branch_targets(instructions: list[str], labels: dict[str, int]) -> dict[int
 
 
 def _reaches(goal: int, avoid: int, instructions: list[str], targets: dict[int, int]) -> bool:
-    """Whether the function's start reaches the instruction `goal` without passing `avoid`."""
+    """True if the function's start reaches the instruction `goal` without passing `avoid`."""
     seen, waiting = {avoid}, [0]
     while waiting:
         at = waiting.pop()

@@ -1,4 +1,4 @@
-"""Bytes of a compiled program by kind: on the card, in the host's memory, and who the largest temporaries are.
+"""A compiled program's bytes by kind, on the card and in host memory, and its largest temporaries.
 
 Schemas: openxla/xla, xla/service/hlo.proto (HloModuleProto, BufferAssignmentProto).
 """
@@ -10,12 +10,12 @@ from typing import Any
 
 from pallas_kernels.aot import protobuf
 
-HOST_COLOR = 5  # xla::Layout::kHostMemorySpace; prints as S(5)
+HOST_COLOR = 5  # xla::Layout::kHostMemorySpace, printed as S(5)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Bytes:
-    """Bytes in one memory. Aliases are outputs that lie in donated arguments, so they count once in `total`."""
+    """Bytes in one memory. Aliases are outputs in donated arguments, so they count once in `total`."""
 
     arguments: int
     outputs: int
@@ -30,9 +30,9 @@ class Bytes:
 
 @dataclasses.dataclass(frozen=True)
 class MemoryUse:
-    """XLA's buffer assignment. What it leaves out: the CUDA context, fragmentation, and libraries' own scratch.
+    """The bytes of XLA's buffer assignment, without the CUDA context, fragmentation, and scratch of libraries.
 
-    XLA's `peak_memory_in_bytes` is not here: it adds bytes of the host to those of the card.
+    XLA's `peak_memory_in_bytes` is omitted, because it adds host bytes to those of the card.
     """
 
     device: Bytes
@@ -45,18 +45,19 @@ class MemoryUse:
 
     @property
     def host_total(self) -> int:
-        """Bytes in the host's memory, for arrays that live there or are moved there: the same sum."""
+        """Bytes in host memory, of arrays that are there or are moved there: the same sum."""
         return self.host.total
 
 
 @dataclasses.dataclass(frozen=True)
 class Temporary:
-    """One temporary buffer. Buffers that are not live together share bytes: sizes do not add up to the total.
+    """One temporary buffer. Buffers that are not live together share bytes, so sizes do not add up to the total.
 
-    Fields:
-      instruction, shape: of the optimized HLO; the shape is the whole one where the buffer is part of a tuple.
-      operation: the path in the JAX program that it comes from (`jit(step)/dot_general`), or "".
+    Attributes:
       memory: "device" or "host".
+      instruction: its name in the optimized HLO.
+      shape: the instruction's shape, which is that of a whole tuple if the buffer is part of one.
+      operation: its path in the JAX program (`jit(step)/dot_general`), or "".
     """
 
     bytes: int
@@ -67,7 +68,7 @@ class Temporary:
 
 
 def read_memory(analysis: Any) -> MemoryUse:
-    """The numbers of `jax.stages.Compiled.memory_analysis()`."""
+    """Reads `jax.stages.Compiled.memory_analysis()`."""
 
     def one(prefix: str) -> Bytes:
         kinds = {"arguments": "argument", "outputs": "output", "aliases": "alias", "temporaries": "temp"}
@@ -77,7 +78,7 @@ def read_memory(analysis: Any) -> MemoryUse:
 
 
 def read_temporaries(executable: bytes, text: str) -> list[Temporary]:
-    """All temporary buffers of a GpuExecutableProto, largest first; `text` is the same program's optimized HLO."""
+    """Returns all temporary buffers of a GpuExecutableProto, largest first; `text` is the program's optimized HLO."""
     module = protobuf.submessage(protobuf.submessage(executable, 1), 1)
     assignment = protobuf.submessage(executable, 2)
     names = dict(_instruction_names(module))
@@ -92,14 +93,14 @@ def read_temporaries(executable: bytes, text: str) -> list[Temporary]:
 
 
 def _instruction_names(module: bytes) -> Iterator[tuple[int, str]]:
-    """(id, name) of every instruction: HloModuleProto.computations, .instructions, .id and .name."""
+    """Yields (id, name) of every instruction: HloModuleProto.computations, .instructions, .id and .name."""
     for computation in protobuf.submessages(module, 3):
         for instruction in protobuf.submessages(computation, 2):
             yield protobuf.integer(instruction, 35), protobuf.submessage(instruction, 1).decode()
 
 
 def _assigned_temporaries(assignment: bytes) -> Iterator[tuple[int, bytes]]:
-    """(color, BufferAllocationProto.Assigned) of each buffer that lies in an allocation of temporaries."""
+    """Yields (color, BufferAllocationProto.Assigned) of each buffer in an allocation of temporaries."""
     for allocation in protobuf.submessages(assignment, 3):
         # Thread-local (scalars inside of kernels), entry parameter, may be live out, constant.
         if not any(protobuf.integer(allocation, number) for number in (3, 5, 7, 12)):

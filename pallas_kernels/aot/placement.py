@@ -1,7 +1,7 @@
-"""Which memory each argument and result lies in: the card's, or the host's; and that JAX keeps it so.
+"""The memory of each argument and result, the card's or the host's, and checks that JAX preserves it.
 
-On the mesh of a compile-only device JAX drops memory kinds without a word (such a device says that it has no memories);
-on that mesh's abstract twin it keeps them. One argument has to be on the mesh itself, which tells what to compile for.
+On the mesh of a compile-only device, JAX silently drops memory kinds, because such a device reports no memories. On an
+abstract mesh it preserves them. One argument must be on the concrete mesh, so that JAX knows the target.
 """
 
 import re
@@ -13,35 +13,36 @@ from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 HOST = "pinned_host"
-HOST_LAYOUT = "S(5)"  # what the layout of an array in host memory has in HLO
+HOST_LAYOUT = "S(5)"  # in the HLO layout of an array in host memory
 ONE_CARD = AbstractMesh((1,), ("device",), (AxisType.Auto,))
 
 
 def on_host(tree: Any) -> Any:
-    """The same pytree as arguments of compile_for that lie in the host's pinned memory.
+    """Marks a pytree of arguments of compile_for as being in pinned host memory.
 
-    The function brings them over itself: `jax.device_put(x, jax.memory.Space.Device)`.
+    The compiled function moves them itself: `jax.device_put(x, jax.memory.Space.Device)`.
     """
     sharding = NamedSharding(ONE_CARD, PartitionSpec(), memory_kind=HOST)
     return jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree)
 
 
 def mesh_of(tree: Any) -> AbstractMesh:
-    """The abstract mesh that the leaves' shardings speak of; that of one card where none does.
+    """Returns the abstract mesh of the leaves' shardings; one card's if there is none.
 
     Raises:
       ValueError: there are several such meshes.
     """
     shardings = [getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree)]
-    spoken_of = (one.mesh for one in shardings if isinstance(one, NamedSharding) and one.memory_kind != HOST)
-    meshes = {mesh for mesh in spoken_of if isinstance(mesh, AbstractMesh)}
+    named = (one.mesh for one in shardings if isinstance(one, NamedSharding) and one.memory_kind != HOST)
+    meshes = {mesh for mesh in named if isinstance(mesh, AbstractMesh)}
     if len(meshes) > 1:
-        raise ValueError(f"array arguments lie on several meshes: {', '.join(map(str, meshes))}; one is needed")
+        found = ", ".join(map(str, meshes))
+        raise ValueError(f"array arguments are on several meshes (found {found}, expected one).")
     return next(iter(meshes), ONE_CARD)
 
 
 def place(tree: Any, *devices: Any) -> Any:
-    """Array leaves as ShapeDtypeStructs on the devices of `mesh_of`, or in the host's memory where they are `on_host`.
+    """Converts arrays to ShapeDtypeStructs on the devices of `mesh_of`, or in host memory if they are `on_host`.
 
     Raises:
       ValueError: all of them are in host memory.
@@ -51,7 +52,9 @@ def place(tree: Any, *devices: Any) -> Any:
     in_host = NamedSharding(mesh.abstract_mesh, PartitionSpec(), memory_kind=HOST)
     arrays = [leaf for leaf in jax.tree.leaves(tree) if _is_array(leaf)]
     if arrays and all(map(_is_on_host, arrays)):
-        raise ValueError("all array arguments are on_host; JAX needs one on the card to know what it compiles for")
+        raise ValueError(
+            "all array arguments are on_host, but JAX derives the target from one on the card. Keep one there."
+        )
 
     def placed(leaf):
         sharding = getattr(leaf, "sharding", None)
@@ -62,12 +65,12 @@ def place(tree: Any, *devices: Any) -> Any:
 
 
 def check_host_kept(traced: Any, text: str) -> None:
-    """Raises RuntimeError unless the optimized HLO has the arrays in host memory that the traced program says.
+    """Raises RuntimeError unless the optimized HLO has in host memory the arrays that the traced program places there.
 
-    Otherwise an offload that does not happen would pass for one that does.
+    Otherwise an offload that does not happen would go unnoticed.
     """
     jaxpr = traced.jaxpr.jaxpr
-    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # jit gives XLA the used arguments only
+    _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))  # jit passes only used arguments to XLA
     arguments = [variable for variable, is_used in zip(jaxpr.invars, used, strict=True) if is_used]
     wanted = (_count_host(arguments), _count_host(jaxpr.outvars))
     header = text.split("\n", 1)[0]
@@ -76,13 +79,13 @@ def check_host_kept(traced: Any, text: str) -> None:
     if found[0] != wanted[0] or found[1] < wanted[1]:  # jit's out_shardings may have moved more results
         raise RuntimeError(
             f"the program has {wanted} (arguments, results) in host memory, JAX compiled it with {found}: memory kinds "
-            "were dropped, so its bytes on the card are not to be believed"
+            "were dropped, so its bytes on the card are wrong."
         )
     _check_donations(header, *in_host)
 
 
 def _in_host(header: str) -> tuple[list[bool], list[bool]]:
-    """Of each argument and each result of the entry computation, whether its layout is in host memory."""
+    """Returns, for each argument and result of the entry computation, True if its layout is in host memory."""
     layout = re.search(r"entry_computation_layout=\{\((.*?)\)->(.*?)\}(?:, \w+=|$)", header)
     assert layout is not None, header
     arguments, results = ([HOST_LAYOUT in shape for shape in part.split(", ")] for part in layout.groups())
@@ -90,19 +93,19 @@ def _in_host(header: str) -> tuple[list[bool], list[bool]]:
 
 
 def _check_donations(header: str, arguments: list[bool], results: list[bool]) -> None:
-    """Raises RuntimeError where a donated argument's bytes are given to a result in the other memory.
+    """Raises RuntimeError if a donated argument's bytes are given to a result in the other memory.
 
-    JAX matches donations by shape and dtype alone where it does not know the memory of every argument and result, and
-    XLA believes it: the result lies where the argument was. On a real card jit's out_shardings make them known, and
-    without them the same happens; here nothing does, for the arguments on a compile-only device have no memory kind.
+    Unless JAX knows the memory of every argument and result, it matches donations by shape and dtype only, and XLA then
+    puts the result where the argument was. On a real card jit's out_shardings supply that knowledge. Here nothing does,
+    because arguments on a compile-only device have no memory kind.
     """
     for result, argument in re.findall(r"\{(\d*)\}: \((\d+), \{\}, \w+-alias\)", header):
         at = (int(argument), int(result or 0))
         if arguments[at[0]] != results[at[1]]:
             raise RuntimeError(
-                f"JAX gives result {at[1]} the bytes of donated argument {at[0]} (of those that are used), though one "
-                "is in host memory and the other on the card; do not donate that argument, or return first, of the "
-                "results of its shape and dtype, the one that takes its place"
+                f"JAX gives result {at[1]} the bytes of donated argument {at[0]} (of the used ones), but one is in "
+                "host memory and the other on the card: do not donate that argument, or return the result that takes "
+                "its place before other results of its shape and dtype."
             )
 
 

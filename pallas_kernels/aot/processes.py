@@ -1,4 +1,4 @@
-"""The compilers' processes: one for each architecture, started when it is first needed, ended with this process."""
+"""The compiler processes: one per architecture, started on first use, ended with this process."""
 
 import atexit
 import functools
@@ -13,19 +13,19 @@ import jax
 
 from pallas_kernels.aot.worker import Program, Reply, Request
 
-_ROOT = Path(__file__).resolve().parents[2]  # the folder to import pallas_kernels from
+_ROOT = Path(__file__).resolve().parents[2]  # the folder that contains pallas_kernels
 
 
 class CompilerCrashedError(RuntimeError):
-    """XLA's compiler ended its process; what it said last is on stderr."""
+    """XLA's compiler ended its process; its last output is on stderr."""
 
 
 def build(request: Request) -> Program:
-    """Compiles in the process of the card's architecture.
+    """Compiles a module in the process of the card's architecture.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler refuses the module.
-      CompilerCrashedError: the compiler gave up its process, as LLVM does for instructions that a card does not have.
+      jax.errors.JaxRuntimeError: the compiler rejects the module.
+      CompilerCrashedError: the compiler ended its process, as LLVM does for instructions that a card does not have.
     """
     reply = _compiler(request.card.architecture).ask(request)
     if reply.program is None:
@@ -41,7 +41,7 @@ def _compiler(architecture: str) -> "_Compiler":
 
 
 class _Compiler:
-    """One process, which is started again where it has ended."""
+    """One compiler process, restarted after it has ended."""
 
     def __init__(self, architecture: str) -> None:
         self.architecture = architecture
@@ -59,23 +59,23 @@ class _Compiler:
             except (EOFError, BrokenPipeError) as error:
                 code = self.end()
                 raise CompilerCrashedError(
-                    f"XLA's compiler for {self.architecture} ended with exit code {code}; see stderr for its last words"
+                    f"XLA's compiler for {self.architecture} ended with exit code {code}. Its last output is on stderr."
                 ) from error
 
     def end(self) -> int | None:
         process, self.process = self.process, None
         if process is None:
             return None
-        with process:  # closes the pipes, upon which it ends, and waits for it
+        with process:  # closes the pipes, which ends the process, and waits for it
             pass
         return process.returncode
 
 
 def _start() -> subprocess.Popen[bytes]:
     path = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # XLA warns of programs that do not fit a device, which is what plans are asked about; a crash is told all the same.
+    # XLA warns about programs that do not fit a device, which plans compile on purpose. Crashes are still reported.
     quiet = {"TF_CPP_MIN_LOG_LEVEL": "3"}
     environment = os.environ | quiet | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
-    # Not -m: the module would be __main__ there, and what it pickles unknown here.
+    # Not -m: the module would be __main__ there, and its pickled classes unknown here.
     command = [sys.executable, "-c", "from pallas_kernels.aot import worker; worker.main()"]
     return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,7 +1,7 @@
-"""The Riegeli record format, as far as XLA writes its executables in it.
+"""Reads the subset of the Riegeli record format in which XLA writes executables.
 
-Format: google/riegeli, doc/riegeli_records_file_format.md. A file is chunks; every 64 KiB a block header is laid over
-them. A chunk of kind `r` holds the sizes of its records, then the records, each part compressed on its own.
+Format: google/riegeli, doc/riegeli_records_file_format.md. A file is a sequence of chunks, interrupted by a block
+header every 64 KiB. A chunk of kind `r` has the sizes of its records, then the records, compressed separately.
 """
 
 import importlib
@@ -13,7 +13,7 @@ from pallas_kernels.aot.protobuf import varint
 SIGNATURE = bytes.fromhex("83af70d10d884a3f")  # the hash in the block header that opens every file
 BLOCK, BLOCK_HEADER = 1 << 16, 24
 CHUNK_HEADER = struct.Struct("<QQQQQ")  # hash, bytes of data, hash of data, kind and number of records, decoded bytes
-CODECS = {  # Riegeli's letter: module of cramjam and its function
+CODECS = {  # Riegeli's letter -> (module of cramjam, its function)
     ord("s"): ("snappy", "decompress_raw"),
     ord("z"): ("zstd", "decompress"),
     ord("b"): ("brotli", "decompress"),
@@ -22,28 +22,28 @@ SIMPLE, NO_RECORDS = ord("r"), frozenset(b"smp")  # signature, metadata, padding
 
 
 def records(file: bytes) -> Iterator[bytes]:
-    """The records of a file, in order.
+    """Yields the records of a file, in order.
 
     Raises:
-      ValueError: no Riegeli file, one that is cut short, or a kind of chunk or compression that is not read here.
+      ValueError: not a Riegeli file, a truncated one, or an unsupported kind of chunk or compression.
     """
     if not file.startswith(SIGNATURE):
-        raise ValueError(f"no Riegeli file: it starts with {file[:8].hex()}, not {SIGNATURE.hex()}")
+        raise ValueError(f"not a Riegeli file: it starts with {file[:8].hex()}, not {SIGNATURE.hex()}")
     chunks = b"".join(file[at + BLOCK_HEADER : at + BLOCK] for at in range(0, len(file), BLOCK))
     at = 0
     while at < len(chunks):
         if at + CHUNK_HEADER.size > len(chunks):
-            raise ValueError(f"the Riegeli file ends inside of a chunk header, at byte {at} of {len(chunks)}")
+            raise ValueError(f"the Riegeli file ends inside a chunk header, at byte {at} of {len(chunks)}")
         _, size, _, kind_and_count, _ = CHUNK_HEADER.unpack_from(chunks, at)
         kind, count = kind_and_count & 255, kind_and_count >> 8
         start = at + CHUNK_HEADER.size
-        # A chunk is never shorter than its number of records, but what would fill it up is not read here.
+        # A chunk is at least as long as its number of records; padding that would lengthen it is not supported.
         if start + size > len(chunks) or count > CHUNK_HEADER.size + size:
-            raise ValueError(f"the Riegeli file ends inside of a chunk of {size} bytes and {count} records")
+            raise ValueError(f"the Riegeli file ends inside a chunk of {size} bytes and {count} records")
         if kind == SIMPLE:
             yield from _simple_chunk(chunks[start : start + size], count)
         elif kind not in NO_RECORDS:
-            raise ValueError(f"a Riegeli chunk of kind {chr(kind)!r} is not read here")
+            raise ValueError(f"a Riegeli chunk of kind {chr(kind)!r} is not supported")
         at = start + size
 
 
@@ -62,8 +62,10 @@ def _decompress(compression: int, data: bytes) -> bytes:
     if compression == 0:
         return data
     if compression not in CODECS:
-        raise ValueError(f"Riegeli's compression {chr(compression)!r} is not read here")
+        raise ValueError(f"Riegeli's compression {chr(compression)!r} is not supported")
     module, function = CODECS[compression]
-    codec = getattr(importlib.import_module("cramjam"), module)  # of the extra gpu-compile, which may be absent
+    codec = getattr(
+        importlib.import_module("cramjam"), module
+    )  # from the extra gpu-compile, which may not be installed
     _, at = varint(data, 0)  # the decompressed size comes first
     return bytes(getattr(codec, function)(data[at:]))

@@ -1,7 +1,7 @@
-"""The packages that compile for absent cards: whether they are here, and how to get them.
+"""The packages that compile for absent cards: checks that they are installed and usable.
 
 They are the extra `gpu-compile`: JAX's CUDA plugin without the CUDA libraries, NVIDIA's assembler and disassembler, and
-a decompressor for what XLA serializes. No driver and no card is needed.
+a decompressor for XLA's serialized executables. Neither a driver nor a card is required.
 """
 
 import ctypes
@@ -26,40 +26,40 @@ PACKAGES = (
     "cramjam",
 )
 INSTALL = 'bash scripts/setup_gpu_compile.sh, or pip install "qlora-jax[gpu-compile]"'
-SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # JAX's own switch: load the plugin though cuDNN and others are absent
+SKIP_CHECK = "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"  # JAX's switch to load the plugin without cuDNN and other libraries
 
 
 class CompilerUnavailableError(RuntimeError):
-    """Compiling for an absent card can't work in this process; the message says why and what to do."""
+    """This process cannot compile for an absent card; the message says why and how to fix it."""
 
 
 def problem() -> str | None:
-    """Why compiling for absent cards can't work here, with what to do about it; None where it can."""
+    """Returns why this process cannot compile for absent cards and how to fix it, or None if it can."""
     return _missing_packages() or _mismatched_plugin() or _unloadable_plugin()
 
 
 def require() -> None:
-    """Raises CompilerUnavailableError where there is a problem()."""
+    """Raises CompilerUnavailableError if there is a problem()."""
     if found := problem():
         raise CompilerUnavailableError(f"compiling for a card that is not here: {found}")
 
 
 def tool(package: str, name: str) -> Path:
-    """The path of one of NVIDIA's programs, out of its wheel: the versions that the extra pins decide, not PATH."""
+    """Returns the path of an NVIDIA program in its wheel, in the version that the extra pins; ignores PATH."""
     for file in importlib.metadata.files(package) or ():
         if file.name == name and file.parent.name == "bin":
             return Path(str(file.locate()))
-    raise CompilerUnavailableError(f"package {package} holds no program {name}; install again: {INSTALL}")
+    raise CompilerUnavailableError(f"package {package} has no program {name}. Install it again: {INSTALL}")
 
 
 def device_for(card: Card) -> Any:
-    """A compile-only jax.Device of this card, the same one each time. Call `require` first."""
+    """Returns a compile-only jax.Device of this card, the same one each time. Call `require` first."""
     return devices_for(card, 1)[0]
 
 
 @functools.cache
 def devices_for(card: Card, count: int) -> tuple[Any, ...]:
-    """As many compile-only devices in one host, the same ones each time. Call `require` first."""
+    """Returns `count` compile-only devices of one host, the same ones each time. Call `require` first."""
     topology = f"1x1x{count}"  # slices x hosts x devices
     description = topologies.get_topology_desc(platform="cuda", target_config=target_config(card), topology=topology)
     return tuple(description.devices)
@@ -74,25 +74,25 @@ def _version(package: str) -> str | None:
 
 def _missing_packages() -> str | None:
     missing = [package for package in PACKAGES if _version(package) is None]
-    return f"packages missing: {', '.join(missing)}; install them: {INSTALL}" if missing else None
+    return f"packages missing: {', '.join(missing)}. Install them: {INSTALL}" if missing else None
 
 
 def _mismatched_plugin() -> str | None:
     plugin, jaxlib = _version("jax-cuda13-plugin"), _version("jaxlib")
     if plugin == jaxlib:
         return None
-    return f"jax-cuda13-plugin {plugin} goes with jaxlib {plugin}, found {jaxlib}; install the one that fits: {INSTALL}"
+    return f"jax-cuda13-plugin {plugin} requires jaxlib {plugin} (found {jaxlib}). Install the matching one: {INSTALL}"
 
 
 def _unloadable_plugin() -> str | None:
-    cure = f"set JAX_PLATFORMS=cpu (or {SKIP_CHECK}=1) before the process's first use of jax"
-    # Asked before the plugin is: it would print a traceback, and could not be loaded again.
+    fix = f"Set JAX_PLATFORMS=cpu (or {SKIP_CHECK}=1) before the process's first use of jax"
+    # Checked before the plugin is loaded: it would print a traceback, and cannot be loaded twice.
     if _cuda_is_wanted() and not os.environ.get(SKIP_CHECK) and not _has_driver():
-        return f"there is no NVIDIA driver, and without one JAX refuses its CUDA plugin; {cure}"
+        return f"no NVIDIA driver was found, so JAX does not load its CUDA plugin. {fix}"
     try:
         device_for(next(iter(CARDS.values())))
     except NotImplementedError:
-        return f"JAX has not loaded its CUDA plugin in this process; {cure}"
+        return f"JAX has not loaded its CUDA plugin in this process. {fix}"
     return None
 
 

@@ -1,10 +1,10 @@
-"""The process that runs XLA's compiler for one architecture; `main` is all that it does.
+"""The process that runs XLA's compiler for one architecture.
 
-One process an architecture, since Mosaic GPU (jaxlib 0.11.2 and 0.12.0.1) keeps two things for the life of a process:
-the architecture that it first assembled for, and the machine code of each kernel, whatever it was asked for later. A
-kernel for an A100 that comes after one for an H100 would be Hopper code, without a word.
+Each architecture has its own process, because Mosaic GPU (jaxlib 0.11.2 and 0.12.0.1) caches two things for the life of
+a process: the first architecture that it assembled for, and the machine code of each kernel. A kernel for an A100 after
+one for an H100 would silently be Hopper code.
 
-Reads pickled Requests from stdin and writes pickled Replies to stdout, until stdin ends; both are its parent's.
+`main` reads pickled Requests from stdin and writes pickled Replies to stdout until stdin ends.
 """
 
 import importlib
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax._src import compiler  # what jax.stages.Lowered.compile calls; a module that was lowered elsewhere needs it too
+from jax._src import compiler  # as in jax.stages.Lowered.compile, for a module lowered in another process
 from jax._src.interpreters import mlir
 from jaxlib import xla_client
 from jaxlib.mlir import ir
@@ -26,7 +26,7 @@ from pallas_kernels.gpu_specs import Card
 
 
 class Request(NamedTuple):
-    """A module of StableHLO, as MLIR bytecode, to be compiled for so many of a card, which run one program together."""
+    """A StableHLO module, as MLIR bytecode, to compile for a number of cards that run one program together."""
 
     card: Card
     module: bytes
@@ -34,7 +34,7 @@ class Request(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What XLA made: the optimized HLO, the executable as it serializes it, and bytes by kind."""
+    """XLA's result: the optimized HLO, the serialized executable, and bytes by kind."""
 
     text: str
     serialized: bytes
@@ -42,17 +42,17 @@ class Program(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """A program, or the compiler's message where there is none."""
+    """A program, or the compiler's error message."""
 
     program: Program | None
     error: str = ""
 
 
 def build(request: Request) -> Program:
-    """Compiles, in this process.
+    """Compiles a module in this process.
 
     Raises:
-      jax.errors.JaxRuntimeError: the compiler refuses the module.
+      jax.errors.JaxRuntimeError: the compiler rejects the module.
     """
     devices = toolchain.devices_for(request.card, request.devices)
     assignment = np.array([[device.id for device in devices]])
@@ -73,13 +73,13 @@ def _answer(request: Request) -> Reply:
 
 
 def main() -> None:
-    """Serves until stdin ends."""
-    # It tells Mosaic's compiler, by the environment, where its runtime lies; a parent that has made no kernel yet has
-    # not, and the first program fixes what later ones find. Imported here, for it takes a second.
+    """Serves requests until stdin ends."""
+    # This import sets the environment variable that names the folder of Mosaic's runtime. A parent that has made no
+    # kernel has not set it, and the first program fixes it for later ones. It takes a second, so it is done here.
     importlib.import_module("jax.experimental.mosaic.gpu")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then closes stdin
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C, and then closes stdin
     replies = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what compilers print is no reply
+    os.dup2(2, 1)  # keeps what compilers print out of the replies
     while True:
         try:
             request = pickle.load(sys.stdin.buffer)

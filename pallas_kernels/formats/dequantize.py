@@ -1,14 +1,14 @@
-"""w[n, k] = table[code(n, k)] * absmax[block(n, k)], for every layout and for double-quantized constants.
+"""Dequantization: w[n, k] = table[code(n, k)] * absmax[block(n, k)], for every layout and for double quantization.
 
-Dimension key: N out, K in, G = K / block_size blocks a row, E elements of `shape`; `...` stacked layers.
+Dimension key: N out, K in, G = K / block_size blocks per row, E elements of `shape`; `...` stacked layers.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.formats.layouts import LAYOUTS
 from pallas_kernels.formats.qtensor import QTensor
@@ -17,14 +17,14 @@ from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
 
 
 def _look_up(table: np.ndarray, codes: jax.Array) -> jax.Array:
-    """table[codes] without a bounds check: uint8 codes cannot leave a table of 256, nor nibbles one of 16."""
+    """Looks up table[codes] without a bounds check: uint8 codes stay within 256 entries, nibbles within 16."""
     return jnp.asarray(table).at[codes].get(mode="promise_in_bounds")
 
 
 def expand_absmax(qt: QTensor) -> jax.Array:
-    """The block constants in f32: `absmax`, or map8[absmax_codes] * nested_absmax[block // nested] + nested_offset.
+    """Returns the block constants in f32: `absmax`, or map8[absmax_codes] * nested_absmax[...] + nested_offset.
 
-    Equal to bitsandbytes to the bit, inside jit too. The shape is that of the constants as the layout holds them.
+    Bit-identical to bitsandbytes, also inside jit. The shape is that of the constants in the weight's layout.
     """
     if not qt.double_quant:
         return jnp.asarray(qt.absmax)
@@ -38,16 +38,16 @@ def expand_absmax(qt: QTensor) -> jax.Array:
     return rounded(levels * layout.turn(in_order)) + offset
 
 
-def dequantize(qt: QTensor, dtype: Any = None) -> jax.Array:
-    """table[code] * absmax, multiplied in f32, then cast to dtype (default: the dtype before quantization).
+def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> jax.Array:
+    """Returns table[code] * absmax, multiplied in f32, then cast to `dtype` (default: the dtype before quantization).
 
-    Returns [..., *shape]; a stack gives all its layers, one layer is `jax.tree.map(lambda leaf: leaf[i], qt)`.
+    The result has shape [..., *shape], with the leading axes of a stack. For one layer, pass `qt.layer(i)`.
     """
     with jax.named_scope("dequantize"):
         return _dequantize(qt, jnp.dtype(qt.dtype if dtype is None else dtype))
 
 
-def _dequantize(qt: QTensor, dtype: Any) -> jax.Array:
+def _dequantize(qt: QTensor, dtype: np.dtype) -> jax.Array:
     layout = LAYOUTS[qt.layout]
     levels = _look_up(CODE_TABLES[qt.quant_type], layout.unpack(jnp.asarray(qt.codes), qt.shape))
     if qt.layout == "flat":
@@ -57,13 +57,13 @@ def _dequantize(qt: QTensor, dtype: Any) -> jax.Array:
 
 
 def _spread_flat(absmax: jax.Array, qt: QTensor) -> jax.Array:
-    """[..., ceil(E / block_size)] -> [..., *shape]: each element's own constant."""
+    """Repeats constants [..., ceil(E / block_size)] to [..., *shape], one per element."""
     spread = jnp.broadcast_to(absmax[..., None], (*absmax.shape, qt.block_size)).reshape(*qt.stack_shape, -1)
     return spread[..., : math.prod(qt.shape)].reshape(*qt.stack_shape, *qt.shape)
 
 
 def expand_absmax_numpy(qt: QTensor) -> np.ndarray:
-    """The oracle of expand_absmax: the same equation, block by block index, in NumPy."""
+    """Computes `expand_absmax` in NumPy, by block index: the oracle of tests."""
     if not qt.double_quant:
         return np.asarray(qt.absmax)
     layout, stack = LAYOUTS[qt.layout], qt.stack_shape
@@ -74,8 +74,8 @@ def expand_absmax_numpy(qt: QTensor) -> np.ndarray:
     return layout.turn(absmax.reshape(in_order.shape))
 
 
-def dequantize_numpy(qt: QTensor, dtype: Any = None) -> np.ndarray:
-    """The oracle of dequantize: table[code(e)] * absmax[e // block_size] over the flattened weight, in NumPy."""
+def dequantize_numpy(qt: QTensor, dtype: DTypeLike | None = None) -> np.ndarray:
+    """Computes `dequantize` in NumPy, over the flattened weight: table[code(e)] * absmax[e // block_size]."""
     layout = LAYOUTS[qt.layout]
     codes = layout.unpack(np.asarray(qt.codes), qt.shape).reshape(*qt.stack_shape, -1)
     absmax = layout.turn(expand_absmax_numpy(qt)).reshape(*qt.stack_shape, -1)

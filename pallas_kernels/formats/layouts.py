@@ -1,4 +1,4 @@
-"""Where the codes of a weight lie in its bytes, and exact repacks between all layouts.
+"""Layouts: where a weight's codes lie in its bytes, and exact repacks between all layouts.
 
 Dimension key: N out, K in, G = K / block_size, E = elements of `shape`; `...` stacked layers. A byte holds two codes,
 one in its high and one in its low nibble. With code(n, k), or code(e) over the flattened weight:
@@ -11,13 +11,14 @@ one in its high and one in its low nibble. With code(n, k), or code(e) over the 
 |              | P = ceil(K / 128), j < 64 | code(n, 128p+j); past K the high nibble is 0     |                        |
 | `flat`       | u8 [..., ceil(E/2)]       | [j] = code(2j) << 4 or code(2j+1)                | [..., ceil(E / block)] |
 
-`bnb` is bitsandbytes' byte order, so that import and export are reshapes; it needs K % block_size == 0. `row_planar`
-unpacks to two contiguous halves, which is what CPUs like; it needs an even N besides. `split_k` is what the GPU kernels
-read: the nibbles of 64 neighbouring bytes are two runs of 64 columns, each with one constant a row, and the constants
-of a run are neighbours; it needs N and K that are multiples of 64, and blocks that are. `flat` takes any shape: blocks
-run over the flattened weight, the last may be partial, and an odd E leaves one nibble of padding.
+- `bnb` is bitsandbytes' byte order, so import and export are reshapes. It requires K % block_size == 0.
+- `row_planar` unpacks to two contiguous halves, which suits CPUs. It also requires an even N.
+- `split_k` is read by the GPU kernels: the nibbles of 64 consecutive bytes are two runs of 64 columns, each with one
+  constant per row, and the constants of a run are contiguous. It requires N, K and blocks that are multiples of 64.
+- `flat` takes any shape: blocks run over the flattened weight, the last may be partial, and an odd E leaves one nibble
+  of padding.
 
-Whatever the order in which constants are held, double quantization counts blocks as bitsandbytes does: n * G + g.
+In every layout, double quantization numbers blocks as bitsandbytes does: n * G + g.
 
 Every function takes NumPy or JAX arrays and returns the same kind.
 """
@@ -31,45 +32,45 @@ from pallas_kernels.formats.qtensor import QTensor
 
 Array = Any  # numpy.ndarray or jax.Array
 
-RUN = 64  # columns that `split_k` keeps together
+RUN = 64  # consecutive columns in `split_k`
 
 
 def pack_nibbles(high: Array, low: Array) -> Array:
-    """byte = high << 4 | low, for codes 0..15 in uint8."""
+    """Packs two codes: byte = high << 4 | low, for codes 0..15 in uint8."""
     return (high << 4) | low
 
 
 def unpack_nibbles(codes: Array) -> tuple[Array, Array]:
-    """(byte >> 4, byte & 15)."""
+    """Returns (byte >> 4, byte & 15)."""
     return codes >> 4, codes & 15
 
 
 def pack_pairs(unpacked: Array) -> Array:
-    """[..., 2J] codes -> [..., J] bytes, the first of two neighbours in the high nibble."""
+    """Packs [..., 2J] codes to [..., J] bytes, the first of two neighbours in the high nibble."""
     return pack_nibbles(unpacked[..., 0::2], unpacked[..., 1::2])
 
 
 def unpack_pairs(codes: Array) -> Array:
-    """[..., J] bytes -> [..., 2J] codes: the inverse of pack_pairs."""
+    """Unpacks [..., J] bytes to [..., 2J] codes: the inverse of pack_pairs."""
     xp = codes.__array_namespace__()
     pairs = xp.stack(unpack_nibbles(codes), axis=-1)
     return pairs.reshape(*codes.shape[:-1], 2 * codes.shape[-1])
 
 
 def pack_halves(unpacked: Array) -> Array:
-    """[..., N, K] codes -> [..., N/2, K] bytes, rows i and i + N/2 in the high and low nibbles."""
+    """Packs [..., N, K] codes to [..., N/2, K] bytes, rows i and i + N/2 in the high and low nibbles."""
     half = unpacked.shape[-2] // 2
     return pack_nibbles(unpacked[..., :half, :], unpacked[..., half:, :])
 
 
 def unpack_halves(codes: Array) -> Array:
-    """[..., N/2, K] bytes -> [..., N, K] codes: the inverse of pack_halves."""
+    """Unpacks [..., N/2, K] bytes to [..., N, K] codes: the inverse of pack_halves."""
     xp = codes.__array_namespace__()
     return xp.concat(unpack_nibbles(codes), axis=-2)
 
 
 def pack_runs(unpacked: Array) -> Array:
-    """[..., N, K] codes -> [..., N, 64 ceil(K/128)] bytes, runs of 64 columns in the low and high nibbles in turn."""
+    """Packs [..., N, K] codes to [..., N, 64 ceil(K/128)] bytes, runs of 64 columns in low and high nibbles in turn."""
     xp = unpacked.__array_namespace__()
     padding = -unpacked.shape[-1] % (2 * RUN)
     padded = xp.pad(unpacked, [(0, 0)] * (unpacked.ndim - 1) + [(0, padding)])
@@ -78,7 +79,7 @@ def pack_runs(unpacked: Array) -> Array:
 
 
 def unpack_runs(codes: Array, columns: int) -> Array:
-    """[..., N, 64 ceil(K/128)] bytes -> [..., N, K] codes: the inverse of pack_runs, without its padding."""
+    """Unpacks [..., N, 64 ceil(K/128)] bytes to [..., N, K] codes: the inverse of pack_runs, without its padding."""
     xp = codes.__array_namespace__()
     high, low = unpack_nibbles(codes.reshape(*codes.shape[:-1], -1, RUN))
     return xp.stack((low, high), axis=-2).reshape(*codes.shape[:-1], -1)[..., :columns]
@@ -132,11 +133,15 @@ def _unpack_flat(codes: Array, shape: tuple[int, ...]) -> Array:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """One row of the table above: shapes and conversions for a weight of static `shape`, stacks allowed.
+    """One row of the table above: shapes and conversions for a weight of static `shape`, stacked or not.
 
-    Fields:
-      blocks_shape: of the constants in the order of blocks, (N, G) or (blocks,); from (shape, block_size).
-      transposed: constants are held (G, N).
+    Attributes:
+      codes_shape: shape -> the shape of the codes.
+      blocks_shape: (shape, block_size) -> the shape of the constants in block order, (N, G) or (blocks,).
+      unpack: (codes, shape) -> one code per element.
+      to_bnb: (codes, shape) -> codes in `bnb` order.
+      from_bnb: (codes, shape) -> codes in this layout.
+      transposed: True if constants are stored as (G, N).
     """
 
     codes_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
@@ -147,12 +152,12 @@ class Layout:
     transposed: bool = False
 
     def constants_shape(self, shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
-        """The shape of a weight's constants as they are held."""
+        """Returns the shape in which a weight's constants are stored."""
         blocks = self.blocks_shape(shape, block_size)
         return blocks[::-1] if self.transposed else blocks
 
     def turn(self, constants: Array) -> Array:
-        """Constants as held -> in the order of blocks, or back."""
+        """Converts stored constants to block order, or back."""
         return constants.swapaxes(-1, -2) if self.transposed else constants
 
 
@@ -198,27 +203,27 @@ LAYOUTS: dict[str, Layout] = {
 
 
 def layout_problem(layout: str, shape: tuple[int, ...], block_size: int) -> str | None:
-    """Why a weight of this shape cannot have this layout, or None where it can."""
+    """Returns why a weight of this shape cannot have this layout, or None if it can."""
     if layout not in LAYOUTS:
-        return f"layout {layout!r} is not known; known: {', '.join(LAYOUTS)}"
+        return f"layout {layout!r} is unknown (known: {', '.join(LAYOUTS)})"
     if layout == "flat":
         return None
     if len(shape) != 2 or shape[1] % block_size:
-        return f"layout {layout!r} needs a matrix [N, K] with K % {block_size} == 0, got shape {shape}; use 'flat'"
+        return f"layout {layout!r} requires a matrix [N, K] with K % {block_size} == 0, found shape {shape}; use 'flat'"
     if layout == "row_planar" and shape[0] % 2:
-        return f"layout 'row_planar' needs an even N, got shape {shape}; use 'bnb'"
+        return f"layout 'row_planar' requires an even N, found shape {shape}; use 'bnb'"
     if layout == "split_k" and (shape[0] % RUN or shape[1] % RUN or block_size % RUN):
-        return f"layout 'split_k' needs N, K and blocks of multiples of {RUN}, got {shape=}, {block_size=}; use 'bnb'"
+        return f"layout 'split_k' requires N, K, block_size in {RUN}s, found {shape=}, {block_size=}; use 'bnb'"
     return None
 
 
 def natural_layout(shape: tuple[int, ...], block_size: int) -> str:
-    """`bnb` where the weight is a matrix whose rows are whole blocks, else `flat`."""
+    """Returns `bnb` if the weight is a matrix whose rows are whole blocks, else `flat`."""
     return "flat" if layout_problem("bnb", shape, block_size) else "bnb"
 
 
 def repack(qt: QTensor, layout: str) -> QTensor:
-    """The same weight, to the bit, with its codes in `layout`; double quantization and stacks are kept.
+    """Returns the same weight, bit for bit, in another layout, with its stack and its double quantization.
 
     Raises:
       ValueError: the weight's shape does not allow the layout.

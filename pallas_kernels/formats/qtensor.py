@@ -1,6 +1,6 @@
 """QTensor: a 4-bit weight and its block constants, as a pytree.
 
-Dimension key: N out, K in, B block_size, G = K / B blocks a row, E elements of `shape`; `...` stacked layers.
+Dimension key: N out, K in, B block_size, G = K / B blocks per row, E elements of `shape`; `...` stacked layers.
 """
 
 import dataclasses
@@ -19,25 +19,25 @@ def _static() -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class QTensor:
-    """w[n, k] = table[code(n, k)] * absmax[block(n, k)], with blocks of `block_size` neighbours along K.
+    """A quantized weight: w[n, k] = table[code(n, k)] * absmax[block(n, k)], in blocks of `block_size` columns.
 
-    `code` is read from `codes` by the equation of `layout` (pallas_kernels.formats.layouts). The constants are either
+    The equation of `layout` reads `code` from `codes` (pallas_kernels.formats.layouts). The constants are either
     `absmax` itself, or double-quantized:
     `absmax = map8[absmax_codes] * nested_absmax[block // nested_block_size] + nested_offset`, with `map8` the signed
     dynamic 8-bit map and `block` counted over the flattened weight, whatever the layout.
 
     Leaves (leading axes, the same on all, are stacked layers):
-      codes: uint8, the shape that the layout says.
-      absmax: f32 [..., N, G] (`split_k`: [..., G, N], `flat`: [..., ceil(E/B)]), or None where double-quantized.
-      absmax_codes: uint8, the shape that absmax would have, or None.
+      codes: uint8, in the shape of the layout.
+      absmax: f32 [..., N, G] (`split_k`: [..., G, N], `flat`: [..., ceil(E/B)]), or None if double-quantized.
+      absmax_codes: uint8, in the shape of absmax, or None.
       nested_absmax: f32 [..., ceil(blocks/nested_block_size)], or None.
-      nested_offset: f32 [...], one a weight, or None.
+      nested_offset: f32 [...], one per weight, or None.
     Static:
       quant_type: a key of pallas_kernels.formats.tables.CODE_TABLES.
       shape: the shape of one weight, (N, K) in the orientation of Hugging Face.
-      dtype: name of the dtype that the weight had before it was quantized.
+      dtype: name of the dtype before quantization.
 
-    Leaves may be tracers or ShapeDtypeStructs, so nothing is validated here: constructors do that.
+    Nothing is validated here, because leaves may be tracers or ShapeDtypeStructs. Constructors validate.
     """
 
     codes: Leaf
@@ -54,7 +54,7 @@ class QTensor:
 
     @property
     def double_quant(self) -> bool:
-        """True where the block constants are themselves quantized to 8 bits."""
+        """True if the block constants are themselves quantized to 8 bits."""
         return self.absmax_codes is not None
 
     @property
@@ -66,9 +66,9 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves."""
+        """The bytes of all leaves."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
     def layer(self, index: Any) -> "QTensor":
-        """The weight of one layer of a stack; `index` may be traced."""
+        """Returns the weight of one layer of a stack; `index` may be traced."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self)

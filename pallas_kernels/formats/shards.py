@@ -1,6 +1,6 @@
-"""A weight cut into equal parts over an axis of a mesh: how its arrays lie there, and each part as a weight of its own.
+"""Sharding of a weight over a mesh axis: the specs of its arrays, and each shard as a weight.
 
-Dimension key: N out, K in, G = K / block_size blocks a row, s shards; `...` stacked layers.
+Dimension key: N out, K in, G = K / block_size blocks per row, s shards; `...` stacked layers.
 
 | layout       | along N, a shard's rows            | along K, a shard's columns            |
 |--------------|------------------------------------|---------------------------------------|
@@ -9,12 +9,12 @@ Dimension key: N out, K in, G = K / block_size blocks a row, s shards; `...` sta
 | `split_k`    | multiples of 64                    | whole groups of 128 and whole blocks  |
 | `flat`       | that end where a block ends        | no: it has no columns                 |
 
-A tail (`split_k` where K % 128 == 64) can be cut along N alone.
+A `split_k` weight with a tail (K % 128 == 64) can only be cut along N.
 
-Nested constants are counted over the flattened weight. A cut along N whose shards are whole nested blocks cuts them
-too. Everywhere else they are whole on each device, 4 bytes for `nested_block_size` blocks, and each picks its own: a
-shard's blocks are runs of neighbours (one along N, N of G / s along K), and a size that divides both such a run and the
-nested blocks parts both evenly. The same constants repeated for smaller nested blocks are the same weight, to the bit.
+Nested constants are numbered over the flattened weight. A cut along N whose shards are whole nested blocks cuts them
+too. Otherwise every device has all of them (4 bytes per `nested_block_size` blocks) and picks its own. A shard's blocks
+are runs of neighbours: one run along N, N runs of G / s along K. A block size that divides both a run and the nested
+blocks splits both evenly, and the same constants repeated for these smaller blocks are the same weight, bit for bit.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ AnyMesh = Mesh | AbstractMesh
 
 
 class _Place(NamedTuple):
-    """Where a cut goes through the arrays of a layout: axes from the end, and what a shard's size is a multiple of."""
+    """The array axes that a cut divides, counted from the end, and the unit of a shard's size."""
 
     codes: int
     constants: int
@@ -63,19 +63,19 @@ _PLACES: dict[tuple[str, Cut], _Place] = {
     ("flat", "N"): _Place(-1, -1, _rows_of_whole_blocks),
 }
 _UNCUT: dict[tuple[str, Cut], str] = {
-    ("row_planar", "N"): "a byte holds rows i and i + N/2, which a cut would part; repack to 'bnb'",
+    ("row_planar", "N"): "a byte holds rows i and i + N/2, which a cut would separate; repack to 'bnb'",
     ("flat", "K"): "it has no columns; repack to 'bnb'",
 }
 
 
 def specs(weights: QTensor, cut: Cut, mesh: AnyMesh, axis: str) -> QTensor:
-    """`weights`, stacked or not, with a PartitionSpec for each leaf, to be cut along N or K over `axis` of the mesh.
+    """Returns `weights` with a PartitionSpec for each leaf, cut along N or K over `axis` of the mesh.
 
     Raises:
-      ValueError: all reasons why they can't be cut so.
+      ValueError: the weights cannot be cut this way; lists all reasons.
     """
     if problems := list(cut_problems(weights, cut, mesh, axis)):
-        raise ValueError("a weight on a mesh: " + "; ".join(problems))
+        raise ValueError("sharded weight: " + "; ".join(problems))
     place = _PLACES[weights.layout, cut]
     at = {"codes": place.codes, "absmax": place.constants, "absmax_codes": place.constants}
     if cut == "N" and _blocks(weights) // mesh.shape[axis] % weights.nested_block_size == 0:
@@ -84,39 +84,40 @@ def specs(weights: QTensor, cut: Cut, mesh: AnyMesh, axis: str) -> QTensor:
 
 
 def place(weights: QTensor, cut: Cut, mesh: Mesh, axis: str) -> QTensor:
-    """The same weights, their leaves laid out on the mesh as `specs` says.
+    """Places the weights' leaves on the mesh by `specs`.
 
     Raises:
-      ValueError: as specs.
+      ValueError: the weights cannot be cut this way; lists all reasons.
     """
     laid = specs(weights, cut, mesh, axis)
     return jax.tree.map(lambda leaf, spec: jax.device_put(leaf, NamedSharding(mesh, spec)), weights, laid)
 
 
 def cut_problems(weights: QTensor, cut: Cut, mesh: AnyMesh, axis: str) -> Iterator[str]:
-    """Every reason why the weights can't be cut so."""
+    """Yields every reason why the weights cannot be cut this way."""
     if axis not in mesh.shape:
         yield f"the mesh has axes {', '.join(map(repr, mesh.axis_names))}, not {axis!r}"
     if len(weights.shape) != 2:
-        yield f"weights of shape {weights.shape}: a matrix (N, K) is needed"
+        yield f"weights have shape {weights.shape}, expected a matrix (N, K)"
     elif reason := _UNCUT.get((weights.layout, cut)):
-        yield f"layout {weights.layout!r} can't be cut along {cut}: {reason}"
+        yield f"layout {weights.layout!r} cannot be cut along {cut}: {reason}"
     elif axis in mesh.shape:
         size, shards = weights.shape["NK".index(cut)], mesh.shape[axis]
         unit = _PLACES[weights.layout, cut].unit(weights)
         if size % (shards * unit):
             yield (
                 f"{cut}={size} over {shards} devices is {size / shards:g} each: layout {weights.layout!r} with blocks "
-                f"of {weights.block_size} takes multiples of {unit}"
+                f"of {weights.block_size} requires multiples of {unit}"
             )
 
 
 def shard(weights: QTensor, laid: QTensor, cut: Cut, shards: int, index: Int[Array, ""]) -> QTensor:
-    """Inside of shard_map: the part of the device with this index along the axis, as a weight of its own.
+    """Returns a device's shard as a weight; called inside shard_map.
 
     Args:
-      weights: the device's leaves, with the static fields of the whole.
-      laid: the `specs` of the whole.
+      weights: the device's leaves, with the static fields of the whole weight.
+      laid: the `specs` of the whole weight.
+      index: the device's index along the mesh axis.
     """
     n, k = weights.shape
     own = dataclasses.replace(weights, shape=(n // shards, k) if cut == "N" else (n, k // shards))
@@ -129,7 +130,7 @@ def shard(weights: QTensor, laid: QTensor, cut: Cut, shards: int, index: Int[Arr
 def _own_nested_blocks(
     weights: QTensor, cut: Cut, shards: int, index: Int[Array, ""]
 ) -> tuple[int, Int[Array, "parts"]]:
-    """(size, for each `size` of the shard's blocks in their order the nested block of the whole that they lie in)."""
+    """(smaller nested block size, the whole weight's nested block of each smaller block of the shard)."""
     runs = 1 if cut == "N" else weights.shape[0]
     run = _blocks(weights) // runs // shards
     size = math.gcd(run, weights.nested_block_size)

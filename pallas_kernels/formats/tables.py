@@ -1,8 +1,8 @@
 """The constants of the 4-bit formats, and the 8-bit map that quantizes their block constants.
 
-A weight of a block is stored as the 4-bit code of the table value nearest to x = w * (1 / absmax). With the table
-sorted ascending, nearest is a count: the r-th smallest value belongs to x with r = sum_j (x > midpoint_j), so x on a
-midpoint goes to the lower value. Codes of types that are not sorted by value follow from r through `CODE_BY_RANK`.
+A weight is stored as the 4-bit code of the table value nearest to x = w * (1 / absmax). In a table sorted ascending,
+the rank of the nearest value is a count: r = sum_j (x > midpoint_j), so x on a midpoint goes to the lower value.
+`CODE_BY_RANK` maps r to the code, because some tables are not sorted by value.
 """
 
 import functools
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def _table(values: Sequence[float | np.floating] | np.ndarray, divisor: float = 1.0) -> np.ndarray:
-    """values / divisor in float32, read-only."""
+    """Returns values / divisor in float32, read-only."""
     table = np.array(values, np.float32) / np.float32(divisor)
     table.flags.writeable = False
     return table
@@ -42,7 +42,7 @@ NF4_CODE = _table(
 
 
 def _signed(magnitudes: list[float]) -> list[float]:
-    """Sign-magnitude order: bit 3 is the sign. Code 8 reads as +0.0, as it does in bitsandbytes' FP4."""
+    """Adds the negative values in sign-magnitude order: bit 3 is the sign. Code 8 reads as +0.0, as in bitsandbytes."""
     return magnitudes + [0.0 - magnitude for magnitude in magnitudes]
 
 
@@ -66,15 +66,15 @@ CODE_TABLES: dict[str, np.ndarray] = {
     "e3m0": E3M0_CODE,
 }
 
-# The two codes of zero share a value, so the order between them is a rule and not a sort: the lower code comes first.
-# So x <= 0 that rounds to zero takes the lower (FP4: 0) and x > 0 the higher (FP4: 8), as bitsandbytes does on CPUs.
+# The two codes of zero share a value, and the lower code comes first. So x <= 0 that rounds to zero takes the lower
+# code (FP4: 0) and x > 0 the higher (FP4: 8), as in bitsandbytes on CPUs.
 CODE_BY_RANK: dict[str, np.ndarray] = {
     quant_type: np.argsort(table, kind="stable").astype(np.uint8) for quant_type, table in CODE_TABLES.items()
 }
 
 
 def _midpoints(quant_type: str) -> np.ndarray:
-    """(v[r] + v[r+1]) / 2 in float32, v the sorted table."""
+    """Returns (v[r] + v[r+1]) / 2 in float32, where v is the sorted table."""
     ascending = CODE_TABLES[quant_type][CODE_BY_RANK[quant_type]]
     return _table((ascending[:-1] + ascending[1:]) / np.float32(2))
 
@@ -88,13 +88,14 @@ ZERO_CODE: dict[str, int] = {
 
 @functools.cache
 def dynamic_map(signed: bool = True) -> np.ndarray:
-    """The dynamic 8-bit map: midpoints of linspace(0.1, 1, 2**i + 1) times 10**(i - 6) for i in 0..6, with 0 and 1.
+    """Returns the dynamic 8-bit map: 256 float32 values, ascending.
 
-    Signed maps hold each midpoint with both signs; unsigned ones twice as many. 256 float32 values, ascending.
+    They are the midpoints of linspace(0.1, 1, 2**i + 1) times 10**(i - 6) for i in 0..6, and 0 and 1. A signed map has
+    each midpoint with both signs; an unsigned map has twice as many midpoints.
 
-    torch.linspace differs between CPUs by up to 2 ulp here. These are the bits that bitsandbytes gets from torch's
-    AVX2 and AVX-512 kernels, which is what almost all published checkpoints hold: the grid by fused multiply-add from
-    its nearer end, then a product in float32. Readers of checkpoints should check the stored map against this one.
+    torch.linspace differs between CPUs by up to 2 ulp here. These bits are those of torch's AVX2 and AVX-512 kernels,
+    which almost all published checkpoints contain: each grid point by fused multiply-add from the nearer end, then a
+    product in float32. Readers of checkpoints should check the stored map against this one.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -106,7 +107,7 @@ def dynamic_map(signed: bool = True) -> np.ndarray:
 
 
 def _linspace_fma(start: float, end: float, n: int) -> np.ndarray:
-    """torch.linspace in float32, each point rounded once (float64 holds the product of two float32 exactly)."""
+    """Computes torch.linspace in float32, each point rounded once: float64 holds the product of two float32 exactly."""
     first, last = np.float32(start), np.float32(end)
     step = np.float64((last - first) / np.float32(n - 1))
     k = np.arange(n)

@@ -1,4 +1,4 @@
-// What attention's handlers share, whatever their numbers: sizes, visibility and weights. For AVX-512.
+// Shared by the attention handlers of every dtype: sizes, visibility and exp2. Requires AVX-512.
 
 #pragma once
 
@@ -10,15 +10,15 @@
 
 namespace qlora {
 
-constexpr int64_t kBlock = 64;             // queries of a tile, and the keys that are packed together
-constexpr int64_t kMostKeys = 2 * kBlock;  // of a tile of the forward pass
-constexpr int64_t kRows = 4;               // of a result held in registers, by 64 columns
-constexpr float kMasked = -1e30f;          // finite: a row of nothing but -inf would give NaN
+constexpr int64_t kBlock = 64;             // queries per tile, and keys packed together
+constexpr int64_t kMostKeys = 2 * kBlock;  // keys per tile of the forward pass
+constexpr int64_t kRows = 4;               // result rows in registers, by 64 columns
+constexpr float kMasked = -1e30f;          // finite: a row of only -inf would give NaN
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kExp2[] = {1.0000000754548972f,  0.6931471880262273f,   0.2402210748530968f,
                            0.05550357114222094f, 0.009676031918255982f, 0.001339086336353527f};
 
-enum class Start { kZero, kSum, kFaded };  // what a product is added to
+enum class Start { kZero, kSum, kFaded };  // the value to which a product is added
 
 struct Sizes {
   int64_t b, t, n, k, h;
@@ -31,7 +31,7 @@ struct Sizes {
 template <typename T>
 struct Head {
   T* at;
-  int64_t stride, rows, width;  // between rows; how many there are; H
+  int64_t stride, rows, width;  // between rows; number of rows; H
 
   static Head of(T* data, const Sizes& s, int64_t heads, int64_t b, int64_t head) {
     return {data + (b * s.t * heads + head) * s.h, heads * s.h, s.t, s.h};
@@ -42,8 +42,8 @@ struct Head {
 
 // ---- visibility
 
-// Which keys a query sees: 0 <= query - key < window, and equal segments, or where segments branch, segment 0 too.
-// Blocks are of 64 positions.
+// The keys that a query sees: 0 <= query - key < window, and equal segments; if segments branch, also segment 0.
+// Blocks have 64 positions.
 class Visibility {
  public:
   Visibility(const Sizes& s, int64_t window, const int32_t* segments, bool branching = false)
@@ -62,7 +62,8 @@ class Visibility {
     }
   }
 
-  // The first block of keys, and the last of queries, that positions let block i, and block j, see, or be seen by.
+  // The first block of keys that block i of queries may see by position, and the last block of queries that may see
+  // block j of keys.
   int64_t first_keys(int64_t i) const { return std::max<int64_t>(0, i * kBlock - window_ + 1) / kBlock; }
   int64_t last_queries(int64_t j) const {
     return std::min(sizes_.blocks() - 1, (j * kBlock + kBlock - 1 + window_ - 1) / kBlock);
@@ -80,7 +81,7 @@ class Visibility {
     if (branching_ && lows_[k] == 0 && highs_[k] == 0) return true;
     return lows_[q] == highs_[q] && lows_[k] == highs_[k] && lows_[q] == lows_[k];
   }
-  // Which of the keys [s, s + 16) query t sees.
+  // The mask of the keys [s, s + 16) that query t sees.
   __mmask16 of(int64_t b, int64_t t, int64_t s) const {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i behind = _mm512_sub_epi32(_mm512_set1_epi32(static_cast<int>(t - s)), lanes);
@@ -98,10 +99,10 @@ class Visibility {
   Sizes sizes_;
   int64_t window_;
   bool cut_, branching_;
-  std::vector<int32_t> ids_, lows_, highs_;  // padded; of blocks
+  std::vector<int32_t> ids_, lows_, highs_;  // padded ids; bounds per block
 };
 
-// 2^x for x <= 0, within 3e-7; 0 far below 2^-126. The polynomial meets 2^f at the Chebyshev points of [-1/2, 1/2].
+// 2^x for x <= 0, within 3e-7; 0 far below 2^-126. The polynomial equals 2^f at the Chebyshev points of [-1/2, 1/2].
 inline __m512 exp2(__m512 x) {
   const __m512 nearest = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const __m512 f = _mm512_sub_ps(x, nearest);

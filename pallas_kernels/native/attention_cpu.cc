@@ -1,17 +1,17 @@
-// Causal attention of bf16 numbers on a CPU with AVX-512 and its bf16 products: two XLA FFI handlers.
+// Causal bf16 attention on CPUs with AVX-512 and its bf16 products: two XLA FFI handlers.
 //
 //   attention_forward:   out = softmax(scale q k^T over visible keys) v, and the log2-sum-exp2 of each query's scores
-//   attention_backward:  dq, dk, dv, from those; weights are made anew
+//   attention_backward:  dq, dk, dv, from those; weights are recomputed
 //
-// Flash attention in tiles of 64 queries by 64 or 128 keys, whose scores never leave a core's own caches. Scores and
-// sums are f32; weights and the scores' gradients are rounded to bf16 before their products, as in
-// qlora_jax/nn/attention.py, which is the definition of what this computes.
+// Flash attention in tiles of 64 queries by 64 or 128 keys, whose scores stay in a core's caches. Scores and sums are
+// f32. Weights and the scores' gradients are rounded to bf16 before their products, as in qlora_jax/nn/attention.py,
+// which defines the result.
 //
-// A product c += a b takes pairs of the contraction, 32 bits: of `a` one pair is broadcast, of `b` sixteen columns' pairs
-// are a vector. So `b` is packed beforehand, [pairs, columns]; `a` is read where it lies, along either of its sides.
+// A product c += a b contracts pairs of 32 bits: one pair of `a` is broadcast, and the pairs of sixteen columns of `b`
+// are a vector. So `b` is packed first, as [pairs, columns]; `a` is read in place, along either axis.
 //
-// Results do not depend on the number of threads: a query block's dq adds up in the order of keys, each thread waiting
-// for its turn.
+// Results do not depend on the number of threads: a query block's dq is summed in the order of keys, and each thread
+// waits for its turn.
 
 #if defined(__AVX512F__) && defined(__AVX512BF16__)
 
@@ -32,7 +32,7 @@ constexpr int64_t kPairs = kBlock / 2;
 
 // ---- products
 
-// Where the pairs of a left operand lie: pair p of row r is at[r * row + p * pair], both strides in words of two bf16.
+// The strides of a left operand: pair p of row r is at[r * row + p * pair], in words of two bf16.
 struct Left {
   const uint32_t* at;
   int64_t row, pair;
@@ -40,7 +40,7 @@ struct Left {
 
 inline __m512bh pairs_of(__m512i words) { return reinterpret_cast<__m512bh&>(words); }
 
-// c[R, 16 C] (+)= a[R, pairs] b[pairs, 16 C], rows of c first multiplied by fade[r] where that is what to start from.
+// c[R, 16 C] (+)= a[R, pairs] b[pairs, 16 C]; with Start::kFaded, rows of c are first multiplied by fade[r].
 template <int R, int C, Start S>
 inline void product(Left a, const uint32_t* b, int64_t b_stride, int64_t pairs, float* c, int64_t c_stride,
                     const float* fade) {
@@ -92,7 +92,7 @@ inline uint32_t word(const uint16_t* at) {
   return value;
 }
 
-// A block's rows as a left operand: where they lie, or, where the block is not full, copied and followed by zeros.
+// A block's rows as a left operand: in place, or, if the block is partial, copied and padded with zeros.
 Left rows_of(const Head& head, int64_t block, uint32_t* copy) {
   const int64_t there = head.rows_of(block);
   if (there == kBlock) return {reinterpret_cast<const uint32_t*>(head.row(block * kBlock)), head.stride / 2, 1};
@@ -150,7 +150,7 @@ inline __m512i bits_of(__m512bh x) { return reinterpret_cast<__m512i&>(x); }
 struct Forward {
   Sizes s;
   const Visibility& visibility;
-  float to_log2;  // turns a product into the logarithm of a weight
+  float to_log2;  // converts a product to the log2 of a weight
   uint16_t *q, *k, *v, *out;
   float* lse;                        // [B, N, T]
   uint32_t *key_columns, *value_rows;  // packed, [B, K, blocks, h / 2, 64] and [B, K, blocks, 32, h]
@@ -165,7 +165,7 @@ struct Forward {
     pack_rows(Head::of(v, s, s.k, b, kv_head), block, value_rows + packed(b, kv_head, block));
   }
 
-  // One block of queries of one head, the longest first.
+  // Computes one block of queries of one head, the longest first.
   void block(int64_t part) const {
     const int64_t heads = s.b * s.n, i = s.blocks() - 1 - part / heads;
     const int64_t b = part % heads / s.n, n = part % heads % s.n, kv_head = n / s.groups();
@@ -204,9 +204,9 @@ struct Forward {
       lse[(b * s.n + n) * s.t + i * kBlock + r] = top[r] * to_log2 + std::log2(total[r]);
   }
 
-  // Turns one query's scores of `keys` keys into weights 2^(score - top), and tells their sum, as rounded, the new top,
-  // and the logarithm of what earlier sums have to be multiplied by. Keys that are not seen weigh 2^0 where nothing has
-  // been seen: that fades to 0 with the query's own key, in the last tile.
+  // Converts one query's scores of `keys` keys to weights 2^(score - top), and returns the sum of the rounded weights,
+  // the new top, and the log2 of the factor for earlier sums. Masked keys weigh 2^0 while no key has been seen: the
+  // query's own key, in the last tile, fades that to 0.
   void row(int64_t b, int64_t t, int64_t first, int64_t keys, bool masked, float* scores, float* top, float* added,
            float* fade, uint32_t* weights) const {
     if (masked)
@@ -244,7 +244,7 @@ struct Backward {
   const float* lse;                       // [B, N, T]
   float *mean, *sums;                     // [B, N, padded] and [B, N, padded, h]: out . d_out of each query; dq
   uint32_t *query_rows, *d_out_rows;      // packed, [B, N, blocks, 32, h]
-  std::atomic<int64_t>* turns;            // [B, N, blocks]: which block of keys adds to dq next
+  std::atomic<int64_t>* turns;            // [B, N, blocks]: the block of keys that adds to dq next
 
   int64_t head(int64_t b, int64_t n) const { return b * s.n + n; }
   int64_t packed(int64_t b, int64_t n, int64_t block) const { return (head(b, n) * s.blocks() + block) * kPairs * s.h; }
@@ -265,7 +265,7 @@ struct Backward {
     }
   }
 
-  // What a tile wants besides its operands: 64 x 64 each, but for copies of rows.
+  // Scratch of a tile: 64 x 64 each, except copies of rows.
   struct Scratch {
     Buffer<uint32_t> q_copy, d_out_copy, weights, d_scores_pairs, d_scores;
     Buffer<float> scores, d_weights;
@@ -274,7 +274,7 @@ struct Backward {
           d_scores(kPairs * kBlock), scores(kBlock * kBlock), d_weights(kBlock * kBlock) {}
   };
 
-  // One block of keys, for all heads that share it; blocks begin in order.
+  // Computes one block of keys, for all heads that share it; blocks start in order.
   void block(int64_t part) const {
     const int64_t j = part % s.blocks(), kv_head = part / s.blocks() % s.k, b = part / s.blocks() / s.k;
     const Head keys = Head::of(k, s, s.k, b, kv_head), values = Head::of(v, s, s.k, b, kv_head);
@@ -302,7 +302,7 @@ struct Backward {
     write_rows(dv_sums.get(), Head::of(dv, s, s.k, b, kv_head), j, [](int64_t) { return 1.0f; });
   }
 
-  // Weights and the scores' gradients of one tile, as the products want them.
+  // Computes weights and the scores' gradients of one tile, in the form that the products read.
   void tile(int64_t b, int64_t n, int64_t i, int64_t j, const uint32_t* key_columns, const uint32_t* value_columns,
             Scratch& scratch) const {
     const Left queries = rows_of(Head::of(q, s, s.n, b, n), i, scratch.q_copy.get());
@@ -322,13 +322,13 @@ struct Backward {
     }
   }
 
-  struct Pair {  // of halves of a row of 64, in bf16
+  struct Pair {  // the halves of a row of 64, in bf16
     __m512i weights[2], d_scores[2];
   };
 
   Pair row(int64_t b, int64_t n, int64_t i, int64_t j, int64_t r, bool masked, Scratch& scratch) const {
     const int64_t t = i * kBlock + r;
-    const float top = t < s.t ? lse[head(b, n) * s.t + t] : -kMasked;  // a row past the end has no weights
+    const float top = t < s.t ? lse[head(b, n) * s.t + t] : -kMasked;  // rows past the end have no weights
     const float of_mean = t < s.t ? mean[head(b, n) * s.padded() + t] : 0.0f;
     const __m512 above = _mm512_set1_ps(top), means = _mm512_set1_ps(of_mean), by = _mm512_set1_ps(to_log2);
     const float *scores = scratch.scores.get() + r * kBlock, *d_weights = scratch.d_weights.get() + r * kBlock;
@@ -362,7 +362,7 @@ struct Backward {
     _mm512_storeu_si512(to + 16, high);
   }
 
-  // dq of block i += d_scores keys, when all earlier keys have been added; its own keys come last.
+  // Adds d_scores keys to dq of block i, after all earlier keys; its own keys come last.
   void add_to_dq(int64_t b, int64_t n, int64_t i, int64_t j, const uint32_t* d_scores, const uint32_t* key_rows) const {
     std::atomic<int64_t>& turn = turns[head(b, n) * s.blocks() + i];
     for (int64_t tries = 0; turn.load(std::memory_order_acquire) != j; ++tries) {
@@ -390,13 +390,13 @@ Sizes sizes_of(const Numbers& q, const Numbers& k) {
   return {of_q[0], of_q[1], of_q[2], k.dimensions()[2], of_q[3]};
 }
 
-// [B, T], or [0, 0] where there are none.
+// [B, T], or [0, 0] if there are none.
 const int32_t* ids(ffi::Buffer<ffi::S32> segments) {
   return segments.element_count() == 0 ? nullptr : segments.typed_data();
 }
 
-// Shapes agree, and H is a multiple of 32: the Python side made them. Packed arrays are results, so that XLA accounts for
-// them.
+// The Python side ensures that shapes agree and that H is a multiple of 32. Packed arrays are results, so XLA accounts
+// for them.
 ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments, double scale,
                    int64_t window, ffi::Result<Numbers> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
                    ffi::Result<ffi::Buffer<ffi::U32>> key_columns, ffi::Result<ffi::Buffer<ffi::U32>> value_rows) {

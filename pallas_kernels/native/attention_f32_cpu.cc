@@ -1,9 +1,9 @@
-// Causal attention of f32 numbers on a CPU with AVX-512: one XLA FFI handler.
+// Causal f32 attention on CPUs with AVX-512: one XLA FFI handler.
 //
 //   attention_forward_f32:  out = softmax(scale q k^T over visible keys) v, and the log2-sum-exp2 of each query's scores
 //
-// Tiles of 64 queries by 64 or 128 keys, whose scores never leave a core's own caches, as in attention_cpu.cc; nothing is
-// rounded but sums and products of f32. Keys are packed beforehand as columns, values as rows, block by block.
+// Tiles of 64 queries by 64 or 128 keys, whose scores stay in a core's caches, as in attention_cpu.cc. All sums and
+// products are f32. Keys are packed first as columns, values as rows, per block.
 
 #if defined(__AVX512F__)
 
@@ -23,7 +23,7 @@ using Head = qlora::Head<const float>;
 
 // ---- products
 
-// c[R, 16 C] (+)= a[R, terms] b[terms, 16 C], rows of c first multiplied by fade[r] where that is what to start from.
+// c[R, 16 C] (+)= a[R, terms] b[terms, 16 C]; with Start::kFaded, rows of c are first multiplied by fade[r].
 template <int R, int C, Start S>
 inline void product(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t terms, float* c,
                     int64_t c_stride, const float* fade) {
@@ -63,7 +63,7 @@ void block_product(const float* a, int64_t a_stride, const float* b, int64_t b_s
     }
 }
 
-// ---- packing, zeros where a block is not full
+// ---- packing, with zeros in partial blocks
 
 // to[64, h].
 void pack_rows(const Head& head, int64_t block, float* to) {
@@ -88,7 +88,7 @@ void pack_columns(const Head& head, int64_t block, float* to) {
 struct Forward {
   Sizes s;
   const Visibility& visibility;
-  float to_log2;  // turns a product into the logarithm of a weight
+  float to_log2;  // converts a product to the log2 of a weight
   const float *q, *k, *v;
   float *out, *lse;                  // lse [B, N, T]
   float *key_columns, *value_rows;  // packed, [B, K, blocks, h, 64] and [B, K, blocks, 64, h]
@@ -103,7 +103,7 @@ struct Forward {
     pack_rows(Head::of(v, s, s.k, b, kv_head), block, value_rows + packed(b, kv_head, block));
   }
 
-  // What a block of queries wants beside its operands: sums [64, h], scores [64, 128], four numbers of each query.
+  // Scratch of a block of queries: sums [64, h], scores [64, 128], four numbers per query.
   struct Scratch {
     Buffer<float> queries, sums, scores, of_rows;
     float *top, *total, *added, *fade;
@@ -116,7 +116,7 @@ struct Forward {
     }
   };
 
-  // One block of queries of one head, the longest first.
+  // Computes one block of queries of one head, the longest first.
   void block(int64_t part) const {
     const int64_t heads = s.b * s.n, i = s.blocks() - 1 - part / heads;
     const int64_t b = part % heads / s.n, n = part % heads % s.n, kv_head = n / s.groups();
@@ -141,7 +141,7 @@ struct Forward {
     }
   }
 
-  // Adds what the keys of blocks [j, next) give, which lie packed at `first`.
+  // Adds the contribution of the keys of blocks [j, next), which are packed at `first`.
   void tile(int64_t b, int64_t i, int64_t j, int64_t next, int64_t first, Scratch& scratch) const {
     const int64_t keys = (next - j) * kBlock;
     for (int64_t each = 0; each < next - j; ++each)
@@ -160,9 +160,9 @@ struct Forward {
                                  scratch.sums.get(), s.h, scratch.fade);
   }
 
-  // Turns one query's scores of `keys` keys into weights 2^(score - top), in place, and notes their sum, the new top and
-  // the logarithm of what earlier sums have to be multiplied by. Keys that are not seen weigh 2^0 where nothing has been
-  // seen: that fades to 0 with the query's own key, in the last tile.
+  // Converts one query's scores of `keys` keys to weights 2^(score - top), in place, and stores their sum, the new top
+  // and the log2 of the factor for earlier sums. Masked keys weigh 2^0 while no key has been seen: the query's own key,
+  // in the last tile, fades that to 0.
   void row(int64_t b, int64_t t, int64_t first, int64_t keys, bool masked, int64_t r, Scratch& scratch) const {
     float* scores = scratch.scores.get() + r * kMostKeys;
     __m512 most = _mm512_set1_ps(scratch.top[r]);
@@ -190,8 +190,8 @@ struct Forward {
 
 using Numbers = ffi::Buffer<ffi::F32>;
 
-// segments [B, T], or [0, 0] where there are none. Shapes agree, and H is a multiple of 16: the Python side made them.
-// Packed arrays are results, so that XLA accounts for them.
+// segments [B, T], or [0, 0] if there are none. The Python side ensures that shapes agree and that H is a multiple of
+// 16. Packed arrays are results, so XLA accounts for them.
 ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments, double scale,
                    int64_t window, bool branching, ffi::Result<Numbers> out, ffi::Result<Numbers> lse,
                    ffi::Result<Numbers> key_columns, ffi::Result<Numbers> value_rows) {

@@ -1,4 +1,4 @@
-// Memory that lives as long as a scope.
+// Memory that is freed at the end of a scope.
 
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace qlora {
 
-// An array that begins a cache line, freed at the end of its scope.
+// An array aligned to a cache line, freed at the end of its scope.
 template <typename T>
 class Buffer {
  public:

@@ -1,7 +1,7 @@
 """Builds the C++ handlers for this machine's processor: python -m pallas_kernels.native.build
 
-Needs a C++17 compiler ($CXX, else c++, g++ or clang++) and a processor with AVX-512, or AVX2 and FMA. They are
-optional: without them dequantization and decoding on a CPU are done in plain JAX, several times slower.
+Requires a C++17 compiler ($CXX, else c++, g++ or clang++) and a processor with AVX-512, or AVX2 and FMA. The handlers
+are optional: without them, CPUs dequantize and decode in plain JAX, several times slower.
 """
 
 import os
@@ -16,12 +16,12 @@ import jax
 from pallas_kernels.native.library import SOURCES, library_path
 
 COMPILERS = ("c++", "g++", "clang++")
-# No contraction: double-quantized constants are rounded twice, as bitsandbytes rounds them.
+# No contraction: double-quantized constants are rounded twice, as in bitsandbytes.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared")
 
 
 def find_compiler() -> str:
-    """The C++ compiler to use.
+    """Returns the path of the C++ compiler.
 
     Raises:
       ValueError: there is none.
@@ -30,14 +30,14 @@ def find_compiler() -> str:
     for name in wanted:
         if found := shutil.which(name):
             return found
-    raise ValueError(f"no C++ compiler found (tried {', '.join(wanted)}): install one, or set CXX to its path")
+    raise ValueError(f"no C++ compiler found (tried {', '.join(wanted)}). Install one, or set CXX to its path.")
 
 
 def build() -> Path:
-    """The library, built where it has not been.
+    """Builds the library if it does not exist, and returns its path.
 
     Raises:
-      ValueError: no compiler, or it refuses; what it said.
+      ValueError: no compiler was found, or compiling failed; with the first errors.
     """
     path = library_path()
     if path.exists():
@@ -48,18 +48,18 @@ def build() -> Path:
         done = subprocess.run([*command, "-o", str(built)], capture_output=True, text=True)
         if done.returncode:
             raise ValueError(f"{' '.join(command)}\nended with status {done.returncode}:\n{_errors(done.stderr)}")
-        built.replace(path)  # whole or not at all: another process may be loading it
+        built.replace(path)  # atomically, because another process may be loading it
     return path
 
 
-def _errors(said: str) -> str:
-    """The first errors of what a compiler said, templates cut short."""
-    lines = [line for line in said.splitlines() if "error" in line] or said.splitlines()
+def _errors(output: str) -> str:
+    """Returns the first errors of a compiler's output, with long lines truncated."""
+    lines = [line for line in output.splitlines() if "error" in line] or output.splitlines()
     return "\n".join(line[:300] for line in lines[:5])
 
 
 def main() -> int:
-    """Builds, and says where to or why not."""
+    """Builds the library and prints its name, or the reason why it was not built."""
     try:
         print(f"built: {build().name}")
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
-"""Where the compiled handlers lie, whether they can be used, and their registration with XLA.
+"""The library of compiled handlers: its path, checks that it can be used, and its registration with XLA.
 
-The library is built for one processor, by one jaxlib's headers and from given sources: its name says which, so that
-none is ever loaded elsewhere. Without it everything works, in plain JAX.
+The library's name has a hash of the processor, the jaxlib version and the sources, so it is never loaded elsewhere.
+Without it everything works, in plain JAX.
 """
 
 import ctypes
@@ -18,7 +18,7 @@ _HERE = Path(__file__).parent
 SOURCES = tuple(_HERE / f"{name}_cpu.cc" for name in ("nf4", "matmul_f32", "attention", "attention_f32"))
 HEADERS = tuple(_HERE / f"{name}.h" for name in ("attention", "buffer", "parallel"))
 HANDLERS = ("nf4_dequantize", "nf4_rows", "product_f32")
-# Not on every processor: by the numbers that they take, with what these want of it.
+# dtype -> (handlers that only some processors support, the instructions that they require).
 ATTENTION = {
     "bfloat16": (("attention_forward", "attention_backward"), "AVX-512 with products of bfloat16 numbers"),
     "float32": (("attention_forward_f32",), "AVX-512"),
@@ -27,14 +27,14 @@ BUILD = "python -m pallas_kernels.native.build"
 
 
 def _processor() -> str:
-    """The instruction sets of this machine's processor, as Linux tells them."""
+    """Returns the instruction sets of this machine's processor, from Linux."""
     cpuinfo = Path("/proc/cpuinfo")
     found = re.search(r"^flags.*$", cpuinfo.read_text(errors="replace"), re.MULTILINE) if cpuinfo.exists() else None
     return f"{platform.machine()} {found[0] if found else platform.processor()}"
 
 
 def library_path() -> Path:
-    """The library for this processor, this jaxlib and these sources, whether it has been built or not."""
+    """Returns the path of the library for this processor, jaxlib and sources; it may not be built."""
     version = importlib.metadata.version("jaxlib")
     sources = "".join(path.read_text() for path in SOURCES + HEADERS)
     key = hashlib.sha256(f"{version} {_processor()} {sources}".encode()).hexdigest()[:16]
@@ -43,21 +43,21 @@ def library_path() -> Path:
 
 @functools.cache
 def problem() -> str | None:
-    """Why the handlers of products cannot be used here; None: they can, and XLA knows them."""
+    """Returns why the product handlers cannot be used, or None after registering them with XLA."""
     if not library_path().exists():
-        return f"has not been built for this processor and jaxlib: `{BUILD}` does"
+        return f"is not built for this processor and jaxlib. Run `{BUILD}`"
     _register(HANDLERS)
     return None
 
 
 @functools.cache
 def attention_problem(dtype: str = "bfloat16") -> str | None:
-    """Why the handlers of attention of these numbers cannot be used here; None: they can, and XLA knows them."""
+    """Returns why the attention handlers of a dtype cannot be used, or None after registering them with XLA."""
     if missing := problem():
         return missing
     names, wanted = ATTENTION[dtype]
     if not hasattr(_library(), names[0]):
-        return f"this processor has no {wanted}"
+        return f"this processor does not support {wanted}"
     _register(names)
     return None
 

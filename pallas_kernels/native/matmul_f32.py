@@ -1,4 +1,4 @@
-"""Products of f32 matrices on CPUs by the C++ handler, where it is built: faster than XLA's own (docs/cpu.md).
+"""Products of f32 matrices on CPUs through the C++ handler, if it is built: faster than XLA's own (docs/cpu.md).
 
 Dimension key: M rows, N columns, K contracted.
 """
@@ -11,13 +11,14 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.native.library import problem
 
-COLUMNS = 32  # of the packed operand's panels; half as many with AVX2, of which the same memory holds as many
-# Below these an operand is hardly read again once it has been packed.
+# Columns per panel of the packed operand. With AVX2 panels have half as many, and the same memory holds twice as many.
+COLUMNS = 32
+# Below these sizes a packed operand is hardly reused.
 LEAST_ROWS, LEAST_COLUMNS, LEAST_TERMS = 9, 32, 32
 
 
 def takes(a: jax.Array | jax.ShapeDtypeStruct, b: jax.Array | jax.ShapeDtypeStruct, contract: tuple[int, int]) -> bool:
-    """Whether the handler multiplies these, on a CPU: whole matrices in f32, a's rows by b's rows or columns."""
+    """True if the handler supports these operands on a CPU: f32 matrices, a's rows by b's rows or columns."""
     if a.ndim != 2 or contract[0] != 1 or {a.dtype, b.dtype} != {jnp.dtype(jnp.float32)}:
         return False
     rows, terms = a.shape
@@ -27,11 +28,11 @@ def takes(a: jax.Array | jax.ShapeDtypeStruct, b: jax.Array | jax.ShapeDtypeStru
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(a_MK: Float[Array, "M K"], b: Float[Array, "_ _"], transposed: bool) -> Float[Array, "M N"]:
-    """a b, or a b^T where b is given transposed, as [N, K]; of operands that the handler `takes`."""
+    """Computes a b, or a b^T if `transposed` and b is [N, K]; for operands that the handler `takes`."""
     (rows, terms), columns = a_MK.shape, b.shape[0 if transposed else 1]
     results = (
         jax.ShapeDtypeStruct((rows, columns), jnp.float32),
-        jax.ShapeDtypeStruct((-(-columns // COLUMNS), terms, COLUMNS), jnp.float32),  # b packed, for the call alone
+        jax.ShapeDtypeStruct((-(-columns // COLUMNS), terms, COLUMNS), jnp.float32),  # b packed, used only by the call
     )
     return jax.ffi.ffi_call("product_f32", results, vmap_method="sequential")(a_MK, b, transposed=transposed)[0]
 

@@ -1,13 +1,13 @@
-// A product of f32 matrices on a CPU, for AVX-512 or AVX2 with FMA: one XLA FFI handler.
+// Product of f32 matrices on CPUs with AVX-512, or AVX2 and FMA: one XLA FFI handler.
 //
-//   product_f32:  c[m, n] = sum_k a[m, k] b[k, n], or b[n, k] where it is transposed
+//   product_f32:  c[m, n] = sum_k a[m, k] b[k, n], or b[n, k] if transposed
 //
-// Both operands are packed, so that the inner loop reads each as one stream: b in panels of kColumns columns, once; a in
-// strips of kRows rows, by the part that multiplies them. A tile of c, kRows x kColumns sums, stays in registers for a
-// chunk of k. A part's strips and one panel's chunk lie in a core's second cache.
+// Both operands are packed, so that the inner loop reads each as one stream: b once, in panels of kColumns columns; a
+// in strips of kRows rows, by the part that multiplies them. A tile of c, kRows x kColumns sums, stays in registers for
+// a chunk of k. A part's strips and one panel's chunk fit a core's L2 cache.
 //
-// A sum adds up in the order of k, chunks of a length that follows from k alone: a row's result depends neither on the
-// other rows nor on the number of threads.
+// Sums are in the order of k, in chunks whose length depends only on k. So a row's result depends neither on other rows
+// nor on the number of threads.
 
 #include <immintrin.h>
 
@@ -43,10 +43,10 @@ inline Vector multiply_add(Vector a, Vector b, Vector c) { return _mm256_fmadd_p
 
 constexpr int64_t kWidth = sizeof(Vector) / sizeof(float);
 constexpr int64_t kColumns = 2 * kWidth;
-constexpr int64_t kMostRows = 4 * kRows;  // of a part: with a chunk of a panel they fill a third of a megabyte
-constexpr int64_t kMostTerms = 1024;      // of a chunk of k
-constexpr int64_t kAhead = 16;            // steps of k that the inner loop fetches before it needs them
-constexpr int64_t kSquare = 8;            // of a transposition in registers
+constexpr int64_t kMostRows = 4 * kRows;  // rows per part: with a chunk of a panel they take a third of a megabyte
+constexpr int64_t kMostTerms = 1024;      // terms per chunk of k
+constexpr int64_t kAhead = 16;            // steps of k that the inner loop prefetches
+constexpr int64_t kSquare = 8;            // size of a transposition in registers
 
 // ---- packing
 
@@ -74,7 +74,7 @@ inline void transpose(const float* from, int64_t from_stride, float* to, int64_t
 void pack_transposed(const float* from, int64_t stride, int64_t rows, int64_t terms, float* to, int64_t width) {
   const int64_t squares = rows < kSquare ? 0 : terms / kSquare * kSquare;
   for (int64_t k = 0; k < squares; k += kSquare)
-    for (int64_t r = 0; r < rows; r += kSquare) {  // the last square may repeat rows of the one before
+    for (int64_t r = 0; r < rows; r += kSquare) {  // the last square may repeat rows of the previous one
       const int64_t first = std::min(r, rows - kSquare);
       transpose(from + first * stride + k, stride, to + k * width + first, width);
     }
@@ -102,7 +102,7 @@ void tile(int64_t rows, const float* a, const float* b, int64_t terms, bool add,
       sums[r][j] = add ? load(at) : all(0.0f);
     }
   for (int64_t k = 0; k < terms; ++k) {
-    const float* ahead = b + (k + kAhead) * kColumns;  // may lie beyond: fetching faults nowhere
+    const float* ahead = b + (k + kAhead) * kColumns;  // may be out of bounds: prefetching never faults
     _mm_prefetch(reinterpret_cast<const char*>(ahead), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(ahead + kWidth), _MM_HINT_T0);
     _mm_prefetch(reinterpret_cast<const char*>(a + (k + kAhead) * R), _MM_HINT_T0);
@@ -117,7 +117,7 @@ void tile(int64_t rows, const float* a, const float* b, int64_t terms, bool add,
     for (int j = 0; j < 2; ++j) store(sums[r][j], c + r * c_stride + j * kWidth);
 }
 
-// The same where c has fewer columns than a tile.
+// The same if c has fewer columns than a tile.
 void narrow_tile(int64_t rows, const float* a, const float* b, int64_t terms, bool add, float* c, int64_t c_stride,
                  int64_t columns) {
   float whole[kRows * kColumns] = {};
@@ -134,7 +134,7 @@ struct Product {
   int64_t m, n, k;
   const float *a, *b;
   bool transposed;
-  float *c, *panels;  // b packed: [panels, k, kColumns]; what lies beyond n is computed and dropped
+  float *c, *panels;  // b packed: [panels, k, kColumns]; columns past n are computed and dropped
 
   int64_t count() const { return (n + kColumns - 1) / kColumns; }
   int64_t blocks() const { return (m + kMostRows - 1) / kMostRows; }
@@ -153,7 +153,7 @@ struct Product {
       pack_straight(b + panel * kColumns, n, columns(panel), k, to);
   }
 
-  // Rows [first, last) of c, and the columns of panels [begin, end).
+  // Computes rows [first, last) of c in the columns of panels [begin, end).
   void part(int64_t first, int64_t last, int64_t begin, int64_t end) const {
     Buffer<float> strips(kMostRows * terms());
     for (int64_t start = 0; start < k; start += terms()) {
@@ -179,7 +179,7 @@ struct Product {
   }
 };
 
-// c [m, n]; panels [panels, k, columns of a panel] is memory for b, packed: XLA lends it and counts it.
+// c [m, n]; panels [panels, k, columns per panel] is memory for packed b, which XLA allocates and counts.
 ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ffi::F32> b,
                    ffi::Result<ffi::Buffer<ffi::F32>> c, ffi::Result<ffi::Buffer<ffi::F32>> panels, bool transposed) {
   const int64_t m = a.dimensions()[0], k = a.dimensions()[1], n = c->dimensions()[1];
@@ -187,7 +187,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> a, ffi::Buffer<ff
   if (static_cast<int64_t>(panels->element_count()) < p.count() * k * kColumns)
     return ffi::Error::InvalidArgument("there is not enough room for the packed operand");
   qlora::in_parallel(pool, p.count(), [&](int64_t panel) { p.pack_panel(panel); });
-  const int64_t wanted = 4 * pool.num_threads();  // parts, so that no thread waits long for the last
+  const int64_t wanted = 4 * pool.num_threads();  // enough parts that no thread waits long for the last
   const int64_t groups = std::clamp<int64_t>(wanted / p.blocks(), 1, p.count());
   qlora::in_parallel(pool, p.blocks() * groups, [&](int64_t index) {
     const int64_t block = index / groups, group = index % groups;

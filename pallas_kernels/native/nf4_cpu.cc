@@ -1,14 +1,14 @@
-// Products with frozen 4-bit weights on a CPU: two XLA FFI handlers, for AVX-512 or AVX2 with FMA.
+// Products with frozen 4-bit weights on CPUs with AVX-512, or AVX2 and FMA: two XLA FFI handlers.
 //
-//   dequantize:  w[n, k] = table[code(n, k)] * absmax[n, k / block], in f32, rounded once to bf16 or kept
-//   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w never leaves the registers
+//   dequantize:  w[n, k] = table[code(n, k)] * absmax[n, k / block], in f32, rounded once if the result is bf16
+//   rows:        y[m, n] = sum_k x[m, k] w[n, k], in f32, for few rows; w exists only in registers
 //
 // Codes are row-planar (pallas_kernels/formats/layouts.py): byte [i, k] holds code(i, k) in its high and
-// code(i + N/2, k) in its low nibble, so that one load of 16 bytes gives 16 neighbours of two rows. Constants are f32, or
+// code(i + N/2, k) in its low nibble, so one load of 16 bytes gives 16 neighbours of two rows. Constants are f32, or
 // double-quantized: absmax = map[byte] * nested[block / nested_size] + offset, in two roundings (never one fused
-// multiply-add: build with -ffp-contract=off), as bitsandbytes computes it.
+// multiply-add: build with -ffp-contract=off), as in bitsandbytes.
 //
-// A weight is one layer of a stack, told by an index, so that no slice of a stack has to be made.
+// A weight is a stack and the index of a layer, so that no slice is copied.
 
 #include <immintrin.h>
 
@@ -23,7 +23,7 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-// 16 lanes of f32. `Table` holds the 16 values that a code stands for.
+// 16 lanes of f32. `Table` has the 16 values of the codes.
 #if defined(__AVX512F__)
 struct Lanes {
   __m512 v;
@@ -38,7 +38,7 @@ struct Codes {
 inline Codes load_codes(const uint8_t* at) {
   return {_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)))};
 }
-// The permutation reads the low four bits of an index, and no others.
+// The permutation reads only the low four bits of an index.
 inline Lanes look_up_high(const Table& table, Codes codes) {
   return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes.v, 4), table.v)};
 }
@@ -49,7 +49,7 @@ inline Lanes times(Lanes a, float b) { return {_mm512_mul_ps(a.v, _mm512_set1_ps
 inline Lanes multiply_add(Lanes a, Lanes b, Lanes c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline float sum(Lanes a) { return _mm512_reduce_add_ps(a.v); }
 inline void store(Lanes a, float* to) { _mm512_storeu_ps(to, a.v); }
-inline void store(Lanes a, uint16_t* to) {  // bf16, to nearest even
+inline void store(Lanes a, uint16_t* to) {  // as bf16, rounded to nearest even
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
@@ -70,7 +70,7 @@ inline Codes load_codes(const uint8_t* at) {
   const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
   return {_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128(bytes, 8))};
 }
-// The permutation reads the low three bits of an index; the fourth, moved to the sign, chooses between the halves.
+// The permutation reads the low three bits of an index; the fourth, shifted to the sign, selects one of the halves.
 inline __m256 look_up(const Table& table, __m256i index) {
   const __m256 below = _mm256_permutevar8x32_ps(table.below, index);
   const __m256 above = _mm256_permutevar8x32_ps(table.above, index);
@@ -118,7 +118,7 @@ struct Weight {
   int64_t n, k, blocks, block_size, nested_size;
   const uint8_t* codes;
   const float* absmax;          // either this [N, blocks] ...
-  const uint8_t* absmax_codes;  // ... or these, and what they mean
+  const uint8_t* absmax_codes;  // ... or these, with their map and nested constants
   const float* nested;
   float offset;
   const float* map;
@@ -132,11 +132,11 @@ struct Weight {
   }
 };
 
-// Calls rows(first, last) for ranges of the N / 2 pairs of rows that are worth a thread's while.
+// Calls rows(first, last) in parallel for ranges of the N / 2 pairs of rows.
 template <typename Rows>
 void over_row_pairs(ffi::ThreadPool& pool, const Weight& w, const Rows& rows) {
   const int64_t pairs = w.n / 2;
-  const int64_t grain = std::max<int64_t>(1, 32768 / w.k);  // pairs of rows a part: 65,536 weights, some microseconds
+  const int64_t grain = std::max<int64_t>(1, 32768 / w.k);  // pairs of rows per part: 65,536 weights, some microseconds
   const int64_t parts = (pairs + grain - 1) / grain;
   qlora::in_parallel(pool, parts, [&](int64_t part) { rows(part * grain, std::min(pairs, (part + 1) * grain)); });
 }
@@ -218,13 +218,13 @@ std::vector<float> in_f32(const ffi::AnyBuffer& x) {
   return out;
 }
 
-// codes [L, N/2, K], scales [L, N, K/block] (f32, or u8 where double-quantized), nested [L, nested blocks], offset [L],
-// layer [], table [16], map [256]. Shapes agree: the Python side made them.
+// codes [L, N/2, K], scales [L, N, K/block] (f32, or u8 if double-quantized), nested [L, nested blocks], offset [L],
+// layer [], table [16], map [256]. The Python side ensures that shapes agree.
 ffi::ErrorOr<Weight> weight_of(ffi::Buffer<ffi::U8> codes, ffi::AnyBuffer scales, ffi::Buffer<ffi::F32> nested,
                                ffi::Buffer<ffi::F32> offset, ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::F32> table,
                                ffi::Buffer<ffi::F32> map, int64_t nested_size) {
   const auto shape = codes.dimensions();
-  const int64_t index = std::clamp<int64_t>(*layer.typed_data(), 0, shape[0] - 1);  // as XLA's dynamic slices do
+  const int64_t index = std::clamp<int64_t>(*layer.typed_data(), 0, shape[0] - 1);  // as in XLA's dynamic slices
   Weight w{};
   w.n = 2 * shape[1];
   w.k = shape[2];

@@ -1,4 +1,4 @@
-// Work shared out among the threads that XLA lends to a handler.
+// Parallel work on the thread pool that XLA passes to a handler.
 
 #pragma once
 
@@ -13,15 +13,15 @@
 
 namespace qlora {
 
-// Calls part(0), ..., part(parts - 1), each once, begun in this order, on the threads of the pool and on this one, and
-// returns when all are done. This thread takes parts like any other: it never waits for a part that nobody has begun.
+// Calls part(0), ..., part(parts - 1) once each, started in this order, on the pool's threads and on the calling one,
+// and returns when all are done. The calling thread runs parts too, so it never waits for a part that has not started.
 template <typename Part>
 void in_parallel(xla::ffi::ThreadPool& pool, int64_t parts, const Part& part) {
   struct State {
     std::atomic<int64_t> next{0}, done{0};
   };
   auto state = std::make_shared<State>();
-  // `part` is used only for parts below `parts`, all of which end before this function does.
+  // `part` is called only for indices below `parts`, and all these calls end before this function returns.
   auto work = [state, parts, &part] {
     for (int64_t i; (i = state->next.fetch_add(1)) < parts;) {
       part(i);

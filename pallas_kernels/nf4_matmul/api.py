@@ -1,4 +1,4 @@
-"""nf4_matmul: a product with a frozen 4-bit weight, and the gradient of its input from the same packed codes.
+"""nf4_matmul: a product with a frozen 4-bit weight, and its input's gradient from the same packed codes.
 
 Dimension key: M rows, N out, K in, L layers.
 """
@@ -7,9 +7,9 @@ import functools
 import importlib
 import operator
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array, Float
 
 from pallas_kernels.devices import Device, target_device
@@ -19,8 +19,8 @@ from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.dispatch import (
-    Abilities,
     Call,
+    Capabilities,
     Choice,
     Direction,
     Implementation,
@@ -34,7 +34,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
-    """A Mosaic kernel's function, imported when it is called: Mosaic takes most of a second, which CPUs do without."""
+    """Returns a Mosaic kernel's function, imported on its first call: importing Mosaic takes most of a second."""
 
     def product(rows, weights, layer):
         kernels = importlib.import_module(f"pallas_kernels.nf4_matmul.mosaic.{module}")
@@ -43,20 +43,20 @@ def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
     return product
 
 
-def _mosaic(module: str, abilities: Abilities) -> Implementation:
+def _mosaic(module: str, capabilities: Capabilities) -> Implementation:
     ways = _kernel(module, "forward"), _kernel(module, "backward")
-    return Implementation(*ways, abilities, fused=True, missing=mosaic_problem)
+    return Implementation(*ways, capabilities, fused=True, missing=mosaic_problem)
 
 
 IMPLEMENTATIONS = {
-    "cpu": Implementation(cpu.forward, cpu.backward, cpu.ABILITIES, missing=native_problem),
+    "cpu": Implementation(cpu.forward, cpu.backward, cpu.CAPABILITIES, missing=native_problem),
     "ampere": _mosaic("ampere", AMPERE),
     "hopper": _mosaic("hopper", HOPPER),
     "skinny": _mosaic("skinny", SKINNY),
-    "reference": Implementation(reference.forward, reference.backward, Abilities()),
+    "reference": Implementation(reference.forward, reference.backward, Capabilities()),
 }
 
-# Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest there first.
+# Name of a device (Device.names: a compute capability before its platform) -> implementations, the fastest first.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "reference"),
     "sm_80": ("skinny", "ampere", "reference"),
@@ -70,22 +70,22 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 def nf4_matmul(
     x: Float[Array, "... K"], weights: QTensor, layer: Layer = None, implementation: str | None = None
 ) -> Float[Array, "... N"]:
-    """y[..., n] = sum_k x[..., k] w[n, k], accumulated in f32 and returned in x's dtype.
+    """Computes y[..., n] = sum_k x[..., k] w[n, k], accumulated in f32 and returned in x's dtype.
 
-    Differentiable in `x` alone: dx = dy w, from the same codes. Between forward and backward only `weights` and `layer`
-    are kept, exactly as they were given; so give the whole stack and the layer index, since a slice made outside is a
-    second copy of every layer.
+    Differentiable in `x` only: dx = dy w, from the same codes. The residuals are `weights` and `layer` as given, so
+    pass the whole stack and a layer index: a slice made outside the op is a second copy of every layer.
 
     Args:
-      x: bf16, f16 or f32.
+      x: [..., K] in bf16, f16 or f32.
       weights: one weight (`layer` None), or a stack with one leading axis (`layer` its index, which may be traced).
-      implementation: a key of IMPLEMENTATIONS to force; None takes the first in the device's order that can do the
-        call (`chosen` tells which and why).
+      implementation: a key of IMPLEMENTATIONS to force; None uses the first in the device's order that supports the
+        call (`choose_implementation` returns it, with reasons).
 
     Raises:
-      ValueError: what no implementation could do: x's rank or dtype, another K in x and weights, a stack without a
-        layer or the reverse, codes that are not what their layout says, an unknown implementation.
-      NotImplementedError: the implementation that was named, or every one, cannot do this call on this device.
+      ValueError: no implementation could run the call, because x's rank or dtype is unsupported, K differs between x
+        and weights, a stack has no layer or the reverse, or codes do not match their layout; or the implementation is
+        unknown. Lists all problems.
+      NotImplementedError: the named implementation, or every one, does not support this call on this device.
     """
     if problems := list(call_problems(x, weights, layer, implementation)):
         raise ValueError("nf4_matmul: " + "; ".join(problems))
@@ -95,46 +95,48 @@ def nf4_matmul(
 
 
 def preference(device: Device) -> tuple[str, ...]:
-    """The implementations that a device would rather have, the first the most."""
+    """Returns a device's implementations, the most preferred first."""
     return next(PREFERENCE[name] for name in (*device.names, "any") if name in PREFERENCE)
 
 
-def chosen(device: Device, call: Call, implementation: str | None = None) -> Choice:
-    """What runs a call on a device, and why not what comes before it in the device's order."""
+def choose_implementation(device: Device, call: Call, implementation: str | None = None) -> Choice:
+    """Returns the implementation that runs a call on a device, and why those before it in its order do not."""
     order = (implementation,) if implementation else preference(device)
     return choose(device, call, IMPLEMENTATIONS, order)
 
 
-def call_problems(x: Any, weights: QTensor, layer: Any, implementation: str | None = None) -> Iterator[str]:
-    """Everything that makes nf4_matmul raise ValueError."""
+def call_problems(
+    x: jax.Array | np.ndarray, weights: QTensor, layer: Layer, implementation: str | None = None
+) -> Iterator[str]:
+    """Yields every reason why nf4_matmul raises ValueError."""
     if x.ndim == 0:
-        yield "x is a scalar: at least one axis, of length K, is needed"
+        yield "x is a scalar, expected at least one axis, of length K"
     if str(x.dtype) not in DTYPES:
-        yield f"x has dtype {x.dtype}: one of {', '.join(DTYPES)} is needed"
+        yield f"x has dtype {x.dtype}, expected one of {', '.join(DTYPES)}"
     if len(weights.shape) != 2:
-        yield f"weights of shape {weights.shape}: a matrix (N, K) is needed"
+        yield f"weights have shape {weights.shape}, expected a matrix (N, K)"
     elif x.ndim and x.shape[-1] != weights.shape[1]:
         yield f"x has K={x.shape[-1]} as its last axis, the weight {weights.shape} (N, K) has K={weights.shape[1]}"
     yield from _layer_problems(weights.stack_shape, layer)
     yield from _weights_problems(weights)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
-        yield f"{implementation=}: known are {sorted(IMPLEMENTATIONS)}"
+        yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
 
 
-def _layer_problems(stack_shape: tuple[int, ...], layer: Any) -> Iterator[str]:
+def _layer_problems(stack_shape: tuple[int, ...], layer: Layer) -> Iterator[str]:
     if len(stack_shape) != (layer is not None):
         wanted = "one leading axis of layers" if layer is not None else "no leading axes"
-        yield f"{layer=} goes with weights of {wanted}, found {stack_shape=}"
+        yield f"{layer=} requires weights with {wanted}, found {stack_shape=}"
     elif layer is not None and not isinstance(layer, jax.Array) and not 0 <= operator.index(layer) < stack_shape[0]:
-        # An index out of range would be clamped: another layer's weight, without a word.
-        yield f"{layer=} is none of the {stack_shape[0]} layers of the stack"
+        # An index out of range would silently be clamped to another layer's weight.
+        yield f"{layer=} is out of range for a stack of {stack_shape[0]} layers"
 
 
 def _weights_problems(weights: QTensor) -> Iterator[str]:
     if weights.quant_type not in CODE_TABLES:
-        yield f"quant_type {weights.quant_type!r}: known are {', '.join(CODE_TABLES)}"
+        yield f"quant_type {weights.quant_type!r} is unknown (known: {', '.join(CODE_TABLES)})"
     if weights.codes.dtype != "uint8":
-        yield f"codes have dtype {weights.codes.dtype}: uint8 is needed"
+        yield f"codes have dtype {weights.codes.dtype}, expected uint8"
     if problem := layout_problem(weights.layout, weights.shape, weights.block_size):
         yield problem
         return
@@ -148,20 +150,20 @@ def _weights_problems(weights: QTensor) -> Iterator[str]:
     ):
         found = tuple(getattr(weights, name).shape)
         if found != (*weights.stack_shape, *wanted):
-            yield f"{name} {list(found)}: layout {weights.layout!r} of {weights.shape} (N, K) holds {list(wanted)}"
+            yield f"{name} {list(found)}: layout {weights.layout!r} of {weights.shape} (N, K) has shape {list(wanted)}"
 
 
 def product(
     direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None = None
 ) -> jax.Array:
-    """One direction of the op, unchecked: [M, K] -> [M, N] forward, [M, N] -> [M, K] backward."""
+    """Computes one direction of the op, unchecked: [M, K] -> [M, N] forward, [M, N] -> [M, K] backward."""
     return _mappable(direction, implementation)(rows, weights, layer)
 
 
 def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None):
     device = target_device()
     call = Call.of(direction, rows.shape[0], rows.dtype, weights)
-    choice = chosen(device, call, implementation)
+    choice = choose_implementation(device, call, implementation)
     if choice.name is None:
         reasons = "; ".join(f"{name} {reason}" for name, reason in choice.refusals.items())
         raise NotImplementedError(f"nf4_matmul {direction} on {device}: {reasons}")
@@ -169,8 +171,8 @@ def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, 
 
 
 @functools.cache
-def _mappable(direction: Direction, implementation: str | None) -> Any:
-    """`_run` under vmap: an axis of the rows alone becomes rows; where weights have one, products are made in turn."""
+def _mappable(direction: Direction, implementation: str | None) -> Callable[..., jax.Array]:
+    """Returns `_run` with a rule for vmap: an axis of only the rows is folded into them; others run in sequence."""
 
     @jax.custom_batching.custom_vmap
     def mapped_product(rows, weights, layer):

@@ -1,32 +1,31 @@
-"""nf4_matmul on CPUs by the C++ handlers of pallas_kernels.native, where they are built.
+"""nf4_matmul on CPUs through the C++ handlers of pallas_kernels.native, if they are built.
 
-Few rows are multiplied straight from the codes, each weight in a register only. For many, one layer is dequantized and
-XLA's own product follows, which by then costs far more than the dequantization.
+Few rows are multiplied directly from the codes; weights exist only in registers. For many rows, one layer is
+dequantized and XLA multiplies, which then costs far more than the dequantization.
 
 Dimension key: M rows, N out, K in, L layers.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.dense_matmul import dot
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Layer
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Layer
 
-# The handlers read whole vectors of 16 weights, in the one layout that gives two rows a load.
-ABILITIES = Abilities(
+# The handlers read whole vectors of 16 weights, in the one layout that gives two rows per load.
+CAPABILITIES = Capabilities(
     devices=("cpu",), layouts=("row_planar",), dtypes=("bfloat16", "float32"), block_sizes=(64, 128, 256, 512, 1024)
 )
-FEW_ROWS = 8  # up to here the product from the codes is faster than dequantize + dot (docs/cpu.md)
+FEW_ROWS = 8  # up to this many, the product from the codes is faster than dequantize + dot (docs/cpu.md)
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
-    """y = x w^T, accumulated in f32, in x's dtype."""
+    """Computes y = x w^T, accumulated in f32, in x's dtype."""
     if x_MK.shape[0] > FEW_ROWS:
         return dot(x_MK, dequantize_layer(weights, layer, x_MK.dtype), (1, 1), x_MK.dtype)
     shape = jax.ShapeDtypeStruct((x_MK.shape[0], weights.shape[0]), x_MK.dtype)
@@ -34,18 +33,18 @@ def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
-    """dx = dy w, accumulated in f32, in dy's dtype."""
+    """Computes dx = dy w, accumulated in f32, in dy's dtype."""
     return dot(dy_MN, dequantize_layer(weights, layer, dy_MN.dtype), (1, 0), dy_MN.dtype)
 
 
-def dequantize_layer(weights: QTensor, layer: Layer, dtype: Any) -> Float[Array, "N K"]:
-    """One layer of the weights: `formats.dequantize`, to the bit."""
+def dequantize_layer(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Float[Array, "N K"]:
+    """Dequantizes one layer of the weights, bit-identical to `formats.dequantize`."""
     with jax.named_scope("dequantize"):
         return _call("nf4_dequantize", jax.ShapeDtypeStruct(weights.shape, dtype), weights, layer)
 
 
 def _call(name: str, out: jax.ShapeDtypeStruct, weights: QTensor, layer: Layer, *rows: jax.Array) -> jax.Array:
-    """A handler on one layer; the whole stack is handed over, so that no slice of it is made."""
+    """Calls a handler on one layer. It receives the whole stack, so that no slice is copied."""
     stack = weights if layer is not None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], weights)
     if stack.double_quant:
         constants = (stack.absmax_codes, stack.nested_absmax, stack.nested_offset)

@@ -1,14 +1,15 @@
-"""Which implementation does a product: each one's abilities, each device's order of preference, and the choice.
+"""Dispatch: chooses the implementation of a product from each one's capabilities and the device's preference.
 
-All of it is a function of (device, call), so that a report says what would run on a card that is not there, by the very
-code that chooses. Dimension key: M rows, N out, K in.
+The choice is a function of (device, call), so a report for an absent card uses the same code. Dimension key: M rows,
+N out, K in.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import jax
+from jax.typing import DTypeLike
 from jaxtyping import Array, Int
 
 from pallas_kernels.devices import Device
@@ -22,12 +23,12 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What an implementation may refuse by: everything of a product that is known while it is traced.
+    """The properties of a product that are known during tracing and that an implementation may not support.
 
     Attributes:
       rows: M.
-      dtype: of the rows, as `bfloat16`.
-      shape: (N, K).
+      dtype: name of the rows' dtype, such as `bfloat16`.
+      shape: (N, K) of the weight.
     """
 
     direction: Direction
@@ -40,21 +41,21 @@ class Call:
     double_quant: bool
 
     @classmethod
-    def of(cls, direction: Direction, rows: int, dtype: Any, weights: QTensor) -> "Call":
-        """The call of `rows` rows on a weight, or on one layer of a stack."""
-        held = {name: getattr(weights, name) for name in ("shape", "layout", "quant_type", "block_size")}
-        return cls(direction=direction, rows=rows, dtype=str(dtype), double_quant=weights.double_quant, **held)
+    def of(cls, direction: Direction, rows: int, dtype: DTypeLike, weights: QTensor) -> "Call":
+        """Describes a product of `rows` rows with a weight, or with one layer of a stack."""
+        of_weight = {name: getattr(weights, name) for name in ("shape", "layout", "quant_type", "block_size")}
+        return cls(direction=direction, rows=rows, dtype=str(dtype), double_quant=weights.double_quant, **of_weight)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Abilities:
-    """What an implementation can do; None: whatever there is.
+class Capabilities:
+    """The calls that an implementation supports; None: no restriction.
 
     Attributes:
-      devices: names of `Device.names`.
-      layouts, dtypes, quant_types, block_sizes, directions: values of the call's attribute of that name.
-      rows: (least, most) M.
-      multiples: (of N, of K) that a weight's shape must be.
+      devices: supported names, as in `Device.names`.
+      layouts, dtypes, quant_types, block_sizes, directions: supported values of the call's attribute.
+      rows: (minimum, maximum) M.
+      multiples: factors that must divide N and K.
     """
 
     devices: tuple[str, ...] | None = None
@@ -68,66 +69,66 @@ class Abilities:
 
 
 class Product(Protocol):
-    """[M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward).
+    """A function [M, K] x weight -> [M, N] (forward), or [M, N] x weight -> [M, K] (backward).
 
-    One weight (`layer` None), or a whole stack and the index of the layer that is meant.
+    Takes one weight (`layer` None), or a whole stack and the index of a layer.
     """
 
     def __call__(self, rows: jax.Array, weights: QTensor, layer: Layer, /) -> jax.Array: ...
 
 
 class Implementation(NamedTuple):
-    """One way to run the op, and what it can do.
+    """One way to run the op, and the calls that it supports.
 
-    Fields:
-      fused: a weight is dequantized inside the product; otherwise a whole one is written to memory and read again.
-      missing: why it cannot be used in this installation; None: it can.
+    Attributes:
+      fused: True if weights are dequantized inside the product; otherwise a whole weight is written and read again.
+      missing: returns why this installation cannot use it, or None if it can.
     """
 
     forward: Product
     backward: Product
-    abilities: Abilities
+    capabilities: Capabilities
     fused: bool = False
     missing: Callable[[], str | None] = lambda: None
 
 
 class Choice(NamedTuple):
-    """The implementation that does a call (None: none can), and why each one before it in the order does not."""
+    """The implementation of a call (None: none supports it), and why each one before it in the order does not."""
 
     name: str | None
     refusals: dict[str, str]
 
 
-def refusal(abilities: Abilities, device: Device, call: Call) -> str | None:
-    """Everything of a call that is beyond the abilities: what was given and what is possible. None: it can be done."""
-    return "; ".join(_problems(abilities, device, call)) or None
+def refusal(capabilities: Capabilities, device: Device, call: Call) -> str | None:
+    """Returns all reasons why the capabilities do not cover a call, or None if they do."""
+    return "; ".join(_problems(capabilities, device, call)) or None
 
 
-def _problems(abilities: Abilities, device: Device, call: Call) -> Iterator[str]:
-    if abilities.devices is not None and not set(abilities.devices) & set(device.names):
-        yield f"runs on {', '.join(abilities.devices)}, not on {device}"
+def _problems(capabilities: Capabilities, device: Device, call: Call) -> Iterator[str]:
+    if capabilities.devices is not None and not set(capabilities.devices) & set(device.names):
+        yield f"runs on {', '.join(capabilities.devices)}, not on {device}"
     for one, many in (
-        ("layout", abilities.layouts),
-        ("dtype", abilities.dtypes),
-        ("quant_type", abilities.quant_types),
-        ("block_size", abilities.block_sizes),
-        ("direction", abilities.directions),
+        ("layout", capabilities.layouts),
+        ("dtype", capabilities.dtypes),
+        ("quant_type", capabilities.quant_types),
+        ("block_size", capabilities.block_sizes),
+        ("direction", capabilities.directions),
     ):
         given = getattr(call, one)
         if many is not None and given not in many:
             yield f"takes {one} {' or '.join(map(str, many))}, not {given}"
-    if abilities.rows is not None and not abilities.rows[0] <= call.rows <= abilities.rows[1]:
-        yield f"takes {abilities.rows[0]} to {abilities.rows[1]} rows, not {call.rows}"
-    for axis, size, multiple in zip("NK", call.shape, abilities.multiples, strict=True):
+    if capabilities.rows is not None and not capabilities.rows[0] <= call.rows <= capabilities.rows[1]:
+        yield f"takes {capabilities.rows[0]} to {capabilities.rows[1]} rows, not {call.rows}"
+    for axis, size, multiple in zip("NK", call.shape, capabilities.multiples, strict=True):
         if size % multiple:
             yield f"takes {axis} that is a multiple of {multiple}, not {size}"
 
 
 def choose(device: Device, call: Call, implementations: Mapping[str, Implementation], order: Sequence[str]) -> Choice:
-    """The first implementation of `order` that can do the call on the device."""
+    """Returns the first implementation of `order` that supports the call on the device."""
     refusals: dict[str, str] = {}
     for name in order:
-        reason = refusal(implementations[name].abilities, device, call) or implementations[name].missing()
+        reason = refusal(implementations[name].capabilities, device, call) or implementations[name].missing()
         if reason is None:
             return Choice(name, refusals)
         refusals[name] = reason

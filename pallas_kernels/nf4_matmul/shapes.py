@@ -1,4 +1,4 @@
-"""Real shapes of frozen linear layers, by name, and their reductions for tests on a CPU.
+"""Shapes of real models' frozen linear layers, by name, and reduced shapes for tests on a CPU.
 
 Dimension key: N out, K in.
 """
@@ -9,7 +9,7 @@ TILE = 256  # a multiple of every kernel's tile, of K groups of 128, and of bloc
 
 
 class Shape(NamedTuple):
-    """A weight (N, K) of a published model, and how many such weights one layer and the whole model have."""
+    """A weight (N, K) of a published model, its count per layer, and the number of layers."""
 
     model: str
     projection: str
@@ -20,7 +20,7 @@ class Shape(NamedTuple):
 
     @property
     def name(self) -> str:
-        """As `llama-2-7b/down`."""
+        """The shape's name, such as `llama-2-7b/down`."""
         return f"{self.model}/{self.projection}"
 
     @property
@@ -29,7 +29,7 @@ class Shape(NamedTuple):
         return self.n, self.k
 
 
-# Model -> (width, which its query heads fill; heads of keys and values together; inner width of the MLP; layers).
+# Model -> (width, equal to that of all query heads; width of keys or values; inner width of the MLP; layers).
 MODELS: dict[str, tuple[int, int, int, int]] = {
     "smollm2-135m": (576, 192, 1536, 30),  # 576 = 4.5 x 128, 192 = 1.5 x 128
     "qwen2-0.5b": (896, 128, 4864, 24),  # 896 = 3.5 x 256
@@ -55,7 +55,7 @@ SHAPES: dict[str, Shape] = {shape.name: shape for model in MODELS for shape in _
 
 
 def reduced(size: int) -> int:
-    """A size below 2 TILE that leaves the same remainder when divided by TILE, whole tiles before it kept at one."""
+    """Returns a size below 2 TILE with the same remainder modulo TILE."""
     return size if size < 2 * TILE else TILE + size % TILE
 
 

@@ -1,7 +1,7 @@
-"""nf4_matmul on several devices: what crosses between them is rows, sums, or packed codes, never a dequantized weight.
+"""nf4_matmul on several devices: they exchange rows, sums or packed codes, never a dequantized weight.
 
-Three ways over one axis of a mesh, s devices. "Outer" is how rows lie outside of a pair of products, all of K or N on
-each device; "inner" is how they lie between the two, the last axis cut into s:
+There are three ways over one mesh axis of s devices. Outside a pair of products, rows are "outer": each device has all
+of K or N. Between the two products they are "inner": the last axis is cut into s.
 
 | product           | weights cut along | x -> y         | moved forward                | moved backward |
 |-------------------|-------------------|----------------|------------------------------|----------------|
@@ -9,12 +9,11 @@ each device; "inner" is how they lie between the two, the last axis cut into s:
 | `row_parallel`    | K                 | inner -> outer | sum of y                     | nothing        |
 | `gathered`        | N                 | outer -> outer | a layer's codes and constants | the same      |
 
-Where the rows themselves lie over the axis outside (`rows` names it), the first two gather them where the table says
-nothing, and a sum leaves to each device its rows alone. Each device rounds its part of a sum once, to x's dtype, as the
-op does; parts are added in f32, and the sum is rounded once more. With parts of random signs that is one rounding more
-than on one device, however many they are.
+If outer rows are themselves cut over the axis (`rows` names it), the first two gather them where the table says
+"nothing", and a sum leaves each device only its rows. Each device rounds its part of a sum once, to x's dtype, as the
+op does. The parts are added in f32, and the sum is rounded once more: one rounding more than on a single device.
 
-Between forward and backward only the weights and the layer are kept, exactly as they were given, as nf4_matmul does it.
+The residuals between forward and backward are the weights and the layer as given, as in nf4_matmul.
 
 Dimension key: M rows, N out, K in, G = K / block_size blocks a row; `...` leading axes of rows.
 """
@@ -23,7 +22,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +41,17 @@ EVERYWHERE = P()
 def column_parallel(
     x: Float[Array, "... K"], weights: QTensor, layer: Layer, mesh: AnyMesh, axis: str, rows: P = EVERYWHERE
 ) -> Float[Array, "... N"]:
-    """y[..., n] = sum_k x[..., k] w[n, k], each device with its own part of N, which y is cut along.
+    """Computes y[..., n] = sum_k x[..., k] w[n, k]; each device computes its part of N, along which y is cut.
 
     dx, a sum over N, is summed over the devices in f32.
 
     Args:
       weights: cut along N over `axis` (`specs`); one weight (`layer` None), or a stack and the index of a layer.
-      rows: mesh axes of x's leading axes. Where `axis` is among them, x is gathered there, and dx scattered.
+      rows: mesh axes of x's leading axes. If `axis` is among them, x is gathered over it, and dx scattered.
 
     Raises:
-      ValueError: what nf4_matmul refuses; weights or rows that can't be cut so: all problems at once.
-      NotImplementedError: no implementation can do a device's part.
+      ValueError: nf4_matmul would raise it, or weights or rows cannot be cut this way. Lists all problems.
+      NotImplementedError: no implementation supports a device's part.
     """
     return _checked(x, weights, layer, _Split("column", mesh, axis, rows))
 
@@ -61,16 +59,16 @@ def column_parallel(
 def row_parallel(
     x: Float[Array, "... K"], weights: QTensor, layer: Layer, mesh: AnyMesh, axis: str, rows: P = EVERYWHERE
 ) -> Float[Array, "... N"]:
-    """y[..., n] = sum_k x[..., k] w[n, k], each device with its own part of K, which x is cut along.
+    """Computes y[..., n] = sum_k x[..., k] w[n, k]; each device sums over its part of K, along which x is cut.
 
-    y is summed over the devices in f32; dx is each device's own.
+    y is summed over the devices in f32. dx stays cut along K.
 
     Args:
       weights: cut along K over `axis` (`specs`); one weight (`layer` None), or a stack and the index of a layer.
-      rows: mesh axes of y's leading axes. Where `axis` is among them, y is scattered there, and dy gathered.
+      rows: mesh axes of y's leading axes. If `axis` is among them, y is scattered over it, and dy gathered.
 
     Raises:
-      ValueError, NotImplementedError: as column_parallel.
+      ValueError, NotImplementedError: see column_parallel.
     """
     return _checked(x, weights, layer, _Split("row", mesh, axis, rows))
 
@@ -78,24 +76,24 @@ def row_parallel(
 def gathered(
     x: Float[Array, "... K"], weights: QTensor, layer: Layer, mesh: AnyMesh, axis: str, rows: P = EVERYWHERE
 ) -> Float[Array, "... N"]:
-    """y[..., n] = sum_k x[..., k] w[n, k], the layer's packed codes brought together for this product alone.
+    """Computes y[..., n] = sum_k x[..., k] w[n, k], gathering the layer's packed codes for this product only.
 
-    For weights that are spread out to save memory, while rows lie over the same devices: forward and backward each
-    bring about half a byte a weight, and sum nothing.
+    For weights that are sharded to save memory while rows are cut over the same devices. Forward and backward each
+    gather about half a byte per weight, and sum nothing.
 
     Args:
       weights: cut along N over `axis` (`specs`); one weight (`layer` None), or a stack and the index of a layer.
-      rows: mesh axes of x's leading axes, as a rule `axis` among them.
+      rows: mesh axes of x's leading axes, usually with `axis` among them.
 
     Raises:
-      ValueError, NotImplementedError: as column_parallel.
+      ValueError, NotImplementedError: see column_parallel.
     """
     return _checked(x, weights, layer, _Split("gathered", mesh, axis, rows))
 
 
 @dataclasses.dataclass(frozen=True)
 class _Split:
-    """One product on a mesh: a row of the table above."""
+    """A product's distribution over a mesh: a row of the table above."""
 
     kind: str
     mesh: AnyMesh
@@ -112,36 +110,36 @@ class _Split:
 
     @property
     def rows_axis(self) -> int | None:
-        """The axis of rows that lies over the mesh axis outside."""
+        """The axis of outer rows that is cut over the mesh axis."""
         return next((at for at, entry in enumerate(self.rows) if self.axis in _names(entry)), None)
 
-    def lies(self, ndim: int, inner: bool) -> P:
-        """How rows of `ndim` axes lie on the mesh."""
+    def spec(self, ndim: int, inner: bool) -> P:
+        """Returns the PartitionSpec of rows with `ndim` axes."""
         if not inner:
             return P(*self.rows, *[None] * (ndim - len(self.rows)))
-        kept = [tuple(name for name in _names(entry) if name != self.axis) or None for entry in self.rows]
-        return P(*kept, *[None] * (ndim - 1 - len(kept)), self.axis)
+        remaining = [tuple(name for name in _names(entry) if name != self.axis) or None for entry in self.rows]
+        return P(*remaining, *[None] * (ndim - 1 - len(remaining)), self.axis)
 
 
-def _names(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
+def _names(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a PartitionSpec."""
     return entry if isinstance(entry, tuple) else () if entry is None else (entry,)
 
 
-# What a device does
+# One device's part
 
 
 def _gather_and_multiply(
     direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, laid: QTensor
 ):
-    """Outer -> inner: all rows, and of the result's columns the device's own."""
+    """Outer -> inner: computes the device's columns of the result for all rows."""
     if split.rows_axis is not None:
         rows = lax.all_gather(rows, split.axis, axis=split.rows_axis, tiled=True)
     return _multiply(direction, rows, _own(weights, split, laid), layer)
 
 
 def _multiply_and_sum(direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, laid: QTensor):
-    """Inner -> outer: the device's part of a sum, and the sum of all."""
+    """Inner -> outer: computes the device's part of a sum, and sums the parts."""
     part = _multiply(direction, rows, _own(weights, split, laid), layer).astype(jnp.float32)
     if split.rows_axis is None:
         return lax.psum(part, split.axis).astype(rows.dtype)
@@ -150,12 +148,12 @@ def _multiply_and_sum(direction: Direction, rows: Array, weights: QTensor, layer
 
 
 def _gather_codes(direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, laid: QTensor):
-    """Outer -> outer: the device's rows by the whole weight."""
+    """Outer -> outer: multiplies the device's rows by the whole weight."""
 
     def whole(leaf, spec):
         if split.axis not in spec:
             return leaf
-        axis = leaf.ndim - len(spec) + spec.index(split.axis)  # without the axis of layers, or with no such axis
+        axis = leaf.ndim - len(spec) + spec.index(split.axis)  # the axis of layers, if there was one, is gone
         return lax.all_gather(leaf, split.axis, axis=axis, tiled=True)
 
     one = weights if layer is None else weights.layer(layer)
@@ -175,7 +173,7 @@ def _own(weights: QTensor, split: _Split, laid: QTensor) -> QTensor:
 
 _Step = Callable[[Direction, Array, QTensor, Layer, _Split, QTensor], Array]
 
-# kind -> by direction: what a device does, and whether the rows that it takes, and those that it makes, lie inner.
+# kind -> direction -> (one device's part, True if its input rows are inner, True if its output rows are inner).
 _STEPS: dict[str, dict[Direction, tuple[_Step, bool, bool]]] = {
     "column": {"forward": (_gather_and_multiply, False, True), "backward": (_multiply_and_sum, True, False)},
     "row": {"forward": (_multiply_and_sum, True, False), "backward": (_gather_and_multiply, False, True)},
@@ -189,9 +187,9 @@ def _on_mesh(direction: Direction, rows: Array, weights: QTensor, layer: Layer, 
     run = jax.shard_map(
         lambda rows, weights, layer: step(direction, rows, weights, layer, split, laid),
         mesh=split.mesh,
-        in_specs=(split.lies(rows.ndim, inner_in), laid, P()),
-        out_specs=split.lies(rows.ndim, inner_out),
-        check_vma=False,  # which kernels' results do not tell; the derivative is not jax's but the one below
+        in_specs=(split.spec(rows.ndim, inner_in), laid, P()),
+        out_specs=split.spec(rows.ndim, inner_out),
+        check_vma=False,  # kernels' results carry no such types; the derivative is the custom one below
     )
     return run(rows, weights, layer)
 
@@ -207,7 +205,7 @@ def _forward(x, weights, layer, split):
 
 def _backward(split, residuals, dy):
     weights, layer = residuals
-    return _on_mesh("backward", _brought("backward", dy, split), weights, layer, split), None, None
+    return _on_mesh("backward", _resharded("backward", dy, split), weights, layer, split), None, None
 
 
 _product.defvjp(_forward, _backward)
@@ -217,15 +215,15 @@ def _checked(x: Array, weights: QTensor, layer: Layer, split: _Split) -> Array:
     problems = [*api.call_problems(x, weights, layer), *_rows_problems(x, split)]
     if problems := [*problems, *cut_problems(weights, split.cut, split.mesh, split.axis)]:
         raise ValueError(f"{split.kind}: " + "; ".join(problems))
-    return _product(_brought("forward", x, split), weights, _index(layer), split)
+    return _product(_resharded("forward", x, split), weights, _index(layer), split)
 
 
-def _brought(direction: Direction, rows: Array, split: _Split) -> Array:
-    """Rows as the direction takes them: on axes of the type Explicit JAX moves nothing unless it is told to."""
+def _resharded(direction: Direction, rows: Array, split: _Split) -> Array:
+    """Reshards rows for a direction: on axes of type Explicit, JAX does so only on request."""
     if AxisType.Explicit not in split.mesh.axis_types:
         return rows
     _, inner, _ = _STEPS[split.kind][direction]
-    return jax.sharding.reshard(rows, NamedSharding(split.mesh, split.lies(rows.ndim, inner)))
+    return jax.sharding.reshard(rows, NamedSharding(split.mesh, split.spec(rows.ndim, inner)))
 
 
 def _index(layer: Layer) -> Array | None:
@@ -233,9 +231,9 @@ def _index(layer: Layer) -> Array | None:
 
 
 def _rows_problems(x: Array, split: _Split) -> Iterator[str]:
-    """Of the leading axes of x and the mesh axes that they lie over."""
+    """Yields problems of x's leading axes and the mesh axes that cut them."""
     if len(split.rows) >= max(x.ndim, 1):
-        yield f"rows={split.rows} are for {len(split.rows)} axes before the last, x {list(x.shape)} has {x.ndim - 1}"
+        yield f"rows={split.rows} name {len(split.rows)} leading axes, x {list(x.shape)} has {x.ndim - 1}"
     for size, entry in zip(x.shape, split.rows, strict=False):
         names = _names(entry)
         if unknown := [name for name in names if name not in split.mesh.shape]:
@@ -243,4 +241,4 @@ def _rows_problems(x: Array, split: _Split) -> Iterator[str]:
         elif size % (count := math.prod(split.mesh.shape[name] for name in names)):
             yield f"x {list(x.shape)} has an axis of {size}, rows={split.rows} cut it into {count}"
         if split.axis in names[:-1]:
-            yield f"rows={split.rows}: {split.axis!r} has to be the last of those that cut an axis"
+            yield f"rows={split.rows}: {split.axis!r} must be the last mesh axis of its entry"

@@ -91,7 +91,7 @@ class WeightDecomposer:
         self._split = pissa_loftq.pissa
         if spec.init == "loftq":
             round_trip = functools.partial(_round_trip, weights=weights)
-            self._split = functools.partial(pissa_loftq.loftq, iterations=spec.loftq_iterations, held=round_trip)
+            self._split = functools.partial(pissa_loftq.loftq, iterations=spec.loftq_iterations, round_trip=round_trip)
         self._factors: dict[str, dict[str, np.ndarray]] = {}
         self._subtracted: dict[str, dict[str, np.ndarray]] = {}
 
@@ -104,9 +104,9 @@ class WeightDecomposer:
         how = pissa_loftq.Decomposition(tensor.rank, tensor.scaling, spec.svd_niter, spec.dtype, key)
         split = self._split(weight.astype(np.float32), how)
         self._store(self._factors, tensor, split.initial)
-        if split.taken is not None and split.taken is not split.initial:
-            self._store(self._subtracted, tensor, split.taken)
-        return split.rest
+        if split.subtracted is not None and split.subtracted is not split.initial:
+            self._store(self._subtracted, tensor, split.subtracted)
+        return split.residual
 
     def _store(
         self, stacks: dict[str, dict[str, np.ndarray]], tensor: AdaptedTensor, factors: pissa_loftq.Factors
@@ -138,7 +138,7 @@ def subtract_initial(initial: InitialAdapter, config: ModelConfig, spec: LoraArg
             return weight
         stacks = initial.subtracted[tensor.name]
         a_KR, b_RN = (np.asarray(stacks[leaf][tensor.layer]) for leaf in ("lora_a", "lora_b"))
-        return pissa_loftq.without(weight.astype(np.float32), pissa_loftq.Factors(a_KR, b_RN), tensor.scaling)
+        return pissa_loftq.residual(weight.astype(np.float32), pissa_loftq.Factors(a_KR, b_RN), tensor.scaling)
 
     return rest
 

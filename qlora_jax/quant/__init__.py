@@ -1,4 +1,4 @@
-"""4-bit quantization of weights: bitsandbytes' formats to the bit, in NumPy and under jit."""
+"""4-bit quantization of weights in bitsandbytes' formats, bit for bit, in NumPy and under jit."""
 
 import jax
 

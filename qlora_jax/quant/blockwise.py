@@ -1,4 +1,4 @@
-"""The quantizer under jit, and the host function that decides which quantizer a weight needs."""
+"""The jitted quantizer, and the host function that chooses between it and the NumPy quantizer."""
 
 import functools
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from qlora_jax.quant.double_quant import assemble
 from qlora_jax.quant.reference import quantize_numpy
 from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
 
-# XLA flushes subnormal numbers to zero on CPUs. Blocks between these bounds meet none: their reciprocal, and all
-# differences of their constants, are normal numbers.
+# XLA flushes subnormal numbers to zero on CPUs. For an absmax within these bounds none occur: the reciprocal and all
+# differences of constants are normal numbers.
 EXACT_ABSMAX = (np.float32(1e-30), np.float32(2.0**126))
 SAFELY_NORMAL = np.float32(2.0**-120)
 MAGNITUDE_BITS = np.int32(0x7FFFFFFF)
@@ -31,21 +31,22 @@ def quantize(
     double_quant: bool = True,
     nested_block_size: int = 256,
 ) -> QTensor:
-    """code(e) = nearest table index of w[e] * (1 / absmax[block]): bitsandbytes' CPU results to the bit.
+    """Quantizes a weight bit for bit as bitsandbytes does on CPUs.
 
-    Jitted; a weight with blocks so small or large that XLA would flush subnormal numbers goes through `quantize_numpy`.
+    code(e) = nearest table index of w[e] * (1 / absmax[block]). Jitted. If a block is so small or large that XLA would
+    flush subnormal numbers, the weight goes through `quantize_numpy` instead.
 
     Args:
       weight: a concrete array of any shape, float32, float16 or bfloat16. Matrices [N, K] with K % block_size == 0 give
         layout `bnb`, all other shapes `flat`.
-      quant_type: nf4 or fp4 as in bitsandbytes; int4, e2m1 or e3m0.
+      quant_type: `nf4` or `fp4` as in bitsandbytes, or `int4`, `e2m1`, `e3m0`.
       block_size: elements that share a constant, 32 to 4096.
-      double_quant: whether the constants are themselves quantized to 8 bits (`nested_offset` is then within 2 ulp of
-        torch's mean, which is not deterministic; given the same offset all else is equal).
-      nested_block_size: constants that share one of their own.
+      double_quant: True quantizes the constants to 8 bits. `nested_offset` is then within 2 ulp of torch's mean, which
+        is not deterministic; given the same offset, all else is bit-identical.
+      nested_block_size: block constants that share a nested constant.
 
     Raises:
-      ValueError: a setting, dtype or shape that cannot be quantized, or an element that is not finite.
+      ValueError: the setting, dtype or shape cannot be quantized, or an element is not finite.
     """
     settings = QuantSettings(
         quant_type=quant_type, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size
@@ -67,9 +68,10 @@ def quantize(
 
 
 def quantize_traceable(weight: Float[Array, "..."], settings: QuantSettings) -> QTensor:
-    """The pure core of `quantize`, for use under jit and eval_shape: checks nothing, routes nothing.
+    """Quantizes under jit or eval_shape, without checks and without the choice of `quantize_numpy`.
 
-    Equal to bitsandbytes for blocks whose absmax is zero or within EXACT_ABSMAX; a partial block of zeros has absmax 0.
+    Bit-identical to bitsandbytes for blocks whose absmax is zero or within EXACT_ABSMAX. A partial block of zeros has
+    absmax 0.
     """
     blocks = _blocks(weight, settings.block_size)
     return _quantize_blocks(blocks, _block_absmax(blocks), weight, settings)
@@ -79,14 +81,14 @@ def quantize_traceable(weight: Float[Array, "..."], settings: QuantSettings) -> 
 def _quantize_and_inspect(
     weight: Float[Array, "..."], settings: QuantSettings
 ) -> tuple[QTensor, Bool[Array, ""], Bool[Array, ""]]:
-    """(the quantized weight, whether all elements are finite, whether it equals quantize_numpy's result)."""
+    """(the quantized weight, True if all elements are finite, True if it equals quantize_numpy's result)."""
     blocks = _blocks(weight, settings.block_size)
     absmax = _block_absmax(blocks)
     exact = _no_subnormals(blocks, absmax, settings.quant_type)
     if blocks.size != weight.size:  # bitsandbytes gives a partial block of zeros the subnormal constant 1e-38
         exact &= absmax[-1] > 0
     qt = _quantize_blocks(blocks, absmax, weight, settings)
-    if settings.double_quant:  # where the constants add up beyond float32, quantize_numpy says so
+    if settings.double_quant:  # quantize_numpy raises the error if the sum of the constants overflows float32
         exact &= jnp.isfinite(qt.nested_offset)
     return qt, jnp.all(jnp.isfinite(absmax)), exact
 
@@ -97,31 +99,35 @@ def _quantize_blocks(blocks: Array, absmax: Array, weight: Array, settings: Quan
         # XLA turns a quotient by one number into products with its reciprocal, but not one by an array.
         divisor = lax.optimization_barrier(jnp.full(blocks.shape[1:], jnp.where(absmax[-1] > 0, absmax[-1], 1.0)))
         normalized = normalized.at[-1].set(blocks[-1] / divisor)
-    # XLA on CPUs vectorizes this where neighbours part before they are quantized, and the loop runs over whole blocks:
-    # the barrier keeps the final shape, whose rows may cut blocks, out of it.
+    # XLA on CPUs vectorizes this if neighbours are separated before they are quantized and the loop runs over whole
+    # blocks. The barrier keeps the final shape, whose rows may cut blocks, out of the loop.
     first, second = (_nearest_codes(normalized[:, start::2], settings.quant_type) for start in (0, 1))
     codes = lax.optimization_barrier(pack_nibbles(first, second))
     return assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
 
 
 def _blocks(weight: Float[Array, "..."], block_size: int) -> Float32[Array, "blocks block_size"]:
-    """The flattened weight in f32, padded with zeros to whole blocks."""
+    """Flattens the weight in f32 and pads it with zeros to whole blocks."""
     flat = weight.astype(jnp.float32).reshape(-1)
     return jnp.pad(flat, (0, -flat.size % block_size)).reshape(-1, block_size)
 
 
 def _magnitude_bits(values: Float32[Array, "..."]) -> Array:
-    """The bits of |values| as int32: ordered as the magnitudes are, NaN largest, and no subnormal is flushed."""
+    """Returns the bits of |values| as int32, in the order of the magnitudes, NaN largest; flushes no subnormal."""
     return lax.bitcast_convert_type(values, jnp.int32) & MAGNITUDE_BITS
 
 
 def _reduce_blocks(
     bits: Int32[Array, "blocks block_size"], pair: Callable, reduce: Callable
 ) -> Float32[Array, " blocks"]:
-    """The largest (or smallest) of each block, as float32; `pair` and `reduce` are jnp.maximum and jnp.max, or min.
+    """Returns the largest (or smallest) of each block, as float32.
 
-    XLA on CPUs makes a slow pass and a copy of the weight of a reduction of integers along the last axis; a tree of
-    pairs, 64 leaves at most, it vectorizes. The barrier keeps it from doing the tree anew for each code.
+    XLA on CPUs compiles a reduction of integers along the last axis to a slow pass and a copy of the weight, but it
+    vectorizes a tree of pairs of at most 64 leaves. The barrier keeps it from repeating the tree for each code.
+
+    Args:
+      pair: jnp.maximum or jnp.minimum.
+      reduce: jnp.max or jnp.min.
     """
     leaves = bits.reshape(-1, min(bits.shape[-1], 64))
     while leaves.shape[-1] > 1:
@@ -135,12 +141,12 @@ def _block_absmax(blocks: Float32[Array, "blocks block_size"]) -> Float32[Array,
 
 
 def _inverse(absmax: Float32[Array, " blocks"]) -> Float32[Array, " blocks"]:
-    """1 / absmax, and 0 for blocks of zeros."""
+    """Returns 1 / absmax, and 0 for blocks of zeros."""
     return jnp.where(absmax > 0, 1 / jnp.where(absmax > 0, absmax, 1.0), 0.0)
 
 
 def _nearest_codes(normalized: Float32[Array, "*shape"], quant_type: str) -> UInt8[Array, "*shape"]:
-    """code_by_rank[sum_j (x > midpoint_j)], the look-up folded into the sum: each step adds what the code gains."""
+    """Computes code_by_rank[sum_j (x > midpoint_j)], adding the change of code at each midpoint."""
     code_by_rank = CODE_BY_RANK[quant_type]
     gains = np.diff(code_by_rank)  # modulo 256
     codes = jnp.full(normalized.shape, code_by_rank[0])
@@ -150,7 +156,7 @@ def _nearest_codes(normalized: Float32[Array, "*shape"], quant_type: str) -> UIn
 
 
 def _no_subnormals(blocks: Array, absmax: Array, quant_type: str) -> Bool[Array, ""]:
-    """Whether flushing subnormal numbers to zero cannot change any code."""
+    """True if flushing subnormal numbers to zero cannot change a code."""
     bits = _magnitude_bits(absmax)
     lowest, highest = (bound.view(np.int32) for bound in EXACT_ABSMAX)
     exact = jnp.all((bits == 0) | ((bits >= lowest) & (bits <= highest)))
@@ -160,7 +166,7 @@ def _no_subnormals(blocks: Array, absmax: Array, quant_type: str) -> Bool[Array,
 
 
 def _no_product_underflows(blocks: Array, absmax: Array) -> Bool[Array, ""]:
-    """Whether w / absmax is zero or normal for all w: on a midpoint of zero the sign of the smallest number counts."""
+    """True if w / absmax is zero or normal for all w: at a midpoint of zero, the sign of the smallest number counts."""
     bits = _magnitude_bits(blocks)
     smallest = _reduce_blocks(jnp.where(bits == 0, MAGNITUDE_BITS, bits), jnp.minimum, jnp.min)
     normal = (smallest >= SAFELY_NORMAL) & (smallest * _inverse(absmax) >= SAFELY_NORMAL)

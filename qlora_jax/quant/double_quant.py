@@ -1,8 +1,8 @@
-"""Double quantization (QLoRA paper, section 3): the block constants of a weight, themselves quantized to 8 bits.
+"""Double quantization (QLoRA paper, section 3): a weight's block constants, themselves quantized to 8 bits.
 
 absmax -> (absmax_codes, nested_absmax, nested_offset), read back as map8[absmax_codes] * nested_absmax + nested_offset.
-As bitsandbytes' CPU build does it. Every function takes NumPy or JAX arrays, returns the same kind, and gives both the
-same bits.
+The arithmetic is that of bitsandbytes' CPU build. Every function takes NumPy or JAX arrays, returns the same kind, and
+gives the same bits for both.
 """
 
 import math
@@ -20,7 +20,7 @@ type Array = np.ndarray | jax.Array
 
 
 def _tree_sum(values: Array) -> Array:
-    """[1]: the sum, added in one fixed order by every library and device: eight parts at a time, by pairs."""
+    """Returns the sum, [1], added in the same order by every library and device: eight parts at a time, by pairs."""
     xp = values.__array_namespace__()
     while (n := values.shape[0]) > 1:
         columns = -(-n // 8)
@@ -33,10 +33,10 @@ def _tree_sum(values: Array) -> Array:
 
 
 def mean(absmax: Array) -> Array:
-    """mean(absmax) in f32, correct to the last bit or nearly so, and the same bits in NumPy and under jit.
+    """Returns mean(absmax) in f32, with the same bits in NumPy and under jit.
 
-    The second step adds the mean of what the first estimate leaves over. torch's own mean depends on its number of
-    threads; it lies within 2 ulp of this one. A quotient by a constant would become a product in XLA, hence 1 / n.
+    The second step adds the mean of the first estimate's residuals. torch's mean depends on its number of threads and
+    lies within 2 ulp of this one. XLA would turn a quotient by a constant into a product, hence 1 / n.
     """
     inverse = np.float32(1.0 / absmax.shape[0])
     estimate = rounded(_tree_sum(absmax) * inverse)
@@ -44,9 +44,9 @@ def mean(absmax: Array) -> Array:
 
 
 def quantize_constants(absmax: Array, offset: Array, nested_block_size: int) -> tuple[Array, Array]:
-    """(absmax_codes, nested_absmax) of absmax - offset, in blocks of `nested_block_size`, the last one partial.
+    """Returns (absmax_codes, nested_absmax) of absmax - offset, in blocks of `nested_block_size`, the last one partial.
 
-    A block of zeros takes code 0: map8[0] * nested_absmax is zero there. See qlora_jax.quant.dynamic_8bit.
+    A block of zeros has code 0, where map8[0] * nested_absmax is zero. See qlora_jax.quant.dynamic_8bit.
     """
     xp = absmax.__array_namespace__()
     blocks = -(-absmax.shape[0] // nested_block_size)
@@ -56,10 +56,10 @@ def quantize_constants(absmax: Array, offset: Array, nested_block_size: int) -> 
 
 
 def assemble(codes: Array, absmax: Array, settings: QuantSettings, shape: tuple[int, ...], dtype: str) -> QTensor:
-    """The QTensor of one weight from its codes [blocks, block_size/2], two a byte, and its constants [blocks].
+    """Builds the QTensor of one weight from its codes [blocks, block_size/2], two per byte, and its constants [blocks].
 
-    The layout is `bnb` for a matrix whose rows are whole blocks, else `flat`; what is left of the last, partial block
-    holds the code of zero, as bitsandbytes pads.
+    The layout is `bnb` for a matrix whose rows are whole blocks, else `flat`. A partial last block is padded with the
+    code of zero, as in bitsandbytes.
     """
     layout = natural_layout(shape, settings.block_size)
     stored = -(-math.prod(shape) // 2)
@@ -77,7 +77,7 @@ def assemble(codes: Array, absmax: Array, settings: QuantSettings, shape: tuple[
 
 
 def _constants(absmax: Array, shape: tuple[int, ...], settings: QuantSettings) -> dict[str, Array]:
-    """The leaves of a QTensor beside its codes."""
+    """Returns the leaves of a QTensor other than its codes."""
     if not settings.double_quant:
         return {"absmax": absmax.reshape(shape)}
     offset = mean(absmax)

@@ -1,7 +1,7 @@
-"""A weight as a product of low rank and a rest: the initialisations PiSSA and LoftQ.
+"""PiSSA and LoftQ: initialisations that split a weight into a low-rank product and a residual.
 
-The rest is computed again whenever a run's base is loaded, on any machine, and has to be the same to the bit. So A and
-B lie on a grid on which their product is exact in f64, in whichever order it is summed.
+The residual is recomputed whenever a run's base is loaded, on any machine, and must be bit-identical. So A and B lie on
+a grid on which their product is exact in f64, in any order of summation.
 
 Dimension key: N out, K in, R rank, Q columns of a sketch.
 """
@@ -16,28 +16,29 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Float32
 
-GRID_BITS = 20  # of the largest element: products have 40, and sums of up to 2^12 of them fit the 53 of f64
-ROWS = 1024  # of a weight that are in f64 at once
-OVERSAMPLED = 8  # columns of a randomized decomposition beyond the rank
+GRID_BITS = 20  # bits of the largest element: products have 40, and sums of up to 2^12 products fit f64's 53
+ROWS = 1024  # rows of a weight in f64 at once
+OVERSAMPLED = 8  # columns of a randomized decomposition in excess of the rank
 
 Weight = Float32[np.ndarray, "N K"]
 
 
 class Factors(NamedTuple):
-    """A and B, whose product times a scaling is (A B)^T like a weight."""
+    """The factors A and B of a low-rank weight scaling (A B)^T."""
 
     lora_a: Float32[np.ndarray, "K R"]
     lora_b: Float32[np.ndarray, "R N"]
 
 
 class Decomposition(NamedTuple):
-    """How A and B are found.
+    """Settings of a low-rank decomposition.
 
-    Fields:
-      scaling: of the adapter: scaling (A B)^T is the weight's part of rank R.
-      niter: power iterations of a randomized decomposition; 0: the whole one.
-      dtype: what A and B are rounded to, and trained in.
-      key: of the random numbers.
+    Attributes:
+      rank: R.
+      scaling: the adapter's scaling: scaling (A B)^T approximates the weight.
+      niter: power iterations of a randomized decomposition; 0 computes the full one.
+      dtype: the dtype that A and B are rounded to and trained in.
+      key: the key of the random numbers.
     """
 
     rank: int
@@ -48,52 +49,56 @@ class Decomposition(NamedTuple):
 
 
 class Split(NamedTuple):
-    """A weight in two parts.
+    """A weight split into a residual and a low-rank product.
 
-    Fields:
-      rest: what is held, and quantized.
-      initial: A and B to begin with.
-      taken: A and B that the rest is short of; None where it is the whole weight.
+    Attributes:
+      residual: the frozen part, which is quantized.
+      initial: the initial A and B.
+      subtracted: the A and B that were subtracted from the weight; None if the residual is the whole weight.
     """
 
-    rest: Weight
+    residual: Weight
     initial: Factors
-    taken: Factors | None
+    subtracted: Factors | None
 
 
 def pissa(weight_NK: Weight, how: Decomposition) -> Split:
-    """PiSSA (Meng et al., 2024): A and B are the R largest singular parts of the weight, the rest is without them."""
-    found = decomposed(weight_NK, how)
-    return Split(without(weight_NK, found, how.scaling), found, found)
+    """Splits by PiSSA (Meng et al., 2024): A and B are the weight's R largest singular components."""
+    factors = low_rank_factors(weight_NK, how)
+    return Split(residual(weight_NK, factors, how.scaling), factors, factors)
 
 
-def loftq(weight_NK: Weight, how: Decomposition, iterations: int, held: Callable[[Weight], jax.Array]) -> Split:
-    """LoftQ (Li et al., 2024): `iterations` times the rest is quantized, A and B are the largest singular parts of what
-    then lacks, and the rest is the weight without them. The first rest is the weight.
+def loftq(weight_NK: Weight, how: Decomposition, iterations: int, round_trip: Callable[[Weight], jax.Array]) -> Split:
+    """Splits by LoftQ (Li et al., 2024), starting with the weight as its residual.
 
-    PEFT's loftq_init, but for the scaling: there A and B are not divided by it, so that they make up for what lacks
-    where alpha is the rank, and else for a multiple of it.
+    Each iteration quantizes the residual, takes A and B from the largest singular components of the quantization error
+    weight - quantized, and subtracts them from the weight for the next residual.
+
+    This is PEFT's loftq_init except for the scaling. PEFT does not divide A and B by it, so they correct the error only
+    if alpha equals the rank, and otherwise a multiple of it.
 
     Args:
-      held: what the quantizer makes of a weight, dequantized in f32.
+      round_trip: quantizes a weight and dequantizes it to f32.
     """
-    rest_NK, taken = weight_NK, None
+    residual_NK, subtracted = weight_NK, None
     for iteration in range(iterations):
         if iteration:
-            taken = found
-            rest_NK = without(weight_NK, taken, how.scaling)
-        found = decomposed(weight_NK - np.asarray(held(rest_NK)), how)
-    return Split(rest_NK, found, taken)
+            subtracted = factors
+            residual_NK = residual(weight_NK, subtracted, how.scaling)
+        factors = low_rank_factors(weight_NK - np.asarray(round_trip(residual_NK)), how)
+    return Split(residual_NK, factors, subtracted)
 
 
-def decomposed(weight_NK: Weight, how: Decomposition) -> Factors:
-    """A = (sqrt(S / scaling) V^T)^T and B = (U sqrt(S / scaling))^T of the R largest singular values, on the grid.
+def low_rank_factors(weight_NK: Weight, how: Decomposition) -> Factors:
+    """Returns A = (sqrt(S / scaling) V^T)^T, B = (U sqrt(S / scaling))^T of the R largest singular values, on the grid.
 
     Raises:
-      ValueError: the weight has fewer singular values than that.
+      ValueError: the weight has fewer than R singular values.
     """
     if how.rank > min(weight_NK.shape):
-        raise ValueError(f"rank {how.rank} is more than a weight of shape {weight_NK.shape} has")
+        raise ValueError(
+            f"lora.rank: found {how.rank}, expected at most {min(weight_NK.shape)} for a weight of {weight_NK.shape}."
+        )
     u_NR, s_R, vt_RK = _largest(jnp.asarray(weight_NK), how.key, how.rank, how.niter)
     root_R = jnp.sqrt(s_R / how.scaling)
     a_KR, b_RN = (vt_RK * root_R[:, None]).T, (u_NR * root_R[None]).T
@@ -103,8 +108,11 @@ def decomposed(weight_NK: Weight, how: Decomposition) -> Factors:
 
 @functools.partial(jax.jit, static_argnames=("rank", "niter"))
 def _largest(w_NK: Float[Array, "N K"], key: jax.Array, rank: int, niter: int) -> tuple[jax.Array, ...]:
-    """(U, S, V^T) of the largest singular values: of the whole decomposition, or of that within the range of W Q, for
-    random Q on which W^T W was iterated (Halko et al., 2011, algorithm 4.4, as torch.svd_lowrank)."""
+    """Returns (U, S, V^T) of the `rank` largest singular values.
+
+    With `niter` > 0 by a randomized decomposition within the range of W Q, for random Q refined by `niter` power
+    iterations (Halko et al., 2011, algorithm 4.4; torch.svd_lowrank).
+    """
     if not niter:
         u, s, vt = jnp.linalg.svd(w_NK, full_matrices=False)
         return u[:, :rank], s[:rank], vt[:rank]
@@ -118,17 +126,17 @@ def _largest(w_NK: Float[Array, "N K"], key: jax.Array, rank: int, niter: int) -
 
 
 def on_grid(x: Float32[np.ndarray, "*S"]) -> Float32[np.ndarray, "*S"]:
-    """x rounded to whole multiples of one power of two, 2^GRID_BITS or fewer of them."""
+    """Rounds x to multiples of one power of two, at most 2^GRID_BITS of them."""
     _, exponent = np.frexp(np.max(np.abs(x)))
     step = np.ldexp(1.0, int(exponent) - GRID_BITS)
     return (np.round(x / step) * step).astype(np.float32)
 
 
-def without(weight_NK: Weight, taken: Factors, scaling: float) -> Weight:
-    """weight - scaling (A B)^T of an A and a B on the grid: rounded three times, the same bits everywhere."""
-    a_KR, b_RN = (x.astype(np.float64) for x in taken)
-    rest_NK = np.empty_like(weight_NK)
-    for start in range(0, len(rest_NK), ROWS):
+def residual(weight_NK: Weight, factors: Factors, scaling: float) -> Weight:
+    """Returns weight - scaling (A B)^T for A and B on the grid, with the same bits on every machine."""
+    a_KR, b_RN = (x.astype(np.float64) for x in factors)
+    residual_NK = np.empty_like(weight_NK)
+    for start in range(0, len(residual_NK), ROWS):
         rows = slice(start, start + ROWS)
-        rest_NK[rows] = weight_NK[rows] - scaling * (b_RN[:, rows].T @ a_KR.T)
-    return rest_NK
+        residual_NK[rows] = weight_NK[rows] - scaling * (b_RN[:, rows].T @ a_KR.T)
+    return residual_NK

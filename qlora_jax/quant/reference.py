@@ -1,4 +1,4 @@
-"""The quantizer in NumPy: bitsandbytes' CPU results to the bit, subnormal weights included."""
+"""The quantizer in NumPy: bit-identical to bitsandbytes on CPUs, subnormal weights included."""
 
 import numpy as np
 
@@ -8,8 +8,8 @@ from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
 from qlora_jax.quant.double_quant import assemble
 from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
 
-# bitsandbytes keeps its reciprocals finite with this clamp. Constants of whole blocks are stored as they are, the
-# constant of a partial block is stored clamped.
+# bitsandbytes keeps reciprocals finite with this clamp. It stores constants of whole blocks unclamped, and the constant
+# of a partial block clamped.
 SMALLEST_ABSMAX = np.float32(1e-38)
 
 
@@ -21,10 +21,7 @@ def quantize_numpy(
     double_quant: bool = True,
     nested_block_size: int = 256,
 ) -> QTensor:
-    """code(e) = nearest table index of w[e] * (1 / absmax[block]): bitsandbytes to the bit, as NumPy leaves.
-
-    The arguments and errors of `quantize`; slower, but exact for blocks of any scale.
-    """
+    """Quantizes a weight in NumPy, with the arguments and errors of `quantize`; slower, but exact at any scale."""
     settings = QuantSettings(
         quant_type=quant_type, block_size=block_size, double_quant=double_quant, nested_block_size=nested_block_size
     )
@@ -38,20 +35,20 @@ def quantize_numpy(
         qt = assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
     if double_quant and not np.isfinite(qt.nested_offset):
         raise ValueError(
-            f"cannot double-quantize the weight: its block constants, up to {absmax.max():.3g}, add up beyond float32; "
-            f"scale the weight, or set double_quant=False"
+            "cannot double-quantize the weight: the sum of its block constants overflows float32 (the largest is "
+            f"{absmax.max():.3g}). Scale the weight, or set double_quant=False."
         )
     return qt
 
 
 def _blocks(weight: np.ndarray, block_size: int) -> tuple[np.ndarray, bool]:
-    """[blocks, block_size] padded with zeros, and whether the last block is partial."""
+    """Returns ([blocks, block_size] padded with zeros, True if the last block is partial)."""
     padding = -weight.size % block_size
     return np.pad(weight.reshape(-1), (0, padding)).reshape(-1, block_size), padding > 0
 
 
 def _normalize(blocks: np.ndarray, partial: bool) -> tuple[np.ndarray, np.ndarray]:
-    """(absmax, w / absmax): by a reciprocal in whole blocks, by a quotient in a partial one, as bitsandbytes does."""
+    """Returns (absmax, w / absmax): a reciprocal in whole blocks, a quotient in a partial one, as in bitsandbytes."""
     absmax = np.abs(blocks).max(axis=-1)
     normalized = blocks * (np.float32(1) / np.maximum(absmax, SMALLEST_ABSMAX))[:, None]
     if partial:
@@ -61,7 +58,7 @@ def _normalize(blocks: np.ndarray, partial: bool) -> tuple[np.ndarray, np.ndarra
 
 
 def _rank(normalized: np.ndarray, midpoints: np.ndarray) -> np.ndarray:
-    """sum_j (x > midpoint_j), a midpoint at a time: one byte of scratch an element where searchsorted takes eight."""
+    """Counts sum_j (x > midpoint_j) with one byte of scratch per element, where searchsorted takes eight."""
     rank = np.zeros(normalized.shape, np.uint8)
     for midpoint in midpoints:
         rank += normalized > midpoint

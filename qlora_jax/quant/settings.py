@@ -1,4 +1,4 @@
-"""How a weight is to be quantized, and what can be quantized at all."""
+"""Settings of a quantization, and checks of settings and weights."""
 
 import dataclasses
 import math
@@ -13,10 +13,10 @@ WEIGHT_DTYPES = ("float32", "float16", "bfloat16")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantSettings:
-    """The static side of a quantization; hashable, so that jit can take it as a static argument.
+    """The settings of a quantization; hashable, so that jit takes them as a static argument.
 
     Raises:
-      ValueError: names every setting that is not possible.
+      ValueError: a setting is invalid; lists all that are.
     """
 
     quant_type: str = "nf4"
@@ -36,7 +36,7 @@ class QuantSettings:
 
 
 def check_weight(shape: tuple[int, ...], dtype: np.dtype) -> None:
-    """Raises ValueError where no weight of this shape and dtype can be quantized, naming everything that is wrong."""
+    """Raises ValueError if a weight of this shape and dtype cannot be quantized; lists all problems."""
     problems = []
     if dtype.name not in WEIGHT_DTYPES:
         problems.append(f"its dtype is {dtype.name}, expected one of {', '.join(WEIGHT_DTYPES)}; cast it first")
@@ -47,7 +47,7 @@ def check_weight(shape: tuple[int, ...], dtype: np.dtype) -> None:
 
 
 def check_finite(weight: np.ndarray) -> None:
-    """Raises ValueError where an element is NaN or infinite, naming the first by flat index and counting the others."""
+    """Raises ValueError if an element is NaN or infinite; names the first by flat index and counts them all."""
     bad = np.flatnonzero(~np.isfinite(weight.reshape(-1)))
     if not bad.size:
         return
@@ -55,6 +55,6 @@ def check_finite(weight: np.ndarray) -> None:
     place = ", ".join(str(int(i)) for i in np.unravel_index(first, weight.shape))
     raise ValueError(
         f"cannot quantize the weight: {bad.size} of {weight.size} elements are not finite, the first is "
-        f"{weight.reshape(-1)[first]} at flat index {first} [{place}]; expected finite values: the file is damaged, or "
-        f"was saved after a training run that diverged"
+        f"{weight.reshape(-1)[first]} at flat index {first} [{place}]; expected finite values. The file is damaged, or "
+        f"was saved after a training run that diverged."
     )

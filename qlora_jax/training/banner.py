@@ -4,7 +4,7 @@ import jax
 
 from pallas_kernels.devices import target_device
 from pallas_kernels.formats.qtensor import QTensor
-from pallas_kernels.nf4_matmul.api import chosen
+from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config, paging_of
 from qlora_jax.io.checkpoint import CONFIG_FILE
@@ -119,7 +119,7 @@ def _matmuls(session: Session) -> str:
     rows = train.micro_batch_size * max(session.dataset.buckets)
     leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
-    choices = [chosen(device, call) for call in calls]
+    choices = [choose_implementation(device, call) for call in calls]
     names = dict.fromkeys(str(choice.name) for choice in choices)
     refusals = dict.fromkeys(f"; not {name}: {why}" for choice in choices for name, why in choice.refusals.items())
     return (", ".join(names) + "".join(refusals)) or "XLA, on dense weights"

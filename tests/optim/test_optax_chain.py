@@ -49,7 +49,7 @@ def trace(settings: dict, start: dict, gradients: dict) -> dict[str, np.ndarray]
 
 def assert_equal_traces(found: dict, expected: dict, learning_rate: float) -> None:
     # torch clips by max_norm / (norm + 1e-6), optax by max_norm / norm: at norms near 0.3 that is 3e-6 of a gradient,
-    # and Adam passes on a relative change of gradients at most once: an update is at most about one learning rate.
+    # and an Adam update, about one learning rate at most, changes relatively by no more than its gradients do.
     for name, values in found.items():
         np.testing.assert_allclose(values, expected[name], rtol=1e-6, atol=2e-4 * learning_rate, err_msg=name)
 

@@ -24,7 +24,7 @@ ADAMW = optax.adamw(1e-2, weight_decay=0.1)
 
 @pytest.fixture(autouse=True)
 def optax_promotion():
-    """The promotion that optax counts on."""
+    """Sets the dtype promotion that optax expects."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 
@@ -38,7 +38,7 @@ def resident(state) -> int:
 
 
 def steps(transform, params, state=None, first: int = 0, count: int = STEPS):
-    """(parameters, state, the updates of every step)."""
+    """Returns (parameters, state, the updates of every step)."""
     state, history = transform.init(params) if state is None else state, []
     for step in range(first, first + count):
         updates, state = transform.update(gradients(params, float(step)), state, params)

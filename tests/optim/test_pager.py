@@ -160,7 +160,7 @@ def test_fifty_steps_equal_optax_with_every_schedule_clipping_and_accumulation(s
 
 @pytest.mark.parametrize("name", ["adamw_32bit", "adamw_8bit"])
 def test_norms_of_bf16_gradients_are_the_same_in_every_program(name):
-    """XLA sums bf16 in another order where nothing else reads it in f32."""
+    """XLA sums bf16 in another order if nothing else reads it in f32."""
     transform, optimizer = (make(OptimArgs(name=name), STEPS) for make in (make_elementwise, make_optimizer))
     shapes = {str(i): (4, 64, 32 * 2 ** (i % 3)) for i in range(14)}
     rng = np.random.default_rng(0)
@@ -259,7 +259,7 @@ def test_checkpoints_of_plain_and_paged_runs_are_each_others(budget):
     assert_same((params, whole), plain_run(args, steps=7)[:2])
     start = (jax.tree.map(jnp.array, params), jax.tree.unflatten(jax.tree.structure(state), jax.tree.leaves(whole)), 7)
     assert_same(plain_run(args, steps=2, start=start)[:2], plain_run(args, steps=9)[:2])
-    run.go(size, steps=2)  # to_optax left the pages where they were, as they were
+    run.go(size, steps=2)  # to_optax did not change the pages
     assert_same((run.params, run.optax()), plain_run(args, steps=9)[:2])
 
 
@@ -283,7 +283,7 @@ def test_trees_whose_leaves_differ_in_length_are_exact(shapes):
     keys = jax.random.split(jax.random.key(1), len(shapes))
     params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items(), strict=True)}
     transform = make_elementwise(ARGS, STEPS)
-    layout = layer_pages(transform, params, 1)  # as many pages as there can be
+    layout = layer_pages(transform, params, 1)  # the most pages possible
     assert layout.count > 1
     assert all(sum(k > 0 for k in layout.page_rows(p)) >= min(2, len(shapes)) for p in range(layout.count))
     update, state = PagedUpdate(transform, layout, MEMORY, 0.0), paged_init(transform, params, layout, MEMORY)
@@ -354,7 +354,7 @@ def test_a_budget_that_can_not_be():
 
 
 def test_no_donation_across_kinds_of_memory_ends_the_process():
-    # Parameters as users make them: on no device in particular, their kind of memory unspecified.
+    # Typical user parameters: uncommitted to a device, with an unspecified memory kind.
     code = (
         "import jax.numpy as jnp, optax, warnings, jax; warnings.simplefilter('error')\n"
         "from qlora_jax.optim.pager import *; from qlora_jax.optim.page_layout import *\n"

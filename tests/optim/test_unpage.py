@@ -23,7 +23,7 @@ class Run:
     """Steps with a given budget, as the training loop makes them."""
 
     def __init__(self, monkeypatch, **changes):
-        monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # a page a layer
+        monkeypatch.setattr("qlora_jax.training.optimizer_state.PAGE_BYTES", 1)  # one page per layer
         self.memory = SimulatedMemory(jax.devices()[0], "pinned_host", total_bytes=10 * SIZE, **changes)
         updates = make_state_manager(ARGS, STEPS, Given(SIZE), self.memory)
         assert isinstance(updates, PagedStateManager)
@@ -68,7 +68,7 @@ def test_it_is_cut_when_room_gets_less_and_whole_again_when_all_of_it_was_away(m
     assert run.go(LITTLE).bytes_out >= SIZE and not run.is_whole
     run.check()
     run.go(ALL)
-    assert not run.is_whole  # pages that are there move less where they are
+    assert not run.is_whole  # resident pages move less if they stay pages
     run.check()
     run.go(0), run.go(ALL)
     assert run.is_whole

@@ -1,4 +1,4 @@
-"""The report says what the op itself would choose, in a table, in lines and in JSON, and starts no backend for it."""
+"""The report shows the op's own choices, in a table, in lines and in JSON, and starts no backend."""
 
 import json
 import os
@@ -13,8 +13,8 @@ from pallas_kernels import aot, kernel_report
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.nf4_matmul import api, costs, reference
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
-from pallas_kernels.nf4_matmul.preferred_layout import chosen_layout
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
+from pallas_kernels.nf4_matmul.preferred_layout import choose_layout
 from pallas_kernels.nf4_matmul.shapes import REDUCED, SHAPES, TILE, reduced
 from tests.pallas_kernels.nf4_matmul import contract as contract
 
@@ -41,34 +41,36 @@ def test_every_card_and_shape_has_a_line(capsys):
 
 def test_numbers_of_one_line():
     """LLaMA-2-7B's down_proj, 45.1 M weights: 0.5 bytes of codes each, 1/64 + 4/(64 256) of constants, 2 in bf16."""
-    line = kernel_report.line("a100", DOWN, 512)
+    line = kernel_report.report_row("a100", DOWN, 512)
     assert line.codes == 4096 * 11008 // 2 and line.dequantized == 0
-    assert kernel_report.line("b200", DOWN, 512).dequantized == 2 * 4096 * 11008
+    assert kernel_report.report_row("b200", DOWN, 512).dequantized == 2 * 4096 * 11008
     assert line.constants == 4096 * 11008 // 64 + 4 * (4096 * 11008 // 64 // 256) + 4
     expanded = 2 * 4096 * 11008 // 64
     moved = line.codes + line.constants + 2 * expanded + 2 * 512 * (4096 + 11008)
     assert line.intensity == pytest.approx(2 * 512 * 4096 * 11008 / moved)
     assert line.bound == "compute" and line.roof_seconds == pytest.approx(2 * 512 * 4096 * 11008 / 312e12)
-    one = kernel_report.line("a100", DOWN, 1)
+    one = kernel_report.report_row("a100", DOWN, 1)
     assert one.bound == "memory" and one.roof_seconds > 2 * 4096 * 11008 / 312e12
-    on_cpu = kernel_report.line("cpu", DOWN, 1)
+    on_cpu = kernel_report.report_row("cpu", DOWN, 1)
     assert on_cpu.layout == "row_planar" and on_cpu.bound is None and on_cpu.roof_seconds is None
 
 
 def test_a_fused_implementation_moves_no_dequantized_weight(monkeypatch):
-    fused = Implementation(reference.forward, reference.backward, Abilities(devices=("sm_90",), rows=(16, 4096)), True)
+    fused = Implementation(
+        reference.forward, reference.backward, Capabilities(devices=("sm_90",), rows=(16, 4096)), True
+    )
     monkeypatch.setitem(api.IMPLEMENTATIONS, "fused", fused)
     monkeypatch.setitem(api.PREFERENCE, "sm_90", ("fused", "reference"))
-    many, one = kernel_report.line("h100", DOWN, 512), kernel_report.line("h100", DOWN, 1)
+    many, one = kernel_report.report_row("h100", DOWN, 512), kernel_report.report_row("h100", DOWN, 1)
     assert many.runs == {"forward": "fused", "backward": "fused"} and many.dequantized == 0 and not many.refused
-    assert many.intensity > 3 * kernel_report.line("b200", DOWN, 512).intensity
+    assert many.intensity > 3 * kernel_report.report_row("b200", DOWN, 512).intensity
     assert one.runs["forward"] == "reference"
     assert one.refused["fused forward"] == "takes 16 to 4096 rows, not 1"
-    assert "not fused forward: takes 16 to 4096 rows, not 1" in kernel_report.plain(one)
+    assert "not fused forward: takes 16 to 4096 rows, not 1" in kernel_report.row_text(one)
 
 
 def test_the_table_fits_100_columns(monkeypatch, capsys):
-    odd = Implementation(reference.forward, reference.backward, Abilities(devices=("sm_80",), rows=(1, 16)))
+    odd = Implementation(reference.forward, reference.backward, Capabilities(devices=("sm_80",), rows=(1, 16)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "small", odd)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("small", "reference"))
     console = Console(force_terminal=True, width=100, color_system=None)
@@ -76,7 +78,7 @@ def test_the_table_fits_100_columns(monkeypatch, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     text = "\n".join(lines)
-    for name in (*SHAPES, *CARDS, "no fused kernel for it", "not small forward: runs on sm_80, not on cpu"):
+    for name in (*SHAPES, *CARDS, "no fused kernel", "not small forward: runs on sm_80, not on cpu"):
         assert name in text
     assert "…" not in text
 
@@ -94,7 +96,7 @@ def test_json_holds_everything(capsys):
 @pytest.mark.parametrize(
     ("argv", "part"),
     [
-        (["--card", "cpu", "h10"], "card 'h10' is not known; known: h100,"),
+        (["--card", "cpu", "h10"], "card 'h10' is unknown (known: h100,"),
         (["--shape", "llama-4/*"], "shape 'llama-4/*' matches none of: smollm2-135m/q,o,"),
     ],
 )
@@ -130,7 +132,7 @@ def test_compiled_products_use_tensor_cores(capsys):
 def test_no_backend_is_started():
     code = (
         "import sys\n"
-        "from pallas_kernels import report\n"
+        "from pallas_kernels import kernel_report\n"
         "assert kernel_report.main(['--m', '1']) == 0\n"
         "from jax._src import xla_bridge\n"
         "print(xla_bridge.backends_are_initialized(), file=sys.stderr)"
@@ -160,7 +162,7 @@ def test_reduced_shapes_keep_the_remainders_of_real_ones():
 
 @pytest.mark.parametrize("shape", REDUCED, ids=str)
 def test_reduced_shapes_are_right(shape):
-    layout, _ = chosen_layout("cpu", shape, 64)
+    layout, _ = choose_layout("cpu", shape, 64)
     contract.check("reference", layout, 17, shape, contract.DTYPES[1], "nf4", True)
 
 
@@ -169,21 +171,21 @@ def test_reduced_shapes_are_right(shape):
 def test_held_bytes_are_those_of_a_quantized_weight(shape, double_quant):
     layout = {(5, 7): "flat", (64, 192): "split_k"}.get(shape, "bnb")
     w = contract.weight(shape, layout=layout, double_quant=double_quant)
-    kept = costs.held(shape, layout, double_quant=double_quant)
-    assert kept.codes == w.codes.nbytes and kept.codes + kept.constants == w.nbytes
+    stored = costs.weight_bytes(shape, layout, double_quant=double_quant)
+    assert stored.codes == w.codes.nbytes and stored.codes + stored.constants == w.nbytes
 
 
 def test_a_fused_product_reads_and_writes_its_expanded_constants():
-    kept, activations = costs.held((128, 192), "split_k"), 2 * 5 * (128 + 192)
+    stored, activations = costs.weight_bytes((128, 192), "split_k"), 2 * 5 * (128 + 192)
     scales = 2 * 128 * 4  # 192 columns are three runs of 64, and one past the end
-    moved = kept.codes + kept.constants + activations
+    moved = stored.codes + stored.constants + activations
     assert costs.traffic(5, (128, 192), "split_k", fused=True) == moved + 2 * scales
     assert costs.traffic(5, (128, 192), "split_k", fused=False) == moved + 2 * 2 * 128 * 192
 
 
 def test_which_roof_is_lower():
     square = (4096, 4096)
-    under = costs.roof(1, square, "split_k", fused=True, peak=1e15, bandwidth=1e12)
+    under = costs.roofline(1, square, "split_k", fused=True, peak=1e15, bandwidth=1e12)
     assert under.bound == "memory" and under.seconds == costs.traffic(1, square, "split_k", fused=True) / 1e12
-    under = costs.roof(4096, square, "split_k", fused=True, peak=1e15, bandwidth=1e12)
+    under = costs.roofline(4096, square, "split_k", fused=True, peak=1e15, bandwidth=1e12)
     assert under.bound == "compute" and under.seconds == 2 * 4096**3 / 1e15 and under.ridge == 1000

@@ -29,7 +29,7 @@ def test_mean_never_takes_one_rounding_for_two() -> None:
 
 
 def test_look_up_is_nearest_but_for_its_own_step() -> None:
-    """Where it is not the nearest code, the value is within one step of the 65,536 of a midpoint."""
+    """A value whose code is not the nearest is within one of the 65,536 steps of a midpoint."""
     levels = dynamic_map()
     values = np.random.default_rng(0).uniform(-1, 1, 200_000).astype(np.float32)
     codes = nearest_code_look_up()[np.round((values.astype(np.float64) + 1) / 2 * (LOOK_UP_SIZE - 1)).astype(np.int64)]
@@ -43,13 +43,13 @@ def test_look_up_is_nearest_but_for_its_own_step() -> None:
 
 @pytest.mark.parametrize("jit", [False, True], ids=["numpy", "jit"])
 def test_codes_change_where_bitsandbytes_changes_them(jit: bool) -> None:
-    """Every threshold of its look-up, found by bisection: the codes there, and one ulp below."""
+    """Finds every threshold of the look-up by bisection, and checks the codes there and one ulp below."""
     with np.load(GOLDEN) as golden:
         at, expected = golden["look_up.thresholds"], golden["look_up.codes"]
     blocks = [np.append(np.float32(1), values) for values in (at, np.nextafter(at, np.float32(-2)))]
     absmax = np.concatenate(blocks)
     quantize = jax.jit(quantize_constants, static_argnums=2) if jit else quantize_constants
-    codes, nested_absmax = quantize(jnp.asarray(absmax) if jit else absmax, np.float32(0), 256)
+    codes, nested_absmax = quantize(jnp.asarray(absmax) if jit else absmax, np.zeros((), np.float32), 256)
     np.testing.assert_array_equal(np.asarray(nested_absmax), 1)
     np.testing.assert_array_equal(np.asarray(codes).reshape(2, 256)[:, 1:], expected)
 

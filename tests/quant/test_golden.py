@@ -1,4 +1,4 @@
-"""Golden files: bitsandbytes' codes, constants and dequantized weights, without bitsandbytes at hand."""
+"""Golden files of bitsandbytes' codes, constants and dequantized weights; bitsandbytes is not required."""
 
 import dataclasses
 import hashlib
@@ -28,14 +28,14 @@ def golden_leaves(case: str, double_quant: bool) -> dict[str, np.ndarray]:
 
 def assert_leaves(qt: QTensor, expected: dict[str, np.ndarray]) -> None:
     for leaf, values in expected.items():
-        if leaf == "nested_offset":  # torch's mean is good to 2 ulp, and not the same on all machines
+        if leaf == "nested_offset":  # torch's mean is accurate to 2 ulp, and differs between machines
             np.testing.assert_array_max_ulp(np.asarray(qt.nested_offset), values, maxulp=2)
         else:
             np.testing.assert_array_equal(np.asarray(getattr(qt, leaf)).reshape(-1), values.reshape(-1), err_msg=leaf)
 
 
 def golden_qtensor(qt: QTensor, expected: dict[str, np.ndarray]) -> QTensor:
-    """The statics of qt with the golden leaves, in qt's shapes."""
+    """Replaces qt's leaves by the golden ones, in qt's shapes."""
     leaves = {leaf: values.reshape(np.shape(getattr(qt, leaf))) for leaf, values in expected.items()}
     return dataclasses.replace(qt, **leaves)
 

@@ -1,4 +1,4 @@
-"""PiSSA and LoftQ: equal to their definitions by NumPy, and rests that are the same bits however they are summed."""
+"""PiSSA and LoftQ: equal to their definitions in NumPy, with residuals whose bits do not depend on summation order."""
 
 import jax
 import jax.numpy as jnp
@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 from qlora_jax.quant import dequantize, quantize
-from qlora_jax.quant.pissa_loftq import Decomposition, decomposed, loftq, on_grid, pissa, without
+from qlora_jax.quant.pissa_loftq import Decomposition, loftq, low_rank_factors, on_grid, pissa, residual
 
 N, K, R = 96, 128, 8
 
 
 def _weight(seed: int = 0) -> np.ndarray:
-    """Singular values that fall."""
+    """Makes a weight with decreasing singular values."""
     rng = np.random.default_rng(seed)
     u, s, vt = np.linalg.svd(rng.standard_normal((N, K)), full_matrices=False)
     return (u * (s * 0.9 ** np.arange(N)) @ vt).astype(np.float32)
@@ -25,7 +25,7 @@ def _how(rank: int = R, scaling: float = 2.0, niter: int = 0, dtype: str = "floa
 @pytest.mark.parametrize("niter", [0, 8])
 def test_the_largest_singular_parts(niter):
     weight = _weight()
-    a, b = decomposed(weight, _how(niter=niter))
+    a, b = low_rank_factors(weight, _how(niter=niter))
     u, s, vt = np.linalg.svd(weight.astype(np.float64), full_matrices=False)
     np.testing.assert_allclose(2 * (a @ b).T, u[:, :R] * s[:R] @ vt[:R], atol=2e-5 * s[0])
     np.testing.assert_allclose(np.linalg.norm(a, axis=0), np.sqrt(s[:R] / 2), rtol=1e-4)  # each has the root
@@ -33,25 +33,25 @@ def test_the_largest_singular_parts(niter):
 
 
 def test_a_rank_beyond_the_weight_is_refused():
-    with pytest.raises(ValueError, match=r"rank 97 is more than a weight of shape \(96, 128\) has"):
-        decomposed(_weight(), _how(rank=97))
+    with pytest.raises(ValueError, match=r"lora.rank: found 97, expected at most 96 for a weight of \(96, 128\)"):
+        low_rank_factors(_weight(), _how(rank=97))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pissa_leaves_the_rest(dtype):
     weight = _weight()
     split = pissa(weight, _how(dtype=dtype))
-    assert split.taken is split.initial
+    assert split.subtracted is split.initial
     a, b = (np.asarray(jnp.asarray(x, dtype), np.float32) for x in split.initial)
     np.testing.assert_array_equal(a, split.initial.lora_a)  # as they train, so that nothing is lost at the start
-    np.testing.assert_allclose(split.rest + 2 * (a @ b).T, weight, atol=1e-6)
-    assert np.linalg.norm(split.rest, 2) < 1.02 * np.linalg.svd(weight, compute_uv=False)[R]
+    np.testing.assert_allclose(split.residual + 2 * (a @ b).T, weight, atol=1e-6)
+    assert np.linalg.norm(split.residual, 2) < 1.02 * np.linalg.svd(weight, compute_uv=False)[R]
 
 
 def test_the_rest_is_the_same_bits_in_whichever_order_it_is_summed():
     weight, rng = _weight(), np.random.default_rng(1)
-    factors = decomposed(weight, _how(rank=64))
-    expected = without(weight, factors, 1.7)
+    factors = low_rank_factors(weight, _how(rank=64))
+    expected = residual(weight, factors, 1.7)
     for _ in range(5):
         order = rng.permutation(64)
         a, b = factors.lora_a[:, order].astype(np.float64), factors.lora_b[order].astype(np.float64)
@@ -84,9 +84,9 @@ def test_loftq_is_its_definition(iterations):
         product = u[:, :R] * s[:R] @ vt[:R]
         before, rest = rest, weight - product
     split = loftq(weight, _how(), iterations, _held)
-    assert (split.taken is None) == (iterations == 1)
-    np.testing.assert_allclose(split.rest, before, atol=2e-5)
+    assert (split.subtracted is None) == (iterations == 1)
+    np.testing.assert_allclose(split.residual, before, atol=2e-5)
     found = 2 * (split.initial.lora_a @ split.initial.lora_b).T
     np.testing.assert_allclose(found, product, atol=0.02 * np.abs(product).max() if iterations > 1 else 1e-5)
-    lacking = np.linalg.norm(weight - np.asarray(_held(split.rest)) - found)
+    lacking = np.linalg.norm(weight - np.asarray(_held(split.residual)) - found)
     assert lacking < 0.9 * np.linalg.norm(weight - np.asarray(_held(weight)))

@@ -1,4 +1,4 @@
-"""The two quantizers against each other, their properties, what they refuse and where they route."""
+"""The two quantizers against each other, their properties, their errors, and the choice between them."""
 
 import functools
 
@@ -118,7 +118,7 @@ def test_double_quantization_moves_constants_by_half_a_gap_of_its_map(weight: np
     assert moved <= double.nested_absmax.max() / 128 * (1 + 1e-3) + 1e-6 * single.absmax.max()
 
 
-# Every row: a weight whose codes or constants meet subnormal numbers, and the quant_type where that matters.
+# Each row: a weight whose codes or constants involve subnormal numbers, and a quant_type for which that matters.
 SUBNORMAL_CASES = {
     "small blocks": ("nf4", np.float32(1e-34) * normal((4, 128))),
     "subnormal blocks": ("nf4", np.float32(1e-40) * normal((4, 128))),
@@ -151,7 +151,7 @@ def test_ordinary_weights_stay_in_jit(monkeypatch: pytest.MonkeyPatch) -> None:
     blockwise.quantize(np.float32(1e-25) * normal((4, 128)), quant_type="fp4")
 
 
-# What is refused, and the error: (weight, settings, pattern).
+# Invalid calls and their errors: (weight, settings, pattern).
 REFUSED = {
     "nan": (
         np.float32([1.0] * 131 + [np.nan] + [np.inf] * 124).reshape(4, 64),
@@ -177,7 +177,7 @@ REFUSED = {
     "constants beyond float32": (
         np.full((4, 64), 3e38, np.float32),
         {},
-        r"constants, up to 3e\+38, add up beyond float32; scale the weight, or set double_quant=False",
+        r"constants overflows float32 \(the largest is 3e\+38\)\. Scale the weight, or set double_quant=False",
     ),
 }
 

@@ -11,7 +11,7 @@ import pytest
 from pallas_kernels import aot
 from pallas_kernels.gpu_specs import CARDS
 from pallas_kernels.kernel_report import abstract_weight, device_of_card
-from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, chosen
+from pallas_kernels.nf4_matmul.api import IMPLEMENTATIONS, choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.add_adapters import add_lora
@@ -130,7 +130,7 @@ def fused_flops(counted, card) -> int:
     for _, shape in counted.shapes():
         weight = abstract_weight(shape, counted.weights.layout_for(shape))
         calls = [Call.of(way, rows, jnp.dtype(counted.weights.dtype), weight) for way in DIRECTIONS]
-        runs |= {IMPLEMENTATIONS[str(chosen(device, call).name)].fused for call in calls}
+        runs |= {IMPLEMENTATIONS[str(choose_implementation(device, call).name)].fused for call in calls}
     (fused,) = runs
     return fused * sum(flops for part, flops in flops.flops(counted).items() if part.startswith("frozen"))
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 
 from pallas_kernels.nf4_matmul import api, reference
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from qlora_jax.training.banner import _matmuls
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
@@ -20,7 +20,7 @@ def session_of(*weights):
 
 
 def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run(monkeypatch):
-    few = Implementation(reference.forward, reference.backward, Abilities(rows=(1, 64)))
+    few = Implementation(reference.forward, reference.backward, Capabilities(rows=(1, 64)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "few", few)
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("few", "reference"))
     products = _matmuls.__wrapped__(session_of(weight((64, 128)), weight((96, 192)), jnp.ones(3)))

@@ -1,28 +1,30 @@
-"""nf4_matmul in one kernel on Ampere and Ada (sm_80, sm_86, sm_89): cp.async and mma.sync, forward and backward.
+"""nf4_matmul on Ampere and Ada (sm_80, sm_86, sm_89): one kernel with cp.async and mma.sync, forward and backward.
 
-A warpgroup makes a tile [rows, 128 columns] of the result in rounds of 128 of the contraction. A round's rows, packed
-codes [128, 64] and scales [2, 128] are copied to shared memory `steps - 1` rounds ahead; the codes are decoded in
-registers, to where mma.sync wants them (`fragments`), and never written down. Forward and backward read the same tiles
-of codes and scales: forward keeps 128 rows n and goes along K, backward keeps two runs of 64 columns k and goes along
-N. All else is shared.
+A warpgroup computes a tile [rows, 128 columns] of the result in rounds of 128 of the contraction. A round's rows,
+packed codes [128, 64] and scales [2, 128] are copied to shared memory `steps - 1` rounds ahead. The codes are decoded
+in the registers from which mma.sync reads them (`fragments`), and never written to memory. Forward and backward read
+the same tiles of codes and scales: forward keeps 128 rows n and iterates over K, backward keeps two runs of 64 columns
+k and iterates over N. Everything else is shared.
 
-Sizes that are no multiple of a tile: copies are moved to where the array ends. Rows that are then made twice are stored
-once, a run of the contraction that is read twice has scales 0, and columns past the end are not stored.
-Nothing outside of an array is read or written. Rows come in eights: fewer than a tile's, or others, are padded before.
+If a size is not a multiple of a tile, the last copies are moved back to the array's end. Rows that are then computed
+twice are stored once, a run of the contraction that is read twice has scales 0, and columns past the end are not
+stored. Nothing outside of an array is read or written. The number of rows is padded to at least a tile and to a
+multiple of eight before the kernel.
 
-A thread's instructions for a round with 64 (128) rows are 706 (881) forward and 700 (875) backward. Tensor cores need
-1024 (2048) cycles for it on sm_80, 2048 (4096) on sm_86, and on sm_89 as long or longer. A multiprocessor of sm_80
-holds two blocks with 64 rows or one with 128; those of sm_86 and sm_89 hold one of either, so there the larger tile
-decodes half as often. All of this is counted from machine code; no tile was timed.
+A thread executes 706 (881) instructions forward and 700 (875) backward per round with 64 (128) rows. Tensor cores take
+1024 (2048) cycles per round on sm_80, 2048 (4096) on sm_86, and at least as long on sm_89. An SM of sm_80 holds two
+blocks with 64 rows or one with 128. SMs of sm_86 and sm_89 hold one of either, so there the larger tile decodes half as
+often. These numbers are counted from machine code; no tile was timed.
 
-The twin (`Interpreted`) can be interpreted on a CPU, with JAX's race detector. It is the same kernel: index maps, order
-of copies and waits, loop and stores. It differs in what a copy and a wait are (barriers; the interpreter knows no
-cp.async), in the look-up (selects), in the product (jnp.dot) and in the order of columns within a tile. What it and the
-race detector do not cover:
-  - the number of copies that a wait leaves in flight: `steps - 2` rounds of COPIES groups, each copy one of them;
-  - that the barrier behind each wait, which is the only one in a round, also lets a slot be filled again: all reads of
-    the round before are behind it, by the order of the program (tests count one barrier and one wait in the loop);
-  - what `fragments` does with registers (tests run its functions on arrays), and the addresses of `_copy_scales`.
+The twin (`Interpreted`) can be interpreted on a CPU, with JAX's race detector. Index maps, order of copies and waits,
+loop and stores are the kernel's. Copies and waits use barriers (the interpreter does not support cp.async), the look-up
+uses selects, the product is jnp.dot, and columns within a tile have another order. The twin and the race detector do
+not check:
+
+- the number of copies that a wait leaves in flight: `steps - 2` rounds of COPIES groups, each copy one of them;
+- that the barrier after each wait, the only one in a round, also permits refilling a slot: all reads of the previous
+  round precede it in program order (tests count one barrier and one wait in the loop);
+- the arrangement of registers in `fragments` (tests run its functions on arrays), and the addresses of `_copy_scales`.
 
 Dimension key: M rows, N out, K in, L layers, C the contraction (K forward, N backward); _g device, _s shared memory.
 """
@@ -46,34 +48,34 @@ from pallas_kernels.nf4_matmul.mosaic.ampere_instructions import Interpreted, Ma
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
 
-EIGHT = 8  # rows of a swizzled tile of shared memory: a copy starts at a multiple
-WIDE = 8  # tiles of rows that are made for one tile of columns before the next: what they read stays in the L2 cache
+EIGHT = 8  # rows of a swizzled tile in shared memory; copies start at a multiple
+WIDE = 8  # row tiles per column tile in block order, so that their operands stay in the L2 cache
 
 
 class Tile(NamedTuple):
-    """Rows of a result's tile, and rounds whose data shared memory holds."""
+    """The rows of a result's tile, and the rounds whose data are in shared memory at once."""
 
     rows: int
     steps: int
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of one block: 16-bit rows and scales, and codes, of each round that is held."""
+        """Shared memory of one block: 16-bit rows and scales, and codes, of each round in it."""
         return self.steps * (2 * self.rows * 2 * RUN + 2 * RUN * RUN + 2 * 2 * TILE_COLUMNS)
 
 
 SMALL, LARGE = Tile(rows=64, steps=3), Tile(rows=128, steps=2)
-# Devices where the larger tile does not cost a block beside it -> tiles from which on no multiprocessor idles with it.
+# Devices that hold one block of either tile per SM -> number of large tiles from which no SM is idle.
 LARGE_FROM = {"sm_86": 84, "sm_89": 142}
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
-    """y = x w^T, accumulated in f32, in x's dtype."""
+    """Computes y = x w^T, accumulated in f32, in x's dtype."""
     return _on_card("forward", x_MK, weights, layer)
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
-    """dx = dy w, accumulated in f32, in dy's dtype."""
+    """Computes dx = dy w, accumulated in f32, in dy's dtype."""
     return _on_card("backward", dy_MN, weights, layer)
 
 
@@ -89,7 +91,7 @@ def _columns(direction: Direction, weight: Operands) -> int:
 
 
 def tile_for(device: Device, rows: int, columns: int) -> Tile:
-    """The tile of a result [rows, columns] on a device."""
+    """Returns the tile for a result [rows, columns] on a device."""
     tiles = pl.cdiv(rows, LARGE.rows) * pl.cdiv(columns, TILE_COLUMNS)
     enough = (LARGE_FROM[name] for name in device.names if name in LARGE_FROM)
     return LARGE if tiles >= next(enough, tiles + 1) else SMALL
@@ -98,7 +100,7 @@ def tile_for(device: Device, rows: int, columns: int) -> Tile:
 def product(
     instructions: Machine | Interpreted, rows_MC: Float[Array, "M C"], weight: Operands, tile: Tile
 ) -> Float[Array, "M columns"]:
-    """y[M, N] = x w^T forward, dx[M, K] = dy w backward, for a tile and the instructions of a card or of the twin."""
+    """Computes y[M, N] = x w^T or dx[M, K] = dy w, with a tile and the instructions of a card or of the twin."""
     rows = rows_MC.shape[0]
     padded = rows_MC if rows >= tile.rows else pad_rows(rows_MC, tile.rows)
     padded = pad_rows(padded, EIGHT)
@@ -110,7 +112,7 @@ def product(
 
 
 class _Task(NamedTuple):
-    """One product: sizes and the kernel that is made of them. `rows` is a multiple of EIGHT and at least a tile's."""
+    """One product: its sizes and its kernel. `rows` is a multiple of EIGHT and at least a tile's."""
 
     instructions: Machine | Interpreted
     tile: Tile
@@ -121,16 +123,16 @@ class _Task(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tiles of rows and of columns."""
+        """The numbers of row tiles and column tiles."""
         return pl.cdiv(self.rows, self.tile.rows), pl.cdiv(self.columns, TILE_COLUMNS)
 
     @property
     def rounds(self) -> int:
-        """Rounds of 128 of the contraction, the last may be half one."""
+        """The number of rounds of 128 of the contraction; the last may be half a round."""
         return pl.cdiv(self.contracted, TILE_COLUMNS)
 
     def run(self, rows_g: jax.Array, *operands: jax.Array) -> jax.Array:
-        """The kernel on rows [rows, contracted], codes, layer [1], scales and constant words."""
+        """Runs the kernel on rows [rows, contracted], codes, layer [1], scales and constant words."""
         (rows, steps), dtype = self.tile, rows_g.dtype
         return plgpu.kernel(
             self.kernel,
@@ -148,7 +150,7 @@ class _Task(NamedTuple):
         )(rows_g, *operands)
 
     def kernel(self, rows_g, codes_g, layer_g, scales_g, words_g, out_g, rows_s, codes_s, scales_s, *arrived):
-        """One tile of the result."""
+        """Computes one tile of the result."""
         do, (tile_rows, steps) = self.instructions, self.tile
         row_tile, column_tile = plgpu.planar_snake(lax.axis_index("tile"), self.grid, 0, WIDE)
         row = jnp.minimum(row_tile * tile_rows, self.rows - tile_rows)
@@ -192,13 +194,13 @@ class _Task(NamedTuple):
             do.copy(of_codes, codes_s.at[slot, part], arrived, slot)
 
     def store(self, chunks, out_g, row_tile, row, column_tile):
-        """Chunks [rows, 64] of a result: those that it has, and each row once."""
+        """Stores the chunks [rows, 64] that are within the result, each row once."""
         whole = self.rows % self.tile.rows == 0
         height = self.tile.rows if whole else EIGHT
         for part, first in itertools.product(range(len(chunks)), range(0, self.tile.rows, height)):
             block = 2 * column_tile + part
             is_mine = block < self.columns // RUN
-            if not whole:  # the last tile was moved: its first rows are the one's before
+            if not whole:  # the last tile was moved back: its first rows belong to the previous tile
                 is_mine &= row + first >= row_tile * self.tile.rows
 
             @pl.when(is_mine)
@@ -207,7 +209,7 @@ class _Task(NamedTuple):
 
 
 def _swizzled(row_bytes: int) -> tuple[Any, ...]:
-    """Tiles of 8 x 64 in shared memory, rotated so that neither copies nor warps meet in a bank."""
+    """Returns the transforms to swizzled tiles of 8 x 64 in shared memory, which avoid bank conflicts."""
     return (
         plgpu.TilingTransform((EIGHT, RUN)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]

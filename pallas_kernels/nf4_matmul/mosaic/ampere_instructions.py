@@ -1,4 +1,4 @@
-"""What the kernel for Ampere and Ada does on a card, and what its twin does instead: copies, waits, decode, product.
+"""The instructions of the Ampere and Ada kernel and of its interpreted twin: copies, waits, decoding, product.
 
 Dimension key: a round is 128 of the contraction; _g device memory, _s shared memory.
 """
@@ -20,13 +20,13 @@ from pallas_kernels.nf4_matmul.mosaic import fragments, inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 from pallas_kernels.nf4_matmul.mosaic.fragments import RUN, TILE_COLUMNS
 
-COPIES = 4  # of a round, each a group of cp.async; the scales travel with the first
+COPIES = 4  # copies per round, each a group of cp.async; the scales are in the first group
 
 
 class Machine:
-    """What the kernel does on a card."""
+    """The kernel's instructions on a card."""
 
-    # The barriers that Mosaic puts before each copy would be four more in a round.
+    # Mosaic's automatic barriers before copies would add four per round.
     options: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(unsafe_no_auto_barriers=True)}  # noqa: RUF012
 
     def __init__(self, direction: Direction, dtype: Any, table: np.ndarray) -> None:
@@ -34,50 +34,50 @@ class Machine:
         self.dtype, self.table = jnp.dtype(dtype), table
 
     def barriers(self, steps: int) -> list[Any]:
-        """Copies are waited for without: in the order in which they were started."""
+        """None: a wait counts copies in the order in which they were started."""
         return []
 
     def copy(self, source, target, arrived, slot) -> None:
-        """A group of cp.async, with what was started before and is in none."""
+        """Starts a group of cp.async, which includes earlier copies that are in no group."""
         plgpu.copy_gmem_to_smem(source, target, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
     def copy_scales(self, source, target, arrived, slot) -> None:
-        """cp.async of four bytes a thread: Mosaic's own takes for granted that the rows of a source are neighbours."""
+        """Starts cp.async of four bytes per thread: Mosaic's own assumes that the rows of a source are contiguous."""
         plgpu.inline_mgpu(arg_types=(plgpu.RefType(), plgpu.RefType()))(_copy_scales)(source, target)
 
     def skip_copies(self) -> None:
-        """As many groups as a round has, empty ones, so that counting them stays exact."""
+        """Commits a round's number of empty groups, so that counting them stays exact."""
         plgpu.inline_mgpu()(_commit_nothing)()
 
     def wait(self, arrived, slot, younger: int) -> None:
-        """Until all copies but those of `younger` rounds have arrived, for all threads; then a barrier."""
+        """Waits until all copies except those of the `younger` latest rounds have arrived; then a barrier."""
         plgpu.wait_gmem_to_smem(younger * COPIES)
 
     def constants(self, words_g) -> list[jax.Array]:
-        """The look-up's constants, in registers."""
+        """Loads the look-up's constants into registers."""
         return inline_ptx.constants(words_g)
 
     def weights(self, codes_s, scales_s, words) -> Sequence[jax.Array]:
-        """Of each part of the round's contraction the second operand [64, 128]."""
+        """Returns the second operand [64, 128] of each part of the round's contraction."""
         return fragments.decoded(self.direction, codes_s, scales_s, words, self.table, self.dtype)
 
     def zeros(self, rows: int) -> jax.Array:
-        """Sums to begin with."""
+        """Returns the initial sums."""
         return plgpu.layout_cast(jnp.zeros((rows, TILE_COLUMNS), jnp.float32), fragments.of_sums(self.dtype))
 
     def multiply_add(self, sums, rows_s, weights) -> jax.Array:
-        """sums + rows @ weights of both parts."""
+        """Returns sums + rows @ weights of both parts."""
         layout = fragments.of_rows(self.dtype)
         rows = [plgpu.load(rows_s.at[part], layout=layout, optimized=False) for part in range(2)]
         return fragments.multiply_add(sums, rows, weights)
 
     def in_order(self, sums) -> list[jax.Array]:
-        """The tile, rounded to 16 bits once, as two chunks of 64 columns."""
+        """Returns the tile, rounded once to 16 bits, as two chunks of 64 columns."""
         return fragments.in_order(sums.astype(self.dtype))
 
 
 class Interpreted:
-    """The same in operations that Pallas' interpreter knows; it moves and waits as TMA does, by barriers."""
+    """The twin's instructions, which Pallas can interpret; it copies and waits with barriers, as TMA does."""
 
     def __init__(self, direction: Direction, dtype: Any, table: np.ndarray, params: plgpu.InterpretGPUParams) -> None:
         self.direction: Direction = direction
@@ -85,28 +85,28 @@ class Interpreted:
         self.options: dict[str, Any] = {"interpret": params}
 
     def barriers(self, steps: int) -> list[Any]:
-        """One a slot, which waits for a round's copies and its scales."""
+        """Returns one barrier per slot, for a round's copies and scales."""
         return [plgpu.Barrier(num_arrivals=COPIES + 1, num_barriers=steps)]
 
     def copy(self, source, target, arrived, slot) -> None:
-        """A copy by TMA."""
+        """Starts a copy by TMA."""
         plgpu.copy_gmem_to_smem(source, target, arrived[0].at[slot])
 
     copy_scales = copy
 
     def skip_copies(self) -> None:
-        """Nothing waits for copies that were not started."""
+        """Does nothing: no wait counts copies that were not started."""
 
     def wait(self, arrived, slot, younger: int) -> None:
-        """Until the slot's copies have arrived; TMA wants reads fenced before a slot is filled again."""
+        """Waits until the slot's copies have arrived; TMA requires a fence between reads and the refill of a slot."""
         plgpu.barrier_wait(arrived[0].at[slot])
         plgpu.commit_smem()
 
     def constants(self, words_g) -> None:
-        """The select tree has its own."""
+        """Returns None: the select tree has its own constants."""
 
     def weights(self, codes_s, scales_s, words) -> Sequence[jax.Array]:
-        """As Machine.weights, columns in their own order."""
+        """Computes Machine.weights with columns in natural order."""
         pairs = [select_pair(codes_s[part], RUN, None, self.table, self.dtype) for part in range(2)]
         scaled = [
             [pairs[part][nibble] * scales_s[nibble, pl.ds(RUN * part, RUN)][:, None] for part in range(2)]
@@ -117,21 +117,21 @@ class Interpreted:
         return [jnp.concatenate(runs, axis=1) for runs in zip(*scaled, strict=True)]
 
     def zeros(self, rows: int) -> jax.Array:
-        """As Machine.zeros."""
+        """Computes Machine.zeros."""
         return jnp.zeros((rows, TILE_COLUMNS), jnp.float32)
 
     def multiply_add(self, sums, rows_s, weights) -> jax.Array:
-        """As Machine.multiply_add."""
+        """Computes Machine.multiply_add."""
         products = (jnp.dot(rows_s[part], weights[part], preferred_element_type=jnp.float32) for part in range(2))
         return sum(products, sums)
 
     def in_order(self, sums) -> list[jax.Array]:
-        """As Machine.in_order; the columns already are."""
+        """Computes Machine.in_order; the columns already are in order."""
         return [sums[:, :RUN].astype(self.dtype), sums[:, RUN:].astype(self.dtype)]
 
 
 def _copy_scales(ctx, source, target) -> None:
-    """[2, 128] 16-bit values, two a thread."""
+    """Copies [2, 128] 16-bit values, two per thread."""
     i32, i64 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(64)
     thread = arith.remui(mgpu.utils.thread_idx(), mgpu.utils.c(TILE_COLUMNS, i32))
     row, pair = (op(thread, mgpu.utils.c(RUN, i32)) for op in (arith.divui, arith.remui))

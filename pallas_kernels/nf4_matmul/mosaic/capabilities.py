@@ -1,26 +1,26 @@
-"""What each Mosaic kernel can do, known without importing Mosaic, and up to how many rows it is taken."""
+"""The calls that each Mosaic kernel supports, and up to how many rows it is used; does not import Mosaic."""
 
 from typing import NamedTuple
 
-from pallas_kernels.nf4_matmul.dispatch import Abilities
+from pallas_kernels.nf4_matmul.dispatch import Capabilities
 
 
 class MostRows(NamedTuple):
-    """Up to how many rows a kernel is taken.
+    """The most rows for which a kernel is used.
 
-    Fields:
-      by: what says so: `reasoning`, or the card that measured it.
+    Attributes:
+      by: the evidence: `reasoning`, or the card that measured it.
     """
 
     rows: int
     by: str
 
 
-# A weight that is dequantized first is written to memory and read again: 4.5 bytes a weight that a fused kernel saves,
-# whatever M; what a fused kernel loses beside cuBLAS grows with M. With 1.34 ps a weight saved on an H100, and a tenth
-# lost of the 2 M / (0.75 x 989e12) s that cuBLAS takes, they meet at M = 5000; with 2.2 ps on an A100 of 312e12, at
-# 2600; with 5.9 ps on an A6000 of 155e12, at 3400. `skinny` makes two products of eight rows for each weight that it
-# decodes; with more, the others are better.
+# A fused kernel saves writing and reading a dequantized weight: 4.5 bytes per weight for every M. Its loss against
+# cuBLAS grows with M. On an H100 it saves 1.34 ps per weight and loses a tenth of the 2 M / (0.75 x 989e12) s that
+# cuBLAS takes, so they are equal at M = 5000. On an A100 (2.2 ps, 312e12) they are equal at M = 2600, on an A6000
+# (5.9 ps, 155e12) at 3400. `skinny` makes two products of eight rows per decoded weight; for more rows, the others are
+# better.
 MOST_ROWS = {
     "hopper": MostRows(4096, by="reasoning"),
     "ampere": MostRows(2048, by="reasoning"),
@@ -34,10 +34,10 @@ _EVERY_KERNEL = {
     "multiples": (64, 64),
 }
 
-HOPPER = Abilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL)
-AMPERE = Abilities(devices=("sm_80", "sm_86", "sm_89"), rows=(1, MOST_ROWS["ampere"].rows), **_EVERY_KERNEL)
-# Few rows: forward alone, for they are rows of decoding, which has no backward.
-SKINNY = Abilities(
+HOPPER = Capabilities(devices=("sm_90",), rows=(1, MOST_ROWS["hopper"].rows), **_EVERY_KERNEL)
+AMPERE = Capabilities(devices=("sm_80", "sm_86", "sm_89"), rows=(1, MOST_ROWS["ampere"].rows), **_EVERY_KERNEL)
+# Few rows occur in decoding, which has no backward.
+SKINNY = Capabilities(
     devices=("sm_80", "sm_86", "sm_89", "sm_90"),
     rows=(1, MOST_ROWS["skinny"].rows),
     directions=("forward",),

@@ -1,9 +1,9 @@
-"""Codes to table values inside a kernel: two 16-bit values for every packed byte, by 11 instructions for two bytes.
+"""Decodes packed codes to table values inside a kernel, two bytes (four codes) in 11 instructions.
 
 PRMT picks four bytes out of eight by the low three bits of each nibble of a selector. A table of 16 16-bit values is
-eight 32-bit words, four of low bytes and four of high bytes: two PRMTs look four codes up in the lower and in the upper
-half of the low bytes, a third takes of each pair the one that bit 3 of the code means; the same for the high bytes; and
-two PRMTs put the bytes together. Any table of 16 values costs the same.
+eight 32-bit words: four of low bytes, four of high bytes. Two PRMTs look up four codes in the lower and the upper half
+of the low bytes, and a third selects between them by bit 3 of each code. The high bytes take three more. Two last PRMTs
+join low and high bytes. Any table of 16 values costs the same.
 
 Dimension key: R rows, J = 64 bytes of a row.
 """
@@ -20,10 +20,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
-RUN = 64  # bytes of a row that are decoded together; each holds a code of two runs of 64 columns
+RUN = 64  # bytes of a row that are decoded together; each has one code of each of two runs of 64 columns
 
-# $2: two packed bytes, so four codes. $0: the values of the two low nibbles, $1: of the two high ones, in their order.
-# lop3's table 0xea is (a & b) | c: left to the assembler, it would be two instructions.
+# $2: two packed bytes, so four codes. $0: the values of the two low nibbles, $1: of the two high ones, in order.
+# lop3's table 0xea is (a & b) | c, which the assembler alone would make two instructions.
 _PTX = """{{ .reg .b32 s,m,a,b,p,q;
  and.b32 s, $2, 0x7777; shr.u32 m, $2, 1; lop3.b32 m, m, 0x4444, 0x3210, 0xea;
  prmt.b32 a, {0}, {1}, s; prmt.b32 b, {2}, {3}, s; prmt.b32 p, a, b, m;
@@ -32,26 +32,26 @@ _PTX = """{{ .reg .b32 s,m,a,b,p,q;
 
 
 def table_words(table: np.ndarray, dtype: Any) -> list[int]:
-    """The table in a 16-bit dtype as 32-bit words: four of the values' low bytes, then four of their high bytes."""
+    """Returns the table in a 16-bit dtype as 32-bit words: four of the values' low bytes, then four of high bytes."""
     bits = table.astype(jnp.dtype(dtype)).view(np.uint16)
     lows_and_highs = np.concatenate([bits & 255, bits >> 8]).astype(np.uint8)
     return lows_and_highs.view("<u4").tolist()
 
 
 def decode_ptx(table: np.ndarray, dtype: Any) -> str:
-    """The inline assembly that looks four codes up in a table of 16 values."""
+    """Returns the inline assembly that looks up four codes in a table of 16 values."""
     return _PTX.format(*(f"0x{word:08x}" for word in table_words(table, dtype)))
 
 
 def decode_pair(
     packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """(table[byte & 15], table[byte >> 4]) in a 16-bit dtype, inside a Mosaic kernel.
+    """Returns (table[byte & 15], table[byte >> 4]) in a 16-bit dtype, inside a Mosaic kernel.
 
     Args:
-      packed: u8 [R, 64] in registers, of `layout`, which must keep two neighbouring bytes of a row in one register.
+      packed: u8 [R, 64] in registers of `layout`, which must place two neighbouring bytes of a row in one register.
       rows: R.
-      layout: a plgpu.Layout, which the results have too.
+      layout: a plgpu.Layout, also of the results.
       table: f32 [16].
     """
     result = plgpu.ShapeDtypeStruct((rows, RUN), jnp.dtype(dtype), layout=layout)
@@ -62,7 +62,7 @@ def decode_pair(
 def select_pair(
     packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: Any
 ) -> tuple[jax.Array, jax.Array]:
-    """`decode_pair` of operations that can be interpreted: a tree of 15 selects over the bits of each code."""
+    """Computes `decode_pair` by interpretable operations: a tree of 15 selects over the bits of each code."""
     assert packed.shape == (rows, RUN)
     codes = packed.astype(jnp.int32)
     values = table.astype(jnp.dtype(dtype)).astype(np.float32).tolist()
@@ -79,7 +79,7 @@ def _look_up(ptx: str, dtype: Any, ctx: Any, packed: mgpu.FragmentedArray) -> tu
 
 
 def _look_up_register(ptx: str, dtype: Any, register: Any) -> list[Any]:
-    """One register of two packed bytes -> two registers of two values."""
+    """Decodes one register of two packed bytes to two registers of two values."""
     i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
     two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
     word = arith.extui(i32, mgpu.utils.bitcast(register, i16))

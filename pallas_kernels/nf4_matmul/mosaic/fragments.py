@@ -1,19 +1,19 @@
-"""Which thread holds what where mma.sync (m16n8k16) multiplies decoded weights: from packed bytes to operands.
+"""Register fragments of mma.sync (m16n8k16): arranges packed bytes as decoded operands, and sums as results.
 
-A warpgroup of four warps w makes a tile [M rows, 128 columns]; each warp makes 32 of the columns for all of the rows,
-so that no two warps decode the same weight. The decoded weights are the second operand, of which a thread (g, t) =
-(lane / 4, lane % 4) holds neighbours along the contraction, 2t and 2t + 1, in one register. Which of a tile's columns
-is which of the operand's is free; this order lets a thread store four neighbouring columns of a result at once:
+A warpgroup of four warps w computes a tile [M rows, 128 columns]. Each warp computes 32 of the columns for all rows, so
+no two warps decode the same weight. The decoded weights are the second operand: in one register, a thread (g, t) =
+(lane / 4, lane % 4) holds elements 2t and 2t + 1 of the contraction. The order of a tile's columns in the operand is
+free. This order lets a thread store four consecutive columns of a result at once:
 
     operand's column 64 c + 32 i + 8 w + g   is the tile's column 64 c + 16 w + 2 g + i        (c, i in 0..1)
 
-In the layout `split_k` two neighbouring bytes of a row are neighbours along K, and one byte of each of two rows are
-neighbours along N: both contractions are served by the same bytes, without a transpose. Forward (contraction over K), a
-register holds two bytes of a row. Backward (over N), it holds one byte of each of two rows, put together by one PRMT
-for eight codes.
+In the layout `split_k`, two consecutive bytes of a row are neighbours along K, and the bytes of two consecutive rows
+are neighbours along N. So both contractions read the same bytes, without a transpose. Forward (contraction over K), a
+register holds two bytes of a row. Backward (over N), it holds one byte of each of two rows, joined by one PRMT per
+eight codes.
 
-The functions of this module up to `Alu` arrange registers, whatever these are: machine values in a kernel, arrays over
-128 threads in tests, which prove the arrangement against the equations. Dimension key: J = 64 bytes of a row, R = 64
+The functions that take an `Alu` only arrange registers, of any kind: machine values in a kernel, and in tests arrays
+over 128 threads, which prove the arrangement against the equations. Dimension key: J = 64 bytes of a row, R = 64
 rows of packed weights, both in steps s of 16, halves h of 8.
 """
 
@@ -54,9 +54,9 @@ RESULT = TiledLayout(Tiling(((8, 64), (8, 16), (4,))), (-4,), (-3, -2), -1)
 
 
 class Alu(NamedTuple):
-    """What arranging does with registers.
+    """The operations on registers that arranging uses.
 
-    Fields:
+    Attributes:
       look_up: two packed bytes -> (values of their low nibbles, of their high nibbles), each two values.
       look_up_across: two bytes of one row, two of the next -> the same for the first bytes of both, then the second.
       both: (two values, i) -> value i, twice.
@@ -72,9 +72,11 @@ class Alu(NamedTuple):
 def operands_forward(
     packed: Sequence[np.ndarray], scales: Sequence[Sequence[np.ndarray]], alu: Alu
 ) -> list[np.ndarray]:
-    """Operands [contraction 64 of the low or the high nibbles, 128 columns]: registers (s, b, h), b = 2 c + i.
+    """Returns operands [64 of the contraction, 128 columns] of low and high nibbles: registers (s, b, h), b = 2 c + i.
 
-    packed: of each chunk c of 64 rows, registers (s, h, i); scales: of nibble and chunk, one register.
+    Args:
+      packed: for each chunk c of 64 rows, registers (s, h, i).
+      scales: for each nibble and chunk, one register.
     """
     operands = [np.empty((STEPS, 2 * len(packed), HALVES), object) for _ in range(2)]
     for chunk, registers in enumerate(packed):
@@ -89,9 +91,11 @@ def operands_forward(
 def operands_backward(
     packed: Sequence[np.ndarray], scales: Sequence[Sequence[np.ndarray]], alu: Alu
 ) -> list[np.ndarray]:
-    """Operands [contraction 64 rows, 128 columns of the low, then the high nibbles]: registers (s, b, h), b = 2 c + i.
+    """Returns operands [64 rows, 128 columns of the low, then the high nibbles]: registers (s, b, h), b = 2 c + i.
 
-    packed: of each chunk of 64 rows, registers (s, h, e); scales: of nibble and chunk, registers (s, h).
+    Args:
+      packed: for each chunk of 64 rows, registers (s, h, e).
+      scales: for each nibble and chunk, registers (s, h).
     """
     operands = [np.empty((STEPS, 4, HALVES), object) for _ in packed]
     for chunk, registers in enumerate(packed):
@@ -106,9 +110,11 @@ def operands_backward(
 def results(
     accumulator: np.ndarray, pick: Callable[[Register, int], Any], join: Callable[..., Register]
 ) -> list[np.ndarray]:
-    """Chunks [M, J] as RESULT holds them, from an accumulator's registers (m, b, h) of two values.
+    """Arranges an accumulator's registers (m, b, h) of two values as chunks [M, J] in the layout RESULT.
 
-    pick: (register, e) -> one value; join: four values -> a register.
+    Args:
+      pick: (register, e) -> one value.
+      join: four values -> a register.
     """
     chunks = [np.empty((accumulator.shape[0], HALVES), object) for _ in range(accumulator.shape[1] // 2)]
     for m, h in np.ndindex(accumulator.shape[0], HALVES):
@@ -118,28 +124,28 @@ def results(
     return chunks
 
 
-# From here on: the same on machine values, inside a kernel.
+# The same on machine values, inside a kernel
 
 
 def of_rows(dtype: Any) -> Any:
-    """The layout of the first operand, rows that all warps read."""
+    """Returns the layout of the first operand, rows that all warps read."""
     return plgpu.Layout.MMA_LHS(dtype, m_warps=1)
 
 
 def of_weights(dtype: Any) -> Any:
-    """The layout of the second operand."""
+    """Returns the layout of the second operand."""
     return plgpu.Layout.MMA_RHS(dtype, m_warps=1)
 
 
 def of_sums(dtype: Any) -> Any:
-    """The layout of the accumulator."""
+    """Returns the layout of the accumulator."""
     return plgpu.Layout.MMA_ACC(dtype, m_warps=1)
 
 
 def decoded(
     direction: Direction, codes_s: Any, scales_s: Any, words: Sequence[jax.Array], table: np.ndarray, dtype: Any
 ) -> Sequence[jax.Array]:
-    """The operands [64, 128] of both parts of a round, from shared memory: u8 [2, 64, 64], scales [2, 128]."""
+    """Decodes the operands [64, 128] of both parts of a round from shared memory: u8 [2, 64, 64], scales [2, 128]."""
     of_packed, of_scales = map(tiled, LAYOUTS[direction])
     load = functools.partial(plgpu.load, optimized=False)
     packed = [load(codes_s.at[chunk], layout=of_packed) for chunk in range(2)]
@@ -166,9 +172,9 @@ def _decode(direction, table, dtype, ctx, packed, scales, words):
 
 
 def multiply_add(sums: jax.Array, rows: Sequence[jax.Array], weights: Sequence[jax.Array]) -> jax.Array:
-    """sums + sum_p rows[p] @ weights[p] on tensor cores: f32 [M, 128], 16 bits [M, 64] and [64, 128].
+    """Computes sums + sum_p rows[p] @ weights[p] on tensor cores: f32 [M, 128], 16-bit [M, 64] and [64, 128].
 
-    Steps of 16 in their order, the parts within: of the operands that one look-up gives, none waits long in registers.
+    The outer loop is over steps of 16 and the inner one over parts, so operands from one look-up are used soon.
     """
     dtype = rows[0].dtype
     types = (of_sums(dtype), [of_rows(dtype)] * len(rows), [of_weights(dtype)] * len(rows))
@@ -184,7 +190,7 @@ def multiply_add(sums: jax.Array, rows: Sequence[jax.Array], weights: Sequence[j
 
 
 def in_order(sums: jax.Array) -> list[jax.Array]:
-    """The tile's columns in their own order, in two chunks [M, 64]; sums in 16 bits."""
+    """Returns the tile's columns in natural order, in two chunks [M, 64]; sums are in 16 bits."""
     rows, columns = sums.shape
     chunk = plgpu.ShapeDtypeStruct((rows, RUN), sums.dtype, layout=tiled(RESULT))
 

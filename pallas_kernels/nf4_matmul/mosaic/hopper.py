@@ -1,22 +1,25 @@
-"""nf4_matmul on Hopper: TMA brings codes and rows, two warpgroups dequantize, wgmma multiplies; forward and dx.
+"""nf4_matmul on Hopper (sm_90): TMA copies codes and rows, two warpgroups dequantize, wgmma multiplies.
 
-Both kernels make a tile of the transposed result, so that the weight is the left operand of wgmma, whose 64 rows a
-warpgroup dequantizes as it needs them:
+Both kernels compute a tile of the transposed result. So the weight is the left operand of wgmma, and each warpgroup
+dequantizes its 64 rows as they are needed:
 
-| kernel   | tile of a warpgroup  | left operand, from         | right operand | a step of the pipeline |
+| kernel   | tile of a warpgroup  | left operand, from         | right operand | pipeline step          |
 |----------|----------------------|----------------------------|---------------|------------------------|
 | forward  | y^T [64 n, rows]     | w [64 n, 64 k], registers  | x^T           | 128 of K: two runs     |
 | backward | dx^T [128 k, rows]   | w^T [128 k, 64 n], shared  | dy^T          | 64 of N                |
 
-One warpgroup of the three in a block does nothing but start copies. What lies outside of an array TMA reads as zero and
-does not write: rows past M, the half of a block past N, and columns past K need no code. Only the view of TMA in tiles
-of 8 rows wants M to be a multiple of 8; other rows are padded before the kernel.
+One of the three warpgroups in a block only starts copies. TMA reads zeros outside of an array and does not write there,
+so rows past M, the half of a block past N, and columns past K need no code. Only TMA's view in tiles of 8 rows requires
+M to be a multiple of 8; rows are padded before the kernel.
 
-A twin of each kernel can be interpreted on a CPU, with JAX's race detector. It is this code but for two lines: codes
-are decoded by selects and not by inline assembly, and forward's left operand goes through shared memory. What the
-detector does not see: that wgmma runs on after it was issued (the interpreter multiplies at once; tests read the order
-of issue, wait and reuse off the traced kernel instead), that it then reads registers (nothing stands between issue and
-wait), the fences inside of Mosaic's own operations, and two blocks that write the same element.
+A twin of each kernel can be interpreted on a CPU, with JAX's race detector. It differs in two lines: codes are decoded
+by selects instead of inline assembly, and forward's left operand goes through shared memory. The detector does not
+check:
+
+- that wgmma is asynchronous (the interpreter multiplies at once; tests check the order of issue, wait and reuse in the
+  traced kernel instead), and that it reads registers until the wait (nothing comes between issue and wait);
+- the fences inside of Mosaic's own operations;
+- two blocks that write the same element.
 
 Dimension key: M rows, L layers, N out, K in, J bytes of a packed row; suffix _g in device memory, _s in shared memory.
 """
@@ -37,16 +40,16 @@ from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
 from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
 
-WARPGROUPS = 2  # that compute
-RUN = decode.RUN  # columns with one constant a row, and rows of a warpgroup's piece of the weight
+WARPGROUPS = 2  # compute warpgroups
+RUN = decode.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight
 GROUP = 2 * RUN  # columns whose codes share bytes
-EIGHT = 8  # rows of a tile of shared memory, as wgmma reads it
-MEMORY_REGISTERS = 40  # of the warpgroup that starts copies; the others share the rest
+EIGHT = 8  # rows of a wgmma tile in shared memory
+MEMORY_REGISTERS = 40  # registers of the warpgroup that starts copies; the others share the rest
 REGISTERS = plgpu.Layout.WGMMA
 
 
 def _tiles(row_bytes: int) -> tuple[Any, ...]:
-    """Tiles of 8 x 64 in shared memory, rotated so that neither TMA nor warps meet in a bank."""
+    """Returns the transforms to swizzled tiles of 8 x 64 in shared memory, which avoid bank conflicts."""
     return (
         plgpu.TilingTransform((EIGHT, RUN)),  # pyright: ignore[reportAbstractUsage]
         plgpu.SwizzleTransform(row_bytes),  # pyright: ignore[reportAbstractUsage]
@@ -58,27 +61,27 @@ NARROW = _tiles(64)  # rows of 64 bytes
 
 
 class Tile(NamedTuple):
-    """Rows of x or dy in one block, and steps of the pipeline whose copies are in shared memory at once."""
+    """The rows of x or dy in one block, and the pipeline steps whose copies are in shared memory at once."""
 
     rows: int
     steps: int
 
 
-# Those that fit shared memory and registers. What is chosen among them is by reasoning: no card has measured it.
+# Tiles that fit shared memory and registers. The choice among them is by reasoning: it was measured on no card.
 TILES: dict[Direction, tuple[Tile, ...]] = {
     "forward": (Tile(64, 4), Tile(128, 4), Tile(256, 2)),
     "backward": (Tile(64, 4), Tile(128, 4)),
 }
-COLUMNS: dict[Direction, int] = {"forward": RUN, "backward": GROUP}  # of the result, that one warpgroup makes
-PROCESSORS = 132  # of an H100 or H200, each with one block at a time
-DECODING = 550  # cycles of a warpgroup before its product of 64 x 128 weights: about its instructions, and latencies
+COLUMNS: dict[Direction, int] = {"forward": RUN, "backward": GROUP}  # columns of the result per warpgroup
+PROCESSORS = 132  # SMs of an H100 or H200, each with one block at a time
+DECODING = 550  # cycles in which a warpgroup decodes 64 x 128 weights: about its instructions and latencies
 
 
 def best_tile(direction: Direction, rows: int, width: int) -> Tile:
-    """The tile with the least waves of blocks times cycles of a step, the smallest of equals.
+    """Returns the tile with the fewest (waves of blocks x cycles per step), the smallest among equals.
 
-    A step multiplies 8 cycles for each row of the tile (two warpgroups, 4096 FLOP a cycle); a warpgroup decodes while
-    the other multiplies, so that short products wait for decoding.
+    A step multiplies for 8 cycles per row of the tile (two warpgroups, 4096 FLOP per cycle). One warpgroup decodes
+    while the other multiplies, so short products wait for decoding.
     """
 
     def cycles(tile: Tile) -> int:
@@ -89,19 +92,19 @@ def best_tile(direction: Direction, rows: int, width: int) -> Tile:
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
-    """y = x w^T, accumulated in f32, in x's dtype."""
+    """Computes y = x w^T, accumulated in f32, in x's dtype."""
     tile = best_tile("forward", x_MK.shape[0], weights.shape[0])
     return forward_product(x_MK, operands(weights, layer, x_MK.dtype), tile)
 
 
 def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Float[Array, "M K"]:
-    """dx = dy w, accumulated in f32, in dy's dtype."""
+    """Computes dx = dy w, accumulated in f32, in dy's dtype."""
     tile = best_tile("backward", dy_MN.shape[0], weights.shape[1])
     return backward_product(dy_MN, operands(weights, layer, dy_MN.dtype), tile)
 
 
 def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
-    """`forward` with a tile, as a kernel or, with `interpret` (a plgpu.InterpretGPUParams), its twin."""
+    """Computes `forward` with a given tile, by the kernel or, with `interpret`, by its twin."""
     look_up = _look_up(weight, x_MK.dtype, interpret)
 
     def step(wg, operand_s, x_s, codes_s, scales_s, acc):
@@ -130,13 +133,13 @@ def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: An
 
 
 def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
-    """`backward` with a tile, as a kernel or, with `interpret`, its twin."""
+    """Computes `backward` with a given tile, by the kernel or, with `interpret`, by its twin."""
     look_up = _look_up(weight, dy_MN.dtype, interpret)
 
     def step(wg, operand_s, dy_s, codes_s, scales_s, acc):
         mine = pl.ds(pl.multiple_of(wg * RUN, RUN), RUN)
         values = _dequantized(look_up, codes_s.at[:, mine], scales_s.at[pl.ds(2 * wg, 2)])
-        plgpu.wgmma_wait(0)  # the step before has read its operand, all the while that this one was decoded
+        plgpu.wgmma_wait(0)  # the previous step read its operand while this one was decoded
         for run in (0, 1):
             operand_s[0][wg, :, pl.ds(run * RUN, RUN)] = values[run]
         plgpu.commit_smem()
@@ -161,14 +164,14 @@ def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: 
 
 
 class Shape(NamedTuple):
-    """What tells the two products apart, beside what they do in a step.
+    """The properties in which the two products differ, other than the step function.
 
-    Fields:
+    Attributes:
       width: columns of the result.
-      steps: of the pipeline.
-      blocks: (tile, layer, block of rows, block of columns) -> the three pieces that a step reads.
-      operand: shapes of the left operand in shared memory, where it goes through it.
-      late: steps after which a step's shared memory may be filled again; its product still runs in the next.
+      steps: number of pipeline steps.
+      blocks: (tile, layer, block of rows, block of columns) -> the specs of the three arrays that a step reads.
+      operand: shapes of the left operand in shared memory, if it goes through it.
+      late: steps after which a step's shared memory may be refilled, because its product runs into the next one.
     """
 
     direction: Direction
@@ -180,12 +183,12 @@ class Shape(NamedTuple):
 
     @property
     def columns(self) -> int:
-        """Of the result, that one warpgroup makes."""
+        """Columns of the result per warpgroup."""
         return COLUMNS[self.direction]
 
 
 def _forward_blocks(tile: Tile, layer: Any, m: Any, n: Any, late: int) -> list[plgpu.BlockSpec]:
-    """Rows [rows, 128 k], codes [128 n, 64 bytes], scales [2 runs, 128 n] of step k."""
+    """Returns the specs of step k: rows [rows, 128 k], codes [128 n, 64 bytes], scales [2 runs, 128 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
     return [
         block((tile.rows, GROUP), lambda k: (m, k), transforms=WIDE),
@@ -195,7 +198,7 @@ def _forward_blocks(tile: Tile, layer: Any, m: Any, n: Any, late: int) -> list[p
 
 
 def _backward_blocks(tile: Tile, layer: Any, m: Any, k: Any, late: int) -> list[plgpu.BlockSpec]:
-    """Rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [4 runs, 64 n] of step n."""
+    """Returns the specs of step n: rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [4 runs, 64 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
     return [
         block((tile.rows, RUN), lambda n: (m, n), transforms=WIDE),
@@ -210,14 +213,14 @@ def _look_up(weight: Operands, dtype: Any, interpret: Any) -> Callable[[jax.Arra
 
 
 def _dequantized(look_up: Callable[..., Any], codes_s: Any, scales_s: Any) -> list[jax.Array]:
-    """Two runs [64 rows, 64 columns] of the weight, in registers: values of codes, each times its row's constant."""
+    """Dequantizes two runs [64 rows, 64 columns] of the weight in registers: table values times row constants."""
     pair = look_up(plgpu.load(codes_s, layout=REGISTERS))
     scales = [plgpu.load(scales_s.at[run], layout=REGISTERS.reduce(1)) for run in (0, 1)]
     return [values * lax.broadcast_in_dim(scale, values.shape, [0]) for values, scale in zip(pair, scales, strict=True)]
 
 
 def _through_shared(values: list[jax.Array], operand_s: Any) -> list[Any]:
-    """The twin's way to wgmma, which the interpreter gives no operand in registers."""
+    """Moves the twin's left operand to shared memory, because the interpreted wgmma takes none from registers."""
     for run in (0, 1):
         operand_s[run] = values[run]
     plgpu.commit_smem()
@@ -227,7 +230,7 @@ def _through_shared(values: list[jax.Array], operand_s: Any) -> list[Any]:
 def _product(
     rows: jax.Array, weight: Operands, tile: Tile, shape: Shape, step: Callable[..., Any], interpret: Any
 ) -> jax.Array:
-    """[M, .] -> [M, width]: one block for each tile of the result, the accumulator kept over all of its steps."""
+    """Runs the kernel, [M, .] -> [M, width]: one block per tile of the result, with one accumulator over all steps."""
     padded = pad_rows(rows, EIGHT)
     row_tiles = pl.cdiv(len(padded), tile.rows)
     together = _together(row_tiles)
@@ -259,7 +262,7 @@ def _block_of_result(
     out_s,
     operand_s,
 ) -> None:
-    """The kernel: one tile [rows, columns of both warpgroups] of the result."""
+    """Computes one tile [rows, columns of both warpgroups] of the result: the kernel's body."""
     wg, across = lax.axis_index("wg"), lax.axis_index("across")
     m = lax.axis_index("group") * together + lax.axis_index("m")
     columns = pl.ds((across * WARPGROUPS + wg) * shape.columns, shape.columns)
@@ -283,7 +286,7 @@ def _block_of_result(
 
 
 def _store(transposed: jax.Array, out_s: Any, out_g: Any) -> None:
-    """A warpgroup's tile, transposed on its way through shared memory."""
+    """Stores a warpgroup's tile, transposed on its way through shared memory."""
     out_s.T[...] = transposed.astype(out_s.dtype)
     plgpu.commit_smem()
     plgpu.copy_smem_to_gmem(out_s, out_g)
@@ -291,8 +294,8 @@ def _store(transposed: jax.Array, out_s: Any, out_g: Any) -> None:
 
 
 def _together(row_tiles: int) -> int:
-    """Tiles of rows that blocks take before they go on to the next columns: as many as divide them, up to 16.
+    """Returns the number of row tiles per column tile in block order: the largest divisor of `row_tiles` up to 16.
 
-    Blocks that run at the same time should share what they read, rows as well as codes, in the second-level cache.
+    So blocks that run at the same time share rows and codes in the L2 cache.
     """
     return max(count for count in range(1, 17) if row_tiles % count == 0)

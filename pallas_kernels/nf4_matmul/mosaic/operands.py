@@ -1,10 +1,11 @@
-"""What every Mosaic kernel is given of a weight and of its rows. Dimension key: M rows, L layers, N out, K in."""
+"""The operands of a Mosaic kernel, from a weight and its rows. Dimension key: M rows, L layers, N out, K in."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
@@ -13,12 +14,12 @@ from pallas_kernels.nf4_matmul.mosaic.constants import expanded_scales
 
 
 class Operands(NamedTuple):
-    """One layer of a weight as a kernel reads it.
+    """One layer of a weight in the form that a kernel reads.
 
-    Fields:
-      codes_LNJ: the whole stack, of which the kernel addresses its layer: a slice would be a copy.
+    Attributes:
+      codes_LNJ: the whole stack; the kernel addresses its layer, because a slice would be a copy.
       layer: i32 [1].
-      scales: [2 ceil(K/128), N] in the kernel's dtype, of this layer alone.
+      scales: [2 ceil(K/128), N] in the kernel's dtype, of this layer only.
       table: f32 [16].
       shape: (N, K).
     """
@@ -30,8 +31,8 @@ class Operands(NamedTuple):
     shape: tuple[int, int]
 
 
-def operands(weights: QTensor, layer: Layer, dtype: Any) -> Operands:
-    """The operands of a weight (`layer` None), or of one layer of a stack, for a kernel that multiplies in `dtype`."""
+def operands(weights: QTensor, layer: Layer, dtype: DTypeLike) -> Operands:
+    """Makes the operands of a weight (`layer` None), or of one layer of a stack, for a product in `dtype`."""
     codes_LNJ = jnp.asarray(weights.codes) if layer is not None else jnp.asarray(weights.codes)[None]
     index = jnp.asarray(0 if layer is None else layer, jnp.int32).reshape(1)
     rows, columns = weights.shape
@@ -40,6 +41,6 @@ def operands(weights: QTensor, layer: Layer, dtype: Any) -> Operands:
 
 
 def pad_rows(rows: jax.Array, multiple: int) -> jax.Array:
-    """Rows of zeros after the last, up to a multiple; the same array where there is nothing to add."""
+    """Appends rows of zeros up to a multiple; returns the same array if there is nothing to append."""
     missing = -rows.shape[0] % multiple
     return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows

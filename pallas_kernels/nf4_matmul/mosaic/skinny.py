@@ -1,25 +1,25 @@
-"""nf4_matmul of few rows (M <= 16) on Ampere, Ada and Hopper: bounded by reading the codes once, not by instructions.
+"""nf4_matmul of few rows (M <= 16) on Ampere, Ada and Hopper: bound by reading the codes once, not by instructions.
 
-A block of four warps makes 32 columns of the result, along all of K or a part of it. Each step reads 256 packed bytes
-of each of the 32 rows of codes, 64 for each warp: 16 a thread and row, which is a vector load, straight to registers,
-one step ahead of its use. mma.sync (m16n8k16) multiplies, the weights as its first operand, up to eight rows of x as
-its second: it wants no order of K but that both agree, so the 16 bytes of a thread are its share of eight products.
-Values come from the table alone; the constant of a run multiplies the run's sum, eight registers for 128 weights of a
-thread. Warps add their sums up through shared memory; parts of K are added by XLA, in the pass that turns the result.
+A block of four warps computes 32 columns of the result, over all of K or a part of it. Each step reads 256 packed bytes
+of each of the 32 rows of codes, 64 per warp. A thread reads 16 bytes per row, by a vector load into registers, one step
+ahead of their use. mma.sync (m16n8k16) multiplies, with the weights as its first operand and up to eight rows of x as
+its second. The order of K is free if both agree, so a thread's 16 bytes are its share of eight products. Weights in the
+products are bare table values. The constant of a run multiplies the run's sum: eight registers per 128 weights of a
+thread. Warps add their sums through shared memory. XLA adds the parts of K, in the pass that transposes the result.
 
-Instructions for one weight and thread, by machine code: 3.3 up to eight rows, 3.7 up to sixteen; 2.6 of them are the
-look-ups (21 for eight codes), 0.13 products, 0.13 sums. The budget on an H100 is 132 x 4 schedulers x 1.755 GHz x 32 /
-(3.35e12 / 0.53 weights a second) = 4.7. Integers, at half a warp a cycle, are 2.7 of the 2.35 that the time of the
-codes allows: they bound the kernel at 0.86 of the peak bandwidth there, and at 0.93 on an A100; on other cards memory
-does. A product by multiply-adds would take one more a weight to widen it and one for each row of x.
+Instructions per weight and thread, by machine code: 3.3 for up to eight rows, 3.7 for up to sixteen. Of these, 2.6 are
+look-ups (21 per eight codes), 0.13 products, 0.13 sums. The budget on an H100 is 132 x 4 schedulers x 1.755 GHz x 32 /
+(3.35e12 / 0.53 weights/s) = 4.7. Integer instructions, at half a warp per cycle, take 2.7, but the time of the codes
+allows 2.35. So they bound the kernel at 0.86 of the peak bandwidth there, and at 0.93 on an A100; on other cards memory
+bounds it. A product by multiply-adds would take one more instruction per weight to widen it, and one per row of x.
 
-Bytes in flight: latency x bandwidth is 0.6 us x 3.35 TB/s = 2.0 MB on an H100, 15 KB a multiprocessor. A thread has 64
-bytes of codes of its next step in flight, a block 8 KB: two blocks a multiprocessor cover it; its registers hold three.
+Bytes in flight: latency x bandwidth is 0.6 us x 3.35 TB/s = 2.0 MB on an H100, 15 KB per SM. A thread has 64 bytes of
+codes of its next step in flight, a block 8 KB, so two blocks per SM cover it; the registers of an SM hold three.
 
-The twin is the same kernel but for `dot` (an einsum; see Interpreted). The race detector sees the sums that warps
-exchange, but a warpgroup is one thread to it: that the warps wait for each other is Mosaic's own barrier.
+The twin differs from the kernel only in `dot` (an einsum; see Interpreted). The race detector checks the exchange of
+sums, but sees a warpgroup as one thread: Mosaic's own barrier makes the warps wait for each other.
 
-Dimension key: M rows, N out, K in, W = 4 warps, a step is four groups of 128 columns of K, 64 bytes each.
+Dimension key: M rows, N out, K in, W = 4 warps; a step is four groups of 128 columns of K, 64 bytes each.
 """
 
 import functools
@@ -47,18 +47,18 @@ from pallas_kernels.nf4_matmul.mosaic.skinny_instructions import (
     Machine,
 )
 
-ENOUGH_BLOCKS = 4 * 132  # four for each multiprocessor of an H100, by reasoning
-PARTS = (4, 2, 1)  # that K may be made in, by blocks of their own
+ENOUGH_BLOCKS = 4 * 132  # four per SM of an H100, by reasoning
+PARTS = (4, 2, 1)  # numbers of parts of K, each computed by separate blocks
 
 
 def forward(x_MK: Float[Array, "M K"], weights: QTensor, layer: Layer) -> Float[Array, "M N"]:
-    """y = x w^T, accumulated in f32, in x's dtype."""
+    """Computes y = x w^T, accumulated in f32, in x's dtype."""
     weight = operands(weights, layer, x_MK.dtype)
     return product(Machine(x_MK.dtype, weight.table), x_MK, weight)
 
 
 def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weight: Operands) -> Float[Array, "M N"]:
-    """`forward` with the instructions of a card or of the twin."""
+    """Computes `forward` with the instructions of a card or of the twin."""
     assert x_MK.shape[0] <= MOST_ROWS["skinny"].rows
     weight = _at_least_a_step(weight)
     groups = weight.codes_LNJ.shape[2] * 2 // GROUP
@@ -74,14 +74,14 @@ def product(instructions: Machine | Interpreted, x_MK: Float[Array, "M K"], weig
 
 
 def _worth(parts: int, steps: int, columns: int) -> bool:
-    """Whether parts of K are equal, and half as many would make too few blocks."""
+    """True if the parts of K are equal, and half as many would give too few blocks."""
     return steps % parts == 0 and columns // BLOCK * parts // 2 < ENOUGH_BLOCKS
 
 
 def _at_least_a_step(weight: Operands) -> Operands:
-    """A weight with at most 384 columns, whose rows are shorter than a step, filled up with zeros.
+    """Pads a weight of at most 384 columns, whose rows are shorter than a step, with zeros.
 
-    The one case where a layer's codes are copied: at most 192 bytes of each row become 256.
+    This is the only case in which a layer's codes are copied: at most 192 bytes per row become 256.
     """
     missing = STEP_BYTES - weight.codes_LNJ.shape[2]
     if missing <= 0:
@@ -92,7 +92,7 @@ def _at_least_a_step(weight: Operands) -> Operands:
 
 
 class _Task(NamedTuple):
-    """One product: groups of K, steps, parts that K is made in, columns of the result."""
+    """One product: its groups of K, steps, parts of K, and columns of the result."""
 
     instructions: Machine | Interpreted
     groups: int
@@ -101,7 +101,7 @@ class _Task(NamedTuple):
     columns: int
 
     def run(self, x_TRK: jax.Array, weight: Operands) -> Float[Array, "parts T N 8"]:
-        """Sums of every part of K."""
+        """Computes the sums of every part of K."""
         tiles = x_TRK.shape[0]
         words = jnp.asarray(inline_ptx.constant_words(weight.table, x_TRK.dtype))
         return plgpu.kernel(
@@ -115,7 +115,7 @@ class _Task(NamedTuple):
         )(x_TRK, weight.codes_LNJ, weight.layer, weight.scales, words)
 
     def kernel(self, x_g, codes_g, layer_g, scales_g, words_g, out_g, sums_s):
-        """32 columns of the result, of one part of K."""
+        """Computes 32 columns of the result, over one part of K."""
         do, part, tiles = self.instructions, lax.axis_index("part"), range(x_g.shape[0])
         column = pl.multiple_of(BLOCK * lax.axis_index("block"), BLOCK)
         load = functools.partial(self.load, x_g, codes_g.at[layer_g[0]], scales_g, column)
@@ -135,7 +135,7 @@ class _Task(NamedTuple):
             out_g[part, tile, pl.ds(column, BLOCK)] = sum(of_warps[1:], of_warps[0])
 
     def load(self, x_g, codes_g, scales_g, column, step):
-        """(rows of x, codes, scales) of a step; the last is moved to where K ends, what it repeats gets scales 0."""
+        """Loads (rows of x, codes, scales) of a step; the last ends at K's end, and repeated runs get scales 0."""
         do = self.instructions
         group = jnp.minimum(WARPS * step, self.groups - WARPS)
         columns = pl.ds(pl.multiple_of(GROUP * group, GROUP), WARPS * GROUP)

@@ -1,7 +1,7 @@
-"""What the kernel for few rows does on a card, and what its twin does instead; and which thread holds what.
+"""The instructions of the kernel for few rows and of its interpreted twin, and the layouts of its registers.
 
-Four warps w, in each of them threads (g, t) = (lane / 4, lane % 4); a step is 64 bytes, or 128 columns of K in two runs
-r of 64, of each warp.
+There are four warps w of threads (g, t) = (lane / 4, lane % 4). In a step, each warp reads 64 bytes per row: 128
+columns of K in two runs r of 64.
 """
 
 import functools
@@ -41,7 +41,7 @@ SUMS_LAYOUT = tiled(SUMS)
 
 
 class Machine:
-    """What the kernel does on a card."""
+    """The kernel's instructions on a card."""
 
     options: dict[str, Any] = {}  # noqa: RUF012
 
@@ -52,39 +52,39 @@ class Machine:
         return plgpu.load(source, layout=tiled(layout), optimized=False)
 
     def rows(self, source) -> jax.Array:
-        """[8 or 2, 512] values of x."""
+        """Loads [8 or 2, 512] values of x."""
         return self._load(source, ROWS if source.shape[0] == EIGHT else TWO_ROWS)
 
     def codes(self, source) -> jax.Array:
-        """[32, 256] bytes."""
+        """Loads [32, 256] bytes of codes."""
         return self._load(source, CODES)
 
     def scales(self, source) -> jax.Array:
-        """[8, 32] constants of runs."""
+        """Loads [8, 32] constants of runs."""
         return self._load(source, SCALES)
 
     def runs(self) -> jax.Array:
-        """[8, 32], the number of each run."""
+        """Returns [8, 32], the number of each run."""
         return plgpu.broadcasted_iota(jnp.int32, (2 * WARPS, BLOCK), 0, layout=tiled(SCALES))
 
     def constants(self, words_g) -> list[jax.Array]:
-        """The look-up's constants, in registers."""
+        """Loads the look-up's constants into registers."""
         return inline_ptx.constants(words_g)
 
     def zeros(self) -> jax.Array:
-        """Sums of four warps to begin with."""
+        """Returns the initial sums of four warps."""
         return plgpu.layout_cast(jnp.zeros((WARPS * BLOCK, EIGHT), jnp.float32), tiled(SUMS))
 
     def show(self, sums, target) -> None:
-        """The sums of all warps to shared memory, and a barrier."""
+        """Writes the sums of all warps to shared memory; then a barrier."""
         plgpu.inline_mgpu(arg_types=(SUMS_LAYOUT, plgpu.RefType()))(_show)(sums, target)
 
     def stored(self, source) -> jax.Array:
-        """A warp's sums [32, 8] as a warpgroup reads them."""
+        """Loads a warp's sums [32, 8], spread over the warpgroup."""
         return plgpu.load(source, layout=plgpu.Layout.WG_STRIDED((BLOCK, EIGHT), 2), optimized=False)
 
     def dot(self, sums, x, codes, scales, words) -> list[jax.Array]:
-        """Of each warp w, row n and row m of x: sums + sum_r scales[2 w + r, n] (table[codes of run r] . x)."""
+        """Computes sums + sum_r scales[2 w + r, n] (table[codes of run r] . x) for each warp w, row n, row of x."""
         of_rows = tiled(ROWS if x[0].shape[0] == EIGHT else TWO_ROWS)
         of_codes, of_scales = tiled(CODES), tiled(SCALES)
         types = ([SUMS_LAYOUT] * len(x), [of_rows] * len(x), of_codes, of_scales, [inline_ptx.THREADS] * len(words))
@@ -94,7 +94,7 @@ class Machine:
 
 
 class Interpreted:
-    """The same in operations that Pallas' interpreter knows."""
+    """The twin's instructions, which Pallas can interpret."""
 
     def __init__(self, dtype: Any, table: np.ndarray, params: plgpu.InterpretGPUParams) -> None:
         self.dtype, self.table = jnp.dtype(dtype), table
@@ -106,23 +106,23 @@ class Interpreted:
     rows = codes = scales = stored = _load
 
     def runs(self) -> jax.Array:
-        """As Machine.runs."""
+        """Computes Machine.runs."""
         return lax.broadcasted_iota(jnp.int32, (2 * WARPS, BLOCK), 0)
 
     def constants(self, words_g) -> None:
-        """The select tree has its own."""
+        """Returns None: the select tree has its own constants."""
 
     def zeros(self) -> jax.Array:
-        """As Machine.zeros."""
+        """Computes Machine.zeros."""
         return jnp.zeros((WARPS * BLOCK, EIGHT), jnp.float32)
 
     def show(self, sums, target) -> None:
-        """As Machine.show."""
+        """Computes Machine.show."""
         target[...] = sums
         plgpu.commit_smem()
 
     def dot(self, sums, x, codes, scales, words) -> list[jax.Array]:
-        """As Machine.dot."""
+        """Computes Machine.dot."""
         bytes_of_warps = jnp.concatenate(jnp.split(codes, WARPS, axis=1))
         pair = select_pair(bytes_of_warps, WARPS * BLOCK, None, self.table, self.dtype)
         weights_WrNC = jnp.stack([values.reshape(WARPS, BLOCK, 64) for values in pair], axis=1)
@@ -136,11 +136,11 @@ class Interpreted:
 
 
 class Alu(NamedTuple):
-    """What `dots` does with registers.
+    """The operations on registers that `dots` uses.
 
-    Fields:
-      look_up: (16 packed bytes, s) -> of bytes 4 s to 4 s + 3 the values of nibbles low 0, 1; high 0, 1; low 2, 3;
-        high 2, 3.
+    Attributes:
+      look_up: (16 packed bytes, s) -> the values of bytes 4 s to 4 s + 3 in four registers: low nibbles of 0, 1; high
+        of 0, 1; low of 2, 3; high of 2, 3.
       values: (16 values, s) -> values 4 s, 4 s + 1; 4 s + 2, 4 s + 3.
       multiply: mma.sync: (four registers, two registers, four sums or None) -> four sums.
       add: (two sums, scales of four rows, q, two sums) -> the first plus scale q times the second.
@@ -155,7 +155,7 @@ class Alu(NamedTuple):
 def dots(
     sums: list[np.ndarray], x: list[np.ndarray], codes: np.ndarray, scales: np.ndarray, alu: Alu
 ) -> list[np.ndarray]:
-    """The registers of Machine.dot: sums (q) and x (r) of each tile of x, codes (q), scales (r)."""
+    """Computes Machine.dot on registers: sums (q) and x (r) of each tile of x, codes (q), scales (r)."""
     runs = np.full((len(x), 2, 2, 4), None, object)  # tile of x, run, pair of rows q: sums of (row, row of x)
     for s, pair in np.ndindex(4, 2):
         first, second = (alu.look_up(codes[2 * pair + e], s) for e in range(2))

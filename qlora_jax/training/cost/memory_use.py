@@ -7,7 +7,7 @@ import math
 
 import numpy as np
 
-from pallas_kernels.nf4_matmul.costs import dequantized_bytes, held
+from pallas_kernels.nf4_matmul.costs import dequantized_bytes, weight_bytes
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
 from qlora_jax.training.cost.flops import F32, RECOMPUTED, StepShape, head_tile, not_recomputed
 
@@ -38,7 +38,7 @@ def _held(step: StepShape, name: str, shape: tuple[int, int]) -> tuple[int, int]
     dense_bytes = dense * math.prod(shape) * step.itemsize
     if dense == layers:
         return dense_bytes, 0
-    kept = held(
+    kept = weight_bytes(
         shape,
         weights.layout_for(shape),
         block_size=weights.block_size,

@@ -22,13 +22,13 @@ from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import reference
 from pallas_kernels.nf4_matmul.api import preference
-from pallas_kernels.nf4_matmul.costs import held, product_flops, roof
+from pallas_kernels.nf4_matmul.costs import product_flops, roofline, weight_bytes
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Direction
 from pallas_kernels.nf4_matmul.mosaic import ampere, ampere_instructions, hopper, skinny, skinny_instructions
 from pallas_kernels.nf4_matmul.mosaic.capabilities import MOST_ROWS
 from pallas_kernels.nf4_matmul.mosaic.operands import operands
 from pallas_kernels.nf4_matmul.shapes import Shape
-from pallas_kernels.synthetic_weights import scattered_like
+from pallas_kernels.synthetic_weights import synthetic_like
 
 LAYOUT = "split_k"
 TARGET_S = 2e-3  # minimum duration of a program, which decides how many products it has
@@ -145,8 +145,8 @@ def measure(bench: Bench, shape: Shape, rows: int) -> Record:
 def _measure_way(bench: Bench, shape: Shape, rows: int, way: Direction) -> Record:
     repeats = _repeats(bench, shape, rows)
     width, columns = (shape.k, shape.n) if way == "forward" else (shape.n, shape.k)
-    given = scattered_like(jax.ShapeDtypeStruct((rows, width), jnp.bfloat16))
-    weights = [scattered_like(abstract_weight(shape.nk, LAYOUT), seed=100 * i) for i in range(repeats)]
+    given = synthetic_like(jax.ShapeDtypeStruct((rows, width), jnp.bfloat16))
+    weights = [synthetic_like(abstract_weight(shape.nk, LAYOUT), seed=100 * i) for i in range(repeats)]
     found: Record = {"repeats": repeats, "tiles": {}, "failures": {}}
     for name, tile, product in _fused(bench, rows, way):
         seconds = _seconds(bench, product, given, weights, found["failures"], f"{name} {tile}")
@@ -157,7 +157,7 @@ def _measure_way(bench: Bench, shape: Shape, rows: int, way: Direction) -> Recor
         found.setdefault("chosen", {})[name] = _tile_name(tile)
     found["reference"] = _seconds(bench, _reference(way), given, weights, found["failures"], "reference")
     del weights
-    dense = [scattered_like(jax.ShapeDtypeStruct(shape.nk, jnp.bfloat16), seed=i) for i in range(repeats)]
+    dense = [synthetic_like(jax.ShapeDtypeStruct(shape.nk, jnp.bfloat16), seed=i) for i in range(repeats)]
     return found | {"bf16": _seconds(bench, _dense(way), given, dense, found["failures"], "bf16")}
 
 
@@ -175,7 +175,7 @@ def _tile_name(tile: Tile | None) -> str:
 
 def _repeats(bench: Bench, shape: Shape, rows: int) -> int:
     """Returns the number of products in a program: enough for TARGET_S, within memory and MOST_REPEATS."""
-    under = roof(rows, shape.nk, LAYOUT, fused=True, peak=bench.peak, bandwidth=bench.bandwidth)
+    under = roofline(rows, shape.nk, LAYOUT, fused=True, peak=bench.peak, bandwidth=bench.bandwidth)
     room = min(bench.memory // (2 * shape.n * shape.k), bench.memory // (2 * rows * max(shape.nk)))
     return max(1, min(MOST_REPEATS, math.ceil(TARGET_S / under.seconds), room))
 
@@ -224,5 +224,5 @@ def tflops(record: Record, seconds: float) -> float:
 
 def gigabytes_per_second(record: Record, seconds: float) -> float:
     """Returns the GB/s of the necessary reads and writes: codes, stored constants, rows and result."""
-    stored, sizes = held((record["n"], record["k"]), LAYOUT), record["n"] + record["k"]
+    stored, sizes = weight_bytes((record["n"], record["k"]), LAYOUT), record["n"] + record["k"]
     return (stored.codes + stored.constants + 2 * record["m"] * sizes) / seconds / 1e9

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.aot.memory import read_memory
-from pallas_kernels.synthetic_weights import scattered_like
+from pallas_kernels.synthetic_weights import synthetic_like
 from qlora_jax import runtime
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.catalog import PUBLISHED
@@ -56,7 +56,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     limit = memory("bytes_limit")
     if limit is not None and planned > limit:
         return found | {"failure": f"needs {planned} bytes (available: {limit})"}
-    parts = scattered_like(step.parts)
+    parts = synthetic_like(step.parts)
     lora = parts.lora
     state = step.optimizer.init(lora)
     filled = memory("peak_bytes_in_use")

@@ -1,4 +1,4 @@
-"""What tests of compiling for absent cards share: the check that it works here, and small programs."""
+"""Fixtures of tests that compile for absent cards: the check that it works here, and small programs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ def _problem() -> str | None:
 
 @pytest.fixture
 def compile_for(_problem: str | None) -> Callable[..., aot.CompiledFor]:
-    """pallas_kernels.aot.compile_for; skips where compiling for absent cards can't work."""
+    """Returns pallas_kernels.aot.compile_for; skips if it cannot work here."""
     if _problem:
         pytest.skip(f"no compiling for absent cards: {_problem}")
     return aot.compile_for
@@ -25,7 +25,7 @@ def compile_for(_problem: str | None) -> Callable[..., aot.CompiledFor]:
 
 @pytest.fixture
 def offload() -> Callable[[Any, Any], Any]:
-    """(x, kept) -> results: an update of `kept`, which lives in host memory, as a paged optimizer makes it."""
+    """Returns (x, kept) -> results, which updates `kept` in host memory as a paged optimizer does."""
 
     def update(x, kept):
         moved = jax.device_put(kept, jax.memory.Space.Device) * 0.5 + x

@@ -1,4 +1,4 @@
-"""compile_for where the extra gpu-compile is installed: what goes in, and the numbers that come out."""
+"""compile_for with the extra gpu-compile installed: its arguments, and the numbers that it returns."""
 
 import functools
 
@@ -37,7 +37,7 @@ def test_every_card_gets_its_own_code_with_tensor_core_products(compile_for, car
     assert compiled.tensor_core_instructions > 0
     generation = {9: "HGMMA", 10: "UTCHMMA"}.get(CARDS[card].compute_capability[0], "HMMA")
     opcodes = set().union(*(kernel.opcodes for kernel in compiled.kernels))
-    assert opcodes & {generation, "HMMA"}  # a small product need not take the newest instruction
+    assert opcodes & {generation, "HMMA"}  # a small product may not use the newest instruction
     assert not opcodes & {"HGMMA", "UTCHMMA"} - {generation}
 
 
@@ -54,7 +54,7 @@ def test_kernels_have_registers_shared_memory_and_a_main_loop(compile_for):
 
 @pytest.mark.parametrize(("columns", "spills"), [(64, False), (256, True)])
 def test_a_kernel_that_holds_too_much_in_registers_is_told(compile_for, columns, spills):
-    def kernel(x_ref, o_ref):  # 128 threads hold 128 rows of f32: a register a column, and as many for exp(x)
+    def kernel(x_ref, o_ref):  # 128 threads hold 128 rows of f32: one register per column, and as many for exp(x)
         y = jnp.exp(x_ref[...])
         o_ref[...] = y / jnp.sum(y)
 
@@ -138,14 +138,12 @@ def test_static_arguments(compile_for):
 
 
 def test_options_for_a_jitted_function_are_refused(compile_for):
-    with pytest.raises(
-        ValueError, match=r"jitted already: donate_argnums=0 and static_argnums=\(\) belong into its own"
-    ):
+    with pytest.raises(ValueError, match=r"jitted already: donate_argnums=0 and static_argnums=\(\) belong in its own"):
         compile_for("a100", jax.jit(product), MATRIX, MATRIX, donate_argnums=0)
 
 
 def test_an_unknown_card_is_refused_before_anything_is_compiled(compile_for):
-    with pytest.raises(ValueError, match="did you mean 'a100'"):
+    with pytest.raises(ValueError, match="Did you mean 'a100'"):
         compile_for("A100", product, MATRIX, MATRIX)
 
 

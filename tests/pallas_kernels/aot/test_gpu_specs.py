@@ -1,4 +1,4 @@
-"""The table of cards, and the text that is made of a row."""
+"""The table of cards, and XLA's text of a row."""
 
 import re
 
@@ -24,7 +24,7 @@ def test_architecture(name, architecture):
 def test_a_row_is_of_the_right_order_of_magnitude(card):
     assert 20e9 < card.memory_bytes < 200e9
     assert 0.7e12 < card.bandwidth < 8e12
-    # Tensor cores do from 512 (GeForce, f32 accumulation) to 8192 FLOP a clock and SM; data sheets use a lower clock.
+    # Tensor cores compute 512 (GeForce, f32 accumulation) to 8192 FLOP per clock and SM; data sheets use a lower clock.
     assert 400 < card.bf16_flops / (card.sm_count * card.clock_ghz * 1e9) < 8500
     assert card.shared_memory_per_block < card.shared_memory_per_sm
     assert card.source
@@ -48,10 +48,10 @@ def test_a_family_of_cards_is_no_single_architecture():
 
 @pytest.mark.parametrize(("name", "suggestion"), [("H100", "h100"), ("a600", "a6000"), ("4090", "rtx4090")])
 def test_an_unknown_card_is_told_with_the_nearest(name, suggestion):
-    with pytest.raises(ValueError, match=rf"'{name}' is not known; known: h100, .*did you mean '{suggestion}'"):
+    with pytest.raises(ValueError, match=rf"'{name}' is unknown \(known: h100, .*Did you mean '{suggestion}'"):
         find_card(name)
 
 
 def test_a_card_that_is_like_none_gets_no_suggestion():
-    with pytest.raises(ValueError, match=r"known: h100, h200, b200, a100, a6000, rtx4090, l40s$"):
+    with pytest.raises(ValueError, match=r"known: h100, h200, b200, a100, a6000, rtx4090, l40s\)\.$"):
         find_card("voodoo")

@@ -1,10 +1,10 @@
-"""The reader of SASS listings, on a short one."""
+"""The reader of SASS listings, on a short listing."""
 
 from collections import Counter
 
 from pallas_kernels.aot.machine_code import Kernel, read_listing, split_listing
 
-# A loop over tiles with an inner loop, a slow path behind the code that branches back into it, and a second function.
+# A loop over tiles with an inner loop, a slow path after the code that branches back into it, and a second function.
 LISTING = """
 	.target	sm_90a
 

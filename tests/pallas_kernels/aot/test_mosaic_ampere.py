@@ -1,4 +1,4 @@
-"""The kernels for Ampere and Ada as machine code: registers, spills, shared memory and loops."""
+"""The machine code of the Ampere and Ada kernels: registers, spills, shared memory and loops."""
 
 import functools
 
@@ -17,16 +17,16 @@ BF16, F16 = jnp.bfloat16, jnp.float16
 LAYERS = 4
 SLOW = pytest.mark.slow
 CARDS_HERE = ("a100", *(pytest.param(card, marks=SLOW) for card in ("a6000", "rtx4090", "l40s")))
-TENSOR_FLOPS = {"a100": 2048, "a6000": 1024, "l40s": 1024, "rtx4090": 512}  # a cycle and multiprocessor
+TENSOR_FLOPS = {"a100": 2048, "a6000": 1024, "l40s": 1024, "rtx4090": 512}  # per cycle and SM
 
-# Instructions of a round, rows x 128 x 128, a thread. The goal was 613 for 128 x 64 x 128, so 1226 for the larger tile.
+# Instructions per thread and round, rows x 128 x 128. The goal was 613 for 128 x 64 x 128, so 1226 for the larger tile.
 MOST_IN_A_LOOP = {("forward", SMALL): 706, ("backward", SMALL): 700, ("forward", LARGE): 881, ("backward", LARGE): 875}
-SCHEDULERS = 4  # of a multiprocessor, each with one of a block's warps
+SCHEDULERS = 4  # per SM, each with one of a block's warps
 
 
 @functools.cache
 def compile_product(compile_for, card, direction, tile, rows, shape, dtype, layers=LAYERS):
-    """The one kernel of a product."""
+    """Compiles a product and returns its only kernel."""
     (n, k), width = shape, shape[direction == "forward"]
     groups = -(-k // 128)
     table = CODE_TABLES["nf4"]
@@ -50,10 +50,10 @@ def test_every_tile_is_lean_machine_code(compile_for, card, direction, tile, dty
     assert kernel.shared_bytes <= CARDS[card].shared_memory_per_block
     (loop,) = kernel.loops
     assert loop.instructions <= MOST_IN_A_LOOP[direction, tile]
-    # Products of 16 x 8 x 16 by four warps; rows come by ldmatrix, four tiles of 8 x 8 each.
+    # Products of 16 x 8 x 16 by four warps; ldmatrix loads rows, four tiles of 8 x 8 each.
     assert loop.opcodes["HMMA"] == tile.rows * 128 * 128 // (16 * 8 * 16) // 4
     assert loop.opcodes["LDSM"] >= tile.rows * 128 // (4 * 8 * 8)
-    # One barrier, behind the one wait; no register is kept in memory.
+    # One barrier, after the only wait; no register is spilled.
     assert loop.opcodes["BAR"] == loop.opcodes["DEPBAR"] == 1
     assert loop.opcodes["LDL"] + loop.opcodes["STL"] == 0
 
@@ -61,7 +61,7 @@ def test_every_tile_is_lean_machine_code(compile_for, card, direction, tile, dty
 @pytest.mark.parametrize("card", CARDS_HERE)
 @pytest.mark.parametrize(("direction", "tile"), MOST_IN_A_LOOP)
 def test_other_units_are_busy_for_less_time_than_tensor_cores(compile_for, card, direction, tile):
-    """Issue: one a cycle and scheduler. Integers: half a warp a cycle. Shared memory: 128 bytes a cycle."""
+    """Limits per cycle: one instruction per scheduler, half a warp of integers, 128 bytes of shared memory."""
     kernel = compile_product(compile_for, card, direction, tile, 2048, (4096, 4096), BF16)
     (loop,) = kernel.loops
     integer = sum(loop.opcodes[name] for name in ("PRMT", "LOP3", "SHF", "SEL", "LEA", "ISETP", "IADD3", "IMNMX"))
@@ -86,6 +86,6 @@ def test_ragged_sizes_compile(compile_for, direction, rows, shape):
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_stack_of_more_than_four_gib_of_codes(compile_for, direction):
-    """LLaMA-65B's largest stack."""
+    """Compiles for LLaMA-65B's largest stack."""
     kernel = compile_product(compile_for, "a6000", direction, LARGE, 512, (22016, 8192), BF16, layers=80)
     assert kernel.loops[0].instructions <= MOST_IN_A_LOOP[direction, LARGE]

@@ -1,4 +1,4 @@
-"""The Hopper kernels as machine code: registers, spills, shared memory and loops."""
+"""The machine code of the Hopper kernels: registers, spills, shared memory and loops."""
 
 import functools
 
@@ -21,13 +21,13 @@ EVERY_TILE = [(direction, tile) for direction, tiles in hopper.TILES.items() for
 
 # Instructions that a warp issues for 64 x 128 weights, decoded and multiplied: those of a step of the pipeline.
 MOST_IN_A_LOOP = {"forward": 357, "backward": 369}
-MORE_WITH_TWO_STAGES = 5  # the loop of the 256-row tile computes its stage otherwise; it does twice the work
-REGISTERS = 65536 // (3 * 128) // 8 * 8  # what three warpgroups can be launched with
+MORE_WITH_TWO_STAGES = 5  # the loop of the 256-row tile computes its stage differently; it does twice the work
+REGISTERS = 65536 // (3 * 128) // 8 * 8  # the most with which three warpgroups can be launched
 
 
 @functools.cache
 def compile_product(compile_for, direction, tile, rows, shape, dtype, layers=LAYERS):
-    """The one kernel of a product, compiled for an H100."""
+    """Compiles a product for an H100 and returns its only kernel."""
     (n, k), width = shape, shape[direction == "forward"]
     groups = -(-k // 128)
     table = CODE_TABLES["nf4"]
@@ -56,7 +56,7 @@ def test_every_tile_is_lean_machine_code(compile_for, direction, tile, dtype):
 
 @pytest.mark.parametrize(("direction", "tile"), EVERY_TILE)
 def test_integer_units_are_busy_for_less_time_than_tensor_cores(compile_for, direction, tile):
-    """Half a warp a cycle for integers; a tensor core's 4096 FLOP a cycle and SM. Two warpgroups, four schedulers."""
+    """Limits per cycle: half a warp of integers, 4096 FLOP of tensor cores per SM. Two warpgroups, four schedulers."""
     (loop,) = compile_product(compile_for, direction, tile, 2048, (8192, 8192), BF16).loops
     integer = sum(loop.opcodes[name] for name in ("PRMT", "LOP3", "SHF", "SEL", "LEA", "ISETP", "VIADD", "IADD3"))
     tensor_cycles = 2 * (2 * 64 * 128 * tile.rows) / 4096
@@ -67,7 +67,7 @@ def test_integer_units_are_busy_for_less_time_than_tensor_cores(compile_for, dir
 @pytest.mark.slow
 @pytest.mark.parametrize("direction", PRODUCTS)
 def test_a_stack_of_more_than_four_gib_of_codes(compile_for, direction):
-    """LLaMA-65B's largest stack: places in it are coordinates of TMA, and no 32-bit offset."""
+    """LLaMA-65B's largest stack: positions in it are TMA coordinates, not 32-bit offsets."""
     kernel = compile_product(compile_for, direction, hopper.TILES[direction][1], 512, (22016, 8192), BF16, layers=80)
     assert kernel.loops[0].instructions <= MOST_IN_A_LOOP[direction]
 

@@ -1,4 +1,4 @@
-"""The kernel for few rows as machine code: instructions a weight, vector loads, and bytes in flight."""
+"""The machine code of the kernel for few rows: instructions per weight, vector loads, and bytes in flight."""
 
 import functools
 
@@ -55,8 +55,7 @@ def test_instructions_for_a_weight_are_few(compile_for, card, rows, most, dtype)
 @pytest.mark.parametrize("card", CARDS_HERE)
 @pytest.mark.parametrize("rows", [1, 16])
 def test_bytes_in_flight_cover_latency_times_bandwidth(compile_for, card, rows):
-    """A thread has the codes of its next step in flight, 64 bytes; a multiprocessor as many threads as registers and
-    shared memory allow."""
+    """A thread has 64 bytes in flight, the codes of its next step; registers and shared memory limit threads per SM."""
     kernel, _ = compile_product(compile_for, card, rows, (4096, 14336), BF16)
     spec = CARDS[card]
     blocks = min(REGISTERS // (128 * kernel.registers), spec.shared_memory_per_sm // (kernel.shared_bytes + 1024))
@@ -77,9 +76,9 @@ def test_nothing_but_sums_is_written(compile_for, card):
 
 
 def test_warps_wait_before_they_read_each_others_sums(compile_for, monkeypatch):
-    """The kernel's one wait, which the twin does not have: a warpgroup is one thread to the interpreter.
+    """The kernel's only wait is not in the twin, where a warpgroup is one thread.
 
-    Without it, Mosaic's own barriers stand behind the reading.
+    Without it, Mosaic's own barriers follow the reads.
     """
 
     def barriers():

@@ -1,4 +1,4 @@
-"""A step of layers scanned and recomputed, as XLA compiles it around the kernels: what it copies and what it makes."""
+"""A training step of scanned, recomputed layers: the arrays that XLA copies and computes around the kernels."""
 
 import re
 
@@ -33,14 +33,14 @@ def step_gradient(x, up, down):
 
 
 def made(text):
-    """(dtype, sizes) of all that an instruction computes; parameters, tuples, loops and views only pass arrays on."""
+    """Returns (dtype, sizes) of arrays that instructions compute, which parameters, tuples, loops and views do not."""
     passes = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "call"}
     found = re.findall(r"= (\w+)\[([\d,]*)\]\S* ([\w-]+)\(", text)
     return [(dtype, [int(s) for s in sizes.split(",") if s]) for dtype, sizes, opcode in found if opcode not in passes]
 
 
 def whole_weights(text, shapes):
-    """What an instruction computes that is as large as a layer's codes in bytes, or has the shape of its weights."""
+    """Returns computed arrays as large as a layer's codes in bytes, or of the shape of its weights."""
     codes = min(n * k // 2 for n, k in shapes)
     return [one for one in made(text) if one[0] == "u8" and np.prod(one[1]) >= codes] + [
         one for one in made(text) if one[0] in ("bf16", "f16", "f32") and sorted(one[1])[-2:] in map(sorted, shapes)
@@ -70,7 +70,7 @@ def test_a_scanned_step_copies_no_codes_and_makes_no_weight(compile_for, card, r
 
 
 def test_the_checks_of_a_step_can_fail(compile_for):
-    """A card without a fused kernel makes whole weights, and slices of codes."""
+    """A card without a fused kernel computes whole weights, and slices of codes."""
     shapes = [(2816, 1024), (1024, 2816)]
     compiled = compile_for("b200", step_gradient, Abstract((512, 1024), BF16), *map(stacked, shapes))
     assert whole_weights(compiled.text, shapes)
@@ -78,7 +78,7 @@ def test_the_checks_of_a_step_can_fail(compile_for):
 
 @pytest.mark.parametrize("card", ["h100", pytest.param("l40s", marks=pytest.mark.slow)])
 def test_scanned_decoding_copies_no_codes_and_makes_no_weight(compile_for, card):
-    """Eight rows forward: `skinny` on every card."""
+    """Eight rows forward use `skinny` on every card."""
     width, inner = 1024, 2816
     shapes = [(inner, width), (width, inner)]
 

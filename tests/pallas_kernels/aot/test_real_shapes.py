@@ -1,4 +1,4 @@
-"""Every real shape as machine code for every card, by the op itself: what dispatch picks there, both directions."""
+"""The machine code of every real shape for every card, through the op's dispatch, in both directions."""
 
 import itertools
 
@@ -20,18 +20,18 @@ BF16 = jnp.bfloat16
 REAL = sorted({shape.nk for shape in SHAPES.values()})
 CARDS_OF_ARCHITECTURES = ("h100", "a100", "a6000", "rtx4090")  # an L40S runs what an RTX 4090 does, see below
 ROWS, FEW = (2048, 300), 16
-# More than where every size is whole tiles, a round: which run of 64 is read at an end, and whether it counts.
+# Instructions per round in excess of those for whole tiles: the position of the last run of 64, and its mask.
 RAGGED = {ampere.SMALL: 20, ampere.LARGE: 32, "hopper": 15, "skinny": 20}
 
 
 def products(x, dy, few, weight):
-    """y and dx of many rows, y of few."""
+    """Computes y and dx of many rows, and y of few."""
     y, vjp = jax.vjp(lambda x: nf4_matmul(x, weight), x)
     return y, *vjp(dy), nf4_matmul(few, weight)
 
 
 def compile_products(compile_for, card, shape, rows):
-    """{name: kernel}: the three of them."""
+    """Returns {name: kernel}, three kernels."""
     n, k = shape
     x, dy, few = (Abstract(sizes, BF16) for sizes in ((rows, k), (rows, n), (FEW, k)))
     compiled = compile_for(card, products, x, dy, few, abstract_weight(shape, "split_k"))
@@ -41,7 +41,7 @@ def compile_products(compile_for, card, shape, rows):
 
 
 def most_instructions(card, shape, rows):
-    """{kernel: of its loop}."""
+    """Returns {kernel: instructions of its loop}."""
     if card == "h100":
         most = {f"hopper_{way}": most + RAGGED["hopper"] for way, most in test_mosaic_hopper.MOST_IN_A_LOOP.items()}
     else:
@@ -59,12 +59,12 @@ EVERYWHERE = [
 ]
 
 
-# Which card compiles a shape in CI, of sixteen one after the other; numbers of rows alternate, and each card has both.
+# The card that compiles each of sixteen consecutive shapes in CI; numbers of rows alternate, and each card has both.
 TURNS = (0, None, None, 1, 2, None, None, 3, None, 0, 1, None, None, 2, 3, None)
 
 
 def in_turn(index: int) -> bool:
-    """Every second shape on one card, each card with either number of rows."""
+    """Selects every second shape on one card, each card with both numbers of rows."""
     shape, card = divmod(index, len(CARDS_OF_ARCHITECTURES))
     return TURNS[shape % len(TURNS)] == card
 
@@ -76,7 +76,7 @@ def test_real_shapes_are_lean_machine_code(compile_for, card, shape, rows):
     assert sorted(kernels) == sorted(most)
     for name, kernel in kernels.items():
         assert kernel.shared_bytes <= CARDS[card].shared_memory_per_block, name
-        assert all(loop.instructions <= most[name] for loop in kernel.loops), name  # of one round there is none
+        assert all(loop.instructions <= most[name] for loop in kernel.loops), name  # one round has no loop
 
 
 @pytest.mark.slow
@@ -89,6 +89,6 @@ def test_cards_of_one_architecture_run_the_same_code(compile_for):
 
 
 def test_one_real_shape_of_each_kind_of_card(compile_for):
-    """SmolLM2's, with a tail, of the cards whose kernels differ: what of these tests runs without the slow ones."""
+    """Tests SmolLM2's shapes, with a tail, on cards whose kernels differ: the part of these tests that is not slow."""
     for card in ("h100", "a100"):
         test_real_shapes_are_lean_machine_code(compile_for, card, (576, 1536), 300)

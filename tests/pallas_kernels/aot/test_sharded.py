@@ -1,4 +1,4 @@
-"""A step on eight absent cards: the fused kernels are in it, and what the cards tell one another is not a weight."""
+"""A step on eight absent cards: it uses the fused kernels, and the cards exchange no weights."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Where compiling for absent cards can't work, every use says why and what to do."""
+"""If compiling for absent cards is impossible, every use raises an error with the reason and the fix."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 @pytest.fixture
 def versions(monkeypatch):
-    """The versions of packages that toolchain sees; a missing key is a package that is not installed."""
+    """Sets the package versions that toolchain reads; a missing key is a package that is not installed."""
     found = dict.fromkeys(toolchain.PACKAGES, "0.12.0") | {"jaxlib": "0.12.0"}
     monkeypatch.setattr(toolchain, "_version", found.get)
     return found
@@ -25,26 +25,26 @@ def versions(monkeypatch):
 
 def test_missing_packages_are_named_with_the_command_that_installs_them(versions):
     del versions["nvidia-cuda-nvcc"], versions["cramjam"]
-    told = aot.problem()
-    assert told is not None
-    assert "packages missing: nvidia-cuda-nvcc, cramjam;" in told
-    assert "bash scripts/setup_gpu_compile.sh" in told
-    assert 'pip install "qlora-jax[gpu-compile]"' in told
+    problem = aot.problem()
+    assert problem is not None
+    assert "packages missing: nvidia-cuda-nvcc, cramjam." in problem
+    assert "bash scripts/setup_gpu_compile.sh" in problem
+    assert 'pip install "qlora-jax[gpu-compile]"' in problem
 
 
 def test_a_plugin_of_another_release_is_named(versions):
     versions["jax-cuda13-plugin"] = "0.11.2"
-    assert "jax-cuda13-plugin 0.11.2 goes with jaxlib 0.11.2, found 0.12.0" in str(aot.problem())
+    assert "jax-cuda13-plugin 0.11.2 requires jaxlib 0.11.2 (found 0.12.0)" in str(aot.problem())
 
 
 def test_compile_for_raises_what_problem_says(versions):
     del versions["cramjam"]
-    with pytest.raises(aot.CompilerUnavailableError, match=r"not here: packages missing: cramjam; install them"):
+    with pytest.raises(aot.CompilerUnavailableError, match=r"not here: packages missing: cramjam. Install them"):
         aot.compile_for("a100", jnp.tanh, jax.ShapeDtypeStruct((8,), jnp.float32))
 
 
 def test_a_wheel_without_its_program_is_named():
-    with pytest.raises(aot.CompilerUnavailableError, match="package numpy holds no program nvdisasm"):
+    with pytest.raises(aot.CompilerUnavailableError, match="package numpy has no program nvdisasm"):
         toolchain.tool("numpy", "nvdisasm")
 
 
@@ -72,7 +72,7 @@ print(compiled.tensor_core_instructions)
 
 
 def test_a_kernel_compiles_after_a_program_that_has_none(compile_for):
-    """In a process that had imported no Mosaic when its compiler started."""
+    """Runs in a process that had not imported Mosaic when its compiler started."""
     command = [sys.executable, "-c", PLAIN_THEN_KERNEL]
     done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -98,7 +98,7 @@ needs_no_driver = pytest.mark.skipif(toolchain._has_driver(), reason="there is a
 def test_without_a_driver_and_JAX_PLATFORMS_the_variable_is_named(compile_for):
     done = run("from pallas_kernels.aot import problem; print(problem())")
     assert "no NVIDIA driver" in done.stdout
-    assert "set JAX_PLATFORMS=cpu" in done.stdout
+    assert "Set JAX_PLATFORMS=cpu" in done.stdout
     assert done.stderr == ""  # asking does not make JAX try the plugin, which prints a traceback
 
 

@@ -1,7 +1,7 @@
-"""What goes wrong without a word where a program is compiled for an absent card with JAX alone.
+"""Silent failures of compiling for an absent card with JAX alone.
 
-Each trap has two tests: that compile_for does not fall into it, and that JAX still does (`_jax_` in the name). Where
-one of the second kind fails, JAX has mended something, and pallas_kernels.aot may become simpler.
+Each has two tests: compile_for avoids the failure, and JAX still has it (`_jax_` in the name). If a test of the second
+kind fails, JAX has fixed something, and pallas_kernels.aot may become simpler.
 """
 
 import subprocess
@@ -35,7 +35,7 @@ def on_card(card, shape, dtype=F32, **kind):
 
 @pytest.fixture
 def jax_alone(compile_for):
-    """(card, fn, *args, **of_jit) -> Compiled: what one writes without compile_for; skips where that does."""
+    """Returns (card, fn, *args, **of_jit) -> Compiled, by JAX without compile_for; skips if that skips."""
 
     def compile_(card, fn, *args, **of_jit):
         with jax.default_device(toolchain.device_for(CARDS[card])):
@@ -104,7 +104,7 @@ def test_jax_compiles_what_no_card_can_hold(jax_alone):
 
 
 def hopper_copy(x):
-    """A copy by TMA, which no card before Hopper has."""
+    """Copies by TMA, which cards before Hopper do not have."""
 
     def kernel(x_ref, o_ref, scratch, barrier):
         plgpu.copy_gmem_to_smem(x_ref, scratch, barrier)
@@ -133,7 +133,7 @@ def test_jax_takes_an_unknown_card_for_a_hopper(compile_for):
 
 
 def register_copy(x):
-    """A copy through registers, which every card can run."""
+    """Copies through registers, which every card supports."""
 
     def kernel(x_ref, o_ref):
         o_ref[...] = x_ref[...]
@@ -178,7 +178,7 @@ def test_jax_keeps_the_architecture_of_a_processs_first_mosaic_kernel(compile_fo
 
 
 def roomy_copy(x):
-    """A copy that asks for 120 KiB of shared memory besides."""
+    """Copies, and requests 120 KiB of shared memory."""
 
     def kernel(x_ref, o_ref, scratch):
         o_ref[...] = x_ref[...]
@@ -189,7 +189,7 @@ def roomy_copy(x):
 
 @pytest.mark.parametrize(("card", "exceeds"), [("a100", False), ("a6000", True), ("l40s", True)])
 def test_a_kernel_with_more_shared_memory_than_the_card_has_is_told(compile_for, card, exceeds):
-    # JAX compiles it all the same (the other half of this trap): Mosaic's own limit is not that of the card.
+    # JAX compiles it regardless (the other half of this trap): Mosaic's limit is not that of the card.
     compiled = compile_for(card, roomy_copy, Abstract((128, 64), F32))
     assert len(compiled.exceeding_shared_memory) == exceeds
     assert 120 << 10 <= compiled.kernels[0].shared_bytes < 124 << 10
@@ -217,7 +217,7 @@ def test_jax_has_no_cost_analysis(jax_alone):
 
 @pytest.fixture
 def cache_folder(tmp_path):
-    """JAX's compilation cache on disk, in a new folder, storing everything."""
+    """Enables JAX's compilation cache in a new folder, for every program."""
     settings = {"jax_compilation_cache_dir": str(tmp_path), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in settings}
     for name, value in settings.items():

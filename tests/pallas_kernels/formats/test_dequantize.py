@@ -1,4 +1,4 @@
-"""dequantize and expand_absmax: the formula element by element, and jit against NumPy to the bit."""
+"""dequantize and expand_absmax: against the formula per element, and jit against NumPy bit for bit."""
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +36,7 @@ def on_device(qt: QTensor) -> QTensor:
 
 
 def by_the_formula(qt: QTensor, layer: int, n: int, k: int) -> np.float32:
-    """One element of a `bnb` weight, from scalars."""
+    """Computes one element of a `bnb` weight from scalars."""
     byte = int(qt.codes[layer, n, k // 2])
     code = byte & 15 if k % 2 else byte >> 4
     block = n * BLOCKS + k // BLOCK_SIZE

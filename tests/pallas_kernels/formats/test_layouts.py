@@ -25,7 +25,7 @@ from pallas_kernels.formats.qtensor import QTensor
 
 BLOCK_SIZE = 64
 
-# Each layout's equation: the place of code(n, k), as (index of the byte, whether it is the high nibble).
+# Each layout's equation: the position of code(n, k), as (index of the byte, True for the high nibble).
 EQUATIONS = {
     "bnb": lambda n, k, shape: ((n, k // 2), k % 2 == 0),
     "row_planar": lambda n, k, shape: ((n % (shape[0] // 2), k), n < shape[0] // 2),
@@ -142,14 +142,18 @@ def test_repack_of_jax_arrays_equals_numpy(layout: str) -> None:
 
 def test_repack_refuses_what_a_shape_does_not_allow() -> None:
     odd_rows = bnb_weight(0, rows=3, blocks=1, stack=(), double_quant=False, block_size=32)
-    with pytest.raises(ValueError, match=r"cannot repack from 'bnb': layout 'row_planar' needs an even N.*\(3, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"cannot repack from 'bnb': layout 'row_planar' requires an even N.*\(3, 32\)"
+    ):
         repack(odd_rows, "row_planar")
-    with pytest.raises(ValueError, match="layout 'gpu' is not known; known: bnb, row_planar, split_k, flat"):
+    with pytest.raises(ValueError, match="layout 'gpu' is unknown \\(known: bnb, row_planar, split_k, flat"):
         repack(odd_rows, "gpu")
-    with pytest.raises(ValueError, match=r"'split_k' needs N, K and blocks of multiples of 64, got shape=\(3, 64\)"):
+    with pytest.raises(ValueError, match=r"'split_k' requires N, K, block_size in 64s, found shape=\(3, 64\)"):
         repack(bnb_weight(0, rows=3, blocks=1, stack=(), double_quant=False), "split_k")
     ragged = dataclasses.replace(repack(odd_rows, "flat"), shape=(4, 24))
-    with pytest.raises(ValueError, match=r"needs a matrix \[N, K\] with K % 32 == 0, got shape \(4, 24\); use 'flat'"):
+    with pytest.raises(
+        ValueError, match=r"requires a matrix \[N, K\] with K % 32 == 0, found shape \(4, 24\); use 'flat'"
+    ):
         repack(ragged, "bnb")
 
 

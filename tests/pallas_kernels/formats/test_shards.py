@@ -1,4 +1,4 @@
-"""Shards of a weight, each dequantized by itself, are the weight's parts to the bit; what can't be cut is told."""
+"""Shards of a weight dequantize bit for bit to the weight's parts; impossible cuts raise an error."""
 
 import dataclasses
 
@@ -16,7 +16,7 @@ MESH = AbstractMesh((8,), ("model",))
 
 
 def parts(qt, cut):
-    """The eight shards, cut from NumPy leaves as shard_map would by the specs."""
+    """Cuts NumPy leaves into eight shards by the specs, as shard_map does."""
     laid = specs(qt, cut, MESH, "model")
 
     def local(index):
@@ -31,9 +31,9 @@ def parts(qt, cut):
 
 CUTS = [
     ("bnb", "N", (64, 192)),
-    ("bnb", "N", (512, 256)),  # 256 blocks a shard: nested constants are cut too
+    ("bnb", "N", (512, 256)),  # 256 blocks per shard: nested constants are cut too
     ("bnb", "K", (24, 1536)),
-    ("bnb", "K", (64, 512)),  # one block of each row a shard
+    ("bnb", "K", (64, 512)),  # one block of each row per shard
     ("row_planar", "K", (64, 1024)),
     ("split_k", "N", (512, 192)),  # a tail
     ("split_k", "N", (512, 256)),
@@ -57,7 +57,7 @@ def test_shards_are_parts_of_the_weight_to_the_bit(layout, cut, shape, double_qu
 def test_nested_constants_are_cut_where_shards_are_whole_nested_blocks():
     aligned = parts(jax.tree.map(np.asarray, weight((4096, 128))), "N")
     assert {one.nested_absmax.shape for one in aligned} == {(4,)} and aligned[0].nested_block_size == 256
-    finer = parts(jax.tree.map(np.asarray, weight((64, 192))), "N")  # 24 blocks a shard
+    finer = parts(jax.tree.map(np.asarray, weight((64, 192))), "N")  # 24 blocks per shard
     assert {one.nested_absmax.shape for one in finer} == {(3,)} and finer[0].nested_block_size == 8
 
 
@@ -67,15 +67,15 @@ def test_what_can_not_be_cut_says_why():
             specs(qt, cut, MESH, axis)
         return str(error.value)
 
-    assert "'row_planar' can't be cut along N: a byte holds rows i and i + N/2" in refused(
+    assert "'row_planar' cannot be cut along N: a byte holds rows i and i + N/2" in refused(
         weight((64, 128), layout="row_planar"), "N"
     )
-    assert "'flat' can't be cut along K" in refused(weight((64, 128), layout="flat"), "K")
+    assert "'flat' cannot be cut along K" in refused(weight((64, 128), layout="flat"), "K")
     assert "N=60 over 8 devices is 7.5 each" in refused(weight((60, 128)), "N")
-    assert "K=576 over 8 devices is 72 each: layout 'bnb' with blocks of 64 takes multiples of 64" in refused(
+    assert "K=576 over 8 devices is 72 each: layout 'bnb' with blocks of 64 requires multiples of 64" in refused(
         weight((64, 576)), "K"
     )
-    assert "takes multiples of 128" in refused(weight((64, 512), layout="split_k"), "K")
+    assert "requires multiples of 128" in refused(weight((64, 512), layout="split_k"), "K")
     assert "N=256 over 8 devices is 32 each" in refused(weight((256, 128), layout="split_k"), "N")
     both = refused(weight((64, 128), layout="row_planar"), "N", axis="rows")
     assert "the mesh has axes 'model', not 'rows'" in both and "row_planar" in both

@@ -1,4 +1,4 @@
-"""The tables against where they come from: normal quantiles, ml_dtypes' own float4, published hashes."""
+"""The tables against their sources: normal quantiles, ml_dtypes' float4, published hashes."""
 
 import hashlib
 from statistics import NormalDist
@@ -27,7 +27,7 @@ def test_e2m1_is_the_float4_of_microscaling() -> None:
 
 
 def test_fp4_differs_from_e2m1_in_its_subnormal_alone() -> None:
-    """Same levels in another order, but 0.0625 / 12 where E2M1 has 0.5 / 6."""
+    """FP4 has the levels of E2M1 in another order, except 0.0625 / 12 instead of 0.5 / 6."""
     fp4, e2m1 = (set(CODE_TABLES[name].tolist()) for name in ("fp4", "e2m1"))
     subnormals = np.array([0.0625 / 12, 0.5 / 6], np.float32).tolist()
     assert fp4 - e2m1 == {subnormals[0], -subnormals[0]}

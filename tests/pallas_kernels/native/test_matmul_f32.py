@@ -1,4 +1,4 @@
-"""The C++ product of f32 matrices: exact where every sum is, as near as f32 sums are, and only where it is at home."""
+"""The C++ product of f32 matrices: exact for exact sums, otherwise as accurate as f32 sums, and used only on CPUs."""
 
 import ctypes
 import itertools
@@ -14,7 +14,7 @@ from pallas_kernels.native import build, library, matmul_f32
 
 pytestmark = pytest.mark.skipif(library.problem() is not None, reason=f"the C++ library {library.problem()}")
 
-# [M, N, K]: the least that is taken; below, at and past a strip of rows, a panel of columns and a chunk of k.
+# [M, N, K]: the least supported; below, at and past a strip of rows, a panel of columns and a chunk of k.
 SHAPES = [(9, 32, 32), (12, 32, 32), (13, 33, 33), (96, 64, 1024), (97, 65, 1025), (37, 1000, 577), (23, 71, 4100)]
 ROUNDING = 2.0**-24
 
@@ -40,7 +40,7 @@ def _product(a, b, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_whole_numbers_are_multiplied_exactly(shape, transposed):
-    """No sum reaches 2^24, so every order of adding gives the same: a term that is left out or misplaced shows."""
+    """No sum reaches 2^24, so every order of adding is exact: a missing or misplaced term shows."""
     a, b = _operands(shape, transposed, whole=True)
     np.testing.assert_array_equal(_product(a, b, transposed), _in_f64(a, b, transposed))
 
@@ -48,7 +48,7 @@ def test_whole_numbers_are_multiplied_exactly(shape, transposed):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_others_are_off_by_the_roundings_of_a_sum(shape, transposed):
-    """Of K roundings, each of 2^-24 of what has been added up, some sqrt(K) remain (Higham and Mary, 2019)."""
+    """The error of K roundings, each 2^-24 of the partial sum, grows as sqrt(K) (Higham and Mary, 2019)."""
     a, b = _operands(shape, transposed, whole=False)
     most = 4 * np.sqrt(shape[2]) * ROUNDING * _in_f64(np.abs(a), np.abs(b), transposed)
     assert np.all(np.abs(_product(a, b, transposed) - _in_f64(a, b, transposed)) <= most)
@@ -100,7 +100,7 @@ def test_the_packed_operand_is_memory_that_xla_counts():
 
 
 def test_a_processor_with_avx2_alone_has_the_same_whole_numbers(tmp_path):
-    """Tiles are of another size there; who has AVX-512 would run that half of the source nowhere else."""
+    """Tests the AVX2 half of the source, whose tiles have another size and which machines with AVX-512 never run."""
     path, source = tmp_path / "avx2.so", library.SOURCES[1]
     assert source.name == "matmul_f32_cpu.cc"
     flags = [flag for flag in build.FLAGS if not flag.startswith("-march")]

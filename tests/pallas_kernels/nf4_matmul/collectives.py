@@ -1,4 +1,4 @@
-"""What crosses between devices in a compiled program."""
+"""The arrays that devices exchange in a compiled program."""
 
 import math
 import re
@@ -9,7 +9,7 @@ _OPERATIONS = (
 
 
 def collectives(text):
-    """{(operation, dtype, elements)} of every array that a collective takes or makes."""
+    """Returns {(operation, dtype, elements)} of every operand and result of a collective."""
     found = re.findall(rf"= (\(.*?\)|\S+) ({_OPERATIONS})(?:-start)?\(", text)
     return {
         (operation, dtype, math.prod(int(size) for size in sizes.split(",") if size))
@@ -19,10 +19,10 @@ def collectives(text):
 
 
 def moved(text, at_least=2):
-    """{(operation, dtype)} of all that is more than a number."""
+    """Returns {(operation, dtype)} of arrays with more than one element."""
     return {(operation, dtype) for operation, dtype, elements in collectives(text) if elements >= at_least}
 
 
 def largest_moved(text):
-    """Elements of the largest array that is not of packed bytes."""
+    """Returns the elements of the largest array other than packed bytes."""
     return max((elements for _, dtype, elements in collectives(text) if dtype != "u8"), default=0)

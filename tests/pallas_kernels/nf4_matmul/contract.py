@@ -1,4 +1,4 @@
-"""What every implementation of nf4_matmul must do, as one suite; a check raises where an implementation does not.
+"""The contract that every implementation of nf4_matmul must pass, as functions that raise on a violation.
 
 The oracle is NumPy in float64: table * absmax, then a product.
 """
@@ -26,21 +26,21 @@ DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def assert_close(actual, expected, terms: int, fused: bool = False) -> None:
-    """Within what the roundings of a kernel, or of dequantizing first, give."""
+    """Asserts an error within the roundings of a kernel, or of dequantizing first."""
     allowed = tolerance(actual.dtype, terms, actual.size, FUSED if fused else UNFUSED)
     error = relative_error(actual, expected)
     assert error <= allowed, (error, allowed, actual.dtype)
 
 
 def weight(shape, *, layout="bnb", quant_type="nf4", double_quant=True, seed=0):
-    """A random quantized weight in a layout."""
+    """Makes a random quantized weight in a layout."""
     w = np.random.default_rng(seed).standard_normal(shape, np.float32) * 0.05
     packed = repack(quantize_numpy(w, quant_type=quant_type, double_quant=double_quant), layout)
     return jax.tree.map(jnp.asarray, packed)
 
 
 def cases():
-    """(rows, shape, dtype, quant_type, double_quant): each value of each axis appears, not every combination."""
+    """Yields (rows, shape, dtype, quant_type, double_quant): every value of each, but not every combination."""
     for (m, shape), dtype in itertools.product(itertools.product(ROWS, SHAPES[:2]), DTYPES[:2]):
         yield m, shape, dtype, "nf4", True
     for quant_type, double_quant in (("fp4", True), ("int4", False), ("nf4", False)):
@@ -48,7 +48,7 @@ def cases():
 
 
 def check(implementation, layout, rows, shape, dtype, quant_type, double_quant):
-    """Values and dx of one call against float64; or a refusal that says why, of what the implementation can not do."""
+    """Checks values and dx of one call against float64, or that an unsupported call raises an error with the reason."""
     one = IMPLEMENTATIONS[implementation]
     w = weight(shape, layout=layout, quant_type=quant_type, double_quant=double_quant)
     dense = dequantize_numpy(jax.tree.map(np.asarray, w), np.float32).astype(np.float64)
@@ -70,9 +70,9 @@ def check(implementation, layout, rows, shape, dtype, quant_type, double_quant):
 
 @contextlib.contextmanager
 def refused(implementation, direction, rows, dtype, w):
-    """Gives whether the implementation can do a call; where not, what is inside must raise, with the reason."""
+    """Yields True if the implementation supports a call; otherwise the body must raise an error with the reason."""
     call = Call.of(direction, rows, jnp.dtype(dtype), w)
-    reason = refusal(IMPLEMENTATIONS[implementation].abilities, target_device(), call)
+    reason = refusal(IMPLEMENTATIONS[implementation].capabilities, target_device(), call)
     if reason is None:
         yield True
         return
@@ -81,9 +81,9 @@ def refused(implementation, direction, rows, dtype, w):
 
 
 def check_stack(implementation, layout):
-    """A traced layer index, leading axes of x, vmap, and scan with checkpoint give what single calls give.
+    """Checks that a traced layer index, leading axes of x, vmap, and scan with checkpoint equal single calls.
 
-    To the bit on a CPU; on GPUs libraries are free to choose another order of summing for another program.
+    Bit for bit on a CPU; on GPUs, libraries may sum in another order in another program.
     """
     dtype = dtype_of(implementation)
     layers = [weight((64, 128), layout=layout, seed=i) for i in range(3)]
@@ -103,6 +103,6 @@ def check_stack(implementation, layout):
 
 
 def dtype_of(implementation):
-    """The first dtype of DTYPES that an implementation takes."""
-    taken = IMPLEMENTATIONS[implementation].abilities.dtypes
+    """Returns the first dtype of DTYPES that an implementation supports."""
+    taken = IMPLEMENTATIONS[implementation].capabilities.dtypes
     return next(dtype for dtype in DTYPES if taken is None or jnp.dtype(dtype).name in taken)

@@ -1,6 +1,6 @@
 """The op on meshes of eight devices, against the same op on one; `test_sharded.py` runs this file with eight.
 
-Every value is held against float64 too, so that both can't be wrong alike.
+Every value is also compared with float64, so that a common error shows.
 """
 
 import jax
@@ -34,7 +34,7 @@ def allowed(result, terms):
 
 
 def check(product, cut, qt, x, *, mesh, rows=EVERYWHERE, layer=None, place_weights=True, compiled=True):
-    """Values and dx of one product."""
+    """Computes values and dx of one product."""
     laid = place(qt, cut, mesh, "model") if place_weights else qt
     dense = dequantize_numpy(qt, np.float32).astype(np.float64)
     dense = dense if layer is None else dense[layer]
@@ -135,7 +135,7 @@ def on(mesh, product, rows=EVERYWHERE):
 
 @pytest.fixture(scope="module", params=["sums whole", "sums scattered", "codes gathered"])
 def step(request):
-    """(loss and gradient of scanned and recomputed layers compiled for eight devices, its arguments, which of them)."""
+    """Compiles loss and gradient of scanned, recomputed layers for eight devices: (program, arguments, kind)."""
     mesh, (up, down), x = mesh_of(8), stacks(), numbers(ROWS, WIDTH)
     rows = P() if request.param == "sums whole" else P("model")
     cuts, products = ("N", "K"), (on(mesh, column_parallel, rows), on(mesh, row_parallel, rows))
@@ -163,12 +163,12 @@ def test_what_crosses_are_rows_sums_and_packed_codes(step):
         "codes gathered": {("all-gather", "u8"), ("all-gather", "f32")},  # nested constants
     }
     assert moved(compiled.as_text()) == expected[which]
-    # Rows, or one f32 for a nested block of 256 blocks of 64; a weight, or a device's part, is 64 times as large.
+    # Rows, or one f32 per nested block of 256 blocks of 64; a weight, or a device's part, is 64 times as large.
     assert largest_moved(compiled.as_text()) <= ROWS * INNER < WIDTH * INNER // 8
 
 
 def test_the_check_of_what_crosses_can_fail():
-    """Something of the size of a weight, brought together."""
+    """Gathers an array of the size of a weight."""
     mesh = mesh_of(8)
     laid = jax.device_put(numbers(INNER, WIDTH), NamedSharding(mesh, P("model")))
     x = jax.device_put(numbers(INNER, WIDTH), NamedSharding(mesh, P()))

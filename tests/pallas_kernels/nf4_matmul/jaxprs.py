@@ -1,4 +1,4 @@
-"""What a traced kernel does, in its order."""
+"""The primitives of a traced kernel, in order."""
 
 import jax
 

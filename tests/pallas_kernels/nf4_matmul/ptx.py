@@ -1,4 +1,4 @@
-"""An interpreter of the few PTX instructions that the kernels' inline assembly is made of, on arrays of words."""
+"""Interprets the PTX instructions of the kernels' inline assembly on arrays of words."""
 
 import re
 
@@ -11,7 +11,7 @@ U32 = np.uint32
 
 
 def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    """Byte i of the result is the byte of b:a that bits 0 to 2 of selector nibble i name; bit 3 replicates its sign."""
+    """Selects as byte i the byte of b:a named by bits 0 to 2 of selector nibble i; bit 3 replicates its sign."""
     both = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     result = np.zeros_like(a)
     for i in range(4):
@@ -23,7 +23,7 @@ def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
 
 
 def lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-    """Each bit of the result is the bit of the table that the bits of a, b and c number, a's the highest."""
+    """Looks up each bit in the table at the index formed by the bits of a, b and c, with a's the highest."""
     result = np.zeros_like(a)
     for i in range(32):
         number = (a >> U32(i) & U32(1)) << U32(2) | (b >> U32(i) & U32(1)) << U32(1) | c >> U32(i) & U32(1)
@@ -41,10 +41,10 @@ INSTRUCTIONS = {
 
 
 def run(ptx: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
-    """The words of $0 .. $outputs-1 after the snippet; the inputs are the operands that follow them.
+    """Runs a snippet and returns the words of $0 .. $outputs-1; the inputs are the operands after them.
 
     Raises:
-      KeyError: an instruction or a register that is not known here.
+      KeyError: an unknown instruction or register.
     """
     registers = {f"${outputs + i}": words.astype(U32) for i, words in enumerate(inputs)}
     shape = np.broadcast_shapes(*(words.shape for words in inputs))
@@ -63,14 +63,14 @@ def run(ptx: str, inputs: list[np.ndarray], outputs: int) -> list[np.ndarray]:
     return [registers[f"${i}"] for i in range(outputs)]
 
 
-# What a look-up should give
+# Expected look-ups
 
 
 def table_bits(quant_type: str, dtype: str) -> np.ndarray:
-    """The table's 16 values in a 16-bit dtype, as words."""
+    """Returns the table's 16 values in a 16-bit dtype, as words."""
     return CODE_TABLES[quant_type].astype(jnp.dtype(dtype)).view(np.uint16).astype(U32)
 
 
 def two_values(words: np.ndarray, first: int, second: int, values: np.ndarray) -> np.ndarray:
-    """The values of the nibbles number `first` and `second` of each word, the first in the low half."""
+    """Looks up nibbles `first` and `second` of each word, the first in the low half."""
     return values[words >> (4 * first) & 15] | values[words >> (4 * second) & 15] << 16

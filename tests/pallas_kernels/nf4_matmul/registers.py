@@ -1,4 +1,4 @@
-"""The registers that a Mosaic layout puts the elements of an array in, on arrays over 128 threads."""
+"""Maps arrays to registers by a Mosaic layout, as arrays over 128 threads."""
 
 import numpy as np
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated
@@ -7,7 +7,7 @@ WARPS, LANES = 4, 32
 
 
 def threads(array, layout):
-    """The registers of a layout that hold an array: an object array of [128, vector]."""
+    """Returns the registers of an array in a layout: an object array of [128, vector]."""
     tiled = array
     for tile in layout.tiling.tiles:
         kept, split = tiled.ndim - len(tile), []

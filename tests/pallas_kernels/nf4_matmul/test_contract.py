@@ -1,4 +1,4 @@
-"""Each implementation passes the contract; bad calls are refused with what was given."""
+"""Each implementation passes the contract; bad calls raise errors that name the arguments."""
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from pallas_kernels.nf4_matmul.shapes import REDUCED
 from tests.pallas_kernels.nf4_matmul import contract as contract
 from tests.pallas_kernels.nf4_matmul import twins
 
-# Every implementation that runs on this machine, with every layout that it takes.
+# Every implementation that runs on this machine, with every layout that it supports.
 RUNS = [
     pytest.param(
         name, layout, marks=pytest.mark.skipif(bool(one.missing()), reason=f"implementation {name} {one.missing()}")
     )
     for name, one in IMPLEMENTATIONS.items()
-    for layout in one.abilities.layouts or ("bnb", "row_planar", "split_k")
-    if one.abilities.devices is None or set(one.abilities.devices) & set(target_device().names)
+    for layout in one.capabilities.layouts or ("bnb", "row_planar", "split_k")
+    if one.capabilities.devices is None or set(one.capabilities.devices) & set(target_device().names)
 ]
 
 

@@ -1,4 +1,4 @@
-"""The C++ handlers: equal to plain JAX to the bit where they dequantize, and refusing what they were not built for."""
+"""The C++ handlers: they dequantize bit for bit as plain JAX, and reject calls that they do not support."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.native import build, library
 from pallas_kernels.nf4_matmul import cpu, nf4_matmul
-from pallas_kernels.nf4_matmul.api import chosen
+from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
@@ -34,7 +34,7 @@ def test_dequantizes_to_the_same_bits(quant_type, double_quant, dtype):
 @needs_handlers
 @pytest.mark.parametrize("rows", range(1, cpu.FEW_ROWS + 1))
 def test_few_rows_are_the_rows_of_many(rows):
-    """Each number of rows has a loop of its own: every row must come out, and as it does with other neighbours."""
+    """Each number of rows has a separate loop: it must compute every row, independent of the other rows."""
     w = weight((96, 192), layout="row_planar")
     x = jnp.asarray(np.random.default_rng(0).standard_normal((cpu.FEW_ROWS + 1, 192), np.float32))
     many = nf4_matmul(x, w, implementation="reference")[:rows]
@@ -43,7 +43,7 @@ def test_few_rows_are_the_rows_of_many(rows):
 
 @needs_handlers
 def test_a_stack_is_handed_over_whole():
-    """No slice of the codes is made, in a scan neither: a copy of every weight for every token."""
+    """No slice of the codes is made, not even in a scan: it would copy every weight for every token."""
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), weight((128, 256), layout="row_planar"))
 
     def layers(x, stack):
@@ -59,7 +59,7 @@ def test_without_the_handlers_plain_jax_runs_and_says_why(monkeypatch, tmp_path)
     library.problem.cache_clear()
     try:
         call = Call.of("forward", 1, jnp.dtype(jnp.float32), weight((64, 128), layout="row_planar"))
-        name, refusals = chosen(target_device(), call)
+        name, refusals = choose_implementation(target_device(), call)
         assert name == "reference"
         assert "python -m pallas_kernels.native.build" in refusals["cpu"]
     finally:

@@ -1,4 +1,4 @@
-"""Which device a call is for, which implementation does it, and why not another; by the same code for absent cards."""
+"""Dispatch: the target device of a call, the implementation that runs it, and the reasons against others."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from pallas_kernels import aot, devices
 from pallas_kernels.devices import Device, device_of, target_device
 from pallas_kernels.kernel_report import device_of_card
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
-from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Abilities, Call, Implementation, choose, refusal
+from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, Capabilities, Implementation, choose, refusal
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 CPU = Device(platform="cpu", kind="cpu")
@@ -22,7 +22,7 @@ A100 = Device(platform="gpu", kind="NVIDIA A100-SXM4-80GB", compute_capability=(
 CALL = Call.of("forward", 16, jnp.dtype(jnp.bfloat16), weight((64, 128)))
 
 
-# Which device
+# The target device
 
 
 def test_the_first_device_where_nothing_is_set():
@@ -37,7 +37,7 @@ def test_the_default_device_by_name_or_by_itself(default):
 
 
 def test_a_default_device_that_is_not_here(monkeypatch):
-    """What a compile-only topology device looks like from here."""
+    """A stand-in for a device of a compile-only topology."""
     absent = SimpleNamespace(platform="gpu", device_kind=H100.kind, compute_capability="9.0")
     monkeypatch.setattr(devices, "_default_device", lambda: absent)
     assert target_device() == H100
@@ -69,29 +69,29 @@ def test_a_compute_capability_that_is_no_number_is_unknown():
     assert device_of(amd).names == ("gpu",)
 
 
-# Which implementation
+# The implementation
 
 
 @pytest.mark.parametrize(
-    ("abilities", "part"),
+    ("capabilities", "part"),
     [
-        (Abilities(devices=("sm_80", "sm_86")), "runs on sm_80, sm_86, not on NVIDIA H100 80GB HBM3 (sm_90)"),
-        (Abilities(layouts=("row_planar",)), "takes layout row_planar, not bnb"),
-        (Abilities(dtypes=("float16", "float32")), "takes dtype float16 or float32, not bfloat16"),
-        (Abilities(quant_types=("fp4",)), "takes quant_type fp4, not nf4"),
-        (Abilities(block_sizes=(128,)), "takes block_size 128, not 64"),
-        (Abilities(directions=("backward",)), "takes direction backward, not forward"),
-        (Abilities(rows=(1, 8)), "takes 1 to 8 rows, not 16"),
-        (Abilities(multiples=(1, 256)), "takes K that is a multiple of 256, not 128"),
+        (Capabilities(devices=("sm_80", "sm_86")), "runs on sm_80, sm_86, not on NVIDIA H100 80GB HBM3 (sm_90)"),
+        (Capabilities(layouts=("row_planar",)), "takes layout row_planar, not bnb"),
+        (Capabilities(dtypes=("float16", "float32")), "takes dtype float16 or float32, not bfloat16"),
+        (Capabilities(quant_types=("fp4",)), "takes quant_type fp4, not nf4"),
+        (Capabilities(block_sizes=(128,)), "takes block_size 128, not 64"),
+        (Capabilities(directions=("backward",)), "takes direction backward, not forward"),
+        (Capabilities(rows=(1, 8)), "takes 1 to 8 rows, not 16"),
+        (Capabilities(multiples=(1, 256)), "takes K that is a multiple of 256, not 128"),
     ],
 )
-def test_a_refusal_says_what_was_given_and_what_is_possible(abilities, part):
-    assert refusal(abilities, H100, CALL) == part
-    assert refusal(Abilities(), H100, CALL) is None
+def test_a_refusal_says_what_was_given_and_what_is_possible(capabilities, part):
+    assert refusal(capabilities, H100, CALL) == part
+    assert refusal(Capabilities(), H100, CALL) is None
 
 
 def test_all_reasons_of_a_refusal_come_at_once():
-    reason = refusal(Abilities(devices=("cpu",), layouts=("row_planar",), rows=(1, 1)), H100, CALL)
+    reason = refusal(Capabilities(devices=("cpu",), layouts=("row_planar",), rows=(1, 1)), H100, CALL)
     assert reason is not None and reason.count(";") == 2
 
 
@@ -109,8 +109,8 @@ def test_the_first_of_the_order_that_does_not_refuse():
     assert choose(CPU, many, implementations, ["small"]).name is None
 
 
-def _implementation(**abilities) -> Implementation:
-    return Implementation(reference.forward, reference.backward, Abilities(**abilities))
+def _implementation(**capabilities) -> Implementation:
+    return Implementation(reference.forward, reference.backward, Capabilities(**capabilities))
 
 
 @pytest.mark.parametrize(
@@ -119,19 +119,19 @@ def _implementation(**abilities) -> Implementation:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_device_has_an_implementation_for_every_call(device, direction):
     call = dataclasses.replace(CALL, direction=direction, layout="flat", rows=1)
-    assert api.chosen(device, call).name == "reference"
+    assert api.choose_implementation(device, call).name == "reference"
 
 
 def test_every_order_names_implementations_and_ends_with_one_that_does_everything():
     for order in api.PREFERENCE.values():
         assert set(order) <= set(api.IMPLEMENTATIONS)
         assert order[-1] == "reference"
-    assert api.IMPLEMENTATIONS["reference"].abilities == Abilities()
+    assert api.IMPLEMENTATIONS["reference"].capabilities == Capabilities()
 
 
 @pytest.fixture
 def gpu_only(monkeypatch):
-    """An implementation for Hopper that says that it ran."""
+    """Registers an implementation for Hopper that records its runs."""
     ran = []
 
     def forward(rows, weights, layer):
@@ -142,7 +142,9 @@ def gpu_only(monkeypatch):
         ran.append("backward")
         return reference.backward(rows, weights, layer)
 
-    monkeypatch.setitem(api.IMPLEMENTATIONS, "hopper", Implementation(forward, backward, Abilities(devices=("sm_90",))))
+    monkeypatch.setitem(
+        api.IMPLEMENTATIONS, "hopper", Implementation(forward, backward, Capabilities(devices=("sm_90",)))
+    )
     monkeypatch.setitem(api.PREFERENCE, "sm_90", ("hopper", "reference"))
     return ran
 
@@ -161,7 +163,7 @@ def test_the_device_at_tracing_chooses_even_where_the_function_was_traced_before
     assert not gpu_only
     monkeypatch.setattr(api, "target_device", lambda: H100)
     mesh = AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=AbstractDevice(H100.kind, 132, "gpu"))
-    with jax.sharding.use_abstract_mesh(mesh):  # what jax keys its traces by
+    with jax.sharding.use_abstract_mesh(mesh):  # part of jax's trace cache key
         step.trace(x)
     assert gpu_only == ["forward", "backward"]
     np.testing.assert_array_equal(step(x), expected)
@@ -178,7 +180,7 @@ def test_compiling_for_an_absent_card_chooses_what_that_card_runs(gpu_only, card
 
     jitted = jax.jit(product)
     w, x = weight((64, 128)), jnp.ones((16, 128), jnp.bfloat16)
-    jitted(x, w)  # traced for the CPU before
+    jitted(x, w)  # traced for the CPU first
     aot.compile_for(card, jitted, x, w)
     assert gpu_only == ran
     assert devices_seen == [CPU, device_of_card(card)[0]]
@@ -193,14 +195,14 @@ def _bad_calls():
     x = jnp.zeros((2, 128))
     replace = dataclasses.replace
     yield "rank", jnp.zeros(()), w, None, r"x is a scalar"
-    yield "ints", jnp.zeros((2, 128), jnp.int32), w, None, r"dtype int32: one of bfloat16, float16, float32"
-    yield "f64", np.zeros((2, 128), np.float64), w, None, r"dtype float64: one of bfloat16"
+    yield "ints", jnp.zeros((2, 128), jnp.int32), w, None, r"dtype int32, expected one of bfloat16, float16, float32"
+    yield "f64", np.zeros((2, 128), np.float64), w, None, r"dtype float64, expected one of bfloat16"
     yield "f8", jnp.zeros((2, 128), jnp.float8_e4m3fn), w, None, r"dtype float8_e4m3fn"
     yield "K", jnp.zeros((2, 64)), w, None, r"K=64 as its last axis, the weight \(64, 128\) \(N, K\) has K=128"
-    yield "layer past the end", x, stack, 2, r"layer=2 is none of the 2 layers"
-    yield "layer before the start", x, stack, -1, r"layer=-1 is none of the 2 layers"
-    yield "shape", x, replace(w, shape=(2, 32, 128)), None, r"a matrix \(N, K\) is needed"
-    yield "layout", x, replace(w, layout="col_planar"), None, r"layout 'col_planar' is not known; known: bnb"
+    yield "layer past the end", x, stack, 2, r"layer=2 is out of range for a stack of 2 layers"
+    yield "layer before the start", x, stack, -1, r"layer=-1 is out of range for a stack of 2 layers"
+    yield "shape", x, replace(w, shape=(2, 32, 128)), None, r"expected a matrix \(N, K\)"
+    yield "layout", x, replace(w, layout="col_planar"), None, r"layout 'col_planar' is unknown \(known: bnb"
     yield (
         "another layout",
         x,
@@ -209,16 +211,16 @@ def _bad_calls():
         r"codes \[64, 64\]: layout 'row_planar'.*\[32, 128\]",
     )
     yield "block size", x, replace(w, block_size=32), None, r"absmax_codes \[64, 2\]: layout 'bnb'.*\[64, 4\]"
-    yield "codes", x, replace(w, codes=w.codes.astype(jnp.int32)), None, r"codes have dtype int32: uint8"
-    yield "quant type", x, replace(w, quant_type="nf5"), None, r"quant_type 'nf5': known are nf4, fp4"
+    yield "codes", x, replace(w, codes=w.codes.astype(jnp.int32)), None, r"codes have dtype int32, expected uint8"
+    yield "quant type", x, replace(w, quant_type="nf5"), None, r"quant_type 'nf5' is unknown \(known: nf4, fp4"
 
 
 @pytest.mark.parametrize(("x", "w", "layer", "message"), [pytest.param(*rest, id=name) for name, *rest in _bad_calls()])
 def test_what_no_implementation_could_do_is_a_value_error(x, w, layer, message):
     with pytest.raises(ValueError, match=message):
-        nf4_matmul.__wrapped__(x, w, layer)  # without the types that tests check
+        nf4_matmul.__wrapped__(x, w, layer)  # without run-time type checks
 
 
 def test_all_problems_of_a_call_come_at_once():
-    with pytest.raises(ValueError, match=r"dtype int32.*K=64.*layer=1 goes with.*'nope'"):
+    with pytest.raises(ValueError, match=r"dtype int32.*K=64.*layer=1 requires.*'nope'"):
         nf4_matmul.__wrapped__(jnp.zeros((2, 64), jnp.int32), weight((64, 128)), 1, "nope")

@@ -1,7 +1,7 @@
-"""Which thread holds what: the arrangement of registers against the equations, on arrays over 128 threads.
+"""Register fragments against their equations, on arrays over 128 threads.
 
-A register of 16-bit pairs is here an array [128, 2], one of packed bytes [128, 2] or [128, 4]; what a layout puts
-where is read off Mosaic's own TiledLayout by the rule of its documentation.
+Here, a register of 16-bit pairs is an array [128, 2], and one of packed bytes is [128, 2] or [128, 4]. Positions follow
+from Mosaic's TiledLayout by the rule in its documentation.
 """
 
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ WORDS = np.arange(65536, dtype=np.uint32)
 
 
 def test_the_reading_of_layouts_is_that_of_the_manual():
-    """PTX: of the first operand [16, 16] a thread (g, t) holds (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8)."""
+    """PTX manual: thread (g, t) holds (g, 2t), (g + 8, 2t), (g, 2t + 8), (g + 8, 2t + 8) of operand one [16, 16]."""
     array = np.arange(256).reshape(16, 16)
     registers = threads(array, fragments.of_rows(jnp.bfloat16).to_mgpu()).reshape(2, 2)
     g, t = np.arange(LANES) // 4, np.arange(LANES) % 4
@@ -49,7 +49,7 @@ ALU = fragments.Alu(
 
 
 def tile_columns():
-    """The tile's column of each column of the second operand: the equation of the module's docstring."""
+    """Maps the second operand's columns to the tile's, by the equation in the module's docstring."""
     c, i, w, g = np.meshgrid(range(2), range(2), range(4), range(8), indexing="ij")
     return (64 * c + 16 * w + 2 * g + i).reshape(-1)
 
@@ -76,7 +76,7 @@ def arranged(direction, packed, scales):
 
 
 def equation(direction, packed, scales):
-    """Operands [64, 128] of both parts in the tile's own order of columns."""
+    """Computes operands [64, 128] of both parts, columns in the tile's order."""
     values = np.stack(look_up(packed))  # nibble, chunk, row, byte
     scaled = values * scales.reshape(2, 2, 64)[..., None]
     if direction == "forward":  # of each nibble: bytes by rows of both chunks
@@ -142,7 +142,7 @@ def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("quant_type", CODE_TABLES)
 def test_the_assembly_across_rows_is_the_table_for_every_pair(quant_type, dtype):
-    """Every pair of first bytes with some second ones, and every pair of second bytes with some first ones."""
+    """Tests every pair of first bytes with some second ones, and every pair of second bytes with some first ones."""
     table, values = CODE_TABLES[quant_type], ptx.table_bits(quant_type, dtype)
     other = np.random.default_rng(0).permutation(65536).astype(np.uint32)
     first, second = WORDS & 255 | (other & 255) << 8, WORDS >> 8 | other & 0xFF00

@@ -1,4 +1,4 @@
-"""The kernels for Ampere and Ada as their twin, interpreted with the race detector on; broken copies must be caught."""
+"""The twin of the Ampere and Ada kernels, interpreted with the race detector; broken copies must be detected."""
 
 import collections
 import itertools
@@ -35,7 +35,7 @@ def check(direction, rows, shape, tile, dtype, weights=None, layer=1):
     twins.check(twin_of(direction, dtype, tile, weights.quant_type), direction, rows, weights, dtype, layer)
 
 
-# Rows at and beside a tile's, one round and many, halves of tiles and rounds, both dtypes.
+# Rows equal and close to a tile's, one round and many, halves of tiles and rounds, both dtypes.
 CASES = [
     (1, (64, 64), SMALL, BF16),
     (7, (128, 192), SMALL, F16),
@@ -70,7 +70,7 @@ def test_other_tables_ride_along(direction, quant_type):
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_each_layer_of_a_stack_is_read(direction):
-    for layer in (0, LAYERS - 1):  # all other tests read the one between
+    for layer in (0, LAYERS - 1):  # all other tests read the layer between
         check(direction, 16, (64, 128), SMALL, BF16, layer=layer)
 
 
@@ -134,7 +134,7 @@ def test_a_wrong_index_is_caught(monkeypatch, direction, change):
     assert caught(direction)
 
 
-# What the interpreter does not see: cp.async is waited for by counting
+# Not visible to the interpreter: waits for cp.async count groups
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -1,4 +1,4 @@
-"""Decode and constants of the GPU kernels: the assembly over all of its inputs, and the twin, against the tables."""
+"""Decoding and constants of the GPU kernels: the assembly over all inputs, and the twin, against the tables."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_the_assembly_is_the_table_for_every_input(quant_type, dtype):
     ],
 )
 def test_the_proof_can_fail(change):
-    """A wrong mask, a wrong selector, wrong nibbles, bytes the wrong way round."""
+    """Broken assembly: a wrong mask, a wrong selector, wrong nibbles, swapped bytes."""
     right = decode_ptx(CODE_TABLES["nf4"], "bfloat16")
     wrong = right.replace(*change)
     assert wrong != right

@@ -1,4 +1,4 @@
-"""The Hopper kernels' twins, interpreted with the race detector on, and broken copies, which must be caught."""
+"""The Hopper kernels' twins, interpreted with the race detector; broken copies must be detected."""
 
 import dataclasses
 import itertools
@@ -30,7 +30,7 @@ def check(direction, rows, shape, tile, dtype, weights=None, layer=1):
     twins.check(twin_of(direction, tile), direction, rows, weights, dtype, layer)
 
 
-# Rows at and beside a tile's, one step and many, half a block of N, a tail of K, both dtypes.
+# Rows equal and close to a tile's, one step and many, half a block of N, a tail of K, both dtypes.
 CASES = [
     (1, (64, 64), Tile(64, 4), BF16),
     (7, (128, 192), Tile(64, 4), F16),
@@ -69,7 +69,7 @@ def test_other_tables_ride_along(direction, quant_type):
 
 @pytest.mark.parametrize("direction", PRODUCTS)
 def test_each_layer_of_a_stack_is_read(direction):
-    for layer in (0, LAYERS - 1):  # all other tests read the one between
+    for layer in (0, LAYERS - 1):  # all other tests read the layer between
         check(direction, 16, (64, 128), Tile(64, 4), BF16, layer=layer)
 
 
@@ -152,11 +152,11 @@ def test_a_wrong_nibble_is_caught(monkeypatch, direction):
     assert caught(direction)
 
 
-# What the interpreter does not see: wgmma runs on until it is waited for
+# Not visible to the interpreter: wgmma runs until a wait
 
 
 def traced(direction, interpret=None):
-    """The primitives of one step of the pipeline in a kernel, in order, those inside of others too."""
+    """Returns the primitives of one pipeline step of a kernel, in order, nested ones included."""
     weights = stack((128, 512))
     x = jnp.zeros((128, 512 if direction == "forward" else 128), BF16)
     product = PRODUCTS[direction]
@@ -166,8 +166,8 @@ def traced(direction, interpret=None):
 
 
 def hazards(step, late):
-    """What goes wrong when steps follow one another: shared memory given away or rewritten while wgmma reads it."""
-    running: set[int] = set()  # steps whose products may not be done
+    """Returns the hazards of consecutive steps: shared memory released or overwritten while wgmma reads it."""
+    running: set[int] = set()  # steps whose products may be running
     for number in range(4):
         for equation in step:
             name = equation.primitive.name

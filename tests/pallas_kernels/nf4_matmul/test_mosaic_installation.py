@@ -1,4 +1,4 @@
-"""A jax or a driver that is too old for the kernels: said, and the products go to the reference."""
+"""A jax or a driver that is too old for the kernels: reported, and products use the reference."""
 
 import io
 from pathlib import Path
@@ -27,7 +27,7 @@ CARDS = {
 
 @pytest.fixture
 def installed(monkeypatch):
-    """`installed(jax, driver, runtime)`: as if jax computed on a GPU with these versions."""
+    """Returns `installed(jax, driver, runtime)`, which pretends that jax computes on a GPU with these versions."""
 
     def fake(jax_version, driver, runtime=13000):
         monkeypatch.setattr(jax, "__version_info__", jax_version)
@@ -40,9 +40,9 @@ def installed(monkeypatch):
 
 
 OLD = [
-    ((0, 10, 3), 13020, 13000, "needs jax 0.11.2 or newer, found 0.10.3: update jax"),
-    ((0, 11, 2), 12090, 13000, "needs a driver of CUDA 13.0 or newer, found one of CUDA 12.9: update the driver"),
-    ((0, 11, 2), 11080, 12090, "needs a driver of CUDA 12.0 or newer, found one of CUDA 11.8: update the driver"),
+    ((0, 10, 3), 13020, 13000, "requires jax 0.11.2 or newer (found 0.10.3). Update jax"),
+    ((0, 11, 2), 12090, 13000, "requires a driver of CUDA 13.0 or newer (found one of CUDA 12.9). Update the driver"),
+    ((0, 11, 2), 11080, 12090, "requires a driver of CUDA 12.0 or newer (found one of CUDA 11.8). Update the driver"),
 ]
 NEW = [((0, 11, 2), 13000, 13000), ((0, 12, 0, 1), 13020, 13000), ((0, 11, 2), 12000, 12090), ((0, 11, 2), None, None)]
 
@@ -54,9 +54,9 @@ def test_what_is_too_old_is_said_and_the_reference_runs(
 ):
     installed(jax_version, driver, runtime)
     call = Call.of("forward", 128, jnp.dtype(jnp.bfloat16), weight((64, 128), layout="split_k"))
-    choice = api.chosen(CARDS[kernel], call)
+    choice = api.choose_implementation(CARDS[kernel], call)
     assert choice.name == "reference" and choice.refusals[kernel] == problem
-    assert api.chosen(CARDS[kernel], call, kernel).name is None  # a name is not replaced
+    assert api.choose_implementation(CARDS[kernel], call, kernel).name is None  # a named implementation is not replaced
     monkeypatch.setattr(banner, "target_device", lambda: CARDS[kernel])
     line = banner._matmuls.__wrapped__(session_of(weight((64, 128), layout="split_k")))
     assert line.startswith("reference; not skinny: ") and line.endswith(f"; not {kernel}: {problem}")
@@ -70,7 +70,7 @@ def test_what_is_new_enough_is_taken(installed, jax_version, driver, runtime):
 
 @pytest.mark.slow
 def test_a_run_says_at_its_start_what_is_too_old(monkeypatch, tmp_path):
-    """A whole run as on a card, all but its arithmetic, which stays the CPU's: what its console shows."""
+    """Runs training as on a card, except that a CPU computes, and returns its console output."""
     monkeypatch.setattr(installation, "LEAST_JAX", (99, 0))
     monkeypatch.setattr(banner, "target_device", lambda: CARDS["hopper"])
     monkeypatch.setattr(precision, "platform", lambda: "gpu")
@@ -79,7 +79,7 @@ def test_a_run_says_at_its_start_what_is_too_old(monkeypatch, tmp_path):
     train(config, Path(config.output), resume=False, oversized=False, console=Console(file=shown, width=1000))
     (line,) = [line for line in shown.getvalue().splitlines() if "products by" in line]
     assert line.split("products by")[1].split()[0] == "reference;"
-    assert f"not hopper: needs jax 99.0 or newer, found {jax.__version__}: update jax" in line
+    assert f"not hopper: requires jax 99.0 or newer (found {jax.__version__}). Update jax" in line
 
 
 def test_another_machines_card_does_not_want_this_ones_driver(monkeypatch):

@@ -1,4 +1,4 @@
-"""The kernel for few rows: its registers on arrays over 128 threads, its twin interpreted, broken copies of both."""
+"""The kernel for few rows: its registers as arrays over 128 threads, its interpreted twin, broken copies of both."""
 
 import dataclasses
 
@@ -44,7 +44,7 @@ def test_the_twin_computes_the_product_without_a_race(rows, shape, dtype):
     check(rows, shape, dtype)
 
 
-# A step is 512 columns, so shapes keep what they leave of that, behind a whole one; of N, 64 rows are two blocks.
+# A step is 512 columns, so reduced shapes keep K modulo 512 after a whole step; 64 rows of N are two blocks.
 STEP = 2 * skinny.STEP_BYTES
 REDUCED = sorted({(64, STEP + shape.k % STEP) for shape in SHAPES.values()})
 

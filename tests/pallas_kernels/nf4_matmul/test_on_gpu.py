@@ -1,7 +1,7 @@
-"""On an NVIDIA GPU: the contract of every implementation that the card can run, and every real shape.
+"""Tests on an NVIDIA GPU: the contract of every implementation that the card supports, and every real shape.
 
-A real shape's product is compared with one made on the card from the dequantized weight, in f32 without TF32; that one
-is itself compared with NumPy's in float64.
+A real shape's product is compared with a product of the dequantized weight on the card, in f32 without TF32. That
+product is compared with NumPy's in float64.
 """
 
 import functools
@@ -19,23 +19,23 @@ from pallas_kernels.kernel_report import abstract_weight
 from pallas_kernels.nf4_matmul import IMPLEMENTATIONS, nf4_matmul
 from pallas_kernels.nf4_matmul.dispatch import DIRECTIONS, Call, refusal
 from pallas_kernels.nf4_matmul.shapes import SHAPES
-from pallas_kernels.synthetic_weights import scattered_like
+from pallas_kernels.synthetic_weights import synthetic_like
 from tests.pallas_kernels.nf4_matmul import contract as contract
 from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
 ROWS = (1, 7, 16, 65, 128, 300, 2048)
 BF16, F16 = jnp.bfloat16, jnp.float16
 DTYPES = (BF16, F16)
-NAMES = [name for name, one in IMPLEMENTATIONS.items() if one.abilities.devices != ("cpu",)]
+NAMES = [name for name, one in IMPLEMENTATIONS.items() if one.capabilities.devices != ("cpu",)]
 REAL = sorted({shape.nk for shape in SHAPES.values()})
-LAYOUT = "split_k"  # in which GPUs hold weights
+LAYOUT = "split_k"  # of weights on GPUs
 LAYER, LAYERS = 1, 2
 
 
 @pytest.fixture(params=NAMES)
 def implementation(request):
-    """Each implementation that the card runs; of the others, why it does not."""
-    devices, here = IMPLEMENTATIONS[request.param].abilities.devices, target_device()
+    """Yields each implementation that the card supports; skips the others with the reason."""
+    devices, here = IMPLEMENTATIONS[request.param].capabilities.devices, target_device()
     if devices is not None and not set(devices) & set(here.names):
         pytest.skip(f"{request.param} runs on {', '.join(devices)}, not on {here}")
     if missing := IMPLEMENTATIONS[request.param].missing():
@@ -44,34 +44,34 @@ def implementation(request):
 
 
 def stack(shape):
-    """Two layers of a weight, each of its own."""
+    """Makes a stack of two different layers."""
     one = abstract_weight(shape, LAYOUT)
-    return scattered_like(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((LAYERS, *leaf.shape), leaf.dtype), one))
+    return synthetic_like(jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((LAYERS, *leaf.shape), leaf.dtype), one))
 
 
 @functools.partial(jax.jit, static_argnames="contracted")
 def exact(rows, dense, contracted):
-    """The product in f32, which TF32 is not."""
+    """Computes the product in f32, without TF32."""
     with jax.default_matmul_precision("highest"):
         return dot(rows.astype(jnp.float32), dense, contracted, jnp.float32)
 
 
 @jax.jit
 def difference(actual, expected):
-    """|actual - expected| / |expected| in the Frobenius norm; a NaN where there is one."""
+    """Computes |actual - expected| / |expected| in the Frobenius norm; NaN if there is one."""
     return jnp.linalg.norm(actual.astype(jnp.float32) - expected) / jnp.linalg.norm(expected)
 
 
 @jax.jit
 def dequantized(weights, layer):
-    """One layer of a stack in f32."""
+    """Dequantizes one layer of a stack to f32."""
     return dequantize(weights.layer(layer), jnp.float32)
 
 
 def errors(implementation, shape, rows=ROWS, layer=LAYER):
-    """(what, relative error, allowed) of each M, in one dtype and the other by turns, and direction that it takes.
+    """Yields (name, relative error, allowed) for each M and supported direction, alternating between two dtypes.
 
-    The products are made with `layer`, what they are compared with is of LAYER.
+    The products use `layer`, the expected values LAYER.
     """
     weights = stack(shape)
     dense = dequantized(weights, jnp.int32(LAYER))
@@ -82,7 +82,7 @@ def errors(implementation, shape, rows=ROWS, layer=LAYER):
         starts = itertools.accumulate(rows, initial=0)
         for m, dtype, start in zip(rows, itertools.cycle(DTYPES), starts, strict=False):
             call = Call.of(direction, m, jnp.dtype(dtype), weights)
-            if refusal(IMPLEMENTATIONS[implementation].abilities, target_device(), call) is None:
+            if refusal(IMPLEMENTATIONS[implementation].capabilities, target_device(), call) is None:
                 actual = product(given[start : start + m].astype(dtype), weights, layer, implementation, direction)
                 assert actual.shape == (m, expected.shape[1]) and actual.dtype == dtype
                 error = float(difference(actual, expected[start : start + m]))
@@ -91,7 +91,7 @@ def errors(implementation, shape, rows=ROWS, layer=LAYER):
 
 @functools.partial(jax.jit, static_argnames=("implementation", "direction"))
 def product(given, weights, layer, implementation, direction):
-    """One product with a layer that is not known when it is compiled; dx by autodiff where there is a forward pass."""
+    """Computes one product with a traced layer; dx by autodiff if the implementation has a forward pass."""
     if direction == "forward":
         return nf4_matmul(given, weights, layer, implementation)
     x = jnp.zeros((given.shape[0], weights.shape[1]), given.dtype)
@@ -101,7 +101,7 @@ def product(given, weights, layer, implementation, direction):
 
 @pytest.mark.gpu
 def test_values_and_input_gradients(implementation):
-    layouts = IMPLEMENTATIONS[implementation].abilities.layouts or ("bnb", LAYOUT)
+    layouts = IMPLEMENTATIONS[implementation].capabilities.layouts or ("bnb", LAYOUT)
     with jax.default_matmul_precision("highest"):  # the reference's f32 would be TF32 otherwise
         for layout, case in itertools.product(layouts, contract.cases()):
             contract.check(implementation, layout, *case)
@@ -125,11 +125,11 @@ def test_what_the_card_computes_in_f32_is_what_numpy_does():
     check_exact((1536, 576))
 
 
-# What the tests above are made of, on any device
+# The helpers above, on any device
 
 
 def check_exact(shape):
-    weight = scattered_like(abstract_weight(shape, LAYOUT))
+    weight = synthetic_like(abstract_weight(shape, LAYOUT))
     x = np.random.default_rng(4).standard_normal((65, shape[1]), np.float32)
     dense = dequantize_numpy(jax.tree.map(np.asarray, weight), np.float32).astype(np.float64)
     actual = exact(jnp.asarray(x), dequantize(weight, jnp.float32), (1, 1))

@@ -1,4 +1,4 @@
-"""Between forward and backward a stack keeps its packed codes, once: read off saved arrays and compiled text."""
+"""The residuals between forward and backward are the packed codes, once: in saved arrays and compiled text."""
 
 import re
 
@@ -39,7 +39,7 @@ def test_saved_residuals_hold_the_codes_once_and_no_weight(stack, policy):
     assert {leaf.unsafe_buffer_pointer() for leaf in codes} <= {stack.codes.unsafe_buffer_pointer()}
     dense = [leaf for leaf in saved if leaf.size >= N * N and leaf.dtype != jnp.uint8]
     assert not dense, [(leaf.shape, leaf.dtype) for leaf in dense]
-    activations = LAYERS * x.size  # what tanh keeps, at the most twice with full precision
+    activations = LAYERS * x.size  # residuals of tanh, at most twice with full precision
     others = [
         leaf for leaf in saved if leaf.dtype in (jnp.bfloat16, jnp.float32) and leaf.size > stack.absmax_codes.size
     ]
@@ -60,14 +60,14 @@ def test_compiled_step_makes_no_second_copy(stack, policy):
 
 
 def _shapes_made(text: str) -> set[str]:
-    """Shapes that an instruction computes; parameters, tuples, loops and views only pass arrays on."""
+    """Returns the shapes that instructions compute; parameters, tuples, loops and views only pass arrays on."""
     passes = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "call"}
     found = re.findall(r"= (\w+\[[\d,]*\])\S* ([\w-]+)\(", text)
     return {shape for shape, opcode in found if opcode not in passes}
 
 
 def test_the_checks_can_fail(stack):
-    """What autodiff does by itself, and these tests exist to catch: it keeps every layer's dequantized weight."""
+    """Differentiates without the custom rule: autodiff then saves every layer's dequantized weight."""
 
     def plain(x):
         def layer(x, index):

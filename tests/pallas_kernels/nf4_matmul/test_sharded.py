@@ -1,4 +1,4 @@
-"""The op on several devices: `eight_devices.py` where there are eight, and what is refused before any is asked."""
+"""The op on several devices: runs `eight_devices.py` with eight, and checks errors before any device is used."""
 
 import os
 import subprocess
@@ -20,7 +20,7 @@ MESH = AbstractMesh((2, 4), ("data", "model"), (AxisType.Auto,) * 2)
 
 @pytest.mark.slow
 def test_on_eight_devices():
-    """A process of its own: a backend's number of devices is settled when it starts."""
+    """Runs in a separate process, because a backend's number of devices is fixed when it starts."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "8"}
     done = subprocess.run(
@@ -44,9 +44,9 @@ def test_all_problems_come_at_once():
 @pytest.mark.parametrize(
     ("rows", "part"),
     [
-        (P("data", None), "are for 2 axes before the last, x [8, 512] has 1"),
+        (P("data", None), "name 2 leading axes, x [8, 512] has 1"),
         (P("tokens"), "the mesh has axes 'data', 'model', not ['tokens']"),
-        (P(("model", "data")), "'model' has to be the last of those that cut an axis"),
+        (P(("model", "data")), "'model' must be the last mesh axis of its entry"),
     ],
 )
 def test_rows_that_can_not_lie_so_are_refused(rows, part):
@@ -57,5 +57,5 @@ def test_rows_that_can_not_lie_so_are_refused(rows, part):
 
 def test_a_layer_beyond_the_stack_is_refused():
     stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), weight((64, 512)))
-    with pytest.raises(ValueError, match="layer=2 is none of the 2 layers"):
+    with pytest.raises(ValueError, match="layer=2 is out of range for a stack of 2 layers"):
         row_parallel(jnp.zeros((8, 512)), stack, 2, MESH, "model")

@@ -1,4 +1,4 @@
-"""vmap, scan and forward mode: what an implementation is given, and what is refused."""
+"""vmap, scan and forward mode: the calls that an implementation receives, and errors."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
-from pallas_kernels.nf4_matmul.dispatch import Abilities, Implementation
+from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from tests.pallas_kernels.nf4_matmul.contract import weight
 
 LAYERS = 3
@@ -14,7 +14,7 @@ LAYERS = 3
 
 @pytest.fixture
 def seen(monkeypatch):
-    """The shapes of rows that an implementation `spy` is given, in order."""
+    """Records the shapes of rows that an implementation `spy` receives, in order."""
     shapes = []
 
     def record(product):
@@ -24,7 +24,7 @@ def seen(monkeypatch):
 
         return run
 
-    spy = Implementation(record(reference.forward), record(reference.backward), Abilities(rows=(1, 64)))
+    spy = Implementation(record(reference.forward), record(reference.backward), Capabilities(rows=(1, 64)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "spy", spy)
     api._mappable.cache_clear()
     yield shapes

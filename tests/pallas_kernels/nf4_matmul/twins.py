@@ -1,4 +1,4 @@
-"""Interpreting a kernel's twin on one layer of a stack, with the race detector on, and telling a broken one."""
+"""Interprets a kernel's twin on one layer of a stack with the race detector, and detects broken twins."""
 
 import functools
 import re
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # where the race detector tells what it found
+from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call  # has the race detector's result
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
@@ -19,28 +19,31 @@ from tests.pallas_kernels.nf4_matmul.tolerances import relative_error, tolerance
 
 LAYERS = 3
 ROWS = (1, 7, 16, 65, 128, 300)
-IN_CI = 7  # one in as many of the covering cases: no divisor of theirs, so that all numbers of rows have their turn
+IN_CI = 7  # one in this many covering cases; not a divisor of their number, so that every number of rows occurs
 OTHER_TABLES = ["fp4", "int4", *(pytest.param(name, marks=pytest.mark.slow) for name in ("e2m1", "e3m0"))]
 DETECTING = plgpu.InterpretGPUParams(detect_races=True)
 
 
 def covering(shapes: Sequence[Any], rows: Sequence[int], variants: Sequence[Any]) -> list[tuple[Any, int, Any]]:
-    """(shape, rows, variant): every shape with every number of rows, every variant with every shape, where there are
-    no more variants than numbers of rows, and with every number of rows, where there are no more than shapes."""
+    """Returns cases (shape, rows, variant) with every pair of shape and number of rows.
+
+    Every variant meets every shape if there are at most as many variants as numbers of rows, and every number of rows
+    if there are at most as many variants as shapes.
+    """
     pairs = [(i, j) for i in range(len(shapes)) for j in range(len(rows))]
     return [(shapes[i], rows[j], variants[(i + j) % len(variants)]) for i, j in pairs]
 
 
 @functools.cache
 def stack(shape, quant_type="nf4", double_quant=True):
-    """Layers of a weight in `split_k`, each of its own."""
+    """Makes a stack of different layers in `split_k`."""
     form = {"layout": "split_k", "quant_type": quant_type, "double_quant": double_quant}
     layers = [weight(shape, seed=seed, **form) for seed in range(LAYERS)]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers)
 
 
 class Found(NamedTuple):
-    """Relative error of a result, what is allowed, and whether there was a race."""
+    """A result's relative error, the allowed error, and True if there was a race."""
 
     error: float
     allowed: float
@@ -55,7 +58,7 @@ def interpreted(
     dtype: Any,
     layer: int = 1,
 ) -> Found:
-    """What a twin makes of random rows and a layer of the weights."""
+    """Runs a twin on random rows and a layer of the weights."""
     dense = dequantize_numpy(jax.tree.map(np.asarray, weights.layer(layer)), np.float32)
     right = dense.T if direction == "forward" else dense
     x = jnp.asarray(np.random.default_rng(5).standard_normal((rows, len(right))), dtype)
@@ -70,14 +73,14 @@ def interpreted(
 
 
 def check(*args: Any, **kwargs: Any) -> None:
-    """The twin's result is right, and nothing raced."""
+    """Asserts that the twin's result is right and that there was no race."""
     found = interpreted(*args, **kwargs)
     assert found.error <= found.allowed
     assert not found.races
 
 
 def caught(*args: Any, **kwargs: Any) -> bool:
-    """Whether a twin is told from a right one: by its values, by a race, or by what it leaves unfinished."""
+    """True if a broken twin is detected: by its values, by a race, or by an unfinished operation."""
     try:
         found = interpreted(*args, **kwargs)
     except jax.errors.JaxRuntimeError as failed:
