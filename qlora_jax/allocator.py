@@ -1,20 +1,21 @@
-"""The C library's allocator, set before a command starts; imports nothing, so that it costs nothing."""
+"""Configures the C library's allocator before a command starts; imports only the standard library, to be fast."""
 
 import os
 import sys
 
-# hugetlb=1: large blocks ask for huge pages. A training step takes its scratch from the system and gives it back; in
-# pages of 4 KiB that is a tenth of the step. arena_max=1: with an arena for each thread, what it freed stays with it.
-# mmap_threshold: from 4 MiB on a block is always mapped, and unmapped when it is freed; else the heap grows over the
-# first steps by the holes between them, 50 to 75 MiB. From 8 MiB on, a rank of 64 takes 68 MiB more; from 2 MiB on, a
-# step takes up to a quarter longer.
+# hugetlb=1: large blocks use huge pages. A training step allocates and frees its scratch memory, which with pages of
+# 4 KiB takes a tenth of the step. arena_max=1: per-thread arenas would each retain the memory that they freed.
+# mmap_threshold: blocks of 4 MiB or more are mapped, and unmapped when freed. Otherwise holes between them grow the
+# heap by 50 to 75 MiB in the first steps. A threshold of 8 MiB needs 68 MiB more at rank 64; with 2 MiB a step takes up
+# to a quarter longer.
 TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.arena_max=1:glibc.malloc.mmap_threshold=4194304"
 
 
 def tune() -> None:
-    """On Linux with glibc, starts the running command again with GLIBC_TUNABLES set, which is read at start only.
+    """Restarts the running command with GLIBC_TUNABLES set, which glibc reads only when a process starts.
 
-    The process keeps its id, and takes the time of an empty Python start. Where GLIBC_TUNABLES is set, nothing happens.
+    The process id stays the same; the restart takes as long as an empty Python program. Does nothing without
+    glibc, or if GLIBC_TUNABLES is set already.
     """
     if "GLIBC_TUNABLES" in os.environ or not _has_glibc():
         return

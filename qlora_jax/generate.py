@@ -5,17 +5,17 @@ import functools
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
 from qlora_jax.inference.settings import GenerateArgs, check_generate
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from qlora_jax.data.readers.files import Row
     from qlora_jax.inference.prompts import Prompter
     from qlora_jax.io.pretrained import OpenedModel
-    from qlora_jax.models.partition import ModelParts
+    from qlora_jax.models.decoder import CausalLM
 
 COMMAND = Command(
     name="generate",
@@ -31,7 +31,11 @@ def main(argv: list[str]) -> None:
     """Replies; raises ValueError or OSError for bad input."""
     args, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
+    from rich.console import Console
+
     from qlora_jax import runtime
+    from qlora_jax.api.generate import stop_ids
+    from qlora_jax.api.provenance import parts_of
     from qlora_jax.inference import prompts
     from qlora_jax.inference.decode import stream
     from qlora_jax.inference.reply_file import write_replies
@@ -45,13 +49,13 @@ def main(argv: list[str]) -> None:
     limit = opened.features.max_positions
     rows, encoded = _prompts(args, prompter, limit)
     messages = Console(stderr=True)
-    parts = _load(opened, args, messages)
+    model = _load(opened, args, messages)
     reply_to = functools.partial(
         stream,
-        parts,
+        parts_of(model),
         sampling=Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed),
         max_new_tokens=args.max_new_tokens,
-        stop_ids=prompts.stop_ids(opened.tokenizer, opened.source.tokenizer["stop_token_ids"], chat=prompter.chat),
+        stop_ids=stop_ids(model, opened.tokenizer, chat=prompter.chat),
     )
     if args.prompts is not None:
         with _writer(args.output) as write:
@@ -69,7 +73,7 @@ def main(argv: list[str]) -> None:
 
 
 def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tuple[list["Row"], list[list[int]]]:
-    """The rows of the file of prompts or the one prompt, and their ids; neither is there in a chat."""
+    """The prompts as rows and as token ids; both empty for a chat."""
     from qlora_jax.data.readers.files import Place, Row
     from qlora_jax.inference.prompts import encode_prompts, read_prompts
 
@@ -80,26 +84,24 @@ def _prompts(args: GenerateArgs, prompter: "Prompter", max_positions: int) -> tu
     return rows, encode_prompts("--prompt", rows, prompter, max_positions)
 
 
-def _load(opened: "OpenedModel", args: GenerateArgs, console: Console) -> "ModelParts":
-    """The model as trained, or as the settings want it."""
-    from qlora_jax.io.pretrained import apply_adapter, load_base, weight_settings
-    from qlora_jax.io.progress import loading
-    from qlora_jax.models.partition import partition
+def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "CausalLM":
+    """Loads the model in the weight format of the settings, by default that of training."""
+    from qlora_jax.api.load import load_opened
+    from qlora_jax.api.progress import loading_bar
+    from qlora_jax.io.pretrained import weight_settings
 
-    held = weight_settings(opened, args.quant_type, args.compute_dtype)
-    with loading(console) as progress:
-        model = load_base(opened, held, progress)
-    if opened.run is None:
-        return partition(model)
-    if held.quant_type != opened.args.quant_type:
-        trained = f"this adapter was trained on a base in {opened.args.quant_type}"
-        console.print(f"note: {trained}, and runs on one in {held.quant_type}", highlight=False)
-    return apply_adapter(model, opened.run)
+    settings = weight_settings(opened, args.quant_type, args.compute_dtype)
+    with loading_bar(True) as progress:
+        model = load_opened(opened, settings, args.chat_template, progress)
+    if opened.run is not None and settings.quant_type != opened.args.quant_type:
+        trained = f"the adapter was trained on a base in {opened.args.quant_type}"
+        console.print(f"note: {trained}, and runs on one in {settings.quant_type}", highlight=False)
+    return model
 
 
 @contextlib.contextmanager
 def _writer(path: str | None) -> Iterator[Callable[[str], object]]:
-    """Yields what writes to the file, or to standard output, line by line."""
+    """Yields a function that writes lines to the file, or to standard output."""
     if path is None:
         yield functools.partial(print, end="", flush=True)
         return

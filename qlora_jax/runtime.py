@@ -1,4 +1,4 @@
-"""What a command sets up before its first array, and memory given back to the system."""
+"""Prepares the process for a command before its first array, and returns freed memory to the system."""
 
 import ctypes
 import os
@@ -7,25 +7,24 @@ from pathlib import Path
 import jax
 
 CACHE_VARIABLE = "QLORA_JAX_CACHE"
-# What jax takes of a GPU's memory at its start, 0.75 where nobody says; the second name is the deprecated one.
+# The fraction of a GPU's memory that jax allocates at its start, 0.75 by default; the second name is deprecated.
 MEMORY_FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 USABLE_MEMORY = "0.95"
 DRIVERS = ("/dev/nvidiactl", "/dev/dxg")  # NVIDIA's driver on Linux, and under WSL
 
 
 def cache_folder() -> Path:
-    """Where files are kept between runs: $QLORA_JAX_CACHE, or ~/.cache/qlora_jax."""
+    """The folder of files that runs share: $QLORA_JAX_CACHE, or ~/.cache/qlora_jax."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "qlora_jax")
 
 
 def start() -> None:
-    """Keeps compiled programs on disk, so that a second start does not compile; takes nearly all of a GPU's memory;
-    spares jax a vain search for CUDA.
+    """Caches compiled programs on disk, raises jax's share of GPU memory, and skips a search for CUDA without a driver.
 
-    A cache folder and a share of memory that jax was given otherwise are left alone.
+    A cache folder or memory fraction that the user has set is not changed.
     """
     if not any(Path(path).exists() for path in DRIVERS):
-        # With jax's CUDA plugin (the extra gpu-compile) and no driver, jax prints a traceback and goes on with the CPU.
+        # With jax's CUDA plugin (extra gpu-compile) and no driver, jax would print a traceback and use the CPU.
         os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if not any(name in os.environ for name in MEMORY_FRACTIONS):
         os.environ[MEMORY_FRACTIONS[0]] = USABLE_MEMORY
@@ -35,7 +34,7 @@ def start() -> None:
 
 
 def give_memory_back() -> None:
-    """Returns freed memory to the system, where the C library is glibc: a compilation leaves 200 MB behind."""
+    """Returns freed memory to the system if the C library is glibc; a compilation leaves 200 MB allocated."""
     library = ctypes.CDLL(None)
     if hasattr(library, "malloc_trim"):
         library.malloc_trim(0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from qlora_jax import allocator
 from qlora_jax.config import Command, Config, run_main, validate
 
-STOPPED = 143  # what shells report for SIGTERM; the run is saved and can be resumed
+STOPPED = 143  # the exit code of SIGTERM in shells; the run is saved and can be resumed
 COMMAND = Command(
     name="train",
     summary="Finetunes a model on your data; writes checkpoints, metrics and a report into a run folder.",

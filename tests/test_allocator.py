@@ -1,4 +1,4 @@
-"""A command starts again with glibc's tunables, once, under the same process id and with the same arguments."""
+"""A command restarts once with glibc's tunables, with the same process id and arguments."""
 
 import os
 import subprocess

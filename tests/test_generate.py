@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.generate`, from the command line to what is printed and written."""
+"""`python -m qlora_jax.generate`: output, files and errors."""
 
 import io
 import json
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def direct(folder: Path, prompt: str, step: int | None, **sampling) -> str:
-    """The reply without the command: the checkpoint's at `step`, the base's where that is None."""
+    """The reply without the command, of the checkpoint at `step`, or of the base if `step` is None."""
     opened = open_pretrained(run=str(folder / "run"), step=step)
     model = load_base(opened, opened.args)
     parts = partition(model) if step is None else apply_adapter(model, opened.run)
@@ -69,7 +69,7 @@ def test_a_file_of_prompts(folder, tmp_path, capsys):
     assert shown.out == "" and shown.err.splitlines()[-1] == f"4 replies: {output}"
 
 
-def test_lines_are_prompts_and_raw_leaves_the_template_out(folder, tmp_path, capsys):
+def test_each_line_is_a_prompt_and_raw_uses_no_template(folder, tmp_path, capsys):
     (tmp_path / "prompts.txt").write_text("hello\n\n  \nand 'this'\n")
     words = ["--model", str(folder / "model"), "--prompts", str(tmp_path / "prompts.txt"), "--max_new_tokens", "3"]
     generate.main(words)
@@ -80,7 +80,7 @@ def test_lines_are_prompts_and_raw_leaves_the_template_out(folder, tmp_path, cap
     assert [reply["reply"] for reply in raw] != [reply["reply"] for reply in chat]
 
 
-def test_a_chat_keeps_its_history(folder, capsys, monkeypatch):
+def test_a_chat_remembers_earlier_turns(folder, capsys, monkeypatch):
     first = direct(folder, "hello", 7)
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nhello\n/reset\nhello\n/quit\nnever read\n"))
     generate.main(["--run", str(folder / "run"), "--max_new_tokens", "8"])
@@ -97,7 +97,7 @@ def test_another_base_is_refused(folder, tmp_path):
         generate.main(words)
 
 
-def test_an_adapter_on_a_base_held_otherwise_is_told(folder, capsys):
+def test_another_weight_format_prints_a_note(folder, capsys):
     generate.main(["--run", str(folder / "run"), "--prompt", "hello", "--quant_type", "none", "--max_new_tokens", "1"])
     assert "trained on a base in nf4, and runs on one in none" in capsys.readouterr().err
 
@@ -128,7 +128,7 @@ def test_bad_settings(folder, words, message):
         generate.main([str(places.get(word, word)) for word in words.split()])
 
 
-def test_bad_prompts_are_told_by_line_before_the_model_is_loaded(folder, tmp_path):
+def test_malformed_prompts_are_reported_by_line_before_loading(folder, tmp_path):
     path = tmp_path / "prompts.jsonl"
     rows = [{"question": "x"}, {"prompt": 3}, {"messages": []}, {"prompt": "x" * 300}, {"prompt": "fine"}]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -145,7 +145,7 @@ def test_bad_prompts_are_told_by_line_before_the_model_is_loaded(folder, tmp_pat
         assert f"{path}:{number}: " in line and words in line
 
 
-def test_help_tells_every_setting_and_its_default(capsys):
+def test_help_lists_every_setting_and_its_default(capsys):
     with pytest.raises(SystemExit) as left:
         generate.main(["--help", "all"])
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""The house's layers, read from the source: who may import whom, and what `import qlora_jax` brings along."""
+"""Layers of the packages, read from the imports; and the side effects of `import qlora_jax`."""
 
 import ast
 import graphlib
@@ -13,7 +13,7 @@ import qlora_jax
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A unit is a folder or a file at the top of qlora_jax. It imports from itself and from strictly lower layers.
+# A unit is a top-level folder or file of qlora_jax. It imports from itself and from strictly lower layers.
 LAYERS = {
     "pallas_kernels": 0,
     "qlora_jax.config": 0,
@@ -31,7 +31,7 @@ LAYERS = {
     "qlora_jax.training": 6,
     "qlora_jax.api": 7,
 }
-MAINS = 8  # every other file at the top: train.py, generate.py, ...
+COMMANDS = 8  # every other top-level file: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 
@@ -42,11 +42,11 @@ def unit(module: str) -> str:
 
 
 def layer(module: str) -> int:
-    return LAYERS.get(unit(module), MAINS)
+    return LAYERS.get(unit(module), COMMANDS)
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """(module, name taken from it) of every import, also those inside functions."""
+    """Yields (module, imported name) of every import, including those inside functions."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((alias.name, None) for alias in node.names)
@@ -56,14 +56,14 @@ def imported(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
 
 
 def read_graph() -> Graph:
-    """{module: the modules of ours that it imports}."""
+    """{module: the modules of this repository that it imports}."""
     files = [f for package in ("pallas_kernels", "qlora_jax") for f in sorted((ROOT / package).rglob("*.py"))]
     names = {f: ".".join(f.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for f in files}
     ours = set(names.values())
     graph: Graph = {name: set() for name in ours}
     for file, name in names.items():
         for module, attribute in imported(ast.parse(file.read_text(encoding="utf-8"))):
-            # `from package import module` imports the module.
+            # `from package import module` imports the module, too.
             target = f"{module}.{attribute}" if f"{module}.{attribute}" in ours else module
             if target in ours:
                 graph[name].add(target)
@@ -71,7 +71,7 @@ def read_graph() -> Graph:
 
 
 def wrong_imports(graph: Graph) -> list[str]:
-    """Imports of the own layer's other units, or of a higher layer."""
+    """Imports from other units of the same layer, or from a higher layer."""
     return [
         f"{name} (layer {layer(name)}) imports {target} (layer {layer(target)})"
         for name, targets in sorted(graph.items())
@@ -95,12 +95,12 @@ def test_imports_go_down():
         ("qlora_jax.training.loop", "qlora_jax.train"),
     ],
 )
-def test_an_import_upwards_or_sideways_is_found(name, target):
+def test_an_upward_or_sideways_import_is_found(name, target):
     assert len(wrong_imports({name: {target}})) == 1
 
 
-def test_no_module_imports_itself_by_way_of_others():
-    graphlib.TopologicalSorter(read_graph()).prepare()  # raises CycleError with the modules of the cycle
+def test_there_is_no_import_cycle():
+    graphlib.TopologicalSorter(read_graph()).prepare()  # raises CycleError with its modules
 
 
 def test_every_folder_has_a_layer():
@@ -108,13 +108,13 @@ def test_every_folder_has_a_layer():
     assert folders <= set(LAYERS)
 
 
-def test_import_brings_neither_jax_nor_numpy():
+def test_the_package_imports_neither_jax_nor_numpy():
     code = "import sys, qlora_jax, qlora_jax.config; print([m for m in ('jax', 'numpy', 'flax') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_public_names_start_no_backend():
+def test_public_names_do_not_initialize_a_backend():
     code = (
         "import qlora_jax\n"
         "for name in qlora_jax.__all__: getattr(qlora_jax, name)\n"
@@ -125,6 +125,18 @@ def test_public_names_start_no_backend():
     assert done.stdout.strip() == "False"
 
 
-def test_an_unknown_name_is_told():
+def test_public_names_survive_the_import_of_every_submodule():
+    modules = sorted(name for name in read_graph() if name.startswith("qlora_jax.") and name.count(".") == 1)
+    code = (
+        "import importlib, types, qlora_jax\n"
+        f"for name in {modules}: importlib.import_module(name)\n"
+        "found = {name: getattr(qlora_jax, name) for name in qlora_jax.__all__}\n"
+        "print([name for name, value in found.items() if isinstance(value, types.ModuleType)])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "['nn']"  # a submodule itself
+
+
+def test_an_unknown_name_raises_with_the_known_ones():
     with pytest.raises(AttributeError, match="no attribute 'quantise'"):
         qlora_jax.quantise  # noqa: B018

@@ -1,4 +1,4 @@
-"""What a command says before it does anything: nothing, also where jax's CUDA plugin finds no driver."""
+"""A command starts silently, even if jax's CUDA plugin finds no driver."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import pytest
 from qlora_jax import runtime
 
 
-@pytest.mark.skipif(any(Path(path).exists() for path in runtime.DRIVERS), reason="there is an NVIDIA driver")
+@pytest.mark.skipif(any(Path(path).exists() for path in runtime.DRIVERS), reason="this machine has an NVIDIA driver")
 def test_a_start_on_a_machine_without_a_driver_is_quiet():
     code = "from qlora_jax import runtime; runtime.start(); import jax; print(jax.devices()[0].platform)"
     spared = {"JAX_PLATFORMS", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK"}

@@ -20,7 +20,7 @@ class MemoryPlan:
 
     Fields:
       plan: the requirements of the run and of near variants, in bytes by kind.
-      title: what is planned, and for which card.
+      title: the planned run and its card.
       notes: why numbers are estimates, or lengths unknown; empty otherwise.
     """
 

@@ -24,7 +24,7 @@ class Provenance:
       chat_template: path of the jinja file that replaced the model's template.
       fingerprint: of the base, as a run's checkpoint stores it.
       lora_args: settings of the adapter; None for a base.
-      initial: what the adapter started with, if that is a part of the weights (PiSSA, LoftQ).
+      initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
     """
 
     opened: OpenedModel

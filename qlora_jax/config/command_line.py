@@ -58,7 +58,7 @@ class Command[T]:
 
     @property
     def prog(self) -> str:
-        """What to type to run the command."""
+        """The shell command without arguments."""
         return f"python -m qlora_jax.{self.name}"
 
     def read(self, argv: Sequence[str]) -> tuple[T, set[str]]:

@@ -139,7 +139,7 @@ def _evaluation_problems(config: Config) -> list[str]:
     requiring = {"eval_every": train.eval_every, "keep_best": train.keep_best, "patience": train.patience}
     if no_eval_data:
         return [
-            f"train.{name}: found {value}, but there is no evaluation data. Set data.eval or data.eval_fraction"
+            f"train.{name}: found {value}, but evaluation data is missing. Set data.eval or data.eval_fraction"
             for name, value in requiring.items()
             if value and not (name == "eval_every" and (train.samples or config.questions.given))
         ]

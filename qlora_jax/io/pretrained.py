@@ -77,7 +77,7 @@ def open_finetuned(
       chat_template: a jinja file to use instead of the run's or the model's template.
 
     Raises:
-      ValueError: the files of either are missing, damaged or not supported; there is no such checkpoint.
+      ValueError: the files of either are missing, damaged or not supported, or the checkpoint does not exist.
     """
     if is_adapter(Path(folder)):
         return _open_adapter(Path(folder), base, step, chat_template)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -223,7 +224,10 @@ def stop_on_signals(told: Callable[[str], None]) -> Iterator[Callable[[], bool]]
         received.append(number)
         told(f"{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once, without saving")
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # Python sets signal handlers in the main thread only; elsewhere, signals stay with the program's own handlers.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if in_main_thread else ()
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
         yield lambda: bool(received)
     finally:

@@ -61,7 +61,7 @@ def check_folder(run: Path, *, resume: bool, allowed: Collection[Path] = ()) -> 
             "the folder or give another output, and start without --resume"
         )
     if resume and not saved:
-        raise ValueError(f"{run}: there is no checkpoint to resume. Start without --resume")
+        raise ValueError(f"{run}: has no checkpoint to resume. Start without --resume")
     if saved and not resume:
         raise ValueError(f"{run}: contains a run. Resume it with --resume, or give another output")
     if resume or not run.exists():

@@ -48,7 +48,7 @@ class Session:
       fingerprint: of the base, from io.loader.
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, micro-batch, layer and name; None without dropout.
-      initial: what adapters start with, if that is a part of the weights (PiSSA, LoftQ).
+      initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
     """
 
     config: Config
@@ -92,7 +92,7 @@ class PreparedModel:
 
     Attributes:
       fingerprint: of the base, from io.loader.
-      initial: what the adapter started with, if that is a part of the weights (PiSSA, LoftQ).
+      initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
     """
 
     source: ModelSource

@@ -11,7 +11,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.models.decoder import CausalLM
 from tests.e2e.project import write_model, write_rows
 
-# What a run needs beyond the defaults to take three quick steps.
+# Settings of a run of three quick steps.
 QUICK = {"steps": 3, "micro_batch_size": 2, "accumulation": 2, "max_length": 160, "learning_rate": 1e-2}
 
 

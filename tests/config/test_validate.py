@@ -62,7 +62,7 @@ def asking(**questions) -> Config:
 
 def test_questions_need_no_evaluation_data_but_patience_does():
     validate(asking(letters="mmlu.jsonl", shots="dev.jsonl"))
-    with pytest.raises(ConfigError, match=r"train\.patience: .*there is no evaluation data"):
+    with pytest.raises(ConfigError, match=r"train\.patience: .*evaluation data is missing"):
         validate(dataclasses.replace(asking(letters="mmlu.jsonl"), train=TrainArgs(eval_every=5, patience=1)))
 
 

@@ -355,7 +355,7 @@ def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finish
 def test_an_output_folder_in_use_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"contains a run.*--resume"):
         check_folder(Path(finished.output), resume=False)
-    with pytest.raises(ValueError, match="there is no checkpoint to resume"):
+    with pytest.raises(ValueError, match="has no checkpoint to resume"):
         check_folder(tmp_path, resume=True)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not a run folder"):
