@@ -1,9 +1,9 @@
-"""The real training step with arguments that are shapes alone: what is compiled for a card that is not there.
+"""The real training step with shapes as arguments, for lowering and compiling without the device or the weights.
 
-Nothing is allocated, so a 65B step is made as quickly as a 135M one. The functions are `training.step.gradients` and
+Nothing is allocated, so a 65B step is built as quickly as a 135M one. The functions are `training.step.gradients` and
 `training.step.update` themselves.
 
-Dimension key: A micro-batches accumulated, B rows of a micro-batch, T positions.
+Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions.
 """
 
 import dataclasses
@@ -22,26 +22,27 @@ from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.training.step import gradients, update
 
-TOTAL_STEPS = 1000  # of the schedule; it is a constant of the compiled update and changes no byte
+TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
 
-Abstract = Any  # the pytree that training has, its leaves ShapeDtypeStructs
+AbstractLora = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
 
 class Program(NamedTuple):
-    """A jitted function and the abstract arguments to compile it with: `function.lower(*args, **kwargs).compile()`."""
+    """A jitted function and the abstract arguments to lower it with: `function.lower(*args, **kwargs).compile()`."""
 
-    function: Any
-    args: tuple[Any, ...]
+    function: jax.stages.Wrapped
+    args: tuple[object, ...]
     kwargs: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractStep:
-    """What one optimizer step is given, every leaf a `jax.ShapeDtypeStruct`.
+    """The arguments of one optimizer step, with `jax.ShapeDtypeStruct`s as leaves.
 
     Attributes:
-      key: dropout's key, or None where there is no dropout.
-      state: of the optimizer.
+      key: the dropout key; None without dropout.
+      remat: a key of REMAT_POLICIES.
+      state: the optimizer's state.
     """
 
     parts: ModelParts
@@ -49,15 +50,15 @@ class AbstractStep:
     key: jax.ShapeDtypeStruct | None
     remat: str
     optimizer: optax.GradientTransformation
-    state: Abstract
+    state: optax.OptState
 
     def gradients(self) -> Program:
-        """`training.step.gradients`, ready to compile."""
+        """Returns `training.step.gradients`, ready to compile."""
         args = (self.parts, self.batch, self.key)
         return Program(gradients, args, {"remat": self.remat})
 
     def update(self) -> Program:
-        """`training.step.update`, ready to compile; gradients look like the LoRA parameters."""
+        """Returns `training.step.update`, ready to compile; gradients have the shapes of the LoRA parameters."""
         return Program(update, (self.optimizer, self.parts.lora, self.state, self.parts.lora), {})
 
 
@@ -72,22 +73,22 @@ def abstract_step(
     remat: str = "names",
     optim: OptimArgs | None = None,
 ) -> AbstractStep:
-    """The step that a run with these settings takes, on the device that `weights.platform` names.
+    """Builds the step of a run with these settings, for the platform `weights.platform`.
 
     Args:
       batch: (A, B, T).
-      new_ids: of tokens whose rows train.
-      packed: whether rows of the batch are packs of several.
+      new_ids: ids of the new tokens, whose embedding rows train.
+      packed: True if each row of a batch packs several data rows.
       remat: a key of REMAT_POLICIES.
-      optim: the default optimizer where it is None.
+      optim: the optimizer's settings; None: the defaults.
 
     Raises:
-      ValueError: activations are to wait in host memory, and the device has no other.
+      ValueError: train.remat=offload on a CPU, whose arrays are in host memory already.
     """
     if remat == "offload" and weights.platform == "cpu":
         raise ValueError(
-            "train.remat=offload: a CPU's arrays are in host memory already, so nothing would be saved; set "
-            "train.remat=full"
+            "train.remat=offload: a CPU's arrays are in host memory already, so offloading saves nothing. Set "
+            "train.remat=full."
         )
     parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids)))
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
@@ -111,7 +112,7 @@ def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids
 def abstract_batch(
     accumulated: int, rows: int, length: int, *, packed: bool = False
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """`inputs`, `targets` int32 and `weights` f32, and `segments` int32 where rows are packs, each [A, B, T]."""
+    """Returns `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T]."""
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if packed:
         dtypes["segments"] = jnp.int32

@@ -1,4 +1,4 @@
-"""The banner of a run: what it computes on, in what, what trains, and which options are off; where it goes on."""
+"""The banners of a run: its device, formats, trained parameters and unused options; on resume, its step."""
 
 import jax
 
@@ -14,31 +14,31 @@ from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
-METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}  # of those that have adapters
+METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}  # methods with adapters
 
 
 def resume_banner(session: Session, step: int, best: BestEvaluation) -> tuple[str, Rows]:
-    """Title and rows of a run that `step` steps are done of: what the banner of its start could not say."""
-    rows = {"run": f"{session.config.output}, with the settings in its {CONFIG_FILE}", "device": _computing(session)}
+    """Returns the title and rows of the banner of a run that resumes after `step` steps."""
+    rows = {"run": f"{session.config.output}, settings in its {CONFIG_FILE}", "device": _device(session)}
     if best.loss is not None:
-        rows["least held-out loss"] = f"{best.loss:.3f}, at step {best.step:,}"
-    return f"going on after step {step:,} of {session.total_steps:,}", rows
+        rows["lowest held-out loss"] = f"{best.loss:.3f}, at step {best.step:,}"
+    return f"resuming after step {step:,} of {session.total_steps:,}", rows
 
 
 def start_banner(session: Session) -> tuple[str, Rows]:
-    """Title, and one line a fact, in the order a reader asks."""
+    """Returns the title and rows of the banner of a new run."""
     return "Full finetuning" if session.config.lora.method == "full" else "QLoRA finetuning", _facts(session)
 
 
 def _facts(session: Session) -> Rows:
     config = session.config
     return {
-        "device": _computing(session),
+        "device": _device(session),
         **_peak(session),
-        "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _frozen(session),
-        "held as": _held_as(session),
-        "products by": _matmuls(session),
-        "attention by": _attention(session),
+        "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _base_size(session),
+        "weights": _weight_format(session),
+        "matmuls": _matmuls(session),
+        "attention": _attention(session),
         "trained": _trained(session),
         **_new_tokens(session),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
@@ -49,43 +49,47 @@ def _facts(session: Session) -> Rows:
         f"{config.train.micro_batch_size} x accumulation {config.train.accumulation}",
         "steps": f"{session.total_steps:,}",
         "run": config.output,
-        "not used": ", ".join(_unused(config)) or "nothing: every option is on",
+        "not used": ", ".join(_unused(config)) or "nothing, every option is on",
     }
 
 
 def _peak(session: Session) -> Rows:
     peak = session.utilization.peak
-    return {} if peak is None else {"MFU": f"of {peak / 1e12:,.0f} TFLOP/s, the peak of dense 16-bit products"}
+    return (
+        {}
+        if peak is None
+        else {"MFU": f"relative to {peak / 1e12:,.0f} TFLOP/s, the device's peak for dense 16-bit matmuls"}
+    )
 
 
-def _frozen(session: Session) -> str:
+def _base_size(session: Session) -> str:
     return "" if session.config.lora.method == "full" else f", {_megabytes(session.parts.base)}"
 
 
 def _trained(session: Session) -> str:
     lora, trained, frozen = session.config.lora, _count(session.parts.lora), session.model.parameters()
-    held = f"{_megabytes(session.parts.lora)} in {lora.dtype}"
+    size = f"{_megabytes(session.parts.lora)} in {lora.dtype}"
     if lora.method == "full":
-        return f"all {trained:,} parameters, {held}"
-    share = f"{trained:,} {METHODS[lora.method]} parameters, {trained / (trained + frozen):.2%} of all, {held}"
-    return f"{share}; {_rank(session.config)}on {_projections(session)} projections"
+        return f"all {trained:,} parameters, {size}"
+    share = f"{trained:,} {METHODS[lora.method]} parameters, {trained / (trained + frozen):.2%} of all, {size}"
+    return f"{share}; {_rank(session.config)}on {_projection_count(session)} projections"
 
 
 def _rank(config: Config) -> str:
     return "" if config.lora.method == "ia3" else f"rank {config.lora.rank} "
 
 
-def _projections(session: Session) -> int:
+def _projection_count(session: Session) -> int:
     return sum(not is_table(name) for name in session.parts.lora)
 
 
 def _new_tokens(session: Session) -> Rows:
     model = session.config.model
     tokens = [*model.new_tokens, *model.new_special_tokens]
-    where = "the embedding, which is the head too" if session.model.tie_embeddings else "embedding and head"
-    rows = {"new tokens": f"{', '.join(tokens)}; their rows of {where} train"} if tokens else {}
-    whole = session.config.lora.modules_to_save
-    return rows | ({"trained whole": ", ".join(whole)} if whole else {})
+    where = "the tied embedding" if session.model.tie_embeddings else "embedding and head"
+    rows = {"new tokens": f"{', '.join(tokens)}; their rows in {where} are trained"} if tokens else {}
+    modules = session.config.lora.modules_to_save
+    return rows | ({"trained fully": ", ".join(modules)} if modules else {})
 
 
 def _count(tree: Lora) -> int:
@@ -96,17 +100,17 @@ def _megabytes(tree: object) -> str:
     return f"{sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) / 1e6:,.0f} MB"
 
 
-def _computing(session: Session) -> str:
+def _device(session: Session) -> str:
     device = jax.devices()[0]
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
-    return f"{device.platform}{kind}, computing in {session.weights.dtype}"
+    return f"{device.platform}{kind}, computes in {session.weights.dtype}"
 
 
-def _held_as(session: Session) -> str:
+def _weight_format(session: Session) -> str:
     weights, args = session.weights, session.config.model
     dense = sum(len(layers) for _, layers in weights.dense)
-    left = f"the {dense} linear layers that the files leave in 16 bit, " if dense else ""
-    rest = f"{left}norms, embedding and head {weights.dtype}"
+    unquantized = f"{dense} linear layers that the files store in 16 bit, " if dense else ""
+    rest = f"{unquantized}norms, embedding and head in {weights.dtype}"
     if weights.quant_type is None:
         return f"{weights.dtype}, not quantized"
     double = "double-quantized scales" if weights.double_quant else "float32 scales"
@@ -114,32 +118,34 @@ def _held_as(session: Session) -> str:
 
 
 def _matmuls(session: Session) -> str:
-    """Which implementations multiply with 4-bit weights in training, and why not what the device would rather run."""
+    """Returns the implementations that multiply by 4-bit weights, and why the preferred ones are not used."""
     train, device = session.config.train, target_device()
     rows = train.micro_batch_size * max(session.dataset.buckets)
     leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
     choices = [choose_implementation(device, call) for call in calls]
     names = dict.fromkeys(str(choice.name) for choice in choices)
-    refusals = dict.fromkeys(f"; not {name}: {why}" for choice in choices for name, why in choice.refusals.items())
-    return (", ".join(names) + "".join(refusals)) or "XLA, on dense weights"
+    refusals = dict.fromkeys(
+        f"; not {name}: {reason}" for choice in choices for name, reason in choice.refusals.items()
+    )
+    return (", ".join(names) + "".join(refusals)) or "XLA, dense weights"
 
 
 def _attention(session: Session) -> str:
     plain = session.model.has_plain_attention(max(session.dataset.buckets))
     heads = target_device().platform, session.weights.dtype, session.model.head_dim
-    why = attention_cpu.unsupported_reason(*heads, plain=plain)
+    unsupported = attention_cpu.unsupported_reason(*heads, plain=plain)
     if attention_cpu.supports_forward_f32(*heads, plain=plain):
-        return "C++ loops forward; XLA backward, in tiles of scores"
-    return "C++ loops" if why is None else f"XLA, in tiles of scores; {why}"
+        return "C++ forward; XLA backward, tiled"
+    return "C++" if unsupported is None else f"XLA, tiled; {unsupported}"
 
 
 def _clip(config: Config) -> str:
-    return f", gradient norm clipped at {config.optim.max_grad_norm:g}" if config.optim.max_grad_norm else ""
+    return f", gradient norm clipped to {config.optim.max_grad_norm:g}" if config.optim.max_grad_norm else ""
 
 
 def _unused(config: Config) -> list[str]:
-    """Options that are off in this run."""
+    """Returns the options that are off in this run."""
     options = {
         "quantization": config.model.quant_type == "none",
         "dropout": config.lora.dropout == 0,

@@ -1,7 +1,6 @@
-"""What a checkpoint says besides its arrays, and whether a run may go on from it."""
+"""The JSON part of a checkpoint, and the check that a run may resume from it."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jaxlib
@@ -11,10 +10,11 @@ import orbax.checkpoint
 from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import from_dict
 from qlora_jax.training.early_stopping import BestEvaluation
+from qlora_jax.training.metrics import Record
 from qlora_jax.training.session import Session
 
-# Settings that may differ when a run goes on: they change nothing that is computed, or what they name is checked by
-# its content (base and data have fingerprints).
+# Settings that may differ on resume: they do not change what is computed, or they name content that is checked by its
+# fingerprint (base model and data).
 MAY_DIFFER = {
     "model.path",
     "data.train",
@@ -37,12 +37,12 @@ MAY_DIFFER = {
 }
 
 
-# What a run needs of a checkpoint's state.
-GOES_ON_FROM = ("position", "best", "fingerprint", "data_fingerprint", "config")
+# Keys of the state that a resumed run requires.
+RESUME_KEYS = ("position", "best", "fingerprint", "data_fingerprint", "config")
 
 
-def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, Any]:
-    """The JSON part of a checkpoint."""
+def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
+    """Returns the JSON part of a checkpoint after `step` steps, with the next data position."""
     return {
         "step": step,
         "position": position,
@@ -55,42 +55,46 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
     }
 
 
-def _needed(session: Session) -> tuple[str, ...]:
-    """There was a version that went through windows in the file's order, and said nothing of it."""
-    return GOES_ON_FROM if session.dataset.train.windows == 1 else (*GOES_ON_FROM, "window_order")
+def _required_keys(session: Session) -> tuple[str, ...]:
+    # An early version read windows in the file's order and did not store the order.
+    return RESUME_KEYS if session.dataset.train.windows == 1 else (*RESUME_KEYS, "window_order")
 
 
 def _unpaged(config: Config) -> Config:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=plain_name(config.optim.name)))
 
 
-def check_resumable(session: Session, state: dict[str, Any]) -> None:
-    """Passes where going on gives what an uninterrupted run would have given.
+def check_resumable(session: Session, state: Record) -> None:
+    """Checks that a resumed run gives the same results as an uninterrupted one.
 
     Raises:
-      ValueError: each setting that differs, another base, other data; a checkpoint that lacks what a run goes on from.
+      ValueError: the checkpoint lacks a required key; or settings, base model or data differ, with each difference.
     """
-    if missing := [name for name in _needed(session) if name not in state]:
+    if missing := [name for name in _required_keys(session) if name not in state]:
         raise ValueError(
-            f"{session.config.output}: its checkpoint of step {state['step']} lacks {', '.join(missing)}, since "
-            "another version of qlora_jax wrote it, so the run can't go on from it. Go on with that version, or train "
-            "anew in another output folder; lora.start goes on from the exported adapter."
+            f"{session.config.output}: the checkpoint of step {state['step']} lacks {', '.join(missing)}, because "
+            "another version of qlora_jax wrote it. Resume with that version, or start a new run in another output "
+            "folder; lora.start continues from the exported adapter."
         )
     changed = differences(*map(_unpaged, (from_dict(Config, state["config"], {}), session.config)))
-    problems = [f"{key}: {then!r} then, {now!r} now" for key, (then, now) in changed.items() if key not in MAY_DIFFER]
+    problems = [
+        f"{key}: {then!r} in the checkpoint, {now!r} now"
+        for key, (then, now) in changed.items()
+        if key not in MAY_DIFFER
+    ]
     if session.fingerprint != state["fingerprint"]:
         problems.append(
-            f"the base model: fingerprint {state['fingerprint'][:12]} then, {session.fingerprint[:12]} now "
-            f"({session.config.model.path}; then {state['config']['model']['path']})"
+            f"the base model: fingerprint {state['fingerprint'][:12]} in the checkpoint "
+            f"({state['config']['model']['path']}), {session.fingerprint[:12]} now ({session.config.model.path})"
         )
     if session.dataset.fingerprint != state["data_fingerprint"]:
-        problems.append(f"the training rows as tokens, in {session.config.data.train}")
+        problems.append(f"data.train: other rows or tokens than in the checkpoint ({session.config.data.train})")
     elif "window_order" in state and state["window_order"] != (
         now := session.dataset.window_order(epoch := state["position"]["epoch"])
     ):
-        problems.append(f"windows of epoch {epoch} came in the order {state['window_order']} then, {now} now")
+        problems.append(f"windows of epoch {epoch}: order {state['window_order']} in the checkpoint, {now} now")
     if problems:
         raise ValueError(
-            f"{session.config.output}: its checkpoint of step {state['step']} was made otherwise, so the run "
-            "can't go on from it:\n  " + "\n  ".join(problems) + "\nGive the same settings, or another output folder."
+            f"{session.config.output}: cannot resume from the checkpoint of step {state['step']}, because these "
+            "differ:\n  " + "\n  ".join(problems) + "\nUse the same settings, or another output folder."
         )

@@ -1,49 +1,48 @@
-"""The compiled programs of a run, one for each shape of batch."""
+"""The compiled gradient programs of a run, one per batch shape."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
-from qlora_jax.training.abstract_step import AbstractStep, abstract_batch
+from qlora_jax.training.abstract_step import AbstractLora, AbstractStep, abstract_batch
 from qlora_jax.training.step import StepLoss
 
-Shape = tuple[int, int, int]  # (A, B, T)
+Shape = tuple[int, int, int]  # (A, B, T): accumulated micro-batches, rows, positions
 
 
 class CompiledGradients:
-    """`training.step.gradients` of one run, compiled from shapes alone, so before any weight is read.
+    """`training.step.gradients` of one run, compiled from shapes before any weight is read.
 
-    The compiler takes 300 MB, which it gives back before the weights or a step's scratch want them: the most that a
-    process holds is the largest of the three, not their sum. A shape that was not foreseen is compiled when it comes.
+    The compiler takes 300 MB and returns them before the weights or a step's scratch need memory. The peak of the
+    process is therefore the largest of the three, not their sum. A new shape is compiled when its first batch arrives.
 
     Args:
-      step: of the run; its batch's shape does not matter.
+      step: the run's step; its batch's shape is replaced.
     """
 
     def __init__(self, step: AbstractStep):
         self._step = step
-        self._compiled: dict[Shape, Any] = {}
+        self._compiled: dict[Shape, jax.stages.Compiled] = {}
 
     @property
-    def lora(self) -> Any:
-        """The LoRA parameters' tree, its leaves ShapeDtypeStructs."""
+    def lora(self) -> AbstractLora:
+        """The tree of LoRA parameters with ShapeDtypeStructs as leaves."""
         return self._step.parts.lora
 
     @property
     def parts(self) -> ModelParts:
-        """The model's parts, their leaves ShapeDtypeStructs."""
+        """The model's parts with ShapeDtypeStructs as leaves."""
         return self._step.parts
 
     def __len__(self) -> int:
-        """How many programs were compiled."""
+        """The number of compiled programs."""
         return len(self._compiled)
 
-    def compiled(self, shape: Shape) -> Any:
-        """The program for batches of a shape (A, B, T), a `jax.stages.Compiled`."""
+    def compiled(self, shape: Shape) -> jax.stages.Compiled:
+        """Returns the program for batches of a shape (A, B, T), compiling it on first use."""
         if shape not in self._compiled:
             program = dataclasses.replace(
                 self._step, batch=abstract_batch(*shape, packed="segments" in self._step.batch)
@@ -53,6 +52,6 @@ class CompiledGradients:
         return self._compiled[shape]
 
     def __call__(self, parts: ModelParts, batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[Lora, StepLoss]:
-        """(gradients, losses) of a step's batch."""
+        """Returns (gradients, losses) of a batch; see `training.step.gradients`."""
         accumulated, rows, length = batch["inputs"].shape
         return self.compiled((accumulated, rows, length))(parts, batch, key)

@@ -1,35 +1,35 @@
-"""Which evaluation was the best so far, and whether further ones are worth waiting for."""
+"""Early stopping: the best evaluation so far, and the decision to stop after evaluations without improvement."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+
+from qlora_jax.training.metrics import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestEvaluation:
-    """The least held-out loss of a run.
+    """The lowest evaluation loss of a run.
 
     Attributes:
-      loss: in nats a token; None before the first evaluation.
-      step: after which it was found.
-      since: evaluations after that one.
+      loss: nats per token; None before the first evaluation.
+      step: the step at which it was measured.
+      since: the number of later evaluations.
     """
 
     loss: float | None = None
     step: int = 0
     since: int = 0
 
-    def after(self, step: int, loss: float) -> "BestEvaluation":
-        """With one more evaluation; an equal loss is no better one."""
+    def updated(self, step: int, loss: float) -> "BestEvaluation":
+        """Returns the best after one more evaluation; an equal loss is not an improvement."""
         if self.loss is None or loss < self.loss:
             return BestEvaluation(loss=loss, step=step)
         return dataclasses.replace(self, since=self.since + 1)
 
     def should_stop(self, patience: int) -> bool:
-        """Whether `patience` evaluations in a row found nothing better; 0: never."""
+        """Returns True after `patience` evaluations in a row without improvement; never if `patience` is 0."""
         return 0 < patience <= self.since
 
     @classmethod
-    def of(cls, state: Mapping[str, Any]) -> "BestEvaluation":
-        """What a checkpoint's state says of it."""
+    def from_checkpoint(cls, state: Record) -> "BestEvaluation":
+        """Reads the best evaluation from a checkpoint's JSON state."""
         return cls(**state["best"])

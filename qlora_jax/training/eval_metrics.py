@@ -1,39 +1,42 @@
-"""What an evaluation finds, as the flat numbers of a record, which trackers draw; and back again."""
+"""Evaluation results as the flat numbers of a metrics record, which trackers plot, and their inverse."""
 
 import math
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float64, Int64
 
 from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.evaluation.statistics import bootstrap
+from qlora_jax.training.metrics import Record
 
-LOW, HIGH = "_low", "_high"  # ends of names: of an interval
+LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends
 LOSS = "eval_loss"
 
 
 class TaskMetric(NamedTuple):
-    """A share of right answers, from 0 to 1, with its 95 % interval.
+    """A task's metric from 0 to 1, such as its share of right answers, with its 95 % confidence interval.
 
     Fields:
-      name: its key in records; `words`: what it is a share of.
+      name: its key in records.
+      label: its name for readers.
+      low, high: the ends of the interval.
     """
 
     name: str
-    words: str
+    label: str
     value: float
     low: float
     high: float
 
 
 def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
-    """Each measure by its task and name; of one with an interval also its ends.
+    """Returns each measure by task and name, and the ends of its interval if it has one.
 
-    `letters`, "right by letter" is letters_right_by_letter, letters_right_by_letter_low, letters_right_by_letter_high;
-    what a name has in brackets is left out.
+    "right by letter" of `letters` becomes letters_right_by_letter, letters_right_by_letter_low and
+    letters_right_by_letter_high. Text in brackets is dropped.
     """
     found: dict[str, float] = {}
     for measure in measures:
@@ -45,10 +48,10 @@ def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
 
 
 def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> dict[str, float]:
-    """The loss of rows, every token weighing the same, and its perplexity; the ends of an interval where all is finite.
+    """Returns the evaluation loss (the mean over tokens) and its perplexity, with an interval if the loss is finite.
 
     Args:
-      nll: each row's sum of -log p over its `tokens`.
+      nll: each row's sum of -log p over its `tokens`, in nats.
     """
     loss = float(nll.sum() / tokens.sum())
     found = {LOSS: loss, "eval_perplexity": perplexity(loss), "eval_tokens": int(tokens.sum())}
@@ -57,8 +60,8 @@ def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarra
     return found
 
 
-def loss_interval(record: Mapping[str, Any]) -> tuple[float, float] | None:
-    """The interval of a record's held-out loss; None where it has none."""
+def loss_interval(record: Record) -> tuple[float, float] | None:
+    """Returns the interval of a record's evaluation loss; None if it has none."""
     return (record[LOSS + LOW], record[LOSS + HIGH]) if LOSS + LOW in record else None
 
 
@@ -66,8 +69,8 @@ def _key(name: str) -> str:
     return re.sub(r"\W+", "_", name.partition(" (")[0])
 
 
-def task_metrics(record: Mapping[str, Any], task: str) -> list[TaskMetric]:
-    """The shares of a task that a record has, in order."""
+def task_metrics(record: Record, task: str) -> list[TaskMetric]:
+    """Returns the metrics of a task in a record, in order; the inverse of `flatten_metrics`."""
     names = [name for name in record if name.startswith(f"{task}_") and name + LOW in record]
     return [
         TaskMetric(
@@ -78,7 +81,7 @@ def task_metrics(record: Mapping[str, Any], task: str) -> list[TaskMetric]:
 
 
 def perplexity(loss: float) -> float:
-    """exp(loss); infinite where that is more than a float holds."""
+    """Returns exp(loss), infinite if it overflows a float."""
     try:
         return math.exp(loss)
     except OverflowError:

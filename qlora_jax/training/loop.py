@@ -1,4 +1,4 @@
-"""The loop over optimizer steps: batches in, metrics and checkpoints out, and leaving cleanly at any boundary."""
+"""The training loop: takes batches, reports metrics, saves checkpoints, and can stop after any step."""
 
 import dataclasses
 import signal
@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -18,100 +18,113 @@ from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_stat
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.eval_metrics import eval_loss_metrics
 from qlora_jax.training.memory_watch import memory_in_use
+from qlora_jax.training.metrics import Record
+from qlora_jax.training.optimizer_state import OptimizerState
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
 
-EVAL_ROWS = 8  # rows of an evaluation batch
+EVAL_ROWS = 8  # rows per evaluation batch
 
 
 @runtime_checkable
 class Reporter(Protocol):
-    """Where a run's numbers go."""
+    """Receives the records of a run, such as metrics.jsonl, the display and the trackers."""
 
-    def step(self, record: dict[str, Any]) -> None:
-        """One optimizer step's numbers."""
+    def step(self, record: Record) -> None:
+        """Receives the record of one optimizer step."""
         ...
 
-    def evaluation(self, record: dict[str, Any]) -> None:
-        """Held-out loss and answers to questions at a step."""
+    def evaluation(self, record: Record) -> None:
+        """Receives the held-out loss and the question metrics of a step."""
         ...
 
-    def evaluation_progress(self, words: str) -> None:
-        """How far an evaluation is."""
+    def evaluation_progress(self, text: str) -> None:
+        """Receives the progress of a running evaluation."""
         ...
 
-    def samples(self, records: list[dict[str, Any]]) -> None:
-        """Replies to prompts at a step."""
+    def samples(self, records: list[Record]) -> None:
+        """Receives the replies to the sample prompts at a step."""
         ...
 
 
 @dataclasses.dataclass
 class TrainState:
-    """Where a run stands: LoRA and optimizer state after `step` steps, the data position that comes next, and the best
-    evaluation so far."""
+    """The state of a run after `step` steps.
+
+    Attributes:
+      optimizer_state: as `session.state_manager` represents it.
+      position: the data position of the next batch.
+      best: the best evaluation so far.
+    """
 
     lora: Lora
-    optimizer_state: Any  # as session.state_manager has it
+    optimizer_state: OptimizerState
     step: int
     position: dict[str, int]
     best: BestEvaluation
 
 
 class NonFiniteLoss(ValueError):
-    """The loss or the gradient of a step is not finite; the message names the rows."""
+    """Raised when the loss or the gradient of a step is not finite; names the rows."""
 
 
 def initial_state(session: Session) -> TrainState:
-    """Step 0."""
+    """Returns the state at step 0."""
     return TrainState(
         session.parts.lora, session.state_manager.init(session.parts.lora), 0, dict(START), BestEvaluation()
     )
 
 
 def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
-    """The newest checkpoint, checked against the session's settings, base and data."""
+    """Restores the newest checkpoint, after a check against the session's settings, base model and data.
+
+    Raises:
+      ValueError: the run cannot resume from it; see `check_resumable`.
+    """
     check_resumable(session, checkpoints.read_state())
-    lora, optimizer_state, state = checkpoints.restore(
-        session.parts.lora, session.state_manager.checkpoint_template(session.parts.lora)
-    )
-    best = BestEvaluation.of(state)
+    template = session.state_manager.checkpoint_template(session.parts.lora)
+    lora, optimizer_state, saved = checkpoints.restore(session.parts.lora, template)
+    best = BestEvaluation.from_checkpoint(saved)
     if session.config.train.keep_best:
         checkpoints.retain(best.step)
     return TrainState(
-        lora, session.state_manager.from_checkpoint(optimizer_state), state["step"], state["position"], best
+        lora, session.state_manager.from_checkpoint(optimizer_state), saved["step"], saved["position"], best
     )
 
 
 def run_steps(
     session: Session,
-    progress: TrainState,
+    state: TrainState,
     checkpoints: Checkpoints,
     reporter: Reporter,
     stop: Callable[[], bool],
     before_step: Callable[[], None] = lambda: None,
 ) -> TrainState:
-    """Trains from `progress` to the last step, or until `stop()` is true or `train.patience` at an end at the end of a
-    step; saves where it leaves.
+    """Trains to the last step, or until `stop()` returns True or `train.patience` runs out; then saves a checkpoint.
+
+    Args:
+      stop: called before each step.
+      before_step: called before each step; the profiler uses it.
 
     Raises:
-      NonFiniteLoss: nothing of that step is saved.
+      NonFiniteLoss: the loss or gradient is not finite; that step is not saved.
       CheckpointError: a checkpoint could not be written.
-      PagingError: optimizer state could be placed nowhere; nothing of that step is saved.
+      PagingError: neither device nor host has room for the optimizer's state; that step is not saved.
     """
     settings = session.config.train
-    if progress.step == 0:
-        progress = evaluate(session, progress, checkpoints, reporter)
-    for batch, data_seconds in timed(session.dataset.train_batches(progress.position)):
-        if progress.step >= session.total_steps or stop() or progress.best.should_stop(settings.patience):
+    if state.step == 0:
+        state = evaluate(session, state, checkpoints, reporter)
+    for batch, data_seconds in timed(session.dataset.train_batches(state.position)):
+        if state.step >= session.total_steps or stop() or state.best.should_stop(settings.patience):
             break
         before_step()
-        progress = train_step(session, progress, batch, data_seconds, reporter)
-        if _is_evaluated(session, progress.step):  # before it is saved, for a run that goes on from there has done it
-            progress = evaluate(session, progress, checkpoints, reporter)
-        if settings.save_every and progress.step % settings.save_every == 0:
-            save(session, progress, checkpoints)
-    save(session, progress, checkpoints)
-    return progress
+        state = train_step(session, state, batch, data_seconds, reporter)
+        if _is_evaluated(session, state.step):  # before the checkpoint, which then counts this evaluation as done
+            state = evaluate(session, state, checkpoints, reporter)
+        if settings.save_every and state.step % settings.save_every == 0:
+            save(session, state, checkpoints)
+    save(session, state, checkpoints)
+    return state
 
 
 def _is_evaluated(session: Session, step: int) -> bool:
@@ -120,7 +133,7 @@ def _is_evaluated(session: Session, step: int) -> bool:
 
 
 def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
-    """Each batch, and the seconds that it was waited for."""
+    """Yields (batch, seconds waited for it)."""
     began = time.perf_counter()
     for batch in batches:
         yield batch, time.perf_counter() - began
@@ -128,16 +141,16 @@ def timed[T](batches: Iterable[T]) -> Iterator[tuple[T, float]]:
 
 
 def train_step(
-    session: Session, progress: TrainState, batch: Batch, data_seconds: float, reporter: Reporter
+    session: Session, state: TrainState, batch: Batch, data_seconds: float, reporter: Reporter
 ) -> TrainState:
-    """One optimizer step, reported once its numbers are known; `data_seconds` is what its batch was waited for."""
+    """Runs one optimizer step and reports it; `data_seconds` is the time waited for its batch."""
     began = time.perf_counter()
-    key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, progress.step)
-    optimizer_state, room, sent = session.state_manager.make_room(progress.optimizer_state, batch.inputs.shape)
-    grads, loss = session.gradients(session.parts.with_lora(progress.lora), batch.arrays(), key)
-    lora, optimizer_state, norm, moved = session.state_manager.update(progress.lora, optimizer_state, grads, room)
+    key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
+    optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
+    grads, loss = session.gradients(session.parts.with_lora(state.lora), batch.arrays(), key)
+    lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
-    step = progress.step + 1
+    step = state.step + 1
     if not (np.isfinite(nll) and np.isfinite(norm)):
         raise NonFiniteLoss(_non_finite(session, batch, step, row_nll_AB, float(norm)))
     seconds = time.perf_counter() - began
@@ -145,7 +158,7 @@ def train_step(
         {
             "step": step,
             "loss": float(nll) / float(tokens),
-            "learning_rate": float(session.schedule(progress.step)),
+            "learning_rate": float(session.schedule(state.step)),
             "grad_norm": float(norm),
             "supervised_tokens": int(tokens),
             "tokens": batch.tokens,
@@ -157,8 +170,8 @@ def train_step(
         | session.state_manager.metrics(optimizer_state, sent + moved)
         | memory_in_use(jax.local_devices()[0])
     )
-    assert batch.position is not None  # only batches of an evaluation have none
-    return TrainState(lora, optimizer_state, step, batch.position, progress.best)
+    assert batch.position is not None  # only evaluation batches have none
+    return TrainState(lora, optimizer_state, step, batch.position, state.best)
 
 
 def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarray, norm: float) -> str:
@@ -167,62 +180,65 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
     places = [session.dataset.train.where(int(row)) for row in rows.reshape(-1) if row >= 0]
     return (
         f"step {step}: the loss or its gradient is not finite (gradient norm {norm}); {which}: {', '.join(places)}. "
-        "The last checkpoint is from before this step. Look at these rows, or lower optim.learning_rate."
+        "The last checkpoint is from before this step. Check these rows, or lower optim.learning_rate."
     )
 
 
-def evaluate(session: Session, progress: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> TrainState:
-    """Reports samples, the held-out loss and what is right of the questions; where the loss is the least so far and the
-    best are kept, saves a checkpoint."""
-    parts = session.parts.with_lora(progress.lora)
+def evaluate(session: Session, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> TrainState:
+    """Reports sample replies, the held-out loss and question metrics.
+
+    Saves a checkpoint if the loss is the lowest so far and `train.keep_best` is set.
+    """
+    parts = session.parts.with_lora(state.lora)
     if session.samples is not None:
-        reporter.samples(session.samples.replies(parts, progress.step))
-    found = {} if session.dataset.eval is None else held_out_loss(session, progress)
+        reporter.samples(session.samples.replies(parts, state.step))
+    found = {} if session.dataset.eval is None else held_out_loss(session, state)
     if session.questions is not None:
-        needed = session.questions.memory(parts).size
-        optimizer_state, _, _ = session.state_manager.make_room(progress.optimizer_state, needed)
-        progress = dataclasses.replace(progress, optimizer_state=optimizer_state)
+        required = session.questions.memory(parts).size
+        optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, required)
+        state = dataclasses.replace(state, optimizer_state=optimizer_state)
         found |= session.questions.metrics(parts, reporter.evaluation_progress)
     if found:
-        reporter.evaluation({"step": progress.step, **found})
+        reporter.evaluation({"step": state.step, **found})
     if session.dataset.eval is None:
-        return progress
-    best = progress.best.after(progress.step, found["eval_loss"])
-    progress = dataclasses.replace(progress, best=best)
-    if session.config.train.keep_best and best.step == progress.step > 0:
+        return state
+    best = state.best.updated(state.step, found["eval_loss"])
+    state = dataclasses.replace(state, best=best)
+    if session.config.train.keep_best and best.step == state.step > 0:
         checkpoints.retain(best.step)
-        save(session, progress, checkpoints)
-    return progress
+        save(session, state, checkpoints)
+    return state
 
 
-def held_out_loss(session: Session, progress: TrainState) -> dict[str, float]:
-    """The loss of the held-out rows, weighed by tokens, as a record has it, with its 95 % interval (bootstrap)."""
+def held_out_loss(session: Session, state: TrainState) -> dict[str, float]:
+    """Returns the record entries of the held-out loss: the mean over tokens, with a 95 % bootstrap interval."""
     sums, tokens = [], []
     for batch in session.dataset.eval_batches(EVAL_ROWS):
         arrays = {name: array[0] for name, array in batch.arrays().items()}
-        rows_B = evaluation_loss(session.parts.with_lora(progress.lora), arrays)
+        rows_B = evaluation_loss(session.parts.with_lora(state.lora), arrays)
         there = batch.rows[0, :, 0] != NO_ROW
         sums.append(np.asarray(rows_B, np.float64)[there])
         tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])
     return eval_loss_metrics(np.concatenate(sums), np.concatenate(tokens))
 
 
-def save(session: Session, progress: TrainState, checkpoints: Checkpoints) -> None:
-    """A checkpoint of `progress`."""
-    state = checkpoint_state(session, progress.step, progress.position, progress.best)
-    checkpoints.save(progress.step, progress.lora, session.state_manager.to_checkpoint(progress.optimizer_state), state)
+def save(session: Session, state: TrainState, checkpoints: Checkpoints) -> None:
+    """Saves a checkpoint of `state`."""
+    metadata = checkpoint_state(session, state.step, state.position, state.best)
+    optimizer_state = session.state_manager.to_checkpoint(state.optimizer_state)
+    checkpoints.save(state.step, state.lora, optimizer_state, metadata)
 
 
 @contextmanager
-def stop_on_signals(told: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """`stop()`, true once SIGINT or SIGTERM came; a second SIGINT interrupts at once."""
+def stop_on_signals(report: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Yields `stop()`, which returns True after SIGINT or SIGTERM; a second SIGINT interrupts at once."""
     received: list[int] = []
 
-    def handle(number: int, _: Any) -> None:
+    def handle(number: int, _: object) -> None:
         if received and number == signal.SIGINT:
             raise KeyboardInterrupt
         received.append(number)
-        told(f"{signal.Signals(number).name}: saving after this step; Ctrl-C again leaves at once, without saving")
+        report(f"{signal.Signals(number).name}: saving after this step; press Ctrl-C again to exit without saving")
 
     # Python sets signal handlers in the main thread only; elsewhere, signals stay with the program's own handlers.
     in_main_thread = threading.current_thread() is threading.main_thread()

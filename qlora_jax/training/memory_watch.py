@@ -1,4 +1,4 @@
-"""Bytes that a run holds: now, for the record of a step, and at its fullest moment, to put beside its plan."""
+"""Memory in use by a run: now, for a step's record, and at its peak, to compare with the memory plan."""
 
 import re
 from collections.abc import Callable
@@ -7,14 +7,17 @@ from pathlib import Path
 from qlora_jax.optim.page_pool import Device, Memory
 
 _PROCESS = Path("/proc/self")
-_OF_DEVICE = {"device_bytes": "bytes_in_use", "device_peak_bytes": "peak_bytes_in_use"}  # as JAX's allocators tell it
+_DEVICE_KEYS = {
+    "device_bytes": "bytes_in_use",
+    "device_peak_bytes": "peak_bytes_in_use",
+}  # keys of JAX's memory statistics
 
 
 def watch_peak(memory: Memory) -> Callable[[], int | None]:
-    """`peak()`: bytes held at most since this call; None where neither device nor system tells.
+    """Returns `peak()`: the peak memory in bytes since this call, or None if neither device nor system reports it.
 
-    A device tells of all that this process ever held there. On a CPU it is what the process has grown by: call before a
-    weight is read.
+    A GPU reports the peak over the life of the process. On a CPU the result is the growth of the process since this
+    call, so call it before the weights are read.
     """
     if memory.device.platform == "cpu":
         return _watch_process()
@@ -22,13 +25,13 @@ def watch_peak(memory: Memory) -> Callable[[], int | None]:
 
 
 def memory_in_use(device: Device) -> dict[str, int]:
-    """Bytes held now, of what system and device tell.
+    """Returns the bytes in use now, as far as system and device report them.
 
-    `host_bytes`: resident memory of this process; on Linux. `device_bytes`, `device_peak_bytes`: arrays on the device,
-    now and at most since the process began; not on a CPU, whose arrays are the process's own.
+    `host_bytes` is the resident memory of this process (Linux only). `device_bytes` and `device_peak_bytes` are the
+    arrays on the device, now and at their peak; a CPU does not report them, because its arrays are in host memory.
     """
-    told = device.memory_stats() or {}
-    on_device = {name: told[key] for name, key in _OF_DEVICE.items() if key in told}
+    statistics = device.memory_stats() or {}
+    on_device = {name: statistics[key] for name, key in _DEVICE_KEYS.items() if key in statistics}
     try:
         return {"host_bytes": _resident("VmRSS"), **on_device}
     except OSError:
@@ -37,7 +40,7 @@ def memory_in_use(device: Device) -> dict[str, int]:
 
 def _watch_process() -> Callable[[], int | None]:
     try:
-        (_PROCESS / "clear_refs").write_text("5")  # Linux: the peak starts again from what is resident now
+        (_PROCESS / "clear_refs").write_text("5")  # Linux: resets the peak to the memory resident now
         before = _resident("VmRSS")
     except OSError:
         return lambda: None

@@ -1,6 +1,6 @@
-"""metrics.jsonl: one JSON object a line for each step and each evaluation of a run, `step` in all of them.
+"""metrics.jsonl: one JSON object per line for each step and each evaluation of a run; each has `step`.
 
-A number that is not finite is written as null, for JSON has no word for it.
+A number that is not finite is written as null, because JSON cannot represent it.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-Record = dict[str, Any]
+Record = dict[str, Any]  # JSON values; docs/training.md lists the keys
 
 
 def _line(record: Record) -> str:
@@ -26,18 +26,22 @@ def _records(path: Path) -> Iterator[Record]:
             record["step"]
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines) and not line.endswith("\n"):
-                return  # a run killed while it wrote leaves half a line, and it can only be the last
-            raise ValueError(f"{path}:{number}: found {line[:80]!r}, expected a JSON object with `step`") from error
+                return  # a run killed during a write leaves half a line, always the last one
+            raise ValueError(f"{path}:{number}: found {line[:80]!r}, expected a JSON object with `step`.") from error
         yield record
 
 
 def read_metrics(path: str | os.PathLike) -> list[Record]:
-    """The records of a run in the order they were written; raises ValueError with the line of anything else."""
+    """Returns the records of a run in order.
+
+    Raises:
+      ValueError: a line that is not a record; names the line.
+    """
     return list(_records(Path(path)))
 
 
 def truncate_after(path: str | os.PathLike, step: int) -> None:
-    """Drops what was written after `step`: a run that goes on from there writes it again."""
+    """Drops the records after `step`, which a run resumed from `step` writes again."""
     kept = [_line(record) for record in _records(Path(path)) if record["step"] <= step]
     part = Path(f"{os.fspath(path)}.part")
     part.write_text("".join(kept), encoding="utf-8")
@@ -45,12 +49,12 @@ def truncate_after(path: str | os.PathLike, step: int) -> None:
 
 
 class MetricsFile:
-    """Appends records to a file, each on disk's way (flushed) before `write` returns."""
+    """Appends records to a file and flushes each one before `write` returns."""
 
     def __init__(self, path: str | os.PathLike, first_step: int):
-        """Opens `path` for a run that has done `first_step` steps; what stands there after them is dropped.
+        """Opens `path` for a run that has done `first_step` steps, and drops later records.
 
-        For 0 that is everything: the evaluation of step 0 comes again.
+        With `first_step` 0 all records are dropped, because the evaluation of step 0 runs again.
         """
         path = Path(path)
         if path.exists():
@@ -58,9 +62,13 @@ class MetricsFile:
         self._path, self._file = path, None
 
     def write(self, record: Record) -> None:
-        """Appends one record, which has `step`; the first makes the file."""
+        """Appends one record; the first one creates the file.
+
+        Raises:
+          ValueError: the record lacks `step`.
+        """
         if "step" not in record:
-            raise ValueError(f"a record needs `step`; found {sorted(record)}")
+            raise ValueError(f"record: `step` is missing (found {sorted(record)}).")
         if self._file is None:
             self._file = self._path.open("a", encoding="utf-8")
         self._file.write(_line(record))

@@ -1,10 +1,10 @@
-"""How a run's optimizer state is held and updated: whole on the device, or in pages under a budget of bytes.
+"""Where a run's optimizer state is stored and how it is updated: on the device, or in pages under a byte budget.
 
-The loop hands the pager numbers of bytes (see budgets.py), never a plan.
+The pager receives budgets in bytes (paging_budget.py), never a memory plan.
 """
 
 import dataclasses
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import optax
@@ -28,79 +28,81 @@ from qlora_jax.optim.pager import (
     unpage,
 )
 from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.metrics import Record
 from qlora_jax.training.paging_budget import Budget, Workload, fixed_budget, measured_budget
 from qlora_jax.training.step import update
 
-PAGES_PER_BUDGET = 4  # at least, where layers are small enough: one updated, one coming, one going, one waiting
+PAGES_PER_BUDGET = 4  # at least, if layers are small enough: one in update, one prefetched, one evicted, one waiting
 
-Stepped = tuple[Lora, Any, jax.Array, Transfers]
+OptimizerState = optax.OptState | PagedState
+UpdateResult = tuple[Lora, OptimizerState, jax.Array, Transfers]
 
 
 @runtime_checkable
 class OptimizerStateManager(Protocol):
-    """What the loop does with an optimizer's state, of which it knows nothing else."""
+    """The operations that the training loop needs on an optimizer's state, whose type the loop does not know."""
 
-    def init(self, lora: Lora) -> Any:
-        """The state at step 0."""
+    def init(self, lora: Lora) -> OptimizerState:
+        """Returns the state at step 0."""
         ...
 
-    def make_room(self, state: Any, work: Workload) -> tuple[Any, int, Transfers]:
-        """(the state with as much on the device as the work leaves room for, room for its update, moved).
+    def make_room(self, state: OptimizerState, work: Workload) -> tuple[OptimizerState, int, Transfers]:
+        """Evicts pages until the workload fits; returns (state, bytes that its update may use, transfers).
 
-        Room is asked for before the gradients: while they are computed, the device tells of their scratch too.
+        Call it before the gradients: while they are computed, the device also reports their scratch as in use.
         """
         ...
 
-    def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
-        """(LoRA parameters, state, the gradients' norm before clipping, what was moved); donates the first two."""
+    def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
+        """Returns (LoRA parameters, state, gradient norm before clipping, transfers); donates `lora` and `state`."""
         ...
 
-    def metrics(self, state: Any, moved: Transfers) -> dict[str, Any]:
-        """What a step's record says of it."""
+    def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
+        """Returns the entries of a step's record."""
         ...
 
-    def to_checkpoint(self, state: Any) -> Any:
-        """The state as optax has it, for a checkpoint."""
+    def to_checkpoint(self, state: OptimizerState) -> optax.OptState:
+        """Returns the state as an optax state, for a checkpoint."""
         ...
 
-    def checkpoint_template(self, lora: Lora) -> Any:
-        """What a checkpoint's state is read into."""
+    def checkpoint_template(self, lora: Lora) -> optax.OptState:
+        """Returns the tree of arrays or ShapeDtypeStructs that a checkpoint's state is restored into."""
         ...
 
-    def from_checkpoint(self, tree: Any) -> Any:
-        """The state that a checkpoint holds."""
+    def from_checkpoint(self, tree: optax.OptState) -> OptimizerState:
+        """Returns the state from a restored optax state."""
         ...
 
     def describe(self) -> str:
-        """Where the state is, in the words of a banner; empty for: on the device."""
+        """Returns the state's placement for the start banner; empty if it is on the device."""
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceStateManager(OptimizerStateManager):
-    """The state stays on the device, and is updated at once."""
+    """Stores the state on the device and updates it in one program."""
 
     optimizer: optax.GradientTransformation
 
-    def init(self, lora: Lora) -> Any:
+    def init(self, lora: Lora) -> OptimizerState:
         return self.optimizer.init(lora)
 
-    def make_room(self, state: Any, work: Workload) -> tuple[Any, int, Transfers]:
+    def make_room(self, state: OptimizerState, work: Workload) -> tuple[OptimizerState, int, Transfers]:
         return state, 0, Transfers()
 
-    def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
+    def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
         return *update(self.optimizer, lora, state, grads), Transfers()
 
-    def metrics(self, state: Any, moved: Transfers) -> dict[str, Any]:
+    def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
         return {}
 
-    def to_checkpoint(self, state: Any) -> Any:
+    def to_checkpoint(self, state: OptimizerState) -> optax.OptState:
         return state
 
-    def checkpoint_template(self, lora: Lora) -> Any:
+    def checkpoint_template(self, lora: Lora) -> optax.OptState:
         return self.init(lora)
 
-    def from_checkpoint(self, tree: Any) -> Any:
+    def from_checkpoint(self, tree: optax.OptState) -> OptimizerState:
         return tree
 
     def describe(self) -> str:
@@ -109,12 +111,14 @@ class DeviceStateManager(OptimizerStateManager):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedStateManager(OptimizerStateManager):
-    """The state is pages, or whole while there is room for all of it; see qlora_jax.optim.pager and .whole.
+    """Stores the state in pages, or whole on the device while it fits; see qlora_jax.optim.pager.
 
     Attributes:
-      structure: of the state that a checkpoint holds: the plain run's, so that either goes on from the other's.
-      optimizer: of a whole state; `transform` is the same without clipping.
-      words: the budget, for the banner.
+      structure: the tree structure of a checkpoint's state; it equals that of a run without paging, so that either can
+        resume from the other's checkpoint.
+      optimizer: updates a whole state.
+      transform: the same optimizer without clipping; updates one page.
+      budget_text: the budget, for the start banner.
     """
 
     structure: PyTreeDef
@@ -124,12 +128,12 @@ class PagedStateManager(OptimizerStateManager):
     memory: Memory
     step: PagedUpdate
     budget: Budget
-    words: str
+    budget_text: str
 
     def init(self, lora: Lora) -> PagedState:
         return paged_init(self.transform, lora, self.layout, self.memory)
 
-    def make_room(self, state: Any, work: Workload) -> tuple[Any, int, Transfers]:
+    def make_room(self, state: OptimizerState, work: Workload) -> tuple[OptimizerState, int, Transfers]:
         room = self.budget(work, self._resident_bytes(state))
         moved, is_room = Transfers(), min(room) >= self.layout.total_bytes
         if is_room and isinstance(state, PagedState):
@@ -141,15 +145,15 @@ class PagedStateManager(OptimizerStateManager):
             moved += sent
         return state, room.update, moved
 
-    def update(self, lora: Lora, state: Any, grads: Lora, room: int) -> Stepped:
+    def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
         if isinstance(state, PagedState):
             return self.step(lora, state, grads, room)
         return *update(self.optimizer, lora, state, grads), Transfers()
 
-    def _resident_bytes(self, state: Any) -> int:
+    def _resident_bytes(self, state: OptimizerState) -> int:
         return resident_bytes(state) if isinstance(state, PagedState) else self.layout.total_bytes
 
-    def metrics(self, state: Any, moved: Transfers) -> dict[str, Any]:
+    def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
         numbers = {
             "paged_in_bytes": moved.bytes_in,
             "paged_out_bytes": moved.bytes_out,
@@ -157,39 +161,41 @@ class PagedStateManager(OptimizerStateManager):
         }
         return numbers | ({"paging_problems": list(moved.problems)} if moved.problems else {})
 
-    def to_checkpoint(self, state: Any) -> Any:
+    def to_checkpoint(self, state: OptimizerState) -> optax.OptState:
         if not isinstance(state, PagedState):
             return state
         tree = to_optax(state, self.layout, self.memory)
-        return jax.tree.unflatten(self.structure, jax.tree.leaves(tree))  # clipping has no leaves
+        return jax.tree.unflatten(self.structure, jax.tree.leaves(tree))  # clipping adds no leaves
 
-    def checkpoint_template(self, lora: Lora) -> Any:
-        # On the host where the backend can: a state that has to be paged may not fit the device for a moment.
+    def checkpoint_template(self, lora: Lora) -> optax.OptState:
+        # In host memory if the backend has it: a paged state may not fit on the device, even for a moment.
         sharding = self.memory.host_sharding or self.memory.device_sharding
         leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in self.layout.leaves]
         return jax.tree.unflatten(self.structure, leaves)
 
-    def from_checkpoint(self, tree: Any) -> PagedState:
+    def from_checkpoint(self, tree: optax.OptState) -> PagedState:
         return from_optax(tree, self.layout, self.memory)
 
     def describe(self) -> str:
-        where = {"pinned_host": "pinned host memory", "numpy": "host memory (this backend has none that is pinned)"}
+        where = {"pinned_host": "pinned host memory", "numpy": "host memory (this backend has no pinned memory)"}
         pages, total = self.layout.count, format_bytes(self.layout.total_bytes)
         size = format_bytes(self.layout.largest_page)
-        return f"{total} in {pages} pages of {size}, {self.words}; others wait in {where[self.memory.kind]}"
+        return f"{total} in {pages} pages of {size}, {self.budget_text}; the rest in {where[self.memory.kind]}"
 
 
 def make_state_manager(
     args: OptimArgs, total_steps: int, gradients: CompiledGradients, memory: Memory | None = None
 ) -> OptimizerStateManager:
-    """The updates of a run with these settings; nothing is on the device yet.
+    """Returns the state manager of a run with these settings; allocates nothing yet.
 
     Args:
-      gradients: whose parameters are updated.
-      memory: of the first device where it is None.
+      total_steps: the length of the learning-rate schedule.
+      gradients: the run's gradient programs, whose shapes and memory determine pages and budget.
+      memory: the device's memory; None: the first device's.
 
     Raises:
-      ValueError: a budget that holds no page or that the device does not have; an optimizer that can't be paged.
+      ValueError: optim.paging_budget is smaller than a page or larger than the device; an optimizer that cannot be
+        paged.
     """
     optimizer = make_optimizer(args, total_steps)
     if paging_of(args) == "off":
@@ -201,7 +207,7 @@ def make_state_manager(
     layout = layer_pages(transform, gradients.lora, page_bytes)
     if plain_name(args.name) not in ELEMENTWISE:
         check_elementwise(transform, gradients.lora, layout, memory)
-    budget, words = measured_budget(gradients, memory) if given is None else fixed_budget(given, layout, memory)
+    budget, text = measured_budget(gradients, memory) if given is None else fixed_budget(given, layout, memory)
     return PagedStateManager(
         structure=jax.tree.structure(jax.eval_shape(optimizer.init, gradients.lora)),
         optimizer=optimizer,
@@ -210,5 +216,5 @@ def make_state_manager(
         memory=memory,
         step=PagedUpdate(transform, layout, memory, args.max_grad_norm),
         budget=budget,
-        words=words,
+        budget_text=text,
     )

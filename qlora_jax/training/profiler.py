@@ -1,4 +1,4 @@
-"""A profiler's trace of some steps, which https://ui.perfetto.dev opens."""
+"""Profiler traces of a few steps, for https://ui.perfetto.dev."""
 
 import contextlib
 import gzip
@@ -7,27 +7,27 @@ from pathlib import Path
 
 import jax
 
-FIRST = 2  # steps of a start that compile and warm up
-# The profiler ends its list of events with an empty one, which Perfetto calls an error.
+WARM_UP_STEPS = 2  # not traced: they compile
+# The profiler ends its list of events with an empty event, which Perfetto reports as an error.
 END, BETTER_END = b",{}]}", b"]}"
 BLOCK = 1 << 20
 
 
 @contextlib.contextmanager
 def traced_steps(folder: Path, count: int) -> Iterator[Callable[[], None]]:
-    """Yields what is to be called before each step: steps 3 to 2 + `count` of this start are traced into `folder`.
+    """Yields a function to call before each step; traces `count` steps into `folder`, after 2 warm-up steps.
 
     Args:
-      count: 0: nothing is traced.
+      count: the number of steps to trace; 0 traces nothing.
     """
     seen, running = 0, False
 
     def before_step() -> None:
         nonlocal seen, running
-        if count and seen == FIRST:
+        if count and seen == WARM_UP_STEPS:
             jax.profiler.start_trace(folder)
             running = True
-        if running and seen == FIRST + count:
+        if running and seen == WARM_UP_STEPS + count:
             _stop(folder)
             running = False
         seen += 1
@@ -40,7 +40,10 @@ def traced_steps(folder: Path, count: int) -> Iterator[Callable[[], None]]:
 
 
 def _stop(folder: Path) -> None:
-    """Ends the trace. jax's own making of Perfetto's file holds all events in memory: gigabytes on a CPU."""
+    """Ends the trace and writes Perfetto's file block by block.
+
+    JAX can write that file too, but it holds all events in memory: gigabytes on a CPU.
+    """
     jax.profiler.stop_trace()
     newest = max((folder / "plugins/profile").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     (events,) = newest.glob("*.trace.json.gz")

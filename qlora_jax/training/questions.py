@@ -20,11 +20,11 @@ class QuestionMemory(NamedTuple):
 
     Fields:
       size: bytes.
-      words: description of the program that needs them.
+      program: the program that needs most.
     """
 
     size: int
-    words: str
+    program: str
 
 
 class Questions:

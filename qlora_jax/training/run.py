@@ -116,7 +116,7 @@ def _plan(config: Config, console: Console, *, full: bool, model: PreparedModel 
     with console.status("compiling the training step"):
         gradients = compile_gradients(config, inputs)
         plan = plan_run(config, inputs, gradients)
-    print_banner("memory plan", plan.rows() if full else {"needs": plan.rows()["needs"]}, console)
+    print_banner("memory plan", plan.rows() if full else {"memory": plan.rows()["memory"]}, console)
     return _Planned(config, inputs, gradients, plan)
 
 

@@ -1,8 +1,7 @@
-"""What the model writes while it trains: replies to the same prompts at every evaluation."""
+"""Sample replies during training: the same prompts, answered at every evaluation."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from qlora_jax.config.schema import TrainArgs
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -11,27 +10,31 @@ from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts, 
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.training.metrics import Record
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Samples:
-    """Prompts, and how they are answered: greedily, so that two steps differ by what was learned alone.
+    """Prompts that are answered greedily, so that the replies of two steps differ only by what was learned.
 
     Attributes:
-      rows: of the prompts' file; `ids`: of each, as the model reads it.
-      stops: ids that end a reply.
+      rows: the rows of the prompts' file.
+      ids: the token ids of each prompt.
+      stops: the ids that end a reply.
+      max_new_tokens: the maximum length of a reply.
     """
 
-    rows: Sequence[Mapping[str, Any]]
+    rows: Sequence[Mapping[str, object]]
     ids: Sequence[list[int]]
     tokenizer: Tokenizer
     stops: frozenset[int]
     max_new_tokens: int
 
-    def replies(self, parts: ModelParts, step: int) -> list[dict[str, Any]]:
-        """A record for each prompt: its columns, `step`, `reply`, and `end`, why the reply ends there."""
-        how = {"sampling": Sampling(), "max_new_tokens": self.max_new_tokens, "stop_ids": self.stops}
-        replies = generate(parts, self.ids, **how)
+    def replies(self, parts: ModelParts, step: int) -> list[Record]:
+    """Returns a record per prompt: `step`, `prompt` (its columns), `reply`, and `end` (why the reply ended)."""
+        replies = generate(
+            parts, self.ids, sampling=Sampling(), max_new_tokens=self.max_new_tokens, stop_ids=self.stops
+        )
         return [
             {"step": step, "prompt": row, "reply": self.tokenizer.decode(reply.ids), "end": reply.end}
             for row, reply in zip(self.rows, replies, strict=True)
@@ -39,10 +42,10 @@ class Samples:
 
 
 def open_samples(train: TrainArgs, tokenizer: Tokenizer, source: ModelSource, max_positions: int) -> Samples | None:
-    """The prompts of `train.samples`; None where it names none.
+    """Opens the prompts of `train.samples`; returns None if it is not set.
 
     Raises:
-      ValueError: rows that are no prompts, or leave the model no room for a reply: all of them.
+      ValueError: rows that are not prompts, or that leave no positions for a reply; lists all of them.
     """
     if train.samples is None:
         return None

@@ -1,42 +1,51 @@
 """One optimizer step, as two compiled functions: gradients of the accumulated loss, and the update.
 
-They are apart so that an update can be paged, and so that a new length bucket compiles the gradients alone.
+They are separate so that an update can be paged, and so that a new length bucket compiles the gradients only.
 
-Dimension key: A micro-batches accumulated, B rows of a micro-batch, T positions, M = B T.
+Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions, M = B T.
 """
 
 import dataclasses
 import functools
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, ModelParts, combine
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 
-# On CPUs: a leaf is clipped when its update wants it. XLA's own order clips all first: a second set of gradients.
+# Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepLoss:
-    """What one step's forward passes say: sums of losses in nats, and over how many supervised tokens."""
+    """The losses of one step, in nats.
+
+    Attributes:
+      nll: the sum over all supervised tokens.
+      tokens: the number of supervised tokens.
+      row_nll_AB: the sum of each row.
+    """
 
     nll: Float[Array, ""]
     tokens: Float[Array, ""]
     row_nll_AB: Float[Array, "A B"]
 
 
-def row_nll(model: Any, micro: dict[str, jax.Array], *, remat: str, key: jax.Array | None) -> Float[Array, " B"]:
-    """Each row's sum over its tokens of weight * -log p(target), in f32.
+def row_nll(model: CausalLM, micro: dict[str, jax.Array], *, remat: str, key: jax.Array | None) -> Float[Array, " B"]:
+    """Returns each row's sum over its tokens of weight * -log p(target), in f32.
 
     Args:
-      micro: `inputs`, `targets`, `weights` and, where rows are packs, `segments` of one micro-batch, each [B, T].
+      micro: one micro-batch: `inputs`, `targets`, `weights` and, with packing, `segments`, each [B, T].
+      remat: a key of REMAT_POLICIES.
+      key: the dropout key of this micro-batch; None without dropout.
     """
     targets_BT, weights_BT = micro["targets"], micro["weights"]
     hidden_MD = model.hidden(micro["inputs"], remat=remat, key=key, segments_BT=micro.get("segments"))
@@ -53,14 +62,15 @@ def gradients(
     *,
     remat: str,
 ) -> tuple[Lora, StepLoss]:
-    """Gradients of (sum of losses) / (sum of supervised tokens) over all micro-batches, and the sums.
+    """Returns the gradients of (sum of losses) / (number of supervised tokens) over all micro-batches, and the losses.
 
-    Weighing by tokens makes the result that of one large batch, however its tokens fall into micro-batches. Gradients
-    are summed over micro-batches in the parameters' dtype, f32 or bf16, as torch does.
+    The result is that of one large batch, however its tokens are split into micro-batches. Gradients are summed over
+    micro-batches in the parameters' dtype, f32 or bf16, as in torch.
 
     Args:
-      batch: `inputs`, `targets` int32 and `weights` f32, and `segments` int32 where rows are packs, each [A, B, T].
-      key: dropout's key of this step, folded with the micro-batch; None where there is no dropout.
+      batch: `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T].
+      key: the dropout key of this step, which is folded with the micro-batch; None without dropout.
+      remat: a key of REMAT_POLICIES.
     """
 
     def summed(lora: Lora, micro: dict[str, jax.Array], index: jax.Array):
@@ -68,7 +78,7 @@ def gradients(
         rows_B = row_nll(combine(parts.with_lora(lora)), micro, remat=remat, key=micro_key)
         return jnp.sum(rows_B), rows_B
 
-    # Each layer's gradient is added in place when the backward pass has it: a micro-batch has no set of its own.
+    # The backward pass adds each layer's gradient in place, so a micro-batch needs no second set of gradients.
     total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), parts.lora)
 
     def accumulate(_, xs):
@@ -95,7 +105,10 @@ def _mean(total: jax.Ref, tokens: Float[Array, ""]) -> jax.Array:
 def update(
     optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
-    """(LoRA parameters and optimizer state after one step, the gradients' global norm before clipping)."""
+    """Returns (LoRA parameters, optimizer state, the gradients' global norm before clipping) after one step.
+
+    Donates `lora` and `state`.
+    """
     grads = in_f32(grads)
     norm = optax.tree.norm(grads)
     updates, state = optimizer.update(grads, state, lora)
@@ -104,5 +117,5 @@ def update(
 
 @jax.jit
 def evaluation_loss(parts: ModelParts, batch: dict[str, jax.Array]) -> Float[Array, " B"]:
-    """Each row's sum of losses, without dropout; `batch` as for `gradients`, with no leading axis A."""
+    """Returns each row's sum of losses in nats, without dropout; `batch` is as in `gradients`, without the axis A."""
     return row_nll(combine(parts), batch, remat="none", key=None)

@@ -1,6 +1,6 @@
-"""Where else a run's numbers go: TensorBoard's files, Weights & Biases. Each library is an extra.
+"""Experiment trackers (TensorBoard, Weights & Biases) that receive the records of metrics.jsonl.
 
-Their names are settings' (`train.track`); what they are given are the records of metrics.jsonl.
+`train.track` selects them; each library is an optional extra.
 """
 
 import contextlib
@@ -8,23 +8,22 @@ import hashlib
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 Log = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
 
 
 @contextlib.contextmanager
-def trackers(names: Sequence[str], run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Sequence[Log]]:
-    """What takes each record of a run that has done `first_step` steps; closed when the block ends."""
+def trackers(names: Sequence[str], run: Path, config: Mapping[str, object], first_step: int) -> Iterator[Sequence[Log]]:
+    """Yields a log function per tracker, for a run that has done `first_step` steps; closes them at the end."""
     with contextlib.ExitStack() as stack:
         yield [stack.enter_context(TRACKERS[name](run, config, first_step)) for name in names]
 
 
 def check_installed(names: Sequence[str]) -> None:
-    """Raises ValueError with every library that these trackers need and that is not installed."""
+    """Raises ValueError that lists the libraries of these trackers that are not installed."""
     problems = [
-        f"train.track: {name} needs {LIBRARIES[name]}, which is not installed: pip install 'qlora-jax[{name}]', or "
-        "leave it out"
+        f"train.track: {name} needs {LIBRARIES[name]}, which is not installed. "
+        f"Run pip install 'qlora-jax[{name}]', or leave {name} out."
         for name in names
         if importlib.util.find_spec(LIBRARIES[name]) is None
     ]
@@ -32,8 +31,8 @@ def check_installed(names: Sequence[str]) -> None:
         raise ValueError("\n".join(problems))
 
 
-def scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    """Of a record: what can be drawn over steps."""
+def scalars(record: Mapping[str, object]) -> dict[str, float]:
+    """Returns the numbers of a record that can be plotted over steps."""
     return {
         name: float(value)
         for name, value in record.items()
@@ -42,8 +41,8 @@ def scalars(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _tensorboard(run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Log]:
-    """RUN/tensorboard, a file for each time that the run was started."""
+def _tensorboard(run: Path, config: Mapping[str, object], first_step: int) -> Iterator[Log]:
+    """Logs to RUN/tensorboard, in a new file each time the run starts or resumes."""
     from tensorboardX import SummaryWriter  # pyright: ignore[reportMissingImports]
 
     with SummaryWriter(
@@ -58,13 +57,14 @@ def _tensorboard(run: Path, config: Mapping[str, Any], first_step: int) -> Itera
 
 
 @contextlib.contextmanager
-def _wandb(run: Path, config: Mapping[str, Any], first_step: int) -> Iterator[Log]:
-    """A run of Weights & Biases, the same one when the run goes on; its own settings and environment hold."""
+def _wandb(run: Path, config: Mapping[str, object], first_step: int) -> Iterator[Log]:
+    """Logs to a Weights & Biases run, the same one on resume; wandb's environment variables apply."""
     import wandb  # pyright: ignore[reportMissingImports]
 
     identity = hashlib.sha256(str(run.resolve()).encode()).hexdigest()[:16]
-    settings = {"id": identity, "resume": "allow", "name": run.name, "config": dict(config), "dir": str(run)}
-    tracked = wandb.init(project="qlora_jax", **settings)
+    tracked = wandb.init(
+        project="qlora_jax", id=identity, resume="allow", name=run.name, config=dict(config), dir=str(run)
+    )
     try:
         yield lambda step, values: tracked.log(dict(values), step=step)
     finally:

@@ -71,7 +71,7 @@ def test_a_declared_budget_moves_p_minus_c_pages_and_changes_no_bit(plain, tmp_p
     page, budget = resident // 2, 70 * 1024
     assert 2 * page <= budget < 3 * page
     assert set(later) == {(2 * page, 2 * page, 2 * page)}
-    assert "70.00 KiB of them on the device; others wait in pinned host memory" in text
+    assert "at most 70.00 KiB on the device; the rest in pinned host memory" in text
     assert "optimizer paging" not in text.split("not used")[1].splitlines()[0]
     assert "resident, " in text.split("step 2/10")[1].splitlines()[0]
 
@@ -83,7 +83,7 @@ def test_auto_leaves_all_on_a_device_with_room_and_says_what_it_assumes(plain, t
     first, *later = paging_numbers(config)
     assert first == (first[2], 0, first[2])
     assert set(later) == {(0, 0, first[2])}
-    assert "this backend reports no memory: the machine's is assumed" in text
+    assert "(the machine's memory, because this backend reports no limit)" in text
 
 
 MODES = [

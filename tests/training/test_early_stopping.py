@@ -11,7 +11,7 @@ def test_it_is_the_first_of_the_least_and_patience_counts_from_it(losses, patien
     best = BestEvaluation()
     assert not best.should_stop(patience)
     for step, loss in enumerate(losses):
-        best = best.after(step, loss)
+        best = best.updated(step, loss)
         so_far = losses[: step + 1]
         assert (best.loss, best.step) == (min(so_far), so_far.index(min(so_far)))
         assert best.should_stop(patience) == (step - best.step >= patience) and not best.should_stop(0)

@@ -65,5 +65,5 @@ def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
 
 
 def test_a_record_needs_its_step(tmp_path):
-    with MetricsFile(tmp_path / "m.jsonl", 0) as metrics, pytest.raises(ValueError, match="needs `step`"):
+    with MetricsFile(tmp_path / "m.jsonl", 0) as metrics, pytest.raises(ValueError, match="`step` is missing"):
         metrics.write({"loss": 1.0})

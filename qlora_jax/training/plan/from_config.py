@@ -1,4 +1,4 @@
-"""From settings to what a plan is made of: the step's setting, the compiler for its device, and words for both."""
+"""Builds the inputs of a plan from settings: the step's configuration, the compiler for its device, and the title."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,42 +16,41 @@ GIB = 2**30
 
 
 def step_config(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> StepConfig:
-    """What the longest step needs its memory for: of the longest bucket, or data.max_length where none is known.
+    """Returns the configuration of the longest step: that of the longest bucket, or data.max_length without buckets.
 
     Raises:
-      ValueError: no such model, or rows longer than it was made for.
+      ValueError: an unknown model, or rows longer than its maximum.
     """
     model = model_features(args.model.path)
     if args.data.max_length > model.max_positions:
         raise ValueError(
-            f"data.max_length={args.data.max_length} is longer than the model allows, which was made for "
-            f"{model.max_positions} positions"
+            f"data.max_length={args.data.max_length} is longer than the model allows (at most {model.max_positions} "
+            f"positions). Set data.max_length to at most {model.max_positions}."
         )
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
-    ids = tuple(range(model.vocab_size, model.vocab_size + new))  # whichever they will be, their rows are as large
+    ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
     return run_step_config(args, model, weights, max(buckets, default=args.data.max_length), ids)
 
 
 def data_buckets(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
-    """(the lengths that batches of data.train come in, empty where they are not known; why they are not).
+    """Returns (the batch lengths of data.train, or () if they are not known; the reason why not, or None).
 
     Raises:
-      ValueError: whatever is wrong with the data, or with the model's tokenizer.
+      ValueError: a problem with the data, or with the model's tokenizer.
     """
     if args.data.train is None:
         return (), None
     place = Path(args.model.path).expanduser()
     if not place.exists() or place.suffix == ".json":
-        why = f"{args.model.path} is a configuration alone, without a tokenizer that data.train could be counted with"
-        return (), why
+        return (), f"{args.model.path} has no tokenizer to count the tokens of data.train"
     return open_inputs(args).dataset.buckets, None
 
 
 def run_step_config(
     config: Config, model: ModelConfig, weights: WeightFormat, length: int, new_ids: tuple[int, ...]
 ) -> StepConfig:
-    """The setting of a run's steps with rows of `length` tokens; `new_ids` of its new tokens."""
+    """Returns the configuration of a run's steps with rows of `length` tokens."""
     train = config.train
     return StepConfig(
         model=model,
@@ -66,7 +65,7 @@ def run_step_config(
 
 
 def compiler_for(target: PlanTarget) -> tuple[CompileStep | None, str | None]:
-    """(what compiles for the target, why nothing does)."""
+    """Returns (the compiler for the target, the reason if there is none)."""
     if target.card is None:
         return compile_here, None
     problem = aot.problem()
@@ -78,7 +77,7 @@ def _method(lora: LoraArgs) -> str:
 
 
 def plan_title(args: PlanArgs, target: PlanTarget, setting: StepConfig) -> str:
-    """What is planned, on what."""
+    """Returns the title of a plan: model, method, batch and device."""
     _, rows, length = setting.batch
     place = "this CPU" if target.card is None else target.card.description
     return (

@@ -1,13 +1,12 @@
-"""The memory plan of a run: what its steps need on a device, whether that fits, and what nearest change would fit.
+"""The memory plan of a run: the requirements of its steps, whether they fit, and the nearest change that fits.
 
-At most MAX_COMPILES steps are compiled, since a large model's takes most of a minute: the one that was asked for, the
-same at about half the length, and the answers that are given by name. Other numbers lie on the line through those, and
-are marked so.
+At most MAX_COMPILES steps are compiled, because a large model's step takes most of a minute: the requested one, the
+same at about half its length, and the proposed alternatives. Other numbers are interpolated and marked as such.
 """
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from qlora_jax.config import plain_name
 from qlora_jax.data.batching.buckets import UNIT
@@ -21,17 +20,17 @@ from qlora_jax.training.plan.requirements import (
 )
 
 MAX_COMPILES = 4
-MOST_ROWS = 256  # of a micro-batch that is looked for
+MOST_ROWS = 256  # the largest micro-batch that is searched for
 
-PAGE = "page the optimizer's state to host memory"
+PAGE = "page the optimizer state to host memory"
 LEANER = {
-    "full": "compute activations again in the backward pass",
-    "offload": "compute activations again while layers' inputs wait in host memory",
-}  # policies of train.remat by what they keep on the device, the most first
+    "full": "recompute activations in the backward pass",
+    "offload": "recompute activations, and offload the layers' inputs to host memory",
+}  # policies of train.remat with less memory on the device, in order
 
 
 class Change(NamedTuple):
-    """One change of the configuration, the options that make it, and what is needed with it."""
+    """A change of the configuration, its options, and the requirements with it."""
 
     description: str
     options: Mapping[str, str | int]
@@ -40,15 +39,16 @@ class Change(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What was asked for, and what would fit.
+    """The requirements of the requested step, and what would fit.
 
     Attributes:
       limit: bytes of the device that a step may use.
-      asked: the setting itself; `otherwise`: with its optimizer's state paged where that is not, or the reverse.
-      shorter: at the data's other lengths, the longest first; where those are not known, at half and a quarter.
-      longest: the longest length found to fit, the rest as asked; None: none does.
-      largest: the largest micro-batch found to fit at the length that was asked for; None: not one row does.
-      change: the nearest change that fits, where the setting does not; None: none does.
+      requested: the requested step.
+      other_paging: the same step with paging of the optimizer state switched on, or off if it was on.
+      shorter: the step at the data's other lengths, longest first; at half and a quarter if those are not known.
+      longest: the longest rows that fit, the rest as requested; None if none fit.
+      largest: the largest micro-batch that fits at the requested length; None if not one row fits.
+      change: the nearest change that fits; None if the requested step fits, or if no change does.
     """
 
     limit: int
@@ -61,29 +61,29 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether what was asked for fits."""
+        """True if the requested step fits."""
         return self.requested.total <= self.limit
 
 
 class _Compiler:
-    """Compiles as long as it may; what it may not is fitted to what it has compiled."""
+    """Compiles at most MAX_COMPILES steps, and interpolates the others from them."""
 
     def __init__(self, compile_step: CompileStep | None):
         self._compile, self._left = compile_step, MAX_COMPILES
         self.known: list[Requirements] = []
 
-    def measured(self, config: StepConfig) -> Requirements:
-        """Compiled, or the best that is known without."""
+    def compiled(self, config: StepConfig) -> Requirements:
+        """Returns compiled requirements, or interpolated ones if the compilations are used up."""
         if self._compile is None or self._left == 0 or self._same_program(config):
-            return self.guessed(config)
+            return self.interpolated(config)
         self._left -= 1
         self.known.append(compiled_requirements(config, self._compile))
         return self.known[-1]
 
-    def guessed(self, config: StepConfig) -> Requirements:
-        """Fitted to what was compiled, the same policy before others; estimated where nothing was.
+    def interpolated(self, config: StepConfig) -> Requirements:
+        """Returns requirements fitted to compiled steps, of the same remat policy if possible; else estimated ones.
 
-        Where the optimizer's state lies changes no program: with the state elsewhere, a step is still as compiled.
+        Paging changes no program: a step with the optimizer state elsewhere still counts as compiled.
         """
         if same := self._same_program(config):
             return dataclasses.replace(fitted_requirements(config, [same]), source=same.source)
@@ -94,45 +94,46 @@ class _Compiler:
         return next((need for need in self.known if _program(need.config) == _program(config)), None)
 
 
-def _program(config: StepConfig) -> tuple[Any, ...]:
-    """What the compiled step depends on, of what plans change."""
+def _program(config: StepConfig) -> tuple[object, ...]:
+    """Returns the changeable settings that the compiled step depends on."""
     return config.batch, config.remat, config.lora.dtype, plain_name(config.optim.name)
 
 
 def make_plan(config: StepConfig, limit: int, compile_step: CompileStep | None, buckets: Sequence[int] = ()) -> Plan:
-    """The plan of a setting under a limit in bytes; without `compile_step` every number is an estimate.
+    """Plans a step under a limit in bytes.
 
     Args:
-      buckets: the lengths that batches come in, the setting's own as the longest; empty: not known.
+      compile_step: compiles for the device; None makes every number an estimate.
+      buckets: the lengths of batches, of which the step's length is the longest; empty if they are not known.
     """
     compiler = _Compiler(compile_step)
     shorter = [config.resized(config.batch[1], part) for part in _shorter(config.batch[2], buckets)]
     for middle in sorted(shorter, key=lambda each: abs(2 * each.batch[2] - config.batch[2]))[:1]:
-        compiler.measured(middle)
-    asked = compiler.measured(config)
-    fits = asked.total <= limit
+        compiler.compiled(middle)
+    requested = compiler.compiled(config)
+    fits = requested.total <= limit
     change = None if fits else _nearest(_changes(config, limit, compiler), limit, compiler)
-    found = compiler.measured if fits else compiler.guessed
+    found = compiler.compiled if fits else compiler.interpolated
     return Plan(
         limit=limit,
-        requested=asked,
-        other_paging=compiler.guessed(config.replace(paged=not config.paged)),
-        shorter=tuple(compiler.guessed(each) for each in shorter),
-        longest=_most(_lengths(config), limit, compiler, found),
-        largest=_most(_row_counts(config), limit, compiler, found),
+        requested=requested,
+        other_paging=compiler.interpolated(config.replace(paged=not config.paged)),
+        shorter=tuple(compiler.interpolated(each) for each in shorter),
+        longest=_largest(_lengths(config), limit, compiler, found),
+        largest=_largest(_row_counts(config), limit, compiler, found),
         change=change,
     )
 
 
 def _shorter(length: int, buckets: Sequence[int]) -> list[int]:
-    """The other lengths of a plan, the longest first."""
+    """Returns the other lengths of a plan, longest first."""
     if buckets:
         return sorted(set(buckets) - {length}, reverse=True)
     return [part for part in (length // 2 // UNIT * UNIT, length // 4 // UNIT * UNIT) if part >= UNIT]
 
 
 def _lengths(config: StepConfig) -> list[StepConfig]:
-    """Every length that batches may come in, up to what the model was made for."""
+    """Returns the step at every batch length, up to the model's maximum."""
     return [config.resized(config.batch[1], n) for n in range(UNIT, config.model.max_positions + 1, UNIT)]
 
 
@@ -140,10 +141,10 @@ def _row_counts(config: StepConfig) -> list[StepConfig]:
     return [config.resized(rows, config.batch[2]) for rows in range(1, MOST_ROWS + 1)]
 
 
-def _most(
+def _largest(
     configs: list[StepConfig], limit: int, compiler: _Compiler, measure: Callable[[StepConfig], Requirements]
 ) -> Requirements | None:
-    """The largest of growing settings that fits, measured; where that says otherwise, what then is known to fit."""
+    """Returns the largest of increasing steps that fits after `measure`; tries smaller ones if it does not fit."""
     for _ in range(MAX_COMPILES):
         index = _count_fitting(configs, limit, compiler) - 1
         if index < 0:
@@ -156,11 +157,11 @@ def _most(
 
 
 def _count_fitting(configs: list[StepConfig], limit: int, compiler: _Compiler) -> int:
-    """How many of growing settings fit, by bisection."""
+    """Returns how many of increasing steps fit, by bisection."""
     low, high = 0, len(configs)
     while low < high:
         middle = (low + high) // 2
-        if compiler.guessed(configs[middle]).total <= limit:
+        if compiler.interpolated(configs[middle]).total <= limit:
             low = middle + 1
         else:
             high = middle
@@ -168,51 +169,53 @@ def _count_fitting(configs: list[StepConfig], limit: int, compiler: _Compiler) -
 
 
 def _changes(config: StepConfig, limit: int, compiler: _Compiler) -> Iterator[Change]:
-    """Single changes, what changes least of the run first: the same numbers, the same step, coarser numbers, another
-    step. At last the pairs that change no result."""
+    """Yields single changes, those with the least effect on the run first, then pairs that change no result.
+
+    The order is: same numbers, same optimizer step, lower precision, another optimizer step.
+    """
     rows, length = config.batch[1:]
     if not config.paged:
         paged = config.replace(paged=True)
-        yield Change(PAGE, {"optim.paging": "auto"}, compiler.guessed(paged))
+        yield Change(PAGE, {"optim.paging": "auto"}, compiler.interpolated(paged))
     for remat in _leaner(config):
-        yield Change(LEANER[remat], {"train.remat": remat}, compiler.guessed(config.replace(remat=remat)))
+        yield Change(LEANER[remat], {"train.remat": remat}, compiler.interpolated(config.replace(remat=remat)))
     if rows > 1 and (smaller := _count_fitting(_row_counts(config)[: rows - 1], limit, compiler)):
-        need = compiler.guessed(config.resized(smaller, length))
+        need = compiler.interpolated(config.resized(smaller, length))
         options = {"train.micro_batch_size": smaller, "train.accumulation": need.config.batch[0]}
-        yield Change("fewer rows at once, accumulated", options, need)
-    yield from _smaller_numbers(config, compiler)
+        yield Change("smaller micro-batches with more accumulation", options, need)
+    yield from _lower_precision(config, compiler)
     lengths = [each for each in _lengths(config) if each.batch[2] < length]
     if shorter := _count_fitting(lengths, limit, compiler):
-        need = compiler.guessed(lengths[shorter - 1])
+        need = compiler.interpolated(lengths[shorter - 1])
         yield Change("shorter rows", {"data.max_length": need.config.batch[2]}, need)
     for remat in () if config.paged else _leaner(config):
         options = {"optim.paging": "auto", "train.remat": remat}
         both = config.replace(paged=True, remat=remat)
-        yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.guessed(both))
+        yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.interpolated(both))
 
 
-def _smaller_numbers(config: StepConfig, compiler: _Compiler) -> Iterator[Change]:
-    """State in 8 bits, adapters in bf16."""
+def _lower_precision(config: StepConfig, compiler: _Compiler) -> Iterator[Change]:
+    """Yields optimizer state in 8 bits, then adapters in bf16."""
     name = config.optim.name.replace("_32bit", "_8bit")
     if name != config.optim.name:
         eight_bit = config.replace(optim=dataclasses.replace(config.optim, name=name))
-        yield Change("hold the optimizer's state in 8 bits", {"optim.name": name}, compiler.guessed(eight_bit))
+        yield Change("store the optimizer state in 8 bits", {"optim.name": name}, compiler.interpolated(eight_bit))
     if config.lora.dtype != "bfloat16":
         halved = config.replace(lora=dataclasses.replace(config.lora, dtype="bfloat16"))
-        yield Change("hold adapters in bfloat16", {"lora.dtype": "bfloat16"}, compiler.guessed(halved))
+        yield Change("store adapters in bfloat16", {"lora.dtype": "bfloat16"}, compiler.interpolated(halved))
 
 
 def _leaner(config: StepConfig) -> Iterator[str]:
-    """Policies that keep less on the device, what changes least first. A CPU has no other memory."""
+    """Yields remat policies with less memory on the device, in order; a CPU cannot offload."""
     policies = [remat for remat in LEANER if remat != "offload" or config.weights.platform != "cpu"]
     yield from policies[policies.index(config.remat) + 1 :] if config.remat in policies else policies
 
 
 def _nearest(changes: Iterator[Change], limit: int, compiler: _Compiler) -> Change | None:
-    """The first change that is thought to fit and then does."""
+    """Returns the first change that fits by interpolation and then as compiled."""
     for change in changes:
         if change.requirements.total <= limit:
-            confirmed = compiler.measured(change.requirements.config)
+            confirmed = compiler.compiled(change.requirements.config)
             if confirmed.total <= limit:
                 return change._replace(requirements=confirmed)
     return None

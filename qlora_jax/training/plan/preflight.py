@@ -1,7 +1,7 @@
-"""The memory plan of a run that is about to start, on the device that it starts on.
+"""The memory plan of a run before it starts, for the device that it runs on.
 
-The step is planned for the longest rows that the data has. It is compiled anyway; nothing more is, unless it does not
-fit.
+It plans the step for the longest rows of the data, which the run compiles anyway. More is compiled only if that does
+not fit.
 """
 
 import dataclasses
@@ -34,17 +34,19 @@ from qlora_jax.training.plan.text import verdict
 from qlora_jax.training.questions import QuestionMemory
 from qlora_jax.training.session import Inputs, weights_of
 
-OF_A_STEP = ("gradients", ACTIVATIONS, "scratch")  # kinds of what an evaluation does without
+STEP_ONLY = ("gradients", ACTIVATIONS, "scratch")  # kinds that an evaluation does not need
 OUT_OF_MEMORY = "RESOURCE_EXHAUSTED"
+BREAKDOWN = "breakdown"  # name of the row with the bytes of each kind
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
-    """What the run's largest step needs, and its questions, and what the device lets them have.
+    """The memory that a run's largest step and its questions require, and the device's limit.
 
     Attributes:
-      asking: what questions take; None of a run that asks none.
-      limit: bytes; `device` says of what.
+      limit: bytes that the run may use.
+      device: the limit as text.
+      questions: the memory of questions; None for a run without questions.
     """
 
     requirements: Requirements
@@ -54,47 +56,46 @@ class RunPlan:
 
     @property
     def fits(self) -> bool:
-        """Whether all of it fits."""
+        """True if the step and the questions fit."""
         return self.peak_bytes <= self.limit
 
     @property
     def peak_bytes(self) -> int:
-        """Bytes on the device at the largest moment."""
+        """Bytes on the device at the peak."""
         return max(self.requirements.total, self.question_bytes)
 
     @property
     def question_bytes(self) -> int:
-        """Bytes on the device while questions are asked: no gradients, nothing saved for them; 0 of a run that asks
-        none."""
+        """Bytes on the device during questions, without gradients and saved activations; 0 without questions."""
         if self.questions is None:
             return 0
-        return sum(self.requirements.device[kind] for kind in KINDS if kind not in OF_A_STEP) + self.questions.size
+        return sum(self.requirements.device[kind] for kind in KINDS if kind not in STEP_ONLY) + self.questions.size
 
     def rows(self) -> dict[str, str]:
-        """For a banner."""
+        """Returns the plan as rows of a banner."""
         parts = [f"{kind} {format_bytes(self.requirements.device[kind])}" for kind in KINDS]
         host = sum(self.requirements.host.values())
         total = f"{format_bytes(self.requirements.total)} of {self.device}"
         batch = "{1} x {2} tokens".format(*self.requirements.config.batch)
-        told = {"longest step": batch, "needs": total, "made of": ", ".join(parts)}
+        rows = {"longest step": batch, "memory": total, BREAKDOWN: ", ".join(parts)}
         if self.questions is not None:
-            told["questions need"] = f"{format_bytes(self.question_bytes)}, most in {self.questions.words}"
-        return told | ({"in host memory": format_bytes(host)} if host else {})
+            rows["questions"] = f"{format_bytes(self.question_bytes)}, peak in {self.questions.program}"
+        return rows | ({"host memory": format_bytes(host)} if host else {})
 
     def nearest_fix(self) -> str:
-        """What would fit, found by compiling; in lines."""
+        """Returns lines that say what would fit; compiles to find it."""
         lines = verdict(make_plan(self.requirements.config, self.limit, compile_here))
         if self.questions is not None and self.question_bytes > self.limit:
-            needs = f"asking needs {format_bytes(self.question_bytes)} of {format_bytes(self.limit)}"
+            required = f"questions need {format_bytes(self.question_bytes)} of {format_bytes(self.limit)}"
             lines.append(
-                f"DOES NOT FIT: {needs}, most in {self.questions.words}; leave those questions out, and ask them by "
-                "python -m qlora_jax.evaluate when the run is done, or shorten them"
+                f"DOES NOT FIT: {required}, peak in {self.questions.program}. Shorten these questions, or remove them "
+                "and run qlora-jax evaluate after training."
             )
         return "\n  ".join(lines)
 
 
 def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> RunPlan:
-    """The plan of the run's step for its longest bucket, whose program `gradients` has or compiles."""
+    """Plans the run's step for its longest bucket; uses the program that `gradients` has compiled."""
     weights = weights_of(config, inputs)
     setting = run_step_config(config, inputs.model, weights, max(inputs.dataset.buckets), inputs.new_ids)
     limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
@@ -104,7 +105,7 @@ def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> Ru
 
 
 def _compiled_by(gradients: CompiledGradients, setting: StepConfig) -> CompileStep:
-    """The update takes clipped gradients in f32 at most."""
+    """Returns a compiler that reads the gradients' program and bounds the update's scratch by f32 gradients."""
 
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
@@ -117,14 +118,14 @@ def _compiled_by(gradients: CompiledGradients, setting: StepConfig) -> CompileSt
 
 @contextmanager
 def explain_out_of_memory(plan: RunPlan) -> Iterator[None]:
-    """A device that runs out of memory becomes a ValueError with the plan and what would fit."""
+    """Turns an out-of-memory error of the device into a ValueError with the plan and what would fit."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
         if OUT_OF_MEMORY not in str(error):
             raise
         first = str(error).splitlines()[0]
-        lines = [f"{name}: {words}" for name, words in plan.rows().items()]
+        lines = [f"{name}: {text}" for name, text in plan.rows().items()]
         raise ValueError(
-            "\n  ".join([f"the device ran out of memory: {first}", "the plan said:", *lines, plan.nearest_fix()])
+            "\n  ".join([f"the device ran out of memory: {first}", "memory plan:", *lines, plan.nearest_fix()])
         ) from error

@@ -1,7 +1,7 @@
-"""What one optimizer step needs, by kind: what formulas know, and what only a compiler does.
+"""The memory requirements of one optimizer step, by kind.
 
-Everything that is held or kept follows from shapes (memory.py, saved.py). The rest, scratch, is measured by
-compiling the real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
+Shapes determine everything but scratch (cost/memory_use.py, cost/activations.py). Scratch is measured by compiling the
+real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
 """
 
 import dataclasses
@@ -23,21 +23,21 @@ from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
 PROGRAMS = "programs"
 KINDS = ("weights", "constants", "trained", "gradients", STATE, ACTIVATIONS, "scratch", PROGRAMS)
-# On a CPU programs lie in the planned memory. Measured (scripts/bench/plan_memory.py), much the same for any model:
-# those of the loader and the update, and libraries' pages that they touch; not what is there before a weight is read.
+# On a CPU, programs take part of the planned memory. This covers the programs of the loader and the update, and the
+# library pages that they touch. Measured by scripts/bench/plan_memory.py, nearly the same for every model.
 CPU_PROGRAMS = 80 * 2**20
-PAGES_IN_FLIGHT = PAGES_PER_BUDGET * PAGE_BYTES  # of paged state, on the device while an update runs
+PAGES_IN_FLIGHT = PAGES_PER_BUDGET * PAGE_BYTES  # bytes of a paged state on the device during an update
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepConfig:
-    """What a step's memory depends on.
+    """The settings that determine a step's memory.
 
     Attributes:
       batch: (A, B, T).
-      new_ids: of tokens whose rows train.
       remat: a key of REMAT_POLICIES.
-      paged: the optimizer's state is in host memory while gradients are computed.
+      paged: True if the optimizer's state is in host memory while gradients are computed.
+      new_ids: ids of the new tokens, whose embedding rows train.
     """
 
     model: ModelConfig
@@ -51,17 +51,24 @@ class StepConfig:
 
     @property
     def rows(self) -> int:
-        """M."""
+        """M, the tokens per micro-batch."""
         return self.batch[1] * self.batch[2]
 
     @functools.cached_property
     def abstract_step(self) -> AbstractStep:
-        """The real step from shapes alone."""
-        of_batch = {"batch": self.batch, "new_ids": self.new_ids, "remat": self.remat}
-        return abstract_step(self.model, self.weights, self.lora, **of_batch, optim=self.optim)
+        """The real step, with shapes as arguments."""
+        return abstract_step(
+            self.model,
+            self.weights,
+            self.lora,
+            batch=self.batch,
+            new_ids=self.new_ids,
+            remat=self.remat,
+            optim=self.optim,
+        )
 
     def step_shape(self) -> flops.StepShape:
-        """What flops.py counts by."""
+        """Returns the step as cost/flops.py counts it."""
         return flops.StepShape(
             model=self.model,
             weights=self.weights,
@@ -73,21 +80,22 @@ class StepConfig:
         )
 
     def replace(self, **changes: Any) -> "StepConfig":
-        """With other batch, remat, paging or dtype."""
+        """Returns a copy with these fields replaced."""
         return dataclasses.replace(self, **changes)
 
     def resized(self, rows: int, length: int) -> "StepConfig":
-        """With B rows of T positions; as many rows an optimizer step, or a few more."""
+        """Returns a copy with B rows of T positions, and at least as many rows per optimizer step."""
         accumulated, before, _ = self.batch
         return self.replace(batch=(-(-accumulated * before // rows), rows, length))
 
 
 class Temporaries(NamedTuple):
-    """Bytes of a compiled step's temporary buffers, what is saved between forward and backward included.
+    """Bytes of a compiled step's temporary buffers, including the activations saved for the backward pass.
 
     Fields:
-      gradients, update: of each program, on the device.
-      host: of the gradients, in host memory.
+      gradients: of the gradient program, on the device.
+      update: of the update program, on the device.
+      host: of the gradient program, in host memory.
     """
 
     gradients: int
@@ -95,17 +103,18 @@ class Temporaries(NamedTuple):
     host: int = 0
 
 
-# Compiles the real step for one device. Raises whatever compiling raises.
+# Compiles the real step for one device. Raises what the compiler raises.
 CompileStep = Callable[[AbstractStep], Temporaries]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Requirements:
-    """Bytes of one step by kind.
+    """The bytes that one step requires, by kind.
 
     Attributes:
-      device, host: a number for each of KINDS; on the device, scratch is at its largest moment.
-      source: `compiled`, `fitted` to compiled neighbours, or `estimated` by formula alone.
+      device: bytes on the device for each of KINDS; scratch is its peak.
+      host: bytes in host memory for each of KINDS.
+      source: `compiled`, `fitted` to compiled steps, or `estimated` by formula.
     """
 
     config: StepConfig
@@ -119,94 +128,102 @@ class Requirements:
         return sum(self.device.values())
 
 
-def _need(config: StepConfig, scratch: int, source: str) -> Requirements:
-    of = config.step_shape()
-    frozen, lora, state = memory_use.frozen_bytes(of), memory_use.lora_bytes(of), memory_use.optimizer_bytes(of)
+def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements:
+    step = config.step_shape()
+    frozen, lora, state = memory_use.frozen_bytes(step), memory_use.lora_bytes(step), memory_use.optimizer_bytes(step)
     device = {
         "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
         "constants": frozen["constants"],
         "trained": lora,
         "gradients": lora,
         STATE: min(state, PAGES_IN_FLIGHT) if config.paged else state,
-        ACTIVATIONS: _saved(of),
+        ACTIVATIONS: _saved_bytes(step),
         "scratch": scratch,
         PROGRAMS: CPU_PROGRAMS if config.weights.platform == "cpu" else 0,
     }
-    host = dict.fromkeys(KINDS, 0) | {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded(of)}
+    host = dict.fromkeys(KINDS, 0) | {STATE: state if config.paged else 0, ACTIVATIONS: _offloaded_bytes(step)}
     return Requirements(config=config, device=device, host=host, source=source)
 
 
-def _saved(of: flops.StepShape) -> int:
-    return sum(activation_bytes(of).values())
+def _saved_bytes(step: flops.StepShape) -> int:
+    return sum(activation_bytes(step).values())
 
 
-def _offloaded(of: flops.StepShape) -> int:
-    return sum(offloaded_activation_bytes(of).values())
+def _offloaded_bytes(step: flops.StepShape) -> int:
+    return sum(offloaded_activation_bytes(step).values())
 
 
 def compiled_requirements(config: StepConfig, compile_step: CompileStep) -> Requirements:
-    """Scratch as compiled: what is temporary and not saved, and the batch; or the update's, where that is more.
+    """Returns the requirements with scratch as compiled.
+
+    Scratch is the larger of two: temporaries of the gradients without saved activations, plus the batch; or temporaries
+    of the update.
 
     Raises:
-      RuntimeError: activations that were to wait in host memory stay on the device.
+      RuntimeError: train.remat=offload, but the compiled step does not offload the activations.
     """
-    of, temporaries = config.step_shape(), compile_step(config.abstract_step)
-    if temporaries.host < _offloaded(of):
+    step, temporaries = config.step_shape(), compile_step(config.abstract_step)
+    if temporaries.host < _offloaded_bytes(step):
         raise RuntimeError(
-            f"train.remat={config.remat}: {format_bytes(_offloaded(of))} of activations were to wait in host memory, "
-            f"but the compiled step keeps {format_bytes(temporaries.host)} there; set train.remat=full"
+            f"train.remat={config.remat}: the compiled step does not offload all activations to host memory (found "
+            f"{format_bytes(temporaries.host)}, expected {format_bytes(_offloaded_bytes(step))}). Set train.remat=full."
         )
-    scratch = max(temporaries.gradients + memory_use.batch_bytes(of), temporaries.update) - _saved(of)
-    return _need(config, scratch, "compiled")
+    scratch = max(temporaries.gradients + memory_use.batch_bytes(step), temporaries.update) - _saved_bytes(step)
+    return _requirements(config, scratch, "compiled")
 
 
 def estimated_requirements(config: StepConfig) -> Requirements:
-    """Scratch by formula: `working_set`, and the batch."""
-    of = config.step_shape()
-    return _need(config, working_set(of) + memory_use.batch_bytes(of), "estimated")
+    """Returns the requirements with scratch by formula: `working_set` and the batch."""
+    step = config.step_shape()
+    return _requirements(config, working_set(step) + memory_use.batch_bytes(step), "estimated")
 
 
 def fitted_requirements(config: StepConfig, known: Sequence[Requirements]) -> Requirements:
-    """Scratch on the line over B T through the last two compiled steps that are known; with one, in proportion to
-    `working_set`."""
+    """Returns the requirements with scratch interpolated over M = B T from the last two compiled steps in `known`.
+
+    With one compiled step, scratch is proportional to `working_set`.
+    """
     *before, last = known[-2:]
     rows, scratch = last.config.rows, _without_batch(last)
     batch = memory_use.batch_bytes(config.step_shape())
     if not before or before[0].config.rows == rows:
         share = working_set(config.step_shape()) / working_set(last.config.step_shape())
-        return _need(config, round(scratch * share) + batch, "fitted")
+        return _requirements(config, round(scratch * share) + batch, "fitted")
     slope = (scratch - _without_batch(before[0])) / (rows - before[0].config.rows)
-    return _need(config, max(0, round(scratch + slope * (config.rows - rows))) + batch, "fitted")
+    return _requirements(config, max(0, round(scratch + slope * (config.rows - rows))) + batch, "fitted")
 
 
 def _without_batch(need: Requirements) -> int:
     return need.device["scratch"] - memory_use.batch_bytes(need.config.step_shape())
 
 
-def working_set(of: flops.StepShape) -> int:
-    """One tile of logits; of one layer two arrays of each width, in f32; two dequantized weights of the MLP.
+def working_set(step: flops.StepShape) -> int:
+    """Estimates a step's scratch in bytes; tests/training/plan/test_plan.py compares it with compiled steps.
 
-    An estimate: what compilers make of it is compared in tests/training/plan/test_plan.py.
+    It is one tile of logits, two f32 arrays of each width of a layer, and two dequantized MLP weights.
     """
-    model = of.model
+    model = step.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = 2 * of.rows * widths * flops.F32
+    layer = 2 * step.rows * widths * flops.F32
     weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
-    return memory_use.logits_bytes(of) + layer + weights
+    return memory_use.logits_bytes(step) + layer + weights
 
 
-# Where the step is compiled
+# Compilers
 
 
 def compile_here(step: AbstractStep) -> Temporaries:
-    """Compiled for the device that this process computes on."""
+    """Compiles a step for this process's device."""
     return _temporaries(
         step, lambda p: aot.read_memory(p.function.lower(*p.args, **p.kwargs).compile().memory_analysis())
     )
 
 
 def compile_on_card(card: str) -> CompileStep:
-    """Compiled for a card of pallas_kernels.gpu_specs, which need not be here (pallas_kernels.aot.problem: why not)."""
+    """Returns a compiler for a card of pallas_kernels.gpu_specs, which need not be present.
+
+    pallas_kernels.aot.problem() says whether this machine can compile for it.
+    """
     return lambda step: _temporaries(step, lambda p: aot.compile_for(card, p.function, *p.args, **p.kwargs).memory)
 
 

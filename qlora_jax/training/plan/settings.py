@@ -1,6 +1,6 @@
-"""The settings of `plan`: those of a training run, without data and output being required.
+"""The settings of `plan`: those of a training run, with data and output optional.
 
-Importing this module does not import jax, because the command sets JAX_PLATFORMS after it has read its settings.
+Importing this module does not import jax, because the command sets JAX_PLATFORMS after it reads its settings.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class PlanModelArgs(ModelArgs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanDataArgs(DataArgs):
-    """Training data, which gives the lengths of batches; without it all rows have data.max_length tokens."""
+    """Training data, which determines the lengths of batches; without it, every row has data.max_length tokens."""
 
     train: str | dict[str, float] | None = setting(
         "training data, for the lengths of its batches; null: every row has data.max_length tokens", None
@@ -34,7 +34,7 @@ class PlanDataArgs(DataArgs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanArgs(Config):
-    """The run to plan. All settings of a training run are accepted, so its file can be given as --config."""
+    """The run to plan; accepts all settings of a training run, so a run's file works as --config."""
 
     card: str | None = setting(
         f"the card: {', '.join(CARDS)}, or cpu", None, common="the card, such as h100 or rtx4090, or cpu"

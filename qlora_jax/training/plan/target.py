@@ -1,9 +1,8 @@
-"""What is planned: the device, and the model's features, from the settings of `plan`."""
+"""The device and the model that `plan` plans for."""
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any
 
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import ConfigError
@@ -20,11 +19,11 @@ CPU = "cpu"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanTarget:
-    """What a plan is for.
+    """The device of a plan.
 
     Attributes:
-      card: None for the CPU.
-      memory_bytes: what it has, or what was asked for.
+      card: the GPU; None for the CPU.
+      memory_bytes: its memory, or the memory that the user gave.
     """
 
     card: Card | None
@@ -32,13 +31,13 @@ class PlanTarget:
 
 
 def plan_target(card: str | None, memory: str | None) -> PlanTarget:
-    """The device of a plan.
+    """Returns the device of a plan from the settings `card` and `memory`.
 
     Raises:
-      ConfigError: neither is given, an unknown card, or a size that is none.
+      ConfigError: neither setting is given, the card is unknown, or the memory is not a size.
     """
     if card is None and memory is None:
-        raise ConfigError([f"card, memory: neither is given, expected --card with one of {', '.join(CARDS)}, cpu"])
+        raise ConfigError([f"card, memory: neither is given. Set --card to one of {', '.join(CARDS)}, cpu."])
     size = None if memory is None else _size(memory)
     if card == CPU:
         return PlanTarget(card=None, memory_bytes=size or physical_memory())
@@ -58,11 +57,12 @@ def _size(text: str) -> int:
 
 
 def model_features(path: str) -> ModelConfig:
-    """The features of a model on disk, of a published one by its name, or of one on the Hub, of which config.json alone
-    is fetched.
+    """Returns the configuration of a model: a folder, a config.json, a GGUF file, a published model, or a Hub name.
+
+    Only config.json is fetched from the Hub.
 
     Raises:
-      ValueError: none of them; or a config that is not supported.
+      ValueError: the path is none of these, or the model is not supported.
     """
     place = Path(path).expanduser()
     if place.suffix == ".json" and place.is_file():
@@ -78,13 +78,12 @@ def model_features(path: str) -> ModelConfig:
         return model_features(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
     raise ValueError(
-        f"{path}: no such file or folder, no name on the Hub (org/name), and no published model that is known by "
-        f"name: {', '.join(PUBLISHED)}.{hint}"
+        f"{path}: not a file or folder, not a Hub name (org/name), and not a known model ({', '.join(PUBLISHED)}).{hint}"
     )
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, object]:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: no JSON: {error}") from error
+        raise ValueError(f"{path}: not valid JSON ({error}).") from error

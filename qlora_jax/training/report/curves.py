@@ -1,4 +1,4 @@
-"""What of a run goes over its steps besides the loss, as numbers; plot.py draws it."""
+"""The curves of a run besides the loss, as numbers; plot.py draws them."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,12 +11,12 @@ GIB = 2**30
 
 
 class Line(NamedTuple):
-    """Values at steps.
+    """A curve over steps.
 
     Fields:
-      main: in the page's first colour, not in its second.
-      dash: as matplotlib names it.
-      low, high: ends of each value's interval; empty where there is none.
+      main: True for the page's first colour, False for its second.
+      dash: a line style of matplotlib.
+      low, high: the ends of each value's interval; empty without intervals.
     """
 
     label: str
@@ -29,55 +29,55 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Lines of one unit, which is empty where the caption says all."""
+    """Curves with a common unit, which is empty if the caption includes it."""
 
     caption: str
     unit: str
     lines: Sequence[Line]
 
     @property
-    def told(self) -> str:
-        """`Memory held, GiB`."""
+    def title(self) -> str:
+        """Caption and unit, such as `Memory in use, GiB`."""
         return ", ".join(filter(None, (self.caption, self.unit)))
 
 
 def charts(records: Sequence[Record], planned: int) -> list[Chart]:
-    """Right answers, learning rate, speed, MFU and memory, of what the records tell.
+    """Returns the charts of right answers, learning rate, speed, MFU and memory for which there are records.
 
-    Speed and MFU leave out the first step of each length, which compiles.
+    Speed and MFU omit the first step of each length, which compiles.
 
     Args:
-      planned: bytes that the device was to need; shown beside what it held, where it told.
+      planned: the planned bytes on the device; drawn next to the measured ones.
     """
     steps = [record for record in records if "loss" in record]
     warm = _warm(steps)
     found = [
-        *(Chart(kind.caption, "% right", _shares(records, name)) for name, kind in QUESTION_KINDS.items()),
+        *(Chart(kind.caption, "% right", _question_lines(records, name)) for name, kind in QUESTION_KINDS.items()),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
-        Chart("Speed", "tokens a second, no padding", [_line("", warm, lambda r: r["tokens"] / r["seconds"])]),
+        Chart("Speed", "tokens per second, without padding", [_line("", warm, lambda r: r["tokens"] / r["seconds"])]),
         Chart("MFU", "% of the device's peak", [_line("", _with(warm, "mfu"), lambda r: 100 * r["mfu"])]),
-        Chart("Memory held", "GiB", _memory(steps, planned)),
+        Chart("Memory in use", "GiB", _memory(steps, planned)),
     ]
-    told = [chart._replace(lines=[line for line in chart.lines if line.steps]) for chart in found]
-    return [chart for chart in told if chart.lines]
+    drawn = [chart._replace(lines=[line for line in chart.lines if line.steps]) for chart in found]
+    return [chart for chart in drawn if chart.lines]
 
 
-def _shares(records: Sequence[Record], kind: str) -> list[Line]:
-    """A line for each share, the first as the main one; its record's interval around each value."""
+def _question_lines(records: Sequence[Record], kind: str) -> list[Line]:
+    """Returns a line per metric of a question task, with intervals; the first is the main one."""
     found: dict[str, list[tuple[int, TaskMetric]]] = {}
     for record in records:
-        for share in task_metrics(record, kind):
-            found.setdefault(share.words, []).append((record["step"], share))
+        for metric in task_metrics(record, kind):
+            found.setdefault(metric.label, []).append((record["step"], metric))
     return [
         Line(
-            words,
-            [step for step, _ in each],
-            [100 * share.value for _, share in each],
-            main=not place,
-            low=[100 * share.low for _, share in each],
-            high=[100 * share.high for _, share in each],
+            label,
+            [step for step, _ in points],
+            [100 * metric.value for _, metric in points],
+            main=not index,
+            low=[100 * metric.low for _, metric in points],
+            high=[100 * metric.high for _, metric in points],
         )
-        for place, (words, each) in enumerate(found.items())
+        for index, (label, points) in enumerate(found.items())
     ]
 
 
@@ -85,7 +85,7 @@ def _memory(steps: Sequence[Record], planned: int) -> list[Line]:
     device = _with(steps, "device_bytes")
     return [
         _line("device", device, lambda r: r["device_bytes"] / GIB),
-        _line("most so far", _with(steps, "device_peak_bytes"), lambda r: r["device_peak_bytes"] / GIB, dash=":"),
+        _line("peak so far", _with(steps, "device_peak_bytes"), lambda r: r["device_peak_bytes"] / GIB, dash=":"),
         _line("planned", device, lambda r: planned / GIB, dash="--"),
         _line("host", _with(steps, "host_bytes"), lambda r: r["host_bytes"] / GIB, main=False),
     ]

@@ -1,10 +1,10 @@
-"""What is known of a run, before it starts and after it ended, as figures; report_page.py tells it to people."""
+"""The content of report.json: a run's settings, data, memory plan and results; page.py writes it as HTML."""
 
 import dataclasses
 import json
 import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
@@ -19,13 +19,13 @@ ROWS_SHOWN = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """A run's settings, data and plan, and what has come of it so far.
+    """A run's settings, data and memory plan, and its results so far.
 
-    Fields:
+    Attributes:
       rows: a few training rows.
-      peak: as peak.py tells it; None before a run, and where it is not known.
-      records: of metrics.jsonl, those of earlier processes too; none before the first step.
-      samples: of samples.jsonl, likewise.
+      peak: the peak memory in bytes (memory_watch.py); None before a run, or if it is not known.
+      records: the records of metrics.jsonl; empty before the first step.
+      samples: the records of samples.jsonl.
     """
 
     config: Config
@@ -37,8 +37,58 @@ class RunReport:
     samples: Sequence[Record]
 
 
+class EvaluationSummary(TypedDict):
+    """The held-out loss at a step, with its 95 % interval and its perplexity."""
+
+    step: int
+    loss: float
+    interval: list[float] | None
+    perplexity: float
+
+
+class TrainingSummary(TypedDict):
+    """The training results of a run.
+
+    Tokens do not include padding. `tokens_per_second` and `mfu` are medians over steps, because the first step of each
+    length compiles. `mfu` is None if the device's peak is not known.
+    """
+
+    steps: int
+    last_loss: float | None
+    first_eval: EvaluationSummary | None
+    last_eval: EvaluationSummary | None
+    best_eval: EvaluationSummary | None
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    mfu: float | None
+
+
+class QuestionPoint(TypedDict):
+    """A question metric at a step, with its 95 % interval."""
+
+    step: int
+    value: float
+    interval: list[float]
+
+
+class QuestionSummary(TypedDict):
+    """A question metric at the first evaluation and at the last.
+
+    Keys:
+      kind: the task, such as `letters`.
+      share: the metric's label.
+    """
+
+    kind: str
+    share: str
+    first: QuestionPoint
+    last: QuestionPoint
+
+
 class Sample(NamedTuple):
-    """One prompt.
+    """A prompt with its first and last replies.
 
     Fields:
       prompt: its columns as text.
@@ -50,12 +100,12 @@ class Sample(NamedTuple):
 
 
 def report_rows(dataset: Dataset) -> tuple[ExampleRow, ...]:
-    """The rows that a report shows."""
+    """Returns the training rows that a report shows."""
     return example_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
 
 
-def report_json(report: RunReport) -> dict[str, Any]:
-    """What JSON holds; bytes and shares as numbers."""
+def report_json(report: RunReport) -> dict[str, object]:
+    """Returns the content of report.json; sizes are in bytes, shares from 0 to 1."""
     return {
         "config": to_dict(report.config),
         "data": _data_facts(report.data),
@@ -69,41 +119,38 @@ def report_json(report: RunReport) -> dict[str, Any]:
             "micro_batch": list(report.plan.requirements.config.batch[1:]),
             "peak_bytes": report.peak,
         },
-        "training": training_summary(report.records),
+        "training": training_summary(report.records) or {},
         "questions": question_summary(report.records),
         "samples": [sample._asdict() for sample in before_and_after(report.samples)],
     }
 
 
-def _data_facts(data: DataReport) -> dict[str, Any]:
+def _data_facts(data: DataReport) -> dict[str, object]:
     facts = dataclasses.asdict(data)
-    del facts["example"], facts["example_place"]  # `rows` has more of them
+    del facts["example"], facts["example_place"]  # `rows` has more examples
     return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
 
 
-def _row_facts(row: ExampleRow) -> dict[str, Any]:
+def _row_facts(row: ExampleRow) -> dict[str, object]:
     segments = [{"text": "".join(run.text for run in runs), "supervised": seen} for runs, seen in row.segments]
     return {"place": row.place, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
 
 
-def training_summary(records: Sequence[Record]) -> dict[str, Any]:
-    """What the records of a run come to; empty where it made no step.
-
-    `tokens_per_second` is the median over steps: the first of each length compiles, in every process anew. Padding is
-    not counted. So is `mfu`, where the device's peak is known.
+def training_summary(records: Sequence[Record]) -> TrainingSummary | None:
+    """Summarizes the records of a run; returns None before the first step.
     """
     steps = [record for record in records if "loss" in record]
     if not steps:
-        return {}
-    held = [record for record in records if record.get("eval_loss") is not None]
+        return None
+    evaluations = [record for record in records if record.get("eval_loss") is not None]
     mfu = [record["mfu"] for record in steps if "mfu" in record]
-    best = min(held, key=lambda record: record["eval_loss"], default=None)
+    best = min(evaluations, key=lambda record: record["eval_loss"], default=None)
     return {
         "steps": steps[-1]["step"],
         "last_loss": steps[-1]["loss"],
-        "first_eval": _held_out(held[0]) if held else None,
-        "last_eval": _held_out(held[-1]) if held else None,
-        "best_eval": _held_out(best) if best else None,
+        "first_eval": _evaluation(evaluations[0]) if evaluations else None,
+        "last_eval": _evaluation(evaluations[-1]) if evaluations else None,
+        "best_eval": _evaluation(best) if best else None,
         "tokens": sum(record["tokens"] for record in steps),
         "supervised_tokens": sum(record["supervised_tokens"] for record in steps),
         "seconds": sum(record["seconds"] for record in steps),
@@ -112,35 +159,39 @@ def training_summary(records: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def question_summary(records: Sequence[Record]) -> list[dict[str, Any]]:
-    """Of each share of right answers: the kind of questions, its words, and it at the first evaluation and the last."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+def question_summary(records: Sequence[Record]) -> list[QuestionSummary]:
+    """Returns each question metric at the first evaluation and at the last."""
+    found: dict[tuple[str, str], list[QuestionPoint]] = {}
     for record in records:
         for kind in QUESTION_KINDS:
-            for share in task_metrics(record, kind):
-                told = {"step": record["step"], "value": share.value, "interval": [share.low, share.high]}
-                found.setdefault((kind, share.words), []).append(told)
-    return [{"kind": kind, "share": words, "first": each[0], "last": each[-1]} for (kind, words), each in found.items()]
+            for metric in task_metrics(record, kind):
+                point: QuestionPoint = {
+                    "step": record["step"],
+                    "value": metric.value,
+                    "interval": [metric.low, metric.high],
+                }
+                found.setdefault((kind, metric.label), []).append(point)
+    return [{"kind": kind, "share": label, "first": points[0], "last": points[-1]} for (kind, label), points in found.items()]
 
 
 def before_and_after(samples: Sequence[Record]) -> list[Sample]:
-    """Each prompt with its first and its last replies; a prompt that was not asked at both is left out."""
+    """Returns each prompt with its first and last replies; omits prompts that lack one of them."""
     steps = sorted({record["step"] for record in samples})
     ends = dict.fromkeys((*steps[:1], *steps[-1:]))
     by_step = [[record for record in samples if record["step"] == step] for step in ends]
-    # A run that was killed while it wrote has fewer in its last step.
+    # A run that was killed during a write has fewer replies at its last step.
     return [
         Sample(_as_text(records[0]["prompt"]), tuple((record["step"], record["reply"]) for record in records))
         for records in zip(*by_step, strict=False)
     ]
 
 
-def _as_text(columns: dict[str, Any]) -> dict[str, str]:
-    """Messages of plain text as `role: content`, other columns that are no text as JSON."""
+def _as_text(columns: Record) -> dict[str, str]:
     return {name: _value_as_text(value) for name, value in columns.items()}
 
 
-def _value_as_text(value: Any) -> str:
+def _value_as_text(value: object) -> str:
+    """Returns messages as `role: content` lines, and other columns that are not text as JSON."""
     if isinstance(value, str):
         return value
     if isinstance(value, list) and all(isinstance(one, dict) and one.keys() == {"role", "content"} for one in value):
@@ -148,7 +199,7 @@ def _value_as_text(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, indent=1)
 
 
-def _held_out(record: Record) -> dict[str, Any]:
+def _evaluation(record: Record) -> EvaluationSummary:
     loss = record["eval_loss"]
     ends = loss_interval(record)
     return {"step": record["step"], "loss": loss, "interval": ends and [*ends], "perplexity": perplexity(loss)}
