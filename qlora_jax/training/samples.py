@@ -31,7 +31,7 @@ class Samples:
     max_new_tokens: int
 
     def replies(self, parts: ModelParts, step: int) -> list[Record]:
-    """Returns a record per prompt: `step`, `prompt` (its columns), `reply`, and `end` (why the reply ended)."""
+        """Returns a record per prompt: `step`, `prompt` (its columns), `reply`, and `end` (why the reply ended)."""
         replies = generate(
             parts, self.ids, sampling=Sampling(), max_new_tokens=self.max_new_tokens, stop_ids=self.stops
         )

@@ -148,7 +148,7 @@ def test_another_run_goes_on_from_the_exported_adapter(finished: Config, tmp_pat
 
 def test_other_new_tokens_are_another_run(finished: Config) -> None:
     model = dataclasses.replace(finished.model, new_tokens=["<|tool|>", "<|other|>"])
-    with pytest.raises(ValueError, match=r"model.new_tokens: \['<\|tool\|>', '<\|answer\|>'\] then"):
+    with pytest.raises(ValueError, match=r"model.new_tokens: \['<\|tool\|>', '<\|answer\|>'\] in the checkpoint"):
         trained(dataclasses.replace(finished, model=model), resume=True)
 
 

@@ -80,16 +80,16 @@ def _taken(program) -> int:
 def test_a_plan_tells_what_questions_need_and_refuses_what_does_not_fit(tmp_path, monkeypatch):
     config = asking(tmp_path, train=dict(accumulation=1, micro_batch_size=1))
     printed = planned(config)
-    assert "questions need" in printed and ", most in questions." in printed
+    assert "questions  " in printed and ", peak in questions." in printed
     asked = preflight.RunPlan.question_bytes.fget
     seen = []
     watched = property(lambda plan: seen.append(asked(plan)) or seen[-1])
     monkeypatch.setattr(preflight.RunPlan, "question_bytes", watched)
     planned(config)
     monkeypatch.setattr(preflight, "device_bytes", lambda memory: (seen[0] - 1, "a small device"))
-    with pytest.raises(ValueError, match=r"asking needs .* most in questions\..*leave those questions out"):
+    with pytest.raises(ValueError, match=r"questions need .* peak in questions\..*Shorten these questions"):
         planned(config)
 
 
 def test_a_run_without_questions_tells_nothing_of_them(tmp_path):
-    assert "questions need" not in planned(project(tmp_path))
+    assert "questions  " not in planned(project(tmp_path))

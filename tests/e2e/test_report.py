@@ -180,7 +180,9 @@ def test_the_page_of_a_card_has_mfu_speed_and_memory(ended):
     assert "40.0%" in text and facts_of(ended)["training"]["mfu"] == 0.4
     for caption in ("loss", "Learning rate", "Speed", "MFU", "Memory held"):
         assert f'aria-label="{caption} over optimizer steps"' in text
-    assert "Memory held, GiB" in text and text.count('<div class="wide">') == 1  # the loss; the others are two and two
+    assert (
+        "Memory in use, GiB" in text and text.count('<div class="wide">') == 1
+    )  # the loss; the others are two and two
 
 
 @pytest.mark.slow

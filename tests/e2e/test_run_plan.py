@@ -59,7 +59,7 @@ def test_a_device_that_runs_out_of_memory_is_told_with_the_plan(tmp_path, monkey
     monkeypatch.setattr(run, "run_steps", exhausted)
     with pytest.raises(ValueError) as told:
         start(project(tmp_path, train=dict(steps=1)))
-    for part in ("ran out of memory: RESOURCE_EXHAUSTED", "made of: weights", "longest rows found to fit"):
+    for part in ("ran out of memory: RESOURCE_EXHAUSTED", "breakdown: weights", "longest rows that fit"):
         assert part in str(told.value)
 
 

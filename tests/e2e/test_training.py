@@ -199,10 +199,10 @@ def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refuse
     assert state["window_order"] == window_order(session.config.train.seed, 3, 2).tolist()
     check_resumable(session, state)
     reversed_ = state | {"window_order": state["window_order"][::-1]}
-    with pytest.raises(ValueError, match=r"windows of epoch 3 came in the order \["):
+    with pytest.raises(ValueError, match=r"windows of epoch 3: order \["):
         check_resumable(session, reversed_)
     del state["window_order"]
-    with pytest.raises(ValueError, match="lacks window_order, since another version"):
+    with pytest.raises(ValueError, match="lacks window_order, because another version"):
         check_resumable(session, state)
     session = session_of(project(tmp_path / "one"))
     state = checkpoint_state(session, 1, position, BestEvaluation())
@@ -334,13 +334,15 @@ def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
     )
     with pytest.raises(ValueError) as caught:
         run(changed, resume=True)
-    assert "lora.alpha: 32.0 then, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
+    assert "lora.alpha: 32.0 in the checkpoint, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
 
 
 def test_a_checkpoint_that_lacks_what_a_run_goes_on_from_is_told(finished, monkeypatch):
     read = Checkpoints.read_state
     monkeypatch.setattr(Checkpoints, "read_state", lambda self: {k: v for k, v in read(self).items() if k != "best"})
-    with pytest.raises(ValueError, match=r"its checkpoint of step 10 lacks best, since another version .* lora\.start"):
+    with pytest.raises(
+        ValueError, match=r"the checkpoint of step 10 lacks best, because another version .* lora\.start"
+    ):
         run(finished, resume=True)
 
 
@@ -348,8 +350,8 @@ def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finish
     console = quiet()
     assert train(finished, Path(finished.output), resume=True, oversized=False, console=console)
     told = console.file.getvalue()
-    assert "going on after step 10 of 10" in told and "least held-out loss  " in told and "needs  " in told
-    assert not [words for words in ("data:", "made of", "trained", "optimizer") if words in told]
+    assert "resuming after step 10 of 10" in told and "lowest held-out loss  " in told and "memory  " in told
+    assert not [words for words in ("data:", "breakdown", "trained", "optimizer") if words in told]
 
 
 def test_an_output_folder_in_use_is_refused(finished, tmp_path):

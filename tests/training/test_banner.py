@@ -25,4 +25,4 @@ def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run
     monkeypatch.setitem(api.PREFERENCE, "cpu", ("few", "reference"))
     products = _matmuls.__wrapped__(session_of(weight((64, 128)), weight((96, 192)), jnp.ones(3)))
     assert products == "reference; not few: takes 1 to 64 rows, not 128"
-    assert _matmuls.__wrapped__(session_of(jnp.ones((4, 4)))) == "XLA, on dense weights"
+    assert _matmuls.__wrapped__(session_of(jnp.ones((4, 4)))) == "XLA, dense weights"

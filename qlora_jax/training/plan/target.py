@@ -78,7 +78,7 @@ def model_features(path: str) -> ModelConfig:
         return model_features(str(fetch_config(on_hub)))
     hint = f" Did you mean {near}?" if (near := nearest(path)) else ""
     raise ValueError(
-        f"{path}: not a file or folder, not a Hub name (org/name), and not a known model ({', '.join(PUBLISHED)}).{hint}"
+        f"{path}: not a file, a folder, a Hub name (org/name) or a published model ({', '.join(PUBLISHED)}).{hint}"
     )
 
 

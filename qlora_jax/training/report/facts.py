@@ -126,7 +126,7 @@ def report_json(report: RunReport) -> dict[str, object]:
 
 
 def _data_facts(data: DataReport) -> dict[str, object]:
-    facts = dataclasses.asdict(data)
+    facts: dict[str, object] = dataclasses.asdict(data)
     del facts["example"], facts["example_place"]  # `rows` has more examples
     return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
 
@@ -137,8 +137,7 @@ def _row_facts(row: ExampleRow) -> dict[str, object]:
 
 
 def training_summary(records: Sequence[Record]) -> TrainingSummary | None:
-    """Summarizes the records of a run; returns None before the first step.
-    """
+    """Summarizes the records of a run; returns None before the first step."""
     steps = [record for record in records if "loss" in record]
     if not steps:
         return None
@@ -171,7 +170,10 @@ def question_summary(records: Sequence[Record]) -> list[QuestionSummary]:
                     "interval": [metric.low, metric.high],
                 }
                 found.setdefault((kind, metric.label), []).append(point)
-    return [{"kind": kind, "share": label, "first": points[0], "last": points[-1]} for (kind, label), points in found.items()]
+    return [
+        {"kind": kind, "share": label, "first": points[0], "last": points[-1]}
+        for (kind, label), points in found.items()
+    ]
 
 
 def before_and_after(samples: Sequence[Record]) -> list[Sample]:

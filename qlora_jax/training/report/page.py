@@ -1,7 +1,7 @@
-"""The report of a run on disk: report.json, and one HTML page that loads nothing: no script, no font, no picture.
+"""Writes the report of a run: report.json, and an HTML page that loads no script, font or image.
 
-Rows, paths and settings are text that someone wrote: jinja2 escapes all of it, and the page's own policy
-(Content-Security-Policy) lets a browser run no script whatever came through.
+Rows, paths and settings are untrusted text. jinja2 escapes all of it, and the page's Content-Security-Policy keeps a
+browser from running scripts.
 """
 
 import functools
@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jinja2
 from markupsafe import Markup
@@ -19,17 +19,24 @@ from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import VISIBLE, report_lines
 from qlora_jax.training.display import format_duration
-from qlora_jax.training.plan.preflight import RunPlan
+from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
 from qlora_jax.training.report.curves import charts
-from qlora_jax.training.report.facts import RunReport, before_and_after, question_summary, report_json, training_summary
+from qlora_jax.training.report.facts import (
+    RunReport,
+    TrainingSummary,
+    before_and_after,
+    question_summary,
+    report_json,
+    training_summary,
+)
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 
 
 def write_report(report: RunReport, run: Path) -> Path:
-    """Writes both files into the folder `run`, which is made; returns the page's path."""
+    """Writes both files into the folder `run`, which it creates if necessary; returns the page's path."""
     run.mkdir(parents=True, exist_ok=True)
     texts = {FACTS_FILE: json.dumps(report_json(report), indent=2) + "\n", PAGE_FILE: page(report)}
     for name, text in texts.items():
@@ -40,7 +47,7 @@ def write_report(report: RunReport, run: Path) -> Path:
 
 
 def page(report: RunReport) -> str:
-    """The page's text."""
+    """Returns the page as HTML."""
     return _template().render(
         title=Path(report.config.output).name,
         model=report.config.model.path,
@@ -74,8 +81,9 @@ class _Figure(NamedTuple):
     """A drawing on the page.
 
     Fields:
-      label: for those who do not see it.
-      wide: of one that has a row of the page to itself, for a page that is wide enough.
+      label: the text for screen readers.
+      narrow: the drawing for half a page or a phone.
+      wide: the drawing for a full row of a wide page; None if it shares a row.
     """
 
     caption: str
@@ -84,15 +92,15 @@ class _Figure(NamedTuple):
     wide: Markup | None
 
 
-Drawn = tuple[str, str, Callable[[Size], str]]  # caption, label, and the drawing of a size
+Drawing = tuple[str, str, Callable[[Size], str]]  # caption, label, function that draws at a size
 
 
-def _figures(drawn: Sequence[Drawn]) -> list[_Figure]:
-    """Two in a row of a wide page; the last has it to itself where their number is odd."""
-    alone = len(drawn) - 1 if len(drawn) % 2 else None
+def _figures(drawings: Sequence[Drawing]) -> list[_Figure]:
+    """Arranges two drawings per row of a wide page; the last of an odd number takes a full row."""
+    full_row = len(drawings) - 1 if len(drawings) % 2 else None
     return [
-        _Figure(caption, label, Markup(draw(NARROW)), Markup(draw(WIDE)) if place == alone else None)
-        for place, (caption, label, draw) in enumerate(drawn)
+        _Figure(caption, label, Markup(draw(NARROW)), Markup(draw(WIDE)) if index == full_row else None)
+        for index, (caption, label, draw) in enumerate(drawings)
     ]
 
 
@@ -105,7 +113,7 @@ def _loss(report: RunReport) -> list[_Figure]:
 
 def _curves(report: RunReport) -> list[_Figure]:
     found = charts(report.records, report.plan.peak_bytes)
-    return _figures([(c.told, f"{c.caption} over optimizer steps", functools.partial(chart_svg, c)) for c in found])
+    return _figures([(c.title, f"{c.caption} over optimizer steps", functools.partial(chart_svg, c)) for c in found])
 
 
 def _histograms(data: DataReport) -> list[_Figure]:
@@ -120,71 +128,73 @@ def _histograms(data: DataReport) -> list[_Figure]:
 
 
 def _plan(plan: RunPlan, peak: int | None) -> dict[str, str]:
-    held = "held at most, loading included, beyond Python and its libraries"
-    used = {} if peak is None else {held: _share(peak, plan.peak_bytes)}
-    return {name: words for name, words in plan.rows().items() if name != "made of"} | used
+    name = "measured peak, including loading, without Python and its libraries"
+    measured = {} if peak is None else {name: _share(peak, plan.peak_bytes)}
+    return {name: text for name, text in plan.rows().items() if name != BREAKDOWN} | measured
 
 
 def _share(peak: int, planned: int) -> str:
     return f"{format_bytes(peak)}, {peak / planned:.0%} of the plan"
 
 
-def _places(need: Requirements) -> Mapping[str, Mapping[str, int]]:
-    """Bytes by kind on the device, and in host memory where that holds any."""
-    return {"on the device": need.device} | ({"in host memory": need.host} if any(need.host.values()) else {})
+def _places(requirements: Requirements) -> Mapping[str, Mapping[str, int]]:
+    """Returns the bytes by kind on the device, and in host memory if it has any."""
+    return {"device": requirements.device} | (
+        {"host memory": requirements.host} if any(requirements.host.values()) else {}
+    )
 
 
-def _kinds(need: Requirements) -> list[tuple[str, list[str]]]:
-    """(kind, bytes in each place) of what takes any."""
-    places = _places(need).values()
-    held = {kind: [place[kind] for place in places] for kind in KINDS}
+def _kinds(requirements: Requirements) -> list[tuple[str, list[str]]]:
+    """Returns (kind, bytes in each place) of the kinds that are not zero."""
+    places = _places(requirements).values()
+    sizes = {kind: [place[kind] for place in places] for kind in KINDS}
     return [
         (kind, [format_bytes(count) if count else "none" for count in counts])
-        for kind, counts in held.items()
+        for kind, counts in sizes.items()
         if any(counts)
     ]
 
 
 def _tiles(report: RunReport) -> list[tuple[str, str]]:
-    """What a reader looks for first."""
+    """Returns the figures at the top of the page."""
     done = training_summary(report.records)
     if not done:
         data = report.data
         return [
             ("rows", f"{data.train.kept:,} of {data.train.rows:,}"),
-            ("steps an epoch", f"{data.steps_per_epoch:,}"),
-            ("targets learned", f"{data.train.supervised:,}"),
-            ("places used", f"{1 - data.padding_share:.1%}"),
+            ("steps per epoch", f"{data.steps_per_epoch:,}"),
+            ("supervised targets", f"{data.train.supervised:,}"),
+            ("positions used", f"{1 - data.padding_share:.1%}"),
         ]
     return [
         ("steps", f"{done['steps']:,}"),
         *_held_out(done),
-        *_right(report),
+        *_questions(report),
         ("last training loss", "not finite" if done["last_loss"] is None else f"{done['last_loss']:.3f}"),
-        ("tokens a second", f"{done['tokens_per_second']:,.0f}"),
-        *([] if done["mfu"] is None else [("MFU, of the device's peak", f"{done['mfu']:.1%}")]),
+        ("tokens per second", f"{done['tokens_per_second']:,.0f}"),
+        *([] if done["mfu"] is None else [("MFU", f"{done['mfu']:.1%}")]),
         ("time in steps", format_duration(done["seconds"])),
-        ("tokens seen", f"{done['tokens']:,}"),
-        ("learned of them", f"{done['supervised_tokens']:,}"),
+        ("training tokens", f"{done['tokens']:,}"),
+        ("supervised of them", f"{done['supervised_tokens']:,}"),
     ]
 
 
-def _right(report: RunReport) -> list[tuple[str, str]]:
+def _questions(report: RunReport) -> list[tuple[str, str]]:
     return [
         (one["share"], f"{one['first']['value']:.1%} → {one['last']['value']:.1%}")
         for one in question_summary(report.records)
     ]
 
 
-def _held_out(done: dict[str, Any]) -> list[tuple[str, str]]:
-    if done["first_eval"] is None:
+def _held_out(done: TrainingSummary) -> list[tuple[str, str]]:
+    first, last, best = done["first_eval"], done["last_eval"], done["best_eval"]
+    if first is None or last is None or best is None:
         return []
-    first, last, best = (done[name] for name in ("first_eval", "last_eval", "best_eval"))
     interval = " [{:.3f}, {:.3f}]".format(*last["interval"]) if last["interval"] else ""
-    told = [
+    tiles = [
         ("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}{interval}"),
-        ("its perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"),
+        ("perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"),
     ]
-    return (
-        told if best["step"] == last["step"] else [*told, (f"least, at step {best['step']:,}", f"{best['loss']:.3f}")]
-    )
+    if best["step"] == last["step"]:
+        return tiles
+    return [*tiles, (f"lowest held-out loss, at step {best['step']:,}", f"{best['loss']:.3f}")]

@@ -113,7 +113,7 @@ def test_offloaded_activations_are_counted_where_they_are():
 def test_activations_that_stay_on_the_device_are_told():
     """What JAX makes of the policy where it drops the kind of memory without a word."""
     stays = on_gpu(TINY, remat="offload")
-    with pytest.raises(RuntimeError, match=r"of activations were to wait in host memory, but .* keeps 0 B there"):
+    with pytest.raises(RuntimeError, match=r"does not offload all activations to host memory \(found 0 B, expected"):
         compiled_requirements(stays, lambda step: Temporaries(gradients=10**9, update=0))
     host = sum(offloaded_activation_bytes(stays.step_shape()).values())
     assert compiled_requirements(stays, lambda step: Temporaries(10**9, 0, host)).host[ACTIVATIONS] == host
@@ -247,7 +247,7 @@ def test_a_model_is_a_folder_a_config_or_a_published_name(tmp_path):
     with pytest.raises(ValueError, match="Did you mean llama-3-8b"):
         model_features("llama3-8b")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="no JSON"):
+    with pytest.raises(ValueError, match="not valid JSON"):
         model_features(str(tmp_path))
 
 

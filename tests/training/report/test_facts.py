@@ -46,7 +46,7 @@ def test_records_of_a_run_in_figures():
 
 
 def test_a_run_without_steps_or_held_out_rows_has_no_figures_of_them():
-    assert training_summary([]) == training_summary([{"step": 0, "eval_loss": 3.0}]) == {}
+    assert training_summary([]) is training_summary([{"step": 0, "eval_loss": 3.0}]) is None
     found = training_summary([step(1, None)])
     assert found["last_loss"] is None and found["first_eval"] is None and found["best_eval"] is None
 
@@ -82,7 +82,7 @@ def test_charts_of_what_a_card_tells():
     assert [(line.steps, line.values) for line in speed.lines] == [([2, 4], [100.0, 100.0])]  # 1 and 3 compiled
     assert [(line.steps, line.values) for line in mfu.lines] == [([2, 4], [40.0, 50.0])]
     told = {line.label: line.values for line in memory.lines}
-    assert told == {"device": [3.0] * 4, "most so far": [5.0] * 4, "planned": [6.0] * 4, "host": [2.0] * 4}
+    assert told == {"device": [3.0] * 4, "peak so far": [5.0] * 4, "planned": [6.0] * 4, "host": [2.0] * 4}
 
 
 def answered(number: int, right: int, other: int) -> dict:
@@ -133,12 +133,15 @@ class Elements(HTMLParser):
 @pytest.mark.parametrize(
     ("svg", "words"),
     [
-        (loss_svg([{"step": 0, "eval_loss": 3.0}, step(1, 2.0), step(2, 1.0)], WIDE), ("held out", "optimizer step")),
+        (
+            loss_svg([{"step": 0, "eval_loss": 3.0}, step(1, 2.0), step(2, 1.0)], WIDE),
+            ("held-out loss", "optimizer step"),
+        ),
         (
             chart_svg(charts([on_a_card(1), on_a_card(2)], 6 * GIB)[-1], NARROW),
-            ("most so far", "host", "optimizer step"),
+            ("peak so far", "host", "optimizer step"),
         ),
-        (lengths_svg({3: 1, 40: 5}, 32, NARROW), ("data.max_length 32", "tokens a row, before any is cut")),
+        (lengths_svg({3: 1, 40: 5}, 32, NARROW), ("data.max_length 32", "tokens per row, before truncation")),
     ],
     ids=["loss", "memory", "lengths"],
 )
@@ -164,7 +167,7 @@ def test_a_drawing_refers_to_nothing_of_another():
 
 def test_a_chart_tells_its_unit_in_its_caption():
     (*_, memory), speed = charts([on_a_card(1), on_a_card(2)], 6 * GIB), 12_000
-    assert memory.told == "Memory held, GiB" and Chart("Learning rate", "", []).told == "Learning rate"
+    assert memory.title == "Memory in use, GiB" and Chart("Learning rate", "", []).title == "Learning rate"
     svg = chart_svg(Chart("Speed", "tokens a second", [Line("", [1, 2], [0.0, speed])]), WIDE)
     assert "12,000" in svg and "tokens a second" not in svg
 
