@@ -178,7 +178,7 @@ def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, mon
 def test_the_page_of_a_card_has_mfu_speed_and_memory(ended):
     text = page_of(ended)
     assert "40.0%" in text and facts_of(ended)["training"]["mfu"] == 0.4
-    for caption in ("loss", "Learning rate", "Speed", "MFU", "Memory held"):
+    for caption in ("loss", "Learning rate", "Speed", "MFU", "Memory in use"):
         assert f'aria-label="{caption} over optimizer steps"' in text
     assert (
         "Memory in use, GiB" in text and text.count('<div class="wide">') == 1

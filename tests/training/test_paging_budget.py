@@ -47,7 +47,7 @@ def device(total: int, others: int) -> SimulatedMemory:
 def test_room_is_what_the_program_and_others_leave(others, length, room):
     budget, words = measured_budget(Analysed(), device(1000, others))
     assert budget((1, 1, length), 0) == Room(*(mib * MIB for mib in room))
-    assert "its 1,000.00 MiB" in words
+    assert "room for, of 1,000.00 MiB" in words
 
 
 @pytest.mark.parametrize(("others", "held"), [(0, 300), (500, 500)])
