@@ -14,6 +14,7 @@ _PUBLIC = {
     "LoRA": ("qlora_jax.config", "LoraArgs"),
     "finetune": ("qlora_jax.api.finetune", "finetune"),
     "generate_text": ("qlora_jax.api.generate", "generate_text"),
+    "evaluate_model": ("qlora_jax.api.evaluate", "evaluate_model"),
     "save_peft": ("qlora_jax.api.export", "save_peft"),
     "merge": ("qlora_jax.api.export", "merge"),
     "save_quantized": ("qlora_jax.api.export", "save_quantized"),

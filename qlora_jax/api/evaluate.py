@@ -1,10 +1,79 @@
-"""`evaluate_side_by_side`: scores the base and the runs that the settings of `evaluate` name."""
+"""`evaluate_model`: scores models on text, rows and questions; and the models that the settings of `evaluate` name."""
 
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_jax.api.generate import stop_ids
+from qlora_jax.api.provenance import parts_of
+from qlora_jax.config.parse import from_dict
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.candidates import load_candidates, open_candidates
-from qlora_jax.evaluation.reporter import Reporter
+from qlora_jax.evaluation.reporter import ConsoleReporter, Reporter
 from qlora_jax.evaluation.results import Evaluation
 from qlora_jax.evaluation.score import prepare_tasks, score_models
-from qlora_jax.evaluation.settings import EvaluateArgs
+from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
+from qlora_jax.evaluation.tasks.registry import build_tasks
+from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.models.decoder import CausalLM
+
+
+def evaluate_model(
+    model: CausalLM | Mapping[str, CausalLM],
+    tokenizer: Tokenizer,
+    *,
+    text: str | Path | None = None,
+    rows: str | Path | None = None,
+    choices: str | Path | None = None,
+    letters: str | Path | None = None,
+    answers: str | Path | None = None,
+    tasks: Sequence[AnyTask] = (),
+    raw: bool = False,
+    cache: str | Path | None = None,
+    progress: bool = False,
+    **settings: object,
+) -> Evaluation:
+    """Scores a model on files of text, rows and questions (docs/evaluate.md).
+
+    `result.tasks["text"].metrics["model"]["perplexity"]` is a metric with `value` and `interval`, its 95 % confidence
+    interval. Several models are compared in pairs of the same rows: `result.tasks["text"].comparisons`. `print(result)`
+    prints tables, and `result.to_dict()` has plain numbers.
+
+    Args:
+      model: a model; or several by name, each of which is compared with the next.
+      text: text file, scored by the perplexity of its windows.
+      rows: file in a format of training data, scored by the loss of the answers.
+      choices: file of multiple-choice questions, scored by the likelihood of each option.
+      letters: file of multiple-choice questions, scored by letter, like MMLU.
+      answers: file of questions, scored by exact match of the greedy reply.
+      tasks: more tasks, of your own classes (see qlora_jax/evaluation/tasks/task.py).
+      raw: no chat template: questions and rows are plain text.
+      cache: folder that caches scores, so that an interrupted evaluation resumes.
+      progress: show progress bars.
+      settings: more settings of the tasks, named like those of the command: window, stride, max_rows, shots,
+        answer_pattern, file_columns, harness and so on.
+
+    Raises:
+      ValueError: no task, an unknown setting, or a file that cannot be used; the message lists all problems.
+    """
+    models = model if isinstance(model, Mapping) else {"model": model}
+    files = {"text": text, "rows": rows, "choices": choices, "letters": letters, "answers": answers}
+    args = _task_args({name: str(path) for name, path in files.items() if path is not None} | settings)
+    reader = dataclasses.replace(tokenizer, chat_template=None) if raw else tokenizer
+    all_tasks = [*build_tasks(args, _context(models, reader)), *tasks]
+    if not all_tasks:
+        raise ValueError(f"{', '.join(files)}, tasks: found none, expected at least one to score. Give one")
+    reporter = ConsoleReporter(Console(stderr=True)) if progress else Reporter()
+    prepare_tasks(all_tasks, reporter.message)
+    return score_models(
+        ((name, parts_of(one)) for name, one in models.items()),
+        {name: all_tasks for name in models},
+        {name: name for name in models},
+        cache_folder=cache,
+        reporter=reporter,
+    )
 
 
 def evaluate_side_by_side(args: EvaluateArgs, *, raw: bool = False, reporter: Reporter | None = None) -> Evaluation:
@@ -12,7 +81,7 @@ def evaluate_side_by_side(args: EvaluateArgs, *, raw: bool = False, reporter: Re
 
     Args:
       args: settings that `check_evaluate` accepts.
-      raw: use no chat template.
+      raw: no chat template: questions and rows are plain text.
       reporter: receives the progress; None: nobody does.
 
     Raises:
@@ -25,3 +94,20 @@ def evaluate_side_by_side(args: EvaluateArgs, *, raw: bool = False, reporter: Re
     models = load_candidates(args, candidates, reporter)
     labels = {name: candidate.label for name, candidate in candidates.items()}
     return score_models(models, tasks, labels, cache_folder=args.keep, reporter=reporter)
+
+
+def _task_args(settings: Mapping[str, object]) -> TaskArgs:
+    """The validated settings; raises ConfigError."""
+    args = from_dict(TaskArgs, settings)
+    check_tasks(args)
+    return args
+
+
+def _context(models: Mapping[str, CausalLM], tokenizer: Tokenizer) -> TaskContext:
+    """The properties that all models share: the shortest maximum length, and the stop ids of any."""
+    chat = tokenizer.chat_template is not None
+    return TaskContext(
+        tokenizer=tokenizer,
+        max_positions=min(model.config.max_positions for model in models.values()),
+        stop_ids=frozenset().union(*(stop_ids(model, tokenizer, chat=chat) for model in models.values())),
+    )
