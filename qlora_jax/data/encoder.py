@@ -70,7 +70,9 @@ class ChunkTexts(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Encoder:
-    """Makes ids and masks of rows of one format, in three steps: texts, encodings, encoded. The second takes the time.
+    """Makes ids and masks of rows of one format, in three steps: segment_rows, encode_texts, mask_rows.
+
+    The second step takes most of the time.
 
     With a chat template, a row is a conversation, and the template writes bos if it wants one. Without a template, a
     row is plain text. It begins with one bos if the tokenizer asks for it, and ends with a supervised eos.
@@ -89,9 +91,9 @@ class Encoder:
         """True if each segment is encoded without its neighbours."""
         return not self.chat and self.tokenizer.is_byte_level
 
-    def texts(self, rows: Sequence[Row], problems: list[Problem]) -> ChunkTexts:
+    def segment_rows(self, rows: Sequence[Row], problems: list[Problem]) -> ChunkTexts:
         """Returns the rows' segments. Rows without exact spans are skipped and added to `problems`."""
-        made = ChunkTexts([], [], [])
+        chunk = ChunkTexts([], [], [])
         for row in rows:
             try:
                 segments = self.segment(row.data)
@@ -99,12 +101,12 @@ class Encoder:
             except ValueError as error:
                 problems.append((row.place, str(error)))
                 continue
-            made.places.append(row.place)
-            made.segments.append(segments)
-            made.texts.append(text)
-        return made
+            chunk.places.append(row.place)
+            chunk.segments.append(segments)
+            chunk.texts.append(text)
+        return chunk
 
-    def encodings(self, texts: ChunkTexts) -> ChunkEncodings:
+    def encode_texts(self, texts: ChunkTexts) -> ChunkEncodings:
         """Runs the tokenizer, which releases Python's lock meanwhile."""
         if self.tokenizer.byte_lengths is None:
             return ChunkEncodings([], self.tokenizer.encode_spans(texts.texts))
@@ -114,7 +116,7 @@ class Encoder:
         prefix, ids = shared_prefix(self.tokenizer, texts.texts)
         return ChunkEncodings(ids, self.tokenizer.encode_fast([text[len(prefix) :] for text in texts.texts]))
 
-    def encoded(
+    def mask_rows(
         self, texts: ChunkTexts, encodings: ChunkEncodings, problems: list[Problem]
     ) -> tuple[list[Place], list[EncodedRow]]:
         """Returns the rows' places and their ids with masks. Rows that fail are skipped and added to `problems`."""
@@ -183,11 +185,11 @@ def encode_rows(path: str, rows: Sequence[Row], row_format: RowFormat, tokenizer
       ValueError: rows without exact spans, or a tokenizer without what the format needs.
     """
     encoder, problems = make_encoder(row_format, tokenizer), []
-    chunks = (encoder.texts(chunk, problems) for chunk in itertools.batched(rows, CHUNK))
+    chunks = (encoder.segment_rows(chunk, problems) for chunk in itertools.batched(rows, CHUNK))
     encoded = [
         row
-        for texts, encodings in prefetch_map(encoder.encodings, chunks)
-        for row in encoder.encoded(texts, encodings, problems)[1]
+        for texts, encodings in prefetch_map(encoder.encode_texts, chunks)
+        for row in encoder.mask_rows(texts, encodings, problems)[1]
     ]
     raise_problems(path, problems, len(rows))
     return encoded

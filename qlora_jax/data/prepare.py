@@ -125,7 +125,7 @@ def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[
     whole = RowCounts()
     for checked, encodings in prefetch_map(reader.encode, reader.chunks()):
         assert reader.encoder is not None
-        places, encoded = reader.encoder.encoded(checked.texts, encodings, reader.problems)
+        places, encoded = reader.encoder.mask_rows(checked.texts, encodings, reader.problems)
         fitted = fit_lengths(encoded, places, preparation.limits)
         reader.problems += fitted.problems
         rows = token_rows(preparation.path, fitted.rows, fitted.places)
@@ -171,7 +171,7 @@ class _FileReader:
     def encode(self, checked: _CheckedChunk) -> ChunkEncodings:
         """Runs the tokenizer."""
         assert self.encoder is not None
-        return self.encoder.encodings(checked.texts)
+        return self.encoder.encode_texts(checked.texts)
 
     def _check(self, rows: list[Row]) -> _CheckedChunk:
         row_format = self._format = self._format or detect_format(
@@ -186,7 +186,7 @@ class _FileReader:
         if self.encoder is None:
             self.encoder, self.format_name = self._make_encoder(row_format), row_format.name
         chosen, hashes = self._choose(examples, row_format)
-        texts = self.encoder.texts(chosen, self.problems)
+        texts = self.encoder.segment_rows(chosen, self.problems)
         columns = dict.fromkeys(name for row in chosen for name in row.data)
         special = self._preparation.tokenizer.special_text
         names = (*row_format.required, *row_format.optional)

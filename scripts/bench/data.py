@@ -59,10 +59,10 @@ def library(encode: Callable[..., object], texts: list[str]) -> None:
 def to_packs(path: str, rows: list[Row], tokenizer: Tokenizer) -> TokenRows:
     """Encodes rows in memory and plans an epoch of packs."""
     encoder, limits = make_encoder(detect_format(path, rows), tokenizer), Limits(max_length=MAX_LENGTH, overlong="drop")
-    chunks = (encoder.texts(chunk, []) for chunk in itertools.batched(rows, CHUNK))
+    chunks = (encoder.segment_rows(chunk, []) for chunk in itertools.batched(rows, CHUNK))
     pieces = []
-    for texts, encodings in prefetch_map(encoder.encodings, chunks):
-        places, encoded = encoder.encoded(texts, encodings, [])
+    for texts, encodings in prefetch_map(encoder.encode_texts, chunks):
+        places, encoded = encoder.mask_rows(texts, encodings, [])
         fitted = fit_lengths(encoded, places, limits)
         pieces.append(token_rows(path, fitted.rows, fitted.places))
     whole = concatenate_rows(pieces, pieces[0].files)
@@ -108,7 +108,7 @@ def main() -> None:
     tokenizer = load_tokenizer(open_model(args.model or str(fetch_smollm2())).tokenizer)
     found = list(itertools.islice(itertools.cycle(read_rows(args.data)), args.rows))
     form = detect_format(args.data, found)
-    texts = make_encoder(form, tokenizer).texts(found, []).texts
+    texts = make_encoder(form, tokenizer).segment_rows(found, []).texts
     with tempfile.TemporaryDirectory() as folder:
         path, cache = f"{folder}/rows.jsonl", f"{folder}/cache"
         Path(path).write_text("".join(json.dumps(row.data) + "\n" for row in found), encoding="utf-8")

@@ -50,8 +50,8 @@ def test_ids_and_labels_are_the_references(with_bos: Tokenizer, name: str, which
     rows, row_format = examples(name)
     learn = "all" if on_source else "assistant"
     encoder, problems = make_encoder(row_format, with_bos, learn, one_answer=True), []
-    texts = encoder.texts(rows, problems)
-    places, encoded = encoder.encoded(texts, encoder.encodings(texts), problems)
+    texts = encoder.segment_rows(rows, problems)
+    places, encoded = encoder.mask_rows(texts, encoder.encode_texts(texts), problems)
     assert problems == [] and len(encoded) == len(rows)
     limits = Limits(max_length=source + target, overlong="error", source=source, target=target)
     fitted = fit_lengths(encoded, places, limits)

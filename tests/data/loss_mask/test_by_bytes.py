@@ -69,8 +69,8 @@ def test_masks_equal_the_reference(any_tokenizer: Tokenizer, tokenizer: Tokenize
 
 def encoded(encoder: Encoder, rows: list[Row]) -> list[EncodedRow]:
     problems: list = []
-    texts = encoder.texts(rows, problems)
-    _, found = encoder.encoded(texts, encoder.encodings(texts), problems)
+    texts = encoder.segment_rows(rows, problems)
+    _, found = encoder.mask_rows(texts, encoder.encode_texts(texts), problems)
     assert not problems
     return found
 

@@ -55,8 +55,8 @@ def as_lists(row: EncodedRow) -> tuple[list[int], list[bool], int, bool, bool]:
 def fast_rows(encoder: Encoder, chats: Sequence[Sequence[Message]]) -> list[EncodedRow | str]:
     """Each chat's row, or its error, from one chunk that goes through all fast paths."""
     problems: list[Problem] = []
-    texts = encoder.texts([Row(Place(n + 1, n), {"messages": chat}) for n, chat in enumerate(chats)], problems)
-    places, rows = encoder.encoded(texts, encoder.encodings(texts), problems)
+    texts = encoder.segment_rows([Row(Place(n + 1, n), {"messages": chat}) for n, chat in enumerate(chats)], problems)
+    places, rows = encoder.mask_rows(texts, encoder.encode_texts(texts), problems)
     found = dict(problems) | dict(zip(places, rows, strict=True))
     return [found[place] for place in sorted(found)]
 
