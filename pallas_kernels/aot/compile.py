@@ -91,11 +91,11 @@ class CompiledFor:
 
 def compile_for(
     card: str,
-    fn: Callable[..., Any],
-    *args: Any,
+    fn: Callable[..., object],
+    *args: object,
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
-    **kwargs: Any,
+    **kwargs: object,
 ) -> CompiledFor:
     """Compiles `fn(*args, **kwargs)` for one or several cards of pallas_kernels.gpu_specs.CARDS, which may be absent.
 
@@ -136,7 +136,7 @@ def compile_for(
     return CompiledFor(spec, program.memory, program.text, program.serialized)
 
 
-def _jitted(fn: Callable[..., Any], donate_argnums: int | Sequence[int], static_argnums: int | Sequence[int]) -> Any:
+def _jitted(fn: Callable[..., object], donate_argnums: int | Sequence[int], static_argnums: int | Sequence[int]) -> Any:
     if not hasattr(fn, "trace"):
         return jax.jit(fn, donate_argnums=donate_argnums, static_argnums=static_argnums)
     if donate_argnums != () or static_argnums != ():

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 from jax.interpreters import partial_eval
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 HOST = "pinned_host"
 HOST_LAYOUT = "S(5)"  # in the HLO layout of an array in host memory
 ONE_CARD = AbstractMesh((1,), ("device",), (AxisType.Auto,))
 
 
-def on_host(tree: Any) -> Any:
+def on_host(tree: PyTree) -> PyTree:
     """Marks a pytree of arguments of compile_for as being in pinned host memory.
 
     The compiled function moves them itself: `jax.device_put(x, jax.memory.Space.Device)`.
@@ -26,7 +27,7 @@ def on_host(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: _abstract(leaf, sharding), tree)
 
 
-def mesh_of(tree: Any) -> AbstractMesh:
+def mesh_of(tree: PyTree) -> AbstractMesh:
     """Returns the abstract mesh of the leaves' shardings; one card's if there is none.
 
     Raises:
@@ -41,7 +42,7 @@ def mesh_of(tree: Any) -> AbstractMesh:
     return next(iter(meshes), ONE_CARD)
 
 
-def place(tree: Any, *devices: Any) -> Any:
+def place(tree: PyTree, *devices: Any) -> PyTree:
     """Converts arrays to ShapeDtypeStructs on the devices of `mesh_of`, or in host memory if they are `on_host`.
 
     Raises:
@@ -64,7 +65,7 @@ def place(tree: Any, *devices: Any) -> Any:
     return jax.tree.map(placed, tree)
 
 
-def check_host_kept(traced: Any, text: str) -> None:
+def check_host_kept(traced: jax.stages.Traced, text: str) -> None:
     """Raises RuntimeError unless the optimized HLO has in host memory the arrays that the traced program places there.
 
     Otherwise an offload that does not happen would go unnoticed.
@@ -113,15 +114,15 @@ def _count_host(variables: list[Any]) -> int:
     return sum(getattr(variable.aval, "memory_space", None) == jax.memory.Space.Host for variable in variables)
 
 
-def _is_array(leaf: Any) -> bool:
+def _is_array(leaf: object) -> bool:
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _is_abstract(sharding: Any) -> TypeGuard[NamedSharding]:
+def _is_abstract(sharding: object) -> TypeGuard[NamedSharding]:
     return isinstance(sharding, NamedSharding) and isinstance(sharding.mesh, AbstractMesh)
 
 
-def _is_on_host(leaf: Any) -> bool:
+def _is_on_host(leaf: object) -> bool:
     return getattr(getattr(leaf, "sharding", None), "memory_kind", None) == HOST
 
 

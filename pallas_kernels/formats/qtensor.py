@@ -69,6 +69,6 @@ class QTensor:
         """The bytes of all leaves."""
         return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(self))
 
-    def layer(self, index: Any) -> "QTensor":
+    def layer(self, index: int | jax.Array) -> "QTensor":
         """Returns the weight of one layer of a stack; `index` may be traced."""
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), self)

@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm
 
@@ -29,7 +30,7 @@ class Machine:
     # Mosaic's automatic barriers before copies would add four per round.
     options: dict[str, Any] = {"compiler_params": plgpu.CompilerParams(unsafe_no_auto_barriers=True)}  # noqa: RUF012
 
-    def __init__(self, direction: Direction, dtype: Any, table: np.ndarray) -> None:
+    def __init__(self, direction: Direction, dtype: DTypeLike, table: np.ndarray) -> None:
         self.direction: Direction = direction
         self.dtype, self.table = jnp.dtype(dtype), table
 
@@ -79,7 +80,9 @@ class Machine:
 class Interpreted:
     """The twin's instructions, which Pallas can interpret; it copies and waits with barriers, as TMA does."""
 
-    def __init__(self, direction: Direction, dtype: Any, table: np.ndarray, params: plgpu.InterpretGPUParams) -> None:
+    def __init__(
+        self, direction: Direction, dtype: DTypeLike, table: np.ndarray, params: plgpu.InterpretGPUParams
+    ) -> None:
         self.direction: Direction = direction
         self.dtype, self.table = jnp.dtype(dtype), table
         self.options: dict[str, Any] = {"interpret": params}

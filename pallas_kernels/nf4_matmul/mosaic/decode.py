@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
 
@@ -31,20 +32,20 @@ _PTX = """{{ .reg .b32 s,m,a,b,p,q;
  prmt.b32 $0, p, q, 0x6240; prmt.b32 $1, p, q, 0x7351; }}"""
 
 
-def table_words(table: np.ndarray, dtype: Any) -> list[int]:
+def table_words(table: np.ndarray, dtype: DTypeLike) -> list[int]:
     """Returns the table in a 16-bit dtype as 32-bit words: four of the values' low bytes, then four of high bytes."""
     bits = table.astype(jnp.dtype(dtype)).view(np.uint16)
     lows_and_highs = np.concatenate([bits & 255, bits >> 8]).astype(np.uint8)
     return lows_and_highs.view("<u4").tolist()
 
 
-def decode_ptx(table: np.ndarray, dtype: Any) -> str:
+def decode_ptx(table: np.ndarray, dtype: DTypeLike) -> str:
     """Returns the inline assembly that looks up four codes in a table of 16 values."""
     return _PTX.format(*(f"0x{word:08x}" for word in table_words(table, dtype)))
 
 
 def decode_pair(
-    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: Any
+    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (table[byte & 15], table[byte >> 4]) in a 16-bit dtype, inside a Mosaic kernel.
 
@@ -60,7 +61,7 @@ def decode_pair(
 
 
 def select_pair(
-    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: Any
+    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `decode_pair` by interpretable operations: a tree of 15 selects over the bits of each code."""
     assert packed.shape == (rows, RUN)
@@ -70,7 +71,7 @@ def select_pair(
     return low, high
 
 
-def _look_up(ptx: str, dtype: Any, ctx: Any, packed: mgpu.FragmentedArray) -> tuple[Any, Any]:
+def _look_up(ptx: str, dtype: DTypeLike, ctx: Any, packed: mgpu.FragmentedArray) -> tuple[Any, Any]:
     low, high = np.empty_like(packed.registers), np.empty_like(packed.registers)
     for at in np.ndindex(packed.registers.shape):
         low[at], high[at] = _look_up_register(ptx, dtype, packed.registers[at])
@@ -78,7 +79,7 @@ def _look_up(ptx: str, dtype: Any, ctx: Any, packed: mgpu.FragmentedArray) -> tu
     return make(_registers=low), make(_registers=high)
 
 
-def _look_up_register(ptx: str, dtype: Any, register: Any) -> list[Any]:
+def _look_up_register(ptx: str, dtype: DTypeLike, register: Any) -> list[Any]:
     """Decodes one register of two packed bytes to two registers of two values."""
     i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
     two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))

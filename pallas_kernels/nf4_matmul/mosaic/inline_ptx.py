@@ -12,6 +12,7 @@ import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import TiledLayout
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
@@ -27,7 +28,7 @@ _SPLIT = " and.b32 s, {0}, 0x77777777; shr.u32 m, {0}, 1; and.b32 m, m, {1}; or.
 _FOUR_MERGES = 0x44444444  # in each nibble, the bit by which a merge selects, shifted down by one
 
 
-def look_up_ptx(table: np.ndarray, dtype: Any) -> str:
+def look_up_ptx(table: np.ndarray, dtype: DTypeLike) -> str:
     """Returns decode_ptx with half of its constants as operands: $2 bytes, $3 to $7 constant_words -> $0, $1."""
     look_up = _LOOK_UP.format(*_hexadecimal(table, dtype))
     return "\n".join(
@@ -35,13 +36,13 @@ def look_up_ptx(table: np.ndarray, dtype: Any) -> str:
     )
 
 
-def look_up_across_ptx(table: np.ndarray, dtype: Any) -> str:
+def look_up_across_ptx(table: np.ndarray, dtype: DTypeLike) -> str:
     """Returns PTX: $4, $5 of two bytes each, $6 to $10 constant_words -> $0, $1 of first bytes, $2, $3 of second."""
     together = "{ .reg .b32 x; prmt.b32 x, $4, $5, 0x5140;\n"
     return together + _look_up_eight(table, dtype, "x", ("$6", "$7", "$8", "$9"), "$10") + "\n}"
 
 
-def _look_up_eight(table: np.ndarray, dtype: Any, word: str, words: Sequence[str], merges: str) -> str:
+def _look_up_eight(table: np.ndarray, dtype: DTypeLike, word: str, words: Sequence[str], merges: str) -> str:
     look_up = _LOOK_UP.format(*_hexadecimal(table, dtype))
     return "\n".join(
         [
@@ -55,12 +56,12 @@ def _look_up_eight(table: np.ndarray, dtype: Any, word: str, words: Sequence[str
     )
 
 
-def look_up_word_ptx(table: np.ndarray, dtype: Any) -> str:
+def look_up_word_ptx(table: np.ndarray, dtype: DTypeLike) -> str:
     """PTX for $4 of four bytes, $5 to $9 constant_words -> nibbles: $0 low, $1 high of bytes 0, 1; $2, $3 of 2, 3."""
     return _look_up_eight(table, dtype, "$4", ("$5", "$6", "$7", "$8"), "$9")
 
 
-def constant_words(table: np.ndarray, dtype: Any) -> np.ndarray:
+def constant_words(table: np.ndarray, dtype: DTypeLike) -> np.ndarray:
     """Returns i32 [5, 128]: the constants of a look-up that each thread reads from memory once.
 
     An instruction can contain one constant. If the compiler knew these, it would copy every second operand to a
@@ -70,7 +71,7 @@ def constant_words(table: np.ndarray, dtype: Any) -> np.ndarray:
     return np.repeat(np.array(words, np.uint32).view(np.int32)[:, None], 128, axis=1)
 
 
-def _hexadecimal(table: np.ndarray, dtype: Any) -> list[str]:
+def _hexadecimal(table: np.ndarray, dtype: DTypeLike) -> list[str]:
     return [f"0x{word:08x}" for word in table_words(table, dtype)]
 
 

@@ -14,6 +14,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated, TiledLayout, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
@@ -45,7 +46,7 @@ class Machine:
 
     options: dict[str, Any] = {}  # noqa: RUF012
 
-    def __init__(self, dtype: Any, table: np.ndarray) -> None:
+    def __init__(self, dtype: DTypeLike, table: np.ndarray) -> None:
         self.dtype, self.table = jnp.dtype(dtype), table
 
     def _load(self, source, layout) -> jax.Array:
@@ -96,7 +97,7 @@ class Machine:
 class Interpreted:
     """The twin's instructions, which Pallas can interpret."""
 
-    def __init__(self, dtype: Any, table: np.ndarray, params: plgpu.InterpretGPUParams) -> None:
+    def __init__(self, dtype: DTypeLike, table: np.ndarray, params: plgpu.InterpretGPUParams) -> None:
         self.dtype, self.table = jnp.dtype(dtype), table
         self.options: dict[str, Any] = {"interpret": params}
 
@@ -185,7 +186,7 @@ def _emit_dot(table, dtype, ctx, sums, x, codes, scales, words):
     return [inline_ptx.fragmented(one, SUMS_LAYOUT, (WARPS * BLOCK, EIGHT)) for one in found]
 
 
-def _machine(table: np.ndarray, dtype: Any, constants: list[Any]) -> Alu:
+def _machine(table: np.ndarray, dtype: DTypeLike, constants: list[Any]) -> Alu:
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     ptx = inline_ptx.look_up_word_ptx(table, dtype)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
