@@ -11,7 +11,8 @@ import jax
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
-NOTEBOOKS = sorted(EXAMPLES.rglob("*.ipynb"))
+NEEDS_SMOLLM2 = EXAMPLES / "finetune_and_chat.ipynb"
+NOTEBOOKS = sorted({*EXAMPLES.rglob("*.ipynb")} - {NEEDS_SMOLLM2})
 
 
 def code_cells(path: Path) -> list[dict]:
@@ -52,3 +53,12 @@ def test_the_flax_notebook_learns_its_second_task():
     text = "".join(printed(EXAMPLES / "flax_layers.ipynb"))
     before, after = map(float, re.findall(r"([\d.]+)% before, ([\d.]+)% after", text)[0])
     assert after > before + 30
+
+
+@pytest.mark.slow
+def test_the_chat_notebook_finetunes_and_answers(smollm2_gguf, monkeypatch):
+    monkeypatch.chdir(EXAMPLES)
+    *_, finetuned, answered, saved = printed(NEEDS_SMOLLM2)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", finetuned)]
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    assert answered.startswith("str of ") and "adapter_model.safetensors" in saved
