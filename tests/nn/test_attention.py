@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn import attention_cpu
-from qlora_jax.nn.attention import causal_attention
+from qlora_jax.nn.attention import cached_attention, causal_attention
 from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
+from tests.nn.gradients import random_array
 from tests.training.compiled_text import TO_READ
 
 SCALE = 0.3
@@ -233,3 +234,20 @@ def test_memory_is_linear_in_length():
         # gradients, twice each, in 32; then at most four tiles of scores in 32 bits.
         linear = length * 64 * (2 * 2 * (4 * 9 + 4 * 3) + 2 * 4 * (2 * 3))
         assert size < linear + 4 * (9 * 256 * 256 * 4)
+
+
+def _causal_softmax(q, k, v, scale=0.3):
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * scale
+    causal = jnp.tril(jnp.ones(scores.shape[-2:], bool))
+    return jnp.einsum("bnts,bsnh->btnh", jax.nn.softmax(jnp.where(causal[None, None], scores, -jnp.inf)), v)
+
+
+def test_attention_over_a_cache_equals_causal_attention():
+    q, k, v = random_array(2, 9, 4, 16), random_array(2, 12, 2, 16), random_array(2, 12, 2, 16, seed=1)
+    positions = jnp.broadcast_to(jnp.arange(9), (2, 9))
+    np.testing.assert_allclose(
+        cached_attention(q, jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2), positions, 0.3),
+        _causal_softmax(q, k[:, :9], v[:, :9]),
+        atol=2e-6,
+    )

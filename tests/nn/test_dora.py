@@ -1,39 +1,17 @@
-"""Tests DoRA and (IA)^3 against their equations: values, every gradient, and merged weights."""
+"""Tests DoRA against its equation: values, every gradient, and merged weights."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dora import DoRA, InferenceDoRA, row_norms
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.quant import dequantize, quantize
-from tests.nn.test_hand_written_vjps import _check, _random
-
-N, K, R, M = 24, 64, 4, 30
-LAYER = jnp.int32(1)
-
-
-def _linear(*, quantized: bool, bias: bool = True) -> QLinear:
-    weights = [np.asarray(_random(N, K, seed=seed)) / 8 for seed in range(2)]
-    if quantized:
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(quantize, weights))
-    else:
-        stack = jnp.stack(weights)
-    return QLinear("name", stack, _random(2, N) if bias else None)
-
-
-def _dense(linear: QLinear) -> jax.Array:
-    weight = jax.tree.map(lambda leaf: leaf[1], linear.weight.get_value())
-    return weight if isinstance(weight, jax.Array) else dequantize(weight, jnp.dtype("float32"))
-
-
-def test_scaled_columns():
-    _check(scale_columns, lambda x, s: x * s[None], _random(M, N), _random(N))
+from tests.nn.frozen_linears import LAYER, K, M, N, R, dequantized_layer, random_linear
+from tests.nn.gradients import check_vjp, random_array
 
 
 def _dora(linear: QLinear, a, b, m, dropout: float = 0.0) -> DoRA:
@@ -45,8 +23,8 @@ def _dora(linear: QLinear, a, b, m, dropout: float = 0.0) -> DoRA:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_dora(quantized, dropout):
     """The norm has no gradient, as in PEFT; dropout applies to the change only."""
-    linear, key = _linear(quantized=quantized), jax.random.key(3) if dropout else None
-    weight, bias = _dense(linear), linear.bias[...][1]
+    linear, key = random_linear(quantized=quantized), jax.random.key(3) if dropout else None
+    weight, bias = dequantized_layer(linear), linear.bias[...][1]
 
     def ours(x, a, b, m):
         adapter = _dora(linear, a, b, m, dropout)
@@ -59,22 +37,24 @@ def test_dora(quantized, dropout):
         change = (m / norm)[None] * (x_dropped @ whole.T) - x_dropped @ weight.T
         return x @ weight.T + bias[None] + change
 
-    args = _random(M, K), _random(K, R) / 8, _random(R, N) / 8, 1 + _random(N) ** 2
-    _check(ours, plain, *args)
+    args = random_array(M, K), random_array(K, R) / 8, random_array(R, N) / 8, 1 + random_array(N) ** 2
+    check_vjp(ours, plain, *args)
 
 
 def test_dora_starts_as_the_weight_and_its_merge_does_what_it_does():
-    linear = _linear(quantized=True)
-    factors = jnp.stack([_random(K, R)] * 2), jnp.stack([_random(R, N)] * 2)
+    linear = random_linear(quantized=True)
+    factors = jnp.stack([random_array(K, R)] * 2), jnp.stack([random_array(R, N)] * 2)
     fresh = DoRA.init(factors[0], jnp.zeros_like(factors[1]), linear.weight.get_value(), 2.0, 0.0)
-    np.testing.assert_allclose(fresh.select_layer(1).merge(_dense(linear)), _dense(linear), rtol=2e-6, atol=1e-7)
-    trained = DoRA(*factors, 1 + _random(2, N) ** 2, fresh.weight_norms2[...], 2.0, 0.0)
-    x, one = _random(M, K), trained.select_layer(1)
+    np.testing.assert_allclose(
+        fresh.select_layer(1).merge(dequantized_layer(linear)), dequantized_layer(linear), rtol=2e-6, atol=1e-7
+    )
+    trained = DoRA(*factors, 1 + random_array(2, N) ** 2, fresh.weight_norms2[...], 2.0, 0.0)
+    x, one = random_array(M, K), trained.select_layer(1)
     inside = DoRA(
         *(leaf[...] for leaf in (one.lora_a, one.lora_b, one.magnitude)), trained.weight_norms2[...], 2.0, 0.0
     )
     y = DoRA.apply([inside], x, [linear.select_layer(LAYER)], [None])[0]
-    merged = x @ one.merge(_dense(linear)).T + linear.bias[...][1][None]
+    merged = x @ one.merge(dequantized_layer(linear)).T + linear.bias[...][1][None]
     np.testing.assert_allclose(y, merged, rtol=2e-5, atol=2e-5)
     np.testing.assert_array_equal(one.merge_bias(linear.bias[...][1]), linear.bias[...][1])
 
@@ -82,48 +62,30 @@ def test_dora_starts_as_the_weight_and_its_merge_does_what_it_does():
 @pytest.mark.parametrize("share", [1e-4, 1.0, 30.0])
 def test_doras_norms_are_those_of_the_whole_weight(share):
     """Deltas are much smaller than the weight, similar, and much larger."""
-    linear = _linear(quantized=True)
-    a, b = _random(K, R) / 8, _random(R, N) * share
+    linear = random_linear(quantized=True)
+    a, b = random_array(K, R) / 8, random_array(R, N) * share
     norms2 = _dora(linear, a, b, jnp.ones(N)).weight_norms2[...][1]
     norms = row_norms(a, b, norms2, linear.select_layer(LAYER), 2.0)
-    np.testing.assert_allclose(norms, jnp.linalg.norm(_dense(linear) + 2.0 * (a @ b).T, axis=1), rtol=2e-6)
+    np.testing.assert_allclose(norms, jnp.linalg.norm(dequantized_layer(linear) + 2.0 * (a @ b).T, axis=1), rtol=2e-6)
 
 
 def test_a_delta_that_undoes_the_weight_gives_no_nan():
-    linear = _linear(quantized=False)
+    linear = random_linear(quantized=False)
     weight = linear.weight.get_value()[1]
     a, b = jnp.eye(K), -weight.T / 2
     norms = row_norms(a, b, jnp.sum(weight**2, axis=1), linear.select_layer(LAYER), 2.0)
     assert np.all(norms > 0) and np.all(norms < 1e-3)
 
 
-@pytest.mark.parametrize("on_input", [False, True])
-def test_ia3(on_input):
-    linear = _linear(quantized=True)
-    weight, bias = _dense(linear), linear.bias[...][1]
-
-    def ours(x, vector):
-        return IA3.apply([IA3(vector, on_input)], x, [linear.select_layer(LAYER)], [None])[0]
-
-    def plain(x, vector):
-        return (x * vector[None]) @ weight.T + bias[None] if on_input else (x @ weight.T + bias[None]) * vector[None]
-
-    vector = _random(K if on_input else N)
-    _check(ours, plain, _random(M, K), vector)
-    one = IA3(jnp.stack([vector, vector]), on_input).select_layer(1)
-    merged = _random(M, K) @ one.merge(weight).T + one.merge_bias(bias)[None]
-    np.testing.assert_allclose(ours(_random(M, K), vector), merged, rtol=2e-5, atol=2e-5)
-
-
 def test_fresh_adapters_change_nothing_among_others():
     """Projections of one x may have adapters of several kinds."""
-    linears = [_linear(quantized=True) for _ in range(3)]
+    linears = [random_linear(quantized=True) for _ in range(3)]
     for name, linear in zip("abc", linears, strict=True):
         linear.name = name
-    x = _random(M, K)
+    x = random_array(M, K)
     before = project(linears, x, LAYER, None)
     linears[0].adapter = IA3(jnp.ones(N), False)
-    a, b = _random(K, R), jnp.zeros((R, N))
+    a, b = random_array(K, R), jnp.zeros((R, N))
     linears[1].adapter = _dora(linears[1], a, b, _dora_magnitude(linears[1], a, b))
     for old, new in zip(before, project(linears, x, LAYER, None), strict=True):
         np.testing.assert_allclose(new, old, rtol=2e-6, atol=1e-6)
@@ -134,9 +96,12 @@ def _dora_magnitude(linear: QLinear, a, b):
 
 
 def test_dora_over_a_stack_of_both_kinds():
-    quantized, dense = _linear(quantized=True).weight.get_value(), _linear(quantized=False).weight.get_value()
+    quantized, dense = (
+        random_linear(quantized=True).weight.get_value(),
+        random_linear(quantized=False).weight.get_value(),
+    )
     stack = MixedStack(quantized=jax.tree.map(lambda leaf: leaf[:1], quantized), dense=dense[1:], dense_layers=(1,))
-    a, b = jnp.stack([_random(K, R)] * 2), jnp.stack([_random(R, N)] * 2)
+    a, b = jnp.stack([random_array(K, R)] * 2), jnp.stack([random_array(R, N)] * 2)
     adapter = DoRA.init(a, b, stack, 2.0, 0.0)
     np.testing.assert_allclose(
         adapter.magnitude[...][1], jnp.linalg.norm(dense[1] + 2.0 * (a[1] @ b[1]).T, axis=1), rtol=2e-6
