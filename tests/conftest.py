@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from scripts.fetch_smollm2 import fetch_smollm2
+from tests.case_budget import mark_cases
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -39,9 +40,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--first-cases", action="store_true", help="run only the first case of each parametrized test")
 
 
-@pytest.hookimpl(trylast=True)  # after -m has deselected cases
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Applies --first-cases: one case per test shows that a library's other version breaks it."""
+@pytest.hookimpl(wrapper=True)  # marks before -m deselects cases, first cases after it
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
+    """Marks cases beyond their test's budget; --first-cases leaves one case per test, which shows a broken library."""
+    mark_cases(items)
+    yield
     if not config.getoption("--first-cases"):
         return
     first = {item.nodeid.partition("[")[0]: item.nodeid for item in reversed(items)}

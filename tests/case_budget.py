@@ -1,0 +1,104 @@
+"""Limits how many cases of a large test run by default and in CI; a release runs all of them (`-m exhaustive`).
+
+`BUDGET` maps a test to (default, CI), and cases are chosen evenly. The first number of them is unmarked, those up to
+the second number are marked `slow`, and the others `exhaustive` too. Marks that the test sets itself stay.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import pytest
+
+NN, KERNELS, AOT = "tests/nn", "tests/pallas_kernels/nf4_matmul", "tests/pallas_kernels/aot"
+
+BUDGET: dict[str, tuple[int, int]] = {
+    # Formulas held to compiled programs: one case per adapter and rematerialization is enough between releases.
+    "tests/training/cost/test_flops.py::test_products_are_exactly_those_of_the_compiled_step": (8, 14),
+    "tests/training/cost/test_flops.py::test_each_part_is_its_share_of_the_compiled_step": (8, 14),
+    "tests/training/cost/test_flops.py::test_arguments_and_results_are_the_formulas_bytes": (8, 14),
+    "tests/training/cost/test_flops.py::test_stacks_between_forward_and_backward_are_the_saved_activations": (8, 14),
+    # Fifty steps against optax: budgets, schedules and modes.
+    "tests/training/test_optimizer_state.py::test_fifty_steps_of_every_mode_equal_the_plain_run": (5, 8),
+    "tests/optim/test_pager.py::test_fifty_steps_equal_optax_at_every_budget_and_move_p_minus_c": (3, 5),
+    "tests/optim/test_pager.py::test_fifty_steps_equal_optax_with_every_schedule_clipping_and_accumulation": (4, 6),
+    "tests/optim/test_pager.py::test_other_transforms_are_tried_and_refused_on_a_difference": (4, 6),
+    "tests/optim/test_pager.py::test_trees_whose_leaves_differ_in_length_are_exact": (2, 3),
+    "tests/e2e/test_paging.py::test_a_declared_budget_moves_p_minus_c_pages_and_changes_no_bit": (1, 1),
+    # Each starts torch; golden files hold the same numbers.
+    "tests/optim/test_optax_chain.py::test_learning_rates_and_steps_equal_torch": (1, 1),
+    "tests/parity/test_bitsandbytes_optimizers.py::test_parameters_and_states_equal_bitsandbytes": (1, 3),
+    # Whole runs.
+    "tests/e2e/test_training.py::test_mixtures_and_windows_resume_to_the_bit": (0, 1),
+    "tests/e2e/test_questions.py::test_every_evaluation_has_what_evaluate_says_of_its_checkpoint": (1, 1),
+    "tests/e2e/test_questions.py::test_every_method_is_scored_as_evaluate_scores_it": (0, 1),
+    "tests/e2e/test_questions.py::test_a_resumed_run_may_ask_others": (0, 0),
+    "tests/e2e/test_questions.py::test_pages_change_nothing": (0, 0),
+    "tests/e2e/test_new_tokens.py::test_a_resumed_run_equals_an_uninterrupted_one": (0, 1),
+    "tests/e2e/test_new_tokens.py::test_whole_tables_train_resume_and_are_paged": (0, 1),
+    "tests/e2e/test_new_tokens.py::test_a_merged_model_holds_them": (1, 1),
+    "tests/e2e/test_new_tokens.py::test_a_padded_table_gives_its_rows": (0, 0),
+    "tests/e2e/test_full_finetuning.py::test_a_model_written_in_the_dtype_of_training_computes_the_same_to_the_bit": (
+        0,
+        0,
+    ),
+    "tests/parity/test_peft.py::test_smollm2_with_its_tokenizer": (0, 0),
+    "tests/io/test_loader.py::test_every_leaf_is_what_was_on_disk": (2, 3),
+    # Shapes of attention and of the head.
+    f"{NN}/test_attention.py::test_causal": (4, 6),
+    f"{NN}/test_attention.py::test_window": (4, 6),
+    f"{NN}/test_attention.py::test_a_window_that_is_traced": (3, 4),
+    f"{NN}/test_attention_cpu.py::test_causal": (3, 4),
+    f"{NN}/test_attention_cpu.py::test_window": (3, 5),
+    f"{NN}/test_attention_cpu.py::test_head_dims": (3, 4),
+    f"{NN}/test_attention_f32_cpu.py::test_causal": (3, 4),
+    f"{NN}/test_attention_f32_cpu.py::test_window": (3, 4),
+    f"{NN}/test_attention_f32_cpu.py::test_head_dims": (3, 4),
+    f"{NN}/test_hand_written_vjps.py::test_token_nll_with_rows_that_train": (5, 7),
+    # Kernels by tile, shape and card.
+    f"{KERNELS}/test_mosaic_hopper.py::test_the_twins_compute_the_product_without_a_race": (5, 8),
+    f"{KERNELS}/test_mosaic_hopper.py::test_a_wrong_index_map_is_caught": (4, 6),
+    f"{KERNELS}/test_mosaic_hopper.py::test_the_twins_on_every_reduced_shape": (0, 6),
+    f"{KERNELS}/test_mosaic_ampere.py::test_the_twin_computes_the_product_without_a_race": (5, 7),
+    f"{KERNELS}/test_mosaic_ampere.py::test_a_wrong_index_is_caught": (3, 4),
+    f"{KERNELS}/test_mosaic_ampere.py::test_a_missing_wait_and_a_wrong_nibble_are_caught": (3, 4),
+    f"{KERNELS}/test_mosaic_ampere.py::test_the_twin_on_every_reduced_shape": (0, 6),
+    f"{AOT}/test_mosaic_skinny.py::test_instructions_for_a_weight_are_few": (2, 10),
+    f"{AOT}/test_mosaic_ampere.py::test_every_tile_is_lean_machine_code": (2, 8),
+    f"{AOT}/test_mosaic_ampere.py::test_ragged_sizes_compile": (1, 3),
+    f"{AOT}/test_real_shapes.py::test_real_shapes_are_lean_machine_code": (0, 6),
+    f"{AOT}/test_mosaic_step.py::test_a_scanned_step_copies_no_codes_and_makes_no_weight": (0, 3),
+    f"{AOT}/test_sharded.py::test_kernels_multiply_each_cards_part_and_no_weight_is_made": (0, 1),
+    f"{AOT}/test_compile_for.py::test_every_card_gets_its_own_code_with_tensor_core_products": (1, 4),
+    f"{AOT}/test_toolchain.py::test_a_kernel_compiles_after_a_program_that_has_none": (0, 1),
+    f"{AOT}/test_toolchain.py::test_either_cure_works": (0, 1),
+    f"{AOT}/test_traps.py::test_jax_keeps_the_architecture_of_a_processs_first_mosaic_kernel": (0, 1),
+    f"{AOT}/test_traps.py::test_a_mosaic_kernel_is_compiled_for_one_card_after_another": (0, 1),
+    f"{AOT}/test_traps.py::test_a_kernel_for_hopper_is_compiled_for_hopper": (0, 1),
+    # Large models compiled for absent cards.
+    "tests/training/plan/test_plan.py::test_the_estimate_is_near_what_is_compiled_for_a_card": (0, 1),
+    "tests/training/plan/test_plan.py::test_offloaded_activations_are_host_memory_in_the_compiled_step": (0, 0),
+}
+
+
+def mark_cases(items: Iterable[pytest.Item]) -> None:
+    """Adds marks to the cases of the tests in `BUDGET`; cases that are exhaustive already do not count."""
+    by_test: dict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        name = item.nodeid.partition("[")[0]
+        if name in BUDGET and not item.get_closest_marker("exhaustive"):
+            by_test[name].append(item)
+    for name, cases in by_test.items():
+        default, ci = BUDGET[name]
+        in_ci = spread(len(cases), ci)
+        unmarked = [in_ci[index] for index in spread(len(in_ci), default)]
+        for index, item in enumerate(cases):
+            if index not in unmarked:
+                item.add_marker(pytest.mark.slow)
+            if index not in in_ci:
+                item.add_marker(pytest.mark.exhaustive)
+
+
+def spread(count: int, limit: int) -> list[int]:
+    """Returns up to `limit` of `count` indices, the first included, evenly spread."""
+    limit = min(count, limit)
+    return [index * count // limit for index in range(limit)]
