@@ -15,7 +15,7 @@ from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import base_of, check_shapes, is_adapter, read_adapter
+from qlora_jax.io.peft.reader import base_model_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -117,7 +117,7 @@ def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template
 def _open_adapter(folder: Path, base: str | None, step: int | None, chat_template: str | None) -> OpenedModel:
     if step is not None:
         raise ValueError(f"{folder}: a PEFT adapter has no steps (found step {step}). Remove --step")
-    path = base or base_of(folder)
+    path = base or base_model_of(folder)
     if path is None or not (Path(path).expanduser().exists() or HubName.parse(path)):
         raise ValueError(f"{folder}: its base model does not exist (found {path!r}). Give its path with --model")
     args = ModelArgs(path=path)

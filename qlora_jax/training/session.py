@@ -17,7 +17,7 @@ from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtra
 from qlora_jax.io.loader import Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import check_shapes, read_start
+from qlora_jax.io.peft.reader import check_shapes, read_start_adapter
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -125,7 +125,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
     )
     check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
-    start = None if path is None else read_start(Path(path), model, config.lora, ids)
+    start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids)
     reads = dataset.tokenizer, source, model.max_positions
     return Inputs(
         source=source,

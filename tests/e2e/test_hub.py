@@ -9,7 +9,7 @@ import pytest
 
 from qlora_jax import evaluate, export, generate, plan, quantize, train
 from qlora_jax.config import read_config, write_config
-from qlora_jax.io.peft.reader import base_of
+from qlora_jax.io.peft.reader import base_model_of
 from tests.e2e.project import project, write_model
 from tests.io.hub_server import Hub, running
 
@@ -42,7 +42,7 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, capsys: pytest.Cap
     saved = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     assert (saved["base_model_name_or_path"], saved["revision"]) == (REPO, commit)
     assert f"from_pretrained('{REPO}', revision='{commit}')" in (tmp_path / "peft/README.md").read_text()
-    assert base_of(tmp_path / "peft") == pinned
+    assert base_model_of(tmp_path / "peft") == pinned
 
     capsys.readouterr()
     replies = []

@@ -17,7 +17,7 @@ from rich.console import Console
 from qlora_jax.config import Config, DataArgs, ModelArgs
 from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.checkpoint import Checkpoints, open_run
-from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.training import loop
@@ -310,7 +310,7 @@ def first_losses_before_and_after(finished, tmp_path):
     config = dataclasses.replace(
         finished,
         lora=dataclasses.replace(
-            as_exported(open_run(Path(finished.output)), False).args, start=str(tmp_path / "peft")
+            adapter_for_export(open_run(Path(finished.output)), False).args, start=str(tmp_path / "peft")
         ),
         train=dataclasses.replace(finished.train, steps=1),
         output=str(tmp_path / "more"),

@@ -10,7 +10,7 @@ import pytest
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.embeddings import module_of
+from qlora_jax.io.peft.embeddings import module_name
 from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.families import model_config
@@ -51,7 +51,7 @@ def _named(grads, config):
         for leaf, values in leaves.items():
             part = leaf.replace("gain", "weight")
             layers = enumerate(np.asarray(values)) if ".layers." in name else [(0, np.asarray(values))]
-            yield from ((f"{module_of(layer_name(name, layer), config)}.{part}", value) for layer, value in layers)
+            yield from ((f"{module_name(layer_name(name, layer), config)}.{part}", value) for layer, value in layers)
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 from qlora_jax.export import DTYPES, main
-from qlora_jax.io.export.gguf_metadata import framed
+from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
@@ -58,7 +58,7 @@ def _case(model: Path, lora: Path | None = None, **more: Any) -> dict[str, Any]:
 def _gguf_of(folder: Path, path: Path) -> Path:
     opened = open_pretrained(model=str(folder))
     tensors = {name: entry.read() for name, entry in opened.source.tensors.items()}
-    write_gguf(path, framed(opened).frame, list(tensors), iter(tensors.values()), "float32")
+    write_gguf(path, export_spec(opened).spec, list(tensors), iter(tensors.values()), "float32")
     return path
 
 
@@ -202,6 +202,6 @@ def test_sentencepiece(tmp_path: Path, llama_cpp, oracle, kind: str, name: str) 
     files = {"tokenizer.json": rebuild(metadata).to_str(), "tokenizer_config.json": '{"bos_token": "<s>"}'}
     tensors = random_tensors(config)
     opened = open_pretrained(model=str(write_folder(tmp_path / "model", config, tensors, **files)))
-    write_gguf(tmp_path / "model.gguf", framed(opened).frame, list(tensors), iter(tensors.values()), "float32")
+    write_gguf(tmp_path / "model.gguf", export_spec(opened).spec, list(tensors), iter(tensors.values()), "float32")
     found = llama_cpp(SCRIPT, cases={"it": _case(tmp_path / "model.gguf", texts=texts)}, new_tokens=0)
     assert _ids(found, "it")["texts"] == json.loads(str(made[f"{kind}/ids"]))

@@ -104,7 +104,7 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
         "--with_base: requires --format peft": ["--format", "hf", "--with_base"],
         "expected none, since an adapter keeps its dtype": ["--dtype", "float16"],
         "expected bfloat16, float16, float32": ["--format", "hf", "--dtype", "q8_0"],
-        "the tokenizer's model is WordLevel: a GGUF file holds BPE": ["--format", "gguf"],
+        "cannot be written to GGUF .found WordLevel, expected BPE": ["--format", "gguf"],
     }
     for problem, wrong in refused.items():
         with pytest.raises(ValueError, match=problem):
@@ -168,7 +168,7 @@ def test_another_original_is_refused(tmp_path: Path) -> None:
             main(["--run", str(run), "--format", "hf", "--base", str(other)])
     assert not (run / "hf").exists() and not list(run.glob(".hf*"))
     quantize.main(["--model", str(tmp_path / "run-model"), "--output", str(tmp_path / "nf4")])
-    with pytest.raises(ValueError, match=r"tensors are quantized, such as .*: --base takes the model in 16 bits"):
+    with pytest.raises(ValueError, match=r"tensors are quantized, such as .* --base requires the model in 16 bits"):
         main(["--run", str(run), "--format", "hf", "--base", str(tmp_path / "nf4")])
     with pytest.raises(ValueError, match="base: requires --format hf or gguf"):
         main(["--run", str(run), "--base", str(tmp_path / "run-model")])

@@ -151,8 +151,8 @@ def test_whole_tables(tmp_path: Path, oracle) -> None:
 @pytest.mark.parametrize(
     ("changes", "new", "told"),
     [
-        (dict(modules_to_save=["embed_tokens"]), [], "does not keep a head the embedding that it is beside"),
-        (dict(), NEW, "PEFT trains no rows of tokens beside"),
+        (dict(modules_to_save=["embed_tokens"]), [], "does not keep a head tied to the embedding with"),
+        (dict(), NEW, "PEFT cannot combine trained rows of tokens with"),
     ],
 )
 def test_what_peft_has_not_beside_ia3_is_refused(tmp_path: Path, changes: dict, new: list[str], told: str) -> None:
@@ -210,7 +210,7 @@ def test_new_tokens_beside_a_head_with_a_bias_are_refused(tmp_path: Path) -> Non
     files = {"tokenizer.json": tokenizer_json()}
     model = write_folder(tmp_path / "model", config, random_tensors(config), **files)
     _write_run(tmp_path / "run", model, LORAS["all"], new=NEW)
-    with pytest.raises(ValueError, match="adds a bias, which PEFT leaves out where rows of a head train"):
+    with pytest.raises(ValueError, match="adds a bias, which PEFT omits if rows of the head train"):
         main(["--run", str(tmp_path / "run")])
 
 

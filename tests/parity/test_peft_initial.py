@@ -184,7 +184,7 @@ def _rms(x: np.ndarray) -> float:
 def test_a_merge_into_the_original_weights_is_refused(tmp_path: Path) -> None:
     path, run = _model(tmp_path / "model"), tmp_path / "run"
     _write_run(run, path, LOFTQ)
-    with pytest.raises(ValueError, match=r"a part of the weights \(lora.init=loftq\), which the original ones"):
+    with pytest.raises(ValueError, match=r"a part of the weights \(lora.init=loftq\), which the original weights"):
         main(["--run", str(run), "--format", "hf", "--base", str(path)])
 
 

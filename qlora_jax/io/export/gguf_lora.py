@@ -14,11 +14,11 @@ import numpy as np
 
 from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.gguf_metadata import frame_without_tokenizer, framed
-from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
+from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.gguf.reader import Change
-from qlora_jax.io.gguf.writer import Frame, Target, keys_of, write_gguf
+from qlora_jax.io.gguf.reader import RowTransform
+from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.peft.writer import Lora, effective_alphas
@@ -50,16 +50,16 @@ def export_gguf_lora(
     run = opened.run
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
-    trained = as_exported(run, with_base)
+    trained = adapter_for_export(run, with_base)
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)
-    base = framed(opened) if with_base else None
+    base = export_spec(opened) if with_base else None
     scaled = shared_alpha(effective_alphas(named, trained.args))
-    frame = lora_frame(frame_without_tokenizer(opened), named, scaled.alpha)
+    spec = lora_spec(spec_without_tokenizer(opened), named, scaled.alpha)
     with staged_folder(output) as folder:
-        write_gguf(folder / FILE, frame, list(frame.targets), lora_tensors(named, scaled.factors), "float32")
+        write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(named, scaled.factors), "float32")
         if base:
-            _write_base(folder, base.frame, opened, progress)
+            _write_base(folder, base.spec, opened, progress)
     lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *trained.notes]
     if base:
         lines += base.notes
@@ -96,35 +96,35 @@ def shared_alpha(alphas: Mapping[str, float]) -> SharedAlpha:
     return SharedAlpha(alpha, {name: each / alpha for name, each in alphas.items()})
 
 
-def lora_frame(base: Frame, lora: Lora, alpha: float) -> Frame:
+def lora_spec(base: GgufSpec, lora: Lora, alpha: float) -> GgufSpec:
     """Keys and tensors of the file: NAME.lora_a [R, K] and NAME.lora_b [N, R], rows of B in the base's GGUF order."""
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
-    targets = {}
+    tensors = {}
     for name, matrices in lora.items():
         for layer in range(len(matrices["lora_a"])):
             weight = layer_name(f"{name}.weight", layer)
-            in_base, rank = base.targets[weight], matrices["lora_a"].shape[-1]
+            in_base, rank = base.tensors[weight], matrices["lora_a"].shape[-1]
             n, k = in_base.shape
-            targets[f"{weight}.lora_a"] = Target(f"{in_base.name}.lora_a", (rank, k), Change())
-            targets[f"{weight}.lora_b"] = Target(f"{in_base.name}.lora_b", (n, rank), in_base.change)
-    return Frame(base.architecture, keys_of(keys), targets, {})
+            tensors[f"{weight}.lora_a"] = OutputTensor(f"{in_base.name}.lora_a", (rank, k), RowTransform())
+            tensors[f"{weight}.lora_b"] = OutputTensor(f"{in_base.name}.lora_b", (n, rank), in_base.transform)
+    return GgufSpec(base.architecture, typed_keys(keys), tensors, {})
 
 
 def lora_tensors(lora: Lora, factors: Mapping[str, float]) -> Iterator[np.ndarray]:
-    """Yields A [R, K] and B [N, R] of each layer of each module in f32, in the order of `lora_frame`'s tensors."""
+    """Yields A [R, K] and B [N, R] of each layer of each module in f32, in the order of `lora_spec`'s tensors."""
     for name, matrices in lora.items():
         for a_KR, b_RN in zip(matrices["lora_a"], matrices["lora_b"], strict=True):
             yield np.asarray(a_KR, np.float32).T
             yield np.asarray(b_RN, np.float32).T * np.float32(factors[name])
 
 
-def _write_base(folder: Path, frame: Frame, opened: OpenedModel, progress: Progress | None) -> None:
+def _write_base(folder: Path, spec: GgufSpec, opened: OpenedModel, progress: Progress | None) -> None:
     """Writes the base that training saw: quantized and dequantized again."""
     model = load_base(opened, opened.args, progress)
     slots, computed = slots_of(model), model.model.embed_tokens.weight[...].dtype
     names = [name for slot in slots for name in slot.names]
     values = (np.asarray(tensor) for tensor in dense_tensors(slots, computed, {}))
-    write_gguf(folder / f"base-{computed.name}.gguf", frame, names, values, computed.name)
+    write_gguf(folder / f"base-{computed.name}.gguf", spec, names, values, computed.name)
 
 
 def _alpha_line(scaled: SharedAlpha) -> str:

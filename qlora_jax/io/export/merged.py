@@ -14,11 +14,11 @@ import numpy as np
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.gguf_metadata import Framed, framed
+from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
-from qlora_jax.io.gguf.writer import Frame, write_gguf
+from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.hf.model_writer import Mergeable, dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
@@ -77,10 +77,10 @@ def export_merged(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     original = None if base is None else _open_original(base, opened, run)
-    file = framed(opened) if form == "gguf" else None
+    file = export_spec(opened) if form == "gguf" else None
     prompts = _prompts(opened)
     with staged_folder(output) as folder:
-        merge = _write_merge(folder, opened, file and file.frame, original, prompts, dtype, progress)
+        merge = _write_merge(folder, opened, file and file.spec, original, prompts, dtype, progress)
         logits = prompt_logits(partition(_load_dense(open_model(merge.path), merge.compute_dtype)), prompts)
         expected = merge.trained
         if original is not None:
@@ -98,7 +98,7 @@ def export_merged(
     return ExportResult(path=output, lines=tuple(lines), difference=difference)
 
 
-def _notes(file: Framed | None, dtype: str, is_small: bool) -> list[str]:
+def _notes(file: ExportSpec | None, dtype: str, is_small: bool) -> list[str]:
     notes = file.notes if file else []
     if is_small:
         return notes
@@ -124,7 +124,7 @@ def _prompts(opened: OpenedModel) -> PromptBatch:
 def _write_merge(
     folder: Path,
     opened: OpenedModel,
-    frame: Frame | None,
+    spec: GgufSpec | None,
     original: ModelSource | None,
     prompts: PromptBatch,
     dtype: str,
@@ -142,10 +142,10 @@ def _write_merge(
     names = set(map(opened.features.hugging_face_name, tables))
     originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}
     adapters = _adapters(model)
-    if frame is not None:
+    if spec is not None:
         path = folder / f"model-{dtype}.gguf"
         tensors = dense_tensors(slots, compute_dtype, adapters, originals)
-        write_gguf(path, frame, _names(slots), map(np.asarray, tensors), dtype)
+        write_gguf(path, spec, _names(slots), map(np.asarray, tensors), dtype)
         return Merge(path, compute_dtype, trained)
     write_dense_folder(
         folder,

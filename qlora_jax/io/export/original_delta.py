@@ -1,4 +1,4 @@
-"""An adapter that began with a part of the weights, told as a change of the model as it was.
+"""Converts an adapter that started with a part of the weights to a LoRA over the original model.
 
 Dimension key: L layers, K in, R rank, N out.
 """
@@ -14,17 +14,19 @@ from qlora_jax.io.checkpoint import Run
 from qlora_jax.models.add_adapters import Factors
 
 NOTE = (
-    "lora.init={}: this is a LoRA of twice the rank over the model as it was, in 16 bits. What quantization took from "
-    "the weights in training is not in it, so logits differ from the run's by that; --with_base writes the base that "
-    "was trained on, over which the adapter of its own rank computes what the run did"
+    "lora.init={}: this is a LoRA of twice the rank over the original 16-bit model. It does not contain the "
+    "quantization error of training, so logits differ from the run's by that error; --with_base writes the base that "
+    "was trained on, over which the adapter with its original rank computes exactly what the run did"
 )
 
 
-class Exported(NamedTuple):
-    """What leaves, and what is told of it.
+class ExportedAdapter(NamedTuple):
+    """An adapter to export.
 
-    Fields:
-      args: with which PEFT, and `add_lora`, give adapters of these shapes the scalings of training.
+    Attributes:
+      lora: LoRA parameters by our names.
+      args: settings with which PEFT and `add_lora` give these parameters the scalings of training.
+      notes: what users of the adapter should know.
     """
 
     lora: Factors
@@ -32,18 +34,24 @@ class Exported(NamedTuple):
     notes: list[str]
 
 
-def as_exported(run: Run, with_base: bool) -> Exported:
-    """A run's adapter for the base that it leaves with: that of training, or the model as it was."""
+def adapter_for_export(run: Run, with_base: bool) -> ExportedAdapter:
+    """The run's adapter for the base that users will have: the one of training, or the original model."""
     if run.initial is None or with_base:
-        return Exported(run.lora, run.lora_args, [])
-    return Exported(*over_original(run.lora, run.lora_args, run.initial), [NOTE.format(run.lora_args.init)])
+        return ExportedAdapter(run.lora, run.lora_args, [])
+    return ExportedAdapter(
+        *relative_to_original(run.lora, run.lora_args, run.initial), [NOTE.format(run.lora_args.init)]
+    )
 
 
-def over_original(lora: Factors, args: LoraArgs, initial: InitialAdapter) -> tuple[Factors, LoraArgs]:
-    """The adapter over the model as it was: A and B beside the initial A and minus the initial B, of twice the rank.
+def relative_to_original(lora: Factors, args: LoraArgs, initial: InitialAdapter) -> tuple[Factors, LoraArgs]:
+    """The adapter over the original model, of twice the rank: A next to the initial A, B next to minus the initial B.
 
-    W + s (A B - A0 B0), where training had Q(W - taken) + s A B: so it differs by what quantization took from the rest
-    (PiSSA), or what it took that A0 and B0 did not make up for (LoftQ). PEFT's subtract_mutated_init.
+    It computes W + s (A B - A0 B0), where training computed Q(W - subtracted) + s A B. The difference is the
+    quantization error of the rest (PiSSA), or the part of it that A0 and B0 did not compensate (LoftQ). The method is
+    PEFT's subtract_mutated_init.
+
+    Returns:
+      (LoRA parameters, settings).
     """
     doubled = {
         name: {
@@ -55,7 +63,7 @@ def over_original(lora: Factors, args: LoraArgs, initial: InitialAdapter) -> tup
         else leaves  # rows of new tokens
         for name, leaves in lora.items()
     }
-    larger = 2**0.5 if args.use_rslora else 2  # of alpha, so that scalings stay
+    larger = 2**0.5 if args.use_rslora else 2  # times alpha, so that the scalings stay the same
     plain = LoraArgs()
     changed = dataclasses.replace(
         args,

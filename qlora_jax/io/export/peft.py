@@ -5,14 +5,14 @@ from pathlib import Path
 
 from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.original_delta import as_exported
+from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
-from qlora_jax.io.peft.embeddings import check_exportable, split, token_config, token_tensors
+from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.tensor_map import slots_of, with_tables
@@ -46,17 +46,17 @@ def export_peft(
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
-    trained = as_exported(run, with_base)
-    adapters, tables = split(trained.lora)
+    trained = adapter_for_export(run, with_base)
+    adapters, tables = split_tables(trained.lora)
     check_exportable(run, tables, opened.features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
     on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
     config = adapter_config(lora, trained.args, linears, base, on_inputs) | {"revision": revision}
-    config |= token_config(tables, run.new_ids, opened.features)
+    config |= table_config(tables, run.new_ids, opened.features)
     total_rows = opened.full_features.vocab_size
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     with staged_folder(output) as folder:
-        tensors = adapter_tensors(lora, on_inputs) | token_tensors(tables, opened.features)
+        tensors = adapter_tensors(lora, on_inputs) | table_tensors(tables, opened.features)
         write_adapter(folder, tensors, config, resized_rows)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])

@@ -1,8 +1,7 @@
-"""How GGUF architectures map to Hugging Face: names, metadata keys, and what llama.cpp's converter did to tensors."""
+"""Maps GGUF architectures to Hugging Face: tensor names, metadata keys, and changes by llama.cpp's converter."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 MODULES = {
     "token_embd": "model.embed_tokens",
@@ -22,7 +21,7 @@ QK_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"
 NORMS_BEHIND = {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 FOUR_NORMS = NORMS_BEHIND | {"ffn_norm": "pre_feedforward_layernorm"}
 
-ROPE_FACTORS = "rope_freqs.weight"  # what Llama 3.1's scaling divides each rotary frequency by
+ROPE_FACTORS = "rope_freqs.weight"  # the divisor of each rotary frequency in Llama 3.1's scaling
 LONGROPE_FACTORS = {"long_factor": "rope_factors_long.weight", "short_factor": "rope_factors_short.weight"}
 HEAD, OUTPUT_BIAS = "output.weight", ("attn_output.bias",)
 MLP_BIASES = ("ffn_gate.bias", "ffn_up.bias", "ffn_down.bias")
@@ -38,29 +37,29 @@ SOFTCAPS = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_sof
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Architecture:
-    """How one GGUF architecture maps to Hugging Face.
+    """The mapping of one GGUF architecture to Hugging Face.
 
     Attributes:
-      name: value of general.architecture and prefix of the keys.
-      model_type, class_name: Hugging Face's.
-      modules: Hugging Face's name by ours in GGUF, where it is not that of MODULES.
-      layers: what layers' names begin with.
-      permutes_rotary_rows: the converter moved the rows of q and k so that rotary pairs are neighbours.
-      fused_by_part: the converter moved the rows of fused queries, keys and values, which are head by head in Hugging
-        Face, to all queries, all keys, all values.
-      norm_offset: the converter added it to every norm's weight.
-      eps: the key of the norms' epsilon, and the attribute.
-      attributes: of further keys that may be there.
-      biases: attributes that GGUF has no key for: that this tensor is there says it.
-      partial: the attribute that says which part of a head is rotated; None: all of it.
+      name: value of general.architecture, and prefix of the keys.
+      model_type, class_name: Hugging Face's names.
+      modules: Hugging Face's module by GGUF's name, for those that differ from MODULES.
+      layers: prefix of the layers' names.
+      permutes_rotary_rows: the converter moved the rows of q and k, so that rotary pairs are neighbours.
+      fused_by_part: the converter moved the rows of fused queries, keys and values from Hugging Face's order (per head)
+        to all queries, all keys, all values.
+      norm_offset: the constant that the converter added to every norm's weight.
+      eps: the key of the norms' epsilon -> Hugging Face's attribute.
+      attributes: further optional keys -> Hugging Face's attributes.
+      biases: attributes without a key -> the tensor whose presence implies them.
+      partial: the attribute for the rotated fraction of a head; None if all of it is rotated.
       fixed: attributes that the architecture implies.
-      query_scalar_layers: a model of as many layers scales queries by its width a head, others by their length of a
-        head (llama.cpp; there is no key); 0: the architecture has no scale of its own.
-      also: further model_types of Hugging Face that are this architecture.
-      rope_tables: tensors of rotary factors that llama.cpp reads; without one it can't scale by frequency.
-      never: tensors that llama.cpp has no place for, by the end of their names.
-      always: tensors that llama.cpp asks for, where others may do without.
-      square: llama.cpp takes all of a layer's queries to be as wide as the residual stream.
+      query_scalar_layers: a model with this many layers scales queries by embed_dim / heads, others by head_dim; there
+        is no key for it, llama.cpp decides by the number of layers. 0: the architecture has no separate scale.
+      also: further model_types of Hugging Face that use this architecture.
+      rope_tables: tensors of rotary factors that llama.cpp reads; without one it cannot scale each frequency.
+      never: name suffixes of tensors that llama.cpp cannot load in this architecture.
+      always: name suffixes of tensors that llama.cpp requires in this architecture.
+      square: llama.cpp assumes num_heads * head_dim = embed_dim.
     """
 
     name: str
@@ -75,7 +74,7 @@ class Architecture:
     attributes: Mapping[str, str] = dataclasses.field(default_factory=dict)
     biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
     partial: str | None = None
-    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, str | int] = dataclasses.field(default_factory=dict)
     query_scalar_layers: int = 0
     also: tuple[str, ...] = ()
     rope_tables: tuple[str, ...] = ()
@@ -84,15 +83,19 @@ class Architecture:
     square: bool = False
 
     def hugging_face_name(self, layer: str | None, part: str, leaf: str) -> str | None:
-        """("3", "attn_q", "weight") -> "model.layers.3.self_attn.q_proj.weight"; None for a part that is not known."""
+        """Maps ("3", "attn_q", "weight") to "model.layers.3.self_attn.q_proj.weight"; None for an unknown part."""
         module = self.modules.get(part, MODULES.get(part))
         if module is None:
             return None
         return f"{module}.{leaf}" if layer is None else f"{self.layers}.{layer}.{module}.{leaf}"
 
     def gguf_name(self, name: str) -> str:
-        """The inverse: "model.layers.3.self_attn.q_proj.weight" -> "blk.3.attn_q.weight"; KeyError for another name."""
-        # Where two parts have one name, that of the architecture itself, which stands behind the shared ones.
+        """Maps "model.layers.3.self_attn.q_proj.weight" to "blk.3.attn_q.weight".
+
+        Raises:
+          KeyError: the architecture has no such name.
+        """
+        # The architecture's modules come last, so they override those of MODULES with the same name.
         parts = {module: part for part, module in {**MODULES, **self.modules}.items()}
         module, leaf = name.rsplit(".", 1)
         if not module.startswith(f"{self.layers}."):
@@ -128,7 +131,7 @@ ALL = (
         class_name="SmolLM3ForCausalLM",
         permutes_rotary_rows=True,
         biases=BIASES,
-        fixed=SILU | {"no_rope_layer_interval": 4},  # llama.cpp knows no other
+        fixed=SILU | {"no_rope_layer_interval": 4},  # the only interval that llama.cpp supports
         never=(*OUTPUT_BIAS, *MLP_BIASES),
     ),
     Architecture(

@@ -1,27 +1,27 @@
-"""Translates a model's features into GGUF metadata: the inverse of gguf_config.
+"""Translates a model's features to GGUF metadata, the inverse of config_reader.
 
-What a file can't say is found by reading it: a feature that comes back another has no key.
+Features that GGUF cannot store are found by reading the metadata back: they come back different.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import numpy as np
 
 from qlora_jax.io.config_diff import config_differences
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.config_reader import FLOATS, llama3_factors
+from qlora_jax.io.model_source import JsonObject
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.rope import SCALINGS, Rope
 
 Tables = dict[str, np.ndarray]
-GEMMA3_PATTERN = 6  # every sixth layer sees everything, where a file has no key
+GEMMA3_PATTERN = 6  # llama.cpp's default without the key: every sixth layer has no window
 
 
-def metadata_of(features: ModelConfig, architecture: Architecture) -> tuple[dict[str, Any], Tables]:
-    """(values by key, the architecture's prefix included; tensors of rotary factors) of a model.
+def config_metadata(features: ModelConfig, architecture: Architecture) -> tuple[JsonObject, Tables]:
+    """Returns (values by key with the architecture's prefix, tensors of rotary factors) of a model.
 
-    A feature that no key stands for is left out: `features_lost` finds it.
+    Features without a key are skipped; `features_lost` finds them.
     """
     f = features
     scaling, tables = SCALED[f.rope.scaling.kind](f.rope)
@@ -41,22 +41,24 @@ def metadata_of(features: ModelConfig, architecture: Architecture) -> tuple[dict
         **{key: value for key in architecture.attributes if (value := OPTIONAL[key](f)) is not None},
         **scaling,
     }
-    kept = {name: table for name, table in tables.items() if name in architecture.rope_tables}
-    typed = {key: float(value) if key in FLOATS else value for key, value in keys.items()}  # JSON may say 50 for 50.0
-    return {f"{architecture.name}.{key}": value for key, value in typed.items()}, kept
+    used = {name: table for name, table in tables.items() if name in architecture.rope_tables}
+    typed = {
+        key: float(value) if key in FLOATS else value for key, value in keys.items()
+    }  # a config.json may contain 50 for 50.0
+    return {f"{architecture.name}.{key}": value for key, value in typed.items()}, used
 
 
 def features_lost(features: ModelConfig, read: ModelConfig) -> list[str]:
-    """What is another in `read`, the model that a file with the metadata of `features` holds."""
-    return [f"{name} = {ours}: the file would say {its}" for name, ours, its in config_differences(features, read)]
+    """Describes the differences between a model's features and those that were read back from its metadata."""
+    return [f"{name} = {ours}: a file would give {theirs}" for name, ours, theirs in config_differences(features, read)]
 
 
 def tensors_misplaced(architecture: Architecture, names: Iterable[str]) -> list[str]:
-    """What llama.cpp's program of the architecture has no place for, and what it asks for and is not there."""
+    """Describes tensors that llama.cpp cannot load in an architecture, and required tensors that are missing."""
     parts = {name.split(".", 2)[-1] if name.startswith("blk.") else name for name in names}
-    return [f"{part}: llama.cpp knows none in {architecture.name}" for part in architecture.never if part in parts] + [
-        f"{part}: llama.cpp needs one in {architecture.name}" for part in architecture.always if part not in parts
-    ]
+    return [
+        f"{part}: llama.cpp cannot load it in {architecture.name}" for part in architecture.never if part in parts
+    ] + [f"{part}: llama.cpp requires it in {architecture.name}" for part in architecture.always if part not in parts]
 
 
 def _window(features: ModelConfig) -> int | None:
@@ -74,8 +76,8 @@ def _local_theta(features: ModelConfig) -> float | None:
     return next((rope.theta for rope, window in ropes if rope is not None and window is not None), None)
 
 
-# The values of keys that only some architectures have, from the features; None: there is no such key in the file.
-OPTIONAL: Mapping[str, Callable[[ModelConfig], Any]] = {
+# Values of keys that only some architectures have; None: the key is not written.
+OPTIONAL: Mapping[str, Callable[[ModelConfig], int | float | bool | None]] = {
     "attention.sliding_window": _window,
     "attention.sliding_window_pattern": _pattern,
     "rope.freq_base_swa": _local_theta,
@@ -85,11 +87,11 @@ OPTIONAL: Mapping[str, Callable[[ModelConfig], Any]] = {
 }
 
 
-def _linear(rope: Rope) -> tuple[dict[str, Any], Tables]:
+def _linear(rope: Rope) -> tuple[JsonObject, Tables]:
     return {"rope.scaling.type": "linear", "rope.scaling.factor": rope.scaling.get("factor")}, {}
 
 
-def _yarn(rope: Rope) -> tuple[dict[str, Any], Tables]:
+def _yarn(rope: Rope) -> tuple[JsonObject, Tables]:
     numbers = rope.scaling
     given = {name: numbers.get(name) for name in ("beta_fast", "beta_slow")}
     keys = {
@@ -101,27 +103,27 @@ def _yarn(rope: Rope) -> tuple[dict[str, Any], Tables]:
     return keys, {}
 
 
-def _llama3(rope: Rope) -> tuple[dict[str, Any], Tables]:
+def _llama3(rope: Rope) -> tuple[JsonObject, Tables]:
     return {}, {ROPE_FACTORS: llama3_factors(rope.dim, rope.theta, dict(rope.scaling.numbers))}
 
 
-def _longrope(rope: Rope) -> tuple[dict[str, Any], Tables]:
+def _longrope(rope: Rope) -> tuple[JsonObject, Tables]:
     _, factor = SCALINGS["longrope"](rope, 1)
     tables = {tensor: np.asarray(rope.scaling.get(name), np.float32) for name, tensor in LONGROPE_FACTORS.items()}
     return {"rope.scaling.attn_factor": factor, **_original(rope)}, tables
 
 
-def _original(rope: Rope) -> dict[str, Any]:
+def _original(rope: Rope) -> JsonObject:
     original = rope.scaling.get("original_max_position_embeddings", rope.max_positions)
     return {"rope.scaling.original_context_length": int(original)}
 
 
-def _unscaled(rope: Rope) -> tuple[dict[str, Any], Tables]:
+def _unscaled(rope: Rope) -> tuple[JsonObject, Tables]:
     return {}, {}
 
 
-# A file can't say "dynamic".
-SCALED: Mapping[str, Callable[[Rope], tuple[dict[str, Any], Tables]]] = {
+# GGUF has no key for "dynamic", which `features_lost` then reports.
+SCALED: Mapping[str, Callable[[Rope], tuple[JsonObject, Tables]]] = {
     "default": _unscaled,
     "dynamic": _unscaled,
     "linear": _linear,

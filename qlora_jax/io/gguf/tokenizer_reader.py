@@ -1,37 +1,36 @@
-"""Collects the tokenizer's part of GGUF metadata into the tokenizer dict of ModelSource."""
+"""Reads the tokenizer from GGUF metadata."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.model_source import GgufVocabulary, TokenizerData
 
 PREFIX = "tokenizer.ggml."
 SPECIAL_IDS = ("bos_token_id", "eos_token_id", "padding_token_id", "unknown_token_id")
-NO_TOKEN = 2**32 - 1  # -1 in the unsigned type of ids
+NO_TOKEN = 2**32 - 1  # -1 as an unsigned id
 STOP_IDS = ("eos_token_id", "eot_token_id", "eom_token_id")
-# Where the file has no add_bos_token, it follows from the kind of vocabulary (llama.cpp).
+# If a file has no add_bos_token, llama.cpp derives it from the kind of vocabulary.
 MODELS_WITH_BOS = {"llama"}
 PRES_WITH_BOS = {"llama3", "llama-v3", "llama-bpe"}
-# Architectures whose vocabularies are in the order of merges, which their scores are not.
+# Architectures whose vocabulary is ordered by merges; their scores are not used.
 ORDERED = {"gemma", "gemma2", "gemma3"}
 
 
-def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> TokenizerData:
-    """The tokenizer dict of ModelSource, with the vocabulary under "gguf".
+def tokenizer_from_metadata(path: Path, metadata: Metadata) -> TokenizerData:
+    """Reads the special tokens, the chat template and the vocabulary.
 
     Raises:
-      ValueError: there is no vocabulary, or a special token's id lies outside it.
+      ValueError: the vocabulary is missing, or a special token's id is outside it.
     """
     keys = {key.removeprefix(PREFIX): value for key, value in metadata.items() if key.startswith(PREFIX)}
     missing = [f"{PREFIX}{key}" for key in ("model", "tokens") if key not in keys]
     if missing:
-        raise ValueError(f"{path}: the file has no tokenizer: {', '.join(missing)} missing")
+        raise ValueError(f"{path}: the tokenizer is missing ({', '.join(missing)}). Get a GGUF file with its tokenizer")
     tokens = keys["tokens"]
     ids = {key: keys[key] for key in (*SPECIAL_IDS, *STOP_IDS) if keys.get(key, NO_TOKEN) != NO_TOKEN}
     outside = [f"{PREFIX}{key} = {number}" for key, number in ids.items() if not 0 <= number < len(tokens)]
     if outside:
-        raise ValueError(f"{path}: outside the vocabulary of {len(tokens)} tokens: {', '.join(outside)}")
+        raise ValueError(f"{path}: corrupt: ids outside the vocabulary of {len(tokens)} tokens: {', '.join(outside)}")
     bos, eos, pad, unk = (tokens[ids[key]] if key in ids else None for key in SPECIAL_IDS)
     with_bos = keys["model"] in MODELS_WITH_BOS or keys.get("pre") in PRES_WITH_BOS
     return {
@@ -46,7 +45,7 @@ def tokenizer_from_metadata(path: Path, metadata: Mapping[str, Any]) -> Tokenize
     }
 
 
-def _vocabulary(keys: Mapping[str, Any], *, ordered: bool) -> GgufVocabulary:
+def _vocabulary(keys: Metadata, *, ordered: bool) -> GgufVocabulary:
     return {
         "model": keys["model"],
         "pre": keys.get("pre", "default"),

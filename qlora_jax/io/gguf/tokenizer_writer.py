@@ -1,14 +1,13 @@
-"""Turns a tokenizer into the tokenizer's part of GGUF metadata: the inverse of data/gguf_tokenizer.
+"""Translates a tokenizer to GGUF metadata, the inverse of data/tokenizer/from_gguf.
 
-Vocabularies of kind "gpt2" (byte-level BPE) and "llama" (SentencePiece's BPE). What is written is read back, and has to
-give the ids that the tokenizer gives.
+Vocabularies are "gpt2" (byte-level BPE) or "llama" (SentencePiece's BPE). The metadata is read back, and must give the
+same ids as the tokenizer.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qlora_jax.data.tokenizer.from_gguf import (
     BYTE,
@@ -23,8 +22,9 @@ from qlora_jax.data.tokenizer.from_gguf import (
 )
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from qlora_jax.io.gguf.tokenizer_reader import PREFIX, tokenizer_from_metadata
+from qlora_jax.io.model_source import JsonObject
 
-# Every way of splitting text that is known differs from every other on one of these.
+# Any two known ways of splitting text differ on at least one of these texts.
 PROBES = (
     "Hello, world! It's 3 o'clock; I'll say WE'RE here, 'DON'T you?",
     "1234567 12 3.14 x=1_000\n\n\n    5\t\t7\r\n  \r\n",
@@ -35,31 +35,31 @@ PROBES = (
     "\U0001f468\u200d\U0001f469\u200d\U0001f467 ok\U0001f44d\U0001f3fd5 camelCaseWords HTTPServer// path/to/file.py:10",
     "   leading and trailing   ",
 )
-MAX_ADDED = 64  # of the added tokens, so many are looked at among other text
+MAX_ADDED = 64  # the number of added tokens that are tested inside other text
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
 
-def vocabulary_of(
+def tokenizer_metadata(
     tokenizer: Tokenizer, size: int, stop: Sequence[int], architecture: str
-) -> tuple[dict[str, Any], list[str]]:
-    """(metadata, what a reader will do otherwise than the tokenizer).
+) -> tuple[JsonObject, list[str]]:
+    """Returns (metadata, notes on how readers of the file will tokenize differently).
 
     Args:
-      size: rows of the model's embedding; ids that have no token get one that is not used.
+      size: rows of the model's embedding; ids without a token get an unused one.
       stop: ids that end a reply.
-      architecture: the file's.
+      architecture: the file's architecture.
 
     Raises:
-      ValueError: a vocabulary of another kind, more tokens than rows, or ids of plain text that would be others.
+      ValueError: the vocabulary is not BPE, has more tokens than rows, or the file would give other ids for plain text.
     """
     parsed = json.loads(tokenizer.to_json())
     model, added = parsed["model"], {token["id"]: token for token in parsed.get("added_tokens", [])}
     tokens, kinds = _tokens(tokenizer, added, size)
     if model["type"] != "BPE":
         raise ValueError(
-            f"the tokenizer's model is {model['type']}: a GGUF file holds BPE, byte-level or SentencePiece's. "
-            "Export with --format hf"
+            f"the tokenizer's model cannot be written to GGUF (found {model['type']}, expected BPE, byte-level or "
+            "SentencePiece's). Export with --format hf"
         )
     keys = (_sentencepiece if model.get("byte_fallback") else _byte_level)(tokenizer, model, tokens, kinds)
     keys |= {"add_bos_token": tokenizer.add_bos_token, **_special_ids(tokenizer, stop)}
@@ -73,12 +73,12 @@ def vocabulary_of(
     return metadata, _notes(tokenizer, read, keys["pre"], texts[:MAX_ADDED], _stops(tokenizer, stop)[len(STOPS) :])
 
 
-def _tokens(tokenizer: Tokenizer, added: Mapping[int, Any], size: int) -> tuple[list[str], list[int]]:
+def _tokens(tokenizer: Tokenizer, added: Mapping[int, JsonObject], size: int) -> tuple[list[str], list[int]]:
     by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
     if outside := {token: number for number, token in by_id.items() if number >= size}:
         raise ValueError(
             f"the tokenizer has {len(outside)} tokens beyond the {size} rows of the model's embedding, such as "
-            f"{list(outside.items())[:5]}: this tokenizer is another model's"
+            f"{list(outside.items())[:5]}. Use the model's own tokenizer"
         )
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
     kinds = [NORMAL if number in by_id else UNUSED for number in range(size)]
@@ -87,22 +87,23 @@ def _tokens(tokenizer: Tokenizer, added: Mapping[int, Any], size: int) -> tuple[
     return tokens, kinds
 
 
-def _byte_level(tokenizer: Tokenizer, model: Mapping[str, Any], tokens: list[str], kinds: list[int]) -> dict[str, Any]:
+def _byte_level(tokenizer: Tokenizer, model: JsonObject, tokens: list[str], kinds: list[int]) -> JsonObject:
     pre = known_pre_of(tokenizer.backend, bool(model.get("ignore_merges")), PROBES)
     if pre is None:
         raise ValueError(
-            "the tokenizer splits text in a way that no known value of tokenizer.ggml.pre stands for, so llama.cpp "
-            "would split it otherwise. Export with --format hf, and convert that folder with llama.cpp's "
+            "the tokenizer splits text in a way that no known value of tokenizer.ggml.pre describes, so llama.cpp "
+            "would split it differently. Export with --format hf, and convert that folder with llama.cpp's "
             "convert_hf_to_gguf.py"
         )
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return {"model": "gpt2", "pre": pre, "tokens": tokens, "token_type": kinds, "merges": merges}
 
 
-def _sentencepiece(
-    tokenizer: Tokenizer, model: Mapping[str, Any], tokens: list[str], kinds: list[int]
-) -> dict[str, Any]:
-    """Scores are those that order the merges as they are: tokenizer.json does not hold SentencePiece's own."""
+def _sentencepiece(tokenizer: Tokenizer, model: JsonObject, tokens: list[str], kinds: list[int]) -> JsonObject:
+    """The keys of a SentencePiece vocabulary, with scores that preserve the order of merges.
+
+    SentencePiece's own scores are not in tokenizer.json.
+    """
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
     ranks: dict[str, int] = {}
     for first, second in pairs:
@@ -113,7 +114,7 @@ def _sentencepiece(
     return {
         "model": "llama",
         "pre": "default",
-        # A symbol of the user's is looked for in the text itself.
+        # User-defined tokens are searched in the raw text, which contains spaces.
         "tokens": [t.replace(SPACE, " ") if k == USER_DEFINED else t for t, k in zip(tokens, kinds, strict=True)],
         "token_type": kinds,
         "scores": [-float(ranks.get(token, last)) for token in tokens],
@@ -140,23 +141,23 @@ def _check_ids(tokenizer: Tokenizer, read: Tokenizer, kind: str) -> None:
     wrong = [text for text in PROBES if read.encode(text) != tokenizer.encode(text)]
     if wrong:
         raise ValueError(
-            f"the tokenizer can't be said in GGUF metadata: a vocabulary of kind {kind!r} would give {len(wrong)} of "
-            f"{len(PROBES)} texts other ids, such as {wrong[0]!r}. Export with --format hf"
+            f"the tokenizer cannot be written to GGUF metadata: a vocabulary of kind {kind!r} would give other ids for "
+            f"{len(wrong)} of {len(PROBES)} texts, such as {wrong[0]!r}. Export with --format hf"
         )
 
 
-def _notes(tokenizer: Tokenizer, read: Tokenizer, pre: str, added: Sequence[str], unsaid: Sequence[int]) -> list[str]:
-    beside = {token: (f"a {token} b\n", token, f"{token}\nb") for token in added}
-    other = [token for token, texts in beside.items() if any(read.encode(t) != tokenizer.encode(t) for t in texts)]
+def _notes(tokenizer: Tokenizer, read: Tokenizer, pre: str, added: Sequence[str], unlisted: Sequence[int]) -> list[str]:
+    contexts = {token: (f"a {token} b\n", token, f"{token}\nb") for token in added}
+    other = [token for token, texts in contexts.items() if any(read.encode(t) != tokenizer.encode(t) for t in texts)]
     notes = []
     if KNOWN_PRE.get(pre, KNOWN_PRE["gpt-2"]).normalizer:
         notes.append(
-            "llama.cpp does not compose characters, as this tokenizer does (NFC): text with accents apart from their "
-            "letters gets other ids there"
+            "llama.cpp does not compose characters (NFC), but this tokenizer does: text with combining accents gets "
+            "other ids there"
         )
     if other:
-        notes.append(f"text beside these tokens may get other ids from the file than from tokenizer.json: {other}")
-    if unsaid:
-        names = [tokenizer.backend.id_to_token(number) for number in unsaid]
-        notes.append(f"a GGUF file names {len(STOPS)} tokens that end a reply; these it does not: {names}")
+        notes.append(f"text next to these tokens may get other ids from the file than from tokenizer.json: {other}")
+    if unlisted:
+        names = [tokenizer.backend.id_to_token(number) for number in unlisted]
+        notes.append(f"a GGUF file can list {len(STOPS)} tokens that end a reply, so these are not listed: {names}")
     return notes

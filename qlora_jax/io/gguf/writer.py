@@ -1,8 +1,8 @@
-"""Writes a GGUF file: metadata, and tensors one at a time, as llama.cpp's converter would have them."""
+"""Writes a GGUF file in the form of llama.cpp's converter: metadata, then tensors one at a time."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
@@ -12,7 +12,8 @@ from gguf.quants import quantize
 from qlora_jax.io.gguf.architectures import Architecture
 from qlora_jax.io.gguf.config_reader import architecture_of
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
-from qlora_jax.io.gguf.reader import TABLES, Change, change_of, hugging_face_name
+from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of
+from qlora_jax.io.model_source import JsonObject
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 TYPES = {
@@ -23,7 +24,7 @@ TYPES = {
     "q4_0": (GGMLQuantizationType.Q4_0, LlamaFileType.MOSTLY_Q4_0),
 }
 TEMPLATE = "tokenizer.chat_template"
-# What the writer sets itself, and what no longer holds of the file.
+# Keys that the writer sets, or that are not true of the new file.
 NOT_COPIED = {"general.architecture", "general.file_type", "general.quantization_version", "general.alignment"}
 KINDS = {
     bool: GGUFValueType.BOOL,
@@ -31,98 +32,101 @@ KINDS = {
     float: GGUFValueType.FLOAT32,
     str: GGUFValueType.STRING,
 }
-ITEM_KINDS = KINDS | {int: GGUFValueType.INT32}  # of token types, the one array of integers
+ITEM_KINDS = KINDS | {int: GGUFValueType.INT32}  # of token types, the only array of integers
 
 
 class Key(NamedTuple):
-    """A key of metadata; `inner` is the kind of an array's items."""
+    """One key of metadata; `inner` is the type of an array's items."""
 
     name: str
-    value: Any
+    value: object
     kind: GGUFValueType
     inner: GGUFValueType | None = None
 
 
-class Target(NamedTuple):
-    """A tensor of the new file: its name and shape there, and what llama.cpp's converter does to it."""
+class OutputTensor(NamedTuple):
+    """A tensor of the new file: its name and shape in GGUF, and the transform whose inverse is applied."""
 
     name: str
     shape: tuple[int, ...]
-    change: Change
+    transform: RowTransform
 
 
-class Frame(NamedTuple):
-    """A GGUF file without its weights.
+class GgufSpec(NamedTuple):
+    """Everything of a GGUF file except its weights.
 
-    Fields:
+    Attributes:
       architecture: value of general.architecture.
-      targets: by Hugging Face's name.
+      keys: the metadata.
+      tensors: the tensors by Hugging Face's name.
       tables: tensors of rotary factors, f32.
     """
 
     architecture: str
     keys: Sequence[Key]
-    targets: Mapping[str, Target]
+    tensors: Mapping[str, OutputTensor]
     tables: Mapping[str, np.ndarray]
 
 
-def frame_like(path: Path, config: Mapping[str, Any], chat_template: str | None) -> Frame:
-    """That of the file at `path`: its metadata, tokenizer and names.
+def spec_from_file(path: Path, config: JsonObject, chat_template: str | None) -> GgufSpec:
+    """Copies metadata, tokenizer and tensor names of the file at `path`.
 
     Args:
-      config: of the model, as `open_gguf` gives it.
-      chat_template: takes the place of the file's.
+      config: the model's config from `open_gguf`.
+      chat_template: replaces the file's template; None leaves it.
     """
     header = parse_header(path)
     architecture = architecture_of(path, header.metadata)
     tables = [info for info in header.tensors if info.name in TABLES]
     infos = [info for info in header.tensors if info.name not in TABLES]
-    return Frame(
+    return GgufSpec(
         architecture=architecture.name,
         keys=_keys_of(path, chat_template),
-        targets={hugging_face_name(i.name, architecture): target_of(path, i, architecture, config) for i in infos},
+        tensors={hugging_face_name(i.name, architecture): output_tensor(path, i, architecture, config) for i in infos},
         tables={i.name: np.fromfile(path, np.float32, i.nbytes // 4, offset=i.offset) for i in tables},
     )
 
 
-def target_of(path: Path, info: TensorInfo, architecture: Architecture, config: Mapping[str, Any]) -> Target:
-    """The tensor that `info` describes."""
-    return Target(info.name, info.shape, change_of(path, info, architecture, config))
+def output_tensor(path: Path, info: TensorInfo, architecture: Architecture, config: JsonObject) -> OutputTensor:
+    """The tensor of a new file that corresponds to `info`."""
+    return OutputTensor(info.name, info.shape, transform_of(path, info, architecture, config))
 
 
-def write_gguf(path: Path, frame: Frame, names: Sequence[str], values: Iterable[np.ndarray], dtype: str) -> None:
-    """The file of `frame`, its tensors taken from `values` one at a time.
+def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterable[np.ndarray], dtype: str) -> None:
+    """Writes a file, with one tensor in memory at a time.
 
-    Matrices are stored as `dtype` says, or in float16 where their rows are no whole blocks of it, and vectors in
-    float32, as llama.cpp has them.
+    As in llama.cpp, matrices are stored in `dtype`, or in float16 if their rows cannot be divided into its blocks;
+    vectors are stored in float32.
 
     Args:
-      names: Hugging Face's, of the values in their order.
+      spec: the file without its weights.
+      names: Hugging Face's names of `values`, in order.
+      values: the tensors.
       dtype: a key of TYPES.
     """
     wanted, file_type = TYPES[dtype]
-    targets = [frame.targets[name] for name in names]
-    kinds = [_kind(target.shape, wanted) for target in targets]
-    writer = GGUFWriter(path, frame.architecture)
-    for key in frame.keys:
+    tensors = [spec.tensors[name] for name in names]
+    kinds = [_kind(tensor.shape, wanted) for tensor in tensors]
+    writer = GGUFWriter(path, spec.architecture)
+    for key in spec.keys:
         writer.add_key_value(*key)
     writer.add_file_type(file_type)
-    for target, kind in zip(targets, kinds, strict=True):
-        _announce(writer, target.name, target.shape, kind)
-    for name, table in frame.tables.items():
-        _announce(writer, name, table.shape, F32)
+    for tensor, kind in zip(tensors, kinds, strict=True):
+        _add_tensor_info(writer, tensor.name, tensor.shape, kind)
+    for name, table in spec.tables.items():
+        _add_tensor_info(writer, name, table.shape, F32)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for target, kind, value in zip(targets, kinds, values, strict=True):
-        there = np.ascontiguousarray(target.change.undone(value.reshape(target.shape)))
-        writer.write_tensor_data(quantize(there, kind))
-    for table in frame.tables.values():
+    for tensor, kind, value in zip(tensors, kinds, values, strict=True):
+        stored = np.ascontiguousarray(tensor.transform.inverse(value.reshape(tensor.shape)))
+        writer.write_tensor_data(quantize(stored, kind))
+    for table in spec.tables.values():
         writer.write_tensor_data(np.asarray(table, np.float32))
     writer.close()
 
 
-def keys_of(values: Mapping[str, Any]) -> list[Key]:
+def typed_keys(values: Mapping[str, object]) -> list[Key]:
     """Values as keys of the kinds that llama.cpp expects; empty arrays are left out."""
     keys = []
     for name, value in values.items():
@@ -151,7 +155,7 @@ def _kind(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizat
     return F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _announce(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
+def _add_tensor_info(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
     block, nbytes = GGML_QUANT_SIZES[kind]
     in_bytes = (*shape[:-1], shape[-1] // block * nbytes)
     writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), int(np.prod(in_bytes)), raw_dtype=kind)

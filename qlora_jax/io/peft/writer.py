@@ -1,4 +1,4 @@
-"""Adapters as PEFT has them: adapter_model.safetensors, adapter_config.json and a README.
+"""Writes adapters in PEFT's format: adapter_model.safetensors, adapter_config.json and a README.
 
 Dimension key: L layers, K in, R rank, N out.
 """
@@ -8,20 +8,19 @@ import math
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
 from safetensors.numpy import save
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.tensor_map import layer_name
 
 PREFIX = "base_model.model."
 Lora = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
-
-# Our leaf -> PEFT's, and what becomes of one layer's values.
+# Our leaf -> (PEFT's name, the change of one layer's values).
 LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "lora_a": ("lora_A.weight", np.transpose),
     "lora_b": ("lora_B.weight", np.transpose),
@@ -31,8 +30,10 @@ VECTOR = "ia3_l"
 
 
 def adapter_tensors(lora: Lora, on_inputs: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """lora_A.weight [R, K] = lora_a[layer]^T and lora_B.weight [N, R] = lora_b[layer]^T, for each layer of each module;
-    DoRA's lora_magnitude_vector [N]; (IA)^3's ia3_l [N, 1], or [1, K] on inputs.
+    """The tensors of adapter_model.safetensors, for each layer of each module.
+
+    LoRA has lora_A.weight [R, K] and lora_B.weight [N, R], the transposes of our A and B. DoRA adds
+    lora_magnitude_vector [N]. (IA)^3 has ia3_l [N, 1], or [1, K] if it scales inputs.
 
     Args:
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}.
@@ -42,26 +43,28 @@ def adapter_tensors(lora: Lora, on_inputs: Collection[str] = ()) -> dict[str, np
     for name, leaves in lora.items():
         vector = (VECTOR, (lambda v: v[None]) if name in on_inputs else (lambda v: v[:, None]))
         for leaf, stack in leaves.items():
-            peft_name, written = LEAVES.get(leaf, vector)
+            peft_name, convert = LEAVES.get(leaf, vector)
             for layer, values in enumerate(np.asarray(stack)):
-                tensors[f"{PREFIX}{layer_name(name, layer)}.{peft_name}"] = np.ascontiguousarray(written(values))
+                tensors[f"{PREFIX}{layer_name(name, layer)}.{peft_name}"] = np.ascontiguousarray(convert(values))
     return tensors
 
 
 def adapter_config(
     lora: Lora, args: LoraArgs, linears: Iterable[str], base: str, on_inputs: Collection[str] = ()
-) -> dict[str, Any]:
-    """adapter_config.json: PEFT builds from it the adapter that was trained, with the same scaling.
+) -> JsonObject:
+    """The adapter_config.json from which PEFT builds the trained adapter with the same scaling.
 
-    rsLoRA's scaling is written as an alpha, since not every reader knows of rsLoRA.
+    rsLoRA's scaling is written as an alpha, because not every reader supports rsLoRA.
 
     Args:
-      linears: names of all linear layers, those without an adapter included, with the layer's index left out.
+      lora: LoRA parameters by Hugging Face's names without the layer's index.
+      args: the settings of training.
+      linears: names of all linear layers, also of those without an adapter.
       base: where PEFT finds the base model: a path or a name.
       on_inputs: modules whose inputs (IA)^3 scales.
 
     Raises:
-      ValueError: the settings give a module another rank than it has.
+      ValueError: a module's rank differs from its settings.
     """
     linears = list(linears)
     common = {
@@ -78,25 +81,25 @@ def adapter_config(
     return common | _low_rank_config(lora, args, linears)
 
 
-def _low_rank_config(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> dict[str, Any]:
+def _low_rank_config(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> JsonObject:
     _check_ranks(lora, args)
     alpha, alpha_pattern = _alphas(lora, args, linears)
     return {
         "peft_type": "LORA",
         "r": args.rank,
-        "lora_alpha": _whole(alpha),
+        "lora_alpha": _integer_if_whole(alpha),
         "lora_dropout": args.dropout,
         "use_rslora": False,
         "use_dora": args.method == "dora",
         "rank_pattern": dict(args.rank_pattern),
-        "alpha_pattern": {pattern: _whole(value) for pattern, value in alpha_pattern.items()},
+        "alpha_pattern": {pattern: _integer_if_whole(value) for pattern, value in alpha_pattern.items()},
         "bias": "none",
         "init_lora_weights": True,
     }
 
 
 def _alphas(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> tuple[float, dict[str, float]]:
-    """(alpha, alpha by pattern), divided by the rank alone: rsLoRA's alpha / sqrt(rank) is alpha sqrt(rank) / rank."""
+    """(alpha, alpha by pattern) to divide by the rank: rsLoRA's alpha / sqrt(rank) is alpha sqrt(rank) / rank."""
     if not args.use_rslora:
         return args.alpha, dict(args.alpha_pattern)
     whole, each = args.alpha * math.sqrt(args.rank), effective_alphas(lora, args)
@@ -104,7 +107,7 @@ def _alphas(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> tuple[float, 
 
 
 def effective_alphas(lora: Lora, args: LoraArgs) -> dict[str, float]:
-    """Of each module, what divided by its rank is its scaling: alpha, or rsLoRA's alpha sqrt(rank)."""
+    """The alpha of each module whose quotient with the rank is the scaling: alpha, or rsLoRA's alpha sqrt(rank)."""
     ranks = {name: matrices["lora_a"].shape[-1] for name, matrices in lora.items()}
     return {
         name: _first_match(args.alpha_pattern, name, args.alpha) * (math.sqrt(rank) if args.use_rslora else 1)
@@ -112,14 +115,14 @@ def effective_alphas(lora: Lora, args: LoraArgs) -> dict[str, float]:
     }
 
 
-def _first_match(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """What PEFT takes for a module: the value of the first pattern that matches the end of its full name."""
+def _first_match[Value: (int, float)](patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+    """PEFT's value for a module: that of the first pattern that matches the end of its full name."""
     matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", layer_name(name, 0)))
     return patterns.get(next(matching, ""), default)
 
 
 def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
-    """For each target the shortest end of its name that no linear layer without an adapter shares, each once."""
+    """The shortest suffix of each target's name that matches no linear layer outside `targets`; sorted and unique."""
     others = [name for name in linears if name not in targets]
     suffixes = set()
     for name in targets:
@@ -129,10 +132,12 @@ def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]
     return sorted(suffixes)
 
 
-def write_adapter(
-    folder: Path, tensors: dict[str, np.ndarray], config: dict[str, Any], rows: int | None = None
-) -> None:
-    """The adapter's three files, in a folder that is there; `rows` that the base's embedding has to be given first."""
+def write_adapter(folder: Path, tensors: dict[str, np.ndarray], config: JsonObject, rows: int | None = None) -> None:
+    """Writes the adapter's three files into an existing folder.
+
+    Args:
+      rows: the length to which the base's embedding must be resized before PEFT loads the adapter, if any.
+    """
     (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(_readme(config, rows), encoding="utf-8")
@@ -156,7 +161,7 @@ base = AutoModelForCausalLM.from_pretrained({loadable})
 """
 
 
-def _readme(config: dict[str, Any], rows: int | None) -> str:
+def _readme(config: JsonObject, rows: int | None) -> str:
     base = config["base_model_name_or_path"]
     loadable = repr("the same model as a Hugging Face folder" if is_gguf(base) else base)
     if config.get("revision"):
@@ -173,7 +178,7 @@ def _readme(config: dict[str, Any], rows: int | None) -> str:
 
 
 def is_gguf(base: str) -> bool:
-    """Whether a base is a file that transformers and peft do not load as it is."""
+    """True if a base is a GGUF file, which transformers and peft cannot load directly."""
     return base.endswith(".gguf")
 
 
@@ -182,11 +187,11 @@ def _check_ranks(lora: Lora, args: LoraArgs) -> None:
     for name, matrices in lora.items():
         expected, found = _first_match(args.rank_pattern, name, args.rank), matrices["lora_a"].shape[-1]
         if found != expected:
-            wrong.append(f"{name} has rank {found}, the settings say {expected}")
+            wrong.append(f"{name} has rank {found}, expected {expected}")
     if wrong:
-        raise ValueError(f"the LoRA does not fit the run's settings: {'; '.join(wrong)}")
+        raise ValueError(f"the LoRA's ranks differ from the run's settings: {'; '.join(wrong)}")
 
 
-def _whole(number: float) -> float | int:
-    """32 for 32.0: PEFT writes alpha as an integer."""
+def _integer_if_whole(number: float) -> float | int:
+    """Returns 32 for 32.0, because PEFT writes alpha as an integer."""
     return int(number) if float(number).is_integer() else number

@@ -8,8 +8,8 @@ import pytest
 
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.gguf_lora import check_plain, lora_frame, lora_tensors, shared_alpha
-from qlora_jax.io.export.gguf_metadata import frame_of
+from qlora_jax.io.export.gguf_lora import check_plain, lora_spec, lora_tensors, shared_alpha
+from qlora_jax.io.export.gguf_metadata import spec_from_folder
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.peft.writer import effective_alphas
@@ -51,9 +51,9 @@ def test_it_adds_what_the_adapter_adds(tmp_path: Path, name: str, settings: str)
     layers = "gpt_neox.layers" if name == "gptneox" else "model.layers"
     lora = _lora(config, layers, MODULES[name], args, shapes)
     scaled = shared_alpha(effective_alphas(lora, args))
-    frame = lora_frame(frame_of(opened.source, opened.features, shapes), lora, scaled.alpha)
+    spec = lora_spec(spec_from_folder(opened.source, opened.features, shapes), lora, scaled.alpha)
     path = tmp_path / "adapter.gguf"
-    write_gguf(path, frame, list(frame.targets), lora_tensors(lora, scaled.factors), "float32")
+    write_gguf(path, spec, list(spec.tensors), lora_tensors(lora, scaled.factors), "float32")
     header = parse_header(path)
     keys = header.metadata
     assert (keys["general.type"], keys["adapter.type"], keys["general.architecture"]) == (

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.io.export.gguf_metadata import framed
+from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
@@ -44,8 +44,8 @@ def _folder(path: Path, config: dict[str, Any], tokenizer: str | None = None, si
 
 
 def _written(path: Path, opened: OpenedModel, tensors: dict[str, np.ndarray]) -> tuple[Path, list[str]]:
-    frame, notes = framed(opened)
-    write_gguf(path, frame, list(tensors), iter(tensors.values()), "float32")
+    spec, notes = export_spec(opened)
+    write_gguf(path, spec, list(tensors), iter(tensors.values()), "float32")
     return path, notes
 
 
@@ -87,20 +87,20 @@ def test_it_is_what_the_converter_writes(tmp_path: Path, name: str) -> None:
 LOST = {
     "llama": (
         dict(rope_scaling=dict(rope_type="dynamic", factor=2.0)),
-        ["rope = 5000 dynamic: the file would say 5000 default"],
+        ["rope = 5000 dynamic: a file would give 5000 default"],
     ),
-    "qwen3": (dict(attention_bias=True), ["attn_output.bias: llama.cpp knows none in qwen3"]),
-    "qwen2": (dict(head_dim=32), ["num_heads \\* head_dim = 128: llama.cpp takes it to be embed_dim = 64"]),
+    "qwen3": (dict(attention_bias=True), ["attn_output.bias: llama.cpp cannot load it in qwen3"]),
+    "qwen2": (dict(head_dim=32), ["num_heads \\* head_dim: found 128, llama.cpp requires embed_dim = 64"]),
     "gemma2": (
         dict(query_pre_attn_scalar=100, attn_logit_softcapping=None, tie_word_embeddings=False),
-        ["query_scale = 0.1: the file would say", "attention_softcap = None", "output.weight: llama.cpp knows none"],
+        ["query_scale = 0.1: a file would give", "attention_softcap = None", "output.weight: llama.cpp cannot load it"],
     ),
     "smollm3": (
         dict(no_rope_layers=[0, 1]),
-        [r"ropes = \(None, 5000 default\): the file would say \(\)"],
+        [r"ropes = \(None, 5000 default\): a file would give \(\)"],
     ),
-    "olmo2": (dict(tie_word_embeddings=True), ["output.weight: llama.cpp needs one in olmo2"]),
-    "gptneox": (dict(hidden_act="gelu_new"), ["activation = 'gelu_tanh': the file would say 'gelu'"]),
+    "olmo2": (dict(tie_word_embeddings=True), ["output.weight: llama.cpp requires it in olmo2"]),
+    "gptneox": (dict(hidden_act="gelu_new"), ["activation = 'gelu_tanh': a file would give 'gelu'"]),
 }
 
 
@@ -109,7 +109,7 @@ def test_what_a_file_can_not_say_is_refused_at_once(tmp_path: Path, name: str) -
     changes, problems = LOST[name]
     opened, tensors = _folder(tmp_path / "model", CONFIGS[name][1] | changes)
     for problem in problems:
-        with pytest.raises(ValueError, match=rf"(?s)can't hold this model.*{problem}"):
+        with pytest.raises(ValueError, match=rf"(?s)cannot store this model.*{problem}"):
             _written(tmp_path / "new.gguf", opened, tensors)
 
 
@@ -124,7 +124,7 @@ def test_a_file_without_windows_says_the_context_within_which_they_hide_nothing(
     opened, tensors = _folder(tmp_path / "model", CONFIGS[name][1] | WINDOWED[name])
     path, notes = _written(tmp_path / "new.gguf", opened, tensors)
     assert model_config(open_model(path).config).max_positions == 16
-    assert any("it says a context of 16 tokens instead of 128" in note for note in notes)
+    assert any("its context is 16 tokens instead of 128" in note for note in notes)
 
 
 TOKENIZERS = {
@@ -162,7 +162,7 @@ def test_tokenizers_that_a_file_can_not_hold_are_refused(tmp_path: Path) -> None
     word_level |= {"added_tokens": []}
     refused = {
         "no known value of tokenizer.ggml.pre": (byte_level("dots"), {}),
-        "the tokenizer's model is WordLevel": (json.dumps(word_level), dict(bos_token=None, eos_token=None)),
+        "found WordLevel, expected BPE": (json.dumps(word_level), dict(bos_token=None, eos_token=None)),
         "tokens beyond the 300 rows of the model's embedding": (byte_level(), dict(size=300)),
     }
     for problem, (text, named) in refused.items():
@@ -178,7 +178,7 @@ def test_what_is_read_otherwise_is_noted(tmp_path: Path) -> None:
     opened.source.tokenizer["stop_token_ids"] = [2, 0, 3, 4]
     path, notes = _written(tmp_path / "new.gguf", opened, tensors)
     assert open_model(path).tokenizer["stop_token_ids"] == [2, 0, 3]
-    assert "['<|im_end|>']" in notes[0] and "these it does not: ['\"']" in notes[1] and "sliding window" in notes[2]
+    assert "['<|im_end|>']" in notes[0] and "these are not listed: ['\"']" in notes[1] and "sliding window" in notes[2]
 
 
 @pytest.mark.parametrize("strips", [False, True])

@@ -1,4 +1,4 @@
-"""Files that are no GGUF, or not all of one: refused by what is wrong and where."""
+"""Files that are not GGUF, or not all of one: refused by what is wrong and where."""
 
 import struct
 from pathlib import Path
@@ -11,19 +11,19 @@ from qlora_jax.io.gguf.header import parse_header
 from qlora_jax.io.open_model import open_model
 
 BAD_FILES = {
-    "empty": (b"", "it has 0 bytes"),
-    "other format": (b"PK\3\4" + bytes(20), r"begins with b'PK\\x03\\x04', a GGUF file with b'GGUF'"),
-    "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "a version 1 GGUF file"),
-    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "a big-endian GGUF file"),
-    "only magic": (b"GGUF", "the version at byte 4 takes 4 bytes, but the file ends at byte 4"),
-    "endless key": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), f"a metadata key at byte 32 takes {2**63} bytes"),
+    "empty": (b"", "not a GGUF file .0 bytes"),
+    "other format": (b"PK\3\4" + bytes(20), r"starts with b'PK\\x03\\x04', expected b'GGUF'"),
+    "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "found version 1, expected"),
+    "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "found big-endian, expected"),
+    "only magic": (b"GGUF", "the version at byte 4 requires 4 bytes, but the file ends at byte 4"),
+    "endless key": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), f"key at byte 32 requires {2**63} bytes"),
     "endless array": (
         b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**40),
-        f"k at byte 49 takes {2**42} bytes",
+        f"k at byte 49 requires {2**42} bytes",
     ),
     "unknown value type": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77), "byte 33: unknown type 77"),
-    "no UTF-8": (b"GGUF" + struct.pack("<IQQQ2s", 3, 0, 1, 2, b"\xff\xfe"), "byte 24: a metadata key is no UTF-8"),
-    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "a tensor's name at byte 24 takes 8 bytes"),
+    "no UTF-8": (b"GGUF" + struct.pack("<IQQQ2s", 3, 0, 1, 2, b"\xff\xfe"), "byte 24: a metadata key is not UTF-8"),
+    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "a tensor's name at byte 24 requires 8 bytes"),
     "axes": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), "tensor 't' has 9 axes, expected 1 to 4"),
     "no axis": (
         b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0) + bytes(64),
@@ -48,7 +48,7 @@ def test_bad_file(tmp_path: Path, case: str) -> None:
 def test_truncated_data(tmp_path: Path, tiny_gguf: Path) -> None:
     (tmp_path / "cut.gguf").write_bytes(tiny_gguf.read_bytes()[:-1])
     with pytest.raises(
-        ValueError, match=r"truncated: tensor 'output.weight' lies in bytes \d+ to \d+, but the file ends"
+        ValueError, match=r"truncated: tensor 'output.weight' is stored in bytes \d+ to \d+, but the file ends"
     ):
         open_model(tmp_path / "cut.gguf")
 

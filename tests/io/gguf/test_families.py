@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType as Kind
 
 from qlora_jax.io.gguf.architectures import ARCHITECTURES
 from qlora_jax.io.gguf.header import TensorInfo
-from qlora_jax.io.gguf.reader import change_of
+from qlora_jax.io.gguf.reader import transform_of
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
@@ -32,5 +32,5 @@ def test_config_and_tensors_return(tmp_path: Path, name: str) -> None:
 
 def test_a_wrong_number_of_fused_rows_is_told(tmp_path: Path) -> None:
     info = TensorInfo(name="blk.1.attn_qkv.bias", shape=(128,), type=Kind.F32, offset=0, nbytes=512)
-    with pytest.raises(ValueError, match=r"blk.1.attn_qkv.bias, F32 \[128\].* expected 4 heads of as many rows"):
-        change_of(tmp_path, info, ARCHITECTURES["gptneox"], {"num_attention_heads": 4})
+    with pytest.raises(ValueError, match=r"blk.1.attn_qkv.bias, F32 \[128\].*expected 4 heads of as many rows"):
+        transform_of(tmp_path, info, ARCHITECTURES["gptneox"], {"num_attention_heads": 4})

@@ -108,7 +108,7 @@ def test_k_quants_equal_ggml_written_out(tmp_path: Path, kind: Kind, decode, hal
     (info,) = parse_header(tmp_path / "k.gguf").tensors
     assert (info.shape, info.type) == ((rows, 512), kind)
     expected = np.array([[decode(block.tobytes()) for block in row] for row in blocks]).reshape(rows, 512)
-    np.testing.assert_array_equal(reader._read(tmp_path / "k.gguf", info, reader.Change()), expected)
+    np.testing.assert_array_equal(reader._read(tmp_path / "k.gguf", info, reader.RowTransform()), expected)
 
 
 def test_slices_of_a_large_tensor_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,5 +143,5 @@ def test_unsupported_tensor_type(tmp_path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(ValueError, match=r"not supported \(Q2_K\), the first is output.weight; supported: F32"):
+    with pytest.raises(ValueError, match=r"not supported, such as output.weight \(found Q2_K, expected F32"):
         open_model(tmp_path / "t.gguf")

@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from gguf.quants import dequantize, quantize
 
 from qlora_jax.io.gguf.header import parse_header
-from qlora_jax.io.gguf.writer import frame_like, write_gguf
+from qlora_jax.io.gguf.writer import spec_from_file, write_gguf
 from qlora_jax.io.open_model import open_model
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 
@@ -21,8 +21,8 @@ def _written(tmp_path: Path, name: str, dtype: str):
     base = write_family(tmp_path / "base.gguf", architecture, config, random_tensors(config))
     given = dict(sorted(random_tensors(config, seed=1).items(), reverse=True))  # in another order than the base's
     path = tmp_path / "new.gguf"
-    frame = frame_like(base, open_model(base).config, None)
-    write_gguf(path, frame, list(given), iter(given.values()), dtype)
+    spec = spec_from_file(base, open_model(base).config, None)
+    write_gguf(path, spec, list(given), iter(given.values()), dtype)
     return base, path, given
 
 
@@ -63,5 +63,5 @@ def test_matrices_are_rounded_as_the_gguf_package_rounds(
 def test_a_runs_own_chat_template_takes_the_place_of_the_bases(tmp_path: Path) -> None:
     architecture, config = FAMILIES["llama"]
     base = write_family(tmp_path / "base.gguf", architecture, config, random_tensors(config))
-    frame = frame_like(base, open_model(base).config, "{{ messages }}")
-    assert [key.value for key in frame.keys if key.name == "tokenizer.chat_template"] == ["{{ messages }}"]
+    spec = spec_from_file(base, open_model(base).config, "{{ messages }}")
+    assert [key.value for key in spec.keys if key.name == "tokenizer.chat_template"] == ["{{ messages }}"]

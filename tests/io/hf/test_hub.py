@@ -13,7 +13,7 @@ import pytest
 
 from qlora_jax.io.hf.hub import HubName, fetch_config, fetch_model, hub_name_of
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import base_of
+from qlora_jax.io.peft.reader import base_model_of
 from qlora_jax.io.pretrained import open_pretrained
 from qlora_jax.training.plan.target import model_features
 from tests.e2e.project import write_model
@@ -198,7 +198,7 @@ def test_an_adapter_names_its_base_and_the_commit(hub: Hub, tmp_path: Path) -> N
     (tmp_path / "adapter_config.json").write_text(
         json.dumps({"base_model_name_or_path": REPO, "revision": commit, "r": 4})
     )
-    assert base_of(tmp_path) == f"{REPO}@{commit}"
+    assert base_model_of(tmp_path) == f"{REPO}@{commit}"
     assert open_pretrained(model=f"{REPO}@{commit}").source.hub_name == f"{REPO}@{commit}"
 
 

@@ -1,4 +1,4 @@
-"""A PEFT adapter that is read is the one that was written; whatever else a folder holds is told, everything at once."""
+"""A PEFT adapter is read as it was written; all problems of a folder are reported at once."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft.reader import read_adapter, read_start
+from qlora_jax.io.peft.reader import read_adapter, read_start_adapter
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
@@ -53,11 +53,17 @@ def _with(folder: Path, **changes: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "parts"),
     [
-        (dict(peft_type="ADALORA", use_qalora=True), ["peft_type = 'ADALORA'", "use_qalora = True is not supported"]),
-        (dict(modules_to_save=["lm_head", "norm"], bias="all"), ["modules_to_save: norm: neither", "bias = 'all'"]),
-        (dict(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}), ["other tokens of the head than of the"]),
-        (dict(layers_to_transform=[0]), ["layers_to_transform = [0] is not supported"]),
-        (dict(init_lora_weights="pissa"), ["init_lora_weights = 'pissa' changes the base"]),
+        (
+            dict(peft_type="ADALORA", use_qalora=True),
+            ["peft_type: found 'ADALORA'", "use_qalora: True is not supported"],
+        ),
+        (
+            dict(modules_to_save=["lm_head", "norm"], bias="all"),
+            ["modules_to_save: norm is neither", "bias: found 'all'"],
+        ),
+        (dict(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}), ["different tokens for head and"]),
+        (dict(layers_to_transform=[0]), ["layers_to_transform: [0] is not supported"]),
+        (dict(init_lora_weights="pissa"), ["init_lora_weights: 'pissa' changes the base"]),
     ],
 )
 def test_settings_that_are_not_supported(folder: Path, changes: dict, parts: list[str]):
@@ -81,7 +87,7 @@ def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
     for part in (
         "model.layers.1.self_attn.q_proj.lora_A.weight is missing",
         "0.mlp.down_proj.lora_B.weight: shape [63, 2], expected [64, 2]",
-        "model.layers.*.mlp.w_pack.lora_A.weight: no linear layer",
+        "model.layers.*.mlp.w_pack.lora_A.weight: not a linear layer",
         "base_model.model.lm_head.weight: shape [2, 64], expected [32 or more, 64]",
     ):
         assert part in str(caught.value)
@@ -89,15 +95,15 @@ def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
 
 def test_a_pickle_is_refused(folder: Path):
     (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
-    with pytest.raises(ValueError, match="a pickle: reading such a file can run any code"):
+    with pytest.raises(ValueError, match="a pickle, which is not read because it can run any code"):
         read_adapter(folder, MODEL)
 
 
 def test_training_goes_on_from_an_adapter_with_its_own_settings_alone(folder: Path):
-    start = read_start(folder, MODEL, LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2}), ())
+    start = read_start_adapter(folder, MODEL, LoraArgs(rank=4, alpha=8.0, rank_pattern={"down_proj": 2}), ())
     assert start.keys() == random_lora().keys()
-    with pytest.raises(ValueError, match=r"(?s)lora.rank: 16, in the adapter 4.*lora.alpha: 32.0, in the adapter 8.0"):
-        read_start(folder, MODEL, LoraArgs(), ())
+    with pytest.raises(ValueError, match=r"(?s)lora.rank: found 16, expected 4.*lora.alpha: found 32.0, expected 8.0"):
+        read_start_adapter(folder, MODEL, LoraArgs(), ())
 
 
 TIED = model_config(tiny_config(tie_word_embeddings=True))
@@ -112,8 +118,8 @@ LONG, OTHER = np.ones((34, 64), np.float32), np.zeros((34, 64), np.float32)
         (MODEL, {f"{EMBEDDING}.{DELTA}": LONG[:2]}, f"lm_head.{DELTA} is missing"),
         (TIED, {f"{EMBEDDING}.{DELTA}": LONG[:3]}, "shape [3, 64], expected [2, 64]"),
         (MODEL, {f"{EMBEDDING}.weight": LONG}, "one of embedding and head is longer than the base's"),
-        (MODEL, {f"{EMBEDDING}.weight": LONG, f"{HEAD}.weight": LONG[:33]}, "are of different lengths"),
-        (TIED, {f"{EMBEDDING}.weight": LONG, f"{HEAD}.weight": OTHER}, "the adapter's two differ"),
+        (MODEL, {f"{EMBEDDING}.weight": LONG, f"{HEAD}.weight": LONG[:33]}, "have different lengths"),
+        (TIED, {f"{EMBEDDING}.weight": LONG, f"{HEAD}.weight": OTHER}, "two tables differ"),
     ],
 )
 def test_tables_that_do_not_fit(folder: Path, model, tensors: dict[str, np.ndarray], part: str):
@@ -132,13 +138,13 @@ def test_training_goes_on_with_the_same_new_tokens_and_no_whole_tables(folder: P
     plain = load_file(path)
     save_file(plain | {f"{EMBEDDING}.{DELTA}": LONG[:2]}, path)
     _with(folder, trainable_token_indices=[32, 33])
-    rows = read_start(folder, TIED, args, (32, 33))["model.embed_tokens"]["rows"]
+    rows = read_start_adapter(folder, TIED, args, (32, 33))["model.embed_tokens"]["rows"]
     np.testing.assert_array_equal(rows, LONG[:2])
-    with pytest.raises(ValueError, match=r"rows of the tokens \[32, 33\]; model.new_tokens are \[32\]"):
-        read_start(folder, TIED, args, (32,))
+    with pytest.raises(ValueError, match=r"model.new_tokens \(found \[32, 33\], expected \[32\]"):
+        read_start_adapter(folder, TIED, args, (32,))
     save_file(plain | {f"{EMBEDDING}.weight": LONG[:32]}, path)
     _with(folder, trainable_token_indices=None)
-    with pytest.raises(ValueError, match=r"holds model.embed_tokens whole: name them in lora.modules_to_save"):
-        read_start(folder, TIED, args, ())
-    whole = read_start(folder, TIED, dataclasses.replace(args, modules_to_save=["embed_tokens"]), ())
+    with pytest.raises(ValueError, match=r"contains all of model.embed_tokens. Add them to lora.modules_to_save"):
+        read_start_adapter(folder, TIED, args, ())
+    whole = read_start_adapter(folder, TIED, dataclasses.replace(args, modules_to_save=["embed_tokens"]), ())
     np.testing.assert_array_equal(whole["model.embed_tokens"]["weight"], LONG[:32])

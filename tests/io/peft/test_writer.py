@@ -71,19 +71,22 @@ def test_rslora_is_written_as_an_alpha() -> None:
     ("changes", "told"),
     [
         ({}, []),
-        (dict(r=64), ["vLLM takes it with --max-lora-rank 64"]),
-        (dict(r=65), ["vLLM takes it with --max-lora-rank 128"]),
-        (dict(r=600), ["vLLM takes no rank above 512, and this has 600"]),
-        (dict(rank_pattern={"up_proj": 24}), ["vLLM takes it with --max-lora-rank 32", "vLLM ignores rank_pattern"]),
+        (dict(r=64), ["vLLM requires --max-lora-rank 64"]),
+        (dict(r=65), ["vLLM requires --max-lora-rank 128"]),
+        (dict(r=600), ["vLLM supports ranks up to 512, and this adapter has 600"]),
+        (dict(rank_pattern={"up_proj": 24}), ["vLLM requires --max-lora-rank 32", "vLLM ignores rank_pattern"]),
         (
             dict(modules_to_save=["lm_head"]),
-            ["vLLM and llama.cpp take no adapter that trains more than LoRA (lm"],
+            ["vLLM and llama.cpp cannot read an adapter that trains more than LoRA (lm"],
         ),
-        (dict(trainable_token_indices={"embed_tokens": [3]}), ["vLLM and llama.cpp take no adapter that trains more"]),
+        (
+            dict(trainable_token_indices={"embed_tokens": [3]}),
+            ["vLLM and llama.cpp cannot read an adapter that trains more"],
+        ),
         (dict(rank_pattern={"up_proj": 2}), ["vLLM ignores rank_pattern"]),
         (dict(alpha_pattern={"up_proj": 2}), ["vLLM ignores alpha_pattern", "llama.cpp ignores alpha_pattern"]),
-        (dict(use_dora=True), ["vLLM and llama.cpp take no DoRA"]),
-        (dict(peft_type="IA3"), ["vLLM and llama.cpp take no (IA)^3"]),
+        (dict(use_dora=True), ["vLLM and llama.cpp cannot read DoRA"]),
+        (dict(peft_type="IA3"), ["vLLM and llama.cpp cannot read (IA)^3"]),
     ],
 )
 def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str]) -> None:
@@ -93,7 +96,7 @@ def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str
 
 
 def test_ranks_that_do_not_fit_the_settings() -> None:
-    with pytest.raises(ValueError, match=r"model.layers.mlp.up_proj has rank 2, the settings say 3"):
+    with pytest.raises(ValueError, match=r"model.layers.mlp.up_proj has rank 2, expected 3"):
         adapter_config(_lora({LINEARS[0]: 3, LINEARS[4]: 2}), LoraArgs(rank=3), LINEARS, "base")
 
 
