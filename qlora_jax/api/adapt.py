@@ -10,7 +10,7 @@ from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import attach, parts_of, provenance_of
 from qlora_jax.config import Config, DataArgs, LoraArgs, validate
 from qlora_jax.io.adapter_init import check_decomposable
-from qlora_jax.io.peft.reader import read_start
+from qlora_jax.io.peft.reader import read_start_adapter
 from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
@@ -52,7 +52,7 @@ def add_adapter(
             loaded, initial = load_for_training(opened.source, opened.features, weights, lora, key, report)
         fingerprint, base = loaded.fingerprint, loaded.model
     new_ids = opened.tokenizer.new_ids
-    start = None if lora.start is None else read_start(Path(lora.start), opened.features, lora, new_ids)
+    start = None if lora.start is None else read_start_adapter(Path(lora.start), opened.features, lora, new_ids)
     parts = training_parts(base, lora, key, new_ids=new_ids, initial=initial, start=start)
     changed = dataclasses.replace(provenance, fingerprint=fingerprint, lora_args=lora, initial=initial)
     return attach(combine(parts), changed)

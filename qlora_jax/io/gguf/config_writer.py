@@ -114,7 +114,7 @@ def _longrope(rope: Rope) -> tuple[JsonObject, Tables]:
 
 
 def _original(rope: Rope) -> JsonObject:
-    original = rope.scaling.get("original_max_position_embeddings", rope.max_positions)
+    original = rope.scaling.number("original_max_position_embeddings", rope.max_positions)
     return {"rope.scaling.original_context_length": int(original)}
 
 
