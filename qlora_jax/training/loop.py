@@ -108,7 +108,7 @@ def run_steps(
 
     Raises:
       NonFiniteLoss: the loss or gradient is not finite; that step is not saved.
-      CheckpointError: a checkpoint could not be written.
+      CheckpointError: writing a checkpoint failed.
       PagingError: neither device nor host has room for the optimizer's state; that step is not saved.
     """
     settings = session.config.train

@@ -1,4 +1,4 @@
-"""Where a run's optimizer state is stored and how it is updated: on the device, or in pages under a byte budget.
+"""Stores and updates a run's optimizer state: on the device, or in pages under a byte budget.
 
 The pager receives budgets in bytes (paging_budget.py), never a memory plan.
 """

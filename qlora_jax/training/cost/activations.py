@@ -1,4 +1,4 @@
-"""Bytes of what one step keeps of each layer between its forward and its backward pass, by formula.
+"""Activation memory by formula: the bytes that a step saves per layer for its backward pass.
 
 Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim, F mlp, R rank.
 """
@@ -10,25 +10,25 @@ from qlora_jax.training.cost.flops import DOWN, F32, Formula, StepShape, tiling,
 
 
 def activation_bytes(step: StepShape) -> dict[str, int]:
-    """Activations kept on the device of all layers between forward and backward, by what they are, for the policy.
+    """Returns the bytes of activations that all layers save on the device, by name, for the step's remat policy.
 
-    L M width itemsize; widths: layer input, residual and normalized D; query and attention_out N H; key and value K H;
-    gate, up and inner activation F; xA R; what DoRA and (IA)^3 scale, its own; what a norm behind attention or MLP
-    reads D. attention_lse is f32 [B, N, T] a layer. What only adapters read is kept for those that there are. The
-    policy `none` may keep as much more as the LoRA parameters and norms are: autodiff keeps slices of them, and the
-    compiler does not see that it has each already.
+    Each is L M width itemsize. The widths are D for layer input, residual and normalized inputs; N H for query and
+    attention_out; K H for key and value; F for gate, up and inner activation; R for x A. Outputs that DoRA and (IA)^3
+    scale have the width of the projection. attention_lse is f32 [B, N, T] per layer. Inputs that only adapters read are
+    saved only if those adapters exist. The policy `none` may save more, up to the size of the LoRA parameters and
+    norms, because autodiff saves slices of them that the compiler does not recognize as copies.
     """
     return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
 
 
 def offloaded_activation_bytes(step: StepShape) -> dict[str, int]:
-    """Activations that wait in host memory between forward and backward, as `saved_bytes` names them."""
+    """Returns the bytes of activations that are offloaded to host memory, by the names of `activation_bytes`."""
     parts = OFFLOADED.get(step.remat, {})
     return {name: step.model.num_layers * part(step) for name, part in parts.items()}
 
 
 def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Formula:
-    """M width itemsize, where an adapter that reads it is there (or whatever there is, where none is named)."""
+    """Returns the formula M width itemsize, or 0 if `read_by` names modules and none of them is trained."""
 
     def part(step: StepShape) -> int:
         readers = {*step.ranks, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
@@ -50,7 +50,7 @@ def _lora_xa(step: StepShape) -> int:
 
 
 def _unscaled(step: StepShape) -> int:
-    """What vectors on results are multiplied with: of DoRA, and of (IA)^3."""
+    """Returns the bytes of projection outputs that DoRA and (IA)^3 multiply by vectors."""
     scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
     return step.rows * sum(n for name, (n, _) in step.shapes() if name in scaled) * step.itemsize
 
@@ -59,13 +59,15 @@ def _dora_norms(step: StepShape) -> int:
     return F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
-def _normed_behind(model: ModelConfig) -> int:
+def _post_norm_inputs(model: ModelConfig) -> int:
     layout = NORM_PLACEMENTS[model.layout]
     return model.embed_dim * ((layout.after_attention is not None) + (layout.after_mlp is not None))
 
 
 def _to_attention(model: ModelConfig) -> int:
-    return model.embed_dim if NORM_PLACEMENTS[model.layout].before_attention else 0  # else it is the layer's input
+    return (
+        model.embed_dim if NORM_PLACEMENTS[model.layout].before_attention else 0
+    )  # without a norm it is the layer's input
 
 
 def _to_mlp(model: ModelConfig) -> int:
@@ -83,7 +85,7 @@ NAMED: dict[str, Formula] = {
     "key and value": _wide(lambda m: 2 * m.num_kv_heads * m.head_dim),
     "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
     "attention_lse": _lse,
-    "attention_normed and mlp_normed": _wide(_normed_behind),
+    "attention_normed and mlp_normed": _wide(_post_norm_inputs),
     "attention_residual": _wide(lambda m: 0 if NORM_PLACEMENTS[m.layout].parallel else m.embed_dim),
     "mlp_gate and mlp_up": _wide(lambda m: (1 + m.gated) * m.mlp_dim),
     "lora_xa": _lora_xa,
@@ -95,7 +97,7 @@ READ: dict[str, Formula] = {
     "mlp's input": _wide(_to_mlp, "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
     "before queries' and keys' norms": _wide(_before_qk_norm),
     "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
-    # Once more, heads joined to rows: attention's own backward pass keeps the other shape.
+    # A second copy with joined heads: the backward pass of attention saves the other shape.
     "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
 }
 SAVED: dict[str, dict[str, Formula]] = {

@@ -1,10 +1,10 @@
-"""What one optimizer step computes, by formula: floating-point operations of its products.
+"""The FLOP of one optimizer step by formula: floating-point operations of its matrix products.
 
-Pure arithmetic on a ModelConfig and shapes; tests count the same from the compiled program. Elementwise work (norms,
-rotations, activations, softmax, the optimizer) is no product and is not counted.
+Pure arithmetic on a ModelConfig and shapes; tests compare the counts with the compiled program. Elementwise work
+(norms, rotations, activations, softmax, the optimizer) is not counted.
 
 Dimension key: A micro-batches, B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim,
-F mlp, V vocab, R rank; of a projection, `out` and `in` features.
+F mlp, V vocab, R rank; `out` and `in` are the features of a projection.
 """
 
 import dataclasses
@@ -27,15 +27,15 @@ F32 = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What the counts depend on.
+    """The settings that determine the operations and bytes of a step.
 
     Attributes:
-      lora: the adapters.
+      lora: the adapters' settings.
       batch: (A, B, T).
       remat: a key of REMAT_POLICIES.
-      supervised: supervised tokens of a micro-batch; None: all. The head is computed in whole chunks of them.
-      optimizer: a key of memory_use.HELD.
-      new_tokens: tokens whose rows of embedding and head train.
+      supervised: supervised tokens per micro-batch, which the head computes in whole chunks; None: all tokens.
+      optimizer: a key of memory_use.OPTIMIZER_STATES.
+      new_tokens: number of new tokens, whose rows of embedding and head train.
     """
 
     model: ModelConfig
@@ -49,17 +49,17 @@ class StepShape:
 
     @property
     def rows(self) -> int:
-        """M."""
+        """M, the tokens per micro-batch."""
         return self.batch[1] * self.batch[2]
 
     @property
     def itemsize(self) -> int:
-        """Bytes of an activation."""
+        """Bytes per activation."""
         return 2 if self.weights.dtype in ("bfloat16", "float16") else F32
 
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
-        """R by the name of each projection that has an adapter of that rank, within a layer: `mlp.down_proj`."""
+        """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
         if self.lora.method in ("ia3", "full"):
             return {}
         found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
@@ -67,15 +67,15 @@ class StepShape:
 
     @functools.cached_property
     def vectors(self) -> Mapping[str, bool]:
-        """The projections that (IA)^3 scales: whether on their inputs."""
+        """The projections that (IA)^3 scales; True if it scales their inputs, False for their outputs."""
         if self.lora.method != "ia3":
             return {}
         targets, on_inputs = ia3_targets(self.model, self.lora)
         return {self._names[name]: name in on_inputs for name in targets}
 
     @functools.cached_property
-    def whole(self) -> list[str]:
-        """Of embedding and head, what trains whole."""
+    def trained_tables(self) -> list[str]:
+        """The names of embedding and head that train fully."""
         return trainable_table_names(self.model, self.lora)
 
     @functools.cached_property
@@ -85,59 +85,59 @@ class StepShape:
 
     @property
     def dora(self) -> Collection[str]:
-        """The projections whose rows' lengths train too."""
+        """The projections with DoRA, whose magnitudes train too."""
         return self.ranks.keys() if self.lora.method == "dora" else ()
 
     @property
     def frozen(self) -> bool:
-        """Whether the projections' own weights are; with `full` they train."""
+        """True if the projections' weights are frozen; False for full finetuning."""
         return self.lora.method != "full"
 
     def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """(name, (out, in)) of each projection of a layer."""
+        """Yields (name, (out, in)) of each projection of a layer."""
         for name, (shape, _) in self.model.linear_shapes().items():
             yield name, shape
 
 
-# Operations of one micro-batch, one layer
+# FLOP per micro-batch and layer
 
 
 def frozen_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """sum over projections of 2 M out in: y = x W^T, and as much for dx = dy W; twice where DoRA drops inputs."""
+    """Returns `projection_flops` if the weights are frozen: y = x W^T, and the same for dx = dy W."""
     return step.frozen * projection_flops(step, without=without)
 
 
 def trained_linear_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """The same, where weights train: then dW = dy^T x is as much once more."""
+    """Returns `projection_flops` if the weights train; the backward pass adds as much for dW = dy^T x."""
     return (not step.frozen) * projection_flops(step, without=without)
 
 
 def projection_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """sum over projections of 2 M out in; twice where DoRA drops inputs."""
+    """Returns the sum over projections of 2 M out in; doubled with DoRA and dropout."""
     twice = step.dora if step.lora.dropout else ()
     products = ((1 + (name in twice), shape) for name, shape in step.shapes() if name not in without)
     return sum(times * product_flops(step.rows, shape) for times, shape in products)
 
 
 def lora_down_flops(step: StepShape) -> int:
-    """sum over adapters of 2 M in R: x A."""
+    """Returns the sum over adapters of 2 M in R: x A."""
     return sum(2 * step.rows * k * step.ranks[name] for name, (_, k) in step.shapes() if name in step.ranks)
 
 
 def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """sum over adapters of 2 M R out: (x A) B."""
+    """Returns the sum over adapters of 2 M R out: (x A) B."""
     names = step.ranks.keys() - set(without)
     return sum(2 * step.rows * n * step.ranks[name] for name, (n, _) in step.shapes() if name in names)
 
 
 def dora_flops(step: StepShape) -> int:
-    """sum over DoRA's adapters of 2 R out in + 2 R^2 (in + out): W A, A^T A and (A^T A) B, of its norms."""
+    """Returns the FLOP of DoRA's norms: the sum of 2 R out in + 2 R^2 (in + out) for W A, A^T A and (A^T A) B."""
     pairs = ((step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
     return sum(product_flops(rank, (n, k)) + 2 * rank**2 * (n + k) for rank, (n, k) in pairs)
 
 
 def uses_cpu_handlers(step: StepShape) -> bool:
-    """Whether attention is computed by the C++ handlers of a CPU."""
+    """Returns True if the C++ handlers for CPUs compute attention."""
     plain = step.model.has_plain_attention(step.batch[2])
     return (
         attention_cpu.unsupported_reason(step.weights.platform, step.weights.dtype, step.model.head_dim, plain=plain)
@@ -146,7 +146,7 @@ def uses_cpu_handlers(step: StepShape) -> bool:
 
 
 def tiling(step: StepShape) -> Tiling:
-    """How attention cuts T positions: I chunks of C, the last one padded."""
+    """Returns the tiling of attention: T positions in I chunks of C, the last one padded."""
     model, (_, rows, length) = step.model, step.batch
     found: list[Tiling] = []
     queries, keys = (
@@ -157,10 +157,11 @@ def tiling(step: StepShape) -> Tiling:
     return found[0]
 
 
-def pairs(step: StepShape) -> int:
-    """Pairs (query, key) of the tiles that attention visits, of all layers: L C^2 I (I + 1) / 2 without windows.
+def attention_pairs(step: StepShape) -> int:
+    """Returns the (query, key) pairs in the tiles that attention visits, over all layers.
 
-    T^2 would be the full square, T^2 / 2 the least. With a window of w, chunk i begins at chunk (i C - w + 1) / C.
+    Without windows they are L C^2 I (I + 1) / 2. With a window of w, query chunk i starts at key chunk
+    (i C - w + 1) / C.
     """
     length, seen = step.batch[2], step.model.visible_counts(step.batch[2])
     if uses_cpu_handlers(step):
@@ -170,47 +171,49 @@ def pairs(step: StepShape) -> int:
 
 
 def _visited(tiles: Tiling, window: int) -> int:
-    """Chunks of keys that all chunks of queries visit; those that are written out visit all before them."""
+    """Returns the key chunks visited by all query chunks; unrolled attention ignores windows."""
     limit = tiles.length if tiles.unrolled else window
     return sum(i + 1 - max(i * tiles.chunk - limit + 1, 0) // tiles.chunk for i in range(tiles.chunks))
 
 
 def attention_flops(step: StepShape, *, products: int) -> int:
-    """products 2 B N H pairs: 2 products forward (q k^T, p v); 5 backward (those scores again, dp, dk, dv, dq)."""
-    return products * _flops_a_pair(step) * pairs(step)
+    """Returns products * 2 B N H pairs; 2 products forward (q k^T, p v), 5 backward (q k^T again, dp, dk, dv, dq)."""
+    return products * _flops_per_pair(step) * attention_pairs(step)
 
 
 def attention_recompute_flops(step: StepShape) -> int:
-    """The 2 products of the forward pass. Where attention is unrolled the compiler sees that the scores q k^T are those
-    that the backward pass makes as well, and one product is left."""
+    """Returns the FLOP of recomputed attention: 2 products, or 1 if the compiler shares q k^T with the backward pass.
+
+    It shares them if attention is unrolled.
+    """
     shared = tiling(step).unrolled and not uses_cpu_handlers(step)
     return attention_flops(step, products=1 if shared else 2)
 
 
-def _flops_a_pair(step: StepShape) -> int:
-    """2 B N H."""
+def _flops_per_pair(step: StepShape) -> int:
+    """Returns 2 B N H."""
     return 2 * step.batch[1] * step.model.num_heads * step.model.head_dim
 
 
-# Operations of one micro-batch, once
+# FLOP per micro-batch, outside the layers
 
 
 def head_flops(step: StepShape) -> int:
-    """2 C I D V: the logits of I chunks of C supervised tokens; as much again for the hidden states' gradient.
+    """Returns 2 C I D V for the logits of I chunks of C supervised tokens; the hidden states' gradient costs the same.
 
-    Where the head trains whole, V has the new tokens too.
+    If the head trains fully, V includes the new tokens.
     """
-    rows = step.model.vocab_size + _head_is_whole(step) * step.new_tokens
+    rows = step.model.vocab_size + _head_is_trained(step) * step.new_tokens
     return 2 * head_rows(step) * step.model.embed_dim * rows
 
 
 def head_tile(step: StepShape) -> lm_head_tiles.Tile:
-    """How the head is cut: C tokens with W of its rows at once."""
+    """Returns the tile of the head: C tokens and W vocabulary rows."""
     return lm_head_tiles.tile_size(step.weights.platform, step.rows, step.model.vocab_size)
 
 
 def head_rows(step: StepShape) -> int:
-    """C I: supervised tokens in whole chunks of C."""
+    """Returns C I, the supervised tokens in whole chunks of C."""
     chunk = head_tile(step).tokens
     tokens = step.rows if step.supervised is None else step.supervised
     return -(-tokens // chunk) * chunk
@@ -219,18 +222,18 @@ def head_rows(step: StepShape) -> int:
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 
 
-def _head_is_whole(step: StepShape) -> bool:
-    return (EMBEDDING if step.model.tie_embeddings else HEAD) in step.whole
+def _head_is_trained(step: StepShape) -> bool:
+    return (EMBEDDING if step.model.tie_embeddings else HEAD) in step.trained_tables
 
 
 def row_flops(step: StepShape) -> int:
-    """2 M D a new token: hidden states times its row of the head."""
+    """Returns 2 M D per new token: hidden states times its row of the head."""
     return 2 * step.rows * step.model.embed_dim * step.new_tokens
 
 
 def _rows_backward(step: StepShape) -> int:
-    """By hidden states and by the head's rows, and by the embedding's, where these do not train whole."""
-    return row_flops(step) * (2 * (not _head_is_whole(step)) + (EMBEDDING not in step.whole))
+    """Returns the backward FLOP of new rows in head and embedding, unless these train fully."""
+    return row_flops(step) * (2 * (not _head_is_trained(step)) + (EMBEDDING not in step.trained_tables))
 
 
 Formula = Callable[[StepShape], int]
@@ -250,21 +253,23 @@ LAYER_FLOPS: dict[str, Formula] = {
 HEAD_FLOPS: dict[str, Formula] = {
     "head forward": head_flops,
     "head backward": head_flops,
-    # logits again, and the head's gradient
-    "whole_head backward": lambda step: 2 * _head_is_whole(step) * head_flops(step),
-    "new_tokens forward": lambda step: row_flops(step) * (not _head_is_whole(step)),
+    # recomputed logits, and the head's gradient
+    "whole_head backward": lambda step: 2 * _head_is_trained(step) * head_flops(step),
+    "new_tokens forward": lambda step: row_flops(step) * (not _head_is_trained(step)),
     "new_tokens backward": _rows_backward,
 }
 
 
 def not_recomputed(step: StepShape) -> tuple[str, ...]:
-    """The projections whose results a backward pass does not need: the last one, where no norm reads it, and no vector
-    that trains."""
+    """Returns the projections whose outputs the backward pass does not need.
+
+    It is the last one, unless a norm or a trained vector reads its output.
+    """
     scaled = DOWN in step.dora or step.vectors.get(DOWN) is False
     return (DOWN,) if NORM_PLACEMENTS[step.model.layout].after_mlp is None and not scaled else ()
 
 
-# What a policy computes again in the backward pass.
+# Recomputation in the backward pass per remat policy.
 FULL: dict[str, Formula] = {
     "frozen again": lambda step: frozen_flops(step, without=not_recomputed(step)),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),
@@ -276,9 +281,11 @@ RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FU
 
 
 def flops(step: StepShape) -> dict[str, int]:
-    """Operations of one optimizer step by part: A (L (forward + backward + again) + head)."""
+    """Returns the FLOP of one optimizer step by part: A (L (forward + backward + recomputation) + head)."""
     micro_batches, layers = step.batch[0], step.model.num_layers
     per_layer = LAYER_FLOPS | RECOMPUTED[step.remat]
-    times = {name: 1 if name.startswith("attention") else layers for name in per_layer}  # its pairs are of all layers
+    times = {
+        name: 1 if name.startswith("attention") else layers for name in per_layer
+    }  # attention_pairs covers all layers
     counted = {name: micro_batches * times[name] * part(step) for name, part in per_layer.items()}
     return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}
