@@ -232,7 +232,7 @@ def test_a_target_is_a_card_or_the_nearest_by_memory():
     assert plan_target("a100", None).memory_bytes == CARDS["a100"].memory_bytes
     assert plan_target(None, "24GiB").card.name == "rtx4090" and plan_target(None, "24GiB").memory_bytes == 24 * 2**30
     assert plan_target("cpu", None).card is None and plan_target("cpu", None).memory_bytes > 2**30
-    with pytest.raises(ValueError, match="did you mean 'rtx4090'"):
+    with pytest.raises(ValueError, match="Did you mean 'rtx4090'"):
         plan_target("rtx409", None)
     with pytest.raises(ConfigError, match="neither is given"):
         plan_target(None, None)
