@@ -18,6 +18,7 @@ COMMAND = Command(
     schema=EvaluateArgs,
     check=check_evaluate,
     flags={"raw": "no chat template: questions and rows are plain text"},
+    common=("choices", "letters", "answers"),  # a training run has these, too, but not in its short help
 )
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from qlora_jax.api.data import Data, rows_files, write_data
 from qlora_jax.api.export import MergedDtype, MergedFormat, merge, save_peft
 from qlora_jax.api.progress import console_for
-from qlora_jax.api.provenance import attach, parts_of, provenance_of
+from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.result import ExportResult
@@ -117,19 +117,7 @@ def finetune(
       ValueError: a setting is wrong, rows are malformed, the folder holds another run, the run does not fit into
         memory, or a loss is not finite.
     """
-    provenance = provenance_of(model)
-    if provenance.lora_args is None:
-        raise ValueError("model: has no adapter to train. Add one with qlora_jax.add_adapter")
-    if provenance.opened.run is not None and provenance.opened.run.tables:
-        raise ValueError(
-            f"model: {provenance.opened.run.path} replaces whole tables of the base. Load the base, and add the "
-            'adapter with qlora_jax.LoRA(start="FOLDER")'
-        )
-    if not _are_equal(tokenizer, provenance.opened.tokenizer):
-        raise ValueError(
-            "tokenizer: is not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "
-            "template, pass chat_template to qlora_jax.load"
-        )
+    provenance = _check_trainable(provenance_of(model), tokenizer)
     settings = {
         "data.chat_template": provenance.chat_template,
         "data.eval_fraction": eval_fraction,
@@ -170,6 +158,23 @@ def finetune(
         step=trained.step,
         finished=trained.finished,
     )
+
+
+def _check_trainable(provenance: Provenance, tokenizer: Tokenizer) -> Provenance:
+    """Returns the record of a model that a run can train and resume; raises ValueError for any other."""
+    if provenance.lora_args is None:
+        raise ValueError("model: has no adapter to train. Add one with qlora_jax.add_adapter")
+    if provenance.opened.run is not None and provenance.opened.run.tables:
+        raise ValueError(
+            f"model: {provenance.opened.run.path} replaces whole tables of the base. Load the base, and add the "
+            'adapter with qlora_jax.LoRA(start="FOLDER")'
+        )
+    if not _are_equal(tokenizer, provenance.opened.tokenizer):
+        raise ValueError(
+            "tokenizer: is not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "
+            "template, pass chat_template to qlora_jax.load"
+        )
+    return provenance
 
 
 def _are_equal(a: Tokenizer, b: Tokenizer) -> bool:

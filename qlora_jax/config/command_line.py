@@ -9,7 +9,7 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import yaml
@@ -47,6 +47,7 @@ class Command[T]:
       schema: the dataclass of its settings.
       check: raises ConfigError if settings contradict each other.
       flags: name and help text of each option without a value.
+      common: settings that `--help` lists next to those that the schema marks; without any, it lists all.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Command[T]:
     schema: type[T]
     check: Callable[[T], None] = lambda settings: None
     flags: Mapping[str, str] = types.MappingProxyType({})
+    common: Collection[str] = ()
 
     @property
     def prog(self) -> str:
@@ -196,7 +198,7 @@ def help_text(command: Command, *, every: bool = False) -> str:
     """The text of `--help`: usage, an example, flags and common settings; with `every`, all settings."""
     width = max(60, min(shutil.get_terminal_size().columns, 120))
     settings = list(walk_settings(command.schema))
-    common = [] if every else [setting for setting in settings if setting[1].metadata["common"]]
+    common = [] if every else _common_settings(command)
     key = "section.key" if any("." in key for key, _, _ in settings) else "key"
     lines = [f"usage: {command.prog} [--config FILE] [--{key} value ...]", ""]
     lines += [*textwrap.wrap(command.summary, width), "", "example:"]
@@ -208,8 +210,14 @@ def help_text(command: Command, *, every: bool = False) -> str:
     lines += ["", "common settings:"]
     for key, field, _ in common:
         name = next((short for short, full in SHORT_NAMES.items() if full == key), key)
-        lines.append(_entry(f"{name}", f"{field.metadata['common']} {_default(field)}", width))
+        text = field.metadata["common"] or field.metadata["help"]
+        lines.append(_entry(name, f"{text} {_default(field)}", width))
     return "\n".join([*lines, "", f"--help all lists all {len(settings)} settings."])
+
+
+def _common_settings(command: Command) -> list[tuple[str, dataclasses.Field, Hint]]:
+    settings = walk_settings(command.schema)
+    return [(key, field, hint) for key, field, hint in settings if field.metadata["common"] or key in command.common]
 
 
 def _sections_text(schema: type, width: int) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax import export, plan, quantize, train
+from qlora_jax import evaluate, export, plan, quantize, train
 from qlora_jax.__main__ import COMMANDS
 from qlora_jax.config import Command, ConfigError, read_arguments, run_main
 from qlora_jax.config.parse import walk_settings
@@ -153,12 +153,16 @@ def test_help_starts_with_usage_and_an_example_that_reads(name, capsys):
     command.read(shlex.split(command.example))
 
 
-def test_help_of_many_settings_fits_one_screen(capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("command", "shown", "left_out"),
+    [(train, "lora.rank", "lora.svd_niter"), (plan, "card", "lora.svd_niter"), (evaluate, "rows", "stride")],
+)
+def test_help_of_many_settings_fits_one_screen(command, shown, left_out, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    text = printed_help(train.COMMAND, ["--help"], capsys)
+    text = printed_help(command.COMMAND, ["--help"], capsys)
     assert len(text.splitlines()) <= 50
-    assert text.rstrip().endswith(f"--help all lists all {len([*walk_settings(Config)])} settings.")
-    assert "--lora.rank " in text and "--lora.svd_niter" not in text
+    assert text.rstrip().endswith(f"--help all lists all {len([*walk_settings(command.COMMAND.schema)])} settings.")
+    assert f"--{shown} " in text and f"--{left_out} " not in text
 
 
 def test_the_package_lists_its_commands():
