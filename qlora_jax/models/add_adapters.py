@@ -145,7 +145,7 @@ VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # trainable vectors,
 
 
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
-    """Returns the model for many calls of few tokens: what all calls share is computed once.
+    """Returns the model for many calls of few tokens, with the shared parts computed once.
 
     These are the norms of DoRA, and the cast of matrices to the compute dtype.
     """
