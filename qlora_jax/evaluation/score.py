@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.results import Evaluation, task_result
@@ -29,7 +28,7 @@ def score_models(
       cache_folder: caches results, so that an interrupted evaluation resumes; None: no cache.
     """
     first = next(iter(tasks.values()))
-    scores: dict[str, dict[str, Any]] = {task.name: {} for task in first}  # each task has its own type of scores
+    scores: dict[str, dict[str, object]] = {task.name: {} for task in first}  # each task has its own type of scores
     for name, parts in models:
         cache = open_cache(cache_folder, parts)  # hashes the model, once for all tasks
         for task in tasks[name]:

@@ -23,7 +23,7 @@ PACKAGES = (Path(pallas_kernels.__file__).parent, Path(__file__).parent.parent)
 
 
 class ResultCache:
-    """Results of one model in a folder, or nowhere if there is no folder.
+    """Results of one model, stored in a folder; without a folder nothing is stored.
 
     Attributes:
       hits: number of results that were read from the folder.

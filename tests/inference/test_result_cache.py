@@ -28,14 +28,14 @@ def rows_of(seed: int):
     return [(rng.integers(0, VOCAB, n).astype(np.int32), np.arange(n) > 2) for n in (20, 500, 44)]
 
 
-def test_a_digest_tells_dtype_shape_and_bytes_apart():
+def test_a_digest_distinguishes_dtype_shape_and_bytes():
     zeros = np.zeros(4, np.int32)
     others = [zeros.astype(np.float32), zeros.reshape(2, 2), np.arange(4, dtype=np.int32), None, "0", 0]
     digests = {digest([value]) for value in (zeros, *others)}
     assert len(digests) == 1 + len(others) and digest([zeros.copy()]) in digests
 
 
-def test_what_is_kept_comes_back_to_the_bit_and_is_not_computed_again(tmp_path):
+def test_cached_results_are_bit_identical_and_not_computed_again(tmp_path):
     results = [np.float32([0.1, np.nan, -0.0]), np.array([True, False])]
     first = ResultCache(tmp_path, "model").get_or_compute([1, "a"], lambda: results)
     again = ResultCache(tmp_path, "model")
@@ -52,7 +52,7 @@ def test_another_model_or_other_inputs_find_nothing(tmp_path, model, inputs):
     assert other.get_or_compute(inputs, lambda: [np.ones(1)])[0] == 1 and other.misses == 1
 
 
-def test_a_file_that_holds_nothing_is_told(tmp_path):
+def test_an_empty_file_is_an_error(tmp_path):
     cache = ResultCache(tmp_path, "model")
     cache.get_or_compute([1], lambda: [np.zeros(1)])
     (file,) = tmp_path.iterdir()
@@ -80,7 +80,7 @@ def test_other_code_finds_nothing(tmp_path):
     assert len({before, after, code_digest.__wrapped__((tmp_path,)), code_digest()}) == 4
 
 
-def test_scores_of_rows_and_letters_are_kept(parts, tmp_path):
+def test_scores_of_rows_and_letters_are_cached(parts, tmp_path):
     question = LetterQuestion(ids=np.arange(1, 9, dtype=np.int32), letters=[3, 4, 5], answer=1)
     plain = score_rows(parts, rows_of(0)), score_letters(parts, [question])
     for computed in (True, False):
@@ -112,16 +112,16 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
 
     def ended(*more: str) -> str:
         process = start(tmp_path, *tasks, *more)
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == 0, told
-        return told
+        _, printed = process.communicate(timeout=300)
+        assert process.returncode == 0, printed
+        return printed
 
     ended(f"--json={tmp_path}/whole.json")
-    kept, kills = tmp_path / "kept", 0
+    stored, kills = tmp_path / "kept", 0
     for _ in range(6):
-        before = len([*kept.glob("*.npz")])
-        process = start(tmp_path, *tasks, f"--keep={kept}")
-        while process.poll() is None and len([*kept.glob("*.npz")]) < before + 3:
+        before = len([*stored.glob("*.npz")])
+        process = start(tmp_path, *tasks, f"--keep={stored}")
+        while process.poll() is None and len([*stored.glob("*.npz")]) < before + 3:
             time.sleep(0.005)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -129,9 +129,9 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
         assert process.stderr is not None
         process.stderr.close()
     assert kills >= 3
-    made = {path.name: path.stat().st_mtime_ns for path in kept.glob("*.npz")}
-    told = ended(f"--keep={kept}", f"--json={tmp_path}/again.json")
-    assert {name: (kept / name).stat().st_mtime_ns for name in made} == made
-    assert " batches cached" in told and "0 of" not in told.splitlines()[0]
+    made = {path.name: path.stat().st_mtime_ns for path in stored.glob("*.npz")}
+    printed = ended(f"--keep={stored}", f"--json={tmp_path}/again.json")
+    assert {name: (stored / name).stat().st_mtime_ns for name in made} == made
+    assert " batches cached" in printed and "0 of" not in printed.splitlines()[0]
     whole, again = (json.loads((tmp_path / f"{name}.json").read_text())["tasks"] for name in ("whole", "again"))
     assert again == whole

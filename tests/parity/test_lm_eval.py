@@ -99,5 +99,5 @@ def test_every_kind_of_request_gives_what_the_hugging_face_backend_gives(tmp_pat
 @pytest.mark.filterwarnings("default")
 def test_what_is_not_there_is_told(tmp_path):
     model = write_model(tmp_path / "model")
-    with pytest.raises(ValueError, match="no task is called nothing_like_it"):
+    with pytest.raises(ValueError, match=r"unknown task .found nothing_like_it"):
         evaluate.main(["--model", str(model), "--harness", "[nothing_like_it]", "--columns", "[unquantized]"])

@@ -35,7 +35,7 @@ def check_ready(tasks: Sequence[str], folder: str | None, report: Callable[[str]
     Args:
       tasks: names of the harness' tasks.
       folder: folder with the user's task files, or None.
-      report: called with lines for people: what takes time, and that the Hub does not respond.
+      report: called with lines for people, before each slow step and if the Hub does not respond.
 
     Raises:
       ValueError: the harness is not installed, a task is unknown, or a data set cannot be loaded.

@@ -31,7 +31,7 @@ class Choice:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChoiceScores:
-    """Which questions a model has right, by the sum of log p of each option's tokens, and by its mean.
+    """The questions that a model has right, by the sum of log p of each option's tokens, and by its mean.
 
     A question is right if the right option is likelier than every other. If it shares first place, the question is tied
     and not right.

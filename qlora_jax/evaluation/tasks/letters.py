@@ -41,7 +41,12 @@ class LetterQuestion:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LetterScores:
-    """Which questions a model has right: the right letter's logit is above all others, or tied for first place."""
+    """Grades of a model's answers.
+
+    Fields:
+      right: the right letter's logit is above all others.
+      tied: it shares first place, which does not count as right.
+    """
 
     right: Bool[np.ndarray, " questions"]
     tied: Bool[np.ndarray, " questions"]
@@ -220,7 +225,7 @@ def _inputs(batch: Batch, questions: Sequence[LetterQuestion]) -> tuple[np.ndarr
 
 
 def _lead(logits_K: np.ndarray, answer: int) -> float:
-    """How far the right letter's logit is above the largest other one."""
+    """The difference between the right letter's logit and the largest other one."""
     return float(logits_K[answer] - np.delete(logits_K, answer).max())
 
 

@@ -11,8 +11,8 @@ from qlora_jax.evaluation.statistics import mcnemar, paired_bootstrap, paired_bo
 from tests.inference.tiny import byte_tokenizer
 
 
-def sample(doc: int, kept: str = "none", **metrics):
-    return {"doc_id": doc, "filter": kept, "metrics": [*metrics], "doc": {"question": "?"}, **metrics}
+def sample(doc: int, metric_filter: str = "none", **metrics):
+    return {"doc_id": doc, "filter": metric_filter, "metrics": [*metrics], "doc": {"question": "?"}, **metrics}
 
 
 def with_weights(values) -> np.ndarray:

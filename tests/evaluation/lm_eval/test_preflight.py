@@ -36,7 +36,7 @@ def test_a_server_that_refuses_is_there(server: str):
     assert connection_problem(server) is None  # BaseHTTPRequestHandler: 501
 
 
-def test_no_server_is_told_unless_a_proxy_may_know_better(nobody: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_missing_server_is_reported_unless_there_is_a_proxy(nobody: str, monkeypatch: pytest.MonkeyPatch):
     assert "refused" in str(connection_problem(nobody))
     monkeypatch.setenv("all_proxy", "socks5://127.0.0.1:9")
     assert connection_problem(nobody) is None
@@ -60,10 +60,10 @@ def test_a_data_set_that_is_nowhere_ends_it_at_once(nobody: str, tmp_path, monke
         "task: far_away\ndataset_path: nobody/has_it\ntest_split: test\noutput_type: multiple_choice\n"
         'doc_to_text: "{{q}}"\ndoc_to_choice: "{{o}}"\ndoc_to_target: "{{a}}"\n'
     )
-    told: list[str] = []
+    lines: list[str] = []
     with pytest.raises(ValueError, match=r"cannot load a data set: .*nobody/has_it") as error:
-        check_ready(["far_away"], str(tmp_path), told.append)
+        check_ready(["far_away"], str(tmp_path), lines.append)
     for words in (f"{nobody} does not respond", str(tmp_path / "cache"), "--harness_folder"):
         assert words in str(error.value)
-    assert any("does not respond" in line and "only from the cache" in line for line in told)
+    assert any("does not respond" in line and "only from the cache" in line for line in lines)
     assert hub.HF_HUB_OFFLINE

@@ -27,8 +27,8 @@ def test_a_file_may_call_its_columns_otherwise(tmp_path):
     columns = {"question": "problem", "options": "choices", "answer": "label", "completion": "of another task"}
     (choice,) = choices_task(path, TOKENIZER, file_columns=columns, **limits).choices
     assert TOKENIZER.decode(choice.options[0][0].tolist()) == "Question: Why?\nAnswer: so" and choice.answer == 1
-    told = r"(?s)1 of 1 rows.*q.jsonl:1: file_columns: no column 'text' \(found 'problem', 'choices', 'label'"
-    with pytest.raises(ValueError, match=told):
+    message = r"(?s)1 of 1 rows.*q.jsonl:1: file_columns: no column 'text' \(found 'problem', 'choices', 'label'"
+    with pytest.raises(ValueError, match=message):
         choices_task(path, TOKENIZER, file_columns={"question": "text"}, **limits)
 
 
