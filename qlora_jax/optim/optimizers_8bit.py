@@ -102,15 +102,23 @@ def _schedule(learning_rate: float | optax.Schedule) -> optax.Schedule:
 
 
 def _as_deltas(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """The same transform with updates u for which p + u is the new parameter."""
+    """The same transform with updates u for which p + u is the new parameter.
+
+    Its state is the flat tuple of the transform's arrays: nnx.Optimizer does not support a `Quantized` per parameter.
+    """
+
+    def init(params: PyTree) -> tuple[Array, ...]:
+        return tuple(jax.tree.leaves(transform.init(params)))
 
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         if params is None:
             raise ValueError("params: found None, expected the parameters. Pass them to update as its third argument.")
-        values, state = transform.update(updates, state, params)
-        return jax.tree.map(lambda p, new: _delta(p.astype(jnp.float32), new.value), params, values), state
+        structure = jax.tree.structure(jax.eval_shape(transform.init, params))
+        values, nested = transform.update(updates, jax.tree.unflatten(structure, jax.tree.leaves(state)), params)
+        deltas = jax.tree.map(lambda p, new: _delta(p.astype(jnp.float32), new.value), params, values)
+        return deltas, tuple(jax.tree.leaves(nested))
 
-    return optax.GradientTransformation(transform.init, update)
+    return optax.GradientTransformation(init, update)
 
 
 def _delta(param: Array, new: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import qlora_jax
 from qlora_jax.config import OptimArgs
@@ -175,7 +176,7 @@ def test_optax_transforms_give_the_state_and_the_parameters_of_a_run(kind):
         updates, state = update(grads, state, run)
         found: dict = dict(optax.apply_updates(run, updates))
         before, (run, run_state) = run, step(run, run_state, grads)
-        jax.tree.map(np.testing.assert_array_equal, state, run_state)
+        jax.tree.map(np.testing.assert_array_equal, state, tuple(jax.tree.leaves(run_state)))
         for name, leaf in found.items():
             change = np.abs(run[name] - before[name])
             jumps = (before[name] != 0) & (change > 0.5 * np.minimum(np.abs(before[name]), np.abs(run[name])))
@@ -188,3 +189,19 @@ def test_an_optax_transform_asks_for_parameters():
     transform = qlora_jax.adamw_8bit(1e-3)
     with pytest.raises(ValueError, match="params: found None"):
         transform.update({"a": jnp.ones((1, 2))}, transform.init({"a": jnp.ones((1, 2))}))
+
+
+def test_an_nnx_optimizer_takes_an_optax_transform():
+    class Adapter(nnx.Module):
+        def __init__(self):
+            self.lora = nnx.LoRAParam(jnp.ones((2, 64, 80)))
+
+    model, expected = Adapter(), jnp.ones((2, 64, 80))
+    transform = qlora_jax.adamw_8bit(1e-2)
+    optimizer, state = nnx.Optimizer(model, transform, wrt=nnx.LoRAParam), transform.init(expected)
+    for _ in range(2):
+        grads = nnx.grad(lambda model: jnp.sum(model.lora[...] ** 2), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        updates, state = transform.update(2.0 * expected, state, expected)
+        optimizer.update(model, grads)
+        expected = optax.apply_updates(expected, updates)
+    np.testing.assert_array_equal(model.lora[...], expected)
