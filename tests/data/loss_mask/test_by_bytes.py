@@ -16,7 +16,7 @@ from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import sentencepiece_tokenizer
-from tests.data.loss_mask.strategies import segment_lists, short_texts
+from tests.data.loss_mask.cases import segment_lists, short_texts
 
 
 def lengths_of(tokenizer: Tokenizer) -> ByteLengths:

@@ -23,7 +23,7 @@ from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR, sentencepiece_tokenizer
-from tests.data.loss_mask.strategies import conversations, segment_lists
+from tests.data.loss_mask.cases import conversations, segment_lists
 
 TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "modern": MODERN, "thinking": THINKING, "zephyr": ZEPHYR}
 # SentencePiece's vocabulary here has no <|im_end|>, so a template has to end turns with eos_token.
