@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.config.schema import DataArgs
 from qlora_jax.data import dataset as dataset_module
 from qlora_jax.data import row_store as stored_module
-from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.row_store import store_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import ASSETS
+from tests.data.loading import load
 from tests.marks import some_in_ci
 
 ROOT = Path(__file__).parents[2]
@@ -29,10 +29,6 @@ ROOT = Path(__file__).parents[2]
 
 def rows_of(count: int) -> list[dict[str, Any]]:
     return [{"prompt": f"Is {n} odd?" + " Think." * (n % 7), "completion": f"{n} is"} for n in range(count)]
-
-
-def load(tokenizer: Tokenizer, **settings: Any) -> Dataset:
-    return load_dataset(DataArgs(**settings), tokenizer, seed=0, micro_batch_size=2, accumulation=2)
 
 
 def batches_of(dataset: Dataset, count: int) -> list[np.ndarray]:

@@ -17,7 +17,7 @@ from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
-from tests.data.tokenizer.test_tokenizer import TRICKY, _strings
+from tests.data.tokenizer.test_from_gguf import TRICKY, _strings
 from tests.io.export.test_gguf_metadata import CONFIGS
 from tests.io.gguf_families import FAMILIES, random_tensors
 from tests.io.tiny_models import write_folder

@@ -16,16 +16,13 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from qlora_jax.data.encoder import Encoder, encode_rows, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, loss_mask, mask_segments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR, sentencepiece_tokenizer
-from tests.data.loss_mask.cases import conversations, segment_lists
+from tests.data.loss_mask.cases import TEMPLATES, as_lists, conversations, make_tokenizer
 
-TEMPLATES = {"llama3": LLAMA3, "mistral": MISTRAL, "modern": MODERN, "thinking": THINKING, "zephyr": ZEPHYR}
 # SentencePiece's vocabulary here has no <|im_end|>, so a template has to end turns with eos_token.
 COMBINATIONS = [
     *itertools.product(["byte-level", "swallowing"], ["smollm2", *TEMPLATES]),
@@ -34,22 +31,6 @@ COMBINATIONS = [
 QUESTION = {"role": "user", "content": "Body?"}
 # A token that crosses the start of the answer, a character without a token, and a row for the fastest path.
 HARD = [[QUESTION, {"role": "assistant", "content": text}] for text in ("    return", "a\x04", "fine")]
-
-
-def make_tokenizer(name: str, smollm2_source: dict, smollm2_template: str, template: str = "smollm2") -> Tokenizer:
-    """A byte-level tokenizer, one whose special tokens swallow the spaces after them, or a SentencePiece tokenizer."""
-    if name in ("never", "first", "every"):
-        source = {"tokenizer_json": sentencepiece_tokenizer(name).to_json(), "bos_token": "<s>", "eos_token": "</s>"}
-    else:
-        source, whole = smollm2_source, json.loads(smollm2_source["tokenizer_json"])
-        for token in whole["added_tokens"]:
-            token["rstrip"] = name == "swallowing"
-        source = {**source, "tokenizer_json": json.dumps(whole)}
-    return load_tokenizer({**source, "chat_template": TEMPLATES.get(template, smollm2_template)})
-
-
-def as_lists(row: EncodedRow) -> tuple[list[int], list[bool], int, bool, bool]:
-    return row.ids.tolist(), row.supervised.tolist(), row.source, row.cut, row.lossy
 
 
 def fast_rows(encoder: Encoder, chats: Sequence[Sequence[Message]]) -> list[EncodedRow | str]:
@@ -82,26 +63,6 @@ def test_encoder_returns_the_reference_rows(smollm2_source: dict, smollm2_templa
             assert (fast if isinstance(fast, str) else as_lists(fast)) == (
                 expected if isinstance(expected, str) else as_lists(expected)
             )
-
-    check()
-
-
-@pytest.mark.parametrize("name", ["byte-level", "swallowing", "never", "first", "every"])
-def test_offsets_return_the_reference_rows(smollm2_source: dict, smollm2_template: str, name: str):
-    tokenizer = make_tokenizer(name, smollm2_source, smollm2_template)
-
-    @given(segment_lists, st.sampled_from(get_args(Learn)))
-    @example([Segment("a", False), Segment("", True), Segment("b", False)], "assistant")  # `ab` is one token
-    @example([Segment("a", True), Segment("", False), Segment("", True)], "last")
-    def check(row: list[Segment], learn: Learn):
-        (encoding,) = tokenizer.encode_spans(["".join(segment.text for segment in row)])
-        try:
-            expected = mask_segments(tokenizer, row, learn)
-        except ValueError as error:
-            with pytest.raises(ValueError, match=str(error)):
-                encode_segments(tokenizer, row, encoding, learn)
-            return
-        assert as_lists(encode_segments(tokenizer, row, encoding, learn)) == as_lists(expected)
 
     check()
 

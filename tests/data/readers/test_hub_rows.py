@@ -9,17 +9,12 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.config.schema import DataArgs
-from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.readers.files import content_digest, read_rows
 from qlora_jax.data.readers.hub_rows import HubRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from tests.data.loading import load
 
 ROWS = [{"prompt": f"Is {n} odd?", "completion": "yes", "more": None} for n in range(5)]
-
-
-def load(tokenizer: Tokenizer, **settings: Any) -> Dataset:
-    return load_dataset(DataArgs(**settings), tokenizer, seed=0, micro_batch_size=2, accumulation=2)
 
 
 @pytest.mark.parametrize(
