@@ -141,7 +141,7 @@ def _zeros(specs: Sequence[Leaf]) -> Sequence[Leaf]:
 
 
 def _filled(stack: Leaf | None, layers: Iterator[QTensor | jax.Array]) -> Leaf:
-    """The stack with all layers written into it, or the only layer if there is no stack."""
+    """The stack with all layers written into it, or the only layer if `stack` is None."""
     if stack is None:
         (leaf,) = layers
         return leaf

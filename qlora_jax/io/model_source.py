@@ -63,7 +63,7 @@ class GgufVocabulary(TypedDict):
 
 
 class TokenizerData(TypedDict):
-    """What a model's files say about its tokenizer.
+    """The tokenizer's part of a model's files.
 
     Exactly one of `tokenizer_json`, `missing` and `gguf` is present.
 
@@ -73,7 +73,7 @@ class TokenizerData(TypedDict):
       add_bos_token: True if plain text begins with the bos token.
       stop_token_ids: ids that end a reply.
       tokenizer_json: the text of tokenizer.json.
-      missing: why there is no tokenizer, and what to do.
+      missing: the reason for a missing tokenizer, and what to do.
       gguf: the vocabulary of a GGUF file.
     """
 
@@ -96,7 +96,7 @@ class ModelSource:
     Attributes:
       path: the folder or file that the user named, or its place in the Hub's cache.
       config: the model in the form of a Hugging Face config.json.
-      tokenizer: what the files say about its tokenizer.
+      tokenizer: the tokenizer's part of the files.
       tensors: the tensors by Hugging Face name.
       hub_name: "org/name@commit" for a model from the Hub, which identifies these files for good.
     """

@@ -1,6 +1,6 @@
 """GGUF files of every architecture, written as llama.cpp's converter writes them: for tests of the reader.
 
-Names of tensors and keys are the gguf package's; what the converter does to rows and norms is copied in its form.
+Names of tensors and keys are the gguf package's; its changes of rows and norms are copied in its form.
 """
 
 from pathlib import Path
@@ -136,7 +136,7 @@ def _add_scaling(writer: gguf.GGUFWriter, config: dict[str, Any], scaling: dict[
 
 
 def converted(architecture: str, config: dict[str, Any], name: str, values: np.ndarray) -> np.ndarray:
-    """What the converter does to a tensor of Hugging Face's name."""
+    """Applies the converter's change to a tensor, given by Hugging Face's name."""
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     if architecture in ROTARY and ".q_proj." in name:
         return permute_rows(values, heads)

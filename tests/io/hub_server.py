@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on this machine: the endpoints that huggingface_hub asks, and what it was asked for."""
+"""A local Hugging Face Hub with the endpoints that huggingface_hub uses; it records all requests."""
 
 import contextlib
 import hashlib
@@ -34,7 +34,7 @@ class Hub:
         self.url = ""
 
     def push(self, repo: str, files: Files, tag: str | None = None) -> str:
-        """A new commit; its hash."""
+        """Adds a commit; returns its hash."""
         commits = self.repos.setdefault(repo, {})
         commit = hashlib.sha1(f"{repo}{len(commits)}".encode()).hexdigest()
         commits[commit] = files
@@ -43,7 +43,7 @@ class Hub:
         return commit
 
     def push_folder(self, repo: str, folder: Path, tag: str | None = None, **more: bytes) -> str:
-        """A new commit of a folder's files."""
+        """Adds a commit of a folder's files; returns its hash."""
         files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
         return self.push(repo, files | more, tag)
 
@@ -133,7 +133,7 @@ def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
 
 @contextlib.contextmanager
 def running(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
-    """A hub with nothing on it, which huggingface_hub takes for the real one, with an empty cache."""
+    """An empty hub that huggingface_hub uses instead of the real one, with an empty cache."""
     hub = Hub()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
         server.daemon_threads = True

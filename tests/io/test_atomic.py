@@ -1,4 +1,4 @@
-"""A staged folder appears whole or not at all."""
+"""A staged folder appears completely or not at all."""
 
 import os
 import signal

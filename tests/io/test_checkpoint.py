@@ -1,4 +1,4 @@
-"""Checkpoints: what is kept, what a full disk leaves, and what is said where there is none."""
+"""Checkpoints: retention, a full disk, and errors for missing or damaged ones."""
 
 import resource
 from contextlib import contextmanager
@@ -14,7 +14,7 @@ LORA = {"model.layers.mlp.up_proj": {"lora_a": jnp.arange(60000.0), "lora_b": jn
 
 @contextmanager
 def full_disk():
-    """Every file stops growing at 64 bytes, as on a disk without room."""
+    """Limits every file to 64 bytes, like a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, hard))
     try:

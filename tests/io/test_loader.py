@@ -1,4 +1,4 @@
-"""The loader: what stands in the model is what was on disk, quantized; memory; errors; the fingerprint."""
+"""The loader: the model's values are those on disk, quantized; memory; errors; the fingerprint."""
 
 import dataclasses
 import json
@@ -51,7 +51,7 @@ def _assert_same(found: QTensor, expected: QTensor) -> None:
         FORMAT,
         WeightFormat(dtype="bfloat16", platform="gpu"),
         WeightFormat(dtype="float32", quant_type="fp4", block_size=32, double_quant=False),
-        WeightFormat(dtype="float32", block_size=128),  # 64 columns are no whole block: layout flat
+        WeightFormat(dtype="float32", block_size=128),  # 64 columns are less than a block: layout flat
     ],
     ids=lambda weights: f"{weights.quant_type}-{weights.dtype}-{weights.block_size}",
 )
@@ -220,7 +220,7 @@ print(json.dumps({"peak": status("VmHWM") - before, "model": sum(leaf.nbytes for
 
 
 def test_host_peak(tmp_path: Path) -> None:
-    """The 4-bit model, the largest tensor in f32 and a constant; never 16 bits a weight, never the file."""
+    """Memory is bounded by the 4-bit model, the largest tensor in f32 and a constant."""
     config = tiny_config(hidden_size=256, intermediate_size=1024, head_dim=64, num_hidden_layers=32, vocab_size=4096)
     few = config | {"num_hidden_layers": 1}
     for name, each in (("many", config), ("few", few)):

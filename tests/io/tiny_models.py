@@ -130,7 +130,7 @@ def gguf_name(name: str) -> str:
 
 
 def permute_rows(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to q and k, copied in its form."""
+    """Permutes rows of q and k like llama.cpp's converter, in a copy of its code."""
     half = weight.shape[0] // heads // 2
     return weight.reshape(heads, 2, half, *weight.shape[1:]).swapaxes(1, 2).reshape(weight.shape)
 

@@ -1,4 +1,4 @@
-"""Small tokenizers of the kinds that GGUF files hold, trained on the text given, as the text of tokenizer.json."""
+"""Small tokenizers of the kinds in GGUF files, trained on a given text, as the text of tokenizer.json."""
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
@@ -34,7 +34,7 @@ def byte_level(split: str = "smollm", size: int = 384, normalizer: str | None = 
 
 
 def sentencepiece(size: int = 460, prefixed: bool = True) -> str:
-    """BPE over text whose spaces are spelt out, what it does not cover as bytes: as Llama's (prefixed) and Gemma's."""
+    """SentencePiece BPE with byte fallback and visible spaces, like Llama's (prefixed) and Gemma's."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     trainer = trainers.BpeTrainer(vocab_size=size - 3 - 256 - 2, special_tokens=[], show_progress=False)
@@ -43,7 +43,7 @@ def sentencepiece(size: int = 460, prefixed: bool = True) -> str:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(trained, key=trained.get)]
     own = ["\n\n", "<table>"]
     kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(trained), *[USER_DEFINED] * len(own)]
-    # As SentencePiece has it: every pair that makes a piece merges, earlier pieces first.
+    # As in SentencePiece, every pair that forms a piece merges, earlier pieces first.
     metadata = {
         "model": "llama",
         "tokens": tokens + own,

@@ -32,7 +32,7 @@ for name, (folder, output, settings) in given.get("quantize", {}).items():
 for name, folder in given.get("load", {}).items():
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tell(name, model)
-    model.train()  # else bitsandbytes multiplies in bf16 on a CPU that has instructions for it, whatever it is told
+    model.train()  # else bitsandbytes multiplies in bf16 on a CPU that has instructions for it, whatever dtype is set
     with torch.no_grad():
         found[f"{name}/logits"] = model(torch.from_numpy(given["tokens"]).long()).logits.numpy()
 save(**found)

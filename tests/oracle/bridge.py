@@ -1,4 +1,4 @@
-"""How a script in this folder reads its inputs and returns its arrays: `python script.py in.npz out.npz`."""
+"""Reads the inputs of a script in this folder and returns its arrays: `python script.py in.npz out.npz`."""
 
 import json
 import sys
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def inputs() -> dict:
-    """What the test passed: arrays by name, and everything else back from JSON."""
+    """Reads the test's inputs: arrays by name, and everything else from JSON."""
     with np.load(sys.argv[1]) as file:
         arrays = {name: file[name] for name in file.files if name != "json"}
         return arrays | json.loads(str(file["json"]))

@@ -1,4 +1,4 @@
-"""What transformers' logits processors leave of random logits, temperature first, then top-k, then top-p."""
+"""Applies transformers' logits processors to random logits: temperature, then top-k, then top-p."""
 
 import torch
 from bridge import inputs, save

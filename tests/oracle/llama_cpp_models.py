@@ -1,4 +1,4 @@
-"""What llama.cpp makes of GGUF files: for each case (model, lora, rows, texts, prompts) logits, ids and replies.
+"""Runs GGUF files in llama.cpp: for each case (model, lora, rows, texts, prompts) logits, ids and replies.
 
 Attention's cache is kept in f32, so that files in f32 are computed in f32.
 """

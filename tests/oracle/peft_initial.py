@@ -1,4 +1,4 @@
-"""What peft's PiSSA and LoftQ make of the model in `folder`: weights and adapters as they begin, and logits.
+"""Starts peft's PiSSA and LoftQ on the model in `folder`: initial weights and adapters, and logits.
 
 `pissa`: {name: arguments of LoraConfig}; `loftq`: {name: [rank, iterations]}, of each weight of `folder` by itself.
 """

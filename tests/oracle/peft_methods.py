@@ -1,4 +1,4 @@
-"""What peft computes with adapters over base folders, for `cases`: {name: [base folder, adapter folder]}.
+"""Computes with peft's adapters over base folders, for `cases`: {name: [base folder, adapter folder]}.
 
 Logits on `tokens`; gradients of sum(logits * `cotangent`) by parameter, dropout on, its mask the fixed `kept` columns;
 and the merged weights and biases.

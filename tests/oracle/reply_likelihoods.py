@@ -1,4 +1,4 @@
-"""How likely replies are, in torch, from a GGUF file: `pairs` of a question and what follows its prompt; `template`."""
+"""Likelihoods of replies in torch, from a GGUF file: `pairs` of a question and its reply; `template`."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What transformers' apply_chat_template makes of conversations: texts and ids, by template name."""
+"""Renders conversations with transformers' apply_chat_template: texts and ids, by template name."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What transformers computes with whole models, for `cases`: {name: folder}.
+"""Computes logits and gradients of whole models in transformers, for `cases`: {name: folder}.
 
 Logits on `tokens`, and the gradients of sum(logits * `cotangent`) by parameter.
 """

@@ -1,4 +1,4 @@
-"""Millions of parameters through bitsandbytes' 8-bit optimizers and ours: parameters and states, to the bit."""
+"""Millions of parameters through bitsandbytes' 8-bit optimizers and ours: parameters and states are bit-identical."""
 
 from pathlib import Path
 

@@ -100,7 +100,7 @@ def vector(rng: np.random.Generator, quant_type: str) -> np.ndarray:
 
 
 def partial_rows(rng: np.random.Generator, quant_type: str) -> np.ndarray:
-    """Rows that are no whole blocks; 100 % 16 != 0, where the oracle's CPU kernel is right."""
+    """Rows that end within a block; 100 % 16 != 0, for which the oracle's CPU kernel is correct."""
     return normal(rng, 7, 100)
 
 
@@ -157,7 +157,7 @@ def with_oracle_offset(qt: QTensor, absmax: np.ndarray, offset: np.ndarray) -> Q
 
 
 def numpy_differences(qt: QTensor, expected: dict[str, np.ndarray]) -> list[str]:
-    """What of a weight quantized in NumPy is not the oracle's to the bit."""
+    """Names the leaves of a weight quantized in NumPy that are not bit-identical to the oracle's."""
     leaves = [name for name in expected if name != "weights"]
     different = [name for name in leaves if not equal_bits(getattr(qt, name), expected[name])]
     # By value: bitsandbytes' kernels differ in the sign of FP4's second zero.
@@ -167,7 +167,7 @@ def numpy_differences(qt: QTensor, expected: dict[str, np.ndarray]) -> list[str]
 
 
 def jit_differences(weight: np.ndarray, settings: dict, qt: QTensor, flushed: bool) -> list[str]:
-    """In what jit differs from NumPy."""
+    """Names the leaves in which jit differs from NumPy."""
     in_jit = quant.quantize(weight, **settings)
     equal = map(equal_bits, jax.tree.leaves(in_jit), jax.tree.leaves(qt))
     different = [] if all(equal) else ["quantize"]
@@ -177,7 +177,7 @@ def jit_differences(weight: np.ndarray, settings: dict, qt: QTensor, flushed: bo
 
 
 def differences(weight: np.ndarray, settings: dict, expected: dict[str, np.ndarray], flushed: bool) -> list[str]:
-    """Everything in which one weight differs from the oracle, or jit from NumPy."""
+    """Names everything in which one weight differs from the oracle, or jit from NumPy."""
     qt = quant.quantize_numpy(weight, **settings)
     if not settings["double_quant"]:
         return numpy_differences(qt, expected)

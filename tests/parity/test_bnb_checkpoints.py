@@ -1,4 +1,4 @@
-"""Folders that transformers + bitsandbytes saved in 4 bits: codes and constants are taken over as they are."""
+"""Folders that transformers + bitsandbytes saved in 4 bits: codes and constants are read unchanged."""
 
 import hashlib
 from pathlib import Path
@@ -47,7 +47,7 @@ TOKENS = np.random.default_rng(1).integers(0, tiny_config()["vocab_size"], (2, 9
 
 
 def assert_close_logits(model: Any, expected: np.ndarray) -> None:
-    """Of TOKENS, to 1e-4 of the largest."""
+    """Asserts that the logits of TOKENS agree to 1e-4 of the largest."""
     logits = jax.jit(lambda: model.head.logits(model.hidden(jnp.asarray(TOKENS))))()
     np.testing.assert_allclose(np.asarray(logits).reshape(expected.shape), expected, atol=1e-4 * np.abs(expected).max())
 
@@ -167,7 +167,7 @@ MADE_BY_US = {
 
 
 def test_folders_that_we_quantize(tmp_path: Path, oracle, config) -> None:
-    """Loaded by transformers: the same weights; read again by us: the same model; and back in 16 bits, to the bit."""
+    """transformers and we read back the same model; written back in 16 bits, it is bit-identical."""
     files = {"tokenizer.json": tokenizer_json()}
     dense = write_folder(tmp_path / "dense", config, random_weights(config), **files)
     for name, settings in MADE_BY_US.items():

@@ -141,7 +141,7 @@ def _error(actual, expected) -> float:
 
 
 def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) -> list[float]:
-    """With y = x (W^T + s A B): the gradient by B is s A^T G^T, with G that by W."""
+    """Compares gradients: for y = x (W^T + s A B), the gradient by B is s A^T G^T, with G the gradient by W."""
     config, errors = model.config, []
     for name, leaves in lora.items():
         for layer in range(config.num_layers):

@@ -67,7 +67,7 @@ def _ids(found: dict[str, np.ndarray], name: str) -> dict[str, Any]:
 
 
 def _chosen_by_ours(model: Any, prompts: list[list[int]], replies: list[list[int]], within: float) -> int:
-    """How many tokens of greedy replies are our model's first choice; for the others, it hardly prefers another."""
+    """Counts reply tokens that are our model's first choice; asserts that the others are near ties."""
     count = 0
     for prompt, reply in zip(prompts, replies, strict=True):
         row = np.array([prompt + reply], np.int32)
@@ -99,7 +99,7 @@ def test_every_architecture(tmp_path: Path, llama_cpp) -> None:
 
 @pytest.mark.slow
 def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
-    """What the file holds, read here and by llama.cpp, which rounds what it multiplies with matrices to their kind."""
+    """The file's model, read here and by llama.cpp, which rounds activations to the type of the matrices."""
     run, _ = _run(tmp_path, "llama")
     ours, cases = {}, {}
     for dtype in DTYPES["gguf"]:

@@ -117,7 +117,7 @@ def test_what_is_told(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
 def test_merged_into_the_original_weights(
     tmp_path: Path, capsys: pytest.CaptureFixture, form: str, new: tuple[str, ...]
 ) -> None:
-    """W + scaling (A B)^T of the weights that were quantized; what that costs is told."""
+    """W + scaling (A B)^T of the weights that were quantized; the cost is reported."""
     config = FAMILIES["llama"][1] | {"vocab_size": 371 if new else 460}
     tensors, files = random_tensors(config), {"tokenizer.json": byte_level()}
     model = write_folder(tmp_path / "model", config, tensors, **files)

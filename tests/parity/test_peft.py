@@ -97,7 +97,7 @@ NEW = ["<|tool|>", "<|answer|>"]
 
 @pytest.mark.slow
 def test_new_tokens(tmp_path: Path, oracle) -> None:
-    """Rows of a head of its own and of a tied one, of a longer table, and in families with names of their own."""
+    """Rows of a separate head and of a tied one, of a longer table, and in families with other names."""
     untied, padded = tiny_config(), tiny_config(vocab_size=40)
     configs = {"untied": untied, "padded": padded, "tied": tiny_config(tie_word_embeddings=True)}
     configs |= {name: FAMILIES[name][1] for name in ("gptneox", "gemma2", "qwen2")}
@@ -130,7 +130,7 @@ WHOLE = {
 
 @pytest.mark.slow
 def test_whole_tables(tmp_path: Path, oracle) -> None:
-    """What trained whole, with rows for new tokens or without; rows of the other table beside it."""
+    """Tables that trained whole, with or without rows for new tokens, and rows of the other table."""
     configs = {"untied": tiny_config(), "tied": tiny_config(tie_word_embeddings=True)}
     configs |= {name: FAMILIES[name][1] for name in ("gptneox", "gemma2")}
     tokens, ours = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32), {}
@@ -246,7 +246,7 @@ def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
 
 @pytest.mark.slow
 def test_families_under_their_own_names(tmp_path: Path, oracle) -> None:
-    """Adapter and dequantized base of families whose modules are fused, or called otherwise than a Llama's."""
+    """Adapter and dequantized base of families whose modules are fused or have other names than Llama's."""
     tokens = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
     ours, names = {}, ("gptneox", "phi2", "phi3", "gemma2")
     for name in names:
@@ -283,7 +283,7 @@ def test_another_base_and_another_step_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_smollm2_with_its_tokenizer(tmp_path: Path, oracle, smollm2_gguf: Path) -> None:
-    """From a GGUF file to a folder that transformers and peft load with nothing else."""
+    """Exports a run from a GGUF file to a folder that transformers and peft load with nothing else."""
     with_adapter, _ = _write_run(tmp_path / "run", smollm2_gguf, LORAS["all"])
     main(["--run", str(tmp_path / "run"), "--with_base", "--output", str(tmp_path / "out")])
     tokenizer = load_tokenizer(open_model(smollm2_gguf).tokenizer)

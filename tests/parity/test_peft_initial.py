@@ -1,4 +1,4 @@
-"""PiSSA and LoftQ as peft begins them, and what peft computes with what is exported of them."""
+"""PiSSA and LoftQ start as in peft, and peft computes the same from exported adapters."""
 
 import dataclasses
 from pathlib import Path
@@ -95,9 +95,9 @@ def test_pissa_begins_as_pefts(tmp_path: Path, oracle) -> None:
 
 @pytest.mark.parametrize("iterations", [1, 4])
 def test_loftq_begins_as_pefts(tmp_path: Path, oracle, iterations: int) -> None:
-    """Where alpha is the rank, and constants are in f32: peft knows no other.
+    """Compares with peft where alpha is the rank and constants are f32, the only case that peft supports.
 
-    A later iteration's codes may differ where a rounding of its own decided.
+    Codes of later iterations may differ where rounding decided.
     """
     path, spec = _model(tmp_path), dataclasses.replace(LOFTQ, loftq_iterations=iterations)
     found = oracle(
@@ -147,7 +147,7 @@ CASES = {
 
 
 def test_what_is_exported_is_what_was_trained(tmp_path: Path, oracle) -> None:
-    """With its base: the run's logits. Over the model as it was: they too, but for what quantization took."""
+    """The adapter gives the run's logits with its base; over the original model, up to the quantization error."""
     path, ours, folders = _model(tmp_path / "model"), {}, {}
     for name, (spec, held) in CASES.items():
         run = tmp_path / name
@@ -197,7 +197,7 @@ def test_a_run_without_what_it_began_with_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_split_weight_is_a_delta_and_the_rest(tmp_path: Path) -> None:
-    """In 16 bits nothing is lost: rest and adapter are the weight."""
+    """In 16 bits nothing is lost: rest and adapter sum to the weight."""
     path = _model(tmp_path)
     loaded, _, base = _begun(path, PISSA, quant_type="none")
     deltas, rests = _deltas(loaded.model, PISSA), _weights(base)

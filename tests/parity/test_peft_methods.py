@@ -1,4 +1,4 @@
-"""DoRA and (IA)^3: what peft computes with an exported adapter, its gradients and its merge are ours."""
+"""DoRA and (IA)^3: logits, gradients and merges of exported adapters in peft equal ours."""
 
 import functools
 from pathlib import Path

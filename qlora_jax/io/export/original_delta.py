@@ -26,7 +26,7 @@ class ExportedAdapter(NamedTuple):
     Attributes:
       lora: LoRA parameters by our names.
       args: settings with which PEFT and `add_lora` give these parameters the scalings of training.
-      notes: what users of the adapter should know.
+      notes: lines for users of the adapter.
     """
 
     lora: Factors

@@ -12,7 +12,7 @@ class ExportResult:
 
     Attributes:
       path: the file or folder that was written.
-      lines: what the user should know, one line each: the output, the base, limits of programs that read it.
+      lines: lines for the user: the output, the base, limits of programs that read it.
       difference: how far the logits of a merged model are from those of base and adapter; None for an adapter.
     """
 

@@ -53,8 +53,8 @@ class Architecture:
       biases: attributes without a key -> the tensor whose presence implies them.
       partial: the attribute for the rotated fraction of a head; None if all of it is rotated.
       fixed: attributes that the architecture implies.
-      query_scalar_layers: a model with this many layers scales queries by embed_dim / heads, others by head_dim; there
-        is no key for it, llama.cpp decides by the number of layers. 0: the architecture has no separate scale.
+      query_scalar_layers: a model with this many layers scales queries by embed_dim / heads, others by head_dim; GGUF
+        has no key for it, so llama.cpp decides by the number of layers. 0: the architecture has no separate scale.
       also: further model_types of Hugging Face that use this architecture.
       rope_tables: tensors of rotary factors that llama.cpp reads; without one it cannot scale each frequency.
       never: name suffixes of tensors that llama.cpp cannot load in this architecture.

@@ -1,4 +1,4 @@
-"""GGUF files of models in Hugging Face folders, in every architecture: as the converter writes them, and read back."""
+"""GGUF files from Hugging Face folders, in every architecture, equal the converter's and are read back."""
 
 import json
 from pathlib import Path
@@ -183,7 +183,7 @@ def test_what_is_read_otherwise_is_noted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strips", [False, True])
 def test_the_name_says_whether_special_tokens_take_the_space_behind_them(tmp_path: Path, strips: bool) -> None:
-    """llama.cpp goes by "phi3" in the name, and then needs Phi-3's tokens."""
+    """llama.cpp strips spaces if the name contains "phi3", and then requires Phi-3's tokens."""
     text = json.loads(sentencepiece())
     text["added_tokens"][0]["rstrip"] = strips
     text["added_tokens"].append(

@@ -1,4 +1,4 @@
-"""Metadata of GGUF files: header, configuration, tokenizer, and what is refused."""
+"""Metadata of GGUF files: header, configuration, tokenizer, and errors."""
 
 from pathlib import Path
 from typing import Any

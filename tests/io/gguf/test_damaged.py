@@ -1,4 +1,4 @@
-"""Files that are not GGUF, or not all of one: refused by what is wrong and where."""
+"""Files that are not GGUF, or are truncated: the error says what is wrong and where."""
 
 import struct
 from pathlib import Path
@@ -55,7 +55,7 @@ def test_truncated_data(tmp_path: Path, tiny_gguf: Path) -> None:
 
 @hypothesis.given(data=strategies.data())
 def test_damage_is_read_or_refused(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
-    """Bytes of the header changed, or the file cut: ValueError or a sound result, nothing else."""
+    """A damaged header or a cut file raises ValueError or gives a valid result."""
     damaged = bytearray(tiny_gguf.read_bytes())
     header_end = parse_header(tiny_gguf).tensors[0].offset
     for _ in range(data.draw(strategies.integers(1, 3))):

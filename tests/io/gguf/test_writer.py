@@ -1,4 +1,4 @@
-"""A GGUF file written like another one: everything but the weights is the other's, in every architecture."""
+"""A GGUF file that copies another one's metadata differs from it only in its weights, in every architecture."""
 
 from pathlib import Path
 

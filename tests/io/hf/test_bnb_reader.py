@@ -1,4 +1,4 @@
-"""4-bit checkpoints that contradict themselves: each weight is named with all that is wrong, before any is read."""
+"""4-bit checkpoints that contradict themselves: an error names each weight and all its problems."""
 
 import json
 from collections.abc import Callable
@@ -71,7 +71,7 @@ CASES = {
     "no state": (without(UP + STATE), [UP, "bytes (U8) without a quant_state"]),
     "no codes": (without(UP), [UP, "the codes"]),
     "no JSON": (put(UP + STATE, np.frombuffer(b"{nf4", np.uint8)), [UP, "its quant_state is not JSON"]),
-    "a table of its own": (put(UP + ".quant_map", np.linspace(-1, 1, 16, dtype=np.float32)), [UP, "table of nf4"]),
+    "another table": (put(UP + ".quant_map", np.linspace(-1, 1, 16, dtype=np.float32)), [UP, "table of nf4"]),
 }
 
 

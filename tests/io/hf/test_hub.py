@@ -1,4 +1,4 @@
-"""Models by name: what is fetched from a hub, from which commit, what the cache is good for, and what goes wrong."""
+"""Models by name: the fetched files, their commit, the cache, and errors."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Hugging Face folders: what is read equals what was written, and a bad one gets one clear error."""
+"""Hugging Face folders are read as they were written; a damaged folder raises one clear error."""
 
 import json
 import resource
@@ -87,7 +87,7 @@ BAD_FILES = {
     "boolean axis": (_header(w=GOOD | {"shape": [True, 2]}), "the header's entry of tensor w is"),
     "odd type": (_header(w=GOOD | {"dtype": ["F32"]}), "the header's entry of tensor w is"),
     "integers": (_header(w=GOOD | {"dtype": "I64"}), r"tensor w .* \(found I64, expected F32, F16, BF16"),
-    "tensor is no object": (_header(w=3), "the header's entry of tensor w is 3"),
+    "not an object": (_header(w=3), "the header's entry of tensor w is 3"),
 }
 
 
@@ -107,7 +107,7 @@ def sound_bytes(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 @hypothesis.given(data=strategies.data())
 def test_damage_is_read_or_refused(sound_bytes: bytes, tmp_path_factory: pytest.TempPathFactory, data) -> None:
-    """A byte of the header changed, or the file cut: ValueError or a sound result, nothing else."""
+    """A damaged header or a cut file raises ValueError or gives a valid result."""
     damaged = bytearray(sound_bytes)
     header_end = 8 + int.from_bytes(sound_bytes[:8], "little")
     damaged[data.draw(strategies.integers(0, header_end - 1))] = data.draw(strategies.integers(0, 255))

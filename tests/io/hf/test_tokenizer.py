@@ -1,4 +1,4 @@
-"""The tokenizer dict of a Hugging Face folder."""
+"""Reads the tokenizer's files of a Hugging Face folder."""
 
 import json
 from pathlib import Path
