@@ -1,4 +1,4 @@
-"""A tiny model folder and a data set on disk, and the settings of a run over them."""
+"""Writes a tiny model folder and a data set, and returns the settings of a run with them."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ TEMPLATE = (
 
 
 def byte_tokenizer_json() -> str:
-    """A token a byte, and the special tokens <s> and </s>."""
+    """Returns a tokenizer.json with one token per byte, and the special tokens <s> and </s>."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -26,7 +26,7 @@ def byte_tokenizer_json() -> str:
 
 
 def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama of 2 layers that reads bytes."""
+    """Writes a random Llama of 2 layers with a byte tokenizer."""
     sizes = dict(vocab_size=258, max_position_embeddings=256, bos_token_id=256, eos_token_id=257)
     config = tiny_config(**sizes | changes)
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_template": TEMPLATE}
@@ -37,7 +37,7 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def write_rows(path: Path, count: int = 40) -> Path:
-    """Rows of two lengths that can be learned: the answer repeats the question's word."""
+    """Writes learnable rows of two lengths: the answer repeats the question's word."""
     words = ["sun", "moon", "a much longer word that fills another bucket of its own, more than sixty-four bytes"]
     rows = [{"prompt": f"say {words[i % 3]} {i}", "completion": f"{words[i % 2]}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -45,7 +45,7 @@ def write_rows(path: Path, count: int = 40) -> Path:
 
 
 def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, **changes: Any) -> Config:
-    """The settings of a run of 10 steps; `changes` as section=dict(...), `base` of the model's config.json."""
+    """Returns the settings of a run of 10 steps; `changes` as section=dict(...), `base` for the model's config.json."""
     folder.mkdir(parents=True, exist_ok=True)
     sections: dict[str, dict[str, Any]] = {
         "model": dict(

@@ -1,4 +1,4 @@
-"""Runs that end when the held-out loss falls no more, and keep the checkpoint where it was least."""
+"""Early stopping: runs end when the held-out loss stops falling, and retain the best checkpoint."""
 
 import dataclasses
 

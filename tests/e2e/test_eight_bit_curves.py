@@ -1,4 +1,4 @@
-"""State in 8 bits trains as state in 32 does: whole runs that differ in nothing else, over three seeds."""
+"""8-bit optimizer state trains like 32-bit state: whole runs that differ in nothing else, over three seeds."""
 
 import dataclasses
 import io

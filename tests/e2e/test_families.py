@@ -1,4 +1,4 @@
-"""A whole run of families that differ most from a Llama: it trains, stops and goes on, speaks, and leaves."""
+"""Whole runs of the families that differ most from Llama: training, generation and export."""
 
 import dataclasses
 import io
@@ -28,7 +28,7 @@ SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "chat_t
 
 
 def write_model(folder: Path, name: str) -> Path:
-    """A random model of a family that reads bytes."""
+    """Writes a random model of a family with a byte tokenizer."""
     config = FAMILIES[name][1] | VOCABULARY
     files = {"tokenizer.json": byte_tokenizer_json(), "tokenizer_config.json": json.dumps(SPECIAL)}
     return write_folder(folder, config, random_tensors(config), **files)

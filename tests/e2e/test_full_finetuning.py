@@ -1,4 +1,4 @@
-"""Runs in which the model itself trains: every weight moves, stops and pages change nothing."""
+"""Full finetuning: every weight changes; resuming and paging do not change the results."""
 
 import dataclasses
 from pathlib import Path

@@ -86,7 +86,7 @@ def test_training_goes_on_from_the_exported_adapter(finished, tmp_path):
 
 
 def test_decoding_is_what_was_trained(finished):
-    """What is computed once for many tokens, and the dtype of matrices, change nothing else."""
+    """Values computed once for many tokens, and the dtype of matrices, change nothing else."""
     opened = open_pretrained(run=finished.output)
     assert opened.run is not None
     parts = apply_adapter(load_base(opened, opened.args), opened.run)

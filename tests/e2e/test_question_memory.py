@@ -1,4 +1,4 @@
-"""What a plan says that questions need is what their largest programs take, and a run that can't ask is refused."""
+"""A plan's memory for questions is that of their largest program; a run whose questions do not fit is rejected."""
 
 import io
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_the_need_is_the_most_that_any_call_takes(tmp_path, monkeypatch, lora):
                 patch.setattr(module, name, Watched(getattr(module, name), taken))
             task.score(parts, lambda done: None, loglikelihood.NO_CACHE)
         made = 0
-        if task.name == "answers":  # what is cast or settled once for all calls
+        if task.name == "answers":  # values computed once for all calls
             cast = decode.prepare_for_decoding(parts)
             kept = {id(leaf) for leaf in _leaves(parts)}
             made = sum(leaf.nbytes for leaf in _leaves(cast) if id(leaf) not in kept)

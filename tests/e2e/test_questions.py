@@ -61,7 +61,7 @@ def evaluations(config) -> list[dict]:
 
 
 def evaluated(config, folder: Path, *, step: int, column: str = "checkpoint") -> dict:
-    """What `evaluate` says of a run's checkpoint, as a record has it."""
+    """Returns the metrics of `evaluate` for a run's checkpoint, in the form of a record."""
     out = folder / f"{column}-{step}.json"
     words = [word for kind in KINDS for word in (f"--{kind}", getattr(config.questions, kind))]
     words += ["--max_new_tokens", "6", "--columns", f"[{column}]", "--compute_dtype", "auto", "--json", str(out)]

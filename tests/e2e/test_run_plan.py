@@ -14,7 +14,7 @@ from tests.e2e.project import project
 
 
 def start(config, *, oversized=False) -> str:
-    """What a run prints."""
+    """Returns the output of a run."""
     out = io.StringIO()
     run.train(config, Path(config.output), resume=False, oversized=oversized, console=Console(file=out, width=200))
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Whole runs on a tiny model: what trains, what doesn't, and that stopping changes nothing."""
+"""Whole runs on a tiny model: the trained and frozen parameters; stopping and resuming change nothing."""
 
 import contextlib
 import dataclasses

@@ -1,4 +1,4 @@
-"""What a compiled program's text says: the operations of its products, what its loops carry, and what it computes.
+"""Reads a compiled program's text: the FLOP of its products, the types its loops carry, and the arrays it computes.
 
 A product is a `dot` instruction, alone or inside a fusion, or a call of cuBLAS. FLOP = 2 * elements of the result *
 contracted length, and each loop around it multiplies by its trip count.
@@ -67,7 +67,7 @@ def loops(text: str) -> list[Loop]:
 
 
 def computed(text: str) -> set[str]:
-    """Types of which an array is made, also inside fusions; what passes arrays on or reads constants makes none."""
+    """Returns the types of computed arrays, also inside fusions; omits operations that only pass arrays on."""
     instructions = [i for computation in parse(text)[0].values() for i in computation.values()]
     return {kind for i in instructions if i.op not in PASSES_ON for kind in re.findall(r"\w+\[[\d,]*\]", i.type)}
 

@@ -1,4 +1,4 @@
-"""The real training step from shapes alone: equal to what a run holds, and compiled whole for cards that are absent."""
+"""The real training step from shapes: equal to a run's step, and compiled for absent cards."""
 
 import math
 import re
@@ -136,13 +136,13 @@ def fused_flops(counted, card) -> int:
 
 
 def is_split(dot) -> bool:
-    """Whether XLA shares out the contracted length among blocks, as a batch dimension, padded with zeros to whole
+    """True if XLA splits the contracted length among blocks, as a batch dimension, padded with zeros to whole
     parts: as much as half of the product may be padding. In the model itself attention alone has batch dimensions."""
     return dot.batched and "attention" not in dot.op_name
 
 
 def working_set(counted) -> int:
-    """What may be live beside the saved activations: one tile of logits (twice: split products are summed in f32),
+    """Bytes that may be live beside saved activations: one tile of logits (twice: split products are summed in f32),
     the gradients of one micro-batch, and of one layer eight arrays of each width and two dequantized MLP weights."""
     model = counted.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * model.num_heads * model.head_dim

@@ -1,4 +1,4 @@
-"""What the loop says of its batches."""
+"""The waiting times that the loop reports for batches."""
 
 from qlora_jax.training import loop
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl: what is written comes back, also after a kill and a resume."""
+"""metrics.jsonl: written records are read back, also after a kill and a resume."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What the loop does with optimizer state, in every mode: 50 steps to the bit, and batches that leave less room."""
+"""Optimizer state in every mode: 50 bit-identical steps, and batches that leave less room."""
 
 import dataclasses
 from types import SimpleNamespace

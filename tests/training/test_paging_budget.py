@@ -1,4 +1,4 @@
-"""Room for pages: what the compiled program leaves, and what the device says."""
+"""Room for pages: the memory that the compiled program and the device leave."""
 
 from types import SimpleNamespace
 

@@ -156,7 +156,7 @@ def _in_dots(counted):
 
 
 def test_each_part_is_its_share_of_the_compiled_step(case):
-    """Parts by the scopes that nn and models name; what is computed again runs in the backward loop."""
+    """Parts by the scopes that nn and models name; recomputation runs in the backward loop."""
     counted, _, _, text = case
     expected, found = Counter(), Counter()
     for name, operations in _in_dots(counted).items():

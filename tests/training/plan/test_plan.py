@@ -62,7 +62,7 @@ def real(name: str, batch, **changes) -> StepConfig:
 
 
 class Compiler:
-    """Pretends to compile: what is saved, and a straight line over the tokens; remembers what it was asked."""
+    """Pretends to compile: saved activations plus a linear function of the tokens; records its calls."""
 
     def __init__(self, extra: int = 0):
         self.asked, self._extra = [], extra
@@ -111,7 +111,7 @@ def test_offloaded_activations_are_counted_where_they_are():
 
 
 def test_activations_that_stay_on_the_device_are_told():
-    """What JAX makes of the policy where it drops the kind of memory without a word."""
+    """JAX silently drops the memory kind on some backends."""
     stays = on_gpu(TINY, remat="offload")
     with pytest.raises(RuntimeError, match=r"does not offload all activations to host memory \(found 0 B, expected"):
         compiled_requirements(stays, lambda step: Temporaries(gradients=10**9, update=0))
@@ -189,7 +189,7 @@ def test_the_nearest_change_is_the_first_that_fits_and_is_compiled(spare, option
     ids=["state in 8 bits", "adapters in bf16"],
 )
 def test_coarser_numbers_come_before_shorter_rows(change, options):
-    """Of a state that is smaller than the pages that are under way, paging frees nothing."""
+    """Paging frees nothing if the state is smaller than the pages in flight."""
     asked = dataclasses.replace(TINY, lora=LoraArgs(rank=128), batch=(8, 1, 512), remat="full")
     if "lora" in change:  # state in 8 bits would free more, where it is not
         asked = asked.replace(optim=OptimArgs(name="adamw_8bit"))
@@ -203,7 +203,7 @@ def test_coarser_numbers_come_before_shorter_rows(change, options):
 
 def test_a_change_that_the_compiler_refutes_gives_way_to_the_next():
     limit = total(TINY.resized(2, 512)) + 1
-    assert total(TINY.replace(remat="full")) <= limit  # what a guess from the other policy says
+    assert total(TINY.replace(remat="full")) <= limit  # interpolated from the other policy
     plan = make_plan(TINY, limit, Compiler(extra=50_000_000))
     assert plan.change.options.keys() == {"train.micro_batch_size", "train.accumulation"}
     rows, accumulated = plan.change.options.values()
@@ -316,7 +316,7 @@ def test_the_estimate_is_near_what_is_compiled_for_a_card(name, card, batch, rem
     assert 0.3 < compiled.device["scratch"] / working_set(setting.step_shape()) < 3
 
 
-# What QLoRA promises, held to what is compiled: a rise of more than a hundredth is a failure. GiB on the device.
+# QLoRA's promised memory, in GiB on the device: the compiled step may exceed it by at most 1 %.
 
 
 @needs_compiler

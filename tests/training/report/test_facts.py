@@ -1,19 +1,15 @@
-"""What the records of a run come to, and its curves as SVG."""
+"""Summaries of a run's records, and its curves as SVG."""
 
 import json
 import math
 import re
 from html.parser import HTMLParser
-from types import SimpleNamespace
 
-import jax
 import pytest
 
 from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.evaluation.statistics import wilson_interval
-from qlora_jax.optim.page_pool import Memory
 from qlora_jax.training.eval_metrics import flatten_metrics
-from qlora_jax.training.memory_watch import memory_in_use, watch_peak
 from qlora_jax.training.report.curves import GIB, Chart, Line, charts
 from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
 from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, lengths_svg, loss_svg
@@ -86,7 +82,7 @@ def test_charts_of_what_a_card_tells():
 
 
 def answered(number: int, right: int, other: int) -> dict:
-    """Of 10 questions by letter."""
+    """Returns the record of 10 questions by letter."""
     counts = {"right by letter": right, "mean over 2 subjects": other}
     return {"step": number} | flatten_metrics(
         "letters", [Metric(name, "share", n / 10, wilson_interval(n, 10)) for name, n in counts.items()]
@@ -170,37 +166,3 @@ def test_a_chart_tells_its_unit_in_its_caption():
     assert memory.title == "Memory in use, GiB" and Chart("Learning rate", "", []).title == "Learning rate"
     svg = chart_svg(Chart("Speed", "tokens a second", [Line("", [1, 2], [0.0, speed])]), WIDE)
     assert "12,000" in svg and "tokens a second" not in svg
-
-
-def test_the_peak_is_what_came_after_the_watch_began():
-    peak = watch_peak(Memory.of(jax.local_devices(backend="cpu")[0]))
-    before = peak()
-    if before is None:
-        pytest.skip("this system does not let a process forget its peak")
-    block = bytearray(64 << 20)
-    block[::4096] = b"x" * len(block[::4096])
-    del block
-    assert 60 << 20 < peak() - before < 80 << 20
-
-
-def test_what_is_held_now():
-    cpu = jax.local_devices(backend="cpu")[0]
-    before = memory_in_use(cpu)
-    if not before:
-        pytest.skip("this system does not tell what a process holds")
-    block = bytearray(64 << 20)
-    block[::4096] = b"x" * len(block[::4096])
-    assert 60 << 20 < memory_in_use(cpu)["host_bytes"] - before["host_bytes"] < 80 << 20
-
-
-@pytest.mark.parametrize(
-    ("statistics", "told"),
-    [
-        ({"bytes_in_use": 5, "peak_bytes_in_use": 7, "bytes_limit": 9}, {"device_bytes": 5, "device_peak_bytes": 7}),
-        ({"bytes_in_use": 5}, {"device_bytes": 5}),
-        (None, {}),
-    ],
-)
-def test_what_a_device_does_not_tell_is_left_out(statistics, told, monkeypatch, tmp_path):
-    monkeypatch.setattr("qlora_jax.training.memory_watch._PROCESS", tmp_path)  # a system without /proc
-    assert memory_in_use(SimpleNamespace(memory_stats=lambda: statistics)) == told

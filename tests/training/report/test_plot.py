@@ -1,4 +1,4 @@
-"""The loss curves: what is drawn, and that a file comes out."""
+"""The loss curves: the drawn values, and the written file."""
 
 import struct
 
