@@ -40,7 +40,7 @@ def profile(tmp_path, *arguments):
         "--seq",
         "32",
         "--json",
-        told,
+        output,
     ]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=ROOT)
