@@ -1,0 +1,37 @@
+"""Data in memory becomes the same batches as its file."""
+
+import json
+
+import numpy as np
+import pytest
+
+import qlora_jax as q
+from qlora_jax.config import ModelArgs
+from qlora_jax.io.pretrained import open_base
+from tests.e2e.project import write_model, write_rows
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return open_base(ModelArgs(path=str(write_model(tmp_path_factory.mktemp("data") / "model")))).tokenizer
+
+
+def first_batches(dataset, count=3):
+    return [batch.arrays() for _, batch in zip(range(count), dataset.train_batches(), strict=False)]
+
+
+def test_rows_in_memory_give_the_batches_of_their_file(tokenizer, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    settings = {"max_length": 160, "micro_batch_size": 2, "accumulation": 2, "config": {"data.buckets": 2}}
+    of_file = q.prepare_data(path, tokenizer, **settings)
+    of_rows = q.prepare_data(rows, tokenizer, eval_data=rows[:4], **settings)
+    for expected, found in zip(first_batches(of_file), first_batches(of_rows), strict=True):
+        assert expected.keys() == found.keys() >= {"inputs", "targets", "weights"}
+        assert all(np.array_equal(expected[name], found[name]) for name in expected)
+    assert of_file.eval is None and of_rows.eval is not None and len(of_rows.eval) == 4
+
+
+def test_malformed_rows_in_memory_are_reported(tokenizer):
+    with pytest.raises(ValueError, match=r"train\.jsonl"):
+        q.prepare_data([{"neither": "column"}], tokenizer)
