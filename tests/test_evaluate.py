@@ -224,7 +224,7 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
         ("--model MODEL --text TEXT --json nowhere/x", "json: folder 'nowhere' does not exist"),
         ("--model MODEL --text nowhere --window 9", "nowhere: no such file"),
         ("--model MODEL --text TEXT", r"window: too long \(found 512; the model has 256"),
-        ("--model MODEL --rows TEXT", "text.txt: text, expected rows: begins with 'w', and rows are JSON objects"),
+        ("--model MODEL --rows TEXT", "text.txt: not a file of rows .found text that begins with 'w'"),
     ],
 )
 def test_bad_settings(folder, words, message):
