@@ -47,7 +47,7 @@ MUTATIONS = [
         "qlora_jax/nn/lora.py",
         "d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)",
         "d_xa_MR = d_xa_MR.astype(dtype)",
-        "tests/nn/test_hand_written_vjps.py",
+        "tests/nn/test_lora.py",
     ),
     Mutation(
         "qlora_jax/nn/attention_tiles.py", "return behind >= 0 if", "return behind > 0 if", "tests/nn/test_attention.py"
