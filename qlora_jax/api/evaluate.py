@@ -10,7 +10,7 @@ from qlora_jax.api.generate import stop_ids
 from qlora_jax.api.provenance import parts_of
 from qlora_jax.config.parse import from_dict
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.candidates import load_candidates, open_candidates
+from qlora_jax.evaluation.compared_models import load_compared, open_compared
 from qlora_jax.evaluation.reporter import ConsoleReporter, Reporter
 from qlora_jax.evaluation.results import Evaluation
 from qlora_jax.evaluation.score import prepare_tasks, score_models
@@ -88,11 +88,11 @@ def evaluate_side_by_side(args: EvaluateArgs, *, raw: bool = False, reporter: Re
       ValueError: a model or a task's file cannot be used, or two runs are not comparable.
     """
     reporter = reporter or Reporter()
-    candidates = open_candidates(args, raw=raw)
-    tasks = {name: candidate.tasks for name, candidate in candidates.items()}
+    compared = open_compared(args, raw=raw)
+    tasks = {name: model.tasks for name, model in compared.items()}
     prepare_tasks(next(iter(tasks.values())), reporter.message)
-    models = load_candidates(args, candidates, reporter)
-    labels = {name: candidate.label for name, candidate in candidates.items()}
+    models = load_compared(args, compared, reporter)
+    labels = {name: model.label for name, model in compared.items()}
     return score_models(models, tasks, labels, cache_folder=args.keep, reporter=reporter)
 
 

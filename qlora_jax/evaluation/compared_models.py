@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.comparable import check_comparable
 from qlora_jax.evaluation.reporter import Reporter
+from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
@@ -23,7 +23,7 @@ from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Candidate:
+class ComparedModel:
     """A model to score.
 
     Attributes:
@@ -41,7 +41,7 @@ class Candidate:
     adapted: bool
 
 
-def open_candidates(args: EvaluateArgs, *, raw: bool) -> dict[str, Candidate]:
+def open_compared(args: EvaluateArgs, *, raw: bool) -> dict[str, ComparedModel]:
     """Opens the models that the settings describe, by column name, in the order to show them; loads no weights.
 
     Args:
@@ -52,23 +52,23 @@ def open_candidates(args: EvaluateArgs, *, raw: bool) -> dict[str, Candidate]:
     """
     opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
     tasks = _tasks(args, opened, raw=raw)
-    candidates = _base_and_run(args, opened, tasks)
+    compared = _base_and_run(args, opened, tasks)
     if args.against is not None:
-        candidates["against"] = _other_run(args, opened, tasks, raw=raw)
-    return {name: one for name, one in candidates.items() if args.columns is None or name in args.columns}
+        compared["against"] = _other_run(args, opened, tasks, raw=raw)
+    return {name: one for name, one in compared.items() if args.columns is None or name in args.columns}
 
 
-def load_candidates(
-    args: EvaluateArgs, candidates: Mapping[str, Candidate], reporter: Reporter
+def load_compared(
+    args: EvaluateArgs, compared: Mapping[str, ComparedModel], reporter: Reporter
 ) -> Iterator[tuple[str, ModelParts]]:
-    """Loads the models one at a time; candidates of one run and one quant_type share their base."""
-    by_base = itertools.groupby(candidates, key=lambda name: (id(candidates[name].opened), candidates[name].quant_type))
+    """Loads the models one at a time; models of one run and one quant_type share their base."""
+    by_base = itertools.groupby(compared, key=lambda name: (id(compared[name].opened), compared[name].quant_type))
     for names in ([*group] for _, group in by_base):
-        opened, quant_type = candidates[names[0]].opened, candidates[names[0]].quant_type
+        opened, quant_type = compared[names[0]].opened, compared[names[0]].quant_type
         with reporter.loading() as progress:
             model = load_base(opened, weight_settings(opened, quant_type, args.compute_dtype), progress)
         for name in names:
-            run = opened.run if candidates[name].adapted else None
+            run = opened.run if compared[name].adapted else None
             yield name, parts_before_training(model, opened.run) if run is None else apply_adapter(model, run)
         del model  # before the next one is loaded
 
@@ -86,36 +86,36 @@ def _tasks(args: EvaluateArgs, opened: OpenedModel, *, raw: bool) -> list[AnyTas
     return build_tasks(args, context)
 
 
-def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask]) -> dict[str, Candidate]:
-    """The candidates of the base and of the run."""
+def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask]) -> dict[str, ComparedModel]:
+    """Returns the models of the base and of the run."""
 
-    def candidate(quant_type: str, label: str, adapted: bool = False) -> Candidate:
-        return Candidate(opened=opened, tasks=tasks, quant_type=quant_type, label=label, adapted=adapted)
+    def compared_model(quant_type: str, label: str, adapted: bool = False) -> ComparedModel:
+        return ComparedModel(opened=opened, tasks=tasks, quant_type=quant_type, label=label, adapted=adapted)
 
     quant_type = _quant_type(args, opened)
-    candidates = {"unquantized": candidate("none", "unquantized")}
+    compared = {"unquantized": compared_model("none", "unquantized")}
     if quant_type != "none":
-        candidates["quantized"] = candidate(quant_type, quant_type)
+        compared["quantized"] = compared_model(quant_type, quant_type)
     if opened.run is not None:
-        candidates["checkpoint"] = candidate(quant_type, _run_label(args, opened, quant_type), adapted=True)
-    missing = set(args.columns or []) - {*candidates, "against"}
+        compared["checkpoint"] = compared_model(quant_type, _run_label(args, opened, quant_type), adapted=True)
+    missing = set(args.columns or []) - {*compared, "against"}
     if missing:
         raise ValueError(f"columns: {', '.join(sorted(missing))} does not exist, because the base is not quantized")
-    return candidates
+    return compared
 
 
-def _other_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask], *, raw: bool) -> Candidate:
-    """The candidate of the other run; ValueError unless the runs are comparable."""
+def _other_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask], *, raw: bool) -> ComparedModel:
+    """Returns the model of the other run; ValueError unless the runs are comparable."""
     other = open_pretrained(
         model=args.model, run=args.against, step=args.against_step, chat_template=args.chat_template
     )
     other_tasks = _tasks(args, other, raw=raw)
     names = (f"run {args.run}", f"against {args.against}")
-    check_comparable(tasks, other_tasks, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
+    check_same_inputs(tasks, other_tasks, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))
     quant_type = _quant_type(args, other)
     base = "" if _share_base(opened, other) else f", on {Path(other.source.path).name}"
     label = _run_label(args, other, quant_type) + base
-    return Candidate(opened=other, tasks=other_tasks, quant_type=quant_type, label=label, adapted=True)
+    return ComparedModel(opened=other, tasks=other_tasks, quant_type=quant_type, label=label, adapted=True)
 
 
 def _share_base(opened: OpenedModel, other: OpenedModel) -> bool:

@@ -8,7 +8,7 @@ from qlora_jax.evaluation.tasks.task import AnyTask
 from qlora_jax.inference.result_cache import digest
 
 
-def check_comparable(
+def check_same_inputs(
     tasks: Sequence[AnyTask], others: Sequence[AnyTask], names: tuple[str, str], tokenizers: tuple[Tokenizer, Tokenizer]
 ) -> None:
     """Raises ValueError unless two runs' tasks, built from the same files, have the same inputs.

@@ -10,7 +10,7 @@ per step. Page copies and evictions are in page_pool.py.
     update = PagedUpdate(transform, layout, memory, max_grad_norm)
     params, state, norm, transfers = update(params, state, grads, budget_bytes)
 
-`qlora_jax.optim.paged` wraps this as an optax transformation.
+`qlora_jax.optim.paged_transform` wraps this as an optax transformation.
 """
 
 from collections.abc import Callable

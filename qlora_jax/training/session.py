@@ -2,12 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, LoraArgs, ModelArgs
@@ -18,6 +17,7 @@ from qlora_jax.io.loader import Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import check_shapes, read_start_adapter
+from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
@@ -59,7 +59,7 @@ class Session:
     gradients: CompiledGradients
     state_manager: OptimizerStateManager
     utilization: Utilization
-    schedule: Callable[[Any], Any]
+    schedule: optax.Schedule
     fingerprint: str
     total_steps: int
     dropout_key: jax.Array | None
@@ -81,7 +81,7 @@ class Inputs:
     model: ModelConfig
     dataset: Dataset
     new_ids: tuple[int, ...]
-    start: Mapping[str, Mapping[str, Any]] | None
+    start: AdapterArrays | None
     samples: Samples | None
     questions: Questions | None
 
@@ -196,7 +196,7 @@ def training_parts(
     *,
     new_ids: tuple[int, ...],
     initial: InitialAdapter | None,
-    start: Mapping[str, Mapping[str, Any]] | None,
+    start: AdapterArrays | None,
 ) -> ModelParts:
     """Adds an adapter to the base, in place, and returns the model's parts.
 
@@ -248,7 +248,7 @@ def make_session(
     )
 
 
-def _started(start: Mapping[str, Mapping[str, Any]], fresh: Lora, path: Path) -> Lora:
+def _started(start: AdapterArrays, fresh: Lora, path: Path) -> Lora:
     """The parameters of the adapter in `path`; fresh ones for rows and tables of embeddings that it lacks."""
     added = {name: leaves for name, leaves in fresh.items() if name not in start and is_table(name)}
     started = {**added, **start}

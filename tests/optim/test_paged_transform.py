@@ -12,7 +12,7 @@ from flax import nnx
 
 import qlora_jax
 from qlora_jax.optim.page_pool import on_device, page_bytes
-from qlora_jax.optim.paged import paged
+from qlora_jax.optim.paged_transform import paged
 from tests.optim.test_pager import assert_same, gradients, tree
 
 STEPS = 6

@@ -21,7 +21,7 @@ from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
-from qlora_jax.io.peft.writer import Lora, effective_alphas
+from qlora_jax.io.peft.writer import AdapterArrays, effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.tensor_map import layer_name, slots_of
 
@@ -68,7 +68,7 @@ def export_gguf_lora(
     return ExportResult(path=output / FILE, lines=tuple(lines))
 
 
-def check_plain(run: Run, lora: Lora) -> None:
+def check_plain(run: Run, lora: AdapterArrays) -> None:
     """Checks that an adapter consists of A and B alone.
 
     Raises:
@@ -96,7 +96,7 @@ def shared_alpha(alphas: Mapping[str, float]) -> SharedAlpha:
     return SharedAlpha(alpha, {name: each / alpha for name, each in alphas.items()})
 
 
-def lora_spec(base: GgufSpec, lora: Lora, alpha: float) -> GgufSpec:
+def lora_spec(base: GgufSpec, lora: AdapterArrays, alpha: float) -> GgufSpec:
     """Keys and tensors of the file: NAME.lora_a [R, K] and NAME.lora_b [N, R], rows of B in the base's GGUF order."""
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     tensors = {}
@@ -110,7 +110,7 @@ def lora_spec(base: GgufSpec, lora: Lora, alpha: float) -> GgufSpec:
     return GgufSpec(base.architecture, typed_keys(keys), tensors, {})
 
 
-def lora_tensors(lora: Lora, factors: Mapping[str, float]) -> Iterator[np.ndarray]:
+def lora_tensors(lora: AdapterArrays, factors: Mapping[str, float]) -> Iterator[np.ndarray]:
     """Yields A [R, K] and B [N, R] of each layer of each module in f32, in the order of `lora_spec`'s tensors."""
     for name, matrices in lora.items():
         for a_KR, b_RN in zip(matrices["lora_a"], matrices["lora_b"], strict=True):

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.model_source import JsonObject, TensorEntry
-from qlora_jax.io.peft.writer import PREFIX, Lora
+from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import is_table
 
@@ -22,7 +22,7 @@ PEFT_NAMES = {"rows": DELTA, "weight": "weight"}
 MODULES = {"embed_out": "lm_head"}
 
 
-def split_tables(lora: Lora) -> tuple[Lora, Lora]:
+def split_tables(lora: AdapterArrays) -> tuple[AdapterArrays, AdapterArrays]:
     """Splits LoRA parameters into (adapters of projections, trained rows and tables of embedding and head)."""
     tables = {name: leaves for name, leaves in lora.items() if is_table(name)}
     return {name: leaves for name, leaves in lora.items() if name not in tables}, tables
@@ -34,7 +34,7 @@ def module_name(name: str, model: ModelConfig) -> str:
     return MODULES.get(named, named)
 
 
-def table_tensors(tables: Lora, model: ModelConfig) -> dict[str, np.ndarray]:
+def table_tensors(tables: AdapterArrays, model: ModelConfig) -> dict[str, np.ndarray]:
     """The tensors of adapter_model.safetensors for rows [N, D] or whole tables [W, D] of embedding and head.
 
     If head and embedding are tied, PEFT reads a whole table under both names.
@@ -50,7 +50,7 @@ def table_tensors(tables: Lora, model: ModelConfig) -> dict[str, np.ndarray]:
     return tensors
 
 
-def table_config(tables: Lora, ids: tuple[int, ...], model: ModelConfig) -> JsonObject:
+def table_config(tables: AdapterArrays, ids: tuple[int, ...], model: ModelConfig) -> JsonObject:
     """The settings in adapter_config.json for trained tables (modules_to_save) and rows (trainable_token_indices).
 
     If head and embedding are tied, `ensure_weight_tying` makes PEFT preserve that.
@@ -68,7 +68,7 @@ def table_config(tables: Lora, ids: tuple[int, ...], model: ModelConfig) -> Json
     return config
 
 
-def check_exportable(run: Run, tables: Lora, model: ModelConfig) -> None:
+def check_exportable(run: Run, tables: AdapterArrays, model: ModelConfig) -> None:
     """Checks that PEFT can compute the run's adapter.
 
     Raises:

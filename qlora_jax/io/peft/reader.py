@@ -17,7 +17,7 @@ from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.hf.tokenizer import read_json
 from qlora_jax.io.model_source import JsonObject, TensorEntry
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
-from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, Lora, target_suffixes
+from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, AdapterArrays, target_suffixes
 from qlora_jax.io.tensor_map import LAYER, layer_name
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.config import ModelConfig
@@ -106,7 +106,7 @@ def _suffixes(names: Iterable[str], model: ModelConfig) -> list[str]:
     return target_suffixes([model.hugging_face_name(name) for name in names], linears)
 
 
-def _low_rank_args(config: JsonObject, lora: Lora, model: ModelConfig) -> LoraArgs:
+def _low_rank_args(config: JsonObject, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
     return LoraArgs(
         method="dora" if config.get("use_dora") else "lora",
         rank=config["r"],
@@ -119,7 +119,7 @@ def _low_rank_args(config: JsonObject, lora: Lora, model: ModelConfig) -> LoraAr
     )
 
 
-def _ia3_args(lora: Lora, model: ModelConfig) -> LoraArgs:
+def _ia3_args(lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
     """The settings of an (IA)^3 adapter: inputs are scaled if a stack is [L, 1, K], outputs if it is [L, N, 1]."""
     on_inputs = [name for name, leaves in lora.items() if leaves["vector"].shape[1] == 1]
     return LoraArgs(
@@ -241,7 +241,7 @@ SCALING = ("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_patte
 IA3_SETTINGS = ("target_modules", "feedforward_modules")
 
 
-def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[int, ...]) -> Lora:
+def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[int, ...]) -> AdapterArrays:
     """Reads the parameters of an adapter from which training starts (lora.start).
 
     Args:
@@ -279,7 +279,7 @@ def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids
     return {**adapter.lora, **{name: {"weight": table} for name, table in adapter.tables.items()}}
 
 
-def check_shapes(path: Path, lora: Lora, expected: Lora) -> None:
+def check_shapes(path: Path, lora: AdapterArrays, expected: AdapterArrays) -> None:
     """Checks that an adapter has the expected projections and shapes.
 
     Raises:

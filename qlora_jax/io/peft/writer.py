@@ -18,7 +18,7 @@ from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.tensor_map import layer_name
 
 PREFIX = "base_model.model."
-Lora = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
+AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
 
 # Our leaf -> (PEFT's name, the change of one layer's values).
 LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -29,7 +29,7 @@ LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 VECTOR = "ia3_l"
 
 
-def adapter_tensors(lora: Lora, on_inputs: Collection[str] = ()) -> dict[str, np.ndarray]:
+def adapter_tensors(lora: AdapterArrays, on_inputs: Collection[str] = ()) -> dict[str, np.ndarray]:
     """The tensors of adapter_model.safetensors, for each layer of each module.
 
     LoRA has lora_A.weight [R, K] and lora_B.weight [N, R], the transposes of our A and B. DoRA adds
@@ -50,7 +50,7 @@ def adapter_tensors(lora: Lora, on_inputs: Collection[str] = ()) -> dict[str, np
 
 
 def adapter_config(
-    lora: Lora, args: LoraArgs, linears: Iterable[str], base: str, on_inputs: Collection[str] = ()
+    lora: AdapterArrays, args: LoraArgs, linears: Iterable[str], base: str, on_inputs: Collection[str] = ()
 ) -> JsonObject:
     """The adapter_config.json from which PEFT builds the trained adapter with the same scaling.
 
@@ -81,7 +81,7 @@ def adapter_config(
     return common | _low_rank_config(lora, args, linears)
 
 
-def _low_rank_config(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> JsonObject:
+def _low_rank_config(lora: AdapterArrays, args: LoraArgs, linears: Sequence[str]) -> JsonObject:
     _check_ranks(lora, args)
     alpha, alpha_pattern = _alphas(lora, args, linears)
     return {
@@ -98,7 +98,7 @@ def _low_rank_config(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> Json
     }
 
 
-def _alphas(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> tuple[float, dict[str, float]]:
+def _alphas(lora: AdapterArrays, args: LoraArgs, linears: Sequence[str]) -> tuple[float, dict[str, float]]:
     """(alpha, alpha by pattern) to divide by the rank: rsLoRA's alpha / sqrt(rank) is alpha sqrt(rank) / rank."""
     if not args.use_rslora:
         return args.alpha, dict(args.alpha_pattern)
@@ -106,7 +106,7 @@ def _alphas(lora: Lora, args: LoraArgs, linears: Sequence[str]) -> tuple[float, 
     return whole, {target_suffixes([name], linears)[0]: alpha for name, alpha in each.items() if alpha != whole}
 
 
-def effective_alphas(lora: Lora, args: LoraArgs) -> dict[str, float]:
+def effective_alphas(lora: AdapterArrays, args: LoraArgs) -> dict[str, float]:
     """The alpha of each module whose quotient with the rank is the scaling: alpha, or rsLoRA's alpha sqrt(rank)."""
     ranks = {name: matrices["lora_a"].shape[-1] for name, matrices in lora.items()}
     return {
@@ -182,7 +182,7 @@ def is_gguf(base: str) -> bool:
     return base.endswith(".gguf")
 
 
-def _check_ranks(lora: Lora, args: LoraArgs) -> None:
+def _check_ranks(lora: AdapterArrays, args: LoraArgs) -> None:
     wrong = []
     for name, matrices in lora.items():
         expected, found = _first_match(args.rank_pattern, name, args.rank), matrices["lora_a"].shape[-1]

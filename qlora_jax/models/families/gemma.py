@@ -7,12 +7,12 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypedDict
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope import FULL, SLIDING, layer_types, rope_from_hf, rope_of, windows_of
+from qlora_jax.models.families.rope_config import FULL, SLIDING, layer_types, rope_from_hf, rope_of, windows_of
 from qlora_jax.nn.rope import Rope
 
 ONLY = {"use_bidirectional_attention": False}
@@ -29,29 +29,31 @@ def from_hf(config: Mapping[str, object]) -> ModelConfig:
     attributes = Attributes(config)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)
-    model = GENERATIONS[str(config["model_type"])](attributes, qkv_bias=bias, o_bias=bias, norm_offset=1.0)
+    model = GENERATIONS[str(config["model_type"])](attributes)
     attributes.finish()
-    return dataclasses.replace(model, embed_scale=math.sqrt(model.embed_dim))
+    return dataclasses.replace(
+        model, qkv_bias=bias, o_bias=bias, norm_offset=1.0, embed_scale=math.sqrt(model.embed_dim)
+    )
 
 
-def _gemma1(attributes: Attributes, **features: Any) -> ModelConfig:
+def _gemma1(attributes: Attributes) -> ModelConfig:
     # Published configs have "gelu" but mean the approximation, which transformers uses in its place.
     act = {"gelu": "gelu_tanh"}.get(given := attributes.activation("hidden_act", "gelu_pytorch_tanh"), given)
     attributes.ignore(["hidden_activation"])
     defaults = SHARED | {"max_position_embeddings": 8192, "num_key_value_heads": 16}
-    return decoder_from_hf(attributes, defaults, activation=act, **features)
+    return decoder_from_hf(attributes, defaults, activation=act)
 
 
-def _gemma2(attributes: Attributes, **features: Any) -> ModelConfig:
-    features |= _later(attributes, attention_softcap=50.0, head_softcap=30.0)
+def _gemma2(attributes: Attributes) -> ModelConfig:
+    features = _later(attributes, attention_softcap=50.0, head_softcap=30.0)
     windows = _windows(attributes, pattern=2)
     defaults = SHARED | {"max_position_embeddings": 8192, "num_key_value_heads": 4}
     return decoder_from_hf(attributes, defaults, windows=windows, **features)
 
 
-def _gemma3(attributes: Attributes, **features: Any) -> ModelConfig:
+def _gemma3(attributes: Attributes) -> ModelConfig:
     attributes.require_only({"attn_logit_softcapping": None})  # transformers reads it and ignores it
-    features |= _later(attributes, attention_softcap=None, head_softcap=None)
+    features = _later(attributes, attention_softcap=None, head_softcap=None)
     pattern = attributes.integer("sliding_window_pattern", attributes.integer("_sliding_window_pattern", 6))
     windows = _windows(attributes, pattern=pattern)
     whole, local = _ropes(attributes)
@@ -66,15 +68,23 @@ GENERATIONS = {"gemma": _gemma1, "gemma2": _gemma2, "gemma3_text": _gemma3}
 MODEL_TYPES = tuple(GENERATIONS)
 
 
-def _later(attributes: Attributes, **softcaps: float | None) -> dict[str, Any]:
-    """Returns the features that Gemma 2 and 3 share; `softcaps` are the defaults."""
+class _Later(TypedDict):
+    layout: str
+    activation: str
+    query_scale: float
+    attention_softcap: float | None
+    head_softcap: float | None
+
+
+def _later(attributes: Attributes, *, attention_softcap: float | None, head_softcap: float | None) -> _Later:
+    """Returns the features that Gemma 2 and 3 share; the softcaps are defaults."""
     attributes.ignore(["hidden_act", "sliding_window_size"])  # older names, which newer ones override
     return {
         "layout": "both",
         "activation": attributes.activation("hidden_activation", "gelu_pytorch_tanh"),
         "query_scale": attributes.number("query_pre_attn_scalar", 256) ** -0.5,
-        "attention_softcap": attributes.optional("attn_logit_softcapping", softcaps["attention_softcap"]),
-        "head_softcap": attributes.optional("final_logit_softcapping", softcaps["head_softcap"]),
+        "attention_softcap": attributes.optional("attn_logit_softcapping", attention_softcap),
+        "head_softcap": attributes.optional("final_logit_softcapping", head_softcap),
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
-from qlora_jax.models.families.rope import rope_from_hf
+from qlora_jax.models.families.rope_config import rope_from_hf
 from qlora_jax.nn.rope import Rope
 
 MODEL_TYPES = ("llama",)

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope import SLIDING, windows_of
+from qlora_jax.models.families.rope_config import SLIDING, windows_of
 
 MODEL_TYPES = ("mistral",)
 

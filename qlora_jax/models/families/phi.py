@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope import rope_from_hf
+from qlora_jax.models.families.rope_config import rope_from_hf
 
 MODEL_TYPES = ("phi",)
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope import SLIDING, rope_from_hf, windows_of
+from qlora_jax.models.families.rope_config import SLIDING, rope_from_hf, windows_of
 from qlora_jax.nn.rope import Rope
 
 MODEL_TYPES = ("phi3",)

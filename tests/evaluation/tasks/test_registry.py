@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from qlora_jax.config import QuestionArgs
-from qlora_jax.evaluation.comparable import check_comparable
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
 from qlora_jax.evaluation.reporter import Reporter
+from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.score import score_models
 from qlora_jax.evaluation.tasks.registry import TASKS, build_tasks
 from qlora_jax.evaluation.tasks.task import PreparedTask, ProgressCallback, Task, TaskContext
@@ -92,12 +92,12 @@ def test_its_memory_is_known_before_weights_are_loaded(task):
 
 def test_it_is_comparable_with_itself_alone(task):
     tokenizers = (byte_tokenizer(), byte_tokenizer())
-    check_comparable([task], [task], ("a", "b"), tokenizers)
+    check_same_inputs([task], [task], ("a", "b"), tokenizers)
     other = dataclasses.replace(task, words=task.words[:3])
     with pytest.raises(
         ValueError, match=r"a and b: not comparable(?s:.*)spelling: .* in 1 of 4; the first is number 4"
     ):
-        check_comparable([task], [other], ("a", "b"), tokenizers)
+        check_same_inputs([task], [other], ("a", "b"), tokenizers)
 
 
 def test_without_a_setting_there_is_no_task(task):
