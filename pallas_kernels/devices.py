@@ -3,9 +3,25 @@
 import dataclasses
 import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Protocol, runtime_checkable
 
 import jax
+
+
+@runtime_checkable
+class JaxDevice(Protocol):
+    """The attributes of a `jax.Device` that are read here; JAX does not export the class as a type."""
+
+    @property
+    def platform(self) -> str:
+        """The backend, such as `gpu`."""
+        ...
+
+    @property
+    def device_kind(self) -> str:
+        """The vendor's name."""
+        ...
+
 
 # A mesh's name of a platform -> JAX's name.
 PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
@@ -49,23 +65,23 @@ def target_device() -> Device:
     return device_of(_default_device() or jax.local_devices()[0])
 
 
-def device_of(device: Any) -> Device:
+def device_of(device: JaxDevice) -> Device:
     """Returns the properties of a `jax.Device`, which may be compile-only."""
     return Device(platform=device.platform, kind=device.device_kind, compute_capability=_capability(device))
 
 
-def _capability(device: Any) -> tuple[int, int] | None:
+def _capability(device: JaxDevice) -> tuple[int, int] | None:
     found = re.fullmatch(r"(\d+)\.(\d+)", str(getattr(device, "compute_capability", "")))
     return (int(found[1]), int(found[2])) if found else None
 
 
-def _default_device() -> Any:
+def _default_device() -> JaxDevice | None:
     """Returns `jax_default_device` as a device; the option may hold the name of a platform."""
     default = jax.config.jax_default_device
     return jax.local_devices(backend=default)[0] if isinstance(default, str) else default
 
 
-def _of_mesh(abstract: Any) -> Device:
+def _of_mesh(abstract: jax.sharding.AbstractDevice) -> Device:
     """Reads a mesh's device; a mesh has no compute capability, so a known device of the same kind supplies it."""
     platform = str(PLATFORMS.get(abstract.platform, abstract.platform))
     alike = (device for device in _known_devices() if device.device_kind == abstract.device_kind)
@@ -73,7 +89,7 @@ def _of_mesh(abstract: Any) -> Device:
     return Device(platform=platform, kind=abstract.device_kind, compute_capability=capability)
 
 
-def _known_devices() -> Iterator[Any]:
+def _known_devices() -> Iterator[JaxDevice]:
     default = _default_device()
     if default is not None:
         yield default

@@ -158,7 +158,7 @@ def train_step(
         {
             "step": step,
             "loss": float(nll) / float(tokens),
-            "learning_rate": float(session.schedule(state.step)),
+            "learning_rate": float(np.asarray(session.schedule(state.step))),
             "grad_norm": float(norm),
             "supervised_tokens": int(tokens),
             "tokens": batch.tokens,

@@ -5,7 +5,7 @@ import os
 import shlex
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from rich.console import Console
@@ -23,7 +23,7 @@ from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display import Display, print_banner
 from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, stop_on_signals
 from qlora_jax.training.memory_watch import watch_peak
-from qlora_jax.training.metrics import MetricsFile, read_metrics
+from qlora_jax.training.metrics import MetricsFile, Record, read_metrics
 from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory, plan_run
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.report.facts import RunReport, report_rows
@@ -134,7 +134,7 @@ def _report_of(planned: _Planned, run: Path, peak: int | None) -> RunReport:
     )
 
 
-def _records(path: Path) -> list[dict[str, Any]]:
+def _records(path: Path) -> list[Record]:
     return read_metrics(path) if path.exists() else []
 
 
@@ -148,23 +148,23 @@ class _Report(Reporter):
     def __init__(self, metrics: MetricsFile, samples: MetricsFile, display: Display, logs: Sequence[Log]):
         self._metrics, self._samples, self._display, self._logs = metrics, samples, display, logs
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         self._write(record)
         self._display.step(record)
 
-    def evaluation(self, record: dict[str, Any]) -> None:
+    def evaluation(self, record: Record) -> None:
         self._write(record)
         self._display.evaluation(record)
 
     def evaluation_progress(self, words: str) -> None:
         self._display.evaluation_progress(words)
 
-    def samples(self, records: list[dict[str, Any]]) -> None:
+    def samples(self, records: list[Record]) -> None:
         for record in records:
             self._samples.write(record)
         self._display.samples(records)
 
-    def _write(self, record: dict[str, Any]) -> None:
+    def _write(self, record: Record) -> None:
         self._metrics.write(record)
         for log in self._logs:
             log(record["step"], scalars(record))

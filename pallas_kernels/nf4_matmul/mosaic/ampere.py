@@ -31,7 +31,7 @@ Dimension key: M rows, N out, K in, L layers, C the contraction (K forward, N ba
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -208,7 +208,7 @@ class _Task(NamedTuple):
                 out_g[pl.ds(row + first, height), pl.ds(RUN * block, RUN)] = rows
 
 
-def _swizzled(row_bytes: int) -> tuple[Any, ...]:
+def _swizzled(row_bytes: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Returns the transforms to swizzled tiles of 8 x 64 in shared memory, which avoid bank conflicts."""
     return (
         plgpu.TilingTransform((EIGHT, RUN)),  # pyright: ignore[reportAbstractUsage]

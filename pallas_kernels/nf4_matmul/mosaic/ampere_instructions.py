@@ -34,7 +34,7 @@ class Machine:
         self.direction: Direction = direction
         self.dtype, self.table = jnp.dtype(dtype), table
 
-    def barriers(self, steps: int) -> list[Any]:
+    def barriers(self, steps: int) -> list[plgpu.Barrier]:
         """None: a wait counts copies in the order in which they were started."""
         return []
 
@@ -87,7 +87,7 @@ class Interpreted:
         self.dtype, self.table = jnp.dtype(dtype), table
         self.options: dict[str, Any] = {"interpret": params}
 
-    def barriers(self, steps: int) -> list[Any]:
+    def barriers(self, steps: int) -> list[plgpu.Barrier]:
         """Returns one barrier per slot, for a round's copies and scales."""
         return [plgpu.Barrier(num_arrivals=COPIES + 1, num_barriers=steps)]
 

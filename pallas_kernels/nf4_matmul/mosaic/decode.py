@@ -10,7 +10,6 @@ Dimension key: R rows, J = 64 bytes of a row.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm
+
+from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
 
 RUN = 64  # bytes of a row that are decoded together; each has one code of each of two runs of 64 columns
 
@@ -45,7 +46,7 @@ def decode_ptx(table: np.ndarray, dtype: DTypeLike) -> str:
 
 
 def decode_pair(
-    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: DTypeLike
+    packed: jax.Array, rows: int, layout: MosaicValue, table: np.ndarray, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Returns (table[byte & 15], table[byte >> 4]) in a 16-bit dtype, inside a Mosaic kernel.
 
@@ -61,7 +62,7 @@ def decode_pair(
 
 
 def select_pair(
-    packed: jax.Array, rows: int, layout: Any, table: np.ndarray, dtype: DTypeLike
+    packed: jax.Array, rows: int, layout: MosaicValue, table: np.ndarray, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
     """Computes `decode_pair` by interpretable operations: a tree of 15 selects over the bits of each code."""
     assert packed.shape == (rows, RUN)
@@ -71,7 +72,9 @@ def select_pair(
     return low, high
 
 
-def _look_up(ptx: str, dtype: DTypeLike, ctx: Any, packed: mgpu.FragmentedArray) -> tuple[Any, Any]:
+def _look_up(
+    ptx: str, dtype: DTypeLike, ctx: MosaicValue, packed: mgpu.FragmentedArray
+) -> tuple[mgpu.FragmentedArray, mgpu.FragmentedArray]:
     low, high = np.empty_like(packed.registers), np.empty_like(packed.registers)
     for at in np.ndindex(packed.registers.shape):
         low[at], high[at] = _look_up_register(ptx, dtype, packed.registers[at])
@@ -79,7 +82,7 @@ def _look_up(ptx: str, dtype: DTypeLike, ctx: Any, packed: mgpu.FragmentedArray)
     return make(_registers=low), make(_registers=high)
 
 
-def _look_up_register(ptx: str, dtype: DTypeLike, register: Any) -> list[Any]:
+def _look_up_register(ptx: str, dtype: DTypeLike, register: MosaicValue) -> list[MosaicValue]:
     """Decodes one register of two packed bytes to two registers of two values."""
     i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
     two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))

@@ -19,7 +19,7 @@ rows of packed weights, both in steps s of 16, halves h of 8.
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,18 +28,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Replicated, TiledLayout, Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 
 from pallas_kernels.nf4_matmul.dispatch import Direction
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.inline_ptx import THREADS, assembly, fragmented, tiled, value
+from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
 
 RUN = 64
 TILE_COLUMNS = 2 * RUN
 STEPS, HALVES = RUN // 16, 2
 
-Register = Any
+type Register = MosaicValue  # in tests, an array over 128 threads
 
 # [R, J]: row 16 w + 2 g + i, byte 16 s + 8 h + 2 t + e; registers (s, h, i), each of two bytes e.
 PACKED_FORWARD = TiledLayout(Tiling(((64, 16), (16, 8), (2, 2))), (-6,), (-4, -3), -1)
@@ -108,7 +110,7 @@ def operands_backward(
 
 
 def results(
-    accumulator: np.ndarray, pick: Callable[[Register, int], Any], join: Callable[..., Register]
+    accumulator: np.ndarray, pick: Callable[[Register, int], Register], join: Callable[..., Register]
 ) -> list[np.ndarray]:
     """Arranges an accumulator's registers (m, b, h) of two values as chunks [M, J] in the layout RESULT.
 
@@ -127,23 +129,28 @@ def results(
 # The same on machine values, inside a kernel
 
 
-def of_rows(dtype: Any) -> Any:
+def of_rows(dtype: DTypeLike) -> MosaicValue:
     """Returns the layout of the first operand, rows that all warps read."""
     return plgpu.Layout.MMA_LHS(dtype, m_warps=1)
 
 
-def of_weights(dtype: Any) -> Any:
+def of_weights(dtype: DTypeLike) -> MosaicValue:
     """Returns the layout of the second operand."""
     return plgpu.Layout.MMA_RHS(dtype, m_warps=1)
 
 
-def of_sums(dtype: Any) -> Any:
+def of_sums(dtype: DTypeLike) -> MosaicValue:
     """Returns the layout of the accumulator."""
     return plgpu.Layout.MMA_ACC(dtype, m_warps=1)
 
 
 def decoded(
-    direction: Direction, codes_s: Any, scales_s: Any, words: Sequence[jax.Array], table: np.ndarray, dtype: Any
+    direction: Direction,
+    codes_s: MosaicValue,
+    scales_s: MosaicValue,
+    words: Sequence[jax.Array],
+    table: np.ndarray,
+    dtype: np.dtype,
 ) -> Sequence[jax.Array]:
     """Decodes the operands [64, 128] of both parts of a round from shared memory: u8 [2, 64, 64], scales [2, 128]."""
     of_packed, of_scales = map(tiled, LAYOUTS[direction])
@@ -206,7 +213,7 @@ def in_order(sums: jax.Array) -> list[jax.Array]:
     return plgpu.inline_mgpu(arg_types=(of_sums(sums.dtype),), return_type=[chunk] * (columns // RUN))(emit)(sums)
 
 
-def _machine(table: np.ndarray, dtype: Any, constants: Sequence[Any]) -> Alu:
+def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[Register]) -> Alu:
     two_values = ir.VectorType.get((2,), mgpu.utils.dtype_to_ir_type(jnp.dtype(dtype)))
     of_one, of_two = inline_ptx.look_up_ptx(table, dtype), inline_ptx.look_up_across_ptx(table, dtype)
     i32 = ir.IntegerType.get_signless(32)
@@ -223,6 +230,6 @@ def _machine(table: np.ndarray, dtype: Any, constants: Sequence[Any]) -> Alu:
     )
 
 
-def _two_bytes(register: Any) -> Any:
+def _two_bytes(register: Register) -> Register:
     i32, i16 = ir.IntegerType.get_signless(32), ir.IntegerType.get_signless(16)
     return arith.extui(i32, mgpu.utils.bitcast(register, i16))

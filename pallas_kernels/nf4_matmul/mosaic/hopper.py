@@ -33,12 +33,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.dispatch import Direction, Layer
 from pallas_kernels.nf4_matmul.mosaic import decode
-from pallas_kernels.nf4_matmul.mosaic.operands import Operands, operands, pad_rows
+from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue, Operands, operands, pad_rows
 
 WARPGROUPS = 2  # compute warpgroups
 RUN = decode.RUN  # columns with one constant per row, and rows of a warpgroup's part of the weight
@@ -47,8 +48,10 @@ EIGHT = 8  # rows of a wgmma tile in shared memory
 MEMORY_REGISTERS = 40  # registers of the warpgroup that starts copies; the others share the rest
 REGISTERS = plgpu.Layout.WGMMA
 
+type Interpret = plgpu.InterpretGPUParams | None  # None: the kernel itself
 
-def _tiles(row_bytes: int) -> tuple[Any, ...]:
+
+def _tiles(row_bytes: int) -> tuple[plgpu.TilingTransform, plgpu.SwizzleTransform]:
     """Returns the transforms to swizzled tiles of 8 x 64 in shared memory, which avoid bank conflicts."""
     return (
         plgpu.TilingTransform((EIGHT, RUN)),  # pyright: ignore[reportAbstractUsage]
@@ -103,7 +106,7 @@ def backward(dy_MN: Float[Array, "M N"], weights: QTensor, layer: Layer) -> Floa
     return backward_product(dy_MN, operands(weights, layer, dy_MN.dtype), tile)
 
 
-def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
+def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: Interpret = None) -> jax.Array:
     """Computes `forward` with a given tile, by the kernel or, with `interpret`, by its twin."""
     look_up = _look_up(weight, x_MK.dtype, interpret)
 
@@ -132,7 +135,7 @@ def forward_product(x_MK: jax.Array, weight: Operands, tile: Tile, interpret: An
     )
 
 
-def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: Any = None) -> jax.Array:
+def backward_product(dy_MN: jax.Array, weight: Operands, tile: Tile, interpret: Interpret = None) -> jax.Array:
     """Computes `backward` with a given tile, by the kernel or, with `interpret`, by its twin."""
     look_up = _look_up(weight, dy_MN.dtype, interpret)
 
@@ -187,7 +190,7 @@ class Shape(NamedTuple):
         return COLUMNS[self.direction]
 
 
-def _forward_blocks(tile: Tile, layer: Any, m: Any, n: Any, late: int) -> list[plgpu.BlockSpec]:
+def _forward_blocks(tile: Tile, layer: jax.Array, m: jax.Array, n: jax.Array, late: int) -> list[plgpu.BlockSpec]:
     """Returns the specs of step k: rows [rows, 128 k], codes [128 n, 64 bytes], scales [2 runs, 128 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
     return [
@@ -197,7 +200,7 @@ def _forward_blocks(tile: Tile, layer: Any, m: Any, n: Any, late: int) -> list[p
     ]
 
 
-def _backward_blocks(tile: Tile, layer: Any, m: Any, k: Any, late: int) -> list[plgpu.BlockSpec]:
+def _backward_blocks(tile: Tile, layer: jax.Array, m: jax.Array, k: jax.Array, late: int) -> list[plgpu.BlockSpec]:
     """Returns the specs of step n: rows [rows, 64 n], codes [64 n, 2 x 64 bytes], scales [4 runs, 64 n]."""
     block = functools.partial(plgpu.BlockSpec, memory_space=plgpu.SMEM, delay_release=late)
     return [
@@ -207,19 +210,23 @@ def _backward_blocks(tile: Tile, layer: Any, m: Any, k: Any, late: int) -> list[
     ]
 
 
-def _look_up(weight: Operands, dtype: Any, interpret: Any) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
+def _look_up(
+    weight: Operands, dtype: DTypeLike, interpret: Interpret
+) -> Callable[[jax.Array], tuple[jax.Array, jax.Array]]:
     pair = decode.decode_pair if interpret is None else decode.select_pair
     return functools.partial(pair, rows=RUN, layout=REGISTERS, table=weight.table, dtype=dtype)
 
 
-def _dequantized(look_up: Callable[..., Any], codes_s: Any, scales_s: Any) -> list[jax.Array]:
+def _dequantized(
+    look_up: Callable[[jax.Array], tuple[jax.Array, jax.Array]], codes_s: MosaicValue, scales_s: MosaicValue
+) -> list[jax.Array]:
     """Dequantizes two runs [64 rows, 64 columns] of the weight in registers: table values times row constants."""
     pair = look_up(plgpu.load(codes_s, layout=REGISTERS))
     scales = [plgpu.load(scales_s.at[run], layout=REGISTERS.reduce(1)) for run in (0, 1)]
     return [values * lax.broadcast_in_dim(scale, values.shape, [0]) for values, scale in zip(pair, scales, strict=True)]
 
 
-def _through_shared(values: list[jax.Array], operand_s: Any) -> list[Any]:
+def _through_shared(values: list[jax.Array], operand_s: MosaicValue) -> list[MosaicValue]:
     """Moves the twin's left operand to shared memory, because the interpreted wgmma takes none from registers."""
     for run in (0, 1):
         operand_s[run] = values[run]
@@ -228,13 +235,14 @@ def _through_shared(values: list[jax.Array], operand_s: Any) -> list[Any]:
 
 
 def _product(
-    rows: jax.Array, weight: Operands, tile: Tile, shape: Shape, step: Callable[..., Any], interpret: Any
+    rows: jax.Array, weight: Operands, tile: Tile, shape: Shape, step: Callable[..., MosaicValue], interpret: Interpret
 ) -> jax.Array:
     """Runs the kernel, [M, .] -> [M, width]: one block per tile of the result, with one accumulator over all steps."""
     padded = pad_rows(rows, EIGHT)
     row_tiles = pl.cdiv(len(padded), tile.rows)
     together = _together(row_tiles)
     shared = functools.partial(plgpu.SMEM, dtype=rows.dtype, transforms=WIDE)
+    options: dict[str, Any] = {} if interpret is None else {"interpret": interpret}
     run = plgpu.kernel(
         functools.partial(_block_of_result, tile, shape, step, together),
         out_type=jax.ShapeDtypeStruct((len(padded), shape.width), rows.dtype),
@@ -244,7 +252,7 @@ def _product(
         thread_name="wg",
         scratch_types=[shared((WARPGROUPS, tile.rows, shape.columns)), [shared(one) for one in shape.operand]],
         kernel_name=f"hopper_{shape.direction}",
-        **({} if interpret is None else {"interpret": interpret}),
+        **options,
     )
     return run(weight.layer, padded, weight.codes_LNJ, weight.scales)[: len(rows)]
 
@@ -252,7 +260,7 @@ def _product(
 def _block_of_result(
     tile: Tile,
     shape: Shape,
-    step: Callable[..., Any],
+    step: Callable[..., MosaicValue],
     together: int,
     layer_g,
     rows_g,
@@ -285,7 +293,7 @@ def _block_of_result(
     )(rows_g, codes_g, scales_g)
 
 
-def _store(transposed: jax.Array, out_s: Any, out_g: Any) -> None:
+def _store(transposed: jax.Array, out_s: MosaicValue, out_g: MosaicValue) -> None:
     """Stores a warpgroup's tile, transposed on its way through shared memory."""
     out_s.T[...] = transposed.astype(out_s.dtype)
     plgpu.commit_smem()

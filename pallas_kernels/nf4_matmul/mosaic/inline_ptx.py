@@ -5,7 +5,6 @@ of the constants are operands, and a word of eight codes shares its masks.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +16,7 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels.nf4_matmul.mosaic.decode import table_words
+from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
 
 # One word per thread, so that the compiler keeps it in a register: see `constant_words`.
 THREADS = plgpu.Layout.WG_STRIDED((128,), 1)
@@ -75,17 +75,17 @@ def _hexadecimal(table: np.ndarray, dtype: DTypeLike) -> list[str]:
     return [f"0x{word:08x}" for word in table_words(table, dtype)]
 
 
-def constants(words_g: Any) -> list[jax.Array]:
+def constants(words_g: MosaicValue) -> list[jax.Array]:
     """Loads constant_words from device memory into registers."""
     return [plgpu.load(words_g.at[i], layout=THREADS, optimized=False) for i in range(words_g.shape[0])]
 
 
-def tiled(layout: TiledLayout) -> Any:
+def tiled(layout: TiledLayout) -> MosaicValue:
     """Converts a layout to Pallas's type."""
     return plgpu.Layout.TILED(layout.tiling, layout.warp_dims, layout.lane_dims, layout.vector_dim)
 
 
-def fragmented(registers: np.ndarray, layout: Any, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
+def fragmented(registers: np.ndarray, layout: MosaicValue, shape: tuple[int, ...]) -> mgpu.FragmentedArray:
     """Makes an array from registers in the order of its layout."""
     layout = layout.to_mgpu()
     return mgpu.FragmentedArray(
@@ -93,12 +93,14 @@ def fragmented(registers: np.ndarray, layout: Any, shape: tuple[int, ...]) -> mg
     )
 
 
-def value(register: Any, i: int) -> Any:
+def value(register: MosaicValue, i: int) -> MosaicValue:
     """Extracts element i of a register of several values."""
     return vector.extract(register, dynamic_position=[], static_position=ir.DenseI64ArrayAttr.get([i]))
 
 
-def assembly(ptx: str, result: Any, outputs: int, words: Sequence[Any], floats: Sequence[Any] = ()) -> list[Any]:
+def assembly(
+    ptx: str, result: MosaicValue, outputs: int, words: Sequence[MosaicValue], floats: Sequence[MosaicValue] = ()
+) -> list[MosaicValue]:
     """Emits inline PTX and returns its outputs, all i32 or all f32; its operands are words, then f32s."""
     constraint = "=r" if isinstance(result, ir.IntegerType) else "=f"
     constraints = [constraint] * outputs + ["r"] * len(words) + ["f"] * len(floats)

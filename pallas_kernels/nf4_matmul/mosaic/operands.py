@@ -1,6 +1,6 @@
 """The operands of a Mosaic kernel, from a weight and its rows. Dimension key: M rows, L layers, N out, K in."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,9 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
 from pallas_kernels.nf4_matmul.dispatch import Layer
 from pallas_kernels.nf4_matmul.mosaic.constants import expanded_scales
+
+# A Pallas ref, an MLIR value, a register or a layout: Mosaic has no public types for these.
+type MosaicValue = Any
 
 
 class Operands(NamedTuple):

@@ -5,6 +5,7 @@ columns of K in two runs r of 64.
 """
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxlib.mlir.dialects import arith, vector
 from pallas_kernels.nf4_matmul.mosaic import inline_ptx
 from pallas_kernels.nf4_matmul.mosaic.decode import select_pair
 from pallas_kernels.nf4_matmul.mosaic.inline_ptx import tiled
+from pallas_kernels.nf4_matmul.mosaic.operands import MosaicValue
 
 WARPS = 4
 GROUP = 128  # columns of K whose codes share 64 bytes
@@ -147,10 +149,10 @@ class Alu(NamedTuple):
       add: (two sums, scales of four rows, q, two sums) -> the first plus scale q times the second.
     """
 
-    look_up: Any
-    values: Any
-    multiply: Any
-    add: Any
+    look_up: Callable[[MosaicValue, int], Sequence[MosaicValue]]
+    values: Callable[[MosaicValue, int], Sequence[MosaicValue]]
+    multiply: Callable[[Sequence[MosaicValue], Sequence[MosaicValue], np.ndarray], Sequence[MosaicValue]]
+    add: Callable[[MosaicValue, MosaicValue, int, np.ndarray], MosaicValue]
 
 
 def dots(
@@ -186,7 +188,7 @@ def _emit_dot(table, dtype, ctx, sums, x, codes, scales, words):
     return [inline_ptx.fragmented(one, SUMS_LAYOUT, (WARPS * BLOCK, EIGHT)) for one in found]
 
 
-def _machine(table: np.ndarray, dtype: DTypeLike, constants: list[Any]) -> Alu:
+def _machine(table: np.ndarray, dtype: DTypeLike, constants: Sequence[MosaicValue]) -> Alu:
     i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
     ptx = inline_ptx.look_up_word_ptx(table, dtype)
     kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]

@@ -82,7 +82,7 @@ def prepare(args: argparse.Namespace) -> Run:
     runtime.give_memory_back()
     adapters = LoraArgs(rank=args.rank)
     counted = flops.StepShape(model=loaded.config, weights=loaded.weights, lora=adapters, batch=shape, remat=args.remat)
-    texts = {name: program.as_text() for name, program in programs.items()}
+    texts = {name: program.as_text() or "" for name, program in programs.items()}
     return Run(stepper(programs, parts, state, batch), texts, counted)
 
 
