@@ -32,7 +32,7 @@ def test_every_command_takes_a_name(hub: Hub, tmp_path: Path, capsys: pytest.Cap
     assert set(hub.fetched) == {"config.json"}
     train.main(["--config", str(tmp_path / "c.yaml")])
     assert read_config(f"{run}/config.yaml").model.path == pinned
-    hub.push_folder(REPO, write_model(tmp_path / "other", seed=1))  # what `org/tiny` is from now on
+    hub.push_folder(REPO, write_model(tmp_path / "other", seed=1))  # a new revision of `org/tiny`
 
     with pytest.raises(ValueError, match=f"(?s)the base model: fingerprint .*{pinned}.*{REPO}@"):
         train.main(["--config", str(tmp_path / "c.yaml"), "--resume"])

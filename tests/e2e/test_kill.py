@@ -37,9 +37,9 @@ def _saving(run: Path) -> bool:
 
 
 def _kill(process: subprocess.Popen, run: Path, random_: random.Random, in_a_save: bool) -> bool:
-    """Kills the process once it has written a step of its own, at a random moment or within a save.
+    """Kills the process after it has written its first step, at a random moment or within a save.
 
-    False where it ended by itself.
+    Returns False if the process ended by itself.
     """
     metrics = run / "metrics.jsonl"
     before = metrics.stat().st_mtime_ns if metrics.exists() else 0

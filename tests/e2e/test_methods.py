@@ -58,7 +58,7 @@ def test_pages_change_no_bit(finished, tmp_path):
 
 
 def test_8_bit_state(finished, tmp_path):
-    """Small leaves, such as vectors, stay in 32 bits; a run goes on paged to the bit."""
+    """Small leaves, such as vectors, stay in 32 bits; a paged run is bit-identical."""
     whole = with_paging(finished, tmp_path / "whole", name="adamw_8bit")
     run(whole)
     paged = with_paging(finished, tmp_path / "paged", name="adamw_8bit", paging="on", paging_budget="1MiB")

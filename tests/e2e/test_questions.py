@@ -1,4 +1,4 @@
-"""Questions that are asked while a run trains: what `evaluate` says of its checkpoint, and nothing else changes."""
+"""Questions asked during training get the scores that `evaluate` gives the checkpoint, and change nothing else."""
 
 import contextlib
 import dataclasses

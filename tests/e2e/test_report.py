@@ -186,7 +186,7 @@ def test_the_page_of_a_card_has_mfu_speed_and_memory(ended):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium (Debian: apt-get install chromium)")
+@pytest.mark.skipif(CHROMIUM is None, reason="requires chromium (Debian: apt-get install chromium)")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("width", [360, 700, 768, 1100, 1600])
 def test_a_browser_runs_nothing_and_fits_the_page_with_letters_of_one_size(reported, ended, tmp_path, width, when):

@@ -53,7 +53,7 @@ def numbers(config):
 
 
 def steps_saved(config):
-    """Of a run's checkpoints."""
+    """Returns the steps of a run's checkpoints."""
     return sorted(int(folder.name) for folder in (Path(config.output) / "checkpoints").iterdir())
 
 
@@ -305,7 +305,7 @@ def test_a_checkpoint_is_read_by_orbax_alone_without_warnings(finished):
 
 
 def first_losses_before_and_after(finished, tmp_path):
-    """The first loss of a run, and that of another which goes on from its exported adapter."""
+    """The first loss of a run, and of another that starts from its exported adapter."""
     export_peft(open_finetuned(finished.output), tmp_path / "peft")
     config = dataclasses.replace(
         finished,

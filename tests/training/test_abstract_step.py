@@ -188,7 +188,7 @@ def test_products_run_on_tensor_cores_without_spilling_much():
     ("card", "name", "batch", "remat"),
     some_in_ci(
         [(card, *step) for step in STEPS for card in FIVE],
-        lambda i: i % len(FIVE) == i // len(FIVE) + 1 < 3,  # the H100 has a test of its own
+        lambda i: i % len(FIVE) == i // len(FIVE) + 1 < 3,  # the H100 has a separate test
     ),
 )
 def test_steps_of_real_models_compile_for_every_card(card, name, batch, remat):

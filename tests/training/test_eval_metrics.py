@@ -31,7 +31,7 @@ def test_perplexity_is_the_exponential_also_where_that_is_too_much():
 
 
 def test_held_out_loss_has_the_interval_of_the_normal_approximation():
-    """Of a ratio of sums, by the delta method: 1.96 sqrt(sum of (nll - loss tokens)^2) / (sum of tokens)."""
+    """The delta method for a ratio of sums gives 1.96 sqrt(sum of (nll - loss tokens)^2) / (sum of tokens)."""
     rng = np.random.default_rng(3)
     tokens = rng.integers(5, 200, size=400)
     nll = tokens * rng.normal(2.0, 0.5, size=400)

@@ -42,7 +42,7 @@ class Given(CompiledGradients):
 
 
 def state_bytes(args: OptimArgs) -> int:
-    """Of all pages."""
+    """Returns the bytes of all pages."""
     leaves = jax.tree.leaves(jax.eval_shape(make_elementwise(args, STEPS).init, tree(0)))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves if leaf.ndim)
 
@@ -60,12 +60,12 @@ def train(args: OptimArgs, memory: Memory | None = None):
 
 
 def device(state: int, share: float) -> SimulatedMemory:
-    """With room for this share of the state beside a short batch, where 3% are kept."""
+    """A device with room for this share of the state next to a short batch; 3% of memory is reserved."""
     return SimulatedMemory(jax.devices()[0], "pinned_host", total_bytes=int(share * state / 0.97) + 64)
 
 
 def real(state: int) -> Memory:
-    """This CPU's."""
+    """Returns the memory of this CPU."""
     return Memory.of(jax.devices()[0])
 
 

@@ -57,7 +57,7 @@ def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
         log(3, scalars(RECORD))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
     identity = file.parent.name.rpartition("-")[2]
-    for _ in range(100):  # a process of its own writes it, and ends when it likes
+    for _ in range(100):  # a separate process writes it, and ends at any time
         if b"loss" in file.read_bytes():
             break
         time.sleep(0.1)

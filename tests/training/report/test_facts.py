@@ -164,5 +164,5 @@ def test_a_drawing_refers_to_nothing_of_another():
 def test_a_chart_tells_its_unit_in_its_caption():
     (*_, memory), speed = charts([on_a_card(1), on_a_card(2)], 6 * GIB), 12_000
     assert memory.title == "Memory in use, GiB" and Chart("Learning rate", "", []).title == "Learning rate"
-    svg = chart_svg(Chart("Speed", "tokens a second", [Line("", [1, 2], [0.0, speed])]), WIDE)
-    assert "12,000" in svg and "tokens a second" not in svg
+    svg = chart_svg(Chart("Speed", "tokens per second", [Line("", [1, 2], [0.0, speed])]), WIDE)
+    assert "12,000" in svg and "tokens per second" not in svg
