@@ -38,7 +38,7 @@ def write_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 def write_rows(path: Path, count: int = 40) -> Path:
     """Writes learnable rows of two lengths: the answer repeats the question's word."""
-    words = ["sun", "moon", "a much longer word that fills another bucket for itself, more than sixty-four bytes"]
+    words = ["sun", "moon", "a much longer word that fills another bucket of its own, more than sixty-four bytes"]
     rows = [{"prompt": f"say {words[i % 3]} {i}", "completion": f"{words[i % 2]}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
