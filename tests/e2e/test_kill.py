@@ -87,11 +87,11 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, opti
 
 KILLS_ITSELF = """
 import os, signal, sys
-from qlora_jax.optim import residency
+from qlora_jax.optim import page_pool
 from qlora_jax.train import main
 
 way, copies = sys.argv[1], int(sys.argv[2])
-copy = getattr(residency.Memory, way)
+copy = getattr(page_pool.Memory, way)
 
 def killing(memory, page):
     global copies
@@ -101,7 +101,7 @@ def killing(memory, page):
         os.kill(os.getpid(), signal.SIGKILL)
     return under_way
 
-setattr(residency.Memory, way, killing)
+setattr(page_pool.Memory, way, killing)
 main(sys.argv[3:])
 """
 

@@ -94,7 +94,6 @@ def test_decoding_is_what_was_trained(finished):
     found, expected = (
         np.asarray(jax.jit(lambda parts: combine(parts).hidden(tokens))(each), "f4")
         for each in (prepare_for_decoding(parts), parts)
-        for each in (prepare_for_decoding(parts), parts)
     )
     tolerance = 1e-5 if finished.model.compute_dtype == "float32" else 2e-2
     np.testing.assert_allclose(found, expected, atol=tolerance * np.abs(expected).max())

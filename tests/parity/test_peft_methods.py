@@ -50,7 +50,7 @@ def dropout_takes_every_third_column(monkeypatch: pytest.MonkeyPatch) -> None:
         return jnp.where(keep[None], x / jnp.asarray(1 - rate, x.dtype), 0.0)
 
     for module in ("dropout", "lora"):
-        monkeypatch.setattr(f"qlora_jax.nn.{module}.dropped", dropped)
+        monkeypatch.setattr(f"qlora_jax.nn.{module}.apply_dropout", dropped)
 
 
 def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndarray, np.ndarray, Any]:
