@@ -44,7 +44,7 @@ def test_nothing_is_overwritten(tmp_path: Path, name: str) -> None:
 @pytest.mark.slow
 def test_a_command_that_is_interrupted_leaves_nothing(tmp_path: Path, smollm2_gguf: Path) -> None:
     target = tmp_path / "made" / "out"
-    command = [sys.executable, "-m", "qlora_jax.quantize", str(smollm2_gguf), "--output", str(target)]
+    command = [sys.executable, "-m", "qlora_jax.quantize", "--model", str(smollm2_gguf), "--output", str(target)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     for _ in range(600):
