@@ -43,7 +43,7 @@ def mean(absmax: Array) -> Array:
     return (estimate + rounded(_tree_sum(absmax - estimate) * inverse)).reshape(())
 
 
-def quantize_constants(absmax: Array, offset: Array, nested_block_size: int) -> tuple[Array, Array]:
+def quantize_constants(absmax: Array, offset: Array | np.floating, nested_block_size: int) -> tuple[Array, Array]:
     """Returns (absmax_codes, nested_absmax) of absmax - offset, in blocks of `nested_block_size`, the last one partial.
 
     A block of zeros has code 0, where map8[0] * nested_absmax is zero. See qlora_jax.quant.dynamic_8bit.
