@@ -1,7 +1,7 @@
 """The task `rows`: loss of the answers in rows of training data, and whether greedy decoding generates them."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -9,37 +9,19 @@ from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds
 from qlora_jax.evaluation.metrics import Comparison, Metric, loss_change, loss_metrics, share, share_change
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task import TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_task_rows
-from qlora_jax.inference.lowering import LoweredProgram
-from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.models.partition import ModelParts
+from qlora_jax.evaluation.tasks.text import TextTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RowsTask:
-    """Loss of answers, and whether greedy decoding generates them; see `task.Task` for the members."""
+class RowsTask(TextTask):
+    """Loss of answers, and whether greedy decoding generates them; scored as a text's windows are."""
 
-    title: str
-    rows: Sequence[ScoredIds]
     name: str = "rows"
-
-    @property
-    def size(self) -> int:
-        """The number of rows."""
-        return len(self.rows)
-
-    @property
-    def inputs(self) -> Sequence[Sequence[object]]:
-        """Each row's ids, and the mask of the scored ones."""
-        return self.rows
-
-    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> RowScores:
-        """Scores one model on each row."""
-        return score_rows(parts, self.rows, progress, cache)
 
     def metrics(self, scores: RowScores) -> list[Metric]:
         """Perplexity, loss, and the shares of rows whose answer greedy decoding generates."""
@@ -56,10 +38,6 @@ class RowsTask:
             share_change("begins with the answer", before.begins, after.begins),
             share_change("is exactly the answer", before.exact, after.exact),
         ]
-
-    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
-        """Lowers the programs of the largest batches."""
-        return lower_scoring(parts, self.rows)
 
 
 def build(settings: TaskArgs, context: TaskContext) -> RowsTask:
