@@ -16,6 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A unit is a top-level folder or file of qlora_jax. It imports from itself and from strictly lower layers.
 LAYERS = {
     "pallas_kernels": 0,
+    "qlora_jax.metadata": 0,
+    "qlora_jax.patterns": 0,
     "qlora_jax.config": 0,
     "qlora_jax.allocator": 0,
     "qlora_jax.runtime": 0,

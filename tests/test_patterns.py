@@ -1,0 +1,98 @@
+"""Patterns mean what they mean to Python's re, and none of them takes long."""
+
+import re
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qlora_jax.patterns import PatternError, matches_end, matches_whole, pattern_problems
+
+NAMES = [
+    *(f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 3, 11) for name in "qkvo"),
+    *(f"model.layers.{layer}.mlp.{name}_proj" for layer in (0, 12) for name in ("gate", "up", "down")),
+    *("gpt_neox.layers.1.attention.query_key_value", "model.layers.2.mlp.fc1", "lm_head", ""),
+]
+ATOMS = [
+    "model",
+    "layers",
+    "proj",
+    "q",
+    "mlp",
+    "_",
+    "a",
+    "1",
+    r"\d",
+    r"\w",
+    r"\.",
+    ".",
+    "[qkv]",
+    "[^.]",
+    "[0-9a-f_]",
+    "^",
+    "$",
+]
+ATOMS += [r"\b", r"\A", "(?:q|k)", "up", "down", r"\S", r"\D", r"\W", "[]a]", "[a-]", "fc1"]
+PATTERNS = st.recursive(
+    st.sampled_from(ATOMS),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=4).map("".join)
+        | st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"({'|'.join(parts)})")
+        | st.tuples(inner, st.sampled_from(["*", "+", "?", "*?", "+?", "??", "{1,3}", "{2}", "{0,2}", "{1,}"])).map(
+            lambda parts: f"(?:{parts[0]}){parts[1]}"
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(pattern=PATTERNS)
+def test_ordinary_patterns_match_what_re_and_peft_match(pattern: str):
+    for name in NAMES:
+        assert matches_whole(pattern, name) == (re.fullmatch(pattern, name) is not None)
+        assert matches_end(pattern, name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [r"(([a-z_.0-9]+)+)+!", r"(.*)*x\d", r"(a|aa)+b$", "(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)(.*)!", "(?:(?:.?)*)*!"],
+)
+def test_no_pattern_takes_exponential_time(pattern: str):
+    start = time.perf_counter()
+    for name in NAMES:
+        assert not matches_end(pattern, name + "a" * 200)
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("(", "not a regular expression: missing \\)"),
+        ("*", "not a regular expression: nothing to repeat"),
+        ("a)|(b", "not a regular expression: unbalanced parenthesis"),
+        ("(?=q).*", "a lookahead"),
+        ("(?!q).*", "a negative lookahead"),
+        (".*(?<=q)", "a lookbehind"),
+        (".*(?<!q)", "a lookbehind"),
+        (r"(q)\1", "a backreference"),
+        ("(?P<a>q)(?P=a)", "a backreference"),
+        ("(q)?(?(1)a|b)", "a conditional group"),
+        ("(?>a)b", "an atomic group"),
+        ("a++", "a possessive quantifier"),
+        ("a{1001}", "a repetition of more than 1000"),
+        ("a{,3}", r"write \{0,n\}"),
+        ("[[:alpha:]]", "in a class of characters"),
+        ("((a{100}){100}){100}", "not supported in a pattern"),
+        ("a" * 2001, "too long for a pattern"),
+        ("(" * 900 + ")" * 900, "not a regular expression|not supported"),
+        ("a{99999999999999999999}", "not a regular expression: the repetition number is too large"),
+    ],
+)
+def test_patterns_that_are_refused_by_name(pattern: str, message: str, capfd: pytest.CaptureFixture[str]):
+    start = time.perf_counter()
+    with pytest.raises(PatternError, match=message):
+        matches_whole(pattern, "q")
+    assert len(pattern_problems(pattern)) == 1 and not pattern_problems("q")
+    assert time.perf_counter() - start < 1
+    assert capfd.readouterr() == ("", "")  # RE2 logs to standard error unless it is asked not to
