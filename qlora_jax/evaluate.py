@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_jax import allocator
+from qlora_jax.atomic_files import write_named_text
 from qlora_jax.config import Command, run_main
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> None:
     print_tables(evaluation, Console() if sys.stdout.isatty() else Console(width=WIDTH))
     if args.json is not None:
         data = {"settings": dataclasses.asdict(args)} | evaluation.to_dict()
-        Path(args.json).write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        write_named_text(Path(args.json), json.dumps(data, indent=1) + "\n")
 
 
 if __name__ == "__main__":

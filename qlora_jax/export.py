@@ -7,14 +7,7 @@ from typing import Literal
 from qlora_jax import allocator
 from qlora_jax.config import Command, ConfigError, run_main
 from qlora_jax.config.fields import NON_NEGATIVE, NOT_EMPTY, setting
-
-# The dtypes of each merged format, the default first; adapters have none.
-DTYPES = {
-    "peft": (),
-    "hf": ("bfloat16", "float16", "float32"),
-    "gguf": ("float16", "bfloat16", "float32", "q8_0", "q4_0"),
-    "gguf-lora": (),
-}
+from qlora_jax.io.export.dtypes import Dtype, dtype_problems
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,21 +30,22 @@ class ExportArgs:
         None,
         NOT_EMPTY,
     )
-    dtype: Literal["bfloat16", "float16", "float32", "q8_0", "q4_0"] | None = setting(
+    dtype: Dtype | None = setting(
         "hf and gguf: dtype of the weights; null: bfloat16 for hf, float16 for gguf, which also takes q8_0 and q4_0",
+        None,
+    )
+    base_dtype: Dtype | None = setting(
+        "peft and gguf-lora, with --with_base: dtype of the base, rounded from that in which training computed; null: "
+        "the latter. gguf-lora also takes q8_0 and q4_0",
         None,
     )
 
 
 def check_export(args: ExportArgs) -> None:
     """Raises ConfigError if settings contradict each other."""
-    possible = DTYPES[args.format]
-    problems = []
-    if not possible and args.base is not None:
+    problems = dtype_problems(args.format, args.dtype, args.base_dtype)
+    if args.format in ("peft", "gguf-lora") and args.base is not None:
         problems.append("base: requires --format hf or gguf (an adapter works with any base). Remove it")
-    if args.dtype not in (None, *possible):
-        expected = ", ".join(possible) or "none, since an adapter keeps its dtype"
-        problems.append(f"dtype: found {args.dtype} with --format {args.format}, expected {expected}")
     if problems:
         raise ConfigError(problems)
 
@@ -72,7 +66,7 @@ COMMAND = Command(
 def main(argv: list[str]) -> None:
     """Exports the run; raises ValueError or OSError for bad input."""
     args, flags = COMMAND.read(argv)
-    if DTYPES[args.format] and "with_base" in flags:
+    if args.format in ("hf", "gguf") and "with_base" in flags:
         raise ValueError("--with_base: requires --format peft or gguf-lora (a merged model has no base). Remove it")
     # Imported after the settings are read, because importing jax takes a second.
     from rich.console import Console
@@ -85,7 +79,14 @@ def main(argv: list[str]) -> None:
     output = Path(args.run) / args.format if args.output is None else Path(args.output)
     opened = open_finetuned(args.run, base=args.model, step=args.step)
     if args.format == "peft" or args.format == "gguf-lora":
-        result = write_adapter(opened, output, format=args.format, with_base="with_base" in flags, progress=True)
+        result = write_adapter(
+            opened,
+            output,
+            format=args.format,
+            with_base="with_base" in flags,
+            base_dtype=args.base_dtype,
+            progress=True,
+        )
     else:
         result = write_merged(opened, output, format=args.format, dtype=args.dtype, base=args.base, progress=True)
     Console().print(str(result), markup=False, highlight=False, soft_wrap=True)

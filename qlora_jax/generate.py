@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import io
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from qlora_jax import allocator
+from qlora_jax.atomic_files import LineFile
 from qlora_jax.config import Command, run_main
 from qlora_jax.inference.settings import GenerateArgs, check_generate
 
@@ -105,8 +107,8 @@ def _writer(path: str | None) -> Iterator[Callable[[str], object]]:
     if path is None:
         yield functools.partial(print, end="", flush=True)
         return
-    with open(path, "w", encoding="utf-8", buffering=1) as file:
-        yield file.write
+    with LineFile(io.FileIO(path, "w")) as lines:
+        yield lines.write
 
 
 if __name__ == "__main__":

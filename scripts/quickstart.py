@@ -24,7 +24,7 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import ModelParts, partition
-from qlora_jax.training.run import check_folder, train
+from qlora_jax.training.run import check_folder, next_commands, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ROOT / "examples/titles/heldout.jsonl"
@@ -115,14 +115,14 @@ def _samples(opened: OpenedModel, parts: dict[str, ModelParts], console: Console
 
 
 def _next_steps(config: Config, seconds: float, console: Console) -> None:
-    run = config.output
+    run, commands = config.output, next_commands(config, finished=True)
     lines = [
         f"Total time: {seconds / 60:.1f} minutes. Loss plot: {run}/loss.png",
         "Next steps, after `source .venv/bin/activate`:",
-        f"  qlora-jax generate --run {run}",
+        f"  {commands['try it']}",
         "  qlora-jax train --config configs/smollm2_titles.yaml --model "
         f"{config.model.path} --data.train YOUR.jsonl --data.eval null --data.eval_fraction 0.1 --output runs/mine",
-        f"  qlora-jax export --run {run} --format peft",
+        f"  {commands['export']}",
     ]
     console.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
 

@@ -1,15 +1,25 @@
 #!/usr/bin/env bash
 # Creates .llama_cpp with llama-cpp-python, with which tests run exported GGUF files. Python 3.11 or newer.
 #
+#     bash scripts/setup_llama_cpp.sh           # .llama_cpp, for x86-64 with AVX2: a copied environment still runs
+#     bash scripts/setup_llama_cpp.sh native    # .llama_cpp_native, for this processor: scripts/bench/decode.py measures it
+#
 # It is not a dependency: the project exchanges only files with it. The package index has no wheels of it, so this
-# script builds it, with pip's CMake and an installed C++ compiler: three minutes on two cores. The build targets x86-64
-# with AVX2, not this processor, so that a copied environment still runs.
+# script builds it, with pip's CMake and an installed C++ compiler: three minutes on two cores.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 requirements=scripts/bench/opponents/requirements-llama.txt
+case "${1-}" in
+    "") folder=.llama_cpp native=OFF cache=() ;;
+    native) folder=.llama_cpp_native native=ON cache=(--no-cache-dir) ;; # the wheel must not be used elsewhere
+    *)
+        echo "usage: bash scripts/setup_llama_cpp.sh [native]" >&2
+        exit 2
+        ;;
+esac
 
-if cmp -s "$requirements" .llama_cpp/requirements.txt; then
-    echo "llama.cpp: ready"
+if cmp -s "$requirements" "$folder/requirements.txt"; then
+    echo "llama.cpp: ready in $folder"
     exit 0
 fi
 skip() {
@@ -18,9 +28,10 @@ skip() {
 }
 command -v c++ >/dev/null || skip "C++ compiler"
 python=$(bash scripts/find_python.sh 3.11 3.14 ensurepip) || skip "Python 3.11 or newer"
-echo "llama.cpp: creating .llama_cpp with $python"
-"$python" -m venv --clear .llama_cpp
-CMAKE_ARGS="-DGGML_NATIVE=OFF" .llama_cpp/bin/python -m pip install --quiet --disable-pip-version-check --requirement "$requirements"
-.llama_cpp/bin/python -c 'import llama_cpp' # finds a broken build before the tests do
-cp "$requirements" .llama_cpp/requirements.txt
-echo "llama.cpp: ready"
+echo "llama.cpp: creating $folder with $python"
+"$python" -m venv --clear "$folder"
+CMAKE_ARGS="-DGGML_NATIVE=$native" "$folder/bin/python" -m pip install --quiet --disable-pip-version-check \
+    ${cache[@]+"${cache[@]}"} --requirement "$requirements"
+"$folder/bin/python" -c 'import llama_cpp' # finds a broken build before the tests do
+cp "$requirements" "$folder/requirements.txt"
+echo "llama.cpp: ready in $folder"

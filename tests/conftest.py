@@ -19,6 +19,7 @@ from scripts.fetch_smollm2 import fetch_smollm2
 from tests.case_budget import mark_cases
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL_DISK_BYTES = 1 << 18
 
 # A shell starts background jobs with SIGINT ignored; tests of Ctrl-C need the default handler.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -76,6 +77,22 @@ def programs_let_go() -> Iterator[None]:
     """
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder on a disk of SMALL_DISK_BYTES; the parameter "ro" makes it read-only. Skips without root."""
+    folder, mode = tmp_path / "disk", getattr(request, "param", "rw")
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES},{mode}", "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(mount, capture_output=True, text=True)
+    except FileNotFoundError:
+        pytest.skip("the command mount is missing")
+    if done.returncode:
+        pytest.skip(f"mounting a tmpfs requires root: {done.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
 
 
 Oracle = Callable[..., dict[str, np.ndarray]]

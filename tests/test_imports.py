@@ -18,22 +18,23 @@ LAYERS = {
     "pallas_kernels": 0,
     "qlora_jax.metadata": 0,
     "qlora_jax.patterns": 0,
-    "qlora_jax.config": 0,
     "qlora_jax.allocator": 0,
+    "qlora_jax.atomic_files": 0,
     "qlora_jax.runtime": 0,
     "qlora_jax.sharding": 0,
-    "qlora_jax.quant": 1,
-    "qlora_jax.data": 1,
-    "qlora_jax.optim": 2,
-    "qlora_jax.nn": 2,
-    "qlora_jax.models": 3,
-    "qlora_jax.io": 4,
-    "qlora_jax.inference": 4,
-    "qlora_jax.evaluation": 5,
-    "qlora_jax.training": 6,
-    "qlora_jax.api": 7,
+    "qlora_jax.config": 1,
+    "qlora_jax.quant": 2,
+    "qlora_jax.data": 2,
+    "qlora_jax.optim": 3,
+    "qlora_jax.nn": 3,
+    "qlora_jax.models": 4,
+    "qlora_jax.io": 5,
+    "qlora_jax.inference": 5,
+    "qlora_jax.evaluation": 6,
+    "qlora_jax.training": 7,
+    "qlora_jax.api": 8,
 }
-COMMANDS = 8  # every other top-level file: train.py, generate.py, ...
+COMMANDS = 9  # every other top-level file: train.py, generate.py, ...
 
 Graph = dict[str, set[str]]
 

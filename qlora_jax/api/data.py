@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.atomic_files import write_text
 from qlora_jax.config import ModelArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -86,5 +87,5 @@ def _setting(name: str, data: Data, folder: Path) -> object:
     if path.exists() and path.read_text(encoding="utf-8") != text:
         raise ValueError(f"{path}: the run was started with other rows. Give the same rows, or another output folder")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    write_text(path, text)
     return str(path)

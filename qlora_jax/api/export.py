@@ -8,8 +8,9 @@ from flax import nnx
 
 from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import parts_of, provenance_of
+from qlora_jax.atomic_files import staged_folder
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.io.atomic import staged_folder
+from qlora_jax.io.export.dtypes import MERGED_DTYPES, AdapterFormat, Dtype, MergedFormat, dtype_problems
 from qlora_jax.io.export.gguf_lora import export_gguf_lora
 from qlora_jax.io.export.merged import export_merged
 from qlora_jax.io.export.peft import export_peft
@@ -20,15 +21,6 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.config import WeightFormat
 
-AdapterFormat = Literal["peft", "gguf-lora"]
-MergedFormat = Literal["hf", "gguf"]
-MergedDtype = Literal["bfloat16", "float16", "float32", "q8_0", "q4_0"]
-# The dtypes that each format can hold, the default first.
-DTYPES: dict[MergedFormat, tuple[MergedDtype, ...]] = {
-    "hf": ("bfloat16", "float16", "float32"),
-    "gguf": ("float16", "bfloat16", "float32", "q8_0", "q4_0"),
-}
-
 
 def save_peft(
     model: nnx.Module,
@@ -36,6 +28,7 @@ def save_peft(
     *,
     format: AdapterFormat = "peft",
     with_base: bool = False,
+    base_dtype: Dtype | None = None,
     progress: bool = False,
 ) -> ExportResult:
     """Writes the model's adapter for the peft library, or for llama.cpp.
@@ -46,15 +39,19 @@ def save_peft(
       format: "peft", or "gguf-lora" for llama.cpp.
       with_base: also write the dequantized base, read again from its files. peft cannot load GGUF files, so an adapter
         for a base from a GGUF file needs it.
+      base_dtype: dtype of that base; None: the dtype in which training computed. "gguf-lora" also takes "q8_0" and
+        "q4_0".
       progress: show a progress bar while the base is read.
 
     Returns:
       The path, and notes on what the other library requires; `str(result)` is what the command prints.
 
     Raises:
-      ValueError: the model has no adapter, the folder exists, or the format cannot hold the adapter.
+      ValueError: the model has no adapter, the folder exists, or the format cannot hold the adapter or dtype.
     """
-    return write_adapter(as_opened(model), Path(folder), format=format, with_base=with_base, progress=progress)
+    return write_adapter(
+        as_opened(model), Path(folder), format=format, with_base=with_base, base_dtype=base_dtype, progress=progress
+    )
 
 
 def merge(
@@ -62,7 +59,7 @@ def merge(
     folder: str | Path,
     *,
     format: MergedFormat = "hf",
-    dtype: MergedDtype | None = None,
+    dtype: Dtype | None = None,
     base: str | None = None,
     progress: bool = False,
 ) -> ExportResult:
@@ -135,12 +132,21 @@ def as_opened(model: nnx.Module) -> OpenedModel:
 
 
 def write_adapter(
-    opened: OpenedModel, folder: Path, *, format: AdapterFormat, with_base: bool, progress: bool = False
+    opened: OpenedModel,
+    folder: Path,
+    *,
+    format: AdapterFormat,
+    with_base: bool,
+    base_dtype: Dtype | None = None,
+    progress: bool = False,
 ) -> ExportResult:
     """Writes the adapter of a run or of a model in memory; see `save_peft`."""
+    _check_dtypes(format, base_dtype=base_dtype)
+    if base_dtype is not None and not with_base:
+        raise ValueError("base_dtype: requires --with_base, which writes a base next to the adapter. Add it")
     export = export_peft if format == "peft" else export_gguf_lora
     with loading_bar(progress) as report:
-        return export(opened, folder, with_base=with_base, progress=report)
+        return export(opened, folder, with_base=with_base, base_dtype=base_dtype, progress=report)
 
 
 def write_merged(
@@ -148,13 +154,19 @@ def write_merged(
     folder: Path,
     *,
     format: MergedFormat,
-    dtype: MergedDtype | None = None,
+    dtype: Dtype | None = None,
     base: str | None = None,
     progress: bool = False,
 ) -> ExportResult:
     """Writes the merged model of a run or of a model in memory; see `merge`."""
-    if dtype not in (None, *DTYPES[format]):
-        raise ValueError(f"dtype: found {dtype} with format {format}, expected one of {', '.join(DTYPES[format])}")
-    dtype = dtype or DTYPES[format][0]
+    _check_dtypes(format, dtype=dtype)
+    dtype = dtype or MERGED_DTYPES[format][0]
     with loading_bar(progress) as report:
         return export_merged(opened, folder, format, dtype=dtype, base=base, progress=report)
+
+
+def _check_dtypes(
+    format: AdapterFormat | MergedFormat, *, dtype: Dtype | None = None, base_dtype: Dtype | None = None
+) -> None:
+    if problems := dtype_problems(format, dtype, base_dtype):
+        raise ValueError("; ".join(problems))

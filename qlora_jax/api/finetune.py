@@ -9,11 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from qlora_jax.api.data import Data, rows_files, write_data
-from qlora_jax.api.export import MergedDtype, MergedFormat, merge, save_peft
+from qlora_jax.api.export import merge, save_peft
 from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.io.export.dtypes import Dtype, MergedFormat
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
@@ -52,7 +53,7 @@ class FinetuneRun:
         folder: str | Path,
         *,
         format: MergedFormat = "hf",
-        dtype: MergedDtype | None = None,
+        dtype: Dtype | None = None,
         base: str | None = None,
         progress: bool = False,
     ) -> ExportResult:

@@ -10,10 +10,12 @@ import textwrap
 import types
 import typing
 from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
 
+from qlora_jax.atomic_files import write_error
 from qlora_jax.config.parse import UNIONS, ConfigError, Hint, from_dict, is_required, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
@@ -268,6 +270,32 @@ def _message(error: ValueError | OSError) -> str:
     return str(error)
 
 
+def _run(main: Callable[[list[str]], None], argv: Sequence[str]) -> None:
+    """Runs `main` and flushes standard output, which may be a file on a full disk."""
+    try:
+        main([*argv])
+    except OSError as error:
+        if error.filename is None:
+            _end_output("\n")  # fails with the name of standard output, if that is where the error comes from
+        raise
+    _end_output()
+
+
+def _end_output(last: str = "") -> None:
+    try:
+        print(end=last, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        _drop_output()
+        raise write_error(error, Path("standard output")) from error
+
+
+def _drop_output() -> None:
+    """Redirects standard output to nowhere, so that later flushes do not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs `main(arguments)` and turns its errors into exit codes.
 
@@ -278,11 +306,11 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
       argv: the arguments; None for those of the process.
     """
     try:
-        main([*(sys.argv[1:] if argv is None else argv)])
+        _run(main, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # `... | head` has read enough; later flushes must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # `... | head` has read enough
+        _drop_output()
         sys.exit(141)
     except (ValueError, OSError) as error:
         if os.environ.get("QLORA_JAX_TRACEBACK") == "1":

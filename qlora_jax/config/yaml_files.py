@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from qlora_jax.atomic_files import write_text
 from qlora_jax.config.parse import ConfigError, from_dict, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
@@ -93,9 +94,7 @@ def config_text(config: Config) -> str:
 
 def write_config(config: Config, path: str | os.PathLike) -> None:
     """Writes all settings, including defaults, so that read_config(path) == config."""
-    part = Path(f"{os.fspath(path)}.part")
-    part.write_text(config_text(config), encoding="utf-8")
-    part.replace(path)
+    write_text(Path(path), config_text(config))
 
 
 def _value(config: Config, key: str) -> object:

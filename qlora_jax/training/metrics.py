@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qlora_jax.atomic_files import append_lines, write_text
+
 Record = dict[str, Any]  # JSON values; docs/training.md lists the keys
 
 
@@ -43,21 +45,23 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
 def truncate_after(path: str | os.PathLike, step: int) -> None:
     """Drops the records after `step`, which a run resumed from `step` writes again."""
     kept = [_line(record) for record in _records(Path(path)) if record["step"] <= step]
-    part = Path(f"{os.fspath(path)}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    write_text(Path(path), "".join(kept))
 
 
 class MetricsFile:
-    """Appends records to a file and flushes each one before `write` returns."""
+    """Appends records to a file; each is in it when `write` returns, and on the disk when the block ends."""
 
     def __init__(self, path: str | os.PathLike, first_step: int):
         """Opens `path` for a run that has done `first_step` steps, and drops later records.
 
         With `first_step` 0 all records are dropped, because the evaluation of step 0 runs again.
+
+        Raises:
+          OSError: the file is a link, or cannot be written; names it.
         """
         path = Path(path)
-        if path.exists():
+        if os.path.lexists(path):
+            append_lines(path).close()
             truncate_after(path, first_step if first_step > 0 else -1)
         self._path, self._file = path, None
 
@@ -66,13 +70,13 @@ class MetricsFile:
 
         Raises:
           ValueError: the record lacks `step`.
+          OSError: the file cannot be written; names it and the number of bytes.
         """
         if "step" not in record:
             raise ValueError(f"record: `step` is missing (found {sorted(record)}).")
         if self._file is None:
-            self._file = self._path.open("a", encoding="utf-8")
+            self._file = append_lines(self._path)
         self._file.write(_line(record))
-        self._file.flush()
 
     def __enter__(self) -> "MetricsFile":
         return self

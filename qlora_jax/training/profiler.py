@@ -7,10 +7,13 @@ from pathlib import Path
 
 import jax
 
+from qlora_jax.atomic_files import staged_file
+
 WARM_UP_STEPS = 2  # not traced: they compile
 # The profiler ends its list of events with an empty event, which Perfetto reports as an error.
 END, BETTER_END = b",{}]}", b"]}"
 BLOCK = 1 << 20
+TRACE_FILE = "perfetto_trace.json.gz"
 
 
 @contextlib.contextmanager
@@ -47,7 +50,11 @@ def _stop(folder: Path) -> None:
     jax.profiler.stop_trace()
     newest = max((folder / "plugins/profile").iterdir(), key=lambda path: path.stat().st_mtime_ns)
     (events,) = newest.glob("*.trace.json.gz")
-    with gzip.open(events, "rb") as old, gzip.open(newest / "perfetto_trace.json.gz", "wb", compresslevel=4) as new:
+    with (
+        gzip.open(events, "rb") as old,
+        staged_file(newest / TRACE_FILE) as file,
+        gzip.GzipFile(TRACE_FILE, "wb", compresslevel=4, fileobj=file) as new,
+    ):
         block = b""
         while read := old.read(BLOCK):
             block += read

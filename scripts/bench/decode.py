@@ -14,9 +14,9 @@ one counted reply after one that does not count. All figures are medians:
   same        leading tokens that equal ours; llama.cpp has other weights, so it may differ early
 
 The fastest configuration of transformers counts. `compiled` is a static cache and torch.compile, which on a CPU needs a
-private switch of transformers. Opponents run in the oracle environment (scripts/setup_oracle.sh); llama.cpp also needs
-opponents/requirements-llama.txt there, and its row says so if it is missing. --quick is a smoke test with short
-replies, one block and kept caches; its figures are meaningless.
+private switch of transformers. transformers runs in the oracle environment (scripts/setup_oracle.sh), llama.cpp in one
+that is built for this processor (scripts/setup_llama_cpp.sh native); a row says so if its environment is missing.
+--quick is a smoke test with short replies, one block and kept caches; its figures are meaningless.
 """
 
 import argparse
@@ -26,7 +26,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from scripts.bench.support.environment import OPPONENTS, ORACLE, OURS, compilation_caches
+from scripts.bench.support.environment import LLAMA_CPP, OPPONENTS, ORACLE, OURS, compilation_caches
 from scripts.bench.support.interleave import Record, Turns, WorkerGroup, median_ratio
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -44,7 +44,7 @@ def commands_of(model: Path, new_tokens: int) -> dict[str, list[str]]:
     torch = [ORACLE, str(OPPONENTS / "torch_decode.py"), *arguments]
     theirs = {f"{TRANSFORMERS} {d}, {c}": [*torch, "--dtype", d, "--cache", c] for d, c in CONFIGURATIONS}
     ours = [sys.executable, "-m", "scripts.bench.workers.reply", *arguments]
-    return {OURS: ours, **theirs, "llama.cpp": [ORACLE, str(OPPONENTS / "llama_cpp_decode.py"), *arguments]}
+    return {OURS: ours, **theirs, "llama.cpp": [LLAMA_CPP, str(OPPONENTS / "llama_cpp_decode.py"), *arguments]}
 
 
 def prompt_ids(model: Path) -> list[int]:

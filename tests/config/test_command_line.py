@@ -211,6 +211,17 @@ def test_a_closed_pipe_is_not_an_error():
     assert run.returncode == 141
 
 
+@pytest.mark.parametrize("statement", ["print('a line')", "print('a line', flush=True)"])
+def test_a_full_disk_behind_standard_output_is_an_error(statement):
+    """/dev/full is a device to which no byte can be written."""
+    code = f"from qlora_jax.config import run_main\ndef main(argv):\n    {statement}\nrun_main(main, [])"
+    with open("/dev/full", "w") as full:
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert run.returncode == 2
+    assert run.stderr.startswith("error: standard output: cannot be written: No space left on device. Free space")
+    assert run.stderr.count("\n") == 1
+
+
 def test_other_errors_show_a_traceback(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x"])
     with pytest.raises(AssertionError):

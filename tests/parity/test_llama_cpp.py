@@ -11,7 +11,8 @@ from qlora_jax import quantize
 from qlora_jax.config import LoraArgs
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
-from qlora_jax.export import DTYPES, main
+from qlora_jax.export import main
+from qlora_jax.io.export.dtypes import MERGED_DTYPES
 from qlora_jax.io.export.gguf_metadata import export_spec
 from qlora_jax.io.export.verify import PROMPTS
 from qlora_jax.io.gguf.writer import write_gguf
@@ -35,6 +36,7 @@ DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers
 METHODS = {"qwen2": LoraArgs(method="dora", rank=4, alpha=8.0), "qwen3": LoraArgs(method="ia3")}  # else LoRA
 WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
 NEW_TOKENS = 24
+IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")
 WITH_LORA = {"llama": "patterns", "qwen3": "rslora", "gptneox": "all", "phi2": "all", "phi3, longrope": "all"}
 WITH_LORA |= {"gemma2": "rslora", "smollm3": "all"}
 
@@ -102,7 +104,7 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
     """The file's model, read here and by llama.cpp, which rounds activations to the type of the matrices."""
     run, _ = _run(tmp_path, "llama")
     ours, cases = {}, {}
-    for dtype in DTYPES["gguf"]:
+    for dtype in MERGED_DTYPES["gguf"]:
         output = tmp_path / dtype
         main(["--run", str(run), "--format", "gguf", "--dtype", dtype, "--output", str(output)])
         path = output / f"model-{dtype}.gguf"
@@ -117,7 +119,7 @@ def test_every_dtype(tmp_path: Path, llama_cpp) -> None:
 
 @pytest.mark.slow
 def test_loras(tmp_path: Path, llama_cpp) -> None:
-    """Base and LoRA as two files, in f32."""
+    """Base and LoRA as two files, in f32, and with the base in q8_0."""
     ours, cases = {}, {}
     for name, lora in WITH_LORA.items():
         run, model = _run(tmp_path, name, LORAS[lora])
@@ -126,10 +128,19 @@ def test_loras(tmp_path: Path, llama_cpp) -> None:
         files = {"model": run / "gguf-lora/base-float32.gguf", "lora": run / "gguf-lora/adapter.gguf"}
         cases[name] = _case(**files, rows=TOKENS.tolist())
         cases[f"{name}, alone"] = _case(files["model"], rows=TOKENS.tolist())
+    rounded = tmp_path / "q8_0"
+    main(["--run", str(tmp_path / "llama"), "--format", "gguf-lora", "--output", str(rounded), *IN_Q8_0])
+    files = {"model": rounded / "base-q8_0.gguf", "lora": rounded / "adapter.gguf"}
+    cases["llama, q8_0"] = _case(**files, rows=TOKENS.tolist())
+    cases["llama, q8_0, alone"] = _case(files["model"], rows=TOKENS.tolist())
     found = llama_cpp(SCRIPT, cases=cases, new_tokens=0)
     for name, logits in ours.items():
         off, added = (np.abs(found[f"{name}{end}/logits"] - logits).max() for end in ("", ", alone"))
         assert off < 1e-2 * added, (name, off, added)
+    for end in ("", ", alone"):
+        exact = found[f"llama{end}/logits"]
+        off = np.abs(found[f"llama, q8_0{end}/logits"] - exact).max() / np.abs(exact).max()
+        assert 0 < off < WITHIN["q8_0"], (end, off)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from qlora_jax.config import Config, DataArgs, ModelArgs, write_config
 from qlora_jax.training.metrics import MetricsFile, read_metrics
 
 
@@ -67,3 +68,28 @@ def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
 def test_a_record_needs_its_step(tmp_path):
     with MetricsFile(tmp_path / "m.jsonl", 0) as metrics, pytest.raises(ValueError, match="`step` is missing"):
         metrics.write({"loss": 1.0})
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_is_refused(tmp_path, exists):
+    """A run folder from elsewhere may contain links to the user's own files."""
+    precious = tmp_path / "precious"
+    if exists:
+        precious.write_text('{"step": 1}\n')
+    (tmp_path / "metrics.jsonl").symlink_to(precious)
+    with pytest.raises(OSError, match=r"found a symbolic link to .*precious") as caught:
+        MetricsFile(tmp_path / "metrics.jsonl", 1)
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
+    assert precious.exists() == exists and (not exists or precious.read_text() == '{"step": 1}\n')
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.yaml.part", "metrics.jsonl.part"])
+def test_no_file_of_a_run_is_written_through_a_link(tmp_path, name):
+    """The names of temporary files were guessable once: metrics.jsonl.part."""
+    (tmp_path / "precious").write_text("precious")
+    write_steps(tmp_path / "metrics.jsonl", [1], 0)
+    (tmp_path / name).symlink_to("precious")
+    write_config(Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o"), tmp_path / "config.yaml")
+    write_steps(tmp_path / "metrics.jsonl", [2], 1)
+    assert (tmp_path / "precious").read_text() == "precious"
+    assert [record["step"] for record in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2]

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.io.atomic import staged_folder
+from qlora_jax.atomic_files import staged_folder
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
 from qlora_jax.io.export.original_delta import adapter_for_export
@@ -23,6 +23,7 @@ from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.peft.writer import AdapterArrays, effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
+from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import layer_name, slots_of
 
 FILE = "adapter.gguf"
@@ -34,6 +35,7 @@ def export_gguf_lora(
     output: Path,
     *,
     with_base: bool = False,
+    base_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes a run's adapter to the new folder `output` as a GGUF file for llama.cpp; prints nothing.
@@ -41,6 +43,7 @@ def export_gguf_lora(
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
       with_base: also write the dequantized base that the adapter was trained on, as a GGUF file next to it.
+      base_dtype: dtype of that base, of BASE_DTYPES; None: the dtype in which training computed.
       progress: called while that base loads, as by `load_model`.
 
     Raises:
@@ -56,14 +59,13 @@ def export_gguf_lora(
     base = export_spec(opened) if with_base else None
     scaled = shared_alpha(effective_alphas(named, trained.args))
     spec = lora_spec(spec_without_tokenizer(opened), named, scaled.alpha)
+    notes = [*trained.notes]
     with staged_folder(output) as folder:
         write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(named, scaled.factors), "float32")
         if base:
-            _write_base(folder, base.spec, opened, progress)
-    lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *trained.notes]
-    if base:
-        lines += base.notes
-    else:
+            notes += base.notes + _write_base(folder, base.spec, opened, base_dtype, progress)
+    lines = [f"LoRA of {run.label} for llama.cpp: {output / FILE}", _alpha_line(scaled), *notes]
+    if base is None:
         lines.append("llama.cpp applies it to a GGUF file of the base; --with_base writes the one it was trained on")
     return ExportResult(path=output / FILE, lines=tuple(lines))
 
@@ -118,13 +120,17 @@ def lora_tensors(lora: AdapterArrays, factors: Mapping[str, float]) -> Iterator[
             yield np.asarray(b_RN, np.float32).T * np.float32(factors[name])
 
 
-def _write_base(folder: Path, spec: GgufSpec, opened: OpenedModel, progress: Progress | None) -> None:
-    """Writes the base that training saw: quantized and dequantized again."""
+def _write_base(
+    folder: Path, spec: GgufSpec, opened: OpenedModel, dtype: str | None, progress: Progress | None
+) -> list[str]:
+    """Writes the base that training saw: quantized and dequantized again; returns notes about its rounding."""
     model = load_base(opened, opened.args, progress)
     slots, computed = slots_of(model), model.model.embed_tokens.weight[...].dtype
+    dtype = dtype or computed.name
     names = [name for slot in slots for name in slot.names]
     values = (np.asarray(tensor) for tensor in dense_tensors(slots, computed, {}))
-    write_gguf(folder / f"base-{computed.name}.gguf", spec, names, values, computed.name)
+    write_gguf(folder / f"base-{dtype}.gguf", spec, names, values, dtype)
+    return rounding_note(dtype, computed.name)
 
 
 def _alpha_line(scaled: SharedAlpha) -> str:

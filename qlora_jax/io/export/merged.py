@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
-from qlora_jax.io.atomic import staged_folder
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.original_base import check_original, open_original

@@ -3,7 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from qlora_jax.io.atomic import staged_folder
+import jax.numpy as jnp
+
+from qlora_jax.atomic_files import staged_folder
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
@@ -15,6 +17,7 @@ from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
+from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
@@ -27,6 +30,7 @@ def export_peft(
     output: Path,
     *,
     with_base: bool = False,
+    base_dtype: str | None = None,
     progress: Progress | None = None,
 ) -> ExportResult:
     """Writes a run's adapter to the new folder `output` in PEFT's format; prints nothing.
@@ -34,6 +38,7 @@ def export_peft(
     Args:
       opened: a run or an adapter, with its base; see `open_finetuned`.
       with_base: also write the dequantized base that the adapter was trained on, to output/base.
+      base_dtype: dtype of that base, of BASE_DTYPES; None: the dtype in which training computed.
       progress: called while that base loads, as by `load_model`.
 
     Raises:
@@ -55,14 +60,15 @@ def export_peft(
     config |= table_config(tables, run.new_ids, opened.features)
     total_rows = opened.full_features.vocab_size
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
+    notes = [*trained.notes, *notes_for_readers(config)]
     with staged_folder(output) as folder:
         tensors = adapter_tensors(lora, on_inputs) | table_tensors(tables, opened.features)
         write_adapter(folder, tensors, config, resized_rows)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:
-            _write_base(folder / BASE_FOLDER, opened, progress)
-    lines = _lines(output, run, base, resized_rows, [*trained.notes, *notes_for_readers(config)])
+            notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
+    lines = _lines(output, run, base, resized_rows, notes)
     return ExportResult(path=output, lines=lines)
 
 
@@ -74,15 +80,20 @@ def _base_of(source: ModelSource) -> tuple[str, str | None]:
     return str(dataclasses.replace(on_hub, revision=None)), on_hub.revision
 
 
-def _write_base(folder: Path, opened: OpenedModel, progress: Progress | None) -> None:
-    """Writes the base that training saw: quantized and dequantized again, new tokens with the mean row."""
+def _write_base(folder: Path, opened: OpenedModel, dtype: str | None, progress: Progress | None) -> list[str]:
+    """Writes the base that training saw: quantized and dequantized again, new tokens with the mean row.
+
+    Returns notes about its rounding.
+    """
     model = load_base(opened, opened.args, progress)
     folder.mkdir()
-    dtype, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
-    add_token_rows(model, opened.tokenizer.new_ids, dtype)
+    computed, slots = model.model.embed_tokens.weight[...].dtype, slots_of(model)
+    stored = jnp.dtype(dtype or computed)
+    add_token_rows(model, opened.tokenizer.new_ids, computed)
     slots, config = with_tables(slots, opened.source.config, merged_tables(model, ()))
-    write_dense_folder(folder, slots, config, compute_dtype=dtype, dtype=dtype, adapters={})
+    write_dense_folder(folder, slots, config, compute_dtype=computed, dtype=stored, adapters={})
     write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
+    return rounding_note(stored.name, computed.name)
 
 
 def _lines(output: Path, run: Run, base: str, resized_rows: int | None, notes: list[str]) -> tuple[str, ...]:

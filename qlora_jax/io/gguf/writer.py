@@ -1,19 +1,32 @@
 """Writes a GGUF file in the form of llama.cpp's converter: metadata, then tensors one at a time."""
 
+import io
+import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 from gguf import GGUFReader, GGUFWriter
-from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, LlamaFileType
+from gguf.constants import (
+    GGML_QUANT_SIZES,
+    GGUF_DEFAULT_ALIGNMENT,
+    GGMLQuantizationType,
+    GGUFValueType,
+    LlamaFileType,
+)
+from gguf.gguf_writer import WriterState
 from gguf.quants import quantize
 
+from qlora_jax.atomic_files import staged_file
 from qlora_jax.io.gguf.architectures import Architecture
 from qlora_jax.io.gguf.config_reader import architecture_of
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.reader import TABLES, RowTransform, hugging_face_name, transform_of
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.model_source import JsonObject, map_bytes
+from qlora_jax.io.read_back import StoredTensor, check_read_back
+from qlora_jax.io.rounding import check_range
 
 F32, F16 = GGMLQuantizationType.F32, GGMLQuantizationType.F16
 TYPES = {
@@ -92,8 +105,27 @@ def output_tensor(path: Path, info: TensorInfo, architecture: Architecture, conf
     return OutputTensor(info.name, info.shape, transform_of(path, info, architecture, config))
 
 
+class _Row(NamedTuple):
+    """One row of the tensor table."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: GGMLQuantizationType
+
+    @property
+    def shape_in_bytes(self) -> tuple[int, ...]:
+        """The shape of the stored tensor as uint8."""
+        block, nbytes = GGML_QUANT_SIZES[self.kind]
+        return (*self.shape[:-1], self.shape[-1] // block * nbytes)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file, without padding."""
+        return math.prod(self.shape_in_bytes)
+
+
 def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterable[np.ndarray], dtype: str) -> None:
-    """Writes a file, with one tensor in memory at a time.
+    """Writes a file, with one tensor in memory at a time, and reads it back.
 
     As in llama.cpp, matrices are stored in `dtype`, or in float16 if their rows cannot be divided into its blocks;
     vectors are stored in float32.
@@ -103,27 +135,31 @@ def write_gguf(path: Path, spec: GgufSpec, names: Sequence[str], values: Iterabl
       names: Hugging Face's names of `values`, in order.
       values: the tensors.
       dtype: a key of TYPES.
+
+    Raises:
+      OSError: the file cannot be written, or differs on the disk; names it.
     """
     wanted, file_type = TYPES[dtype]
     tensors = [spec.tensors[name] for name in names]
-    kinds = [_kind(tensor.shape, wanted) for tensor in tensors]
-    writer = GGUFWriter(path, spec.architecture)
-    for key in spec.keys:
-        writer.add_key_value(*key)
-    writer.add_file_type(file_type)
-    for tensor, kind in zip(tensors, kinds, strict=True):
-        _add_tensor_info(writer, tensor.name, tensor.shape, kind)
-    for name, table in spec.tables.items():
-        _add_tensor_info(writer, name, table.shape, F32)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
-    for tensor, kind, value in zip(tensors, kinds, values, strict=True):
-        stored = np.ascontiguousarray(tensor.transform.inverse(value.reshape(tensor.shape)))
-        writer.write_tensor_data(quantize(stored, kind))
-    for table in spec.tables.values():
-        writer.write_tensor_data(np.asarray(table, np.float32))
-    writer.close()
+    weights = [_Row(tensor.name, tensor.shape, _kind(tensor.shape, wanted)) for tensor in tensors]
+    rows = [*weights, *(_Row(name, table.shape, F32) for name, table in spec.tables.items())]
+    stored = itertools.chain(
+        (_stored(*each) for each in zip(tensors, weights, values, strict=True)),
+        (np.asarray(table, np.float32) for table in spec.tables.values()),
+    )
+    header, written = _header(spec, file_type, rows), dict[str, StoredTensor]()
+    with staged_file(
+        path,
+        len(header) + sum(row.nbytes + _padding(row.nbytes) for row in rows),
+        check=lambda stage: check_read_back(stage, header, written, _read_back),
+    ) as file:
+        file.write(header)
+        for row, tensor in zip(rows, stored, strict=True):
+            assert tensor.nbytes == row.nbytes, row
+            # Not by GGUFWriter, whose `tofile` reports no error if the disk is full.
+            file.write(tensor.reshape(-1).view(np.uint8).data)
+            file.write(bytes(_padding(row.nbytes)))
+            written[row.name] = StoredTensor.of(row.kind.name, row.shape, tensor)
 
 
 def typed_keys(values: Mapping[str, object]) -> list[Key]:
@@ -155,7 +191,38 @@ def _kind(shape: tuple[int, ...], wanted: GGMLQuantizationType) -> GGMLQuantizat
     return F16 if shape[-1] % GGML_QUANT_SIZES[wanted][0] else wanted
 
 
-def _add_tensor_info(writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType) -> None:
-    block, nbytes = GGML_QUANT_SIZES[kind]
-    in_bytes = (*shape[:-1], shape[-1] // block * nbytes)
-    writer.add_tensor_info(name, in_bytes, np.dtype(np.uint8), int(np.prod(in_bytes)), raw_dtype=kind)
+def _stored(tensor: OutputTensor, row: _Row, value: np.ndarray) -> np.ndarray:
+    """Returns a tensor in the order and type of the file."""
+    ordered = np.ascontiguousarray(tensor.transform.inverse(value.reshape(tensor.shape)))
+    with np.errstate(over="ignore"):  # the check names the tensor
+        stored = np.ascontiguousarray(quantize(ordered, row.kind))
+    check_range(row.name, ordered, stored)
+    return stored
+
+
+def _header(spec: GgufSpec, file_type: LlamaFileType, rows: Sequence[_Row]) -> bytes:
+    """Returns the bytes before the first tensor."""
+    out = io.BytesIO()
+    writer = GGUFWriter(None, spec.architecture)
+    for key in spec.keys:
+        writer.add_key_value(*key)
+    writer.add_file_type(file_type)
+    for row in rows:
+        writer.add_tensor_info(row.name, row.shape_in_bytes, np.dtype(np.uint8), row.nbytes, raw_dtype=row.kind)
+    writer.fout, writer.state = [cast(io.BufferedWriter, out)], WriterState.EMPTY
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    return out.getvalue() + bytes(_padding(out.tell()))
+
+
+def _padding(nbytes: int) -> int:
+    return -nbytes % GGUF_DEFAULT_ALIGNMENT
+
+
+def _read_back(path: Path) -> dict[str, StoredTensor]:
+    """Reads the tensors of a file."""
+    return {
+        info.name: StoredTensor.of(info.type.name, info.shape, map_bytes(path, info.offset, info.nbytes))
+        for info in parse_header(path).tensors
+    }

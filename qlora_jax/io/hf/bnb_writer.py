@@ -16,6 +16,7 @@ from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
 from qlora_jax.io.loader import Progress, check_stored_quantization, read_quantized, with_dense_layers
 from qlora_jax.io.model_source import JsonObject, ModelSource, prefetch
+from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Slot, check_tensors, layer_name, slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -73,7 +74,7 @@ def _values(
         if spec := slot.quantization_of(index):
             yield from _parts(read_quantized(source, entry, spec), weights.dtype)
         else:
-            yield entry.read().astype(DTYPES[weights.dtype], copy=False)
+            yield rounded(entry.name, entry.read(), DTYPES[weights.dtype])
         done += entry.nbytes
         progress(done, total, entry.name)
 

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.atomic_files import write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.hf.reader import INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
 from qlora_jax.io.model_source import JsonObject, TensorEntry
+from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Leaf, Slot
 from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed_stack import MixedStack
@@ -51,7 +53,8 @@ def write_dense_folder(
       original: tensors that replace the dequantized ones, by Hugging Face's name.
     """
     specs = [TensorSpec(name, dtype, slot.shape) for slot in slots for name in slot.names]
-    values = (np.asarray(tensor, dtype) for tensor in dense_tensors(slots, compute_dtype, adapters, original))
+    dense = dense_tensors(slots, compute_dtype, adapters, original)
+    values = (rounded(tensor.name, np.asarray(each), dtype) for tensor, each in zip(specs, dense, strict=True))
     shards = split_into_shards(specs)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -85,11 +88,11 @@ def write_config(folder: Path, config: JsonObject, changes: JsonObject) -> None:
 def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None:
     """Writes the tokenizer's files and generation_config.json; `stop` are the ids that end a reply."""
     _write_json(folder / "generation_config.json", {"eos_token_id": stop, "bos_token_id": tokenizer.bos_id})
-    (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
+    write_text(folder / "tokenizer.json", tokenizer.to_json())
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.add_bos_token}
     _write_json(folder / "tokenizer_config.json", named | dict(tokenizer.special_tokens))
     if tokenizer.chat_template is not None:
-        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
+        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
 
 
 def _merge_of(adapter: Mergeable | None, leaf: str) -> Merge:
@@ -119,4 +122,4 @@ def _layer(stack: QTensor | jax.Array, layer: jax.Array | np.int32) -> QTensor |
 
 
 def _write_json(path: Path, value: JsonObject) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(value, indent=2) + "\n")

@@ -8,8 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from qlora_jax.io.hf.reader import DTYPES
-from qlora_jax.io.model_source import JsonObject
+from qlora_jax.atomic_files import staged_file
+from qlora_jax.io.hf.reader import DTYPES, HEADER_LENGTH_BYTES, read_header
+from qlora_jax.io.model_source import JsonObject, map_bytes
+from qlora_jax.io.read_back import StoredTensor, check_read_back
 
 FILE_TYPES = {dtype: file_type for file_type, dtype in DTYPES.items()}
 
@@ -49,21 +51,44 @@ def shard_index(shards: Mapping[str, Sequence[TensorSpec]]) -> JsonObject:
 
 
 def write_safetensors(path: Path, specs: Sequence[TensorSpec], values: Iterable[np.ndarray]) -> None:
-    """Writes one file.
+    """Writes one file, and reads it back.
 
     Args:
       specs: its tensors.
       values: yields their arrays in the same order; one is in memory at a time.
+
+    Raises:
+      OSError: the file cannot be written, or differs on the disk; names it.
     """
-    header: JsonObject = {"__metadata__": {"format": "pt"}}
+    header, written = _header(specs), dict[str, StoredTensor]()
+    with staged_file(
+        path,
+        len(header) + sum(tensor.nbytes for tensor in specs),
+        check=lambda stage: check_read_back(stage, header, written, _stored),
+    ) as file:
+        file.write(header)
+        for tensor, value in zip(specs, values, strict=True):
+            assert (value.dtype, value.size) == (tensor.dtype, math.prod(tensor.shape)), tensor
+            stored = np.ascontiguousarray(value)
+            file.write(stored.reshape(-1).view(np.uint8).data)
+            written[tensor.name] = StoredTensor.of(FILE_TYPES[tensor.dtype], tensor.shape, stored)
+
+
+def _header(specs: Sequence[TensorSpec]) -> bytes:
+    """Returns the bytes before the first tensor; their number is a multiple of 8."""
+    entries: JsonObject = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in specs:
         offsets = (end, end := end + tensor.nbytes)
-        header[tensor.name] = {"dtype": FILE_TYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the data starts at a multiple of 8 bytes
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor, value in zip(specs, values, strict=True):
-            assert (value.dtype, value.size) == (tensor.dtype, math.prod(tensor.shape)), tensor
-            file.write(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+        entries[tensor.name] = {"dtype": FILE_TYPES[tensor.dtype], "shape": tensor.shape, "data_offsets": offsets}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(HEADER_LENGTH_BYTES, "little") + text
+
+
+def _stored(path: Path) -> dict[str, StoredTensor]:
+    """Reads the tensors of a file."""
+    return {
+        entry.name: StoredTensor.of(entry.file_type, entry.shape, map_bytes(*entry.byte_ranges[0]))
+        for entry in read_header(path)
+    }

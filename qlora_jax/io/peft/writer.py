@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from safetensors.numpy import save
 
+from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.tensor_map import layer_name
@@ -138,9 +139,9 @@ def write_adapter(folder: Path, tensors: dict[str, np.ndarray], config: JsonObje
     Args:
       rows: the length to which the base's embedding must be resized before PEFT loads the adapter, if any.
     """
-    (folder / "adapter_model.safetensors").write_bytes(save(tensors, metadata={"format": "pt"}))
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_readme(config, rows), encoding="utf-8")
+    write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
+    write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
+    write_text(folder / "README.md", _readme(config, rows))
 
 
 README = """\

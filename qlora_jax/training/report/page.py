@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jinja2
 from markupsafe import Markup
 
+from qlora_jax.atomic_files import write_text
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
@@ -40,9 +41,7 @@ def write_report(report: RunReport, run: Path) -> Path:
     run.mkdir(parents=True, exist_ok=True)
     texts = {FACTS_FILE: json.dumps(report_json(report), indent=2) + "\n", PAGE_FILE: page(report)}
     for name, text in texts.items():
-        part = run / f"{name}.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(run / name)
+        write_text(run / name, text)
     return run / PAGE_FILE
 
 

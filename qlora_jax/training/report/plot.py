@@ -1,12 +1,13 @@
 """Plots of a run's curves and of row lengths, as PNG, or as SVG with the colours of the page around it."""
 
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from qlora_jax.atomic_files import write_bytes
 from qlora_jax.training.eval_metrics import loss_interval
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.report.curves import Chart
@@ -42,16 +43,19 @@ def _curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_loss(records: Sequence[Record], path: str | os.PathLike, title: str) -> None:
-    """Draws `loss` (each step faint, its average bold) and `eval_loss` over `step`."""
+def plot_loss(records: Sequence[Record], path: Path, title: str) -> None:
+    """Draws `loss` (each step faint, its average bold) and `eval_loss` over `step`, as a PNG file."""
     # Imported here because matplotlib adds half a second to the start of every command.
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
     _draw_loss(axes, records)
-    axes.set(title=title, ylabel="loss, nats per supervised token")
-    figure.savefig(path)
+    axes.set_title(title, parse_math=False)  # a name may contain $
+    axes.set_ylabel("loss, nats per supervised token")
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
+    write_bytes(path, out.getvalue())
 
 
 def loss_svg(records: Sequence[Record], size: Size) -> str:
@@ -105,7 +109,9 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
 
 def _legend_above(axes: "Axes") -> None:
     """Places the legend above the plot, where no curve crosses it."""
-    axes.figure.legend(loc="outside upper center", frameon=False, ncols=4, handlelength=1.5, columnspacing=1)
+    legend = axes.figure.legend(loc="outside upper center", frameon=False, ncols=4, handlelength=1.5, columnspacing=1)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
 
 
 def _marker(steps: Sequence[int]) -> str | None:

@@ -1,7 +1,7 @@
 """The llama.cpp worker of bench/decode.py, through llama-cpp-python: one reply per line on standard input.
 
-    .oracle/bin/python -m pip install --requirement scripts/bench/opponents/requirements-llama.txt
-    .oracle/bin/python scripts/bench/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3 --new_tokens 128
+    bash scripts/setup_llama_cpp.sh native
+    .llama_cpp_native/bin/python scripts/bench/opponents/llama_cpp_decode.py --model FILE.gguf --prompt 1 2 3
 
 Greedy, batch 1, with the weights of the file. Prints one line of JSON per reply; times are seconds since the call.
 """

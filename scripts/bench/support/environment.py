@@ -11,6 +11,7 @@ from scripts.fetch_smollm2 import cache_dir
 ROOT = Path(__file__).resolve().parents[3]
 OPPONENTS = ROOT / "scripts/bench/opponents"
 ORACLE = os.environ.get("QLORA_ORACLE_PYTHON", str(ROOT / ".oracle/bin/python"))
+LLAMA_CPP = os.environ.get("QLORA_LLAMA_CPP_NATIVE_PYTHON", str(ROOT / ".llama_cpp_native/bin/python"))
 OURS = "ours"
 
 

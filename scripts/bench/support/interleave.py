@@ -38,7 +38,11 @@ class Worker:
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 - open as long as the process runs
         self._started = time.perf_counter()
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._stderr}
-        self._process = subprocess.Popen(command, text=True, env=os.environ | dict(environment or {}), **pipes)
+        try:
+            self._process = subprocess.Popen(command, text=True, env=os.environ | dict(environment or {}), **pipes)
+        except OSError:  # its environment is missing
+            self._stderr.close()
+            raise
         # If memory runs out, the kernel must end this process and no other.
         Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000")
 
@@ -113,7 +117,12 @@ class WorkerGroup:
         Args:
           counted: units of work per turn that count.
         """
-        self._workers[name], self._counted[name] = Worker(command, self._environment, self._timeout_s), counted
+        try:
+            worker = Worker(command, self._environment, self._timeout_s)
+        except OSError as error:
+            self.failures[name] = f"{error.filename}: {error.strerror}"
+            return None
+        self._workers[name], self._counted[name] = worker, counted
         records = self._turn(name, 1)
         return records[0] if records else None
 

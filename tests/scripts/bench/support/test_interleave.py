@@ -35,6 +35,14 @@ def test_one_that_fails_drops_out_and_says_why():
     assert group.failures["dying"] == "ended (status 1): no memory"
 
 
+def test_a_program_that_is_missing_is_a_failure_with_its_path():
+    with interleave.WorkerGroup() as group:
+        assert group.start("missing", ["/nowhere/bin/python"]) is None
+        group.start("good", python(COUNTS))
+        assert list(group.run(1)) == ["good"]
+    assert group.failures == {"missing": "/nowhere/bin/python: No such file or directory"}
+
+
 def test_ratios_are_of_neighbouring_blocks():
     turns = [[{"seconds": 1}, {"seconds": 2}, {"seconds": 9}], [{"seconds": 4}, {"seconds": 6}]]
     assert interleave.block_medians(turns, "seconds") == [2, 5]
