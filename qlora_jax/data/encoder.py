@@ -16,13 +16,17 @@ from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
-from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.loss_mask.spans import Segment, SegmentSearch
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
+from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Rows per chunk. The encodings of a whole data set would take about 100 bytes per token; in smaller chunks the
 # tokenizer's threads wait for Python's lock more often.
 CHUNK = 2048
+
+
+SegmentAll = Callable[[Sequence[Columns]], list[list[Segment] | ValueError]]
 
 
 class ChunkEncodings(NamedTuple):
@@ -72,7 +76,7 @@ class ChunkTexts(NamedTuple):
 class Encoder:
     """Makes ids and masks of rows of one format, in three steps: segment_rows, encode_texts, mask_rows.
 
-    The second step takes most of the time.
+    The second step takes most of the time. `segment_all` returns the segments of each row, or its error.
 
     With a chat template, a row is a conversation, and the template writes bos if it wants one. Without a template, a
     row is plain text. It begins with one bos if the tokenizer asks for it, and ends with a supervised eos.
@@ -84,7 +88,7 @@ class Encoder:
     tokenizer: Tokenizer
     learn: Learn
     chat: bool
-    segment: Callable[[Columns], list[Segment]]
+    segment_all: SegmentAll
 
     @property
     def _encodes_separately(self) -> bool:
@@ -94,9 +98,10 @@ class Encoder:
     def segment_rows(self, rows: Sequence[Row], problems: list[Problem]) -> ChunkTexts:
         """Returns the rows' segments. Rows without exact spans are skipped and added to `problems`."""
         chunk = ChunkTexts([], [], [])
-        for row in rows:
+        for row, segments in zip(rows, self.segment_all([row.data for row in rows]), strict=True):
             try:
-                segments = self.segment(row.data)
+                if isinstance(segments, ValueError):
+                    raise segments
                 text = _encodable("".join([piece.text for piece in segments]))
             except ValueError as error:
                 problems.append((row.place, str(error)))
@@ -161,8 +166,8 @@ def make_encoder(
       ValueError: the tokenizer lacks a chat template or an eos token that the format needs.
     """
     chat = row_format.messages is not None and tokenizer.chat_template is not None
-    segment = _conversations(row_format, tokenizer) if chat else _plain(row_format, tokenizer)
-    return Encoder(tokenizer=tokenizer, learn=learn, chat=chat, segment=_checked(segment, learn, one_answer))
+    segment_all = _conversations(row_format, tokenizer) if chat else _plain(row_format, tokenizer)
+    return Encoder(tokenizer=tokenizer, learn=learn, chat=chat, segment_all=_checked(segment_all, learn, one_answer))
 
 
 def prefetch_map[A, B](function: Callable[[A], B], items: Iterable[A]) -> Iterator[tuple[A, B]]:
@@ -195,14 +200,18 @@ def encode_rows(path: str, rows: Sequence[Row], row_format: RowFormat, tokenizer
     return encoded
 
 
-def _conversations(row_format: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
-    segments, messages = make_segmenter(tokenizer), row_format.messages
+def _conversations(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
+    segmenter, messages = make_segmenter(tokenizer), row_format.messages
     assert messages is not None
     has_tools = "tools" in row_format.optional
-    return lambda row: segments(messages(row), read_tools(row) if has_tools else None)
+
+    def search(row: Columns) -> SegmentSearch:
+        return (yield from segmenter(messages(row), read_tools(row) if has_tools else None))
+
+    return lambda rows: run_together([search(row) for row in rows], tokenizer.render_all)
 
 
-def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], list[Segment]]:
+def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
     if row_format.plain is None:
         raise ValueError(
             f"rows of the format {row_format.name!r} need a chat template, and this model has none. "
@@ -213,27 +222,27 @@ def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> Callable[[Columns], l
             f"rows of the format {row_format.name!r} end with eos, and this tokenizer has no eos_token. "
             "Add eos_token to its files."
         )
-    return row_format.plain
+    plain = row_format.plain
+    return lambda rows: [plain(row) for row in rows]
 
 
-def _checked(
-    segment: Callable[[Columns], list[Segment]], learn: Learn, one_answer: bool
-) -> Callable[[Columns], list[Segment]]:
-    """Returns `segment` with a check that raises ValueError for rows that do not fit the settings."""
+def _checked(segment_all: SegmentAll, learn: Learn, one_answer: bool) -> SegmentAll:
+    """Returns `segment_all` with an error for each row that does not fit the settings."""
 
-    def check(row: Columns) -> list[Segment]:
-        segments = segment(row)
+    def check(segments: list[Segment] | ValueError) -> list[Segment] | ValueError:
+        if isinstance(segments, ValueError):
+            return segments
         answers = sum([piece.supervised for piece in segments])
         if learn == "last" and len(segments) == answers:
-            raise ValueError("one text without turns, so data.learn last has no last turn. Set data.learn to all.")
+            return ValueError("one text without turns, so data.learn last has no last turn. Set data.learn to all.")
         if one_answer and answers > 1:
-            raise ValueError(
+            return ValueError(
                 f"found {answers} answers, expected one: data.source_max_length and data.target_max_length apply to "
                 "rows of one prompt and one answer. Set data.max_length instead."
             )
         return segments
 
-    return check
+    return lambda rows: [check(segments) for segments in segment_all(rows)]
 
 
 def _encodable(text: str) -> str:

@@ -6,7 +6,6 @@ from typing import Any
 
 from qlora_jax.data.readers.json_rows import JSONObject, describe_json_error
 from qlora_jax.data.tokenizer.chat_template import Message
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 Tools = Sequence[JSONObject]
 
@@ -72,9 +71,13 @@ def called_functions(message: Message) -> list[str]:
     return [call.get("function", call)["name"] for call in message.get("tool_calls") or ()]
 
 
-def check_template_shows(tokenizer: Tokenizer, messages: Sequence[Message], tools: Tools | None, rendered: str) -> None:
-    """Raises ValueError if `rendered` lacks the tools, or the text of a role other than user and assistant."""
-    if tools is not None and tokenizer.render(messages) == rendered:
+def check_template_shows(messages: Sequence[Message], rendered: str, without_tools: str | None) -> None:
+    """Raises ValueError if `rendered` lacks the tools, or the text of a role other than user and assistant.
+
+    Args:
+      without_tools: the messages rendered without the row's tools, or None if the row has none.
+    """
+    if without_tools == rendered:
         raise ValueError(
             "the chat template does not write the row's tools, so the model would learn to call functions that it has "
             "not seen. Set data.chat_template to a jinja file that writes tools."

@@ -11,8 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.formats.tool_calls import Tools
-from qlora_jax.data.loss_mask.spans import TEXT_CHANGES, Segment, conversation_segments, turn_marks
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.loss_mask.spans import (
+    TEXT_CHANGES,
+    Segment,
+    SegmentSearch,
+    conversation_segments,
+    search_segments,
+    turn_marks,
+)
+from qlora_jax.data.tokenizer.chat_template import Message, Rendering
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Letters and digits only: a template that trims or escapes texts does not change them.
@@ -20,7 +27,7 @@ _PLACEHOLDER = "Qz8MESSAGE{}x8Zq"
 _PLACEHOLDERS = re.compile(_PLACEHOLDER.replace("{}", "([0-9]+)"))
 _CACHED = 4096  # sequences of roles
 
-Segments = Callable[[Sequence[Message], Tools | None], list[Segment]]
+Segmenter = Callable[[Sequence[Message], Tools | None], SegmentSearch]
 
 
 class SegmentTemplate(NamedTuple):
@@ -36,11 +43,11 @@ class SegmentTemplate(NamedTuple):
         return first + "".join([contents[n] + text for n, text in zip(self.messages, others, strict=True)])
 
 
-def make_segmenter(tokenizer: Tokenizer) -> Segments:
-    """Returns a function that equals `conversation_segments` for the tokenizer's chat template, but is fast.
+def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
+    """Returns a function like `search_segments` for the tokenizer's chat template, but fast.
 
     Raises:
-      ValueError: the same errors as `turn_marks`. The returned function raises those of `conversation_segments`.
+      ValueError: the same errors as `turn_marks`. The searches raise those of `conversation_segments`.
     """
     marks = turn_marks(tokenizer)
 
@@ -53,14 +60,14 @@ def make_segmenter(tokenizer: Tokenizer) -> Segments:
             return []
         return [_segment_template(segment) for segment in segments]
 
-    def segments_of(messages: Sequence[Message], tools: Tools | None) -> list[Segment]:
+    def search(messages: Sequence[Message], tools: Tools | None) -> SegmentSearch:
         if tools is None and all([len(message) == 2 for message in messages]):
             templates = templates_of(tuple([message["role"] for message in messages]))
-            if templates and (filled := _fill(templates, messages, tokenizer.render(messages))):
+            if templates and (filled := _fill(templates, messages, (yield Rendering(messages)))):
                 return filled
-        return conversation_segments(tokenizer, marks, messages, tools)
+        return (yield from search_segments(tokenizer, marks, messages, tools))
 
-    return segments_of
+    return search
 
 
 def _segment_template(segment: Segment) -> SegmentTemplate:

@@ -15,15 +15,14 @@ special token of the messages up to it, rendered.
 A template that rewrites the assistant's texts, or ends a turn without a special token, raises an error.
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.formats.tool_calls import Tools, called_functions, check_template_shows
-from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.readers.json_rows import shorten
+from qlora_jax.data.tokenizer.chat_template import Message, Rendering
+from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-
-Render = Callable[..., str]  # Tokenizer.render with the tools of a row
 
 # Letters and digits only: a template that trims or escapes texts does not change it.
 _PLACEHOLDER = "Qz7PLACEHOLDER{}x9Zq"
@@ -46,6 +45,10 @@ class Segment(NamedTuple):
     supervised: bool
 
 
+# A search for segments, which yields the conversations that it needs and is sent their texts (render_batches.py).
+SegmentSearch = Generator[Rendering, str, list[Segment]]
+
+
 class TurnMarks(NamedTuple):
     """Texts that a template writes around an assistant's text: the generation prompt and the end of a turn."""
 
@@ -65,15 +68,15 @@ def turn_marks(tokenizer: Tokenizer) -> TurnMarks:
     _, found, tail = answered.partition(answer)
     if not found:
         raise ValueError(
-            f"the chat template drops or rewrites the assistant's texts (expected {answer!r} in {answered!r}). "
-            "Set data.chat_template to a jinja file that writes them unchanged."
+            f"the chat template drops or rewrites the assistant's texts (expected {answer!r} in "
+            f"{shorten(repr(answered))}). Set data.chat_template to a jinja file that writes them unchanged."
         )
     end = tokenizer.special_text.search(tail)
     if end is None or tail[: end.start()].strip():
         raise ValueError(
-            f"the chat template writes {tail!r} after an assistant's text, expected a special token first. Without one "
-            "the model cannot learn to stop. Set data.chat_template to a jinja file that ends turns with one, such as "
-            "eos_token."
+            f"the chat template writes {shorten(repr(tail))} after an assistant's text, expected a special token "
+            "first. Without one the model cannot learn to stop. Set data.chat_template to a jinja file that ends turns "
+            "with one, such as eos_token."
         )
     prompt = prompted.removeprefix(asked) if prompted.startswith(asked) else ""
     return TurnMarks(prompt, tail[: end.end()])
@@ -87,32 +90,43 @@ def conversation_segments(
     Raises:
       ValueError: the template rejects the conversation, drops a part of it, or its spans are not exact.
     """
-    render = functools.partial(tokenizer.render, tools=tools)
-    rendered = render(messages)
-    check_template_shows(tokenizer, messages, tools, rendered)
+    (found,) = run_together([search_segments(tokenizer, marks, messages, tools)], tokenizer.render_all)
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def search_segments(
+    tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None
+) -> SegmentSearch:
+    """Yields the conversations that `conversation_segments` needs, and returns its result."""
+    rendered = yield Rendering(messages, tools=tools)
+    without_tools = None if tools is None else (yield Rendering(messages))
+    check_template_shows(messages, rendered, without_tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     spoken = [index for index in turns if not messages[index].get("tool_calls")]
-    texts = dict(zip(spoken, _assistant_texts(render, messages, spoken, rendered), strict=True)) if spoken else {}
+    found = (yield from _assistant_texts(messages, tools, spoken, rendered)) if spoken else []
+    texts = dict(zip(spoken, found, strict=True))
     segments, at = [], 0
     for index in turns:
         if index in texts:
             begin, stop = texts[index]
-            start = _turn_start(render, marks, messages[:index], rendered[:begin], at)
+            start = yield from _turn_start(marks, messages[:index], tools, rendered[:begin], at)
             end = _turn_end(marks, index, rendered, stop)
         else:
-            start, end = _call_turn(tokenizer, render, messages[: index + 1], rendered, at)
+            start, end = yield from _call_turn(tokenizer, messages[: index + 1], tools, rendered, at)
         segments += [Segment(rendered[at:start], False), Segment(rendered[start:end], True)]
         at = end
     return [*segments, Segment(rendered[at:], False)]
 
 
 def _assistant_texts(
-    render: Render, messages: Sequence[Message], turns: Sequence[int], rendered: str
-) -> list[tuple[int, int]]:
+    messages: Sequence[Message], tools: Tools | None, turns: Sequence[int], rendered: str
+) -> Generator[Rendering, str, list[tuple[int, int]]]:
     """Returns [begin, end) of each assistant text in `rendered`."""
     placeholders = {index: _PLACEHOLDER.format(index) for index in turns}
     masked = [{**m, "content": placeholders[i]} if i in placeholders else m for i, m in enumerate(messages)]
-    around = _split_once_each(render(masked), list(placeholders.values()))
+    around = _split_once_each((yield Rendering(masked, tools=tools)), list(placeholders.values()))
     for change in TEXT_CHANGES:
         texts = [change(messages[index]["content"]) for index in turns]
         if rendered == "".join(a + t for a, t in zip(around, [*texts, ""], strict=True)):
@@ -146,11 +160,13 @@ def _positions(around: Sequence[str], texts: Sequence[str]) -> list[tuple[int, i
     return spans
 
 
-def _turn_start(render: Render, marks: TurnMarks, before: Sequence[Message], rendered: str, at: int) -> int:
+def _turn_start(
+    marks: TurnMarks, before: Sequence[Message], tools: Tools | None, rendered: str, at: int
+) -> Generator[Rendering, str, int]:
     """Returns the position where the model begins to write. `rendered` ends where the assistant's text begins."""
     # Templates may reject a conversation without a user.
     if any(message["role"] == "user" for message in before):
-        prompt = render(before, add_generation_prompt=True)
+        prompt = yield Rendering(before, add_generation_prompt=True, tools=tools)
         if rendered.startswith(prompt) and len(prompt) >= at:
             return len(prompt)
     if marks.prompt and rendered[at:].endswith(marks.prompt):
@@ -170,11 +186,12 @@ def _turn_end(marks: TurnMarks, index: int, rendered: str, stop: int) -> int:
 
 
 def _call_turn(
-    tokenizer: Tokenizer, render: Render, through: Sequence[Message], rendered: str, at: int
-) -> tuple[int, int]:
+    tokenizer: Tokenizer, through: Sequence[Message], tools: Tools | None, rendered: str, at: int
+) -> Generator[Rendering, str, tuple[int, int]]:
     """Returns [start, end) of the last turn of `through`, which calls tools and ends with a special token."""
     index, message = len(through) - 1, through[-1]
-    prompt, whole = render(through[:-1], add_generation_prompt=True), render(through)
+    prompt = yield Rendering(through[:-1], add_generation_prompt=True, tools=tools)
+    whole = yield Rendering(through, tools=tools)
     if not (rendered.startswith(whole) and whole.startswith(prompt) and len(prompt) >= at):
         raise _prompt_changes(index)
     ends = [match.end() for match in tokenizer.special_text.finditer(whole, len(prompt))]

@@ -1,119 +1,92 @@
-"""Chat templates: jinja in a sandbox, with the extras of transformers that published templates rely on."""
+"""Renders conversations with chat templates, in jinja with the extras of transformers that published ones rely on.
 
-import contextlib
-import datetime
-import functools
-import json
+A template is a program from a stranger, so another process renders it, in jinja's sandbox (template_worker.py). The
+conversations of many rows are sent to it at once.
+"""
+
+import itertools
+import pickle
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.runtime
-import jinja2.sandbox
+from qlora_jax.data.tokenizer.template_process import ProcessEnded, TemplateProcess
+from qlora_jax.data.tokenizer.template_protocol import Limits
 
 Message = Mapping[str, Any]  # a JSON object: `content` is text, but `tool_calls` is a list, and templates read more
 
-# Names that are safe in any template: attributes of a loop, and keys that are not methods of a dict.
-_LOOP = frozenset({"first", "last", "index", "index0", "length"})
-_METHODS = frozenset(dir(dict))
+MAX_TEMPLATE = 1 << 20  # characters; published ones have thousands
+_BATCH = 128  # conversations that are sent at once
+_process = TemplateProcess(Limits())
+_refusals: dict[str, str] = {}  # a template that reached a limit -> the error, so that it does so only once
 
 
-class _GenerationBlock(jinja2.ext.Extension):
-    """Reads `{% generation %}...{% endgeneration %}` as its body. Masks come from spans, not from these marks."""
+class Rendering(NamedTuple):
+    """A conversation to render.
 
-    tags = {"generation"}  # noqa: RUF012 (a class attribute that jinja reads)
+    Fields:
+      messages: dicts with `role` and `content`. Keys whose value is None are dropped. A turn that calls tools may lack
+        content. A template that fails without it then gets empty text.
+      add_generation_prompt: True if the text ends with the prompt of an assistant's turn.
+      tools: JSON schemas of the functions that the model may call.
+    """
 
-    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(
-    value: object,
-    ensure_ascii: bool = False,
-    indent: int | str | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own filter escapes HTML characters.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _strftime_now(format: str) -> str:
-    return datetime.datetime.now().strftime(format)
-
-
-class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """Jinja's sandbox without its dozen checks per attribute for attributes that every turn of a chat reads."""
-
-    def getattr(self, obj: Any, attribute: str) -> Any:
-        """Returns the value of `obj.attribute` in a template."""
-        if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP:
-            return getattr(obj, attribute)
-        if type(obj) is dict and attribute in obj and attribute not in _METHODS:
-            return obj[attribute]
-        return super().getattr(obj, attribute)
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(template: str) -> jinja2.Template:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    try:
-        compiled = environment.from_string(template)
-    except jinja2.TemplateSyntaxError as error:
-        raise ValueError(
-            f"the chat template does not parse: line {error.lineno}: {error.message}. Correct its jinja."
-        ) from error
-    except (SyntaxError, RecursionError) as error:  # of the Python code that jinja generates
-        raise ValueError(f"the chat template does not parse: {error.args[0]}. Correct its jinja.") from error
-    compiled.globals = dict(
-        compiled.globals
-    )  # was a ChainMap, which costs ten times as much to copy, once per rendering
-    return compiled
-
-
-def _with_content(message: Message) -> Message:
-    return {"content": "", **message} if message.get("tool_calls") else message
+    messages: Sequence[Message]
+    add_generation_prompt: bool = False
+    tools: Sequence[Mapping[str, object]] | None = None
 
 
 def render(
-    template: str,
-    messages: Sequence[Message],
-    special_tokens: Mapping[str, str],
-    add_generation_prompt: bool = False,
-    tools: Sequence[Mapping[str, object]] | None = None,
+    template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str = "the chat template"
 ) -> str:
-    """Renders `messages` to the same text as transformers' `apply_chat_template(tokenize=False)`.
+    """Renders a conversation to the same text as transformers' `apply_chat_template(tokenize=False)`.
 
     Args:
       template: jinja source.
-      messages: dicts with `role` and `content`. Keys whose value is None are dropped. A turn that calls tools may lack
-        content. A template that fails without it then gets empty text.
       special_tokens: `bos_token`, `eos_token` and others, by name, if the tokenizer has them.
-      add_generation_prompt: True if the text ends with the prompt of an assistant's turn.
-      tools: JSON schemas of the functions that the model may call.
+      name: the template's file, for messages.
 
     Raises:
-      ValueError: the template does not parse, rejects these messages or fails on them.
+      ValueError: the template does not parse, rejects these messages, fails on them or reaches a limit.
     """
-    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens}
-    compiled = _compile(template)
+    (text,) = render_all(template, [rendering], special_tokens, name)
+    if isinstance(text, ValueError):
+        raise text
+    return text
+
+
+def render_all(
+    template: str, renderings: Sequence[Rendering], special_tokens: Mapping[str, str], name: str = "the chat template"
+) -> list[str | ValueError]:
+    """Returns the text of each conversation, or the error that `render` raises for it."""
+    if len(template) > MAX_TEMPLATE:
+        _refusals[template] = (
+            f"{name}: too long for a chat template (found {len(template):,} characters, expected at most "
+            f"{MAX_TEMPLATE:,}). Set chat_template (data.chat_template in training) to a jinja file."
+        )
+    batches = itertools.batched(renderings, _BATCH)
+    return [text for batch in batches for text in _render_batch(template, batch, special_tokens, name)]
+
+
+def _render_batch(
+    template: str, renderings: Sequence[Rendering], special_tokens: Mapping[str, str], name: str
+) -> list[str | ValueError]:
+    if template in _refusals:
+        return [ValueError(_refusals[template])] * len(renderings)
     try:
-        with contextlib.suppress(jinja2.UndefinedError):
-            return compiled.render(messages=chat, **given)
-        # First without content, as in transformers, for templates that test it (`is defined`, `is string`). Templates
-        # that join it to text fail on missing content, and mean "".
-        return compiled.render(messages=[_with_content(message) for message in chat], **given)
-    except Exception as error:  # a template may call any method of strings, lists and dicts
-        roles = [message.get("role") for message in messages]
-        raise ValueError(f"the chat template rejects a conversation with roles {roles}: {error}") from error
+        return _process.render(template, special_tokens, pickle.dumps([tuple(one) for one in renderings]))
+    except ProcessEnded as ended:
+        if len(renderings) == 1:
+            return [_refuse(template, renderings[0], name, ended)]
+    # One by one: one of them ended the process, or all of them are too much for its memory.
+    return [text for one in renderings for text in _render_batch(template, [one], special_tokens, name)]
+
+
+def _refuse(template: str, rendering: Rendering, name: str, ended: ProcessEnded) -> ValueError:
+    """Returns the error for a conversation at which the process ended."""
+    message = (
+        f"{name}: rendering a conversation with roles {[message.get('role') for message in rendering.messages]} "
+        f"{ended}. Set chat_template (data.chat_template in training) to another jinja file."
+    )
+    if ended.by_template:
+        _refusals[template] = message
+    return ValueError(message)

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
-from qlora_jax.data.tokenizer.chat_template import Message, render
+from qlora_jax.data.tokenizer.chat_template import MAX_TEMPLATE, Message, Rendering, render, render_all
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -26,6 +26,7 @@ class Tokenizer:
       backend: the `tokenizers.Tokenizer`, without truncation, padding or post-processing.
       exported: the text of tokenizer.json, with post-processing.
       chat_template: jinja source, or None for a base model.
+      template_name: the file that the template is from, for messages.
       special_tokens: those of `bos_token`, `eos_token`, `pad_token` and `unk_token` that exist, by name.
       add_bos_token: True if plain text, without a chat template, starts with bos.
       new_ids: ids of tokens that were added to the model's own.
@@ -37,6 +38,7 @@ class Tokenizer:
     special_tokens: Mapping[str, str]
     add_bos_token: bool
     new_ids: tuple[int, ...] = ()
+    template_name: str = "the chat template"
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens around it."""
@@ -68,9 +70,17 @@ class Tokenizer:
         tools: Sequence[Mapping[str, object]] | None = None,
     ) -> str:
         """Renders `messages` and `tools` with the chat template; raises ValueError without a template."""
+        rendering = Rendering(messages, add_generation_prompt, tools)
+        return render(self._template(), rendering, self.special_tokens, self.template_name)
+
+    def render_all(self, renderings: Sequence[Rendering]) -> list[str | ValueError]:
+        """Returns the text of each conversation, or the error that `render` raises for it."""
+        return render_all(self._template(), renderings, self.special_tokens, self.template_name)
+
+    def _template(self) -> str:
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template. Set data.chat_template to a jinja file.")
-        return render(self.chat_template, messages, self.special_tokens, add_generation_prompt, tools)
+        return self.chat_template
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -140,7 +150,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
     Args:
       source: `chat_template`, `bos_token`, `eos_token`, `pad_token`, `unk_token` (each a str or None),
         `add_bos_token`, and either `tokenizer_json` (text) or `gguf` (dict, see from_gguf.rebuild). `missing` may give
-        the error message if the source has neither.
+        the error message if the source has neither, and `template_name` the file of the chat template.
 
     Raises:
       ValueError: the source has neither, the text is not a tokenizer, or a named token is not in the vocabulary.
@@ -162,6 +172,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
         backend=backend,
         exported=exported,
         chat_template=source.get("chat_template"),
+        template_name=source.get("template_name") or "the chat template",
         special_tokens=special_tokens,
         add_bos_token=bool(source.get("add_bos_token", False)),
     )
@@ -194,12 +205,13 @@ def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequenc
 def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
     """Returns the tokenizer with the jinja template of the file `path`."""
     try:
-        template = Path(path).read_text(encoding="utf-8-sig")
+        with Path(path).open(encoding="utf-8-sig") as file:
+            template = file.read(MAX_TEMPLATE + 1)  # a longer one is refused when it is used
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: the chat template can't be read as UTF-8 text ({error}). Name a jinja file."
         ) from error
-    return dataclasses.replace(tokenizer, chat_template=template)
+    return dataclasses.replace(tokenizer, chat_template=template, template_name=str(path))
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:

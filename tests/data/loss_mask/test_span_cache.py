@@ -4,6 +4,7 @@ import pytest
 
 from qlora_jax.data.loss_mask import span_cache
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
+from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 
 
@@ -11,13 +12,15 @@ from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 def test_conversations_with_the_same_roles_share_spans(
     smollm2_source: dict, templates: dict, name: str, monkeypatch: pytest.MonkeyPatch
 ):
-    segments_of, calls = make_segmenter(load_tokenizer({**smollm2_source, "chat_template": templates[name]})), []
+    tokenizer = load_tokenizer({**smollm2_source, "chat_template": templates[name]})
+    search, calls = make_segmenter(tokenizer), []
     conversation_segments = span_cache.conversation_segments
     monkeypatch.setattr(
         span_cache, "conversation_segments", lambda *args: calls.append(args) or conversation_segments(*args)
     )
     for text in ("a", "b"):
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
-        segments = segments_of(chat, None)
+        (segments,) = run_together([search(chat, None)], tokenizer.render_all)
+        assert isinstance(segments, list)
         assert "".join(segment.text for segment in segments if segment.supervised).strip().startswith((text, "<think>"))
     assert len(calls) == 1

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from qlora_jax.data.tokenizer.chat_template import render
+from qlora_jax.data.tokenizer.chat_template import Rendering, render
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[3]
@@ -41,7 +41,7 @@ def test_text_and_ids_equal_transformers(oracle: Callable, tmp_path: Path, smoll
 
 
 def test_default_system_message(smollm2_template: str):
-    assert render(smollm2_template, [USER], {}, add_generation_prompt=True) == (
+    assert render(smollm2_template, Rendering([USER], add_generation_prompt=True), {}) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhat is 2 + 2?<|im_end|>\n<|im_start|>assistant\n"
     )
@@ -67,7 +67,7 @@ def test_default_system_message(smollm2_template: str):
 )
 def test_bad_templates_are_told(template: str, told: str):
     with pytest.raises(ValueError, match=told):
-        render(template, [USER], {})
+        render(template, Rendering([USER]), {})
 
 
 def test_no_template_is_told(plain_tokenizer):

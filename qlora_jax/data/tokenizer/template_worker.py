@@ -1,0 +1,208 @@
+"""Renders chat templates in a separate process, with limits on memory and processor time.
+
+A template is a program from a stranger. Jinja's sandbox keeps it away from Python's objects, but not from endless loops
+and gigabytes of text. The kernel therefore limits this process. A rendering that reaches a limit ends it.
+
+template_process.py starts it, and template_protocol.py describes the requests on its standard input and its replies.
+"""
+
+import array
+import contextlib
+import datetime
+import functools
+import json
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+
+from qlora_jax.data.tokenizer.template_protocol import (
+    ENCODING,
+    HEADER,
+    LENGTHS,
+    MEMORY_REACHED,
+    OUTPUT_PER_INPUT,
+    OUTPUT_REACHED,
+    Limits,
+)
+
+Call = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]  # the fields of a Rendering
+
+_LONGEST_ERROR = 2000  # characters
+
+# Names that are safe in any template: attributes of a loop, and keys that are not methods of a dict.
+_LOOP = frozenset({"first", "last", "index", "index0", "length"})
+_METHODS = frozenset(dir(dict))
+
+
+class _GenerationBlock(jinja2.ext.Extension):
+    """Reads `{% generation %}...{% endgeneration %}` as its body. Masks come from spans, not from these marks."""
+
+    tags = {"generation"}  # noqa: RUF012 (a class attribute that jinja reads)
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: object,
+    ensure_ascii: bool = False,
+    indent: int | str | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    # Jinja's own filter escapes HTML characters.
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(format: str) -> str:
+    return datetime.datetime.now().strftime(format)
+
+
+class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
+    """Jinja's sandbox without its dozen checks per attribute for attributes that every turn of a chat reads."""
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        """Returns the value of `obj.attribute` in a template."""
+        if type(obj) is jinja2.runtime.LoopContext and attribute in _LOOP:
+            return getattr(obj, attribute)
+        if type(obj) is dict and attribute in obj and attribute not in _METHODS:
+            return obj[attribute]
+        return super().getattr(obj, attribute)
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    try:
+        compiled = environment.from_string(template)
+    except jinja2.TemplateSyntaxError as error:
+        raise ValueError(
+            f"the chat template does not parse: line {error.lineno}: {error.message}. Correct its jinja."
+        ) from error
+    except (SyntaxError, RecursionError) as error:  # of the Python code that jinja generates
+        raise ValueError(f"the chat template does not parse: {error.args[0]}. Correct its jinja.") from error
+    compiled.globals = dict(
+        compiled.globals
+    )  # was a ChainMap, which costs ten times as much to copy, once per rendering
+    return compiled
+
+
+def _with_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {"content": "", **message} if message.get("tool_calls") else message
+
+
+def render_conversation(
+    template: str,
+    special_tokens: Mapping[str, str],
+    messages: Sequence[Mapping[str, Any]],
+    add_generation_prompt: bool,
+    tools: Sequence[Mapping[str, Any]] | None,
+) -> str:
+    """Renders one conversation; see chat_template.render.
+
+    Raises:
+      ValueError: the template does not parse, rejects these messages or fails on them.
+    """
+    chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens}
+    compiled = _compile(template)
+    try:
+        with contextlib.suppress(jinja2.UndefinedError):
+            return compiled.render(messages=chat, **given)
+        # First without content, as in transformers, for templates that test it (`is defined`, `is string`). Templates
+        # that join it to text fail on missing content, and mean "".
+        return compiled.render(messages=[_with_content(message) for message in chat], **given)
+    except MemoryError:
+        raise
+    except Exception as error:  # a template may call any method of strings, lists and dicts
+        roles = [message.get("role") for message in messages]
+        raise ValueError(f"the chat template rejects a conversation with roles {roles}: {error}") from error
+
+
+def _answer(template: str, special_tokens: Mapping[str, str], call: Call) -> tuple[bool, str]:
+    """Returns (True, the error) or (False, the rendered text)."""
+    try:
+        return False, render_conversation(template, special_tokens, *call)
+    except ValueError as error:
+        message = str(error)
+        return True, message if len(message) <= _LONGEST_ERROR else f"{message[:_LONGEST_ERROR]}..."
+
+
+def _answer_all(
+    template: str, special_tokens: Mapping[str, str], pickled: bytes, limits: Limits
+) -> list[tuple[bool, str]]:
+    """Returns the answer to each call. The kernel ends the process if one takes too long."""
+    answers, written, allowed = [], 0, OUTPUT_PER_INPUT * len(pickled)
+    timer_ends = 0.0
+    for call in pickle.loads(pickled):
+        # The timer counts processor time, which is at most the time that passes. Starting it takes a system call.
+        if (now := time.perf_counter()) >= timer_ends:
+            signal.setitimer(signal.ITIMER_PROF, limits.seconds)
+            timer_ends = now + limits.seconds / 4
+        answers.append(_answer(template, special_tokens, call))
+        written, allowed = written + len(answers[-1][1]), allowed + limits.output + len(template)
+        if written > allowed:
+            os._exit(OUTPUT_REACHED)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    return answers
+
+
+def _reply(answers: Sequence[tuple[bool, str]]) -> list[bytes]:
+    texts = [text for _, text in answers]
+    content = "".join(texts).encode(*ENCODING)
+    failed = bytes([is_error for is_error, _ in answers])
+    return [HEADER.pack(len(texts), len(content)), failed, array.array(LENGTHS, map(len, texts)).tobytes(), content]
+
+
+def _serve(requests: BinaryIO, replies: BinaryIO, limits: Limits) -> None:
+    """Answers requests until their end."""
+    while True:
+        try:
+            template, special_tokens, pickled = pickle.load(requests)
+        except EOFError:
+            return
+        replies.writelines(_reply(_answer_all(template, special_tokens, pickled, limits)))
+        replies.flush()
+
+
+def _limit_resources(memory: int) -> None:
+    for kind, soft in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
+        _, hard = resource.getrlimit(kind)
+        resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
+
+
+def main(seconds: str, memory: str, output: str) -> None:
+    """Runs the process with the fields of Limits."""
+    limits = Limits(float(seconds), int(memory), int(output))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for the text
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+    _limit_resources(limits.memory)
+    try:
+        _serve(sys.stdin.buffer, sys.stdout.buffer, limits)
+    except MemoryError:
+        os._exit(MEMORY_REACHED)
+    except BrokenPipeError:  # the process that started this one was killed
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,216 @@
+"""Hostile chat templates end with an error that names the template, the conversation and the limit."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qlora_jax.data.tokenizer import chat_template
+from qlora_jax.data.tokenizer.chat_template import Rendering, render, render_all
+from qlora_jax.data.tokenizer.template_process import TemplateProcess
+from qlora_jax.data.tokenizer.template_protocol import Limits
+from tests.data.tokenizer.hostile_templates import ENDLESS, REFUSED
+from tests.marks import EXHAUSTIVE, SLOW
+
+ROOT = Path(__file__).parents[3]
+USER = {"role": "user", "content": "Hi"}
+REACHED = (
+    r"^own\.jinja: rendering a conversation with roles \['user'\] (took more than 0\.1 s of processor time|"
+    r"needed more than 192 MiB of memory|wrote more than 65,536 characters beyond its own and the conversation's)"
+    r"\. Set chat_template \(data\.chat_template in training\) to another jinja file\.$"
+)
+ALWAYS = ("nested range", "repeated text", "text of nested lists")
+IN_CI = (
+    "doubled text",
+    "doubled list",
+    "printf width",
+    "lipsum",
+    "tojson indent",
+    "batch",
+    "center",
+    "recursive macro",
+)
+MARKED = [pytest.param(name, marks=SLOW if name in IN_CI else EXHAUSTIVE) for name in ENDLESS if name not in ALWAYS]
+
+
+@pytest.fixture(scope="module")
+def small_process() -> Iterator[TemplateProcess]:
+    process = TemplateProcess(Limits(seconds=0.1, memory=192 << 20))
+    yield process
+    process.stop()
+
+
+@pytest.fixture
+def limited(small_process: TemplateProcess, monkeypatch: pytest.MonkeyPatch) -> TemplateProcess:
+    """Rendering with small limits, so that they are reached sooner."""
+    monkeypatch.setattr(chat_template, "_process", small_process)
+    monkeypatch.setattr(chat_template, "_refusals", {})
+    return small_process
+
+
+def rendered(template: str, count: int = 1) -> list[str | ValueError]:
+    return render_all(template, [Rendering([USER])] * count, {}, "own.jinja")
+
+
+@pytest.mark.parametrize("name", [*ALWAYS, *MARKED])
+def test_a_template_without_end_is_an_error(limited: TemplateProcess, name: str):
+    started = time.monotonic()
+    (error,) = rendered(ENDLESS[name])
+    assert isinstance(error, ValueError) and re.search(REACHED, str(error)), error
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_fails_is_an_error(limited: TemplateProcess, name: str):
+    template, message = REFUSED[name]
+    (error,) = rendered(template)
+    assert isinstance(error, ValueError) and re.search(message, str(error)), error
+    assert len(str(error)) < 3000
+
+
+def test_only_the_conversation_at_which_a_limit_is_reached_and_later_ones_are_refused(limited: TemplateProcess):
+    template = "{{ messages[0].content }}{% if messages[0].content == 'stop' %}{{ 'a' * 9000000000 }}{% endif %}"
+    chats = [Rendering([{"role": "user", "content": text}]) for text in ("a", "b", "stop", "c")]
+    first, second, reached, later = render_all(template, chats, {}, "own.jinja")
+    assert (first, second) == ("a", "b")
+    assert re.search(REACHED, str(reached)) and str(later) == str(reached)
+    started = time.monotonic()
+    assert all(str(text) == str(reached) for text in rendered(template, 1000))
+    assert time.monotonic() - started < 0.1, "a template that reached a limit must not run again"
+    assert rendered("{{ 1 + 1 }}") == ["2"], "other templates must still be rendered"
+
+
+def test_long_conversations_may_be_written_several_times(limited: TemplateProcess):
+    """A limit on the output alone would refuse long rows."""
+    long = Rendering([{"role": "user", "content": "a" * 2_000_000}])
+    (text,) = render_all("{{ messages[0].content * 2 }}", [long], {}, "own.jinja")
+    assert text == "a" * 4_000_000
+
+
+def test_many_long_conversations_do_not_share_the_memory_limit(limited: TemplateProcess):
+    chats = [Rendering([{"role": "user", "content": str(n) + "a" * 8_000_000}]) for n in range(12)]
+    texts = render_all("{{ messages[0].content[0] }}", chats, {}, "own.jinja")
+    assert texts == [str(n)[0] for n in range(12)]
+
+
+def test_halves_of_surrogate_pairs_and_other_values_arrive(limited: TemplateProcess):
+    message = {"role": "user", "content": "\ud83d é👍", "day": (2026, 1.5, None, b"x")}
+    assert render("{{ messages[0].content }} {{ messages[0].day }}", Rendering([message]), {}) == (
+        "\ud83d é👍 (2026, 1.5, None, b'x')"
+    )
+
+
+def test_threads_take_turns(limited: TemplateProcess):
+    results: dict[int, list[str | ValueError]] = {}
+
+    def work(number: int) -> None:
+        chats = [Rendering([{"role": "user", "content": f"{number}.{n}"}]) for n in range(50)]
+        for _ in range(10):
+            results[number] = render_all("{{ messages[0].content }}", chats, {})
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {number: [f"{number}.{n}" for n in range(50)] for number in range(4)}
+
+
+def test_a_process_that_somebody_killed_is_started_again(limited: TemplateProcess):
+    assert rendered("{{ 1 }}") == ["1"]
+    process = limited._process
+    assert process is not None
+    process.kill()
+    process.wait()
+    assert rendered("{{ 1 }}") == ["1"]
+
+
+def test_an_interrupt_does_not_mix_up_replies(limited: TemplateProcess, monkeypatch: pytest.MonkeyPatch):
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                rendered("{% for i in range(99999) %}{% endfor %}a")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert rendered("b") == ["b"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="the limits of a process are in Linux's /proc")
+def test_the_kernel_limits_the_process(limited: TemplateProcess):
+    assert rendered("a") == ["a"]
+    assert limited._process is not None
+    limits = Path(f"/proc/{limited._process.pid}/limits").read_text()
+    assert re.search(rf"Max address space +{192 << 20} ", limits) and re.search(r"Max core file size +0 ", limits)
+
+
+def test_the_process_ends_with_the_one_that_started_it():
+    code = (
+        "import os, sys; from qlora_jax.data.tokenizer import chat_template as c\n"
+        "c.render('a', c.Rendering([]), {}); print(c._process._process.pid, flush=True); os.kill(os.getpid(), 9)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL and not done.stderr
+    deadline = time.monotonic() + 10
+    while _runs(int(done.stdout)):
+        assert time.monotonic() < deadline, "the process still runs"
+        time.sleep(0.01)
+
+
+def _runs(process_id: int) -> bool:
+    try:
+        state = Path(f"/proc/{process_id}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+def test_a_fork_starts_its_own_process(limited: TemplateProcess):
+    assert rendered("a") == ["a"]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writer, repr([rendered("b"), limited._process and limited._process.pid]).encode())
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert limited._process is not None
+    texts, process_id = eval(os.read(reader, 1000))
+    assert texts == ["b"] and process_id != limited._process.pid and rendered("c") == ["c"]
+
+
+MEASURE = """
+import json, resource, sys, time
+from qlora_jax.data.tokenizer.chat_template import Rendering, render_all
+seconds = {}
+for name, template in json.load(sys.stdin).items():
+    started = time.monotonic()
+    (error,) = render_all(template, [Rendering([{"role": "user", "content": "Hi"}])], {})
+    seconds[name] = time.monotonic() - started if isinstance(error, ValueError) else "rendered"
+peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+print(json.dumps([seconds, peaks]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_no_hostile_template_takes_five_seconds_or_a_gigabyte():
+    """Measures all of them with the limits of users."""
+    templates = ENDLESS | {name: template for name, (template, _) in REFUSED.items()}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE], input=json.dumps(templates), cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    seconds, peaks = json.loads(done.stdout)
+    assert max(seconds.values()) < 5 and max(peaks) < 1e6, (seconds, peaks)
