@@ -56,7 +56,7 @@ def _kill(process: subprocess.Popen, run: Path, random_: random.Random, in_a_sav
 
 
 @pytest.mark.parametrize(
-    ("optim", "total_kills", "steps"), some_in_ci([({}, 22, 160), (PAGED, 10, 80)], lambda i: i == 1)
+    ("optim", "total_kills", "steps"), some_in_ci([({}, 22, 160), (PAGED, 10, 80), (PAGED, 4, 40)], lambda i: i == 2)
 )
 def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, optim, total_kills, steps):
     settings = dict(steps=steps, micro_batch_size=2, accumulation=1, save_every=1, eval_every=0)
@@ -79,7 +79,7 @@ def test_a_run_killed_again_and_again_equals_an_uninterrupted_one(tmp_path, opti
         assert process.wait() == 0, (tmp_path / "output.txt").read_text()
         break
     assert kills >= total_kills - 2, kills
-    assert cut_off_saves >= total_kills // 7, f"only {cut_off_saves} kills met a save under way"
+    assert cut_off_saves >= max(total_kills // 7, 1), f"only {cut_off_saves} kills met a save under way"
     assert numbers(config) == numbers(whole)
     for killed, expected in zip(arrays_at(config, steps), arrays_at(whole, steps), strict=True):
         np.testing.assert_array_equal(killed, expected)

@@ -118,7 +118,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
 
     ended(f"--json={tmp_path}/whole.json")
     stored, kills = tmp_path / "kept", 0
-    for _ in range(6):
+    for _ in range(3):
         before = len([*stored.glob("*.npz")])
         process = start(tmp_path, *tasks, f"--keep={stored}")
         while process.poll() is None and len([*stored.glob("*.npz")]) < before + 3:
@@ -128,7 +128,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
             kills += process.wait() == -signal.SIGKILL
         assert process.stderr is not None
         process.stderr.close()
-    assert kills >= 3
+    assert kills >= 2
     made = {path.name: path.stat().st_mtime_ns for path in stored.glob("*.npz")}
     printed = ended(f"--keep={stored}", f"--json={tmp_path}/again.json")
     assert {name: (stored / name).stat().st_mtime_ns for name in made} == made

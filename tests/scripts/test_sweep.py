@@ -1,5 +1,6 @@
 """The sweep: combinations, intervals, finished runs that are not repeated, and a run that was stopped."""
 
+import importlib
 import json
 import sys
 
@@ -77,6 +78,10 @@ def test_runs_are_done_once_and_go_on(tmp_path, monkeypatch, capsys):
         sys, "argv", [*words, "--share", "train.steps=2", "--cell", "lora.rank=2", "--set", "lora.rank=[4]"]
     )
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    with pytest.raises(SystemExit, match=r"qlora_jax\.train --no_such 1: failed \(exit code [12]\)"):
+        sweep._python("qlora_jax.train", "--no_such", "1")
+    # Runs of this process share imports and compiled programs, which separate processes would repeat four times.
+    monkeypatch.setattr(sweep, "_python", lambda module, *words: importlib.import_module(module).main(list(words)))
     sweep.main()
     results = json.loads((output / "results.json").read_text())["results"]
     assert list(results) == ["lora.rank=2", "lora.rank=4"]

@@ -47,6 +47,11 @@ def test_tensorboard_has_every_number_of_every_step(tmp_path):
     assert events(tmp_path / "tensorboard") == [("loss", 3, 1.5), ("tokens", 3, 7.0), ("loss", 4, 1.25)]
 
 
+def _wandb_id(folder: Path) -> str:
+    """Returns the id in offline-run-TIME-ID; a second folder of the same second is offline-run-TIME-ID-1."""
+    return folder.name.split("-")[3]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")  # of the library
 def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
@@ -56,7 +61,7 @@ def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
     with trackers(["wandb"], tmp_path, {"lora": {"rank": 4}}, 0) as (log,):
         log(3, scalars(RECORD))
     (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
-    identity = file.parent.name.rpartition("-")[2]
+    identity = _wandb_id(file.parent)
     for _ in range(100):  # a separate process writes it, and ends at any time
         if b"loss" in file.read_bytes():
             break
@@ -65,7 +70,7 @@ def test_wandb_takes_a_run_offline(tmp_path, monkeypatch):
         raise AssertionError(file.read_bytes())
     with trackers(["wandb"], tmp_path, {"lora": {"rank": 4}}, 3) as (log,):
         log(4, {"loss": 1.25})
-    runs = {folder.name.rpartition("-")[2] for folder in (tmp_path / "wandb").glob("offline-run-*")}
+    runs = {_wandb_id(folder) for folder in (tmp_path / "wandb").glob("offline-run-*")}
     assert runs == {identity}, "a resumed run is the same run there"
 
 
