@@ -6,16 +6,20 @@
     RUN/report.html, report.json          the report of the run, for people and for programs
     RUN/checkpoints/STEP/lora             {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}
     RUN/checkpoints/STEP/optimizer        the optax state
-    RUN/checkpoints/STEP/state            JSON: step, data position, configuration, fingerprint of the base, versions
+    RUN/checkpoints/STEP/state            JSON: step, data position, configuration, fingerprint of the base, versions,
+                                          digests of the state and of every array
+    RUN/checkpoints/STEP.damaged          a damaged checkpoint that a resumed run passed over
 
 A checkpoint gets its name when all of it is on disk, so an interrupted write never leaves a partial checkpoint.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import itertools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -23,8 +27,20 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 
-from qlora_jax.config import LoraArgs, ModelArgs, read_config
+from qlora_jax.config import Config, LoraArgs, ModelArgs, differences, read_config
+from qlora_jax.config.parse import from_dict
 from qlora_jax.io.adapter_init import InitialAdapter, read_initial
+from qlora_jax.io.checkpoint_reader import (
+    LORA,
+    OPTIMIZER,
+    STATE,
+    CheckpointError,
+    DamagedCheckpoint,
+    read_arrays,
+    read_state,
+    with_digests,
+)
+from qlora_jax.io.digests import warn_without_digests
 from qlora_jax.io.model_source import JsonObject
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
@@ -33,11 +49,8 @@ CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 def saved_steps(run: Path) -> list[int]:
     """The steps of all complete checkpoints of a run, ascending; empty if the run has none."""
     folder = run / CHECKPOINT_FOLDER
-    return sorted(int(entry.name) for entry in folder.iterdir() if entry.name.isdigit()) if folder.is_dir() else []
-
-
-class CheckpointError(OSError):
-    """Raised if a checkpoint cannot be written or read; the message says why, and which checkpoint is still usable."""
+    names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
 
 @dataclasses.dataclass
@@ -53,6 +66,14 @@ class _RetentionPolicy(PreservationPolicy):
         return [index >= newest or info.step == self.retained_step for index, info in enumerate(checkpoints)]
 
 
+class Restored(NamedTuple):
+    """A checkpoint's LoRA parameters, optimizer state, and JSON part."""
+
+    lora: PyTree
+    optimizer_state: PyTree
+    state: JsonObject
+
+
 class Checkpoints:
     """The checkpoints of one run: the newest `keep`, and the one of `retain`; a context manager.
 
@@ -61,7 +82,11 @@ class Checkpoints:
 
     def __init__(self, run: Path, keep: int):
         self._policy = _RetentionPolicy(keep)
-        options = ocp.CheckpointManagerOptions(preservation_policy=self._policy, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._policy,
+            enable_async_checkpointing=False,
+            lightweight_initialize=True,  # times and metrics are not used
+        )
         self.folder = (run / CHECKPOINT_FOLDER).absolute()
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -92,50 +117,91 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
-        items = ocp.args.Composite(
-            lora=ocp.args.StandardSave(lora),
-            optimizer=ocp.args.StandardSave(optimizer_state),
-            state=ocp.args.JsonSave(dict(state)),
-        )
+        parts = {
+            LORA: ocp.args.StandardSave(lora),
+            OPTIMIZER: ocp.args.StandardSave(optimizer_state),
+            STATE: ocp.args.JsonSave(with_digests(state, lora, optimizer_state)),
+        }
         try:
-            self._manager.save(step, args=items)
+            saved = self._manager.save(step, args=ocp.args.Composite(**parts))
         except (OSError, ValueError) as error:  # tensorstore raises ValueError if the disk is full
-            last = self._manager.latest_step()
-            good = "no earlier checkpoint exists"
-            if last is not None:
-                good = f"the checkpoint of step {last} is complete and loads"
-            raise CheckpointError(
-                f"{self.folder}: step {step} cannot be saved: {_first_line(error)}; {good}. Free disk space or make "
-                "the folder writable, then run again with --resume"
-            ) from error
+            raise CheckpointError(self._not_saved(step, _first_line(error))) from error
+        if not saved:
+            raise CheckpointError(self._not_saved(step, "orbax skipped it"))
 
-    def restore(self, lora_like: PyTree, optimizer_like: PyTree) -> tuple[PyTree, PyTree, JsonObject]:
-        """Reads the newest checkpoint.
+    def _not_saved(self, step: int, problem: str) -> str:
+        start = f"{self.folder}: step {step} cannot be saved: {problem}; "
+        fix = "Free disk space or make the folder writable, then run again"
+        if (last := self.latest_step()) is None:
+            return f"{start}no earlier checkpoint exists. {fix} in a new output folder"
+        return f"{start}the checkpoint of step {last} is complete. {fix} with --resume"
+
+    def restore(
+        self, lora_like: PyTree, optimizer_like: PyTree, check: Callable[[JsonObject], None] = lambda state: None
+    ) -> Restored:
+        """Reads the newest checkpoint; if it alone is damaged, the one before it, with a warning.
+
+        A damaged checkpoint that was passed over is renamed to STEP.damaged, so that its step can be saved again.
 
         Args:
           lora_like: a tree with the shapes, dtypes and devices of the LoRA parameters.
           optimizer_like: the same for the optimizer state.
-
-        Returns:
-          (LoRA parameters, optimizer state, the JSON part).
+          check: called with the JSON part before arrays are read; raises if the run cannot resume from it.
 
         Raises:
-          CheckpointError: the checkpoint cannot be read.
+          CheckpointError: no checkpoint can be read; or more than the newest is damaged, and the message names the
+            newest sound one.
         """
-        step = self.latest_step()
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, (lora_like, optimizer_like))
-        items = ocp.args.Composite(
-            lora=ocp.args.StandardRestore(abstract[0]),
-            optimizer=ocp.args.StandardRestore(abstract[1]),
-            state=ocp.args.JsonRestore(),
-        )
-        saved = _restore(self._manager, self.folder, step, items)
-        return saved["lora"], saved["optimizer"], saved["state"]
+        damage: list[DamagedCheckpoint] = []
+        for step in reversed(saved_steps(self.folder.parent)):
+            try:
+                restored = self._read(step, lora_like, optimizer_like, check)
+            except DamagedCheckpoint as error:
+                damage.append(error)
+                continue
+            if len(damage) > 1:
+                raise CheckpointError(_several_damaged(self.folder, damage, step))
+            if damage:
+                self._pass_over(damage[0], step)
+            return restored
+        raise CheckpointError(_several_damaged(self.folder, damage, None))
 
-    def read_state(self) -> JsonObject:
-        """Reads only the JSON part of the newest checkpoint."""
-        items = ocp.args.Composite(state=ocp.args.JsonRestore())
-        return _restore(self._manager, self.folder, self.latest_step(), items)["state"]
+    def _read(
+        self, step: int, lora_like: PyTree, optimizer_like: PyTree, check: Callable[[JsonObject], None]
+    ) -> Restored:
+        folder = self.folder / str(step)
+        state, digests = read_state(folder)
+        check(state)
+        trees = {LORA: lora_like, OPTIMIZER: optimizer_like}
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, trees)
+        parts = {part: read_arrays(folder, part, abstract[part], digests and digests[part]) for part in trees}
+        if digests is None:
+            warn_without_digests(self.folder.parent)
+        return Restored(parts[LORA], parts[OPTIMIZER], state)
+
+    def _pass_over(self, damage: DamagedCheckpoint, sound: int) -> None:
+        """Renames a damaged checkpoint, so that orbax no longer counts it, and warns."""
+        names = itertools.chain([f"{damage.step}.damaged"], (f"{damage.step}.damaged-{i}" for i in itertools.count(2)))
+        name = next(name for name in names if not (self.folder / name).exists())
+        (self.folder / damage.step).rename(self.folder / name)
+        self._manager.reload()
+        warnings.warn(
+            f"{damage}. It was renamed to {name}; the run continues from step {sound}, the newest sound checkpoint",
+            stacklevel=3,
+        )
+
+
+def _several_damaged(folder: Path, damage: Sequence[DamagedCheckpoint], sound: int | None) -> str:
+    problems = "\n  ".join(["", *map(str, damage)])
+    if sound is None:
+        return (
+            f"{folder}: does not have a checkpoint that can be read{problems}\nCopy one from a backup, or start a new "
+            "run in another output folder"
+        )
+    return (
+        f"{folder}: the newest {len(damage)} checkpoints are damaged{problems}\nThe newest sound one is of step "
+        f"{sound}. To resume from it, remove or rename the folders of the damaged ones"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,37 +250,72 @@ def open_run(path: Path, step: int | None = None) -> Run:
         raise ValueError(
             f"{path}: not a run folder ({CONFIG_FILE} is missing). Give the folder that training wrote (output)"
         )
-    folder, steps = (path / CHECKPOINT_FOLDER).absolute(), saved_steps(path)
+    steps = saved_steps(path)
     if not steps or (step is not None and step not in steps):
         wanted = "any checkpoint" if step is None else f"a checkpoint of step {step}"
         raise ValueError(f"{path}: does not have {wanted} (found steps: {steps or 'none'}). Give one of these steps")
     step = steps[-1] if step is None else step
-    items = ocp.args.Composite(lora=ocp.args.StandardRestore(), state=ocp.args.JsonRestore())
-    with ocp.CheckpointManager(folder) as manager:
-        saved = _restore(manager, folder, step, items)
+    try:
+        lora, state = _read_lora(path, step)
+    except DamagedCheckpoint as error:
+        raise CheckpointError(f"{error}. {_advice(path, step)}") from error
     config = read_config(path / CONFIG_FILE)
+    _check_config(path, config, state)
     return Run(
         path=path,
         model=config.model,
         lora_args=config.lora,
         chat_template=config.data.chat_template,
         step=step,
-        lora=saved["lora"],
-        fingerprint=saved["state"]["fingerprint"],
+        lora=lora,
+        fingerprint=state["fingerprint"],
         initial=read_initial(path, config.lora),
     )
 
 
-def _restore(
-    manager: ocp.CheckpointManager, folder: Path, step: int | None, items: ocp.args.Composite
-) -> ocp.args.Composite:
-    try:
-        return cast(ocp.args.Composite, manager.restore(step, args=items))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder}: the checkpoint of step {step} cannot be read: {_first_line(error)}. Remove that folder to use "
-            "an earlier step"
-        ) from error
+def _read_lora(run: Path, step: int) -> tuple[PyTree, JsonObject]:
+    folder = (run / CHECKPOINT_FOLDER / str(step)).absolute()
+    state, digests = read_state(folder)
+    if "fingerprint" not in state:
+        raise DamagedCheckpoint(folder / STATE, str(step), "the fingerprint of the base is missing")
+    lora = read_arrays(folder, LORA, None, digests and digests[LORA])
+    if digests is None:
+        warn_without_digests(run)
+    return lora, state
+
+
+def _advice(run: Path, damaged: int) -> str:
+    """Returns advice for a damaged checkpoint: the newest other step whose LoRA parameters are sound."""
+    if damaged not in saved_steps(run):
+        return "A running training removed it meanwhile. Start this command again"
+    for step in reversed(saved_steps(run)):
+        if step == damaged:
+            continue
+        try:
+            _read_lora(run, step)
+        except CheckpointError:
+            continue
+        return f"Give step {step} to use the newest sound checkpoint"
+    return "No other checkpoint of the run is sound. Copy one from a backup, or train again"
+
+
+def _check_config(run: Path, config: Config, state: JsonObject) -> None:
+    """Checks that config.yaml describes the base and the adapter of a checkpoint.
+
+    Raises:
+      ValueError: it does not; each setting that differs is listed.
+    """
+    if "config" not in state:
+        return
+    saved = from_dict(Config, state["config"])
+    lines = [
+        f"  {key}: found {now!r}, expected {then!r}"
+        for key, (then, now) in differences(saved, config).items()
+        if key.startswith(("model.", "lora.")) and key != "model.path"
+    ]
+    if lines:
+        start = f"{run / CONFIG_FILE}: does not describe the run, whose checkpoint has other settings. Correct these:"
+        raise ValueError("\n".join([start, *lines]))
 
 
 def _first_line(error: BaseException) -> str:

@@ -38,7 +38,7 @@ MAY_DIFFER = {
 
 
 # Keys of the state that a resumed run requires.
-RESUME_KEYS = ("position", "best", "fingerprint", "data_fingerprint", "config")
+RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "config")
 
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
@@ -72,7 +72,7 @@ def check_resumable(session: Session, state: Record) -> None:
     """
     if missing := [name for name in _required_keys(session) if name not in state]:
         raise ValueError(
-            f"{session.config.output}: the checkpoint of step {state['step']} lacks {', '.join(missing)}, because "
+            f"{session.config.output}: the checkpoint of step {state.get('step')} lacks {', '.join(missing)}, because "
             "another version of qlora_jax wrote it. Resume with that version, or start a new run in another output "
             "folder; lora.start continues from the exported adapter."
         )

@@ -1,6 +1,7 @@
 """The training loop: takes batches, reports metrics, saves checkpoints, and can stop after any step."""
 
 import dataclasses
+import functools
 import signal
 import threading
 import time
@@ -76,14 +77,15 @@ def initial_state(session: Session) -> TrainState:
 
 
 def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
-    """Restores the newest checkpoint, after a check against the session's settings, base model and data.
+    """Restores the newest sound checkpoint, after a check against the session's settings, base model and data.
 
     Raises:
       ValueError: the run cannot resume from it; see `check_resumable`.
+      CheckpointError: more than the newest checkpoint is damaged.
     """
-    check_resumable(session, checkpoints.read_state())
     template = session.state_manager.checkpoint_template(session.parts.lora)
-    lora, optimizer_state, saved = checkpoints.restore(session.parts.lora, template)
+    check = functools.partial(check_resumable, session)
+    lora, optimizer_state, saved = checkpoints.restore(session.parts.lora, template, check)
     best = BestEvaluation.from_checkpoint(saved)
     if session.config.train.keep_best:
         checkpoints.retain(best.step)

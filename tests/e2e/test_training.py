@@ -17,6 +17,7 @@ from rich.console import Console
 from qlora_jax.config import Config, DataArgs, ModelArgs
 from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.checkpoint import Checkpoints, open_run
+from qlora_jax.io.checkpoint_reader import read_state
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.peft import export_peft
 from qlora_jax.io.pretrained import open_finetuned
@@ -338,8 +339,11 @@ def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
 
 
 def test_a_checkpoint_that_lacks_what_a_run_goes_on_from_is_told(finished, monkeypatch):
-    read = Checkpoints.read_state
-    monkeypatch.setattr(Checkpoints, "read_state", lambda self: {k: v for k, v in read(self).items() if k != "best"})
+    def read(folder):
+        state, digests = read_state(folder)
+        return {key: value for key, value in state.items() if key != "best"}, digests
+
+    monkeypatch.setattr("qlora_jax.io.checkpoint.read_state", read)
     with pytest.raises(
         ValueError, match=r"the checkpoint of step 10 lacks best, because another version .* lora\.start"
     ):

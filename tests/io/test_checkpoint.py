@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.io.checkpoint import CheckpointError, Checkpoints, open_run
+from qlora_jax.io.checkpoint import CheckpointError, Checkpoints, open_run, saved_steps
 
 LORA = {"model.layers.mlp.up_proj": {"lora_a": jnp.arange(60000.0), "lora_b": jnp.ones(5)}}
 
@@ -26,7 +26,7 @@ def full_disk():
 def test_the_newest_are_kept_and_restored(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         for step in (1, 2, 3):
-            checkpoints.save(step, LORA, {"mu": jnp.full(3, step)}, {"step": step})
+            checkpoints.save(step, LORA, {"mu": jnp.full(3, float(step))}, {"step": step})
         lora, state, rest = checkpoints.restore(LORA, {"mu": jnp.zeros(3)})
     np.testing.assert_array_equal(lora["model.layers.mlp.up_proj"]["lora_a"], np.arange(60000.0))
     np.testing.assert_array_equal(state["mu"], [3, 3, 3])
@@ -39,7 +39,7 @@ def test_one_more_that_is_named_is_kept(tmp_path):
         for step in range(1, 7):
             if step in (2, 4):
                 checkpoints.retain(step)
-            checkpoints.save(step, LORA, {"mu": jnp.full(3, step)}, {"step": step})
+            checkpoints.save(step, LORA, {"mu": jnp.full(3, float(step))}, {"step": step})
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
     with Checkpoints(tmp_path, keep=1) as checkpoints:
         checkpoints.retain(4)
@@ -50,7 +50,7 @@ def test_one_more_that_is_named_is_kept(tmp_path):
 def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(1, LORA, {"mu": jnp.zeros(3)}, {"step": 1})
-        with full_disk(), pytest.raises(CheckpointError, match=r"step 2 cannot be saved.*step 1 is complete and loads"):
+        with full_disk(), pytest.raises(CheckpointError, match=r"step 2 cannot be saved.*step 1 is complete.*--resume"):
             checkpoints.save(2, LORA, {"mu": jnp.zeros(3)}, {"step": 2})
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() == 1
@@ -59,15 +59,110 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
         assert checkpoints.latest_step() == 2
 
 
-def test_a_damaged_checkpoint_is_one_clear_error(tmp_path):
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+def test_without_an_earlier_checkpoint_the_error_does_not_say_resume(tmp_path):
+    with Checkpoints(tmp_path, keep=2) as checkpoints, full_disk(), pytest.raises(CheckpointError) as caught:
         checkpoints.save(1, LORA, {"mu": jnp.zeros(3)}, {"step": 1})
-    for file in (tmp_path / "checkpoints/1/lora").rglob("*"):
-        if file.is_file() and file.parent.name == "d":
-            file.write_bytes(b"")
-    unreadable = pytest.raises(CheckpointError, match=r"step 1 cannot be read")
-    with Checkpoints(tmp_path, keep=2) as checkpoints, unreadable:
-        checkpoints.restore(LORA, {"mu": jnp.zeros(3)})
+    assert "no earlier checkpoint exists" in str(caught.value) and "--resume" not in str(caught.value)
+
+
+def save_steps(run, *steps):
+    with Checkpoints(run, keep=3) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, LORA, {"mu": jnp.full(3, float(step))}, {"step": step})
+
+
+def damage(run, step, part="optimizer"):
+    """Overwrites the data of a part with zeros, as a bad disk does."""
+    for file in (run / f"checkpoints/{step}/{part}").rglob("d/*"):
+        file.write_bytes(bytes(file.stat().st_size))
+
+
+def restore(run, check=lambda state: None):
+    with Checkpoints(run, keep=2) as checkpoints:
+        return checkpoints.restore(LORA, {"mu": jnp.zeros(3)}, check)
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_and_its_step_can_be_saved_again(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    damage(tmp_path, 3)
+    with pytest.warns(UserWarning, match=r"3/optimizer: the checkpoint of step 3 is damaged: .*3\.damaged.* step 2"):
+        restored = restore(tmp_path)
+    np.testing.assert_array_equal(restored.optimizer_state["mu"], [2, 2, 2])
+    assert restored.state == {"step": 2}
+    assert saved_steps(tmp_path) == [1, 2] and (tmp_path / "checkpoints/3.damaged").is_dir()
+    save_steps(tmp_path, 3)
+    assert restore(tmp_path).state == {"step": 3}
+
+
+def test_a_second_damaged_checkpoint_of_a_step_gets_another_name(tmp_path):
+    save_steps(tmp_path, 1, 2)
+    for name in ("2.damaged", "2.damaged-2"):
+        damage(tmp_path, 2)
+        with pytest.warns(UserWarning, match=f"renamed to {name};"):
+            restore(tmp_path)
+        assert (tmp_path / "checkpoints" / name).is_dir()
+        save_steps(tmp_path, 2)
+
+
+def test_a_save_after_a_damaged_newest_checkpoint_is_not_skipped(tmp_path):
+    """orbax skips a step that is not above its newest, so the damaged one must be gone for it too."""
+    save_steps(tmp_path, 1, 5)
+    damage(tmp_path, 5)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        with pytest.warns(UserWarning, match="step 5 is damaged"):
+            checkpoints.restore(LORA, {"mu": jnp.zeros(3)})
+        checkpoints.save(2, LORA, {"mu": jnp.zeros(3)}, {"step": 2})
+    assert saved_steps(tmp_path) == [1, 2]
+
+
+def test_a_save_that_orbax_skips_is_an_error(tmp_path):
+    save_steps(tmp_path, 5)
+    with Checkpoints(tmp_path, keep=2) as checkpoints, pytest.raises(CheckpointError, match="step 3 cannot be saved"):
+        checkpoints.save(3, LORA, {"mu": jnp.zeros(3)}, {"step": 3})
+
+
+def test_two_damaged_checkpoints_are_never_passed_over(tmp_path):
+    save_steps(tmp_path, 1, 2, 3)
+    damage(tmp_path, 3)
+    damage(tmp_path, 2, "lora")
+    with pytest.raises(
+        CheckpointError, match=r"(?s)newest 2 .*3/optimizer.*2/lora.*newest sound one is of step 1\. To"
+    ):
+        restore(tmp_path)
+    assert saved_steps(tmp_path) == [1, 2, 3]
+
+
+def test_no_sound_checkpoint_is_one_error(tmp_path):
+    save_steps(tmp_path, 1)
+    damage(tmp_path, 1)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)does not have .*1/optimizer: the checkpoint of step 1 is damaged.*backup"
+    ):
+        restore(tmp_path)
+
+
+def test_a_run_that_cannot_resume_from_the_newest_does_not_use_an_older_one(tmp_path):
+    save_steps(tmp_path, 1, 2)
+
+    def check(state):
+        raise ValueError(f"other settings than at step {state['step']}")
+
+    with pytest.raises(ValueError, match="other settings than at step 2"):
+        restore(tmp_path, check)
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypatch):
+    save_steps(tmp_path, 1, 2)
+    monkeypatch.setattr("os.access", lambda path, mode: "/2/optimizer/" not in str(path))
+    with pytest.raises(CheckpointError, match="no permission to read a file of the checkpoint of step 2"):
+        restore(tmp_path)
+    assert saved_steps(tmp_path) == [1, 2]
+
+
+def test_names_that_are_not_steps_are_not_checkpoints(tmp_path):
+    for name in ("7", "07", "8.damaged", "9.orbax-checkpoint-tmp", "²"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert saved_steps(tmp_path) == [7]
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

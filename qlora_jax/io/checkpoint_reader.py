@@ -1,0 +1,213 @@
+"""Reads the parts of one checkpoint, and checks each against the digests that were saved with it.
+
+STEP/lora, STEP/optimizer   arrays in orbax's format
+STEP/state/metadata         JSON: the state, and under "digests" the digests of the state and of every array
+"""
+
+import gc
+import os
+import re
+import stat
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NotRequired, TypedDict
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import PyTree
+from pydantic import NonNegativeInt
+
+from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
+from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import MetadataError, check_value, read_json
+
+LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
+PARTS = (LORA, OPTIMIZER)  # those of arrays
+DIGESTS = "digests"  # the key of the digests in the state
+SHOWN = 5  # differences that a message lists
+
+
+class CheckpointError(OSError):
+    """Raised if a checkpoint cannot be written or read; the message says why, and which checkpoint is still usable."""
+
+
+class DamagedCheckpoint(CheckpointError):
+    """Raised if a part of a checkpoint is missing, cannot be decoded, or is not what was saved."""
+
+    def __init__(self, place: Path, step: str, problem: str):
+        super().__init__(f"{place}: the checkpoint of step {step} is damaged: {problem}")
+        self.step = step
+
+
+class Digests(TypedDict):
+    """The digests of a checkpoint's parts; that of the state includes the digests of the arrays."""
+
+    state: str
+    lora: dict[str, ArrayDigest]
+    optimizer: dict[str, ArrayDigest]
+
+
+class _Position(TypedDict):
+    epoch: NonNegativeInt
+    window: NotRequired[NonNegativeInt]
+    index: NonNegativeInt
+
+
+class _Best(TypedDict):
+    loss: float | None
+    step: NonNegativeInt
+    since: NonNegativeInt
+
+
+class _State(TypedDict, total=False):
+    """The types of a state's values. Earlier versions lack some keys; checkpoint_state.py says which are required."""
+
+    step: NonNegativeInt
+    position: _Position
+    window_order: list[NonNegativeInt]
+    best: _Best
+    fingerprint: str
+    data_fingerprint: str
+    config: dict[str, Any]
+    versions: dict[str, str]
+    digests: Digests
+
+
+def with_digests(state: Mapping[str, object], lora: PyTree, optimizer: PyTree) -> dict[str, object]:
+    """Returns the state with the digests of all parts of its checkpoint."""
+    arrays = {LORA: tree_digests(lora), OPTIMIZER: tree_digests(optimizer)}
+    return {**state, DIGESTS: {STATE: json_digest([state, arrays]), **arrays}}
+
+
+def read_state(checkpoint: Path) -> tuple[JsonObject, Digests | None]:
+    """Reads (the state without the digests, the digests); None for a checkpoint from before there were digests.
+
+    Raises:
+      DamagedCheckpoint: the file is missing, cannot be decoded, or is not what was saved.
+      CheckpointError: the file cannot be read.
+    """
+    _check_readable(checkpoint, STATE)
+    path = checkpoint / STATE / "metadata"
+    try:
+        state = read_json(path, dict[str, Any])
+        digests = check_value(state, _State, path).get(DIGESTS)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(path, checkpoint.name, "missing") from None
+    except MetadataError as error:
+        raise DamagedCheckpoint(path, checkpoint.name, str(error)) from error
+    state.pop(DIGESTS, None)
+    if digests is not None and json_digest([state, {part: digests[part] for part in PARTS}]) != digests[STATE]:
+        raise DamagedCheckpoint(path, checkpoint.name, "its values are not those that were saved")
+    if str(state.get("step", checkpoint.name)) != checkpoint.name:
+        raise DamagedCheckpoint(path, checkpoint.name, f"it is the state of step {state['step']}")
+    return state, digests
+
+
+def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str, ArrayDigest] | None) -> PyTree:
+    """Reads the arrays of one part.
+
+    Args:
+      like: a tree with shapes, dtypes and devices; None: the LoRA parameters of `expected`, on the default device.
+      expected: their digests; None: not known.
+
+    Raises:
+      DamagedCheckpoint: an array is missing, cannot be decoded, or is not what was saved.
+      CheckpointError: a file cannot be read.
+    """
+    folder = checkpoint / part
+    _check_readable(checkpoint, part)
+    if like is None and expected is not None:
+        like = _lora_template(expected)
+    _check_types(folder, like, expected)
+    arrays, problem = _restore(folder, like)
+    if problem is not None:
+        raise DamagedCheckpoint(folder, checkpoint.name, problem)
+    found = {} if expected is None else tree_digests(arrays)
+    if differences := changes(found, expected or {}):
+        raise DamagedCheckpoint(
+            folder, checkpoint.name, _listed("these arrays are not as they were saved:", differences)
+        )
+    return arrays
+
+
+def _restore(folder: Path, like: PyTree) -> tuple[PyTree, str | None]:
+    """Reads (the arrays, None), or (None, why orbax cannot)."""
+    printing, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                return checkpointer.restore(folder, like), None
+        except jax.errors.JaxRuntimeError:
+            raise  # the device has too little memory
+        except Exception as error:  # orbax raises Exception itself for a file that it cannot decode
+            problem = _reason(folder, error)
+        gc.collect()  # frees the reads that orbax abandons after a failure; each would print a traceback
+        return None, problem
+    finally:
+        sys.unraisablehook = printing
+
+
+def _check_types(folder: Path, like: PyTree, expected: Mapping[str, ArrayDigest] | None) -> None:
+    """Checks that the saved arrays have the dtypes and shapes that the caller needs.
+
+    Raises:
+      CheckpointError: they do not, as of another version of optax; the checkpoint may be sound.
+    """
+    if like is None or expected is None:
+        return
+    types = {path: (leaf.dtype.name, list(leaf.shape)) for path, leaf in by_path(like).items()}
+    saved = {path: (digest["dtype"], digest["shape"]) for path, digest in expected.items()}
+    differing = sorted(path for path in types.keys() | saved.keys() if types.get(path) != saved.get(path))
+    if differing:
+        lines = [f"{path}: found {saved.get(path)}, expected {types.get(path)}" for path in differing]
+        problem = _listed("has other arrays than this run needs. Resume with the versions that saved it:", lines)
+        raise CheckpointError(f"{folder}: {problem}")
+
+
+def _lora_template(digests: Mapping[str, ArrayDigest]) -> PyTree:
+    """Returns the tree of LoRA parameters that digests describe: by projection, then by leaf."""
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for path, digest in digests.items():
+        name, leaf = path.rsplit("/", 1)
+        struct = jax.ShapeDtypeStruct(tuple(digest["shape"]), jnp.dtype(digest["dtype"]), sharding=device)
+        tree.setdefault(name, {})[leaf] = struct
+    return tree
+
+
+def _check_readable(checkpoint: Path, part: str) -> None:
+    """Checks that the files of a part exist and can be opened, before a library reads them.
+
+    Raises:
+      DamagedCheckpoint: the folder is missing, or holds something other than files and folders.
+      CheckpointError: a file cannot be opened; it may be sound.
+    """
+    folder = checkpoint / part
+    if not folder.is_dir():
+        raise DamagedCheckpoint(folder, checkpoint.name, "missing")
+    for path in sorted(folder.rglob("*")):
+        mode = path.lstat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would block its reader
+            raise DamagedCheckpoint(path, checkpoint.name, "not a regular file")
+        if not os.access(path, os.R_OK):
+            raise CheckpointError(
+                f"{path}: no permission to read a file of the checkpoint of step {checkpoint.name}. Make it readable"
+            )
+
+
+def _reason(folder: Path, error: BaseException) -> str:
+    """Returns why orbax cannot read a folder: its empty files, or the first line of the innermost error."""
+    sizes = {path.relative_to(folder): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
+    if empty := [str(path) for path, size in sizes.items() if size == 0]:
+        return f"{', '.join(empty)}: empty"
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return re.sub(r'^[A-Z_]+: |Error opening "\w+" driver: ', "", lines[0].partition(" [tensorstore_spec=")[0])
+
+
+def _listed(start: str, lines: list[str]) -> str:
+    rest = [f"and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    return "\n    ".join([start, *lines[:SHOWN], *rest])
