@@ -8,17 +8,22 @@ Dimension key: L layers, K in, R rank, N out.
 
 import dataclasses
 import functools
+import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.digests import ArrayDigest, array_digest, changes, tree_digests, warn_without_digests
 from qlora_jax.io.loader import Transform
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.metadata import decode_json
 from qlora_jax.models.add_adapters import Factors, our_names, ranks_and_scalings
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.linear import named_key
@@ -26,6 +31,9 @@ from qlora_jax.quant import dequantize, pissa_loftq, quantize
 
 FILE = "initial.safetensors"
 FACTORS, SUBTRACTED = "factors", "taken"  # the first parts of names in the file
+LEAVES = ("lora_a", "lora_b")  # the last parts
+DIGESTS = "digests"  # the key of the tensors' digests in the file's metadata
+COPY_IT = "Copy the file from where the run was trained, or from a backup"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -129,8 +137,13 @@ def _round_trip(weight: np.ndarray, weights: WeightFormat) -> jax.Array:
 
 
 def subtract_initial(initial: InitialAdapter, config: ModelConfig, spec: LoraArgs) -> Transform:
-    """A transform for `load_model` that gives bit-identical rests to those of `WeightDecomposer`."""
+    """A transform for `load_model` that gives bit-identical rests to those of `WeightDecomposer`.
+
+    Raises:
+      ValueError: the initial adapter does not fit the model.
+    """
     tensors = adapted_tensors(config, spec)
+    _check_fits(initial, config, tensors)
 
     def rest(name: str, weight: np.ndarray) -> np.ndarray:
         tensor = tensors.get(name)
@@ -144,7 +157,7 @@ def subtract_initial(initial: InitialAdapter, config: ModelConfig, spec: LoraArg
 
 
 def write_initial(run: Path, initial: InitialAdapter) -> None:
-    """Writes RUN/initial.safetensors, completely or not at all."""
+    """Writes RUN/initial.safetensors with the digests of its tensors, completely or not at all."""
     tensors = {
         f"{kind}/{name}/{leaf}": np.ascontiguousarray(values)
         for kind, factors in ((FACTORS, initial.factors), (SUBTRACTED, initial.subtracted))
@@ -152,8 +165,9 @@ def write_initial(run: Path, initial: InitialAdapter) -> None:
         for leaf, values in leaves.items()
         if kind == FACTORS or factors is not initial.factors
     }
+    digests = {name: array_digest(values) for name, values in tensors.items()}
     partial = run / f"{FILE}.partial"
-    save_file(tensors, partial)
+    save_file(tensors, partial, {DIGESTS: json.dumps(digests)})
     os.replace(partial, run / FILE)
 
 
@@ -161,18 +175,73 @@ def read_initial(run: Path, spec: LoraArgs) -> InitialAdapter | None:
     """Reads the initial adapter of a run; None if the run's adapters did not start with a part of the weights.
 
     Raises:
-      ValueError: the file is missing.
+      ValueError: the file is missing or damaged.
     """
     if spec.init == "default":
         return None
-    if not (run / FILE).is_file():
+    path = run / FILE
+    if not path.is_file():
         raise ValueError(
-            f"{run / FILE}: missing, and the base of a run with lora.init={spec.init} cannot be rebuilt without it. "
-            "Copy it from where the run was trained"
+            f"{path}: missing, and the base of a run with lora.init={spec.init} cannot be rebuilt without it. {COPY_IT}"
         )
-    found: dict[str, dict[str, dict[str, np.ndarray]]] = {FACTORS: {}, SUBTRACTED: {}}
-    for key, values in load_file(run / FILE).items():
-        kind, name, leaf = key.split("/")
-        found[kind].setdefault(name, {})[leaf] = values
+    tensors, digests = _read_file(path)
+    if digests is None:
+        warn_without_digests(run)
+    elif differences := changes(tree_digests(tensors), digests):
+        raise ValueError("\n  ".join([f"{path}: damaged, these tensors are not as saved. {COPY_IT}:", *differences]))
+    found = {FACTORS: _tree(path, tensors, FACTORS), SUBTRACTED: _tree(path, tensors, SUBTRACTED)}
     subtracted = found[FACTORS] if spec.init == "pissa" else found[SUBTRACTED]
     return InitialAdapter(factors=found[FACTORS], subtracted=subtracted)
+
+
+def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, ArrayDigest] | None]:
+    """Reads (the tensors, their digests); None for a file from before there were digests.
+
+    Raises:
+      ValueError: it is not a safetensors file, or is cut off.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is not a dict
+        digests = decode_json(metadata[DIGESTS], dict[str, ArrayDigest], DIGESTS) if DIGESTS in metadata else None
+    except (SafetensorError, TypeError, ValueError) as error:  # TypeError: of a dtype that NumPy does not have
+        raise ValueError(f"{path}: damaged: {error}. {COPY_IT}") from error
+    return tensors, digests
+
+
+def _tree(path: Path, tensors: Mapping[str, np.ndarray], kind: str) -> Factors:
+    """Returns the A and B of one kind by our names."""
+    tree: dict[str, dict[str, np.ndarray]] = {}
+    for key, values in tensors.items():
+        start, _, rest = key.partition("/")
+        name, _, leaf = rest.rpartition("/")
+        if start not in (FACTORS, SUBTRACTED) or leaf not in LEAVES:
+            raise ValueError(f"{path}: damaged: {key!r} is not the name of an initial tensor. {COPY_IT}")
+        if start == kind:
+            tree.setdefault(name, {})[leaf] = values
+    return tree
+
+
+def _check_fits(initial: InitialAdapter, config: ModelConfig, tensors: Mapping[str, AdaptedTensor]) -> None:
+    """Checks that an initial adapter has the projections and shapes of a model's adapters.
+
+    Raises:
+      ValueError: it does not; names each projection that differs.
+    """
+    expected = {}
+    for tensor in tensors.values():
+        (n, k), _ = config.linear_shapes()[tensor.name.removeprefix("model.layers.")]
+        layers, rank = config.num_layers, tensor.rank
+        expected[tensor.name] = {"lora_a": (layers, k, rank), "lora_b": (layers, rank, n)}
+    lines = []
+    for kind, factors in ((FACTORS, initial.factors), (SUBTRACTED, initial.subtracted)):
+        found = {name: {leaf: np.shape(values) for leaf, values in leaves.items()} for name, leaves in factors.items()}
+        names = expected.keys() | found.keys() if kind == FACTORS else found.keys()
+        lines += [
+            f"  {kind}/{name}: found {found.get(name)}, expected {expected.get(name)}"
+            for name in sorted(names)
+            if found.get(name) != expected.get(name)
+        ]
+    if lines:
+        raise ValueError("\n".join([f"{FILE}: does not fit the model. {COPY_IT}:", *lines]))
