@@ -10,7 +10,7 @@ import itertools
 import json
 import os
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from types import GenericAlias
 from typing import Annotated, Any, TypedDict
@@ -43,6 +43,7 @@ _EXPECTED = {
     "list_type": "a list",
     "literal_error": "{expected}",
     "none_required": "null",
+    "string_too_long": "at most {max_length} characters",
     "string_type": "text",
     "too_long": "at most {max_length} elements",
     "too_short": "at least {min_length} elements",
@@ -159,6 +160,12 @@ def shorten(value: object) -> str:
     return _shortened.repr(value)
 
 
+def shorten_key(key: object) -> str:
+    """Returns the text of a key, or the beginning of a long one."""
+    text = str(key)
+    return text if len(text) <= MAX_KEY else f"{text[:MAX_KEY]}..."
+
+
 @functools.cache
 def _adapter(kind: Kind) -> TypeAdapter:
     return TypeAdapter(kind)
@@ -228,13 +235,10 @@ def _problems(value: object, errors: Sequence[ErrorDetails], key: str = "") -> l
     # A member of a union that got further says more than one that failed at once.
     start = [key] if key else []
     return [
-        _line(".".join([*start, *map(_key, path)]), problem) for path, problem in by_path.items() if path not in inner
+        _line(".".join([*start, *map(shorten_key, path)]), problem)
+        for path, problem in by_path.items()
+        if path not in inner
     ]
-
-
-def _key(step: str | int) -> str:
-    text = str(step)
-    return text if len(text) <= MAX_KEY else f"{text[:MAX_KEY]}..."
 
 
 def _line(key: str, problem: _Problem) -> str:
@@ -244,14 +248,18 @@ def _line(key: str, problem: _Problem) -> str:
     return f"{start}found {problem['found']}, expected {' or '.join(problem['expected'])}"
 
 
-def _locate(value: object, place: Sequence[str | int], missing: bool) -> tuple[tuple[str | int, ...], str]:
+def _locate(value: Any, place: Sequence[str | int], missing: bool) -> tuple[tuple[str | int, ...], str]:
     """Returns (the keys that lead to an error, the value there); names of a union's members are left out."""
     path: list[str | int] = []
     for step in place[:-1] if missing else place:
-        if (isinstance(value, Mapping) and step in value) or (isinstance(value, list) and isinstance(step, int)):
+        if step in _keys_of(value):
             value = value[step]
             path.append(step)
     return (*path, place[-1]) if missing else tuple(path), "" if missing else shorten(value)
+
+
+def _keys_of(value: object) -> Container[str | int]:
+    return value if isinstance(value, Mapping) else range(len(value)) if isinstance(value, list) else ()
 
 
 def _expected(error: ErrorDetails) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, NotRequired, TypedDict
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, with_config
 
 from qlora_jax.metadata import MAX_DEPTH, Count, MetadataError, check_depth, decode_json, find_problems, read_json
 
@@ -22,10 +22,10 @@ class Scaling(TypedDict):
     kind: NotRequired[str | None]
 
 
+@with_config(extra="allow")
 class Example(TypedDict, total=False):
     """A model's config."""
 
-    __pydantic_config__ = {"extra": "allow"}  # noqa: RUF012
     layers: Count
     tied: bool
     stop: int | list[int] | None

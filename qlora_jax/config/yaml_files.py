@@ -14,6 +14,10 @@ from qlora_jax.config.parse import ConfigError, from_dict, walk_settings
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 
+MAX_DEPTH = 100  # levels of mappings and lists
+MAX_NODES = 20_000
+MAX_BYTES = 1 << 20  # of a YAML file
+
 # YAML 1.1 reads 2e-4 as text because it has no dot; YAML 1.2 reads it as a number.
 _FLOAT = re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
 
@@ -36,8 +40,56 @@ for _letter in "oO":
 
 
 def parse_yaml(text: str) -> object:
-    """Parses a YAML value; 2e-4 is a number, `off` is text."""
-    return yaml.load(text, _Loader)
+    """Parses a YAML value; 2e-4 is a number, `off` is text.
+
+    Raises:
+      yaml.YAMLError: not YAML; or nested too deeply, too large with its aliases copied, or an alias to itself.
+    """
+    return _parse(text)[1]
+
+
+def _parse(text: str) -> tuple[yaml.Node | None, object]:
+    """(the tree of the first document, its value)"""
+    _check_size(text)
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    except yaml.YAMLError:
+        raise
+    except ValueError as error:  # a date that does not exist, or a number of thousands of digits
+        raise yaml.YAMLError(str(error)) from None
+    finally:
+        loader.dispose()
+
+
+def _check_size(text: str) -> None:
+    """Checks depth and number of nodes before there is a tree; an alias counts as often as its nodes."""
+    sizes: dict[str, int] = {}  # nodes below each anchor
+    opened: list[tuple[str | None, int]] = []  # (anchor, nodes before it) of each open collection
+    nodes = 0
+    for event in yaml.parse(text, _Loader):
+        if isinstance(event, yaml.AliasEvent):
+            if event.anchor in (anchor for anchor, _ in opened):
+                raise _error(event, f"alias *{event.anchor} is part of what it stands for")
+            nodes += sizes.get(event.anchor, 1)  # the parser reports an undefined one
+        elif isinstance(event, yaml.ScalarEvent):
+            nodes += 1
+            sizes |= {event.anchor: 1} if event.anchor else {}
+        elif isinstance(event, yaml.CollectionStartEvent):
+            opened.append((event.anchor, nodes))
+            nodes += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = opened.pop()
+            sizes |= {anchor: nodes - before} if anchor else {}
+        if len(opened) > MAX_DEPTH:
+            raise _error(event, f"nested too deeply (found more than {MAX_DEPTH} levels)")
+        if nodes > MAX_NODES:
+            raise _error(event, f"too large (found more than {MAX_NODES} values, those of aliases included)")
+
+
+def _error(event: yaml.Event, problem: str) -> yaml.YAMLError:
+    return yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
 
 
 def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
@@ -52,11 +104,12 @@ def read_yaml(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, str]]:
     """Returns (the file's nested dict, {dotted key: "file:line"}).
 
     Raises:
-      ConfigError: the file is not YAML, is not a mapping, or sets a key twice.
+      ConfigError: the file is too large, is not YAML, is not a mapping, or sets a key twice.
     """
+    if (size := Path(path).stat().st_size) > MAX_BYTES:
+        raise ConfigError([f"{path}: too large for settings (found {size} bytes, expected at most {MAX_BYTES})"])
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        node, raw = yaml.compose(text, _Loader), parse_yaml(text)
+        node, raw = _parse(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: not a YAML file: {' '.join(str(error).split())}"]) from None
     if raw is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
 
-JsonObject = dict[str, Any]  # a parsed JSON object; readers check the types of the values that they use
+JsonObject = dict[str, Any]  # a decoded JSON object whose keys differ between families or versions
 
 PREFETCH_DEPTH = 4  # tensors
 CHUNK = 1 << 20  # bytes per read
@@ -106,6 +106,11 @@ class ModelSource:
     tokenizer: TokenizerData
     tensors: Mapping[str, TensorEntry]
     hub_name: str | None = None
+
+    @property
+    def config_name(self) -> str:
+        """The file that the config was read from, for messages."""
+        return str(self.path / "config.json" if self.path.is_dir() else self.path)
 
 
 def prefetch(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:

@@ -100,7 +100,7 @@ def open_pretrained(
 
 
 def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> OpenedModel:
-    features = model_config(source.config)
+    features = model_config(source.config, source.config_name)
     tokenizer = open_tokenizer(source, args, features.vocab_size)
     if run is not None:
         tokenizer = dataclasses.replace(tokenizer, new_ids=tokenizer.new_ids or run.new_ids)
@@ -122,7 +122,7 @@ def _open_adapter(folder: Path, base: str | None, step: int | None, chat_templat
         raise ValueError(f"{folder}: its base model does not exist (found {path!r}). Give its path with --model")
     args = ModelArgs(path=path)
     source = open_model(path)
-    features = model_config(source.config)
+    features = model_config(source.config, source.config_name)
     adapter = read_adapter(folder, features)
     if adapter.new_ids or adapter.tables:
         source = _with_tokenizer_of(folder, source, max((0, *adapter.new_ids)))

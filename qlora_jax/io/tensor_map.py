@@ -16,6 +16,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.mixed_stack import MixedStack
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
+MAX_LINES, MAX_WIDTH = 100, 300  # of an error
 EMBEDDING = "model.embed_tokens.weight"
 
 StatePath = tuple[Any, ...]  # keys of a state; flax's protocol for them cannot be checked at run time
@@ -47,7 +48,8 @@ def check_tensors(source: ModelSource, expected: Mapping[str, tuple[int, ...]], 
         if name in found and found[name].shape != shape
     ]
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
+        more = [f"and {len(problems) - MAX_LINES} more"] if len(problems) > MAX_LINES else []
+        lines = "\n".join(f"  {problem[:MAX_WIDTH]}" for problem in [*problems[:MAX_LINES], *more])
         raise ValueError(f"{source.path}: the tensors do not fit the model that its config describes:\n{lines}")
 
 
@@ -67,9 +69,17 @@ def lines_by_layer(problem: str, names: Iterable[str]) -> list[str]:
         if match:
             group.append(int(match[1]))
     return [
-        f"{problem}: {name}" + (f" in layers {', '.join(map(str, sorted(found)))}" if found else "")
+        f"{problem}: {name}" + (f" in layers {_numbers(sorted(found))}" if found else "")
         for name, found in sorted(layers.items())
     ]
+
+
+def _numbers(found: Sequence[int]) -> str:
+    """Writes 2, 4, 5; or 2 to 20 for many consecutive numbers."""
+    first, last = found[0], found[-1]
+    if len(found) > 4 and last - first == len(found) - 1:
+        return f"{first} to {last}"
+    return ", ".join(map(str, found))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -18,6 +19,7 @@ from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
@@ -100,7 +102,7 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
     found = [
         name
         for entry in spec.feedforward_modules
-        for name in _stacks_matched("feedforward_modules", re.escape(entry), _is_suffix, targets, layers)
+        for name in _stacks_matched("feedforward_modules", re.escape(entry), matches_end, targets, layers)
     ]
     return targets, found
 
@@ -167,16 +169,10 @@ def _full_names(name: str, layers: int) -> list[str]:
     return [name.replace(".layers.", f".layers.{i}.", 1) for i in range(layers)]
 
 
-def _is_whole(pattern: str, full_name: str) -> bool:
-    return re.fullmatch(pattern, full_name) is not None
-
-
-def _is_suffix(pattern: str, full_name: str) -> bool:
-    return re.fullmatch(rf"(.*\.)?({pattern})", full_name) is not None
-
-
 def _stacks_matched(what: str, pattern: str, matches, names: Sequence[str], layers: int) -> list[str]:
     """Returns the stacked names whose layers all match; raises if none does, or only some layers do."""
+    if problems := pattern_problems(pattern):
+        raise ValueError(f"{what} {shorten(pattern)}: {problems[0]}")
     matched = {name: sum(matches(pattern, full) for full in _full_names(name, layers)) for name in names}
     partial = [f"{name} ({count} of {layers} layers)" for name, count in matched.items() if 0 < count < layers]
     if partial:
@@ -194,13 +190,13 @@ def _targets(target_modules: str | Sequence[str], names: list[str], layers: int)
         return names
     if isinstance(target_modules, str):
         what = "target_modules, a regular expression for full names (single names are a list, [q_proj, v_proj]),"
-        return _stacks_matched(what, target_modules, _is_whole, names, layers)
+        return _stacks_matched(what, target_modules, matches_whole, names, layers)
     if not target_modules:
         raise ValueError(f"lora.target_modules: the list is empty. Name layers, or set {ALL_LINEAR!r}.")
     found = [
         name
         for entry in target_modules
-        for name in _stacks_matched("target_modules", re.escape(entry), _is_suffix, names, layers)
+        for name in _stacks_matched("target_modules", re.escape(entry), matches_end, names, layers)
     ]
     return [name for name in names if name in found]
 
@@ -209,6 +205,6 @@ def _by_pattern(what: str, patterns: Mapping, default, targets: Sequence[str], l
     """Returns {target: value of the first pattern that matches it, or the default}."""
     values = {}
     for pattern, value in patterns.items():
-        for name in _stacks_matched(what, pattern, _is_suffix, targets, layers):
+        for name in _stacks_matched(what, pattern, matches_end, targets, layers):
             values.setdefault(name, value)
     return {name: values.get(name, default) for name in targets}

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping, Sequence
 
 from flax import nnx
@@ -10,6 +9,7 @@ from flax import nnx
 from qlora_jax.config import LoraArgs
 from qlora_jax.nn.linear import named_key
 from qlora_jax.nn.nf4_linear import NF4Linear, NF4LinearGeneral, linear_problems, lora_problems
+from qlora_jax.patterns import matches_whole, pattern_problems
 from qlora_jax.quant import QuantSettings
 
 Linear = nnx.Linear | nnx.LinearGeneral
@@ -90,10 +90,7 @@ def _first_match(rules: Sequence[QuantRule], path: str) -> QuantRule | None:
 
 
 def _matches(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error:
-        return False  # _rule_problems reports it
+    return not pattern_problems(pattern) and matches_whole(pattern, path)
 
 
 def _rule_problems(
@@ -104,7 +101,7 @@ def _rule_problems(
     for number, rule in enumerate(rules):
         place = f"rules[{number}] {rule.pattern!r}"
         problems += [f"{place}: {problem}" for problem in _own_problems(rule)]
-        if id(rule) not in used and _is_regex(rule.pattern):
+        if id(rule) not in used and not pattern_problems(rule.pattern):
             matched = [path for path in layers if _matches(rule.pattern, path)]
             problems.append(f"{place}: {_unused(matched, layers)}")
     return problems
@@ -119,7 +116,7 @@ def _unused(matched: list[str], layers: Mapping[str, Linear]) -> str:
 
 def _own_problems(rule: QuantRule) -> list[str]:
     """Reports what is wrong with a rule, whatever the model."""
-    problems = [] if _is_regex(rule.pattern) else ["is not a regular expression. Escape its special characters."]
+    problems = pattern_problems(rule.pattern)
     if rule.quant_type is None:
         if rule.lora is not None:
             problems.append("lora: an adapter needs a 4-bit layer (found quant_type=None). Set a quant_type.")
@@ -129,14 +126,6 @@ def _own_problems(rule: QuantRule) -> list[str]:
     except ValueError as error:
         problems.append(str(error))
     return problems + ([] if rule.lora is None else [f"lora.{problem}" for problem in lora_problems(rule.lora)])
-
-
-def _is_regex(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except re.error:
-        return False
-    return True
 
 
 def _layer_problems(layers: Mapping[str, Linear], chosen: Mapping[str, QuantRule]) -> list[str]:

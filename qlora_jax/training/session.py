@@ -109,7 +109,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
       ValueError: the model's files or the data are missing, malformed or not supported.
     """
     source = open_model(config.model.path) if prepared is None else prepared.source
-    model = model_config(source.config)
+    model = model_config(source.config, source.config_name)
     if config.data.max_length > model.max_positions:
         raise ValueError(
             f"data.max_length: found {config.data.max_length}, expected at most {model.max_positions}, the number of "

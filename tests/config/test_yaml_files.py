@@ -1,5 +1,6 @@
 """Configurations in YAML files."""
 
+import time
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from qlora_jax.config import (
     read_config,
     write_config,
 )
+from qlora_jax.config.yaml_files import parse_yaml
 
 MINIMAL = Config(model=ModelArgs(path="m.gguf"), data=DataArgs(train="t.jsonl"), output="runs/a")
 
@@ -110,3 +112,55 @@ def test_differences_name_the_dotted_keys():
         "lora.rank_pattern": ({}, {"q_proj": 4}),
         "output": ("runs/a", "runs/b"),
     }
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12)
+)
+
+
+REFUSED = {
+    "bomb": (BOMB, "line 5: too large .found more than 20000 values, those of aliases included"),
+    "cycle": ("lora: &a\n  rank: *a\n", "line 2: alias .a is part of what it stands for"),
+    "inner cycle": ("- &a [1, {b: [*a]}]\n", "line 1: alias .a is part of what it stands for"),
+    "merged cycle": ("<<: &a {<<: *a}\n", "alias .a is part of what it stands for"),
+    "lists": ("lora: " + "[" * 100_000, "line 1: nested too deeply .found more than 100 levels"),
+    "mappings": ("{a: " * 100_000, "line 1: nested too deeply"),
+    "indented": ("\n".join(" " * n + "a:" for n in range(1000)), "line 101: nested too deeply"),
+    "dashes": ("- " * 100_000, "line 1: nested too deeply"),
+    "undefined": ("a: *b", "found undefined alias"),
+    "digits": (f"a: {'9' * 5000}", "Exceeds the limit"),
+    "date": ("a: 2024-13-45", "month must be in 1..12"),
+    "values": ("a: [" + "1, " * 30_000 + "]", "too large"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_files_that_would_hang_or_fill_the_memory_are_refused(tmp_path: Path, case: str):
+    text, message = REFUSED[case]
+    (tmp_path / "c.yaml").write_text(text)
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=f"c.yaml: not a YAML file: .*{message}"):
+        read_config(tmp_path / "c.yaml")
+    assert time.perf_counter() - start < 5
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path: Path):
+    with (tmp_path / "c.yaml").open("wb") as file:
+        file.truncate(2 << 30)
+    with pytest.raises(ConfigError, match=r"c.yaml: too large for settings \(found 2147483648 bytes"):
+        read_config(tmp_path / "c.yaml")
+
+
+def test_aliases_and_merged_mappings_are_read(tmp_path: Path):
+    text = """
+model: {path: m.gguf}
+data: {train: t.jsonl}
+output: o
+lora:
+  target_modules: &names [q_proj, v_proj]
+  modules_to_save: *names
+"""
+    (tmp_path / "c.yaml").write_text(text)
+    assert read_config(tmp_path / "c.yaml").lora.modules_to_save == ["q_proj", "v_proj"]
+    assert parse_yaml("a: &a {x: 1}\nb: {<<: *a, y: *a}") == {"a": {"x": 1}, "b": {"x": 1, "y": {"x": 1}}}

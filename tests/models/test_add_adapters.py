@@ -52,6 +52,9 @@ def test_targets(target_modules, expected):
         (dict(target_modules=r"model\.layers\.[01]\..*up_proj"), "up_proj (2 of 3 layers): layers are stacked"),
         (dict(target_modules=["q_proj"], rank_pattern={"up_proj": 4}), "rank_pattern 'up_proj' matches none"),
         (dict(alpha_pattern={r"layers\.0\.mlp\.up_proj": 4.0}), "alpha_pattern"),
+        (dict(rank_pattern={"(": 4}), "rank_pattern '(': not a regular expression: missing )"),
+        (dict(target_modules=r".*(?<!q)_proj"), "'.*(?<!q)_proj': not supported in a pattern"),
+        (dict(target_modules=r"(([a-z_.0-9]+)+)+!"), "matches none of the linear layers"),  # years with Python's engine
     ],
 )
 def test_patterns_that_cannot_be_honoured_are_refused(settings, part):

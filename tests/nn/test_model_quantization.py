@@ -258,7 +258,7 @@ def test_all_problems_are_reported_at_once():
         "rules[0] 'dense': lora.method",
         "rules[2] 'absent': matches no nnx.Linear",
         "rules[3] 'dens.': earlier rules match all of its layers (dense)",
-        "rules[4] '[': is not a regular expression",
+        "rules[4] '[': not a regular expression",
         "rules[4] '[': lora",
         "lora: a subclass of nnx.Linear",
         "general.batch_axis",

@@ -112,7 +112,11 @@ def rebuild(metadata: Metadata, bos: str | None = None) -> Tokenizer:
 
 def _byte_level_bpe(metadata: Metadata) -> Tokenizer:
     pre = _known_pre(metadata)
-    bpe = models.BPE(_vocabulary(metadata["tokens"]), _merges(metadata["merges"]), ignore_merges=pre.ignore_merges)
+    vocabulary, merges = _vocabulary(metadata["tokens"]), _merges(metadata["merges"])
+    try:
+        bpe = models.BPE(vocabulary, merges, ignore_merges=pre.ignore_merges)
+    except Exception as error:  # the library raises a bare Exception for a merge of tokens that are absent
+        raise ValueError(f"GGUF: tokenizer.ggml.merges: {error}. Use an undamaged file.") from None
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = pre.normalizer() if pre.normalizer else None
     tokenizer.pre_tokenizer = pre.split()

@@ -180,4 +180,4 @@ def _adapters(model: CausalLM) -> Mapping[str, Mergeable]:
 def _load_dense(source: ModelSource, compute_dtype: np.dtype) -> CausalLM:
     name = "bfloat16" if compute_dtype == jnp.bfloat16 else "float32"
     args = ModelArgs(path=str(source.path), quant_type="none", compute_dtype=name)
-    return load_model(source, model_config(source.config), weight_format(args)).model
+    return load_model(source, model_config(source.config, source.config_name), weight_format(args)).model

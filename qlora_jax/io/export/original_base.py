@@ -24,7 +24,7 @@ def open_original(path: str, opened: OpenedModel) -> ModelSource:
       ValueError: its features differ (all are named), its tensors do not fit, or its weights are quantized.
     """
     source = open_model(path)
-    if differences := config_differences(opened.features, model_config(source.config)):
+    if differences := config_differences(opened.features, model_config(source.config, source.config_name)):
         lines = "\n  ".join(f"{name} = {theirs}, the run's base has {ours}" for name, ours, theirs in differences)
         raise ValueError(f"{source.path} is another model than the run's base:\n  {lines}")
     check_tensors(source, tensor_shapes(opened.features), opened.features)

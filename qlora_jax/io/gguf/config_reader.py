@@ -6,12 +6,15 @@ A key with the prefix of the architecture may change the computation, so a key t
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, TypedDict
 
 import numpy as np
+from pydantic import FailFast, Field
 
 from qlora_jax.io.gguf.architectures import ARCHITECTURES, LONGROPE_FACTORS, ROPE_FACTORS, Architecture
 from qlora_jax.io.gguf.header import Metadata
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.metadata import Count, Kind, check_value, find_problems, shorten
 
 REQUIRED = {
     "embedding_length": "hidden_size",
@@ -54,54 +57,49 @@ NEUTRAL = {
 # Keys that describe the file and never change the computation.
 DESCRIPTIVE = {"tensor_data_layout", "rope.scaling.finetuned"}
 
-# Types of keys without the architecture's prefix, if present; list: an array of str or numbers.
-METADATA_TYPES: dict[str, type] = {
-    "general.architecture": str,
-    "general.type": str,
-    "split.count": int,
-    "tokenizer.chat_template": str,
-    "tokenizer.ggml.model": str,
-    "tokenizer.ggml.pre": str,
-    "tokenizer.ggml.tokens": list,
-    "tokenizer.ggml.token_type": list,
-    "tokenizer.ggml.merges": list,
-    "tokenizer.ggml.scores": list,
-    "tokenizer.ggml.bos_token_id": int,
-    "tokenizer.ggml.eos_token_id": int,
-    "tokenizer.ggml.eot_token_id": int,
-    "tokenizer.ggml.eom_token_id": int,
-    "tokenizer.ggml.padding_token_id": int,
-    "tokenizer.ggml.unknown_token_id": int,
-    "tokenizer.ggml.add_bos_token": bool,
-    "tokenizer.ggml.add_space_prefix": bool,
-}
+type Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+type Texts = Annotated[list[str], FailFast()]
+type Numbers[T] = Annotated[list[T], FailFast()]
+
+# Types of keys without the architecture's prefix.
+GgufMetadata = TypedDict(
+    "GgufMetadata",
+    {
+        "general.architecture": str,
+        "general.type": str,
+        "split.count": int,
+        "tokenizer.chat_template": str,
+        "tokenizer.ggml.model": str,
+        "tokenizer.ggml.pre": str,
+        "tokenizer.ggml.tokens": Texts,
+        "tokenizer.ggml.token_type": Numbers[int],
+        "tokenizer.ggml.merges": Texts,
+        "tokenizer.ggml.scores": Numbers[float],
+        "tokenizer.ggml.bos_token_id": int,
+        "tokenizer.ggml.eos_token_id": int,
+        "tokenizer.ggml.eot_token_id": int,
+        "tokenizer.ggml.eom_token_id": int,
+        "tokenizer.ggml.padding_token_id": int,
+        "tokenizer.ggml.unknown_token_id": int,
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.ggml.add_space_prefix": bool,
+    },
+    total=False,
+)
 FILE_KINDS = {"adapter": "a LoRA adapter", "mmproj": "an image projector", "vocab": "a vocabulary"}
 
 
-def check_metadata_types(path: Path, metadata: Metadata) -> None:
-    """Checks the types of the keys in METADATA_TYPES.
-
-    Raises:
-      ValueError: names every key of another type.
-    """
-    wrong = [
-        f"{key} is {type(metadata[key]).__name__}, expected {kind.__name__}"
-        for key, kind in METADATA_TYPES.items()
-        if key in metadata and type(metadata[key]) is not kind
-    ]
-    if wrong:
-        raise ValueError(f"{path}: corrupt metadata: {'; '.join(wrong)}. Download it again")
-
-
 def architecture_of(path: Path, metadata: Metadata) -> Architecture:
-    """The architecture of a GGUF file.
+    """The architecture of a GGUF file; the types of GgufMetadata are checked first.
 
     Raises:
-      ValueError: the architecture is missing or not supported, or the file is not a whole model.
+      ValueError: keys have other types (all are named); the architecture is missing or not supported; or the file is
+        not a whole model.
     """
+    check_value(metadata, GgufMetadata, path)
     kind = metadata.get("general.type", "model")
     if kind != "model":
-        raise ValueError(f"{path}: general.type: found {FILE_KINDS.get(kind, kind)}, expected a model")
+        raise ValueError(f"{path}: general.type: found {FILE_KINDS.get(kind, shorten(kind))}, expected a model")
     if metadata.get("split.count", 1) != 1:
         raise ValueError(
             f"{path}: one of {metadata['split.count']} parts of a split model, which is not supported. Join them "
@@ -109,7 +107,9 @@ def architecture_of(path: Path, metadata: Metadata) -> Architecture:
         )
     name = metadata.get("general.architecture")
     if name not in ARCHITECTURES:
-        raise ValueError(f"{path}: architecture is not supported (found {name!r}, expected {', '.join(ARCHITECTURES)})")
+        raise ValueError(
+            f"{path}: architecture is not supported (found {shorten(name)}, expected {', '.join(ARCHITECTURES)})"
+        )
     return ARCHITECTURES[name]
 
 
@@ -185,25 +185,19 @@ def _problems(architecture: Architecture, keys: Metadata) -> list[str]:
     numbers = {*required, *OPTIONAL, *shared, *of_architecture, "rope.scaling.original_context_length"} - BOOLEANS
     known = {*numbers, *of_architecture, "rope.scaling.type", *NEUTRAL, *DESCRIPTIVE}
     problems = [f"{key}: missing" for key in required if key not in keys]
-    problems += [f"{key}: unknown key (found {keys[key]!r})" for key in sorted(keys.keys() - known)]
+    problems += [f"{key}: unknown key (found {shorten(keys[key])})" for key in sorted(keys.keys() - known)]
     problems += [
-        f"{key}: found {keys[key]!r}, expected {value}"
+        f"{key}: found {shorten(keys[key])}, expected {value}"
         for key, value in NEUTRAL.items()
         if keys.get(key, value) != value
     ]
-    problems += [problem for key in sorted(numbers & keys.keys()) if (problem := _number_problem(key, keys[key]))]
-    problems += [
-        f"{key}: found {keys[key]!r}, expected true or false"
-        for key in sorted(BOOLEANS & known & keys.keys())
-        if type(keys[key]) is not bool
-    ]
+    typed = (numbers | (BOOLEANS & known)) & keys.keys()
+    problems += [problem for key in sorted(typed) for problem in find_problems(keys[key], _kind(key), key)]
     return problems if problems else _head_problems(architecture, keys)
 
 
-def _number_problem(key: str, value: object) -> str | None:
-    kind, words = (float, "a number above 0") if key in FLOATS else (int, "an integer above 0")
-    valid = type(value) is kind and math.isfinite(value) and value > 0
-    return None if valid else f"{key}: found {value!r}, expected {words}"
+def _kind(key: str) -> Kind:
+    return bool if key in BOOLEANS else Positive if key in FLOATS else Count
 
 
 def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
@@ -244,7 +238,7 @@ def _rope_scaling(
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
         return _yarn_scaling(keys, config, factor)
-    raise ValueError(f"{path}: rope.scaling.type: found {kind!r}, expected none, linear or yarn")
+    raise ValueError(f"{path}: rope.scaling.type: found {shorten(kind)}, expected none, linear or yarn")
 
 
 def _longrope_scaling(keys: Metadata, rope_factors: Mapping[str, np.ndarray]) -> JsonObject:
@@ -273,8 +267,9 @@ def _llama3_scaling(path: Path, config: JsonObject, factors: np.ndarray) -> Json
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling)
-    if factors.shape != expected.shape or not np.allclose(factors, expected, rtol=1e-4, atol=0):
+    has_shape = factors.shape == (config["head_dim"] // 2,)
+    expected = llama3_factors(config["head_dim"], config["rope_theta"], scaling) if has_shape else None
+    if expected is None or not np.allclose(factors, expected, rtol=1e-4, atol=0):
         raise ValueError(
             f"{path}: {ROPE_FACTORS} {list(factors.shape)} differs from Llama 3.1's scaling with the published "
             "parameters (low_freq_factor 1, high_freq_factor 4, original context 8192), the only ones supported. Load "

@@ -9,7 +9,7 @@ import dataclasses
 import math
 import mmap
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,6 +19,13 @@ from gguf.constants import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantiz
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 MAX_DIMS = 4  # the limit of ggml
+# Limits on metadata, several times those of the largest published models, so that a small file cannot fill the memory.
+MAX_TENSORS = MAX_KEYS = 1 << 16
+MAX_ELEMENTS = 1 << 22  # of all arrays of metadata; Gemma 3 has 1.3 million
+MAX_HEADER_BYTES = 1 << 28
+MAX_NAME_BYTES = 1 << 16  # of a key or a tensor's name; the limit of the format
+# The shortest possible row of the tensor table (a name of no letter, one axis), and the shortest metadata key.
+MIN_BYTES = {"tensors": 8 + 4 + 8 + 4 + 8, "metadata keys": 8 + 4 + 1}
 
 Metadata = Mapping[str, Any]  # str, int, float, bool or a list of these; config_reader checks the types
 VALUE_TYPES = {kind.value: kind for kind in GGUFValueType}
@@ -80,7 +87,20 @@ def parse_header(path: Path) -> GgufHeader:
         rows = [_read_tensor_row(cursor) for _ in range(tensor_count)]
         start = -(-cursor.position // alignment) * alignment
         tensors = [_tensor_info(cursor, row, start, alignment) for row in rows]
+        _check_order(path, tensors, start, alignment)
     return GgufHeader(metadata=metadata, tensors=list(_unique(path, [(info.name, info) for info in tensors]).values()))
+
+
+def _check_order(path: Path, tensors: Sequence[TensorInfo], start: int, alignment: int) -> None:
+    """Checks that each tensor begins where the one before it ends, as ggml does; none overlap then."""
+    expected = start
+    for info in tensors:
+        if info.offset != expected:
+            raise ValueError(
+                f"{path}: corrupt: tensor {info.name!r} is stored at byte {info.offset}, expected {expected}, where "
+                "the tensor before it ends. Download it again."
+            )
+        expected = -(-(expected + info.nbytes) // alignment) * alignment
 
 
 def _unique[Value](path: Path, items: list[tuple[str, Value]]) -> dict[str, Value]:
@@ -95,20 +115,44 @@ class _Cursor:
     """Reads the mapped file from its position on, and raises ValueError past its end."""
 
     def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self.path, self.data, self.position = path, data, 0
+        self.path, self.data, self.position, self.elements = path, data, 0, 0
+        self.end = min(len(data), MAX_HEADER_BYTES)
 
     def take(self, count: int, what: str) -> bytes:
         begin, end = self.position, self.position + count
-        if end > len(self.data):
+        if end > self.end:
+            limit = "the file" if self.end == len(self.data) else "the largest header that is read"
             raise ValueError(
-                f"{self.path}: truncated or corrupt: {what} at byte {begin} requires {count} bytes, but the file ends "
-                f"at byte {len(self.data)}. Download it again."
+                f"{self.path}: truncated or corrupt: {what} at byte {begin} requires {count} bytes, but {limit} ends "
+                f"at byte {self.end}. Download it again."
             )
         self.position = end
         return self.data[begin:end]
 
+    def count(self, what: str, limit: int) -> int:
+        """Reads a number of rows, which must fit into the rest of the file."""
+        begin, count = self.position, self.number("<Q", f"the number of {what}")
+        possible = (len(self.data) - self.position) // MIN_BYTES[what]
+        if count > min(limit, possible):
+            raise self.corrupt(begin, f"the number of {what} is {count}, expected at most {min(limit, possible)}")
+        return count
+
+    def add_elements(self, count: int, key: str) -> None:
+        """Counts the elements of an array before they are read."""
+        self.elements += count
+        if self.elements > MAX_ELEMENTS:
+            raise self.corrupt(
+                self.position, f"{key} has {count} elements, and metadata may have {MAX_ELEMENTS} in all arrays"
+            )
+
     def number(self, form: Literal["<I", "<Q"], what: str) -> int:
         return struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+
+    def name(self, what: str) -> str:
+        begin, name = self.position, self.text(what)
+        if len(name) > MAX_NAME_BYTES:
+            raise self.corrupt(begin, f"{what} has {len(name)} characters, expected at most {MAX_NAME_BYTES}")
+        return name
 
     def text(self, what: str) -> str:
         begin, raw = self.position, self.take(self.number("<Q", f"the length of {what}"), what)
@@ -132,11 +176,11 @@ def _read_preamble(cursor: _Cursor) -> tuple[int, int]:
         raise ValueError(
             f"{cursor.path}: not a supported GGUF file (found {kind}, expected little-endian, versions {VERSIONS})"
         )
-    return cursor.number("<Q", "the number of tensors"), cursor.number("<Q", "the number of metadata keys")
+    return cursor.count("tensors", MAX_TENSORS), cursor.count("metadata keys", MAX_KEYS)
 
 
 def _read_key(cursor: _Cursor) -> tuple[str, object]:
-    key = cursor.text("a metadata key")
+    key = cursor.name("a metadata key")
     return key, _read_value(cursor, _value_type(cursor, key), key)
 
 
@@ -156,6 +200,7 @@ def _read_value(cursor: _Cursor, kind: GGUFValueType, key: str) -> object:
     count = cursor.number("<Q", f"the length of {key}")
     if item_kind == GGUFValueType.ARRAY:
         raise cursor.corrupt(cursor.position, f"metadata key {key!r} is an array of arrays, which is not supported")
+    cursor.add_elements(count, key)
     if item_kind == GGUFValueType.STRING:
         return [cursor.text(key) for _ in range(count)]
     return _numbers(cursor, item_kind, count, key)
@@ -173,7 +218,7 @@ Row = tuple[str, tuple[int, ...], GGMLQuantizationType, int]  # name, shape, typ
 
 
 def _read_tensor_row(cursor: _Cursor) -> Row:
-    name = cursor.text("a tensor's name")
+    name = cursor.name("a tensor's name")
     position, dims = cursor.position, cursor.number("<I", f"the number of axes of {name}")
     if not 1 <= dims <= MAX_DIMS:
         raise cursor.corrupt(position, f"tensor {name!r} has {dims} axes, expected 1 to {MAX_DIMS}")

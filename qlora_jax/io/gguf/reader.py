@@ -12,7 +12,7 @@ from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
 
 from qlora_jax.io.gguf.architectures import LONGROPE_FACTORS, ROPE_FACTORS, Architecture
-from qlora_jax.io.gguf.config_reader import architecture_of, check_metadata_types, config_from_metadata
+from qlora_jax.io.gguf.config_reader import architecture_of, config_from_metadata
 from qlora_jax.io.gguf.header import TensorInfo, parse_header
 from qlora_jax.io.gguf.tokenizer_reader import tokenizer_from_metadata
 from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
@@ -36,7 +36,6 @@ def open_gguf(path: Path) -> ModelSource:
       ValueError: not a GGUF file; truncated or corrupt; or the architecture, a key or a tensor type is not supported.
     """
     header = parse_header(path)
-    check_metadata_types(path, header.metadata)
     architecture = architecture_of(path, header.metadata)
     _check_tensor_types(path, header.tensors)
     infos = {info.name: info for info in header.tensors}

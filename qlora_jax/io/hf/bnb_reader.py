@@ -6,31 +6,43 @@ NAME.nested_absmax exists), NAME.quant_map, and NAME.quant_state.bitsandbytes__n
 
 import dataclasses
 import functools
-import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, Literal, NotRequired, TypedDict
 
 import numpy as np
+from pydantic import Field
 
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.model_source import JsonObject, TensorEntry
+from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.metadata import MAX_BYTES, Count, decode_json
 
 STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
 CONSTANTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-# The values that a quant_state may contain.
-VALID: Mapping[str, Callable[[object], bool]] = {
-    "shape": lambda value: isinstance(value, list) and all(map(_is_count, value)),
-    "blocksize": lambda value: _is_count(value),
-    "nested_blocksize": lambda value: _is_count(value),
-    "nested_offset": lambda value: isinstance(value, int | float),
-    "dtype": lambda value: isinstance(value, str),
-}
 ULP = 3e-7  # relative difference between tables that were computed on different machines
+
+
+class QuantizationConfig(TypedDict, total=False):
+    """The keys of quantization_config in config.json that are used."""
+
+    quant_method: str
+    load_in_4bit: bool
+
+
+class QuantState(TypedDict):
+    """The description of one 4-bit weight."""
+
+    quant_type: str
+    blocksize: Count
+    shape: Annotated[list[Count], Field(min_length=2, max_length=2)]
+    nested_blocksize: NotRequired[Count]
+    nested_offset: NotRequired[float]
+    dtype: NotRequired[Literal["float32", "float16", "bfloat16"]]
 
 
 def is_bnb_4bit(quantization: Mapping[str, object]) -> bool:
@@ -62,26 +74,16 @@ def group_quantized(path: Path, entries: Mapping[str, TensorEntry]) -> dict[str,
     return rest | found
 
 
-def _state(entry: TensorEntry) -> JsonObject:
-    try:
-        state = json.loads(entry.read().tobytes())
-    except ValueError as error:
-        raise ValueError(f"its quant_state is not JSON: {error}") from None
-    if not isinstance(state, dict) or (missing := {"quant_type", "blocksize", "shape"} - state.keys()):
-        raise ValueError(f"its quant_state lacks {sorted(missing) if isinstance(state, dict) else 'a JSON object'}")
-    if wrong := [f"{key} {state[key]!r}" for key, valid in VALID.items() if key in state and not valid(state[key])]:
-        raise ValueError(f"its quant_state has invalid values: {', '.join(wrong)}")
-    return state
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value > 0
+def _state(entry: TensorEntry) -> QuantState:
+    if entry.nbytes > MAX_BYTES:
+        raise ValueError(f"its quant_state is too large (found {entry.nbytes} bytes, expected at most {MAX_BYTES})")
+    return decode_json(entry.read().tobytes(), QuantState, "its quant_state")
 
 
 def _entry(
     name: str,
     quant_type: str,
-    state: JsonObject,
+    state: QuantState,
     codes: TensorEntry | None,
     parts: Mapping[str, TensorEntry],
 ) -> TensorEntry:
@@ -101,7 +103,7 @@ def _entry(
     ]
     if state["quant_type"] != quant_type:
         problems.append(f"{state['quant_type']} in its quant_state, {quant_type} in the tensor's name")
-    problems += _table_problems(quant_type, parts)
+    problems += _type_problems(parts, nested) or _table_problems(quant_type, parts)
     if problems:
         raise ValueError(f"{'; '.join(problems)} (for {list(shape)} in blocks of {block_size})")
     like = QTensor(
@@ -126,13 +128,26 @@ def _entry(
     )
 
 
+def _type_problems(parts: Mapping[str, TensorEntry], nested: bool) -> list[str]:
+    expected = dict.fromkeys(parts, "F32") | {"absmax": "U8" if nested else "F32"}
+    return [
+        f"{part}: found {entry.file_type}, expected {expected[part]}"
+        for part, entry in parts.items()
+        if entry.file_type != expected[part]
+    ]
+
+
 def _table_problems(quant_type: str, parts: Mapping[str, TensorEntry]) -> list[str]:
     tables = {"quant_map": CODE_TABLES[quant_type], "nested_quant_map": dynamic_map()}
     return [
         f"{part} is not the table of {quant_type if part == 'quant_map' else 'the dynamic 8-bit map'}"
         for part, table in tables.items()
-        if part in parts and not np.allclose(parts[part].read().reshape(-1), table, rtol=ULP, atol=0)
+        if part in parts and not _is_table(parts[part], table)
     ]
+
+
+def _is_table(entry: TensorEntry, table: np.ndarray) -> bool:
+    return math.prod(entry.shape) == table.size and np.allclose(entry.read().reshape(-1), table, rtol=ULP, atol=0)
 
 
 def _read_quantized(

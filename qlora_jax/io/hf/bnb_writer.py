@@ -35,7 +35,7 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
     Raises:
       ValueError: as `load_model`.
     """
-    features = model_config(source.config)
+    features = model_config(source.config, source.config_name)
     weights = with_dense_layers(weights, source, features)
     slots = slots_of(nnx.eval_shape(lambda: CausalLM(features, weights)))
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)

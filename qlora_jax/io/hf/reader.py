@@ -1,27 +1,51 @@
 """Reads a Hugging Face folder: config.json, one or many safetensors files, and the tokenizer's files."""
 
 import functools
-import json
 import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated, Any, TypedDict
 
 import ml_dtypes
 import numpy as np
+from pydantic import Field
 
-from qlora_jax.io.hf.bnb_reader import group_quantized, is_bnb_4bit
-from qlora_jax.io.hf.tokenizer import read_json, read_tokenizer
-from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, TensorEntry, map_bytes
+from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.tokenizer import read_tokenizer
+from qlora_jax.io.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
+from qlora_jax.metadata import MetadataError, Offset, check_value, decode_json, read_json, shorten
 
 FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights
 HEADER_LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000  # the limit of the format
+MAX_HEADER_BYTES = 8 << 20  # of 60,000 tensors
+MAX_AXES = 8
+MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.
 DERIVED = re.compile(r".*\.(rotary_emb\.inv_freq|attention\.(masked_)?bias)")
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+
+
+class FolderConfig(TypedDict, total=False):
+    """The keys of config.json that this file reads; models/families reads the others."""
+
+    quantization_config: QuantizationConfig | None
+
+
+class ShardIndex(TypedDict):
+    """The key of model.safetensors.index.json that is used: tensor name -> file name."""
+
+    weight_map: dict[str, Annotated[str, Field(max_length=MAX_FILE_NAME)]]
+
+
+class TensorHeader(TypedDict):
+    """A tensor in a safetensors header; offsets are relative to the end of the header."""
+
+    dtype: str
+    shape: Annotated[list[Offset], Field(max_length=MAX_AXES)]
+    data_offsets: Annotated[list[Offset], Field(min_length=2, max_length=2)]
 
 
 def open_folder(folder: Path) -> ModelSource:
@@ -35,16 +59,27 @@ def open_folder(folder: Path) -> ModelSource:
         raise ValueError(
             f"{folder}: not a Hugging Face model folder (config.json is missing). {_found_instead(folder)}"
         )
-    config = read_json(config_path)
+    config = read_config(config_path)
     quantization = config.get("quantization_config")
     if quantization is not None and not is_bnb_4bit(quantization):
         raise ValueError(
-            f"{config_path}: quantization_config is not supported (found {quantization}, expected 4 bits of "
+            f"{config_path}: quantization_config is not supported (found {shorten(quantization)}, expected 4 bits of "
             "bitsandbytes). Give the folder of the 16-bit model that these weights were made from: loading quantizes it"
         )
     tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
     tensors = group_quantized(folder, tensors) if quantization else _check_unquantized(folder, tensors)
     return ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Reads config.json; models.families.model_config checks the attributes of the model.
+
+    Raises:
+      MetadataError: not a JSON object, or quantization_config has values of other types.
+    """
+    config = read_json(path, dict[str, Any])
+    check_value(config, FolderConfig, path)
+    return config
 
 
 def _check_unquantized(folder: Path, tensors: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
@@ -70,21 +105,17 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
       ValueError: the file is truncated, corrupt or has an unsupported type; names the byte offset.
     """
     header, data_start = _parse_header(path)
-    data_bytes = path.stat().st_size - data_start
+    _check_layout(path, header, path.stat().st_size - data_start, data_start)
     for name, info in header.items():
-        if name == "__metadata__" or DERIVED.fullmatch(name):
+        if DERIVED.fullmatch(name):
             continue
-        file_type, shape, begin, end = _checked_info(path, name, info)
-        if end > data_bytes:
-            raise ValueError(
-                f"{path}: truncated: tensor {name} is stored in bytes {data_start + begin} to {data_start + end}, "
-                f"but the file ends at byte {data_start + data_bytes}. Download it again."
-            )
-        read = functools.partial(_read_tensor, path, data_start + begin, shape, DTYPES[file_type])
+        shape, (begin, end) = tuple(info["shape"]), info["data_offsets"]
+        _check_type(path, name, info)
+        read = functools.partial(_read_tensor, path, data_start + begin, shape, DTYPES[info["dtype"]])
         yield TensorEntry(
             name=name,
             shape=shape,
-            file_type=file_type,
+            file_type=info["dtype"],
             nbytes=end - begin,
             read=read,
             byte_ranges=(ByteRange(path, data_start + begin, end - begin),),
@@ -95,49 +126,59 @@ def _read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtyp
     return map_bytes(path, offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
 
 
-def _parse_header(path: Path) -> tuple[JsonObject, int]:
-    """(the header, the position of the data)."""
+def _parse_header(path: Path) -> tuple[dict[str, TensorHeader], int]:
+    """(the header without __metadata__, the position of the data)."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(HEADER_LENGTH_BYTES), "little")
         if size < HEADER_LENGTH_BYTES or HEADER_LENGTH_BYTES + length > size or length > MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path}: truncated or not a safetensors file: byte 0 announces a header of {length} bytes, the file "
-                f"has {size} bytes. Download it again."
+            raise MetadataError(
+                f"{path}: truncated or not a safetensors file: byte 0 announces a header of {length} bytes (at most "
+                f"{MAX_HEADER_BYTES} are read), the file has {size} bytes. Download it again."
             )
         text = file.read(length)
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
-        raise ValueError(f"{path}: corrupt: the header from byte {HEADER_LENGTH_BYTES} is not JSON: {error}") from None
-    if not isinstance(header, dict):
-        raise ValueError(f"{path}: corrupt: the header from byte {HEADER_LENGTH_BYTES} is not a JSON object")
-    return header, HEADER_LENGTH_BYTES + length
+    name = f"{path}, header from byte {HEADER_LENGTH_BYTES}"
+    header = decode_json(text, dict[str, Any], name)
+    header.pop("__metadata__", None)
+    return check_value(header, dict[str, TensorHeader], name), HEADER_LENGTH_BYTES + length
 
 
-def _checked_info(path: Path, name: str, info: object) -> tuple[str, tuple[int, ...], int, int]:
-    """(type, shape, begin, end) of one header entry; begin and end are relative to the end of the header."""
-    corrupt = ValueError(f"{path}: corrupt: the header's entry of tensor {name} is {info!r}")
-    if not isinstance(info, dict):
-        raise corrupt
-    try:
-        file_type, shape, (begin, end) = info["dtype"], tuple(info["shape"]), info["data_offsets"]
-    except (KeyError, TypeError, ValueError):
-        raise corrupt from None
-    if type(file_type) is not str or not all(type(number) is int and number >= 0 for number in (*shape, begin, end)):
-        raise corrupt
-    if file_type not in DTYPES:
-        raise ValueError(
-            f"{path}: tensor {name} has a type that is not supported (found {file_type}, expected "
+def _check_layout(path: Path, header: dict[str, TensorHeader], data_bytes: int, data_start: int) -> None:
+    """Checks that the tensors fill the data without a gap, in the order of their offsets, as the format requires."""
+    spans = sorted((*info["data_offsets"], name) for name, info in header.items())
+    for begin, end, name in spans:
+        if end > data_bytes:
+            raise MetadataError(
+                f"{path}: truncated: tensor {name} is stored in bytes {data_start + begin} to {data_start + end}, "
+                f"but the file ends at byte {data_start + data_bytes}. Download it again."
+            )
+    ends = [0, *(end for _, end, _ in spans)]
+    for last, (begin, end, name) in zip(ends, spans, strict=False):
+        if begin != last or end < begin:
+            raise MetadataError(
+                f"{path}: corrupt: tensor {name} is stored in bytes {begin} to {end} of the data, expected it to begin "
+                f"at byte {last}, where the tensor before it ends. Download it again."
+            )
+    if ends[-1] != data_bytes:
+        raise MetadataError(
+            f"{path}: corrupt: the tensors end at byte {data_start + ends[-1]}, but the file ends at byte "
+            f"{data_start + data_bytes}. Download it again."
+        )
+
+
+def _check_type(path: Path, name: str, info: TensorHeader) -> None:
+    if info["dtype"] not in DTYPES:
+        raise MetadataError(
+            f"{path}: tensor {name} has a type that is not supported (found {shorten(info['dtype'])}, expected "
             f"{', '.join(DTYPES)}). Convert the model to one of these types"
         )
-    expected = math.prod(shape) * DTYPES[file_type].itemsize
+    begin, end = info["data_offsets"]
+    expected = math.prod(info["shape"]) * DTYPES[info["dtype"]].itemsize
     if end - begin != expected:
-        raise ValueError(
-            f"{path}: corrupt: tensor {name}, {file_type} {list(shape)}, requires {expected} bytes, but the header "
-            f"gives it bytes {begin} to {end} of the data, which are {end - begin}"
+        raise MetadataError(
+            f"{path}: corrupt: tensor {name}, {info['dtype']} {info['shape']}, requires {expected} bytes, but the "
+            f"header gives it bytes {begin} to {end} of the data, which are {end - begin}. Download it again."
         )
-    return file_type, shape, begin, end
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -151,7 +192,7 @@ def _weight_files(folder: Path) -> list[Path]:
     missing = [shard for shard in shards if not (folder / shard).is_file()]
     if missing:
         raise ValueError(
-            f"{folder}: {len(missing)} of the {len(shards)} shards in {INDEX} are missing: {', '.join(missing)}. "
+            f"{folder}: {len(missing)} of the {len(shards)} shards in {INDEX} are missing: {', '.join(missing[:20])}. "
             "Download these files into the folder"
         )
     _check_index(folder, shard_of, shards)
@@ -162,15 +203,14 @@ def read_index(path: Path) -> dict[str, str]:
     """Reads an index of shards: tensor name -> file name.
 
     Raises:
-      ValueError: it is not an index, or names a file outside its folder.
+      MetadataError: it is not an index, or names a file outside its folder.
     """
-    shard_of = read_json(path).get("weight_map")
-    if not isinstance(shard_of, dict) or not all(isinstance(shard, str) for shard in shard_of.values()):
-        raise ValueError(f"{path}: 'weight_map' is not an object of tensor name to file name. Download it again")
+    shard_of = read_json(path, ShardIndex)["weight_map"]
     outside = sorted({shard for shard in shard_of.values() if Path(shard).name != shard})
     if outside:
-        raise ValueError(
-            f"{path}: names shards outside its folder (found {', '.join(outside)}). Use file names without a path"
+        raise MetadataError(
+            f"{path}: names shards outside its folder (found {', '.join(map(shorten, outside[:5]))}). Use file names "
+            "without a path"
         )
     return {name: shard for name, shard in shard_of.items() if not DERIVED.fullmatch(name)}
 

@@ -1,29 +1,76 @@
 """Reads the tokenizer's files of a Hugging Face folder."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated, TypedDict
 
-from qlora_jax.io.model_source import JsonObject, TokenizerData
+from pydantic import FailFast, Field
+
+from qlora_jax.io.model_source import TokenizerData
+from qlora_jax.metadata import MetadataError, decode_json, read_json, read_text, shorten
 
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
-SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
+MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest published tokenizer.json
+
+type TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # some files write -1 for no token
 
 
-def read_json(path: Path) -> JsonObject:
-    """Reads the JSON object in a file.
+class TokenText(TypedDict):
+    """A token that is written as an object."""
 
-    Raises:
-      ValueError: names the file, and the line and column where the JSON is invalid.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
+    content: str
+
+
+type Token = str | TokenText | None
+
+
+class NamedTemplate(TypedDict):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
+class TokenizerConfig(TypedDict, total=False):
+    """The keys of tokenizer_config.json and special_tokens_map.json that are used."""
+
+    bos_token: Token
+    eos_token: Token
+    pad_token: Token
+    unk_token: Token
+    add_bos_token: bool | None
+    chat_template: str | list[NamedTemplate] | None
+
+
+class GenerationConfig(TypedDict, total=False):
+    """The key of generation_config.json that is used."""
+
+    eos_token_id: TokenId | list[TokenId] | None
+
+
+class TokenName(TypedDict):
+    """The name of a special token."""
+
+    id: str
+
+
+class TemplatePiece(TypedDict, total=False):
+    """A special token, or another part of a processor's template."""
+
+    SpecialToken: TokenName
+
+
+class PostProcessor(TypedDict, total=False):
+    """The tokens that tokenizer.json adds to those of a text: a template, or a list of processors."""
+
+    single: Annotated[list[TemplatePiece], FailFast()] | None
+    processors: "Annotated[list[PostProcessor], FailFast()]"
+
+
+class TokenizerJson(TypedDict, total=False):
+    """The part of tokenizer.json that is used here; the tokenizers library reads the rest."""
+
+    post_processor: PostProcessor | None
 
 
 def read_tokenizer(folder: Path) -> TokenizerData:
@@ -32,12 +79,13 @@ def read_tokenizer(folder: Path) -> TokenizerData:
     Raises:
       ValueError: a file is damaged.
     """
-    config = _optional_json(folder / "tokenizer_config.json")
-    special = _optional_json(folder / "special_tokens_map.json")
-    stop = _optional_json(folder / "generation_config.json").get("eos_token_id")
-    path = folder / "tokenizer.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else None
-    bos, eos, pad, unk = (_token_text(config.get(name, special.get(name))) for name in SPECIAL_TOKENS)
+    config = _read_if_present(folder / "tokenizer_config.json", TokenizerConfig)
+    special = _read_if_present(folder / "special_tokens_map.json", TokenizerConfig)
+    stop = _read_if_present(folder / "generation_config.json", GenerationConfig).get("eos_token_id")
+    text, parsed = _read_tokenizer_json(folder / "tokenizer.json")
+    named: TokenizerConfig = {**special, **config}
+    tokens = [named.get("bos_token"), named.get("eos_token"), named.get("pad_token"), named.get("unk_token")]
+    bos, eos, pad, unk = map(_token_text, tokens)
     tokenizer: TokenizerData = {
         "bos_token": bos,
         "eos_token": eos,
@@ -45,7 +93,7 @@ def read_tokenizer(folder: Path) -> TokenizerData:
         "unk_token": unk,
         "chat_template": _chat_template(folder, config),
         "stop_token_ids": [] if stop is None else [stop] if isinstance(stop, int) else list(stop),
-        "add_bos_token": _adds_bos(config, read_json(path) if text is not None else {}, bos),
+        "add_bos_token": _adds_bos(config, parsed, bos),
     }
     return {**tokenizer, "missing": _missing(folder)} if text is None else {**tokenizer, "tokenizer_json": text}
 
@@ -60,36 +108,45 @@ def _missing(folder: Path) -> str:
     return f"{folder}: tokenizer.json is missing. Copy it from where the weights came from"
 
 
-def _optional_json(path: Path) -> JsonObject:
-    return read_json(path) if path.is_file() else {}
+def _read_if_present[T: Mapping](path: Path, kind: type[T]) -> T:
+    return read_json(path, kind) if path.is_file() else kind()
 
 
-def _token_text(token: str | JsonObject | None) -> str | None:
+def _read_tokenizer_json(path: Path) -> tuple[str | None, TokenizerJson]:
+    """(the file's text, its post-processor)"""
+    if not path.is_file():
+        return None, {}
+    text = read_text(path, MAX_TOKENIZER_BYTES)
+    return text, decode_json(text, TokenizerJson, path)
+
+
+def _token_text(token: Token) -> str | None:
     """The text of a token, which files write as the text itself or as an object with it."""
     return token["content"] if isinstance(token, dict) else token
 
 
-def _chat_template(folder: Path, config: JsonObject) -> str | None:
+def _chat_template(folder: Path, config: TokenizerConfig) -> str | None:
     """Reads chat_template.jinja, or the template in tokenizer_config.json (the one named "default" of several)."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         by_name = {named["name"]: named["template"] for named in template}
         if "default" not in by_name:
-            raise ValueError(
+            raise MetadataError(
                 f"{folder / 'tokenizer_config.json'}: chat_template has no template 'default' (found "
-                f"{sorted(by_name)}). Write the one to use to chat_template.jinja in the folder."
+                f"{shorten(sorted(by_name))}). Write the one to use to chat_template.jinja in the folder."
             )
         return by_name["default"]
     return template
 
 
-def _adds_bos(config: JsonObject, tokenizer: JsonObject, bos: str | None) -> bool:
+def _adds_bos(config: TokenizerConfig, tokenizer: TokenizerJson, bos: str | None) -> bool:
     """True if plain text begins with bos, according to add_bos_token or else to tokenizer.json's post-processor."""
-    if config.get("add_bos_token") is not None:
-        return config["add_bos_token"]
+    if (given := config.get("add_bos_token")) is not None:
+        return given
     processor = tokenizer.get("post_processor") or {}
-    templates = [step["single"] for step in processor.get("processors", [processor]) if step.get("single")]
-    return bos is not None and any(first[0].get("SpecialToken", {}).get("id") == bos for first in templates)
+    templates = [template for step in processor.get("processors", [processor]) if (template := step.get("single"))]
+    firsts = [template[0]["SpecialToken"]["id"] for template in templates if "SpecialToken" in template[0]]
+    return bos is not None and bos in firsts

@@ -12,6 +12,7 @@ import numpy as np
 
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.model_source import JsonObject, TensorEntry
+from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.peft.writer import PREFIX, AdapterArrays
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import is_table
@@ -117,7 +118,7 @@ class AdapterTables:
 
 
 def read_tables(
-    config: JsonObject, entries: Sequence[TensorEntry], model: ModelConfig
+    config: AdapterConfig, entries: Sequence[TensorEntry], model: ModelConfig
 ) -> tuple[AdapterTables, list[TensorEntry], list[str]]:
     """Reads embedding and head; returns (the tables, all other tensors, problems that make them unusable)."""
     names = ["model.embed_tokens", "lm_head"]
@@ -142,7 +143,7 @@ def read_tables(
 LEAVES = (DELTA, *WHOLE, *FROZEN)
 
 
-def setting_problems(config: JsonObject, model: ModelConfig) -> list[str]:
+def setting_problems(config: AdapterConfig, model: ModelConfig) -> list[str]:
     """Lists settings for embedding and head that are not supported."""
     known, indices = _known(model), _token_indices(config, model)
     named = {"trainable_token_indices": indices, "modules_to_save": config.get("modules_to_save") or []}
@@ -154,6 +155,13 @@ def setting_problems(config: JsonObject, model: ModelConfig) -> list[str]:
     ]
     if len({tuple(ids) for ids in indices.values()}) > 1:
         problems.append("trainable_token_indices: different tokens for head and embedding are not supported")
+    # New tokens follow the base's, so that none can be further from its end than there are tokens.
+    beyond = [each for ids in indices.values() for each in ids if each >= model.vocab_size + len(ids)]
+    if beyond:
+        problems.append(
+            f"trainable_token_indices: found {max(beyond)}, expected ids of the base's {model.vocab_size} tokens and "
+            "of new ones after them"
+        )
     return problems
 
 
@@ -162,12 +170,12 @@ def _known(model: ModelConfig) -> dict[str, str]:
     return {module_name(name, model).rpartition(".")[2]: name for name in ("model.embed_tokens", "lm_head")}
 
 
-def _token_indices(config: JsonObject, model: ModelConfig) -> dict[str, list[int]]:
+def _token_indices(config: AdapterConfig, model: ModelConfig) -> dict[str, list[int]]:
     indices = config.get("trainable_token_indices") or {}
     return {module_name("model.embed_tokens", model): indices} if isinstance(indices, list) else indices
 
 
-def _ids(config: JsonObject, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _ids(config: AdapterConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The ids of the tokens whose rows train, by our name of the table."""
     return {_known(model)[name.rpartition(".")[2]]: tuple(ids) for name, ids in _token_indices(config, model).items()}
 

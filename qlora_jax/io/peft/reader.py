@@ -14,14 +14,16 @@ import numpy as np
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.hf.hub import hub_name_of
 from qlora_jax.io.hf.reader import read_header
-from qlora_jax.io.hf.tokenizer import read_json
-from qlora_jax.io.model_source import JsonObject, TensorEntry
+from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.io.peft.config import AdapterConfig, read_adapter_config
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, AdapterArrays, target_suffixes
 from qlora_jax.io.tensor_map import LAYER, layer_name
+from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.trainable_embeddings import trainable_table_names
+from qlora_jax.patterns import pattern_problems
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 # Settings that do not change the computation; the tensors show which modules are targets.
@@ -68,7 +70,7 @@ def is_adapter(folder: Path) -> bool:
 
 def base_model_of(folder: Path) -> str | None:
     """The path or name of an adapter's base model; a Hub name includes the revision, if the adapter has one."""
-    config = read_json(folder / CONFIG)
+    config = read_adapter_config(folder / CONFIG)
     base, revision = config.get("base_model_name_or_path"), config.get("revision")
     on_hub = hub_name_of(base) if base and revision else None
     return str(dataclasses.replace(on_hub, revision=revision)) if on_hub else base
@@ -81,7 +83,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
       ValueError: the adapter's type or settings are not supported (all problems are named), or its tensors do not fit
         the model (all problems are named).
     """
-    config = read_json(folder / CONFIG)
+    config = read_adapter_config(folder / CONFIG)
     _check_settings(folder, config, model)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
@@ -97,8 +99,8 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
     return PeftAdapter(args=args, lora=lora | tables.rows, base=base, new_ids=tables.ids, tables=tables.whole)
 
 
-def _kind(config: JsonObject) -> str:
-    return config.get("peft_type", "LORA")
+def _kind(config: AdapterConfig) -> str:
+    return config.get("peft_type") or "LORA"
 
 
 def _suffixes(names: Iterable[str], model: ModelConfig) -> list[str]:
@@ -106,16 +108,17 @@ def _suffixes(names: Iterable[str], model: ModelConfig) -> list[str]:
     return target_suffixes([model.hugging_face_name(name) for name in names], linears)
 
 
-def _low_rank_args(config: JsonObject, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
+def _low_rank_args(config: AdapterConfig, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
+    assert "r" in config and "lora_alpha" in config  # _check_settings
     return LoraArgs(
         method="dora" if config.get("use_dora") else "lora",
         rank=config["r"],
-        alpha=float(config["lora_alpha"]),
-        dropout=float(config.get("lora_dropout", 0.0)),
+        alpha=config["lora_alpha"],
+        dropout=config.get("lora_dropout") or 0.0,
         target_modules=_suffixes(lora, model),
         rank_pattern=dict(config.get("rank_pattern") or {}),
-        alpha_pattern={name: float(alpha) for name, alpha in (config.get("alpha_pattern") or {}).items()},
-        use_rslora=bool(config.get("use_rslora", False)),
+        alpha_pattern=dict(config.get("alpha_pattern") or {}),
+        use_rslora=bool(config.get("use_rslora")),
     )
 
 
@@ -136,9 +139,9 @@ def _no_weights(folder: Path) -> str:
     return f"{folder}: {WEIGHTS} is missing (found {CONFIG}). Copy it from where the adapter was trained"
 
 
-def _check_settings(folder: Path, config: JsonObject, model: ModelConfig) -> None:
+def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> None:
     problems = [
-        f"{name}: found {config[name]!r}, expected {' or '.join(map(repr, possible))}"
+        f"{name}: found {shorten(config[name])}, expected {' or '.join(map(repr, possible))}"
         for name, possible in SUPPORTED_VALUES.items()
         if name in config and config[name] not in possible
     ]
@@ -147,18 +150,28 @@ def _check_settings(folder: Path, config: JsonObject, model: ModelConfig) -> Non
     init = config.get("init_lora_weights", True)
     if init not in INITS:
         problems.append(
-            f"init_lora_weights: {init!r} changes the base. Convert the adapter to a plain LoRA with peft "
+            f"init_lora_weights: {shorten(init)} changes the base. Convert the adapter to a plain LoRA with peft "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     known = {*SUPPORTED_VALUES, *READ_SETTINGS, *HARMLESS, *SETTINGS, "init_lora_weights"}
     problems += [
-        f"{name}: {value!r} is not supported"
+        f"{shorten_key(name)}: {shorten(value)} is not supported"
         for name, value in sorted(config.items())
         if name not in known and value not in (None, False, {}, [])
     ]
-    problems += setting_problems(config, model)
+    problems += setting_problems(config, model) + _pattern_problems(config)
     if problems:
         raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
+
+
+def _pattern_problems(config: AdapterConfig) -> list[str]:
+    patterns = {"rank_pattern": config.get("rank_pattern"), "alpha_pattern": config.get("alpha_pattern")}
+    return [
+        f"{name}: {shorten(pattern)}: {problem}"
+        for name, values in patterns.items()
+        for pattern in values or ()
+        for problem in pattern_problems(pattern)
+    ]
 
 
 def _stacked(

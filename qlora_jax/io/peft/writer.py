@@ -5,7 +5,6 @@ Dimension key: L layers, K in, R rank, N out.
 
 import json
 import math
-import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.tensor_map import layer_name
+from qlora_jax.patterns import matches_end
 
 PREFIX = "base_model.model."
 AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
@@ -118,7 +118,7 @@ def effective_alphas(lora: AdapterArrays, args: LoraArgs) -> dict[str, float]:
 
 def _first_match[Value: (int, float)](patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """PEFT's value for a module: that of the first pattern that matches the end of its full name."""
-    matching = (p for p in patterns if re.match(rf"(.*\.)?({p})$", layer_name(name, 0)))
+    matching = (p for p in patterns if matches_end(p, layer_name(name, 0)))
     return patterns.get(next(matching, ""), default)
 
 

@@ -1,7 +1,9 @@
 """Maps Hugging Face configs to the decoder's features, one module per family (docs/families.md: how to add one)."""
 
 from collections.abc import Mapping
+from typing import TypedDict
 
+from qlora_jax.metadata import check_value, shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import gemma, gpt_neox, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
 
@@ -11,19 +13,30 @@ FAMILIES = {model_type: family for family in MODULES for model_type in family.MO
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-def model_config(config: Mapping[str, object]) -> ModelConfig:
+class ModelKind(TypedDict, total=False):
+    """The attributes that choose a family."""
+
+    model_type: str | None
+
+
+def model_config(config: Mapping[str, object], name: str = "config.json") -> ModelConfig:
     """Maps a Hugging Face config to features, by the family of its `model_type`.
+
+    Args:
+      name: the file of the config, for messages.
 
     Raises:
       ValueError: an unknown model_type, a mixture of experts, or all attributes that the family does not support.
     """
-    model_type = config.get("model_type")
-    if experts := [f"{name}={config[name]}" for name in EXPERTS if config.get(name)]:
+    model_type = check_value(config, ModelKind, name).get("model_type")
+    if experts := [f"{key}={shorten(config[key])}" for key in EXPERTS if config.get(key)]:
         raise ValueError(
-            f"model_type={model_type!r} with {', '.join(experts)} is a mixture of experts, which is not supported: its "
-            "experts, most of its weights, would not be quantized. Use a dense model."
+            f"{name}: model_type={shorten(model_type)} with {', '.join(experts)} is a mixture of experts, which is not "
+            "supported: its experts, most of its weights, would not be quantized. Use a dense model."
         )
     if model_type not in FAMILIES:
         text = " (a model of images and text; its text model alone, as in GGUF files, is)" * ("text_config" in config)
-        raise ValueError(f"model_type={model_type!r} is not supported{text}: known are {sorted(FAMILIES)}")
-    return FAMILIES[model_type].from_hf(config)
+        raise ValueError(
+            f"{name}: model_type={shorten(model_type)} is not supported{text}: known are {sorted(FAMILIES)}"
+        )
+    return FAMILIES[model_type].from_hf(config, name)

@@ -1,7 +1,28 @@
 """Reads a Hugging Face config so that no attribute is overlooked."""
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from qlora_jax.metadata import Kind, find_problems, shorten, shorten_key
+
+type Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+type NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+# Sizes beyond these, a multiple of the largest published models', are damage. They are refused before anything loops
+# over layers or computes with shapes.
+LIMITS = {
+    "num_hidden_layers": 1 << 12,
+    "num_attention_heads": 1 << 12,
+    "num_key_value_heads": 1 << 12,
+    "head_dim": 1 << 14,
+    "hidden_size": 1 << 18,
+    "intermediate_size": 1 << 20,
+    "vocab_size": 1 << 24,
+}
+DEFAULT_LIMIT = 2**31 - 1
 
 # {Hugging Face's name of an activation: ours}; several of theirs are one function.
 ACTIVATIONS = {
@@ -57,83 +78,71 @@ HARMLESS = frozenset(
 )
 
 
+@functools.cache
+def _whole(limit: int) -> Kind:
+    return Annotated[int, Field(ge=1, le=limit)]
+
+
 class Attributes:
     """A config's attributes. It records which ones were read, and `finish` raises all problems at once."""
 
-    def __init__(self, config: Mapping[str, object]):
-        self._config = config
+    def __init__(self, config: Mapping[str, object], name: str):
+        """`name` is the config's file, for messages."""
+        self._config, self._name = config, name
         self._read = set(HARMLESS)
         self._problems: list[str] = []
 
-    def _get(self, name: str, default: Any, accepted: type | tuple[type, ...], expected: str) -> Any:
+    def _get(self, name: str, default: Any, kind: Kind, replacement: Any) -> Any:
+        """Reads a value of type `kind`; one of another type is a problem, and `replacement` is returned."""
         self._read.add(name)
         value = self._config.get(name)
         if value is None:
             value = default
-        if value is None:
-            self.refuse(f"{name}: missing, expected {expected}")
-            return 0
-        if not isinstance(value, accepted) or (isinstance(value, bool) and accepted is not bool):
-            self.refuse(f"{name}: found {value!r}, expected {expected}")
-            return 0
-        return value
+        problems = [f"{name}: missing"] if value is None else find_problems(value, kind, name)
+        self._problems += problems
+        return replacement if problems else value
 
     def integer(self, name: str, default: int | None = None) -> int:
-        """Reads a whole number of at least 1."""
-        value = self._get(name, default, int, "a whole number of at least 1")
-        if value < 1 and not self._problems:
-            self.refuse(f"{name}: found {value}, expected a whole number of at least 1")
-        return value
+        """Reads a whole number from 1 to the limit of its name; 0 stands for a wrong one."""
+        return self._get(name, default, _whole(LIMITS.get(name, DEFAULT_LIMIT)), 0)
 
-    def number(self, name: str, default: float) -> float:
-        """Reads a number."""
-        return float(self._get(name, default, (int, float), "a number"))
+    def number(self, name: str, default: float, kind: Kind = Positive) -> float:
+        """Reads a number above 0, or of another `kind`."""
+        return float(self._get(name, default, kind, default))
 
     def boolean(self, name: str, default: bool) -> bool:
         """Reads true or false."""
-        return bool(self._get(name, default, bool, "true or false"))
+        return self._get(name, default, bool, default)
 
-    def optional(self, name: str, absent: float | None) -> float | None:
+    def optional(self, name: str, absent: float | None, kind: Kind = Positive) -> float | None:
         """Reads a number above zero; None if the config has null, `absent` if it has no such attribute."""
         self._read.add(name)
         value = self._config.get(name, absent)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            self.refuse(f"{name}: found {value!r}, expected a number above zero or null")
-            return None
-        return value
+        return None if value is None else self._get(name, value, kind, None)
 
     def window(self, name: str, absent: int | None) -> int | None:
         """Reads a whole number above zero, as `optional` does."""
-        value = self.optional(name, absent)
-        if isinstance(value, float):
-            self.refuse(f"{name}: found {value!r}, expected a whole number or null")
-            return None
-        return value
+        value = self.optional(name, absent, _whole(DEFAULT_LIMIT))
+        return None if value is None else int(value)
 
     def activation(self, name: str, default: str) -> str:
         """Reads an activation, and returns our name of it."""
-        value = self._get(name, default, str, "the name of an activation")
+        value = self._get(name, default, str, default)
         if value not in ACTIVATIONS:
-            self.refuse(f"{name}={value!r} is not supported: known are {sorted(ACTIVATIONS)}")
+            self.refuse(f"{name}={shorten(value)} is not supported: known are {sorted(ACTIVATIONS)}")
         return ACTIVATIONS.get(value, "silu")
 
     def by_layer(self, name: str, layers: int, default: Sequence[Any], accepted: Sequence[Any]) -> list[Any]:
         """Reads a list with one of `accepted` per layer."""
-        value = self._get(name, list(default), list, f"a list of {layers}")
+        value = self._get(name, list(default), list[Any], [])
         if value and (len(value) < layers or any(item not in accepted for item in value)):
-            self.refuse(f"{name}: found {value!r}, expected {layers} of {list(accepted)}")
+            self.refuse(f"{name}: found {shorten(value)}, expected {layers} of {list(accepted)}")
+            return list(default)
         return list(value)[:layers] if value else list(default)
 
-    def mapping(self, name: str) -> Mapping[str, Any] | None:
-        """Reads an object, or None."""
-        self._read.add(name)
-        value = self._config.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            self.refuse(f"{name}: found {value!r}, expected an object")
-            return None
-        return value
+    def mapping(self, name: str, kind: Kind) -> Mapping[str, Any] | None:
+        """Reads an object of type `kind`, or None."""
+        return self._get(name, {}, kind, None) or None
 
     def require_only(self, values: Mapping[str, object]) -> None:
         """Reports each attribute whose value differs from the one given here."""
@@ -141,7 +150,7 @@ class Attributes:
             self._read.add(name)
             value = self._config.get(name)
             if value is not None and value != only:
-                self.refuse(f"{name}={value!r} is not supported (only {only!r})")
+                self.refuse(f"{name}={shorten(value)} is not supported (only {only!r})")
 
     def ignore(self, names: Iterable[str]) -> None:
         """Marks these as read, whatever their values."""
@@ -154,6 +163,9 @@ class Attributes:
     def finish(self) -> None:
         """Raises ValueError if there are problems, or attributes that were not read."""
         unread = {k: v for k, v in self._config.items() if k not in self._read and v not in (None, False, {}, [])}
-        problems = self._problems + [f"{k}={v!r} is not known to this model family" for k, v in sorted(unread.items())]
-        if problems:
-            raise ValueError("config of the model:\n  " + "\n  ".join(problems))
+        unknown = [
+            f"{shorten_key(k)}={shorten(v)} is not known to this model family" for k, v in sorted(unread.items())
+        ]
+        if problems := self._problems + unknown:
+            lines = "\n  ".join(problems)
+            raise ValueError(f"{self._name}: describes a model that is not supported. Use another model:\n  {lines}")

@@ -9,10 +9,20 @@ import math
 from collections.abc import Callable, Mapping
 from typing import TypedDict
 
+from qlora_jax.metadata import shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope_config import FULL, SLIDING, layer_types, rope_from_hf, rope_of, windows_of
+from qlora_jax.models.families.rope_config import (
+    FULL,
+    SLIDING,
+    Base,
+    RopeNumbers,
+    layer_types,
+    rope_from_hf,
+    rope_of,
+    windows_of,
+)
 from qlora_jax.nn.rope import Rope
 
 ONLY = {"use_bidirectional_attention": False}
@@ -20,13 +30,13 @@ SHARED = {"tie_word_embeddings": True, "head_dim": 256}
 GLOBAL_THETA, LOCAL_THETA = 1e6, 1e4
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)
     model = GENERATIONS[str(config["model_type"])](attributes)
@@ -55,7 +65,7 @@ def _gemma3(attributes: Attributes) -> ModelConfig:
     attributes.require_only({"attn_logit_softcapping": None})  # transformers reads it and ignores it
     features = _later(attributes, attention_softcap=None, head_softcap=None)
     pattern = attributes.integer("sliding_window_pattern", attributes.integer("_sliding_window_pattern", 6))
-    windows = _windows(attributes, pattern=pattern)
+    windows = _windows(attributes, pattern=pattern or 1)
     whole, local = _ropes(attributes)
     defaults = SHARED | {"max_position_embeddings": 131072, "num_key_value_heads": 4}
     model = decoder_from_hf(attributes, defaults, rope=whole, qk_norm="head", windows=windows, **features)
@@ -100,15 +110,15 @@ def _ropes(attributes: Attributes) -> tuple[Callable[[int, int], Rope], Callable
 
     A config has them per kind of layer (transformers 5), or as two bases and a scaling of the first.
     """
-    base = attributes.number("rope_local_base_freq", LOCAL_THETA)
-    given = attributes.mapping("rope_parameters")
+    base = attributes.number("rope_local_base_freq", LOCAL_THETA, Base)
+    given = attributes.mapping("rope_parameters", dict[str, RopeNumbers | None])
     if given is None:
         whole = functools.partial(rope_from_hf, attributes, theta=GLOBAL_THETA)
         return whole, functools.partial(rope_of, attributes, {}, theta=base)
     attributes.require_only({"rope_scaling": None})
     if unknown := given.keys() - {FULL, SLIDING}:
-        attributes.refuse(f"rope_parameters: found {sorted(unknown)}, expected {FULL!r} and {SLIDING!r}")
+        attributes.refuse(f"rope_parameters: found {shorten(sorted(unknown))}, expected {FULL!r} and {SLIDING!r}")
     numbers = [given.get(kind) or {} for kind in (FULL, SLIDING)]
-    thetas = (attributes.number("rope_theta", GLOBAL_THETA), base)
+    thetas = (attributes.number("rope_theta", GLOBAL_THETA, Base), base)
     whole, local = (functools.partial(rope_of, attributes, n, theta=t) for n, t in zip(numbers, thetas, strict=True))
     return whole, local

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope_config import rope_from_hf
+from qlora_jax.models.families.rope_config import Base, Part, rope_from_hf
 
 MODEL_TYPES = ("gpt_neox",)
 
@@ -26,15 +26,15 @@ NAMES = (
 )
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     bias = attributes.boolean("attention_bias", True)
-    theta, part = attributes.number("rotary_emb_base", 10000.0), attributes.number("rotary_pct", 0.25)
+    theta, part = attributes.number("rotary_emb_base", 10000.0, Base), attributes.number("rotary_pct", 0.25, Part)
     model = decoder_from_hf(
         attributes,
         DEFAULTS,

@@ -20,13 +20,13 @@ ONLY = {
 }
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     bias, mlp_bias = attributes.boolean("attention_bias", False), attributes.boolean("mlp_bias", False)
     defaults = {"max_position_embeddings": 2048}
@@ -52,7 +52,8 @@ def decoder_from_hf(
       features: further fields of ModelConfig.
     """
     heads, width = attributes.integer("num_attention_heads"), attributes.integer("hidden_size")
-    head_dim = attributes.integer("head_dim", defaults.get("head_dim", width // heads if heads else 0))
+    usual = width // heads if heads and width else 2  # 2: one of them is wrong, and that is reported already
+    head_dim = attributes.integer("head_dim", defaults.get("head_dim", usual))
     max_positions = attributes.integer("max_position_embeddings", defaults["max_position_embeddings"])
     model = ModelConfig(
         vocab_size=attributes.integer("vocab_size"),

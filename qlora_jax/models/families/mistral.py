@@ -13,13 +13,13 @@ ONLY = {"hidden_act": "silu", "layer_types": None}
 DEFAULTS = {"max_position_embeddings": 131072, "num_key_value_heads": 8}
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     window, layers = attributes.window("sliding_window", 4096), attributes.integer("num_hidden_layers")
     windows = windows_of(attributes, [SLIDING] * layers, window) if window else ()

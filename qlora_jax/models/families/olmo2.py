@@ -12,13 +12,13 @@ ONLY = {"hidden_act": "silu", "clip_qkv": None}
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5}
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)
     model = decoder_from_hf(attributes, DEFAULTS, qkv_bias=bias, o_bias=bias, layout="post", qk_norm="width")

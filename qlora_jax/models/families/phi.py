@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families.attributes import Attributes
 from qlora_jax.models.families.llama import decoder_from_hf
-from qlora_jax.models.families.rope_config import rope_from_hf
+from qlora_jax.models.families.rope_config import Part, rope_from_hf
 
 MODEL_TYPES = ("phi",)
 
@@ -29,16 +29,16 @@ FEATURES = {
 }
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     activation = attributes.activation("hidden_act", "gelu_new")
-    rope = functools.partial(rope_from_hf, attributes, partial=attributes.number("partial_rotary_factor", 0.5))
+    rope = functools.partial(rope_from_hf, attributes, partial=attributes.number("partial_rotary_factor", 0.5, Part))
     model = decoder_from_hf(attributes, DEFAULTS, eps="layer_norm_eps", rope=rope, activation=activation, **FEATURES)
     attributes.finish()
     return model

@@ -13,13 +13,13 @@ ONLY = {"hidden_act": "silu"}
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128}
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     bias = attributes.boolean("attention_bias", False)
     features = {"qkv_bias": bias, "o_bias": bias, "qk_norm": "head", "windows": late_windows(attributes)}

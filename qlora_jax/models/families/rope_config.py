@@ -1,13 +1,41 @@
 """Reads rotary embeddings and sliding windows from Hugging Face configs."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
-from qlora_jax.models.families.attributes import Attributes
+from pydantic import FailFast, Field
+
+from qlora_jax.metadata import shorten, shorten_key
+from qlora_jax.models.families.attributes import Attributes, NotNegative, Positive
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONGROPE = ("longrope", "su", "yarn")  # its name, and older names in Phi-3 configs
+
+type Base = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+type Part = Annotated[float, Field(gt=0, le=1)]  # of a head's dimensions
+type Factors = Annotated[list[Positive], FailFast()]
+
+
+class RopeNumbers(TypedDict, total=False):
+    """The numbers of `rope_scaling`, or of `rope_parameters` in newer configs."""
+
+    rope_type: str | None
+    type: str | None
+    rope_theta: Base
+    partial_rotary_factor: Part
+    factor: Positive | None
+    original_max_position_embeddings: Base | None
+    attention_factor: Positive | None
+    low_freq_factor: Positive | None
+    high_freq_factor: Positive | None
+    beta_fast: Positive | None
+    beta_slow: Positive | None
+    mscale: NotNegative | None
+    mscale_all_dim: NotNegative | None
+    truncate: bool | None
+    short_factor: Factors | None
+    long_factor: Factors | None
 
 
 def rope_from_hf(
@@ -26,8 +54,8 @@ def rope_from_hf(
       partial: default share of a head that is rotated; None: the family always rotates whole heads.
       longrope: numbers that override those of a longrope scaling.
     """
-    given = attributes.number("rope_theta", theta)
-    new, old = attributes.mapping("rope_parameters"), attributes.mapping("rope_scaling")
+    given = attributes.number("rope_theta", theta, Base)
+    new, old = (attributes.mapping(name, RopeNumbers) for name in ("rope_parameters", "rope_scaling"))
     if new and old:
         attributes.refuse("rope_parameters and rope_scaling are both given: remove one")
     numbers = dict(new or old or {})
@@ -58,15 +86,30 @@ def rope_of(
         attributes.refuse("partial_rotary_factor other than 1 is not supported")
     whole = {"theta": rope_theta, "dim": int(head_dim * part), "max_positions": max_positions}
     if kind not in SCALINGS:
-        attributes.refuse(f"rope scaling {kind!r} is not supported: known are {sorted(SCALINGS)}")
+        attributes.refuse(f"rope scaling {shorten(kind)} is not supported: known are {sorted(SCALINGS)}")
         return Rope(**whole)
+    numbers = {name: value for name, value in numbers.items() if value is not None}
     required, optional = SCALING_NUMBERS[kind]
     if missing := required - numbers.keys():
         attributes.refuse(f"rope scaling {kind!r} lacks {sorted(missing)}")
-    if unknown := {n for n in numbers.keys() - required - optional if numbers[n] is not None}:
-        attributes.refuse(f"rope scaling {kind!r} has unknown {sorted(unknown)}")
+    if unknown := numbers.keys() - required - optional:
+        attributes.refuse(f"rope scaling {kind!r} has unknown {sorted(map(shorten_key, unknown))}")
+        return Rope(**whole)
+    _check_numbers(attributes, numbers, whole["dim"] // 2)
     scaling = RopeScaling(kind=kind, numbers=tuple((name, _as_float(v)) for name, v in sorted(numbers.items())))
     return Rope(**whole, scaling=scaling)
+
+
+def _check_numbers(attributes: Attributes, numbers: Mapping[str, Any], frequencies: int) -> None:
+    """Checks the numbers of a scaling against each other and against the head."""
+    for name, value in numbers.items():
+        if isinstance(value, list) and len(value) != frequencies:
+            attributes.refuse(
+                f"{name}: found {len(value)} numbers, expected {frequencies}, half the rotated dimensions"
+            )
+    low, high = numbers.get("low_freq_factor"), numbers.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        attributes.refuse(f"low_freq_factor: found {low}, expected less than high_freq_factor, {high}")
 
 
 def _as_float(value: Any) -> Any:

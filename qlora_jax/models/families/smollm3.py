@@ -16,13 +16,13 @@ UNUSED = ("pretraining_tp", "max_window_layers")  # in its published config, but
 DEFAULTS = {"max_position_embeddings": 32768, "num_key_value_heads": 4, "tie_word_embeddings": True}
 
 
-def from_hf(config: Mapping[str, object]) -> ModelConfig:
+def from_hf(config: Mapping[str, object], name: str) -> ModelConfig:
     """Maps a Hugging Face config of this family to features.
 
     Raises:
       ValueError: all attributes that the family does not support.
     """
-    attributes = Attributes(config)
+    attributes = Attributes(config, name)
     attributes.require_only(ONLY)
     attributes.ignore(UNUSED)
     bias, mlp_bias = attributes.boolean("attention_bias", False), attributes.boolean("mlp_bias", False)
@@ -36,7 +36,7 @@ def from_hf(config: Mapping[str, object]) -> ModelConfig:
 
 
 def _rotates(attributes: Attributes) -> list[bool]:
-    layers, interval = attributes.integer("num_hidden_layers"), attributes.integer("no_rope_layer_interval", 4)
+    layers, interval = attributes.integer("num_hidden_layers"), attributes.integer("no_rope_layer_interval", 4) or 1
     default = [int((layer + 1) % interval != 0) for layer in range(layers)]
     return [bool(flag) for flag in attributes.by_layer("no_rope_layers", layers, default, (0, 1))]
 

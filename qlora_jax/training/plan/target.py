@@ -1,13 +1,13 @@
 """The device and the model that `plan` plans for."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from pallas_kernels.gpu_specs import CARDS, Card, find_card
 from qlora_jax.config import ConfigError
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.io.hf.hub import fetch_config, hub_name_of
+from qlora_jax.io.hf.reader import read_config
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.catalog import PUBLISHED, nearest
 from qlora_jax.models.config import ModelConfig
@@ -66,11 +66,12 @@ def model_features(path: str) -> ModelConfig:
     """
     place = Path(path).expanduser()
     if place.suffix == ".json" and place.is_file():
-        return model_config(_read_json(place))
+        return model_config(read_config(place), str(place))
     if (place / "config.json").is_file():
-        return model_config(_read_json(place / "config.json"))
+        return model_features(str(place / "config.json"))
     if place.exists():
-        return model_config(open_model(place).config)
+        source = open_model(place)
+        return model_config(source.config, source.config_name)
     if path in PUBLISHED:
         return model_config(PUBLISHED[path])
     on_hub = hub_name_of(path)
@@ -80,10 +81,3 @@ def model_features(path: str) -> ModelConfig:
     raise ValueError(
         f"{path}: not a file, a folder, a Hub name (org/name) or a published model ({', '.join(PUBLISHED)}).{hint}"
     )
-
-
-def _read_json(path: Path) -> dict[str, object]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}).") from error

@@ -176,8 +176,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"tokenizer.ggml.padding_token_id": 99},
         "ids outside the vocabulary of 32 tokens: .*padding_token_id = 99",
     ),
-    "wrong type": ({"tokenizer.chat_template": 3}, "tokenizer.chat_template is int, expected str"),
-    "fraction of a token": ({"tokenizer.ggml.eot_token_id": 1.5}, "eot_token_id is float, expected int"),
+    "wrong type": ({"tokenizer.chat_template": 3}, "tokenizer.chat_template: found 3, expected text"),
+    "fraction of a token": ({"tokenizer.ggml.eot_token_id": 1.5}, "eot_token_id: found 1.5, expected a whole number"),
     "odd alignment": ({"general.alignment": 24}, "general.alignment is 24, expected a power of two"),
 }
 

@@ -16,15 +16,27 @@ BAD_FILES = {
     "version 1": (b"GGUF" + struct.pack("<IQQ", 1, 0, 0), "found version 1, expected"),
     "big-endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "found big-endian, expected"),
     "only magic": (b"GGUF", "the version at byte 4 requires 4 bytes, but the file ends at byte 4"),
-    "endless key": (b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63), f"key at byte 32 requires {2**63} bytes"),
+    "endless key": (
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**63) + bytes(8),
+        f"key at byte 32 requires {2**63} bytes",
+    ),
     "endless array": (
+        b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**22),
+        f"k at byte 49 requires {2**24} bytes",
+    ),
+    "longer array than published": (
         b"GGUF" + struct.pack("<IQQQ1sIIQ", 3, 0, 1, 1, b"k", 9, 4, 2**40),
-        f"k at byte 49 requires {2**42} bytes",
+        f"byte 49: k has {2**40} elements, and metadata may have {2**22}",
+    ),
+    "long name": (
+        b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 2**16 + 1) + bytes(2**16 + 10),
+        "byte 24: a metadata key has 65537 characters",
     ),
     "unknown value type": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 0, 1, 1, b"k", 77), "byte 33: unknown type 77"),
-    "no UTF-8": (b"GGUF" + struct.pack("<IQQQ2s", 3, 0, 1, 2, b"\xff\xfe"), "byte 24: a metadata key is not UTF-8"),
-    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), "a tensor's name at byte 24 requires 8 bytes"),
-    "axes": (b"GGUF" + struct.pack("<IQQQ1sI", 3, 1, 0, 1, b"t", 9), "tensor 't' has 9 axes, expected 1 to 4"),
+    "no UTF-8": (b"GGUF" + struct.pack("<IQQQ2sI", 3, 0, 1, 2, b"\xff\xfe", 4), "byte 24: a metadata key is not UTF-8"),
+    "many tensors": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), f"byte 8: the number of tensors is {2**60}"),
+    "many keys": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**60), "byte 16: the number of metadata keys is .* at most 0"),
+    "axes": (b"GGUF" + struct.pack("<IQQQ1sIQQ", 3, 1, 0, 1, b"t", 9, 0, 0), "tensor 't' has 9 axes, expected 1 to 4"),
     "no axis": (
         b"GGUF" + struct.pack("<IQQQ1sIQIQ", 3, 1, 0, 1, b"t", 1, 0, 0, 0) + bytes(64),
         r"tensor 't', F32 \[0\], at offset 0: expected axes above 0",

@@ -64,13 +64,25 @@ CASES = {
     "another code": (state(UP, quant_type="fp4"), [UP, "fp4 in its quant_state, nf4 in the tensor's name"]),
     "no shape": (
         state(UP, shape=None, blocksize=-1),
-        [UP, "invalid values: shape None, blocksize -1"],
+        [UP, "blocksize: found -1, expected at least 1", "shape: found None, expected a list"],
     ),
-    "no object": (put(UP + STATE, np.frombuffer(b"[]", np.uint8)), [UP, "its quant_state lacks a JSON object"]),
+    "no object": (
+        put(UP + STATE, np.frombuffer(b"[]", np.uint8)),
+        [UP, "its quant_state: found [], expected an object"],
+    ),
     "no constants": (without(UP + ".absmax", DOWN + ".quant_map"), [UP, DOWN, "'absmax'", "'quant_map'", "missing"]),
     "no state": (without(UP + STATE), [UP, "bytes (U8) without a quant_state"]),
     "no codes": (without(UP), [UP, "the codes"]),
-    "no JSON": (put(UP + STATE, np.frombuffer(b"{nf4", np.uint8)), [UP, "its quant_state is not JSON"]),
+    "no JSON": (put(UP + STATE, np.frombuffer(b"{nf4", np.uint8)), [UP, "its quant_state, line 1, column 2: not JSON"]),
+    "texts and lists": (
+        state(UP, nested_offset="0", dtype=["float32"], nested_blocksize=2.5),
+        ["nested_offset: found '0', expected a number", "dtype: found ['float32'], expected 'float32', 'float16' or"],
+    ),
+    "another type": (
+        put(UP + ".nested_absmax", np.ones(1, np.uint8)),
+        [UP, "nested_absmax: found U8, expected F32"],
+    ),
+    "a longer table": (put(UP + ".quant_map", np.zeros(32, np.float32)), [UP, "table of nf4"]),
     "another table": (put(UP + ".quant_map", np.linspace(-1, 1, 16, dtype=np.float32)), [UP, "table of nf4"]),
 }
 

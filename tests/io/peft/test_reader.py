@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.io.peft.reader import read_adapter, read_start_adapter
+from qlora_jax.io.peft.reader import base_model_of, read_adapter, read_start_adapter
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
@@ -148,3 +149,50 @@ def test_training_goes_on_with_the_same_new_tokens_and_no_whole_tables(folder: P
         read_start_adapter(folder, TIED, args, ())
     whole = read_start_adapter(folder, TIED, dataclasses.replace(args, modules_to_save=["embed_tokens"]), ())
     np.testing.assert_array_equal(whole["model.embed_tokens"]["weight"], LONG[:32])
+
+
+HOSTILE = [True, 0, -1, 1.5, math.nan, 2**31, 10**400, "", "x", [], [None], ["x", 3], {}, {"a": 1}, {"(": 4}]
+HOSTILE += [{"(?=q)": 4}, {"q_proj": [1]}, dict.fromkeys(map(str, range(10_001)), 1)]
+KEYS = ["peft_type", "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"]
+KEYS += ["base_model_name_or_path", "revision", "bias", "init_lora_weights", "modules_to_save", "target_modules"]
+
+
+@pytest.mark.parametrize("key", [*KEYS, "trainable_token_indices", "layers_to_transform"])
+def test_a_setting_of_another_type_is_read_or_refused(folder: Path, key: str):
+    sound, refused = (folder / "adapter_config.json").read_text(), 0
+    for value in HOSTILE:
+        _with(folder, **{key: value})
+        try:
+            read_adapter(folder, MODEL)
+            base_model_of(folder)
+        except ValueError as error:
+            assert str(folder) in str(error) and len(str(error)) < 20_000
+            refused += 1
+        (folder / "adapter_config.json").write_text(sound)
+    assert (refused == 0) == (key == "target_modules")  # PEFT's targets show in the tensors
+
+
+def test_every_setting_of_another_type_is_named(folder: Path):
+    _with(folder, r="4", lora_alpha=None, rank_pattern={"down_proj": "2"}, trainable_token_indices={"a": [1, "2"]})
+    with pytest.raises(ValueError) as caught:
+        read_adapter(folder, MODEL)
+    assert str(caught.value).splitlines()[1:] == [
+        "  r: found '4', expected a whole number",
+        "  lora_alpha: found None, expected a number",
+        "  rank_pattern.down_proj: found '2', expected a whole number",
+        "  trainable_token_indices.a.1: found '2', expected a whole number",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(rank_pattern={"(": 4}), r"rank_pattern: '\(': not a regular expression: missing \)"),
+        (dict(alpha_pattern={"(?!q)x": 4}), r"alpha_pattern: '\(\?!q\)x': .* linear time: a negative lookahead"),
+        (dict(trainable_token_indices=[5, 2**30]), f"trainable_token_indices: found {2**30}, expected ids of the base"),
+    ],
+)
+def test_settings_that_would_hang_or_fill_the_memory(folder: Path, changes: dict, message: str):
+    _with(folder, **changes)
+    with pytest.raises(ValueError, match=message):
+        read_adapter(folder, MODEL)

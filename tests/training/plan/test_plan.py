@@ -247,7 +247,7 @@ def test_a_model_is_a_folder_a_config_or_a_published_name(tmp_path):
     with pytest.raises(ValueError, match="Did you mean llama-3-8b"):
         model_features("llama3-8b")
     (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match="not valid JSON"):
+    with pytest.raises(ValueError, match="line 1, column 2: not JSON"):
         model_features(str(tmp_path))
 
 

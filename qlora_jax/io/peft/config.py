@@ -1,0 +1,48 @@
+"""The settings in a PEFT adapter's adapter_config.json."""
+
+from pathlib import Path
+from typing import Annotated, TypedDict
+
+from pydantic import Field, with_config
+
+from qlora_jax.metadata import read_json
+
+MAX_PATTERNS = 10_000  # each is compiled
+
+type Rank = Annotated[int, Field(ge=1, le=1 << 16)]
+type Alpha = Annotated[float, Field(allow_inf_nan=False)]
+type TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+@with_config(extra="allow")
+class AdapterConfig(TypedDict, total=False):
+    """The settings that are used; other keys are kept, because one that is not supported is an error.
+
+    Keys:
+      r, lora_alpha: required for LoRA; (IA)^3 has neither.
+    """
+
+    peft_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    bias: str
+    r: Rank
+    lora_alpha: Alpha
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None
+    use_rslora: bool | None
+    use_dora: bool | None
+    rank_pattern: Annotated[dict[str, Rank], Field(max_length=MAX_PATTERNS)] | None
+    alpha_pattern: Annotated[dict[str, Alpha], Field(max_length=MAX_PATTERNS)] | None
+    init_lora_weights: bool | str | None
+    modules_to_save: list[str] | None
+    trainable_token_indices: list[TokenId] | dict[str, list[TokenId]] | None
+    ensure_weight_tying: bool | None
+
+
+def read_adapter_config(path: Path) -> AdapterConfig:
+    """Reads adapter_config.json.
+
+    Raises:
+      MetadataError: not JSON, or settings have other types; all of them are named.
+    """
+    return read_json(path, AdapterConfig)
