@@ -45,10 +45,15 @@ class Row(NamedTuple):
 
 
 class BrokenRow(NamedTuple):
-    """A row that can't be read: its place, and the problem."""
+    """A row that can't be read: its place, and the problem.
+
+    Fields:
+      ends_file: True if the rows after it can't be read either.
+    """
 
     place: Place
     problem: str
+    ends_file: bool = False
 
 
 Problem = tuple[Place, str]
@@ -88,7 +93,7 @@ def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | B
     """
     for number, (line, value) in enumerate(_values(str(path), in_parts)):
         place = Place(line, number)
-        yield Row(place, value) if isinstance(value, dict) else BrokenRow(place, _not_a_row(value))
+        yield Row(place, value) if isinstance(value, dict) else _broken_row(place, value)
 
 
 def no_rows_message(path: str | Path) -> str:
@@ -162,8 +167,7 @@ def _check_lines(path: Path, first: str) -> None:
 
 def _columns(path: Path, records: Iterator[tuple[int, object]]) -> Iterator[tuple[int, object]]:
     try:
-        for line, row in records:
-            yield line, BadValue(row) if isinstance(row, str) else row
+        yield from records
     except UnicodeDecodeError:
         raise
     except ValueError as error:
@@ -266,10 +270,11 @@ def _first(file: io.TextIOWrapper) -> str:
     return first
 
 
-def _not_a_row(value: object) -> str:
+def _broken_row(place: Place, value: object) -> BrokenRow:
     if isinstance(value, BadValue):
-        return value.problem
-    return f'expected an object such as {{"prompt": "..."}}, found {shorten(json.dumps(value, ensure_ascii=False))}'
+        return BrokenRow(place, value.problem, value.ends_file)
+    found = shorten(json.dumps(value, ensure_ascii=False))
+    return BrokenRow(place, f'expected an object such as {{"prompt": "..."}}, found {found}')
 
 
 def suggest_source(path: Path) -> str:

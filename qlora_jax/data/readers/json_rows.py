@@ -15,9 +15,14 @@ def describe_json_error(error: json.JSONDecodeError) -> str:
 
 
 class BadValue(NamedTuple):
-    """The problem of a value that can't be read."""
+    """A value that can't be read.
+
+    Fields:
+      ends_file: True if the rows after it can't be read either.
+    """
 
     problem: str
+    ends_file: bool = False
 
 
 def json_lines(file: Iterable[str]) -> Iterator[tuple[int, object]]:
@@ -46,15 +51,16 @@ def json_array(text: str) -> Iterator[tuple[int, object]]:
             yield line, value
             at = _next_element(text, _skip(text, at))
         except json.JSONDecodeError as error:
-            yield error.lineno, BadValue(f"not JSON: {describe_json_error(error)}; reading stops there")
+            yield error.lineno, BadValue(f"not JSON: {describe_json_error(error)}; reading stops there", True)
             return
         except (ValueError, RecursionError) as error:
-            yield line, BadValue(f"can't be read: {error}; reading stops there")
+            yield line, BadValue(f"can't be read: {error}; reading stops there", True)
             return
     rest = _skip(text, at + 1)
     if rest < len(text):
         found = shorten(text[rest:])
-        yield line + text.count("\n", counted, rest), BadValue(f"more text after the end of the array: {found}")
+        problem = BadValue(f"more text after the end of the array: {found}", True)
+        yield line + text.count("\n", counted, rest), problem
 
 
 def _next_element(text: str, at: int) -> int:

@@ -57,6 +57,44 @@ def test_columns_without_a_name_are_told_among_those_not_used(tmp_path, tokenize
     assert read_rows(path)[1].data == {"prompt": "R", "completion": "B", **values}
 
 
+@pytest.mark.parametrize(
+    ("content", "rows"),
+    [
+        ("prompt;completion\n1,5;a, b\n", [("1,5", "a, b")]),
+        ('prompt;"completion"\r\n"Q;1";"A\n2"\r\n', [("Q;1", "A\n2")]),
+        ("\n\r\nprompt;completion\nQ;A\n", [("Q", "A")]),
+        ("prompt\tcompletion\nQ\tA, B; C\n", [("Q", "A, B; C")]),
+        ("prompt|completion\nQ|A\n", [("Q", "A")]),
+        ("prompt,completion\nQ;1,A\n", [("Q;1", "A")]),
+        ('"prompt",completion\nQ;1,A\n', [("Q;1", "A")]),
+    ],
+)
+def test_the_header_decides_how_columns_are_separated(tmp_path, content, rows):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content.encode())
+    assert [tuple(row.data.values()) for row in read_rows(path)] == rows
+    assert [*read_rows(path)[0].data] == ["prompt", "completion"]
+
+
+def test_a_separator_inside_a_quoted_name_does_not_count(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('id;"text, or title"\n1;A\n')
+    assert read_rows(path)[0].data == {"id": "1", "text, or title": "A"}
+
+
+def test_a_file_of_one_column_has_no_separator(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text\nOnce; upon | a time\n")
+    assert read_rows(path)[0].data == {"text": "Once; upon | a time"}
+
+
+def test_lines_are_counted_from_the_first_also_if_it_is_blank(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("\n\nprompt;completion\nQ;A\nR\n")
+    with pytest.raises(ValueError, match=r"1 of 2 rows can't be used:\n.*csv:5 \(row 2\): found 1 fields"):
+        read_rows(path)
+
+
 def test_a_field_may_be_long(tmp_path):
     path = tmp_path / "rows.csv"
     path.write_text(f"text\n{'a' * 300_000}\n")
