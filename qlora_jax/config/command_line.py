@@ -16,7 +16,15 @@ from typing import Any, Literal, NamedTuple
 import yaml
 
 from qlora_jax.atomic_files import write_error
-from qlora_jax.config.parse import UNIONS, ConfigError, Hint, from_dict, is_required, walk_settings
+from qlora_jax.config.parse import (
+    UNIONS,
+    ConfigError,
+    Hint,
+    from_dict,
+    given_problems,
+    is_required,
+    walk_settings,
+)
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
@@ -90,13 +98,13 @@ def read_settings[T](
       ConfigError: a malformed argument, an unknown setting, or a wrong value.
     """
     hints = {key: hint for key, _, hint in walk_settings(schema)}
-    words = _split(argv, _Names(settings=[*hints], flags=[*flags], required=_required(schema)))
-    if words.problems:
-        raise ConfigError(words.problems)
+    words = _split(argv, _Names(settings=hints, flags=[*flags], required=_required(schema)))
     raw, sources = read_yaml(words.settings.pop("config")) if "config" in words.settings else ({}, {})
     for key, text in words.settings.items():
         _set_nested(raw, key, _parse_value(hints.get(key, str), text))
         sources[key] = "command line"
+    if words.problems:  # a setting without its value would be missing, too
+        raise ConfigError([*words.problems, *given_problems(schema, raw, sources)])
     return from_dict(schema, raw, sources), words.flags
 
 
@@ -114,7 +122,7 @@ def read_arguments(argv: Sequence[str]) -> Config:
 class _Names(NamedTuple):
     """The names that a command line may use."""
 
-    settings: list[str]
+    settings: Mapping[str, Hint]
     flags: list[str]
     required: list[str]
 
@@ -132,6 +140,12 @@ class _Names(NamedTuple):
             return f"--{fixed}"
         negated = fixed.removeprefix("no_")
         return f"--{negated} false" if negated in self.settings else None
+
+    def example(self, key: str) -> str | None:
+        """A value for a setting; None for an unknown name."""
+        if key not in self.settings and key != "config":
+            return None
+        return "true" if self.settings.get(key) is bool else "VALUE"
 
 
 class _Words(NamedTuple):
@@ -167,10 +181,10 @@ def _split(argv: Sequence[str], names: _Names) -> _Words:
             found.flags.add(name)
         elif key in found.settings:
             found.problems.append(f"--{name}: given twice")
-        elif is_alone:
-            found.problems.append(f"--{name}: its value is missing; write --{name} VALUE")
-        else:
-            found.settings[key] = value if equals else words.pop()
+        elif is_alone and (example := names.example(key)):
+            found.problems.append(f"--{name}: its value is missing; write --{name} {example}")
+        else:  # an unknown name without a value may be a flag of another trainer
+            found.settings[key] = value if equals else "" if is_alone else words.pop()
     return found
 
 
@@ -241,7 +255,7 @@ def _metavar(hint: Hint) -> str:
     if origin is Literal:
         return "{" + ",".join(arguments) + "}"
     if origin in UNIONS:
-        return "|".join(_metavar(arm) for arm in arguments)
+        return "|".join(dict.fromkeys(map(_metavar, arguments)))
     return _METAVARS[origin or hint]
 
 

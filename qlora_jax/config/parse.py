@@ -7,7 +7,7 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from qlora_jax.config.suggestions import suggest_key, suggest_value
+from qlora_jax.config.suggestions import replacement_of, suggest_key, suggest_section_key, suggest_value
 
 # Where each dotted key was set, for messages: {"lora.rank": "my.yaml:3"}.
 Sources = Mapping[str, str]
@@ -126,21 +126,37 @@ def is_required(field: dataclasses.Field) -> bool:
 
 def find_problems(schema: type, raw: Mapping[str, object], sources: Sources) -> list[str]:
     """Unknown keys, missing keys, and values of a wrong type or out of bounds, one line each."""
+    return given_problems(schema, raw, sources) + _missing_problems(schema, raw)
+
+
+def given_problems(schema: type, raw: Mapping[str, object], sources: Sources) -> list[str]:
+    """Unknown keys, and values of a wrong type or out of bounds, one line each."""
     settings = {key: (field, hint) for key, field, hint in walk_settings(schema)}
     values = dict(_flatten(raw, _sections(schema)))
     problems = []
     for key, value in values.items():
         place = f" ({sources[key]})" if key in sources else ""
         if key in _sections(schema):
-            problems.append(f"{key}: found {value!r}, expected a section with settings below it{place}")
+            near = suggest_section_key(key, list(settings))
+            problems.append(f"{key}: found {value!r}, expected a section with settings below it{near}{place}")
         elif key not in settings:
             problems.append(f"{key}: unknown setting{suggest_key(key, list(settings))}{place}")
         elif problem := _value_problem(*settings[key], value):
             problems.append(f"{key}: {problem}{place}")
-    for key, (field, _) in settings.items():
-        if key not in values and is_required(field):
-            problems.append(f"{key}: missing (expected: {field.metadata['help']})")
     return problems
+
+
+def _missing_problems(schema: type, raw: Mapping[str, object]) -> list[str]:
+    """Missing keys, except those that replace an unknown key."""
+    settings = {key: field for key, field, _ in walk_settings(schema)}
+    values = dict(_flatten(raw, _sections(schema)))
+    replaced = [replacement_of(key, list(settings)) for key in values if key not in settings]
+    found = {*values, *(replacement.key for replacement in replaced if replacement)}
+    return [
+        f"{key}: missing (expected: {field.metadata['help']})"
+        for key, field in settings.items()
+        if key not in found and is_required(field)
+    ]
 
 
 def _build[T](schema: type[T], raw: Mapping[str, Any]) -> T:

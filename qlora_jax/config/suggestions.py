@@ -1,110 +1,11 @@
-"""Suggests the setting or value that was probably meant: the nearest name, or ours for another trainer's name.
-
-Suggestions appear in error messages only; no other name is ever accepted.
-"""
+"""Suggests the setting or value that was probably meant: the nearest name, or ours for another trainer's name."""
 
 import difflib
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-# Names in transformers' TrainingArguments, peft's LoraConfig, trl, axolotl and the QLoRA reference.
-SYNONYMS = {
-    "model_name_or_path": "model.path",
-    "base_model": "model.path",
-    "revision": "model.path",
-    "model_id": "model.path",
-    "model_name": "model.path",
-    "tokens": "model.new_tokens",
-    "add_tokens": "model.new_tokens",
-    "trainable_token_indices": "model.new_tokens",
-    "lora_modules_to_save": "lora.modules_to_save",
-    "special_tokens": "model.new_special_tokens",
-    "additional_special_tokens": "model.new_special_tokens",
-    "load_in_4bit": "model.quant_type",
-    "bits": "model.quant_type",
-    "bnb_4bit_quant_type": "model.quant_type",
-    "bnb_4bit_use_double_quant": "model.double_quant",
-    "use_double_quant": "model.double_quant",
-    "bnb_4bit_compute_dtype": "model.compute_dtype",
-    "bf16": "model.compute_dtype",
-    "fp16": "model.compute_dtype",
-    "tf32": "model.compute_dtype",
-    "precision": "model.compute_dtype",
-    "torch_dtype": "model.compute_dtype",
-    "r": "lora.rank",
-    "lora_r": "lora.rank",
-    "lora_alpha": "lora.alpha",
-    "lora_dropout": "lora.dropout",
-    "lora_target_modules": "lora.target_modules",
-    "lora_target_linear": "lora.target_modules",
-    "adapter": "lora.method",
-    "lora_model_dir": "lora.start",
-    "use_dora": "lora.method",
-    "peft_use_dora": "lora.method",
-    "peft_type": "lora.method",
-    "init_lora_weights": "lora.init",
-    "pissa_init": "lora.init",
-    "pissa_iter": "lora.svd_niter",
-    "loftq_config": "lora.loftq_iterations",
-    "loftq_iter": "lora.loftq_iterations",
-    "dataset": "data.train",
-    "datasets": "data.train",
-    "train_file": "data.train",
-    "validation_file": "data.eval",
-    "eval_file": "data.eval",
-    "test_datasets": "data.eval",
-    "dataset_format": "data.format",
-    "eval_dataset_size": "data.eval_fraction",
-    "val_set_size": "data.eval_fraction",
-    "max_seq_length": "data.max_length",
-    "max_seq_len": "data.max_length",
-    "model_max_length": "data.max_length",
-    "cutoff_len": "data.max_length",
-    "sequence_len": "data.max_length",
-    "source_max_len": "data.source_max_length",
-    "target_max_len": "data.target_max_length",
-    "train_on_source": "data.learn",
-    "train_on_inputs": "data.learn",
-    "excess_length_strategy": "data.overlong",
-    "group_by_length": "data.buckets",
-    "dataset_prepared_path": "data.cache",
-    "streaming": "data.window",
-    "interleave_probs": "data.train",
-    "sample_packing": "data.packing",
-    "optim": "optim.name",
-    "optimizer": "optim.name",
-    "optimiser": "optim.name",
-    "lr": "optim.learning_rate",
-    "lr_scheduler_type": "optim.schedule",
-    "lr_scheduler": "optim.schedule",
-    "warmup_steps": "optim.warmup_ratio",
-    "adam_beta1": "optim.beta1",
-    "adam_beta2": "optim.beta2",
-    "adam_epsilon": "optim.eps",
-    "is_paged": "optim.paging",
-    "num_train_epochs": "train.epochs",
-    "num_epochs": "train.epochs",
-    "max_steps": "train.steps",
-    "batch_size": "train.micro_batch_size",
-    "per_device_train_batch_size": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_checkpointing": "train.remat",
-    "eval_steps": "train.eval_every",
-    "evals_per_epoch": "train.eval_every",
-    "eval_strategy": "train.eval_every",
-    "early_stopping_patience": "train.patience",
-    "load_best_model_at_end": "train.keep_best",
-    "save_steps": "train.save_every",
-    "saves_per_epoch": "train.save_every",
-    "save_strategy": "train.save_every",
-    "save_total_limit": "train.keep",
-    "logging_steps": "train.log_every",
-    "report_to": "train.track",
-    "wandb_project": "train.track",
-    "use_tensorboard": "train.track",
-    "output_dir": "output",
-}
+from qlora_jax.config.other_trainers import REPLACEMENTS, Replacement
 
 # Other trainers' names of our optimizers, data formats and choices.
 CHOICES = {
@@ -131,17 +32,44 @@ CHOICES = {
 }
 
 
+def replacement_of(key: str, known: Sequence[str]) -> Replacement | None:
+    """Returns what replaces another trainer's setting; None if that is not known, or not among the known keys."""
+    found = REPLACEMENTS.get(key.rpartition(".")[2].replace("-", "_"))
+    if found is None:
+        return None
+    found = Replacement(found) if isinstance(found, str) else found
+    if found.key is None:
+        return found if "data.train" in known else None
+    section, _, last = found.key.rpartition(".")
+    ours = next((name for name in (found.key, last, section) if name in known), None)  # commands without sections
+    return found._replace(key=ours) if ours else None
+
+
 def suggest_key(key: str, known: Sequence[str]) -> str:
     """The end of the message for an unknown key: the known key that was probably meant, or where all are listed.
 
     Keys are compared by their last part: two keys of one section are not similar because of the section.
     """
+    if replaced := replacement_of(key, known):
+        return _describe(replaced)
     last = key.rpartition(".")[2].replace("-", "_")
     same_name = [name for name in known if name.rpartition(".")[2] == last]
-    synonym = [SYNONYMS[last]] if SYNONYMS.get(last) in known else []
     by_last = {name.rpartition(".")[2]: name for name in known}
-    near = same_name or synonym or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
+    near = same_name or [by_last[word] for word in difflib.get_close_matches(last, by_last, n=1)]
     return f"; did you mean {near[0]}?" if near else "; --help all lists all settings"
+
+
+def _describe(replacement: Replacement) -> str:
+    if replacement.key is None:
+        return f"; {replacement.note}"
+    note = f" ({replacement.note})" if replacement.note else ""
+    return f"; did you mean {replacement.key}{note}?"
+
+
+def suggest_section_key(section: str, known: Sequence[str]) -> str:
+    """The end of the message for a section that was given a value: the setting that was probably meant, if known."""
+    replaced = replacement_of(section, known)
+    return _describe(replaced) if replaced else ""
 
 
 def suggest_value(hint: Any, value: object) -> str:

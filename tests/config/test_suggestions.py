@@ -1,0 +1,112 @@
+"""Suggestions for other trainers' settings: all at once, each with what replaces it."""
+
+import re
+import shlex
+
+import pytest
+
+from qlora_jax import evaluate, generate, train
+from qlora_jax.config import Config, ConfigError, read_arguments
+from qlora_jax.config.other_trainers import REPLACEMENTS, Replacement
+from qlora_jax.config.parse import from_dict, walk_settings
+
+KEYS = [key for key, _, _ in walk_settings(Config)]
+
+# scripts/finetune_guanaco_7b.sh of artidoro/qlora 7f4e95a.
+REFERENCE = """
+    --model_name_or_path huggyllama/llama-7b --use_auth --output_dir ./output/guanaco-7b --logging_steps 10
+    --save_strategy steps --data_seed 42 --save_steps 500 --save_total_limit 40 --evaluation_strategy steps
+    --eval_dataset_size 1024 --max_eval_samples 1000 --per_device_eval_batch_size 1 --max_new_tokens 32
+    --dataloader_num_workers 1 --group_by_length --logging_strategy steps --remove_unused_columns False --do_train
+    --do_eval --do_mmlu_eval --lora_r 64 --lora_alpha 16 --lora_modules all --double_quant --quant_type nf4 --bf16
+    --bits 4 --warmup_ratio 0.03 --lr_scheduler_type constant --gradient_checkpointing --dataset oasst1
+    --source_max_len 16 --target_max_len 512 --per_device_train_batch_size 1 --gradient_accumulation_steps 16
+    --max_steps 1875 --eval_steps 187 --learning_rate 0.0002 --adam_beta2 0.999 --max_grad_norm 0.3 --lora_dropout 0.1
+    --weight_decay 0.0 --seed 0 --optim paged_adamw_32bit
+"""
+
+
+def problems_of(words: list[str]) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        read_arguments(words)
+    return error.value.problems
+
+
+def test_every_suggested_key_is_a_setting():
+    for name, found in REPLACEMENTS.items():
+        key, note = (found, "") if isinstance(found, str) else found
+        assert key in KEYS or (key is None and note), name
+        assert name not in KEYS, name
+
+
+def test_keys_in_notes_are_settings():
+    sections = {key.partition(".")[0] for key in KEYS}
+    notes = [found.note for found in REPLACEMENTS.values() if isinstance(found, Replacement)]
+    named = [name for note in notes for name in re.findall(r"\b[a-z]+\.[a-z_]+\b", note)]
+    assert {name for name in named if name.partition(".")[0] in sections} <= set(KEYS)
+
+
+def test_the_command_of_the_reference_is_answered_flag_by_flag():
+    words = shlex.split(REFERENCE)
+    flags = [word.removeprefix("--") for word in words if word.startswith("--")]
+    problems = problems_of(words)
+    assert [problem.split(":")[0] for problem in problems] == flags
+    assert all("did you mean" in problem or "remove it" in problem for problem in problems)
+    assert "double_quant: unknown setting; did you mean model.double_quant? (command line)" in problems
+    assert any(
+        problem.startswith("optim: found 'paged_adamw_32bit', ") and "optim.name" in problem for problem in problems
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "answer"),
+    [
+        ("finetuning_type", "did you mean lora.method (lora, dora, ia3 or full)?"),
+        ("lora_target", "did you mean lora.target_modules ("),
+        ("quantization_bit", "did you mean model.quant_type (nf4, fp4 or int4 for 4 bits"),
+        ("stage", "; remove it: sft is the only one here"),
+        ("do_train", "; remove it: this command trains"),
+        ("warmup_steps", "did you mean optim.warmup_ratio (a fraction of all steps, not a number of steps"),
+        ("sample_packing", "did you mean data.packing?"),
+        ("template", "did you mean data.chat_template (a jinja file"),
+        ("lora-r", "did you mean lora.rank?"),
+        ("train.lora_r", "did you mean lora.rank?"),
+    ],
+)
+def test_settings_of_other_trainers_are_answered(name: str, answer: str):
+    (problem,) = problems_of(["--model", "m", "--data.train", "t", "--output", "o", f"--{name}", "1"])
+    assert problem.startswith(f"{name}: unknown setting; ") and answer in problem
+
+
+def test_a_required_setting_is_not_missing_under_another_name():
+    with pytest.raises(ConfigError) as error:
+        from_dict(Config, {"base_model": "m", "datasets": "t", "output": "o"})
+    assert [problem.split(":")[0] for problem in error.value.problems] == ["base_model", "datasets"]
+
+
+def test_problems_of_words_and_of_settings_are_reported_together():
+    problems = problems_of(["llama", "--data.packing", "--lora_r", "8", "--lora.rank", "x", "--model.path"])
+    assert problems == [
+        "llama: found a value without a name; write --model.path llama",
+        "--data.packing: its value is missing; write --data.packing true",
+        "--model.path: its value is missing; write --model.path VALUE",
+        "lora_r: unknown setting; did you mean lora.rank? (command line)",
+        "lora.rank: found 'x', expected a whole number (command line)",
+    ]
+
+
+def test_commands_without_sections_suggest_their_own_names():
+    for command, name, ours in (
+        (generate, "model_name_or_path", "model"),
+        (evaluate, "bnb_4bit_quant_type", "quant_type"),
+        (evaluate, "template", "chat_template"),
+    ):
+        with pytest.raises(ConfigError, match=f"{name}: unknown setting; did you mean {ours}[ ?]"):
+            command.COMMAND.read([f"--{name}", "x"])
+    with pytest.raises(ConfigError, match="do_train: unknown setting; --help all"):
+        generate.COMMAND.read(["--model", "m", "--do_train"])
+
+
+def test_a_flag_of_ours_is_still_a_flag():
+    words = ["--model", "m", "--data.train", "t", "--output", "o", "--resume"]
+    assert train.COMMAND.read(words)[1] == {"resume"}
