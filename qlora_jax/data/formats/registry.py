@@ -6,7 +6,9 @@ import re
 from collections.abc import Callable, Sequence
 
 from qlora_jax.data.formats import conversations
-from qlora_jax.data.formats.tool_calls import call_problems, tools_problems, with_parsed_arguments
+from qlora_jax.data.formats.chat_messages import current_messages, message_problems
+from qlora_jax.data.formats.texts import text_problems
+from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.chat_template import Message
@@ -35,6 +37,7 @@ class RowFormat:
       problems: returns the problems of a row that has the required columns.
       matches: returns True if a row with these columns has this format, not another with the same columns.
       examples: returns the rows of the format `example` that one row contains. None: a row is one example.
+      canonical: returns the row in the form that is common to rows which the model sees alike.
       messages: returns the row as a conversation, for a tokenizer with a chat template. None: never a conversation.
       plain: returns the row as text, for a tokenizer without a template; bos and eos are added later. None: the format
         needs a template.
@@ -48,6 +51,7 @@ class RowFormat:
     matches: Callable[[Columns], bool] = lambda row: True
     examples: Callable[[Columns], list[Columns]] | None = None
     example: str = "input-output"
+    canonical: Callable[[Columns], Columns] = lambda row: row
     messages: Callable[[Columns], Sequence[Message]] | None = None
     plain: Callable[[Columns], list[Segment]] | None = None
 
@@ -64,62 +68,17 @@ class RowFormat:
 
     def content(self, row: Columns) -> str:
         """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids."""
+        row = self.canonical(row)
         columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
-        if not columns.get("tools"):  # keeps the hashes of rows from before tools existed
-            columns.pop("tools", None)
+        for name in ("tools", "functions"):  # keeps the hashes of rows from before these existed
+            if not columns.get(name):
+                columns.pop(name, None)
         return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)
-
-
-_HALF_SURROGATE = re.compile("[\ud800-\udfff]")
-
-
-def _text_problems(row: Columns, *names: str, may_be_blank: Sequence[str] = ()) -> list[str]:
-    problems = [_text_problem(name, row[name], name in may_be_blank) for name in names]
-    return [problem for problem in problems if problem]
-
-
-def _text_problem(name: str, value: object, may_be_blank: bool = False) -> str | None:
-    if not isinstance(value, str):
-        return f"{name} is {'null' if value is None else type(value).__name__}, expected text"
-    if not may_be_blank and not value.strip():
-        return f"{name} is empty"
-    half = _HALF_SURROGATE.search(value)
-    if half:
-        return f"{name} contains half of a surrogate pair (\\u{ord(half.group()):x})"
-    return None
-
-
-def _message_problems(row: Columns) -> list[str]:
-    messages = row["messages"]
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        return ['messages is not a list of objects like {"role": "user", "content": "..."}']
-    problems = []
-    for index, message in enumerate(messages):
-        if not isinstance(message.get("role"), str) or not ("content" in message or message.get("tool_calls")):
-            problems.append(
-                f"message {index} needs 'role' and 'content', found {', '.join(map(repr, message)) or 'nothing'}"
-            )
-            continue
-        problems += [f"message {index}: {problem}" for problem in conversations.role_problems(message["role"])]
-        name = f"content of message {index} ({message['role']})"
-        if message.get("tool_calls"):
-            problems += [f"message {index}: {problem}" for problem in call_problems(message)]
-            if message.get("content") is None:
-                continue
-        speaks = message["role"] == "assistant" and not message.get("tool_calls")
-        problem = _text_problem(name, message["content"], not speaks)
-        problems += [problem] * bool(problem)
-    roles = [message.get("role") for message in messages]
-    if not problems and "assistant" not in roles:
-        problems.append(
-            f"no message has the role 'assistant', so the row has nothing to learn (found the roles {roles})"
-        )
-    return problems
 
 
 def _alpaca_problems(row: Columns) -> list[str]:
     texts = {**row, "input": row.get("input") or ""}
-    return _text_problems(texts, "instruction", "input", "output", may_be_blank=("input",))
+    return text_problems(texts, "instruction", "input", "output", may_be_blank=("input",))
 
 
 def _question(prompt: str, answer: str) -> list[Message]:
@@ -142,7 +101,7 @@ def _pair(name: str, prompt: str, answer: str) -> RowFormat:
     return RowFormat(
         name=name,
         required=(prompt, answer),
-        problems=lambda row: _text_problems(row, prompt, answer, may_be_blank=(prompt,)),
+        problems=lambda row: text_problems(row, prompt, answer, may_be_blank=(prompt,)),
         messages=lambda row: _question(row[prompt], row[answer]),
         plain=lambda row: [Segment(row[prompt], False), Segment(row[answer], True)],
     )
@@ -154,7 +113,7 @@ def _tagged(name: str, column: str, tag: re.Pattern[str]) -> RowFormat:
         name=name,
         required=(column,),
         explicit_only=True,
-        problems=lambda row: _text_problems(row, column) or conversations.turn_problems(row[column], tag),
+        problems=lambda row: text_problems(row, column) or conversations.turn_problems(row[column], tag),
         messages=lambda row: conversations.parse_turns(row[column], tag),
         plain=lambda row: [Segment(row[column], True)],
     )
@@ -171,7 +130,7 @@ def _listed_problems(column: str, value: object, *names: str, may_be_blank: Sequ
     problems = []
     for index, one in enumerate(value):
         found = [f"needs {' and '.join(map(repr, names))}, found {', '.join(map(repr, one)) or 'nothing'}"]
-        wrong = _text_problems(one, *names, may_be_blank=may_be_blank) if set(names) <= set(one) else found
+        wrong = text_problems(one, *names, may_be_blank=may_be_blank) if set(names) <= set(one) else found
         problems += [f"{column.removesuffix('s')} {index}: {problem}" for problem in wrong]
     return problems
 
@@ -205,7 +164,7 @@ def _is_seed_task(row: Columns) -> bool:
 
 def _seed_task_problems(row: Columns) -> list[str]:
     return [
-        *_text_problems(row, "instruction"),
+        *text_problems(row, "instruction"),
         *_listed_problems("instances", row["instances"], "input", "output", may_be_blank=("input",)),
     ]
 
@@ -216,7 +175,7 @@ def _seed_task_examples(row: Columns) -> list[Columns]:
 
 
 def _sharegpt_problems(row: Columns) -> list[str]:
-    return conversations.sharegpt_problems(row) or _message_problems({"messages": conversations.sharegpt_messages(row)})
+    return conversations.sharegpt_problems(row) or message_problems({"messages": conversations.sharegpt_messages(row)})
 
 
 def _chip2_plain(row: Columns) -> list[Segment]:
@@ -228,15 +187,16 @@ _FORMS = (
     RowFormat(
         name="messages",
         required=("messages",),
-        optional=("tools",),
-        problems=lambda row: _message_problems(row) + tools_problems(row),
-        messages=lambda row: [with_parsed_arguments(message) for message in row["messages"]],
+        optional=("tools", "functions"),
+        problems=lambda row: message_problems(row) + tools_problems(row),
+        messages=lambda row: [with_parsed_arguments(message) for message in current_messages(row["messages"])],
+        canonical=lambda row: {**row, "messages": current_messages(row["messages"])},
     ),
     RowFormat(
         name="sharegpt",
         required=("conversations",),
         problems=_sharegpt_problems,
-        messages=conversations.sharegpt_messages,
+        messages=lambda row: current_messages(conversations.sharegpt_messages(row)),
     ),
     # With a chat template a user's and an assistant's turn; without, the texts above with eos after the output.
     RowFormat(
@@ -278,7 +238,7 @@ _FORMS = (
         name="chip2",
         required=("text",),
         explicit_only=True,
-        problems=lambda row: _text_problems(row, "text") or conversations.chip2_problems(row["text"]),
+        problems=lambda row: text_problems(row, "text") or conversations.chip2_problems(row["text"]),
         messages=lambda row: _question(*conversations.chip2_pair(row["text"])),
         plain=_chip2_plain,
     ),
@@ -286,7 +246,7 @@ _FORMS = (
     RowFormat(
         name="text",
         required=("text",),
-        problems=lambda row: _text_problems(row, "text"),
+        problems=lambda row: text_problems(row, "text"),
         plain=lambda row: [Segment(row["text"], True)],
     ),
 )

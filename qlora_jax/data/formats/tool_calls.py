@@ -11,19 +11,29 @@ Tools = Sequence[JSONObject]
 
 
 def read_tools(row: JSONObject) -> Tools | None:
-    """Returns the row's `tools`, or None. They may be JSON text, because typed columns cannot contain schemas."""
-    return _read(row.get("tools") or None) or None
+    """Returns the row's `tools`, or None. They may be JSON text, because typed columns cannot contain schemas.
+
+    Without tools, those of OpenAI's deprecated column `functions` are returned.
+    """
+    if tools := _read(row.get("tools") or None):
+        return tools
+    functions = _read(row.get("functions") or None) or ()
+    return [{"type": "function", "function": function} for function in functions] or None
 
 
 def tools_problems(row: JSONObject) -> list[str]:
-    """Returns the reason why `tools` is not a list of schemas; empty if it is one."""
+    """Returns the reasons why `tools` and `functions` are not lists of schemas; empty if they are."""
+    return [problem for name in ("tools", "functions") for problem in _schema_problems(name, row.get(name))]
+
+
+def _schema_problems(name: str, value: object) -> list[str]:
     try:
-        tools = _read(row.get("tools") or None)
+        schemas = _read(value or None)
     except json.JSONDecodeError as error:
-        return [f"tools is not JSON: {describe_json_error(error)}"]
-    if not tools or (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        return [f"{name} is not JSON: {describe_json_error(error)}"]
+    if not schemas or (isinstance(schemas, list) and all(isinstance(schema, dict) for schema in schemas)):
         return []
-    return ["tools is not a list of JSON schemas"]
+    return [f"{name} is not a list of JSON schemas"]
 
 
 def call_problems(message: Message) -> list[str]:
