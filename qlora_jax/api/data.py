@@ -4,6 +4,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.atomic_files import write_text
@@ -13,6 +14,9 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # A path or hf://datasets/org/name; several paths with weights; or rows as they stand in a JSON Lines file.
 Data = str | Path | Mapping[str, float] | Sequence[Mapping[str, object]]
+# The files' names of columns, by ours; or such a mapping for each of several files.
+Columns = Mapping[str, str] | Mapping[str, Mapping[str, str]]
+BadRows = Literal["error", "drop"]
 
 
 def prepare_data(
@@ -21,6 +25,8 @@ def prepare_data(
     *,
     eval_data: Data | None = None,
     eval_fraction: float | None = None,
+    columns: Columns | None = None,
+    bad_rows: BadRows | None = None,
     max_length: int | None = None,
     micro_batch_size: int | None = None,
     accumulation: int | None = None,
@@ -44,6 +50,8 @@ def prepare_data(
     """
     settings = {
         "data.eval_fraction": eval_fraction,
+        "data.columns": columns,
+        "data.bad_rows": bad_rows,
         "data.max_length": max_length,
         "data.packing": packing,
         "train.micro_batch_size": micro_batch_size,

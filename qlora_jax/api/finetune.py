@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from qlora_jax.api.data import Data, rows_files, write_data
+from qlora_jax.api.data import BadRows, Columns, Data, rows_files, write_data
 from qlora_jax.api.export import merge, save_peft
 from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
@@ -69,6 +69,8 @@ def finetune(
     output: str | Path,
     eval_data: Data | None = None,
     eval_fraction: float | None = None,
+    columns: Columns | None = None,
+    bad_rows: BadRows | None = None,
     steps: int | None = None,
     epochs: float | None = None,
     learning_rate: float | None = None,
@@ -98,6 +100,9 @@ def finetune(
       output: a new folder for the run.
       eval_data: evaluation data, in the same forms; a list is written to OUTPUT/eval.jsonl.
       eval_fraction: without eval_data, the fraction of `data` to hold out.
+      columns: the data's names of columns, where they differ from those of the format: {"prompt": "question"}; for
+        one of several files, {"b.jsonl": {"prompt": "question"}}.
+      bad_rows: "error" for rows that cannot be used, or "drop", which counts and lists them in the data report.
       steps: optimizer steps; overrides `epochs`.
       epochs: passes over the data; 1 by default.
       learning_rate: peak learning rate; 2e-4 by default.
@@ -122,6 +127,8 @@ def finetune(
     settings = {
         "data.chat_template": provenance.chat_template,
         "data.eval_fraction": eval_fraction,
+        "data.columns": columns,
+        "data.bad_rows": bad_rows,
         "data.max_length": max_length,
         "data.packing": packing,
         "optim.learning_rate": learning_rate,

@@ -106,9 +106,14 @@ def _column_problems(args: QuestionArgs, section: str, rows_columns: Collection[
     if not asked and not rows_columns:
         return [f"{section}file_columns: requires one of {', '.join(QUESTION_KINDS)}; set one too"]
     known = dict.fromkeys([*(name for kind in asked for name in QUESTION_KINDS[kind].columns), *rows_columns])
+    return unknown_columns(f"{section}file_columns", args.file_columns, known)
+
+
+def unknown_columns(setting: str, names: Collection[str], known: Collection[str]) -> list[str]:
+    """Describes names of columns that are not ours, one line each."""
     return [
-        f"{section}file_columns: unknown column (found {name!r}, expected any of {', '.join(known)}). Write our name "
-        "first, then the file's"
-        for name in args.file_columns
+        f"{setting}: unknown column (found {name!r}, expected any of {', '.join(known)}). Write our name first, then "
+        "the file's"
+        for name in names
         if name not in known
     ]

@@ -119,9 +119,30 @@ FormName = Literal[
     "flan",
     "hh-rlhf",
     "guanaco",
+    "guanaco-answers",
     "chip2",
     "text",
 ]
+
+
+# Names of the columns that these formats read.
+ROW_COLUMNS = (
+    "messages",
+    "tools",
+    "functions",
+    "conversations",
+    "instruction",
+    "input",
+    "output",
+    "prompt",
+    "completion",
+    "instances",
+    "reformulations",
+    "inputs",
+    "targets",
+    "chosen",
+    "text",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,9 +165,21 @@ class DataArgs:
     format: FormName | dict[str, FormName] = setting(
         "row format (docs/data.md). auto detects it by columns: messages (chat), sharegpt (conversations), alpaca "
         "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), seed-tasks "
-        "and unnatural-instructions (instances), text. hh-rlhf, guanaco and chip2 must be given. For several files: "
-        "{b.jsonl: guanaco}; the others are auto",
+        "and unnatural-instructions (instances), text. hh-rlhf, guanaco, guanaco-answers and chip2 must be given. For "
+        "several files: {b.jsonl: guanaco}; the others are auto",
         "auto",
+    )
+    columns: dict[str, str] | dict[str, dict[str, str]] | None = setting(
+        "the files' names of columns, where they differ from the format's: {prompt: question, completion: answer}. For "
+        "one of several files: {b.jsonl: {prompt: question}}",
+        None,
+        NOT_EMPTY,
+        common="the file's names of columns: '{prompt: question, completion: answer}'",
+    )
+    bad_rows: Literal["error", "drop"] = setting(
+        "treatment of rows that cannot be used, such as broken JSON or an empty answer: raise an error, or drop them. "
+        "The data report counts and lists them",
+        "error",
     )
     learn: Literal["assistant", "last", "all"] = setting(
         "tokens in the loss: every assistant turn, the last assistant turn, or all tokens including prompts",
@@ -187,6 +220,12 @@ class DataArgs:
         AT_LEAST_HUNDRED,
     )
     chat_template: str | None = setting("a jinja file to use instead of the model's chat template", None)
+
+    def columns_of(self, path: str) -> dict[str, str]:
+        """Returns the names of one file's columns: our name -> its name in the file."""
+        by_name = {ours: theirs for ours, theirs in (self.columns or {}).items() if isinstance(theirs, str)}
+        by_file = {file: names for file, names in (self.columns or {}).items() if isinstance(names, dict)}
+        return by_file.get(path, by_name)
 
 
 OptimizerName = Literal[

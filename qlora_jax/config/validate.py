@@ -4,8 +4,8 @@ import dataclasses
 
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
-from qlora_jax.config.question_settings import question_problems
-from qlora_jax.config.schema import Config, DataArgs, LoraArgs
+from qlora_jax.config.question_settings import question_problems, unknown_columns
+from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs, LoraArgs
 from qlora_jax.config.sizes import parse_bytes
 
 
@@ -103,9 +103,24 @@ def _source_problems(data: DataArgs) -> list[str]:
             for path in data.format
             if path not in (*weights, data.eval)
         ]
+    problems += _column_problems(data, [*weights, data.eval])
     if data.window is not None and data.cache is None:
         problems.append(f"data.window: found {data.window} without data.cache. Set data.cache to a folder")
     return problems
+
+
+def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
+    by_file = {path: names for path, names in (data.columns or {}).items() if isinstance(names, dict)}
+    if not by_file:
+        return unknown_columns("data.columns", [*(data.columns or {})], ROW_COLUMNS)
+    problems = [
+        f"data.columns: found {path!r}, expected the files of data.train and data.eval"
+        for path in by_file
+        if path not in files
+    ]
+    return problems + [
+        problem for names in by_file.values() for problem in unknown_columns("data.columns", names, ROW_COLUMNS)
+    ]
 
 
 def _relation_problems(config: Config) -> list[str]:

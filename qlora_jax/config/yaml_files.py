@@ -92,6 +92,12 @@ def _error(event: yaml.Event, problem: str) -> yaml.YAMLError:
     return yaml.YAMLError(f"line {event.start_mark.line + 1}: {problem}")
 
 
+def one_line_yaml(value: object) -> str:
+    """Returns a value as YAML on one line, so that parse_yaml(one_line_yaml(value)) == value."""
+    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False)
+    return text.removesuffix("\n")
+
+
 def _keys(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int]]:
     """Yields (dotted key, line); a duplicate key appears twice."""
     if isinstance(node, yaml.MappingNode):

@@ -20,6 +20,7 @@ import tokenizers
 from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
 from qlora_jax.data.encoder import (
     CHUNK,
     ChunkEncodings,
@@ -30,8 +31,10 @@ from qlora_jax.data.encoder import (
     prefetch_map,
     row_problems,
 )
+from qlora_jax.data.formats.columns import check_names_exist, rename_columns
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.formats.registry import RowFormat
+from qlora_jax.data.formats.lookalikes import count_lookalikes
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS, RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash
 from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left_message
 from qlora_jax.data.loss_mask.reference import EncodedRow
@@ -85,6 +88,8 @@ class Preparation:
         settings = [
             content_digest(self.path),
             self.row_format,
+            self.data.columns_of(self.path),
+            self.data.bad_rows,
             self.split,
             self.hashed,
             dataclasses.astuple(self.limits),
@@ -119,7 +124,8 @@ def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[
       in_parts: never read the whole file at once.
 
     Raises:
-      ValueError: all problems of all rows, by line; or no row has anything to learn.
+      ValueError: all problems of all rows, by line, unless data.bad_rows drops these rows; or no row has anything to
+        learn.
     """
     reader = _FileReader(preparation, in_parts)
     whole = RowCounts()
@@ -127,17 +133,29 @@ def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[
         assert reader.encoder is not None
         places, encoded = reader.encoder.mask_rows(checked.texts, encodings, reader.problems)
         fitted = fit_lengths(encoded, places, preparation.limits)
-        reader.problems += fitted.problems
+        reader.errors += fitted.problems
         rows = token_rows(preparation.path, fitted.rows, fitted.places)
         counted = RowCounts(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
         counts = (
             checked.counts + counted + _count_encoded(encoded, fitted.rows) + _count_kept(rows, preparation.tokenizer)
         )
+        counts += reader.take_bad()
         whole += counts
         yield RowChunk(rows, counts, checked.hashes, reader.format_name)
-    raise_problems(preparation.path, sorted(reader.problems), reader.seen)
+    if (last := reader.take_bad()).bad:
+        whole += last
+        yield RowChunk(token_rows(preparation.path, [], []), last, np.zeros(0, np.uint64), reader.format_name)
+    _check_whole(preparation, reader, whole)
+
+
+def _check_whole(preparation: Preparation, reader: "_FileReader", whole: RowCounts) -> None:
+    """Raises ValueError for the problems of a file that was read to its end."""
+    raise_problems(preparation.path, sorted(reader.problems + reader.errors), reader.seen)
     if not reader.seen:
         raise ValueError(no_rows_message(preparation.path))
+    if not whole.rows and not reader.others:
+        raise ValueError(all_bad_message(preparation.path, reader.seen, whole.bad_reasons, whole.bad_rows))
+    check_names_exist(preparation.path, reader.names, reader.columns, "data.columns")
     if preparation.split is not None:
         sizes = (reader.others, whole.rows) if preparation.split.held_out else (whole.rows, reader.others)
         check_splits(preparation.path, preparation.split.fraction, *sizes)
@@ -151,8 +169,11 @@ class _FileReader:
     """State of reading a file."""
 
     def __init__(self, preparation: Preparation, in_parts: bool):
-        self.problems: list[Problem] = []
+        self.problems: list[Problem] = []  # of rows that data.bad_rows may drop
+        self.errors: list[Problem] = []  # of other rows
         self.seen = self.others = 0  # rows of the file, and examples of the other split
+        self.names = preparation.data.columns_of(preparation.path)
+        self.columns: dict[str, None] = {}
         self.encoder: Encoder | None = None
         self.format_name = ""
         self._preparation, self._in_parts = preparation, in_parts
@@ -163,8 +184,10 @@ class _FileReader:
         """Yields the file's rows in chunks. Broken rows are skipped and added to `problems`."""
         for chunk in itertools.batched(stream_rows(self._preparation.path, in_parts=self._in_parts), CHUNK):
             self.seen += len(chunk)
-            self.problems += [(found.place, found.problem) for found in chunk if isinstance(found, BrokenRow)]
-            rows = [found for found in chunk if isinstance(found, Row)]
+            broken = [found for found in chunk if isinstance(found, BrokenRow)]
+            self.errors += [(found.place, found.problem) for found in broken if found.ends_file]
+            self._add_bad([(found.place, found.problem) for found in broken if not found.ends_file])
+            rows = self._rename([found for found in chunk if isinstance(found, Row)])
             if rows:
                 yield self._check(rows)
 
@@ -173,12 +196,41 @@ class _FileReader:
         assert self.encoder is not None
         return self.encoder.encode_texts(checked.texts)
 
+    def take_bad(self) -> RowCounts:
+        """Counts the rows with problems if they are dropped, and forgets them."""
+        if self._preparation.data.bad_rows == "error":
+            return RowCounts()
+        problems, self.problems = self.problems, []
+        return RowCounts(bad_reasons=count_reasons(problems), bad_rows=first_rows(problems))
+
+    def _add_bad(self, problems: Sequence[Problem]) -> None:
+        """Adds rows that are in neither split. If they are dropped, the report of the training rows lists them."""
+        split, drops = self._preparation.split, self._preparation.data.bad_rows == "drop"
+        if not (drops and split is not None and split.held_out):
+            self.problems += problems
+
+    def _rename(self, rows: list[Row]) -> list[Row]:
+        """Returns the rows with our names of their columns. Rows without them are added to `problems`."""
+        if not self.names:
+            return rows
+        renamed: list[Row] = []
+        problems: list[Problem] = []
+        for row in rows:
+            try:
+                columns = rename_columns(row.data, self.names, "data.columns", OPTIONAL_COLUMNS)
+                renamed.append(row._replace(data=columns))
+            except ValueError as error:
+                problems.append((row.place, str(error)))
+        self._add_bad(problems)
+        self.columns |= dict.fromkeys(name for row in renamed for name in row.data)
+        return renamed
+
     def _check(self, rows: list[Row]) -> _CheckedChunk:
         row_format = self._format = self._format or detect_format(
-            self._preparation.path, rows, self._preparation.row_format
+            self._preparation.path, rows, self._preparation.row_format, names=self.names
         )
         wrong = row_problems(rows, row_format)
-        self.problems += wrong
+        self._add_bad(wrong)
         places = {place for place, _ in wrong}
         fit = [row for row in rows if row.place not in places] if wrong else rows
         examples, row_format = expand_examples(fit, row_format, self._examples)
@@ -191,7 +243,8 @@ class _FileReader:
         special = self._preparation.tokenizer.special_text
         names = (*row_format.required, *row_format.optional)
         with_special = sum([any([_contains_special(special, row.data.get(name)) for name in names]) for row in chosen])
-        counts = RowCounts(rows=len(chosen), special_text=with_special, columns=tuple(columns))
+        lookalikes = {} if self.encoder.chat else count_lookalikes(chosen, row_format)
+        counts = RowCounts(special_text=with_special, columns=tuple(columns), lookalikes=lookalikes)
         return _CheckedChunk(texts, counts, hashes)
 
     def _make_encoder(self, row_format: RowFormat) -> Encoder:
@@ -221,6 +274,7 @@ def _contains_special(special: re.Pattern[str], value: object) -> bool:
 
 def _count_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) -> RowCounts:
     return RowCounts(
+        rows=len(encoded),
         lengths=dict(Counter([len(row.ids) for row in encoded])),
         cut=sum([row.cut for row in kept]),
         lossy=sum([row.lossy for row in kept]),

@@ -5,8 +5,11 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from qlora_jax.data.bad_rows import BadRow, merge_reasons, merge_rows
+
 PERCENTILES = (1, 25, 50, 75, 95, 100)
-_HISTOGRAMS = ("lengths", "new_tokens")
+_HISTOGRAMS = ("lengths", "new_tokens")  # by numbers
+_NOT_NUMBERS = {*_HISTOGRAMS, "lookalikes", "columns", "bad_reasons", "bad_rows"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -14,7 +17,7 @@ class RowCounts:
     """Counts of rows.
 
     Fields:
-      rows, kept: rows read, and rows left after length handling.
+      rows, kept: rows encoded, and rows left after length handling.
       truncated, overlong, unsupervised: see lengths.FittedRows.
       cut: rows in which a token crossed the start or end of an answer, so prompt and answer were encoded separately.
       lossy: rows that do not decode to their own text.
@@ -23,7 +26,10 @@ class RowCounts:
       tokens, supervised: targets of the kept rows, and those that the loss sees.
       lengths: number of rows by number of tokens, before truncation.
       new_tokens: number of occurrences in kept rows by id of a new token, if any.
+      lookalikes: number of rows of plain text that look like conversations of another format, by its name.
       columns: names of columns, in the order of their first occurrence.
+      bad_reasons: number of rows that data.bad_rows dropped, by reason. They are not in `rows`.
+      bad_rows: the first of these rows.
     """
 
     rows: int = 0
@@ -40,17 +46,28 @@ class RowCounts:
     supervised: int = 0
     lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
     new_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    lookalikes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
+    bad_reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    bad_rows: tuple[BadRow, ...] = ()
 
     def __add__(self, other: "RowCounts") -> "RowCounts":
-        names = {field.name for field in dataclasses.fields(RowCounts)} - {*_HISTOGRAMS, "columns"}
+        names = {field.name for field in dataclasses.fields(RowCounts)} - _NOT_NUMBERS
         counts: dict[str, int] = {name: getattr(self, name) + getattr(other, name) for name in names}
         return RowCounts(
             **counts,  # pyright: ignore[reportArgumentType] (all are numbers)
             lengths=_sum(self.lengths, other.lengths),
             new_tokens=_sum(self.new_tokens, other.new_tokens),
+            lookalikes=_sum(self.lookalikes, other.lookalikes),
             columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
+            bad_reasons=merge_reasons(self.bad_reasons, other.bad_reasons),
+            bad_rows=merge_rows(self.bad_rows, other.bad_rows),
         )
+
+    @property
+    def bad(self) -> int:
+        """Number of rows that data.bad_rows dropped."""
+        return sum(self.bad_reasons.values())
 
     @property
     def percentiles(self) -> tuple[int, ...]:
@@ -71,8 +88,9 @@ class RowCounts:
     def from_dict(cls, stored: Mapping[str, Any]) -> "RowCounts":
         """Returns the counts of `to_dict`, which JSON has stored: its keys are text and its tuples lists."""
         maps = {name: {int(key): count for key, count in stored[name].items()} for name in _HISTOGRAMS}
-        return cls(**{**stored, **maps, "columns": tuple(stored["columns"])})
+        listed = tuple(BadRow(*row) for row in stored["bad_rows"])
+        return cls(**{**stored, **maps, "columns": tuple(stored["columns"]), "bad_rows": listed})
 
 
-def _sum(a: Mapping[int, int], b: Mapping[int, int]) -> dict[int, int]:
+def _sum[K](a: Mapping[K, int], b: Mapping[K, int]) -> dict[K, int]:
     return dict(collections.Counter(a) + collections.Counter(b))

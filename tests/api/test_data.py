@@ -32,6 +32,14 @@ def test_rows_in_memory_give_the_batches_of_their_file(tokenizer, tmp_path):
     assert of_file.eval is None and of_rows.eval is not None and len(of_rows.eval) == 4
 
 
+def test_columns_and_bad_rows_are_arguments(tokenizer):
+    rows = [{"question": f"Is {n} odd?", "answer": "yes" if n else ""} for n in range(8)]
+    report = q.prepare_data(
+        rows, tokenizer, columns={"prompt": "question", "completion": "answer"}, bad_rows="drop"
+    ).report
+    assert (report.train.kept, report.train.bad, report.train.form) == (7, 1, "completion")
+
+
 def test_malformed_rows_in_memory_are_reported(tokenizer):
     with pytest.raises(ValueError, match=r"train\.jsonl"):
         q.prepare_data([{"neither": "column"}], tokenizer)

@@ -4,9 +4,19 @@ import dataclasses
 
 import pytest
 
-from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, QuestionArgs, TrainArgs, validate
+from qlora_jax.config import (
+    Config,
+    ConfigError,
+    DataArgs,
+    LoraArgs,
+    ModelArgs,
+    QuestionArgs,
+    TrainArgs,
+    to_dict,
+    validate,
+)
 from qlora_jax.config.parse import from_dict, walk_settings
-from qlora_jax.config.suggestions import SYNONYMS
+from qlora_jax.config.suggestions import REPLACEMENTS
 
 MINIMAL = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o")
 
@@ -139,6 +149,12 @@ def test_files_with_weights_forms_and_windows():
     validate(dataclasses.replace(MINIMAL, data=data))
 
 
+def test_a_configuration_from_before_columns_and_bad_rows_has_their_defaults():
+    raw = to_dict(MINIMAL)
+    assert raw["data"].pop("columns") is None and raw["data"].pop("bad_rows") == "error"
+    assert from_dict(Config, raw) == MINIMAL
+
+
 def test_eval_and_eval_fraction_exclude_each_other():
     both = dataclasses.replace(MINIMAL, data=DataArgs(train="t", eval="e", eval_fraction=0.1))
     with pytest.raises(ConfigError, match="expected one of them"):
@@ -146,7 +162,8 @@ def test_eval_and_eval_fraction_exclude_each_other():
 
 
 def test_every_synonym_points_at_a_setting():
-    assert set(SYNONYMS.values()) <= {key for key, _, _ in walk_settings(Config)}
+    keys = {found if isinstance(found, str) else found.key for found in REPLACEMENTS.values()}
+    assert keys - {None} <= {key for key, _, _ in walk_settings(Config)}
 
 
 def test_every_setting_has_help():

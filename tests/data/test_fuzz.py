@@ -32,6 +32,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "flan": {"inputs": "Q", "targets": "A"},
     "hh-rlhf": {"chosen": "\n\nHuman: Q\n\nAssistant: A"},
     "guanaco": {"text": "### Human: Q### Assistant: A"},
+    "guanaco-answers": {"text": "### Human: Q### Assistant: A"},
     "chip2": {"text": "<human>: Q\n<bot>: A"},
     "text": {"text": "T"},
 }
@@ -75,7 +76,7 @@ def _with_text(row: dict[str, Any], column: str, text: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("row_format", FORMATS)
 def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, row_format: str):
-    """13 formats x 15 files of 7 malformed rows, more than 1,000. The first row is good: a [ would begin an array."""
+    """14 formats x 15 files of 7 malformed rows, more than 1,000. The first row is good: a [ would begin an array."""
     places = st.lists(st.integers(1, 20), min_size=7, max_size=7, unique=True)
 
     @settings(max_examples=15)

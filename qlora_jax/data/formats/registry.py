@@ -119,6 +119,28 @@ def _tagged(name: str, column: str, tag: re.Pattern[str]) -> RowFormat:
     )
 
 
+def _answer_segments(text: str, tag: re.Pattern[str]) -> list[Segment]:
+    """Returns the text in segments, of which those after the assistant's tags are supervised, up to the next tag.
+
+    The last turn is the assistant's.
+    """
+    segments, at = [], 0
+    for match in tag.finditer(text):
+        if match[1] == "Assistant":
+            following = tag.search(text, match.end())
+            end = following.start() if following else len(text)
+            segments += [Segment(text[at : match.end()], False), Segment(text[match.end() : end], True)]
+            at = end
+    return segments
+
+
+def _guanaco_answer_problems(row: Columns) -> list[str]:
+    problems = FORMATS["guanaco"].problems(row)
+    if not problems and conversations.parse_turns(row["text"], conversations.GUANACO)[-1]["role"] != "assistant":
+        return ["the last turn is the human's, so no answer comes before the end of the text. Remove that turn"]
+    return problems
+
+
 _INSTANCE = ("instruction_with_input", "output")
 
 
@@ -233,7 +255,13 @@ _FORMS = (
     ),
     _pair("flan", "inputs", "targets"),
     _tagged("hh-rlhf", "chosen", conversations.HH),
-    _tagged("guanaco", "text", conversations.GUANACO),
+    guanaco := _tagged("guanaco", "text", conversations.GUANACO),
+    dataclasses.replace(
+        guanaco,
+        name="guanaco-answers",
+        problems=_guanaco_answer_problems,
+        plain=lambda row: _answer_segments(row["text"], conversations.GUANACO),
+    ),
     RowFormat(
         name="chip2",
         required=("text",),
@@ -251,3 +279,5 @@ _FORMS = (
     ),
 )
 FORMATS = {row_format.name: row_format for row_format in _FORMS}
+# Columns that rows of some format may lack.
+OPTIONAL_COLUMNS = frozenset(name for row_format in _FORMS for name in row_format.optional)

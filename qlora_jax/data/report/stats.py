@@ -91,6 +91,7 @@ def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     """Returns the report of one split of one file."""
     known = FORMATS[FORMATS[form].example if FORMATS[form].examples else form]
     fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
+    fields["bad_rows"] = tuple(row._replace(path=path) for row in counts.bad_rows)
     ignored = tuple(name for name in counts.columns if name not in (*known.required, *known.optional))
     return SplitReport(**fields, path=path, form=form, ignored_columns=ignored)
 

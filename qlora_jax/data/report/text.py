@@ -7,6 +7,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from qlora_jax.data.formats.lookalikes import LOOKALIKES
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.report.stats import DataReport, SourceReport, SplitReport
 from qlora_jax.data.row_counts import PERCENTILES
@@ -86,10 +87,15 @@ def _ignored(split: SplitReport) -> str:
 def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[str, str]]:
     quantiles = ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, split.percentiles, strict=True))
     return [
-        (name, f"{split.kept:,} of {split.rows:,} rows of {split.path}, format {split.form}{_ignored(split)}"),
+        (
+            name,
+            f"{split.kept:,} of {split.rows + split.bad:,} rows of {split.path}, format {split.form}{_ignored(split)}",
+        ),
+        *_bad_rows(split),
         ("tokens per row", quantiles),
         ("supervised", f"{split.supervised_share:.1%} of {split.tokens:,} targets ({split.supervised:,})"),
         ("too long", _too_long(split, max_length)),
+        *_lookalikes(split),
         *_warning(
             split.cut,
             "rows with a token across the start or end of an answer; its parts are encoded separately",
@@ -102,6 +108,35 @@ def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[s
         *_warning(
             split.special_text, "rows whose text contains the text of a special token; it is encoded as that token"
         ),
+    ]
+
+
+def _bad_rows(split: SplitReport) -> list[tuple[str, str]]:
+    """Returns a line with the rows that data.bad_rows dropped, and one for each of the first."""
+    if not split.bad:
+        return []
+    reasons = "; ".join(f"{count:,}: {_on_one_line(reason)}" for reason, count in split.bad_reasons.items())
+    listed = [("bad row", _on_one_line(f"{row.where}: {row.problem}")) for row in split.bad_rows]
+    more = split.bad - len(listed)
+    return [
+        ("bad rows", f"{split.bad:,} dropped (data.bad_rows drop). {reasons}"),
+        *listed,
+        *([("bad row", f"... and {more:,} more")] if more else []),
+    ]
+
+
+def _on_one_line(text: str) -> str:
+    return text.translate({**VISIBLE, ord("\n"): 0x240A})
+
+
+def _lookalikes(split: SplitReport) -> list[tuple[str, str]]:
+    return [
+        (
+            "note",
+            f"rows that look like {name} ({' / '.join(LOOKALIKES[name].tags)}), all of whose tokens are learned, those "
+            f"of the human too: {count:,}. To learn answers only, set --data.format {LOOKALIKES[name].answers_only}",
+        )
+        for name, count in split.lookalikes.items()
     ]
 
 

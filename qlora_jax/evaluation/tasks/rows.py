@@ -7,6 +7,7 @@ import numpy as np
 
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
 from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds
@@ -71,8 +72,8 @@ def rows_task(
     Raises:
       ValueError: rows that cannot be scored; the message lists them.
     """
-    rows: Sequence[Row] = read_task_rows(path, "rows", file_columns, max_rows)
-    row_format = detect_format(path, rows)
+    rows: Sequence[Row] = read_task_rows(path, "rows", file_columns, max_rows, OPTIONAL_COLUMNS)
+    row_format = detect_format(path, rows, names=file_columns, setting="file_columns")
     check_rows(path, rows, row_format)
     rows, row_format = expand_examples(rows, row_format)
     scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, row_format, tokenizer)]

@@ -72,16 +72,23 @@ def test_a_named_form_wins_over_the_first_that_fits():
 @pytest.mark.parametrize(
     ("columns", "nearest"),
     [
-        (["question", "answer"], "Nearest: completion: rename 'question' to 'prompt', 'answer' to 'completion'."),
-        (["subject", "inputs", "output"], "Nearest: input-output: rename 'inputs' to 'input'."),
-        (["Instruction", "Output"], "Nearest: alpaca: rename 'Instruction' to 'instruction', 'Output' to 'output'."),
-        (["instruction", "response"], "Nearest: alpaca: rename 'response' to 'output'."),
-        (["dialogue"], "Nearest: messages: rename 'dialogue' to 'messages'."),
-        (["instruction", "examples"], "Nearest: alpaca: add 'output'."),
-        (["promt", "completion"], "Nearest: completion: rename 'promt' to 'prompt'."),
+        (["question", "answer"], "Nearest: completion. Set --data.columns '{prompt: question, completion: answer}'."),
+        (["subject", "inputs", "output"], "Nearest: input-output. Set --data.columns '{input: inputs}'."),
+        (
+            ["Instruction", "Output"],
+            "Nearest: alpaca. Set --data.columns '{instruction: Instruction, output: Output}'.",
+        ),
+        (["instruction", "response"], "Nearest: alpaca. Set --data.columns '{output: response}'."),
+        (["dialogue"], "Nearest: messages. Set --data.columns '{messages: dialogue}'."),
+        (
+            ["instruction", "examples"],
+            "Nearest: alpaca. Set --data.columns '{output: COLUMN}', where COLUMN is a column of the file.",
+        ),
+        (["promt", "completion"], "Nearest: completion. Set --data.columns '{prompt: promt}'."),
         (
             ["sentence", "label"],
-            "None of the columns resembles one of these. Rename your columns to those of a format.",
+            "None of the columns resembles one of these. Name your columns, for example with --data.columns "
+            "'{prompt: COLUMN, completion: COLUMN}'.",
         ),
     ],
 )
@@ -96,6 +103,13 @@ def test_unknown_forms_are_told_with_columns_forms_and_the_nearest(columns: list
 def test_a_wrong_name_is_told_with_the_form_that_fits():
     with pytest.raises(ValueError, match=r"do not have the format 'alpaca'(.|\n)*Nearest: completion: fits as it is"):
         detect_format("x.jsonl", rows_of(COMPLETION), "alpaca")
+
+
+def test_the_format_that_is_named_is_the_nearest_if_it_fits():
+    with pytest.raises(
+        ValueError, match=r"Nearest: alpaca\. Set --data\.columns '{instruction: task, output: answer}'"
+    ):
+        detect_format("x.jsonl", rows_of({"task": "a", "answer": "b", "text": "c"}), "alpaca")
 
 
 def turn(role: str, content: Any) -> dict[str, Any]:

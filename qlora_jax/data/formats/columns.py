@@ -1,0 +1,93 @@
+"""Renames a file's columns to ours, finds the column that was probably meant, and writes the setting that names it."""
+
+import difflib
+import re
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+
+from qlora_jax.config.yaml_files import one_line_yaml
+from qlora_jax.data.readers.json_rows import JSONObject, shorten
+
+# Our columns, in training data and in question files, and names that other tools and data sets use for the same.
+SYNONYMS = {
+    "messages": ("conversations", "conversation", "dialogue", "dialog", "chat", "turns"),
+    "prompt": ("question", "query", "input", "instruction", "problem", "user"),
+    "completion": ("answer", "response", "output", "target", "solution", "assistant", "chosen"),
+    "instruction": ("task", "request"),
+    "output": ("response", "answer", "target"),
+    "text": ("content", "body", "document", "passage"),
+    "question": ("problem", "query", "question_stem", "instruction", "input", "goal", "ctx", "text"),
+    "options": ("choices", "endings", "candidates", "alternatives"),
+    "answer": ("solution", "answers", "answerKey", "answer_key", "target", "output", "response", "completion", "label"),
+}
+PLACEHOLDER = "COLUMN"  # stands for the name of a column that nothing suggests
+_GENERIC = {"text", "column", "field", "value"}  # words that do not describe a column's content
+_MAX_SHOWN = 20
+
+
+def rename_columns(
+    row: JSONObject, names: Mapping[str, str], setting: str, optional: Collection[str] = ()
+) -> dict[str, object]:
+    """Returns the row with our names of its columns; the other columns keep theirs.
+
+    Args:
+      names: our name of a column -> its name in the file.
+      setting: the setting that has these names, for errors.
+      optional: our names of columns that a row may lack.
+
+    Raises:
+      ValueError: the row lacks columns of `names`; the message lists those that exist.
+    """
+    missing = [theirs for ours, theirs in names.items() if theirs not in row and ours not in optional]
+    if missing:
+        raise ValueError(f"{setting}: {_no_columns(missing, row)}")
+    others = {name: value for name, value in row.items() if name not in names and name not in names.values()}
+    return others | {ours: row[theirs] for ours, theirs in names.items() if theirs in row}
+
+
+def check_names_exist(path: str, names: Mapping[str, str], columns: Collection[str], setting: str) -> None:
+    """Raises ValueError if `names` has columns that no row of the file has; they may be optional.
+
+    Args:
+      names: our name of a column -> its name in the file.
+      columns: all columns of the file, after they were renamed.
+    """
+    missing = [theirs for ours, theirs in names.items() if ours not in columns]
+    if missing:
+        raise ValueError(f"{path}: {setting}: {_no_columns(missing, columns)} in any row. Correct the name.")
+
+
+def _no_columns(missing: Sequence[str], columns: Collection[str]) -> str:
+    near = [found for name in missing if (found := likely_column(name, columns))]
+    meant = f"; did you mean {list_columns(near)}?" if near else ""
+    return f"no column {' or '.join(map(repr, missing))} (found {list_columns(columns)}{meant})"
+
+
+def likely_column(name: str, columns: Collection[str], synonyms: Sequence[str] = ()) -> str | None:
+    """Returns the column that is probably meant by `name`: that name, a synonym, a similar name, or one of its words.
+
+    Case and characters other than letters and digits do not matter.
+    """
+    if name in columns:
+        return name
+    by_words = {_words(column): column for column in reversed([*columns])}
+    wanted = [_words(word) for word in (name, *synonyms)]
+    close = difflib.get_close_matches(_words(name), by_words, n=1, cutoff=0.8)
+    containing = [words for word in wanted for words in by_words if word in {*words.split()} - _GENERIC]
+    return next((by_words[words] for words in (*wanted, *close, *containing) if words in by_words), None)
+
+
+def _words(column: str) -> str:
+    """Returns the words of a column's name: those of `Question_Text ` are `question text`."""
+    return " ".join(re.findall(r"[^\W_]+", column.lower()))
+
+
+def columns_setting(setting: str, names: Mapping[str, str]) -> str:
+    """Returns the words of a shell command that name columns, such as `--data.columns '{prompt: question}'`."""
+    return f"--{setting} {shlex.quote(one_line_yaml(dict(names)))}"
+
+
+def list_columns(columns: Collection[str]) -> str:
+    """Returns the names of columns for a message; of many, the first ones and the number of the others."""
+    shown = ", ".join(shorten(repr(name)) for name in [*columns][:_MAX_SHOWN])
+    return f"{shown} and {len(columns) - _MAX_SHOWN} more" if len(columns) > _MAX_SHOWN else shown or "none"
