@@ -5,6 +5,7 @@ import sys
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, run_main
+from qlora_jax.terminal.visible import visible
 
 COMMANDS = ("train", "generate", "evaluate", "export", "quantize", "plan")
 
@@ -19,7 +20,7 @@ def main() -> None:
             allocator.tune()
         run_main(importlib.import_module(f"qlora_jax.{name}").main, arguments)
     else:
-        print(f"error: {name}: unknown command\n\n{overview()}", file=sys.stderr)
+        print(f"error: {visible(name)}: unknown command\n\n{overview()}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -5,12 +5,11 @@ import json
 import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from qlora_jax import allocator
 from qlora_jax.atomic_files import write_named_text
 from qlora_jax.config import Command, run_main
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
+from qlora_jax.terminal.console import Console
 
 COMMAND = Command(
     name="evaluate",

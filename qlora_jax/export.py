@@ -69,11 +69,10 @@ def main(argv: list[str]) -> None:
     if args.format in ("hf", "gguf") and "with_base" in flags:
         raise ValueError("--with_base: requires --format peft or gguf-lora (a merged model has no base). Remove it")
     # Imported after the settings are read, because importing jax takes a second.
-    from rich.console import Console
-
     from qlora_jax import runtime
     from qlora_jax.api.export import write_adapter, write_merged
     from qlora_jax.io.pretrained import open_finetuned
+    from qlora_jax.terminal.console import Console
 
     runtime.start()
     output = Path(args.run) / args.format if args.output is None else Path(args.output)

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import io
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from qlora_jax import allocator
 from qlora_jax.atomic_files import LineFile
 from qlora_jax.config import Command, run_main
 from qlora_jax.inference.settings import GenerateArgs, check_generate
+from qlora_jax.terminal.visible import visible_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -33,8 +35,6 @@ def main(argv: list[str]) -> None:
     """Replies; raises ValueError or OSError for bad input."""
     args, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
-    from rich.console import Console
-
     from qlora_jax import runtime
     from qlora_jax.api.generate import stop_ids
     from qlora_jax.api.provenance import parts_of
@@ -44,6 +44,7 @@ def main(argv: list[str]) -> None:
     from qlora_jax.inference.sampling import Sampling
     from qlora_jax.inference.terminal_chat import END_MESSAGES, chat, show_reply
     from qlora_jax.io.pretrained import open_pretrained
+    from qlora_jax.terminal.console import Console
 
     runtime.start()
     opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
@@ -105,7 +106,8 @@ def _load(opened: "OpenedModel", args: GenerateArgs, console: "Console") -> "Cau
 def _writer(path: str | None) -> Iterator[Callable[[str], object]]:
     """Yields a function that writes lines to the file, or to standard output."""
     if path is None:
-        yield functools.partial(print, end="", flush=True)
+        in_terminal = sys.stdout.isatty()
+        yield lambda line: print(visible_json(line) if in_terminal else line, end="", flush=True)
         return
     with LineFile(io.FileIO(path, "w")) as lines:
         yield lines.write

@@ -5,6 +5,7 @@ import os
 import sys
 
 from qlora_jax.config import Command, run_main
+from qlora_jax.terminal.visible import visible
 from qlora_jax.training.plan.settings import PlanArgs
 
 DOES_NOT_FIT = 1  # exit code
@@ -22,15 +23,14 @@ def main(argv: list[str]) -> None:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed on a device of this machine
     args, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
-    from rich.console import Console
-
     from qlora_jax import runtime
     from qlora_jax.api.plan import plan_of
+    from qlora_jax.terminal.console import Console
 
     runtime.start()
     plan = plan_of(args)
     for note in plan.notes:
-        print(f"note: {note}", file=sys.stderr)
+        print(f"note: {visible(note)}", file=sys.stderr)
     if "json" in flags:
         print(json.dumps(plan.to_dict(), indent=1))
     else:

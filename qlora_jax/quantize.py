@@ -31,10 +31,9 @@ def main(argv: list[str]) -> None:
     """Converts the model; raises ValueError or OSError for bad input."""
     args, _ = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
-    from rich.console import Console
-
     from qlora_jax import runtime
     from qlora_jax.api.export import save_quantized
+    from qlora_jax.terminal.console import Console
 
     runtime.start()
     settings = dataclasses.asdict(args)

@@ -18,6 +18,7 @@ LAYERS = {
     "pallas_kernels": 0,
     "qlora_jax.metadata": 0,
     "qlora_jax.patterns": 0,
+    "qlora_jax.terminal": 0,
     "qlora_jax.allocator": 0,
     "qlora_jax.atomic_files": 0,
     "qlora_jax.runtime": 0,

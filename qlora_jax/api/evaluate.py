@@ -4,8 +4,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from rich.console import Console
-
 from qlora_jax.api.generate import stop_ids
 from qlora_jax.api.provenance import parts_of
 from qlora_jax.config.parse import from_dict
@@ -18,6 +16,7 @@ from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.terminal.console import Console
 
 
 def evaluate_model(

@@ -5,10 +5,11 @@ import io
 from collections.abc import Mapping
 from typing import Any
 
-from rich.console import Console
+import rich.console
 
 from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
+from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import from_config, plan, text
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
@@ -47,7 +48,7 @@ class MemoryPlan:
         """All numbers in bytes, as the command prints them with --json."""
         return text.as_json(self.plan)
 
-    def render(self, console: Console) -> None:
+    def render(self, console: rich.console.Console) -> None:
         """Prints the table and the verdict."""
         text.print_plan(self.plan, self.title, console)
 

@@ -3,10 +3,9 @@
 import contextlib
 from collections.abc import Iterator
 
-from rich.console import Console
-
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.progress import loading
+from qlora_jax.terminal.console import Console
 
 
 def console_for(progress: bool) -> Console:

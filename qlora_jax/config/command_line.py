@@ -1,5 +1,6 @@
 """Reads the command lines of all commands: `--config FILE --section.key value --flag`, `--help`, and user errors."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -9,9 +10,10 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import yaml
 
@@ -28,6 +30,7 @@ from qlora_jax.config.parse import (
 from qlora_jax.config.schema import Config
 from qlora_jax.config.validate import validate
 from qlora_jax.config.yaml_files import parse_yaml, read_yaml
+from qlora_jax.terminal.visible import visible, without_passwords
 
 # `--model X` is `--model.path X` where there is such a setting.
 SHORT_NAMES = {"model": "model.path"}
@@ -310,6 +313,30 @@ def _drop_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _print_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: IO[str] | None = None,
+    line: str | None = None,
+) -> None:
+    """Prints a warning for the user as one line; one for programmers keeps its place in the code."""
+    is_for_user = issubclass(category, UserWarning | RuntimeWarning)
+    text = str(message) if is_for_user else f"{filename}:{lineno}: {category.__name__}: {message}"
+    print(f"warning: {visible(without_passwords(text))}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _printed_warnings() -> Iterator[None]:
+    before = warnings.showwarning
+    warnings.showwarning = _print_warning
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
+
+
 def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = None) -> None:
     """Runs `main(arguments)` and turns its errors into exit codes.
 
@@ -320,7 +347,8 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
       argv: the arguments; None for those of the process.
     """
     try:
-        _run(main, sys.argv[1:] if argv is None else argv)
+        with _printed_warnings():
+            _run(main, sys.argv[1:] if argv is None else argv)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:  # `... | head` has read enough
@@ -329,5 +357,5 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
     except (ValueError, OSError) as error:
         if os.environ.get("QLORA_JAX_TRACEBACK") == "1":
             raise
-        print(f"error: {_message(error)}", file=sys.stderr)
+        print(f"error: {visible(without_passwords(_message(error)))}", file=sys.stderr)
         sys.exit(2)

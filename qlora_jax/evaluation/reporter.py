@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TextColumn
 
 from qlora_jax.evaluation.tasks.task import AnyTask, ProgressCallback
 from qlora_jax.inference.result_cache import ResultCache
@@ -52,7 +52,8 @@ class ConsoleReporter(Reporter):
     def scoring(self, label: str, task: AnyTask, cache: ResultCache) -> Iterator[ProgressCallback]:
         """Shows how many rows are scored, and prints the seconds at the end."""
         started, hits, misses = time.perf_counter(), cache.hits, cache.misses
-        with Progress(console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
+        columns = (TextColumn("{task.description}", markup=False), *Progress.get_default_columns()[1:])
+        with Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal) as bar:
             line = bar.add_task(f"{label}: {task.name}", total=task.size)
             yield lambda rows_done: bar.update(line, completed=rows_done)
         seconds = time.perf_counter() - started

@@ -5,12 +5,13 @@ import io
 import itertools
 from collections.abc import Mapping
 
+import rich.console
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from qlora_jax.evaluation.metrics import Comparison, Metric
 from qlora_jax.evaluation.tasks.task import Task
+from qlora_jax.terminal.console import Console
 
 WIDTH = 120  # of tables that are not printed to a terminal
 
@@ -80,13 +81,13 @@ def task_result[Scores](task: Task[Scores], scores: Mapping[str, Scores]) -> Tas
     )
 
 
-def print_tables(evaluation: Evaluation, console: Console) -> None:
+def print_tables(evaluation: Evaluation, console: rich.console.Console) -> None:
     """Prints a table per task."""
     for result in evaluation.tasks.values():
         print_table(result, evaluation.labels, console)
 
 
-def print_table(result: TaskResult, labels: Mapping[str, str], console: Console) -> None:
+def print_table(result: TaskResult, labels: Mapping[str, str], console: rich.console.Console) -> None:
     """Prints one task's metrics, a column per model, followed by the comparisons."""
     console.print(result.title, style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table("", box=box.SIMPLE_HEAD)

@@ -11,6 +11,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.inference.decode import DecodeStep
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.stream import TextStream
+from qlora_jax.terminal.visible import visible
 
 HELP = "/reset starts over, /quit or Ctrl-D leaves, Ctrl-C stops a reply"
 # Messages about replies that did not end with a stop token.
@@ -132,8 +133,8 @@ def _empty_history(prompter: Prompter) -> History:
 
 
 def _write(text: str, console: Console) -> None:
-    """Writes the text unchanged; rich would remove some control characters."""
-    console.file.write(text)
+    """Writes the text unchanged into a file or pipe; in a terminal, control characters are made visible."""
+    console.file.write(visible(text) if console.is_terminal else text)
     console.file.flush()
 
 

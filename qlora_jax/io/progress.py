@@ -20,7 +20,7 @@ def loading(console: Console) -> Iterator[Progress]:
         bars.BarColumn(),
         bars.DownloadColumn(),
         bars.TimeRemainingColumn(),
-        bars.TextColumn("{task.fields[tensor]}"),
+        bars.TextColumn("{task.fields[tensor]}", markup=False),
     )
     with bars.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=None, tensor="")

@@ -8,6 +8,8 @@ import dataclasses
 import urllib.parse
 from collections.abc import Iterator
 
+from qlora_jax.terminal.visible import without_passwords
+
 SCHEME = "hf://datasets/"
 _OPTIONS = ("name", "split")
 
@@ -66,6 +68,7 @@ def hub_rows(hub: HubRows) -> Iterator[dict[str, object]]:
     try:
         rows = datasets.load_dataset(hub.repo, hub.name, split=hub.split, revision=hub.revision)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{SCHEME}{hub.repo}: {error}") from error
+        # Not chained, because its text may contain the password of the Hub's URL.
+        raise ValueError(f"{SCHEME}{hub.repo}: {without_passwords(str(error))}") from None
     for row in rows:
         yield dict(row)

@@ -11,17 +11,12 @@ from qlora_jax.data.formats.lookalikes import LOOKALIKES
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.report.stats import DataReport, SourceReport, SplitReport
 from qlora_jax.data.row_counts import PERCENTILES
+from qlora_jax.terminal.visible import visible
 
 # Marks around supervised text, for displays without colour.
 _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")
 _SUPERVISED_STYLE = "bold green"
 _CONTEXT_CHARS, _SUPERVISED_CHARS = 600, 900
-
-# Escape sequences in data must not reach the terminal, nor characters that HTML cannot contain the page.
-VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-VISIBLE |= {code: 0xFFFD for code in range(0x80, 0xA0)}
-# Marks that change the direction of the following text, even past the end of their row.
-VISIBLE |= {code: f"<U+{code:04X}>" for code in (*range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 def print_report(report: DataReport, console: Console) -> None:
@@ -174,7 +169,7 @@ def format_example(segments: Sequence[Segment], marks: tuple[str, str] = _MARKS)
     """Returns the example with supervised text in colour and between marks. The middle of long texts is left out."""
     text = Text()
     for segment in segments:
-        shown = _shorten(segment.text, _SUPERVISED_CHARS if segment.supervised else _CONTEXT_CHARS).translate(VISIBLE)
+        shown = visible(_shorten(segment.text, _SUPERVISED_CHARS if segment.supervised else _CONTEXT_CHARS))
         if segment.supervised:
             text.append(f"{marks[0]}{shown}{marks[1]}", style=_SUPERVISED_STYLE)
         else:

@@ -8,6 +8,8 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from qlora_jax.terminal.visible import without_passwords
+
 TIMEOUT = 5.0  # seconds to wait for the Hub
 
 
@@ -76,7 +78,7 @@ def _go_offline_if_unreachable(report: Callable[[str], object]) -> str | None:
     if (problem := connection_problem(hub.ENDPOINT)) is None:
         return None
     hub.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
-    reason = f"{hub.ENDPOINT} does not respond ({problem})"
+    reason = f"{without_passwords(hub.ENDPOINT)} does not respond ({problem})"
     report(f"harness: {reason}; data sets are loaded only from the cache")
     return reason
 

@@ -6,6 +6,7 @@ HF_TOKEN, HF_HUB_OFFLINE. Only files that are read are fetched: no pickles, no s
 
 import contextlib
 import dataclasses
+import logging
 import re
 import types
 import urllib.parse
@@ -13,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlora_jax.io.hf.reader import INDEX, SINGLE, read_index
+from qlora_jax.terminal.visible import without_passwords
 
 # The grammar of hf:// addresses: the revision follows the name; a slash in a revision is written %2F.
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<file>.+\.gguf))?")
@@ -124,6 +126,17 @@ def _snapshot(name: HubName, files: Sequence[str]) -> Path:
         return Path(hub.snapshot_download(name.repo, revision=name.revision, allow_patterns=list(files)))
 
 
+class _WithoutPasswords(logging.Filter):
+    """Removes the user names and passwords of URLs, such as that of HF_ENDPOINT, from log records."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = without_passwords(record.getMessage()), ()
+        return True
+
+
+_WITHOUT_PASSWORDS = _WithoutPasswords()
+
+
 def _library(name: HubName) -> types.ModuleType:
     try:
         import huggingface_hub
@@ -134,14 +147,20 @@ def _library(name: HubName) -> types.ModuleType:
             f"{name}: no such file or folder, and fetching a model by name requires huggingface_hub: "
             'pip install "qlora-jax[hub]"'
         ) from None
+    for handler in logging.getLogger("huggingface_hub").handlers:
+        handler.addFilter(_WITHOUT_PASSWORDS)  # once, however often it is added
     return huggingface_hub
 
 
 @contextlib.contextmanager
 def _translated_errors(name: HubName, hub: types.ModuleType) -> Iterator[None]:
-    """Turns errors of huggingface_hub into a ValueError of one sentence that says what to do."""
+    """Turns errors of huggingface_hub into a ValueError of one sentence that says what to do.
+
+    The library's error is not chained, because its text may contain the password of the endpoint's URL.
+    """
     errors, constants = hub.errors, hub.constants
-    where = f"{constants.ENDPOINT}/{name.repo}"
+    endpoint = without_passwords(constants.ENDPOINT)
+    where = f"{endpoint}/{name.repo}"
     try:
         yield
     except errors.GatedRepoError:
@@ -156,17 +175,17 @@ def _translated_errors(name: HubName, hub: types.ModuleType) -> Iterator[None]:
     except errors.RevisionNotFoundError:
         raise ValueError(f"{name}: {where} has no branch, tag or commit {name.revision!r}") from None
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{constants.ENDPOINT} does not answer"
+        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{endpoint} does not answer"
         raise ValueError(
             f"{name}: no such file or folder; {why}, and the cache {constants.HF_HUB_CACHE} does not contain all of it "
             f"({_first_line(error)})"
-        ) from error
+        ) from None
     except errors.HfHubHTTPError as error:
-        raise ValueError(f"{name}: {where}: {_first_line(error)}") from error
+        raise ValueError(f"{name}: {where}: {_first_line(error)}") from None
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return without_passwords(next(iter(str(error).splitlines()), type(error).__name__))
 
 
 def _missing_file(name: HubName, wanted: str) -> str:

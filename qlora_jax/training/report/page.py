@@ -18,7 +18,8 @@ from qlora_jax.atomic_files import write_text
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
-from qlora_jax.data.report.text import VISIBLE, report_lines
+from qlora_jax.data.report.text import report_lines
+from qlora_jax.terminal.visible import visible
 from qlora_jax.training.display import format_duration
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
@@ -72,7 +73,7 @@ def _template() -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     # Control characters that an HTML parser would drop or replace.
-    environment.filters["visible"] = lambda text: text.translate(VISIBLE)
+    environment.filters["visible"] = visible
     return environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
 
 

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.loss_mask.spans import Segment
-from qlora_jax.data.report.text import VISIBLE, format_example, print_report, report_lines
+from qlora_jax.data.report.text import format_example, print_report, report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_new_tokens
 from tests.data.loading import load, question, rows_of_lengths
 
@@ -95,8 +95,3 @@ def test_packs_hold_the_rows_that_an_epoch_draws(tokenizer: Tokenizer, write_row
         dataset = load(tokenizer, train={files[0]: 1.0, files[1]: weight}, packing=True, max_length=64)
         told = dict(report_lines(dataset.report))["steps per epoch"]
         assert told.endswith(f"; {rows} in {dataset.report.packs} packs of 64 positions")
-
-
-def test_what_would_change_a_display_is_shown_instead():
-    shown = "a\u202eb\u2066c\x1b[31m\x7f\x85\tline\n".translate(VISIBLE)
-    assert shown == "a<U+202E>b<U+2066>c\u241b[31m\u2421\ufffd\tline\n"

@@ -1,9 +1,12 @@
 """Models by name: the fetched files, their commit, the cache, and errors."""
 
+import io
 import json
+import logging
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -185,6 +188,28 @@ def test_a_hub_that_is_away(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match=r"http://127.0.0.1:9 does not answer, and the cache"):
         open_model(REPO)
+
+
+def test_a_password_in_the_endpoint_is_not_shown(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    for url, expected in (
+        (hub.url.replace("://", "://ann:secret@"), "no repository http://***@127.0.0.1:"),
+        ("http://ann:secret@127.0.0.1:9", "http://***@127.0.0.1:9 does not answer"),
+    ):
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", url)
+        with pytest.raises(ValueError) as caught:
+            open_model(REPO)
+        assert expected in str(caught.value)
+        assert "secret" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_password_in_the_endpoint_is_not_logged(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError):
+        open_model(REPO)
+    (handler,) = logging.getLogger("huggingface_hub").handlers
+    assert isinstance(handler, logging.StreamHandler)
+    monkeypatch.setattr(handler, "stream", out := io.StringIO())
+    logging.getLogger("huggingface_hub.utils._http").warning("'%s' of GET https://ann:secret@hub/x", "timed out")
+    assert out.getvalue() == "'timed out' of GET https://***@hub/x\n"
 
 
 def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
