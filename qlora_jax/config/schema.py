@@ -254,6 +254,11 @@ class OptimArgs:
         "learning rate after warm-up: constant, or decay to zero", "constant", common="constant, linear or cosine"
     )
     warmup_ratio: float = setting("fraction of the steps in which the learning rate rises from 0", 0.03, UP_TO_ONE)
+    warmup_start: Literal["zero", "first"] = setting(
+        "learning rate of the first of W warm-up steps. zero: 0, as in transformers, so that step changes nothing. "
+        "first: learning_rate / W",
+        "zero",
+    )
     weight_decay: float = setting("decoupled weight decay", 0.0, NON_NEGATIVE)
     beta1: float = setting("decay rate of the first moment", 0.9, BELOW_ONE)
     beta2: float = setting("decay rate of the second moment", 0.999, BELOW_ONE)
@@ -308,9 +313,9 @@ class TrainArgs:
         common="steps between checkpoints; 0: only at the end",
     )
     keep: int = setting("number of recent checkpoints to keep", 2, AT_LEAST_ONE)
-    keep_best: bool = setting("also keep the checkpoint with the lowest evaluation loss", False)
+    keep_best: bool = setting("also keep the checkpoint with the lowest held-out loss", False)
     patience: int = setting(
-        "stop after this many evaluations in a row without a lower evaluation loss; 0: never", 0, NON_NEGATIVE
+        "stop after this many evaluations in a row without a lower held-out loss; 0: never", 0, NON_NEGATIVE
     )
     log_every: int = setting("steps between lines of progress", 1, AT_LEAST_ONE)
     track: list[Literal["tensorboard", "wandb"]] = setting(

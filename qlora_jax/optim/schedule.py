@@ -1,7 +1,7 @@
 """Learning-rate schedules in the definitions of transformers.
 
-W warm-up steps, S steps in total, `step` counted from 0. Warm-up rises as step / W; the first step after it has the
-peak rate.
+W warm-up steps, S steps in total, `step` counted from 0. Warm-up rises as step / W, so step 0 changes nothing; with
+`warmup_start: first` it rises as (step + 1) / W. The first step after it has the peak rate.
 """
 
 import math
@@ -30,6 +30,7 @@ def _cosine(progress: jax.Array) -> jax.Array:
 
 # progress (step - W) / (S - W) in [0, 1] -> factor of the peak learning rate.
 SHAPES: dict[str, Shape] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
+_FIRST = {"zero": 0, "first": 1}  # the numerator of step 0 during warm-up
 
 
 def warmup_steps(args: OptimArgs, total_steps: int) -> int:
@@ -38,7 +39,7 @@ def warmup_steps(args: OptimArgs, total_steps: int) -> int:
 
 
 def make_schedule(args: OptimArgs, total_steps: int) -> optax.Schedule:
-    """Returns `schedule(step) -> learning rate`, f32; step 0 of a warm-up has 0, and the end value holds past S.
+    """Returns `schedule(step) -> learning rate`, f32; the end value holds past S.
 
     Unlike transformers' schedule of that name, `constant` warms up; warmup_ratio 0 turns that off.
 
@@ -48,12 +49,12 @@ def make_schedule(args: OptimArgs, total_steps: int) -> optax.Schedule:
     if total_steps < 1:
         raise ValueError(f"total_steps: found {total_steps}, expected 1 or more.")
     warmup = warmup_steps(args, total_steps)
-    shape = SHAPES[args.schedule]
+    shape, first = SHAPES[args.schedule], _FIRST[args.warmup_start]
 
     def schedule(step: jax.typing.ArrayLike) -> jax.Array:
         step = jnp.asarray(step, jnp.float32)
         progress = jnp.clip((step - warmup) / max(1, total_steps - warmup), 0.0, 1.0)
-        factor = jnp.where(step < warmup, step / max(1, warmup), shape(progress))
+        factor = jnp.where(step < warmup, (step + first) / max(1, warmup), shape(progress))
         return args.learning_rate * factor
 
     return schedule

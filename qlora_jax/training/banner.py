@@ -6,10 +6,11 @@ from pallas_kernels.devices import target_device
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
-from qlora_jax.config import Config, paging_of
+from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.nn import attention_cpu
+from qlora_jax.optim.schedule import warmup_steps
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.session import Session
 
@@ -43,6 +44,7 @@ def _facts(session: Session) -> Rows:
         **_new_tokens(session),
         "optimizer": f"{config.optim.name}, learning rate {config.optim.learning_rate:g} ({config.optim.schedule}, "
         f"warm-up {config.optim.warmup_ratio:.0%})" + _clip(config),
+        **_warm_up(config, session.total_steps),
         **({"optimizer state": paging} if (paging := session.state_manager.describe()) else {}),
         "batch": f"{config.train.micro_batch_size * config.train.accumulation} "
         f"{'packs' if config.data.packing else 'rows'} = micro-batch "
@@ -51,6 +53,25 @@ def _facts(session: Session) -> Rows:
         "run": config.output,
         "not used": ", ".join(_unused(config)) or "nothing, every option is on",
     }
+
+
+def warm_up_text(optim: OptimArgs, total_steps: int) -> str | None:
+    """Returns the warm-up's steps and the learning rate of its first; None without a warm-up."""
+    steps = warmup_steps(optim, total_steps)
+    if not steps:
+        return None
+    count, first = f"{steps:,} of {total_steps:,} steps", f"{optim.learning_rate / steps:.3g}"
+    if optim.warmup_start == "first":
+        return f"{count}; the first has learning rate {first}"
+    return (
+        f"{count}; the first has learning rate 0 and changes nothing, as in transformers "
+        f"(with optim.warmup_start first it has {first})"
+    )
+
+
+def _warm_up(config: Config, total_steps: int) -> Rows:
+    text = warm_up_text(config.optim, total_steps)
+    return {} if text is None else {"warm-up": text}
 
 
 def _peak(session: Session) -> Rows:

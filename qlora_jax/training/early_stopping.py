@@ -7,7 +7,7 @@ from qlora_jax.training.metrics import Record
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BestEvaluation:
-    """The lowest evaluation loss of a run.
+    """The lowest held-out loss of a run.
 
     Attributes:
       loss: nats per token; None before the first evaluation.

@@ -48,7 +48,7 @@ def flatten_metrics(task: str, measures: Sequence[Metric]) -> dict[str, float]:
 
 
 def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> dict[str, float]:
-    """Returns the evaluation loss (the mean over tokens) and its perplexity, with an interval if the loss is finite.
+    """Returns the held-out loss (the mean over tokens) and its perplexity, with an interval if the loss is finite.
 
     Args:
       nll: each row's sum of -log p over its `tokens`, in nats.
@@ -61,7 +61,7 @@ def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarra
 
 
 def loss_interval(record: Record) -> tuple[float, float] | None:
-    """Returns the interval of a record's evaluation loss; None if it has none."""
+    """Returns the interval of a record's held-out loss; None if it has none."""
     return (record[LOSS + LOW], record[LOSS + HIGH]) if LOSS + LOW in record else None
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from pallas_kernels.devices import target_device
-from qlora_jax.config import Config, LoraArgs, ModelArgs
+from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
@@ -215,6 +215,11 @@ def training_parts(
     return parts if start is None else parts.with_lora(_started(start, parts.lora, Path(str(lora.start))))
 
 
+def steps_of_run(train: TrainArgs, steps_per_epoch: int) -> int:
+    """Returns the number of optimizer steps of a run."""
+    return train.steps or math.ceil(train.epochs * steps_per_epoch)
+
+
 def make_session(
     config: Config,
     inputs: Inputs,
@@ -227,7 +232,7 @@ def make_session(
     """The session of a run at step 0, from a model in memory."""
     dataset = inputs.dataset
     weights = weights_of(config, inputs)
-    total_steps = config.train.steps or math.ceil(config.train.epochs * dataset.steps_per_epoch)
+    total_steps = steps_of_run(config.train, dataset.steps_per_epoch)
     key = jax.random.key(config.train.seed)
     return Session(
         config=config,

@@ -3,11 +3,26 @@
 from types import SimpleNamespace
 
 import jax.numpy as jnp
+import pytest
 
 from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
-from qlora_jax.training.banner import _matmuls
+from qlora_jax.config import OptimArgs
+from qlora_jax.training.banner import _matmuls, warm_up_text
 from tests.pallas_kernels.nf4_matmul.contract import weight
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        (dict(warmup_ratio=0.0), None),
+        (dict(warmup_ratio=0.1), "10 of 100 steps; the first has learning rate 0 and changes nothing"),
+        (dict(warmup_ratio=0.1, warmup_start="first"), "10 of 100 steps; the first has learning rate 2e-05"),
+    ],
+)
+def test_the_first_step_of_a_warm_up_is_described(settings, text):
+    found = warm_up_text(OptimArgs(**settings), 100)
+    assert found is None if text is None else found.startswith(text)
 
 
 def session_of(*weights):

@@ -20,6 +20,7 @@ from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import report_lines
 from qlora_jax.terminal.visible import visible
+from qlora_jax.training.banner import warm_up_text
 from qlora_jax.training.display import format_duration
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
@@ -33,6 +34,7 @@ from qlora_jax.training.report.facts import (
     training_summary,
 )
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
+from qlora_jax.training.session import steps_of_run
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 
@@ -55,7 +57,7 @@ def page(report: RunReport) -> str:
         loss=_loss(report),
         curves=_curves(report),
         samples=before_and_after(report.samples),
-        facts=report_lines(report.data),
+        facts=[*report_lines(report.data), *_warm_up(report)],
         histograms=_histograms(report.data),
         used=1 - report.data.padding_share,
         rows=report.rows,
@@ -114,6 +116,12 @@ def _loss(report: RunReport) -> list[_Figure]:
 def _curves(report: RunReport) -> list[_Figure]:
     found = charts(report.records, report.plan.peak_bytes)
     return _figures([(c.title, f"{c.caption} over optimizer steps", functools.partial(chart_svg, c)) for c in found])
+
+
+def _warm_up(report: RunReport) -> list[tuple[str, str]]:
+    config = report.config
+    text = warm_up_text(config.optim, steps_of_run(config.train, report.data.steps_per_epoch))
+    return [] if text is None else [("warm-up", text)]
 
 
 def _histograms(data: DataReport) -> list[_Figure]:
