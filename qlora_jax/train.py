@@ -28,18 +28,15 @@ def main(argv: list[str]) -> None:
     _check_resume_has_settings(argv)
     config, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
-    from rich.console import Console
-
     from qlora_jax import runtime
-    from qlora_jax.training.run import check_folder, dry_run, train
+    from qlora_jax.terminal.console import Console
+    from qlora_jax.training.run import dry_run, train
 
-    console, run = Console(), Path(config.output)
     runtime.start()
-    check_folder(run, resume="resume" in flags)
+    run, settings = Path(config.output), {"resume": "resume" in flags, "oversized": "oversized" in flags}
     if "dry_run" in flags:
-        dry_run(config, run, oversized="oversized" in flags, console=console)
-        return
-    if not train(config, run, resume="resume" in flags, oversized="oversized" in flags, console=console):
+        dry_run(config, run, **settings, console=Console())
+    elif not train(config, run, **settings, console=Console()):
         sys.exit(STOPPED)
 
 

@@ -24,7 +24,7 @@ from qlora_jax.inference.result_cache import NO_CACHE
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base, open_pretrained
 from qlora_jax.models.partition import ModelParts, partition
-from qlora_jax.training.run import check_folder, next_commands, train
+from qlora_jax.training.run import next_commands, train
 
 ROOT = Path(__file__).resolve().parent.parent
 HELD_OUT = ROOT / "examples/titles/heldout.jsonl"
@@ -45,7 +45,6 @@ def main(argv: list[str]) -> None:
     model = fetch_smollm2()
     config = _config(argv, model)
     run = Path(config.output)
-    check_folder(run, resume=False)
     console.print(f"[bold]2. Training[/] on {config.data.train}; Ctrl-C saves a checkpoint and stops")
     if not train(config, run, resume=False, oversized=False, console=console):
         sys.exit(143)

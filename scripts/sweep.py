@@ -37,6 +37,7 @@ from rich.table import Table
 
 from qlora_jax.data.readers.files import content_digest
 from qlora_jax.io.checkpoint import saved_steps
+from qlora_jax.io.run_lock import lock_run
 from qlora_jax.training.metrics import read_metrics
 
 # Quantiles 0.975 of Student's t for 1, 2, ... degrees of freedom; beyond the table, of the normal distribution.
@@ -135,7 +136,7 @@ class Sweep(NamedTuple):
         options = [word for key, value in settings.items() for word in (f"--{key}", _word(value))]
         resume = bool(saved_steps(run))
         if run.exists() and not resume:
-            shutil.rmtree(run)  # remains of a run that was stopped before its first checkpoint
+            _remove(run)
         _python("qlora_jax.train", "--config", str(self.config), *options, *(["--resume"] if resume else []))
 
     def _evaluate(self, run: Path) -> dict[str, float]:
@@ -145,6 +146,19 @@ class Sweep(NamedTuple):
         _python("qlora_jax.evaluate", "--run", str(run), *options)
         columns = json.loads(scores.read_text())["tasks"]["rows"]["columns"]
         return {name: measure["value"] for name, measure in columns["checkpoint"].items()}
+
+
+def _remove(run: Path) -> None:
+    """Removes the remains of a run that was stopped before its first checkpoint.
+
+    Raises:
+      SystemExit: it has not stopped: another process trains in the folder.
+    """
+    try:
+        with lock_run(run, warn=print):
+            shutil.rmtree(run)
+    except ValueError as error:
+        raise SystemExit(str(error)) from None
 
 
 def _check_unchanged(run: Path, then: Mapping[str, object], now: Mapping[str, object]) -> None:

@@ -1,6 +1,8 @@
 """`finetune`: trains a model's adapter, with the same loop, files and results as the command `train`."""
 
 import dataclasses
+import functools
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from qlora_jax.io.export.result import ExportResult
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import combine
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.run import METRICS_FILE, check_folder, run_training
+from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
 from qlora_jax.training.session import PreparedModel
 
 
@@ -120,8 +122,8 @@ def finetune(
       progress: print the data report, the memory plan and each step.
 
     Raises:
-      ValueError: a setting is wrong, rows are malformed, the folder holds another run, the run does not fit into
-        memory, or a loss is not finite.
+      ValueError: a setting is wrong, rows are malformed, the folder holds another run or another process
+        trains in it, the run does not fit into memory, or a loss is not finite.
     """
     provenance = _check_trainable(provenance_of(model), tokenizer)
     settings = {
@@ -141,25 +143,26 @@ def finetune(
         "train.seed": seed,
     }
     folder = Path(output)
-    check_folder(folder, resume=resume, allowed=rows_files(folder))
-    settings |= write_data(data, eval_data, folder)
-    resolved = training_config(provenance.opened.args, provenance.lora_args, settings, config, output=str(folder))
-    parts = parts_of(model)
-    trained = run_training(
-        resolved,
-        folder,
-        resume=resume,
-        oversized=oversized,
-        console=console_for(progress),
-        model=PreparedModel(
-            source=provenance.opened.source,
-            tokenizer=tokenizer,
-            # Copied, because steps write the new parameters into the memory of the old ones.
-            parts=parts.with_lora(jax.tree.map(jnp.copy, parts.lora)),
-            fingerprint=provenance.fingerprint,
-            initial=provenance.initial,
-        ),
-    )
+    warn = functools.partial(warnings.warn, category=RuntimeWarning, stacklevel=2)
+    with lock_output(folder, resume=resume, allowed=rows_files(folder), warn=warn) as lock:
+        settings |= write_data(data, eval_data, folder)
+        resolved = training_config(provenance.opened.args, provenance.lora_args, settings, config, output=str(folder))
+        parts = parts_of(model)
+        trained = run_training(
+            resolved,
+            lock,
+            resume=resume,
+            oversized=oversized,
+            console=console_for(progress),
+            model=PreparedModel(
+                source=provenance.opened.source,
+                tokenizer=tokenizer,
+                # Copied, because steps write the new parameters into the memory of the old ones.
+                parts=parts.with_lora(jax.tree.map(jnp.copy, parts.lora)),
+                fingerprint=provenance.fingerprint,
+                initial=provenance.initial,
+            ),
+        )
     return FinetuneRun(
         model=attach(combine(trained.parts), provenance),
         folder=folder,

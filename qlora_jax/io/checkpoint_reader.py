@@ -68,6 +68,7 @@ class _State(TypedDict, total=False):
     position: _Position
     window_order: list[NonNegativeInt]
     best: _Best
+    evaluation_due: bool
     fingerprint: str
     data_fingerprint: str
     config: dict[str, Any]

@@ -270,7 +270,7 @@ class Pool:
             raise PagingError(
                 f"page {i} of {len(self.pages)} of the optimizer's state ({format_bytes(self._sizes[i])}): the device "
                 f"has no room for it, even with all other pages evicted ({first_line(error)}); the step is incomplete. "
-                "Free device memory or make batches smaller, and resume from the last checkpoint with --resume."
+                "Free device memory or make batches smaller, then start again, with --resume if there is a checkpoint."
             ) from error
         return copy
 

@@ -7,13 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch
-from qlora_jax.io.checkpoint import Checkpoints
+from qlora_jax.io.checkpoint import Checkpoints, saved_steps
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.early_stopping import BestEvaluation
@@ -25,6 +26,7 @@ from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
 
 EVAL_ROWS = 8  # rows per evaluation batch
+EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 
 @runtime_checkable
@@ -56,6 +58,7 @@ class TrainState:
       optimizer_state: as `session.state_manager` represents it.
       position: the data position of the next batch.
       best: the best evaluation so far.
+      evaluation_due: the evaluation after `step` was cut off by a signal; a resumed run begins with it.
     """
 
     lora: Lora
@@ -63,6 +66,11 @@ class TrainState:
     step: int
     position: dict[str, int]
     best: BestEvaluation
+    evaluation_due: bool = False
+
+
+class _Stopped(Exception):
+    """Raised within an evaluation when `stop()` returns True."""
 
 
 class NonFiniteLoss(ValueError):
@@ -90,7 +98,12 @@ def restore(session: Session, checkpoints: Checkpoints) -> TrainState:
     if session.config.train.keep_best:
         checkpoints.retain(best.step)
     return TrainState(
-        lora, session.state_manager.from_checkpoint(optimizer_state), saved["step"], saved["position"], best
+        lora,
+        session.state_manager.from_checkpoint(optimizer_state),
+        saved["step"],
+        saved["position"],
+        best,
+        evaluation_due=saved.get(EVALUATION_DUE, False),
     )
 
 
@@ -104,8 +117,10 @@ def run_steps(
 ) -> TrainState:
     """Trains to the last step, or until `stop()` returns True or `train.patience` runs out; then saves a checkpoint.
 
+    An evaluation in progress when `stop()` returns True is cut off, so that the checkpoint is saved without delay.
+
     Args:
-      stop: called before each step.
+      stop: called before each step, and again and again during an evaluation.
       before_step: called before each step; the profiler uses it.
 
     Raises:
@@ -114,15 +129,15 @@ def run_steps(
       PagingError: neither device nor host has room for the optimizer's state; that step is not saved.
     """
     settings = session.config.train
-    if state.step == 0:
-        state = evaluate(session, state, checkpoints, reporter)
+    if state.step == 0 or state.evaluation_due:
+        state = evaluate(session, state, checkpoints, reporter, stop)
     for batch, data_seconds in timed(session.dataset.train_batches(state.position)):
         if state.step >= session.total_steps or stop() or state.best.should_stop(settings.patience):
             break
         before_step()
         state = train_step(session, state, batch, data_seconds, reporter)
         if _is_evaluated(session, state.step):  # before the checkpoint, which then counts this evaluation as done
-            state = evaluate(session, state, checkpoints, reporter)
+            state = evaluate(session, state, checkpoints, reporter, stop)
         if settings.save_every and state.step % settings.save_every == 0:
             save(session, state, checkpoints)
     save(session, state, checkpoints)
@@ -180,28 +195,32 @@ def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarra
     bad = batch.rows[~np.isfinite(row_nll_AB)]
     rows, which = (bad, "rows with a loss that is not finite") if bad.size else (batch.rows, "rows of the step")
     places = [session.dataset.train.where(int(row)) for row in rows.reshape(-1) if row >= 0]
+    steps = saved_steps(Path(session.config.output))
+    saved = f"The checkpoint of step {steps[-1]} is from before" if steps else "No checkpoint was saved before"
     return (
         f"step {step}: the loss or its gradient is not finite (gradient norm {norm}); {which}: {', '.join(places)}. "
-        "The last checkpoint is from before this step. Check these rows, or lower optim.learning_rate."
+        f"{saved} this step. Check these rows, or lower optim.learning_rate."
     )
 
 
-def evaluate(session: Session, state: TrainState, checkpoints: Checkpoints, reporter: Reporter) -> TrainState:
+def evaluate(
+    session: Session, state: TrainState, checkpoints: Checkpoints, reporter: Reporter, stop: Callable[[], bool]
+) -> TrainState:
     """Reports sample replies, the held-out loss and question metrics.
 
-    Saves a checkpoint if the loss is the lowest so far and `train.keep_best` is set.
+    Saves a checkpoint if the loss is the lowest so far and `train.keep_best` is set. If `stop()` returns True, it
+    reports nothing and returns a state whose evaluation is due.
     """
-    parts = session.parts.with_lora(state.lora)
-    if session.samples is not None:
-        reporter.samples(session.samples.replies(parts, state.step))
-    found = {} if session.dataset.eval is None else held_out_loss(session, state)
-    if session.questions is not None:
-        required = session.questions.memory(parts).size
-        optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, required)
-        state = dataclasses.replace(state, optimizer_state=optimizer_state)
-        found |= session.questions.metrics(parts, reporter.evaluation_progress)
+    state = _room_for_questions(session, state)
+    try:
+        replies, found = _measure(session, state, reporter, stop)
+    except _Stopped:
+        return dataclasses.replace(state, evaluation_due=True)
+    if replies:
+        reporter.samples(replies)
     if found:
         reporter.evaluation({"step": state.step, **found})
+    state = dataclasses.replace(state, evaluation_due=False)
     if session.dataset.eval is None:
         return state
     best = state.best.updated(state.step, found["eval_loss"])
@@ -212,10 +231,43 @@ def evaluate(session: Session, state: TrainState, checkpoints: Checkpoints, repo
     return state
 
 
-def held_out_loss(session: Session, state: TrainState) -> dict[str, float]:
+def _room_for_questions(session: Session, state: TrainState) -> TrainState:
+    if session.questions is None:
+        return state
+    required = session.questions.memory(session.parts.with_lora(state.lora)).size
+    optimizer_state, _, _ = session.state_manager.make_room(state.optimizer_state, required)
+    return dataclasses.replace(state, optimizer_state=optimizer_state)
+
+
+def _measure(
+    session: Session, state: TrainState, reporter: Reporter, stop: Callable[[], bool]
+) -> tuple[list[Record], dict[str, float]]:
+    """Returns (the sample replies, the entries of the evaluation's record).
+
+    Raises:
+      _Stopped: `stop()` returned True.
+    """
+
+    def go_on(text: str = "") -> None:
+        if stop():
+            raise _Stopped
+        if text:
+            reporter.evaluation_progress(text)
+
+    parts = session.parts.with_lora(state.lora)
+    go_on()
+    replies = [] if session.samples is None else session.samples.replies(parts, state.step)
+    found = {} if session.dataset.eval is None else held_out_loss(session, state, go_on)
+    if session.questions is not None:
+        found |= session.questions.metrics(parts, go_on)
+    return replies, found
+
+
+def held_out_loss(session: Session, state: TrainState, before_batch: Callable[[], None]) -> dict[str, float]:
     """Returns the record entries of the held-out loss: the mean over tokens, with a 95 % bootstrap interval."""
     sums, tokens = [], []
     for batch in session.dataset.eval_batches(EVAL_ROWS):
+        before_batch()
         arrays = {name: array[0] for name, array in batch.arrays().items()}
         rows_B = evaluation_loss(session.parts.with_lora(state.lora), arrays)
         there = batch.rows[0, :, 0] != NO_ROW
@@ -227,6 +279,8 @@ def held_out_loss(session: Session, state: TrainState) -> dict[str, float]:
 def save(session: Session, state: TrainState, checkpoints: Checkpoints) -> None:
     """Saves a checkpoint of `state`."""
     metadata = checkpoint_state(session, state.step, state.position, state.best)
+    if state.evaluation_due:
+        metadata[EVALUATION_DUE] = True
     optimizer_state = session.state_manager.to_checkpoint(state.optimizer_state)
     checkpoints.save(state.step, state.lora, optimizer_state, metadata)
 

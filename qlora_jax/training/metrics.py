@@ -42,19 +42,31 @@ def read_metrics(path: str | os.PathLike) -> list[Record]:
     return list(_records(Path(path)))
 
 
-def truncate_after(path: str | os.PathLike, step: int) -> None:
-    """Drops the records after `step`, which a run resumed from `step` writes again."""
-    kept = [_line(record) for record in _records(Path(path)) if record["step"] <= step]
+def truncate_after(path: str | os.PathLike, step: int, *, evaluated: bool) -> None:
+    """Drops the records that a run resumed from `step` writes again.
+
+    Args:
+      evaluated: False if the evaluation of `step` runs again, so that of this step only the record of the step stays.
+    """
+    kept = [_line(record) for record in _records(Path(path)) if _stays(record, step, evaluated)]
     write_text(Path(path), "".join(kept))
+
+
+def _stays(record: Record, step: int, evaluated: bool) -> bool:
+    of_this_step = evaluated or "loss" in record  # evaluations and samples have no `loss`
+    return record["step"] < step or (record["step"] == step and of_this_step)
 
 
 class MetricsFile:
     """Appends records to a file; each is in it when `write` returns, and on the disk when the block ends."""
 
-    def __init__(self, path: str | os.PathLike, first_step: int):
+    def __init__(self, path: str | os.PathLike, first_step: int, *, evaluated: bool = True):
         """Opens `path` for a run that has done `first_step` steps, and drops later records.
 
         With `first_step` 0 all records are dropped, because the evaluation of step 0 runs again.
+
+        Args:
+          evaluated: False if the evaluation of `first_step` runs again.
 
         Raises:
           OSError: the file is a link, or cannot be written; names it.
@@ -62,7 +74,7 @@ class MetricsFile:
         path = Path(path)
         if os.path.lexists(path):
             append_lines(path).close()
-            truncate_after(path, first_step if first_step > 0 else -1)
+            truncate_after(path, first_step if first_step > 0 else -1, evaluated=evaluated)
         self._path, self._file = path, None
 
     def write(self, record: Record) -> None:

@@ -1,9 +1,9 @@
 """Trains one run: checks, data report, memory plan, steps, checkpoints and report page."""
 
+import contextlib
 import dataclasses
-import os
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,12 +13,14 @@ from rich.console import Console
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.data.report.text import print_report
 from qlora_jax.io.adapter_init import InitialAdapter, read_initial, write_initial
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, saved_steps
+from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
+from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.optim.page_pool import Memory
-from qlora_jax.training.banner import resume_banner, start_banner
+from qlora_jax.training.banner import resume_banner, start_banner, warm_up_text
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display import Display, print_banner
 from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, stop_on_signals
@@ -37,23 +39,46 @@ from qlora_jax.training.session import (
     make_session,
     open_inputs,
     prepare,
+    steps_of_run,
 )
+from qlora_jax.training.time_limit import finishes_within
 from qlora_jax.training.trackers import Log, check_installed, scalars, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 SAMPLES_FILE = "samples.jsonl"
 OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
+REPORT_SECONDS = 5.0  # for the plot and the report of a run that a signal stopped
 
 
-def check_folder(run: Path, *, resume: bool, allowed: Collection[Path] = ()) -> None:
-    """Checks that the output folder can hold a new run, or holds a run to resume.
+@contextlib.contextmanager
+def lock_output(
+    run: Path, *, resume: bool, allowed: Collection[Path] = (), warn: Callable[[str], object]
+) -> Iterator[RunLock]:
+    """Locks the output folder, and checks that it can hold a new run, or holds a run to resume.
 
     Args:
       allowed: files that a new run's folder may contain.
+      warn: called with a message if the filesystem does not support locks.
 
     Raises:
-      ValueError: the folder holds a run and `resume` is false, or the reverse; or it holds other files.
+      ValueError: another process trains in the folder; the folder holds a run and `resume` is false, or the reverse;
+        or it holds other files.
     """
+    _check_is_run_folder(run, allowed)  # first, because the lock is a file in it
+    with lock_run(run, warn) as lock:
+        _check_checkpoints(run, resume)
+        yield lock
+
+
+def _check_is_run_folder(run: Path, allowed: Collection[Path]) -> None:
+    known = {PAGE_FILE, FACTS_FILE, LOCK_FILE, *(path.name for path in allowed)}
+    if not run.exists() or (run / CONFIG_FILE).exists() or saved_steps(run):
+        return
+    if not run.is_dir() or not {entry.name for entry in run.iterdir()} <= known:
+        raise ValueError(f"{run}: exists and is not a run folder. Give another output")
+
+
+def _check_checkpoints(run: Path, resume: bool) -> None:
     saved = bool(saved_steps(run))
     if not saved and (run / METRICS_FILE).exists():
         raise ValueError(
@@ -64,33 +89,26 @@ def check_folder(run: Path, *, resume: bool, allowed: Collection[Path] = ()) -> 
         raise ValueError(f"{run}: has no checkpoint to resume. Start without --resume")
     if saved and not resume:
         raise ValueError(f"{run}: contains a run. Resume it with --resume, or give another output")
-    if resume or not run.exists():
-        _check_writable(run)
-        return
-    known = {PAGE_FILE, FACTS_FILE, *(path.name for path in allowed)}
-    if not run.is_dir() or not (_names(run) <= known or (run / CONFIG_FILE).exists()):
-        raise ValueError(f"{run}: exists and is not a run folder. Give another output")
 
 
-def _check_writable(run: Path) -> None:
-    """Raises ValueError early: reading data and weights may take minutes."""
-    nearest = next(folder for folder in (run, *run.absolute().parents) if folder.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"output {run}: {nearest} is a file. Give another output")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise ValueError(f"output {run}: no permission to write in {nearest}. Give another output")
-
-
-def dry_run(config: Config, run: Path, *, oversized: bool, console: Console) -> None:
+def dry_run(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> None:
     """Prints the data report and memory plan, and writes them to report.html and report.json in the folder `run`.
 
     Raises:
       ValueError: bad input, as in `train`; the run does not fit, after the files are written.
     """
-    planned = _plan(config, console, full=True)
-    page = write_report(_report_of(planned, run, None), run)
-    print_banner("dry run", {"report": f"{page}"}, console)
-    planned.refuse_oversized(oversized)
+    with lock_output(run, resume=resume, warn=_warning(console)):
+        planned = _plan(config, console, full=True)
+        page = write_report(_report_of(planned, run, None), run)
+        steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
+        warm_up = warm_up_text(config.optim, steps)
+        rows = {"steps": f"{steps:,}"} | ({} if warm_up is None else {"warm-up": warm_up})
+        print_banner("dry run", rows | {"report": f"{page}"}, console)
+        planned.refuse_oversized(oversized)
+
+
+def _warning(console: Console) -> Callable[[str], None]:
+    return lambda text: console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _Planned(NamedTuple):
@@ -138,10 +156,6 @@ def _records(path: Path) -> list[Record]:
     return read_metrics(path) if path.exists() else []
 
 
-def _names(folder: Path) -> set[str]:
-    return {entry.name for entry in folder.iterdir()}
-
-
 class _Report(Reporter):
     """Writes each record to metrics.jsonl, displays it, and sends its numbers to the trackers."""
 
@@ -180,7 +194,8 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
       ValueError: bad input, a run that does not fit the device, or a loss that is not finite.
       OSError: a file cannot be read or written.
     """
-    return run_training(config, run, resume=resume, oversized=oversized, console=console).finished
+    with lock_output(run, resume=resume, warn=_warning(console)) as lock:
+        return run_training(config, lock, resume=resume, oversized=oversized, console=console).finished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -194,7 +209,7 @@ class Trained:
 
 def run_training(
     config: Config,
-    run: Path,
+    lock: RunLock,
     *,
     resume: bool,
     oversized: bool,
@@ -204,16 +219,17 @@ def run_training(
     """Trains like `train`, and returns the trained model.
 
     Args:
+      lock: of the run's folder.
       model: a base with an adapter in memory; None to load the base and add an adapter, as `config` says. Its LoRA
         parameters are donated to the first step.
     """
+    run = lock.folder
     planned = _plan(config, console, full=not resume, model=model)
     planned.refuse_oversized(oversized)
     config, plan = planned.config, planned.plan
     peak = watch_peak(Memory.of(jax.local_devices()[0]))
     session = _session(planned, read_initial(run, config.lora) if resume else None, model, console)
-    run.mkdir(parents=True, exist_ok=True)
-    with Checkpoints(run, config.train.keep) as checkpoints:
+    with LockedCheckpoints(lock, config.train.keep) as checkpoints:
         state = restore(session, checkpoints) if resume else initial_state(session)
         write_config(config, run / CONFIG_FILE)
         if session.initial is not None and not resume:
@@ -222,19 +238,38 @@ def run_training(
         display = Display(session.total_steps, state.step, config.train.log_every, console)
         with (
             trackers(config.train.track, run, to_dict(config), state.step) as logs,
-            MetricsFile(run / METRICS_FILE, state.step) as metrics,
-            MetricsFile(run / SAMPLES_FILE, state.step) as samples,
+            MetricsFile(run / METRICS_FILE, state.step, evaluated=not state.evaluation_due) as metrics,
+            MetricsFile(run / SAMPLES_FILE, state.step, evaluated=not state.evaluation_due) as samples,
             display,
             stop_on_signals(display.message) as stop,
             explain_out_of_memory(plan),
             traced_steps(run / TRACE_FOLDER, config.train.trace_steps) as before_step,
         ):
             state = run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
-    plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=f"{run.name}: {Path(config.model.path).name}")
-    write_report(_report_of(planned, run, peak()), run)
-    finished = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
-    _print_end(config, state, session.total_steps, finished, console)
+    lock.check()
+    at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
+    finished = at_end and not state.evaluation_due
+    reported = _write_reports(planned, run, peak, limited=not finished)
+    _print_end(config, state, session.total_steps, finished=finished, reported=reported, console=console)
     return Trained(parts=session.parts.with_lora(state.lora), step=state.step, finished=finished)
+
+
+def _write_reports(planned: _Planned, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:
+    """Writes the loss plot and the report; returns False if they were skipped because they took too long.
+
+    Args:
+      limited: a signal stopped the run, so that a scheduler may soon kill the process.
+    """
+
+    def write() -> None:
+        title = f"{run.name}: {Path(planned.config.model.path).name}"
+        plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=title)
+        write_report(_report_of(planned, run, peak()), run)
+
+    if limited:
+        return finishes_within(REPORT_SECONDS, write)
+    write()
+    return True
 
 
 def _session(
@@ -265,12 +300,16 @@ def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
     return {"try it": f"{module}generate --run {shlex.quote(run)}", "export": export}
 
 
-def _print_end(config: Config, state: TrainState, total_steps: int, finished: bool, console: Console) -> None:
+def _print_end(
+    config: Config, state: TrainState, total_steps: int, *, finished: bool, reported: bool, console: Console
+) -> None:
     run, step = Path(config.output), state.step
+    reports = {"report": f"{run / PAGE_FILE}", "loss plot": f"{run / PLOT_FILE}"}
+    if not reported:
+        reports = {"report": f"skipped, because it took more than {REPORT_SECONDS:g} s; the resumed run writes it"}
     lines = {
         "checkpoint": f"{run / CHECKPOINT_FOLDER / str(step)}",
-        "report": f"{run / PAGE_FILE}",
-        "loss plot": f"{run / PLOT_FILE}",
+        **reports,
         "metrics": f"{run / METRICS_FILE}",
     }
     if config.train.samples is not None:
@@ -278,7 +317,7 @@ def _print_end(config: Config, state: TrainState, total_steps: int, finished: bo
     if config.train.trace_steps:
         lines["trace"] = f"{run / TRACE_FOLDER}: open its perfetto_trace.json.gz in https://ui.perfetto.dev"
     if config.train.keep_best and state.best.step:
-        lines["best"] = f"step {state.best.step}, evaluation loss {state.best.loss:.3f}: --step {state.best.step}"
+        lines["best"] = f"step {state.best.step}, held-out loss {state.best.loss:.3f}: --step {state.best.step}"
     lines |= next_commands(config, finished=finished)
-    early = f", after {state.best.since} evaluations without a lower evaluation loss" if step < total_steps else ""
+    early = f", after {state.best.since} evaluations without a lower held-out loss" if step < total_steps else ""
     print_banner(f"done{early}" if finished else f"stopped after step {step}", lines, console)

@@ -1,6 +1,7 @@
 """The Python functions, from a model's files to a PEFT adapter, next to the commands."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -11,6 +12,7 @@ from flax import nnx
 import qlora_jax as q
 from qlora_jax import export, generate, train
 from qlora_jax.io.peft.reader import is_adapter
+from qlora_jax.io.run_lock import lock_run
 from qlora_jax.training.metrics import read_metrics
 from tests.api.conftest import QUICK
 from tests.e2e.project import write_model, write_rows
@@ -126,6 +128,12 @@ def test_what_finetune_refuses(project, tmp_path):
     with pytest.raises(ValueError, match="already has an adapter"):
         q.add_adapter(project.adapted)
     assert not (tmp_path / "run").exists()
+    with lock_run(tmp_path / "run", pytest.fail):
+        with pytest.raises(ValueError, match=rf"another process trains in this folder \(process {os.getpid()} on "):
+            q.finetune(
+                project.adapted, project.tokenizer, [{"prompt": "a", "completion": "b"}], output=tmp_path / "run"
+            )
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.lock"], "no rows of the second are written"
 
 
 def test_a_plan_is_an_object_and_a_text(project):

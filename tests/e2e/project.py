@@ -1,9 +1,12 @@
 """Writes a tiny model folder and a data set, and returns the settings of a run with them."""
 
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tokenizers
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs, QuestionArgs, TrainArgs
@@ -42,6 +45,20 @@ def write_rows(path: Path, count: int = 40) -> Path:
     rows = [{"prompt": f"say {words[i % 3]} {i}", "completion": f"{words[i % 2]}"} for i in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def stop_after(patch: pytest.MonkeyPatch, config: Config, steps: int) -> None:
+    """Makes the run behave as if a signal came when it has recorded `steps` steps."""
+    metrics = Path(config.output) / "metrics.jsonl"
+
+    def stop() -> bool:
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return sum('"loss"' in line for line in lines) >= steps
+
+    def on_signals(report: Callable[[str], None]) -> contextlib.AbstractContextManager[Callable[[], bool]]:
+        return contextlib.nullcontext(stop)
+
+    patch.setattr("qlora_jax.training.run.stop_on_signals", on_signals)
 
 
 def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, **changes: Any) -> Config:

@@ -1,6 +1,5 @@
 """A run with new tokens: their rows train and no others, it resumes to the bit, and what is exported holds them."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -30,7 +29,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
 from qlora_jax.training.run import train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
-from tests.e2e.project import project
+from tests.e2e.project import project, stop_after
 
 NEW = dict(new_tokens=["<|tool|>", "<|answer|>"], new_special_tokens=["<|turn|>"])
 IDS = (258, 259, 260)
@@ -80,10 +79,9 @@ def test_rows_start_at_the_mean_and_train(finished: Config) -> None:
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(finished: Config, tmp_path: Path, monkeypatch) -> None:
-    config, steps = dataclasses.replace(finished, output=str(tmp_path / "run")), []
+    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
     with monkeypatch.context() as patch:
-        stop = contextlib.nullcontext(lambda: steps.append(None) or len(steps) > 2)
-        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: stop)
+        stop_after(patch, config, 2)
         assert trained(config).step == 2
     resumed, whole = trained(config, resume=True), open_run(Path(finished.output))
     assert resumed.step == whole.step == 4
@@ -113,10 +111,9 @@ def test_whole_tables_train_resume_and_are_paged(tmp_path: Path, new: bool, monk
     optim = dataclasses.replace(config.optim, paging="on", paging_budget="512KiB")
     paged = trained(dataclasses.replace(config, optim=optim, output=str(tmp_path / "paged")))
     jax.tree.map(np.testing.assert_array_equal, paged.lora, whole.lora)
-    cut, steps = dataclasses.replace(config, output=str(tmp_path / "cut")), []
+    cut = dataclasses.replace(config, output=str(tmp_path / "cut"))
     with monkeypatch.context() as patch:
-        stop = contextlib.nullcontext(lambda: steps.append(None) or len(steps) > 2)
-        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: stop)
+        stop_after(patch, cut, 2)
         assert trained(cut).step == 2
     jax.tree.map(np.testing.assert_array_equal, trained(cut, resume=True).lora, whole.lora)
 

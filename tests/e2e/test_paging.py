@@ -133,8 +133,13 @@ def test_an_8_bit_run_goes_on_paged_or_not_to_the_bit(tmp_path, before, dtype, m
 
 def steps_until(last, session, progress, checkpoints, reporter, stop, before_step):
     """run_steps, stopped by a signal after a step."""
-    steps = iter(range(last))
-    return loop.run_steps(session, progress, checkpoints, reporter, lambda: next(steps, None) is None, before_step)
+    steps = []
+
+    def before():
+        steps.append(None)
+        before_step()
+
+    return loop.run_steps(session, progress, checkpoints, reporter, lambda: len(steps) >= last, before)
 
 
 def simulated_session(config, **changes):
@@ -185,9 +190,10 @@ def arrays_at_folder(folder):
 
 def test_a_page_without_a_place_stops_the_run_at_its_checkpoint(plain, tmp_path):
     session, memory = simulated_session(plain, total_bytes=10**9, others=[0, 10**9])
+    records = Records()
     with Checkpoints(tmp_path, 2) as checkpoints:
         progress = loop.run_steps(
-            session, loop.initial_state(session), checkpoints, Records(), iter([False, False, True]).__next__
+            session, loop.initial_state(session), checkpoints, records, lambda: sum("loss" in r for r in records) == 2
         )
         memory.advance()
         with pytest.raises(PagingError, match="the device has no room for it"):

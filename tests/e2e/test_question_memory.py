@@ -28,7 +28,7 @@ PROGRAMS = [
 
 def planned(config) -> str:
     out = io.StringIO()
-    dry_run(config, Path(config.output), oversized=False, console=Console(file=out, width=250))
+    dry_run(config, Path(config.output), resume=False, oversized=False, console=Console(file=out, width=250))
     return out.getvalue()
 
 

@@ -1,6 +1,5 @@
 """Questions asked during training get the scores that `evaluate` gives the checkpoint, and change nothing else."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -18,7 +17,7 @@ from qlora_jax.training import loop
 from qlora_jax.training.eval_metrics import flatten_metrics
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import dry_run, train
-from tests.e2e.project import project
+from tests.e2e.project import project, stop_after
 from tests.e2e.test_paging import with_paging
 from tests.e2e.test_training import Records, _stop_and_resume, arrays_at, numbers, quiet, run, session_of
 from tests.marks import first_always, some_in_ci
@@ -125,10 +124,10 @@ def test_training_is_the_same_to_the_bit_without_them(finished, tmp_path):
         np.testing.assert_array_equal(asked, silent)
 
 
-@pytest.mark.parametrize("stop_after", first_always([3, 2]))
-def test_a_resumed_run_has_each_record_once(finished, tmp_path, monkeypatch, stop_after):
+@pytest.mark.parametrize("steps", first_always([3, 2]))
+def test_a_resumed_run_has_each_record_once(finished, tmp_path, monkeypatch, steps):
     config = dataclasses.replace(finished[0], output=str(tmp_path / "run"))
-    _stop_and_resume(config, stop_after, monkeypatch)
+    _stop_and_resume(config, steps, monkeypatch)
     assert numbers(config) == numbers(finished[0])
     assert run(config, resume=True)  # nothing is left to do
     assert numbers(config) == numbers(finished[0])
@@ -137,11 +136,8 @@ def test_a_resumed_run_has_each_record_once(finished, tmp_path, monkeypatch, sto
 @pytest.mark.slow
 def test_a_resumed_run_may_ask_others(finished, tmp_path, monkeypatch):
     config = dataclasses.replace(finished[0], output=str(tmp_path / "run"))
-    stops = iter([False] * 3 + [True])
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "qlora_jax.training.run.stop_on_signals", lambda told: contextlib.nullcontext(lambda: next(stops))
-        )
+        stop_after(patch, config, 3)
         assert not run(config)
     fewer = dataclasses.replace(config, questions=dataclasses.replace(config.questions, max_rows=5, answers=None))
     assert run(fewer, resume=True)
@@ -161,13 +157,13 @@ def test_later_evaluations_compile_nothing(finished, tmp_path):
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         with Checkpoints(tmp_path / "run", 1) as checkpoints:
-            progress = loop.evaluate(session, loop.initial_state(session), checkpoints, Records())
+            progress = loop.evaluate(session, loop.initial_state(session), checkpoints, Records(), lambda: False)
             assert COMPILED in compiled
             batches = session.dataset.train_batches()
             for _ in range(2):
                 progress = loop.train_step(session, progress, next(batches), 0.0, Records())
                 compiled.clear()
-                progress = loop.evaluate(session, progress, checkpoints, Records())
+                progress = loop.evaluate(session, progress, checkpoints, Records(), lambda: False)
                 assert COMPILED not in compiled
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
@@ -192,7 +188,7 @@ def test_rows_that_are_no_questions_are_told_before_training(tmp_path):
         with pytest.raises(ValueError, match=problem):
             run(config)
         with pytest.raises(ValueError, match=problem):
-            dry_run(config, Path(config.output), oversized=False, console=quiet())
+            dry_run(config, Path(config.output), resume=False, oversized=False, console=quiet())
     assert not Path(config.output).exists()
 
 

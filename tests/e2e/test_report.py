@@ -1,6 +1,5 @@
 """The page of a run: marked rows are what the mask says, and what people wrote stays text."""
 
-import contextlib
 import dataclasses
 import io
 import json
@@ -13,9 +12,9 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from qlora_jax.training.run import check_folder, dry_run, train
+from qlora_jax.training.run import dry_run, lock_output, train
 from qlora_jax.training.session import open_inputs
-from tests.e2e.project import project
+from tests.e2e.project import project, stop_after
 
 RAN = "document.documentElement.dataset.ran = 1"
 HOSTILE = [
@@ -87,7 +86,7 @@ def reported(tmp_path_factory):
     """(settings, what was printed) of a dry run over rows that would be a page's elements."""
     config = hostile(tmp_path_factory.mktemp("reported"))
     out = io.StringIO()
-    dry_run(config, Path(config.output), oversized=False, console=Console(file=out, width=200))
+    dry_run(config, Path(config.output), resume=False, oversized=False, console=Console(file=out, width=200))
     return config, out.getvalue()
 
 
@@ -104,7 +103,8 @@ def ended(reported, tmp_path_factory):
     for name, records in {"metrics": [*steps, {"step": 199, "eval_loss": 2.0}], "samples": replies}.items():
         text = "".join(json.dumps(record) + "\n" for record in records)
         (Path(config.output) / f"{name}.jsonl").write_text(text)
-    dry_run(config, Path(config.output), oversized=False, console=Console(file=io.StringIO()))
+    (Path(config.output) / "checkpoints" / "199").mkdir(parents=True)
+    dry_run(config, Path(config.output), resume=True, oversized=False, console=Console(file=io.StringIO()))
     return config
 
 
@@ -143,7 +143,8 @@ def test_the_dry_run_prints_plan_and_place_and_writes_no_more(reported):
     config, printed = reported
     assert "memory plan" in printed and "saved activations" in printed and "report.html" in printed
     assert sorted(path.name for path in Path(config.output).iterdir()) == ["report.html", "report.json"]
-    check_folder(Path(config.output), resume=False)  # a run may take it
+    with lock_output(Path(config.output), resume=False, warn=pytest.fail):
+        pass  # a run may take it
     facts = facts_of(config)
     assert facts["training"] == {} and facts["memory_plan"]["fits"] and facts["memory_plan"]["peak_bytes"] is None
     assert facts["data"]["train"]["rows"] == 40 - facts["data"]["eval"]["rows"]
@@ -156,10 +157,8 @@ def test_a_run_ends_with_a_page_of_all_its_steps_also_when_resumed(tmp_path, mon
     prompts.write_text(f"{HOSTILE[0]}\n{HOSTILE[1]}\n")
     config = hostile(tmp_path)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, samples=str(prompts), sample_tokens=4))
-    stops = iter((False, False, True))
     with monkeypatch.context() as patch:
-        stop = contextlib.nullcontext(lambda: next(stops))
-        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: stop)
+        stop_after(patch, config, 2)
         assert not train(config, Path(config.output), resume=False, oversized=False, console=quiet)
     assert facts_of(config)["training"]["steps"] == 2
     assert train(config, Path(config.output), resume=True, oversized=False, console=quiet)

@@ -1,9 +1,11 @@
 """Whole runs on a tiny model: the trained and frozen parameters; stopping and resuming change nothing."""
 
-import contextlib
 import dataclasses
 import io
+import os
+import re
 import shlex
+import socket
 import warnings
 from pathlib import Path
 
@@ -25,10 +27,10 @@ from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.run import check_folder, next_commands, train
+from qlora_jax.training.run import dry_run, lock_output, next_commands, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update
-from tests.e2e.project import project, write_model, write_rows
+from tests.e2e.project import project, stop_after, write_model, write_rows
 from tests.marks import first_always
 
 WHAT_MAY_DIFFER = {"seconds", "data_seconds", "host_bytes", "resident_bytes", "paged_in_bytes", "paged_out_bytes"}
@@ -93,6 +95,8 @@ def test_the_loss_falls_and_everything_is_written(finished):
     steps = [record for record in numbers(finished) if "loss" in record]
     assert [record["step"] for record in steps] == list(range(1, 11))
     assert all(record["learning_rate"] > 0 for record in steps[1:])
+    documented = set(re.findall(r"`(\w+)`", Path("docs/training.md").read_text()))
+    assert {key for record in read_metrics(folder / "metrics.jsonl") for key in record} <= documented
     assert sum("data_seconds" in record for record in read_metrics(folder / "metrics.jsonl")) == 10
 
 
@@ -132,27 +136,22 @@ def run_quietly(session, progress, batch):
     return loop.train_step(session, progress, batch, 0.0, Records())
 
 
-@pytest.mark.parametrize("stop_after", first_always([5, 1, 6]))
-def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, stop_after, monkeypatch):
+@pytest.mark.parametrize("steps", first_always([5, 1, 6]))
+def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, steps, monkeypatch):
+    """Also if the signal cuts off an evaluation, as it does after step 5."""
     config = dataclasses.replace(finished, output=str(tmp_path / "run"))
-    _stop_and_resume(config, stop_after, monkeypatch)
+    _stop_and_resume(config, steps, monkeypatch)
     assert numbers(config) == numbers(finished)
     assert len([*(Path(config.output) / "checkpoints").iterdir()]) == config.train.keep, "nobody asked for the best one"
     for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
         np.testing.assert_array_equal(resumed, whole)
 
 
-def _stop_and_resume(config, stop_after, monkeypatch):
-    calls = []
-
-    def stop():
-        calls.append(None)
-        return len(calls) > stop_after
-
+def _stop_and_resume(config, steps, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda told: contextlib.nullcontext(stop))
+        stop_after(patch, config, steps)
         assert not run(config)
-    assert open_run(Path(config.output)).step == stop_after
+    assert open_run(Path(config.output)).step == steps
     assert run(config, resume=True)
 
 
@@ -292,7 +291,9 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_rows(tmp_path):
     broken = jax.tree.map(lambda leaf: leaf + jnp.nan, session.parts.lora)
     progress = dataclasses.replace(loop.initial_state(session), lora=broken)
     batch, _ = first_batch(session)
-    with pytest.raises(loop.NonFiniteLoss, match=r"step 1: .*rows\.jsonl:\d+"):
+    with pytest.raises(
+        loop.NonFiniteLoss, match=r"step 1: .*rows\.jsonl:\d+.*No checkpoint was saved before this step"
+    ):
         run_quietly(session, progress, batch)
 
 
@@ -360,14 +361,39 @@ def test_a_run_that_goes_on_tells_where_and_not_again_what_its_start_told(finish
 
 def test_an_output_folder_in_use_is_refused(finished, tmp_path):
     with pytest.raises(ValueError, match=r"contains a run.*--resume"):
-        check_folder(Path(finished.output), resume=False)
+        take(Path(finished.output), resume=False)
     with pytest.raises(ValueError, match="has no checkpoint to resume"):
-        check_folder(tmp_path, resume=True)
+        take(tmp_path, resume=True)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not a run folder"):
-        check_folder(tmp_path, resume=False)
+        take(tmp_path, resume=False)
     with pytest.raises(ValueError, match=r"thesis\.tex is a file"):
-        check_folder(tmp_path / "thesis.tex" / "run", resume=False)
+        take(tmp_path / "thesis.tex" / "run", resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def take(folder, resume):
+    """Locks an output folder and releases it again."""
+    with lock_output(folder, resume=resume, warn=pytest.fail):
+        pass
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
+    """A run, a resumed run, a dry run; the second process has not touched anything."""
+    config = project(tmp_path)
+    folder = Path(config.output)
+    with lock_output(folder, resume=False, warn=pytest.fail):
+        (folder / "metrics.jsonl").write_text("")
+        (folder / "config.yaml").write_text("")
+        expected = rf"another process trains in this folder \(process {os.getpid()} on {socket.gethostname()}, since 20"
+        for start in (
+            lambda: run(config),
+            lambda: run(config, resume=True),
+            lambda: dry_run(config, folder, resume=False, oversized=False, console=quiet()),
+        ):
+            with pytest.raises(ValueError, match=expected):
+                start()
+        assert sorted(path.name for path in folder.iterdir()) == ["config.yaml", "metrics.jsonl", "run.lock"]
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -375,7 +401,7 @@ def test_a_run_without_a_checkpoint_is_told_so_with_and_without_resume(tmp_path,
     (tmp_path / "metrics.jsonl").write_text("")
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"before its first checkpoint.*Delete the folder.*without --resume"):
-        check_folder(tmp_path, resume=resume)
+        take(tmp_path, resume=resume)
 
 
 def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from qlora_jax.config import write_config
+from qlora_jax.io.run_lock import lock_run
 from qlora_jax.training.metrics import read_metrics
 from scripts import sweep
 from tests.e2e.project import project
@@ -28,6 +29,17 @@ def test_settings_that_go_together():
     assert sweep.read_cell([]).name == "as configured"
     with pytest.raises(SystemExit, match=r"'lora\.rank': not a setting"):
         sweep.read_cell(["lora.alpha=4", "lora.rank"])
+
+
+def test_remains_of_a_stopped_run_are_removed_but_not_a_run_that_trains(tmp_path):
+    run = tmp_path / "seed 0"
+    with lock_run(run, pytest.fail):
+        (run / "metrics.jsonl").write_text("")
+        with pytest.raises(SystemExit, match="seed 0: another process trains in this folder"):
+            sweep._remove(run)
+        assert (run / "metrics.jsonl").exists()
+    sweep._remove(run)
+    assert not run.exists()
 
 
 def test_differences_are_seed_by_seed():

@@ -29,6 +29,20 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path):
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+def test_an_evaluation_that_runs_again_is_not_recorded_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [
+        {"step": 1, "loss": 2.0},
+        {"step": 1, "eval_loss": 3.0},
+        {"step": 2, "loss": 1.0},
+        {"step": 2, "eval": 1},
+    ]
+    for evaluated, kept in ((True, 4), (False, 3)):
+        path.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"step": 3, "loss": 0.5}]))
+        with MetricsFile(path, 2, evaluated=evaluated):
+            assert read_metrics(path) == records[:kept]
+
+
 def test_a_run_from_step_0_starts_the_file_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
     write_steps(path, range(3), 0)

@@ -79,7 +79,7 @@ def test_libraries_that_are_not_there_are_told_before_anything_is_loaded(tmp_pat
         monkeypatch.setitem(sys.modules, library, None)
     config = project(tmp_path, train=dict(track=["tensorboard", "wandb"]))
     with pytest.raises(ValueError, match=r"tensorboard needs tensorboardX, .*\[tensorboard\](?s:.*)wandb needs"):
-        dry_run(config, Path(config.output), oversized=False, console=Console(quiet=True))
+        dry_run(config, Path(config.output), resume=False, oversized=False, console=Console(quiet=True))
     assert not Path(config.output).exists()
 
 
