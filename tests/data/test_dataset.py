@@ -44,6 +44,14 @@ def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows:
     assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 5
 
 
+def test_the_digest_of_known_rows_never_changes(tokenizer: Tokenizer, write_rows: Callable):
+    """A run resumes only with the digest in its checkpoint, which another version may have written."""
+    turns = [{"role": "user", "content": "Is 7 odd?"}, {"role": "assistant", "content": "Yes."}]
+    rows = {"pairs": [question(number) for number in range(10)], "chats": [{"messages": turns}] * 3}
+    digests = [load(tokenizer, train=write_rows(found, f"{name}.jsonl")).train.digest for name, found in rows.items()]
+    assert [digest[:16] for digest in digests] == ["f78949acd0d55a9c", "0d3ae5290bd137fb"]
+
+
 def test_settings_that_rows_do_not_fit_are_told(tokenizer: Tokenizer, plain_tokenizer: Tokenizer, write_rows: Callable):
     turns = [{"role": role, "content": "x"} for role in ("user", "assistant")]
     path = write_rows([question(1), question(2)])

@@ -1,6 +1,7 @@
 """Renames a file's columns to ours, finds the column that was probably meant, and writes the setting that names it."""
 
 import difflib
+import json
 import re
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -84,7 +85,10 @@ def _words(column: str) -> str:
 
 def columns_setting(setting: str, names: Mapping[str, str]) -> str:
     """Returns the words of a shell command that name columns, such as `--data.columns '{prompt: question}'`."""
-    return f"--{setting} {shlex.quote(one_line_yaml(dict(names)))}"
+    mapping = one_line_yaml(dict(names))
+    if "'" in mapping and "".join(names.values()).isprintable():
+        mapping = json.dumps(names, ensure_ascii=False)  # easier to read in a shell's single quotes
+    return f"--{setting} {shlex.quote(mapping)}"
 
 
 def list_columns(columns: Collection[str]) -> str:

@@ -123,6 +123,12 @@ def test_a_suggested_setting_is_read_back(names: dict[str, str]):
     assert option == "--data.columns" and parse_yaml(mapping) == names and "\n" not in one_line_yaml(names)
 
 
+def test_names_with_spaces_at_their_ends_are_quoted_once():
+    assert columns_setting("data.columns", {"prompt": "Prompt ", "text": "é"}) == (
+        """--data.columns '{"prompt": "Prompt ", "text": "é"}'"""
+    )
+
+
 def test_words_that_say_nothing_suggest_nothing():
     assert likely_column("text", ["Question Text"]) is None
     assert likely_column("text", ["Text"]) == "Text"
