@@ -20,6 +20,7 @@ FLOAT_TYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16":
 DTYPES = FLOAT_TYPES | {"U8": np.dtype(np.uint8)}  # U8: codes of quantized weights
 HEADER_LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 8 << 20  # of 60,000 tensors
+MAX_INDEX_BYTES = 32 << 20  # of 250,000 tensors; mixtures of experts have one weight per expert
 MAX_AXES = 8
 MAX_FILE_NAME = 255  # characters; the limit of file systems
 # Rotary frequencies and attention masks, which old checkpoints store although the config determines them.
@@ -205,7 +206,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
       MetadataError: it is not an index, or names a file outside its folder.
     """
-    shard_of = read_json(path, ShardIndex)["weight_map"]
+    shard_of = read_json(path, ShardIndex, MAX_INDEX_BYTES)["weight_map"]
     outside = sorted({shard for shard in shard_of.values() if Path(shard).name != shard})
     if outside:
         raise MetadataError(

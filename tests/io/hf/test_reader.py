@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies
 from safetensors.numpy import save_file
 
-from qlora_jax.io.hf.reader import read_header
+from qlora_jax.io.hf.reader import read_header, read_index
 from qlora_jax.io.open_model import open_model
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
@@ -139,6 +139,15 @@ def test_missing_shards_all_named(tmp_path: Path) -> None:
         (tmp_path / f"model-0000{shard}-of-00003.safetensors").unlink()
     with pytest.raises(ValueError, match=r"2 of the 3 shards in .* are missing: model-00001-of.*, model-00003-of"):
         open_model(tmp_path)
+
+
+def test_index_of_many_experts(tmp_path: Path) -> None:
+    """One weight per expert gives indices of several megabytes."""
+    names = [f"model.layers.{i // 768}.mlp.experts.{i % 768}.down_proj.weight_scale_inv" for i in range(60_000)]
+    shards = dict.fromkeys(names, "model-00001-of-000163.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": shards}))
+    assert (tmp_path / INDEX).stat().st_size > 5 << 20
+    assert read_index(tmp_path / INDEX) == shards
 
 
 def test_index_that_does_not_fit_its_shards(tmp_path: Path) -> None:
