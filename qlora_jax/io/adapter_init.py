@@ -9,15 +9,15 @@ Dimension key: L layers, K in, R rank, N out.
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
+from qlora_jax.atomic_files import write_bytes
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.digests import ArrayDigest, array_digest, changes, tree_digests, warn_without_digests
 from qlora_jax.io.loader import Transform
@@ -166,9 +166,7 @@ def write_initial(run: Path, initial: InitialAdapter) -> None:
         if kind == FACTORS or factors is not initial.factors
     }
     digests = {name: array_digest(values) for name, values in tensors.items()}
-    partial = run / f"{FILE}.partial"
-    save_file(tensors, partial, {DIGESTS: json.dumps(digests)})
-    os.replace(partial, run / FILE)
+    write_bytes(run / FILE, save(tensors, {DIGESTS: json.dumps(digests)}))
 
 
 def read_initial(run: Path, spec: LoraArgs) -> InitialAdapter | None:

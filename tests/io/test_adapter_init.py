@@ -50,6 +50,15 @@ def test_what_was_written_is_read(run):
     assert values(read_initial(run, SPEC)) == values(initial_of())
 
 
+def test_a_link_in_a_folder_from_elsewhere_is_replaced_and_not_written_through(tmp_path):
+    (tmp_path / "precious").write_text("text")
+    for name in (FILE, f"{FILE}.partial"):
+        (tmp_path / name).symlink_to(tmp_path / "precious")
+    write_initial(tmp_path, initial_of())
+    assert (tmp_path / "precious").read_text() == "text" and not (tmp_path / FILE).is_symlink()
+    assert values(read_initial(tmp_path, SPEC)) == values(initial_of())
+
+
 def silent(run: Path) -> bool:
     """True if a damaged file is read without an error as something else than was written."""
     try:
