@@ -186,7 +186,7 @@ class Checkpoints:
         (self.folder / damage.step).rename(self.folder / name)
         self._manager.reload()
         warnings.warn(
-            f"{damage}. It was renamed to {name}; the run continues from step {sound}, the newest sound checkpoint",
+            f"{damage}\nIt was renamed to {name}. The run continues from step {sound}, the newest sound checkpoint",
             stacklevel=3,
         )
 
@@ -258,7 +258,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
     try:
         lora, state = _read_lora(path, step)
     except DamagedCheckpoint as error:
-        raise CheckpointError(f"{error}. {_advice(path, step)}") from error
+        raise CheckpointError(f"{error}\n{_advice(path, step)}") from error
     config = read_config(path / CONFIG_FILE)
     _check_config(path, config, state)
     return Run(

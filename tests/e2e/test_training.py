@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import socket
 import warnings
 from pathlib import Path
@@ -143,6 +144,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, steps, mo
     _stop_and_resume(config, steps, monkeypatch)
     assert numbers(config) == numbers(finished)
     assert len([*(Path(config.output) / "checkpoints").iterdir()]) == config.train.keep, "nobody asked for the best one"
+    for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
+        np.testing.assert_array_equal(resumed, whole)
+
+
+def test_a_run_whose_newest_checkpoint_is_damaged_ends_as_an_uninterrupted_one(finished, tmp_path):
+    config = dataclasses.replace(finished, output=str(tmp_path / "run"))
+    folder = Path(shutil.copytree(finished.output, config.output)) / "checkpoints"
+    file = max((folder / "10/optimizer").rglob("d/*"), key=lambda path: path.stat().st_size)
+    data, middle = file.read_bytes(), file.stat().st_size // 2
+    file.write_bytes(data[:middle] + bytes(64) + data[middle + 64 :])
+    with pytest.warns(UserWarning, match=r"(?s)10/optimizer: the checkpoint of step 10 is damaged.*from step 9"):
+        assert run(config, resume=True)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["10", "10.damaged", "9"]
+    assert numbers(config) == numbers(finished)
     for resumed, whole in zip(arrays_at(config, 10), arrays_at(finished, 10), strict=True):
         np.testing.assert_array_equal(resumed, whole)
 

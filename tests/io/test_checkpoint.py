@@ -85,7 +85,9 @@ def restore(run, check=lambda state: None):
 def test_a_damaged_newest_checkpoint_is_passed_over_with_a_warning_and_its_step_can_be_saved_again(tmp_path):
     save_steps(tmp_path, 1, 2, 3)
     damage(tmp_path, 3)
-    with pytest.warns(UserWarning, match=r"3/optimizer: the checkpoint of step 3 is damaged: .*3\.damaged.* step 2"):
+    with pytest.warns(
+        UserWarning, match=r"(?s)3/optimizer: the checkpoint of step 3 is damaged: .*3\.damaged.* step 2"
+    ):
         restored = restore(tmp_path)
     np.testing.assert_array_equal(restored.optimizer_state["mu"], [2, 2, 2])
     assert restored.state == {"step": 2}
@@ -98,7 +100,7 @@ def test_a_second_damaged_checkpoint_of_a_step_gets_another_name(tmp_path):
     save_steps(tmp_path, 1, 2)
     for name in ("2.damaged", "2.damaged-2"):
         damage(tmp_path, 2)
-        with pytest.warns(UserWarning, match=f"renamed to {name};"):
+        with pytest.warns(UserWarning, match=rf"renamed to {name}\."):
             restore(tmp_path)
         assert (tmp_path / "checkpoints" / name).is_dir()
         save_steps(tmp_path, 2)
