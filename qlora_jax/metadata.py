@@ -136,11 +136,18 @@ def check_depth(content: str | bytes, name: FileName) -> None:
     Raises:
       MetadataError: it has more.
     """
-    data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content
-    if data.count(b"[") + data.count(b"{") > MAX_DEPTH and _depth(data) > MAX_DEPTH:
+    if is_too_deep(content):
         raise MetadataError(
             f"{name}: nested too deeply (found more than {MAX_DEPTH} levels of lists and objects). Download it again."
         )
+
+
+def is_too_deep(content: str | bytes) -> bool:
+    """Returns True if JSON text has more than MAX_DEPTH levels. It is not decoded, and the time is linear."""
+    if isinstance(content, str):
+        few = content.count("[") + content.count("{") <= MAX_DEPTH
+        return not few and is_too_deep(content.encode("utf-8", "surrogatepass"))
+    return content.count(b"[") + content.count(b"{") > MAX_DEPTH and _depth(content) > MAX_DEPTH
 
 
 def _depth(data: bytes) -> int:

@@ -191,9 +191,10 @@ def _prepare(path: str, split: Split | None, data: DataArgs, tokenizer: Tokenize
     folder = Path(data.cache) / preparation.key()
     stored = open_stored_rows(folder, path)
     if stored is None:
-        store_rows(row_chunks(preparation, in_parts=not in_memory), folder)
+        store_rows(row_chunks(preparation), folder)
         stored = open_stored_rows(folder, path)
-        assert stored is not None
+        if stored is None:
+            raise ValueError(f"data.cache: {folder} can't be read back after it was written. Check the disk.")
     return _Prepared(
         path=path,
         rows=stored.read(0, len(stored)) if in_memory else stored,

@@ -4,7 +4,9 @@ read -> detect the format -> check -> hold out by hash -> encode with masks -> f
 """
 
 import dataclasses
+import functools
 import hashlib
+import importlib.metadata
 import itertools
 import json
 import re
@@ -14,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import jinja2
 import numpy as np
 import tokenizers
 from jaxtyping import UInt64
@@ -99,14 +100,22 @@ class Preparation:
             template,
             time.strftime("%x") if "strftime_now" in template else "",  # templates may write the date
             tokenizers.__version__,
-            jinja2.__version__,
+            importlib.metadata.version("jinja2"),
             Path(self.path).suffixes,  # the delimiter of columns depends on them
         ]
         digest = hashlib.sha256(json.dumps(settings).encode())
         digest.update(tokenizer.exported.encode())
-        for file in sorted(Path(__file__).parent.rglob("*.py")):
-            digest.update(file.read_bytes())
+        digest.update(code_digest())
         return digest.hexdigest()
+
+
+@functools.cache
+def code_digest() -> bytes:
+    """Returns SHA-256 of the code that makes rows."""
+    digest = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(file.read_bytes())
+    return digest.digest()
 
 
 class _CheckedChunk(NamedTuple):
@@ -117,17 +126,14 @@ class _CheckedChunk(NamedTuple):
     hashes: UInt64[np.ndarray, " read"]
 
 
-def row_chunks(preparation: Preparation, *, in_parts: bool = False) -> Iterator[RowChunk]:
+def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
     """Yields the file's token rows in chunks. Discard the chunks if an error follows them.
-
-    Args:
-      in_parts: never read the whole file at once.
 
     Raises:
       ValueError: all problems of all rows, by line, unless data.bad_rows drops these rows; or no row has anything to
         learn.
     """
-    reader = _FileReader(preparation, in_parts)
+    reader = _FileReader(preparation)
     whole = RowCounts()
     for checked, encodings in prefetch_map(reader.encode, reader.chunks()):
         assert reader.encoder is not None
@@ -168,7 +174,7 @@ def _check_whole(preparation: Preparation, reader: "_FileReader", whole: RowCoun
 class _FileReader:
     """State of reading a file."""
 
-    def __init__(self, preparation: Preparation, in_parts: bool):
+    def __init__(self, preparation: Preparation):
         self.problems: list[Problem] = []  # of rows that data.bad_rows may drop
         self.errors: list[Problem] = []  # of other rows
         self.seen = self.others = 0  # rows of the file, and examples of the other split
@@ -176,13 +182,13 @@ class _FileReader:
         self.columns: dict[str, None] = {}
         self.encoder: Encoder | None = None
         self.format_name = ""
-        self._preparation, self._in_parts = preparation, in_parts
+        self._preparation = preparation
         self._format: RowFormat | None = None
         self._examples = 0
 
     def chunks(self) -> Iterator[_CheckedChunk]:
         """Yields the file's rows in chunks. Broken rows are skipped and added to `problems`."""
-        for chunk in itertools.batched(stream_rows(self._preparation.path, in_parts=self._in_parts), CHUNK):
+        for chunk in itertools.batched(stream_rows(self._preparation.path), CHUNK):
             self.seen += len(chunk)
             broken = [found for found in chunk if isinstance(found, BrokenRow)]
             self.errors += [(found.place, found.problem) for found in broken if found.ends_file]

@@ -8,7 +8,7 @@ from pathlib import Path
 from qlora_jax.data.formats.registry import FORMATS, RowFormat
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
 from qlora_jax.data.loss_mask.spans import turn_marks
-from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_rows, read_text
+from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -94,7 +94,7 @@ def read_prompts(path: str) -> list[Row]:
     """
     if Path(path).name.endswith(JSON_SUFFIXES):
         return read_rows(path)
-    lines = [(line, text) for line, text in enumerate(read_text(path).split("\n"), start=1) if text.strip()]
+    lines = [(line, text) for line, text in read_lines(path) if text.strip()]
     if not lines:
         raise ValueError(f"{path}: contains no prompts (expected one per line)")
     return [Row(Place(line, number), {"prompt": text}) for number, (line, text) in enumerate(lines)]

@@ -1,29 +1,38 @@
 """Caches results on disk as they are computed, so that an interrupted evaluation resumes.
 
 The key of a result is a hash of everything that it depends on: the model's arrays, the inputs, and our code. A stale
-result has another key, so it is never found.
+result has another key, so it is never found. A file begins with a digest of its key and arrays, and a damaged one is
+computed again.
 """
 
 import functools
 import hashlib
+import io
+import logging
 import os
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
+import xxhash
 from jaxtyping import ArrayLike
 
 import pallas_kernels
+from qlora_jax.atomic_files import write_bytes
 from qlora_jax.models.partition import ModelParts, combine
 
 Arrays = tuple[np.ndarray, ...]
+SUFFIX = ".result"
+_DIGEST_BYTES = 16
+_LOG = logging.getLogger(__name__)
 PACKAGES = (Path(pallas_kernels.__file__).parent, Path(__file__).parent.parent)
 
 
 class ResultCache:
     """Results of one model, stored in a folder; without a folder nothing is stored.
+
+    A damaged file is reported, and counts as a miss.
 
     Attributes:
       hits: number of results that were read from the folder.
@@ -42,14 +51,14 @@ class ResultCache:
           inputs: arrays, numbers, texts or None: everything but the model that the result depends on.
 
         Raises:
-          ValueError: the result's file cannot be read.
+          OSError: the result's file cannot be read or written.
         """
         if self._folder is None:
             return tuple(map(np.asarray, compute()))
-        path = self._folder / f"{digest([self._model, *inputs])}.npz"
-        if path.exists():
+        path = self._folder / f"{digest([self._model, *inputs])}{SUFFIX}"
+        if (stored := _read(path)) is not None:
             self.hits += 1
-            return _read(path)
+            return stored
         results = tuple(map(np.asarray, compute()))
         self.misses += 1
         _write(path, results)
@@ -95,17 +104,26 @@ def digest(values: Sequence[object]) -> str:
     return found.hexdigest()
 
 
-def _read(path: Path) -> Arrays:
+def _read(path: Path) -> Arrays | None:
+    """Reads a result; returns None if it is not stored, or damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return tuple(file[name] for name in file.files)
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a file of cached scores ({error}). Delete it to compute them again") from error
+        stored = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    arrays = stored[_DIGEST_BYTES:]
+    if _file_digest(path, arrays) != stored[:_DIGEST_BYTES]:
+        _LOG.warning("%s: damaged (other content than was written). The result is computed again.", path)
+        return None
+    with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
+        return tuple(file[name] for name in file.files)
 
 
 def _write(path: Path, results: Arrays) -> None:
     """Writes the file completely or not at all, even if the process is killed."""
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.savez(file, *results)
-    part.replace(path)
+    arrays = io.BytesIO()
+    np.savez(arrays, *results)
+    write_bytes(path, _file_digest(path, arrays.getvalue()) + arrays.getvalue())
+
+
+def _file_digest(path: Path, arrays: bytes) -> bytes:
+    return xxhash.xxh3_128_digest(path.name.encode() + arrays)

@@ -27,7 +27,10 @@ def test_a_changed_source_file_changes_the_key(
     key = preparation.key()
     copy = Path(shutil.copytree(Path(prepare.__file__).parent, tmp_path / "data"))
     monkeypatch.setattr(prepare, "__file__", str(copy / "prepare.py"))
+    prepare.code_digest.cache_clear()
     assert preparation.key() == key
     with (copy / file).open("a") as source:
         source.write("# changed\n")
+    prepare.code_digest.cache_clear()
     assert preparation.key() != key
+    prepare.code_digest.cache_clear()

@@ -22,7 +22,7 @@ from qlora_jax.data.row_store import store_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import ASSETS
 from tests.data.loading import load
-from tests.marks import some_in_ci
+from tests.marks import first_always, some_in_ci
 
 ROOT = Path(__file__).parents[2]
 
@@ -84,24 +84,72 @@ def test_rows_are_made_once_and_again_when_anything_changes(
     assert makes(train=str(moved), eval_fraction=0.5) == 2
 
 
-def test_a_damaged_entry_is_told(tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path):
-    path, cache = write_rows(rows_of(9)), tmp_path / "cache"
-    load(tokenizer, train=path, cache=str(cache))
-    (ids,) = cache.glob("*/ids")
-    ids.write_bytes(ids.read_bytes()[:-4])
-    with pytest.raises(ValueError, match=r"damaged entry of data\.cache .found sizes .*Delete the folder"):
-        load(tokenizer, train=path, cache=str(cache))
+DAMAGE: dict[str, Callable[[bytes, int], bytes]] = {
+    "flipped bit": lambda content, at: content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :],
+    "cut off": lambda content, at: content[:at],
+    "inserted byte": lambda content, at: content[:at] + b"\0" + content[at:],
+    "repeated bytes": lambda content, at: content[:at] + content[at // 2 :],
+    "zeroed bytes": lambda content, at: content[:at] + bytes(len(content) - at),
+}
 
 
-@pytest.mark.parametrize("facts", ["", "{", "[]", '{"bytes": null}'])
-def test_an_entry_whose_facts_are_damaged_is_told(
-    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, facts: str
+@pytest.fixture(scope="module")
+def small_entry(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
+    """A file of rows, the folder of a cache with its entry, and the data set."""
+    folder = tmp_path_factory.mktemp("cached")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows_of(9)))
+    settings = {"train": str(folder / "rows.jsonl"), "cache": str(folder / "cache"), "eval_fraction": 0.3}
+    return settings, folder / "cache", load(tokenizer, **settings)
+
+
+@pytest.mark.parametrize("name", ["ids", "supervised", "ends", "numbers", "lines", "facts.json"])
+@pytest.mark.parametrize("damage", first_always([*DAMAGE]))
+def test_a_damaged_entry_is_reported_and_made_again(
+    tokenizer: Tokenizer, small_entry, caplog: pytest.LogCaptureFixture, name: str, damage: str
 ):
-    path, cache = write_rows(rows_of(9)), tmp_path / "cache"
-    load(tokenizer, train=path, cache=str(cache))
-    next(cache.glob("*/facts.json")).write_text(facts)
-    with pytest.raises(ValueError, match=r"damaged entry of data\.cache.*Delete the folder"):
-        load(tokenizer, train=path, cache=str(cache))
+    settings, cache, whole = small_entry
+    for file in cache.glob(f"*/{name}"):
+        content = file.read_bytes()
+        for share in (0.01, 0.3, 0.62, 0.99):
+            damaged = DAMAGE[damage](content, 1 + round(share * (len(content) - 2)))
+            if damaged == content:  # zeros that were zeros
+                continue
+            caplog.clear()
+            file.write_bytes(damaged)
+            again = load(tokenizer, **settings)
+            assert again.fingerprint == whole.fingerprint and again.report == whole.report
+            (record,) = caplog.records
+            assert record.getMessage().startswith(f"data.cache: {file.parent}: damaged (")
+            assert record.getMessage().endswith(". The rows are prepared again.")
+            assert file.read_bytes() == content
+    assert not [*cache.glob("*damaged*")]
+
+
+def test_an_entry_without_a_file_is_made_again(tokenizer: Tokenizer, small_entry, caplog: pytest.LogCaptureFixture):
+    settings, cache, whole = small_entry
+    next(cache.glob("*/ids")).unlink()
+    assert load(tokenizer, **settings).fingerprint == whole.fingerprint
+    assert "ids: found no file, expected" in caplog.text
+
+
+def test_a_damaged_entry_that_cannot_be_deleted_is_an_error(
+    tokenizer: Tokenizer, small_entry, monkeypatch: pytest.MonkeyPatch
+):
+    settings, cache, _ = small_entry
+
+    def refuse(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    ids = next(cache.glob("*/ids"))
+    content = ids.read_bytes()
+    ids.write_bytes(content[::-1])
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(ValueError, match=r"is damaged and can't be deleted: Permission"),
+    ):
+        patch.setattr(Path, "rename", refuse)
+        load(tokenizer, **settings)
+    ids.write_bytes(content)
 
 
 def test_a_cache_that_can_not_be_written_is_told(
@@ -112,10 +160,10 @@ def test_a_cache_that_can_not_be_written_is_told(
         load(tokenizer, train=path, cache=path)
 
     def full(*args: Any) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(errno.ENOSPC, "No space left on device", "ids")
 
     monkeypatch.setattr(stored_module, "_write", full)
-    with pytest.raises(ValueError, match=r"data\.cache: .*cache can't be written: No space left on device"):
+    with pytest.raises(ValueError, match=r"data\.cache: ids: No space left on device"):
         load(tokenizer, train=path, cache=str(tmp_path / "cache"))
     assert list((tmp_path / "cache").iterdir()) == []
 
@@ -180,10 +228,10 @@ def test_a_file_in_windows_is_seen_whole(tokenizer: Tokenizer, write_rows: Calla
     np.testing.assert_array_equal(again.inputs, following.inputs)
 
 
-def test_an_array_is_not_read_in_parts(tokenizer: Tokenizer, tmp_path: Path):
+def test_an_array_is_read_in_windows(tokenizer: Tokenizer, tmp_path: Path):
     (tmp_path / "rows.json").write_text(json.dumps(rows_of(5)))
-    with pytest.raises(ValueError, match=r"found one JSON array"):
-        load(tokenizer, train=str(tmp_path / "rows.json"), cache=str(tmp_path / "c"), window=1000)
+    dataset = load(tokenizer, train=str(tmp_path / "rows.json"), cache=str(tmp_path / "c"), window=2)
+    assert (dataset.report.windows, dataset.report.train.kept) == (3, 5)
 
 
 WORDS = ["every", "number", "of", "a", "run", "is", "right", "where", "memory", "stays", "flat", "in", "summer"]
@@ -223,13 +271,26 @@ def write_columns(path: Path, rows: Iterator[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
+def write_array(path: Path, rows: Iterator[dict[str, str]]) -> None:
+    with path.open("w") as file:
+        file.write("[" + json.dumps(next(rows)))
+        file.writelines(",\n" + json.dumps(row) for row in rows)
+        file.write("]")
+
+
 def write_parquet(path: Path, rows: Iterator[dict[str, str]]) -> None:
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, the extra `parquet`, is not installed")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(pyarrow.Table.from_pylist([*rows]), path)
 
 
-FORMATS = {".jsonl": write_lines, ".jsonl.gz": write_lines, ".csv": write_columns, ".parquet": write_parquet}
+FORMATS = {
+    ".jsonl": write_lines,
+    ".jsonl.gz": write_lines,
+    ".csv": write_columns,
+    ".parquet": write_parquet,
+    ".json": write_array,
+}
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak memory of a process is in Linux's /proc")

@@ -52,13 +52,33 @@ def test_another_model_or_other_inputs_find_nothing(tmp_path, model, inputs):
     assert other.get_or_compute(inputs, lambda: [np.ones(1)])[0] == 1 and other.misses == 1
 
 
-def test_an_empty_file_is_an_error(tmp_path):
+def test_damaged_files_are_reported_and_computed_again(tmp_path, caplog):
+    results = [np.float32([0.1, np.nan, -0.0]), np.array([True, False])]
+    ResultCache(tmp_path, "model").get_or_compute([1, "a"], lambda: results)
+    (file,) = tmp_path.iterdir()
+    content = file.read_bytes()
+    flipped = [
+        content[:at] + bytes([content[at] ^ 1 << at % 8]) + content[at + 1 :] for at in range(0, len(content), 11)
+    ]
+    others = [b"", content[:-1], content[:20], content + b"\0", content[:50] + content[40:]]
+    for damaged in (*flipped, *others):
+        caplog.clear()
+        file.write_bytes(damaged)
+        cache = ResultCache(tmp_path, "model")
+        found = cache.get_or_compute([1, "a"], lambda: results)
+        assert [(x.dtype, x.tobytes()) for x in found] == [(x.dtype, x.tobytes()) for x in results]
+        assert (cache.hits, cache.misses) == (0, 1) and file.read_bytes() == content
+        assert caplog.messages == [f"{file}: damaged (other content than was written). The result is computed again."]
+
+
+def test_a_result_under_the_name_of_another_is_damaged(tmp_path):
     cache = ResultCache(tmp_path, "model")
     cache.get_or_compute([1], lambda: [np.zeros(1)])
-    (file,) = tmp_path.iterdir()
-    file.write_bytes(b"")
-    with pytest.raises(ValueError, match=rf"{file.name}: not a file of cached scores .* Delete it"):
-        cache.get_or_compute([1], lambda: [np.zeros(1)])
+    (first,) = tmp_path.iterdir()
+    cache.get_or_compute([2], lambda: [np.ones(1)])
+    (second,) = {*tmp_path.iterdir()} - {first}
+    second.write_bytes(first.read_bytes())
+    assert cache.get_or_compute([2], lambda: [np.ones(1)])[0] == 1
 
 
 def test_models_differ_by_any_array_and_by_structure(parts):
@@ -119,9 +139,9 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
     ended(f"--json={tmp_path}/whole.json")
     stored, kills = tmp_path / "kept", 0
     for _ in range(3):
-        before = len([*stored.glob("*.npz")])
+        before = len([*stored.glob("*.result")])
         process = start(tmp_path, *tasks, f"--keep={stored}")
-        while process.poll() is None and len([*stored.glob("*.npz")]) < before + 3:
+        while process.poll() is None and len([*stored.glob("*.result")]) < before + 3:
             time.sleep(0.005)
         if process.poll() is None:
             process.send_signal(signal.SIGKILL)
@@ -129,7 +149,7 @@ def test_killed_again_and_again_it_ends_as_one_that_was_not(tmp_path):
         assert process.stderr is not None
         process.stderr.close()
     assert kills >= 2
-    made = {path.name: path.stat().st_mtime_ns for path in stored.glob("*.npz")}
+    made = {path.name: path.stat().st_mtime_ns for path in stored.glob("*.result")}
     printed = ended(f"--keep={stored}", f"--json={tmp_path}/again.json")
     assert {name: (stored / name).stat().st_mtime_ns for name in made} == made
     assert " batches cached" in printed and "0 of" not in printed.splitlines()[0]

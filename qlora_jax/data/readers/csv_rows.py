@@ -1,13 +1,14 @@
 """Reads rows of files with separated columns: .csv, quoted as in RFC 4180, and .tsv, where quotes are text."""
 
 import csv
+import io
 import itertools
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from qlora_jax.data.readers.json_rows import BadValue
+from qlora_jax.data.readers.json_rows import MAX_ROW, TOO_LONG, BadValue, limited_lines
 
 
 class Dialect(NamedTuple):
@@ -32,14 +33,15 @@ def dialect_of(path: Path) -> Dialect | None:
     return DIALECTS.get(suffixes[-1]) if suffixes else None
 
 
-def parse_columns(lines: Iterable[str], dialect: Dialect) -> Iterator[tuple[int, dict[str, str] | BadValue]]:
+def parse_columns(file: io.TextIOBase, dialect: Dialect) -> Iterator[tuple[int, dict[str, str] | BadValue]]:
     """Yields (first line, row or problem) of each record after the header. Blank lines are skipped.
 
     Raises:
       ValueError: the header is missing, names no column, or names a column twice.
     """
-    first, lines = _with_header(lines)
-    records = _records(lines, dialect.delimiter or separator(first), dialect.quoting)
+    lines = _RecordLines(file)
+    first, rest = _with_header(lines)
+    records = _records(lines, rest, dialect.delimiter or separator(first), dialect.quoting)
     _, header = next(records, (1, []))
     # pandas writes its index without a name, and spreadsheets empty columns.
     names, found = ([], header.problem) if isinstance(header, BadValue) else (header, repr(header))
@@ -68,26 +70,56 @@ def separator(header: str) -> str:
     return next((delimiter for delimiter in ",;\t|" if delimiter in names), ",")
 
 
-def _with_header(lines: Iterable[str]) -> tuple[str, Iterator[str]]:
+class _RecordLines:
+    """Iterates over the lines of a file, and raises _TooLongError after MAX_ROW characters of one record.
+
+    Attributes:
+      size: characters of the record so far.
+    """
+
+    def __init__(self, file: io.TextIOBase):
+        self._lines, self.size = limited_lines(file), 0
+
+    def __iter__(self) -> "_RecordLines":
+        return self
+
+    def __next__(self) -> str:
+        line = next(self._lines)
+        self.size += len(line)
+        if self.size > MAX_ROW:
+            raise _TooLongError
+        return line
+
+
+class _TooLongError(Exception):
+    """A record is longer than MAX_ROW characters."""
+
+
+def _with_header(lines: _RecordLines) -> tuple[str, Iterator[str]]:
     """Returns the first line that is not blank, and all lines."""
-    rest = iter(lines)
-    for blank, line in enumerate(rest):
-        if line.strip("\r\n"):
-            return line, itertools.chain(itertools.repeat("\n", blank), [line], rest)
-    return "", rest
+    try:
+        for blank, line in enumerate(lines):
+            if line.strip("\r\n"):
+                return line, itertools.chain(itertools.repeat("\n", blank), [line], lines)
+    except _TooLongError:
+        raise ValueError(f"the first line is {TOO_LONG}.") from None
+    return "", lines
 
 
 def _records(
-    lines: Iterable[str], delimiter: str, quoting: Literal[0, 3]
+    lines: _RecordLines, rest: Iterator[str], delimiter: str, quoting: Literal[0, 3]
 ) -> Iterator[tuple[int, list[str] | BadValue]]:
-    """Yields (first line, fields or problem) of each record. A broken record ends the file."""
-    csv.field_size_limit(2**31 - 1)  # the default limit is 128 KiB per field
-    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, strict=True)
+    """Yields (first line, fields or problem) of each record of `rest`. A broken record ends the file."""
+    csv.field_size_limit(MAX_ROW)  # the default limit is 128 KiB per field
+    reader = csv.reader(rest, delimiter=delimiter, quoting=quoting, strict=True)
     while True:
-        line = reader.line_num + 1
+        line, lines.size = reader.line_num + 1, 0
         try:
             fields = next(reader)
         except StopIteration:
+            return
+        except _TooLongError:
+            yield line, BadValue(TOO_LONG, ends_file=True)
             return
         except csv.Error as error:
             yield line, BadValue(f"not {delimiter!r}-separated: {error}", ends_file=True)

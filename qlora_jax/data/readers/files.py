@@ -3,6 +3,7 @@
 The formats are JSON Lines, JSON, CSV and TSV, gzipped or not, Parquet, and data sets on a Hub.
 """
 
+import codecs
 import contextlib
 import difflib
 import gzip
@@ -17,13 +18,25 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from qlora_jax.data.readers.csv_rows import dialect_of, parse_columns
+from qlora_jax.data.readers.gzip_file import LimitedGzip
 from qlora_jax.data.readers.hub_rows import HubRows, hub_rows
-from qlora_jax.data.readers.json_rows import SPACE, BadValue, JSONObject, json_array, json_lines, shorten
+from qlora_jax.data.readers.json_rows import (
+    MAX_ROW,
+    SPACE,
+    TOO_LONG,
+    BadValue,
+    JSONObject,
+    json_array,
+    json_lines,
+    limited_lines,
+    shorten,
+)
 from qlora_jax.data.readers.parquet_rows import MAGIC, parquet_rows
 
 _SHOWN = 8
 _GZIP = b"\x1f\x8b"
 _PEEKED = 4096
+_BLOCK = 1 << 20
 
 
 class Place(NamedTuple):
@@ -78,20 +91,16 @@ def read_rows(path: str | Path) -> list[Row]:
     return rows
 
 
-def stream_rows(path: str | Path, *, in_parts: bool = False) -> Iterator[Row | BrokenRow]:
-    """Yields the rows of a file, one by one.
+def stream_rows(path: str | Path) -> Iterator[Row | BrokenRow]:
+    """Yields the rows of a file, one by one. The whole file is never in memory.
 
     .csv and .tsv are detected by name, and Parquet, JSON Lines, a JSON array and gzip by content. Text is UTF-8, with
     or without a byte order mark. Blank lines are skipped. `hf://datasets/...` names a data set on a Hub (hub_rows.py).
 
-    Args:
-      in_parts: never read the whole file at once.
-
     Raises:
-      ValueError: the file does not exist, a broken gzip or Parquet file, bytes that are not UTF-8, or a JSON array with
-        `in_parts`.
+      ValueError: the file does not exist, a broken gzip or Parquet file, or bytes that are not UTF-8.
     """
-    for number, (line, value) in enumerate(_values(str(path), in_parts)):
+    for number, (line, value) in enumerate(_values(str(path))):
         place = Place(line, number)
         yield Row(place, value) if isinstance(value, dict) else _broken_row(place, value)
 
@@ -126,13 +135,26 @@ def read_text(path: str | Path) -> str:
         return file.read()
 
 
+def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """Yields (line, text) of each line of a UTF-8 file, gzipped or not.
+
+    Raises:
+      ValueError: the file can't be read or is not UTF-8, or a line is too long.
+    """
+    with _text(Path(path)) as file:
+        for number, line in enumerate(limited_lines(file), start=1):
+            if len(line) > MAX_ROW:
+                raise ValueError(f"{path}:{number}: {TOO_LONG}.")
+            yield number, line.removesuffix("\n")
+
+
 def _expected(path: Path) -> str:
     if dialect_of(path):
         return "a line of column names and then rows"
     return "one JSON object per line, or one array of objects"
 
 
-def _values(name: str, in_parts: bool) -> Iterator[tuple[int, object]]:
+def _values(name: str) -> Iterator[tuple[int, object]]:
     """Yields (line, value) of each row."""
     if hub := HubRows.parse(name):
         yield from enumerate(hub_rows(hub), start=1)
@@ -147,13 +169,8 @@ def _values(name: str, in_parts: bool) -> Iterator[tuple[int, object]]:
         elif (first := _first(file)) != "[":
             _check_lines(path, first)
             yield from json_lines(file)
-        elif in_parts:
-            raise ValueError(
-                f"{path}: data.window needs a file that can be read in parts (found one JSON array, expected JSON "
-                "Lines). Convert it, for example with jq -c '.[]'."
-            )
         else:
-            yield from json_array(file.read())
+            yield from json_array(file)
 
 
 def _check_lines(path: Path, first: str) -> None:
@@ -204,7 +221,7 @@ def _of_line(line: int, places: Sequence[Place]) -> str:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedIOBase]:
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
     """Opens the file. Raises ValueError if it can't be read, now or inside the `with` block."""
     try:
         with open(path, "rb") as file:
@@ -231,7 +248,7 @@ def _unpacked(path: Path) -> Iterator[io.BufferedIOBase]:
         if not zipped:
             yield file
             return
-        with gzip.open(file) as inside:
+        with LimitedGzip(path, file) as inside:
             yield inside
 
 
@@ -247,17 +264,21 @@ def _text(path: Path) -> Iterator[io.TextIOWrapper]:
 
 def _not_utf8(path: Path) -> str:
     """Returns the error message with the line and position of the first bytes that are not UTF-8."""
+    decoder, before, lines = codecs.getincrementaldecoder("utf-8")(), 0, 1
     with _unpacked(path) as file:
-        before = 0
-        for number, line in enumerate(file, start=1):
+        block = b"."
+        while block:
+            block = file.read(_BLOCK)
+            held = len(decoder.getstate()[0])  # bytes of a character that was cut off
             try:
-                line.decode()
+                decoder.decode(block, final=not block)
             except UnicodeDecodeError as error:
+                at, content = error.start, error.object
                 return (
-                    f"{path}:{number}: byte {before + error.start} is not UTF-8 "
-                    f"({line[error.start : error.start + 4]!r}). Convert the file, for example with iconv -t UTF-8."
+                    f"{path}:{lines + content.count(b'\n', 0, at)}: byte {before - held + at} is not UTF-8 "
+                    f"({content[at : at + 4]!r}). Convert the file, for example with iconv -t UTF-8."
                 )
-            before += len(line)
+            before, lines = before + len(block), lines + block.count(b"\n")
     return f"{path}: not UTF-8. Convert the file, for example with iconv -t UTF-8."
 
 

@@ -1,12 +1,30 @@
 """Reads rows of JSON text, one per line or the elements of one array, each with its line number."""
 
+import io
 import json
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from qlora_jax.metadata import MAX_DEPTH, is_too_deep
 
 JSONObject = Mapping[str, Any]  # decoded JSON of unknown content: row formats check the types of its values
 
 SPACE = " \t\r\n"
+MAX_ROW = 64 << 20  # characters; a row of text that models can use has a few millions
+TOO_LONG = f"longer than {MAX_ROW:,} characters, so reading stops there. Split it into several rows"
+_TOO_DEEP = f"can't be read: nested too deeply (found more than {MAX_DEPTH} levels of lists and objects)"
+_BLOCK = 1 << 20  # characters
+# An error this close to the end of what has been read may be due to what has not been read. The longest token that is
+# decoded at once is a pair of escapes such as \ud83d\ude00.
+_TOKEN = 16
+_spaces = re.compile(f"[{SPACE}]*")
+
+
+def _end_of_spaces(text: str, at: int) -> int:
+    found = _spaces.match(text, at)
+    assert found is not None
+    return found.end()
 
 
 def describe_json_error(error: json.JSONDecodeError) -> str:
@@ -25,60 +43,143 @@ class BadValue(NamedTuple):
     ends_file: bool = False
 
 
-def json_lines(file: Iterable[str]) -> Iterator[tuple[int, object]]:
+def limited_lines(file: io.TextIOBase) -> Iterator[str]:
+    """Yields the lines of a file. One that is too long is cut off after MAX_ROW + 1 characters, and is the last."""
+    while line := file.readline(MAX_ROW + 1):
+        yield line
+        if len(line) > MAX_ROW:
+            return
+
+
+def json_lines(file: io.TextIOBase) -> Iterator[tuple[int, object]]:
     """Yields (line, value) of each line that is not blank."""
-    for line, content in enumerate(file, start=1):
+    for line, content in enumerate(limited_lines(file), start=1):
         if content.strip(SPACE):
+            yield line, _decode_line(content)
+
+
+def _decode_line(content: str) -> object:
+    if len(content) > MAX_ROW:
+        return BadValue(TOO_LONG, ends_file=True)
+    if is_too_deep(content):
+        return BadValue(_TOO_DEEP)
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        return BadValue(f"not JSON: {describe_json_error(error)}: {shorten(content.rstrip(SPACE))}")
+    except ValueError as error:  # a number with thousands of digits
+        return BadValue(f"can't be read: {error}")
+
+
+def json_array(file: io.TextIOBase) -> Iterator[tuple[int, object]]:
+    """Yields (line, value) of each element of the array that the file contains, with a few of them in memory."""
+    text = _ArrayText(file)
+    try:
+        text.take("[")
+        while text.peek() != "]":
+            value = text.decode()
+            yield text.line, value
+            if text.peek() != "]":
+                text.take(",")
+                text.expect_value()
+        text.take("]")
+    except _BrokenArrayError as error:
+        yield text.line, BadValue(str(error), ends_file=True)
+        return
+    if text.peek():
+        text.count_lines()
+        yield text.line, BadValue(f"more text after the end of the array: {shorten(text.rest)}", ends_file=True)
+
+
+class _BrokenArrayError(Exception):
+    """The problem at which reading an array stops."""
+
+
+class _ArrayText:
+    """The unread text of an array, of which a window is in memory.
+
+    Attributes:
+      line: line of the last element that was decoded, of an error, or of the text after the array.
+    """
+
+    def __init__(self, file: io.TextIOBase):
+        self._file, self._decoder = file, json.JSONDecoder()
+        self._text, self._at, self._ended = "", 0, False
+        self.line, self._counted, self._line_start = 1, 0, 0
+
+    @property
+    def rest(self) -> str:
+        """The unread text in memory."""
+        return self._text[self._at :]
+
+    def peek(self) -> str:
+        """Skips white space and returns the next character; empty at the end."""
+        while True:
+            self._at = _end_of_spaces(self._text, self._at)
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._read_more()
+
+    def take(self, expected: str) -> None:
+        """Skips this character; raises _BrokenArrayError if it does not follow."""
+        if self.peek() != expected:
+            raise self._broken("expected ',' or ']' after an element of the array", self._at)
+        self._at += 1
+
+    def expect_value(self) -> None:
+        """Raises _BrokenArrayError if the array ends after a comma."""
+        if self.peek() == "]":
+            raise self._broken("expected a row after the comma", self._at)
+
+    def decode(self) -> object:
+        """Returns the next element, or its problem if the ones after it can be read.
+
+        Raises:
+          _BrokenArrayError: the text is not JSON, or the element is too long.
+        """
+        self.count_lines()
+        while True:
             try:
-                yield line, json.loads(content)
+                value, end = self._decoder.raw_decode(self._text, self._at)
             except json.JSONDecodeError as error:
-                yield line, BadValue(f"not JSON: {describe_json_error(error)}: {shorten(content.rstrip(SPACE))}")
-            except (ValueError, RecursionError) as error:
-                yield (
-                    line,
-                    BadValue(f"can't be read: {error}"),
-                )  # nested too deeply, or a number with thousands of digits
+                cut_off = error.msg.startswith("Unterminated string") or error.pos + _TOKEN >= len(self._text)
+                if self._ended or not cut_off:
+                    raise self._broken(error.msg.removesuffix(" at"), error.pos) from None
+            except (RecursionError, ValueError) as error:  # much too deep, or a number with thousands of digits
+                raise _BrokenArrayError(f"can't be read: {error}; reading stops there") from None
+            else:
+                # A number may go on: "1." is read as 1 and more text.
+                if isinstance(value, dict | list | str) or self._ended or end + _TOKEN <= len(self._text):
+                    self._check_length(end)
+                    content, self._at = self._text[self._at : end], end
+                    return BadValue(_TOO_DEEP) if is_too_deep(content) else value
+            self._check_length(len(self._text))
+            self._read_more()
 
+    def _check_length(self, end: int) -> None:
+        if end - self._at > MAX_ROW:
+            raise _BrokenArrayError(TOO_LONG)
 
-def json_array(text: str) -> Iterator[tuple[int, object]]:
-    """Yields (line, value) of each element. Decodes one at a time, because json.loads does not report lines."""
-    decoder, line, counted = json.JSONDecoder(), 1, 0
-    at = _skip(text, text.index("[") + 1)
-    while not text.startswith("]", at):
-        line, counted = line + text.count("\n", counted, at), at
-        try:
-            value, at = decoder.raw_decode(text, at)
-            yield line, value
-            at = _next_element(text, _skip(text, at))
-        except json.JSONDecodeError as error:
-            yield error.lineno, BadValue(f"not JSON: {describe_json_error(error)}; reading stops there", True)
-            return
-        except (ValueError, RecursionError) as error:
-            yield line, BadValue(f"can't be read: {error}; reading stops there", True)
-            return
-    rest = _skip(text, at + 1)
-    if rest < len(text):
-        found = shorten(text[rest:])
-        problem = BadValue(f"more text after the end of the array: {found}", True)
-        yield line + text.count("\n", counted, rest), problem
+    def _read_more(self) -> None:
+        """Doubles the window, so the text of a long element is decoded a few times only."""
+        size = max(_BLOCK, len(self._text) - self._at)
+        more = self._file.read(size)
+        self.count_lines()
+        self._counted, self._line_start = self._counted - self._at, self._line_start - self._at
+        self._text, self._at, self._ended = self._text[self._at :] + more, 0, len(more) < size
 
+    def count_lines(self, stop: int | None = None) -> None:
+        """Sets `line` to that of the next character, or of the one at `stop`."""
+        stop = self._at if stop is None else stop
+        if lines := self._text.count("\n", self._counted, stop):
+            self.line += lines
+            self._line_start = self._text.rindex("\n", self._counted, stop) + 1
+        self._counted = stop
 
-def _next_element(text: str, at: int) -> int:
-    """Returns the position of the next element after the comma at `at`, or of the closing bracket."""
-    if text.startswith("]", at):
-        return at
-    if not text.startswith(",", at):
-        raise json.JSONDecodeError("expected ',' or ']' after an element of the array", text, at)
-    at = _skip(text, at + 1)
-    if text.startswith("]", at):
-        raise json.JSONDecodeError("expected a row after the comma", text, at)
-    return at
-
-
-def _skip(text: str, at: int) -> int:
-    while at < len(text) and text[at] in SPACE:
-        at += 1
-    return at
+    def _broken(self, problem: str, position: int) -> _BrokenArrayError:
+        self.count_lines(position)
+        column = position - self._line_start + 1
+        return _BrokenArrayError(f"not JSON: {problem} at column {column}; reading stops there")
 
 
 def shorten(text: str) -> str:

@@ -2,6 +2,9 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+from qlora_jax.data.readers.gzip_file import MAX_RATIO, MAX_UNPACKED
 
 MAGIC = b"PAR1"  # a file's first bytes
 _BATCH = 1024  # rows in memory at once
@@ -22,14 +25,41 @@ def parquet_rows(path: Path) -> Iterator[dict[str, object]]:
             "write the file as JSON Lines."
         ) from None
     try:
-        with parquet.ParquetFile(path) as file:
+        with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            _check_sizes(path, file.metadata)
             _check_names(path, file.schema_arrow.names)
             for batch in file.iter_batches(_BATCH):
                 yield from batch.to_pylist()
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: a text in the Parquet file is not UTF-8 ({error}). Write it as UTF-8.") from error
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: truncated or corrupt Parquet file ({error}). Write or copy it again.") from error
+        raise _corrupt(path, error) from error
+
+
+def _check_sizes(path: Path, metadata: Any) -> None:
+    """Raises ValueError if the file's declared sizes and its own do not go together.
+
+    Args:
+      metadata: pyarrow.parquet.FileMetaData, which has no types.
+    """
+    groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
+    if sum(group.num_rows for group in groups) != metadata.num_rows or any(group.num_rows < 0 for group in groups):
+        raise _corrupt(path, f"it declares {metadata.num_rows:,} rows, and other numbers for its parts")
+    size = path.stat().st_size
+    for column in (group.column(index) for group in groups for index in range(group.num_columns)):
+        packed, unpacked = column.total_compressed_size, column.total_uncompressed_size
+        start = min(column.data_page_offset, column.dictionary_page_offset or column.data_page_offset)
+        if start < len(MAGIC) or packed < 0 or unpacked < 0 or start + packed > size:
+            raise _corrupt(path, f"the column {column.path_in_schema} is not inside the file")
+        if unpacked > max(MAX_UNPACKED, MAX_RATIO * packed):
+            raise ValueError(
+                f"{path}: the column {column.path_in_schema} unpacks to more than {MAX_RATIO} times its size (found "
+                f"{packed:,} and {unpacked:,} bytes). If you trust it, write the file without compression."
+            )
+
+
+def _corrupt(path: Path, problem: object) -> ValueError:
+    return ValueError(f"{path}: truncated or corrupt Parquet file ({problem}). Write or copy it again.")
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
