@@ -121,7 +121,7 @@ def _bad_rows(split: SplitReport) -> list[tuple[str, str]]:
 
 
 def _on_one_line(text: str) -> str:
-    return text.translate({**VISIBLE, ord("\n"): 0x240A})
+    return visible(text).replace("\n", "␊")
 
 
 def _lookalikes(split: SplitReport) -> list[tuple[str, str]]:
