@@ -1,6 +1,7 @@
 """Settings of question files: a training run asks them at each evaluation, `evaluate` asks them of any model."""
 
 import dataclasses
+import difflib
 import re
 from collections.abc import Collection
 from typing import NamedTuple
@@ -112,8 +113,13 @@ def _column_problems(args: QuestionArgs, section: str, rows_columns: Collection[
 def unknown_columns(setting: str, names: Collection[str], known: Collection[str]) -> list[str]:
     """Describes names of columns that are not ours, one line each."""
     return [
-        f"{setting}: unknown column (found {name!r}, expected any of {', '.join(known)}). Write our name first, then "
-        "the file's"
+        f"{setting}: unknown column (found {name!r}, expected any of {', '.join(known)}){_near(name, known)} Write our "
+        "name first, then the file's"
         for name in names
         if name not in known
     ]
+
+
+def _near(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name.strip().lower(), known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else "."

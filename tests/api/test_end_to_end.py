@@ -119,6 +119,10 @@ def test_what_finetune_refuses(project, tmp_path):
         attempt(project.base)
     with pytest.raises(ValueError, match=r"was not loaded by qlora_jax\.load .*quantize_model"):
         attempt(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(ValueError, match=r"rows can't be used:(.|\n)*data\.columns: no column 'q' "):
+        attempt(columns={"prompt": "q"}, max_length=64)
+    with pytest.raises(ValueError, match=r"data\.bad_rows drop leaves no row"):
+        attempt(columns={"prompt": "q"}, bad_rows="drop", max_length=64)
     with pytest.raises(ValueError, match=r"optim\.lr: unknown setting; did you mean optim\.learning_rate"):
         attempt(config={"optim.lr": 1.0})
     with pytest.raises(ValueError, match=r"lora\.rank: cannot be set in config; it comes from qlora_jax\.add_adapter"):

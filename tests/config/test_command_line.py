@@ -72,6 +72,7 @@ def test_files_with_weights():
         (["--data.format", "ShareGPT"], "did you mean sharegpt?"),
         (["--lora.rank", "8.5"], "lora.rank: found 8.5, expected a whole number"),
         (["--data.columns", "{question: prompt}"], "data.columns: unknown column (found 'question', expected any of"),
+        (["--data.columns", "{Promt: q}"], "chosen, text); did you mean 'prompt'? Write our name first"),
         (["--data.columns", "{prompt: {a: b}}"], "data.columns: found 'prompt', expected the files of data.train"),
         (["--data.columns", "{t: {question: a}}"], "data.columns: unknown column (found 'question', expected any of"),
         (["--data.columns", "question"], "data.columns: found 'question', expected a mapping of text to text or a"),

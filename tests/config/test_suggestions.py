@@ -78,6 +78,42 @@ def test_settings_of_other_trainers_are_answered(name: str, answer: str):
     assert problem.startswith(f"{name}: unknown setting; ") and answer in problem
 
 
+# Names in the examples of each project.
+AXOLOTL = """base_model model_type tokenizer_type load_in_8bit load_in_4bit strict datasets dataset_prepared_path
+    val_set_size output_dir adapter lora_model_dir sequence_len sample_packing eval_sample_packing pad_to_sequence_len
+    lora_r lora_alpha lora_dropout lora_target_linear lora_target_modules lora_modules_to_save peft_use_dora
+    peft_use_rslora wandb_project wandb_entity wandb_name gradient_accumulation_steps micro_batch_size num_epochs
+    optimizer lr_scheduler learning_rate train_on_inputs group_by_length bf16 fp16 tf32 gradient_checkpointing
+    gradient_checkpointing_kwargs resume_from_checkpoint local_rank logging_steps xformers_attention flash_attention
+    warmup_steps warmup_ratio evals_per_epoch saves_per_epoch weight_decay special_tokens deepspeed fsdp chat_template
+    early_stopping_patience roles_to_train save_safetensors"""
+LLAMA_FACTORY = """model_name_or_path stage do_train finetuning_type lora_rank lora_alpha lora_dropout lora_target
+    quantization_bit quantization_method double_quantization dataset dataset_dir template cutoff_len max_samples
+    overwrite_cache preprocessing_num_workers dataloader_num_workers output_dir logging_steps save_steps plot_loss
+    overwrite_output_dir save_only_model report_to per_device_train_batch_size gradient_accumulation_steps learning_rate
+    num_train_epochs lr_scheduler_type warmup_ratio bf16 ddp_timeout resume_from_checkpoint val_size
+    per_device_eval_batch_size eval_strategy eval_steps flash_attn train_on_prompt mask_history neat_packing packing
+    use_rslora use_dora pissa_init additional_target adapter_name_or_path trust_remote_code enable_liger_kernel"""
+UNSLOTH = """model_name max_seq_length dtype load_in_4bit load_in_8bit full_finetuning token r target_modules lora_alpha
+    lora_dropout bias use_gradient_checkpointing random_state use_rslora loftq_config dataset_text_field
+    dataset_num_proc packing"""
+TRANSFORMERS = """output_dir overwrite_output_dir do_train do_eval eval_strategy evaluation_strategy
+    per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps eval_accumulation_steps
+    learning_rate weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm num_train_epochs max_steps
+    lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps logging_dir logging_strategy logging_steps
+    save_strategy save_steps save_total_limit save_safetensors seed data_seed bf16 fp16 tf32 local_rank
+    dataloader_num_workers dataloader_pin_memory run_name disable_tqdm remove_unused_columns load_best_model_at_end
+    metric_for_best_model greater_is_better deepspeed fsdp optim group_by_length report_to ddp_find_unused_parameters
+    gradient_checkpointing gradient_checkpointing_kwargs push_to_hub resume_from_checkpoint torch_compile
+    neftune_noise_alpha label_smoothing_factor"""
+
+
+@pytest.mark.parametrize("names", [AXOLOTL, LLAMA_FACTORY, UNSLOTH, TRANSFORMERS])
+def test_every_common_name_of_another_trainer_is_answered(names: str):
+    last = {key.rpartition(".")[2] for key in KEYS}
+    assert [name for name in names.split() if name not in REPLACEMENTS and name not in last] == []
+
+
 def test_a_required_setting_is_not_missing_under_another_name():
     with pytest.raises(ConfigError) as error:
         from_dict(Config, {"base_model": "m", "datasets": "t", "output": "o"})
