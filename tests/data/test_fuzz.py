@@ -15,27 +15,8 @@ from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from tests.data.sound_rows import SOUND_ROWS
 
-TURNS = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
-GOOD: dict[str, dict[str, Any]] = {
-    "messages": {"messages": TURNS},
-    "sharegpt": {"conversations": [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]},
-    "alpaca": {"instruction": "Q", "input": "", "output": "A"},
-    "completion": {"prompt": "Q", "completion": "A"},
-    "input-output": {"input": "Q", "output": "A"},
-    "unnatural-instructions": {"instances": [{"instruction_with_input": "Q", "output": "A"}]},
-    "unnatural-instructions-full": {
-        "instances": [{"instruction_with_input": "Q", "output": "A"}],
-        "reformulations": [],
-    },
-    "seed-tasks": {"instruction": "Q", "instances": [{"input": "", "output": "A"}]},
-    "flan": {"inputs": "Q", "targets": "A"},
-    "hh-rlhf": {"chosen": "\n\nHuman: Q\n\nAssistant: A"},
-    "guanaco": {"text": "### Human: Q### Assistant: A"},
-    "guanaco-answers": {"text": "### Human: Q### Assistant: A"},
-    "chip2": {"text": "<human>: Q\n<bot>: A"},
-    "text": {"text": "T"},
-}
 NAMES = ("rows.jsonl", "rows.json", "rows.jsonl.gz")  # the content decides, not the name
 leaves = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
 anything = st.recursive(
@@ -48,7 +29,7 @@ not_json = st.sampled_from(['{"text": ', "{'text': 'a'}", '{"text": "a"} trailin
 @st.composite
 def malformed(draw: st.DrawFn, row_format: str) -> str:
     """A line that is certainly not a row of that format."""
-    good, required = GOOD[row_format], FORMATS[row_format].required
+    good, required = SOUND_ROWS[row_format], FORMATS[row_format].required
     kind = draw(st.sampled_from(["not json", "no object", "no column", "no text", "blank", "half"]))
     name = draw(st.sampled_from(required))
     if kind == "not json":
@@ -82,7 +63,7 @@ def test_every_malformed_row_is_told_by_its_line(tokenizer: Tokenizer, row_forma
     @settings(max_examples=15)
     @given(st.lists(malformed(row_format), min_size=7, max_size=7), places, st.sampled_from(NAMES))
     def check(bad: list[str], at: list[int], name: str):
-        lines = [json.dumps(GOOD[row_format])] * 21
+        lines = [json.dumps(SOUND_ROWS[row_format])] * 21
         for line, text in zip(at, bad, strict=True):
             lines[line] = text.replace("\n", " ")
         told = error_of(tokenizer, row_format, lines, name)
@@ -109,10 +90,12 @@ def error_of(tokenizer: Tokenizer, row_format: str, lines: list[str], name: str)
 @given(st.sampled_from(list(FORMATS)), st.lists(anything, min_size=1, max_size=5), st.booleans())
 def test_anything_else_is_read_or_told(tokenizer: Tokenizer, row_format: str, values: list[Any], changed: bool):
     """Values of any kind as rows, or as columns of a row: only ValueError is raised."""
-    rows = [{**GOOD[row_format], FORMATS[row_format].required[0]: value} if changed else value for value in values]
+    rows = [
+        {**SOUND_ROWS[row_format], FORMATS[row_format].required[0]: value} if changed else value for value in values
+    ]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "rows.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in [GOOD[row_format], *rows]), encoding="utf-8")
+        path.write_text("".join(json.dumps(row) + "\n" for row in [SOUND_ROWS[row_format], *rows]), encoding="utf-8")
         try:
             load_dataset(
                 DataArgs(train=str(path), format=row_format), tokenizer, seed=0, micro_batch_size=1, accumulation=1

@@ -32,9 +32,8 @@ from qlora_jax.training.run import dry_run, lock_output, next_commands, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients, update
 from tests.e2e.project import project, stop_after, write_model, write_rows
+from tests.e2e.run_records import comparable_records
 from tests.marks import first_always
-
-WHAT_MAY_DIFFER = {"seconds", "data_seconds", "host_bytes", "resident_bytes", "paged_in_bytes", "paged_out_bytes"}
 
 
 def quiet() -> Console:
@@ -51,9 +50,8 @@ def run(config, resume=False):
 
 
 def numbers(config):
-    """metrics.jsonl without what a clock says, what the process held, and where optimizer state was."""
-    records = read_metrics(Path(config.output) / "metrics.jsonl")
-    return [{k: v for k, v in record.items() if k not in WHAT_MAY_DIFFER} for record in records]
+    """The records of a run that equal runs share."""
+    return comparable_records(Path(config.output) / "metrics.jsonl")
 
 
 def steps_saved(config):

@@ -1,0 +1,259 @@
+"""Kinds of damaged data: rows of every format, Parquet, chat templates, configurations, and cached rows."""
+
+import dataclasses
+import functools
+import gzip
+import json
+import random
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_jax.config import read_config, to_dict
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.dataset import Dataset, load_dataset
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.inference.prompts import encode_prompts, prompter, read_prompts
+from scripts.campaign.file_kind import FileKind
+from scripts.campaign.hostile_templates import SNIPPETS, tokens_of
+from scripts.campaign.mutations import TEXTS, damage_bytes, damage_text, damage_value, to_json
+from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR
+from tests.data.sound_rows import SOUND_ROWS
+
+ASSETS = Path(__file__).resolve().parent.parent.parent / "tests/data/assets"
+TEMPLATES = (LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR)
+TEMPLATE_FILE, CACHE, FORMAT_FILE = "template.jinja", "cache", "format.txt"
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    """Returns SmolLM2's tokenizer with its chat template."""
+    named = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "pad_token": "<|im_end|>"}
+    return load_tokenizer(
+        {
+            "tokenizer_json": gzip.decompress((ASSETS / "smollm2_tokenizer.json.gz").read_bytes()).decode(),
+            "chat_template": (ASSETS / "smollm2_chat_template.jinja").read_text(),
+            "unk_token": "<|endoftext|>",
+            "add_bos_token": False,
+            **named,
+        }
+    )
+
+
+def load(**settings: Any) -> list[object]:
+    """Loads a data set; returns what training and the data report take from it."""
+    data = DataArgs(**settings)
+    dataset = load_dataset(data, tokenizer(), seed=0, micro_batch_size=1, accumulation=1)
+    return [*_batches(dataset), dataset.fingerprint]
+
+
+def _batches(dataset: Dataset) -> list[object]:
+    found = []
+    for _, batch in zip(range(min(dataset.steps_per_epoch, 20)), dataset.train_batches(), strict=False):
+        found += [batch.inputs, batch.targets, batch.weights]
+    return found
+
+
+# Rows
+
+
+def _rows_of(row_format: str, count: int = 6) -> list[dict[str, Any]]:
+    return [SOUND_ROWS[row_format] | {"id": number} for number in range(count)]
+
+
+def _write_rows(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows_of("completion")))
+    (folder / FORMAT_FILE).write_text("auto")
+
+
+def _damage_rows(chance: random.Random, folder: Path) -> str:
+    """Writes rows of any format, some of them damaged, in any file type; at times damages the bytes, too."""
+    row_format = chance.choice(list(SOUND_ROWS))
+    rows: list[Any] = _rows_of(row_format)
+    for number in chance.sample(range(len(rows)), chance.choice((0, 1, 1, 2, 6))):
+        rows[number] = damage_value(chance, rows[number])
+    name = chance.choice(("rows.jsonl", "rows.json", "rows.csv", "rows.tsv", "rows.jsonl.gz", "rows.csv.gz"))
+    content = _encoded(chance, rows, name)
+    if chance.random() < 0.4:
+        content = damage_bytes(chance, content)
+    (folder / "rows.jsonl").unlink()
+    (folder / name).write_bytes(content)
+    (folder / FORMAT_FILE).write_text(chance.choice(("auto", row_format)))
+    return f"{name}, {row_format}: {content[:300]!r}"
+
+
+def _encoded(chance: random.Random, rows: Sequence[Any], name: str) -> bytes:
+    if ".csv" in name or ".tsv" in name:
+        text = _columns(chance, rows, "\t" if ".tsv" in name else ",")
+    elif name == "rows.json":
+        text = f"[{','.join(to_json(chance, row) for row in rows)}]"
+    else:
+        text = "".join(f"{to_json(chance, row)}\n" for row in rows)
+    content = text.encode("utf-8", "surrogatepass")
+    return gzip.compress(content, 1) if name.endswith(".gz") else content
+
+
+def _columns(chance: random.Random, rows: Sequence[Any], separator: str) -> str:
+    objects = [row if isinstance(row, dict) else {"text": row} for row in rows]
+    names = list(dict.fromkeys(str(name) for row in objects for name in row))
+    quote = chance.choice(('"', '"', ""))
+    cells = [[_cell(row.get(name, ""), quote) for name in names] for row in objects]
+    return "\n".join(separator.join(line) for line in [names, *cells]) + "\n"
+
+
+def _cell(value: object, quote: str) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return quote + text.replace('"', '""') + quote
+
+
+def _read_rows(folder: Path) -> list[object]:
+    (path,) = folder.glob("rows.*")
+    found = load(train=str(path), format=(folder / FORMAT_FILE).read_text())
+    rows = read_prompts(str(path)) if path.name.endswith((".json", ".jsonl", ".json.gz", ".jsonl.gz")) else []
+    return [*found, len(rows)]
+
+
+def _read_prompts(folder: Path) -> Sequence[object]:
+    (path,) = folder.glob("rows.*")
+    rows = read_prompts(str(path))
+    return encode_prompts(str(path), rows, prompter(tokenizer(), raw=False, system=None), 4096)
+
+
+# Parquet
+
+
+def _write_parquet(folder: Path) -> None:
+    _write_table(folder / "rows.parquet", _rows_of("alpaca", 9))
+    (folder / FORMAT_FILE).write_text("auto")
+
+
+def _write_table(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+
+
+def _damage_parquet(chance: random.Random, folder: Path) -> str:
+    row_format = chance.choice(("alpaca", "messages", "completion", "text"))
+    path = folder / "rows.parquet"
+    _write_table(path, _rows_of(row_format, 9))
+    content = path.read_bytes()
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    if chance.random() < 0.5:
+        content = content[:-footer] + damage_bytes(chance, content[-footer:])
+    else:
+        content = damage_bytes(chance, content)
+    path.write_bytes(content)
+    return row_format
+
+
+# Templates
+
+
+def _write_template(folder: Path) -> None:
+    (folder / TEMPLATE_FILE).write_text(MODERN)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows_of("messages")))
+
+
+def _damage_template(chance: random.Random, folder: Path) -> str:
+    template = damage_text(chance, tokens_of(chance.choice(TEMPLATES)), (*SNIPPETS, *TEXTS[:20]))
+    (folder / TEMPLATE_FILE).write_bytes(template.encode("utf-8", "surrogatepass"))
+    return repr(template[:1500])
+
+
+def _read_template(folder: Path) -> list[object]:
+    return load(train=str(folder / "rows.jsonl"), chat_template=str(folder / TEMPLATE_FILE))
+
+
+# Configurations
+
+YAML_TEXTS = (
+    *("a: &a [*a]\n", "&a {*a: *a}\n", "!!python/object/apply:os.system ['id']\n", "--- a\n--- b\n", "? [a]\n: b\n"),
+    *("\t- x\n", "a: b: c\n", "lora: {rank: 4, rank: 8}\n", "%YAML 9.9\n---\n", "a: !!binary x\n", "a: 2024-99-99\n"),
+    *("a: 1:60:60\n", "a: 0o9\n", "a: !!int x\n", "a: !!float x\n", "a: .inf\n", "a: 1e999\n", "<<: *x\n", "<<: 1\n"),
+    "a0: &a0 [x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{n + 1}: &a{n + 1} [{','.join([f'*a{n}'] * 9)}]\n" for n in range(12)),
+    *("[" * 20_000, "{a: " * 20_000, "- " * 20_000, "lora:\n  target_modules: '(([a-z_.0-9]+)+)+!'\n"),
+    *(
+        "data:\n  train: {a: 1}\n",
+        "model: 3\n",
+        "lora:\n  rank_pattern: {'(': 4}\n",
+        "\x00",
+        "\ufeff",
+        "a: '\\ud800'\n",
+    ),
+)
+
+
+def _write_config(folder: Path) -> None:
+    from tests.e2e.project import project
+
+    config = dataclasses.replace(project(folder / "project"), output="run")
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config)))
+
+
+def _damage_config(chance: random.Random, folder: Path) -> str:
+    path = folder / "config.yaml"
+    text = path.read_text()
+    if chance.random() < 0.5:
+        value = damage_value(chance, yaml.safe_load(text))
+        text = yaml.safe_dump(value) if chance.random() < 0.5 else to_json(chance, value)
+    if chance.random() < 0.4:
+        lines = text.splitlines(keepends=True)
+        text = damage_text(chance, lines, YAML_TEXTS)
+    content = text.encode("utf-8", "surrogatepass")
+    path.write_bytes(damage_bytes(chance, content) if chance.random() < 0.3 else content)
+    return repr(text[:300])
+
+
+def _read_config(folder: Path) -> list[object]:
+    return [to_dict(read_config(folder / "config.yaml"))]
+
+
+# Cached rows
+
+
+def _write_cache(folder: Path) -> None:
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in _rows_of("messages", 40)))
+    _read_cache(folder)
+
+
+def _damage_cache(chance: random.Random, folder: Path) -> str:
+    path = chance.choice(sorted(path for path in (folder / CACHE).rglob("*") if path.is_file()))
+    return damage_any(chance, path)
+
+
+def damage_any(chance: random.Random, path: Path) -> str:
+    """Damages a file's bytes, or its values if it is JSON; now and then removes it."""
+    content = path.read_bytes()
+    if chance.random() < 0.05:
+        path.unlink()
+        return f"{path.name}: removed"
+    try:
+        value = json.loads(content)
+    except ValueError:
+        value = None
+    if value is not None and chance.random() < 0.7:
+        content = to_json(chance, damage_value(chance, value)).encode("utf-8", "surrogatepass")
+    else:
+        content = damage_bytes(chance, content)
+    path.write_bytes(content)
+    return f"{path.name}: {len(content)} bytes"
+
+
+def _read_cache(folder: Path) -> list[object]:
+    return load(train=str(folder / "rows.jsonl"), cache=str(folder / CACHE))
+
+
+DATA_KINDS: Mapping[str, FileKind] = {
+    "rows": FileKind(write=_write_rows, damage=_damage_rows, read=_read_rows),
+    "prompts": FileKind(write=_write_rows, damage=_damage_rows, read=_read_prompts),
+    "parquet": FileKind(
+        write=_write_parquet, damage=_damage_parquet, read=lambda f: load(train=str(f / "rows.parquet"))
+    ),
+    "template": FileKind(write=_write_template, damage=_damage_template, read=_read_template),
+    "yaml": FileKind(write=_write_config, damage=_damage_config, read=_read_config),
+    "cache": FileKind(write=_write_cache, damage=_damage_cache, read=_read_cache, digested=True),
+}

@@ -1,0 +1,160 @@
+"""Ends training runs at random moments and resumes them: each must equal an uninterrupted run to the bit.
+
+    python -m scripts.campaign.kills --cases 60 --seed 0 --output DIR [--kinds paged packed ...]
+
+A case sends SIGKILL, SIGTERM or SIGINT one to three times: anywhere, after a step, or inside a save. Then it resumes
+the run, or starts it again if it had no checkpoint, and compares parameters, optimizer state, data position, metrics
+and samples. A case fails if they differ, or if the run cannot be resumed.
+"""
+
+import dataclasses
+import random
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora_jax.config import read_config
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, saved_steps
+from qlora_jax.training.run import METRICS_FILE
+from scripts.campaign.command import Campaign, main_of
+from scripts.campaign.commands import Running, run_command
+from scripts.campaign.isolation import Limits, Run
+from scripts.campaign.ledger import Case, Verdict
+from scripts.campaign.run_results import CACHE, CONFIG, DIGEST, moved, run_digest, tiny_run, write_settings
+
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+MOMENTS = ("anywhere", "after a step", "in a save", "in a save")
+LIMITS = Limits(wall_seconds=900.0, cases=50)
+# After the end, after SIGINT, after SIGTERM, and from the signals themselves.
+EXPECTED = (0, 130, 143, -signal.SIGKILL, -signal.SIGTERM, -signal.SIGINT)
+SECONDS = "seconds.txt"
+PAGING = dict(paging="on", paging_budget="40KiB")
+EVALUATED = dict(data=dict(eval_fraction=0.2), train=dict(eval_every=2, keep_best=True))
+VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "adamw": {},
+    "adamw_8bit": {"optim": dict(name="adamw_8bit")},
+    "lion": {"optim": dict(name="lion_32bit")},
+    "lion_8bit": {"optim": dict(name="lion_8bit")},
+    "paged_adamw": {"optim": dict(name="paged_adamw_32bit", **PAGING)},
+    "paged_adamw_8bit": {"optim": dict(name="paged_adamw_8bit", **PAGING)},
+    "paged_lion": {"optim": dict(name="paged_lion_32bit", **PAGING)},
+    "packed": {"data": dict(packing=True)},
+    "accumulated": {"train": dict(accumulation=2), "lora": dict(dtype="bfloat16")},
+    "dora": {"lora": dict(method="dora")},
+    "ia3": {"lora": dict(method="ia3", dropout=0.0)},
+    "pissa": {"lora": dict(init="pissa")},
+    "loftq": {"lora": dict(init="loftq"), "optim": dict(name="paged_adamw_32bit", **PAGING)},
+    "full": {"lora": dict(method="full", dropout=0.0), "model": dict(quant_type="none")},
+    "new_tokens": {"model": dict(new_tokens=["<tool>"])},
+    "evaluated": EVALUATED,
+    "sampled": EVALUATED | {"train": EVALUATED["train"] | dict(samples="prompts.txt", sample_tokens=4)},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class KilledRun:
+    """Runs of one set of settings.
+
+    Attributes:
+      changes: settings that differ from those of `tiny_run`, by section.
+    """
+
+    changes: Mapping[str, Mapping[str, Any]]
+
+    def write_sound(self, folder: Path) -> None:
+        """Writes the model, the rows, and the digest of an uninterrupted run, which fills the cache of programs."""
+        run = folder / "run"
+        sections = {name: dict(values) for name, values in self.changes.items()}
+        if "samples" in sections.get("train", {}):
+            sections["train"]["samples"] = str(folder / "prompts.txt")
+        words = write_settings(tiny_run(folder, run, sections), folder / CONFIG)
+        for _ in range(2):  # the second run finds compiled programs, as all cases do
+            shutil.rmtree(run, ignore_errors=True)
+            began = time.monotonic()
+            done = run_command(words, folder / "printed.txt", folder / CACHE)
+            if done.status != 0:
+                raise RuntimeError(f"the uninterrupted run failed:\n{done.output}")
+        (folder / SECONDS).write_text(str(time.monotonic() - began))
+        (folder / DIGEST).write_text(run_digest(run))
+        shutil.rmtree(run)
+
+    def start(self, sound: Path, scratch: Path) -> Run:
+        """Returns the function that runs a case."""
+        expected, seconds = (sound / DIGEST).read_text(), float((sound / SECONDS).read_text())
+
+        def run(case: Case) -> Verdict:
+            chance = random.Random(f"{case.seed}/{case.kind}/{case.number}")
+            folder = scratch / "case"
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            return _killed_and_resumed(chance, sound, folder, expected, seconds)
+
+        return run
+
+
+def _killed_and_resumed(chance: random.Random, sound: Path, folder: Path, expected: str, seconds: float) -> Verdict:
+    run, printed, cache = folder / "run", folder / "printed.txt", sound / CACHE
+    words = write_settings(moved(read_config(sound / CONFIG), sound, run), folder / CONFIG)
+    sent: list[str] = []
+    status = None
+    for _ in range(chance.choice((1, 1, 2, 3))):
+        process = Running([*words, *_resume(run)], printed, cache)
+        sent.append(_kill(chance, process, run, seconds))
+        done = process.wait()
+        if done.status not in EXPECTED:
+            return Verdict("lost", f"status {done.status}: {done.last_line} | {'; '.join(sent)}")
+        status = done.status
+    if status != 0:
+        done = run_command([*words, *_resume(run)], printed, cache)
+        if done.status != 0:
+            return Verdict("lost", f"status {done.status}: {done.last_line} | {'; '.join(sent)}")
+    return Verdict("equal" if run_digest(run) == expected else "differs", f"| {'; '.join(sent)}")
+
+
+def _resume(run: Path) -> list[str]:
+    """Returns the switch that resumes a run; removes a run without a checkpoint, as the error message says."""
+    if saved_steps(run):
+        return ["--resume"]
+    shutil.rmtree(run, ignore_errors=True)
+    return []
+
+
+def _kill(chance: random.Random, process: Running, run: Path, seconds: float) -> str:
+    """Sends a signal at a random moment; returns what it did."""
+    number, moment = chance.choice(SIGNALS), chance.choice(MOMENTS)
+    if moment == "anywhere":
+        deadline = time.monotonic() + chance.uniform(0.0, seconds)
+        process.wait_until(lambda: time.monotonic() > deadline)
+    else:
+        before = _size(run / METRICS_FILE)
+        process.wait_until(lambda: _size(run / METRICS_FILE) != before)
+        if moment == "in a save":
+            process.wait_until(lambda: _saving(run), every=0.0003)
+        time.sleep(chance.uniform(0.0, 0.01 if moment == "in a save" else 0.2))
+    saving = ", while it saved" if _saving(run) else ""
+    ended = process.ended()
+    process.send(number)
+    return "ended before the signal" if ended else f"{signal.Signals(number).name} {moment}{saving}"
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _saving(run: Path) -> bool:
+    try:
+        return any("tmp" in entry.name for entry in (run / CHECKPOINT_FOLDER).iterdir())
+    except FileNotFoundError:
+        return False
+
+
+def campaign() -> Campaign:
+    """Returns the campaign."""
+    return Campaign("kills", {name: KilledRun(changes) for name, changes in VARIANTS.items()}, LIMITS)
+
+
+if __name__ == "__main__":
+    main_of(campaign, __doc__)

@@ -1,0 +1,129 @@
+"""Kinds of damaged run folders: checkpoints, their state, metrics and samples, and cached scores."""
+
+import dataclasses
+import functools
+import io
+import random
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from rich.console import Console
+
+from qlora_jax.config import Config, read_config
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.io.adapter_init import FILE as INITIAL_FILE
+from qlora_jax.io.adapter_init import read_initial
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, open_run
+from qlora_jax.training.loop import restore
+from qlora_jax.training.metrics import MetricsFile, read_metrics
+from qlora_jax.training.report.curves import charts
+from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
+from qlora_jax.training.run import METRICS_FILE, SAMPLES_FILE, train
+from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
+from scripts.campaign.data_files import damage_any
+from scripts.campaign.file_kind import FileKind
+from tests.e2e.project import project
+
+RUN, SCORES, STEPS = "run", "scores", 3
+STATE = "state"  # the part of a checkpoint that is JSON
+
+
+def write_run_folder(folder: Path) -> None:
+    """Trains for a few steps, with an initial adapter, evaluations and samples; one checkpoint stays."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("say sun\nsay moon\n")
+    config = project(
+        folder,
+        lora=dict(init="pissa", svd_niter=2, dropout=0.0),
+        train=dict(
+            steps=STEPS, keep=1, save_every=0, eval_every=1, accumulation=1, samples=str(prompts), sample_tokens=4
+        ),
+    )
+    assert train(config, folder / RUN, resume=False, oversized=False, console=Console(file=io.StringIO()))
+
+
+def _damage_checkpoint(chance: random.Random, folder: Path) -> str:
+    """Damages a file of the arrays, and now and then a second one."""
+    files = [path for path in _files(folder / RUN / CHECKPOINT_FOLDER) if STATE not in path.parts]
+    return "; ".join(damage_any(chance, path) for path in chance.sample(files, chance.choice((1, 1, 1, 2))))
+
+
+def _damage_state(chance: random.Random, folder: Path) -> str:
+    """Damages the state of the checkpoint, the run's configuration or its initial adapter."""
+    states = [path for path in _files(folder / RUN / CHECKPOINT_FOLDER) if STATE in path.parts]
+    return damage_any(chance, chance.choice([*states, folder / RUN / CONFIG_FILE, folder / RUN / INITIAL_FILE]))
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@functools.cache
+def _session(folder: Path) -> Session:
+    """Builds the session of a resumed run; the first call meets the sound copy."""
+    config = _moved(read_config(folder / RUN / CONFIG_FILE), folder)
+    inputs = open_inputs(config)
+    initial = read_initial(folder / RUN, config.lora)
+    return prepare(config, inputs, compile_gradients(config, inputs), lambda *_: None, initial)
+
+
+def _moved(config: Config, folder: Path) -> Config:
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, path=str(folder / "model")),
+        data=dataclasses.replace(config.data, train=str(folder / "rows.jsonl")),
+        train=dataclasses.replace(config.train, samples=str(folder / "prompts.txt")),
+        output=str(folder / RUN),
+    )
+
+
+def _read_run(folder: Path) -> list[object]:
+    """Restores the run as `generate` and as `train --resume` do."""
+    session, run = _session(folder), open_run(folder / RUN)
+    with Checkpoints(folder / RUN, keep=1) as checkpoints:
+        state = restore(session, checkpoints)
+    initial = read_initial(folder / RUN, session.config.lora)
+    arrays = jax.tree.leaves((run.lora, state.lora, state.optimizer_state, initial and initial.factors))
+    named = [run.lora_args, run.step, run.fingerprint, state.step, state.position, state.best]
+    return [*named, *map(np.asarray, arrays)]
+
+
+def _damage_records(chance: random.Random, folder: Path) -> str:
+    return damage_any(chance, folder / RUN / chance.choice((METRICS_FILE, METRICS_FILE, SAMPLES_FILE)))
+
+
+def _read_records(folder: Path) -> list[object]:
+    """Reads the records as reports and resumed runs do."""
+    found: list[object] = []
+    for name in (METRICS_FILE, SAMPLES_FILE):
+        with MetricsFile(folder / RUN / name, STEPS - 1):
+            found.append(read_metrics(folder / RUN / name))
+    metrics, samples = found
+    assert isinstance(metrics, list) and isinstance(samples, list)
+    summaries = [training_summary(metrics), question_summary(metrics), charts(metrics, 0), before_and_after(samples)]
+    return [*found, *map(repr, summaries)]
+
+
+def _write_scores(folder: Path) -> None:
+    (folder / SCORES).mkdir()
+    _read_scores(folder)
+
+
+def _damage_scores(chance: random.Random, folder: Path) -> str:
+    return damage_any(chance, chance.choice(_files(folder / SCORES)))
+
+
+def _read_scores(folder: Path) -> list[object]:
+    cache = ResultCache(folder / SCORES, "model")
+    scores = [np.linspace(-9, 0, 200, dtype=np.float32), np.arange(200) % 3 == 0]
+    return [array for number in range(3) for array in cache.get_or_compute([number], lambda: scores)]
+
+
+RUN_KINDS: Mapping[str, FileKind] = {
+    "checkpoint": FileKind(write=write_run_folder, damage=_damage_checkpoint, read=_read_run, digested=True),
+    "state": FileKind(write=write_run_folder, damage=_damage_state, read=_read_run, digested=True),
+    "metrics": FileKind(write=write_run_folder, damage=_damage_records, read=_read_records),
+    "scores": FileKind(write=_write_scores, damage=_damage_scores, read=_read_scores, digested=True),
+}
