@@ -8,9 +8,12 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
+
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from qlora_jax.atomic_files import append_lines, write_text
+from qlora_jax.metadata import MetadataError, decode_json, find_problems
 
 Record = dict[str, Any]  # JSON values; docs/training.md lists the keys
 
@@ -20,16 +23,66 @@ def _line(record: Record) -> str:
     return json.dumps(finite, allow_nan=False) + "\n"
 
 
+class _Step(TypedDict):
+    step: PositiveInt
+    loss: float | None
+    tokens: NonNegativeInt
+    supervised_tokens: NonNegativeInt
+    length: PositiveInt
+    seconds: PositiveFloat
+    learning_rate: NotRequired[float | None]
+    grad_norm: NotRequired[float | None]
+    paging_problems: NotRequired[list[str]]
+
+
+class _Sample(TypedDict):
+    step: NonNegativeInt
+    prompt: dict[str, Any]
+    reply: str
+    end: str
+
+
+class _Evaluation(TypedDict):
+    step: NonNegativeInt
+    eval_loss: NotRequired[float | None]
+    eval_perplexity: NotRequired[float | None]
+
+
+# The type of a record by a key that only this type has; an evaluation has neither. All other values are numbers.
+_KINDS = {"loss": _Step, "reply": _Sample}
+
+
+def _problems(record: Record) -> list[str]:
+    """Returns what a record lacks, and its values of other types."""
+    kind = next((kind for key, kind in _KINDS.items() if key in record), _Evaluation)
+    others = {key: value for key, value in record.items() if key not in kind.__annotations__}
+    halves = [key for key in record if key.endswith("_low") and f"{key.removesuffix('_low')}_high" not in record]
+    problems = find_problems(record, kind) + find_problems(others, dict[str, float])
+    return problems + [f"{key.removesuffix('_low')}_high: missing" for key in halves]
+
+
+def _decode(line: str, place: str) -> Record:
+    try:
+        record = decode_json(line, dict[str, Any], place)
+    except MetadataError as error:
+        raise ValueError(f"{place}: found {line[:80]!r}, expected a JSON object. Delete this line") from error
+    if problems := _problems(record):
+        raise ValueError(f"{place}: not a record of a run ({'; '.join(problems)}). Correct or delete this line")
+    return record
+
+
 def _records(path: Path) -> Iterator[Record]:
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}. Correct the file") from None
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-            record["step"]
-        except (ValueError, TypeError, KeyError) as error:
+            record = _decode(line, f"{path}:{number}")
+        except ValueError:
             if number == len(lines) and not line.endswith("\n"):
                 return  # a run killed during a write leaves half a line, always the last one
-            raise ValueError(f"{path}:{number}: found {line[:80]!r}, expected a JSON object with `step`.") from error
+            raise
         yield record
 
 

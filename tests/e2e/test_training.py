@@ -385,6 +385,12 @@ def test_an_output_folder_in_use_is_refused(finished, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_a_run_is_read_while_it_trains(finished):
+    with lock_output(Path(finished.output), resume=True, warn=pytest.fail):
+        assert open_run(Path(finished.output)).step == 10
+        assert open_finetuned(finished.output).run is not None
+
+
 def take(folder, resume):
     """Locks an output folder and releases it again."""
     with lock_output(folder, resume=resume, warn=pytest.fail):

@@ -8,17 +8,21 @@ from qlora_jax.config import Config, DataArgs, ModelArgs, write_config
 from qlora_jax.training.metrics import MetricsFile, read_metrics
 
 
+def step_record(step, loss):
+    return {"step": step, "loss": loss, "tokens": 9, "supervised_tokens": 4, "length": 16, "seconds": 0.5}
+
+
 def write_steps(path, steps, first_step):
     with MetricsFile(path, first_step) as metrics:
         for step in steps:
-            metrics.write({"step": step, "loss": step / 7})
+            metrics.write(step_record(step, step / 7))
 
 
 def test_each_record_is_in_the_file_before_write_returns(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, 0) as metrics:
-        metrics.write({"step": 1, "loss": 0.1})
-        assert read_metrics(path) == [{"step": 1, "loss": 0.1}]
+        metrics.write(step_record(1, 0.1))
+        assert read_metrics(path) == [step_record(1, 0.1)]
 
 
 def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path):
@@ -31,23 +35,18 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path):
 
 def test_an_evaluation_that_runs_again_is_not_recorded_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    records = [
-        {"step": 1, "loss": 2.0},
-        {"step": 1, "eval_loss": 3.0},
-        {"step": 2, "loss": 1.0},
-        {"step": 2, "eval": 1},
-    ]
+    records = [record for step in (1, 2) for record in (step_record(step, 2.0), {"step": step, "eval_loss": 3.0})]
     for evaluated, kept in ((True, 4), (False, 3)):
-        path.write_text("".join(json.dumps(record) + "\n" for record in [*records, {"step": 3, "loss": 0.5}]))
+        path.write_text("".join(json.dumps(record) + "\n" for record in [*records, step_record(3, 0.5)]))
         with MetricsFile(path, 2, evaluated=evaluated):
             assert read_metrics(path) == records[:kept]
 
 
 def test_a_run_from_step_0_starts_the_file_anew(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    write_steps(path, range(3), 0)
-    write_steps(path, range(2), 0)
-    assert [record["step"] for record in read_metrics(path)] == [0, 1]
+    write_steps(path, range(1, 4), 0)
+    write_steps(path, range(1, 3), 0)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
 
 
 @pytest.mark.parametrize("cut", range(1, 20))
@@ -66,6 +65,31 @@ def test_anything_else_is_told_with_its_line(tmp_path):
     path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
     with pytest.raises(ValueError, match=r"metrics\.jsonl:2: found 'nonsense"):
         read_metrics(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (dict(step="1"), "step: found '1', expected a whole number"),
+        (dict(tokens=None, seconds=0), r"tokens: found None, .*; seconds: found 0, "),
+        (dict(loss=[1.0]), r"loss: found \[1\.0\], expected a number"),
+        (dict(host_bytes={}), "host_bytes: found {}, expected a number"),
+        (dict(letters_right_low=0.1), "letters_right_high: missing"),
+        (dict(reply="x", loss=1.0), "reply: found 'x', expected a number"),
+    ],
+)
+def test_values_of_other_types_are_all_named_with_their_line(tmp_path, changes, problem):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f"{json.dumps(step_record(1, 0.1))}\n{json.dumps(step_record(2, 0.1) | changes)}\n")
+    with pytest.raises(ValueError, match=rf"metrics\.jsonl:2: not a record of a run \({problem}"):
+        read_metrics(path)
+
+
+@pytest.mark.parametrize("content", [b'{"a":' * 100_000, b"[]\n", b'{"step": 1}\n\xff\n', b'{"step": 1, "step": 2}\n'])
+def test_a_file_from_elsewhere_is_an_error_that_names_it(tmp_path, content):
+    (tmp_path / "metrics.jsonl").write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:"):
+        read_metrics(tmp_path / "metrics.jsonl")
 
 
 def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
