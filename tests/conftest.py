@@ -15,6 +15,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
+from scripts.fetch_gemma3 import gemma3_path
 from scripts.fetch_smollm2 import fetch_smollm2
 from tests.case_budget import mark_cases
 
@@ -154,6 +155,14 @@ def smollm2_gguf() -> Path:
         return fetch_smollm2()
     except OSError as error:
         pytest.skip(f"SmolLM2 cannot be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def gemma3_gguf() -> Path:
+    """Path of Gemma 3 270M as GGUF; skips if scripts.fetch_gemma3 has not fetched it."""
+    if not gemma3_path().exists():
+        pytest.skip(f"{gemma3_path()} does not exist: python -m scripts.fetch_gemma3")
+    return gemma3_path()
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from qlora_jax.data.report.stats import (
 )
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
-from qlora_jax.data.rows import File, TokenRows, concatenate_rows
+from qlora_jax.data.rows import File, TokenRows, check_ids, concatenate_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template
 
 
@@ -187,12 +187,12 @@ def _prepare(path: str, split: Split | None, data: DataArgs, tokenizer: Tokenize
         path=path, row_format=row_format, split=split, hashed=data.eval is not None, tokenizer=tokenizer, data=data
     )
     if data.cache is None:
-        return _in_memory(path, list(row_chunks(preparation)))
+        return _in_memory(path, list(row_chunks(preparation)), tokenizer.rows)
     folder = Path(data.cache) / preparation.key()
-    stored = open_stored_rows(folder, path)
+    stored = open_stored_rows(folder, path, tokenizer.rows)
     if stored is None:
         store_rows(row_chunks(preparation), folder)
-        stored = open_stored_rows(folder, path)
+        stored = open_stored_rows(folder, path, tokenizer.rows)
         if stored is None:
             raise ValueError(f"data.cache: {folder} can't be read back after it was written. Check the disk.")
     return _Prepared(
@@ -204,8 +204,8 @@ def _prepare(path: str, split: Split | None, data: DataArgs, tokenizer: Tokenize
     )
 
 
-def _in_memory(path: str, chunks: Sequence[RowChunk]) -> _Prepared:
-    rows = concatenate_rows([chunk.rows for chunk in chunks], (File(path),))
+def _in_memory(path: str, chunks: Sequence[RowChunk], id_limit: int | None) -> _Prepared:
+    rows = check_ids(concatenate_rows([chunk.rows for chunk in chunks], (File(path),)), id_limit)
     counts = functools.reduce(RowCounts.__add__, [chunk.counts for chunk in chunks])
     return _Prepared(
         path=path,

@@ -103,6 +103,7 @@ class Encoder:
                 if isinstance(segments, ValueError):
                     raise segments
                 text = _encodable("".join([piece.text for piece in segments]))
+                self.tokenizer.check_text(text)
             except ValueError as error:
                 problems.append((row.place, str(error)))
                 continue

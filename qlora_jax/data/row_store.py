@@ -21,7 +21,7 @@ from jaxtyping import Int64, UInt64
 
 from qlora_jax.atomic_files import staged_file, staged_folder, write_text
 from qlora_jax.data.row_counts import RowCounts
-from qlora_jax.data.rows import File, RowDigest, TokenRows, format_place
+from qlora_jax.data.rows import File, RowDigest, TokenRows, check_ids, format_place
 from qlora_jax.metadata import MetadataError, read_json
 
 _LOG = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class StoredRows:
     Fields:
       path: file that the rows were made of.
       count: number of rows.
+      id_limit: rows of the model's embedding. Reading an id beyond them raises an error.
     """
 
     folder: Path
@@ -68,6 +69,7 @@ class StoredRows:
     digest: str
     row_format: str
     counts: RowCounts
+    id_limit: int | None
 
     def __len__(self) -> int:
         return self.count
@@ -79,10 +81,10 @@ class StoredRows:
         return ends if start else np.concatenate([np.zeros(1, np.int64), ends])
 
     def read(self, start: int, stop: int) -> TokenRows:
-        """Reads rows start to stop - 1."""
+        """Reads rows start to stop - 1; raises ValueError if an id is beyond the model's embedding."""
         ends, count = self.ends(start, stop), stop - start
         first, total = int(ends[0]), int(ends[-1] - ends[0])
-        return TokenRows(
+        rows = TokenRows(
             ids=self._array("ids", first, total),
             supervised=self._array("supervised", first, total),
             starts=ends - first,
@@ -90,6 +92,7 @@ class StoredRows:
             lines=self._array("lines", start, count),
             files=(File(self.path),),
         )
+        return check_ids(rows, self.id_limit)
 
     @property
     def hashes(self) -> list[UInt64[np.ndarray, " _"]]:
@@ -115,14 +118,17 @@ class StoredRows:
         return np.fromfile(self.folder / name, _TYPES[name], count, offset=start * _TYPES[name].itemsize)
 
 
-def open_stored_rows(folder: Path, path: str) -> StoredRows | None:
+def open_stored_rows(folder: Path, path: str, id_limit: int | None = None) -> StoredRows | None:
     """Opens the rows in `folder`; returns None if it does not exist, or is damaged and was deleted.
+
+    Args:
+      id_limit: rows of the model's embedding, if there is a model.
 
     Raises:
       ValueError: the folder can't be read, or is damaged and can't be deleted.
     """
     try:
-        return _open(folder, path)
+        return _open(folder, path, id_limit)
     except FileNotFoundError:
         return None
     except DamagedEntryError as error:
@@ -162,7 +168,7 @@ class _SignedFacts(TypedDict):
     xxh3_128: str
 
 
-def _open(folder: Path, path: str) -> StoredRows:
+def _open(folder: Path, path: str, id_limit: int | None) -> StoredRows:
     facts = _read_facts(folder / _FACTS)
     for name in _TYPES:
         if (found := _file_digest(folder / name)) != facts["files"].get(name):
@@ -172,7 +178,13 @@ def _open(folder: Path, path: str) -> StoredRows:
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DamagedEntryError(f"{_FACTS}: wrong counts") from error
     return StoredRows(
-        folder=folder, path=path, count=counts.kept, digest=facts["digest"], row_format=facts["form"], counts=counts
+        folder=folder,
+        path=path,
+        count=counts.kept,
+        digest=facts["digest"],
+        row_format=facts["form"],
+        counts=counts,
+        id_limit=id_limit,
     )
 
 

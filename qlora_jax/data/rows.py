@@ -93,6 +93,24 @@ class TokenRows:
         return format_place(self.files, number, int(self.lines[index]))
 
 
+def check_ids(rows: TokenRows, limit: int | None) -> TokenRows:
+    """Returns the rows if all their ids are below `limit`, the rows of the model's embedding.
+
+    Raises:
+      ValueError: a row has another id; the message names the first such row.
+    """
+    unsigned = rows.ids.view(np.uint32)  # a negative id becomes a large one
+    if limit is None or int(unsigned.max(initial=0)) < limit:
+        return rows
+    position = int(np.argmax(unsigned >= limit))
+    row = int(np.searchsorted(rows.starts, position, "right")) - 1
+    raise ValueError(
+        f"{rows.where(int(rows.numbers[row]))}: an id has no row in the model's embedding (found "
+        f"{rows.ids[position]}, expected 0 to {limit - 1}). Use the tokenizer that was loaded with the model, and "
+        "delete this data's entry in data.cache if there is one."
+    )
+
+
 class RowDigest:
     """SHA-256 of rows, added in chunks. The chunks' sizes do not change it."""
 

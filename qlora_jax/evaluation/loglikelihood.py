@@ -20,6 +20,8 @@ from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.inference.token_ids import id_problems
+from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.token_scores import TokenScores, token_scores
 
@@ -94,8 +96,9 @@ def score_rows(
     Raises:
       ValueError: rows without a scored token, or longer than the model's positions; the message lists them by index.
     """
-    config = combine(parts).config
-    _check(rows, config.max_positions)
+    model = combine(parts)
+    config = model.config
+    _check(rows, model)
     nll, misses = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
@@ -134,12 +137,14 @@ def windows(ids: Sequence[int], size: int, stride: int | None = None, count: int
     return [(row, np.arange(len(row)) >= overlap) for row, overlap in zip(rows, overlaps, strict=True)]
 
 
-def _check(rows: Sequence[ScoredIds], max_positions: int) -> None:
+def _check(rows: Sequence[ScoredIds], model: CausalLM) -> None:
+    max_positions = model.config.max_positions
     problems = [
         f"row {index}: too long (found {len(ids)} tokens; the model has {max_positions} positions)"
         for index, (ids, _) in enumerate(rows)
         if len(ids) > max_positions + 1
     ]
+    problems += id_problems("row", (ids for ids, _ in rows), model)
     problems += [f"row {index}: no token to score" for index, (_, scored) in enumerate(rows) if not scored[1:].any()]
     if problems:
         raise ValueError("\n  ".join(["cannot score:", *problems]))

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.inference.sampling import Sampling, choose
+from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
@@ -187,7 +188,7 @@ def stream(
     """
     parts = prepare_for_decoding(parts)
     model = combine(parts)
-    _check(prompts, max_new_tokens, model.config)
+    _check(prompts, max_new_tokens, model)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
     repeats = _repeats(prompts)
     for rows in _groups(prompts):
@@ -215,16 +216,18 @@ def generate(
     return [Reply(reply, ends[row]) for row, reply in enumerate(ids)]
 
 
-def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, config: ModelConfig) -> None:
+def _check(prompts: Sequence[Sequence[int]], max_new_tokens: int, model: CausalLM) -> None:
+    max_positions = model.config.max_positions
     problems = [] if max_new_tokens >= 1 else [f"max_new_tokens: found {max_new_tokens}, expected at least 1"]
     for row, prompt in enumerate(prompts):
         if not prompt:
             problems.append(f"prompt {row}: empty (expected at least one token)")
-        elif len(prompt) >= config.max_positions:
+        elif len(prompt) >= max_positions:
             problems.append(
-                f"prompt {row}: too long (found {len(prompt)} tokens; the model has {config.max_positions} positions "
+                f"prompt {row}: too long (found {len(prompt)} tokens; the model has {max_positions} positions "
                 "for prompt and reply). Shorten it"
             )
+    problems += id_problems("prompt", prompts, model)
     if problems:
         raise ValueError("\n  ".join(["cannot generate:", *problems]))
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from qlora_jax.config import LoraArgs, ModelArgs
+from qlora_jax.data.tokenizer.embedding_rows import fit_to_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template, with_new_tokens
 from qlora_jax.io.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
 from qlora_jax.io.checkpoint import CONFIG_FILE, Run, open_run
@@ -42,10 +43,8 @@ class OpenedModel:
     @property
     def full_features(self) -> ModelConfig:
         """The model's features, its vocabulary extended by the rows that the run added."""
-        tables = {} if self.run is None else self.run.tables
-        lengths = (*(number + 1 for number in self.tokenizer.new_ids), *map(len, tables.values()))
-        rows = max((self.features.vocab_size, *lengths))
-        return dataclasses.replace(self.features, vocab_size=rows)
+        assert self.tokenizer.rows is not None, "open_tokenizer sets it"
+        return dataclasses.replace(self.features, vocab_size=self.tokenizer.rows)
 
 
 def is_finetuned(path: str | Path) -> bool:
@@ -101,7 +100,7 @@ def open_pretrained(
 
 def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> OpenedModel:
     features = model_config(source.config, source.config_name)
-    tokenizer = open_tokenizer(source, args, features.vocab_size)
+    tokenizer = open_tokenizer(source, args, _rows(features, run))
     if run is not None:
         tokenizer = dataclasses.replace(tokenizer, new_ids=tokenizer.new_ids or run.new_ids)
         run = dataclasses.replace(run, new_ids=tokenizer.new_ids)
@@ -112,6 +111,13 @@ def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template
         args=args,
         run=run,
     )
+
+
+def _rows(features: ModelConfig, run: Run | None) -> int:
+    """Returns the rows of the embedding, those of the run's adapter included."""
+    if run is None:
+        return features.vocab_size
+    return max(features.vocab_size, *(number + 1 for number in run.new_ids), *map(len, run.tables.values()), 0)
 
 
 def _open_adapter(folder: Path, base: str | None, step: int | None, chat_template: str | None) -> OpenedModel:
@@ -240,21 +246,15 @@ def _quantization(args: ModelArgs) -> tuple[str, int, bool]:
     return args.quant_type, args.block_size, args.double_quant
 
 
-def open_tokenizer(source: ModelSource, args: ModelArgs, vocabulary: int) -> Tokenizer:
+def open_tokenizer(source: ModelSource, args: ModelArgs, rows: int) -> Tokenizer:
     """The tokenizer of `source`, with the new tokens of `args`.
 
     Args:
-      vocabulary: number of rows of the model's embedding.
+      rows: rows of the model's embedding.
 
     Raises:
-      ValueError: the tokenizer cannot be read; a token is not new; or, with new tokens, the embedding has fewer rows
-        than the tokenizer had tokens.
+      ValueError: the tokenizer cannot be read; a token that is not special has no row; or a token is not new.
     """
-    tokenizer = load_tokenizer(source.tokenizer)
-    grown = with_new_tokens(tokenizer, args.new_tokens, args.new_special_tokens)
-    if grown.new_ids and min(grown.new_ids) > vocabulary:
-        raise ValueError(
-            f"{source.path}: the tokenizer has more tokens than the embedding has rows (found {tokenizer.vocab_size} "
-            f"and {vocabulary}). Remove model.new_tokens, which would leave rows between them without values"
-        )
-    return grown
+    new = [*args.new_tokens, *args.new_special_tokens]
+    tokenizer = fit_to_rows(load_tokenizer(source.tokenizer), rows, new, source.path)
+    return with_new_tokens(tokenizer, args.new_tokens, args.new_special_tokens)

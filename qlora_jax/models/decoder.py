@@ -164,6 +164,14 @@ class Embedding(nnx.Module):
             return self.adapter.lookup(tokens_M, self.weight[...])
         return self.weight[...].at[tokens_M].get(mode="promise_in_bounds")
 
+    @property
+    def num_ids(self) -> int:
+        """Number of ids that have a row, the rows of new tokens included. A look-up of any other id is undefined."""
+        if isinstance(self.adapter, TrainableTable):
+            return len(self.adapter.weight[...])
+        ids = () if self.adapter is None else self.adapter.ids
+        return max(len(self.weight[...]), *(number + 1 for number in ids), 0)
+
     def head(self, softcap: float | None) -> Head | HeadWithRows | TrainableHead:
         """Returns the language model head with this table as its weight."""
         frozen = Head(self.weight[...], None if self.bias is None else self.bias[...], softcap)

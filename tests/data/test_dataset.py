@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -157,3 +158,21 @@ def test_the_shipped_multiple_choice_questions_are_whole():
 def test_data_needs_no_jax():
     code = "import sys, qlora_jax.data.dataset, qlora_jax.data.report.text; sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache": True}, {"cache": True, "window": 4}])
+def test_ids_beyond_the_embedding_are_errors(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    """In memory, from a cache that was written for a larger embedding, and in windows of it."""
+    path = write_rows([question(number) for number in range(8)] + [question(9, tokenizer.decode([49000]))])
+    if settings:
+        settings = {**settings, "cache": str(tmp_path / "cache")}
+        load(tokenizer, train=path, **settings)
+    ids = np.concatenate([load(tokenizer, train=path).train.row(index)[0] for index in range(9)])
+    load(dataclasses.replace(tokenizer, rows=int(ids.max()) + 1), train=path, **settings)
+    with pytest.raises(
+        ValueError, match=rf"rows\.jsonl:9: an id has no row in the model's embedding .found {ids.max()}, expected 0 to"
+    ):
+        dataset = load(dataclasses.replace(tokenizer, rows=int(ids.max())), train=path, **settings)
+        list(zip(range(20), dataset.train_batches(), strict=False))

@@ -106,6 +106,15 @@ def test_windows_do_not_overlap_and_leave_nothing_out():
         windows([3], 4)
 
 
+@pytest.mark.parametrize("outside", [VOCAB, -1])
+def test_ids_without_a_row_are_errors(parts, outside: int):
+    rows = [(np.array([1, token], np.int32), np.ones(2, bool)) for token in (VOCAB - 1, outside)]
+    with pytest.raises(
+        ValueError, match=rf"row 1: an id has no row in the embedding .found ids .*expected 0 to {VOCAB - 1}"
+    ):
+        score_rows(parts, rows)
+
+
 def test_rows_that_cannot_be_scored_are_reported_together(parts):
     score_rows(parts, [(np.zeros(601, np.int32), np.ones(601, bool))])  # the last one is only predicted
     rows = [(np.zeros(602, np.int32), np.ones(602, bool)), (np.zeros(3, np.int32), np.array([True, False, False]))]

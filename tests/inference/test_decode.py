@@ -112,6 +112,14 @@ def test_bad_prompts_are_told_all_at_once(parts):
         generate(parts, [[1], [], [1] * 600], sampling=GREEDY, max_new_tokens=0, stop_ids=[])
 
 
+@pytest.mark.parametrize("outside", [VOCAB, -1])
+def test_ids_without_a_row_are_errors(parts, outside: int):
+    with pytest.raises(
+        ValueError, match=rf"prompt 1: an id has no row in the embedding .found ids .*expected 0 to {VOCAB - 1}"
+    ):
+        generate(parts, [[1], [2, outside]], sampling=GREEDY, max_new_tokens=1, stop_ids=[])
+
+
 def test_compilations_are_as_many_as_stated(parts):
     decode.prefill_chunk.clear_cache()
     decode.next_token.clear_cache()

@@ -1,10 +1,14 @@
 """Small tokenizers of the kinds in GGUF files, trained on a given text, as the text of tokenizer.json."""
 
+from collections.abc import Sequence
+from typing import Any
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from qlora_jax.data.tokenizer.from_gguf import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, rebuild
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+LINES = ["\n", "\n\n", "\n\n\n"]
 CORPUS = [
     "The quick brown fox jumps over the lazy dog; 1234567 times, it's said.",
     "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
@@ -35,20 +39,39 @@ def byte_level(split: str = "smollm", size: int = 384, normalizer: str | None = 
 
 def sentencepiece(size: int = 460, prefixed: bool = True) -> str:
     """SentencePiece BPE with byte fallback and visible spaces, like Llama's (prefixed) and Gemma's."""
+    return rebuild(sentencepiece_metadata(size, prefixed, ["\n\n", "<table>"])).to_str()
+
+
+def gemma(size: int = 600) -> str:
+    """SentencePiece BPE in the form of Gemma 3: user-defined runs of SPACE, of newlines and of tabs."""
+    runs = [SPACE * count for count in range(2, 32)]
+    return rebuild(sentencepiece_metadata(size, False, [*LINES, *runs, "<table>", "\t", "\t\t"])).to_str()
+
+
+def sentencepiece_metadata(
+    size: int, prefixed: bool, user_defined: list[str], texts: Sequence[str] = CORPUS
+) -> dict[str, Any]:
+    """GGUF metadata of a vocabulary of `size` tokens, trained on `texts`. Earlier pieces merge first."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
-    trainer = trainers.BpeTrainer(vocab_size=size - 3 - 256 - 2, special_tokens=[], show_progress=False)
-    tokenizer.train_from_iterator([f" {word}" for text in CORPUS for word in text.split(" ")], trainer)
+    control = ["<unk>", "<s>", "</s>"]
+    pieces = size - len(control) - 256 - len(user_defined)
+    trainer = trainers.BpeTrainer(vocab_size=pieces, special_tokens=[], show_progress=False)
+    tokenizer.train_from_iterator([f" {word}" for text in texts for word in text.split(" ")], trainer)
     trained = tokenizer.get_vocab()
-    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *sorted(trained, key=trained.get)]
-    own = ["\n\n", "<table>"]
-    kinds = [UNKNOWN, CONTROL, CONTROL, *[BYTE] * 256, *[NORMAL] * len(trained), *[USER_DEFINED] * len(own)]
-    # As in SentencePiece, every pair that forms a piece merges, earlier pieces first.
-    metadata = {
+    learned = [piece for piece in sorted(trained, key=trained.get) if piece not in user_defined]
+    numbered_bytes = [f"<0x{byte:02X}>" for byte in range(256)]
+    kinds = {
+        UNKNOWN: control[:1],
+        CONTROL: control[1:],
+        USER_DEFINED: user_defined,
+        BYTE: numbered_bytes,
+        NORMAL: learned,
+    }
+    return {
         "model": "llama",
-        "tokens": tokens + own,
-        "token_type": kinds,
+        "tokens": [token for tokens in kinds.values() for token in tokens],
+        "token_type": [kind for kind, tokens in kinds.items() for _ in tokens],
         "scores": [],
         "add_space_prefix": prefixed,
     }
-    return rebuild(metadata).to_str()

@@ -1,14 +1,24 @@
 """GGUF files read here equal the same files read by transformers."""
 
+import json
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 
+from qlora_jax.data.tokenizer.from_gguf import SPACE
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.export.gguf_metadata import export_spec
+from qlora_jax.io.gguf.header import parse_header
+from qlora_jax.io.gguf.writer import write_gguf as write_exported
 from qlora_jax.io.open_model import open_model
+from qlora_jax.io.pretrained import load_base, open_pretrained, weight_settings
+from tests.data.tokenizer.hard_texts import hard_texts
 from tests.io.gguf_families import FAMILIES, random_tensors, write_family
-from tests.io.tiny_models import random_weights, tiny_config, write_gguf
+from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
+from tests.io.tiny_tokenizers import gemma
 
 SCRIPT = Path(__file__).parent.parent / "oracle/gguf_import.py"
 IMPORTED = ("llama", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
@@ -54,3 +64,42 @@ def test_families_that_transformers_imports(tmp_path: Path, oracle) -> None:
 @pytest.mark.slow
 def test_smollm2(smollm2_gguf: Path, oracle) -> None:
     assert _assert_equal(smollm2_gguf, oracle) == 272
+
+
+CODE = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
+
+
+@pytest.mark.slow
+def test_gemmas_form_of_vocabulary(tmp_path: Path, oracle) -> None:
+    """User-defined runs of spaces are spelt with spaces in the file, and are one token each."""
+    texts = [text for _, text in hard_texts(600) if SPACE not in text and "<" not in text]
+    size = load_tokenizer({"tokenizer_json": gemma()}).vocab_size
+    # transformers takes its defaults for what a file does not say: the head's size, and the bases of rotation.
+    given = {"head_dim": 256, "query_pre_attn_scalar": 256, "rope_theta": 1e6, "rope_scaling": None}
+    config = FAMILIES["gemma3"][1] | {"vocab_size": size, **given}
+    named = json.dumps({"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"})
+    files = {"tokenizer.json": gemma(), "tokenizer_config.json": named}
+    tensors = random_tensors(config)
+    opened = open_pretrained(model=str(write_folder(tmp_path / "model", config, tensors, **files)))
+    path = tmp_path / "tiny.gguf"
+    write_exported(path, export_spec(opened).spec, list(tensors), iter(tensors.values()), "float32")
+    assert {" " * count for count in range(2, 32)} < set(parse_header(path).metadata["tokenizer.ggml.tokens"])
+    _assert_same_ids_and_logits(path, texts, oracle)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_gemma3(gemma3_gguf: Path, oracle) -> None:
+    texts = [text for _, text in hard_texts(2000) if SPACE not in text]
+    _assert_same_ids_and_logits(gemma3_gguf, texts, oracle)
+
+
+def _assert_same_ids_and_logits(path: Path, texts: list[str], oracle) -> None:
+    """Asserts that texts have transformers' ids, and that the logits of CODE differ by 1e-5 of the largest at most."""
+    opened = open_pretrained(model=str(path))
+    row = opened.tokenizer.encode(CODE)
+    found = oracle(SCRIPT.with_name("gguf_texts.py"), path=str(path), texts=texts, row=row)
+    assert opened.tokenizer.encode_batch(texts) == json.loads(str(found["ids"]))
+    model = load_base(opened, weight_settings(opened, "none", "float32"))
+    logits = np.asarray(model.head.logits(model.hidden(jnp.array([row]))))
+    assert np.abs(logits - found["logits"]).max() < 1e-5 * np.abs(found["logits"]).max()

@@ -142,7 +142,8 @@ def byte_lengths(backend: tokenizers.Tokenizer) -> ByteLengths | None:
     # A byte-level vocabulary has one letter per byte.
     lengths = np.array([token_byte_count(token) if prefix else len(token) for token in tokens], np.int64)
     for token, text in added.items():
-        lengths[token] = len(text.content.encode())
+        # SPACE in an added token is a space of the text: a text that contains SPACE itself does not round-trip.
+        lengths[token] = token_byte_count(text.content) if prefix else len(text.content.encode())
     if not prefix and lengths[backend.encode("a", add_special_tokens=False).ids].sum() != 1:
         return None
     return ByteLengths(lengths, np.isin(np.arange(len(lengths)), list(added)), prefix or "never")

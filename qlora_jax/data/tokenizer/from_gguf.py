@@ -98,10 +98,11 @@ def rebuild(metadata: Metadata, bos: str | None = None) -> Tokenizer:
             f"GGUF: tokenizer.ggml.model is not supported (found {metadata.get('model')!r}, expected "
             f"{' or '.join(map(repr, MODELS))}). Use the model's Hugging Face folder, which contains tokenizer.json."
         )
-    tokens = metadata["tokens"]
+    metadata = {**metadata, "tokens": _spelt_as_in_tokenizer_json(metadata)}
     tokenizer = MODELS[metadata["model"]](metadata)
     # Tokens that are in the vocabulary already get the ids that they have there.
-    tokenizer.add_tokens(_added_tokens(tokens, metadata["token_type"]))
+    tokenizer.add_tokens(_added_tokens(metadata["tokens"], metadata["token_type"]))
+    _check_size(tokenizer, metadata["tokens"])
     if bos is not None:
         starts = {"single": f"{bos} $A", "pair": f"{bos} $A {bos} $B"}
         tokenizer.post_processor = processors.TemplateProcessing(
@@ -127,7 +128,7 @@ def _byte_level_bpe(metadata: Metadata) -> Tokenizer:
 def _sentencepiece_bpe(metadata: Metadata) -> Tokenizer:
     """Builds BPE over whole texts with SPACE for spaces. Characters that no piece covers become bytes."""
     _check_lengths(metadata)
-    tokens, kinds = [_with_space_characters(token) for token in metadata["tokens"]], metadata["token_type"]
+    tokens, kinds = metadata["tokens"], metadata["token_type"]
     merges = _merges_of_pieces(tokens, kinds, metadata["scores"])
     unknown = next((token for token, kind in zip(tokens, kinds, strict=True) if kind == UNKNOWN), None)
     bpe = models.BPE(_vocabulary(tokens), merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -142,9 +143,26 @@ def _sentencepiece_bpe(metadata: Metadata) -> Tokenizer:
 MODELS = {"gpt2": _byte_level_bpe, "llama": _sentencepiece_bpe}
 
 
-def _with_space_characters(token: str) -> str:
-    """Returns the token with SPACE for its spaces. GGUF files write Gemma's runs of spaces as such."""
-    return token.replace(" ", SPACE) if token.isspace() and set(token) == {" "} else token
+def _spelt_as_in_tokenizer_json(metadata: Metadata) -> Sequence[str]:
+    """Returns the tokens, with SPACE in runs of spaces if the vocabulary is ordered by merges, as Gemma's are.
+
+    Gemma's tokenizer.json makes a run of spaces by merging SPACE. GGUF files spell these tokens with spaces.
+    In other vocabularies, tokens of spaces are found in a text as they are spelt.
+    """
+    tokens = metadata["tokens"]
+    if metadata["model"] != "llama" or metadata["scores"]:
+        return tokens
+    return [SPACE * len(token) if token and set(token) == {" "} else token for token in tokens]
+
+
+def _check_size(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
+    """Raises ValueError if the tokenizer has other tokens than the file, whose ids would be beyond the embedding."""
+    if (size := tokenizer.get_vocab_size(with_added_tokens=True)) != len(tokens):
+        extra = [text for text, number in tokenizer.get_vocab(with_added_tokens=True).items() if number >= len(tokens)]
+        raise ValueError(
+            f"GGUF: the tokenizer cannot be rebuilt from tokenizer.ggml (found {size} tokens, expected {len(tokens)}; "
+            f"not in the file: {sorted(extra)[:5]}). Use the model's Hugging Face folder, with tokenizer.json."
+        )
 
 
 def _check_lengths(metadata: Metadata) -> None:
@@ -202,14 +220,14 @@ def _merges(merges: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _added_tokens(tokens: Sequence[str], token_type: Sequence[int]) -> list[AddedToken]:
-    """Returns control tokens (special) and user-defined ones, which are found in a text before BPE splits it."""
+    """Returns the tokens that are found in a text before BPE splits it; all but user-defined ones are special."""
     if len(tokens) != len(token_type):
         raise ValueError(
             f"GGUF: tokenizer.ggml.token_type has the wrong length (found {len(token_type)}, expected {len(tokens)}). "
             "Use an undamaged file."
         )
     return [
-        AddedToken(token, normalized=False, special=kind == CONTROL)
+        AddedToken(token, normalized=False, special=kind != USER_DEFINED)
         for token, kind in zip(tokens, token_type, strict=True)
-        if kind in (CONTROL, USER_DEFINED)
+        if kind in (CONTROL, UNKNOWN, USER_DEFINED)
     ]

@@ -30,6 +30,8 @@ class Tokenizer:
       special_tokens: those of `bos_token`, `eos_token`, `pad_token` and `unk_token` that exist, by name.
       add_bos_token: True if plain text, without a chat template, starts with bos.
       new_ids: ids of tokens that were added to the model's own.
+      rows: rows of the model's embedding, those of new tokens included; None without a model.
+      refused: special tokens that were removed because they have no row. A text that spells one raises an error.
     """
 
     backend: tokenizers.Tokenizer = dataclasses.field(repr=False)
@@ -39,9 +41,12 @@ class Tokenizer:
     add_bos_token: bool
     new_ids: tuple[int, ...] = ()
     template_name: str = "the chat template"
+    rows: int | None = None
+    refused: tuple[str, ...] = ()
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens around it."""
+        self.check_text(text)
         return self.backend.encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -53,10 +58,12 @@ class Tokenizer:
 
         Tokens that share one character all cover the whole character.
         """
+        self._check_texts(texts)
         return self.backend.encode_batch(list(texts), add_special_tokens=False)
 
     def encode_fast(self, texts: Sequence[str]) -> list[tokenizers.Encoding]:
         """Returns encodings with `ids` but without `offsets`, in five sixths of the time."""
+        self._check_texts(texts)
         return self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
@@ -81,6 +88,19 @@ class Tokenizer:
         if self.chat_template is None:
             raise ValueError("this tokenizer has no chat template. Set data.chat_template to a jinja file.")
         return self.chat_template
+
+    def check_text(self, text: str) -> None:
+        """Raises ValueError if the text spells a token that the model's embedding has no row for."""
+        if self.refused and (found := [token for token in self.refused if token in text]):
+            raise ValueError(
+                f"a text spells {', '.join(map(repr, found))}, a special token without a row in the model's embedding. "
+                "Remove it from the text, or list it in model.new_special_tokens, which trains a row for it."
+            )
+
+    def _check_texts(self, texts: Sequence[str]) -> None:
+        if self.refused:
+            for text in texts:
+                self.check_text(text)
 
     def _id(self, name: str) -> int | None:
         token = self.special_tokens.get(name)
@@ -199,7 +219,8 @@ def with_new_tokens(tokenizer: Tokenizer, plain: Sequence[str], special: Sequenc
     exported = backend.to_str()
     backend.post_processor = None
     ids = tuple(backend.token_to_id(token) for token in tokens)
-    return dataclasses.replace(tokenizer, backend=backend, exported=exported, new_ids=ids)
+    rows = None if tokenizer.rows is None else max(tokenizer.rows, backend.get_vocab_size(with_added_tokens=True))
+    return dataclasses.replace(tokenizer, backend=backend, exported=exported, new_ids=ids, rows=rows)
 
 
 def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:

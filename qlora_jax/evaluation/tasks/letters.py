@@ -27,6 +27,7 @@ from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.partition import ModelParts, combine
 
 
@@ -170,7 +171,12 @@ def score_letters(
     Args:
       progress: called with the number of questions scored so far.
       cache: scores of this model.
+
+    Raises:
+      ValueError: a question has an id that the model's embedding has no row for.
     """
+    if problems := id_problems("question", [question.ids for question in questions], combine(parts)):
+        raise ValueError("\n  ".join(["cannot score:", *problems]))
     right, tied, done = np.zeros(len(questions), bool), np.zeros(len(questions), bool), 0
     for batch in batches_by_length([len(question.ids) for question in questions]):
         members = [questions[index] for index in batch.rows]

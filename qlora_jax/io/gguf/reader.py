@@ -21,6 +21,7 @@ from qlora_jax.io.model_source import ByteRange, JsonObject, ModelSource, Tensor
 PLAIN = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 BLOCKED = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K")
 
+EMBEDDING = "token_embd.weight"
 TABLES = {ROPE_FACTORS, *LONGROPE_FACTORS.values()}  # tensors that are part of the config
 NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<leaf>weight|bias)")
 
@@ -41,6 +42,8 @@ def open_gguf(path: Path) -> ModelSource:
     infos = {info.name: info for info in header.tensors}
     tables = {name: _read(path, infos[name], RowTransform()) for name in TABLES & infos.keys()}
     config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), tables)
+    if f"{architecture.name}.vocab_size" not in header.metadata and EMBEDDING in infos:
+        config["vocab_size"] = infos[EMBEDDING].shape[0]  # which may be fewer rows than there are tokens
     entries = [_entry(path, info, architecture, config) for info in header.tensors if info.name not in TABLES]
     return ModelSource(
         path=path,

@@ -51,7 +51,7 @@ def tokenizer_metadata(
       architecture: the file's architecture.
 
     Raises:
-      ValueError: the vocabulary is not BPE, has more tokens than rows, or the file would give other ids for plain text.
+      ValueError: the vocabulary is not BPE, or the file would give other ids for plain text.
     """
     parsed = json.loads(tokenizer.to_json())
     model, added = parsed["model"], {token["id"]: token for token in parsed.get("added_tokens", [])}
@@ -69,17 +69,14 @@ def tokenizer_metadata(
     source = tokenizer_from_metadata(Path("tokenizer"), metadata | {"general.architecture": architecture})
     read = load_tokenizer(source)
     _check_ids(tokenizer, read, keys["model"])
-    texts = [token["content"] for token in added.values() if token["content"] != model.get("unk_token")]
-    return metadata, _notes(tokenizer, read, keys["pre"], texts[:MAX_ADDED], _stops(tokenizer, stop)[len(STOPS) :])
+    found = {token["content"] for token in added.values()} | ({model["unk_token"]} if model.get("unk_token") else set())
+    return metadata, _notes(
+        tokenizer, read, keys["pre"], sorted(found)[:MAX_ADDED], _stops(tokenizer, stop)[len(STOPS) :]
+    )
 
 
 def _tokens(tokenizer: Tokenizer, added: Mapping[int, JsonObject], size: int) -> tuple[list[str], list[int]]:
     by_id = {number: token for token, number in tokenizer.backend.get_vocab(with_added_tokens=True).items()}
-    if outside := {token: number for number, token in by_id.items() if number >= size}:
-        raise ValueError(
-            f"the tokenizer has {len(outside)} tokens beyond the {size} rows of the model's embedding, such as "
-            f"{list(outside.items())[:5]}. Use the model's own tokenizer"
-        )
     tokens = [by_id.get(number, f"[PAD{number}]") for number in range(size)]
     kinds = [NORMAL if number in by_id else UNUSED for number in range(size)]
     for number, token in added.items():

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, rebuild
+from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, SPACE, rebuild
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests.io.tiny_tokenizers import sentencepiece_metadata
 
 ROOT = Path(__file__).parents[3]
 
@@ -183,3 +184,35 @@ def test_sentencepiece_metadata_gives_sentencepieces_ids(oracle: Callable):
         ours = [encoding.ids for encoding in rebuilt.encode_batch(strings)]
         assert _difference(ours, ids, strings) == []
         assert [rebuilt.decode(row, skip_special_tokens=False) for row in ids] == texts
+
+
+def test_runs_of_spaces_in_gemmas_vocabulary_keep_their_ids():
+    """Its files spell them with spaces, its tokenizer.json with SPACE; each run is one token of the vocabulary."""
+    metadata = _gemma_metadata()
+    rebuilt, ids = rebuild(metadata), {token: index for index, token in enumerate(metadata["tokens"])}
+    assert rebuilt.get_vocab_size(with_added_tokens=True) == len(metadata["tokens"])
+    for length in range(2, 32):
+        text = f"a{' ' * length}b"
+        assert rebuilt.encode(text).ids == [ids["a"], ids[" " * length], ids["b"]]
+        assert rebuilt.decode(rebuilt.encode(text).ids) == text
+    again = rebuild({**metadata, "tokens": [token.replace(" ", SPACE) for token in metadata["tokens"]]})
+    assert again.to_str() == rebuilt.to_str()  # older files spell them so
+
+
+def test_tokens_of_spaces_in_other_vocabularies_are_found_as_they_are_spelt():
+    metadata = _gemma_metadata()
+    scores = [-1000.0 if token.isspace() else -float(index) for index, token in enumerate(metadata["tokens"])]
+    rebuilt = rebuild({**metadata, "scores": scores})
+    assert rebuilt.encode("a  b").ids == rebuild(metadata).encode("a  b").ids
+    assert rebuilt.get_vocab_size(with_added_tokens=True) == len(metadata["tokens"])
+
+
+def test_the_unknown_token_is_found_in_a_text():
+    """Llama's tokenizer.json and llama.cpp find it too."""
+    rebuilt = rebuild(sentencepiece_metadata(460, False, []))
+    assert rebuilt.encode("<unk>").ids == [0]
+
+
+def _gemma_metadata() -> dict[str, Any]:
+    runs = [" " * count for count in range(2, 32)]
+    return sentencepiece_metadata(460, False, ["\n", "\n\n", *runs, "<table>"])

@@ -125,3 +125,11 @@ def test_pairs_of_two_models_within_subjects():
     middle, spread = changes.mean(), np.sqrt(changes.var(axis=1).sum() / 1000) / 2
     np.testing.assert_allclose([low, high], [middle - 1.96 * spread, middle + 1.96 * spread], atol=0.1 * spread)
     assert stratified_paired_bootstrap(before, before, list(subjects)) == (0.0, 0.0)
+
+
+def test_ids_without_a_row_are_errors():
+    question = LetterQuestion(ids=np.array([1, VOCAB], np.int32), letters=(2, 3), answer=0)
+    with pytest.raises(
+        ValueError, match=rf"question 0: an id has no row in the embedding .found ids 1 to {VOCAB}, expected 0 to"
+    ):
+        score_letters(tiny_parts(), [question])

@@ -163,7 +163,6 @@ def test_tokenizers_that_a_file_can_not_hold_are_refused(tmp_path: Path) -> None
     refused = {
         "no known value of tokenizer.ggml.pre": (byte_level("dots"), {}),
         "found WordLevel, expected BPE": (json.dumps(word_level), dict(bos_token=None, eos_token=None)),
-        "tokens beyond the 300 rows of the model's embedding": (byte_level(), dict(size=300)),
     }
     for problem, (text, named) in refused.items():
         opened, tensors = _folder(tmp_path / "model", FAMILIES["llama"][1], text, **named)
