@@ -2,15 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from pydantic import FailFast, Field
 
 from qlora_jax.io.model_source import TokenizerData
-from qlora_jax.metadata import MetadataError, decode_json, read_json, read_text, shorten
+from qlora_jax.metadata import MetadataError, check_value, decode_json, read_json, read_text, shorten
 
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest published tokenizer.json
+
+MAX_ID = (1 << 24) - 1  # of a token in tokenizer.json
 
 type TokenId = Annotated[int, Field(ge=-(2**31), lt=2**31)]  # some files write -1 for no token
 
@@ -67,9 +69,25 @@ class PostProcessor(TypedDict, total=False):
     processors: "Annotated[list[PostProcessor], FailFast()]"
 
 
+class TokenizerModel(TypedDict, total=False):
+    """The parts of a tokenizer's model that the tokenizers library does not check well enough."""
+
+    vocab: Any  # {token: id}; a list in some models
+    continuing_subword_prefix: str | None
+    merges: Any
+
+
+class AddedToken(TypedDict, total=False):
+    """A token beside those of the model."""
+
+    id: Annotated[int, Field(ge=0, le=MAX_ID)]
+
+
 class TokenizerJson(TypedDict, total=False):
     """The part of tokenizer.json that is used here; the tokenizers library reads the rest."""
 
+    model: TokenizerModel
+    added_tokens: Annotated[list[AddedToken], FailFast()] | None
     post_processor: PostProcessor | None
 
 
@@ -117,7 +135,37 @@ def _read_tokenizer_json(path: Path) -> tuple[str | None, TokenizerJson]:
     if not path.is_file():
         return None, {}
     text = read_text(path, MAX_TOKENIZER_BYTES)
-    return text, decode_json(text, TokenizerJson, path)
+    parsed = decode_json(text, TokenizerJson, path)
+    model = parsed.get("model", {})
+    _check_ids(path, model.get("vocab"))
+    _check_merges(path, model)
+    return text, parsed
+
+
+def _check_ids(path: Path, vocabulary: object) -> None:
+    """Checks that no id is so large that tokenizers, which counts up to it, would take minutes."""
+    ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
+    largest = max((each for each in ids if isinstance(each, int)), default=0)
+    if largest > MAX_ID:
+        raise MetadataError(
+            f"{path}: model.vocab: an id is too large (found {largest}, expected at most {MAX_ID}). Download the file "
+            "again."
+        )
+
+
+def _check_merges(path: Path, model: TokenizerModel) -> None:
+    """Checks that the second part of each merge begins with the prefix, which tokenizers cuts off without looking."""
+    prefix = model.get("continuing_subword_prefix")
+    if not prefix:
+        return
+    merges = check_value(model.get("merges") or [], list[Any], f"{path}: model.merges")
+    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    check_value(pairs, list[Annotated[list[str], Field(min_length=2, max_length=2)]], f"{path}: model.merges")
+    if wrong := [pair for pair in pairs if not pair[1].startswith(prefix)]:
+        raise MetadataError(
+            f"{path}: model.continuing_subword_prefix: merges whose second token does not begin with it (found "
+            f"{shorten(wrong[0])}, expected {shorten(prefix)}). Download the file again."
+        )
 
 
 def _token_text(token: Token) -> str | None:

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from qlora_jax.metadata import Kind, find_problems, shorten, shorten_key
 
-type Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-type NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+MAX_NUMBER = 1e30  # f32 holds it, and its product with a size
+type Positive = Annotated[float, Field(gt=0, le=MAX_NUMBER)]
+type NotNegative = Annotated[float, Field(ge=0, le=MAX_NUMBER)]
 
 # Sizes beyond these, a multiple of the largest published models', are damage. They are refused before anything loops
 # over layers or computes with shapes.

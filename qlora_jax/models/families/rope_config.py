@@ -6,13 +6,13 @@ from typing import Annotated, Any, TypedDict
 from pydantic import FailFast, Field
 
 from qlora_jax.metadata import shorten, shorten_key
-from qlora_jax.models.families.attributes import Attributes, NotNegative, Positive
+from qlora_jax.models.families.attributes import MAX_NUMBER, Attributes, NotNegative, Positive
 from qlora_jax.nn.rope import SCALING_NUMBERS, SCALINGS, Rope, RopeScaling
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 LONGROPE = ("longrope", "su", "yarn")  # its name, and older names in Phi-3 configs
 
-type Base = Annotated[float, Field(gt=1, allow_inf_nan=False)]
+type Base = Annotated[float, Field(gt=1, le=MAX_NUMBER)]
 type Part = Annotated[float, Field(gt=0, le=1)]  # of a head's dimensions
 type Factors = Annotated[list[Positive], FailFast()]
 
@@ -95,7 +95,7 @@ def rope_of(
     if unknown := numbers.keys() - required - optional:
         attributes.refuse(f"rope scaling {kind!r} has unknown {sorted(map(shorten_key, unknown))}")
         return Rope(**whole)
-    _check_numbers(attributes, numbers, whole["dim"] // 2)
+    _check_numbers(attributes, {"original_max_position_embeddings": max_positions, **numbers}, whole["dim"] // 2)
     scaling = RopeScaling(kind=kind, numbers=tuple((name, _as_float(v)) for name, v in sorted(numbers.items())))
     return Rope(**whole, scaling=scaling)
 
@@ -107,6 +107,8 @@ def _check_numbers(attributes: Attributes, numbers: Mapping[str, Any], frequenci
             attributes.refuse(
                 f"{name}: found {len(value)} numbers, expected {frequencies}, half the rotated dimensions"
             )
+    if "long_factor" in numbers and numbers["original_max_position_embeddings"] == 1:
+        attributes.refuse("original_max_position_embeddings: found 1, expected more than 1")
     low, high = numbers.get("low_freq_factor"), numbers.get("high_freq_factor")
     if low is not None and high is not None and low >= high:
         attributes.refuse(f"low_freq_factor: found {low}, expected less than high_freq_factor, {high}")

@@ -105,3 +105,30 @@ def test_broken_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_bytes(b'{"a": "\xff"}')
     with pytest.raises(ValueError, match=r"tokenizer_config.json: not UTF-8 text at byte 7"):
         read_tokenizer(tmp_path)
+
+
+def test_a_prefix_that_would_end_the_process_is_refused(tmp_path: Path) -> None:
+    """tokenizers 0.23 aborts where it cuts a prefix of one byte off a token that begins with two."""
+    model = {"type": "BPE", "vocab": {"a": 0, "\u00e9": 1, "a\u00e9": 2}, "continuing_subword_prefix": "#"}
+    for merges in ([["a", "\u00e9"]], ["a \u00e9"]):
+        with pytest.raises(ValueError, match=r"tokenizer.json: model.continuing_subword_prefix: merges whose second"):
+            read_tokenizer(_write(tmp_path, tokenizer={"model": {**model, "merges": merges}}))
+    for merges in ([["a"]], [3], [["a", 1]]):
+        with pytest.raises(ValueError, match=r"tokenizer.json: model.merges: 0"):
+            read_tokenizer(_write(tmp_path, tokenizer={"model": {**model, "merges": merges}}))
+    sound = {
+        "type": "BPE",
+        "vocab": {"a": 0, "#b": 1, "ab": 2},
+        "continuing_subword_prefix": "#",
+        "merges": [["a", "#b"]],
+    }
+    tokenizer = load_tokenizer(read_tokenizer(_write(tmp_path, tokenizer={"model": sound})))
+    assert tokenizer.backend.encode("ab").ids == [2]
+
+
+def test_ids_that_the_library_would_count_up_to_are_refused(tmp_path: Path) -> None:
+    vocabulary = {"model": {"type": "WordLevel", "vocab": {"a": 0, "b": 2**31}, "unk_token": "a"}}
+    with pytest.raises(ValueError, match=rf"tokenizer.json: model.vocab: an id is too large \(found {2**31}"):
+        read_tokenizer(_write(tmp_path, tokenizer=vocabulary))
+    with pytest.raises(ValueError, match=rf"tokenizer.json: added_tokens.0.id: found {2**31}, expected at most"):
+        read_tokenizer(_write(tmp_path, tokenizer={"added_tokens": [{"id": 2**31, "content": "x"}]}))
