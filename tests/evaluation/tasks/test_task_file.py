@@ -32,6 +32,20 @@ def test_a_file_may_call_its_columns_otherwise(tmp_path):
         choices_task(path, TOKENIZER, file_columns={"question": "text"}, **limits)
 
 
+def test_a_row_may_lack_an_optional_column_but_not_all_rows(tmp_path):
+    limits = dict(max_rows=None, max_positions=500)
+    rows = [{"task": "Add", "ctx": "1 and 2", "answer": "3"}, {"task": "Go", "answer": "gone"}]
+    names = {"instruction": "task", "input": "ctx", "output": "answer"}
+    path = write(tmp_path / "rows.jsonl", rows)
+    first, second = (
+        TOKENIZER.decode(ids.tolist()) for ids, _ in rows_task(path, TOKENIZER, file_columns=names, **limits).rows
+    )
+    assert "1 and 2" in first and "### Input" not in second
+    path = write(tmp_path / "one.jsonl", rows[1:])
+    with pytest.raises(ValueError, match=r"one\.jsonl: file_columns: no column 'ctx' \(found .*\) in any row"):
+        rows_task(path, TOKENIZER, file_columns=names, **limits)
+
+
 def test_an_error_about_all_rows_is_reported_once_and_is_short(tmp_path):
     path = write(tmp_path / "q.jsonl", [{"title": "x" * 9000, "body": str(n)} for n in range(500)])
     with pytest.raises(ValueError, match="500 of 500 rows can't be used") as error:
