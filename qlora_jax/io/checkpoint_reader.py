@@ -7,7 +7,6 @@ STEP/state/metadata         JSON: the state, and under "digests" the digests of 
 import gc
 import os
 import re
-import stat
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -26,6 +25,9 @@ from qlora_jax.metadata import MetadataError, check_value, read_json
 LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
 PARTS = (LORA, OPTIMIZER)  # those of arrays
 DIGESTS = "digests"  # the key of the digests in the state
+STATE_BYTES = 64 * 2**20  # at most; the order of windows and the digests grow with data and model
+# Messages of tensorstore about the machine, after which a checkpoint may be sound.
+NOT_DAMAGE = ("RESOURCE_EXHAUSTED", "Too many open files", "Cannot allocate memory", "Input/output error")
 SHOWN = 5  # differences that a message lists
 
 
@@ -92,7 +94,7 @@ def read_state(checkpoint: Path) -> tuple[JsonObject, Digests | None]:
     _check_readable(checkpoint, STATE)
     path = checkpoint / STATE / "metadata"
     try:
-        state = read_json(path, dict[str, Any])
+        state = read_json(path, dict[str, Any], STATE_BYTES)
         digests = check_value(state, _State, path).get(DIGESTS)
     except FileNotFoundError:
         raise DamagedCheckpoint(path, checkpoint.name, "missing") from None
@@ -122,9 +124,7 @@ def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str
     if like is None and expected is not None:
         like = _lora_template(expected)
     _check_types(folder, like, expected)
-    arrays, problem = _restore(folder, like)
-    if problem is not None:
-        raise DamagedCheckpoint(folder, checkpoint.name, problem)
+    arrays = _restore(folder, like)
     found = {} if expected is None else tree_digests(arrays)
     if differences := changes(found, expected or {}):
         raise DamagedCheckpoint(
@@ -133,19 +133,18 @@ def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str
     return arrays
 
 
-def _restore(folder: Path, like: PyTree) -> tuple[PyTree, str | None]:
-    """Reads (the arrays, None), or (None, why orbax cannot)."""
+def _restore(folder: Path, like: PyTree) -> PyTree:
     printing, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(folder, like), None
-        except jax.errors.JaxRuntimeError:
-            raise  # the device has too little memory
+                return checkpointer.restore(folder, like)
+        except (jax.errors.JaxRuntimeError, MemoryError):
+            raise  # the device or the machine has too little memory
         except Exception as error:  # orbax raises Exception itself for a file that it cannot decode
-            problem = _reason(folder, error)
+            failure = _failure(folder, error)
         gc.collect()  # frees the reads that orbax abandons after a failure; each would print a traceback
-        return None, problem
+        raise failure
     finally:
         sys.unraisablehook = printing
 
@@ -189,8 +188,9 @@ def _check_readable(checkpoint: Path, part: str) -> None:
     if not folder.is_dir():
         raise DamagedCheckpoint(folder, checkpoint.name, "missing")
     for path in sorted(folder.rglob("*")):
-        mode = path.lstat().st_mode
-        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would block its reader
+        if not path.exists():
+            raise DamagedCheckpoint(path, checkpoint.name, "a link to a file that does not exist")
+        if not (path.is_file() or path.is_dir()):  # a pipe would block its reader
             raise DamagedCheckpoint(path, checkpoint.name, "not a regular file")
         if not os.access(path, os.R_OK):
             raise CheckpointError(
@@ -198,15 +198,25 @@ def _check_readable(checkpoint: Path, part: str) -> None:
             )
 
 
-def _reason(folder: Path, error: BaseException) -> str:
-    """Returns why orbax cannot read a folder: its empty files, or the first line of the innermost error."""
-    sizes = {path.relative_to(folder): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-    if empty := [str(path) for path, size in sizes.items() if size == 0]:
-        return f"{', '.join(empty)}: empty"
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return re.sub(r'^[A-Z_]+: |Error opening "\w+" driver: ', "", lines[0].partition(" [tensorstore_spec=")[0])
+def _failure(folder: Path, error: BaseException) -> CheckpointError:
+    """Returns the error for a folder that orbax cannot read: damaged, or unreadable at present."""
+    chain = [error]
+    while chain[-1].__cause__ is not None:
+        chain.append(chain[-1].__cause__)
+    line = (str(chain[-1]).strip().splitlines() or [type(chain[-1]).__name__])[0]
+    if any(isinstance(each, OSError) and not isinstance(each, FileNotFoundError) for each in chain) or any(
+        text in line for text in NOT_DAMAGE
+    ):
+        return CheckpointError(f"{folder}: cannot be read: {_shortened(line)}. Remove the cause and try again")
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    empty = [str(path.relative_to(folder)) for path in files if path.stat().st_size == 0]
+    problem = f"{', '.join(empty)}: empty" if empty else _shortened(line)
+    return DamagedCheckpoint(folder, folder.parent.name, problem)
+
+
+def _shortened(line: str) -> str:
+    """Returns tensorstore's message without its status, its drivers and their settings."""
+    return re.sub(r'^[A-Z_]+: |Error opening "\w+" driver: ', "", line.partition(" [tensorstore_spec=")[0])
 
 
 def _listed(start: str, lines: list[str]) -> str:

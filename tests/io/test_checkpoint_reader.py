@@ -1,10 +1,12 @@
 """Damage to a checkpoint: every flipped bit, missing or shortened file is reported, or changes nothing that is read."""
 
+import contextlib
 import dataclasses
 import gc
 import json
 import os
 import random
+import resource
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -229,6 +231,38 @@ def test_arrays_of_another_type_are_not_called_damaged(run):
     ) as e:
         read_arrays(checkpoint_of(run), LORA, like, digests[LORA])
     assert not isinstance(e.value, DamagedCheckpoint) and "down_proj/lora_b" in str(e.value)
+
+
+def test_links_to_files_are_followed_and_broken_ones_are_damage(copy, intact):
+    file = checkpoint_of(copy) / LORA / "_METADATA"
+    file.symlink_to(file.rename(copy / "elsewhere"))
+    assert read(copy) == intact
+    (copy / "elsewhere").unlink()
+    with pytest.raises(DamagedCheckpoint, match=r"_METADATA: .* a link to a file that does not exist"):
+        read_arrays(checkpoint_of(copy), LORA, None, None)
+
+
+@contextlib.contextmanager
+def no_free_descriptors() -> Iterator[None]:
+    """Opens files until the process may not open another one."""
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(limits[0], 256), limits[1]))
+    with contextlib.ExitStack() as opened:
+        opened.callback(resource.setrlimit, resource.RLIMIT_NOFILE, limits)
+        with contextlib.suppress(OSError):
+            while True:
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        yield
+
+
+def test_a_checkpoint_is_not_called_damaged_because_of_the_machine(run):
+    like = jax.eval_shape(lambda: lora_of(0))
+    with (
+        no_free_descriptors(),
+        pytest.raises(CheckpointError, match=r"lora: cannot be read: .*Too many open") as caught,
+    ):
+        read_arrays(checkpoint_of(run), LORA, like, None)
+    assert not isinstance(caught.value, DamagedCheckpoint)
 
 
 @pytest.mark.parametrize("part", [LORA, OPTIMIZER])
