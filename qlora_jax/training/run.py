@@ -13,7 +13,7 @@ from rich.console import Console
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.data.report.text import print_report
 from qlora_jax.io.adapter_init import InitialAdapter, read_initial, write_initial
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, saved_steps
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
@@ -226,32 +226,56 @@ def run_training(
     run = lock.folder
     planned = _plan(config, console, full=not resume, model=model)
     planned.refuse_oversized(oversized)
-    config, plan = planned.config, planned.plan
+    config = planned.config
     peak = watch_peak(Memory.of(jax.local_devices()[0]))
     session = _session(planned, read_initial(run, config.lora) if resume else None, model, console)
-    with LockedCheckpoints(lock, config.train.keep) as checkpoints:
-        state = restore(session, checkpoints) if resume else initial_state(session)
-        write_config(config, run / CONFIG_FILE)
-        if session.initial is not None and not resume:
-            write_initial(run, session.initial)
-        print_banner(*(resume_banner(session, state.step, state.best) if resume else start_banner(session)), console)
-        display = Display(session.total_steps, state.step, config.train.log_every, console)
-        with (
-            trackers(config.train.track, run, to_dict(config), state.step) as logs,
-            MetricsFile(run / METRICS_FILE, state.step, evaluated=not state.evaluation_due) as metrics,
-            MetricsFile(run / SAMPLES_FILE, state.step, evaluated=not state.evaluation_due) as samples,
-            display,
-            stop_on_signals(display.message) as stop,
-            explain_out_of_memory(plan),
-            traced_steps(run / TRACE_FOLDER, config.train.trace_steps) as before_step,
-        ):
-            state = run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
-    lock.check()
-    at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
-    finished = at_end and not state.evaluation_due
-    reported = _write_reports(planned, run, peak, limited=not finished)
-    _print_end(config, state, session.total_steps, finished=finished, reported=reported, console=console)
+    with contextlib.ExitStack() as stack:
+        with LockedCheckpoints(lock, config.train.keep) as checkpoints:
+            state = _first_state(session, checkpoints, run, resume=resume, console=console)
+            # Closed after the report is written, because a tracker may upload for a long time.
+            logs = stack.enter_context(trackers(config.train.track, run, to_dict(config), state.step))
+            state = _train_on(session, state, checkpoints, planned.plan, logs, run, console)
+        lock.check()
+        at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
+        finished = at_end and not state.evaluation_due
+        reported = _write_reports(planned, run, peak, limited=not finished)
+        _print_end(config, state, session.total_steps, finished=finished, reported=reported, console=console)
     return Trained(parts=session.parts.with_lora(state.lora), step=state.step, finished=finished)
+
+
+def _first_state(
+    session: Session, checkpoints: Checkpoints, run: Path, *, resume: bool, console: Console
+) -> TrainState:
+    """Returns the state of a new or resumed run, and writes its settings."""
+    state = restore(session, checkpoints) if resume else initial_state(session)
+    write_config(session.config, run / CONFIG_FILE)
+    if session.initial is not None and not resume:
+        write_initial(run, session.initial)
+    print_banner(*(resume_banner(session, state.step, state.best) if resume else start_banner(session)), console)
+    return state
+
+
+def _train_on(
+    session: Session,
+    state: TrainState,
+    checkpoints: Checkpoints,
+    plan: RunPlan,
+    logs: Sequence[Log],
+    run: Path,
+    console: Console,
+) -> TrainState:
+    """Trains to the end of the run, or until a signal; returns the state, which is saved."""
+    settings, evaluated = session.config.train, not state.evaluation_due
+    display = Display(session.total_steps, state.step, settings.log_every, console)
+    with (
+        MetricsFile(run / METRICS_FILE, state.step, evaluated=evaluated) as metrics,
+        MetricsFile(run / SAMPLES_FILE, state.step, evaluated=evaluated) as samples,
+        display,
+        stop_on_signals(display.message) as stop,
+        explain_out_of_memory(plan),
+        traced_steps(run / TRACE_FOLDER, settings.trace_steps) as before_step,
+    ):
+        return run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
 
 
 def _write_reports(planned: _Planned, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:

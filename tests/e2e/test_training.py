@@ -377,6 +377,8 @@ def test_an_output_folder_in_use_is_refused(finished, tmp_path):
         take(Path(finished.output), resume=False)
     with pytest.raises(ValueError, match="has no checkpoint to resume"):
         take(tmp_path, resume=True)
+    (tmp_path / "run.lock").write_text("process 1 on laptop, which was killed before its first checkpoint")
+    take(tmp_path, resume=False)
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="is not a run folder"):
         take(tmp_path, resume=False)

@@ -1,5 +1,6 @@
 """Metrics in TensorBoard's files and in Weights & Biases, and the trace of some steps."""
 
+import contextlib
 import gzip
 import json
 import struct
@@ -11,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.training.run import dry_run
-from qlora_jax.training.trackers import scalars, trackers
+from qlora_jax.training.trackers import TRACKERS, scalars, trackers
 from tests.e2e.project import project
 from tests.e2e.test_training import numbers as metrics_of
 from tests.e2e.test_training import run
@@ -84,11 +85,20 @@ def test_libraries_that_are_not_there_are_told_before_anything_is_loaded(tmp_pat
 
 
 @pytest.mark.slow
-def test_a_run_is_tracked_and_traced(tmp_path):
+def test_a_run_is_tracked_and_traced(tmp_path, monkeypatch):
     pytest.importorskip("tensorboardX", reason="tensorboardX, of the extra `tensorboard`, is not installed")
     config = project(tmp_path, train=dict(track=["tensorboard"], trace_steps=2, steps=6))
+    folder, open_tracker, there = Path(config.output), TRACKERS["tensorboard"], []
+
+    @contextlib.contextmanager
+    def closing_late(*arguments):
+        with open_tracker(*arguments) as log:
+            yield log
+            there.extend(path.name for path in folder.iterdir())
+
+    monkeypatch.setitem(TRACKERS, "tensorboard", closing_late)
     assert run(config)
-    folder = Path(config.output)
+    assert {"report.html", "loss.png", "run.lock"} <= set(there), "a tracker's upload does not keep the report waiting"
     logged = {(step, round(value, 4)) for name, step, value in events(folder / "tensorboard") if name == "loss"}
     assert logged == {(record["step"], round(record["loss"], 4)) for record in metrics_of(config) if "loss" in record}
     (trace,) = (folder / "trace").rglob("perfetto_trace.json.gz")
