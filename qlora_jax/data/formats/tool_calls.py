@@ -6,6 +6,7 @@ from typing import Any
 
 from qlora_jax.data.readers.json_rows import JSONObject, describe_json_error
 from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.metadata import MAX_DEPTH, is_too_deep
 
 Tools = Sequence[JSONObject]
 
@@ -70,10 +71,11 @@ def _with_parsed_arguments(call: JSONObject) -> JSONObject:
 
 def _read(arguments: Any) -> Any:
     """Returns decoded JSON if `arguments` is text, else `arguments`."""
-    try:
-        return json.loads(arguments) if isinstance(arguments, str) else arguments
-    except RecursionError as error:
-        raise json.JSONDecodeError(str(error), arguments, 0) from None
+    if not isinstance(arguments, str):
+        return arguments
+    if is_too_deep(arguments):
+        raise json.JSONDecodeError(f"nested more than {MAX_DEPTH} levels deep", arguments, 0)
+    return json.loads(arguments)
 
 
 def called_functions(message: Message) -> list[str]:
