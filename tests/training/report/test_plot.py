@@ -25,7 +25,7 @@ def test_a_png_comes_out(tmp_path, count):
     assert struct.unpack(">II", header[16:]) == (1200, 675)
 
 
-@pytest.mark.parametrize("title", ["$", "a$b$c", "$x^", r"cost \$5 to $6^2", "a_b {c} %d"])
+@pytest.mark.parametrize("title", ["a$b", "a$^$b", "$x_$", r"cost \$5 to $6^2", "a_b {c} %d"])
 def test_a_title_is_not_read_as_a_formula(tmp_path, title):
     records = [{"step": step, "loss": 1.0, "eval_loss": 2.0} for step in (1, 2)]
     plot_loss(records, tmp_path / "loss.png", title)
