@@ -15,6 +15,8 @@ A checkpoint gets its name when all of it is on disk, so an interrupted write ne
 
 import dataclasses
 import itertools
+import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -42,8 +44,10 @@ from qlora_jax.io.checkpoint_reader import (
 )
 from qlora_jax.io.digests import warn_without_digests
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.orbax_threads import silence_threads
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
+SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in errors of tensorstore
 
 
 def saved_steps(run: Path) -> list[int]:
@@ -81,6 +85,7 @@ class Checkpoints:
     """
 
     def __init__(self, run: Path, keep: int):
+        silence_threads()
         self._policy = _RetentionPolicy(keep)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._policy,
@@ -125,7 +130,9 @@ class Checkpoints:
         try:
             saved = self._manager.save(step, args=ocp.args.Composite(**parts))
         except (OSError, ValueError) as error:  # tensorstore raises ValueError if the disk is full
-            raise CheckpointError(self._not_saved(step, _first_line(error))) from error
+            nbytes = sum(leaf.nbytes for leaf in jax.tree.leaves((lora, optimizer_state)))
+            problem = f"{_system_problem(error)} ({nbytes:,} bytes were to be written)"
+            raise CheckpointError(self._not_saved(step, problem)) from error
         if not saved:
             raise CheckpointError(self._not_saved(step, "orbax skipped it"))
 
@@ -316,6 +323,13 @@ def _check_config(run: Path, config: Config, state: JsonObject) -> None:
     if lines:
         start = f"{run / CONFIG_FILE}: does not describe the run, whose checkpoint has other settings. Correct these:"
         raise ValueError("\n".join([start, *lines]))
+
+
+def _system_problem(error: OSError | ValueError) -> str:
+    """The operating system's text for an error of orbax; the first line of other errors."""
+    code = SYSTEM_ERROR.search(str(error))
+    number = int(code[1]) if code else error.errno if isinstance(error, OSError) else None
+    return _first_line(error) if number is None else os.strerror(number)
 
 
 def _first_line(error: BaseException) -> str:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.io.checkpoint import CheckpointError, Checkpoints, open_run, saved_steps
+from tests.conftest import SMALL_DISK_BYTES
 
 LORA = {"model.layers.mlp.up_proj": {"lora_a": jnp.arange(60000.0), "lora_b": jnp.ones(5)}}
 
@@ -57,6 +58,20 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
         assert checkpoints.restore(LORA, {"mu": jnp.zeros(3)})[2] == {"step": 1}
         checkpoints.save(2, LORA, {"mu": jnp.zeros(3)}, {"step": 2})
         assert checkpoints.latest_step() == 2
+
+
+@pytest.mark.parametrize("free", [20_000, 60_000, 100_000])
+def test_a_full_disk_is_one_error_with_the_bytes_of_the_checkpoint(small_disk, capfd, free):
+    """orbax' threads log tracebacks, and tensorstore's error is a page of JSON."""
+    rng = np.random.default_rng(0)
+    lora = {name: jnp.asarray(rng.normal(size=8000), jnp.float32) for name in "ab"}
+    with Checkpoints(small_disk / "run", keep=2) as checkpoints:
+        (small_disk / "rest").write_bytes(bytes(SMALL_DISK_BYTES - free))
+        with pytest.raises(CheckpointError) as caught:
+            checkpoints.save(1, lora, {"mu": jnp.zeros(500)}, {"step": 1})
+    problem = "step 1 cannot be saved: No space left on device (66,000 bytes were to be written); no earlier"
+    assert problem in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_without_an_earlier_checkpoint_the_error_does_not_say_resume(tmp_path):
