@@ -190,5 +190,5 @@ def _check_trainable(provenance: Provenance, tokenizer: Tokenizer) -> Provenance
 
 def _are_equal(a: Tokenizer, b: Tokenizer) -> bool:
     """True if both encode and render alike; their backends have no equality."""
-    names = ("exported", "chat_template", "special_tokens", "add_bos_token", "new_ids")
+    names = ("exported", "chat_template", "special_tokens", "add_bos_token", "new_ids", "rows")
     return all(getattr(a, name) == getattr(b, name) for name in names)

@@ -5,7 +5,7 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from qlora_jax.data.tokenizer.from_gguf import BYTE, CONTROL, NORMAL, SPACE, UNKNOWN, USER_DEFINED, rebuild
+from qlora_jax.data.tokenizer.from_gguf import BYTE, CONTROL, KNOWN_PRE, NORMAL, SPACE, UNKNOWN, USER_DEFINED, rebuild
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 LINES = ["\n", "\n\n", "\n\n\n"]
@@ -17,15 +17,11 @@ CORPUS = [
 
 
 def byte_level(split: str = "smollm", size: int = 384, normalizer: str | None = None) -> str:
-    """Byte-level BPE: "smollm" splits off digits, "gpt-2" does not, "dots" splits at every dot, as no model does."""
-    tokenizer = Tokenizer(models.BPE())
-    level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    first = {
-        "smollm": [pre_tokenizers.Digits(individual_digits=True)],
-        "gpt-2": [],
-        "dots": [pre_tokenizers.Split(Regex(r"\."), "removed")],
-    }[split]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*first, level]) if first else level
+    """Byte-level BPE with the splitting of a name in KNOWN_PRE; "dots" splits at every dot, as no model does."""
+    known = KNOWN_PRE.get(split)
+    tokenizer = Tokenizer(models.BPE(ignore_merges=known is not None and known.ignore_merges))
+    dots = [pre_tokenizers.Split(Regex(r"\."), "removed"), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    tokenizer.pre_tokenizer = known.split() if known else pre_tokenizers.Sequence(dots)
     tokenizer.normalizer = normalizers.NFC() if normalizer == "nfc" else None
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()

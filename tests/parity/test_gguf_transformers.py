@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -66,7 +67,17 @@ def test_smollm2(smollm2_gguf: Path, oracle) -> None:
     assert _assert_equal(smollm2_gguf, oracle) == 272
 
 
-CODE = "def mean(values):\n    total = 0\n    for value in values:\n        total += value\n    return total\n"
+CODE = """def mean(values):
+    total = 0
+    for value in values:
+        if value is not None:
+            total += value
+    return total / len(values)
+
+def variance(values):
+    average = mean(values)
+    return mean([(value - average) ** 2 for value in values])
+"""
 
 
 @pytest.mark.slow
@@ -91,15 +102,24 @@ def test_gemmas_form_of_vocabulary(tmp_path: Path, oracle) -> None:
 @pytest.mark.slow
 def test_gemma3(gemma3_gguf: Path, oracle) -> None:
     texts = [text for _, text in hard_texts(2000) if SPACE not in text]
-    _assert_same_ids_and_logits(gemma3_gguf, texts, oracle)
+    row, logits = _assert_same_ids_and_logits(gemma3_gguf, texts, oracle)
+    log_p = np.array(jax.nn.log_softmax(logits))[np.arange(len(row) - 1), row[1:]]
+    assert np.exp(-log_p.mean()) == pytest.approx(3.2505, abs=1e-3)  # 60.5 with ids of two tokens per run of spaces
 
 
-def _assert_same_ids_and_logits(path: Path, texts: list[str], oracle) -> None:
-    """Asserts that texts have transformers' ids, and that the logits of CODE differ by 1e-5 of the largest at most."""
+def _assert_same_ids_and_logits(path: Path, texts: list[str], oracle) -> tuple[list[int], np.ndarray]:
+    """Asserts that texts have transformers' ids, and that the logits of CODE differ by 1e-5 of the largest at most.
+
+    Returns:
+      (ids of CODE after bos, their logits).
+    """
     opened = open_pretrained(model=str(path))
-    row = opened.tokenizer.encode(CODE)
+    bos = opened.tokenizer.bos_id
+    assert bos is not None
+    row = [bos, *opened.tokenizer.encode(CODE)]
     found = oracle(SCRIPT.with_name("gguf_texts.py"), path=str(path), texts=texts, row=row)
     assert opened.tokenizer.encode_batch(texts) == json.loads(str(found["ids"]))
     model = load_base(opened, weight_settings(opened, "none", "float32"))
     logits = np.asarray(model.head.logits(model.hidden(jnp.array([row]))))
     assert np.abs(logits - found["logits"]).max() < 1e-5 * np.abs(found["logits"]).max()
+    return row, logits

@@ -36,6 +36,7 @@ PROBES = (
     "   leading and trailing   ",
 )
 MAX_ADDED = 64  # the number of added tokens that are tested inside other text
+WORDS_WITH_MARKS = {"gpt-4o", "tekken"}  # llama.cpp's patterns for them have letters alone
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 STOPS = ("eos_token_id", "eot_token_id", "eom_token_id")
 
@@ -146,15 +147,32 @@ def _check_ids(tokenizer: Tokenizer, read: Tokenizer, kind: str) -> None:
 def _notes(tokenizer: Tokenizer, read: Tokenizer, pre: str, added: Sequence[str], unlisted: Sequence[int]) -> list[str]:
     contexts = {token: (f"a {token} b\n", token, f"{token}\nb") for token in added}
     other = [token for token, texts in contexts.items() if any(read.encode(t) != tokenizer.encode(t) for t in texts)]
+    notes = _differences_in_llama_cpp(tokenizer, pre)
+    if other:
+        notes.append(f"text next to these tokens may get other ids from the file than from tokenizer.json: {other}")
+    if unlisted:
+        names = [tokenizer.backend.id_to_token(number) for number in unlisted]
+        notes.append(f"a GGUF file can list {len(STOPS)} tokens that end a reply, so these are not listed: {names}")
+    return notes
+
+
+def _differences_in_llama_cpp(tokenizer: Tokenizer, pre: str) -> list[str]:
+    """Returns notes on texts that llama.cpp gives other ids, though it reads the same vocabulary."""
     notes = []
     if KNOWN_PRE.get(pre, KNOWN_PRE["gpt-2"]).normalizer:
         notes.append(
             "llama.cpp does not compose characters (NFC), but this tokenizer does: text with combining accents gets "
             "other ids there"
         )
-    if other:
-        notes.append(f"text next to these tokens may get other ids from the file than from tokenizer.json: {other}")
-    if unlisted:
-        names = [tokenizer.backend.id_to_token(number) for number in unlisted]
-        notes.append(f"a GGUF file can list {len(STOPS)} tokens that end a reply, so these are not listed: {names}")
+    if pre in WORDS_WITH_MARKS:
+        notes.append(
+            "llama.cpp splits words at combining marks, but this tokenizer does not: text with them may get other ids"
+        )
+    added = tokenizer.backend.get_added_tokens_decoder().values()
+    runs = [len(token.content) for token in added if token.content and set(token.content) == {SPACE}]
+    if runs:
+        notes.append(
+            f"llama.cpp gives more than {max(runs)} spaces in a row other ids: it takes the longest token first, and "
+            "this tokenizer merges pairs"
+        )
     return notes

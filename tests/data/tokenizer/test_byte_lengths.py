@@ -13,6 +13,7 @@ from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.tokenizer.byte_lengths import byte_lengths, make_round_trips, space_prefix
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.conftest import sentencepiece_tokenizer
+from tests.io.tiny_tokenizers import gemma
 
 
 def bare(text: str) -> str:
@@ -90,3 +91,12 @@ def test_what_is_known_of_tokenizers(tokenizer: Tokenizer):
         {"decoder": decoders.Fuse()},
     ):
         assert not make_round_trips(changed(**unknown))("a")
+
+
+def test_a_run_of_spaces_has_a_byte_for_each():
+    """Gemma's added tokens spell spaces with SPACE, which has three bytes in a text."""
+    backend = tokenizers.Tokenizer.from_str(gemma())
+    lengths = byte_lengths(backend)
+    assert lengths is not None
+    for text in ("a  b", "def f():\n        return 1\n\n    #" + " " * 40, "\t\tx <table> "):
+        assert lengths.of_ids[backend.encode(text, add_special_tokens=False).ids].sum() == len(text)

@@ -11,6 +11,7 @@ import pytest
 
 from qlora_jax.data.tokenizer.from_gguf import KNOWN_PRE, SPACE, rebuild
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from tests.data.tokenizer.hard_texts import hard_texts
 from tests.io.tiny_tokenizers import sentencepiece_metadata
 
 ROOT = Path(__file__).parents[3]
@@ -119,10 +120,11 @@ def test_each_kind_splits_as_transformers_does(
     """Compares splitting and normalizing. The vocabulary is SmolLM2's, and its special tokens are plain."""
     path, pres = (
         tmp_path / "tokenizer.json",
-        ["gpt-2", "phi-2", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken"],
+        ["gpt-2", "phi-2", "olmo", "llama-bpe", "qwen2", "dbrx", "gpt-4o", "tekken"],
     )
     path.write_text(smollm2_json, encoding="utf-8")
-    strings = [text for text in _strings(1500) if "<" not in text]
+    texts = [*_strings(600), *(text for _, text in hard_texts(1000))]
+    strings = [text for text in texts if "<" not in text]
     theirs = oracle(ROOT / "tests/oracle/tokenizer_pre.py", tokenizer_json=str(path), pres=pres, strings=strings)
     for pre in pres:
         ends = theirs[f"{pre}/lengths"].cumsum()[:-1]

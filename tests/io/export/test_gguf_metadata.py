@@ -17,7 +17,7 @@ from qlora_jax.io.pretrained import OpenedModel, open_pretrained
 from qlora_jax.models.families import model_config
 from tests.io.gguf_families import FAMILIES, ONE_MORE, random_tensors, write_family
 from tests.io.tiny_models import write_folder
-from tests.io.tiny_tokenizers import CORPUS, byte_level, sentencepiece
+from tests.io.tiny_tokenizers import CORPUS, byte_level, gemma, sentencepiece
 
 VOCABULARY = 460
 NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "chat_template": "{{ messages }}"}
@@ -133,24 +133,28 @@ TOKENIZERS = {
     "olmo": (lambda: byte_level("gpt-2", normalizer="nfc"), "gpt2", "olmo"),
     "llama": (sentencepiece, "llama", "default"),
     "gemma": (lambda: sentencepiece(prefixed=False), "llama", "default"),
+    "tekken": (lambda: byte_level("tekken"), "gpt2", "tekken"),
+    "gemma3": (lambda: gemma(VOCABULARY), "llama", "default"),
 }
+NOTES = {"olmo": ["NFC"], "tekken": ["combining marks"], "gemma3": ["more than 31 spaces in a row"]}
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_tokenizers_return(tmp_path: Path, name: str) -> None:
     make, model, pre = TOKENIZERS[name]
     named = {} if model == "gpt2" else {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    config = FAMILIES["gemma" if name == "gemma" else "llama"][1]
+    config = FAMILIES[name if name in FAMILIES else "llama"][1]
     opened, tensors = _folder(tmp_path / "model", config, make(), **named)
     path, notes = _written(tmp_path / "new.gguf", opened, tensors)
     keys = parse_header(path).metadata
     assert (keys["tokenizer.ggml.model"], keys["tokenizer.ggml.pre"]) == (model, pre)
-    assert ["NFC" in note for note in notes] == ([True] if name == "olmo" else [])
+    assert len(notes) == len(NOTES.get(name, []))
+    assert all(said in note for said, note in zip(NOTES.get(name, []), notes, strict=True))
     assert len(keys["tokenizer.ggml.tokens"]) == VOCABULARY and keys["tokenizer.ggml.add_bos_token"] is False
     if model == "llama":
         assert keys["tokenizer.ggml.add_space_prefix"] is (name == "llama")
     again = load_tokenizer(open_model(path).tokenizer)
-    texts = [*CORPUS, "a </s> b", "<|im_end|>\n<tool> <table>  two", "\U0001f600 unseen \u4e2d"]
+    texts = [*CORPUS, "a </s> b", "<|im_end|>\n<tool> <table>  two", "\U0001f600 unseen \u4e2d", f"a  b{' ' * 31}c"]
     assert again.encode_batch(texts) == opened.tokenizer.encode_batch(texts)
     assert again.special_tokens == opened.tokenizer.special_tokens
 
