@@ -1,6 +1,7 @@
 """The command line of a campaign: runs the cases that its ledger lacks, and prints its summary."""
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,11 @@ SOUND = "sound"  # the folder of undamaged files
 
 class Kind(Protocol):
     """A kind of case."""
+
+    @property
+    def shared(self) -> str | None:
+        """Name of sound files that several kinds share; None for files that no other kind has."""
+        ...
 
     def write_sound(self, folder: Path) -> None:
         """Writes the files that all cases of this kind start from, into a new folder."""
@@ -87,9 +93,9 @@ def _run(cases: Sequence[Case], campaign: Campaign, ledger: Ledger, output: Path
 
 def sound_files(name: str, kind: Kind, output: Path) -> Path:
     """Returns the folder of a kind's sound files; a separate process writes them, since it may start a jax backend."""
-    folder = (output / SOUND / name).absolute()
+    folder = (output / SOUND / (kind.shared or name)).absolute()
     if not folder.exists():
-        part = folder.with_name(f".{name}.part")
+        part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         part.mkdir(parents=True)
         _in_a_process(lambda: kind.write_sound(part))
         part.rename(folder)

@@ -40,8 +40,13 @@ class Finished(NamedTuple):
 
     @property
     def is_error(self) -> bool:
-        """True if the command ended with its one error message."""
-        return self.status == 2 and "error: " in self.output and "Traceback" not in self.output
+        """True if the command ended with its error message."""
+        return self.status == 2 and "error: " in self.output
+
+    @property
+    def has_traceback(self) -> bool:
+        """True if a traceback was printed, be it by a library that logs it."""
+        return "Traceback" in self.output
 
     @property
     def last_line(self) -> str:

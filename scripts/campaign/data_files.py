@@ -248,8 +248,8 @@ def _read_cache(folder: Path) -> list[object]:
 
 
 DATA_KINDS: Mapping[str, FileKind] = {
-    "rows": FileKind(write=_write_rows, damage=_damage_rows, read=_read_rows),
-    "prompts": FileKind(write=_write_rows, damage=_damage_rows, read=_read_prompts),
+    "rows": FileKind(write=_write_rows, shared="rows", damage=_damage_rows, read=_read_rows),
+    "prompts": FileKind(write=_write_rows, shared="rows", damage=_damage_rows, read=_read_prompts),
     "parquet": FileKind(
         write=_write_parquet, damage=_damage_parquet, read=lambda f: load(train=str(f / "rows.parquet"))
     ),

@@ -32,12 +32,14 @@ class FileKind:
       write: writes the sound files into an existing folder.
       damage: damages the files in a folder; returns what it did.
       read: reads the files in a folder; returns all that later steps depend on: arrays, texts, numbers.
+      shared: name of the sound files, if several kinds have the same.
       digested: True if the files hold digests or are generated again, so that no other result is acceptable.
     """
 
     write: Callable[[Path], None]
     damage: Damage
     read: Read
+    shared: str | None = None
     digested: bool = False
 
     def write_sound(self, folder: Path) -> None:

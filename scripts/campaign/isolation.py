@@ -95,6 +95,8 @@ def _serve(batch: Sequence[Case], start: Callable[[], Run], limits: Limits, send
     os.setpgrp()
     run = start()
     sender.send(READY)
+    for number in (1, 2):  # warnings of thousands of cases; messages are judged before they get here
+        os.dup2(os.open(os.devnull, os.O_WRONLY), number)
     if limits.memory is not None:  # address space is reserved far beyond what is used, by threads for one
         resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 4 * limits.memory, resource.RLIM_INFINITY))
     for case in batch:

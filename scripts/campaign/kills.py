@@ -63,6 +63,7 @@ class KilledRun:
     """
 
     changes: Mapping[str, Mapping[str, Any]]
+    shared: str | None = None
 
     def write_sound(self, folder: Path) -> None:
         """Writes the model, the rows, and the digest of an uninterrupted run, which fills the cache of programs."""

@@ -122,8 +122,10 @@ def _read_scores(folder: Path) -> list[object]:
 
 
 RUN_KINDS: Mapping[str, FileKind] = {
-    "checkpoint": FileKind(write=write_run_folder, damage=_damage_checkpoint, read=_read_run, digested=True),
-    "state": FileKind(write=write_run_folder, damage=_damage_state, read=_read_run, digested=True),
-    "metrics": FileKind(write=write_run_folder, damage=_damage_records, read=_read_records),
+    "checkpoint": FileKind(
+        write=write_run_folder, shared="run", damage=_damage_checkpoint, read=_read_run, digested=True
+    ),
+    "state": FileKind(write=write_run_folder, shared="run", damage=_damage_state, read=_read_run, digested=True),
+    "metrics": FileKind(write=write_run_folder, shared="run", damage=_damage_records, read=_read_records),
     "scores": FileKind(write=_write_scores, damage=_damage_scores, read=_read_scores, digested=True),
 }

@@ -9,6 +9,7 @@ removes a file of a run, and then uses the run. Mounting disks requires root.
 """
 
 import dataclasses
+import json
 import random
 import shutil
 import time
@@ -24,7 +25,7 @@ from scripts.campaign.disk import make_read_only, resize, small_disk
 from scripts.campaign.isolation import Limits, Run
 from scripts.campaign.ledger import Case, Verdict
 from scripts.campaign.mutations import damage_bytes
-from scripts.campaign.run_results import CACHE, CONFIG, moved, run_digest, tiny_run, write_settings
+from scripts.campaign.run_results import CACHE, CONFIG, MODEL, moved, run_digest, tiny_run, write_settings
 
 LIMITS = Limits(wall_seconds=900.0, cases=50)
 LARGE = 256 << 20
@@ -95,7 +96,7 @@ def _export(form: str, *more: str) -> Task:
 
 
 def _model_of(sound: Path) -> list[str]:
-    return ["--run", str(sound / BASE_RUN), "--model", str(sound / "model")]
+    return ["--run", str(sound / BASE_RUN), "--model", str(sound / MODEL)]
 
 
 def _generate_words(sound: Path, output: Path) -> list[str]:
@@ -110,7 +111,7 @@ def _evaluate_words(sound: Path, output: Path) -> list[str]:
 
 
 def _quantize_words(sound: Path, output: Path) -> list[str]:
-    return ["quantize", "--model", str(sound / "model"), "--output", str(output)]
+    return ["quantize", "--model", str(sound / MODEL), "--output", str(output)]
 
 
 TASKS: Mapping[str, Task] = {
@@ -129,6 +130,7 @@ TASKS: Mapping[str, Task] = {
 def write_runs(folder: Path) -> None:
     """Writes a model, rows, a finished run and one that stopped half-way."""
     config = tiny_run(folder, folder / BASE_RUN, {"train": dict(save_every=2)})
+    _split_like_gpt2(folder / MODEL / "tokenizer.json")
     words = write_settings(config, folder / CONFIG)
     (folder / "few.jsonl").write_text("".join((folder / "rows.jsonl").read_text().splitlines(keepends=True)[:4]))
     _must(run_command(words, folder / "printed.txt", folder / CACHE))
@@ -137,6 +139,13 @@ def write_runs(folder: Path) -> None:
     process.wait_until(lambda: len(saved_steps(folder / HALF_RUN)) >= 2)
     process.send(9)
     process.wait()
+
+
+def _split_like_gpt2(path: Path) -> None:
+    """Changes a byte-level tokenizer to one that a GGUF file can describe."""
+    tokenizer = json.loads(path.read_text())
+    tokenizer["pre_tokenizer"]["use_regex"] = True
+    path.write_text(json.dumps(tokenizer))
 
 
 def _must(done: Finished) -> None:
@@ -150,6 +159,7 @@ class DiskKind:
 
     task: Task
     happens: Callable[["DiskCase"], Verdict]
+    shared: str | None = "runs"
 
     def write_sound(self, folder: Path) -> None:
         """Writes the runs, and measures the command on a large disk."""
@@ -229,9 +239,11 @@ class DiskCase:
         again = self.run(self.task.repeat(self.sound, self.output))
         if again.status != 0:
             return Verdict("lost", f"then status {again.status}: {again.last_line} | {cause}; {done.last_line}")
-        if self._result() == self.expected:
-            return Verdict("recovered", f"| {cause}; {done.last_line}")
-        return Verdict("lost", f"another result | {cause}; {done.last_line}")
+        if self._result() != self.expected:
+            return Verdict("lost", f"another result | {cause}; {done.last_line}")
+        if done.has_traceback:
+            return Verdict("traceback", f"printed before the error, then recovered | {cause}; {done.last_line}")
+        return Verdict("recovered", f"| {cause}; {done.last_line}")
 
     def _result(self) -> str:
         try:
@@ -297,6 +309,7 @@ class DamagedRun:
     run: str
     words: Callable[[Path, Path, Path], list[str]]
     result: Callable[[Path, Path], str]
+    shared: str | None = "runs"
 
     def write_sound(self, folder: Path) -> None:
         """Writes the runs."""
@@ -321,7 +334,7 @@ class DamagedRun:
             shutil.copytree(sound / self.run, run)
             damage = _damage(chance, run)
             done = use()
-            if done.status != 0 and not done.is_error:
+            if done.status != 0 and (not done.is_error or done.has_traceback):
                 return Verdict("traceback", f"status {done.status}: {done.last_line} | {damage}")
             if done.status != 0:
                 named = str(run) in done.last_line
