@@ -69,6 +69,7 @@ class TokenizerData(TypedDict):
 
     Attributes:
       chat_template: jinja text.
+      template_name: the file that it is from, for messages.
       bos_token, eos_token, pad_token, unk_token: texts of special tokens, or None.
       add_bos_token: True if plain text begins with the bos token.
       stop_token_ids: ids that end a reply.
@@ -78,6 +79,7 @@ class TokenizerData(TypedDict):
     """
 
     chat_template: str | None
+    template_name: str
     bos_token: str | None
     eos_token: str | None
     pad_token: str | None

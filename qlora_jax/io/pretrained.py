@@ -14,7 +14,7 @@ from qlora_jax.io.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loader import Loaded, Progress, load_model, unchanged
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.model_source import ModelSource, TokenizerData
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_model_of, check_shapes, is_adapter, read_adapter
 from qlora_jax.models.add_adapters import add_lora
@@ -151,8 +151,14 @@ def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSou
     own = read_tokenizer(folder)
     if "tokenizer_json" in own:
         stop = own["stop_token_ids"] or source.tokenizer["stop_token_ids"]
-        template = own["chat_template"] or source.tokenizer["chat_template"]
-        return dataclasses.replace(source, tokenizer={**own, "stop_token_ids": stop, "chat_template": template})
+        template = own if own["chat_template"] else source.tokenizer
+        merged: TokenizerData = {
+            **own,
+            "stop_token_ids": stop,
+            "chat_template": template["chat_template"],
+            "template_name": template["template_name"],
+        }
+        return dataclasses.replace(source, tokenizer=merged)
     if (size := load_tokenizer(source.tokenizer).vocab_size) <= last:
         raise ValueError(
             f"{folder}: tokenizer.json is missing (found rows of new tokens up to {last}, the base's tokenizer has "

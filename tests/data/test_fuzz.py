@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.dataset import load_dataset
 from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.readers.files import Row, read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.sound_rows import SOUND_ROWS
 
@@ -114,6 +116,71 @@ def test_files_of_any_bytes_are_read_or_told(tokenizer: Tokenizer, content: byte
             load_dataset(DataArgs(train=str(path)), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
         except ValueError as error:
             assert str(path) in str(error) and type(error) is ValueError
+
+
+DAMAGE: dict[str, Callable[[bytes, int, int], bytes]] = {
+    "flip": lambda content, at, bit: content[:at] + bytes([content[at] ^ 1 << bit]) + content[at + 1 :],
+    "truncate": lambda content, at, bit: content[:at],
+    "insert": lambda content, at, bit: content[:at] + bytes([1 << bit]) + content[at:],
+    "duplicate": lambda content, at, bit: content[:at] + content[at - at // (bit + 1) :],
+}
+
+
+@pytest.fixture(scope="module")
+def checked_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, bytes, list[Row], range]]:
+    """Files with checksums: path, content, rows, and the part of the content that has a checksum."""
+    folder = tmp_path_factory.mktemp("checked")
+    rows = [{"prompt": f"Is {n} odd?", "completion": "yes" * n} for n in range(40)]
+    lines, array = "".join(json.dumps(row) + "\n" for row in rows), json.dumps(rows, indent=1)
+    columns = "prompt,completion\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows)
+    for name, text in (("rows.jsonl.gz", lines), ("rows.json.gz", array), ("rows.csv.gz", columns)):
+        (folder / name).write_bytes(gzip.compress(text.encode(), mtime=0))
+    if pyarrow := _pyarrow():
+        table = pyarrow.Table.from_pylist(rows)
+        pyarrow.parquet.write_table(table, folder / "rows.parquet", write_page_checksum=True, use_dictionary=False)
+    files = {}
+    for path in folder.iterdir():
+        content = path.read_bytes()
+        # The beginning of a gzip file has a time and a name, which do not matter; the end of a Parquet file has no sum.
+        footer = 8 + int.from_bytes(content[-8:-4], "little") if path.suffix == ".parquet" else 0
+        files[path.name] = path, content, read_rows(path), range(4, len(content) - footer)
+    return files
+
+
+def _pyarrow() -> Any:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        return None
+    return pyarrow
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([*DAMAGE]), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_damaged_files_with_checksums_are_errors_or_the_same(checked_files, damage: str, share: float, bit: int):
+    """Never other rows, and nothing but ValueError is raised."""
+    for path, content, rows, part in checked_files.values():
+        path.write_bytes(DAMAGE[damage](content, part[int(share * len(part))], bit))
+        try:
+            found = read_rows(path)
+        except ValueError as error:
+            assert str(path) in str(error) and type(error) is ValueError
+        else:
+            assert found == rows
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.sampled_from([*DAMAGE]), st.floats(0, 1, exclude_max=True), st.integers(0, 7))
+def test_any_damage_is_read_or_told(checked_files, damage: str, share: float, bit: int):
+    """Also of text without a checksum, and of the end of a Parquet file."""
+    for path, content, _, _ in checked_files.values():
+        raw = gzip.decompress(content) if path.suffix == ".gz" else content
+        damaged = path.with_name(f"damaged_{path.name.removesuffix('.gz')}")
+        damaged.write_bytes(DAMAGE[damage](raw, int(share * len(raw)), bit))
+        try:
+            read_rows(damaged)
+        except ValueError as error:
+            assert str(damaged) in str(error) and type(error) is ValueError
 
 
 @settings(max_examples=100)

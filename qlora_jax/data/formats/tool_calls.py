@@ -75,7 +75,12 @@ def _read(arguments: Any) -> Any:
         return arguments
     if is_too_deep(arguments):
         raise json.JSONDecodeError(f"nested more than {MAX_DEPTH} levels deep", arguments, 0)
-    return json.loads(arguments)
+    try:
+        return json.loads(arguments)
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:  # a number with thousands of digits
+        raise json.JSONDecodeError(str(error), arguments, 0) from None
 
 
 def called_functions(message: Message) -> list[str]:

@@ -39,6 +39,7 @@ def tokenizer_from_metadata(path: Path, metadata: Metadata) -> TokenizerData:
         "pad_token": pad,
         "unk_token": unk,
         "chat_template": metadata.get("tokenizer.chat_template"),
+        "template_name": f"{path}: tokenizer.chat_template",
         "add_bos_token": keys.get("add_bos_token", with_bos),
         "stop_token_ids": [ids[key] for key in STOP_IDS if key in ids],
         "gguf": _vocabulary(keys, ordered=metadata["general.architecture"] in ORDERED),

@@ -9,6 +9,7 @@ from pydantic import FailFast, Field
 from qlora_jax.io.model_source import TokenizerData
 from qlora_jax.metadata import MetadataError, check_value, decode_json, read_json, read_text, shorten
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest published tokenizer.json
 
@@ -97,7 +98,7 @@ def read_tokenizer(folder: Path) -> TokenizerData:
     Raises:
       ValueError: a file is damaged.
     """
-    config = _read_if_present(folder / "tokenizer_config.json", TokenizerConfig)
+    config = _read_if_present(folder / TOKENIZER_CONFIG, TokenizerConfig)
     special = _read_if_present(folder / "special_tokens_map.json", TokenizerConfig)
     stop = _read_if_present(folder / "generation_config.json", GenerationConfig).get("eos_token_id")
     text, parsed = _read_tokenizer_json(folder / "tokenizer.json")
@@ -110,6 +111,7 @@ def read_tokenizer(folder: Path) -> TokenizerData:
         "pad_token": pad,
         "unk_token": unk,
         "chat_template": _chat_template(folder, config),
+        "template_name": str(_template_file(folder)),
         "stop_token_ids": [] if stop is None else [stop] if isinstance(stop, int) else list(stop),
         "add_bos_token": _adds_bos(config, parsed, bos),
     }
@@ -173,17 +175,22 @@ def _token_text(token: Token) -> str | None:
     return token["content"] if isinstance(token, dict) else token
 
 
+def _template_file(folder: Path) -> Path:
+    path = folder / "chat_template.jinja"
+    return path if path.is_file() else folder / TOKENIZER_CONFIG
+
+
 def _chat_template(folder: Path, config: TokenizerConfig) -> str | None:
     """Reads chat_template.jinja, or the template in tokenizer_config.json (the one named "default" of several)."""
-    path = folder / "chat_template.jinja"
-    if path.is_file():
+    path = _template_file(folder)
+    if path.name != TOKENIZER_CONFIG:
         return read_text(path)
     template = config.get("chat_template")
     if isinstance(template, list):
         by_name = {named["name"]: named["template"] for named in template}
         if "default" not in by_name:
             raise MetadataError(
-                f"{folder / 'tokenizer_config.json'}: chat_template has no template 'default' (found "
+                f"{folder / TOKENIZER_CONFIG}: chat_template has no template 'default' (found "
                 f"{shorten(sorted(by_name))}). Write the one to use to chat_template.jinja in the folder."
             )
         return by_name["default"]

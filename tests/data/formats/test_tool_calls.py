@@ -157,6 +157,8 @@ def test_calls_that_end_otherwise_are_refused(smollm2_source: dict, write_rows: 
         ({"tools": "[{"}, "tools is not JSON: Expecting"),
         ({"tools": '["\x01"]'}, "tools is not JSON: Invalid control character at column 3"),
         ({"tools": "[" * 100_000}, "tools is not JSON: nested more than 200 levels deep"),
+        ({"tools": "[" * 300 + "]" * 300}, "tools is not JSON: nested more than 200 levels deep"),
+        ({"tools": "9" * 5000}, "tools is not JSON: Exceeds the limit"),
         ({"tools": {"a": 1}}, "tools is not a list of JSON schemas"),
         ({"messages": conversation("{city}")}, "message 1: the arguments of tool call 0 are not JSON"),
         ({"messages": conversation("[1]")}, "message 1: the arguments of tool call 0 are not an object"),

@@ -1,5 +1,6 @@
 """Parquet files: the same rows as JSON, and the words of each error. pyarrow is an optional dependency."""
 
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -7,12 +8,22 @@ from typing import Any
 
 import pytest
 
+from qlora_jax.data.readers import parquet_rows
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load
 
+ROOT = Path(__file__).parents[3]
 ROWS = [{"prompt": f"Is {n} odd?", "completion": "yes", "more": None} for n in range(5)]
 CHAT = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+
+
+READ = """
+import resource, sys
+from qlora_jax.data.readers.files import stream_rows
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+print(len(next(stream_rows(sys.argv[1])).data["text"]))
+"""
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -56,6 +67,48 @@ def test_parquet_texts_and_names_that_are_none_are_told(tmp_path: Path):
     parquet.write_table(pyarrow.table([["a"], ["b"]], names=["text", "text"]), tmp_path / "twice.parquet")
     with pytest.raises(ValueError, match=r"twice\.parquet: several columns are named 'text'"):
         read_rows(tmp_path / "twice.parquet")
+
+
+def test_a_value_that_all_rows_share_is_in_few_of_them_at_once(tmp_path: Path):
+    """A file of 1 kB whose 200,000 rows have the same 8 MB of text."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow, the extra `parquet`, is not installed")
+    from pyarrow import parquet
+
+    indices = pyarrow.array([0] * 200_000, pyarrow.int32())
+    texts = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["a" * (8 << 20)]))
+    path = tmp_path / "rows.parquet"
+    parquet.write_table(pyarrow.table({"text": texts}), path, compression="zstd", dictionary_pagesize_limit=1 << 30)
+    assert path.stat().st_size < 2000
+    done = subprocess.run([sys.executable, "-c", READ, str(path)], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"{8 << 20}\n"), done.stderr
+
+
+def test_ordinary_columns_are_read_in_large_batches(tmp_path: Path):
+    pytest.importorskip("pyarrow", reason="pyarrow, the extra `parquet`, is not installed")
+    from pyarrow import parquet
+
+    texts = [{"prompt": f"{n} " + "word " * 50, "completion": ["yes", "no"][n % 2]} for n in range(5000)]
+    path = Path(write_parquet(tmp_path / "rows.parquet", texts))
+    assert parquet_rows._rows_per_batch(path, parquet.ParquetFile(path).metadata) == 1024
+    header = bytes([0x15, 4, 0x15, 0x80, 0x80, 0x80, 0x08, 0x15, 0])
+    assert parquet_rows._unpacked_page_size(header, 7) == 8 << 20
+    assert parquet_rows._unpacked_page_size(b"\x00" * 16, 7) == 7
+
+
+def test_a_file_that_declares_wrong_sizes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    texts = [" ".join(str(n**7) for n in range(start, start + 2000)) for start in (0, 5000)]
+    path = Path(write_parquet(tmp_path / "rows.parquet", [{"prompt": text} for text in texts]))
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + content[20_000:])  # the end of the file, which has the columns' positions, is whole
+    with pytest.raises(ValueError, match=r"corrupt Parquet file \(the column \w+ is not inside the file\)"):
+        read_rows(path)
+    monkeypatch.setattr(parquet_rows, "MAX_UNPACKED", 1)
+    monkeypatch.setattr(parquet_rows, "MAX_RATIO", 0)
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"the column prompt unpacks to more than 0 times its size .found [\d,]+ and [\d,]+ bytes"
+    ):
+        read_rows(path)
 
 
 def test_without_pyarrow_the_way_out_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

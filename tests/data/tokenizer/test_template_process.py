@@ -17,6 +17,7 @@ from qlora_jax.data.tokenizer import chat_template
 from qlora_jax.data.tokenizer.chat_template import Rendering, render, render_all
 from qlora_jax.data.tokenizer.template_process import TemplateProcess
 from qlora_jax.data.tokenizer.template_protocol import Limits
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer, with_chat_template
 from tests.data.tokenizer.hostile_templates import ENDLESS, REFUSED
 from tests.marks import EXHAUSTIVE, SLOW
 
@@ -86,6 +87,18 @@ def test_only_the_conversation_at_which_a_limit_is_reached_and_later_ones_are_re
     assert all(str(text) == str(reached) for text in rendered(template, 1000))
     assert time.monotonic() - started < 0.1, "a template that reached a limit must not run again"
     assert rendered("{{ 1 + 1 }}") == ["2"], "other templates must still be rendered"
+
+
+def test_the_error_names_the_file_of_the_template(limited: TemplateProcess, smollm2_source: dict, tmp_path: Path):
+    own = tmp_path / "own.jinja"
+    own.write_text("{{ 'a' * 9000000000 }}")
+    source = {**smollm2_source, "chat_template": own.read_text() + " ", "template_name": "model/tokenizer_config.json"}
+    tokenizer = load_tokenizer(source)
+    for named, name in ((tokenizer, "model/tokenizer_config.json"), (with_chat_template(tokenizer, own), str(own))):
+        with pytest.raises(
+            ValueError, match=rf"^{re.escape(name)}: rendering a conversation with roles \['user'\] needed"
+        ):
+            named.render([USER])
 
 
 def test_long_conversations_may_be_written_several_times(limited: TemplateProcess):

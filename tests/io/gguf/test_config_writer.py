@@ -142,6 +142,7 @@ def test_tokenizer(tmp_path: Path) -> None:
     }
     assert open_model(write_gguf(tmp_path / "t.gguf", CONFIG, WEIGHTS, extra=extra)).tokenizer == {
         "chat_template": "{{ messages }}",
+        "template_name": f"{tmp_path / 't.gguf'}: tokenizer.chat_template",
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": None,

@@ -36,6 +36,7 @@ def test_everything_in_tokenizer_config(tmp_path: Path) -> None:
         "unk_token": None,
         "add_bos_token": True,
         "chat_template": "{{ messages }}",
+        "template_name": str(folder / "tokenizer_config.json"),
         "stop_token_ids": [2],
         "tokenizer_json": json.dumps(TOKENIZER),
     }
@@ -53,6 +54,7 @@ def test_other_files_fill_in(tmp_path: Path) -> None:
     tokenizer = read_tokenizer(folder)
     assert (tokenizer["eos_token"], tokenizer["unk_token"], tokenizer["bos_token"]) == ("<eos>", "<unk>", None)
     assert (tokenizer["chat_template"], tokenizer["stop_token_ids"]) == ("new", [7, 9])
+    assert tokenizer["template_name"] == str(folder / "chat_template.jinja")
 
 
 def test_named_templates(tmp_path: Path) -> None:
