@@ -30,7 +30,7 @@ class _Step(TypedDict):
     supervised_tokens: NonNegativeInt
     length: PositiveInt
     seconds: PositiveFloat
-    learning_rate: NotRequired[float | None]
+    learning_rate: float
     grad_norm: NotRequired[float | None]
     paging_problems: NotRequired[list[str]]
 

@@ -9,7 +9,8 @@ from qlora_jax.training.metrics import MetricsFile, read_metrics
 
 
 def step_record(step, loss):
-    return {"step": step, "loss": loss, "tokens": 9, "supervised_tokens": 4, "length": 16, "seconds": 0.5}
+    counts = {"tokens": 9, "supervised_tokens": 4, "length": 16, "seconds": 0.5}
+    return {"step": step, "loss": loss, "learning_rate": 1e-4} | counts
 
 
 def write_steps(path, steps, first_step):
@@ -72,6 +73,7 @@ def test_anything_else_is_told_with_its_line(tmp_path):
     [
         (dict(step="1"), "step: found '1', expected a whole number"),
         (dict(tokens=None, seconds=0), r"tokens: found None, .*; seconds: found 0, "),
+        (dict(learning_rate=None), "learning_rate: found None, expected a number"),
         (dict(loss=[1.0]), r"loss: found \[1\.0\], expected a number"),
         (dict(host_bytes={}), "host_bytes: found {}, expected a number"),
         (dict(letters_right_low=0.1), "letters_right_high: missing"),
