@@ -65,6 +65,20 @@ def test_truncated_data(tmp_path: Path, tiny_gguf: Path) -> None:
         open_model(tmp_path / "cut.gguf")
 
 
+def test_a_tensor_at_the_place_of_another_is_refused(tmp_path: Path, tiny_gguf: Path) -> None:
+    """One changed offset would give a tensor another one's values; many would be one small file's gigabytes."""
+    data, (first, second) = bytearray(tiny_gguf.read_bytes()), parse_header(tiny_gguf).tensors[:2]
+    row = data.index(second.name.encode()) + len(second.name)
+    place = row + 4 + 8 * len(second.shape) + 4  # after the axes and the type
+    assert int.from_bytes(data[place : place + 8], "little") == second.offset - first.offset
+    data[place : place + 8] = bytes(8)
+    (tmp_path / "t.gguf").write_bytes(data)
+    with pytest.raises(
+        ValueError, match=f"'{second.name}' is stored at byte {first.offset}, expected {second.offset}, where"
+    ):
+        open_model(tmp_path / "t.gguf")
+
+
 @hypothesis.given(data=strategies.data())
 def test_damage_is_read_or_refused(tiny_gguf: Path, tmp_path_factory: pytest.TempPathFactory, data) -> None:
     """A damaged header or a cut file raises ValueError or gives a valid result."""
