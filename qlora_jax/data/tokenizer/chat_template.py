@@ -35,9 +35,7 @@ class Rendering(NamedTuple):
     tools: Sequence[Mapping[str, object]] | None = None
 
 
-def render(
-    template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str = "the chat template"
-) -> str:
+def render(template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str = "") -> str:
     """Renders a conversation to the same text as transformers' `apply_chat_template(tokenize=False)`.
 
     Args:
@@ -55,12 +53,12 @@ def render(
 
 
 def render_all(
-    template: str, renderings: Sequence[Rendering], special_tokens: Mapping[str, str], name: str = "the chat template"
+    template: str, renderings: Sequence[Rendering], special_tokens: Mapping[str, str], name: str = ""
 ) -> list[str | ValueError]:
     """Returns the text of each conversation, or the error that `render` raises for it."""
     if len(template) > MAX_TEMPLATE:
         _refusals[template] = (
-            f"{name}: too long for a chat template (found {len(template):,} characters, expected at most "
+            f"{_prefix(name)}too long for a chat template (found {len(template):,} characters, expected at most "
             f"{MAX_TEMPLATE:,}). Set chat_template (data.chat_template in training) to a jinja file."
         )
     batches = itertools.batched(renderings, _BATCH)
@@ -73,7 +71,8 @@ def _render_batch(
     if template in _refusals:
         return [ValueError(_refusals[template])] * len(renderings)
     try:
-        return _process.render(template, special_tokens, pickle.dumps([tuple(one) for one in renderings]))
+        texts = _process.render(template, special_tokens, pickle.dumps([tuple(one) for one in renderings]))
+        return [ValueError(f"{_prefix(name)}{text}") if isinstance(text, ValueError) else text for text in texts]
     except ProcessEnded as ended:
         if len(renderings) == 1:
             return [_refuse(template, renderings[0], name, ended)]
@@ -84,9 +83,14 @@ def _render_batch(
 def _refuse(template: str, rendering: Rendering, name: str, ended: ProcessEnded) -> ValueError:
     """Returns the error for a conversation at which the process ended."""
     message = (
-        f"{name}: rendering a conversation with roles {[message.get('role') for message in rendering.messages]} "
-        f"{ended}. Set chat_template (data.chat_template in training) to another jinja file."
+        f"{_prefix(name)}the chat template {ended} for a conversation with roles "
+        f"{[message.get('role') for message in rendering.messages]}. "
+        "Set chat_template (data.chat_template in training) to another jinja file."
     )
     if ended.by_template:
         _refusals[template] = message
     return ValueError(message)
+
+
+def _prefix(name: str) -> str:
+    return f"{name}: " if name else ""

@@ -40,7 +40,7 @@ class Tokenizer:
     special_tokens: Mapping[str, str]
     add_bos_token: bool
     new_ids: tuple[int, ...] = ()
-    template_name: str = "the chat template"
+    template_name: str = ""
     rows: int | None = None
     refused: tuple[str, ...] = ()
 
@@ -192,7 +192,7 @@ def load_tokenizer(source: Mapping[str, Any]) -> Tokenizer:
         backend=backend,
         exported=exported,
         chat_template=source.get("chat_template"),
-        template_name=source.get("template_name") or "the chat template",
+        template_name=source.get("template_name", ""),
         special_tokens=special_tokens,
         add_bos_token=bool(source.get("add_bos_token", False)),
     )
