@@ -116,7 +116,7 @@ def choices_task(
     """
     rows = read_task_rows(path, "choices", file_columns, max_rows)
     questions = read_each(path, rows, lambda row: read_question(row.data))
-    options = [_encode_options(question, tokenizer) for question in questions]
+    options = read_each(path, rows, lambda row: _encode_options(read_question(row.data), tokenizer))
     check_lengths(path, rows, options, max_positions)
     choices = [
         Choice(options=encoded, answer=question.answer) for encoded, question in zip(options, questions, strict=True)

@@ -148,7 +148,7 @@ def letters_task(
     rows = read_task_rows(path, "letters", file_columns, max_rows)
     examples = None if shots is None else _read_examples(shots, num_shots, file_columns)
     prompts = read_each(path, rows, lambda row: _prompt(row, examples, num_shots))
-    questions = [_encode(prompt, tokenizer) for prompt in prompts]
+    questions = read_each(path, rows, lambda row: _encode(_prompt(row, examples, num_shots), tokenizer))
     problems = [
         (row.place, f"too long (found {len(question.ids)} tokens; the model has {max_positions} positions)")
         for row, question in zip(rows, questions, strict=True)

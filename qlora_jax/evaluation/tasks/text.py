@@ -79,7 +79,11 @@ def text_task(
     """
     if window > max_positions:
         raise ValueError(f"window: too long (found {window}; the model has {max_positions} positions). Reduce --window")
-    ids = tokenizer.encode(read_text(path))[:max_tokens]
+    text = read_text(path)
+    try:
+        ids = tokenizer.encode(text)[:max_tokens]
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if len(ids) < 2:
         raise ValueError(f"{path}: found {len(ids)} tokens to score, expected at least 2")
     rows = windows(ids, window, stride)
