@@ -62,5 +62,10 @@ def test_values_beyond_float16_are_an_error() -> None:
     values = np.array([1.0, -70_000.0], np.float32)
     with pytest.raises(ValueError, match=r"a\.weight: beyond the range of float16 \(found 70,000, .* at most 65,504\)"):
         rounded("a.weight", values, np.dtype(np.float16))
+    for sound in ([-65_504.0, 65_504.0, 0.0, -0.0], [-1.0], [1.0], []):
+        np.testing.assert_array_equal(rounded("a.weight", np.float32(sound), np.dtype(np.float16)), sound)
+    for large in (65_520.0, -65_520.0):  # the next value after 65,504, to which it rounds, is infinite
+        with pytest.raises(ValueError, match="beyond the range"):
+            rounded("a.weight", np.float32([1.0, large, -1.0]), np.dtype(np.float16))
     assert rounded("a.weight", values, np.dtype(ml_dtypes.bfloat16)).dtype == ml_dtypes.bfloat16
     assert np.isinf(rounded("a.weight", np.float32([np.inf]), np.dtype(np.float16))).all()  # as the model has it
