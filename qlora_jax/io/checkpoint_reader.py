@@ -4,10 +4,8 @@ STEP/lora, STEP/optimizer   arrays in orbax's format
 STEP/state/metadata         JSON: the state, and under "digests" the digests of the state and of every array
 """
 
-import gc
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
@@ -20,6 +18,7 @@ from pydantic import NonNegativeInt
 
 from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.orbax_threads import silence_threads
 from qlora_jax.metadata import MetadataError, check_value, read_json
 
 LORA, OPTIMIZER, STATE = "lora", "optimizer", "state"  # the parts of a checkpoint
@@ -134,19 +133,14 @@ def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str
 
 
 def _restore(folder: Path, like: PyTree) -> PyTree:
-    printing, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    silence_threads()
     try:
-        try:
-            with ocp.StandardCheckpointer() as checkpointer:
-                return checkpointer.restore(folder, like)
-        except (jax.errors.JaxRuntimeError, MemoryError):
-            raise  # the device or the machine has too little memory
-        except Exception as error:  # orbax raises Exception itself for a file that it cannot decode
-            failure = _failure(folder, error)
-        gc.collect()  # frees the reads that orbax abandons after a failure; each would print a traceback
-        raise failure
-    finally:
-        sys.unraisablehook = printing
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, like)
+    except (jax.errors.JaxRuntimeError, MemoryError):
+        raise  # the device or the machine has too little memory
+    except Exception as error:  # orbax raises Exception itself for a file that it cannot decode
+        raise _failure(folder, error) from error
 
 
 def _check_types(folder: Path, like: PyTree, expected: Mapping[str, ArrayDigest] | None) -> None:
