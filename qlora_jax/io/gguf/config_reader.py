@@ -202,6 +202,9 @@ def _kind(key: str) -> Kind:
 
 def _head_problems(architecture: Architecture, keys: Metadata) -> list[str]:
     head_dim, rotated = _head_dim(keys), keys.get("rope.dimension_count", 0)
+    if not head_dim:
+        width = keys["embedding_length"]
+        return [f"attention.head_count: found {keys['attention.head_count']}, expected at most {width}, the width"]
     if architecture.partial and rotated > head_dim:
         return [f"rope.dimension_count: found {rotated}, expected at most {head_dim}, the length of a head"]
     whole = ("attention.value_length",) if architecture.partial else ("attention.value_length", "rope.dimension_count")

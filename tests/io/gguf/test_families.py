@@ -1,7 +1,9 @@
 """GGUF files of every architecture: config and tensors are those that the file was made from."""
 
+import struct
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
@@ -34,3 +36,15 @@ def test_a_wrong_number_of_fused_rows_is_told(tmp_path: Path) -> None:
     info = TensorInfo(name="blk.1.attn_qkv.bias", shape=(128,), type=Kind.F32, offset=0, nbytes=512)
     with pytest.raises(ValueError, match=r"blk.1.attn_qkv.bias, F32 \[128\].*expected 4 heads of as many rows"):
         transform_of(tmp_path, info, ARCHITECTURES["gptneox"], {"num_attention_heads": 4})
+
+
+def test_more_heads_than_the_width_is_refused(tmp_path: Path) -> None:
+    """The width of a head would be 0, and the fraction of it that rotates is divided by it."""
+    architecture, config = FAMILIES["phi3"]
+    path = write_family(tmp_path / "t.gguf", architecture, config, random_tensors(config))
+    key = b"phi3.attention.head_count" + struct.pack("<I", gguf.GGUFValueType.UINT32)
+    rotated = b"phi3.rope.dimension_count"
+    content = path.read_bytes().replace(key + struct.pack("<I", 4), key + struct.pack("<I", 1028))
+    path.write_bytes(content.replace(rotated, rotated.replace(b"phi3", b"phi4")))
+    with pytest.raises(ValueError, match=r"phi3.attention.head_count: found 1028, expected at most 64, the width"):
+        open_model(path)
