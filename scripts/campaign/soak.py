@@ -23,7 +23,8 @@ from scripts.campaign.run_results import CACHE, CONFIG, tiny_run, write_settings
 SETTINGS = {
     "train": dict(steps=10_000_000, save_every=5, eval_every=20, keep_best=True, sample_tokens=4),
     "data": dict(eval_fraction=0.2),
-    "optim": dict(name="paged_adamw_8bit", paging="on", paging_budget="40KiB"),
+    "lora": dict(rank=64),
+    "optim": dict(name="paged_adamw_8bit", paging="on", paging_budget="160KiB"),
 }
 BLOCKS, DRAWS = 20, 2000
 

@@ -255,7 +255,7 @@ class DiskCase:
 def fill(case: DiskCase) -> Verdict:
     """Runs the command on a disk with room for a part of its result."""
     words = case.prepare()
-    size = _used(case.disk) + case.chance.randrange(0, case.needed + 32 * PAGE, PAGE)
+    size = _used(case.disk) + case.chance.randrange(0, case.needed + 4 * PAGE, PAGE)
     resize(case.disk, max(size, PAGE))
     return case.judge(case.run(words), f"{size} of {case.needed} bytes")
 
