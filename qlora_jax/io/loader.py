@@ -113,13 +113,16 @@ def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> Non
     if not stored:
         return
     read, spec = stored[0]
-    weight = read()
-    pairs = [(name, getattr(weight, name), getattr(spec, name)) for name in QUANTIZATION_FIELDS]
-    if wrong := [f"{name}={found}, expected {wanted}" for name, found, wanted in pairs if found != wanted]:
+    if wrong := _differing_settings(read(), spec):
         raise ValueError(
             f"{source.path}: already quantized, with other settings (found {'; '.join(wrong)}), and weights are never "
             "quantized twice. Set model.quant_type, model.block_size and model.double_quant to those of the files"
         )
+
+
+def _differing_settings(weight: QTensor, spec: QTensor) -> list[str]:
+    pairs = [(name, getattr(weight, name), getattr(spec, name)) for name in QUANTIZATION_FIELDS]
+    return [f"{name}={found}, expected {wanted}" for name, found, wanted in pairs if found != wanted]
 
 
 def _reporter(source: ModelSource, slots: Sequence[Slot], progress: Progress | None) -> Callable[[TensorEntry], None]:
@@ -188,10 +191,16 @@ def read_quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, trans
     """The weight in codes: unchanged if the file stores codes, otherwise transformed and quantized as in `spec`.
 
     Raises:
-      ValueError: the weight is not finite.
+      ValueError: the weight is not finite, or the file stores it in another format than `spec`.
     """
     if entry.read_quantized is not None:
-        return entry.read_quantized()
+        weight = entry.read_quantized()
+        if wrong := _differing_settings(weight, spec):
+            raise ValueError(
+                f"{source.path}: {entry.name} is quantized with other settings than the model's other weights (found "
+                f"{'; '.join(wrong)}). Use an undamaged file"
+            )
+        return weight
     array = entry.read()
     if transform is not unchanged:
         _check_finite(source, entry.name, array)

@@ -10,6 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.io.hf.bnb_writer import write_quantized_folder
 from qlora_jax.io.hf.reader import SINGLE
+from qlora_jax.io.loader import read_quantized
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
@@ -98,3 +99,15 @@ def test_every_weight_that_contradicts_itself_is_named(sound: Path, tmp_path: Pa
         open_model(tmp_path)
     for words in told:
         assert words.replace("\\", "") in str(error.value)
+
+
+def test_a_weight_of_another_format_than_its_stack_is_named(sound: Path, tmp_path: Path) -> None:
+    tensors = load_file(sound / SINGLE)
+    state(DOWN, nested_blocksize=255)(tensors)
+    save_file(tensors, tmp_path / SINGLE)
+    (tmp_path / "config.json").write_bytes((sound / "config.json").read_bytes())
+    source = open_model(tmp_path)
+    read = source.tensors[UP].read_quantized
+    assert read is not None
+    with pytest.raises(ValueError, match=rf"{DOWN} is quantized with other.*nested_block_size=255, expected 256"):
+        read_quantized(source, source.tensors[DOWN], read())
