@@ -16,7 +16,8 @@ from scripts.campaign.isolation import Run
 from scripts.campaign.ledger import Case, Verdict
 
 LONGEST_MESSAGE = 20_000
-KEY = re.compile(r"\b[a-z]\w*[._]\w+")  # data.chat_template, vocab_size, config.json
+# data.chat_template, vocab_size, config.json; or a key on a line alone: `  output: missing`
+KEY = re.compile(r"\b[a-z]\w*[._]\w+|^ +\w+: ", re.MULTILINE)
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 OURS = ("qlora_jax", "pallas_kernels")
 

@@ -166,15 +166,12 @@ class DiskKind:
         write_runs(folder)
 
     def start(self, sound: Path, scratch: Path) -> Run:
-        """Runs the command undisturbed, twice, and returns the function that runs a case."""
+        """Runs the command undisturbed, and returns the function that runs a case."""
         with small_disk(scratch / DISK, LARGE) as disk:
             output = disk / OUTPUT
-            for _ in range(2):  # the second time with compiled programs
-                shutil.rmtree(output, ignore_errors=True)
-                output.unlink(missing_ok=True)
-                self.task.before(sound, output)
-                began = time.monotonic()
-                _must(run_command(self.task.words(sound, output), scratch / "printed.txt", sound / CACHE))
+            self.task.before(sound, output)
+            began = time.monotonic()
+            _must(run_command(self.task.words(sound, output), scratch / "printed.txt", sound / CACHE))
             seconds, expected, needed = time.monotonic() - began, self.task.result(output), _used(disk)
 
         def run(case: Case) -> Verdict:
