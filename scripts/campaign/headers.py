@@ -3,9 +3,9 @@
     pip install atheris
     python -m scripts.campaign.headers --seconds 1800 --seed 0 --output DIR [--formats gguf safetensors]
 
-Inputs that reach new code stay in DIR/corpus, so that the next piece continues there; `--keep` copies the smallest
-corpus of equal coverage to scripts/campaign/corpus, from which every campaign starts. A line per piece is appended to
-DIR/headers.jsonl. An error that is not ours or does not name the file, 5 s or 1 GiB for an input: each is a finding.
+Inputs that reach new code stay in DIR/corpus, so that the next piece continues there. Every campaign starts from
+scripts/campaign/corpus, to which they can be copied. A line per piece is appended to DIR/headers.jsonl. An error that
+is not ours or does not name the file, 5 s or 1 GiB for an input: each is a finding.
 """
 
 import argparse
@@ -13,7 +13,6 @@ import json
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,24 +49,6 @@ def fuzz(form: str, seconds: int, seed: int, output: Path) -> Piece:
     )
 
 
-def keep(form: str, output: Path) -> int:
-    """Replaces the committed corpus by the smallest one of equal coverage; returns its bytes."""
-    with tempfile.TemporaryDirectory() as folder:
-        merged = Path(folder) / form
-        merged.mkdir()
-        _libfuzzer(
-            form,
-            Path(folder) / "findings",
-            ["-merge=1", *LIMITS, str(merged), str(output / "corpus" / form), str(KEPT / form)],
-        )
-        smallest = sorted(merged.iterdir(), key=lambda path: path.stat().st_size)
-        for path in (KEPT / form).iterdir():
-            path.unlink()
-        for path in smallest:
-            (KEPT / form / path.name[:12]).write_bytes(path.read_bytes())
-    return sum(path.stat().st_size for path in (KEPT / form).iterdir())
-
-
 def _libfuzzer(form: str, findings: Path, arguments: Sequence[str]) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "scripts.campaign.header_target", form, str(findings), *arguments]
     return subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
@@ -84,15 +65,11 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--seconds", type=int, default=1800, help="per format")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
-    parser.add_argument("--keep", action="store_true", help="fuzz nothing; replace the committed corpus")
     args = parser.parse_args(argv)
-    if args.keep:
-        for form in args.formats:
-            print(f"{KEPT / form}: {keep(form, args.output):,} bytes")
-        return 0
+    version = commit()  # of the code that runs, whatever the tree holds at the end
     pieces = {form: fuzz(form, args.seconds, args.seed, args.output) for form in args.formats}
     for form, piece in pieces.items():
-        line = {"format": form, "seconds": args.seconds, "seed": args.seed, "commit": commit(), **piece._asdict()}
+        line = {"format": form, "seconds": args.seconds, "seed": args.seed, "commit": version, **piece._asdict()}
         with (args.output / "headers.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         found = "".join(f"\n    {finding}" for finding in piece.findings)
