@@ -8,7 +8,7 @@ import optax
 import orbax.checkpoint
 
 from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
-from qlora_jax.config.parse import from_dict
+from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.session import Session
@@ -64,6 +64,16 @@ def _unpaged(config: Config) -> Config:
     return dataclasses.replace(config, optim=dataclasses.replace(config.optim, name=plain_name(config.optim.name)))
 
 
+def _saved_config(session: Session, state: Record) -> Config:
+    try:
+        return from_dict(Config, state["config"], {})
+    except ConfigError as error:
+        raise ValueError(
+            f"{session.config.output}: the settings in the checkpoint of step {state['step']} are not those of this "
+            f"version of qlora_jax:\n  " + "\n  ".join(error.problems)
+        ) from error
+
+
 def check_resumable(session: Session, state: Record) -> None:
     """Checks that a resumed run gives the same results as an uninterrupted one.
 
@@ -76,7 +86,7 @@ def check_resumable(session: Session, state: Record) -> None:
             "another version of qlora_jax wrote it. Resume with that version, or start a new run in another output "
             "folder; lora.start continues from the exported adapter."
         )
-    changed = differences(*map(_unpaged, (from_dict(Config, state["config"], {}), session.config)))
+    changed = differences(_unpaged(_saved_config(session, state)), _unpaged(session.config))
     problems = [
         f"{key}: {then!r} in the checkpoint, {now!r} now"
         for key, (then, now) in changed.items()

@@ -352,15 +352,24 @@ def test_resuming_otherwise_is_refused_with_each_difference(finished, tmp_path):
     assert "lora.alpha: 32.0 in the checkpoint, 8.0 now" in str(caught.value) and "the base model" in str(caught.value)
 
 
-def test_a_checkpoint_that_lacks_what_a_run_goes_on_from_is_told(finished, monkeypatch):
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda state: state.pop("best"), r"checkpoint of step 10 lacks best, because another version .* lora\.start"),
+        (
+            lambda state: state["config"].update(colour=1),
+            r"run: the settings in the checkpoint of step 10 .* version of qlora_jax:\n  colour: unknown setting",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_version_is_an_error(finished, monkeypatch, change, problem):
     def read(folder):
         state, digests = read_state(folder)
-        return {key: value for key, value in state.items() if key != "best"}, digests
+        change(state)
+        return state, digests
 
     monkeypatch.setattr("qlora_jax.io.checkpoint.read_state", read)
-    with pytest.raises(
-        ValueError, match=r"the checkpoint of step 10 lacks best, because another version .* lora\.start"
-    ):
+    with pytest.raises(ValueError, match=problem):
         run(finished, resume=True)
 
 

@@ -91,7 +91,7 @@ def test_a_page_that_can_be_placed_nowhere_is_one_clear_error():
     memory.advance()
     state = run.state
     with pytest.raises(
-        PagingError, match=r"page 0 of 4 .* the device has no room for it.*last checkpoint with --resume"
+        PagingError, match=r"page 0 of 4 .* the device has no room for it.*start again, with --resume if"
     ):
         run.go(0, steps=1)
     assert not any(leaf.is_deleted() for page in state.pages for leaf in page)

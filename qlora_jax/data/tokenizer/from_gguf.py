@@ -166,7 +166,9 @@ def _check_size(tokenizer: Tokenizer, tokens: Sequence[str]) -> None:
 
 
 def _check_lengths(metadata: Metadata) -> None:
-    counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores") if metadata[name]}
+    counts = {name: len(metadata[name]) for name in ("tokens", "token_type", "scores")}
+    if not counts["scores"]:  # Gemma's order of merges follows from that of its tokens
+        del counts["scores"]
     if len(set(counts.values())) > 1:
         raise ValueError(f"GGUF: tokenizer.ggml lists have different lengths: {counts}. Use an undamaged file.")
 

@@ -151,6 +151,10 @@ def test_llama3_kinds_take_whole_words_before_merging():
             {"model": "llama", "scores": [0.0] * 2},
             "lists have different lengths: {'tokens': 3, 'token_type': 3, 'scores': 2}",
         ),
+        (
+            {"model": "llama", "scores": [], "token_type": []},
+            "lists have different lengths: {'tokens': 3, 'token_type': 0}",
+        ),
         ({"merges": ["a b", "a", "a b c"]}, "2 of tokenizer.ggml.merges are not two tokens: 1: 'a', 2: 'a b c'"),
         ({"tokens": ["a", "b", "a"]}, r"repeats 1 tokens, such as \['a'\]"),
         ({"token_type": [1]}, "token_type has the wrong length .found 1, expected 3"),

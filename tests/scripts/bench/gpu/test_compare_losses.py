@@ -7,6 +7,7 @@ import pytest
 from scripts.bench.gpu import compare_losses
 
 RECORDED = json.loads(compare_losses.RECORDED.read_text())
+COUNTS = {"tokens": 9, "supervised_tokens": 5, "length": 16, "seconds": 0.5, "learning_rate": 1e-4}
 
 
 def test_the_recorded_losses_are_equal_to_themselves_and_so_are_their_first():
@@ -32,9 +33,12 @@ def test_differences_are_reported(change, message):
 
 def test_the_command_reads_a_runs_metrics(tmp_path, capsys):
     path = tmp_path / "metrics.jsonl"
-    lines = [{"step": 0, "eval_loss": 3.0}, *({"step": i + 1, "loss": loss} for i, loss in enumerate(RECORDED[:3]))]
+    lines = [
+        {"step": 0, "eval_loss": 3.0},
+        *(COUNTS | {"step": i + 1, "loss": loss} for i, loss in enumerate(RECORDED[:3])),
+    ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert compare_losses.main(str(path)) == 0
     assert "3 of 75 steps compared" in capsys.readouterr().out
-    path.write_text(path.read_text() + json.dumps({"step": 4, "loss": None}) + "\n")
+    path.write_text(path.read_text() + json.dumps(COUNTS | {"step": 4, "loss": None}) + "\n")
     assert compare_losses.main(str(path)) == 1
