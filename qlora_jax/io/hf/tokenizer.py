@@ -63,10 +63,14 @@ class TemplatePiece(TypedDict, total=False):
     SpecialToken: TokenName
 
 
+# An alias, because a member of a union must have a hash in Python 3.12, and FailFast has none.
+type Pieces = Annotated[list[TemplatePiece], FailFast()]
+
+
 class PostProcessor(TypedDict, total=False):
     """The tokens that tokenizer.json adds to those of a text: a template, or a list of processors."""
 
-    single: Annotated[list[TemplatePiece], FailFast()] | None
+    single: Pieces | None
     processors: "Annotated[list[PostProcessor], FailFast()]"
 
 
@@ -84,11 +88,14 @@ class AddedToken(TypedDict, total=False):
     id: Annotated[int, Field(ge=0, le=MAX_ID)]
 
 
+type AddedTokens = Annotated[list[AddedToken], FailFast()]
+
+
 class TokenizerJson(TypedDict, total=False):
     """The part of tokenizer.json that is used here; the tokenizers library reads the rest."""
 
     model: TokenizerModel
-    added_tokens: Annotated[list[AddedToken], FailFast()] | None
+    added_tokens: AddedTokens | None
     post_processor: PostProcessor | None
 
 
