@@ -148,7 +148,7 @@ def test_a_folder_that_goes_away_during_a_save_is_noticed(tmp_path: Path, monkey
 def test_a_file_that_its_holder_deletes_at_that_moment_is_not_locked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between opening and locking, the process before may end; its file is no longer the folder's."""
+    """The holder may delete the file after we open it and before we lock it; ours is then not the folder's file."""
     folder, flock, calls = tmp_path / "run", fcntl.flock, []
 
     def late(descriptor: int, operation: int) -> None:
