@@ -21,12 +21,13 @@ from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.nn.full_rank import TrainableTable
-from qlora_jax.nn.linear import QLinear, project
+from qlora_jax.nn.linear import QLinear, gather_layer, project
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.variables import Frozen
+from qlora_jax.sharding import gathered
 
 # Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
 # of products, so that only norms and activations are recomputed. `full`: nothing. `offload`: nothing, and the layer's
@@ -200,8 +201,11 @@ class Decoder(nnx.Module):
             x_MD, cache = carry
             x_MD = checkpoint_name(x_MD, LAYER_INPUT)
             layer, lora_of_layer = per_layer
+            # Gathered inside jax.checkpoint, under no name that a policy saves: the backward pass gathers once more,
+            # for recomputation and for its own products, and nothing that was gathered is kept.
+            lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_layer(base, layer)
             layer_key = None if key is None else jax.random.fold_in(key, layer)
-            return nnx.merge(graphdef, lora_of_layer, base)(x_MD, positions, layer, layer_key, cache), None
+            return nnx.merge(graphdef, lora_of_layer, base_of_layer)(x_MD, positions, layer, layer_key, cache), None
 
         policy = REMAT_POLICIES[remat]
         body = block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=False)

@@ -6,25 +6,48 @@ Dimension key: L layers, M rows, K in, N out.
 import dataclasses
 import zlib
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
 from qlora_jax.nn.variables import Frozen, select_layer
+from qlora_jax.sharding import gathered, is_shard
 
-Weight = QTensor | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OneLayer:
+    """A 4-bit weight of one layer, which was gathered from several devices, in place of a stack."""
+
+    weight: QTensor
+
+
+Weight = QTensor | OneLayer | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
+
+
+def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
+    """Gathers one layer of every 4-bit stack that is cut over devices; what is whole stays a stack."""
+
+    def one(leaf: Any) -> Any:
+        if not (isinstance(leaf, QTensor) and any(map(is_shard, jax.tree.leaves(leaf, is_leaf=is_shard)))):
+            return leaf
+        return OneLayer(gathered(leaf.layer(layer)))
+
+    return jax.tree.map(one, base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack))
 
 
 def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | int | None) -> Float[Array, "M N"]:
     """Returns x W^T in x's dtype, accumulated in f32, for one layer of a stack (None: `weight` is a single layer)."""
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
+    if isinstance(weight, OneLayer):
+        return nf4_matmul(x_MK, weight.weight, None)
     if isinstance(weight, MixedStack):
         assert layer is not None, "a MixedStack is always a stack"
         return mixed_linear(x_MK, weight, layer)

@@ -12,12 +12,15 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, ModelParts, combine
+from qlora_jax.models.sharded_parts import parts_specs, shards_of
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
+from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, sum_over
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -54,28 +57,54 @@ def row_nll(model: CausalLM, micro: dict[str, jax.Array], *, remat: str, key: ja
     return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="remat")
+@functools.partial(jax.jit, static_argnames=("remat", "mesh"))
 def gradients(
     parts: ModelParts,
     batch: dict[str, jax.Array],
     key: jax.Array | None,
     *,
     remat: str,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Lora, StepLoss]:
     """Returns the gradients of (sum of losses) / (number of supervised tokens) over all micro-batches, and the losses.
 
-    The result is that of one large batch, however its tokens are split into micro-batches. Gradients are summed over
-    micro-batches in the parameters' dtype, f32 or bf16, as in torch.
+    The result is that of one large batch, however its tokens are split into micro-batches and over devices. Gradients
+    are summed over micro-batches in the parameters' dtype, f32 or bf16, as in torch, and over devices in f32.
 
     Args:
       batch: `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T].
       key: the dropout key of this step, which is folded with the micro-batch; None without dropout.
       remat: a key of REMAT_POLICIES.
+      mesh: the devices that share the rows of a batch and the model; None: one device. Gradients lie like the LoRA
+        parameters.
     """
+    if mesh is None:
+        return _gradients(parts, batch, key, remat=remat)
+    specs = parts_specs(parts, mesh)
+    run = jax.shard_map(
+        functools.partial(_gradients, remat=remat, mesh=mesh, specs=specs),
+        mesh=mesh,
+        in_specs=(specs, P(None, ROWS), P()),
+        out_specs=(specs.lora, P()),
+        check_vma=False,  # kernels' results carry no such types
+    )
+    return run(parts, batch, key)
+
+
+def _gradients(
+    parts: ModelParts,
+    batch: dict[str, jax.Array],
+    key: jax.Array | None,
+    *,
+    remat: str,
+    mesh: AnyMesh | None = None,
+    specs: ModelParts | None = None,
+) -> tuple[Lora, StepLoss]:
+    """Returns the result of `gradients` of one device, which has its own part of `parts` and `batch` on a mesh."""
 
     def summed(lora: Lora, micro: dict[str, jax.Array], index: jax.Array):
         micro_key = None if key is None else jax.random.fold_in(key, index)
-        rows_B = row_nll(combine(parts.with_lora(lora)), micro, remat=remat, key=micro_key)
+        rows_B = row_nll(_model(parts.with_lora(lora), specs, mesh), micro, remat=remat, key=micro_key)
         return jnp.sum(rows_B), rows_B
 
     # The backward pass adds each layer's gradient in place, so a micro-batch needs no second set of gradients.
@@ -89,14 +118,24 @@ def gradients(
 
     count = batch["weights"].shape[0]
     _, row_nll_AB = jax.lax.scan(accumulate, None, (batch, jnp.arange(count, dtype=jnp.int32)))
-    tokens = jnp.sum(batch["weights"])
+    # Every device gets all rows' losses and adds them in the same order, so that the sum does not depend on the mesh.
+    row_nll_AB = gather_rows(row_nll_AB, mesh, axis=1)
+    tokens = sum_over(jnp.sum(batch["weights"]), mesh)
     loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
-    return jax.tree.map(functools.partial(_mean, tokens=tokens), total), loss
+    cuts = jax.tree.map(lambda _: P(), total) if specs is None else specs.lora
+    return jax.tree.map(functools.partial(_mean, tokens=tokens, mesh=mesh), total, cuts), loss
 
 
-def _mean(total: jax.Ref, tokens: Float[Array, ""]) -> jax.Array:
+def _mean(total: jax.Ref, spec: P, *, tokens: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:
     summed = jax.freeze(total)
-    return (summed.astype(jnp.float32) / tokens).astype(summed.dtype)
+    # What was gathered in the scan was summed over `fsdp` there, by the gather's derivative.
+    axes = ROWS if cut_axis(spec) is None else (DATA,)
+    return (sum_over(summed.astype(jnp.float32), mesh, axes) / tokens).astype(summed.dtype)
+
+
+def _model(parts: ModelParts, specs: ModelParts | None, mesh: AnyMesh | None) -> CausalLM:
+    """Returns the model; on a mesh, its cut leaves are Shards."""
+    return combine(parts if mesh is None or specs is None else shards_of(parts, specs, mesh))
 
 
 @functools.partial(
@@ -115,7 +154,18 @@ def update(
     return cast(Lora, apply_updates(lora, updates)), state, norm
 
 
-@jax.jit
-def evaluation_loss(parts: ModelParts, batch: dict[str, jax.Array]) -> Float[Array, " B"]:
+@functools.partial(jax.jit, static_argnames="mesh")
+def evaluation_loss(
+    parts: ModelParts, batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
+) -> Float[Array, " B"]:
     """Returns each row's sum of losses in nats, without dropout; `batch` is as in `gradients`, without the axis A."""
-    return row_nll(combine(parts), batch, remat="none", key=None)
+    if mesh is None:
+        return row_nll(combine(parts), batch, remat="none", key=None)
+    specs = parts_specs(parts, mesh)
+
+    def per_device(parts: ModelParts, batch: dict[str, jax.Array]) -> jax.Array:
+        rows_B = row_nll(_model(parts, specs, mesh), batch, remat="none", key=None)
+        return gather_rows(rows_B, mesh, axis=0)
+
+    run = jax.shard_map(per_device, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=P(), check_vma=False)
+    return run(parts, batch)

@@ -1,0 +1,64 @@
+"""How the parts of a model are cut over a mesh: 4-bit weights, LoRA parameters, embedding and head.
+
+All else is whole on every device: norms, biases, layers that are not quantized, and tables of which rows train.
+"""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.models.partition import Lora, ModelParts, is_table
+from qlora_jax.nn.mixed_stack import MixedStack
+from qlora_jax.sharding import FSDP, AnyMesh, Shard, axis_size, cut_axis, lora_spec, place, stack_spec, table_spec
+
+
+def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
+    """Returns the PartitionSpec of every leaf, in the structure of `parts`, whose leaves need only a shape."""
+    tables_train = any(is_table(name) for name in parts.lora)
+
+    def base_spec(path: tuple[Any, ...], leaf: Any) -> PyTree:
+        if isinstance(leaf, QTensor):
+            return jax.tree.map(lambda one: stack_spec(one.shape, mesh), leaf)
+        if is_table(_module(path)) and not tables_train:
+            return table_spec(leaf.shape, mesh)
+        return jax.tree.map(lambda _: P(), leaf)
+
+    base = jax.tree_util.tree_map_with_path(
+        base_spec, parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack)
+    )
+    return ModelParts(parts.graphdef, lora_specs(parts.lora, mesh), base)
+
+
+def lora_specs(lora: Lora, mesh: AnyMesh) -> dict[str, dict[str, P]]:
+    """Returns the PartitionSpec of every LoRA parameter; gradients and moments are cut alike."""
+
+    def spec(name: str, leaf: Any) -> P:
+        return P() if is_table(name) else lora_spec(leaf.shape, mesh)
+
+    return {name: {leaf: spec(name, value) for leaf, value in leaves.items()} for name, leaves in lora.items()}
+
+
+def place_parts(parts: ModelParts, mesh: Mesh) -> ModelParts:
+    """Places a model on a mesh."""
+    return place(parts, parts_specs(parts, mesh), mesh)
+
+
+def shards_of(parts: ModelParts, specs: ModelParts, mesh: AnyMesh) -> ModelParts:
+    """Marks each cut leaf as a Shard, by which modules know that they hold a part; called inside shard_map."""
+    return jax.tree.map(functools.partial(_marked, count=axis_size(mesh, FSDP)), parts, specs)
+
+
+def _marked(leaf: jax.Array, spec: P, count: int) -> jax.Array | Shard:
+    axis = cut_axis(spec)
+    return leaf if axis is None else Shard(part=leaf, axis=axis - leaf.ndim, count=count)
+
+
+def _module(path: tuple[Any, ...]) -> str:
+    """Returns the dotted name of the module that holds a leaf of the base."""
+    names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
+    return ".".join(names[:-1])
