@@ -3,6 +3,9 @@
 from qlora_jax.config.command_line import Command as Command
 from qlora_jax.config.command_line import read_arguments as read_arguments
 from qlora_jax.config.command_line import run_main as run_main
+from qlora_jax.config.mesh_settings import HostsArgs as HostsArgs
+from qlora_jax.config.mesh_settings import MeshArgs as MeshArgs
+from qlora_jax.config.mesh_settings import MeshSize as MeshSize
 from qlora_jax.config.optimizer_names import paging_of as paging_of
 from qlora_jax.config.optimizer_names import plain_name as plain_name
 from qlora_jax.config.parse import ConfigError as ConfigError
@@ -17,6 +20,7 @@ from qlora_jax.config.schema import ModelArgs as ModelArgs
 from qlora_jax.config.schema import OptimArgs as OptimArgs
 from qlora_jax.config.schema import TrainArgs as TrainArgs
 from qlora_jax.config.validate import validate as validate
+from qlora_jax.config.validate_mesh import mesh_choices as mesh_choices
 from qlora_jax.config.yaml_files import differences as differences
 from qlora_jax.config.yaml_files import read_config as read_config
 from qlora_jax.config.yaml_files import to_dict as to_dict

@@ -25,7 +25,8 @@ _NOT_NEEDED = "remove it: there is nothing to set"
 _LEARN = "assistant, the default, learns answers only; all learns prompts too"
 _WARMUP = "a fraction of all steps, not a number of steps: 100 warm-up steps of 2,000 are 0.05"
 _ATTENTION = "remove it: the attention kernel is chosen for the device"
-_ONE_DEVICE = "remove it: a run uses one device"
+_SHARDED = "a number of devices, which share the weights; mesh.data is for models that fit one device"
+_NO_LAUNCHER = "remove it: mesh.data and mesh.fsdp choose the devices"
 _SEED = "one seed for initialization, order of rows and dropout"
 _HUB = "remove it: models from the Hub use HF_TOKEN and HF_HOME"
 _CODE = "remove it: the code of a model is never run"
@@ -216,12 +217,13 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "flash_attention": Replacement(None, _ATTENTION),
     "xformers_attention": Replacement(None, _ATTENTION),
     "attn_implementation": Replacement(None, _ATTENTION),
-    "deepspeed": Replacement(None, _ONE_DEVICE),
-    "fsdp": Replacement(None, _ONE_DEVICE),
-    "ddp_timeout": Replacement(None, _ONE_DEVICE),
-    "ddp_find_unused_parameters": Replacement(None, _ONE_DEVICE),
-    "local_rank": Replacement(None, _ONE_DEVICE),
-    "device_map": Replacement(None, _ONE_DEVICE),
+    "deepspeed": Replacement("mesh.fsdp", _SHARDED),
+    "fsdp": Replacement("mesh.fsdp", _SHARDED),
+    "fsdp_config": Replacement("mesh.fsdp", _SHARDED),
+    "device_map": Replacement("mesh.fsdp", _SHARDED),
+    "ddp_timeout": Replacement("hosts.heartbeat", "seconds"),
+    "ddp_find_unused_parameters": Replacement(None, _NO_LAUNCHER),
+    "local_rank": Replacement(None, _NO_LAUNCHER),
     "enable_liger_kernel": Replacement(None, "remove it: fused kernels are chosen for the device"),
     "neftune_noise_alpha": Replacement(None, "remove it: noise on embeddings is not supported"),
     "label_smoothing_factor": Replacement(None, "remove it: label smoothing is not supported"),

@@ -36,7 +36,7 @@ def describe_type(hint: Hint) -> str:
     """The type in plain words: `describe_type(int | None)` is 'a whole number or null'."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Literal:
-        return "one of " + ", ".join(arguments)
+        return ("one of " if len(arguments) > 1 else "") + ", ".join(arguments)
     if origin in UNIONS:
         first, *others = map(describe_type, arguments)
         if typing.get_origin(arguments[0]) is Literal:  # list the choices only once

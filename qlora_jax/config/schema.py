@@ -15,6 +15,7 @@ from qlora_jax.config.fields import (
     UP_TO_ONE,
     setting,
 )
+from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
 from qlora_jax.config.question_settings import QuestionArgs
 
 
@@ -282,7 +283,12 @@ class TrainArgs:
     steps: int | None = setting(
         "optimizer steps; overrides epochs", None, AT_LEAST_ONE, common="optimizer steps; overrides epochs"
     )
-    micro_batch_size: int = setting("rows per forward pass", 1, AT_LEAST_ONE, common="rows per forward pass")
+    micro_batch_size: int = setting(
+        "rows per forward pass, on all devices together; must divide by their number",
+        1,
+        AT_LEAST_ONE,
+        common="rows per forward pass, on all devices together",
+    )
     accumulation: int = setting(
         "micro-batches per optimizer step", 16, AT_LEAST_ONE, common="micro-batches per optimizer step"
     )
@@ -343,6 +349,8 @@ class Config:
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
+    mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
+    hosts: HostsArgs = dataclasses.field(default_factory=HostsArgs)
     output: str = setting(
         "the run's folder, for checkpoints, metrics, report and resolved configuration",
         bound=NOT_EMPTY,
