@@ -1,11 +1,11 @@
 """NVIDIA GPUs as data: their specifications, and the text from which XLA compiles for an absent one.
 
 Sources: `h100`, `h200`, `b200`, `a100` and `a6000` are XLA's descriptions, shortened (openxla/xla,
-xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000). XLA has none for `rtx4090` and `l40s`:
-those rows follow NVIDIA's data sheets and the a6000, and were never compared with a card. Their `memory_bytes` in
-particular is an estimate of what such a card reports, less than the nominal 24 and 48 GB. `bf16_flops` is from memory
-of data sheets: dense (not sparse) tensor cores, f32 accumulation. It agrees with XLA's clocks for h100, h200 and b200;
-the others are unchecked.
+xla/backends/gpu/target_config/specs: h100_sxm, h200, b200, a100_sxm_80, a6000). XLA has none for `rtx4090`, `rtx3090`
+and `l40s`: those rows follow NVIDIA's data sheets and the a6000, and were never compared with a card. Their
+`memory_bytes` in particular is an estimate of what such a card reports, less than the nominal 24 and 48 GB.
+`bf16_flops` is from memory of data sheets: dense (not sparse) tensor cores, f32 accumulation. It agrees with XLA's
+clocks for h100, h200 and b200; the others are unchecked.
 
 XLA's own code compiles for all of them. Compiling a Hopper kernel (wgmma) for `b200` is an error; with jax 0.12.0.1 it
 ends the compiler's process.
@@ -154,6 +154,20 @@ _ROWS = [
         clock_ghz=2.52,
         bf16_flops=165.2e12,
         source="by hand; peak: NVIDIA Ada white paper (f32 accumulation)",
+        **SMALL,
+    ),
+    Card(
+        name="rtx3090",
+        description="NVIDIA GeForce RTX 3090",
+        compute_capability=(8, 6),
+        sm_count=82,
+        fp32_cores_per_sm=128,
+        l2_bytes=6291456,
+        memory_bytes=25281560576,
+        bandwidth=936096000000,
+        clock_ghz=1.695,
+        bf16_flops=71e12,
+        source="by hand; peak: NVIDIA GA102 white paper (142 with sparsity)",
         **SMALL,
     ),
     Card(

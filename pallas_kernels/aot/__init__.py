@@ -4,6 +4,9 @@ compiled = compile_for("a100", step, params, on_host(moments), batch)
 compiled.memory.device_total, compiled.fits, compiled.kernels, compiled.largest_temporaries()
 """
 
+from pallas_kernels.aot.collectives import Collective as Collective
+from pallas_kernels.aot.collectives import read_collectives as read_collectives
+from pallas_kernels.aot.collectives import totals as totals
 from pallas_kernels.aot.compile import CompiledFor as CompiledFor
 from pallas_kernels.aot.compile import compile_for as compile_for
 from pallas_kernels.aot.machine_code import Kernel as Kernel

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 
 from pallas_kernels.aot import placement, processes, toolchain
+from pallas_kernels.aot.collectives import Collective, read_collectives
 from pallas_kernels.aot.cubins import find_cubins
 from pallas_kernels.aot.executable import read_executable
 from pallas_kernels.aot.machine_code import Kernel, read_kernels
 from pallas_kernels.aot.memory import MemoryUse, Temporary, read_temporaries
-from pallas_kernels.aot.worker import Request
+from pallas_kernels.aot.worker import CompilerOption, Request
 from pallas_kernels.gpu_specs import Card, find_card
 
 GIB = 2**30
@@ -80,6 +81,11 @@ class CompiledFor:
         """The names of kernels that the card cannot launch, because a block exceeds the available shared memory."""
         return tuple(k.name for k in self.kernels if k.shared_bytes > self.card.shared_memory_per_sm)
 
+    @functools.cached_property
+    def collectives(self) -> list[Collective]:
+        """The operations by which several cards exchange arrays; none for one card."""
+        return read_collectives(self.text)
+
     def largest_temporaries(self, count: int = 10) -> list[Temporary]:
         """Returns the largest temporary buffers, on the card and in host memory."""
         return read_temporaries(self._executable, self.text)[:count]
@@ -95,6 +101,7 @@ def compile_for(
     *args: object,
     donate_argnums: int | Sequence[int] = (),
     static_argnums: int | Sequence[int] = (),
+    compiler_options: Mapping[str, CompilerOption] | None = None,
     **kwargs: object,
 ) -> CompiledFor:
     """Compiles `fn(*args, **kwargs)` for one or several cards of pallas_kernels.gpu_specs.CARDS, which may be absent.
@@ -105,13 +112,14 @@ def compile_for(
 
     Args:
       card: a key of CARDS.
-      fn: a function; if it is already jitted, its own donations and static arguments apply.
+      fn: a function; if it is already jitted, its own donations, static arguments and compiler options apply.
       args, kwargs: pytrees of arrays or ShapeDtypeStructs, of which only shape, dtype and sharding are read. Other
         leaves (numbers, static arguments) are passed to `fn` unchanged. Leaves are on the card, except those of
         `on_host`. If leaves have a NamedSharding on an AbstractMesh, the program is for that many cards of one host:
         these leaves are sharded, all others are replicated, and memory is that of one card. A result is in host
         memory if `fn` ends with `jax.device_put(x, jax.memory.Space.Host)`.
       donate_argnums, static_argnums: those of jax.jit.
+      compiler_options: those of jax.stages.Lowered.compile, added to those of a jitted function.
 
     Raises:
       CompilerUnavailableError: packages are missing, or JAX has not loaded its CUDA plugin; see `problem`.
@@ -130,10 +138,17 @@ def compile_for(
     with jax.default_device(devices[0]):
         traced = _jitted(fn, donate_argnums, static_argnums).trace(*args, **kwargs)
         module = io.BytesIO()
-        traced.lower().compiler_ir("stablehlo").operation.write_bytecode(module)
-    program = processes.build(Request(spec, module.getvalue(), len(devices)))
+        lowered = traced.lower()
+        lowered.compiler_ir("stablehlo").operation.write_bytecode(module)
+    options = _options(lowered) | dict(compiler_options or {})
+    program = processes.build(Request(spec, module.getvalue(), len(devices), options))
     placement.check_host_kept(traced, program.text)
     return CompiledFor(spec, program.memory, program.text, program.serialized)
+
+
+def _options(lowered: jax.stages.Lowered) -> dict[str, CompilerOption]:
+    """Returns the compiler options of the jitted function, which jax.stages has no public name for."""
+    return dict(lowered._lowering._compiler_options_kvs)  # type: ignore[attr-defined]
 
 
 def _jitted(fn: Callable[..., object], donate_argnums: int | Sequence[int], static_argnums: int | Sequence[int]) -> Any:

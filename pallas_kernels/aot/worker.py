@@ -12,6 +12,7 @@ import os
 import pickle
 import signal
 import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +25,22 @@ from jaxlib.mlir import ir
 from pallas_kernels.aot import memory, toolchain
 from pallas_kernels.gpu_specs import Card
 
+CompilerOption = bool | int | float | str
+
 
 class Request(NamedTuple):
-    """A StableHLO module, as MLIR bytecode, to compile for a number of cards that run one program together."""
+    """A StableHLO module to compile for cards that run one program together.
+
+    Fields:
+      module: as MLIR bytecode.
+      devices: the number of cards.
+      options: compiler options by XLA's name.
+    """
 
     card: Card
     module: bytes
     devices: int
+    options: Mapping[str, CompilerOption]
 
 
 class Program(NamedTuple):
@@ -56,7 +66,9 @@ def build(request: Request) -> Program:
     """
     devices = toolchain.devices_for(request.card, request.devices)
     assignment = np.array([[device.id for device in devices]])
-    options = compiler.get_compile_options(1, len(devices), device_assignment=assignment)
+    options = compiler.get_compile_options(
+        1, len(devices), device_assignment=assignment, env_options_overrides=dict(request.options)
+    )
     with mlir.make_ir_context():
         module = ir.Module.parse(request.module)
         executable_devices: Any = xla_client.DeviceList(devices)

@@ -36,11 +36,14 @@ def _llama3(*sizes: int) -> Config:
     return _of("llama", sizes, 128256, 8192, 5e5, 1e-5)
 
 
-def _llama32(*sizes: int, head_dim: int) -> Config:
-    scaling = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+def _llama31(*sizes: int, factor: float = 8.0) -> Config:
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     scaling |= {"original_max_position_embeddings": 8192}
-    config = _of("llama", sizes, 128256, 131072, 5e5, 1e-5)
-    return config | {"rope_scaling": scaling, "head_dim": head_dim, "tie_word_embeddings": True}
+    return _of("llama", sizes, 128256, 131072, 5e5, 1e-5) | {"rope_scaling": scaling}
+
+
+def _llama32(*sizes: int, head_dim: int) -> Config:
+    return _llama31(*sizes, factor=32.0) | {"head_dim": head_dim, "tie_word_embeddings": True}
 
 
 def _qwen2(*sizes: int, vocabulary: int, tied: bool = False) -> Config:
@@ -103,6 +106,9 @@ PUBLISHED: dict[str, Config] = {
     "llama-2-70b": _of("llama", (8192, 28672, 80, 64, 8), 32000, 4096, 1e4, 1e-5),
     "llama-3-8b": _llama3(4096, 14336, 32, 32, 8),
     "llama-3-70b": _llama3(8192, 28672, 80, 64, 8),
+    "llama-3.1-8b": _llama31(4096, 14336, 32, 32, 8),
+    "llama-3.1-70b": _llama31(8192, 28672, 80, 64, 8),
+    "llama-3.1-405b": _llama31(16384, 53248, 126, 128, 8),
     "llama-3.2-1b": _llama32(2048, 8192, 16, 32, 8, head_dim=64),
     "llama-3.2-3b": _llama32(3072, 8192, 28, 24, 8, head_dim=128),
     "mistral-7b": _of("mistral", (4096, 14336, 32, 32, 8), 32000, 32768, 1e4, 1e-5) | {"sliding_window": 4096},

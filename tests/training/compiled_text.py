@@ -11,29 +11,11 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import NamedTuple
 
-INSTRUCTION = re.compile(r"\s+(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>\(.*?\)|\S+) (?P<op>[\w-]+)\((?P<rest>.*)$")
-HEADER = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
-CALLED = re.compile(r"(?:calls|to_apply|body|true_computation|false_computation)=%?([\w.-]+)")
-BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+from pallas_kernels.aot.hlo import Instruction, parse
+
 PASSES_ON = {"parameter", "tuple", "get-tuple-element", "while", "bitcast", "conditional", "call"}
 # For compile(): the same text and memory in half the time, of machine code that nobody runs.
 TO_READ = {"xla_backend_optimization_level": 0}
-TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-
-
-class Instruction(NamedTuple):
-    """One line of a computation."""
-
-    name: str
-    type: str
-    op: str
-    rest: str
-
-    @property
-    def op_name(self) -> str:
-        """The path of scopes that it was traced in."""
-        found = re.search(r'op_name="([^"]*)"', self.rest)
-        return found[1] if found else ""
 
 
 class Loop(NamedTuple):
@@ -62,8 +44,8 @@ def dots(text: str) -> list[Dot]:
 def loops(text: str) -> list[Loop]:
     """Every loop with a known trip count."""
     instructions = [i for computation in parse(text)[0].values() for i in computation.values() if i.op == "while"]
-    known = [(trips, i) for i in instructions if (trips := TRIPS.search(i.rest))]
-    return [Loop(int(trips[1]), re.findall(r"\w+\[[\d,]*\]", i.type), i.op_name) for trips, i in known]
+    known = [(i.trips, i) for i in instructions if i.trips is not None]
+    return [Loop(trips, re.findall(r"\w+\[[\d,]*\]", i.type), i.op_name) for trips, i in known]
 
 
 def computed(text: str) -> set[str]:
@@ -78,18 +60,6 @@ def nbytes(kind: str) -> int:
     return math.prod(shape_of(kind)) * (int(bits[0]) // 8 if bits else 1)
 
 
-def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """({computation: {name: instruction}}, the entry's name)."""
-    computations, entry, inside = {}, "", {}
-    for line in text.splitlines():
-        if header := HEADER.match(line):
-            inside = computations.setdefault(header["name"], {})
-            entry = header["name"] if header["entry"] else entry
-        elif found := INSTRUCTION.match(line):
-            inside[found["name"]] = Instruction(found["name"], found["type"], found["op"], found["rest"])
-    return computations, entry
-
-
 def _dots(computations, name: str, times: Fraction, enclosing: int) -> Iterator[Dot]:
     """The products of one computation that runs `times` times; `enclosing`: trips of the loop around it."""
     instructions = computations[name]
@@ -100,7 +70,7 @@ def _dots(computations, name: str, times: Fraction, enclosing: int) -> Iterator[
         elif '"__cublas$' in instruction.rest:
             yield Dot(_cublas_flops(instruction, instructions), times, instruction.op_name)
         trips = _trips(instruction, enclosing)
-        for called in _called(instruction):
+        for called in instruction.called:
             inner = int(trips) if instruction.op == "while" else enclosing
             yield from _dots(computations, called, times * trips, inner)
 
@@ -110,14 +80,7 @@ def _trips(instruction: Instruction, enclosing: int) -> Fraction:
     chunk i of the queries, in a loop over i from 0 to n - 1: (n - 1) / 2 in the mean."""
     if instruction.op != "while":
         return Fraction(1)
-    known = TRIPS.search(instruction.rest)
-    return Fraction(int(known[1])) if known else Fraction(enclosing - 1, 2)
-
-
-def _called(instruction: Instruction) -> list[str]:
-    branches = BRANCHES.search(instruction.rest)
-    listed = re.findall(r"%?([\w.-]+)", branches[1]) if branches else []
-    return CALLED.findall(instruction.rest) + listed
+    return Fraction(enclosing - 1, 2) if instruction.trips is None else Fraction(instruction.trips)
 
 
 def shape_of(kind: str) -> list[int]:

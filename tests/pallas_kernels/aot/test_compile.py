@@ -213,3 +213,14 @@ def test_on_host_takes_pytrees_and_an_unused_one_is_no_error(compile_for, offloa
 def test_nothing_on_the_card_is_refused(compile_for):
     with pytest.raises(ValueError, match="all array arguments are on_host"):
         compile_for("a100", lambda m: m, on_host(MATRIX))
+
+
+def test_compiler_options_reach_the_compiler(compile_for):
+    """A product is a library's instead of XLA's own, by the jitted function's option or the caller's."""
+    option = {"xla_gpu_enable_triton_gemm": False}
+    programs = [
+        compile_for("a100", product, MATRIX, MATRIX),
+        compile_for("a100", jax.jit(product, compiler_options=option), MATRIX, MATRIX),
+        compile_for("a100", product, MATRIX, MATRIX, compiler_options=option),
+    ]
+    assert ["__cublas" in program.text for program in programs] == [False, True, True]
