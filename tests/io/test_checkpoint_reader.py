@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -240,6 +241,7 @@ from qlora_jax.io.checkpoint_reader import LORA, CheckpointError, DamagedCheckpo
 
 checkpoint = Path(sys.argv[1])
 digests = read_state(checkpoint)[1][LORA]
+read_arrays(checkpoint, LORA, None, digests)  # starts all that opens files of its own
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 with contextlib.suppress(OSError):
     while True:

@@ -1,5 +1,6 @@
 """A small quantized model with adapters that do something, and batches, for tests on eight virtual devices."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -55,8 +56,7 @@ def mesh_batch(config: dict[str, Any], shape: tuple[int, int, int], seed: int = 
 def _leaf(leaf: Any, tensor: np.ndarray) -> Any:
     if not isinstance(leaf, QTensor):
         return jnp.asarray(tensor, leaf.dtype)
-    quantized = repack(quantize(tensor), leaf.layout)
-    return QTensor(**{field: getattr(quantized, field) for field in QTensor.__slots__} | {"dtype": leaf.dtype})
+    return dataclasses.replace(repack(quantize(tensor), leaf.layout), dtype=leaf.dtype)
 
 
 def _variable(model: CausalLM, path: tuple[Any, ...]) -> Any:
