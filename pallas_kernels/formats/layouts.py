@@ -222,6 +222,11 @@ def natural_layout(shape: tuple[int, ...], block_size: int) -> str:
     return "flat" if layout_problem("bnb", shape, block_size) else "bnb"
 
 
+def convert_codes(codes: Array, shape: tuple[int, ...], given: str, wanted: str) -> Array:
+    """Returns codes of one layout in another, unchecked: some rows of a weight need not be a weight of the layout."""
+    return codes if given == wanted else LAYOUTS[wanted].from_bnb(LAYOUTS[given].to_bnb(codes, shape), shape)
+
+
 def repack(qt: QTensor, layout: str) -> QTensor:
     """Returns the same weight, bit for bit, in another layout, with its stack and its double quantization.
 
@@ -234,10 +239,9 @@ def repack(qt: QTensor, layout: str) -> QTensor:
         raise ValueError(f"cannot repack from {qt.layout!r}: {problem}")
     if qt.layout == "flat" and (problem := layout_problem("bnb", qt.shape, qt.block_size)):
         raise ValueError(f"cannot repack from 'flat': {problem}")
-    codes = LAYOUTS[layout].from_bnb(LAYOUTS[qt.layout].to_bnb(qt.codes, qt.shape), qt.shape)
     return dataclasses.replace(
         qt,
-        codes=codes,
+        codes=convert_codes(qt.codes, qt.shape, qt.layout, layout),
         absmax=None if qt.double_quant else _repack_constants(qt, qt.absmax, layout),
         absmax_codes=_repack_constants(qt, qt.absmax_codes, layout) if qt.double_quant else None,
         layout=layout,

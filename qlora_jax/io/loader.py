@@ -2,47 +2,42 @@
 
 Host memory beyond the model itself: the largest tensor in f32 and its codes. There is never a 16-bit copy of a
 quantized layer, and never a second stack.
+
+On a mesh, each process reads the rows of its devices and quantizes them alone. Blocks lie within rows, so their codes
+are those of the whole weight. The constants of double quantization depend on all rows: processes exchange the f32 block
+constants, a sixteenth of a byte per weight, and each of them double-quantizes those of the whole weight.
 """
 
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from pallas_kernels.formats.layouts import repack
 from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.io.base_fingerprint import BaseDigest, new_digest
+from qlora_jax.io.mesh_weights import MeshPlaces, PlacedArray, PlacedWeight
 from qlora_jax.io.model_source import ModelSource, TensorEntry, prefetch
+from qlora_jax.io.own_rows import OwnRows, all_rows, joined, read_own
 from qlora_jax.io.tensor_map import Leaf, Slot, check_tensors, layer_name, slots_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.quant import quantize
+from qlora_jax.quant import QuantSettings, double_quantize, quantize
 
 SLICE = 1 << 22  # weights per check for non-finite values
 QUANTIZATION_FIELDS = ("quant_type", "block_size", "double_quant", "nested_block_size")
+CONSTANTS = ("absmax", "absmax_codes", "nested_absmax", "nested_offset")  # the leaves of a QTensor beside its codes
 
 Progress = Callable[[int, int, str], None]  # (bytes done, bytes in all, name of the tensor)
 Transform = Callable[[str, np.ndarray], np.ndarray]  # (name of a tensor, the tensor) -> the tensor that is loaded
-
-
-@runtime_checkable
-class Digest(Protocol):
-    """A hash object of hashlib."""
-
-    def update(self, data: bytes | np.ndarray, /) -> None:
-        """Adds bytes."""
-
-    def hexdigest(self) -> str:
-        """The digest in hexadecimal."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,8 +45,7 @@ class Loaded:
     """A model with its weights, and the fingerprint that identifies its base.
 
     Attributes:
-      fingerprint: SHA-256 over the features, the quantization and every tensor as quantized, in hexadecimal. It does
-        not depend on layout, device or compute dtype.
+      fingerprint: see qlora_jax.io.base_fingerprint.
     """
 
     model: CausalLM
@@ -69,6 +63,10 @@ def load_model(
     weights: WeightFormat,
     progress: Progress | None = None,
     transform: Transform = unchanged,
+    *,
+    mesh: Mesh | None = None,
+    whole_tables: bool = False,
+    fingerprint: str | None = None,
 ) -> Loaded:
     """Loads the weights of `source` into the model of `config`, and quantizes its linear layers to `weights`.
 
@@ -78,6 +76,9 @@ def load_model(
       progress: called after each tensor with (bytes of file done, bytes in all, name of the tensor).
       transform: applied to each tensor that is stored in 16 bits or more, before it is quantized. It subtracts the part
         of the weights that adapters start with (PiSSA, LoftQ).
+      mesh: devices that share the model, as `parts_specs` says; None for the default device.
+      whole_tables: True keeps embedding and head whole on every device of the mesh, because rows of them train.
+      fingerprint: a fingerprint that the new one will be compared with, which therefore gets its form.
 
     Raises:
       ValueError: tensors are missing, unexpected or mis-shaped (all are named); the files store codes of another format
@@ -88,16 +89,22 @@ def load_model(
     slots = slots_of(model)
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, config)
     check_stored_quantization(source, slots)
-    report = _reporter(source, slots, progress)
-    digest = _digest_of_settings(config, weights)
-    entries = prefetch([source.tensors[name] for slot in slots for name in slot.names])
-    stacks = iter(_zeros([slot.leaf for slot in slots if slot.stacked]))
-    leaves = [
-        _filled(next(stacks) if slot.stacked else None, _read_slot(source, slot, entries, digest, report, transform))
-        for slot in slots
-    ]
+    places = None if mesh is None else MeshPlaces(model, mesh, whole_tables=whole_tables)
+    reader = _Reader(
+        source=source,
+        transform=transform,
+        digest=new_digest(_settings(config, weights), fingerprint),
+        report=_reporter(source, slots, progress),
+        places=places,
+    )
+    tensors = [(slot, index) for slot in slots for index in range(len(slot.names))]
+    rows = [reader.rows(slot, index).ranges for slot, index in tensors]
+    entries = prefetch([source.tensors[slot.names[index]] for slot, index in tensors], rows)
+    stacks = iter(_zeros([slot for slot in slots if slot.stacked], places))
+    leaves = [_filled(next(stacks) if slot.stacked else None, reader.layers(slot, entries)) for slot in slots]
     filled = [(slot.path, Frozen(leaf)) for slot, leaf in zip(slots, leaves, strict=True)]
-    return Loaded(model=nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled)), fingerprint=digest.hexdigest())
+    loaded = nnx.merge(nnx.graphdef(model), nnx.from_flat_state(filled))
+    return Loaded(model=loaded, fingerprint=reader.digest.fingerprint())
 
 
 def check_stored_quantization(source: ModelSource, slots: Sequence[Slot]) -> None:
@@ -138,9 +145,12 @@ def _reporter(source: ModelSource, slots: Sequence[Slot], progress: Progress | N
     return report
 
 
-def _zeros(specs: Sequence[Leaf]) -> Sequence[Leaf]:
-    """Zeros for leaves of ShapeDtypeStructs, made by one compiled call."""
-    return jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs))()
+def _zeros(slots: Sequence[Slot], places: MeshPlaces | None) -> Sequence[Leaf]:
+    """Zeros for stacks of ShapeDtypeStructs, made by one compiled call."""
+    specs = [slot.leaf for slot in slots]
+    shardings = None if places is None else [places.shardings(slot) for slot in slots]
+    make = jax.jit(lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), specs), out_shardings=shardings)
+    return make()
 
 
 def _filled(stack: Leaf | None, layers: Iterator[QTensor | jax.Array]) -> Leaf:
@@ -160,31 +170,64 @@ def _with_layer(stack: Leaf, layer: QTensor | jax.Array, index: int) -> Leaf:
     return dataclasses.replace(stack, **{part: _set_layer(getattr(stack, part), layer, np.int32(index))})
 
 
-def _read_slot(
-    source: ModelSource,
-    slot: Slot,
-    entries: Iterator[TensorEntry],
-    digest: Digest,
-    report: Callable[[TensorEntry], None],
-    transform: Transform,
-) -> Iterator[QTensor | jax.Array]:
-    """Yields each tensor of a slot, quantized or in the leaf's dtype; its tensors are the next of `entries`."""
-    for index, name in enumerate(slot.names):
-        entry = next(entries)
-        if spec := slot.quantization_of(index):
-            layer = dataclasses.replace(read_quantized(source, entry, spec, transform), dtype=spec.dtype)
-            _update(digest, name, jax.tree.leaves(layer))
-        else:
-            array = entry.read()
-            _check_finite(source, name, array)
-            array = transform(name, array)
-            _update(digest, name, [array])
-            # Copied because the memory belongs to the file; after the cast, so that f32 and two casts never coexist.
-            array = array.astype(slot.dtype, copy=False)
-            layer = jnp.array(array, copy=True)
-            del array  # before the next tensor is read
-        yield layer
-        report(entry)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Reader:
+    """Reads the tensors of one source in order.
+
+    Attributes:
+      digest: collects every tensor.
+      report: called after each tensor.
+      places: where tensors go on a mesh; None for the default device.
+    """
+
+    source: ModelSource
+    transform: Transform
+    digest: BaseDigest
+    report: Callable[[TensorEntry], None]
+    places: MeshPlaces | None
+
+    def rows(self, slot: Slot, index: int) -> OwnRows:
+        """Returns the rows of one tensor that this process reads; a transform needs all of them."""
+        if self.places is None or self.transform is not unchanged:
+            return all_rows(slot.shape[0])
+        return self.places.of(slot, index).rows
+
+    def layers(self, slot: Slot, entries: Iterator[TensorEntry]) -> Iterator[QTensor | jax.Array]:
+        """Yields each tensor of a slot, quantized or in the leaf's dtype; its tensors are the next of `entries`."""
+        for index in range(len(slot.names)):
+            entry = next(entries)
+            yield self._layer(slot, index, entry)
+            self.report(entry)
+
+    def _layer(self, slot: Slot, index: int, entry: TensorEntry) -> QTensor | jax.Array:
+        place = None if self.places is None else self.places.of(slot, index)
+        spec = slot.quantization_of(index)
+        self.digest.name(entry.name)
+        if spec is None:
+            return self._dense(slot, index, entry, place)
+        if place is None:
+            layer = dataclasses.replace(read_quantized(self.source, entry, spec, self.transform), dtype=spec.dtype)
+            for leaf in jax.tree.leaves(layer):
+                self.digest.add_whole(np.asarray(leaf))
+            return layer
+        assert isinstance(place, PlacedWeight)
+        rows = self.rows(slot, index)
+        codes, constants = read_quantized_rows(self.source, entry, spec, rows, self.transform)
+        self.digest.add(codes, rows)
+        for leaf in constants.values():
+            self.digest.add_whole(leaf)
+        return place.put(codes, rows, constants)
+
+    def _dense(self, slot: Slot, index: int, entry: TensorEntry, place: PlacedWeight | PlacedArray | None) -> jax.Array:
+        rows = self.rows(slot, index)
+        own = read_own(functools.partial(_finite_rows, self.source, entry), rows)
+        own = self.transform(entry.name, own)
+        self.digest.add(own, rows)
+        if isinstance(place, PlacedArray):
+            return place.put(own, rows)
+        # Copied because the memory belongs to the file; after the cast, so that f32 and two casts never coexist.
+        own = own.astype(slot.dtype, copy=False)
+        return jnp.array(own, copy=True)
 
 
 def read_quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, transform: Transform = unchanged) -> QTensor:
@@ -194,28 +237,59 @@ def read_quantized(source: ModelSource, entry: TensorEntry, spec: QTensor, trans
       ValueError: the weight is not finite, or the file stores it in another format than `spec`.
     """
     if entry.read_quantized is not None:
-        weight = entry.read_quantized()
-        if wrong := _differing_settings(weight, spec):
-            raise ValueError(
-                f"{source.path}: {entry.name} is quantized with other settings than the model's other weights (found "
-                f"{'; '.join(wrong)}). Use an undamaged file"
-            )
-        return weight
-    array = entry.read()
+        return _stored(source, entry, spec)
+    return _quantized(source, entry, (0, entry.rows), _settings_of(spec), transform)
+
+
+def read_quantized_rows(
+    source: ModelSource, entry: TensorEntry, spec: QTensor, rows: OwnRows, transform: Transform = unchanged
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Some rows of a weight in codes, and the constants of the whole weight, to the bit those of `read_quantized`.
+
+    All processes call this together.
+
+    Returns:
+      (codes of `rows`, one behind the other; the weight's other leaves, in block order).
+    """
+    if entry.read_quantized is not None:
+        stored = _stored(source, entry, spec)
+        constants = {name: np.asarray(leaf) for name in CONSTANTS if (leaf := getattr(stored, name)) is not None}
+        codes = np.asarray(stored.codes)
+        return codes if rows.everywhere else read_own(lambda first, end: codes[first:end], rows), constants
+    settings = _settings_of(spec)
+    alone = dataclasses.replace(settings, double_quant=False)
+    made = [_quantized(source, entry, each, alone, transform) for each in rows.ranges]
+    codes, absmax = (joined([np.asarray(getattr(each, name)) for each in made]) for name in ("codes", "absmax"))
+    return codes, double_quantize(rows.of_all(absmax), settings)
+
+
+def _stored(source: ModelSource, entry: TensorEntry, spec: QTensor) -> QTensor:
+    assert entry.read_quantized is not None
+    weight = entry.read_quantized()
+    if wrong := _differing_settings(weight, spec):
+        raise ValueError(
+            f"{source.path}: {entry.name} is quantized with other settings than the model's other weights (found "
+            f"{'; '.join(wrong)}). Use an undamaged file"
+        )
+    return weight
+
+
+def _quantized(
+    source: ModelSource, entry: TensorEntry, rows: tuple[int, int], settings: QuantSettings, transform: Transform
+) -> QTensor:
+    array = entry.read_rows(*rows)
     if transform is not unchanged:
         _check_finite(source, entry.name, array)
         array = transform(entry.name, array)
     try:
-        return quantize(
-            array,
-            quant_type=spec.quant_type,
-            block_size=spec.block_size,
-            double_quant=spec.double_quant,
-            nested_block_size=spec.nested_block_size,
-        )
+        return quantize(array, **dataclasses.asdict(settings))
     except ValueError:  # the quantizer detects non-finite values, but does not know the tensor's name
-        _check_finite(source, entry.name, array)
+        _check_finite(source, entry.name, array, rows[0])
         raise
+
+
+def _settings_of(spec: QTensor) -> QuantSettings:
+    return QuantSettings(**{name: getattr(spec, name) for name in QUANTIZATION_FIELDS})
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -229,31 +303,30 @@ def _set_layer[Stack: (jax.Array, QTensor)](
     return jax.tree.map(lambda all_, one: jax.lax.dynamic_update_index_in_dim(all_, one, index, 0), stack, layer)
 
 
-def _check_finite(source: ModelSource, name: str, array: np.ndarray) -> None:
+def _finite_rows(source: ModelSource, entry: TensorEntry, first: int, end: int) -> np.ndarray:
+    array = entry.read_rows(first, end)
+    _check_finite(source, entry.name, array, first)
+    return array
+
+
+def _check_finite(source: ModelSource, name: str, array: np.ndarray, first_row: int = 0) -> None:
     flat = array.reshape(-1)
     if all(np.isfinite(flat[start : start + SLICE]).all() for start in range(0, flat.size, SLICE)):
         return
     bad = np.argwhere(~np.isfinite(array))
+    place = [int(bad[0][0]) + first_row, *bad[0][1:].tolist()]
     raise ValueError(
         f"{source.path}: {len(bad)} of {array.size} elements of {name} are not finite, the first is "
-        f"{array[tuple(bad[0])]} at {bad[0].tolist()}: the file is damaged, or was saved by a run that diverged"
+        f"{array[tuple(bad[0])]} at {place}: the file is damaged, or was saved by a run that diverged"
     )
 
 
-def _digest_of_settings(config: ModelConfig, weights: WeightFormat) -> Digest:
+def _settings(config: ModelConfig, weights: WeightFormat) -> bytes:
     # `dense` is left out because the tensors themselves show which layers are dense.
     left_out = ("platform", "dtype", "dense")
     quantization = {key: value for key, value in dataclasses.asdict(weights).items() if key not in left_out}
     settings = {"config": config.fingerprint_features(), "weights": quantization}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-
-
-def _update(digest: Digest, name: str, leaves: Sequence[jax.Array | np.ndarray]) -> None:
-    digest.update(name.encode())
-    for leaf in leaves:
-        array = np.ascontiguousarray(leaf)
-        digest.update(f"{array.dtype.name}{array.shape}".encode())
-        digest.update(array.reshape(-1).view(np.uint8))
+    return json.dumps(settings, sort_keys=True).encode()
 
 
 def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelConfig) -> WeightFormat:

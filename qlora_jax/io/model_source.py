@@ -1,6 +1,7 @@
 """A model on disk in one form for every file format: its config, its tokenizer, and its tensors by name."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 
+from pallas_kernels.formats.parts import Rows
 from pallas_kernels.formats.qtensor import QTensor
 
 JsonObject = dict[str, Any]  # a decoded JSON object whose keys differ between families or versions
@@ -33,21 +35,30 @@ class TensorEntry:
       shape: Hugging Face's shape, (N out, K in) for a linear layer.
       file_type: the type in the file, such as "F32", "BF16", "Q4_1".
       nbytes: bytes in the file.
-      read: returns an f32, f16 or bf16 array of `shape`, rows in Hugging Face's order. An unquantized tensor is a
-        read-only view of the mapped file, which is unmapped with the last reference to it; a quantized one is a new f32
-        array.
+      read_rows: (first, end) -> these rows as an f32, f16 or bf16 array, in Hugging Face's order; a row is an index of
+        the first axis. Rows of an unquantized tensor are a read-only view of the mapped file, which is unmapped with
+        the last reference to it; those of a quantized one are a new f32 array.
+      ranges_of: (first, end) -> the parts of files that these rows are read from.
       read_quantized: returns the 4-bit codes and constants unchanged, if the file stores them in a format of QTensor;
-        None for any other tensor.
-      byte_ranges: the parts of files that `read` reads.
+        None for any other tensor. The codes are a view of the mapped file, of which only the rows in use are read.
     """
 
     name: str
     shape: tuple[int, ...]
     file_type: str
     nbytes: int
-    read: Callable[[], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray]
+    ranges_of: Callable[[int, int], tuple[ByteRange, ...]]
     read_quantized: Callable[[], QTensor] | None = None
-    byte_ranges: tuple[ByteRange, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """The length of the first axis; 1 of a scalar."""
+        return math.prod(self.shape[:1])
+
+    def read(self) -> np.ndarray:
+        """Returns the whole tensor, as `read_rows` does."""
+        return self.read_rows(0, self.rows).reshape(self.shape)
 
 
 class GgufVocabulary(TypedDict):
@@ -115,24 +126,30 @@ class ModelSource:
         return str(self.path / "config.json" if self.path.is_dir() else self.path)
 
 
-def prefetch(entries: Sequence[TensorEntry]) -> Iterator[TensorEntry]:
-    """Yields the entries in order, while a thread reads the next PREFETCH_DEPTH tensors into the page cache."""
+def prefetch(entries: Sequence[TensorEntry], rows: Sequence[Rows] | None = None) -> Iterator[TensorEntry]:
+    """Yields the entries in order, while a thread reads the next PREFETCH_DEPTH tensors into the page cache.
+
+    Args:
+      rows: the rows of each tensor that are read; None for all.
+    """
+    wanted = [((0, entry.rows),) for entry in entries] if rows is None else rows
+    reads = list(zip(entries, wanted, strict=True))
     with ThreadPoolExecutor(1) as reader:
-        pending = [reader.submit(_read_into_page_cache, entry) for entry in entries[:PREFETCH_DEPTH]]
+        pending = [reader.submit(_read_into_page_cache, *each) for each in reads[:PREFETCH_DEPTH]]
         try:
             for index, entry in enumerate(entries):
-                later = entries[index + PREFETCH_DEPTH : index + PREFETCH_DEPTH + 1]
-                pending += [reader.submit(_read_into_page_cache, each) for each in later]
+                later = reads[index + PREFETCH_DEPTH : index + PREFETCH_DEPTH + 1]
+                pending += [reader.submit(_read_into_page_cache, *each) for each in later]
                 yield entry
         finally:
             for each in pending:
                 each.cancel()
 
 
-def _read_into_page_cache(entry: TensorEntry) -> None:
+def _read_into_page_cache(entry: TensorEntry, rows: Rows) -> None:
     # It reads, because advice (madvise) about a large range loads only one small window of it.
     buffer = bytearray(CHUNK)
-    for path, offset, nbytes in entry.byte_ranges:
+    for path, offset, nbytes in (each for first, end in rows for each in entry.ranges_of(first, end)):
         with path.open("rb", buffering=0) as file:
             file.seek(offset)
             for start in range(0, nbytes, CHUNK):

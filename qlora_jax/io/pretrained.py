@@ -1,10 +1,12 @@
 """Opens pretrained models and runs for use: metadata and tokenizer first, then the base, then the adapter."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs, ModelArgs
 from qlora_jax.data.tokenizer.embedding_rows import fit_to_rows
@@ -23,7 +25,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, set_tables
+from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, rows_train, set_tables
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +191,8 @@ def load_checked(opened: OpenedModel, args: ModelArgs, progress: Progress | None
     transform = unchanged
     if run is not None and run.initial is not None:
         transform = subtract_initial(run.initial, opened.features, run.lora_args)
-    loaded = load_model(opened.source, opened.features, weight_format(args), progress, transform)
+    like = None if run is None else run.fingerprint
+    loaded = load_model(opened.source, opened.features, weight_format(args), progress, transform, fingerprint=like)
     if run is None or run.fingerprint is None or _quantization(args) != _quantization(run.model):
         return loaded
     if loaded.fingerprint != run.fingerprint:
@@ -207,16 +210,30 @@ def load_for_training(
     lora: LoraArgs,
     key: jax.Array,
     progress: Progress | None = None,
+    *,
+    mesh: Mesh | None = None,
+    new_ids: tuple[int, ...] = (),
+    fingerprint: str | None = None,
 ) -> tuple[Loaded, InitialAdapter | None]:
     """Loads a base for a new adapter: (the base, what the adapter starts with if that is a part of the weights).
 
     Args:
       key: of the adapter's initial values.
+      mesh: devices that share the base; None for the default device.
+      new_ids: ids of tokens whose rows train.
+      fingerprint: of the checkpoint that the run resumes from, which is computed in its form.
     """
+    load = functools.partial(
+        load_model,
+        *(source, features, weights, progress),
+        mesh=mesh,
+        whole_tables=rows_train(features, lora, new_ids),
+        fingerprint=fingerprint,
+    )
     if lora.init == "default":
-        return load_model(source, features, weights, progress), None
+        return load(), None
     decomposer = WeightDecomposer(features, weights, lora, key)
-    return load_model(source, features, weights, progress, decomposer), decomposer.initial_adapter()
+    return load(decomposer), decomposer.initial_adapter()
 
 
 def apply_adapter(model: CausalLM, run: Run) -> ModelParts:

@@ -1,12 +1,14 @@
 """Selects projections by `target_modules` and adds adapters to them."""
 
+import functools
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import shorten
@@ -20,6 +22,7 @@ from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
+from qlora_jax.sharding import lora_spec, named
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
@@ -52,16 +55,19 @@ def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
     yield model.config.hugging_face_name("model.norm"), model.model.norm
 
 
-def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors | None = None) -> None:
+def add_lora(
+    model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors | None = None, mesh: Mesh | None = None
+) -> None:
     """Adds adapters to the targeted projections of `model`, in place; they change nothing until trained.
 
     With the method `full`, projections and norms become trainable instead. The initial values of an adapter depend on
-    `key` and its name only, not on the other targets.
+    `key` and its name only, not on the other targets or on the mesh.
 
     Args:
       spec: the `lora` section of a config.
       key: draws A.
       initial: initial A and B in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
+      mesh: devices that share drawn A and B, each of which draws its part; None for the default device.
 
     Raises:
       ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, or 4-bit weights with
@@ -74,7 +80,7 @@ def add_lora(model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors |
         for _, norm in norms(model):
             norm.make_trainable()
         return
-    made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial)
+    made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial, mesh)
     for name, adapter in made.items():
         known[name].adapter = adapter
 
@@ -108,14 +114,17 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
 
 
 def _low_rank(
-    model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array, initial: Factors | None
+    model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array, initial: Factors | None, mesh: Mesh | None
 ) -> dict[str, Adapter]:
     made: dict[str, Adapter] = {}
     ours = our_names(model.config)
     for name, (rank, scaling) in ranks_and_scalings(list(known), spec, model.config.num_layers).items():
         linear = known[name]
         if initial is None:
-            a, b = initial_factors(named_key(key, name), model.config.num_layers, linear.shape, rank, spec.dtype)
+            draw = functools.partial(
+                initial_factors, stack=model.config.num_layers, shape=linear.shape, rank=rank, dtype=spec.dtype
+            )
+            a, b = _born_cut(draw, named_key(key, name), mesh)
         else:
             a, b = (jnp.asarray(initial[ours[name]][leaf], spec.dtype) for leaf in ("lora_a", "lora_b"))
         if spec.method == "dora":
@@ -123,6 +132,14 @@ def _low_rank(
         else:
             made[name] = LoRA(a, b, scaling, spec.dropout)
     return made
+
+
+def _born_cut(draw: Callable[[jax.Array], tuple[jax.Array, jax.Array]], key: jax.Array, mesh: Mesh | None):
+    """Draws A and B; on a mesh each device draws its part alone."""
+    if mesh is None:
+        return draw(key)
+    specs = jax.tree.map(lambda leaf: lora_spec(leaf.shape, mesh), jax.eval_shape(draw, key))
+    return jax.jit(draw, out_shardings=named(mesh, specs))(key)
 
 
 def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[str, tuple[int, float]]:

@@ -75,6 +75,11 @@ def trainable_table_names(config: ModelConfig, lora: LoraArgs) -> list[str]:
     return names
 
 
+def rows_train(config: ModelConfig, lora: LoraArgs, new_ids: Collection[int]) -> bool:
+    """Returns True if rows of embedding or head train: those of new tokens, or whole tables."""
+    return bool(new_ids) or bool(trainable_table_names(config, lora))
+
+
 def set_tables(model: CausalLM, weights: Mapping[str, np.ndarray]) -> None:
     """Replaces tables of the model by frozen ones, which may have more rows.
 

@@ -3,6 +3,7 @@
 import jax
 
 from pallas_kernels.formats.dequantize import dequantize as _dequantize
+from qlora_jax.quant.blockwise import double_quantize as double_quantize
 from qlora_jax.quant.blockwise import quantize as quantize
 from qlora_jax.quant.blockwise import quantize_traceable as quantize_traceable
 from qlora_jax.quant.reference import quantize_numpy as quantize_numpy

@@ -1,7 +1,7 @@
 """The jitted quantizer, and the host function that chooses between it and the NumPy quantizer."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int32, UInt8
 from pallas_kernels.formats.layouts import pack_nibbles
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
-from qlora_jax.quant.double_quant import assemble
+from qlora_jax.quant.double_quant import assemble, check_offset, constants
 from qlora_jax.quant.reference import quantize_numpy
 from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
 
@@ -65,6 +65,39 @@ def quantize(
         nested_block_size=nested_block_size,
     )
     return jax.tree.map(jnp.asarray, in_numpy)
+
+
+def double_quantize(absmax: np.ndarray, settings: QuantSettings) -> dict[str, np.ndarray]:
+    """Returns the leaves other than the codes of a weight that is quantized to `settings`, in the shape of `absmax`.
+
+    With `quantize(rows, double_quant=False)` of all its rows this is `quantize(weight)` to the bit, wherever the rows
+    are divided: blocks lie within rows, while nested blocks and the offset are those of the whole weight.
+
+    Args:
+      absmax: the block constants of the whole weight, in block order.
+
+    Raises:
+      ValueError: the sum of the constants overflows float32.
+    """
+    if not settings.double_quant:
+        return {"absmax": absmax}
+    flat = np.ascontiguousarray(absmax).reshape(-1)
+    leaves, exact = _double_quantize_and_inspect(flat, settings)
+    if not exact:
+        with np.errstate(over="ignore", invalid="ignore"):
+            leaves = constants(flat, flat.shape, settings)
+        check_offset(leaves["nested_offset"], flat)
+    found = {name: np.asarray(leaf) for name, leaf in leaves.items()}
+    return found | {"absmax_codes": found["absmax_codes"].reshape(absmax.shape)}
+
+
+@functools.partial(jax.jit, static_argnames="settings")
+def _double_quantize_and_inspect(
+    absmax: Float32[Array, " blocks"], settings: QuantSettings
+) -> tuple[Mapping[str, np.ndarray | jax.Array], Bool[Array, ""]]:
+    """(the leaves, True if they equal those computed in NumPy)."""
+    leaves = constants(absmax, absmax.shape, settings)
+    return leaves, _within_exact(absmax) & jnp.isfinite(leaves["nested_offset"])
 
 
 def quantize_traceable(weight: Float[Array, "..."], settings: QuantSettings) -> QTensor:
@@ -157,12 +190,17 @@ def _nearest_codes(normalized: Float32[Array, "*shape"], quant_type: str) -> UIn
 
 def _no_subnormals(blocks: Array, absmax: Array, quant_type: str) -> Bool[Array, ""]:
     """True if flushing subnormal numbers to zero cannot change a code."""
-    bits = _magnitude_bits(absmax)
-    lowest, highest = (bound.view(np.int32) for bound in EXACT_ABSMAX)
-    exact = jnp.all((bits == 0) | ((bits >= lowest) & (bits <= highest)))
+    exact = _within_exact(absmax)
     if 0 in MIDPOINTS[quant_type]:
         exact &= _no_product_underflows(blocks, absmax)
     return exact
+
+
+def _within_exact(absmax: Float32[Array, " blocks"]) -> Bool[Array, ""]:
+    """True if all constants are zero or within EXACT_ABSMAX."""
+    bits = _magnitude_bits(absmax)
+    lowest, highest = (bound.view(np.int32) for bound in EXACT_ABSMAX)
+    return jnp.all((bits == 0) | ((bits >= lowest) & (bits <= highest)))
 
 
 def _no_product_underflows(blocks: Array, absmax: Array) -> Bool[Array, ""]:

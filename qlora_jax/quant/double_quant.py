@@ -66,7 +66,7 @@ def assemble(codes: Array, absmax: Array, settings: QuantSettings, shape: tuple[
     constants_shape = LAYOUTS[layout].constants_shape(shape, settings.block_size)
     return QTensor(
         codes=codes.reshape(-1)[:stored].reshape(LAYOUTS[layout].codes_shape(shape)),
-        **_constants(absmax, constants_shape, settings),
+        **constants(absmax, constants_shape, settings),
         quant_type=settings.quant_type,
         block_size=settings.block_size,
         nested_block_size=settings.nested_block_size,
@@ -76,10 +76,23 @@ def assemble(codes: Array, absmax: Array, settings: QuantSettings, shape: tuple[
     )
 
 
-def _constants(absmax: Array, shape: tuple[int, ...], settings: QuantSettings) -> dict[str, Array]:
-    """Returns the leaves of a QTensor other than its codes."""
+def constants(absmax: Array, shape: tuple[int, ...], settings: QuantSettings) -> dict[str, Array]:
+    """Returns the leaves of a QTensor other than its codes, from its constants [blocks].
+
+    Args:
+      shape: in which they are stored.
+    """
     if not settings.double_quant:
         return {"absmax": absmax.reshape(shape)}
     offset = mean(absmax)
     absmax_codes, nested_absmax = quantize_constants(absmax, offset, settings.nested_block_size)
     return {"absmax_codes": absmax_codes.reshape(shape), "nested_absmax": nested_absmax, "nested_offset": offset}
+
+
+def check_offset(offset: Array, absmax: np.ndarray) -> None:
+    """Raises ValueError if the sum of the constants overflowed float32."""
+    if not np.isfinite(offset):
+        raise ValueError(
+            "cannot double-quantize the weight: the sum of its block constants overflows float32 (the largest is "
+            f"{absmax.max():.3g}). Scale the weight, or set double_quant=False."
+        )

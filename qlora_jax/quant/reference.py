@@ -5,7 +5,7 @@ import numpy as np
 from pallas_kernels.formats.layouts import pack_pairs
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_BY_RANK, MIDPOINTS
-from qlora_jax.quant.double_quant import assemble
+from qlora_jax.quant.double_quant import assemble, check_offset
 from qlora_jax.quant.settings import QuantSettings, check_finite, check_weight
 
 # bitsandbytes keeps reciprocals finite with this clamp. It stores constants of whole blocks unclamped, and the constant
@@ -33,11 +33,8 @@ def quantize_numpy(
     codes = pack_pairs(CODE_BY_RANK[quant_type][_rank(normalized, MIDPOINTS[quant_type])])
     with np.errstate(over="ignore", invalid="ignore"):
         qt = assemble(codes, absmax, settings, weight.shape, weight.dtype.name)
-    if double_quant and not np.isfinite(qt.nested_offset):
-        raise ValueError(
-            "cannot double-quantize the weight: the sum of its block constants overflows float32 (the largest is "
-            f"{absmax.max():.3g}). Scale the weight, or set double_quant=False."
-        )
+    if double_quant:
+        check_offset(qt.nested_offset, absmax)
     return qt
 
 

@@ -9,13 +9,20 @@ from qlora_jax.io.model_source import PREFETCH_DEPTH, ByteRange, TensorEntry, _r
 
 
 def entry(name: str, *ranges: ByteRange) -> TensorEntry:
-    return TensorEntry(name=name, shape=(), file_type="F32", nbytes=4, read=lambda: np.zeros(()), byte_ranges=ranges)
+    return TensorEntry(
+        name=name,
+        shape=(),
+        file_type="F32",
+        nbytes=4,
+        read_rows=lambda first, end: np.zeros(end - first),
+        ranges_of=lambda first, end: ranges,
+    )
 
 
 def test_the_next_tensors_are_read_ahead_and_none_beyond(monkeypatch):
     warmed, may_go_on = [], threading.Event()
 
-    def warm(entry):
+    def warm(entry, rows):
         warmed.append(entry.name)
         may_go_on.wait(10)
 
@@ -44,5 +51,5 @@ def test_prefetch_reads_the_bytes_of_each_place(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.open", lambda path, *args, **kwargs: Counting(path))
     file = tmp_path / "file"
-    _read_into_page_cache(entry("x", ByteRange(file, 10, 2500), ByteRange(file, 4000, 1000)))
+    _read_into_page_cache(entry("x", ByteRange(file, 10, 2500), ByteRange(file, 4000, 1000)), ((0, 1),))
     assert read == [(10, 1000), (1010, 1000), (2010, 500), (4000, 1000)]

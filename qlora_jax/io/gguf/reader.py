@@ -40,7 +40,7 @@ def open_gguf(path: Path) -> ModelSource:
     architecture = architecture_of(path, header.metadata)
     _check_tensor_types(path, header.tensors)
     infos = {info.name: info for info in header.tensors}
-    tables = {name: _read(path, infos[name], RowTransform()) for name in TABLES & infos.keys()}
+    tables = {name: _read_table(path, infos[name]) for name in TABLES & infos.keys()}
     config = config_from_metadata(path, architecture, header.metadata, frozenset(infos), tables)
     if f"{architecture.name}.vocab_size" not in header.metadata and EMBEDDING in infos:
         config["vocab_size"] = infos[EMBEDDING].shape[0]  # which may be fewer rows than there are tokens
@@ -96,13 +96,14 @@ class RowTransform:
 
 
 def _entry(path: Path, info: TensorInfo, architecture: Architecture, config: JsonObject) -> TensorEntry:
+    transform = transform_of(path, info, architecture, config)
     return TensorEntry(
         name=hugging_face_name(info.name, architecture),
         shape=info.shape,
         file_type=info.type.name,
         nbytes=info.nbytes,
-        read=functools.partial(_read, path, info, transform_of(path, info, architecture, config)),
-        byte_ranges=(ByteRange(path, info.offset, info.nbytes),),
+        read_rows=functools.partial(_read_rows, path, info, transform),
+        ranges_of=functools.partial(_ranges_of, path, info, transform),
     )
 
 
@@ -132,15 +133,48 @@ def transform_of(path: Path, info: TensorInfo, architecture: Architecture, confi
     return RowTransform(order=(_rotary_order if groups == 2 else _fused_order)(info.shape[0], heads))
 
 
-def _read(path: Path, info: TensorInfo, transform: RowTransform) -> np.ndarray:
-    raw = map_bytes(path, info.offset, info.nbytes)
-    if transform.order is not None:
-        raw = raw.reshape(info.shape[0], -1)[transform.order]
+def _read_table(path: Path, info: TensorInfo) -> np.ndarray:
+    return _read_rows(path, info, RowTransform(), 0, math.prod(info.shape[:1])).reshape(info.shape)
+
+
+def _read_rows(path: Path, info: TensorInfo, transform: RowTransform, first: int, end: int) -> np.ndarray:
+    shape = (end - first, *info.shape[1:])
+    raw = _stored_rows(path, info, transform, first, end)
     if info.type.name in PLAIN:
-        values = raw.reshape(-1).view(PLAIN[info.type.name]).reshape(info.shape)
+        values = raw.reshape(-1).view(PLAIN[info.type.name]).reshape(shape)
+    elif len(info.shape) == 1:  # its blocks run along the only axis
+        values = _dequantize(raw, info.type, info.shape)[first:end]
     else:
-        values = _dequantize(raw, info.type, info.shape)
+        values = _dequantize(raw, info.type, shape)
     return values.astype(np.float32) - np.float32(transform.offset) if transform.offset else values
+
+
+def _stored_rows(path: Path, info: TensorInfo, transform: RowTransform, first: int, end: int) -> np.ndarray:
+    """The bytes of some of Hugging Face's rows; all bytes of a vector of blocks."""
+    if transform.order is None:
+        return map_bytes(*_ranges_of(path, info, transform, first, end)[0])
+    positions = transform.order[first:end]
+    if not positions.size:
+        return np.empty(0, np.uint8)
+    lowest, row = int(positions.min()), _row_bytes(info)
+    span = (int(positions.max()) + 1 - lowest) * row
+    return map_bytes(path, info.offset + lowest * row, span).reshape(-1, row)[positions - lowest]
+
+
+def _ranges_of(path: Path, info: TensorInfo, transform: RowTransform, first: int, end: int) -> tuple[ByteRange, ...]:
+    """The runs of bytes in which some of Hugging Face's rows are stored."""
+    if len(info.shape) <= 1 and info.type.name in BLOCKED:
+        return (ByteRange(path, info.offset, info.nbytes),)
+    row = _row_bytes(info)
+    if transform.order is None:
+        return (ByteRange(path, info.offset + first * row, (end - first) * row),)
+    positions = np.sort(transform.order[first:end])
+    runs = np.split(positions, np.flatnonzero(np.diff(positions) > 1) + 1)
+    return tuple(ByteRange(path, info.offset + int(run[0]) * row, len(run) * row) for run in runs if len(run))
+
+
+def _row_bytes(info: TensorInfo) -> int:
+    return info.nbytes // max(1, math.prod(info.shape[:1]))
 
 
 def _rotary_order(rows: int, heads: int) -> np.ndarray:

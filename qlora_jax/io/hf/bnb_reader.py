@@ -19,7 +19,7 @@ from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.layouts import LAYOUTS, natural_layout
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.io.model_source import ByteRange, TensorEntry
 from qlora_jax.metadata import MAX_BYTES, Count, decode_json
 
 STATE = re.compile(r"(?P<name>.+)\.quant_state\.bitsandbytes__(?P<quant_type>nf4|fp4)")
@@ -122,10 +122,21 @@ def _entry(
         shape=shape,
         file_type=quant_type.upper(),
         nbytes=codes.nbytes + sum(part.nbytes for part in parts.values()),
-        read=lambda: dequantize_numpy(read(), np.float32),
+        read_rows=lambda first, end: dequantize_numpy(read(), np.float32)[first:end],
+        ranges_of=functools.partial(_ranges_of, like, codes, parts),
         read_quantized=read,
-        byte_ranges=(*codes.byte_ranges, *(each for part in parts.values() for each in part.byte_ranges)),
     )
+
+
+def _ranges_of(
+    like: QTensor, codes: TensorEntry, parts: Mapping[str, TensorEntry], first: int, end: int
+) -> tuple[ByteRange, ...]:
+    """The codes of some rows, and all constants, which are few; all codes if rows are not whole blocks."""
+    (stored,) = codes.ranges_of(0, codes.rows)
+    if like.layout == "bnb":
+        row = like.shape[1] // 2
+        stored = ByteRange(stored.path, stored.offset + first * row, (end - first) * row)
+    return (stored, *(each for part in parts.values() for each in part.ranges_of(0, part.rows)))
 
 
 def _type_problems(parts: Mapping[str, TensorEntry], nested: bool) -> list[str]:

@@ -112,19 +112,27 @@ def read_header(path: Path) -> Iterator[TensorEntry]:
             continue
         shape, (begin, end) = tuple(info["shape"]), info["data_offsets"]
         _check_type(path, name, info)
-        read = functools.partial(_read_tensor, path, data_start + begin, shape, DTYPES[info["dtype"]])
+        place, dtype = (path, data_start + begin, shape), DTYPES[info["dtype"]]
         yield TensorEntry(
             name=name,
             shape=shape,
             file_type=info["dtype"],
             nbytes=end - begin,
-            read=read,
-            byte_ranges=(ByteRange(path, data_start + begin, end - begin),),
+            read_rows=functools.partial(_read_rows, *place, dtype),
+            ranges_of=functools.partial(_ranges_of, *place, dtype),
         )
 
 
-def _read_tensor(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    return map_bytes(path, offset, math.prod(shape) * dtype.itemsize).view(dtype).reshape(shape)
+def _read_rows(path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, first: int, end: int) -> np.ndarray:
+    (stored,) = _ranges_of(path, offset, shape, dtype, first, end)
+    return map_bytes(*stored).view(dtype).reshape(end - first, *shape[1:])
+
+
+def _ranges_of(
+    path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, first: int, end: int
+) -> tuple[ByteRange]:
+    row = math.prod(shape[1:]) * dtype.itemsize
+    return (ByteRange(path, offset + first * row, (end - first) * row),)
 
 
 def _parse_header(path: Path) -> tuple[dict[str, TensorHeader], int]:

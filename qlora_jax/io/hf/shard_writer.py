@@ -89,6 +89,6 @@ def _header(specs: Sequence[TensorSpec]) -> bytes:
 def _stored(path: Path) -> dict[str, StoredTensor]:
     """Reads the tensors of a file."""
     return {
-        entry.name: StoredTensor.of(entry.file_type, entry.shape, map_bytes(*entry.byte_ranges[0]))
+        entry.name: StoredTensor.of(entry.file_type, entry.shape, map_bytes(*entry.ranges_of(0, entry.rows)[0]))
         for entry in read_header(path)
     }

@@ -36,6 +36,9 @@ def test_each_type_equals_the_gguf_package(tmp_path: Path, kind: Kind) -> None:
         expected = gguf.dequantize(gguf.quantize(weight, stored), stored)
         assert entry.file_type == stored.name
         np.testing.assert_array_equal(entry.read().astype(np.float32), expected)
+        np.testing.assert_array_equal(entry.read_rows(5, 27), entry.read()[5:27], strict=True)
+        if weight.ndim == 2:
+            assert sum(part.nbytes for part in entry.ranges_of(5, 27)) == 22 * entry.nbytes // entry.rows
 
 
 # The sub-block scales of Q4_K and Q5_K: 8 scales and 8 minima of 6 bits in 12 bytes, as ggml's get_scale_min_k4.
@@ -108,7 +111,7 @@ def test_k_quants_equal_ggml_written_out(tmp_path: Path, kind: Kind, decode, hal
     (info,) = parse_header(tmp_path / "k.gguf").tensors
     assert (info.shape, info.type) == ((rows, 512), kind)
     expected = np.array([[decode(block.tobytes()) for block in row] for row in blocks]).reshape(rows, 512)
-    np.testing.assert_array_equal(reader._read(tmp_path / "k.gguf", info, reader.RowTransform()), expected)
+    np.testing.assert_array_equal(reader._read_table(tmp_path / "k.gguf", info), expected)
 
 
 def test_slices_of_a_large_tensor_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

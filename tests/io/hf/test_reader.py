@@ -38,6 +38,8 @@ def test_reads_each_type_to_the_bit(tmp_path: Path, dtype: str, file_type: str) 
     (entry,) = read_header(tmp_path / "w.safetensors")
     assert (entry.file_type, entry.read().dtype) == (file_type, values.dtype)
     assert entry.read().tobytes() == values.tobytes()
+    assert entry.read_rows(1, 4).tobytes() == values[1:4].tobytes()
+    assert [part.nbytes for part in entry.ranges_of(1, 4)] == [values[1:4].nbytes]
 
 
 def test_reads_what_transformers_wrote(tmp_path: Path, oracle) -> None:
