@@ -27,7 +27,8 @@ from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.variables import Frozen
-from qlora_jax.sharding import gathered
+from qlora_jax.nn.sharded_tables import ShardedHead, look_up
+from qlora_jax.sharding import Shard, gathered
 
 # Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
 # of products, so that only norms and activations are recomputed. `full`: nothing. `offload`: nothing, and the layer's
@@ -49,6 +50,8 @@ REMAT_POLICIES = {
     ),
 }
 
+
+AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
 
 def _norm(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> RMSNorm | LayerNorm:
     ones = jnp.ones(shape, dtype)
@@ -163,7 +166,10 @@ class Embedding(nnx.Module):
         """Returns the row of each token."""
         if self.adapter is not None:
             return self.adapter.lookup(tokens_M, self.weight[...])
-        return self.weight[...].at[tokens_M].get(mode="promise_in_bounds")
+        table_VD = self.weight.get_value()
+        if isinstance(table_VD, Shard):
+            return look_up(table_VD, tokens_M)
+        return table_VD.at[tokens_M].get(mode="promise_in_bounds")
 
     @property
     def num_ids(self) -> int:
@@ -173,9 +179,13 @@ class Embedding(nnx.Module):
         ids = () if self.adapter is None else self.adapter.ids
         return max(len(self.weight[...]), *(number + 1 for number in ids), 0)
 
-    def head(self, softcap: float | None) -> Head | HeadWithRows | TrainableHead:
+    def head(self, softcap: float | None) -> AnyHead:
         """Returns the language model head with this table as its weight."""
-        frozen = Head(self.weight[...], None if self.bias is None else self.bias[...], softcap)
+        weight_VD, bias_V = self.weight.get_value(), None if self.bias is None else self.bias.get_value()
+        if isinstance(weight_VD, Shard):
+            assert self.adapter is None, "tables of which rows train are whole on every device"
+            return ShardedHead(weight_VD, bias_V, softcap)
+        frozen = Head(weight_VD, bias_V, softcap)
         if self.adapter is None:
             return frozen
         if isinstance(self.adapter, TrainableTable):
@@ -235,7 +245,7 @@ class CausalLM(nnx.Module):
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
 
     @property
-    def head(self) -> Head | HeadWithRows | TrainableHead:
+    def head(self) -> AnyHead:
         """The head, which maps hidden states to logits; its weight is the embedding if they are tied."""
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
         return table.head(self.config.head_softcap)

@@ -1,6 +1,6 @@
 """Language model heads: a frozen one, one with trainable rows, and a trainable one.
 
-Dimension key: M tokens, D embed, V rows of the frozen head, N trainable rows, W = max(V, largest id + 1).
+Dimension key: M or C tokens, D embed, V rows of the frozen head, N trainable rows, W = max(V, largest id + 1).
 """
 
 import dataclasses
@@ -52,6 +52,10 @@ class Head:
             return None
         slope = 1 - jnp.square(logits / self.softcap)
         return slope if self.masked_V is None else jnp.where(jnp.isneginf(logits), 0.0, slope)
+
+    def token_rows(self, tokens_C: Int[Array, " C"]) -> Float[Array, "C D"]:
+        """Returns the row of each token."""
+        return self.weight_VD[tokens_C]
 
     def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
         """Returns a head with a part of the rows."""

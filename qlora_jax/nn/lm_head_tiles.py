@@ -3,17 +3,16 @@
 As in flash attention, exp(logit - largest so far) is summed tile by tile, so one pass gives log-sum-exp. Other
 statistics of the logits are computed in the same pass.
 
-Dimension key: M tokens, D embed, V vocab, C tokens of a chunk, I chunks, W rows of the head in a tile.
+Dimension key: D embed, V vocab, C tokens of a chunk, W rows of the head in a tile.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.devices import target_device
-from qlora_jax.nn.lm_head import Head, HeadWithRows
+from qlora_jax.nn.lm_head import Head
 from qlora_jax.nn.matmul import dot_nn
 
 
@@ -35,11 +34,6 @@ def tile_size(platform: str, tokens: int, vocabulary: int) -> Tile:
     """Returns the tile of a platform, at most as large as the work."""
     tile = TILES.get(platform, WHOLE_HEAD)
     return Tile(min(tile.tokens, tokens), min(tile.rows, vocabulary))
-
-
-def chunk_size(tokens: int) -> int:
-    """Returns the number of `tokens` that this device computes at once."""
-    return tile_size(target_device().platform, tokens, 1).tokens
 
 
 class RunningSums(NamedTuple):
@@ -98,49 +92,6 @@ def first_id_where(found_CW: jax.Array, ids_W: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(found_CW, ids_W[None], jnp.iinfo(jnp.int32).max), axis=1)
 
 
-def map_token_chunks[AnyHead: (Head, HeadWithRows), Result](
-    of_chunk: Callable[[jax.Array, AnyHead, jax.Array], Result],
-    hidden_MD: jax.Array,
-    head: AnyHead,
-    targets_M: jax.Array,
-    wanted_M: jax.Array,
-) -> Result:
-    """Maps of_chunk over chunks of wanted tokens; results are in the original order, and zero for unwanted tokens.
-
-    Wanted tokens are sorted to the front, so only their chunks are computed.
-
-    Args:
-      of_chunk: (hidden_CD, head, targets_C) -> arrays with a leading axis C.
-    """
-    size = chunk_size(hidden_MD.shape[0])
-    order_M = jnp.argsort(~wanted_M, stable=True)
-    chunks = split_chunks((hidden_MD, targets_M, wanted_M), order_M, size)
-    shapes = jax.eval_shape(of_chunk, chunks[0][0], head, chunks[1][0])
-
-    def one(_, chunk):
-        hidden, targets, wanted = chunk
-        results = jax.lax.cond(
-            jnp.any(wanted),
-            lambda: of_chunk(hidden, head, targets),
-            lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes),
-        )
-        return None, jax.tree.map(lambda r: _masked(r, wanted), results)
-
-    _, results = jax.lax.scan(one, None, chunks)
-    place_M = jnp.argsort(order_M)
-    return jax.tree.map(lambda r: r.reshape(-1, *r.shape[2:])[place_M], results)
-
-
-def split_chunks(arrays: tuple[jax.Array, ...], order_M: jax.Array, size: int) -> tuple[jax.Array, ...]:
-    """Reorders each [M, ...] and splits it to [I, size, ...]; the last chunk is padded with zeros."""
-    padding = -order_M.shape[0] % size
-
-    def one(x: jax.Array) -> jax.Array:
-        return jnp.pad(x[order_M], ((0, padding),) + ((0, 0),) * (x.ndim - 1)).reshape(-1, size, *x.shape[1:])
-
-    return jax.tree.map(one, arrays)
-
-
 def _start(hidden_CD: jax.Array, weighted: bool, first: bool) -> RunningSums:
     zeros_C = jnp.zeros(hidden_CD.shape[0], jnp.float32)
     return RunningSums(
@@ -178,8 +129,3 @@ def _add_tile(
         weighted_CD=weighted_CD,
         first_C=first_C,
     )
-
-
-def _masked(result: jax.Array, wanted_C: jax.Array) -> jax.Array:
-    keep = wanted_C.reshape(wanted_C.shape + (1,) * (result.ndim - 1))
-    return jnp.where(keep, result, jnp.zeros((), result.dtype))

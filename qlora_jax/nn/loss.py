@@ -8,6 +8,8 @@ multiplied by the tile itself. So one pass gives log-sum-exp and the gradient of
 A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied by its slope
 dl_v / dz_v = 1 - (l_v / c)^2.
 
+If the head's rows are cut over devices, nn.sharded_tables adds up the sums of all.
+
 If some rows of the head train, such as those of new tokens, the custom VJP covers log-sum-exp and target of the frozen
 rows. Autodiff adds the few trainable rows to them.
 
@@ -19,13 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head_tiles import RunningSums, chunk_size, map_token_chunks, split_chunks, sum_over_tiles
+from qlora_jax.nn.lm_head_chunks import chunk_size, map_token_chunks, split_chunks
+from qlora_jax.nn.lm_head_tiles import RunningSums
 from qlora_jax.nn.matmul import dot_tn
+from qlora_jax.nn.sharded_tables import ShardedHead, sum_over_head
 
 
 def token_nll(
     hidden_MD: Float[Array, "M D"],
-    head: Head | HeadWithRows | TrainableHead,
+    head: Head | ShardedHead | HeadWithRows | TrainableHead,
     targets_M: Int[Array, " M"],
     supervised_M: Bool[Array, " M"],
 ) -> Float[Array, " M"]:
@@ -54,7 +58,7 @@ def _nll_with_rows(hidden_MD, head: HeadWithRows, targets_M, supervised_M):
 
 
 @jax.custom_vjp
-def _frozen_nll(hidden_MD, head: Head, targets_M, supervised_M):
+def _frozen_nll(hidden_MD, head: Head | ShardedHead, targets_M, supervised_M):
     """Computes the gradient by `hidden_MD` in the forward pass, while the logits exist."""
     return map_token_chunks(_nll_of_chunk, hidden_MD, head, targets_M, supervised_M)
 
@@ -72,12 +76,12 @@ def _whole_nll(hidden_MD, head: TrainableHead, targets_M, supervised_M):
 
 
 def _nll_of_chunk(hidden_CD, head, targets_C):
-    return sum_over_tiles(hidden_CD, head, targets_C).nll_C
+    return sum_over_head(hidden_CD, head, targets_C).nll_C
 
 
 def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
-    run = sum_over_tiles(hidden_CD, head, targets_C, weighted=True)
-    target_CD = head.weight_VD[targets_C].astype(jnp.float32)
+    run = sum_over_head(hidden_CD, head, targets_C, weighted=True)
+    target_CD = head.token_rows(targets_C).astype(jnp.float32)
     slope_C = head.slope(run.target_C)
     if slope_C is not None:
         target_CD *= slope_C[:, None]
@@ -86,7 +90,7 @@ def _nll_and_grad_of_chunk(hidden_CD, head, targets_C):
 
 def _sums_of_chunk(hidden_CD, head, targets_C):
     """Returns (log-sum-exp, the target's logit, sum_v exp(l_v) w_v / sum_v exp(l_v))."""
-    run = sum_over_tiles(hidden_CD, head, targets_C, weighted=True)
+    run = sum_over_head(hidden_CD, head, targets_C, weighted=True)
     return run.lse_C, run.target_C, _mean_row(run).astype(hidden_CD.dtype)
 
 

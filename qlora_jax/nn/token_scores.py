@@ -10,7 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
-from qlora_jax.nn.lm_head_tiles import first_id_where, map_token_chunks, sum_over_tiles
+from qlora_jax.nn.lm_head_chunks import map_token_chunks
+from qlora_jax.nn.lm_head_tiles import first_id_where, sum_over_tiles
+from qlora_jax.nn.sharded_tables import ShardedHead, sum_over_head
 
 
 class TokenScores(NamedTuple):
@@ -27,7 +29,7 @@ class TokenScores(NamedTuple):
 
 def token_scores(
     hidden_MD: Float[Array, "M D"],
-    head: Head | HeadWithRows | TrainableHead,
+    head: Head | ShardedHead | HeadWithRows | TrainableHead,
     targets_M: Int[Array, " M"],
     wanted_M: Bool[Array, " M"],
 ) -> TokenScores:
@@ -42,8 +44,8 @@ def token_scores(
     return map_token_chunks(_frozen, hidden_MD, head, targets_M, wanted_M)
 
 
-def _frozen(hidden_CD: jax.Array, head: Head, targets_C: jax.Array) -> TokenScores:
-    run = sum_over_tiles(hidden_CD, head, targets_C, first=True)
+def _frozen(hidden_CD: jax.Array, head: Head | ShardedHead, targets_C: jax.Array) -> TokenScores:
+    run = sum_over_head(hidden_CD, head, targets_C, first=True)
     return TokenScores(run.nll_C, run.first_C == targets_C)
 
 

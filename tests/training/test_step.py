@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from qlora_jax.config import LoraArgs
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.sharded_parts import place_parts
 from qlora_jax.sharding import ROWS, make_mesh, named
@@ -72,3 +73,32 @@ def test_each_device_has_its_share():
     uncut = [leaf.nbytes for leaf in jax.tree.leaves(placed) if leaf.is_fully_replicated]
     assert on_first == (whole - sum(uncut)) // 8 + sum(uncut)
     assert sum(uncut) < 0.02 * whole
+
+
+@pytest.mark.parametrize(("sizes", "tied"), [((1, 8), False), ((2, 4), True)])
+def test_tables_that_are_cut_change_losses_by_rounding_alone(sizes, tied):
+    config = mesh_config(CUT_VOCABULARY, tie_word_embeddings=tied)
+    parts, batch, mesh = mesh_parts(config), mesh_batch(config, SHAPE), make_mesh(*sizes)
+    expected_grads, expected = gradients(parts, batch, None, remat="names")
+    batch = jax.device_put(batch, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
+    grads, loss = gradients(place_parts(parts, mesh), batch, None, remat="names", mesh=mesh)
+    np.testing.assert_allclose(loss.row_nll_AB, expected.row_nll_AB, rtol=1.4e-7)
+    assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 1e-6
+
+
+def test_dropout_does_not_depend_on_micro_batches_or_the_mesh():
+    """1 x 16 and 4 x 4 rows on one device, and 1 x 16 on eight; other masks would change each row by more than 1e-5."""
+    config = mesh_config(WHOLE_VOCABULARY)
+    parts, key = mesh_parts(config, lora=LoraArgs(rank=16, dropout=0.3)), jax.random.key(3)
+    one = mesh_batch(config, (1, 16, 32))
+    four = jax.tree.map(lambda leaf: leaf.reshape(4, 4, *leaf.shape[2:]), one)
+    expected_grads, expected = gradients(parts, one, key, remat="names")
+    _, other = gradients(parts, one, jax.random.key(4), remat="names")
+    assert np.min(np.abs(other.row_nll_AB / expected.row_nll_AB - 1)) > 1e-5
+    mesh = make_mesh(2, 4)
+    spread = jax.device_put(one, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
+    split = gradients(parts, four, key, remat="names")
+    meshed = gradients(place_parts(parts, mesh), spread, key, remat="names", mesh=mesh)
+    for grads, loss in (split, meshed):
+        np.testing.assert_allclose(loss.row_nll_AB.ravel(), expected.row_nll_AB.ravel(), rtol=1e-6)
+        assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 2e-6
