@@ -106,8 +106,8 @@ class Attention(nnx.Module):
             setattr(self, name, module)
         self.config = config
 
-    def __call__(self, x_MD, positions: Positions, layer, key, cache: KVCache | None):
-        q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, key)
+    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
+        q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, keys_B)
         q, k = self._turned("q_norm", "query", q, positions, layer), self._turned("k_norm", "key", k, positions, layer)
         length = q.shape[1] if cache is None else cache.k.shape[3]
         seen = {"window": _window(self.config, layer, length), "softcap": self.config.attention_softcap}
@@ -122,16 +122,16 @@ class Attention(nnx.Module):
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
             out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
-        return self.o_proj(out_MD, layer, key), cache
+        return self.o_proj(out_MD, layer, keys_B), cache
 
-    def _projected(self, x_MD, shape_BT, layer, key) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def _projected(self, x_MD, shape_BT, layer, keys_B) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns q [B, T, N, H], k and v [B, T, K, H]."""
         config = self.config
         heads = (*shape_BT, -1, config.head_dim)
         if config.fused_qkv is None:
-            q, k, v = (y.reshape(heads) for y in project([self.q_proj, self.k_proj, self.v_proj], x_MD, layer, key))
+            q, k, v = (y.reshape(heads) for y in project([self.q_proj, self.k_proj, self.v_proj], x_MD, layer, keys_B))
             return q, k, v
-        fused = self.qkv_proj(x_MD, layer, key).reshape(heads)
+        fused = self.qkv_proj(x_MD, layer, keys_B).reshape(heads)
         if config.fused_qkv == "heads":
             by_head = fused.reshape(*shape_BT, config.num_heads, 3, config.head_dim)
             return by_head[..., 0, :], by_head[..., 1, :], by_head[..., 2, :]

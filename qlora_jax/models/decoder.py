@@ -15,19 +15,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
 from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.full_rank import TrainableTable
 from qlora_jax.nn.linear import QLinear, gather_layer, project
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.variables import Frozen
 from qlora_jax.nn.sharded_tables import ShardedHead, look_up
+from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import Shard, gathered
 
 # Activation memory: the residuals that jax.checkpoint saves per layer besides its input. `none`: all. `names`: results
@@ -50,8 +51,8 @@ REMAT_POLICIES = {
     ),
 }
 
-
 AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
+
 
 def _norm(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> RMSNorm | LayerNorm:
     ones = jnp.ones(shape, dtype)
@@ -73,18 +74,18 @@ class MLP(nnx.Module):
             setattr(self, name, linear)
         self.config = config
 
-    def __call__(self, x_MD, layer, key):
-        return self.down_proj(self._inner(x_MD, layer, key), layer, key)
+    def __call__(self, x_MD, layer, keys_B):
+        return self.down_proj(self._inner(x_MD, layer, keys_B), layer, keys_B)
 
-    def _inner(self, x_MD, layer, key) -> jax.Array:
+    def _inner(self, x_MD, layer, keys_B) -> jax.Array:
         config = self.config
         if not config.gated:
-            up_MF = checkpoint_name(self.up_proj(x_MD, layer, key), "mlp_up")
+            up_MF = checkpoint_name(self.up_proj(x_MD, layer, keys_B), "mlp_up")
             return apply_activation(up_MF, config.activation)
         if config.fused_gate_up:
-            gate_MF, up_MF = jnp.split(self.gate_up_proj(x_MD, layer, key), 2, axis=1)
+            gate_MF, up_MF = jnp.split(self.gate_up_proj(x_MD, layer, keys_B), 2, axis=1)
         else:
-            gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, key)
+            gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, keys_B)
         gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
         with jax.named_scope("swiglu"):
             return gated_activation(gate_MF, up_MF, config.activation)
@@ -111,17 +112,17 @@ class Block(nnx.Module):
         self.mlp = MLP(group("mlp.", shapes, linear), config)
         self.layout = NORM_PLACEMENTS[config.layout]
 
-    def __call__(self, x_MD, positions: Positions, layer, key, cache: KVCache | None):
+    def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
         layout = self.layout
         to_attention_MD = self._normed(layout.before_attention, x_MD, layer)
-        attended_MD, cache = self.self_attn(to_attention_MD, positions, layer, key, cache)
+        attended_MD, cache = self.self_attn(to_attention_MD, positions, layer, keys_B, cache)
         attended_MD = self._normed(layout.after_attention, attended_MD, layer, "attention_normed")
         if layout.parallel:
             shared = layout.before_mlp == layout.before_attention
             to_mlp_MD = to_attention_MD if shared else self._normed(layout.before_mlp, x_MD, layer)
-            return x_MD + attended_MD + self.mlp(to_mlp_MD, layer, key), cache
+            return x_MD + attended_MD + self.mlp(to_mlp_MD, layer, keys_B), cache
         x_MD = checkpoint_name(x_MD + attended_MD, "attention_residual")
-        given_MD = self.mlp(self._normed(layout.before_mlp, x_MD, layer), layer, key)
+        given_MD = self.mlp(self._normed(layout.before_mlp, x_MD, layer), layer, keys_B)
         return x_MD + self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), cache
 
     def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
@@ -203,7 +204,7 @@ class Decoder(nnx.Module):
         self.layers = Block(config, weights)
         self.norm = _norm(config, (config.embed_dim,), weights.dtype)
 
-    def __call__(self, tokens_BT, positions: Positions, *, remat: str, key=None, cache: KVCache | None = None):
+    def __call__(self, tokens_BT, positions: Positions, *, remat: str, keys_B=None, cache: KVCache | None = None):
         x_MD = self._embedded(tokens_BT.reshape(-1))
         graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, ...)
 
@@ -214,8 +215,8 @@ class Decoder(nnx.Module):
             # Gathered inside jax.checkpoint, under no name that a policy saves: the backward pass gathers once more,
             # for recomputation and for its own products, and nothing that was gathered is kept.
             lora_of_layer, base_of_layer = gathered(lora_of_layer), gather_layer(base, layer)
-            layer_key = None if key is None else jax.random.fold_in(key, layer)
-            return nnx.merge(graphdef, lora_of_layer, base_of_layer)(x_MD, positions, layer, layer_key, cache), None
+            layer_keys_B = None if keys_B is None else fold_in_each(keys_B, layer)
+            return nnx.merge(graphdef, lora_of_layer, base_of_layer)(x_MD, positions, layer, layer_keys_B, cache), None
 
         policy = REMAT_POLICIES[remat]
         body = block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=False)
@@ -255,7 +256,7 @@ class CausalLM(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         *,
         remat: str = "none",
-        key: jax.Array | None = None,
+        keys_B: Key[Array, " B"] | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         shared_prefix: bool = False,
     ) -> Float[Array, "M D"]:
@@ -265,7 +266,7 @@ class CausalLM(nnx.Module):
 
         Args:
           remat: a key of REMAT_POLICIES.
-          key: dropout key of this step and micro-batch; None: no dropout.
+          keys_B: the dropout key of each row in this step; None: no dropout.
           segments_BT: id of each token's text in its row, ascending; padding on the left is a text too.
           shared_prefix: True if segment 0 is the beginning of all others; not supported for layers with windows.
         """
@@ -277,7 +278,7 @@ class CausalLM(nnx.Module):
             shared_BT = segments_BT == 0
             index_BT += jnp.where(shared_BT, 0, jnp.sum(shared_BT, axis=1, keepdims=True))
         positions = Positions.of(self.config, index_BT, segments_BT, length, shared_prefix)
-        return self.model(tokens_BT, positions, remat=remat, key=key)[0]
+        return self.model(tokens_BT, positions, remat=remat, keys_B=keys_B)[0]
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache

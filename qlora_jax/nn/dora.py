@@ -83,13 +83,15 @@ class DoRA(nnx.Module):
         with jax.named_scope("lora"):
             added = adapter_deltas(adapters, x_MK, keys)
         rows = zip(adapters, frozen, keys, added, strict=True)
-        return [adapter._applied(x_MK, one, key, delta) for adapter, one, key, delta in rows]
+        return [adapter._applied(x_MK, one, keys_B, delta) for adapter, one, keys_B, delta in rows]
 
-    def _applied(self, x_MK: jax.Array, frozen: FrozenLayer, key: jax.Array | None, delta_MN: jax.Array) -> jax.Array:
+    def _applied(
+        self, x_MK: jax.Array, frozen: FrozenLayer, keys_B: jax.Array | None, delta_MN: jax.Array
+    ) -> jax.Array:
         scale_N = self._scale(frozen, x_MK.dtype)
-        product_MN = frozen.product(dropout(x_MK, self.dropout, key))
+        product_MN = frozen.product(dropout(x_MK, self.dropout, keys_B))
         scaled_MN = scale_columns(checkpoint_name(product_MN + delta_MN, "unscaled"), scale_N)
-        if self.dropout == 0.0 or key is None:
+        if self.dropout == 0.0 or keys_B is None:
             return frozen.biased(scaled_MN)
         return frozen(x_MK) + (scaled_MN - product_MN)
 

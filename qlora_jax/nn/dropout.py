@@ -1,29 +1,56 @@
-"""Dropout that draws its mask again from the key in the backward pass, so that no mask is saved."""
+"""Dropout that draws its mask again from the keys in the backward pass, so that no mask is saved.
+
+Each row of a batch has its own key, so its mask does not depend on the rows next to it, or on the device.
+
+Dimension key: B rows of the batch, T positions, M = B T, K in.
+"""
 
 import functools
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Key
 
 
-def apply_dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
-    """Returns x / (1 - rate) where the mask of `key` is set, and 0 elsewhere.
+def fold_in_rows(key: Key[Array, ""], rows_B: Int[Array, " B"]) -> Key[Array, " B"]:
+    """Returns a key for each row, which depends on `key` and the row's number alone."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, rows_B)
 
-    Returns x itself if the rate is 0 or `key` is None. The function is linear and diagonal, so it is its own transpose.
+
+def fold_in_each(keys_B: Key[Array, " B"], data: jax.typing.ArrayLike) -> Key[Array, " B"]:
+    """Folds the same number into the key of each row."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, data))(keys_B)
+
+
+def apply_dropout(x_MK: Float[Array, "M K"], rate: float, keys_B: Key[Array, " B"] | None) -> Float[Array, "M K"]:
+    """Returns x / (1 - rate) where the masks of `keys_B` are set, and 0 elsewhere.
+
+    Returns x itself if the rate is 0 or `keys_B` is None. The function is linear and diagonal, so it is its own
+    transpose.
+
+    Args:
+      keys_B: the key of each row of the batch; M is a multiple of B.
     """
-    if rate == 0.0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / jnp.asarray(1.0 - rate, x.dtype), jnp.zeros((), x.dtype))
+    if rate == 0.0 or keys_B is None:
+        return x_MK
+    shape_TK = (x_MK.shape[0] // keys_B.shape[0], x_MK.shape[1])
+    keep_BTK = jax.vmap(lambda key: jax.random.bernoulli(key, 1.0 - rate, shape_TK))(keys_B)
+    scaled_MK = x_MK / jnp.asarray(1.0 - rate, x_MK.dtype)
+    return jnp.where(keep_BTK.reshape(x_MK.shape), scaled_MK, jnp.zeros((), x_MK.dtype))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def dropout(x: Float[Array, "*S"], rate: float, key: jax.Array | None) -> Float[Array, "*S"]:
-    """`apply_dropout`, for which autodiff saves the key alone."""
-    return apply_dropout(x, rate, key)
+def dropout(x_MK: Float[Array, "M K"], rate: float, keys_B: Key[Array, " B"] | None) -> Float[Array, "M K"]:
+    """`apply_dropout`, for which autodiff saves the keys alone."""
+    return apply_dropout(x_MK, rate, keys_B)
 
 
-dropout.defvjp(
-    lambda x, rate, key: (apply_dropout(x, rate, key), key), lambda rate, key, dy: (apply_dropout(dy, rate, key), None)
-)
+def _forward(x_MK, rate, keys_B):
+    return apply_dropout(x_MK, rate, keys_B), keys_B
+
+
+def _backward(rate, keys_B, dy_MK):
+    return apply_dropout(dy_MK, rate, keys_B), None
+
+
+dropout.defvjp(_forward, _backward)

@@ -1,6 +1,6 @@
 """The frozen linear layer, with or without an adapter.
 
-Dimension key: L layers, M rows, K in, N out.
+Dimension key: L layers, B rows of the batch, M tokens, K in, N out.
 """
 
 import dataclasses
@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
+from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
 from qlora_jax.nn.variables import Frozen, select_layer
@@ -100,7 +101,8 @@ class Adapter(Protocol):
     ) -> list[jax.Array]:
         """Returns the results of several layers that read the same x.
 
-        Each layer has its adapter of this kind, its frozen layer and its dropout key (None: no dropout).
+        Each layer has its adapter of this kind, its frozen layer, and a dropout key per row of the batch (None: no
+        dropout).
         """
         ...
 
@@ -143,13 +145,13 @@ class QLinear(nnx.Module):
         bias = None if self.bias is None else self.bias[...]
         return FrozenLayer(self.weight.get_value(), bias, layer)
 
-    def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None) -> Float[Array, "M N"]:
+    def __call__(self, x_MK: Float[Array, "M K"], layer: jax.Array, keys_B: jax.Array | None) -> Float[Array, "M N"]:
         """Returns the layer's result, with the adapter if one is set."""
-        return project([self], x_MK, layer, key)[0]
+        return project([self], x_MK, layer, keys_B)[0]
 
 
 def project(
-    linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, key: jax.Array | None
+    linears: Sequence[QLinear], x_MK: Float[Array, "M K"], layer: jax.Array, keys_B: jax.Array | None
 ) -> list[jax.Array]:
     """Returns the result of each linear for one x; adapters of one kind are applied together and may share work."""
     results: dict[str, jax.Array] = {}
@@ -159,7 +161,7 @@ def project(
         if kind is type(None):
             ys = [one(x_MK) for one in frozen]
         else:
-            keys = [None if key is None else named_key(key, linear.name) for linear in alike]
+            keys = [None if keys_B is None else fold_in_each(keys_B, name_number(linear.name)) for linear in alike]
             ys = kind.apply([linear.adapter for linear in alike], x_MK, frozen, keys)
         results |= {linear.name: y for linear, y in zip(alike, ys, strict=True)}
     return [results[linear.name] for linear in linears]
@@ -167,4 +169,9 @@ def project(
 
 def named_key(key: jax.Array, name: str) -> jax.Array:
     """Folds `name` into a key, so that draws for one name do not depend on other draws."""
-    return jax.random.fold_in(key, zlib.crc32(name.encode()))
+    return jax.random.fold_in(key, name_number(name))
+
+
+def name_number(name: str) -> int:
+    """Returns the number by which `name` is folded into keys."""
+    return zlib.crc32(name.encode())

@@ -1,6 +1,6 @@
 """Low-rank adapters: y = frozen(x) + scaling * dropout(x) A B.
 
-Dimension key: L layers, M rows, K in, N out, R rank.
+Dimension key: L layers, B rows of the batch, M tokens, K in, N out, R rank.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer
@@ -28,22 +28,22 @@ def lora_deltas(
     lora_bs: tuple[Float[Array, "_ _"], ...],
     scalings: tuple[float, ...],
     dropout: float,
-    key: jax.Array | None,
+    keys_B: Key[Array, " B"] | None,
 ) -> tuple[Float[Array, "M _"], ...]:
     """Returns scaling_i * dropout(x) A_i B_i for each i, in x's dtype.
 
     A and B are cast to x's dtype, and sums are in f32. All A share one product, because a product with 16 columns costs
     hardly less than one with 48. The gradients of A and B are summed in f32 and returned in the dtype of A and B. All i
-    share the dropout mask, which the backward pass draws again from `key`.
+    share the dropout mask, which the backward pass draws again from `keys_B`.
 
     Args:
       lora_a_KR: the A_i side by side, in the order of `lora_bs`.
       lora_bs: the B_i, each [R_i, N_i].
       scalings: one factor per i.
       dropout: probability that an element of x is zeroed.
-      key: required if `dropout` is not 0.
+      keys_B: the dropout key of each row of the batch; None: no dropout.
     """
-    return _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key)[0]
+    return _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, keys_B)[0]
 
 
 def _scaled(product_MR: jax.Array, scalings: tuple[float, ...], lora_bs: tuple[jax.Array, ...], dtype) -> jax.Array:
@@ -57,22 +57,22 @@ def _split(x_MR: jax.Array, lora_bs: tuple[jax.Array, ...]) -> list[jax.Array]:
     return jnp.split(x_MR, np.cumsum([b.shape[0] for b in lora_bs])[:-1].tolist(), axis=1)
 
 
-def _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, key):
+def _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, keys_B):
     dtype = x_MK.dtype
-    xa_MR = _scaled(dot_nn(apply_dropout(x_MK, dropout, key), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
+    xa_MR = _scaled(dot_nn(apply_dropout(x_MK, dropout, keys_B), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
     ys = tuple(dot_nn(xa, b.astype(dtype), dtype) for xa, b in zip(_split(xa_MR, lora_bs), lora_bs, strict=True))
-    return ys, (x_MK, lora_a_KR, lora_bs, checkpoint_name(xa_MR, "lora_xa"), key)
+    return ys, (x_MK, lora_a_KR, lora_bs, checkpoint_name(xa_MR, "lora_xa"), keys_B)
 
 
 def _backward(scalings, dropout, residuals, dys):
-    x_MK, lora_a_KR, lora_bs, xa_MR, key = residuals
+    x_MK, lora_a_KR, lora_bs, xa_MR, keys_B = residuals
     dtype = x_MK.dtype
     d_xa_MR = jnp.concatenate([dot_nt(dy, b.astype(dtype)) for dy, b in zip(dys, lora_bs, strict=True)], axis=1)
     d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)
     rows = zip(_split(xa_MR, lora_bs), dys, lora_bs, strict=True)
     d_bs = tuple(dot_tn(xa, dy).astype(b.dtype) for xa, dy, b in rows)
-    d_a_KR = dot_tn(apply_dropout(x_MK, dropout, key), d_xa_MR).astype(lora_a_KR.dtype)
-    dx_MK = apply_dropout(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, key)
+    d_a_KR = dot_tn(apply_dropout(x_MK, dropout, keys_B), d_xa_MR).astype(lora_a_KR.dtype)
+    dx_MK = apply_dropout(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, keys_B)
     return dx_MK, d_a_KR, d_bs, None
 
 
@@ -172,11 +172,11 @@ def add_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, 
 
 def adapter_deltas(adapters: Sequence[LowRank], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
     """Returns scaling_i * dropout_i(x) A_i B_i for each i; with dropout, masks differ and nothing is shared."""
-    if all(adapter.dropout == 0.0 or key is None for adapter, key in zip(adapters, keys, strict=True)):
+    if all(adapter.dropout == 0.0 or keys_B is None for adapter, keys_B in zip(adapters, keys, strict=True)):
         lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
         lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)
         return list(lora_deltas(x_MK, lora_a_KR, lora_bs, tuple(adapter.scaling for adapter in adapters), 0.0, None))
     return [
-        lora_deltas(x_MK, one.lora_a[...], (one.lora_b[...],), (one.scaling,), one.dropout, key)[0]
-        for one, key in zip(adapters, keys, strict=True)
+        lora_deltas(x_MK, one.lora_a[...], (one.lora_b[...],), (one.scaling,), one.dropout, keys_B)[0]
+        for one, keys_B in zip(adapters, keys, strict=True)
     ]

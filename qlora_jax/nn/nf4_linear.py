@@ -128,11 +128,12 @@ class _NF4Module(nnx.Module):
         if self.lora is None:
             y_MN = frozen(x_MK)
         else:
-            (y_MN,) = LoRA.apply([self.lora], x_MK, [frozen], [self._dropout_key()])
+            (y_MN,) = LoRA.apply([self.lora], x_MK, [frozen], [self._dropout_keys()])
         return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
-    def _dropout_key(self) -> jax.Array | None:
-        return None if self.rngs is None or self.deterministic else self.rngs()
+    def _dropout_keys(self) -> jax.Array | None:
+        """Returns one key, so that all of x is one row."""
+        return None if self.rngs is None or self.deterministic else self.rngs()[None]
 
 
 class NF4Linear(_NF4Module):

@@ -47,7 +47,7 @@ class Session:
       utilization: computes the device's utilization per step.
       fingerprint: of the base, from io.loader.
       total_steps: optimizer steps of the whole run.
-      dropout_key: folded with step, micro-batch, layer and name; None without dropout.
+      dropout_key: folded with step, place of the row in it, layer and name; None without dropout.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
     """
 

@@ -7,6 +7,7 @@ Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions,
 
 import dataclasses
 import functools
+import math
 from typing import cast
 
 import jax
@@ -18,12 +19,15 @@ from jaxtyping import Array, Float
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, ModelParts, combine
 from qlora_jax.models.sharded_parts import parts_specs, shards_of
+from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, sum_over
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+
+PLACES = "places"  # of rows in their step, [A, B] in a batch with dropout
 
 
 @jax.tree_util.register_dataclass
@@ -42,16 +46,18 @@ class StepLoss:
     row_nll_AB: Float[Array, "A B"]
 
 
-def row_nll(model: CausalLM, micro: dict[str, jax.Array], *, remat: str, key: jax.Array | None) -> Float[Array, " B"]:
+def row_nll(
+    model: CausalLM, micro: dict[str, jax.Array], *, remat: str, keys_B: jax.Array | None
+) -> Float[Array, " B"]:
     """Returns each row's sum over its tokens of weight * -log p(target), in f32.
 
     Args:
       micro: one micro-batch: `inputs`, `targets`, `weights` and, with packing, `segments`, each [B, T].
       remat: a key of REMAT_POLICIES.
-      key: the dropout key of this micro-batch; None without dropout.
+      keys_B: the dropout key of each row; None without dropout.
     """
     targets_BT, weights_BT = micro["targets"], micro["weights"]
-    hidden_MD = model.hidden(micro["inputs"], remat=remat, key=key, segments_BT=micro.get("segments"))
+    hidden_MD = model.hidden(micro["inputs"], remat=remat, keys_B=keys_B, segments_BT=micro.get("segments"))
     with jax.named_scope("head"):
         nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
     return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
@@ -73,11 +79,15 @@ def gradients(
 
     Args:
       batch: `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T].
-      key: the dropout key of this step, which is folded with the micro-batch; None without dropout.
+      key: the dropout key of this step, which is folded with the place of each row in it, so that masks depend neither
+        on micro-batches nor on the mesh; None without dropout.
       remat: a key of REMAT_POLICIES.
       mesh: the devices that share the rows of a batch and the model; None: one device. Gradients lie like the LoRA
         parameters.
     """
+    if key is not None:
+        shape_AB = batch["weights"].shape[:2]
+        batch = batch | {PLACES: jnp.arange(math.prod(shape_AB), dtype=jnp.int32).reshape(shape_AB)}
     if mesh is None:
         return _gradients(parts, batch, key, remat=remat)
     specs = parts_specs(parts, mesh)
@@ -102,22 +112,20 @@ def _gradients(
 ) -> tuple[Lora, StepLoss]:
     """Returns the result of `gradients` of one device, which has its own part of `parts` and `batch` on a mesh."""
 
-    def summed(lora: Lora, micro: dict[str, jax.Array], index: jax.Array):
-        micro_key = None if key is None else jax.random.fold_in(key, index)
-        rows_B = row_nll(_model(parts.with_lora(lora), specs, mesh), micro, remat=remat, key=micro_key)
+    def summed(lora: Lora, micro: dict[str, jax.Array]):
+        keys_B = None if key is None else fold_in_rows(key, micro[PLACES])
+        rows_B = row_nll(_model(parts.with_lora(lora), specs, mesh), micro, remat=remat, keys_B=keys_B)
         return jnp.sum(rows_B), rows_B
 
     # The backward pass adds each layer's gradient in place, so a micro-batch needs no second set of gradients.
     total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), parts.lora)
 
-    def accumulate(_, xs):
-        micro, index = xs
-        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro, index=index), parts.lora, has_aux=True)
+    def accumulate(_, micro):
+        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro), parts.lora, has_aux=True)
         backward.with_refs(total)(jnp.ones((), jnp.float32))
         return None, rows_B
 
-    count = batch["weights"].shape[0]
-    _, row_nll_AB = jax.lax.scan(accumulate, None, (batch, jnp.arange(count, dtype=jnp.int32)))
+    _, row_nll_AB = jax.lax.scan(accumulate, None, batch)
     # Every device gets all rows' losses and adds them in the same order, so that the sum does not depend on the mesh.
     row_nll_AB = gather_rows(row_nll_AB, mesh, axis=1)
     tokens = sum_over(jnp.sum(batch["weights"]), mesh)
@@ -160,11 +168,11 @@ def evaluation_loss(
 ) -> Float[Array, " B"]:
     """Returns each row's sum of losses in nats, without dropout; `batch` is as in `gradients`, without the axis A."""
     if mesh is None:
-        return row_nll(combine(parts), batch, remat="none", key=None)
+        return row_nll(combine(parts), batch, remat="none", keys_B=None)
     specs = parts_specs(parts, mesh)
 
     def per_device(parts: ModelParts, batch: dict[str, jax.Array]) -> jax.Array:
-        rows_B = row_nll(_model(parts, specs, mesh), batch, remat="none", key=None)
+        rows_B = row_nll(_model(parts, specs, mesh), batch, remat="none", keys_B=None)
         return gather_rows(rows_B, mesh, axis=0)
 
     run = jax.shard_map(per_device, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=P(), check_vma=False)

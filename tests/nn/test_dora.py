@@ -23,7 +23,7 @@ def _dora(linear: QLinear, a, b, m, dropout: float = 0.0) -> DoRA:
 @pytest.mark.parametrize("quantized", [False, True])
 def test_dora(quantized, dropout):
     """The norm has no gradient, as in PEFT; dropout applies to the change only."""
-    linear, key = random_linear(quantized=quantized), jax.random.key(3) if dropout else None
+    linear, key = random_linear(quantized=quantized), jax.random.split(jax.random.key(3), 3) if dropout else None
     weight, bias = dequantized_layer(linear), linear.bias[...][1]
 
     def ours(x, a, b, m):

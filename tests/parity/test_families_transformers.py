@@ -131,7 +131,7 @@ def _loss_and_gradients(model, tokens_BT):
     def loss(lora):
         model = combine(parts.with_lora(lora))
         micro = {"inputs": tokens_BT, "targets": targets_BT, "weights": weights_BT}
-        return row_nll(model, micro, remat="names", key=None).sum()
+        return row_nll(model, micro, remat="names", keys_B=None).sum()
 
     return parts.lora, *jax.value_and_grad(loss)(parts.lora)
 

@@ -43,8 +43,8 @@ METHODS = {
 
 @pytest.fixture(autouse=True)
 def dropout_takes_every_third_column(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dropped(x, rate, key):
-        if rate == 0.0 or key is None:
+    def dropped(x, rate, keys_B):
+        if rate == 0.0 or keys_B is None:
             return x
         keep = jnp.arange(x.shape[-1]) % EVERY != 0
         return jnp.where(keep[None], x / jnp.asarray(1 - rate, x.dtype), 0.0)
@@ -62,7 +62,7 @@ def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndar
     @functools.partial(jax.jit, static_argnames="training")
     def logits(lora, training):
         model = combine(parts.with_lora(lora))
-        how = {"remat": "names", "key": jax.random.key(0)} if training else {}
+        how = {"remat": "names", "keys_B": jax.random.split(jax.random.key(0), len(tokens))} if training else {}
         hidden = model.hidden(jnp.asarray(tokens), **how)
         return model.head.logits(hidden).reshape(cotangent.shape)
 

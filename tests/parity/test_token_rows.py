@@ -45,7 +45,7 @@ def _ours(folder: Path, tokens: np.ndarray, rows: dict[str, np.ndarray]) -> dict
 
     @jax.jit
     def loss(lora):
-        return row_nll(combine(parts.with_lora(lora)), micro, remat="names", key=None).sum()
+        return row_nll(combine(parts.with_lora(lora)), micro, remat="names", keys_B=None).sum()
 
     nll, gradients = jax.value_and_grad(loss)(lora)
     model = combine(parts.with_lora(lora))
