@@ -1,16 +1,27 @@
 """The training step on eight virtual devices against the step on one."""
 
 import functools
+from collections import Counter
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import lax
 
+from pallas_kernels.aot.collectives import ALL_GATHER, read_collectives, totals
+from pallas_kernels.formats.dequantize import dequantize
+from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.config import LoraArgs
+from qlora_jax.models import decoder
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.sharded_parts import place_parts
-from qlora_jax.sharding import ROWS, make_mesh, named
+from qlora_jax.nn import linear
+from qlora_jax.nn.matmul import dot_nt
+from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named
 from qlora_jax.training.step import evaluation_loss, gradients
+from tests.training.compiled_text import PASSES_ON, TO_READ, parse
 from tests.training.mesh_models import CUT_VOCABULARY, WHOLE_VOCABULARY, mesh_batch, mesh_config, mesh_parts
 
 SHAPE = (2, 8, 64)
@@ -34,12 +45,16 @@ def on_one_device(vocabulary: int, dtype: str, remat: str):
     return gradients(parts_of(vocabulary, dtype), mesh_batch(mesh_config(vocabulary), SHAPE), None, remat=remat)
 
 
-def on_mesh(vocabulary: int, dtype: str, remat: str, sizes: tuple[int, int]):
+def arguments(vocabulary: int, dtype: str, remat: str, sizes: tuple[int, int]):
     mesh = make_mesh(*sizes)
-    batch = jax.device_put(
-        mesh_batch(mesh_config(vocabulary), SHAPE), named(mesh, jax.sharding.PartitionSpec(None, ROWS))
-    )
-    return gradients(place_parts(parts_of(vocabulary, dtype), mesh), batch, None, remat=remat, mesh=mesh)
+    rows = named(mesh, jax.sharding.PartitionSpec(None, ROWS))
+    batch = jax.device_put(mesh_batch(mesh_config(vocabulary), SHAPE), rows)
+    return (place_parts(parts_of(vocabulary, dtype), mesh), batch, None), {"remat": remat, "mesh": mesh}
+
+
+def on_mesh(vocabulary: int, dtype: str, remat: str, sizes: tuple[int, int]):
+    args, kwargs = arguments(vocabulary, dtype, remat, sizes)
+    return gradients(*args, **kwargs)
 
 
 def relative(found: jax.Array, expected: jax.Array) -> float:
@@ -102,3 +117,101 @@ def test_dropout_does_not_depend_on_micro_batches_or_the_mesh():
     for grads, loss in (split, meshed):
         np.testing.assert_allclose(loss.row_nll_AB.ravel(), expected.row_nll_AB.ravel(), rtol=1e-6)
         assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 2e-6
+
+
+def packed_bytes(parts: ModelParts) -> int:
+    """The bytes of all codes and 8-bit constants that are cut."""
+    leaves = [leaf for leaf in jax.tree.leaves(parts.base) if leaf.dtype == jnp.uint8]
+    return sum(leaf.nbytes for leaf in leaves if not leaf.is_fully_replicated)
+
+
+def exchange_problems(sizes: tuple[int, int], remat: str) -> list[str]:
+    """What a compiled step exchanges beyond its packed weights, twice per micro-batch, and small float arrays."""
+    args, kwargs = arguments(WHOLE_VOCABULARY, "float32", remat, sizes)
+    jax.clear_caches()  # a broken copy is another program under the same name
+    text = gradients.lower(*args, **kwargs).compile().as_text()
+    assert text is not None
+    collectives = read_collectives(text)
+    expected = 2 * SHAPE[0] * packed_bytes(args[0]) if sizes[1] > 1 else 0
+    found = sum(total.nbytes for (_, dtype), total in totals(collectives).items() if dtype == "u8")
+    problems = [] if found == expected else [f"u8: found {found} bytes, expected {expected}"]
+    smallest = min(int(np.prod(weight.shape)) for weight in stacks(args[0]))
+    large = [one for one in collectives if one.dtype != "u8" and one.elements >= smallest]
+    problems += [f"{one.operation} of {one.dtype} {one.array.shape}: as large as a weight" for one in large]
+    others = [one for one in collectives if one.dtype == "u8" and one.operation != ALL_GATHER]
+    return problems + [f"{one.operation} of u8" for one in others]
+
+
+def stacks(parts: ModelParts) -> list[QTensor]:
+    leaves = jax.tree.leaves(parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return [leaf for leaf in leaves if isinstance(leaf, QTensor)]
+
+
+@pytest.mark.parametrize(("sizes", "remat"), [((1, 8), "names"), ((1, 8), "full"), ((2, 4), "full"), ((8, 1), "names")])
+def test_packed_weights_cross_twice_and_nothing_else_is_large(sizes, remat):
+    assert exchange_problems(sizes, remat) == []
+
+
+def gather_and_multiply(x_MK, weight: QTensor):
+    return nf4_matmul(x_MK, gathered(weight), None)
+
+
+def backward_in_the_op(residuals, dy_MN):
+    """Gathers once dy is there, as an op does that knows nothing of its neighbors; XLA would merge equal gathers."""
+    x_MK, weight = residuals
+    weight, dy_MN = lax.optimization_barrier((weight, dy_MN))
+    return jax.vjp(lambda x_MK: gather_and_multiply(x_MK, weight), x_MK)[1](dy_MN)[0], None
+
+
+product_in_the_op = jax.custom_vjp(gather_and_multiply)
+product_in_the_op.defvjp(
+    lambda x_MK, weight: (gather_and_multiply(x_MK, weight), (jnp.zeros_like(x_MK), weight)), backward_in_the_op
+)
+
+
+def gathered_in_the_op(x_MK, weight, layer):
+    """A frozen product that gathers its own weight, forward and backward."""
+    if not isinstance(weight, linear.OneLayer):
+        return frozen_linear(x_MK, weight, layer)
+    return product_in_the_op(x_MK, weight.weight)
+
+
+def dequantized_before_the_gather(x_MK, weight, layer):
+    """A frozen product whose weight crosses in f32; the parts are rows of the weight."""
+    if not isinstance(weight, linear.OneLayer):
+        return frozen_linear(x_MK, weight, layer)
+    w_NK = dequantize(gathered(weight.weight)).astype(x_MK.dtype)
+    count = axis_size(make_mesh(1, 8), FSDP)
+    rows = w_NK.shape[0] // count
+    own = lax.dynamic_slice_in_dim(w_NK, lax.axis_index(FSDP) * rows, rows)
+    return dot_nt(x_MK, lax.all_gather(own, FSDP, tiled=True), x_MK.dtype)
+
+
+frozen_linear = linear.frozen_linear
+
+
+def ungathered_layer(base, layer):
+    """gather_layer, but the parts stay parts."""
+    is_stack = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: linear.OneLayer(leaf.layer(layer)) if is_stack(leaf) else leaf, base, is_leaf=is_stack
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [gathered_in_the_op, dequantized_before_the_gather])
+def test_other_exchanges_are_noticed(monkeypatch, broken):
+    monkeypatch.setattr(linear, "frozen_linear", broken)
+    monkeypatch.setattr(decoder, "gather_layer", ungathered_layer)
+    problems = exchange_problems((1, 8), "full")
+    assert any("as large as a weight" in one or one.startswith("u8: found") for one in problems), problems
+
+
+def test_a_mesh_of_one_device_has_the_operations_of_a_step_without_a_mesh():
+    def operations(kwargs) -> Counter[tuple[str, str]]:
+        text = gradients.lower(*args, **kwargs).compile(TO_READ).as_text()
+        instructions = [one for computation in parse(text)[0].values() for one in computation]
+        return Counter((one.op, one.type) for one in instructions if one.op not in PASSES_ON | {"copy", "constant"})
+
+    args, kwargs = arguments(CUT_VOCABULARY, "float32", "names", (1, 1))
+    assert operations(kwargs) == operations(kwargs | {"mesh": None})
