@@ -10,6 +10,7 @@ import pytest
 from jax import lax
 
 from pallas_kernels.aot.collectives import ALL_GATHER, read_collectives, totals
+from pallas_kernels.aot.hlo import parse
 from pallas_kernels.formats.dequantize import dequantize
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
@@ -21,7 +22,7 @@ from qlora_jax.nn import linear
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named
 from qlora_jax.training.step import evaluation_loss, gradients
-from tests.training.compiled_text import PASSES_ON, TO_READ, parse
+from tests.training.compiled_text import PASSES_ON, TO_READ
 from tests.training.mesh_models import CUT_VOCABULARY, WHOLE_VOCABULARY, mesh_batch, mesh_config, mesh_parts
 
 SHAPE = (2, 8, 64)
@@ -210,7 +211,7 @@ def test_other_exchanges_are_noticed(monkeypatch, broken):
 def test_a_mesh_of_one_device_has_the_operations_of_a_step_without_a_mesh():
     def operations(kwargs) -> Counter[tuple[str, str]]:
         text = gradients.lower(*args, **kwargs).compile(TO_READ).as_text()
-        instructions = [one for computation in parse(text)[0].values() for one in computation]
+        instructions = [one for computation in parse(text)[0].values() for one in computation.values()]
         return Counter((one.op, one.type) for one in instructions if one.op not in PASSES_ON | {"copy", "constant"})
 
     args, kwargs = arguments(CUT_VOCABULARY, "float32", "names", (1, 1))
