@@ -29,7 +29,7 @@ class OneLayer:
     weight: QTensor
 
 
-Weight = QTensor | OneLayer | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
+Weight = QTensor | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
 
 
 def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
@@ -43,7 +43,9 @@ def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
     return jax.tree.map(one, base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack))
 
 
-def frozen_linear(x_MK: Float[Array, "M K"], weight: Weight, layer: jax.Array | int | None) -> Float[Array, "M N"]:
+def frozen_linear(
+    x_MK: Float[Array, "M K"], weight: Weight | OneLayer, layer: jax.Array | int | None
+) -> Float[Array, "M N"]:
     """Returns x W^T in x's dtype, accumulated in f32, for one layer of a stack (None: `weight` is a single layer)."""
     if isinstance(weight, QTensor):
         return nf4_matmul(x_MK, weight, layer)
@@ -66,7 +68,7 @@ class FrozenLayer:
       layer: index in the stack; None: `weight` and `bias` are a single layer.
     """
 
-    weight: Weight
+    weight: Weight | OneLayer
     bias: Float[Array, "*L N"] | None
     layer: jax.Array | int | None
 
