@@ -66,9 +66,16 @@ class Dataset:
     def fingerprint(self) -> str:
         """SHA-256 of the training rows as tokens, and of the settings that determine the order of batches.
 
-        Data sets with equal fingerprints give the same batches at the same position.
+        Data sets with equal fingerprints give the same rows at the same position, in any split into micro-batches.
         """
-        order = (self.buckets, self.packed, self.accumulation, self.micro_batch_size, self.seed)
+        return self._fingerprint(self.accumulation * self.micro_batch_size)
+
+    def fingerprint_of_split(self, accumulation: int, micro_batch_size: int) -> str:
+        """Returns the fingerprint in the checkpoints of earlier versions, which depends on the split, too."""
+        return self._fingerprint(accumulation, micro_batch_size)
+
+    def _fingerprint(self, *rows_of_step: int) -> str:
+        order = (self.buckets, self.packed, *rows_of_step, self.seed)
         return hashlib.sha256(repr((order, self.train.digest)).encode()).hexdigest()
 
     def window_order(self, epoch: int) -> list[int]:

@@ -151,7 +151,8 @@ class Checkpoints:
         A damaged checkpoint that was passed over is renamed to STEP.damaged, so that its step can be saved again.
 
         Args:
-          lora_like: a tree with the shapes, dtypes and devices of the LoRA parameters.
+          lora_like: a tree with the shapes, dtypes and shardings of the LoRA parameters. Their mesh need not be the one
+            that saved them.
           optimizer_like: the same for the optimizer state.
           check: called with the JSON part before arrays are read; raises if the run cannot resume from it.
 

@@ -6,7 +6,7 @@ STEP/state/metadata         JSON: the state, and under "digests" the digests of 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
-from pydantic import NonNegativeInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.io.model_source import JsonObject
@@ -74,6 +74,7 @@ class _State(TypedDict, total=False):
     data_fingerprint: str
     config: dict[str, Any]
     versions: dict[str, str]
+    mesh: dict[str, PositiveInt]
     digests: Digests
 
 
@@ -111,7 +112,7 @@ def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str
     """Reads the arrays of one part.
 
     Args:
-      like: a tree with shapes, dtypes and devices; None: the LoRA parameters of `expected`, on the default device.
+      like: a tree with shapes, dtypes and shardings, on any mesh; None: all arrays, whole on the first device.
       expected: their digests; None: not known.
 
     Raises:
@@ -120,8 +121,8 @@ def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str
     """
     folder = checkpoint / part
     _check_readable(checkpoint, part)
-    if like is None and expected is not None:
-        like = _lora_template(expected)
+    if like is None:
+        like = _saved_template(folder) if expected is None else _lora_template(expected)
     _check_types(folder, like, expected)
     arrays = _restore(folder, like)
     found = {} if expected is None else tree_digests(arrays)
@@ -133,14 +134,32 @@ def read_arrays(checkpoint: Path, part: str, like: PyTree, expected: Mapping[str
 
 
 def _restore(folder: Path, like: PyTree) -> PyTree:
+    # Without a template orbax would restore to the devices that saved, which this process may not have.
+    return _with_orbax(folder, lambda checkpointer: checkpointer.restore(folder, like))
+
+
+def _saved_template(folder: Path) -> PyTree:
+    """Returns the tree of arrays that orbax says it has saved, on the first device."""
+    metadata = _with_orbax(folder, lambda checkpointer: checkpointer.metadata(folder).item_metadata)
+    device = _first_device()
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), getattr(metadata, "tree", metadata)
+    )
+
+
+def _with_orbax[Result](folder: Path, read: Callable[[ocp.StandardCheckpointer], Result]) -> Result:
     silence_threads()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore(folder, like)
+            return read(checkpointer)
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # the device or the machine has too little memory
     except Exception as error:  # orbax raises Exception itself for a file that it cannot decode
         raise _failure(folder, error) from error
+
+
+def _first_device() -> jax.sharding.Sharding:
+    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
 
 def _check_types(folder: Path, like: PyTree, expected: Mapping[str, ArrayDigest] | None) -> None:
@@ -149,7 +168,7 @@ def _check_types(folder: Path, like: PyTree, expected: Mapping[str, ArrayDigest]
     Raises:
       CheckpointError: they do not, as of another version of optax; the checkpoint may be sound.
     """
-    if like is None or expected is None:
+    if expected is None:
         return
     types = {path: (leaf.dtype.name, list(leaf.shape)) for path, leaf in by_path(like).items()}
     saved = {path: (digest["dtype"], digest["shape"]) for path, digest in expected.items()}
@@ -162,7 +181,7 @@ def _check_types(folder: Path, like: PyTree, expected: Mapping[str, ArrayDigest]
 
 def _lora_template(digests: Mapping[str, ArrayDigest]) -> PyTree:
     """Returns the tree of LoRA parameters that digests describe: by projection, then by leaf."""
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    device = _first_device()
     tree: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
     for path, digest in digests.items():
         name, leaf = path.rsplit("/", 1)

@@ -7,7 +7,7 @@ import jaxlib
 import optax
 import orbax.checkpoint
 
-from qlora_jax.config import Config, QuestionArgs, differences, plain_name, to_dict
+from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import Record
@@ -33,9 +33,15 @@ MAY_DIFFER = {
     "train.trace_steps",
     "optim.paging",
     "optim.paging_budget",
-    *(f"questions.{field.name}" for field in dataclasses.fields(QuestionArgs)),
+    *(
+        f"{section}.{field.name}"
+        for section, settings in {"questions": QuestionArgs, "mesh": MeshArgs, "hosts": HostsArgs}.items()
+        for field in dataclasses.fields(settings)
+    ),
 }
 
+# They may differ as well, if their product, the rows of an optimizer step, is the same.
+SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
 # Keys of the state that a resumed run requires.
 RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "config")
@@ -74,6 +80,16 @@ def _saved_config(session: Session, state: Record) -> Config:
         ) from error
 
 
+def _rows_per_step(config: Config) -> int:
+    return config.train.micro_batch_size * config.train.accumulation
+
+
+def _is_same_data(session: Session, state: Record, saved: Config) -> bool:
+    dataset, train = session.dataset, saved.train
+    earlier = dataset.fingerprint_of_split(train.accumulation, train.micro_batch_size)
+    return state["data_fingerprint"] in (dataset.fingerprint, earlier)
+
+
 def check_resumable(session: Session, state: Record) -> None:
     """Checks that a resumed run gives the same results as an uninterrupted one.
 
@@ -86,18 +102,20 @@ def check_resumable(session: Session, state: Record) -> None:
             "another version of qlora_jax wrote it. Resume with that version, or start a new run in another output "
             "folder; lora.start continues from the exported adapter."
         )
-    changed = differences(_unpaged(_saved_config(session, state)), _unpaged(session.config))
+    saved = _saved_config(session, state)
+    changed = differences(_unpaged(saved), _unpaged(session.config))
+    may_differ = MAY_DIFFER | (SPLIT if _rows_per_step(saved) == _rows_per_step(session.config) else set())
     problems = [
         f"{key}: {then!r} in the checkpoint, {now!r} now"
         for key, (then, now) in changed.items()
-        if key not in MAY_DIFFER
+        if key not in may_differ
     ]
     if session.fingerprint != state["fingerprint"]:
         problems.append(
             f"the base model: fingerprint {state['fingerprint'][:12]} in the checkpoint "
             f"({state['config']['model']['path']}), {session.fingerprint[:12]} now ({session.config.model.path})"
         )
-    if session.dataset.fingerprint != state["data_fingerprint"]:
+    if not _is_same_data(session, state, saved):
         problems.append(f"data.train: other rows or tokens than in the checkpoint ({session.config.data.train})")
     elif "window_order" in state and state["window_order"] != (
         now := session.dataset.window_order(epoch := state["position"]["epoch"])

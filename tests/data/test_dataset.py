@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import hashlib
 import json
 import subprocess
 import sys
@@ -43,6 +44,24 @@ def test_equal_fingerprints_mean_equal_batches(tokenizer: Tokenizer, write_rows:
         dataclasses.replace(dataset, packed=True),
     ]
     assert len({dataset.fingerprint, *(other.fingerprint for other in others)}) == 5
+
+
+def test_the_split_of_a_step_into_micro_batches_changes_neither_fingerprint_nor_rows(
+    tokenizer: Tokenizer, write_rows: Callable
+):
+    dataset = load(tokenizer, train=write_rows([question(number) for number in range(10)]))
+    other = dataclasses.replace(dataset, accumulation=1, micro_batch_size=4)
+    assert other.fingerprint == dataset.fingerprint
+    for _, a, b in zip(range(4), dataset.train_batches(), other.train_batches(), strict=False):
+        assert (a.position, a.rows.ravel().tolist()) == (b.position, b.rows.ravel().tolist())
+    assert dataset.fingerprint_of_split(2, 2) != other.fingerprint_of_split(1, 4)
+
+
+def test_earlier_fingerprints_of_known_rows_never_change(tokenizer: Tokenizer, write_rows: Callable):
+    dataset = load(tokenizer, train=write_rows([question(number) for number in range(10)]))
+    order = ((64,), False, 2, 2, dataset.seed)  # as earlier versions hashed it
+    expected = hashlib.sha256(repr((order, dataset.train.digest)).encode()).hexdigest()
+    assert dataset.fingerprint_of_split(2, 2) == expected
 
 
 def test_the_digest_of_known_rows_never_changes(tokenizer: Tokenizer, write_rows: Callable):

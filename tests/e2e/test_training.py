@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from qlora_jax.config import Config, DataArgs, ModelArgs
+from qlora_jax.config import Config, DataArgs, HostsArgs, MeshArgs, ModelArgs
 from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.io.checkpoint_reader import read_state
@@ -221,6 +221,31 @@ def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refuse
     state = checkpoint_state(session, 1, position, BestEvaluation())
     del state["window_order"]  # there is but one order of one window
     check_resumable(session, state)
+
+
+def test_a_run_resumes_on_other_devices_and_with_another_split_of_its_rows(tmp_path):
+    session = session_of(project(tmp_path))
+    state = checkpoint_state(session, 1, {"epoch": 0, "window": 0, "index": 1}, BestEvaluation())
+    train, dataset = session.config.train, session.dataset
+    rows = train.micro_batch_size * train.accumulation
+
+    def with_split(micro_batch_size, accumulation):
+        split = {"micro_batch_size": micro_batch_size, "accumulation": accumulation}
+        config = dataclasses.replace(
+            session.config,
+            train=dataclasses.replace(train, **split),
+            mesh=MeshArgs(data=2, fsdp=4),
+            hosts=HostsArgs(launcher="off", heartbeat=5),
+        )
+        return dataclasses.replace(session, config=config, dataset=dataclasses.replace(dataset, **split))
+
+    check_resumable(with_split(rows, 1), state)
+    check_resumable(with_split(1, rows), state)
+    earlier = dataset.fingerprint_of_split(train.accumulation, train.micro_batch_size)
+    check_resumable(session, state | {"data_fingerprint": earlier})
+    check_resumable(with_split(rows, 1), state | {"data_fingerprint": earlier})
+    with pytest.raises(ValueError, match=r"train\.micro_batch_size: .* now\n.*data\.train: other rows"):
+        check_resumable(with_split(rows, 2), state)
 
 
 def test_mfu_is_of_the_rows_own_tokens_and_only_where_the_peak_is_known(tmp_path):
