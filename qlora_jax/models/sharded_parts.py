@@ -4,6 +4,7 @@ All else is whole on every device: norms, biases, layers that are not quantized,
 """
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.models.partition import Lora, ModelParts, is_table
+from qlora_jax.models.partition import ModelParts, is_table
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.sharding import FSDP, AnyMesh, Shard, axis_size, cut_axis, lora_spec, place, stack_spec, table_spec
 
@@ -34,8 +35,12 @@ def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     return ModelParts(parts.graphdef, lora_specs(parts.lora, mesh), base)
 
 
-def lora_specs(lora: Lora, mesh: AnyMesh) -> dict[str, dict[str, P]]:
-    """Returns the PartitionSpec of every LoRA parameter; gradients and moments are cut alike."""
+def lora_specs(lora: Mapping[str, Mapping[str, Any]], mesh: AnyMesh) -> dict[str, dict[str, P]]:
+    """Returns the PartitionSpec of every LoRA parameter; gradients and moments are cut alike.
+
+    Args:
+      lora: arrays, tracers or ShapeDtypeStructs.
+    """
 
     def spec(name: str, leaf: Any) -> P:
         return P() if is_table(name) else lora_spec(leaf.shape, mesh)

@@ -8,7 +8,8 @@ from jaxtyping import PyTree
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.page_layout import Layout, layer_pages
 from qlora_jax.optim.page_pool import Memory
-from qlora_jax.optim.pager import PagedUpdate, paged_init, to_optax
+from qlora_jax.optim.pager import PagedUpdate, paged_init
+from qlora_jax.optim.whole_state import to_optax
 
 # Optimizers that tests/optim/test_pager.py proves elementwise; `check_elementwise` checks others when a run starts.
 ELEMENTWISE = frozenset({"adamw_32bit", "adamw_8bit", "lion_32bit", "lion_8bit"})
@@ -29,7 +30,10 @@ def check_elementwise(transform: optax.GradientTransformation, params: PyTree, l
         jax.ShapeDtypeStruct((min(2 * k, leaf.shape[0]), *leaf.shape[1:]), leaf.dtype)
         for leaf, k in zip(jax.tree.leaves(params), layout.rows, strict=True)
     ]
-    pair = layer_pages(transform, jax.tree.unflatten(layout.params, short), layout.largest_page)
+    specs = jax.tree.unflatten(layout.params, layout.specs)
+    pair = layer_pages(
+        transform, jax.tree.unflatten(layout.params, short), layout.largest_page, specs=specs, mesh=layout.mesh
+    )
     if pair.count > 1 and not _is_equal_in_pages(transform, short, pair, memory):
         raise ValueError(
             "optim.paging: this optimizer is not elementwise: its parameters or its state differ if updated in "

@@ -8,6 +8,7 @@ from jaxtyping import PyTree
 
 from qlora_jax.config import OptimArgs, plain_name
 from qlora_jax.optim.apply_updates import in_f32
+from qlora_jax.optim.clipping import clip_by_norm
 from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
 from qlora_jax.optim.schedule import make_schedule
 
@@ -60,9 +61,9 @@ def make_optimizer(args: OptimArgs, total_steps: int) -> optax.GradientTransform
     """Returns the optimizer of a run: clipping to `max_grad_norm` (0: none), then `args.name` at the schedule's rate.
 
     Expects f32 gradients. Apply its updates with qlora_jax.optim.apply_updates. The state has leaves for each leaf of
-    the pytree passed to `init`, and a step count.
+    the pytree passed to `init`, and a step count. `update` takes the global norm as `norm`, if it is known already.
     """
     optimizer = make_elementwise(args, total_steps)
     if args.max_grad_norm == 0:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(args.max_grad_norm), optimizer)
+    return optax.chain(clip_by_norm(args.max_grad_norm), optimizer)

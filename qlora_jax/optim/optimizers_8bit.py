@@ -26,7 +26,7 @@ from jaxtyping import PyTree
 
 from pallas_kernels.formats.rounding import rounded
 from qlora_jax.optim.apply_updates import NewValue
-from qlora_jax.optim.state_8bit import Quantized, dequantize, is_large, quantize, state_zeros
+from qlora_jax.optim.state_8bit import Quantized, dequantize, quantize, state_zeros
 
 Array = jax.Array
 Moments = tuple[Array, ...]  # f32
@@ -213,7 +213,8 @@ def _leaf_step(
     rule: Rule, by: Scalars, p: Array, g: Array, moments: Sequence[Array | Quantized]
 ) -> tuple[NewValue | Array | Quantized, ...]:
     """(the new parameter, its stored moments)."""
-    if not is_large(p.shape):
+    # The state knows whether it is in 8 bits. The shape does not: on a mesh, `p` is a part of the parameter.
+    if not any(isinstance(moment, Quantized) for moment in moments):
         in_f32 = tuple(moment for moment in moments if isinstance(moment, Array))
         value, new = rule.small(p.astype(jnp.float32), g.astype(jnp.float32), in_f32, by)
         return NewValue(value), *new

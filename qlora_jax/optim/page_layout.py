@@ -1,7 +1,8 @@
 """The cut of an optimizer's state into pages: a page has some layers of every stacked leaf, and their state.
 
 Works on shapes alone. Leaves are stacked along axis 0, usually by layer. Of P pages, page p has rows [p k, p k + k) of
-each leaf, with k = ceil(L / P); the last page has the remaining rows.
+each leaf, with k = ceil(L / P); the last page has the remaining rows. Shapes are those of whole arrays; on a mesh each
+device has its part of every page, and bytes are those of one device.
 
 Dimension key: L rows of a leaf (layers), P pages, k rows of a page.
 """
@@ -14,7 +15,11 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
+
+from qlora_jax.sharding import FSDP, axis_size, cut_axis
 
 PAGE_BYTES = 32 * 2**20  # smaller than 16 MiB, calls dominate; larger than 64 MiB, little is gained
 
@@ -34,6 +39,7 @@ class Layout:
       leaves: the shapes and dtypes of the whole state's leaves.
       owners: for each state leaf, the parameter leaf whose rows it has; None for a leaf that all pages share, such as
         a count.
+      specs: how each parameter leaf is cut over `mesh`, along another axis than the first; not at all without one.
     """
 
     params: PyTreeDef
@@ -42,6 +48,8 @@ class Layout:
     state: PyTreeDef
     leaves: tuple[jax.ShapeDtypeStruct, ...]
     owners: tuple[int | None, ...]
+    specs: tuple[P, ...]
+    mesh: Mesh | None
 
     @property
     def count(self) -> int:
@@ -61,7 +69,19 @@ class Layout:
 
     def page_bytes(self, page: int) -> int:
         """Returns the bytes of a page."""
-        return sum(rows * _row_bytes(self.leaves[index]) for index, _, rows in self.page_leaves(page))
+        return sum(rows * self._row_bytes(index) for index, _, rows in self.page_leaves(page))
+
+    def _row_bytes(self, index: int) -> int:
+        leaf, is_cut = self.leaves[index], cut_axis(self.spec(index)) is not None
+        return math.prod(leaf.shape[1:]) * leaf.dtype.itemsize // (axis_size(self.mesh, FSDP) if is_cut else 1)
+
+    def spec(self, index: int) -> P:
+        """Returns how a state leaf, or a page's rows of it, are cut."""
+        return self.owner_spec(self.owners[index])
+
+    def owner_spec(self, owner: int | None) -> P:
+        """Returns how the state leaves of a parameter are cut: as it is. A leaf that all pages share is not cut."""
+        return P() if owner is None else self.specs[owner]
 
     @property
     def largest_page(self) -> int:
@@ -73,13 +93,20 @@ class Layout:
         """The bytes of all pages."""
         return sum(self.page_bytes(page) for page in range(self.count))
 
-    def paged_tree(self, leaves: Sequence[jax.Array | None], rows: tuple[int, ...]) -> PyTree:
+    def paged_tree(self, leaves: Sequence[jax.Array | jax.ShapeDtypeStruct | None], rows: tuple[int, ...]) -> PyTree:
         """Builds the parameters' tree from a page's leaves, with None for a leaf without rows in the page."""
         present = [leaf if k else None for leaf, k in zip(leaves, rows, strict=True)]
         return jax.tree.unflatten(self.params, present)
 
 
-def layer_pages(transform: optax.GradientTransformation, params: PyTree, page_bytes: int = PAGE_BYTES) -> Layout:
+def layer_pages(
+    transform: optax.GradientTransformation,
+    params: PyTree,
+    page_bytes: int = PAGE_BYTES,
+    *,
+    specs: PyTree | None = None,
+    mesh: Mesh | None = None,
+) -> Layout:
     """Cuts the state into the fewest pages of at most `page_bytes`, or into pages of one layer if layers are larger.
 
     In a tree of several leaves, every page has two or more. With a single leaf, XLA turns the division by Adam's bias
@@ -87,6 +114,8 @@ def layer_pages(transform: optax.GradientTransformation, params: PyTree, page_by
 
     Args:
       params: arrays or ShapeDtypeStructs.
+      specs: on a mesh, the PartitionSpecs of the parameters.
+      mesh: the mesh; None: one device.
 
     Raises:
       ValueError: a parameter is a scalar, or the state does not have the parameters' rows.
@@ -98,11 +127,19 @@ def layer_pages(transform: optax.GradientTransformation, params: PyTree, page_by
             "optimizer without paging (optim.paging=off in a run)."
         )
     lengths = tuple(leaf.shape[0] for leaf in leaves)
-    state, abstract, owners = _owners(transform, leaves, structure)
-    made = [
-        Layout(params=structure, lengths=lengths, rows=rows, state=state, leaves=abstract, owners=owners)
-        for rows in _even_rows(lengths)
-    ]
+    state, abstract, owners = state_owners(transform, params)
+    cuts = [P()] * len(leaves) if specs is None else jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, P))
+    layout = Layout(
+        params=structure,
+        lengths=lengths,
+        rows=lengths,
+        state=state,
+        leaves=abstract,
+        owners=owners,
+        specs=tuple(cuts),
+        mesh=mesh,
+    )
+    made = [dataclasses.replace(layout, rows=rows) for rows in _even_rows(lengths)]
     return next((layout for layout in made if layout.largest_page <= page_bytes), made[-1])
 
 
@@ -120,17 +157,21 @@ def _page_counts(lengths: tuple[int, ...], rows: tuple[int, ...]) -> list[int]:
     return [-(-n // k) for n, k in zip(lengths, rows, strict=True)]
 
 
-def _row_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    return math.prod(leaf.shape[1:]) * leaf.dtype.itemsize
-
-
-def _owners(
-    transform: optax.GradientTransformation, leaves: list[ShapedArray], structure: PyTreeDef
+def state_owners(
+    transform: optax.GradientTransformation, params: PyTree
 ) -> tuple[PyTreeDef, tuple[jax.ShapeDtypeStruct, ...], tuple[int | None, ...]]:
-    """(structure, leaves, owners) of a state: when parameter j grows by 1 + j rows, the leaves that it owns do too.
+    """Returns (structure, leaves, owners) of a state; an owner is the index of the parameter whose rows a leaf has.
 
-    This works whatever the optimizer names its fields.
+    When parameter j grows by 1 + j rows, the leaves that it owns do too. This works whatever the optimizer names its
+    fields.
+
+    Args:
+      params: arrays, tracers or ShapeDtypeStructs.
+
+    Raises:
+      ValueError: the state does not have the parameters' rows.
     """
+    leaves, structure = jax.tree.flatten(params)
 
     def state_of(growth: Sequence[int]) -> tuple[list[jax.ShapeDtypeStruct], PyTreeDef]:
         grown = [

@@ -4,17 +4,21 @@ A page is a tuple of arrays; the arrays themselves say where it is.
 """
 
 import dataclasses
+import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import numpy as np
+from jax.sharding import PartitionSpec as P
+from jaxtyping import ArrayLike
 
 from qlora_jax.config.sizes import format_bytes
 
 Device = Any  # jax.Device, which JAX does not export as a type
 Page = tuple[jax.Array | np.ndarray, ...]
+Parts = Mapping[tuple[slice, ...], np.ndarray]  # an array in this process: NumPy parts by place behind axis 0
 HostKind = Literal["pinned_host", "numpy"]
 
 # Errors of a failed copy: XLA's own, and NumPy's when the host has no memory left.
@@ -46,8 +50,14 @@ class Transfers:
 
 
 def page_bytes(page: Page) -> int:
-    """Returns the bytes of a page's arrays."""
-    return sum(leaf.nbytes for leaf in page)
+    """Returns the bytes of a page's arrays; on a mesh, those of one device."""
+    return sum(_device_bytes(leaf) for leaf in page)
+
+
+def _device_bytes(leaf: jax.Array | np.ndarray) -> int:
+    if isinstance(leaf, np.ndarray):
+        return leaf.nbytes
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
 def on_device(page: Page) -> bool:
@@ -89,28 +99,43 @@ class Memory:
         return cls(device, host_kind(device))
 
     @property
-    def device_sharding(self) -> jax.sharding.Sharding:
-        """Sharding of device pages."""
-        return jax.sharding.SingleDeviceSharding(self.device, memory_kind=self.device.default_memory().kind)
+    def devices(self) -> Sequence[Device]:
+        """The devices of this process that have the pages."""
+        return (self.device,)
 
-    @property
-    def host_sharding(self) -> jax.sharding.Sharding | None:
-        """Sharding of host pages; None if these are NumPy arrays."""
-        return None if self.kind == "numpy" else jax.sharding.SingleDeviceSharding(self.device, memory_kind=self.kind)
+    def device_sharding(self, spec: P) -> jax.sharding.Sharding:
+        """Returns the sharding of an array of device pages that is cut as `spec` says."""
+        return self._sharding(spec, self.device.default_memory().kind)
+
+    def host_sharding(self, spec: P) -> jax.sharding.Sharding | None:
+        """Returns the sharding of an array of host pages; None if these are NumPy arrays."""
+        return None if self.kind == "numpy" else self._sharding(spec, self.kind)
+
+    def _sharding(self, spec: P, memory_kind: str) -> jax.sharding.Sharding:
+        return jax.sharding.SingleDeviceSharding(self.device, memory_kind=memory_kind)
 
     def statistics(self) -> dict[str, int] | None:
         """Returns the memory statistics of the device (`bytes_limit`, `bytes_in_use`); None if it reports none."""
         return self.device.memory_stats() or None
 
+    def parts(self, leaf: ArrayLike) -> Parts:
+        """Returns what this process has of an array, each part once; may alias it."""
+        return {(): np.asarray(leaf)}
+
+    def joined(self, parts: Parts, shape: tuple[int, ...], spec: P) -> jax.Array | np.ndarray:
+        """Returns the array of `parts`, in host memory; the inverse of `parts`."""
+        return parts[()]
+
     def to_device(self, page: Page) -> Page:
         """Starts a copy to the device, and returns it."""
-        return tuple(jax.device_put(leaf, self.device_sharding, may_alias=False) for leaf in page)
+        return tuple(jax.device_put(leaf, self.device_sharding(P()), may_alias=False) for leaf in page)
 
     def to_host(self, page: Page) -> Page:
         """Starts a copy to the host, and returns it."""
-        if self.host_sharding is None:
+        sharding = self.host_sharding(P())
+        if sharding is None:
             return tuple(np.array(leaf) for leaf in page)
-        return tuple(jax.device_put(leaf, self.host_sharding, may_alias=False) for leaf in page)
+        return tuple(jax.device_put(leaf, sharding, may_alias=False) for leaf in page)
 
     def wait(self, page: Page) -> None:
         """Waits until a copy is complete; raises one of COPY_ERRORS if it failed."""

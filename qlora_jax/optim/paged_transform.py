@@ -24,7 +24,15 @@ from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.optim.elementwise import check_elementwise
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, layer_pages
 from qlora_jax.optim.page_pool import Device, Memory, Page
-from qlora_jax.optim.pager import PagedState, paged_init, slice_page, sweep, update_page_state, write_page
+from qlora_jax.optim.pager import (
+    PagedState,
+    page_structure,
+    paged_init,
+    slice_page,
+    sweep,
+    update_page_state,
+    write_page,
+)
 
 PAGES_PER_BUDGET = 4  # at least: one updated, one arriving, one leaving, one waiting
 
@@ -158,8 +166,9 @@ class _Pager:
     ) -> tuple[list[jax.Array], Page, tuple[jax.Array, ...]]:
         own_grads = slice_page(layout, rows, grads, index)
         own_params = None if params is None else slice_page(layout, rows, params, index)
+        structure = page_structure(self._transform, layout, rows, grads if params is None else params)
         args = own_grads, page, shared, own_params
-        own_updates, page, shared = update_page_state(self._transform, layout, rows, args, **extra_args)
+        own_updates, page, shared = update_page_state(self._transform, layout, rows, structure, args, **extra_args)
         return write_page(layout, rows, updates, own_updates, index), page, shared
 
 

@@ -19,11 +19,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
+from qlora_jax.optim.clipping import clipped, global_norm
 from qlora_jax.optim.page_layout import Layout, PyTreeDef
 from qlora_jax.optim.page_pool import (
     COPY_ERRORS,
@@ -36,6 +38,7 @@ from qlora_jax.optim.page_pool import (
     on_device,
     page_bytes,
 )
+from qlora_jax.sharding import named
 
 PREFETCHED_PAGES = 2  # copied to the device while one is updated, as far as the budget has room
 
@@ -64,19 +67,33 @@ def paged_init(transform: optax.GradientTransformation, params: PyTree, layout: 
         rows = layout.page_rows(index)
         first = [index * k for k in layout.rows]
         cut = [jax.lax.dynamic_slice_in_dim(leaf, i, k) for leaf, i, k in zip(leaves, first, rows, strict=True)]
-        page, shared = _split(layout, rows, jax.tree.leaves(jax.jit(transform.init)(layout.paged_tree(cut, rows))))
-        pages.append(_on_host(page, memory, index, layout))
-    return PagedState(tuple(pages), jax.device_put(shared, memory.device_sharding))
+        page, shared = _split(layout, rows, _init_page(transform, layout, rows, layout.paged_tree(cut, rows)))
+        pages.append(on_host(lambda page=page: page, memory, index, layout))
+    return PagedState(tuple(pages), jax.device_put(shared, memory.device_sharding(P())))
 
 
-def _on_host(page: Page, memory: Memory, index: int, layout: Layout) -> Page:
-    """A complete copy on the host."""
+def _init_page(
+    transform: optax.GradientTransformation, layout: Layout, rows: tuple[int, ...], params: PyTree
+) -> list[jax.Array]:
+    """Returns the leaves of a page's state, and the shared ones."""
+    if layout.mesh is None:
+        return jax.tree.leaves(jax.jit(transform.init)(params))
+    shardings = [named(layout.mesh, layout.owner_spec(owner)) for owner in _owners_in(layout, rows)]
+    return jax.jit(lambda params: jax.tree.leaves(transform.init(params)), out_shardings=shardings)(params)
+
+
+def on_host(make: Callable[[], Page], memory: Memory, index: int, layout: Layout) -> Page:
+    """Returns a complete copy on the host of page `index`, which `make` returns.
+
+    Raises:
+      PagingError: the host has no room for it.
+    """
     try:
-        copy = memory.to_host(page)
+        copy = memory.to_host(make())
         memory.wait(copy)
     except COPY_ERRORS as error:
         raise PagingError(
-            f"page {index} of {layout.count} of the optimizer's state ({format_bytes(page_bytes(page))}; "
+            f"page {index} of {layout.count} of the optimizer's state ({format_bytes(layout.page_bytes(index))}; "
             f"{format_bytes(layout.total_bytes)} in all): host memory has no room for it ({first_line(error)}). Free "
             "host memory, or set optim.paging=off."
         ) from error
@@ -102,7 +119,7 @@ class PagedUpdate:
     def __init__(self, transform: optax.GradientTransformation, layout: Layout, memory: Memory, max_grad_norm: float):
         self._transform, self._layout, self._memory = transform, layout, memory
         self._max_grad_norm = max_grad_norm
-        self._norm = jax.jit(lambda grads: optax.tree.norm(in_f32(grads)))
+        self._norm = jax.jit(_norm_program(layout))
         self._programs: dict[tuple[int, ...], jax.stages.Compiled] = {}
 
     def __len__(self) -> int:
@@ -130,18 +147,49 @@ class PagedUpdate:
         def update_page(index: int, page: Page) -> Page:
             nonlocal leaves, shared
             args = leaves, gradients, state.shared, page, np.int32(index), norm
-            leaves, page, shared = self._program(index, args)(*args)
+            leaves, page, shared = self._program(index, *args)(*args)
             return page
 
         pages, transfers = sweep(state, self._layout, self._memory, budget_bytes, update_page)
         return jax.tree.unflatten(self._layout.params, leaves), PagedState(pages, shared), norm, transfers
 
-    def _program(self, index: int, args: tuple[object, ...]) -> jax.stages.Compiled:
+    def _program(self, index: int, params: list[jax.Array], *rest: object) -> jax.stages.Compiled:
         rows = self._layout.page_rows(index)
         if rows not in self._programs:
-            update = _page_update(self._transform, self._layout, rows, self._max_grad_norm)
-            self._programs[rows] = jax.jit(update, donate_argnums=(0, 3)).lower(*args).compile()
+            structure = page_structure(self._transform, self._layout, rows, params)
+            update = _page_update(self._transform, self._layout, rows, structure, self._max_grad_norm)
+            on_devices = _on_devices(update, self._layout, rows)
+            self._programs[rows] = jax.jit(on_devices, donate_argnums=(0, 3)).lower(params, *rest).compile()
         return self._programs[rows]
+
+
+def _norm_program(layout: Layout) -> Callable[[PyTree], jax.Array]:
+    """Returns `norm(grads)`, on a mesh of the parts of all devices."""
+    if layout.mesh is None:
+        return lambda grads: global_norm(in_f32(grads))
+    specs = jax.tree.unflatten(layout.params, layout.specs)
+    return jax.shard_map(
+        lambda grads: global_norm(in_f32(grads), specs),
+        mesh=layout.mesh,
+        in_specs=(specs,),
+        out_specs=P(),
+        check_vma=False,
+    )
+
+
+def _on_devices(update: Callable[..., tuple], layout: Layout, rows: tuple[int, ...]) -> Callable[..., tuple]:
+    """Returns the update of a page, in which each device of a mesh updates its own parts."""
+    if layout.mesh is None:
+        return update
+    params = list(layout.specs)
+    page = tuple(layout.owner_spec(owner) for owner in _owners_in(layout, rows) if owner is not None)
+    return jax.shard_map(
+        update,
+        mesh=layout.mesh,
+        in_specs=(params, params, P(), page, P(), P()),
+        out_specs=(params, page, P()),
+        check_vma=False,
+    )
 
 
 def sweep(
@@ -186,15 +234,19 @@ def evict_to_budget(state: PagedState, memory: Memory, budget_bytes: int) -> tup
 
 
 def _page_update(
-    transform: optax.GradientTransformation, layout: Layout, rows: tuple[int, ...], max_grad_norm: float
+    transform: optax.GradientTransformation,
+    layout: Layout,
+    rows: tuple[int, ...],
+    structure: PyTreeDef,
+    max_grad_norm: float,
 ) -> Callable[..., tuple[list[jax.Array], Page, Shared]]:
     """`update(params, grads, shared, page, index, norm) -> (params, page, shared)` for such a page, in lists."""
 
     def update(params, grads, shared, page, index, norm):
         own, own_grads = (slice_page(layout, rows, leaves, index) for leaves in (params, grads))
-        clipped = _clipped(in_f32(own_grads), norm, max_grad_norm)
+        args = clipped(in_f32(own_grads), norm, max_grad_norm), page, shared, own
         updates, page, shared = update_page_state(
-            optax.with_extra_args_support(transform), layout, rows, (clipped, page, shared, own)
+            optax.with_extra_args_support(transform), layout, rows, structure, args
         )
         return write_page(layout, rows, params, apply_updates(own, updates), index), page, shared
 
@@ -205,20 +257,32 @@ def update_page_state(
     transform: optax.GradientTransformationExtraArgs,
     layout: Layout,
     rows: tuple[int, ...],
+    structure: PyTreeDef,
     args: tuple[PyTree, Page, Shared, PyTree | None],
     **extra_args: object,
 ) -> tuple[PyTree, Page, Shared]:
     """Applies a transform to one page: (updates of the page's rows, the new page, the new shared leaves).
 
     Args:
+      structure: that of the page's state, from `page_structure`.
       args: (gradients of the page's rows, page, shared leaves, parameters of the page's rows).
     """
     grads, page, shared, params = args
-    like = grads if params is None else params
-    structure = jax.tree.structure(jax.eval_shape(transform.init, like))
     state = jax.tree.unflatten(structure, _joined(layout, rows, page, shared))
     updates, state = transform.update(grads, state, params, **extra_args)
     return updates, *_split(layout, rows, jax.tree.leaves(state))
+
+
+def page_structure(
+    transform: optax.GradientTransformation, layout: Layout, rows: tuple[int, ...], params: list[jax.Array]
+) -> PyTreeDef:
+    """Returns the structure of a page's state.
+
+    Args:
+      params: whole parameters. A device's part of one would not do: state is in 8 bits if the whole is large.
+    """
+    shapes = [jax.ShapeDtypeStruct((k, *leaf.shape[1:]), leaf.dtype) for leaf, k in zip(params, rows, strict=True)]
+    return jax.tree.structure(jax.eval_shape(transform.init, layout.paged_tree(shapes, rows)))
 
 
 def slice_page(layout: Layout, rows: tuple[int, ...], leaves: list[jax.Array], index: ArrayLike) -> PyTree:
@@ -241,14 +305,6 @@ def write_page(
     ]
 
 
-def _clipped(grads: PyTree, norm: jax.Array, max_norm: float) -> PyTree:
-    """Clips bit for bit as optax.clip_by_global_norm does, with a known norm."""
-    if max_norm == 0:
-        return grads
-    small = norm < max_norm
-    return jax.tree.map(lambda g: jax.lax.select(small, g, (g / norm.astype(g.dtype)) * max_norm), grads)
-
-
 def _split(layout: Layout, rows: tuple[int, ...], leaves: list[jax.Array]) -> tuple[Page, Shared]:
     """Splits a page's state leaves into (the page, the leaves that all pages share)."""
     pairs = list(zip(_owners_in(layout, rows), leaves, strict=True))
@@ -266,53 +322,6 @@ def _owners_in(layout: Layout, rows: tuple[int, ...]) -> list[int | None]:
     return [owner for owner in layout.owners if owner is None or rows[owner]]
 
 
-def to_optax(state: PagedState, layout: Layout, memory: Memory) -> PyTree:
-    """Assembles the unpaged state, in whole NumPy arrays, for a checkpoint.
-
-    Device pages are copied one at a time; every page stays where it is.
-    """
-    leaves = [np.empty(leaf.shape, leaf.dtype) for leaf in layout.leaves]
-    for index, page in enumerate(state.pages):
-        for (leaf, first, rows), values in zip(layout.page_leaves(index), _values(page, memory), strict=True):
-            leaves[leaf][first : first + rows] = values
-    counts = iter(state.shared)
-    whole = [np.array(next(counts)) if owner is None else leaves[i] for i, owner in enumerate(layout.owners)]
-    return jax.tree.unflatten(layout.state, whole)
-
-
-def _values(page: Page, memory: Memory) -> list[np.ndarray]:
-    """Reads a page; a device page is copied through pinned host memory, or directly if that is full."""
-    try:
-        copy = memory.to_host(page) if on_device(page) else page
-        memory.wait(copy)
-    except COPY_ERRORS:
-        copy = page
-    values = [np.array(leaf) for leaf in copy]
-    if copy is not page:
-        memory.free(copy)
-    return values
-
-
-def from_optax(tree: PyTree, layout: Layout, memory: Memory) -> PagedState:
-    """Cuts an unpaged state into pages, all on the host. A state on the host does not pass through the device.
-
-    Raises:
-      PagingError: the host has no room for a page; the pages before it are freed.
-    """
-    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
-    pages: list[Page] = []
-    for index in range(layout.count):
-        cut = tuple(leaves[leaf][first : first + rows] for leaf, first, rows in layout.page_leaves(index))
-        try:
-            pages.append(_on_host(cut, memory, index, layout))
-        except PagingError:
-            for page in pages:
-                memory.free(page)
-            raise
-    shared = [leaf for leaf, owner in zip(leaves, layout.owners, strict=True) if owner is None]
-    return PagedState(tuple(pages), tuple(jax.device_put(leaf, memory.device_sharding) for leaf in shared))
-
-
 def check_budget(budget_bytes: int, layout: Layout, device_bytes: int | None) -> None:
     """Checks that a budget holds a page and does not exceed the device's memory (None: unknown).
 
@@ -325,46 +334,3 @@ def check_budget(budget_bytes: int, layout: Layout, device_bytes: int | None) ->
     for broken, words in bounds:
         if broken:
             raise ValueError(f"optim.paging_budget: found {budget_bytes:,} bytes, expected {words}.")
-
-
-def unpage(
-    state: PagedState, structure: PyTreeDef, layout: Layout, memory: Memory
-) -> tuple[PyTree | PagedState, Transfers]:
-    """Moves all pages to the device as one unpaged state; returns (that state, transfers).
-
-    Returns the pages unchanged if one of them is already on the device, or if the copy fails.
-
-    Args:
-      structure: the structure of the unpaged state.
-    """
-    if any(on_device(page) for page in state.pages):
-        return state, Transfers()
-    leaves = jax.tree.leaves(to_optax(state, layout, memory))
-    try:
-        copies = memory.to_device(_owned(leaves, layout))
-        memory.wait(copies)
-    except COPY_ERRORS:  # the device may still have room for pages, one at a time
-        return state, Transfers()
-    for page in state.pages:
-        memory.free(page)
-    own, shared = iter(copies), iter(state.shared)
-    whole = [next(shared) if owner is None else next(own) for owner in layout.owners]
-    return jax.tree.unflatten(structure, whole), Transfers(bytes_in=layout.total_bytes, pages_in=layout.count)
-
-
-def page_out_all(whole: PyTree, layout: Layout, memory: Memory) -> tuple[PyTree | PagedState, Transfers]:
-    """Moves an unpaged state to the host as pages; returns (pages, transfers).
-
-    Returns the state unchanged, with the problem in `transfers`, if the host has no room.
-    """
-    try:
-        state = from_optax(whole, layout, memory)
-    except PagingError as error:
-        return whole, Transfers(problems=(f"the whole state stays on the device, beyond its budget: {error}",))
-    memory.free(_owned(jax.tree.leaves(whole), layout))
-    return state, Transfers(bytes_out=layout.total_bytes, pages_out=layout.count)
-
-
-def _owned(leaves: list, layout: Layout) -> Page:
-    """The leaves that pages are cut from: not those that all pages share."""
-    return tuple(leaf for leaf, owner in zip(leaves, layout.owners, strict=True) if owner is not None)

@@ -20,6 +20,7 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
+from qlora_jax.sharding import AnyMesh
 from qlora_jax.training.step import gradients, update
 
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
@@ -43,6 +44,7 @@ class AbstractStep:
       key: the dropout key; None without dropout.
       remat: a key of REMAT_POLICIES.
       state: the optimizer's state.
+      mesh: the devices that share the rows and the model; None: one device.
     """
 
     parts: ModelParts
@@ -51,6 +53,7 @@ class AbstractStep:
     remat: str
     optimizer: optax.GradientTransformation
     state: optax.OptState
+    mesh: AnyMesh | None = None
 
     def gradients(self) -> Program:
         """Returns `training.step.gradients`, ready to compile."""

@@ -7,6 +7,7 @@ import numpy as np
 
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
+from qlora_jax.sharding import AnyMesh
 from qlora_jax.training.abstract_step import AbstractLora, AbstractStep, abstract_batch
 from qlora_jax.training.step import StepLoss
 
@@ -36,6 +37,11 @@ class CompiledGradients:
     def parts(self) -> ModelParts:
         """The model's parts with ShapeDtypeStructs as leaves."""
         return self._step.parts
+
+    @property
+    def mesh(self) -> AnyMesh | None:
+        """The devices that share the rows and the model; None: one device."""
+        return self._step.mesh
 
     def __len__(self) -> int:
         """The number of compiled programs."""

@@ -8,25 +8,27 @@ from typing import Protocol, runtime_checkable
 
 import jax
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
 from qlora_jax.config import OptimArgs, paging_of, plain_name
 from qlora_jax.config.sizes import format_bytes, parse_bytes
 from qlora_jax.models.partition import Lora
+from qlora_jax.models.sharded_parts import lora_specs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
+from qlora_jax.optim.mesh_memory import memory_of
+from qlora_jax.optim.mesh_state import init_state, state_specs
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, PyTreeDef, layer_pages
 from qlora_jax.optim.page_pool import Memory, Transfers
 from qlora_jax.optim.pager import (
     PagedState,
     PagedUpdate,
     evict_to_budget,
-    from_optax,
-    page_out_all,
     paged_init,
     resident_bytes,
-    to_optax,
-    unpage,
 )
+from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpage
+from qlora_jax.sharding import named
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.paging_budget import Budget, Workload, fixed_budget, measured_budget
@@ -80,18 +82,21 @@ class OptimizerStateManager(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class DeviceStateManager(OptimizerStateManager):
-    """Stores the state on the device and updates it in one program."""
+    """Stores the state on the device, or on those of a mesh, and updates it in one program."""
 
     optimizer: optax.GradientTransformation
+    mesh: Mesh | None
 
     def init(self, lora: Lora) -> OptimizerState:
-        return self.optimizer.init(lora)
+        if self.mesh is None:
+            return self.optimizer.init(lora)
+        return init_state(self.optimizer, lora, lora_specs(lora, self.mesh), self.mesh)
 
     def make_room(self, state: OptimizerState, work: Workload) -> tuple[OptimizerState, int, Transfers]:
         return state, 0, Transfers()
 
     def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
-        return *update(self.optimizer, lora, state, grads), Transfers()
+        return *update(self.optimizer, lora, state, grads, mesh=self.mesh), Transfers()
 
     def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
         return {}
@@ -100,13 +105,21 @@ class DeviceStateManager(OptimizerStateManager):
         return state
 
     def checkpoint_template(self, lora: Lora) -> optax.OptState:
-        return self.init(lora)
+        if self.mesh is None:
+            return self.init(lora)
+        shapes = jax.eval_shape(self.optimizer.init, lora)
+        shardings = named(self.mesh, state_specs(self.optimizer, lora, lora_specs(lora, self.mesh)))
+        return jax.tree.map(_placed, shapes, shardings)
 
     def from_checkpoint(self, tree: optax.OptState) -> OptimizerState:
         return tree
 
     def describe(self) -> str:
         return ""
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +161,7 @@ class PagedStateManager(OptimizerStateManager):
     def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
         if isinstance(state, PagedState):
             return self.step(lora, state, grads, room)
-        return *update(self.optimizer, lora, state, grads), Transfers()
+        return *update(self.optimizer, lora, state, grads, mesh=self.layout.mesh), Transfers()
 
     def _resident_bytes(self, state: OptimizerState) -> int:
         return resident_bytes(state) if isinstance(state, PagedState) else self.layout.total_bytes
@@ -169,9 +182,9 @@ class PagedStateManager(OptimizerStateManager):
 
     def checkpoint_template(self, lora: Lora) -> optax.OptState:
         # In host memory if the backend has it: a paged state may not fit on the device, even for a moment.
-        sharding = self.memory.host_sharding or self.memory.device_sharding
-        leaves = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for leaf in self.layout.leaves]
-        return jax.tree.unflatten(self.structure, leaves)
+        specs = [self.layout.spec(index) for index in range(len(self.layout.leaves))]
+        shardings = [self.memory.host_sharding(spec) or self.memory.device_sharding(spec) for spec in specs]
+        return jax.tree.unflatten(self.structure, map(_placed, self.layout.leaves, shardings))
 
     def from_checkpoint(self, tree: optax.OptState) -> PagedState:
         return from_optax(tree, self.layout, self.memory)
@@ -179,8 +192,8 @@ class PagedStateManager(OptimizerStateManager):
     def describe(self) -> str:
         where = {"pinned_host": "pinned host memory", "numpy": "host memory (this backend has no pinned memory)"}
         pages, total = self.layout.count, format_bytes(self.layout.total_bytes)
-        size = format_bytes(self.layout.largest_page)
-        return f"{total} in {pages} pages of {size}, {self.budget_text}; the rest in {where[self.memory.kind]}"
+        size, each = format_bytes(self.layout.largest_page), "" if self.layout.mesh is None else " per device"
+        return f"{total}{each} in {pages} pages of {size}, {self.budget_text}; the rest in {where[self.memory.kind]}"
 
 
 def make_state_manager(
@@ -190,21 +203,23 @@ def make_state_manager(
 
     Args:
       total_steps: the length of the learning-rate schedule.
-      gradients: the run's gradient programs, whose shapes and memory determine pages and budget.
-      memory: the device's memory; None: the first device's.
+      gradients: the run's gradient programs, whose shapes, memory and mesh determine pages and budget.
+      memory: the devices' memory; None: that of the mesh, or of the first device without one.
 
     Raises:
       ValueError: optim.paging_budget is smaller than a page or larger than the device; an optimizer that cannot be
         paged.
     """
-    optimizer = make_optimizer(args, total_steps)
+    optimizer, mesh = make_optimizer(args, total_steps), gradients.mesh
+    assert not isinstance(mesh, AbstractMesh)  # the devices of a run are present
     if paging_of(args) == "off":
-        return DeviceStateManager(optimizer)
-    memory = memory or Memory.of(jax.devices()[0])
+        return DeviceStateManager(optimizer, mesh)
+    memory = memory or memory_of(mesh)
     transform = make_elementwise(args, total_steps)
     given = None if args.paging_budget is None else parse_bytes(args.paging_budget)
     page_bytes = PAGE_BYTES if given is None else min(PAGE_BYTES, given // PAGES_PER_BUDGET)
-    layout = layer_pages(transform, gradients.lora, page_bytes)
+    specs = None if mesh is None else lora_specs(gradients.lora, mesh)
+    layout = layer_pages(transform, gradients.lora, page_bytes, specs=specs, mesh=mesh)
     if plain_name(args.name) not in ELEMENTWISE:
         check_elementwise(transform, gradients.lora, layout, memory)
     budget, text = measured_budget(gradients, memory) if given is None else fixed_budget(given, layout, memory)

@@ -1,11 +1,16 @@
-"""Device memory for optimizer pages: a fixed number of bytes, or what the compiled gradients leave free."""
+"""Device memory for optimizer pages: a fixed number of bytes, or what the compiled gradients leave free.
 
+On a mesh, all bytes are those of one device.
+"""
+
+import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
+
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.inference.lowering import bytes_of
 from qlora_jax.optim.page_layout import Layout
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import check_budget
@@ -59,20 +64,27 @@ def measured_budget(gradients: CompiledGradients, memory: Memory) -> tuple[Budge
 def _required_bytes(gradients: CompiledGradients, work: Workload) -> tuple[int, int, int]:
     """Returns the bytes of (arguments, outputs, scratch)."""
     if isinstance(work, int):
-        return bytes_of(gradients.parts), 0, work
+        return sum(map(_part_bytes, jax.tree.leaves(gradients.parts))), 0, work
     program = gradients.compiled(work).memory_analysis()
     assert program is not None  # every backend we run on reports it
     outputs = program.output_size_in_bytes - program.alias_size_in_bytes
     return program.argument_size_in_bytes, outputs, program.temp_size_in_bytes
 
 
+def _part_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+    return math.prod(shape) * leaf.dtype.itemsize
+
+
 def device_bytes(memory: Memory) -> tuple[int, str]:
-    """Returns (bytes of the device, a description); the machine's memory if the backend reports none, as on a CPU."""
+    """Returns (bytes of one device, a description); the machine's memory if the backend reports none, as on a CPU."""
     statistics = memory.statistics() or {}
     if "bytes_limit" in statistics:
         return statistics["bytes_limit"], format_bytes(statistics["bytes_limit"])
-    physical = physical_memory()
-    return physical, f"{format_bytes(physical)} (the machine's memory, because this backend reports no limit)"
+    devices = len(memory.devices)
+    share = physical_memory() // devices
+    whose = "the machine's memory" if devices == 1 else f"the machine's memory, shared by {devices} devices"
+    return share, f"{format_bytes(share)} ({whose}, because this backend reports no limit)"
 
 
 def physical_memory() -> int:

@@ -14,14 +14,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import Lora, ModelParts, combine
-from qlora_jax.models.sharded_parts import parts_specs, shards_of
+from qlora_jax.models.sharded_parts import lora_specs, parts_specs, shards_of
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
+from qlora_jax.optim.clipping import global_norm
+from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, sum_over
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
@@ -147,18 +149,45 @@ def _model(parts: ModelParts, specs: ModelParts | None, mesh: AnyMesh | None) ->
 
 
 @functools.partial(
-    jax.jit, static_argnames="optimizer", donate_argnames=("lora", "state"), compiler_options=LEAF_BY_LEAF
+    jax.jit, static_argnames=("optimizer", "mesh"), donate_argnames=("lora", "state"), compiler_options=LEAF_BY_LEAF
 )
 def update(
-    optimizer: optax.GradientTransformation, lora: Lora, state: optax.OptState, grads: Lora
+    optimizer: optax.GradientTransformation,
+    lora: Lora,
+    state: optax.OptState,
+    grads: Lora,
+    *,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
     """Returns (LoRA parameters, optimizer state, the gradients' global norm before clipping) after one step.
 
-    Donates `lora` and `state`.
+    Donates `lora` and `state`. On a mesh, each device updates its own parts, with the norm of all.
     """
+    if mesh is None:
+        return _update(optimizer, lora, state, grads)
+    specs = lora_specs(lora, mesh)
+    states = state_specs(optimizer, lora, specs)
+    run = jax.shard_map(
+        functools.partial(_update, optimizer, specs=specs),
+        mesh=mesh,
+        in_specs=(specs, states, specs),
+        out_specs=(specs, states, P()),
+        check_vma=False,
+    )
+    return run(lora, state, grads)
+
+
+def _update(
+    optimizer: optax.GradientTransformation,
+    lora: Lora,
+    state: optax.OptState,
+    grads: Lora,
+    specs: PyTree | None = None,
+) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
+    """Returns the result of `update` of one device, which has its own part of the arguments on a mesh."""
     grads = in_f32(grads)
-    norm = optax.tree.norm(grads)
-    updates, state = optimizer.update(grads, state, lora)
+    norm = global_norm(grads, specs)  # before the update, which sees only a part of the gradients
+    updates, state = optax.with_extra_args_support(optimizer).update(grads, state, lora, norm=norm)
     return cast(Lora, apply_updates(lora, updates)), state, norm
 
 

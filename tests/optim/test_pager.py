@@ -23,12 +23,11 @@ from qlora_jax.optim.pager import (
     PagedUpdate,
     check_budget,
     evict_to_budget,
-    from_optax,
     paged_init,
     resident_bytes,
-    to_optax,
 )
 from qlora_jax.optim.schedule import SHAPES
+from qlora_jax.optim.whole_state import from_optax, to_optax
 from qlora_jax.training.step import update
 from tests.marks import EXHAUSTIVE
 

@@ -30,6 +30,10 @@ class Given(CompiledGradients):
         self._state_bytes = state_bytes
 
     @property
+    def mesh(self):
+        return None
+
+    @property
     def lora(self):
         return jax.eval_shape(lambda: tree(0))
 
