@@ -349,13 +349,21 @@ def run_main(main: Callable[[list[str]], None], argv: Sequence[str] | None = Non
     try:
         with _printed_warnings():
             _run(main, sys.argv[1:] if argv is None else argv)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # `... | head` has read enough
-        _drop_output()
-        sys.exit(141)
-    except (ValueError, OSError) as error:
-        if os.environ.get("QLORA_JAX_TRACEBACK") == "1":
+    except BaseException as error:
+        code = report_error(error)
+        if code is None:
             raise
-        print(f"error: {visible(without_passwords(_message(error)))}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(code)
+
+
+def report_error(error: BaseException) -> int | None:
+    """Prints the error that ends a command, and returns its exit code; None if Python is to show the traceback."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, BrokenPipeError):  # `... | head` has read enough
+        _drop_output()
+        return 141
+    if not isinstance(error, ValueError | OSError) or os.environ.get("QLORA_JAX_TRACEBACK") == "1":
+        return None
+    print(f"error: {visible(without_passwords(_message(error)))}", file=sys.stderr)
+    return 2

@@ -1,0 +1,208 @@
+"""Ends this process when another of the run has ended, failed or stopped moving; with one message that names it.
+
+Processes wait for each other in collectives, most of which have no time limit. So the end of one has to end the others:
+
+- failed: it writes its error to the coordination service before it ends; the others see it within POLL_SECONDS.
+- killed, or its machine is gone: JAX's heartbeat notices. JAX does not say which process it was, so each process counts
+  in the coordination service, and the one whose count has stood still is named.
+- alive but stuck: every process counts the places that it passes. When none has been passed for too long, the processes
+  compare their counts, and the one with the least is named.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, NoReturn
+
+from qlora_jax.hosts.group import Group, client
+from qlora_jax.terminal.visible import visible, without_passwords
+
+ENDED = 75  # EX_TEMPFAIL: starting the run again may help
+POLL_SECONDS = 1.0
+SILENT_SECONDS = 3.0  # a process that has not counted for so long is the one that JAX has lost
+LAST_WORDS_SECONDS = 3.0  # for processes to read what others wrote, before process 0 takes the service with it
+ANSWER_SECONDS = 5.0  # for processes to say where they are
+_BEATS, _FAILED = "qlora_jax/guard/beats", "qlora_jax/guard/failed"
+_LEFT, _PLACES = "qlora_jax/left", "qlora_jax/places"
+RESTART = "Look at its output, then start all processes again, with --resume if the run has a checkpoint"
+
+# Prints an error and returns the exit code; None if the traceback is to be printed, with code 1.
+Report = Callable[[BaseException], int | None]
+
+
+class Position(NamedTuple):
+    """A place that a process has passed.
+
+    Attributes:
+      count: the number of places passed.
+      text: the place.
+      at: the time, by time.monotonic.
+    """
+
+    count: int
+    text: str
+    at: float
+
+
+@dataclasses.dataclass
+class Guard:
+    """Watches the other processes in a thread.
+
+    Attributes:
+      group: the processes of the run.
+      stuck_after: the limit in seconds between two calls of `passes`; None: no limit yet.
+      position: the newest place that this process has passed.
+    """
+
+    group: Group
+    stuck_after: float | None = None
+    position: Position = dataclasses.field(default_factory=lambda: Position(0, "the start", time.monotonic()))
+    _beats: dict[int, tuple[str, float]] = dataclasses.field(default_factory=dict)  # (count, when it was new)
+    _stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
+    # Never released by the thread that ends the process, so that the first message is the only one.
+    _ending: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def passes(self, text: str) -> None:
+        """Notes that this process has come to a place, at which all processes come in the same order."""
+        self.position = Position(self.position.count + 1, text, time.monotonic())
+
+    @contextlib.contextmanager
+    def limited(self, seconds: float) -> Iterator[None]:
+        """Ends this process if it passes no place for `seconds` within the context."""
+        self.passes(self.position.text)
+        self.stuck_after = seconds
+        try:
+            yield
+        finally:
+            self.stuck_after = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        threading.Thread(target=self._watch, name="hosts guard", daemon=True).start()
+
+    def stop(self) -> None:
+        """Ends the thread; called before the process leaves the run."""
+        self._stopped.set()
+
+    def lost(self) -> None:
+        """Ends this process because JAX has lost another one; called in a thread of JAX.
+
+        The thread may hold locks of JAX's client, so nothing here uses the client.
+        """
+        now = time.monotonic()
+        silent = [process for process, (_, at) in self._beats.items() if now - at > SILENT_SECONDS]
+        # Without a silent one, the connection to process 0 broke, which all notice at once.
+        names = ", ".join(self.group.name(process) for process in sorted(silent) or [0])
+        with self._ending:
+            self._say(f"{names} ended without a message, or cannot be reached. {RESTART}")
+            os._exit(ENDED)
+
+    def fail(self, error: BaseException, report: Report) -> NoReturn:
+        """Reports an error, lets the others know it, and ends this process at once."""
+        with self._ending:
+            code = report(error)
+            if code is None:
+                traceback.print_exception(error)
+            with contextlib.suppress(Exception):  # the service may be gone, and nothing else is left to do
+                failure = {"process": self.group.process, "text": first_line(error)}
+                client().key_value_set(_FAILED, json.dumps(failure))
+            self._leave(1 if code is None else code)
+
+    def end(self, text: str) -> NoReturn:
+        """Prints one message and ends this process at once."""
+        with self._ending:
+            self._say(text)
+            self._leave(ENDED)
+
+    def _say(self, text: str) -> None:
+        cursor = "\x1b[?25h\n" if sys.stderr.isatty() else ""  # the progress display hides it
+        name = self.group.name(self.group.process)
+        text = visible(without_passwords(text))
+        sys.stderr.write(f"{cursor}error: {name}: ended, because {text}\n")
+        sys.stderr.flush()
+
+    def _leave(self, code: int) -> NoReturn:
+        """Ends this process without JAX's exit, which would wait 300 s for processes that wait for this one."""
+        with contextlib.suppress(Exception):
+            client().key_value_set(f"{_LEFT}/{self.group.process}", "")
+            if self.group.is_first:
+                self._see_others_leave()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+
+    def _see_others_leave(self) -> None:
+        deadline = time.monotonic() + LAST_WORDS_SECONDS
+        while time.monotonic() < deadline and len(client().key_value_dir_get(_LEFT)) < self.group.processes:
+            time.sleep(0.05)
+
+    def _watch(self) -> None:
+        beat = 0
+        while not self._stopped.wait(POLL_SECONDS):
+            beat += 1
+            with contextlib.suppress(Exception):  # the service is gone, which JAX notices
+                client().key_value_set(f"{_BEATS}/{self.group.process}", str(beat), allow_overwrite=True)
+                self._read(dict(client().key_value_dir_get(_BEATS.rpartition("/")[0])))
+            if self.stuck_after is not None and time.monotonic() - self.position.at > self.stuck_after:
+                self._end_stuck(self.stuck_after)
+
+    def _read(self, texts: dict[str, str]) -> None:
+        """Notes whose counts have moved, and ends this process if another has failed."""
+        failure = json.loads(texts.pop(_FAILED, "null"))
+        if failure is not None and failure["process"] != self.group.process:
+            self.end(f"{self.group.name(failure['process'])} failed: {failure['text']}\n{RESTART}")
+        for key, text in texts.items():
+            process = int(key.rpartition("/")[2])
+            if process != self.group.process and self._beats.get(process, ("", 0.0))[0] != text:
+                self._beats[process] = text, time.monotonic()
+
+    def _end_stuck(self, seconds: float) -> NoReturn:
+        counts = self._counts()
+        if not self._stopped.is_set():
+            self.end(stuck_text(counts, self.group, self.position.text, seconds))
+        raise SystemExit  # of this thread alone
+
+    def _counts(self) -> list[int | None]:
+        """Returns how many places each process has passed; None for those that do not answer."""
+        with contextlib.suppress(Exception):
+            client().key_value_set(f"{_PLACES}/{self.group.process}", str(self.position.count))
+        deadline = time.monotonic() + ANSWER_SECONDS
+        counts: dict[int, int] = {}
+        while time.monotonic() < deadline and len(counts) < self.group.processes:
+            with contextlib.suppress(Exception):
+                found = client().key_value_dir_get(_PLACES)
+                counts = {int(key.rpartition("/")[2]): int(text) for key, text in found}
+            time.sleep(0.1)
+        return [counts.get(process) for process in range(self.group.processes)]
+
+
+def first_line(error: BaseException) -> str:
+    """Returns an error's type and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def stuck_text(counts: Sequence[int | None], group: Group, place: str, seconds: float) -> str:
+    """Returns the message of a run in which nothing moves.
+
+    Args:
+      counts: how many places each process has passed; None for those that do not answer.
+      place: the newest place that this process has passed.
+    """
+    start = f"nothing has moved for {seconds:g} s (hosts.stuck_after) since {place}"
+    answered = [count for count in counts if count is not None]
+    behind = [index for index, count in enumerate(counts) if count is None or count < max(answered)]
+    if not behind:
+        return (
+            f"{start}: all processes wait in the same place, for a GPU or the network. Check both, then start all "
+            "processes again with --resume"
+        )
+    names = ", ".join(group.name(process) for process in behind)
+    return f"{start}: the others wait for {names}. {RESTART}"

@@ -1,0 +1,184 @@
+"""Joins this process to the others of its run, and leaves them: well at the end, at once after an error."""
+
+import contextlib
+import errno
+import ipaddress
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from qlora_jax.hosts.gpus import Seen, divide, visible_gpus
+from qlora_jax.hosts.group import Disagreement, Group, MissingProcess
+from qlora_jax.hosts.guard import Guard, Report
+from qlora_jax.hosts.launchers import Place
+from qlora_jax.hosts.lost_process import calls_when_lost
+
+JOIN_SECONDS = 300  # for all processes to connect
+DEVICES_VARIABLE = "JAX_LOCAL_DEVICE_IDS"
+REFUSED = 2
+NOTICED_SECONDS = 5.0  # after the heartbeat, until the guard has ended this process
+
+
+@contextlib.contextmanager
+def joined(
+    place: Place | None,
+    *,
+    devices: Sequence[int] | None,
+    heartbeat: int,
+    report: Report,
+    join_seconds: int = JOIN_SECONDS,
+) -> Iterator[Guard]:
+    """Joins the processes of a run before JAX has started its devices, and yields the guard of their group.
+
+    After an error in the context, this process reports it and ends at once, and so do the others. At the end of the
+    context all wait for each other.
+
+    Args:
+      place: of this process; None if it is the only one, which joins nothing.
+      devices: indices of the local GPUs to drive; None for this process's share.
+      heartbeat: seconds after which the death of one process ends the others.
+      join_seconds: for all processes to connect.
+
+    Raises:
+      Disagreement: the processes found that they cannot train together.
+    """
+    if place is None:
+        yield Guard(Group())
+        return
+    guard = Guard(Group(place.process, place.processes))
+    try:
+        _connect(place, guard, heartbeat, join_seconds)
+        guard.group.names[:] = _introduce(guard.group, _wanted(devices))
+        guard.start()
+        yield guard
+        guard.group.meet("the end", join_seconds)
+    except Disagreement:
+        _leave(guard)
+        if guard.group.is_first:
+            raise
+        raise SystemExit(REFUSED) from None  # process 0 prints it
+    except BaseException as error:
+        if _may_follow(error):
+            time.sleep(heartbeat + NOTICED_SECONDS)  # the guard ends this process if it was another's end
+        guard.stop()
+        guard.fail(error, report)
+    _leave(guard)
+
+
+def _leave(guard: Guard) -> None:
+    """Leaves when all have come here, because the others need process 0's service until then."""
+    guard.stop()
+    jax.distributed.shutdown()
+
+
+def _may_follow(error: BaseException | None) -> bool:
+    """Returns True if the error may follow from the end of another process, which breaks connections to this one."""
+    if error is None or isinstance(error, MissingProcess):
+        return False
+    return isinstance(error, jax.errors.JaxRuntimeError) or _may_follow(error.__cause__ or error.__context__)
+
+
+def _connect(place: Place, guard: Guard, heartbeat: int, seconds: int) -> None:
+    """Connects to process 0, or waits as process 0 for the others.
+
+    Raises:
+      ValueError: process 0 cannot listen at the coordinator's address.
+      MissingProcess: not all have connected in time.
+    """
+    bind = _bind_address(place.coordinator)
+    if place.process == 0:
+        _check_free(bind, place.coordinator)
+    # SIGTERM stays with us: JAX's own handler would save nothing.
+    jax.config.update("jax_enable_preemption_service", False)
+    try:
+        with calls_when_lost(guard.lost):
+            jax.distributed.initialize(
+                place.coordinator,
+                place.processes,
+                place.process,
+                local_device_ids=[],  # chosen later, when all have said which they see
+                cluster_detection_method="deactivate",
+                initialization_timeout=seconds,
+                heartbeat_timeout_seconds=heartbeat,
+                coordinator_bind_address=bind,
+            )
+    except Exception as error:  # it has no text, see lost_process.py
+        raise MissingProcess(
+            f"hosts: not all {place.processes} processes have connected to {place.coordinator} within {seconds} s. "
+            "Those that do not print this are missing: look at their output, and check that their machines can reach "
+            "this address"
+        ) from error
+
+
+def _bind_address(coordinator: str) -> str:
+    """Returns the address at which process 0 listens: the one named, not all that the machine has.
+
+    Some systems give a machine's own name a loopback address, at which others cannot reach it; then it is all.
+    """
+    host, _, port = coordinator.rpartition(":")
+    try:
+        found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    except socket.gaierror as error:
+        raise ValueError(f"hosts.coordinator: {host!r} is not a known machine ({error.strerror}). Correct it") from None
+    address = str(found[0][4][0])
+    if ipaddress.ip_address(address).is_loopback and not _names_loopback(host):
+        return f"[::]:{port}"
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
+
+
+def _names_loopback(host: str) -> bool:
+    return host == "localhost" or host.startswith(("127.", "[::1]"))
+
+
+def _check_free(bind: str, coordinator: str) -> None:
+    """Raises ValueError if this process cannot listen at an address; gRPC itself would share a port in silence."""
+    host, _, port = bind.rpartition(":")
+    family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_STREAM) as attempt:
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            attempt.bind((host.strip("[]"), int(port)))
+    except OSError as error:
+        fixes = {
+            errno.EADDRINUSE: "Give another port, and start all processes again",
+            errno.EADDRNOTAVAIL: "Give an address of the machine of process 0",
+        }
+        fix = fixes.get(error.errno or 0, "Give another address or port")
+        problem = f"process 0 cannot listen at {coordinator} ({error.strerror})"
+        raise ValueError(f"hosts.coordinator: {problem}. {fix}") from None
+
+
+def _wanted(devices: Sequence[int] | None) -> tuple[int, ...] | None:
+    text = os.environ.get(DEVICES_VARIABLE)
+    if devices is None and text:
+        return tuple(int(index) for index in text.split(","))
+    return None if devices is None else tuple(devices)
+
+
+def _introduce(group: Group, wanted: tuple[int, ...] | None) -> list[str]:
+    """Exchanges names, chooses this process's GPUs, and returns the names of all processes.
+
+    Raises:
+      Disagreement: the GPUs cannot be shared.
+    """
+    name = f"process {group.process} ({socket.gethostname()}, pid {os.getpid()})"
+    gpus = visible_gpus() if _uses_gpus() else ()
+    told = [json.loads(text) for text in group.gather("names", json.dumps([name, gpus, wanted]))]
+    seen = [Seen(name, tuple(gpus), None if wanted is None else tuple(wanted)) for name, gpus, wanted in told]
+    try:
+        chosen = divide(seen)[group.process]
+    except ValueError as error:
+        group.refuse("gpus", str(error))
+    else:
+        if chosen:
+            jax.config.update("jax_cuda_visible_devices", ",".join(map(str, chosen)))
+    return [each.name for each in seen]
+
+
+def _uses_gpus() -> bool:
+    platforms = jax.config.jax_platforms
+    return not platforms or "cuda" in platforms or "gpu" in platforms

@@ -1,0 +1,79 @@
+"""One process of a run of several, for tests/hosts/processes.py: joins, takes steps, and comes to some end."""
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from qlora_jax.config import run_main
+from qlora_jax.config.command_line import report_error
+from qlora_jax.hosts.guard import Guard
+from qlora_jax.hosts.join import joined
+from qlora_jax.hosts.launchers import Place, find_place
+from qlora_jax.hosts.shared_folder import sees_first
+from qlora_jax.hosts.stop_signal import StopSignal
+from tests.hosts.processes import ACTS_AT, STEPS, STOPPED
+
+
+def act(action: str) -> None:
+    """Ends, stops or stalls this process."""
+    print(f"acts at {time.time()}", flush=True)
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if action == "term":
+        os.kill(os.getpid(), signal.SIGTERM)
+    if action == "fail":
+        raise OSError("disk of this machine alone: no space left")
+    if action == "stall":
+        time.sleep(1e6)
+
+
+def train(guard: Guard, options: dict[str, Any]) -> bool:
+    """Takes steps, whose only product is the flag of the stop signal; returns True if the processes were stopped."""
+    asked: list[int] = []
+    stop = StopSignal(lambda: bool(asked), jax.make_mesh((2, 2), ("data", "fsdp")))
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
+    guard.group.meet("compiled")
+    with guard.limited(options.get("stuck_after", 60)):
+        for step in range(STEPS):
+            if step == ACTS_AT and options["process"] == options.get("actor"):
+                act(options["action"])
+            guard.passes(f"step {step}")
+            if stop():
+                print(f"stopped before step {step}")
+                return True
+    print(f"trained on {len(jax.devices())} devices, {len(jax.local_devices())} here")
+    return False
+
+
+def run(folder: Path, options: dict[str, Any]) -> None:
+    """Runs one process, with its output in files of the folder."""
+    for descriptor, kind in ((1, "out"), (2, "err")):
+        file = os.open(folder / f"{kind}.{options['process']}", os.O_WRONLY | os.O_CREAT, 0o644)
+        os.dup2(file, descriptor)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
+    jax.config.update("jax_num_cpu_devices", 2)
+    run_main(lambda _: join_and_train(options), [])
+
+
+def join_and_train(options: dict[str, Any]) -> None:
+    """Joins the other processes, agrees with them, trains, and leaves."""
+    process = options["process"]
+    time.sleep(options.get("late", {}).get(str(process), 0))
+    os.environ |= options.get("variables", {}) | {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)}
+    by_hand = f"127.0.0.1:{options['port']}", options.get("expected", options["processes"]), process
+    place = find_place("auto", None, None, None) if "variables" in options else Place(*by_hand)
+    limits = {"heartbeat": options.get("heartbeat", 5), "join_seconds": options.get("join_seconds", 60)}
+    with joined(place, devices=None, report=report_error, **limits) as guard:
+        folder = Path(options["folder"]) / options.get("folders", {}).get(str(process), "")
+        folder.mkdir(exist_ok=True, parents=True)
+        values = {"optim.learning_rate": 2e-4, "output has a file of process 0": sees_first(guard.group, folder, 0.5)}
+        values |= options.get("values", {}).get(str(process), {})
+        guard.group.agree("settings", values, "Start all processes with the same command")
+        stopped = train(guard, options)
+    if stopped:
+        sys.exit(STOPPED)
