@@ -5,7 +5,7 @@ them, and then exchange what they read. Every process computes the constants of 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -39,6 +39,14 @@ class Processes:
             parts.setdefault(device.process_index, set()).add(place[axis])
         numbers = sorted(parts)
         return cls(tuple(frozenset(parts[number]) for number in numbers), numbers.index(jax.process_index()))
+
+    def groups(self) -> dict[frozenset[int], list[int]]:
+        """Returns {parts: the processes that hold them}; all in one group if parts overlap otherwise."""
+        found: dict[frozenset[int], list[int]] = {}
+        for process, parts in enumerate(self.parts):
+            found.setdefault(parts, []).append(process)
+        union = frozenset().union(*found)
+        return found if sum(map(len, found)) == len(union) else {union: [*range(len(self.parts))]}
 
     def of_whole(self) -> "Processes":
         """Returns the processes that hold a tensor whose only part is the whole."""
@@ -91,8 +99,9 @@ class OwnRows:
 
     def strips(self) -> "OwnRows":
         """Returns the strips that each process reads, as rows."""
-        by_process = (tuple((first // STRIP, -(-end // STRIP)) for first, end in ranges) for ranges in self.by_process)
-        return OwnRows(-(-self.total // STRIP), tuple(by_process), self.process)
+        spans = (tuple(_strips(*each) for each in ranges) for ranges in self.by_process)
+        by_process = tuple(tuple((span.start, span.stop) for span in each) for each in spans)
+        return OwnRows(-(-self.total // STRIP), by_process, self.process)
 
     def of_all(self, own: np.ndarray) -> np.ndarray:
         """Returns an array of all rows from the rows that each process has; all processes call this together."""
@@ -130,27 +139,33 @@ def all_rows(total: int) -> OwnRows:
 def rows_of_parts(total: int, processes: Processes, rows_of: Callable[[int], Rows]) -> OwnRows:
     """Returns the rows that processes read of a tensor of which each holds some parts.
 
-    A tensor of fewer strips than there are readers is read whole by all.
+    Processes that hold the same parts read equal shares. A tensor of fewer strips than readers is read whole by all.
 
     Args:
       rows_of: a part -> the rows in it.
     """
-    wanted: list[list[tuple[int, int]]] = [[] for _ in processes.parts]
-    shared = False
-    for part in sorted(frozenset().union(*processes.parts)):
-        holders = [process for process, parts in enumerate(processes.parts) if part in parts]
-        shared |= len(holders) > 1
-        for share, process in enumerate(holders):
-            wanted[process] += [_share(first, end, share, len(holders)) for first, end in rows_of(part)]
-    by_process = tuple(_in_strips(ranges, total) for ranges in wanted)
-    return OwnRows(total, by_process, processes.this, shared) if all(by_process) else all_rows(total)
+    by_process: list[Rows] = [()] * len(processes.parts)
+    groups = processes.groups()
+    for parts, members in groups.items():
+        strips = sorted({strip for part in parts for each in rows_of(part) for strip in _strips(*each)})
+        for place, process in enumerate(members):
+            share = slice(place * len(strips) // len(members), (place + 1) * len(strips) // len(members))
+            by_process[process] = _ranges(strips[share], total)
+    if not all(by_process):
+        return all_rows(total)
+    return OwnRows(total, tuple(by_process), processes.this, any(len(members) > 1 for members in groups.values()))
 
 
-def _share(first: int, end: int, share: int, shares: int) -> tuple[int, int]:
-    """Returns one of so many shares of a range, which end where strips end."""
-    ends = [(first + (end - first) * each // shares) // STRIP * STRIP for each in range(1, shares)]
-    bounds = [first, *(max(first, each) for each in ends), end]
-    return bounds[share], bounds[share + 1]
+def _strips(first: int, end: int) -> range:
+    """Returns the strips that contain some rows."""
+    return range(first // STRIP, -(-end // STRIP))
+
+
+def _ranges(strips: Sequence[int], total: int) -> Rows:
+    """Returns the rows of strips, neighbours joined."""
+    firsts = [strip for strip in strips if strip - 1 not in strips]
+    lasts = [strip for strip in strips if strip + 1 not in strips]
+    return tuple((first * STRIP, min(total, (last + 1) * STRIP)) for first, last in zip(firsts, lasts, strict=True))
 
 
 def read_own(read_rows: Callable[[int, int], np.ndarray], own: OwnRows) -> np.ndarray:
@@ -165,15 +180,3 @@ def joined(ranges: Sequence[np.ndarray]) -> np.ndarray:
 
 def _count(rows: Rows) -> int:
     return sum(end - first for first, end in rows)
-
-
-def _in_strips(ranges: Iterable[tuple[int, int]], total: int) -> Rows:
-    """Returns the whole strips that contain the ranges, ascending, neighbours joined."""
-    found: list[tuple[int, int]] = []
-    for first, end in sorted(each for each in ranges if each[0] < each[1]):
-        first, end = first // STRIP * STRIP, min(total, -(-end // STRIP) * STRIP)
-        if found and first <= found[-1][1]:
-            found[-1] = found[-1][0], max(end, found[-1][1])
-        else:
-            found.append((first, end))
-    return tuple(found)

@@ -146,9 +146,12 @@ def test_a_process_reads_the_strips_of_its_devices() -> None:
 def test_processes_that_hold_the_same_rows_share_the_reading() -> None:
     pairs = Processes((frozenset({0}), frozenset({1}), frozenset({0}), frozenset({1})), 2)
     rows = rows_of_parts(1000, pairs, Cut("bnb", (1000, 64), 0, 2).rows)
-    assert rows.by_process == (((0, 192),), ((448, 704),), ((192, 512),), ((704, 1000),)) and rows.shared
+    assert rows.by_process == (((0, 256),), ((448, 704),), ((256, 512),), ((704, 1000),)) and rows.shared
     whole = rows_of_parts(256, pairs.of_whole(), Cut("bnb", (256, 64)).rows)
     assert whole.by_process == (((0, 64),), ((64, 128),), ((128, 192),), ((192, 256),)) and whole.shared
+    crossed = Processes((frozenset({0}), frozenset({0, 1}), frozenset({1})))
+    each = rows_of_parts(192, crossed, Cut("bnb", (192, 64), 0, 2).rows)
+    assert each.by_process == (((0, 64),), ((64, 128),), ((128, 192),)) and each.shared
     few = rows_of_parts(32, pairs.of_whole(), Cut("bnb", (32, 64)).rows)
     assert few.everywhere and not few.shared
 
