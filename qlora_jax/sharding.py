@@ -130,3 +130,19 @@ def gather_rows(x: jax.Array, mesh: AnyMesh | None, axis: int) -> jax.Array:
     """Gathers the rows of all devices along `axis`, in the order of the batch."""
     several = tuple(name for name in ROWS if axis_size(mesh, name) > 1)
     return lax.all_gather(x, several, axis=axis, tiled=True) if several else x
+
+
+def placed_shapes(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
+    """Returns the shapes of a tree, with the places that `place` would give its leaves."""
+
+    def shape(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(shape, tree, named(mesh, specs))
+
+
+def mesh_of(tree: PyTree) -> AnyMesh | None:
+    """Returns the mesh on which arrays, or shapes, lie; None: they lie on one device."""
+    shardings = (getattr(leaf, "sharding", None) for leaf in jax.tree.leaves(tree))
+    meshes = (sharding.mesh for sharding in shardings if isinstance(sharding, NamedSharding))
+    return next((mesh for mesh in meshes if mesh.axis_names == ROWS), None)

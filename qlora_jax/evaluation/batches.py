@@ -1,5 +1,7 @@
 """Groups rows into batches with few shapes, since each shape compiles, and little padding.
 
+On a mesh each device has the same number of rows of a batch.
+
 Dimension key: B rows of a batch, T positions.
 """
 
@@ -9,8 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-BATCH_TOKENS = 4096  # maximum positions of a batch, padding included; a longer row is a batch by itself
-SHAPE_COST = 4096  # compiling a shape takes about as long as computing this many positions
+BATCH_TOKENS = 4096  # maximum positions of a device, padding included; a longer row is alone there
+SHAPE_COST = 4096  # compiling a shape takes about as long as a device's computing this many positions
 MIN_STEP = 16
 
 
@@ -38,27 +40,31 @@ def padded_length(length: int) -> int:
     return -(-length // step) * step
 
 
-def batches_by_length(lengths: Sequence[int]) -> list[Batch]:
+def batches_by_length(lengths: Sequence[int], devices: int = 1) -> list[Batch]:
     """Groups rows of these lengths into batches, longest first, with one shape for each T.
 
-    The T are values of `padded_length` that minimize (positions computed) + SHAPE_COST (number of shapes).
+    The T are values of `padded_length` that minimize (positions that a device computes) + SHAPE_COST (number of
+    shapes).
+
+    Args:
+      devices: devices that share the rows of a batch; B is a multiple of it.
     """
     longest_first = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     made: list[Batch] = []
-    for length, count in reversed(_groups([padded_length(n) for n in lengths])):
+    for length, count in reversed(_groups([padded_length(n) for n in lengths], devices)):
         group, longest_first = longest_first[:count], longest_first[count:]
-        size, _ = _split(count, length)
+        size, _ = _split(count, length, devices)
         made += [Batch(group[start : start + size], size, length) for start in range(0, count, size)]
     return made
 
 
-def _groups(padded: Sequence[int]) -> list[tuple[int, int]]:
+def _groups(padded: Sequence[int], devices: int) -> list[tuple[int, int]]:
     """(T, number of rows padded to it), ascending: the cheapest way to merge neighbouring lengths."""
     rungs, counts = np.unique(np.array(padded, np.int64), return_counts=True)
     below = [0, *np.cumsum(counts).tolist()]  # number of rows shorter than each rung
     costs, begins = [0], [0]
     for end, length in enumerate(rungs.tolist(), start=1):
-        options = [costs[begin] + _cost(below[end] - below[begin], length) for begin in range(end)]
+        options = [costs[begin] + _cost(below[end] - below[begin], length, devices) for begin in range(end)]
         costs.append(min(options))
         begins.append(int(np.argmin(options)))
     groups, end = [], len(rungs)
@@ -68,18 +74,18 @@ def _groups(padded: Sequence[int]) -> list[tuple[int, int]]:
     return groups[::-1]
 
 
-def _cost(count: int, length: int) -> int:
-    size, batches = _split(count, length)
-    return SHAPE_COST + size * batches * length
+def _cost(count: int, length: int, devices: int) -> int:
+    size, batches = _split(count, length, devices)
+    return SHAPE_COST + size // devices * batches * length
 
 
-def _split(count: int, length: int) -> tuple[int, int]:
-    """(B, number of batches) of equal batches within BATCH_TOKENS that leave the fewest rows empty.
+def _split(count: int, length: int, devices: int) -> tuple[int, int]:
+    """(B, number of batches) of equal batches within BATCH_TOKENS a device that leave the fewest rows empty.
 
     Allows up to twice the minimum number of batches: 15 rows, of which 8 fit, make 3 batches of 5, not 2 of 8.
     """
-    least = -(-count // max(1, BATCH_TOKENS // length))
-    splits = [(-(-count // batches), batches) for batches in range(least, 2 * least + 1)]
+    least = -(-count // (devices * max(1, BATCH_TOKENS // length)))
+    splits = [(devices * -(-count // (devices * batches)), batches) for batches in range(least, 2 * least + 1)]
     return min(splits, key=lambda split: split[0] * split[1])  # among equals, the fewest batches
 
 

@@ -1,12 +1,13 @@
 """Scores given tokens: sums of -log p from f32 logits, and whether greedy decoding generates them.
 
 Rows are padded on the right to a few lengths, so that each length compiles once. The output head is applied only where
-a token is scored.
+a token is scored. A model that lies on a mesh is scored there: each device has its own rows and their scored tokens.
 
-Dimension key: B rows of a batch, T positions, D embed, M padded scored tokens, K scored tokens.
+Dimension key: B rows of a batch, T positions, D embed, M padded scored tokens, K scored tokens, S devices with rows.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,16 +15,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float64, Int, Int32, Int64
 
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.inference.row_programs import row_shards, run_on_rows
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.nn.token_scores import TokenScores, token_scores
+from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 PADDED_MULTIPLE = 256  # the padded number of scored tokens is a multiple of this
 PADDING = -1  # branch of a padding position
@@ -56,25 +60,35 @@ class RowScores:
         return math.exp(self.mean_nll)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="mesh")
 def score_tokens(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
     branches_BT: Int[Array, "B T"] | None,
     before_M: Int[Array, " M"],
     targets_M: Int[Array, " M"],
-    count: Int[Array, ""],
+    count: Int[Array, "*S"],
+    *,
+    mesh: AnyMesh | None = None,
 ) -> TokenScores:
     """Scores the first `count` targets, each given the tokens up to its position `before`.
 
     Args:
       branches_BT: 0 for a prompt, 1, 2, ... for its continuations; None if rows are whole texts.
-      before_M: indices into the flattened tokens.
-      targets_M: token ids.
+      before_M: indices into the flattened tokens; on a mesh, into those of the device.
+      targets_M: token ids; on a mesh, each device has equally many.
+      count: a number; on a mesh of several devices, the number of each.
+      mesh: the devices that share the model and the rows; None: one device.
     """
-    model = combine(parts)
-    hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, shared_prefix=branches_BT is not None)
-    return token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
+
+    def program(parts, tokens_BT, branches_BT, before_M, targets_M, count):
+        model = combine(parts)
+        hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, shared_prefix=branches_BT is not None)
+        scores = token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
+        return TokenScores(*(gather_rows(of_token_M, mesh, axis=0) for of_token_M in scores))
+
+    inputs = tokens_BT, branches_BT, before_M, targets_M, count
+    return run_on_rows(program, parts, inputs, mesh, P())
 
 
 def score_rows(
@@ -102,8 +116,8 @@ def score_rows(
     nll, misses = np.zeros(len(rows)), np.zeros(len(rows), np.int64)
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
-    done = 0
-    for batch, packed in _batches(pack_rows(rows, share=config.supports_shared_prefix)):
+    done, devices = 0, row_shards(mesh_of(parts))
+    for batch, packed in _batches(pack_rows(rows, share=config.supports_shared_prefix), devices):
         row_K, nll_K, hit_K = _score(parts, batch, packed, cache)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
@@ -150,19 +164,21 @@ def _check(rows: Sequence[ScoredIds], model: CausalLM) -> None:
         raise ValueError("\n  ".join(["cannot score:", *problems]))
 
 
-def _batches(packed: Sequence[PackedRow]) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
+def _batches(packed: Sequence[PackedRow], devices: int) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
     """Yields batches, each with the list that its indices refer to: whole texts, then prompts with continuations."""
     for shared_prefix in (False, True):
         kind = [one for one in packed if (one.branches is not None) == shared_prefix]
-        yield from ((batch, kind) for batch in batches_by_length([len(one.ids) for one in kind]))
+        yield from ((batch, kind) for batch in batches_by_length([len(one.ids) for one in kind], devices))
 
 
 def _score(
     parts: ModelParts, batch: Batch, packed: Sequence[PackedRow], cache: ResultCache
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, -log p, True if it is the likeliest token) of each scored token of a batch."""
-    inputs, row_K = _inputs(batch, packed)
-    nll_K, hit_K = (x[: len(row_K)] for x in cache.get_or_compute(inputs, lambda: score_tokens(parts, *inputs)))
+    mesh = mesh_of(parts)
+    inputs, row_K, place_K = _inputs(batch, packed, row_shards(mesh))
+    scores = cache.get_or_compute(inputs, lambda: score_tokens(parts, *inputs, mesh=mesh))
+    nll_K, hit_K = (of_token_M[place_K] for of_token_M in scores)
     return row_K, nll_K, hit_K
 
 
@@ -173,32 +189,38 @@ class _Inputs(NamedTuple):
     branches_BT: Int32[np.ndarray, "B T"] | None
     before_M: Int32[np.ndarray, " M"]
     targets_M: Int32[np.ndarray, " M"]
-    count: np.int32
+    count: Int32[np.ndarray, "*S"]
 
 
-def _inputs(batch: Batch, packed: Sequence[PackedRow]) -> tuple[_Inputs, np.ndarray]:
-    """(the arguments of `score_tokens`, the row of each scored token)."""
+def _inputs(batch: Batch, packed: Sequence[PackedRow], devices: int) -> tuple[_Inputs, np.ndarray, np.ndarray]:
+    """(the arguments of `score_tokens`, the row of each scored token, its index in the result)."""
     members = [packed[index] for index in batch.rows]
     row_K, targets_K = (np.concatenate([getattr(one, name) for one in members]) for name in ("row", "targets"))
     before_K = np.concatenate([one.before + index * batch.length for index, one in enumerate(members)])
     branches = [one.branches for one in members if one.branches is not None]
     branches_BT = pad_rows(batch, branches, fill=PADDING) if branches else None
     tokens_BT = pad_rows(batch, [one.ids for one in members])
-    padded = _padded_count(tokens_BT.size, len(row_K))
-    before_M, targets_M = (np.pad(x, (0, padded - len(x))).astype(np.int32) for x in (before_K, targets_K))
-    return _Inputs(tokens_BT, branches_BT, before_M, targets_M, np.int32(len(row_K))), row_K
+    positions = tokens_BT.size // devices
+    device_K = before_K // positions  # ascending, because tokens are in the order of rows
+    count_S = np.bincount(device_K, minlength=devices)
+    padded = _padded_count(positions, int(count_S.max()))
+    place_K = np.arange(len(row_K)) + (padded * np.arange(devices) - np.cumsum(count_S) + count_S)[device_K]
+    before_M, targets_M = np.zeros((2, devices * padded), np.int32)
+    before_M[place_K], targets_M[place_K] = before_K % positions, targets_K
+    count = np.squeeze(count_S.astype(np.int32))  # one device has a number
+    return _Inputs(tokens_BT, branches_BT, before_M, targets_M, count), row_K, place_K
 
 
 def lower_scoring(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[LoweredProgram]:
     """Lowers `score_rows` for the largest batch of whole texts and the largest batch of prompts with continuations."""
-    share = config_of(parts).supports_shared_prefix
+    share, devices = config_of(parts).supports_shared_prefix, row_shards(mesh_of(parts))
     largest: dict[bool, tuple[Batch, Sequence[PackedRow]]] = {}
-    for batch, packed in _batches(pack_rows(rows, share=share)):
+    for batch, packed in _batches(pack_rows(rows, share=share), devices):
         kind = packed[0].branches is not None
         if kind not in largest or batch.positions > largest[kind][0].positions:
             largest[kind] = batch, packed
     for batch, packed in largest.values():
-        inputs, _ = _inputs(batch, packed)
+        inputs, _, _ = _inputs(batch, packed, devices)
         yield lower_program(batch.shape, score_tokens, parts, inputs)
 
 

@@ -3,6 +3,9 @@
 Shapes are static and come from short tables, so the number of compilations is small and known. Prompts are padded on
 the right. Each row's length is its position, and attention never reads cache slots after it.
 
+A model that lies on a mesh decodes there: each device has its own rows, and their cache. Every device takes part in
+each step until the last row of the batch has ended, because the layers' weights are gathered from all of them.
+
 Dimension key: B batch, P padded prompt, T positions of a call, S cache slots, D embed, V vocab, M = B T.
 """
 
@@ -16,8 +19,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
+from qlora_jax.inference.row_programs import CACHE, row_shapes, row_shards, run_on_rows
 from qlora_jax.inference.sampling import Sampling, choose
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.add_adapters import prepare_for_decoding
@@ -25,9 +30,10 @@ from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.sharding import ROWS, AnyMesh, gather_rows, mesh_of, named
 
 PREFILL_CHUNKS = (64, 256, 512)  # prompt tokens per call of the model
-BATCHES = (1, 2, 4, 8, 16)  # numbers of rows that are decoded together
+BATCHES = (1, 2, 4, 8, 16)  # numbers of rows that a device decodes together
 FIRST_SLOTS = 256  # a cache has 256, 512, 1024, ... slots
 
 
@@ -51,7 +57,7 @@ def chunks(length: int) -> list[tuple[int, int]]:
     return [(start, round_up(min(length - start, largest), PREFILL_CHUNKS)) for start in starts]
 
 
-ORDER_WINDOW = 64  # rows are sorted by length within windows of this many
+ORDER_WINDOW = 64  # rows are sorted by length within windows of this many for each device
 # For one batch size and number of slots: `prefill_chunk` for each chunk size, `next_token`, and `decode_step`.
 COMPILATIONS = len(PREFILL_CHUNKS) + 2
 
@@ -88,6 +94,7 @@ class _Batch:
     lengths_B: np.ndarray
     keys_B: jax.Array
     slots: int
+    mesh: AnyMesh | None
 
 
 class _Limits(NamedTuple):
@@ -106,7 +113,7 @@ class _Limits(NamedTuple):
         return DecodeStep(row, token, "length" if generated == self.max_new_tokens else None)
 
 
-@functools.partial(jax.jit, donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="cache")
 def prefill_chunk(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
@@ -114,16 +121,24 @@ def prefill_chunk(
     length_B: Int[Array, " B"],
     last_BD: Float[Array, "B D"],
     cache: KVCache,
+    *,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Float[Array, "B D"], KVCache]:
     """Runs the model on tokens at positions start, start + 1, ... and appends them to the cache.
 
     Args:
       length_B: number of tokens of each row's whole prompt.
       last_BD: the result of the chunk before.
+      mesh: the devices that share the model and the rows; None: one device.
 
     Returns:
       (hidden state of each row's last prompt token, or its `last_BD` if that token is in another chunk; the cache).
     """
+    inputs = tokens_BT, start_B, length_B, last_BD, cache
+    return run_on_rows(_prefill_chunk, parts, inputs, mesh, (P(ROWS), CACHE))
+
+
+def _prefill_chunk(parts, tokens_BT, start_B, length_B, last_BD, cache):
     batch, length = tokens_BT.shape
     hidden_MD, cache = combine(parts).extend(tokens_BT, start_B, cache)
     at_B = length_B - 1 - start_B
@@ -132,19 +147,28 @@ def prefill_chunk(
     return jnp.where(inside_B[:, None], found_BD, last_BD), cache
 
 
-@functools.partial(jax.jit, static_argnames="sampling")
+@functools.partial(jax.jit, static_argnames=("sampling", "mesh"))
 def next_token(
     parts: ModelParts,
     last_BD: Float[Array, "B D"],
     keys_B: Key[Array, " B"],
     index: Int[Array, ""],
     sampling: Sampling,
+    *,
+    mesh: AnyMesh | None = None,
 ) -> Int[Array, " B"]:
-    """Chooses the next token of each row from f32 logits; `index` is the number of tokens generated before it."""
-    return _choose(combine(parts), last_BD, keys_B, index, sampling)
+    """Chooses the next token of each row from f32 logits; `index` is the number of tokens generated before it.
+
+    On a mesh every device gets the tokens of all rows.
+    """
+
+    def program(parts, last_BD, keys_B, index):
+        return gather_rows(_choose(combine(parts), last_BD, keys_B, index, sampling), mesh, axis=0)
+
+    return run_on_rows(program, parts, (last_BD, keys_B, index), mesh, P())
 
 
-@functools.partial(jax.jit, static_argnames="sampling", donate_argnames="cache")
+@functools.partial(jax.jit, static_argnames=("sampling", "mesh"), donate_argnames="cache")
 def decode_step(
     parts: ModelParts,
     tokens_B: Int[Array, " B"],
@@ -153,11 +177,20 @@ def decode_step(
     keys_B: Key[Array, " B"],
     index: Int[Array, ""],
     sampling: Sampling,
+    *,
+    mesh: AnyMesh | None = None,
 ) -> tuple[Int[Array, " B"], KVCache]:
-    """Appends one token per row at position start; returns (the next token of each row, the cache)."""
-    model = combine(parts)
-    hidden_BD, cache = model.extend(tokens_B[:, None], start_B, cache)
-    return _choose(model, hidden_BD, keys_B, index, sampling), cache
+    """Appends one token per row at position start; returns (the next token of each row, the cache).
+
+    On a mesh every device gets the tokens of all rows.
+    """
+
+    def program(parts, tokens_B, start_B, cache, keys_B, index):
+        model = combine(parts)
+        hidden_BD, cache = model.extend(tokens_B[:, None], start_B, cache)
+        return gather_rows(_choose(model, hidden_BD, keys_B, index, sampling), mesh, axis=0), cache
+
+    return run_on_rows(program, parts, (tokens_B, start_B, cache, keys_B, index), mesh, (P(), CACHE))
 
 
 def _choose(model: CausalLM, last_BD: jax.Array, keys_B: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:
@@ -175,9 +208,9 @@ def stream(
 ) -> Iterator[DecodeStep]:
     """Yields the tokens of the reply to each prompt as they are generated.
 
-    Up to 16 prompts of similar length are decoded together. A row's draws depend on the seed, its prompt and its
-    tokens, not on the other rows. A prompt given several times gets different draws; the first equal those of the
-    prompt alone.
+    Up to 16 prompts of similar length are decoded together, or 16 on each device of the model's mesh. A row's draws
+    depend on the seed, its prompt and its tokens, not on the other rows. A prompt given several times gets different
+    draws; the first equal those of the prompt alone.
 
     Args:
       prompts: token ids of each prompt.
@@ -190,9 +223,10 @@ def stream(
     model = combine(parts)
     _check(prompts, max_new_tokens, model)
     limits = _Limits(frozenset(stop_ids), max_new_tokens, model.config.max_positions)
-    repeats = _repeats(prompts)
-    for rows in _groups(prompts):
-        batch = _batch([prompts[row] for row in rows], [repeats[row] for row in rows], sampling, max_new_tokens, model)
+    repeats, mesh = _repeats(prompts), mesh_of(parts)
+    for rows in _groups(prompts, row_shards(mesh)):
+        texts, counts = [prompts[row] for row in rows], [repeats[row] for row in rows]
+        batch = _batch(texts, counts, sampling, max_new_tokens, model, mesh)
         for step in _decode(parts, model, batch, len(rows), sampling, limits):
             yield step._replace(row=rows[step.row])
 
@@ -242,16 +276,26 @@ def _repeats(prompts: Sequence[Sequence[int]]) -> list[int]:
     return repeats
 
 
-def _groups(prompts: Sequence[Sequence[int]]) -> Iterator[tuple[int, ...]]:
+def _groups(prompts: Sequence[Sequence[int]], devices: int) -> Iterator[tuple[int, ...]]:
     """Rows to decode together, taken from windows of the prompts, so that replies arrive roughly in order."""
-    for window in itertools.batched(range(len(prompts)), ORDER_WINDOW):
-        yield from itertools.batched(sorted(window, key=lambda row: len(prompts[row])), BATCHES[-1])
+    for window in itertools.batched(range(len(prompts)), ORDER_WINDOW * devices):
+        yield from itertools.batched(sorted(window, key=lambda row: len(prompts[row])), BATCHES[-1] * devices)
+
+
+def batch_size(rows: int, devices: int) -> int:
+    """The number of rows to which a batch is padded, equally many on each device."""
+    return devices * round_up(-(-rows // devices), BATCHES)
 
 
 def _batch(
-    prompts: Sequence[Sequence[int]], repeats: Sequence[int], sampling: Sampling, max_new_tokens: int, model: CausalLM
+    prompts: Sequence[Sequence[int]],
+    repeats: Sequence[int],
+    sampling: Sampling,
+    max_new_tokens: int,
+    model: CausalLM,
+    mesh: AnyMesh | None,
 ) -> _Batch:
-    batch, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
+    batch, longest = batch_size(len(prompts), row_shards(mesh)), max(map(len, prompts))
     tokens_BP = np.zeros((batch, sum(chunks(longest)[-1])), np.int32)
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
@@ -259,21 +303,24 @@ def _batch(
     key = jax.random.key(sampling.seed)
     keys_B = jnp.stack([jax.random.fold_in(key, repeat) for repeat in [*repeats, *[0] * (batch - len(prompts))]])
     slots = slots_for(longest + max_new_tokens, model.config)
-    return _Batch(tokens_BP=tokens_BP, lengths_B=lengths_B, keys_B=keys_B, slots=slots)
+    if mesh is not None:
+        keys_B = jax.device_put(keys_B, named(mesh, P(ROWS)))
+    return _Batch(tokens_BP=tokens_BP, lengths_B=lengths_B, keys_B=keys_B, slots=slots, mesh=mesh)
 
 
 def empty_cache(model: CausalLM, size: int, slots: int) -> tuple[jax.Array, KVCache]:
-    """(hidden states, cache) of a batch before its first chunk: all zeros."""
+    """(hidden states, cache) of a batch before its first chunk: all zeros, on one device."""
     dtype = model.model.embed_tokens.weight[...].dtype
     return jnp.zeros((size, model.config.embed_dim), dtype), KVCache.empty(model.config, size, slots, dtype)
 
 
 def _prefill(parts: ModelParts, model: CausalLM, batch: _Batch) -> tuple[jax.Array, KVCache]:
     size, _ = batch.tokens_BP.shape
-    last_BD, cache = empty_cache(model, size, batch.slots)
+    shapes = row_shapes(jax.eval_shape(lambda: empty_cache(model, size, batch.slots)), batch.mesh)
+    last_BD, cache = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding), shapes)
     for start, length in chunks(int(batch.lengths_B.max())):
         tokens_BT, start_B = batch.tokens_BP[:, start : start + length], np.full(size, start, np.int32)
-        last_BD, cache = prefill_chunk(parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache)
+        last_BD, cache = prefill_chunk(parts, tokens_BT, start_B, batch.lengths_B, last_BD, cache, mesh=batch.mesh)
     return last_BD, cache
 
 
@@ -282,14 +329,15 @@ def _decode(
 ) -> Iterator[DecodeStep]:
     last_BD, cache = _prefill(parts, model, batch)
     running = set(range(rows))
-    next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling)
+    next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling, mesh=batch.mesh)
     for index in itertools.count():
         tokens_B = np.asarray(next_B)
         steps = [limits.step(row, int(tokens_B[row]), int(batch.lengths_B[row]), index + 1) for row in sorted(running)]
         running -= {step.row for step in steps if step.end is not None}
         if running:  # positions of rows that have ended are clipped to the cache; their tokens are not read
             start_B = np.minimum(batch.lengths_B + index, batch.slots - 1)
-            next_B, cache = decode_step(parts, next_B, start_B, cache, batch.keys_B, np.int32(index + 1), sampling)
+            given = next_B, start_B, cache, batch.keys_B, np.int32(index + 1)
+            next_B, cache = decode_step(parts, *given, sampling, mesh=batch.mesh)
         yield from steps  # meanwhile the device computes the next token
         if not running:
             return

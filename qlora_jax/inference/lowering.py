@@ -1,28 +1,27 @@
 """Lowers inference programs from shapes, to know their memory before weights are loaded.
 
+For a model on a mesh, shapes have shardings, and bytes are those of one device.
+
 Dimension key: B batch, T positions of a call, D embed.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from qlora_jax.inference.decode import (
-    BATCHES,
-    chunks,
-    decode_step,
-    empty_cache,
-    prefill_chunk,
-    round_up,
-    slots_for,
-)
+from pallas_kernels.formats.qtensor import Leaf
+from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
+from qlora_jax.inference.row_programs import row_shapes, row_shards
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.sharded_parts import parts_specs
+from qlora_jax.sharding import mesh_of, placed_shapes
 
 
 class LoweredProgram(NamedTuple):
@@ -47,12 +46,14 @@ def lower_program(
     extra_bytes: int = 0,
     **static: object,
 ) -> LoweredProgram:
-    """Lowers `function(parts, *inputs, **static)`.
+    """Lowers `function(parts, *inputs, mesh=..., **static)` for the mesh of `parts`.
 
     Args:
       extra_bytes: bytes that stay on the device meanwhile and are not inputs.
     """
-    return LoweredProgram(shape, function.lower(parts, *inputs, **static), bytes_of(inputs) + extra_bytes)
+    mesh = mesh_of(parts)
+    shapes = row_shapes(inputs, mesh)
+    return LoweredProgram(shape, function.lower(parts, *shapes, mesh=mesh, **static), bytes_of(shapes) + extra_bytes)
 
 
 def lower_decoding(
@@ -64,7 +65,7 @@ def lower_decoding(
       parts: arrays, or ShapeDtypeStructs.
       prompts: token ids of the prompts of one batch.
     """
-    size, longest = round_up(len(prompts), BATCHES), max(map(len, prompts))
+    size, longest = batch_size(len(prompts), row_shards(mesh_of(parts))), max(map(len, prompts))
     decoding, added_bytes = _decoding_shapes(parts)
 
     def start(parts: ModelParts) -> tuple[jax.Array, KVCache]:
@@ -83,7 +84,10 @@ def lower_decoding(
 
 def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:
     """(shapes of the result of `prepare_for_decoding`, bytes of the arrays that it creates)."""
+    mesh = mesh_of(parts)
     decoding = jax.eval_shape(prepare_for_decoding, parts)
+    if mesh is not None:
+        decoding = placed_shapes(decoding, parts_specs(decoding, mesh), mesh)
     shared = [
         leaf
         for name, leaves in decoding.lora.items()
@@ -101,5 +105,10 @@ def config_of(parts: ModelParts) -> ModelConfig:
 
 
 def bytes_of(tree: object) -> int:
-    """Total bytes of a pytree of arrays or ShapeDtypeStructs."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    """Bytes that a pytree of arrays or ShapeDtypeStructs has on one device."""
+    return sum(math.prod(_device_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _device_shape(leaf: Leaf) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)  # NumPy's arrays have none
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)

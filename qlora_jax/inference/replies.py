@@ -8,9 +8,11 @@ import numpy as np
 from qlora_jax.inference.decode import BATCHES, EndReason, Reply, generate
 from qlora_jax.inference.lowering import LoweredProgram, lower_decoding
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.inference.row_programs import row_shards
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.sharding import mesh_of
 
 ENDS: tuple[EndReason, ...] = ("stop", "length", "context")
 
@@ -38,7 +40,7 @@ def greedy_replies(
     parts = prepare_for_decoding(parts)
     limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
     replies: dict[int, Reply] = {}
-    for rows in _batches(prompts):
+    for rows in _batches(prompts, row_shards(mesh_of(parts))):
         batch = [list(prompts[row]) for row in rows]
         inputs = ["greedy", batch, max_new_tokens, sorted(stop_ids)]
         arrays = cache.get_or_compute(
@@ -51,12 +53,14 @@ def greedy_replies(
 
 def lower_replies(parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[LoweredProgram]:
     """Lowers the programs of the largest batch of `greedy_replies`, which is its first."""
-    yield from lower_decoding(parts, [prompts[row] for row in _batches(prompts)[0]], max_new_tokens)
+    first = _batches(prompts, row_shards(mesh_of(parts)))[0]
+    yield from lower_decoding(parts, [prompts[row] for row in first], max_new_tokens)
 
 
-def _batches(prompts: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
+def _batches(prompts: Sequence[Sequence[int]], devices: int) -> list[tuple[int, ...]]:
     """Indices of the prompts of each batch, the longest prompts first."""
-    return [*itertools.batched(sorted(range(len(prompts)), key=lambda row: -len(prompts[row])), BATCHES[-1])]
+    longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+    return [*itertools.batched(longest_first, BATCHES[-1] * devices)]
 
 
 def _to_arrays(replies: Sequence[Reply]) -> tuple[np.ndarray, ...]:

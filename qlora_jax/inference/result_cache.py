@@ -21,6 +21,7 @@ from jaxtyping import ArrayLike
 import pallas_kernels
 from qlora_jax.atomic_files import write_bytes
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.sharding import mesh_of
 
 Arrays = tuple[np.ndarray, ...]
 SUFFIX = ".result"
@@ -77,9 +78,11 @@ def open_cache(folder: str | Path | None, parts: ModelParts) -> ResultCache:
 
 
 def model_digest(parts: ModelParts) -> str:
-    """SHA-256 of a model's structure and arrays, JAX's version, our code, and the devices."""
+    """SHA-256 of a model's structure and arrays, JAX's version, our code, the devices, and the model's mesh."""
     leaves, structure = jax.tree.flatten((parts.lora, parts.base))
     computed_by = [code_digest(), jax.__version__, jax.devices()[0].device_kind, len(jax.devices()), os.cpu_count()]
+    if (mesh := mesh_of(parts)) is not None:
+        computed_by.append(sorted(mesh.shape.items()))
     return digest([*computed_by, parts.graphdef, structure, combine(parts).config, *leaves])
 
 

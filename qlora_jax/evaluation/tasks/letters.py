@@ -6,6 +6,7 @@ Dimension key: B prompts of a batch, T positions, K letters, V vocab.
 """
 
 import dataclasses
+import functools
 import itertools
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from qlora_jax.config import QuestionArgs
@@ -27,8 +29,10 @@ from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
+from qlora_jax.inference.row_programs import row_shards, run_on_rows
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -178,10 +182,11 @@ def score_letters(
     if problems := id_problems("question", [question.ids for question in questions], combine(parts)):
         raise ValueError("\n  ".join(["cannot score:", *problems]))
     right, tied, done = np.zeros(len(questions), bool), np.zeros(len(questions), bool), 0
-    for batch in batches_by_length([len(question.ids) for question in questions]):
+    mesh = mesh_of(parts)
+    for batch in batches_by_length([len(question.ids) for question in questions], row_shards(mesh)):
         members = [questions[index] for index in batch.rows]
         inputs = _inputs(batch, questions)
-        (logits_BK,) = cache.get_or_compute(inputs, lambda inputs=inputs: [_letter_logits(parts, *inputs)])
+        (logits_BK,) = cache.get_or_compute(inputs, lambda inputs=inputs: [_letter_logits(parts, *inputs, mesh=mesh)])
         for index, question, logits_K in zip(batch.rows, members, logits_BK, strict=False):
             lead = _lead(logits_K[: len(question.letters)], question.answer)
             right[index], tied[index] = lead > 0, lead == 0
@@ -192,7 +197,7 @@ def score_letters(
 
 def lower_letters(parts: ModelParts, questions: Sequence[LetterQuestion]) -> Iterator[LoweredProgram]:
     """Lowers `score_letters` for the batch of most positions and for that of most rows, each of which has logits."""
-    batches = batches_by_length([len(question.ids) for question in questions])
+    batches = batches_by_length([len(question.ids) for question in questions], row_shards(mesh_of(parts)))
     largest = max(batches, key=lambda batch: batch.positions), max(batches, key=lambda batch: batch.size)
     for batch in {batch.shape: batch for batch in largest}.values():
         yield lower_program(batch.shape, _letter_logits, parts, _inputs(batch, questions))
@@ -204,18 +209,24 @@ def mean_over_subjects(right: Bool[np.ndarray, " questions"], subjects: Sequence
     return float(np.mean([right[names == name].mean() for name in sorted(set(subjects))]))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="mesh")
 def _letter_logits(
     parts: ModelParts,
     tokens_BT: Int[Array, "B T"],
     last_B: Int[Array, " B"],
     letters_BK: Int[Array, "B K"],
+    *,
+    mesh: AnyMesh | None = None,
 ) -> Float[Array, "B K"]:
     """f32 logits of the letters after position `last` of each row."""
-    model = combine(parts)
-    rows, length = tokens_BT.shape
-    logits_BV = model.head.logits(model.hidden(tokens_BT)[jnp.arange(rows) * length + last_B])
-    return jnp.take_along_axis(logits_BV, letters_BK, axis=1)
+
+    def program(parts, tokens_BT, last_B, letters_BK):
+        model = combine(parts)
+        rows, length = tokens_BT.shape
+        logits_BV = model.head.logits(model.hidden(tokens_BT)[jnp.arange(rows) * length + last_B])
+        return gather_rows(jnp.take_along_axis(logits_BV, letters_BK, axis=1), mesh, axis=0)
+
+    return run_on_rows(program, parts, (tokens_BT, last_B, letters_BK), mesh, P())
 
 
 def _inputs(batch: Batch, questions: Sequence[LetterQuestion]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

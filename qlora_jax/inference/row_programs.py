@@ -1,0 +1,72 @@
+"""Runs a program of a model and rows on the devices that hold the model.
+
+On a mesh each device has its part of the model and its own rows, as in training. The arrays say which mesh that is, so
+callers of decoding and scoring do not.
+
+Dimension key: L layers, B rows.
+"""
+
+from collections.abc import Callable
+
+import jax
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
+
+from qlora_jax.models.attention import KVCache
+from qlora_jax.models.partition import ModelParts
+from qlora_jax.models.sharded_parts import parts_specs, shards_of
+from qlora_jax.sharding import ROWS, AnyMesh, axis_size, placed_shapes
+
+CACHE = KVCache(k=P(None, ROWS), v=P(None, ROWS))
+
+
+def row_shards(mesh: AnyMesh | None) -> int:
+    """Returns the number of devices that have rows of their own, of which a batch has a multiple."""
+    return axis_size(mesh, *ROWS)
+
+
+def row_specs(inputs: PyTree) -> PyTree:
+    """Returns the PartitionSpecs of a program's inputs: arrays are cut over their rows, and numbers are whole.
+
+    Rows are axis 1 of a cache [L, B, ...], and axis 0 of all other arrays.
+    """
+
+    def spec(leaf):
+        if isinstance(leaf, KVCache):
+            return CACHE
+        return P(ROWS) if leaf.ndim else P()
+
+    return jax.tree.map(spec, inputs, is_leaf=lambda leaf: isinstance(leaf, KVCache))
+
+
+def row_shapes(inputs: PyTree, mesh: AnyMesh | None) -> PyTree:
+    """Returns the shapes of a program's inputs, on a mesh with the shardings of `row_specs`."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), inputs)
+    return shapes if mesh is None else placed_shapes(shapes, row_specs(shapes), mesh)
+
+
+def run_on_rows(
+    program: Callable[..., PyTree], parts: ModelParts, inputs: tuple[PyTree, ...], mesh: AnyMesh | None, results: PyTree
+) -> PyTree:
+    """Returns `program(parts, *inputs)`, which each device of a mesh runs on its own rows; called inside jit.
+
+    Args:
+      program: on a mesh it gets Shards, and only this device's rows.
+      inputs: cut by `row_specs`.
+      results: PartitionSpecs of the result on a mesh.
+    """
+    if mesh is None:
+        return program(parts, *inputs)
+    specs = parts_specs(parts, mesh)
+
+    def on_device(parts: ModelParts, *inputs: PyTree) -> PyTree:
+        return program(shards_of(parts, specs, mesh), *inputs)
+
+    run = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs, *row_specs(inputs)),
+        out_specs=results,
+        check_vma=False,  # kernels' results carry no such types
+    )
+    return run(parts, *inputs)
