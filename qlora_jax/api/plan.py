@@ -89,7 +89,7 @@ def plan_of(args: PlanArgs) -> MemoryPlan:
     """
     target = plan_target(args.card, args.memory)
     buckets, unknown_lengths = from_config.data_buckets(args)
-    setting = from_config.step_config(args, target, buckets)
+    settings = from_config.step_configs(args, target, buckets)
     compile_step, problem = from_config.compiler_for(target)
     notes = []
     if unknown_lengths:
@@ -97,8 +97,11 @@ def plan_of(args: PlanArgs) -> MemoryPlan:
     if problem:
         notes.append(f"every number is an estimate, because nothing can be compiled: {problem}")
     usable = int(float(runtime.USABLE_MEMORY) * target.memory_bytes)  # CUDA itself needs the rest
+    setting = plan.first_fitting(settings, usable, compile_step)
+    usable //= 1 if target.card is not None else setting.devices  # CPU devices share the machine's memory
+    larger = from_config.larger_meshes(setting, target)
     return MemoryPlan(
-        plan=plan.make_plan(setting, usable, compile_step, buckets),
+        plan=plan.make_plan(setting, usable, compile_step, buckets, larger),
         title=from_config.plan_title(args, target, setting),
         notes=tuple(notes),
     )

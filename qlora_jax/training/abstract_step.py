@@ -1,7 +1,7 @@
 """The real training step with shapes as arguments, for lowering and compiling without the device or the weights.
 
 Nothing is allocated, so a 65B step is built as quickly as a 135M one. The functions are `training.step.gradients` and
-`training.step.update` themselves.
+`training.step.update` themselves. On a mesh, whose devices may be absent, shapes have the shardings of a run's arrays.
 
 Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions.
 """
@@ -12,18 +12,25 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import PyTree
 
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.sharded_parts import parts_specs
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
-from qlora_jax.sharding import AnyMesh
+from qlora_jax.optim.mesh_state import state_specs
+from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size
 from qlora_jax.training.step import gradients, update
 
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
+# Near the card's limit, XLA's rematerialization would gather layers once more to save little memory.
+GATHER_ONCE = {"xla_disable_hlo_passes": "rematerialization"}
 
 AbstractLora = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
@@ -45,6 +52,7 @@ class AbstractStep:
       remat: a key of REMAT_POLICIES.
       state: the optimizer's state.
       mesh: the devices that share the rows and the model; None: one device.
+      compiler_options: XLA's options for the gradients.
     """
 
     parts: ModelParts
@@ -54,15 +62,21 @@ class AbstractStep:
     optimizer: optax.GradientTransformation
     state: optax.OptState
     mesh: AnyMesh | None = None
+    compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def gradients(self) -> Program:
         """Returns `training.step.gradients`, ready to compile."""
         args = (self.parts, self.batch, self.key)
-        return Program(gradients, args, {"remat": self.remat})
+        return Program(gradients, args, {"remat": self.remat, "mesh": self.mesh})
+
+    def with_batch(self, batch: tuple[int, int, int]) -> "AbstractStep":
+        """Returns the same step for batches (A, B, T)."""
+        packed = "segments" in self.batch
+        return dataclasses.replace(self, batch=abstract_batch(*batch, packed=packed, mesh=self.mesh))
 
     def update(self) -> Program:
         """Returns `training.step.update`, ready to compile; gradients have the shapes of the LoRA parameters."""
-        return Program(update, (self.optimizer, self.parts.lora, self.state, self.parts.lora), {})
+        return Program(update, (self.optimizer, self.parts.lora, self.state, self.parts.lora), {"mesh": self.mesh})
 
 
 def abstract_step(
@@ -75,15 +89,17 @@ def abstract_step(
     packed: bool = False,
     remat: str = "names",
     optim: OptimArgs | None = None,
+    mesh: AnyMesh | None = None,
 ) -> AbstractStep:
     """Builds the step of a run with these settings, for the platform `weights.platform`.
 
     Args:
-      batch: (A, B, T).
+      batch: (A, B, T), with the rows of all devices.
       new_ids: ids of the new tokens, whose embedding rows train.
       packed: True if each row of a batch packs several data rows.
       remat: a key of REMAT_POLICIES.
       optim: the optimizer's settings; None: the defaults.
+      mesh: the devices; None: one device. Those of an AbstractMesh need not be present.
 
     Raises:
       ValueError: train.remat=offload on a CPU, whose arrays are in host memory already.
@@ -95,14 +111,31 @@ def abstract_step(
         )
     parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids)))
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
+    state = jax.eval_shape(optimizer.init, parts.lora)
+    key = jax.eval_shape(lambda: jax.random.key(0)) if lora.dropout else None
+    if mesh is not None:
+        specs = parts_specs(parts, mesh)
+        state = _on_mesh(state, state_specs(optimizer, parts.lora, specs.lora), mesh)
+        parts, key = _on_mesh(parts, specs, mesh), _on_mesh(key, jax.tree.map(lambda _: P(), key), mesh)
     return AbstractStep(
         parts=parts,
-        batch=abstract_batch(*batch, packed=packed),
-        key=jax.eval_shape(lambda: jax.random.key(0)) if lora.dropout else None,
+        batch=abstract_batch(*batch, packed=packed, mesh=mesh),
+        key=key,
         remat=remat,
         optimizer=optimizer,
-        state=jax.eval_shape(optimizer.init, parts.lora),
+        state=state,
+        mesh=mesh,
+        compiler_options=GATHER_ONCE if weights.platform == "gpu" and axis_size(mesh, FSDP) > 1 else {},
     )
+
+
+def _on_mesh(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
+    """Adds shardings to shapes."""
+
+    def placed(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, tree, specs)
 
 
 def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...]) -> CausalLM:
@@ -113,10 +146,12 @@ def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids
 
 
 def abstract_batch(
-    accumulated: int, rows: int, length: int, *, packed: bool = False
+    accumulated: int, rows: int, length: int, *, packed: bool = False, mesh: AnyMesh | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T]."""
+    sharding = None if mesh is None else NamedSharding(mesh, P(None, ROWS))
     dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
     if packed:
         dtypes["segments"] = jnp.int32
-    return {name: jax.ShapeDtypeStruct((accumulated, rows, length), dtype) for name, dtype in dtypes.items()}
+    shape = (accumulated, rows, length)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}

@@ -1,6 +1,6 @@
 """The compiled gradient programs of a run, one per batch shape."""
 
-import dataclasses
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -8,7 +8,7 @@ import numpy as np
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
 from qlora_jax.sharding import AnyMesh
-from qlora_jax.training.abstract_step import AbstractLora, AbstractStep, abstract_batch
+from qlora_jax.training.abstract_step import AbstractLora, AbstractStep
 from qlora_jax.training.step import StepLoss
 
 Shape = tuple[int, int, int]  # (A, B, T): accumulated micro-batches, rows, positions
@@ -50,14 +50,14 @@ class CompiledGradients:
     def compiled(self, shape: Shape) -> jax.stages.Compiled:
         """Returns the program for batches of a shape (A, B, T), compiling it on first use."""
         if shape not in self._compiled:
-            program = dataclasses.replace(
-                self._step, batch=abstract_batch(*shape, packed="segments" in self._step.batch)
-            ).gradients()
-            self._compiled[shape] = program.function.lower(*program.args, **program.kwargs).compile()
+            program, options = self._step.with_batch(shape).gradients(), self._step.compiler_options
+            self._compiled[shape] = program.function.lower(*program.args, **program.kwargs).compile(options or None)
             runtime.give_memory_back()
         return self._compiled[shape]
 
-    def __call__(self, parts: ModelParts, batch: dict[str, np.ndarray], key: jax.Array | None) -> tuple[Lora, StepLoss]:
+    def __call__(
+        self, parts: ModelParts, batch: Mapping[str, np.ndarray | jax.Array], key: jax.Array | None
+    ) -> tuple[Lora, StepLoss]:
         """Returns (gradients, losses) of a batch; see `training.step.gradients`."""
         accumulated, rows, length = batch["inputs"].shape
         return self.compiled((accumulated, rows, length))(parts, batch, key)

@@ -9,6 +9,7 @@ F mlp, V vocab, R rank; `out` and `in` are the features of a projection.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 
 import jax
@@ -20,6 +21,7 @@ from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
+from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
 
 DOWN = "mlp.down_proj"  # the last product of a layer
 F32 = 4
@@ -27,15 +29,16 @@ F32 = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """The settings that determine the operations and bytes of a step.
+    """The settings that determine the operations and bytes of a step; on a mesh, of one device's part of it.
 
     Attributes:
       lora: the adapters' settings.
-      batch: (A, B, T).
+      batch: (A, B, T), with the rows of one device.
       remat: a key of REMAT_POLICIES.
       supervised: supervised tokens per micro-batch, which the head computes in whole chunks; None: all tokens.
       optimizer: a key of memory_use.OPTIMIZER_STATES.
       new_tokens: number of new tokens, whose rows of embedding and head train.
+      mesh: the devices that the model is cut over; None: one device.
     """
 
     model: ModelConfig
@@ -46,6 +49,7 @@ class StepShape:
     supervised: int | None = None
     optimizer: str = "adamw_32bit"
     new_tokens: int = 0
+    mesh: AnyMesh | None = None
 
     @property
     def rows(self) -> int:
@@ -56,6 +60,19 @@ class StepShape:
     def itemsize(self) -> int:
         """Bytes per activation."""
         return 2 if self.weights.dtype in ("bfloat16", "float16") else F32
+
+    @property
+    def table_parts(self) -> int:
+        """The number of devices that embedding and head are cut over; 1 if rows of them train."""
+        if self.mesh is None or self.new_tokens or self.trained_tables:
+            return 1
+        shape = (self.model.vocab_size, self.model.embed_dim)
+        return 1 if cut_axis(table_spec(shape, self.mesh)) is None else axis_size(self.mesh, FSDP)
+
+    @property
+    def lora_itemsize(self) -> int:
+        """Bytes per element of the trained matrices."""
+        return 2 if self.lora.dtype == "bfloat16" else F32
 
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
@@ -208,15 +225,21 @@ def head_flops(step: StepShape) -> int:
 
 
 def head_tile(step: StepShape) -> lm_head_tiles.Tile:
-    """Returns the tile of the head: C tokens and W vocabulary rows."""
-    return lm_head_tiles.tile_size(step.weights.platform, step.rows, step.model.vocab_size)
+    """Returns the tile of the head: tokens, those of all devices that share its rows, and W rows of one device."""
+    parts = step.table_parts
+    return lm_head_tiles.tile_size(step.weights.platform, step.rows * parts, step.model.vocab_size // parts)
+
+
+def head_chunks(step: StepShape) -> tuple[int, int]:
+    """Returns (I, C): the number of chunks of supervised tokens, and a chunk's tokens of this device."""
+    chunk = max(1, head_tile(step).tokens // step.table_parts)
+    tokens = step.rows if step.supervised is None else step.supervised
+    return -(-tokens // chunk), chunk
 
 
 def head_rows(step: StepShape) -> int:
     """Returns C I, the supervised tokens in whole chunks of C."""
-    chunk = head_tile(step).tokens
-    tokens = step.rows if step.supervised is None else step.supervised
-    return -(-tokens // chunk) * chunk
+    return math.prod(head_chunks(step))
 
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"

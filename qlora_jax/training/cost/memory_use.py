@@ -1,14 +1,25 @@
 """The bytes of one optimizer step by formula: weights, adapters, moments, batches and logits.
 
-Pure arithmetic, with the dimension key of qlora_jax.training.cost.flops.
+On a mesh they are those of one device: its parts of the arrays that are cut, and its rows. Pure arithmetic, with the
+dimension key of qlora_jax.training.cost.flops.
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 
-from pallas_kernels.nf4_matmul.costs import dequantized_bytes, weight_bytes
+from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
+from qlora_jax.sharding import ROWS, axis_size
+from qlora_jax.training.cost.arrays import (
+    Leaf,
+    dense_leaf,
+    head_bias_leaf,
+    quantized_leaves,
+    table_leaves,
+    trained_leaves,
+)
 from qlora_jax.training.cost.flops import F32, RECOMPUTED, StepShape, head_tile, not_recomputed
 
 
@@ -19,34 +30,30 @@ def frozen_bytes(step: StepShape) -> dict[str, int]:
     of embedding and head, once if tied, without tables that train fully. `vectors` are norms and biases in the compute
     dtype, and DoRA's frozen row norms in f32.
     """
-    model, layers, size = step.model, step.model.num_layers, step.itemsize
-    weights = [_weight_bytes(step, name, shape) for name, shape in step.shapes() if step.frozen]
-    linear = layers * sum(math.prod(shape) for _, shape in step.shapes())
-    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
-    frozen = tables - len(step.trained_tables) * model.vocab_size * model.embed_dim
+    weights = [(name, shape) for name, shape in step.shapes() if step.frozen]
+    stacks = [quantized_leaves(step, name, shape) for name, shape in weights]
+    dense = [dense_leaf(step, name, shape) for name, shape in weights]
     return {
-        "codes": sum(codes for codes, _ in weights),
-        "constants": sum(constants for _, constants in weights),
-        "tables": frozen * size,
-        "vectors": step.frozen * (model.parameters() - linear - tables + model.head_bias * step.new_tokens) * size
-        + layers * F32 * _dora_rows(step),
+        "codes": _own_bytes(step, [*dense, *(codes for codes, _ in stacks)]),
+        "constants": _own_bytes(step, (leaf for _, constants in stacks for leaf in constants)),
+        "tables": _own_bytes(step, table_leaves(step)),
+        "vectors": _vector_bytes(step) + _own_bytes(step, [head_bias_leaf(step)]),
     }
 
 
-def _weight_bytes(step: StepShape, name: str, shape: tuple[int, int]) -> tuple[int, int]:
-    weights, layers = step.weights, step.model.num_layers
-    dense = len(weights.dense_layers(name, layers))
-    dense_bytes = dense * math.prod(shape) * step.itemsize
-    if dense == layers:
-        return dense_bytes, 0
-    quantized = weight_bytes(
-        shape,
-        weights.layout_for(shape),
-        block_size=weights.block_size,
-        nested_block_size=weights.nested_block_size,
-        double_quant=weights.double_quant,
-    )
-    return dense_bytes + (layers - dense) * quantized.codes, (layers - dense) * quantized.constants
+def _own_bytes(step: StepShape, leaves: Iterable[Leaf]) -> int:
+    """Returns the bytes of one device's parts of some arrays."""
+    return sum(leaf.part_bytes(step.mesh) for leaf in leaves)
+
+
+def _vector_bytes(step: StepShape) -> int:
+    """Returns the bytes of norms and of the projections' biases, and of DoRA's frozen row norms."""
+    model = step.model
+    linear = model.num_layers * sum(math.prod(shape) for _, shape in step.shapes())
+    tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
+    vectors = model.parameters() - linear - tables - model.head_bias * model.vocab_size
+    rows = sum(n for name, (n, _) in step.shapes() if name in step.dora)
+    return step.frozen * vectors * step.itemsize + model.num_layers * F32 * rows
 
 
 def lora_bytes(step: StepShape) -> int:
@@ -55,16 +62,7 @@ def lora_bytes(step: StepShape) -> int:
     They are L times the sum over adapters of R (in + out), and D per row of a new token, at 4 or 2 bytes each; vectors
     of DoRA and (IA)^3 are f32.
     """
-    size = 2 if step.lora.dtype == "bfloat16" else F32
-    per_layer = size * sum(_matrix_sizes(step)) + F32 * sum(_vector_sizes(step))
-    tables = size * _new_rows(step) * step.model.embed_dim
-    return step.model.num_layers * per_layer + tables + F32 * sum(_last_norm(step))
-
-
-def _new_rows(step: StepShape) -> int:
-    """Returns the trained rows of embedding and head: new tokens, and all rows of tables that train fully."""
-    tables = 1 if step.model.tie_embeddings else 2
-    return tables * step.new_tokens + len(step.trained_tables) * step.model.vocab_size
+    return _own_bytes(step, trained_leaves(step))
 
 
 # Per optimizer: number of moments, True if stored in 8 bits, and int32 step counters (optax's schedule has one too).
@@ -83,44 +81,15 @@ def optimizer_bytes(step: StepShape) -> int:
     (n = R in), B (n = R out), vectors, and rows of new tokens (n = D).
     """
     moments, eight_bit, counters = OPTIMIZER_STATES[step.optimizer]
-    per_layer = sum(_moment_bytes(n, eight_bit) for n in (*_matrix_sizes(step), *_vector_sizes(step)))
-    rows = _new_rows(step) * _moment_bytes(step.model.embed_dim, eight_bit)
-    last = sum(_moment_bytes(n, eight_bit) for n in _last_norm(step))
-    return moments * (step.model.num_layers * per_layer + rows + last) + counters * F32
+    return moments * sum(_moment_bytes(leaf, step, eight_bit) for leaf in trained_leaves(step)) + counters * F32
 
 
-def _moment_bytes(n: int, eight_bit: bool) -> int:
-    return n + F32 * -(-n // BLOCK) if eight_bit and n >= MIN_SIZE else F32 * n
-
-
-def _matrix_sizes(step: StepShape) -> list[int]:
-    """Returns the elements of each A and B of a layer, or of each weight in full finetuning."""
-    if not step.frozen:
-        return [n * k for _, (n, k) in step.shapes()]
-    return [step.ranks[name] * side for name, shape in step.shapes() if name in step.ranks for side in shape]
-
-
-def _vector_sizes(step: StepShape) -> list[int]:
-    """Returns the elements of each trained vector of a layer."""
-    if not step.frozen:
-        biases = [n for (n, _), has_bias in step.model.linear_shapes().values() if has_bias]
-        return biases + _norm_leaves(step) * list(step.model.norm_widths().values())
-    scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
-    return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
-
-
-def _norm_leaves(step: StepShape) -> int:
-    """Returns the number of vectors of a norm: 2 for a LayerNorm (weight, bias), else 1."""
-    return 2 if step.model.norm == "layer" else 1
-
-
-def _last_norm(step: StepShape) -> list[int]:
-    """Returns the elements of each vector of the final norm, if it trains."""
-    return [] if step.frozen else _norm_leaves(step) * [step.model.embed_dim]
-
-
-def _dora_rows(step: StepShape) -> int:
-    return sum(n for name, (n, _) in step.shapes() if name in step.dora)
+def _moment_bytes(leaf: Leaf, step: StepShape, eight_bit: bool) -> int:
+    """Returns the bytes of a moment; whether it has 8 bits follows from the whole tensor, not from a device's part."""
+    count, *shape = leaf.shape
+    n = math.prod(shape)
+    own = n // leaf.parts(step.mesh)
+    return count * (own + F32 * -(-own // BLOCK) if eight_bit and n >= MIN_SIZE else F32 * own)
 
 
 def batch_bytes(step: StepShape) -> int:
@@ -153,6 +122,6 @@ def argument_bytes(step: StepShape) -> int:
 
 
 def gradient_output_bytes(step: StepShape) -> int:
-    """Returns the bytes of the results of `gradients`: LoRA gradients, two sums, and the losses of A B rows in f32."""
+    """Returns the bytes of the results of `gradients`: LoRA gradients, two sums, and the losses of all rows in f32."""
     accumulated, rows, _ = step.batch
-    return lora_bytes(step) + F32 * (2 + accumulated * rows)
+    return lora_bytes(step) + F32 * (2 + accumulated * rows * axis_size(step.mesh, *ROWS))

@@ -1,25 +1,33 @@
 """Builds the inputs of a plan from settings: the step's configuration, the compiler for its device, and the title."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
+from jax.sharding import AbstractMesh, AxisType
+
 from pallas_kernels import aot
-from qlora_jax.config import Config, LoraArgs, paging_of
+from qlora_jax.config import Config, LoraArgs, mesh_choices, paging_of
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
+from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features
 from qlora_jax.training.session import open_inputs
 
 GIB = 2**30
+HOST_CARDS = (2, 4, 8)  # numbers of cards that hosts usually have
 
 
-def step_config(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> StepConfig:
-    """Returns the configuration of the longest step: that of the longest bucket, or data.max_length without buckets.
+def step_configs(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> list[StepConfig]:
+    """Returns the longest step on each mesh that the settings allow, the first to try first.
+
+    Its rows have the length of the longest bucket, or data.max_length without buckets.
 
     Raises:
-      ValueError: an unknown model, or rows longer than its maximum.
+      ValueError: an unknown model, rows longer than its maximum, or settings that no mesh allows.
     """
     model = model_features(args.model.path)
     if args.data.max_length > model.max_positions:
@@ -30,7 +38,28 @@ def step_config(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> S
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
-    return run_step_config(args, model, weights, max(buckets, default=args.data.max_length), ids)
+    config = run_step_config(args, model, weights, max(buckets, default=args.data.max_length), ids)
+    sizes = mesh_choices(args, device_count(args, target)).usable
+    mesh = make_mesh if target.card is None else absent_mesh
+    return [config if size.devices == 1 else config.replace(mesh=mesh(size.data, size.fsdp)) for size in sizes]
+
+
+def device_count(args: PlanArgs, target: PlanTarget) -> int:
+    """Returns the number of devices to plan for: this machine's CPU devices, or `cards`, or those of a given mesh."""
+    if target.card is None:
+        return jax.local_device_count()
+    return max(args.cards, math.prod(size for size in (args.mesh.data, args.mesh.fsdp) if isinstance(size, int)))
+
+
+def absent_mesh(data: int, fsdp: int) -> AbstractMesh:
+    """Returns a mesh of devices that need not be present."""
+    return AbstractMesh((data, fsdp), ROWS, axis_types=(AxisType.Auto,) * 2)
+
+
+def larger_meshes(config: StepConfig, target: PlanTarget) -> list[AbstractMesh]:
+    """Returns meshes of more cards to propose; none for a CPU."""
+    counts = [] if target.card is None else [count for count in HOST_CARDS if count > config.devices]
+    return [absent_mesh(1, count) for count in counts]
 
 
 def data_buckets(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
@@ -48,7 +77,12 @@ def data_buckets(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
 
 
 def run_step_config(
-    config: Config, model: ModelConfig, weights: WeightFormat, length: int, new_ids: tuple[int, ...]
+    config: Config,
+    model: ModelConfig,
+    weights: WeightFormat,
+    length: int,
+    new_ids: tuple[int, ...],
+    mesh: AnyMesh | None = None,
 ) -> StepConfig:
     """Returns the configuration of a run's steps with rows of `length` tokens."""
     train = config.train
@@ -61,6 +95,7 @@ def run_step_config(
         remat=train.remat,
         paged=paging_of(config.optim) != "off",
         new_ids=new_ids,
+        mesh=mesh,
     )
 
 
@@ -80,7 +115,8 @@ def plan_title(args: PlanArgs, target: PlanTarget, setting: StepConfig) -> str:
     """Returns the title of a plan: model, method, batch and device."""
     _, rows, length = setting.batch
     place = "this CPU" if target.card is None else target.card.description
+    cards = "" if setting.mesh is None else f"{setting.devices} x "
     return (
         f"{args.model.path}, {_method(args.lora)}, {rows} x {length} tokens, "
-        f"remat {setting.remat}, on {place} ({target.memory_bytes / GIB:,.2f} GiB)"
+        f"remat {setting.remat}, on {cards}{place} ({target.memory_bytes / GIB:,.2f} GiB)"
     )

@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
+from jax.sharding import AbstractMesh
 
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.optim.page_pool import Memory
+from qlora_jax.optim.mesh_memory import memory_of
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost import memory_use
@@ -78,6 +79,8 @@ class RunPlan:
         total = f"{format_bytes(self.requirements.total)} of {self.device}"
         batch = "{1} x {2} tokens".format(*self.requirements.config.batch)
         rows = {"longest step": batch, "memory": total, BREAKDOWN: ", ".join(parts)}
+        if received := sum(self.requirements.received.values()):
+            rows["received per step"] = f"{format_bytes(received)} by each device"
         if self.questions is not None:
             rows["questions"] = f"{format_bytes(self.question_bytes)}, peak in {self.questions.program}"
         return rows | ({"host memory": format_bytes(host)} if host else {})
@@ -97,8 +100,10 @@ class RunPlan:
 def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> RunPlan:
     """Plans the run's step for its longest bucket; uses the program that `gradients` has compiled."""
     weights = weights_of(config, inputs)
-    setting = run_step_config(config, inputs.model, weights, max(inputs.dataset.buckets), inputs.new_ids)
-    limit, device = device_bytes(Memory.of(jax.local_devices()[0]))
+    length, mesh = max(inputs.dataset.buckets), gradients.mesh
+    assert not isinstance(mesh, AbstractMesh), "a run's devices are present"
+    setting = run_step_config(config, inputs.model, weights, length, inputs.new_ids, mesh)
+    limit, device = device_bytes(memory_of(mesh))
     requirements = compiled_requirements(setting, _compiled_by(gradients, setting))
     questions = None if inputs.questions is None else inputs.questions.memory(gradients.parts)
     return RunPlan(requirements=requirements, limit=limit, device=device, questions=questions)

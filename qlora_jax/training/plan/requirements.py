@@ -1,4 +1,4 @@
-"""The memory requirements of one optimizer step, by kind.
+"""The memory requirements of one optimizer step, by kind; on a mesh, those of one device.
 
 Shapes determine everything but scratch (cost/memory_use.py, cost/activations.py). Scratch is measured by compiling the
 real step for the device, or estimated. Dimension key: A micro-batches, B rows, T positions, M = B T.
@@ -15,8 +15,9 @@ from qlora_jax.config import LoraArgs, OptimArgs, plain_name
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.page_layout import PAGE_BYTES
+from qlora_jax.sharding import ROWS, AnyMesh, axis_size
 from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
-from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost import communication, flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 
@@ -34,10 +35,11 @@ class StepConfig:
     """The settings that determine a step's memory.
 
     Attributes:
-      batch: (A, B, T).
+      batch: (A, B, T), with the rows of all devices.
       remat: a key of REMAT_POLICIES.
       paged: True if the optimizer's state is in host memory while gradients are computed.
       new_ids: ids of the new tokens, whose embedding rows train.
+      mesh: the devices that share the rows and the model; None: one device.
     """
 
     model: ModelConfig
@@ -48,11 +50,17 @@ class StepConfig:
     remat: str
     paged: bool = False
     new_ids: tuple[int, ...] = ()
+    mesh: AnyMesh | None = None
+
+    @property
+    def devices(self) -> int:
+        """The number of devices."""
+        return axis_size(self.mesh, *ROWS)
 
     @property
     def rows(self) -> int:
-        """M, the tokens per micro-batch."""
-        return self.batch[1] * self.batch[2]
+        """M, the tokens per micro-batch of one device."""
+        return self.batch[1] * self.batch[2] // self.devices
 
     @functools.cached_property
     def abstract_step(self) -> AbstractStep:
@@ -65,18 +73,21 @@ class StepConfig:
             new_ids=self.new_ids,
             remat=self.remat,
             optim=self.optim,
+            mesh=self.mesh,
         )
 
     def step_shape(self) -> flops.StepShape:
-        """Returns the step as cost/flops.py counts it."""
+        """Returns one device's part of the step, as cost/flops.py counts it."""
+        accumulated, rows, length = self.batch
         return flops.StepShape(
             model=self.model,
             weights=self.weights,
             lora=self.lora,
-            batch=self.batch,
+            batch=(accumulated, rows // self.devices, length),
             remat=self.remat,
             optimizer=plain_name(self.optim.name),
             new_tokens=len(self.new_ids),
+            mesh=self.mesh,
         )
 
     def replace(self, **changes: Any) -> "StepConfig":
@@ -126,6 +137,11 @@ class Requirements:
     def total(self) -> int:
         """Bytes on the device."""
         return sum(self.device.values())
+
+    @property
+    def received(self) -> dict[str, int]:
+        """Bytes that each device receives from the others in one optimizer step, by kind; by formula."""
+        return {kind: one.received for kind, one in communication.exchanges(self.config.step_shape()).items()}
 
 
 def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements:
@@ -200,23 +216,27 @@ def _without_batch(need: Requirements) -> int:
 def working_set(step: flops.StepShape) -> int:
     """Estimates a step's scratch in bytes; tests/training/plan/test_plan.py compares it with compiled steps.
 
-    It is one tile of logits, two f32 arrays of each width of a layer, and two dequantized MLP weights.
+    It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
+    layers of a model that is cut over devices.
     """
     model = step.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
     layer = 2 * step.rows * widths * flops.F32
     weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
-    return memory_use.logits_bytes(step) + layer + weights
+    return memory_use.logits_bytes(step) + layer + weights + 2 * communication.layer_bytes(step)
 
 
 # Compilers
 
 
 def compile_here(step: AbstractStep) -> Temporaries:
-    """Compiles a step for this process's device."""
-    return _temporaries(
-        step, lambda p: aot.read_memory(p.function.lower(*p.args, **p.kwargs).compile().memory_analysis())
-    )
+    """Compiles a step for this process's devices."""
+
+    def memory_of(program: Program, options: dict[str, str]) -> aot.MemoryUse:
+        lowered = program.function.lower(*program.args, **program.kwargs)
+        return aot.read_memory(lowered.compile(options or None).memory_analysis())
+
+    return _temporaries(step, memory_of)
 
 
 def compile_on_card(card: str) -> CompileStep:
@@ -224,9 +244,16 @@ def compile_on_card(card: str) -> CompileStep:
 
     pallas_kernels.aot.problem() says whether this machine can compile for it.
     """
-    return lambda step: _temporaries(step, lambda p: aot.compile_for(card, p.function, *p.args, **p.kwargs).memory)
+
+    def memory_of(program: Program, options: dict[str, str]) -> aot.MemoryUse:
+        compiled = aot.compile_for(
+            card, program.function, *program.args, **program.kwargs, compiler_options=options or None
+        )
+        return compiled.memory
+
+    return lambda step: _temporaries(step, memory_of)
 
 
-def _temporaries(step: AbstractStep, memory_of: Callable[[Program], aot.MemoryUse]) -> Temporaries:
-    gradients, update = (memory_of(program) for program in (step.gradients(), step.update()))
+def _temporaries(step: AbstractStep, memory_of: Callable[[Program, dict[str, str]], aot.MemoryUse]) -> Temporaries:
+    gradients, update = memory_of(step.gradients(), step.compiler_options), memory_of(step.update(), {})
     return Temporaries(gradients.device.temporaries, update.device.temporaries, gradients.host.temporaries)

@@ -7,7 +7,7 @@ import dataclasses
 
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax.config import Config, DataArgs, ModelArgs
-from qlora_jax.config.fields import NOT_EMPTY, setting
+from qlora_jax.config.fields import AT_LEAST_ONE, NOT_EMPTY, setting
 from qlora_jax.models.catalog import PUBLISHED
 
 
@@ -38,6 +38,12 @@ class PlanArgs(Config):
 
     card: str | None = setting(
         f"the card: {', '.join(CARDS)}, or cpu", None, common="the card, such as h100 or rtx4090, or cpu"
+    )
+    cards: int = setting(
+        "the number of such cards, which mesh.fsdp=auto and mesh.data=auto may use; a mesh that is given needs no more",
+        1,
+        AT_LEAST_ONE,
+        common="the number of such cards",
     )
     memory: str | None = setting(
         "device memory, such as 24GiB, instead of the card's; alone: the card with the nearest size",

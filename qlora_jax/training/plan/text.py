@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.plan.plan import MOST_ROWS, Plan
+from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan
 from qlora_jax.training.plan.requirements import KINDS, STATE, Requirements
 
 GIB = 2**30
@@ -18,7 +18,7 @@ def print_plan(plan: Plan, title: str, console: Console) -> None:
     """Prints a table of bytes by kind, the verdict, and what would fit."""
     columns = [plan.requested, plan.other_paging, *plan.shorter]
     table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("GiB on the device")
+    table.add_column("GiB on the device" if plan.requested.config.mesh is None else "GiB on each device")
     for requirements in columns:
         table.add_column(_heading(requirements), justify="right")
     for kind in KINDS:
@@ -27,6 +27,8 @@ def print_plan(plan: Plan, title: str, console: Console) -> None:
         "total", *(_gib(requirements.total) + MARKS[requirements.source] for requirements in columns), style="bold"
     )
     table.add_row("host memory", *(_gib(sum(requirements.host.values())) for requirements in columns))
+    if plan.requested.received:
+        table.add_row("received per step", *(_gib(sum(requirements.received.values())) for requirements in columns))
     console.print(table)
     for line in (*_legend(columns), *verdict(plan)):
         console.print(line, highlight=False, soft_wrap=True)
@@ -37,13 +39,16 @@ def verdict(plan: Plan) -> list[str]:
     requested = plan.requested
     relation = "fits" if plan.fits else "DOES NOT FIT"
     lines = [f"{relation}: {format_bytes(requested.total)} of the {format_bytes(plan.limit)} that a step may use"]
-    if not plan.fits and plan.change is None:
+    if received := requested.received:
+        parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in received.items())
+        lines.append(f"each device receives {format_bytes(sum(received.values()))} per step: {parts}")
+    if not plan.fits and plan.change is None and plan.more_devices is None:
         lines.append("no single setting makes it fit: use a smaller model or a larger card")
     if plan.change is not None:
-        options = " ".join(f"--{name} {value}" for name, value in plan.change.options.items())
-        lines.append(
-            f"nearest change that fits: {plan.change.description}: {options} ({_total(plan.change.requirements)})"
-        )
+        lines.append(f"nearest change that fits: {_change(plan.change)} ({_total(plan.change.requirements)})")
+    if plan.more_devices is not None:
+        total = _total(plan.more_devices.requirements)
+        lines.append(f"fits on more devices: {_change(plan.more_devices)} ({total} on each)")
     rows, length = requested.config.batch[1:]
     max_positions = requested.config.model.max_positions
     lines.append(f"longest rows that fit, {rows} per micro-batch: {_most(plan.longest, 2, max_positions)}")
@@ -58,19 +63,26 @@ def as_json(plan: Plan) -> dict[str, object]:
         name: requirements and _requirements_json(requirements) for name, requirements in named.items()
     }
     found["shorter"] = [_requirements_json(requirements) for requirements in plan.shorter]
-    if plan.change is not None:
-        found["change"] = {
-            "what": plan.change.description,
-            "options": dict(plan.change.options),
-            "need": _requirements_json(plan.change.requirements),
-        }
-    return {"fits": plan.fits, "limit": plan.limit, "change": None} | found
+    changes = {"change": plan.change, "more_devices": plan.more_devices}
+    found |= {name: change and _change_json(change) for name, change in changes.items()}
+    return {"fits": plan.fits, "limit": plan.limit} | found
+
+
+def _change_json(change: Change) -> dict[str, object]:
+    need = _requirements_json(change.requirements)
+    return {"what": change.description, "options": dict(change.options), "need": need}
 
 
 def _requirements_json(requirements: Requirements) -> dict[str, object]:
     config = requirements.config
     settings = {"batch": config.batch, "remat": config.remat, "paged": config.paged, "source": requirements.source}
-    return settings | {"total": requirements.total, "device": requirements.device, "host": requirements.host}
+    mesh = {} if config.mesh is None else {"mesh": dict(config.mesh.shape), "received": requirements.received}
+    sizes = {"total": requirements.total, "device": requirements.device, "host": requirements.host}
+    return settings | mesh | sizes
+
+
+def _change(change: Change) -> str:
+    return f"{change.description}: " + " ".join(f"--{name} {value}" for name, value in change.options.items())
 
 
 def _heading(requirements: Requirements) -> str:

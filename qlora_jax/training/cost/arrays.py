@@ -1,0 +1,116 @@
+"""The arrays of a step by shape, and the bytes of one device's part of each on a mesh.
+
+Pure arithmetic, with the dimension key of qlora_jax.training.cost.flops. A stack's leading axis is that of its layers.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.formats.layouts import LAYOUTS
+from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
+from qlora_jax.training.cost.flops import F32, StepShape
+
+Spec = Callable[[Sequence[int], AnyMesh], P]
+
+
+class Leaf(NamedTuple):
+    """One array: its whole shape, the bytes of an element, and how it is cut over a mesh (None: whole everywhere)."""
+
+    shape: tuple[int, ...]
+    itemsize: int
+    spec: Spec | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the whole array."""
+        return math.prod(self.shape) * self.itemsize
+
+    def is_cut(self, mesh: AnyMesh | None) -> bool:
+        """Returns True if each device of the mesh has a part of the array."""
+        return mesh is not None and self.spec is not None and cut_axis(self.spec(self.shape, mesh)) is not None
+
+    def parts(self, mesh: AnyMesh | None) -> int:
+        """Returns the number of parts that the array is cut into."""
+        return axis_size(mesh, FSDP) if self.is_cut(mesh) else 1
+
+    def part_bytes(self, mesh: AnyMesh | None) -> int:
+        """Returns the bytes of one device's part."""
+        return self.nbytes // self.parts(mesh)
+
+
+def quantized_leaves(step: StepShape, name: str, shape: tuple[int, int]) -> tuple[Leaf, list[Leaf]]:
+    """Returns (codes, constants) of a projection's 4-bit layers; a stack with dense layers is whole on every device."""
+    weights, dense = step.weights, len(step.weights.dense_layers(name, step.model.num_layers))
+    layers, spec = step.model.num_layers - dense, None if dense else stack_spec
+    layout = LAYOUTS[weights.layout_for(shape)]
+    blocks = layout.constants_shape(shape, weights.block_size)
+    codes = Leaf((layers, *layout.codes_shape(shape)), 1, spec)
+    if not weights.double_quant:
+        return codes, [Leaf((layers, *blocks), F32, spec)]
+    nested = -(-math.prod(blocks) // weights.nested_block_size)
+    return codes, [Leaf((layers, *blocks), 1, spec), Leaf((layers, nested), F32, spec), Leaf((layers,), F32, spec)]
+
+
+def dense_leaf(step: StepShape, name: str, shape: tuple[int, int]) -> Leaf:
+    """Returns a projection's dense layers."""
+    return Leaf((len(step.weights.dense_layers(name, step.model.num_layers)), *shape), step.itemsize)
+
+
+def table_leaves(step: StepShape) -> list[Leaf]:
+    """Returns the frozen tables, embedding and head, and the head's bias. Tables of which rows train are whole."""
+    model = step.model
+    count = (1 if model.tie_embeddings else 2) - len(step.trained_tables)
+    spec = None if step.new_tokens or step.trained_tables else table_spec
+    return count * [Leaf((model.vocab_size, model.embed_dim), step.itemsize, spec)]
+
+
+def head_bias_leaf(step: StepShape) -> Leaf:
+    """Returns the head's bias, with a row per new token; its shape is (0,) if the head has none."""
+    rows = step.model.head_bias * step.frozen * (step.model.vocab_size + step.new_tokens)
+    return Leaf((rows,), step.itemsize, None if step.new_tokens or step.trained_tables else table_spec)
+
+
+def trained_leaves(step: StepShape) -> Iterator[Leaf]:
+    """Yields the trained parameters; the leading axis is that of the layers, or of the trained rows of a table."""
+    layers = step.model.num_layers
+    yield from (Leaf((layers, *shape), step.lora_itemsize, lora_spec) for shape in _matrices(step))
+    yield from (Leaf((layers, size), F32, lora_spec) for size in _vectors(step))
+    yield Leaf((_trained_rows(step), step.model.embed_dim), step.lora_itemsize)
+    yield from (Leaf((1, size), F32) for size in _last_norm(step))
+
+
+def _matrices(step: StepShape) -> Iterator[tuple[int, int]]:
+    """Yields the shapes of A and B of a layer, or of each weight in full finetuning."""
+    for name, (n, k) in step.shapes():
+        if not step.frozen:
+            yield n, k
+        elif name in step.ranks:
+            yield from ((k, step.ranks[name]), (step.ranks[name], n))
+
+
+def _vectors(step: StepShape) -> list[int]:
+    """Returns the elements of each trained vector of a layer."""
+    if not step.frozen:
+        biases = [n for (n, _), has_bias in step.model.linear_shapes().values() if has_bias]
+        return biases + _norm_leaves(step) * list(step.model.norm_widths().values())
+    scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
+    return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
+
+
+def _trained_rows(step: StepShape) -> int:
+    """Returns the trained rows of embedding and head: new tokens, and all rows of tables that train fully."""
+    tables = 1 if step.model.tie_embeddings else 2
+    return tables * step.new_tokens + len(step.trained_tables) * step.model.vocab_size
+
+
+def _norm_leaves(step: StepShape) -> int:
+    """Returns the number of vectors of a norm: 2 for a LayerNorm (weight, bias), else 1."""
+    return 2 if step.model.norm == "layer" else 1
+
+
+def _last_norm(step: StepShape) -> list[int]:
+    """Returns the elements of each vector of the final norm, if it trains."""
+    return [] if step.frozen else _norm_leaves(step) * [step.model.embed_dim]

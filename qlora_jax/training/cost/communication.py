@@ -1,0 +1,87 @@
+"""The bytes that devices of a mesh exchange in one optimizer step, by formula.
+
+Sizes are those of whole arrays, as nccl-tests counts them. A device of a group of s receives (s - 1) / s of an array
+that is gathered, or summed and scattered, and twice that of one that is summed for all
+(pallas_kernels.aot.collectives).
+
+Pure arithmetic, with the dimension key of qlora_jax.training.cost.flops; s devices along `fsdp`.
+"""
+
+from typing import NamedTuple
+
+from pallas_kernels.aot.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, received
+from qlora_jax.sharding import DATA, FSDP, axis_size
+from qlora_jax.training.cost.arrays import Leaf, quantized_leaves, trained_leaves
+from qlora_jax.training.cost.flops import F32, StepShape, head_chunks
+
+GATHERS = 2  # of a layer per micro-batch: forward, and once for recomputation and the backward products together
+
+
+class Exchange(NamedTuple):
+    """The arrays of one kind that devices exchange in a step: their operation, bytes, and the devices of a group."""
+
+    operation: str
+    nbytes: int
+    group: int
+
+    @property
+    def received(self) -> int:
+        """The bytes that each device receives, on a ring."""
+        return received(self.operation, self.nbytes, self.group)
+
+
+def exchanges(step: StepShape) -> dict[str, Exchange]:
+    """Returns what devices exchange in a step, by kind; kinds without bytes, and few-byte sums, are left out."""
+    shards, groups = axis_size(step.mesh, FSDP), axis_size(step.mesh, DATA)
+    micro_batches, devices = step.batch[0], shards * groups
+    cut = [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
+    whole = [leaf for leaf in trained_leaves(step) if not leaf.is_cut(step.mesh)]
+    found = {
+        "weights": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, gathered_weights(step))), shards),
+        "adapters": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, cut)), shards),
+        "adapters' gradients": Exchange(REDUCE_SCATTER, micro_batches * sum(map(_bytes, cut)), shards),
+        "sums over groups": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), cut)), groups),
+        "sums over devices": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), whole)), devices),
+    }
+    if step.table_parts > 1:
+        found["embedding"] = Exchange(REDUCE_SCATTER, micro_batches * step.rows * shards * _row(step), shards)
+        found["head's inputs"] = Exchange(ALL_GATHER, micro_batches * _head_tokens(step) * _row(step), shards)
+        found["head's gradients"] = Exchange(REDUCE_SCATTER, micro_batches * _head_tokens(step) * _sums(step), shards)
+    return {kind: one for kind, one in found.items() if one.nbytes and one.group > 1}
+
+
+def gathered_weights(step: StepShape) -> list[Leaf]:
+    """Returns the leaves of 4-bit stacks that are gathered a layer at a time: codes and constants."""
+    stacks = [quantized_leaves(step, name, shape) for name, shape in step.shapes() if step.frozen]
+    leaves = [leaf for codes, constants in stacks for leaf in (codes, *constants)]
+    return [leaf for leaf in leaves if leaf.is_cut(step.mesh)]
+
+
+def layer_bytes(step: StepShape) -> int:
+    """Returns the bytes of the gathered arrays of one layer: codes, constants and adapters."""
+    gathered = [*gathered_weights(step), *(leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh))]
+    return sum(map(_bytes, gathered)) // step.model.num_layers
+
+
+def _bytes(leaf: Leaf) -> int:
+    return leaf.nbytes
+
+
+def _part_in_f32(step: StepShape):
+    return lambda leaf: leaf.part_bytes(step.mesh) // leaf.itemsize * F32
+
+
+def _row(step: StepShape) -> int:
+    """Returns the bytes of one hidden state."""
+    return step.model.embed_dim * step.itemsize
+
+
+def _head_tokens(step: StepShape) -> int:
+    """Returns the supervised tokens of a group of devices, in whole chunks."""
+    chunks, tokens = head_chunks(step)
+    return chunks * tokens * step.table_parts
+
+
+def _sums(step: StepShape) -> int:
+    """Returns the bytes per token of the head's weighted sum in f32, and of the target's row."""
+    return step.model.embed_dim * (F32 + step.itemsize)
