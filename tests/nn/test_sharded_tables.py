@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.aot.collectives import read_collectives
 from qlora_jax.nn.lm_head import Head
 from qlora_jax.nn.lm_head_chunks import chunk_size
 from qlora_jax.nn.lm_head_tiles import TILES, Tile
@@ -110,6 +111,35 @@ def test_scores_of_a_head_that_is_cut(sizes):
     np.testing.assert_array_equal(found.likeliest_M, (np.arange(M) % 2 == 1) & np.asarray(wanted))
     np.testing.assert_array_equal(found.likeliest_M, expected.likeliest_M)
     np.testing.assert_allclose(found.nll_M, expected.nll_M, rtol=2e-6, atol=2e-6)
+
+
+def test_gradients_of_a_16_bit_head_that_is_cut():
+    """Factors exp(l - largest) are rounded to 16 bits, with another largest logit on each device."""
+    hidden, weight = random_array(M, D).astype(jnp.bfloat16), random_array(V, D).astype(jnp.bfloat16)
+    targets, wanted = jnp.arange(M, dtype=jnp.int32) % V, wanted_of(200)
+    run = on_mesh(lambda head, *of_tokens: token_nll(of_tokens[0], head, *of_tokens[1:]), (2, 4))
+    expected, expected_vjp = jax.vjp(lambda x: token_nll(x, Head(weight), targets, wanted), hidden)
+    found, vjp = jax.vjp(lambda x: run(weight, None, x, targets, wanted), hidden)
+    np.testing.assert_allclose(found, expected, rtol=2e-6, atol=2e-6)
+    (gradient,), (expected_gradient,) = vjp(jnp.ones(M)), expected_vjp(jnp.ones(M))
+    assert gradient.dtype == jnp.bfloat16
+    off = np.linalg.norm(np.float32(gradient) - np.float32(expected_gradient))
+    assert off <= 2**-8 * np.linalg.norm(np.float32(expected_gradient))
+
+
+def test_no_row_of_a_table_crosses():
+    """All arrays that devices exchange are of tokens; a gathered table would have 128 times as many rows."""
+    rows, tokens = 128 * 64, 64
+
+    def both(head, hidden, targets):
+        looked_up = look_up(head.weight_VD, targets)
+        return token_nll(hidden + looked_up, head, targets, targets > 0)
+
+    arrays = jnp.zeros((tokens, D)), jnp.arange(tokens, dtype=jnp.int32)
+    compiled = on_mesh(both, (1, 8)).lower(jnp.zeros((rows, D)), None, *arrays).compile()
+    exchanged = read_collectives(compiled.as_text())
+    assert {"all-gather", "all-reduce"} <= {one.operation for one in exchanged}
+    assert max(one.elements for one in exchanged) == tokens * D
 
 
 @pytest.mark.parametrize("sizes", [(1, 8)])
