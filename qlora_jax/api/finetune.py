@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +81,7 @@ def finetune(
     accumulation: int | None = None,
     max_length: int | None = None,
     packing: bool | None = None,
+    mesh: Mapping[Literal["data", "fsdp"], int] | None = None,
     eval_every: int | None = None,
     save_every: int | None = None,
     seed: int | None = None,
@@ -112,6 +114,8 @@ def finetune(
       accumulation: micro-batches per optimizer step; 16 by default.
       max_length: maximum tokens per row; 1024 by default.
       packing: pack several rows into one of max_length.
+      mesh: the local devices to train on, {"data": 2, "fsdp": 4} for 2 x 4 of them (docs/distributed.md); by default
+        one device. The given model stays whole on its own device too; `qlora-jax train` never has it whole anywhere.
       eval_every: steps between evaluations; 0, the default: only at the end.
       save_every: steps between checkpoints; 100 by default.
       seed: random seed of shuffling and dropout; 0 by default.
@@ -136,6 +140,7 @@ def finetune(
         "optim.learning_rate": learning_rate,
         "train.steps": steps,
         "train.epochs": epochs,
+        **{f"mesh.{axis}": size for axis, size in (mesh or {}).items()},
         "train.micro_batch_size": micro_batch_size,
         "train.accumulation": accumulation,
         "train.eval_every": eval_every,
@@ -163,8 +168,9 @@ def finetune(
                 initial=provenance.initial,
             ),
         )
+    lora = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), trained.lora, parts.lora)
     return FinetuneRun(
-        model=attach(combine(trained.parts), provenance),
+        model=attach(combine(parts.with_lora(lora)), provenance),
         folder=folder,
         step=trained.step,
         finished=trained.finished,

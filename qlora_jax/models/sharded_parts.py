@@ -25,7 +25,7 @@ def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     def base_spec(path: tuple[Any, ...], leaf: Any) -> PyTree:
         if isinstance(leaf, QTensor):
             return jax.tree.map(lambda one: stack_spec(one.shape, mesh), leaf)
-        if is_table(_module(path)) and not tables_train:
+        if is_table(module_of(path)) and not tables_train:
             return table_spec(leaf.shape, mesh)
         return jax.tree.map(lambda _: P(), leaf)
 
@@ -63,7 +63,7 @@ def _marked(leaf: jax.Array, spec: P, count: int) -> jax.Array | Shard:
     return leaf if axis is None else Shard(part=leaf, axis=axis - leaf.ndim, count=count)
 
 
-def _module(path: tuple[Any, ...]) -> str:
+def module_of(path: tuple[Any, ...]) -> str:
     """Returns the dotted name of the module that holds a leaf of the base."""
     names = [str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey)]
     return ".".join(names[:-1])

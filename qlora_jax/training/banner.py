@@ -1,5 +1,8 @@
 """The banners of a run: its device, formats, trained parameters and unused options; on resume, its step."""
 
+import math
+from collections.abc import Iterator
+
 import jax
 
 from pallas_kernels.devices import target_device
@@ -7,11 +10,14 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config, OptimArgs, paging_of
+from qlora_jax.config.sizes import format_bytes
 from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.models.partition import Lora, is_table
+from qlora_jax.models.sharded_parts import module_of
 from qlora_jax.nn import attention_cpu
 from qlora_jax.optim.schedule import warmup_steps
 from qlora_jax.training.early_stopping import BestEvaluation
+from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
@@ -37,6 +43,7 @@ def _facts(session: Session) -> Rows:
         "device": _device(session),
         **_peak(session),
         "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _base_size(session),
+        **_whole_on_each(session),
         "weights": _weight_format(session),
         "matmuls": _matmuls(session),
         "attention": _attention(session),
@@ -75,16 +82,41 @@ def _warm_up(config: Config, total_steps: int) -> Rows:
 
 
 def _peak(session: Session) -> Rows:
-    peak = session.utilization.peak
-    return (
-        {}
-        if peak is None
-        else {"MFU": f"relative to {peak / 1e12:,.0f} TFLOP/s, the device's peak for dense 16-bit matmuls"}
-    )
+    peak, devices = session.utilization.peak, mesh_size(session.mesh).devices
+    whose = "the device's peak" if devices == 1 else f"the peak of {devices} devices"
+    return {} if peak is None else {"MFU": f"relative to {peak / 1e12:,.0f} TFLOP/s, {whose} for dense 16-bit matmuls"}
 
 
 def _base_size(session: Session) -> str:
-    return "" if session.config.lora.method == "full" else f", {_megabytes(session.parts.base)}"
+    base = session.parts.base
+    if session.config.lora.method == "full":
+        return ""
+    size = f", {_megabytes(base)}"
+    return size if session.mesh is None else f"{size}, {_share(jax.tree.leaves(base)) / 1e6:,.0f} MB on each device"
+
+
+def _share(leaves: list[jax.Array]) -> int:
+    """Returns the bytes of a device's parts of arrays on a mesh."""
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def _whole_on_each(session: Session) -> Rows:
+    """Returns a row on what every device holds whole although the base is cut, and why."""
+    shards = mesh_size(session.mesh).fsdp
+    if shards == 1:
+        return {}
+    whole = [leaf for leaf in jax.tree.leaves(session.parts.base) if leaf.sharding.is_fully_replicated]
+    trained = any(is_table(name) for name in session.parts.lora)
+    why = "whose rows train" if trained else f"whose rows do not divide by {shards}"
+    tables = {name.rpartition(".")[2]: leaf for name, leaf in _tables(session) if leaf.sharding.is_fully_replicated}
+    named = f", with {' and '.join(tables)}, {why}" if tables else ""
+    return {"whole on each": f"{format_bytes(_share(whole))} of the base{named}"}
+
+
+def _tables(session: Session) -> Iterator[tuple[str, jax.Array]]:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(session.parts.base):
+        if is_table(module := module_of(path)):
+            yield module, leaf
 
 
 def _trained(session: Session) -> str:
@@ -122,9 +154,11 @@ def _megabytes(tree: object) -> str:
 
 
 def _device(session: Session) -> str:
-    device = jax.devices()[0]
+    device, size = jax.devices()[0], mesh_size(session.mesh)
     kind = "" if device.device_kind == device.platform else f" ({device.device_kind})"
-    return f"{device.platform}{kind}, computes in {session.weights.dtype}"
+    several = "" if session.mesh is None else f"{size.devices} x "
+    axes = "" if session.mesh is None else f": {size}"
+    return f"{several}{device.platform}{kind}{axes}, computes in {session.weights.dtype}"
 
 
 def _weight_format(session: Session) -> str:
@@ -140,8 +174,8 @@ def _weight_format(session: Session) -> str:
 
 def _matmuls(session: Session) -> str:
     """Returns the implementations that multiply by 4-bit weights, and why the preferred ones are not used."""
-    train, device = session.config.train, target_device()
-    rows = train.micro_batch_size * max(session.dataset.buckets)
+    device, micro_batch_size = target_device(), session.config.train.micro_batch_size
+    rows = micro_batch_size // mesh_size(session.mesh).devices * max(session.dataset.buckets)
     leaves = jax.tree.leaves(session.parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor))
     calls = [Call.of("forward", rows, session.weights.dtype, leaf) for leaf in leaves if isinstance(leaf, QTensor)]
     choices = [choose_implementation(device, call) for call in calls]

@@ -1,13 +1,14 @@
 """The compiled gradient programs of a run, one per batch shape."""
 
 from collections.abc import Mapping
+from typing import cast
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from qlora_jax import runtime
 from qlora_jax.models.partition import Lora, ModelParts
-from qlora_jax.sharding import AnyMesh
 from qlora_jax.training.abstract_step import AbstractLora, AbstractStep
 from qlora_jax.training.step import StepLoss
 
@@ -39,9 +40,9 @@ class CompiledGradients:
         return self._step.parts
 
     @property
-    def mesh(self) -> AnyMesh | None:
+    def mesh(self) -> Mesh | None:
         """The devices that share the rows and the model; None: one device."""
-        return self._step.mesh
+        return cast(Mesh | None, self._step.mesh)  # programs that run have a mesh of real devices
 
     def __len__(self) -> int:
         """The number of compiled programs."""

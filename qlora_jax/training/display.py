@@ -87,7 +87,7 @@ def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
     speed, step_time, mfu = pace.tokens_per_second, pace.seconds_per_step, pace.mfu
     parts = [
         f"loss {record['loss']:.3f}",
-        "" if speed is None else f"{speed:.0f} tok/s",
+        "" if speed is None else _speed_text(speed, record.get("devices", 1)),
         "" if mfu is None else f"MFU {mfu:.1%}",
         "" if step_time is None else f"{format_duration(steps_left * step_time)} left",
         f"lr {record['learning_rate']:.1e}",
@@ -96,6 +96,11 @@ def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
         _memory_text(record),
     ]
     return "  ".join(filter(None, parts))
+
+
+def _speed_text(tokens_per_second: float, devices: int) -> str:
+    share = "" if devices == 1 else f" ({tokens_per_second / devices:.0f} per device)"
+    return f"{tokens_per_second:.0f} tok/s{share}"
 
 
 def _paging_text(record: Record) -> str:
@@ -133,9 +138,9 @@ class Display:
     """Shows the steps and evaluations of a run; a context manager, which restores the terminal.
 
     Records are those of metrics.jsonl. A step has `step`, `loss`, `learning_rate`, `grad_norm`, `tokens`, `length` and
-    `seconds`; `mfu`, `host_bytes` and `device_bytes` if they are known; with paging `resident_bytes`, `paged_in_bytes`,
-    `paged_out_bytes` and `paging_problems`. An evaluation has `step`; with held-out rows `eval_loss`, its interval and
-    `eval_perplexity`; and the metrics of questions (eval_metrics.py).
+    `seconds`; `mfu`, `host_bytes` and `device_bytes` if they are known; `devices` if there are several; with paging
+    `resident_bytes`, `paged_in_bytes`, `paged_out_bytes` and `paging_problems`. An evaluation has `step`; with held-out
+    rows `eval_loss`, its interval and `eval_perplexity`; and the metrics of questions (eval_metrics.py).
     """
 
     def __init__(self, total_steps: int, first_step: int, log_every: int, console: Console):

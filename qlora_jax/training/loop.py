@@ -22,10 +22,11 @@ from qlora_jax.training.eval_metrics import eval_loss_metrics
 from qlora_jax.training.memory_watch import memory_in_use
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.optimizer_state import OptimizerState
+from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch, rows_that_divide
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss
 
-EVAL_ROWS = 8  # rows per evaluation batch
+EVAL_ROWS = 8  # rows per evaluation batch; more on a mesh of devices that 8 rows do not divide over
 EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 
@@ -164,7 +165,8 @@ def train_step(
     began = time.perf_counter()
     key = None if session.dropout_key is None else jax.random.fold_in(session.dropout_key, state.step)
     optimizer_state, room, sent = session.state_manager.make_room(state.optimizer_state, batch.inputs.shape)
-    grads, loss = session.gradients(session.parts.with_lora(state.lora), batch.arrays(), key)
+    arrays = place_batch(batch.arrays(), session.mesh)
+    grads, loss = session.gradients(session.parts.with_lora(state.lora), arrays, key)
     lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
     nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
     step = state.step + 1
@@ -185,10 +187,23 @@ def train_step(
         }
         | session.utilization.metrics(batch, int(tokens), seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)
-        | memory_in_use(jax.local_devices()[0])
+        | _speed_of_devices(session, batch.tokens / seconds)
+        | memory_in_use(local_devices(session.mesh))
     )
     assert batch.position is not None  # only evaluation batches have none
     return TrainState(lora, optimizer_state, step, batch.position, state.best)
+
+
+def _speed_of_devices(session: Session, tokens_per_second: float) -> Record:
+    """Returns the entries of a step's record on several devices: tokens per second, in all and per device."""
+    devices = mesh_size(session.mesh).devices
+    if devices == 1:
+        return {}
+    return {
+        "devices": devices,
+        "tokens_per_second": tokens_per_second,
+        "tokens_per_second_per_device": tokens_per_second / devices,
+    }
 
 
 def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarray, norm: float) -> str:
@@ -266,10 +281,10 @@ def _measure(
 def held_out_loss(session: Session, state: TrainState, before_batch: Callable[[], None]) -> dict[str, float]:
     """Returns the record entries of the held-out loss: the mean over tokens, with a 95 % bootstrap interval."""
     sums, tokens = [], []
-    for batch in session.dataset.eval_batches(EVAL_ROWS):
+    for batch in session.dataset.eval_batches(rows_that_divide(EVAL_ROWS, session.mesh)):
         before_batch()
-        arrays = {name: array[0] for name, array in batch.arrays().items()}
-        rows_B = evaluation_loss(session.parts.with_lora(state.lora), arrays)
+        arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.mesh)
+        rows_B = evaluation_loss(session.parts.with_lora(state.lora), arrays, mesh=session.mesh)
         there = batch.rows[0, :, 0] != NO_ROW
         sums.append(np.asarray(rows_B, np.float64)[there])
         tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])

@@ -1,10 +1,10 @@
 """Memory in use by a run: now, for a step's record, and at its peak, to compare with the memory plan."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_jax.optim.page_pool import Device, Memory
+from qlora_jax.training.run_mesh import Device
 
 _PROCESS = Path("/proc/self")
 _DEVICE_KEYS = {
@@ -13,29 +13,37 @@ _DEVICE_KEYS = {
 }  # keys of JAX's memory statistics
 
 
-def watch_peak(memory: Memory) -> Callable[[], int | None]:
-    """Returns `peak()`: the peak memory in bytes since this call, or None if neither device nor system reports it.
+def watch_peak(devices: Sequence[Device]) -> Callable[[], int | None]:
+    """Returns `peak()`: the peak memory of a device in bytes since this call, or None if nothing reports it.
 
-    A GPU reports the peak over the life of the process. On a CPU the result is the growth of the process since this
-    call, so call it before the weights are read.
+    GPUs report the peak over the life of the process; the result is that of the fullest. On a CPU the result is the
+    growth of the process since this call, shared among its virtual devices, so call it before the weights are read.
     """
-    if memory.device.platform == "cpu":
-        return _watch_process()
-    return lambda: (memory.statistics() or {}).get("peak_bytes_in_use")
+    if devices[0].platform == "cpu":
+        grown = _watch_process()
+        return lambda: None if (size := grown()) is None else size // len(devices)
+    return lambda: _on_fullest(devices, "peak_bytes_in_use")
 
 
-def memory_in_use(device: Device) -> dict[str, int]:
-    """Returns the bytes in use now, as far as system and device report them.
+def memory_in_use(devices: Sequence[Device]) -> dict[str, int]:
+    """Returns the bytes in use now, as far as system and devices report them.
 
     `host_bytes` is the resident memory of this process (Linux only). `device_bytes` and `device_peak_bytes` are the
-    arrays on the device, now and at their peak; a CPU does not report them, because its arrays are in host memory.
+    arrays on the fullest device, now and at their peak; a CPU does not report them, because its arrays are in host
+    memory.
     """
-    statistics = device.memory_stats() or {}
-    on_device = {name: statistics[key] for name, key in _DEVICE_KEYS.items() if key in statistics}
+    sizes = {name: _on_fullest(devices, key) for name, key in _DEVICE_KEYS.items()}
+    on_device = {name: size for name, size in sizes.items() if size is not None}
     try:
         return {"host_bytes": _resident("VmRSS"), **on_device}
     except OSError:
         return on_device
+
+
+def _on_fullest(devices: Sequence[Device], key: str) -> int | None:
+    """Returns the largest of the devices' numbers; None if a device does not report it."""
+    statistics = [device.memory_stats() or {} for device in devices]
+    return max(each[key] for each in statistics) if all(key in each for each in statistics) else None
 
 
 def _watch_process() -> Callable[[], int | None]:

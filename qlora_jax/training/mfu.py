@@ -34,7 +34,7 @@ NO_WINDOW = 1 << 62
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Utilization:
-    """Computes a step's model FLOP and its utilization of the device.
+    """Computes a step's model FLOP and its utilization of the devices.
 
     Attributes:
       token: FLOP per token.
@@ -42,7 +42,7 @@ class Utilization:
       pair: FLOP per (query, key) pair of a layer.
       micro_batch: FLOP per micro-batch (DoRA's norms).
       windows: the number of layers per attention window.
-      peak: the device's peak in FLOP/s; None if it is not known.
+      peak: the peak of all devices together in FLOP/s; None if it is not known.
     """
 
     token: int
@@ -70,8 +70,12 @@ def causal_pairs(lengths: Int64[np.ndarray, "..."], window: int) -> int:
     return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
 
 
-def utilization(step: StepShape, peak: float | None) -> Utilization:
-    """Returns the utilization of a run's steps; the batch, remat and optimizer of `step` are ignored."""
+def utilization(step: StepShape, peak: float | None, devices: int = 1) -> Utilization:
+    """Returns the utilization of a run's steps; the batch, remat and optimizer of `step` are ignored.
+
+    Args:
+      peak: the peak of one device in FLOP/s.
+    """
     one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1)
     model, head = step.model, {name: part(one) for name, part in HEAD_FLOPS.items()}
     windows = model.windows or (None,) * model.num_layers
@@ -84,7 +88,7 @@ def utilization(step: StepShape, peak: float | None) -> Utilization:
         pair=ATTENTION_PRODUCTS * 2 * model.num_heads * model.head_dim,
         micro_batch=model.num_layers * LAYER_FLOPS["dora forward"](one),
         windows=Counter(NO_WINDOW if window is None else window for window in windows),
-        peak=peak,
+        peak=None if peak is None else peak * devices,
     )
 
 

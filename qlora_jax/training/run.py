@@ -5,48 +5,35 @@ import dataclasses
 import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import jax
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
-from qlora_jax.data.report.text import print_report
 from qlora_jax.io.adapter_init import InitialAdapter, read_initial, write_initial
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
-from qlora_jax.models.partition import ModelParts
-from qlora_jax.optim.page_pool import Memory
+from qlora_jax.models.partition import Lora
 from qlora_jax.training.banner import resume_banner, start_banner, warm_up_text
-from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display import Display, print_banner
 from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, stop_on_signals
 from qlora_jax.training.memory_watch import watch_peak
 from qlora_jax.training.metrics import MetricsFile, Record, read_metrics
-from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory, plan_run
+from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
+from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
 from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import plot_loss
-from qlora_jax.training.session import (
-    Inputs,
-    PreparedModel,
-    Session,
-    compile_gradients,
-    make_session,
-    open_inputs,
-    prepare,
-    steps_of_run,
-)
+from qlora_jax.training.run_mesh import local_devices
+from qlora_jax.training.session import PreparedModel, Session, make_manager, make_session, prepare, steps_of_run
 from qlora_jax.training.time_limit import finishes_within
-from qlora_jax.training.trackers import Log, check_installed, scalars, trackers
+from qlora_jax.training.trackers import Log, scalars, trackers
 
 METRICS_FILE, PLOT_FILE, TRACE_FOLDER = "metrics.jsonl", "loss.png", "trace"
 SAMPLES_FILE = "samples.jsonl"
-OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
 REPORT_SECONDS = 5.0  # for the plot and the report of a run that a signal stopped
 
 
@@ -98,7 +85,7 @@ def dry_run(config: Config, run: Path, *, resume: bool, oversized: bool, console
       ValueError: bad input, as in `train`; the run does not fit, after the files are written.
     """
     with lock_output(run, resume=resume, warn=_warning(console)):
-        planned = _plan(config, console, full=True)
+        planned = plan_before_weights(config, console, full=True)
         page = write_report(_report_of(planned, run, None), run)
         steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
         warm_up = warm_up_text(config.optim, steps)
@@ -111,35 +98,8 @@ def _warning(console: Console) -> Callable[[str], None]:
     return lambda text: console.print(f"warning: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
-class _Planned(NamedTuple):
-    """A run before it reads weights."""
-
-    config: Config
-    inputs: Inputs
-    gradients: CompiledGradients
-    plan: RunPlan
-
-    def refuse_oversized(self, allowed: bool) -> None:
-        if not (self.plan.fits or allowed):
-            raise ValueError(f"memory plan: {self.plan.nearest_fix()}\n  --{OVERSIZED} starts it anyway")
-
-
-def _plan(config: Config, console: Console, *, full: bool, model: PreparedModel | None = None) -> _Planned:
-    """Reads the data and compiles the step; prints the data report if `full`, and the memory plan."""
-    check_installed(config.train.track)
-    inputs = open_inputs(config, model)
-    config = _pinned(config, inputs)
-    if full:
-        print_report(inputs.dataset.report, console)
-    with console.status("compiling the training step"):
-        gradients = compile_gradients(config, inputs)
-        plan = plan_run(config, inputs, gradients)
-    print_banner("memory plan", plan.rows() if full else {"memory": plan.rows()["memory"]}, console)
-    return _Planned(config, inputs, gradients, plan)
-
-
-def _report_of(planned: _Planned, run: Path, peak: int | None) -> RunReport:
-    config, inputs, _, plan = planned
+def _report_of(planned: PlannedRun, run: Path, peak: int | None) -> RunReport:
+    config, inputs, plan = planned.config, planned.inputs, planned.plan
     records, samples = (_records(run / name) for name in (METRICS_FILE, SAMPLES_FILE))
     return RunReport(
         config=config,
@@ -200,9 +160,9 @@ def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Trained:
-    """The result of a run: the model after `step` optimizer steps; `finished` is False if a signal stopped it early."""
+    """The result of a run after `step` optimizer steps; `finished` is False if a signal stopped it early."""
 
-    parts: ModelParts
+    lora: Lora
     step: int
     finished: bool
 
@@ -216,7 +176,7 @@ def run_training(
     console: Console,
     model: PreparedModel | None = None,
 ) -> Trained:
-    """Trains like `train`, and returns the trained model.
+    """Trains like `train`, and returns the trained parameters.
 
     Args:
       lock: of the run's folder.
@@ -224,10 +184,10 @@ def run_training(
         parameters are donated to the first step.
     """
     run = lock.folder
-    planned = _plan(config, console, full=not resume, model=model)
+    planned = plan_before_weights(config, console, full=not resume, model=model)
     planned.refuse_oversized(oversized)
     config = planned.config
-    peak = watch_peak(Memory.of(jax.local_devices()[0]))
+    peak = watch_peak(local_devices(planned.gradients.mesh))
     session = _session(planned, read_initial(run, config.lora) if resume else None, model, console)
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
@@ -240,7 +200,7 @@ def run_training(
         finished = at_end and not state.evaluation_due
         reported = _write_reports(planned, run, peak, limited=not finished)
         _print_end(config, state, session.total_steps, finished=finished, reported=reported, console=console)
-    return Trained(parts=session.parts.with_lora(state.lora), step=state.step, finished=finished)
+    return Trained(lora=state.lora, step=state.step, finished=finished)
 
 
 def _first_state(
@@ -278,7 +238,7 @@ def _train_on(
         return run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
 
 
-def _write_reports(planned: _Planned, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:
+def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:
     """Writes the loss plot and the report; returns False if they were skipped because they took too long.
 
     Args:
@@ -297,20 +257,15 @@ def _write_reports(planned: _Planned, run: Path, peak: Callable[[], int | None],
 
 
 def _session(
-    planned: _Planned, initial: InitialAdapter | None, model: PreparedModel | None, console: Console
+    planned: PlannedRun, initial: InitialAdapter | None, model: PreparedModel | None, console: Console
 ) -> Session:
-    config, inputs, gradients, _ = planned
+    config, inputs, gradients = planned.config, planned.inputs, planned.gradients
     if model is not None:
+        state_manager = make_manager(config, inputs, gradients)
         found = {"fingerprint": model.fingerprint, "initial": model.initial}
-        return make_session(config, inputs, gradients, model.parts, **found)
+        return make_session(config, inputs, gradients, model.parts, state_manager, **found)
     with loading(console) as progress:
         return prepare(config, inputs, gradients, progress, initial)
-
-
-def _pinned(config: Config, inputs: Inputs) -> Config:
-    """The configuration with the commit of a model from the Hub, so that the run resumes with the same files."""
-    path = inputs.source.hub_name or config.model.path
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
 def next_commands(config: Config, *, finished: bool) -> dict[str, str]:

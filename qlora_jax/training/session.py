@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from pallas_kernels.devices import target_device
 from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
@@ -25,7 +26,8 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import Lora, ModelParts, is_table, partition
 from qlora_jax.models.precision import weight_format
-from qlora_jax.models.trainable_embeddings import add_tables
+from qlora_jax.models.sharded_parts import place_parts
+from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
@@ -34,6 +36,7 @@ from qlora_jax.training.cost.flops import StepShape
 from qlora_jax.training.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
 from qlora_jax.training.questions import Questions, open_questions
+from qlora_jax.training.run_mesh import mesh_size, replicate
 from qlora_jax.training.samples import Samples, open_samples
 
 
@@ -49,6 +52,7 @@ class Session:
       total_steps: optimizer steps of the whole run.
       dropout_key: folded with step, place of the row in it, layer and name; None without dropout.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
+      mesh: the devices that share the model and the rows; None: one device.
     """
 
     config: Config
@@ -66,6 +70,7 @@ class Session:
     initial: InitialAdapter | None
     samples: Samples | None
     questions: Questions | None
+    mesh: Mesh | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -138,7 +143,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
     )
 
 
-def compile_gradients(config: Config, inputs: Inputs) -> CompiledGradients:
+def compile_gradients(config: Config, inputs: Inputs, mesh: Mesh | None = None) -> CompiledGradients:
     """Compiles the run's gradient program for its longest batches, before `prepare` takes memory."""
     weights, remat = weights_of(config, inputs), config.train.remat
     shape = (config.train.accumulation, config.train.micro_batch_size, max(inputs.dataset.buckets))
@@ -150,6 +155,7 @@ def compile_gradients(config: Config, inputs: Inputs) -> CompiledGradients:
         new_ids=inputs.new_ids,
         packed=inputs.dataset.packed,
         remat=remat,
+        mesh=mesh,
     )
     gradients = CompiledGradients(step)
     gradients.compiled(shape)
@@ -177,16 +183,28 @@ def prepare(
 
     Args:
       initial: for a resumed run, what its adapters started with, if that is a part of the weights.
+
+    Raises:
+      ValueError: settings of paging that cannot be, before a weight is read; or files that do not fit the model.
     """
-    weights = weights_of(config, inputs)
+    weights, mesh = weights_of(config, inputs), gradients.mesh
+    state_manager = make_manager(config, inputs, gradients)
     key = named_key(jax.random.key(config.train.seed), "lora")
     if initial is None:
-        loaded, initial = load_for_training(inputs.source, inputs.model, weights, config.lora, key, progress)
+        loaded, initial = load_for_training(
+            inputs.source, inputs.model, weights, config.lora, key, progress, mesh=mesh, new_ids=inputs.new_ids
+        )
     else:
         transform = subtract_initial(initial, inputs.model, config.lora)
-        loaded = load_model(inputs.source, inputs.model, weights, progress, transform)
-    parts = training_parts(loaded.model, config.lora, key, new_ids=inputs.new_ids, initial=initial, start=inputs.start)
-    return make_session(config, inputs, gradients, parts, fingerprint=loaded.fingerprint, initial=initial)
+        whole_tables = rows_train(inputs.model, config.lora, inputs.new_ids)
+        loaded = load_model(
+            inputs.source, inputs.model, weights, progress, transform, mesh=mesh, whole_tables=whole_tables
+        )
+    parts = training_parts(
+        loaded.model, config.lora, key, new_ids=inputs.new_ids, initial=initial, start=inputs.start, mesh=mesh
+    )
+    found = {"fingerprint": loaded.fingerprint, "initial": initial}
+    return make_session(config, inputs, gradients, parts, state_manager, **found)
 
 
 def training_parts(
@@ -197,6 +215,7 @@ def training_parts(
     new_ids: tuple[int, ...],
     initial: InitialAdapter | None,
     start: AdapterArrays | None,
+    mesh: Mesh | None = None,
 ) -> ModelParts:
     """Adds an adapter to the base, in place, and returns the model's parts.
 
@@ -205,11 +224,12 @@ def training_parts(
       new_ids: ids of new tokens, whose rows train.
       initial: values to start with, with PiSSA and LoftQ.
       start: LoRA parameters to start from.
+      mesh: the devices that the base is on; None for the default device.
 
     Raises:
       ValueError: the parameters to start from do not fit the model.
     """
-    add_lora(model, lora, key, None if initial is None else initial.factors)
+    add_lora(model, lora, key, None if initial is None else initial.factors, mesh)
     add_tables(model, new_ids, lora)
     parts = partition(model)
     return parts if start is None else parts.with_lora(_started(start, parts.lora, Path(str(lora.start))))
@@ -220,17 +240,28 @@ def steps_of_run(train: TrainArgs, steps_per_epoch: int) -> int:
     return train.steps or math.ceil(train.epochs * steps_per_epoch)
 
 
+def make_manager(config: Config, inputs: Inputs, gradients: CompiledGradients) -> OptimizerStateManager:
+    """Returns the manager of the run's optimizer state.
+
+    Raises:
+      ValueError: settings of paging that cannot be.
+    """
+    total_steps = steps_of_run(config.train, inputs.dataset.steps_per_epoch)
+    return make_state_manager(config.optim, total_steps, gradients)
+
+
 def make_session(
     config: Config,
     inputs: Inputs,
     gradients: CompiledGradients,
     parts: ModelParts,
+    state_manager: OptimizerStateManager,
     *,
     fingerprint: str,
     initial: InitialAdapter | None,
 ) -> Session:
-    """The session of a run at step 0, from a model in memory."""
-    dataset = inputs.dataset
+    """The session of a run at step 0, from a model in memory, which is placed on the run's devices."""
+    dataset, mesh = inputs.dataset, gradients.mesh
     weights = weights_of(config, inputs)
     total_steps = steps_of_run(config.train, dataset.steps_per_epoch)
     key = jax.random.key(config.train.seed)
@@ -239,17 +270,18 @@ def make_session(
         model=inputs.model,
         weights=weights,
         dataset=dataset,
-        parts=parts,
+        parts=parts if mesh is None else place_parts(parts, mesh),
         gradients=gradients,
-        state_manager=make_state_manager(config.optim, total_steps, gradients),
-        utilization=_utilization(config, inputs, weights),
+        state_manager=state_manager,
+        utilization=_utilization(config, inputs, weights, mesh_size(mesh).devices),
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=fingerprint,
         total_steps=total_steps,
-        dropout_key=named_key(key, "dropout") if config.lora.dropout else None,
+        dropout_key=replicate(named_key(key, "dropout"), mesh) if config.lora.dropout else None,
         initial=initial,
         samples=inputs.samples,
         questions=inputs.questions,
+        mesh=mesh,
     )
 
 
@@ -261,9 +293,9 @@ def _started(start: AdapterArrays, fresh: Lora, path: Path) -> Lora:
     return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), started, fresh)
 
 
-def _utilization(config: Config, inputs: Inputs, weights: WeightFormat) -> Utilization:
+def _utilization(config: Config, inputs: Inputs, weights: WeightFormat, devices: int) -> Utilization:
     new, remat = len(inputs.new_ids), config.train.remat
     step = StepShape(
         model=inputs.model, weights=weights, lora=config.lora, batch=(1, 1, 1), remat=remat, new_tokens=new
     )
-    return utilization(step, peak_flops(target_device(), weights))
+    return utilization(step, peak_flops(target_device(), weights), devices)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs, QuestionArgs, TrainArgs
+from qlora_jax.config import Config, DataArgs, LoraArgs, MeshArgs, ModelArgs, OptimArgs, QuestionArgs, TrainArgs
 from tests.io.tiny_models import random_weights, tiny_config, write_folder
 
 TEMPLATE = (
@@ -73,6 +73,7 @@ def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, *
         "optim": dict(learning_rate=1e-2, schedule="cosine"),
         "train": dict(steps=10, micro_batch_size=2, accumulation=2, save_every=3, eval_every=5),
         "questions": {},
+        "mesh": {},
     }
     for section, values in changes.items():
         sections[section] |= values
@@ -83,5 +84,6 @@ def project(folder: Path, layers: int = 2, base: dict[str, Any] | None = None, *
         optim=OptimArgs(**sections["optim"]),
         train=TrainArgs(**sections["train"]),
         questions=QuestionArgs(**sections["questions"]),
+        mesh=MeshArgs(**sections["mesh"]),
         output=str(folder / "run"),
     )

@@ -4,8 +4,11 @@ from pathlib import Path
 
 from qlora_jax.training.metrics import Record, read_metrics
 
-# Times, the memory of the process, and where optimizer state was.
-MAY_DIFFER = {"seconds", "data_seconds", "host_bytes", "resident_bytes", "paged_in_bytes", "paged_out_bytes"}
+# Times, the memory of the process, where optimizer state was, and the number of devices.
+MAY_DIFFER = {
+    *("seconds", "data_seconds", "tokens_per_second", "tokens_per_second_per_device"),
+    *("host_bytes", "resident_bytes", "paged_in_bytes", "paged_out_bytes", "devices"),
+}
 
 
 def comparable_records(path: Path) -> list[Record]:

@@ -31,6 +31,7 @@ def session_of(*weights):
         dataset=SimpleNamespace(buckets=(16, 64)),
         weights=SimpleNamespace(dtype="bfloat16"),
         parts=SimpleNamespace(base={str(i): w for i, w in enumerate(weights)}),
+        mesh=None,
     )
 
 

@@ -126,6 +126,14 @@ def test_pace_leaves_out_the_steps_that_compile():
     assert pace.mfu == pytest.approx((0.5 * 1 + 0.3 * 3) / 4)  # of the time, not of the steps
 
 
+def test_several_devices_have_their_share_of_the_speed():
+    console, out = plain()
+    with Display(4, 0, 1, console) as display:
+        for step in (1, 2):
+            display.step(record(step, devices=8))
+    assert out.getvalue().splitlines()[1].startswith("step 2/4  loss 2.346  1024 tok/s (128 per device)  0:00 left  lr")
+
+
 def test_mfu_is_shown_where_it_is_known():
     console, out = plain()
     with Display(4, 0, 1, console) as display:

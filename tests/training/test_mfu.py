@@ -46,6 +46,12 @@ def test_operations_in_closed_form():
     assert found == layers + 12 * N * H * L * PAIRS + TARGETS * 4 * D * V
 
 
+def test_several_devices_have_their_peaks_together():
+    one, four = utilization(step(), 1e12), utilization(step(), 1e12, devices=4)
+    assert four.peak == 4 * one.peak and four.flops(LENGTHS, TARGETS) == one.flops(LENGTHS, TARGETS)
+    assert utilization(step(), None, devices=4).peak is None
+
+
 @pytest.mark.parametrize(("method", "frozen"), [("full", 0), ("ia3", 1)])
 def test_what_palms_6_p_and_12_lht_has_more(method, frozen):
     """The upper half of attention's square, and gradients of weights where these are frozen."""

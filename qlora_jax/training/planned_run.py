@@ -1,0 +1,101 @@
+"""A run before it reads weights: its data, its mesh of devices, its compiled step and its memory plan."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+from rich.console import Console
+
+from qlora_jax.config import Config, MeshSize, mesh_choices
+from qlora_jax.config.mesh_settings import AUTO
+from qlora_jax.data.report.text import print_report
+from qlora_jax.training.compiled_step import CompiledGradients
+from qlora_jax.training.display import print_banner
+from qlora_jax.training.plan.preflight import RunPlan, plan_run
+from qlora_jax.training.run_mesh import run_mesh
+from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
+from qlora_jax.training.trackers import check_installed
+
+OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
+
+
+class PlannedRun(NamedTuple):
+    """A run before it reads weights.
+
+    Fields:
+      refused: meshes that `mesh.fsdp: auto` did not try, and why.
+    """
+
+    config: Config
+    inputs: Inputs
+    gradients: CompiledGradients
+    plan: RunPlan
+    refused: Mapping[MeshSize, Sequence[str]]
+
+    def refuse_oversized(self, allowed: bool) -> None:
+        """Raises ValueError with the nearest change that fits if the run does not fit and is not allowed to start."""
+        if not (self.plan.fits or allowed):
+            lines = [f"memory plan: {self.plan.nearest_fix()}", *_refused_lines(self.refused)]
+            raise ValueError("\n  ".join([*lines, f"--{OVERSIZED} starts it anyway"]))
+
+
+def _refused_lines(refused: Mapping[MeshSize, Sequence[str]]) -> list[str]:
+    """Describes the first mesh that was not tried."""
+    return [f"mesh ({size}) was not tried. {problem}" for size, problems in refused.items() for problem in problems][:1]
+
+
+def plan_before_weights(
+    config: Config, console: Console, *, full: bool, model: PreparedModel | None = None
+) -> PlannedRun:
+    """Reads the data, chooses the mesh and compiles the step; prints the memory plan and, if `full`, the data report.
+
+    Raises:
+      ValueError: bad input, or a mesh that the run cannot use.
+    """
+    check_installed(config.train.track)
+    _check_one_process(config)
+    sizes, refused = mesh_choices(config if model is None else _without_choice(config), jax.local_device_count())
+    inputs = open_inputs(config, model)
+    config = _pinned(config, inputs)
+    if full:
+        print_report(inputs.dataset.report, console)
+    with console.status("compiling the training step"):
+        gradients, plan = _first_that_fits(config, inputs, sizes)
+    print_banner("memory plan", plan.rows() if full else {"memory": plan.rows()["memory"]}, console)
+    return PlannedRun(config, inputs, gradients, plan, refused)
+
+
+def _check_one_process(config: Config) -> None:
+    if (config.hosts.processes or 1) > 1:
+        raise ValueError(
+            f"hosts.processes: found {config.hosts.processes}, expected 1, because a run of several processes is not "
+            "supported yet. Remove it; one process drives all devices of its machine"
+        )
+
+
+def _without_choice(config: Config) -> Config:
+    """Replaces `mesh.fsdp: auto` by 1: a model in memory is whole on one device already."""
+    chosen = config.mesh.fsdp if config.mesh.fsdp != AUTO else 1
+    return dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, fsdp=chosen))
+
+
+def _pinned(config: Config, inputs: Inputs) -> Config:
+    """The configuration with the commit of a model from the Hub, so that the run resumes with the same files."""
+    path = inputs.source.hub_name or config.model.path
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
+
+
+def _first_that_fits(config: Config, inputs: Inputs, sizes: Sequence[MeshSize]) -> tuple[CompiledGradients, RunPlan]:
+    """Returns the compiled step and the plan of the first mesh on which the run fits; of the last if it fits none."""
+    *others, last = sizes
+    for size in others:
+        gradients, plan = _planned_on(config, inputs, size)
+        if plan.fits:
+            return gradients, plan
+    return _planned_on(config, inputs, last)
+
+
+def _planned_on(config: Config, inputs: Inputs, size: MeshSize) -> tuple[CompiledGradients, RunPlan]:
+    gradients = compile_gradients(config, inputs, run_mesh(size))
+    return gradients, plan_run(config, inputs, gradients)

@@ -1,0 +1,58 @@
+"""The devices of a run, and its batches and keys as arrays on all of them.
+
+Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from qlora_jax.config import MeshSize
+from qlora_jax.sharding import ROWS, axis_size, make_mesh
+
+Device = Any  # jax.Device, which JAX does not export as a type
+
+
+def run_mesh(size: MeshSize) -> Mesh | None:
+    """Returns the mesh of the first local devices; None for one device."""
+    return None if size.devices == 1 else make_mesh(size.data, size.fsdp)
+
+
+def mesh_size(mesh: Mesh | None) -> MeshSize:
+    """Returns the sizes of a mesh; 1 and 1 for one device."""
+    return MeshSize(1, 1) if mesh is None else MeshSize(mesh.shape["data"], mesh.shape["fsdp"])
+
+
+def local_devices(mesh: Mesh | None) -> list[Device]:
+    """Returns the devices of a run that this process drives."""
+    return [jax.local_devices()[0]] if mesh is None else list(mesh.local_devices)
+
+
+def rows_that_divide(rows: int, mesh: Mesh | None) -> int:
+    """Returns the least number of rows that divides over the devices and is not smaller than `rows`."""
+    devices = axis_size(mesh, *ROWS)
+    return -(-rows // devices) * devices
+
+
+def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
+    """Returns the arrays of a batch, [A, B, T] or [B, T], with their rows over all devices; a device gets its own only.
+
+    Without a mesh the arrays stay as they are.
+    """
+    if mesh is None:
+        return dict(arrays)
+    return {name: _place_rows(array, mesh) for name, array in arrays.items()}
+
+
+def _place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    sharding = NamedSharding(mesh, P(*[None] * (array.ndim - 2), ROWS))
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def replicate(leaf: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Returns an array that is whole on all devices, such as a key; without a mesh it stays as it is."""
+    return leaf if mesh is None else jax.device_put(leaf, NamedSharding(mesh, P()))
