@@ -196,11 +196,13 @@ def test_not_finite(tmp_path: Path, name: str, value: float) -> None:
 MEASURE = """
 import json, sys
 from pathlib import Path
+import jax
+jax.config.update("jax_num_cpu_devices", int(sys.argv[3]))
 from qlora_jax.io.loader import load_model
 from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-import jax
+from qlora_jax.sharding import make_mesh
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -208,9 +210,11 @@ def status(key):
 
 def load(path):
     source = open_model(path)
-    return jax.block_until_ready(jax.tree.leaves(load_model(source, model_config(source.config), FORMAT).model))
+    model = load_model(source, model_config(source.config), FORMAT, mesh=MESH).model
+    return jax.block_until_ready(jax.tree.leaves(model))
 
 FORMAT = WeightFormat(dtype="bfloat16")
+MESH = make_mesh(1, int(sys.argv[3])) if sys.argv[3] != "1" else None
 load(sys.argv[1])  # compiles what depends on the tensors' shapes
 before = status("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
@@ -219,14 +223,15 @@ print(json.dumps({"peak": status("VmHWM") - before, "model": sum(leaf.nbytes for
 """
 
 
-def test_host_peak(tmp_path: Path) -> None:
-    """Memory is bounded by the 4-bit model, the largest tensor in f32 and a constant."""
+@pytest.mark.parametrize("devices", [1, 8])
+def test_host_peak(tmp_path: Path, devices: int) -> None:
+    """Memory is bounded by the 4-bit model, the largest tensor in f32 and a constant, on a mesh too."""
     config = tiny_config(hidden_size=256, intermediate_size=1024, head_dim=64, num_hidden_layers=32, vocab_size=4096)
     few = config | {"num_hidden_layers": 1}
     for name, each in (("many", config), ("few", few)):
         weights = random_weights(each)
         write_folder(tmp_path / name, each, weights)
-    command = [sys.executable, "-c", MEASURE, tmp_path / "few", tmp_path / "many"]
+    command = [sys.executable, "-c", MEASURE, tmp_path / "few", tmp_path / "many", str(devices)]
     measured = json.loads(subprocess.run(command, check=True, capture_output=True, cwd=Path.cwd()).stdout)
     linear_weights = sum(weight.size for weight in random_weights(config).values() if weight.ndim == 2)
     largest, constant = 4096 * 256 * 4, 16 * 2**20
