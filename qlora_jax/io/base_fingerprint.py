@@ -81,6 +81,11 @@ class WholeDigest(BaseDigest):
         return self._sha.hexdigest()
 
 
+def same_form(one: str, other: str) -> bool:
+    """Returns True if two fingerprints have the same form, so that equal bases have equal ones."""
+    return one.endswith(SUFFIX) == other.endswith(SUFFIX)
+
+
 def new_digest(settings: bytes, like: str | None) -> BaseDigest:
     """Returns a digest of a base with these settings.
 

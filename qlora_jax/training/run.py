@@ -9,8 +9,9 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
-from qlora_jax.io.adapter_init import InitialAdapter, read_initial, write_initial
-from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_steps
+from qlora_jax.io.adapter_init import read_initial, write_initial
+from qlora_jax.io.base_fingerprint import same_form
+from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
@@ -28,7 +29,15 @@ from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import plot_loss
 from qlora_jax.training.run_mesh import local_devices
-from qlora_jax.training.session import PreparedModel, Session, make_manager, make_session, prepare, steps_of_run
+from qlora_jax.training.session import (
+    PreparedModel,
+    Session,
+    load_base,
+    make_manager,
+    make_session,
+    prepare,
+    steps_of_run,
+)
 from qlora_jax.training.time_limit import finishes_within
 from qlora_jax.training.trackers import Log, scalars, trackers
 
@@ -188,7 +197,7 @@ def run_training(
     planned.refuse_oversized(oversized)
     config = planned.config
     peak = watch_peak(local_devices(planned.gradients.mesh))
-    session = _session(planned, read_initial(run, config.lora) if resume else None, model, console)
+    session = _session(planned, run if resume else None, model, console)
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console)
@@ -256,16 +265,22 @@ def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None
     return True
 
 
-def _session(
-    planned: PlannedRun, initial: InitialAdapter | None, model: PreparedModel | None, console: Console
-) -> Session:
+def _session(planned: PlannedRun, resumed: Path | None, model: PreparedModel | None, console: Console) -> Session:
+    """Returns the session of a new run, or of the run in the folder `resumed`."""
     config, inputs, gradients = planned.config, planned.inputs, planned.gradients
-    if model is not None:
-        state_manager = make_manager(config, inputs, gradients)
-        found = {"fingerprint": model.fingerprint, "initial": model.initial}
-        return make_session(config, inputs, gradients, model.parts, state_manager, **found)
-    with loading(console) as progress:
-        return prepare(config, inputs, gradients, progress, initial)
+    initial = None if resumed is None else read_initial(resumed, config.lora)
+    saved = None if resumed is None else saved_fingerprint(resumed)
+    if model is None:
+        with loading(console) as progress:
+            return prepare(config, inputs, gradients, progress, initial, saved)
+    state_manager = make_manager(config, inputs, gradients)
+    fingerprint = model.fingerprint
+    if saved is not None and not same_form(saved, fingerprint):
+        with loading(console) as progress:  # once more, because the form of earlier versions takes all bytes
+            loaded, _ = load_base(config, inputs, gradients.mesh, progress, model.initial, saved)
+        fingerprint = loaded.fingerprint
+    found = {"fingerprint": fingerprint, "initial": model.initial}
+    return make_session(config, inputs, gradients, model.parts, state_manager, **found)
 
 
 def next_commands(config: Config, *, finished: bool) -> dict[str, str]:

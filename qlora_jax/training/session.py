@@ -14,7 +14,7 @@ from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
-from qlora_jax.io.loader import Progress, load_model, with_dense_layers
+from qlora_jax.io.loader import Loaded, Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import check_shapes, read_start_adapter
@@ -178,33 +178,64 @@ def prepare(
     gradients: CompiledGradients,
     progress: Progress,
     initial: InitialAdapter | None = None,
+    fingerprint: str | None = None,
 ) -> Session:
     """Loads and quantizes the base, adds the adapter, and returns the session at step 0.
 
     Args:
       initial: for a resumed run, what its adapters started with, if that is a part of the weights.
+      fingerprint: for a resumed run, that of its base, which the new one is compared with.
 
     Raises:
       ValueError: settings of paging that cannot be, before a weight is read; or files that do not fit the model.
     """
-    weights, mesh = weights_of(config, inputs), gradients.mesh
     state_manager = make_manager(config, inputs, gradients)
-    key = named_key(jax.random.key(config.train.seed), "lora")
-    if initial is None:
-        loaded, initial = load_for_training(
-            inputs.source, inputs.model, weights, config.lora, key, progress, mesh=mesh, new_ids=inputs.new_ids
-        )
-    else:
-        transform = subtract_initial(initial, inputs.model, config.lora)
-        whole_tables = rows_train(inputs.model, config.lora, inputs.new_ids)
-        loaded = load_model(
-            inputs.source, inputs.model, weights, progress, transform, mesh=mesh, whole_tables=whole_tables
-        )
+    loaded, initial = load_base(config, inputs, gradients.mesh, progress, initial, fingerprint)
     parts = training_parts(
-        loaded.model, config.lora, key, new_ids=inputs.new_ids, initial=initial, start=inputs.start, mesh=mesh
+        loaded.model,
+        config.lora,
+        _adapter_key(config),
+        new_ids=inputs.new_ids,
+        initial=initial,
+        start=inputs.start,
+        mesh=gradients.mesh,
     )
     found = {"fingerprint": loaded.fingerprint, "initial": initial}
     return make_session(config, inputs, gradients, parts, state_manager, **found)
+
+
+def load_base(
+    config: Config,
+    inputs: Inputs,
+    mesh: Mesh | None,
+    progress: Progress,
+    initial: InitialAdapter | None,
+    fingerprint: str | None,
+) -> tuple[Loaded, InitialAdapter | None]:
+    """Loads and quantizes the base of a new or resumed run: (the base, what its adapters start with).
+
+    Args:
+      initial: for a resumed run, what its adapters started with, if that is a part of the weights.
+      fingerprint: for a resumed run, that of its base.
+    """
+    model = inputs.source, inputs.model, weights_of(config, inputs)
+    if initial is None:
+        return load_for_training(
+            *model,
+            *(config.lora, _adapter_key(config), progress),
+            mesh=mesh,
+            new_ids=inputs.new_ids,
+            fingerprint=fingerprint,
+        )
+    transform = subtract_initial(initial, inputs.model, config.lora)
+    whole = rows_train(inputs.model, config.lora, inputs.new_ids)
+    loaded = load_model(*model, progress, transform, mesh=mesh, whole_tables=whole, fingerprint=fingerprint)
+    return loaded, initial
+
+
+def _adapter_key(config: Config) -> jax.Array:
+    """The key of the adapter's initial values."""
+    return named_key(jax.random.key(config.train.seed), "lora")
 
 
 def training_parts(

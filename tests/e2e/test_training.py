@@ -19,17 +19,19 @@ from rich.console import Console
 
 from qlora_jax.config import Config, DataArgs, HostsArgs, MeshArgs, ModelArgs
 from qlora_jax.data.batching.batches import window_order
+from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import Checkpoints, open_run
 from qlora_jax.io.checkpoint_reader import read_state
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.peft import export_peft
+from qlora_jax.io.loader import load_model
 from qlora_jax.io.pretrained import open_finetuned
 from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import dry_run, lock_output, next_commands, train
-from qlora_jax.training.session import compile_gradients, open_inputs, prepare
+from qlora_jax.training.session import compile_gradients, open_inputs, prepare, weights_of
 from qlora_jax.training.step import evaluation_loss, gradients, update
 from tests.e2e.project import project, stop_after, write_model, write_rows
 from tests.e2e.run_records import comparable_records
@@ -202,6 +204,23 @@ def test_mixtures_and_windows_resume_to_the_bit(tmp_path, monkeypatch, kind):
     assert numbers(config) == numbers(whole)
     for resumed, expected in zip(arrays_at(config, 8), arrays_at(whole, 8), strict=True):
         np.testing.assert_array_equal(resumed, expected)
+
+
+def test_a_run_of_an_earlier_version_resumes_with_the_fingerprint_it_has(finished, monkeypatch):
+    inputs = open_inputs(finished)
+    base = inputs.source, inputs.model, weights_of(finished, inputs)
+    earlier = load_model(*base, fingerprint="0" * 64).fingerprint
+
+    def read(folder):
+        state, digests = read_state(folder)
+        assert not same_form(state["fingerprint"], earlier)
+        return state | {"fingerprint": earlier}, digests
+
+    monkeypatch.setattr("qlora_jax.io.checkpoint.read_state", read)
+    assert run(finished, resume=True)
+    monkeypatch.setattr("qlora_jax.training.run.saved_fingerprint", lambda run: None)
+    with pytest.raises(ValueError, match="the base model: fingerprint"):
+        run(finished, resume=True)
 
 
 def test_a_checkpoint_tells_the_order_of_windows_and_one_that_does_not_is_refused(tmp_path):
