@@ -300,12 +300,20 @@ def _batch(
     for row, prompt in enumerate(prompts):
         tokens_BP[row, : len(prompt)] = prompt
     lengths_B = np.array([*map(len, prompts), *[1] * (batch - len(prompts))], np.int32)
-    key = jax.random.key(sampling.seed)
-    keys_B = jnp.stack([jax.random.fold_in(key, repeat) for repeat in [*repeats, *[0] * (batch - len(prompts))]])
+    keys_B = _row_keys(sampling.seed, [*repeats, *[0] * (batch - len(prompts))], mesh)
     slots = slots_for(longest + max_new_tokens, model.config)
-    if mesh is not None:
-        keys_B = jax.device_put(keys_B, named(mesh, P(ROWS)))
     return _Batch(tokens_BP=tokens_BP, lengths_B=lengths_B, keys_B=keys_B, slots=slots, mesh=mesh)
+
+
+def _row_keys(seed: int, repeats: Sequence[int], mesh: AnyMesh | None) -> jax.Array:
+    """The random key of each row, on a mesh on the device that has the row."""
+    key = jax.random.key(seed)
+    keys_B = jnp.stack([jax.random.fold_in(key, repeat) for repeat in repeats])
+    if mesh is None:
+        return keys_B
+    words = np.asarray(jax.random.key_data(keys_B))  # equal in all processes, of which each has some of the rows
+    placed = jax.make_array_from_callback(words.shape, named(mesh, P(ROWS)), lambda rows: words[rows])
+    return jax.random.wrap_key_data(placed)
 
 
 def empty_cache(model: CausalLM, size: int, slots: int) -> tuple[jax.Array, KVCache]:
