@@ -34,7 +34,9 @@ class BaseDigest(abc.ABC):
 
     def add(self, own: np.ndarray, rows: OwnRows) -> None:
         """Adds an array, of which this process has `rows`; all processes call this together."""
-        self._sha.update(f"{own.dtype.name}{(rows.total, *own.shape[1:])}".encode())
+        own = np.atleast_1d(own)
+        shape = own.shape if rows.everywhere else (rows.total, *own.shape[1:])  # codes in layout `flat` have no rows
+        self._sha.update(f"{own.dtype.name}{shape}".encode())
         self._add_values(own, rows)
 
     def add_whole(self, array: np.ndarray) -> None:
