@@ -82,7 +82,17 @@ def named(mesh: AnyMesh, specs: PyTree) -> PyTree:
 
 def place(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
     """Places a tree on the mesh by a tree of PartitionSpecs of the same structure."""
-    return jax.device_put(tree, named(mesh, specs))
+    return jax.tree.map(put, tree, named(mesh, specs))
+
+
+def put(leaf: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Returns an array with another sharding, also over several processes, each of which has the whole array."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(leaf, sharding)
+    if leaf.sharding == sharding:
+        return leaf
+    # device_put takes no devices of other processes; a program takes the same array from each process.
+    return jax.jit(lambda array: array, out_shardings=sharding)(leaf)
 
 
 @jax.tree_util.register_dataclass

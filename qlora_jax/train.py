@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qlora_jax import allocator
 from qlora_jax.config import Command, Config, run_main, validate
+from qlora_jax.config.command_line import report_error
 
 STOPPED = 143  # the exit code of SIGTERM in shells; the run is saved and can be resumed
 COMMAND = Command(
@@ -29,14 +30,23 @@ def main(argv: list[str]) -> None:
     config, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
+    from qlora_jax.hosts.join import joined
+    from qlora_jax.hosts.launchers import find_place
     from qlora_jax.terminal.console import Console
     from qlora_jax.training.run import dry_run, train
 
     runtime.start()
     run, settings = Path(config.output), {"resume": "resume" in flags, "oversized": "oversized" in flags}
+    hosts = config.hosts
+    place = find_place(hosts.launcher, hosts.coordinator, hosts.processes, hosts.process)
     if "dry_run" in flags:
-        dry_run(config, run, **settings, console=Console())
-    elif not train(config, run, **settings, console=Console()):
+        if place is not None:
+            raise ValueError(f"--dry_run: found {place.processes} processes, expected one. Start one process")
+        return dry_run(config, run, **settings, console=Console())
+    devices = None if isinstance(hosts.devices, str) else hosts.devices
+    with joined(place, devices=devices, heartbeat=hosts.heartbeat, report=report_error) as guard:
+        finished = train(config, run, **settings, console=Console(quiet=not guard.group.is_first), guard=guard)
+    if not finished:
         sys.exit(STOPPED)
 
 

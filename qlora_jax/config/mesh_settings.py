@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, setting
 
 AUTO = "auto"
+AT_LEAST_FIVE = Bound("5 or more", lambda value: value >= 5)
 _SIZE = Bound("1 or more, or auto", lambda value: value == AUTO or value >= 1)
 
 
@@ -48,7 +49,7 @@ class HostsArgs:
         AUTO,
         NOT_EMPTY,
     )
-    heartbeat: int = setting("seconds after which the end of one process ends the others", 30, AT_LEAST_ONE)
+    heartbeat: int = setting("seconds after which the death of one process ends the others", 30, AT_LEAST_FIVE)
     stuck_after: int = setting("seconds without a finished step after which a process ends", 900, AT_LEAST_ONE)
 
 

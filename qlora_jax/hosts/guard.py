@@ -84,6 +84,8 @@ class Guard:
 
     def start(self) -> None:
         """Starts the thread."""
+        now = time.monotonic()
+        self._beats |= {process: ("", now) for process in range(self.group.processes) if process != self.group.process}
         threading.Thread(target=self._watch, name="hosts guard", daemon=True).start()
 
     def stop(self) -> None:
@@ -97,8 +99,9 @@ class Guard:
         """
         now = time.monotonic()
         silent = [process for process, (_, at) in self._beats.items() if now - at > SILENT_SECONDS]
-        # Without a silent one, the connection to process 0 broke, which all notice at once.
-        names = ", ".join(self.group.name(process) for process in sorted(silent) or [0])
+        # Without a silent one, the connection to process 0 broke, which the others notice at once.
+        unknown = ["another process"] if self.group.is_first else [self.group.name(0)]
+        names = ", ".join([self.group.name(process) for process in sorted(silent)] or unknown)
         with self._ending:
             self._say(f"{names} ended without a message, or cannot be reached. {RESTART}")
             os._exit(ENDED)

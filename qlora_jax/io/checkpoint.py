@@ -44,6 +44,7 @@ from qlora_jax.io.checkpoint_reader import (
 )
 from qlora_jax.io.digests import warn_without_digests
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
@@ -100,8 +101,11 @@ class Checkpoints:
             preservation_policy=self._policy,
             enable_async_checkpointing=False,
             lightweight_initialize=True,  # times and metrics are not used
+            multiprocessing_options=named_processes(),
+            create=False,  # orbax does not create it for several processes
         )
         self.folder = (run / CHECKPOINT_FOLDER).absolute()
+        self.folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -200,7 +204,10 @@ class Checkpoints:
         """Renames a damaged checkpoint, so that orbax no longer counts it, and warns."""
         names = itertools.chain([f"{damage.step}.damaged"], (f"{damage.step}.damaged-{i}" for i in itertools.count(2)))
         name = next(name for name in names if not (self.folder / name).exists())
-        (self.folder / damage.step).rename(self.folder / name)
+        meet("damaged checkpoint found")
+        if jax.process_index() == 0:
+            (self.folder / damage.step).rename(self.folder / name)
+        meet("damaged checkpoint renamed")
         self._manager.reload()
         warnings.warn(
             f"{damage}\nIt was renamed to {name}. The run continues from step {sound}, the newest sound checkpoint",

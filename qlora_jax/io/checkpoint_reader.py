@@ -18,6 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from qlora_jax.io.digests import ArrayDigest, by_path, changes, json_digest, tree_digests
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.orbax_processes import named_processes
 from qlora_jax.io.orbax_threads import silence_threads
 from qlora_jax.metadata import MetadataError, check_value, read_json
 
@@ -150,7 +151,7 @@ def _saved_template(folder: Path) -> PyTree:
 def _with_orbax[Result](folder: Path, read: Callable[[ocp.StandardCheckpointer], Result]) -> Result:
     silence_threads()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with ocp.StandardCheckpointer(multiprocessing_options=named_processes()) as checkpointer:
             return read(checkpointer)
     except (jax.errors.JaxRuntimeError, MemoryError):
         raise  # the device or the machine has too little memory

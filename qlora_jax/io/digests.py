@@ -17,6 +17,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 import xxhash
+from jax.experimental import multihost_utils
 from jaxtyping import ArrayLike, PyTree
 
 STRIP_BYTES = 4 * 2**20  # the digests on disk depend on it
@@ -52,9 +53,16 @@ def combine(dtype: np.dtype, shape: Iterable[int], digests: Iterable[bytes]) -> 
 
 
 def array_digest(values: ArrayLike) -> ArrayDigest:
-    """Returns the digest of an array that this process holds whole."""
-    array = np.asarray(values)
+    """Returns the digest of an array; all processes call this together for one that they hold parts of."""
+    array = np.asarray(_whole(values))
     return combine(array.dtype, array.shape, map(strip_digest, strips(array)))
+
+
+def _whole(values: ArrayLike) -> ArrayLike:
+    """Returns an array whole on this process's devices, or as it is if this process can read all of it."""
+    if not isinstance(values, jax.Array) or values.is_fully_addressable or values.is_fully_replicated:
+        return values
+    return multihost_utils.process_allgather(values, tiled=True)
 
 
 def tree_digests(tree: PyTree) -> dict[str, ArrayDigest]:

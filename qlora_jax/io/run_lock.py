@@ -110,6 +110,23 @@ def lock_run(folder: Path, warn: Warn) -> Iterator[RunLock]:
                 path.rmdir()
 
 
+@contextlib.contextmanager
+def follow_lock(folder: Path) -> Iterator[RunLock]:
+    """Yields the lock of a folder that another process of the same run holds; it can be checked like the holder's.
+
+    Raises:
+      OSError: the lock file cannot be opened.
+    """
+    file = (folder / LOCK_FILE).absolute()
+    lock = RunLock(folder, file, os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC))
+    _held.add(lock)
+    try:
+        yield lock
+    finally:
+        if lock.descriptor is not None:
+            lock.close()
+
+
 def _check_writable(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir():

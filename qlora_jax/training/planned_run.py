@@ -9,12 +9,15 @@ from rich.console import Console
 
 from qlora_jax.config import Config, MeshSize, mesh_choices
 from qlora_jax.config.mesh_settings import AUTO
+from qlora_jax.config.validate_mesh import MeshChoices
 from qlora_jax.data.report.text import print_report
+from qlora_jax.hosts.group import Group
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display import print_banner
 from qlora_jax.training.plan.preflight import RunPlan, plan_run
 from qlora_jax.training.run_mesh import run_mesh
 from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
+from qlora_jax.training.several_processes import agree_on_inputs, all_of
 from qlora_jax.training.trackers import check_installed
 
 OVERSIZED = "oversized"  # the flag that starts a run although it does not fit
@@ -46,32 +49,59 @@ def _refused_lines(refused: Mapping[MeshSize, Sequence[str]]) -> list[str]:
 
 
 def plan_before_weights(
-    config: Config, console: Console, *, full: bool, model: PreparedModel | None = None
+    config: Config, console: Console, *, full: bool, group: Group, model: PreparedModel | None = None
 ) -> PlannedRun:
     """Reads the data, chooses the mesh and compiles the step; prints the memory plan and, if `full`, the data report.
 
     Raises:
       ValueError: bad input, or a mesh that the run cannot use.
+      Disagreement: the processes have other files.
     """
     check_installed(config.train.track)
-    _check_one_process(config)
-    sizes, refused = mesh_choices(config if model is None else _without_choice(config), jax.local_device_count())
-    inputs = open_inputs(config, model)
+    sizes, refused = _choices(config if model is None else _without_choice(config), group)
+    inputs = _open_in_turn(config, model, group)
+    agree_on_inputs(group, inputs)
     config = _pinned(config, inputs)
     if full:
         print_report(inputs.dataset.report, console)
     with console.status("compiling the training step"):
-        gradients, plan = _first_that_fits(config, inputs, sizes)
+        gradients, plan = _first_that_fits(config, inputs, sizes, group)
     print_banner("memory plan", plan.rows() if full else {"memory": plan.rows()["memory"]}, console)
     return PlannedRun(config, inputs, gradients, plan, refused)
 
 
-def _check_one_process(config: Config) -> None:
-    if (config.hosts.processes or 1) > 1:
+def _open_in_turn(config: Config, model: PreparedModel | None, group: Group) -> Inputs:
+    """Opens the model and the data; in process 0 first if it writes a cache of rows, which the others then read."""
+    cached = config.data.cache is not None
+    if cached and not group.is_first:
+        group.meet("the cached rows", config.hosts.stuck_after)
+    inputs = open_inputs(config, model)
+    if cached and group.is_first:
+        group.meet("the cached rows", config.hosts.stuck_after)
+    return inputs
+
+
+def _choices(config: Config, group: Group) -> MeshChoices:
+    """Returns the meshes that the run may use. Several processes use all of their devices.
+
+    Raises:
+      ValueError: there is none, or JAX has other processes than the run.
+    """
+    if jax.process_count() != group.processes:
         raise ValueError(
-            f"hosts.processes: found {config.hosts.processes}, expected 1, because a run of several processes is not "
-            "supported yet. Remove it; one process drives all devices of its machine"
+            f"jax.distributed: found {jax.process_count()} processes, expected {group.processes}. Train with several "
+            "processes by the command qlora_jax.train, which joins them"
         )
+    devices = jax.device_count()
+    choices = mesh_choices(config, devices)
+    usable = [size for size in choices.usable if group.processes == 1 or size.devices == devices]
+    if not usable:
+        raise ValueError(
+            f"mesh.data, mesh.fsdp: found {' or '.join(f'({size})' for size in choices.usable)}, expected "
+            f"{devices} devices in all, because {group.processes} processes use all of theirs. Set mesh.data=auto, or "
+            f"sizes whose product is {devices}"
+        )
+    return MeshChoices(usable, choices.refused)
 
 
 def _without_choice(config: Config) -> Config:
@@ -86,12 +116,17 @@ def _pinned(config: Config, inputs: Inputs) -> Config:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, path=path))
 
 
-def _first_that_fits(config: Config, inputs: Inputs, sizes: Sequence[MeshSize]) -> tuple[CompiledGradients, RunPlan]:
-    """Returns the compiled step and the plan of the first mesh on which the run fits; of the last if it fits none."""
+def _first_that_fits(
+    config: Config, inputs: Inputs, sizes: Sequence[MeshSize], group: Group
+) -> tuple[CompiledGradients, RunPlan]:
+    """Returns the compiled step and the plan of the first mesh on which the run fits; of the last if it fits none.
+
+    It fits if it does in all processes.
+    """
     *others, last = sizes
     for size in others:
         gradients, plan = _planned_on(config, inputs, size)
-        if plan.fits:
+        if all_of(group, "plan", plan.fits):
             return gradients, plan
     return _planned_on(config, inputs, last)
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
+from qlora_jax.hosts.group import Group
+from qlora_jax.hosts.guard import Guard
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
@@ -37,6 +39,14 @@ from qlora_jax.training.session import (
     make_session,
     prepare,
     steps_of_run,
+)
+from qlora_jax.training.several_processes import (
+    NoReport,
+    check_supported,
+    connect_devices,
+    lock_together,
+    stop_together,
+    without_place,
 )
 from qlora_jax.training.time_limit import finishes_within
 from qlora_jax.training.trackers import Log, scalars, trackers
@@ -94,7 +104,7 @@ def dry_run(config: Config, run: Path, *, resume: bool, oversized: bool, console
       ValueError: bad input, as in `train`; the run does not fit, after the files are written.
     """
     with lock_output(run, resume=resume, warn=_warning(console)):
-        planned = plan_before_weights(config, console, full=True)
+        planned = plan_before_weights(config, console, full=True, group=Group())
         page = write_report(_report_of(planned, run, None), run)
         steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
         warm_up = warm_up_text(config.optim, steps)
@@ -153,18 +163,24 @@ class _Report(Reporter):
             log(record["step"], scalars(record))
 
 
-def train(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> bool:
+def train(
+    config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, guard: Guard | None = None
+) -> bool:
     """Trains in the folder `run`; returns True if the run finished, False if a signal stopped it early.
 
     Args:
       oversized: start even if the memory plan says that the run does not fit.
+      guard: of the processes of the run; None for one process.
 
     Raises:
       ValueError: bad input, a run that does not fit the device, or a loss that is not finite.
       OSError: a file cannot be read or written.
     """
-    with lock_output(run, resume=resume, warn=_warning(console)) as lock:
-        return run_training(config, lock, resume=resume, oversized=oversized, console=console).finished
+    guard = guard or Guard(Group())
+    check_supported(config, guard.group)
+    first = lock_output(run, resume=resume, warn=_warning(console))
+    with lock_together(guard.group, first, config, run) as lock:
+        return run_training(config, lock, resume=resume, oversized=oversized, console=console, guard=guard).finished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,6 +200,7 @@ def run_training(
     oversized: bool,
     console: Console,
     model: PreparedModel | None = None,
+    guard: Guard | None = None,
 ) -> Trained:
     """Trains like `train`, and returns the trained parameters.
 
@@ -191,34 +208,43 @@ def run_training(
       lock: of the run's folder.
       model: a base with an adapter in memory; None to load the base and add an adapter, as `config` says. Its LoRA
         parameters are donated to the first step.
+      guard: of the processes of the run, of which the first alone writes records and reports; None for one process.
     """
-    run = lock.folder
-    planned = plan_before_weights(config, console, full=not resume, model=model)
+    run, guard = lock.folder, guard or Guard(Group())
+    is_first = guard.group.is_first
+    planned = plan_before_weights(config, console, full=not resume, model=model, group=guard.group)
     planned.refuse_oversized(oversized)
-    config = planned.config
+    config = without_place(planned.config)
+    planned = planned._replace(config=config)
     peak = watch_peak(local_devices(planned.gradients.mesh))
+    connect_devices(guard.group, planned.gradients.mesh, config.hosts.stuck_after)
     session = _session(planned, run if resume else None, model, console)
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
-            state = _first_state(session, checkpoints, run, resume=resume, console=console)
+            state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
             # Closed after the report is written, because a tracker may upload for a long time.
-            logs = stack.enter_context(trackers(config.train.track, run, to_dict(config), state.step))
-            state = _train_on(session, state, checkpoints, planned.plan, logs, run, console)
+            logs = stack.enter_context(
+                trackers(config.train.track if is_first else (), run, to_dict(config), state.step)
+            )
+            state = _train_on(session, state, checkpoints, planned.plan, logs, run, console, guard)
         lock.check()
         at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
         finished = at_end and not state.evaluation_due
+        if not is_first:
+            return Trained(lora=state.lora, step=state.step, finished=finished)
         reported = _write_reports(planned, run, peak, limited=not finished)
         _print_end(config, state, session.total_steps, finished=finished, reported=reported, console=console)
     return Trained(lora=state.lora, step=state.step, finished=finished)
 
 
 def _first_state(
-    session: Session, checkpoints: Checkpoints, run: Path, *, resume: bool, console: Console
+    session: Session, checkpoints: Checkpoints, run: Path, *, resume: bool, console: Console, writes: bool
 ) -> TrainState:
-    """Returns the state of a new or resumed run, and writes its settings."""
+    """Returns the state of a new or resumed run, and writes its settings if `writes`."""
     state = restore(session, checkpoints) if resume else initial_state(session)
-    write_config(session.config, run / CONFIG_FILE)
-    if session.initial is not None and not resume:
+    if writes:
+        write_config(session.config, run / CONFIG_FILE)
+    if writes and session.initial is not None and not resume:
         write_initial(run, session.initial)
     print_banner(*(resume_banner(session, state.step, state.best) if resume else start_banner(session)), console)
     return state
@@ -232,19 +258,32 @@ def _train_on(
     logs: Sequence[Log],
     run: Path,
     console: Console,
+    guard: Guard,
 ) -> TrainState:
     """Trains to the end of the run, or until a signal; returns the state, which is saved."""
-    settings, evaluated = session.config.train, not state.evaluation_due
+    settings, is_first = session.config.train, guard.group.is_first
     display = Display(session.total_steps, state.step, settings.log_every, console)
+    with (
+        _reporter(state, display, logs, run) if is_first else contextlib.nullcontext(NoReport()) as reporter,
+        display,
+        stop_on_signals(display.message) as asked,
+        explain_out_of_memory(plan),
+        traced_steps(run / TRACE_FOLDER, settings.trace_steps if is_first else 0) as before_step,
+    ):
+        stop = stop_together(guard, asked, session.mesh)
+        guard.group.meet("the first step", session.config.hosts.stuck_after)
+        with guard.limited(session.config.hosts.stuck_after):
+            return run_steps(session, state, checkpoints, reporter, stop, before_step)
+
+
+@contextlib.contextmanager
+def _reporter(state: TrainState, display: Display, logs: Sequence[Log], run: Path) -> Iterator[Reporter]:
+    evaluated = not state.evaluation_due
     with (
         MetricsFile(run / METRICS_FILE, state.step, evaluated=evaluated) as metrics,
         MetricsFile(run / SAMPLES_FILE, state.step, evaluated=evaluated) as samples,
-        display,
-        stop_on_signals(display.message) as stop,
-        explain_out_of_memory(plan),
-        traced_steps(run / TRACE_FOLDER, settings.trace_steps) as before_step,
     ):
-        return run_steps(session, state, checkpoints, _Report(metrics, samples, display, logs), stop, before_step)
+        yield _Report(metrics, samples, display, logs)
 
 
 def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None], *, limited: bool) -> bool:

@@ -12,14 +12,14 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import MeshSize
-from qlora_jax.sharding import ROWS, axis_size, make_mesh
+from qlora_jax.sharding import ROWS, axis_size, make_mesh, put
 
 Device = Any  # jax.Device, which JAX does not export as a type
 
 
 def run_mesh(size: MeshSize) -> Mesh | None:
-    """Returns the mesh of the first local devices; None for one device."""
-    return None if size.devices == 1 else make_mesh(size.data, size.fsdp)
+    """Returns the mesh of the first devices of all processes; None for one device."""
+    return None if size.devices == 1 else make_mesh(size.data, size.fsdp, jax.devices())
 
 
 def mesh_size(mesh: Mesh | None) -> MeshSize:
@@ -55,4 +55,4 @@ def _place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
 
 def replicate(leaf: jax.Array, mesh: Mesh | None) -> jax.Array:
     """Returns an array that is whole on all devices, such as a key; without a mesh it stays as it is."""
-    return leaf if mesh is None else jax.device_put(leaf, NamedSharding(mesh, P()))
+    return leaf if mesh is None else put(leaf, NamedSharding(mesh, P()))

@@ -42,7 +42,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, processes: int, **options: Any) -> Started:
-    """Starts all processes of a run; `options` are those of the worker."""
+    """Starts all processes of a run; `options` are those of the worker (tests/hosts/worker.py)."""
     folder.mkdir(parents=True, exist_ok=True)
     options = {"port": free_port(), "processes": processes, "folder": str(folder / "run")} | options
     started = [CONTEXT.Process(target=_work, args=(folder, options | {"process": i})) for i in range(processes)]

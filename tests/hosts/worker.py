@@ -4,11 +4,13 @@ import os
 import signal
 import sys
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
 import jax
 
+import qlora_jax.train
 from qlora_jax.config import run_main
 from qlora_jax.config.command_line import report_error
 from qlora_jax.hosts.guard import Guard
@@ -16,6 +18,7 @@ from qlora_jax.hosts.join import joined
 from qlora_jax.hosts.launchers import Place, find_place
 from qlora_jax.hosts.shared_folder import sees_first
 from qlora_jax.hosts.stop_signal import StopSignal
+from qlora_jax.training import loop
 from tests.hosts.processes import ACTS_AT, STEPS, STOPPED
 
 
@@ -40,8 +43,7 @@ def train(guard: Guard, options: dict[str, Any]) -> bool:
     guard.group.meet("compiled")
     with guard.limited(options.get("stuck_after", 60)):
         for step in range(STEPS):
-            if step == ACTS_AT and options["process"] == options.get("actor"):
-                act(options["action"])
+            _act_before(options, step)
             guard.passes(f"step {step}")
             if stop():
                 print(f"stopped before step {step}")
@@ -56,8 +58,33 @@ def run(folder: Path, options: dict[str, Any]) -> None:
         file = os.open(folder / f"{kind}.{options['process']}", os.O_WRONLY | os.O_CREAT, 0o644)
         os.dup2(file, descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
-    jax.config.update("jax_num_cpu_devices", 2)
-    run_main(lambda _: join_and_train(options), [])
+    jax.config.update("jax_num_cpu_devices", options.get("devices", 2))
+    if "command" in options:
+        run_main(lambda _: train_command(options), [])
+    else:
+        run_main(lambda _: join_and_train(options), [])
+
+
+def train_command(options: dict[str, Any]) -> None:
+    """Runs the command `train`, without the user's cache of compiled programs; acts before one of its steps."""
+    step = unittest.mock.Mock(wraps=loop.train_step)
+    step.side_effect = lambda *args: _act_before(options, step.call_count) or unittest.mock.DEFAULT
+    with unittest.mock.patch("qlora_jax.runtime.start"), unittest.mock.patch.object(loop, "train_step", step):
+        qlora_jax.train.main([*options["command"], *by_hand(options)])
+
+
+def _act_before(options: dict[str, Any], step: int) -> None:
+    if step == ACTS_AT and options["process"] == options.get("actor"):
+        act(options["action"])
+
+
+def by_hand(options: dict[str, Any]) -> list[str]:
+    """Returns the settings of a process that is started without a launcher; none for a single one."""
+    place = {"coordinator": f"127.0.0.1:{options['port']}", "processes": options["processes"]}
+    place |= {"process": options["process"], "heartbeat": 5}
+    return (
+        [] if options["processes"] == 1 else [word for name in place for word in (f"--hosts.{name}", str(place[name]))]
+    )
 
 
 def join_and_train(options: dict[str, Any]) -> None:

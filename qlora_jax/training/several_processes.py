@@ -1,0 +1,159 @@
+"""Checks that the processes of a run make together, and their common stop. One process alone does none of it."""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from qlora_jax.config import Config, paging_of, to_dict
+from qlora_jax.hosts.group import Group
+from qlora_jax.hosts.guard import Guard
+from qlora_jax.hosts.shared_folder import sees_first
+from qlora_jax.hosts.stop_signal import StopSignal
+from qlora_jax.hosts.warm_up import connect_groups
+from qlora_jax.io.run_lock import RunLock, follow_lock
+from qlora_jax.training.loop import Reporter
+from qlora_jax.training.metrics import Record
+from qlora_jax.training.session import Inputs
+
+# Settings that may differ between processes: their place, and paths, whose content is compared.
+MAY_DIFFER = ("hosts.", "output", "model.path", "data.train", "data.eval", "data.cache")
+QUESTION_FILES = ("choices", "letters", "answers")
+LIBRARIES = ("qlora-jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
+FIX = (
+    "Start all processes with the same command, versions and files, and with an output folder that all machines share. "
+    "Separate runs under one launcher need --hosts.launcher off"
+)
+
+
+def check_supported(config: Config, group: Group) -> None:
+    """Checks that a run can be one of several processes.
+
+    Raises:
+      ValueError: it has settings that several processes do not support yet; all of them are listed.
+    """
+    if group.processes == 1:
+        return
+    fixes = {
+        "train.samples": ("null", config.train.samples is not None),
+        **{f"questions.{name}": ("null", getattr(config.questions, name) is not None) for name in QUESTION_FILES},
+        "optim.paging": ("off", paging_of(config.optim) != "off"),
+    }
+    problems = [
+        f"{key}: is not supported yet with several processes (found {group.processes}). Set it to {value}"
+        for key, (value, is_used) in fixes.items()
+        if is_used
+    ]
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+@contextlib.contextmanager
+def lock_together(
+    group: Group, first: contextlib.AbstractContextManager[RunLock], config: Config, run: Path
+) -> Iterator[RunLock]:
+    """Locks the run folder in process 0, and yields the lock in all processes once they agree on their settings.
+
+    Args:
+      first: locks the folder.
+
+    Raises:
+      Disagreement: settings, versions or devices differ, or the folder is not shared.
+    """
+    if group.processes == 1:
+        with first as lock:
+            yield lock
+    elif group.is_first:
+        with first as lock:
+            _agree_on_settings(group, config, run)
+            yield lock
+    else:
+        _agree_on_settings(group, config, run)
+        with follow_lock(run) as lock:
+            yield lock
+
+
+def _agree_on_settings(group: Group, config: Config, run: Path) -> None:
+    sees = sees_first(group, run)  # first, because process 0 has the folder only from now on
+    settings = _by_key(to_dict(config))
+    values = {key: value for key, value in settings.items() if not key.startswith(MAY_DIFFER)}
+    values |= {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
+    devices = jax.local_devices()
+    values["local devices"] = f"{len(devices)} x {devices[0].device_kind}"
+    values["output has a file of process 0"] = sees
+    group.agree("settings", values, FIX)
+
+
+def _by_key(settings: dict, prefix: str = "") -> dict[str, object]:
+    """Returns nested settings by dotted key."""
+    found: dict[str, object] = {}
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        found |= _by_key(value, f"{key}.") if isinstance(value, dict) else {key: value}
+    return found
+
+
+def agree_on_inputs(group: Group, inputs: Inputs) -> None:
+    """Checks that all processes have opened the same model and data.
+
+    Raises:
+      Disagreement: they have not.
+    """
+    tensors = {name: (entry.shape, entry.file_type) for name, entry in sorted(inputs.source.tensors.items())}
+    values = {
+        "model: names, shapes and types of its tensors": _digest(tensors),
+        "model: features": _digest(dataclasses.asdict(inputs.model)),
+        "data.train: rows and tokens": inputs.dataset.fingerprint,
+    }
+    group.agree("inputs", values, FIX)
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def all_of(group: Group, name: str, flag: bool) -> bool:
+    """Returns True if the flag is true in all processes."""
+    return all(text == str(True) for text in group.gather(name, str(flag)))
+
+
+def connect_devices(group: Group, mesh: Mesh | None, seconds: float) -> None:
+    """Connects the devices of several processes once all have compiled, within a limit for the slowest."""
+    if group.processes > 1 and mesh is not None:
+        connect_groups(group, mesh, seconds)
+
+
+def stop_together(guard: Guard, asked: Callable[[], bool], mesh: Mesh | None) -> Callable[[], bool]:
+    """Returns `stop()`, which gives all processes the same answer; True if any of them has been asked to stop."""
+    if guard.group.processes == 1 or mesh is None:
+        return asked
+    signal = StopSignal(asked, mesh)
+
+    def stop() -> bool:
+        guard.passes("the last start of a step or of a part of an evaluation")
+        return signal()
+
+    return stop
+
+
+def without_place(config: Config) -> Config:
+    """Returns the settings without the place of this process, so that another number of processes can resume."""
+    hosts = dataclasses.replace(config.hosts, coordinator=None, processes=None, process=None, devices="auto")
+    return dataclasses.replace(config, hosts=hosts)
+
+
+class NoReport(Reporter):
+    """Reports nothing: process 0 does."""
+
+    def step(self, record: Record) -> None: ...
+
+    def evaluation(self, record: Record) -> None: ...
+
+    def evaluation_progress(self, text: str) -> None: ...
+
+    def samples(self, records: list[Record]) -> None: ...

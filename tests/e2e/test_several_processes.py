@@ -1,0 +1,112 @@
+"""Runs of several processes over loopback: the numbers of one process, one stop for all, and resuming on fewer."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+from qlora_jax.config import Config, MeshArgs, read_config, write_config
+from qlora_jax.hosts.guard import ENDED
+from qlora_jax.io.checkpoint import open_run, saved_steps
+from qlora_jax.training.run import train
+from tests.e2e.run_records import comparable_records
+from tests.e2e.test_mesh import mesh_project
+from tests.hosts.processes import ACTS_AT, STOPPED, Ended, Started, acted_at, start, wait
+from tests.marks import EXHAUSTIVE
+
+MESH = MeshArgs(data=2, fsdp=2)
+STEPS = 5
+TRAIN = dict(steps=STEPS, micro_batch_size=8, accumulation=1, save_every=2, eval_every=2)
+pytestmark = pytest.mark.slow
+
+
+def settings(folder: Path, **changes) -> Config:
+    """The settings of a run on 2 x 2 devices, written to config.yaml."""
+    config = dataclasses.replace(mesh_project(folder, train=TRAIN | changes), mesh=MESH)
+    write_config(config, folder / "config.yaml")
+    return config
+
+
+def start_training(folder: Path, run: Path, processes: int, *words: str, **options) -> Started:
+    """Starts the command `train` in several processes, with the settings in `folder`."""
+    command = ["--config", str(folder / "config.yaml"), "--output", str(run), *words]
+    return start(run.parent / f"{run.name} output", processes, devices=4 // processes, command=command, **options)
+
+
+def trained(run: Path, config: Config, resume: bool = False) -> Path:
+    """Trains to the end in this process."""
+    output = dataclasses.replace(config, output=str(run))
+    assert train(output, run, resume=resume, oversized=False, console=Console(file=io.StringIO()))
+    return run
+
+
+def assert_same_run(ours: Path, whole: Path, limit: float = 1e-5) -> None:
+    """Compares the records of two runs, and the adapters of their last checkpoints."""
+    mine, theirs = (comparable_records(run / "metrics.jsonl") for run in (ours, whole))
+    assert [record["step"] for record in mine] == [record["step"] for record in theirs]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a == {name: pytest.approx(value, rel=limit) for name, value in b.items()}
+    for a, b in zip(*(jax.tree.leaves(open_run(run).lora) for run in (ours, whole)), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
+    """(a run of one process on 2 x 2 devices, its settings)."""
+    folder = tmp_path_factory.mktemp("one")
+    config = settings(folder)
+    return trained(folder / "one", config), config
+
+
+def test_sigterm_to_one_of_two_processes_saves_once_and_one_process_resumes(one: tuple[Path, Config], tmp_path: Path):
+    whole, config = one
+    run = tmp_path / "two"
+    started = start_training(whole.parent, run, 2, actor=1, action="term")
+    ended = wait({"two": started})["two"]
+    assert [each.code for each in ended] == [STOPPED, STOPPED], ended
+    assert saved_steps(run) == [2, ACTS_AT]
+    assert "step 1/5" in ended[0].out and "step 1/5" not in ended[1].out + ended[1].err
+    hosts = read_config(run / "config.yaml").hosts
+    assert hosts.process is None and hosts.processes is None and hosts.coordinator is None
+    assert_same_run(trained(run, config, resume=True), whole)
+    assert json.loads((run / "report.json").read_text())
+
+
+def killed_then_resumed(whole: Path, run: Path, processes: int, actor: int) -> list[Ended]:
+    """Kills one of the processes of a run, and resumes it with as many."""
+    killed = wait({"run": start_training(whole.parent, run, processes, actor=actor, action="kill")})["run"]
+    assert [each.code for each in killed] == [-9 if index == actor else ENDED for index in range(processes)], killed
+    assert max(each.at for each in killed) - acted_at(killed) < 30
+    assert saved_steps(run) == [2]
+    resumed = wait({"run": start_training(whole.parent, run, processes, "--resume")})["run"]
+    assert [each.code for each in resumed] == [0] * processes, resumed
+    return killed
+
+
+@pytest.mark.parametrize(("processes", "actor"), [pytest.param(*case, marks=EXHAUSTIVE) for case in [(2, 0), (4, 2)]])
+def test_a_killed_process_ends_the_run_whose_checkpoint_resumes(
+    one: tuple[Path, Config], tmp_path: Path, processes: int, actor: int
+):
+    whole, _ = one
+    run = tmp_path / "run"
+    killed = killed_then_resumed(whole, run, processes, actor)
+    assert all(f"process {actor} (" in each.err for index, each in enumerate(killed) if index != actor)
+    assert_same_run(run, whole)
+
+
+@pytest.mark.parametrize("words", [pytest.param(("--train.seed", "1"), marks=EXHAUSTIVE)])
+def test_four_processes_train_as_one(one: tuple[Path, Config], tmp_path: Path, words: tuple[str, ...]):
+    """Four processes of one device each; and with another seed, other numbers."""
+    whole, _ = one
+    runs = {"same": start_training(whole.parent, tmp_path / "same", 4)}
+    assert [each.code for each in wait(runs)["same"]] == [0] * 4
+    assert_same_run(tmp_path / "same", whole)
+    runs = {"other": start_training(whole.parent, tmp_path / "other", 4, *words)}
+    assert [each.code for each in wait(runs)["other"]] == [0] * 4
+    losses = [comparable_records(folder / "metrics.jsonl")[1]["loss"] for folder in (whole, tmp_path / "other")]
+    assert losses[0] != losses[1]
