@@ -32,6 +32,17 @@ class _Dumper(yaml.SafeDumper):
 
 for _yaml in (_Loader, _Dumper):
     _yaml.add_implicit_resolver("tag:yaml.org,2002:float", _FLOAT, list("-+.0123456789"))
+
+
+class _OneLineDumper(_Dumper):
+    """A _Dumper that escapes line breaks in texts."""
+
+
+def _quoted_if_several_lines(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\n" in text else None)
+
+
+_OneLineDumper.add_representer(str, _quoted_if_several_lines)
 # YAML 1.1 reads `off` as false, YAML 1.2 as text, which `paging: off` means. The dumper quotes it.
 for _letter in "oO":
     _Loader.yaml_implicit_resolvers[_letter] = [
@@ -94,7 +105,7 @@ def _error(event: yaml.Event, problem: str) -> yaml.YAMLError:
 
 def one_line_yaml(value: object) -> str:
     """Returns a value as YAML on one line, so that parse_yaml(one_line_yaml(value)) == value."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, width=float("inf"), sort_keys=False)
+    text = yaml.dump(value, Dumper=_OneLineDumper, default_flow_style=True, width=float("inf"), sort_keys=False)
     return text.removesuffix("\n")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, get_args
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qlora_jax.config import ROW_COLUMNS
@@ -118,6 +118,7 @@ def test_a_suggestion_keeps_the_names_that_are_given(tokenizer: Tokenizer, write
 
 
 @given(st.dictionaries(st.sampled_from(ROW_COLUMNS), st.text(min_size=1), min_size=1))
+@example({"messages": "\n"})
 def test_a_suggested_setting_is_read_back(names: dict[str, str]):
     option, mapping = shlex.split(columns_setting("data.columns", names))
     assert option == "--data.columns" and parse_yaml(mapping) == names and "\n" not in one_line_yaml(names)
