@@ -1,6 +1,7 @@
 """Parses plain dicts into frozen dataclasses: unknown keys and values of a wrong type are errors, reported together."""
 
 import dataclasses
+import functools
 import math
 import types
 import typing
@@ -83,9 +84,14 @@ def convert(hint: Hint, value: object) -> object:
     return _convert_scalar(hint, value)
 
 
+@functools.cache  # resolving the annotations of all settings takes tens of milliseconds
+def _hints(schema: type) -> Mapping[str, Hint]:
+    return typing.get_type_hints(schema)
+
+
 def walk_settings(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Hint]]:
     """Yields (dotted key, field, annotation) of every setting, section by section."""
-    hints = typing.get_type_hints(schema)
+    hints = _hints(schema)
     for field in dataclasses.fields(schema):
         if dataclasses.is_dataclass(hints[field.name]):
             yield from walk_settings(hints[field.name], f"{prefix}{field.name}.")
@@ -104,7 +110,7 @@ def _value_problem(field: dataclasses.Field, hint: Hint, value: object) -> str |
     return f"found {value!r}, expected {bound.description}"
 
 
-def _flatten(raw: Mapping[str, object], sections: set[str], prefix: str = "") -> Iterator[tuple[str, object]]:
+def _flatten(raw: Mapping[str, object], sections: frozenset[str], prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yields (dotted key, value); a mapping that is not a section is a value."""
     for name, value in raw.items():
         key = f"{prefix}{name}"
@@ -114,9 +120,10 @@ def _flatten(raw: Mapping[str, object], sections: set[str], prefix: str = "") ->
             yield key, value
 
 
-def _sections(schema: type) -> set[str]:
+@functools.cache  # asked for with each key of a file
+def _sections(schema: type) -> frozenset[str]:
     keys = [key for key, _, _ in walk_settings(schema)]
-    return {key[:i] for key in keys for i, letter in enumerate(key) if letter == "."}
+    return frozenset(key[:i] for key in keys for i, letter in enumerate(key) if letter == ".")
 
 
 def is_required(field: dataclasses.Field) -> bool:
@@ -160,7 +167,7 @@ def _missing_problems(schema: type, raw: Mapping[str, object]) -> list[str]:
 
 
 def _build[T](schema: type[T], raw: Mapping[str, Any]) -> T:
-    hints, arguments = typing.get_type_hints(schema), {}
+    hints, arguments = _hints(schema), {}
     for field in dataclasses.fields(schema):  # pyright: ignore[reportArgumentType]
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
