@@ -9,9 +9,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import jinja2
 from markupsafe import Markup
 
 from qlora_jax.atomic_files import write_text
@@ -35,6 +34,9 @@ from qlora_jax.training.report.facts import (
 )
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
 from qlora_jax.training.session import steps_of_run
+
+if TYPE_CHECKING:
+    import jinja2
 
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 
@@ -70,7 +72,9 @@ def page(report: RunReport) -> str:
 
 
 @functools.cache
-def _template() -> jinja2.Template:
+def _template() -> "jinja2.Template":
+    import jinja2  # takes longer than the rest of this module, and is used once, at the end of a run
+
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
