@@ -19,6 +19,8 @@ _BLOCK = 1 << 20  # characters
 # decoded at once is a pair of escapes such as \ud83d\ude00.
 _TOKEN = 16
 _spaces = re.compile(f"[{SPACE}]*")
+_LINE_ENDS = ("\n", "\r\n", "")
+_decode = json.JSONDecoder().raw_decode  # takes two thirds of the time of json.loads
 
 
 def _end_of_spaces(text: str, at: int) -> int:
@@ -63,6 +65,12 @@ def _decode_line(content: str) -> object:
         return BadValue(TOO_LONG, ends_file=True)
     if is_too_deep(content):
         return BadValue(_TOO_DEEP)
+    try:
+        value, end = _decode(content)
+        if content[end:] in _LINE_ENDS:
+            return value
+    except ValueError:
+        pass  # json.loads raises it again, unless only white space was in the way
     try:
         return json.loads(content)
     except json.JSONDecodeError as error:

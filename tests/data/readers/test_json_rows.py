@@ -47,6 +47,28 @@ def test_a_cut_off_array_has_the_same_problem_in_pieces(elements, kept, block):
     assert isinstance(whole[-1][1], BadValue)
 
 
+@given(st.lists(values, min_size=1, max_size=6), st.sampled_from(["\n", "\r\n", " \n", "\t\r\n"]), st.booleans())
+def test_lines_have_the_values_of_json_whatever_surrounds_them(elements: list, end: str, last: bool):
+    text = "".join(json.dumps(element) + end for element in elements)
+    text = " " + (text if last else text.removesuffix(end)) + "\n \n\r\n"
+    found = json_lines(io.StringIO(text, newline="\n"))
+    assert [value for _, value in found] == [json.loads(json.dumps(element)) for element in elements]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"a": 1} {', "not JSON: Extra data at column 10"),
+        ('\ufeff{"a": 1}', "not JSON: Unexpected UTF-8 BOM"),
+        ('{"a": }', "not JSON: Expecting value at column 7"),
+        ("9" * 5000, "can't be read: Exceeds the limit"),
+    ],
+)
+def test_a_wrong_line_has_the_problem_that_json_names(line: str, problem: str):
+    ((_, found),) = json_lines(io.StringIO(line + "\n", newline="\n"))
+    assert isinstance(found, BadValue) and found.problem.startswith(problem)
+
+
 def test_an_array_is_read_as_its_rows_are_used():
     file = io.StringIO(json.dumps([{"text": "a" * 1000}] * 10_000), newline="\n")
     assert next(json_array(file)) == (1, {"text": "a" * 1000})
