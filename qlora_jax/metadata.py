@@ -77,16 +77,25 @@ def read_text(path: FileName, max_bytes: int = MAX_BYTES) -> str:
     Raises:
       MetadataError: the file is too large or not UTF-8.
     """
-    size = Path(path).stat().st_size
-    if size > max_bytes:
-        raise MetadataError(
-            f"{path}: too large for a metadata file (found {size} bytes, expected at most {max_bytes}). "
-            "Download it again, or check that it is the right file."
-        )
+    _check_size(path, max_bytes)
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise MetadataError(_not_utf8(path, error)) from None
+
+
+def read_bytes(path: FileName, max_bytes: int = MAX_BYTES) -> bytes:
+    """Reads a file; raises MetadataError if it is too large."""
+    _check_size(path, max_bytes)
+    return Path(path).read_bytes()
+
+
+def decode_text(content: bytes, name: FileName) -> str:
+    """Returns the text of a file's bytes; raises MetadataError if it is not UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise MetadataError(_not_utf8(name, error)) from None
 
 
 def decode_json[T](content: str | bytes, kind: type[T] | GenericAlias, name: FileName) -> T:
@@ -146,7 +155,7 @@ def is_too_deep(content: str | bytes) -> bool:
     """Returns True if JSON text has more than MAX_DEPTH levels. It is not decoded, and the time is linear."""
     if isinstance(content, str):
         few = content.count("[") + content.count("{") <= MAX_DEPTH
-        return not few and is_too_deep(content.encode("utf-8", "surrogatepass"))
+        return not few and _depth(content.encode("utf-8", "surrogatepass")) > MAX_DEPTH
     return content.count(b"[") + content.count(b"{") > MAX_DEPTH and _depth(content) > MAX_DEPTH
 
 
@@ -179,18 +188,25 @@ def _adapter(kind: Kind) -> TypeAdapter:
 
 
 def _loads(content: str | bytes, name: FileName) -> object:
+    text = content if isinstance(content, str) else decode_text(content, name)
     try:
-        text = content if isinstance(content, str) else content.decode("utf-8")
         return json.loads(text, object_pairs_hook=_unique)
     except json.JSONDecodeError as error:
         problem = f"{name}, line {error.lineno}, column {error.colno}: not JSON: {error.msg}"
-    except UnicodeDecodeError as error:
-        raise MetadataError(_not_utf8(name, error)) from None
     except _RepeatedKeys as error:
         problem = f"{name}: keys that occur twice in one object: {error}. Remove one of each"
     except ValueError as error:  # a number of thousands of digits
         problem = f"{name}: not JSON: {error}"
     raise MetadataError(f"{problem}. Correct the file or download it again.")
+
+
+def _check_size(path: FileName, max_bytes: int) -> None:
+    size = Path(path).stat().st_size
+    if size > max_bytes:
+        raise MetadataError(
+            f"{path}: too large for a metadata file (found {size} bytes, expected at most {max_bytes}). "
+            "Download it again, or check that it is the right file."
+        )
 
 
 def _not_utf8(name: FileName, error: UnicodeDecodeError) -> str:

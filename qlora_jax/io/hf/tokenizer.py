@@ -7,7 +7,16 @@ from typing import Annotated, Any, TypedDict
 from pydantic import FailFast, Field
 
 from qlora_jax.io.model_source import TokenizerData
-from qlora_jax.metadata import MetadataError, check_value, decode_json, read_json, read_text, shorten
+from qlora_jax.metadata import (
+    MetadataError,
+    check_value,
+    decode_json,
+    decode_text,
+    read_bytes,
+    read_json,
+    read_text,
+    shorten,
+)
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -143,18 +152,20 @@ def _read_tokenizer_json(path: Path) -> tuple[str | None, TokenizerJson]:
     """(the file's text, its post-processor)"""
     if not path.is_file():
         return None, {}
-    text = read_text(path, MAX_TOKENIZER_BYTES)
-    parsed = decode_json(text, TokenizerJson, path)
+    content = read_bytes(path, MAX_TOKENIZER_BYTES)  # not text, whose line ends take time
+    parsed = decode_json(content, TokenizerJson, path)
     model = parsed.get("model", {})
     _check_ids(path, model.get("vocab"))
     _check_merges(path, model)
-    return text, parsed
+    return decode_text(content, path), parsed
 
 
 def _check_ids(path: Path, vocabulary: object) -> None:
     """Checks that no id is so large that tokenizers, which counts up to it, would take minutes."""
     ids = vocabulary.values() if isinstance(vocabulary, dict) else ()
-    largest = max((each for each in ids if isinstance(each, int)), default=0)
+    if {*map(type, ids)} - {int}:
+        ids = [each for each in ids if isinstance(each, int)]
+    largest = max(ids, default=0)
     if largest > MAX_ID:
         raise MetadataError(
             f"{path}: model.vocab: an id is too large (found {largest}, expected at most {MAX_ID}). Download the file "
