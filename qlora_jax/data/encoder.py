@@ -209,7 +209,7 @@ def _conversations(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
     def search(row: Columns) -> SegmentSearch:
         return (yield from segmenter(messages(row), read_tools(row) if has_tools else None))
 
-    return lambda rows: run_together([search(row) for row in rows], tokenizer.render_all)
+    return lambda rows: run_together(map(search, rows), tokenizer.start_rendering)
 
 
 def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:

@@ -133,6 +133,7 @@ def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
       ValueError: all problems of all rows, by line, unless data.bad_rows drops these rows; or no row has anything to
         learn.
     """
+    preparation.tokenizer.prepare_rendering()
     reader = _FileReader(preparation)
     whole = RowCounts()
     for checked, encodings in prefetch_map(reader.encode, reader.chunks()):

@@ -6,6 +6,7 @@ not the rendered row, to the character, or if turns contain more than text, span
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +20,7 @@ from qlora_jax.data.loss_mask.spans import (
     search_segments,
     turn_marks,
 )
-from qlora_jax.data.tokenizer.chat_template import Message, Rendering
+from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 # Letters and digits only: a template that trims or escapes texts does not change them.
@@ -30,17 +31,18 @@ _CACHED = 4096  # sequences of roles
 Segmenter = Callable[[Sequence[Message], Tools | None], SegmentSearch]
 
 
-class SegmentTemplate(NamedTuple):
-    """A segment with gaps: the template's own texts, and the index of the message that fills each gap between them."""
+class ConversationTemplate(NamedTuple):
+    """The segments of a rendered conversation, with gaps for its messages.
 
-    texts: tuple[str, ...]
-    messages: tuple[int, ...]
-    supervised: bool
+    Fields:
+      texts: the template's own texts.
+      order: the pieces of the conversation, as indices of a list with the texts and then the messages.
+      segments: for each segment, its pieces, and True if the loss sees it.
+    """
 
-    def fill(self, contents: Sequence[str]) -> str:
-        """Returns the segment's text with these contents in its gaps."""
-        first, *others = self.texts
-        return first + "".join([contents[n] + text for n, text in zip(self.messages, others, strict=True)])
+    texts: list[str]
+    order: list[int]
+    segments: list[tuple[slice, bool]]
 
 
 def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
@@ -52,34 +54,42 @@ def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
     marks = turn_marks(tokenizer)
 
     @functools.lru_cache(_CACHED)
-    def templates_of(roles: tuple[str, ...]) -> list[SegmentTemplate]:
+    def template_of(roles: tuple[str, ...]) -> ConversationTemplate | None:
         conversation = [{"role": role, "content": _PLACEHOLDER.format(n)} for n, role in enumerate(roles)]
         try:
             segments = conversation_segments(tokenizer, marks, conversation)
         except ValueError:  # conversation_segments reports the reason with the row
-            return []
-        return [_segment_template(segment) for segment in segments]
+            return None
+        return _with_gaps(segments)
 
     def search(messages: Sequence[Message], tools: Tools | None) -> SegmentSearch:
         if tools is None and all([len(message) == 2 for message in messages]):
-            templates = templates_of(tuple([message["role"] for message in messages]))
-            if templates and (filled := _fill(templates, messages, (yield Rendering(messages)))):
-                return filled
+            template = template_of(tuple([message["role"] for message in messages]))
+            if template is not None:
+                (rendered,) = yield [Rendering(messages)]
+                if filled := _fill(template, messages, text_of(rendered)):
+                    return filled
         return (yield from search_segments(tokenizer, marks, messages, tools))
 
     return search
 
 
-def _segment_template(segment: Segment) -> SegmentTemplate:
-    parts = _PLACEHOLDERS.split(segment.text)
-    return SegmentTemplate(tuple(parts[::2]), tuple(map(int, parts[1::2])), segment.supervised)
+def _with_gaps(segments: Sequence[Segment]) -> ConversationTemplate:
+    split = [_PLACEHOLDERS.split(segment.text) for segment in segments]  # texts and numbers of messages in turn
+    texts = [text for parts in split for text in parts[::2]]
+    template, place = ConversationTemplate(texts, [], []), itertools.count()
+    for parts, segment in zip(split, segments, strict=True):
+        start = len(template.order)
+        template.order.extend(len(texts) + int(part) if index % 2 else next(place) for index, part in enumerate(parts))
+        template.segments.append((slice(start, len(template.order)), segment.supervised))
+    return template
 
 
-def _fill(templates: Sequence[SegmentTemplate], messages: Sequence[Message], rendered: str) -> list[Segment]:
+def _fill(template: ConversationTemplate, messages: Sequence[Message], rendered: str) -> list[Segment]:
     """Returns the segments with the messages' texts if they join to `rendered`, else an empty list."""
     for change in TEXT_CHANGES:
-        contents = [change(message["content"]) for message in messages]
-        texts = [template.fill(contents) for template in templates]
-        if "".join(texts) == rendered:
-            return [Segment(text, template.supervised) for text, template in zip(texts, templates, strict=True)]
+        available = template.texts + [change(message["content"]) for message in messages]
+        pieces = [available[index] for index in template.order]
+        if "".join(pieces) == rendered:
+            return [Segment("".join(pieces[part]), supervised) for part, supervised in template.segments]
     return []

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from qlora_jax.data.formats.tool_calls import Tools, called_functions, check_template_shows
 from qlora_jax.data.readers.json_rows import shorten
-from qlora_jax.data.tokenizer.chat_template import Message, Rendering
+from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
 
 
 # A search for segments, which yields the conversations that it needs and is sent their texts (render_batches.py).
-SegmentSearch = Generator[Rendering, str, list[Segment]]
+SegmentSearch = Generator[Sequence[Rendering], Sequence[str | ValueError], list[Segment]]
 
 
 class TurnMarks(NamedTuple):
@@ -90,7 +90,7 @@ def conversation_segments(
     Raises:
       ValueError: the template rejects the conversation, drops a part of it, or its spans are not exact.
     """
-    (found,) = run_together([search_segments(tokenizer, marks, messages, tools)], tokenizer.render_all)
+    (found,) = run_together([search_segments(tokenizer, marks, messages, tools)], tokenizer.start_rendering)
     if isinstance(found, ValueError):
         raise found
     return found
@@ -100,33 +100,65 @@ def search_segments(
     tokenizer: Tokenizer, marks: TurnMarks, messages: Sequence[Message], tools: Tools | None
 ) -> SegmentSearch:
     """Yields the conversations that `conversation_segments` needs, and returns its result."""
-    rendered = yield Rendering(messages, tools=tools)
-    without_tools = None if tools is None else (yield Rendering(messages))
-    check_template_shows(messages, rendered, without_tools)
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     spoken = [index for index in turns if not messages[index].get("tool_calls")]
-    found = (yield from _assistant_texts(messages, tools, spoken, rendered)) if spoken else []
-    texts = dict(zip(spoken, found, strict=True))
+    wanted = _renderings(messages, tools, turns, spoken)
+    found = dict(zip(wanted, (yield [*wanted.values()]), strict=True))
+
+    def text(kind: str, turn: int = 0) -> str:
+        return text_of(found[kind, turn])
+
+    rendered = text("whole")
+    check_template_shows(messages, rendered, None if tools is None else text("without tools"))
+    texts = dict(
+        zip(spoken, _assistant_texts(messages, spoken, rendered, text("masked")) if spoken else [], strict=True)
+    )
     segments, at = [], 0
-    for index in turns:
-        if index in texts:
-            begin, stop = texts[index]
-            start = yield from _turn_start(marks, messages[:index], tools, rendered[:begin], at)
-            end = _turn_end(marks, index, rendered, stop)
+    for turn in turns:
+        prompt = text("prompt", turn) if ("prompt", turn) in wanted else None
+        if turn in texts:
+            begin, stop = texts[turn]
+            start = _turn_start(marks, turn, prompt, rendered[:begin], at)
+            end = _turn_end(marks, turn, rendered, stop)
         else:
-            start, end = yield from _call_turn(tokenizer, messages[: index + 1], tools, rendered, at)
+            assert prompt is not None
+            start, end = _call_turn(tokenizer, messages[turn], turn, prompt, text("through", turn), rendered, at)
         segments += [Segment(rendered[at:start], False), Segment(rendered[start:end], True)]
         at = end
     return [*segments, Segment(rendered[at:], False)]
 
 
+def _renderings(
+    messages: Sequence[Message], tools: Tools | None, turns: Sequence[int], spoken: Sequence[int]
+) -> dict[tuple[str, int], Rendering]:
+    """Returns the conversations that a search needs, by their kind and the turn that they are for.
+
+    Args:
+      turns: indices of the assistant's messages.
+      spoken: those of them that do not call tools.
+    """
+    wanted = {("whole", 0): Rendering(messages, tools=tools)}
+    if tools is not None:
+        wanted["without tools", 0] = Rendering(messages)
+    if spoken:
+        texts = {index: _PLACEHOLDER.format(index) for index in spoken}
+        masked = [{**m, "content": texts[i]} if i in texts else m for i, m in enumerate(messages)]
+        wanted["masked", 0] = Rendering(masked, tools=tools)
+    for turn in turns:
+        calls = turn not in spoken
+        # Templates may reject a conversation without a user.
+        if calls or any(message["role"] == "user" for message in messages[:turn]):
+            wanted["prompt", turn] = Rendering(messages[:turn], add_generation_prompt=True, tools=tools)
+        if calls:
+            wanted["through", turn] = Rendering(messages[: turn + 1], tools=tools)
+    return wanted
+
+
 def _assistant_texts(
-    messages: Sequence[Message], tools: Tools | None, turns: Sequence[int], rendered: str
-) -> Generator[Rendering, str, list[tuple[int, int]]]:
-    """Returns [begin, end) of each assistant text in `rendered`."""
-    placeholders = {index: _PLACEHOLDER.format(index) for index in turns}
-    masked = [{**m, "content": placeholders[i]} if i in placeholders else m for i, m in enumerate(messages)]
-    around = _split_once_each((yield Rendering(masked, tools=tools)), list(placeholders.values()))
+    messages: Sequence[Message], turns: Sequence[int], rendered: str, masked: str
+) -> list[tuple[int, int]]:
+    """Returns [begin, end) of each assistant text in `rendered`; in `masked` they are placeholders."""
+    around = _split_once_each(masked, [_PLACEHOLDER.format(index) for index in turns])
     for change in TEXT_CHANGES:
         texts = [change(messages[index]["content"]) for index in turns]
         if rendered == "".join(a + t for a, t in zip(around, [*texts, ""], strict=True)):
@@ -160,18 +192,13 @@ def _positions(around: Sequence[str], texts: Sequence[str]) -> list[tuple[int, i
     return spans
 
 
-def _turn_start(
-    marks: TurnMarks, before: Sequence[Message], tools: Tools | None, rendered: str, at: int
-) -> Generator[Rendering, str, int]:
+def _turn_start(marks: TurnMarks, turn: int, prompt: str | None, rendered: str, at: int) -> int:
     """Returns the position where the model begins to write. `rendered` ends where the assistant's text begins."""
-    # Templates may reject a conversation without a user.
-    if any(message["role"] == "user" for message in before):
-        prompt = yield Rendering(before, add_generation_prompt=True, tools=tools)
-        if rendered.startswith(prompt) and len(prompt) >= at:
-            return len(prompt)
+    if prompt is not None and rendered.startswith(prompt) and len(prompt) >= at:
+        return len(prompt)
     if marks.prompt and rendered[at:].endswith(marks.prompt):
         return len(rendered)
-    raise _prompt_changes(len(before))
+    raise _prompt_changes(turn)
 
 
 def _turn_end(marks: TurnMarks, index: int, rendered: str, stop: int) -> int:
@@ -186,12 +213,9 @@ def _turn_end(marks: TurnMarks, index: int, rendered: str, stop: int) -> int:
 
 
 def _call_turn(
-    tokenizer: Tokenizer, through: Sequence[Message], tools: Tools | None, rendered: str, at: int
-) -> Generator[Rendering, str, tuple[int, int]]:
-    """Returns [start, end) of the last turn of `through`, which calls tools and ends with a special token."""
-    index, message = len(through) - 1, through[-1]
-    prompt = yield Rendering(through[:-1], add_generation_prompt=True, tools=tools)
-    whole = yield Rendering(through, tools=tools)
+    tokenizer: Tokenizer, message: Message, index: int, prompt: str, whole: str, rendered: str, at: int
+) -> tuple[int, int]:
+    """Returns [start, end) of a turn that calls tools and ends with a special token; `whole` ends with it."""
     if not (rendered.startswith(whole) and whole.startswith(prompt) and len(prompt) >= at):
         raise _prompt_changes(index)
     ends = [match.end() for match in tokenizer.special_text.finditer(whole, len(prompt))]

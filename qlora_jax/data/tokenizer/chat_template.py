@@ -6,7 +6,7 @@ conversations of many rows are sent to it at once.
 
 import itertools
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from qlora_jax.data.tokenizer.template_process import ProcessEnded, TemplateProcess
@@ -15,7 +15,6 @@ from qlora_jax.data.tokenizer.template_protocol import Limits
 Message = Mapping[str, Any]  # a JSON object: `content` is text, but `tool_calls` is a list, and templates read more
 
 MAX_TEMPLATE = 1 << 20  # characters; published ones have thousands
-_BATCH = 128  # conversations that are sent at once
 _process = TemplateProcess(Limits())
 _refusals: dict[str, str] = {}  # a template that reached a limit -> the error, so that it does so only once
 
@@ -35,6 +34,11 @@ class Rendering(NamedTuple):
     tools: Sequence[Mapping[str, object]] | None = None
 
 
+def start_process() -> None:
+    """Starts the process that renders, if it does not run, so that it is ready when it is needed."""
+    _process.start()
+
+
 def render(template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str = "") -> str:
     """Renders a conversation to the same text as transformers' `apply_chat_template(tokenize=False)`.
 
@@ -46,38 +50,56 @@ def render(template: str, rendering: Rendering, special_tokens: Mapping[str, str
     Raises:
       ValueError: the template does not parse, rejects these messages, fails on them or reaches a limit.
     """
-    (text,) = render_all(template, [rendering], special_tokens, name)
-    if isinstance(text, ValueError):
-        raise text
-    return text
+    return text_of(_render_alone(template, rendering, special_tokens, name))
 
 
-def render_all(
-    template: str, renderings: Sequence[Rendering], special_tokens: Mapping[str, str], name: str = ""
-) -> list[str | ValueError]:
-    """Returns the text of each conversation, or the error that `render` raises for it."""
+def text_of(found: str | ValueError) -> str:
+    """Returns a text that was rendered; raises it if it is an error."""
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def start_rendering(
+    template: str, groups: Sequence[Sequence[Rendering]], special_tokens: Mapping[str, str], name: str = ""
+) -> Callable[[], list[list[str | ValueError]]]:
+    """Sends groups of conversations to the process; returns a function that waits for their texts.
+
+    A conversation gets its text, or the error that `render` raises for it. Messages that several conversations of a
+    group share are sent once.
+    """
     if len(template) > MAX_TEMPLATE:
         _refusals[template] = (
             f"{_prefix(name)}too long for a chat template (found {len(template):,} characters, expected at most "
             f"{MAX_TEMPLATE:,}). Set chat_template (data.chat_template in training) to a jinja file."
         )
-    batches = itertools.batched(renderings, _BATCH)
-    return [text for batch in batches for text in _render_batch(template, batch, special_tokens, name)]
-
-
-def _render_batch(
-    template: str, renderings: Sequence[Rendering], special_tokens: Mapping[str, str], name: str
-) -> list[str | ValueError]:
     if template in _refusals:
-        return [ValueError(_refusals[template])] * len(renderings)
-    try:
-        texts = _process.render(template, special_tokens, pickle.dumps([tuple(one) for one in renderings]))
-        return [ValueError(f"{_prefix(name)}{text}") if isinstance(text, ValueError) else text for text in texts]
-    except ProcessEnded as ended:
-        if len(renderings) == 1:
-            return [_refuse(template, renderings[0], name, ended)]
-    # One by one: one of them ended the process, or all of them are too much for its memory.
-    return [text for one in renderings for text in _render_batch(template, [one], special_tokens, name)]
+        return lambda: [[ValueError(_refusals[template])] * len(group) for group in groups]
+    calls = pickle.dumps([[tuple(one) for one in group] for group in groups])
+    request = _process.submit(template, special_tokens, calls)
+
+    def finish() -> list[list[str | ValueError]]:
+        try:
+            texts = iter(_process.wait(request))
+        except ProcessEnded as ended:
+            if len(groups) == len(groups[0]) == 1:
+                return [[_refuse(template, groups[0][0], name, ended)]]
+            # One by one: one of them ended the process, or all of them are too much for its memory.
+            return [[_render_alone(template, one, special_tokens, name) for one in group] for group in groups]
+        return [[_with_prefix(name, text) for text in itertools.islice(texts, len(group))] for group in groups]
+
+    return finish
+
+
+def _render_alone(
+    template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str
+) -> str | ValueError:
+    ((text,),) = start_rendering(template, [[rendering]], special_tokens, name)()
+    return text
+
+
+def _with_prefix(name: str, text: str | ValueError) -> str | ValueError:
+    return ValueError(f"{_prefix(name)}{text}") if isinstance(text, ValueError) else text
 
 
 def _refuse(template: str, rendering: Rendering, name: str, ended: ProcessEnded) -> ValueError:

@@ -1,37 +1,49 @@
-"""Runs computations that need rendered conversations, such as those of many rows, and renders for all at once."""
+"""Runs computations that need rendered conversations, such as those of many rows, and renders many at once."""
 
-from collections.abc import Callable, Generator, Sequence
+import collections
+from collections.abc import Callable, Generator, Iterable, Sequence
 
 from qlora_jax.data.tokenizer.chat_template import Rendering
 
+BATCH = 64  # computations whose conversations are rendered at once
+_AHEAD = 2  # batches that are sent before the texts of the first are used
+
+Texts = Sequence[str | ValueError]
+
 
 def run_together[T](
-    computations: Sequence[Generator[Rendering, str, T]],
-    render_all: Callable[[Sequence[Rendering]], Sequence[str | ValueError]],
+    computations: Iterable[Generator[Sequence[Rendering], Texts, T]],
+    start_rendering: Callable[[Sequence[Sequence[Rendering]]], Callable[[], Sequence[Texts]]],
 ) -> list[T | ValueError]:
     """Returns the result of each computation, or the ValueError that it raised.
 
     Args:
-      computations: each yields conversations one by one, and is sent their texts. An error of a conversation is raised
-        at its `yield`.
-      render_all: returns the text or the error of each conversation.
+      computations: each yields groups of conversations, and is sent the text or the error of each conversation.
+      start_rendering: starts to render groups of conversations, and returns a function that waits for their texts.
     """
     results: dict[int, T | ValueError] = {}
-    texts: dict[int, str | ValueError | None] = dict.fromkeys(range(len(computations)))  # None starts a computation
-    while texts:
-        wanted: dict[int, Rendering] = {}
-        for index, text in texts.items():
-            try:
-                wanted[index] = _advance(computations[index], text)
-            except StopIteration as end:
-                results[index] = end.value
-            except ValueError as error:
-                results[index] = error
-        texts = dict(zip(wanted, render_all([*wanted.values()]), strict=True))
-    return [results[index] for index in range(len(computations))]
+    wanted: collections.deque[tuple[int, Generator[Sequence[Rendering], Texts, T], Sequence[Rendering]]]
+    wanted, started = collections.deque(), collections.deque()
+    not_started = enumerate(computations)
 
+    def advance(index: int, computation: Generator[Sequence[Rendering], Texts, T], texts: Texts | None) -> None:
+        try:
+            wanted.append((index, computation, next(computation) if texts is None else computation.send(texts)))
+        except StopIteration as end:
+            results[index] = end.value
+        except ValueError as error:
+            results[index] = error
 
-def _advance[T](computation: Generator[Rendering, str, T], text: str | ValueError | None) -> Rendering:
-    if text is None:
-        return next(computation)
-    return computation.throw(text) if isinstance(text, ValueError) else computation.send(text)
+    while True:
+        while len(started) < _AHEAD:
+            while len(wanted) < BATCH and (new := next(not_started, None)):
+                advance(*new, None)
+            batch = [wanted.popleft() for _ in range(min(BATCH, len(wanted)))]
+            if not batch:
+                break
+            started.append((batch, start_rendering([group for _, _, group in batch])))
+        if not started:
+            return [results[index] for index in range(len(results))]
+        batch, finish = started.popleft()
+        for (index, computation, _), texts in zip(batch, finish(), strict=True):
+            advance(index, computation, texts)

@@ -2,7 +2,7 @@
 
 import array
 import atexit
-import contextlib
+import collections
 import os
 import pickle
 import signal
@@ -10,8 +10,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from typing import IO
 
+from qlora_jax.data.tokenizer.pipes import Pipes
 from qlora_jax.data.tokenizer.template_protocol import (
     ENCODING,
     HEADER,
@@ -36,55 +36,102 @@ class ProcessEnded(Exception):
         self.by_template = by_template
 
 
+class Request:
+    """Conversations that were sent to the process, and its reply once it has arrived."""
+
+    def __init__(self, content: bytes):
+        self.content = content
+        self.reply: list[str | ValueError] | ProcessEnded | None = None
+
+
 class TemplateProcess:
-    """Renders chat templates in one process, which starts when it is first used. Threads take turns."""
+    """Renders chat templates in one process, which starts when it is first used.
+
+    It works on the oldest request while the caller prepares others. Threads take turns.
+    """
 
     def __init__(self, limits: Limits):
         self._limits = limits
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._pipes: Pipes | None = None
+        self._waiting: collections.deque[Request] = collections.deque()  # the process answers in this order
         self._started_by = 0  # a process id: after a fork, the child must not use the pipes
         atexit.register(self.stop)
 
-    def render(self, template: str, special_tokens: Mapping[str, str], calls: bytes) -> list[str | ValueError]:
-        """Returns the text of each call, or its error; see template_protocol.py for the calls.
+    def start(self) -> None:
+        """Starts the process, if it does not run; it is ready some time later."""
+        with self._lock:
+            self._start()
+
+    def submit(self, template: str, special_tokens: Mapping[str, str], calls: bytes) -> Request:
+        """Sends conversations, and does not wait for their texts; see template_protocol.py for the calls."""
+        request = Request(pickle.dumps((template, dict(special_tokens), calls)))
+        with self._lock:
+            self._start()
+            self._waiting.append(request)
+            self._send(request)
+        return request
+
+    def wait(self, request: Request) -> list[str | ValueError]:
+        """Returns the text of each call, or its error.
 
         Raises:
           ProcessEnded: the process ended during one of the calls, for example because it reached a limit.
         """
         with self._lock:
-            process = self._running()
-            assert process.stdin is not None and process.stdout is not None
-            try:
-                pickle.dump((template, dict(special_tokens), calls), process.stdin)
-                process.stdin.flush()
-                return _read_reply(process.stdout)
-            except (EOFError, BrokenPipeError):
-                status = process.wait()
-                self.stop()
-                raise self._ended(status) from None
-            except BaseException:  # an interrupt: the reply would be taken for that to the next request
-                self.stop()
-                raise
+            while request.reply is None:
+                self._receive()
+        if isinstance(request.reply, ProcessEnded):
+            raise request.reply
+        return request.reply
 
     def stop(self) -> None:
-        """Ends the process, if it runs."""
+        """Ends the process, if it runs. The next one gets the requests that it has not answered."""
         process, self._process = self._process, None
-        if process is None or self._started_by != os.getpid():
+        pipes, self._pipes = self._pipes, None
+        if process is None or pipes is None or self._started_by != os.getpid():
             return
         process.kill()
         process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
-            with contextlib.suppress(BrokenPipeError):
-                pipe.close()
+        pipes.close()
 
-    def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is not None and self._started_by == os.getpid() and self._process.poll() is None:
-            return self._process
-        self.stop()
-        self._process, self._started_by = _start(self._limits), os.getpid()
-        return self._process
+    def _start(self) -> None:
+        """Starts the process if it does not run, and sends it the requests without a reply."""
+        if self._started_by != os.getpid():
+            self._process = self._pipes = None
+        if self._process is not None and not self._waiting and self._process.poll() is not None:
+            self.stop()  # somebody killed it
+        if self._process is None:
+            self._process, self._started_by = _start_process(self._limits), os.getpid()
+            self._pipes = Pipes(self._process)
+            for request in [*self._waiting]:
+                self._send(request)
+
+    def _send(self, request: Request) -> None:
+        assert self._pipes is not None
+        try:
+            self._pipes.send(request.content)
+        except BrokenPipeError:
+            pass  # the end of its replies says why
+        except BaseException:  # an interrupt: a part of the request was sent
+            self.stop()
+            raise
+
+    def _receive(self) -> None:
+        """Waits for the reply to the oldest request."""
+        self._start()
+        assert self._process is not None and self._pipes is not None
+        try:
+            reply = _read_reply(self._pipes)
+        except EOFError:
+            status = self._process.wait()
+            self.stop()
+            reply = self._ended(status)
+        except BaseException:  # an interrupt: a part of the reply was read
+            self.stop()
+            raise
+        self._waiting.popleft().reply = reply
 
     def _ended(self, status: int) -> ProcessEnded:
         """Returns the error for the exit status of the process; negative ones are numbers of signals."""
@@ -102,7 +149,7 @@ class TemplateProcess:
         return ProcessEnded(f"failed, because the process that renders was ended ({found})", by_template=False)
 
 
-def _start(limits: Limits) -> subprocess.Popen[bytes]:
+def _start_process(limits: Limits) -> subprocess.Popen[bytes]:
     # The modules of this process, in any folder (-P), however its path was made.
     path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
     try:
@@ -120,21 +167,14 @@ def _start(limits: Limits) -> subprocess.Popen[bytes]:
         ) from error
 
 
-def _read_reply(replies: IO[bytes]) -> list[str | ValueError]:
-    count, size = HEADER.unpack(_read(replies, HEADER.size))
-    failed, lengths = _read(replies, count), array.array(LENGTHS)
-    lengths.frombytes(_read(replies, lengths.itemsize * count))
-    content = _read(replies, size).decode(*ENCODING)
+def _read_reply(replies: Pipes) -> list[str | ValueError]:
+    count, size = HEADER.unpack(replies.receive(HEADER.size))
+    failed, lengths = replies.receive(count), array.array(LENGTHS)
+    lengths.frombytes(replies.receive(lengths.itemsize * count))
+    content = replies.receive(size).decode(*ENCODING)
     texts: list[str | ValueError] = []
     end = 0
     for is_error, length in zip(failed, lengths, strict=True):
         start, end = end, end + length
         texts.append(ValueError(content[start:end]) if is_error else content[start:end])
     return texts
-
-
-def _read(replies: IO[bytes], size: int) -> bytes:
-    found = replies.read(size)
-    if len(found) < size:
-        raise EOFError
-    return found

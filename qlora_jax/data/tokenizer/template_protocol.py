@@ -1,8 +1,8 @@
 """Limits on the rendering of chat templates, and the messages between template_process.py and template_worker.py.
 
-A request is a pickle of (template, special tokens, calls), where the calls are a pickle of a list with the fields of a
-Rendering each. A reply has a HEADER, a byte for each text (1 for an error), the texts' lengths as 64-bit integers, and
-the texts.
+A request is a pickle of (template, special tokens, calls), where the calls are a pickle of groups: lists of lists with
+the fields of a Rendering each. A reply has a HEADER, a byte for each text (1 for an error), the texts' lengths as
+64-bit integers, and the texts.
 """
 
 import struct
@@ -21,7 +21,7 @@ class Limits(NamedTuple):
     Fields:
       seconds: processor time.
       memory: bytes of the worker, including Python itself.
-      output: characters, in addition to the template's length and OUTPUT_PER_INPUT for each byte of a conversation.
+      output: characters, in addition to the template's length and OUTPUT_PER_INPUT for each byte of the conversations.
     """
 
     seconds: float = 1.0

@@ -10,6 +10,7 @@ import array
 import contextlib
 import datetime
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -40,6 +41,7 @@ from qlora_jax.data.tokenizer.template_protocol import (
 Call = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]  # the fields of a Rendering
 
 _LONGEST_ERROR = 2000  # characters
+_BUFFER = 1 << 18  # bytes of requests that are read at once
 
 # Names that are safe in any template: attributes of a loop, and keys that are not methods of a dict.
 _LOOP = frozenset({"first", "last", "index", "index0", "length"})
@@ -106,6 +108,12 @@ def _compile(template: str) -> jinja2.Template:
     return compiled
 
 
+def _rendered(compiled: jinja2.Template, given: Mapping[str, Any]) -> str:
+    """Returns what `compiled.render(given)` returns, without its copies, which take a third of the time."""
+    context = compiled.new_context({**compiled.globals, **given}, shared=True)
+    return "".join(compiled.root_render_func(context))
+
+
 def _with_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"content": "", **message} if message.get("tool_calls") else message
 
@@ -127,10 +135,10 @@ def render_conversation(
     compiled = _compile(template)
     try:
         with contextlib.suppress(jinja2.UndefinedError):
-            return compiled.render(messages=chat, **given)
+            return _rendered(compiled, {"messages": chat, **given})
         # First without content, as in transformers, for templates that test it (`is defined`, `is string`). Templates
         # that join it to text fail on missing content, and mean "".
-        return compiled.render(messages=[_with_content(message) for message in chat], **given)
+        return _rendered(compiled, {"messages": [_with_content(message) for message in chat], **given})
     except MemoryError:
         raise
     except Exception as error:  # a template may call any method of strings, lists and dicts
@@ -151,9 +159,11 @@ def _answer_all(
     template: str, special_tokens: Mapping[str, str], pickled: bytes, limits: Limits
 ) -> list[tuple[bool, str]]:
     """Returns the answer to each call. The kernel ends the process if one takes too long."""
-    answers, written, allowed = [], 0, OUTPUT_PER_INPUT * len(pickled)
+    groups = pickle.loads(pickled)
+    # The conversations of a group may share all messages, which are pickled once.
+    answers, written, allowed = [], 0, OUTPUT_PER_INPUT * len(pickled) * max(map(len, groups), default=0)
     timer_ends = 0.0
-    for call in pickle.loads(pickled):
+    for call in itertools.chain.from_iterable(groups):
         # The timer counts processor time, which is at most the time that passes. Starting it takes a system call.
         if (now := time.perf_counter()) >= timer_ends:
             signal.setitimer(signal.ITIMER_PROF, limits.seconds)
@@ -166,11 +176,12 @@ def _answer_all(
     return answers
 
 
-def _reply(answers: Sequence[tuple[bool, str]]) -> list[bytes]:
+def _reply(answers: Sequence[tuple[bool, str]]) -> bytes:
     texts = [text for _, text in answers]
     content = "".join(texts).encode(*ENCODING)
     failed = bytes([is_error for is_error, _ in answers])
-    return [HEADER.pack(len(texts), len(content)), failed, array.array(LENGTHS, map(len, texts)).tobytes(), content]
+    lengths = array.array(LENGTHS, map(len, texts)).tobytes()
+    return b"".join([HEADER.pack(len(texts), len(content)), failed, lengths, content])
 
 
 def _serve(requests: BinaryIO, replies: BinaryIO, limits: Limits) -> None:
@@ -180,7 +191,7 @@ def _serve(requests: BinaryIO, replies: BinaryIO, limits: Limits) -> None:
             template, special_tokens, pickled = pickle.load(requests)
         except EOFError:
             return
-        replies.writelines(_reply(_answer_all(template, special_tokens, pickled, limits)))
+        replies.write(_reply(_answer_all(template, special_tokens, pickled, limits)))
         replies.flush()
 
 
@@ -197,7 +208,8 @@ def main(seconds: str, memory: str, output: str) -> None:
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     _limit_resources(limits.memory)
     try:
-        _serve(sys.stdin.buffer, sys.stdout.buffer, limits)
+        with open(sys.stdin.fileno(), "rb", buffering=_BUFFER, closefd=False) as requests:
+            _serve(requests, sys.stdout.buffer, limits)
     except MemoryError:
         os._exit(MEMORY_REACHED)
     except BrokenPipeError:  # the process that started this one was killed

@@ -10,7 +10,14 @@ from typing import Any
 import tokenizers
 
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
-from qlora_jax.data.tokenizer.chat_template import MAX_TEMPLATE, Message, Rendering, render, render_all
+from qlora_jax.data.tokenizer.chat_template import (
+    MAX_TEMPLATE,
+    Message,
+    Rendering,
+    render,
+    start_process,
+    start_rendering,
+)
 from qlora_jax.data.tokenizer.from_gguf import rebuild
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
@@ -80,9 +87,14 @@ class Tokenizer:
         rendering = Rendering(messages, add_generation_prompt, tools)
         return render(self._template(), rendering, self.special_tokens, self.template_name)
 
-    def render_all(self, renderings: Sequence[Rendering]) -> list[str | ValueError]:
-        """Returns the text of each conversation, or the error that `render` raises for it."""
-        return render_all(self._template(), renderings, self.special_tokens, self.template_name)
+    def prepare_rendering(self) -> None:
+        """Starts the process that renders, which takes a tenth of a second, and does not wait for it."""
+        if self.chat_template is not None:
+            start_process()
+
+    def start_rendering(self, groups: Sequence[Sequence[Rendering]]) -> Callable[[], list[list[str | ValueError]]]:
+        """Starts to render groups of conversations; see chat_template.start_rendering."""
+        return start_rendering(self._template(), groups, self.special_tokens, self.template_name)
 
     def _template(self) -> str:
         if self.chat_template is None:

@@ -20,7 +20,7 @@ def test_conversations_with_the_same_roles_share_spans(
     )
     for text in ("a", "b"):
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
-        (segments,) = run_together([search(chat, None)], tokenizer.render_all)
+        (segments,) = run_together([search(chat, None)], tokenizer.start_rendering)
         assert isinstance(segments, list)
         assert "".join(segment.text for segment in segments if segment.supervised).strip().startswith((text, "<think>"))
     assert len(calls) == 1

@@ -7,13 +7,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from qlora_jax.data.tokenizer import chat_template
-from qlora_jax.data.tokenizer.chat_template import Rendering, render, render_all
+from qlora_jax.data.tokenizer.chat_template import Rendering, render, start_rendering
 from qlora_jax.data.tokenizer.template_process import TemplateProcess
 from qlora_jax.data.tokenizer.template_protocol import Limits
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer, with_chat_template
@@ -56,8 +56,12 @@ def limited(small_process: TemplateProcess, monkeypatch: pytest.MonkeyPatch) -> 
     return small_process
 
 
+def render_all(template: str, chats: Sequence[Rendering], name: str = "own.jinja") -> list[str | ValueError]:
+    return [text for (text,) in start_rendering(template, [[chat] for chat in chats], {}, name)()]
+
+
 def rendered(template: str, count: int = 1) -> list[str | ValueError]:
-    return render_all(template, [Rendering([USER])] * count, {}, "own.jinja")
+    return render_all(template, [Rendering([USER])] * count)
 
 
 @pytest.mark.parametrize("name", [*ALWAYS, *MARKED])
@@ -79,7 +83,7 @@ def test_a_template_that_fails_is_an_error(limited: TemplateProcess, name: str):
 def test_only_the_conversation_at_which_a_limit_is_reached_and_later_ones_are_refused(limited: TemplateProcess):
     template = "{{ messages[0].content }}{% if messages[0].content == 'stop' %}{{ 'a' * 9000000000 }}{% endif %}"
     chats = [Rendering([{"role": "user", "content": text}]) for text in ("a", "b", "stop", "c")]
-    first, second, reached, later = render_all(template, chats, {}, "own.jinja")
+    first, second, reached, later = render_all(template, chats)
     assert (first, second) == ("a", "b")
     assert re.search(REACHED, str(reached)) and str(later) == str(reached)
     started = time.monotonic()
@@ -101,13 +105,13 @@ def test_the_error_names_the_file_of_the_template(limited: TemplateProcess, smol
 def test_long_conversations_may_be_written_several_times(limited: TemplateProcess):
     """A limit on the output alone would refuse long rows."""
     long = Rendering([{"role": "user", "content": "a" * 2_000_000}])
-    (text,) = render_all("{{ messages[0].content * 2 }}", [long], {}, "own.jinja")
+    (text,) = render_all("{{ messages[0].content * 2 }}", [long])
     assert text == "a" * 4_000_000
 
 
 def test_many_long_conversations_do_not_share_the_memory_limit(limited: TemplateProcess):
     chats = [Rendering([{"role": "user", "content": str(n) + "a" * 8_000_000}]) for n in range(12)]
-    texts = render_all("{{ messages[0].content[0] }}", chats, {}, "own.jinja")
+    texts = render_all("{{ messages[0].content[0] }}", chats)
     assert texts == [str(n)[0] for n in range(12)]
 
 
@@ -124,7 +128,7 @@ def test_threads_take_turns(limited: TemplateProcess):
     def work(number: int) -> None:
         chats = [Rendering([{"role": "user", "content": f"{number}.{n}"}]) for n in range(50)]
         for _ in range(10):
-            results[number] = render_all("{{ messages[0].content }}", chats, {})
+            results[number] = render_all("{{ messages[0].content }}", chats)
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
     for thread in threads:
@@ -132,6 +136,37 @@ def test_threads_take_turns(limited: TemplateProcess):
     for thread in threads:
         thread.join()
     assert results == {number: [f"{number}.{n}" for n in range(50)] for number in range(4)}
+
+
+def test_large_requests_and_replies_do_not_wait_for_each_other(limited: TemplateProcess):
+    """Both pipes are full at once: the worker writes the first reply while the second request is sent."""
+    chat = Rendering([{"role": "user", "content": "a" * 4_000_000}])
+    finish = [start_rendering("{{ messages[0].content * 2 }}", [[chat]], {}) for _ in range(3)]
+    assert [texts() for texts in finish] == [[["a" * 8_000_000]]] * 3
+
+
+def test_requests_behind_one_that_ends_the_process_are_answered(limited: TemplateProcess):
+    conversations = [[Rendering([USER])]]
+    before, reached, after = (
+        start_rendering(template, conversations, {}) for template in ("{{ 1 }}", "{{ 'a' * 9000000000 }}", "{{ 3 }}")
+    )
+    assert after() == [["3"]] and before() == [["1"]]
+    assert re.search("needed more than 192 MiB of memory", str(reached()))
+
+
+def test_a_long_conversation_of_many_turns_is_rendered_with_all_its_beginnings(limited: TemplateProcess):
+    """They share the messages, so their text is much longer than what is sent."""
+    chat = [{"role": "user", "content": "a" * 20_000} for _ in range(60)]
+    prompts = [Rendering(chat[:turn]) for turn in range(1, 61)]
+    process = limited._process
+    (texts,) = start_rendering("{% for m in messages %}{{ m.content }}{% endfor %}", [prompts], {})()
+    assert [len(text) for text in texts if isinstance(text, str)] == [20_000 * turn for turn in range(1, 61)]
+    assert process is None or limited._process is process, "the limit must not end the process"
+
+
+def test_an_earlier_text_may_be_asked_for_after_a_later_one(limited: TemplateProcess):
+    finish = [start_rendering(f"{{{{ {number} }}}}", [[Rendering([USER])]], {}) for number in range(5)]
+    assert [texts() for texts in reversed(finish)] == [[[f"{number}"]] for number in (4, 3, 2, 1, 0)]
 
 
 def test_a_process_that_somebody_killed_is_started_again(limited: TemplateProcess):
@@ -212,11 +247,11 @@ def test_a_fork_starts_its_own_process():
 
 MEASURE = """
 import json, resource, sys, time
-from qlora_jax.data.tokenizer.chat_template import Rendering, render_all
+from qlora_jax.data.tokenizer.chat_template import Rendering, start_rendering
 seconds = {}
 for name, template in json.load(sys.stdin).items():
     started = time.monotonic()
-    (error,) = render_all(template, [Rendering([{"role": "user", "content": "Hi"}])], {})
+    ((error,),) = start_rendering(template, [[Rendering([{"role": "user", "content": "Hi"}])]], {})()
     seconds[name] = time.monotonic() - started if isinstance(error, ValueError) else "rendered"
 peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 print(json.dumps([seconds, peaks]))
