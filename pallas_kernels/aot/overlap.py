@@ -5,14 +5,14 @@ start and its end; if a product is started in between, it hides the gather, or a
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from pallas_kernels.aot.collectives import ALL_GATHER, read_collectives
 from pallas_kernels.aot.hlo import Instruction, parse
 
 _START, _DONE = f"{ALL_GATHER}-start", f"{ALL_GATHER}-done"
-_PRODUCT = re.compile(r"mosaic_gpu|__cublas|__triton_gemm|__cudnn|gemm_fusion")
+_LIBRARY = re.compile(r"mosaic_gpu|__cublas|__cudnn")
 BACKWARD = "transpose("  # in the scopes of everything that the backward pass runs, recomputation included
 
 
@@ -49,32 +49,39 @@ def read_gathers(text: str) -> list[Gather]:
         if one.operation == ALL_GATHER and one.dtype == "u8" and one.times is not None:
             sizes[one.instruction] = sizes.get(one.instruction, 0) + one.times * one.array.nbytes
     computations, _ = parse(text)
-    found = (_gathers_of(list(inside.values()), sizes) for inside in computations.values())
-    return [gather for gathers in found for gather in gathers]
+    schedules = (list(inside.values()) for inside in computations.values())
+    return [gather for schedule in schedules for gather in _gathers_of(schedule, sizes, computations)]
 
 
-def _gathers_of(schedule: list[Instruction], sizes: Mapping[str, int]) -> Iterator[Gather]:
+def _gathers_of(
+    schedule: list[Instruction], sizes: Mapping[str, int], computations: Mapping[str, Mapping[str, Instruction]]
+) -> Iterator[Gather]:
     """Yields the gathers that one computation starts; one without an end there runs into the next iteration."""
     for at, instruction in enumerate(schedule):
         if instruction.name in sizes:
-            products = sum(map(is_product, _meanwhile(schedule, at)))
+            products = sum(is_product(one, computations) for one in _meanwhile(schedule, at))
             yield Gather(sizes[instruction.name], products, BACKWARD in instruction.op_name)
 
 
-def _meanwhile(schedule: list[Instruction], start: int) -> Iterable[Instruction]:
+def _meanwhile(schedule: list[Instruction], start: int) -> Sequence[Instruction]:
     """Returns the instructions between the start of a gather and its end; none if both are one instruction."""
     begun = schedule[start]
     if begun.op != _START:
         return []
-    ends = (
-        at for at, one in enumerate(schedule) if at > start and one.op == _DONE and begun.name in " ".join(one.operands)
-    )
+    ends = (at for at, one in enumerate(schedule) if at > start and one.op == _DONE and begun.name in _names(one))
     return schedule[start + 1 : next(ends, len(schedule))]
 
 
-def is_product(instruction: Instruction) -> bool:
-    """Returns True for a matrix product: a fused kernel, a call of a library, or Triton's; and for attention's loop."""
-    return instruction.op == "while" or bool(_PRODUCT.search(instruction.rest))
+def _names(instruction: Instruction) -> list[str]:
+    return [operand.split("%")[-1] for operand in instruction.operands]
+
+
+def is_product(instruction: Instruction, computations: Mapping[str, Mapping[str, Instruction]]) -> bool:
+    """Returns True for a matrix product, alone or in a fusion or loop: of a fused kernel, a library, or Triton."""
+    if instruction.op == "dot" or (instruction.op == "custom-call" and _LIBRARY.search(instruction.rest)):
+        return True
+    inside = (one for called in instruction.called for one in computations.get(called, {}).values())
+    return any(is_product(one, computations) for one in inside)
 
 
 def hidden_share(gathers: Iterable[Gather], *, backward: bool) -> Share:

@@ -23,7 +23,7 @@ from qlora_jax.training.plan.requirements import (
 )
 
 MAX_COMPILES = 4
-NEAR = 0.2  # estimates are within 15 % of compiled steps on the models of the tests
+SCRATCH_ERROR = (0.2, 3.0)  # compiled scratch over estimated scratch, on the models of the tests and docs
 MOST_ROWS = 256  # the largest micro-batch that is searched for
 
 PAGE = "page the optimizer state to host memory"
@@ -144,11 +144,13 @@ def make_plan(
 def first_fitting(configs: Sequence[StepConfig], limit: int, compile_step: CompileStep | None) -> StepConfig:
     """Returns the first step that fits, or the last one if none does. The last one is not compiled.
 
-    A step is compiled only if its estimate is near the limit.
+    A step is compiled only if its estimate leaves the answer open.
     """
     for config in configs[:-1]:
         need = estimated_requirements(config)
-        if compile_step is not None and abs(need.total - limit) < NEAR * limit:
+        scratch = need.device["scratch"]
+        least, most = (need.total - scratch + error * scratch for error in SCRATCH_ERROR)
+        if compile_step is not None and least <= limit < most:
             need = compiled_requirements(config, compile_step)
         if need.total <= limit:
             return config

@@ -15,6 +15,14 @@ metadata={op_name="jit(step)/jvp/while/body"}
   %kernel.2 = bf16[8] custom-call(%x), custom_call_target="mosaic_gpu_v2"
 }
 
+%gemm_fusion_dot (x: bf16[8]) -> bf16[8] {
+  ROOT %dot.1 = bf16[8] dot(%x, %x)
+}
+
+%fused (x: f32[8]) -> f32[8] {
+  ROOT %negate = f32[8] negate(%x)
+}
+
 %backward (arg: (s32[])) -> (s32[]) {
   %all-gather-start.2 = (u8[512]{0}, u8[1024]{0}) all-gather-start(%a), replica_groups=[1,2]<=[2], \
 metadata={op_name="jit(step)/transpose(jvp)/while/body"}

@@ -14,6 +14,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.plan import from_config
 from qlora_jax.training.plan.from_config import absent_mesh, larger_meshes, step_configs
 from qlora_jax.training.plan.plan import first_fitting, make_plan
 from qlora_jax.training.plan.requirements import (
@@ -27,6 +28,7 @@ from qlora_jax.training.plan.text import as_json, verdict
 from tests.io.tiny_models import tiny_config
 from tests.marks import EXHAUSTIVE
 from tests.training.cost.test_communication import check_exchanges
+from tests.training.mesh_models import CUT_VOCABULARY, mesh_config
 
 GIB = 2**30
 needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
@@ -85,20 +87,21 @@ def test_a_plan_on_a_mesh_says_what_crosses():
     assert plan.largest.config.batch[1] % 2 == 0
 
 
-def test_auto_takes_the_fewest_devices_that_fit_and_compiles_only_near_the_limit():
+def test_auto_takes_the_fewest_devices_that_fit_and_compiles_only_if_the_estimate_leaves_it_open():
     settings = [real("llama-3-70b", (1, n)).replace(batch=(1, 8, 2048)) for n in (1, 2, 4, 8)]
-    totals = [estimated_requirements(setting).total for setting in settings]
-    assert totals == sorted(totals, reverse=True)
+    needs = [estimated_requirements(setting) for setting in settings]
+    assert [need.total for need in needs] == sorted((need.total for need in needs), reverse=True)
     asked = []
 
     def compiler(step):
         asked.append(step.mesh)
         return Temporaries(gradients=10**12, update=0)
 
-    limit = int(1.05 * totals[1])
+    limit = needs[1].total + 1
     assert first_fitting(settings, limit, None) is settings[1]
     assert first_fitting(settings, limit, compiler) is settings[2] and asked == [settings[1].mesh]
-    assert first_fitting(settings, 1, compiler) is settings[3]
+    assert first_fitting(settings, 1, compiler) is settings[3] and len(asked) == 1
+    assert first_fitting(settings, 10 * needs[0].total, compiler) is settings[0] and len(asked) == 1
 
 
 def plan_of(folder, capsys, *given: str) -> dict:
@@ -107,12 +110,14 @@ def plan_of(folder, capsys, *given: str) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-def test_the_command_plans_one_devices_share(tmp_path, capsys):
+def test_the_command_plans_one_devices_share(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(from_config, "compiler_for", lambda target: (None, None))
     given = ["--card", "cpu", "--train.micro_batch_size", "4"]
     one, two = (plan_of(tmp_path, capsys, *given, *mesh) for mesh in ([], ["--mesh.fsdp", "2"]))
     assert "mesh" not in one["asked"] and two["asked"]["mesh"] == {"data": 1, "fsdp": 2}
     assert two["asked"]["device"]["constants"] < one["asked"]["device"]["constants"]
     assert two["asked"]["received"]["weights"] > 0 and two["more_devices"] is None
+    assert two["limit"] == one["limit"] // 2  # CPU devices share the machine's memory
 
 
 def test_rows_that_the_cards_cannot_share_are_refused(tmp_path, capsys):
@@ -145,7 +150,12 @@ def check_compiled(config: StepConfig, card: str) -> float:
 @needs_compiler
 @pytest.mark.slow
 def test_a_small_step_is_compiled_for_two_cards():
-    check_compiled(real("smollm2-135m", (1, 2), length=256), "h100")
+    small = real("smollm2-135m", (1, 2), length=256).replace(model=model_config(mesh_config(CUT_VOCABULARY)))
+    check_compiled(small, "h100")
+    update, counted = small.abstract_step.update(), small.step_shape()
+    memory = aot.compile_for("h100", update.function, *update.args, **update.kwargs).memory.device
+    lora, state = memory_use.lora_bytes(counted), memory_use.optimizer_bytes(counted)
+    assert memory.arguments == 2 * lora + state and memory.aliases == lora + state
 
 
 @needs_compiler
