@@ -241,7 +241,7 @@ from qlora_jax.io.checkpoint_reader import LORA, CheckpointError, DamagedCheckpo
 
 checkpoint = Path(sys.argv[1])
 digests = read_state(checkpoint)[1][LORA]
-read_arrays(checkpoint, LORA, None, digests)  # starts all that opens files of its own
+read_arrays(checkpoint, LORA, None, digests)  # starts every thread that opens files
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 with contextlib.suppress(OSError):
     while True:
@@ -255,7 +255,7 @@ os._exit(0)
 
 
 def test_a_checkpoint_is_not_called_damaged_because_of_the_machine(run):
-    """In a process of its own: without descriptors orbax leaves coroutines, which fail in whichever test follows."""
+    """In a separate process: without descriptors orbax leaves coroutines, which fail in whichever test follows."""
     command = [sys.executable, "-c", READ_WITHOUT_DESCRIPTORS, str(checkpoint_of(run))]
     found = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert re.match(r"False .*lora: cannot be read: .*Too many open", found.stdout), found.stdout + found.stderr

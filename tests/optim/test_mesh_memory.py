@@ -19,6 +19,7 @@ from qlora_jax.optim.pager import PagedUpdate, paged_init, resident_bytes
 from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpage
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.step import update
+from tests.marks import first_always
 from tests.optim.mesh_lora import LAYERS, assert_same_bits, lora_of, on_mesh
 
 ARGS = OptimArgs(name="adamw_8bit", max_grad_norm=0.3, weight_decay=0.1)
@@ -62,13 +63,14 @@ def plain(args: OptimArgs, data: int = 1):
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "share"), [("adamw_8bit", 1, 0.5), ("adamw_8bit", 2, 0.0), ("lion_32bit", 1, 1.0)]
+    ("name", "data", "share"), first_always([("adamw_8bit", 2, 0.5), ("adamw_8bit", 1, 0.0), ("lion_32bit", 1, 1.0)])
 )
 def test_pages_on_a_mesh_change_no_bit(name, data, share):
     args = dataclasses.replace(ARGS, name=name)
     run = Run(args, data).go(share)
     assert run.layout.count == LAYERS
     assert sum(map(on_device, run.state.pages)) == int(share * LAYERS)
+    assert resident_bytes(run.state) == int(share * run.layout.total_bytes)
     assert_same_bits((run.lora, run.optax(), run.norms), plain(args, data))
 
 
@@ -81,24 +83,25 @@ def test_pages_on_the_host_keep_their_cut_and_bytes_are_one_devices():
     of_a_device = [sum(leaf.addressable_shards[0].data.nbytes for leaf in page) for page in pages]
     assert [page_bytes(page) for page in pages] == of_a_device == [run.layout.page_bytes(i) for i in range(LAYERS)]
     assert sum(of_a_device) == run.layout.total_bytes < sum(leaf.nbytes for page in pages for leaf in page) / 2
-    run.go(0.5)
-    assert resident_bytes(run.state) == run.layout.total_bytes // 2
 
 
 def test_a_whole_state_on_the_mesh_becomes_pages_and_pages_become_whole():
-    run = Run().go(0.0)
-    expected = run.optax()
-    structure = jax.tree.structure(expected)
-    whole, moved = unpage(run.state, structure, run.layout, run.memory)
+    run = Run()
+    structure, rng = jax.tree.structure(run.optax()), np.random.default_rng(0)
+    values = [rng.integers(0, 200, leaf.shape).astype(leaf.dtype) for leaf in run.layout.leaves]
+    shardings = [run.memory.device_sharding(run.layout.spec(index)) for index in range(len(values))]
+    state, moved = page_out_all(
+        jax.tree.unflatten(structure, jax.device_put(values, shardings)), run.layout, run.memory
+    )
+    assert moved.bytes_out == run.layout.total_bytes and not any(map(on_device, state.pages))
+    on_host = to_optax(state, run.layout, run.memory)
+    again = from_optax(on_host, run.layout, run.memory)  # as from a checkpoint, which is restored to the host
+    assert_same_bits((on_host, again.pages, again.shared), (values, state.pages, state.shared))
+    whole, moved = unpage(state, structure, run.layout, run.memory)
     assert moved.bytes_in == run.layout.total_bytes
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(whole)} == {"device"}
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(whole)} == {8}
-    assert_same_bits(whole, expected)
-    state, moved = page_out_all(whole, run.layout, run.memory)
-    assert moved.bytes_out == run.layout.total_bytes and not any(map(on_device, state.pages))
-    assert_same_bits(to_optax(state, run.layout, run.memory), expected)
-    again = from_optax(expected, run.layout, run.memory)  # as from a checkpoint, which is restored to the host
-    assert_same_bits((again.pages, again.shared), (state.pages, state.shared))
+    assert_same_bits(whole, values)
 
 
 class Reporting:
