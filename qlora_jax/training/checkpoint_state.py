@@ -11,6 +11,7 @@ from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differen
 from qlora_jax.config.parse import ConfigError, from_dict
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import Record
+from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
 # Settings that may differ on resume: they do not change what is computed, or they name content that is checked by its
@@ -48,7 +49,7 @@ RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "c
 
 
 def checkpoint_state(session: Session, step: int, position: dict[str, int], best: BestEvaluation) -> dict[str, object]:
-    """Returns the JSON part of a checkpoint after `step` steps, with the next data position."""
+    """Returns the JSON part of a checkpoint after `step` steps, with the next data position and the mesh of the run."""
     return {
         "step": step,
         "position": position,
@@ -57,6 +58,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "fingerprint": session.fingerprint,
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),
+        "mesh": mesh_size(session.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
 

@@ -3,8 +3,11 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -182,6 +185,36 @@ def test_auto_takes_the_fewest_devices_that_a_run_fits(one, tmp_path, monkeypatc
         ValueError, match=r"(?s)DOES NOT FIT.*mesh \(data 1, fsdp 2\) was not tried\. train\.micro_batch"
     ):
         run(dataclasses.replace(on(one, MeshArgs(), tmp_path / "small"), train=few))
+
+
+OTHER_COMMANDS = """
+import sys
+import jax
+from qlora_jax import evaluate, export, generate
+
+run, folder, rows = sys.argv[1:]
+assert len(jax.devices()) == 1
+export.main(["--run", run, "--output", folder + "/adapter"])
+export.main(["--run", run, "--output", folder + "/merged", "--format", "hf"])
+generate.main(["--run", run, "--prompt", "say sun", "--max_new_tokens", "4"])
+evaluate.main(["--run", run, "--rows", rows, "--columns", "[checkpoint]", "--json", folder + "/scores.json"])
+"""
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_other_commands_open_a_run_of_eight_devices_where_there_is_one(one, eight, tmp_path):
+    scores = []
+    for name, config in {"one": one, "eight": eight}.items():
+        folder = tmp_path / name
+        command = [sys.executable, "-c", OTHER_COMMANDS, config.output, str(folder), str(config.data.train)]
+        environment = os.environ | {"JAX_NUM_CPU_DEVICES": "1"}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert (folder / "adapter/adapter_model.safetensors").is_file() and (folder / "merged/config.json").is_file()
+        tasks = json.loads((folder / "scores.json").read_text())["tasks"]
+        scores.append([task["columns"]["checkpoint"]["perplexity"]["value"] for task in tasks.values()])
+    np.testing.assert_allclose(*scores, rtol=1e-4)
 
 
 def test_what_cannot_be_is_refused_before_data_and_weights_are_read(one, tmp_path, monkeypatch):
