@@ -4,10 +4,17 @@ import re
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
-from qlora_jax.patterns import PatternError, matches_end, matches_whole, pattern_problems
+from qlora_jax.patterns import (
+    PatternError,
+    last_match,
+    matches_end,
+    matches_whole,
+    pattern_problems,
+    text_pattern_problems,
+)
 
 NAMES = [
     *(f"model.layers.{layer}.self_attn.{name}_proj" for layer in (0, 3, 11) for name in "qkvo"),
@@ -52,6 +59,60 @@ def test_ordinary_patterns_match_what_re_and_peft_match(pattern: str):
     for name in NAMES:
         assert matches_whole(pattern, name) == (re.fullmatch(pattern, name) is not None)
         assert matches_end(pattern, name) == (re.match(rf"(.*\.)?({pattern})$", name) is not None)
+
+
+TEXT_ATOMS = st.sampled_from(
+    [
+        *"aé3٣ #",
+        "\\d",
+        "\\w",
+        "\\s",
+        "\\D",
+        "\\W",
+        "\\S",
+        "[\\w.]",
+        "[^\\d]",
+        "[\\s,]",
+        "[]a]",
+        "[^]a]",
+        "[\\D]",
+        "\\$",
+        "[$]",
+        ".",
+    ]
+)
+TEXT_PATTERNS = st.recursive(
+    TEXT_ATOMS,
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=4).map("".join)
+        | inner.map(lambda part: f"({part})")
+        | st.lists(inner, min_size=2, max_size=3).map(lambda parts: f"(?:{'|'.join(parts)})")
+        | st.tuples(TEXT_ATOMS, st.sampled_from(["*", "+", "?", "*?", "+?", "{1,3}"])).map("".join)
+    ),
+    max_leaves=6,
+)
+ENDS = st.sampled_from(["", "$", "\\Z"])
+TEXTS = st.text("aé3٣ #$.,]\n\r\t\x0b\x1c\x85\xa0\u2028\u3000答Ⅷ²_-", max_size=12)
+
+
+@given(start=st.sampled_from(["", "^", "(?i)", "(?m)", "(?s)"]), pattern=TEXT_PATTERNS, end=ENDS, text=TEXTS)
+@example(start="", pattern="(\\w+)", end="$", text="答\n")
+def test_the_last_match_in_any_text_is_that_of_re(start: str, pattern: str, end: str, text: str):
+    expected = [[match.group(), *match.groups()] for match in re.finditer(start + pattern + end, text)]
+    found = last_match(start + pattern + end, text)
+    if not expected or found is None:
+        assert not expected and found is None
+        return
+    whole, *groups = found
+    assert groups == expected[-1][1:]
+    assert whole == expected[-1][0] or (end == "$" and whole == expected[-1][0] + "\n")
+
+
+def test_a_class_that_re2_cannot_negate_is_refused():
+    assert text_pattern_problems(r"[\W_]") == [
+        r"not supported in a pattern: \W in a class of characters. Write it outside of one"
+    ]
+    assert not text_pattern_problems(r"\W|_")
 
 
 @pytest.mark.parametrize(

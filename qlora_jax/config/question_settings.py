@@ -2,11 +2,11 @@
 
 import dataclasses
 import difflib
-import re
 from collections.abc import Collection
 from typing import NamedTuple
 
 from qlora_jax.config.fields import AT_LEAST_ONE, NOT_EMPTY, setting
+from qlora_jax.patterns import text_pattern_problems
 
 
 class QuestionKind(NamedTuple):
@@ -93,11 +93,8 @@ def question_problems(args: QuestionArgs, section: str = "", rows_columns: Colle
         return problems
     if args.answers is None:
         problems.append(f"{section}answer_pattern: requires {section}answers; set it too")
-    try:
-        re.compile(args.answer_pattern)
-    except re.error as error:
-        problems.append(f"{section}answer_pattern: not a regular expression (found {args.answer_pattern!r}): {error}")
-    return problems
+    wrong = text_pattern_problems(args.answer_pattern)
+    return problems + [f"{section}answer_pattern: {problem} (found {args.answer_pattern!r})" for problem in wrong]
 
 
 def _column_problems(args: QuestionArgs, section: str, rows_columns: Collection[str]) -> list[str]:

@@ -81,7 +81,11 @@ def test_questions_need_no_evaluation_data_but_patience_does():
     [
         ({"answers": "a", "shots": "b"}, r"questions\.shots: requires questions\.letters"),
         ({"letters": "a", "answer_pattern": "b"}, r"questions\.answer_pattern: requires questions\.answers"),
-        ({"answers": "a", "answer_pattern": "("}, r"questions\.answer_pattern: not a regular expression \(found '\('"),
+        (
+            {"answers": "a", "answer_pattern": "("},
+            r"questions\.answer_pattern: not a regular expression: missing \).*\(found '\('\)",
+        ),
+        ({"answers": "a", "answer_pattern": "(?=b)"}, r"questions\.answer_pattern: not supported .*: a lookahead"),
         ({"file_columns": {"answer": "b"}}, r"questions\.file_columns: requires one of choices, letters, answers"),
         (
             {"answers": "a", "file_columns": {"options": "b"}},

@@ -19,6 +19,7 @@ from qlora_jax.inference.prompts import Prompter, stop_ids
 from qlora_jax.inference.replies import greedy_replies, lower_replies
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
+from qlora_jax.patterns import last_match
 
 NEXT_QUESTION = "\nQuestion:"  # a reply in plain text ends before this, which begins the next prompt
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
@@ -61,7 +62,7 @@ class AnswersTask:
     title: str
     questions: Sequence[AnswerQuestion]
     tokenizer: Tokenizer
-    pattern: re.Pattern[str] | None
+    pattern: str | None
     max_new_tokens: int
     stop_ids: Collection[int]
     until: str | None
@@ -145,11 +146,10 @@ def answers_task(
       ValueError: rows that are not questions, are too long, or have an answer without a match of the pattern; the
         message lists them.
     """
-    compiled = None if pattern is None else re.compile(pattern)
     chat = tokenizer.chat_template is not None
     prompter = Prompter(tokenizer=tokenizer, chat=chat, system=None)
     rows = read_task_rows(path, "answers", file_columns, max_rows)
-    questions = read_each(path, rows, lambda row: _question(row.data, prompter, compiled))
+    questions = read_each(path, rows, lambda row: _question(row.data, prompter, pattern))
     problems = [
         (
             row.place,
@@ -164,14 +164,14 @@ def answers_task(
         title=f"{path}: {len(rows)} questions, greedy replies" + ("" if pattern is None else f", read by {pattern}"),
         questions=questions,
         tokenizer=tokenizer,
-        pattern=compiled,
+        pattern=pattern,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids(tokenizer, named_stop_ids, chat=chat),
         until=None if chat else NEXT_QUESTION,
     )
 
 
-def extract_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
+def extract_answer(text: str, pattern: str | None) -> str | None:
     """Finds the answer in a text.
 
     Without a pattern that is the whole text, without surrounding white space. With one, it is the pattern's last match:
@@ -180,10 +180,11 @@ def extract_answer(text: str, pattern: re.Pattern[str] | None) -> str | None:
     """
     if pattern is None:
         return text.strip()
-    matches = list(pattern.finditer(text))
-    if not matches:
+    match = last_match(pattern, text)
+    if match is None:
         return None
-    answer = next((group for group in matches[-1].groups() if group is not None), matches[-1].group())
+    whole, *groups = match
+    answer = next((group for group in groups if group is not None), whole) or ""
     return _THOUSANDS.sub("", answer.strip()).removesuffix(".")
 
 
@@ -199,7 +200,7 @@ def grade_replies(
     )
 
 
-def _question(columns: Mapping[str, object], prompter: Prompter, pattern: re.Pattern[str] | None) -> AnswerQuestion:
+def _question(columns: Mapping[str, object], prompter: Prompter, pattern: str | None) -> AnswerQuestion:
     question, answer = values_of(columns, QUESTION_KINDS["answers"].columns)
     if not isinstance(question, str):
         raise wrong_value("question", question, "a text")
@@ -209,7 +210,7 @@ def _question(columns: Mapping[str, object], prompter: Prompter, pattern: re.Pat
         raise wrong_value("answer", answer, 'a text or a list of texts, none empty; a number in quotes ("4")')
     answers = [extract_answer(text, pattern) for text in texts]
     if pattern is not None and None in answers:
-        raise ValueError(f"answer: no match of answer_pattern {pattern.pattern!r} (found {shorten(repr(answer))})")
+        raise ValueError(f"answer: no match of answer_pattern {pattern!r} (found {shorten(repr(answer))})")
     return AnswerQuestion(
         ids=_prompt(question, prompter), answers=frozenset(answer for answer in answers if answer is not None)
     )

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import time
 
 import numpy as np
 import pytest
@@ -18,8 +19,8 @@ from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.inference.tiny import VOCAB, byte_tokenizer, full_logits, tiny_parts
 
-GSM8K = re.compile(r"#### (-?[0-9.,]+)")
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+GSM8K = r"#### (-?[0-9.,]+)"
+NUMBER = r"-?\d[\d,]*(?:\.\d+)?"
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def parts():
         ("#### 1,23", GSM8K, "1,23"),
         ("it is 12, or rather -7", NUMBER, "-7"),
         ("no number", NUMBER, None),
-        ("x=3", re.compile(r"y=(\d)|x=(\d)"), "3"),
+        ("x=3", r"y=(\d)|x=(\d)", "3"),
     ],
 )
 def test_the_answer_in_a_text(text, pattern, expected):
@@ -92,6 +93,14 @@ def write(path, rows):
     return str(path)
 
 
+def test_a_pattern_of_a_stranger_takes_no_time(tmp_path):
+    """With Python's engine, each of the answers would take years."""
+    started = time.perf_counter()
+    task = task_of(write(tmp_path / "q.jsonl", [{"question": "?", "answer": "a" * 5000 + "!"}]), "((a+)+)+!")
+    assert extract_answer("a" * 5000, task.pattern) is None
+    assert time.perf_counter() - started < 5
+
+
 def task_of(path, pattern=None, **more):
     how = dict(named_stop_ids=[], pattern=pattern, max_new_tokens=8, max_rows=None, max_positions=100) | more
     return answers_task(path, byte_tokenizer(), **how)
@@ -99,7 +108,7 @@ def task_of(path, pattern=None, **more):
 
 def test_a_task_of_a_file(parts, tmp_path):
     rows = [{"question": "2+2?", "answer": "so #### 4"}, {"prompt": "x", "answer": ["#### 1,000", "#### 7"]}]
-    task = task_of(write(tmp_path / "q.jsonl", rows), GSM8K.pattern)
+    task = task_of(write(tmp_path / "q.jsonl", rows), GSM8K)
     assert [asked.answers for asked in task.questions] == [{"4"}, {"1000", "7"}]
     assert byte_tokenizer().decode([*task.questions[0].ids]) == "Question: 2+2?\nAnswer:"
     scores = task.score(parts, lambda done: None, NO_CACHE)
@@ -134,7 +143,7 @@ def test_a_reply_in_plain_text_ends_where_the_next_question_begins(tmp_path):
 def test_rows_that_do_not_fit_are_told_all_at_once(tmp_path):
     rows = [{"question": "a", "answer": 4}, {"answer": "b"}, {"question": "a", "answer": "none"}]
     with pytest.raises(ValueError, match=r"3 of 3 rows") as error:
-        task_of(write(tmp_path / "q.jsonl", rows), NUMBER.pattern)
+        task_of(write(tmp_path / "q.jsonl", rows), NUMBER)
     for line, words in enumerate(
         ("answer: found 4, expected", "no column 'question'", "no match of answer_pattern"), 1
     ):
