@@ -143,7 +143,7 @@ def write_adapter(
     """Writes the adapter of a run or of a model in memory; see `save_peft`."""
     _check_dtypes(format, base_dtype=base_dtype)
     if base_dtype is not None and not with_base:
-        raise ValueError("base_dtype: requires --with_base, which writes a base next to the adapter. Add it")
+        raise ValueError("base_dtype: requires with_base, which writes a base next to the adapter. Add it")
     export = export_peft if format == "peft" else export_gguf_lora
     with loading_bar(progress) as report:
         return export(opened, folder, with_base=with_base, base_dtype=base_dtype, progress=report)

@@ -6,17 +6,33 @@
 import contextlib
 import hashlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from qlora_jax.training.time_limit import finishes_within
+
+CLOSING_SECONDS = 120.0
 
 Log = Callable[[int, Mapping[str, float]], None]  # (step, numbers by name)
 
 
 @contextlib.contextmanager
 def trackers(names: Sequence[str], run: Path, config: Mapping[str, object], first_step: int) -> Iterator[Sequence[Log]]:
-    """Yields a log function per tracker, for a run that has done `first_step` steps; closes them at the end."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(TRACKERS[name](run, config, first_step)) for name in names]
+    """Yields a log function per tracker, for a run that has done `first_step` steps; closes them at the end.
+
+    Closing is given up after CLOSING_SECONDS, with a warning, because a tracker may wait for a network that is down.
+    """
+    opened = contextlib.ExitStack()
+    try:
+        yield [opened.enter_context(TRACKERS[name](run, config, first_step)) for name in names]
+    finally:
+        if not finishes_within(CLOSING_SECONDS, opened.close):
+            warnings.warn(
+                f"train.track: {', '.join(names)} not closed within {CLOSING_SECONDS:g} s, so the last numbers may be "
+                f"missing there. {run} has all of them; `wandb sync` uploads what wandb has stored in it",
+                stacklevel=3,
+            )
 
 
 def check_installed(names: Sequence[str]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from qlora_jax.training import trackers as module
 from qlora_jax.training.run import dry_run
 from qlora_jax.training.trackers import TRACKERS, scalars, trackers
 from tests.e2e.project import project
@@ -46,6 +47,41 @@ def test_tensorboard_has_every_number_of_every_step(tmp_path):
     with trackers(["tensorboard"], tmp_path, {}, 3) as (log,):
         log(4, {"loss": 1.25})
     assert events(tmp_path / "tensorboard") == [("loss", 3, 1.5), ("tokens", 3, 7.0), ("loss", 4, 1.25)]
+
+
+def test_a_tracker_that_does_not_close_is_given_up(tmp_path, monkeypatch):
+    """For example because it waits for a network that is down."""
+
+    @contextlib.contextmanager
+    def waiting(*arguments):
+        yield lambda step, values: None
+        time.sleep(30)
+
+    monkeypatch.setitem(TRACKERS, "wandb", waiting)
+    monkeypatch.setattr(module, "CLOSING_SECONDS", 0.2)
+    began = time.monotonic()
+    with (
+        pytest.warns(UserWarning, match=r"wandb not closed within 0\.2 s"),
+        trackers(["wandb"], tmp_path, {}, 0) as logs,
+    ):
+        logs[0](1, {"loss": 1.0})
+    assert time.monotonic() - began < 5
+
+
+def test_an_error_of_the_run_closes_the_trackers_and_is_raised(tmp_path, monkeypatch):
+    closed = []
+
+    @contextlib.contextmanager
+    def opened(*arguments):
+        try:
+            yield lambda step, values: None
+        finally:
+            closed.append(True)
+
+    monkeypatch.setitem(TRACKERS, "wandb", opened)
+    with pytest.raises(RuntimeError, match="of the run"), trackers(["wandb"], tmp_path, {}, 0):
+        raise RuntimeError("of the run")
+    assert closed == [True]
 
 
 def _wandb_id(folder: Path) -> str:

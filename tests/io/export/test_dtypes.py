@@ -53,7 +53,7 @@ def test_the_base_of_a_peft_adapter_is_rounded_once(tmp_path: Path) -> None:
 
 def test_a_dtype_of_the_base_requires_a_base(tmp_path: Path) -> None:
     run = write_run(tmp_path)
-    with pytest.raises(ValueError, match="base_dtype: requires --with_base"):
+    with pytest.raises(ValueError, match="base_dtype: requires with_base"):
         main(["--run", str(run), "--base_dtype", "float16"])
     assert not (run / "peft").exists()
 
