@@ -31,7 +31,7 @@ _UNSUPPORTED = {
 _AMBIGUOUS = {"{,": "a repetition without a lower bound, {,n}: write {0,n}", "[:": "[: in a class of characters"}
 
 
-# What Python means by these in a text, in RE2's syntax, between the brackets of a class.
+# Python's meaning of these in a text, in RE2's syntax, between the brackets of a class.
 _TEXT_CLASSES = {"\\d": r"\p{Nd}", "\\w": r"\p{L}\p{N}_", "\\s": r"\s\x0b\x1c-\x1f\x85\p{Z}"}
 _NEGATED = {"\\D": "\\d", "\\W": "\\w", "\\S": "\\s"}
 _END = {"$": r"(?:\n?\z)", "\\Z": r"\z"}

@@ -85,6 +85,9 @@ def test_a_run_and_a_peft_adapter_load_as_the_trained_model(project, tmp_path):
     for folder in (project.run.folder, tmp_path / "adapter"):
         model, tokenizer = q.load(str(folder), compute_dtype="float32")
         assert q.generate_text(model, tokenizer, conversation, max_new_tokens=8) == expected
+    parts = [{"type": "text", "text": text} for text in ("say ", "moon")]
+    in_parts = [{"role": "user", "content": parts}]
+    assert q.generate_text(project.run.model, project.tokenizer, in_parts, max_new_tokens=8) == expected
 
 
 def test_rows_in_memory_train_like_a_file_and_resume(project, tmp_path):

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from qlora_jax import generate
+from qlora_jax.training.metrics import read_metrics
 from tests.e2e.project import project
 from tests.e2e.test_training import _stop_and_resume, run
 
@@ -13,8 +14,7 @@ PROMPTS = ["say sun 1", "say moon 2"]
 
 
 def samples(config) -> list[dict]:
-    with open(f"{config.output}/samples.jsonl") as file:
-        return [json.loads(line) for line in file]
+    return read_metrics(f"{config.output}/samples.jsonl")
 
 
 @pytest.mark.slow

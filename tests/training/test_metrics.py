@@ -34,6 +34,36 @@ def test_a_resumed_run_writes_what_an_uninterrupted_one_does(tmp_path):
     assert resumed.read_bytes() == whole.read_bytes()
 
 
+def test_a_flipped_bit_anywhere_is_an_error_or_changes_nothing(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    records = [step_record(1, 0.25), {"step": 1, "eval_loss": 0.5}]
+    with MetricsFile(path, 0) as metrics:
+        for record in records:
+            metrics.write(record)
+    content = path.read_bytes()
+    for place in range(len(content)):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << place % 7
+        path.write_bytes(damaged)
+        try:
+            found = read_metrics(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+        else:  # a last line without its end may be half a line
+            assert found == records or (found == records[:1] and place == len(content) - 1), (place, found)
+
+
+def test_a_line_of_an_earlier_version_has_no_digest(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(step_record(1, 0.5)) + "\n")
+    assert read_metrics(path) == [step_record(1, 0.5)]
+    write_steps(path, [2], 1)
+    assert [record["step"] for record in read_metrics(path)] == [1, 2]
+    path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.6'))
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: damaged \(other values than the run wrote\)"):
+        read_metrics(path)
+
+
 def test_an_evaluation_that_runs_again_is_not_recorded_twice(tmp_path):
     path = tmp_path / "metrics.jsonl"
     records = [record for step in (1, 2) for record in (step_record(step, 2.0), {"step": step, "eval_loss": 3.0})]
@@ -102,7 +132,8 @@ def test_what_is_not_finite_is_null_and_the_file_stays_json(tmp_path):
     def refuse(word):
         raise AssertionError(word)
 
-    assert json.loads(path.read_text(), parse_constant=refuse) == {"step": 1, "loss": None, "grad_norm": None}
+    record = json.loads(path.read_text(), parse_constant=refuse)
+    assert record.pop("xxh3_64") and record == {"step": 1, "loss": None, "grad_norm": None}
 
 
 def test_a_record_needs_its_step(tmp_path):

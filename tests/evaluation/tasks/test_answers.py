@@ -94,7 +94,7 @@ def write(path, rows):
 
 
 def test_a_pattern_of_a_stranger_takes_no_time(tmp_path):
-    """With Python's engine, each of the answers would take years."""
+    """Python's engine would take years for each of the answers."""
     started = time.perf_counter()
     task = task_of(write(tmp_path / "q.jsonl", [{"question": "?", "answer": "a" * 5000 + "!"}]), "((a+)+)+!")
     assert extract_answer("a" * 5000, task.pattern) is None
