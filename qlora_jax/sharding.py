@@ -26,9 +26,10 @@ ROWS = (DATA, FSDP)  # the axes over which the rows of a batch lie
 BLOCK = 256  # elements of a block of 8-bit optimizer state, which a cut never separates
 
 AnyMesh = Mesh | AbstractMesh
+Device = Any  # jax.Device, which JAX does not export as a type
 
 
-def make_mesh(data: int, fsdp: int, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int, fsdp: int, devices: Sequence[Device] | None = None) -> Mesh:
     """Returns the mesh of the first data * fsdp of the devices; None: the local ones."""
     devices = jax.local_devices() if devices is None else devices
     grid = np.asarray(devices[: data * fsdp]).reshape(data, fsdp)

@@ -1,4 +1,4 @@
-"""How the parts of a model are cut over a mesh: 4-bit weights, LoRA parameters, embedding and head.
+"""The cut of a model's parts over a mesh: 4-bit weights, LoRA parameters, embedding and head.
 
 All else is whole on every device: norms, biases, layers that are not quantized, and tables of which rows train.
 """

@@ -33,7 +33,7 @@ Weight = QTensor | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N
 
 
 def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:
-    """Gathers one layer of every 4-bit stack that is cut over devices; what is whole stays a stack."""
+    """Gathers one layer of every 4-bit stack that is cut over devices; whole stacks stay stacks."""
 
     def one(leaf: Any) -> Any:
         if not (isinstance(leaf, QTensor) and any(map(is_shard, jax.tree.leaves(leaf, is_leaf=is_shard)))):

@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import ArrayLike
 
-from qlora_jax.optim.page_pool import Device, Memory, Page, Parts, on_device
+from qlora_jax.optim.page_pool import Memory, Page, Parts, on_device
+from qlora_jax.sharding import Device
 
 
 @dataclasses.dataclass(frozen=True)

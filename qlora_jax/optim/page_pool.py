@@ -7,7 +7,7 @@ import dataclasses
 import math
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import numpy as np
@@ -15,8 +15,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import ArrayLike
 
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.sharding import Device
 
-Device = Any  # jax.Device, which JAX does not export as a type
 Page = tuple[jax.Array | np.ndarray, ...]
 Parts = Mapping[tuple[slice, ...], np.ndarray]  # an array in this process: NumPy parts by place behind axis 0
 HostKind = Literal["pinned_host", "numpy"]

@@ -23,7 +23,7 @@ from jaxtyping import PyTree
 from qlora_jax.config.sizes import parse_bytes
 from qlora_jax.optim.elementwise import check_elementwise
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, layer_pages
-from qlora_jax.optim.page_pool import Device, Memory, Page
+from qlora_jax.optim.page_pool import Memory, Page
 from qlora_jax.optim.pager import (
     PagedState,
     page_structure,
@@ -33,6 +33,7 @@ from qlora_jax.optim.pager import (
     update_page_state,
     write_page,
 )
+from qlora_jax.sharding import Device
 
 PAGES_PER_BUDGET = 4  # at least: one updated, one arriving, one leaving, one waiting
 

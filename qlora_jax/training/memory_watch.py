@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from qlora_jax.training.run_mesh import Device
+from qlora_jax.sharding import Device
 
 _PROCESS = Path("/proc/self")
 _DEVICE_KEYS = {

@@ -12,9 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import MeshSize
-from qlora_jax.sharding import ROWS, axis_size, make_mesh, put
-
-Device = Any  # jax.Device, which JAX does not export as a type
+from qlora_jax.sharding import ROWS, Device, axis_size, make_mesh, put
 
 
 def run_mesh(size: MeshSize) -> Mesh | None:

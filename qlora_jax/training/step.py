@@ -138,7 +138,7 @@ def _gradients(
 
 def _mean(total: jax.Ref, spec: P, *, tokens: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:
     summed = jax.freeze(total)
-    # What was gathered in the scan was summed over `fsdp` there, by the gather's derivative.
+    # The derivative of the gather in the scan has summed cut leaves over `fsdp` already.
     axes = ROWS if cut_axis(spec) is None else (DATA,)
     return (sum_over(summed.astype(jnp.float32), mesh, axes) / tokens).astype(summed.dtype)
 

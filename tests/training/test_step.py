@@ -126,7 +126,7 @@ def packed_bytes(parts: ModelParts) -> int:
 
 
 def exchange_problems(sizes: tuple[int, int], remat: str) -> list[str]:
-    """What a compiled step exchanges beyond its packed weights, twice per micro-batch, and small float arrays."""
+    """Lists exchanges of a compiled step other than packed weights, twice per micro-batch, and small float arrays."""
     args, kwargs = arguments(WHOLE_VOCABULARY, "float32", remat, sizes)
     jax.clear_caches()  # a broken copy is another program under the same name
     text = gradients.lower(*args, **kwargs).compile().as_text()
