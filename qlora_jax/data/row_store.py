@@ -8,9 +8,9 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple, TypedDict
@@ -24,7 +24,6 @@ from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.rows import File, RowDigest, TokenRows, check_ids, format_place
 from qlora_jax.metadata import MetadataError, read_json
 
-_LOG = logging.getLogger(__name__)
 _FACTS = "facts.json"
 _MAX_FACTS = 64 << 20  # bytes; it has the number of rows of each length
 _CHUNK = 1 << 20
@@ -132,7 +131,7 @@ def open_stored_rows(folder: Path, path: str, id_limit: int | None = None) -> St
     except FileNotFoundError:
         return None
     except DamagedEntryError as error:
-        _LOG.warning("data.cache: %s: damaged (%s). The rows are prepared again.", folder, error)
+        warnings.warn(f"data.cache: {folder}: damaged ({error}). The rows are prepared again.", stacklevel=2)
         _delete(folder)
         return None
     except OSError as error:

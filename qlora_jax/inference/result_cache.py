@@ -8,8 +8,8 @@ computed again.
 import functools
 import hashlib
 import io
-import logging
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from qlora_jax.sharding import mesh_of
 Arrays = tuple[np.ndarray, ...]
 SUFFIX = ".result"
 _DIGEST_BYTES = 16
-_LOG = logging.getLogger(__name__)
 PACKAGES = (Path(pallas_kernels.__file__).parent, Path(__file__).parent.parent)
 
 
@@ -115,7 +114,7 @@ def _read(path: Path) -> Arrays | None:
         return None
     arrays = stored[_DIGEST_BYTES:]
     if _file_digest(path, arrays) != stored[:_DIGEST_BYTES]:
-        _LOG.warning("%s: damaged (other content than was written). The result is computed again.", path)
+        warnings.warn(f"{path}: damaged (other content than was written). The result is computed again.", stacklevel=3)
         return None
     with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
         return tuple(file[name] for name in file.files)

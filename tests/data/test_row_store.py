@@ -104,9 +104,7 @@ def small_entry(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("name", ["ids", "supervised", "ends", "numbers", "lines", "facts.json"])
 @pytest.mark.parametrize("damage", first_always([*DAMAGE]))
-def test_a_damaged_entry_is_reported_and_made_again(
-    tokenizer: Tokenizer, small_entry, caplog: pytest.LogCaptureFixture, name: str, damage: str
-):
+def test_a_damaged_entry_is_reported_and_made_again(tokenizer: Tokenizer, small_entry, name: str, damage: str):
     settings, cache, whole = small_entry
     for file in cache.glob(f"*/{name}"):
         content = file.read_bytes()
@@ -114,22 +112,22 @@ def test_a_damaged_entry_is_reported_and_made_again(
             damaged = DAMAGE[damage](content, 1 + round(share * (len(content) - 2)))
             if damaged == content:  # zeros that were zeros
                 continue
-            caplog.clear()
             file.write_bytes(damaged)
-            again = load(tokenizer, **settings)
+            with pytest.warns(UserWarning) as shown:
+                again = load(tokenizer, **settings)
             assert again.fingerprint == whole.fingerprint and again.report == whole.report
-            (record,) = caplog.records
-            assert record.getMessage().startswith(f"data.cache: {file.parent}: damaged (")
-            assert record.getMessage().endswith(". The rows are prepared again.")
+            (message,) = (str(one.message) for one in shown)
+            assert message.startswith(f"data.cache: {file.parent}: damaged (")
+            assert message.endswith(". The rows are prepared again.")
             assert file.read_bytes() == content
     assert not [*cache.glob("*damaged*")]
 
 
-def test_an_entry_without_a_file_is_made_again(tokenizer: Tokenizer, small_entry, caplog: pytest.LogCaptureFixture):
+def test_an_entry_without_a_file_is_made_again(tokenizer: Tokenizer, small_entry):
     settings, cache, whole = small_entry
     next(cache.glob("*/ids")).unlink()
-    assert load(tokenizer, **settings).fingerprint == whole.fingerprint
-    assert "ids: found no file, expected" in caplog.text
+    with pytest.warns(UserWarning, match="ids: found no file, expected"):
+        assert load(tokenizer, **settings).fingerprint == whole.fingerprint
 
 
 def test_a_damaged_entry_that_cannot_be_deleted_is_an_error(
@@ -145,6 +143,7 @@ def test_a_damaged_entry_that_cannot_be_deleted_is_an_error(
     ids.write_bytes(content[::-1])
     with (
         monkeypatch.context() as patch,
+        pytest.warns(UserWarning, match="damaged"),
         pytest.raises(ValueError, match=r"is damaged and can't be deleted: Permission"),
     ):
         patch.setattr(Path, "rename", refuse)
