@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import os
+import re
 import reprlib
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ _EXPECTED = {
     "typed_dict_type": "an object",
 }
 _NO_BRACKETS = bytes(set(range(256)) - set(b'[]{}"'))
+_ESCAPE = re.compile(rb"\\.", re.DOTALL)
+_FEW_ESCAPES = 100  # bytes for each escape, at least
 _STEP = {ord("["): 1, ord("{"): 1, ord("]"): -1, ord("}"): -1}
 
 _shortened = reprlib.Repr(maxstring=60, maxother=60, maxlist=4, maxdict=4, maxlevel=3)
@@ -163,12 +166,19 @@ def _depth(data: bytes) -> int:
     """Returns the greatest number of open brackets outside of strings."""
     # All steps but the last run in C. Without escapes, each quote begins or ends a string, also after two adjacent
     # ones are removed. Every other piece between quotes is then outside of strings.
-    quoted = data.replace(rb"\\", b"").replace(rb"\"", b"").translate(None, _NO_BRACKETS).replace(b'""', b"")
+    quoted = _without_escapes(data).translate(None, _NO_BRACKETS).replace(b'""', b"")
     brackets = b"".join(quoted.split(b'"')[::2])
     for pair in (b"[]", b"{}"):  # of neighbours without inner levels, such as merges of a vocabulary, one is enough
         while pair * 2 in brackets:
             brackets = brackets.replace(pair * 2, pair)
     return max(itertools.accumulate(map(_STEP.__getitem__, brackets)), default=0)
+
+
+def _without_escapes(data: bytes) -> bytes:
+    """Returns the data without its pairs of a backslash and a character, or without the pairs that matter to quotes."""
+    if data.count(b"\\") * _FEW_ESCAPES < len(data):  # then the search for a backslash is the fastest
+        return _ESCAPE.sub(b"", data)
+    return data.replace(rb"\\", b"").replace(rb"\"", b"")
 
 
 def shorten(value: object) -> str:

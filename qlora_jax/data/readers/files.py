@@ -37,7 +37,7 @@ _SHOWN = 8
 _GZIP = b"\x1f\x8b"
 _PEEKED = 4096
 _BLOCK = 1 << 20
-_GZIP_BLOCK = 128 << 10  # the class for gzip is in Python, so few large reads are faster
+_GZIP_BLOCK = 64 << 10  # the class for gzip is in Python, so few large reads are faster
 
 
 class Place(NamedTuple):
