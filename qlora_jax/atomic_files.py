@@ -11,6 +11,7 @@ import os
 import secrets
 import shutil
 import stat
+import threading
 from collections.abc import Buffer, Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -24,21 +25,51 @@ FIXES = {
     errno.EIO: "Check the disk, and write the file again",
 }
 CANNOT_SYNC = (errno.EINVAL, errno.ENOTSUP)  # of filesystems that cannot flush a folder
+FLUSH_BYTES = 32 << 20  # written before a thread flushes them
 NAME_LENGTH = 50  # characters of the target's name in a temporary name, which is limited to 255 bytes
 
 
 class _NewFile(io.FileIO):
-    """A new file that becomes `target`; an error while it is written names the target and the number of bytes."""
+    """A new file that becomes `target`; an error while it is written names the target and the number of bytes.
+
+    A thread flushes large parts to the disk while the program makes the next ones.
+    """
 
     def __init__(self, path: Path, target: Path, nbytes: int | None):
         self.target, self.nbytes = target, nbytes
+        self._unflushed, self._error = 0, None
+        self._flush: threading.Thread | None = None
         super().__init__(path, "xb", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
 
     def write(self, data: Buffer, /) -> int:
         try:
-            return super().write(data)
+            written = super().write(data)
         except OSError as error:
             raise write_error(error, self.target, self.tell(), self.nbytes) from error
+        self._unflushed += written
+        if self._unflushed >= FLUSH_BYTES and not (self._flush is not None and self._flush.is_alive()):
+            self._unflushed, self._flush = 0, threading.Thread(target=self._flush_part, daemon=True)
+            self._flush.start()
+        return written
+
+    def _flush_part(self) -> None:
+        try:
+            _flush_data(self.fileno())
+        except OSError as error:  # the system reports it once, so the last fsync would not
+            self._error = error
+
+    def check_flushed(self) -> None:
+        """Waits for the thread; raises OSError if a part could not be flushed."""
+        if self._flush is not None:
+            self._flush.join()
+        if self._error is not None:
+            raise write_error(self._error, self.target, self.tell(), self.nbytes) from self._error
+
+    def close(self) -> None:
+        """Closes the file when the thread no longer uses it."""
+        if self._flush is not None:
+            self._flush.join()
+        super().close()
 
 
 @contextlib.contextmanager
@@ -60,8 +91,11 @@ def staged_file(
     stage = _stage_of(target)
     try:
         with _errors_named(stage, target):
-            with io.BufferedWriter(_NewFile(stage, target, nbytes)) as file:
+            new = _NewFile(stage, target, nbytes)
+            with io.BufferedWriter(new) as file:
                 yield file
+                file.flush()
+                new.check_flushed()
                 _sync_file(file, target, nbytes)
             if check:
                 check(stage)
@@ -205,6 +239,11 @@ def sync_folder(folder: Path) -> None:
             raise write_error(error, folder) from error
     finally:
         os.close(descriptor)
+
+
+def _flush_data(descriptor: int) -> None:
+    flush = getattr(os, "fdatasync", os.fsync)  # macOS has no fdatasync
+    flush(descriptor)
 
 
 def _sync_file(file: BinaryIO | io.FileIO, target: Path, nbytes: int | None) -> None:

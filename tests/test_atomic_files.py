@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from qlora_jax import atomic_files
 from qlora_jax.atomic_files import (
     append_lines,
     staged_file,
@@ -102,6 +103,31 @@ def test_a_disk_that_fails_to_store_is_an_error(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match=r"Input/output error.*Check the disk") as caught:
         write_text(tmp_path / "file", "x")
+    assert caught.value.filename == str(tmp_path / "file") and names(tmp_path) == []
+
+
+def test_parts_are_flushed_while_others_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(atomic_files, "FLUSH_BYTES", 1000)
+    threads = []
+    monkeypatch.setattr(atomic_files, "_flush_data", lambda descriptor: threads.append(threading.current_thread()))
+    with staged_file(tmp_path / "file") as file:
+        for _ in range(20):
+            file.write(b"a" * 9000)
+    assert threads and threading.main_thread() not in threads
+    assert (tmp_path / "file").read_bytes() == b"a" * 180_000
+
+
+def test_a_part_that_cannot_be_flushed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports it to the thread alone; the last fsync succeeds."""
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(atomic_files, "FLUSH_BYTES", 1000)
+    monkeypatch.setattr(atomic_files, "_flush_data", fail)
+    expected = pytest.raises(OSError, match=r"cannot be written: Input/output error \(after 90,000")
+    with expected as caught, staged_file(tmp_path / "file") as file:
+        file.write(b"a" * 90_000)
     assert caught.value.filename == str(tmp_path / "file") and names(tmp_path) == []
 
 
