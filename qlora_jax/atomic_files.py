@@ -59,7 +59,7 @@ class _NewFile(io.FileIO):
             self._error = error
 
     def check_flushed(self) -> None:
-        """Waits for the thread; raises OSError if a part could not be flushed."""
+        """Waits for the thread; raises OSError if a part cannot be flushed."""
         if self._flush is not None:
             self._flush.join()
         if self._error is not None:
