@@ -92,6 +92,7 @@ def eight(one, tmp_path_factory) -> Config:
     return config
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_has_the_numbers_of_one(one, eight):
     assert_equal_but_for_rounding(records(eight), records(one), first=1e-6, later=1e-5)
     ours, whole = (json.loads((Path(config.output) / "report.json").read_text()) for config in (eight, one))
@@ -100,6 +101,7 @@ def test_a_run_on_eight_devices_has_the_numbers_of_one(one, eight):
         np.testing.assert_allclose(mine, theirs, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_on_eight_devices_says_so(eight):
     text = (Path(eight.output).parent / "printed").read_text()
     assert re.search(r"device +8 x cpu: data 2, fsdp 4, computes in float32\n", text)
@@ -144,6 +146,7 @@ def test_every_kind_of_run_has_the_numbers_of_one_device(tmp_path, mesh, changes
     assert_equal_but_for_rounding(records(ours), records(config), first=2e-6, later=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", first_always([BOTH, FSDP8, FSDP2, DATA8]))
 def test_a_stopped_run_resumes_on_its_mesh_to_the_bit_and_on_one_device_within_rounding(
     one, eight, tmp_path, mesh, monkeypatch

@@ -46,6 +46,7 @@ def test_activations_in_host_memory_are_refused_on_a_cpu(tmp_path):
         start(project(tmp_path, train=dict(steps=1, remat="offload")))
 
 
+@pytest.mark.slow
 def test_it_starts_where_it_is_told_to(tmp_path, monkeypatch):
     device_of(1000, monkeypatch)
     assert "QLoRA finetuning" in start(project(tmp_path, train=dict(steps=1)), oversized=True)

@@ -48,6 +48,7 @@ def prompts() -> list[list[int]]:
     return [*some, some[1]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp", "vocabulary"), MESHES)
 def test_replies_are_those_of_one_device(data, fsdp, vocabulary):
     parts = one_device(vocabulary)
@@ -69,6 +70,7 @@ def scored_rows() -> list[tuple[np.ndarray, np.ndarray]]:
     return alone + [(ids, np.arange(len(ids)) >= len(prompt)) for ids in options]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "fsdp", "vocabulary"), MESHES)
 def test_scores_are_those_of_one_device(data, fsdp, vocabulary):
     parts = one_device(vocabulary)

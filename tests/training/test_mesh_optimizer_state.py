@@ -83,6 +83,7 @@ def resumed(folder: Path, updates: OptimizerStateManager, mesh):
     return lora, updates.from_checkpoint(tree)
 
 
+@pytest.mark.slow
 def test_pages_read_a_checkpoint_without_pages_and_go_on_to_the_bit(plain):
     folder, _, expected = plain
     mesh = make_mesh(2, 4)

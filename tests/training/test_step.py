@@ -74,6 +74,7 @@ def test_losses_equal_one_device_to_the_bit(dtype, remat, sizes):
     assert max(jax.tree.leaves(off)) < (1e-6 if dtype == "float32" else 2e-2), off
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_evaluation_equals_one_device_to_the_bit():
     parts, mesh = parts_of(WHOLE_VOCABULARY, "float32"), make_mesh(2, 4)
     batch = jax.tree.map(lambda leaf: leaf[0], mesh_batch(mesh_config(WHOLE_VOCABULARY), SHAPE))
@@ -104,6 +105,7 @@ def test_tables_that_are_cut_change_losses_by_rounding_alone(sizes, tied):
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 1e-6
 
 
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_micro_batches_or_the_mesh():
     """1 x 16 rows on one device and 4 x 4 on four; other masks would change each row by more than 1e-5."""
     config, lora = mesh_config(WHOLE_VOCABULARY), LoraArgs(rank=16, dropout=0.3, target_modules=["q_proj", "down_proj"])
@@ -207,6 +209,7 @@ def test_other_exchanges_are_noticed(monkeypatch, broken):
     assert any("as large as a weight" in one or one.startswith("u8: found") for one in problems), problems
 
 
+@pytest.mark.slow
 def test_a_mesh_of_one_device_has_the_operations_of_a_step_without_a_mesh():
     def operations(kwargs) -> Counter[tuple[str, str]]:
         text = gradients.lower(*args, **kwargs).compile(TO_READ).as_text()
