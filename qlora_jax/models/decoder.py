@@ -27,7 +27,7 @@ from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.sharded_tables import ShardedHead, look_up
+from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import Shard, gathered
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from pallas_kernels.devices import target_device
 from qlora_jax.nn.lm_head import Head, HeadWithRows
 from qlora_jax.nn.lm_head_tiles import tile_size
-from qlora_jax.nn.sharded_tables import ShardedHead
+from qlora_jax.nn.sharded_vocabulary import ShardedHead
 
 
 def chunk_size(tokens: int, shards: int = 1) -> int:

@@ -8,7 +8,7 @@ multiplied by the tile itself. So one pass gives log-sum-exp and the gradient of
 A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied by its slope
 dl_v / dz_v = 1 - (l_v / c)^2.
 
-If the head's rows are cut over devices, nn.sharded_tables adds up the sums of all.
+If the head's rows are cut over devices, nn.sharded_vocabulary adds up the sums of all.
 
 If some rows of the head train, such as those of new tokens, the custom VJP covers log-sum-exp and target of the frozen
 rows. Autodiff adds the few trainable rows to them.
@@ -24,7 +24,7 @@ from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head_chunks import chunk_size, map_token_chunks, split_chunks
 from qlora_jax.nn.lm_head_tiles import RunningSums
 from qlora_jax.nn.matmul import dot_tn
-from qlora_jax.nn.sharded_tables import ShardedHead, sum_over_head
+from qlora_jax.nn.sharded_vocabulary import ShardedHead, sum_over_head
 
 
 def token_nll(

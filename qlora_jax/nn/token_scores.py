@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.lm_head_chunks import map_token_chunks
 from qlora_jax.nn.lm_head_tiles import first_id_where, sum_over_tiles
-from qlora_jax.nn.sharded_tables import ShardedHead, sum_over_head
+from qlora_jax.nn.sharded_vocabulary import ShardedHead, sum_over_head
 
 
 class TokenScores(NamedTuple):

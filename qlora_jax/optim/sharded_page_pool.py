@@ -14,7 +14,7 @@ from qlora_jax.sharding import Device
 
 
 @dataclasses.dataclass(frozen=True)
-class MeshMemory(Memory):
+class ShardedMemory(Memory):
     """Memory whose pages lie on all devices of a mesh, cut as their parameters are.
 
     Pages on the host are arrays in pinned memory that keep their sharding, so that each returns to its device.
@@ -82,4 +82,4 @@ def memory_of(mesh: Mesh | None) -> Memory:
             "optim.paging: this backend has no pinned host memory, which pages on several devices need (found "
             f"{memory.device.device_kind}). Set optim.paging=off."
         )
-    return MeshMemory(memory.device, memory.kind, mesh)
+    return ShardedMemory(memory.device, memory.kind, mesh)

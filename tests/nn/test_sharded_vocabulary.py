@@ -14,7 +14,7 @@ from qlora_jax.nn.lm_head import Head
 from qlora_jax.nn.lm_head_chunks import chunk_size
 from qlora_jax.nn.lm_head_tiles import TILES, Tile
 from qlora_jax.nn.loss import token_nll
-from qlora_jax.nn.sharded_tables import ShardedHead, look_up
+from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.token_scores import token_scores
 from qlora_jax.sharding import FSDP, ROWS, Shard, make_mesh
 from tests.nn.gradients import random_array

@@ -11,11 +11,11 @@ from qlora_jax.config import OptimArgs
 from qlora_jax.models.sharded_parts import lora_specs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim import page_pool as page_pool_module
-from qlora_jax.optim.mesh_memory import MeshMemory, memory_of
 from qlora_jax.optim.mesh_state import init_state
 from qlora_jax.optim.page_layout import layer_pages
 from qlora_jax.optim.page_pool import Memory, on_device, page_bytes
 from qlora_jax.optim.pager import PagedUpdate, paged_init, resident_bytes
+from qlora_jax.optim.sharded_page_pool import ShardedMemory, memory_of
 from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpage
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.step import update
@@ -116,11 +116,11 @@ class Reporting:
 
 def test_room_is_the_least_over_devices(monkeypatch):
     memory = memory_of(make_mesh(1, 8))
-    assert isinstance(memory, MeshMemory) and len(memory.devices) == 8
+    assert isinstance(memory, ShardedMemory) and len(memory.devices) == 8
     devices = [Reporting(100, 10), Reporting(90, 20), Reporting(100, 30)]
-    monkeypatch.setattr(MeshMemory, "devices", devices)
+    monkeypatch.setattr(ShardedMemory, "devices", devices)
     assert memory.statistics() == {"bytes_limit": 90, "bytes_in_use": 30}
-    monkeypatch.setattr(MeshMemory, "devices", jax.devices())
+    monkeypatch.setattr(ShardedMemory, "devices", jax.devices())
     assert memory.statistics() is None  # as on a CPU
 
 

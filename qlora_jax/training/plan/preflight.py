@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.optim.mesh_memory import memory_of
+from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost import memory_use
