@@ -30,6 +30,11 @@ BUDGET: dict[str, tuple[int, int]] = {
     # Each starts torch; golden files hold the same numbers.
     "tests/optim/test_optax_chain.py::test_learning_rates_and_steps_equal_torch": (0, 1),
     "tests/parity/test_bitsandbytes_optimizers.py::test_parameters_and_states_equal_bitsandbytes": (0, 3),
+    # The campaign's sample kills a paged run, too; tiny files of every architecture run in llama.cpp in CI.
+    "tests/e2e/test_kill.py::test_a_run_killed_while_a_page_moves_equals_an_uninterrupted_one": (0, 0),
+    "tests/parity/test_llama_cpp.py::test_smollm2": (0, 0),
+    # No run uses these products: a run gathers whole layers.
+    "tests/pallas_kernels/nf4_matmul/test_sharded.py::test_on_eight_devices": (0, 0),
     # Whole runs.
     "tests/e2e/test_training.py::test_mixtures_and_windows_resume_to_the_bit": (0, 1),
     "tests/e2e/test_questions.py::test_every_evaluation_has_what_evaluate_says_of_its_checkpoint": (1, 1),
