@@ -18,7 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from qlora_jax.hosts.group import Group, client
 from qlora_jax.terminal.visible import visible, without_passwords
@@ -66,7 +66,7 @@ class Guard:
     _beats: dict[int, tuple[str, float]] = dataclasses.field(default_factory=dict)  # (count, when it was new)
     _stopped: threading.Event = dataclasses.field(default_factory=threading.Event)
     # Never released by the thread that ends the process, so that the first message is the only one.
-    _ending: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+    _ending: Any = dataclasses.field(default_factory=threading.Lock)  # threading.Lock is a function in Python 3.12
 
     def passes(self, text: str) -> None:
         """Notes that this process has come to a place, at which all processes come in the same order."""
