@@ -1,7 +1,7 @@
 """Compares the speed of this tree with another version of it, for jobs that read and write files.
 
-    git worktree add --detach /tmp/before COMMIT
-    python -m scripts.bench.versions --before /tmp/before [--jobs render save] [--pairs 20]
+    git worktree add --detach ../before COMMIT
+    python -m scripts.bench.versions --before ../before [--jobs render save] [--pairs 20]
 
 Each job runs in two processes that take turns, one sample each. The table has the median ratio of the pairs, this tree
 over the other, with a 95 % interval (bootstrap): of seconds, and of processor seconds, on which other work on the
