@@ -107,7 +107,7 @@ class Shard:
       count: the number of parts.
     """
 
-    part: Any  # an array, a tracer, or None in a tree of axes
+    part: Any  # an array or a tracer
     axis: int = dataclasses.field(metadata={"static": True})
     count: int = dataclasses.field(metadata={"static": True})
 
@@ -150,6 +150,16 @@ def placed_shapes(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     return jax.tree.map(shape, tree, named(mesh, specs))
+
+
+def part_bytes(tree: PyTree) -> int:
+    """Returns the bytes that a tree of arrays or shapes has on one device."""
+    return sum(math.prod(_part_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _part_shape(leaf: Any) -> tuple[int, ...]:
+    sharding = getattr(leaf, "sharding", None)  # NumPy's arrays have none
+    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
 
 
 def mesh_of(tree: PyTree) -> AnyMesh | None:

@@ -167,8 +167,8 @@ def _introduce(group: Group, wanted: tuple[int, ...] | None) -> list[str]:
     """
     name = f"process {group.process} ({socket.gethostname()}, pid {os.getpid()})"
     gpus = visible_gpus() if _uses_gpus() else ()
-    told = [json.loads(text) for text in group.gather("names", json.dumps([name, gpus, wanted]))]
-    seen = [Seen(name, tuple(gpus), None if wanted is None else tuple(wanted)) for name, gpus, wanted in told]
+    introductions = [json.loads(text) for text in group.gather("names", json.dumps([name, gpus, wanted]))]
+    seen = [Seen(name, tuple(gpus), None if wanted is None else tuple(wanted)) for name, gpus, wanted in introductions]
     try:
         chosen = divide(seen)[group.process]
     except ValueError as error:

@@ -5,14 +5,12 @@ For a model on a mesh, shapes have shardings, and bytes are those of one device.
 Dimension key: B batch, T positions of a call, D embed.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
 from qlora_jax.inference.row_programs import row_shapes, row_shards
 from qlora_jax.inference.sampling import Sampling
@@ -21,7 +19,7 @@ from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.models.sharded_parts import parts_specs
-from qlora_jax.sharding import mesh_of, placed_shapes
+from qlora_jax.sharding import mesh_of, part_bytes, placed_shapes
 
 
 class LoweredProgram(NamedTuple):
@@ -53,7 +51,7 @@ def lower_program(
     """
     mesh = mesh_of(parts)
     shapes = row_shapes(inputs, mesh)
-    return LoweredProgram(shape, function.lower(parts, *shapes, mesh=mesh, **static), bytes_of(shapes) + extra_bytes)
+    return LoweredProgram(shape, function.lower(parts, *shapes, mesh=mesh, **static), part_bytes(shapes) + extra_bytes)
 
 
 def lower_decoding(
@@ -94,7 +92,7 @@ def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:
         for key, leaf in leaves.items()
         if key in parts.lora[name] and leaf.dtype == parts.lora[name][key].dtype
     ]
-    return decoding, bytes_of(decoding) - bytes_of((shared, parts.base))
+    return decoding, part_bytes(decoding) - part_bytes((shared, parts.base))
 
 
 def config_of(parts: ModelParts) -> ModelConfig:
@@ -102,13 +100,3 @@ def config_of(parts: ModelParts) -> ModelConfig:
     found: list[ModelConfig] = []
     jax.eval_shape(lambda parts: found.append(combine(parts).config), parts)
     return found[0]
-
-
-def bytes_of(tree: object) -> int:
-    """Bytes that a pytree of arrays or ShapeDtypeStructs has on one device."""
-    return sum(math.prod(_device_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _device_shape(leaf: Leaf) -> tuple[int, ...]:
-    sharding = getattr(leaf, "sharding", None)  # NumPy's arrays have none
-    return leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)

@@ -4,7 +4,6 @@ A page is a tuple of arrays; the arrays themselves say where it is.
 """
 
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Literal
@@ -15,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import ArrayLike
 
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.sharding import Device
+from qlora_jax.sharding import Device, part_bytes
 
 Page = tuple[jax.Array | np.ndarray, ...]
 Parts = Mapping[tuple[slice, ...], np.ndarray]  # an array in this process: NumPy parts by place behind axis 0
@@ -51,13 +50,7 @@ class Transfers:
 
 def page_bytes(page: Page) -> int:
     """Returns the bytes of a page's arrays; on a mesh, those of one device."""
-    return sum(_device_bytes(leaf) for leaf in page)
-
-
-def _device_bytes(leaf: jax.Array | np.ndarray) -> int:
-    if isinstance(leaf, np.ndarray):
-        return leaf.nbytes
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    return part_bytes(page)
 
 
 def on_device(page: Page) -> bool:

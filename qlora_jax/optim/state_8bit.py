@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels.formats.tables import dynamic_map
 from qlora_jax.quant.dynamic_8bit import quantize_blocks
+from qlora_jax.sharding import BLOCK
 
-BLOCK = 256
 MIN_SIZE = 4096  # tensors of fewer elements keep f32 state: bitsandbytes' min_8bit_size
 
 

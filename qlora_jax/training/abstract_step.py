@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import PyTree
 
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.add_adapters import add_lora
@@ -25,7 +24,7 @@ from qlora_jax.models.sharded_parts import parts_specs
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import state_specs
-from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size
+from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
 from qlora_jax.training.step import gradients, update
 
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
@@ -115,8 +114,8 @@ def abstract_step(
     key = jax.eval_shape(lambda: jax.random.key(0)) if lora.dropout else None
     if mesh is not None:
         specs = parts_specs(parts, mesh)
-        state = _on_mesh(state, state_specs(optimizer, parts.lora, specs.lora), mesh)
-        parts, key = _on_mesh(parts, specs, mesh), _on_mesh(key, jax.tree.map(lambda _: P(), key), mesh)
+        state = placed_shapes(state, state_specs(optimizer, parts.lora, specs.lora), mesh)
+        parts, key = placed_shapes(parts, specs, mesh), placed_shapes(key, jax.tree.map(lambda _: P(), key), mesh)
     return AbstractStep(
         parts=parts,
         batch=abstract_batch(*batch, packed=packed, mesh=mesh),
@@ -127,15 +126,6 @@ def abstract_step(
         mesh=mesh,
         compiler_options=GATHER_ONCE if weights.platform == "gpu" and axis_size(mesh, FSDP) > 1 else {},
     )
-
-
-def _on_mesh(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
-    """Adds shardings to shapes."""
-
-    def placed(leaf: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
-
-    return jax.tree.map(placed, tree, specs)
 
 
 def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...]) -> CausalLM:

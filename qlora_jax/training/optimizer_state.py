@@ -28,7 +28,7 @@ from qlora_jax.optim.pager import (
 )
 from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpage
-from qlora_jax.sharding import named
+from qlora_jax.sharding import placed_shapes
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.paging_budget import Budget, Workload, fixed_budget, measured_budget
@@ -107,9 +107,8 @@ class DeviceStateManager(OptimizerStateManager):
     def checkpoint_template(self, lora: Lora) -> optax.OptState:
         if self.mesh is None:
             return self.init(lora)
-        shapes = jax.eval_shape(self.optimizer.init, lora)
-        shardings = named(self.mesh, state_specs(self.optimizer, lora, lora_specs(lora, self.mesh)))
-        return jax.tree.map(_placed, shapes, shardings)
+        specs = state_specs(self.optimizer, lora, lora_specs(lora, self.mesh))
+        return placed_shapes(jax.eval_shape(self.optimizer.init, lora), specs, self.mesh)
 
     def from_checkpoint(self, tree: optax.OptState) -> OptimizerState:
         return tree

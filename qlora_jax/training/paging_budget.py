@@ -3,17 +3,15 @@
 On a mesh, all bytes are those of one device.
 """
 
-import math
 import os
 from collections.abc import Callable
 from typing import NamedTuple
-
-import jax
 
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.optim.page_layout import Layout
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.optim.pager import check_budget
+from qlora_jax.sharding import part_bytes
 from qlora_jax.training.compiled_step import CompiledGradients, Shape
 
 RESERVE = 0.03  # share of the device for its driver, libraries and fragmentation
@@ -64,16 +62,11 @@ def measured_budget(gradients: CompiledGradients, memory: Memory) -> tuple[Budge
 def _required_bytes(gradients: CompiledGradients, work: Workload) -> tuple[int, int, int]:
     """Returns the bytes of (arguments, outputs, scratch)."""
     if isinstance(work, int):
-        return sum(map(_part_bytes, jax.tree.leaves(gradients.parts))), 0, work
+        return part_bytes(gradients.parts), 0, work
     program = gradients.compiled(work).memory_analysis()
     assert program is not None  # every backend we run on reports it
     outputs = program.output_size_in_bytes - program.alias_size_in_bytes
     return program.argument_size_in_bytes, outputs, program.temp_size_in_bytes
-
-
-def _part_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-    shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize
 
 
 def device_bytes(memory: Memory) -> tuple[int, str]:

@@ -10,7 +10,7 @@ from pallas_kernels import aot
 from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.tasks import letters
 from qlora_jax.inference import decode
-from qlora_jax.inference.lowering import bytes_of
+from qlora_jax.sharding import part_bytes
 from qlora_jax.training.plan import preflight
 from qlora_jax.training.run import dry_run
 from tests.e2e.project import project
@@ -40,7 +40,7 @@ class Watched:
 
     def __call__(self, *args, **kwargs):
         memory = aot.read_memory(self._function.lower(*args, **kwargs).compile().memory_analysis()).device
-        inputs = bytes_of([arg for arg in args[3:] if not isinstance(arg, decode.Sampling)])
+        inputs = part_bytes([arg for arg in args[3:] if not isinstance(arg, decode.Sampling)])
         self._taken.append(inputs + memory.temporaries + memory.outputs - memory.aliases)
         return self._function(*args, **kwargs)
 

@@ -13,11 +13,11 @@ from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.tasks import letters
 from qlora_jax.evaluation.tasks.letters import LetterQuestion, score_letters
 from qlora_jax.inference.decode import generate
-from qlora_jax.inference.lowering import bytes_of, lower_decoding
+from qlora_jax.inference.lowering import lower_decoding
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.models.sharded_parts import place_parts
-from qlora_jax.sharding import make_mesh
+from qlora_jax.sharding import make_mesh, part_bytes
 from tests.marks import first_always
 from tests.training.mesh_models import CUT_VOCABULARY, WHOLE_VOCABULARY, mesh_config, mesh_parts
 
@@ -120,7 +120,7 @@ def test_a_decode_step_has_the_memory_of_one_device_and_gathers_packed_weights_o
     compiled = shared.lowered.compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None and text is not None
-    assert memory.argument_size_in_bytes == pytest.approx(bytes_of(placed) + shared.live_bytes, rel=0.01)
+    assert memory.argument_size_in_bytes == pytest.approx(part_bytes(placed) + shared.live_bytes, rel=0.01)
     crossing = read_collectives(text)
     packed = [leaf for leaf in jax.tree.leaves(parts.base) if leaf.dtype == np.uint8]
     assert totals(crossing)[ALL_GATHER, "u8"].nbytes == sum(leaf.nbytes for leaf in packed)
