@@ -34,6 +34,7 @@ LAYERS = {
     "qlora_jax.inference": 5,
     "qlora_jax.evaluation": 6,
     "qlora_jax.training": 7,
+    "qlora_jax.tournament": 7,
     "qlora_jax.api": 8,
 }
 COMMANDS = 9  # every other top-level file: train.py, generate.py, ...
