@@ -20,10 +20,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
 from scripts.bench.support.environment import ROOT
-from scripts.bench.support.interleave import Record, WorkerGroup
+from scripts.bench.support.interleave import Record, WorkerGroup, ratio_interval
 from scripts.bench.workers.file_jobs import JOBS
 from scripts.fetch_smollm2 import fetch_smollm2
 
@@ -130,10 +128,8 @@ def measure(job: str, before: Path, folder: Path, pairs: int) -> dict[str, list[
 
 def ratio(samples: dict[str, list[Record]], field: str) -> tuple[float, float, float]:
     """Returns the median ratio of the pairs, and its 95 % interval by bootstrap."""
-    ratios = np.array([a[field] / b[field] for a, b in zip(samples["after"], samples["before"], strict=True)])
-    drawn = np.random.default_rng(0).choice(ratios, (10_000, len(ratios)))
-    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
-    return float(np.median(ratios)), float(low), float(high)
+    ratios = [a[field] / b[field] for a, b in zip(samples["after"], samples["before"], strict=True)]
+    return statistics.median(ratios), *ratio_interval(ratios)
 
 
 def line(job: str, samples: dict[str, list[Record]]) -> str:

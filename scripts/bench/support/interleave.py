@@ -14,9 +14,11 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 Record = dict[str, Any]  # a JSON object of a benchmark
 Turns = list[list[Record]]  # per turn of a worker, the records that count
@@ -170,3 +172,10 @@ def block_medians(turns: Turns, field: str) -> list[float]:
 def median_ratio(numerators: list[float], denominators: list[float]) -> float:
     """Returns the median ratio over neighbouring blocks, in which drift from block to block cancels."""
     return statistics.median(a / b for a, b in zip(numerators, denominators, strict=True))
+
+
+def ratio_interval(ratios: Sequence[float]) -> tuple[float, float]:
+    """Returns the 95 % interval of the median of paired ratios, by bootstrap over the pairs."""
+    drawn = np.random.default_rng(0).choice(np.array(ratios), (10_000, len(ratios)))
+    low, high = np.quantile(np.median(drawn, axis=1), (0.025, 0.975))
+    return float(low), float(high)
