@@ -180,6 +180,15 @@ class LineFile:
             raise write_error(error, self._path, end - rest.nbytes, end) from error
         self._size = end
 
+    def sync(self) -> None:
+        """Flushes the lines to the disk, and checks that it holds all of them.
+
+        Raises:
+          OSError: lines are missing; names the file.
+        """
+        if self._regular:
+            _sync_file(self._file, self._path, None)
+
     def close(self) -> None:
         """Flushes the lines to the disk, and checks that it holds all of them.
 
@@ -188,9 +197,8 @@ class LineFile:
         """
         if self._file.closed:
             return
-        with self._file as file:
-            if self._regular:
-                _sync_file(file, self._path, None)
+        with self._file:
+            self.sync()
 
     def __enter__(self) -> "LineFile":
         return self

@@ -21,6 +21,7 @@ LAYERS = {
     "qlora_jax.terminal": 0,
     "qlora_jax.allocator": 0,
     "qlora_jax.atomic_files": 0,
+    "qlora_jax.line_digests": 0,
     "qlora_jax.runtime": 0,
     "qlora_jax.sharding": 0,
     "qlora_jax.config": 1,

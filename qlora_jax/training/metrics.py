@@ -7,43 +7,22 @@ digest of the line without it, by which a reader notices a changed digit. Earlie
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
-import xxhash
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from qlora_jax.atomic_files import append_lines, write_text
+from qlora_jax.line_digests import with_digest, without_digest
 from qlora_jax.metadata import MetadataError, decode_json, find_problems
 
 Record = dict[str, Any]  # JSON values; docs/training.md lists the keys
 
 
-DIGEST = "xxh3_64"
-_DIGEST_AT_END = re.compile(rf', "{DIGEST}": "([0-9a-f]{{16}})"\}}\n?$')
-
-
 def _line(record: Record) -> str:
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    text = json.dumps(finite, allow_nan=False)
-    return f'{text[:-1]}, "{DIGEST}": "{_digest(text)}"}}\n'
-
-
-def _digest(text: str) -> str:
-    return xxhash.xxh3_64_hexdigest(text.encode())
-
-
-def _checked(line: str, place: str) -> str:
-    """Returns a line without its digest; raises ValueError if it is not the line that was written."""
-    found = _DIGEST_AT_END.search(line)
-    if found is None:
-        return line
-    text = line[: found.start()] + "}"
-    if _digest(text) != found[1]:
-        raise ValueError(f"{place}: damaged (other values than the run wrote). Delete this line")
-    return text
+    return with_digest(json.dumps(finite, allow_nan=False))
 
 
 class _Step(TypedDict):
@@ -85,7 +64,7 @@ def _problems(record: Record) -> list[str]:
 
 
 def _decode(line: str, place: str) -> Record:
-    text = _checked(line, place)
+    text = without_digest(line, place)
     try:
         record = decode_json(text, dict[str, Any], place)
     except MetadataError as error:

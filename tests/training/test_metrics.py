@@ -60,7 +60,7 @@ def test_a_line_of_an_earlier_version_has_no_digest(tmp_path):
     write_steps(path, [2], 1)
     assert [record["step"] for record in read_metrics(path)] == [1, 2]
     path.write_text(path.read_text().replace('"loss": 0.5', '"loss": 0.6'))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: damaged \(other values than the run wrote\)"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:1: damaged \(other values than were written\)"):
         read_metrics(path)
 
 

@@ -1,0 +1,35 @@
+"""Digests at the end of JSON lines, by which a reader notices a changed digit."""
+
+import re
+
+import xxhash
+
+KEY = "xxh3_64"
+_AT_END = re.compile(rf', "{KEY}": "([0-9a-f]{{16}})"\}}\n?$')
+
+
+def with_digest(text: str) -> str:
+    """Returns the line of a JSON object that is not empty: its text with a digest as the last key, and a line break."""
+    return f'{text[:-1]}, "{KEY}": "{_digest(text)}"}}\n'
+
+
+def without_digest(line: str, place: str) -> str:
+    """Returns the text that `with_digest` was given; a line without a digest is returned as it is.
+
+    Args:
+      place: the file and line, for the message.
+
+    Raises:
+      ValueError: the line is not the one that was written.
+    """
+    found = _AT_END.search(line)
+    if found is None:
+        return line
+    text = line[: found.start()] + "}"
+    if _digest(text) != found[1]:
+        raise ValueError(f"{place}: damaged (other values than were written). Delete this line")
+    return text
+
+
+def _digest(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())
