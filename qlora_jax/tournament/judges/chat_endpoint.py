@@ -1,0 +1,148 @@
+"""One request to an OpenAI-compatible endpoint."""
+
+import http.client
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import NamedTuple, TypedDict
+
+from qlora_jax.metadata import MetadataError, decode_json, shorten
+
+MAX_BYTES = 8 << 20  # of a reply
+BLOCK = 64 << 10
+RETRIED_STATUS = (408, 409, 425, 429)  # and 5xx; others fail again however often they are tried
+REFUSED_STATUS = (401, 403, 404)  # whatever the request is
+
+
+class _Message(TypedDict):
+    content: str | None
+
+
+class _Choice(TypedDict):
+    message: _Message
+
+
+class _Completion(TypedDict):
+    choices: Sequence[_Choice]
+
+
+class Endpoint(NamedTuple):
+    """An endpoint, and the settings of its replies.
+
+    Fields:
+      url: address of the service up to /v1.
+      key: sent as a bearer token; None for none.
+      timeout: seconds for the whole reply.
+    """
+
+    url: str
+    model: str
+    key: str | None
+    temperature: float
+    max_tokens: int
+    timeout: float
+
+
+class RequestFailed(Exception):
+    """A request without a reply.
+
+    Attributes:
+      retry: False if the same request will fail again.
+      refused: True if every request will fail.
+      wait: seconds after which the service wants to be asked again; None if it does not say.
+    """
+
+    def __init__(self, problem: str, *, retry: bool = True, refused: bool = False, wait: float | None = None):
+        super().__init__(problem)
+        self.retry, self.refused, self.wait = retry, refused, wait
+
+
+class RequestTimedOut(RequestFailed):
+    """A request whose reply did not come in time."""
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect, because the key would go along to another address."""
+
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirect)
+
+
+def complete(endpoint: Endpoint, system: str, user: str) -> str:
+    """Returns the reply to a system message and a user's message.
+
+    Raises:
+      RequestFailed: the endpoint sent an error, or nothing; RequestTimedOut if it did not reply in time.
+    """
+    content = _send(endpoint, _request(endpoint, system, user))
+    try:
+        found = decode_json(content, _Completion, "reply")
+    except MetadataError as error:
+        raise RequestFailed(f"not a chat completion: {' '.join(str(error).split())}") from None
+    if not found["choices"]:
+        raise RequestFailed("not a chat completion: found no choices")
+    return found["choices"][0]["message"]["content"] or ""
+
+
+def _request(endpoint: Endpoint, system: str, user: str) -> urllib.request.Request:
+    body = {
+        "model": endpoint.model,
+        "messages": [{"role": "system", "content": system}, {"role": "user", "content": user}],
+        "temperature": endpoint.temperature,
+        "max_tokens": endpoint.max_tokens,
+    }
+    headers = {"Content-Type": "application/json"}
+    if endpoint.key is not None:
+        headers["Authorization"] = f"Bearer {endpoint.key}"
+    return urllib.request.Request(f"{endpoint.url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
+
+
+def _send(endpoint: Endpoint, request: urllib.request.Request) -> bytes:
+    deadline = time.monotonic() + endpoint.timeout
+    try:
+        with _opener.open(request, timeout=endpoint.timeout) as response:
+            return _read(response, deadline)
+    except urllib.error.HTTPError as error:
+        with error:
+            raise _status_problem(error) from None
+    except TimeoutError:
+        raise RequestTimedOut(f"no reply within {endpoint.timeout:g} s") from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, TimeoutError):
+            raise RequestTimedOut(f"no connection within {endpoint.timeout:g} s") from None
+        raise RequestFailed(f"no connection: {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:
+        raise RequestFailed(f"the connection broke: {error!r}") from None
+
+
+def _read(response: http.client.HTTPResponse, deadline: float) -> bytes:
+    """Reads to the end; the socket's timeout alone would never end a reply of a byte now and then."""
+    blocks, size = [], 0
+    while block := response.read1(BLOCK):
+        blocks.append(block)
+        size += len(block)
+        if size > MAX_BYTES:
+            raise RequestFailed(f"the reply is too large (found more than {MAX_BYTES} bytes)", retry=False)
+        if time.monotonic() > deadline:
+            raise TimeoutError
+    return b"".join(blocks)
+
+
+def _status_problem(error: urllib.error.HTTPError) -> RequestFailed:
+    try:
+        text = shorten(error.read(2000).decode("utf-8", "replace"))
+    except (OSError, http.client.HTTPException):
+        text = "no text"
+    retry = error.code in RETRIED_STATUS or error.code >= 500
+    wait = error.headers.get("Retry-After", "")
+    return RequestFailed(
+        f"HTTP status {error.code}: {text}",
+        retry=retry,
+        refused=error.code in REFUSED_STATUS or 300 <= error.code < 400,
+        wait=float(wait) if wait.isascii() and wait.isdigit() else None,
+    )

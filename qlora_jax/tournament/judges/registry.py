@@ -1,0 +1,42 @@
+"""The kinds of judges, and the judges that the settings of a tournament name."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from qlora_jax.tournament.judges.endpoint import EndpointJudge
+from qlora_jax.tournament.judges.judge import Judge
+from qlora_jax.tournament.judges.model import ModelJudge
+from qlora_jax.tournament.judges.person import PersonJudge
+from qlora_jax.tournament.judges.recorded import RecordedJudge, read_verdicts
+from qlora_jax.tournament.reporter import Reporter
+from qlora_jax.tournament.settings import ArenaArgs, judge_settings
+
+
+class Context(NamedTuple):
+    """The surroundings of a judge: its name, the tournament's folder, and the receiver of messages."""
+
+    name: str
+    folder: Path
+    reporter: Reporter
+
+
+# kind -> (its settings, the context) -> judge; the settings are those of settings.JUDGE_SETTINGS.
+BUILDERS: dict[str, Callable[[Any, Context], Judge]] = {
+    "endpoint": lambda args, context: EndpointJudge(args),
+    "model": lambda args, context: ModelJudge(args, context.reporter),
+    "verdicts": lambda args, context: RecordedJudge(read_verdicts(args.path)),
+    "person": lambda args, context: PersonJudge(context.name, args, context.folder, context.reporter),
+}
+
+
+def build_judges(args: ArenaArgs, reporter: Reporter) -> dict[str, Judge]:
+    """The judges by name.
+
+    Raises:
+      ValueError: a key, a file or a model of a judge is missing or cannot be used.
+    """
+    return {
+        name: BUILDERS[str(given["kind"])](judge_settings(given), Context(name, Path(args.output), reporter))
+        for name, given in args.judges.items()
+    }

@@ -1,0 +1,110 @@
+"""Files of records that an interrupted tournament resumes from.
+
+The first line holds the inputs that all records depend on. Every line ends with a digest of itself, and is on the disk
+before `append` returns. A process that was killed while it wrote leaves half a line at the end, which is dropped.
+"""
+
+import json
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from qlora_jax.atomic_files import LineFile, append_lines, write_text
+from qlora_jax.line_digests import with_digest, without_digest
+from qlora_jax.metadata import decode_json, shorten
+
+type Inputs = Mapping[str, str | int | float | bool | None]  # JSON values
+
+
+class _Header(TypedDict):
+    inputs: dict[str, str | int | float | bool | None]
+
+
+class Ledger[T]:
+    """Records in a file; several threads may append.
+
+    Attributes:
+      path: the file.
+      records: those that were in the file when it was opened, in order.
+    """
+
+    def __init__(self, path: Path, inputs: Inputs, kind: type[T]):
+        """Opens the file, which is created if it does not exist.
+
+        Args:
+          inputs: all that the records depend on.
+          kind: a TypedDict, the type of a record.
+
+        Raises:
+          ValueError: the file is of other inputs, or a line is damaged.
+          OSError: the file cannot be read or written.
+        """
+        self.path, self.records = path, []
+        self._lock = threading.Lock()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _whole_lines(path)
+        if lines:
+            _check_inputs(path, decode_json(_text(lines[0], f"{path}:1"), _Header, path)["inputs"], dict(inputs))
+            numbered = enumerate(lines[1:], 2)
+            self.records = [decode_json(_text(line, f"{path}:{n}"), kind, f"{path}:{n}") for n, line in numbered]
+        else:
+            write_text(path, with_digest(json.dumps({"inputs": dict(inputs)})))
+        self._file: LineFile = append_lines(path)
+
+    def append(self, record: T) -> None:
+        """Adds a record; it is on the disk when this returns.
+
+        Raises:
+          OSError: the file cannot be written; names it.
+        """
+        line = with_digest(json.dumps(record))
+        with self._lock:
+            self._file.write(line)
+            self._file.sync()
+
+    def close(self) -> None:
+        """Closes the file, after a record that another thread is writing."""
+        with self._lock:
+            self._file.close()
+
+    def __enter__(self) -> "Ledger[T]":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def _whole_lines(path: Path) -> Sequence[str]:
+    """The lines that end with a line break; removes half a line at the end of the file."""
+    if not path.exists():
+        return []
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    try:
+        text = whole.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text at byte {error.start}. Correct the file") from None
+    if len(whole) < len(content):
+        write_text(path, text)
+    return text.split("\n")[:-1]
+
+
+def _text(line: str, place: str) -> str:
+    text = without_digest(line, place)
+    if text == line:
+        raise ValueError(f"{place}: not a line of a tournament (found no digest at its end). Delete this line")
+    return text
+
+
+def _check_inputs(path: Path, found: Mapping[str, object], expected: Mapping[str, object]) -> None:
+    changed = [
+        f"{key} (found {shorten(found.get(key))}, expected {shorten(expected.get(key))})"
+        for key in {**found, **expected}
+        if found.get(key) != expected.get(key)
+    ]
+    if changed:
+        raise ValueError(
+            f"{path}: made with other inputs: {'; '.join(changed)}. Restore them, give the tournament another output, "
+            "or delete this file to make it again"
+        )

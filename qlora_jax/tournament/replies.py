@@ -1,0 +1,165 @@
+"""Collects the replies of all systems: generated here and stored, or read from a file."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypedDict
+
+import xxhash
+
+from qlora_jax.data.readers.files import Problem, raise_problems, read_rows
+from qlora_jax.inference.decode import Reply
+from qlora_jax.inference.prompts import encode_prompts
+from qlora_jax.inference.sampling import Sampling
+from qlora_jax.tournament.ledger import Inputs, Ledger
+from qlora_jax.tournament.local_model import LocalModel, open_system
+from qlora_jax.tournament.prompt_file import Prompt, id_text
+from qlora_jax.tournament.reporter import Reporter
+from qlora_jax.tournament.settings import ArenaArgs, RecordedRepliesArgs, SystemArgs, system_settings
+
+MODEL = ("raw", "quant_type", "compute_dtype")
+
+
+class StoredReply(TypedDict):
+    """A line of a system's replies.
+
+    Fields:
+      prompt: id of the prompt.
+      ids_digest: digest of the prompt's token ids.
+      end: see DecodeStep.
+      tokens: number of tokens of the reply.
+    """
+
+    prompt: str
+    ids_digest: str
+    reply: str
+    end: str
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The settings of a system's replies."""
+
+    system: str | None
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+
+
+class _Generated(NamedTuple):
+    """A system to generate replies with: its settings, all inputs of its replies, and the ids of the prompts."""
+
+    name: str
+    model: SystemArgs
+    generation: Generation
+    inputs: Inputs
+    ids: Sequence[Sequence[int]]
+
+
+def collect_replies(args: ArenaArgs, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, dict[str, str]]:
+    """The replies of each system by the id of the prompt; generates those that are missing.
+
+    All systems are opened, and all prompts encoded, before the first model is loaded. One model is loaded at a time.
+
+    Raises:
+      ValueError: a model, a file of replies or a prompt cannot be used, or stored replies are of other inputs.
+    """
+    settings = {name: system_settings(given) for name, given in args.systems.items()}
+    recorded: dict[str, dict[str, str]] = {}
+    generated: dict[str, _Generated] = {}
+    for name, one in settings.items():
+        if isinstance(one, RecordedRepliesArgs):
+            recorded[name] = read_replies(one, args.id_column, prompts)
+        else:
+            generated[name] = _open(name, one, args, prompts)
+    replies = {}
+    for name in settings:
+        replies[name] = recorded[name] if name in recorded else _generate(generated.pop(name), args, prompts, reporter)
+    return replies
+
+
+def read_replies(args: RecordedRepliesArgs, id_column: str, prompts: Sequence[Prompt]) -> dict[str, str]:
+    """The replies in a file by the id of the prompt; rows of other prompts are left out.
+
+    Raises:
+      ValueError: rows without id or reply, or prompts without a reply or with several; the message lists them.
+    """
+    rows = read_rows(args.replies)
+    wanted = {prompt.id for prompt in prompts}
+    has_ids = any(id_column in row.data for row in rows)
+    found: dict[str, str] = {}
+    problems: list[Problem] = []
+    for row in rows:
+        try:
+            name = id_text(row, id_column) if has_ids else str(row.place.number + 1)
+        except ValueError as error:
+            problems.append((row.place, str(error)))
+            continue
+        reply = row.data.get(args.reply_column)
+        if name in found:
+            problems.append((row.place, f"a second reply to the prompt {name!r}. Remove one"))
+        elif name in wanted and not isinstance(reply, str):
+            problems.append((row.place, f"{args.reply_column}: found {reply!r}, expected a text. Set reply_column"))
+        elif name in wanted and isinstance(reply, str):
+            found[name] = reply
+    raise_problems(args.replies, problems, len(rows))
+    if missing := [prompt.id for prompt in prompts if prompt.id not in found]:
+        shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+        raise ValueError(f"{args.replies}: no reply to {len(missing)} of {len(prompts)} prompts ({shown}). Add them")
+    return found
+
+
+def _open(name: str, system: SystemArgs, args: ArenaArgs, prompts: Sequence[Prompt]) -> _Generated:
+    """Encodes the prompts, and identifies the model; nothing of it stays in memory."""
+    own = {field.name: getattr(system, field.name) for field in dataclasses.fields(Generation)}
+    generation = Generation(**{key: getattr(args, key) if value is None else value for key, value in own.items()})
+    opened = open_system(system, generation.system)
+    ids = encode_prompts(str(args.prompts), [p.row for p in prompts], opened.prompter, opened.max_positions)
+    inputs = dataclasses.asdict(generation) | {key: getattr(system, key) for key in MODEL} | opened.identity()
+    return _Generated(name, system, generation, inputs, ids)
+
+
+def _generate(system: _Generated, args: ArenaArgs, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, str]:
+    """Generates the replies that are not stored, and stores each as soon as it is complete."""
+    path = Path(args.output) / "replies" / f"{system.name}.jsonl"
+    digests = {prompt.id: _digest(ids) for prompt, ids in zip(prompts, system.ids, strict=True)}
+    with Ledger(path, system.inputs, StoredReply) as ledger:
+        replies = _stored(ledger, digests)
+        missing = [index for index, prompt in enumerate(prompts) if prompt.id not in replies]
+        if not missing:
+            return replies
+        with reporter.loading(system.name) as progress:
+            model = open_system(system.model, system.generation.system).load(progress)
+        with reporter.counting(f"{system.name}: replies", len(prompts), len(replies)) as advance:
+            for row, reply in _replies_of(model, [system.ids[index] for index in missing], system.generation):
+                name, text = prompts[missing[row]].id, model.tokenizer.decode(reply.ids)
+                stored = {"prompt": name, "ids_digest": digests[name], "end": reply.end, "tokens": len(reply.ids)}
+                ledger.append(StoredReply(**stored, reply=text))
+                replies[name] = text
+                advance()
+    return replies
+
+
+def _replies_of(model: LocalModel, ids: Sequence[Sequence[int]], generation: Generation) -> Iterator[tuple[int, Reply]]:
+    sampling = Sampling(
+        temperature=generation.temperature, top_k=generation.top_k, top_p=generation.top_p, seed=generation.seed
+    )
+    return model.reply_each(ids, sampling, generation.max_new_tokens)
+
+
+def _stored(ledger: Ledger[StoredReply], digests: Mapping[str, str]) -> dict[str, str]:
+    """The stored replies to the prompts; ValueError if a prompt has changed since."""
+    records = [record for record in ledger.records if record["prompt"] in digests]
+    if changed := [record["prompt"] for record in records if record["ids_digest"] != digests[record["prompt"]]]:
+        raise ValueError(
+            f"{ledger.path}: prompts have changed since these replies ({', '.join(changed[:8])}). Restore them, give "
+            "the tournament another output, or delete this file to generate its replies again"
+        )
+    return {record["prompt"]: record["reply"] for record in records}
+
+
+def _digest(ids: Sequence[int]) -> str:
+    return xxhash.xxh3_64_hexdigest(repr([*ids]).encode())
