@@ -1,7 +1,9 @@
 """Settings of other trainers, and what replaces each: the QLoRA reference, transformers, peft, trl, Unsloth, Axolotl
 and LLaMA-Factory. Suggestions appear in error messages only; no other name is ever accepted."""
 
-from typing import NamedTuple
+from typing import NamedTuple, get_args
+
+from qlora_jax.config.schema import MethodName
 
 
 class Replacement(NamedTuple):
@@ -18,7 +20,7 @@ class Replacement(NamedTuple):
 
 _PRECISION = "bfloat16 or float32; auto chooses for the device"
 _WHOLE_MODEL = "full trains the whole model, lora an adapter"
-_METHOD = "lora, dora, ia3 or full"
+_METHOD = " or ".join(", ".join(get_args(MethodName)).rsplit(", ", 1))
 _4BIT = "nf4, fp4 or int4 for 4 bits, none for 16 bits; 8 bits are not supported"
 _EVALUATION = "an evaluation follows from data.eval or data.eval_fraction, and train.eval_every is its interval"
 _NOT_NEEDED = "remove it: there is nothing to set"
@@ -93,7 +95,7 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "pissa_iter": "lora.svd_niter",
     "loftq_config": "lora.loftq_iterations",
     "loftq_iter": "lora.loftq_iterations",
-    "bias": Replacement(None, "remove it: an adapter trains no bias"),
+    "bias": Replacement(None, "remove it: adapters train no bias; lora.method=bitfit trains nothing else"),
     "task_type": Replacement(None, "remove it: every run trains a causal language model"),
     # Data
     "dataset": Replacement("data.train", "a file, or hf://datasets/org/name"),

@@ -50,16 +50,29 @@ class ModelArgs:
     )
 
 
+MethodName = Literal[
+    "lora",
+    "dora",
+    "ia3",
+    "ln_tuning",
+    "bitfit",
+    "houlsby",
+    "pfeiffer",
+    "full",
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraArgs:
     """The trained parameters: an adapter, or the whole model."""
 
-    method: Literal["lora", "dora", "ia3", "full"] = setting(
+    method: MethodName = setting(
         "finetuning method (docs/adapters.md). lora: low-rank matrices. dora: LoRA, and the norm of each weight row. "
-        "ia3: scaling vectors for keys, values and the MLP's inner activations. full: every weight of the unquantized "
-        "model",
+        "ia3: scaling vectors for keys, values and the MLP's inner activations. ln_tuning: the norms. bitfit: the "
+        "biases. houlsby: bottleneck adapters after attention and after the MLP. pfeiffer: after the MLP only. full: "
+        "every weight of the unquantized model",
         "lora",
-        common="finetuning method: lora, dora, ia3, full",
+        common="finetuning method, such as lora, dora, full",
     )
     init: Literal["default", "pissa", "loftq"] = setting(
         "initial adapter. default: A random, B zero. pissa: the largest singular components of each weight; the "
@@ -73,7 +86,12 @@ class LoraArgs:
         NON_NEGATIVE,
     )
     loftq_iterations: int = setting("loftq: alternations between quantization and SVD", 1, AT_LEAST_ONE)
-    rank: int = setting("rank of the adapter: columns of lora_a, rows of lora_b", 16, AT_LEAST_ONE, common="LoRA rank")
+    rank: int = setting(
+        "rank of the adapter: columns of lora_a, rows of lora_b; houlsby, pfeiffer: width of the bottleneck",
+        16,
+        AT_LEAST_ONE,
+        common="LoRA rank",
+    )
     alpha: float = setting(
         "the adapter's output is scaled by alpha / rank", 32.0, POSITIVE, common="LoRA alpha; scaling is alpha / rank"
     )
@@ -81,13 +99,17 @@ class LoraArgs:
     target_modules: str | list[str] = setting(
         "layers with an adapter: all-linear (every linear layer except the head), a list of names such as "
         "[q_proj, v_proj], or one regular expression for full names. auto: all-linear; for ia3 the key and value "
-        "projections and the MLP's last projection",
+        "projections and the MLP's last projection; for ln_tuning all norms but those of queries and keys; for bitfit "
+        "all layers with a bias",
         "auto",
         NOT_EMPTY,
         common="layers with an adapter: all-linear, or a list such as [q_proj, v_proj]",
     )
     feedforward_modules: list[str] | None = setting(
         "ia3: target modules whose inputs are scaled instead of their outputs; null: the MLP's last projection", None
+    )
+    bottleneck_activation: Literal["gelu", "relu", "silu"] = setting(
+        "houlsby, pfeiffer: the function between the two projections of an adapter", "gelu"
     )
     rank_pattern: dict[str, int] = setting("a different rank for matching names: {down_proj: 8}", {})
     alpha_pattern: dict[str, float] = setting("a different alpha for matching names: {down_proj: 16.0}", {})

@@ -5,7 +5,7 @@ import dataclasses
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.question_settings import question_problems, unknown_columns
-from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs, LoraArgs
+from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs, LoraArgs, MethodName
 from qlora_jax.config.sizes import parse_bytes
 
 
@@ -19,27 +19,51 @@ def _pattern_problems(config: Config) -> list[str]:
     ]
 
 
-# Settings without meaning for (IA)^3, which has no rank and no dropout; and those that only it has.
-NOT_OF_IA3 = ("init", "rank", "alpha", "dropout", "rank_pattern", "alpha_pattern", "use_rslora", "dtype")
-OF_IA3 = ("feedforward_modules",)
-# Settings without meaning in full finetuning.
-NOT_OF_FULL = (*NOT_OF_IA3[:-1], *OF_IA3, "target_modules", "modules_to_save", "start")
-UNUSED = {"lora": OF_IA3, "dora": OF_IA3, "ia3": NOT_OF_IA3, "full": NOT_OF_FULL}
+LOW_RANK: tuple[MethodName, ...] = ("lora", "dora")
+BOTTLENECKS: tuple[MethodName, ...] = ("houlsby", "pfeiffer")
+# Settings of section `lora` that only some methods use: setting -> these methods.
+USED_BY: dict[str, tuple[MethodName, ...]] = {
+    "init": LOW_RANK,
+    "rank": (*LOW_RANK, *BOTTLENECKS),
+    "alpha": LOW_RANK,
+    "dropout": LOW_RANK,
+    "rank_pattern": LOW_RANK,
+    "alpha_pattern": LOW_RANK,
+    "use_rslora": LOW_RANK,
+    "dtype": (*LOW_RANK, *BOTTLENECKS, "full"),
+    "feedforward_modules": ("ia3",),
+    "bottleneck_activation": BOTTLENECKS,
+    "target_modules": (*LOW_RANK, "ia3", "ln_tuning", "bitfit"),
+    "modules_to_save": (*LOW_RANK, "ia3", "ln_tuning", "bitfit", *BOTTLENECKS),
+    "start": (*LOW_RANK, "ia3", "ln_tuning"),
+}
+NOT_OF_LINEARS = ("ln_tuning", "bitfit")
+
+
+def uses(method: MethodName, name: str) -> bool:
+    """Returns True if a method uses the setting `lora.name`."""
+    return method in USED_BY.get(name, (method,))
 
 
 def _method_problems(lora: LoraArgs) -> list[str]:
     """Reports settings that the method or the initialization ignores."""
     plain = LoraArgs()
-    unused = {name: f"lora.method={lora.method}" for name in UNUSED[lora.method]}
+    unused = {name: f"lora.method={lora.method}" for name in USED_BY if not uses(lora.method, name)}
     if lora.init == "default":
         unused["svd_niter"] = "lora.init=default"
     if lora.init != "loftq":
         unused["loftq_iterations"] = f"lora.init={lora.init}"
-    return [
+    problems = [
         f"lora.{name}: found {getattr(lora, name)!r}, but {why} does not use it. Remove this setting"
         for name, why in unused.items()
         if getattr(lora, name) != getattr(plain, name)
     ]
+    if lora.method in NOT_OF_LINEARS and lora.target_modules == "all-linear":
+        problems.append(
+            f"lora.target_modules: found 'all-linear' with lora.method={lora.method}, which does not train weights of "
+            "linear layers. Remove this setting, or name the modules"
+        )
+    return problems
 
 
 def _init_problems(config: Config) -> list[str]:

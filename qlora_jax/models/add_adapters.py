@@ -12,9 +12,11 @@ from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.metadata import shorten
-from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.nn.bitfit import make_bias_trainable
+from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.dora import DoRA, InferenceDoRA
 from qlora_jax.nn.full_rank import make_trainable
 from qlora_jax.nn.ia3 import IA3
@@ -28,6 +30,9 @@ AUTO, ALL_LINEAR = "auto", "all-linear"
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
 LAST = "mlp.down_proj"
 IA3_TARGETS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", LAST)
+FINAL_NORM = "model.norm"
+# The modules of a layer whose results go through bottleneck adapters.
+BOTTLENECKS = {"houlsby": ("self_attn", "mlp"), "pfeiffer": ("mlp",)}
 
 Linears = Mapping[str, QLinear]
 Factors = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
@@ -52,7 +57,7 @@ def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
     for name in model.config.norm_widths():
         norm: RMSNorm | LayerNorm = operator.attrgetter(name)(model.model.layers)
         yield model.config.hugging_face_name(f"model.layers.{name}"), norm
-    yield model.config.hugging_face_name("model.norm"), model.model.norm
+    yield model.config.hugging_face_name(FINAL_NORM), model.model.norm
 
 
 def add_lora(
@@ -60,8 +65,8 @@ def add_lora(
 ) -> None:
     """Adds adapters to the targeted projections of `model`, in place; they change nothing until trained.
 
-    With the method `full`, projections and norms become trainable instead. The initial values of an adapter depend on
-    `key` and its name only, not on the other targets or on the mesh.
+    With the methods `full`, `ln_tuning` and `bitfit`, weights of the model become trainable instead. The initial values
+    of an adapter depend on `key` and its name only, not on the other targets or on the mesh.
 
     Args:
       spec: the `lora` section of a config.
@@ -70,19 +75,104 @@ def add_lora(
       mesh: devices that share drawn A and B, each of which draws its part; None for the default device.
 
     Raises:
-      ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, or 4-bit weights with
-        the method `full`.
+      ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, 4-bit weights with the
+        method `full`, or a model without a bias with `bitfit`.
     """
-    known = dict(linears(model))
-    if spec.method == "full":
-        for linear in known.values():
-            make_trainable(linear, spec.dtype)
-        for _, norm in norms(model):
-            norm.make_trainable()
+    if spec.method in NOT_ON_PROJECTIONS:
+        NOT_ON_PROJECTIONS[spec.method](model, spec, key)
         return
+    known = dict(linears(model))
     made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial, mesh)
     for name, adapter in made.items():
         known[name].adapter = adapter
+
+
+def _train_all(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
+    for _, linear in linears(model):
+        make_trainable(linear, spec.dtype)
+    for _, norm in norms(model):
+        norm.make_trainable()
+
+
+def _train_norms(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
+    targets = norm_targets(model.config, spec)
+    for name, norm in norms(model):
+        if name in targets:
+            norm.make_trainable()
+
+
+def _train_biases(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
+    targets = bias_targets(model.config, spec)
+    for name, linear in linears(model):
+        if name in targets:
+            make_bias_trainable(linear)
+    for name, norm in norms(model):
+        if name in targets and isinstance(norm, LayerNorm):
+            norm.make_bias_trainable()
+
+
+def _add_bottlenecks(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
+    config, layers = model.config, model.model.layers
+    for group in BOTTLENECKS[spec.method]:
+        getattr(layers, group).adapter = Bottleneck.init(
+            named_key(key, f"model.layers.{group}"),
+            config.num_layers,
+            config.embed_dim,
+            rank=spec.rank,
+            activation=spec.bottleneck_activation,
+            dtype=spec.dtype,
+        )
+
+
+NOT_ON_PROJECTIONS: Mapping[str, Callable[[CausalLM, LoraArgs, jax.Array], None]] = {
+    "full": _train_all,
+    "ln_tuning": _train_norms,
+    "bitfit": _train_biases,
+    **dict.fromkeys(BOTTLENECKS, _add_bottlenecks),
+}
+
+
+def norm_widths(config: ModelConfig) -> dict[str, int]:
+    """Returns {Hugging Face name without the layer's index: width} of each norm, as `norms` yields them."""
+    widths = {f"model.layers.{name}": width for name, width in config.norm_widths().items()}
+    return {config.hugging_face_name(name): width for name, width in (widths | {FINAL_NORM: config.embed_dim}).items()}
+
+
+def norm_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:
+    """Returns the norms that train with the method `ln_tuning`, by their Hugging Face names.
+
+    The defaults are all norms of the residual stream: those before and after attention and MLP, and the final one.
+    Norms of queries and keys train if `target_modules` names them, as in PEFT.
+
+    Raises:
+      ValueError: a pattern that matches nothing, or only some layers of a stack.
+    """
+    if spec.target_modules != AUTO:
+        return _targets(spec.target_modules, list(norm_widths(config)), config.num_layers, "norms")
+    residual = (*(f"model.layers.{name}" for name in NORM_PLACEMENTS[config.layout].norms), FINAL_NORM)
+    return [config.hugging_face_name(name) for name in residual]
+
+
+def bias_widths(config: ModelConfig) -> dict[str, int]:
+    """Returns {Hugging Face name without the layer's index: width} of each linear layer and norm that has a bias."""
+    shapes = {f"model.layers.{name}": each for name, each in config.linear_shapes().items()}
+    biased = {config.hugging_face_name(name): n for name, ((n, _), has_bias) in shapes.items() if has_bias}
+    return biased | (norm_widths(config) if config.norm == "layer" else {})
+
+
+def bias_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:
+    """Returns the linear layers and norms whose biases train with the method `bitfit`, by their Hugging Face names.
+
+    Raises:
+      ValueError: the model has no bias, or a pattern matches nothing, or only some layers of a stack.
+    """
+    names = list(bias_widths(config))
+    if not names:
+        raise ValueError(
+            "lora.method=bitfit: the model has no bias that can train (found linear layers and norms without biases). "
+            "Set lora.method=ln_tuning, which trains the weights of the norms, or lora"
+        )
+    return _targets(spec.target_modules, names, config.num_layers, "modules with a bias")
 
 
 def _ia3s(model: CausalLM, known: Linears, spec: LoraArgs) -> dict[str, Adapter]:
@@ -160,7 +250,15 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
     return found
 
 
-VECTORS = ("magnitude", "scale", "vector", "gain", "bias")  # trainable vectors, which stay in f32
+VECTORS = (
+    "magnitude",
+    "scale",
+    "vector",
+    "gain",
+    "bias",
+    "down_bias",
+    "up_bias",
+)  # trainable vectors, which stay in f32
 
 
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
@@ -186,7 +284,9 @@ def _full_names(name: str, layers: int) -> list[str]:
     return [name.replace(".layers.", f".layers.{i}.", 1) for i in range(layers)]
 
 
-def _stacks_matched(what: str, pattern: str, matches, names: Sequence[str], layers: int) -> list[str]:
+def _stacks_matched(
+    what: str, pattern: str, matches, names: Sequence[str], layers: int, kind: str = "linear layers"
+) -> list[str]:
     """Returns the stacked names whose layers all match; raises if none does, or only some layers do."""
     if problems := pattern_problems(pattern):
         raise ValueError(f"{what} {shorten(pattern)}: {problems[0]}")
@@ -198,22 +298,24 @@ def _stacks_matched(what: str, pattern: str, matches, names: Sequence[str], laye
             "projection get the same kind of adapter. Name the projection without a layer's index."
         )
     if not any(matched.values()):
-        raise ValueError(f"{what} {pattern!r} matches none of the linear layers: {', '.join(names)}. Correct the name.")
+        raise ValueError(f"{what} {pattern!r} matches none of the {kind}: {', '.join(names)}. Correct the name.")
     return [name for name, count in matched.items() if count]
 
 
-def _targets(target_modules: str | Sequence[str], names: list[str], layers: int) -> list[str]:
+def _targets(
+    target_modules: str | Sequence[str], names: list[str], layers: int, kind: str = "linear layers"
+) -> list[str]:
     if target_modules in (AUTO, ALL_LINEAR):
         return names
     if isinstance(target_modules, str):
         what = "target_modules, a regular expression for full names (single names are a list, [q_proj, v_proj]),"
-        return _stacks_matched(what, target_modules, matches_whole, names, layers)
+        return _stacks_matched(what, target_modules, matches_whole, names, layers, kind)
     if not target_modules:
         raise ValueError(f"lora.target_modules: the list is empty. Name layers, or set {ALL_LINEAR!r}.")
     found = [
         name
         for entry in target_modules
-        for name in _stacks_matched("target_modules", re.escape(entry), matches_end, names, layers)
+        for name in _stacks_matched("target_modules", re.escape(entry), matches_end, names, layers, kind)
     ]
     return [name for name in names if name in found]
 

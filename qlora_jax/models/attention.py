@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.attention import cached_attention, causal_attention
+from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
@@ -93,7 +94,7 @@ def _window(config: ModelConfig, layer: jax.Array, length: int) -> jax.Array | i
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions; its projections accept adapters."""
+    """Grouped-query attention with rotary positions; its projections and its result accept adapters."""
 
     q_proj: QLinear
     k_proj: QLinear
@@ -105,6 +106,7 @@ class Attention(nnx.Module):
         for name, module in {**linears, **norms}.items():
             setattr(self, name, module)
         self.config = config
+        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
 
     def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
         q, k, v = self._projected(x_MD, positions.index_BT.shape, layer, keys_B)
@@ -122,7 +124,8 @@ class Attention(nnx.Module):
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
             out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
-        return self.o_proj(out_MD, layer, keys_B), cache
+        result_MD = self.o_proj(out_MD, layer, keys_B)
+        return result_MD if self.adapter is None else self.adapter(result_MD), cache
 
     def _projected(self, x_MD, shape_BT, layer, keys_B) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns q [B, T, N, H], k and v [B, T, K, H]."""

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int, Key
 from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.full_rank import TrainableTable
 from qlora_jax.nn.linear import QLinear, gather_layer, project
@@ -37,6 +38,7 @@ from qlora_jax.sharding import Shard, gathered
 SAVED_NAMES = (
     *("query", "key", "value", "attention_out", "attention_lse", "attention_normed", "attention_residual"),
     *("mlp_gate", "mlp_up", "mlp_normed", "lora_xa", "unscaled", "dora_norms"),
+    *("bottleneck_in", "bottleneck_narrow"),
 )
 LAYER_INPUT = "layer_input"
 REMAT_POLICIES = {
@@ -73,9 +75,11 @@ class MLP(nnx.Module):
         for name, linear in linears.items():
             setattr(self, name, linear)
         self.config = config
+        self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
 
     def __call__(self, x_MD, layer, keys_B):
-        return self.down_proj(self._inner(x_MD, layer, keys_B), layer, keys_B)
+        result_MD = self.down_proj(self._inner(x_MD, layer, keys_B), layer, keys_B)
+        return result_MD if self.adapter is None else self.adapter(result_MD)
 
     def _inner(self, x_MD, layer, keys_B) -> jax.Array:
         config = self.config

@@ -36,7 +36,13 @@ def _gelu_tanh(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return 0.5 * x * (1 + tanh), 0.5 * (1 + tanh) + 0.5 * x * (1 - tanh * tanh) * d_u
 
 
+def _relu(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """max(x, 0), whose slope at 0 is 0."""
+    return jax.nn.relu(x), (x > 0).astype(x.dtype)
+
+
 ACTIVATIONS = {
+    "relu": Activation(jax.nn.relu, _relu),
     "silu": Activation(jax.nn.silu, _silu),
     "gelu": Activation(functools.partial(jax.nn.gelu, approximate=False), _gelu),
     "gelu_tanh": Activation(functools.partial(jax.nn.gelu, approximate=True), _gelu_tanh),

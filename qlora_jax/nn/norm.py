@@ -98,26 +98,29 @@ round_to.defvjp(lambda x, dtype: (round_to(x, dtype), None), lambda dtype, _, dx
 class TrainableNorm(nnx.Module):
     """A norm's trainable weight and bias in f32: `gain` and `bias`, [D] or [L, D]; inside the scan, one layer.
 
-    They are rounded to the compute dtype in use. So a model that is saved in that dtype computes the same.
+    A leaf that is None does not train, or does not exist. Leaves are rounded to the compute dtype in use. So a model
+    that is saved in that dtype computes the same.
     """
 
-    def __init__(self, gain: Float[Array, "*L D"], bias: Float[Array, "*L D"] | None):
-        self.gain = nnx.LoRAParam(gain)
+    def __init__(self, gain: Float[Array, "*L D"] | None, bias: Float[Array, "*L D"] | None):
+        self.gain = None if gain is None else nnx.LoRAParam(gain)
         self.bias = None if bias is None else nnx.LoRAParam(bias)
 
-    def leaves(self, dtype: DTypeLike) -> tuple[jax.Array, jax.Array | None]:
+    def leaves(self, dtype: DTypeLike) -> tuple[jax.Array | None, jax.Array | None]:
         """Returns (weight, bias) for computation in `dtype`."""
-        return round_to(self.gain[...], dtype), None if self.bias is None else round_to(self.bias[...], dtype)
+        gain, bias = (None if leaf is None else round_to(leaf[...], dtype) for leaf in (self.gain, self.bias))
+        return gain, bias
 
     def select_layer(self, layer: int) -> "TrainableNorm":
         """Returns one layer of the stack, or the norm itself if it is not stacked."""
-        if self.gain[...].ndim == 1:
+        leaves = [None if leaf is None else leaf[...] for leaf in (self.gain, self.bias)]
+        if any(leaf is not None and leaf.ndim == 1 for leaf in leaves):
             return self
-        return TrainableNorm(self.gain[...][layer], None if self.bias is None else self.bias[...][layer])
+        return TrainableNorm(*(None if leaf is None else leaf[layer] for leaf in leaves))
 
     def merge(self, weight: Float[Array, " D"]) -> Float[Array, " D"]:
-        """Returns the trained weight."""
-        return self.gain[...]
+        """Returns the trained weight, or the frozen one in f32 if only the bias trains."""
+        return weight.astype(jnp.float32) if self.gain is None else self.gain[...]
 
     def merge_bias(self, bias: Float[Array, " D"]) -> Float[Array, " D"]:
         """Returns the trained bias."""
@@ -140,7 +143,9 @@ class RMSNorm(nnx.Module):
         self.weight = Frozen(self.weight[...][:0])
 
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
-        weight = select_layer(self.weight[...], layer) if self.adapter is None else self.adapter.leaves(x.dtype)[0]
+        weight = None if self.adapter is None else self.adapter.leaves(x.dtype)[0]
+        if weight is None:
+            weight = select_layer(self.weight[...], layer)
         with jax.named_scope("norm"):
             return rms_norm(x, weight, self.eps, self.offset)
 
@@ -158,11 +163,18 @@ class LayerNorm(nnx.Module):
         self.adapter = TrainableNorm(*(leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias)))
         self.weight, self.bias = (Frozen(leaf[...][:0]) for leaf in (self.weight, self.bias))
 
+    def make_bias_trainable(self) -> None:
+        """Replaces the frozen bias by a trainable copy."""
+        self.adapter = TrainableNorm(None, self.bias[...].astype(jnp.float32))
+        self.bias = Frozen(self.bias[...][:0])
+
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
         if self.adapter is None:
             weight, bias = select_layer(self.weight[...], layer), select_layer(self.bias[...], layer)
         else:
             weight, bias = self.adapter.leaves(x.dtype)
             assert bias is not None
+            if weight is None:  # in f32, because the bias's gradient has the weight's dtype
+                weight = select_layer(self.weight[...], layer).astype(jnp.float32)
         with jax.named_scope("norm"):
             return layer_norm(x, weight, bias, self.eps)

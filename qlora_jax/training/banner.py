@@ -11,6 +11,7 @@ from pallas_kernels.nf4_matmul.api import choose_implementation
 from pallas_kernels.nf4_matmul.dispatch import Call
 from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.config.validate import uses
 from qlora_jax.io.checkpoint import CONFIG_FILE
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.models.sharded_parts import module_of
@@ -21,7 +22,16 @@ from qlora_jax.training.run_mesh import mesh_size
 from qlora_jax.training.session import Session
 
 Rows = dict[str, str]
-METHODS = {"lora": "LoRA", "dora": "DoRA", "ia3": "(IA)^3"}  # methods with adapters
+# Methods that train something next to frozen weights: the name of its parameters, and of the modules that have them.
+METHODS = {
+    "lora": ("LoRA", "projections"),
+    "dora": ("DoRA", "projections"),
+    "ia3": ("(IA)^3", "projections"),
+    "ln_tuning": ("LayerNorm tuning", "norms"),
+    "bitfit": ("BitFit", "layers with a bias"),
+    "houlsby": ("Houlsby adapter", "modules of a layer"),
+    "pfeiffer": ("Pfeiffer adapter", "modules of a layer"),
+}
 
 
 def resume_banner(session: Session, step: int, best: BestEvaluation) -> tuple[str, Rows]:
@@ -124,15 +134,16 @@ def _trained(session: Session) -> str:
     size = f"{_megabytes(session.parts.lora)} in {lora.dtype}"
     if lora.method == "full":
         return f"all {trained:,} parameters, {size}"
-    share = f"{trained:,} {METHODS[lora.method]} parameters, {trained / (trained + frozen):.2%} of all, {size}"
-    return f"{share}; {_rank(session.config)}on {_projection_count(session)} projections"
+    kind, modules = METHODS[lora.method]
+    share = f"{trained:,} {kind} parameters, {trained / (trained + frozen):.2%} of all, {size}"
+    return f"{share}; {_rank(session.config)}on {_module_count(session)} {modules}"
 
 
 def _rank(config: Config) -> str:
-    return "" if config.lora.method == "ia3" else f"rank {config.lora.rank} "
+    return f"rank {config.lora.rank} " if uses(config.lora.method, "rank") else ""
 
 
-def _projection_count(session: Session) -> int:
+def _module_count(session: Session) -> int:
     return sum(not is_table(name) for name in session.parts.lora)
 
 

@@ -14,6 +14,7 @@ from qlora_jax.hosts.guard import Guard
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
+from qlora_jax.io.export.methods import refusal
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
@@ -327,10 +328,12 @@ def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
     run, module = config.output, "python -m qlora_jax."
     if not finished:
         return {"resume": f"{module}train --config {shlex.quote(str(Path(run) / CONFIG_FILE))} --resume"}
-    form = "hf" if config.lora.method == "full" else "peft"
+    generate = {"try it": f"{module}generate --run {shlex.quote(run)}"}
+    form = next((form for form in ("peft", "hf") if refusal(config.lora.method, form) is None), None)
+    if form is None:
+        return generate
     with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF file
-    export = f"{module}export --run {shlex.quote(run)} --format {form}{with_base}"
-    return {"try it": f"{module}generate --run {shlex.quote(run)}", "export": export}
+    return generate | {"export": f"{module}export --run {shlex.quote(run)} --format {form}{with_base}"}
 
 
 def _print_end(

@@ -50,6 +50,8 @@ VARIANTS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "accumulated": {"train": dict(accumulation=2), "lora": dict(dtype="bfloat16")},
     "dora": {"lora": dict(method="dora")},
     "ia3": {"lora": dict(method="ia3", dropout=0.0)},
+    "ln_tuning": {"lora": dict(method="ln_tuning", dropout=0.0)},
+    "houlsby": {"lora": dict(method="houlsby", dropout=0.0)},
     "pissa": {"lora": dict(init="pissa")},
     "loftq": {"lora": dict(init="loftq"), "optim": dict(name="paged_adamw_32bit", **PAGING)},
     "full": {"lora": dict(method="full", dropout=0.0), "model": dict(quant_type="none")},

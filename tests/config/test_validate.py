@@ -188,6 +188,16 @@ def test_every_setting_has_help():
         ),
         (dict(method="dora", feedforward_modules=[]), ["lora.feedforward_modules: found [], but lora.method=dora"]),
         (
+            dict(method="ln_tuning", rank=8, target_modules="all-linear"),
+            ["lora.rank: found 8", "lora.target_modules: found 'all-linear' with lora.method=ln_tuning"],
+        ),
+        (dict(method="bitfit", start="adapter", dtype="bfloat16"), ["lora.start: found 'adapter'", "lora.dtype"]),
+        (
+            dict(method="houlsby", alpha=8.0, target_modules=["q_proj"]),
+            ["lora.alpha: found 8.0, but lora.method=houlsby does not use it", "lora.target_modules: found ['q_proj']"],
+        ),
+        (dict(method="dora", bottleneck_activation="relu"), ["lora.bottleneck_activation: found 'relu'"]),
+        (
             dict(method="full", rank=8, target_modules=["q_proj"], modules_to_save=["lm_head"], start="adapter"),
             [
                 "lora.rank: found 8, but lora.method=full does not use it",

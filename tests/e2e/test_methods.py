@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from qlora_jax.export import main as export
+from qlora_jax.io.export.methods import REFUSED, refusal
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import combine
@@ -23,7 +25,28 @@ METHODS = {
     "loftq": dict(lora=dict(init="loftq", loftq_iterations=2), model=dict(double_quant=False)),
     "dora of pissa": dict(lora=dict(method="dora", init="pissa")),
     "ia3": dict(lora=dict(method="ia3", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
+    "ln_tuning": dict(lora=dict(method="ln_tuning", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
+    "bitfit": dict(
+        lora=dict(method="bitfit", rank=16, dropout=0.0),
+        optim=dict(learning_rate=1e-1),
+        base=dict(attention_bias=True, mlp_bias=True),
+    ),
+    "houlsby": dict(lora=dict(method="houlsby", dropout=0.0)),
+    "pfeiffer in bf16": dict(
+        lora=dict(method="pfeiffer", dropout=0.0, dtype="bfloat16"), model=dict(compute_dtype="bfloat16")
+    ),
 }
+# A trained leaf of each method, and the budget that holds a part of the optimizer state.
+LEAVES = {
+    "ia3": ("model.layers.self_attn.k_proj", "vector"),
+    "dora": ("model.layers.self_attn.k_proj", "magnitude"),
+    "lora": ("model.layers.self_attn.k_proj", "lora_b"),
+    "ln_tuning": ("model.layers.input_layernorm", "gain"),
+    "bitfit": ("model.layers.self_attn.k_proj", "bias"),
+    "houlsby": ("model.layers.self_attn", "up_bias"),
+    "pfeiffer": ("model.layers.mlp", "up_bias"),
+}
+BUDGETS = {"ia3": "4KiB", "ln_tuning": "2KiB", "bitfit": "12KiB", "houlsby": "20KiB", "pfeiffer": "10KiB"}
 
 
 IN_CI = ("dora", "pissa", "ia3")  # a way to adapt of each kind; the others are theirs with another setting
@@ -50,7 +73,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(finished, tmp_path, monkeypat
 
 def test_pages_change_no_bit(finished, tmp_path):
     """Vectors and matrices are paged together."""
-    budget = "4KiB" if finished.lora.method == "ia3" else "70KiB"
+    budget = BUDGETS.get(finished.lora.method, "70KiB")
     config = with_paging(finished, tmp_path / "run", paging="on", paging_budget=budget)
     run(config)
     assert_same_runs(config, finished)
@@ -74,15 +97,23 @@ def test_what_was_learned_is_there_when_it_is_opened(finished):
     parts = apply_adapter(load_base(opened, opened.args), opened.run)
     saved = {str(leaf.shape): leaf for leaf in arrays_at(finished, 10)}
     assert all(np.isfinite(np.asarray(leaf, np.float32)).all() for leaf in saved.values())
-    model = combine(parts)
-    linear = model.model.layers.self_attn.k_proj
-    leaf = getattr(linear.adapter, {"ia3": "vector", "dora": "magnitude", "lora": "lora_b"}[finished.lora.method])
-    assert leaf[...].dtype == np.float32 and np.std(leaf[...]) > 1e-3
+    module, name = LEAVES[finished.lora.method]
+    leaf = parts.lora[module][name]
+    assert leaf.dtype == np.float32 and np.std(leaf) > 1e-3
 
 
 def test_training_goes_on_from_the_exported_adapter(finished, tmp_path):
+    if refusal(finished.lora.method, "peft"):
+        pytest.skip(f"PEFT has no form of {finished.lora.method}")
     fresh, more = first_losses_before_and_after(finished, tmp_path)
     assert more < 0.95 * fresh
+
+
+def test_formats_that_cannot_hold_it_are_refused(finished, tmp_path):
+    for form in REFUSED.get(finished.lora.method, {}):
+        with pytest.raises(ValueError, match=f"--format {form}: it cannot hold lora.method={finished.lora.method}, "):
+            export(["--run", finished.output, "--format", form, "--output", str(tmp_path / form)])
+        assert not (tmp_path / form).exists()
 
 
 def test_decoding_is_what_was_trained(finished):

@@ -196,6 +196,8 @@ METHODS = {
     "dora": dict(lora=dict(method="dora")),
     "pissa": dict(lora=dict(init="pissa", svd_niter=4)),
     "ia3": dict(lora=dict(method="ia3", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
+    "ln_tuning": dict(lora=dict(method="ln_tuning", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
+    "houlsby": dict(lora=dict(method="houlsby", dropout=0.0)),
     "full": dict(
         lora=dict(method="full", rank=16, dropout=0.0), model=dict(quant_type="none"), optim=dict(learning_rate=1e-3)
     ),

@@ -8,12 +8,13 @@ import pytest
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import add_lora, linears
+from qlora_jax.models.add_adapters import add_lora, bias_targets, linears, norm_targets
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.nn.linear import FrozenLayer
+from tests.io.gguf_families import FAMILIES
 from tests.io.tiny_models import tiny_config
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
@@ -116,3 +117,34 @@ def test_ia3_is_on_keys_values_and_the_inputs_of_the_last_projection():
     assert all(np.all(np.asarray(a.vector[...]) == 1) for a in chosen.values())
     with pytest.raises(ValueError, match="feedforward_modules 'up_proj' matches none of the linear layers"):
         adapted(method="ia3", feedforward_modules=["up_proj"])
+
+
+def test_norms_of_the_residual_stream_train_and_others_by_name():
+    qwen3 = model_config(FAMILIES["qwen3"][1])
+    residual = ["model.layers.input_layernorm", "model.layers.post_attention_layernorm", "model.norm"]
+    assert norm_targets(qwen3, LoraArgs(method="ln_tuning")) == residual
+    named = norm_targets(qwen3, LoraArgs(method="ln_tuning", target_modules=["norm", "q_norm"]))
+    assert named == ["model.layers.self_attn.q_norm", "model.norm"]
+    with pytest.raises(ValueError, match=r"'q_proj' matches none of the norms: model.layers.input_layernorm, "):
+        norm_targets(qwen3, LoraArgs(method="ln_tuning", target_modules=["q_proj"]))
+
+
+def test_biases_that_there_are_train():
+    qwen2, neox = (model_config(FAMILIES[name][1]) for name in ("qwen2", "gptneox"))
+    attention = [f"model.layers.self_attn.{name}_proj" for name in "qkv"]
+    assert bias_targets(qwen2, LoraArgs(method="bitfit")) == attention
+    assert bias_targets(qwen2, LoraArgs(method="bitfit", target_modules=["q_proj"])) == attention[:1]
+    targets = bias_targets(neox, LoraArgs(method="bitfit"))
+    assert len(targets) == 4 + 3 and "gpt_neox.final_layer_norm" in targets
+    with pytest.raises(ValueError, match="'o_proj' matches none of the modules with a bias"):
+        bias_targets(qwen2, LoraArgs(method="bitfit", target_modules=["o_proj"]))
+
+
+@pytest.mark.parametrize(("method", "modules"), [("houlsby", ["mlp", "self_attn"]), ("pfeiffer", ["mlp"])])
+def test_bottlenecks_follow_attention_and_mlp(method, modules):
+    model = nnx.eval_shape(lambda: CausalLM(model_config(tiny_config()), WeightFormat()))
+    add_lora(model, LoraArgs(method=method, rank=3), jax.random.key(0))
+    lora = partition(model).lora
+    assert sorted(lora) == [f"model.layers.{module}" for module in modules]
+    shapes = {leaf: values.shape for leaf, values in lora["model.layers.mlp"].items()}
+    assert shapes == {"down": (2, 64, 3), "down_bias": (2, 3), "up": (2, 3, 64), "up_bias": (2, 64)}

@@ -2,9 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from qlora_jax.nn.norm import layer_norm, rms_norm
+from qlora_jax.nn.norm import LayerNorm, TrainableNorm, layer_norm, rms_norm
 from tests.nn.gradients import check_vjp, random_array
 
 
@@ -26,3 +27,26 @@ def test_layer_norm():
 
     args = 3 * random_array(6, 32) + 2, random_array(32), random_array(32, seed=1)
     check_vjp(lambda x, w, b: layer_norm(x, w, b, 1e-5), plain, *args)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_the_bias_of_a_layer_norm_trains_alone(dtype):
+    """The frozen weight is in the compute dtype, and the bias's gradient is in f32."""
+    weight, bias = (random_array(2, 32, seed=seed).astype(dtype) for seed in (0, 1))
+    norm = LayerNorm(weight, bias, 1e-5)
+    x = random_array(600, 32).astype(dtype)
+    expected = norm(x, jnp.int32(1))
+    norm.make_bias_trainable()
+    one = norm.adapter.select_layer(1)
+    assert norm.bias[...].shape == (0, 32)
+    np.testing.assert_array_equal(one.merge(weight[1]), weight[1].astype(jnp.float32))
+
+    def ours(bias):
+        again = LayerNorm(weight, random_array(2, 32).astype(dtype), 1e-5)
+        again.adapter = TrainableNorm(None, bias)
+        return again(x, jnp.int32(1))
+
+    value, vjp = jax.vjp(ours, one.merge_bias(bias[1]))
+    np.testing.assert_array_equal(value, expected)
+    (grad,) = vjp(jnp.ones_like(value))
+    assert grad.dtype == jnp.float32 and jnp.all(grad == 600)

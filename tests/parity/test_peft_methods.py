@@ -1,4 +1,4 @@
-"""DoRA and (IA)^3: logits, gradients and merges of exported adapters in peft equal ours."""
+"""DoRA, (IA)^3 and LayerNorm tuning: logits, gradients and merges of exported adapters in peft equal ours."""
 
 import functools
 from pathlib import Path
@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.export import main
-from qlora_jax.io.peft.writer import adapter_tensors
+from qlora_jax.io.export.peft import in_peft_format
 from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.families import model_config
@@ -37,6 +37,7 @@ METHODS = {
         rank_pattern={"down_proj": 2},
     ),
     "ia3": LoraArgs(method="ia3"),
+    "ln_tuning": LoraArgs(method="ln_tuning"),
     "ia3, all": LoraArgs(method="ia3", target_modules="all-linear", feedforward_modules=["up_proj", "o_proj"]),
 }
 
@@ -68,13 +69,9 @@ def _ours(run: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.ndar
 
     value, vjp = jax.vjp(lambda lora: logits(lora, True), parts.lora)
     (grads,) = vjp(jnp.asarray(cotangent))
-    args, named = opened.run.lora_args, opened.features.hugging_face_name
-    on_inputs = ia3_targets(opened.features, args)[1] if args.method == "ia3" else []
-    return (
-        np.asarray(logits(parts.lora, False)),
-        np.asarray(value),
-        adapter_tensors({named(name): leaves for name, leaves in grads.items()}, on_inputs),
-    )
+    named = {opened.features.hugging_face_name(name): leaves for name, leaves in grads.items()}
+    _, tensors = in_peft_format(named, opened.run.lora_args, opened.features, "base")
+    return np.asarray(logits(parts.lora, False)), np.asarray(value), tensors
 
 
 def _close(found: np.ndarray, ours: np.ndarray, what: str, tolerance: float = 1e-5) -> None:
@@ -119,6 +116,6 @@ def test_forward_gradients_and_merge(tmp_path: Path, oracle) -> None:
 def test_families_under_their_own_names(tmp_path: Path, oracle, family: str) -> None:
     """Fused projections, and projections called otherwise: the usual targets of (IA)^3 are found, and its biases."""
     config = FAMILIES[family][1]
-    args = {"dora": METHODS["dora"], "ia3": METHODS["ia3"]}
+    args = {name: METHODS[name] for name in ("dora", "ia3", "ln_tuning")}
     _compare(tmp_path, oracle, {name: (config, random_tensors(config), each) for name, each in args.items()})
     assert len(ia3_targets(model_config(config), METHODS["ia3"])[1]) == 1

@@ -4,22 +4,27 @@ import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from qlora_jax.atomic_files import staged_folder
+from qlora_jax.config import LoraArgs
 from qlora_jax.io.checkpoint import Run
+from qlora_jax.io.export.methods import check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
-from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, is_gguf, write_adapter
+from qlora_jax.io.peft.norms import norm_config, norm_tensors
+from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets
+from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
 BASE_FOLDER = "base"
@@ -48,28 +53,41 @@ def export_peft(
     run = opened.run
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
+    check_method(run.lora_args.method, "peft")
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
-    linears = [named(f"model.layers.{name}") for name in opened.features.linear_shapes()]
     trained = adapter_for_export(run, with_base)
     adapters, tables = split_tables(trained.lora)
     check_exportable(run, tables, opened.features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
-    on_inputs = ia3_targets(opened.features, run.lora_args)[1] if run.lora_args.method == "ia3" else []
-    config = adapter_config(lora, trained.args, linears, base, on_inputs) | {"revision": revision}
-    config |= table_config(tables, run.new_ids, opened.features)
+    config, tensors = in_peft_format(lora, trained.args, opened.features, base)
+    config |= {"revision": revision} | table_config(tables, run.new_ids, opened.features)
     total_rows = opened.full_features.vocab_size
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     notes = [*trained.notes, *notes_for_readers(config)]
     with staged_folder(output) as folder:
-        tensors = adapter_tensors(lora, on_inputs) | table_tensors(tables, opened.features)
-        write_adapter(folder, tensors, config, resized_rows)
+        write_adapter(folder, tensors | table_tensors(tables, opened.features), config, resized_rows)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:
             notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
     lines = _lines(output, run, base, resized_rows, notes)
     return ExportResult(path=output, lines=lines)
+
+
+def in_peft_format(
+    lora: AdapterArrays, args: LoraArgs, model: ModelConfig, base: str
+) -> tuple[JsonObject, dict[str, np.ndarray]]:
+    """Returns (adapter_config.json, tensors) of trained parameters by Hugging Face's names.
+
+    Args:
+      base: where PEFT finds the base model: a path or a name.
+    """
+    if args.method == "ln_tuning":
+        return norm_config(lora, model, base), norm_tensors(lora, model)
+    linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
+    on_inputs = ia3_targets(model, args)[1] if args.method == "ia3" else []
+    return adapter_config(lora, args, linears, base, on_inputs), adapter_tensors(lora, on_inputs)
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:

@@ -9,12 +9,13 @@ from qlora_jax.io.model_source import JsonObject
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # possible values of --max-lora-rank
 VLLM_DEFAULT_RANK = 16
+NOT_LORA = {"IA3": "(IA)^3", "LN_TUNING": "LayerNorm tuning"}  # by peft_type
 MERGED = "merge it into a model for them: --format hf or gguf"
 
 
 def notes_for_readers(config: JsonObject) -> list[str]:
     """Lists how vLLM and llama.cpp would compute something else than the adapter with this adapter_config.json."""
-    if not_lora := {"IA3": "(IA)^3"}.get(config["peft_type"]) or ("DoRA" if config["use_dora"] else None):
+    if not_lora := NOT_LORA.get(config["peft_type"]) or ("DoRA" if config["use_dora"] else None):
         return [f"vLLM and llama.cpp cannot read {not_lora}: {MERGED}"]
     notes = [note for note in (_rank_note(config), _pattern_note(config)) if note]
     if config["alpha_pattern"]:

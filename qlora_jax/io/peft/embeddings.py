@@ -21,6 +21,8 @@ DELTA = "token_adapter.trainable_tokens_delta"  # PEFT's name of trained rows, a
 PEFT_NAMES = {"rows": DELTA, "weight": "weight"}
 # Modules whose names in transformers differ from those in checkpoints.
 MODULES = {"embed_out": "lm_head"}
+# Methods that PEFT does not combine with trained rows or tied tables, by name.
+LORA_ONLY = {"ia3": "(IA)^3", "ln_tuning": "LayerNorm tuning"}
 
 
 def split_tables(lora: AdapterArrays) -> tuple[AdapterArrays, AdapterArrays]:
@@ -73,20 +75,18 @@ def check_exportable(run: Run, tables: AdapterArrays, model: ModelConfig) -> Non
     """Checks that PEFT can compute the run's adapter.
 
     Raises:
-      ValueError: the whole model was trained; the run is a PEFT adapter with whole tables; (IA)^3 is combined with
-        trained rows or with a tied head; or rows of a head with a bias were trained, which PEFT computes without it.
+      ValueError: the run is a PEFT adapter with whole tables; (IA)^3 or LayerNorm tuning is combined with trained rows
+        or with a tied head; or rows of a head with a bias were trained, which PEFT computes without it.
     """
     if run.tables:
         raise ValueError(
             f"--format peft: {run.path} is already a PEFT adapter, with whole tables. Use it, or --format hf"
         )
-    leaves, ia3 = {leaf for table in tables.values() for leaf in table}, run.lora_args.method == "ia3"
-    full = run.lora_args.method == "full"
+    leaves, method = {leaf for table in tables.values() for leaf in table}, LORA_ONLY.get(run.lora_args.method)
     problems = {
-        "all of the model was trained (lora.method=full), and PEFT stores adapters only": full,
-        "PEFT cannot combine trained rows of tokens with (IA)^3": "rows" in leaves and ia3,
-        "PEFT does not keep a head tied to the embedding with (IA)^3": "weight" in leaves
-        and ia3
+        f"PEFT cannot combine trained rows of tokens with {method}": "rows" in leaves and method,
+        f"PEFT does not keep a head tied to the embedding with {method}": "weight" in leaves
+        and method
         and model.tie_embeddings,
         "the head of this model adds a bias, which PEFT omits if rows of the head train "
         "(trainable_token_indices), so the logits would differ": "rows" in leaves and model.head_bias,

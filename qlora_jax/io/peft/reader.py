@@ -5,7 +5,7 @@ Dimension key: L layers, K in, R rank, N out.
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +17,7 @@ from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.config import AdapterConfig, read_adapter_config
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
+from qlora_jax.io.peft.norms import PEFT_TYPE, norm_suffixes, our_norm_names, read_norms
 from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, AdapterArrays, target_suffixes
 from qlora_jax.io.tensor_map import LAYER, layer_name
 from qlora_jax.metadata import shorten, shorten_key
@@ -35,11 +36,12 @@ HARMLESS = {
 READ_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
 # Initial values that leave the base unchanged; others (PiSSA, OLoRA, LoftQ, CorDA) move a part of it to the adapter.
 INITS = (True, False, "gaussian", "orthogonal", "eva")
-SUPPORTED_VALUES = {"peft_type": ("LORA", "IA3"), "bias": ("none",)}
+SUPPORTED_VALUES = {"peft_type": ("LORA", "IA3", PEFT_TYPE), "bias": ("none",)}
 MATRICES = ("lora_a", "lora_b")
 LEAVES_OF_METHOD = {"lora": MATRICES, "dora": (*MATRICES, "magnitude"), "ia3": ("vector",)}
 LEAF_NAMES = {ours: theirs for ours, (theirs, _) in LEAVES.items()} | {"vector": VECTOR}
 OURS = {theirs: ours for ours, theirs in LEAF_NAMES.items()}
+Read = tuple[dict[str, dict[str, np.ndarray]], LoraArgs]  # an adapter's LoRA parameters, and the settings of `add_lora`
 KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<leaf>{'|'.join(map(re.escape, OURS))})")
 
 
@@ -50,7 +52,8 @@ class PeftAdapter:
     Attributes:
       args: settings with which `add_lora` creates adapters of these shapes and scalings.
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}} in f32, by our names; with
-        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3; {"rows": [N, D]} of embedding and head.
+        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3; {"gain": [L, D]} of norms, and "bias" of
+        LayerNorms; {"rows": [N, D]} of embedding and head.
       new_ids: ids of the tokens that these rows belong to.
       tables: embedding and head that replace the base's, if they were trained whole.
       base: path or name of the base model when the adapter was trained; None if the config does not say.
@@ -88,13 +91,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
     tables, tensors, wrong = read_tables(config, list(read_header(folder / WEIGHTS)), model)
-    if _kind(config) == "IA3":
-        stacks = _stacked(folder, tensors, model, LEAVES_OF_METHOD["ia3"], wrong)
-        args = _ia3_args(stacks, model)
-        lora = {name: {"vector": leaves["vector"].reshape(model.num_layers, -1)} for name, leaves in stacks.items()}
-    else:
-        lora = _stacked(folder, tensors, model, LEAVES_OF_METHOD["dora" if config.get("use_dora") else "lora"], wrong)
-        args = _low_rank_args(config, lora, model)
+    lora, args = READERS[_kind(config)](folder, config, tensors, model, wrong)
     base = config.get("base_model_name_or_path")
     return PeftAdapter(args=args, lora=lora | tables.rows, base=base, new_ids=tables.ids, tables=tables.whole)
 
@@ -106,6 +103,40 @@ def _kind(config: AdapterConfig) -> str:
 def _suffixes(names: Iterable[str], model: ModelConfig) -> list[str]:
     linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
     return target_suffixes([model.hugging_face_name(name) for name in names], linears)
+
+
+def _read_low_rank(
+    folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
+) -> Read:
+    method = "dora" if config.get("use_dora") else "lora"
+    lora = _stacked(folder, tensors, model, LEAVES_OF_METHOD[method], wrong)
+    return lora, _low_rank_args(config, lora, model)
+
+
+def _read_ia3(
+    folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
+) -> Read:
+    stacks = _stacked(folder, tensors, model, LEAVES_OF_METHOD["ia3"], wrong)
+    lora = {name: {"vector": leaves["vector"].reshape(model.num_layers, -1)} for name, leaves in stacks.items()}
+    return lora, _ia3_args(stacks, model)
+
+
+def _read_norms(
+    folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
+) -> Read:
+    named, problems = read_norms(tensors, model)
+    _check(folder, wrong + problems)
+    ours = our_norm_names(model)
+    args = LoraArgs(method="ln_tuning", target_modules=norm_suffixes(list(named), model))
+    return {ours[name]: leaves for name, leaves in named.items()}, args
+
+
+# By peft_type; each takes (folder, config, tensors but those of tables, model, problems of tables).
+READERS: dict[str, Callable[[Path, AdapterConfig, list[TensorEntry], ModelConfig, list[str]], Read]] = {
+    "LORA": _read_low_rank,
+    "IA3": _read_ia3,
+    PEFT_TYPE: _read_norms,
+}
 
 
 def _low_rank_args(config: AdapterConfig, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
@@ -203,10 +234,14 @@ def _stacked(
         f"{module}.{LEAF_NAMES[leaf]}: not a linear layer of the model, or unexpected in an adapter of this method"
         for module, leaf in sorted({(LAYER.sub(".layers.*.", module), leaf) for module, leaf in by_key})
     ]
-    if problems or not lora:
-        lines = problems or ["it has no tensor of an adapter"]
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(lines))
+    _check(folder, problems or ([] if lora else ["it has no tensor of an adapter"]))
     return lora
+
+
+def _check(folder: Path, problems: Sequence[str]) -> None:
+    """Raises ValueError if there are problems."""
+    if problems:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(problems))
 
 
 Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf

@@ -162,13 +162,17 @@ base = AutoModelForCausalLM.from_pretrained({loadable})
 """
 
 
+# peft_type -> (tag, description).
+NOT_LORA = {"IA3": ("ia3", "An (IA)^3 adapter"), "LN_TUNING": ("ln_tuning", "Norms from LayerNorm tuning")}
+
+
 def _readme(config: JsonObject, rows: int | None) -> str:
     base = config["base_model_name_or_path"]
     loadable = repr("the same model as a Hugging Face folder" if is_gguf(base) else base)
     if config.get("revision"):
         loadable += f", revision={config['revision']!r}"
-    if config["peft_type"] == "IA3":
-        tag, what = "ia3", "An (IA)^3 adapter"
+    if config["peft_type"] in NOT_LORA:
+        tag, what = NOT_LORA[config["peft_type"]]
     else:
         tag, what = (
             "lora",

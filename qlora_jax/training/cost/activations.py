@@ -6,7 +6,11 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 from collections.abc import Callable
 
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
-from qlora_jax.training.cost.flops import DOWN, F32, Formula, StepShape, tiling, uses_cpu_handlers
+from qlora_jax.training.cost.flops import DOWN, F32, OUT, Formula, StepShape, tiling, uses_cpu_handlers
+
+# The projections that read the input of attention, and of the MLP.
+ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")
+MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
 
 
 def activation_bytes(step: StepShape) -> dict[str, int]:
@@ -14,7 +18,8 @@ def activation_bytes(step: StepShape) -> dict[str, int]:
 
     Each is L M width itemsize. The widths are D for layer input, residual and normalized inputs; N H for query and
     attention_out; K H for key and value; F for gate, up and inner activation; R for x A. Outputs that DoRA and (IA)^3
-    scale have the width of the projection. attention_lse is f32 [B, N, T] per layer. Inputs that only adapters read are
+    scale have the width of the projection. Inputs of bottleneck adapters have width D, and their inner values R.
+    attention_lse is f32 [B, N, T] per layer. Inputs that only adapters read are
     saved only if those adapters exist. The policy `none` may save more, up to the size of the LoRA parameters and
     norms, because autodiff saves slices of them that the compiler does not recognize as copies.
     """
@@ -59,9 +64,28 @@ def _dora_norms(step: StepShape) -> int:
     return F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
+def _bottlenecks(step: StepShape) -> int:
+    """Returns the bytes of the inputs [M, D] and inner values [M, R] of bottleneck adapters."""
+    return len(step.bottlenecks) * step.rows * (step.model.embed_dim + step.lora.rank) * step.itemsize
+
+
 def _post_norm_inputs(model: ModelConfig) -> int:
     layout = NORM_PLACEMENTS[model.layout]
     return model.embed_dim * ((layout.after_attention is not None) + (layout.after_mlp is not None))
+
+
+def _layer_input(step: StepShape) -> int:
+    """Returns the bytes of the layer's input if its norm or trained projections read it."""
+    layout = NORM_PLACEMENTS[step.model.layout]
+    return _wide(lambda m: m.embed_dim, *(() if layout.before_attention else ATTENTION_INPUTS))(step)
+
+
+def _residual(step: StepShape) -> int:
+    """Returns the bytes of the stream between attention and MLP, which the MLP's norm or trained projections read."""
+    layout = NORM_PLACEMENTS[step.model.layout]
+    if layout.parallel:
+        return 0
+    return _wide(lambda m: m.embed_dim, *(() if layout.before_mlp else MLP_INPUTS))(step)
 
 
 def _to_attention(model: ModelConfig) -> int:
@@ -86,22 +110,23 @@ NAMED: dict[str, Formula] = {
     "attention_out": _wide(lambda m: m.num_heads * m.head_dim),
     "attention_lse": _lse,
     "attention_normed and mlp_normed": _wide(_post_norm_inputs),
-    "attention_residual": _wide(lambda m: 0 if NORM_PLACEMENTS[m.layout].parallel else m.embed_dim),
+    "attention_residual": _residual,
     "mlp_gate and mlp_up": _wide(lambda m: (1 + m.gated) * m.mlp_dim),
     "lora_xa": _lora_xa,
     "unscaled": _unscaled,
     "dora_norms": _dora_norms,
+    "bottleneck_in and bottleneck_narrow": _bottlenecks,
 }
 READ: dict[str, Formula] = {
-    "attention's input": _wide(_to_attention, *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv"))),
-    "mlp's input": _wide(_to_mlp, "mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj"),
+    "attention's input": _wide(_to_attention, *ATTENTION_INPUTS),
+    "mlp's input": _wide(_to_mlp, *MLP_INPUTS),
     "before queries' and keys' norms": _wide(_before_qk_norm),
     "mlp's inner activation": _wide(lambda m: m.mlp_dim, DOWN),
     # A second copy with joined heads: the backward pass of attention saves the other shape.
-    "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, "self_attn.o_proj"),
+    "o_proj's input": _wide(lambda m: m.num_heads * m.head_dim, OUT),
 }
 SAVED: dict[str, dict[str, Formula]] = {
-    "none": INPUT | NAMED | READ,
+    "none": {"layer input": _layer_input} | NAMED | READ,
     "names": INPUT | NAMED,
     "full": INPUT,
     "offload": {},

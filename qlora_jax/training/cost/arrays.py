@@ -10,6 +10,7 @@ from typing import NamedTuple
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.formats.layouts import LAYOUTS
+from qlora_jax.models.add_adapters import bias_targets, bias_widths, norm_targets, norm_widths
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
 from qlora_jax.training.cost.flops import F32, StepShape
 
@@ -78,26 +79,27 @@ def trained_leaves(step: StepShape) -> Iterator[Leaf]:
     layers = step.model.num_layers
     yield from (Leaf((layers, *shape), step.lora_itemsize, lora_spec) for shape in _matrices(step))
     yield from (Leaf((layers, size), F32, lora_spec) for size in _vectors(step))
+    for name, size in trained_in_place(step):
+        yield Leaf((layers, size), F32, lora_spec) if ".layers." in name else Leaf((1, size), F32)
     yield Leaf((_trained_rows(step), step.model.embed_dim), step.lora_itemsize)
-    yield from (Leaf((1, size), F32) for size in _last_norm(step))
 
 
 def _matrices(step: StepShape) -> Iterator[tuple[int, int]]:
-    """Yields the shapes of A and B of a layer, or of each weight in full finetuning."""
+    """Yields the shapes of the matrices of a layer's adapters, or of each weight in full finetuning."""
     for name, (n, k) in step.shapes():
         if not step.frozen:
             yield n, k
         elif name in step.ranks:
             yield from ((k, step.ranks[name]), (step.ranks[name], n))
+    width, rank = step.model.embed_dim, step.lora.rank
+    yield from len(step.bottlenecks) * [(width, rank), (rank, width)]
 
 
 def _vectors(step: StepShape) -> list[int]:
-    """Returns the elements of each trained vector of a layer."""
-    if not step.frozen:
-        biases = [n for (n, _), has_bias in step.model.linear_shapes().values() if has_bias]
-        return biases + _norm_leaves(step) * list(step.model.norm_widths().values())
+    """Returns the elements of each trained vector of a layer's adapters."""
     scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
-    return scaled + [n for name, (n, _) in step.shapes() if name in step.dora]
+    biases = len(step.bottlenecks) * [step.lora.rank, step.model.embed_dim]
+    return scaled + biases + [n for name, (n, _) in step.shapes() if name in step.dora]
 
 
 def _trained_rows(step: StepShape) -> int:
@@ -111,6 +113,16 @@ def _norm_leaves(step: StepShape) -> int:
     return 2 if step.model.norm == "layer" else 1
 
 
-def _last_norm(step: StepShape) -> list[int]:
-    """Returns the elements of each vector of the final norm, if it trains."""
-    return [] if step.frozen else _norm_leaves(step) * [step.model.embed_dim]
+def trained_in_place(step: StepShape) -> list[tuple[str, int]]:
+    """Returns (module, elements) of each norm's weight and each bias that trains in place of a frozen one.
+
+    Modules have Hugging Face's names without the layer's index; those of a layer have as many vectors as layers.
+    """
+    model, norms, biases = step.model, norm_widths(step.model), bias_widths(step.model)
+    if step.lora.method == "bitfit":
+        return [(name, biases[name]) for name in bias_targets(model, step.lora)]
+    if step.lora.method == "ln_tuning":
+        return _norm_leaves(step) * [(name, norms[name]) for name in norm_targets(model, step.lora)]
+    if step.frozen:
+        return []
+    return _norm_leaves(step) * [*norms.items()] + [(name, n) for name, n in biases.items() if name not in norms]

@@ -16,14 +16,14 @@ import jax
 
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import ia3_targets, ranks_and_scalings
+from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, ranks_and_scalings
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
 
-DOWN = "mlp.down_proj"  # the last product of a layer
+DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention
 F32 = 4
 
 
@@ -77,7 +77,7 @@ class StepShape:
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
         """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
-        if self.lora.method in ("ia3", "full"):
+        if self.lora.method not in ("lora", "dora"):
             return {}
         found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
         return {self._names[name]: rank for name, (rank, _) in found.items()}
@@ -104,6 +104,11 @@ class StepShape:
     def dora(self) -> Collection[str]:
         """The projections with DoRA, whose magnitudes train too."""
         return self.ranks.keys() if self.lora.method == "dora" else ()
+
+    @property
+    def bottlenecks(self) -> Collection[str]:
+        """The modules of a layer with a bottleneck adapter: `self_attn`, `mlp`."""
+        return BOTTLENECKS.get(self.lora.method, ())
 
     @property
     def frozen(self) -> bool:
@@ -151,6 +156,15 @@ def dora_flops(step: StepShape) -> int:
     """Returns the FLOP of DoRA's norms: the sum of 2 R out in + 2 R^2 (in + out) for W A, A^T A and (A^T A) B."""
     pairs = ((step.ranks[name], shape) for name, shape in step.shapes() if name in step.dora)
     return sum(product_flops(rank, (n, k)) + 2 * rank**2 * (n + k) for rank, (n, k) in pairs)
+
+
+def bottleneck_flops(step: StepShape, *, products: Mapping[str, int]) -> int:
+    """Returns the sum over bottleneck adapters of products * 2 M D R.
+
+    Args:
+      products: number of products by the adapter's module.
+    """
+    return sum(products[name] for name in step.bottlenecks) * 2 * step.rows * step.model.embed_dim * step.lora.rank
 
 
 def uses_cpu_handlers(step: StepShape) -> bool:
@@ -268,6 +282,9 @@ LAYER_FLOPS: dict[str, Formula] = {
     # d(xA) = dy B^T and dB = (xA)^T dy; dA = x^T d(xA) and dx = d(xA) A^T
     "lora backward": lambda step: 2 * lora_up_flops(step) + 2 * lora_down_flops(step),
     "dora forward": dora_flops,
+    "bottleneck forward": lambda step: bottleneck_flops(step, products=dict.fromkeys(step.bottlenecks, 2)),
+    # d inner = dy U^T and dU = inner^T dy; dD = x^T d narrow and dx = d narrow D^T
+    "bottleneck backward": lambda step: bottleneck_flops(step, products=dict.fromkeys(step.bottlenecks, 4)),
     "whole_linear forward": trained_linear_flops,
     "whole_linear backward": lambda step: 2 * trained_linear_flops(step),
     "attention forward": lambda step: attention_flops(step, products=2),
@@ -286,10 +303,21 @@ HEAD_FLOPS: dict[str, Formula] = {
 def not_recomputed(step: StepShape) -> tuple[str, ...]:
     """Returns the projections whose outputs the backward pass does not need.
 
-    It is the last one, unless a norm or a trained vector reads its output.
+    They are those whose output is only added to the residual stream after all that reads it: no norm, trained vector
+    or bottleneck adapter.
     """
-    scaled = DOWN in step.dora or step.vectors.get(DOWN) is False
-    return (DOWN,) if NORM_PLACEMENTS[step.model.layout].after_mlp is None and not scaled else ()
+    layout = NORM_PLACEMENTS[step.model.layout]
+    unread = {OUT: layout.parallel and "self_attn" not in step.bottlenecks}
+    unread[DOWN] = layout.after_mlp is None and "mlp" not in step.bottlenecks
+    scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
+    return tuple(name for name, last in unread.items() if last and name not in scaled)
+
+
+def bottleneck_recompute_flops(step: StepShape) -> int:
+    """Returns the FLOP of recomputed bottleneck adapters: both products, or the first if no norm reads the result."""
+    layout = NORM_PLACEMENTS[step.model.layout]
+    is_read = {"self_attn": not layout.parallel, "mlp": layout.after_mlp is not None}
+    return bottleneck_flops(step, products={name: 1 + read for name, read in is_read.items()})
 
 
 # Recomputation in the backward pass per remat policy.
@@ -297,6 +325,7 @@ FULL: dict[str, Formula] = {
     "frozen again": lambda step: frozen_flops(step, without=not_recomputed(step)),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),
     "dora again": dora_flops,
+    "bottleneck again": bottleneck_recompute_flops,
     "whole_linear again": lambda step: trained_linear_flops(step, without=not_recomputed(step)),
     "attention again": attention_recompute_flops,
 }

@@ -18,6 +18,7 @@ from qlora_jax.training.cost.arrays import (
     head_bias_leaf,
     quantized_leaves,
     table_leaves,
+    trained_in_place,
     trained_leaves,
 )
 from qlora_jax.training.cost.flops import F32, RECOMPUTED, StepShape, head_tile, not_recomputed
@@ -47,20 +48,21 @@ def _own_bytes(step: StepShape, leaves: Iterable[Leaf]) -> int:
 
 
 def _vector_bytes(step: StepShape) -> int:
-    """Returns the bytes of norms and of the projections' biases, and of DoRA's frozen row norms."""
+    """Returns the bytes of frozen norms and of the projections' frozen biases, and of DoRA's frozen row norms."""
     model = step.model
     linear = model.num_layers * sum(math.prod(shape) for _, shape in step.shapes())
     tables = (1 if model.tie_embeddings else 2) * model.vocab_size * model.embed_dim
     vectors = model.parameters() - linear - tables - model.head_bias * model.vocab_size
+    trained = sum(size * (model.num_layers if ".layers." in name else 1) for name, size in trained_in_place(step))
     rows = sum(n for name, (n, _) in step.shapes() if name in step.dora)
-    return step.frozen * vectors * step.itemsize + model.num_layers * F32 * rows
+    return (vectors - trained) * step.itemsize + model.num_layers * F32 * rows
 
 
 def lora_bytes(step: StepShape) -> int:
     """Returns the bytes of the trained parameters; their gradients are as large.
 
     They are L times the sum over adapters of R (in + out), and D per row of a new token, at 4 or 2 bytes each; vectors
-    of DoRA and (IA)^3 are f32.
+    of DoRA and (IA)^3, norms and biases are f32. Bottleneck adapters have R (2 D + 1) + D elements.
     """
     return _own_bytes(step, trained_leaves(step))
 

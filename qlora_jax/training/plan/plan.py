@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config import plain_name
+from qlora_jax.config.validate import uses
 from qlora_jax.data.batching.buckets import UNIT
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size
 from qlora_jax.training.plan.requirements import (
@@ -254,7 +255,7 @@ def _lower_precision(config: StepConfig, compiler: _Compiler) -> Iterator[Change
     if name != config.optim.name:
         eight_bit = config.replace(optim=dataclasses.replace(config.optim, name=name))
         yield Change("store the optimizer state in 8 bits", {"optim.name": name}, compiler.interpolated(eight_bit))
-    if config.lora.dtype != "bfloat16":
+    if config.lora.dtype != "bfloat16" and uses(config.lora.method, "dtype"):
         halved = config.replace(lora=dataclasses.replace(config.lora, dtype="bfloat16"))
         yield Change("store adapters in bfloat16", {"lora.dtype": "bfloat16"}, compiler.interpolated(halved))
 

@@ -40,6 +40,8 @@ DORA = LoraArgs(method="dora", rank=16, rank_pattern={"down_proj": 12})
 SOME_DORA = dataclasses.replace(SOME, method="dora", rank=16)
 IA3 = LoraArgs(method="ia3")
 WHOLE = LoraArgs(method="full")
+LN_TUNING, BITFIT = LoraArgs(method="ln_tuning"), LoraArgs(method="bitfit")
+HOULSBY, PFEIFFER = LoraArgs(method="houlsby", rank=8), LoraArgs(method="pfeiffer", rank=8)
 EVERY_IA3 = LoraArgs(method="ia3", target_modules="all-linear", feedforward_modules=["up_proj", "gate_proj", "o_proj"])
 # Features of other families, between them all that change what is multiplied, held or kept.
 LIKE_GEMMA3 = dataclasses.replace(
@@ -107,6 +109,13 @@ METHODS = {
     "names, dora in bf16": (MODEL, "names", (1, 2, 320), dataclasses.replace(DORA, dtype="bfloat16")),
     "none, ia3": (MODEL, "none", (1, 2, 320), IA3),
     "full, ia3": (MODEL, "full", (1, 2, 320), IA3),
+    "names, ln_tuning": (LIKE_GEMMA3, "names", (1, 2, 320), LN_TUNING),
+    "full, bitfit": (LIKE_NEOX, "full", (1, 2, 320), BITFIT),
+    "none, bitfit": (MODEL, "none", (1, 2, 320), BITFIT),
+    "names, houlsby": (MODEL, "names", (2, 2, 320), HOULSBY),
+    "none, houlsby": (LIKE_OLMO2, "none", (1, 2, 320), HOULSBY),
+    "full, houlsby": (MODEL, "full", (1, 2, 320), HOULSBY),
+    "full, pfeiffer in bf16": (LIKE_GEMMA3, "full", (1, 2, 320), dataclasses.replace(PFEIFFER, dtype="bfloat16")),
     "none, ia3 everywhere": (MODEL, "none", (1, 2, 320), EVERY_IA3),
     "names, ia3 everywhere": (MODEL, "names", (1, 2, 320), EVERY_IA3),
     "full, ia3 everywhere": (MODEL, "full", (1, 2, 320), EVERY_IA3),
@@ -119,6 +128,8 @@ NOT_QUANTIZED = {
     "names, whole, neox": (LIKE_NEOX, "names", (1, 2, 320), WHOLE),
 }
 FAMILIES |= METHODS | NEW_TOKENS | NOT_QUANTIZED
+# The scopes of parts; the name of an operation may have several, of which the first counts.
+SCOPES = ("new_tokens", "whole_head", "whole_linear", "dora", "bottleneck", "frozen", "lora", "attention", "head")
 PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
 
 
@@ -163,8 +174,7 @@ def test_each_part_is_its_share_of_the_compiled_step(case):
         part, direction = name.split()
         expected[part, direction != "forward" and part != "head"] += operations
     for dot in dots(text):
-        parts = ("new_tokens", "whole_head", "whole_linear", "dora", "frozen", "lora", "attention", "head")
-        part = next(part for part in parts if part in dot.op_name)
+        part = next(part for part in SCOPES if part in dot.op_name)
         found[part, "transpose(" in dot.op_name] += dot.flops * dot.times
     assert found == expected
     frozen = expected["frozen", False] + expected["frozen", True]

@@ -1,0 +1,39 @@
+"""Refuses export formats that cannot hold a finetuning method, with the reason."""
+
+from collections.abc import Mapping
+
+from qlora_jax.config.schema import MethodName
+
+ADAPTERS, MERGED = ("peft", "gguf-lora"), ("hf", "gguf")
+NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"
+NO_BOTTLENECKS = "neither peft nor llama.cpp has bottleneck adapters after attention or MLP"
+IN_RUN = "Use the run itself: python -m qlora_jax.generate --run RUN, or evaluate"
+MERGE_IT = "Export one model instead: --format hf or gguf"
+
+# Method -> format -> (the reason, what to do).
+REFUSED: Mapping[MethodName, Mapping[str, tuple[str, str]]] = {
+    "full": dict.fromkeys(ADAPTERS, ("all of the model was trained, and an adapter holds a part", MERGE_IT)),
+    "bitfit": dict.fromkeys(ADAPTERS, ("neither peft nor llama.cpp has adapters that consist of biases", MERGE_IT)),
+    **dict.fromkeys(
+        ("houlsby", "pfeiffer"),
+        dict.fromkeys(ADAPTERS, (NO_BOTTLENECKS, IN_RUN)) | dict.fromkeys(MERGED, (NONLINEAR, IN_RUN)),
+    ),
+}
+
+
+def refusal(method: MethodName, form: str) -> str | None:
+    """Returns why a format cannot hold a method, and what to do; None if it can."""
+    if form not in REFUSED.get(method, {}):
+        return None
+    reason, fix = REFUSED[method][form]
+    return f"--format {form}: it cannot hold lora.method={method}, because {reason}. {fix}"
+
+
+def check_method(method: MethodName, form: str) -> None:
+    """Checks that a format can hold a method.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    if problem := refusal(method, form):
+        raise ValueError(problem)

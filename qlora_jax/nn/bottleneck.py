@@ -1,0 +1,104 @@
+"""Bottleneck adapters (Houlsby et al., 2019): y = x + act(x D + b) U + c on the results of attention or of the MLP.
+
+Dimension key: L layers, M tokens, D embed, R bottleneck.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from qlora_jax.nn.lora import initial_factors
+from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.mlp import ACTIVATIONS
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def bottleneck(
+    x_MD: Float[Array, "M D"],
+    down_DR: Float[Array, "D R"],
+    down_bias_R: Float[Array, " R"],
+    up_RD: Float[Array, "R D"],
+    up_bias_D: Float[Array, " D"],
+    activation: str,
+) -> Float[Array, "M D"]:
+    """Returns x + act(x down + down_bias) up + up_bias in x's dtype.
+
+    Matrices are cast to x's dtype, and sums are in f32. Gradients of the parameters are summed in f32 and returned in
+    their dtypes. The backward pass reads x and x down + down_bias, both in x's dtype.
+
+    Args:
+      activation: a key of nn.mlp.ACTIVATIONS.
+    """
+    return _forward(x_MD, down_DR, down_bias_R, up_RD, up_bias_D, activation)[0]
+
+
+def _forward(x_MD, down_DR, down_bias_R, up_RD, up_bias_D, activation):
+    dtype = x_MD.dtype
+    x_MD = checkpoint_name(x_MD, "bottleneck_in")
+    narrow_MR = (dot_nn(x_MD, down_DR.astype(dtype)) + down_bias_R.astype(jnp.float32)[None]).astype(dtype)
+    narrow_MR = checkpoint_name(narrow_MR, "bottleneck_narrow")
+    inner_MR = ACTIVATIONS[activation].value(narrow_MR.astype(jnp.float32)).astype(dtype)
+    wide_MD = dot_nn(inner_MR, up_RD.astype(dtype)) + up_bias_D.astype(jnp.float32)[None]
+    return x_MD + wide_MD.astype(dtype), (x_MD, narrow_MR, down_DR, down_bias_R, up_RD, up_bias_D)
+
+
+def _backward(activation, residuals, dy_MD):
+    x_MD, narrow_MR, down_DR, down_bias_R, up_RD, up_bias_D = residuals
+    dtype = x_MD.dtype
+    value_MR, slope_MR = ACTIVATIONS[activation].with_slope(narrow_MR.astype(jnp.float32))
+    d_up_RD = dot_tn(value_MR.astype(dtype), dy_MD).astype(up_RD.dtype)
+    d_narrow_MR = (dot_nt(dy_MD, up_RD.astype(dtype)) * slope_MR).astype(dtype)
+    d_down_DR = dot_tn(x_MD, d_narrow_MR).astype(down_DR.dtype)
+    dx_MD = dy_MD + dot_nt(d_narrow_MR, down_DR.astype(dtype), dtype)
+    d_down_bias_R, d_up_bias_D = (
+        _row_sum(d_narrow_MR).astype(down_bias_R.dtype),
+        _row_sum(dy_MD).astype(up_bias_D.dtype),
+    )
+    return dx_MD, d_down_DR, d_down_bias_R, d_up_RD, d_up_bias_D
+
+
+def _row_sum(x_MN: jax.Array) -> jax.Array:
+    return jnp.sum(x_MN, axis=0, dtype=jnp.float32)
+
+
+bottleneck.defvjp(_forward, _backward)
+
+
+class Bottleneck(nnx.Module):
+    """A bottleneck adapter of attention or of the MLP.
+
+    `down` [L, D, R] and `up` [L, R, D] are in f32 or bf16, `down_bias` [L, R] and `up_bias` [L, D] in f32. Inside the
+    scan over layers they have one layer.
+    """
+
+    def __init__(
+        self,
+        down: Float[Array, "*L D R"],
+        down_bias: Float[Array, "*L R"],
+        up: Float[Array, "*L R D"],
+        up_bias: Float[Array, "*L D"],
+        activation: str,
+    ):
+        self.down, self.down_bias = nnx.LoRAParam(down), nnx.LoRAParam(down_bias)
+        self.up, self.up_bias = nnx.LoRAParam(up), nnx.LoRAParam(up_bias)
+        self.activation = activation
+
+    @classmethod
+    def init(
+        cls, key: jax.Array, stack: int, width: int, *, rank: int, activation: str, dtype: DTypeLike = jnp.float32
+    ) -> "Bottleneck":
+        """Draws `down` for `stack` layers as LoRA draws A; all else is zero, so the adapter changes nothing."""
+        down, up = initial_factors(key, stack, (width, width), rank, dtype)
+        down_bias, up_bias = (jnp.zeros((stack, size), jnp.float32) for size in (rank, width))
+        return cls(down, down_bias, up, up_bias, activation)
+
+    def __call__(self, x_MD: Float[Array, "M D"]) -> Float[Array, "M D"]:
+        """Returns x with the adapter's change."""
+        leaves = (leaf[...] for leaf in (self.down, self.down_bias, self.up, self.up_bias))
+        with jax.named_scope("bottleneck"):
+            return bottleneck(x_MD, *leaves, self.activation)
