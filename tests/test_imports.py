@@ -24,6 +24,7 @@ LAYERS = {
     "qlora_jax.line_digests": 0,
     "qlora_jax.runtime": 0,
     "qlora_jax.sharding": 0,
+    "qlora_jax.statistics": 0,
     "qlora_jax.config": 1,
     "qlora_jax.hosts": 1,
     "qlora_jax.quant": 2,

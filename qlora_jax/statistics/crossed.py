@@ -1,0 +1,84 @@
+"""The uncertainty of a mean over training seeds and held-out rows.
+
+Every seed is scored on the same rows, so seeds and rows are crossed. A score is modelled as
+
+    score[seed, row] = mean + seed's effect + row's effect + rest,    all three random,
+
+which is a two-way layout without replication. With S seeds and R rows, the variance of the mean is
+
+    var_seed / S + var_row / R + var_rest / (S R),
+
+and the mean squares are expected to be MS_seed = R var_seed + var_rest and MS_row = S var_row + var_rest. So
+(MS_seed + MS_row) / (S R) estimates the variance and counts var_rest / (S R) twice. Subtracting MS_rest would count it
+once, but a difference of mean squares can be far too small, or negative, with few seeds: in simulations of 3 seeds its
+intervals contained the truth in 91 to 95 % of trials, and these in 94.5 to 98.7 %. The degrees of freedom are
+Satterthwaite's (1946): with a large seed effect they approach S - 1, as in Student's interval over seeds, and without
+one R - 1, as in an interval over rows.
+
+A bootstrap over seeds and rows was not used: resampling 3 seeds underestimates their variance by a third, and its
+percentiles do not widen for so few.
+
+Dimension key: S seeds, R rows.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float64
+
+from qlora_jax.statistics.student import t_quantile, two_sided_p
+
+
+class MeanEstimate(NamedTuple):
+    """A mean over seeds and rows.
+
+    Fields:
+      error: its standard error.
+      freedom: degrees of freedom of that error.
+    """
+
+    value: float
+    error: float
+    freedom: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval."""
+        half = t_quantile(self.freedom) * self.error
+        return self.value - half, self.value + half
+
+    @property
+    def p(self) -> float:
+        """The two-sided p-value of the hypothesis that the mean is 0."""
+        if self.error == 0:
+            return float(self.value == 0)
+        return two_sided_p(self.value / self.error, self.freedom)
+
+
+def ratio_scores(values_SR: Float64[np.ndarray, "S R"], weights_R: Float64[np.ndarray, " R"]) -> np.ndarray:
+    """Returns scores [S, R] whose mean over rows is (sum of values) / (sum of weights) for each seed.
+
+    Shares and means have weights of 1, and the scores are the values. A loss per token has each row's number of tokens.
+    Scores are then linear around the ratio of all seeds (the delta method), because the number of tokens varies with
+    the rows, too.
+    """
+    ratio = values_SR.sum() / (len(values_SR) * weights_R.sum())
+    return ratio + (values_SR - ratio * weights_R) / weights_R.mean()
+
+
+def crossed_mean(scores_SR: Float64[np.ndarray, "S R"]) -> MeanEstimate:
+    """Estimates the mean score over the seeds and rows that these were drawn from.
+
+    With one seed the estimate is for that seed alone, and the error is that of the rows.
+    """
+    seeds, rows = scores_SR.shape
+    mean = float(scores_SR.mean())
+    by_row = seeds * float(scores_SR.mean(axis=0).var(ddof=1))
+    if seeds == 1:
+        return MeanEstimate(mean, math.sqrt(by_row / rows), rows - 1)
+    by_seed = rows * float(scores_SR.mean(axis=1).var(ddof=1))
+    total = by_seed + by_row
+    spread = by_seed**2 / (seeds - 1) + by_row**2 / (rows - 1)
+    freedom = total**2 / spread if spread else float(min(seeds, rows) - 1)
+    return MeanEstimate(mean, math.sqrt(total / (seeds * rows)), freedom)
