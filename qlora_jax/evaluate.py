@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     evaluation = evaluate_side_by_side(args, raw="raw" in flags, reporter=reporter)
     print_tables(evaluation, Console() if sys.stdout.isatty() else Console(width=WIDTH))
     if args.json is not None:
-        data = {"settings": dataclasses.asdict(args)} | evaluation.to_dict()
+        data = {"settings": dataclasses.asdict(args)} | evaluation.to_dict(rows=args.json_rows)
         write_named_text(Path(args.json), json.dumps(data, indent=1) + "\n")
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 
 from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.statistics import bootstrap, mcnemar, paired_bootstrap, wilson_interval
@@ -39,6 +39,23 @@ class Comparison(NamedTuple):
     difference: float
     interval: tuple[float, float] | None = None
     p: float | None = None
+
+
+class RowValues(NamedTuple):
+    """The parts of a metric that each row contributes; the metric is the sum of `values` over the sum of `weights`."""
+
+    values: Float64[np.ndarray, " rows"]
+    weights: Float64[np.ndarray, " rows"]
+
+
+def share_of_rows(right: Bool[np.ndarray, " rows"]) -> RowValues:
+    """Each row's part of a share: 1 if it is right, with a weight of 1."""
+    return RowValues(right.astype(np.float64), np.ones(len(right)))
+
+
+def loss_of_rows(scores: RowScores) -> RowValues:
+    """Each row's part of the loss per token: its -log p, weighted by its number of tokens."""
+    return RowValues(scores.nll, scores.tokens.astype(np.float64))
 
 
 def share(name: str, right: Bool[np.ndarray, " rows"]) -> Metric:

@@ -9,8 +9,8 @@ import rich.console
 from rich import box
 from rich.table import Table
 
-from qlora_jax.evaluation.metrics import Comparison, Metric
-from qlora_jax.evaluation.tasks.task import Task
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
+from qlora_jax.evaluation.tasks.task import RowValuesTask, Task
 from qlora_jax.terminal.console import Console
 
 WIDTH = 120  # of tables that are not printed to a terminal
@@ -24,14 +24,23 @@ class TaskResult:
       title: one line that describes the task.
       metrics: each model's metrics by name: {"checkpoint": {"perplexity": Metric(...)}}.
       comparisons: the changes from each model to the next: {("quantized", "checkpoint"): [Comparison(...)]}.
+      rows: the rows' parts of each model's metrics, by name; empty for tasks without them (measures.py).
     """
 
     title: str
     metrics: dict[str, dict[str, Metric]]
     comparisons: dict[tuple[str, str], list[Comparison]]
+    rows: dict[str, dict[str, RowValues]] = dataclasses.field(default_factory=dict)
+
+    def rows_to_dict(self) -> dict[str, object]:
+        """Converts `rows` to plain dicts and lists, as in the file of `--json` with `--json_rows`."""
+        return {
+            model: {name: {"values": one.values.tolist(), "weights": one.weights.tolist()} for name, one in by.items()}
+            for model, by in self.rows.items()
+        }
 
     def to_dict(self) -> dict[str, object]:
-        """Converts the result to plain dicts, lists, texts and numbers, as in the file of `--json`."""
+        """Converts the metrics to plain dicts, lists, texts and numbers, as in the file of `--json`."""
         return {
             "title": self.title,
             "columns": {
@@ -59,9 +68,17 @@ class Evaluation:
     labels: dict[str, str]
     tasks: dict[str, TaskResult]
 
-    def to_dict(self) -> dict[str, object]:
-        """Converts the results to plain dicts, lists, texts and numbers, as in the file of `--json`."""
-        return {"labels": self.labels, "tasks": {name: result.to_dict() for name, result in self.tasks.items()}}
+    def to_dict(self, *, rows: bool = False) -> dict[str, object]:
+        """Converts the results to plain dicts, lists, texts and numbers, as in the file of `--json`.
+
+        Args:
+          rows: include the rows' parts of the metrics.
+        """
+        tasks = {
+            name: result.to_dict() | ({"rows": result.rows_to_dict()} if rows else {})
+            for name, result in self.tasks.items()
+        }
+        return {"labels": self.labels, "tasks": tasks}
 
     def __str__(self) -> str:
         """The tables as text."""
@@ -78,6 +95,7 @@ def task_result[Scores](task: Task[Scores], scores: Mapping[str, Scores]) -> Tas
         comparisons={
             (before, after): task.compare(scores[before], scores[after]) for before, after in itertools.pairwise(scores)
         },
+        rows={model: task.row_values(one) for model, one in scores.items()} if isinstance(task, RowValuesTask) else {},
     )
 
 

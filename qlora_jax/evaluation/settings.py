@@ -68,6 +68,7 @@ class EvaluateArgs(TaskArgs, ModelOrRunArgs):
     json: str | None = setting(
         "also write the scores to this file", None, NOT_EMPTY, common="also write the scores to this file"
     )
+    json_rows: bool = setting("json: include the scores of each row", False)
     keep: str | None = setting(
         "folder that caches scores as they are computed; started again with it, an interrupted evaluation resumes",
         None,
@@ -93,6 +94,8 @@ def check_evaluate(args: EvaluateArgs) -> None:
     problems = [*model_problems(args), *_given_problems(args), *_task_problems(args), *_column_problems(args)]
     problems += _against_problems(args)
     problems += folder_problems("json", args.json)
+    if args.json_rows and args.json is None:
+        problems.append("json_rows: requires json; set it too")
     if problems:
         raise ConfigError(problems)
 

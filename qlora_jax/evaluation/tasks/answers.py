@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from qlora_jax.config import QUESTION_KINDS, QuestionArgs
 from qlora_jax.data.readers.files import raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.decode import Reply
@@ -99,6 +99,10 @@ class AnswersTask:
     def compare(self, before: AnswerScores, after: AnswerScores) -> list[Comparison]:
         """The change of the share of right replies."""
         return [share_change("exactly the answer", before.right, after.right)]
+
+    def row_values(self, scores: AnswerScores) -> dict[str, RowValues]:
+        """The rows' parts of the measures in measures.py."""
+        return {"exactly the answer": share_of_rows(scores.right)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batch."""

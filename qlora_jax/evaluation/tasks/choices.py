@@ -12,7 +12,7 @@ from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
-from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
@@ -80,6 +80,13 @@ class ChoicesTask:
             share_change("right by likelihood", before.by_sum, after.by_sum),
             share_change("right by likelihood a token", before.by_mean, after.by_mean),
         ]
+
+    def row_values(self, scores: ChoiceScores) -> dict[str, RowValues]:
+        """The rows' parts of the measures in measures.py."""
+        return {
+            "right by likelihood": share_of_rows(scores.by_sum),
+            "right by likelihood a token": share_of_rows(scores.by_mean),
+        }
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batches."""

@@ -22,7 +22,7 @@ from qlora_jax.config import QuestionArgs
 from qlora_jax.data.readers.files import Row, raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
-from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
 from qlora_jax.evaluation.statistics import stratified_bootstrap, stratified_paired_bootstrap
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
@@ -102,6 +102,10 @@ class LettersTask:
             interval = stratified_paired_bootstrap(before.right, after.right, self.subjects)
             by_subject = [Comparison(self._subject_mean, "share", change, interval)]
         return [share_change("right by letter", before.right, after.right), *by_subject]
+
+    def row_values(self, scores: LetterScores) -> dict[str, RowValues]:
+        """The rows' parts of the measures in measures.py."""
+        return {"right by letter": share_of_rows(scores.right)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batches."""

@@ -11,7 +11,17 @@ from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
 from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds
-from qlora_jax.evaluation.metrics import Comparison, Metric, loss_change, loss_metrics, share, share_change
+from qlora_jax.evaluation.metrics import (
+    Comparison,
+    Metric,
+    RowValues,
+    loss_change,
+    loss_metrics,
+    loss_of_rows,
+    share,
+    share_change,
+    share_of_rows,
+)
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.task import TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_task_rows
@@ -39,6 +49,14 @@ class RowsTask(TextTask):
             share_change("begins with the answer", before.begins, after.begins),
             share_change("is exactly the answer", before.exact, after.exact),
         ]
+
+    def row_values(self, scores: RowScores) -> dict[str, RowValues]:
+        """The rows' parts of the measures in measures.py."""
+        return {
+            "loss a token": loss_of_rows(scores),
+            "begins with the answer": share_of_rows(scores.begins),
+            "is exactly the answer": share_of_rows(scores.exact),
+        }
 
 
 def build(settings: TaskArgs, context: TaskContext) -> RowsTask:

@@ -8,6 +8,8 @@ To add a task:
 3. Declare the setting: in QuestionArgs (config/question_settings.py) if training runs may ask it at each evaluation,
    otherwise in TaskArgs (evaluation/settings.py).
 
+To compare several runs on the task (docs/compare.md), add `row_values` and a line in evaluation/measures.py.
+
 choices.py is a short example.
 """
 
@@ -16,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.evaluation.metrics import Comparison, Metric
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.models.partition import ModelParts
@@ -100,6 +102,15 @@ class PreparedTask(Protocol):
         Raises:
           ValueError: the task cannot be scored.
         """
+        ...
+
+
+@runtime_checkable
+class RowValuesTask[Scores](Protocol):
+    """A task whose measures in measures.py can be compared row by row over several runs."""
+
+    def row_values(self, scores: Scores) -> dict[str, RowValues]:
+        """The parts of each of these measures that the rows contribute, by the measure's name."""
         ...
 
 

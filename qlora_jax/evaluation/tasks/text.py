@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from qlora_jax.data.readers.files import read_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, lower_scoring, score_rows, windows
-from qlora_jax.evaluation.metrics import Comparison, Metric, loss_change, loss_metrics
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, loss_change, loss_metrics, loss_of_rows
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
@@ -43,6 +43,10 @@ class TextTask:
     def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
         """The change of the loss."""
         return [loss_change(before, after)]
+
+    def row_values(self, scores: RowScores) -> dict[str, RowValues]:
+        """The rows' parts of the measures in measures.py."""
+        return {"loss a token": loss_of_rows(scores)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batches."""
