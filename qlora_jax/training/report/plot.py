@@ -60,17 +60,17 @@ def plot_loss(records: Sequence[Record], path: Path, title: str) -> None:
 
 def loss_svg(records: Sequence[Record], size: Size) -> str:
     """Returns the loss curves as an <svg> element, without caption and unit."""
-    return _svg(lambda axes: _draw_loss(axes, records), "loss", size)
+    return page_svg(lambda axes: _draw_loss(axes, records), "loss", size)
 
 
 def chart_svg(chart: Chart, size: Size) -> str:
     """Returns a chart as an <svg> element, without caption and unit; the vertical axis starts at zero."""
-    return _svg(lambda axes: _draw_chart(axes, chart), chart.caption, size)
+    return page_svg(lambda axes: _draw_chart(axes, chart), chart.caption, size)
 
 
 def lengths_svg(lengths: Mapping[int, int], max_length: int, size: Size) -> str:
     """Returns a histogram of row lengths as an <svg> element; marks `max_length` if a row reaches it."""
-    return _svg(lambda axes: _draw_lengths(axes, lengths, max_length), "lengths", size)
+    return page_svg(lambda axes: _draw_lengths(axes, lengths, max_length), "lengths", size)
 
 
 def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
@@ -147,8 +147,8 @@ def _draw_lengths(axes: "Axes", lengths: Mapping[int, int], max_length: int) -> 
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _svg(draw: Callable[["Axes"], None], name: str, size: Size) -> str:
-    """Returns a plot as an <svg> element, with text as text.
+def page_svg(draw: Callable[["Axes"], None], name: str, size: Size) -> str:
+    """Returns a plot as an <svg> element, with text as text and the colours of the page around it.
 
     Ids are unique per drawing: a browser may not render what it references in a hidden drawing.
     """

@@ -1,0 +1,29 @@
+"""`python -m qlora_jax.compare STUDY.yaml`: methods, tasks and seeds with equal budgets, and tests between methods."""
+
+from qlora_jax import allocator
+from qlora_jax.comparison.settings import CompareArgs
+from qlora_jax.config import Command, run_main
+
+COMMAND = Command(
+    name="compare",
+    summary="Compares finetuning methods on your data: equal budgets, several seeds, intervals and tests.",
+    example="configs/studies/first_sweep.yaml --output runs/first_sweep",
+    schema=CompareArgs,
+    common=("study", "output", "model", "launcher", "processes"),
+    flags={"dry_run": "check the study, print its runs and their trainable parameters, then stop"},
+)
+
+
+def main(argv: list[str]) -> None:
+    """Performs the unfinished runs of a study, and writes its page and its table; raises ValueError for bad input."""
+    study = ["--study"] if argv and not argv[0].startswith("-") else []
+    args, flags = COMMAND.read([*study, *argv])
+    # Imported after the settings are read, because importing jax takes a second.
+    from qlora_jax.comparison.command import compare
+
+    compare(args, dry_run="dry_run" in flags)
+
+
+if __name__ == "__main__":
+    allocator.tune()
+    run_main(main)

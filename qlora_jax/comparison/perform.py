@@ -1,0 +1,209 @@
+"""Performs one run, on any machine: trains or resumes it, scores it, and writes its outcome."""
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypedDict
+
+from qlora_jax.atomic_files import write_text
+from qlora_jax.comparison.run_files import (
+    FAILURE_FILE,
+    LOG_FILE,
+    MAX_BYTES,
+    OUTCOME_FILE,
+    RUN_FOLDER,
+    SETTINGS_FILE,
+    Job,
+    Outcome,
+    read_job,
+)
+from qlora_jax.io.run_lock import lock_run
+from qlora_jax.metadata import read_json
+from qlora_jax.training.metrics import Record, read_metrics
+
+TRAINED_FILE, SCORES_FILE, CACHE_FOLDER = "trained", "scores.json", "scored"
+SIGNALLED = 128  # exit codes of shells beyond this name a signal
+POLL_SECONDS = 0.1
+LOCK_SECONDS = 60.0  # in which a process of a lost worker should have saved its run
+LAST_LINES = 12
+
+
+class Lost(Exception):
+    """The run's process was killed or stopped; the run can be resumed."""
+
+
+class Failed(Exception):
+    """A command of the run ended with an error, and would again."""
+
+
+def perform(folder: str, stop: threading.Event | None = None) -> None:
+    """Performs the run in a folder; does nothing if it is finished.
+
+    An error of a command is written to failure.txt, because starting the run again would not help.
+
+    Args:
+      stop: set to end the run early; it saves a checkpoint first.
+
+    Raises:
+      Lost: the run's process was killed or stopped.
+    """
+    path = Path(folder)
+    if (path / OUTCOME_FILE).exists():
+        return
+    (path / FAILURE_FILE).unlink(missing_ok=True)
+    job = read_job(path)
+    try:
+        if not (path / TRAINED_FILE).exists():
+            _train(path, job, stop)
+            write_text(path / TRAINED_FILE, "")
+        if job["evaluate"] is not None:
+            _evaluate(path, job, job["evaluate"], stop)
+        write_text(path / OUTCOME_FILE, json.dumps(_outcome(path, job)) + "\n")
+    except Failed as error:
+        write_text(path / FAILURE_FILE, f"{error}\n")
+        return
+    if job["stage"] != "final":
+        _remove_checkpoints(path / RUN_FOLDER)  # nobody needs these models
+    shutil.rmtree(path / CACHE_FOLDER, ignore_errors=True)
+
+
+def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
+    run = folder / RUN_FOLDER
+    _wait_for_lock(run)
+    resume = _has_checkpoint(run)
+    if run.exists() and not resume:
+        shutil.rmtree(run)  # it was stopped before its first checkpoint
+    words = ["--config", str(folder / SETTINGS_FILE), *(["--resume"] if resume else [])]
+    _command(folder, job, ["-m", "qlora_jax.train", *words], stop)
+
+
+def _has_checkpoint(run: Path) -> bool:
+    from qlora_jax.io.checkpoint import saved_steps  # importing orbax takes seconds
+
+    return bool(saved_steps(run))
+
+
+def _remove_checkpoints(run: Path) -> None:
+    from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER
+
+    shutil.rmtree(run / CHECKPOINT_FOLDER)
+
+
+def _wait_for_lock(run: Path) -> None:
+    """Waits until no process trains in the run's folder; raises Lost after LOCK_SECONDS."""
+    end = time.monotonic() + LOCK_SECONDS
+    while run.exists():
+        try:
+            with lock_run(run, warn=print):
+                return
+        except ValueError as error:
+            if time.monotonic() > end:
+                raise Lost(str(error)) from None
+            time.sleep(POLL_SECONDS)
+
+
+def _evaluate(folder: Path, job: Job, settings: Mapping[str, object], stop: threading.Event | None) -> None:
+    fixed = {
+        "run": str(folder / RUN_FOLDER),
+        "columns": ["checkpoint"],
+        "json": str(folder / SCORES_FILE),
+        "json_rows": True,
+        "keep": str(folder / CACHE_FOLDER),
+    }
+    words = [word for key, value in {**settings, **fixed}.items() for word in (f"--{key}", _word(value))]
+    _command(folder, job, ["-m", "qlora_jax.evaluate", *words], stop)
+
+
+def _word(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _command(folder: Path, job: Job, words: list[str], stop: threading.Event | None) -> None:
+    """Runs a command of Python in the study's directory; its output is appended to the log.
+
+    Raises:
+      Lost, Failed: it did not succeed.
+    """
+    command = [sys.executable, "-m", "qlora_jax.comparison.child", *words]
+    with open(folder / LOG_FILE, "ab") as log:
+        # In its own session, because a terminal sends Ctrl-C to all processes of one, and a run ends at the second.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=job["directory"], start_new_session=True
+        )
+        code = _wait(process, stop)
+    if code < 0 or code > SIGNALLED:
+        raise Lost(f"{words[1]} was killed or stopped (exit code {code})")
+    if code:
+        raise Failed(f"{words[1]} failed (exit code {code}):\n{_last_lines(folder / LOG_FILE)}")
+
+
+def _wait(process: subprocess.Popen, stop: threading.Event | None) -> int:
+    """Waits for a process, and ends it with SIGTERM when `stop` is set or this thread is interrupted."""
+    try:
+        while process.poll() is None and not (stop is not None and stop.is_set()):
+            time.sleep(POLL_SECONDS)
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        code = process.wait()
+    return code
+
+
+def _last_lines(log: Path) -> str:
+    lines = log.read_text("utf-8", errors="replace").splitlines()
+    return "\n".join(lines[-LAST_LINES:])
+
+
+class _Plan(TypedDict):
+    peak_bytes: int | None
+
+
+class _Report(TypedDict):
+    memory_plan: _Plan
+
+
+class _Column(TypedDict):
+    values: list[float]
+    weights: list[float]
+
+
+class _Task(TypedDict):
+    rows: dict[str, dict[str, _Column]]
+
+
+class _Scores(TypedDict):
+    tasks: dict[str, _Task]
+
+
+def _outcome(folder: Path, job: Job) -> Outcome:
+    run = folder / RUN_FOLDER
+    records = read_metrics(run / "metrics.jsonl")
+    steps = [record for record in records if "loss" in record]
+    losses = [record["eval_loss"] for record in records if "eval_loss" in record]
+    rows: _Column = {"values": [], "weights": []}
+    if job["evaluate"] is not None:
+        scores = read_json(folder / SCORES_FILE, _Scores, MAX_BYTES)
+        rows = scores["tasks"][job["kind"]]["rows"]["checkpoint"][job["measure"]]
+    return {
+        "inputs": job["inputs"],
+        "steps": steps[-1]["step"],
+        "seconds": sum(record["seconds"] + record.get("data_seconds", 0.0) for record in steps),
+        "seconds_per_step": seconds_per_step(records),
+        "peak_bytes": read_json(run / "report.json", _Report, MAX_BYTES)["memory_plan"]["peak_bytes"],
+        "search_loss": losses[-1] if losses else None,
+        **rows,
+    }
+
+
+def seconds_per_step(records: Sequence[Record]) -> float:
+    """Returns the mean time of a step, without the first of each length, which compiles; with them if all are first."""
+    steps = [record for record in records if "loss" in record]
+    seen: set[int] = set()
+    later = [record for record in steps if record["length"] in seen or seen.add(record["length"])]
+    counted = later or steps
+    return sum(record["seconds"] + record.get("data_seconds", 0.0) for record in counted) / len(counted)
