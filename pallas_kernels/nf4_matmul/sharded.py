@@ -1,15 +1,14 @@
-"""nf4_matmul on several devices: they exchange rows, sums or packed codes, never a dequantized weight.
+"""nf4_matmul on several devices: they exchange rows or sums, never weights.
 
-There are three ways over one mesh axis of s devices. Outside a pair of products, rows are "outer": each device has all
+There are two ways over one mesh axis of s devices. Outside a pair of products, rows are "outer": each device has all
 of K or N. Between the two products they are "inner": the last axis is cut into s.
 
-| product           | weights cut along | x -> y         | moved forward                | moved backward |
-|-------------------|-------------------|----------------|------------------------------|----------------|
-| `column_parallel` | N                 | outer -> inner | nothing                      | sum of dx      |
-| `row_parallel`    | K                 | inner -> outer | sum of y                     | nothing        |
-| `gathered`        | N                 | outer -> outer | a layer's codes and constants | the same      |
+| product           | weights cut along | x -> y         | moved forward | moved backward |
+|-------------------|-------------------|----------------|---------------|----------------|
+| `column_parallel` | N                 | outer -> inner | nothing       | sum of dx      |
+| `row_parallel`    | K                 | inner -> outer | sum of y      | nothing        |
 
-If outer rows are themselves cut over the axis (`rows` names it), the first two gather them where the table says
+If outer rows are themselves cut over the axis (`rows` names it), the products gather them where the table says
 "nothing", and a sum leaves each device only its rows. Each device rounds its part of a sum once, to x's dtype, as the
 op does. The parts are added in f32, and the sum is rounded once more: one rounding more than on a single device.
 
@@ -73,24 +72,6 @@ def row_parallel(
     return _checked(x, weights, layer, _Split("row", mesh, axis, rows))
 
 
-def gathered(
-    x: Float[Array, "... K"], weights: QTensor, layer: Layer, mesh: AnyMesh, axis: str, rows: P = EVERYWHERE
-) -> Float[Array, "... N"]:
-    """Computes y[..., n] = sum_k x[..., k] w[n, k], gathering the layer's packed codes for this product only.
-
-    For weights that are sharded to save memory while rows are cut over the same devices. Forward and backward each
-    gather about half a byte per weight, and sum nothing.
-
-    Args:
-      weights: cut along N over `axis` (`specs`); one weight (`layer` None), or a stack and the index of a layer.
-      rows: mesh axes of x's leading axes, usually with `axis` among them.
-
-    Raises:
-      ValueError, NotImplementedError: see column_parallel.
-    """
-    return _checked(x, weights, layer, _Split("gathered", mesh, axis, rows))
-
-
 @dataclasses.dataclass(frozen=True)
 class _Split:
     """A product's distribution over a mesh: a row of the table above."""
@@ -147,19 +128,6 @@ def _multiply_and_sum(direction: Direction, rows: Array, weights: QTensor, layer
     return scattered.astype(rows.dtype)
 
 
-def _gather_codes(direction: Direction, rows: Array, weights: QTensor, layer: Layer, split: _Split, laid: QTensor):
-    """Outer -> outer: multiplies the device's rows by the whole weight."""
-
-    def whole(leaf, spec):
-        if split.axis not in spec:
-            return leaf
-        axis = leaf.ndim - len(spec) + spec.index(split.axis)  # the axis of layers, if there was one, is gone
-        return lax.all_gather(leaf, split.axis, axis=axis, tiled=True)
-
-    one = weights if layer is None else weights.layer(layer)
-    return _multiply(direction, rows, jax.tree.map(whole, one, laid), None)
-
-
 def _multiply(direction: Direction, rows: Array, weights: QTensor, layer: Layer) -> Array:
     product = api.product(direction, rows.reshape(-1, rows.shape[-1]), weights, layer)
     return product.reshape(*rows.shape[:-1], product.shape[-1])
@@ -177,7 +145,6 @@ _Step = Callable[[Direction, Array, QTensor, Layer, _Split, QTensor], Array]
 _STEPS: dict[str, dict[Direction, tuple[_Step, bool, bool]]] = {
     "column": {"forward": (_gather_and_multiply, False, True), "backward": (_multiply_and_sum, True, False)},
     "row": {"forward": (_multiply_and_sum, True, False), "backward": (_gather_and_multiply, False, True)},
-    "gathered": {"forward": (_gather_codes, False, False), "backward": (_gather_codes, False, False)},
 }
 
 

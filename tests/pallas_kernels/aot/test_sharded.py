@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.formats.shards import specs
-from pallas_kernels.nf4_matmul.sharded import column_parallel, gathered, row_parallel
+from pallas_kernels.nf4_matmul.sharded import column_parallel, row_parallel
 from tests.pallas_kernels.aot.test_mosaic_step import BF16, LAYERS, Abstract, stacked, whole_weights
 from tests.pallas_kernels.nf4_matmul.collectives import largest_moved, moved
 
@@ -61,20 +61,6 @@ def test_kernels_multiply_each_cards_part_and_no_weight_is_made(compile_for, car
     assert not whole_weights(compiled.text, SHAPES) and not whole_weights(compiled.text, PARTS)
     codes = sum(LAYERS * n * k // 2 for n, k in SHAPES)
     assert codes / CARDS <= compiled.memory.device.arguments <= 1.1 * codes / CARDS + ROWS * WIDTH * 2
-
-
-@pytest.mark.slow
-def test_codes_cross_packed_and_a_layer_at_a_time(compile_for):
-    rows = P("model")
-    x = Abstract((4096, WIDTH), BF16, sharding=NamedSharding(MESH, rows))
-    weights = [laid(shape, "N") for shape in SHAPES]
-    compiled = compile_for("h100", step((gathered, gathered), rows), x, *weights)
-    assert len([kernel for kernel in compiled.kernels if "mosaic" in kernel.name]) >= 4 and not compiled.spilled
-    assert moved(compiled.text) == {("all-gather", "u8"), ("all-gather", "f32")}
-    assert largest_moved(compiled.text) <= WIDTH * INNER // 64 // 256  # nested constants
-    assert not [made for made in whole_weights(compiled.text, SHAPES) if made[0] != "u8"]
-    one_layer = sum(n * k // 2 for n, k in SHAPES)
-    assert compiled.memory.device.arguments < LAYERS * one_layer / CARDS * 1.1 + 4096 // CARDS * WIDTH * 2
 
 
 def test_arguments_on_several_meshes_are_refused(compile_for):

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.formats.dequantize import dequantize_numpy
 from pallas_kernels.formats.shards import place
 from pallas_kernels.nf4_matmul import nf4_matmul
-from pallas_kernels.nf4_matmul.sharded import EVERYWHERE, column_parallel, gathered, row_parallel
+from pallas_kernels.nf4_matmul.sharded import EVERYWHERE, column_parallel, row_parallel
 from tests.pallas_kernels.nf4_matmul.collectives import largest_moved, moved
 from tests.pallas_kernels.nf4_matmul.contract import weight
 from tests.pallas_kernels.nf4_matmul.tolerances import OF_PARTS, UNFUSED, relative_error, tolerance
@@ -69,15 +69,10 @@ def test_row_parallel(layout, shape, dtype):
     check(row_parallel, "K", weight(shape, layout=layout), numbers(7, shape[1], dtype=dtype), mesh=mesh_of(8))
 
 
-@pytest.mark.parametrize(("layout", "shape"), COLUMN)
-def test_gathered(layout, shape):
-    check(gathered, "N", weight(shape, layout=layout), numbers(16, shape[1]), mesh=mesh_of(8), rows=P("model"))
-
-
 @pytest.mark.parametrize("rows", [P(), P("data"), P("data", "model"), P(("data", "model")), P(None, "model")])
 @pytest.mark.parametrize(
     ("product", "cut", "shape"),
-    [(column_parallel, "N", (256, 192)), (row_parallel, "K", (64, 512)), (gathered, "N", (256, 192))],
+    [(column_parallel, "N", (256, 192)), (row_parallel, "K", (64, 512))],
 )
 def test_rows_lie_over_the_mesh_too(product, cut, shape, rows):
     x = numbers(8, 4, shape[1])
@@ -86,7 +81,7 @@ def test_rows_lie_over_the_mesh_too(product, cut, shape, rows):
 
 @pytest.mark.parametrize(
     ("product", "cut", "shape"),
-    [(column_parallel, "N", (512, 192)), (row_parallel, "K", (64, 1024)), (gathered, "N", (512, 192))],
+    [(column_parallel, "N", (512, 192)), (row_parallel, "K", (64, 1024))],
 )
 def test_stacks_and_unplaced_weights(product, cut, shape):
     layers = [weight(shape, layout="split_k", seed=i) for i in range(LAYERS)]
@@ -133,16 +128,14 @@ def on(mesh, product, rows=EVERYWHERE):
     return lambda x, weights, layer: product(x, weights, layer, mesh, "model", rows)
 
 
-@pytest.fixture(scope="module", params=["sums whole", "sums scattered", "codes gathered"])
+@pytest.fixture(scope="module", params=["sums whole", "sums scattered"])
 def step(request):
     """Compiles loss and gradient of scanned, recomputed layers for eight devices: (program, arguments, kind)."""
     mesh, (up, down), x = mesh_of(8), stacks(), numbers(ROWS, WIDTH)
     rows = P() if request.param == "sums whole" else P("model")
-    cuts, products = ("N", "K"), (on(mesh, column_parallel, rows), on(mesh, row_parallel, rows))
-    if request.param == "codes gathered":
-        cuts, products = ("N", "N"), (on(mesh, gathered, rows), on(mesh, gathered, rows))
+    products = on(mesh, column_parallel, rows), on(mesh, row_parallel, rows)
     x = jax.device_put(x, NamedSharding(mesh, rows))
-    arguments = (x, place(up, cuts[0], mesh, "model"), place(down, cuts[1], mesh, "model"))
+    arguments = (x, place(up, "N", mesh, "model"), place(down, "K", mesh, "model"))
     compiled = jax.jit(jax.value_and_grad(lambda *given: loss(*given, *products))).lower(*arguments).compile()
     return compiled, arguments, request.param
 
@@ -155,15 +148,14 @@ def test_scanned_layers_are_those_of_one_device(step):
     assert relative_error(dx, np.asarray(expected_dx, np.float64)) <= 2 * LAYERS * allowed(dx, INNER)
 
 
-def test_what_crosses_are_rows_sums_and_packed_codes(step):
+def test_what_crosses_are_rows_and_sums(step):
     compiled, _, which = step
     expected = {
         "sums whole": {("all-reduce", "f32")},
         "sums scattered": {("all-gather", "f32"), ("reduce-scatter", "f32")},
-        "codes gathered": {("all-gather", "u8"), ("all-gather", "f32")},  # nested constants
     }
     assert moved(compiled.as_text()) == expected[which]
-    # Rows, or one f32 per nested block of 256 blocks of 64; a weight, or a device's part, is 64 times as large.
+    # Rows; a weight, or a device's part, is 64 times as large.
     assert largest_moved(compiled.as_text()) <= ROWS * INNER < WIDTH * INNER // 8
 
 
