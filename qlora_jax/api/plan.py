@@ -11,6 +11,7 @@ from qlora_jax import runtime
 from qlora_jax.config.parse import from_dict
 from qlora_jax.terminal.console import Console
 from qlora_jax.training.plan import from_config, plan, text
+from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
 
@@ -96,12 +97,15 @@ def plan_of(args: PlanArgs) -> MemoryPlan:
         notes.append(f"every row counts as {args.data.max_length} tokens (data.max_length): {unknown_lengths}")
     if problem:
         notes.append(f"every number is an estimate, because nothing can be compiled: {problem}")
-    usable = int(float(runtime.USABLE_MEMORY) * target.memory_bytes)  # CUDA itself needs the rest
-    setting = plan.first_fitting(settings, usable, compile_step)
-    usable //= 1 if target.card is not None else setting.devices  # CPU devices share the machine's memory
+
+    def usable(step: StepConfig) -> int:
+        total = int(float(runtime.USABLE_MEMORY) * target.memory_bytes)  # CUDA itself needs the rest
+        return total if target.card is not None else total // step.devices  # CPU devices share the machine's memory
+
+    setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
     larger = from_config.larger_meshes(setting, target)
     return MemoryPlan(
-        plan=plan.make_plan(setting, usable, compile_step, buckets, larger),
+        plan=plan.make_plan(setting, usable(setting), compile_step, buckets, larger),
         title=from_config.plan_title(args, target, setting),
         notes=tuple(notes),
     )

@@ -69,6 +69,14 @@ class Group:
         client().key_value_set(f"{folder}/{self.process}", text)
         return self._collect(folder, name, seconds)
 
+    def least(self, name: str, number: int, seconds: float = SECONDS) -> int:
+        """Returns the least of all processes' numbers.
+
+        Raises:
+          MissingProcess: some gave none within `seconds`.
+        """
+        return min(map(int, self.gather(name, str(number), seconds)))
+
     def _collect(self, folder: str, name: str, seconds: float) -> list[str]:
         deadline = time.monotonic() + seconds
         found: list[str] = []

@@ -1,10 +1,12 @@
 """A run before it reads weights: its data, its mesh of devices, its compiled step and its memory plan."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
+from jax.sharding import AbstractMesh, Mesh
 from rich.console import Console
 
 from qlora_jax.config import Config, MeshSize, mesh_choices
@@ -12,9 +14,13 @@ from qlora_jax.config.mesh_settings import AUTO
 from qlora_jax.config.validate_mesh import MeshChoices
 from qlora_jax.data.report.text import print_report
 from qlora_jax.hosts.group import Group
+from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.display import print_banner
-from qlora_jax.training.plan.preflight import RunPlan, plan_run
+from qlora_jax.training.paging_budget import device_bytes
+from qlora_jax.training.plan.plan import first_fitting
+from qlora_jax.training.plan.preflight import RunPlan, longest_step, plan_run
+from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.run_mesh import run_mesh
 from qlora_jax.training.session import Inputs, PreparedModel, compile_gradients, open_inputs
 from qlora_jax.training.several_processes import agree_on_inputs, all_of
@@ -121,16 +127,23 @@ def _first_that_fits(
 ) -> tuple[CompiledGradients, RunPlan]:
     """Returns the compiled step and the plan of the first mesh on which the run fits; of the last if it fits none.
 
-    It fits if it does in all processes.
+    It fits if it does in all processes. A mesh that is clearly too small is not compiled for.
     """
-    *others, last = sizes
-    for size in others:
-        gradients, plan = _planned_on(config, inputs, size)
-        if all_of(group, "plan", plan.fits):
-            return gradients, plan
-    return _planned_on(config, inputs, last)
+
+    @functools.cache
+    def planned_on(mesh: Mesh | None) -> tuple[CompiledGradients, RunPlan]:
+        gradients = compile_gradients(config, inputs, mesh)
+        return gradients, plan_run(config, inputs, gradients)
+
+    steps = [longest_step(config, inputs, run_mesh(size)) for size in sizes]
+    chosen = first_fitting(
+        steps,
+        lambda step: group.least("memory", device_bytes(memory_of(_devices(step)))[0]),
+        lambda step: all_of(group, "plan", planned_on(_devices(step))[1].fits),
+    )
+    return planned_on(_devices(chosen))
 
 
-def _planned_on(config: Config, inputs: Inputs, size: MeshSize) -> tuple[CompiledGradients, RunPlan]:
-    gradients = compile_gradients(config, inputs, run_mesh(size))
-    return gradients, plan_run(config, inputs, gradients)
+def _devices(step: StepConfig) -> Mesh | None:
+    assert not isinstance(step.mesh, AbstractMesh), "a run's devices are present"
+    return step.mesh

@@ -142,20 +142,32 @@ def make_plan(
     )
 
 
-def first_fitting(configs: Sequence[StepConfig], limit: int, compile_step: CompileStep | None) -> StepConfig:
-    """Returns the first step that fits, or the last one if none does. The last one is not compiled.
+def first_fitting(
+    configs: Sequence[StepConfig], limit: Callable[[StepConfig], int], fits: Callable[[StepConfig], bool]
+) -> StepConfig:
+    """Returns the first step that fits, or the last one if none does. The last one is not tried.
 
-    A step is compiled only if its estimate leaves the answer open.
+    Args:
+      limit: bytes of a device that a step may use. A step is not tried if its estimate exceeds them by any error.
+      fits: tries a step.
     """
-    for config in configs[:-1]:
-        need = estimated_requirements(config)
-        scratch = need.device["scratch"]
-        least, most = (need.total - scratch + error * scratch for error in SCRATCH_ERROR)
-        if compile_step is not None and least <= limit < most:
-            need = compiled_requirements(config, compile_step)
-        if need.total <= limit:
-            return config
-    return configs[-1]
+    tried = (config for config in configs[:-1] if estimated_range(config)[0] <= limit(config))
+    return next(filter(fits, tried), configs[-1])
+
+
+def fits(config: StepConfig, limit: int, compile_step: CompileStep | None) -> bool:
+    """Returns True if a step fits; compiles it, if it can, unless it fits with any error of its estimate."""
+    if compile_step is None:
+        return estimated_requirements(config).total <= limit
+    return estimated_range(config)[1] <= limit or compiled_requirements(config, compile_step).total <= limit
+
+
+def estimated_range(config: StepConfig) -> tuple[float, float]:
+    """Returns the least and most bytes of a step, by its estimate and the errors that estimates have."""
+    need = estimated_requirements(config)
+    scratch = need.device["scratch"]
+    least, most = (need.total - scratch + error * scratch for error in SCRATCH_ERROR)
+    return least, most
 
 
 def _shorter(length: int, buckets: Sequence[int]) -> list[int]:

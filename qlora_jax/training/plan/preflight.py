@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import jax
-from jax.sharding import AbstractMesh
+from jax.sharding import Mesh
 
 from pallas_kernels import aot
 from qlora_jax.config import Config
@@ -97,13 +97,16 @@ class RunPlan:
         return "\n  ".join(lines)
 
 
+def longest_step(config: Config, inputs: Inputs, mesh: Mesh | None) -> StepConfig:
+    """Returns the configuration of the run's step for its longest bucket."""
+    weights, length = weights_of(config, inputs), max(inputs.dataset.buckets)
+    return run_step_config(config, inputs.model, weights, length, inputs.new_ids, mesh)
+
+
 def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> RunPlan:
     """Plans the run's step for its longest bucket; uses the program that `gradients` has compiled."""
-    weights = weights_of(config, inputs)
-    length, mesh = max(inputs.dataset.buckets), gradients.mesh
-    assert not isinstance(mesh, AbstractMesh), "a run's devices are present"
-    setting = run_step_config(config, inputs.model, weights, length, inputs.new_ids, mesh)
-    limit, device = device_bytes(memory_of(mesh))
+    setting = longest_step(config, inputs, gradients.mesh)
+    limit, device = device_bytes(memory_of(gradients.mesh))
     requirements = compiled_requirements(setting, _compiled_by(gradients, setting))
     questions = None if inputs.questions is None else inputs.questions.memory(gradients.parts)
     return RunPlan(requirements=requirements, limit=limit, device=device, questions=questions)

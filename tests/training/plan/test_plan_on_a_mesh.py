@@ -16,7 +16,7 @@ from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.plan import from_config
 from qlora_jax.training.plan.from_config import absent_mesh, larger_meshes, step_configs
-from qlora_jax.training.plan.plan import first_fitting, make_plan
+from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
 from qlora_jax.training.plan.requirements import (
     StepConfig,
     Temporaries,
@@ -97,11 +97,26 @@ def test_auto_takes_the_fewest_devices_that_fit_and_compiles_only_if_the_estimat
         asked.append(step.mesh)
         return Temporaries(gradients=10**12, update=0)
 
+    def chosen(limit: int, compile_step) -> int:
+        step = first_fitting(settings, lambda _: limit, lambda step: fits(step, limit, compile_step))
+        return settings.index(step)
+
     limit = needs[1].total + 1
-    assert first_fitting(settings, limit, None) is settings[1]
-    assert first_fitting(settings, limit, compiler) is settings[2] and asked == [settings[1].mesh]
-    assert first_fitting(settings, 1, compiler) is settings[3] and len(asked) == 1
-    assert first_fitting(settings, 10 * needs[0].total, compiler) is settings[0] and len(asked) == 1
+    assert chosen(limit, None) == 1
+    assert chosen(limit, compiler) == 2 and asked == [settings[1].mesh]
+    assert chosen(1, compiler) == 3 and len(asked) == 1
+    assert chosen(10 * needs[0].total, compiler) == 0 and len(asked) == 1
+
+
+def test_each_mesh_has_its_own_limit_and_the_last_is_not_tried():
+    """The devices of a CPU share the machine's memory."""
+    settings = [real("llama-3-70b", (1, n)).replace(batch=(1, 8, 2048)) for n in (1, 2, 4)]
+    machine = 2 * estimated_requirements(settings[0]).total
+    tried = []
+    shared = first_fitting(settings, lambda step: machine // 64 // step.devices, lambda step: tried.append(step))
+    assert shared is settings[2] and not tried
+    chosen = first_fitting(settings, lambda step: machine // step.devices, lambda step: tried.append(step) or True)
+    assert chosen is settings[0] and tried == [settings[0]]
 
 
 def plan_of(folder, capsys, *given: str) -> dict:
