@@ -44,8 +44,8 @@ def main(argv: list[str]) -> None:
             raise ValueError(f"--dry_run: found {place.processes} processes, expected one. Start one process")
         return dry_run(config, run, **settings, console=Console())
     devices = None if isinstance(hosts.devices, str) else hosts.devices
-    with joined(place, devices=devices, heartbeat=hosts.heartbeat, report=report_error) as guard:
-        finished = train(config, run, **settings, console=Console(quiet=not guard.group.is_first), guard=guard)
+    with joined(place, devices=devices, heartbeat=hosts.heartbeat, report=report_error) as watchdog:
+        finished = train(config, run, **settings, console=Console(quiet=not watchdog.group.is_first), watchdog=watchdog)
     if not finished:
         sys.exit(STOPPED)
 

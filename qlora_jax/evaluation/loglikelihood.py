@@ -21,8 +21,8 @@ from jaxtyping import Array, Bool, Float64, Int, Int32, Int64
 from qlora_jax.evaluation.batches import Batch, batches_by_length, pad_rows
 from qlora_jax.evaluation.shared_prefixes import PackedRow, ScoredIds, pack_rows
 from qlora_jax.inference.lowering import LoweredProgram, config_of, lower_program
+from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.inference.row_programs import row_shards, run_on_rows
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
@@ -88,7 +88,7 @@ def score_tokens(
         return TokenScores(*(gather_rows(of_token_M, mesh, axis=0) for of_token_M in scores))
 
     inputs = tokens_BT, branches_BT, before_M, targets_M, count
-    return run_on_rows(program, parts, inputs, mesh, P())
+    return run_on_mesh(program, parts, inputs, mesh, P())
 
 
 def score_rows(

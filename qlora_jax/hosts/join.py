@@ -13,14 +13,14 @@ import jax
 
 from qlora_jax.hosts.gpus import Seen, divide, visible_gpus
 from qlora_jax.hosts.group import Disagreement, Group, MissingProcess
-from qlora_jax.hosts.guard import Guard, Report
 from qlora_jax.hosts.launchers import Place
 from qlora_jax.hosts.lost_process import calls_when_lost
+from qlora_jax.hosts.watchdog import Report, Watchdog
 
 JOIN_SECONDS = 300  # for all processes to connect
 DEVICES_VARIABLE = "JAX_LOCAL_DEVICE_IDS"
 REFUSED = 2
-NOTICED_SECONDS = 5.0  # after the heartbeat, until the guard has ended this process
+NOTICED_SECONDS = 5.0  # after the heartbeat, until the watchdog has ended this process
 
 
 @contextlib.contextmanager
@@ -31,8 +31,8 @@ def joined(
     heartbeat: int,
     report: Report,
     join_seconds: int = JOIN_SECONDS,
-) -> Iterator[Guard]:
-    """Joins the processes of a run before JAX has started its devices, and yields the guard of their group.
+) -> Iterator[Watchdog]:
+    """Joins the processes of a run before JAX has started its devices, and yields the watchdog of their group.
 
     After an error in the context, this process reports it and ends at once, and so do the others. At the end of the
     context all wait for each other.
@@ -47,31 +47,31 @@ def joined(
       Disagreement: the processes found that they cannot train together.
     """
     if place is None:
-        yield Guard(Group())
+        yield Watchdog(Group())
         return
-    guard = Guard(Group(place.process, place.processes))
+    watchdog = Watchdog(Group(place.process, place.processes))
     try:
-        _connect(place, guard, heartbeat, join_seconds)
-        guard.group.names[:] = _introduce(guard.group, _wanted(devices))
-        guard.start()
-        yield guard
-        guard.group.meet("the end", join_seconds)
+        _connect(place, watchdog, heartbeat, join_seconds)
+        watchdog.group.names[:] = _introduce(watchdog.group, _wanted(devices))
+        watchdog.start()
+        yield watchdog
+        watchdog.group.meet("the end", join_seconds)
     except Disagreement:
-        _leave(guard)
-        if guard.group.is_first:
+        _leave(watchdog)
+        if watchdog.group.is_first:
             raise
         raise SystemExit(REFUSED) from None  # process 0 prints it
     except BaseException as error:
         if _may_follow(error):
-            time.sleep(heartbeat + NOTICED_SECONDS)  # the guard ends this process if it was another's end
-        guard.stop()
-        guard.fail(error, report)
-    _leave(guard)
+            time.sleep(heartbeat + NOTICED_SECONDS)  # the watchdog ends this process if it was another's end
+        watchdog.stop()
+        watchdog.fail(error, report)
+    _leave(watchdog)
 
 
-def _leave(guard: Guard) -> None:
+def _leave(watchdog: Watchdog) -> None:
     """Leaves when all have come here, because the others need process 0's service until then."""
-    guard.stop()
+    watchdog.stop()
     jax.distributed.shutdown()
 
 
@@ -82,7 +82,7 @@ def _may_follow(error: BaseException | None) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) or _may_follow(error.__cause__ or error.__context__)
 
 
-def _connect(place: Place, guard: Guard, heartbeat: int, seconds: int) -> None:
+def _connect(place: Place, watchdog: Watchdog, heartbeat: int, seconds: int) -> None:
     """Connects to process 0, or waits as process 0 for the others.
 
     Raises:
@@ -95,7 +95,7 @@ def _connect(place: Place, guard: Guard, heartbeat: int, seconds: int) -> None:
     # SIGTERM stays with us: JAX's own handler would save nothing.
     jax.config.update("jax_enable_preemption_service", False)
     try:
-        with calls_when_lost(guard.lost):
+        with calls_when_lost(watchdog.lost):
             jax.distributed.initialize(
                 place.coordinator,
                 place.processes,

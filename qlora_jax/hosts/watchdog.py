@@ -28,7 +28,7 @@ POLL_SECONDS = 1.0
 SILENT_SECONDS = 3.0  # a process that has not counted for so long is the one that JAX has lost
 LAST_WORDS_SECONDS = 3.0  # for processes to read what others wrote, before process 0 takes the service with it
 ANSWER_SECONDS = 5.0  # for processes to say where they are
-_BEATS, _FAILED = "qlora_jax/guard/beats", "qlora_jax/guard/failed"
+_BEATS, _FAILED = "qlora_jax/watchdog/beats", "qlora_jax/watchdog/failed"
 _LEFT, _PLACES = "qlora_jax/left", "qlora_jax/places"
 RESTART = "Look at its output, then start all processes again, with --resume if the run has a checkpoint"
 
@@ -51,7 +51,7 @@ class Position(NamedTuple):
 
 
 @dataclasses.dataclass
-class Guard:
+class Watchdog:
     """Watches the other processes in a thread.
 
     Attributes:
@@ -86,7 +86,7 @@ class Guard:
         """Starts the thread."""
         now = time.monotonic()
         self._beats |= {process: ("", now) for process in range(self.group.processes) if process != self.group.process}
-        threading.Thread(target=self._watch, name="hosts guard", daemon=True).start()
+        threading.Thread(target=self._watch, name="hosts watchdog", daemon=True).start()
 
     def stop(self) -> None:
         """Ends the thread; called before the process leaves the run."""

@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, Key
 
-from qlora_jax.inference.row_programs import CACHE, row_shapes, row_shards, run_on_rows
+from qlora_jax.inference.mesh_inference import CACHE, row_shapes, row_shards, run_on_mesh
 from qlora_jax.inference.sampling import Sampling, choose
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.add_adapters import prepare_for_decoding
@@ -135,7 +135,7 @@ def prefill_chunk(
       (hidden state of each row's last prompt token, or its `last_BD` if that token is in another chunk; the cache).
     """
     inputs = tokens_BT, start_B, length_B, last_BD, cache
-    return run_on_rows(_prefill_chunk, parts, inputs, mesh, (P(ROWS), CACHE))
+    return run_on_mesh(_prefill_chunk, parts, inputs, mesh, (P(ROWS), CACHE))
 
 
 def _prefill_chunk(parts, tokens_BT, start_B, length_B, last_BD, cache):
@@ -165,7 +165,7 @@ def next_token(
     def program(parts, last_BD, keys_B, index):
         return gather_rows(_choose(combine(parts), last_BD, keys_B, index, sampling), mesh, axis=0)
 
-    return run_on_rows(program, parts, (last_BD, keys_B, index), mesh, P())
+    return run_on_mesh(program, parts, (last_BD, keys_B, index), mesh, P())
 
 
 @functools.partial(jax.jit, static_argnames=("sampling", "mesh"), donate_argnames="cache")
@@ -190,7 +190,7 @@ def decode_step(
         hidden_BD, cache = model.extend(tokens_B[:, None], start_B, cache)
         return gather_rows(_choose(model, hidden_BD, keys_B, index, sampling), mesh, axis=0), cache
 
-    return run_on_rows(program, parts, (tokens_B, start_B, cache, keys_B, index), mesh, (P(), CACHE))
+    return run_on_mesh(program, parts, (tokens_B, start_B, cache, keys_B, index), mesh, (P(), CACHE))
 
 
 def _choose(model: CausalLM, last_BD: jax.Array, keys_B: jax.Array, index: jax.Array, sampling: Sampling) -> jax.Array:

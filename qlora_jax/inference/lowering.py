@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
-from qlora_jax.inference.row_programs import row_shapes, row_shards
+from qlora_jax.inference.mesh_inference import row_shapes, row_shards
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import ModelParts, combine
-from qlora_jax.models.sharded_parts import parts_specs
 from qlora_jax.sharding import mesh_of, part_bytes, placed_shapes
 
 

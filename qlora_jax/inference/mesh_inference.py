@@ -13,8 +13,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
 from qlora_jax.models.attention import KVCache
+from qlora_jax.models.model_sharding import parts_specs, shards_of
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.models.sharded_parts import parts_specs, shards_of
 from qlora_jax.sharding import ROWS, AnyMesh, axis_size, placed_shapes
 
 CACHE = KVCache(k=P(None, ROWS), v=P(None, ROWS))
@@ -45,7 +45,7 @@ def row_shapes(inputs: PyTree, mesh: AnyMesh | None) -> PyTree:
     return shapes if mesh is None else placed_shapes(shapes, row_specs(shapes), mesh)
 
 
-def run_on_rows(
+def run_on_mesh(
     program: Callable[..., PyTree], parts: ModelParts, inputs: tuple[PyTree, ...], mesh: AnyMesh | None, results: PyTree
 ) -> PyTree:
     """Returns `program(parts, *inputs)`, which each device of a mesh runs on its own rows; called inside jit.

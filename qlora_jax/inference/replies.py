@@ -7,8 +7,8 @@ import numpy as np
 
 from qlora_jax.inference.decode import BATCHES, EndReason, Reply, generate
 from qlora_jax.inference.lowering import LoweredProgram, lower_decoding
+from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.inference.row_programs import row_shards
 from qlora_jax.inference.sampling import Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import ModelParts

@@ -17,8 +17,8 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.own_rows import OwnRows, Processes, all_rows, rows_of_parts
 from qlora_jax.io.tensor_map import Slot, StatePath
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import is_table, partition
-from qlora_jax.models.sharded_parts import parts_specs
 from qlora_jax.sharding import FSDP, axis_size, cut_axis, named
 
 _converted = jax.jit(convert_codes, static_argnames=("shape", "given", "wanted"))

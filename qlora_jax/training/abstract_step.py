@@ -19,8 +19,8 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import ModelParts, partition
-from qlora_jax.models.sharded_parts import parts_specs
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import state_specs

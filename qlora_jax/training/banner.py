@@ -13,8 +13,8 @@ from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
 from qlora_jax.io.checkpoint import CONFIG_FILE
+from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
-from qlora_jax.models.sharded_parts import module_of
 from qlora_jax.nn import attention_cpu
 from qlora_jax.optim.schedule import warmup_steps
 from qlora_jax.training.early_stopping import BestEvaluation

@@ -12,8 +12,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qlora_jax.config import OptimArgs, paging_of, plain_name
 from qlora_jax.config.sizes import format_bytes, parse_bytes
+from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.models.partition import Lora
-from qlora_jax.models.sharded_parts import lora_specs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
 from qlora_jax.optim.mesh_state import init_state, state_specs

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from qlora_jax.config import Config, to_dict, write_config
 from qlora_jax.hosts.group import Group
-from qlora_jax.hosts.guard import Guard
+from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
@@ -165,23 +165,25 @@ class _Report(Reporter):
 
 
 def train(
-    config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, guard: Guard | None = None
+    config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, watchdog: Watchdog | None = None
 ) -> bool:
     """Trains in the folder `run`; returns True if the run finished, False if a signal stopped it early.
 
     Args:
       oversized: start even if the memory plan says that the run does not fit.
-      guard: of the processes of the run; None for one process.
+      watchdog: of the processes of the run; None for one process.
 
     Raises:
       ValueError: bad input, a run that does not fit the device, or a loss that is not finite.
       OSError: a file cannot be read or written.
     """
-    guard = guard or Guard(Group())
-    check_supported(config, guard.group)
+    watchdog = watchdog or Watchdog(Group())
+    check_supported(config, watchdog.group)
     first = lock_output(run, resume=resume, warn=_warning(console))
-    with lock_together(guard.group, first, config, run) as lock:
-        return run_training(config, lock, resume=resume, oversized=oversized, console=console, guard=guard).finished
+    with lock_together(watchdog.group, first, config, run) as lock:
+        return run_training(
+            config, lock, resume=resume, oversized=oversized, console=console, watchdog=watchdog
+        ).finished
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,7 +203,7 @@ def run_training(
     oversized: bool,
     console: Console,
     model: PreparedModel | None = None,
-    guard: Guard | None = None,
+    watchdog: Watchdog | None = None,
 ) -> Trained:
     """Trains like `train`, and returns the trained parameters.
 
@@ -209,16 +211,16 @@ def run_training(
       lock: of the run's folder.
       model: a base with an adapter in memory; None to load the base and add an adapter, as `config` says. Its LoRA
         parameters are donated to the first step.
-      guard: of the processes of the run, of which the first alone writes records and reports; None for one process.
+      watchdog: of the processes of the run, of which the first alone writes records and reports; None for one process.
     """
-    run, guard = lock.folder, guard or Guard(Group())
-    is_first = guard.group.is_first
-    planned = plan_before_weights(config, console, full=not resume, model=model, group=guard.group)
+    run, watchdog = lock.folder, watchdog or Watchdog(Group())
+    is_first = watchdog.group.is_first
+    planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
     planned.refuse_oversized(oversized)
     config = without_place(planned.config)
     planned = planned._replace(config=config)
     peak = watch_peak(local_devices(planned.gradients.mesh))
-    connect_devices(guard.group, planned.gradients.mesh, config.hosts.stuck_after)
+    connect_devices(watchdog.group, planned.gradients.mesh, config.hosts.stuck_after)
     session = _session(planned, run if resume else None, model, console)
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
@@ -227,7 +229,7 @@ def run_training(
             logs = stack.enter_context(
                 trackers(config.train.track if is_first else (), run, to_dict(config), state.step)
             )
-            state = _train_on(session, state, checkpoints, planned.plan, logs, run, console, guard)
+            state = _train_on(session, state, checkpoints, planned.plan, logs, run, console, watchdog)
         lock.check()
         at_end = state.step >= session.total_steps or state.best.should_stop(config.train.patience)
         finished = at_end and not state.evaluation_due
@@ -259,10 +261,10 @@ def _train_on(
     logs: Sequence[Log],
     run: Path,
     console: Console,
-    guard: Guard,
+    watchdog: Watchdog,
 ) -> TrainState:
     """Trains to the end of the run, or until a signal; returns the state, which is saved."""
-    settings, is_first = session.config.train, guard.group.is_first
+    settings, is_first = session.config.train, watchdog.group.is_first
     display = Display(session.total_steps, state.step, settings.log_every, console)
     with (
         _reporter(state, display, logs, run) if is_first else contextlib.nullcontext(NoReport()) as reporter,
@@ -271,9 +273,9 @@ def _train_on(
         explain_out_of_memory(plan),
         traced_steps(run / TRACE_FOLDER, settings.trace_steps if is_first else 0) as before_step,
     ):
-        stop = stop_together(guard, asked, session.mesh)
-        guard.group.meet("the first step", session.config.hosts.stuck_after)
-        with guard.limited(session.config.hosts.stuck_after):
+        stop = stop_together(watchdog, asked, session.mesh)
+        watchdog.group.meet("the first step", session.config.hosts.stuck_after)
+        with watchdog.limited(session.config.hosts.stuck_after):
             return run_steps(session, state, checkpoints, reporter, stop, before_step)
 
 

@@ -12,10 +12,10 @@ from jax.sharding import Mesh
 
 from qlora_jax.config import Config, paging_of, to_dict
 from qlora_jax.hosts.group import Group
-from qlora_jax.hosts.guard import Guard
 from qlora_jax.hosts.shared_folder import sees_first
 from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.warm_up import connect_groups
+from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.run_lock import RunLock, follow_lock
 from qlora_jax.training.loop import Reporter
 from qlora_jax.training.metrics import Record
@@ -128,14 +128,14 @@ def connect_devices(group: Group, mesh: Mesh | None, seconds: float) -> None:
         connect_groups(group, mesh, seconds)
 
 
-def stop_together(guard: Guard, asked: Callable[[], bool], mesh: Mesh | None) -> Callable[[], bool]:
+def stop_together(watchdog: Watchdog, asked: Callable[[], bool], mesh: Mesh | None) -> Callable[[], bool]:
     """Returns `stop()`, which gives all processes the same answer; True if any of them has been asked to stop."""
-    if guard.group.processes == 1 or mesh is None:
+    if watchdog.group.processes == 1 or mesh is None:
         return asked
     signal = StopSignal(asked, mesh)
 
     def stop() -> bool:
-        guard.passes("the last start of a step or of a part of an evaluation")
+        watchdog.passes("the last start of a step or of a part of an evaluation")
         return signal()
 
     return stop

@@ -17,8 +17,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.model_sharding import lora_specs, parts_specs, shards_of
 from qlora_jax.models.partition import Lora, ModelParts, combine
-from qlora_jax.models.sharded_parts import lora_specs, parts_specs, shards_of
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32

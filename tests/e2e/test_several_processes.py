@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.config import Config, MeshArgs, read_config, write_config
-from qlora_jax.hosts.guard import ENDED
+from qlora_jax.hosts.watchdog import ENDED
 from qlora_jax.io.checkpoint import open_run, saved_steps
 from qlora_jax.training.run import train
 from tests.e2e.run_records import comparable_records

@@ -1,8 +1,8 @@
 """Texts about processes."""
 
 from qlora_jax.hosts.group import Group
-from qlora_jax.hosts.guard import stuck_text
 from qlora_jax.hosts.messages import grouped, ranges
+from qlora_jax.hosts.watchdog import stuck_text
 
 
 def test_runs_of_numbers_are_shortened():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.hosts.guard import ENDED
+from qlora_jax.hosts.watchdog import ENDED
 from tests.hosts.processes import ACTS_AT, STOPPED, Ended, acted_at, start, wait
 from tests.marks import EXHAUSTIVE
 

@@ -13,11 +13,11 @@ import jax
 import qlora_jax.train
 from qlora_jax.config import run_main
 from qlora_jax.config.command_line import report_error
-from qlora_jax.hosts.guard import Guard
 from qlora_jax.hosts.join import joined
 from qlora_jax.hosts.launchers import Place, find_place
 from qlora_jax.hosts.shared_folder import sees_first
 from qlora_jax.hosts.stop_signal import StopSignal
+from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.training import loop
 from tests.hosts.processes import ACTS_AT, STEPS, STOPPED
 
@@ -35,16 +35,16 @@ def act(action: str) -> None:
         time.sleep(1e6)
 
 
-def train(guard: Guard, options: dict[str, Any]) -> bool:
+def train(watchdog: Watchdog, options: dict[str, Any]) -> bool:
     """Takes steps, whose only product is the flag of the stop signal; returns True if the processes were stopped."""
     asked: list[int] = []
     stop = StopSignal(lambda: bool(asked), jax.make_mesh((2, 2), ("data", "fsdp")))
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
-    guard.group.meet("compiled")
-    with guard.limited(options.get("stuck_after", 60)):
+    watchdog.group.meet("compiled")
+    with watchdog.limited(options.get("stuck_after", 60)):
         for step in range(STEPS):
             _act_before(options, step)
-            guard.passes(f"step {step}")
+            watchdog.passes(f"step {step}")
             if stop():
                 print(f"stopped before step {step}")
                 return True
@@ -95,12 +95,15 @@ def join_and_train(options: dict[str, Any]) -> None:
     by_hand = f"127.0.0.1:{options['port']}", options.get("expected", options["processes"]), process
     place = find_place("auto", None, None, None) if "variables" in options else Place(*by_hand)
     limits = {"heartbeat": options.get("heartbeat", 5), "join_seconds": options.get("join_seconds", 60)}
-    with joined(place, devices=None, report=report_error, **limits) as guard:
+    with joined(place, devices=None, report=report_error, **limits) as watchdog:
         folder = Path(options["folder"]) / options.get("folders", {}).get(str(process), "")
         folder.mkdir(exist_ok=True, parents=True)
-        values = {"optim.learning_rate": 2e-4, "output has a file of process 0": sees_first(guard.group, folder, 0.5)}
+        values = {
+            "optim.learning_rate": 2e-4,
+            "output has a file of process 0": sees_first(watchdog.group, folder, 0.5),
+        }
         values |= options.get("values", {}).get(str(process), {})
-        guard.group.agree("settings", values, "Start all processes with the same command")
-        stopped = train(guard, options)
+        watchdog.group.agree("settings", values, "Start all processes with the same command")
+        stopped = train(watchdog, options)
     if stopped:
         sys.exit(STOPPED)

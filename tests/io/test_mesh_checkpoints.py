@@ -10,7 +10,7 @@ from qlora_jax.config import Config, DataArgs, ModelArgs, OptimArgs, write_confi
 from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints, open_run
 from qlora_jax.io.checkpoint_reader import LORA, read_arrays, read_state
 from qlora_jax.io.digests import tree_digests
-from qlora_jax.models.sharded_parts import lora_specs
+from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import init_state
 from qlora_jax.sharding import make_mesh

@@ -22,8 +22,8 @@ from qlora_jax.io.pretrained import load_for_training
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.model_sharding import parts_specs
 from qlora_jax.models.partition import partition
-from qlora_jax.models.sharded_parts import parts_specs
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.sharding import cut_axis, make_mesh
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf

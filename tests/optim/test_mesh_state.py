@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.models.sharded_parts import lora_specs
+from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.mesh_state import init_state, state_specs

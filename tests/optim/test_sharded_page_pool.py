@@ -8,7 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import OptimArgs
-from qlora_jax.models.sharded_parts import lora_specs
+from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim import page_pool as page_pool_module
 from qlora_jax.optim.mesh_state import init_state

@@ -16,8 +16,8 @@ from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.nf4_matmul import nf4_matmul
 from qlora_jax.config import LoraArgs
 from qlora_jax.models import decoder
+from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.models.sharded_parts import place_parts
 from qlora_jax.nn import linear
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.sharding import FSDP, ROWS, axis_size, gathered, make_mesh, named

@@ -28,8 +28,8 @@ from qlora_jax.evaluation.tasks.question_rows import Question, read_question
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram, lower_program
+from qlora_jax.inference.mesh_inference import row_shards, run_on_mesh
 from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
-from qlora_jax.inference.row_programs import row_shards, run_on_rows
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
@@ -230,7 +230,7 @@ def _letter_logits(
         logits_BV = model.head.logits(model.hidden(tokens_BT)[jnp.arange(rows) * length + last_B])
         return gather_rows(jnp.take_along_axis(logits_BV, letters_BK, axis=1), mesh, axis=0)
 
-    return run_on_rows(program, parts, (tokens_BT, last_B, letters_BK), mesh, P())
+    return run_on_mesh(program, parts, (tokens_BT, last_B, letters_BK), mesh, P())
 
 
 def _inputs(batch: Batch, questions: Sequence[LetterQuestion]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
