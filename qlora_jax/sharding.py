@@ -10,6 +10,7 @@ Dimension key: L layers, V vocab, s devices along `fsdp`.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -124,6 +125,16 @@ class Shard:
 def is_shard(leaf: object) -> bool:
     """Returns True for a Shard, as `is_leaf` of jax.tree.map."""
     return isinstance(leaf, Shard)
+
+
+def shards_of(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
+    """Marks each cut leaf as a Shard, by which modules know that they hold a part; called inside shard_map."""
+    return jax.tree.map(functools.partial(_marked, count=axis_size(mesh, FSDP)), tree, specs)
+
+
+def _marked(leaf: Any, spec: P, count: int) -> Any:
+    axis = cut_axis(spec)
+    return leaf if axis is None else Shard(part=leaf, axis=axis - leaf.ndim, count=count)
 
 
 def gathered(tree: PyTree) -> PyTree:

@@ -24,7 +24,7 @@ from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
-from qlora_jax.sharding import lora_spec, named
+from qlora_jax.sharding import lora_spec, mesh_of, named
 
 AUTO, ALL_LINEAR = "auto", "all-linear"
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
@@ -72,7 +72,8 @@ def add_lora(
       spec: the `lora` section of a config.
       key: draws A.
       initial: initial A and B in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
-      mesh: devices that share drawn A and B, each of which draws its part; None for the default device.
+      mesh: devices that the weights are cut over, and drawn A and B, of which each draws its part; None for the
+        default device.
 
     Raises:
       ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, 4-bit weights with the
@@ -218,7 +219,7 @@ def _low_rank(
         else:
             a, b = (jnp.asarray(initial[ours[name]][leaf], spec.dtype) for leaf in ("lora_a", "lora_b"))
         if spec.method == "dora":
-            made[name] = DoRA.init(a, b, linear.weight.get_value(), scaling, spec.dropout)
+            made[name] = DoRA.init(a, b, linear.weight.get_value(), scaling, spec.dropout, mesh)
         else:
             made[name] = LoRA(a, b, scaling, spec.dropout)
     return made
@@ -266,10 +267,10 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
 
     These are the norms of DoRA, and the cast of matrices to the compute dtype.
     """
-    model = combine(parts)
+    model, mesh = combine(parts), mesh_of(parts)
     for _, linear in linears(model):
-        if isinstance(linear.adapter, DoRA):
-            linear.adapter = InferenceDoRA(linear.adapter, linear.weight.get_value())
+        if isinstance(linear.adapter, DoRA) and not isinstance(linear.adapter, InferenceDoRA):
+            linear.adapter = InferenceDoRA(linear.adapter, linear.weight.get_value(), mesh)
     dtype = model.model.embed_tokens.weight[...].dtype
     settled = partition(model)
     cast = {

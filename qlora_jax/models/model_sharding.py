@@ -3,7 +3,6 @@
 All else is whole on every device: norms, biases, layers that are not quantized, and tables of which rows train.
 """
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +13,9 @@ from jaxtyping import PyTree
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.models.partition import ModelParts, is_table
+from qlora_jax.nn.linear import weight_specs
 from qlora_jax.nn.mixed_stack import MixedStack
-from qlora_jax.sharding import FSDP, AnyMesh, Shard, axis_size, cut_axis, lora_spec, place, stack_spec, table_spec
+from qlora_jax.sharding import AnyMesh, lora_spec, place, table_spec
 
 
 def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
@@ -23,11 +23,11 @@ def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     tables_train = any(is_table(name) for name in parts.lora)
 
     def base_spec(path: tuple[Any, ...], leaf: Any) -> PyTree:
-        if isinstance(leaf, QTensor):
-            return jax.tree.map(lambda one: stack_spec(one.shape, mesh), leaf)
+        if isinstance(leaf, QTensor | MixedStack):
+            return weight_specs(leaf, mesh)
         if is_table(module_of(path)) and not tables_train:
             return table_spec(leaf.shape, mesh)
-        return jax.tree.map(lambda _: P(), leaf)
+        return P()
 
     base = jax.tree_util.tree_map_with_path(
         base_spec, parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack)
@@ -51,16 +51,6 @@ def lora_specs(lora: Mapping[str, Mapping[str, Any]], mesh: AnyMesh) -> dict[str
 def place_parts(parts: ModelParts, mesh: Mesh) -> ModelParts:
     """Places a model on a mesh."""
     return place(parts, parts_specs(parts, mesh), mesh)
-
-
-def shards_of(parts: ModelParts, specs: ModelParts, mesh: AnyMesh) -> ModelParts:
-    """Marks each cut leaf as a Shard, by which modules know that they hold a part; called inside shard_map."""
-    return jax.tree.map(functools.partial(_marked, count=axis_size(mesh, FSDP)), parts, specs)
-
-
-def _marked(leaf: jax.Array, spec: P, count: int) -> jax.Array | Shard:
-    axis = cut_axis(spec)
-    return leaf if axis is None else Shard(part=leaf, axis=axis - leaf.ndim, count=count)
 
 
 def module_of(path: tuple[Any, ...]) -> str:

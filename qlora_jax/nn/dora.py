@@ -4,24 +4,27 @@ Dimension key: L layers, M rows, K in, N out, R rank.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
-from qlora_jax.nn.linear import FrozenLayer, Weight
+from qlora_jax.nn.linear import FrozenLayer, Weight, gather_layer, weight_specs
 from qlora_jax.nn.lora import adapter_deltas, add_delta
 from qlora_jax.nn.matmul import dot_nn, dot_tn
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import Frozen, select_layer
 from qlora_jax.quant import dequantize
+from qlora_jax.sharding import AnyMesh, gathered, lora_spec, shards_of
 
 EPS = float(jnp.finfo(jnp.float32).eps)
 
@@ -37,6 +40,8 @@ class DoRA(nnx.Module):
     computed once, because W is frozen. So a step costs one frozen product of R rows, and no weight is dequantized.
     Accuracy is lost only where the delta cancels W: the square is then off by f32's eps times ||W||^2 + ||delta||^2.
     W, A and B are in the compute dtype.
+
+    On a mesh, magnitudes and norms are whole on every device, which computes those of all rows.
 
     `lora_a` [L, K, R] and `lora_b` [L, R, N] are in f32 or bf16. `magnitude` [L, N] is in f32, because bf16 would round
     its updates away. Inside the scan over layers they have one layer each. `weight_norms2` [L, N] in f32 is frozen.
@@ -66,10 +71,15 @@ class DoRA(nnx.Module):
         weight: Weight,
         scaling: float,
         dropout: float,
+        mesh: AnyMesh | None = None,
     ) -> "DoRA":
-        """Creates adapters of a stack that change nothing: magnitudes equal the norms at these A and B."""
-        norms2_LN = squared_norms(weight)
-        magnitude_LN = stack_norms(lora_a, lora_b, norms2_LN, weight, scaling)
+        """Creates adapters of a stack that change nothing: magnitudes equal the norms at these A and B.
+
+        Args:
+          mesh: the devices that A, B and the weight are cut over; None: one device.
+        """
+        norms2_LN = squared_norms(weight, mesh)
+        magnitude_LN = stack_norms(lora_a, lora_b, norms2_LN, weight, scaling, mesh)
         return cls(lora_a, lora_b, magnitude_LN, norms2_LN, scaling, dropout)
 
     @staticmethod
@@ -119,13 +129,17 @@ class DoRA(nnx.Module):
 
 
 class InferenceDoRA(DoRA):
-    """DoRA with norms computed once, for inference only. `scale` [L, N] is magnitude / norms."""
+    """DoRA with norms computed once, for inference only. `scale` [L, N] is magnitude / norms.
 
-    def __init__(self, adapter: DoRA, weight: Weight):
+    Args:
+      mesh: the devices that the adapter and the weight are cut over; None: one device.
+    """
+
+    def __init__(self, adapter: DoRA, weight: Weight, mesh: AnyMesh | None = None):
         a, b, magnitude = (leaf[...] for leaf in (adapter.lora_a, adapter.lora_b, adapter.magnitude))
         norms2 = adapter.weight_norms2[...]
         super().__init__(a, b, magnitude, norms2, adapter.scaling, 0.0)
-        self.scale = nnx.LoRAParam(magnitude / stack_norms(a, b, norms2, weight, adapter.scaling))
+        self.scale = nnx.LoRAParam(magnitude / stack_norms(a, b, norms2, weight, adapter.scaling, mesh))
 
     def _scale(self, frozen: FrozenLayer, dtype: DTypeLike) -> jax.Array:
         return self.scale[...]
@@ -149,31 +163,64 @@ def row_norms(
         return jnp.sqrt(jnp.maximum(norms2_N, EPS * (weight_norms2_N + delta2_N)))
 
 
-@functools.partial(jax.jit, static_argnames="scaling")
+@functools.partial(jax.jit, static_argnames=("scaling", "mesh"))
 def stack_norms(
     lora_a: Float[Array, "L K R"],
     lora_b: Float[Array, "L R N"],
     weight_norms2: Float[Array, "L N"],
     weight: Weight,
     scaling: float,
+    mesh: AnyMesh | None = None,
 ) -> Float[Array, "L N"]:
-    """Computes `row_norms` of all layers, one after another."""
+    """Computes `row_norms` of all layers, one after another; on a mesh, every device computes all of them."""
+    arrays, program = (lora_a, lora_b, weight, weight_norms2), functools.partial(_stack_norms, scaling=scaling)
+    if mesh is None:
+        return program(arrays)
+    specs = *(lora_spec(leaf.shape, mesh) for leaf in (lora_a, lora_b)), weight_specs(weight, mesh), P()
+    return _on_every_device(program, arrays, specs, mesh)
+
+
+def _stack_norms(arrays: tuple[Any, Any, Weight, jax.Array], scaling: float) -> jax.Array:
+    *factors, weight, weight_norms2 = arrays
 
     def norms(layer: jax.Array) -> jax.Array:
-        a_KR, b_RN = (stack[layer].astype(weight.dtype) for stack in (lora_a, lora_b))
-        return row_norms(a_KR, b_RN, weight_norms2[layer], FrozenLayer(weight, None, layer), scaling)
+        a_KR, b_RN = gathered(jax.tree.map(lambda stack: stack[layer].astype(weight.dtype), factors))
+        frozen = FrozenLayer(gather_layer(weight, layer), None, layer)
+        return row_norms(a_KR, b_RN, weight_norms2[layer], frozen, scaling)
 
     return jax.lax.map(norms, jnp.arange(len(weight_norms2), dtype=jnp.int32))
 
 
-@jax.jit
-def squared_norms(weight: Weight) -> Float[Array, "L N"]:
-    """Computes ||W||^2 of each row of a stack, summed in f32; one layer is dequantized at a time."""
+@functools.partial(jax.jit, static_argnames="mesh")
+def squared_norms(weight: Weight, mesh: AnyMesh | None = None) -> Float[Array, "L N"]:
+    """Computes ||W||^2 of each row of a stack, summed in f32; one layer is dequantized at a time.
+
+    On a mesh, every device gathers a layer's packed codes, and computes all of its rows.
+    """
+    if mesh is None:
+        return _squared_norms(weight)
+    return _on_every_device(_squared_norms, weight, weight_specs(weight, mesh), mesh)
+
+
+def _squared_norms(weight: Weight) -> jax.Array:
     if isinstance(weight, MixedStack):
-        return weight.in_layer_order(squared_norms(weight.quantized), squared_norms(weight.dense))
+        return weight.in_layer_order(_squared_norms(weight.quantized), _squared_norms(weight.dense))
 
     def of_one(layer: QTensor | jax.Array) -> jax.Array:
-        w_NK = dequantize(layer, layer.dtype) if isinstance(layer, QTensor) else layer
+        whole = gathered(layer)
+        w_NK = dequantize(whole, whole.dtype) if isinstance(whole, QTensor) else whole
         return jnp.sum(jnp.square(w_NK.astype(jnp.float32)), axis=1)
 
     return jax.lax.map(of_one, weight)
+
+
+def _on_every_device(program: Callable[[Any], jax.Array], arrays: PyTree, specs: PyTree, mesh: AnyMesh) -> jax.Array:
+    """Returns `program(arrays)`, which every device of a mesh computes for itself; cut arrays are Shards."""
+    run = jax.shard_map(
+        lambda parts: program(shards_of(parts, specs, mesh)),
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=P(),
+        check_vma=False,  # kernels' results carry no such types
+    )
+    return run(arrays)

@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from pallas_kernels.formats.qtensor import QTensor
@@ -18,7 +19,7 @@ from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.matmul import dot_nt
 from qlora_jax.nn.mixed_stack import MixedStack, mixed_linear
 from qlora_jax.nn.variables import Frozen, select_layer
-from qlora_jax.sharding import gathered, is_shard
+from qlora_jax.sharding import AnyMesh, gathered, is_shard, stack_spec
 
 
 @jax.tree_util.register_dataclass
@@ -30,6 +31,12 @@ class OneLayer:
 
 
 Weight = QTensor | MixedStack | jax.Array  # 4-bit, partly 4-bit, or dense [L, N, K]
+
+
+def weight_specs(weight: Weight, mesh: AnyMesh) -> PyTree:
+    """Returns the PartitionSpec of every leaf of a weight: 4-bit stacks are cut, others are whole on each device."""
+    is_cut = isinstance(weight, QTensor)
+    return jax.tree.map(lambda leaf: stack_spec(leaf.shape, mesh) if is_cut else P(), weight)
 
 
 def gather_layer(base: PyTree, layer: jax.Array) -> PyTree:

@@ -17,14 +17,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.model_sharding import lora_specs, parts_specs, shards_of
+from qlora_jax.models.model_sharding import lora_specs, parts_specs
 from qlora_jax.models.partition import Lora, ModelParts, combine
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.mesh_state import state_specs
-from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, sum_over
+from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, shards_of, sum_over
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}

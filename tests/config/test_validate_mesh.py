@@ -60,7 +60,7 @@ def test_auto_leaves_out_sizes_that_do_not_divide_the_micro_batch():
         (MeshArgs(data=2, fsdp=2), dict(train=rows(6, 6)), "Set train.micro_batch_size=4 and train.accumulation=9"),
         (MeshArgs(data=4, fsdp=4), dict(train=rows(16)), "found 4 x 4 = 16 devices, but there are 8 devices. Set"),
         (MeshArgs(fsdp=2), dict(train=rows(2, remat="none")), "train.remat: found 'none' with mesh.fsdp=2, expected"),
-        (MeshArgs(fsdp=2), dict(train=rows(2), lora=LoraArgs(method="dora")), "lora.method: found 'dora' on a mesh of"),
+        (MeshArgs(fsdp=2), dict(train=rows(2), lora=LoraArgs(method="full")), "lora.method: found 'full' on a mesh of"),
         (MeshArgs(data=2, fsdp=1), dict(train=rows(2), lora=LoraArgs(init="pissa")), "or lora.init=default"),
         (MeshArgs(data="auto"), dict(train=rows(6)), "found 6, expected a multiple of 8 (mesh.data 8 x mesh.fsdp 1)"),
     ],

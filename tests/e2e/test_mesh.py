@@ -125,6 +125,8 @@ CASES = [
     (FSDP2, dict(model=dict(new_tokens=["<new>"]))),
     (BOTH, dict(lora=dict(modules_to_save=["lm_head"]))),
     (BOTH, dict(lora=dict(method="ia3", rank=LoraArgs().rank, dropout=0.0))),
+    (BOTH, dict(lora=dict(method="dora"))),
+    (FSDP8, dict(lora=dict(method="dora", dropout=0.0), optim=dict(paging="on", paging_budget="100KiB"))),
     (FSDP8, dict(train=dict(remat="full"))),
     (DATA8, dict(train=dict(remat="none"))),
     (FSDP8, dict(model=dict(quant_type="none"))),

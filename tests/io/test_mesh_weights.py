@@ -23,7 +23,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import parts_specs
-from qlora_jax.models.partition import partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.sharding import cut_axis, make_mesh
 from tests.io.tiny_models import random_weights, tiny_config, write_folder, write_gguf
@@ -151,9 +151,17 @@ def test_the_form_of_earlier_fingerprints_is_kept(folder: Path, on_one: Loaded) 
         assert _load(folder, mesh=mesh, fingerprint=on_one.fingerprint).fingerprint == on_one.fingerprint
 
 
-def test_adapters_and_new_rows_are_those_of_one_device_to_the_bit(folder: Path) -> None:
+def norms_of(parts: ModelParts) -> list[jax.Array]:
+    """The frozen norms of DoRA."""
+    flat = nnx.to_flat_state(parts.base)
+    return [variable.get_value() for path, variable in flat if path[-1] == "weight_norms2"]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_adapters_and_new_rows_are_those_of_one_device_to_the_bit(folder: Path, method: str) -> None:
     source, mesh = open_model(folder), make_mesh(1, 8)
-    features, lora, new = model_config(source.config), LoraArgs(rank=16, target_modules=["down_proj"]), (32, 33)
+    lora = LoraArgs(rank=16, method=method, target_modules=["down_proj"])
+    features, new = model_config(source.config), (32, 33)
     found = []
     for each in (None, mesh):
         loaded, _ = load_for_training(source, features, FORMAT, lora, jax.random.key(3), mesh=each, new_ids=new)
@@ -165,6 +173,9 @@ def test_adapters_and_new_rows_are_those_of_one_device_to_the_bit(folder: Path) 
     up = found[1].lora["model.layers.mlp.down_proj"]["lora_a"]
     assert up.addressable_shards[0].data.shape == (2, 128 // 8, 16)
     assert found[1].lora["model.embed_tokens"]["rows"].sharding.is_fully_replicated
+    for ours, theirs in zip(*(norms_of(parts) for parts in found), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs), strict=True)
+    assert len(norms_of(found[1])) == (method == "dora")
     specs = parts_specs(found[1], mesh)
     placed = jax.device_put(found[1].base, jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), specs.base))
     for ours, theirs in zip(jax.tree.leaves(found[1].base), jax.tree.leaves(placed), strict=True):

@@ -13,6 +13,8 @@ SHAPES = {
     "model.layers.self_attn.q_proj": {"lora_a": (512, 16), "lora_b": (16, 512)},
     # A small tensor that is cut; a large one of 18.75 blocks, which is whole.
     "model.layers.mlp.down_proj": {"lora_a": (64, 32), "lora_b": (12, 400)},
+    # The magnitudes of DoRA are whole.
+    "model.layers.mlp.up_proj": {"magnitude": (512,)},
     # Rows of a table are whole, whatever their shape.
     "lm_head": {"lora_a": (512, 16)},
 }

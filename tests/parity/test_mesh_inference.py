@@ -8,6 +8,7 @@ import pytest
 
 from pallas_kernels.aot.collectives import ALL_GATHER, read_collectives, totals
 from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.config import LoraArgs
 from qlora_jax.evaluation import loglikelihood
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.tasks import letters
@@ -15,6 +16,7 @@ from qlora_jax.evaluation.tasks.letters import LetterQuestion, score_letters
 from qlora_jax.inference.decode import generate
 from qlora_jax.inference.lowering import lower_decoding
 from qlora_jax.inference.sampling import Sampling
+from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.sharding import make_mesh, part_bytes
@@ -60,6 +62,20 @@ def test_replies_are_those_of_one_device(data, fsdp, vocabulary):
         assert generate(on_mesh(parts, data, fsdp), prompts(), **limits) == expected
         assert len({tuple(reply.ids) for reply in expected}) == (4 if sampling == GREEDY else 5)
     assert {reply.end for reply in whole} == {"length"} and len(whole[0].ids) == 6
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_replies_with_dora_are_those_of_one_device():
+    """Its norms are computed once, from the parts of all devices."""
+    lora = LoraArgs(rank=16, method="dora", target_modules=["q_proj", "down_proj"])
+    parts = mesh_parts(mesh_config(CUT_VOCABULARY), lora=lora)
+    placed = on_mesh(parts, 2, 4)
+    ours, theirs = (prepare_for_decoding(each).lora for each in (placed, parts))
+    for name in ours:
+        np.testing.assert_allclose(ours[name]["scale"], theirs[name]["scale"], rtol=1e-6)
+    limits = {"sampling": GREEDY, "max_new_tokens": 4, "stop_ids": []}
+    assert generate(placed, prompts(), **limits) == generate(parts, prompts(), **limits)
 
 
 def scored_rows() -> list[tuple[np.ndarray, np.ndarray]]:

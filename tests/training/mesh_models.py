@@ -29,7 +29,7 @@ def mesh_config(vocabulary: int, **changes: Any) -> dict[str, Any]:
 
 
 def mesh_parts(config: dict[str, Any], *, dtype: str = "float32", lora: LoraArgs | None = None) -> ModelParts:
-    """The parts of a model of `config` with random weights on one device; no adapter is zero."""
+    """The parts of a model of `config` with random weights on one device; no adapter is zero, no vector as drawn."""
     features, tensors = model_config(config), random_weights(config)
     model = CausalLM(features, WeightFormat(dtype=dtype))
     for slot in slots_of(model):
@@ -38,9 +38,13 @@ def mesh_parts(config: dict[str, Any], *, dtype: str = "float32", lora: LoraArgs
         _variable(model, slot.path).set_value(value)
     add_lora(model, lora or LoraArgs(rank=16), jax.random.key(0))
     parts, rng = partition(model), np.random.default_rng(7)
-    return parts.with_lora(
-        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.02, leaf.shape), leaf.dtype), parts.lora)
-    )
+
+    def trained(leaf: jax.Array) -> jax.Array:
+        noise = rng.normal(0, 0.02, leaf.shape)
+        is_vector = leaf.ndim == 2
+        return jnp.asarray(np.asarray(leaf) * (1 + noise) if is_vector else noise, leaf.dtype)
+
+    return parts.with_lora(jax.tree.map(trained, parts.lora))
 
 
 def mesh_batch(config: dict[str, Any], shape: tuple[int, int, int], seed: int = 1) -> dict[str, jax.Array]:

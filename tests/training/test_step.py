@@ -106,6 +106,38 @@ def test_tables_that_are_cut_change_losses_by_rounding_alone(sizes, tied):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dtype", "remat", "sizes", "dropout"),
+    [
+        ("float32", "names", (2, 4), 0.0),
+        *(
+            pytest.param(*case, marks=EXHAUSTIVE)
+            for case in [
+                ("float32", "full", (1, 8), 0.3),
+                ("float32", "none", (8, 1), 0.0),
+                ("float32", "full", (2, 4), 0.0),
+                ("bfloat16", "names", (2, 4), 0.3),
+            ]
+        ),
+    ],
+)
+def test_dora_equals_one_device_and_exchanges_no_more_packed_bytes(dtype, remat, sizes, dropout):
+    config = mesh_config(WHOLE_VOCABULARY)
+    lora = LoraArgs(rank=16, method="dora", dropout=dropout, target_modules=["q_proj", "down_proj"])
+    parts, mesh = mesh_parts(config, dtype=dtype, lora=lora), make_mesh(*sizes)
+    batch, key = mesh_batch(config, SHAPE), jax.random.key(3) if dropout else None
+    expected_grads, expected = gradients(parts, batch, key, remat=remat)
+    placed = place_parts(parts, mesh)
+    batch = jax.device_put(batch, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
+    compiled = gradients.lower(placed, batch, key, remat=remat, mesh=mesh).compile()
+    grads, loss = compiled(placed, batch, key)
+    np.testing.assert_array_equal(loss.row_nll_AB, expected.row_nll_AB)
+    off = jax.tree.map(relative, grads, expected_grads)
+    assert max(jax.tree.leaves(off)) < (1e-6 if dtype == "float32" else 2e-2), off
+    assert problems_of(compiled, placed, sizes) == []
+
+
+@pytest.mark.slow
 def test_dropout_does_not_depend_on_micro_batches_or_the_mesh():
     """1 x 16 rows on one device and 4 x 4 on four; other masks would change each row by more than 1e-5."""
     config, lora = mesh_config(WHOLE_VOCABULARY), LoraArgs(rank=16, dropout=0.3, target_modules=["q_proj", "down_proj"])
@@ -131,13 +163,18 @@ def exchange_problems(sizes: tuple[int, int], remat: str) -> list[str]:
     """Lists exchanges of a compiled step other than packed weights, twice per micro-batch, and small float arrays."""
     args, kwargs = arguments(WHOLE_VOCABULARY, "float32", remat, sizes)
     jax.clear_caches()  # a broken copy is another program under the same name
-    text = gradients.lower(*args, **kwargs).compile().as_text()
+    return problems_of(gradients.lower(*args, **kwargs).compile(), args[0], sizes)
+
+
+def problems_of(compiled: jax.stages.Compiled, parts: ModelParts, sizes: tuple[int, int]) -> list[str]:
+    """Lists the problems of the exchanges of one compiled step."""
+    text = compiled.as_text()
     assert text is not None
     collectives = read_collectives(text)
-    expected = 2 * SHAPE[0] * packed_bytes(args[0]) if sizes[1] > 1 else 0
+    expected = 2 * SHAPE[0] * packed_bytes(parts) if sizes[1] > 1 else 0
     found = sum(total.nbytes for (_, dtype), total in totals(collectives).items() if dtype == "u8")
     problems = [] if found == expected else [f"u8: found {found} bytes, expected {expected}"]
-    smallest = min(int(np.prod(weight.shape)) for weight in stacks(args[0]))
+    smallest = min(int(np.prod(weight.shape)) for weight in stacks(parts))
     large = [one for one in collectives if one.dtype != "u8" and one.elements >= smallest]
     problems += [f"{one.operation} of {one.dtype} {one.array.shape}: as large as a weight" for one in large]
     others = [one for one in collectives if one.dtype == "u8" and one.operation != ALL_GATHER]
