@@ -186,6 +186,11 @@ def _check_trainable(provenance: Provenance, tokenizer: Tokenizer) -> Provenance
             f"model: {provenance.opened.run.path} replaces whole tables of the base. Load the base, and add the "
             'adapter with qlora_jax.LoRA(start="FOLDER")'
         )
+    if provenance.opened.run is not None and provenance.opened.run.projections is not None:
+        raise ValueError(
+            f"model: {provenance.opened.run.path} has a vera_A and vera_B that are not those of its "
+            "projection_prng_key, so a run cannot restore them. Merge the adapter, and train the merged model"
+        )
     if not _are_equal(tokenizer, provenance.opened.tokenizer):
         raise ValueError(
             "tokenizer: is not the one that qlora_jax.load returned with this model. Pass that one; to change the chat "

@@ -20,6 +20,7 @@ AT_LEAST_TWO = Bound("2 or more", lambda value: value >= 2)
 AT_LEAST_HUNDRED = Bound("100 or more", lambda value: value >= 100)
 BELOW_ONE = Bound("at least 0 and below 1", lambda value: 0 <= value < 1)
 UP_TO_ONE = Bound("from 0 to 1", lambda value: 0 <= value <= 1)
+WORD = Bound("from 0 to 4294967295", lambda value: 0 <= value < 1 << 32)
 BLOCK_SIZE = Bound("a power of two from 32 to 4096", lambda value: value in [2**n for n in range(5, 13)])
 NOT_EMPTY = Bound("not empty", lambda value: len(value) > 0)
 

@@ -13,6 +13,7 @@ from qlora_jax.config.fields import (
     NOT_EMPTY,
     POSITIVE,
     UP_TO_ONE,
+    WORD,
     setting,
 )
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
@@ -54,6 +55,8 @@ MethodName = Literal[
     "lora",
     "dora",
     "ia3",
+    "oft",
+    "vera",
     "ln_tuning",
     "bitfit",
     "houlsby",
@@ -68,9 +71,10 @@ class LoraArgs:
 
     method: MethodName = setting(
         "finetuning method (docs/adapters.md). lora: low-rank matrices. dora: LoRA, and the norm of each weight row. "
-        "ia3: scaling vectors for keys, values and the MLP's inner activations. ln_tuning: the norms. bitfit: the "
-        "biases. houlsby: bottleneck adapters after attention and after the MLP. pfeiffer: after the MLP only. full: "
-        "every weight of the unquantized model",
+        "ia3: scaling vectors for keys, values and the MLP's inner activations. oft: rotations of inputs. vera: "
+        "vectors that scale frozen random matrices. ln_tuning: the norms. bitfit: the biases. houlsby: bottleneck "
+        "adapters after attention and after the MLP. pfeiffer: after the MLP only. full: every weight of the "
+        "unquantized model",
         "lora",
         common="finetuning method, such as lora, dora, full",
     )
@@ -111,6 +115,20 @@ class LoraArgs:
     bottleneck_activation: Literal["gelu", "relu", "silu"] = setting(
         "houlsby, pfeiffer: the function between the two projections of an adapter", "gelu"
     )
+    oft_block_size: int = setting(
+        "oft: neighbouring inputs that rotate together; it divides the inputs of each target module", 32, AT_LEAST_TWO
+    )
+    oft_blocks: int = setting(
+        "oft: number of blocks of each target module, in place of oft_block_size; 0: as that says", 0, NON_NEGATIVE
+    )
+    block_share: bool = setting("oft: all blocks of a target module share one rotation", False)
+    use_cayley_neumann: bool = setting(
+        "oft: compute rotations by a series, which is fast but exact only for small angles; false: by a linear solve",
+        True,
+    )
+    num_cayley_neumann_terms: int = setting("oft: terms of this series", 5, AT_LEAST_TWO)
+    projection_prng_key: int = setting("vera: seed of the frozen matrices, which all layers share", 0, WORD)
+    d_initial: float = setting("vera: initial value of the vector that scales the first product", 0.1, POSITIVE)
     rank_pattern: dict[str, int] = setting("a different rank for matching names: {down_proj: 8}", {})
     alpha_pattern: dict[str, float] = setting("a different alpha for matching names: {down_proj: 16.0}", {})
     use_rslora: bool = setting("scale by alpha / sqrt(rank) instead (rank-stabilized LoRA)", False)

@@ -24,18 +24,25 @@ BOTTLENECKS: tuple[MethodName, ...] = ("houlsby", "pfeiffer")
 # Settings of section `lora` that only some methods use: setting -> these methods.
 USED_BY: dict[str, tuple[MethodName, ...]] = {
     "init": LOW_RANK,
-    "rank": (*LOW_RANK, *BOTTLENECKS),
+    "rank": (*LOW_RANK, "vera", *BOTTLENECKS),
     "alpha": LOW_RANK,
-    "dropout": LOW_RANK,
+    "dropout": (*LOW_RANK, "vera"),
     "rank_pattern": LOW_RANK,
     "alpha_pattern": LOW_RANK,
     "use_rslora": LOW_RANK,
-    "dtype": (*LOW_RANK, *BOTTLENECKS, "full"),
+    "dtype": (*LOW_RANK, "oft", *BOTTLENECKS, "full"),
     "feedforward_modules": ("ia3",),
+    "oft_block_size": ("oft",),
+    "oft_blocks": ("oft",),
+    "block_share": ("oft",),
+    "use_cayley_neumann": ("oft",),
+    "num_cayley_neumann_terms": ("oft",),
+    "projection_prng_key": ("vera",),
+    "d_initial": ("vera",),
     "bottleneck_activation": BOTTLENECKS,
-    "target_modules": (*LOW_RANK, "ia3", "ln_tuning", "bitfit"),
-    "modules_to_save": (*LOW_RANK, "ia3", "ln_tuning", "bitfit", *BOTTLENECKS),
-    "start": (*LOW_RANK, "ia3", "ln_tuning"),
+    "target_modules": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit"),
+    "modules_to_save": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning", "bitfit", *BOTTLENECKS),
+    "start": (*LOW_RANK, "ia3", "oft", "vera", "ln_tuning"),
 }
 NOT_OF_LINEARS = ("ln_tuning", "bitfit")
 
@@ -53,6 +60,10 @@ def _method_problems(lora: LoraArgs) -> list[str]:
         unused["svd_niter"] = "lora.init=default"
     if lora.init != "loftq":
         unused["loftq_iterations"] = f"lora.init={lora.init}"
+    if lora.oft_blocks:
+        unused["oft_block_size"] = f"lora.oft_blocks={lora.oft_blocks}"
+    if not lora.use_cayley_neumann:
+        unused["num_cayley_neumann_terms"] = "lora.use_cayley_neumann=false"
     problems = [
         f"lora.{name}: found {getattr(lora, name)!r}, but {why} does not use it. Remove this setting"
         for name, why in unused.items()

@@ -46,6 +46,7 @@ from qlora_jax.io.digests import warn_without_digests
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
+from qlora_jax.nn.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
 SYSTEM_ERROR = re.compile(r"os_error_code='(\d+)'")  # in errors of tensorstore
@@ -243,6 +244,7 @@ class Run:
       new_ids: ids of the tokens whose rows were trained; filled in when the tokenizer is known.
       initial: the initial adapter, if it contains a part of the weights.
       tables: embedding and head that replace the base's, from a PEFT adapter.
+      projections: VeRA's A and B from a PEFT adapter, if they are not those of its settings.
     """
 
     path: Path
@@ -255,6 +257,7 @@ class Run:
     new_ids: tuple[int, ...] = ()
     initial: InitialAdapter | None = None
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    projections: Projections | None = None
 
     @property
     def label(self) -> str:

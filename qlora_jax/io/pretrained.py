@@ -144,6 +144,7 @@ def _open_adapter(folder: Path, base: str | None, step: int | None, chat_templat
         fingerprint=None,
         new_ids=adapter.new_ids,
         tables=adapter.tables,
+        projections=adapter.projections,
     )
     return _opened(source, args, run, chat_template)
 
@@ -242,7 +243,8 @@ def apply_adapter(model: CausalLM, run: Run) -> ModelParts:
     Raises:
       ValueError: the adapter does not fit the model; the message names every projection that differs.
     """
-    add_lora(model, run.lora_args, jax.random.key(0), None if run.initial is None else run.initial.factors)
+    initial = None if run.initial is None else run.initial.factors
+    add_lora(model, run.lora_args, jax.random.key(0), initial, projections=run.projections)
     set_tables(model, run.tables)
     add_tables(model, run.new_ids, run.lora_args)
     fresh = partition(model)

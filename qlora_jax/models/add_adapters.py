@@ -23,6 +23,9 @@ from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.oft import OFT, InferenceOFT
+from qlora_jax.nn.variables import Frozen
+from qlora_jax.nn.vera import Projections, VeRA, draw_projections
 from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
 from qlora_jax.sharding import lora_spec, mesh_of, named
 
@@ -61,7 +64,12 @@ def norms(model: CausalLM) -> Iterator[tuple[str, RMSNorm | LayerNorm]]:
 
 
 def add_lora(
-    model: CausalLM, spec: LoraArgs, key: jax.Array, initial: Factors | None = None, mesh: Mesh | None = None
+    model: CausalLM,
+    spec: LoraArgs,
+    key: jax.Array,
+    initial: Factors | None = None,
+    mesh: Mesh | None = None,
+    projections: Projections | None = None,
 ) -> None:
     """Adds adapters to the targeted projections of `model`, in place; they change nothing until trained.
 
@@ -74,16 +82,24 @@ def add_lora(
       initial: initial A and B in place of drawn ones (`lora.init`), in the form of `ModelParts.lora`.
       mesh: devices that the weights are cut over, and drawn A and B, of which each draws its part; None for the
         default device.
+      projections: frozen A and B of the method `vera`; None: those of `vera_projections`.
 
     Raises:
-      ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, 4-bit weights with the
-        method `full`, or a model without a bias with `bitfit`.
+      ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, blocks that do not
+        divide a projection's inputs, 4-bit weights with the method `full`, or a model without a bias with `bitfit`.
     """
     if spec.method in NOT_ON_PROJECTIONS:
         NOT_ON_PROJECTIONS[spec.method](model, spec, key)
         return
     known = dict(linears(model))
-    made = _ia3s(model, known, spec) if spec.method == "ia3" else _low_rank(model, known, spec, key, initial, mesh)
+    if spec.method == "ia3":
+        made = _ia3s(model, known, spec)
+    elif spec.method == "oft":
+        made = _ofts(model, spec)
+    elif spec.method == "vera":
+        made = _veras(model, spec, projections)
+    else:
+        made = _low_rank(model, known, spec, key, initial, mesh)
     for name, adapter in made.items():
         known[name].adapter = adapter
 
@@ -204,6 +220,57 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
     return targets, found
 
 
+def _ofts(model: CausalLM, spec: LoraArgs) -> dict[str, Adapter]:
+    terms = spec.num_cayley_neumann_terms if spec.use_cayley_neumann else None
+    return {
+        name: OFT.init(model.config.num_layers, *blocks, neumann_terms=terms, dtype=spec.dtype)
+        for name, blocks in oft_blocks(model.config, spec).items()
+    }
+
+
+def oft_blocks(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
+    """Returns {Hugging Face name: (trained blocks, block size)} of each projection whose inputs OFT rotates.
+
+    One block trains if all share it.
+
+    Raises:
+      ValueError: the inputs of a projection are not a multiple of the blocks, or a pattern that matches nothing or only
+        some layers of a stack.
+    """
+    setting, value = ("oft_blocks", spec.oft_blocks) if spec.oft_blocks else ("oft_block_size", spec.oft_block_size)
+    inputs = {name: k for name, (_, k) in _target_shapes(config, spec).items()}
+    if wrong := [f"{name} has {k} inputs" for name, k in inputs.items() if k % value]:
+        raise ValueError(f"lora.{setting}: found {value}, but {'; '.join(wrong)}. Set it to a divisor of all of these.")
+    counts = {name: (value, k // value) if spec.oft_blocks else (k // value, value) for name, k in inputs.items()}
+    return {name: (1 if spec.block_share else count, size) for name, (count, size) in counts.items()}
+
+
+def _target_shapes(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
+    """Returns {Hugging Face name: (N, K)} of each targeted projection."""
+    shapes = {config.hugging_face_name(f"model.layers.{n}"): shape for n, (shape, _) in config.linear_shapes().items()}
+    return {name: shapes[name] for name in _targets(spec.target_modules, list(shapes), config.num_layers)}
+
+
+def _veras(model: CausalLM, spec: LoraArgs, projections: Projections | None) -> dict[str, Adapter]:
+    targets = _target_shapes(model.config, spec)
+    a, b = projections or vera_projections(model.config, spec)
+    dtype = model.model.embed_tokens.weight.get_value().dtype
+    shared = Frozen(jnp.asarray(a.T, dtype)), Frozen(jnp.asarray(b, dtype))
+    settings = {"d_initial": spec.d_initial, "dropout": spec.dropout}
+    return {name: VeRA.init(model.config.num_layers, n, *shared, **settings) for name, (n, _) in targets.items()}
+
+
+def vera_projections(config: ModelConfig, spec: LoraArgs) -> Projections:
+    """Returns the frozen A and B of VeRA, which all targeted projections share."""
+    return draw_projections(spec.projection_prng_key, spec.rank, largest_shape(config, spec))
+
+
+def largest_shape(config: ModelConfig, spec: LoraArgs) -> tuple[int, int]:
+    """Returns the largest N and the largest K of the targeted projections."""
+    shapes = _target_shapes(config, spec).values()
+    return max(n for n, _ in shapes), max(k for _, k in shapes)
+
+
 def _low_rank(
     model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array, initial: Factors | None, mesh: Mesh | None
 ) -> dict[str, Adapter]:
@@ -259,18 +326,22 @@ VECTORS = (
     "bias",
     "down_bias",
     "up_bias",
+    "lambda_b",
+    "lambda_d",
 )  # trainable vectors, which stay in f32
 
 
 def prepare_for_decoding(parts: ModelParts) -> ModelParts:
     """Returns the model for many calls of few tokens, with the shared parts computed once.
 
-    These are the norms of DoRA, and the cast of matrices to the compute dtype.
+    These are the norms of DoRA, the rotations of OFT, and the cast of matrices to the compute dtype.
     """
     model, mesh = combine(parts), mesh_of(parts)
     for _, linear in linears(model):
         if isinstance(linear.adapter, DoRA) and not isinstance(linear.adapter, InferenceDoRA):
             linear.adapter = InferenceDoRA(linear.adapter, linear.weight.get_value(), mesh)
+        elif isinstance(linear.adapter, OFT) and not isinstance(linear.adapter, InferenceOFT):
+            linear.adapter = InferenceOFT(linear.adapter)
     dtype = model.model.embed_tokens.weight[...].dtype
     settled = partition(model)
     cast = {

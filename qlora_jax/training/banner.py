@@ -27,6 +27,8 @@ METHODS = {
     "lora": ("LoRA", "projections"),
     "dora": ("DoRA", "projections"),
     "ia3": ("(IA)^3", "projections"),
+    "oft": ("OFT", "projections"),
+    "vera": ("VeRA", "projections"),
     "ln_tuning": ("LayerNorm tuning", "norms"),
     "bitfit": ("BitFit", "layers with a bias"),
     "houlsby": ("Houlsby adapter", "modules of a layer"),

@@ -8,7 +8,8 @@ C = tokens (6 P + 12 L N H T). Here the frozen base has no weight gradient, so
 P are the weights of a layer's projections. Recomputation in the backward pass does not count, and neither does padding:
 a row of n tokens counts as n tokens, whatever the batch's length. PaLM counts T keys per query; `pairs` counts only the
 (query, key) pairs that causality, windows and row ends allow, over all layers. The head counts for supervised targets
-only, with factor 6 if it trains fully. DoRA and new tokens add their products, and full finetuning counts 6 P_frozen.
+only, with factor 6 if it trains fully. DoRA, OFT and new tokens add their products, VeRA's frozen A takes no gradient,
+and full finetuning counts 6 P_frozen.
 
 Dimension key: L layers, D embed, N q-heads, H head_dim, V vocab.
 """
@@ -27,7 +28,8 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, StepShape
 
 # Products of a layer whose cost is proportional to the tokens.
-PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora"))]
+PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora", "cayley"))]
+PER_MICRO_BATCH = ("dora forward", "cayley forward", "cayley backward")  # norms and rotations, whatever the tokens
 ATTENTION_PRODUCTS = 6  # q k^T and p v; dp, dk, dv, dq
 NO_WINDOW = 1 << 62
 
@@ -40,7 +42,7 @@ class Utilization:
       token: FLOP per token.
       target: FLOP per supervised target.
       pair: FLOP per (query, key) pair of a layer.
-      micro_batch: FLOP per micro-batch (DoRA's norms).
+      micro_batch: FLOP per micro-batch (DoRA's norms, OFT's rotations).
       windows: the number of layers per attention window.
       peak: the peak of all devices together in FLOP/s; None if it is not known.
     """
@@ -86,7 +88,7 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1) -> Utiliz
         # Half of what a fully trained head adds to the backward pass is recomputed logits.
         target=head["head forward"] + head["head backward"] + head["whole_head backward"] // 2,
         pair=ATTENTION_PRODUCTS * 2 * model.num_heads * model.head_dim,
-        micro_batch=model.num_layers * LAYER_FLOPS["dora forward"](one),
+        micro_batch=model.num_layers * sum(LAYER_FLOPS[name](one) for name in PER_MICRO_BATCH),
         windows=Counter(NO_WINDOW if window is None else window for window in windows),
         peak=None if peak is None else peak * devices,
     )

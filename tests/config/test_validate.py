@@ -186,6 +186,19 @@ def test_every_setting_has_help():
             dict(feedforward_modules=["down_proj"]),
             ["lora.feedforward_modules: found ['down_proj']"],
         ),
+        (
+            dict(method="oft", rank=8, dropout=0.1, d_initial=0.5, oft_blocks=4, oft_block_size=16),
+            [
+                "lora.rank: found 8, but lora.method=oft does not use it",
+                *("lora.dropout", "lora.d_initial", "lora.oft_block_size: found 16, but lora.oft_blocks=4"),
+            ],
+        ),
+        (
+            dict(method="oft", use_cayley_neumann=False, num_cayley_neumann_terms=7),
+            ["lora.num_cayley_neumann_terms: found 7, but lora.use_cayley_neumann=false"],
+        ),
+        (dict(method="vera", alpha=8.0, dtype="bfloat16", block_share=True), ["lora.alpha", "lora.dtype"]),
+        (dict(projection_prng_key=3), ["lora.projection_prng_key: found 3, but lora.method=lora"]),
         (dict(method="dora", feedforward_modules=[]), ["lora.feedforward_modules: found [], but lora.method=dora"]),
         (
             dict(method="ln_tuning", rank=8, target_modules="all-linear"),

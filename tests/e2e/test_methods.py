@@ -24,6 +24,13 @@ METHODS = {
     "pissa": dict(lora=dict(init="pissa", svd_niter=4)),
     "loftq": dict(lora=dict(init="loftq", loftq_iterations=2), model=dict(double_quant=False)),
     "dora of pissa": dict(lora=dict(method="dora", init="pissa")),
+    "oft": dict(lora=dict(method="oft", oft_block_size=8, rank=16, dropout=0.0)),
+    "oft, exact, shared, in bf16": dict(
+        lora=dict(method="oft", oft_blocks=4, block_share=True, use_cayley_neumann=False, rank=16, dropout=0.0)
+        | dict(dtype="bfloat16"),
+        model=dict(compute_dtype="bfloat16"),
+    ),
+    "vera": dict(lora=dict(method="vera", rank=32), optim=dict(learning_rate=1e-1)),
     "ia3": dict(lora=dict(method="ia3", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
     "ln_tuning": dict(lora=dict(method="ln_tuning", rank=16, dropout=0.0), optim=dict(learning_rate=1e-1)),
     "bitfit": dict(
@@ -41,12 +48,22 @@ LEAVES = {
     "ia3": ("model.layers.self_attn.k_proj", "vector"),
     "dora": ("model.layers.self_attn.k_proj", "magnitude"),
     "lora": ("model.layers.self_attn.k_proj", "lora_b"),
+    "oft": ("model.layers.self_attn.k_proj", "oft_r"),
+    "vera": ("model.layers.self_attn.k_proj", "lambda_b"),
     "ln_tuning": ("model.layers.input_layernorm", "gain"),
     "bitfit": ("model.layers.self_attn.k_proj", "bias"),
     "houlsby": ("model.layers.self_attn", "up_bias"),
     "pfeiffer": ("model.layers.mlp", "up_bias"),
 }
-BUDGETS = {"ia3": "4KiB", "ln_tuning": "2KiB", "bitfit": "12KiB", "houlsby": "20KiB", "pfeiffer": "10KiB"}
+BUDGETS = {
+    "ia3": "4KiB",
+    "vera": "12KiB",
+    "oft": "40KiB",
+    "ln_tuning": "2KiB",
+    "bitfit": "12KiB",
+    "houlsby": "20KiB",
+    "pfeiffer": "10KiB",
+}
 
 
 IN_CI = ("dora", "pissa", "ia3")  # a way to adapt of each kind; the others are theirs with another setting

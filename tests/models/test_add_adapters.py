@@ -148,3 +148,41 @@ def test_bottlenecks_follow_attention_and_mlp(method, modules):
     assert sorted(lora) == [f"model.layers.{module}" for module in modules]
     shapes = {leaf: values.shape for leaf, values in lora["model.layers.mlp"].items()}
     assert shapes == {"down": (2, 64, 3), "down_bias": (2, 3), "up": (2, 3, 64), "up_bias": (2, 64)}
+
+
+def test_oft_has_a_rotation_for_each_block_of_inputs():
+    shapes = {name: a.oft_r[...].shape for name, a in adapted(method="oft", oft_block_size=16).items()}
+    assert shapes == {name: (3, 8 if name == "down_proj" else 4, 120) for name in ATTENTION + MLP}
+    shared = adapted(method="oft", oft_blocks=2, block_share=True, target_modules=["q_proj", "down_proj"])
+    assert {name: a.oft_r[...].shape for name, a in shared.items()} == {
+        "q_proj": (3, 1, 32 * 31 // 2),
+        "down_proj": (3, 1, 64 * 63 // 2),
+    }
+    assert not any(np.any(np.asarray(a.oft_r[...])) for a in shared.values())
+    with pytest.raises(
+        ValueError, match=r"lora.oft_block_size: found 48, but model.layers.self_attn.q_proj has 64 inp"
+    ):
+        adapted(method="oft", oft_block_size=48)
+    with pytest.raises(ValueError, match=r"lora.oft_blocks: found 128, but .*Set it to a divisor of all of these"):
+        adapted(method="oft", oft_blocks=128)
+
+
+def test_vera_shares_frozen_matrices_of_the_largest_sizes():
+    adapters = adapted(method="vera", rank=5, d_initial=0.2)
+    assert {name: (a.lambda_d[...].shape, a.lambda_b[...].shape) for name, a in adapters.items()} == {
+        name: ((3, 5), (3, {"k_proj": 32, "v_proj": 32, "gate_proj": 128, "up_proj": 128}.get(name, 64)))
+        for name in ATTENTION + MLP
+    }
+    assert {a.a[...].shape for a in adapters.values()} == {(128, 5)}
+    some = adapted(method="vera", rank=5, target_modules=["q_proj", "k_proj"])
+    assert some["k_proj"].a is some["q_proj"].a and some["k_proj"].b[...].shape == (64, 5)
+
+
+def test_veras_matrices_are_one_frozen_pair_of_the_model():
+    model = CausalLM(model_config(tiny_config()), WeightFormat(dtype="float32"))
+    add_lora(model, LoraArgs(method="vera", rank=5), jax.random.key(0))
+    parts = partition(model)
+    assert all(leaves.keys() == {"lambda_d", "lambda_b"} for leaves in parts.lora.values())
+    assert [leaf.shape for leaf in jax.tree.leaves(parts.base)].count((128, 5)) == 2  # A and B, once each
+    again = combine(parts)
+    assert again.model.layers.mlp.up_proj.adapter.a is again.model.layers.self_attn.q_proj.adapter.a

@@ -1,4 +1,4 @@
-"""DoRA, (IA)^3 and LayerNorm tuning: logits, gradients and merges of exported adapters in peft equal ours."""
+"""DoRA, (IA)^3, OFT, VeRA and LayerNorm tuning: logits, gradients, merges of exported adapters in peft equal ours."""
 
 import functools
 from pathlib import Path
@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.export import main
+from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.peft import in_peft_format
-from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained
+from qlora_jax.io.pretrained import apply_adapter, load_base, open_pretrained, weight_settings
 from qlora_jax.models.add_adapters import ia3_targets
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine
@@ -38,6 +39,15 @@ METHODS = {
     ),
     "ia3": LoraArgs(method="ia3"),
     "ln_tuning": LoraArgs(method="ln_tuning"),
+    "oft": LoraArgs(method="oft", oft_block_size=8),
+    "oft, exact, shared": LoraArgs(method="oft", oft_blocks=4, block_share=True, use_cayley_neumann=False),
+    "oft, some, three terms": LoraArgs(
+        method="oft", oft_block_size=16, target_modules=["q_proj", "v_proj", "down_proj"], num_cayley_neumann_terms=3
+    ),
+    "vera": LoraArgs(method="vera", rank=4, dropout=RATE),
+    "vera, some": LoraArgs(
+        method="vera", rank=6, target_modules=["q_proj", "k_proj", "up_proj"], projection_prng_key=3
+    ),
     "ia3, all": LoraArgs(method="ia3", target_modules="all-linear", feedforward_modules=["up_proj", "o_proj"]),
 }
 
@@ -50,7 +60,7 @@ def dropout_takes_every_third_column(monkeypatch: pytest.MonkeyPatch) -> None:
         keep = jnp.arange(x.shape[-1]) % EVERY != 0
         return jnp.where(keep[None], x / jnp.asarray(1 - rate, x.dtype), 0.0)
 
-    for module in ("dropout", "lora"):
+    for module in ("dropout", "lora", "vera"):
         monkeypatch.setattr(f"qlora_jax.nn.{module}.apply_dropout", dropped)
 
 
@@ -105,17 +115,72 @@ def _compare(tmp_path: Path, oracle, cases: dict[str, tuple[dict, dict, LoraArgs
             _close(found[f"{name}/merged/{key}"], merged, f"{name} {key}")
 
 
-@pytest.mark.slow
-def test_forward_gradients_and_merge(tmp_path: Path, oracle) -> None:
+GROUPS = [
+    (["lora", "dora", "dora, some, dropout", "ia3", "ln_tuning", "ia3, all"],),
+    (["oft", "vera"],),
+    (["oft, exact, shared", "oft, some, three terms", "vera, some"],),
+]
+
+
+@pytest.mark.parametrize("names", some_in_ci(GROUPS, lambda i: i < 2))
+def test_forward_gradients_and_merge(tmp_path: Path, oracle, names: list[str]) -> None:
     config = tiny_config(attention_bias=True, mlp_bias=True)
     weights = random_weights(config)
-    _compare(tmp_path, oracle, {name: (config, weights, args) for name, args in METHODS.items()})
+    _compare(tmp_path, oracle, {name: (config, weights, METHODS[name]) for name in names})
 
 
-@pytest.mark.parametrize("family", some_in_ci([("gptneox",), ("phi2",), ("phi3",), ("gemma2",)], lambda i: i % 3 == 0))
-def test_families_under_their_own_names(tmp_path: Path, oracle, family: str) -> None:
+KINDS = ["gptneox", "phi2", "phi3", "gemma2"]
+CASES = [(family, names) for names in (["dora", "ia3", "ln_tuning"], ["oft", "vera"]) for family in KINDS]
+
+
+@pytest.mark.parametrize(("family", "names"), some_in_ci(CASES, lambda i: i in (0, 3)))
+def test_families_under_their_own_names(tmp_path: Path, oracle, family: str, names: list[str]) -> None:
     """Fused projections, and projections called otherwise: the usual targets of (IA)^3 are found, and its biases."""
     config = FAMILIES[family][1]
-    args = {name: METHODS[name] for name in ("dora", "ia3", "ln_tuning")}
+    args = {name: METHODS[name] for name in names}
     _compare(tmp_path, oracle, {name: (config, random_tensors(config), each) for name, each in args.items()})
     assert len(ia3_targets(model_config(config), METHODS["ia3"])[1]) == 1
+
+
+MADE_BY_PEFT = {
+    "oft": ("OFTConfig", dict(oft_block_size=8, target_modules="all-linear")),
+    "oft, exact": (
+        "OFTConfig",
+        dict(r=4, oft_block_size=0, target_modules=["q_proj", "down_proj"], use_cayley_neumann=False),
+    ),
+    "vera": ("VeraConfig", dict(r=4, target_modules="all-linear", projection_prng_key=7)),
+    "vera without projections": ("VeraConfig", dict(r=4, target_modules=["k_proj", "o_proj"], save_projection=False)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_adapters_that_peft_made(tmp_path: Path, oracle) -> None:
+    """Ours compute what PEFT computes; VeRA's matrices are those that we draw, unless the file has others."""
+    config = tiny_config(attention_bias=True)
+    model = write_folder(tmp_path / "model", config, random_weights(config), **{"tokenizer.json": tokenizer_json()})
+    tokens = np.random.default_rng(0).integers(0, 32, (2, 19)).astype(np.int32)
+    cases = {name: [str(model), str(tmp_path / name), *made] for name, made in MADE_BY_PEFT.items()}
+    expected = oracle(SCRIPT.with_name("peft_save_methods.py"), cases=cases, tokens=tokens)
+    for name in MADE_BY_PEFT:
+        run, logits = _opened_logits(tmp_path / name, tokens)
+        assert run.projections is None
+        _close(expected[name], logits, name, 2e-5)
+    weights = tmp_path / "vera/adapter_model.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"base_model.vera_A": 2 * tensors["base_model.vera_A"]}, weights)
+    run, logits = _opened_logits(tmp_path / "vera", tokens)
+    assert run.projections is not None and not np.allclose(logits, expected["vera"], atol=1e-3)
+    again = oracle(
+        SCRIPT.with_name("peft_logits.py"), cases={"vera": [str(model), str(tmp_path / "vera")]}, tokens=tokens
+    )
+    _close(again["vera/adapted"], logits, "other projections", 2e-5)
+
+
+def _opened_logits(adapter: Path, tokens: np.ndarray) -> tuple[Run, np.ndarray]:
+    """Returns an adapter over its base without quantization, and its logits."""
+    opened = open_pretrained(run=str(adapter))
+    assert opened.run is not None
+    model = combine(apply_adapter(load_base(opened, weight_settings(opened, "none", "float32")), opened.run))
+    hidden = jax.jit(type(model).hidden)(model, jnp.asarray(tokens))
+    return opened.run, np.asarray(model.head.logits(hidden)).reshape(*tokens.shape, -1)

@@ -19,11 +19,12 @@ from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
+from qlora_jax.io.peft.projections import projection_tensors
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import slots_of, with_tables
-from qlora_jax.models.add_adapters import ia3_targets
+from qlora_jax.models.add_adapters import ia3_targets, vera_projections
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
@@ -66,7 +67,10 @@ def export_peft(
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     notes = [*trained.notes, *notes_for_readers(config)]
     with staged_folder(output) as folder:
-        write_adapter(folder, tensors | table_tensors(tables, opened.features), config, resized_rows)
+        tensors |= table_tensors(tables, opened.features)
+        if run.lora_args.method == "vera":
+            tensors |= projection_tensors(run.projections or vera_projections(opened.features, run.lora_args))
+        write_adapter(folder, tensors, config, resized_rows)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:

@@ -9,7 +9,7 @@ from qlora_jax.io.model_source import JsonObject
 
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # possible values of --max-lora-rank
 VLLM_DEFAULT_RANK = 16
-NOT_LORA = {"IA3": "(IA)^3", "LN_TUNING": "LayerNorm tuning"}  # by peft_type
+NOT_LORA = {"IA3": "(IA)^3", "OFT": "OFT", "VERA": "VeRA", "LN_TUNING": "LayerNorm tuning"}  # by peft_type
 MERGED = "merge it into a model for them: --format hf or gguf"
 
 

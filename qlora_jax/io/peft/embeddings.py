@@ -22,7 +22,7 @@ PEFT_NAMES = {"rows": DELTA, "weight": "weight"}
 # Modules whose names in transformers differ from those in checkpoints.
 MODULES = {"embed_out": "lm_head"}
 # Methods that PEFT does not combine with trained rows or tied tables, by name.
-LORA_ONLY = {"ia3": "(IA)^3", "ln_tuning": "LayerNorm tuning"}
+LORA_ONLY = {"ia3": "(IA)^3", "oft": "OFT", "vera": "VeRA", "ln_tuning": "LayerNorm tuning"}
 
 
 def split_tables(lora: AdapterArrays) -> tuple[AdapterArrays, AdapterArrays]:
@@ -75,8 +75,8 @@ def check_exportable(run: Run, tables: AdapterArrays, model: ModelConfig) -> Non
     """Checks that PEFT can compute the run's adapter.
 
     Raises:
-      ValueError: the run is a PEFT adapter with whole tables; (IA)^3 or LayerNorm tuning is combined with trained rows
-        or with a tied head; or rows of a head with a bias were trained, which PEFT computes without it.
+      ValueError: the run is a PEFT adapter with whole tables; a method other than LoRA and DoRA is combined with
+        trained rows or with a tied head; or rows of a head with a bias were trained, which PEFT computes without it.
     """
     if run.tables:
         raise ValueError(

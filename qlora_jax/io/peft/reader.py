@@ -5,7 +5,7 @@ Dimension key: L layers, K in, R rank, N out.
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
@@ -18,31 +18,33 @@ from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.config import AdapterConfig, read_adapter_config
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.peft.norms import PEFT_TYPE, norm_suffixes, our_norm_names, read_norms
-from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR, AdapterArrays, target_suffixes
-from qlora_jax.io.tensor_map import LAYER, layer_name
+from qlora_jax.io.peft.projections import NAMES, read_projections
+from qlora_jax.io.peft.stacks import LEAVES_OF_METHOD, WEIGHTS, check_fits, stack_layers
+from qlora_jax.io.peft.writer import AdapterArrays, target_suffixes
 from qlora_jax.metadata import shorten, shorten_key
-from qlora_jax.models.add_adapters import ia3_targets
+from qlora_jax.models.add_adapters import ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.trainable_embeddings import trainable_table_names
+from qlora_jax.nn.vera import Projections
 from qlora_jax.patterns import pattern_problems
 
-CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+CONFIG, PICKLE = "adapter_config.json", "adapter_model.bin"
 # Settings that do not change the computation; the tensors show which modules are targets.
 HARMLESS = {
     *("auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "peft_version", "revision"),
     *("fan_in_fan_out", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
     *("target_modules", "task_type", "eva_config", "corda_config", "init_ia3_weights", "feedforward_modules"),
+    *("init_weights", "eps", "d_initial"),  # eps: of coft alone
 }
-READ_SETTINGS = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+READ_SETTINGS = (
+    *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
+    *("oft_block_size", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    *("vera_dropout", "projection_prng_key", "save_projection"),
+)
 # Initial values that leave the base unchanged; others (PiSSA, OLoRA, LoftQ, CorDA) move a part of it to the adapter.
 INITS = (True, False, "gaussian", "orthogonal", "eva")
-SUPPORTED_VALUES = {"peft_type": ("LORA", "IA3", PEFT_TYPE), "bias": ("none",)}
-MATRICES = ("lora_a", "lora_b")
-LEAVES_OF_METHOD = {"lora": MATRICES, "dora": (*MATRICES, "magnitude"), "ia3": ("vector",)}
-LEAF_NAMES = {ours: theirs for ours, (theirs, _) in LEAVES.items()} | {"vector": VECTOR}
-OURS = {theirs: ours for ours, theirs in LEAF_NAMES.items()}
+SUPPORTED_VALUES = {"peft_type": ("LORA", "IA3", "OFT", "VERA", PEFT_TYPE), "bias": ("none",)}
 Read = tuple[dict[str, dict[str, np.ndarray]], LoraArgs]  # an adapter's LoRA parameters, and the settings of `add_lora`
-KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<leaf>{'|'.join(map(re.escape, OURS))})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,11 +54,13 @@ class PeftAdapter:
     Attributes:
       args: settings with which `add_lora` creates adapters of these shapes and scalings.
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}} in f32, by our names; with
-        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3; {"gain": [L, D]} of norms, and "bias" of
-        LayerNorms; {"rows": [N, D]} of embedding and head.
+        "magnitude" [L, N] for DoRA; {"vector": [L, N or K]} for (IA)^3; {"oft_r": [L, C, E]} for OFT; {"lambda_b":
+        [L, N], "lambda_d": [L, R]} for VeRA; {"gain": [L, D]} of norms, and "bias" of LayerNorms; {"rows": [N, D]} of
+        embedding and head.
       new_ids: ids of the tokens that these rows belong to.
       tables: embedding and head that replace the base's, if they were trained whole.
       base: path or name of the base model when the adapter was trained; None if the config does not say.
+      projections: VeRA's A and B, if they are not those of its settings.
     """
 
     args: LoraArgs
@@ -64,6 +68,7 @@ class PeftAdapter:
     base: str | None
     new_ids: tuple[int, ...]
     tables: dict[str, np.ndarray]
+    projections: Projections | None = None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -92,8 +97,14 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
         raise ValueError(_no_weights(folder))
     tables, tensors, wrong = read_tables(config, list(read_header(folder / WEIGHTS)), model)
     lora, args = READERS[_kind(config)](folder, config, tensors, model, wrong)
-    base = config.get("base_model_name_or_path")
-    return PeftAdapter(args=args, lora=lora | tables.rows, base=base, new_ids=tables.ids, tables=tables.whole)
+    return PeftAdapter(
+        args=args,
+        lora=lora | tables.rows,
+        base=config.get("base_model_name_or_path"),
+        new_ids=tables.ids,
+        tables=tables.whole,
+        projections=read_projections(folder, config, tensors, lora, args, model) if args.method == "vera" else None,
+    )
 
 
 def _kind(config: AdapterConfig) -> str:
@@ -109,14 +120,34 @@ def _read_low_rank(
     folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
 ) -> Read:
     method = "dora" if config.get("use_dora") else "lora"
-    lora = _stacked(folder, tensors, model, LEAVES_OF_METHOD[method], wrong)
+    lora = stack_layers(folder, tensors, model, LEAVES_OF_METHOD[method], wrong)
     return lora, _low_rank_args(config, lora, model)
+
+
+def _read_oft(
+    folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
+) -> Read:
+    lora = stack_layers(folder, tensors, model, LEAVES_OF_METHOD["oft"], wrong)
+    args = _oft_args(config, lora, model)
+    try:
+        oft_blocks(model, args)
+    except ValueError as error:
+        check_fits(folder, [str(error)])
+    return lora, args
+
+
+def _read_vera(
+    folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
+) -> Read:
+    layers = [entry for entry in tensors if entry.name not in NAMES]
+    lora = stack_layers(folder, layers, model, LEAVES_OF_METHOD["vera"], wrong)
+    return lora, _vera_args(config, lora, model)
 
 
 def _read_ia3(
     folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
 ) -> Read:
-    stacks = _stacked(folder, tensors, model, LEAVES_OF_METHOD["ia3"], wrong)
+    stacks = stack_layers(folder, tensors, model, LEAVES_OF_METHOD["ia3"], wrong)
     lora = {name: {"vector": leaves["vector"].reshape(model.num_layers, -1)} for name, leaves in stacks.items()}
     return lora, _ia3_args(stacks, model)
 
@@ -125,7 +156,7 @@ def _read_norms(
     folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
 ) -> Read:
     named, problems = read_norms(tensors, model)
-    _check(folder, wrong + problems)
+    check_fits(folder, wrong + problems)
     ours = our_norm_names(model)
     args = LoraArgs(method="ln_tuning", target_modules=norm_suffixes(list(named), model))
     return {ours[name]: leaves for name, leaves in named.items()}, args
@@ -135,6 +166,8 @@ def _read_norms(
 READERS: dict[str, Callable[[Path, AdapterConfig, list[TensorEntry], ModelConfig, list[str]], Read]] = {
     "LORA": _read_low_rank,
     "IA3": _read_ia3,
+    "OFT": _read_oft,
+    "VERA": _read_vera,
     PEFT_TYPE: _read_norms,
 }
 
@@ -161,6 +194,31 @@ def _ia3_args(lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
     )
 
 
+def _oft_args(config: AdapterConfig, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
+    series, plain = config.get("use_cayley_neumann", True), LoraArgs()
+    terms = config.get("num_cayley_neumann_terms", plain.num_cayley_neumann_terms)
+    return LoraArgs(
+        method="oft",
+        target_modules=_suffixes(lora, model),
+        oft_blocks=config.get("r", 0),
+        oft_block_size=config.get("oft_block_size") or plain.oft_block_size,
+        block_share=bool(config.get("block_share")),
+        use_cayley_neumann=bool(series),
+        num_cayley_neumann_terms=terms if series else plain.num_cayley_neumann_terms,
+    )
+
+
+def _vera_args(config: AdapterConfig, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
+    assert "r" in config  # _check_settings
+    return LoraArgs(
+        method="vera",
+        rank=config["r"],
+        dropout=config.get("vera_dropout") or 0.0,
+        target_modules=_suffixes(lora, model),
+        projection_prng_key=config.get("projection_prng_key", 0),
+    )
+
+
 def _no_weights(folder: Path) -> str:
     if (folder / PICKLE).is_file():
         return (
@@ -176,8 +234,11 @@ def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> 
         for name, possible in SUPPORTED_VALUES.items()
         if name in config and config[name] not in possible
     ]
-    if _kind(config) == "LORA":
-        problems += [f"{name} is missing" for name in ("r", "lora_alpha") if name not in config]
+    problems += [f"{name} is missing" for name in REQUIRED.get(_kind(config), ()) if name not in config]
+    if _kind(config) in ("LORA", "VERA") and config.get("r") == 0:
+        problems.append("r: found 0, expected at least 1")
+    if _kind(config) == "OFT":
+        problems += _oft_problems(config)
     init = config.get("init_lora_weights", True)
     if init not in INITS:
         problems.append(
@@ -195,6 +256,23 @@ def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> 
         raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
 
 
+REQUIRED = {"LORA": ("r", "lora_alpha"), "OFT": ("oft_block_size",), "VERA": ("r",)}
+
+
+def _oft_problems(config: AdapterConfig) -> list[str]:
+    blocks, size, version = config.get("r", 0), config.get("oft_block_size", 0), config.get("peft_version")
+    problems = []
+    if bool(blocks) == bool(size) or size == 1:
+        problems.append(f"r, oft_block_size: found {blocks} and {size}, expected one of them to be 0, the other above")
+    numbers = re.match(r"(\d{1,4})\.(\d{1,4})", version or "0.0")
+    if config.get("use_cayley_neumann", True) and (numbers is None or tuple(map(int, numbers.groups())) < (0, 18)):
+        problems.append(
+            f"use_cayley_neumann: its series was another one before PEFT 0.18 (found peft_version {shorten(version)}). "
+            "Train the adapter again"
+        )
+    return problems
+
+
 def _pattern_problems(config: AdapterConfig) -> list[str]:
     patterns = {"rank_pattern": config.get("rank_pattern"), "alpha_pattern": config.get("alpha_pattern")}
     return [
@@ -205,86 +283,11 @@ def _pattern_problems(config: AdapterConfig) -> list[str]:
     ]
 
 
-def _stacked(
-    folder: Path, entries: list[TensorEntry], model: ModelConfig, leaves: Sequence[str], wrong_tables: list[str]
-) -> dict[str, dict[str, np.ndarray]]:
-    """Stacks the layers of each projection into f32 arrays in our orientation.
-
-    Args:
-      leaves: our names of the leaves that the adapter's method has.
-      wrong_tables: problems of embedding and head, which are reported together with those found here.
-
-    Raises:
-      ValueError: tensors do not fit the model; all problems are named.
-    """
-    matches = {entry.name: KEY.fullmatch(entry.name) for entry in entries}
-    by_key = {(match["module"], OURS[match["leaf"]]): e for e in entries if (match := matches[e.name])}
-    problems = wrong_tables + [
-        f"{name}: unexpected in an adapter of this method" for name, match in matches.items() if not match
-    ]
-    lora: dict[str, dict[str, np.ndarray]] = {}
-    for inner, (shape, _) in model.linear_shapes().items():
-        name = f"model.layers.{inner}"
-        modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
-        found = {leaf: [by_key.pop((module, leaf), None) for module in modules] for leaf in leaves}
-        if any(entry is not None for entries in found.values() for entry in entries):
-            problems += (wrong := _problems(modules, found, shape))
-            lora[name] = {} if wrong else {leaf: _stack(leaf, found[leaf]) for leaf in leaves}
-    problems += [
-        f"{module}.{LEAF_NAMES[leaf]}: not a linear layer of the model, or unexpected in an adapter of this method"
-        for module, leaf in sorted({(LAYER.sub(".layers.*.", module), leaf) for module, leaf in by_key})
-    ]
-    _check(folder, problems or ([] if lora else ["it has no tensor of an adapter"]))
-    return lora
-
-
-def _check(folder: Path, problems: Sequence[str]) -> None:
-    """Raises ValueError if there are problems."""
-    if problems:
-        raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(problems))
-
-
-Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf
-
-
-def _problems(modules: list[str], found: Found, shape: tuple[int, int]) -> list[str]:
-    missing = [
-        f"{module}.{LEAF_NAMES[leaf]} is missing: all layers of a projection must have an adapter"
-        for leaf, entries in found.items()
-        for module, entry in zip(modules, entries, strict=True)
-        if entry is None
-    ]
-    if missing:
-        return missing
-    name = LAYER.sub(".layers.*.", modules[0])
-    first = {leaf: entries[0].shape for leaf, entries in found.items() if entries[0] is not None}
-    ranks = {entry.shape[0] for entry in found.get("lora_a", ()) if entry is not None}
-    if len(ranks) > 1:
-        return [f"{name}: its layers have different ranks (found {sorted(ranks)}), which is not supported"]
-    expected = _expected(first, shape)
-    return [
-        f"{entry.name}: shape {list(entry.shape)}, expected {list(expected[leaf])}"
-        for leaf, entries in found.items()
-        for entry in entries
-        if entry is not None and entry.shape != expected[leaf]
-    ]
-
-
-def _expected(first: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    """The expected shapes, given those of the first layer."""
-    n, k = shape
-    if "vector" in first:
-        return {"vector": (1, k) if first["vector"] == (1, k) else (n, 1)}
-    rank = first["lora_a"][0]
-    return {"lora_a": (rank, k), "lora_b": (n, rank), "magnitude": (n,)}
-
-
-def _stack(leaf: str, entries: Sequence[TensorEntry | None]) -> np.ndarray:
-    arrays = [np.asarray(entry.read(), np.float32) for entry in entries if entry is not None]
-    return np.stack([array.T if leaf in MATRICES else array for array in arrays])
-
-
-SCALING = ("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_pattern")
+SCALING = (
+    *("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("oft_block_size", "oft_blocks", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    "projection_prng_key",
+)
 
 IA3_SETTINGS = ("target_modules", "feedforward_modules")
 
@@ -298,7 +301,7 @@ def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids
 
     Raises:
       ValueError: settings or new tokens differ from the adapter's (all are named with both values), or the adapter has
-        whole tables that the run does not train.
+        whole tables that the run does not train, or frozen matrices that no seed gives.
     """
     adapter = read_adapter(folder, model)
     if missing := adapter.tables.keys() - set(trainable_table_names(model, args)):
@@ -311,6 +314,12 @@ def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids
         raise ValueError(
             f"lora.start={folder}: its new tokens differ from model.new_tokens (found {list(adapter.new_ids)}, "
             f"expected {list(new_ids) or 'none'}). Set model.new_tokens to the adapter's tokens in order"
+        )
+    if adapter.projections is not None:
+        raise ValueError(
+            f"lora.start={folder}: its vera_A and vera_B are not those of projection_prng_key "
+            f"{adapter.args.projection_prng_key}, which a run would use. Merge it (python -m qlora_jax.export --run "
+            "FOLDER --format hf) and train that model"
         )
     wrong = [
         f"lora.{name}: found {getattr(args, name)!r}, expected {getattr(adapter.args, name)!r}"

@@ -26,6 +26,9 @@ LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
     "lora_a": ("lora_A.weight", np.transpose),
     "lora_b": ("lora_B.weight", np.transpose),
     "magnitude": ("lora_magnitude_vector", np.asarray),
+    "oft_r": ("oft_R.weight", np.asarray),
+    "lambda_b": ("vera_lambda_b", np.asarray),
+    "lambda_d": ("vera_lambda_d", np.asarray),
 }
 VECTOR = "ia3_l"
 
@@ -34,7 +37,8 @@ def adapter_tensors(lora: AdapterArrays, on_inputs: Collection[str] = ()) -> dic
     """The tensors of adapter_model.safetensors, for each layer of each module.
 
     LoRA has lora_A.weight [R, K] and lora_B.weight [N, R], the transposes of our A and B. DoRA adds
-    lora_magnitude_vector [N]. (IA)^3 has ia3_l [N, 1], or [1, K] if it scales inputs.
+    lora_magnitude_vector [N]. (IA)^3 has ia3_l [N, 1], or [1, K] if it scales inputs. OFT has oft_R.weight, our array;
+    VeRA has vera_lambda_b [N] and vera_lambda_d [R].
 
     Args:
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}.
@@ -79,7 +83,42 @@ def adapter_config(
     if args.method == "ia3":
         feedforward = target_suffixes(sorted(on_inputs), linears)
         return common | {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
+    if args.method in CONFIGS:
+        return common | CONFIGS[args.method](args)
     return common | _low_rank_config(lora, args, linears)
+
+
+def _oft_config(args: LoraArgs) -> JsonObject:
+    return {
+        "peft_type": "OFT",
+        "r": args.oft_blocks,
+        "oft_block_size": 0 if args.oft_blocks else args.oft_block_size,
+        "block_share": args.block_share,
+        "use_cayley_neumann": args.use_cayley_neumann,
+        "num_cayley_neumann_terms": args.num_cayley_neumann_terms,
+        "module_dropout": 0.0,
+        "coft": False,
+        "bias": "none",
+        "init_weights": True,
+        "peft_version": OFT_VERSION,
+    }
+
+
+def _vera_config(args: LoraArgs) -> JsonObject:
+    return {
+        "peft_type": "VERA",
+        "r": args.rank,
+        "vera_dropout": args.dropout,
+        "projection_prng_key": args.projection_prng_key,
+        "save_projection": True,
+        "d_initial": args.d_initial,
+        "bias": "none",
+        "init_weights": True,
+    }
+
+
+OFT_VERSION = "0.18.0"  # the first with this series, which PEFT warns about unless the file names such a version
+CONFIGS: dict[str, Callable[[LoraArgs], JsonObject]] = {"oft": _oft_config, "vera": _vera_config}
 
 
 def _low_rank_config(lora: AdapterArrays, args: LoraArgs, linears: Sequence[str]) -> JsonObject:
@@ -163,7 +202,12 @@ base = AutoModelForCausalLM.from_pretrained({loadable})
 
 
 # peft_type -> (tag, description).
-NOT_LORA = {"IA3": ("ia3", "An (IA)^3 adapter"), "LN_TUNING": ("ln_tuning", "Norms from LayerNorm tuning")}
+NOT_LORA = {
+    "IA3": ("ia3", "An (IA)^3 adapter"),
+    "OFT": ("oft", "An OFT adapter"),
+    "VERA": ("vera", "A VeRA adapter"),
+    "LN_TUNING": ("ln_tuning", "Norms from LayerNorm tuning"),
+}
 
 
 def _readme(config: JsonObject, rows: int | None) -> str:

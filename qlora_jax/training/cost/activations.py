@@ -17,11 +17,11 @@ def activation_bytes(step: StepShape) -> dict[str, int]:
     """Returns the bytes of activations that all layers save on the device, by name, for the step's remat policy.
 
     Each is L M width itemsize. The widths are D for layer input, residual and normalized inputs; N H for query and
-    attention_out; K H for key and value; F for gate, up and inner activation; R for x A. Outputs that DoRA and (IA)^3
-    scale have the width of the projection. Inputs of bottleneck adapters have width D, and their inner values R.
-    attention_lse is f32 [B, N, T] per layer. Inputs that only adapters read are
-    saved only if those adapters exist. The policy `none` may save more, up to the size of the LoRA parameters and
-    norms, because autodiff saves slices of them that the compiler does not recognize as copies.
+    attention_out; K H for key and value; F for gate, up and inner activation; R for x A. VeRA saves x A in place of x.
+    Outputs that DoRA and (IA)^3 scale have the width of the projection. Inputs of bottleneck adapters have width D, and
+    their inner values R. attention_lse is f32 [B, N, T] per layer. Inputs that only adapters read are saved only if
+    those adapters exist. The policy `none` may save more, up to the size of the LoRA parameters and norms, because
+    autodiff saves slices of them that the compiler does not recognize as copies.
     """
     return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
 
@@ -36,7 +36,11 @@ def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Formula:
     """Returns the formula M width itemsize, or 0 if `read_by` names modules and none of them is trained."""
 
     def part(step: StepShape) -> int:
-        readers = {*step.ranks, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
+        readers = {
+            *step.ranks.keys() - step.vera,
+            *step.rotated,
+            *(name for name, on_inputs in step.vectors.items() if on_inputs),
+        }
         readers |= set() if step.frozen else set(step.model.linear_shapes())
         is_read = not read_by or not readers.isdisjoint(read_by)
         return is_read * step.rows * width(step.model) * step.itemsize
@@ -51,7 +55,7 @@ def _lse(step: StepShape) -> int:
 
 
 def _lora_xa(step: StepShape) -> int:
-    return step.rows * sum(step.ranks.values()) * step.itemsize
+    return step.rows * sum(step.ranks[name] for name in step.down) * step.itemsize
 
 
 def _unscaled(step: StepShape) -> int:

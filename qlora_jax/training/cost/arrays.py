@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.formats.layouts import LAYOUTS
 from qlora_jax.models.add_adapters import bias_targets, bias_widths, norm_targets, norm_widths
+from qlora_jax.nn.oft import block_elements
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, lora_spec, stack_spec, table_spec
 from qlora_jax.training.cost.flops import F32, StepShape
 
@@ -74,6 +75,14 @@ def head_bias_leaf(step: StepShape) -> Leaf:
     return Leaf((rows,), step.itemsize, None if step.new_tokens or step.trained_tables else table_spec)
 
 
+def vera_leaves(step: StepShape) -> list[Leaf]:
+    """Returns VeRA's frozen A and B, of the largest sizes among its projections."""
+    if not step.vera:
+        return []
+    shapes = [shape for name, shape in step.shapes() if name in step.vera]
+    return [Leaf((max(sizes), step.lora.rank), step.itemsize) for sizes in zip(*shapes, strict=True)]
+
+
 def trained_leaves(step: StepShape) -> Iterator[Leaf]:
     """Yields the trained parameters; the leading axis is that of the layers, or of the trained rows of a table."""
     layers = step.model.num_layers
@@ -89,7 +98,10 @@ def _matrices(step: StepShape) -> Iterator[tuple[int, int]]:
     for name, (n, k) in step.shapes():
         if not step.frozen:
             yield n, k
-        elif name in step.ranks:
+        elif name in step.rotated:
+            blocks, size = step.rotated[name]
+            yield blocks, block_elements(size)
+        elif name in step.ranks and name not in step.vera:
             yield from ((k, step.ranks[name]), (step.ranks[name], n))
     width, rank = step.model.embed_dim, step.lora.rank
     yield from len(step.bottlenecks) * [(width, rank), (rank, width)]
@@ -98,8 +110,9 @@ def _matrices(step: StepShape) -> Iterator[tuple[int, int]]:
 def _vectors(step: StepShape) -> list[int]:
     """Returns the elements of each trained vector of a layer's adapters."""
     scaled = [k if step.vectors[name] else n for name, (n, k) in step.shapes() if name in step.vectors]
+    scaling = [size for name, (n, _) in step.shapes() if name in step.vera for size in (step.ranks[name], n)]
     biases = len(step.bottlenecks) * [step.lora.rank, step.model.embed_dim]
-    return scaled + biases + [n for name, (n, _) in step.shapes() if name in step.dora]
+    return scaled + scaling + biases + [n for name, (n, _) in step.shapes() if name in step.dora]
 
 
 def _trained_rows(step: StepShape) -> int:

@@ -4,7 +4,7 @@ Pure arithmetic on a ModelConfig and shapes; tests compare the counts with the c
 (norms, rotations, activations, softmax, the optimizer) is not counted.
 
 Dimension key: A micro-batches, B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim,
-F mlp, V vocab, R rank; `out` and `in` are the features of a projection.
+F mlp, V vocab, R rank, C blocks, S block size; `out` and `in` are the features of a projection.
 """
 
 import dataclasses
@@ -16,14 +16,19 @@ import jax
 
 from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
-from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, ranks_and_scalings
+from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks, ranks_and_scalings
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
+from qlora_jax.nn.oft import last_power
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention
+SAME_INPUT = (  # projections that read the same x
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
 F32 = 4
 
 
@@ -77,7 +82,7 @@ class StepShape:
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
         """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
-        if self.lora.method not in ("lora", "dora"):
+        if self.lora.method not in ("lora", "dora", "vera"):
             return {}
         found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
         return {self._names[name]: rank for name, (rank, _) in found.items()}
@@ -89,6 +94,21 @@ class StepShape:
             return {}
         targets, on_inputs = ia3_targets(self.model, self.lora)
         return {self._names[name]: name in on_inputs for name in targets}
+
+    @functools.cached_property
+    def down(self) -> Collection[str]:
+        """The projections with a product x A. With VeRA, those that read the same x share it, unless masks differ."""
+        if not self.vera or self.lora.dropout:
+            return self.ranks.keys()
+        sharing = ([name for name in group if name in self.ranks] for group in SAME_INPUT)
+        return self.ranks.keys() - {name for group in sharing for name in group[1:]}
+
+    @functools.cached_property
+    def rotated(self) -> Mapping[str, tuple[int, int]]:
+        """(trained blocks, block size) of each projection whose inputs OFT rotates."""
+        if self.lora.method != "oft":
+            return {}
+        return {self._names[name]: blocks for name, blocks in oft_blocks(self.model, self.lora).items()}
 
     @functools.cached_property
     def trained_tables(self) -> list[str]:
@@ -109,6 +129,11 @@ class StepShape:
     def bottlenecks(self) -> Collection[str]:
         """The modules of a layer with a bottleneck adapter: `self_attn`, `mlp`."""
         return BOTTLENECKS.get(self.lora.method, ())
+
+    @property
+    def vera(self) -> Collection[str]:
+        """The projections with VeRA, whose A and B are frozen."""
+        return self.ranks.keys() if self.lora.method == "vera" else ()
 
     @property
     def frozen(self) -> bool:
@@ -143,7 +168,7 @@ def projection_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
 
 def lora_down_flops(step: StepShape) -> int:
     """Returns the sum over adapters of 2 M in R: x A."""
-    return sum(2 * step.rows * k * step.ranks[name] for name, (_, k) in step.shapes() if name in step.ranks)
+    return sum(2 * step.rows * k * step.ranks[name] for name, (_, k) in step.shapes() if name in step.down)
 
 
 def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
@@ -165,6 +190,30 @@ def bottleneck_flops(step: StepShape, *, products: Mapping[str, int]) -> int:
       products: number of products by the adapter's module.
     """
     return sum(products[name] for name in step.bottlenecks) * 2 * step.rows * step.model.embed_dim * step.lora.rank
+
+
+def lora_backward_flops(step: StepShape) -> int:
+    """Returns the FLOP of d(xA) = dy B^T, dB = (xA)^T dy (also in VeRA), dA = x^T d(xA) (not) and dx = d(xA) A^T."""
+    return 2 * lora_up_flops(step) + (1 if step.vera else 2) * lora_down_flops(step)
+
+
+def rotation_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
+    """Returns the sum over OFT's projections of 2 M in S: x R."""
+    names = step.rotated.keys() - set(without)
+    return sum(2 * step.rows * k * step.rotated[name][1] for name, (_, k) in step.shapes() if name in names)
+
+
+def cayley_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
+    """Returns the FLOP of OFT's series: the sum of C (n - 1) 2 S^3 for powers up to n; a solve is not counted."""
+    products = last_power(step.lora.num_cayley_neumann_terms) - 1 if step.lora.use_cayley_neumann else 0
+    blocks = (blocks for name, blocks in step.rotated.items() if name not in without)
+    return sum(products * count * 2 * size**3 for count, size in blocks)
+
+
+def cayley_backward_flops(step: StepShape) -> int:
+    """Returns the FLOP of the gradient of OFT's rotations: two products for each of the series, one per solve."""
+    solves = 0 if step.lora.use_cayley_neumann else sum(count * 2 * size**3 for count, size in step.rotated.values())
+    return solves + 2 * cayley_flops(step)
 
 
 def uses_cpu_handlers(step: StepShape) -> bool:
@@ -279,9 +328,14 @@ LAYER_FLOPS: dict[str, Formula] = {
     "frozen forward": frozen_flops,
     "frozen backward": frozen_flops,
     "lora forward": lambda step: lora_down_flops(step) + lora_up_flops(step),
-    # d(xA) = dy B^T and dB = (xA)^T dy; dA = x^T d(xA) and dx = d(xA) A^T
-    "lora backward": lambda step: 2 * lora_up_flops(step) + 2 * lora_down_flops(step),
+    "lora backward": lora_backward_flops,
     "dora forward": dora_flops,
+    "rotation forward": rotation_flops,
+    # dx = dy R^T and dR = x^T dy, for which R is rebuilt
+    "rotation backward": lambda step: 2 * rotation_flops(step),
+    "cayley forward": cayley_flops,
+    "cayley backward": cayley_backward_flops,
+    "cayley rebuild": cayley_flops,
     "bottleneck forward": lambda step: bottleneck_flops(step, products=dict.fromkeys(step.bottlenecks, 2)),
     # d inner = dy U^T and dU = inner^T dy; dD = x^T d narrow and dx = d narrow D^T
     "bottleneck backward": lambda step: bottleneck_flops(step, products=dict.fromkeys(step.bottlenecks, 4)),
@@ -325,6 +379,8 @@ FULL: dict[str, Formula] = {
     "frozen again": lambda step: frozen_flops(step, without=not_recomputed(step)),
     "lora again": lambda step: lora_down_flops(step) + lora_up_flops(step, without=not_recomputed(step)),
     "dora again": dora_flops,
+    "rotation again": lambda step: rotation_flops(step, without=not_recomputed(step)),
+    "cayley again": lambda step: cayley_flops(step, without=not_recomputed(step)),
     "bottleneck again": bottleneck_recompute_flops,
     "whole_linear again": lambda step: trained_linear_flops(step, without=not_recomputed(step)),
     "attention again": attention_recompute_flops,

@@ -20,6 +20,7 @@ from qlora_jax.training.cost.arrays import (
     table_leaves,
     trained_in_place,
     trained_leaves,
+    vera_leaves,
 )
 from qlora_jax.training.cost.flops import F32, RECOMPUTED, StepShape, head_tile, not_recomputed
 
@@ -29,7 +30,7 @@ def frozen_bytes(step: StepShape) -> dict[str, int]:
 
     `codes` and `constants` are those of the projections; dense weights count as codes, in their dtype. `tables` are V D
     of embedding and head, once if tied, without tables that train fully. `vectors` are norms and biases in the compute
-    dtype, and DoRA's frozen row norms in f32.
+    dtype, and DoRA's frozen row norms in f32. `projections` are VeRA's A and B.
     """
     weights = [(name, shape) for name, shape in step.shapes() if step.frozen]
     stacks = [quantized_leaves(step, name, shape) for name, shape in weights]
@@ -39,6 +40,7 @@ def frozen_bytes(step: StepShape) -> dict[str, int]:
         "constants": _own_bytes(step, (leaf for _, constants in stacks for leaf in constants)),
         "tables": _own_bytes(step, table_leaves(step)),
         "vectors": _vector_bytes(step) + _own_bytes(step, [head_bias_leaf(step)]),
+        "projections": _own_bytes(step, vera_leaves(step)),
     }
 
 
@@ -61,8 +63,9 @@ def _vector_bytes(step: StepShape) -> int:
 def lora_bytes(step: StepShape) -> int:
     """Returns the bytes of the trained parameters; their gradients are as large.
 
-    They are L times the sum over adapters of R (in + out), and D per row of a new token, at 4 or 2 bytes each; vectors
-    of DoRA and (IA)^3, norms and biases are f32. Bottleneck adapters have R (2 D + 1) + D elements.
+    They are L times the sum over adapters of R (in + out), or in (S - 1) / 2 for OFT, and D per row of a new token, at
+    4 or 2 bytes each; vectors of DoRA, (IA)^3 and VeRA, norms and biases are f32. Bottleneck adapters have
+    R (2 D + 1) + D elements.
     """
     return _own_bytes(step, trained_leaves(step))
 

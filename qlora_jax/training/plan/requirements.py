@@ -148,7 +148,7 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
     step = config.step_shape()
     frozen, lora, state = memory_use.frozen_bytes(step), memory_use.lora_bytes(step), memory_use.optimizer_bytes(step)
     device = {
-        "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"],
+        "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"] + frozen["projections"],
         "constants": frozen["constants"],
         "trained": lora,
         "gradients": lora,

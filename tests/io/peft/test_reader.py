@@ -10,8 +10,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.peft.projections import projection_tensors
 from qlora_jax.io.peft.reader import base_model_of, read_adapter, read_start_adapter
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
+from qlora_jax.models.add_adapters import vera_projections
 from qlora_jax.models.families import model_config
 from tests.io.tiny_models import tiny_config
 
@@ -196,3 +198,89 @@ def test_settings_that_would_hang_or_fill_the_memory(folder: Path, changes: dict
     _with(folder, **changes)
     with pytest.raises(ValueError, match=message):
         read_adapter(folder, MODEL)
+
+
+OFT_ARGS = LoraArgs(method="oft", oft_block_size=16, num_cayley_neumann_terms=7, target_modules=["q_proj"])
+VERA_ARGS = LoraArgs(method="vera", rank=3, dropout=0.1, projection_prng_key=4, target_modules=["down_proj"])
+Q_PROJ, DOWN_PROJ = "model.layers.self_attn.q_proj", "model.layers.mlp.down_proj"
+
+
+def _written(folder: Path, args: LoraArgs) -> dict[str, dict[str, np.ndarray]]:
+    rng = np.random.default_rng(0)
+    if args.method == "oft":
+        lora = {Q_PROJ: {"oft_r": rng.random((2, 4, 120), np.float32)}}
+    else:
+        lora = {DOWN_PROJ: {"lambda_b": rng.random((2, 64), np.float32), "lambda_d": rng.random((2, 3), np.float32)}}
+    tensors = adapter_tensors(lora)
+    if args.method == "vera":
+        tensors |= projection_tensors(vera_projections(MODEL, args))
+    write_adapter(folder, tensors, adapter_config(lora, args, LINEARS, "a/base"))
+    return lora
+
+
+@pytest.mark.parametrize("args", [OFT_ARGS, VERA_ARGS], ids=["oft", "vera"])
+def test_rotations_and_vectors_return(tmp_path: Path, args: LoraArgs):
+    lora = _written(tmp_path, args)
+    adapter = read_adapter(tmp_path, MODEL)
+    assert adapter.args == args and adapter.projections is None and adapter.lora.keys() == lora.keys()
+    for name, leaves in lora.items():
+        for leaf, values in leaves.items():
+            np.testing.assert_array_equal(adapter.lora[name][leaf], values, strict=True)
+    assert read_start_adapter(tmp_path, MODEL, args, ()).keys() == lora.keys()
+    other = dataclasses.replace(
+        args, **{"oft": dict(oft_block_size=8), "vera": dict(projection_prng_key=5)}[args.method]
+    )
+    with pytest.raises(ValueError, match=r"settings differ from the adapter's.*\n  lora\.(oft_block|projection_prng)"):
+        read_start_adapter(tmp_path, MODEL, other, ())
+
+
+@pytest.mark.parametrize(
+    ("args", "changes", "parts"),
+    [
+        (OFT_ARGS, dict(coft=True), ["coft: True is not supported"]),
+        (OFT_ARGS, dict(module_dropout=0.1), ["module_dropout: 0.1 is not supported"]),
+        (OFT_ARGS, dict(r=4), ["r, oft_block_size: found 4 and 16, expected one of them to be 0"]),
+        (OFT_ARGS, dict(peft_version="0.17.1"), ["use_cayley_neumann: its series was another one before PEFT 0.18"]),
+        (
+            OFT_ARGS,
+            dict(oft_block_size=48),
+            ["lora.oft_block_size: found 48, but model.layers.self_attn.q_proj has 64"],
+        ),
+        (VERA_ARGS, dict(r=0), ["r: found 0, expected at least 1"]),
+        (
+            VERA_ARGS,
+            dict(r=5),
+            [
+                "down_proj: rank 3, expected r=5",
+                "vera_A: shape [3, 128], expected at least [5, 128], of rank 5",
+                "vera_B",
+            ],
+        ),
+    ],
+)
+def test_settings_of_rotations_and_vectors_that_are_not_supported(tmp_path: Path, args, changes, parts):
+    _written(tmp_path, args)
+    _with(tmp_path, **changes)
+    with pytest.raises(ValueError) as caught:
+        read_adapter(tmp_path, MODEL)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_frozen_matrices_of_an_adapter_are_its_own_or_those_of_its_seed(tmp_path: Path):
+    _written(tmp_path, VERA_ARGS)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file(tensors | {"base_model.vera_B": 2 * tensors["base_model.vera_B"]}, path)
+    own = read_adapter(tmp_path, MODEL).projections
+    assert own is not None
+    np.testing.assert_array_equal(own.vera_b, 2 * vera_projections(MODEL, VERA_ARGS).vera_b)
+    with pytest.raises(ValueError, match="vera_A and vera_B are not those of projection_prng_key 4"):
+        read_start_adapter(tmp_path, MODEL, VERA_ARGS, ())
+    save_file({name: values for name, values in tensors.items() if "vera_B" not in name}, path)
+    with pytest.raises(ValueError, match=r"base_model.vera_B is missing"):
+        read_adapter(tmp_path, MODEL)
+    save_file({name: values for name, values in tensors.items() if name.count("vera_") and "layers" in name}, path)
+    with pytest.raises(ValueError, match=r"(?s)vera_A is missing.*vera_B is missing"):
+        read_adapter(tmp_path, MODEL)
+    _with(tmp_path, save_projection=False)
+    assert read_adapter(tmp_path, MODEL).projections is None

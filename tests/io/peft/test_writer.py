@@ -87,6 +87,7 @@ def test_rslora_is_written_as_an_alpha() -> None:
         (dict(alpha_pattern={"up_proj": 2}), ["vLLM ignores alpha_pattern", "llama.cpp ignores alpha_pattern"]),
         (dict(use_dora=True), ["vLLM and llama.cpp cannot read DoRA"]),
         (dict(peft_type="IA3"), ["vLLM and llama.cpp cannot read (IA)^3"]),
+        (dict(peft_type="VERA"), ["vLLM and llama.cpp cannot read VeRA"]),
     ],
 )
 def test_readers_that_would_get_it_wrong_are_named(changes: dict, told: list[str]) -> None:

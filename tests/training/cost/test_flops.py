@@ -39,6 +39,11 @@ SOME = LoraArgs(rank=8, target_modules=["q_proj", "v_proj"], dropout=0.1)
 DORA = LoraArgs(method="dora", rank=16, rank_pattern={"down_proj": 12})
 SOME_DORA = dataclasses.replace(SOME, method="dora", rank=16)
 IA3 = LoraArgs(method="ia3")
+OFT = LoraArgs(method="oft", oft_block_size=32)
+SOME_OFT = LoraArgs(method="oft", oft_blocks=16, block_share=True, target_modules=["q_proj", "o_proj", "down_proj"])
+EXACT_OFT = dataclasses.replace(OFT, use_cayley_neumann=False, dtype="bfloat16")
+VERA = LoraArgs(method="vera", rank=24)
+SOME_VERA = LoraArgs(method="vera", rank=24, target_modules=["q_proj", "k_proj", "up_proj", "down_proj"], dropout=0.1)
 WHOLE = LoraArgs(method="full")
 LN_TUNING, BITFIT = LoraArgs(method="ln_tuning"), LoraArgs(method="bitfit")
 HOULSBY, PFEIFFER = LoraArgs(method="houlsby", rank=8), LoraArgs(method="pfeiffer", rank=8)
@@ -107,6 +112,15 @@ METHODS = {
     "names, dora and dropout": (MODEL, "names", (1, 2, 320), SOME_DORA),
     "full, dora and dropout": (MODEL, "full", (1, 2, 320), SOME_DORA),
     "names, dora in bf16": (MODEL, "names", (1, 2, 320), dataclasses.replace(DORA, dtype="bfloat16")),
+    "names, oft": (MODEL, "names", (2, 2, 320), OFT),
+    "full, vera": (MODEL, "full", (1, 2, 320), VERA),
+    "none, oft": (MODEL, "none", (1, 2, 320), OFT),
+    "full, oft": (MODEL, "full", (1, 2, 320), OFT),
+    "none, oft, shared": (MODEL, "none", (1, 2, 320), SOME_OFT),
+    "names, oft, exact": (MODEL, "names", (1, 2, 320), EXACT_OFT),
+    "none, vera": (MODEL, "none", (1, 2, 320), VERA),
+    "names, vera": (MODEL, "names", (2, 2, 320), VERA),
+    "names, vera and dropout": (MODEL, "names", (1, 2, 320), SOME_VERA),
     "none, ia3": (MODEL, "none", (1, 2, 320), IA3),
     "full, ia3": (MODEL, "full", (1, 2, 320), IA3),
     "names, ln_tuning": (LIKE_GEMMA3, "names", (1, 2, 320), LN_TUNING),
@@ -129,7 +143,19 @@ NOT_QUANTIZED = {
 }
 FAMILIES |= METHODS | NEW_TOKENS | NOT_QUANTIZED
 # The scopes of parts; the name of an operation may have several, of which the first counts.
-SCOPES = ("new_tokens", "whole_head", "whole_linear", "dora", "bottleneck", "frozen", "lora", "attention", "head")
+SCOPES = (
+    "cayley",
+    "rotation",
+    "new_tokens",
+    "whole_head",
+    "whole_linear",
+    "dora",
+    "bottleneck",
+    "frozen",
+    "lora",
+    "attention",
+    "head",
+)
 PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES)]
 
 

@@ -1,0 +1,109 @@
+"""Stacks the tensors of a PEFT adapter's layers.
+
+Dimension key: L layers, K in, R rank, N out.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from qlora_jax.io.model_source import TensorEntry
+from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR
+from qlora_jax.io.tensor_map import LAYER, layer_name
+from qlora_jax.models.config import ModelConfig
+
+WEIGHTS = "adapter_model.safetensors"
+MATRICES = ("lora_a", "lora_b")
+LEAVES_OF_METHOD = {
+    "lora": MATRICES,
+    "dora": (*MATRICES, "magnitude"),
+    "ia3": ("vector",),
+    "oft": ("oft_r",),
+    "vera": ("lambda_b", "lambda_d"),
+}
+LEAF_NAMES = {ours: theirs for ours, (theirs, _) in LEAVES.items()} | {"vector": VECTOR}
+OURS = {theirs: ours for ours, theirs in LEAF_NAMES.items()}
+KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<leaf>{'|'.join(map(re.escape, OURS))})")
+
+
+def stack_layers(
+    folder: Path, entries: list[TensorEntry], model: ModelConfig, leaves: Sequence[str], wrong_tables: list[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    """Stacks the layers of each projection into f32 arrays in our orientation.
+
+    Args:
+      leaves: our names of the leaves that the adapter's method has.
+      wrong_tables: problems of embedding and head, which are reported together with those found here.
+
+    Raises:
+      ValueError: tensors do not fit the model; all problems are named.
+    """
+    matches = {entry.name: KEY.fullmatch(entry.name) for entry in entries}
+    by_key = {(match["module"], OURS[match["leaf"]]): e for e in entries if (match := matches[e.name])}
+    problems = wrong_tables + [
+        f"{name}: unexpected in an adapter of this method" for name, match in matches.items() if not match
+    ]
+    lora: dict[str, dict[str, np.ndarray]] = {}
+    for inner, (shape, _) in model.linear_shapes().items():
+        name = f"model.layers.{inner}"
+        modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
+        found = {leaf: [by_key.pop((module, leaf), None) for module in modules] for leaf in leaves}
+        if any(entry is not None for entries in found.values() for entry in entries):
+            problems += (wrong := _problems(modules, found, shape))
+            lora[name] = {} if wrong else {leaf: _stack(leaf, found[leaf]) for leaf in leaves}
+    problems += [
+        f"{module}.{LEAF_NAMES[leaf]}: not a linear layer of the model, or unexpected in an adapter of this method"
+        for module, leaf in sorted({(LAYER.sub(".layers.*.", module), leaf) for module, leaf in by_key})
+    ]
+    check_fits(folder, problems or ([] if lora else ["it has no tensor of an adapter"]))
+    return lora
+
+
+def check_fits(folder: Path, problems: Sequence[str]) -> None:
+    """Raises ValueError with all problems of an adapter's tensors, if there are any."""
+    if problems:
+        raise ValueError(f"{folder / WEIGHTS} does not fit the model:\n  " + "\n  ".join(problems))
+
+
+Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf
+
+
+def _problems(modules: list[str], found: Found, shape: tuple[int, int]) -> list[str]:
+    missing = [
+        f"{module}.{LEAF_NAMES[leaf]} is missing: all layers of a projection must have an adapter"
+        for leaf, entries in found.items()
+        for module, entry in zip(modules, entries, strict=True)
+        if entry is None
+    ]
+    if missing:
+        return missing
+    name = LAYER.sub(".layers.*.", modules[0])
+    first = {leaf: entries[0].shape for leaf, entries in found.items() if entries[0] is not None}
+    ranks = {entry.shape[0] for entry in found.get("lora_a", ()) if entry is not None}
+    if len(ranks) > 1:
+        return [f"{name}: its layers have different ranks (found {sorted(ranks)}), which is not supported"]
+    expected = _expected(first, shape)
+    return [
+        f"{entry.name}: shape {list(entry.shape)}, expected {list(expected[leaf])}"
+        for leaf, entries in found.items()
+        for entry in entries
+        if entry is not None and entry.shape != expected[leaf]
+    ]
+
+
+def _expected(first: Mapping[str, tuple[int, ...]], shape: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """The expected shapes, given those of the first layer."""
+    n, k = shape
+    if "lambda_b" in first or "oft_r" in first:
+        return {**first, "lambda_b": (n,)}
+    if "vector" in first:
+        return {"vector": (1, k) if first["vector"] == (1, k) else (n, 1)}
+    rank = first["lora_a"][0]
+    return {"lora_a": (rank, k), "lora_b": (n, rank), "magnitude": (n,)}
+
+
+def _stack(leaf: str, entries: Sequence[TensorEntry | None]) -> np.ndarray:
+    arrays = [np.asarray(entry.read(), np.float32) for entry in entries if entry is not None]
+    return np.stack([array.T if leaf in MATRICES else array for array in arrays])

@@ -1,0 +1,189 @@
+"""Orthogonal finetuning, OFT (Qiu et al., 2023), which rotates the inputs of a frozen layer (OFTv2, Qiu et al., 2025).
+
+The inputs are cut into blocks of S neighbours, and an S x S matrix R rotates each block. R is the Cayley transform of a
+skew-symmetric Q, of which the upper triangle trains: E = S (S - 1) / 2 numbers. All code handles R - I instead of R, so
+that small rotations survive in bf16, and an adapter of zeros changes no bit.
+
+Dimension key: L layers, M rows, K in, N out, C blocks, S block size, E trained numbers per block.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.matmul import dot_nn, dot_tn, row_major
+
+
+def block_elements(size: int) -> int:
+    """Returns E, the numbers above the diagonal of a block."""
+    return size * (size - 1) // 2
+
+
+def block_size(elements: int) -> int:
+    """Returns the S with S (S - 1) / 2 = `elements`."""
+    return (1 + math.isqrt(1 + 8 * elements)) // 2
+
+
+def skew_symmetric(upper: Float[Array, "*C E"]) -> Float[Array, "*C S S"]:
+    """Returns Q in f32, with `upper` above its diagonal in row-major order and its negative below."""
+    size = block_size(upper.shape[-1])
+    rows, columns = np.triu_indices(size, 1)
+    place, sign = np.zeros((size, size), np.int32), np.zeros((size, size), np.float32)
+    place[rows, columns] = place[columns, rows] = np.arange(len(rows))
+    sign[rows, columns], sign[columns, rows] = 1, -1
+    taken = jnp.take(upper.astype(jnp.float32), place, axis=-1)
+    return taken * jnp.broadcast_to(sign, taken.shape)
+
+
+def _upper_gradient(d_skew: Float[Array, "*C S S"]) -> Float[Array, "*C E"]:
+    """Returns the gradient of `upper` for that of Q: each number is in Q twice, with both signs."""
+    rows, columns = np.triu_indices(d_skew.shape[-1], 1)
+    return (d_skew - jnp.swapaxes(d_skew, -1, -2))[..., rows, columns]
+
+
+def rotation_change(skew: Float[Array, "*C S S"], neumann_terms: int | None) -> Float[Array, "*C S S"]:
+    """Returns R - I for Q, by PEFT's definitions.
+
+    The exact one is R = (I - Q) (I + Q)^-1. The series approximates (I + Q) (I - Q)^-1, the same rotation backwards:
+    I + 2 Q + 2 Q^2 + ... + Q^n, whose last power counts once. Its n is terms - 1, and at least 3; 2 terms are I + 2 Q.
+
+    Args:
+      neumann_terms: terms of the series, at least 2; None: the exact rotation.
+    """
+    if neumann_terms is None:
+        identity = jnp.broadcast_to(jnp.eye(skew.shape[-1], dtype=skew.dtype), skew.shape)
+        return jnp.swapaxes(jnp.linalg.solve(identity - skew, 2 * skew), -1, -2)
+    change, power, last = 2 * skew, skew, last_power(neumann_terms)
+    for exponent in range(2, last + 1):
+        power = jnp.matmul(power, skew, precision=jax.lax.Precision.HIGHEST)
+        change += power if exponent == last else 2 * power
+    return change
+
+
+def last_power(neumann_terms: int) -> int:
+    """Returns the exponent of the series' last power."""
+    return 1 if neumann_terms == 2 else max(3, neumann_terms - 1)
+
+
+def _block_products(x_MK: jax.Array, blocks_CSS: jax.Array) -> jax.Array:
+    """Returns x times the block-diagonal matrix, in f32; a single block is that of all columns."""
+    count, size, _ = blocks_CSS.shape
+    if count == 1:
+        return dot_nn(x_MK.reshape(-1, size), blocks_CSS[0]).reshape(x_MK.shape)
+    return _joined(dot_nn(_cut(x_MK, count), blocks_CSS))
+
+
+def _cut(x_MK: jax.Array, count: int) -> jax.Array:
+    """Returns the columns of each block, [C, M, S]."""
+    return row_major(jnp.swapaxes(x_MK.reshape(x_MK.shape[0], count, -1), 0, 1))
+
+
+def _joined(x_CMS: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x_CMS, 0, 1).reshape(x_CMS.shape[1], -1)
+
+
+def add_rotation(x: Float[Array, "M K"], change_CSS: Float[Array, "C S S"]) -> Float[Array, "M K"]:
+    """Returns x R in x's dtype, rounded once, for R - I in `change_CSS`."""
+    added = _block_products(x, change_CSS.astype(x.dtype))
+    return (x.astype(jnp.float32) + added).astype(x.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def rotate(x_MK: Float[Array, "M K"], upper_CE: Float[Array, "C E"], neumann_terms: int | None) -> Float[Array, "M K"]:
+    """Returns x R in x's dtype, where each block of columns has its Q, or all share the only one.
+
+    The backward pass saves x and Q's triangle, and computes R again.
+    """
+    return _forward(x_MK, upper_CE, neumann_terms)[0]
+
+
+def _change(skew_CSS: jax.Array, neumann_terms: int | None) -> jax.Array:
+    with jax.named_scope("cayley"):
+        return rotation_change(skew_CSS, neumann_terms)
+
+
+def _forward(x_MK, upper_CE, neumann_terms):
+    return add_rotation(x_MK, _change(skew_symmetric(upper_CE), neumann_terms)), (x_MK, upper_CE)
+
+
+def _backward(neumann_terms, residuals, dy_MK):
+    x_MK, upper_CE = residuals
+    change_CSS, pull_back = jax.vjp(functools.partial(_change, neumann_terms=neumann_terms), skew_symmetric(upper_CE))
+    count, size, _ = change_CSS.shape
+    dx_MK = add_rotation(dy_MK, jnp.swapaxes(change_CSS, -1, -2))
+    if count == 1:
+        d_change_CSS = dot_tn(x_MK.reshape(-1, size), dy_MK.reshape(-1, size))[None]
+    else:
+        d_change_CSS = dot_tn(_cut(x_MK, count), _cut(dy_MK, count))
+    (d_skew_CSS,) = pull_back(d_change_CSS)
+    return dx_MK, _upper_gradient(d_skew_CSS).astype(upper_CE.dtype)
+
+
+rotate.defvjp(_forward, _backward)
+
+
+class OFT(nnx.Module):
+    """y = (x R) W^T + b with an orthogonal, block-diagonal R; PEFT's OFT.
+
+    `oft_r` [L, C, E] is in f32 or bf16, the triangles of Q; C is 1 if all blocks share one. Inside the scan over layers
+    it has one layer.
+    """
+
+    def __init__(self, oft_r: Float[Array, "*L C E"], neumann_terms: int | None):
+        self.oft_r = nnx.LoRAParam(oft_r)
+        self.neumann_terms = neumann_terms
+
+    @classmethod
+    def init(cls, stack: int, blocks: int, size: int, *, neumann_terms: int | None, dtype: DTypeLike) -> "OFT":
+        """Creates rotations by nothing for `stack` layers."""
+        return cls(jnp.zeros((stack, blocks, block_elements(size)), dtype), neumann_terms)
+
+    @staticmethod
+    def apply(
+        adapters: "Sequence[OFT]",
+        x_MK: Float[Array, "M K"],
+        frozen: Sequence[FrozenLayer],
+        keys: Sequence[jax.Array | None],
+    ) -> list[jax.Array]:
+        """Returns each layer's result for its rotation of x; dropout does not apply."""
+        results = []
+        for adapter, one in zip(adapters, frozen, strict=True):
+            with jax.named_scope("rotation"):
+                rotated_MK = adapter._rotated(x_MK)
+            results.append(one(rotated_MK))
+        return results
+
+    def _rotated(self, x_MK: jax.Array) -> jax.Array:
+        return rotate(x_MK, self.oft_r[...], self.neumann_terms)
+
+    def select_layer(self, layer: int) -> "OFT":
+        """Returns the adapter of one layer of the stack."""
+        return OFT(self.oft_r[...][layer], self.neumann_terms)
+
+    def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
+        """Returns W R^T in f32."""
+        change_CSS = rotation_change(skew_symmetric(self.oft_r[...]), self.neumann_terms)
+        return add_rotation(weight.astype(jnp.float32), jnp.swapaxes(change_CSS, -1, -2))
+
+    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
+        """Returns the bias unchanged."""
+        return bias
+
+
+class InferenceOFT(OFT):
+    """OFT with rotations computed once, for inference only. `rotation` [L, C, S, S] is R - I."""
+
+    def __init__(self, adapter: OFT):
+        super().__init__(adapter.oft_r[...], adapter.neumann_terms)
+        self.rotation = nnx.LoRAParam(rotation_change(skew_symmetric(adapter.oft_r[...]), adapter.neumann_terms))
+
+    def _rotated(self, x_MK: jax.Array) -> jax.Array:
+        return add_rotation(x_MK, self.rotation[...])

@@ -1,0 +1,175 @@
+"""Vector-based random matrix adaptation, VeRA (Kopiczko et al., 2024): all projections share frozen random A and B.
+
+Dimension key: L layers, B rows of the batch, M tokens, K in, N out, R rank.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Float, Key
+
+from qlora_jax.nn.dropout import apply_dropout
+from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
+from qlora_jax.nn.variables import Frozen
+
+
+class Projections(NamedTuple):
+    """The frozen A [R, K] and B [N, R] of an adapter in f32, where K and N are the largest of its projections'."""
+
+    vera_a: np.ndarray
+    vera_b: np.ndarray
+
+
+def draw_projections(seed: int, rank: int, shape: tuple[int, int]) -> Projections:
+    """Draws A and B as PEFT does for `projection_prng_key`, to the bit.
+
+    Both are uniform in +-sqrt(6 / columns). Numbers come from torch's generator, the Mersenne Twister, with 24 bits
+    each. NumPy promises never to change this stream.
+
+    Args:
+      shape: (N, K) of the largest projection, in each of the two sizes.
+    """
+    twister = np.random.RandomState(seed)
+    n, k = shape
+    return Projections(_draw(twister, rank, k), _draw(twister, n, rank))
+
+
+def _draw(twister: np.random.RandomState, rows: int, columns: int) -> np.ndarray:
+    bound = np.float32(math.sqrt(3) * (math.sqrt(2) / math.sqrt(columns)))
+    bits = twister.randint(0, 1 << 32, size=(rows, columns), dtype=np.uint32) & np.uint32((1 << 24) - 1)
+    return (bits * 2.0**-24 * np.float64(bound + bound) - np.float64(bound)).astype(np.float32)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def vera_deltas(
+    x_MK: Float[Array, "M K"],
+    a_KR: Float[Array, "K R"],
+    bs: tuple[Float[Array, "_ R"], ...],
+    lambda_ds: tuple[Float[Array, " R"], ...],
+    lambda_bs: tuple[Float[Array, " _"], ...],
+    dropout: float,
+    keys_B: Key[Array, " B"] | None,
+) -> tuple[Float[Array, "M _"], ...]:
+    """Returns lambda_b_i * ((lambda_d_i * dropout(x) A) B_i^T) for each i, in x's dtype; sums are in f32.
+
+    All i share the product with A and the dropout mask. A and B get no gradient, so the backward pass saves x A and not
+    x.
+
+    Args:
+      a_KR: A^T.
+      bs: the rows of B for each i, [N_i, R].
+      lambda_ds: f32, one per i.
+      lambda_bs: f32 [N_i], one per i.
+      dropout: probability that an element of x is zeroed.
+      keys_B: the dropout key of each row of the batch; None: no dropout.
+    """
+    return _forward(x_MK, a_KR, bs, lambda_ds, lambda_bs, dropout, keys_B)[0]
+
+
+def _scaled(x: jax.Array, vector: jax.Array) -> jax.Array:
+    """Multiplies columns by a vector in f32, rounded to x's dtype."""
+    return (x.astype(jnp.float32) * vector[None]).astype(x.dtype)
+
+
+def _forward(x_MK, a_KR, bs, lambda_ds, lambda_bs, dropout, keys_B):
+    dtype = x_MK.dtype
+    xa_MR = dot_nn(apply_dropout(x_MK, dropout, keys_B), a_KR.astype(dtype), dtype)
+    rows = zip(bs, lambda_ds, lambda_bs, strict=True)
+    ys = tuple(_scaled(dot_nt(_scaled(xa_MR, d), b.astype(dtype), dtype), lambda_b) for b, d, lambda_b in rows)
+    return ys, (checkpoint_name(xa_MR, "lora_xa"), a_KR, bs, lambda_ds, lambda_bs, keys_B)
+
+
+def _backward(dropout, residuals, dys):
+    xa_MR, a_KR, bs, lambda_ds, lambda_bs, keys_B = residuals
+    dtype, d_xas, d_ds, d_bs = xa_MR.dtype, [], [], []
+    for dy_MN, b_NR, d_R, b_N in zip(dys, bs, lambda_ds, lambda_bs, strict=True):
+        b_NR = b_NR.astype(dtype)
+        d_scaled_MR = dot_nn(_scaled(dy_MN, b_N), b_NR)
+        d_ds.append(jnp.sum(xa_MR.astype(jnp.float32) * d_scaled_MR, axis=0))
+        d_bs.append(jnp.sum(dot_tn(_scaled(xa_MR, d_R), dy_MN) * b_NR.T.astype(jnp.float32), axis=0))
+        d_xas.append(d_scaled_MR * d_R[None])
+    d_xa_MR = functools.reduce(jnp.add, d_xas)
+    dx_MK = apply_dropout(dot_nt(d_xa_MR.astype(dtype), a_KR.astype(dtype), dtype), dropout, keys_B)
+    return dx_MK, None, None, tuple(d_ds), tuple(d_bs), None
+
+
+vera_deltas.defvjp(_forward, _backward)
+
+
+class VeRA(nnx.Module):
+    """y = x W^T + b + lambda_b * ((lambda_d * dropout(x) A) B^T); PEFT's VeRA.
+
+    `lambda_d` [L, R] and `lambda_b` [L, N] train in f32. Inside the scan over layers they have one layer each. A and B
+    are frozen Variables that all adapters of a model share: `a` [K, R] and `b` [N, R] of the largest K and N, of which
+    each adapter takes the first rows.
+    """
+
+    def __init__(
+        self, lambda_d: Float[Array, "*L R"], lambda_b: Float[Array, "*L N"], a: Frozen, b: Frozen, dropout: float
+    ):
+        self.lambda_d = nnx.LoRAParam(lambda_d)
+        self.lambda_b = nnx.LoRAParam(lambda_b)
+        self.a = a
+        self.b = b
+        self.dropout = dropout
+
+    @classmethod
+    def init(cls, stack: int, out_features: int, a: Frozen, b: Frozen, *, d_initial: float, dropout: float) -> "VeRA":
+        """Creates adapters that change nothing for `stack` layers: lambda_b is zero."""
+        lambda_d = jnp.full((stack, a.get_value().shape[1]), d_initial, jnp.float32)
+        return cls(lambda_d, jnp.zeros((stack, out_features), jnp.float32), a, b, dropout)
+
+    @staticmethod
+    def apply(
+        adapters: "Sequence[VeRA]",
+        x_MK: Float[Array, "M K"],
+        frozen: Sequence[FrozenLayer],
+        keys: Sequence[jax.Array | None],
+    ) -> list[jax.Array]:
+        """Returns each layer's result; without dropout, all layers share the product with A."""
+        ys = [one(x_MK) for one in frozen]
+        with jax.named_scope("lora"):
+            if all(adapter.dropout == 0.0 or keys_B is None for adapter, keys_B in zip(adapters, keys, strict=True)):
+                deltas = _deltas(adapters, x_MK, 0.0, None)
+            else:
+                rows = zip(adapters, keys, strict=True)
+                deltas = [_deltas([adapter], x_MK, adapter.dropout, keys_B)[0] for adapter, keys_B in rows]
+            return [y + delta for y, delta in zip(ys, deltas, strict=True)]
+
+    @property
+    def own_b(self) -> Float[Array, "N R"]:
+        """The rows of B that the adapter takes."""
+        return self.b[...][: self.lambda_b[...].shape[-1]]
+
+    def select_layer(self, layer: int) -> "VeRA":
+        """Returns the adapter of one layer of the stack."""
+        return VeRA(self.lambda_d[...][layer], self.lambda_b[...][layer], self.a, self.b, self.dropout)
+
+    def merge(self, weight: Float[Array, "N K"]) -> Float[Array, "N K"]:
+        """Returns W + (lambda_b B) (lambda_d A), in f32."""
+        a_KR, b_NR = (each.astype(jnp.float32) for each in (self.a[...][: weight.shape[1]], self.own_b))
+        delta_NK = dot_nt(self.lambda_b[...][:, None] * b_NR * self.lambda_d[...][None], a_KR)
+        return weight.astype(jnp.float32) + delta_NK
+
+    def merge_bias(self, bias: Float[Array, " N"]) -> Float[Array, " N"]:
+        """Returns the bias unchanged."""
+        return bias
+
+
+def _deltas(
+    adapters: Sequence[VeRA], x_MK: jax.Array, dropout: float, keys_B: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """Returns the changes of several adapters for one x, with one dropout mask."""
+    a_KR = adapters[0].a[...][: x_MK.shape[1]]
+    bs = tuple(adapter.own_b for adapter in adapters)
+    lambda_ds = tuple(adapter.lambda_d[...] for adapter in adapters)
+    lambda_bs = tuple(adapter.lambda_b[...] for adapter in adapters)
+    return vera_deltas(x_MK, a_KR, bs, lambda_ds, lambda_bs, dropout, keys_B)
