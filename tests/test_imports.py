@@ -23,6 +23,7 @@ LAYERS = {
     "qlora_jax.atomic_files": 0,
     "qlora_jax.line_digests": 0,
     "qlora_jax.runtime": 0,
+    "qlora_jax.sandbox": 0,
     "qlora_jax.sharding": 0,
     "qlora_jax.statistics": 0,
     "qlora_jax.config": 1,

@@ -37,6 +37,7 @@ from qlora_jax.data.tokenizer.template_protocol import (
     OUTPUT_REACHED,
     Limits,
 )
+from qlora_jax.sandbox.limits import limit_resources
 
 Call = tuple[Sequence[Mapping[str, Any]], bool, Sequence[Mapping[str, Any]] | None]  # the fields of a Rendering
 
@@ -195,18 +196,12 @@ def _serve(requests: BinaryIO, replies: BinaryIO, limits: Limits) -> None:
         replies.flush()
 
 
-def _limit_resources(memory: int) -> None:
-    for kind, soft in ((resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
-        _, hard = resource.getrlimit(kind)
-        resource.setrlimit(kind, (soft if hard == resource.RLIM_INFINITY else min(soft, hard), hard))
-
-
 def main(seconds: str, memory: str, output: str) -> None:
     """Runs the process with the fields of Limits."""
     limits = Limits(float(seconds), int(memory), int(output))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that waits for the text
     signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
-    _limit_resources(limits.memory)
+    limit_resources({resource.RLIMIT_AS: limits.memory, resource.RLIMIT_CORE: 0})
     try:
         with open(sys.stdin.fileno(), "rb", buffering=_BUFFER, closefd=False) as requests:
             _serve(requests, sys.stdout.buffer, limits)
