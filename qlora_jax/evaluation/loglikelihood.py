@@ -59,6 +59,10 @@ class RowScores:
         """exp(mean_nll)."""
         return math.exp(self.mean_nll)
 
+    def of(self, rows: Int64[np.ndarray, " some"]) -> "RowScores":
+        """The scores of some rows, by index."""
+        return RowScores(nll=self.nll[rows], tokens=self.tokens[rows], exact=self.exact[rows], begins=self.begins[rows])
+
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def score_tokens(

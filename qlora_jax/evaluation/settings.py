@@ -38,6 +38,9 @@ class TaskArgs(QuestionArgs):
     answer_start: str | None = setting(
         "rows: how every answer begins; it is given to the model, and only what follows it is scored", None, NOT_EMPTY
     )
+    by: str | None = setting(
+        "rows: also the loss of the rows of each value of this column, such as lang", None, NOT_EMPTY
+    )
     window: int = setting("text: tokens per window; the first token is not scored", 512, AT_LEAST_TWO)
     stride: int | None = setting(
         "text: tokens from the start of a window to the start of the next; each token is scored once, after at least "
@@ -115,8 +118,11 @@ def _task_problems(args: TaskArgs) -> list[str]:
             f"stride: larger than window, which skips tokens (found {args.stride}, expected at most {args.window})"
         )
     problems += question_problems(args, rows_columns=() if args.rows is None else known_columns("rows"))
-    if args.answer_start is not None and args.rows is None:
-        problems.append("answer_start: requires rows; set it too")
+    problems += [
+        f"{name}: requires rows; set it too"
+        for name in ("answer_start", "by")
+        if getattr(args, name) is not None and args.rows is None
+    ]
     return problems
 
 

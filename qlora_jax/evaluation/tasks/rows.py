@@ -4,11 +4,13 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Int64
 
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
+from qlora_jax.data.formats.columns import list_columns
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
-from qlora_jax.data.readers.files import Problem, Row, raise_problems
+from qlora_jax.data.readers.files import Problem, Row, raise_problems, shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds
 from qlora_jax.evaluation.metrics import (
@@ -24,30 +26,45 @@ from qlora_jax.evaluation.metrics import (
 )
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.task import TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, read_task_rows
+from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
 from qlora_jax.evaluation.tasks.text import TextTask
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsTask(TextTask):
-    """Loss of answers, and whether greedy decoding generates them; scored as a text's windows are."""
+    """Loss of answers, and whether greedy decoding generates them; scored as a text's windows are.
+
+    Attributes:
+      groups: the indices of the rows of each group, by its description; their losses are also reported one by one.
+    """
 
     name: str = "rows"
+    groups: Mapping[str, Int64[np.ndarray, "_"]] = dataclasses.field(default_factory=dict)
 
     def metrics(self, scores: RowScores) -> list[Metric]:
-        """Perplexity, loss, and the shares of rows whose answer greedy decoding generates."""
+        """Perplexity, loss, the shares of rows whose answer greedy decoding generates, and the loss of each group."""
         return [
             *loss_metrics(scores),
             share("begins with the answer", scores.begins),
             share("is exactly the answer", scores.exact),
+            *(
+                metric._replace(name=f"{metric.name}, {group}")
+                for group, rows in self.groups.items()
+                for metric in loss_metrics(scores.of(rows))[1:]
+            ),
         ]
 
     def compare(self, before: RowScores, after: RowScores) -> list[Comparison]:
-        """The changes of the loss and of both shares."""
+        """The changes of the loss, of both shares, and of the loss of each group."""
         return [
             loss_change(before, after),
             share_change("begins with the answer", before.begins, after.begins),
             share_change("is exactly the answer", before.exact, after.exact),
+            *(
+                change._replace(name=f"{change.name}, {group}")
+                for group, rows in self.groups.items()
+                for change in [loss_change(before.of(rows), after.of(rows))]
+            ),
         ]
 
     def row_values(self, scores: RowScores) -> dict[str, RowValues]:
@@ -68,6 +85,7 @@ def build(settings: TaskArgs, context: TaskContext) -> RowsTask:
         max_rows=settings.max_rows,
         max_positions=context.max_positions,
         answer_start=settings.answer_start,
+        by=settings.by,
         file_columns=settings.file_columns,
     )
 
@@ -79,12 +97,14 @@ def rows_task(
     max_rows: int | None,
     max_positions: int,
     answer_start: str | None = None,
+    by: str | None = None,
     file_columns: Mapping[str, str] | None = None,
 ) -> RowsTask:
     """Reads rows in a format of training data; the tokens that training would learn are scored.
 
     Args:
       answer_start: how every answer begins; it is given to the model, and only what follows it is scored.
+      by: column whose values group the rows; None: no groups.
       file_columns: see `task_file.read_task_rows`.
 
     Raises:
@@ -100,7 +120,25 @@ def rows_task(
         scored = _after_start(path, rows, scored, tokenizer, answer_start)
         title += f", after {answer_start!r}"
     check_lengths(path, rows, [[one] for one in scored], max_positions)
-    return RowsTask(title=title, rows=scored)
+    return RowsTask(title=title, rows=scored, groups={} if by is None else _groups(path, rows, by))
+
+
+def _groups(path: str, rows: Sequence[Row], by: str) -> dict[str, Int64[np.ndarray, "_"]]:
+    """Returns the indices of the rows of each value of the column `by`, the largest group first."""
+    values = read_each(path, rows, lambda row: _group_name(row.data, by))
+    groups = {value: np.flatnonzero([one == value for one in values]) for value in dict.fromkeys(values)}
+    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return {f"{by} {value} ({len(members)} rows)": members for value, members in largest_first}
+
+
+def _group_name(columns: Mapping[str, object], by: str) -> str:
+    value = columns.get(by)
+    if not isinstance(value, str | int):
+        raise ValueError(
+            f"by: found {shorten(repr(value))} in column {by!r}, expected a text or a whole number (the columns are "
+            f"{list_columns(columns)})"
+        )
+    return str(value)
 
 
 def _after_start(

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from qlora_jax.evaluation.loglikelihood import RowScores
+from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
 from qlora_jax.evaluation.tasks.rows import rows_task
 from tests.inference.tiny import byte_tokenizer
 
@@ -31,3 +33,28 @@ def test_the_given_start_of_an_answer_is_not_scored(tmp_path):
     assert [TOKENIZER.decode(ids[scored].tolist()) for ids, scored in task.rows] == [" cd<end>"] * 2
     with pytest.raises(ValueError, match=r"rows.jsonl:2: the answer begins with 'cd', expected 'T:'"):
         rows_task(write(tmp_path / "rows.jsonl", [good, bad]), TOKENIZER, **limits)
+
+
+def test_losses_of_the_groups_of_a_column(tmp_path):
+    languages = ["de", "fr", "de", "eo", "de"]
+    rows = [{"prompt": "ab", "completion": "c" * (n + 1), "lang": lang} for n, lang in enumerate(languages)]
+    task = rows_task(write(tmp_path / "rows.jsonl", rows), TOKENIZER, max_rows=None, max_positions=99, by="lang")
+    before, after = (
+        RowScores(nll=nll, tokens=np.arange(2, 7), exact=np.ones(5, bool), begins=np.ones(5, bool))
+        for nll in (np.arange(5.0), np.arange(5.0) ** 2)
+    )
+    found = {metric.name: metric for metric in task.metrics(before)}
+    assert [*found][4:] == [f"loss a token, lang {group}" for group in ("de (3 rows)", "fr (1 rows)", "eo (1 rows)")]
+    german = found["loss a token, lang de (3 rows)"]
+    assert german.value == (0 + 2 + 4) / (2 + 4 + 6)
+    assert german.interval == bootstrap(np.array([0.0, 2, 4]), np.array([2, 4, 6]))
+    changes = {change.name: change for change in task.compare(before, after)}
+    assert changes["loss a token, lang de (3 rows)"].difference == pytest.approx((4 + 16 - 6) / 12)
+    expected = paired_bootstrap(np.array([0.0, 2, 4]), np.array([0.0, 4, 16]), np.array([2, 4, 6]))
+    assert changes["loss a token, lang de (3 rows)"].interval == expected
+
+
+def test_a_row_without_the_column_of_groups_is_reported(tmp_path):
+    rows = [{"prompt": "ab", "completion": "c", "lang": "de"}, {"prompt": "ab", "completion": "c", "lang": None}]
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: by: found None in column 'lang', expected a text"):
+        rows_task(write(tmp_path / "rows.jsonl", rows), TOKENIZER, max_rows=None, max_positions=99, by="lang")
