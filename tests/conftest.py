@@ -177,3 +177,16 @@ def local_data() -> Callable[[str], Path]:
         return folder / name
 
     return find
+
+
+@pytest.fixture
+def committable_data() -> Callable[[str], Path]:
+    """`committable_data(name)`: the path of a data file that is not part of the project; skips where it is absent."""
+    folder = Path(os.environ.get("QLORA_JAX_COMMITTABLE_DATA", ROOT.parent / "shared/data/committable"))
+
+    def find(name: str) -> Path:
+        if not (folder / name).exists():
+            pytest.skip(f"{name} not present (set QLORA_JAX_COMMITTABLE_DATA to the folder that holds it)")
+        return folder / name
+
+    return find

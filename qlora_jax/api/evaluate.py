@@ -27,7 +27,9 @@ def evaluate_model(
     rows: str | Path | None = None,
     choices: str | Path | None = None,
     letters: str | Path | None = None,
+    labels: str | Path | None = None,
     answers: str | Path | None = None,
+    programs: str | Path | None = None,
     tasks: Sequence[AnyTask] = (),
     raw: bool = False,
     cache: str | Path | None = None,
@@ -46,7 +48,9 @@ def evaluate_model(
       rows: file in a format of training data, scored by the loss of the answers.
       choices: file of multiple-choice questions, scored by the likelihood of each option.
       letters: file of multiple-choice questions, scored by letter, like MMLU.
+      labels: file of texts with a label, scored by the likelihood of each label.
       answers: file of questions, scored by exact match of the greedy reply.
+      programs: file of functions to write, scored by running the replies with tests, like HumanEval.
       tasks: more tasks, of your own classes (see qlora_jax/evaluation/tasks/task.py).
       raw: no chat template: questions and rows are plain text.
       cache: folder that caches scores, so that an interrupted evaluation resumes.
@@ -58,7 +62,15 @@ def evaluate_model(
       ValueError: no task, an unknown setting, or a file that cannot be used; the message lists all problems.
     """
     models = model if isinstance(model, Mapping) else {"model": model}
-    files = {"text": text, "rows": rows, "choices": choices, "letters": letters, "answers": answers}
+    files = {
+        "text": text,
+        "rows": rows,
+        "choices": choices,
+        "letters": letters,
+        "labels": labels,
+        "answers": answers,
+        "programs": programs,
+    }
     args = _task_args({name: str(path) for name, path in files.items() if path is not None} | settings)
     reader = dataclasses.replace(tokenizer, chat_template=None) if raw else tokenizer
     all_tasks = [*build_tasks(args, _context(models, reader)), *tasks]

@@ -10,5 +10,7 @@ MEASURES: dict[str, dict[str, Better]] = {
     "rows": {"loss a token": "lower", "begins with the answer": "higher", "is exactly the answer": "higher"},
     "choices": {"right by likelihood": "higher", "right by likelihood a token": "higher"},
     "letters": {"right by letter": "higher"},
+    "labels": {"right label": "higher"},
     "answers": {"exactly the answer": "higher"},
+    "programs": {"pass@1": "higher"},
 }

@@ -13,7 +13,7 @@ import numpy as np
 
 from qlora_jax.inference.decode import batch_size, chunks, decode_step, empty_cache, prefill_chunk, slots_for
 from qlora_jax.inference.mesh_inference import row_shapes, row_shards
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.attention import KVCache
 from qlora_jax.models.config import ModelConfig
@@ -55,9 +55,9 @@ def lower_program(
 
 
 def lower_decoding(
-    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int
+    parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling = GREEDY
 ) -> Iterator[LoweredProgram]:
-    """Lowers the two largest programs of greedy decoding: the longest prefill chunk, and one decode step.
+    """Lowers the two largest programs of decoding: the longest prefill chunk, and one decode step.
 
     Args:
       parts: arrays, or ShapeDtypeStructs.
@@ -77,7 +77,7 @@ def lower_decoding(
     prefill = (tokens_BT, start_B, start_B, last_BD, cache)
     yield lower_program(shape, prefill_chunk, decoding, prefill, added_bytes)
     step = (start_B, start_B, cache, keys_B, np.int32(0))
-    yield lower_program(shape, decode_step, decoding, step, added_bytes, sampling=Sampling())
+    yield lower_program(shape, decode_step, decoding, step, added_bytes, sampling=sampling)
 
 
 def _decoding_shapes(parts: ModelParts) -> tuple[ModelParts, int]:

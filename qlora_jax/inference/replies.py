@@ -1,4 +1,4 @@
-"""Greedy replies to many prompts: prompts of similar length share a batch, and each batch's replies are cached."""
+"""Replies to many prompts: prompts of similar length share a batch, and each batch's replies are cached."""
 
 import itertools
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -9,7 +9,7 @@ from qlora_jax.inference.decode import BATCHES, EndReason, Reply, generate
 from qlora_jax.inference.lowering import LoweredProgram, lower_decoding
 from qlora_jax.inference.mesh_inference import row_shards
 from qlora_jax.inference.result_cache import ResultCache
-from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.models.add_adapters import prepare_for_decoding
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.sharding import mesh_of
@@ -37,30 +37,68 @@ def greedy_replies(
     Raises:
       ValueError: see `decode.generate`.
     """
+    replies = sampled_replies(
+        parts,
+        prompts,
+        samples=1,
+        sampling=GREEDY,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        progress=progress,
+        cache=cache,
+    )
+    return [reply for (reply,) in replies]
+
+
+def sampled_replies(
+    parts: ModelParts,
+    prompts: Sequence[Sequence[int]],
+    *,
+    samples: int,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    progress: Callable[[int], None],
+    cache: ResultCache,
+) -> list[list[Reply]]:
+    """Several replies to each prompt, in the order of the prompts; see `greedy_replies`.
+
+    Args:
+      samples: number of replies to each prompt. They differ, because equal prompts of one batch draw differently.
+    """
     parts = prepare_for_decoding(parts)
     limits = {"max_new_tokens": max_new_tokens, "stop_ids": stop_ids}
-    replies: dict[int, Reply] = {}
-    for rows in _batches(prompts, row_shards(mesh_of(parts))):
-        batch = [list(prompts[row]) for row in rows]
-        inputs = ["greedy", batch, max_new_tokens, sorted(stop_ids)]
+    replies: dict[int, list[Reply]] = {}
+    for rows in _batches(prompts, samples, row_shards(mesh_of(parts))):
+        batch = [list(prompts[row]) for row in rows for _ in range(samples)]
+        inputs = [sampling, batch, max_new_tokens, sorted(stop_ids)]
         arrays = cache.get_or_compute(
-            inputs, lambda batch=batch: _to_arrays(generate(parts, batch, sampling=Sampling(), **limits))
+            inputs, lambda batch=batch: _to_arrays(generate(parts, batch, sampling=sampling, **limits))
         )
-        replies.update(zip(rows, _from_arrays(*arrays), strict=True))
+        of_prompts = itertools.batched(_from_arrays(*arrays), samples)
+        replies.update({row: [*of_prompt] for row, of_prompt in zip(rows, of_prompts, strict=True)})
         progress(len(replies))
     return [replies[row] for row in range(len(prompts))]
 
 
-def lower_replies(parts: ModelParts, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[LoweredProgram]:
-    """Lowers the programs of the largest batch of `greedy_replies`, which is its first."""
-    first = _batches(prompts, row_shards(mesh_of(parts)))[0]
-    yield from lower_decoding(parts, [prompts[row] for row in first], max_new_tokens)
+def lower_replies(
+    parts: ModelParts,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    samples: int = 1,
+    sampling: Sampling = GREEDY,
+) -> Iterator[LoweredProgram]:
+    """Lowers the programs of the largest batch of `sampled_replies`, which is its first."""
+    devices = row_shards(mesh_of(parts))
+    first = _batches(prompts, samples, devices)[0]
+    batch = [prompts[row] for row in first for _ in range(samples)]
+    yield from lower_decoding(parts, batch[: BATCHES[-1] * devices], max_new_tokens, sampling)
 
 
-def _batches(prompts: Sequence[Sequence[int]], devices: int) -> list[tuple[int, ...]]:
-    """Indices of the prompts of each batch, the longest prompts first."""
+def _batches(prompts: Sequence[Sequence[int]], samples: int, devices: int) -> list[tuple[int, ...]]:
+    """Indices of the prompts of each batch, the longest prompts first; a batch has all replies to its prompts."""
     longest_first = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    return [*itertools.batched(longest_first, BATCHES[-1] * devices)]
+    return [*itertools.batched(longest_first, max(1, BATCHES[-1] * devices // samples))]
 
 
 def _to_arrays(replies: Sequence[Reply]) -> tuple[np.ndarray, ...]:

@@ -38,6 +38,9 @@ class Sampling:
             raise ValueError("; ".join(problems))
 
 
+GREEDY = Sampling()
+
+
 def keep_top_k(logits_BV: Float[Array, "B V"], k: int) -> Float[Array, "B V"]:
     """Sets all but the k largest logits of each row to -inf; logits equal to the k-th stay."""
     largest_BK, _ = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))

@@ -86,12 +86,24 @@ def test_questions_need_no_evaluation_data_but_patience_does():
             r"questions\.answer_pattern: not a regular expression: missing \).*\(found '\('\)",
         ),
         ({"answers": "a", "answer_pattern": "(?=b)"}, r"questions\.answer_pattern: not supported .*: a lookahead"),
-        ({"file_columns": {"answer": "b"}}, r"questions\.file_columns: requires one of choices, letters, answers"),
+        (
+            {"file_columns": {"answer": "b"}},
+            r"questions\.file_columns: requires one of choices, letters, labels, answers",
+        ),
         (
             {"answers": "a", "file_columns": {"options": "b"}},
             r"questions\.file_columns: unknown column \(found 'options', expected",
         ),
         ({"answers": "a", "max_rows": 0}, r"questions\.max_rows: found 0"),
+        ({"labels": "a", "label_prompt": "{b}"}, r"questions\.labels: requires questions\.label_texts"),
+        ({"label_prompt": "{b}"}, r"questions\.label_prompt: requires questions\.labels"),
+        (
+            {"labels": "a", "label_prompt": "{b}", "label_texts": {"0": "x", "1": "x"}},
+            r"questions\.label_texts: texts are empty or equal",
+        ),
+        ({"labels": "a", "label_prompt": "{b}", "label_texts": {"0": "x"}}, "expected two or more labels"),
+        ({"programs": "a", "pass_at": [1, 5]}, r"questions\.pass_at: more than questions\.program_samples \(found 5"),
+        ({"programs": "a", "program_samples": 5}, r"questions\.program_temperature: found 0 with .*all equal"),
     ],
 )
 def test_settings_of_questions_that_contradict_each_other(questions, problem):

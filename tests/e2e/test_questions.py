@@ -177,6 +177,33 @@ def test_without_held_out_rows_they_are_asked_all_the_same(tmp_path):
     assert all("letters_right_by_letter" in record and "eval_loss" not in record for record in told)
 
 
+@pytest.mark.slow
+def test_labels_and_programs_are_asked_as_evaluate_asks_them(tmp_path):
+    labelled = [{"text": f"{word} {n}", "label": n % 2} for n in range(5) for word in ("sun", "rain")]
+    problem = {
+        "prompt": "def one():\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+        "entry_point": "one",
+    }
+    problem["prompt"] += '    """Returns 1."""\n'
+    questions = {"label_prompt": "{text}", "label_texts": {"0": "moon", "1": "sun"}, "max_new_tokens": 6}
+    for kind, rows in {"labels": labelled, "programs": [problem] * 2}.items():
+        questions[kind] = str(tmp_path / f"{kind}.jsonl")
+        Path(questions[kind]).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = project(tmp_path / "project", questions=questions, train=dict(steps=2, eval_every=2))
+    assert run(config)
+    out = tmp_path / "scores.json"
+    words = [f"--{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in questions.items()]
+    evaluate.main(["--run", config.output, *words, "--columns=[checkpoint]", "--compute_dtype=auto", f"--json={out}"])
+    last = evaluations(config)[-1]
+    for kind, task in json.loads(out.read_text())["tasks"].items():
+        of_column = task["columns"]["checkpoint"].items()
+        found = [Metric(name, "", one["value"], one.get("interval")) for name, one in of_column]
+        flat = flatten_metrics(kind, found)
+        assert {name: last[name] for name in flat} == flat
+    assert {"labels_right_label", "labels_F1_low", "labels_Matthews_correlation", "programs_pass_1"} <= last.keys()
+
+
 def test_rows_that_are_no_questions_are_told_before_training(tmp_path):
     config = asking(tmp_path)
     rows = {

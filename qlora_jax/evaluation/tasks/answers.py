@@ -5,14 +5,17 @@ import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
-from jaxtyping import Bool
+from jaxtyping import Bool, Float64
 
 from qlora_jax.config import QUESTION_KINDS, QuestionArgs
-from qlora_jax.data.readers.files import raise_problems, shorten
+from qlora_jax.config.question_settings import AnswerMatch
+from qlora_jax.data.readers.files import shorten
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
+from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap
+from qlora_jax.evaluation.tasks.answer_matching import NORMALIZE, contains_words, words_f1
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
-from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
+from qlora_jax.evaluation.tasks.task_file import check_reply_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.prompts import Prompter, stop_ids
@@ -27,7 +30,7 @@ _THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerQuestion:
-    """One question: the ids of its prompt, and the answers that are right, in the form of `extract_answer`."""
+    """One question: the ids of its prompt, and the answers that are right, extracted and normalized."""
 
     ids: Sequence[int]
     answers: Collection[str]
@@ -41,11 +44,15 @@ class AnswerScores:
       right: the reply equals an answer.
       unanswered: no answer was found in the reply.
       cut_off: the reply ended because of max_new_tokens, or because the model has no position left.
+      contains: the words of an answer occur in the reply.
+      f1: the largest F1 of the reply's words and those of an answer.
     """
 
     right: Bool[np.ndarray, " questions"]
     unanswered: Bool[np.ndarray, " questions"]
     cut_off: Bool[np.ndarray, " questions"]
+    contains: Bool[np.ndarray, " questions"]
+    f1: Float64[np.ndarray, " questions"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +61,7 @@ class AnswersTask:
 
     Attributes:
       pattern: finds the answer in a text; None: the answer is the whole text.
+      match: how an answer is compared.
       max_new_tokens: maximum tokens of a reply.
       stop_ids: ids that end a reply.
       until: text that also ends a reply, or None.
@@ -66,6 +74,7 @@ class AnswersTask:
     max_new_tokens: int
     stop_ids: Collection[int]
     until: str | None
+    match: AnswerMatch = "exact"
     name: str = "answers"
 
     @property
@@ -88,17 +97,32 @@ class AnswersTask:
             progress=progress,
             cache=cache,
         )
-        return grade_replies(replies, self.questions, lambda reply: extract_answer(self._text(reply.ids), self.pattern))
+        return grade_replies(
+            replies, self.questions, lambda reply: extract_answer(self._text(reply.ids), self.pattern, self.match)
+        )
 
     def metrics(self, scores: AnswerScores) -> list[Metric]:
-        """The share of right replies, and the numbers of replies without an answer and cut off."""
+        """The share of right replies, how near the words of the others are, and how many lack an answer or an end."""
         cut_off = Metric(f"replies cut off ({self.max_new_tokens} tokens)", "count", int(scores.cut_off.sum()))
         unanswered = Metric("no answer found (counted as wrong)", "count", int(scores.unanswered.sum()))
-        return [share("exactly the answer", scores.right), *([unanswered] if self.pattern else []), cut_off]
+        return [
+            share("exactly the answer", scores.right),
+            *(self._word_metrics(scores) if self.match == "words" else []),
+            *([unanswered] if self.pattern else []),
+            cut_off,
+        ]
 
     def compare(self, before: AnswerScores, after: AnswerScores) -> list[Comparison]:
-        """The change of the share of right replies."""
-        return [share_change("exactly the answer", before.right, after.right)]
+        """The change of the share of right replies, and of how near the words of the others are."""
+        changes = [share_change("exactly the answer", before.right, after.right)]
+        if self.match == "words":
+            interval = paired_bootstrap(before.f1, after.f1, np.ones(self.size, np.int64))
+            difference = float(after.f1.mean() - before.f1.mean())
+            changes += [
+                share_change("contains an answer", before.contains, after.contains),
+                Comparison("F1 of words", "share", difference, interval),
+            ]
+        return changes
 
     def row_values(self, scores: AnswerScores) -> dict[str, RowValues]:
         """The rows' parts of the measures in measures.py."""
@@ -107,6 +131,13 @@ class AnswersTask:
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batch."""
         return lower_replies(parts, [question.ids for question in self.questions], self.max_new_tokens)
+
+    def _word_metrics(self, scores: AnswerScores) -> list[Metric]:
+        interval = bootstrap(scores.f1, np.ones(self.size, np.int64))
+        return [
+            share("contains an answer", scores.contains),
+            Metric("F1 of words", "share", float(scores.f1.mean()), interval),
+        ]
 
     def _text(self, ids: Sequence[int]) -> str:
         text = self.tokenizer.decode([*ids])
@@ -121,6 +152,7 @@ def build(settings: QuestionArgs, context: TaskContext) -> AnswersTask:
         context.tokenizer,
         named_stop_ids=context.stop_ids,
         pattern=settings.answer_pattern,
+        match=settings.answer_match,
         max_new_tokens=settings.max_new_tokens,
         max_rows=settings.max_rows,
         max_positions=context.max_positions,
@@ -137,6 +169,7 @@ def answers_task(
     max_new_tokens: int,
     max_rows: int | None,
     max_positions: int,
+    match: AnswerMatch = "exact",
     file_columns: Mapping[str, str] | None = None,
 ) -> AnswersTask:
     """Reads rows with the columns question (or prompt) and answer: a text, or a list of texts that are all right.
@@ -144,6 +177,7 @@ def answers_task(
     Args:
       named_stop_ids: ids that end a reply according to the model's files.
       pattern: regular expression of `extract_answer`, or None.
+      match: how answers are compared.
       file_columns: see `task_file.read_task_rows`.
 
     Raises:
@@ -153,43 +187,38 @@ def answers_task(
     chat = tokenizer.chat_template is not None
     prompter = Prompter(tokenizer=tokenizer, chat=chat, system=None)
     rows = read_task_rows(path, "answers", file_columns, max_rows)
-    questions = read_each(path, rows, lambda row: _question(row.data, prompter, pattern))
-    problems = [
-        (
-            row.place,
-            f"too long (found {len(question.ids)} tokens and {max_new_tokens} of the reply; the model has "
-            f"{max_positions} positions)",
-        )
-        for row, question in zip(rows, questions, strict=True)
-        if len(question.ids) + max_new_tokens > max_positions
-    ]
-    raise_problems(path, problems, len(rows))
+    questions = read_each(path, rows, lambda row: _question(row.data, prompter, pattern, match))
+    check_reply_lengths(path, rows, [question.ids for question in questions], max_new_tokens, max_positions)
+    read_by = "" if pattern is None else f", read by {pattern}"
+    compared = "" if match == "exact" else f", compared by {match}"
     return AnswersTask(
-        title=f"{path}: {len(rows)} questions, greedy replies" + ("" if pattern is None else f", read by {pattern}"),
+        title=f"{path}: {len(rows)} questions, greedy replies{read_by}{compared}",
         questions=questions,
         tokenizer=tokenizer,
         pattern=pattern,
+        match=match,
         max_new_tokens=max_new_tokens,
         stop_ids=stop_ids(tokenizer, named_stop_ids, chat=chat),
         until=None if chat else NEXT_QUESTION,
     )
 
 
-def extract_answer(text: str, pattern: str | None) -> str | None:
-    """Finds the answer in a text.
+def extract_answer(text: str, pattern: str | None, match: AnswerMatch = "exact") -> str | None:
+    """Finds the answer in a text, in the form in which it is compared (answer_matching.py).
 
     Without a pattern that is the whole text, without surrounding white space. With one, it is the pattern's last match:
     its first group that matched, or all of it if it has no groups. White space around it, commas between thousands and
     a final full stop are removed. Returns None if nothing matches.
     """
+    normalize = NORMALIZE[match]
     if pattern is None:
-        return text.strip()
-    match = last_match(pattern, text)
-    if match is None:
+        return normalize(text.strip())
+    found = last_match(pattern, text)
+    if found is None:
         return None
-    whole, *groups = match
+    whole, *groups = found
     answer = next((group for group in groups if group is not None), whole) or ""
-    return _THOUSANDS.sub("", answer.strip()).removesuffix(".")
+    return normalize(_THOUSANDS.sub("", answer.strip()).removesuffix("."))
 
 
 def grade_replies(
@@ -197,14 +226,19 @@ def grade_replies(
 ) -> AnswerScores:
     """Grades replies; `extract` returns the answer in a reply, or None."""
     found = [extract(reply) for reply in replies]
+    pairs = [(text or "", question.answers) for text, question in zip(found, questions, strict=True)]
     return AnswerScores(
         right=np.array([text in question.answers for text, question in zip(found, questions, strict=True)], bool),
         unanswered=np.array([text is None for text in found], bool),
         cut_off=np.array([reply.end != "stop" for reply in replies], bool),
+        contains=np.array([any(contains_words(text, one) for one in answers) for text, answers in pairs], bool),
+        f1=np.array([max(words_f1(text, one) for one in answers) for text, answers in pairs], np.float64),
     )
 
 
-def _question(columns: Mapping[str, object], prompter: Prompter, pattern: str | None) -> AnswerQuestion:
+def _question(
+    columns: Mapping[str, object], prompter: Prompter, pattern: str | None, match: AnswerMatch
+) -> AnswerQuestion:
     question, answer = values_of(columns, QUESTION_KINDS["answers"].columns)
     if not isinstance(question, str):
         raise wrong_value("question", question, "a text")
@@ -212,7 +246,7 @@ def _question(columns: Mapping[str, object], prompter: Prompter, pattern: str | 
     texts = [text for text in given if isinstance(text, str) and text.strip()]
     if not texts or len(texts) < len(given):
         raise wrong_value("answer", answer, 'a text or a list of texts, none empty; a number in quotes ("4")')
-    answers = [extract_answer(text, pattern) for text in texts]
+    answers = [extract_answer(text, pattern, match) for text in texts]
     if pattern is not None and None in answers:
         raise ValueError(f"answer: no match of answer_pattern {pattern!r} (found {shorten(repr(answer))})")
     return AnswerQuestion(

@@ -8,11 +8,10 @@ import numpy as np
 from jaxtyping import Bool
 
 from qlora_jax.config import QuestionArgs
-from qlora_jax.data.loss_mask.by_offsets import encode_segments
-from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share, share_change, share_of_rows
+from qlora_jax.evaluation.tasks.continuations import encode_continuations
 from qlora_jax.evaluation.tasks.question_rows import Question, read_question
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
@@ -158,19 +157,5 @@ def _grade(likelihoods: Sequence[np.ndarray], answers: Sequence[int]) -> tuple[n
 
 
 def _encode_options(question: Question, tokenizer: Tokenizer) -> list[ScoredIds]:
-    if tokenizer.chat_template is None:
-        prompt, options = f"Question: {question.prompt}\nAnswer:", [f" {option}" for option in question.options]
-    else:
-        messages = [{"role": "user", "content": question.prompt}]
-        prompt, options = tokenizer.render(messages, add_generation_prompt=True), question.options
-    # A chat template writes bos itself.
-    bos = [tokenizer.bos_id] if tokenizer.add_bos_token and tokenizer.chat_template is None else []
-    encodings = tokenizer.encode_spans([prompt + option for option in options])
-    encoded = [
-        encode_segments(tokenizer, [Segment(prompt, False), Segment(option, True)], encoding)
-        for option, encoding in zip(options, encodings, strict=True)
-    ]
-    return [
-        (np.array([*bos, *row.ids], np.int32), np.concatenate([np.zeros(len(bos), bool), row.supervised]))
-        for row in encoded
-    ]
+    plain_prompt = f"Question: {question.prompt}\nAnswer:"
+    return encode_continuations(question.prompt, plain_prompt, question.options, tokenizer)

@@ -29,7 +29,9 @@ TASKS: dict[str, Builder] = {
     "text": _lazy("qlora_jax.evaluation.tasks.text"),
     "choices": _lazy("qlora_jax.evaluation.tasks.choices"),
     "letters": _lazy("qlora_jax.evaluation.tasks.letters"),
+    "labels": _lazy("qlora_jax.evaluation.tasks.labels"),
     "answers": _lazy("qlora_jax.evaluation.tasks.answers"),
+    "programs": _lazy("qlora_jax.evaluation.tasks.programs"),
     "rows": _lazy("qlora_jax.evaluation.tasks.rows"),
     "harness": _lazy("qlora_jax.evaluation.lm_eval.task"),
 }

@@ -101,3 +101,23 @@ def check_lengths(path: str, rows: Sequence[Row], scored: Sequence[Sequence[Scor
         elif not all(supervised[1:].any() for _, supervised in sequences):
             problems.append((row.place, "no token to score"))
     raise_problems(path, problems, len(rows))
+
+
+def check_reply_lengths(
+    path: str, rows: Sequence[Row], prompts: Sequence[Sequence[int]], max_new_tokens: int, max_positions: int
+) -> None:
+    """Raises one ValueError that lists every row whose prompt leaves too few positions for the reply.
+
+    Args:
+      prompts: the ids of each row's prompt.
+    """
+    problems = [
+        (
+            row.place,
+            f"too long (found {len(ids)} tokens and {max_new_tokens} of the reply; the model has {max_positions} "
+            "positions)",
+        )
+        for row, ids in zip(rows, prompts, strict=True)
+        if len(ids) + max_new_tokens > max_positions
+    ]
+    raise_problems(path, problems, len(rows))

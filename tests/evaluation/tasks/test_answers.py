@@ -55,6 +55,27 @@ def test_replies_are_grade_replies():
     assert scores.cut_off.tolist() == [False, False, True, True]
 
 
+def test_words_are_compared_after_they_are_normalized(tmp_path):
+    rows = [{"question": "?", "answer": ["The Eiffel Tower", "a tower"]}, {"question": "?", "answer": "42"}]
+    task = task_of(write(tmp_path / "q.jsonl", rows), match="words")
+    assert [asked.answers for asked in task.questions] == [{"eiffel tower", "tower"}, {"42"}]
+    texts = {1: " the Eiffel tower!", 2: "It is 42, I think."}
+    replies = [Reply([1], "stop"), Reply([2], "stop")]
+    scores = grade_replies(replies, task.questions, lambda reply: extract_answer(texts[reply.ids[0]], None, "words"))
+    metrics = {metric.name: metric for metric in task.metrics(scores)}
+    assert metrics["exactly the answer"].value == 0.5 and metrics["contains an answer"].value == 1
+    assert metrics["F1 of words"].value == pytest.approx((1 + 2 / 6) / 2)
+    assert [change.name for change in task.compare(scores, scores)] == [*metrics][:3]
+
+
+def test_numbers_are_compared_by_value(tmp_path):
+    task = task_of(
+        write(tmp_path / "q.jsonl", [{"question": "?", "answer": "so #### 1,200"}]), r"####(.*)", match="number"
+    )
+    assert task.questions[0].answers == {"1200"}
+    assert extract_answer("#### $1200.00.", r"####(.*)", "number") == "1200"
+
+
 def greedy(parts, prompt, count: int) -> list[int]:
     ids = list(prompt)
     for _ in range(count):
