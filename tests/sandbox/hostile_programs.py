@@ -86,6 +86,12 @@ HOSTILE = {
         "        try: os.write(fd, struct.pack('<Q', len(text)) + text)\n        except OSError: pass\n    return 7",
         {"error", "wrong", "ended"},
     ),
+    "endless message": (
+        "import os, struct\ndef f():\n    for fd in range(3, 64):\n"
+        "        try: os.write(fd, struct.pack('<Q', 1 << 40))\n        except OSError: continue\n"
+        "        while True: os.write(fd, bytes(1 << 16))",
+        {"error"},
+    ),
     "large value": ("def f(): return 'x' * (60 << 20)", {"error", "memory"}),
     "deep value": (
         "def f():\n    value = []\n    for _ in range(10 ** 5): value = [value]\n    return value",

@@ -11,6 +11,7 @@ from qlora_jax.sandbox.programs import Limits, Outcome, Program
 from qlora_jax.sandbox.runner import run_programs, seal_problem
 from tests.marks import SLOW
 from tests.sandbox.hostile_programs import HARMLESS, HOSTILE
+from tests.sandbox.kernel import landlock_version, needs_seal
 
 TEST = "def check(candidate):\n    assert candidate() == 1\n"
 SMALL = Limits(seconds=1, memory=192 << 20, waiting_seconds=4)
@@ -26,8 +27,8 @@ ALWAYS = (
     "another check",
     "the answer, found in memory",
     "forged outcome",
+    "endless message",
 )
-needs_seal = pytest.mark.skipif(seal_problem() is not None, reason=f"cannot seal a process here: {seal_problem()}")
 
 
 def program(source: str, test: str = TEST) -> Program:
@@ -73,6 +74,11 @@ def test_programs_that_are_right_pass(monkeypatch):
     outcomes = run_programs([program(source) for source in HARMLESS.values()], SMALL)
     os.close(descriptor)
     assert {name: one for name, one in zip(HARMLESS, outcomes, strict=True) if not one.passed} == {}
+
+
+@needs_seal
+def test_this_system_can_seal_a_process():
+    assert seal_problem() is None
 
 
 @needs_seal
@@ -150,5 +156,5 @@ def _read(path: str) -> str:
 def test_a_seal_that_does_not_hold_is_found(change, problem, tmp_path):
     code = f"import sys\nfrom qlora_jax.sandbox import seal, worker\n{change}\nprint(worker.find_problem(sys.argv[1]))"
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
-    if seal_problem() is None or "required" in problem:
+    if landlock_version() > 0 or "required" in problem:
         assert found.stdout.strip() == problem

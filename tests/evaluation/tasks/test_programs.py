@@ -21,12 +21,12 @@ from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from qlora_jax.inference.sampling import GREEDY, Sampling
 from qlora_jax.sandbox.programs import Limits, Program
-from qlora_jax.sandbox.runner import run_programs, seal_problem
+from qlora_jax.sandbox.runner import run_programs
 from tests.e2e.project import TEMPLATE
 from tests.inference.tiny import byte_tokenizer, tiny_parts
 from tests.marks import EXHAUSTIVE, SLOW
+from tests.sandbox.kernel import needs_seal
 
-needs_seal = pytest.mark.skipif(seal_problem() is not None, reason=f"cannot seal a process here: {seal_problem()}")
 ADD = {
     "prompt": 'def add(a, b):\n    """Adds {a} and b."""\n',
     "test": "def check(candidate):\n    assert candidate(1, 2) == 3\n",
