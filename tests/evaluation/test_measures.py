@@ -8,9 +8,13 @@ from qlora_jax.evaluation.measures import MEASURES
 from qlora_jax.evaluation.results import Evaluation, task_result
 from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
 from qlora_jax.evaluation.tasks.choices import ChoiceScores, ChoicesTask
+from qlora_jax.evaluation.tasks.labels import LabelsTask
 from qlora_jax.evaluation.tasks.letters import LetterScores, LettersTask
+from qlora_jax.evaluation.tasks.programs import ProgramScores, ProgramsTask
 from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.evaluation.tasks.text import TextTask
+from qlora_jax.inference.sampling import GREEDY
+from qlora_jax.sandbox.programs import Limits
 from tests.inference.tiny import byte_tokenizer
 
 RNG = np.random.default_rng(0)
@@ -21,12 +25,34 @@ ANSWERS = AnswersTask(
     title="", questions=[], tokenizer=byte_tokenizer(), pattern=None, max_new_tokens=1, stop_ids=(), until=None
 )
 CHOICES = ChoiceScores(by_sum=RIGHT[0], tied_by_sum=RIGHT[2], by_mean=RIGHT[1], tied_by_mean=RIGHT[3])
+LABELS = LabelsTask(
+    title="", labels=["a", "b"], options=[], prior=None, answers=RIGHT[0].astype(np.int64), label_score="sum"
+)
+PROGRAMS = ProgramsTask(
+    title="",
+    problems=[],
+    tokenizer=byte_tokenizer(),
+    samples=2,
+    pass_at=[1],
+    sampling=GREEDY,
+    max_new_tokens=1,
+    stop_ids=(),
+    limits=Limits(),
+    sealed=True,
+)
 CASES = [
     (TextTask(title="", rows=[]), ROWS),
     (RowsTask(title="", rows=[]), ROWS),
     (ChoicesTask(title="", choices=[]), CHOICES),
     (LETTERS, LetterScores(right=RIGHT[0], tied=RIGHT[1])),
-    (ANSWERS, AnswerScores(right=RIGHT[0], unanswered=RIGHT[1], cut_off=RIGHT[2])),
+    (
+        ANSWERS,
+        AnswerScores(
+            right=RIGHT[0], unanswered=RIGHT[1], cut_off=RIGHT[2], contains=RIGHT[3], f1=RIGHT[3].astype(np.float64)
+        ),
+    ),
+    (LABELS, RIGHT[1].astype(np.int64)),
+    (PROGRAMS, ProgramScores(outcomes=np.stack([RIGHT[0], RIGHT[1]], axis=1).astype(np.int64), cut_off=0)),
 ]
 
 

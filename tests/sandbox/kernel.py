@@ -1,4 +1,4 @@
-"""Skips tests where the kernel cannot seal a process, as the kernel itself says, so that a broken seal is not skipped."""
+"""Skips tests where the kernel itself says that it cannot seal a process; a broken seal must not skip them."""
 
 import ctypes
 import platform

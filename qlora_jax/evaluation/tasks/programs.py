@@ -144,7 +144,7 @@ class ProgramsTask:
 
     def row_values(self, scores: ProgramScores) -> dict[str, RowValues]:
         """The problems' parts of the measures in measures.py."""
-        return {"pass@1": RowValues(scores.pass_at(1), np.ones(self.size))}
+        return {"pass@1": RowValues(scores.pass_at(1), np.ones(len(scores.outcomes)))}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batch."""
