@@ -3,7 +3,8 @@
 import dataclasses
 import math
 
-from qlora_jax.config import Config, ConfigError, validate
+from qlora_jax.config import Config
+from qlora_jax.config.validate import uses
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.cost.arrays import trained_leaves
 from qlora_jax.training.cost.flops import StepShape
@@ -43,7 +44,7 @@ def matching_rank(config: Config, target: int, tolerance: float) -> int | None:
     Raises:
       ValueError: no rank is within `tolerance`; names the nearest.
     """
-    if not _has_rank(config):
+    if not uses(config.lora.method, "rank"):
         _check_near({"this method": trainable_parameters(config)}, target, tolerance)
         return None
     above = 1
@@ -60,15 +61,6 @@ def matching_rank(config: Config, target: int, tolerance: float) -> int | None:
 
 def _with_rank(config: Config, rank: int) -> Config:
     return dataclasses.replace(config, lora=dataclasses.replace(config.lora, rank=rank))
-
-
-def _has_rank(config: Config) -> bool:
-    """Returns True if the method accepts another rank than the default."""
-    try:
-        validate(_with_rank(config, config.lora.rank + 1))
-    except ConfigError:
-        return False
-    return True
 
 
 def _check_near(counts: dict[str, int], target: int, tolerance: float) -> None:

@@ -2,23 +2,26 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from qlora_jax.comparison.settings import TaskSettings
 from qlora_jax.data.readers.files import Row, stream_rows
 from qlora_jax.evaluation.measures import MEASURES
 
 
-def shared_row_problems(task: TaskSettings) -> list[str]:
+def shared_row_problems(task: TaskSettings, training: Sequence[str]) -> list[str]:
     """Returns a problem per file that shares rows with the held-out rows; empty if none does.
 
     Rows are equal if all their columns are. Texts have no rows, and are not compared.
+
+    Args:
+      training: the files of training rows.
     """
     path = next((task.evaluate[kind] for kind in MEASURES if kind != "text" and task.evaluate.get(kind)), None)
     if not isinstance(path, str):
         return []
     held_out = set(_digests(path))
-    files = {"train": task.train if isinstance(task.train, dict) else [task.train], "search": [task.search]}
+    files = {"train": training, "search": [task.search]}
     problems = []
     for name, paths in files.items():
         for seen in filter(None, paths):

@@ -18,7 +18,7 @@ from qlora_jax.comparison.run_files import (
     read_job,
 )
 from qlora_jax.comparison.settings import Settings
-from qlora_jax.comparison.study import Study, data_settings, output_of
+from qlora_jax.comparison.study import Study, data_settings, output_of, sources
 from qlora_jax.config import Config, ConfigError, write_config
 from qlora_jax.config.parse import is_required, walk_settings
 from qlora_jax.metadata import read_json
@@ -64,7 +64,7 @@ class Run:
     @property
     def config(self) -> Config:
         """The configuration of the training run."""
-        data = data_settings(self.study, self.task, search=self.stage == "search")
+        data = data_settings(self.study, (self.method, self.task), search=self.stage == "search")
         output = {"output": str(self.folder / RUN_FOLDER)}
         return self.study.config(self.method, self.task, {**data, **self.settings, **output})
 
@@ -87,7 +87,9 @@ class Run:
         inputs = _changed_settings(self.config)
         if evaluate is not None:
             inputs |= {f"evaluate.{key}": value for key, value in evaluate.items()} | {"measure": task.settings.measure}
-        return inputs | {f"content of {path}": digest for path, digest in task.digests.items()}
+        others = {*task.training} - {*sources(self.config.data.train)}
+        contents = {path: digest for path, digest in task.digests.items() if path not in others}
+        return inputs | {f"content of {path}": digest for path, digest in contents.items()}
 
     @property
     def finished(self) -> bool:

@@ -50,7 +50,8 @@ class StudySettings:
     base: str = setting("configuration of all runs: a YAML file of qlora-jax train", bound=NOT_EMPTY)
     settings: Settings = setting("training settings of all runs: {train.micro_batch_size: 8}", {})
     methods: dict[str, Settings] = setting(
-        "by name, training settings that belong together: {lora: {lora.rank: 16}}; the first is the reference",
+        "by name, training settings that belong together: {lora: {lora.rank: 16}}, also data.train in place of a "
+        "task's; the first is the reference",
         bound=NOT_EMPTY,
     )
     tasks: dict[str, dict[str, Value | dict[str, Value]]] = setting(

@@ -43,7 +43,7 @@ def sized_settings(study: Study) -> tuple[dict[Pair, Settings], dict[Pair, int]]
 
 
 def _plain_config(study: Study, pair: Pair, settings: Settings) -> Config:
-    data = data_settings(study, pair[1], search=False)
+    data = data_settings(study, pair, search=False)
     return study.config(*pair, {**data, **settings, "output": study.settings.output})
 
 

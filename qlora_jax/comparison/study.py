@@ -18,6 +18,7 @@ from qlora_jax.evaluation.measures import MEASURES, Better
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 from qlora_jax.evaluation.tasks.registry import TASKS
 
+TRAIN = "data.train"  # which a method may set, to compare data
 Raw = dict[str, Any]  # of a YAML file
 Pair = tuple[str, str]  # names of a method and a task
 # Training settings that a comparison sets for every run, by what determines them.
@@ -27,7 +28,7 @@ FIXED = {
     "train.eval_every": "the comparison, which evaluates at the end",
     "train.keep_best": "the comparison, which evaluates at the end",
     "train.patience": "the comparison, which trains each run to its end",
-    "data.train": "tasks",
+    TRAIN: "tasks",
     "data.eval": "tasks",
     "data.eval_fraction": "tasks",
 }
@@ -42,6 +43,7 @@ class Task:
     Attributes:
       kind: the setting of `evaluate` that names its held-out file, such as `rows`.
       better: the direction in which its measure improves.
+      training: its files of training rows, those of methods included.
       digests: a digest of the content of each of its files, by path.
     """
 
@@ -49,6 +51,7 @@ class Task:
     settings: TaskSettings
     kind: str
     better: Better
+    training: Sequence[str]
     digests: Mapping[str, str]
 
 
@@ -165,7 +168,7 @@ def _key_problems(settings: StudySettings) -> list[str]:
         for key in part:
             if key not in known:
                 problems.append(f"{place}: {key}: unknown setting{suggest_key(key, known)}")
-            elif key in fixed:
+            elif key in fixed and not (key == TRAIN and place.startswith("methods.")):
                 problems.append(f"{place}: {key}: it comes from {fixed[key]}. Remove it")
     return problems + _twice_set(settings)
 
@@ -209,13 +212,14 @@ def _read_tasks(settings: StudySettings) -> tuple[dict[str, Task], list[str]]:
     for name, raw in settings.tasks.items():
         task = from_dict(TaskSettings, raw)
         found = [*_search_problems(task, search=settings.learning_rates is not None), *_evaluate_problems(task)]
-        digests, missing = _digests(task)
-        found += missing or ([] if found else shared_row_problems(task))
+        training = _training_files(task, settings)
+        digests, missing = _digests(task, training)
+        found += missing or ([] if found else shared_row_problems(task, training))
         problems += [f"tasks.{name}.{problem}" for problem in found]
         if not found:
             (kind,) = _kinds(task)
             better = MEASURES[kind][task.measure]
-            tasks[name] = Task(name=name, settings=task, kind=kind, better=better, digests=digests)
+            tasks[name] = Task(name=name, settings=task, kind=kind, better=better, training=training, digests=digests)
     return tasks, problems
 
 
@@ -257,13 +261,23 @@ def _measure_problems(task: TaskSettings) -> list[str]:
     return [f"measure: found {task.measure!r}, expected {' or '.join(map(repr, known))} for {kinds[0]}"]
 
 
-def _digests(task: TaskSettings) -> tuple[dict[str, str], list[str]]:
+def sources(train: object) -> list[str]:
+    """Returns the files of a value of data.train."""
+    return [str(path) for path in train] if isinstance(train, dict) else [str(train)]
+
+
+def _training_files(task: TaskSettings, settings: StudySettings) -> list[str]:
+    """Returns a task's files of training rows, and those of methods that have their own."""
+    trains = [task.train, *(part[TRAIN] for part in settings.methods.values() if TRAIN in part)]
+    return list(dict.fromkeys(path for train in trains for path in sources(train)))
+
+
+def _digests(task: TaskSettings, training: Sequence[str]) -> tuple[dict[str, str], list[str]]:
     """Returns the digest of each file of a task, and what is wrong with the files."""
     shots = task.evaluate.get("shots")
     evaluated = [task.evaluate.get(name) for name in MEASURES] + [shots]
-    train = task.train if isinstance(task.train, dict) else [task.train]
     digests, problems = {}, []
-    for path in [*train, *([task.search] if task.search else []), *evaluated]:
+    for path in [*training, task.search, *evaluated]:
         if isinstance(path, str):
             try:
                 digests[path] = content_digest(path)
@@ -287,21 +301,22 @@ def _config_problems(study: Study) -> list[str]:
 
 def _problems_of(study: Study, method: str, task: str) -> list[str]:
     try:
-        study.config(method, task, {**data_settings(study, task, search=True), "output": study.settings.output})
+        study.config(method, task, {**data_settings(study, (method, task), search=True), "output": "run"})
     except ConfigError as error:
         return error.problems
     return []
 
 
-def data_settings(study: Study, task: str, *, search: bool) -> Settings:
-    """Returns the settings of a run's data and evaluations.
+def data_settings(study: Study, pair: Pair, *, search: bool) -> Settings:
+    """Returns the settings of the data and evaluations of a method and a task.
 
     Args:
       search: evaluate on the rows of the search at the end. With search_fraction, they are held out in any case.
     """
+    method, task = pair
     settings = study.tasks[task].settings
     return {
-        "data.train": settings.train,
+        "data.train": study.settings.methods[method].get(TRAIN, settings.train),
         "data.eval": settings.search if search else None,
         "data.eval_fraction": settings.search_fraction,
         "train.eval_every": 0,

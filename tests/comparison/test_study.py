@@ -1,12 +1,19 @@
 """A study file is checked whole before anything runs."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 
+from qlora_jax.comparison.run import Run
+from qlora_jax.comparison.stages import sized_settings
 from qlora_jax.comparison.study import data_settings, read_study
 from qlora_jax.config import ConfigError
+from scripts import make_noisy_titles
 from tests.comparison.studies import METHODS, read, study_of, write_rows, write_study
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def problems(folder, **changes):
@@ -22,13 +29,12 @@ def task(folder, **changes):
 def test_each_run_has_the_settings_of_its_method_and_task(tmp_path):
     study = read(tmp_path, settings={"optim.schedule": "linear"}, **task(tmp_path, settings={"data.max_length": 64}))
     assert study.methods == list(METHODS) and list(study.pairs())[1] == ("low rank", "numbers")
-    config = study.config("low rank", "numbers", {**data_settings(study, "numbers", search=True), "output": "x"})
+    config = study.config(
+        "low rank", "numbers", {**data_settings(study, ("low rank", "numbers"), search=True), "output": "x"}
+    )
     assert (config.lora.rank, config.optim.schedule, config.data.max_length) == (4, "linear", 64)
     assert config.data.eval == str(tmp_path / "search.jsonl") and config.train.eval_every == 0
-    assert (
-        study.config("lora", "numbers", {**data_settings(study, "numbers", search=False), "output": "x"}).data.eval
-        is None
-    )
+    assert data_settings(study, ("lora", "numbers"), search=False)["data.eval"] is None
     assert study.tasks["numbers"].kind == "rows" and study.tasks["numbers"].better == "lower"
 
 
@@ -135,6 +141,46 @@ def test_problems_of_configurations_name_their_methods(tmp_path):
 def test_learning_rates_by_method(tmp_path):
     study = read(tmp_path, learning_rates={"lora": [0.1], "low rank": [0.2, 0.3], "vectors": [1]})
     assert list(study.learning_rates("low rank")) == [0.2, 0.3]
+
+
+def test_a_method_may_have_its_own_training_rows(tmp_path):
+    own = write_rows(tmp_path / "own.jsonl", 300, 4)
+    study = read(tmp_path, methods={"lora": {}, "other rows": {"data.train": own}})
+    runs = [
+        Run(study=study, stage="final", method=method, task="numbers", settings={"train.seed": 0})
+        for method in study.methods
+    ]
+    assert [run.config.data.train for run in runs] == [str(tmp_path / "train.jsonl"), own]
+    inputs = [run.job()["inputs"] for run in runs]
+    assert [f"content of {own}" in each for each in inputs] == [False, True]
+    assert [f"content of {tmp_path / 'train.jsonl'}" in each for each in inputs] == [True, False]
+    with open(own, "a") as rows, open(tmp_path / "heldout.jsonl") as held_out:
+        rows.write(next(held_out))
+    with pytest.raises(ConfigError, match=r"own\.jsonl has 1 of the 10 held-out rows"):
+        read_study(str(tmp_path / "study.yaml"))
+
+
+STUDIES = sorted((ROOT / "configs/studies").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_the_studies_of_the_project_are_valid(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("configs", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    monkeypatch.setattr(sys, "argv", ["make_noisy_titles.py"])
+    make_noisy_titles.main()
+    study = read_study(str(path), model="smollm2-135m")
+    _, parameters = sized_settings(study)
+    assert len(study.settings.seeds) >= 3 and min(parameters.values()) > 0
+
+
+def test_the_example_of_the_documentation_is_valid(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/compare.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    (tmp_path / "study.yaml").write_text(text)
+    study = read_study(str(tmp_path / "study.yaml"), model="smollm2-135m")
+    assert study.methods == ["qlora", "lora on 16 bits", "full"]
 
 
 def test_every_file_of_a_mixture_has_a_digest(tmp_path):
