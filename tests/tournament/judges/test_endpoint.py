@@ -134,17 +134,24 @@ def test_a_judge_that_never_answers_stops(tmp_path, answer, most, message):
     assert "secret" not in str(error.value)
 
 
-def test_ctrl_c_ends_at_once_and_records_nothing_later(tmp_path):
+def test_ctrl_c_ends_at_once_and_nothing_is_sent_or_recorded_later(tmp_path):
     def plan(message: str, before: int) -> Answer:
-        if "number 2" in message:
+        if len(endpoint.requests) == 8:
             os.kill(os.getpid(), signal.SIGINT)
-            return Answer(seconds=2)
-        return right(message, before)
+        return right(message, before)._replace(seconds=0.02 if len(endpoint.requests) < 8 else 0.3)
 
-    started = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        judge_with(tmp_path, plan, concurrency=1)
-    assert time.monotonic() - started < 1.5
+    transcripts = transcripts_of(arena_args(**write_tournament(tmp_path)))
+    found = []
+    with fake_endpoint(plan) as endpoint:
+        args = EndpointArgs(url=endpoint.url, model="m", prompts=write_judge_prompts(tmp_path), concurrency=2)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt):
+            EndpointJudge(args).judge(transcripts.matches(), transcripts, found.append)
+        assert time.monotonic() - started < 1
+        sent, recorded = len(endpoint.requests), len(found)
+        assert 6 <= recorded < sent <= 10
+        time.sleep(0.5)
+        assert (len(endpoint.requests), len(found)) == (sent, recorded)
 
 
 def test_a_missing_key_is_reported_before_anything_is_sent(tmp_path, monkeypatch):
