@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -36,11 +37,11 @@ DATA8 = MeshArgs(data=8, fsdp=1)
 READERS = ("load_for_training", "load_model")
 
 
-def mesh_project(folder: Path, **changes) -> Config:
+def mesh_project(folder: Path, base: Mapping[str, object] | None = None, **changes) -> Config:
     lora, optim = dict(rank=16, dropout=0.1), dict(schedule="constant", warmup_start="first", learning_rate=1e-3)
     sections = {"lora": lora, "optim": optim, "train": ROWS, "data": dict(buckets=1)}
     merged = sections | {name: sections.get(name, {}) | values for name, values in changes.items()}
-    return project(folder, base=SIZES, **merged)
+    return project(folder, base=SIZES | dict(base or {}), **merged)
 
 
 def on(config: Config, mesh: MeshArgs, folder: Path) -> Config:
@@ -127,6 +128,9 @@ CASES = [
     (BOTH, dict(lora=dict(method="ia3", rank=LoraArgs().rank, dropout=0.0))),
     (BOTH, dict(lora=dict(method="dora"))),
     (FSDP8, dict(lora=dict(method="dora", dropout=0.0), optim=dict(paging="on", paging_budget="100KiB"))),
+    (BOTH, dict(lora=dict(method="ln_tuning", rank=LoraArgs().rank, dropout=0.0))),
+    (BOTH, dict(lora=dict(method="bitfit", rank=LoraArgs().rank, dropout=0.0), base=dict(attention_bias=True))),
+    (FSDP8, dict(lora=dict(method="houlsby", dropout=0.0))),
     (FSDP8, dict(train=dict(remat="full"))),
     (DATA8, dict(train=dict(remat="none"))),
     (FSDP8, dict(model=dict(quant_type="none"))),

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from qlora_jax.config import Config, DataArgs, HostsArgs, MeshArgs, ModelArgs
+from qlora_jax.config import Config, DataArgs, HostsArgs, LoraArgs, MeshArgs, ModelArgs
 from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import Checkpoints, open_run
@@ -483,5 +483,8 @@ def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
     finished = {name: shlex.split(command)[3:] for name, command in next_commands(config, finished=True).items()}
     assert finished["try it"] == ["--run", config.output]
     assert finished["export"] == ["--run", config.output, "--format", "peft"]
+    for method, form in {"bitfit": "hf", "houlsby": None}.items():
+        commands = next_commands(dataclasses.replace(config, lora=LoraArgs(method=method)), finished=True)
+        assert ("export" in commands) == (form is not None) and (form is None or form in commands["export"])
     go_on = next_commands(config, finished=False)["resume"]
     assert shlex.split(go_on)[3:] == ["--config", config.output + "/config.yaml", "--resume"]

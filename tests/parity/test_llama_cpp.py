@@ -33,7 +33,14 @@ TOKENS = np.random.default_rng(0).integers(3, 370, (2, LENGTH)).astype(np.int32)
 # llama.cpp does not use Phi-3's window, and turns by LongRoPE's factors as we do: one of the two files is enough.
 ARCHITECTURES = [name for name in CONFIGS if name != "phi3"]
 DEEPER = {"smollm3": dict(num_hidden_layers=4), "gemma3": dict(num_hidden_layers=7)}  # where layers differ
-METHODS = {"qwen2": LoraArgs(method="dora", rank=4, alpha=8.0), "qwen3": LoraArgs(method="ia3")}  # else LoRA
+OLMO2_NORMS = ["post_attention_layernorm", "post_feedforward_layernorm", "norm", "q_norm", "k_norm"]
+METHODS = {  # else LoRA
+    "qwen2": LoraArgs(method="dora", rank=4, alpha=8.0),
+    "qwen3": LoraArgs(method="ia3"),
+    "gemma": LoraArgs(method="ln_tuning"),
+    "olmo2": LoraArgs(method="ln_tuning", target_modules=OLMO2_NORMS),
+    "gptneox": LoraArgs(method="bitfit"),
+}
 WITHIN = {"float32": 1e-5, "float16": 1e-3, "bfloat16": 1e-2, "q8_0": 2e-2, "q4_0": 2e-2}
 NEW_TOKENS = 24
 IN_Q8_0 = ("--with_base", "--base_dtype", "q8_0")

@@ -12,7 +12,9 @@ MERGE_IT = "Export one model instead: --format hf or gguf"
 
 # Method -> format -> (the reason, what to do).
 REFUSED: Mapping[MethodName, Mapping[str, tuple[str, str]]] = {
-    "full": dict.fromkeys(ADAPTERS, ("all of the model was trained, and an adapter holds a part", MERGE_IT)),
+    "full": dict.fromkeys(
+        ADAPTERS, ("all of the model was trained and not a part that an adapter could hold", MERGE_IT)
+    ),
     "bitfit": dict.fromkeys(ADAPTERS, ("neither peft nor llama.cpp has adapters that consist of biases", MERGE_IT)),
     **dict.fromkeys(
         ("houlsby", "pfeiffer"),
