@@ -38,7 +38,7 @@ def act(action: str) -> None:
 def train(watchdog: Watchdog, options: dict[str, Any]) -> bool:
     """Takes steps, whose only product is the flag of the stop signal; returns True if the processes were stopped."""
     asked: list[int] = []
-    stop = StopSignal(lambda: bool(asked), jax.make_mesh((2, 2), ("data", "fsdp")))
+    stop = StopSignal(lambda: bool(asked), jax.make_mesh((2, len(jax.devices()) // 2), ("data", "fsdp")))
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     watchdog.group.meet("compiled")
     with watchdog.limited(options.get("stuck_after", 60)):
