@@ -165,6 +165,8 @@ def test_oft_has_a_rotation_for_each_block_of_inputs():
         adapted(method="oft", oft_block_size=48)
     with pytest.raises(ValueError, match=r"lora.oft_blocks: found 128, but .*Set it to a divisor of all of these"):
         adapted(method="oft", oft_blocks=128)
+    with pytest.raises(ValueError, match=r"lora.oft_blocks: found 64, but model.layers.self_attn.q_proj has 64 inputs"):
+        adapted(method="oft", oft_blocks=64)  # blocks of one input do not rotate
 
 
 def test_vera_shares_frozen_matrices_of_the_largest_sizes():

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from qlora_jax.nn.oft import OFT, InferenceOFT, block_elements, block_size, rotation_change, skew_symmetric
+from tests.marks import SLOW
 from tests.nn.frozen_linears import LAYER, K, M, dequantized_layer, random_linear
 from tests.nn.gradients import check_vjp, random_array
 
@@ -28,8 +29,11 @@ def _dense_rotation(upper_CE: jax.Array, terms: int | None) -> jax.Array:
     return jax.scipy.linalg.block_diag(*blocks * (K // SIZE // len(blocks)))
 
 
-@pytest.mark.parametrize("shared", [False, True])
-@pytest.mark.parametrize("terms", [None, 2, 3, 4, 5, 7])
+CASES = [(5, False), (None, False), (None, True)]
+OTHERS = [(5, True), (2, False), (3, False), (4, False), (7, False)]
+
+
+@pytest.mark.parametrize(("terms", "shared"), [*CASES, *(pytest.param(*case, marks=SLOW) for case in OTHERS)])
 def test_oft(terms, shared):
     linear = random_linear(quantized=True)
     weight, bias = dequantized_layer(linear), linear.bias[...][1]
