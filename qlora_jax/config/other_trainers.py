@@ -31,6 +31,7 @@ _SHARDED = "a number of devices, which share the weights; mesh.data is for model
 _NO_LAUNCHER = "remove it: mesh.data and mesh.fsdp choose the devices"
 _SEED = "one seed for initialization, order of rows and dropout"
 _HUB = "remove it: models from the Hub use HF_TOKEN and HF_HOME"
+_LORAPLUS_EMBEDDING = "remove it: no adapter is on the embedding; its trained rows learn at optim.learning_rate"
 _CODE = "remove it: the code of a model is never run"
 
 # Another trainer's name -> the name of our setting, if its values mean the same; else a Replacement.
@@ -153,6 +154,9 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "adam8bit": Replacement("optim.name", "adamw_8bit"),
     "is_paged": "optim.paging",
     "lr": "optim.learning_rate",
+    "loraplus_lr_ratio": "optim.loraplus_lr_ratio",
+    "loraplus_lr_embedding": Replacement(None, _LORAPLUS_EMBEDDING),
+    "loraplus_weight_decay": "optim.weight_decay",
     "lr_scheduler_type": "optim.schedule",
     "lr_scheduler": "optim.schedule",
     "lr_scheduler_kwargs": Replacement("optim.schedule", "it has no further settings"),
@@ -227,7 +231,8 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "ddp_find_unused_parameters": Replacement(None, _NO_LAUNCHER),
     "local_rank": Replacement(None, _NO_LAUNCHER),
     "enable_liger_kernel": Replacement(None, "remove it: fused kernels are chosen for the device"),
-    "neftune_noise_alpha": Replacement(None, "remove it: noise on embeddings is not supported"),
+    "neftune_noise_alpha": "train.neftune_noise_alpha",
+    "noisy_embedding_alpha": "train.neftune_noise_alpha",
     "label_smoothing_factor": Replacement(None, "remove it: label smoothing is not supported"),
     "torch_compile": Replacement(None, "remove it: every step is compiled"),
     "dataloader_pin_memory": Replacement(None, _NOT_NEEDED),

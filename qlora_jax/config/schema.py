@@ -53,6 +53,7 @@ class ModelArgs:
 
 MethodName = Literal[
     "lora",
+    "lora_fa",
     "dora",
     "ia3",
     "oft",
@@ -70,11 +71,11 @@ class LoraArgs:
     """The trained parameters: an adapter, or the whole model."""
 
     method: MethodName = setting(
-        "finetuning method (docs/adapters.md). lora: low-rank matrices. dora: LoRA, and the norm of each weight row. "
-        "ia3: scaling vectors for keys, values and the MLP's inner activations. oft: rotations of inputs. vera: "
-        "vectors that scale frozen random matrices. ln_tuning: the norms. bitfit: the biases. houlsby: bottleneck "
-        "adapters after attention and after the MLP. pfeiffer: after the MLP only. full: every weight of the "
-        "unquantized model",
+        "finetuning method (docs/adapters.md). lora: low-rank matrices. lora_fa: LoRA whose A stays at its initial "
+        "value. dora: LoRA, and the norm of each weight row. ia3: scaling vectors for keys, values and the MLP's inner "
+        "activations. oft: rotations of inputs. vera: vectors that scale frozen random matrices. ln_tuning: the norms. "
+        "bitfit: the biases. houlsby: bottleneck adapters after attention and after the MLP. pfeiffer: after the MLP "
+        "only. full: every weight of the unquantized model",
         "lora",
         common="finetuning method, such as lora, dora, full",
     )
@@ -108,6 +109,11 @@ class LoraArgs:
         "auto",
         NOT_EMPTY,
         common="layers with an adapter: all-linear, or a list such as [q_proj, v_proj]",
+    )
+    layers_to_transform: int | list[int] | str | None = setting(
+        "lora and lora_fa: layers with an adapter, from 0: a list such as [0, 2], or ranges such as 8-15,20. null: "
+        "all. Not with a regular expression in target_modules, which may select layers itself",
+        None,
     )
     feedforward_modules: list[str] | None = setting(
         "ia3: target modules whose inputs are scaled instead of their outputs; null: the MLP's last projection", None
@@ -291,6 +297,12 @@ class OptimArgs:
         common="adamw_32bit, adamw_8bit, lion_32bit, lion_8bit, or paged_*",
     )
     learning_rate: float = setting("peak learning rate", 2e-4, POSITIVE, common="peak learning rate")
+    loraplus_lr_ratio: float | None = setting(
+        "LoRA+ (lora and dora): B and DoRA's magnitudes train at this multiple of the learning rate, such as 16; null: "
+        "at the learning rate itself",
+        None,
+        POSITIVE,
+    )
     schedule: Literal["constant", "linear", "cosine"] = setting(
         "learning rate after warm-up: constant, or decay to zero", "constant", common="constant, linear or cosine"
     )
@@ -331,6 +343,12 @@ class TrainArgs:
     )
     accumulation: int = setting(
         "micro-batches per optimizer step", 16, AT_LEAST_ONE, common="micro-batches per optimizer step"
+    )
+    neftune_noise_alpha: float | None = setting(
+        "NEFTune: adds uniform noise of at most alpha / sqrt(tokens x width) to the embeddings in training, such as 5; "
+        "null: no noise",
+        None,
+        POSITIVE,
     )
     remat: Literal["none", "names", "full", "offload"] = setting(
         "recomputation in the backward pass. none: nothing. names: norms and activation functions (as fast as none, a "
@@ -375,7 +393,7 @@ class TrainArgs:
         NON_NEGATIVE,
     )
     seed: int = setting(
-        "random seed of adapter initialization, shuffling and dropout", 0, NON_NEGATIVE, common="random seed"
+        "random seed of adapter initialization, shuffling, dropout and noise", 0, NON_NEGATIVE, common="random seed"
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.question_settings import question_problems, unknown_columns
@@ -19,11 +20,12 @@ def _pattern_problems(config: Config) -> list[str]:
     ]
 
 
-LOW_RANK: tuple[MethodName, ...] = ("lora", "dora")
+LOW_RANK: tuple[MethodName, ...] = ("lora", "lora_fa", "dora")
 BOTTLENECKS: tuple[MethodName, ...] = ("houlsby", "pfeiffer")
 # Settings of section `lora` that only some methods use: setting -> these methods.
 USED_BY: dict[str, tuple[MethodName, ...]] = {
-    "init": LOW_RANK,
+    "init": ("lora", "dora"),
+    "layers_to_transform": ("lora", "lora_fa"),
     "rank": (*LOW_RANK, "vera", *BOTTLENECKS),
     "alpha": LOW_RANK,
     "dropout": (*LOW_RANK, "vera"),
@@ -75,6 +77,34 @@ def _method_problems(lora: LoraArgs) -> list[str]:
             "linear layers. Remove this setting, or name the modules"
         )
     return problems
+
+
+def _layer_problems(lora: LoraArgs) -> list[str]:
+    if lora.layers_to_transform is None:
+        return []
+    try:
+        parse_layers(lora.layers_to_transform)
+    except ValueError as error:
+        return [f"lora.layers_to_transform: {error}"]
+    if isinstance(lora.target_modules, str) and lora.target_modules not in ("auto", "all-linear"):
+        return [
+            f"lora.layers_to_transform: found {lora.layers_to_transform!r} with a regular expression in "
+            "lora.target_modules. Select the layers in the expression, or name modules in a list"
+        ]
+    return []
+
+
+LORAPLUS_METHODS = ("lora", "dora")  # methods that have a B
+
+
+def _loraplus_problems(config: Config) -> list[str]:
+    ratio, method = config.optim.loraplus_lr_ratio, config.lora.method
+    if ratio is None or method in LORAPLUS_METHODS:
+        return []
+    return [
+        f"optim.loraplus_lr_ratio: found {ratio} with lora.method={method}, which has no B. Remove this setting, or "
+        f"set lora.method={' or '.join(LORAPLUS_METHODS)}"
+    ]
 
 
 def _init_problems(config: Config) -> list[str]:
@@ -160,7 +190,8 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
 
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
-    problems += _paging_problems(config)
+    problems += _layer_problems(config.lora)
+    problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(

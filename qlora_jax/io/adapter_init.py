@@ -26,6 +26,7 @@ from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.metadata import decode_json
 from qlora_jax.models.add_adapters import Factors, our_names, ranks_and_scalings
 from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.target_layers import target_layers
 from qlora_jax.nn.linear import named_key
 from qlora_jax.quant import dequantize, pissa_loftq, quantize
 
@@ -51,10 +52,15 @@ class InitialAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class AdaptedTensor:
-    """A tensor that gets an adapter: our name of its projection, its layer, the adapter's rank and scaling."""
+    """A tensor that gets an adapter: our name of its projection, the adapter's row in its stack, rank and scaling.
+
+    Attributes:
+      rows: the number of rows of the stack, one per layer with an adapter.
+    """
 
     name: str
-    layer: int
+    row: int
+    rows: int
     rank: int
     scaling: float
 
@@ -63,10 +69,11 @@ def adapted_tensors(config: ModelConfig, spec: LoraArgs) -> dict[str, AdaptedTen
     """The tensors that get an adapter, by Hugging Face's name."""
     ours = our_names(config)
     found = ranks_and_scalings(list(ours), spec, config.num_layers)
+    layers_of = target_layers(list(ours), spec, config.num_layers)
     return {
-        f"{layer_name(name, layer)}.weight": AdaptedTensor(ours[name], layer, rank, scaling)
+        f"{layer_name(name, layer)}.weight": AdaptedTensor(ours[name], row, len(layers_of[name]), rank, scaling)
         for name, (rank, scaling) in found.items()
-        for layer in range(config.num_layers)
+        for row, layer in enumerate(layers_of[name])
     }
 
 
@@ -95,7 +102,6 @@ class WeightDecomposer:
 
     def __init__(self, config: ModelConfig, weights: WeightFormat, spec: LoraArgs, key: jax.Array):
         self._tensors, self._spec, self._key = adapted_tensors(config, spec), spec, key
-        self._num_layers = config.num_layers
         self._split = pissa_loftq.pissa
         if spec.init == "loftq":
             round_trip = functools.partial(_round_trip, weights=weights)
@@ -120,9 +126,9 @@ class WeightDecomposer:
         self, stacks: dict[str, dict[str, np.ndarray]], tensor: AdaptedTensor, factors: pissa_loftq.Factors
     ) -> None:
         for leaf, values in factors._asdict().items():
-            shape = (self._num_layers, *values.shape)
+            shape = (tensor.rows, *values.shape)
             stack = stacks.setdefault(tensor.name, {}).setdefault(leaf, np.zeros(shape, np.float32))
-            stack[tensor.layer] = values
+            stack[tensor.row] = values
 
     def initial_adapter(self) -> InitialAdapter:
         """The adapter of all tensors; complete after they have been loaded."""
@@ -150,7 +156,7 @@ def subtract_initial(initial: InitialAdapter, config: ModelConfig, spec: LoraArg
         if tensor is None or tensor.name not in initial.subtracted:
             return weight
         stacks = initial.subtracted[tensor.name]
-        a_KR, b_RN = (np.asarray(stacks[leaf][tensor.layer]) for leaf in ("lora_a", "lora_b"))
+        a_KR, b_RN = (np.asarray(stacks[leaf][tensor.row]) for leaf in ("lora_a", "lora_b"))
         return pissa_loftq.residual(weight.astype(np.float32), pissa_loftq.Factors(a_KR, b_RN), tensor.scaling)
 
     return rest
@@ -230,7 +236,7 @@ def _check_fits(initial: InitialAdapter, config: ModelConfig, tensors: Mapping[s
     expected = {}
     for tensor in tensors.values():
         (n, k), _ = config.linear_shapes()[tensor.name.removeprefix("model.layers.")]
-        layers, rank = config.num_layers, tensor.rank
+        layers, rank = tensor.rows, tensor.rank
         expected[tensor.name] = {"lora_a": (layers, k, rank), "lora_b": (layers, rank, n)}
     lines = []
     for kind, factors in ((FACTORS, initial.factors), (SUBTRACTED, initial.subtracted)):

@@ -3,7 +3,7 @@
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs
-from qlora_jax.metadata import shorten
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.models.target_layers import AUTO, target_layers, targets, values_by_pattern, whole_stacks
 from qlora_jax.nn.bitfit import make_bias_trainable
 from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.dora import DoRA, InferenceDoRA
@@ -22,14 +22,14 @@ from qlora_jax.nn.full_rank import make_trainable
 from qlora_jax.nn.ia3 import IA3
 from qlora_jax.nn.linear import Adapter, QLinear, named_key
 from qlora_jax.nn.lora import LoRA, initial_factors, lora_scaling
+from qlora_jax.nn.lora_fa import LoRAFA
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.oft import OFT, InferenceOFT
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.nn.vera import Projections, VeRA, draw_projections
-from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
+from qlora_jax.patterns import matches_end
 from qlora_jax.sharding import lora_spec, mesh_of, named
 
-AUTO, ALL_LINEAR = "auto", "all-linear"
 # The defaults of (IA)^3: keys, values (or the fused projection), and the MLP's last projection.
 LAST = "mlp.down_proj"
 IA3_TARGETS = ("self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj", LAST)
@@ -85,8 +85,9 @@ def add_lora(
       projections: frozen A and B of the method `vera`; None: those of `vera_projections`.
 
     Raises:
-      ValueError: a pattern that matches nothing or only some layers of a stack, a rank below 1, blocks that do not
-        divide a projection's inputs, 4-bit weights with the method `full`, or a model without a bias with `bitfit`.
+      ValueError: a pattern that matches nothing, some layers of a stack with a method that requires all, a rank below
+        1, blocks that do not divide a projection's inputs, 4-bit weights with the method `full`, or a model without a
+        bias with `bitfit`.
     """
     if spec.method in NOT_ON_PROJECTIONS:
         NOT_ON_PROJECTIONS[spec.method](model, spec, key)
@@ -112,19 +113,19 @@ def _train_all(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
 
 
 def _train_norms(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
-    targets = norm_targets(model.config, spec)
+    chosen = norm_targets(model.config, spec)
     for name, norm in norms(model):
-        if name in targets:
+        if name in chosen:
             norm.make_trainable()
 
 
 def _train_biases(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
-    targets = bias_targets(model.config, spec)
+    chosen = bias_targets(model.config, spec)
     for name, linear in linears(model):
-        if name in targets:
+        if name in chosen:
             make_bias_trainable(linear)
     for name, norm in norms(model):
-        if name in targets and isinstance(norm, LayerNorm):
+        if name in chosen and isinstance(norm, LayerNorm):
             norm.make_bias_trainable()
 
 
@@ -165,7 +166,7 @@ def norm_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:
       ValueError: a pattern that matches nothing, or only some layers of a stack.
     """
     if spec.target_modules != AUTO:
-        return _targets(spec.target_modules, list(norm_widths(config)), config.num_layers, "norms")
+        return targets(spec, list(norm_widths(config)), config.num_layers, "norms")
     residual = (*(f"model.layers.{name}" for name in NORM_PLACEMENTS[config.layout].norms), FINAL_NORM)
     return [config.hugging_face_name(name) for name in residual]
 
@@ -189,13 +190,13 @@ def bias_targets(config: ModelConfig, spec: LoraArgs) -> list[str]:
             "lora.method=bitfit: the model has no bias that can train (found linear layers and norms without biases). "
             "Set lora.method=ln_tuning, which trains the weights of the norms, or lora"
         )
-    return _targets(spec.target_modules, names, config.num_layers, "modules with a bias")
+    return targets(spec, names, config.num_layers, "modules with a bias")
 
 
 def _ia3s(model: CausalLM, known: Linears, spec: LoraArgs) -> dict[str, Adapter]:
-    targets, on_inputs = ia3_targets(model.config, spec)
+    scaled, on_inputs = ia3_targets(model.config, spec)
     stack = model.config.num_layers
-    return {name: IA3.init(stack, known[name].shape, on_input=name in on_inputs) for name in targets}
+    return {name: IA3.init(stack, known[name].shape, on_input=name in on_inputs) for name in scaled}
 
 
 def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[str]]:
@@ -209,15 +210,16 @@ def ia3_targets(config: ModelConfig, spec: LoraArgs) -> tuple[list[str], list[st
     layers = config.num_layers
     names = {name: config.hugging_face_name(f"model.layers.{name}") for name in config.linear_shapes()}
     usual = [names[name] for name in IA3_TARGETS if name in names]
-    targets = usual if spec.target_modules == AUTO else _targets(spec.target_modules, list(names.values()), layers)
+    scaled = usual if spec.target_modules == AUTO else targets(spec, list(names.values()), layers)
     if spec.feedforward_modules is None:
-        return targets, [name for name in targets if name == names[LAST]]
+        return scaled, [name for name in scaled if name == names[LAST]]
+    layers_of = {name: tuple(range(layers)) for name in scaled}
     found = [
         name
         for entry in spec.feedforward_modules
-        for name in _stacks_matched("feedforward_modules", re.escape(entry), matches_end, targets, layers)
+        for name in whole_stacks("feedforward_modules", re.escape(entry), matches_end, layers_of)
     ]
-    return targets, found
+    return scaled, found
 
 
 def _ofts(model: CausalLM, spec: LoraArgs) -> dict[str, Adapter]:
@@ -248,16 +250,16 @@ def oft_blocks(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]
 def _target_shapes(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]]:
     """Returns {Hugging Face name: (N, K)} of each targeted projection."""
     shapes = {config.hugging_face_name(f"model.layers.{n}"): shape for n, (shape, _) in config.linear_shapes().items()}
-    return {name: shapes[name] for name in _targets(spec.target_modules, list(shapes), config.num_layers)}
+    return {name: shapes[name] for name in targets(spec, list(shapes), config.num_layers)}
 
 
 def _veras(model: CausalLM, spec: LoraArgs, projections: Projections | None) -> dict[str, Adapter]:
-    targets = _target_shapes(model.config, spec)
+    shapes = _target_shapes(model.config, spec)
     a, b = projections or vera_projections(model.config, spec)
     dtype = model.model.embed_tokens.weight.get_value().dtype
     shared = Frozen(jnp.asarray(a.T, dtype)), Frozen(jnp.asarray(b, dtype))
     settings = {"d_initial": spec.d_initial, "dropout": spec.dropout}
-    return {name: VeRA.init(model.config.num_layers, n, *shared, **settings) for name, (n, _) in targets.items()}
+    return {name: VeRA.init(model.config.num_layers, n, *shared, **settings) for name, (n, _) in shapes.items()}
 
 
 def vera_projections(config: ModelConfig, spec: LoraArgs) -> Projections:
@@ -275,12 +277,13 @@ def _low_rank(
     model: CausalLM, known: Linears, spec: LoraArgs, key: jax.Array, initial: Factors | None, mesh: Mesh | None
 ) -> dict[str, Adapter]:
     made: dict[str, Adapter] = {}
-    ours = our_names(model.config)
-    for name, (rank, scaling) in ranks_and_scalings(list(known), spec, model.config.num_layers).items():
-        linear = known[name]
+    ours, num_layers = our_names(model.config), model.config.num_layers
+    layers_of = target_layers(list(known), spec, num_layers)
+    for name, (rank, scaling) in ranks_and_scalings(list(known), spec, num_layers).items():
+        linear, layers = known[name], layers_of[name]
         if initial is None:
             draw = functools.partial(
-                initial_factors, stack=model.config.num_layers, shape=linear.shape, rank=rank, dtype=spec.dtype
+                initial_factors, stack=num_layers, shape=linear.shape, rank=rank, dtype=spec.dtype, layers=layers
             )
             a, b = _born_cut(draw, named_key(key, name), mesh)
         else:
@@ -288,7 +291,8 @@ def _low_rank(
         if spec.method == "dora":
             made[name] = DoRA.init(a, b, linear.weight.get_value(), scaling, spec.dropout, mesh)
         else:
-            made[name] = LoRA(a, b, scaling, spec.dropout)
+            kind = LoRAFA if spec.method == "lora_fa" else LoRA
+            made[name] = kind(a, b, scaling, spec.dropout, None if len(layers) == num_layers else layers)
     return made
 
 
@@ -304,13 +308,13 @@ def ranks_and_scalings(names: list[str], spec: LoraArgs, layers: int) -> dict[st
     """Returns {name: (rank, scaling)} of each targeted projection, for LoRA and DoRA.
 
     Raises:
-      ValueError: a pattern that matches nothing or only some layers of a stack, or a rank below 1.
+      ValueError: a pattern that matches nothing or only some of a projection's adapters, or a rank below 1.
     """
-    targets = _targets(spec.target_modules, names, layers)
-    ranks = _by_pattern("rank_pattern", spec.rank_pattern, spec.rank, targets, layers)
-    alphas = _by_pattern("alpha_pattern", spec.alpha_pattern, spec.alpha, targets, layers)
+    layers_of = target_layers(names, spec, layers)
+    ranks = values_by_pattern("rank_pattern", spec.rank_pattern, spec.rank, layers_of)
+    alphas = values_by_pattern("alpha_pattern", spec.alpha_pattern, spec.alpha, layers_of)
     found = {}
-    for name in targets:
+    for name in layers_of:
         rank, alpha = ranks[name], alphas[name]
         if rank < 1:
             raise ValueError(f"lora.rank_pattern: found rank {rank} for {name}, expected at least 1.")
@@ -349,53 +353,3 @@ def prepare_for_decoding(parts: ModelParts) -> ModelParts:
         for name, leaves in settled.lora.items()
     }
     return settled.with_lora(cast)
-
-
-def _full_names(name: str, layers: int) -> list[str]:
-    """Returns the Hugging Face names of the layers of one stacked projection."""
-    return [name.replace(".layers.", f".layers.{i}.", 1) for i in range(layers)]
-
-
-def _stacks_matched(
-    what: str, pattern: str, matches, names: Sequence[str], layers: int, kind: str = "linear layers"
-) -> list[str]:
-    """Returns the stacked names whose layers all match; raises if none does, or only some layers do."""
-    if problems := pattern_problems(pattern):
-        raise ValueError(f"{what} {shorten(pattern)}: {problems[0]}")
-    matched = {name: sum(matches(pattern, full) for full in _full_names(name, layers)) for name in names}
-    partial = [f"{name} ({count} of {layers} layers)" for name, count in matched.items() if 0 < count < layers]
-    if partial:
-        raise ValueError(
-            f"{what} {pattern!r} matches some layers of {', '.join(partial)}: layers are stacked, so all layers of a "
-            "projection get the same kind of adapter. Name the projection without a layer's index."
-        )
-    if not any(matched.values()):
-        raise ValueError(f"{what} {pattern!r} matches none of the {kind}: {', '.join(names)}. Correct the name.")
-    return [name for name, count in matched.items() if count]
-
-
-def _targets(
-    target_modules: str | Sequence[str], names: list[str], layers: int, kind: str = "linear layers"
-) -> list[str]:
-    if target_modules in (AUTO, ALL_LINEAR):
-        return names
-    if isinstance(target_modules, str):
-        what = "target_modules, a regular expression for full names (single names are a list, [q_proj, v_proj]),"
-        return _stacks_matched(what, target_modules, matches_whole, names, layers, kind)
-    if not target_modules:
-        raise ValueError(f"lora.target_modules: the list is empty. Name layers, or set {ALL_LINEAR!r}.")
-    found = [
-        name
-        for entry in target_modules
-        for name in _stacks_matched("target_modules", re.escape(entry), matches_end, names, layers, kind)
-    ]
-    return [name for name in names if name in found]
-
-
-def _by_pattern(what: str, patterns: Mapping, default, targets: Sequence[str], layers: int) -> dict:
-    """Returns {target: value of the first pattern that matches it, or the default}."""
-    values = {}
-    for pattern, value in patterns.items():
-        for name in _stacks_matched(what, pattern, matches_end, targets, layers):
-            values.setdefault(name, value)
-    return {name: values.get(name, default) for name in targets}

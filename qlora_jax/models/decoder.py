@@ -20,12 +20,14 @@ from jaxtyping import Array, Float, Int, Key
 from qlora_jax.models.abstract_init import frozen_linear_leaves
 from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.models.layer_runs import layer_runs, split_run
 from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.full_rank import TrainableTable
-from qlora_jax.nn.linear import QLinear, gather_layer, project
+from qlora_jax.nn.linear import QLinear, gather_layer, name_number, project
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.mlp import apply_activation, gated_activation
+from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
@@ -41,6 +43,7 @@ SAVED_NAMES = (
     *("bottleneck_in", "bottleneck_narrow"),
 )
 LAYER_INPUT = "layer_input"
+NEFTUNE = name_number("neftune")  # folded into the key of a row; layers fold their index
 REMAT_POLICIES = {
     "none": None,
     "names": jax.checkpoint_policies.save_only_these_names(*SAVED_NAMES),
@@ -200,7 +203,7 @@ class Embedding(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Embedding, L blocks in one scan, final norm."""
+    """Embedding, L blocks in one scan, or one per run of layers with the same adapters, final norm."""
 
     def __init__(self, config: ModelConfig, weights: WeightFormat):
         self.config = config
@@ -208,9 +211,28 @@ class Decoder(nnx.Module):
         self.layers = Block(config, weights)
         self.norm = _norm(config, (config.embed_dim,), weights.dtype)
 
-    def __call__(self, tokens_BT, positions: Positions, *, remat: str, keys_B=None, cache: KVCache | None = None):
+    def __call__(
+        self,
+        tokens_BT,
+        positions: Positions,
+        *,
+        remat: str,
+        keys_B=None,
+        neftune_noise_alpha: float | None = None,
+        cache: KVCache | None = None,
+    ):
         x_MD = self._embedded(tokens_BT.reshape(-1))
-        graphdef, lora, base = nnx.split(self.layers, nnx.LoRAParam, ...)
+        if keys_B is not None and neftune_noise_alpha is not None:
+            x_MD = add_noise(x_MD, neftune_noise_alpha, fold_in_each(keys_B, NEFTUNE))
+        carry = x_MD, cache
+        for run in layer_runs(self.layers, self.config.num_layers):
+            carry = self._scan(run, carry, positions, remat, keys_B)
+        x_MD, cache = carry
+        return self.norm(x_MD), cache
+
+    def _scan(self, run: range, carry, positions: Positions, remat: str, keys_B):
+        """Returns (hidden states, cache) after the layers of a run."""
+        graphdef, lora, base = split_run(self.layers, run)
 
         def block(carry, per_layer):
             x_MD, cache = carry
@@ -223,10 +245,11 @@ class Decoder(nnx.Module):
             return nnx.merge(graphdef, lora_of_layer, base_of_layer)(x_MD, positions, layer, layer_keys_B, cache), None
 
         policy = REMAT_POLICIES[remat]
-        body = block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=False)
-        layers = jnp.arange(self.config.num_layers, dtype=jnp.int32)
-        (x_MD, cache), _ = jax.lax.scan(body, (x_MD, cache), (layers, lora))
-        return self.norm(x_MD), cache
+        # XLA unrolls the scan of a run of one layer, and would then share the recomputation with the forward pass.
+        unrolled = len(run) == 1 < self.config.num_layers
+        body = block if policy is None else jax.checkpoint(block, policy=policy, prevent_cse=unrolled)
+        layers = jnp.arange(run.start, run.stop, dtype=jnp.int32)
+        return jax.lax.scan(body, carry, (layers, lora))[0]
 
     def _embedded(self, tokens_M: jax.Array) -> jax.Array:
         x_MD = self.embed_tokens(tokens_M)
@@ -261,6 +284,7 @@ class CausalLM(nnx.Module):
         *,
         remat: str = "none",
         keys_B: Key[Array, " B"] | None = None,
+        neftune_noise_alpha: float | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
         shared_prefix: bool = False,
     ) -> Float[Array, "M D"]:
@@ -270,7 +294,8 @@ class CausalLM(nnx.Module):
 
         Args:
           remat: a key of REMAT_POLICIES.
-          keys_B: the dropout key of each row in this step; None: no dropout.
+          keys_B: the key of each row in this step; None: no dropout and no noise.
+          neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
           segments_BT: id of each token's text in its row, ascending; padding on the left is a text too.
           shared_prefix: True if segment 0 is the beginning of all others; not supported for layers with windows.
         """
@@ -282,7 +307,8 @@ class CausalLM(nnx.Module):
             shared_BT = segments_BT == 0
             index_BT += jnp.where(shared_BT, 0, jnp.sum(shared_BT, axis=1, keepdims=True))
         positions = Positions.of(self.config, index_BT, segments_BT, length, shared_prefix)
-        return self.model(tokens_BT, positions, remat=remat, keys_B=keys_B)[0]
+        training = {"keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha}
+        return self.model(tokens_BT, positions, remat=remat, **training)[0]
 
     def extend(
         self, tokens_BT: Int[Array, "B T"], start_B: Int[Array, " B"], cache: KVCache

@@ -3,6 +3,7 @@
 All else is whole on every device: norms, biases, layers that are not quantized, and tables of which rows train.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +33,7 @@ def parts_specs(parts: ModelParts, mesh: AnyMesh) -> ModelParts:
     base = jax.tree_util.tree_map_with_path(
         base_spec, parts.base, is_leaf=lambda leaf: isinstance(leaf, QTensor | MixedStack)
     )
-    return ModelParts(parts.graphdef, lora_specs(parts.lora, mesh), base)
+    return dataclasses.replace(parts, lora=lora_specs(parts.lora, mesh), base=base)
 
 
 def lora_specs(lora: Mapping[str, Mapping[str, Any]], mesh: AnyMesh) -> dict[str, dict[str, P]]:

@@ -1,6 +1,7 @@
 """A model as three parts: its structure, the LoRA parameters that train, and the frozen base."""
 
 import dataclasses
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -23,15 +24,22 @@ class ModelParts:
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}, which gradients, optax and
         checkpoints see.
       base: an `nnx.State` of everything frozen, which none of them sees.
+      untrained: names of leaves of `lora` that checkpoints see, but gradients and optax do not.
     """
 
     graphdef: nnx.GraphDef = dataclasses.field(metadata={"static": True})
     lora: dict[str, dict[str, Any]]
     base: nnx.State
+    untrained: tuple[str, ...] = dataclasses.field(default=(), metadata={"static": True})
 
     def with_lora(self, lora: Lora) -> "ModelParts":
         """Returns the same model with other LoRA parameters."""
         return dataclasses.replace(self, lora=lora)
+
+    @property
+    def trained(self) -> dict[str, dict[str, Any]]:
+        """The leaves of `lora` that train."""
+        return split_leaves(self.lora, self.untrained)[0]
 
 
 def is_table(name: str) -> bool:
@@ -42,7 +50,28 @@ def is_table(name: str) -> bool:
 def partition(model: nnx.Module) -> ModelParts:
     """Returns the parts of a model; `combine` is the inverse."""
     graphdef, lora, base = nnx.split(model, nnx.LoRAParam, ...)
-    return ModelParts(graphdef, _to_dict(lora), base)
+    nodes = (type(node) for _, node in nnx.iter_graph(model))
+    untrained = sorted({name for node in nodes for name in getattr(node, "UNTRAINED", ())})
+    return ModelParts(graphdef, _to_dict(lora), base, tuple(untrained))
+
+
+def split_leaves[Leaf](
+    tree: dict[str, dict[str, Leaf]], names: Collection[str]
+) -> tuple[dict[str, dict[str, Leaf]], dict[str, dict[str, Leaf]]]:
+    """Splits LoRA parameters, or their specs, into (leaves of other names, leaves of these names)."""
+
+    def leaves(is_named: bool) -> dict[str, dict[str, Leaf]]:
+        found = {module: {n: v for n, v in named.items() if (n in names) == is_named} for module, named in tree.items()}
+        return {module: named for module, named in found.items() if named}
+
+    return leaves(False), leaves(True)
+
+
+def join_leaves[Leaf](
+    some: dict[str, dict[str, Leaf]], others: dict[str, dict[str, Leaf]]
+) -> dict[str, dict[str, Leaf]]:
+    """Inverts `split_leaves`."""
+    return {module: some.get(module, {}) | others.get(module, {}) for module in sorted(some.keys() | others.keys())}
 
 
 def combine(parts: ModelParts) -> CausalLM:

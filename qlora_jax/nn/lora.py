@@ -5,7 +5,7 @@ Dimension key: L layers, B rows of the batch, M tokens, K in, N out, R rank.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -43,7 +43,7 @@ def lora_deltas(
       dropout: probability that an element of x is zeroed.
       keys_B: the dropout key of each row of the batch; None: no dropout.
     """
-    return _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, keys_B)[0]
+    return forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, keys_B)[0]
 
 
 def _scaled(product_MR: jax.Array, scalings: tuple[float, ...], lora_bs: tuple[jax.Array, ...], dtype) -> jax.Array:
@@ -57,26 +57,30 @@ def _split(x_MR: jax.Array, lora_bs: tuple[jax.Array, ...]) -> list[jax.Array]:
     return jnp.split(x_MR, np.cumsum([b.shape[0] for b in lora_bs])[:-1].tolist(), axis=1)
 
 
-def _forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, keys_B):
+def forward(x_MK, lora_a_KR, lora_bs, scalings, dropout, keys_B):
+    """Returns (the deltas, what `backward` needs)."""
     dtype = x_MK.dtype
     xa_MR = _scaled(dot_nn(apply_dropout(x_MK, dropout, keys_B), lora_a_KR.astype(dtype)), scalings, lora_bs, dtype)
     ys = tuple(dot_nn(xa, b.astype(dtype), dtype) for xa, b in zip(_split(xa_MR, lora_bs), lora_bs, strict=True))
     return ys, (x_MK, lora_a_KR, lora_bs, checkpoint_name(xa_MR, "lora_xa"), keys_B)
 
 
-def _backward(scalings, dropout, residuals, dys):
+def backward(scalings, dropout, residuals, dys):
+    """Returns the gradients of x, A, each B and the keys; None for that of A if x was not saved."""
     x_MK, lora_a_KR, lora_bs, xa_MR, keys_B = residuals
-    dtype = x_MK.dtype
+    dtype = xa_MR.dtype
     d_xa_MR = jnp.concatenate([dot_nt(dy, b.astype(dtype)) for dy, b in zip(dys, lora_bs, strict=True)], axis=1)
     d_xa_MR = _scaled(d_xa_MR, scalings, lora_bs, dtype)
     rows = zip(_split(xa_MR, lora_bs), dys, lora_bs, strict=True)
     d_bs = tuple(dot_tn(xa, dy).astype(b.dtype) for xa, dy, b in rows)
-    d_a_KR = dot_tn(apply_dropout(x_MK, dropout, keys_B), d_xa_MR).astype(lora_a_KR.dtype)
+    d_a_KR = None
+    if x_MK is not None:
+        d_a_KR = dot_tn(apply_dropout(x_MK, dropout, keys_B), d_xa_MR).astype(lora_a_KR.dtype)
     dx_MK = apply_dropout(dot_nt(d_xa_MR, lora_a_KR.astype(dtype), dtype), dropout, keys_B)
     return dx_MK, d_a_KR, d_bs, None
 
 
-lora_deltas.defvjp(_forward, _backward)
+lora_deltas.defvjp(forward, backward)
 
 
 @runtime_checkable
@@ -93,13 +97,26 @@ class LoRA(nnx.Module):
     """LoRA or rsLoRA on one projection (Hu et al., 2021): `scaling` is alpha / rank, or alpha / sqrt(rank).
 
     `lora_a` [L, K, R] and `lora_b` [L, R, N] are in f32 or bf16. Inside the scan over layers they have one layer each.
+
+    Args:
+      layers: the numbers of the L layers in the model, ascending; None: all.
     """
 
-    def __init__(self, lora_a: Float[Array, "*L K R"], lora_b: Float[Array, "*L R N"], scaling: float, dropout: float):
+    DELTAS = staticmethod(lora_deltas)
+
+    def __init__(
+        self,
+        lora_a: Float[Array, "*L K R"],
+        lora_b: Float[Array, "*L R N"],
+        scaling: float,
+        dropout: float,
+        layers: tuple[int, ...] | None = None,
+    ):
         self.lora_a = nnx.LoRAParam(lora_a)
         self.lora_b = nnx.LoRAParam(lora_b)
         self.scaling = scaling
         self.dropout = dropout
+        self.adapted_layers = layers
 
     @classmethod
     def init(
@@ -126,11 +143,13 @@ class LoRA(nnx.Module):
         """Returns frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
         ys = [one(x_MK) for one in frozen]
         with jax.named_scope("lora"):
-            return [y + delta for y, delta in zip(ys, adapter_deltas(adapters, x_MK, keys), strict=True)]
+            deltas = adapter_deltas(adapters, x_MK, keys, adapters[0].DELTAS)
+            return [y + delta for y, delta in zip(ys, deltas, strict=True)]
 
     def select_layer(self, layer: int) -> "LoRA":
-        """Returns the adapter of one layer of the stack."""
-        return LoRA(self.lora_a[...][layer], self.lora_b[...][layer], self.scaling, self.dropout)
+        """Returns the adapter of one layer of the model."""
+        index = layer if self.adapted_layers is None else self.adapted_layers.index(layer)
+        return LoRA(self.lora_a[...][index], self.lora_b[...][index], self.scaling, self.dropout)
 
     def merge(self, weight: Float[Array, "*L N K"]) -> Float[Array, "*L N K"]:
         """Returns weight + scaling * (A B)^T, in f32."""
@@ -147,7 +166,12 @@ def lora_scaling(rank: int, alpha: float, use_rslora: bool) -> float:
 
 
 def initial_factors(
-    key: jax.Array, stack: int, shape: tuple[int, int], rank: int, dtype: DTypeLike
+    key: jax.Array,
+    stack: int,
+    shape: tuple[int, int],
+    rank: int,
+    dtype: DTypeLike,
+    layers: tuple[int, ...] | None = None,
 ) -> tuple[Float[Array, "L K R"], Float[Array, "L R N"]]:
     """Draws A uniformly in +-1/sqrt(K) and sets B to zero, as PEFT does (Kaiming with a = sqrt(5)).
 
@@ -157,11 +181,14 @@ def initial_factors(
       stack: number of layers L.
       shape: (N, K) of the frozen weight.
       dtype: dtype of both; A is drawn in f32 and rounded.
+      layers: the layers that have an adapter, ascending; None: all. Each gets the A that it gets among all layers.
     """
     n, k = shape
     bound = 1 / math.sqrt(k)
     lora_a = jax.random.uniform(key, (stack, k, rank), jnp.float32, -bound, bound)
-    return lora_a.astype(dtype), jnp.zeros((stack, rank, n), dtype)
+    if layers is not None and len(layers) < stack:
+        lora_a = lora_a[np.asarray(layers)]
+    return lora_a.astype(dtype), jnp.zeros((len(lora_a), rank, n), dtype)
 
 
 def add_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, "*L N K"]:
@@ -170,13 +197,22 @@ def add_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, 
     return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
 
 
-def adapter_deltas(adapters: Sequence[LowRank], x_MK: jax.Array, keys: Sequence[jax.Array | None]) -> list[jax.Array]:
-    """Returns scaling_i * dropout_i(x) A_i B_i for each i; with dropout, masks differ and nothing is shared."""
+def adapter_deltas(
+    adapters: Sequence[LowRank],
+    x_MK: jax.Array,
+    keys: Sequence[jax.Array | None],
+    deltas: Callable[..., tuple[jax.Array, ...]] = lora_deltas,
+) -> list[jax.Array]:
+    """Returns scaling_i * dropout_i(x) A_i B_i for each i; with dropout, masks differ and nothing is shared.
+
+    Args:
+      deltas: `lora_deltas`, or a function that differs from it in the gradients.
+    """
     if all(adapter.dropout == 0.0 or keys_B is None for adapter, keys_B in zip(adapters, keys, strict=True)):
         lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
         lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)
-        return list(lora_deltas(x_MK, lora_a_KR, lora_bs, tuple(adapter.scaling for adapter in adapters), 0.0, None))
+        return list(deltas(x_MK, lora_a_KR, lora_bs, tuple(adapter.scaling for adapter in adapters), 0.0, None))
     return [
-        lora_deltas(x_MK, one.lora_a[...], (one.lora_b[...],), (one.scaling,), one.dropout, keys_B)[0]
+        deltas(x_MK, one.lora_a[...], (one.lora_b[...],), (one.scaling,), one.dropout, keys_B)[0]
         for one, keys_B in zip(adapters, keys, strict=True)
     ]

@@ -9,6 +9,7 @@ from jaxtyping import PyTree
 from qlora_jax.config import OptimArgs, plain_name
 from qlora_jax.optim.apply_updates import in_f32
 from qlora_jax.optim.clipping import clip_by_norm
+from qlora_jax.optim.loraplus import rate_factors, scale_updates
 from qlora_jax.optim.optimizers_8bit import adamw_8bit_values, lion_8bit_values
 from qlora_jax.optim.schedule import make_schedule
 
@@ -27,19 +28,22 @@ def _in_f32(transform: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def _adamw_32bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return _in_f32(optax.adamw(rate, args.beta1, args.beta2, args.eps, weight_decay=args.weight_decay))
+    adamw = optax.adamw(rate, args.beta1, args.beta2, args.eps, weight_decay=args.weight_decay)
+    return scale_updates(_in_f32(adamw), rate_factors(args.loraplus_lr_ratio))
 
 
 def _adamw_8bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return adamw_8bit_values(rate, args.beta1, args.beta2, args.eps, args.weight_decay)
+    factors = rate_factors(args.loraplus_lr_ratio)
+    return adamw_8bit_values(rate, args.beta1, args.beta2, args.eps, args.weight_decay, factors)
 
 
 def _lion_32bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return _in_f32(optax.lion(rate, args.beta1, args.beta2, weight_decay=args.weight_decay))
+    lion = optax.lion(rate, args.beta1, args.beta2, weight_decay=args.weight_decay)
+    return scale_updates(_in_f32(lion), rate_factors(args.loraplus_lr_ratio))
 
 
 def _lion_8bit(args: OptimArgs, rate: optax.Schedule) -> optax.GradientTransformation:
-    return lion_8bit_values(rate, args.beta1, args.beta2, args.weight_decay)
+    return lion_8bit_values(rate, args.beta1, args.beta2, args.weight_decay, rate_factors(args.loraplus_lr_ratio))
 
 
 # Elementwise transforms only, because paged state is updated page by page. Names have no `paged_` prefix, which says

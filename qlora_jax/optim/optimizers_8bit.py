@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 
 from pallas_kernels.formats.rounding import rounded
 from qlora_jax.optim.apply_updates import NewValue
+from qlora_jax.optim.loraplus import Factors
 from qlora_jax.optim.state_8bit import Quantized, dequantize, quantize, state_zeros
 
 Array = jax.Array
@@ -128,9 +129,18 @@ def _delta(param: Array, new: Array) -> Array:
 
 
 def adamw_8bit_values(
-    learning_rate: optax.Schedule, beta1: float, beta2: float, eps: float, weight_decay: float
+    learning_rate: optax.Schedule,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    factors: Factors | None = None,
 ) -> optax.GradientTransformation:
-    """AdamW as in `adamw_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates."""
+    """AdamW as in `adamw_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates.
+
+    Args:
+      factors: the factor of the learning rate of each leaf; None: 1.
+    """
 
     def scalars(step: Array, rate: Array) -> Scalars:
         c1, c2 = 1.0 - jnp.power(beta1, step), jnp.sqrt(1.0 - jnp.power(beta2, step))
@@ -149,13 +159,17 @@ def adamw_8bit_values(
         m, v = moments(g, *mv)
         return _decayed(p, by, weight_decay) + by["-lr c2/c1"] * (m / (jnp.sqrt(v) + by["eps c2"])), (m, v)
 
-    return _transform(Rule((True, False), scalars, large, small), learning_rate)
+    return _transform(Rule((True, False), scalars, large, small), learning_rate, factors)
 
 
 def lion_8bit_values(
-    learning_rate: optax.Schedule, beta1: float, beta2: float, weight_decay: float
+    learning_rate: optax.Schedule, beta1: float, beta2: float, weight_decay: float, factors: Factors | None = None
 ) -> optax.GradientTransformation:
-    """Lion as in `lion_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates."""
+    """Lion as in `lion_8bit`; updates are `NewValue`, to be applied with qlora_jax.optim.apply_updates.
+
+    Args:
+      factors: the factor of the learning rate of each leaf; None: 1.
+    """
 
     def scalars(step: Array, rate: Array) -> Scalars:
         return {"-lr": -rate, "1-lr wd": 1.0 - rate * weight_decay}
@@ -169,7 +183,7 @@ def lion_8bit_values(
 
     large = with_sign(lambda m, g: jnp.sign(rounded(beta1 * m) + rounded((1.0 - beta1) * g)))
     small = with_sign(lambda m, g: jnp.sign(_mixed(m, beta1, g, 1.0 - beta1)))
-    return _transform(Rule((True,), scalars, large, small), learning_rate)
+    return _transform(Rule((True,), scalars, large, small), learning_rate, factors)
 
 
 def _mixed(moment: Array, decay: float, g: Array, share: float | Array) -> Array:
@@ -186,26 +200,29 @@ def _quotient(x: Array, divisor: Array) -> Array:
     return x / jnp.where(x >= 0, divisor, jnp.nan)
 
 
-def _transform(rule: Rule, learning_rate: optax.Schedule) -> optax.GradientTransformation:
+def _transform(rule: Rule, learning_rate: optax.Schedule, factors: Factors | None) -> optax.GradientTransformation:
     def init(params: PyTree) -> EightBitState:
         trees = tuple(jax.tree.map(lambda p: state_zeros(p.shape), params) for _ in rule.signed)
         return EightBitState(jnp.zeros([], jnp.int32), trees)
 
     def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> tuple[PyTree, PyTree]:
         leaves, structure = jax.tree.flatten(params)
-        by = _scalars(rule, state.count, jnp.asarray(learning_rate(state.count)))
-        columns = [structure.flatten_up_to(tree) for tree in (updates, *state.moments)]
-        stepped = [_leaf_step(rule, by, p, g, moments) for p, g, *moments in zip(leaves, *columns, strict=True)]
+        rate = jnp.asarray(learning_rate(state.count))
+        factor_of = [1.0] * len(leaves) if factors is None else jax.tree.leaves(factors(params))
+        by = {factor: _scalars(rule, state.count, rate, factor) for factor in dict.fromkeys(factor_of)}
+        columns = [factor_of, leaves, *(structure.flatten_up_to(tree) for tree in (updates, *state.moments))]
+        stepped = [_leaf_step(rule, by[factor], p, g, moments) for factor, p, g, *moments in zip(*columns, strict=True)]
         values, *moments = (structure.unflatten(column) for column in zip(*stepped, strict=True))
         return values, EightBitState(jnp.asarray(optax.safe_increment(state.count)), tuple(moments))
 
     return optax.GradientTransformation(init, update)
 
 
-def _scalars(rule: Rule, count: Array, rate: Array) -> Scalars:
-    """The rule's factors, computed in f64 as in Python, then rounded to f32."""
+def _scalars(rule: Rule, count: Array, rate: Array, factor: float) -> Scalars:
+    """The rule's scalars at `factor` times the learning rate, computed in f64 as in Python, then rounded to f32."""
     with jax.enable_x64(True):
-        exact = rule.scalars(count.astype(jnp.float64) + 1.0, rate.astype(jnp.float64))
+        step, rate = count.astype(jnp.float64) + 1.0, rate.astype(jnp.float64)
+        exact = rule.scalars(step, rate if factor == 1.0 else rate * factor)
         return {name: value.astype(jnp.float32) for name, value in exact.items()}
 
 

@@ -127,13 +127,19 @@ class PagedUpdate:
         return len(self._programs)
 
     def __call__(
-        self, params: PyTree, state: PagedState, grads: PyTree, budget_bytes: int
+        self,
+        params: PyTree,
+        state: PagedState,
+        grads: PyTree,
+        budget_bytes: int,
+        norm: Float[Array, ""] | None = None,
     ) -> tuple[PyTree, PagedState, Float[Array, ""], Transfers]:
         """Returns (parameters, state, global norm before clipping, transfers).
 
         Args:
           budget_bytes: device memory that pages may take, copies under way included; 0 or more. The page being updated
             is on the device whatever the budget; afterwards it counts.
+          norm: the global norm, if `grads` were changed after it was computed.
 
         Raises:
           ValueError: a negative budget.
@@ -141,17 +147,17 @@ class PagedUpdate:
         """
         # Before the first page, because the norm spans all pages. Once it is ready, the program that computed `grads`
         # has ended, and its scratch memory is free.
-        norm = jax.block_until_ready(self._norm(grads))
+        total = jax.block_until_ready(self._norm(grads) if norm is None else norm)
         leaves, gradients, shared = jax.tree.leaves(params), jax.tree.leaves(grads), state.shared
 
         def update_page(index: int, page: Page) -> Page:
             nonlocal leaves, shared
-            args = leaves, gradients, state.shared, page, np.int32(index), norm
+            args = leaves, gradients, state.shared, page, np.int32(index), total
             leaves, page, shared = self._program(index, *args)(*args)
             return page
 
         pages, transfers = sweep(state, self._layout, self._memory, budget_bytes, update_page)
-        return jax.tree.unflatten(self._layout.params, leaves), PagedState(pages, shared), norm, transfers
+        return jax.tree.unflatten(self._layout.params, leaves), PagedState(pages, shared), total, transfers
 
     def _program(self, index: int, params: list[jax.Array], *rest: object) -> jax.stages.Compiled:
         rows = self._layout.page_rows(index)

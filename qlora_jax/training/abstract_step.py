@@ -47,9 +47,10 @@ class AbstractStep:
     """The arguments of one optimizer step, with `jax.ShapeDtypeStruct`s as leaves.
 
     Attributes:
-      key: the dropout key; None without dropout.
+      key: the key of dropout and noise; None without both.
       remat: a key of REMAT_POLICIES.
       state: the optimizer's state.
+      neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       mesh: the devices that share the rows and the model; None: one device.
       compiler_options: XLA's options for the gradients.
     """
@@ -60,13 +61,15 @@ class AbstractStep:
     remat: str
     optimizer: optax.GradientTransformation
     state: optax.OptState
+    neftune_noise_alpha: float | None = None
     mesh: AnyMesh | None = None
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def gradients(self) -> Program:
         """Returns `training.step.gradients`, ready to compile."""
         args = (self.parts, self.batch, self.key)
-        return Program(gradients, args, {"remat": self.remat, "mesh": self.mesh})
+        noise = {"neftune_noise_alpha": self.neftune_noise_alpha}
+        return Program(gradients, args, {"remat": self.remat, "mesh": self.mesh, **noise})
 
     def with_batch(self, batch: tuple[int, int, int]) -> "AbstractStep":
         """Returns the same step for batches (A, B, T)."""
@@ -75,7 +78,8 @@ class AbstractStep:
 
     def update(self) -> Program:
         """Returns `training.step.update`, ready to compile; gradients have the shapes of the LoRA parameters."""
-        return Program(update, (self.optimizer, self.parts.lora, self.state, self.parts.lora), {"mesh": self.mesh})
+        trained = self.parts.trained
+        return Program(update, (self.optimizer, trained, self.state, trained), {"mesh": self.mesh})
 
 
 def abstract_step(
@@ -88,6 +92,7 @@ def abstract_step(
     packed: bool = False,
     remat: str = "names",
     optim: OptimArgs | None = None,
+    neftune_noise_alpha: float | None = None,
     mesh: AnyMesh | None = None,
 ) -> AbstractStep:
     """Builds the step of a run with these settings, for the platform `weights.platform`.
@@ -98,6 +103,7 @@ def abstract_step(
       packed: True if each row of a batch packs several data rows.
       remat: a key of REMAT_POLICIES.
       optim: the optimizer's settings; None: the defaults.
+      neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       mesh: the devices; None: one device. Those of an AbstractMesh need not be present.
 
     Raises:
@@ -110,11 +116,12 @@ def abstract_step(
         )
     parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids)))
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
-    state = jax.eval_shape(optimizer.init, parts.lora)
-    key = jax.eval_shape(lambda: jax.random.key(0)) if lora.dropout else None
+    state = jax.eval_shape(optimizer.init, parts.trained)
+    is_random = lora.dropout > 0 or neftune_noise_alpha is not None
+    key = jax.eval_shape(lambda: jax.random.key(0)) if is_random else None
     if mesh is not None:
         specs = parts_specs(parts, mesh)
-        state = placed_shapes(state, state_specs(optimizer, parts.lora, specs.lora), mesh)
+        state = placed_shapes(state, state_specs(optimizer, parts.trained, specs.trained), mesh)
         parts, key = placed_shapes(parts, specs, mesh), placed_shapes(key, jax.tree.map(lambda _: P(), key), mesh)
     return AbstractStep(
         parts=parts,
@@ -123,6 +130,7 @@ def abstract_step(
         remat=remat,
         optimizer=optimizer,
         state=state,
+        neftune_noise_alpha=neftune_noise_alpha,
         mesh=mesh,
         compiler_options=GATHER_ONCE if weights.platform == "gpu" and axis_size(mesh, FSDP) > 1 else {},
     )

@@ -25,6 +25,7 @@ Rows = dict[str, str]
 # Methods that train something next to frozen weights: the name of its parameters, and of the modules that have them.
 METHODS = {
     "lora": ("LoRA", "projections"),
+    "lora_fa": ("LoRA-FA", "projections"),
     "dora": ("DoRA", "projections"),
     "ia3": ("(IA)^3", "projections"),
     "oft": ("OFT", "projections"),

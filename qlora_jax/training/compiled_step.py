@@ -30,9 +30,9 @@ class CompiledGradients:
         self._compiled: dict[Shape, jax.stages.Compiled] = {}
 
     @property
-    def lora(self) -> AbstractLora:
-        """The tree of LoRA parameters with ShapeDtypeStructs as leaves."""
-        return self._step.parts.lora
+    def trained(self) -> AbstractLora:
+        """The tree of trained LoRA parameters with ShapeDtypeStructs as leaves."""
+        return self._step.parts.trained
 
     @property
     def parts(self) -> ModelParts:

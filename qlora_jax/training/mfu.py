@@ -8,8 +8,8 @@ C = tokens (6 P + 12 L N H T). Here the frozen base has no weight gradient, so
 P are the weights of a layer's projections. Recomputation in the backward pass does not count, and neither does padding:
 a row of n tokens counts as n tokens, whatever the batch's length. PaLM counts T keys per query; `pairs` counts only the
 (query, key) pairs that causality, windows and row ends allow, over all layers. The head counts for supervised targets
-only, with factor 6 if it trains fully. DoRA, OFT and new tokens add their products, VeRA's frozen A takes no gradient,
-and full finetuning counts 6 P_frozen.
+only, with factor 6 if it trains fully. DoRA, OFT and new tokens add their products, the fixed A of VeRA and LoRA-FA
+takes no gradient, and full finetuning counts 6 P_frozen.
 
 Dimension key: L layers, D embed, N q-heads, H head_dim, V vocab.
 """
@@ -25,7 +25,7 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
 from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, StepShape
+from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, StepShape, layers_of_part
 
 # Products of a layer whose cost is proportional to the tokens.
 PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora", "cayley"))]
@@ -82,7 +82,7 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1) -> Utiliz
     model, head = step.model, {name: part(one) for name, part in HEAD_FLOPS.items()}
     windows = model.windows or (None,) * model.num_layers
     return Utilization(
-        token=model.num_layers * sum(LAYER_FLOPS[name](one) for name in PER_TOKEN)
+        token=sum(layers_of_part(one, name) * LAYER_FLOPS[name](one) for name in PER_TOKEN)
         + head["new_tokens forward"]
         + head["new_tokens backward"],
         # Half of what a fully trained head adds to the backward pass is recomputed logits.

@@ -55,8 +55,14 @@ class OptimizerStateManager(Protocol):
         """
         ...
 
-    def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
-        """Returns (LoRA parameters, state, gradient norm before clipping, transfers); donates `lora` and `state`."""
+    def update(
+        self, lora: Lora, state: OptimizerState, grads: Lora, room: int, norm: jax.Array | None = None
+    ) -> UpdateResult:
+        """Returns (LoRA parameters, state, gradient norm before clipping, transfers); donates `lora` and `state`.
+
+        Args:
+          norm: the global norm, if `grads` were changed after it was computed.
+        """
         ...
 
     def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
@@ -95,8 +101,10 @@ class DeviceStateManager(OptimizerStateManager):
     def make_room(self, state: OptimizerState, work: Workload) -> tuple[OptimizerState, int, Transfers]:
         return state, 0, Transfers()
 
-    def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
-        return *update(self.optimizer, lora, state, grads, mesh=self.mesh), Transfers()
+    def update(
+        self, lora: Lora, state: OptimizerState, grads: Lora, room: int, norm: jax.Array | None = None
+    ) -> UpdateResult:
+        return *update(self.optimizer, lora, state, grads, norm, mesh=self.mesh), Transfers()
 
     def metrics(self, state: OptimizerState, moved: Transfers) -> Record:
         return {}
@@ -157,10 +165,12 @@ class PagedStateManager(OptimizerStateManager):
             moved += sent
         return state, room.update, moved
 
-    def update(self, lora: Lora, state: OptimizerState, grads: Lora, room: int) -> UpdateResult:
+    def update(
+        self, lora: Lora, state: OptimizerState, grads: Lora, room: int, norm: jax.Array | None = None
+    ) -> UpdateResult:
         if isinstance(state, PagedState):
-            return self.step(lora, state, grads, room)
-        return *update(self.optimizer, lora, state, grads, mesh=self.layout.mesh), Transfers()
+            return self.step(lora, state, grads, room, norm)
+        return *update(self.optimizer, lora, state, grads, norm, mesh=self.layout.mesh), Transfers()
 
     def _resident_bytes(self, state: OptimizerState) -> int:
         return resident_bytes(state) if isinstance(state, PagedState) else self.layout.total_bytes
@@ -217,13 +227,13 @@ def make_state_manager(
     transform = make_elementwise(args, total_steps)
     given = None if args.paging_budget is None else parse_bytes(args.paging_budget)
     page_bytes = PAGE_BYTES if given is None else min(PAGE_BYTES, given // PAGES_PER_BUDGET)
-    specs = None if mesh is None else lora_specs(gradients.lora, mesh)
-    layout = layer_pages(transform, gradients.lora, page_bytes, specs=specs, mesh=mesh)
+    specs = None if mesh is None else lora_specs(gradients.trained, mesh)
+    layout = layer_pages(transform, gradients.trained, page_bytes, specs=specs, mesh=mesh)
     if plain_name(args.name) not in ELEMENTWISE:
-        check_elementwise(transform, gradients.lora, layout, memory)
+        check_elementwise(transform, gradients.trained, layout, memory)
     budget, text = measured_budget(gradients, memory) if given is None else fixed_budget(given, layout, memory)
     return PagedStateManager(
-        structure=jax.tree.structure(jax.eval_shape(optimizer.init, gradients.lora)),
+        structure=jax.tree.structure(jax.eval_shape(optimizer.init, gradients.trained)),
         optimizer=optimizer,
         transform=transform,
         layout=layout,

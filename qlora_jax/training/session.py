@@ -20,7 +20,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import check_shapes, read_start_adapter
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
-from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.models.add_adapters import add_lora, our_names, ranks_and_scalings
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
@@ -33,6 +33,7 @@ from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.flops import StepShape
+from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
 from qlora_jax.training.questions import Questions, open_questions
@@ -50,7 +51,7 @@ class Session:
       utilization: computes the device's utilization per step.
       fingerprint: of the base, from io.loader.
       total_steps: optimizer steps of the whole run.
-      dropout_key: folded with step, place of the row in it, layer and name; None without dropout.
+      dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
     """
@@ -155,6 +156,7 @@ def compile_gradients(config: Config, inputs: Inputs, mesh: Mesh | None = None) 
         new_ids=inputs.new_ids,
         packed=inputs.dataset.packed,
         remat=remat,
+        neftune_noise_alpha=config.train.neftune_noise_alpha,
         mesh=mesh,
     )
     gradients = CompiledGradients(step)
@@ -278,7 +280,13 @@ def make_manager(config: Config, inputs: Inputs, gradients: CompiledGradients) -
       ValueError: settings of paging that cannot be.
     """
     total_steps = steps_of_run(config.train, inputs.dataset.steps_per_epoch)
-    return make_state_manager(config.optim, total_steps, gradients)
+    manager = make_state_manager(config.optim, total_steps, gradients)
+    if config.lora.method != "lora_fa":
+        return manager
+    ours = our_names(inputs.model)
+    ranks = ranks_and_scalings(list(ours), config.lora, inputs.model.num_layers)
+    scalings = {ours[name]: scaling for name, (_, scaling) in ranks.items()}
+    return LoraFAStateManager(manager, scalings, gradients.trained, gradients.mesh)
 
 
 def make_session(
@@ -296,6 +304,7 @@ def make_session(
     weights = weights_of(config, inputs)
     total_steps = steps_of_run(config.train, dataset.steps_per_epoch)
     key = jax.random.key(config.train.seed)
+    is_random = config.lora.dropout > 0 or config.train.neftune_noise_alpha is not None
     return Session(
         config=config,
         model=inputs.model,
@@ -308,7 +317,7 @@ def make_session(
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=fingerprint,
         total_steps=total_steps,
-        dropout_key=replicate(named_key(key, "dropout"), mesh) if config.lora.dropout else None,
+        dropout_key=replicate(named_key(key, "dropout"), mesh) if is_random else None,
         initial=initial,
         samples=inputs.samples,
         questions=inputs.questions,

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, PyTree
 
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import lora_specs, parts_specs
-from qlora_jax.models.partition import Lora, ModelParts, combine
+from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, split_leaves
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
@@ -29,7 +29,7 @@ from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, shard
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
-PLACES = "places"  # of rows in their step, [A, B] in a batch with dropout
+PLACES = "places"  # of rows in their step, [A, B] in a batch with dropout or noise
 
 
 @jax.tree_util.register_dataclass
@@ -49,23 +49,35 @@ class StepLoss:
 
 
 def row_nll(
-    model: CausalLM, micro: dict[str, jax.Array], *, remat: str, keys_B: jax.Array | None
+    model: CausalLM,
+    micro: dict[str, jax.Array],
+    *,
+    remat: str,
+    keys_B: jax.Array | None,
+    neftune_noise_alpha: float | None = None,
 ) -> Float[Array, " B"]:
     """Returns each row's sum over its tokens of weight * -log p(target), in f32.
 
     Args:
       micro: one micro-batch: `inputs`, `targets`, `weights` and, with packing, `segments`, each [B, T].
       remat: a key of REMAT_POLICIES.
-      keys_B: the dropout key of each row; None without dropout.
+      keys_B: the key of each row; None without dropout and noise.
+      neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
     """
     targets_BT, weights_BT = micro["targets"], micro["weights"]
-    hidden_MD = model.hidden(micro["inputs"], remat=remat, keys_B=keys_B, segments_BT=micro.get("segments"))
+    hidden_MD = model.hidden(
+        micro["inputs"],
+        remat=remat,
+        keys_B=keys_B,
+        neftune_noise_alpha=neftune_noise_alpha,
+        segments_BT=micro.get("segments"),
+    )
     with jax.named_scope("head"):
         nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
     return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames=("remat", "mesh"))
+@functools.partial(jax.jit, static_argnames=("remat", "mesh", "neftune_noise_alpha"))
 def gradients(
     parts: ModelParts,
     batch: dict[str, jax.Array],
@@ -73,6 +85,7 @@ def gradients(
     *,
     remat: str,
     mesh: AnyMesh | None = None,
+    neftune_noise_alpha: float | None = None,
 ) -> tuple[Lora, StepLoss]:
     """Returns the gradients of (sum of losses) / (number of supervised tokens) over all micro-batches, and the losses.
 
@@ -81,23 +94,25 @@ def gradients(
 
     Args:
       batch: `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T].
-      key: the dropout key of this step, which is folded with the place of each row in it, so that masks depend neither
-        on micro-batches nor on the mesh; None without dropout.
+      key: the key of this step, which is folded with the place of each row in it, so that dropout masks and noise
+        depend neither on micro-batches nor on the mesh; None without dropout and noise.
       remat: a key of REMAT_POLICIES.
       mesh: the devices that share the rows of a batch and the model; None: one device. Gradients lie like the LoRA
         parameters.
+      neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
     """
     if key is not None:
         shape_AB = batch["weights"].shape[:2]
         batch = batch | {PLACES: jnp.arange(math.prod(shape_AB), dtype=jnp.int32).reshape(shape_AB)}
+    per_device = functools.partial(_gradients, remat=remat, neftune_noise_alpha=neftune_noise_alpha)
     if mesh is None:
-        return _gradients(parts, batch, key, remat=remat)
+        return per_device(parts, batch, key)
     specs = parts_specs(parts, mesh)
     run = jax.shard_map(
-        functools.partial(_gradients, remat=remat, mesh=mesh, specs=specs),
+        functools.partial(per_device, mesh=mesh, specs=specs),
         mesh=mesh,
         in_specs=(specs, P(None, ROWS), P()),
-        out_specs=(specs.lora, P()),
+        out_specs=(specs.trained, P()),
         check_vma=False,  # kernels' results carry no such types
     )
     return run(parts, batch, key)
@@ -109,21 +124,26 @@ def _gradients(
     key: jax.Array | None,
     *,
     remat: str,
+    neftune_noise_alpha: float | None,
     mesh: AnyMesh | None = None,
     specs: ModelParts | None = None,
 ) -> tuple[Lora, StepLoss]:
     """Returns the result of `gradients` of one device, which has its own part of `parts` and `batch` on a mesh."""
 
-    def summed(lora: Lora, micro: dict[str, jax.Array]):
+    trained, fixed = split_leaves(parts.lora, parts.untrained)
+
+    def summed(trained: Lora, micro: dict[str, jax.Array]):
+        lora = join_leaves(trained, fixed) if fixed else trained
         keys_B = None if key is None else fold_in_rows(key, micro[PLACES])
-        rows_B = row_nll(_model(parts.with_lora(lora), specs, mesh), micro, remat=remat, keys_B=keys_B)
+        model = _model(parts.with_lora(lora), specs, mesh)
+        rows_B = row_nll(model, micro, remat=remat, keys_B=keys_B, neftune_noise_alpha=neftune_noise_alpha)
         return jnp.sum(rows_B), rows_B
 
     # The backward pass adds each layer's gradient in place, so a micro-batch needs no second set of gradients.
-    total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), parts.lora)
+    total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), trained)
 
     def accumulate(_, micro):
-        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro), parts.lora, has_aux=True)
+        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro), trained, has_aux=True)
         backward.with_refs(total)(jnp.ones((), jnp.float32))
         return None, rows_B
 
@@ -132,7 +152,7 @@ def _gradients(
     row_nll_AB = gather_rows(row_nll_AB, mesh, axis=1)
     tokens = sum_over(jnp.sum(batch["weights"]), mesh)
     loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
-    cuts = jax.tree.map(lambda _: P(), total) if specs is None else specs.lora
+    cuts = jax.tree.map(lambda _: P(), total) if specs is None else specs.trained
     return jax.tree.map(functools.partial(_mean, tokens=tokens, mesh=mesh), total, cuts), loss
 
 
@@ -156,25 +176,29 @@ def update(
     lora: Lora,
     state: optax.OptState,
     grads: Lora,
+    norm: Float[Array, ""] | None = None,
     *,
     mesh: AnyMesh | None = None,
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
     """Returns (LoRA parameters, optimizer state, the gradients' global norm before clipping) after one step.
 
     Donates `lora` and `state`. On a mesh, each device updates its own parts, with the norm of all.
+
+    Args:
+      norm: the global norm, if `grads` were changed after it was computed.
     """
     if mesh is None:
-        return _update(optimizer, lora, state, grads)
+        return _update(optimizer, lora, state, grads, norm)
     specs = lora_specs(lora, mesh)
     states = state_specs(optimizer, lora, specs)
     run = jax.shard_map(
         functools.partial(_update, optimizer, specs=specs),
         mesh=mesh,
-        in_specs=(specs, states, specs),
+        in_specs=(specs, states, specs, P()),
         out_specs=(specs, states, P()),
         check_vma=False,
     )
-    return run(lora, state, grads)
+    return run(lora, state, grads, norm)
 
 
 def _update(
@@ -182,11 +206,13 @@ def _update(
     lora: Lora,
     state: optax.OptState,
     grads: Lora,
+    norm: Float[Array, ""] | None,
     specs: PyTree | None = None,
 ) -> tuple[Lora, optax.OptState, Float[Array, ""]]:
     """Returns the result of `update` of one device, which has its own part of the arguments on a mesh."""
     grads = in_f32(grads)
-    norm = global_norm(grads, specs)  # before the update, which sees only a part of the gradients
+    if norm is None:
+        norm = global_norm(grads, specs)  # before the update, which sees only a part of the gradients
     updates, state = optax.with_extra_args_support(optimizer).update(grads, state, lora, norm=norm)
     return cast(Lora, apply_updates(lora, updates)), state, norm
 

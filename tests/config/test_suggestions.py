@@ -61,7 +61,7 @@ def test_the_command_of_the_reference_is_answered_flag_by_flag():
 @pytest.mark.parametrize(
     ("name", "answer"),
     [
-        ("finetuning_type", "did you mean lora.method (lora, dora, ia3, "),
+        ("finetuning_type", "did you mean lora.method (lora, lora_fa, dora, ia3, "),
         ("peft_type", "pfeiffer or full)?"),
         ("lora_target", "did you mean lora.target_modules ("),
         ("quantization_bit", "did you mean model.quant_type (nf4, fp4 or int4 for 4 bits"),

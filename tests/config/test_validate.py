@@ -10,6 +10,7 @@ from qlora_jax.config import (
     DataArgs,
     LoraArgs,
     ModelArgs,
+    OptimArgs,
     QuestionArgs,
     TrainArgs,
     to_dict,
@@ -238,3 +239,21 @@ def test_settings_that_a_method_does_not_use(settings, message):
     assert all(part in str(caught.value) for part in message)
     unquantized = dataclasses.replace(MINIMAL.model, quant_type="none")
     validate(dataclasses.replace(MINIMAL, model=unquantized, lora=LoraArgs(method=settings.get("method", "lora"))))
+
+
+@pytest.mark.parametrize(
+    ("lora", "optim", "message"),
+    [
+        (dict(method="ia3"), dict(loraplus_lr_ratio=16.0), "optim.loraplus_lr_ratio: found 16.0 with lora.method=ia3"),
+        ({}, dict(loraplus_lr_ratio=0.0), "optim.loraplus_lr_ratio: found 0.0, expected more than 0"),
+        (dict(layers_to_transform="3-1"), {}, "lora.layers_to_transform: found the range 3-1 in '3-1'"),
+        (dict(layers_to_transform=[0], target_modules=".*q_proj"), {}, "with a regular expression in"),
+        (dict(layers_to_transform=[0], method="dora"), {}, "found [0], but lora.method=dora does not use it"),
+        (dict(method="lora_fa", init="pissa"), {}, "lora.init: found 'pissa', but lora.method=lora_fa does not use it"),
+    ],
+)
+def test_settings_of_loraplus_and_of_layers_that_cannot_be(lora, optim, message):
+    changed = dataclasses.replace(MINIMAL, lora=LoraArgs(**lora), optim=OptimArgs(**optim))
+    with pytest.raises(ConfigError) as caught:
+        validate(changed)
+    assert message in str(caught.value)

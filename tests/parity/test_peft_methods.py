@@ -1,6 +1,7 @@
 """DoRA, (IA)^3, OFT, VeRA and LayerNorm tuning: logits, gradients, merges of exported adapters in peft equal ours."""
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,30 @@ def test_forward_gradients_and_merge(tmp_path: Path, oracle, names: list[str]) -
     config = tiny_config(attention_bias=True, mlp_bias=True)
     weights = random_weights(config)
     _compare(tmp_path, oracle, {name: (config, weights, METHODS[name]) for name in names})
+
+
+SOME_LAYERS = {
+    "the same layers": LoraArgs(rank=4, alpha=8.0, dropout=RATE, layers_to_transform="1,3-4"),
+    "one layer": LoraArgs(rank=4, alpha=8.0, target_modules=["v_proj", "up_proj"], layers_to_transform=2),
+    "a layer's index in names": LoraArgs(
+        rank=4,
+        alpha=8.0,
+        use_rslora=True,
+        target_modules=r"model\.layers\.(0|2)\.self_attn\.(q|v)_proj|model\.layers\.[24]\.mlp\.down_proj|.*\.o_proj",
+        rank_pattern={"down_proj": 2},
+    ),
+}
+
+
+@pytest.mark.slow
+def test_some_layers(tmp_path: Path, oracle) -> None:
+    config = tiny_config(num_hidden_layers=5)
+    weights = random_weights(config)
+    _compare(tmp_path, oracle, {name: (config, weights, args) for name, args in SOME_LAYERS.items()})
+    saved = {name: json.loads((tmp_path / name / "peft/adapter_config.json").read_text()) for name in SOME_LAYERS}
+    assert saved["the same layers"]["layers_to_transform"] == [1, 3, 4]
+    assert saved["one layer"]["layers_to_transform"] == [2]
+    assert "layers_to_transform" not in saved["a layer's index in names"]
 
 
 KINDS = ["gptneox", "phi2", "phi3", "gemma2"]

@@ -138,17 +138,20 @@ def test_dora_equals_one_device_and_exchanges_no_more_packed_bytes(dtype, remat,
 
 
 @pytest.mark.slow
-def test_dropout_does_not_depend_on_micro_batches_or_the_mesh():
-    """1 x 16 rows on one device and 4 x 4 on four; other masks would change each row by more than 1e-5."""
-    config, lora = mesh_config(WHOLE_VOCABULARY), LoraArgs(rank=16, dropout=0.3, target_modules=["q_proj", "down_proj"])
+@pytest.mark.parametrize(("dropout", "alpha"), [(0.3, None), (0.0, 5.0)])
+def test_dropout_and_noise_do_not_depend_on_micro_batches_or_the_mesh(dropout, alpha):
+    """1 x 16 rows on one device and 4 x 4 on four; other masks or noise would change each row by more than 1e-5."""
+    config = mesh_config(WHOLE_VOCABULARY)
+    lora = LoraArgs(rank=16, dropout=dropout, target_modules=["q_proj", "down_proj"])
+    how = {"remat": "names", "neftune_noise_alpha": alpha}
     parts, mesh, key = mesh_parts(config, lora=lora), make_mesh(2, 2), jax.random.key(3)
     batch = mesh_batch(config, (1, 16, 32))
-    expected_grads, expected = gradients(parts, batch, key, remat="names")
-    _, other = gradients(parts, batch, jax.random.key(4), remat="names")
+    expected_grads, expected = gradients(parts, batch, key, **how)
+    _, other = gradients(parts, batch, jax.random.key(4), **how)
     assert np.min(np.abs(other.row_nll_AB / expected.row_nll_AB - 1)) > 1e-5
     four = jax.tree.map(lambda leaf: leaf.reshape(4, 4, *leaf.shape[2:]), batch)
     spread = jax.device_put(four, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
-    grads, loss = gradients(place_parts(parts, mesh), spread, key, remat="names", mesh=mesh)
+    grads, loss = gradients(place_parts(parts, mesh), spread, key, mesh=mesh, **how)
     np.testing.assert_allclose(loss.row_nll_AB.ravel(), expected.row_nll_AB.ravel(), rtol=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 2e-6
 

@@ -22,10 +22,11 @@ from qlora_jax.io.gguf.reader import RowTransform
 from qlora_jax.io.gguf.writer import GgufSpec, OutputTensor, typed_keys, write_gguf
 from qlora_jax.io.hf.model_writer import dense_tensors
 from qlora_jax.io.loader import Progress
-from qlora_jax.io.peft.writer import AdapterArrays, effective_alphas
+from qlora_jax.io.peft.writer import EVERY_LAYER, AdapterArrays, SomeLayers, effective_alphas
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import layer_name, slots_of
+from qlora_jax.models.target_layers import partial_layers
 
 FILE = "adapter.gguf"
 PLAIN_LEAVES = {"lora_a", "lora_b"}
@@ -59,8 +60,10 @@ def export_gguf_lora(
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)
     base = export_spec(opened) if with_base else None
-    scaled = shared_alpha(effective_alphas(named, trained.args))
-    spec = lora_spec(spec_without_tokenizer(opened), named, scaled.alpha)
+    linears = [opened.features.hugging_face_name(f"model.layers.{name}") for name in opened.features.linear_shapes()]
+    some_layers = partial_layers(linears, run.lora_args, opened.features.num_layers)
+    scaled = shared_alpha(effective_alphas(named, trained.args, some_layers))
+    spec = lora_spec(spec_without_tokenizer(opened), named, scaled.alpha, some_layers)
     notes = [*trained.notes]
     with staged_folder(output) as folder:
         write_gguf(folder / FILE, spec, list(spec.tensors), lora_tensors(named, scaled.factors), "float32")
@@ -100,12 +103,12 @@ def shared_alpha(alphas: Mapping[str, float]) -> SharedAlpha:
     return SharedAlpha(alpha, {name: each / alpha for name, each in alphas.items()})
 
 
-def lora_spec(base: GgufSpec, lora: AdapterArrays, alpha: float) -> GgufSpec:
+def lora_spec(base: GgufSpec, lora: AdapterArrays, alpha: float, some_layers: SomeLayers = EVERY_LAYER) -> GgufSpec:
     """Keys and tensors of the file: NAME.lora_a [R, K] and NAME.lora_b [N, R], rows of B in the base's GGUF order."""
     keys = {"general.type": "adapter", "adapter.type": "lora", "adapter.lora.alpha": float(alpha)}
     tensors = {}
     for name, matrices in lora.items():
-        for layer in range(len(matrices["lora_a"])):
+        for layer in some_layers.get(name, range(len(matrices["lora_a"]))):
             weight = layer_name(f"{name}.weight", layer)
             in_base, rank = base.tensors[weight], matrices["lora_a"].shape[-1]
             n, k = in_base.shape

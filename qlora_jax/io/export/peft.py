@@ -26,6 +26,7 @@ from qlora_jax.io.rounding import rounding_note
 from qlora_jax.io.tensor_map import slots_of, with_tables
 from qlora_jax.models.add_adapters import ia3_targets, vera_projections
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.target_layers import partial_layers
 from qlora_jax.models.trainable_embeddings import add_token_rows, merged_tables
 
 BASE_FOLDER = "base"
@@ -91,7 +92,9 @@ def in_peft_format(
         return norm_config(lora, model, base), norm_tensors(lora, model)
     linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
     on_inputs = ia3_targets(model, args)[1] if args.method == "ia3" else []
-    return adapter_config(lora, args, linears, base, on_inputs), adapter_tensors(lora, on_inputs)
+    some_layers = partial_layers(linears, args, model.num_layers)
+    config = adapter_config(lora, args, linears, base, on_inputs, some_layers)
+    return config, adapter_tensors(lora, on_inputs, some_layers)
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:

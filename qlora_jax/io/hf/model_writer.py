@@ -98,9 +98,15 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None
 def _merge_of(adapter: Mergeable | None, leaf: str) -> Merge:
     if adapter is None:
         return lambda layer, dense: dense
-    if leaf == "bias":
-        return lambda layer, dense: adapter.select_layer(layer).merge_bias(dense)
-    return lambda layer, dense: adapter.select_layer(layer).merge(dense)
+    layers = getattr(adapter, "adapted_layers", None)
+
+    def merge(layer: int, dense: jax.Array) -> jax.Array:
+        if layers is not None and layer not in layers:
+            return dense
+        one = adapter.select_layer(layer)
+        return one.merge_bias(dense) if leaf == "bias" else one.merge(dense)
+
+    return merge
 
 
 def _dense(slot: Slot, layer: int, compute_dtype: np.dtype) -> jax.Array:

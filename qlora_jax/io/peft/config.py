@@ -27,6 +27,8 @@ class AdapterConfig(TypedDict, total=False):
     base_model_name_or_path: str | None
     revision: str | None
     bias: str
+    target_modules: object
+    layers_to_transform: int | list[int] | None
     r: Annotated[int, Field(ge=0, le=1 << 16)]
     lora_alpha: Alpha
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] | None

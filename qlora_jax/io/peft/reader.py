@@ -20,10 +20,12 @@ from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.peft.norms import PEFT_TYPE, norm_suffixes, our_norm_names, read_norms
 from qlora_jax.io.peft.projections import NAMES, read_projections
 from qlora_jax.io.peft.stacks import LEAVES_OF_METHOD, WEIGHTS, check_fits, stack_layers
-from qlora_jax.io.peft.writer import AdapterArrays, target_suffixes
+from qlora_jax.io.peft.targets import targeted_layers
+from qlora_jax.io.peft.writer import AdapterArrays, SomeLayers, target_settings, target_suffixes
 from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.add_adapters import ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.target_layers import SOME_LAYERS, target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.vera import Projections
 from qlora_jax.patterns import pattern_problems
@@ -35,6 +37,7 @@ HARMLESS = {
     *("fan_in_fan_out", "loftq_config", "megatron_config", "megatron_core", "qalora_group_size", "runtime_config"),
     *("target_modules", "task_type", "eva_config", "corda_config", "init_ia3_weights", "feedforward_modules"),
     *("init_weights", "eps", "d_initial"),  # eps: of coft alone
+    "layers_pattern",  # a model here has one stack of layers
 }
 READ_SETTINGS = (
     *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern"),
@@ -111,17 +114,23 @@ def _kind(config: AdapterConfig) -> str:
     return config.get("peft_type") or "LORA"
 
 
+def _linears(model: ModelConfig) -> list[str]:
+    return [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
+
+
 def _suffixes(names: Iterable[str], model: ModelConfig) -> list[str]:
-    linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
-    return target_suffixes([model.hugging_face_name(name) for name in names], linears)
+    return target_suffixes([model.hugging_face_name(name) for name in names], _linears(model))
 
 
 def _read_low_rank(
     folder: Path, config: AdapterConfig, tensors: list[TensorEntry], model: ModelConfig, wrong: list[str]
 ) -> Read:
-    method = "dora" if config.get("use_dora") else "lora"
-    lora = stack_layers(folder, tensors, model, LEAVES_OF_METHOD[method], wrong)
-    return lora, _low_rank_args(config, lora, model)
+    if config.get("use_dora"):
+        lora, some_layers = stack_layers(folder, tensors, model, LEAVES_OF_METHOD["dora"], wrong), {}
+    else:
+        some_layers = targeted_layers(config, model)
+        lora = stack_layers(folder, tensors, model, LEAVES_OF_METHOD["lora"], wrong, some_layers)
+    return lora, _low_rank_args(config, lora, some_layers, model)
 
 
 def _read_oft(
@@ -172,14 +181,16 @@ READERS: dict[str, Callable[[Path, AdapterConfig, list[TensorEntry], ModelConfig
 }
 
 
-def _low_rank_args(config: AdapterConfig, lora: AdapterArrays, model: ModelConfig) -> LoraArgs:
+def _low_rank_args(config: AdapterConfig, lora: AdapterArrays, some_layers: SomeLayers, model: ModelConfig) -> LoraArgs:
+    named = model.hugging_face_name
+    by_their_names = {named(name): layers for name, layers in some_layers.items()}
     assert "r" in config and "lora_alpha" in config  # _check_settings
     return LoraArgs(
         method="dora" if config.get("use_dora") else "lora",
         rank=config["r"],
         alpha=config["lora_alpha"],
         dropout=config.get("lora_dropout") or 0.0,
-        target_modules=_suffixes(lora, model),
+        **target_settings([named(name) for name in lora], _linears(model), by_their_names),
         rank_pattern=dict(config.get("rank_pattern") or {}),
         alpha_pattern=dict(config.get("alpha_pattern") or {}),
         use_rslora=bool(config.get("use_rslora")),
@@ -245,7 +256,8 @@ def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> 
             f"init_lora_weights: {shorten(init)} changes the base. Convert the adapter to a plain LoRA with peft "
             "(save_pretrained with path_initial_model_for_weight_conversion)"
         )
-    known = {*SUPPORTED_VALUES, *READ_SETTINGS, *HARMLESS, *SETTINGS, "init_lora_weights"}
+    some_layers = {"layers_to_transform"} if _kind(config) == "LORA" and not config.get("use_dora") else set()
+    known = {*SUPPORTED_VALUES, *READ_SETTINGS, *HARMLESS, *SETTINGS, "init_lora_weights", *some_layers}
     problems += [
         f"{shorten_key(name)}: {shorten(value)} is not supported"
         for name, value in sorted(config.items())
@@ -289,6 +301,8 @@ SCALING = (
     "projection_prng_key",
 )
 
+LIKE = {"lora_fa": "lora"}  # methods whose adapters are those of another method
+
 IA3_SETTINGS = ("target_modules", "feedforward_modules")
 
 
@@ -321,11 +335,14 @@ def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids
             f"{adapter.args.projection_prng_key}, which a run would use. Merge it (python -m qlora_jax.export --run "
             "FOLDER --format hf) and train that model"
         )
+    like = dataclasses.replace(args, method=LIKE.get(args.method, args.method))
     wrong = [
         f"lora.{name}: found {getattr(args, name)!r}, expected {getattr(adapter.args, name)!r}"
         for name in SCALING
-        if getattr(args, name) != getattr(adapter.args, name)
+        if getattr(like, name) != getattr(adapter.args, name)
     ]
+    if args.method in SOME_LAYERS:
+        wrong += _layer_differences(args, adapter.args, model)
     if args.method == adapter.args.method == "ia3" and ia3_targets(model, args) != ia3_targets(model, adapter.args):
         wrong += [f"lora.{name}: expected {getattr(adapter.args, name)!r}" for name in IA3_SETTINGS]
     if wrong:
@@ -334,6 +351,16 @@ def read_start_adapter(folder: Path, model: ModelConfig, args: LoraArgs, new_ids
             f"lora.start={folder}: settings differ from the adapter's. Use those it was trained with:\n  {lines}"
         )
     return {**adapter.lora, **{name: {"weight": table} for name, table in adapter.tables.items()}}
+
+
+def _layer_differences(args: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
+    """Reports projections whose adapters are on other layers."""
+    ours, theirs = (target_layers(_linears(model), each, model.num_layers) for each in (args, of_adapter))
+    return [
+        f"layers of {name}: found {list(layers)}, expected {list(theirs[name])}"
+        for name, layers in ours.items()
+        if layers != theirs.get(name, layers)
+    ]
 
 
 def check_shapes(path: Path, lora: AdapterArrays, expected: AdapterArrays) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from qlora_jax.io.model_source import TensorEntry
-from qlora_jax.io.peft.writer import LEAVES, PREFIX, VECTOR
+from qlora_jax.io.peft.writer import EVERY_LAYER, LEAVES, PREFIX, VECTOR, SomeLayers
 from qlora_jax.io.tensor_map import LAYER, layer_name
 from qlora_jax.models.config import ModelConfig
 
@@ -29,13 +29,19 @@ KEY = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.(?P<leaf>{'|'.join(map(re
 
 
 def stack_layers(
-    folder: Path, entries: list[TensorEntry], model: ModelConfig, leaves: Sequence[str], wrong_tables: list[str]
+    folder: Path,
+    entries: list[TensorEntry],
+    model: ModelConfig,
+    leaves: Sequence[str],
+    wrong_tables: list[str],
+    some_layers: SomeLayers = EVERY_LAYER,
 ) -> dict[str, dict[str, np.ndarray]]:
     """Stacks the layers of each projection into f32 arrays in our orientation.
 
     Args:
       leaves: our names of the leaves that the adapter's method has.
       wrong_tables: problems of embedding and head, which are reported together with those found here.
+      some_layers: by our names, the layers of projections of which only some have an adapter.
 
     Raises:
       ValueError: tensors do not fit the model; all problems are named.
@@ -51,6 +57,10 @@ def stack_layers(
         modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
         found = {leaf: [by_key.pop((module, leaf), None) for module in modules] for leaf in leaves}
         if any(entry is not None for entries in found.values() for entry in entries):
+            layers = some_layers.get(name, range(model.num_layers))
+            problems += _not_targeted(modules, found, layers)
+            modules = [modules[layer] for layer in layers]
+            found = {leaf: [entries[layer] for layer in layers] for leaf, entries in found.items()}
             problems += (wrong := _problems(modules, found, shape))
             lora[name] = {} if wrong else {leaf: _stack(leaf, found[leaf]) for leaf in leaves}
     problems += [
@@ -70,7 +80,18 @@ def check_fits(folder: Path, problems: Sequence[str]) -> None:
 Found = Mapping[str, Sequence[TensorEntry | None]]  # the entry of each layer, by our name of the leaf
 
 
+def _not_targeted(modules: list[str], found: Found, layers: Sequence[int]) -> list[str]:
+    """Reports layers that have tensors although PEFT's settings do not target them."""
+    return [
+        f"{module}: unexpected, because the adapter's settings do not target this layer"
+        for layer, module in enumerate(modules)
+        if layer not in layers and any(entries[layer] is not None for entries in found.values())
+    ]
+
+
 def _problems(modules: list[str], found: Found, shape: tuple[int, int]) -> list[str]:
+    if not modules:
+        return ["layers_to_transform: none of these layers exists in the model"]
     missing = [
         f"{module}.{LEAF_NAMES[leaf]} is missing: all layers of a projection must have an adapter"
         for leaf, entries in found.items()

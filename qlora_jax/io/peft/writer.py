@@ -3,10 +3,12 @@
 Dimension key: L layers, K in, R rank, N out.
 """
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -20,6 +22,9 @@ from qlora_jax.patterns import matches_end
 
 PREFIX = "base_model.model."
 AdapterArrays = Mapping[str, Mapping[str, jax.Array | np.ndarray]]
+# Modules of which only some layers have an adapter: {name without the layer's index: those layers, ascending}.
+SomeLayers = Mapping[str, Sequence[int]]
+EVERY_LAYER: SomeLayers = MappingProxyType({})
 
 # Our leaf -> (PEFT's name, the change of one layer's values).
 LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
@@ -33,7 +38,9 @@ LEAVES: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
 VECTOR = "ia3_l"
 
 
-def adapter_tensors(lora: AdapterArrays, on_inputs: Collection[str] = ()) -> dict[str, np.ndarray]:
+def adapter_tensors(
+    lora: AdapterArrays, on_inputs: Collection[str] = (), some_layers: SomeLayers = EVERY_LAYER
+) -> dict[str, np.ndarray]:
     """The tensors of adapter_model.safetensors, for each layer of each module.
 
     LoRA has lora_A.weight [R, K] and lora_B.weight [N, R], the transposes of our A and B. DoRA adds
@@ -43,19 +50,25 @@ def adapter_tensors(lora: AdapterArrays, on_inputs: Collection[str] = ()) -> dic
     Args:
       lora: {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}.
       on_inputs: modules whose inputs (IA)^3 scales.
+      some_layers: modules of which only some layers have an adapter.
     """
     tensors = {}
     for name, leaves in lora.items():
         vector = (VECTOR, (lambda v: v[None]) if name in on_inputs else (lambda v: v[:, None]))
         for leaf, stack in leaves.items():
             peft_name, convert = LEAVES.get(leaf, vector)
-            for layer, values in enumerate(np.asarray(stack)):
+            for layer, values in zip(some_layers.get(name, itertools.count()), np.asarray(stack), strict=False):
                 tensors[f"{PREFIX}{layer_name(name, layer)}.{peft_name}"] = np.ascontiguousarray(convert(values))
     return tensors
 
 
 def adapter_config(
-    lora: AdapterArrays, args: LoraArgs, linears: Iterable[str], base: str, on_inputs: Collection[str] = ()
+    lora: AdapterArrays,
+    args: LoraArgs,
+    linears: Iterable[str],
+    base: str,
+    on_inputs: Collection[str] = (),
+    some_layers: SomeLayers = EVERY_LAYER,
 ) -> JsonObject:
     """The adapter_config.json from which PEFT builds the trained adapter with the same scaling.
 
@@ -67,6 +80,7 @@ def adapter_config(
       linears: names of all linear layers, also of those without an adapter.
       base: where PEFT finds the base model: a path or a name.
       on_inputs: modules whose inputs (IA)^3 scales.
+      some_layers: modules of which only some layers have an adapter.
 
     Raises:
       ValueError: a module's rank differs from its settings.
@@ -76,16 +90,16 @@ def adapter_config(
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "inference_mode": True,
-        "target_modules": target_suffixes(list(lora), linears),
         "fan_in_fan_out": False,
         "modules_to_save": None,
+        **target_settings(list(lora), linears, some_layers),
     }
     if args.method == "ia3":
         feedforward = target_suffixes(sorted(on_inputs), linears)
         return common | {"peft_type": "IA3", "feedforward_modules": feedforward, "init_ia3_weights": True}
     if args.method in CONFIGS:
         return common | CONFIGS[args.method](args)
-    return common | _low_rank_config(lora, args, linears)
+    return common | _low_rank_config(lora, args, linears, some_layers)
 
 
 def _oft_config(args: LoraArgs) -> JsonObject:
@@ -121,9 +135,11 @@ OFT_VERSION = "0.18.0"  # the first with this series, which PEFT warns about unl
 CONFIGS: dict[str, Callable[[LoraArgs], JsonObject]] = {"oft": _oft_config, "vera": _vera_config}
 
 
-def _low_rank_config(lora: AdapterArrays, args: LoraArgs, linears: Sequence[str]) -> JsonObject:
-    _check_ranks(lora, args)
-    alpha, alpha_pattern = _alphas(lora, args, linears)
+def _low_rank_config(
+    lora: AdapterArrays, args: LoraArgs, linears: Sequence[str], some_layers: SomeLayers
+) -> JsonObject:
+    _check_ranks(lora, args, some_layers)
+    alpha, alpha_pattern = _alphas(lora, args, linears, some_layers)
     return {
         "peft_type": "LORA",
         "r": args.rank,
@@ -138,27 +154,47 @@ def _low_rank_config(lora: AdapterArrays, args: LoraArgs, linears: Sequence[str]
     }
 
 
-def _alphas(lora: AdapterArrays, args: LoraArgs, linears: Sequence[str]) -> tuple[float, dict[str, float]]:
+def _alphas(
+    lora: AdapterArrays, args: LoraArgs, linears: Sequence[str], some_layers: SomeLayers
+) -> tuple[float, dict[str, float]]:
     """(alpha, alpha by pattern) to divide by the rank: rsLoRA's alpha / sqrt(rank) is alpha sqrt(rank) / rank."""
     if not args.use_rslora:
         return args.alpha, dict(args.alpha_pattern)
-    whole, each = args.alpha * math.sqrt(args.rank), effective_alphas(lora, args)
+    whole, each = args.alpha * math.sqrt(args.rank), effective_alphas(lora, args, some_layers)
     return whole, {target_suffixes([name], linears)[0]: alpha for name, alpha in each.items() if alpha != whole}
 
 
-def effective_alphas(lora: AdapterArrays, args: LoraArgs) -> dict[str, float]:
+def effective_alphas(lora: AdapterArrays, args: LoraArgs, some_layers: SomeLayers = EVERY_LAYER) -> dict[str, float]:
     """The alpha of each module whose quotient with the rank is the scaling: alpha, or rsLoRA's alpha sqrt(rank)."""
     ranks = {name: matrices["lora_a"].shape[-1] for name, matrices in lora.items()}
     return {
-        name: _first_match(args.alpha_pattern, name, args.alpha) * (math.sqrt(rank) if args.use_rslora else 1)
+        name: _first_match(args.alpha_pattern, name, args.alpha, some_layers)
+        * (math.sqrt(rank) if args.use_rslora else 1)
         for name, rank in ranks.items()
     }
 
 
-def _first_match[Value: (int, float)](patterns: Mapping[str, Value], name: str, default: Value) -> Value:
+def _first_match[Value: (int, float)](
+    patterns: Mapping[str, Value], name: str, default: Value, some_layers: SomeLayers
+) -> Value:
     """PEFT's value for a module: that of the first pattern that matches the end of its full name."""
-    matching = (p for p in patterns if matches_end(p, layer_name(name, 0)))
+    first = layer_name(name, some_layers.get(name, (0,))[0])
+    matching = (p for p in patterns if matches_end(p, first))
     return patterns.get(next(matching, ""), default)
+
+
+def target_settings(names: Sequence[str], linears: Sequence[str], some_layers: SomeLayers) -> JsonObject:
+    """Returns the settings that target these modules, in PEFT and here: target_modules and layers_to_transform.
+
+    If modules have adapters on different layers, each layer's module is named.
+    """
+    chosen = {tuple(some_layers.get(name, ())) for name in names}
+    if len(chosen) == 1:
+        layers = {"layers_to_transform": list(*chosen)} if chosen != {()} else {}
+        return {"target_modules": target_suffixes(names, linears), **layers}
+    on_all = target_suffixes([name for name in names if name not in some_layers], linears)
+    by_layer = [layer_name(name, layer) for name in names for layer in some_layers.get(name, ())]
+    return {"target_modules": [*on_all, *by_layer]}
 
 
 def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]:
@@ -231,10 +267,11 @@ def is_gguf(base: str) -> bool:
     return base.endswith(".gguf")
 
 
-def _check_ranks(lora: AdapterArrays, args: LoraArgs) -> None:
+def _check_ranks(lora: AdapterArrays, args: LoraArgs, some_layers: SomeLayers) -> None:
     wrong = []
     for name, matrices in lora.items():
-        expected, found = _first_match(args.rank_pattern, name, args.rank), matrices["lora_a"].shape[-1]
+        expected = _first_match(args.rank_pattern, name, args.rank, some_layers)
+        found = matrices["lora_a"].shape[-1]
         if found != expected:
             wrong.append(f"{name} has rank {found}, expected {expected}")
     if wrong:

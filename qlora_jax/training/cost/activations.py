@@ -3,7 +3,7 @@
 Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-heads, H head_dim, F mlp, R rank.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
 from qlora_jax.training.cost.flops import DOWN, F32, OUT, Formula, StepShape, tiling, uses_cpu_handlers
@@ -16,61 +16,68 @@ MLP_INPUTS = ("mlp.gate_proj", "mlp.up_proj", "mlp.gate_up_proj")
 def activation_bytes(step: StepShape) -> dict[str, int]:
     """Returns the bytes of activations that all layers save on the device, by name, for the step's remat policy.
 
-    Each is L M width itemsize. The widths are D for layer input, residual and normalized inputs; N H for query and
-    attention_out; K H for key and value; F for gate, up and inner activation; R for x A. VeRA saves x A in place of x.
-    Outputs that DoRA and (IA)^3 scale have the width of the projection. Inputs of bottleneck adapters have width D, and
-    their inner values R. attention_lse is f32 [B, N, T] per layer. Inputs that only adapters read are saved only if
-    those adapters exist. The policy `none` may save more, up to the size of the LoRA parameters and norms, because
-    autodiff saves slices of them that the compiler does not recognize as copies.
+    Each is L M width itemsize, with the L layers that the backward pass visits. The widths are D for layer input,
+    residual and normalized inputs; N H for query and attention_out; K H for key and value; F for gate, up and inner
+    activation; R for x A. VeRA saves x A in place of x. Outputs that DoRA and (IA)^3 scale have the width of the
+    projection. Inputs of bottleneck adapters have width D, and their inner values R. attention_lse is f32 [B, N, T] per
+    layer. Inputs that only adapters read are saved only in layers that have those adapters. The policy `none` may save
+    more, up to the size of the LoRA parameters and norms, because autodiff saves slices of them that the compiler does
+    not recognize as copies.
     """
-    return {name: step.model.num_layers * part(step) for name, part in SAVED[step.remat].items()}
+    return {name: part(step) for name, part in SAVED[step.remat].items()}
 
 
 def offloaded_activation_bytes(step: StepShape) -> dict[str, int]:
     """Returns the bytes of activations that are offloaded to host memory, by the names of `activation_bytes`."""
     parts = OFFLOADED.get(step.remat, {})
-    return {name: step.model.num_layers * part(step) for name, part in parts.items()}
+    return {name: part(step) for name, part in parts.items()}
 
 
 def _wide(width: Callable[[ModelConfig], int], *read_by: str) -> Formula:
-    """Returns the formula M width itemsize, or 0 if `read_by` names modules and none of them is trained."""
+    """Returns the formula L M width itemsize; with `read_by`, L are the layers in which one of these modules trains."""
 
     def part(step: StepShape) -> int:
-        readers = {
-            *step.ranks.keys() - step.vera,
-            *step.rotated,
-            *(name for name, on_inputs in step.vectors.items() if on_inputs),
-        }
-        readers |= set() if step.frozen else set(step.model.linear_shapes())
-        is_read = not read_by or not readers.isdisjoint(read_by)
-        return is_read * step.rows * width(step.model) * step.itemsize
+        layers = _reading_layers(step, read_by) if read_by else step.backward_layers
+        return layers * step.rows * width(step.model) * step.itemsize
 
     return part
+
+
+def _reading_layers(step: StepShape, modules: Sequence[str]) -> int:
+    """Returns the number of layers in which a trained part of one of these modules needs the module's input."""
+    readers = {*step.rotated, *(name for name, on_inputs in step.vectors.items() if on_inputs)}
+    readers |= set() if step.frozen else set(step.model.linear_shapes())
+    if not readers.isdisjoint(modules):
+        return step.model.num_layers
+    adapters = {} if step.fixed_a or step.vera else step.adapted_layers
+    return len({layer for name, layers in adapters.items() if name in modules for layer in layers})
 
 
 def _lse(step: StepShape) -> int:
     tiles = tiling(step)
     length = step.batch[2] if uses_cpu_handlers(step) else tiles.chunks * tiles.chunk
-    return F32 * step.batch[1] * step.model.num_heads * length
+    return step.backward_layers * F32 * step.batch[1] * step.model.num_heads * length
 
 
 def _lora_xa(step: StepShape) -> int:
-    return step.rows * sum(step.ranks[name] for name in step.down) * step.itemsize
+    return step.rows * sum(map(step.ranks_of_layers, step.down)) * step.itemsize
 
 
 def _unscaled(step: StepShape) -> int:
     """Returns the bytes of projection outputs that DoRA and (IA)^3 multiply by vectors."""
     scaled = {*step.dora, *(name for name, on_inputs in step.vectors.items() if not on_inputs)}
-    return step.rows * sum(n for name, (n, _) in step.shapes() if name in scaled) * step.itemsize
+    widths = sum(n for name, (n, _) in step.shapes() if name in scaled)
+    return step.backward_layers * step.rows * widths * step.itemsize
 
 
 def _dora_norms(step: StepShape) -> int:
-    return F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
+    return step.backward_layers * F32 * sum(n for name, (n, _) in step.shapes() if name in step.dora)
 
 
 def _bottlenecks(step: StepShape) -> int:
     """Returns the bytes of the inputs [M, D] and inner values [M, R] of bottleneck adapters."""
-    return len(step.bottlenecks) * step.rows * (step.model.embed_dim + step.lora.rank) * step.itemsize
+    count = step.backward_layers * len(step.bottlenecks)
+    return count * step.rows * (step.model.embed_dim + step.lora.rank) * step.itemsize
 
 
 def _post_norm_inputs(model: ModelConfig) -> int:

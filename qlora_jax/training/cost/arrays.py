@@ -83,28 +83,35 @@ def vera_leaves(step: StepShape) -> list[Leaf]:
     return [Leaf((max(sizes), step.lora.rank), step.itemsize) for sizes in zip(*shapes, strict=True)]
 
 
-def trained_leaves(step: StepShape) -> Iterator[Leaf]:
-    """Yields the trained parameters; the leading axis is that of the layers, or of the trained rows of a table."""
+def trained_leaves(step: StepShape, *, fixed: bool = True) -> Iterator[Leaf]:
+    """Yields the trained parameters; the leading axis is that of the layers, or of the trained rows of a table.
+
+    Args:
+      fixed: True to include the A of LoRA-FA, which has neither a gradient nor optimizer state.
+    """
     layers = step.model.num_layers
-    yield from (Leaf((layers, *shape), step.lora_itemsize, lora_spec) for shape in _matrices(step))
+    yield from (Leaf(shape, step.lora_itemsize, lora_spec) for shape in _matrices(step, fixed))
     yield from (Leaf((layers, size), F32, lora_spec) for size in _vectors(step))
     for name, size in trained_in_place(step):
         yield Leaf((layers, size), F32, lora_spec) if ".layers." in name else Leaf((1, size), F32)
     yield Leaf((_trained_rows(step), step.model.embed_dim), step.lora_itemsize)
 
 
-def _matrices(step: StepShape) -> Iterator[tuple[int, int]]:
-    """Yields the shapes of the matrices of a layer's adapters, or of each weight in full finetuning."""
+def _matrices(step: StepShape, fixed: bool) -> Iterator[tuple[int, int, int]]:
+    """Yields the shapes of the stacks of adapters' matrices, or of each weight in full finetuning."""
     for name, (n, k) in step.shapes():
         if not step.frozen:
-            yield n, k
+            yield step.model.num_layers, n, k
         elif name in step.rotated:
             blocks, size = step.rotated[name]
-            yield blocks, block_elements(size)
+            yield step.model.num_layers, blocks, block_elements(size)
         elif name in step.ranks and name not in step.vera:
-            yield from ((k, step.ranks[name]), (step.ranks[name], n))
-    width, rank = step.model.embed_dim, step.lora.rank
-    yield from len(step.bottlenecks) * [(width, rank), (rank, width)]
+            layers, rank = len(step.adapted_layers[name]), step.ranks[name]
+            if fixed or not step.fixed_a:
+                yield layers, k, rank
+            yield layers, rank, n
+    layers, width, rank = step.model.num_layers, step.model.embed_dim, step.lora.rank
+    yield from len(step.bottlenecks) * [(layers, width, rank), (layers, rank, width)]
 
 
 def _vectors(step: StepShape) -> list[int]:

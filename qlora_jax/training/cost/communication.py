@@ -34,11 +34,12 @@ def exchanges(step: StepShape) -> dict[str, Exchange]:
     """Returns what devices exchange in a step, by kind; kinds without bytes, and few-byte sums, are left out."""
     shards, groups = axis_size(step.mesh, FSDP), axis_size(step.mesh, DATA)
     micro_batches, devices = step.batch[0], shards * groups
-    cut = [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
-    whole = [leaf for leaf in trained_leaves(step) if not leaf.is_cut(step.mesh)]
+    adapters = [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
+    cut = [leaf for leaf in trained_leaves(step, fixed=False) if leaf.is_cut(step.mesh)]
+    whole = [leaf for leaf in trained_leaves(step, fixed=False) if not leaf.is_cut(step.mesh)]
     found = {
         "weights": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, gathered_weights(step))), shards),
-        "adapters": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, cut)), shards),
+        "adapters": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, adapters)), shards),
         "adapters' gradients": Exchange(REDUCE_SCATTER, micro_batches * sum(map(_bytes, cut)), shards),
         "sums over groups": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), cut)), groups),
         "sums over devices": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), whole)), devices),

@@ -18,6 +18,7 @@ from pallas_kernels.nf4_matmul.costs import product_flops
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks, ranks_and_scalings
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
+from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn import attention_cpu, lm_head_tiles
 from qlora_jax.nn.attention_tiles import Tiling
@@ -82,10 +83,32 @@ class StepShape:
     @functools.cached_property
     def ranks(self) -> Mapping[str, int]:
         """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
-        if self.lora.method not in ("lora", "dora", "vera"):
+        if self.lora.method not in ("lora", "lora_fa", "dora", "vera"):
             return {}
         found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
         return {self._names[name]: rank for name, (rank, _) in found.items()}
+
+    @functools.cached_property
+    def adapted_layers(self) -> Mapping[str, tuple[int, ...]]:
+        """The layers of each projection that have a low-rank adapter."""
+        found = target_layers(list(self._names), self.lora, self.model.num_layers) if self.ranks else {}
+        return {self._names[name]: layers for name, layers in found.items()}
+
+    def ranks_of_layers(self, name: str) -> int:
+        """Returns the sum of a projection's ranks over its layers."""
+        return self.ranks[name] * len(self.adapted_layers[name])
+
+    @property
+    def first_backward(self) -> int:
+        """The first layer that the backward pass visits: the first with an adapter, unless earlier parts train."""
+        if self.new_tokens or EMBEDDING in self.trained_tables or not self.adapted_layers:
+            return 0
+        return min(layers[0] for layers in self.adapted_layers.values())
+
+    @property
+    def backward_layers(self) -> int:
+        """The number of layers that the backward pass visits."""
+        return self.model.num_layers - self.first_backward
 
     @functools.cached_property
     def vectors(self) -> Mapping[str, bool]:
@@ -121,6 +144,11 @@ class StepShape:
         return {named(f"model.layers.{name}"): name for name in self.model.linear_shapes()}
 
     @property
+    def fixed_a(self) -> bool:
+        """True if A stays at its initial value."""
+        return self.lora.method == "lora_fa"
+
+    @property
     def dora(self) -> Collection[str]:
         """The projections with DoRA, whose magnitudes train too."""
         return self.ranks.keys() if self.lora.method == "dora" else ()
@@ -146,7 +174,7 @@ class StepShape:
             yield name, shape
 
 
-# FLOP per micro-batch and layer
+# FLOP per micro-batch: of a layer; of all layers for adapters and attention, in which layers differ
 
 
 def frozen_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
@@ -167,14 +195,14 @@ def projection_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
 
 
 def lora_down_flops(step: StepShape) -> int:
-    """Returns the sum over adapters of 2 M in R: x A."""
-    return sum(2 * step.rows * k * step.ranks[name] for name, (_, k) in step.shapes() if name in step.down)
+    """Returns the sum over the adapters of all layers of 2 M in R: x A."""
+    return sum(2 * step.rows * k * step.ranks_of_layers(name) for name, (_, k) in step.shapes() if name in step.down)
 
 
 def lora_up_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
-    """Returns the sum over adapters of 2 M R out: (x A) B."""
+    """Returns the sum over the adapters of all layers of 2 M R out: (x A) B."""
     names = step.ranks.keys() - set(without)
-    return sum(2 * step.rows * n * step.ranks[name] for name, (n, _) in step.shapes() if name in names)
+    return sum(2 * step.rows * n * step.ranks_of_layers(name) for name, (n, _) in step.shapes() if name in names)
 
 
 def dora_flops(step: StepShape) -> int:
@@ -193,8 +221,8 @@ def bottleneck_flops(step: StepShape, *, products: Mapping[str, int]) -> int:
 
 
 def lora_backward_flops(step: StepShape) -> int:
-    """Returns the FLOP of d(xA) = dy B^T, dB = (xA)^T dy (also in VeRA), dA = x^T d(xA) (not) and dx = d(xA) A^T."""
-    return 2 * lora_up_flops(step) + (1 if step.vera else 2) * lora_down_flops(step)
+    """Returns the FLOP of d(xA) = dy B^T, dB = (xA)^T dy, dA = x^T d(xA) unless A is fixed, and dx = d(xA) A^T."""
+    return 2 * lora_up_flops(step) + (1 if step.vera or step.fixed_a else 2) * lora_down_flops(step)
 
 
 def rotation_flops(step: StepShape, *, without: tuple[str, ...] = ()) -> int:
@@ -237,13 +265,13 @@ def tiling(step: StepShape) -> Tiling:
     return found[0]
 
 
-def attention_pairs(step: StepShape) -> int:
-    """Returns the (query, key) pairs in the tiles that attention visits, over all layers.
+def attention_pairs(step: StepShape, first: int = 0) -> int:
+    """Returns the (query, key) pairs in the tiles that attention visits, over the layers from `first` on.
 
     Without windows they are L C^2 I (I + 1) / 2. With a window of w, query chunk i starts at key chunk
     (i C - w + 1) / C.
     """
-    length, seen = step.batch[2], step.model.visible_counts(step.batch[2])
+    length, seen = step.batch[2], step.model.visible_counts(step.batch[2])[first:]
     if uses_cpu_handlers(step):
         return sum(attention_cpu.visited_pairs(length, window) for window in seen)
     tiles = tiling(step)
@@ -256,9 +284,9 @@ def _visited(tiles: Tiling, window: int) -> int:
     return sum(i + 1 - max(i * tiles.chunk - limit + 1, 0) // tiles.chunk for i in range(tiles.chunks))
 
 
-def attention_flops(step: StepShape, *, products: int) -> int:
+def attention_flops(step: StepShape, *, products: int, first: int = 0) -> int:
     """Returns products * 2 B N H pairs; 2 products forward (q k^T, p v), 5 backward (q k^T again, dp, dk, dv, dq)."""
-    return products * _flops_per_pair(step) * attention_pairs(step)
+    return products * _flops_per_pair(step) * attention_pairs(step, first)
 
 
 def attention_recompute_flops(step: StepShape) -> int:
@@ -267,7 +295,7 @@ def attention_recompute_flops(step: StepShape) -> int:
     It shares them if attention is unrolled.
     """
     shared = tiling(step).unrolled and not uses_cpu_handlers(step)
-    return attention_flops(step, products=1 if shared else 2)
+    return attention_flops(step, products=1 if shared else 2, first=step.first_backward)
 
 
 def _flops_per_pair(step: StepShape) -> int:
@@ -342,7 +370,7 @@ LAYER_FLOPS: dict[str, Formula] = {
     "whole_linear forward": trained_linear_flops,
     "whole_linear backward": lambda step: 2 * trained_linear_flops(step),
     "attention forward": lambda step: attention_flops(step, products=2),
-    "attention backward": lambda step: attention_flops(step, products=5),
+    "attention backward": lambda step: attention_flops(step, products=5, first=step.first_backward),
 }
 HEAD_FLOPS: dict[str, Formula] = {
     "head forward": head_flops,
@@ -388,12 +416,15 @@ FULL: dict[str, Formula] = {
 RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
 
 
+def layers_of_part(step: StepShape, name: str) -> int:
+    """Returns the number of layers that a part's formula is multiplied by; 1 if it covers all of them."""
+    if name.startswith(("attention", "lora")):
+        return 1
+    return step.model.num_layers if name.endswith("forward") else step.backward_layers
+
+
 def flops(step: StepShape) -> dict[str, int]:
     """Returns the FLOP of one optimizer step by part: A (L (forward + backward + recomputation) + head)."""
-    micro_batches, layers = step.batch[0], step.model.num_layers
-    per_layer = LAYER_FLOPS | RECOMPUTED[step.remat]
-    times = {
-        name: 1 if name.startswith("attention") else layers for name in per_layer
-    }  # attention_pairs covers all layers
-    counted = {name: micro_batches * times[name] * part(step) for name, part in per_layer.items()}
+    micro_batches, parts = step.batch[0], LAYER_FLOPS | RECOMPUTED[step.remat]
+    counted = {name: micro_batches * layers_of_part(step, name) * part(step) for name, part in parts.items()}
     return counted | {name: micro_batches * part(step) for name, part in HEAD_FLOPS.items()}

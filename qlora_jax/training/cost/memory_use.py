@@ -61,13 +61,18 @@ def _vector_bytes(step: StepShape) -> int:
 
 
 def lora_bytes(step: StepShape) -> int:
-    """Returns the bytes of the trained parameters; their gradients are as large.
+    """Returns the bytes of the trained parameters, and of the A of LoRA-FA.
 
     They are L times the sum over adapters of R (in + out), or in (S - 1) / 2 for OFT, and D per row of a new token, at
     4 or 2 bytes each; vectors of DoRA, (IA)^3 and VeRA, norms and biases are f32. Bottleneck adapters have
     R (2 D + 1) + D elements.
     """
     return _own_bytes(step, trained_leaves(step))
+
+
+def gradient_bytes(step: StepShape) -> int:
+    """Returns the bytes of the gradients, which are as large as the trained parameters."""
+    return _own_bytes(step, trained_leaves(step, fixed=False))
 
 
 # Per optimizer: number of moments, True if stored in 8 bits, and int32 step counters (optax's schedule has one too).
@@ -86,7 +91,10 @@ def optimizer_bytes(step: StepShape) -> int:
     (n = R in), B (n = R out), vectors, and rows of new tokens (n = D).
     """
     moments, eight_bit, counters = OPTIMIZER_STATES[step.optimizer]
-    return moments * sum(_moment_bytes(leaf, step, eight_bit) for leaf in trained_leaves(step)) + counters * F32
+    return (
+        moments * sum(_moment_bytes(leaf, step, eight_bit) for leaf in trained_leaves(step, fixed=False))
+        + counters * F32
+    )
 
 
 def _moment_bytes(leaf: Leaf, step: StepShape, eight_bit: bool) -> int:
@@ -112,8 +120,8 @@ def dequantized_traffic(step: StepShape) -> int:
     norms = sum(product[name] for name in step.dora)
     layer = sum(product.values()) + (norms if step.lora.dropout else 0)
     again = layer - sum(product[name] for name in not_recomputed(step)) + norms
-    times = step.batch[0] * step.model.num_layers
-    return times * (2 * layer + norms + (again if "frozen again" in RECOMPUTED[step.remat] else 0))
+    backward = layer + (again if "frozen again" in RECOMPUTED[step.remat] else 0)
+    return step.batch[0] * (step.model.num_layers * (layer + norms) + step.backward_layers * backward)
 
 
 def logits_bytes(step: StepShape) -> int:
@@ -129,4 +137,4 @@ def argument_bytes(step: StepShape) -> int:
 def gradient_output_bytes(step: StepShape) -> int:
     """Returns the bytes of the results of `gradients`: LoRA gradients, two sums, and the losses of all rows in f32."""
     accumulated, rows, _ = step.batch
-    return lora_bytes(step) + F32 * (2 + accumulated * rows * axis_size(step.mesh, *ROWS))
+    return gradient_bytes(step) + F32 * (2 + accumulated * rows * axis_size(step.mesh, *ROWS))

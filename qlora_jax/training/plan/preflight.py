@@ -118,7 +118,7 @@ def _compiled_by(gradients: CompiledGradients, setting: StepConfig) -> CompileSt
     def compile_step(step: AbstractStep) -> Temporaries:
         memory = aot.read_memory(gradients.compiled(setting.batch).memory_analysis())
         in_f32 = dataclasses.replace(setting.lora, dtype="float32")
-        update = memory_use.lora_bytes(dataclasses.replace(setting.step_shape(), lora=in_f32))
+        update = memory_use.gradient_bytes(dataclasses.replace(setting.step_shape(), lora=in_f32))
         return Temporaries(memory.device.temporaries, update, memory.host.temporaries)
 
     return compile_step

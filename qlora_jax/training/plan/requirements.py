@@ -151,7 +151,7 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
         "weights": frozen["codes"] + frozen["tables"] + frozen["vectors"] + frozen["projections"],
         "constants": frozen["constants"],
         "trained": lora,
-        "gradients": lora,
+        "gradients": memory_use.gradient_bytes(step),
         STATE: min(state, PAGES_IN_FLIGHT) if config.paged else state,
         ACTIVATIONS: _saved_bytes(step),
         "scratch": scratch,

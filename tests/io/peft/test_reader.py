@@ -65,7 +65,7 @@ def _with(folder: Path, **changes: object) -> None:
             ["modules_to_save: norm is neither", "bias: found 'all'"],
         ),
         (dict(trainable_token_indices={"embed_tokens": [1], "lm_head": [2]}), ["different tokens for head and"]),
-        (dict(layers_to_transform=[0]), ["layers_to_transform: [0] is not supported"]),
+        (dict(layers_to_transform=[0], use_dora=True), ["layers_to_transform: [0] is not supported"]),
         (dict(init_lora_weights="pissa"), ["init_lora_weights: 'pissa' changes the base"]),
     ],
 )

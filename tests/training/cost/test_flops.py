@@ -34,6 +34,7 @@ MODEL = ModelConfig(
     max_positions=2048,
 )
 EVERY = LoraArgs(rank=8, rank_pattern={"down_proj": 16})
+FIXED_A = LoraArgs(method="lora_fa", rank=8)
 SOME = LoraArgs(rank=8, target_modules=["q_proj", "v_proj"], dropout=0.1)
 # Of ranks for whose norms no C++ handler multiplies from the codes, which a compiled text would not tell.
 DORA = LoraArgs(method="dora", rank=16, rank_pattern={"down_proj": 12})
@@ -107,6 +108,8 @@ NEW_TOKENS |= {
 IN_HANDLERS = ("names, C++ attention", "full, C++ attention")
 CASES |= {IN_HANDLERS[0]: (MODEL, "names", (2, 2, 320), EVERY), IN_HANDLERS[1]: (MODEL, "full", (1, 2, 100), EVERY)}
 METHODS = {
+    "names, lora_fa": (MODEL, "names", (1, 2, 320), FIXED_A),
+    "none, lora_fa": (MODEL, "none", (1, 2, 320), FIXED_A),
     "none, dora": (MODEL, "none", (1, 2, 320), DORA),
     "full, dora": (MODEL, "full", (1, 2, 320), DORA),
     "names, dora and dropout": (MODEL, "names", (1, 2, 320), SOME_DORA),
@@ -213,7 +216,7 @@ def test_arguments_and_results_are_the_formulas_bytes(case):
     memory = compiled.memory_analysis()
     key = 0 if step.key is None else 8
     assert memory.argument_size_in_bytes == memory_use.argument_bytes(counted) + key
-    pointers = 8 * (len(jax.tree.leaves(step.parts.lora)) + 3)  # XLA on CPUs counts the table of a tuple's members
+    pointers = 8 * (len(jax.tree.leaves(step.parts.trained)) + 3)  # XLA on CPUs counts the table of a tuple's members
     assert memory.output_size_in_bytes == memory_use.gradient_output_bytes(counted) + pointers
 
 
@@ -229,6 +232,28 @@ def test_stacks_between_forward_and_backward_are_the_saved_activations(case):
     vectors = memory_use.lora_bytes(counted) + memory_use.frozen_bytes(counted)["vectors"]
     slices = vectors if counted.remat == "none" else 0
     assert expected <= carried - given <= expected + slices
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("remat", "lora"),
+    [
+        ("names", LoraArgs(rank=8, layers_to_transform="5-6")),
+        ("full", LoraArgs(rank=8, target_modules=r".*layers\.[12]\.mlp\.(up|down)_proj|.*layers\.[3-6]\..*q_proj")),
+    ],
+)
+def test_layers_before_the_first_adapter_have_no_backward_pass(remat, lora, monkeypatch):
+    monkeypatch.setattr(attention_cpu, "attention_problem", lambda: "left out")
+    jax.clear_caches()
+    counted, _, compiled, _ = case = _compiled(MODEL, remat, (1, 2, 320), lora)
+    test_products_are_exactly_those_of_the_compiled_step(case)
+    test_arguments_and_results_are_the_formulas_bytes(case)
+    first = 5 if remat == "names" else 1
+    assert counted.first_backward == first
+    saved = _compiled(MODEL, remat, (1, 2, 320), dataclasses.replace(EVERY, rank_pattern={}))
+    less = saved[2].memory_analysis().temp_size_in_bytes - compiled.memory_analysis().temp_size_in_bytes
+    formula = sum(activation_bytes(saved[0]).values()) - sum(activation_bytes(counted).values())
+    assert formula > 0 and less == pytest.approx(formula, rel=0.2)
 
 
 def _bytes(leaf) -> int:
