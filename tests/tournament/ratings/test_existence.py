@@ -52,6 +52,7 @@ def test_a_prior_of_one_pair_solves_its_equation():
     assert 3 / (1 + math.exp(2 * s)) == pytest.approx(s / (200 / POINTS) ** 2, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_is_right_on_every_small_tournament():
     """Refused exactly if estimates keep growing as a prior gets flatter."""
     pairs = [("a", "b"), ("b", "c"), ("c", "a"), ("b", "a")]

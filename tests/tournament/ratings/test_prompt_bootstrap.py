@@ -26,6 +26,7 @@ JUDGES = {
 }
 
 
+@pytest.mark.slow
 def test_standard_errors_are_near_the_clustered_ones_of_statsmodels():
     import statsmodels.api as sm
 
