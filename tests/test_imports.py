@@ -40,6 +40,7 @@ LAYERS = {
     "qlora_jax.tournament": 7,
     "qlora_jax.api": 8,
     "qlora_jax.comparison": 8,
+    "qlora_jax.variance_study": 8,
 }
 COMMANDS = 9  # every other top-level file: train.py, generate.py, ...
 

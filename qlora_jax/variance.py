@@ -1,0 +1,64 @@
+"""`python -m qlora_jax.variance STUDY.yaml`: splits differences between models into model, prompts and sampling."""
+
+from typing import TYPE_CHECKING
+
+from qlora_jax import allocator
+from qlora_jax.config import Command, run_main
+from qlora_jax.terminal.console import Console
+from qlora_jax.variance_study.settings import VarianceArgs, check_variance
+
+if TYPE_CHECKING:
+    from rich.console import Console as RichConsole
+
+    from qlora_jax.variance_study.analysis import Split
+
+COMMAND = Command(
+    name="variance",
+    summary="Splits the difference between models into model, prompts, sampling and so on; one thing varies at a time.",
+    example="study.yaml",
+    schema=VarianceArgs,
+    check=check_variance,
+)
+
+
+def main(argv: list[str]) -> None:
+    """Runs a study and writes its results and page; raises ValueError or OSError for bad input."""
+    file = ["--config"] if argv and not argv[0].startswith("-") else []
+    args, _ = COMMAND.read([*file, *argv])
+    # Imported after the settings are read, because importing jax takes a second.
+    from qlora_jax import runtime
+    from qlora_jax.tournament.reporter import ConsoleReporter
+    from qlora_jax.variance_study.analysis import analyse
+    from qlora_jax.variance_study.conditions import design_of
+    from qlora_jax.variance_study.page import Study, write_study
+    from qlora_jax.variance_study.questions import read_questions
+    from qlora_jax.variance_study.replies import observe
+
+    runtime.start()
+    design, questions = design_of(args), read_questions(args)
+    observations = observe(args, design, questions, ConsoleReporter(Console(stderr=True)))
+    splits = analyse(args, design, questions.asked, observations)
+    path = write_study(Study(args, design, questions, observations, splits))
+    _print(splits, Console())
+    Console(stderr=True).print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print(splits: "list[Split]", console: "RichConsole") -> None:
+    """Prints the parts of each difference between two models."""
+    for split in splits:
+        if len(split.models) > 1:
+            first, second = split.models
+            low, high = split.mean_interval
+            parts = ", ".join(f"{part.name} {part.share:.0%}" for part in split.parts)
+            console.print(
+                f"{split.measure}, {second} - {first}, {split.factor} varies: "
+                f"{split.mean:.3g} [{low:.3g}, {high:.3g}]; {parts}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+if __name__ == "__main__":
+    allocator.tune()
+    run_main(main)
