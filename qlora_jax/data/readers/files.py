@@ -179,7 +179,7 @@ def _check_lines(path: Path, first: str) -> None:
     if first not in ("", "{") and path.name.endswith((".txt", ".txt.gz")):
         raise ValueError(
             f"{path}: not a file of rows (found text that begins with {first!r}, expected one JSON object per line). "
-            'Write rows such as {"text": "..."}.'
+            'Write rows such as {"text": "..."}; if the file has tab-separated columns, end its name in .tsv.'
         )
 
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from qlora_jax.evaluation.tasks.labels import labels_task, parse_prompt
+from qlora_jax.evaluation.tasks.labels import labels_task, parse_prompt, predict
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.evaluation.reference import expected_scores
 from tests.inference.tiny import byte_tokenizer, tiny_parts
@@ -80,6 +80,15 @@ def test_the_scores_order_labels_differently(parts, tmp_path):
         for how in ("sum", "mean", "calibrated")
     ]
     assert len({str(one) for one in predicted}) == 3
+
+
+def test_no_label_is_predicted_where_several_are_likeliest():
+    assert predict(np.array([[1.0, 1.0, 0.0], [0.0, 2.0, 1.0], [3.0, 3.0, 3.0], [0.0, 0.0, 1.0]])).tolist() == [
+        3,
+        1,
+        3,
+        2,
+    ]
 
 
 def test_a_tie_is_reported_and_not_right(parts, tmp_path):
