@@ -192,4 +192,4 @@ def _missing(name: str, error: ImportError) -> ValueError:
 
 def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[-1].strip()}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[-1].strip().rstrip('.')}" if lines else type(error).__name__

@@ -29,6 +29,7 @@ def test_the_number_of_a_published_model():
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # tests/training/cost compares the same formula with compiled steps
 def test_the_number_is_that_of_the_adapters_in_memory(tmp_path):
     path = str(write_model(tmp_path / "model"))
     for lora in (LoraArgs(rank=3), LoraArgs(method="dora", rank=2, target_modules=["q_proj"]), LoraArgs(method="ia3")):

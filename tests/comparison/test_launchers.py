@@ -91,6 +91,7 @@ def test_submitit_and_a_killed_job(runs, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive  # Ray waits 30 s for its processes, which a machine with other work may exceed
 @pytest.mark.filterwarnings("ignore")
 def test_ray_and_a_killed_worker(runs, tmp_path):
     """A worker of a local cluster is killed while it waits for a run's lock; the run is started again."""
