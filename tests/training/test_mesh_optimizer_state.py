@@ -33,7 +33,7 @@ class OnMesh(Given):
         return self._mesh
 
     @property
-    def lora(self):
+    def trained(self):
         return jax.eval_shape(lambda: lora_of(0))
 
 

@@ -34,7 +34,7 @@ class Given(CompiledGradients):
         return None
 
     @property
-    def lora(self):
+    def trained(self):
         return jax.eval_shape(lambda: tree(0))
 
     def compiled(self, shape):
