@@ -39,13 +39,12 @@ def main(argv: list[str]) -> None:
     run, settings = Path(config.output), {"resume": "resume" in flags, "oversized": "oversized" in flags}
     hosts = config.hosts
     place = find_place(hosts.launcher, hosts.coordinator, hosts.processes, hosts.process)
-    if "dry_run" in flags:
-        if place is not None:
-            raise ValueError(f"--dry_run: found {place.processes} processes, expected one. Start one process")
-        return dry_run(config, run, **settings, console=Console())
     devices = None if isinstance(hosts.devices, str) else hosts.devices
-    with joined(place, devices=devices, heartbeat=hosts.heartbeat, report=report_error) as watchdog:
-        finished = train(config, run, **settings, console=Console(quiet=not watchdog.group.is_first), watchdog=watchdog)
+    with joined(place, run=run, devices=devices, heartbeat=hosts.heartbeat, report=report_error) as watchdog:
+        console = Console(quiet=not watchdog.group.is_first)
+        if "dry_run" in flags:
+            return dry_run(config, run, **settings, console=console, group=watchdog.group)
+        finished = train(config, run, **settings, console=console, watchdog=watchdog)
     if not finished:
         sys.exit(STOPPED)
 

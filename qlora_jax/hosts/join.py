@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import jax
 
@@ -15,6 +16,7 @@ from qlora_jax.hosts.gpus import Seen, divide, visible_gpus
 from qlora_jax.hosts.group import Disagreement, Group, MissingProcess
 from qlora_jax.hosts.launchers import Place
 from qlora_jax.hosts.lost_process import calls_when_lost
+from qlora_jax.hosts.roll_call import RollCall
 from qlora_jax.hosts.watchdog import Report, Watchdog
 
 JOIN_SECONDS = 300  # for all processes to connect
@@ -27,6 +29,7 @@ NOTICED_SECONDS = 5.0  # after the heartbeat, until the watchdog has ended this 
 def joined(
     place: Place | None,
     *,
+    run: Path,
     devices: Sequence[int] | None,
     heartbeat: int,
     report: Report,
@@ -39,6 +42,7 @@ def joined(
 
     Args:
       place: of this process; None if it is the only one, which joins nothing.
+      run: the folder of the run, next to which processes note that they have started.
       devices: indices of the local GPUs to drive; None for this process's share.
       heartbeat: seconds after which the death of one process ends the others.
       join_seconds: for all processes to connect.
@@ -51,7 +55,7 @@ def joined(
         return
     watchdog = Watchdog(Group(place.process, place.processes))
     try:
-        _connect(place, watchdog, heartbeat, join_seconds)
+        _connect(place, run, watchdog, heartbeat, join_seconds)
         watchdog.group.names[:] = _introduce(watchdog.group, _wanted(devices))
         watchdog.start()
         yield watchdog
@@ -82,8 +86,11 @@ def _may_follow(error: BaseException | None) -> bool:
     return isinstance(error, jax.errors.JaxRuntimeError) or _may_follow(error.__cause__ or error.__context__)
 
 
-def _connect(place: Place, watchdog: Watchdog, heartbeat: int, seconds: int) -> None:
+def _connect(place: Place, run: Path, watchdog: Watchdog, heartbeat: int, seconds: int) -> None:
     """Connects to process 0, or waits as process 0 for the others.
+
+    Args:
+      run: the run folder.
 
     Raises:
       ValueError: process 0 cannot listen at the coordinator's address.
@@ -94,8 +101,9 @@ def _connect(place: Place, watchdog: Watchdog, heartbeat: int, seconds: int) -> 
         _check_free(bind, place.coordinator)
     # SIGTERM stays with us: JAX's own handler would save nothing.
     jax.config.update("jax_enable_preemption_service", False)
+    roll_call = RollCall(run, place.process, place.processes)
     try:
-        with calls_when_lost(watchdog.lost):
+        with calls_when_lost(watchdog.lost), roll_call.taken():
             jax.distributed.initialize(
                 place.coordinator,
                 place.processes,
@@ -109,9 +117,19 @@ def _connect(place: Place, watchdog: Watchdog, heartbeat: int, seconds: int) -> 
     except Exception as error:  # it has no text, see lost_process.py
         raise MissingProcess(
             f"hosts: not all {place.processes} processes have connected to {place.coordinator} within {seconds} s. "
-            "Those that do not print this are missing: look at their output, and check that their machines can reach "
-            "this address"
+            f"{_unseen(roll_call)}"
         ) from error
+
+
+def _unseen(roll_call: RollCall) -> str:
+    """Returns the end of the message of processes that have not all connected."""
+    advice = "check that all machines can reach this address"
+    if (missing := roll_call.missing()) is None:
+        return f"All of them have started: {advice}"
+    return (
+        f"No sign of {missing} was found in {roll_call.folder.parent}: look at the output there, and {advice} and see "
+        "this folder"
+    )
 
 
 def _bind_address(coordinator: str) -> str:

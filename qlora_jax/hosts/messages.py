@@ -20,8 +20,9 @@ def grouped(values: Sequence[str]) -> str:
     owners: dict[str, list[int]] = defaultdict(list)
     for process, value in enumerate(values):
         owners[value].append(process)
-    return "; ".join(f"{value} in {_processes(numbers)}" for value, numbers in owners.items())
+    return "; ".join(f"{value} in {numbered(numbers)}" for value, numbers in owners.items())
 
 
-def _processes(numbers: Sequence[int]) -> str:
+def numbered(numbers: Sequence[int]) -> str:
+    """Returns ascending process numbers as text: `process 3`, or `processes 0-2, 5`."""
     return f"process{'es' if len(numbers) > 1 else ''} {ranges(numbers)}"

@@ -119,7 +119,7 @@ class Memory:
         """Returns the array of `parts`, in host memory; the inverse of `parts`."""
         return parts[()]
 
-    def to_device(self, page: Page) -> Page:
+    def to_device(self, page: Page) -> tuple[jax.Array, ...]:
         """Starts a copy to the device, and returns it."""
         return tuple(jax.device_put(leaf, self.device_sharding(P()), may_alias=False) for leaf in page)
 

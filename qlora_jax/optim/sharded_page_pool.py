@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import ArrayLike
 
@@ -51,7 +51,7 @@ class ShardedMemory(Memory):
             shape, self._sharding(spec, self.kind), lambda index: np.array(parts[_place(index)])
         )
 
-    def to_device(self, page: Page) -> Page:
+    def to_device(self, page: Page) -> tuple[jax.Array, ...]:
         return tuple(self._moved(leaf, self.device.default_memory().kind) for leaf in page)
 
     def to_host(self, page: Page) -> Page:
@@ -60,7 +60,13 @@ class ShardedMemory(Memory):
 
     def _moved(self, leaf: jax.Array | np.ndarray, memory_kind: str) -> jax.Array:
         assert isinstance(leaf, jax.Array)
-        return jax.device_put(leaf, leaf.sharding.with_memory_kind(memory_kind), may_alias=False)
+        # Part by part, because one process of several moves only those of its devices.
+        parts = [
+            jax.device_put(part.data, SingleDeviceSharding(part.device, memory_kind=memory_kind), may_alias=False)
+            for part in leaf.addressable_shards
+        ]
+        sharding = leaf.sharding.with_memory_kind(memory_kind)
+        return jax.make_array_from_single_device_arrays(leaf.shape, sharding, parts)
 
 
 def _place(index: tuple[slice, ...] | None) -> tuple[slice, ...]:

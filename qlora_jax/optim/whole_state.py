@@ -64,10 +64,9 @@ def from_optax(tree: PyTree, layout: Layout, memory: Memory) -> PagedState:
             for page in pages:
                 memory.free(page)
             raise
-    counts = [
-        memory.joined(parts, (), P()) for parts, owner in zip(leaves, layout.owners, strict=True) if owner is None
-    ]
-    return PagedState(tuple(pages), tuple(jax.device_put(count, memory.device_sharding(P())) for count in counts))
+    pairs = zip(leaves, layout.owners, strict=True)
+    counts = tuple(memory.joined(parts, (), P()) for parts, owner in pairs if owner is None)
+    return PagedState(tuple(pages), memory.to_device(counts))
 
 
 def _cut_page(leaves: list[Parts], memory: Memory, index: int, layout: Layout) -> Page:

@@ -4,6 +4,7 @@ The pager receives budgets in bytes (paging_budget.py), never a memory plan.
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 import jax
@@ -12,13 +13,14 @@ from jax.sharding import AbstractMesh, Mesh
 
 from qlora_jax.config import OptimArgs, paging_of, plain_name
 from qlora_jax.config.sizes import format_bytes, parse_bytes
+from qlora_jax.hosts.agreed_minimum import AgreedMinimum
 from qlora_jax.models.model_sharding import lora_specs
 from qlora_jax.models.partition import Lora
 from qlora_jax.optim import make_elementwise, make_optimizer
 from qlora_jax.optim.elementwise import ELEMENTWISE, check_elementwise
 from qlora_jax.optim.mesh_state import init_state, state_specs
 from qlora_jax.optim.page_layout import PAGE_BYTES, Layout, PyTreeDef, layer_pages
-from qlora_jax.optim.page_pool import Memory, Transfers
+from qlora_jax.optim.page_pool import Memory, PagingError, Transfers
 from qlora_jax.optim.pager import (
     PagedState,
     PagedUpdate,
@@ -31,7 +33,7 @@ from qlora_jax.optim.whole_state import from_optax, page_out_all, to_optax, unpa
 from qlora_jax.sharding import placed_shapes
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.metrics import Record
-from qlora_jax.training.paging_budget import Budget, Workload, fixed_budget, measured_budget
+from qlora_jax.training.paging_budget import Budget, Workload, agreed_budget, fixed_budget, measured_budget
 from qlora_jax.training.step import update
 
 PAGES_PER_BUDGET = 4  # at least, if layers are small enough: one in update, one prefetched, one evicted, one waiting
@@ -139,6 +141,7 @@ class PagedStateManager(OptimizerStateManager):
       optimizer: updates a whole state.
       transform: the same optimizer without clipping; updates one page.
       budget_text: the budget, for the start banner.
+      least: returns the least of each of two numbers in all processes; None for one process.
     """
 
     structure: PyTreeDef
@@ -149,6 +152,7 @@ class PagedStateManager(OptimizerStateManager):
     step: PagedUpdate
     budget: Budget
     budget_text: str
+    least: Callable[[int, int], tuple[int, ...]] | None
 
     def init(self, lora: Lora) -> PagedState:
         return paged_init(self.transform, lora, self.layout, self.memory)
@@ -163,7 +167,22 @@ class PagedStateManager(OptimizerStateManager):
         if isinstance(state, PagedState):
             state, sent = evict_to_budget(state, self.memory, room.gradients)
             moved += sent
+        self._check_alike(state, moved)
         return state, room.update, moved
+
+    def _check_alike(self, state: OptimizerState, moved: Transfers) -> None:
+        """Raises PagingError if some processes have pages and others the whole state, because copies failed."""
+        if self.least is None:
+            return
+        is_paged = isinstance(state, PagedState)
+        all_paged, none_paged = self.least(is_paged, not is_paged)
+        if not all_paged and not none_paged:
+            raise PagingError(
+                f"optim.paging: this process has its state {'in pages' if is_paged else 'whole on the device'}, others "
+                f"do not, because a copy between device and host failed in some. {' '.join(moved.problems)}. Free "
+                "memory, or set a smaller optim.paging_budget, then start all processes again, with --resume if there "
+                "is a checkpoint."
+            )
 
     def update(
         self, lora: Lora, state: OptimizerState, grads: Lora, room: int, norm: jax.Array | None = None
@@ -232,6 +251,9 @@ def make_state_manager(
     if plain_name(args.name) not in ELEMENTWISE:
         check_elementwise(transform, gradients.trained, layout, memory)
     budget, text = measured_budget(gradients, memory) if given is None else fixed_budget(given, layout, memory)
+    least = None if mesh is None or len(mesh.local_devices) == mesh.size else AgreedMinimum(mesh, 2)
+    if least is not None and given is None:
+        budget = agreed_budget(budget, least)
     return PagedStateManager(
         structure=jax.tree.structure(jax.eval_shape(optimizer.init, gradients.trained)),
         optimizer=optimizer,
@@ -241,4 +263,5 @@ def make_state_manager(
         step=PagedUpdate(transform, layout, memory, args.max_grad_norm),
         budget=budget,
         budget_text=text,
+        least=least,
     )

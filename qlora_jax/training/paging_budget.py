@@ -14,6 +14,7 @@ from qlora_jax.optim.pager import check_budget
 from qlora_jax.sharding import part_bytes
 from qlora_jax.training.compiled_step import CompiledGradients, Shape
 
+KIB = 1024
 RESERVE = 0.03  # share of the device for its driver, libraries and fragmentation
 
 
@@ -57,6 +58,20 @@ def measured_budget(gradients: CompiledGradients, memory: Memory) -> tuple[Budge
         return Room(max(0, free - scratch), max(0, free))
 
     return budget, f"as many on the device as the next batch leaves room for, of {text}"
+
+
+def agreed_budget(budget: Budget, least: Callable[[int, int], tuple[int, ...]]) -> Budget:
+    """Returns the least of the budgets of all processes, in whole KiB, so that all keep the same pages.
+
+    Args:
+      least: returns the least of each of two numbers of 32 bits in all processes.
+    """
+
+    def agreed(work: Workload, resident: int) -> Room:
+        gradients, update = (room // KIB for room in budget(work, resident))
+        return Room(*(room * KIB for room in least(gradients, update)))
+
+    return agreed
 
 
 def _required_bytes(gradients: CompiledGradients, work: Workload) -> tuple[int, int, int]:

@@ -43,7 +43,6 @@ from qlora_jax.training.session import (
 )
 from qlora_jax.training.several_processes import (
     NoReport,
-    check_supported,
     connect_devices,
     lock_together,
     stop_together,
@@ -98,20 +97,32 @@ def _check_checkpoints(run: Path, resume: bool) -> None:
         raise ValueError(f"{run}: contains a run. Resume it with --resume, or give another output")
 
 
-def dry_run(config: Config, run: Path, *, resume: bool, oversized: bool, console: Console) -> None:
+def dry_run(
+    config: Config, run: Path, *, resume: bool, oversized: bool, console: Console, group: Group | None = None
+) -> None:
     """Prints the data report and memory plan, and writes them to report.html and report.json in the folder `run`.
+
+    Args:
+      group: the processes of the run, of which the first alone writes; None for one process.
 
     Raises:
       ValueError: bad input, as in `train`; the run does not fit, after the files are written.
     """
-    with lock_output(run, resume=resume, warn=_warning(console)):
-        planned = plan_before_weights(config, console, full=True, group=Group())
-        page = write_report(_report_of(planned, run, None), run)
-        steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
-        warm_up = warm_up_text(config.optim, steps)
-        rows = {"steps": f"{steps:,}"} | ({} if warm_up is None else {"warm-up": warm_up})
-        print_banner("dry run", rows | {"report": f"{page}"}, console)
+    group = group or Group()
+    first = lock_output(run, resume=resume, warn=_warning(console))
+    with lock_together(group, first, config, run):
+        planned = plan_before_weights(config, console, full=True, group=group)
+        if group.is_first:
+            _print_dry_run(planned, run, console)
         planned.refuse_oversized(oversized)
+
+
+def _print_dry_run(planned: PlannedRun, run: Path, console: Console) -> None:
+    config, page = planned.config, write_report(_report_of(planned, run, None), run)
+    steps = steps_of_run(config.train, planned.inputs.dataset.steps_per_epoch)
+    warm_up = warm_up_text(config.optim, steps)
+    rows = {"steps": f"{steps:,}"} | ({} if warm_up is None else {"warm-up": warm_up})
+    print_banner("dry run", rows | {"report": f"{page}"}, console)
 
 
 def _warning(console: Console) -> Callable[[str], None]:
@@ -178,7 +189,6 @@ def train(
       OSError: a file cannot be read or written.
     """
     watchdog = watchdog or Watchdog(Group())
-    check_supported(config, watchdog.group)
     first = lock_output(run, resume=resume, warn=_warning(console))
     with lock_together(watchdog.group, first, config, run) as lock:
         return run_training(

@@ -10,47 +10,27 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from qlora_jax.config import Config, paging_of, to_dict
+from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.hosts.group import Group
 from qlora_jax.hosts.shared_folder import sees_first
 from qlora_jax.hosts.stop_signal import StopSignal
 from qlora_jax.hosts.warm_up import connect_groups
 from qlora_jax.hosts.watchdog import Watchdog
+from qlora_jax.inference.result_cache import digest
 from qlora_jax.io.run_lock import RunLock, follow_lock
 from qlora_jax.training.loop import Reporter
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.session import Inputs
 
 # Settings that may differ between processes: their place, and paths, whose content is compared.
-MAY_DIFFER = ("hosts.", "output", "model.path", "data.train", "data.eval", "data.cache")
-QUESTION_FILES = ("choices", "letters", "answers")
+QUESTION_FILES = tuple(f"questions.{kind}" for kind in (*QUESTION_KINDS, "shots"))
+DATA_FILES = ("data.train", "data.eval", "data.cache", "train.samples", *QUESTION_FILES)
+MAY_DIFFER = ("hosts.", "output", "model.path", *DATA_FILES)
 LIBRARIES = ("qlora-jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 FIX = (
     "Start all processes with the same command, versions and files, and with an output folder that all machines share. "
     "Separate runs under one launcher need --hosts.launcher off"
 )
-
-
-def check_supported(config: Config, group: Group) -> None:
-    """Checks that a run can be one of several processes.
-
-    Raises:
-      ValueError: it has settings that several processes do not support yet; all of them are listed.
-    """
-    if group.processes == 1:
-        return
-    fixes = {
-        "train.samples": ("null", config.train.samples is not None),
-        **{f"questions.{name}": ("null", getattr(config.questions, name) is not None) for name in QUESTION_FILES},
-        "optim.paging": ("off", paging_of(config.optim) != "off"),
-    }
-    problems = [
-        f"{key}: is not supported yet with several processes (found {group.processes}). Set it to {value}"
-        for key, (value, is_used) in fixes.items()
-        if is_used
-    ]
-    if problems:
-        raise ValueError("\n".join(problems))
 
 
 @contextlib.contextmanager
@@ -109,7 +89,10 @@ def agree_on_inputs(group: Group, inputs: Inputs) -> None:
         "model: names, shapes and types of its tensors": _digest(tensors),
         "model: features": _digest(dataclasses.asdict(inputs.model)),
         "data.train: rows and tokens": inputs.dataset.fingerprint,
+        "train.samples: prompts": None if inputs.samples is None else digest(inputs.samples.ids),
     }
+    for task in [] if inputs.questions is None else inputs.questions.tasks:
+        values[f"questions.{task.name}: questions"] = digest([digest(row) for row in task.inputs])
     group.agree("inputs", values, FIX)
 
 

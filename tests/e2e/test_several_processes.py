@@ -13,21 +13,33 @@ from rich.console import Console
 from qlora_jax.config import Config, MeshArgs, read_config, write_config
 from qlora_jax.hosts.watchdog import ENDED
 from qlora_jax.io.checkpoint import open_run, saved_steps
+from qlora_jax.training.metrics import Record, read_metrics
 from qlora_jax.training.run import train
 from tests.e2e.run_records import comparable_records
 from tests.e2e.test_mesh import mesh_project
+from tests.e2e.test_questions import write_questions
 from tests.hosts.processes import ACTS_AT, STOPPED, Ended, Started, acted_at, start, wait
 from tests.marks import EXHAUSTIVE
 
 MESH = MeshArgs(data=2, fsdp=2)
 STEPS = 5
+TIMES = {"seconds", "data_seconds", "tokens_per_second", "tokens_per_second_per_device", "host_bytes"}
 TRAIN = dict(steps=STEPS, micro_batch_size=8, accumulation=1, save_every=2, eval_every=2)
 pytestmark = pytest.mark.slow
 
 
-def settings(folder: Path, **changes) -> Config:
-    """The settings of a run on 2 x 2 devices, written to config.yaml."""
-    config = dataclasses.replace(mesh_project(folder, train=TRAIN | changes), mesh=MESH)
+def settings(folder: Path) -> Config:
+    """The settings of a run on 2 x 2 devices with samples, questions and paging, written to config.yaml."""
+    (folder / "prompts.txt").write_text("say sun 1\nsay moon 2")
+    files = write_questions(folder / "questions")
+    config = mesh_project(
+        folder,
+        train=TRAIN | dict(samples=str(folder / "prompts.txt"), sample_tokens=4),
+        # As many rows as samples have with padding, so that both compile the same programs.
+        questions={name: files[name] for name in ("letters", "answers")} | dict(max_new_tokens=4, max_rows=4),
+        optim=dict(paging="on", paging_budget="128KiB"),  # of pages of 64 KiB on each device
+    )
+    config = dataclasses.replace(config, mesh=MESH)
     write_config(config, folder / "config.yaml")
     return config
 
@@ -51,6 +63,7 @@ def assert_same_run(ours: Path, whole: Path, limit: float = 1e-5) -> None:
     assert [record["step"] for record in mine] == [record["step"] for record in theirs]
     for a, b in zip(mine, theirs, strict=True):
         assert a == {name: pytest.approx(value, rel=limit) for name, value in b.items()}
+    assert read_metrics(ours / "samples.jsonl") == read_metrics(whole / "samples.jsonl")
     for a, b in zip(*(jax.tree.leaves(open_run(run).lora) for run in (ours, whole)), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=1e-5)
 
@@ -73,8 +86,20 @@ def test_sigterm_to_one_of_two_processes_saves_once_and_one_process_resumes(one:
     assert "step 1/5" in ended[0].out and "step 1/5" not in ended[1].out + ended[1].err
     hosts = read_config(run / "config.yaml").hosts
     assert hosts.process is None and hosts.processes is None and hosts.coordinator is None
+    before = records_until(run, ACTS_AT)
+    assert before == records_until(whole, ACTS_AT)
+    assert any(name.startswith("answers") for record in before for name in record)
     assert_same_run(trained(run, config, resume=True), whole)
     assert json.loads((run / "report.json").read_text())
+
+
+def records_until(run: Path, step: int) -> list[Record]:
+    """The records of a run's first steps, with the bytes that pages moved."""
+    records = [
+        {key: value for key, value in record.items() if key not in TIMES}
+        for record in read_metrics(run / "metrics.jsonl")
+    ]
+    return [record for record in records if record["step"] <= step]
 
 
 def killed_then_resumed(whole: Path, run: Path, processes: int, actor: int) -> list[Ended]:

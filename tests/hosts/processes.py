@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 STEPS, ACTS_AT = 6, 3  # the number of steps of a worker, and the one at which it comes to its end
 STOPPED = 143
-SECONDS = 200.0  # for all processes of some runs to end
+SECONDS = 400.0  # for all processes of some runs to end, also on a busy machine
 
 # Processes are forked from one that has imported JAX, whose import costs two seconds of a processor.
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -13,6 +13,7 @@ import jax
 import qlora_jax.train
 from qlora_jax.config import run_main
 from qlora_jax.config.command_line import report_error
+from qlora_jax.hosts.agreed_minimum import AgreedMinimum
 from qlora_jax.hosts.join import joined
 from qlora_jax.hosts.launchers import Place, find_place
 from qlora_jax.hosts.shared_folder import sees_first
@@ -38,7 +39,8 @@ def act(action: str) -> None:
 def train(watchdog: Watchdog, options: dict[str, Any]) -> bool:
     """Takes steps, whose only product is the flag of the stop signal; returns True if the processes were stopped."""
     asked: list[int] = []
-    stop = StopSignal(lambda: bool(asked), jax.make_mesh((2, len(jax.devices()) // 2), ("data", "fsdp")))
+    mesh = jax.make_mesh((2, len(jax.devices()) // 2), ("data", "fsdp"))
+    stop, least = StopSignal(lambda: bool(asked), mesh), AgreedMinimum(mesh, 2)
     signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     watchdog.group.meet("compiled")
     with watchdog.limited(options.get("stuck_after", 60)):
@@ -48,7 +50,8 @@ def train(watchdog: Watchdog, options: dict[str, Any]) -> bool:
             if stop():
                 print(f"stopped before step {step}")
                 return True
-    print(f"trained on {len(jax.devices())} devices, {len(jax.local_devices())} here")
+    agreed = least(watchdog.group.process + 7, -watchdog.group.process)
+    print(f"trained on {len(jax.devices())} devices, {len(jax.local_devices())} here, agreed on {agreed}")
     return False
 
 
@@ -95,8 +98,9 @@ def join_and_train(options: dict[str, Any]) -> None:
     by_hand = f"127.0.0.1:{options['port']}", options.get("expected", options["processes"]), process
     place = find_place("auto", None, None, None) if "variables" in options else Place(*by_hand)
     limits = {"heartbeat": options.get("heartbeat", 5), "join_seconds": options.get("join_seconds", 60)}
-    with joined(place, devices=None, report=report_error, **limits) as watchdog:
-        folder = Path(options["folder"]) / options.get("folders", {}).get(str(process), "")
+    shared = Path(options["folder"])
+    with joined(place, run=shared, devices=None, report=report_error, **limits) as watchdog:
+        folder = shared / options.get("folders", {}).get(str(process), "")
         folder.mkdir(exist_ok=True, parents=True)
         values = {
             "optim.learning_rate": 2e-4,

@@ -1,5 +1,6 @@
 """A run's optimizer state on a mesh: in pages or not, the same steps and the same checkpoints."""
 
+import contextlib
 import dataclasses
 import functools
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 from qlora_jax.config import OptimArgs
 from qlora_jax.io.checkpoint import Checkpoints
+from qlora_jax.optim.page_pool import PagingError, Transfers
 from qlora_jax.optim.pager import PagedState
 from qlora_jax.sharding import AnyMesh, make_mesh
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
@@ -130,3 +132,13 @@ def test_fewer_devices_read_the_checkpoint(plain, sizes, paging):
 
 def test_the_banner_says_that_bytes_are_per_device():
     assert "per device in 4 pages" in manager("auto", make_mesh(1, 8)).describe()
+
+
+@pytest.mark.parametrize(("least", "differ"), [((0, 0), True), ((1, 0), False)])
+def test_processes_that_hold_the_state_differently_are_noticed(least, differ):
+    """A copy that fails in one process leaves its state in pages, or whole, while the others go on."""
+    mesh = make_mesh(2, 4)
+    updates = dataclasses.replace(manager("on", mesh), least=lambda *numbers: least)
+    state = updates.init(on_mesh(lora_of(0), mesh))
+    with pytest.raises(PagingError, match="in pages, others do not") if differ else contextlib.nullcontext():
+        updates._check_alike(state, Transfers())

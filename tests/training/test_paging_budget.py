@@ -7,7 +7,7 @@ import pytest
 
 from qlora_jax.optim.page_pool import Memory
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.paging_budget import Room, measured_budget
+from qlora_jax.training.paging_budget import KIB, Room, agreed_budget, measured_budget
 from tests.optim.memory_pressure import SimulatedMemory
 
 MIB = 2**20
@@ -68,3 +68,8 @@ def test_a_device_that_tells_nothing_has_the_memory_of_the_machine():
     budget, words = measured_budget(Analysed(), Memory.of(jax.devices()[0]))
     assert "because this backend reports no limit" in words
     assert budget(SHAPE, 0).gradients > 100 * MIB
+
+
+def test_processes_agree_on_the_least_room_in_whole_kib():
+    budget = agreed_budget(lambda work, resident: Room(5 * KIB + 1, 7 * KIB), lambda a, b: (min(a, 6), min(b, 4)))
+    assert budget(SHAPE, 0) == Room(5 * KIB, 4 * KIB)

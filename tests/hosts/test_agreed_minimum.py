@@ -1,0 +1,16 @@
+"""The least of all processes' numbers; tests/hosts/test_processes.py has it of two processes."""
+
+import jax
+
+from qlora_jax.hosts.agreed_minimum import AgreedMinimum
+from qlora_jax.hosts.stop_signal import StopSignal
+
+
+def test_one_process_agrees_with_itself():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"))
+    assert AgreedMinimum(mesh, 3)(5, -7, 2**31 - 1) == (5, -7, 2**31 - 1)
+    asked = []
+    stop = StopSignal(lambda: bool(asked), mesh)
+    assert not stop()
+    asked.append(True)
+    assert stop()

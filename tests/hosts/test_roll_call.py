@@ -1,0 +1,18 @@
+"""Processes that have not started are named; files of an earlier start do not count."""
+
+import time
+from pathlib import Path
+
+from qlora_jax.hosts.roll_call import POLL_SECONDS, RollCall
+
+
+def test_processes_that_count_are_here_and_leave_no_file(tmp_path: Path):
+    calls = [RollCall(tmp_path / "run", process, 4) for process in (0, 2)]
+    with calls[0].taken(), calls[1].taken():
+        (calls[0].folder).mkdir(exist_ok=True)
+        (calls[0].folder / "3").write_text("17")  # of an earlier start
+        time.sleep(5 * POLL_SECONDS)
+        assert [call.missing() for call in calls] == ["processes 1, 3"] * 2
+    (calls[0].folder / "3").unlink()
+    calls[0].folder.rmdir()  # empty
+    assert RollCall(tmp_path / "run", 0, 1).missing() is None
