@@ -10,6 +10,7 @@ from qlora_jax.comparison.run import Run
 from qlora_jax.comparison.stages import sized_settings
 from qlora_jax.comparison.study import data_settings, read_study
 from qlora_jax.config import ConfigError
+from qlora_jax.evaluation.measures import MEASURES
 from scripts import make_noisy_titles
 from tests.comparison.studies import METHODS, read, study_of, write_rows, write_study
 
@@ -173,6 +174,12 @@ def test_the_studies_of_the_project_are_valid(path, tmp_path, monkeypatch):
     study = read_study(str(path), model="smollm2-135m")
     _, parameters = sized_settings(study)
     assert len(study.settings.seeds) >= 3 and min(parameters.values()) > 0
+
+
+def test_the_documentation_lists_every_measure():
+    text = (ROOT / "docs/compare.md").read_text()
+    for kind, measures in MEASURES.items():
+        assert f"| `{kind}` | {', '.join(f'`{name}`' for name in measures)} |" in text
 
 
 def test_the_example_of_the_documentation_is_valid(tmp_path, monkeypatch):
