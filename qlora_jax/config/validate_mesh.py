@@ -7,7 +7,7 @@ from qlora_jax.config.parse import ConfigError
 from qlora_jax.config.schema import Config, TrainArgs
 
 # Values that a mesh does not support yet, by setting.
-UNSUPPORTED = {"method": ("oft", "vera", "full"), "init": ("pissa", "loftq")}
+UNSUPPORTED = {"method": ("full",), "init": ("pissa", "loftq")}
 
 
 class MeshChoices(NamedTuple):

@@ -328,10 +328,7 @@ VECTORS = (
     "vector",
     "gain",
     "bias",
-    "down_bias",
-    "up_bias",
-    "lambda_b",
-    "lambda_d",
+    *("down_bias", "up_bias", "lambda_b", "lambda_d"),
 )  # trainable vectors, which stay in f32
 
 

@@ -131,6 +131,8 @@ CASES = [
     (BOTH, dict(lora=dict(method="ln_tuning", rank=LoraArgs().rank, dropout=0.0))),
     (BOTH, dict(lora=dict(method="bitfit", rank=LoraArgs().rank, dropout=0.0), base=dict(attention_bias=True))),
     (FSDP8, dict(lora=dict(method="houlsby", dropout=0.0))),
+    (BOTH, dict(lora=dict(method="oft", oft_block_size=16, rank=LoraArgs().rank, dropout=0.0))),
+    (FSDP8, dict(lora=dict(method="vera", rank=64))),
     (FSDP8, dict(train=dict(remat="full"))),
     (DATA8, dict(train=dict(remat="none"))),
     (FSDP8, dict(model=dict(quant_type="none"))),
