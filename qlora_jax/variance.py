@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 COMMAND = Command(
     name="variance",
     summary="Splits the difference between models into model, prompts, sampling and so on; one thing varies at a time.",
-    example="study.yaml",
+    example="--output study --models '{base: models/base, mine: runs/mine}' --prompts heldout.jsonl "
+    "--fixed.temperature 1 --vary '{seed: [0, 1, 2]}'",
     schema=VarianceArgs,
     check=check_variance,
 )

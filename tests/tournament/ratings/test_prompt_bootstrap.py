@@ -102,4 +102,4 @@ def test_a_thousand_simulations_cover_the_truth_in_93_to_97_percent(judge):
 
 @pytest.mark.slow
 def test_intervals_cover_the_truth_of_a_biased_judge_on_prompts_that_differ():
-    assert 0.91 < coverage(JUDGES["biased, prompts differ"], 60).mean() < 0.985
+    assert 0.91 < coverage(JUDGES["biased, prompts differ"], 40).mean() < 0.985
