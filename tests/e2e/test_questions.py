@@ -178,6 +178,7 @@ def test_without_held_out_rows_they_are_asked_all_the_same(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_labels_and_programs_are_asked_as_evaluate_asks_them(tmp_path):
     labelled = [{"text": f"{word} {n}", "label": n % 2} for n in range(5) for word in ("sun", "rain")]
     problem = {
