@@ -78,6 +78,7 @@ def test_steps_equal_those_of_peft(oracle):
             np.testing.assert_allclose(ours, found[name][step], rtol=1e-6, atol=4e-5 * rate, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", first_always(["adamw_8bit", *(name for name in OPTIMIZERS if name != "adamw_8bit")]))
 def test_each_leaf_trains_as_in_a_run_at_its_rate(name):
     """The fast leaves equal those of a run at 16 times the rate, the others those of a run at the rate itself."""

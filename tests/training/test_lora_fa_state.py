@@ -126,6 +126,7 @@ def test_a_mesh_changes_parameters_by_rounding_alone():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-3 * OPTIM.learning_rate), plain, on_mesh)
 
 
+@pytest.mark.slow
 def test_gradients_of_b_are_those_of_lora_and_a_has_none():
     batch = mesh_batch(CONFIG, SHAPE)
     fixed, plain = (mesh_parts(CONFIG, lora=dataclasses.replace(FA, method=m)) for m in ("lora_fa", "lora"))
@@ -147,6 +148,7 @@ def test_gradients_on_a_mesh_equal_one_device():
     assert max(jax.tree.leaves(jax.tree.map(relative, found, expected))) < 2e-6
 
 
+@pytest.mark.slow
 def test_the_state_and_the_saved_activations_are_those_of_b():
     state = jax.eval_shape(manager_of(OPTIM).init, mesh_parts(CONFIG, lora=FA).lora)
     moments = [leaf.shape for leaf in jax.tree.leaves(state) if leaf.ndim]
