@@ -10,7 +10,8 @@ from qlora_jax.tournament.settings import ArenaArgs, check_arena
 COMMAND = Command(
     name="arena",
     summary="Ranks models, runs and recorded replies by pairwise verdicts of judges.",
-    example="--config arena.yaml --output arenas/first",
+    example="--output arena --systems '{base: models/base, mine: runs/mine}' --prompts prompts.jsonl "
+    "--judges '{me: {kind: person}}'",
     schema=ArenaArgs,
     check=check_arena,
 )

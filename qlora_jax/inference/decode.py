@@ -335,6 +335,7 @@ def _prefill(parts: ModelParts, model: CausalLM, batch: _Batch) -> tuple[jax.Arr
 def _decode(
     parts: ModelParts, model: CausalLM, batch: _Batch, rows: int, sampling: Sampling, limits: _Limits
 ) -> Iterator[DecodeStep]:
+    sampling = dataclasses.replace(sampling, seed=0)  # the keys have it: another seed needs no other program
     last_BD, cache = _prefill(parts, model, batch)
     running = set(range(rows))
     next_B = next_token(parts, last_BD, batch.keys_B, np.int32(0), sampling, mesh=batch.mesh)
