@@ -1,6 +1,6 @@
 """Compares 4-bit formats by perplexity, on small models that are pretrained here in 16 bits, and on other files.
 
-    python -m scripts.study_formats --output DIR [--seeds 0 1 2] [--models FILE ...] [--text FILE]
+    python -m scripts.study_formats --output DIR [--seeds 0 1 2] [--models FILE ...] [--text FILE] [--tokens N]
 
 The question is the QLoRA paper's: is NF4 better than E3M0, E2M1 and Int4? Published files that this project can fetch
 are in 4 bits already, so a second rounding lies on top of the first. The models pretrained here have none. They are
@@ -25,7 +25,7 @@ from scripts.study_formats.pretraining import pretrain, write_texts
 
 FORMATS = ("none", "nf4", "fp4", "int4", "e2m1", "e3m0")  # "none": 16 bits
 REFERENCE = "nf4"
-STEPS = 600
+STEPS, TOKENS = 600, 65536
 
 Losses = Mapping[str, tuple[np.ndarray, np.ndarray]]  # format -> (sums [models, windows], tokens [windows])
 
@@ -41,13 +41,13 @@ def command(module: str, *words: str) -> None:
         raise SystemExit(f"qlora_jax.{module} {' '.join(words)}: failed. Start the study again to continue.")
 
 
-def windows(model: Path, text: Path, quant_type: str, scores: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Returns -log p and the number of tokens of each window of a text, in one format."""
+def windows(model: Path, text: Path, tokens: int, quant_type: str, scores: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Returns -log p and the number of tokens of each window of the first tokens of a text, in one format."""
     if not scores.exists():
         column = "unquantized" if quant_type == "none" else "quantized"
         words = ["--columns", f"[{column}]", *(() if quant_type == "none" else ("--quant_type", quant_type))]
         partial = scores.with_suffix(".partial")
-        command("evaluate", "--model", str(model), "--text", str(text), "--max_tokens", "65536", *words,
+        command("evaluate", "--model", str(model), "--text", str(text), "--max_tokens", str(tokens), *words,
                 "--json", str(partial), "--json_rows", "true")  # fmt: skip
         partial.rename(scores)
     (column,) = json.loads(scores.read_text())["tasks"]["text"]["rows"].values()
@@ -55,11 +55,14 @@ def windows(model: Path, text: Path, quant_type: str, scores: Path) -> tuple[np.
     return np.array(loss["values"]), np.array(loss["weights"])
 
 
-def losses(models: Sequence[Path], text: Path, output: Path) -> Losses:
+def losses(models: Sequence[Path], text: Path, tokens: int, output: Path) -> Losses:
     """Returns the windows of each format over models that have one tokenizer."""
     found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for quant_type in FORMATS:
-        each = [windows(model, text, quant_type, output / f"{model.stem} {quant_type}.json") for model in models]
+        each = [
+            windows(model, text, tokens, quant_type, output / f"{model.stem} {tokens} {quant_type}.json")
+            for model in models
+        ]
         found[quant_type] = np.stack([sums for sums, _ in each]), each[0][1]
     return found
 
@@ -88,13 +91,14 @@ def main() -> None:
     parser.add_argument(
         "--text", type=Path, help="the text on which --models are scored (default: the held-out passages)"
     )
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="first tokens of --text that count")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     train, heldout = write_texts(args.output)
     ours = [pretrain(train, args.output / f"seed-{seed}", seed, args.steps, command) for seed in args.seeds]
-    print(table(f"pretrained here, {len(ours)} seeds", losses(ours, heldout, args.output)), flush=True)
+    print(table(f"pretrained here, {len(ours)} seeds", losses(ours, heldout, TOKENS, args.output)), flush=True)
     for model in args.models:
-        print("\n" + table(model.stem, losses([model], args.text or heldout, args.output)), flush=True)
+        print("\n" + table(model.stem, losses([model], args.text or heldout, args.tokens, args.output)), flush=True)
 
 
 if __name__ == "__main__":
