@@ -7,7 +7,7 @@ from qlora_jax.config import Config
 from qlora_jax.config.validate import uses
 from qlora_jax.models.precision import weight_format
 from qlora_jax.training.cost.arrays import trained_leaves
-from qlora_jax.training.cost.flops import StepShape
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.plan.target import model_features
 
 MAX_RANK = 1 << 16

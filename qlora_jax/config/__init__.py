@@ -3,6 +3,7 @@
 from qlora_jax.config.command_line import Command as Command
 from qlora_jax.config.command_line import read_arguments as read_arguments
 from qlora_jax.config.command_line import run_main as run_main
+from qlora_jax.config.lora_settings import LoraArgs as LoraArgs
 from qlora_jax.config.mesh_settings import HostsArgs as HostsArgs
 from qlora_jax.config.mesh_settings import MeshArgs as MeshArgs
 from qlora_jax.config.mesh_settings import MeshSize as MeshSize
@@ -15,7 +16,6 @@ from qlora_jax.config.question_settings import question_problems as question_pro
 from qlora_jax.config.schema import ROW_COLUMNS as ROW_COLUMNS
 from qlora_jax.config.schema import Config as Config
 from qlora_jax.config.schema import DataArgs as DataArgs
-from qlora_jax.config.schema import LoraArgs as LoraArgs
 from qlora_jax.config.schema import ModelArgs as ModelArgs
 from qlora_jax.config.schema import OptimArgs as OptimArgs
 from qlora_jax.config.schema import TrainArgs as TrainArgs

@@ -3,7 +3,7 @@ and LLaMA-Factory. Suggestions appear in error messages only; no other name is e
 
 from typing import NamedTuple, get_args
 
-from qlora_jax.config.schema import MethodName
+from qlora_jax.config.lora_settings import MethodName
 
 
 class Replacement(NamedTuple):

@@ -3,10 +3,11 @@
 import dataclasses
 
 from qlora_jax.config.layer_numbers import parse_layers
+from qlora_jax.config.lora_settings import LoraArgs, MethodName
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.question_settings import question_problems, unknown_columns
-from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs, LoraArgs, MethodName
+from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs
 from qlora_jax.config.sizes import parse_bytes
 
 

@@ -25,7 +25,8 @@ from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import BF16_PEAKS
 from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import WeightFormat
-from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, StepShape, layers_of_part
+from qlora_jax.training.cost.flops import HEAD_FLOPS, LAYER_FLOPS, layers_of_part
+from qlora_jax.training.cost.step_shape import StepShape
 
 # Products of a layer whose cost is proportional to the tokens.
 PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora", "cayley"))]

@@ -32,7 +32,7 @@ from qlora_jax.nn.linear import named_key
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
-from qlora_jax.training.cost.flops import StepShape
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.mfu import Utilization, peak_flops, utilization
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager

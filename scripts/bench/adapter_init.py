@@ -42,7 +42,7 @@ def main() -> None:
     config, weights = model_config(source.config), weight_format(ModelArgs(path=str(args.model)))
     for name, settings in INITS.items():
         spec = LoraArgs(rank=args.rank, **settings)
-        targets = {k: t for k, t in adapted_tensors(config, spec).items() if t.layer % args.every == 0}
+        targets = {k: t for k, t in adapted_tensors(config, spec).items() if t.row % args.every == 0}
         decomposer = WeightDecomposer(config, weights, spec, jax.random.key(0))
         errors, seconds = [], 0.0
         for tensor, target in targets.items():
@@ -53,7 +53,7 @@ def main() -> None:
             begun = np.asarray(dequantize(quantize(rest), jnp.dtype("float32")))
             if spec.init != "default":
                 factors = decomposer.initial_adapter().factors[target.name]
-                begun = begun + target.scaling * (factors["lora_a"][target.layer] @ factors["lora_b"][target.layer]).T
+                begun = begun + target.scaling * (factors["lora_a"][target.row] @ factors["lora_b"][target.row]).T
             errors.append(np.linalg.norm(weight - begun) / np.linalg.norm(weight))
         print(f"{name:22} {np.mean(errors):.4f}  {seconds:6.1f} s for {len(targets)} weights", flush=True)
 

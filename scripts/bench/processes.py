@@ -82,8 +82,9 @@ def work(folder: Path, process: int, processes: int, port: int) -> None:
     """Joins the other processes, loads, and prints the record of this process."""
     jax.config.update("jax_num_cpu_devices", DEVICES // processes)
     place = Place(f"127.0.0.1:{port}", processes, process) if processes > 1 else None
-    with joined(place, devices=None, heartbeat=30, report=lambda error: print(error, file=sys.stderr)) as guard:
-        guard.group.meet("joined", 60)
+    options = {"run": folder.parent / "run", "devices": None, "heartbeat": 30}
+    with joined(place, **options, report=lambda error: print(error, file=sys.stderr)) as watchdog:
+        watchdog.group.meet("joined", 60)
         joined_at = time.time()
         print(json.dumps({"joined_at": joined_at, **load(folder)}), flush=True)
 
@@ -123,7 +124,8 @@ def main() -> None:
         work(args.folder, args.process, args.processes[0], args.port)
         return
     with tempfile.TemporaryDirectory(dir=args.folder) as parent:
-        folder = Path(parent)
+        folder = Path(parent) / "model"
+        folder.mkdir()
         make(folder, args.model, args.layers)
         for processes in args.processes:
             print(line(processes, measure(folder, processes)), flush=True)

@@ -15,8 +15,9 @@ from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.catalog import PUBLISHED
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.plan.requirements import PAGES_IN_FLIGHT, StepConfig
 
 RANK = 64
@@ -92,7 +93,7 @@ class StepMemory:
         found = [point for point in points if (point.model, point.card, point.remat) == (model, card, remat)]
         return cls(setting(model, (1, 1, 64), remat), sorted(found, key=lambda point: point.length))
 
-    def _counted(self, rows: int) -> flops.StepShape:
+    def _counted(self, rows: int) -> StepShape:
         return self.step.resized(1, rows).step_shape()
 
     @property

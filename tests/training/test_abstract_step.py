@@ -24,6 +24,7 @@ from qlora_jax.training import step
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.step_shape import StepShape
 from tests.io.tiny_models import tiny_config
 from tests.marks import some_in_ci
 from tests.training.compiled_text import TO_READ, computed, dots, nbytes, shape_of
@@ -96,14 +97,14 @@ def test_65b_takes_no_memory_and_no_time():
 
 
 def compile_both(name: str, card: str, batch, remat="names", **lora):
-    """(flops.StepShape, gradients and update compiled for the card, the abstract step)."""
+    """(StepShape, gradients and update compiled for the card, the abstract step)."""
     model, weights = REAL_MODELS[name], WeightFormat(platform="gpu")
     adapters = LoraArgs(**lora)
     abstract = abstract_step(model, weights, adapters, batch=batch, remat=remat)
     compiled = [
         aot.compile_for(card, p.function, *p.args, **p.kwargs) for p in (abstract.gradients(), abstract.update())
     ]
-    counted = flops.StepShape(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
+    counted = StepShape(model=model, weights=weights, lora=adapters, batch=batch, remat=remat)
     return counted, *compiled, abstract
 
 

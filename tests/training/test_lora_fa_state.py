@@ -18,7 +18,7 @@ from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.activations import activation_bytes
-from qlora_jax.training.cost.flops import StepShape
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.optimizer_state import make_state_manager
 from qlora_jax.training.step import gradients

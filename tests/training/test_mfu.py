@@ -11,6 +11,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training.cost import flops
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.mfu import NO_WINDOW, causal_pairs, peak_flops, utilization
 
 L, D, N, K, H, F, V, R = 3, 64, 4, 2, 16, 96, 500, 8
@@ -35,9 +36,9 @@ TOKENS, TARGETS = 20, 6
 PAIRS = sum(n * (n + 1) // 2 for n in (3, 10, 7))
 
 
-def step(**changes) -> flops.StepShape:
+def step(**changes) -> StepShape:
     fields = dict(model=MODEL, weights=WeightFormat(), lora=LoraArgs(rank=R), batch=(4, 8, 512), remat="full")
-    return flops.StepShape(**fields | changes)
+    return StepShape(**fields | changes)
 
 
 def test_operations_in_closed_form():

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from qlora_jax.config.schema import MethodName
+from qlora_jax.config.lora_settings import MethodName
 
 ADAPTERS, MERGED = ("peft", "gguf-lora"), ("hf", "gguf")
 NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"

@@ -6,7 +6,8 @@ Dimension key: B rows, T positions, M = B T, L layers, D embed, N q-heads, K kv-
 from collections.abc import Callable, Sequence
 
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig
-from qlora_jax.training.cost.flops import DOWN, F32, OUT, Formula, StepShape, tiling, uses_cpu_handlers
+from qlora_jax.training.cost.flops import Formula, tiling, uses_cpu_handlers
+from qlora_jax.training.cost.step_shape import DOWN, F32, OUT, StepShape
 
 # The projections that read the input of attention, and of the MLP.
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.qkv_proj")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 from pallas_kernels.aot.collectives import ALL_GATHER, ALL_REDUCE, REDUCE_SCATTER, received
 from qlora_jax.sharding import DATA, FSDP, axis_size
 from qlora_jax.training.cost.arrays import Leaf, quantized_leaves, trained_leaves
-from qlora_jax.training.cost.flops import F32, StepShape, head_chunks
+from qlora_jax.training.cost.flops import head_chunks
+from qlora_jax.training.cost.step_shape import F32, StepShape
 
 GATHERS = 2  # of a layer per micro-batch: forward, and once for recomputation and the backward products together
 

@@ -22,7 +22,8 @@ from qlora_jax.training.cost.arrays import (
     trained_leaves,
     vera_leaves,
 )
-from qlora_jax.training.cost.flops import F32, RECOMPUTED, StepShape, head_tile, not_recomputed
+from qlora_jax.training.cost.flops import RECOMPUTED, head_tile, not_recomputed
+from qlora_jax.training.cost.step_shape import F32, StepShape
 
 
 def frozen_bytes(step: StepShape) -> dict[str, int]:

@@ -17,8 +17,9 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.optim.page_layout import PAGE_BYTES
 from qlora_jax.sharding import ROWS, AnyMesh, axis_size
 from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_step
-from qlora_jax.training.cost import communication, flops, memory_use
+from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.cost.step_shape import F32, StepShape
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
@@ -76,10 +77,10 @@ class StepConfig:
             mesh=self.mesh,
         )
 
-    def step_shape(self) -> flops.StepShape:
-        """Returns one device's part of the step, as cost/flops.py counts it."""
+    def step_shape(self) -> StepShape:
+        """Returns one device's part of the step, as cost/step_shape.py describes it."""
         accumulated, rows, length = self.batch
-        return flops.StepShape(
+        return StepShape(
             model=self.model,
             weights=self.weights,
             lora=self.lora,
@@ -161,11 +162,11 @@ def _requirements(config: StepConfig, scratch: int, source: str) -> Requirements
     return Requirements(config=config, device=device, host=host, source=source)
 
 
-def _saved_bytes(step: flops.StepShape) -> int:
+def _saved_bytes(step: StepShape) -> int:
     return sum(activation_bytes(step).values())
 
 
-def _offloaded_bytes(step: flops.StepShape) -> int:
+def _offloaded_bytes(step: StepShape) -> int:
     return sum(offloaded_activation_bytes(step).values())
 
 
@@ -213,7 +214,7 @@ def _without_batch(need: Requirements) -> int:
     return need.device["scratch"] - memory_use.batch_bytes(need.config.step_shape())
 
 
-def working_set(step: flops.StepShape) -> int:
+def working_set(step: StepShape) -> int:
     """Estimates a step's scratch in bytes; tests/training/plan/test_plan.py compares it with compiled steps.
 
     It is one tile of logits, two f32 arrays of each width of a layer, two dequantized MLP weights, and two gathered
@@ -221,7 +222,7 @@ def working_set(step: flops.StepShape) -> int:
     """
     model = step.model
     widths = 2 * model.mlp_dim + 4 * model.embed_dim + 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
-    layer = 2 * step.rows * widths * flops.F32
+    layer = 2 * step.rows * widths * F32
     weights = 2 * dequantized_bytes((model.mlp_dim, model.embed_dim))
     return memory_use.logits_bytes(step) + layer + weights + 2 * communication.layer_bytes(step)
 

@@ -26,6 +26,7 @@ from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.step import update
 from scripts.bench.gpu.matmuls import Record
 from scripts.bench.support.real_step import random_batch
@@ -50,7 +51,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     program = step.gradients()
     compiled = program.function.lower(*program.args, **program.kwargs).compile()
     planned = read_memory(compiled.memory_analysis()).device_total
-    counted = flops.StepShape(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
+    counted = StepShape(model=config, weights=weights, lora=LoraArgs(), batch=batch, remat=remat)
     planned += memory_use.optimizer_bytes(counted)
     found = {"remat": remat, "tokens": math.prod(batch), "flops": operations(counted), "planned_bytes": planned}
     limit = memory("bytes_limit")
@@ -72,7 +73,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
     return found | {"step_s": statistics.median(seconds[WARM_UP:]), "loss": loss, **bytes_seen}
 
 
-def operations(counted: flops.StepShape) -> dict[str, int]:
+def operations(counted: StepShape) -> dict[str, int]:
     """Returns the operations of a step: those of the model, and recomputation."""
     parts = flops.flops(counted)
     again = sum(count for name, count in parts.items() if name.endswith("again"))

@@ -14,8 +14,9 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.abstract_step import AbstractStep, abstract_step
-from qlora_jax.training.cost import flops, memory_use
+from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.step_shape import StepShape
 from scripts.bench.profile.parts import direction_of, part_of, short, without_layout
 from scripts.bench.profile.tables import Row, number, table
 
@@ -58,14 +59,14 @@ TEMPORARY_COLUMNS = {
 }
 
 
-def step_for(args: argparse.Namespace) -> tuple[AbstractStep, flops.StepShape]:
+def step_for(args: argparse.Namespace) -> tuple[AbstractStep, StepShape]:
     """Returns the step from shapes alone, twice: abstract, and for the formulas. `auto` is bfloat16, as on any GPU."""
     model = model_config(open_model(args.model).config)
     dtype = "bfloat16" if args.compute_dtype == "auto" else args.compute_dtype
     weights, shape = WeightFormat(platform="gpu", dtype=dtype), (1, args.batch, args.seq)
     lora = LoraArgs(rank=args.rank)
     step = abstract_step(model, weights, lora, batch=shape, remat=args.remat)
-    return step, flops.StepShape(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
+    return step, StepShape(model=model, weights=weights, lora=lora, batch=shape, remat=args.remat)
 
 
 def memory_rows(name: str, compiled: aot.CompiledFor) -> list[Row]:
@@ -78,7 +79,7 @@ def memory_rows(name: str, compiled: aot.CompiledFor) -> list[Row]:
     ]
 
 
-def formula_rows(step: flops.StepShape) -> list[Row]:
+def formula_rows(step: StepShape) -> list[Row]:
     """Returns the bytes of the step by part, by formula."""
     frozen, lora = memory_use.frozen_bytes(step), memory_use.lora_bytes(step)
     rows = [("frozen", f"weights: {name}", frozen[name]) for name in ("codes", "constants")]

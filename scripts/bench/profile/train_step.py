@@ -39,6 +39,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.models.decoder import REMAT_POLICIES
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.cost import flops
+from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.step import update
 from scripts.bench.profile.card import bytes_on
 from scripts.bench.profile.parts import (
@@ -66,7 +67,7 @@ class Run(NamedTuple):
 
     step: Callable[[], Seconds]
     texts: dict[str, str]
-    counted: flops.StepShape
+    counted: StepShape
 
 
 def prepare(args: argparse.Namespace) -> Run:
@@ -81,7 +82,7 @@ def prepare(args: argparse.Namespace) -> Run:
     }
     runtime.give_memory_back()
     adapters = LoraArgs(rank=args.rank)
-    counted = flops.StepShape(model=loaded.config, weights=loaded.weights, lora=adapters, batch=shape, remat=args.remat)
+    counted = StepShape(model=loaded.config, weights=loaded.weights, lora=adapters, batch=shape, remat=args.remat)
     texts = {name: program.as_text() or "" for name, program in programs.items()}
     return Run(stepper(programs, parts, state, batch), texts, counted)
 
@@ -145,7 +146,7 @@ def median_ms(steps: list[Seconds]) -> Seconds:
     return {name: 1e3 * statistics.median(seconds[name] for seconds in whole) for name in whole[0]}
 
 
-def part_rows(rows: list[Measured], counted: flops.StepShape, step_ms: float) -> list[Row]:
+def part_rows(rows: list[Measured], counted: StepShape, step_ms: float) -> list[Row]:
     """Returns one row per part, and a last one for the time in which nothing ran.
 
     Sums of medians are not the median of sums: if the time of steps varies, the last row may be slightly negative.

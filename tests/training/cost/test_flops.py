@@ -15,6 +15,7 @@ from qlora_jax.nn.rope import Rope
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.cost import flops, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
+from qlora_jax.training.cost.step_shape import StepShape
 from tests.training.compiled_text import TO_READ, dots, loops, nbytes
 from tests.training.real_models import REAL_MODELS
 
@@ -164,7 +165,7 @@ PARAMS = [*CASES, *(pytest.param(name, marks=pytest.mark.slow) for name in FAMIL
 
 @pytest.fixture(scope="module", params=PARAMS)
 def case(request):
-    """(flops.StepShape, abstract step, compiled gradients, its text)."""
+    """(StepShape, abstract step, compiled gradients, its text)."""
     with pytest.MonkeyPatch.context() as patch:
         if request.param not in IN_HANDLERS:
             patch.setattr(attention_cpu, "attention_problem", lambda: "left out")
@@ -271,7 +272,7 @@ def test_the_update_reads_and_overwrites_the_formulas_bytes():
 
 
 def _counted(model, weights, step, batch, lora):
-    return flops.StepShape(model=model, weights=weights, lora=lora, batch=batch, remat=step.remat)
+    return StepShape(model=model, weights=weights, lora=lora, batch=batch, remat=step.remat)
 
 
 @pytest.mark.parametrize("name", REAL_MODELS)
@@ -336,6 +337,6 @@ def test_the_named_shapes_are_those_of_the_models(name):
 
 def test_only_whole_chunks_of_supervised_tokens_reach_the_head():
     some = {"model": MODEL, "weights": WeightFormat(), "lora": LoraArgs(), "batch": (1, 4, 256), "remat": "names"}
-    heads = [flops.head_flops(flops.StepShape(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
+    heads = [flops.head_flops(StepShape(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
     one = 2 * 256 * MODEL.embed_dim * MODEL.vocab_size
     assert heads == [4 * one, 4 * one, 2 * one, one, 0]

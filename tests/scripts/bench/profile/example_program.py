@@ -3,7 +3,7 @@
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.training.cost import flops
+from qlora_jax.training.cost.step_shape import StepShape
 from scripts.bench.profile.parts import Event
 from tests.io.tiny_models import tiny_config
 
@@ -39,4 +39,4 @@ def step_of(scale):
 def counted(remat="names"):
     lora = LoraArgs(rank=4, target_modules=["q_proj", "down_proj"])
     weights = WeightFormat(platform="cpu")
-    return flops.StepShape(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)
+    return StepShape(model=model_config(tiny_config()), weights=weights, lora=lora, batch=(1, 2, 16), remat=remat)

@@ -1,0 +1,164 @@
+"""The settings that determine what a training step computes and holds.
+
+Dimension key: that of qlora_jax.training.cost.flops.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Collection, Iterator, Mapping
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks, ranks_and_scalings
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.target_layers import target_layers
+from qlora_jax.models.trainable_embeddings import trainable_table_names
+from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
+
+DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention
+SAME_INPUT = (  # projections that read the same x
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("mlp.gate_proj", "mlp.up_proj"),
+)
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+F32 = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepShape:
+    """The settings that determine the operations and bytes of a step; on a mesh, of one device's part of it.
+
+    Attributes:
+      lora: the adapters' settings.
+      batch: (A, B, T), with the rows of one device.
+      remat: a key of REMAT_POLICIES.
+      supervised: supervised tokens per micro-batch, which the head computes in whole chunks; None: all tokens.
+      optimizer: a key of memory_use.OPTIMIZER_STATES.
+      new_tokens: number of new tokens, whose rows of embedding and head train.
+      mesh: the devices that the model is cut over; None: one device.
+    """
+
+    model: ModelConfig
+    weights: WeightFormat
+    lora: LoraArgs
+    batch: tuple[int, int, int]
+    remat: str
+    supervised: int | None = None
+    optimizer: str = "adamw_32bit"
+    new_tokens: int = 0
+    mesh: AnyMesh | None = None
+
+    @property
+    def rows(self) -> int:
+        """M, the tokens per micro-batch."""
+        return self.batch[1] * self.batch[2]
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes per activation."""
+        return 2 if self.weights.dtype in ("bfloat16", "float16") else F32
+
+    @property
+    def table_parts(self) -> int:
+        """The number of devices that embedding and head are cut over; 1 if rows of them train."""
+        if self.mesh is None or self.new_tokens or self.trained_tables:
+            return 1
+        shape = (self.model.vocab_size, self.model.embed_dim)
+        return 1 if cut_axis(table_spec(shape, self.mesh)) is None else axis_size(self.mesh, FSDP)
+
+    @property
+    def lora_itemsize(self) -> int:
+        """Bytes per element of the trained matrices."""
+        return 2 if self.lora.dtype == "bfloat16" else F32
+
+    @functools.cached_property
+    def ranks(self) -> Mapping[str, int]:
+        """R of each projection with a low-rank adapter, by its name within a layer, such as `mlp.down_proj`."""
+        if self.lora.method not in ("lora", "lora_fa", "dora", "vera"):
+            return {}
+        found = ranks_and_scalings(list(self._names), self.lora, self.model.num_layers)
+        return {self._names[name]: rank for name, (rank, _) in found.items()}
+
+    @functools.cached_property
+    def adapted_layers(self) -> Mapping[str, tuple[int, ...]]:
+        """The layers of each projection that have a low-rank adapter."""
+        found = target_layers(list(self._names), self.lora, self.model.num_layers) if self.ranks else {}
+        return {self._names[name]: layers for name, layers in found.items()}
+
+    def ranks_of_layers(self, name: str) -> int:
+        """Returns the sum of a projection's ranks over its layers."""
+        return self.ranks[name] * len(self.adapted_layers[name])
+
+    @property
+    def first_backward(self) -> int:
+        """The first layer that the backward pass visits: the first with an adapter, unless earlier parts train."""
+        if self.new_tokens or EMBEDDING in self.trained_tables or not self.adapted_layers:
+            return 0
+        return min(layers[0] for layers in self.adapted_layers.values())
+
+    @property
+    def backward_layers(self) -> int:
+        """The number of layers that the backward pass visits."""
+        return self.model.num_layers - self.first_backward
+
+    @functools.cached_property
+    def vectors(self) -> Mapping[str, bool]:
+        """The projections that (IA)^3 scales; True if it scales their inputs, False for their outputs."""
+        if self.lora.method != "ia3":
+            return {}
+        targets, on_inputs = ia3_targets(self.model, self.lora)
+        return {self._names[name]: name in on_inputs for name in targets}
+
+    @functools.cached_property
+    def down(self) -> Collection[str]:
+        """The projections with a product x A. With VeRA, those that read the same x share it, unless masks differ."""
+        if not self.vera or self.lora.dropout:
+            return self.ranks.keys()
+        sharing = ([name for name in group if name in self.ranks] for group in SAME_INPUT)
+        return self.ranks.keys() - {name for group in sharing for name in group[1:]}
+
+    @functools.cached_property
+    def rotated(self) -> Mapping[str, tuple[int, int]]:
+        """(trained blocks, block size) of each projection whose inputs OFT rotates."""
+        if self.lora.method != "oft":
+            return {}
+        return {self._names[name]: blocks for name, blocks in oft_blocks(self.model, self.lora).items()}
+
+    @functools.cached_property
+    def trained_tables(self) -> list[str]:
+        """The names of embedding and head that train fully."""
+        return trainable_table_names(self.model, self.lora)
+
+    @functools.cached_property
+    def _names(self) -> Mapping[str, str]:
+        named = self.model.hugging_face_name
+        return {named(f"model.layers.{name}"): name for name in self.model.linear_shapes()}
+
+    @property
+    def fixed_a(self) -> bool:
+        """True if A stays at its initial value."""
+        return self.lora.method == "lora_fa"
+
+    @property
+    def dora(self) -> Collection[str]:
+        """The projections with DoRA, whose magnitudes train too."""
+        return self.ranks.keys() if self.lora.method == "dora" else ()
+
+    @property
+    def bottlenecks(self) -> Collection[str]:
+        """The modules of a layer with a bottleneck adapter: `self_attn`, `mlp`."""
+        return BOTTLENECKS.get(self.lora.method, ())
+
+    @property
+    def vera(self) -> Collection[str]:
+        """The projections with VeRA, whose A and B are frozen."""
+        return self.ranks.keys() if self.lora.method == "vera" else ()
+
+    @property
+    def frozen(self) -> bool:
+        """True if the projections' weights are frozen; False for full finetuning."""
+        return self.lora.method != "full"
+
+    def shapes(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Yields (name, (out, in)) of each projection of a layer."""
+        for name, (shape, _) in self.model.linear_shapes().items():
+            yield name, shape
