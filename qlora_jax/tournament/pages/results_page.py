@@ -26,7 +26,7 @@ def results_page(title: str, results: Results, examples: Sequence[Examples], tra
     return render(
         "results.html.jinja",
         title=title,
-        summary=f"{len(results.systems)} systems, {len(results.judges)} judges"
+        summary=f"{len(results.systems)} systems, {len(results.judges)} judge{'s' * (len(results.judges) != 1)}"
         + (f", {max(prompts):,} prompts with a verdict" if prompts else ", no verdict yet"),
         groups=[_group(name, one) for name, one in results.standings.items()],
         counts=count_rows(results),
