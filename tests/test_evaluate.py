@@ -196,7 +196,7 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model MODEL", "text, choices, letters, answers, rows, harness: found none"),
+        ("--model MODEL", "text, choices, letters, labels, answers, programs, rows, harness: found none"),
         (
             "--model MODEL --text TEXT --window 9 --stride 10",
             r"stride: larger than window.* \(found 10, expected at most 9\)",
@@ -214,7 +214,7 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
         ("--run RUN --against_step 3 --text TEXT", "against_step: requires against"),
         (
             "--model MODEL --text TEXT --file_columns {'answer':'a'}",
-            "file_columns: requires one of choices, letters, answers",
+            "file_columns: requires one of choices, letters, labels, answers, programs",
         ),
         ("--model MODEL --answers TEXT --file_columns {'a':'answer'}", "found 'a', expected any of question, answer"),
         ("--model MODEL --rows TEXT --file_columns {'answer':'a'}", "found 'answer', expected any of .*completion"),

@@ -4,7 +4,7 @@ import re
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from qlora_jax.patterns import (
@@ -99,6 +99,7 @@ TEXTS = st.text("aé3٣ #$.,]\n\r\t\x0b\x1c\x85\xa0\u2028\u3000答Ⅷ²_-", max_
 @example(start="", pattern="(\\w+)", end="$", text="答\n")
 def test_the_last_match_in_any_text_is_that_of_re(start: str, pattern: str, end: str, text: str):
     expected = [[match.group(), *match.groups()] for match in re.finditer(start + pattern + end, text)]
+    assume(all(match[0] for match in expected))  # after an empty match, RE2 continues elsewhere
     found = last_match(start + pattern + end, text)
     if not expected or found is None:
         assert not expected and found is None

@@ -88,7 +88,9 @@ class LoraArgs:
         "oft: neighbouring inputs that rotate together; it divides the inputs of each target module", 32, AT_LEAST_TWO
     )
     oft_blocks: int = setting(
-        "oft: number of blocks of each target module, in place of oft_block_size; 0: as that says", 0, NON_NEGATIVE
+        "oft: number of blocks of each target module, in place of oft_block_size; 0: oft_block_size decides",
+        0,
+        NON_NEGATIVE,
     )
     block_share: bool = setting("oft: all blocks of a target module share one rotation", False)
     use_cayley_neumann: bool = setting(

@@ -86,7 +86,7 @@ def _layer_problems(lora: LoraArgs) -> list[str]:
     try:
         parse_layers(lora.layers_to_transform)
     except ValueError as error:
-        return [f"lora.layers_to_transform: {error}"]
+        return [f"lora.layers_to_transform: {error}. Correct the numbers"]
     if isinstance(lora.target_modules, str) and lora.target_modules not in ("auto", "all-linear"):
         return [
             f"lora.layers_to_transform: found {lora.layers_to_transform!r} with a regular expression in "
@@ -95,7 +95,7 @@ def _layer_problems(lora: LoraArgs) -> list[str]:
     return []
 
 
-LORAPLUS_METHODS = ("lora", "dora")  # methods that have a B
+LORAPLUS_METHODS = ("lora", "dora")  # methods that train A and B
 
 
 def _loraplus_problems(config: Config) -> list[str]:
@@ -103,8 +103,8 @@ def _loraplus_problems(config: Config) -> list[str]:
     if ratio is None or method in LORAPLUS_METHODS:
         return []
     return [
-        f"optim.loraplus_lr_ratio: found {ratio} with lora.method={method}, which has no B. Remove this setting, or "
-        f"set lora.method={' or '.join(LORAPLUS_METHODS)}"
+        f"optim.loraplus_lr_ratio: found {ratio} with lora.method={method}, which does not train both A and B. "
+        f"Remove this setting, or set lora.method={' or '.join(LORAPLUS_METHODS)}"
     ]
 
 

@@ -241,7 +241,12 @@ def oft_blocks(config: ModelConfig, spec: LoraArgs) -> dict[str, tuple[int, int]
     """
     setting, value = ("oft_blocks", spec.oft_blocks) if spec.oft_blocks else ("oft_block_size", spec.oft_block_size)
     inputs = {name: k for name, (_, k) in _target_shapes(config, spec).items()}
-    if wrong := [f"{name} has {k} inputs" for name, k in inputs.items() if k % value or k == spec.oft_blocks]:
+    if single := [name for name, k in inputs.items() if k == spec.oft_blocks]:
+        raise ValueError(
+            f"lora.oft_blocks: found {value}, which makes blocks of 1 input in {', '.join(single)}, and these do not "
+            "rotate. Set a smaller number of blocks."
+        )
+    if wrong := [f"{name} has {k} inputs" for name, k in inputs.items() if k % value]:
         raise ValueError(f"lora.{setting}: found {value}, but {'; '.join(wrong)}. Set it to a divisor of all of these.")
     counts = {name: (value, k // value) if spec.oft_blocks else (k // value, value) for name, k in inputs.items()}
     return {name: (1 if spec.block_share else count, size) for name, (count, size) in counts.items()}

@@ -42,9 +42,13 @@ def target_layers(
         found = {name: tuple(layer for layer in layers if layer in chosen) for name, layers in found.items()}
         found = {name: layers for name, layers in found.items() if layers}
         if not found:
-            raise ValueError("lora.layers_to_transform: lora.target_modules matches none of these layers. Correct one.")
-    partial = [f"{name} ({len(layers)} of {num_layers} layers)" for name, layers in found.items()]
-    partial = [text for text, layers in zip(partial, found.values(), strict=True) if len(layers) < num_layers]
+            raise ValueError(
+                "lora.layers_to_transform: none of these layers is among those that lora.target_modules names. Correct "
+                "the numbers, or name the modules without a layer's index."
+            )
+    partial = [
+        f"{name} ({len(layers)} of {num_layers} layers)" for name, layers in found.items() if len(layers) < num_layers
+    ]
     if partial and spec.method not in SOME_LAYERS:
         raise ValueError(
             f"lora.target_modules, lora.layers_to_transform: only some layers of {', '.join(partial)}: layers are "
@@ -78,7 +82,7 @@ def _matched_targets(
     if target_modules in (AUTO, ALL_LINEAR):
         return every
     if isinstance(target_modules, str):
-        what = "target_modules, a regular expression for full names (single names are a list, [q_proj, v_proj]),"
+        what = "target_modules (a regular expression for full names; single names are a list, [q_proj, v_proj])"
         return _matched(what, target_modules, matches_whole, every, kind)
     if not target_modules:
         raise ValueError(f"lora.target_modules: the list is empty. Name layers, or set {ALL_LINEAR!r}.")
@@ -116,8 +120,8 @@ def whole_stacks(what: str, pattern: str, matches: Matches, layers_of: Mapping[s
     ]
     if partial:
         raise ValueError(
-            f"{what} {pattern!r} matches some layers of {', '.join(partial)}: layers are stacked, so all adapters of a "
-            "projection have the same shape and scaling. Name the projection without a layer's index."
+            f"lora.{what}: {pattern!r} matches some layers of {', '.join(partial)}: layers are stacked, so all "
+            "adapters of a projection have the same shape and scaling. Name the projection without a layer's index."
         )
     return list(matched)
 
@@ -127,12 +131,12 @@ def _matched(
 ) -> dict[str, Layers]:
     """Returns the layers that a pattern matches, of each projection of which it matches some."""
     if problems := pattern_problems(pattern):
-        raise ValueError(f"{what} {shorten(pattern)}: {problems[0]}")
+        raise ValueError(f"lora.{what}: {shorten(pattern)}: {problems[0]}")
     found = {
         name: tuple(layer for layer in layers if matches(pattern, name.replace(".layers.", f".layers.{layer}.", 1)))
         for name, layers in layers_of.items()
     }
     if not any(found.values()):
         names = ", ".join(layers_of)
-        raise ValueError(f"{what} {pattern!r} matches none of the {kind}: {names}. Correct the name.")
+        raise ValueError(f"lora.{what}: {pattern!r} matches none of the {kind}: {names}. Correct the name.")
     return {name: layers for name, layers in found.items() if layers}

@@ -8,8 +8,8 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-# The names of leaves at the multiplied rate: B, and vectors, as in peft.optimizers.create_loraplus_optimizer.
-FAST_LEAVES = ("lora_b", "magnitude", "bias")
+# Leaves at the multiplied rate: B, and DoRA's vectors, as in peft.optimizers.create_loraplus_optimizer.
+FAST_LEAVES = ("lora_b", "magnitude")
 
 # Parameters -> the factor of the learning rate of each leaf.
 Factors = Callable[[PyTree], PyTree]

@@ -119,9 +119,13 @@ class Memory:
         """Returns the array of `parts`, in host memory; the inverse of `parts`."""
         return parts[()]
 
-    def to_device(self, page: Page) -> tuple[jax.Array, ...]:
+    def to_device(self, page: Page) -> Page:
         """Starts a copy to the device, and returns it."""
-        return tuple(jax.device_put(leaf, self.device_sharding(P()), may_alias=False) for leaf in page)
+        return tuple(self.put(leaf) for leaf in page)
+
+    def put(self, leaf: jax.Array | np.ndarray) -> jax.Array:
+        """Starts a copy of one array to the device, and returns it."""
+        return jax.device_put(leaf, self.device_sharding(P()), may_alias=False)
 
     def to_host(self, page: Page) -> Page:
         """Starts a copy to the host, and returns it."""

@@ -51,8 +51,8 @@ class ShardedMemory(Memory):
             shape, self._sharding(spec, self.kind), lambda index: np.array(parts[_place(index)])
         )
 
-    def to_device(self, page: Page) -> tuple[jax.Array, ...]:
-        return tuple(self._moved(leaf, self.device.default_memory().kind) for leaf in page)
+    def put(self, leaf: jax.Array | np.ndarray) -> jax.Array:
+        return self._moved(leaf, self.device.default_memory().kind)
 
     def to_host(self, page: Page) -> Page:
         # An array that is on the host already was joined for this page.

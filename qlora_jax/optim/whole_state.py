@@ -65,8 +65,8 @@ def from_optax(tree: PyTree, layout: Layout, memory: Memory) -> PagedState:
                 memory.free(page)
             raise
     pairs = zip(leaves, layout.owners, strict=True)
-    counts = tuple(memory.joined(parts, (), P()) for parts, owner in pairs if owner is None)
-    return PagedState(tuple(pages), memory.to_device(counts))
+    counts = tuple(memory.put(memory.joined(parts, (), P())) for parts, owner in pairs if owner is None)
+    return PagedState(tuple(pages), counts)
 
 
 def _cut_page(leaves: list[Parts], memory: Memory, index: int, layout: Layout) -> Page:

@@ -9,6 +9,7 @@ from qlora_jax.nn.mlp import ACTIVATIONS, apply_activation, gated_activation
 from tests.nn.gradients import check_vjp, random_array
 
 PLAIN_ACTIVATIONS = {
+    "relu": lambda x: jnp.where(x > 0, x, jnp.float32(0)),
     "silu": lambda x: x / (1 + jnp.exp(-x)),
     "gelu": lambda x: x * jax.scipy.stats.norm.cdf(x),
     "gelu_tanh": lambda x: x / (1 + jnp.exp(-2 * np.float32(np.sqrt(2 / np.pi)) * (x + np.float32(0.044715) * x**3))),

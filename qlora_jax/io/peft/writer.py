@@ -3,7 +3,6 @@
 Dimension key: L layers, K in, R rank, N out.
 """
 
-import itertools
 import json
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -57,7 +56,7 @@ def adapter_tensors(
         vector = (VECTOR, (lambda v: v[None]) if name in on_inputs else (lambda v: v[:, None]))
         for leaf, stack in leaves.items():
             peft_name, convert = LEAVES.get(leaf, vector)
-            for layer, values in zip(some_layers.get(name, itertools.count()), np.asarray(stack), strict=False):
+            for layer, values in zip(some_layers.get(name, range(len(stack))), np.asarray(stack), strict=True):
                 tensors[f"{PREFIX}{layer_name(name, layer)}.{peft_name}"] = np.ascontiguousarray(convert(values))
     return tensors
 
@@ -190,8 +189,9 @@ def target_settings(names: Sequence[str], linears: Sequence[str], some_layers: S
     """
     chosen = {tuple(some_layers.get(name, ())) for name in names}
     if len(chosen) == 1:
-        layers = {"layers_to_transform": list(*chosen)} if chosen != {()} else {}
-        return {"target_modules": target_suffixes(names, linears), **layers}
+        (layers,) = chosen
+        some = {"layers_to_transform": list(layers)} if layers else {}
+        return {"target_modules": target_suffixes(names, linears), **some}
     on_all = target_suffixes([name for name in names if name not in some_layers], linears)
     by_layer = [layer_name(name, layer) for name in names for layer in some_layers.get(name, ())]
     return {"target_modules": [*on_all, *by_layer]}

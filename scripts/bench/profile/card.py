@@ -34,6 +34,7 @@ READ_BY = {
     "lora_xa": "lora",
     "unscaled": "lora",
     "dora_norms": "dora",
+    "bottleneck_in and bottleneck_narrow": "bottleneck",
     "mlp_gate and mlp_up": "swiglu",
     "query": "attention",
     "key and value": "attention",

@@ -24,10 +24,13 @@ PARTS = (
     "whole_head",
     "whole_linear",
     "new_tokens",
+    "bottleneck",
+    "cayley",
+    "rotation",
 )  # named scopes of the model
 OPTIMIZER, UPDATE, OTHER = "optimizer", "update", "other"
 DIRECTIONS = ("forward", "backward", "recomputed")
-COUNTED = {"again": "recomputed"}  # names of directions in training/cost/flops.py
+COUNTED = {"again": "recomputed", "rebuild": "backward"}  # names of directions in training/cost/flops.py
 CONTAINERS = {"while", "conditional", "call"}  # they run other operations, which are counted
 KINDS = {
     "dynamic_update_slice": "writes into stacks",  # of saved activations of a layer, and of its gradients
@@ -230,8 +233,8 @@ def by_part(rows: Iterable[Measured]) -> dict[str, PartTime]:
 
 def flop_by_part(counted: Mapping[str, int]) -> dict[str, dict[str, int]]:
     """Returns part -> {direction: FLOP} from cost.flops.flops, which has keys such as `frozen again`."""
-    parts = defaultdict(dict)
+    parts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for name, flop in counted.items():
         part, direction = name.rsplit(" ", 1)
-        parts[part][COUNTED.get(direction, direction)] = flop
-    return dict(parts)
+        parts[part][COUNTED.get(direction, direction)] += flop
+    return {part: dict(directions) for part, directions in parts.items()}

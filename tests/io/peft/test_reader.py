@@ -88,7 +88,7 @@ def test_tensors_that_do_not_fit_are_told_at_once(folder: Path):
     with pytest.raises(ValueError) as caught:
         read_adapter(folder, MODEL)
     for part in (
-        "model.layers.1.self_attn.q_proj.lora_A.weight is missing",
+        "model.layers.1.self_attn.q_proj.lora_A.weight: missing",
         "0.mlp.down_proj.lora_B.weight: shape [63, 2], expected [64, 2]",
         "model.layers.*.mlp.w_pack.lora_A.weight: not a linear layer",
         "base_model.model.lm_head.weight: shape [2, 64], expected [32 or more, 64]",
