@@ -133,21 +133,21 @@ def _tables(session: Session) -> Iterator[tuple[str, jax.Array]]:
 
 
 def _trained(session: Session) -> str:
-    lora, trained, frozen = session.config.lora, _count(session.parts.lora), session.model.parameters()
-    size = f"{_megabytes(session.parts.lora)} in {lora.dtype}"
+    lora, trained, frozen = session.config.lora, _count(session.parts.trained), session.model.parameters()
+    size = f"{_megabytes(session.parts.trained)} in {lora.dtype}"
     if lora.method == "full":
         return f"all {trained:,} parameters, {size}"
     kind, modules = METHODS[lora.method]
     share = f"{trained:,} {kind} parameters, {trained / (trained + frozen):.2%} of all, {size}"
-    return f"{share}; {_rank(session.config)}on {_module_count(session)} {modules}"
+    return f"{share}; {_rank(session.config)}on {_module_count(session.parts.lora)} {modules}"
 
 
 def _rank(config: Config) -> str:
     return f"rank {config.lora.rank} " if uses(config.lora.method, "rank") else ""
 
 
-def _module_count(session: Session) -> int:
-    return sum(not is_table(name) for name in session.parts.lora)
+def _module_count(lora: Lora) -> int:
+    return sum(not is_table(name) for name in lora)
 
 
 def _new_tokens(session: Session) -> Rows:

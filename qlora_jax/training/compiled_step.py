@@ -44,6 +44,11 @@ class CompiledGradients:
         """The devices that share the rows and the model; None: one device."""
         return cast(Mesh | None, self._step.mesh)  # programs that run have a mesh of real devices
 
+    @property
+    def is_random(self) -> bool:
+        """True if the step takes a key, for dropout or noise."""
+        return self._step.key is not None
+
     def __len__(self) -> int:
         """The number of compiled programs."""
         return len(self._compiled)

@@ -5,6 +5,8 @@ C = tokens (6 P + 12 L N H T). Here the frozen base has no weight gradient, so
 
   C = tokens L (4 P_frozen + 6 P_lora) + 12 N H pairs + targets (4 or 6) D V
 
+Layers before the first adapter have no backward pass: they count tokens 2 P_frozen + 4 N H pairs.
+
 P are the weights of a layer's projections. Recomputation in the backward pass does not count, and neither does padding:
 a row of n tokens counts as n tokens, whatever the batch's length. PaLM counts T keys per query; `pairs` counts only the
 (query, key) pairs that causality, windows and row ends allow, over all layers. The head counts for supervised targets
@@ -31,7 +33,7 @@ from qlora_jax.training.cost.step_shape import StepShape
 # Products of a layer whose cost is proportional to the tokens.
 PER_TOKEN = [name for name in LAYER_FLOPS if not name.startswith(("attention", "dora", "cayley"))]
 PER_MICRO_BATCH = ("dora forward", "cayley forward", "cayley backward")  # norms and rotations, whatever the tokens
-ATTENTION_PRODUCTS = 6  # q k^T and p v; dp, dk, dv, dq
+ATTENTION_FORWARD, ATTENTION_BACKWARD = 2, 4  # products of a layer: q k^T and p v; dp, dk, dv, dq
 NO_WINDOW = 1 << 62
 
 
@@ -42,9 +44,9 @@ class Utilization:
     Attributes:
       token: FLOP per token.
       target: FLOP per supervised target.
-      pair: FLOP per (query, key) pair of a layer.
+      pair: FLOP per (query, key) pair of one of attention's products.
       micro_batch: FLOP per micro-batch (DoRA's norms, OFT's rotations).
-      windows: the number of layers per attention window.
+      products: the number of attention's products in all layers, per window.
       peak: the peak of all devices together in FLOP/s; None if it is not known.
     """
 
@@ -52,12 +54,12 @@ class Utilization:
     target: int
     pair: int
     micro_batch: int
-    windows: Mapping[int, int]
+    products: Mapping[int, int]
     peak: float | None
 
     def flops(self, lengths: Int64[np.ndarray, "A B R"], targets: int) -> int:
         """Returns C of a step with rows of these lengths and this number of supervised targets."""
-        pairs = sum(layers * causal_pairs(lengths, window) for window, layers in self.windows.items())
+        pairs = sum(products * causal_pairs(lengths, window) for window, products in self.products.items())
         micro_batches = len(lengths) * self.micro_batch
         return int(lengths.sum()) * self.token + targets * self.target + pairs * self.pair + micro_batches
 
@@ -81,18 +83,26 @@ def utilization(step: StepShape, peak: float | None, devices: int = 1) -> Utiliz
     """
     one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1)
     model, head = step.model, {name: part(one) for name, part in HEAD_FLOPS.items()}
-    windows = model.windows or (None,) * model.num_layers
     return Utilization(
         token=sum(layers_of_part(one, name) * LAYER_FLOPS[name](one) for name in PER_TOKEN)
         + head["new_tokens forward"]
         + head["new_tokens backward"],
         # Half of what a fully trained head adds to the backward pass is recomputed logits.
         target=head["head forward"] + head["head backward"] + head["whole_head backward"] // 2,
-        pair=ATTENTION_PRODUCTS * 2 * model.num_heads * model.head_dim,
+        pair=2 * model.num_heads * model.head_dim,
         micro_batch=model.num_layers * sum(LAYER_FLOPS[name](one) for name in PER_MICRO_BATCH),
-        windows=Counter(NO_WINDOW if window is None else window for window in windows),
+        products=_attention_products(step),
         peak=None if peak is None else peak * devices,
     )
+
+
+def _attention_products(step: StepShape) -> Counter[int]:
+    """Returns the number of attention's products in all layers, per window."""
+    products: Counter[int] = Counter()
+    for layer, window in enumerate(step.model.windows or (None,) * step.model.num_layers):
+        backward = ATTENTION_BACKWARD * (layer >= step.first_backward)
+        products[NO_WINDOW if window is None else window] += ATTENTION_FORWARD + backward
+    return products
 
 
 def peak_flops(device: Device, weights: WeightFormat) -> float | None:

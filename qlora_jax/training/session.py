@@ -304,7 +304,6 @@ def make_session(
     weights = weights_of(config, inputs)
     total_steps = steps_of_run(config.train, dataset.steps_per_epoch)
     key = jax.random.key(config.train.seed)
-    is_random = config.lora.dropout > 0 or config.train.neftune_noise_alpha is not None
     return Session(
         config=config,
         model=inputs.model,
@@ -317,7 +316,7 @@ def make_session(
         schedule=make_schedule(config.optim, total_steps),
         fingerprint=fingerprint,
         total_steps=total_steps,
-        dropout_key=replicate(named_key(key, "dropout"), mesh) if is_random else None,
+        dropout_key=replicate(named_key(key, "dropout"), mesh) if gradients.is_random else None,
         initial=initial,
         samples=inputs.samples,
         questions=inputs.questions,

@@ -7,9 +7,11 @@ import pytest
 
 from pallas_kernels.nf4_matmul import api, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
-from qlora_jax.config import OptimArgs
-from qlora_jax.training.banner import _matmuls, warm_up_text
+from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, OptimArgs
+from qlora_jax.models.families import model_config
+from qlora_jax.training.banner import _matmuls, _trained, warm_up_text
 from tests.pallas_kernels.nf4_matmul.contract import weight
+from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 
 
 @pytest.mark.parametrize(
@@ -42,3 +44,12 @@ def test_the_implementation_and_why_not_the_one_that_the_device_would_rather_run
     products = _matmuls.__wrapped__(session_of(weight((64, 128)), weight((96, 192)), jnp.ones(3)))
     assert products == "reference; not few: takes 1 to 64 rows, not 128"
     assert _matmuls.__wrapped__(session_of(jnp.ones((4, 4)))) == "XLA, dense weights"
+
+
+def test_the_fixed_matrices_of_lora_fa_are_not_counted_as_trained():
+    config, lora = mesh_config(WHOLE_VOCABULARY), LoraArgs(method="lora_fa", rank=16, target_modules=["down_proj"])
+    model, parts = model_config(config), mesh_parts(config, lora=lora)
+    run = Config(model=ModelArgs(path="base"), data=DataArgs(train="rows"), lora=lora, output="run")
+    text = _trained.__wrapped__(SimpleNamespace(config=run, parts=parts, model=model))
+    b = model.num_layers * 16 * model.embed_dim
+    assert text.startswith(f"{b:,} LoRA-FA parameters, {b / (b + model.parameters()):.2%} of all, 0 MB in float32")

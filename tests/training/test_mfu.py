@@ -79,7 +79,7 @@ def test_without_padding_products_are_those_of_the_program():
     parts = flops.flops(full)
     found = utilization(full, None)
     lengths = np.full((2, 4, 1), 64)
-    attention = found.pair * L * causal_pairs(lengths, NO_WINDOW)
+    attention = found.pair * 6 * L * causal_pairs(lengths, NO_WINDOW)
     expected = sum(count for name, count in parts.items() if not name.startswith("attention"))
     assert found.flops(lengths, 512) - attention == expected
     assert attention < parts["attention forward"] + parts["attention backward"]
@@ -112,6 +112,15 @@ def test_layers_have_windows_of_their_own():
     less = 12 * N * H * 2 * (PAIRS - causal_pairs(LENGTHS, 2))
     plain, windowed = (utilization(step(model=m), None).flops(LENGTHS, TARGETS) for m in (MODEL, model))
     assert plain - windowed == less > 0
+
+
+def test_layers_before_the_first_adapter_have_no_backward_products():
+    """Adapters in the last two of three layers; the first has a window, and only its 2 forward products count."""
+    model, lora = dataclasses.replace(MODEL, windows=(2, None, 2)), LoraArgs(rank=R, layers_to_transform="1-2")
+    found = utilization(step(model=model, lora=lora), None).flops(LENGTHS, TARGETS)
+    products = TOKENS * (L * 2 * FROZEN + 2 * (2 * FROZEN + 6 * LORA))
+    attention = 2 * N * H * (6 * PAIRS + (2 + 6) * causal_pairs(LENGTHS, 2))
+    assert found == products + attention + TARGETS * 4 * D * V
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from qlora_jax.training.cost.arrays import Leaf, quantized_leaves, trained_leave
 from qlora_jax.training.cost.flops import head_chunks
 from qlora_jax.training.cost.step_shape import F32, StepShape
 
-GATHERS = 2  # of a layer per micro-batch: forward, and once for recomputation and the backward products together
+GATHERS = (
+    2  # of a layer with a backward pass, per micro-batch: forward, and once for recomputation and backward products
+)
 
 
 class Exchange(NamedTuple):
@@ -35,11 +37,12 @@ def exchanges(step: StepShape) -> dict[str, Exchange]:
     """Returns what devices exchange in a step, by kind; kinds without bytes, and few-byte sums, are left out."""
     shards, groups = axis_size(step.mesh, FSDP), axis_size(step.mesh, DATA)
     micro_batches, devices = step.batch[0], shards * groups
-    adapters = [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
+    adapters = _gathered_adapters(step)
+    layers = (GATHERS - 1) * step.backward_layers + step.model.num_layers  # gathered per micro-batch
     cut = [leaf for leaf in trained_leaves(step, fixed=False) if leaf.is_cut(step.mesh)]
     whole = [leaf for leaf in trained_leaves(step, fixed=False) if not leaf.is_cut(step.mesh)]
     found = {
-        "weights": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, gathered_weights(step))), shards),
+        "weights": Exchange(ALL_GATHER, micro_batches * layers * _layer_bytes(gathered_weights(step)), shards),
         "adapters": Exchange(ALL_GATHER, micro_batches * GATHERS * sum(map(_bytes, adapters)), shards),
         "adapters' gradients": Exchange(REDUCE_SCATTER, micro_batches * sum(map(_bytes, cut)), shards),
         "sums over groups": Exchange(ALL_REDUCE, sum(map(_part_in_f32(step), cut)), groups),
@@ -61,8 +64,15 @@ def gathered_weights(step: StepShape) -> list[Leaf]:
 
 def layer_bytes(step: StepShape) -> int:
     """Returns the bytes of the gathered arrays of one layer: codes, constants and adapters."""
-    gathered = [*gathered_weights(step), *(leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh))]
-    return sum(map(_bytes, gathered)) // step.model.num_layers
+    return _layer_bytes([*gathered_weights(step), *_gathered_adapters(step)])
+
+
+def _gathered_adapters(step: StepShape) -> list[Leaf]:
+    return [leaf for leaf in trained_leaves(step) if leaf.is_cut(step.mesh)]
+
+
+def _layer_bytes(stacks: list[Leaf]) -> int:
+    return sum(leaf.nbytes // leaf.shape[0] for leaf in stacks)
 
 
 def _bytes(leaf: Leaf) -> int:

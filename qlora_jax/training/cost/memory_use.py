@@ -107,8 +107,8 @@ def _moment_bytes(leaf: Leaf, step: StepShape, eight_bit: bool) -> int:
 
 
 def batch_bytes(step: StepShape) -> int:
-    """Returns 12 A B T: inputs and targets in int32, weights in f32."""
-    return 3 * F32 * int(np.prod(step.batch))
+    """Returns 12 A B T: inputs and targets in int32, weights in f32; 16 A B T with packing, for segments in int32."""
+    return (3 + step.packed) * F32 * int(np.prod(step.batch))
 
 
 def dequantized_traffic(step: StepShape) -> int:

@@ -34,6 +34,7 @@ class StepShape:
       supervised: supervised tokens per micro-batch, which the head computes in whole chunks; None: all tokens.
       optimizer: a key of memory_use.OPTIMIZER_STATES.
       new_tokens: number of new tokens, whose rows of embedding and head train.
+      packed: True if each row of a batch packs several data rows.
       mesh: the devices that the model is cut over; None: one device.
     """
 
@@ -45,6 +46,7 @@ class StepShape:
     supervised: int | None = None
     optimizer: str = "adamw_32bit"
     new_tokens: int = 0
+    packed: bool = False
     mesh: AnyMesh | None = None
 
     @property

@@ -9,6 +9,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import aot
 from qlora_jax.config import Config, LoraArgs, mesh_choices, paging_of
+from qlora_jax.config.validate import uses
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
@@ -95,6 +96,8 @@ def run_step_config(
         remat=train.remat,
         paged=paging_of(config.optim) != "off",
         new_ids=new_ids,
+        packed=config.data.packing,
+        neftune_noise_alpha=train.neftune_noise_alpha,
         mesh=mesh,
     )
 
@@ -108,7 +111,9 @@ def compiler_for(target: PlanTarget) -> tuple[CompileStep | None, str | None]:
 
 
 def _method(lora: LoraArgs) -> str:
-    return f"rank {lora.rank}" if lora.method in ("lora", "dora") else f"lora.method={lora.method}"
+    method = [] if lora.method == "lora" else [f"lora.method={lora.method}"]
+    rank = [f"rank {lora.rank}"] if uses(lora.method, "rank") else []
+    return ", ".join(method + rank)
 
 
 def plan_title(args: PlanArgs, target: PlanTarget, setting: StepConfig) -> str:

@@ -40,6 +40,8 @@ class StepConfig:
       remat: a key of REMAT_POLICIES.
       paged: True if the optimizer's state is in host memory while gradients are computed.
       new_ids: ids of the new tokens, whose embedding rows train.
+      packed: True if each row of a batch packs several data rows.
+      neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       mesh: the devices that share the rows and the model; None: one device.
     """
 
@@ -51,6 +53,8 @@ class StepConfig:
     remat: str
     paged: bool = False
     new_ids: tuple[int, ...] = ()
+    packed: bool = False
+    neftune_noise_alpha: float | None = None
     mesh: AnyMesh | None = None
 
     @property
@@ -72,8 +76,10 @@ class StepConfig:
             self.lora,
             batch=self.batch,
             new_ids=self.new_ids,
+            packed=self.packed,
             remat=self.remat,
             optim=self.optim,
+            neftune_noise_alpha=self.neftune_noise_alpha,
             mesh=self.mesh,
         )
 
@@ -88,6 +94,7 @@ class StepConfig:
             remat=self.remat,
             optimizer=plain_name(self.optim.name),
             new_tokens=len(self.new_ids),
+            packed=self.packed,
             mesh=self.mesh,
         )
 

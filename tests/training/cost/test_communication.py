@@ -14,7 +14,7 @@ from qlora_jax.models.families import model_config
 from qlora_jax.sharding import make_mesh
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.cost.communication import exchanges, gathered_weights
+from qlora_jax.training.cost.communication import exchanges, gathered_weights, layer_bytes
 from qlora_jax.training.plan.from_config import absent_mesh
 from qlora_jax.training.plan.requirements import StepConfig
 from tests.marks import EXHAUSTIVE
@@ -60,11 +60,20 @@ def test_formulas_give_one_devices_parts_of_the_real_leaves(name, sizes):
         {"optim": "adamw_8bit", "rank": 4},
         {"optim": "lion_8bit"},
         {"new_ids": (7, 9)},
+        {"packed": True},
         {"weights": WeightFormat(platform="cpu")},
         {"weights": WeightFormat(platform="gpu", double_quant=False)},
         {"weights": WeightFormat(platform="gpu", dense=(("mlp.up_proj", (0, 3)),))},
     ],
-    ids=["8-bit AdamW", "8-bit Lion", "new tokens", "a CPU's layout", "f32 constants", "some layers dense"],
+    ids=[
+        "8-bit AdamW",
+        "8-bit Lion",
+        "new tokens",
+        "packed rows",
+        "a CPU's layout",
+        "f32 constants",
+        "some layers dense",
+    ],
 )
 def test_formulas_give_one_devices_parts_with_other_settings(changes):
     check_shares(real_step("smollm2-135m", (1, 4), **changes))
@@ -75,6 +84,19 @@ def test_a_device_has_an_eighth_of_what_is_cut():
     share = memory_use.frozen_bytes(whole)["codes"] / memory_use.frozen_bytes(eighth)["codes"]
     assert share == 8 and memory_use.frozen_bytes(eighth)["vectors"] == memory_use.frozen_bytes(whole)["vectors"]
     assert not exchanges(whole)
+
+
+def test_layers_before_the_first_adapter_are_gathered_once():
+    lora = LoraArgs(rank=16, layers_to_transform="28-29")
+    every, last = (real_step("smollm2-135m", (1, 3), **changes).step_shape() for changes in ({}, {"lora": lora}))
+    weights, less = (exchanges(step)["weights"].nbytes for step in (every, last))
+    assert every.model.num_layers == 30 and less * 2 * 30 == weights * (30 + 2)
+
+
+def test_a_layers_bytes_do_not_depend_on_the_number_of_layers_with_adapters():
+    lora = LoraArgs(rank=16, layers_to_transform="29")
+    every, last = (real_step("smollm2-135m", (1, 3), **changes).step_shape() for changes in ({}, {"lora": lora}))
+    assert layer_bytes(last) == layer_bytes(every) > sum(leaf.nbytes for leaf in gathered_weights(every)) // 30
 
 
 def tiny(vocabulary: int, sizes, **changes) -> StepConfig:
@@ -97,7 +119,9 @@ def check_exchanges(config: StepConfig, text: str) -> None:
     assert not [one for one in read_collectives(text) if one.rematerialized]
     counted = config.step_shape()
     packed = sum(leaf.nbytes for leaf in gathered_weights(counted) if leaf.itemsize == 1)
-    assert found["all-gather", "u8"].nbytes == 2 * counted.batch[0] * packed  # and no other unsigned bytes
+    layers = counted.model.num_layers
+    gathered = packed * (layers + counted.backward_layers) // layers  # forward, and again by the backward pass
+    assert found["all-gather", "u8"].nbytes == counted.batch[0] * gathered  # and no other unsigned bytes
     for operation in ("all-gather", "reduce-scatter", "all-reduce"):
         compiled = sum(total.received for (name, _), total in found.items() if name == operation)
         formula = sum(one.received for one in said.values() if one.operation == operation)
@@ -123,3 +147,11 @@ def test_the_compiled_step_exchanges_what_the_formula_says(vocabulary, sizes):
         check_exchanges(config, text)
     else:
         assert {kind for kind, _ in totals(read_collectives(text))} <= {"all-reduce", "all-gather"}
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_compiled_step_gathers_layers_before_the_first_adapter_once():
+    model, lora = mesh_config(CUT_VOCABULARY, num_hidden_layers=4), LoraArgs(rank=16, layers_to_transform="2-3")
+    config = tiny(CUT_VOCABULARY, (1, 8), model=model_config(model), lora=lora)
+    check_exchanges(config, compiled_text(config.abstract_step))

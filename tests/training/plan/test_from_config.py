@@ -1,0 +1,44 @@
+"""Plans from settings: the planned step is the run's, and the title names its method."""
+
+import pytest
+
+from qlora_jax.config.parse import from_dict
+from qlora_jax.training.cost import memory_use
+from qlora_jax.training.plan.from_config import plan_title, step_configs
+from qlora_jax.training.plan.requirements import StepConfig
+from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.target import plan_target
+
+
+def asked_of_an_h100(**settings) -> tuple[StepConfig, str]:
+    """The step that settings ask for, and the title of its plan."""
+    args, target = from_dict(PlanArgs, {"model": {"path": "smollm2-135m"}, **settings}), plan_target("h100", None)
+    (setting,) = step_configs(args, target, [512])
+    return setting, plan_title(args, target, setting)
+
+
+def test_the_planned_step_has_the_noise_and_the_segments_of_the_runs():
+    plain, _ = asked_of_an_h100(lora={"dropout": 0.0})
+    asked, _ = asked_of_an_h100(
+        lora={"dropout": 0.0}, train={"neftune_noise_alpha": 5.0}, data={"packing": True, "max_length": 512}
+    )
+    assert plain.abstract_step.key is None and "segments" not in plain.abstract_step.batch
+    step = asked.abstract_step
+    assert step.neftune_noise_alpha == 5.0 and step.key is not None and "segments" in step.batch
+    assert memory_use.batch_bytes(asked.step_shape()) == sum(4 * leaf.size for leaf in step.batch.values())
+
+
+@pytest.mark.parametrize(
+    ("lora", "text"),
+    [
+        ({"rank": 8}, "smollm2-135m, rank 8, "),
+        ({"method": "dora", "rank": 8}, "lora.method=dora, rank 8, "),
+        ({"method": "lora_fa", "rank": 8}, "lora.method=lora_fa, rank 8, "),
+        ({"method": "vera", "rank": 8}, "lora.method=vera, rank 8, "),
+        ({"method": "houlsby", "rank": 8}, "lora.method=houlsby, rank 8, "),
+        ({"method": "ia3"}, "lora.method=ia3, 1 x "),
+    ],
+)
+def test_a_plans_title_has_the_method_and_its_rank(lora, text):
+    _, title = asked_of_an_h100(lora=lora, train={"micro_batch_size": 1})
+    assert text in title
