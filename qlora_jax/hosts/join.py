@@ -123,12 +123,12 @@ def _connect(place: Place, run: Path, watchdog: Watchdog, heartbeat: int, second
 
 def _unseen(roll_call: RollCall) -> str:
     """Returns the end of the message of processes that have not all connected."""
-    advice = "check that all machines can reach this address"
+    advice = "Check that all machines reach this address"
     if (missing := roll_call.missing()) is None:
-        return f"All of them have started: {advice}"
+        return f"All of them have started. {advice}"
     return (
-        f"No sign of {missing} was found in {roll_call.folder.parent}: look at the output there, and {advice} and see "
-        "this folder"
+        f"No sign of {missing} was found in {roll_call.folder.parent}. Look at the output of {missing}. {advice} and "
+        "see this folder"
     )
 
 

@@ -27,7 +27,7 @@ class RollCall:
     def __init__(self, run: Path, process: int, processes: int):
         self.folder = run.parent / f".{run.name}.starting"
         self._process, self._processes = process, processes
-        self._first: dict[int, str] = {}  # the count of each process when it was first seen
+        self._first: dict[int, bytes] = {}  # the count of each process when it was first seen
         self._here = {process}
 
     @contextlib.contextmanager
@@ -49,16 +49,20 @@ class RollCall:
         count = 0
         while not stopped.wait(POLL_SECONDS):
             count += 1
-            with contextlib.suppress(OSError, ValueError):  # the filesystem is not ready, or another writes just now
+            with contextlib.suppress(OSError):  # the filesystem is not ready
                 self.folder.mkdir(parents=True, exist_ok=True)
                 (self.folder / str(self._process)).write_text(str(count), encoding="utf-8")
                 self._read()
 
     def _read(self) -> None:
         for file in self.folder.iterdir():
-            process, count = int(file.name), file.read_text("utf-8")
-            if self._first.setdefault(process, count) != count:
-                self._here.add(process)
+            if file.name.isdecimal():  # NFS renames files that are removed while they are open
+                with contextlib.suppress(OSError):  # another process removes it just now
+                    self._compare(int(file.name), file.read_bytes())
+
+    def _compare(self, process: int, count: bytes) -> None:
+        if self._first.setdefault(process, count) != count:
+            self._here.add(process)
 
     def missing(self) -> str | None:
         """Returns the processes that have not been seen, as text such as `process 1`; None if all have."""

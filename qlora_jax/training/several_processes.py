@@ -25,7 +25,7 @@ from qlora_jax.training.session import Inputs
 # Settings that may differ between processes: their place, and paths, whose content is compared.
 QUESTION_FILES = tuple(f"questions.{kind}" for kind in (*QUESTION_KINDS, "shots"))
 DATA_FILES = ("data.train", "data.eval", "data.cache", "train.samples", *QUESTION_FILES)
-MAY_DIFFER = ("hosts.", "output", "model.path", *DATA_FILES)
+MAY_DIFFER = ("hosts", "output", "model.path", *DATA_FILES)
 LIBRARIES = ("qlora-jax", "jax", "jaxlib", "optax", "orbax-checkpoint", "numpy")
 FIX = (
     "Start all processes with the same command, versions and files, and with an output folder that all machines share. "
@@ -50,23 +50,28 @@ def lock_together(
             yield lock
     elif group.is_first:
         with first as lock:
-            _agree_on_settings(group, config, run)
+            agree_on_settings(group, config, run)
             yield lock
     else:
-        _agree_on_settings(group, config, run)
+        agree_on_settings(group, config, run)
         with follow_lock(run) as lock:
             yield lock
 
 
-def _agree_on_settings(group: Group, config: Config, run: Path) -> None:
+def agree_on_settings(group: Group, config: Config, run: Path) -> None:
     sees = sees_first(group, run)  # first, because process 0 has the folder only from now on
     settings = _by_key(to_dict(config))
-    values = {key: value for key, value in settings.items() if not key.startswith(MAY_DIFFER)}
+    values = {key: value for key, value in settings.items() if not _may_differ(key)}
     values |= {f"version of {name}": importlib.metadata.version(name) for name in LIBRARIES}
     devices = jax.local_devices()
     values["local devices"] = f"{len(devices)} x {devices[0].device_kind}"
     values["output has a file of process 0"] = sees
     group.agree("settings", values, FIX)
+
+
+def _may_differ(key: str) -> bool:
+    """Returns True for the settings in MAY_DIFFER, and for those inside them."""
+    return any(key == name or key.startswith(f"{name}.") for name in MAY_DIFFER)
 
 
 def _by_key(settings: dict, prefix: str = "") -> dict[str, object]:
@@ -89,6 +94,7 @@ def agree_on_inputs(group: Group, inputs: Inputs) -> None:
         "model: names, shapes and types of its tensors": _digest(tensors),
         "model: features": _digest(dataclasses.asdict(inputs.model)),
         "data.train: rows and tokens": inputs.dataset.fingerprint,
+        "data.eval: rows and tokens": None if inputs.dataset.eval is None else inputs.dataset.eval.digest,
         "train.samples: prompts": None if inputs.samples is None else digest(inputs.samples.ids),
     }
     for task in [] if inputs.questions is None else inputs.questions.tasks:

@@ -16,3 +16,14 @@ def test_processes_that_count_are_here_and_leave_no_file(tmp_path: Path):
     (calls[0].folder / "3").unlink()
     calls[0].folder.rmdir()  # empty
     assert RollCall(tmp_path / "run", 0, 1).missing() is None
+
+
+def test_other_files_do_not_hide_a_process(tmp_path: Path):
+    call = RollCall(tmp_path / "run", 0, 3)
+    call.folder.mkdir()
+    (call.folder / ".nfs00000000026a").touch()  # NFS leaves such a name for a removed file that is still open
+    (call.folder / "2").mkdir()  # cannot be read
+    for count in ("1", "2"):
+        (call.folder / "1").write_text(count)
+        call._read()
+    assert call.missing() == "process 2"
