@@ -41,7 +41,7 @@ class LoraFAStateManager(OptimizerStateManager):
         whole = None if mesh is None else named(mesh, P())
         cut = None if mesh is None else (named(mesh, lora_specs(trained, mesh)), whole)
         self._compute = jax.jit(self._corrections, out_shardings=whole)
-        self._correct = jax.jit(_norm_and_correct, donate_argnums=0 if mesh is None else (), out_shardings=cut)
+        self._correct = jax.jit(_norm_and_correct, donate_argnums=0, out_shardings=cut)
         self._computed: dict[str, jax.Array] | None = None  # once, because A never changes
 
     def _corrections(self, fixed: Lora) -> dict[str, jax.Array]:

@@ -126,6 +126,7 @@ CASES = [
     (FSDP2, dict(model=dict(new_tokens=["<new>"]))),
     (BOTH, dict(lora=dict(modules_to_save=["lm_head"]))),
     (BOTH, dict(lora=dict(method="ia3", rank=LoraArgs().rank, dropout=0.0))),
+    (BOTH, dict(lora=dict(method="lora_fa"))),
     (BOTH, dict(lora=dict(method="dora"))),
     (FSDP8, dict(lora=dict(method="dora", dropout=0.0), optim=dict(paging="on", paging_budget="100KiB"))),
     (BOTH, dict(lora=dict(method="ln_tuning", rank=LoraArgs().rank, dropout=0.0))),

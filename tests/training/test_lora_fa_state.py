@@ -11,10 +11,10 @@ import pytest
 from qlora_jax.config import LoraArgs, OptimArgs
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
-from qlora_jax.models.model_sharding import place_parts
+from qlora_jax.models.model_sharding import lora_specs, place_parts
 from qlora_jax.models.partition import split_leaves
 from qlora_jax.nn.lora import lora_scaling
-from qlora_jax.sharding import ROWS, make_mesh, named
+from qlora_jax.sharding import ROWS, make_mesh, named, place
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.activations import activation_bytes
@@ -47,11 +47,12 @@ def manager_of(args: OptimArgs, mesh=None) -> LoraFAStateManager:
     return LoraFAStateManager(make_state_manager(args, 10, of_run, None), scalings, of_run.trained, mesh)
 
 
-def grads_of(step: int, lora: dict) -> dict:
-    """Random gradients of the trained leaves."""
+def grads_of(step: int, lora: dict, mesh=None) -> dict:
+    """Random gradients of the trained leaves, on a mesh as a step leaves them."""
     rng = np.random.default_rng(step)
     trained, _ = split_leaves(lora, ("lora_a",))
-    return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 10.0 ** -(step % 4), leaf.shape), leaf.dtype), trained)
+    made = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 10.0 ** -(step % 4), leaf.shape), leaf.dtype), trained)
+    return made if mesh is None else place(made, lora_specs(made, mesh), mesh)
 
 
 def go(args: OptimArgs, steps: int = 6, mesh=None, room: int = 0) -> list[dict]:
@@ -61,7 +62,9 @@ def go(args: OptimArgs, steps: int = 6, mesh=None, room: int = 0) -> list[dict]:
     manager = manager_of(args, mesh)
     state, after = manager.init(lora), []
     for step in range(steps):
-        lora, state, norm, _ = manager.update(lora, state, grads_of(step, parts.lora), room)
+        grads = grads_of(step, parts.lora, mesh)
+        lora, state, norm, _ = manager.update(lora, state, grads, room)
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(grads))  # not held next to the corrected ones
         exact = np.sqrt(
             sum(np.sum(np.square(leaf, dtype="f8")) for leaf in jax.tree.leaves(grads_of(step, parts.lora)))
         )
@@ -161,6 +164,7 @@ def test_the_state_and_the_saved_activations_are_those_of_b():
         step = abstract_step(model_config(CONFIG), weights, lora, batch=shape, remat="none")
         program = step.gradients()
         memory = program.function.lower(*program.args, **program.kwargs).compile().memory_analysis()
+        assert memory is not None
         counted = StepShape(model=model_config(CONFIG), weights=weights, lora=lora, batch=shape, remat="none")
         return memory.temp_size_in_bytes, sum(activation_bytes(counted).values())
 
