@@ -1,6 +1,7 @@
 """The cut of a model's parts over a mesh: 4-bit weights, LoRA parameters, embedding and head.
 
-All else is whole on every device: norms, biases, layers that are not quantized, and tables of which rows train.
+All else is whole on every device: norms, biases, layers that are not quantized, vectors of adapters (DoRA's, VeRA's,
+(IA)^3's), VeRA's shared A and B, what does not divide, and tables of which rows train.
 """
 
 import dataclasses

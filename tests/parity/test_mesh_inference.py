@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,6 +77,26 @@ def test_replies_with_dora_are_those_of_one_device():
         np.testing.assert_allclose(ours[name]["scale"], theirs[name]["scale"], rtol=1e-6)
     limits = {"sampling": GREEDY, "max_new_tokens": 4, "stop_ids": []}
     assert generate(placed, prompts(), **limits) == generate(parts, prompts(), **limits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("neumann", [True, pytest.param(False, marks=pytest.mark.exhaustive)])
+def test_replies_with_oft_are_those_of_one_device(neumann):
+    """Its rotations are computed once, from the parts of all devices: down_proj's are cut, q_proj's are not."""
+    projections = ["q_proj", "down_proj"]
+    lora = LoraArgs(method="oft", oft_block_size=32, use_cayley_neumann=neumann, target_modules=projections)
+    parts = mesh_parts(mesh_config(CUT_VOCABULARY, intermediate_size=1024), lora=lora)
+    placed = on_mesh(parts, 4, 2)
+    cut = {name.rpartition(".")[2]: not leaves["oft_r"].is_fully_replicated for name, leaves in placed.lora.items()}
+    assert cut == {"q_proj": False, "down_proj": True}
+    ours, theirs = (prepare_for_decoding(each).lora for each in (placed, parts))
+    for name in ours:
+        np.testing.assert_allclose(ours[name]["rotation"], theirs[name]["rotation"], atol=1e-6)
+    limits = {"sampling": GREEDY, "max_new_tokens": 4, "stop_ids": []}
+    expected = generate(parts, prompts(), **limits)
+    assert generate(placed, prompts(), **limits) == expected
+    still = parts.with_lora(jax.tree.map(jnp.zeros_like, parts.lora))
+    assert generate(still, prompts(), **limits) != expected
 
 
 def scored_rows() -> list[tuple[np.ndarray, np.ndarray]]:
