@@ -6,6 +6,7 @@ import queue
 import random
 import threading
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from qlora_jax.terminal.visible import without_passwords
 from qlora_jax.tournament.judges.chat_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
@@ -15,8 +16,15 @@ from qlora_jax.tournament.matches import Match, Transcripts
 from qlora_jax.tournament.settings import EndpointArgs
 
 MAX_WAIT = 120.0  # seconds between two attempts
-GIVE_UP_AFTER = 10  # matches without a reply in succession
+GIVE_UP_AFTER = 10  # matches without a reply in succession; those that the endpoint rejected do not count
 POLL = 0.1  # seconds between looks at the threads
+
+
+class _Asked(NamedTuple):
+    """The judgement on a match; `rejected` if the endpoint replied that it will never judge this one."""
+
+    judgement: Judgement
+    rejected: bool = False
 
 
 class EndpointJudge:
@@ -70,7 +78,7 @@ class EndpointJudge:
         if work.error is not None:
             raise work.error
 
-    def _ask(self, transcripts: Transcripts, match: Match, stopped: threading.Event) -> Judgement | None:
+    def _ask(self, transcripts: Transcripts, match: Match, stopped: threading.Event) -> _Asked | None:
         """Asks until there is a verdict or no attempt is left; None if the work was stopped."""
         prompt = self._prompts.of(transcripts.category(match))
         message = prompt.message(transcripts.question(match), transcripts.answers(match))
@@ -87,17 +95,17 @@ class EndpointJudge:
                 attempts = attempts.plus(Attempts(failed=not timed_out, timed_out=timed_out))
                 judgement = judgement._replace(attempts=attempts, problem=str(error))
                 if not error.retry:
-                    return judgement
+                    return _Asked(judgement, rejected=True)
                 wait = error.wait
             else:
                 verdict = parse_verdict(review)
                 attempts = attempts.plus(Attempts(unreadable=verdict == UNREADABLE))
                 judgement = Judgement(match, verdict, review, attempts)
                 if verdict != UNREADABLE:
-                    return judgement
+                    return _Asked(judgement)
             if attempt < self._args.retries and stopped.wait(self._pause(attempt, wait)):
                 return None
-        return judgement
+        return _Asked(judgement)
 
     def _pause(self, attempt: int, wait: float | None) -> float:
         """Seconds until the next attempt: `wait`, or twice as long each time, shortened at random to spread threads."""
@@ -116,17 +124,20 @@ class _Work:
     def __init__(self, matches: Sequence[Match], record: Record):
         self.error: BaseException | None = None
         self._record, self._failures = record, 0
-        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self._lock, self._stopped, self._closed = threading.Lock(), threading.Event(), False
         self._queue: queue.SimpleQueue[Match] = queue.SimpleQueue()
         for match in matches:
             self._queue.put(match)
 
-    def run(self, ask: Callable[[Match, threading.Event], Judgement | None]) -> None:
-        """Judges matches until none is left or the work is stopped."""
+    def run(self, ask: Callable[[Match, threading.Event], _Asked | None]) -> None:
+        """Judges matches until none is left or the work is stopped.
+
+        After an error nothing more is sent, but replies that are on their way are recorded: they are paid for.
+        """
         try:
             while not self._stopped.is_set():
-                if (judgement := ask(self._queue.get_nowait(), self._stopped)) is not None:
-                    self._add(judgement)
+                if (asked := ask(self._queue.get_nowait(), self._stopped)) is not None:
+                    self._add(asked)
         except queue.Empty:
             return
         except BaseException as error:
@@ -138,13 +149,16 @@ class _Work:
         """Stops the threads; a judgement that is being recorded is recorded whole, and none after it."""
         with self._lock:
             self._stopped.set()
+            self._closed = True
 
-    def _add(self, judgement: Judgement) -> None:
+    def _add(self, asked: _Asked) -> None:
+        judgement = asked.judgement
         with self._lock:
-            if self._stopped.is_set():
+            if self._closed:
                 return
             self._record(judgement)
-            self._failures = self._failures + 1 if judgement.verdict is None else 0
+            if not asked.rejected:
+                self._failures = self._failures + 1 if judgement.verdict is None else 0
             if self._failures >= GIVE_UP_AFTER:
                 raise JudgeStopped(
                     f"no reply to {self._failures} matches in succession (last: {judgement.problem}). Start again when "

@@ -29,10 +29,10 @@ def right(message: str, before: int) -> Answer:
     return Answer(f"A comparison.\n{right_verdict(message)}")
 
 
-def judge_with(folder: Path, plan: Plan, **settings: Any) -> tuple[Any, Any, list]:
+def judge_with(folder: Path, plan: Plan, found: list | None = None, **settings: Any) -> tuple[Any, Any, list]:
     """(the endpoint, the transcripts, the judgements) of all matches of a tiny tournament."""
     transcripts = transcripts_of(arena_args(**write_tournament(folder)))
-    found = []
+    found = [] if found is None else found
     with fake_endpoint(plan) as endpoint:
         args = EndpointArgs(
             **{"url": endpoint.url, "model": "m", "prompts": write_judge_prompts(folder), "backoff": 0.01} | settings
@@ -111,6 +111,36 @@ def test_a_match_without_a_verdict_is_reported(tmp_path):
     assert {one.verdict for one in found if one.match.prompt == "12"} == {None}
     assert all("HTTP status 400" in one.problem for one in found if one.match.prompt == "12")
     assert len(endpoint.requests) == 6 + 12 + 6 + 6
+
+
+def test_a_prompt_that_is_too_long_does_not_stop_the_judge(tmp_path):
+    settings = write_tournament(tmp_path)
+    settings["systems"]["delta-system"] = settings["systems"]["beta-system"]  # 12 matches per prompt
+    transcripts = transcripts_of(arena_args(**settings))
+
+    def plan(message: str, before: int) -> Answer:
+        return Answer(status=400) if "number 1" in message else right(message, before)
+
+    found = []
+    with fake_endpoint(plan) as endpoint:
+        args = EndpointArgs(url=endpoint.url, model="m", prompts=write_judge_prompts(tmp_path), concurrency=1)
+        EndpointJudge(args).judge(transcripts.matches(), transcripts, found.append)
+    verdicts = collections.Counter((one.match.prompt, one.verdict is None) for one in found)
+    assert verdicts == {("10", False): 12, ("11", True): 12, ("12", False): 12, ("13", False): 12}
+
+
+def test_a_reply_that_was_on_its_way_when_the_judge_stopped_is_recorded(tmp_path):
+    sent, found, lock = [], [], threading.Lock()
+
+    def plan(message: str, before: int) -> Answer:
+        with lock:
+            sent.append(message)
+            first = len(sent) == 1
+        return right(message, 0)._replace(seconds=0.5) if first else Answer(status=401, seconds=0.1)
+
+    with pytest.raises(JudgeStopped, match="HTTP status 401"):
+        judge_with(tmp_path, plan, found, concurrency=2)
+    assert len(sent) == 2 and [one.verdict in (1, 2, 3) for one in found] == [True]
 
 
 @pytest.mark.parametrize(
