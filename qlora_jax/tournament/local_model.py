@@ -1,6 +1,7 @@
 """Opens and loads the models that reply or judge here, one at a time."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,8 +24,6 @@ from qlora_jax.io.pretrained import (
 )
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.tournament.settings import LocalModelArgs
-
-SAMPLE_BYTES = 1 << 20  # read at three places of a large file
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,21 +101,20 @@ def open_system(args: LocalModelArgs, system: str | None) -> OpenedSystem:
 
 
 def files_digest(path: Path) -> str:
-    """SHA-256 of a model's files: names, sizes, and the start, middle and end of each.
-
-    Weights that are trained or quantized otherwise differ in all three places. The files of a large model are thus
-    identified without reading gigabytes.
-    """
+    """SHA-256 of a model's files: names and contents."""
     files = [path] if path.is_file() else sorted(file for file in path.iterdir() if file.is_file())
     found = hashlib.sha256()
     for file in files:
-        size = file.stat().st_size
-        found.update(f"{file.name} {size}\n".encode())
-        with file.open("rb") as content:
-            for start in sorted({0, max(0, size // 2 - SAMPLE_BYTES // 2), max(0, size - SAMPLE_BYTES)}):
-                content.seek(start)
-                found.update(content.read(SAMPLE_BYTES))
+        facts = file.stat()
+        found.update(f"{file.name} {_content_digest(file, facts.st_size, facts.st_mtime_ns)}\n".encode())
     return found.hexdigest()
+
+
+@functools.cache  # so that a base of several adapters is read once
+def _content_digest(file: Path, size: int, changed: int) -> str:
+    """SHA-256 of a file that has this size and this time of change."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def _leaves(tree: object) -> list[object]:
