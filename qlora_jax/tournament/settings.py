@@ -9,6 +9,7 @@ from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
 from qlora_jax.config.parse import find_problems, from_dict
 from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, ComputeDtype, QuantType, folder_problems
+from qlora_jax.terminal.visible import without_passwords
 
 Value = str | int | float | bool | None
 WEB_ADDRESS = Bound("an address that begins with http:// or https://", lambda value: bool(_WEB.match(value)))
@@ -190,6 +191,15 @@ def system_settings(given: str | Mapping[str, Value]) -> AnySystemArgs:
 def judge_settings(given: Mapping[str, Value]) -> AnyJudgeArgs:
     """The settings of a judge without its kind, which `check_arena` accepts."""
     return from_dict(JUDGE_SETTINGS[str(given["kind"])], _without_kind(given))
+
+
+def public_settings(args: ArenaArgs) -> dict[str, object]:
+    """The settings as JSON values, without the passwords in addresses of judges."""
+    judges = {
+        name: {key: without_passwords(str(value)) if key == "url" else value for key, value in given.items()}
+        for name, given in args.judges.items()
+    }
+    return dataclasses.asdict(dataclasses.replace(args, judges=judges))
 
 
 def _system_schema(values: Mapping[str, Value]) -> type[SystemArgs] | type[RecordedRepliesArgs]:

@@ -1,6 +1,5 @@
 """Holds a tournament: replies, judgements, results."""
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ from qlora_jax.tournament.prompt_file import read_tournament_prompts
 from qlora_jax.tournament.replies import collect_replies
 from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.results import Results, compute_results, to_dict
-from qlora_jax.tournament.settings import ArenaArgs
+from qlora_jax.tournament.settings import ArenaArgs, public_settings
 
 RESULTS_FILE, PAGE_FILE = "results.json", "results.html"
 
@@ -48,7 +47,7 @@ def hold_tournament(args: ArenaArgs, reporter: Reporter) -> Results:
         }
         results = compute_results(args, [*args.systems] or systems_of(matches), judged)
         examples = choose_examples(judged, _ratings(results), args.seed)
-        content = {"settings": dataclasses.asdict(args)} | to_dict(results)
+        content = {"settings": public_settings(args)} | to_dict(results)
         write_text(folder / RESULTS_FILE, json.dumps(content, indent=1) + "\n")
         write_text(folder / PAGE_FILE, results_page(folder.name, results, examples, transcripts))
     return results

@@ -116,6 +116,10 @@ def _send(endpoint: Endpoint, request: urllib.request.Request) -> bytes:
         if isinstance(error.reason, TimeoutError):
             raise RequestTimedOut(f"no connection within {endpoint.timeout:g} s") from None
         raise RequestFailed(f"no connection: {error.reason}") from None
+    except http.client.InvalidURL:  # its text would show a password in the address
+        raise RequestFailed(
+            "not the address of a host (found a user name, or a port that is not a number)", refused=True
+        ) from None
     except (OSError, http.client.HTTPException) as error:
         raise RequestFailed(f"the connection broke: {error!r}") from None
 
