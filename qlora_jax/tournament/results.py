@@ -4,14 +4,13 @@ import dataclasses
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
-from qlora_jax.evaluation.statistics import wilson_interval
 from qlora_jax.tournament.agreement import Agreement, agreement
 from qlora_jax.tournament.comparison import Comparison
 from qlora_jax.tournament.judges.judge import FIRST, OUTCOMES, SECOND, TIE, UNREADABLE, Attempts
 from qlora_jax.tournament.judging import Judged
 from qlora_jax.tournament.ratings.bradley_terry import bradley_terry
 from qlora_jax.tournament.ratings.elo import elo_ratings
-from qlora_jax.tournament.ratings.results import BradleyTerryRatings, EloRatings, Interval
+from qlora_jax.tournament.ratings.results import BradleyTerryRatings, EloRatings
 from qlora_jax.tournament.settings import ArenaArgs
 
 ALL_JUDGES = "all judges"
@@ -48,14 +47,14 @@ class Standings:
     """Ratings by one judge, or by all judges together.
 
     Attributes:
-      first_share: share of the wins of replies that were seen first, and its 95 % interval; None without a win.
+      first_share: share of the wins of replies that were seen first; None without a win.
       wins: by the system, then by its opponent.
       problems: why a rating is missing.
     """
 
     elo: EloRatings | None
     bradley_terry: BradleyTerryRatings | None
-    first_share: tuple[float, Interval] | None
+    first_share: float | None
     wins: Mapping[str, Mapping[str, Wins]]
     problems: Sequence[str]
 
@@ -65,6 +64,7 @@ class Results:
     """All results.
 
     Attributes:
+      prompts: number of prompts with a readable verdict.
       judges: each judge's counts; a judge that was not asked yet has only missing ones.
       stopped: why a judge stopped early, by its name.
       standings: those of ALL_JUDGES if there are several, then by judge; only of judges with a verdict.
@@ -73,6 +73,7 @@ class Results:
     """
 
     systems: Sequence[str]
+    prompts: int
     judges: Mapping[str, Counts]
     stopped: Mapping[str, str]
     standings: Mapping[str, Standings]
@@ -99,6 +100,7 @@ def compute_results(args: ArenaArgs, systems: Sequence[str], judged: Mapping[str
     groups = ({ALL_JUDGES: pooled} if len(by_judge) > 1 else {}) | by_judge
     return Results(
         systems=systems,
+        prompts=len({comparison.prompt for comparison in pooled}),
         judges={name: _counts(one) for name, one in judged.items()},
         stopped={name: one.stopped for name, one in judged.items() if one.stopped is not None},
         standings={name: standings(args, found) for name, found in groups.items()},
@@ -151,12 +153,9 @@ def win_matrix(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Wins]]:
     }
 
 
-def _first_share(comparisons: Sequence[Comparison]) -> tuple[float, Interval] | None:
+def _first_share(comparisons: Sequence[Comparison]) -> float | None:
     decided = [comparison.outcome for comparison in comparisons if comparison.outcome != OUTCOMES[TIE]]
-    if not decided:
-        return None
-    first = int(sum(decided))
-    return first / len(decided), wilson_interval(first, len(decided))
+    return sum(decided) / len(decided) if decided else None
 
 
 def _counts(judged: Judged) -> Counts:

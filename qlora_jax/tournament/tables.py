@@ -89,9 +89,7 @@ def note_lines(standings: Standings) -> list[str]:
     """Lines on position bias and ties."""
     lines = []
     if standings.first_share is not None:
-        share, interval = standings.first_share
-        low, high = (100 * end for end in interval)
-        lines.append(f"{100 * share:.1f} % [{low:.1f}, {high:.1f}] of the wins are of the reply that was seen first.")
+        lines.append(f"{100 * standings.first_share:.1f} % of the wins are of the reply that was seen first.")
     strengths = standings.bradley_terry
     if strengths is not None and strengths.position is not None:
         value, interval = strengths.position.value, interval_text(strengths.position.interval)

@@ -110,6 +110,24 @@ def test_recorded_verdicts_need_nothing_else(tmp_path):
     assert "z &lt;b&gt;" in page and "z <b>" not in page
 
 
+def test_one_judged_prompt_is_counted(tmp_path):
+    rows = [{"question_id": 1, "model_a": a, "model_b": b, "verdict": 1} for a, b in (("x", "y"), ("y", "x"))]
+    verdicts = {"kind": "verdicts", "path": write_lines(tmp_path / "verdicts.jsonl", rows)}
+    results = hold({"output": str(tmp_path / "arena")}, gpt4=verdicts)
+    assert results.prompts == 1 and results.standings["gpt4"].elo is None
+    assert "2 systems, 1 judge, 1 prompt with a verdict" in (tmp_path / "arena/results.html").read_text()
+
+
+def test_passwords_in_addresses_are_not_stored(tmp_path):
+    settings = write_tournament(tmp_path, prompts=1, systems=2)
+    results = hold(settings, gpt=endpoint_judge(tmp_path, "http://user:hidden@127.0.0.1/v1"))
+    assert results.stopped["gpt"].startswith("http://***@127.0.0.1/v1: not the address of a host")
+    files = [path for path in (tmp_path / "arena").rglob("*") if path.is_file()]
+    assert not [path.name for path in files if "hidden" in path.read_text()]
+    stored = json.loads((tmp_path / "arena/results.json").read_text())
+    assert stored["settings"]["judges"]["gpt"]["url"] == "http://***@127.0.0.1/v1"
+
+
 def test_an_interrupted_tournament_judges_only_what_is_missing(tmp_path):
     settings = write_tournament(tmp_path)
     started = threading.Event()

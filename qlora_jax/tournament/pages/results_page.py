@@ -22,12 +22,12 @@ MOST_TINT = 60  # percent of the colour of a cell that won or lost everything
 
 def results_page(title: str, results: Results, examples: Sequence[Examples], transcripts: Transcripts) -> str:
     """Returns the page as HTML."""
-    prompts = {one.elo.prompts for one in results.standings.values() if one.elo}
+    verdicts = f"{results.prompts:,} prompt{'s' * (results.prompts != 1)} with a verdict"
     return render(
         "results.html.jinja",
         title=title,
         summary=f"{len(results.systems)} systems, {len(results.judges)} judge{'s' * (len(results.judges) != 1)}"
-        + (f", {max(prompts):,} prompts with a verdict" if prompts else ", no verdict yet"),
+        + f", {verdicts if results.prompts else 'no verdict yet'}",
         groups=[_group(name, one) for name, one in results.standings.items()],
         counts=count_rows(results),
         count_titles=COUNT_TITLES,
