@@ -96,7 +96,8 @@ def summarize(study: Study, runs: Sequence[Run], parameters: Mapping[Pair, int])
       runs: of all stages; those of the stage `final` count.
 
     Raises:
-      ValueError: methods were scored on rows with other numbers of tokens.
+      ValueError: methods were scored on rows with other numbers of tokens, on one row, or with values that are not
+        finite.
     """
     finished = [Finished(run, run.outcome()) for run in runs]
     by_pair: dict[Pair, list[Finished]] = {pair: [] for pair in study.pairs()}
@@ -158,6 +159,6 @@ def _difference(reference: Sequence[Finished], method: Sequence[Finished], task:
 
 
 def _verdict(mean: MeanEstimate, p: float, task: Task) -> Verdict:
-    if p >= LEVEL:
+    if not p < LEVEL:  # also where p is not a number
         return "not decided"
     return "better" if (mean.value > 0) == (task.better == "higher") else "worse"

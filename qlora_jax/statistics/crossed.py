@@ -71,8 +71,15 @@ def crossed_mean(scores_SR: Float64[np.ndarray, "S R"]) -> MeanEstimate:
     """Estimates the mean score over the seeds and rows that these were drawn from.
 
     With one seed the estimate is for that seed alone, and the error is that of the rows.
+
+    Raises:
+      ValueError: there are fewer than two rows, or a score is not finite.
     """
     seeds, rows = scores_SR.shape
+    finite = int(np.isfinite(scores_SR).all(axis=0).sum())
+    if rows < 2 or finite < rows:
+        found = f"found {finite} of {rows}, expected all of 2 or more"
+        raise ValueError(f"evaluate: intervals need rows with finite scores ({found}). Add rows, or correct them.")
     mean = float(scores_SR.mean())
     by_row = seeds * float(scores_SR.mean(axis=0).var(ddof=1))
     if seeds == 1:

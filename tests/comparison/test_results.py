@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_jax.comparison.results import summarize
+from qlora_jax.comparison.results import LEVEL, _verdict, summarize
 from qlora_jax.comparison.run import Run
+from qlora_jax.statistics.crossed import MeanEstimate
 from qlora_jax.statistics.holm import holm
 from tests.comparison.studies import finish, read
 
@@ -60,6 +61,17 @@ def test_a_higher_share_is_better(tmp_path):
         tmp_path, lambda method, seed: 0.9 if method == "low rank" else 0.2, rows=200, tasks={"numbers": task}
     )
     assert results.differences[0].verdict == "better"
+
+
+def test_one_row_decides_nothing(tmp_path):
+    with pytest.raises(ValueError, match=r"evaluate: intervals need rows with finite scores \(found 1 of 1,"):
+        results_of(tmp_path, lambda method, seed: 1.0, rows=1)
+
+
+@pytest.mark.parametrize(("p", "verdict"), [(float("nan"), "not decided"), (LEVEL, "not decided"), (0.01, "better")])
+def test_only_a_small_p_value_decides(tmp_path, p, verdict):
+    (task,) = read(tmp_path).tasks.values()
+    assert _verdict(MeanEstimate(-1.0, 0.1, 5.0), p, task) == verdict
 
 
 def test_rows_with_other_numbers_of_tokens_cannot_be_paired(tmp_path):

@@ -39,6 +39,22 @@ def test_equal_scores_have_no_error():
     assert crossed_mean(np.ones((3, 5))).p == 0.0
 
 
+@pytest.mark.parametrize(
+    ("scores", "found"),
+    [
+        (np.ones((3, 1)), "found 1 of 1"),
+        (np.ones((1, 1)), "found 1 of 1"),
+        (np.array([[1.0, 2.0, 3.0], [1.0, np.nan, 3.0]]), "found 2 of 3"),
+        (np.array([[1.0, np.inf]]), "found 1 of 2"),
+    ],
+)
+def test_scores_without_an_interval_are_refused(scores, found):
+    with pytest.raises(
+        ValueError, match=rf"evaluate: intervals need rows with finite scores \({found}, expected all of 2 or more"
+    ):
+        crossed_mean(scores)
+
+
 def test_the_mean_of_ratio_scores_is_the_ratio_of_each_seed():
     rng = np.random.default_rng(0)
     values, weights = rng.uniform(size=(3, 20)), rng.integers(1, 9, 20).astype(float)
