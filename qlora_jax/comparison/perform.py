@@ -31,6 +31,7 @@ SIGNALLED = 128  # exit codes of shells beyond this name a signal
 POLL_SECONDS = 0.1
 LOCK_SECONDS = 60.0  # in which a process of a lost worker should have saved its run
 LAST_LINES = 12
+NOT_FINITE = "is not finite"  # in the error of a run whose loss or gradient is not
 
 
 class Lost(Exception):
@@ -41,10 +42,15 @@ class Failed(Exception):
     """A command of the run ended with an error, and would again."""
 
 
+class Diverged(Failed):
+    """The loss or the gradient of a training run was not finite."""
+
+
 def perform(folder: str, stop: threading.Event | None = None) -> None:
     """Performs the run in a folder; does nothing if it is finished.
 
-    An error of a command is written to failure.txt, because starting the run again would not help.
+    An error of a command is written to failure.txt, because starting the run again would not help. A learning rate
+    that diverges in the search is a result, and has an outcome.
 
     Args:
       stop: set to end the run early; it saves a checkpoint first.
@@ -58,18 +64,27 @@ def perform(folder: str, stop: threading.Event | None = None) -> None:
     (path / FAILURE_FILE).unlink(missing_ok=True)
     job = read_job(path)
     try:
-        if not (path / TRAINED_FILE).exists():
-            _train(path, job, stop)
-            write_text(path / TRAINED_FILE, "")
-        if job["evaluate"] is not None:
-            _evaluate(path, job, job["evaluate"], stop)
-        write_text(path / OUTCOME_FILE, json.dumps(_outcome(path, job)) + "\n")
+        write_text(path / OUTCOME_FILE, json.dumps(_perform(path, job, stop)) + "\n")
     except Failed as error:
         write_text(path / FAILURE_FILE, f"{error}\n")
         return
     if job["stage"] != "final":
         _remove_checkpoints(path / RUN_FOLDER)  # nobody needs these models
     shutil.rmtree(path / CACHE_FOLDER, ignore_errors=True)
+
+
+def _perform(folder: Path, job: Job, stop: threading.Event | None) -> Outcome:
+    try:
+        if not (folder / TRAINED_FILE).exists():
+            _train(folder, job, stop)
+            write_text(folder / TRAINED_FILE, "")
+    except Diverged:
+        if job["stage"] != "search":
+            raise
+        return _diverged_outcome(folder, job)
+    if job["evaluate"] is not None:
+        _evaluate(folder, job, job["evaluate"], stop)
+    return _outcome(folder, job)
 
 
 def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
@@ -79,7 +94,12 @@ def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
     if run.exists() and not resume:
         shutil.rmtree(run)  # it was stopped before its first checkpoint
     words = ["--config", str(folder / SETTINGS_FILE), *(["--resume"] if resume else [])]
-    _command(folder, job, ["-m", "qlora_jax.train", *words], stop)
+    try:
+        _command(folder, job, ["-m", "qlora_jax.train", *words], stop)
+    except Failed as error:
+        if NOT_FINITE in str(error):
+            raise Diverged(str(error)) from None
+        raise
 
 
 def _has_checkpoint(run: Path) -> bool:
@@ -91,7 +111,8 @@ def _has_checkpoint(run: Path) -> bool:
 def _remove_checkpoints(run: Path) -> None:
     from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER
 
-    shutil.rmtree(run / CHECKPOINT_FOLDER)
+    if (run / CHECKPOINT_FOLDER).exists():
+        shutil.rmtree(run / CHECKPOINT_FOLDER)
 
 
 def _wait_for_lock(run: Path) -> None:
@@ -192,12 +213,33 @@ def _outcome(folder: Path, job: Job) -> Outcome:
     return {
         "inputs": job["inputs"],
         "steps": steps[-1]["step"],
-        "seconds": sum(record["seconds"] + record.get("data_seconds", 0.0) for record in steps),
+        "seconds": _seconds(steps),
         "seconds_per_step": seconds_per_step(records),
         "peak_bytes": read_json(run / "report.json", _Report, MAX_BYTES)["memory_plan"]["peak_bytes"],
         "search_loss": losses[-1] if losses else None,
         **rows,
     }
+
+
+def _diverged_outcome(folder: Path, job: Job) -> Outcome:
+    """Returns the outcome of a run that ended at a step that was not finite, and so wrote no report."""
+    metrics = folder / RUN_FOLDER / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.exists() else []
+    steps = [record for record in records if "loss" in record]
+    return {
+        "inputs": job["inputs"],
+        "steps": steps[-1]["step"] if steps else 0,
+        "seconds": _seconds(steps),
+        "seconds_per_step": seconds_per_step(records) if steps else 0.0,
+        "peak_bytes": None,
+        "search_loss": None,
+        "values": [],
+        "weights": [],
+    }
+
+
+def _seconds(steps: Sequence[Record]) -> float:
+    return sum((record["seconds"] + record.get("data_seconds", 0.0) for record in steps), 0.0)
 
 
 def seconds_per_step(records: Sequence[Record]) -> float:
@@ -206,4 +248,4 @@ def seconds_per_step(records: Sequence[Record]) -> float:
     seen: set[int] = set()
     later = [record for record in steps if record["length"] in seen or seen.add(record["length"])]
     counted = later or steps
-    return sum(record["seconds"] + record.get("data_seconds", 0.0) for record in counted) / len(counted)
+    return _seconds(counted) / len(counted)

@@ -44,9 +44,10 @@ class Outcome(TypedDict):
 
     Keys:
       seconds: time in training steps, with their wait for data.
-      seconds_per_step: without the first step of each length, which compiles.
-      peak_bytes: peak memory, or None if nothing reports it.
-      search_loss: final loss on the rows of the search, or None without them or if it is not finite.
+      seconds_per_step: without the first step of each length, which compiles; 0 without steps.
+      peak_bytes: peak memory, or None if nothing reports it or the run diverged.
+      search_loss: final loss on the rows of the search. None without them, or if the run diverged: a loss or a gradient
+        was not finite.
       values, weights: of each held-out row; the measure is the sum of values over the sum of weights.
     """
 

@@ -1,6 +1,5 @@
 """The stages of a study: measure the steps, search the learning rates, and train and score the runs that count."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 
 from qlora_jax.comparison.budget import matching_rank, steps_within, trainable_parameters
@@ -11,8 +10,6 @@ from qlora_jax.comparison.run_files import Stage
 from qlora_jax.comparison.settings import Settings
 from qlora_jax.comparison.study import Pair, Study, data_settings
 from qlora_jax.config import Config, ConfigError
-
-NOT_FINITE = "is not finite"  # in the error of a run whose loss or gradient is not
 
 Perform = Callable[[Sequence[Run]], Mapping[Run, str]]  # performs runs, and returns the reasons of failed ones
 
@@ -103,9 +100,12 @@ def _first_rate(study: Study, pair: Pair) -> Settings:
 
 
 def _search(study: Study, settings: Mapping[Pair, Settings], perform: Perform, report: Report) -> dict[Pair, list[Run]]:
-    """Performs the runs of the search; returns those of each method and task, without those that diverged.
+    """Performs the runs of the search; returns those of each method and task.
 
     A single learning rate needs no run.
+
+    Raises:
+      ConfigError: a run failed, or all learning rates of a method and a task diverged.
     """
     seed = {"train.seed": study.settings.search_seed}
     runs = {
@@ -120,26 +120,20 @@ def _search(study: Study, settings: Mapping[Pair, Settings], perform: Perform, r
     if not everything:
         return runs
     report("searching learning rates")
-    failed = perform(everything)
-    diverged = {run for run, reason in failed.items() if NOT_FINITE in reason}
-    _refuse({run: reason for run, reason in failed.items() if run not in diverged})
-    left = {pair: [run for run in found if run not in diverged] for pair, found in runs.items()}
-    empty = [", ".join(pair) for pair, found in left.items() if runs[pair] and not found]
+    _refuse(perform(everything))
+    empty = [", ".join(pair) for pair, found in runs.items() if found and not best_rate(found)]
     if empty:
         raise ConfigError([f"learning_rates: all of {pair} diverged. Add lower ones" for pair in empty])
-    return left
+    return runs
 
 
 def best_rate(runs: Sequence[Run]) -> Settings:
-    """Returns the learning rate with the lowest loss on the rows of the search; no setting without runs."""
-    if not runs:
+    """Returns the learning rate with the lowest loss on the rows of the search; no setting if none is finite."""
+    losses = {run: run.outcome()["search_loss"] for run in runs}
+    finite = {run: loss for run, loss in losses.items() if loss is not None}
+    if not finite:
         return {}
-    best = min(runs, key=lambda run: _loss(run.outcome()["search_loss"]))
-    return {"optim.learning_rate": best.settings["optim.learning_rate"]}
-
-
-def _loss(value: float | None) -> float:
-    return math.inf if value is None else value
+    return {"optim.learning_rate": min(finite, key=lambda run: finite[run]).settings["optim.learning_rate"]}
 
 
 def _refuse(failed: Mapping[Run, str]) -> None:

@@ -1,4 +1,4 @@
-"""Writes runs.csv: one line per finished run of a study, the runs of the search included."""
+"""Writes runs.csv: one line per run that counts, with its value, and per run of the search, with its search loss."""
 
 import csv
 import io

@@ -128,6 +128,39 @@ def test_a_failure_is_written_and_forgotten_at_the_next_start(runs, monkeypatch)
     assert search.finished and not (search.folder / FAILURE_FILE).exists()
 
 
+def diverge(*words):
+    raise Failed("qlora_jax.train failed (exit code 1):\nstep 3: the loss or its gradient is not finite")
+
+
+def test_a_learning_rate_that_diverges_is_an_outcome_of_the_search(runs, monkeypatch):
+    search, final = runs
+    monkeypatch.setattr(module, "_command", diverge)
+    perform(str(search.folder))  # at its first step
+    assert search.finished and not (search.folder / FAILURE_FILE).exists()
+    first = search.outcome()
+    assert (first["search_loss"], first["steps"], first["seconds"], first["seconds_per_step"]) == (None, 0, 0.0, 0.0)
+    monkeypatch.setattr(module, "_command", lambda *words: pytest.fail("trained again"))
+    perform(str(search.folder))
+    monkeypatch.setattr(module, "_command", diverge)
+    perform(str(final.folder))
+    assert not final.finished and "is not finite" in (final.folder / FAILURE_FILE).read_text()
+
+
+def test_a_diverged_run_has_its_steps_but_no_loss(runs, monkeypatch):
+    search, _ = runs
+
+    def train_and_diverge(*words):
+        trained(search)  # with a loss on the rows of the search
+        (search.folder / "run/report.json").unlink()
+        diverge()
+
+    monkeypatch.setattr(module, "_command", train_and_diverge)
+    perform(str(search.folder))
+    outcome = search.outcome()
+    assert (outcome["search_loss"], outcome["steps"], outcome["seconds"]) == (None, 3, 6.0)
+    assert outcome["peak_bytes"] is None and not (search.folder / "run/checkpoints").exists()
+
+
 def test_a_stopped_command_gets_one_sigterm_and_ends_by_itself(runs):
     search, _ = runs
     code = (

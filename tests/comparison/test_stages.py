@@ -67,16 +67,24 @@ def test_each_method_trains_with_its_best_learning_rate_and_its_own_seed(tmp_pat
     assert again == []
 
 
-def test_diverged_learning_rates_are_passed_over(tmp_path):
-    study = read(tmp_path, methods={"lora": {}})
+def test_diverged_learning_rates_are_passed_over_and_stay_in_the_results(tmp_path):
+    study = read(tmp_path, methods={"lora": {}}, learning_rates=[0.1, 0.001, 0.01])
 
     def diverges(run):
-        return "step 2: the loss or its gradient is not finite" if run.settings["optim.learning_rate"] == 0.01 else {}
+        rate = run.settings["optim.learning_rate"]
+        return {"search_loss": None if run.stage == "final" or rate > 0.01 else rate}
 
     runs, _ = conduct(study, diverges)
     assert [run.config.optim.learning_rate for run in runs if run.stage == "final"] == [0.001] * 3
+    assert [run.outcome()["search_loss"] for run in runs if run.stage == "search"] == [None, 0.001, 0.01]
+    _, again = conduct(study, diverges)
+    assert again == []
+
+
+def test_a_search_without_a_finite_loss_is_an_error(tmp_path):
+    study = read(tmp_path, methods={"lora": {}})
     with pytest.raises(ConfigError, match=r"learning_rates: all of lora, numbers diverged\. Add lower ones"):
-        conduct(read(tmp_path, methods={"lora": {}}, output=str(tmp_path / "b")), lambda run: "loss is not finite")
+        conduct(study, lambda run: {"search_loss": None})
 
 
 def test_other_failures_end_the_study_with_their_logs(tmp_path):
