@@ -1,7 +1,8 @@
 """Elo ratings as in the QLoRA paper: K = 32, start at 1000, mean over random orderings of all comparisons.
 
 A rating depends on the order of the games, so one ordering is one draw from a wide distribution. The mean over
-orderings is precise, but that says nothing about other prompts: its interval comes from a bootstrap over prompts.
+orderings is precise, but that says nothing about other prompts: its interval is Student's, with the standard error of a
+bootstrap over prompts.
 """
 
 import math
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64, Int
 
-from qlora_jax.evaluation.statistics import Z_95
+from qlora_jax.statistics.student import t_quantile
 from qlora_jax.tournament.comparison import Comparison
 from qlora_jax.tournament.ratings.games import Games, check_several_prompts, read_games
 from qlora_jax.tournament.ratings.results import EloRating, EloRatings
@@ -32,13 +33,14 @@ def elo_ratings(comparisons: Sequence[Comparison], *, orderings: int = 10_000, s
     games, rng = read_games(comparisons), np.random.default_rng(seed)
     check_several_prompts(games)
     final_OS = ratings_by_ordering(games, orderings, rng)
-    mean_S, error_S = final_OS.mean(axis=0), prompt_errors(games, rng)
+    mean_S = final_OS.mean(axis=0)
+    half_S = t_quantile(len(games.prompts) - 1) * prompt_errors(games, rng)
     low_S, high_S = np.quantile(final_OS, (0.025, 0.975), axis=0)
     systems = [
         EloRating(
             system=games.systems[index],
             rating=float(mean_S[index]),
-            interval=(float(mean_S[index] - Z_95 * error_S[index]), float(mean_S[index] + Z_95 * error_S[index])),
+            interval=(float(mean_S[index] - half_S[index]), float(mean_S[index] + half_S[index])),
             ordering_sd=float(final_OS[:, index].std()),
             ordering_range=(float(low_S[index]), float(high_S[index])),
         )

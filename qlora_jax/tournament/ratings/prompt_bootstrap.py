@@ -13,8 +13,8 @@ import math
 
 import numpy as np
 from jaxtyping import Float64
-from scipy import special
 
+from qlora_jax.statistics.student import t_quantile
 from qlora_jax.tournament.ratings.davidson import Model, curvature, fit, log_probabilities
 
 RESAMPLES = 1_000
@@ -29,7 +29,7 @@ def prompt_intervals(
     """95 % intervals of linear functions of the parameters."""
     estimate_Q = quantities_QP @ params_P
     error_Q = standard_errors(model, params_P, quantities_QP, seed)
-    half_Q = special.stdtrit(len(model.counts) - 1, 0.975) * error_Q
+    half_Q = t_quantile(len(model.counts) - 1) * error_Q
     return np.stack([estimate_Q - half_Q, estimate_Q + half_Q], axis=1)
 
 

@@ -6,6 +6,7 @@ import json
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from qlora_jax.tournament.comparison import Comparison
 from qlora_jax.tournament.ratings.elo import elo_ratings, play, prompt_errors, ratings_by_ordering
@@ -63,6 +64,18 @@ def test_every_ordering_is_among_those_of_a_plain_replay():
 
 def test_depends_on_neither_the_order_of_the_comparisons_nor_the_run():
     assert elo_ratings(GAMES, orderings=50) == elo_ratings(GAMES[::-1], orderings=50)
+
+
+def test_intervals_are_students_over_prompts():
+    games, rng = read_games(GAMES), np.random.default_rng(0)
+    final_OS = ratings_by_ordering(games, 50, rng)
+    half_S = stats.t.ppf(0.975, 1) * prompt_errors(games, rng)  # two prompts
+    expected = {
+        name: (mean - half, mean + half)
+        for name, mean, half in zip(games.systems, final_OS.mean(axis=0), half_S, strict=True)
+    }
+    for rating in elo_ratings(GAMES, orderings=50).systems:
+        assert rating.interval == pytest.approx(expected[rating.system], rel=1e-9)
 
 
 @pytest.mark.slow
