@@ -1,5 +1,6 @@
 """`python -m qlora_jax.variance STUDY.yaml`: splits differences between models into model, prompts and sampling."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_jax import allocator
@@ -23,11 +24,15 @@ COMMAND = Command(
 
 
 def main(argv: list[str]) -> None:
-    """Runs a study and writes its results and page; raises ValueError or OSError for bad input."""
+    """Runs a study and writes its results and page; raises ValueError or OSError for bad input.
+
+    One process at a time writes in the study's folder.
+    """
     file = ["--config"] if argv and not argv[0].startswith("-") else []
     args, _ = COMMAND.read([*file, *argv])
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
+    from qlora_jax.io.run_lock import lock_run
     from qlora_jax.tournament.reporter import ConsoleReporter
     from qlora_jax.variance_study.analysis import analyse
     from qlora_jax.variance_study.conditions import design_of
@@ -37,9 +42,11 @@ def main(argv: list[str]) -> None:
 
     runtime.start()
     design, questions = design_of(args), read_questions(args)
-    observations = observe(args, design, questions, ConsoleReporter(Console(stderr=True)))
-    splits = analyse(args, design, questions.asked, observations)
-    path = write_study(Study(args, design, questions, observations, splits))
+    reporter = ConsoleReporter(Console(stderr=True))
+    with lock_run(Path(args.output), reporter.message):
+        observations = observe(args, design, questions, reporter)
+        splits = analyse(args, design, questions.asked, observations)
+        path = write_study(Study(args, design, questions, observations, splits))
     _print(splits, Console())
     Console(stderr=True).print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
 

@@ -11,6 +11,7 @@ import yaml
 from qlora_jax import variance
 from qlora_jax.api.generate import generate_text
 from qlora_jax.api.load import load
+from qlora_jax.io.run_lock import lock_run
 from qlora_jax.tournament.local_model import LocalModel, OpenedSystem
 from tests.e2e.project import write_model
 
@@ -144,6 +145,31 @@ def test_an_interrupted_study_resumes(folder, tmp_path, monkeypatch):
     assert run(folder, tmp_path / "study")["splits"] == results(folder / "study")["splits"]
     every = sum("reply" in record for record in replies(folder / "study"))
     assert len(counted) == 1 + every  # the one that was lost, and each of the others once
+
+
+def test_one_process_at_a_time_writes_in_a_folder(tmp_path, monkeypatch):
+    write_rows(tmp_path / "prompts.jsonl", QUESTIONS)
+    write_rows(tmp_path / "examples.jsonl", [{"prompt": "1", "answer": "one"}])
+    output, writers = tmp_path / "study", []
+
+    def writes(name, result):
+        def refuses_others(*args):
+            writers.append(name)
+            with pytest.raises(ValueError, match="another process"), lock_run(output, pytest.fail):
+                pytest.fail("another process could write")
+            return result
+
+        return refuses_others
+
+    monkeypatch.setattr("qlora_jax.variance_study.replies.observe", writes("observe", {}))
+    monkeypatch.setattr("qlora_jax.variance_study.analysis.analyse", lambda *args: [])
+    monkeypatch.setattr("qlora_jax.variance_study.page.write_study", writes("write_study", output))
+    with pytest.raises(FileNotFoundError):
+        run(tmp_path, output)  # whose results nothing wrote
+    assert writers == ["observe", "write_study"]
+    with lock_run(output, pytest.fail), pytest.raises(ValueError, match="another process"):
+        run(tmp_path, output)
+    assert writers == ["observe", "write_study"]
 
 
 def test_rows_that_cannot_be_used_are_named(tmp_path):

@@ -173,7 +173,7 @@ def _flock(lock: RunLock, warn: Warn) -> None:
         fcntl.flock(lock.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(
-            f"{lock.folder}: another process trains in this folder ({_holder(lock.descriptor)}). Wait until it ends, "
+            f"{lock.folder}: another process writes in this folder ({_holder(lock.descriptor)}). Wait until it ends, "
             "or give another output"
         ) from None
     except OSError as error:

@@ -136,7 +136,7 @@ def test_what_finetune_refuses(project, tmp_path):
         q.add_adapter(project.adapted)
     assert not (tmp_path / "run").exists()
     with lock_run(tmp_path / "run", pytest.fail):
-        with pytest.raises(ValueError, match=rf"another process trains in this folder \(process {os.getpid()} on "):
+        with pytest.raises(ValueError, match=rf"another process writes in this folder \(process {os.getpid()} on "):
             q.finetune(
                 project.adapted, project.tokenizer, [{"prompt": "a", "completion": "b"}], output=tmp_path / "run"
             )

@@ -185,7 +185,7 @@ def test_a_stopped_command_gets_one_sigterm_and_ends_by_itself(runs):
 def test_a_locked_run_is_waited_for_and_then_lost(runs, commands, monkeypatch):
     search, _ = runs
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.3)
-    with lock_run(search.folder / "run", pytest.fail), pytest.raises(Lost, match="another process trains"):
+    with lock_run(search.folder / "run", pytest.fail), pytest.raises(Lost, match="another process writes"):
         perform(str(search.folder))
     assert commands == []
 

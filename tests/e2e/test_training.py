@@ -459,7 +459,7 @@ def test_a_folder_in_which_another_process_trains_is_refused(tmp_path):
     with lock_output(folder, resume=False, warn=pytest.fail):
         (folder / "metrics.jsonl").write_text("")
         (folder / "config.yaml").write_text("")
-        expected = rf"another process trains in this folder \(process {os.getpid()} on {socket.gethostname()}, since 20"
+        expected = rf"another process writes in this folder \(process {os.getpid()} on {socket.gethostname()}, since 20"
         for start in (
             lambda: run(config),
             lambda: run(config, resume=True),

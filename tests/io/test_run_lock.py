@@ -15,7 +15,7 @@ from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.run_lock import LOCK_FILE, FolderLostError, lock_run
 from tests.conftest import ROOT
 
-HELD = r"run: another process trains in this folder \(process {} on .+, since 20\d\d-.+\)\. Wait until it ends"
+HELD = r"run: another process writes in this folder \(process {} on .+, since 20\d\d-.+\)\. Wait until it ends"
 
 
 def names(folder: Path) -> list[str]:
