@@ -6,7 +6,7 @@ browser from running scripts.
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -121,8 +121,8 @@ def _numbered(names: Sequence[str], name: str) -> str:
     return f"{names.index(name) + 1}. {name}"
 
 
-def _text_of(settings: object) -> str:
-    return json.dumps(settings, ensure_ascii=False).strip("{}").replace('"', "") or "as configured"
+def _text_of(settings: Mapping[str, object]) -> str:
+    return ", ".join(f"{key}: {json.dumps(v, ensure_ascii=False)}" for key, v in settings.items()) or "as configured"
 
 
 def _methods(results: Results) -> Table:

@@ -8,6 +8,7 @@ from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, setting
 from qlora_jax.config.parse import find_problems, from_dict
 from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, QuantType, folder_problems
+from qlora_jax.patterns import text_pattern_problems
 from qlora_jax.tournament.settings import LocalModelArgs
 
 Value = str | int | float | bool | None
@@ -84,6 +85,9 @@ def check_variance(args: VarianceArgs) -> None:
         problems.append(f"measures: found {', '.join(args.measures)}, expected each once. Remove the repeated ones")
     if args.examples is None and "example_order" in _varied(args):
         problems.append("vary: example_order needs examples (found none). Set examples to their file")
+    if args.answer_pattern is not None:
+        wrong = text_pattern_problems(args.answer_pattern)
+        problems += [f"answer_pattern: {problem} (found {args.answer_pattern!r})" for problem in wrong]
     if problems := problems or _same_problems(args):
         raise ConfigError(problems)
 

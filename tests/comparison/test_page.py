@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from qlora_jax.comparison.page import page, write_page
+from qlora_jax.comparison.page import _text_of, page, write_page
 from qlora_jax.comparison.plots import COSTS, front
 from qlora_jax.comparison.results import summarize
 from qlora_jax.comparison.run import Run
@@ -59,6 +59,12 @@ def test_the_page_has_the_figures_and_runs_nothing(results, text):
     assert "corrected by Holm for all 2 tests" in text and "chosen (at the end of the grid)" in text
     assert "<script" not in text and "&lt;script&gt;x()" in text and "\x1b" not in text
     assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")  # only names of SVG
+
+
+def test_settings_are_shown_whole():
+    nested = {"lora.rank": 4, "model.rope": {"factor": 2.0, "kind": "yarn"}}
+    assert _text_of(nested) == 'lora.rank: 4, model.rope: {"factor": 2.0, "kind": "yarn"}'
+    assert _text_of({"data.train": "a {x} ü"}) == 'data.train: "a {x} ü"' and _text_of({}) == "as configured"
 
 
 def test_the_ids_of_plots_are_unique(text):

@@ -70,6 +70,8 @@ def test_each_condition_differs_from_the_fixed_one_in_its_factor_alone():
         ({"vary": {"paraphrase": ["{prompt}", "Hello"]}}, "paraphrase: found 'Hello', expected a text with {prompt}"),
         ({"vary": {"example_order": [1, 2]}}, "vary: example_order needs examples"),
         ({"fixed": {}, "vary": {"seed": [1, 2]}}, "vary.seed: levels do the same with temperature 0"),
+        ({"answer_pattern": "(a"}, "answer_pattern: "),
+        ({"answer_pattern": r"(a)\1"}, "(found '(a)\\\\1')"),
         ({"measures": ["answer", "answer"]}, "measures: found answer, answer, expected each once"),
     ],
 )
