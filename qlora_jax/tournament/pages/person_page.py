@@ -26,9 +26,11 @@ class KeyedMatch(TypedDict):
 
 
 class PageKey(TypedDict):
-    """The key of a page: the page's id, and the match that each id stands for."""
+    """The key of a page: the page's id, the settings it was drawn with, and the match that each id stands for."""
 
     page: str
+    limit: int | None
+    both_orders: bool
     matches: dict[str, KeyedMatch]
 
 
@@ -56,6 +58,8 @@ def draw_key(matches: Sequence[Match], transcripts: Transcripts, *, limit: int |
         source.shuffle(shown)
     return PageKey(
         page=secrets.token_hex(8),
+        limit=limit,
+        both_orders=both_orders,
         matches={
             secrets.token_hex(8): KeyedMatch(**match._asdict(), texts=transcripts.digest(match)) for match in shown
         },

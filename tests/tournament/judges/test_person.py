@@ -78,6 +78,23 @@ def test_exported_verdicts_come_back_as_the_keys_systems(tmp_path, transcripts):
     ]
 
 
+def test_changed_settings_are_refused_and_pairs_that_the_page_lacks_are_reported(tmp_path):
+    messages = []
+    reporter = Reporter()
+    reporter.message = messages.append
+    two, three = (transcripts_of(arena_args(**write_tournament(tmp_path, systems=systems))) for systems in (2, 3))
+    for transcripts in (two, three):
+        PersonJudge("anna", PersonArgs(), tmp_path, reporter).judge(
+            transcripts.matches(), transcripts, lambda one: None
+        )
+    assert [text for text in messages if "not on the page" in text] == [messages[1]]
+    assert messages[1].startswith("anna: 8 of 12 pairs are not on the page")
+    with pytest.raises(
+        ValueError, match=r"limit \(found 5, expected null\), both_orders \(found true, expected false\)"
+    ):
+        PersonJudge("anna", PersonArgs(limit=5, both_orders=True), tmp_path, reporter)
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
