@@ -81,6 +81,10 @@ def test_models_reply_are_judged_and_nothing_is_done_twice(tmp_path, capsys, mon
     write_model(tmp_path / "model", seed=9)
     with pytest.raises(ValueError, match=r"step-3.jsonl: made with other inputs: base \(found"):
         arena.main(["--config", config])
+    # The replies of the second system are checked before those of the first are generated.
+    (folder / "replies/step-3.jsonl").unlink()
+    with pytest.raises(ValueError, match=r"step-7.jsonl: made with other inputs: base \(found"):
+        arena.main(["--config", config])
 
 
 def test_a_prompt_that_is_too_long_for_a_judge_is_reported(tmp_path, capsys):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 from qlora_jax.tournament.judges.judge import Attempts, Judge, Judgement, JudgeStopped, Record, Verdict
-from qlora_jax.tournament.ledger import Ledger
+from qlora_jax.tournament.ledger import Ledger, stored_records
 from qlora_jax.tournament.matches import Match, Transcripts
 from qlora_jax.tournament.reporter import Reporter
 
@@ -41,6 +41,21 @@ class Judged(NamedTuple):
     stopped: str | None
 
 
+def check_inputs(judges: Mapping[str, Judge], folder: Path) -> None:
+    """Raises ValueError if stored judgements are damaged, or their judge had other settings."""
+    for name, judge in judges.items():
+        if not judge.remembers:
+            stored_records(_path(folder, name), judge.inputs(), StoredJudgement)
+
+
+def check_texts(judges: Mapping[str, Judge], matches: Sequence[Match], transcripts: Transcripts, folder: Path) -> None:
+    """Raises ValueError if stored judgements are on other texts."""
+    for name, judge in judges.items():
+        if not judge.remembers:
+            path = _path(folder, name)
+            _on_matches(path, stored_records(path, judge.inputs(), StoredJudgement), matches, transcripts)
+
+
 def judge_matches(
     name: str, judge: Judge, matches: Sequence[Match], transcripts: Transcripts, folder: Path, reporter: Reporter
 ) -> Judged:
@@ -56,8 +71,8 @@ def judge_matches(
         found: list[Judgement] = []
         judge.judge(matches, transcripts, found.append)
         return Judged(len(found), _last(found), _sum(found), None)
-    with Ledger(folder / "judgements" / f"{name}.jsonl", judge.inputs(), StoredJudgement) as ledger:
-        found = _stored(ledger, matches, transcripts)
+    with Ledger(_path(folder, name), judge.inputs(), StoredJudgement) as ledger:
+        found = _on_matches(ledger.path, ledger.records, matches, transcripts)
         verdicts = {judgement.match for judgement in found if judgement.verdict is not None}
         missing = [match for match in matches if match not in verdicts]
         stopped = None
@@ -71,6 +86,10 @@ def judge_matches(
 
             stopped = _judge(judge, missing, transcripts, record)
     return Judged(len(matches), _last(found), _sum(found), stopped)
+
+
+def _path(folder: Path, judge: str) -> Path:
+    return folder / "judgements" / f"{judge}.jsonl"
 
 
 def _judge(judge: Judge, matches: Sequence[Match], transcripts: Transcripts, record: Record) -> str | None:
@@ -92,16 +111,18 @@ def _sum(judgements: Sequence[Judgement]) -> Attempts:
     return Attempts(*(sum(counts) for counts in zip(Attempts(), *(one.attempts for one in judgements), strict=True)))
 
 
-def _stored(ledger: Ledger[StoredJudgement], matches: Sequence[Match], transcripts: Transcripts) -> list[Judgement]:
+def _on_matches(
+    path: Path, records: Sequence[StoredJudgement], matches: Sequence[Match], transcripts: Transcripts
+) -> list[Judgement]:
     """The stored judgements on the matches; ValueError if one is on other texts."""
     wanted = {*matches}
-    found = [(_from_stored(record), record["texts"]) for record in ledger.records]
+    found = [(_from_stored(record), record["texts"]) for record in records]
     found = [(judgement, texts) for judgement, texts in found if judgement.match in wanted]
     changed = [judgement.match for judgement, texts in found if transcripts.digest(judgement.match) != texts]
     if changed:
         example = changed[0]
         raise ValueError(
-            f"{ledger.path}: {len(changed)} judgements are on other texts, such as that on {example.first} and "
+            f"{path}: {len(changed)} judgements are on other texts, such as that on {example.first} and "
             f"{example.second} for the prompt {example.prompt}. Restore the prompts and replies, or delete this file "
             "to judge again"
         )

@@ -75,6 +75,19 @@ class Ledger[T]:
         self.close()
 
 
+def stored_records[T](path: Path, inputs: Inputs, kind: type[T]) -> list[T]:
+    """The records of a file, or none if it does not exist; creates nothing.
+
+    Raises:
+      ValueError: the file is of other inputs, or a line is damaged.
+      OSError: the file cannot be read.
+    """
+    if not path.exists():
+        return []
+    with Ledger(path, inputs, kind) as ledger:
+        return ledger.records
+
+
 def _whole_lines(path: Path) -> Sequence[str]:
     """The lines that end with a line break; removes half a line at the end of the file."""
     if not path.exists():

@@ -1,7 +1,7 @@
 """Collects the replies of all systems: generated here and stored, or read from a file."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
@@ -11,7 +11,7 @@ from qlora_jax.data.readers.files import Problem, raise_problems, read_rows
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.prompts import encode_prompts
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.tournament.ledger import Inputs, Ledger
+from qlora_jax.tournament.ledger import Inputs, Ledger, stored_records
 from qlora_jax.tournament.local_model import LocalModel, open_system
 from qlora_jax.tournament.prompt_file import Prompt, id_text
 from qlora_jax.tournament.reporter import Reporter
@@ -50,19 +50,27 @@ class Generation:
 
 
 class _Generated(NamedTuple):
-    """A system to generate replies with: its settings, all inputs of its replies, and the ids of the prompts."""
+    """A system to generate replies with.
+
+    Fields:
+      inputs: all inputs of its replies but the prompts.
+      ids: the ids of the prompts.
+      path: the file of its replies.
+    """
 
     name: str
     model: SystemArgs
     generation: Generation
     inputs: Inputs
     ids: Sequence[Sequence[int]]
+    path: Path
 
 
 def collect_replies(args: ArenaArgs, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, dict[str, str]]:
     """The replies of each system by the id of the prompt; generates those that are missing.
 
-    All systems are opened, and all prompts encoded, before the first model is loaded. One model is loaded at a time.
+    All systems are opened, all prompts encoded, and all stored replies checked before the first model is loaded. One
+    model is loaded at a time.
 
     Raises:
       ValueError: a model, a file of replies or a prompt cannot be used, or stored replies are of other inputs.
@@ -74,10 +82,11 @@ def collect_replies(args: ArenaArgs, prompts: Sequence[Prompt], reporter: Report
         if isinstance(one, RecordedRepliesArgs):
             recorded[name] = read_replies(one, args.id_column, prompts)
         else:
-            generated[name] = _open(name, one, args, prompts)
+            generated[name] = found = _open(name, one, args, prompts)
+            _on_prompts(found, stored_records(found.path, found.inputs, StoredReply), prompts)
     replies = {}
     for name in settings:
-        replies[name] = recorded[name] if name in recorded else _generate(generated.pop(name), args, prompts, reporter)
+        replies[name] = recorded[name] if name in recorded else _generate(generated.pop(name), prompts, reporter)
     return replies
 
 
@@ -119,15 +128,13 @@ def _open(name: str, system: SystemArgs, args: ArenaArgs, prompts: Sequence[Prom
     opened = open_system(system, generation.system)
     ids = encode_prompts(str(args.prompts), [p.row for p in prompts], opened.prompter, opened.max_positions)
     inputs = dataclasses.asdict(generation) | {key: getattr(system, key) for key in MODEL} | opened.identity()
-    return _Generated(name, system, generation, inputs, ids)
+    return _Generated(name, system, generation, inputs, ids, Path(args.output) / "replies" / f"{name}.jsonl")
 
 
-def _generate(system: _Generated, args: ArenaArgs, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, str]:
+def _generate(system: _Generated, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, str]:
     """Generates the replies that are not stored, and stores each as soon as it is complete."""
-    path = Path(args.output) / "replies" / f"{system.name}.jsonl"
-    digests = {prompt.id: _digest(ids) for prompt, ids in zip(prompts, system.ids, strict=True)}
-    with Ledger(path, system.inputs, StoredReply) as ledger:
-        replies = _stored(ledger, digests)
+    with Ledger(system.path, system.inputs, StoredReply) as ledger:
+        replies = _on_prompts(system, ledger.records, prompts)
         missing = [index for index, prompt in enumerate(prompts) if prompt.id not in replies]
         if not missing:
             return replies
@@ -135,8 +142,14 @@ def _generate(system: _Generated, args: ArenaArgs, prompts: Sequence[Prompt], re
             model = open_system(system.model, system.generation.system).load(progress)
         with reporter.counting(f"{system.name}: replies", len(prompts), len(replies)) as advance:
             for row, reply in _replies_of(model, [system.ids[index] for index in missing], system.generation):
-                name, text = prompts[missing[row]].id, model.tokenizer.decode(reply.ids)
-                stored = {"prompt": name, "ids_digest": digests[name], "end": reply.end, "tokens": len(reply.ids)}
+                index, text = missing[row], model.tokenizer.decode(reply.ids)
+                name = prompts[index].id
+                stored = {
+                    "prompt": name,
+                    "ids_digest": _digest(system.ids[index]),
+                    "end": reply.end,
+                    "tokens": len(reply.ids),
+                }
                 ledger.append(StoredReply(**stored, reply=text))
                 replies[name] = text
                 advance()
@@ -150,12 +163,13 @@ def _replies_of(model: LocalModel, ids: Sequence[Sequence[int]], generation: Gen
     return model.reply_each(ids, sampling, generation.max_new_tokens)
 
 
-def _stored(ledger: Ledger[StoredReply], digests: Mapping[str, str]) -> dict[str, str]:
+def _on_prompts(system: _Generated, records: Sequence[StoredReply], prompts: Sequence[Prompt]) -> dict[str, str]:
     """The stored replies to the prompts; ValueError if a prompt has changed since."""
-    records = [record for record in ledger.records if record["prompt"] in digests]
+    digests = {prompt.id: _digest(ids) for prompt, ids in zip(prompts, system.ids, strict=True)}
+    records = [record for record in records if record["prompt"] in digests]
     if changed := [record["prompt"] for record in records if record["ids_digest"] != digests[record["prompt"]]]:
         raise ValueError(
-            f"{ledger.path}: prompts have changed since these replies ({', '.join(changed[:8])}). Restore them, give "
+            f"{system.path}: prompts have changed since these replies ({', '.join(changed[:8])}). Restore them, give "
             "the tournament another output, or delete this file to generate its replies again"
         )
     return {record["prompt"]: record["reply"] for record in records}

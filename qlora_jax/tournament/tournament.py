@@ -10,7 +10,7 @@ from qlora_jax.tournament.examples import choose_examples
 from qlora_jax.tournament.judges.judge import Judge
 from qlora_jax.tournament.judges.recorded import RecordedJudge
 from qlora_jax.tournament.judges.registry import build_judges
-from qlora_jax.tournament.judging import judge_matches
+from qlora_jax.tournament.judging import check_inputs, check_texts, judge_matches
 from qlora_jax.tournament.matches import Match, Transcripts, systems_of
 from qlora_jax.tournament.pages.results_page import results_page
 from qlora_jax.tournament.prompt_file import read_tournament_prompts
@@ -25,7 +25,8 @@ RESULTS_FILE, PAGE_FILE = "results.json", "results.html"
 def hold_tournament(args: ArenaArgs, reporter: Reporter) -> Results:
     """Generates missing replies, asks for missing judgements, and writes the results into the folder `output`.
 
-    Judges, prompts and models are opened first, so that a wrong path or a missing key is reported before hours of work.
+    Judges, prompts, models and all stored files are opened first, so that a wrong path, a missing key or another
+    setting is reported before hours of work. Judges whose verdicts lie in other files come before those that are asked.
 
     Args:
       args: settings that `check_arena` accepts.
@@ -37,14 +38,16 @@ def hold_tournament(args: ArenaArgs, reporter: Reporter) -> Results:
     folder = Path(args.output)
     with lock_run(folder, reporter.message):
         judges = build_judges(args, reporter)
+        check_inputs(judges, folder)
         prompts = read_tournament_prompts(args) if args.systems else []
         transcripts = Transcripts(
             prompts={prompt.id: prompt for prompt in prompts}, replies=collect_replies(args, prompts, reporter)
         )
         matches = transcripts.matches() if args.systems else _recorded_matches(judges)
-        judged = {
-            name: judge_matches(name, judge, matches, transcripts, folder, reporter) for name, judge in judges.items()
-        }
+        check_texts(judges, matches, transcripts, folder)
+        first = sorted(judges, key=lambda name: not judges[name].remembers)
+        found = {name: judge_matches(name, judges[name], matches, transcripts, folder, reporter) for name in first}
+        judged = {name: found[name] for name in judges}
         results = compute_results(args, [*args.systems] or systems_of(matches), judged)
         examples = choose_examples(judged, _ratings(results), args.seed)
         content = {"settings": public_settings(args)} | to_dict(results)

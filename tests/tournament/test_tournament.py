@@ -201,6 +201,26 @@ def test_a_new_system_adds_matches_and_changed_texts_are_refused(tmp_path):
     assert len(endpoint.requests) == 24
 
 
+def test_what_cannot_be_used_is_found_before_anything_is_asked(tmp_path):
+    settings = write_tournament(tmp_path, prompts=1)
+    with fake_endpoint(right) as endpoint:
+        judge = endpoint_judge(tmp_path, endpoint.url)
+        hold(settings, second=judge, anna={"kind": "person"})
+        sent = len(endpoint.requests)
+        with pytest.raises(ValueError, match=r"second.jsonl: made with other inputs: temperature"):
+            hold(settings, new=judge, second=judge | {"temperature": 0.5})
+        with pytest.raises(OSError, match="no-such"):
+            hold(settings, new=judge, anna={"kind": "person", "answers": str(tmp_path / "no-such")})
+        rows = [{"question_id": 10, "reply": "A poor reply to 0."}]
+        settings["systems"]["alpha-system"]["replies"] = write_lines(tmp_path / "new.jsonl", rows)
+        with pytest.raises(ValueError, match=r"second.jsonl: 4 judgements are on other texts"):
+            hold(settings, new=judge, second=judge)
+        with pytest.raises(ValueError, match=r"anna.html: 2 of its 3 pairs have other texts now"):
+            hold(settings, new=judge, anna={"kind": "person"})
+        assert len(endpoint.requests) == sent
+    assert not (tmp_path / "arena/judgements/new.jsonl").exists()  # so that its settings may still change
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=EXHAUSTIVE)])
 def test_a_stopped_command_loses_no_judgement(tmp_path, how):
