@@ -8,6 +8,7 @@ from qlora_jax.evaluation.tasks.task_file import read_each
 from qlora_jax.tournament.judges.judge import VERDICTS, Judgement, Record, Verdict
 from qlora_jax.tournament.matches import Match, Transcripts
 from qlora_jax.tournament.prompt_file import id_text
+from qlora_jax.tournament.reporter import Reporter
 
 
 class RecordedJudge:
@@ -19,15 +20,23 @@ class RecordedJudge:
 
     remembers = True
 
-    def __init__(self, verdicts: Mapping[Match, Verdict]):
+    def __init__(self, name: str, verdicts: Mapping[Match, Verdict], reporter: Reporter):
         self.verdicts = verdicts
+        self._name, self._reporter = name, reporter
 
     def inputs(self) -> dict[str, str | int | float | bool | None]:
         """Nothing: the file is read each time."""
         return {}
 
     def judge(self, matches: Sequence[Match], transcripts: Transcripts, record: Record) -> None:
-        """Records the verdict on each match, or none."""
+        """Records the verdict on each match, or none; reports verdicts on other matches."""
+        asked = {*matches}
+        if unused := [match for match in self.verdicts if match not in asked]:
+            self._reporter.message(
+                f"{self._name}: {len(unused):,} of {len(self.verdicts):,} verdicts are on systems or prompts that do "
+                f"not take part, such as that on {unused[0].first} and {unused[0].second} for the prompt "
+                f"{unused[0].prompt}"
+            )
         for match in matches:
             record(Judgement(match, self.verdicts.get(match)))
 

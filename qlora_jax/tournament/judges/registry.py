@@ -25,7 +25,7 @@ class Context(NamedTuple):
 BUILDERS: dict[str, Callable[[Any, Context], Judge]] = {
     "endpoint": lambda args, context: EndpointJudge(args),
     "model": lambda args, context: ModelJudge(args, context.reporter),
-    "verdicts": lambda args, context: RecordedJudge(read_verdicts(args.path)),
+    "verdicts": lambda args, context: RecordedJudge(context.name, read_verdicts(args.path), context.reporter),
     "person": lambda args, context: PersonJudge(context.name, args, context.folder, context.reporter),
 }
 

@@ -4,6 +4,7 @@ import pytest
 
 from qlora_jax.tournament.judges.recorded import RecordedJudge, read_verdicts
 from qlora_jax.tournament.matches import Match, Transcripts
+from qlora_jax.tournament.reporter import Reporter
 from tests.tournament.tiny_tournament import write_lines
 
 ROW = {"question_id": 1, "model_a": "x", "model_b": "y", "verdict": 1}
@@ -12,11 +13,19 @@ NO_TEXTS = Transcripts(prompts={}, replies={})
 
 def test_verdicts_are_given_for_the_matches_asked(tmp_path):
     rows = [ROW | {"question_id": number, "verdict": verdict} for number, verdict in enumerate((1, 2, 3, -1), 1)]
-    judge = RecordedJudge(read_verdicts(write_lines(tmp_path / "verdicts.jsonl", rows)))
+    messages, reporter = [], Reporter()
+    reporter.message = messages.append
+    judge = RecordedJudge("gpt4", read_verdicts(write_lines(tmp_path / "verdicts.jsonl", rows)), reporter)
     found = []
     asked = [Match("4", "x", "y"), Match("2", "x", "y"), Match("2", "y", "x"), Match("3", "x", "y")]
     judge.judge(asked, NO_TEXTS, found.append)
     assert [(one.match, one.verdict) for one in found] == [*zip(asked, (-1, 2, None, 3), strict=True)]
+    (message,) = messages
+    assert message.startswith(
+        "gpt4: 1 of 4 verdicts are on systems or prompts that do not take part, such as that on x"
+    )
+    judge.judge([*asked, Match("1", "x", "y")], NO_TEXTS, found.append)
+    assert len(messages) == 1
 
 
 @pytest.mark.parametrize(
