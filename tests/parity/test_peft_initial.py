@@ -67,7 +67,7 @@ def _deltas(model, spec: LoraArgs) -> dict[str, np.ndarray]:
     lora = partition(model).lora
     found = {}
     for name, target in adapted_tensors(model.config, spec).items():
-        a, b = (np.asarray(lora[target.name][leaf][target.layer]) for leaf in ("lora_a", "lora_b"))
+        a, b = (np.asarray(lora[target.name][leaf][target.row]) for leaf in ("lora_a", "lora_b"))
         found[name] = target.scaling * (a @ b).T
     return found
 
