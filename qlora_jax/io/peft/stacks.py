@@ -93,7 +93,7 @@ def _problems(modules: list[str], found: Found, shape: tuple[int, int]) -> list[
     if not modules:
         return ["layers_to_transform: none of these layers exists in the model"]
     missing = [
-        f"{module}.{LEAF_NAMES[leaf]} : missing, but the adapter's settings target this layer"
+        f"{module}.{LEAF_NAMES[leaf]}: missing, but the adapter's settings target this layer"
         for leaf, entries in found.items()
         for module, entry in zip(modules, entries, strict=True)
         if entry is None
