@@ -26,6 +26,7 @@ LAYERS = {
     "qlora_jax.sandbox": 0,
     "qlora_jax.sharding": 0,
     "qlora_jax.statistics": 0,
+    "qlora_jax.page_template": 1,
     "qlora_jax.config": 1,
     "qlora_jax.hosts": 1,
     "qlora_jax.quant": 2,

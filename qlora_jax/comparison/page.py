@@ -4,12 +4,10 @@ Names, settings and paths are untrusted text. jinja2 escapes all of it, and the 
 browser from running scripts.
 """
 
-import functools
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -18,11 +16,8 @@ from qlora_jax.comparison.plots import COSTS, Cost, front, pareto_svg, runs_svg
 from qlora_jax.comparison.results import LEVEL, Difference, Estimate, Results
 from qlora_jax.comparison.study import Task
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.terminal.visible import visible
+from qlora_jax.page_template import page_template
 from qlora_jax.training.report.plot import NARROW, WIDE
-
-if TYPE_CHECKING:
-    import jinja2
 
 PAGE_FILE = "comparison.html"
 DIFFERENCE = ("difference", "mean", "95 % interval", "p, corrected", "verdict")
@@ -75,7 +70,7 @@ def write_page(results: Results, folder: Path) -> Path:
 def page(results: Results) -> str:
     """Returns the page as HTML."""
     study = results.study
-    return _template().render(
+    return page_template(__package__, "page.html.jinja").render(
         title=Path(study.settings.output).name,
         tiles=_tiles(results),
         methods=_methods(results),
@@ -88,17 +83,6 @@ def page(results: Results) -> str:
         base=study.settings.base,
         shared=_text_of(study.settings.settings),
     )
-
-
-@functools.cache
-def _template() -> "jinja2.Template":
-    import jinja2  # as slow to import as the rest of this module
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
-    return environment.from_string(resources.files(__package__).joinpath("page.html.jinja").read_text("utf-8"))
 
 
 def _tiles(results: Results) -> list[tuple[str, str]]:

@@ -5,17 +5,15 @@ a browser from running scripts.
 """
 
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from qlora_jax.atomic_files import write_text
-from qlora_jax.terminal.visible import visible
+from qlora_jax.page_template import page_template
 from qlora_jax.variance_study.analysis import Split
 from qlora_jax.variance_study.conditions import Design
 from qlora_jax.variance_study.measures import TITLES, score
@@ -23,9 +21,6 @@ from qlora_jax.variance_study.picked import Picked, pick
 from qlora_jax.variance_study.questions import Questions
 from qlora_jax.variance_study.replies import Observations, StoredReply
 from qlora_jax.variance_study.settings import ConditionArgs, VarianceArgs
-
-if TYPE_CHECKING:
-    import jinja2
 
 PAGE_FILE, RESULTS_FILE = "variance.html", "results.json"
 
@@ -74,7 +69,7 @@ def page(study: Study) -> str:
     """Returns the page as HTML."""
     args = study.args
     first, *others = args.models
-    return _template().render(
+    return page_template(__package__, "variance.html.jinja").render(
         first=first,
         others=others,
         prompts=len(study.questions.asked),
@@ -128,15 +123,3 @@ def _example(study: Study, picked: Picked) -> Example:
             for factor, levels in study.design.factors.items()
         },
     )
-
-
-@functools.cache
-def _template() -> "jinja2.Template":
-    import jinja2  # takes longer than the rest of this module
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    # Control characters that an HTML parser would drop or replace.
-    environment.filters["visible"] = visible
-    return environment.from_string(resources.files(__package__).joinpath("variance.html.jinja").read_text("utf-8"))

@@ -11,7 +11,7 @@ from importlib import resources
 
 from markupsafe import Markup
 
-from qlora_jax.terminal.visible import visible
+from qlora_jax.page_template import page_template
 
 # Characters that could end a script element, or a line of it.
 _ESCAPED = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
@@ -19,13 +19,7 @@ _ESCAPED = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"
 
 def render(name: str, **values: object) -> str:
     """Renders the template `name` of this folder; `style` is the style sheet of all pages."""
-    import jinja2  # takes longer than the rest of this module
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["visible"] = visible
-    return environment.from_string(read_asset(name)).render(**values, style=Markup(read_asset("style.css")))
+    return page_template(__package__, name).render(**values, style=Markup(read_asset("style.css")))
 
 
 def read_asset(name: str) -> str:

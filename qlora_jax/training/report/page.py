@@ -7,9 +7,8 @@ browser from running scripts.
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -18,7 +17,7 @@ from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.yaml_files import config_text
 from qlora_jax.data.report.stats import DataReport
 from qlora_jax.data.report.text import report_lines
-from qlora_jax.terminal.visible import visible
+from qlora_jax.page_template import page_template
 from qlora_jax.training.banner import warm_up_text
 from qlora_jax.training.display import format_duration
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
@@ -35,9 +34,6 @@ from qlora_jax.training.report.facts import (
 from qlora_jax.training.report.plot import NARROW, WIDE, Size, chart_svg, lengths_svg, loss_svg
 from qlora_jax.training.session import steps_of_run
 
-if TYPE_CHECKING:
-    import jinja2
-
 PAGE_FILE, FACTS_FILE = "report.html", "report.json"
 
 
@@ -52,7 +48,7 @@ def write_report(report: RunReport, run: Path) -> Path:
 
 def page(report: RunReport) -> str:
     """Returns the page as HTML."""
-    return _template().render(
+    return page_template(__package__, "report.html.jinja").render(
         title=Path(report.config.output).name,
         model=report.config.model.path,
         tiles=_tiles(report),
@@ -69,18 +65,6 @@ def page(report: RunReport) -> str:
         kinds=_kinds(report.plan.requirements),
         config=config_text(report.config),
     )
-
-
-@functools.cache
-def _template() -> "jinja2.Template":
-    import jinja2  # takes longer than the rest of this module, and is used once, at the end of a run
-
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    # Control characters that an HTML parser would drop or replace.
-    environment.filters["visible"] = visible
-    return environment.from_string(resources.files(__package__).joinpath("report.html.jinja").read_text("utf-8"))
 
 
 class _Figure(NamedTuple):
