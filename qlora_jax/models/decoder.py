@@ -24,12 +24,13 @@ from qlora_jax.models.layer_runs import layer_runs, split_run
 from qlora_jax.nn.bottleneck import Bottleneck
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.full_rank import TrainableTable
-from qlora_jax.nn.linear import QLinear, gather_layer, name_number, project
+from qlora_jax.nn.linear import QLinear, gather_layer, name_number, named_key, project
 from qlora_jax.nn.lm_head import Head, HeadWithRows, TrainableHead
 from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
+from qlora_jax.nn.sequence_head import HeadSpec, SequenceHead
 from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import Shard, gathered
@@ -56,6 +57,7 @@ REMAT_POLICIES = {
     ),
 }
 
+SCORE = "score"  # name of the sequence head among the trained parameters
 AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
 
 
@@ -271,10 +273,32 @@ class CausalLM(nnx.Module):
         if not config.tie_embeddings:
             bias = jnp.zeros((config.vocab_size,), weights.dtype) if config.head_bias else None
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
+        self.score: SequenceHead | None = nnx.data(None)  # data: it may be set later
+
+    def add_sequence_head(self, spec: HeadSpec, key: Key[Array, ""]) -> None:
+        """Adds a head that scores whole sequences, in place of the language-model head, whose memory is freed."""
+        self.score = SequenceHead.init(named_key(key, SCORE), self.config.embed_dim, spec)
+        if self.has_lm_head:
+            del self.lm_head
+
+    @property
+    def has_lm_head(self) -> bool:
+        """True if the language-model head is a separate table."""
+        return hasattr(self, "lm_head")
 
     @property
     def head(self) -> AnyHead:
-        """The head, which maps hidden states to logits; its weight is the embedding if they are tied."""
+        """The head, which maps hidden states to logits; its weight is the embedding if they are tied.
+
+        Raises:
+          ValueError: the model scores whole sequences.
+        """
+        if self.score is not None:
+            raise ValueError(
+                "model: it has no language-model head (found a head for whole sequences, as objectives such as "
+                "classification train). Evaluate it with labels, pairs or embeddings, not with tasks that score or "
+                "generate tokens"
+            )
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
         return table.head(self.config.head_softcap)
 

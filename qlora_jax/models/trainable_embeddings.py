@@ -15,9 +15,9 @@ from qlora_jax.nn.variables import Frozen
 
 
 def tables(model: CausalLM) -> Iterator[tuple[str, Embedding]]:
-    """Yields (name, table) of the embedding, and of the head unless they are tied."""
+    """Yields (name, table) of the embedding, and of the language-model head if it is a separate table."""
     yield "model.embed_tokens", model.model.embed_tokens
-    if not model.config.tie_embeddings:
+    if model.has_lm_head:
         yield "lm_head", model.lm_head
 
 

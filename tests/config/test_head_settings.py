@@ -1,0 +1,32 @@
+"""Settings of the head that the objective ignores, or that contradict each other."""
+
+import pytest
+
+from qlora_jax.config.head_settings import HEADS, HeadArgs, head_problems
+
+
+@pytest.mark.parametrize("objective", ["sft", "dpo", *HEADS])
+def test_defaults_fit_every_objective(objective):
+    assert head_problems(HeadArgs(), objective) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "objective"),
+    [
+        ("labels", ["a", "b"], "regression"),
+        ("pooling", "mean", "reward"),
+        ("temperature", 0.1, "classification"),
+        ("center_rewards_coefficient", 0.01, "sft"),
+    ],
+)
+def test_settings_that_the_objective_ignores_are_named(name, value, objective):
+    (problem,) = head_problems(HeadArgs(**{name: value}), objective)
+    assert problem.startswith(f"head.{name}: found {value!r}, but objective={objective} does not use it")
+
+
+def test_labels_are_unique_and_at_least_two():
+    assert head_problems(HeadArgs(labels=["a", "b", "a"]), "classification") == [
+        "head.labels: found 'a' several times, expected unique names. Remove it"
+    ]
+    assert "expected at least 2 labels" in head_problems(HeadArgs(labels=["a"]), "classification")[0]
+    assert head_problems(HeadArgs(labels=["a"]), "multi_label") == []
