@@ -47,7 +47,13 @@ def main(argv: list[str]) -> None:
     from qlora_jax.terminal.console import Console
 
     runtime.start()
-    opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
+    opened = open_pretrained(
+        model=args.model,
+        run=args.run,
+        step=args.step,
+        chat_template=args.chat_template,
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
     prompter = prompts.prompter(opened.tokenizer, raw="raw" in flags, system=args.system)
     limit = opened.features.max_positions
     rows, encoded = _prompts(args, prompter, limit)

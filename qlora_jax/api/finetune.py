@@ -132,6 +132,7 @@ def finetune(
     provenance = _check_trainable(provenance_of(model), tokenizer)
     settings = {
         "data.chat_template": provenance.chat_template,
+        "data.chat_template_kwargs": dict(provenance.chat_template_kwargs) or None,
         "data.eval_fraction": eval_fraction,
         "data.columns": columns,
         "data.bad_rows": bad_rows,
@@ -201,5 +202,5 @@ def _check_trainable(provenance: Provenance, tokenizer: Tokenizer) -> Provenance
 
 def _are_equal(a: Tokenizer, b: Tokenizer) -> bool:
     """True if both encode and render alike; their backends have no equality."""
-    names = ("exported", "chat_template", "special_tokens", "add_bos_token", "new_ids", "rows")
+    names = ("exported", "chat_template", "chat_template_kwargs", "special_tokens", "add_bos_token", "new_ids", "rows")
     return all(getattr(a, name) == getattr(b, name) for name in names)

@@ -1,12 +1,13 @@
 """`load`: a base model, training run or PEFT adapter as a Flax module and a tokenizer."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from qlora_jax.api.progress import loading_bar
 from qlora_jax.api.provenance import Provenance, attach
 from qlora_jax.config import ModelArgs
+from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, is_finetuned, load_checked, open_base, open_finetuned
@@ -27,6 +28,7 @@ def load(
     new_tokens: Sequence[str] = (),
     new_special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
+    chat_template_kwargs: Mapping[str, TemplateValue] | None = None,
     base: str | None = None,
     step: int | None = None,
     progress: bool = False,
@@ -45,6 +47,7 @@ def load(
       new_tokens: tokens to add to a base's vocabulary; their rows train with the adapter.
       new_special_tokens: special tokens to add, such as turn markers.
       chat_template: a jinja file to use instead of the model's template.
+      chat_template_kwargs: variables for the template, such as {"enable_thinking": False}; None: the training run's.
       base: for a run or adapter, the path of its base model if that moved after training.
       step: for a run, the checkpoint to load; None: the newest.
       progress: show a progress bar.
@@ -55,12 +58,14 @@ def load(
     if is_finetuned(path):
         if new_tokens or new_special_tokens:
             raise ValueError(f"{path}: new_tokens require a base model (found a run or adapter). Remove them")
-        opened = open_finetuned(path, base=base, step=step, chat_template=chat_template)
+        opened = open_finetuned(
+            path, base=base, step=step, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
+        )
     else:
         if base is not None or step is not None:
             raise ValueError(f"{path}: base and step require a run or adapter (found a base model). Remove them")
         args = ModelArgs(path=path, new_tokens=[*new_tokens], new_special_tokens=[*new_special_tokens])
-        opened = open_base(args, chat_template)
+        opened = open_base(args, chat_template, chat_template_kwargs)
     changes = {
         "quant_type": quant_type,
         "block_size": block_size,
@@ -86,6 +91,7 @@ def load_opened(
     provenance = Provenance(
         opened=dataclasses.replace(opened, args=args),
         chat_template=chat_template or (run.chat_template if run else None),
+        chat_template_kwargs=opened.tokenizer.chat_template_kwargs,
         fingerprint=loaded.fingerprint,
         lora_args=run.lora_args if run else None,
         initial=run.initial if run else None,

@@ -1,10 +1,12 @@
 """Records where a loaded model comes from, so that training and export can identify its base."""
 
 import dataclasses
+from collections.abc import Mapping
 
 from flax import nnx
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.config.fields import TemplateValue
 from qlora_jax.io.adapter_init import InitialAdapter
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.pretrained import OpenedModel
@@ -22,6 +24,7 @@ class Provenance:
     Fields:
       opened: the base's files, tokenizer and weight format, and the run or PEFT adapter that was loaded with it.
       chat_template: path of the jinja file that replaced the model's template.
+      chat_template_kwargs: variables for the template.
       fingerprint: of the base, as a run's checkpoint stores it.
       lora_args: settings of the adapter; None for a base.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
@@ -30,6 +33,7 @@ class Provenance:
     opened: OpenedModel
     chat_template: str | None
     fingerprint: str
+    chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
     lora_args: LoraArgs | None = None
     initial: InitialAdapter | None = None
 
@@ -47,6 +51,7 @@ class Provenance:
             model=self.opened.args,
             lora_args=self.lora_args,
             chat_template=self.chat_template,
+            chat_template_kwargs=self.chat_template_kwargs,
             step=None,
             lora=parts.lora,
             fingerprint=self.fingerprint,

@@ -4,6 +4,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+# A value that a setting gives a chat template.
+TemplateValue = bool | int | float | str | list[str]
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bound:

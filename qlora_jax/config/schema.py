@@ -13,6 +13,7 @@ from qlora_jax.config.fields import (
     NOT_EMPTY,
     POSITIVE,
     UP_TO_ONE,
+    TemplateValue,
     setting,
 )
 from qlora_jax.config.lora_settings import LoraArgs
@@ -165,6 +166,11 @@ class DataArgs:
         AT_LEAST_HUNDRED,
     )
     chat_template: str | None = setting("a jinja file to use instead of the model's chat template", None)
+    chat_template_kwargs: dict[str, TemplateValue] = setting(
+        "variables for the chat template: {enable_thinking: false}. The run stores them, and generate and evaluate use "
+        "them too",
+        {},
+    )
 
     def columns_of(self, path: str) -> dict[str, str]:
         """Returns the names of one file's columns: our name -> its name in the file."""

@@ -31,7 +31,7 @@ from qlora_jax.data.report.stats import (
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
 from qlora_jax.data.rows import File, TokenRows, check_ids, concatenate_rows
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template, with_template_kwargs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +113,8 @@ def load_dataset(
     _check_eval_settings(data)
     if data.chat_template is not None:
         tokenizer = with_chat_template(tokenizer, data.chat_template)
+    if data.chat_template_kwargs:
+        tokenizer = with_template_kwargs(tokenizer, data.chat_template_kwargs, "data.chat_template_kwargs")
     train, held_out = _prepare_train(data, tokenizer), _prepare_eval(data, tokenizer)
     rows = _mixture(data, train, seed)
     eval_rows = _concatenate(held_out) if held_out else None

@@ -98,6 +98,7 @@ class Preparation:
             dict(tokenizer.special_tokens),
             tokenizer.add_bos_token,
             template,
+            dict(tokenizer.chat_template_kwargs),
             time.strftime("%x") if "strftime_now" in template else "",  # templates may write the date
             tokenizers.__version__,
             importlib.metadata.version("jinja2"),

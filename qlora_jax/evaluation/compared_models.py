@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypedDict
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.reporter import Reporter
@@ -13,6 +14,7 @@ from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
 from qlora_jax.io.pretrained import (
     OpenedModel,
+    TemplateKwargs,
     apply_adapter,
     load_base,
     open_pretrained,
@@ -50,7 +52,7 @@ def open_compared(args: EvaluateArgs, *, raw: bool) -> dict[str, ComparedModel]:
     Raises:
       ValueError: a model or a task's file cannot be used, or two runs are not comparable.
     """
-    opened = open_pretrained(model=args.model, run=args.run, step=args.step, chat_template=args.chat_template)
+    opened = open_pretrained(model=args.model, run=args.run, step=args.step, **_template(args))
     tasks = _tasks(args, opened, raw=raw)
     compared = _base_and_run(args, opened, tasks)
     if args.against is not None:
@@ -71,6 +73,17 @@ def load_compared(
             run = opened.run if compared[name].adapted else None
             yield name, parts_before_training(model, opened.run) if run is None else apply_adapter(model, run)
         del model  # before the next one is loaded
+
+
+class _Template(TypedDict):
+    """The settings of the chat template."""
+
+    chat_template: str | None
+    chat_template_kwargs: TemplateKwargs | None
+
+
+def _template(args: EvaluateArgs) -> _Template:
+    return {"chat_template": args.chat_template, "chat_template_kwargs": args.chat_template_kwargs}
 
 
 def _tokenizer(opened: OpenedModel, *, raw: bool) -> Tokenizer:
@@ -106,9 +119,7 @@ def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTa
 
 def _other_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTask], *, raw: bool) -> ComparedModel:
     """Returns the model of the other run; ValueError unless the runs are comparable."""
-    other = open_pretrained(
-        model=args.model, run=args.against, step=args.against_step, chat_template=args.chat_template
-    )
+    other = open_pretrained(model=args.model, run=args.against, step=args.against_step, **_template(args))
     other_tasks = _tasks(args, other, raw=raw)
     names = (f"run {args.run}", f"against {args.against}")
     check_same_inputs(tasks, other_tasks, names, (_tokenizer(opened, raw=raw), _tokenizer(other, raw=raw)))

@@ -6,7 +6,7 @@ import typing
 from pathlib import Path
 
 from qlora_jax.config import ConfigError, QuestionArgs, question_problems
-from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, setting
+from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, TemplateValue, setting
 from qlora_jax.evaluation.tasks.registry import TASKS
 from qlora_jax.evaluation.tasks.task_file import known_columns
 from qlora_jax.inference.settings import ComputeDtype, ModelOrRunArgs, QuantType, folder_problems, model_problems
@@ -80,6 +80,9 @@ class EvaluateArgs(TaskArgs, ModelOrRunArgs):
     )
     columns: list[str] | None = setting(f"models to score, of [{', '.join(COLUMNS)}]; null: all", None, NOT_EMPTY)
     chat_template: str | None = setting("jinja file to use instead of the model's chat template", None)
+    chat_template_kwargs: dict[str, TemplateValue] | None = setting(
+        "variables for the chat template: {enable_thinking: false} (null: the run's)", None
+    )
     quant_type: QuantType = setting(
         "4-bit code of the quantized base; auto: as in training, or nf4", "auto", common="4-bit code of the base"
     )

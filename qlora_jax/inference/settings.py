@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_jax.config import ConfigError
-from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, setting
+from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, Bound, TemplateValue, setting
 
 QuantType = Literal["auto", "nf4", "fp4", "int4", "e2m1", "e3m0", "none"]
 ComputeDtype = Literal["auto", "bfloat16", "float32"]
@@ -49,6 +49,9 @@ class GenerateArgs(ModelOrRunArgs):
     )
     system: str | None = setting("system message of the chat template (null: the template's default)", None)
     chat_template: str | None = setting("jinja file to use instead of the model's chat template", None)
+    chat_template_kwargs: dict[str, TemplateValue] | None = setting(
+        "variables for the chat template: {enable_thinking: false} (null: the run's)", None
+    )
     max_new_tokens: int = setting("maximum tokens per reply", 256, AT_LEAST_ONE, common="maximum tokens per reply")
     temperature: float = setting(
         "0: always the likeliest token; 1: draw with the model's probabilities",

@@ -30,6 +30,7 @@ from jaxtyping import PyTree
 from orbax.checkpoint.checkpoint_managers import PreservationContext, PreservationPolicy
 
 from qlora_jax.config import Config, LoraArgs, ModelArgs, differences, read_config
+from qlora_jax.config.fields import TemplateValue
 from qlora_jax.config.parse import from_dict
 from qlora_jax.io.adapter_init import InitialAdapter, read_initial
 from qlora_jax.io.checkpoint_reader import (
@@ -238,6 +239,7 @@ class Run:
       model: settings of the base model.
       lora_args: settings of the adapter.
       chat_template: the jinja file of the run's data settings, or None.
+      chat_template_kwargs: variables of these settings for the template.
       step: the checkpoint's step; None for a PEFT adapter.
       lora: LoRA parameters by our names.
       fingerprint: identifies the base; None for a PEFT adapter.
@@ -258,6 +260,7 @@ class Run:
     initial: InitialAdapter | None = None
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     projections: Projections | None = None
+    chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -293,6 +296,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         model=config.model,
         lora_args=config.lora,
         chat_template=config.data.chat_template,
+        chat_template_kwargs=config.data.chat_template_kwargs,
         step=step,
         lora=lora,
         fingerprint=state["fingerprint"],

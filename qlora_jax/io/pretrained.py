@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -9,8 +10,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from qlora_jax.config import LoraArgs, ModelArgs
+from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.tokenizer.embedding_rows import fit_to_rows
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_chat_template, with_new_tokens
+from qlora_jax.data.tokenizer.tokenizer import (
+    Tokenizer,
+    load_tokenizer,
+    with_chat_template,
+    with_new_tokens,
+    with_template_kwargs,
+)
 from qlora_jax.io.adapter_init import InitialAdapter, WeightDecomposer, subtract_initial
 from qlora_jax.io.checkpoint import CONFIG_FILE, Run, open_run
 from qlora_jax.io.hf.hub import HubName
@@ -26,6 +34,8 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, rows_train, set_tables
+
+TemplateKwargs = Mapping[str, TemplateValue]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,20 +65,28 @@ def is_finetuned(path: str | Path) -> bool:
     return (folder / CONFIG_FILE).is_file() or is_adapter(folder)
 
 
-def open_base(args: ModelArgs, chat_template: str | None = None) -> OpenedModel:
+def open_base(
+    args: ModelArgs, chat_template: str | None = None, chat_template_kwargs: TemplateKwargs | None = None
+) -> OpenedModel:
     """Opens the base model at `args.path`, a path or a name on the Hub.
 
     Args:
       chat_template: a jinja file to use instead of the model's template.
+      chat_template_kwargs: variables for the template, such as `enable_thinking`.
 
     Raises:
       ValueError: the files are missing, damaged or not supported.
     """
-    return _opened(open_model(args.path), args, None, chat_template)
+    return _opened(open_model(args.path), args, None, chat_template, chat_template_kwargs)
 
 
 def open_finetuned(
-    folder: str | Path, *, base: str | None = None, step: int | None = None, chat_template: str | None = None
+    folder: str | Path,
+    *,
+    base: str | None = None,
+    step: int | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> OpenedModel:
     """Opens the base of a training run or PEFT adapter, together with the adapter.
 
@@ -76,19 +94,26 @@ def open_finetuned(
       base: path of the base model, if it moved after training.
       step: the run's checkpoint; None for the newest.
       chat_template: a jinja file to use instead of the run's or the model's template.
+      chat_template_kwargs: variables for the template; None for the run's.
 
     Raises:
       ValueError: the files of either are missing, damaged or not supported, or the checkpoint does not exist.
     """
     if is_adapter(Path(folder)):
-        return _open_adapter(Path(folder), base, step, chat_template)
+        return _open_adapter(Path(folder), base, step, chat_template, chat_template_kwargs)
     run = open_run(Path(folder), step)
     source = open_model(run.model.path if base is None else base)
-    return _opened(source, run.model, run, chat_template or run.chat_template)
+    variables = run.chat_template_kwargs if chat_template_kwargs is None else chat_template_kwargs
+    return _opened(source, run.model, run, chat_template or run.chat_template, variables)
 
 
 def open_pretrained(
-    *, model: str | None = None, run: str | None = None, step: int | None = None, chat_template: str | None = None
+    *,
+    model: str | None = None,
+    run: str | None = None,
+    step: int | None = None,
+    chat_template: str | None = None,
+    chat_template_kwargs: TemplateKwargs | None = None,
 ) -> OpenedModel:
     """Opens the base `model`, or the finetuned `run`, whose base is then looked for at `model` if both are given.
 
@@ -96,20 +121,30 @@ def open_pretrained(
       ValueError: as `open_base` and `open_finetuned`.
     """
     if run is not None:
-        return open_finetuned(run, base=model, step=step, chat_template=chat_template)
-    return open_base(ModelArgs(path=str(model)), chat_template)
+        return open_finetuned(
+            run, base=model, step=step, chat_template=chat_template, chat_template_kwargs=chat_template_kwargs
+        )
+    return open_base(ModelArgs(path=str(model)), chat_template, chat_template_kwargs)
 
 
-def _opened(source: ModelSource, args: ModelArgs, run: Run | None, chat_template: str | None) -> OpenedModel:
+def _opened(
+    source: ModelSource,
+    args: ModelArgs,
+    run: Run | None,
+    chat_template: str | None,
+    chat_template_kwargs: TemplateKwargs | None,
+) -> OpenedModel:
     features = model_config(source.config, source.config_name)
     tokenizer = open_tokenizer(source, args, _rows(features, run))
     if run is not None:
         tokenizer = dataclasses.replace(tokenizer, new_ids=tokenizer.new_ids or run.new_ids)
         run = dataclasses.replace(run, new_ids=tokenizer.new_ids)
+    if chat_template is not None:
+        tokenizer = with_chat_template(tokenizer, chat_template)
     return OpenedModel(
         source=source,
         features=features,
-        tokenizer=tokenizer if chat_template is None else with_chat_template(tokenizer, chat_template),
+        tokenizer=with_template_kwargs(tokenizer, chat_template_kwargs or {}, "chat_template_kwargs"),
         args=args,
         run=run,
     )
@@ -122,7 +157,13 @@ def _rows(features: ModelConfig, run: Run | None) -> int:
     return max(features.vocab_size, *(number + 1 for number in run.new_ids), *map(len, run.tables.values()), 0)
 
 
-def _open_adapter(folder: Path, base: str | None, step: int | None, chat_template: str | None) -> OpenedModel:
+def _open_adapter(
+    folder: Path,
+    base: str | None,
+    step: int | None,
+    chat_template: str | None,
+    chat_template_kwargs: TemplateKwargs | None,
+) -> OpenedModel:
     if step is not None:
         raise ValueError(f"{folder}: a PEFT adapter has no steps (found step {step}). Remove --step")
     path = base or base_model_of(folder)
@@ -146,7 +187,7 @@ def _open_adapter(folder: Path, base: str | None, step: int | None, chat_templat
         tables=adapter.tables,
         projections=adapter.projections,
     )
-    return _opened(source, args, run, chat_template)
+    return _opened(source, args, run, chat_template, chat_template_kwargs)
 
 
 def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSource:

@@ -39,18 +39,19 @@ def start_process() -> None:
     _process.start()
 
 
-def render(template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str = "") -> str:
+def render(template: str, rendering: Rendering, variables: Mapping[str, object], name: str = "") -> str:
     """Renders a conversation to the same text as transformers' `apply_chat_template(tokenize=False)`.
 
     Args:
       template: jinja source.
-      special_tokens: `bos_token`, `eos_token` and others, by name, if the tokenizer has them.
+      variables: variables of the template besides the conversation's: `bos_token`, `eos_token` and others, if the
+        tokenizer has them, and those of chat_template_kwargs.
       name: the template's file, for messages.
 
     Raises:
       ValueError: the template does not parse, rejects these messages, fails on them or reaches a limit.
     """
-    return text_of(_render_alone(template, rendering, special_tokens, name))
+    return text_of(_render_alone(template, rendering, variables, name))
 
 
 def text_of(found: str | ValueError) -> str:
@@ -61,7 +62,7 @@ def text_of(found: str | ValueError) -> str:
 
 
 def start_rendering(
-    template: str, groups: Sequence[Sequence[Rendering]], special_tokens: Mapping[str, str], name: str = ""
+    template: str, groups: Sequence[Sequence[Rendering]], variables: Mapping[str, object], name: str = ""
 ) -> Callable[[], list[list[str | ValueError]]]:
     """Sends groups of conversations to the process; returns a function that waits for their texts.
 
@@ -76,7 +77,7 @@ def start_rendering(
     if template in _refusals:
         return lambda: [[ValueError(_refusals[template])] * len(group) for group in groups]
     calls = pickle.dumps([[tuple(one) for one in group] for group in groups])
-    request = _process.submit(template, special_tokens, calls)
+    request = _process.submit(template, variables, calls)
 
     def finish() -> list[list[str | ValueError]]:
         try:
@@ -85,16 +86,14 @@ def start_rendering(
             if len(groups) == len(groups[0]) == 1:
                 return [[_refuse(template, groups[0][0], name, ended)]]
             # One by one: one of them ended the process, or all of them are too much for its memory.
-            return [[_render_alone(template, one, special_tokens, name) for one in group] for group in groups]
+            return [[_render_alone(template, one, variables, name) for one in group] for group in groups]
         return [[_with_prefix(name, text) for text in itertools.islice(texts, len(group))] for group in groups]
 
     return finish
 
 
-def _render_alone(
-    template: str, rendering: Rendering, special_tokens: Mapping[str, str], name: str
-) -> str | ValueError:
-    ((text,),) = start_rendering(template, [[rendering]], special_tokens, name)()
+def _render_alone(template: str, rendering: Rendering, variables: Mapping[str, object], name: str) -> str | ValueError:
+    ((text,),) = start_rendering(template, [[rendering]], variables, name)()
     return text
 
 

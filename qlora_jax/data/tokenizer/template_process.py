@@ -64,9 +64,9 @@ class TemplateProcess:
         with self._lock:
             self._start()
 
-    def submit(self, template: str, special_tokens: Mapping[str, str], calls: bytes) -> Request:
+    def submit(self, template: str, variables: Mapping[str, object], calls: bytes) -> Request:
         """Sends conversations, and does not wait for their texts; see template_protocol.py for the calls."""
-        request = Request(pickle.dumps((template, dict(special_tokens), calls)))
+        request = Request(pickle.dumps((template, dict(variables), calls)))
         with self._lock:
             self._start()
             self._waiting.append(request)

@@ -1,6 +1,6 @@
 """Limits on the rendering of chat templates, and the messages between template_process.py and template_worker.py.
 
-A request is a pickle of (template, special tokens, calls), where the calls are a pickle of groups: lists of lists with
+A request is a pickle of (template, variables, calls), where the calls are a pickle of groups: lists of lists with
 the fields of a Rendering each. A reply has a HEADER, a byte for each text (1 for an error), the texts' lengths as
 64-bit integers, and the texts.
 """

@@ -90,9 +90,15 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
+def make_environment(*, optimized: bool = True) -> jinja2.Environment:
+    """Returns the sandbox that chat templates run in, with the tags that they use."""
+    extensions = [_GenerationBlock, jinja2.ext.loopcontrols]
+    return _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=extensions, optimized=optimized)
+
+
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, jinja2.ext.loopcontrols])
+    environment = make_environment()
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     try:
@@ -121,7 +127,7 @@ def _with_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def render_conversation(
     template: str,
-    special_tokens: Mapping[str, str],
+    variables: Mapping[str, object],
     messages: Sequence[Mapping[str, Any]],
     add_generation_prompt: bool,
     tools: Sequence[Mapping[str, Any]] | None,
@@ -132,7 +138,7 @@ def render_conversation(
       ValueError: the template does not parse, rejects these messages or fails on them.
     """
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
-    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **special_tokens}
+    given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
     compiled = _compile(template)
     try:
         with contextlib.suppress(jinja2.UndefinedError):
@@ -147,17 +153,17 @@ def render_conversation(
         raise ValueError(f"the chat template rejects a conversation with roles {roles}: {error}") from error
 
 
-def _answer(template: str, special_tokens: Mapping[str, str], call: Call) -> tuple[bool, str]:
+def _answer(template: str, variables: Mapping[str, object], call: Call) -> tuple[bool, str]:
     """Returns (True, the error) or (False, the rendered text)."""
     try:
-        return False, render_conversation(template, special_tokens, *call)
+        return False, render_conversation(template, variables, *call)
     except ValueError as error:
         message = str(error)
         return True, message if len(message) <= _LONGEST_ERROR else f"{message[:_LONGEST_ERROR]}..."
 
 
 def _answer_all(
-    template: str, special_tokens: Mapping[str, str], pickled: bytes, limits: Limits
+    template: str, variables: Mapping[str, object], pickled: bytes, limits: Limits
 ) -> list[tuple[bool, str]]:
     """Returns the answer to each call. The kernel ends the process if one takes too long."""
     groups = pickle.loads(pickled)
@@ -169,7 +175,7 @@ def _answer_all(
         if (now := time.perf_counter()) >= timer_ends:
             signal.setitimer(signal.ITIMER_PROF, limits.seconds)
             timer_ends = now + limits.seconds / 4
-        answers.append(_answer(template, special_tokens, call))
+        answers.append(_answer(template, variables, call))
         written, allowed = written + len(answers[-1][1]), allowed + limits.output + len(template)
         if written > allowed:
             os._exit(OUTPUT_REACHED)
@@ -189,10 +195,10 @@ def _serve(requests: BinaryIO, replies: BinaryIO, limits: Limits) -> None:
     """Answers requests until their end."""
     while True:
         try:
-            template, special_tokens, pickled = pickle.load(requests)
+            template, variables, pickled = pickle.load(requests)
         except EOFError:
             return
-        replies.write(_reply(_answer_all(template, special_tokens, pickled, limits)))
+        replies.write(_reply(_answer_all(template, variables, pickled, limits)))
         replies.flush()
 
 

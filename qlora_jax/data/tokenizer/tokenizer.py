@@ -9,6 +9,7 @@ from typing import Any
 
 import tokenizers
 
+from qlora_jax.config.fields import TemplateValue
 from qlora_jax.data.tokenizer.byte_lengths import ByteLengths, byte_lengths, is_byte_level, make_round_trips
 from qlora_jax.data.tokenizer.chat_template import (
     MAX_TEMPLATE,
@@ -19,6 +20,7 @@ from qlora_jax.data.tokenizer.chat_template import (
     start_rendering,
 )
 from qlora_jax.data.tokenizer.from_gguf import rebuild
+from qlora_jax.data.tokenizer.template_variables import check_variables
 
 _NAMED = ("bos_token", "eos_token", "pad_token", "unk_token")
 
@@ -34,6 +36,7 @@ class Tokenizer:
       exported: the text of tokenizer.json, with post-processing.
       chat_template: jinja source, or None for a base model.
       template_name: the file that the template is from, for messages.
+      chat_template_kwargs: variables that every rendering gives the template, such as `enable_thinking`.
       special_tokens: those of `bos_token`, `eos_token`, `pad_token` and `unk_token` that exist, by name.
       add_bos_token: True if plain text, without a chat template, starts with bos.
       new_ids: ids of tokens that were added to the model's own.
@@ -50,6 +53,7 @@ class Tokenizer:
     template_name: str = ""
     rows: int | None = None
     refused: tuple[str, ...] = ()
+    chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, without special tokens around it."""
@@ -85,7 +89,7 @@ class Tokenizer:
     ) -> str:
         """Renders `messages` and `tools` with the chat template; raises ValueError without a template."""
         rendering = Rendering(messages, add_generation_prompt, tools)
-        return render(self._template(), rendering, self.special_tokens, self.template_name)
+        return render(self._template(), rendering, self._variables, self.template_name)
 
     def prepare_rendering(self) -> None:
         """Starts the process that renders, which takes a tenth of a second, and does not wait for it."""
@@ -94,7 +98,11 @@ class Tokenizer:
 
     def start_rendering(self, groups: Sequence[Sequence[Rendering]]) -> Callable[[], list[list[str | ValueError]]]:
         """Starts to render groups of conversations; see chat_template.start_rendering."""
-        return start_rendering(self._template(), groups, self.special_tokens, self.template_name)
+        return start_rendering(self._template(), groups, self._variables, self.template_name)
+
+    @property
+    def _variables(self) -> Mapping[str, object]:
+        return {**self.special_tokens, **self.chat_template_kwargs}
 
     def _template(self) -> str:
         if self.chat_template is None:
@@ -245,6 +253,22 @@ def with_chat_template(tokenizer: Tokenizer, path: str | Path) -> Tokenizer:
             f"{path}: the chat template can't be read as UTF-8 text ({error}). Name a jinja file."
         ) from error
     return dataclasses.replace(tokenizer, chat_template=template, template_name=str(path))
+
+
+def with_template_kwargs(tokenizer: Tokenizer, variables: Mapping[str, TemplateValue], key: str) -> Tokenizer:
+    """Returns the tokenizer with variables that every rendering gives its chat template.
+
+    Args:
+      key: the setting that they are from, for messages.
+
+    Raises:
+      ValueError: the template reads no variable of a name; the message lists all such names.
+    """
+    if variables:
+        if tokenizer.chat_template is None:
+            raise ValueError(f"{key}: this model has no chat template. Remove {key}, or set a chat template")
+        check_variables(tokenizer.chat_template, {*variables}, key)
+    return dataclasses.replace(tokenizer, chat_template_kwargs=dict(variables))
 
 
 def _from_json(text: str) -> tokenizers.Tokenizer:
