@@ -2,14 +2,24 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64
+from jaxtyping import Bool, Float32, Int32, Int64
 
+from qlora_jax.data.branches import (
+    Branch,
+    Branches,
+    branch_problem,
+    concatenate_branches,
+    join_branches,
+    no_branches,
+)
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
+
+Values = Float32[np.ndarray, "rows sequences ..."]
 
 
 class File(NamedTuple):
@@ -45,6 +55,8 @@ class TokenRows:
       numbers: number of each row, counted from 0 over all files. Batches and errors refer to rows by it.
       lines: line of each row in its file, from 1.
       files: files in ascending order of their first numbers.
+      branches: the branches of rows that are trees; None if each row is one text.
+      values: numbers for each sequence of a row by name, [rows, sequences] or [rows, sequences, C].
     """
 
     ids: Int32[np.ndarray, " total"]
@@ -53,6 +65,8 @@ class TokenRows:
     numbers: Int64[np.ndarray, " rows"]
     lines: Int64[np.ndarray, " rows"]
     files: tuple[File, ...]
+    branches: Branches | None = None
+    values: Mapping[str, Values] = dataclasses.field(default_factory=dict)
 
     windows = 1
 
@@ -64,10 +78,19 @@ class TokenRows:
         span = slice(self.starts[index], self.starts[index + 1])
         return self.ids[span], self.supervised[span]
 
+    def branches_of(self, index: int) -> tuple[Branch, ...]:
+        """Returns the branches of the row at `index`; none if it is one text."""
+        return () if self.branches is None else self.branches.row(index)
+
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
-        """Positions that each row fills in a batch: one fewer than its ids."""
-        return np.diff(self.starts) - 1
+        """Positions that each row fills in a batch: its ids without the last of each branch, or of the row."""
+        return positions_filled(np.diff(self.starts), self.branches)
+
+    @property
+    def number_limit(self) -> int:
+        """One more than the highest number of a row."""
+        return int(self.numbers.max(initial=-1)) + 1
 
     def window(self, epoch: int, index: int) -> Window:
         """Returns all rows."""
@@ -112,19 +135,39 @@ def check_ids(rows: TokenRows, limit: int | None) -> TokenRows:
 
 
 class RowDigest:
-    """SHA-256 of rows, added in chunks. The chunks' sizes do not change it."""
+    """SHA-256 of rows, added in chunks. The chunks' sizes do not change it.
+
+    Rows without branches and values have the digest of their ids, masks, lengths and numbers.
+    """
 
     def __init__(self) -> None:
         self._parts = [hashlib.sha256() for _ in range(4)]
+        self._branches = [hashlib.sha256() for _ in range(3)]
+        self._values: dict[str, hashlib._Hash] = {}
+        self._is_tree = False
 
     def update(self, rows: TokenRows) -> None:
         """Adds rows."""
         for part, array in zip(self._parts, (rows.ids, rows.supervised, rows.lengths, rows.numbers), strict=True):
             part.update(np.ascontiguousarray(array))
+        branches = rows.branches or no_branches(len(rows))
+        self._is_tree |= len(branches.begin) > 0
+        for part, array in zip(self._branches, (branches.counts, branches.begin, branches.depth), strict=True):
+            part.update(np.ascontiguousarray(array))
+        for name, array in sorted(rows.values.items()):
+            part = self._values.setdefault(name, hashlib.sha256(repr((name, array.shape[1:])).encode()))
+            part.update(np.ascontiguousarray(array))
 
     def hexdigest(self) -> str:
         """Returns the digest of all rows added so far."""
-        return hashlib.sha256(b"".join(part.digest() for part in self._parts)).hexdigest()
+        parts = [*self._parts, *(self._branches if self._is_tree else ())]
+        parts += [part for _, part in sorted(self._values.items())]
+        return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
+
+
+def positions_filled(ids: Int64[np.ndarray, " rows"], branches: Branches | None) -> Int64[np.ndarray, " rows"]:
+    """Returns the positions that rows of these numbers of ids fill in a batch."""
+    return ids - (1 if branches is None else np.maximum(branches.counts, 1))
 
 
 def format_place(files: Sequence[File], number: int, line: int) -> str:
@@ -134,7 +177,12 @@ def format_place(files: Sequence[File], number: int, line: int) -> str:
 
 
 def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]) -> TokenRows:
-    """Returns encoded rows as flat arrays, in the order given."""
+    """Returns encoded rows as flat arrays, in the order given.
+
+    Raises:
+      ValueError: a row's branches contradict its ids, or the rows have different values.
+    """
+    _check_encoded(path, encoded, places)
     lengths = np.array([len(row.ids) for row in encoded], np.int64)
     return TokenRows(
         ids=np.concatenate([np.zeros(0, np.int32), *(row.ids for row in encoded)]),
@@ -143,11 +191,30 @@ def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]
         numbers=np.array([place.number for place in places], np.int64),
         lines=np.array([place.line for place in places], np.int64),
         files=(File(path),),
+        branches=join_branches([row.branches for row in encoded]) if any(row.branches for row in encoded) else None,
+        values={name: np.array([row.values[name] for row in encoded], np.float32) for name in _value_names(encoded)},
     )
 
 
+def _value_names(encoded: Sequence[EncodedRow]) -> list[str]:
+    return sorted(encoded[0].values) if encoded else []
+
+
+def _check_encoded(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]) -> None:
+    names = _value_names(encoded)
+    for row, place in zip(encoded, places, strict=True):
+        if (problem := branch_problem(row.branches, row.supervised)) is not None:
+            raise ValueError(f"{path}:{place}: {problem}")
+        if sorted(row.values) != names:
+            raise ValueError(f"{path}:{place}: found the values {sorted(row.values)}, but other rows have {names}")
+
+
 def concatenate_rows(chunks: Sequence[TokenRows], files: tuple[File, ...]) -> TokenRows:
-    """Returns the rows of all chunks in order, with unchanged numbers."""
+    """Returns the rows of all chunks in order, with unchanged numbers.
+
+    Raises:
+      ValueError: the chunks have different values.
+    """
     lengths = np.concatenate([np.diff(chunk.starts) for chunk in chunks])
     return TokenRows(
         ids=np.concatenate([chunk.ids for chunk in chunks]),
@@ -156,4 +223,37 @@ def concatenate_rows(chunks: Sequence[TokenRows], files: tuple[File, ...]) -> To
         numbers=np.concatenate([chunk.numbers for chunk in chunks]),
         lines=np.concatenate([chunk.lines for chunk in chunks]),
         files=files,
+        branches=_joined_branches(chunks),
+        values=_joined_values([chunk for chunk in chunks if len(chunk)]),
+    )
+
+
+def _joined_branches(chunks: Sequence[TokenRows]) -> Branches | None:
+    if all(chunk.branches is None for chunk in chunks):
+        return None
+    return concatenate_branches([chunk.branches or no_branches(len(chunk)) for chunk in chunks])
+
+
+def _joined_values(chunks: Sequence[TokenRows]) -> dict[str, Values]:
+    """Returns the values of all rows; raises ValueError if files differ in them."""
+    shapes = [value_shapes(chunk.values) for chunk in chunks]
+    for chunk, found in zip(chunks, shapes, strict=True):
+        if found != shapes[0]:
+            raise ValueError(different_values(chunk.files[0].path, found, chunks[0].files[0].path, shapes[0]))
+    return {name: np.concatenate([chunk.values[name] for chunk in chunks]) for name in (shapes[0] if shapes else ())}
+
+
+def value_shapes(values: Mapping[str, Values]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of a row's values by name."""
+    return {name: array.shape[1:] for name, array in sorted(values.items())}
+
+
+def different_values(
+    path: str, found: Mapping[str, tuple[int, ...]], other: str, expected: Mapping[str, tuple[int, ...]]
+) -> str:
+    """Returns the error message for two files whose rows have different values."""
+    shown = [", ".join(f"{name} {list(shape)}" for name, shape in one.items()) or "none" for one in (found, expected)]
+    return (
+        f"{path}: its rows are of another kind than those of {other} (found values {shown[0]}, expected {shown[1]}). "
+        "Use files of one kind for an objective."
     )

@@ -9,7 +9,8 @@ row exactly once, and a window has ceil(rows / rows per step) steps.
 With packing (packing.py), a pack replaces a row, and all packs have the same length. A window shuffles the packs, and
 the rows of equal length among them.
 
-Dimension key: A micro-batches, B rows (or packs) of each, T positions, R data rows in the fullest pack (1 unpacked).
+Dimension key: A micro-batches, B rows (or packs) of each, T positions, R data rows in the fullest pack (1 unpacked),
+S slots (slots.py), C numbers per slot.
 """
 
 import dataclasses
@@ -23,10 +24,13 @@ from jaxtyping import Float32, Int32, Int64
 from qlora_jax.data.batching.buckets import bucket_of
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
+from qlora_jax.data.batching.slots import packed_lengths, slot_count, slot_values
+from qlora_jax.data.branches import Positions, lay_out
 from qlora_jax.data.rows import TokenRows
 
 START = {"epoch": 0, "window": 0, "index": 0}
 NO_ROW = -1
+PRESENT = "present"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,11 +41,18 @@ class Batch:
     `weights` are 1 for supervised targets, otherwise 0. Padding is known by length, never by its id.
 
     Fields:
-      segments: index of the row in its pack that each position belongs to, ascending from 0; padding is the last.
-        None without packing.
+      segments: index of the segment that each position belongs to, ascending from 0; padding is the last. A row is one
+        segment. A tree (branches.py) has one for its trunk, if there is one, and one per branch. None if each row of
+        the batch is one text.
       rows: number of each row in the data (`TokenRows.where` returns its line); -1 for a gap.
       lengths: positions that each row fills; 0 for a gap.
       position: data position to resume from after this batch; None in evaluation.
+      parents: segment of the trunk that a position's segment continues; its own if it continues none.
+      depths: positions of that trunk which a position's segment sees. Its text has `depths` + its index in the segment
+        positions before it. `parents` and `depths` are None if no row of the data is a tree.
+      sequences: slot (slots.py) of the branch, or of the whole row, that a position belongs to; S for trunks and
+        padding. None if the objective needs no slots.
+      slots: by name, `present` (1 for slots in use, otherwise 0) and the rows' values, [A, B, S] or [A, B, S, C].
     """
 
     inputs: Int32[np.ndarray, "A B T"]
@@ -51,6 +62,10 @@ class Batch:
     rows: Int64[np.ndarray, "A B R"]
     lengths: Int64[np.ndarray, "A B R"]
     position: dict[str, int] | None = None
+    parents: Int32[np.ndarray, "A B T"] | None = None
+    depths: Int32[np.ndarray, "A B T"] | None = None
+    sequences: Int32[np.ndarray, "A B T"] | None = None
+    slots: Mapping[str, Float32[np.ndarray, "A B S ..."]] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -59,8 +74,9 @@ class Batch:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Returns the arguments of a compiled step, by name."""
-        named = {"inputs": self.inputs, "targets": self.targets, "weights": self.weights}
-        return named if self.segments is None else named | {"segments": self.segments}
+        names = ("inputs", "targets", "weights", "segments", "parents", "depths", "sequences")
+        named = {name: getattr(self, name) for name in names}
+        return {name: array for name, array in named.items() if array is not None} | dict(self.slots)
 
 
 class PlannedStep(NamedTuple):
@@ -96,11 +112,17 @@ def plan_epoch(
 
 
 def plan_packed_epoch(
-    lengths: Int64[np.ndarray, " rows"], capacity: int, packs_per_step: int, seed: int, epoch: int, window: int = 0
+    lengths: Int64[np.ndarray, " rows"],
+    capacity: int,
+    packs_per_step: int,
+    seed: int,
+    epoch: int,
+    window: int = 0,
+    sequences: int = 0,
 ) -> list[PlannedStep]:
     """Returns the steps of one window of an epoch of packs. Each row is in exactly one; the last step may have gaps."""
     generator = _generator(seed, epoch, window)
-    packs = pack(lengths, capacity, generator.permutation(len(lengths)))
+    packs = pack(packed_lengths(lengths, sequences), capacity, generator.permutation(len(lengths)))
     steps = -(-len(packs) // packs_per_step)
     rows = np.full((steps * packs_per_step, max(map(len, packs))), NO_ROW)
     for place, index in enumerate(generator.permutation(len(packs))):
@@ -123,6 +145,7 @@ def train_batches(
     buckets: Sequence[int],
     *,
     packed: bool = False,
+    sequences: int = 0,
     accumulation: int,
     micro_batch_size: int,
     seed: int,
@@ -137,6 +160,7 @@ def train_batches(
       rows: training rows, or a mixture of files.
       buckets: padded lengths, ascending.
       packed: True if several rows share a row of a batch. `buckets` is then the length of all packs.
+      sequences: sequences of each row, which have slots in the batch; 0: no slots.
       accumulation: micro-batches per optimizer step.
       micro_batch_size: rows, or packs, per micro-batch.
       pad_id: id at padding positions.
@@ -146,7 +170,9 @@ def train_batches(
       ValueError: a position that this data set does not have.
     """
     shape, per_step = (accumulation, micro_batch_size), accumulation * micro_batch_size
-    plan = functools.partial(plan_packed_epoch, capacity=buckets[-1], packs_per_step=per_step, seed=seed)
+    plan = functools.partial(
+        plan_packed_epoch, capacity=buckets[-1], packs_per_step=per_step, seed=seed, sequences=sequences
+    )
     if not packed:
         plan = functools.partial(plan_epoch, buckets=buckets, rows_per_step=per_step, seed=seed)
     if set(position) != set(START) or position["epoch"] < 0 or not 0 <= position["window"] < rows.windows:
@@ -163,7 +189,7 @@ def train_batches(
             after = (epoch, window, index) if index < len(steps) else (*next_window, 0)
             chosen = np.where(step.rows == NO_ROW, NO_ROW, loaded.indices[step.rows]).reshape(*shape, -1)
             at = dict(zip(START, after, strict=True))
-            yield fill_batch(loaded.rows, chosen, step.length, pad_id, packed=packed, position=at)
+            yield fill_batch(loaded.rows, chosen, step.length, pad_id, packed=packed, sequences=sequences, position=at)
         (epoch, window), index = next_window, 0
 
 
@@ -174,7 +200,9 @@ def _no_position(position: Mapping[str, int], found: str) -> str:
     )
 
 
-def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pad_id: int) -> Iterator[Batch]:
+def eval_batches(
+    rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pad_id: int, sequences: int = 0
+) -> Iterator[Batch]:
     """Yields batches [1, batch_size, T] with every row once, shortest first, so that padding is short."""
     order = np.argsort(rows.lengths, kind="stable")
     for start in range(0, len(order), batch_size):
@@ -182,7 +210,7 @@ def eval_batches(rows: TokenRows, buckets: Sequence[int], *, batch_size: int, pa
         some = order[start : start + batch_size]
         chosen[0, : len(some), 0] = some
         length = buckets[bucket_of(rows.lengths[some[-1:]], buckets)[0]]
-        yield fill_batch(rows, chosen, length, pad_id)
+        yield fill_batch(rows, chosen, length, pad_id, sequences=sequences)
 
 
 def fill_batch(
@@ -192,28 +220,61 @@ def fill_batch(
     pad_id: int,
     *,
     packed: bool = False,
+    sequences: int = 0,
     position: dict[str, int] | None = None,
 ) -> Batch:
-    """Returns the arrays of the rows at indices `chosen`, with the rows of a pack in order, padded to `length`."""
-    shape = (*chosen.shape[:2], length)
-    inputs, targets = np.full(shape, pad_id, np.int32), np.full(shape, pad_id, np.int32)
-    weights, segments = np.zeros(shape, np.float32), np.zeros(shape, np.int32)
-    filled, lengths = np.zeros(shape[:2], np.int64), np.zeros(chosen.shape, np.int64)
-    for (*place, slot), index in np.ndenumerate(chosen):
+    """Returns the arrays of the rows at indices `chosen`, with the rows of a pack in order, padded to `length`.
+
+    Args:
+      sequences: sequences of each row, which have slots in the batch; 0: no slots.
+    """
+    slots = slot_count(length, packed=packed, sequences=sequences)
+    filled = _empty_arrays((*chosen.shape[:2], length), pad_id, slots)
+    ends, lengths = np.zeros(chosen.shape[:2], np.int64), np.zeros(chosen.shape, np.int64)
+    for (*place, nth), index in np.ndenumerate(chosen):
         if index != NO_ROW:
             at = tuple(place)
-            ids, supervised = rows.row(int(index))
-            lengths[*at, slot] = len(ids) - 1
-            span = slice(filled[at], filled[at] + len(ids) - 1)
-            inputs[at][span], targets[at][span], weights[at][span] = ids[:-1], ids[1:], supervised[1:]
-            segments[at][span.stop :] += 1
-            filled[at] = span.stop
+            row = lay_out(*rows.row(int(index)), rows.branches_of(int(index)))
+            _put_row(filled, at, int(ends[at]), row, nth * sequences)
+            lengths[*at, nth] = len(row.inputs)
+            ends[at] += len(row.inputs)
+    is_tree = rows.branches is not None
     return Batch(
-        inputs=inputs,
-        targets=targets,
-        weights=weights,
-        segments=segments if packed else None,
+        inputs=filled["inputs"],
+        targets=filled["targets"],
+        weights=filled["weights"],
+        segments=filled["segments"] if packed or is_tree else None,
         rows=np.where(chosen == NO_ROW, NO_ROW, rows.numbers[chosen]),
         lengths=lengths,
         position=position,
+        parents=filled["parents"] if is_tree else None,
+        depths=filled["depths"] if is_tree else None,
+        sequences=filled["sequences"] if sequences else None,
+        slots=_slots(rows, chosen, sequences, slots) if sequences else {},
     )
+
+
+def _empty_arrays(shape: tuple[int, ...], pad_id: int, slots: int) -> dict[str, np.ndarray]:
+    """Returns the arrays of a batch of padding, which has no slot."""
+    ids = {name: np.full(shape, pad_id, np.int32) for name in ("inputs", "targets")}
+    structure = {name: np.zeros(shape, np.int32) for name in ("segments", "parents", "depths")}
+    return ids | structure | {"weights": np.zeros(shape, np.float32), "sequences": np.full(shape, slots, np.int32)}
+
+
+def _put_row(filled: dict[str, np.ndarray], at: tuple[int, ...], start: int, row: Positions, slot: int) -> None:
+    """Writes a row at position `start` of the batch's row `at`. Its first sequence has the slot `slot`."""
+    span, rest = slice(start, start + len(row.inputs)), slice(start + len(row.inputs), None)
+    first = int(filled["segments"][at][start])  # the segment of padding, which becomes the row's first
+    for name in ("inputs", "targets", "weights", "depths"):
+        filled[name][at][span] = getattr(row, name)
+    for name in ("segments", "parents"):
+        filled[name][at][span] = first + getattr(row, name)
+        filled[name][at][rest] = first + row.segments[-1] + 1
+    in_branch = row.branches >= 0
+    filled["sequences"][at][span][in_branch] = slot + row.branches[in_branch]
+
+
+def _slots(rows: TokenRows, chosen: Int64[np.ndarray, "A B R"], sequences: int, slots: int) -> dict[str, np.ndarray]:
+    present = np.ones((len(rows), sequences), np.float32)
+    named = {PRESENT: present, **rows.values}
+    return {name: slot_values(values, chosen, slots) for name, values in named.items()}

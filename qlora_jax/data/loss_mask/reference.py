@@ -9,19 +9,24 @@ tests/data/loss_mask/test_reference.py checks:
   by_offsets.py     computes the mask of one row from its offsets, without a loop over tokens
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 import numpy as np
 import tokenizers
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
+from qlora_jax.data.branches import Branch
 from qlora_jax.data.formats.tool_calls import Tools
 from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 Learn = Literal["assistant", "last", "all"]
+
+
+SequenceValues = Sequence[float] | Sequence[Sequence[float]] | Float32[np.ndarray, "..."]
 
 
 class EncodedRow(NamedTuple):
@@ -33,6 +38,8 @@ class EncodedRow(NamedTuple):
       source: number of ids before the first answer; all of them if the row has no answer.
       cut: a token crossed the start or end of an answer, so each segment was encoded separately.
       lossy: the ids decode to another text, because the tokenizer drops or rewrites some characters.
+      branches: the branches of a row that is a tree; none if it is one text.
+      values: numbers for each of the row's sequences by name, such as `labels`.
     """
 
     ids: Int32[np.ndarray, " T"]
@@ -40,6 +47,8 @@ class EncodedRow(NamedTuple):
     source: int
     cut: bool
     lossy: bool
+    branches: tuple[Branch, ...] = ()
+    values: Mapping[str, SequenceValues] = MappingProxyType({})
 
 
 def loss_mask(

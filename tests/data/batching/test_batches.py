@@ -1,17 +1,23 @@
 """Batches: every row once per epoch, exact resume, and arrays of their rows."""
 
+import dataclasses
+import hashlib
 import itertools
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch, eval_batches, train_batches
 from qlora_jax.data.batching.buckets import choose_buckets, count_units, padded_positions
+from qlora_jax.data.batching.slots import slot_count
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import TokenRows, token_rows
+from tests.data.trees import encode_tree, make_trees, targets_of_batch, targets_of_row
+from tests.data.trees import shapes as tree_shapes
 
 PAD = 7
 
@@ -144,3 +150,121 @@ def test_rows_are_found_again_by_number():
     assert rows.where(6) == "rows.jsonl:7"
     with pytest.raises(ValueError, match="row 5 is not one of the 3 rows kept"):
         rows.where(5)
+
+
+tree_rows = st.lists(tree_shapes(st.integers(0, 4)), min_size=1, max_size=12)
+pair_rows = st.lists(tree_shapes(st.just(2)), min_size=1, max_size=12)
+
+
+def one_epoch(rows: TokenRows, shape: tuple[int, int], *, packed: bool, sequences: int = 0) -> Iterator[Batch]:
+    batches = train_batches(
+        rows,
+        (64, 192) if not packed else (64,),
+        packed=packed,
+        sequences=sequences,
+        accumulation=shape[0],
+        micro_batch_size=shape[1],
+        seed=0,
+        pad_id=PAD,
+    )
+    for batch in batches:
+        yield batch
+        if batch.position["epoch"]:
+            return
+
+
+@given(tree_rows.filter(lambda drawn: any(shape.branches for shape in drawn)), shapes, st.booleans())
+def test_every_target_of_a_tree_occurs_once_behind_its_own_text(drawn, shape: tuple[int, int], packed: bool):
+    rows = make_trees(drawn)
+    found = [target for batch in one_epoch(rows, shape, packed=packed) for target in targets_of_batch(batch)]
+    assert sorted(found) == sorted(target for index in range(len(rows)) for target in targets_of_row(rows, index))
+
+
+@given(pair_rows, shapes, st.booleans())
+def test_slots_are_those_of_a_rows_sequences(drawn, shape: tuple[int, int], packed: bool):
+    values = [[2.0 * n, 2.0 * n + 1] for n in range(len(drawn))]
+    encoded = [encode_tree(one, seed, reference=values[seed]) for seed, one in enumerate(drawn)]
+    rows = token_rows("pairs.jsonl", encoded, [Place(n + 1, n) for n in range(len(drawn))])
+    seen = []
+    for batch in one_epoch(rows, shape, packed=packed, sequences=2):
+        slots, length = slot_count(batch.inputs.shape[2], packed=packed, sequences=2), batch.inputs.shape[2]
+        assert {name: batch.arrays()[name].shape for name in ("present", "reference", "sequences")} == {
+            "present": (*shape, slots),
+            "reference": (*shape, slots),
+            "sequences": (*shape, length),
+        }
+        assert slots == (length // 4 if packed else 2)
+        for at in np.ndindex(*shape):
+            used = np.flatnonzero(batch.slots["present"][at])
+            numbers = [int(number) for number in batch.rows[at] if number != NO_ROW]
+            assert used.tolist() == list(range(2 * len(numbers)))
+            assert batch.slots["reference"][at][used].tolist() == [one for n in numbers for one in values[n]]
+            for slot in used:
+                ids, _ = rows.row(numbers[slot // 2])
+                first, second = rows.branches_of(numbers[slot // 2])
+                own = ids[first.begin : second.begin] if slot % 2 == 0 else ids[second.begin :]
+                assert batch.inputs[at][batch.sequences[at] == slot].tolist() == own[:-1].tolist()
+            outside = batch.sequences[at] == slots
+            trunks = [rows.row(n)[0][: rows.branches_of(n)[0].begin] for n in numbers]
+            padding = length - batch.lengths[at].sum()
+            assert outside.sum() == sum(map(len, trunks)) + padding
+            seen += numbers
+    assert sorted(seen) == list(range(len(drawn)))
+
+
+@given(lengths, shapes)
+def test_a_row_without_branches_is_one_sequence(row_lengths: list[int], shape: tuple[int, int]):
+    rows = dataclasses.replace(
+        make_rows(row_lengths), values={"labels": np.arange(2.0 * len(row_lengths), dtype=np.float32).reshape(-1, 1, 2)}
+    )
+    batches = train_batches(
+        rows, (448,), sequences=1, accumulation=shape[0], micro_batch_size=shape[1], seed=0, pad_id=PAD
+    )
+    batch = next(batches)
+    assert sorted(batch.arrays()) == ["inputs", "labels", "present", "sequences", "targets", "weights"]
+    for at in np.ndindex(*shape):
+        (length,), (number,) = batch.lengths[at], batch.rows[at]
+        assert batch.sequences[at].tolist() == [0] * length + [1] * (448 - length)
+        assert batch.slots["present"][at].tolist() == [number != NO_ROW]
+        expected = [0, 0] if number == NO_ROW else [2 * number // 3, 2 * number // 3 + 1]
+        assert batch.slots["labels"][at].tolist() == [expected]
+
+
+@settings(max_examples=30)
+@given(pair_rows, shapes, st.booleans(), st.integers(0, 12))
+def test_resume_in_the_middle_of_trees_gives_the_batches_that_followed(
+    drawn, shape: tuple[int, int], packed: bool, done: int
+):
+    options = {"accumulation": shape[0], "micro_batch_size": shape[1], "seed": 0, "pad_id": PAD}
+    options |= {"packed": packed, "sequences": 2}
+    rows = make_trees(drawn)
+    whole = list(itertools.islice(train_batches(rows, (192,), **options), done + 2))
+    position = whole[done - 1].position if done else START
+    for resumed, expected in zip(train_batches(rows, (192,), **options, position=position), whole[done:], strict=False):
+        assert resumed.position == expected.position
+        for name, array in expected.arrays().items():
+            np.testing.assert_array_equal(resumed.arrays()[name], array)
+
+
+@given(pair_rows, st.integers(1, 5))
+def test_evaluation_sees_every_tree_once(drawn, batch_size: int):
+    rows = make_trees(drawn)
+    batches = list(eval_batches(rows, (64, 192), batch_size=batch_size, pad_id=PAD, sequences=2))
+    found = [target for batch in batches for target in targets_of_batch(batch)]
+    assert sorted(found) == sorted(target for index in range(len(rows)) for target in targets_of_row(rows, index))
+    assert sum(batch.slots["present"].sum() for batch in batches) == 2 * len(rows)
+
+
+def test_rows_without_branches_keep_their_digest_and_batches_to_the_bit():
+    """The digests are those of version 0.1, before rows could be trees. Checkpoints and caches have them."""
+    rows, found = make_rows([5 + (37 * n) % 200 for n in range(50)]), hashlib.sha256()
+    assert rows.digest == "66800e36eabc079f018201fbf2076be55648a0b201e9b6b08baac1965c225b96"
+    for packed in (False, True):
+        options = {"packed": packed, "accumulation": 2, "micro_batch_size": 3, "seed": 5, "pad_id": PAD}
+        trained = train_batches(rows, (256,) if packed else (64, 256), **options)
+        held_out = eval_batches(rows, (64, 256), batch_size=8, pad_id=PAD)
+        for batch in (*itertools.islice(trained, 20), *held_out):
+            for name, array in batch.arrays().items():
+                found.update(name.encode() + repr((array.dtype.str, array.shape)).encode() + array.tobytes())
+            found.update(repr(batch.position).encode() + batch.rows.tobytes() + batch.lengths.tobytes())
+    assert found.hexdigest() == "9064169f97c1a5cb047d6c190e391ac61269972bdf9d5ef3bdd6f25e17381dfe"
