@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     args, _ = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
-    from qlora_jax.tournament.reporter import ConsoleReporter
+    from qlora_jax.progress_reporter import ConsoleReporter
     from qlora_jax.tournament.tables import print_results
     from qlora_jax.tournament.tournament import PAGE_FILE, hold_tournament
 

@@ -10,14 +10,14 @@ COMMAND = Command(
     example="--study configs/studies/first_sweep.yaml --output runs/first_sweep",
     schema=CompareArgs,
     common=("study", "output", "model", "launcher", "processes"),
+    positional="study",
     flags={"dry_run": "check the study, print its runs and their trainable parameters, then stop"},
 )
 
 
 def main(argv: list[str]) -> None:
     """Performs the unfinished runs of a study, and writes its page and its table; raises ValueError for bad input."""
-    study = ["--study"] if argv and not argv[0].startswith("-") else []
-    args, flags = COMMAND.read([*study, *argv])
+    args, flags = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax.comparison.command import compare
 

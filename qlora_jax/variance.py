@@ -20,6 +20,7 @@ COMMAND = Command(
     "--fixed.temperature 1 --vary '{seed: [0, 1, 2]}'",
     schema=VarianceArgs,
     check=check_variance,
+    positional="config",
 )
 
 
@@ -28,15 +29,14 @@ def main(argv: list[str]) -> None:
 
     One process at a time writes in the study's folder.
     """
-    file = ["--config"] if argv and not argv[0].startswith("-") else []
-    args, _ = COMMAND.read([*file, *argv])
+    args, _ = COMMAND.read(argv)
     # Imported after the settings are read, because importing jax takes a second.
     from qlora_jax import runtime
     from qlora_jax.io.run_lock import lock_run
-    from qlora_jax.tournament.reporter import ConsoleReporter
+    from qlora_jax.progress_reporter import ConsoleReporter
     from qlora_jax.variance_study.analysis import analyse
     from qlora_jax.variance_study.conditions import design_of
-    from qlora_jax.variance_study.page import Study, write_study
+    from qlora_jax.variance_study.page import PageContent, write_results
     from qlora_jax.variance_study.questions import read_questions
     from qlora_jax.variance_study.replies import observe
 
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> None:
     with lock_run(Path(args.output), reporter.message):
         observations = observe(args, design, questions, reporter)
         splits = analyse(args, design, questions.asked, observations)
-        path = write_study(Study(args, design, questions, observations, splits))
+        path = write_results(PageContent(args, design, questions, observations, splits))
     _print(splits, Console())
     Console(stderr=True).print(f"page: {path}", markup=False, highlight=False, soft_wrap=True)
 

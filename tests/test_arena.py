@@ -38,7 +38,7 @@ def write_config(folder: Path, judge_positions: int, **judge: Any) -> str:
     return str(path)
 
 
-def ledgers(folder: Path) -> dict[str, bytes]:
+def record_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.rglob("*.jsonl"))}
 
 
@@ -57,7 +57,7 @@ def test_models_reply_are_judged_and_nothing_is_done_twice(tmp_path, capsys, mon
     assert "Ranking by ours" in shown.out or judge["reads"] == "review"
     assert "results.html" in shown.err
     folder = tmp_path / "arena"
-    stored = ledgers(folder)
+    stored = record_files(folder)
     assert [*stored] == ["ours.jsonl", "step-3.jsonl", "step-7.jsonl"]
     replies = [json.loads(line) for line in stored["step-3.jsonl"].splitlines()[1:]]
     assert [reply["prompt"] for reply in replies] == ["0", "1", "2"] and {r["tokens"] for r in replies} == {8}
@@ -71,10 +71,10 @@ def test_models_reply_are_judged_and_nothing_is_done_twice(tmp_path, capsys, mon
         path = folder / name
         path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:2]))
     arena.main(["--config", config])
-    assert ledgers(folder) == stored
+    assert record_files(folder) == stored
 
     # With everything stored, no model is loaded.
-    monkeypatch.setattr("qlora_jax.tournament.local_model.load_base", None)
+    monkeypatch.setattr("qlora_jax.local_model.load_base", None)
     arena.main(["--config", config])
     with pytest.raises(ValueError, match=r"step-3.jsonl: made with other inputs: max_new_tokens \(found 8, expected 9"):
         arena.main(["--config", config, "--max_new_tokens", "9"])

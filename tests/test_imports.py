@@ -27,6 +27,7 @@ LAYERS = {
     "qlora_jax.sharding": 0,
     "qlora_jax.statistics": 0,
     "qlora_jax.page_template": 1,
+    "qlora_jax.record_file": 1,
     "qlora_jax.config": 1,
     "qlora_jax.hosts": 1,
     "qlora_jax.quant": 2,
@@ -37,11 +38,13 @@ LAYERS = {
     "qlora_jax.io": 5,
     "qlora_jax.inference": 5,
     "qlora_jax.evaluation": 6,
+    "qlora_jax.local_model": 6,
+    "qlora_jax.progress_reporter": 6,
     "qlora_jax.training": 7,
     "qlora_jax.tournament": 7,
+    "qlora_jax.variance_study": 7,
     "qlora_jax.api": 8,
     "qlora_jax.comparison": 8,
-    "qlora_jax.variance_study": 8,
 }
 COMMANDS = 9  # every other top-level file: train.py, generate.py, ...
 

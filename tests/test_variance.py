@@ -12,7 +12,7 @@ from qlora_jax import variance
 from qlora_jax.api.generate import generate_text
 from qlora_jax.api.load import load
 from qlora_jax.io.run_lock import lock_run
-from qlora_jax.tournament.local_model import LocalModel, OpenedSystem
+from qlora_jax.local_model import LocalModel, OpenedLocalModel
 from tests.e2e.project import write_model
 
 HOSTILE = '<script>alert(1)</script> & "quoted" \'</div>'
@@ -102,7 +102,9 @@ def test_every_measure_is_split_for_every_factor(folder):
     of_seed = next(one for one in splits if one["measure"] == "likelihood" and one["factor"] == "seed")
     parts = {part["name"]: part for part in of_seed["parts"]}
     # A seed changes no likelihood, so that the levels are equal.
-    assert parts["levels"]["value"] == pytest.approx(0.0, abs=1e-12) and parts["rest"]["value"] == pytest.approx(0.0)
+    assert parts["levels"]["value"] == pytest.approx(0.0, abs=1e-12) and parts["residual"]["value"] == pytest.approx(
+        0.0
+    )
     assert sum(part["share"] for part in of_seed["parts"]) == pytest.approx(1.0)
     of_bits = next(one for one in splits if one["measure"] == "likelihood" and one["factor"] == "quant_type")
     assert of_bits["level_means"]["nf4"] != of_bits["level_means"]["none"]
@@ -119,7 +121,7 @@ def test_the_page_shows_the_examples_and_runs_nothing(folder):
 @pytest.mark.slow
 def test_a_finished_study_loads_no_model(folder, tmp_path, monkeypatch):
     shutil.copytree(folder / "study", tmp_path / "study")
-    monkeypatch.setattr(OpenedSystem, "load", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(OpenedLocalModel, "load", lambda *args: pytest.fail("a model was loaded"))
     again = run(folder, tmp_path / "study")
     assert again["splits"] == results(folder / "study")["splits"]
 
@@ -163,13 +165,13 @@ def test_one_process_at_a_time_writes_in_a_folder(tmp_path, monkeypatch):
 
     monkeypatch.setattr("qlora_jax.variance_study.replies.observe", writes("observe", {}))
     monkeypatch.setattr("qlora_jax.variance_study.analysis.analyse", lambda *args: [])
-    monkeypatch.setattr("qlora_jax.variance_study.page.write_study", writes("write_study", output))
+    monkeypatch.setattr("qlora_jax.variance_study.page.write_results", writes("write_results", output))
     with pytest.raises(FileNotFoundError):
         run(tmp_path, output)  # whose results nothing wrote
-    assert writers == ["observe", "write_study"]
+    assert writers == ["observe", "write_results"]
     with lock_run(output, pytest.fail), pytest.raises(ValueError, match="another process"):
         run(tmp_path, output)
-    assert writers == ["observe", "write_study"]
+    assert writers == ["observe", "write_results"]
 
 
 def test_rows_that_cannot_be_used_are_named(tmp_path):

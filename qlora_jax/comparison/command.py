@@ -9,8 +9,8 @@ from rich import box
 from qlora_jax.comparison.launchers import launcher_of
 from qlora_jax.comparison.page import DIFFERENCE, Table, difference_row, estimate_table, write_page
 from qlora_jax.comparison.results import Results, summarize
+from qlora_jax.comparison.run_study import run_study, sized_settings
 from qlora_jax.comparison.settings import CompareArgs
-from qlora_jax.comparison.stages import run_study, sized_settings
 from qlora_jax.comparison.study import Study, output_of, read_study
 from qlora_jax.comparison.table_file import write_table
 from qlora_jax.io.run_lock import lock_run

@@ -11,7 +11,8 @@ from types import FrameType
 
 from qlora_jax.comparison.launchers import Launcher, Started
 from qlora_jax.comparison.run import Run
-from qlora_jax.comparison.run_files import FAILURE_FILE
+from qlora_jax.comparison.run_files import FAILURE_FILE, LOG_FILE
+from qlora_jax.config import ConfigError
 
 POLL_SECONDS = 0.2
 CANCEL_SECONDS = 60.0  # in which a cancelled run should save a checkpoint
@@ -49,6 +50,15 @@ def run_all(runs: Sequence[Run], launcher: Launcher, retries: int, report: Repor
             _cancel(state, report)
             raise
     return state.failed
+
+
+def raise_failures(failed: Mapping[Run, str]) -> None:
+    """Raises ConfigError if runs failed, with the reason and the log of each."""
+    if failed:
+        raise ConfigError(
+            [f"{run.label}: {reason}\n  log: {run.folder / LOG_FILE}" for run, reason in failed.items()]
+            + ["Finished runs are kept: correct the cause, and start the study again"]
+        )
 
 
 def _start(state: _State, launcher: Launcher, report: Report) -> None:

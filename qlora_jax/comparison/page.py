@@ -13,8 +13,8 @@ from markupsafe import Markup
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.comparison.plots import COSTS, Cost, front, pareto_svg, runs_svg
-from qlora_jax.comparison.results import LEVEL, Difference, Estimate, Results
-from qlora_jax.comparison.study import Task
+from qlora_jax.comparison.results import LEVEL, MethodDifference, MethodEstimate, Results
+from qlora_jax.comparison.study import StudyTask
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.page_template import page_template
 from qlora_jax.training.report.plot import NARROW, WIDE
@@ -115,7 +115,7 @@ def _methods(results: Results) -> Table:
     return Table(("method", "settings"), [(_numbered(names, name), _text_of(settings[name])) for name in names])
 
 
-def _section(results: Results, task: Task) -> Section:
+def _section(results: Results, task: StudyTask) -> Section:
     estimates, measure = results.of_task(task.name), task.settings.measure
     of_task = [difference for difference in results.differences if difference.task == task.name]
     costs = [cost for cost in COSTS if front(estimates, cost, task.better)]
@@ -129,18 +129,18 @@ def _section(results: Results, task: Task) -> Section:
     )
 
 
-def _runs(estimates: Sequence[Estimate], measure: str) -> Drawing:
+def _runs(estimates: Sequence[MethodEstimate], measure: str) -> Drawing:
     narrow, wide = (Markup(runs_svg(estimates, measure, size)) for size in (NARROW, WIDE))
     return Drawing("Runs and 95 % intervals over seeds and rows", narrow, wide)
 
 
-def _front(estimates: Sequence[Estimate], cost: Cost, task: Task, *, alone: bool) -> Drawing:
+def _front(estimates: Sequence[MethodEstimate], cost: Cost, task: StudyTask, *, alone: bool) -> Drawing:
     measure = task.settings.measure
     narrow, wide = (Markup(pareto_svg(estimates, cost, measure, task.better, size)) for size in (NARROW, WIDE))
     return Drawing(f"{measure} against {cost.caption}", narrow, wide if alone else None)
 
 
-def estimate_table(results: Results, task: Task) -> Table:
+def estimate_table(results: Results, task: StudyTask) -> Table:
     """Returns the results of each method on a task as text."""
     estimates = results.of_task(task.name)
     fronts = [front(estimates, cost, task.better) for cost in COSTS]
@@ -164,7 +164,7 @@ def estimate_table(results: Results, task: Task) -> Table:
     return Table(ESTIMATE, rows)
 
 
-def difference_row(one: Difference) -> tuple[str, ...]:
+def difference_row(one: MethodDifference) -> tuple[str, ...]:
     """Returns a difference as text, in the columns of DIFFERENCE."""
     return (
         f"{one.method} - {one.reference}",

@@ -19,7 +19,7 @@ from qlora_jax.comparison.run_files import (
     RUN_FOLDER,
     SETTINGS_FILE,
     Job,
-    Outcome,
+    RunOutcome,
     read_job,
 )
 from qlora_jax.io.run_lock import lock_run
@@ -73,7 +73,7 @@ def perform(folder: str, stop: threading.Event | None = None) -> None:
     shutil.rmtree(path / CACHE_FOLDER, ignore_errors=True)
 
 
-def _perform(folder: Path, job: Job, stop: threading.Event | None) -> Outcome:
+def _perform(folder: Path, job: Job, stop: threading.Event | None) -> RunOutcome:
     try:
         if not (folder / TRAINED_FILE).exists():
             _train(folder, job, stop)
@@ -201,7 +201,7 @@ class _Scores(TypedDict):
     tasks: dict[str, _Task]
 
 
-def _outcome(folder: Path, job: Job) -> Outcome:
+def _outcome(folder: Path, job: Job) -> RunOutcome:
     run = folder / RUN_FOLDER
     records = read_metrics(run / "metrics.jsonl")
     steps = [record for record in records if "loss" in record]
@@ -221,7 +221,7 @@ def _outcome(folder: Path, job: Job) -> Outcome:
     }
 
 
-def _diverged_outcome(folder: Path, job: Job) -> Outcome:
+def _diverged_outcome(folder: Path, job: Job) -> RunOutcome:
     """Returns the outcome of a run that ended at a step that was not finite, and so wrote no report."""
     metrics = folder / RUN_FOLDER / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []

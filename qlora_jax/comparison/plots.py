@@ -4,7 +4,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from qlora_jax.comparison.results import Estimate
+from qlora_jax.comparison.results import MethodEstimate
 from qlora_jax.evaluation.measures import Better
 from qlora_jax.statistics.pareto import pareto_front
 from qlora_jax.training.report.plot import Size, page_svg
@@ -27,7 +27,7 @@ class Cost(NamedTuple):
 
     name: str
     caption: str
-    of: Callable[[Estimate], float | None]
+    of: Callable[[MethodEstimate], float | None]
 
 
 COSTS = (
@@ -37,7 +37,7 @@ COSTS = (
 )
 
 
-def front(estimates: Sequence[Estimate], cost: Cost, better: Better) -> list[int]:
+def front(estimates: Sequence[MethodEstimate], cost: Cost, better: Better) -> list[int]:
     """Returns the indices of the methods on the Pareto front; methods without the cost are left out."""
     known = [index for index, estimate in enumerate(estimates) if cost.of(estimate) is not None]
     sign = -1 if better == "higher" else 1
@@ -46,13 +46,13 @@ def front(estimates: Sequence[Estimate], cost: Cost, better: Better) -> list[int
     return [known[index] for index in found]
 
 
-def pareto_svg(estimates: Sequence[Estimate], cost: Cost, measure: str, better: Better, size: Size) -> str:
+def pareto_svg(estimates: Sequence[MethodEstimate], cost: Cost, measure: str, better: Better, size: Size) -> str:
     """Returns quality against cost; a point has the method's number, and a line joins those that no other beats."""
     draw = functools.partial(_draw_pareto, estimates=estimates, cost=cost, measure=measure, better=better)
     return page_svg(draw, f"{estimates[0].task}: {measure} against {cost.caption}", size)
 
 
-def _draw_pareto(axes: "Axes", estimates: Sequence[Estimate], cost: Cost, measure: str, better: Better) -> None:
+def _draw_pareto(axes: "Axes", estimates: Sequence[MethodEstimate], cost: Cost, measure: str, better: Better) -> None:
     best = front(estimates, cost, better)
     for index, estimate in enumerate(estimates):
         at = cost.of(estimate)
@@ -85,7 +85,7 @@ def _scale(axes: "Axes", costs: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
-def runs_svg(estimates: Sequence[Estimate], measure: str, size: Size) -> str:
+def runs_svg(estimates: Sequence[MethodEstimate], measure: str, size: Size) -> str:
     """Returns each method's runs as points, with the mean and its interval over seeds and rows."""
     width, _ = size
     height = 0.9 + 0.35 * len(estimates)
@@ -93,7 +93,7 @@ def runs_svg(estimates: Sequence[Estimate], measure: str, size: Size) -> str:
     return page_svg(draw, f"{estimates[0].task}: runs", (width, height))
 
 
-def _draw_runs(axes: "Axes", estimates: Sequence[Estimate], measure: str) -> None:
+def _draw_runs(axes: "Axes", estimates: Sequence[MethodEstimate], measure: str) -> None:
     for place, estimate in enumerate(estimates):
         low, high = estimate.mean.interval
         axes.plot([low, high], [place, place], color="C0", linewidth=2, alpha=0.6)

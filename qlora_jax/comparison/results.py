@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.comparison.run import Run
-from qlora_jax.comparison.run_files import Outcome
-from qlora_jax.comparison.study import Pair, Study, Task
+from qlora_jax.comparison.run_files import RunOutcome
+from qlora_jax.comparison.study import Pair, Study, StudyTask
 from qlora_jax.statistics.crossed import MeanEstimate, crossed_mean, ratio_scores
 from qlora_jax.statistics.holm import holm
 from qlora_jax.statistics.student import t_interval
@@ -25,7 +25,7 @@ class Finished(NamedTuple):
     """A run with its outcome."""
 
     run: Run
-    outcome: Outcome
+    outcome: RunOutcome
 
     @property
     def value(self) -> float | None:
@@ -35,7 +35,7 @@ class Finished(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Estimate:
+class MethodEstimate:
     """The results of a method on a task.
 
     Attributes:
@@ -59,7 +59,7 @@ class Estimate:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Difference:
+class MethodDifference:
     """A method compared with another on one task, paired by seed and row.
 
     Attributes:
@@ -81,10 +81,10 @@ class Results:
 
     study: Study
     runs: Sequence[Finished]
-    estimates: Sequence[Estimate]
-    differences: Sequence[Difference]
+    estimates: Sequence[MethodEstimate]
+    differences: Sequence[MethodDifference]
 
-    def of_task(self, task: str) -> list[Estimate]:
+    def of_task(self, task: str) -> list[MethodEstimate]:
         """Returns the estimates of a task, in the order of the methods."""
         return [estimate for estimate in self.estimates if estimate.task == task]
 
@@ -108,11 +108,11 @@ def summarize(study: Study, runs: Sequence[Run], parameters: Mapping[Pair, int])
     return Results(study=study, runs=finished, estimates=estimates, differences=_differences(study, by_pair))
 
 
-def _estimate(pair: Pair, runs: Sequence[Finished], parameters: int) -> Estimate:
+def _estimate(pair: Pair, runs: Sequence[Finished], parameters: int) -> MethodEstimate:
     values_SR, weights_R = _rows(runs)
     by_seed = tuple(float(value) for value in values_SR.sum(axis=1) / weights_R.sum())
     peaks = [one.outcome["peak_bytes"] for one in runs]
-    return Estimate(
+    return MethodEstimate(
         method=pair[0],
         task=pair[1],
         by_seed=by_seed,
@@ -132,7 +132,7 @@ def _rows(runs: Sequence[Finished]) -> tuple[Float64[np.ndarray, "S R"], Float64
     return np.array([one.outcome["values"] for one in runs], np.float64), weights[0]
 
 
-def _differences(study: Study, by_pair: Mapping[Pair, Sequence[Finished]]) -> list[Difference]:
+def _differences(study: Study, by_pair: Mapping[Pair, Sequence[Finished]]) -> list[MethodDifference]:
     methods = study.methods
     couples = [(methods[0], other) for other in methods[1:]]
     if study.settings.pairs == "all":
@@ -141,12 +141,14 @@ def _differences(study: Study, by_pair: Mapping[Pair, Sequence[Finished]]) -> li
     means = [_difference(by_pair[a, task.name], by_pair[b, task.name], task) for task, a, b in tested]
     corrected = holm([mean.p for mean in means])
     return [
-        Difference(method=method, reference=reference, task=task.name, mean=mean, p=p, verdict=_verdict(mean, p, task))
+        MethodDifference(
+            method=method, reference=reference, task=task.name, mean=mean, p=p, verdict=_verdict(mean, p, task)
+        )
         for (task, reference, method), mean, p in zip(tested, means, corrected, strict=True)
     ]
 
 
-def _difference(reference: Sequence[Finished], method: Sequence[Finished], task: Task) -> MeanEstimate:
+def _difference(reference: Sequence[Finished], method: Sequence[Finished], task: StudyTask) -> MeanEstimate:
     values_SR, weights_R = _rows(reference)
     others_SR, other_weights_R = _rows(method)
     if not np.array_equal(weights_R, other_weights_R):
@@ -158,7 +160,7 @@ def _difference(reference: Sequence[Finished], method: Sequence[Finished], task:
     return crossed_mean(ratio_scores(others_SR, weights_R) - ratio_scores(values_SR, weights_R))
 
 
-def _verdict(mean: MeanEstimate, p: float, task: Task) -> Verdict:
+def _verdict(mean: MeanEstimate, p: float, task: StudyTask) -> Verdict:
     if not p < LEVEL:  # also where p is not a number
         return "not decided"
     return "better" if (mean.value > 0) == (task.better == "higher") else "worse"

@@ -13,12 +13,12 @@ from qlora_jax.comparison.run_files import (
     RUN_FOLDER,
     SETTINGS_FILE,
     Job,
-    Outcome,
+    RunOutcome,
     Stage,
     read_job,
 )
 from qlora_jax.comparison.settings import Settings
-from qlora_jax.comparison.study import Study, data_settings, output_of, sources
+from qlora_jax.comparison.study import Pair, Study, data_settings, output_of, sources
 from qlora_jax.config import Config, ConfigError, write_config
 from qlora_jax.config.parse import is_required, walk_settings
 from qlora_jax.metadata import read_json
@@ -96,9 +96,9 @@ class Run:
         """True if the run has its outcome."""
         return (self.folder / OUTCOME_FILE).exists()
 
-    def outcome(self) -> Outcome:
+    def outcome(self) -> RunOutcome:
         """Returns the outcome of a finished run."""
-        return read_json(self.folder / OUTCOME_FILE, Outcome, MAX_BYTES)
+        return read_json(self.folder / OUTCOME_FILE, RunOutcome, MAX_BYTES)
 
     def prepare(self) -> None:
         """Writes the run's files, unless it has them."""
@@ -106,6 +106,11 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_config(self.config, self.folder / SETTINGS_FILE)
             write_text(self.folder / JOB_FILE, json.dumps(self.job(), indent=1) + "\n")
+
+
+def run_of(study: Study, stage: Stage, pair: Pair, settings: Settings) -> Run:
+    """Returns the run of a method and a task."""
+    return Run(study=study, stage=stage, method=pair[0], task=pair[1], settings=settings)
 
 
 def check_unchanged(runs: Iterable[Run]) -> None:

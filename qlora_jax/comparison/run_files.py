@@ -39,7 +39,7 @@ class Job(TypedDict):
     inputs: dict[str, object]
 
 
-class Outcome(TypedDict):
+class RunOutcome(TypedDict):
     """The content of outcome.json.
 
     Keys:

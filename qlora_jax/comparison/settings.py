@@ -71,7 +71,7 @@ class StudySettings:
     output: str = setting("folder of the runs, the page and the table", bound=NOT_EMPTY)
 
 
-Launcher = Literal["local", "submitit", "ray"]
+LauncherName = Literal["local", "submitit", "ray"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,7 @@ class CompareArgs:
     study: str = setting("the study file (docs/compare.md)", bound=NOT_EMPTY)
     model: str | None = setting("base model, in place of the study's model.path", None, NOT_EMPTY)
     output: str | None = setting("folder of the runs and results, in place of the study's output", None, NOT_EMPTY)
-    launcher: Launcher = setting("local: processes here; submitit: a SLURM cluster; ray: a Ray cluster", "local")
+    launcher: LauncherName = setting("local: processes here; submitit: a SLURM cluster; ray: a Ray cluster", "local")
     processes: int = setting("local: runs at the same time", 1, AT_LEAST_ONE)
     submitit: Settings = setting(
         "submitit: parameters of its AutoExecutor, such as {timeout_min: 240, slurm_partition: gpu}; cluster: local or "

@@ -37,7 +37,7 @@ OF_EVALUATE = ("run", "model", "step", "against", "against_step", "json", "json_
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Task:
+class StudyTask:
     """A task of a study.
 
     Attributes:
@@ -66,7 +66,7 @@ class Study:
 
     settings: StudySettings
     base: Raw
-    tasks: Mapping[str, Task]
+    tasks: Mapping[str, StudyTask]
 
     @property
     def methods(self) -> list[str]:
@@ -207,7 +207,7 @@ def _read_base(path: str, shared: Settings) -> tuple[Raw, list[str]]:
     return raw, []
 
 
-def _read_tasks(settings: StudySettings) -> tuple[dict[str, Task], list[str]]:
+def _read_tasks(settings: StudySettings) -> tuple[dict[str, StudyTask], list[str]]:
     tasks, problems = {}, []
     for name, raw in settings.tasks.items():
         task = from_dict(TaskSettings, raw)
@@ -219,7 +219,9 @@ def _read_tasks(settings: StudySettings) -> tuple[dict[str, Task], list[str]]:
         if not found:
             (kind,) = _kinds(task)
             better = MEASURES[kind][task.measure]
-            tasks[name] = Task(name=name, settings=task, kind=kind, better=better, training=training, digests=digests)
+            tasks[name] = StudyTask(
+                name=name, settings=task, kind=kind, better=better, training=training, digests=digests
+            )
     return tasks, problems
 
 

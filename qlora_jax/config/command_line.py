@@ -61,6 +61,7 @@ class Command[T]:
       check: raises ConfigError if settings contradict each other.
       flags: name and help text of each option without a value.
       common: settings that `--help` lists next to those that the schema marks; without any, it lists all.
+      positional: the option whose value may come first, without its name.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Command[T]:
     check: Callable[[T], None] = lambda settings: None
     flags: Mapping[str, str] = types.MappingProxyType({})
     common: Collection[str] = ()
+    positional: str | None = None
 
     @property
     def prog(self) -> str:
@@ -85,7 +87,8 @@ class Command[T]:
         if {"--help", "-h"} & set(argv):
             print(help_text(self, every=ALL in argv))
             sys.exit(0)
-        settings, flags = read_settings(self.schema, argv, self.flags)
+        named = [f"--{self.positional}"] if self.positional and argv and not argv[0].startswith("-") else []
+        settings, flags = read_settings(self.schema, [*named, *argv], self.flags)
         self.check(settings)
         return settings, flags
 

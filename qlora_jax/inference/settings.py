@@ -1,4 +1,4 @@
-"""Declares the settings of `generate`, and the settings that it shares with `evaluate`."""
+"""Declares the settings of `generate`, and the settings of models that it shares with other commands."""
 
 import dataclasses
 from pathlib import Path
@@ -25,6 +25,21 @@ class ModelOrRunArgs:
         "folder of a training run: its base with its adapter", None, common="folder of a training run"
     )
     step: int | None = setting("checkpoint of the run (null: the newest)", None, NON_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalModelArgs:
+    """A model that runs here: a base model, a training run, or a PEFT adapter."""
+
+    path: str = setting(
+        "a folder, a GGUF file, org/name on the Hub, or the folder of a run or adapter", bound=NOT_EMPTY
+    )
+    base: str | None = setting("path of a run's or adapter's base, if it moved", None, NOT_EMPTY)
+    step: int | None = setting("checkpoint of the run (null: the newest)", None, NON_NEGATIVE)
+    chat_template: str | None = setting("jinja file to use instead of the model's chat template", None, NOT_EMPTY)
+    raw: bool = setting("use no chat template: the model continues the text of the prompt", False)
+    quant_type: QuantType = setting("4-bit code of the base; auto: as in training, or nf4; none: 16 bit", "auto")
+    compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

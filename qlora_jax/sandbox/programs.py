@@ -35,7 +35,7 @@ class Limits(NamedTuple):
     waiting_seconds: int = 20
 
 
-class Outcome(NamedTuple):
+class ProgramOutcome(NamedTuple):
     """The result of testing a program.
 
     Fields:

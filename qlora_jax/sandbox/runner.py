@@ -1,4 +1,4 @@
-"""Tests programs of unknown origin in processes that are limited and sealed (worker.py, seal.py)."""
+"""Tests programs of unknown origin in processes that are limited and sealed (worker.py, landlock_seccomp.py)."""
 
 import concurrent.futures
 import contextlib
@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlora_jax.sandbox.messages import receive, send
-from qlora_jax.sandbox.programs import Limits, Outcome, Program
+from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
 
 _ROOT = str(Path(__file__).resolve().parents[2])
 # The worker has Python's standard library alone, and forgets where it found this package.
@@ -22,7 +22,7 @@ _START = (
 )
 
 
-def run_programs(programs: Sequence[Program], limits: Limits, *, sealed: bool = True) -> list[Outcome]:
+def run_programs(programs: Sequence[Program], limits: Limits, *, sealed: bool = True) -> list[ProgramOutcome]:
     """Tests each program, several at a time; returns the outcomes in order.
 
     Args:
@@ -88,15 +88,15 @@ def _worker(limits: Limits, sealed: bool) -> Iterator[subprocess.Popen[bytes]]:
                 process.communicate()
 
 
-def _run(process: subprocess.Popen[bytes], programs: Sequence[Program]) -> list[Outcome]:
+def _run(process: subprocess.Popen[bytes], programs: Sequence[Program]) -> list[ProgramOutcome]:
     return [_try(process, program) for program in programs]
 
 
-def _try(process: subprocess.Popen[bytes], program: Program) -> Outcome:
+def _try(process: subprocess.Popen[bytes], program: Program) -> ProgramOutcome:
     assert process.stdin is not None
     with contextlib.suppress(BrokenPipeError):  # the end of its replies says it
         send(process.stdin.fileno(), json.dumps(program).encode())
-    return Outcome(*json.loads(_receive(process)))
+    return ProgramOutcome(*json.loads(_receive(process)))
 
 
 def _receive(process: subprocess.Popen[bytes]) -> bytes:

@@ -1,7 +1,7 @@
 """The system calls that a sealed process may use, with their numbers on x86-64 and on 64-bit Arm.
 
 Calls that are absent are refused: those that make sockets, processes or namespaces, run other programs, send signals,
-change files' attributes, or reach other processes. Landlock decides which files `open` may open (seal.py).
+change files' attributes, or reach other processes. Landlock decides which files `open` may open (landlock_seccomp.py).
 """
 
 from typing import NamedTuple

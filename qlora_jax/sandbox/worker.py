@@ -18,11 +18,11 @@ import tempfile
 import time
 from collections.abc import Callable
 
+from qlora_jax.sandbox.landlock_seccomp import end_with_parent, library_folders, platform_problem, seal
 from qlora_jax.sandbox.limits import limit_resources
 from qlora_jax.sandbox.messages import receive, send
-from qlora_jax.sandbox.programs import Limits, Outcome, Program
-from qlora_jax.sandbox.seal import end_with_parent, library_folders, platform_problem, seal
-from qlora_jax.sandbox.tested import run_program, run_tests
+from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
+from qlora_jax.sandbox.run_tests import run_program, run_tests
 
 _MOST_DESCRIPTORS = 1 << 16
 _LONGEST_REQUEST = 1 << 30  # bytes
@@ -87,7 +87,7 @@ class _Sandbox:
         return statuses
 
 
-def try_next(sandbox: _Sandbox, requests: int) -> Outcome | None:
+def try_next(sandbox: _Sandbox, requests: int) -> ProgramOutcome | None:
     """Tests the next program of `requests`; returns None after the last."""
     (asked, ask), (answered, answer) = os.pipe(), os.pipe()
     program_process = sandbox.start(run_program, asked, answer)
@@ -104,7 +104,7 @@ def try_next(sandbox: _Sandbox, requests: int) -> Outcome | None:
     return outcome
 
 
-def _try(sandbox: _Sandbox, program: Program, program_process: int, ask: int, answered: int) -> Outcome:
+def _try(sandbox: _Sandbox, program: Program, program_process: int, ask: int, answered: int) -> ProgramOutcome:
     found, report = os.pipe()
 
     def run(ask: int, answered: int, report: int) -> None:
@@ -119,20 +119,20 @@ def _try(sandbox: _Sandbox, program: Program, program_process: int, ask: int, an
         _wait_for_end(ended)
     statuses = dict(zip((test_process, program_process), sandbox.end(test_process, program_process), strict=True))
     if late:
-        return Outcome("time", f"took more than {sandbox.limits.waiting_seconds} s")
+        return ProgramOutcome("time", f"took more than {sandbox.limits.waiting_seconds} s")
     if outcome is not None and outcome.reason != "ended":
         return outcome
     if statuses[ended] == -signal.SIGKILL:
-        return Outcome("time", f"took more than {sandbox.limits.seconds} s of processor time")
-    return outcome or Outcome("ended", "the process of the tests ended")
+        return ProgramOutcome("time", f"took more than {sandbox.limits.seconds} s of processor time")
+    return outcome or ProgramOutcome("ended", "the process of the tests ended")
 
 
-def _wait_for_outcome(found: int, seconds: float) -> tuple[bool, Outcome | None]:
+def _wait_for_outcome(found: int, seconds: float) -> tuple[bool, ProgramOutcome | None]:
     """Returns (False, the outcome that the tests send, or None if they end without one), or (True, None) if late."""
     if not select.select([found], [], [], seconds)[0]:
         return True, None
     try:
-        return False, Outcome(*json.loads(receive(found)))
+        return False, ProgramOutcome(*json.loads(receive(found)))
     except EOFError:
         return False, None
 

@@ -2,18 +2,18 @@
 
 Every seed is scored on the same rows, so seeds and rows are crossed. A score is modelled as
 
-    score[seed, row] = mean + seed's effect + row's effect + rest,    all three random,
+    score[seed, row] = mean + seed's effect + row's effect + residual,    all three random,
 
 which is a two-way layout without replication. With S seeds and R rows, the variance of the mean is
 
-    var_seed / S + var_row / R + var_rest / (S R),
+    var_seed / S + var_row / R + var_residual / (S R),
 
-and the mean squares are expected to be MS_seed = R var_seed + var_rest and MS_row = S var_row + var_rest. So
-(MS_seed + MS_row) / (S R) estimates the variance and counts var_rest / (S R) twice. Subtracting MS_rest would count it
-once, but a difference of mean squares can be far too small, or negative, with few seeds: in simulations of 3 seeds its
-intervals contained the truth in 91 to 95 % of trials, and these in 94.5 to 98.7 %. The degrees of freedom are
-Satterthwaite's (1946): with a large seed effect they approach S - 1, as in Student's interval over seeds, and without
-one R - 1, as in an interval over rows.
+and the mean squares are expected to be MS_seed = R var_seed + var_residual and MS_row = S var_row + var_residual. So
+(MS_seed + MS_row) / (S R) estimates the variance and counts var_residual / (S R) twice. Subtracting MS_residual would
+count it once, but a difference of mean squares can be far too small, or negative, with few seeds: in simulations of 3
+seeds its intervals contained the truth in 91 to 95 % of trials, and these in 94.5 to 98.7 %. The degrees of freedom
+are Satterthwaite's (1946): with a large seed effect they approach S - 1, as in Student's interval over seeds, and
+without one R - 1, as in an interval over rows.
 
 A bootstrap over seeds and rows was not used: resampling 3 seeds underestimates their variance by a third, and its
 percentiles do not widen for so few.
@@ -35,17 +35,17 @@ class MeanEstimate(NamedTuple):
 
     Fields:
       error: its standard error.
-      freedom: degrees of freedom of that error.
+      degrees_of_freedom: of that error.
     """
 
     value: float
     error: float
-    freedom: float
+    degrees_of_freedom: float
 
     @property
     def interval(self) -> tuple[float, float]:
         """The 95 % interval."""
-        half = t_quantile(self.freedom) * self.error
+        half = t_quantile(self.degrees_of_freedom) * self.error
         return self.value - half, self.value + half
 
     @property
@@ -53,7 +53,7 @@ class MeanEstimate(NamedTuple):
         """The two-sided p-value of the hypothesis that the mean is 0."""
         if self.error == 0:
             return float(self.value == 0)
-        return two_sided_p(self.value / self.error, self.freedom)
+        return two_sided_p(self.value / self.error, self.degrees_of_freedom)
 
 
 def ratio_scores(values_SR: Float64[np.ndarray, "S R"], weights_R: Float64[np.ndarray, " R"]) -> np.ndarray:
@@ -87,5 +87,5 @@ def crossed_mean(scores_SR: Float64[np.ndarray, "S R"]) -> MeanEstimate:
     by_seed = rows * float(scores_SR.mean(axis=1).var(ddof=1))
     total = by_seed + by_row
     spread = by_seed**2 / (seeds - 1) + by_row**2 / (rows - 1)
-    freedom = total**2 / spread if spread else float(min(seeds, rows) - 1)
-    return MeanEstimate(mean, math.sqrt(total / (seeds * rows)), freedom)
+    degrees_of_freedom = total**2 / spread if spread else float(min(seeds, rows) - 1)
+    return MeanEstimate(mean, math.sqrt(total / (seeds * rows)), degrees_of_freedom)

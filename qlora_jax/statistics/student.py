@@ -14,15 +14,15 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean - half, mean + half
 
 
-def t_quantile(freedom: float) -> float:
+def t_quantile(degrees_of_freedom: float) -> float:
     """Returns the 0.975 quantile of Student's distribution."""
     from scipy import special  # takes as long to import as JAX
 
-    return float(special.stdtrit(freedom, 0.975))
+    return float(special.stdtrit(degrees_of_freedom, 0.975))
 
 
-def two_sided_p(t: float, freedom: float) -> float:
+def two_sided_p(t: float, degrees_of_freedom: float) -> float:
     """Returns the probability that Student's t is at least as far from 0."""
     from scipy import special
 
-    return float(2 * special.stdtr(freedom, -abs(t)))
+    return float(2 * special.stdtr(degrees_of_freedom, -abs(t)))

@@ -12,13 +12,13 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.ratings.elo import ratings_by_ordering
 from qlora_jax.tournament.ratings.games import read_games
 from qlora_jax.tournament.ratings.results import Interval
 
 RESAMPLES, ORDERINGS = 1_000, 1_000
-VERDICTS = 3  # the system whose name sorts first is better, a tie, the other is better
+CATEGORIES = 3  # the system whose name sorts first is better, a tie, the other is better
 
 Item = tuple[str, str, str]  # a prompt, and two systems in the order of their names
 Verdicts = Mapping[Item, int]
@@ -71,13 +71,13 @@ class Agreement:
     fleiss_kappa: Kappa | None
 
 
-def agreement(comparisons: Sequence[Comparison], *, seed: int = 0) -> Agreement:
+def agreement(comparisons: Sequence[Game], *, seed: int = 0) -> Agreement:
     """Compares all judges with each other; intervals are over prompts.
 
     Raises:
       ValueError: statsmodels is not installed, there are fewer than two judges, or a comparison is malformed.
     """
-    by_judge: dict[str, list[Comparison]] = defaultdict(list)
+    by_judge: dict[str, list[Game]] = defaultdict(list)
     for comparison in comparisons:
         by_judge[comparison.judge].append(comparison)
     if len(by_judge) < 2:
@@ -99,7 +99,7 @@ def agreement(comparisons: Sequence[Comparison], *, seed: int = 0) -> Agreement:
     )
 
 
-def verdicts_of(comparisons: Sequence[Comparison]) -> dict[Item, int]:
+def verdicts_of(comparisons: Sequence[Game]) -> dict[Item, int]:
     """One judge's verdicts: 0 if the system whose name sorts first is better, 1 for a tie, 2 if the other is."""
     balance: dict[Item, float] = defaultdict(float)
     for prompt, first, second, outcome, _ in comparisons:
@@ -115,7 +115,7 @@ def cohen_kappa(a: Verdicts, b: Verdicts, items: Sequence[Item], seed: int = 0) 
     def kappa(table: Float64[np.ndarray, "rows columns"]) -> float:
         return float(from_statsmodels(table, return_results=False))
 
-    tables = np.zeros((len(items), VERDICTS, VERDICTS))
+    tables = np.zeros((len(items), CATEGORIES, CATEGORIES))
     tables[np.arange(len(items)), [a[item] for item in items], [b[item] for item in items]] = 1
     return _estimate(lambda drawn: kappa(tables[drawn].sum(axis=0)), items, seed)
 
@@ -123,7 +123,7 @@ def cohen_kappa(a: Verdicts, b: Verdicts, items: Sequence[Item], seed: int = 0) 
 def fleiss_kappa(judges: Sequence[Verdicts], items: Sequence[Item], seed: int = 0) -> Kappa | None:
     """Fleiss' kappa of all judges on `items`, with its interval over prompts; None if it is not defined."""
     from_statsmodels = _inter_rater("fleiss_kappa")
-    counts = np.zeros((len(items), VERDICTS))
+    counts = np.zeros((len(items), CATEGORIES))
     for verdicts in judges:
         counts[np.arange(len(items)), [verdicts[item] for item in items]] += 1
     return _estimate(lambda drawn: float(from_statsmodels(counts[drawn], method="fleiss")), items, seed)
@@ -157,7 +157,7 @@ def _pair(a: Judge, b: Judge, seed: int) -> JudgePair:
     )
 
 
-def _elo(comparisons: Sequence[Comparison], seed: int) -> dict[str, float]:
+def _elo(comparisons: Sequence[Game], seed: int) -> dict[str, float]:
     games = read_games(comparisons)
     mean_S = ratings_by_ordering(games, ORDERINGS, np.random.default_rng(seed)).mean(axis=0)
     return dict(zip(games.systems, mean_S.tolist(), strict=True))

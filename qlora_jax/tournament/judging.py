@@ -4,10 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypedDict
 
+from qlora_jax.progress_reporter import Reporter
+from qlora_jax.record_file import RecordFile, stored_records
 from qlora_jax.tournament.judges.judge import Attempts, Judge, Judgement, JudgeStopped, Record, Verdict
-from qlora_jax.tournament.ledger import Ledger, stored_records
 from qlora_jax.tournament.matches import Match, Transcripts
-from qlora_jax.tournament.reporter import Reporter
 
 
 class StoredJudgement(TypedDict):
@@ -71,15 +71,15 @@ def judge_matches(
         found: list[Judgement] = []
         judge.judge(matches, transcripts, found.append)
         return Judged(len(found), _last(found), _sum(found), None)
-    with Ledger(_path(folder, name), judge.inputs(), StoredJudgement) as ledger:
-        found = _on_matches(ledger.path, ledger.records, matches, transcripts)
+    with RecordFile(_path(folder, name), judge.inputs(), StoredJudgement) as stored:
+        found = _on_matches(stored.path, stored.records, matches, transcripts)
         verdicts = {judgement.match for judgement in found if judgement.verdict is not None}
         missing = [match for match in matches if match not in verdicts]
         stopped = None
         with reporter.counting(f"{name}: judgements", len(matches), len(matches) - len(missing)) as advance:
 
             def record(judgement: Judgement) -> None:
-                ledger.append(_to_stored(judgement, transcripts))
+                stored.append(_to_stored(judgement, transcripts))
                 found.append(judgement)
                 if judgement.verdict is not None:
                     advance()

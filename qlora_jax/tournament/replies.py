@@ -11,10 +11,10 @@ from qlora_jax.data.readers.files import Problem, raise_problems, read_rows
 from qlora_jax.inference.decode import Reply
 from qlora_jax.inference.prompts import encode_prompts
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.tournament.ledger import Inputs, Ledger, stored_records
-from qlora_jax.tournament.local_model import LocalModel, open_system
+from qlora_jax.local_model import LocalModel, open_local_model
+from qlora_jax.progress_reporter import Reporter
+from qlora_jax.record_file import Inputs, RecordFile, stored_records
 from qlora_jax.tournament.prompt_file import Prompt, id_text
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.settings import ArenaArgs, RecordedRepliesArgs, SystemArgs, system_settings
 
 MODEL = ("raw", "quant_type", "compute_dtype")
@@ -125,7 +125,7 @@ def _open(name: str, system: SystemArgs, args: ArenaArgs, prompts: Sequence[Prom
     """Encodes the prompts, and identifies the model; nothing of it stays in memory."""
     own = {field.name: getattr(system, field.name) for field in dataclasses.fields(Generation)}
     generation = Generation(**{key: getattr(args, key) if value is None else value for key, value in own.items()})
-    opened = open_system(system, generation.system)
+    opened = open_local_model(system, generation.system)
     ids = encode_prompts(str(args.prompts), [p.row for p in prompts], opened.prompter, opened.max_positions)
     inputs = dataclasses.asdict(generation) | {key: getattr(system, key) for key in MODEL} | opened.identity()
     return _Generated(name, system, generation, inputs, ids, Path(args.output) / "replies" / f"{name}.jsonl")
@@ -133,13 +133,13 @@ def _open(name: str, system: SystemArgs, args: ArenaArgs, prompts: Sequence[Prom
 
 def _generate(system: _Generated, prompts: Sequence[Prompt], reporter: Reporter) -> dict[str, str]:
     """Generates the replies that are not stored, and stores each as soon as it is complete."""
-    with Ledger(system.path, system.inputs, StoredReply) as ledger:
-        replies = _on_prompts(system, ledger.records, prompts)
+    with RecordFile(system.path, system.inputs, StoredReply) as file:
+        replies = _on_prompts(system, file.records, prompts)
         missing = [index for index, prompt in enumerate(prompts) if prompt.id not in replies]
         if not missing:
             return replies
         with reporter.loading(system.name) as progress:
-            model = open_system(system.model, system.generation.system).load(progress)
+            model = open_local_model(system.model, system.generation.system).load(progress)
         with reporter.counting(f"{system.name}: replies", len(prompts), len(replies)) as advance:
             for row, reply in _replies_of(model, [system.ids[index] for index in missing], system.generation):
                 index, text = missing[row], model.tokenizer.decode(reply.ids)
@@ -150,7 +150,7 @@ def _generate(system: _Generated, prompts: Sequence[Prompt], reporter: Reporter)
                     "end": reply.end,
                     "tokens": len(reply.ids),
                 }
-                ledger.append(StoredReply(**stored, reply=text))
+                file.append(StoredReply(**stored, reply=text))
                 replies[name] = text
                 advance()
     return replies

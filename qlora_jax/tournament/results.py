@@ -5,7 +5,7 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.tournament.agreement import Agreement, agreement
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.judges.judge import FIRST, OUTCOMES, SECOND, TIE, UNREADABLE, Attempts
 from qlora_jax.tournament.judging import Judged
 from qlora_jax.tournament.ratings.bradley_terry import bradley_terry
@@ -109,16 +109,16 @@ def compute_results(args: ArenaArgs, systems: Sequence[str], judged: Mapping[str
     )
 
 
-def comparisons_of(judge: str, judged: Judged) -> list[Comparison]:
+def comparisons_of(judge: str, judged: Judged) -> list[Game]:
     """The readable verdicts of a judge."""
     return [
-        Comparison(match.prompt, match.first, match.second, OUTCOMES[judgement.verdict], judge)
+        Game(match.prompt, match.first, match.second, OUTCOMES[judgement.verdict], judge)
         for match, judgement in judged.judgements.items()
         if judgement.verdict in OUTCOMES
     ]
 
 
-def standings(args: ArenaArgs, comparisons: Sequence[Comparison]) -> Standings:
+def standings(args: ArenaArgs, comparisons: Sequence[Game]) -> Standings:
     """Rates the systems; a rating that does not exist is left out, and its reason is stated."""
     problems, elo, strengths = [], None, None
     try:
@@ -138,7 +138,7 @@ def standings(args: ArenaArgs, comparisons: Sequence[Comparison]) -> Standings:
     )
 
 
-def win_matrix(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Wins]]:
+def win_matrix(comparisons: Sequence[Game]) -> dict[str, dict[str, Wins]]:
     """Wins and games of each system against each other one that it met."""
     wins: dict[tuple[str, str], float] = defaultdict(float)
     games = Counter[tuple[str, str]]()
@@ -153,7 +153,7 @@ def win_matrix(comparisons: Sequence[Comparison]) -> dict[str, dict[str, Wins]]:
     }
 
 
-def _first_share(comparisons: Sequence[Comparison]) -> float | None:
+def _first_share(comparisons: Sequence[Game]) -> float | None:
     decided = [comparison.outcome for comparison in comparisons if comparison.outcome != OUTCOMES[TIE]]
     return sum(decided) / len(decided) if decided else None
 

@@ -8,28 +8,13 @@ from typing import Literal
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, NON_NEGATIVE, NOT_EMPTY, POSITIVE, Bound, setting
 from qlora_jax.config.parse import find_problems, from_dict
-from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, ComputeDtype, QuantType, folder_problems
+from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, folder_problems
 from qlora_jax.terminal.visible import without_passwords
 
 Value = str | int | float | bool | None
 WEB_ADDRESS = Bound("an address that begins with http:// or https://", lambda value: bool(_WEB.match(value)))
 _WEB = re.compile(r"https?://[^/\s]+")
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalModelArgs:
-    """A model that runs here: a base model, a training run, or a PEFT adapter."""
-
-    path: str = setting(
-        "a folder, a GGUF file, org/name on the Hub, or the folder of a run or adapter", bound=NOT_EMPTY
-    )
-    base: str | None = setting("path of a run's or adapter's base, if it moved", None, NOT_EMPTY)
-    step: int | None = setting("checkpoint of the run (null: the newest)", None, NON_NEGATIVE)
-    chat_template: str | None = setting("jinja file to use instead of the model's chat template", None, NOT_EMPTY)
-    raw: bool = setting("use no chat template: the model continues the text of the prompt", False)
-    quant_type: QuantType = setting("4-bit code of the base; auto: as in training, or nf4; none: 16 bit", "auto")
-    compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.io.run_lock import lock_run
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.examples import choose_examples
 from qlora_jax.tournament.judges.judge import Judge
 from qlora_jax.tournament.judges.recorded import RecordedJudge
@@ -15,7 +16,6 @@ from qlora_jax.tournament.matches import Match, Transcripts, systems_of
 from qlora_jax.tournament.pages.results_page import results_page
 from qlora_jax.tournament.prompt_file import read_tournament_prompts
 from qlora_jax.tournament.replies import collect_replies
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.results import Results, compute_results, to_dict
 from qlora_jax.tournament.settings import ArenaArgs, public_settings
 

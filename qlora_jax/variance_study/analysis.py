@@ -23,7 +23,7 @@ class Part:
     """One variance component.
 
     Attributes:
-      name: model, prompts, levels or rest.
+      name: model, prompts, levels or residual.
       share: of the sum of all components, where a negative estimate counts as 0.
     """
 
@@ -76,7 +76,7 @@ def analyse(
 def _pair(measure: Measure, factor: str, levels: list[str], models: list[str], tables: Mapping[str, Table]) -> Split:
     first, second = (tables[model] for model in models)
     found = difference_components(first, second)
-    parts = {name: getattr(found, name) for name in ("model", "prompts", "levels", "rest")}
+    parts = {name: getattr(found, name) for name in ("model", "prompts", "levels", "residual")}
     return _split(measure, factor, levels, models, second - first, found.mean, parts)
 
 

@@ -1,10 +1,10 @@
 """Variance components of a table of scores, prompts by levels of one factor, from its mean squares.
 
-    score[prompt, level] = mean + prompt's effect + level's effect + rest,    all three random.
+    score[prompt, level] = mean + prompt's effect + level's effect + residual,    all three random.
 
 The layout is balanced, so the expected mean squares give unbiased estimates in closed form, which are those of
 restricted maximum likelihood (REML) where all are positive. An estimate may be negative; the variance is then about 0.
-Intervals: of the rest from its chi-squared distribution, of the others the modified large-sample intervals of Ting,
+Intervals: of the residual from its chi-squared distribution, of the others the modified large-sample intervals of Ting,
 Burdick, Graybill, Jeyaratnam and Lu (1990), which are close to 95 % for few levels too, where effects are normal.
 
 Dimension key: P prompts, L levels.
@@ -35,12 +35,12 @@ class Components(NamedTuple):
     Fields:
       prompts: between prompts, the same at every level.
       levels: between levels, the same for every prompt.
-      rest: the remainder: levels matter on some prompts more than on others.
+      residual: levels matter on some prompts more than on others.
     """
 
     prompts: Component
     levels: Component
-    rest: Component
+    residual: Component
 
 
 class DifferenceComponents(NamedTuple):
@@ -55,22 +55,24 @@ class DifferenceComponents(NamedTuple):
     model: Component
     prompts: Component
     levels: Component
-    rest: Component
+    residual: Component
 
 
 def variance_components(scores_PL: Float64[np.ndarray, "P L"]) -> Components:
     """Estimates the three variances; needs two prompts and two levels."""
     prompts, levels = scores_PL.shape
     row_P, column_L = scores_PL.mean(axis=1), scores_PL.mean(axis=0)
-    rest_PL = scores_PL - row_P[:, None] - column_L + scores_PL.mean()
-    freedom = (prompts - 1) * (levels - 1)
+    residual_PL = scores_PL - row_P[:, None] - column_L + scores_PL.mean()
+    degrees_of_freedom = (prompts - 1) * (levels - 1)
     by_prompt, by_level = levels * float(row_P.var(ddof=1)), prompts * float(column_L.var(ddof=1))
-    rest = float((rest_PL**2).sum()) / freedom
-    chi_low, chi_high = (float(special.chdtri(freedom, tail)) for tail in (1 - TAIL, TAIL))
+    residual = float((residual_PL**2).sum()) / degrees_of_freedom
+    chi_low, chi_high = (float(special.chdtri(degrees_of_freedom, tail)) for tail in (1 - TAIL, TAIL))
     return Components(
-        prompts=_surplus((by_prompt, prompts - 1), (rest, freedom), levels),
-        levels=_surplus((by_level, levels - 1), (rest, freedom), prompts),
-        rest=Component(rest, (freedom * rest / chi_high, freedom * rest / chi_low)),
+        prompts=_surplus((by_prompt, prompts - 1), (residual, degrees_of_freedom), levels),
+        levels=_surplus((by_level, levels - 1), (residual, degrees_of_freedom), prompts),
+        residual=Component(
+            residual, (degrees_of_freedom * residual / chi_high, degrees_of_freedom * residual / chi_low)
+        ),
     )
 
 

@@ -16,16 +16,16 @@ from qlora_jax.atomic_files import write_text
 from qlora_jax.page_template import page_template
 from qlora_jax.variance_study.analysis import Split
 from qlora_jax.variance_study.conditions import Design
+from qlora_jax.variance_study.example_prompts import ChosenPrompt, choose_prompts
 from qlora_jax.variance_study.measures import TITLES, score
-from qlora_jax.variance_study.picked import Picked, pick
 from qlora_jax.variance_study.questions import Questions
-from qlora_jax.variance_study.replies import Observations, StoredReply
+from qlora_jax.variance_study.replies import Observations, ObservedReply
 from qlora_jax.variance_study.settings import ConditionArgs, VarianceArgs
 
 PAGE_FILE, RESULTS_FILE = "variance.html", "results.json"
 
 
-class Study(NamedTuple):
+class PageContent(NamedTuple):
     """All that the page shows."""
 
     args: VarianceArgs
@@ -46,52 +46,54 @@ class Example(NamedTuple):
     rule: str
     prompt: str
     answers: Sequence[str]
-    fixed: Mapping[str, StoredReply]
-    factors: Mapping[str, Mapping[str, Mapping[str, StoredReply]]]
+    fixed: Mapping[str, ObservedReply]
+    factors: Mapping[str, Mapping[str, Mapping[str, ObservedReply]]]
 
 
-def write_study(study: Study) -> Path:
+def write_results(content: PageContent) -> Path:
     """Writes both files into the study's folder; returns the page's path."""
-    folder = Path(study.args.output)
+    folder = Path(content.args.output)
     results = {
-        "settings": dataclasses.asdict(study.args),
-        "prompts": len(study.questions.asked),
-        "splits": [dataclasses.asdict(split) for split in study.splits],
-        "examples": [picked._asdict() | {"row": study.questions.asked[picked.index].id} for picked in picks(study)],
+        "settings": dataclasses.asdict(content.args),
+        "prompts": len(content.questions.asked),
+        "splits": [dataclasses.asdict(split) for split in content.splits],
+        "examples": [
+            chosen._asdict() | {"row": content.questions.asked[chosen.index].id} for chosen in chosen_prompts(content)
+        ],
     }
-    texts = {RESULTS_FILE: json.dumps(results, indent=1) + "\n", PAGE_FILE: page(study)}
+    texts = {RESULTS_FILE: json.dumps(results, indent=1) + "\n", PAGE_FILE: page(content)}
     for name, text in texts.items():
         write_text(folder / name, text)
     return folder / PAGE_FILE
 
 
-def page(study: Study) -> str:
+def page(content: PageContent) -> str:
     """Returns the page as HTML."""
-    args = study.args
+    args = content.args
     first, *others = args.models
     return page_template(__package__, "variance.html.jinja").render(
         first=first,
         others=others,
-        prompts=len(study.questions.asked),
+        prompts=len(content.questions.asked),
         fixed=dataclasses.asdict(args.fixed),
-        factors={factor: list(levels) for factor, levels in study.design.factors.items()},
-        measures=[(TITLES[measure], _groups(study, measure)) for measure in args.measures],
-        examples=[_example(study, picked) for picked in picks(study)],
+        factors={factor: list(levels) for factor, levels in content.design.factors.items()},
+        measures=[(TITLES[measure], _groups(content, measure)) for measure in args.measures],
+        examples=[_example(content, chosen) for chosen in chosen_prompts(content)],
         first_measure=TITLES[args.measures[0]],
     )
 
 
-def picks(study: Study) -> list[Picked]:
+def chosen_prompts(content: PageContent) -> list[ChosenPrompt]:
     """The prompts to show; extremes are of the first measure's mean difference over all conditions."""
-    args, measure = study.args, study.args.measures[0]
+    args, measure = content.args, content.args.measures[0]
     means = {
         model: np.mean(
-            [score(measure, one, study.questions.asked, args.answer_pattern) for one in of_model.values()], axis=0
+            [score(measure, one, content.questions.asked, args.answer_pattern) for one in of_model.values()], axis=0
         )
-        for model, of_model in study.observations.items()
+        for model, of_model in content.observations.items()
     }
     first, *others = means
-    return pick(
+    return choose_prompts(
         [(f"{other} - {first}", means[other] - means[first]) for other in others],
         random=args.random_examples,
         extreme=args.extreme_examples,
@@ -99,27 +101,27 @@ def picks(study: Study) -> list[Picked]:
     )
 
 
-def _groups(study: Study, measure: str) -> list[tuple[str, list[Split]]]:
+def _groups(content: PageContent, measure: str) -> list[tuple[str, list[Split]]]:
     """[(a difference or a model, its split for each factor)]."""
     groups: dict[str, list[Split]] = {}
-    for split in study.splits:
+    for split in content.splits:
         if split.measure == measure:
             groups.setdefault(" - ".join(reversed(split.models)), []).append(split)
     return sorted(groups.items(), key=lambda group: -len(group[1][0].models))
 
 
-def _example(study: Study, picked: Picked) -> Example:
-    def replies(condition: ConditionArgs) -> dict[str, StoredReply]:
-        return {model: of_model[condition].replies[picked.index] for model, of_model in study.observations.items()}
+def _example(content: PageContent, chosen: ChosenPrompt) -> Example:
+    def replies(condition: ConditionArgs) -> dict[str, ObservedReply]:
+        return {model: of_model[condition].replies[chosen.index] for model, of_model in content.observations.items()}
 
-    question = study.questions.asked[picked.index]
+    question = content.questions.asked[chosen.index]
     return Example(
-        rule=picked.rule,
+        rule=chosen.rule,
         prompt=question.prompt,
         answers=question.answers,
-        fixed=replies(study.design.fixed),
+        fixed=replies(content.design.fixed),
         factors={
             factor: {level: replies(condition) for level, condition in levels.items()}
-            for factor, levels in study.design.factors.items()
+            for factor, levels in content.design.factors.items()
         },
     )

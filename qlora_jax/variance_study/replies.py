@@ -16,10 +16,10 @@ from jaxtyping import Float64
 from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.inference.sampling import Sampling
-from qlora_jax.tournament.ledger import Inputs, Ledger
-from qlora_jax.tournament.local_model import LocalModel, OpenedSystem, open_system
-from qlora_jax.tournament.reporter import Reporter
-from qlora_jax.tournament.settings import LocalModelArgs
+from qlora_jax.inference.settings import LocalModelArgs
+from qlora_jax.local_model import LocalModel, OpenedLocalModel, open_local_model
+from qlora_jax.progress_reporter import Reporter
+from qlora_jax.record_file import Inputs, RecordFile
 from qlora_jax.variance_study.conditions import Design
 from qlora_jax.variance_study.questions import EncodedReply, Questions, encode_reply
 from qlora_jax.variance_study.settings import ConditionArgs, VarianceArgs, effective, model_settings
@@ -28,7 +28,7 @@ from qlora_jax.variance_study.settings import ConditionArgs, VarianceArgs, effec
 OF_PROMPT = ("system", "paraphrase", "example_order", "quant_type")
 
 
-class StoredReply(TypedDict):
+class ObservedReply(TypedDict):
     """A reply; `prompt` is a digest of the prompt's token ids, `end` is explained in `DecodeStep`."""
 
     prompt: str
@@ -53,7 +53,7 @@ class Observed(NamedTuple):
       likelihood: mean log likelihood of each answer's tokens, in nats; None if no measure needs it.
     """
 
-    replies: Sequence[StoredReply]
+    replies: Sequence[ObservedReply]
     likelihood: Float64[np.ndarray, " prompts"] | None
 
 
@@ -93,7 +93,7 @@ class _Source:
         if conditions[0].quant_type is not None:
             settings = dataclasses.replace(settings, quant_type=conditions[0].quant_type)
         self._settings = settings
-        opened = open_system(settings, None)
+        opened = open_local_model(settings, None)
         if not opened.prompter.chat:
             raise ValueError(f"models.{name}: a study needs a chat template (found none). Set chat_template")
         self._model_inputs: Inputs = {
@@ -118,7 +118,7 @@ class _Source:
                 new_rows = [one for one in rows if _key(one) not in scored]
                 if (new_ids or new_rows) and model is None:
                     with reporter.loading(self.name) as progress:
-                        model = open_system(self._settings, None).load(progress)
+                        model = open_local_model(self._settings, None).load(progress)
                 if model is not None and new_ids:
                     stored |= _generate(model, new_ids, condition, replies, reporter, label)
                 if model is not None and new_rows:
@@ -127,25 +127,27 @@ class _Source:
             found[condition] = Observed([stored[_key(one)] for one in ids], likelihood if self._likelihood else None)
         return found
 
-    def _replies(self, condition: ConditionArgs) -> Ledger[StoredReply]:
+    def _replies(self, condition: ConditionArgs) -> RecordFile[ObservedReply]:
         inputs = {**self._model_inputs, **dataclasses.asdict(effective(condition))}
-        return Ledger(self._path("replies", inputs), inputs, StoredReply)
+        return RecordFile(self._path("replies", inputs), inputs, ObservedReply)
 
-    def _likelihoods(self, condition: ConditionArgs) -> Ledger[StoredLikelihood]:
+    def _likelihoods(self, condition: ConditionArgs) -> RecordFile[StoredLikelihood]:
         inputs = {**self._model_inputs, **{key: getattr(condition, key) for key in OF_PROMPT}}
-        return Ledger(self._path("likelihoods", inputs), inputs, StoredLikelihood)
+        return RecordFile(self._path("likelihoods", inputs), inputs, StoredLikelihood)
 
     def _path(self, kind: str, inputs: Inputs) -> Path:
         return self._folder / f"{kind}-{digest([sorted(inputs.items())])[:16]}.jsonl"
 
 
-def _prompt_ids(name: str, opened: OpenedSystem, questions: Questions, condition: ConditionArgs) -> list[list[int]]:
+def _prompt_ids(name: str, opened: OpenedLocalModel, questions: Questions, condition: ConditionArgs) -> list[list[int]]:
     ids = [opened.prompter.conversation(questions.messages(one, condition)) for one in questions.asked]
     _check_lengths(name, questions, [len(one) + 1 for one in ids], opened.max_positions)
     return ids
 
 
-def _answer_rows(name: str, opened: OpenedSystem, questions: Questions, condition: ConditionArgs) -> list[EncodedReply]:
+def _answer_rows(
+    name: str, opened: OpenedLocalModel, questions: Questions, condition: ConditionArgs
+) -> list[EncodedReply]:
     tokenizer = opened.prompter.tokenizer
     rows = [encode_reply(tokenizer, questions.messages(one, condition), one.answers[0]) for one in questions.asked]
     _check_lengths(name, questions, [len(row.ids) for row in rows], opened.max_positions)
@@ -163,35 +165,35 @@ def _generate(
     model: LocalModel,
     ids: Sequence[Sequence[int]],
     condition: ConditionArgs,
-    ledger: Ledger[StoredReply],
+    stored: RecordFile[ObservedReply],
     reporter: Reporter,
     label: str,
-) -> dict[str, StoredReply]:
+) -> dict[str, ObservedReply]:
     """Generates replies, and stores each as soon as it is complete."""
     sampling = Sampling(
         temperature=condition.temperature, top_k=condition.top_k, top_p=condition.top_p, seed=condition.seed
     )
-    found: dict[str, StoredReply] = {}
+    found: dict[str, ObservedReply] = {}
     with reporter.counting(label, len(ids), 0) as advance:
         for row, reply in model.reply_each(ids, sampling, condition.max_new_tokens):
             key = _key(ids[row])
-            found[key] = StoredReply(
+            found[key] = ObservedReply(
                 prompt=key, reply=model.tokenizer.decode(reply.ids), end=reply.end, tokens=len(reply.ids)
             )
-            ledger.append(found[key])
+            stored.append(found[key])
             advance()
     return found
 
 
 def _score(
-    model: LocalModel, rows: Sequence[EncodedReply], ledger: Ledger[StoredLikelihood]
+    model: LocalModel, rows: Sequence[EncodedReply], stored: RecordFile[StoredLikelihood]
 ) -> dict[str, StoredLikelihood]:
     """Computes and stores the likelihoods of answers."""
     scores = score_rows(model.parts, [(row.ids, row.scored) for row in rows])
     found: dict[str, StoredLikelihood] = {}
     for row, nll, tokens in zip(rows, scores.nll.tolist(), scores.tokens.tolist(), strict=True):
         found[_key(row)] = StoredLikelihood(row=_key(row), nll=nll, tokens=tokens)
-        ledger.append(found[_key(row)])
+        stored.append(found[_key(row)])
     return found
 
 

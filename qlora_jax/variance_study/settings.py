@@ -7,9 +7,8 @@ from typing import Literal
 from qlora_jax.config import ConfigError
 from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, setting
 from qlora_jax.config.parse import find_problems, from_dict
-from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, QuantType, folder_problems
+from qlora_jax.inference.settings import ABOVE_ZERO_UP_TO_ONE, LocalModelArgs, QuantType, folder_problems
 from qlora_jax.patterns import text_pattern_problems
-from qlora_jax.tournament.settings import LocalModelArgs
 
 Value = str | int | float | bool | None
 Measure = Literal["answer", "likelihood", "length"]

@@ -37,7 +37,7 @@ TEXTS = {".json", ".jsonl", ".md", ".yaml", ".html"}
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class FileTask:
     """A command that writes.
 
     Attributes:
@@ -88,8 +88,8 @@ def _content(path: Path, output: Path) -> bytes:
     return content.replace(str(output).encode(), b"OUTPUT") if path.suffix in TEXTS else content
 
 
-def _export(form: str, *more: str) -> Task:
-    return Task(
+def _export(form: str, *more: str) -> FileTask:
+    return FileTask(
         lambda sound, output: ["export", *_model_of(sound), "--format", form, "--output", str(output), *more],
         files_digest,
     )
@@ -114,16 +114,16 @@ def _quantize_words(sound: Path, output: Path) -> list[str]:
     return ["quantize", "--model", str(sound / MODEL), "--output", str(output)]
 
 
-TASKS: Mapping[str, Task] = {
-    "train": Task(_train_words, run_digest, again=_train_again),
-    "resume": Task(_resume_words, run_digest, before=_copy_half),
-    "generate": Task(_generate_words, files_digest),
-    "evaluate": Task(_evaluate_words, files_digest),
+TASKS: Mapping[str, FileTask] = {
+    "train": FileTask(_train_words, run_digest, again=_train_again),
+    "resume": FileTask(_resume_words, run_digest, before=_copy_half),
+    "generate": FileTask(_generate_words, files_digest),
+    "evaluate": FileTask(_evaluate_words, files_digest),
     "export_peft": _export("peft", "--with_base"),
     "export_hf": _export("hf"),
     "export_gguf": _export("gguf"),
     "export_gguf_lora": _export("gguf-lora", "--with_base"),
-    "quantize": Task(_quantize_words, files_digest),
+    "quantize": FileTask(_quantize_words, files_digest),
 }
 
 
@@ -157,7 +157,7 @@ def _must(done: Finished) -> None:
 class DiskKind:
     """A command, and what happens to its disk."""
 
-    task: Task
+    task: FileTask
     happens: Callable[["DiskCase"], Verdict]
     shared: str | None = "runs"
 
@@ -197,7 +197,7 @@ class DiskCase:
       seconds: duration of the undisturbed command.
     """
 
-    task: Task
+    task: FileTask
     chance: random.Random
     sound: Path
     disk: Path

@@ -5,11 +5,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pytest
 import yaml
 
 from qlora_jax.comparison.perform import Lost
 from qlora_jax.comparison.run import Run
-from qlora_jax.comparison.run_files import OUTCOME_FILE
+from qlora_jax.comparison.run_files import FAILURE_FILE, OUTCOME_FILE
+from qlora_jax.comparison.run_study import run_study, sized_settings
 from qlora_jax.comparison.study import Study, read_study
 
 BASE = {
@@ -112,3 +114,32 @@ class Inline:
 
 def by_folder(runs: list[Run]) -> Mapping[Path, Run]:
     return {run.folder: run for run in runs}
+
+
+class OutcomeWriter(Inline):
+    """Writes outcomes; `outcome(run)` returns the changes of an outcome, or the text of a failure."""
+
+    def __init__(self, outcome):
+        super().__init__(self._write)
+        self._outcome, self.runs = outcome, {}
+
+    def _write(self, folder):
+        changes = self._outcome(self.runs[folder])
+        if isinstance(changes, str):
+            (folder / FAILURE_FILE).write_text(changes)
+        else:
+            finish(self.runs[folder], **changes)
+
+
+def conduct(study, outcome):
+    """Performs a study; returns its runs, and those that were started, in order."""
+    launcher, prepare = OutcomeWriter(outcome), Run.prepare
+
+    def remembered(run):
+        launcher.runs[run.folder] = run
+        prepare(run)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "prepare", remembered)
+        runs = run_study(study, sized_settings(study)[0], launcher, 0, lambda line: None)
+    return runs, [launcher.runs[folder] for folder in launcher.started]

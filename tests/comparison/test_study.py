@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qlora_jax.comparison.run import Run
-from qlora_jax.comparison.stages import sized_settings
+from qlora_jax.comparison.run_study import sized_settings
 from qlora_jax.comparison.study import data_settings, read_study
 from qlora_jax.config import ConfigError
 from qlora_jax.evaluation.measures import MEASURES

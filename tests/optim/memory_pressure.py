@@ -12,10 +12,10 @@ import jax
 from qlora_jax.optim.page_pool import Memory, Page, on_device, page_bytes
 
 Direction = Literal["to_device", "to_host"]
-Outcome = Literal["works", "fails", "fails late"]  # late: the call returns, and waiting for the copy fails
+CopyOutcome = Literal["works", "fails", "fails late"]  # late: the call returns, and waiting for the copy fails
 
 
-def _no_faults(direction: Direction, number: int) -> Outcome:
+def _no_faults(direction: Direction, number: int) -> CopyOutcome:
     return "works"
 
 
@@ -45,7 +45,7 @@ class SimulatedMemory(Memory):
     total_bytes: int
     others: Sequence[int] = (0,)
     host_bytes: int | None = None
-    faults: Callable[[Direction, int], Outcome] = _no_faults
+    faults: Callable[[Direction, int], CopyOutcome] = _no_faults
     ledger: Ledger = dataclasses.field(default_factory=Ledger)
 
     def statistics(self) -> dict[str, int]:

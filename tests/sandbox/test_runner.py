@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from qlora_jax.sandbox.programs import Limits, Outcome, Program
+from qlora_jax.sandbox.programs import Limits, Program, ProgramOutcome
 from qlora_jax.sandbox.runner import run_programs, seal_problem
 from tests.marks import SLOW
 from tests.sandbox.hostile_programs import HARMLESS, HOSTILE
@@ -35,12 +35,12 @@ def program(source: str, test: str = TEST) -> Program:
     return Program(source=source, entry_point="f", setup="", test=test)
 
 
-def try_one(source: str, test: str = TEST, **how) -> Outcome:
+def try_one(source: str, test: str = TEST, **how) -> ProgramOutcome:
     (outcome,) = run_programs([program(source, test)], SMALL, **how)
     return outcome
 
 
-def attack(names, folder, port) -> dict[str, Outcome]:
+def attack(names, folder, port) -> dict[str, ProgramOutcome]:
     sources = [HOSTILE[name][0].format(folder=folder, port=port) for name in names]
     return dict(zip(names, run_programs([program(source) for source in sources], SMALL), strict=True))
 
@@ -93,11 +93,11 @@ def test_tests_see_values_and_exceptions():
         "    try: candidate()\n    except ValueError as error: assert str(error) == 'no number'\n"
         "    else: assert False\n"
     )
-    assert try_one(source, test) == Outcome("passed")
+    assert try_one(source, test) == ProgramOutcome("passed")
     assert try_one(source, test.replace("9", "8")).reason == "wrong"
-    assert try_one("def f(): raise TypeError('a')") == Outcome("error", "TypeError: a")
-    assert try_one("def f(): assert False, 'own'") == Outcome("error", "RuntimeError: AssertionError: own")
-    assert try_one("def f(): return lambda: 1") == Outcome(
+    assert try_one("def f(): raise TypeError('a')") == ProgramOutcome("error", "TypeError: a")
+    assert try_one("def f(): assert False, 'own'") == ProgramOutcome("error", "RuntimeError: AssertionError: own")
+    assert try_one("def f(): return lambda: 1") == ProgramOutcome(
         "error", "TypeError: a value of type function cannot leave the process"
     )
 
@@ -147,14 +147,18 @@ def _read(path: str) -> str:
     ("change", "problem"),
     [
         ("worker.seal = lambda folders: None", "a sealed process can open a socket"),
-        ("seal._restrict_files = lambda *_: None", "a sealed process can write a file"),
-        ("seal._CREATE_RULESET = 9999", "the kernel refuses Landlock (Function not implemented)"),
-        ("seal.platform.machine = lambda: 'riscv64'", "a processor of x86_64, aarch64 is required (found riscv64)"),
+        ("landlock_seccomp._restrict_files = lambda *_: None", "a sealed process can write a file"),
+        ("landlock_seccomp._CREATE_RULESET = 9999", "the kernel refuses Landlock (Function not implemented)"),
+        (
+            "landlock_seccomp.platform.machine = lambda: 'riscv64'",
+            "a processor of x86_64, aarch64 is required (found riscv64)",
+        ),
         ("sys.platform = 'darwin'", "Linux is required (found darwin)"),
     ],
 )
 def test_a_seal_that_does_not_hold_is_found(change, problem, tmp_path):
-    code = f"import sys\nfrom qlora_jax.sandbox import seal, worker\n{change}\nprint(worker.find_problem(sys.argv[1]))"
+    imports = "import sys\nfrom qlora_jax.sandbox import landlock_seccomp, worker"
+    code = f"{imports}\n{change}\nprint(worker.find_problem(sys.argv[1]))"
     found = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
     if landlock_version() > 0 or "required" in problem:
         assert found.stdout.strip() == problem

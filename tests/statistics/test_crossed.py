@@ -72,7 +72,7 @@ def test_the_error_of_a_ratio_is_that_of_the_delta_method():
     assert crossed_mean(ratio_scores(values[None], weights)).error == pytest.approx(bootstrap, rel=0.06)
 
 
-CASES = [  # seeds, rows, standard deviations of seeds, rows and rest
+CASES = [  # seeds, rows, standard deviations of seeds, rows and residual
     (3, 150, 0.05, 1.0, 1.0),
     (3, 150, 0.0, 0.0, 1.0),
     (3, 40, 0.3, 0.2, 1.0),

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.ratings.bradley_terry import POINTS
 from qlora_jax.tournament.ratings.results import BradleyTerryRatings
 
@@ -18,7 +18,7 @@ def tournament(
     position: float = 0.0,
     tie_weight: float | None = None,
     prompt_sd: float = 0.0,
-) -> list[Comparison]:
+) -> list[Game]:
     """Every ordered pair of systems on every prompt, judged by Davidson's model.
 
     Args:
@@ -30,7 +30,7 @@ def tournament(
     x = np.stack([here[:, a] - here[:, b] + position for a, b in pairs], axis=1)
     outcomes = draw(rng, x, tie_weight)
     return [
-        Comparison(f"prompt {prompt}", f"system {a}", f"system {b}", float(outcomes[prompt, pair]), "judge")
+        Game(f"prompt {prompt}", f"system {a}", f"system {b}", float(outcomes[prompt, pair]), "judge")
         for prompt in range(prompts)
         for pair, (a, b) in enumerate(pairs)
     ]
@@ -44,10 +44,10 @@ def draw(rng: np.random.Generator, x: np.ndarray, tie_weight: float | None) -> n
     return np.where(at < first, 1.0, np.where(at < first + second, 0.0, 0.5))
 
 
-def from_counts(counts: Mapping[tuple[str, str], tuple[int, int, int]]) -> list[Comparison]:
+def from_counts(counts: Mapping[tuple[str, str], tuple[int, int, int]]) -> list[Game]:
     """Comparisons from {(first, second): (first better, second better, ties)}, each on another prompt."""
     return [
-        Comparison(f"{first}{second}{outcome}{number}", first, second, outcome, "judge")
+        Game(f"{first}{second}{outcome}{number}", first, second, outcome, "judge")
         for (first, second), found in counts.items()
         for outcome, count in zip((1.0, 0.0, 0.5), found, strict=True)
         for number in range(count)

@@ -9,7 +9,7 @@ from scipy import stats
 from statsmodels.stats import inter_rater
 
 from qlora_jax.tournament.agreement import agreement, cohen_kappa, fleiss_kappa, rank_correlations, verdicts_of
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.ratings.elo import elo_ratings
 
 SYSTEMS = ("a", "b", "c", "d")
@@ -22,7 +22,7 @@ def judged(judge, rng, noise, prompts=30):
         for one, other in itertools.permutations(SYSTEMS, 2):
             lead = SYSTEMS.index(other) - SYSTEMS.index(one) + rng.normal() * noise
             outcome = 1.0 if lead > 0.5 else 0.0 if lead < -0.5 else 0.5
-            found.append(Comparison(str(prompt), one, other, outcome, judge))
+            found.append(Game(str(prompt), one, other, outcome, judge))
     return found
 
 
@@ -71,7 +71,7 @@ def test_cohen_of_a_known_table():
 
 def test_both_orders_are_one_verdict():
     def pair(forward, backward):
-        return verdicts_of([Comparison("p", "a", "b", forward, "j"), Comparison("p", "b", "a", backward, "j")])
+        return verdicts_of([Game("p", "a", "b", forward, "j"), Game("p", "b", "a", backward, "j")])
 
     assert pair(1.0, 0.0) == {("p", "a", "b"): 0}
     assert pair(0.0, 1.0) == {("p", "a", "b"): 2}

@@ -1,6 +1,6 @@
 """Counts, wins and shares of a tournament; the ratings have tests in tests/tournament/ratings."""
 
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.judges.judge import Attempts, Judgement
 from qlora_jax.tournament.judging import Judged
 from qlora_jax.tournament.matches import Match
@@ -13,10 +13,10 @@ ARGS = dict(output="arena", judges={"j": {"kind": "verdicts", "path": "v"}}, ord
 
 def test_wins_and_games_of_both_orders():
     comparisons = [
-        Comparison("1", "a", "b", 1.0, "j"),
-        Comparison("1", "b", "a", 1.0, "j"),
-        Comparison("2", "a", "b", 0.5, "j"),
-        Comparison("2", "c", "a", 0.0, "j"),
+        Game("1", "a", "b", 1.0, "j"),
+        Game("1", "b", "a", 1.0, "j"),
+        Game("2", "a", "b", 0.5, "j"),
+        Game("2", "c", "a", 0.0, "j"),
     ]
     assert win_matrix(comparisons) == {
         "a": {"b": Wins(wins=1.5, games=3), "c": Wins(wins=1.0, games=1)},
@@ -27,7 +27,7 @@ def test_wins_and_games_of_both_orders():
 
 def test_a_system_that_wins_everything_gets_elo_and_a_stated_problem():
     comparisons = [
-        Comparison(str(i), first, second, float(first == "a"), "j")
+        Game(str(i), first, second, float(first == "a"), "j")
         for i in range(5)
         for first, second in (("a", "b"), ("b", "a"))
     ]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.tournament.reporter import Reporter
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.tournament import hold_tournament
 from tests.marks import EXHAUSTIVE
 from tests.tournament.judges.fake_endpoint import Answer, fake_endpoint

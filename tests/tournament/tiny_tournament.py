@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from qlora_jax.config.parse import from_dict
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.matches import Transcripts
 from qlora_jax.tournament.prompt_file import read_tournament_prompts
 from qlora_jax.tournament.replies import collect_replies
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.settings import ArenaArgs, check_arena
 
 QUALITY = {"good": 3, "fair": 2, "poor": 1}  # word of a reply: its quality

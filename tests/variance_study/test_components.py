@@ -5,12 +5,12 @@ import pytest
 
 from qlora_jax.variance_study.components import difference_components, variance_components
 
-SDS = {"prompts": 1.5, "levels": 0.6, "rest": 1.0}
+SDS = {"prompts": 1.5, "levels": 0.6, "residual": 1.0}
 
 
 def table(rng, prompts, levels, mean=0.0):
     effects = rng.normal(0, SDS["prompts"], (prompts, 1)) + rng.normal(0, SDS["levels"], (1, levels))
-    return mean + effects + rng.normal(0, SDS["rest"], (prompts, levels))
+    return mean + effects + rng.normal(0, SDS["residual"], (prompts, levels))
 
 
 @pytest.mark.slow
@@ -32,7 +32,7 @@ def test_positive_estimates_are_those_of_reml():
     theirs = dict(zip(groups, fit.vcomp, strict=True))
     assert found.prompts.value == pytest.approx(theirs["prompts"], rel=1e-5)
     assert found.levels.value == pytest.approx(theirs["levels"], rel=1e-5)
-    assert found.rest.value == pytest.approx(fit.scale, rel=1e-5)
+    assert found.residual.value == pytest.approx(fit.scale, rel=1e-5)
 
 
 def test_estimates_are_unbiased():
@@ -72,11 +72,11 @@ def test_parts_of_a_difference_are_the_squares_of_a_table_without_noise():
     second = np.array([[0.0, 1.0], [3.0, 4.0]])
     found = difference_components(first, second)
     assert found.mean.value == 2.0
-    assert (found.prompts.value, found.levels.value, found.rest.value) == (4.5, 0.5, 0.0)
+    assert (found.prompts.value, found.levels.value, found.residual.value) == (4.5, 0.5, 0.0)
     assert found.model.value == pytest.approx(4.0 - (4.5 / 2 + 0.5 / 2))
 
 
 def test_equal_models_have_no_parts():
     found = difference_components(np.ones((3, 2)), np.ones((3, 2)))
-    assert {found.model.value, found.prompts.value, found.levels.value, found.rest.value} == {0.0}
-    assert found.prompts.interval == found.rest.interval == (0.0, 0.0)
+    assert {found.model.value, found.prompts.value, found.levels.value, found.residual.value} == {0.0}
+    assert found.prompts.interval == found.residual.interval == (0.0, 0.0)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from qlora_jax.terminal.visible import without_passwords
 from qlora_jax.tournament.judges.chat_endpoint import Endpoint, RequestFailed, RequestTimedOut, complete
 from qlora_jax.tournament.judges.judge import UNREADABLE, Attempts, Judgement, JudgeStopped, Record
-from qlora_jax.tournament.judges.review import ReviewPrompts, parse_verdict, read_review_prompts
+from qlora_jax.tournament.judges.judge_prompt import JudgePrompts, parse_verdict, read_judge_prompts
 from qlora_jax.tournament.matches import Match, Transcripts
 from qlora_jax.tournament.settings import EndpointArgs
 
@@ -35,7 +35,7 @@ class EndpointJudge:
     def __init__(self, args: EndpointArgs):
         """Raises ValueError if the key is missing, or the file of prompts cannot be used."""
         self._args = args
-        self._prompts: ReviewPrompts = read_review_prompts(args.prompts)
+        self._prompts: JudgePrompts = read_judge_prompts(args.prompts)
         self._endpoint = Endpoint(
             url=args.url,
             model=args.model,

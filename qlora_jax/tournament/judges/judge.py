@@ -7,7 +7,7 @@ from qlora_jax.tournament.matches import Match, Transcripts
 
 Verdict = Literal[1, 2, 3, -1]
 FIRST, SECOND, TIE, UNREADABLE = VERDICTS = 1, 2, 3, -1
-OUTCOMES: dict[int | None, float] = {FIRST: 1.0, SECOND: 0.0, TIE: 0.5}  # for Comparison
+OUTCOMES: dict[int | None, float] = {FIRST: 1.0, SECOND: 0.0, TIE: 0.5}  # for Game
 
 
 class Attempts(NamedTuple):

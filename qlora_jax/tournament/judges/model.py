@@ -8,11 +8,11 @@ from qlora_jax.evaluation.loglikelihood import score_rows
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.sampling import Sampling
+from qlora_jax.local_model import LocalModel, open_local_model
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.judges.judge import FIRST, SECOND, TIE, UNREADABLE, Attempts, Judgement, Record, Verdict
-from qlora_jax.tournament.judges.review import ReviewPrompts, parse_verdict, read_review_prompts
-from qlora_jax.tournament.local_model import LocalModel, open_system
+from qlora_jax.tournament.judges.judge_prompt import JudgePrompts, parse_verdict, read_judge_prompts
 from qlora_jax.tournament.matches import Match, Transcripts
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.settings import ModelJudgeArgs
 
 CHOICES: tuple[Verdict, ...] = (FIRST, SECOND, TIE)
@@ -27,8 +27,8 @@ class ModelJudge:
     def __init__(self, args: ModelJudgeArgs, reporter: Reporter):
         """Opens the model without its weights; raises ValueError if it or the file of prompts cannot be used."""
         self._args, self._reporter = args, reporter
-        self._prompts: ReviewPrompts = read_review_prompts(args.prompts)
-        opened = open_system(args, None)
+        self._prompts: JudgePrompts = read_judge_prompts(args.prompts)
+        opened = open_local_model(args, None)
         if not opened.prompter.chat:
             raise ValueError(f"{args.path}: a judge requires a chat template. Set chat_template, and remove raw")
         self._identity = opened.identity()
@@ -41,7 +41,7 @@ class ModelJudge:
 
     def judge(self, matches: Sequence[Match], transcripts: Transcripts, record: Record) -> None:
         """Judges the matches that fit into the model's positions; the others are recorded without a verdict."""
-        opened = open_system(self._args, None)
+        opened = open_local_model(self._args, None)
         ids = {match: self._encode(opened.prompter, transcripts, match) for match in matches}
         room = opened.max_positions - 1
         for match, found in ids.items():

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from qlora_jax.atomic_files import write_text
 from qlora_jax.metadata import read_json
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.judges.judge import Judgement, Record, Verdict
 from qlora_jax.tournament.matches import Match, Transcripts, unordered
 from qlora_jax.tournament.pages.person_page import ExportedVerdicts, PageKey, draw_key, match_of, person_page
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.settings import PersonArgs
 
 MAX_BYTES = 64 << 20  # of a key, which has 200 bytes per pair

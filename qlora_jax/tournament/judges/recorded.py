@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows
 from qlora_jax.evaluation.tasks.task_file import read_each
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.judges.judge import VERDICTS, Judgement, Record, Verdict
 from qlora_jax.tournament.matches import Match, Transcripts
 from qlora_jax.tournament.prompt_file import id_text
-from qlora_jax.tournament.reporter import Reporter
 
 
 class RecordedJudge:

@@ -4,12 +4,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.judges.endpoint import EndpointJudge
 from qlora_jax.tournament.judges.judge import Judge
 from qlora_jax.tournament.judges.model import ModelJudge
 from qlora_jax.tournament.judges.person import PersonJudge
 from qlora_jax.tournament.judges.recorded import RecordedJudge, read_verdicts
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.settings import ArenaArgs, judge_settings
 
 

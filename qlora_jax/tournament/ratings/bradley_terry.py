@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float64
 
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.ratings.davidson import Model, davidson_model, fit
-from qlora_jax.tournament.ratings.existence import check_estimates_exist
 from qlora_jax.tournament.ratings.games import check_several_prompts, read_games
+from qlora_jax.tournament.ratings.mle_existence import check_estimates_exist
 from qlora_jax.tournament.ratings.prompt_bootstrap import prompt_intervals
 from qlora_jax.tournament.ratings.results import BradleyTerryRatings, Difference, Estimate, Interval, SystemRating
 
@@ -19,7 +19,7 @@ POINTS = 400 / math.log(10)  # Elo points per nat
 
 
 def bradley_terry(
-    comparisons: Sequence[Comparison], *, position_bias: bool = True, prior_sd: float | None = None, seed: int = 0
+    comparisons: Sequence[Game], *, position_bias: bool = True, prior_sd: float | None = None, seed: int = 0
 ) -> BradleyTerryRatings:
     """Rates the systems of a tournament by maximum likelihood (`davidson.py`).
 
@@ -45,29 +45,39 @@ def bradley_terry(
     pairs = list(itertools.combinations(best_first, 2))
     quantities_QP = np.concatenate([np.eye(len(model.names)), _differences(model, pairs)])
     intervals_Q2 = prompt_intervals(model, params_P, quantities_QP, seed)
+    of_pairs_Q2 = intervals_Q2[len(model.names) :]
     return BradleyTerryRatings(
-        systems=[
-            SystemRating(
-                system=model.names[index],
-                rating=MEAN + POINTS * float(params_P[index]),
-                interval=_points(intervals_Q2[index], MEAN),
-            )
-            for index in best_first
-        ],
+        systems=[_rating(model, params_P, intervals_Q2, index) for index in best_first],
         differences=[
-            Difference(
-                better=model.names[a],
-                worse=model.names[b],
-                points=POINTS * float(params_P[a] - params_P[b]),
-                interval=_points(interval),
-            )
-            for (a, b), interval in zip(pairs, intervals_Q2[len(model.names) :], strict=True)
+            _difference(model, params_P, interval, pair) for pair, interval in zip(pairs, of_pairs_Q2, strict=True)
         ],
         position=_position(model, params_P, intervals_Q2),
         tie_share=_tie_share(model, params_P, intervals_Q2),
         comparisons=len(comparisons),
         prompts=len(games.prompts),
         prior_sd=prior_sd,
+    )
+
+
+def _rating(
+    model: Model, params_P: Float64[np.ndarray, " P"], intervals_Q2: Float64[np.ndarray, "Q 2"], index: int
+) -> SystemRating:
+    return SystemRating(
+        system=model.names[index],
+        rating=MEAN + POINTS * float(params_P[index]),
+        interval=_points(intervals_Q2[index], MEAN),
+    )
+
+
+def _difference(
+    model: Model, params_P: Float64[np.ndarray, " P"], interval: Float64[np.ndarray, "2"], pair: tuple[int, int]
+) -> Difference:
+    better, worse = pair
+    return Difference(
+        better=model.names[better],
+        worse=model.names[worse],
+        points=POINTS * float(params_P[better] - params_P[worse]),
+        interval=_points(interval),
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Float64, Int
 
 from qlora_jax.statistics.student import t_quantile
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.ratings.games import Games, check_several_prompts, read_games
 from qlora_jax.tournament.ratings.results import EloRating, EloRatings
 
@@ -21,7 +21,7 @@ RESAMPLES, ORDERINGS_OF_RESAMPLE = 400, 25
 _AT_ONCE = 2_000  # orderings, to bound memory
 
 
-def elo_ratings(comparisons: Sequence[Comparison], *, orderings: int = 10_000, seed: int = 0) -> EloRatings:
+def elo_ratings(comparisons: Sequence[Game], *, orderings: int = 10_000, seed: int = 0) -> EloRatings:
     """Rates the systems of a tournament.
 
     Args:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float64, Int64
 
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 
 OUTCOMES = (1.0, 0.0, 0.5)  # the first system is better, the second is, neither is
 _SHOWN = 5  # problems in an error message
@@ -18,7 +18,7 @@ class Games(NamedTuple):
     Fields:
       systems, prompts: names, sorted.
       first, second: index of each game's systems.
-      outcome: 1, 0 or 0.5, as in `Comparison`.
+      outcome: 1, 0 or 0.5, as in `Game`.
       prompt: index of each game's prompt.
     """
 
@@ -30,7 +30,7 @@ class Games(NamedTuple):
     prompt: Int64[np.ndarray, " games"]
 
 
-def read_games(comparisons: Sequence[Comparison]) -> Games:
+def read_games(comparisons: Sequence[Game]) -> Games:
     """Converts comparisons to arrays.
 
     Raises:
@@ -60,7 +60,7 @@ def check_several_prompts(games: Games) -> None:
         )
 
 
-def _check(games: Sequence[Comparison]) -> None:
+def _check(games: Sequence[Game]) -> None:
     problems = [
         f"comparison of {game.first!r} and {game.second!r} on prompt {game.prompt!r}: {problem}"
         for game in games
@@ -73,7 +73,7 @@ def _check(games: Sequence[Comparison]) -> None:
         raise ValueError("comparisons: nothing was judged (found 0, expected 1 or more). Judge some replies.")
 
 
-def _problems(game: Comparison) -> list[str]:
+def _problems(game: Game) -> list[str]:
     problems = []
     if game.first == game.second:
         problems.append("both are the same system (found one name, expected two). Remove it.")

@@ -12,7 +12,7 @@ import pytest
 
 from qlora_jax.tournament.judges.endpoint import EndpointJudge
 from qlora_jax.tournament.judges.judge import Attempts, JudgeStopped
-from qlora_jax.tournament.judges.review import SYSTEM
+from qlora_jax.tournament.judges.judge_prompt import SYSTEM
 from qlora_jax.tournament.settings import EndpointArgs
 from tests.tournament.judges.fake_endpoint import Answer, Plan, fake_endpoint
 from tests.tournament.tiny_tournament import (

@@ -5,9 +5,9 @@ import re
 
 import pytest
 
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.judges.person import PersonJudge
 from qlora_jax.tournament.matches import unordered
-from qlora_jax.tournament.reporter import Reporter
 from qlora_jax.tournament.settings import PersonArgs
 from tests.tournament.tiny_tournament import WORDS, arena_args, transcripts_of, write_lines, write_tournament
 

@@ -2,9 +2,9 @@
 
 import pytest
 
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.judges.recorded import RecordedJudge, read_verdicts
 from qlora_jax.tournament.matches import Match, Transcripts
-from qlora_jax.tournament.reporter import Reporter
 from tests.tournament.tiny_tournament import write_lines
 
 ROW = {"question_id": 1, "model_a": "x", "model_b": "y", "verdict": 1}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_jax.tournament.reporter import Reporter
+from qlora_jax.progress_reporter import Reporter
 from qlora_jax.tournament.tournament import hold_tournament
 from tests.tournament.tiny_tournament import arena_args, write_lines, write_tournament
 

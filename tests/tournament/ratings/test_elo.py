@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from qlora_jax.tournament.comparison import Comparison
+from qlora_jax.tournament.game import Game
 from qlora_jax.tournament.ratings.elo import elo_ratings, play, prompt_errors, ratings_by_ordering
 from qlora_jax.tournament.ratings.games import read_games
 from tests.tournament.simulated import tournament
@@ -26,12 +26,12 @@ PAPER = {
 OUTCOMES = {1: 1.0, 2: 0.0, 3: 0.5}
 
 GAMES = [
-    Comparison("a", "x", "y", 1.0, "judge"),
-    Comparison("a", "y", "x", 0.5, "judge"),
-    Comparison("a", "y", "z", 1.0, "judge"),
-    Comparison("b", "z", "x", 0.0, "judge"),
-    Comparison("b", "z", "y", 1.0, "judge"),
-    Comparison("b", "x", "z", 1.0, "judge"),
+    Game("a", "x", "y", 1.0, "judge"),
+    Game("a", "y", "x", 0.5, "judge"),
+    Game("a", "y", "z", 1.0, "judge"),
+    Game("b", "z", "x", 0.0, "judge"),
+    Game("b", "z", "y", 1.0, "judge"),
+    Game("b", "x", "z", 1.0, "judge"),
 ]
 
 
@@ -99,7 +99,7 @@ def vicuna(local_data):
     with gzip.open(local_data("vicuna_gpt4_verdicts.jsonl.gz"), "rt") as file:
         rows = [json.loads(line) for line in file]
     return [
-        Comparison(str(row["question_id"]), row["model_a"], row["model_b"], OUTCOMES[row["verdict"]], "gpt-4")
+        Game(str(row["question_id"]), row["model_a"], row["model_b"], OUTCOMES[row["verdict"]], "gpt-4")
         for row in rows
         if row["verdict"] in OUTCOMES
     ]

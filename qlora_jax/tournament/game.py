@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 
-class Comparison(NamedTuple):
+class Game(NamedTuple):
     """A judge's verdict on the replies of two systems to one prompt.
 
     Fields:

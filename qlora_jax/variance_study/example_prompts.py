@@ -1,4 +1,4 @@
-"""Picks the prompts that the page shows by a stated rule, never by hand."""
+"""Chooses the prompts that the page shows by a stated rule, never by hand."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,17 +7,17 @@ import numpy as np
 from jaxtyping import Float64
 
 
-class Picked(NamedTuple):
-    """A prompt to show: its index, and the rule that picked it."""
+class ChosenPrompt(NamedTuple):
+    """A prompt to show: its index, and the rule that chose it."""
 
     index: int
     rule: str
 
 
-def pick(
+def choose_prompts(
     differences: Sequence[tuple[str, Float64[np.ndarray, " prompts"]]], *, random: int, extreme: int, seed: int
-) -> list[Picked]:
-    """Picks prompts, each once: at random, then those with the largest differences of each sign.
+) -> list[ChosenPrompt]:
+    """Chooses prompts, each once: at random, then those with the largest differences of each sign.
 
     Equal differences are in the order of the prompts. A prompt whose difference is 0 is not an extreme.
 
@@ -32,4 +32,4 @@ def pick(
             order = np.argsort(-sign * difference_P, kind="stable")[:extreme]
             for index in order[sign * difference_P[order] > 0]:
                 found.setdefault(int(index), f"{pair}: {word} ({difference_P[index]:+.3g})")
-    return [Picked(index, rule) for index, rule in found.items()]
+    return [ChosenPrompt(index, rule) for index, rule in found.items()]

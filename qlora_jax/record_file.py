@@ -1,4 +1,4 @@
-"""Files of records that an interrupted tournament resumes from.
+"""Files of records that an interrupted tournament or study resumes from.
 
 The first line holds the inputs that all records depend on. Every line ends with a digest of itself, and is on the disk
 before `append` returns. A process that was killed while it wrote leaves half a line at the end, which is dropped.
@@ -21,7 +21,7 @@ class _Header(TypedDict):
     inputs: dict[str, str | int | float | bool | None]
 
 
-class Ledger[T]:
+class RecordFile[T]:
     """Records in a file; several threads may append.
 
     Attributes:
@@ -68,7 +68,7 @@ class Ledger[T]:
         with self._lock:
             self._file.close()
 
-    def __enter__(self) -> "Ledger[T]":
+    def __enter__(self) -> "RecordFile[T]":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -84,8 +84,8 @@ def stored_records[T](path: Path, inputs: Inputs, kind: type[T]) -> list[T]:
     """
     if not path.exists():
         return []
-    with Ledger(path, inputs, kind) as ledger:
-        return ledger.records
+    with RecordFile(path, inputs, kind) as file:
+        return file.records
 
 
 def _whole_lines(path: Path) -> Sequence[str]:
@@ -106,7 +106,7 @@ def _whole_lines(path: Path) -> Sequence[str]:
 def _text(line: str, place: str) -> str:
     text = without_digest(line, place)
     if text == line:
-        raise ValueError(f"{place}: not a line of a tournament (found no digest at its end). Delete this line")
+        raise ValueError(f"{place}: not a record (found no digest at its end). Delete this line")
     return text
 
 
@@ -118,6 +118,6 @@ def _check_inputs(path: Path, found: Mapping[str, object], expected: Mapping[str
     ]
     if changed:
         raise ValueError(
-            f"{path}: made with other inputs: {'; '.join(changed)}. Restore them, give the tournament another output, "
-            "or delete this file to make it again"
+            f"{path}: made with other inputs: {'; '.join(changed)}. Restore them, choose another output, or "
+            "delete this file to make it again"
         )

@@ -8,8 +8,8 @@ import pytest
 
 from qlora_jax.tournament.ratings.bradley_terry import POINTS, bradley_terry
 from qlora_jax.tournament.ratings.davidson import davidson_model, fit
-from qlora_jax.tournament.ratings.existence import check_estimates_exist
 from qlora_jax.tournament.ratings.games import read_games
+from qlora_jax.tournament.ratings.mle_existence import check_estimates_exist
 from tests.tournament.simulated import from_counts, strengths
 
 CASES = {

@@ -5,7 +5,7 @@ from typing import TypedDict
 
 import pytest
 
-from qlora_jax.tournament.ledger import Ledger
+from qlora_jax.record_file import RecordFile
 
 INPUTS = {"model": "m", "temperature": 0.2}
 
@@ -16,18 +16,18 @@ class Line(TypedDict):
 
 
 def records(path) -> list[Line]:
-    with Ledger(path, INPUTS, Line) as ledger:
-        return ledger.records
+    with RecordFile(path, INPUTS, Line) as stored:
+        return stored.records
 
 
 def write(path, count: int) -> None:
-    with Ledger(path, INPUTS, Line) as ledger:
+    with RecordFile(path, INPUTS, Line) as stored:
         for value in range(count):
-            ledger.append(Line(name=f"\u2028 {value}\n", value=value))
+            stored.append(Line(name=f"\u2028 {value}\n", value=value))
 
 
 def test_records_come_back(tmp_path):
-    path = tmp_path / "new" / "ledger.jsonl"
+    path = tmp_path / "new" / "records.jsonl"
     write(path, 3)
     write(path, 2)
     assert [record["value"] for record in records(path)] == [0, 1, 2, 0, 1]
@@ -35,7 +35,7 @@ def test_records_come_back(tmp_path):
 
 
 def test_a_half_line_of_a_killed_process_is_dropped(tmp_path):
-    path = tmp_path / "ledger.jsonl"
+    path = tmp_path / "records.jsonl"
     write(path, 3)
     whole = path.read_bytes()
     for cut in (1, 10, 30):
@@ -50,20 +50,20 @@ def test_a_half_line_of_a_killed_process_is_dropped(tmp_path):
 def test_every_line_is_on_the_disk_before_append_returns(tmp_path, monkeypatch):
     synced = []
     monkeypatch.setattr("qlora_jax.atomic_files.os.fsync", lambda descriptor: synced.append(descriptor))
-    with Ledger(tmp_path / "ledger.jsonl", INPUTS, Line) as ledger:
+    with RecordFile(tmp_path / "records.jsonl", INPUTS, Line) as stored:
         before = len(synced)
         for value in range(3):
-            ledger.append(Line(name="x", value=value))
+            stored.append(Line(name="x", value=value))
             assert len(synced) == before + value + 1
 
 
 def test_threads_do_not_mix_lines(tmp_path):
-    path = tmp_path / "ledger.jsonl"
-    with Ledger(path, INPUTS, Line) as ledger:
+    path = tmp_path / "records.jsonl"
+    with RecordFile(path, INPUTS, Line) as stored:
 
         def add(name: str) -> None:
             for value in range(20):
-                ledger.append(Line(name=name * 500, value=value))
+                stored.append(Line(name=name * 500, value=value))
 
         threads = [threading.Thread(target=add, args=(name,)) for name in "abcd"]
         for thread in threads:
@@ -74,15 +74,15 @@ def test_threads_do_not_mix_lines(tmp_path):
 
 
 def test_changed_inputs_and_lines_are_refused(tmp_path):
-    path = tmp_path / "ledger.jsonl"
+    path = tmp_path / "records.jsonl"
     write(path, 2)
     for changed in ({"model": "m", "temperature": 0.3}, {"model": "m"}, INPUTS | {"top_p": 1.0}):
         with pytest.raises(ValueError, match=r"made with other inputs: t.*delete this file"):
-            Ledger(path, changed, Line)
+            RecordFile(path, changed, Line)
     text = path.read_text()
     path.write_text(text.replace('"value": 1', '"value": 7'))
-    with pytest.raises(ValueError, match=r"ledger.jsonl:3: damaged"):
+    with pytest.raises(ValueError, match=r"records.jsonl:3: damaged"):
         records(path)
     path.write_text(text + '{"name": "by hand", "value": 3}\n')
-    with pytest.raises(ValueError, match=r"ledger.jsonl:4: not a line of a tournament"):
+    with pytest.raises(ValueError, match=r"records.jsonl:4: not a record"):
         records(path)

@@ -12,6 +12,7 @@ from qlora_jax.inference.decode import Reply, stream
 from qlora_jax.inference.prompts import Prompter
 from qlora_jax.inference.result_cache import digest
 from qlora_jax.inference.sampling import Sampling
+from qlora_jax.inference.settings import LocalModelArgs
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.pretrained import (
     OpenedModel,
@@ -23,7 +24,6 @@ from qlora_jax.io.pretrained import (
     weight_settings,
 )
 from qlora_jax.models.partition import ModelParts
-from qlora_jax.tournament.settings import LocalModelArgs
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,8 +48,8 @@ class LocalModel:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OpenedSystem:
-    """A model whose weights are not loaded yet."""
+class OpenedLocalModel:
+    """A model without its weights."""
 
     args: LocalModelArgs
     opened: OpenedModel
@@ -80,7 +80,7 @@ class OpenedSystem:
         return {"base": files_digest(Path(self.opened.source.path)), "adapter": adapter}
 
 
-def open_system(args: LocalModelArgs, system: str | None) -> OpenedSystem:
+def open_local_model(args: LocalModelArgs, system: str | None) -> OpenedLocalModel:
     """Opens a model's metadata and tokenizer.
 
     Args:
@@ -97,7 +97,7 @@ def open_system(args: LocalModelArgs, system: str | None) -> OpenedSystem:
         named = {"model": args.path, "run": None}
     opened = open_pretrained(**named, step=args.step, chat_template=args.chat_template)
     prompter = prompts.prompter(opened.tokenizer, raw=args.raw, system=system)
-    return OpenedSystem(args=args, opened=opened, prompter=prompter)
+    return OpenedLocalModel(args=args, opened=opened, prompter=prompter)
 
 
 def files_digest(path: Path) -> str:

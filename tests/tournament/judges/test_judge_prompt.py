@@ -2,7 +2,7 @@
 
 import pytest
 
-from qlora_jax.tournament.judges.review import SYSTEM, TEMPLATE, ReviewPrompt, parse_verdict, read_review_prompts
+from qlora_jax.tournament.judges.judge_prompt import SYSTEM, TEMPLATE, JudgePrompt, parse_verdict, read_judge_prompts
 from tests.tournament.tiny_tournament import write_lines
 
 # Texts of artidoro/qlora at 7f4e95a, as JSON: eval/prompts/vicuna_prompt_threeclass.jsonl.
@@ -19,7 +19,7 @@ def test_the_prompt_is_the_reference_to_the_character():
     template = REFERENCE_TEMPLATE.replace(r"\n", "\n")
     assert template == TEMPLATE
     texts = dict(question="Q {prompt}", answer_1="{x} \\n %s", answer_2="}{", prompt="P")
-    message = ReviewPrompt(None, SYSTEM, TEMPLATE, "P").message("Q {prompt}", ("{x} \\n %s", "}{"))
+    message = JudgePrompt(None, SYSTEM, TEMPLATE, "P").message("Q {prompt}", ("{x} \\n %s", "}{"))
     assert message == template.format(**texts)
 
 
@@ -35,7 +35,7 @@ def test_a_file_in_the_references_format_is_used_unchanged(tmp_path):
         }
         for number, category in enumerate(("general", "coding", "math"), 1)
     ]
-    prompts = read_review_prompts(write_lines(tmp_path / "prompts.jsonl", rows))
+    prompts = read_judge_prompts(write_lines(tmp_path / "prompts.jsonl", rows))
     assert [prompts.of(category).system for category in ("coding", "math", "writing", None)] == [
         *("System 2.", "System 3.", "System 1.", "System 1.")
     ]
@@ -45,8 +45,8 @@ def test_a_file_in_the_references_format_is_used_unchanged(tmp_path):
 
 def test_an_instruction_alone_gets_the_references_texts(tmp_path):
     path = write_lines(tmp_path / "prompts.jsonl", [{"defaults": {"prompt": "Decide."}}])
-    (prompt,) = read_review_prompts(path).prompts
-    assert prompt == ReviewPrompt(None, REFERENCE_SYSTEM, TEMPLATE, "Decide.")
+    (prompt,) = read_judge_prompts(path).prompts
+    assert prompt == JudgePrompt(None, REFERENCE_SYSTEM, TEMPLATE, "Decide.")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_an_instruction_alone_gets_the_references_texts(tmp_path):
 )
 def test_malformed_prompts_are_refused(tmp_path, row, problem):
     with pytest.raises(ValueError, match=problem):
-        read_review_prompts(write_lines(tmp_path / "prompts.jsonl", [row]))
+        read_judge_prompts(write_lines(tmp_path / "prompts.jsonl", [row]))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Reports the progress of a tournament: to nobody, or to a console."""
+"""Reports the progress of a tournament or study: to nobody, or to a console."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from qlora_jax.io.progress import loading
 
 
 class Reporter:
-    """Receives the progress of a tournament and ignores it; subclasses show it."""
+    """Receives progress and ignores it; subclasses show it."""
 
     def message(self, text: str) -> None:
         """Receives one line for people."""

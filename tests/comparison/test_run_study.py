@@ -3,11 +3,10 @@
 import pytest
 
 from qlora_jax.comparison import dispatch
-from qlora_jax.comparison.run import Run
-from qlora_jax.comparison.run_files import FAILURE_FILE, RUN_FOLDER
-from qlora_jax.comparison.stages import run_study, sized_settings
+from qlora_jax.comparison.run_files import RUN_FOLDER
+from qlora_jax.comparison.run_study import sized_settings
 from qlora_jax.config import ConfigError
-from tests.comparison.studies import Inline, finish, read
+from tests.comparison.studies import conduct, read
 
 LORA_RANK_16 = 16 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
 
@@ -15,35 +14,6 @@ LORA_RANK_16 = 16 * 30 * (2 * (576 + 576) + 2 * (576 + 192) + 3 * (576 + 1536))
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.001)
-
-
-class Launcher(Inline):
-    """Writes outcomes; `outcome(run)` returns the changes of an outcome, or the text of a failure."""
-
-    def __init__(self, outcome):
-        super().__init__(self._write)
-        self._outcome, self.runs = outcome, {}
-
-    def _write(self, folder):
-        changes = self._outcome(self.runs[folder])
-        if isinstance(changes, str):
-            (folder / FAILURE_FILE).write_text(changes)
-        else:
-            finish(self.runs[folder], **changes)
-
-
-def conduct(study, outcome):
-    """Performs a study; returns its runs, and those that were started, in order."""
-    launcher, prepare = Launcher(outcome), Run.prepare
-
-    def remembered(run):
-        launcher.runs[run.folder] = run
-        prepare(run)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "prepare", remembered)
-        runs = run_study(study, sized_settings(study)[0], launcher, 0, lambda line: None)
-    return runs, [launcher.runs[folder] for folder in launcher.started]
 
 
 def test_each_method_trains_with_its_best_learning_rate_and_its_own_seed(tmp_path):
@@ -65,26 +35,6 @@ def test_each_method_trains_with_its_best_learning_rate_and_its_own_seed(tmp_pat
     assert final[0].config.output == str(final[0].folder / RUN_FOLDER)
     _, again = conduct(study, outcome)
     assert again == []
-
-
-def test_diverged_learning_rates_are_passed_over_and_stay_in_the_results(tmp_path):
-    study = read(tmp_path, methods={"lora": {}}, learning_rates=[0.1, 0.001, 0.01])
-
-    def diverges(run):
-        rate = run.settings["optim.learning_rate"]
-        return {"search_loss": None if run.stage == "final" or rate > 0.01 else rate}
-
-    runs, _ = conduct(study, diverges)
-    assert [run.config.optim.learning_rate for run in runs if run.stage == "final"] == [0.001] * 3
-    assert [run.outcome()["search_loss"] for run in runs if run.stage == "search"] == [None, 0.001, 0.01]
-    _, again = conduct(study, diverges)
-    assert again == []
-
-
-def test_a_search_without_a_finite_loss_is_an_error(tmp_path):
-    study = read(tmp_path, methods={"lora": {}})
-    with pytest.raises(ConfigError, match=r"learning_rates: all of lora, numbers diverged\. Add lower ones"):
-        conduct(study, lambda run: {"search_loss": None})
 
 
 def test_other_failures_end_the_study_with_their_logs(tmp_path):

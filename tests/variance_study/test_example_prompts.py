@@ -1,21 +1,21 @@
-"""Examples are picked by the rule: at random with a seed, and the extremes."""
+"""Prompts are chosen by the rule: at random with a seed, and the extremes."""
 
 import numpy as np
 
-from qlora_jax.variance_study.picked import pick
+from qlora_jax.variance_study.example_prompts import choose_prompts
 
 DIFFERENCES = np.array([0.0, 0.3, -0.2, 0.9, 0.3, -0.7, 0.0, 0.1])
 
 
 def indices(**changes):
     settings = {"random": 0, "extreme": 0, "seed": 0} | changes
-    return [one.index for one in pick([("b - a", DIFFERENCES)], **settings)]
+    return [one.index for one in choose_prompts([("b - a", DIFFERENCES)], **settings)]
 
 
 def test_extremes_are_the_largest_of_each_sign():
     assert indices(extreme=2) == [3, 1, 5, 2]  # of the two with 0.3, the first
     assert indices(extreme=8) == [3, 1, 4, 7, 5, 2]  # a difference of 0 is not an extreme
-    rules = {one.index: one.rule for one in pick([("b - a", DIFFERENCES)], random=0, extreme=1, seed=0)}
+    rules = {one.index: one.rule for one in choose_prompts([("b - a", DIFFERENCES)], random=0, extreme=1, seed=0)}
     assert rules == {3: "b - a: highest difference (+0.9)", 5: "b - a: lowest difference (-0.7)"}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_jax.sandbox import values
 from qlora_jax.sandbox.messages import receive, send
-from qlora_jax.sandbox.programs import Outcome, Program
+from qlora_jax.sandbox.programs import Program, ProgramOutcome
 
 _LONGEST_DETAIL = 200  # characters
 
@@ -42,7 +42,7 @@ def run_program(requests: int, replies: int) -> None:
         send(replies, reply)
 
 
-def run_tests(program: Program, requests: int, replies: int) -> Outcome:
+def run_tests(program: Program, requests: int, replies: int) -> ProgramOutcome:
     """Runs the tests of a program in another process.
 
     Args:
@@ -60,14 +60,14 @@ def run_tests(program: Program, requests: int, replies: int) -> Outcome:
         exec(compile(program.test, "tests", "exec"), namespace)
         namespace["check"](candidate)
     except AssertionError as error:
-        return Outcome("wrong", _shown(error))
+        return ProgramOutcome("wrong", _shown(error))
     except _EndedError:
-        return Outcome("ended", "the process ended before its tests")
+        return ProgramOutcome("ended", "the process ended before its tests")
     except MemoryError as error:
-        return Outcome("memory", _shown(error))
+        return ProgramOutcome("memory", _shown(error))
     except BaseException as error:
-        return Outcome("error", _shown(error))
-    return Outcome("passed")
+        return ProgramOutcome("error", _shown(error))
+    return ProgramOutcome("passed")
 
 
 def _call(requests: int, replies: int, request: bytes) -> object:

@@ -26,7 +26,7 @@ _READABLE: dict[int, Verdict] = {FIRST: FIRST, SECOND: SECOND, TIE: TIE}
 FIELDS: tuple[str, ...] = ("question", "answer_1", "answer_2", "prompt")
 
 
-class ReviewPrompt(NamedTuple):
+class JudgePrompt(NamedTuple):
     """A judge's prompt for one category of questions.
 
     Fields:
@@ -48,12 +48,12 @@ class ReviewPrompt(NamedTuple):
         return "".join(text + ("" if field is None else values[field]) for text, field, _, _ in parts)
 
 
-class ReviewPrompts(NamedTuple):
+class JudgePrompts(NamedTuple):
     """The prompts of a file, at least one; the first one is the default."""
 
-    prompts: Sequence[ReviewPrompt]
+    prompts: Sequence[JudgePrompt]
 
-    def of(self, category: str | None) -> ReviewPrompt:
+    def of(self, category: str | None) -> JudgePrompt:
         """The first prompt of the category, or the default."""
         return next((one for one in self.prompts if one.category == category), self.prompts[0])
 
@@ -63,7 +63,7 @@ class ReviewPrompts(NamedTuple):
         return xxhash.xxh3_64_hexdigest(repr([tuple(prompt) for prompt in self.prompts]).encode())
 
 
-def read_review_prompts(path: str) -> ReviewPrompts:
+def read_judge_prompts(path: str) -> JudgePrompts:
     """Reads prompts, one per row: `defaults: {prompt: instruction}`, and optionally category and texts of your own.
 
     The columns system_prompt and prompt_template replace SYSTEM and TEMPLATE.
@@ -71,7 +71,7 @@ def read_review_prompts(path: str) -> ReviewPrompts:
     Raises:
       ValueError: rows without an instruction, or with other fields in their template; the message lists them.
     """
-    return ReviewPrompts(read_each(path, read_rows(path), _prompt))
+    return JudgePrompts(read_each(path, read_rows(path), _prompt))
 
 
 def parse_verdict(review: str) -> Verdict:
@@ -84,7 +84,7 @@ def parse_verdict(review: str) -> Verdict:
     return _READABLE.get(number, UNREADABLE)
 
 
-def _prompt(row: Row) -> ReviewPrompt:
+def _prompt(row: Row) -> JudgePrompt:
     defaults = row.data.get("defaults")
     instruction = defaults.get("prompt") if isinstance(defaults, dict) else None
     if not isinstance(instruction, str) or not instruction.strip():
@@ -92,7 +92,7 @@ def _prompt(row: Row) -> ReviewPrompt:
     category = row.data.get("category")
     template = _text(row, "prompt_template", TEMPLATE)
     _check_template(template)
-    return ReviewPrompt(
+    return JudgePrompt(
         category=category if isinstance(category, str) else None,
         system=_text(row, "system_prompt", SYSTEM),
         template=template,

@@ -2,7 +2,7 @@
 
 import os
 
-from qlora_jax.tournament.local_model import files_digest
+from qlora_jax.local_model import files_digest
 
 SIZE = 16 << 20
 
