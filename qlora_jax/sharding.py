@@ -154,6 +154,15 @@ def gather_rows(x: jax.Array, mesh: AnyMesh | None, axis: int) -> jax.Array:
     return lax.all_gather(x, several, axis=axis, tiled=True) if several else x
 
 
+def own_rows(x: jax.Array, mesh: AnyMesh | None, axis: int) -> jax.Array:
+    """Returns this device's rows out of those that `gather_rows` gathered."""
+    several = tuple(name for name in ROWS if axis_size(mesh, name) > 1)
+    if not several:
+        return x
+    rows = x.shape[axis] // axis_size(mesh, *several)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(several) * rows, rows, axis)
+
+
 def placed_shapes(tree: PyTree, specs: PyTree, mesh: AnyMesh) -> PyTree:
     """Returns the shapes of a tree, with the places that `place` would give its leaves."""
 

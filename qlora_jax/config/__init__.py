@@ -10,6 +10,8 @@ from qlora_jax.config.mesh_settings import MeshSize as MeshSize
 from qlora_jax.config.optimizer_names import paging_of as paging_of
 from qlora_jax.config.optimizer_names import plain_name as plain_name
 from qlora_jax.config.parse import ConfigError as ConfigError
+from qlora_jax.config.preference_settings import ObjectiveName as ObjectiveName
+from qlora_jax.config.preference_settings import PreferenceArgs as PreferenceArgs
 from qlora_jax.config.question_settings import QUESTION_KINDS as QUESTION_KINDS
 from qlora_jax.config.question_settings import QuestionArgs as QuestionArgs
 from qlora_jax.config.question_settings import question_problems as question_problems

@@ -18,6 +18,7 @@ from qlora_jax.config.fields import (
 )
 from qlora_jax.config.lora_settings import LoraArgs
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
+from qlora_jax.config.preference_settings import ObjectiveName, PreferenceArgs
 from qlora_jax.config.question_settings import QuestionArgs
 
 
@@ -310,9 +311,15 @@ class Config:
     data: DataArgs = setting("the data")
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
+    preference: PreferenceArgs = dataclasses.field(default_factory=PreferenceArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
     hosts: HostsArgs = dataclasses.field(default_factory=HostsArgs)
+    objective: ObjectiveName = setting(
+        "loss of the run. sft: supervised finetuning. dpo, orpo, cpo, simpo: learn from pairs of a chosen and a "
+        "rejected answer; kto: from answers labelled good or bad (docs/preferences.md)",
+        "sft",
+    )
     output: str = setting(
         "the run's folder, for checkpoints, metrics, report and resolved configuration",
         bound=NOT_EMPTY,

@@ -6,6 +6,7 @@ from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.lora_settings import LoraArgs, MethodName
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
+from qlora_jax.config.preference_settings import preference_problems
 from qlora_jax.config.question_settings import question_problems, unknown_columns
 from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs
 from qlora_jax.config.sizes import parse_bytes
@@ -189,11 +190,29 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
     ]
 
 
+def _objective_problems(config: Config) -> list[str]:
+    """Reports settings of preferences and of data that the objective does not use."""
+    problems = preference_problems(config.preference, config.objective)
+    if config.objective == "sft":
+        return problems
+    if config.data.learn == "all":
+        problems.append(
+            f"data.learn: found 'all' with objective={config.objective}, which compares answers. Set data.learn to "
+            "assistant or last"
+        )
+    return problems + [
+        f"data.{name}: found {value} with objective={config.objective}, whose rows have several answers or none. "
+        "Remove this setting; data.max_length limits each prompt with its answer"
+        for name in ("source_max_length", "target_max_length")
+        if (value := getattr(config.data, name)) is not None
+    ]
+
+
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
     problems += _layer_problems(config.lora)
     problems += _loraplus_problems(config) + _paging_problems(config)
-    problems += _token_problems(config)
+    problems += _token_problems(config) + _objective_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:
         problems.append(
             f"data.eval and data.eval_fraction: found {config.data.eval!r} and {config.data.eval_fraction}, "

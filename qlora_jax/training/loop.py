@@ -168,24 +168,25 @@ def train_step(
     arrays = place_batch(batch.arrays(), session.mesh)
     grads, loss = session.gradients(session.parts.with_lora(state.lora), arrays, key)
     lora, optimizer_state, norm, moved = session.state_manager.update(state.lora, optimizer_state, grads, room)
-    nll, tokens, row_nll_AB, norm = jax.device_get((loss.nll, loss.tokens, loss.row_nll_AB, norm))
+    total, count, row_losses_AB, norm = jax.device_get((loss.total, loss.count, loss.row_losses_AB, norm))
+    tokens = int(batch.weights.sum())
     step = state.step + 1
-    if not (np.isfinite(nll) and np.isfinite(norm)):
-        raise NonFiniteLoss(_non_finite(session, batch, step, row_nll_AB, float(norm)))
+    if not (np.isfinite(total) and np.isfinite(norm)):
+        raise NonFiniteLoss(_non_finite(session, batch, step, row_losses_AB, float(norm)))
     seconds = time.perf_counter() - began
     reporter.step(
         {
             "step": step,
-            "loss": float(nll) / float(tokens),
+            "loss": float(total) / float(count),
             "learning_rate": float(np.asarray(session.schedule(state.step))),
             "grad_norm": float(norm),
-            "supervised_tokens": int(tokens),
+            "supervised_tokens": tokens,
             "tokens": batch.tokens,
             "length": batch.inputs.shape[-1],
             "seconds": seconds,
             "data_seconds": data_seconds,
         }
-        | session.utilization.metrics(batch, int(tokens), seconds)
+        | session.utilization.metrics(batch, tokens, seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)
         | _speed_of_devices(session, batch.tokens / seconds)
         | memory_in_use(local_devices(session.mesh))
@@ -206,8 +207,8 @@ def _speed_of_devices(session: Session, tokens_per_second: float) -> Record:
     }
 
 
-def _non_finite(session: Session, batch: Batch, step: int, row_nll_AB: np.ndarray, norm: float) -> str:
-    bad = batch.rows[~np.isfinite(row_nll_AB)]
+def _non_finite(session: Session, batch: Batch, step: int, row_losses_AB: np.ndarray, norm: float) -> str:
+    bad = batch.rows[~np.isfinite(row_losses_AB)]
     rows, which = (bad, "rows with a loss that is not finite") if bad.size else (batch.rows, "rows of the step")
     places = [session.dataset.train.where(int(row)) for row in rows.reshape(-1) if row >= 0]
     steps = saved_steps(Path(session.config.output))

@@ -8,6 +8,7 @@ Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions,
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import cast
 
 import jax
@@ -20,11 +21,12 @@ from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import lora_specs, parts_specs
 from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, split_leaves
 from qlora_jax.nn.dropout import fold_in_rows
-from qlora_jax.nn.loss import token_nll
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.mesh_state import state_specs
-from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, shards_of, sum_over
+from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, own_rows, shards_of, sum_over
+from qlora_jax.training.objectives.objective import PRESENT, Objective, Totals
+from qlora_jax.training.objectives.sft import SUPERVISED
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.
 LEAF_BY_LEAF = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
@@ -35,17 +37,19 @@ PLACES = "places"  # of rows in their step, [A, B] in a batch with dropout or no
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepLoss:
-    """The losses of one step, in nats.
+    """The losses of one step.
 
     Attributes:
-      nll: the sum over all supervised tokens.
-      tokens: the number of supervised tokens.
-      row_nll_AB: the sum of each row.
+      total: the sum over all rows; the loss is total / count.
+      count: the number of tokens, sequences or pairs that the objective averages over.
+      row_losses_AB: the sum of each row.
+      outputs: the objective's outputs for all rows, with leaves [A, B, ...]; None if they are the losses themselves.
     """
 
-    nll: Float[Array, ""]
-    tokens: Float[Array, ""]
-    row_nll_AB: Float[Array, "A B"]
+    total: Float[Array, ""]
+    count: Float[Array, ""]
+    row_losses_AB: Float[Array, "A B"]
+    outputs: PyTree = None
 
 
 def row_nll(
@@ -56,15 +60,27 @@ def row_nll(
     keys_B: jax.Array | None,
     neftune_noise_alpha: float | None = None,
 ) -> Float[Array, " B"]:
-    """Returns each row's sum over its tokens of weight * -log p(target), in f32.
+    """Returns each row's sum over its tokens of weight * -log p(target), in f32; the arguments of `row_outputs`."""
+    return row_outputs(SUPERVISED, model, micro, remat=remat, keys_B=keys_B, neftune_noise_alpha=neftune_noise_alpha)
+
+
+def row_outputs(
+    objective: Objective,
+    model: CausalLM,
+    micro: dict[str, jax.Array],
+    *,
+    remat: str,
+    keys_B: jax.Array | None,
+    neftune_noise_alpha: float | None = None,
+) -> PyTree:
+    """Returns the objective's outputs for the rows of a micro-batch, with leaves [B, ...].
 
     Args:
-      micro: one micro-batch: `inputs`, `targets`, `weights` and, with packing, `segments`, each [B, T].
+      micro: one micro-batch: `inputs`, `targets`, `weights`, each [B, T], and what `Batch.arrays` adds to them.
       remat: a key of REMAT_POLICIES.
       keys_B: the key of each row; None without dropout and noise.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
     """
-    targets_BT, weights_BT = micro["targets"], micro["weights"]
     hidden_MD = model.hidden(
         micro["inputs"],
         remat=remat,
@@ -72,12 +88,10 @@ def row_nll(
         neftune_noise_alpha=neftune_noise_alpha,
         segments_BT=micro.get("segments"),
     )
-    with jax.named_scope("head"):
-        nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
-    return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
+    return objective.outputs(model, hidden_MD, micro)
 
 
-@functools.partial(jax.jit, static_argnames=("remat", "mesh", "neftune_noise_alpha"))
+@functools.partial(jax.jit, static_argnames=("remat", "mesh", "neftune_noise_alpha", "objective"))
 def gradients(
     parts: ModelParts,
     batch: dict[str, jax.Array],
@@ -86,25 +100,29 @@ def gradients(
     remat: str,
     mesh: AnyMesh | None = None,
     neftune_noise_alpha: float | None = None,
+    objective: Objective = SUPERVISED,
 ) -> tuple[Lora, StepLoss]:
-    """Returns the gradients of (sum of losses) / (number of supervised tokens) over all micro-batches, and the losses.
+    """Returns the gradients of the objective's loss, (sum of row losses) / count, over all micro-batches; and losses.
 
     The result is that of one large batch, however its tokens are split into micro-batches and over devices. Gradients
     are summed over micro-batches in the parameters' dtype, f32 or bf16, as in torch, and over devices in f32.
 
     Args:
-      batch: `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T].
+      batch: `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T]; and the
+        other arrays that the objective reads (`Batch.arrays`).
       key: the key of this step, which is folded with the place of each row in it, so that dropout masks and noise
         depend neither on micro-batches nor on the mesh; None without dropout and noise.
       remat: a key of REMAT_POLICIES.
       mesh: the devices that share the rows of a batch and the model; None: one device. Gradients lie like the LoRA
         parameters.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
+      objective: the loss; its arrays are in the batch.
     """
     if key is not None:
         shape_AB = batch["weights"].shape[:2]
         batch = batch | {PLACES: jnp.arange(math.prod(shape_AB), dtype=jnp.int32).reshape(shape_AB)}
-    per_device = functools.partial(_gradients, remat=remat, neftune_noise_alpha=neftune_noise_alpha)
+    how = {"remat": remat, "neftune_noise_alpha": neftune_noise_alpha, "objective": objective}
+    per_device = functools.partial(_gradients, **how)
     if mesh is None:
         return per_device(parts, batch, key)
     specs = parts_specs(parts, mesh)
@@ -123,6 +141,7 @@ def _gradients(
     batch: dict[str, jax.Array],
     key: jax.Array | None,
     *,
+    objective: Objective,
     remat: str,
     neftune_noise_alpha: float | None,
     mesh: AnyMesh | None = None,
@@ -132,35 +151,92 @@ def _gradients(
 
     trained, fixed = split_leaves(parts.lora, parts.untrained)
 
-    def summed(trained: Lora, micro: dict[str, jax.Array]):
+    def outputs(trained: Lora, micro: dict[str, jax.Array]) -> PyTree:
         lora = join_leaves(trained, fixed) if fixed else trained
         keys_B = None if key is None else fold_in_rows(key, micro[PLACES])
         model = _model(parts.with_lora(lora), specs, mesh)
-        rows_B = row_nll(model, micro, remat=remat, keys_B=keys_B, neftune_noise_alpha=neftune_noise_alpha)
-        return jnp.sum(rows_B), rows_B
+        how = {"remat": remat, "keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha}
+        return row_outputs(objective, model, micro, **how)
 
     # The backward pass adds each layer's gradient in place, so a micro-batch needs no second set of gradients.
     total = jax.tree.map(lambda leaf: jax.new_ref(jnp.zeros_like(leaf)), trained)
+    totals = {name: sum_over(each, mesh) for name, each in objective.totals(batch).items()}
+    backpropagate = _all_rows_at_once if objective.is_coupled else _each_micro_batch
+    row_losses_AB, found = backpropagate(objective, outputs, trained, total, batch, totals, mesh)
+    count = sum_over(objective.count(batch), mesh)
+    loss = StepLoss(total=jnp.sum(row_losses_AB), count=count, row_losses_AB=row_losses_AB, outputs=found)
+    cuts = jax.tree.map(lambda _: P(), total) if specs is None else specs.trained
+    return jax.tree.map(functools.partial(_mean, count=count, mesh=mesh), total, cuts), loss
+
+
+def _each_micro_batch(
+    objective: Objective,
+    outputs: Callable[[Lora, dict[str, jax.Array]], PyTree],
+    trained: Lora,
+    total: PyTree,
+    batch: dict[str, jax.Array],
+    totals: Totals,
+    mesh: AnyMesh | None,
+) -> tuple[Float[Array, "A B"], PyTree]:
+    """Adds the gradients of the rows' losses to the references in `total`; returns (losses, outputs) of all rows.
+
+    Every device gets all rows' losses and adds them in the same order, so that the sum does not depend on the mesh.
+    """
+
+    def summed(trained: Lora, micro: dict[str, jax.Array]):
+        found = outputs(trained, micro)
+        losses_B = objective.row_losses(found, micro, totals)
+        return jnp.sum(losses_B), (losses_B, None if found is losses_B else found)
 
     def accumulate(_, micro):
-        _, backward, rows_B = jax.vjp(functools.partial(summed, micro=micro), trained, has_aux=True)
+        _, backward, found = jax.vjp(functools.partial(summed, micro=micro), trained, has_aux=True)
         backward.with_refs(total)(jnp.ones((), jnp.float32))
-        return None, rows_B
+        return None, found
 
-    _, row_nll_AB = jax.lax.scan(accumulate, None, batch)
-    # Every device gets all rows' losses and adds them in the same order, so that the sum does not depend on the mesh.
-    row_nll_AB = gather_rows(row_nll_AB, mesh, axis=1)
-    tokens = sum_over(jnp.sum(batch["weights"]), mesh)
-    loss = StepLoss(nll=jnp.sum(row_nll_AB), tokens=tokens, row_nll_AB=row_nll_AB)
-    cuts = jax.tree.map(lambda _: P(), total) if specs is None else specs.trained
-    return jax.tree.map(functools.partial(_mean, tokens=tokens, mesh=mesh), total, cuts), loss
+    _, found = jax.lax.scan(accumulate, None, batch)
+    return jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=1), found)
 
 
-def _mean(total: jax.Ref, spec: P, *, tokens: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:
+def _all_rows_at_once(
+    objective: Objective,
+    outputs: Callable[[Lora, dict[str, jax.Array]], PyTree],
+    trained: Lora,
+    total: PyTree,
+    batch: dict[str, jax.Array],
+    totals: Totals,
+    mesh: AnyMesh | None,
+) -> tuple[Float[Array, "A B"], PyTree]:
+    """Returns the result of `_each_micro_batch` for losses that depend on the outputs of other rows, too.
+
+    A forward pass gives the outputs of the whole step, and with them the derivative of the loss by each output. Then
+    each micro-batch is computed again and backpropagated with its part of this derivative (Gao et al. 2021, GradCache).
+    """
+    _, own = jax.lax.scan(lambda _, micro: (None, outputs(trained, micro)), None, batch)
+    read = {name: batch[name] for name in (PRESENT, *objective.values)}
+    found, arrays = jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=1), (own, read))
+
+    def summed(found: PyTree):
+        losses_AB = objective.row_losses(found, arrays, totals)
+        return jnp.sum(losses_AB), losses_AB
+
+    by_outputs, row_losses_AB = jax.grad(summed, has_aux=True)(found)
+
+    def accumulate(_, micro_and_cotangents):
+        micro, cotangents = micro_and_cotangents
+        _, backward = jax.vjp(lambda trained: outputs(trained, micro), trained)
+        backward.with_refs(total)(cotangents)
+        return None, None
+
+    own_cotangents = jax.tree.map(lambda leaf: own_rows(leaf, mesh, axis=1), by_outputs)
+    jax.lax.scan(accumulate, None, (batch, own_cotangents))
+    return row_losses_AB, found
+
+
+def _mean(total: jax.Ref, spec: P, *, count: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:
     summed = jax.freeze(total)
     # The derivative of the gather in the scan has summed cut leaves over `fsdp` already.
     axes = ROWS if cut_axis(spec) is None else (DATA,)
-    return (sum_over(summed.astype(jnp.float32), mesh, axes) / tokens).astype(summed.dtype)
+    return (sum_over(summed.astype(jnp.float32), mesh, axes) / count).astype(summed.dtype)
 
 
 def _model(parts: ModelParts, specs: ModelParts | None, mesh: AnyMesh | None) -> CausalLM:
@@ -222,13 +298,26 @@ def evaluation_loss(
     parts: ModelParts, batch: dict[str, jax.Array], *, mesh: AnyMesh | None = None
 ) -> Float[Array, " B"]:
     """Returns each row's sum of losses in nats, without dropout; `batch` is as in `gradients`, without the axis A."""
+    return _forward(parts, batch, SUPERVISED, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "mesh"))
+def evaluation_outputs(
+    parts: ModelParts, batch: dict[str, jax.Array], *, objective: Objective, mesh: AnyMesh | None = None
+) -> PyTree:
+    """Returns the objective's outputs for each row, without dropout; `batch` is as in `evaluation_loss`."""
+    return _forward(parts, batch, objective, mesh)
+
+
+def _forward(parts: ModelParts, batch: dict[str, jax.Array], objective: Objective, mesh: AnyMesh | None) -> PyTree:
+    """Returns the outputs of all rows on every device."""
     if mesh is None:
-        return row_nll(combine(parts), batch, remat="none", keys_B=None)
+        return row_outputs(objective, combine(parts), batch, remat="none", keys_B=None)
     specs = parts_specs(parts, mesh)
 
-    def per_device(parts: ModelParts, batch: dict[str, jax.Array]) -> jax.Array:
-        rows_B = row_nll(_model(parts, specs, mesh), batch, remat="none", keys_B=None)
-        return gather_rows(rows_B, mesh, axis=0)
+    def per_device(parts: ModelParts, batch: dict[str, jax.Array]) -> PyTree:
+        own = row_outputs(objective, _model(parts, specs, mesh), batch, remat="none", keys_B=None)
+        return jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=0), own)
 
     run = jax.shard_map(per_device, mesh=mesh, in_specs=(specs, P(ROWS)), out_specs=P(), check_vma=False)
     return run(parts, batch)

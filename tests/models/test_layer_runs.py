@@ -57,7 +57,7 @@ def test_losses_and_gradients_equal_those_of_zeros_elsewhere(remat):
     batch, parts, whole = mesh_batch(CONFIG, SHAPE), mesh_parts(CONFIG, lora=SOME), mesh_parts(CONFIG, lora=ALL)
     grads, loss = gradients(parts, batch, None, remat=remat)
     expected, expected_loss = gradients(whole.with_lora(with_zeros(parts.lora, whole)), batch, None, remat=remat)
-    np.testing.assert_allclose(loss.row_nll_AB, expected_loss.row_nll_AB, rtol=2e-7)
+    np.testing.assert_allclose(loss.row_losses_AB, expected_loss.row_losses_AB, rtol=2e-7)
     for name, leaves in grads.items():
         for leaf, values in leaves.items():
             assert relative(values, expected[name][leaf][jnp.asarray(CHOSEN[name])]) < 1e-6, (name, leaf)
@@ -69,7 +69,7 @@ def test_a_mesh_changes_gradients_by_rounding_alone():
     expected, loss = gradients(parts, batch, None, remat="names")
     spread = jax.device_put(batch, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
     found, loss_on_mesh = gradients(place_parts(parts, mesh), spread, None, remat="names", mesh=mesh)
-    np.testing.assert_allclose(loss_on_mesh.row_nll_AB, loss.row_nll_AB, rtol=1e-6)
+    np.testing.assert_allclose(loss_on_mesh.row_losses_AB, loss.row_losses_AB, rtol=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(relative, found, expected))) < 2e-6
 
 

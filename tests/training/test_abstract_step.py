@@ -72,7 +72,7 @@ def test_the_compiled_program_takes_a_runs_arrays():
     tokens = jnp.ones((1, 2, 16), jnp.int32)
     batch = {"inputs": tokens, "targets": tokens, "weights": jnp.ones((1, 2, 16))}
     grads, told = compiled(parts, batch, None)
-    assert _described(grads) == _described(parts.lora) and told.tokens == 32
+    assert _described(grads) == _described(parts.lora) and told.count == 32
 
 
 def test_an_update_on_a_cpu_holds_no_second_set_of_gradients():

@@ -68,8 +68,8 @@ def relative(found: jax.Array, expected: jax.Array) -> float:
 def test_losses_equal_one_device_to_the_bit(dtype, remat, sizes):
     expected_grads, expected = on_one_device(WHOLE_VOCABULARY, dtype, remat)
     grads, loss = on_mesh(WHOLE_VOCABULARY, dtype, remat, sizes)
-    np.testing.assert_array_equal(loss.row_nll_AB, expected.row_nll_AB)
-    assert loss.nll == expected.nll and loss.tokens == expected.tokens
+    np.testing.assert_array_equal(loss.row_losses_AB, expected.row_losses_AB)
+    assert loss.total == expected.total and loss.count == expected.count
     off = jax.tree.map(relative, grads, expected_grads)
     assert max(jax.tree.leaves(off)) < (1e-6 if dtype == "float32" else 2e-2), off
 
@@ -101,7 +101,7 @@ def test_tables_that_are_cut_change_losses_by_rounding_alone(sizes, tied):
     expected_grads, expected = gradients(parts, batch, None, remat="names")
     batch = jax.device_put(batch, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
     grads, loss = gradients(place_parts(parts, mesh), batch, None, remat="names", mesh=mesh)
-    np.testing.assert_allclose(loss.row_nll_AB, expected.row_nll_AB, rtol=1.4e-7)
+    np.testing.assert_allclose(loss.row_losses_AB, expected.row_losses_AB, rtol=1.4e-7)
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 1e-6
 
 
@@ -131,7 +131,7 @@ def test_dora_equals_one_device_and_exchanges_no_more_packed_bytes(dtype, remat,
     batch = jax.device_put(batch, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
     compiled = gradients.lower(placed, batch, key, remat=remat, mesh=mesh).compile()
     grads, loss = compiled(placed, batch, key)
-    np.testing.assert_array_equal(loss.row_nll_AB, expected.row_nll_AB)
+    np.testing.assert_array_equal(loss.row_losses_AB, expected.row_losses_AB)
     off = jax.tree.map(relative, grads, expected_grads)
     assert max(jax.tree.leaves(off)) < (1e-6 if dtype == "float32" else 2e-2), off
     assert problems_of(compiled, placed, sizes) == []
@@ -148,11 +148,11 @@ def test_dropout_and_noise_do_not_depend_on_micro_batches_or_the_mesh(dropout, a
     batch = mesh_batch(config, (1, 16, 32))
     expected_grads, expected = gradients(parts, batch, key, **how)
     _, other = gradients(parts, batch, jax.random.key(4), **how)
-    assert np.min(np.abs(other.row_nll_AB / expected.row_nll_AB - 1)) > 1e-5
+    assert np.min(np.abs(other.row_losses_AB / expected.row_losses_AB - 1)) > 1e-5
     four = jax.tree.map(lambda leaf: leaf.reshape(4, 4, *leaf.shape[2:]), batch)
     spread = jax.device_put(four, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
     grads, loss = gradients(place_parts(parts, mesh), spread, key, mesh=mesh, **how)
-    np.testing.assert_allclose(loss.row_nll_AB.ravel(), expected.row_nll_AB.ravel(), rtol=1e-6)
+    np.testing.assert_allclose(loss.row_losses_AB.ravel(), expected.row_losses_AB.ravel(), rtol=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 2e-6
 
 

@@ -68,7 +68,7 @@ def measure(config: ModelConfig, batch: tuple[int, int, int], remat: str) -> Rec
         grads, losses = compiled(parts.with_lora(lora), rows, None)
         lora, state, _ = jax.block_until_ready(update(step.optimizer, lora, state, grads))
         seconds.append(time.perf_counter() - began)
-        loss = float(losses.nll) / float(losses.tokens)
+        loss = float(losses.total) / float(losses.count)
     bytes_seen = {"filled_bytes": filled, "peak_bytes": memory("peak_bytes_in_use")}
     return found | {"step_s": statistics.median(seconds[WARM_UP:]), "loss": loss, **bytes_seen}
 

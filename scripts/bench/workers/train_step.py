@@ -46,8 +46,8 @@ def step(loaded: LoadedStep, batch: dict[str, np.ndarray]) -> tuple[LoadedStep, 
     """Takes one optimizer step and returns the new state and the loss; gradients are freed, as in a run."""
     grads, loss = loaded.gradients(loaded.parts, batch, None)
     lora, state, norm = update(loaded.optimizer, loaded.parts.lora, loaded.state, grads)
-    nll, _ = jax.device_get((loss.nll, norm))
-    mean = float(nll) / batch["weights"].sum().item()
+    total, _ = jax.device_get((loss.total, norm))
+    mean = float(total) / batch["weights"].sum().item()
     return loaded._replace(parts=loaded.parts.with_lora(lora), state=state), mean
 
 

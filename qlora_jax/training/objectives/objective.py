@@ -1,0 +1,82 @@
+"""The protocol of an objective: the loss of a run, as a function of the last hidden states and the batch.
+
+The loss of a step is sum(row_losses) / count, over all rows of the step. Both are sums over the whole step, so the
+result depends neither on micro-batches, nor on packing, nor on the mesh.
+
+Dimension key: A micro-batches, B rows per micro-batch, S slots for sequences in a row, T positions, M = B T, D embed.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, Protocol, runtime_checkable
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+from qlora_jax.models.decoder import CausalLM
+
+RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
+Arrays = Mapping[str, jax.Array]
+Totals = dict[str, jax.Array]
+
+# Arrays of a batch, per slot: 1 for a real sequence, 0 for an empty slot; and log p of the reference.
+PRESENT, REFERENCE, LABELS = "present", "reference", "labels"
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """A loss and the data that it reads. Implementations are frozen dataclasses, static arguments of the compiled step.
+
+    Attributes:
+      row_kind: the kind of data rows.
+      sequences_per_row: sequences, and slots, of a row; 0 if the loss does not distinguish sequences.
+      values: arrays per slot that the loss reads, and the axes that follow [A, B, S] in each.
+      kl_pairs: True if the second sequence of each row is the prompt with another row's answer.
+      is_coupled: True if the loss of a row depends on the outputs of other rows in the step.
+    """
+
+    @property
+    def row_kind(self) -> RowKind: ...
+
+    @property
+    def sequences_per_row(self) -> int: ...
+
+    @property
+    def values(self) -> Mapping[str, tuple[int, ...]]: ...
+
+    @property
+    def kl_pairs(self) -> bool: ...
+
+    @property
+    def is_coupled(self) -> bool: ...
+
+    def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> PyTree:
+        """Returns the model's outputs that the loss depends on, with leaves [B, ...]; differentiable.
+
+        Args:
+          hidden_MD: the normalized last hidden states of a micro-batch.
+          micro: its arrays, [B, T] and [B, S].
+        """
+        ...
+
+    def totals(self, batch: Arrays) -> Totals:
+        """Returns sums over the rows of a batch, [A, B, ...], that `row_losses` reads as sums over the step."""
+        ...
+
+    def row_losses(self, outputs: PyTree, arrays: Arrays, totals: Totals) -> Float[Array, "*AB"]:
+        """Returns the loss of each row, not yet divided by `count`.
+
+        Args:
+          outputs: outputs of rows, [B, ...] or [A, B, ...]; of all rows of the step if the objective is coupled.
+          arrays: `present` and the objective's values for these rows, with the same leading axes.
+          totals: sums over the step.
+        """
+        ...
+
+    def count(self, batch: Arrays) -> Float[Array, ""]:
+        """Returns the number of tokens, sequences or pairs in a batch, by which the summed loss is divided."""
+        ...
+
+
+def needs_reference(objective: Objective) -> bool:
+    """Returns True if the objective reads the log-probabilities of the reference, the run's initial model."""
+    return REFERENCE in objective.values

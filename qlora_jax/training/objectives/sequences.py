@@ -1,0 +1,51 @@
+"""Log-probabilities of the sequences in a batch: sums over the supervised tokens of each.
+
+Dimension key: B rows, S slots, T positions, M = B T, D embed.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.loss import token_nll
+from qlora_jax.training.objectives.objective import Arrays
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SequenceLogps:
+    """Sums over the supervised tokens of each sequence; 0 in empty slots.
+
+    Attributes:
+      logps_BS: of log p(token), in nats.
+      tokens_BS: of their number.
+    """
+
+    logps_BS: Float[Array, "*A B S"]
+    tokens_BS: Float[Array, "*A B S"]
+
+
+def sequence_logps(model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> SequenceLogps:
+    """Returns the log-probabilities of a micro-batch's sequences."""
+    targets_BT, weights_BT = micro["targets"], micro["weights"]
+    with jax.named_scope("head"):
+        nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
+    slots = micro["present"].shape[-1]
+    logps_BS = sum_by_slot(-nll_M.reshape(weights_BT.shape) * weights_BT, micro["sequences"], slots)
+    return SequenceLogps(logps_BS, sum_by_slot(weights_BT, micro["sequences"], slots))
+
+
+def sum_by_slot(
+    values_BT: Float[Array, "B T"], sequences_BT: Int[Array, "B T"], slots: int
+) -> Float[Array, "B {slots}"]:
+    """Sums the positions of each slot. A reduction, not a scatter, whose order of additions is not fixed on a GPU."""
+    is_in_BST = sequences_BT[:, None, :] == jnp.arange(slots, dtype=sequences_BT.dtype)[:, None]
+    return jnp.sum(jnp.where(is_in_BST, values_BT[:, None, :], 0.0), axis=2)
+
+
+def per_token(sums_BS: Float[Array, "*B S"], tokens_BS: Float[Array, "*B S"]) -> Float[Array, "*B S"]:
+    """Divides sums by the number of tokens; empty slots stay 0."""
+    return sums_BS / jnp.maximum(tokens_BS, 1.0)

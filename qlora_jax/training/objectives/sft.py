@@ -1,0 +1,49 @@
+"""Supervised finetuning: the mean cross-entropy of all supervised tokens."""
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.nn.loss import token_nll
+from qlora_jax.training.objectives.objective import Arrays, RowKind, Totals
+
+
+@dataclasses.dataclass(frozen=True)
+class SFT:
+    """-log p(token), averaged over the supervised tokens of a step. Its outputs are the losses of rows."""
+
+    row_kind: RowKind = "text"
+    sequences_per_row: int = 0
+    kl_pairs: bool = False
+    is_coupled: bool = False
+
+    @property
+    def values(self) -> Mapping[str, tuple[int, ...]]:
+        """Returns no arrays: a row has ids and weights alone."""
+        return {}
+
+    def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> Float[Array, " B"]:
+        """Returns each row's sum of weight * -log p(target), in f32."""
+        targets_BT, weights_BT = micro["targets"], micro["weights"]
+        with jax.named_scope("head"):
+            nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
+        return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
+
+    def totals(self, batch: Arrays) -> Totals:
+        """Returns nothing."""
+        return {}
+
+    def row_losses(self, outputs: Float[Array, " B"], arrays: Arrays, totals: Totals) -> Float[Array, " B"]:
+        """Returns the outputs."""
+        return outputs
+
+    def count(self, batch: Arrays) -> Float[Array, ""]:
+        """Returns the number of supervised tokens."""
+        return jnp.sum(batch["weights"])
+
+
+SUPERVISED = SFT()
