@@ -26,11 +26,12 @@ from qlora_jax.inference.result_cache import NO_CACHE, ResultCache
 from qlora_jax.inference.token_ids import id_problems
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.nn.branching import Branching
 from qlora_jax.nn.token_scores import TokenScores, token_scores
 from qlora_jax.sharding import AnyMesh, gather_rows, mesh_of
 
 PADDED_MULTIPLE = 256  # the padded number of scored tokens is a multiple of this
-PADDING = -1  # branch of a padding position
+PADDING = np.iinfo(np.int32).max  # branch of a padding position; after all others, because ids of segments ascend
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,12 +88,20 @@ def score_tokens(
 
     def program(parts, tokens_BT, branches_BT, before_M, targets_M, count):
         model = combine(parts)
-        hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, shared_prefix=branches_BT is not None)
+        branching = None if branches_BT is None else _branching(branches_BT)
+        hidden_MD = model.hidden(tokens_BT, segments_BT=branches_BT, branching=branching)
         scores = token_scores(hidden_MD[before_M], model.head, targets_M, jnp.arange(before_M.shape[0]) < count)
         return TokenScores(*(gather_rows(of_token_M, mesh, axis=0) for of_token_M in scores))
 
     inputs = tokens_BT, branches_BT, before_M, targets_M, count
     return run_on_mesh(program, parts, inputs, mesh, P())
+
+
+def _branching(branches_BT: jax.Array) -> Branching:
+    """Returns the branching of rows that consist of a prompt, its continuations and padding."""
+    depth_B1 = jnp.sum(branches_BT == 0, axis=1, keepdims=True, dtype=jnp.int32)
+    continues_BT = (branches_BT > 0) & (branches_BT < PADDING)
+    return Branching(jnp.where(continues_BT, 0, branches_BT), jnp.where(continues_BT, depth_B1, 0))
 
 
 def score_rows(
@@ -121,7 +130,7 @@ def score_rows(
     last_missed = np.zeros(len(rows), bool)
     tokens = np.array([int(scored[1:].sum()) for _, scored in rows], np.int64)
     done, devices = 0, row_shards(mesh_of(parts))
-    for batch, packed in _batches(pack_rows(rows, share=config.supports_shared_prefix), devices):
+    for batch, packed in _batches(pack_rows(rows, share=not config.rotations_depend_on_length), devices):
         row_K, nll_K, hit_K = _score(parts, batch, packed, cache)
         np.add.at(nll, row_K, nll_K.astype(np.float64))
         np.add.at(misses, row_K, ~hit_K)
@@ -170,8 +179,8 @@ def _check(rows: Sequence[ScoredIds], model: CausalLM) -> None:
 
 def _batches(packed: Sequence[PackedRow], devices: int) -> Iterator[tuple[Batch, Sequence[PackedRow]]]:
     """Yields batches, each with the list that its indices refer to: whole texts, then prompts with continuations."""
-    for shared_prefix in (False, True):
-        kind = [one for one in packed if (one.branches is not None) == shared_prefix]
+    for branching in (False, True):
+        kind = [one for one in packed if (one.branches is not None) == branching]
         yield from ((batch, kind) for batch in batches_by_length([len(one.ids) for one in kind], devices))
 
 
@@ -217,7 +226,7 @@ def _inputs(batch: Batch, packed: Sequence[PackedRow], devices: int) -> tuple[_I
 
 def lower_scoring(parts: ModelParts, rows: Sequence[ScoredIds]) -> Iterator[LoweredProgram]:
     """Lowers `score_rows` for the largest batch of whole texts and the largest batch of prompts with continuations."""
-    share, devices = config_of(parts).supports_shared_prefix, row_shards(mesh_of(parts))
+    share, devices = not config_of(parts).rotations_depend_on_length, row_shards(mesh_of(parts))
     largest: dict[bool, tuple[Batch, Sequence[PackedRow]]] = {}
     for batch, packed in _batches(pack_rows(rows, share=share), devices):
         kind = packed[0].branches is not None

@@ -16,6 +16,7 @@ from pallas_kernels.formats.qtensor import Leaf
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.nn.attention import cached_attention, causal_attention
 from qlora_jax.nn.bottleneck import Bottleneck
+from qlora_jax.nn.branching import Spans
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
@@ -46,16 +47,16 @@ class Positions:
 
     Attributes:
       index_BT: position in its text, from 0.
-      segments_BT: id of the text of each token; None if each row is one text.
+      segments_BT: id of the text of each token; None if each row is one text, or has `spans`.
+      spans: positions that each token sees, if rows have branches.
       cos, sin: rotation of each position, [B, T, J], or [R, B, T, J] if layers differ.
-      shared_prefix: True if segment 0 is the beginning of all other segments.
     """
 
     index_BT: jax.Array
     segments_BT: jax.Array | None
+    spans: Spans | None
     cos: jax.Array
     sin: jax.Array
-    shared_prefix: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(
@@ -64,13 +65,13 @@ class Positions:
         index_BT: jax.Array,
         segments_BT: jax.Array | None,
         length: int,
-        shared_prefix: bool = False,
+        spans: Spans | None = None,
     ) -> "Positions":
         """Creates positions with the rotations of up to `length` positions."""
         kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
         each = [_rotations(rope, config, index_BT, length) for rope in kinds]
         cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
-        return cls(index_BT, segments_BT, cos, sin, shared_prefix)
+        return cls(index_BT, segments_BT, spans, cos, sin)
 
     def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
         """Returns the index of a layer's rotation, or None if all layers share one."""
@@ -117,7 +118,7 @@ class Attention(nnx.Module):
         if cache is None:
             v = checkpoint_name(v, "value")
             with jax.named_scope("attention"):
-                texts = {"segments_BT": positions.segments_BT, "shared_prefix": positions.shared_prefix}
+                texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
                 out_BTNH = causal_attention(q, k, v, scale, **texts, **seen)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)

@@ -149,13 +149,10 @@ class ModelConfig:
         return self.attention_softcap is None and len(set(self.visible_counts(length))) == 1
 
     @property
-    def supports_shared_prefix(self) -> bool:
-        """True if a row may be a text with several continuations.
-
-        This requires that no layer has a window, and that no rotation depends on the length of a row.
-        """
+    def rotations_depend_on_length(self) -> bool:
+        """True if the rotation of a position depends on the length of its row."""
         kinds = {rope.scaling.kind for rope in (self.rope, *self.ropes) if rope is not None}
-        return not any(self.windows or ()) and not kinds & set(LENGTH_DEPENDENT)
+        return bool(kinds & set(LENGTH_DEPENDENT))
 
     def parameters(self) -> int:
         """Returns the number of parameters of the base."""

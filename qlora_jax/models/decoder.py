@@ -22,6 +22,7 @@ from qlora_jax.models.attention import Attention, KVCache, Positions
 from qlora_jax.models.config import NORM_PLACEMENTS, ModelConfig, WeightFormat
 from qlora_jax.models.layer_runs import layer_runs, split_run
 from qlora_jax.nn.bottleneck import Bottleneck
+from qlora_jax.nn.branching import Branching
 from qlora_jax.nn.dropout import fold_in_each
 from qlora_jax.nn.full_rank import TrainableTable
 from qlora_jax.nn.linear import QLinear, gather_layer, name_number, named_key, project
@@ -310,7 +311,7 @@ class CausalLM(nnx.Module):
         keys_B: Key[Array, " B"] | None = None,
         neftune_noise_alpha: float | None = None,
         segments_BT: Int[Array, "B T"] | None = None,
-        shared_prefix: bool = False,
+        branching: Branching | None = None,
     ) -> Float[Array, "M D"]:
         """Returns the normalized last hidden state of each token; attention is causal, positions start at 0 per text.
 
@@ -321,16 +322,21 @@ class CausalLM(nnx.Module):
           keys_B: the key of each row in this step; None: no dropout and no noise.
           neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
           segments_BT: id of each token's text in its row, ascending; padding on the left is a text too.
-          shared_prefix: True if segment 0 is the beginning of all others; not supported for layers with windows.
+          branching: the texts that segments continue; they share their hidden states. Ids of segments must ascend.
+
+        Raises:
+          ValueError: `branching` without `segments_BT`.
         """
         batch, length = tokens_BT.shape
         index_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+        spans = None
         if segments_BT is not None:
             index_BT = _index_in_segment(segments_BT)
-        if shared_prefix:
-            shared_BT = segments_BT == 0
-            index_BT += jnp.where(shared_BT, 0, jnp.sum(shared_BT, axis=1, keepdims=True))
-        positions = Positions.of(self.config, index_BT, segments_BT, length, shared_prefix)
+        if branching is not None:
+            if segments_BT is None:
+                raise ValueError("hidden: found branching without segments_BT. Pass the ids of segments too.")
+            index_BT, spans, segments_BT = index_BT + branching.depths_BT, branching.spans(segments_BT), None
+        positions = Positions.of(self.config, index_BT, segments_BT, length, spans)
         training = {"keys_B": keys_B, "neftune_noise_alpha": neftune_noise_alpha}
         return self.model(tokens_BT, positions, remat=remat, **training)[0]
 

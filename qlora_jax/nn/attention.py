@@ -24,6 +24,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.devices import target_device
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
+from qlora_jax.nn.branching import BranchingMask, Spans
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 
 MASKED = -1e30  # finite: a row of nothing but -inf would give NaN
@@ -37,7 +38,7 @@ def causal_attention(
     *,
     window: int | Int[Array, ""] | None = None,
     segments_BT: Int[Array, "B T"] | None = None,
-    shared_prefix: bool = False,
+    spans: Spans | None = None,
     softcap: float | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
@@ -53,24 +54,22 @@ def causal_attention(
         above zero, serves layers with different windows.
       segments_BT: id of the text that each position belongs to, for packed rows. Ids should ascend: chunks of keys
         before the first one with the queries' ids are then skipped.
-      shared_prefix: True if segment 0 is visible to all later segments, as a prompt is to its continuations.
+      spans: positions that each query sees, for packed rows with branches, in place of `segments_BT`.
       softcap: cap of the scores; None: no cap.
 
     Raises:
-      ValueError: `scale`, `window` or `softcap` is not above zero; or `shared_prefix` with a window, which counts
-        positions of a row, or without segments.
+      ValueError: `scale`, `window` or `softcap` is not above zero; or `spans` with `segments_BT`.
     """
     if scale <= 0 or (isinstance(window, int) and window <= 0) or (softcap is not None and softcap <= 0):
         raise ValueError(f"attention: found {scale=}, {window=}, {softcap=}, expected numbers above zero.")
-    if shared_prefix and (window is not None or segments_BT is None):
-        raise ValueError(
-            f"attention: shared_prefix requires segments and no window (found {window=}, segments={segments_BT})."
-        )
+    if spans is not None and segments_BT is not None:
+        raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
     fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
-    plain = traced is None and softcap is None and not shared_prefix
+    plain = traced is None and softcap is None and spans is None
     if attention_cpu.unsupported_reason(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
         return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, fixed)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, (segments_BT, traced), ScoreScaling(scale, softcap), fixed, shared_prefix)
+    texts = segments_BT if spans is None else spans
+    return _attention(q_BTNH, k_BTKH, v_BTKH, (texts, traced), ScoreScaling(scale, softcap), fixed)
 
 
 class ScoreScaling(NamedTuple):
@@ -97,33 +96,36 @@ class ScoreScaling(NamedTuple):
         return d_capped * (1 - jnp.square(capped / self.softcap))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)[0]
 
 
-def _visibility(tiling: Tiling, limits, window: int | None, shared_prefix: bool) -> AttentionMask:
-    segments_BT, traced = limits
-    return AttentionMask.of(tiling, window if traced is None else traced, segments_BT, shared_prefix)
+def _visibility(tiling: Tiling, limits, window: int | None) -> AttentionMask | BranchingMask:
+    texts, traced = limits
+    window = window if traced is None else traced
+    if isinstance(texts, Spans):
+        return BranchingMask.of(tiling, window, texts)
+    return AttentionMask.of(tiling, window, texts)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
-    plain = limits[1] is None and scores.softcap is None
+def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
+    plain = limits[1] is None and scores.softcap is None and not isinstance(limits[0], Spans)
     if attention_cpu.supports_forward_f32(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
         arrays = q_BTNH, k_BTKH, v_BTKH, limits[0]
-        out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window, shared_prefix)
+        out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window)
         lse_IZM = Tiling.of(q_BTNH, k_BTKH).split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
     else:
-        out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix)
+        out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)
     # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
     return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
 
 
-def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, shared_prefix):
+def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window, shared_prefix)
+    visibility = _visibility(tiling, limits, window)
     k_JZPH, v_JZPH = (tiling.key_tiling.split(x) for x in (k_BTKH, v_BTKH))
     step = functools.partial(_forward_chunk, k_JZPH, v_JZPH, visibility, scores)
     _, (out_IZMH, lse_IZM) = tiling.over_chunks(step, None, (tiling.split(q_BTNH),))
@@ -151,10 +153,10 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
     return None, ((sum_ZMH / total_ZM[..., None]).astype(q_ZMH.dtype), top_ZM * to_log2 + jnp.log2(total_ZM))
 
 
-def _backward(scores, window, shared_prefix, residuals, do_BTNH):
+def _backward(scores, window, residuals, do_BTNH):
     q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM = residuals
     tiling = Tiling.of(q_BTNH, k_BTKH)
-    visibility = _visibility(tiling, limits, window, shared_prefix)
+    visibility = _visibility(tiling, limits, window)
     # sum over keys of weight x d_weight = sum over features of out x d_out: a pass over [T, H], not over the scores.
     mean_BTN1 = jnp.sum(do_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32), axis=3, keepdims=True)
     k_JZPH, v_JZPH = (tiling.key_tiling.split(x) for x in (k_BTKH, v_BTKH))

@@ -107,14 +107,13 @@ def forward_f32(
     segments_BT: Int[Array, "B T"] | None,
     scale: float,
     window: int | None,
-    shared_prefix: bool,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """Returns (softmax(scale q k^T, over visible keys) v, log2-sum-exp2 of each query's scores); not differentiable."""
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     packed = jax.ShapeDtypeStruct((batch, kv_heads, -(-length // BLOCK), BLOCK * width), jnp.float32)
     results = _shaped(q_BTNH), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), packed, packed
     call = jax.ffi.ffi_call("attention_forward_f32", results, vmap_method="sequential")
-    how = dict(scale=np.float64(scale), window=np.int64(window or 0), branching=shared_prefix)
+    how = dict(scale=np.float64(scale), window=np.int64(window or 0), branching=False)
     out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), **how)
     return out_BTNH, lse_BNT
 

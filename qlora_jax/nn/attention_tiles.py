@@ -108,8 +108,6 @@ class KeyTile:
 class AttentionMask:
     """The causal mask: a key is visible if 0 <= query - key < window, and in the same segment.
 
-    With `shared_prefix`, segment 0 is visible too.
-
     Attributes:
       first_I: first chunk of keys that the queries of each chunk may see.
       bands_DCC: mask by position alone, for keys that lie D chunks before the queries. Computed once: loading it is
@@ -121,15 +119,10 @@ class AttentionMask:
     segments_BS: Int[Array, "B S"] | None
     first_I: Int[Array, " I"]
     bands_DCC: Bool[Array, "D C C"]
-    shared_prefix: bool = False
 
     @classmethod
     def of(
-        cls,
-        tiling: Tiling,
-        window: int | Int[Array, ""] | None,
-        segments_BT: Int[Array, "B T"] | None,
-        shared_prefix: bool = False,
+        cls, tiling: Tiling, window: int | Int[Array, ""] | None, segments_BT: Int[Array, "B T"] | None
     ) -> "AttentionMask":
         """Creates the mask of whole rows for a tiling."""
         if isinstance(window, int) and window >= tiling.length:
@@ -141,9 +134,8 @@ class AttentionMask:
             return cls(tiling, window, None, first_I, bands_DCC)
         padding = ((0, 0), (0, tiling.chunks * tiling.chunk - tiling.length))
         segments_BS = jnp.pad(segments_BT.astype(jnp.int32), padding, mode="edge")
-        if not shared_prefix:
-            first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
-        return cls(tiling, window, segments_BS, first_I, bands_DCC, shared_prefix)
+        first_I = jnp.maximum(first_I, _first_of_segments(segments_BS, tiling.chunks))
+        return cls(tiling, window, segments_BS, first_I, bands_DCC)
 
     def fold_tiles[Carry](self, tile: Callable[[KeyTile, Carry], Carry], carry: Carry, i: jax.Array | int) -> Carry:
         """Folds carry = tile(keys, carry) over all keys that queries of chunk i may see; their own chunk comes last."""
@@ -160,11 +152,7 @@ class AttentionMask:
         """Returns the scores of the queries of chunk i, with `hidden` in place of masked ones."""
         if not keys.masked:
             return scores_ZMC
-        visible = self._of_tile(i, keys)[:, None]
-        z, m, s = scores_ZMC.shape
-        c = self.tiling.chunk
-        scores = scores_ZMC.reshape(visible.shape[0], z * m // c // visible.shape[0], c, s)
-        return jnp.where(visible, scores, hidden).reshape(z, m, s)
+        return hide(scores_ZMC, self._of_tile(i, keys), hidden)
 
     def _of_tile(self, i: jax.Array | int, keys: KeyTile) -> Bool[Array, "B_or_1 C S"]:
         c = self.tiling.chunk
@@ -177,8 +165,15 @@ class AttentionMask:
         first_key = keys.j * self.tiling.key_tiling.chunk
         of_queries_BC = jax.lax.dynamic_slice_in_dim(self.segments_BS, i * c, c, axis=1)
         of_keys_BS = jax.lax.dynamic_slice_in_dim(self.segments_BS, first_key, keys.count, axis=1)
-        same = of_queries_BC[:, :, None] == of_keys_BS[:, None, :]
-        return visible & (same | (of_keys_BS == 0)[:, None, :] if self.shared_prefix else same)
+        return visible & (of_queries_BC[:, :, None] == of_keys_BS[:, None, :])
+
+
+def hide(scores_ZMC: jax.Array, visible: Bool[Array, "B_or_1 C S"], hidden: float) -> jax.Array:
+    """Returns the scores of a tile, with `hidden` where a key is not visible."""
+    z, m, s = scores_ZMC.shape
+    rows, c, _ = visible.shape
+    scores = scores_ZMC.reshape(rows, z * m // c // rows, c, s)
+    return jnp.where(visible[:, None], scores, hidden).reshape(z, m, s)
 
 
 def _behind(queries: int, keys: int) -> Int[Array, "C S"]:

@@ -88,12 +88,11 @@ def test_rows_that_share_a_prompt_have_the_scores_that_each_has_alone(parts):
         assert (scores.tokens[index], scores.exact[index]) == (len(hits), all(hits))
 
 
-def test_where_windows_or_lengths_have_a_say_prompts_are_not_shared():
+def test_where_rotations_depend_on_the_length_prompts_are_not_shared():
     plain = tiny_config()
     scaling = RopeScaling(kind="dynamic", numbers=(("factor", 2.0),))
     turned = dataclasses.replace(plain, rope=dataclasses.replace(plain.rope, scaling=scaling))
-    assert plain.supports_shared_prefix and not turned.supports_shared_prefix
-    assert not dataclasses.replace(plain, windows=(None, 8)).supports_shared_prefix
+    assert turned.rotations_depend_on_length and not plain.rotations_depend_on_length
 
 
 def test_windows_do_not_overlap_and_leave_nothing_out():

@@ -39,13 +39,13 @@ def _segments(length, *rows):
     return jnp.asarray(np.stack(ids), jnp.int32)
 
 
-def _plain(q, k, v, window=None, segments_BT=None, softcap=None, shared_prefix=False):
-    """Computes attention by transformers' definition: key <= query, key > query - window, equal segments or segment 0
-    of a shared prefix; softcap tanh(score / softcap)."""
-    return _of_visible(q, k, v, _visible(q.shape[1], window, segments_BT, shared_prefix), softcap)
+def _plain(q, k, v, window=None, segments_BT=None, softcap=None):
+    """Computes attention by transformers' definition: key <= query, key > query - window, equal segments; softcap
+    tanh(score / softcap)."""
+    return _of_visible(q, k, v, _visible(q.shape[1], window, segments_BT), softcap)
 
 
-def _visible(length, window=None, segments_BT=None, shared_prefix=False):
+def _visible(length, window=None, segments_BT=None):
     at = np.arange(length)
     visible = (at[None, :] <= at[:, None])[None]
     if window is not None:
@@ -53,7 +53,7 @@ def _visible(length, window=None, segments_BT=None, shared_prefix=False):
     if segments_BT is None:
         return visible
     ids = np.asarray(segments_BT)
-    return visible & ((ids[:, :, None] == ids[:, None, :]) | (shared_prefix & (ids == 0)[:, None, :]))
+    return visible & (ids[:, :, None] == ids[:, None, :])
 
 
 def _of_visible(q, k, v, visible_BTS, softcap):
@@ -144,19 +144,6 @@ def test_softcap(length, heads, window):
 def test_segments(length, heads, window):
     ids = _segments(length, (40, 2, 200), (256, 1, 30))
     assert max(_errors(length, heads, heads // 2, window=window, segments_BT=ids)) < 5e-6
-
-
-@pytest.mark.parametrize(("length", "heads"), [(48, 2), (300, 2), (900, 2), (700, 10)])
-def test_branches_see_their_beginning(length, heads):
-    ids = _segments(length, (20, 2, 10), (40, 1, 3))
-    assert max(_errors(length, heads, heads // 2, segments_BT=ids, shared_prefix=True)) < 5e-6
-
-
-def test_branches_go_with_segments_and_without_windows():
-    q, k, v, _ = _inputs(8, 2, 2)
-    for visible in ({}, {"segments_BT": _segments(8, (2,), (3,)), "window": 4}):
-        with pytest.raises(ValueError, match="shared_prefix requires segments and no window"):
-            causal_attention(q, k, v, SCALE, shared_prefix=True, **visible)
 
 
 def test_segments_in_any_order():

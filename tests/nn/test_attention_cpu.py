@@ -30,7 +30,7 @@ def _errors(length, heads, kv_heads, head_dim, batch=2, **visible):
     ids, window = visible.get("segments_BT"), visible.get("window")
     ours = _all(functools.partial(attention_cpu.attention, segments_BT=ids, scale=SCALE, window=window), inputs)
     tiles = _all(
-        lambda q, k, v: attention._attention(q, k, v, (ids, None), attention.ScoreScaling(SCALE, None), window, False),
+        lambda q, k, v: attention._attention(q, k, v, (ids, None), attention.ScoreScaling(SCALE, None), window),
         inputs,
     )
     plain = _all(lambda *qkv: _plain(*qkv, **visible), [x.astype(jnp.float32) for x in inputs])

@@ -41,17 +41,9 @@ def test_segments(window):
     assert max(_errors(300, 4, 2, window=window, segments_BT=ids)) < 5e-6
 
 
-# Prefixes that end inside a block, at its end, and after several blocks; padding is not a branch.
-@pytest.mark.parametrize("beginning", [20, 64, 150])
-def test_branches_see_their_beginning(beginning):
-    ids = _segments(300, (beginning, 2, 60), (beginning + 1, 1, 30)).at[0, -20:].set(-1)
-    assert max(_errors(300, 4, 2, segments_BT=ids, shared_prefix=True)) < 5e-6
-
-
 def test_segments_in_any_order():
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 300)), jnp.int32)
     assert max(_errors(300, 2, 2, segments_BT=ids)) < 5e-6
-    assert max(_errors(300, 2, 2, segments_BT=ids, shared_prefix=True)) < 5e-6
 
 
 def test_large_scores_neither_overflow_nor_vanish():
