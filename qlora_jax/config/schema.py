@@ -69,6 +69,21 @@ FormName = Literal[
     "guanaco-answers",
     "chip2",
     "text",
+    "preference",
+    "orca-pairs",
+    "hh-rlhf-pairs",
+    "implicit-prompt",
+    "unpaired-preference",
+    "messages-label",
+    "question-pair-label",
+    "question-sentence-label",
+    "premise-hypothesis-label",
+    "sentence-pair-label",
+    "sentence-label",
+    "text-label",
+    "text-label-columns",
+    "triplet",
+    "anchor-positive",
 ]
 
 
@@ -89,6 +104,21 @@ ROW_COLUMNS = (
     "targets",
     "chosen",
     "text",
+    "rejected",
+    "margin",
+    "question",
+    "system",
+    "label",
+    "question1",
+    "question2",
+    "sentence",
+    "premise",
+    "hypothesis",
+    "sentence1",
+    "sentence2",
+    "anchor",
+    "positive",
+    "negative",
 )
 
 
@@ -112,8 +142,9 @@ class DataArgs:
     format: FormName | dict[str, FormName] = setting(
         "row format (docs/data.md). auto detects it by columns: messages (chat), sharegpt (conversations), alpaca "
         "(instruction/input/output), completion (prompt/completion), input-output, flan (inputs/targets), seed-tasks "
-        "and unnatural-instructions (instances), text. hh-rlhf, guanaco, guanaco-answers and chip2 must be given. For "
-        "several files: {b.jsonl: guanaco}; the others are auto",
+        "and unnatural-instructions (instances), text. hh-rlhf, guanaco, guanaco-answers and chip2 must be given. "
+        "Other objectives have formats of their own, such as preference (prompt/chosen/rejected). For several files: "
+        "{b.jsonl: guanaco}; the others are auto",
         "auto",
     )
     columns: dict[str, str] | dict[str, dict[str, str]] | None = setting(
@@ -133,7 +164,10 @@ class DataArgs:
         "assistant",
     )
     max_length: int = setting(
-        "maximum tokens per row, special tokens included", 1024, AT_LEAST_TWO, common="maximum tokens per row"
+        "maximum tokens per row, special tokens included; of a pair, per prompt with one answer",
+        1024,
+        AT_LEAST_TWO,
+        common="maximum tokens per row",
     )
     overlong: Literal["error", "drop", "truncate-left", "truncate-right"] = setting(
         "treatment of longer rows: raise an error, drop them, or truncate them at the left or right end. The data "

@@ -1,15 +1,17 @@
 """Encodes rows of a known format to ids and masks. Python prepares one chunk while the tokenizer works on another."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import tokenizers
 
-from qlora_jax.data.formats.registry import FORMATS, Columns, RowFormat
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.row_format import Columns, RowFormat
 from qlora_jax.data.formats.tool_calls import read_tools
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
@@ -27,6 +29,24 @@ CHUNK = 2048
 
 
 SegmentAll = Callable[[Sequence[Columns]], list[list[Segment] | ValueError]]
+# Returns the places and the ids of a chunk's rows, once the tokenizer has run. Adds bad rows to a list.
+Finish = Callable[[list[Problem]], tuple[list[Place], list[EncodedRow]]]
+
+
+class RowEncoder(Protocol):
+    """Makes ids and masks of rows of one format, in chunks."""
+
+    @property
+    def chat(self) -> bool:
+        """True if a chat template writes the rows."""
+        ...
+
+    def begin(self, rows: Sequence[Row], problems: list[Problem]) -> Callable[[], Finish]:
+        """Reads rows, and returns a function that runs the tokenizer, which may be called in another thread.
+
+        Rows that can't be used are skipped and added to `problems`.
+        """
+        ...
 
 
 class ChunkEncodings(NamedTuple):
@@ -90,6 +110,11 @@ class Encoder:
     chat: bool
     segment_all: SegmentAll
 
+    def begin(self, rows: Sequence[Row], problems: list[Problem]) -> Callable[[], Finish]:
+        """Takes the first step; returns a function that takes the second, and returns one that takes the third."""
+        texts = self.segment_rows(rows, problems)
+        return lambda: functools.partial(self.mask_rows, texts, self.encode_texts(texts))
+
     @property
     def _encodes_separately(self) -> bool:
         """True if each segment is encoded without its neighbours."""
@@ -102,7 +127,7 @@ class Encoder:
             try:
                 if isinstance(segments, ValueError):
                     raise segments
-                text = _encodable("".join([piece.text for piece in segments]))
+                text = check_encodable("".join([piece.text for piece in segments]))
                 self.tokenizer.check_text(text)
             except ValueError as error:
                 problems.append((row.place, str(error)))
@@ -246,7 +271,7 @@ def _checked(segment_all: SegmentAll, learn: Learn, one_answer: bool) -> Segment
     return lambda rows: [check(segments) for segments in segment_all(rows)]
 
 
-def _encodable(text: str) -> str:
+def check_encodable(text: str) -> str:
     """Returns the text; raises ValueError if it is not Unicode. Formats check answers, but not roles and tools."""
     if not text.isascii():
         try:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import UInt64
 
-from qlora_jax.data.formats.registry import Columns, RowFormat
+from qlora_jax.data.formats.row_format import Columns, RowFormat
 
 
 def content_hash(row_format: RowFormat, columns: Columns) -> int:

@@ -12,7 +12,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,25 +22,29 @@ from jaxtyping import UInt64
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
+from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branches import longest_text
 from qlora_jax.data.encoder import (
     CHUNK,
-    ChunkEncodings,
-    ChunkTexts,
-    Encoder,
+    Finish,
+    RowEncoder,
     expand_examples,
     make_encoder,
     prefetch_map,
     row_problems,
 )
+from qlora_jax.data.fit_branches import fit_branches
 from qlora_jax.data.formats.columns import check_names_exist, rename_columns
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.lookalikes import count_lookalikes
-from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS, RowFormat
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.holdout import Split, check_splits, content_hash
-from qlora_jax.data.lengths import Limits, fit_lengths, nothing_left_message
+from qlora_jax.data.lengths import FittedRows, Limits, fit_lengths, nothing_left_message
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import (
     BrokenRow,
+    Place,
     Problem,
     Row,
     content_digest,
@@ -49,8 +53,10 @@ from qlora_jax.data.readers.files import (
     stream_rows,
 )
 from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_kinds import ROW_USES, RowUse
 from qlora_jax.data.row_store import RowChunk
 from qlora_jax.data.rows import TokenRows, token_rows
+from qlora_jax.data.text_counts import count_texts
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
@@ -62,6 +68,8 @@ class Preparation:
       row_format: name of the format, or "auto".
       split: the training rows or the held-out rows. None: all rows.
       hashed: True if the content hashes of its rows are needed.
+      objective: a key of ROW_USES, which determines the kind of the rows.
+      labels: names of the classes, in order.
     """
 
     path: str
@@ -70,6 +78,13 @@ class Preparation:
     hashed: bool
     tokenizer: Tokenizer
     data: DataArgs
+    objective: str = "sft"
+    labels: tuple[str, ...] = ()
+
+    @property
+    def use(self) -> RowUse:
+        """The use that the objective makes of the rows."""
+        return ROW_USES[self.objective]
 
     @property
     def limits(self) -> Limits:
@@ -95,6 +110,8 @@ class Preparation:
             self.hashed,
             dataclasses.astuple(self.limits),
             self.data.learn,
+            self.use,
+            self.labels,
             dict(tokenizer.special_tokens),
             tokenizer.add_bos_token,
             template,
@@ -120,11 +137,19 @@ def code_digest() -> bytes:
 
 
 class _CheckedChunk(NamedTuple):
-    """A chunk of rows, read, checked and split into segments."""
+    """A chunk of rows, read and checked.
 
-    texts: ChunkTexts
+    Fields:
+      encode: runs the tokenizer.
+    """
+
+    encode: Callable[[], Finish]
     counts: RowCounts
     hashes: UInt64[np.ndarray, " read"]
+
+    def run(self) -> Finish:
+        """Runs the tokenizer."""
+        return self.encode()
 
 
 def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
@@ -134,19 +159,26 @@ def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
       ValueError: all problems of all rows, by line, unless data.bad_rows drops these rows; or no row has anything to
         learn.
     """
+    _check_settings(preparation)
     preparation.tokenizer.prepare_rendering()
     reader = _FileReader(preparation)
     whole = RowCounts()
-    for checked, encodings in prefetch_map(reader.encode, reader.chunks()):
-        assert reader.encoder is not None
-        places, encoded = reader.encoder.mask_rows(checked.texts, encodings, reader.problems)
-        fitted = fit_lengths(encoded, places, preparation.limits)
+    for checked, finish in prefetch_map(_CheckedChunk.run, reader.chunks()):
+        places, encoded = finish(reader.problems)
+        fitted, equal = _fit(preparation, encoded, places)
         reader.errors += fitted.problems
         rows = token_rows(preparation.path, fitted.rows, fitted.places)
-        counted = RowCounts(truncated=fitted.truncated, overlong=fitted.overlong, unsupervised=fitted.unsupervised)
+        counted = RowCounts(
+            truncated=fitted.truncated,
+            overlong=fitted.overlong,
+            unsupervised=fitted.unsupervised,
+            truncated_equal=equal,
+        )
         counts = (
             checked.counts + counted + _count_encoded(encoded, fitted.rows) + _count_kept(rows, preparation.tokenizer)
         )
+        if preparation.use.kind != "text":
+            counts += count_texts(preparation.use, encoded, preparation.labels)
         counts += reader.take_bad()
         whole += counts
         yield RowChunk(rows, counts, checked.hashes, reader.format_name)
@@ -154,6 +186,26 @@ def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
         whole += last
         yield RowChunk(token_rows(preparation.path, [], []), last, np.zeros(0, np.uint64), reader.format_name)
     _check_whole(preparation, reader, whole)
+
+
+def _fit(preparation: Preparation, encoded: Sequence[EncodedRow], places: Sequence[Place]) -> tuple[FittedRows, int]:
+    """Returns the rows that fit, and the number of pairs dropped because truncation made their answers equal."""
+    if preparation.use.kind == "text":
+        return fit_lengths(encoded, places, preparation.limits), 0
+    return fit_branches(encoded, places, preparation.limits, preparation.use)
+
+
+def _check_settings(preparation: Preparation) -> None:
+    """Raises ValueError for settings that apply to rows of one text only."""
+    if preparation.use.kind == "text":
+        return
+    data, plain = preparation.data, DataArgs(train=preparation.path)
+    names = ("learn", "source_max_length", "target_max_length")
+    used = [f"data.{name} {getattr(data, name)}" for name in names if getattr(data, name) != getattr(plain, name)]
+    if used:
+        raise ValueError(
+            f"{', '.join(used)}: only the objective sft uses it (found objective {preparation.objective}). Remove it."
+        )
 
 
 def _check_whole(preparation: Preparation, reader: "_FileReader", whole: RowCounts) -> None:
@@ -182,7 +234,7 @@ class _FileReader:
         self.seen = self.others = 0  # rows of the file, and examples of the other split
         self.names = preparation.data.columns_of(preparation.path)
         self.columns: dict[str, None] = {}
-        self.encoder: Encoder | None = None
+        self.encoder: RowEncoder | None = None
         self.format_name = ""
         self._preparation = preparation
         self._format: RowFormat | None = None
@@ -198,11 +250,6 @@ class _FileReader:
             rows = self._rename([found for found in chunk if isinstance(found, Row)])
             if rows:
                 yield self._check(rows)
-
-    def encode(self, checked: _CheckedChunk) -> ChunkEncodings:
-        """Runs the tokenizer."""
-        assert self.encoder is not None
-        return self.encoder.encode_texts(checked.texts)
 
     def take_bad(self) -> RowCounts:
         """Counts the rows with problems if they are dropped, and forgets them."""
@@ -235,7 +282,11 @@ class _FileReader:
 
     def _check(self, rows: list[Row]) -> _CheckedChunk:
         row_format = self._format = self._format or detect_format(
-            self._preparation.path, rows, self._preparation.row_format, names=self.names
+            self._preparation.path,
+            rows,
+            self._preparation.row_format,
+            names=self.names,
+            objective=self._preparation.objective,
         )
         wrong = row_problems(rows, row_format)
         self._add_bad(wrong)
@@ -246,17 +297,19 @@ class _FileReader:
         if self.encoder is None:
             self.encoder, self.format_name = self._make_encoder(row_format), row_format.name
         chosen, hashes = self._choose(examples, row_format)
-        texts = self.encoder.segment_rows(chosen, self.problems)
+        encode = self.encoder.begin(chosen, self.problems)
         columns = dict.fromkeys(name for row in chosen for name in row.data)
         special = self._preparation.tokenizer.special_text
         names = (*row_format.required, *row_format.optional)
         with_special = sum([any([_contains_special(special, row.data.get(name)) for name in names]) for row in chosen])
         lookalikes = {} if self.encoder.chat else count_lookalikes(chosen, row_format)
         counts = RowCounts(special_text=with_special, columns=tuple(columns), lookalikes=lookalikes)
-        return _CheckedChunk(texts, counts, hashes)
+        return _CheckedChunk(encode, counts, hashes)
 
-    def _make_encoder(self, row_format: RowFormat) -> Encoder:
+    def _make_encoder(self, row_format: RowFormat) -> RowEncoder:
         limits, preparation = self._preparation.limits, self._preparation
+        if preparation.use.kind != "text":
+            return make_branch_encoder(row_format, preparation.tokenizer, preparation.use, preparation.labels)
         one_answer = limits.source is not None or limits.target is not None
         return make_encoder(row_format, preparation.tokenizer, preparation.data.learn, one_answer=one_answer)
 
@@ -283,7 +336,7 @@ def _contains_special(special: re.Pattern[str], value: object) -> bool:
 def _count_encoded(encoded: Sequence[EncodedRow], kept: Sequence[EncodedRow]) -> RowCounts:
     return RowCounts(
         rows=len(encoded),
-        lengths=dict(Counter([len(row.ids) for row in encoded])),
+        lengths=dict(Counter([longest_text(len(row.ids), row.branches) for row in encoded])),
         cut=sum([row.cut for row in kept]),
         lossy=sum([row.lossy for row in kept]),
     )

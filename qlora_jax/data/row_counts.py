@@ -9,7 +9,7 @@ from qlora_jax.data.bad_rows import BadRow, merge_reasons, merge_rows
 
 PERCENTILES = (1, 25, 50, 75, 95, 100)
 _HISTOGRAMS = ("lengths", "new_tokens")  # by numbers
-_NOT_NUMBERS = {*_HISTOGRAMS, "lookalikes", "columns", "bad_reasons", "bad_rows"}
+_NOT_NUMBERS = {*_HISTOGRAMS, "text_lengths", "labels", "lookalikes", "columns", "bad_reasons", "bad_rows"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +24,13 @@ class RowCounts:
       special_text: rows whose text contains the text of a special token, which is encoded as that token.
       doubled_bos, without_bos: rows that begin with two bos, and without bos although the tokenizer asks for one.
       tokens, supervised: targets of the kept rows, and those that the loss sees.
-      lengths: number of rows by number of tokens, before truncation.
+      truncated_equal: pairs dropped because truncation made their answers equal.
+      head_texts: texts whose last position a head reads.
+      longer_chosen, longer_rejected: pairs whose chosen, or rejected, answer has more tokens, before truncation.
+      extra_tokens: tokens of the chosen answers less those of the rejected ones.
+      lengths: number of rows by number of tokens of their longest text, before truncation.
+      text_lengths: for rows of several texts, the number of rows by tokens of each part, such as `prompt` and `chosen`.
+      labels: number of rows by label.
       new_tokens: number of occurrences in kept rows by id of a new token, if any.
       lookalikes: number of rows of plain text that look like conversations of another format, by its name.
       columns: names of columns, in the order of their first occurrence.
@@ -44,7 +50,14 @@ class RowCounts:
     without_bos: int = 0
     tokens: int = 0
     supervised: int = 0
+    truncated_equal: int = 0
+    head_texts: int = 0
+    longer_chosen: int = 0
+    longer_rejected: int = 0
+    extra_tokens: int = 0
     lengths: Mapping[int, int] = dataclasses.field(default_factory=dict)
+    text_lengths: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
+    labels: Mapping[str, int] = dataclasses.field(default_factory=dict)
     new_tokens: Mapping[int, int] = dataclasses.field(default_factory=dict)
     lookalikes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     columns: tuple[str, ...] = ()
@@ -58,6 +71,11 @@ class RowCounts:
             **counts,  # pyright: ignore[reportArgumentType] (all are numbers)
             lengths=_sum(self.lengths, other.lengths),
             new_tokens=_sum(self.new_tokens, other.new_tokens),
+            text_lengths={
+                name: _sum(self.text_lengths.get(name, {}), other.text_lengths.get(name, {}))
+                for name in dict.fromkeys((*self.text_lengths, *other.text_lengths))
+            },
+            labels=_sum(self.labels, other.labels),
             lookalikes=_sum(self.lookalikes, other.lookalikes),
             columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
             bad_reasons=merge_reasons(self.bad_reasons, other.bad_reasons),
@@ -71,14 +89,8 @@ class RowCounts:
 
     @property
     def percentiles(self) -> tuple[int, ...]:
-        """Tokens per row at PERCENTILES: the smallest length that so many percent of the rows do not exceed."""
-        found, seen, lengths = [], 0, sorted(self.lengths.items())
-        for percentile in PERCENTILES:
-            while seen * 100 < percentile * self.rows and lengths:
-                length, count = lengths.pop(0)
-                seen += count
-            found.append(length)
-        return tuple(found)
+        """Tokens per row at PERCENTILES."""
+        return percentiles(self.lengths)
 
     def to_dict(self) -> dict[str, object]:
         """Returns the fields for JSON."""
@@ -87,9 +99,30 @@ class RowCounts:
     @classmethod
     def from_dict(cls, stored: Mapping[str, Any]) -> "RowCounts":
         """Returns the counts of `to_dict`, which JSON has stored: its keys are text and its tuples lists."""
-        maps = {name: {int(key): count for key, count in stored[name].items()} for name in _HISTOGRAMS}
+        maps = {name: _by_number(stored[name]) for name in _HISTOGRAMS}
+        texts = {name: _by_number(counts) for name, counts in stored["text_lengths"].items()}
         listed = tuple(BadRow(*row) for row in stored["bad_rows"])
-        return cls(**{**stored, **maps, "columns": tuple(stored["columns"]), "bad_rows": listed})
+        return cls(**{**stored, **maps, "text_lengths": texts, "columns": tuple(stored["columns"]), "bad_rows": listed})
+
+
+def percentiles(lengths: Mapping[int, int]) -> tuple[int, ...]:
+    """Returns the smallest length that so many percent of the rows do not exceed, for each of PERCENTILES.
+
+    Args:
+      lengths: number of rows by length; not empty.
+    """
+    found, seen, ascending = [], 0, sorted(lengths.items())
+    rows = sum(lengths.values())
+    for percentile in PERCENTILES:
+        while seen * 100 < percentile * rows and ascending:
+            length, count = ascending.pop(0)
+            seen += count
+        found.append(length)
+    return tuple(found)
+
+
+def _by_number(counts: Mapping[str, int]) -> dict[int, int]:
+    return {int(key): count for key, count in counts.items()}
 
 
 def _sum[K](a: Mapping[K, int], b: Mapping[K, int]) -> dict[K, int]:

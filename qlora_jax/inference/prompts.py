@@ -5,7 +5,8 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from qlora_jax.data.formats.registry import FORMATS, RowFormat
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
 from qlora_jax.data.loss_mask.spans import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows

@@ -3,8 +3,19 @@
 from collections.abc import Mapping, Sequence
 
 from qlora_jax.data.formats.columns import PLACEHOLDER, SYNONYMS, columns_setting, likely_column
-from qlora_jax.data.formats.registry import FORMATS, RowFormat
+from qlora_jax.data.formats.registry import FORMATS
+from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
+from qlora_jax.data.row_kinds import DESCRIPTIONS, ROW_USES, RowKind, objectives_of
+
+# Columns for the advice about a file whose columns resemble none of a format.
+_EXAMPLE_COLUMNS: dict[RowKind, tuple[str, ...]] = {
+    "text": ("prompt", "completion"),
+    "pair": ("prompt", "chosen", "rejected"),
+    "labelled": ("prompt", "completion", "label"),
+    "class": ("text", "label"),
+    "embedding": ("anchor", "positive"),
+}
 
 
 def detect_format(
@@ -14,29 +25,56 @@ def detect_format(
     *,
     names: Mapping[str, str] | None = None,
     setting: str = "data.columns",
+    objective: str = "sft",
 ) -> RowFormat:
     """Returns the named format, or the first in FORMATS whose required columns exist and that matches a row.
+
+    Only formats of the objective's kind of rows are considered.
 
     Args:
       path: file name for errors.
       named: a key of FORMATS, or "auto".
       names: our names of columns, which the rows have already -> their names in the file.
       setting: the setting of these names, for errors.
+      objective: a key of ROW_USES.
 
     Raises:
-      ValueError: no format fits. The message has the columns found, the known formats, and the setting that may be
-        missing.
+      ValueError: no format fits, or only one of another kind. The message has the columns found, the known formats, and
+        the setting that may be missing.
     """
+    kind = ROW_USES[objective].kind
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
-    detectable = [row_format for row_format in FORMATS.values() if not row_format.explicit_only]
+    formats = [row_format for row_format in FORMATS.values() if row_format.kind == kind]
+    if named != "auto" and FORMATS[named].kind != kind:
+        raise ValueError(f"{path}: data.format: {_other_kind(FORMATS[named], objective)}")
+    detectable = [row_format for row_format in formats if not row_format.explicit_only]
     for row_format in detectable if named == "auto" else [FORMATS[named]]:
         if set(row_format.required) <= set(columns) and (named != "auto" or _matches_a_row(rows, row_format)):
             return row_format
+    if named == "auto" and (other := _of_other_kind(rows, columns, kind)) is not None:
+        raise ValueError(f"{path}: objective: {_other_kind(other, objective)}")
     wrong = "have no known format" if named == "auto" else f"do not have the format {named!r} that data.format names"
-    known = "".join(f"\n  {row_format}" for row_format in FORMATS.values())
+    known = "".join(f"\n  {row_format}" for row_format in formats)
     raise ValueError(
         f"{path}: the rows {wrong}. Columns found: {', '.join(map(repr, columns)) or 'none'}.\n"
-        f"Formats (data.format):{known}\n{_advice(columns, named, names or {}, setting)}"
+        f"Formats (data.format):{known}\n{_advice(columns, formats, named, names or {}, setting)}"
+    )
+
+
+def _of_other_kind(rows: Sequence[Row], columns: Sequence[str], kind: RowKind) -> RowFormat | None:
+    """Returns the format of another kind that fits, with the most required columns."""
+    others = [form for form in FORMATS.values() if form.kind != kind and not form.explicit_only]
+    fit = [form for form in others if set(form.required) <= set(columns) and _matches_a_row(rows, form)]
+    return max(fit, key=lambda form: len(form.required), default=None)
+
+
+def _other_kind(found: RowFormat, objective: str) -> str:
+    """Returns the problem of rows that another objective needs, and the settings that may be meant."""
+    kind, others = ROW_USES[objective].kind, objectives_of(found.kind)
+    formats = ", ".join(form.name for form in FORMATS.values() if form.kind == kind)
+    return (
+        f"{objective} trains on {DESCRIPTIONS[kind]} (found {DESCRIPTIONS[found.kind]}: format {found.name!r}). Set "
+        f"objective to {' or '.join(others)}, or use rows of one of the formats {formats}."
     )
 
 
@@ -44,11 +82,13 @@ def _matches_a_row(rows: Sequence[Row], row_format: RowFormat) -> bool:
     return any(set(row_format.required) <= set(row.data) and row_format.matches(row.data) for row in rows)
 
 
-def _advice(columns: Sequence[str], named: str, names: Mapping[str, str], setting: str) -> str:
+def _advice(
+    columns: Sequence[str], formats: Sequence[RowFormat], named: str, names: Mapping[str, str], setting: str
+) -> str:
     """Returns a line with the format that needs the fewest changes, and the setting that names its columns."""
-    nearest = _nearest(columns, named)
+    nearest = _nearest(columns, formats, named)
     if nearest is None:
-        names = {"prompt": PLACEHOLDER, "completion": PLACEHOLDER}
+        names = dict.fromkeys(_EXAMPLE_COLUMNS[formats[0].kind], PLACEHOLDER)
         return (
             f"None of the columns resembles one of these. Name your columns, for example with "
             f"{columns_setting(setting, names)}."
@@ -62,7 +102,7 @@ def _advice(columns: Sequence[str], named: str, names: Mapping[str, str], settin
     return f"Nearest: {nearest.name}. Set {columns_setting(setting, {**kept, **others})}{where}."
 
 
-def _nearest(columns: Sequence[str], named: str) -> RowFormat | None:
+def _nearest(columns: Sequence[str], formats: Sequence[RowFormat], named: str) -> RowFormat | None:
     """Returns the format with the largest share of columns that the file has, perhaps under other names."""
 
     def score(row_format: RowFormat) -> tuple[float, int]:
@@ -72,7 +112,7 @@ def _nearest(columns: Sequence[str], named: str) -> RowFormat | None:
 
     if named != "auto" and score(FORMATS[named])[0] == 1:
         return FORMATS[named]
-    best = max((row_format for row_format in FORMATS.values() if not row_format.explicit_only), key=score)
+    best = max((row_format for row_format in formats if not row_format.explicit_only), key=score)
     return best if score(best)[0] else None
 
 

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.formats.registry import RowFormat
+from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
 
 

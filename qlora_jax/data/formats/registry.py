@@ -1,19 +1,16 @@
-"""Row formats: how each is detected and checked, and how a row becomes a conversation or plain text."""
+"""All row formats, and those of one text: how a row becomes a conversation or plain text."""
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Sequence
 
-from qlora_jax.data.formats import conversations
+from qlora_jax.data.formats import conversations, labelled, preference
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
+from qlora_jax.data.formats.row_format import Columns, RowFormat
 from qlora_jax.data.formats.texts import text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
 from qlora_jax.data.loss_mask.spans import Segment
-from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.tokenizer.chat_template import Message
-
-Columns = JSONObject  # of one row, by name
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.
 ALPACA_WITH_INPUT = (
@@ -25,55 +22,6 @@ ALPACA_NO_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response: "
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RowFormat:
-    """One format of rows.
-
-    Fields:
-      required, optional: names of its columns.
-      explicit_only: another format has the same columns, so data.format has to name this one.
-      problems: returns the problems of a row that has the required columns.
-      matches: returns True if a row with these columns has this format, not another with the same columns.
-      examples: returns the rows of the format `example` that one row contains. None: a row is one example.
-      canonical: returns the row in the form that is common to rows which the model sees alike.
-      messages: returns the row as a conversation, for a tokenizer with a chat template. None: never a conversation.
-      plain: returns the row as text, for a tokenizer without a template; bos and eos are added later. None: the format
-        needs a template.
-    """
-
-    name: str
-    required: tuple[str, ...]
-    optional: tuple[str, ...] = ()
-    explicit_only: bool = False
-    problems: Callable[[Columns], list[str]]
-    matches: Callable[[Columns], bool] = lambda row: True
-    examples: Callable[[Columns], list[Columns]] | None = None
-    example: str = "input-output"
-    canonical: Callable[[Columns], Columns] = lambda row: row
-    messages: Callable[[Columns], Sequence[Message]] | None = None
-    plain: Callable[[Columns], list[Segment]] | None = None
-
-    def __str__(self) -> str:
-        columns = [*self.required, *(f"{name} (optional)" for name in self.optional)]
-        return f"{self.name}: {', '.join(columns)}"
-
-    def check(self, row: Columns) -> list[str]:
-        """Returns the problems of a row, missing columns included."""
-        missing = [name for name in self.required if name not in row]
-        if missing:
-            return [f"no column {' or '.join(map(repr, missing))}; found {', '.join(map(repr, row))}"]
-        return self.problems(row)
-
-    def content(self, row: Columns) -> str:
-        """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids."""
-        row = self.canonical(row)
-        columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
-        for name in ("tools", "functions"):  # keeps the hashes of rows from before these existed
-            if not columns.get(name):
-                columns.pop(name, None)
-        return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)
 
 
 def _alpaca_problems(row: Columns) -> list[str]:
@@ -278,6 +226,6 @@ _FORMS = (
         plain=lambda row: [Segment(row["text"], True)],
     ),
 )
-FORMATS = {row_format.name: row_format for row_format in _FORMS}
+FORMATS = {row_format.name: row_format for row_format in (*_FORMS, *preference.FORMS, *labelled.FORMS)}
 # Columns that rows of some format may lack.
-OPTIONAL_COLUMNS = frozenset(name for row_format in _FORMS for name in row_format.optional)
+OPTIONAL_COLUMNS = frozenset(name for form in FORMATS.values() for name in form.optional)

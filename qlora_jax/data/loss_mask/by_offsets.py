@@ -27,7 +27,7 @@ def encode_segments(
     """
     text = "".join([segment.text for segment in row])
     ids, cut = encoding.ids, False
-    lossy, starts = _is_lossy(tokenizer, text, ids), _starts(row, len(text), encoding)
+    lossy, starts = is_lossy(tokenizer, text, ids), _starts(row, len(text), encoding)
     if starts is None:
         at = _owners(tokenizer, row, text, encoding)
         if cut := at is None:
@@ -42,7 +42,8 @@ def encode_segments(
     return EncodedRow(np.frombuffer(array.array("i", ids), np.int32), supervised, source, cut, lossy)
 
 
-def _is_lossy(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
+def is_lossy(tokenizer: Tokenizer, text: str, ids: Sequence[int]) -> bool:
+    """Returns True if the ids decode to another text."""
     if tokenizer.round_trips(text):
         return False
     decoded = tokenizer.decode(ids)

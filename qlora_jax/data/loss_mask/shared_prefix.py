@@ -17,7 +17,7 @@ def shared_prefix(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list
     if lengths is None or lengths.prefix == "first":
         return "", []
     *_, last = (None, *tokenizer.special_text.finditer(commonprefix(texts)))  # noqa: RUF071 (characters, not paths)
-    if last is None or not _is_always_found(tokenizer, last.group()):
+    if last is None or not is_always_found(tokenizer, last.group()):
         return "", []
     prefix = last.string[: last.end()]
     ids = tokenizer.encode(prefix)
@@ -25,7 +25,7 @@ def shared_prefix(tokenizer: Tokenizer, texts: Sequence[str]) -> tuple[str, list
     return (prefix, ids) if ids[-1] == tokenizer.backend.token_to_id(last.group()) else ("", [])
 
 
-def _is_always_found(tokenizer: Tokenizer, token: str) -> bool:
+def is_always_found(tokenizer: Tokenizer, token: str) -> bool:
     """Returns True if the tokenizer finds this added token in any text, whatever follows it."""
     added = tokenizer.backend.get_added_tokens_decoder().values()
     found = [other for other in added if token in other.content]

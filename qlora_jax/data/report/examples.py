@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from qlora_jax.data.batching.mixture import Mixture
-from qlora_jax.data.report.stats import decode_row
+from qlora_jax.data.report.stats import ONE_TEXT, RowParts, decode_row
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -19,10 +19,15 @@ class TextRun(NamedTuple):
 
 
 class ExampleSegment(NamedTuple):
-    """Text of neighbouring tokens that the loss sees, or of neighbouring tokens that it does not see."""
+    """Text of neighbouring tokens that the loss sees, or of neighbouring tokens that it does not see.
+
+    Fields:
+      name: the text that begins with it, such as `rejected`, if the row has several.
+    """
 
     runs: tuple[TextRun, ...]
     supervised: bool
+    name: str = ""
 
 
 class ExampleRow(NamedTuple):
@@ -39,7 +44,9 @@ class ExampleRow(NamedTuple):
     segments: tuple[ExampleSegment, ...]
 
 
-def example_rows(train: TokenRows | Mixture, tokenizer: Tokenizer, count: int) -> tuple[ExampleRow, ...]:
+def example_rows(
+    train: TokenRows | Mixture, tokenizer: Tokenizer, count: int, parts: RowParts = ONE_TEXT
+) -> tuple[ExampleRow, ...]:
     """Returns at most `count` rows of the first window, shortest first, spread evenly over its lengths.
 
     The joined text of a segment equals its decoded ids.
@@ -47,17 +54,21 @@ def example_rows(train: TokenRows | Mixture, tokenizer: Tokenizer, count: int) -
     rows, indices = train.window(0, 0)
     by_length = indices[np.argsort(rows.lengths[indices], kind="stable")]
     chosen = np.unique(np.linspace(0, len(by_length) - 1, min(count, len(by_length))).round().astype(int))
-    return tuple(_example_row(train, rows, int(index), tokenizer) for index in by_length[chosen])
+    return tuple(_example_row(train, rows, int(index), tokenizer, parts) for index in by_length[chosen])
 
 
-def _example_row(train: TokenRows | Mixture, rows: TokenRows, index: int, tokenizer: Tokenizer) -> ExampleRow:
+def _example_row(
+    train: TokenRows | Mixture, rows: TokenRows, index: int, tokenizer: Tokenizer, parts: RowParts
+) -> ExampleRow:
     _, supervised = rows.row(index)
-    segments = decode_row(rows, index, tokenizer)
     return ExampleRow(
         place=train.where(int(rows.numbers[index])),
         tokens=int(rows.lengths[index]),
         supervised=int(supervised[1:].sum()),  # no position predicts the first id
-        segments=tuple(ExampleSegment(split_runs(text, tokenizer.special_text), seen) for text, seen in segments),
+        segments=tuple(
+            ExampleSegment(split_runs(text, tokenizer.special_text), seen, name)
+            for text, seen, name in decode_row(rows, index, tokenizer, parts)
+        ),
     )
 
 

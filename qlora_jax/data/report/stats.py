@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Bool, Int32, Int64
 
 from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
+from qlora_jax.data.branches import branch_ends
 from qlora_jax.data.formats.registry import FORMATS
-from qlora_jax.data.loss_mask.spans import Segment
 from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_kinds import TEXT_NAMES
 from qlora_jax.data.rows import TokenRows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -36,6 +37,34 @@ class SplitReport(RowCounts):
     def supervised_share(self) -> float:
         """Share of the targets that the loss sees."""
         return self.supervised / self.tokens
+
+
+class ShownText(NamedTuple):
+    """A piece of an example row.
+
+    Fields:
+      supervised: True if the loss sees it.
+      name: the text that begins with it, such as `rejected`; empty for a row of one text, and within a text.
+    """
+
+    text: str
+    supervised: bool
+    name: str = ""
+
+
+class RowParts(NamedTuple):
+    """The texts of a row, for examples.
+
+    Fields:
+      names: names of a row's texts, in order.
+      head: True if each text ends with a filler, at which a head reads it.
+    """
+
+    names: tuple[str, ...]
+    head: bool
+
+
+ONE_TEXT = RowParts((), head=False)
 
 
 class SourceReport(NamedTuple):
@@ -63,6 +92,7 @@ class DataReport:
       rows_per_step: rows, or packs, per optimizer step.
       example: the first training row as text, split where supervision changes.
       example_place: its `file:line`.
+      parts: the texts of a row.
     """
 
     train: SplitReport
@@ -78,8 +108,9 @@ class DataReport:
     windows: int
     padding_share: float
     rows_per_step: int
-    example: tuple[Segment, ...]
+    example: tuple[ShownText, ...]
     example_place: str
+    parts: RowParts
 
     @property
     def steps_per_epoch(self) -> int:
@@ -92,7 +123,8 @@ def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     known = FORMATS[FORMATS[form].example if FORMATS[form].examples else form]
     fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
     fields["bad_rows"] = tuple(row._replace(path=path) for row in counts.bad_rows)
-    ignored = tuple(name for name in counts.columns if name not in (*known.required, *known.optional))
+    used = {*known.required, *known.optional, *counts.labels}  # labels may be columns
+    ignored = tuple(name for name in counts.columns if name not in used)
     return SplitReport(**fields, path=path, form=form, ignored_columns=ignored)
 
 
@@ -150,6 +182,7 @@ def report_data(
     windows = [_window_stats(train.window_lengths(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
     filled, total = sum(one.filled for one in windows), sum(one.total for one in windows)
     first, combined = train.window(0, 0), combine_reports([source.split for source in sources])
+    parts = RowParts(TEXT_NAMES[FORMATS[sources[0].split.form].kind], combined.head_texts > 0)
     return DataReport(
         train=combined,
         sources=tuple(sources),
@@ -164,14 +197,37 @@ def report_data(
         windows=train.windows,
         padding_share=1 - filled / total,
         rows_per_step=rows_per_step,
-        example=decode_row(first.rows, int(first.indices[0]), tokenizer),
+        example=decode_row(first.rows, int(first.indices[0]), tokenizer, parts),
         example_place=train.where(int(first.rows.numbers[first.indices[0]])),
+        parts=parts,
     )
 
 
-def decode_row(rows: TokenRows, index: int, tokenizer: Tokenizer) -> tuple[Segment, ...]:
-    """Decodes the row's ids, split where supervision changes."""
-    ids, supervised = rows.row(index)
+def decode_row(rows: TokenRows, index: int, tokenizer: Tokenizer, parts: RowParts) -> tuple[ShownText, ...]:
+    """Decodes the row's ids, split where supervision changes and where a text begins.
+
+    The id of the prompt with which several branches begin is shown once. Fillers are not shown.
+    """
+    (ids, supervised), branches = rows.row(index), rows.branches_of(index)
+    if not branches:
+        end = len(ids) - parts.head
+        return tuple(_runs(tokenizer, ids[:end], supervised[:end]))
+    trunk = branches[0].begin
+    prompt = trunk + (trunk > 0 and all(branch.depth == trunk for branch in branches))
+    shown = [*_runs(tokenizer, ids[:prompt], supervised[:prompt])]
+    for number, (branch, end) in enumerate(zip(branches, branch_ends(branches, len(ids)), strict=True)):
+        span = slice(branch.begin + (branch.depth > 0), end - parts.head)
+        name = parts.names[number] if parts.names else f"branch {number + 1}"
+        pieces = _runs(tokenizer, ids[span], supervised[span])
+        shown += [piece._replace(name="" if at else name) for at, piece in enumerate(pieces)]
+    return tuple(shown)
+
+
+def _runs(
+    tokenizer: Tokenizer, ids: Int32[np.ndarray, " n"], supervised: Bool[np.ndarray, " n"]
+) -> Iterator[ShownText]:
+    if not len(ids):
+        return
     changes = np.flatnonzero(np.diff(supervised)) + 1
-    runs = zip(np.split(ids, changes), np.split(supervised, changes), strict=True)
-    return tuple(Segment(tokenizer.decode(run.tolist()), bool(mask[0])) for run, mask in runs)
+    for run, mask in zip(np.split(ids, changes), np.split(supervised, changes), strict=True):
+        yield ShownText(tokenizer.decode(run.tolist()), bool(mask[0]))

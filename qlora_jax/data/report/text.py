@@ -8,15 +8,18 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_jax.data.formats.lookalikes import LOOKALIKES
-from qlora_jax.data.loss_mask.spans import Segment
-from qlora_jax.data.report.stats import DataReport, SourceReport, SplitReport
-from qlora_jax.data.row_counts import PERCENTILES
+from qlora_jax.data.formats.preference import DIFFERENT_PROMPTS, EQUAL_ANSWERS
+from qlora_jax.data.report.stats import DataReport, ShownText, SourceReport, SplitReport
+from qlora_jax.data.row_counts import PERCENTILES, percentiles
 from qlora_jax.terminal.visible import visible
 
 # Marks around supervised text, for displays without colour.
 _MARKS, _ASCII_MARKS = ("⟦", "⟧"), ("[[", "]]")
 _SUPERVISED_STYLE = "bold green"
 _CONTEXT_CHARS, _SUPERVISED_CHARS = 600, 900
+_LABELS_SHOWN = 20
+_CUT = "rows with a token across the start or end of an answer; its parts are encoded separately"
+_MOVED = "rows whose answers begin before the end of the prompt, because a token or the chat template crosses it"
 
 
 def print_report(report: DataReport, console: Console) -> None:
@@ -80,21 +83,20 @@ def _ignored(split: SplitReport) -> str:
 
 
 def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[str, str]]:
-    quantiles = ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, split.percentiles, strict=True))
     return [
         (
             name,
             f"{split.kept:,} of {split.rows + split.bad:,} rows of {split.path}, format {split.form}{_ignored(split)}",
         ),
         *_bad_rows(split),
-        ("tokens per row", quantiles),
-        ("supervised", f"{split.supervised_share:.1%} of {split.tokens:,} targets ({split.supervised:,})"),
+        ("tokens per text" if split.text_lengths else "tokens per row", _quantiles(split.percentiles)),
+        *[(f"tokens of {part}", _quantiles(percentiles(counts))) for part, counts in split.text_lengths.items()],
+        _supervised(split),
         ("too long", _too_long(split, max_length)),
+        *_pairs(split),
+        *_labels(split),
         *_lookalikes(split),
-        *_warning(
-            split.cut,
-            "rows with a token across the start or end of an answer; its parts are encoded separately",
-        ),
+        *_warning(split.cut, _MOVED if split.text_lengths else _CUT),
         *_warning(split.lossy, "rows with characters that the tokenizer drops or rewrites"),
         *_warning(split.doubled_bos, "rows that begin with bos twice"),
         *_warning(
@@ -104,6 +106,48 @@ def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[s
             split.special_text, "rows whose text contains the text of a special token; it is encoded as that token"
         ),
     ]
+
+
+def _quantiles(values: Sequence[int]) -> str:
+    return ", ".join(f"{_quantile_name(p)} {n:,}" for p, n in zip(PERCENTILES, values, strict=True))
+
+
+def _supervised(split: SplitReport) -> tuple[str, str]:
+    if split.head_texts:
+        return ("read by the head", f"the last position of {split.supervised:,} texts")
+    return ("supervised", f"{split.supervised_share:.1%} of {split.tokens:,} targets ({split.supervised:,})")
+
+
+def _pairs(split: SplitReport) -> list[tuple[str, str]]:
+    """Returns the lines about pairs: those dropped, and the length bias."""
+    if "rejected" not in split.text_lengths:
+        return []
+    dropped = {
+        "identical": _with_reason(split, EQUAL_ANSWERS),
+        "with prompts that differ": _with_reason(split, DIFFERENT_PROMPTS),
+        "made identical by truncation": split.truncated_equal,
+    }
+    longer = {"chosen": split.longer_chosen, "rejected": split.longer_rejected}
+    longer["neither"] = split.rows - sum(longer.values())
+    shares = ", ".join(f"{name} {count / split.rows:.1%}" for name, count in longer.items())
+    return [
+        ("dropped pairs", ", ".join(f"{count:,} {what}" for what, count in dropped.items())),
+        ("longer answer", f"{shares}; chosen is {split.extra_tokens / split.rows:+.1f} tokens longer on average"),
+    ]
+
+
+def _with_reason(split: SplitReport, problem: str) -> int:
+    return sum(count for reason, count in split.bad_reasons.items() if reason.startswith(problem))
+
+
+def _labels(split: SplitReport) -> list[tuple[str, str]]:
+    """Returns a line with the most frequent labels."""
+    if not split.labels:
+        return []
+    most = sorted(split.labels.items(), key=lambda label: -label[1])[:_LABELS_SHOWN]
+    listed = ", ".join(f"{_on_one_line(name)} {count:,} ({count / split.rows:.1%})" for name, count in most)
+    more = len(split.labels) - len(most)
+    return [("labels", f"{listed} and {more:,} more" if more else listed)]
 
 
 def _bad_rows(split: SplitReport) -> list[tuple[str, str]]:
@@ -151,6 +195,7 @@ def _too_long(split: SplitReport, max_length: int) -> str:
         "truncated": split.truncated,
         "dropped": split.overlong,
         "dropped with no answer left": split.unsupervised,
+        "dropped with equal answers left": split.truncated_equal,
     }
     listed = ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "none"
     return f"{listed} (data.max_length {max_length:,})"
@@ -165,10 +210,15 @@ def legend(marks: tuple[str, str]) -> str:
     return f"the loss sees the text in {marks[0]} {marks[1]}"
 
 
-def format_example(segments: Sequence[Segment], marks: tuple[str, str] = _MARKS) -> Text:
-    """Returns the example with supervised text in colour and between marks. The middle of long texts is left out."""
+def format_example(segments: Sequence[ShownText], marks: tuple[str, str] = _MARKS) -> Text:
+    """Returns the example with supervised text in colour and between marks. The middle of long texts is left out.
+
+    Each of several texts begins on a new line, with its name.
+    """
     text = Text()
     for segment in segments:
+        if segment.name:
+            text.append(f"\n{segment.name}: " if text else f"{segment.name}: ", style="bold")
         shown = visible(_shorten(segment.text, _SUPERVISED_CHARS if segment.supervised else _CONTEXT_CHARS))
         if segment.supervised:
             text.append(f"{marks[0]}{shown}{marks[1]}", style=_SUPERVISED_STYLE)

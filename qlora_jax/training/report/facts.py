@@ -101,7 +101,7 @@ class Sample(NamedTuple):
 
 def report_rows(dataset: Dataset) -> tuple[ExampleRow, ...]:
     """Returns the training rows that a report shows."""
-    return example_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN)
+    return example_rows(dataset.train, dataset.tokenizer, ROWS_SHOWN, dataset.report.parts)
 
 
 def report_json(report: RunReport) -> dict[str, object]:
@@ -127,12 +127,15 @@ def report_json(report: RunReport) -> dict[str, object]:
 
 def _data_facts(data: DataReport) -> dict[str, object]:
     facts: dict[str, object] = dataclasses.asdict(data)
-    del facts["example"], facts["example_place"]  # `rows` has more examples
+    del facts["example"], facts["example_place"], facts["parts"]  # `rows` has more examples
     return facts | {"sources": [{"weight": weight, **dataclasses.asdict(side)} for side, weight in data.sources]}
 
 
 def _row_facts(row: ExampleRow) -> dict[str, object]:
-    segments = [{"text": "".join(run.text for run in runs), "supervised": seen} for runs, seen in row.segments]
+    segments = [
+        {"text": "".join(run.text for run in runs), "supervised": seen} | ({"name": name} if name else {})
+        for runs, seen, name in row.segments
+    ]
     return {"place": row.place, "tokens": row.tokens, "supervised": row.supervised, "segments": segments}
 
 

@@ -1,0 +1,81 @@
+"""One format of rows: its columns, its checks, and how a row becomes a conversation, a text, or several of them."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.readers.json_rows import JSONObject
+from qlora_jax.data.row_kinds import RowKind
+from qlora_jax.data.tokenizer.chat_template import Message
+
+Columns = JSONObject  # of one row, by name
+Text = str | Sequence[Message]  # plain text, or a conversation or the end of one
+
+
+class Texts(NamedTuple):
+    """The texts of a row that is not one text.
+
+    Fields:
+      prompt: the beginning that all texts share; empty if they share none.
+      texts: the rest of each text, behind the prompt.
+    """
+
+    prompt: Text
+    texts: tuple[Text, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowFormat:
+    """One format of rows.
+
+    Fields:
+      kind: the kind of its rows, which an objective needs.
+      required, optional: names of its columns.
+      explicit_only: another format has the same columns, so data.format has to name this one.
+      problems: returns the problems of a row that has the required columns.
+      matches: returns True if a row with these columns has this format, not another with the same columns.
+      examples: returns the rows of the format `example` that one row contains. None: a row is one example.
+      canonical: returns the row in the form that is common to rows which the model sees alike.
+      messages: returns a row of the kind text as a conversation, for a tokenizer with a chat template. None: never a
+        conversation.
+      plain: returns a row of the kind text as text, for a tokenizer without a template; bos and eos are added later.
+        None: the format needs a template.
+      texts: returns the texts of a row of another kind. The second argument is True if the tokenizer has a chat
+        template, so that questions and answers become conversations.
+    """
+
+    name: str
+    kind: RowKind = "text"
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    explicit_only: bool = False
+    problems: Callable[[Columns], list[str]]
+    matches: Callable[[Columns], bool] = lambda row: True
+    examples: Callable[[Columns], list[Columns]] | None = None
+    example: str = "input-output"
+    canonical: Callable[[Columns], Columns] = lambda row: row
+    messages: Callable[[Columns], Sequence[Message]] | None = None
+    plain: Callable[[Columns], list[Segment]] | None = None
+    texts: Callable[[Columns, bool], Texts] | None = None
+
+    def __str__(self) -> str:
+        columns = [*self.required, *(f"{name} (optional)" for name in self.optional)]
+        return f"{self.name}: {', '.join(columns)}"
+
+    def check(self, row: Columns) -> list[str]:
+        """Returns the problems of a row, missing columns included."""
+        missing = [name for name in self.required if name not in row]
+        if missing:
+            return [f"no column {' or '.join(map(repr, missing))}; found {', '.join(map(repr, row))}"]
+        return self.problems(row)
+
+    def content(self, row: Columns) -> str:
+        """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids."""
+        row = self.canonical(row)
+        columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
+        for name in ("tools", "functions"):  # keeps the hashes of rows from before these existed
+            if not columns.get(name):
+                columns.pop(name, None)
+        return json.dumps(columns, sort_keys=True, ensure_ascii=False, default=str)

@@ -1,0 +1,146 @@
+"""Reads the labels of rows, margins included, and finds the names of classes in training data."""
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.formats.columns import list_columns, rename_columns
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.formats.row_format import Columns
+from qlora_jax.data.readers.files import Row, stream_rows
+from qlora_jax.data.readers.json_rows import shorten
+from qlora_jax.data.row_kinds import ROW_USES, ValueKind
+
+Values = Mapping[str, Sequence[float] | Sequence[Sequence[float]]]
+ValueReader = Callable[[Columns], Values]
+
+MAX_CLASSES = 1000
+# Files of text, such as CSV, have no other way to write a truth value.
+_TRUTH = {"1": 1.0, "0": 0.0, "true": 1.0, "false": 0.0}
+
+
+def value_reader(kind: ValueKind, labels: Sequence[str]) -> ValueReader:
+    """Returns a function that reads a row's values. It raises ValueError for a row whose label does not fit.
+
+    Args:
+      labels: names of the classes, in order.
+    """
+    indices = {name: index for index, name in enumerate(labels)}
+    readers: dict[ValueKind, ValueReader] = {
+        "none": lambda row: {},
+        "desirable": lambda row: {"labels": [_truth("label", row["label"])]},
+        "margin": lambda row: {"margins": [float(row.get("margin") or 0)] * 2},
+        "class": lambda row: {"labels": [float(_index(label_name(row["label"]), indices))]},
+        "classes": lambda row: {"labels": [_marks(row, indices)]},
+        "number": lambda row: {"labels": [_number(row["label"])]},
+    }
+    return readers[kind]
+
+
+def _label_names(kind: ValueKind, row: Columns) -> list[str]:
+    """Returns the names of a row's labels; raises ValueError if its label is not a name."""
+    return [label_name(row["label"])] if kind == "class" else _listed(row["label"])
+
+
+def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
+    """Returns the names of the classes in the training data: numbers by value, other names by code point.
+
+    Rows that cannot be read are skipped; preparing them reports them.
+
+    Raises:
+      ValueError: there are too few classes, or too many.
+    """
+    kind = ROW_USES[objective].values
+    if kind not in ("class", "classes"):
+        return ()
+    paths, found = [data.train] if isinstance(data.train, str) else [*data.train], {}
+    for path in paths:
+        found |= dict.fromkeys(_names_in(path, data.columns_of(path), kind))
+    if not 2 <= len(found) + (kind == "classes") <= MAX_CLASSES + 1:
+        few = f"expected at least {2 - (kind == 'classes')} and at most {MAX_CLASSES}"
+        raise ValueError(
+            f"{', '.join(paths)}: wrong number of classes in the column 'label' (found {len(found)}, {few}). Name the "
+            "column in data.columns, or the classes in head.labels."
+        )
+    return tuple(sorted(found, key=_order))
+
+
+def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[str]:
+    known: set[str] = set()
+    for row in stream_rows(path):
+        if not isinstance(row, Row):
+            continue
+        try:
+            new = set(_label_names(kind, rename_columns(row.data, names, "data.columns", OPTIONAL_COLUMNS))) - known
+        except (KeyError, ValueError):
+            continue
+        known |= new
+        yield from new
+        if len(known) > MAX_CLASSES:
+            return
+
+
+def _order(name: str) -> tuple[bool, float, str]:
+    try:
+        return False, float(name), name
+    except ValueError:
+        return True, 0.0, name
+
+
+def label_name(value: object) -> str:
+    """Returns the name of a class; raises ValueError if the value does not name one."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # a column of whole numbers with gaps
+    if isinstance(value, int | str) and (name := str(value).strip()):
+        if name == "-1":
+            raise ValueError("label is -1, which means that the row has no label. Remove it")
+        return name
+    raise ValueError(f"label is {shorten(repr(value))}, expected a name or a whole number")
+
+
+def _index(name: str, indices: Mapping[str, int]) -> int:
+    if name in indices:
+        return indices[name]
+    raise ValueError(f"unknown label (found {shorten(repr(name))}, expected {_known(indices)})")
+
+
+def _known(labels: Collection[str]) -> str:
+    return f"one of {list_columns(labels)}"
+
+
+def _listed(value: object) -> list[str]:
+    if not isinstance(value, list):
+        raise ValueError(f"label is not a list of names (found {shorten(repr(value))})")
+    return [label_name(one) for one in value]
+
+
+def _marks(row: Columns, indices: Mapping[str, int]) -> list[float]:
+    """Returns 1 for each label that the row has, else 0."""
+    if "label" not in row:
+        missing = [name for name in indices if name not in row]
+        if missing:
+            raise ValueError(
+                f"no column 'label', and none for the labels {list_columns(missing)} of head.labels "
+                f"(found {list_columns(row)})"
+            )
+        return [_truth(name, row[name]) for name in indices]
+    has = {_index(name, indices) for name in _listed(row["label"])}
+    return [float(index in has) for index in range(len(indices))]
+
+
+def _truth(name: str, value: object) -> float:
+    if isinstance(value, str) and value.strip().lower() in _TRUTH:
+        return _TRUTH[value.strip().lower()]
+    if isinstance(value, bool | int | float) and value in (0, 1):
+        return float(value)
+    raise ValueError(f"{name} is not binary (found {shorten(repr(value))}, expected true, false, 1 or 0)")
+
+
+def _number(value: object) -> float:
+    try:
+        number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        number = math.nan
+    if math.isfinite(number):
+        return number
+    raise ValueError(f"label is not a number (found {shorten(repr(value))})")
