@@ -5,7 +5,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -33,6 +33,7 @@ SegmentAll = Callable[[Sequence[Columns]], list[list[Segment] | ValueError]]
 Finish = Callable[[list[Problem]], tuple[list[Place], list[EncodedRow]]]
 
 
+@runtime_checkable
 class RowEncoder(Protocol):
     """Makes ids and masks of rows of one format, in chunks."""
 

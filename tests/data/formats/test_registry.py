@@ -86,7 +86,7 @@ def test_a_named_form_wins_over_the_first_that_fits():
         ),
         (["promt", "completion"], "Nearest: completion. Set --data.columns '{prompt: promt}'."),
         (
-            ["sentence", "label"],
+            ["phrase", "mark"],
             "None of the columns resembles one of these. Name your columns, for example with --data.columns "
             "'{prompt: COLUMN, completion: COLUMN}'.",
         ),
@@ -97,7 +97,7 @@ def test_unknown_forms_are_told_with_columns_forms_and_the_nearest(columns: list
         detect_format("x.jsonl", rows_of(dict.fromkeys(columns, "v")))
     told = str(error.value)
     assert f"Columns found: {', '.join(map(repr, columns))}." in told and told.endswith(nearest)
-    assert all(row_format.name in told for row_format in FORMATS.values())
+    assert all(row_format.name in told for row_format in FORMATS.values() if row_format.kind == "text")
 
 
 def test_a_wrong_name_is_told_with_the_form_that_fits():

@@ -37,9 +37,9 @@ def test_marked_text_is_what_the_mask_decodes_to(write_rows, tokenizer):
     assert {marked[0].tokens, marked[-1].tokens} == {dataset.train.lengths.min(), dataset.train.lengths.max()}
     for row in marked:
         ids, supervised = dataset.train.row(by_place[row.place])
-        seen = ["".join(run.text for run in runs) for runs, learned in row.segments if learned]
+        seen = ["".join(run.text for run in runs) for runs, learned, _ in row.segments if learned]
         assert seen == [tokenizer.decode(ids[supervised].tolist())]  # one turn: one stretch
-        assert "".join(run.text for runs, _ in row.segments for run in runs) == tokenizer.decode(ids.tolist())
+        assert "".join(run.text for runs, _, _ in row.segments for run in runs) == tokenizer.decode(ids.tolist())
         assert row.supervised == supervised[1:].sum() and row.tokens == len(ids) - 1
 
 

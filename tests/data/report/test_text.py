@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.report.stats import ShownText
 from qlora_jax.data.report.text import format_example, print_report, report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_new_tokens
 from tests.data.loading import load, question, rows_of_lengths
@@ -75,9 +75,9 @@ def test_new_tokens_that_no_training_row_has_are_told(
 
 
 def test_the_example_can_not_drive_the_terminal():
-    text = format_example([Segment("a\x1b[2Jb\r\x9bc", False), Segment("\x07ok\n\tx", True)], ("[[", "]]")).plain
+    text = format_example([ShownText("a\x1b[2Jb\r\x9bc", False), ShownText("\x07ok\n\tx", True)], ("[[", "]]")).plain
     assert text == "a␛[2Jb␍\ufffdc[[␇ok\n\tx]]"
-    long = format_example([Segment("a" * 5000, False), Segment("b" * 5000, True)]).plain
+    long = format_example([ShownText("a" * 5000, False), ShownText("b" * 5000, True)]).plain
     assert len(long) < 1700 and "...(4,400 characters)..." in long
 
 
