@@ -1,7 +1,7 @@
 """Formats of preferences: a chosen and a rejected answer to one prompt, or one answer that is desirable or not.
 
-The prompt is a separate column, or the beginning that the chosen and the rejected text share. Both forms exist as plain text
-and as lists of messages.
+The prompt is a separate column, or the beginning that the chosen and the rejected text share. Both forms exist as
+plain text and as lists of messages.
 """
 
 from collections.abc import Callable, Sequence
