@@ -81,7 +81,7 @@ def test_a_study_is_performed_once(tmp_path, monkeypatch, capsys):
     assert {float(row["learning_rate"]) for row in final if row["method"] == "lora"} == {best}
     for row in final:
         scores = json.loads((output / row["folder"] / "scores.json").read_text())
-        value = scores["tasks"]["rows"]["columns"]["checkpoint"]["loss a token"]["value"]
+        value = scores["tasks"]["rows"]["columns"]["checkpoint"]["loss per token"]["value"]
         assert float(row["value"]) == pytest.approx(value, rel=1e-6)
     printed = capsys.readouterr().out
     assert "1. lora" in printed and (output / "comparison.html").stat().st_size > 20_000

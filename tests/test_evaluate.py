@@ -62,8 +62,8 @@ def test_three_models_side_by_side(folder, tmp_path, capsys):
         found = {name: task["columns"][column] for name, task in tasks.items()}
         assert found["text"]["perplexity"]["value"] == pytest.approx(text.perplexity)
         assert found["choices"]["right by likelihood"]["value"] == choices.by_sum.mean()
-        assert found["choices"]["right by likelihood a token"]["value"] == choices.by_mean.mean()
-        assert found["rows"]["loss a token"]["value"] == pytest.approx(rows.mean_nll)
+        assert found["choices"]["right by likelihood per token"]["value"] == choices.by_mean.mean()
+        assert found["rows"]["loss per token"]["value"] == pytest.approx(rows.mean_nll)
         assert found["rows"]["begins with the answer"]["value"] == rows.begins.mean()
         assert f"{text.perplexity:.3f}" in printed
         perplexities.add(f"{text.perplexity:.3f}")
@@ -111,7 +111,7 @@ def test_two_runs_are_compared_question_by_question(folder, tmp_path):
     assert [label.rpartition("/")[2] for label in data["labels"].values()] == ["run, step 7", "run, step 3"]
     (_, choices, rows), (_, other_choices, other_rows) = (direct(folder, "checkpoint", step) for step in (7, 3))
     loss, *_ = data["tasks"]["rows"]["comparisons"]
-    assert (loss["from"], loss["to"], loss["measure"]) == ("checkpoint", "against", "loss a token")
+    assert (loss["from"], loss["to"], loss["measure"]) == ("checkpoint", "against", "loss per token")
     assert loss["difference"] == pytest.approx(other_rows.mean_nll - rows.mean_nll)
     assert loss["interval"] == pytest.approx(paired_bootstrap(rows.nll, other_rows.nll, rows.tokens))
     right, _ = data["tasks"]["choices"]["comparisons"]

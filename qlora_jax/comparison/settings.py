@@ -39,7 +39,7 @@ class TaskSettings:
     evaluate: Settings = setting(
         "held-out rows or questions, as settings of qlora-jax evaluate: {rows: heldout.jsonl}", bound=NOT_EMPTY
     )
-    measure: str = setting("the measure of qlora-jax evaluate that counts, such as 'loss a token'", bound=NOT_EMPTY)
+    measure: str = setting("the measure of qlora-jax evaluate that counts, such as 'loss per token'", bound=NOT_EMPTY)
     settings: Settings = setting("training settings of this task: {data.max_length: 256}", {})
 
 

@@ -6,9 +6,9 @@ Better = Literal["higher", "lower"]
 
 # By the setting that names a task's file, then by measure. A task with an entry here has `row_values` (tasks/task.py).
 MEASURES: dict[str, dict[str, Better]] = {
-    "text": {"loss a token": "lower"},
-    "rows": {"loss a token": "lower", "begins with the answer": "higher", "is exactly the answer": "higher"},
-    "choices": {"right by likelihood": "higher", "right by likelihood a token": "higher"},
+    "text": {"loss per token": "lower"},
+    "rows": {"loss per token": "lower", "begins with the answer": "higher", "is exactly the answer": "higher"},
+    "choices": {"right by likelihood": "higher", "right by likelihood per token": "higher"},
     "letters": {"right by letter": "higher"},
     "labels": {"right label": "higher"},
     "answers": {"exactly the answer": "higher"},

@@ -74,11 +74,11 @@ def loss_metrics(scores: RowScores) -> list[Metric]:
     perplexities = math.exp(low), math.exp(high)
     return [
         Metric("perplexity", "number", scores.perplexity, perplexities),
-        Metric("loss a token", "number", scores.mean_nll, interval),
+        Metric("loss per token", "number", scores.mean_nll, interval),
     ]
 
 
 def loss_change(before: RowScores, after: RowScores) -> Comparison:
     """The change of the loss, in nats per token."""
     interval = paired_bootstrap(before.nll, after.nll, after.tokens)
-    return Comparison("loss a token", "number", after.mean_nll - before.mean_nll, interval=interval)
+    return Comparison("loss per token", "number", after.mean_nll - before.mean_nll, interval=interval)

@@ -73,7 +73,7 @@ def test_plain_text_without_the_chat_template_has_other_scores(folder, models):
         q.evaluate_model(model, tokenizer, rows=folder / "rows.jsonl", raw=raw).tasks["rows"].metrics["model"]
         for raw in (False, True)
     )
-    assert chat["loss a token"].value != raw["loss a token"].value
+    assert chat["loss per token"].value != raw["loss per token"].value
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def study_of(folder: Path, **changes: object) -> dict[str, object]:
         "train": write_rows(folder / "train.jsonl", 0, 40),
         "search": write_rows(folder / "search.jsonl", 100, 8),
         "evaluate": {"rows": write_rows(folder / "heldout.jsonl", 200, 10)},
-        "measure": "loss a token",
+        "measure": "loss per token",
     }
     study = {
         "base": str(folder / "base.yaml"),

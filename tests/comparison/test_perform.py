@@ -33,7 +33,7 @@ def trained(run):
 
 
 def scored(run):
-    column = {"loss a token": {"values": [1.0, 2.0], "weights": [1.0, 3.0]}}
+    column = {"loss per token": {"values": [1.0, 2.0], "weights": [1.0, 3.0]}}
     scores = {"tasks": {"rows": {"rows": {"checkpoint": column}}}}
     (run.folder / "scores.json").write_text(json.dumps(scores))
 

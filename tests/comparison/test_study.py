@@ -87,7 +87,7 @@ def test_a_setting_of_method_and_task_is_refused(tmp_path):
         ({"search": None}, "search: the search of learning rates needs rows. Set exactly one"),
         ({"search_fraction": 0.1}, "search: the search of learning rates needs rows. Set exactly one"),
         ({"train": "no.jsonl"}, "files: no.jsonl: no such file"),
-        ({"measure": "perplexity"}, "measure: found 'perplexity', expected 'loss a token' or 'begins with"),
+        ({"measure": "perplexity"}, "measure: found 'perplexity', expected 'loss per token' or 'begins with"),
         ({"evaluate": {"harness": ["x"]}}, "evaluate: found harness, expected one of text, rows"),
         ({"evaluate": {"rows": "a", "letters": "b"}}, "evaluate: found letters, rows, expected one of text, rows"),
         ({"evaluate": {"rows": "a", "run": "b"}}, "evaluate: run: the comparison sets it. Remove it"),

@@ -38,9 +38,9 @@ def test_the_first_sweeps_means_and_intervals_follow_from_its_values():
     results = json.loads((ROOT / "docs/sweep_titles.json").read_text())["results"]
     table = published("Rank, placement, code, and full finetuning")
     assert len(table) == len(results) == 11
-    first = next(iter(results.values()))["loss a token"]
+    first = next(iter(results.values()))["loss per token"]
     for row, (cell, measures) in zip(table, results.items(), strict=True):
-        losses = measures["loss a token"]
+        losses = measures["loss per token"]
         differences = [a - b for a, b in zip(losses, first, strict=True)]
         shares = [100 * share for share in measures["is exactly the answer"]]
         expected = [losses, *([] if cell == "as configured" else [differences]), shares]

@@ -14,13 +14,13 @@ from qlora_jax.training.trackers import scalars
 def test_measures_there_and_back():
     right = np.array([True, False, False, True])
     found = flatten_metrics(
-        "choices", [share("right by likelihood a token", right), Metric("ties (counted as wrong)", "count", 3)]
+        "choices", [share("right by likelihood per token", right), Metric("ties (counted as wrong)", "count", 3)]
     )
     low, high = wilson_interval(2, 4)
-    name = "choices_right_by_likelihood_a_token"
+    name = "choices_right_by_likelihood_per_token"
     assert found == {name: 0.5, f"{name}_low": low, f"{name}_high": high, "choices_ties": 3}
     record = json.loads(json.dumps({"step": 3, "eval_loss": 1.0} | found))
-    assert task_metrics(record, "choices") == [(name, "right by likelihood a token", 0.5, low, high)]
+    assert task_metrics(record, "choices") == [(name, "right by likelihood per token", 0.5, low, high)]
     assert task_metrics(record, "letters") == []
     assert scalars(record) == {"eval_loss": 1.0} | found  # trackers draw all of them
 

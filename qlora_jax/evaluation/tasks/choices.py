@@ -69,7 +69,7 @@ class ChoicesTask:
         ties = int((scores.tied_by_sum | scores.tied_by_mean).sum())
         return [
             share("right by likelihood", scores.by_sum),
-            share("right by likelihood a token", scores.by_mean),
+            share("right by likelihood per token", scores.by_mean),
             Metric("ties (counted as wrong)", "count", ties),
         ]
 
@@ -77,14 +77,14 @@ class ChoicesTask:
         """The changes of both shares."""
         return [
             share_change("right by likelihood", before.by_sum, after.by_sum),
-            share_change("right by likelihood a token", before.by_mean, after.by_mean),
+            share_change("right by likelihood per token", before.by_mean, after.by_mean),
         ]
 
     def row_values(self, scores: ChoiceScores) -> dict[str, RowValues]:
         """The rows' parts of the measures in measures.py."""
         return {
             "right by likelihood": share_of_rows(scores.by_sum),
-            "right by likelihood a token": share_of_rows(scores.by_mean),
+            "right by likelihood per token": share_of_rows(scores.by_mean),
         }
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:

@@ -70,7 +70,7 @@ class RowsTask(TextTask):
     def row_values(self, scores: RowScores) -> dict[str, RowValues]:
         """The rows' parts of the measures in measures.py."""
         return {
-            "loss a token": loss_of_rows(scores),
+            "loss per token": loss_of_rows(scores),
             "begins with the answer": share_of_rows(scores.begins),
             "is exactly the answer": share_of_rows(scores.exact),
         }

@@ -46,7 +46,7 @@ class TextTask:
 
     def row_values(self, scores: RowScores) -> dict[str, RowValues]:
         """The rows' parts of the measures in measures.py."""
-        return {"loss a token": loss_of_rows(scores)}
+        return {"loss per token": loss_of_rows(scores)}
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the programs of the largest batches."""

@@ -44,14 +44,14 @@ def test_losses_of_the_groups_of_a_column(tmp_path):
         for nll in (np.arange(5.0), np.arange(5.0) ** 2)
     )
     found = {metric.name: metric for metric in task.metrics(before)}
-    assert [*found][4:] == [f"loss a token, lang {group}" for group in ("de (3 rows)", "fr (1 rows)", "eo (1 rows)")]
-    german = found["loss a token, lang de (3 rows)"]
+    assert [*found][4:] == [f"loss per token, lang {group}" for group in ("de (3 rows)", "fr (1 rows)", "eo (1 rows)")]
+    german = found["loss per token, lang de (3 rows)"]
     assert german.value == (0 + 2 + 4) / (2 + 4 + 6)
     assert german.interval == bootstrap(np.array([0.0, 2, 4]), np.array([2, 4, 6]))
     changes = {change.name: change for change in task.compare(before, after)}
-    assert changes["loss a token, lang de (3 rows)"].difference == pytest.approx((4 + 16 - 6) / 12)
+    assert changes["loss per token, lang de (3 rows)"].difference == pytest.approx((4 + 16 - 6) / 12)
     expected = paired_bootstrap(np.array([0.0, 2, 4]), np.array([0.0, 4, 16]), np.array([2, 4, 6]))
-    assert changes["loss a token, lang de (3 rows)"].interval == expected
+    assert changes["loss per token, lang de (3 rows)"].interval == expected
 
 
 def test_a_row_without_the_column_of_groups_is_reported(tmp_path):
