@@ -1,11 +1,14 @@
 """Templates of HTML pages, which show text of unknown origin.
 
-jinja2 escapes all values. The filter `visible` replaces control characters that an HTML parser would drop or change.
+jinja2 escapes all values. `page_style` is the style sheet that all pages share (page.css). The filter `visible`
+replaces control characters that an HTML parser would drop or change.
 """
 
 import functools
 from importlib import resources
 from typing import TYPE_CHECKING
+
+from markupsafe import Markup
 
 from qlora_jax.terminal.visible import visible
 
@@ -22,4 +25,9 @@ def page_template(package: str, name: str) -> "jinja2.Template":
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["visible"] = visible
-    return environment.from_string(resources.files(package).joinpath(name).read_text("utf-8"))
+    environment.globals["page_style"] = Markup(_text("qlora_jax", "page.css"))
+    return environment.from_string(_text(package, name))
+
+
+def _text(package: str, name: str) -> str:
+    return resources.files(package).joinpath(name).read_text("utf-8")

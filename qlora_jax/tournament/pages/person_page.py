@@ -2,18 +2,28 @@
 
 The page holds texts and random ids alone. A separate key file says which pair of systems an id stands for, and stays
 with the organizer. Neither ids nor orders follow from the texts or from a seed, so nobody can compute them again.
+
+Prompts and replies are untrusted text. jinja2 escapes all of it, and the page's Content-Security-Policy keeps a browser
+from running any script but the page's own.
 """
 
+import base64
+import hashlib
+import json
 import random
 import secrets
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Literal, TypedDict
 
 from markupsafe import Markup
 
+from qlora_jax.page_template import page_template
 from qlora_jax.terminal.visible import visible
 from qlora_jax.tournament.matches import Match, Transcripts, unordered
-from qlora_jax.tournament.pages.template import embedded_json, read_asset, render, script_source
+
+# Characters that could end a script element, or a line of it.
+_ESCAPED = {ord(letter): f"\\u{ord(letter):04x}" for letter in "<>&\u2028\u2029"}
 
 
 class KeyedMatch(TypedDict):
@@ -69,9 +79,8 @@ def draw_key(matches: Sequence[Match], transcripts: Transcripts, *, limit: int |
 def person_page(key: PageKey, transcripts: Transcripts) -> str:
     """Returns the page as HTML."""
     items = [_item(name, match_of(keyed), transcripts) for name, keyed in key["matches"].items()]
-    script = read_asset("person.js")
-    return render(
-        "person.html.jinja",
+    script = resources.files(__package__).joinpath("person.js").read_text("utf-8")
+    return page_template(__package__, "person.html.jinja").render(
         data=embedded_json({"page": key["page"], "items": items}),
         script=Markup(script),
         script_source=Markup(script_source(script)),
@@ -87,3 +96,13 @@ def _item(name: str, match: Match, transcripts: Transcripts) -> Mapping[str, str
     first, second = transcripts.answers(match)
     texts = {"question": transcripts.question(match), "left": first, "right": second}
     return {"id": name} | {part: visible(text) for part, text in texts.items()}
+
+
+def script_source(script: str) -> str:
+    """Returns the source expression that allows exactly this script in a Content-Security-Policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+
+
+def embedded_json(value: object) -> Markup:
+    """Returns JSON that can stand in a script element, whatever texts it holds."""
+    return Markup(json.dumps(value).translate(_ESCAPED))

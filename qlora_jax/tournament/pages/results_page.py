@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 
+from qlora_jax.page_template import page_template
 from qlora_jax.tournament.examples import Example, Examples
 from qlora_jax.tournament.judges.judge import FIRST, SECOND, TIE
 from qlora_jax.tournament.matches import Transcripts
-from qlora_jax.tournament.pages.template import render
 from qlora_jax.tournament.ratings.results import EloRating, SystemRating
 from qlora_jax.tournament.results import Results, Standings
 from qlora_jax.tournament.tables import (
@@ -23,8 +23,7 @@ MOST_TINT = 60  # percent of the colour of a cell that won or lost everything
 def results_page(title: str, results: Results, examples: Sequence[Examples], transcripts: Transcripts) -> str:
     """Returns the page as HTML."""
     verdicts = f"{results.prompts:,} prompt{'s' * (results.prompts != 1)} with a verdict"
-    return render(
-        "results.html.jinja",
+    return page_template(__package__, "results.html.jinja").render(
         title=title,
         summary=f"{len(results.systems)} systems, {len(results.judges)} judge{'s' * (len(results.judges) != 1)}"
         + f", {verdicts if results.prompts else 'no verdict yet'}",

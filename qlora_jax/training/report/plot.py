@@ -78,7 +78,7 @@ def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
     weight = 1 - 1 / max(1.0, _SMOOTHING_SHARE * len(losses))
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="loss per step")
     marker = _marker(steps)
-    axes.plot(steps, smooth(losses, weight), color="C0", linewidth=2, marker=marker, label="moving average of the loss")
+    axes.plot(steps, smooth(losses, weight), color="C0", linewidth=2, marker=marker, label="moving average")
     eval_steps, eval_losses = _curve(records, "eval_loss")
     if eval_steps:
         axes.plot(eval_steps, eval_losses, color="C1", marker="o", linewidth=2, label="held-out loss")

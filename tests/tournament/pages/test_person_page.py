@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium")
 RUN = "document.title = 'ran'"
 HOSTILE = f'</script><script>{RUN}</script><img src=x onerror="{RUN}"> &lt; \u2028 \x1b[2J {{{{ 1 }}}}'
 KEYS = ["1", "2", "3", "ArrowLeft", "ArrowRight", "t"]
-KEYS = {"1": 1, "2": 2, "3": 3, "ArrowLeft": 1, "ArrowRight": 2, "t": 3}
+VERDICT_OF_KEY = {"1": 1, "2": 2, "3": 3, "ArrowLeft": 1, "ArrowRight": 2, "t": 3}
 
 pytestmark = [
     pytest.mark.slow,
@@ -74,10 +74,10 @@ def test_fifty_judgements_with_a_reload_in_the_middle(browser, tmp_path):
     assert page.title() == "Which reply is better?" and not errors
     context.close()
     exported = json.loads((tmp_path / "answers.json").read_text())
-    assert [*exported["verdicts"].values()] == [KEYS[key] for key in pressed]
+    assert [*exported["verdicts"].values()] == [VERDICT_OF_KEY[key] for key in pressed]
     _, found = write_page(tmp_path, prompts=17, answers=str(tmp_path / "answers.json"))
     assert [one.match for one in found] == [one.match for one in shown]
-    assert [one.verdict for one in found] == [*(KEYS[key] for key in pressed), None]
+    assert [one.verdict for one in found] == [*(VERDICT_OF_KEY[key] for key in pressed), None]
     assert Counter(one.verdict for one in found)[None] == 1
 
 
