@@ -182,6 +182,7 @@ struct Forward {
         continue;
       }
       next = std::min(j + 2, i + 1);
+      if (next == j + 2 && visibility.nothing(b, i, j + 1)) --next;
       const int64_t keys = (next - j) * kBlock;
       for (int64_t each = j; each < next; ++each)
         block_product<Start::kZero>(queries, key_columns + packed(b, kv_head, each), kBlock, s.h / 2, kBlock,
@@ -390,18 +391,14 @@ Sizes sizes_of(const Numbers& q, const Numbers& k) {
   return {of_q[0], of_q[1], of_q[2], k.dimensions()[2], of_q[3]};
 }
 
-// [B, T], or [0, 0] if there are none.
-const int32_t* ids(ffi::Buffer<ffi::S32> segments) {
-  return segments.element_count() == 0 ? nullptr : segments.typed_data();
-}
-
+// texts: [B, T], [3, B, T], or [0, 0] if each row is one text.
 // The Python side ensures that shapes agree and that H is a multiple of 32. Packed arrays are results, so XLA accounts
 // for them.
-ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments, double scale,
+ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> texts, double scale,
                    int64_t window, ffi::Result<Numbers> out, ffi::Result<ffi::Buffer<ffi::F32>> lse,
                    ffi::Result<ffi::Buffer<ffi::U32>> key_columns, ffi::Result<ffi::Buffer<ffi::U32>> value_rows) {
   const Sizes s = sizes_of(q, k);
-  const Visibility visibility(s, window, ids(segments));
+  const Visibility visibility(s, window, Texts::of(texts));
   const Forward task{s, visibility, static_cast<float>(scale * kLog2E), bits(q), bits(k), bits(v), bits(out),
                      lse->typed_data(), key_columns->typed_data(), value_rows->typed_data()};
   qlora::in_parallel(pool, s.b * s.k * s.blocks(), [&](int64_t part) { task.pack(part); });
@@ -409,14 +406,14 @@ ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::B
   return ffi::Error::Success();
 }
 
-ffi::Error backward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments,
+ffi::Error backward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> texts,
                     double scale, int64_t window, Numbers out, ffi::Buffer<ffi::F32> lse, Numbers d_out,
                     ffi::Result<Numbers> dq, ffi::Result<Numbers> dk,
                     ffi::Result<Numbers> dv, ffi::Result<ffi::Buffer<ffi::F32>> mean,
                     ffi::Result<ffi::Buffer<ffi::F32>> sums, ffi::Result<ffi::Buffer<ffi::U32>> query_rows,
                     ffi::Result<ffi::Buffer<ffi::U32>> d_out_rows) {
   const Sizes s = sizes_of(q, k);
-  const Visibility visibility(s, window, ids(segments));
+  const Visibility visibility(s, window, Texts::of(texts));
   const auto turns = std::make_unique<std::atomic<int64_t>[]>(s.b * s.n * s.blocks());
   const Backward task{s, visibility, static_cast<float>(scale), static_cast<float>(scale * kLog2E),
                       bits(q), bits(k), bits(v), bits(out), bits(d_out), bits(dq), bits(dk), bits(dv),

@@ -128,6 +128,7 @@ struct Forward {
         continue;
       }
       next = std::min(j + 2, i + 1);
+      if (next == j + 2 && visibility.nothing(b, i, j + 1)) --next;
       tile(b, i, j, next, packed(b, kv_head, j), scratch);
     }
     for (int64_t r = 0; r < std::min(kBlock, s.t - i * kBlock); ++r) {
@@ -190,14 +191,14 @@ struct Forward {
 
 using Numbers = ffi::Buffer<ffi::F32>;
 
-// segments [B, T], or [0, 0] if there are none. The Python side ensures that shapes agree and that H is a multiple of
-// 16. Packed arrays are results, so XLA accounts for them.
-ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> segments, double scale,
-                   int64_t window, bool branching, ffi::Result<Numbers> out, ffi::Result<Numbers> lse,
+// texts: [B, T], [3, B, T], or [0, 0] if each row is one text. The Python side ensures that shapes agree and that H is a
+// multiple of 16. Packed arrays are results, so XLA accounts for them.
+ffi::Error forward(ffi::ThreadPool pool, Numbers q, Numbers k, Numbers v, ffi::Buffer<ffi::S32> texts, double scale,
+                   int64_t window, ffi::Result<Numbers> out, ffi::Result<Numbers> lse,
                    ffi::Result<Numbers> key_columns, ffi::Result<Numbers> value_rows) {
   const auto of_q = q.dimensions();
   const Sizes s{of_q[0], of_q[1], of_q[2], k.dimensions()[2], of_q[3]};
-  const Visibility visibility(s, window, segments.element_count() == 0 ? nullptr : segments.typed_data(), branching);
+  const Visibility visibility(s, window, Texts::of(texts));
   const Forward task{s, visibility, static_cast<float>(scale * kLog2E), q.typed_data(), k.typed_data(), v.typed_data(),
                      out->typed_data(), lse->typed_data(), key_columns->typed_data(), value_rows->typed_data()};
   qlora::in_parallel(pool, s.b * s.k * s.blocks(), [&](int64_t part) { task.pack(part); });
@@ -216,7 +217,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(attention_forward_f32, forward,
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<double>("scale")
                                   .Attr<int64_t>("window")
-                                  .Attr<bool>("branching")
                                   .Ret<Numbers>()
                                   .Ret<Numbers>()
                                   .Ret<Numbers>()

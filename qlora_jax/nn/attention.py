@@ -65,10 +65,10 @@ def causal_attention(
     if spans is not None and segments_BT is not None:
         raise ValueError("attention: found spans and segments_BT, expected one of them. Spans include the segments.")
     fixed, traced = (window, None) if window is None or isinstance(window, int) else (None, window)
-    plain = traced is None and softcap is None and spans is None
-    if attention_cpu.unsupported_reason(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
-        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, fixed)
+    plain = traced is None and softcap is None
     texts = segments_BT if spans is None else spans
+    if attention_cpu.unsupported_reason(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
+        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, texts, scale, fixed)
     return _attention(q_BTNH, k_BTKH, v_BTKH, (texts, traced), ScoreScaling(scale, softcap), fixed)
 
 
@@ -110,7 +110,7 @@ def _visibility(tiling: Tiling, limits, window: int | None) -> AttentionMask | B
 
 
 def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
-    plain = limits[1] is None and scores.softcap is None and not isinstance(limits[0], Spans)
+    plain = limits[1] is None and scores.softcap is None
     if attention_cpu.supports_forward_f32(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
         arrays = q_BTNH, k_BTKH, v_BTKH, limits[0]
         out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window)

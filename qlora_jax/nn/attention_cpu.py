@@ -18,7 +18,9 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native.library import attention_problem
+from qlora_jax.nn.branching import Spans
 
+Texts = Int[Array, "B T"] | Spans | None  # ids of segments; spans if rows have branches; None: each row is one text
 BLOCK = 64  # positions, as in attention_cpu.cc
 WIDTHS = range(32, 257, 32)  # of a head
 
@@ -60,15 +62,15 @@ def attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    segments_BT: Int[Array, "B T"] | None,
+    texts: Texts,
     scale: float,
     window: int | None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v; arguments as in `causal_attention`."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
+def _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window):
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     blocks = -(-length // BLOCK)
     results = (
@@ -77,15 +79,15 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, segments_BT, scale, window):
         *(jax.ShapeDtypeStruct((batch, kv_heads, blocks, BLOCK // 2 * width), jnp.uint32),) * 2,
     )
     call = jax.ffi.ffi_call("attention_forward", results, vmap_method="sequential")
-    ids = _ids(segments_BT)
+    ids = _operand(texts)
     out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, ids, scale=np.float64(scale), window=np.int64(window or 0))
     # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH, lse_BNT = checkpoint_name(out_BTNH, "attention_out"), checkpoint_name(lse_BNT, "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_BNT)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, texts, out_BTNH, lse_BNT)
 
 
 def _backward(scale, window, residuals, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, segments_BT, out_BTNH, lse_BNT = residuals
+    q_BTNH, k_BTKH, v_BTKH, texts, out_BTNH, lse_BNT = residuals
     batch, length, heads, width = q_BTNH.shape
     blocks = -(-length // BLOCK)
     results = (
@@ -95,7 +97,7 @@ def _backward(scale, window, residuals, do_BTNH):
         *(jax.ShapeDtypeStruct((batch, heads, blocks, BLOCK // 2 * width), jnp.uint32),) * 2,
     )
     call = jax.ffi.ffi_call("attention_backward", results, vmap_method="sequential")
-    operands = (q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), out_BTNH, lse_BNT, do_BTNH)
+    operands = (q_BTNH, k_BTKH, v_BTKH, _operand(texts), out_BTNH, lse_BNT, do_BTNH)
     dq_BTNH, dk_BTKH, dv_BTKH, *_ = call(*operands, scale=np.float64(scale), window=np.int64(window or 0))
     return dq_BTNH, dk_BTKH, dv_BTKH, None
 
@@ -104,7 +106,7 @@ def forward_f32(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
-    segments_BT: Int[Array, "B T"] | None,
+    texts: Texts,
     scale: float,
     window: int | None,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
@@ -113,8 +115,8 @@ def forward_f32(
     packed = jax.ShapeDtypeStruct((batch, kv_heads, -(-length // BLOCK), BLOCK * width), jnp.float32)
     results = _shaped(q_BTNH), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32), packed, packed
     call = jax.ffi.ffi_call("attention_forward_f32", results, vmap_method="sequential")
-    how = dict(scale=np.float64(scale), window=np.int64(window or 0), branching=False)
-    out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, _ids(segments_BT), **how)
+    how = dict(scale=np.float64(scale), window=np.int64(window or 0))
+    out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, _operand(texts), **how)
     return out_BTNH, lse_BNT
 
 
@@ -122,8 +124,11 @@ def _shaped(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype)
 
 
-def _ids(segments_BT: jax.Array | None) -> jax.Array:
-    return jnp.zeros((0, 0), jnp.int32) if segments_BT is None else segments_BT.astype(jnp.int32)
+def _operand(texts: jax.Array | Spans | None) -> jax.Array:
+    """Returns [B, T], spans as [3, B, T], or [0, 0] if each row is one text, in int32."""
+    if texts is None:
+        return jnp.zeros((0, 0), jnp.int32)
+    return (jnp.stack(texts) if isinstance(texts, Spans) else texts).astype(jnp.int32)
 
 
 attention.defvjp(_forward, _backward)

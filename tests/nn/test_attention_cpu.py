@@ -12,6 +12,7 @@ from pallas_kernels.native.library import attention_problem
 from qlora_jax.nn import attention, attention_cpu
 from qlora_jax.nn.attention import causal_attention
 from tests.nn.test_attention import SCALE, _inputs, _plain, _segments, _value_and_gradients
+from tests.nn.test_branching import branching_errors, rows_of_trees, spans_of
 
 pytestmark = pytest.mark.skipif(attention_problem() is not None, reason=str(attention_problem()))
 
@@ -28,7 +29,7 @@ def _errors(length, heads, kv_heads, head_dim, batch=2, **visible):
     """Returns the largest relative errors of value, dq, dk and dv against f32, and those of the tiles."""
     inputs = _inputs(length, heads, kv_heads, batch, head_dim, BF16)
     ids, window = visible.get("segments_BT"), visible.get("window")
-    ours = _all(functools.partial(attention_cpu.attention, segments_BT=ids, scale=SCALE, window=window), inputs)
+    ours = _all(functools.partial(attention_cpu.attention, texts=ids, scale=SCALE, window=window), inputs)
     tiles = _all(
         lambda q, k, v: attention._attention(q, k, v, (ids, None), attention.ScoreScaling(SCALE, None), window),
         inputs,
@@ -70,6 +71,34 @@ def test_segments(window):
     _check(300, 4, 2, 64, window=window, segments_BT=_segments(300, (40, 2, 200), (256, 1, 30)))
 
 
+def _handler(q, k, v, scale, *, spans, window, softcap):
+    assert softcap is None
+    return attention_cpu.attention(q, k, v, spans, scale, window)
+
+
+def _tiles(q, k, v, scale, *, spans, window, softcap):
+    return attention._attention(q, k, v, (spans, None), attention.ScoreScaling(scale, softcap), window)
+
+
+@pytest.mark.parametrize("window", [70, *(pytest.param(each, marks=pytest.mark.slow) for each in (None, 1, 200))])
+def test_random_trees(window):
+    inputs = _inputs(300, 4, 2, 2, 64, BF16)
+    for seed in range(4):
+        rows_B4T = rows_of_trees(seed, 2, 300)
+        ours, tiles = (branching_errors(inputs, rows_B4T, window, attention=each) for each in (_handler, _tiles))
+        assert max(ours) < 2 * ROUNDINGS
+        assert all(a < 1.25 * b + 2**-10 for a, b in zip(ours, tiles, strict=True)), seed
+
+
+def test_every_run_with_branches_gives_the_same_bits():
+    inputs, spans = _inputs(700, 6, 2, 2, 64, BF16), spans_of(rows_of_trees(5, 2, 700))
+    function = functools.partial(attention_cpu.attention, texts=spans, scale=SCALE, window=130)
+    first = _all(function, inputs)
+    for _ in range(3):
+        for again, before in zip(_all(function, inputs), first, strict=True):
+            np.testing.assert_array_equal(again, before)
+
+
 def test_segments_in_any_order():
     _check(300, 2, 2, 64, segments_BT=jnp.asarray(np.random.default_rng(0).integers(0, 3, (2, 300)), jnp.int32))
 
@@ -77,7 +106,7 @@ def test_segments_in_any_order():
 def test_large_scores_neither_overflow_nor_vanish():
     q, k, v, d_out = _inputs(300, 2, 2, 2, 64, BF16)
     ours = _all(
-        functools.partial(attention_cpu.attention, segments_BT=None, scale=SCALE, window=None), (100 * q, k, v, d_out)
+        functools.partial(attention_cpu.attention, texts=None, scale=SCALE, window=None), (100 * q, k, v, d_out)
     )
     plain = _all(_plain, [x.astype(jnp.float32) for x in (100 * q, k, v, d_out)])
     assert all(np.isfinite(x).all() for x in ours)
@@ -87,7 +116,7 @@ def test_large_scores_neither_overflow_nor_vanish():
 def test_every_run_gives_the_same_bits():
     """Results are bit-identical for any number of threads, because each adds to dq in the order of keys."""
     inputs = _inputs(700, 6, 2, 2, 64, BF16)
-    function = functools.partial(attention_cpu.attention, segments_BT=None, scale=SCALE, window=None)
+    function = functools.partial(attention_cpu.attention, texts=None, scale=SCALE, window=None)
     first = _all(function, inputs)
     for _ in range(5):
         for again, before in zip(_all(function, inputs), first, strict=True):

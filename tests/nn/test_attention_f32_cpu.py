@@ -11,6 +11,7 @@ from pallas_kernels.native.library import attention_problem
 from qlora_jax.nn import attention_cpu
 from qlora_jax.nn.attention import causal_attention
 from tests.nn.test_attention import SCALE, _errors, _inputs, _plain, _segments
+from tests.nn.test_branching import branching_errors, rows_of_trees
 
 pytestmark = pytest.mark.skipif(
     attention_problem("float32") is not None, reason=f"C++ attention in f32: {attention_problem('float32')}"
@@ -39,6 +40,13 @@ def test_window(window):
 def test_segments(window):
     ids = _segments(300, (40, 2, 200), (256, 1, 30))
     assert max(_errors(300, 4, 2, window=window, segments_BT=ids)) < 5e-6
+
+
+@pytest.mark.parametrize("window", [None, *(pytest.param(each, marks=pytest.mark.slow) for each in (1, 70, 200))])
+def test_random_trees(window):
+    inputs, handler = _inputs(300, 4, 2), functools.partial(causal_attention)
+    for seed in range(4):
+        assert max(branching_errors(inputs, rows_of_trees(seed, 2, 300), window, attention=handler)) < 5e-6, seed
 
 
 def test_segments_in_any_order():
