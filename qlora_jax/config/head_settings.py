@@ -1,12 +1,13 @@
 """Declares the settings of heads on whole sequences: classification, regression, rewards, embeddings."""
 
 import dataclasses
-from typing import Literal
+from typing import Literal, get_args
 
 from qlora_jax.config.fields import NON_NEGATIVE, NOT_EMPTY, POSITIVE, setting
 
 CLASSES = ("classification", "multi_label")  # objectives whose outputs have names
-HEADS = (*CLASSES, "regression", "reward", "embedding")
+HeadObjective = Literal["classification", "multi_label", "regression", "reward", "embedding"]
+HEADS: tuple[HeadObjective, ...] = get_args(HeadObjective)
 # Settings of section `head` that only some objectives use: setting -> these objectives.
 HEAD_USED_BY: dict[str, tuple[str, ...]] = {
     "labels": CLASSES,

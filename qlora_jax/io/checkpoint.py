@@ -2,6 +2,7 @@
 
     RUN/config.yaml                       the resolved configuration
     RUN/initial.safetensors               the initial adapter, if it contains a part of the weights (lora.init)
+    RUN/head.json                         what the outputs of a sequence head mean, if the objective trains one
     RUN/metrics.jsonl                     one line per step or evaluation
     RUN/report.html, report.json          the report of the run, for people and for programs
     RUN/checkpoints/STEP/lora             {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}
@@ -44,6 +45,7 @@ from qlora_jax.io.checkpoint_reader import (
     with_digests,
 )
 from qlora_jax.io.digests import warn_without_digests
+from qlora_jax.io.head_file import TrainedHead, read_head
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
@@ -247,6 +249,7 @@ class Run:
       initial: the initial adapter, if it contains a part of the weights.
       tables: embedding and head that replace the base's, from a PEFT adapter.
       projections: VeRA's A and B from a PEFT adapter, if they are not those of its settings.
+      head: the sequence head that was trained, if any; its matrix is in `lora`.
     """
 
     path: Path
@@ -261,6 +264,7 @@ class Run:
     tables: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     projections: Projections | None = None
     chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
+    head: TrainedHead | None = None
 
     @property
     def label(self) -> str:
@@ -301,6 +305,7 @@ def open_run(path: Path, step: int | None = None) -> Run:
         lora=lora,
         fingerprint=state["fingerprint"],
         initial=read_initial(path, config.lora),
+        head=read_head(path),
     )
 
 

@@ -186,6 +186,7 @@ def _open_adapter(
         new_ids=adapter.new_ids,
         tables=adapter.tables,
         projections=adapter.projections,
+        head=adapter.head,
     )
     return _opened(source, args, run, chat_template, chat_template_kwargs)
 
@@ -286,6 +287,8 @@ def apply_adapter(model: CausalLM, run: Run) -> ModelParts:
     """
     initial = None if run.initial is None else run.initial.factors
     add_lora(model, run.lora_args, jax.random.key(0), initial, projections=run.projections)
+    if run.head is not None:
+        model.add_sequence_head(run.head.spec(), jax.random.key(0))
     set_tables(model, run.tables)
     add_tables(model, run.new_ids, run.lora_args)
     fresh = partition(model)

@@ -76,13 +76,14 @@ def pool_last(hidden_BTD: Float[Array, "B T D"], sequences_BT: Int[Array, "B T"]
 
 
 def pool_mean(hidden_BTD: Float[Array, "B T D"], sequences_BT: Int[Array, "B T"], slots: int) -> Float[Array, "B S D"]:
-    """Returns the mean of each sequence's hidden states, summed in f32, and 0 for an empty slot."""
+    """Returns the mean of each sequence's hidden states, summed in f32, and 0 for an empty slot.
 
-    def sums(values_BT_: jax.Array) -> jax.Array:
-        return jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_segments=slots))(values_BT_, sequences_BT)
-
-    counts_BS = sums(jnp.ones(sequences_BT.shape, jnp.float32))
-    return sums(hidden_BTD.astype(jnp.float32)) / jnp.maximum(counts_BS, 1.0)[..., None]
+    The sums are a product, not a scatter, whose order of additions is not fixed on a GPU.
+    """
+    is_in_BST = sequences_BT[:, None, :] == jnp.arange(slots, dtype=sequences_BT.dtype)[None, :, None]
+    counts_BS = jnp.sum(is_in_BST, axis=2, dtype=jnp.float32)
+    sums_BSD = jnp.einsum("bst,btd->bsd", is_in_BST.astype(jnp.float32), hidden_BTD.astype(jnp.float32))
+    return sums_BSD / jnp.maximum(counts_BS, 1.0)[..., None]
 
 
 POOLINGS = {"last": pool_last, "mean": pool_mean}

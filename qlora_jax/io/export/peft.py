@@ -20,6 +20,7 @@ from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
 from qlora_jax.io.peft.projections import projection_tensors
+from qlora_jax.io.peft.sequence_heads import check_pooling, split_head, with_head
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
@@ -59,19 +60,25 @@ def export_peft(
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     trained = adapter_for_export(run, with_base)
-    adapters, tables = split_tables(trained.lora)
-    check_exportable(run, tables, opened.features)
+    check_pooling(run.head, "peft")
+    bare, score = split_head(trained.lora)
+    adapters, tables = split_tables(bare)
+    # A model with a sequence head has no language-model head to which the embedding could be tied.
+    features = opened.features if run.head is None else dataclasses.replace(opened.features, tie_embeddings=False)
+    check_exportable(run, tables, features)
     lora = {named(name): matrices for name, matrices in adapters.items()}
     config, tensors = in_peft_format(lora, trained.args, opened.features, base)
-    config |= {"revision": revision} | table_config(tables, run.new_ids, opened.features)
+    config |= {"revision": revision} | table_config(tables, run.new_ids, features)
+    tensors |= table_tensors(tables, features)
+    if run.head is not None:
+        config, tensors = with_head(config, tensors, score, run.head, features)
     total_rows = opened.full_features.vocab_size
     resized_rows = total_rows if total_rows > opened.features.vocab_size and not with_base else None
     notes = [*trained.notes, *notes_for_readers(config)]
     with staged_folder(output) as folder:
-        tensors |= table_tensors(tables, opened.features)
         if run.lora_args.method == "vera":
             tensors |= projection_tensors(run.projections or vera_projections(opened.features, run.lora_args))
-        write_adapter(folder, tensors, config, resized_rows)
+        write_adapter(folder, tensors, config, resized_rows, run.head)
         if tables:
             write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
         if with_base:

@@ -24,6 +24,7 @@ class AdapterConfig(TypedDict, total=False):
     """
 
     peft_type: str | None
+    task_type: str | None
     base_model_name_or_path: str | None
     revision: str | None
     bias: str

@@ -6,7 +6,7 @@ Dimension key: N rows that train, W rows of a table, D embed.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -143,15 +143,19 @@ def read_tables(
 LEAVES = (DELTA, *WHOLE, *FROZEN)
 
 
-def setting_problems(config: AdapterConfig, model: ModelConfig) -> list[str]:
-    """Lists settings for embedding and head that are not supported."""
+def setting_problems(config: AdapterConfig, model: ModelConfig, others: Collection[str] = ()) -> list[str]:
+    """Lists settings for embedding and head that are not supported.
+
+    Args:
+      others: other modules that the adapter may have as a whole.
+    """
     known, indices = _known(model), _token_indices(config, model)
     named = {"trainable_token_indices": indices, "modules_to_save": config.get("modules_to_save") or []}
     problems = [
         f"{setting}: {module} is neither embedding nor head ({', '.join(known)}), the only modules supported here"
         for setting, modules in named.items()
         for module in modules
-        if module.rpartition(".")[2] not in known
+        if module.rpartition(".")[2] not in {*known, *others}
     ]
     if len({tuple(ids) for ids in indices.values()}) > 1:
         problems.append("trainable_token_indices: different tokens for head and embedding are not supported")

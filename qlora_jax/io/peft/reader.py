@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.hf.hub import hub_name_of
 from qlora_jax.io.hf.reader import read_header
 from qlora_jax.io.model_source import TensorEntry
@@ -19,6 +20,7 @@ from qlora_jax.io.peft.config import AdapterConfig, read_adapter_config
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.peft.norms import PEFT_TYPE, norm_suffixes, our_norm_names, read_norms
 from qlora_jax.io.peft.projections import NAMES, read_projections
+from qlora_jax.io.peft.sequence_heads import head_modules, named_as_causal, read_score, without_lm_head
 from qlora_jax.io.peft.stacks import LEAVES_OF_METHOD, WEIGHTS, check_fits, stack_layers
 from qlora_jax.io.peft.targets import targeted_layers
 from qlora_jax.io.peft.writer import AdapterArrays, SomeLayers, target_settings, target_suffixes
@@ -64,6 +66,7 @@ class PeftAdapter:
       tables: embedding and head that replace the base's, if they were trained whole.
       base: path or name of the base model when the adapter was trained; None if the config does not say.
       projections: VeRA's A and B, if they are not those of its settings.
+      head: the sequence head, if the adapter has one; its matrix is in `lora`.
     """
 
     args: LoraArgs
@@ -72,6 +75,7 @@ class PeftAdapter:
     new_ids: tuple[int, ...]
     tables: dict[str, np.ndarray]
     projections: Projections | None = None
+    head: TrainedHead | None = None
 
 
 def is_adapter(folder: Path) -> bool:
@@ -98,15 +102,18 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
     _check_settings(folder, config, model)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
-    tables, tensors, wrong = read_tables(config, list(read_header(folder / WEIGHTS)), model)
-    lora, args = READERS[_kind(config)](folder, config, tensors, model, wrong)
+    entries = named_as_causal(config, list(read_header(folder / WEIGHTS)), model)
+    head, score, entries, wrong_head = read_score(folder, config, entries, model)
+    tables, tensors, wrong = read_tables(config, entries, without_lm_head(config, model))
+    lora, args = READERS[_kind(config)](folder, config, tensors, model, wrong_head + wrong)
     return PeftAdapter(
         args=args,
-        lora=lora | tables.rows,
+        lora=lora | tables.rows | score,
         base=config.get("base_model_name_or_path"),
         new_ids=tables.ids,
         tables=tables.whole,
         projections=read_projections(folder, config, tensors, lora, args, model) if args.method == "vera" else None,
+        head=head,
     )
 
 
@@ -263,7 +270,8 @@ def _check_settings(folder: Path, config: AdapterConfig, model: ModelConfig) -> 
         for name, value in sorted(config.items())
         if name not in known and value not in (None, False, {}, [])
     ]
-    problems += setting_problems(config, model) + _pattern_problems(config)
+    problems += setting_problems(config, without_lm_head(config, model), head_modules(config))
+    problems += _pattern_problems(config)
     if problems:
         raise ValueError(f"{folder / CONFIG}:\n  " + "\n  ".join(problems))
 

@@ -15,7 +15,9 @@ from safetensors.numpy import save
 
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
+from qlora_jax.io.head_file import TrainedHead, write_head
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.io.peft.readme import readme
 from qlora_jax.io.tensor_map import layer_name
 from qlora_jax.patterns import matches_end
 
@@ -208,58 +210,30 @@ def target_suffixes(targets: Sequence[str], linears: Sequence[str]) -> list[str]
     return sorted(suffixes)
 
 
-def write_adapter(folder: Path, tensors: dict[str, np.ndarray], config: JsonObject, rows: int | None = None) -> None:
-    """Writes the adapter's three files into an existing folder.
+def write_adapter(
+    folder: Path,
+    tensors: dict[str, np.ndarray],
+    config: JsonObject,
+    rows: int | None = None,
+    head: TrainedHead | None = None,
+) -> None:
+    """Writes the adapter's files into an existing folder.
 
     Args:
       rows: the length to which the base's embedding must be resized before PEFT loads the adapter, if any.
+      head: the sequence head, if the adapter has one; it is described in head.json.
     """
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "README.md", _readme(config, rows))
+    write_text(folder / "README.md", readme(config, _loadable(config), rows, head))
+    if head is not None:
+        write_head(folder, head)
 
 
-README = """\
----
-library_name: peft
-tags: [{tag}, qlora]
----
-
-{what} for the base model `{base_model_name_or_path}`, trained with qlora_jax.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-base = AutoModelForCausalLM.from_pretrained({loadable})
-{resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")
-```
-"""
-
-
-# peft_type -> (tag, description).
-NOT_LORA = {
-    "IA3": ("ia3", "An (IA)^3 adapter"),
-    "OFT": ("oft", "An OFT adapter"),
-    "VERA": ("vera", "A VeRA adapter"),
-    "LN_TUNING": ("ln_tuning", "Norms from LayerNorm tuning"),
-}
-
-
-def _readme(config: JsonObject, rows: int | None) -> str:
-    base = config["base_model_name_or_path"]
+def _loadable(config: JsonObject) -> str:
+    base, revision = config["base_model_name_or_path"], config.get("revision")
     loadable = repr("the same model as a Hugging Face folder" if is_gguf(base) else base)
-    if config.get("revision"):
-        loadable += f", revision={config['revision']!r}"
-    if config["peft_type"] in NOT_LORA:
-        tag, what = NOT_LORA[config["peft_type"]]
-    else:
-        tag, what = (
-            "lora",
-            "A {} adapter (rank {r}, alpha {lora_alpha})".format("DoRA" if config["use_dora"] else "LoRA", **config),
-        )
-    resize = f"base.resize_token_embeddings({rows})  # for the new tokens\n" if rows else ""
-    return README.format(base_model_name_or_path=base, loadable=loadable, resize=resize, tag=tag, what=what)
+    return f"{loadable}, revision={revision!r}" if revision else loadable
 
 
 def is_gguf(base: str) -> bool:

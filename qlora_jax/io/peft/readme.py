@@ -1,0 +1,110 @@
+"""The README.md of an exported adapter: how transformers and peft load it."""
+
+from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.io.model_source import JsonObject
+
+README = """\
+---
+library_name: peft
+tags: [{tag}, qlora]
+---
+
+{what} for the base model `{base}`, trained with qlora_jax.
+
+```python
+{code}
+```
+{note}"""
+
+GENERATE = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained({loadable})
+{resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+CLASSIFY = """\
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained({loadable}{settings})
+{resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
+
+EMBED = """\
+import torch
+from peft import PeftModel
+from transformers import AutoModel
+
+base = AutoModel.from_pretrained({loadable})
+{resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")
+states = model(**batch).last_hidden_state  # batch: input_ids and attention_mask, padded on the right
+mask = batch["attention_mask"]
+{pooling}
+embeddings = torch.nn.functional.normalize(pooled, dim=1)"""
+
+POOLINGS = {
+    "last": "pooled = states[torch.arange(len(states)), mask.sum(1) - 1]  # the last token of each text",
+    "mean": "pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # the mean over a text",
+}
+# What the output of a head means, by objective.
+OUTPUTS = {
+    "classification": "The logits are those of one class per text.",
+    "multi_label": "Each logit is that of one label; a label applies where its logit is above 0.",
+    "regression": "The only logit is the predicted number.",
+    "reward": "The only logit is the reward of a conversation: higher is better.",
+}
+PADDED = "A batch of several texts needs `base.config.pad_token_id`: any id that does not end a text.\n"
+PROBLEM_TYPES = {
+    "classification": "single_label_classification",
+    "multi_label": "multi_label_classification",
+    "regression": "regression",
+    "reward": "regression",
+}
+
+# peft_type -> (tag, description).
+NOT_LORA = {
+    "IA3": ("ia3", "An (IA)^3 adapter"),
+    "OFT": ("oft", "An OFT adapter"),
+    "VERA": ("vera", "A VeRA adapter"),
+    "LN_TUNING": ("ln_tuning", "Norms from LayerNorm tuning"),
+}
+
+
+def readme(config: JsonObject, loadable: str, rows: int | None, head: TrainedHead | None) -> str:
+    """Returns the README.
+
+    Args:
+      config: adapter_config.json.
+      loadable: the arguments with which transformers loads the base, as Python's source.
+      rows: the length to which the base's embedding must be resized, if any.
+      head: the sequence head, if the adapter has one.
+    """
+    tag, what = _description(config)
+    names = {
+        "loadable": loadable,
+        "resize": f"base.resize_token_embeddings({rows})  # for the new tokens\n" if rows else "",
+    }
+    if head is None:
+        code, note = GENERATE.format(**names), ""
+    elif head.outputs == 0:
+        code, note = EMBED.format(**names, pooling=POOLINGS[head.pooling]), ""
+    else:
+        settings = "".join(f", {name}={value!r}" for name, value in label_settings(head).items())
+        code, note = CLASSIFY.format(**names, settings=settings), f"\n{OUTPUTS[head.objective]}\n{PADDED}"
+    return README.format(tag=tag, what=what, base=config["base_model_name_or_path"], code=code, note=note)
+
+
+def _description(config: JsonObject) -> tuple[str, str]:
+    if config["peft_type"] in NOT_LORA:
+        return NOT_LORA[config["peft_type"]]
+    kind = "DoRA" if config["use_dora"] else "LoRA"
+    return "lora", "A {} adapter (rank {r}, alpha {lora_alpha})".format(kind, **config)
+
+
+def label_settings(head: TrainedHead) -> JsonObject:
+    """Returns the settings of a transformers config that describe a head's outputs."""
+    settings: JsonObject = {"num_labels": head.outputs}
+    if head.labels:
+        settings["id2label"] = dict(enumerate(head.labels))
+        settings["label2id"] = {label: index for index, label in enumerate(head.labels)}
+    return settings | {"problem_type": PROBLEM_TYPES[head.objective]}

@@ -1,0 +1,214 @@
+"""Objectives of sequence heads against transformers, TRL and torch, over the exported adapters."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.io.export.peft import in_peft_format
+from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.io.loader import load_model
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.peft.reader import read_adapter
+from qlora_jax.io.peft.sequence_heads import split_head, with_head
+from qlora_jax.io.peft.writer import write_adapter
+from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.training.objectives.classification import Classification, MultiLabel, Regression
+from qlora_jax.training.objectives.embedding import Embedding
+from qlora_jax.training.objectives.head_objective import HeadObjective
+from qlora_jax.training.objectives.reward import Reward
+from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
+
+SCRIPT = Path(__file__).parent.parent / "oracle/sequence_losses.py"
+LORA = LoraArgs(rank=4, alpha=8.0)
+ROWS = 5
+RNG = np.random.default_rng(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An objective with its data: `texts[k][row]` are the ids of the k-th text of a data row."""
+
+    objective: HeadObjective
+    head: TrainedHead
+    values: dict[str, np.ndarray]  # [rows, texts, ...]
+
+    @property
+    def texts(self) -> list[list[list[int]]]:
+        rng = np.random.default_rng(5)
+        count = self.objective.sequences_per_row
+        return [[rng.integers(3, 32, rng.integers(2, 9)).tolist() for _ in range(ROWS)] for _ in range(count)]
+
+
+def names(count: int) -> tuple[str, ...]:
+    return tuple(f"label {index}" for index in range(count))
+
+
+CASES = {
+    "classification": Case(
+        Classification(),
+        TrainedHead(objective="classification", labels=names(3)),
+        {"labels": RNG.integers(0, 3, (ROWS, 1)).astype(np.float32)},
+    ),
+    "multi_label": Case(
+        MultiLabel(count_of_labels=4),
+        TrainedHead(objective="multi_label", labels=names(4)),
+        {"labels": RNG.integers(0, 2, (ROWS, 1, 4)).astype(np.float32)},
+    ),
+    "regression": Case(
+        Regression(),
+        TrainedHead(objective="regression"),
+        {"labels": RNG.normal(0, 2, (ROWS, 1)).astype(np.float32)},
+    ),
+    "reward": Case(
+        Reward(center_rewards_coefficient=0.3),
+        TrainedHead(objective="reward"),
+        {"margins": np.repeat(RNG.uniform(0, 1, (ROWS, 1)), 2, 1).astype(np.float32)},
+    ),
+    "pairs of texts": Case(Embedding(temperature=0.2), TrainedHead(objective="embedding", pooling="mean"), {}),
+    "hard negatives": Case(Embedding(sequences_per_row=3), TrainedHead(objective="embedding"), {}),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = tiny_config()
+    files = {"tokenizer.json": tokenizer_json()}
+    return write_folder(tmp_path_factory.mktemp("model"), config, random_weights(config), **files)
+
+
+def parts_of(folder: Path, head: TrainedHead) -> ModelParts:
+    """The model with adapters and a head that are not zero."""
+    source = open_model(folder)
+    model = load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32")).model
+    add_lora(model, LORA, jax.random.key(0))
+    model.add_sequence_head(head.spec(), jax.random.key(0))
+    parts, rng = partition(model), np.random.default_rng(7)
+    return parts.with_lora(
+        jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), parts.lora)
+    )
+
+
+def export(folder: Path, parts: ModelParts, head: TrainedHead, base: Path) -> Path:
+    model = combine(parts).config
+    bare, score = split_head(parts.lora)
+    config, tensors = in_peft_format(bare, LORA, model, str(base))
+    config, tensors = with_head(config, tensors, score, head, model)
+    folder.mkdir()
+    write_adapter(folder, tensors, config, head=head)
+    return folder
+
+
+def micro_batch(case: Case, places: Sequence[Sequence[int]], length: int, slots: int) -> dict[str, jax.Array]:
+    """The arrays of a micro-batch whose rows pack the data rows `places[row]`."""
+    shape, texts = (len(places), length), case.texts
+    inputs, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    sequences, present = np.full(shape, slots, np.int32), np.zeros((len(places), slots), np.float32)
+    values = {name: np.zeros((len(places), slots, *each.shape[2:]), np.float32) for name, each in case.values.items()}
+    for row, packed in enumerate(places):
+        at = slot = 0
+        for data_row in packed:
+            for k, of_row in enumerate(texts):
+                span = slice(at, at + len(of_row[data_row]))
+                inputs[row, span], sequences[row, span], present[row, slot] = of_row[data_row], slot, 1
+                segments[row, span.stop :] += 1
+                for name, each in case.values.items():
+                    values[name][row, slot] = each[data_row, k]
+                at, slot = span.stop, slot + 1
+    arrays = {"inputs": inputs, "segments": segments, "sequences": sequences, "present": present}
+    return jax.tree.map(jnp.asarray, arrays | values)
+
+
+def computed(case: Case, parts: ModelParts, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
+    """(outputs of present slots, loss, gradients)."""
+
+    def loss_of(lora: Any) -> tuple[jax.Array, jax.Array]:
+        model = combine(parts.with_lora(lora))
+        hidden_MD = model.hidden(micro["inputs"], segments_BT=micro["segments"])
+        outputs = case.objective.outputs(model, hidden_MD, micro)
+        losses_B = case.objective.row_losses(outputs, micro, case.objective.totals(micro))
+        return jnp.sum(losses_B) / case.objective.count(micro), outputs
+
+    (loss, outputs), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(parts.lora)
+    return outputs[np.asarray(micro["present"]) > 0], loss, grads
+
+
+LAYOUTS = {
+    "one row each": ([[row] for row in range(ROWS)], 24, None),
+    "packed": ([[3, 0], [4, 2, 1]], 64, 16),
+}
+
+
+@pytest.mark.slow
+def test_losses_outputs_and_gradients_equal_the_oracle(folder: Path, tmp_path: Path, oracle) -> None:
+    all_parts = {name: parts_of(folder, case.head) for name, case in CASES.items()}
+    given = {
+        name: {
+            "objective": case.head.objective,
+            "outputs": case.head.outputs,
+            "folder": str(folder),
+            "adapter": str(export(tmp_path / name, all_parts[name], case.head, folder)),
+            **_data(case),
+        }
+        for name, case in CASES.items()
+    }
+    expected = oracle(SCRIPT, cases=given)
+    for name, case in CASES.items():
+        for layout, (places, length, slots) in LAYOUTS.items():
+            micro = micro_batch(case, places, length, slots or case.objective.sequences_per_row)
+            outputs, loss, grads = computed(case, all_parts[name], micro)
+            order = [row for packed in places for row in packed]
+            wanted = expected[f"{name}/outputs"].reshape(case.objective.sequences_per_row, ROWS, -1)[:, order]
+            found = np.asarray(outputs).reshape(ROWS, case.objective.sequences_per_row, -1)
+            np.testing.assert_allclose(
+                found.transpose(1, 0, 2), wanted, rtol=1e-4, atol=1e-5, err_msg=f"{name} {layout}"
+            )
+            np.testing.assert_allclose(loss, expected[f"{name}/loss"], rtol=1e-5, err_msg=f"{name} {layout}")
+            _compare(grads, expected, name, case.head, combine(all_parts[name]).config)
+
+
+def _data(case: Case) -> dict[str, Any]:
+    if case.head.objective == "reward":
+        assert isinstance(case.objective, Reward)
+        margins = case.values["margins"][:, 0].tolist()
+        return {"rows": case.texts, "margins": margins, "center": case.objective.center_rewards_coefficient}
+    if isinstance(case.objective, Embedding):
+        return {"rows": case.texts, "pooling": case.head.pooling, "temperature": case.objective.temperature}
+    labels = case.values["labels"][:, 0]
+    return {
+        "rows": case.texts[0],
+        "labels": (labels.astype(int) if case.head.objective == "classification" else labels).tolist(),
+    }
+
+
+def _compare(grads: Any, expected: dict[str, np.ndarray], name: str, head: TrainedHead, model: Any) -> None:
+    """Compares gradients in PEFT's names and orientation, by their largest difference over the largest gradient."""
+    bare, score = split_head(grads)
+    config, tensors = in_peft_format(bare, LORA, model, "base")
+    tensors = with_head(config, tensors, score, head, model)[1]
+    theirs = {
+        key.removeprefix(f"{name}/grad/"): value for key, value in expected.items() if key.startswith(f"{name}/grad/")
+    }
+    assert tensors.keys() == theirs.keys()
+    for tensor, gradient in tensors.items():
+        scale = np.abs(theirs[tensor]).max()
+        assert scale > 0, tensor
+        np.testing.assert_allclose(gradient / scale, theirs[tensor] / scale, atol=1e-5, err_msg=f"{name}: {tensor}")
+
+
+@pytest.mark.parametrize("name", ["classification", "hard negatives"])
+def test_an_exported_head_is_read_back(name: str, folder: Path, tmp_path: Path) -> None:
+    case = CASES[name]
+    parts = parts_of(folder, case.head)
+    adapter = read_adapter(export(tmp_path / "adapter", parts, case.head, folder), combine(parts).config)
+    assert adapter.head == case.head
+    jax.tree.map(np.testing.assert_array_equal, adapter.lora, jax.tree.map(np.asarray, parts.lora))
