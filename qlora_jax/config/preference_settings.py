@@ -4,8 +4,9 @@ import dataclasses
 from typing import Literal
 
 from qlora_jax.config.fields import BELOW_HALF, NON_NEGATIVE, POSITIVE, setting
+from qlora_jax.config.head_settings import HeadObjective
 
-ObjectiveName = Literal["sft", "dpo", "kto", "orpo", "cpo", "simpo"]
+ObjectiveName = Literal["sft", "dpo", "kto", "orpo", "cpo", "simpo", HeadObjective]
 PREFERENCES: tuple[ObjectiveName, ...] = ("dpo", "kto", "orpo", "cpo", "simpo")
 
 # Losses of the objectives that have several; the first is the default.

@@ -16,6 +16,7 @@ from qlora_jax.config.fields import (
     TemplateValue,
     setting,
 )
+from qlora_jax.config.head_settings import HeadArgs
 from qlora_jax.config.lora_settings import LoraArgs
 from qlora_jax.config.mesh_settings import HostsArgs, MeshArgs
 from qlora_jax.config.preference_settings import ObjectiveName, PreferenceArgs
@@ -346,12 +347,14 @@ class Config:
     optim: OptimArgs = dataclasses.field(default_factory=OptimArgs)
     train: TrainArgs = dataclasses.field(default_factory=TrainArgs)
     preference: PreferenceArgs = dataclasses.field(default_factory=PreferenceArgs)
+    head: HeadArgs = dataclasses.field(default_factory=HeadArgs)
     questions: QuestionArgs = dataclasses.field(default_factory=QuestionArgs)
     mesh: MeshArgs = dataclasses.field(default_factory=MeshArgs)
     hosts: HostsArgs = dataclasses.field(default_factory=HostsArgs)
     objective: ObjectiveName = setting(
         "loss of the run. sft: supervised finetuning. dpo, orpo, cpo, simpo: learn from pairs of a chosen and a "
-        "rejected answer; kto: from answers labelled good or bad (docs/preferences.md)",
+        "rejected answer; kto: from answers labelled good or bad (docs/preferences.md). classification, multi_label, "
+        "regression, reward, embedding: train a head on whole sequences (docs/heads.md)",
         "sft",
     )
     output: str = setting(

@@ -2,12 +2,13 @@
 
 import dataclasses
 
+from qlora_jax.config.head_settings import HEADS, head_problems
 from qlora_jax.config.layer_numbers import parse_layers
 from qlora_jax.config.lora_settings import LoraArgs, MethodName
 from qlora_jax.config.optimizer_names import PAGED, paging_of, plain_name
 from qlora_jax.config.parse import ConfigError, find_problems
 from qlora_jax.config.preference_settings import preference_problems
-from qlora_jax.config.question_settings import question_problems, unknown_columns
+from qlora_jax.config.question_settings import QUESTION_KINDS, question_problems, unknown_columns
 from qlora_jax.config.schema import ROW_COLUMNS, Config, DataArgs
 from qlora_jax.config.sizes import parse_bytes
 
@@ -192,7 +193,7 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
 
 def _objective_problems(config: Config) -> list[str]:
     """Reports settings of preferences and of data that the objective does not use."""
-    problems = preference_problems(config.preference, config.objective)
+    problems = preference_problems(config.preference, config.objective) + _head_problems(config)
     if config.objective == "sft":
         return problems
     if config.data.learn == "all":
@@ -205,6 +206,23 @@ def _objective_problems(config: Config) -> list[str]:
         "Remove this setting; data.max_length limits each prompt with its answer"
         for name in ("source_max_length", "target_max_length")
         if (value := getattr(config.data, name)) is not None
+    ]
+
+
+def _head_problems(config: Config) -> list[str]:
+    """Reports settings of heads that the objective ignores, and those that require a language-model head."""
+    problems = head_problems(config.head, config.objective)
+    if config.objective not in HEADS:
+        return problems
+    needing = {
+        "lora.modules_to_save": "lm_head" if "lm_head" in config.lora.modules_to_save else None,
+        "train.samples": config.train.samples,
+        **{f"questions.{kind}": getattr(config.questions, kind) for kind in QUESTION_KINDS},
+    }
+    return problems + [
+        f"{name}: found {value!r} with objective={config.objective}, whose model has no language-model head. Remove it"
+        for name, value in needing.items()
+        if value is not None
     ]
 
 

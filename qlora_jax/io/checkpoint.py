@@ -2,7 +2,7 @@
 
     RUN/config.yaml                       the resolved configuration
     RUN/initial.safetensors               the initial adapter, if it contains a part of the weights (lora.init)
-    RUN/head.json                         what the outputs of a sequence head mean, if the objective trains one
+    RUN/head.json                         the meaning of a sequence head's outputs, if the objective trains one
     RUN/metrics.jsonl                     one line per step or evaluation
     RUN/report.html, report.json          the report of the run, for people and for programs
     RUN/checkpoints/STEP/lora             {"model.layers.self_attn.q_proj": {"lora_a": [L, K, R], "lora_b": [L, R, N]}}

@@ -1,4 +1,4 @@
-"""head.json: what the outputs of a trained sequence head mean. It lies in a run's folder and in exported adapters."""
+"""Reads and writes head.json, the meaning of a sequence head's outputs, in run folders and exported adapters."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ class TrainedHead:
     """A trained sequence head.
 
     Attributes:
-      objective: what it was trained for.
+      objective: the objective that trained it.
       labels: names of the outputs, for classification and multi_label; else empty.
       pooling: the hidden state that stands for a sequence.
     """

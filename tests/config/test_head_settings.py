@@ -2,6 +2,7 @@
 
 import pytest
 
+from qlora_jax.config import Config, ConfigError, DataArgs, LoraArgs, ModelArgs, TrainArgs, validate
 from qlora_jax.config.head_settings import HEADS, HeadArgs, head_problems
 
 
@@ -30,3 +31,20 @@ def test_labels_are_unique_and_at_least_two():
     ]
     assert "expected at least 2 labels" in head_problems(HeadArgs(labels=["a"]), "classification")[0]
     assert head_problems(HeadArgs(labels=["a"]), "multi_label") == []
+
+
+def test_settings_that_need_a_language_model_head_are_refused_together():
+    config = Config(
+        model=ModelArgs(path="m"),
+        lora=LoraArgs(modules_to_save=["lm_head"]),
+        data=DataArgs(train="t"),
+        train=TrainArgs(samples="prompts.jsonl"),
+        objective="reward",
+        output="o",
+    )
+    with pytest.raises(ConfigError) as error:
+        validate(config)
+    for name, value in (("lora.modules_to_save", "lm_head"), ("train.samples", "prompts.jsonl")):
+        assert f"{name}: found {value!r} with objective=reward, whose model has no language-model head" in str(
+            error.value
+        )

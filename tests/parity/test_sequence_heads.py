@@ -24,7 +24,6 @@ from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.training.objectives.classification import Classification, MultiLabel, Regression
 from qlora_jax.training.objectives.embedding import Embedding
-from qlora_jax.training.objectives.head_objective import HeadObjective
 from qlora_jax.training.objectives.reward import Reward
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
 
@@ -38,7 +37,7 @@ RNG = np.random.default_rng(3)
 class Case:
     """An objective with its data: `texts[k][row]` are the ids of the k-th text of a data row."""
 
-    objective: HeadObjective
+    objective: Classification | MultiLabel | Regression | Reward | Embedding
     head: TrainedHead
     values: dict[str, np.ndarray]  # [rows, texts, ...]
 
@@ -60,7 +59,7 @@ CASES = {
         {"labels": RNG.integers(0, 3, (ROWS, 1)).astype(np.float32)},
     ),
     "multi_label": Case(
-        MultiLabel(count_of_labels=4),
+        MultiLabel(labels=4),
         TrainedHead(objective="multi_label", labels=names(4)),
         {"labels": RNG.integers(0, 2, (ROWS, 1, 4)).astype(np.float32)},
     ),
@@ -82,20 +81,32 @@ CASES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = tiny_config()
-    files = {"tokenizer.json": tokenizer_json()}
-    return write_folder(tmp_path_factory.mktemp("model"), config, random_weights(config), **files)
+    made = write_folder(tmp_path_factory.mktemp("model"), config, random_weights(config))
+    (made / "tokenizer.json").write_text(tokenizer_json())
+    return made
 
 
-def parts_of(folder: Path, head: TrainedHead) -> ModelParts:
-    """The model with adapters and a head that are not zero."""
+@pytest.fixture(scope="module")
+def body(folder: Path) -> ModelParts:
+    """The model without a head, with adapters that are not zero."""
     source = open_model(folder)
     model = load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32")).model
     add_lora(model, LORA, jax.random.key(0))
-    model.add_sequence_head(head.spec(), jax.random.key(0))
-    parts, rng = partition(model), np.random.default_rng(7)
+    return _random(partition(model))
+
+
+def _random(parts: ModelParts) -> ModelParts:
+    rng = np.random.default_rng(7)
     return parts.with_lora(
         jax.tree.map(lambda leaf: jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype), parts.lora)
     )
+
+
+def parts_of(body: ModelParts, head: TrainedHead) -> ModelParts:
+    """The model with a head."""
+    model = combine(body)
+    model.add_sequence_head(head.spec(init_std=0.1), jax.random.key(1))
+    return partition(model)
 
 
 def export(folder: Path, parts: ModelParts, head: TrainedHead, base: Path) -> Path:
@@ -128,18 +139,34 @@ def micro_batch(case: Case, places: Sequence[Sequence[int]], length: int, slots:
     return jax.tree.map(jnp.asarray, arrays | values)
 
 
-def computed(case: Case, parts: ModelParts, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
-    """(outputs of present slots, loss, gradients)."""
+@jax.jit
+def hidden_states(body: ModelParts, inputs: jax.Array, segments: jax.Array) -> jax.Array:
+    return combine(body).hidden(inputs, segments_BT=segments)
 
-    def loss_of(lora: Any) -> tuple[jax.Array, jax.Array]:
-        model = combine(parts.with_lora(lora))
-        hidden_MD = model.hidden(micro["inputs"], segments_BT=micro["segments"])
+
+@jax.jit
+def backpropagate(body: ModelParts, inputs: jax.Array, segments: jax.Array, d_hidden_MD: jax.Array) -> Any:
+    """Gradients by the adapters; one program for all objectives."""
+    (grads,) = jax.vjp(lambda lora: hidden_states(body.with_lora(lora), inputs, segments), body.lora)[1](d_hidden_MD)
+    return grads
+
+
+def computed(case: Case, body: ModelParts, micro: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, Any]:
+    """(outputs of present slots, loss, gradients)."""
+    parts, texts = parts_of(body, case.head), (micro["inputs"], micro["segments"])
+    score = split_head(parts.lora)[1]
+
+    def loss_of(score: Any, hidden_MD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        model = combine(parts.with_lora({**parts.lora, **score}))
         outputs = case.objective.outputs(model, hidden_MD, micro)
         losses_B = case.objective.row_losses(outputs, micro, case.objective.totals(micro))
         return jnp.sum(losses_B) / case.objective.count(micro), outputs
 
-    (loss, outputs), grads = jax.jit(jax.value_and_grad(loss_of, has_aux=True))(parts.lora)
-    return outputs[np.asarray(micro["present"]) > 0], loss, grads
+    hidden_MD = hidden_states(body, *texts)
+    (loss, outputs), (by_score, by_hidden) = jax.jit(jax.value_and_grad(loss_of, (0, 1), has_aux=True))(
+        score, hidden_MD
+    )
+    return outputs[np.asarray(micro["present"]) > 0], loss, backpropagate(body, *texts, by_hidden) | by_score
 
 
 LAYOUTS = {
@@ -149,8 +176,8 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-def test_losses_outputs_and_gradients_equal_the_oracle(folder: Path, tmp_path: Path, oracle) -> None:
-    all_parts = {name: parts_of(folder, case.head) for name, case in CASES.items()}
+def test_losses_outputs_and_gradients_equal_the_oracle(folder: Path, body: ModelParts, tmp_path: Path, oracle) -> None:
+    all_parts = {name: parts_of(body, case.head) for name, case in CASES.items()}
     given = {
         name: {
             "objective": case.head.objective,
@@ -165,7 +192,7 @@ def test_losses_outputs_and_gradients_equal_the_oracle(folder: Path, tmp_path: P
     for name, case in CASES.items():
         for layout, (places, length, slots) in LAYOUTS.items():
             micro = micro_batch(case, places, length, slots or case.objective.sequences_per_row)
-            outputs, loss, grads = computed(case, all_parts[name], micro)
+            outputs, loss, grads = computed(case, body, micro)
             order = [row for packed in places for row in packed]
             wanted = expected[f"{name}/outputs"].reshape(case.objective.sequences_per_row, ROWS, -1)[:, order]
             found = np.asarray(outputs).reshape(ROWS, case.objective.sequences_per_row, -1)
@@ -206,9 +233,9 @@ def _compare(grads: Any, expected: dict[str, np.ndarray], name: str, head: Train
 
 
 @pytest.mark.parametrize("name", ["classification", "hard negatives"])
-def test_an_exported_head_is_read_back(name: str, folder: Path, tmp_path: Path) -> None:
+def test_an_exported_head_is_read_back(name: str, folder: Path, body: ModelParts, tmp_path: Path) -> None:
     case = CASES[name]
-    parts = parts_of(folder, case.head)
+    parts = parts_of(body, case.head)
     adapter = read_adapter(export(tmp_path / "adapter", parts, case.head, folder), combine(parts).config)
     assert adapter.head == case.head
     jax.tree.map(np.testing.assert_array_equal, adapter.lora, jax.tree.map(np.asarray, parts.lora))

@@ -15,7 +15,7 @@ import numpy as np
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import export_spec, spec_without_tokenizer
-from qlora_jax.io.export.methods import check_method
+from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.gguf.reader import RowTransform
@@ -56,6 +56,7 @@ def export_gguf_lora(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "gguf-lora")
+    check_head(run.head, "gguf-lora")
     trained = adapter_for_export(run, with_base)
     named = {opened.features.hugging_face_name(name): matrices for name, matrices in trained.lora.items()}
     check_plain(run, named)

@@ -15,7 +15,7 @@ from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
-from qlora_jax.io.export.methods import check_method
+from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
@@ -78,6 +78,7 @@ def export_merged(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, form)
+    check_head(run.head, form)
     original = None if base is None else _open_original(base, opened, run)
     file = export_spec(opened) if form == "gguf" else None
     prompts = _prompts(opened)

@@ -1,10 +1,12 @@
-"""Refuses export formats that cannot hold a finetuning method, with the reason."""
+"""Refuses export formats that cannot hold a finetuning method or a sequence head, with the reason."""
 
 from collections.abc import Mapping
 
 from qlora_jax.config.lora_settings import MethodName
+from qlora_jax.io.head_file import TrainedHead
 
 ADAPTERS, MERGED = ("peft", "gguf-lora"), ("hf", "gguf")
+GGUF_FORMS = ("gguf-lora", "gguf")
 NONLINEAR = "an adapter with a nonlinearity between its two products cannot be merged into a weight"
 NO_BOTTLENECKS = "neither peft nor llama.cpp has bottleneck adapters after attention or MLP"
 IN_RUN = "Use the run itself: python -m qlora_jax.generate --run RUN, or evaluate"
@@ -39,3 +41,23 @@ def check_method(method: MethodName, form: str) -> None:
     """
     if problem := refusal(method, form):
         raise ValueError(problem)
+
+
+def check_head(head: TrainedHead | None, form: str) -> None:
+    """Checks that a format can hold a run's sequence head.
+
+    Raises:
+      ValueError: it cannot.
+    """
+    if head is None or (head.objective == "embedding" and form not in GGUF_FORMS):
+        return
+    if form in GGUF_FORMS:
+        raise ValueError(
+            f"--format {form}: llama.cpp's files cannot hold the head of a run with objective={head.objective}. Use "
+            "--format peft or hf, for transformers"
+        )
+    if head.pooling == "mean":
+        raise ValueError(
+            f"--format {form}: transformers classifies by the hidden state of the last token (found "
+            "head.pooling=mean). Use the run itself: python -m qlora_jax.evaluate --run RUN"
+        )

@@ -9,7 +9,7 @@ import numpy as np
 from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.checkpoint import Run
-from qlora_jax.io.export.methods import check_method
+from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.io.hf.hub import HubName
@@ -20,7 +20,7 @@ from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
 from qlora_jax.io.peft.projections import projection_tensors
-from qlora_jax.io.peft.sequence_heads import check_pooling, split_head, with_head
+from qlora_jax.io.peft.sequence_heads import split_head, with_head
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
@@ -57,10 +57,10 @@ def export_peft(
     if run is None:
         raise ValueError(f"{opened.source.path}: a base model has no adapter to export. Open a run")
     check_method(run.lora_args.method, "peft")
+    check_head(run.head, "peft")
     base, revision = (str((output / BASE_FOLDER).absolute()), None) if with_base else _base_of(opened.source)
     named = opened.features.hugging_face_name
     trained = adapter_for_export(run, with_base)
-    check_pooling(run.head, "peft")
     bare, score = split_head(trained.lora)
     adapters, tables = split_tables(bare)
     # A model with a sequence head has no language-model head to which the embedding could be tied.

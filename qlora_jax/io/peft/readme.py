@@ -46,7 +46,7 @@ POOLINGS = {
     "last": "pooled = states[torch.arange(len(states)), mask.sum(1) - 1]  # the last token of each text",
     "mean": "pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)  # the mean over a text",
 }
-# What the output of a head means, by objective.
+# The meaning of a head's outputs, by objective.
 OUTPUTS = {
     "classification": "The logits are those of one class per text.",
     "multi_label": "Each logit is that of one label; a label applies where its logit is above 0.",

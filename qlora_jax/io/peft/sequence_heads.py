@@ -33,20 +33,6 @@ def split_head(lora: AdapterArrays) -> tuple[AdapterArrays, AdapterArrays]:
     return {name: leaves for name, leaves in lora.items() if name != SCORE}, head
 
 
-def check_pooling(head: TrainedHead | None, form: str) -> None:
-    """Checks that transformers' classes can compute a head.
-
-    Raises:
-      ValueError: the head takes the mean over tokens, which only feature extractors leave to the user.
-    """
-    if head is not None and head.pooling == "mean" and head.outputs:
-        raise ValueError(
-            f"--format {form}: transformers classifies by the hidden state of the last token (found "
-            "head.pooling=mean). Use the run itself: python -m qlora_jax.evaluate --run RUN; or train with "
-            "head.pooling=last"
-        )
-
-
 def with_head(
     config: JsonObject, tensors: Mapping[str, np.ndarray], score: AdapterArrays, head: TrainedHead, model: ModelConfig
 ) -> tuple[JsonObject, dict[str, np.ndarray]]:

@@ -34,15 +34,15 @@ class MultiLabel(LabelledObjective):
     """The mean binary cross-entropy of C labels; labels [B, S, C] are 1 for those that apply, else 0.
 
     Attributes:
-      count_of_labels: C.
+      labels: C, which the data gives.
     """
 
-    count_of_labels: int
+    labels: int = 1
 
     @property
     def values(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the labels."""
-        return {LABELS: (self.count_of_labels,)}
+        return {LABELS: (self.labels,)}
 
     def sequence_losses(self, outputs: Float[Array, "*B S C"], arrays: Arrays) -> Float[Array, "*B S"]:
         """Returns the mean over labels of -y log s(x) - (1 - y) log s(-x)."""
