@@ -9,6 +9,7 @@ import functools
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import UInt64
@@ -16,9 +17,11 @@ from jaxtyping import UInt64
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.batching.batches import START, Batch, eval_batches, train_batches, window_order
 from qlora_jax.data.batching.buckets import UNIT, choose_buckets, count_units
-from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
+from qlora_jax.data.batching.mixture import Mixture, Part, check_kinds, check_weights, count_sequences
 from qlora_jax.data.batching.packing import pack_length
 from qlora_jax.data.holdout import Split, shared_rows
+from qlora_jax.data.kl_pairs import PairedRows, kl_shift, pair_rows, paired_digest
+from qlora_jax.data.labels import find_labels
 from qlora_jax.data.prepare import Preparation, row_chunks
 from qlora_jax.data.report.stats import (
     DataReport,
@@ -29,8 +32,17 @@ from qlora_jax.data.report.stats import (
     report_split,
 )
 from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
-from qlora_jax.data.rows import File, TokenRows, check_ids, concatenate_rows
+from qlora_jax.data.rows import (
+    File,
+    TokenRows,
+    Values,
+    attach_values,
+    check_ids,
+    concatenate_rows,
+    with_branches,
+)
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, with_chat_template, with_template_kwargs
 
 
@@ -43,6 +55,9 @@ class Dataset:
       eval: held-out rows, or None.
       buckets, eval_buckets: padded lengths T of training batches, and of evaluation batches.
       packed: True if several training rows share a row of a batch.
+      sequences: sequences of each row, which have slots in batches; 0 for supervised finetuning, which needs no slots.
+      labels: names of the classes, in order; empty if the objective has none.
+      digest: SHA-256 of the training rows as they were loaded.
       report: the report to show before training.
     """
 
@@ -52,10 +67,18 @@ class Dataset:
     buckets: tuple[int, ...]
     eval_buckets: tuple[int, ...]
     packed: bool
+    sequences: int
+    labels: tuple[str, ...]
     accumulation: int
     micro_batch_size: int
     seed: int
+    digest: str
     report: DataReport
+
+    @property
+    def branching(self) -> bool:
+        """True if training rows may be trees, so that their batches have `parents` and `depths`."""
+        return self.train.branching
 
     @property
     def steps_per_epoch(self) -> int:
@@ -76,7 +99,7 @@ class Dataset:
 
     def _fingerprint(self, *rows_of_step: int) -> str:
         order = (self.buckets, self.packed, *rows_of_step, self.seed)
-        return hashlib.sha256(repr((order, self.train.digest)).encode()).hexdigest()
+        return hashlib.sha256(repr((order, self.digest)).encode()).hexdigest()
 
     def window_order(self, epoch: int) -> list[int]:
         """Returns the windows of the training rows in the order of an epoch; [0] if all rows are one window."""
@@ -88,6 +111,7 @@ class Dataset:
             self.train,
             self.buckets,
             packed=self.packed,
+            sequences=self.sequences,
             accumulation=self.accumulation,
             micro_batch_size=self.micro_batch_size,
             seed=self.seed,
@@ -99,13 +123,60 @@ class Dataset:
         """Yields batches [1, batch_size, T] with every held-out row once; none without held-out rows."""
         if self.eval is None:
             return iter(())
-        return eval_batches(self.eval, self.eval_buckets, batch_size=batch_size, pad_id=_padding(self.tokenizer))
+        return self._once(self.eval, batch_size)
+
+    def each_row_once(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches [1, batch_size, T] with every training row once, whatever the files' weights."""
+        for rows in self.train.chunks():
+            yield from self._once(rows, batch_size)
+
+    def _once(self, rows: TokenRows, batch_size: int) -> Iterator[Batch]:
+        padding = _padding(self.tokenizer)
+        return eval_batches(rows, self.eval_buckets, batch_size=batch_size, pad_id=padding, sequences=self.sequences)
+
+    def with_values(self, name: str, train: Values, held_out: Values | None = None) -> "Dataset":
+        """Returns the data set with one more value per sequence, which batches have under `name`.
+
+        The fingerprint stays, because the order of batches does.
+
+        Args:
+          train: values of the training rows, [train.number_limit, sequences], indexed by their numbers.
+          held_out: those of the held-out rows, if there are any.
+        """
+        for rows, values in ((self.train, train), (self.eval, held_out)):
+            _check_values(name, rows, values, self.sequences)
+        if isinstance(self.train, Mixture):
+            rows = dataclasses.replace(self.train, attached={**self.train.attached, name: train})
+        else:
+            rows = attach_values(self.train, {name: train})
+        with_eval = self.eval if held_out is None or self.eval is None else attach_values(self.eval, {name: held_out})
+        return dataclasses.replace(self, train=rows, eval=with_eval)
+
+
+def _check_values(name: str, rows: TokenRows | Mixture | None, values: Values | None, sequences: int) -> None:
+    expected = None if rows is None else (rows.number_limit, sequences)
+    found = None if values is None else values.shape[:2]
+    if found != expected:
+        raise ValueError(f"values {name}: of other rows (found shape {found}, expected {expected})")
 
 
 def load_dataset(
-    data: DataArgs, tokenizer: Tokenizer, *, seed: int, micro_batch_size: int, accumulation: int
+    data: DataArgs,
+    tokenizer: Tokenizer,
+    *,
+    seed: int,
+    micro_batch_size: int,
+    accumulation: int,
+    objective: str = "sft",
+    labels: Sequence[str] = (),
+    kl_pairs: bool = False,
 ) -> Dataset:
     """Loads the data set that `data` describes: reads, checks and encodes every row, or reads data.cache.
+
+    Args:
+      objective: a key of ROW_USES, which determines the kind of the rows.
+      labels: names of the classes, in order; empty: those in the training data, if the objective has classes.
+      kl_pairs: gives each row the completion of another one, too (kl_pairs.py).
 
     Raises:
       ValueError: problems of settings, files or rows. All problems of a file's rows are in one error, by line.
@@ -115,12 +186,19 @@ def load_dataset(
         tokenizer = with_chat_template(tokenizer, data.chat_template)
     if data.chat_template_kwargs:
         tokenizer = with_template_kwargs(tokenizer, data.chat_template_kwargs, "data.chat_template_kwargs")
-    train, held_out = _prepare_train(data, tokenizer), _prepare_eval(data, tokenizer)
-    rows = _mixture(data, train, seed)
-    eval_rows = _concatenate(held_out) if held_out else None
+    source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective))
+    train, held_out = _prepare_train(source), _prepare_eval(source)
+    if kl_pairs:
+        train, held_out = ([_paired(split, seed, data.max_length) for split in splits] for splits in (train, held_out))
+    parts, held_out_parts = _parts(train, _weights(data)), _parts(held_out, {})
+    check_weights(parts)
+    check_kinds([*parts, *held_out_parts])
+    sequences = 0 if ROW_USES[objective].kind == "text" else count_sequences([*parts, *held_out_parts])
+    rows, longest = _mixture(data, parts, seed), max(part.longest for part in parts)
+    eval_rows = _concatenate(held_out_parts, branching=rows.branching) if held_out else None
     per_step = accumulation * micro_batch_size
-    padded = _padded_lengths(rows, data, per_step)
-    buckets = (pack_length(data.max_length),) if data.packing else padded
+    padded = _padded_lengths(rows, data, per_step, longest)
+    buckets = (max(pack_length(data.max_length), _rounded_up(longest)),) if data.packing else padded
     report = report_data(
         rows,
         [SourceReport(split.report, weight) for split, weight in zip(train, _weights(data).values(), strict=True)],
@@ -131,6 +209,7 @@ def load_dataset(
         per_step,
         tokenizer,
         packed=data.packing,
+        sequences=sequences,
     )
     return Dataset(
         tokenizer=tokenizer,
@@ -139,9 +218,12 @@ def load_dataset(
         buckets=buckets,
         eval_buckets=_with_longest(padded, eval_rows),
         packed=data.packing,
+        sequences=sequences,
+        labels=source.labels,
         accumulation=accumulation,
         micro_batch_size=micro_batch_size,
         seed=seed,
+        digest=rows.digest,
         report=report,
     )
 
@@ -154,9 +236,16 @@ def _check_eval_settings(data: DataArgs) -> None:
         )
 
 
-def _padded_lengths(rows: TokenRows | Mixture, data: DataArgs, per_step: int) -> tuple[int, ...]:
-    """Returns the lengths that rows are padded to without packing."""
-    units = np.sum([count_units(rows.window_lengths(0, n), data.max_length) for n in range(rows.windows)], axis=0)
+def _padded_lengths(rows: TokenRows | Mixture, data: DataArgs, per_step: int, longest: int) -> tuple[int, ...]:
+    """Returns the lengths that rows are padded to without packing.
+
+    Args:
+      longest: positions of the longest row of all epochs.
+    """
+    limit = max(data.max_length, longest)
+    units = np.sum([count_units(rows.window_lengths(0, n), limit) for n in range(rows.windows)], axis=0)
+    last = -(-longest // UNIT)
+    units[last] = max(units[last], 1)  # files with weights below 1 may have it in another epoch
     return choose_buckets(units, per_step, data.buckets)
 
 
@@ -165,7 +254,7 @@ class _Prepared:
     """One split of one file as token rows."""
 
     path: str
-    rows: TokenRows | StoredRows
+    rows: TokenRows | StoredRows | PairedRows
     digest: str
     report: SplitReport
     hashes: Sequence[UInt64[np.ndarray, " _"]]
@@ -176,24 +265,43 @@ def _weights(data: DataArgs) -> dict[str, float]:
     return data.train if isinstance(data.train, dict) else {data.train: 1.0}
 
 
-def _prepare_train(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
+class _Source(NamedTuple):
+    """All that determines the rows of a data set. See `load_dataset`."""
+
+    data: DataArgs
+    tokenizer: Tokenizer
+    objective: str
+    labels: tuple[str, ...]
+
+
+def _prepare_train(source: _Source) -> list[_Prepared]:
+    data = source.data
     split = Split(data.eval_fraction, held_out=False) if data.eval_fraction else None
-    return [_prepare(path, split, data, tokenizer, in_memory=data.window is None) for path in _weights(data)]
+    return [_prepare(path, split, source, in_memory=data.window is None) for path in _weights(data)]
 
 
-def _prepare_eval(data: DataArgs, tokenizer: Tokenizer) -> list[_Prepared]:
+def _prepare_eval(source: _Source) -> list[_Prepared]:
+    data = source.data
     if data.eval is not None:
-        return [_prepare(data.eval, None, data, tokenizer, in_memory=True)]
+        return [_prepare(data.eval, None, source, in_memory=True)]
     if not data.eval_fraction:
         return []
     split = Split(data.eval_fraction, held_out=True)
-    return [_prepare(path, split, data, tokenizer, in_memory=True) for path in _weights(data)]
+    return [_prepare(path, split, source, in_memory=True) for path in _weights(data)]
 
 
-def _prepare(path: str, split: Split | None, data: DataArgs, tokenizer: Tokenizer, *, in_memory: bool) -> _Prepared:
+def _prepare(path: str, split: Split | None, source: _Source, *, in_memory: bool) -> _Prepared:
+    data, tokenizer = source.data, source.tokenizer
     row_format = data.format if isinstance(data.format, str) else data.format.get(path, "auto")
     preparation = Preparation(
-        path=path, row_format=row_format, split=split, hashed=data.eval is not None, tokenizer=tokenizer, data=data
+        path=path,
+        row_format=row_format,
+        split=split,
+        hashed=data.eval is not None,
+        tokenizer=tokenizer,
+        data=data,
+        objective=source.objective,
+        labels=source.labels,
     )
     if data.cache is None:
         return _in_memory(path, list(row_chunks(preparation)), tokenizer.rows)
@@ -225,22 +333,35 @@ def _in_memory(path: str, chunks: Sequence[RowChunk], id_limit: int | None) -> _
     )
 
 
-def _mixture(data: DataArgs, splits: Sequence[_Prepared], seed: int) -> TokenRows | Mixture:
-    """Returns the training rows: those of one file in memory in its order, otherwise a mixture of files."""
-    weights = _weights(data)
-    parts = tuple(
-        Part(path=split.path, rows=split.rows, weight=weights[split.path], digest=split.digest) for split in splits
+def _paired(split: _Prepared, seed: int, max_length: int) -> _Prepared:
+    """Returns a split whose rows have the completions of others, too."""
+    rows, shift = split.rows, kl_shift(split.path, len(split.rows), seed)
+    assert not isinstance(rows, PairedRows)
+    if isinstance(rows, TokenRows):
+        paired = pair_rows(rows, shift, max_length)
+    else:
+        paired = PairedRows(stored=rows, shift=shift, max_length=max_length)
+    return dataclasses.replace(split, rows=paired, digest=paired_digest(split.digest, shift, max_length))
+
+
+def _parts(splits: Sequence[_Prepared], weights: Mapping[str, float]) -> tuple[Part, ...]:
+    return tuple(
+        Part(path=split.path, rows=split.rows, weight=weights.get(split.path, 1.0), digest=split.digest)
+        for split in splits
     )
-    check_weights(parts)
+
+
+def _mixture(data: DataArgs, parts: tuple[Part, ...], seed: int) -> TokenRows | Mixture:
+    """Returns the training rows: those of one file in memory in its order, otherwise a mixture of files."""
     if len(parts) == 1 and parts[0].weight == 1 and isinstance(parts[0].rows, TokenRows):
         return parts[0].rows
     return Mixture(parts=parts, size=data.window, seed=seed)
 
 
-def _concatenate(splits: Sequence[_Prepared]) -> TokenRows:
-    """Returns the rows of all files, each once."""
-    parts = tuple(Part(path=split.path, rows=split.rows, weight=1.0, digest=split.digest) for split in splits)
-    return Mixture(parts=parts, size=None, seed=0).window(0, 0).rows
+def _concatenate(parts: tuple[Part, ...], *, branching: bool) -> TokenRows:
+    """Returns the rows of all files, each once; `branching` if other rows are trees."""
+    rows = Mixture(parts=parts, size=None, seed=0).window(0, 0).rows
+    return with_branches(rows) if branching else rows
 
 
 def _count_shared(train: Sequence[_Prepared], held_out: Sequence[_Prepared]) -> int:
@@ -252,7 +373,12 @@ def _count_shared(train: Sequence[_Prepared], held_out: Sequence[_Prepared]) -> 
 def _with_longest(buckets: tuple[int, ...], held_out: TokenRows | None) -> tuple[int, ...]:
     """Returns the training buckets, and one more if a held-out row is longer than all of them."""
     longest = 0 if held_out is None else int(held_out.lengths.max())
-    return buckets if longest <= buckets[-1] else (*buckets, -(-longest // UNIT) * UNIT)
+    return buckets if longest <= buckets[-1] else (*buckets, _rounded_up(longest))
+
+
+def _rounded_up(length: int) -> int:
+    """Returns the smallest padded length of a row of `length` positions."""
+    return -(-length // UNIT) * UNIT
 
 
 def _padding(tokenizer: Tokenizer) -> int:

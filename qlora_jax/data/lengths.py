@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Int64
 
+from qlora_jax.data.branches import Branch, branch_ends, longest_text
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 
@@ -18,7 +19,7 @@ class Limits:
     """Limits on the length of rows, in ids.
 
     Fields:
-      max_length: at most this many ids per row, special tokens included.
+      max_length: at most this many ids per text, special tokens included. A row is one text, or a tree of several.
       overlong: raise an error for longer rows, drop them, or truncate them.
       source, target: limits on the ids before the first answer, and from there on. Each part is truncated on its right,
         as in artidoro/qlora. None: no limit.
@@ -57,7 +58,7 @@ def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Lim
     The other rows are truncated, dropped or reported as problems.
     """
     limited = [_limit_parts(row, limits) for row in rows]
-    is_long = [len(row.ids) > limits.max_length for row in limited]
+    is_long = [_longest(row) > limits.max_length for row in limited]
     keep = [not long or limits.overlong.startswith("truncate") for long in is_long]
     fits = [_truncate(row, limits) for row in limited]
     has_target = [bool(row.supervised[1:].any()) for row in fits]
@@ -77,10 +78,14 @@ def _too_long(rows: Sequence[EncodedRow], places: Sequence[Place], max_length: i
         f"expected at most {max_length} (data.max_length). Raise it, or set data.overlong to drop or truncate-right."
     )
     return [
-        (place, f"found {len(row.ids)} tokens, {expected}")
+        (place, f"found {_longest(row)} tokens, {expected}")
         for row, place in zip(rows, places, strict=True)
-        if len(row.ids) > max_length
+        if _longest(row) > max_length
     ]
+
+
+def _longest(row: EncodedRow) -> int:
+    return longest_text(len(row.ids), row.branches)
 
 
 def _take(row: EncodedRow, kept: Int64[np.ndarray, " kept"]) -> EncodedRow:
@@ -94,19 +99,64 @@ def _limit_parts(row: EncodedRow, limits: Limits) -> EncodedRow:
     """Returns the row with its source and its target truncated on the right."""
     if limits.source is None and limits.target is None:
         return row
+    assert not row.branches  # the encoder refuses rows with several answers
     source, target = np.arange(row.source)[: limits.source], np.arange(row.source, len(row.ids))[: limits.target]
     return _take(row, np.concatenate([source, target]))
 
 
 def _truncate(row: EncodedRow, limits: Limits) -> EncodedRow:
-    """Returns the row's first `max_length` ids, or bos and its last ones."""
-    if len(row.ids) <= limits.max_length:
+    """Returns the first `max_length` ids of the row's texts, or bos and their last ones."""
+    if _longest(row) <= limits.max_length:
         return row
+    if row.branches:
+        return (_truncate_tree_left if limits.overlong == "truncate-left" else _truncate_tree_right)(row, limits)
     positions = np.arange(len(row.ids))
     if limits.overlong != "truncate-left":
         return _take(row, positions[: limits.max_length])
     first = positions[: int(row.ids[0] == limits.bos_id)]
     return _take(row, np.concatenate([first, positions[len(positions) - limits.max_length + len(first) :]]))
+
+
+def _truncate_tree_right(row: EncodedRow, limits: Limits) -> EncodedRow:
+    """Returns the row with the first `max_length` ids of its trunk and of each branch's text."""
+    trunk = np.arange(min(row.branches[0].begin, limits.max_length))
+    spans = [
+        (branch, np.arange(branch.begin, min(end, branch.begin + limits.max_length - branch.depth)))
+        for branch, end in zip(row.branches, branch_ends(row.branches, len(row.ids)), strict=True)
+    ]
+    return _take_tree(row, trunk, [(span, branch.depth) for branch, span in spans])
+
+
+def _truncate_tree_left(row: EncodedRow, limits: Limits) -> EncodedRow:
+    """Returns the row without the first ids of its trunk, and without the branches that continue these.
+
+    If no branch is left, the result is the longest text alone, with its last ids.
+    """
+    ends = branch_ends(row.branches, len(row.ids))
+    first = int(row.branches[0].begin > 0 and row.ids[0] == limits.bos_id)
+    removed = _longest(row) - limits.max_length
+    spans = [(np.arange(branch.begin, end), branch.depth) for branch, end in zip(row.branches, ends, strict=True)]
+    left = [(span, depth - removed) for span, depth in spans if depth >= first + removed]
+    trunk = np.arange(row.branches[0].begin)
+    if left or _longest(row) == len(trunk):
+        return _take_tree(row, np.concatenate([trunk[:first], trunk[first + removed :]]), left)
+    span, depth = max(spans, key=lambda one: one[1] + len(one[0]))
+    return _truncate(_take(row, np.concatenate([trunk[:depth], span]))._replace(branches=()), limits)
+
+
+def _take_tree(
+    row: EncodedRow, trunk: Int64[np.ndarray, " kept"], spans: Sequence[tuple[Int64[np.ndarray, " _"], int]]
+) -> EncodedRow:
+    """Returns the row with the trunk and the branches at these indices. Branches without a target are dropped.
+
+    Args:
+      spans: indices and depth of each branch.
+    """
+    spans = [(span, depth) for span, depth in spans if row.supervised[span[1:]].any()]
+    begins = len(trunk) + np.cumsum([0, *(len(span) for span, _ in spans)])[:-1]
+    taken = _take(row, np.concatenate([trunk, *(span for span, _ in spans)]))
+    depths = [depth for _, depth in spans]
+    return taken._replace(branches=tuple(map(Branch, begins.tolist(), depths)))
 
 
 def nothing_left_message(path: str, total: int, overlong: int, max_length: int) -> str:

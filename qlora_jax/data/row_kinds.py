@@ -48,7 +48,7 @@ DESCRIPTIONS: dict[RowKind, str] = {
 TEXT_NAMES: dict[RowKind, tuple[str, ...]] = {
     "text": (),
     "pair": ("chosen", "rejected"),
-    "labelled": ("answer",),
+    "labelled": ("answer", "answer of another row"),
     "class": ("text",),
     "embedding": ("anchor", "positive", "negative"),
 }

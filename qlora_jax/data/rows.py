@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -85,7 +85,22 @@ class TokenRows:
     @property
     def lengths(self) -> Int64[np.ndarray, " rows"]:
         """Positions that each row fills in a batch: its ids without the last of each branch, or of the row."""
-        return positions_filled(np.diff(self.starts), self.branches)
+        return positions_filled(np.diff(self.starts), self.branch_counts)
+
+    @property
+    def branching(self) -> bool:
+        """True if a row may be a tree."""
+        return self.branches is not None
+
+    @property
+    def branch_counts(self) -> Int64[np.ndarray, " rows"]:
+        """Number of branches of each row; 0 if it is one text."""
+        return np.zeros(len(self), np.int64) if self.branches is None else self.branches.counts
+
+    @property
+    def value_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of a row's values by name."""
+        return {name: array.shape[1:] for name, array in sorted(self.values.items())}
 
     @property
     def number_limit(self) -> int:
@@ -99,6 +114,10 @@ class TokenRows:
     def window_lengths(self, epoch: int, index: int) -> Int64[np.ndarray, " rows"]:
         """Returns the positions that each row fills in a batch."""
         return self.lengths
+
+    def chunks(self) -> "Iterator[TokenRows]":
+        """Yields all rows at once."""
+        yield self
 
     @property
     def digest(self) -> str:
@@ -165,9 +184,11 @@ class RowDigest:
         return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()
 
 
-def positions_filled(ids: Int64[np.ndarray, " rows"], branches: Branches | None) -> Int64[np.ndarray, " rows"]:
-    """Returns the positions that rows of these numbers of ids fill in a batch."""
-    return ids - (1 if branches is None else np.maximum(branches.counts, 1))
+def positions_filled(
+    ids: Int64[np.ndarray, " rows"], branch_counts: Int64[np.ndarray, " rows"]
+) -> Int64[np.ndarray, " rows"]:
+    """Returns the positions that rows of these numbers of ids and branches fill in a batch."""
+    return ids - np.maximum(branch_counts, 1)
 
 
 def format_place(files: Sequence[File], number: int, line: int) -> str:
@@ -194,6 +215,21 @@ def token_rows(path: str, encoded: Sequence[EncodedRow], places: Sequence[Place]
         branches=join_branches([row.branches for row in encoded]) if any(row.branches for row in encoded) else None,
         values={name: np.array([row.values[name] for row in encoded], np.float32) for name in _value_names(encoded)},
     )
+
+
+def with_branches(rows: TokenRows) -> TokenRows:
+    """Returns rows that may be trees, so that batches of them have the same arrays as those of trees."""
+    return rows if rows.branching else dataclasses.replace(rows, branches=no_branches(len(rows)))
+
+
+def attach_values(rows: TokenRows, by_number: Mapping[str, Values]) -> TokenRows:
+    """Returns the rows with more values.
+
+    Args:
+      by_number: values by name, indexed by the rows' numbers.
+    """
+    attached = {name: values[rows.numbers] for name, values in by_number.items()}
+    return dataclasses.replace(rows, values={**rows.values, **attached}) if attached else rows
 
 
 def _value_names(encoded: Sequence[EncodedRow]) -> list[str]:
@@ -236,16 +272,11 @@ def _joined_branches(chunks: Sequence[TokenRows]) -> Branches | None:
 
 def _joined_values(chunks: Sequence[TokenRows]) -> dict[str, Values]:
     """Returns the values of all rows; raises ValueError if files differ in them."""
-    shapes = [value_shapes(chunk.values) for chunk in chunks]
+    shapes = [chunk.value_shapes for chunk in chunks]
     for chunk, found in zip(chunks, shapes, strict=True):
         if found != shapes[0]:
             raise ValueError(different_values(chunk.files[0].path, found, chunks[0].files[0].path, shapes[0]))
     return {name: np.concatenate([chunk.values[name] for chunk in chunks]) for name in (shapes[0] if shapes else ())}
-
-
-def value_shapes(values: Mapping[str, Values]) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of a row's values by name."""
-    return {name: array.shape[1:] for name, array in sorted(values.items())}
 
 
 def different_values(

@@ -12,13 +12,26 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int64
 
+from qlora_jax.data.kl_pairs import PairedRows, wrapped_ranges
 from qlora_jax.data.row_store import StoredRows
-from qlora_jax.data.rows import File, TokenRows, Window, concatenate_rows, format_place
+from qlora_jax.data.rows import (
+    File,
+    TokenRows,
+    Values,
+    Window,
+    attach_values,
+    concatenate_rows,
+    different_values,
+    format_place,
+    with_branches,
+)
+
+CHUNK = 1 << 16  # rows whose lengths are in memory at a time
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +39,7 @@ class Part:
     """One file of a mixture."""
 
     path: str
-    rows: TokenRows | StoredRows
+    rows: TokenRows | StoredRows | PairedRows
     weight: float
     digest: str
 
@@ -36,11 +49,24 @@ class Part:
         return int(self.weight * len(self.rows) + 0.5)
 
     @property
-    def numbers(self) -> int:
-        """Upper bound of the numbers of its rows."""
-        last = len(self.rows) - 1
-        rows = self.rows.read(last, last + 1) if isinstance(self.rows, StoredRows) else self.rows
-        return int(rows.numbers[-1]) + 1
+    def longest(self) -> int:
+        """Positions of the longest row."""
+        return max(int(lengths.max()) for lengths, _ in self._sizes())
+
+    @property
+    def sequences(self) -> tuple[int, int]:
+        """Fewest and most sequences of a row."""
+        counts = [np.maximum(counts, 1) for _, counts in self._sizes()]
+        return min(int(one.min()) for one in counts), max(int(one.max()) for one in counts)
+
+    def _sizes(self) -> Iterator[tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
+        """Yields lengths, and numbers of branches, of the rows in chunks."""
+        if isinstance(self.rows, TokenRows):
+            yield self.rows.lengths, self.rows.branch_counts
+            return
+        for start in range(0, len(self.rows), CHUNK):
+            stop = min(start + CHUNK, len(self.rows))
+            yield self.rows.lengths(start, stop), self.rows.branch_counts(start, stop)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,11 +75,13 @@ class Mixture:
 
     Fields:
       size: rows per window, at most. None: one window of all rows, which are in memory.
+      attached: more values of the rows by name, indexed by their numbers. They do not change the digest.
     """
 
     parts: tuple[Part, ...]
     size: int | None
     seed: int
+    attached: Mapping[str, Values] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(part.count for part in self.parts)
@@ -72,24 +100,49 @@ class Mixture:
     @functools.cached_property
     def files(self) -> tuple[File, ...]:
         """The files, with row numbers counted over all of them."""
-        firsts = itertools.accumulate((part.numbers for part in self.parts[:-1]), initial=0)
+        firsts = itertools.accumulate((part.rows.number_limit for part in self.parts[:-1]), initial=0)
         return tuple(File(part.path, first) for part, first in zip(self.parts, firsts, strict=True))
+
+    @property
+    def number_limit(self) -> int:
+        """One more than the highest number of a row."""
+        return self.files[-1].first + self.parts[-1].rows.number_limit
+
+    @property
+    def branching(self) -> bool:
+        """True if a row may be a tree."""
+        return any(part.rows.branching for part in self.parts)
 
     def window(self, epoch: int, index: int) -> Window:
         """Returns one window of an epoch: its rows of each file, in the files' order."""
         if self._in_memory is not None:
-            return Window(self._in_memory, self._indices(epoch))
-        pieces = [piece for which in range(len(self.parts)) for piece in self._read(which, epoch, index)]
-        rows = concatenate_rows(pieces, self.files)
+            return Window(self._complete([self._in_memory]), self._indices(epoch))
+        rows = self._complete(
+            [
+                self._read(which, start, stop)
+                for which, spans in enumerate(self._spans(epoch, index))
+                for start, stop in spans
+            ]
+        )
         return Window(rows, np.arange(len(rows)))
+
+    def chunks(self) -> Iterator[TokenRows]:
+        """Yields every row of every file once, in chunks of a window's size."""
+        if self._in_memory is not None:
+            yield self._complete([self._in_memory])
+            return
+        assert self.size is not None
+        for which, part in enumerate(self.parts):
+            for start in range(0, len(part.rows), self.size):
+                yield self._complete([self._read(which, start, min(start + self.size, len(part.rows)))])
 
     def window_lengths(self, epoch: int, index: int) -> Int64[np.ndarray, " n"]:
         """Returns the positions that each row of a window fills in a batch, without reading ids."""
         if self._in_memory is not None:
             return self._in_memory.lengths[self._indices(epoch)]
         lengths = [
-            np.diff(stored.ends(start, stop)) - 1
-            for stored, spans in self._spans(epoch, index)
+            self._stored(which).lengths(start, stop)
+            for which, spans in enumerate(self._spans(epoch, index))
             for start, stop in spans
         ]
         return np.concatenate(lengths)
@@ -99,9 +152,7 @@ class Mixture:
         if self._in_memory is not None:
             return self._in_memory.where(number)
         which = max(which for which, file in enumerate(self.files) if file.first <= number)
-        rows = self.parts[which].rows
-        assert isinstance(rows, StoredRows)
-        return format_place(self.files, number, rows.line(number - self.files[which].first))
+        return format_place(self.files, number, self._stored(which).line(number - self.files[which].first))
 
     @functools.cached_property
     def _in_memory(self) -> TokenRows | None:
@@ -121,24 +172,26 @@ class Mixture:
             base += n
         return np.sort(np.concatenate(found))
 
-    def _spans(self, epoch: int, index: int) -> list[tuple[StoredRows, list[tuple[int, int]]]]:
+    def _spans(self, epoch: int, index: int) -> list[list[tuple[int, int]]]:
         """Returns the ranges [start, stop) of each file that a window contains."""
         found = []
         for part in self.parts:
-            assert isinstance(part.rows, StoredRows)
             begin, end = (epoch * part.count + part.count * edge // self.windows for edge in (index, index + 1))
-            found.append((part.rows, _wrapped_ranges(begin, end, len(part.rows))))
+            found.append(wrapped_ranges(begin, end, len(part.rows)))
         return found
 
-    def _read(self, which: int, epoch: int, index: int) -> list[TokenRows]:
-        stored, spans = self._spans(epoch, index)[which]
-        return [_numbered(stored.read(start, stop), self.files[which].first) for start, stop in spans]
+    def _stored(self, which: int) -> StoredRows | PairedRows:
+        rows = self.parts[which].rows
+        assert not isinstance(rows, TokenRows)
+        return rows
 
+    def _read(self, which: int, start: int, stop: int) -> TokenRows:
+        return _numbered(self._stored(which).read(start, stop), self.files[which].first)
 
-def _wrapped_ranges(begin: int, end: int, n: int) -> list[tuple[int, int]]:
-    """Returns [begin, end) of a file of n rows that repeats without end, as ranges of the file."""
-    edges = [begin, *range((begin // n + 1) * n, end, n), end]
-    return [(a % n, a % n + b - a) for a, b in itertools.pairwise(edges) if b > a]
+    def _complete(self, pieces: Sequence[TokenRows]) -> TokenRows:
+        """Returns the pieces as one, with all arrays that rows of this mixture have."""
+        rows = pieces[0] if len(pieces) == 1 else concatenate_rows(pieces, self.files)
+        return attach_values(with_branches(rows) if self.branching else rows, self.attached)
 
 
 def _numbered(rows: TokenRows, first: int) -> TokenRows:
@@ -150,3 +203,26 @@ def check_weights(parts: Sequence[Part]) -> None:
     none = [f"{part.path}: weight {part.weight:g} of {len(part.rows)} rows" for part in parts if not part.count]
     if none:
         raise ValueError("data.train: an epoch has no rows of some files. Raise their weights:\n  " + "\n  ".join(none))
+
+
+def check_kinds(parts: Sequence[Part]) -> None:
+    """Raises ValueError if files have rows of different kinds, which have different values."""
+    first = parts[0]
+    wrong = [part for part in parts if part.rows.value_shapes != first.rows.value_shapes]
+    if wrong:
+        shapes = (wrong[0].rows.value_shapes, first.rows.value_shapes)
+        raise ValueError(different_values(wrong[0].path, shapes[0], first.path, shapes[1]))
+
+
+def count_sequences(parts: Sequence[Part]) -> int:
+    """Returns the sequences of every row; raises ValueError if rows have different numbers of them."""
+    found = {part.path: part.sequences for part in parts}
+    fewest, most = min(few for few, _ in found.values()), max(many for _, many in found.values())
+    if fewest != most:
+        listed = "\n  ".join(
+            f"{path}: {few}" if few == many else f"{path}: {few} to {many}" for path, (few, many) in found.items()
+        )
+        raise ValueError(
+            f"data: rows have different numbers of texts. Use files whose rows all have the same number:\n  {listed}"
+        )
+    return most

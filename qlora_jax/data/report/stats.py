@@ -11,6 +11,7 @@ from jaxtyping import Bool, Int32, Int64
 from qlora_jax.data.batching.buckets import bucket_of, steps_by_bucket
 from qlora_jax.data.batching.mixture import Mixture
 from qlora_jax.data.batching.packing import pack
+from qlora_jax.data.batching.slots import packed_lengths
 from qlora_jax.data.branches import branch_ends
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.row_counts import RowCounts
@@ -154,10 +155,10 @@ class _WindowStats(NamedTuple):
 
 
 def _window_stats(
-    lengths: Int64[np.ndarray, " rows"], buckets: Sequence[int], rows_per_step: int, packed: bool
+    lengths: Int64[np.ndarray, " rows"], buckets: Sequence[int], rows_per_step: int, packed: bool, sequences: int
 ) -> _WindowStats:
     if packed:
-        packs = len(pack(lengths, buckets[-1], np.arange(len(lengths))))
+        packs = len(pack(packed_lengths(lengths, sequences), buckets[-1], np.arange(len(lengths))))
         steps = np.array([-(-packs // rows_per_step)])
     else:
         packs = 0
@@ -177,9 +178,17 @@ def report_data(
     tokenizer: Tokenizer,
     *,
     packed: bool = False,
+    sequences: int = 0,
 ) -> DataReport:
-    """Returns the report. Steps, packs and padding are those of the first epoch."""
-    windows = [_window_stats(train.window_lengths(0, n), buckets, rows_per_step, packed) for n in range(train.windows)]
+    """Returns the report. Steps, packs and padding are those of the first epoch.
+
+    Args:
+      sequences: sequences of each row, which have slots in a batch; 0: no slots.
+    """
+    windows = [
+        _window_stats(train.window_lengths(0, n), buckets, rows_per_step, packed, sequences)
+        for n in range(train.windows)
+    ]
     filled, total = sum(one.filled for one in windows), sum(one.total for one in windows)
     first, combined = train.window(0, 0), combine_reports([source.split for source in sources])
     parts = RowParts(TEXT_NAMES[FORMATS[sources[0].split.form].kind], combined.head_texts > 0)

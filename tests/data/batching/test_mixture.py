@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch, train_batches, window_order
 from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
+from qlora_jax.data.branches import join_branches
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
 from qlora_jax.data.rows import TokenRows
@@ -35,14 +36,17 @@ def stored(rows: TokenRows, folder: Path) -> StoredRows:
 
 
 def slice_of(rows: TokenRows, start: int, stop: int) -> TokenRows:
-    ids = slice(rows.starts[start], rows.starts[stop])
+    first, last = rows.starts[start], rows.starts[stop]
+    branches = [rows.branches_of(index) for index in range(start, stop)]
     return TokenRows(
-        ids=rows.ids[ids],
-        supervised=rows.supervised[ids],
-        starts=rows.starts[start : stop + 1] - rows.starts[start],
+        ids=rows.ids[first:last],
+        supervised=rows.supervised[first:last],
+        starts=rows.starts[start : stop + 1] - first,
         numbers=rows.numbers[start:stop],
         lines=rows.lines[start:stop],
         files=rows.files,
+        branches=join_branches(branches) if any(branches) else None,
+        values={name: array[start:stop] for name, array in rows.values.items()},
     )
 
 
