@@ -11,7 +11,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.compared_models import load_compared, open_compared
 from qlora_jax.evaluation.reporter import ConsoleReporter, Reporter
 from qlora_jax.evaluation.results import Evaluation
-from qlora_jax.evaluation.score import prepare_tasks, score_models
+from qlora_jax.evaluation.score import ScoredModel, prepare_tasks, score_models
 from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
@@ -25,6 +25,7 @@ def evaluate_model(
     *,
     text: str | Path | None = None,
     rows: str | Path | None = None,
+    pairs: str | Path | None = None,
     choices: str | Path | None = None,
     letters: str | Path | None = None,
     labels: str | Path | None = None,
@@ -46,6 +47,7 @@ def evaluate_model(
       model: a model; or several by name, each of which is compared with the next.
       text: text file, scored by the perplexity of its windows.
       rows: file in a format of training data, scored by the loss of the answers.
+      pairs: file of preference pairs, scored by how often the chosen answer is likelier.
       choices: file of multiple-choice questions, scored by the likelihood of each option.
       letters: file of multiple-choice questions, scored by letter, like MMLU.
       labels: file of texts with a label, scored by the likelihood of each label.
@@ -65,6 +67,7 @@ def evaluate_model(
     files = {
         "text": text,
         "rows": rows,
+        "pairs": pairs,
         "choices": choices,
         "letters": letters,
         "labels": labels,
@@ -79,7 +82,7 @@ def evaluate_model(
     reporter = ConsoleReporter(Console(stderr=True)) if progress else Reporter()
     prepare_tasks(all_tasks, reporter.message)
     return score_models(
-        ((name, parts_of(one)) for name, one in models.items()),
+        (ScoredModel(name, parts_of(one)) for name, one in models.items()),
         {name: all_tasks for name in models},
         {name: name for name in models},
         cache_folder=cache,

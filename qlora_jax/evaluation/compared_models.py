@@ -9,19 +9,20 @@ from typing import TypedDict
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.same_inputs import check_same_inputs
+from qlora_jax.evaluation.score import ScoredModel
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.evaluation.tasks.registry import build_tasks
-from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.evaluation.tasks.task import AnyTask, ReferenceTask, TaskContext
 from qlora_jax.io.pretrained import (
     OpenedModel,
     TemplateKwargs,
     apply_adapter,
+    apply_adapter_with_reference,
     load_base,
     open_pretrained,
     parts_before_training,
     weight_settings,
 )
-from qlora_jax.models.partition import ModelParts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,11 @@ def open_compared(args: EvaluateArgs, *, raw: bool) -> dict[str, ComparedModel]:
 
 def load_compared(
     args: EvaluateArgs, compared: Mapping[str, ComparedModel], reporter: Reporter
-) -> Iterator[tuple[str, ModelParts]]:
-    """Loads the models one at a time; models of one run and one quant_type share their base."""
+) -> Iterator[ScoredModel]:
+    """Loads the models one at a time; models of one run and one quant_type share their base.
+
+    A run has its reference if a task compares with it.
+    """
     by_base = itertools.groupby(compared, key=lambda name: (id(compared[name].opened), compared[name].quant_type))
     for names in ([*group] for _, group in by_base):
         opened, quant_type = compared[names[0]].opened, compared[names[0]].quant_type
@@ -71,7 +75,12 @@ def load_compared(
             model = load_base(opened, weight_settings(opened, quant_type, args.compute_dtype), progress)
         for name in names:
             run = opened.run if compared[name].adapted else None
-            yield name, parts_before_training(model, opened.run) if run is None else apply_adapter(model, run)
+            if run is None:
+                yield ScoredModel(name, parts_before_training(model, opened.run))
+            elif any(isinstance(task, ReferenceTask) for task in compared[name].tasks):
+                yield ScoredModel(name, *apply_adapter_with_reference(model, run))
+            else:
+                yield ScoredModel(name, apply_adapter(model, run))
         del model  # before the next one is loaded
 
 

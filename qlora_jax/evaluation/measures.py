@@ -11,6 +11,12 @@ MEASURES: dict[str, dict[str, Better]] = {
     "choices": {"right by likelihood": "higher", "right by likelihood per token": "higher"},
     "letters": {"right by letter": "higher"},
     "labels": {"right label": "higher"},
+    "pairs": {
+        "right by reward": "higher",
+        "reward margin": "higher",
+        "right by likelihood": "higher",
+        "right by likelihood a token": "higher",
+    },
     "answers": {"exactly the answer": "higher"},
     "programs": {"pass@1": "higher"},
 }

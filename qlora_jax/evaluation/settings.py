@@ -6,7 +6,15 @@ import typing
 from pathlib import Path
 
 from qlora_jax.config import ConfigError, QuestionArgs, question_problems
-from qlora_jax.config.fields import AT_LEAST_ONE, AT_LEAST_TWO, NON_NEGATIVE, NOT_EMPTY, TemplateValue, setting
+from qlora_jax.config.fields import (
+    AT_LEAST_ONE,
+    AT_LEAST_TWO,
+    NON_NEGATIVE,
+    NOT_EMPTY,
+    POSITIVE,
+    TemplateValue,
+    setting,
+)
 from qlora_jax.evaluation.tasks.registry import TASKS
 from qlora_jax.evaluation.tasks.task_file import known_columns
 from qlora_jax.inference.settings import ComputeDtype, ModelOrRunArgs, QuantType, folder_problems, model_problems
@@ -28,6 +36,14 @@ class TaskArgs(QuestionArgs):
         NOT_EMPTY,
         common="file of training rows: perplexity and exact match of the answers",
     )
+    pairs: str | None = setting(
+        "file of preference pairs in a format of training data (prompt, chosen, rejected), scored by how often the "
+        "chosen answer has the higher reward, or is likelier",
+        None,
+        NOT_EMPTY,
+        common="file of preference pairs: accuracy by reward and by likelihood",
+    )
+    pair_beta: float = setting("pairs: factor of rewards: pair_beta * (log p - log p of the reference)", 0.1, POSITIVE)
     harness: list[str] | None = setting(
         "tasks of lm-evaluation-harness, such as [hellaswag, arc_easy] (pip install 'qlora-jax[lm-eval]')",
         None,
@@ -39,7 +55,9 @@ class TaskArgs(QuestionArgs):
         "rows: how every answer begins; it is given to the model, and only what follows it is scored", None, NOT_EMPTY
     )
     by: str | None = setting(
-        "rows: also the loss of the rows of each value of this column, such as lang", None, NOT_EMPTY
+        "rows, pairs: also the loss or the accuracies of the rows of each value of this column, such as lang",
+        None,
+        NOT_EMPTY,
     )
     window: int = setting("text: tokens per window; the first token is not scored", 512, AT_LEAST_TWO)
     stride: int | None = setting(
@@ -120,12 +138,12 @@ def _task_problems(args: TaskArgs) -> list[str]:
         problems.append(
             f"stride: larger than window, which skips tokens (found {args.stride}, expected at most {args.window})"
         )
-    problems += question_problems(args, rows_columns=() if args.rows is None else known_columns("rows"))
-    problems += [
-        f"{name}: requires rows; set it too"
-        for name in ("answer_start", "by")
-        if getattr(args, name) is not None and args.rows is None
-    ]
+    has_rows = args.rows is not None or args.pairs is not None
+    problems += question_problems(args, rows_columns=known_columns("rows") if has_rows else ())
+    if args.answer_start is not None and args.rows is None:
+        problems.append("answer_start: requires rows; set it too")
+    if args.by is not None and not has_rows:
+        problems.append("by: requires rows or pairs; set one too")
     return problems
 
 

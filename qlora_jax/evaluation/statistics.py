@@ -13,8 +13,10 @@ from jaxtyping import Bool, Float64, Int64
 Z_95 = 1.959963984540054
 SAMPLES = 10_000  # of a bootstrap
 
+Weights = Float64[np.ndarray, " rows"] | Int64[np.ndarray, " rows"]  # such as each row's number of tokens
 
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     """95 % interval of a share: the p with |successes / trials - p| <= 1.96 sqrt(p (1 - p) / trials) (Wilson 1927)."""
     share, spread = successes / trials, Z_95**2 / trials
     middle = share + spread / 2
@@ -36,7 +38,7 @@ def mcnemar(a: Bool[np.ndarray, " rows"], b: Bool[np.ndarray, " rows"]) -> float
     return min(1.0, float(2 * tail / 2**trials))
 
 
-def bootstrap(sums: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]) -> tuple[float, float]:
+def bootstrap(sums: Float64[np.ndarray, " rows"], tokens: Weights) -> tuple[float, float]:
     """95 % interval of (sum of sums) / (sum of tokens); rows are resampled as in `paired_bootstrap`."""
     return paired_bootstrap(np.zeros(len(sums)), sums, tokens)
 
@@ -72,7 +74,7 @@ def stratified_paired_bootstrap(
 
 
 def paired_bootstrap(
-    a: Float64[np.ndarray, " rows"], b: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarray, " rows"]
+    a: Float64[np.ndarray, " rows"], b: Float64[np.ndarray, " rows"], tokens: Weights
 ) -> tuple[float, float]:
     """95 % interval of (sum of b - sum of a) / (sum of tokens); rows are resampled 10,000 times, seed 0.
 
@@ -90,10 +92,13 @@ def paired_bootstrap_of(
 ) -> tuple[float, float]:
     """95 % interval of metric_of_mean(after's mean) - metric_of_mean(before's mean), as in `paired_bootstrap`.
 
+    Samples in which one of them has no weight are left out.
+
     Args:
       before, after: each row's value and weight; the mean is (sum of values) / (sum of weights).
     """
     sums = np.concatenate([np.hstack([draws @ before, draws @ after]) for draws in _resample_counts(len(before))])
+    sums = sums[(sums[:, 1] > 0) & (sums[:, 3] > 0)]
     return _interval(metric_of_mean(sums[:, 2] / sums[:, 3]) - metric_of_mean(sums[:, 0] / sums[:, 1]))
 
 

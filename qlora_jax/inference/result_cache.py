@@ -56,12 +56,12 @@ class ResultCache:
         if self._folder is None:
             return tuple(map(np.asarray, compute()))
         path = self._folder / f"{digest([self._model, *inputs])}{SUFFIX}"
-        if (stored := _read(path)) is not None:
+        if (stored := read_result(path)) is not None:
             self.hits += 1
             return stored
         results = tuple(map(np.asarray, compute()))
         self.misses += 1
-        _write(path, results)
+        write_result(path, results)
         return results
 
 
@@ -106,8 +106,8 @@ def digest(values: Sequence[object]) -> str:
     return found.hexdigest()
 
 
-def _read(path: Path) -> Arrays | None:
-    """Reads a result; returns None if it is not stored, or damaged."""
+def read_result(path: Path) -> Arrays | None:
+    """Reads a result; returns None if it is not stored, or damaged, which a warning reports."""
     try:
         stored = path.read_bytes()
     except FileNotFoundError:
@@ -120,7 +120,7 @@ def _read(path: Path) -> Arrays | None:
         return tuple(file[name] for name in file.files)
 
 
-def _write(path: Path, results: Arrays) -> None:
+def write_result(path: Path, results: Arrays) -> None:
     """Writes the file completely or not at all, even if the process is killed."""
     arrays = io.BytesIO()
     np.savez(arrays, *results)

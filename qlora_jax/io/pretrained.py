@@ -26,7 +26,14 @@ from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.model_source import ModelSource, TokenizerData
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import base_model_of, check_shapes, is_adapter, read_adapter
+from qlora_jax.io.peft.reader import (
+    base_model_of,
+    check_shapes,
+    is_adapter,
+    read_adapter,
+    read_start_adapter,
+    starting_parameters,
+)
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -285,6 +292,28 @@ def apply_adapter(model: CausalLM, run: Run) -> ModelParts:
     Raises:
       ValueError: the adapter does not fit the model; the message names every projection that differs.
     """
+    fresh = _with_fresh_adapter(model, run)
+    return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora))
+
+
+def apply_adapter_with_reference(model: CausalLM, run: Run) -> tuple[ModelParts, ModelParts | None]:
+    """Puts the run's adapter on the model like `apply_adapter`; returns (the run's model, the one it trained from).
+
+    The latter has the initial adapter, which changes nothing by default, or the adapter of `lora.start`. It is None for
+    a PEFT adapter that replaces embedding tables, because the model has only one set of them.
+    """
+    config, path = model.config, run.lora_args.start
+    fresh = _with_fresh_adapter(model, run)
+    initial = fresh.lora
+    if path is not None:
+        start = read_start_adapter(Path(path), config, run.lora_args, run.new_ids)
+        initial = starting_parameters(start, initial, Path(path))
+    reference = None if run.tables else fresh.with_lora(initial)
+    return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora)), reference
+
+
+def _with_fresh_adapter(model: CausalLM, run: Run) -> ModelParts:
+    """Adds an adapter of the run's shapes to the model, in place, and returns the model's parts."""
     initial = None if run.initial is None else run.initial.factors
     add_lora(model, run.lora_args, jax.random.key(0), initial, projections=run.projections)
     if run.head is not None:
@@ -293,7 +322,7 @@ def apply_adapter(model: CausalLM, run: Run) -> ModelParts:
     add_tables(model, run.new_ids, run.lora_args)
     fresh = partition(model)
     check_shapes(run.path, run.lora, fresh.lora)
-    return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora))
+    return fresh
 
 
 def parts_before_training(model: CausalLM, run: Run | None) -> ModelParts:

@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -17,7 +16,7 @@ from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtra
 from qlora_jax.io.loader import Loaded, Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import check_shapes, read_start_adapter
+from qlora_jax.io.peft.reader import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.models.add_adapters import add_lora, our_names, ranks_and_scalings
@@ -25,7 +24,7 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import Lora, ModelParts, is_table, partition
+from qlora_jax.models.partition import ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
@@ -265,7 +264,7 @@ def training_parts(
     add_lora(model, lora, key, None if initial is None else initial.factors, mesh)
     add_tables(model, new_ids, lora)
     parts = partition(model)
-    return parts if start is None else parts.with_lora(_started(start, parts.lora, Path(str(lora.start))))
+    return parts if start is None else parts.with_lora(starting_parameters(start, parts.lora, Path(str(lora.start))))
 
 
 def steps_of_run(train: TrainArgs, steps_per_epoch: int) -> int:
@@ -322,14 +321,6 @@ def make_session(
         questions=inputs.questions,
         mesh=mesh,
     )
-
-
-def _started(start: AdapterArrays, fresh: Lora, path: Path) -> Lora:
-    """The parameters of the adapter in `path`; fresh ones for rows and tables of embeddings that it lacks."""
-    added = {name: leaves for name, leaves in fresh.items() if name not in start and is_table(name)}
-    started = {**added, **start}
-    check_shapes(path, started, fresh)
-    return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), started, fresh)
 
 
 def _utilization(config: Config, inputs: Inputs, weights: WeightFormat, devices: int) -> Utilization:

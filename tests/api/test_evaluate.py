@@ -79,7 +79,7 @@ def test_plain_text_without_the_chat_template_has_other_scores(folder, models):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "text, rows, choices, letters, labels, answers, programs, tasks: found none"),
+        ({}, "text, rows, pairs, choices, letters, labels, answers, programs, tasks: found none"),
         ({"windows": 3}, "windows: unknown setting; did you mean window"),
         ({"window": 1}, "window: found 1, expected 2 or more"),
         ({"text": "nowhere.txt", "window": 9, "stride": 10}, "stride: larger than window"),

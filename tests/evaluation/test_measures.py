@@ -10,6 +10,7 @@ from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
 from qlora_jax.evaluation.tasks.choices import ChoiceScores, ChoicesTask
 from qlora_jax.evaluation.tasks.labels import LabelsTask
 from qlora_jax.evaluation.tasks.letters import LetterScores, LettersTask
+from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask
 from qlora_jax.evaluation.tasks.programs import ProgramScores, ProgramsTask
 from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.evaluation.tasks.text import TextTask
@@ -49,6 +50,14 @@ CASES = [
         ANSWERS,
         AnswerScores(
             right=RIGHT[0], unanswered=RIGHT[1], cut_off=RIGHT[2], contains=RIGHT[3], f1=RIGHT[3].astype(np.float64)
+        ),
+    ),
+    (
+        PairsTask(title="", sequences=[], beta=0.1),
+        PairScores(
+            nll_P2=RNG.uniform(size=(9, 2)),
+            tokens_P2=RNG.integers(1, 9, size=(9, 2)),
+            reference_P2=RNG.uniform(size=(9, 2)),
         ),
     ),
     (LABELS, RIGHT[1].astype(np.int64)),

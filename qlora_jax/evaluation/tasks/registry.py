@@ -33,6 +33,7 @@ TASKS: dict[str, Builder] = {
     "answers": _lazy("qlora_jax.evaluation.tasks.answers"),
     "programs": _lazy("qlora_jax.evaluation.tasks.programs"),
     "rows": _lazy("qlora_jax.evaluation.tasks.rows"),
+    "pairs": _lazy("qlora_jax.evaluation.tasks.pairs"),
     "harness": _lazy("qlora_jax.evaluation.lm_eval.task"),
 }
 

@@ -7,10 +7,9 @@ import numpy as np
 from jaxtyping import Int64
 
 from qlora_jax.data.encoder import check_rows, encode_rows, expand_examples
-from qlora_jax.data.formats.columns import list_columns
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
-from qlora_jax.data.readers.files import Problem, Row, raise_problems, shorten
+from qlora_jax.data.readers.files import Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds
 from qlora_jax.evaluation.metrics import (
@@ -26,7 +25,7 @@ from qlora_jax.evaluation.metrics import (
 )
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.tasks.task import TaskContext
-from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows
+from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.evaluation.tasks.text import TextTask
 
 
@@ -120,25 +119,7 @@ def rows_task(
         scored = _after_start(path, rows, scored, tokenizer, answer_start)
         title += f", after {answer_start!r}"
     check_lengths(path, rows, [[one] for one in scored], max_positions)
-    return RowsTask(title=title, rows=scored, groups={} if by is None else _groups(path, rows, by))
-
-
-def _groups(path: str, rows: Sequence[Row], by: str) -> dict[str, Int64[np.ndarray, "_"]]:
-    """Returns the indices of the rows of each value of the column `by`, the largest group first."""
-    values = read_each(path, rows, lambda row: _group_name(row.data, by))
-    groups = {value: np.flatnonzero([one == value for one in values]) for value in dict.fromkeys(values)}
-    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
-    return {f"{by} {value} ({len(members)} rows)": members for value, members in largest_first}
-
-
-def _group_name(columns: Mapping[str, object], by: str) -> str:
-    value = columns.get(by)
-    if not isinstance(value, str | int):
-        raise ValueError(
-            f"by: found {shorten(repr(value))} in column {by!r}, expected a text or a whole number (the columns are "
-            f"{list_columns(columns)})"
-        )
-    return str(value)
+    return RowsTask(title=title, rows=scored, groups={} if by is None else groups_by(path, rows, by))
 
 
 def _after_start(

@@ -114,4 +114,15 @@ class RowValuesTask[Scores](Protocol):
         ...
 
 
+@runtime_checkable
+class ReferenceTask[Scores](Protocol):
+    """A task that also compares a run with its reference, the model before its training."""
+
+    def with_reference(
+        self, scores: Scores, reference: ModelParts, progress: ProgressCallback, cache: ResultCache
+    ) -> Scores:
+        """Adds the scores of the reference to those of the run; `cache` is that of the reference."""
+        ...
+
+
 AnyTask = Task[Any]  # lists contain tasks with different types of scores

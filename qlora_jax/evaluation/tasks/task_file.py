@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+import numpy as np
+from jaxtyping import Int64
+
 from qlora_jax.config import QUESTION_KINDS, ROW_COLUMNS
 from qlora_jax.data.formats.columns import (
     PLACEHOLDER,
@@ -15,12 +18,13 @@ from qlora_jax.data.formats.columns import (
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows, shorten
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 
+ROW_TASKS = ("rows", "pairs")  # whose files have the columns of training data
 ALTERNATIVES = {"question": "prompt"}  # another name that a column may have
 
 
 def known_columns(task: str) -> Collection[str]:
     """The column names that a task knows."""
-    return ROW_COLUMNS if task == "rows" else QUESTION_KINDS[task].columns
+    return ROW_COLUMNS if task in ROW_TASKS else QUESTION_KINDS[task].columns
 
 
 def read_task_rows(
@@ -101,6 +105,24 @@ def check_lengths(path: str, rows: Sequence[Row], scored: Sequence[Sequence[Scor
         elif not all(supervised[1:].any() for _, supervised in sequences):
             problems.append((row.place, "no token to score"))
     raise_problems(path, problems, len(rows))
+
+
+def groups_by(path: str, rows: Sequence[Row], by: str) -> dict[str, Int64[np.ndarray, "_"]]:
+    """Returns the indices of the rows of each value of the column `by`, the largest group first."""
+    values = read_each(path, rows, lambda row: _group_name(row.data, by))
+    groups = {value: np.flatnonzero([one == value for one in values]) for value in dict.fromkeys(values)}
+    largest_first = sorted(groups.items(), key=lambda group: -len(group[1]))
+    return {f"{by} {value} ({len(members)} rows)": members for value, members in largest_first}
+
+
+def _group_name(columns: Mapping[str, object], by: str) -> str:
+    value = columns.get(by)
+    if not isinstance(value, str | int):
+        raise ValueError(
+            f"by: found {shorten(repr(value))} in column {by!r}, expected a text or a whole number (the columns are "
+            f"{list_columns(columns)})"
+        )
+    return str(value)
 
 
 def check_reply_lengths(

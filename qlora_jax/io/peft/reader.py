@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.config import LoraArgs
@@ -27,6 +28,7 @@ from qlora_jax.io.peft.writer import AdapterArrays, SomeLayers, target_settings,
 from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.add_adapters import ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.models.target_layers import SOME_LAYERS, target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.nn.vera import Projections
@@ -382,3 +384,15 @@ def check_shapes(path: Path, lora: AdapterArrays, expected: AdapterArrays) -> No
     if names:
         lines = "\n".join(f"  {name}: found {found.get(name)}, expected {wanted.get(name)}" for name in names)
         raise ValueError(f"{path}: the adapter does not fit the model:\n{lines}")
+
+
+def starting_parameters(start: AdapterArrays, fresh: Lora, path: Path) -> Lora:
+    """Returns the parameters of the adapter in `path`; fresh ones for rows and tables of embeddings that it lacks.
+
+    Raises:
+      ValueError: the adapter does not fit the model.
+    """
+    added = {name: leaves for name, leaves in fresh.items() if name not in start and is_table(name)}
+    started = {**added, **start}
+    check_shapes(path, started, fresh)
+    return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), started, fresh)

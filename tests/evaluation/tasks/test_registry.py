@@ -12,7 +12,7 @@ from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_r
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
 from qlora_jax.evaluation.reporter import Reporter
 from qlora_jax.evaluation.same_inputs import check_same_inputs
-from qlora_jax.evaluation.score import score_models
+from qlora_jax.evaluation.score import ScoredModel, score_models
 from qlora_jax.evaluation.tasks.registry import TASKS, build_tasks
 from qlora_jax.evaluation.tasks.task import PreparedTask, ProgressCallback, Task, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
@@ -75,7 +75,8 @@ def task(tmp_path, monkeypatch: pytest.MonkeyPatch):
 def test_a_registered_task_is_built_scored_and_compared(task):
     models = {"a": tiny_parts(0), "b": tiny_parts(1)}
     tasks, labels = {name: [task] for name in models}, {name: name.upper() for name in models}
-    evaluation = score_models(models.items(), tasks, labels, cache_folder=None, reporter=Reporter())
+    scored = (ScoredModel(name, parts) for name, parts in models.items())
+    evaluation = score_models(scored, tasks, labels, cache_folder=None, reporter=Reporter())
     result = evaluation.tasks["spelling"]
     expected = {name: score_rows(parts, task.words).exact.mean() for name, parts in models.items()}
     assert {name: metrics["spelled right"].value for name, metrics in result.metrics.items()} == expected

@@ -1,0 +1,232 @@
+"""The task `pairs`: preference pairs, of which a model should find the chosen answer likelier than the rejected one.
+
+A run is also compared with its reference, the model before its training: the reward of an answer is
+pair_beta * (log p - log p of the reference), as in DPO, whatever the run's own objective.
+
+Dimension key: P pairs; 2 answers, the chosen one first.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from jaxtyping import Float64, Int64
+
+from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.encoder import check_rows
+from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.readers.files import Problem, raise_problems
+from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.evaluation.loglikelihood import ScoredIds, lower_scoring, score_rows
+from qlora_jax.evaluation.measures import MEASURES
+from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues
+from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.models.partition import ModelParts
+
+OBJECTIVE = "dpo"  # whose rows are pairs
+RIGHT_BY_REWARD, RIGHT_BY_LIKELIHOOD, MARGIN = "right by reward", "right by likelihood", "reward margin"
+LONGER = "chosen is longer"
+KINDS: dict[str, MetricKind] = {
+    RIGHT_BY_REWARD: "share",
+    MARGIN: "number",
+    "KL to the reference a token": "number",
+    RIGHT_BY_LIKELIHOOD: "share",
+    f"{RIGHT_BY_LIKELIHOOD} a token": "share",
+    "loss a token, chosen": "number",
+    "loss a token, rejected": "number",
+    LONGER: "share",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairScores:
+    """Scores of both answers of each pair.
+
+    Fields:
+      nll_P2: the sum of -log p over the tokens of an answer.
+      reference_P2: the same under the reference; None for a model without one.
+    """
+
+    nll_P2: Float64[np.ndarray, "P 2"]
+    tokens_P2: Int64[np.ndarray, "P 2"]
+    reference_P2: Float64[np.ndarray, "P 2"] | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PairsTask:
+    """Accuracy, margin and KL of preference pairs; see `task.Task` for the members.
+
+    Attributes:
+      sequences: the chosen and the rejected answer of each pair in turn, behind their prompt.
+      beta: factor of rewards.
+      groups: the indices of the pairs of each group, by its description; their accuracies are also reported.
+    """
+
+    title: str
+    sequences: Sequence[ScoredIds]
+    beta: float
+    groups: Mapping[str, Int64[np.ndarray, "_"]] = dataclasses.field(default_factory=dict)
+    name: str = "pairs"
+
+    @property
+    def size(self) -> int:
+        """The number of answers."""
+        return len(self.sequences)
+
+    @property
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each answer's ids, and the mask of the scored ones."""
+        return self.sequences
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> PairScores:
+        """Scores one model on each answer."""
+        scores = score_rows(parts, self.sequences, progress, cache)
+        return PairScores(nll_P2=scores.nll.reshape(-1, 2), tokens_P2=scores.tokens.reshape(-1, 2))
+
+    def with_reference(
+        self, scores: PairScores, reference: ModelParts, progress: ProgressCallback, cache: ResultCache
+    ) -> PairScores:
+        """Adds the scores of the model before its training."""
+        return dataclasses.replace(scores, reference_P2=self.score(reference, progress, cache).nll_P2)
+
+    def metrics(self, scores: PairScores) -> list[Metric]:
+        """Accuracies, margin, KL and losses; the accuracies of each group; and the number of ties."""
+        found = [_metric(name, one) for name, one in self.pair_values(scores).items()]
+        for group, pairs in self.groups.items():
+            found += [
+                _metric(name, RowValues(one.values[pairs], one.weights[pairs]))._replace(name=f"{name}, {group}")
+                for name, one in self.pair_values(scores).items()
+                if name.startswith("right")
+            ]
+        ties = int((scores.nll_P2[:, 0] == scores.nll_P2[:, 1]).sum())
+        return [*found, Metric("ties by likelihood (count as half)", "count", ties)]
+
+    def compare(self, before: PairScores, after: PairScores) -> list[Comparison]:
+        """The changes of all measures that both models have, with intervals over pairs."""
+        old, new = self.pair_values(before), self.pair_values(after)
+        return [
+            Comparison(name, KINDS[name], _mean(new[name]) - _mean(old[name]), interval=_change(old[name], new[name]))
+            for name in KINDS
+            if name in old and name in new and name != LONGER
+        ]
+
+    def row_values(self, scores: PairScores) -> dict[str, RowValues]:
+        """The pairs' parts of the measures in measures.py."""
+        return {name: one for name, one in self.pair_values(scores).items() if name in MEASURES[self.name]}
+
+    def pair_values(self, scores: PairScores) -> dict[str, RowValues]:
+        """Returns the pairs' parts of all metrics. A tie counts as half right."""
+        one_P, tokens_P2 = np.ones(len(scores.nll_P2)), scores.tokens_P2.astype(np.float64)
+        found: dict[str, RowValues] = {}
+        if scores.reference_P2 is not None:
+            ratio_P2 = scores.reference_P2 - scores.nll_P2
+            margin_P = self.beta * (ratio_P2[:, 0] - ratio_P2[:, 1])
+            found = {
+                RIGHT_BY_REWARD: RowValues(_right(margin_P), one_P),
+                MARGIN: RowValues(margin_P, one_P),
+                "KL to the reference a token": RowValues(ratio_P2.sum(axis=1), tokens_P2.sum(axis=1)),
+            }
+        mean_P2 = scores.nll_P2 / tokens_P2
+        return found | {
+            RIGHT_BY_LIKELIHOOD: RowValues(_right(scores.nll_P2[:, 1] - scores.nll_P2[:, 0]), one_P),
+            f"{RIGHT_BY_LIKELIHOOD} a token": RowValues(_right(mean_P2[:, 1] - mean_P2[:, 0]), one_P),
+            "loss a token, chosen": RowValues(scores.nll_P2[:, 0], tokens_P2[:, 0]),
+            "loss a token, rejected": RowValues(scores.nll_P2[:, 1], tokens_P2[:, 1]),
+            LONGER: RowValues(_right(tokens_P2[:, 0] - tokens_P2[:, 1]), one_P),
+        }
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the programs of the largest batches."""
+        return lower_scoring(parts, self.sequences)
+
+
+def _right(differences: Float64[np.ndarray, " P"]) -> Float64[np.ndarray, " P"]:
+    """Returns 1 where the difference is positive, 0 where it is negative, and a half where it is 0."""
+    return (1 + np.sign(differences)) / 2
+
+
+def _mean(values: RowValues) -> float:
+    return float(values.values.sum() / values.weights.sum())
+
+
+def _metric(name: str, values: RowValues) -> Metric:
+    if KINDS[name] == "share":
+        interval = wilson_interval(float(values.values.sum()), len(values.values))
+    else:
+        interval = bootstrap(values.values, values.weights)
+    return Metric(name, KINDS[name], _mean(values), interval)
+
+
+def _change(before: RowValues, after: RowValues) -> tuple[float, float]:
+    return paired_bootstrap(before.values, after.values, after.weights)
+
+
+def build(settings: TaskArgs, context: TaskContext) -> PairsTask:
+    """Builds the task that the settings describe."""
+    assert settings.pairs is not None
+    return pairs_task(
+        settings.pairs,
+        context.tokenizer,
+        beta=settings.pair_beta,
+        max_rows=settings.max_rows,
+        max_positions=context.max_positions,
+        by=settings.by,
+        file_columns=settings.file_columns,
+    )
+
+
+def pairs_task(
+    path: str,
+    tokenizer: Tokenizer,
+    *,
+    beta: float,
+    max_rows: int | None,
+    max_positions: int,
+    by: str | None = None,
+    file_columns: Mapping[str, str] | None = None,
+) -> PairsTask:
+    """Reads preference pairs in a format of training data; the tokens that training would learn are scored.
+
+    Args:
+      beta: factor of rewards.
+      by: column whose values group the pairs; None: no groups.
+      file_columns: see `task_file.read_task_rows`.
+
+    Raises:
+      ValueError: rows that are not pairs, or are too long; the message lists them.
+    """
+    rows = read_task_rows(path, "pairs", file_columns, max_rows, OPTIONAL_COLUMNS)
+    row_format = detect_format(path, rows, names=file_columns, setting="file_columns", objective=OBJECTIVE)
+    check_rows(path, rows, row_format)
+    problems: list[Problem] = []
+    encode = make_branch_encoder(row_format, tokenizer, ROW_USES[OBJECTIVE]).begin(rows, problems)
+    _, encoded = encode()(problems)
+    raise_problems(path, problems, len(rows))
+    pairs = [sequences_of(row) for row in encoded]
+    check_lengths(path, rows, pairs, max_positions)
+    return PairsTask(
+        title=f"{path}: {len(rows)} pairs, rewards with pair_beta {beta:g}",
+        sequences=[sequence for pair in pairs for sequence in pair],
+        beta=beta,
+        groups={} if by is None else groups_by(path, rows, by),
+    )
+
+
+def sequences_of(row: EncodedRow) -> list[ScoredIds]:
+    """Returns each branch of a row as a whole text: the trunk up to its depth, and the branch."""
+    ends = [*(branch.begin for branch in row.branches[1:]), len(row.ids)]
+    return [
+        (
+            np.concatenate([row.ids[: branch.depth], row.ids[branch.begin : end]]),
+            np.concatenate([row.supervised[: branch.depth], row.supervised[branch.begin : end]]),
+        )
+        for branch, end in zip(row.branches, ends, strict=True)
+    ]

@@ -1,0 +1,104 @@
+"""Preference pairs are scored by likelihood, and by reward relative to a reference."""
+
+import json
+
+import numpy as np
+import pytest
+
+from qlora_jax.evaluation.reporter import Reporter
+from qlora_jax.evaluation.score import ScoredModel, score_models
+from qlora_jax.evaluation.statistics import paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask, pairs_task
+from tests.evaluation.reference import expected_scores
+from tests.inference.tiny import byte_tokenizer, tiny_parts
+
+TOKENIZER = byte_tokenizer()
+ROWS = [
+    {"prompt": "ab", "chosen": "cde", "rejected": "c", "kind": "long"},
+    {"prompt": "", "chosen": "x", "rejected": "yz", "kind": "short"},
+    {"prompt": "abc", "chosen": "d d", "rejected": "e e", "kind": "long"},
+]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def task_of(path, *, max_rows=None, max_positions=99, by=None):
+    return pairs_task(path, TOKENIZER, beta=0.5, max_rows=max_rows, max_positions=max_positions, by=by)
+
+
+def test_both_answers_stand_behind_the_prompt(tmp_path):
+    task = task_of(write(tmp_path / "pairs.jsonl", ROWS[:1] * 3), max_rows=2)
+    texts = [(TOKENIZER.decode(ids.tolist()), TOKENIZER.decode(ids[scored].tolist())) for ids, scored in task.sequences]
+    assert texts == [("abcde<end>", "cde<end>"), ("abc<end>", "c<end>")] * 2 and task.size == 4
+
+
+def test_rewards_are_relative_to_the_reference(tmp_path):
+    task = task_of(write(tmp_path / "pairs.jsonl", [ROWS[0], ROWS[2]] * 2))
+    run, reference = tiny_parts(0), tiny_parts(1)
+    models = [ScoredModel("base", reference), ScoredModel("run", run, reference)]
+    labels = {"base": "base", "run": "run"}
+    done = score_models(models, {name: [task] for name in labels}, labels, cache_folder=tmp_path, reporter=Reporter())
+    found = {name: metric.value for name, metric in done.tasks["pairs"].metrics["run"].items()}
+    nll, before = (
+        np.array([expected_scores(parts, *one)[0] for one in task.sequences]).reshape(-1, 2)
+        for parts in (run, reference)
+    )
+    tokens = np.array([scored.sum() for _, scored in task.sequences]).reshape(-1, 2)
+    rewards = 0.5 * (before - nll)
+    margins = rewards[:, 0] - rewards[:, 1]
+    mean = nll / tokens
+    expected = {
+        "right by reward": (margins > 0).mean(),
+        "reward margin": margins.mean(),
+        "KL to the reference a token": (before - nll).sum() / tokens.sum(),
+        "right by likelihood": (nll[:, 0] < nll[:, 1]).mean(),
+        "right by likelihood a token": (mean[:, 0] < mean[:, 1]).mean(),
+        "loss a token, chosen": nll[:, 0].sum() / tokens[:, 0].sum(),
+        "loss a token, rejected": nll[:, 1].sum() / tokens[:, 1].sum(),
+        "chosen is longer": 0.75,  # half of two pairs have equal lengths
+        "ties by likelihood (count as half)": 0,
+    }
+    assert found == pytest.approx(expected, abs=1e-4)
+    assert "right by reward" not in done.tasks["pairs"].metrics["base"]
+    assert "right by reward" in done.tasks["pairs"].rows["run"]
+
+
+def scores(chosen, rejected, reference=None):
+    nll = np.stack([chosen, rejected], axis=1).astype(float)
+    return PairScores(nll_P2=nll, tokens_P2=np.full((len(nll), 2), 2), reference_P2=reference)
+
+
+def test_ties_count_as_half_and_changes_are_paired():
+    task = PairsTask(title="", sequences=[], beta=0.1)
+    before, after = scores([1, 2, 3, 4], [1, 1, 5, 5]), scores([1, 2, 3, 4], [2, 2, 5, 5])
+    found = {metric.name: metric for metric in task.metrics(before)}
+    assert found["right by likelihood"].value == 2.5 / 4
+    assert found["right by likelihood"].interval == wilson_interval(2.5, 4)
+    assert found["ties by likelihood (count as half)"].value == 1
+    changes = {change.name: change for change in task.compare(before, after)}
+    assert changes["right by likelihood"].difference == 1 / 4
+    old, new = np.array([0.5, 0, 1, 1]), np.array([1, 0.5, 1, 1])
+    assert changes["right by likelihood"].interval == paired_bootstrap(old, new, np.ones(4))
+
+
+def test_a_model_equal_to_its_reference_is_right_by_half():
+    same = scores([1, 2], [3, 1], reference=np.array([[1.0, 3.0], [2.0, 1.0]]))
+    found = {metric.name: metric.value for metric in PairsTask(title="", sequences=[], beta=1.0).metrics(same)}
+    assert found["right by reward"] == 0.5 and found["reward margin"] == 0
+
+
+def test_groups_have_their_own_accuracies(tmp_path):
+    task = task_of(write(tmp_path / "pairs.jsonl", ROWS), by="kind")
+    found = {metric.name: metric.value for metric in task.metrics(scores([1, 9, 9], [2, 3, 8]))}
+    assert found["right by likelihood, kind long (2 rows)"] == 0.5
+    assert found["right by likelihood, kind short (1 rows)"] == 0
+
+
+def test_rows_of_another_kind_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"rows.jsonl: .*'prompt', 'completion'|rows.jsonl: objective"):
+        task_of(write(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": "b"}]))
+    with pytest.raises(ValueError, match=r"pairs.jsonl:1: .*too long"):
+        task_of(write(tmp_path / "pairs.jsonl", ROWS), max_positions=4)
