@@ -16,7 +16,7 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place, Problem
 from qlora_jax.data.row_kinds import RowUse
 
-_Marked = tuple[Int32[np.ndarray, " T"], Bool[np.ndarray, " T"]]  # ids, and True for those that are supervised
+_Marked = tuple[Int32[np.ndarray, " _"], Bool[np.ndarray, " _"]]  # ids, and True for those that are supervised
 
 
 def fit_branches(

@@ -56,10 +56,11 @@ def find_labels(data: DataArgs, objective: str) -> tuple[str, ...]:
     paths, found = [data.train] if isinstance(data.train, str) else [*data.train], {}
     for path in paths:
         found |= dict.fromkeys(_names_in(path, data.columns_of(path), kind))
-    if not 2 <= len(found) + (kind == "classes") <= MAX_CLASSES + 1:
-        few = f"expected at least {2 - (kind == 'classes')} and at most {MAX_CLASSES}"
+    least = 2 if kind == "class" else 1
+    if not least <= len(found) <= MAX_CLASSES:
         raise ValueError(
-            f"{', '.join(paths)}: wrong number of classes in the column 'label' (found {len(found)}, {few}). Name the "
+            f"{', '.join(paths)}: wrong number of classes in the column 'label' (found {len(found)}, expected at least "
+            f"{least} and at most {MAX_CLASSES}). Name the "
             "column in data.columns, or the classes in head.labels."
         )
     return tuple(sorted(found, key=_order))

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branch_encoder import WrittenRow, encode_written, make_branch_encoder
 from qlora_jax.data.branches import branch_ends
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.reference import EncodedRow
@@ -143,3 +143,111 @@ def test_ids_and_masks_equal_those_of_trl(
                 expected = through_end(one, prompt + their[name])
                 learned = [at >= max(len(prompt), 1) for at in range(len(expected))]
                 assert (ids, mask) == (expected, learned), (row, name)
+
+
+HARD_TEXTS = [
+    "",
+    " ",
+    "a",
+    "<|im_end|>",
+    " <|im_end|> b",
+    "<|im_",
+    "end|>",
+    "漢字",
+    "\n\n",
+    "x<|im_start|>y",
+    "</s> z",
+    "<s>",
+]
+
+
+@pytest.mark.parametrize("name", ["smollm2", "never", "first", "every"])
+def test_each_text_has_the_ids_of_the_text_alone(tokenizer: Tokenizer, name: str):
+    one = tokenizer if name == "smollm2" else sentencepiece_tokenizer(name)
+    end = one.special_tokens["eos_token"]
+    rows = [
+        WrittenRow(a + end + b, (a + end + b + c, a + end + b + b, a + end + c), False)
+        for a in HARD_TEXTS
+        for b in HARD_TEXTS[:6]
+        for c in HARD_TEXTS
+    ]
+    for row, found in zip(rows, encode_written(one, rows), strict=True):
+        alone = one.encode_batch([row.prompt or "", *row.texts])
+        assert [found.prompt, *found.texts] == alone, row
+
+
+def test_a_prompt_is_encoded_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
+    given: list[str] = []
+    whole = Tokenizer.encode_fast
+    monkeypatch.setattr(Tokenizer, "encode_fast", lambda self, texts: (given.extend(texts), whole(self, texts))[1])
+    encoded(tokenizer, [{"prompt": "long " * 50, "chosen": "a", "rejected": "b"}])
+    assert sum("long" in text for text in given) == 1
+
+
+def test_the_prompt_is_that_of_inference(tokenizer: Tokenizer):
+    (row,) = encoded(tokenizer, [{"prompt": "Q", "chosen": "yes", "rejected": "no"}])
+    prompt = tokenizer.encode(tokenizer.render([turn("user", "Q")], add_generation_prompt=True))
+    for (ids, mask), answer in zip(texts_of(row), ("yes<|im_end|>", "no<|im_end|>"), strict=True):
+        assert ids[: len(prompt)] == prompt and mask == [False] * len(prompt) + [True] * (len(ids) - len(prompt))
+        assert tokenizer.decode(ids[len(prompt) :]) == answer
+    assert row.source == len(prompt) and not row.cut
+    assert len(row.ids) == len(prompt) - 1 + sum(1 + count for count in (2, 2))
+
+
+def test_a_token_across_the_end_of_the_prompt_belongs_to_the_answers(plain_tokenizer: Tokenizer):
+    (row,) = encoded(plain_tokenizer, [STRINGS[2]])
+    shared = plain_tokenizer.encode("Say")
+    assert row.cut and row.source == len(shared) == row.branches[0].depth + 1
+    for (ids, mask), answer in zip(texts_of(row), ("hi there", "no"), strict=True):
+        assert ids == plain_tokenizer.encode(f"Say hi{answer}<|im_end|>")
+        assert mask == [False] + [True] * (len(ids) - 1)
+
+
+def test_classes_and_embeddings_end_with_a_filler(tokenizer: Tokenizer, plain_tokenizer: Tokenizer):
+    labels = ("no", "yes")
+    rows = [{"premise": "a b", "hypothesis": "c", "label": "yes"}, {"messages": [USER], "label": "no"}]
+    pair, chat = encoded(tokenizer, rows, "classification", labels)
+    assert pair.ids.tolist() == [*tokenizer.encode("a b\nc"), tokenizer.eos_id] and not pair.branches
+    assert chat.ids.tolist() == [*tokenizer.encode(tokenizer.render([USER])), tokenizer.eos_id]
+    assert [row.values["labels"] for row in (pair, chat)] == [[1.0], [0.0]]
+    (row,) = encoded(plain_tokenizer, [{"anchor": "a b", "positive": "c", "negative": "d e f"}], "embedding")
+    found = [(ids[:-1], mask) for ids, mask in texts_of(row)]
+    expected = [plain_tokenizer.encode(text) for text in ("a b", "c", "d e f")]
+    assert found == [(ids, [False] * len(ids) + [True]) for ids in expected]
+    assert [branch.depth for branch in row.branches] == [0, 0, 0]
+
+
+def test_bos_comes_first_once():
+    one = dataclasses.replace(sentencepiece_tokenizer("never"), chat_template=None, add_bos_token=True)
+    for text in ("a", "<s>a"):
+        (row,) = encoded(one, [{"text": text, "label": 1}], "classification", ("0", "1"))
+        assert row.ids.tolist() == [one.bos_id, *one.encode("a"), one.eos_id]
+
+
+@pytest.mark.parametrize(
+    ("template", "row", "problem"),
+    [
+        ("thinking", {"prompt": [USER], "chosen": [turn("tool", "x"), GOOD], "rejected": [BAD]}, None),
+        ("drops", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "drops or rewrites a part of an answer"),
+        ("none", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "needs a chat template, and this model has"),
+        ("no end", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "expected a special token"),
+        ("mistral", {"prompt": [turn("system", "s"), USER], "chosen": [GOOD], "rejected": [BAD]}, "only user and"),
+    ],
+)
+def test_rows_that_a_template_does_not_write(
+    tokenizer: Tokenizer, templates: dict[str, str], template: str, row: dict[str, Any], problem: str | None
+):
+    extra = {
+        "none": None,
+        "no end": "{% for m in messages %}{{ m.role + m.content }}{% endfor %}",
+        "drops": templates["smollm2"].replace("message['content']", "message['content'] | replace('F', '')"),
+    }
+    one = dataclasses.replace(tokenizer, chat_template=(templates | extra)[template])
+    rows, problems = [Row(Place(7, 6), row)], []
+    row_format = detect_format("x.jsonl", rows, objective="dpo")
+    _, found = make_branch_encoder(row_format, one, ROW_USES["dpo"]).begin(rows, problems)()(problems)
+    if problem is None:
+        assert (len(found), problems) == (1, [])
+        return
+    ((place, told),) = problems
+    assert place.line == 7 and problem in told and not found
