@@ -1,6 +1,6 @@
 """Small data sets that several tests load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora_jax.config.schema import DataArgs
@@ -8,8 +8,16 @@ from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
-def load(tokenizer: Tokenizer, **settings: Any) -> Dataset:
-    return load_dataset(DataArgs(**settings), tokenizer, seed=0, micro_batch_size=2, accumulation=2)
+def load(tokenizer: Tokenizer, objective: str = "sft", labels: Sequence[str] = (), **settings: Any) -> Dataset:
+    return load_dataset(
+        DataArgs(**settings),
+        tokenizer,
+        seed=0,
+        micro_batch_size=2,
+        accumulation=2,
+        objective=objective,
+        labels=labels,
+    )
 
 
 def question(number: int, answer: str = "yes") -> dict[str, Any]:
