@@ -63,7 +63,7 @@ def encoded(
 
 
 def texts_of(row: EncodedRow) -> list[tuple[list[int], list[bool]]]:
-    """The ids and the mask of each text: what its branch continues, and the branch."""
+    """The ids and the mask of each text, of which a branch is the end."""
     if not row.branches:
         return [(row.ids.tolist(), row.supervised.tolist())]
     spans = zip(row.branches, branch_ends(row.branches, len(row.ids)), strict=True)
