@@ -73,9 +73,9 @@ def test_pairs_that_truncation_empties_or_makes_equal(plain_tokenizer: Tokenizer
 
 def test_both_answers_are_shown_by_name(tokenizer: Tokenizer, write_rows: Callable):
     dataset = load(tokenizer, "dpo", train=write_rows([{"prompt": "Q", "chosen": "yes", "rejected": "no"}]))
-    console = Console(file=io.StringIO(), width=100)
-    print_report(dataset.report, console)
-    assert console.file.getvalue().endswith(
+    printed = io.StringIO()
+    print_report(dataset.report, Console(file=printed, width=100))
+    assert printed.getvalue().endswith(
         "  | <|im_start|>assistant\n  | \n  | chosen: ⟦yes<|im_end|>⟧\n  | rejected: ⟦no<|im_end|>⟧\n"
     )
     (row,) = example_rows(dataset.train, tokenizer, 5, dataset.report.parts)
