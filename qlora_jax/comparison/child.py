@@ -1,4 +1,4 @@
-"""`python -m qlora_jax.comparison.child WORDS...` becomes the command `python WORDS...`, which ends with its parent.
+"""`python -m qlora_jax.comparison.child PARENT WORDS...` becomes `python WORDS...`, which ends with its parent.
 
 A training run would otherwise survive a worker that was killed, and keep its folder locked. The system sends SIGTERM
 when the parent is gone (Linux), upon which a run saves a checkpoint.
@@ -12,15 +12,18 @@ import sys
 PR_SET_PDEATHSIG = 1
 
 
-def main() -> None:
-    """Asks for the signal, and replaces this process by the command."""
-    parent = os.getppid()
+def main(parent: int, words: list[str]) -> None:
+    """Asks for the signal, and replaces this process by the command.
+
+    Args:
+      parent: id of the process that starts this one. It may have ended before this process could ask for its id.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it ended before the system knew
         sys.exit(128 + signal.SIGTERM)
-    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+    os.execv(sys.executable, [sys.executable, *words])
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]), sys.argv[2:])

@@ -1,12 +1,14 @@
 """Performs one run, on any machine: trains or resumes it, scores it, and writes its outcome."""
 
+import contextlib
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -47,7 +49,7 @@ class Diverged(Failed):
 
 
 def perform(folder: str, stop: threading.Event | None = None) -> None:
-    """Performs the run in a folder; does nothing if it is finished.
+    """Performs the run in a folder; does nothing if it is finished. One worker at a time performs a run.
 
     An error of a command is written to failure.txt, because starting the run again would not help. A learning rate
     that diverges in the search is a result, and has an outcome.
@@ -56,21 +58,24 @@ def perform(folder: str, stop: threading.Event | None = None) -> None:
       stop: set to end the run early; it saves a checkpoint first.
 
     Raises:
-      Lost: the run's process was killed or stopped.
+      Lost: the run's process was killed or stopped, or another worker performs the run.
     """
     path = Path(folder)
-    if (path / OUTCOME_FILE).exists():
-        return
-    (path / FAILURE_FILE).unlink(missing_ok=True)
-    job = read_job(path)
-    try:
-        write_text(path / OUTCOME_FILE, json.dumps(_perform(path, job, stop)) + "\n")
-    except Failed as error:
-        write_text(path / FAILURE_FILE, f"{error}\n")
-        return
-    if job["stage"] != "final":
-        _remove_checkpoints(path / RUN_FOLDER)  # nobody needs these models
-    shutil.rmtree(path / CACHE_FOLDER, ignore_errors=True)
+    with _locked(path):
+        if (path / OUTCOME_FILE).exists():
+            return
+        (path / FAILURE_FILE).unlink(missing_ok=True)
+        job = read_job(path)
+        try:
+            outcome = _perform(path, job, stop)
+        except Failed as error:
+            write_text(path / FAILURE_FILE, f"{error}\n")
+            return
+        # Before the outcome, because a finished run is not looked at again.
+        if job["stage"] != "final":
+            _remove_checkpoints(path / RUN_FOLDER)  # nobody needs these models
+        shutil.rmtree(path / CACHE_FOLDER, ignore_errors=True)
+        write_text(path / OUTCOME_FILE, json.dumps(outcome) + "\n")
 
 
 def _perform(folder: Path, job: Job, stop: threading.Event | None) -> RunOutcome:
@@ -89,10 +94,10 @@ def _perform(folder: Path, job: Job, stop: threading.Event | None) -> RunOutcome
 
 def _train(folder: Path, job: Job, stop: threading.Event | None) -> None:
     run = folder / RUN_FOLDER
-    _wait_for_lock(run)
-    resume = _has_checkpoint(run)
-    if run.exists() and not resume:
-        shutil.rmtree(run)  # it was stopped before its first checkpoint
+    with _locked(run):
+        resume = _has_checkpoint(run)
+        if not resume:
+            shutil.rmtree(run)  # it was stopped before its first checkpoint
     words = ["--config", str(folder / SETTINGS_FILE), *(["--resume"] if resume else [])]
     try:
         _command(folder, job, ["-m", "qlora_jax.train", *words], stop)
@@ -115,17 +120,20 @@ def _remove_checkpoints(run: Path) -> None:
         shutil.rmtree(run / CHECKPOINT_FOLDER)
 
 
-def _wait_for_lock(run: Path) -> None:
-    """Waits until no process trains in the run's folder; raises Lost after LOCK_SECONDS."""
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder, for which it waits; raises Lost after LOCK_SECONDS."""
     end = time.monotonic() + LOCK_SECONDS
-    while run.exists():
-        try:
-            with lock_run(run, warn=print):
-                return
-        except ValueError as error:
-            if time.monotonic() > end:
-                raise Lost(str(error)) from None
-            time.sleep(POLL_SECONDS)
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(lock_run(folder, warn=print))
+                break
+            except ValueError as error:
+                if time.monotonic() > end:
+                    raise Lost(str(error)) from None
+                time.sleep(POLL_SECONDS)
+        yield
 
 
 def _evaluate(folder: Path, job: Job, settings: Mapping[str, object], stop: threading.Event | None) -> None:
@@ -150,8 +158,9 @@ def _command(folder: Path, job: Job, words: list[str], stop: threading.Event | N
     Raises:
       Lost, Failed: it did not succeed.
     """
-    command = [sys.executable, "-m", "qlora_jax.comparison.child", *words]
+    command = [sys.executable, "-m", "qlora_jax.comparison.child", str(os.getpid()), *words]
     with open(folder / LOG_FILE, "ab") as log:
+        start = log.tell()
         # In its own session, because a terminal sends Ctrl-C to all processes of one, and a run ends at the second.
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=job["directory"], start_new_session=True
@@ -160,7 +169,7 @@ def _command(folder: Path, job: Job, words: list[str], stop: threading.Event | N
     if code < 0 or code > SIGNALLED:
         raise Lost(f"{words[1]} was killed or stopped (exit code {code})")
     if code:
-        raise Failed(f"{words[1]} failed (exit code {code}):\n{_last_lines(folder / LOG_FILE)}")
+        raise Failed(f"{words[1]} failed (exit code {code}):\n{_last_lines(folder / LOG_FILE, start)}")
 
 
 def _wait(process: subprocess.Popen, stop: threading.Event | None) -> int:
@@ -175,8 +184,9 @@ def _wait(process: subprocess.Popen, stop: threading.Event | None) -> int:
     return code
 
 
-def _last_lines(log: Path) -> str:
-    lines = log.read_text("utf-8", errors="replace").splitlines()
+def _last_lines(log: Path, start: int) -> str:
+    """Returns the last lines of a log that were written after byte `start`, so not those of an earlier command."""
+    lines = log.read_bytes()[start:].decode("utf-8", errors="replace").splitlines()
     return "\n".join(lines[-LAST_LINES:])
 
 

@@ -1,6 +1,7 @@
 """One run: trained or resumed, scored, and its outcome written last."""
 
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -107,7 +108,7 @@ def test_an_error_of_a_command_is_a_failure_and_a_signal_a_loss(runs):
     search, _ = runs
     run = lambda code: module._command(search.folder, search.job(), ["-c", code], None)  # noqa: E731
     run("print('fine')")
-    with pytest.raises(Failed, match=r"(?s)failed \(exit code 2\):\nfine\nno such file"):
+    with pytest.raises(Failed, match=r"(?s)failed \(exit code 2\):\nno such file$"):
         run("import sys; print('no such file'); sys.exit(2)")
     for code in ("import sys; sys.exit(143)", "import os; os.kill(os.getpid(), 9)"):
         with pytest.raises(Lost, match=r"was killed or stopped \(exit code (143|-9)\)"):
@@ -190,12 +191,51 @@ def test_a_locked_run_is_waited_for_and_then_lost(runs, commands, monkeypatch):
     assert commands == []
 
 
+def test_one_worker_at_a_time_performs_a_run(runs, commands, monkeypatch):
+    search, _ = runs
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.3)
+    with lock_run(search.folder, pytest.fail), pytest.raises(Lost, match="another process writes"):
+        perform(str(search.folder))
+    assert commands == []
+    monkeypatch.setattr(module, "LOCK_SECONDS", 20.0)
+    monkeypatch.setattr(module, "_command", lambda *words: (commands.append(words), time.sleep(0.3), trained(search)))
+    workers = [threading.Thread(target=perform, args=(str(search.folder),)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(commands) == 1 and search.finished
+
+
+def test_a_run_is_cleaned_up_before_it_counts_as_finished(runs, commands, monkeypatch):
+    search, _ = runs
+    trained(search)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove_checkpoints", lambda folder: (_ for _ in ()).throw(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            perform(str(search.folder))
+    assert not search.finished
+    perform(str(search.folder))
+    assert search.finished and not (search.folder / "run/checkpoints").exists() and len(commands) == 1
+
+
+def test_a_command_whose_worker_ended_before_it_began_does_nothing(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    words = [sys.executable, "-m", "qlora_jax.comparison.child"]
+    assert subprocess.run([*words, str(ended.pid), "-c", code], check=False).returncode == 143
+    assert not (tmp_path / "ran").exists()
+    assert subprocess.run([*words, str(os.getpid()), "-c", code], check=False).returncode == 0
+    assert (tmp_path / "ran").exists()
+
+
 def test_a_command_ends_when_its_worker_is_killed(tmp_path):
     report = tmp_path / "report"
     child = f"import os, time; open({str(report)!r}, 'w').write(str(os.getpid())); time.sleep(60)"
     worker = (
-        "import subprocess, sys, time\n"
-        f"words = [sys.executable, '-m', 'qlora_jax.comparison.child', '-c', {child!r}]\n"
+        "import os, subprocess, sys, time\n"
+        f"words = [sys.executable, '-m', 'qlora_jax.comparison.child', str(os.getpid()), '-c', {child!r}]\n"
         "subprocess.Popen(words, start_new_session=True)\n"
         "time.sleep(60)"
     )
