@@ -29,6 +29,7 @@ class AdapterConfig(TypedDict, total=False):
     revision: str | None
     bias: str
     target_modules: object
+    exclude_modules: object
     layers_to_transform: int | list[int] | None
     r: Annotated[int, Field(ge=0, le=1 << 16)]
     lora_alpha: Alpha

@@ -91,7 +91,7 @@ def _not_targeted(modules: list[str], found: Found, layers: Sequence[int]) -> li
 
 def _problems(modules: list[str], found: Found, shape: tuple[int, int]) -> list[str]:
     if not modules:
-        return ["layers_to_transform: none of these layers exists in the model"]
+        return ["target_modules, exclude_modules, layers_to_transform: together they target no layer of the model"]
     missing = [
         f"{module}.{LEAF_NAMES[leaf]}: missing, but the adapter's settings target this layer"
         for leaf, entries in found.items()

@@ -1,4 +1,10 @@
-"""The layers of each projection that the settings of a PEFT adapter target."""
+"""The layers of each projection that the settings of a PEFT adapter target.
+
+PEFT gives a module an adapter if its name is in target_modules, not in exclude_modules, and its layer in
+layers_to_transform. A regular expression or a full name in target_modules holds whatever layers_to_transform says.
+"""
+
+from collections.abc import Sequence
 
 from qlora_jax.io.peft.config import AdapterConfig
 from qlora_jax.io.tensor_map import layer_name
@@ -12,23 +18,40 @@ def targeted_layers(config: AdapterConfig, model: ModelConfig) -> dict[str, list
     for inner in model.linear_shapes():
         name = f"model.layers.{inner}"
         modules = [model.hugging_face_name(layer_name(name, layer)) for layer in range(model.num_layers)]
-        layers = _layers_of(config, modules)
+        layers = layers_of(config, modules)
         if len(layers) < model.num_layers:
             found[name] = layers
     return found
 
 
-def _layers_of(config: AdapterConfig, modules: list[str]) -> list[int]:
-    """Returns the layers of a projection that are targeted; all if the settings do not name layers."""
-    target, numbers, every = config.get("target_modules"), config.get("layers_to_transform"), range(len(modules))
+def layers_of(config: AdapterConfig, modules: Sequence[str]) -> list[int]:
+    """Returns the layers of a projection that are targeted.
+
+    If target_modules names none of the modules in a way that can be read, all count as named: the tensors then show
+    which ones are targets.
+
+    Args:
+      modules: Hugging Face's name of the projection in each layer.
+    """
+    target, excluded = config.get("target_modules"), config.get("exclude_modules")
+    named = [layer for layer, module in enumerate(modules) if _names(target, module)] or range(len(modules))
+    numbers = None if isinstance(target, str) else config.get("layers_to_transform")
     if isinstance(numbers, int):
         numbers = [numbers]
-    if numbers:
-        return [layer for layer in every if layer in numbers]
-    if isinstance(target, str):
-        readable = not pattern_problems(target)
-        chosen = [layer for layer in every if readable and matches_whole(target, modules[layer])]
-    else:
-        ends = [f".{entry}" for entry in target if isinstance(entry, str)] if isinstance(target, list) else []
-        chosen = [layer for layer in every if any(f".{modules[layer]}".endswith(end) for end in ends)]
-    return chosen or list(every)
+    return [
+        layer
+        for layer in named
+        if not _names(excluded, modules[layer]) and (not numbers or layer in numbers or _has(target, modules[layer]))
+    ]
+
+
+def _names(setting: object, module: str) -> bool:
+    """Returns True if a regular expression matches a module's whole name, or an entry of a list is its end."""
+    if isinstance(setting, str):
+        return not pattern_problems(setting) and matches_whole(setting, module)
+    entries = setting if isinstance(setting, list) else []
+    return any(isinstance(entry, str) and f".{module}".endswith(f".{entry}") for entry in entries)
+
+
+def _has(setting: object, module: str) -> bool:
+    return isinstance(setting, list) and module in setting
