@@ -20,7 +20,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.dtypes import Dtype, MergedFormat
 from qlora_jax.io.export.result import ExportResult
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.partition import combine
+from qlora_jax.models.partition import ModelParts, combine
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
 from qlora_jax.training.session import PreparedModel
@@ -160,14 +160,7 @@ def finetune(
             resume=resume,
             oversized=oversized,
             console=console_for(progress),
-            model=PreparedModel(
-                source=provenance.opened.source,
-                tokenizer=tokenizer,
-                # Copied, because steps write the new parameters into the memory of the old ones.
-                parts=parts.with_lora(jax.tree.map(jnp.copy, parts.lora)),
-                fingerprint=provenance.fingerprint,
-                initial=provenance.initial,
-            ),
+            model=_prepared(parts, provenance, tokenizer),
         )
     lora = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), trained.lora, parts.lora)
     return FinetuneRun(
@@ -175,6 +168,18 @@ def finetune(
         folder=folder,
         step=trained.step,
         finished=trained.finished,
+    )
+
+
+def _prepared(parts: ModelParts, provenance: Provenance, tokenizer: Tokenizer) -> PreparedModel:
+    """Returns the model for a run that leaves the arrays of the given one valid."""
+    return PreparedModel(
+        source=provenance.opened.source,
+        tokenizer=tokenizer,
+        # Copied, because steps write the new parameters into the memory of the old ones.
+        parts=parts.with_lora(jax.tree.map(jnp.copy, parts.lora)),
+        fingerprint=provenance.fingerprint,
+        initial=provenance.initial,
     )
 
 

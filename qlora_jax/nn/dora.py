@@ -19,7 +19,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.nn.column_scale import scale_columns
 from qlora_jax.nn.dropout import dropout
 from qlora_jax.nn.linear import FrozenLayer, Weight, gather_layer, weight_specs
-from qlora_jax.nn.lora import adapter_deltas, add_delta
+from qlora_jax.nn.lora import adapter_deltas, add_delta, low_rank_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_tn
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.variables import Frozen, select_layer
@@ -91,7 +91,7 @@ class DoRA(nnx.Module):
     ) -> list[jax.Array]:
         """Returns each layer's result; without dropout, all layers share one product with A."""
         with jax.named_scope("lora"):
-            added = adapter_deltas(adapters, x_MK, keys)
+            added = adapter_deltas(adapters, x_MK, keys, low_rank_deltas)
         rows = zip(adapters, frozen, keys, added, strict=True)
         return [adapter._applied(x_MK, one, keys_B, delta) for adapter, one, keys_B, delta in rows]
 

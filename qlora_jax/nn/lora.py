@@ -84,13 +84,23 @@ lora_deltas.defvjp(forward, backward)
 
 
 @runtime_checkable
-class LowRank(Protocol):
+class HasDropout(Protocol):
+    """An adapter with dropout on its inputs."""
+
+    dropout: float
+
+
+# (adapters, x, probability of dropout, the dropout key of each row of the batch or None) -> the change of each adapter
+type Deltas[A] = Callable[[Sequence[A], jax.Array, float, jax.Array | None], Sequence[jax.Array]]
+
+
+@runtime_checkable
+class LowRank(HasDropout, Protocol):
     """An adapter of rank R: A [K, R], B [R, N], and the factor of their product."""
 
     lora_a: nnx.LoRAParam
     lora_b: nnx.LoRAParam
     scaling: float
-    dropout: float
 
 
 class LoRA(nnx.Module):
@@ -143,7 +153,8 @@ class LoRA(nnx.Module):
         """Returns frozen_i(x) + scaling_i * dropout_i(x) A_i B_i for each i."""
         ys = [one(x_MK) for one in frozen]
         with jax.named_scope("lora"):
-            deltas = adapter_deltas(adapters, x_MK, keys, adapters[0].DELTAS)
+            function = functools.partial(low_rank_deltas, function=adapters[0].DELTAS)
+            deltas = adapter_deltas(adapters, x_MK, keys, function)
             return [y + delta for y, delta in zip(ys, deltas, strict=True)]
 
     def select_layer(self, layer: int) -> "LoRA":
@@ -197,22 +208,32 @@ def add_delta(weight: Float[Array, "*L N K"], adapter: LowRank) -> Float[Array, 
     return weight.astype(jnp.float32) + jnp.swapaxes(delta, -1, -2)
 
 
-def adapter_deltas(
-    adapters: Sequence[LowRank],
-    x_MK: jax.Array,
-    keys: Sequence[jax.Array | None],
-    deltas: Callable[..., tuple[jax.Array, ...]] = lora_deltas,
+def adapter_deltas[A: HasDropout](
+    adapters: Sequence[A], x_MK: jax.Array, keys: Sequence[jax.Array | None], deltas: Deltas[A]
 ) -> list[jax.Array]:
-    """Returns scaling_i * dropout_i(x) A_i B_i for each i; with dropout, masks differ and nothing is shared.
+    """Returns the change of each adapter for one x; with dropout, masks differ and nothing is shared.
 
     Args:
-      deltas: `lora_deltas`, or a function that differs from it in the gradients.
+      deltas: computes the changes of several adapters that share a dropout mask.
     """
     if all(adapter.dropout == 0.0 or keys_B is None for adapter, keys_B in zip(adapters, keys, strict=True)):
-        lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
-        lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)
-        return list(deltas(x_MK, lora_a_KR, lora_bs, tuple(adapter.scaling for adapter in adapters), 0.0, None))
-    return [
-        deltas(x_MK, one.lora_a[...], (one.lora_b[...],), (one.scaling,), one.dropout, keys_B)[0]
-        for one, keys_B in zip(adapters, keys, strict=True)
-    ]
+        return list(deltas(adapters, x_MK, 0.0, None))
+    return [deltas([one], x_MK, one.dropout, keys_B)[0] for one, keys_B in zip(adapters, keys, strict=True)]
+
+
+def low_rank_deltas(
+    adapters: Sequence[LowRank],
+    x_MK: jax.Array,
+    dropout: float,
+    keys_B: jax.Array | None,
+    *,
+    function: Callable[..., tuple[jax.Array, ...]] = lora_deltas,
+) -> tuple[jax.Array, ...]:
+    """Returns scaling_i * dropout(x) A_i B_i for each i.
+
+    Args:
+      function: `lora_deltas`, or a function that differs from it in the gradients.
+    """
+    lora_a_KR = jnp.concatenate([adapter.lora_a[...] for adapter in adapters], axis=1)
+    lora_bs = tuple(adapter.lora_b[...] for adapter in adapters)
+    return function(x_MK, lora_a_KR, lora_bs, tuple(adapter.scaling for adapter in adapters), dropout, keys_B)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Key
 
 from qlora_jax.nn.dropout import apply_dropout
 from qlora_jax.nn.linear import FrozenLayer
+from qlora_jax.nn.lora import adapter_deltas
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
 from qlora_jax.nn.variables import Frozen
 
@@ -137,11 +138,7 @@ class VeRA(nnx.Module):
         """Returns each layer's result; without dropout, all layers share the product with A."""
         ys = [one(x_MK) for one in frozen]
         with jax.named_scope("lora"):
-            if all(adapter.dropout == 0.0 or keys_B is None for adapter, keys_B in zip(adapters, keys, strict=True)):
-                deltas = _deltas(adapters, x_MK, 0.0, None)
-            else:
-                rows = zip(adapters, keys, strict=True)
-                deltas = [_deltas([adapter], x_MK, adapter.dropout, keys_B)[0] for adapter, keys_B in rows]
+            deltas = adapter_deltas(adapters, x_MK, keys, _deltas)
             return [y + delta for y, delta in zip(ys, deltas, strict=True)]
 
     @property

@@ -27,7 +27,14 @@ ANSWERS = AnswersTask(
 )
 CHOICES = ChoiceScores(by_sum=RIGHT[0], tied_by_sum=RIGHT[2], by_mean=RIGHT[1], tied_by_mean=RIGHT[3])
 LABELS = LabelsTask(
-    title="", labels=["a", "b"], options=[], prior=None, answers=RIGHT[0].astype(np.int64), label_score="sum"
+    title="",
+    path="",
+    places=[],
+    labels=["a", "b"],
+    options=[],
+    prior=None,
+    answers=RIGHT[0].astype(np.int64),
+    label_score="sum",
 )
 PROGRAMS = ProgramsTask(
     title="",

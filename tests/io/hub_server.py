@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
 import huggingface_hub.constants
@@ -63,79 +63,79 @@ class _Refused(Exception):
         self.status, self.code = status, code
 
 
-def _handler(hub: Hub) -> type[http.server.BaseHTTPRequestHandler]:
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class _Handler(http.server.BaseHTTPRequestHandler):
+    """Answers requests to `hub`, which a subclass sets."""
 
-        def do_GET(self) -> None:
-            self._answer(with_body=True)
+    hub: ClassVar[Hub]
+    protocol_version = "HTTP/1.1"
 
-        def do_HEAD(self) -> None:
-            self._answer(with_body=False)
+    def do_GET(self) -> None:
+        self._answer(with_body=True)
 
-        def log_message(self, format: str, *args: Any) -> None:
-            pass
+    def do_HEAD(self) -> None:
+        self._answer(with_body=False)
 
-        def _answer(self, *, with_body: bool) -> None:
-            path = unquote(urlsplit(self.path).path)
-            hub.asked.append((self.command, path))
-            try:
-                body, headers = self._found(path.strip("/").split("/"))
-                status = 200
-            except _Refused as refused:
-                body, headers, status = b"{}", {"X-Error-Code": refused.code}, refused.status
-            self.send_response(status)
-            for name, value in (headers | {"Content-Length": str(len(body))}).items():
-                self.send_header(name, value)
-            self.end_headers()
-            if with_body:
-                self.wfile.write(body)
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
 
-        def _found(self, parts: list[str]) -> tuple[bytes, dict[str, str]]:
-            of_api = parts[:2] == ["api", "models"]
-            repo, *rest = self._repo(parts[2:] if of_api else parts)
-            if of_api:
-                return json.dumps(self._described(repo, rest)).encode(), {"Content-Type": "application/json"}
-            kind, revision, *file = rest
-            assert kind == "resolve", parts
-            commit = self._commit(repo, revision)
-            if (name := "/".join(file)) not in hub.repos[repo][commit]:
-                raise _Refused(404, "EntryNotFound")
-            body = hub.repos[repo][commit][name]
-            return body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
+    def _answer(self, *, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append((self.command, path))
+        try:
+            body, headers = self._found(path.strip("/").split("/"))
+            status = 200
+        except _Refused as refused:
+            body, headers, status = b"{}", {"X-Error-Code": refused.code}, refused.status
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(body))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(body)
 
-        def _repo(self, parts: list[str]) -> list[str]:
-            repo = "/".join(parts[:2])
-            if repo not in hub.repos:
-                raise _Refused(401, "RepoNotFound")  # as the Hub says it to those it does not know
-            if repo in hub.gated and self.headers.get("Authorization") != f"Bearer {hub.token}":
-                raise _Refused(401, "GatedRepo")
-            return [repo, *parts[2:]]
+    def _found(self, parts: list[str]) -> tuple[bytes, dict[str, str]]:
+        of_api = parts[:2] == ["api", "models"]
+        repo, *rest = self._repo(parts[2:] if of_api else parts)
+        if of_api:
+            return json.dumps(self._described(repo, rest)).encode(), {"Content-Type": "application/json"}
+        kind, revision, *file = rest
+        assert kind == "resolve", parts
+        commit = self._commit(repo, revision)
+        if (name := "/".join(file)) not in self.hub.repos[repo][commit]:
+            raise _Refused(404, "EntryNotFound")
+        body = self.hub.repos[repo][commit][name]
+        return body, {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": commit}
 
-        def _commit(self, repo: str, revision: str) -> str:
-            commit = hub.commit(repo, revision)
-            if commit is None:
-                raise _Refused(404, "RevisionNotFound")
-            return commit
+    def _repo(self, parts: list[str]) -> list[str]:
+        repo = "/".join(parts[:2])
+        if repo not in self.hub.repos:
+            raise _Refused(401, "RepoNotFound")  # as the Hub says it to those it does not know
+        if repo in self.hub.gated and self.headers.get("Authorization") != f"Bearer {self.hub.token}":
+            raise _Refused(401, "GatedRepo")
+        return [repo, *parts[2:]]
 
-        def _described(self, repo: str, rest: list[str]) -> Any:
-            commit = self._commit(repo, rest[1] if rest else "main")
-            files = hub.repos[repo][commit]
-            if rest[:1] == ["tree"]:
-                return [
-                    {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
-                    for name, body in files.items()
-                ]
-            return {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+    def _commit(self, repo: str, revision: str) -> str:
+        commit = self.hub.commit(repo, revision)
+        if commit is None:
+            raise _Refused(404, "RevisionNotFound")
+        return commit
 
-    return Handler
+    def _described(self, repo: str, rest: list[str]) -> Any:
+        commit = self._commit(repo, rest[1] if rest else "main")
+        files = self.hub.repos[repo][commit]
+        if rest[:1] == ["tree"]:
+            return [
+                {"type": "file", "path": name, "size": len(body), "oid": hashlib.sha1(body).hexdigest()}
+                for name, body in files.items()
+            ]
+        return {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files]}
 
 
 @contextlib.contextmanager
 def running(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
     """An empty hub that huggingface_hub uses instead of the real one, with an empty cache."""
     hub = Hub()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub})) as server:
         server.daemon_threads = True
         hub.url = f"http://127.0.0.1:{server.server_port}"
         # huggingface_hub reads the environment once, when it is imported.

@@ -14,6 +14,7 @@ from jaxtyping import Float64, Int64
 from qlora_jax.config import QuestionArgs
 from qlora_jax.config.question_settings import LabelScore
 from qlora_jax.data.formats.columns import list_columns
+from qlora_jax.data.readers.files import Place, raise_problems
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.classification import (
     ClassMetric,
@@ -67,6 +68,7 @@ class LabelsTask:
     """Accuracy, F1 and Matthews correlation of the likeliest labels; see `task.Task` for the members.
 
     Attributes:
+      path, places: the file, and each row's place in it.
       labels: the text of each label.
       options: each row's labels as rows in which the label's tokens are scored.
       prior: the same after a prompt without content; None unless the score is calibrated.
@@ -74,6 +76,8 @@ class LabelsTask:
     """
 
     title: str
+    path: str
+    places: Sequence[Place]
     labels: Sequence[str]
     options: Sequence[Sequence[ScoredIds]]
     prior: Sequence[ScoredIds] | None
@@ -94,8 +98,15 @@ class LabelsTask:
         return [[int(answer), *of_row, *prior] for answer, of_row in zip(self.answers, ids, strict=True)]
 
     def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> Predicted:
-        """Scores one model on each row."""
-        return predict(likelihoods(score_rows(parts, self._rows, progress, cache), len(self.labels), self.label_score))
+        """Scores one model on each row.
+
+        Raises:
+          ValueError: likelihoods are not numbers; the message lists the rows.
+        """
+        scores = score_rows(parts, self._rows, progress, cache)
+        likelihoods_RK = likelihoods(scores, len(self.labels), self.label_score)
+        check_are_numbers(self.path, self.places, likelihoods_RK)
+        return predict(likelihoods_RK)
 
     def metrics(self, scores: Predicted) -> list[Metric]:
         """Accuracy, F1, Matthews correlation, and the number of ties."""
@@ -192,6 +203,8 @@ def labels_task(
     empty = form.fill(dict.fromkeys(form.columns, WITHOUT_CONTENT))
     return LabelsTask(
         title=f"{path}: {len(rows)} rows, {len(labels)} labels, by {label_score}",
+        path=path,
+        places=[row.place for row in rows],
         labels=labels,
         options=options,
         prior=encode_continuations(empty, empty, labels, tokenizer) if label_score == "calibrated" else None,
@@ -241,6 +254,13 @@ def likelihoods(scores: RowScores, labels: int, label_score: LabelScore) -> Floa
     log_p = -scores.nll / scores.tokens if label_score == "mean" else -scores.nll
     log_p_RK = log_p.reshape(-1, labels)
     return log_p_RK[:-1] - log_p_RK[-1] if label_score == "calibrated" else log_p_RK
+
+
+def check_are_numbers(path: str, places: Sequence[Place], likelihoods_RK: Float64[np.ndarray, "R K"]) -> None:
+    """Raises one ValueError that lists every row with a likelihood that is not a number."""
+    problem = "labels: a likelihood is not a number, so no label is likeliest. Check the model's weights"
+    wrong = np.isnan(likelihoods_RK).any(axis=1)
+    raise_problems(path, [(places[row], problem) for row in np.flatnonzero(wrong).tolist()], len(places))
 
 
 def predict(likelihoods_RK: Float64[np.ndarray, "R K"]) -> Predicted:

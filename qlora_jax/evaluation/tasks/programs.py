@@ -98,8 +98,9 @@ class ProgramsTask:
 
     @property
     def inputs(self) -> Sequence[Sequence[object]]:
-        """Each problem's prompt and tests, and the stop ids."""
-        return [[[*one.ids], one.prompt, one.test, sorted(self.stop_ids)] for one in self.problems]
+        """Each problem's prompt, function and tests, and the settings of its replies and of their limits."""
+        shared = [self.samples, self.sampling, self.max_new_tokens, sorted(self.stop_ids), self.limits, self.sealed]
+        return [[[*one.ids], one.prompt, one.entry_point, one.test, *shared] for one in self.problems]
 
     def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> ProgramScores:
         """Generates one model's replies and runs them with their tests."""
@@ -226,13 +227,9 @@ def programs_task(
     Raises:
       ValueError: this system cannot seal a process, or rows are not problems or are too long; the message lists them.
     """
-    if sealed and (problem := seal_problem()):
-        raise ValueError(
-            f"program_isolation: {path} asks for programs, and this system cannot seal their processes: {problem}. Run "
-            "on Linux 5.13 or newer, or set program_isolation=none if you trust the model with what you can do"
-        )
-    chat = tokenizer.chat_template is not None
-    prompter = Prompter(tokenizer=tokenizer, chat=chat, system=None)
+    if sealed:
+        _check_can_seal(path)
+    prompter = Prompter(tokenizer=tokenizer, chat=tokenizer.chat_template is not None, system=None)
     rows = read_task_rows(path, "programs", file_columns, max_rows)
     problems = read_each(path, rows, lambda row: _read_problem(row.data, prompter))
     check_reply_lengths(path, rows, [problem.ids for problem in problems], max_new_tokens, max_positions)
@@ -245,10 +242,19 @@ def programs_task(
         pass_at=pass_at,
         sampling=sampling,
         max_new_tokens=max_new_tokens,
-        stop_ids=stop_ids(tokenizer, named_stop_ids, chat=chat),
+        stop_ids=stop_ids(tokenizer, named_stop_ids, chat=prompter.chat),
         limits=limits,
         sealed=sealed,
     )
+
+
+def _check_can_seal(path: str) -> None:
+    """Raises ValueError if this system cannot seal a process."""
+    if problem := seal_problem():
+        raise ValueError(
+            f"program_isolation: {path} asks for programs, and this system cannot seal their processes: {problem}. Run "
+            "on Linux 5.13 or newer, or set program_isolation=none if you trust the model with what you can do"
+        )
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 
+from qlora_jax.evaluation.loglikelihood import RowScores
 from qlora_jax.evaluation.tasks.labels import labels_task, parse_prompt, predict
 from qlora_jax.inference.result_cache import NO_CACHE, open_cache
 from tests.evaluation.reference import expected_scores
@@ -67,6 +68,21 @@ def test_the_likeliest_label_is_predicted(parts, tmp_path, label_score):
     changes = {change.name: change for change in task.compare(scores, task.answers)}
     assert changes["right label"].difference == 1 - (predicted == 0).mean()
     assert {change.interval for change in task.compare(scores, scores)} == {None, (0, 0)}
+
+
+def test_rows_whose_likelihoods_are_not_numbers_are_named(parts, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [{"sentence": text, "label": 0} for text in "abcd"])
+    nll = np.arange(8.0)
+    nll[[3, 6]] = np.nan
+    scores = RowScores(nll=nll, tokens=np.ones(8, np.int64), exact=nll > 0, begins=nll > 0)
+    monkeypatch.setattr("qlora_jax.evaluation.tasks.labels.score_rows", lambda *args: scores)
+    with pytest.raises(ValueError) as error:
+        task_of(path).score(parts, lambda done: None, NO_CACHE)
+    assert str(error.value).startswith(
+        f"{path}: 2 of 4 rows can't be used:\n  {path}:2, 4: labels: a likelihood is not"
+    )
+    scores.nll[[3, 6]] = np.inf  # a label that cannot be is a number
+    assert task_of(path).score(parts, lambda done: None, NO_CACHE).tolist() == [0, 0, 0, 1]
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import math
 import numpy as np
 import pytest
 
+from qlora_jax.evaluation.same_inputs import check_same_inputs
 from qlora_jax.evaluation.tasks import programs
 from qlora_jax.evaluation.tasks.programs import (
     ProgramScores,
@@ -120,6 +121,28 @@ def test_replies_are_run(monkeypatch, tmp_path):
     first, second = task.compare(scores, better)
     assert (first.name, first.difference) == ("pass@1", pytest.approx(2 / 3))
     assert first.interval == pytest.approx((2 / 3, 2 / 3)) and second.difference == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rows": [ADD | {"entry_point": "plus"}]},
+        {"rows": [ADD | {"test": "pass"}]},
+        {"samples": 2},
+        {"sampling": Sampling(temperature=0.5)},
+        {"max_new_tokens": 21},
+        {"limits": Limits(seconds=1)},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_runs_with_other_functions_or_replies_are_not_compared(tmp_path, changes):
+    path, other = write(tmp_path / "a.jsonl", [ADD]), write(tmp_path / "b.jsonl", changes.get("rows", [ADD]))
+    settings = {name: value for name, value in changes.items() if name != "rows"} | {"sealed": False}
+    tasks, same = [task_of(path, sealed=False)], [task_of(path, sealed=False)]
+    tokenizers = (byte_tokenizer(), byte_tokenizer())
+    check_same_inputs(tasks, same, ("a", "b"), tokenizers)
+    with pytest.raises(ValueError, match="not comparable"):
+        check_same_inputs(tasks, [task_of(other, **settings)], ("a", "b"), tokenizers)
 
 
 @needs_seal
