@@ -26,7 +26,7 @@ from qlora_jax.data.labels import ValueReader, Values, value_reader
 from qlora_jax.data.loss_mask.by_offsets import is_lossy
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.shared_prefix import is_always_found
-from qlora_jax.data.loss_mask.spans import TurnMarks, turn_marks
+from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of

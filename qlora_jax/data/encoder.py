@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -13,12 +14,15 @@ import tokenizers
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import Columns, RowFormat
 from qlora_jax.data.formats.tool_calls import read_tools
+from qlora_jax.data.loss_mask.branched_rows import encode_branched
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
-from qlora_jax.data.loss_mask.reference import EncodedRow, Learn
+from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.loss_mask.row_text import Learn, RowText, Segment, join_text
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
-from qlora_jax.data.loss_mask.spans import Segment, SegmentSearch
+from qlora_jax.data.loss_mask.spans import SegmentSearch
+from qlora_jax.data.loss_mask.unseen import with_unseen
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
@@ -28,7 +32,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 CHUNK = 2048
 
 
-SegmentAll = Callable[[Sequence[Columns]], list[list[Segment] | ValueError]]
+SegmentAll = Callable[[Sequence[Columns]], list[RowText | ValueError]]
 # Returns the places and the ids of a chunk's rows, once the tokenizer has run. Adds bad rows to a list.
 Finish = Callable[[list[Problem]], tuple[list[Place], list[EncodedRow]]]
 
@@ -56,10 +60,12 @@ class ChunkEncodings(NamedTuple):
     Fields:
       prefix: ids that all texts begin with.
       texts: for each text, the encoding of what follows the prefix.
+      branched: rows with branches, or their errors.
     """
 
     prefix: list[int]
     texts: Sequence[tokenizers.Encoding]
+    branched: Sequence[EncodedRow | ValueError] = ()
 
 
 def row_problems(rows: Sequence[Row], row_format: RowFormat) -> list[Problem]:
@@ -86,11 +92,19 @@ def expand_examples(rows: Sequence[Row], row_format: RowFormat, first: int = 0) 
 
 
 class ChunkTexts(NamedTuple):
-    """Rows as segments of text, ready to encode."""
+    """Rows as segments of text, ready to encode.
+
+    Fields:
+      places, segments, texts: of rows that are one text.
+      unseen_reasoning: places of those of them whose reasoning is not in their text.
+      branched: rows with branches, and their places.
+    """
 
     places: list[Place]
     segments: list[list[Segment]]
     texts: list[str]
+    unseen_reasoning: set[Place]
+    branched: list[tuple[Place, RowText]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,23 +137,34 @@ class Encoder:
 
     def segment_rows(self, rows: Sequence[Row], problems: list[Problem]) -> ChunkTexts:
         """Returns the rows' segments. Rows without exact spans are skipped and added to `problems`."""
-        chunk = ChunkTexts([], [], [])
-        for row, segments in zip(rows, self.segment_all([row.data for row in rows]), strict=True):
+        chunk = ChunkTexts([], [], [], set(), [])
+        for row, found in zip(rows, self.segment_all([row.data for row in rows]), strict=True):
             try:
-                if isinstance(segments, ValueError):
-                    raise segments
-                text = check_encodable("".join([piece.text for piece in segments]))
-                self.tokenizer.check_text(text)
+                if isinstance(found, ValueError):
+                    raise found
+                text = check_encodable(join_text(found.segments))
+                for one in (text, *(check_encodable(join_text(branch.segments)) for branch in found.branches)):
+                    self.tokenizer.check_text(one)
             except ValueError as error:
                 problems.append((row.place, str(error)))
                 continue
+            if found.branches:
+                chunk.branched.append((row.place, found))
+                continue
             chunk.places.append(row.place)
-            chunk.segments.append(segments)
+            chunk.segments.append(found.segments)
             chunk.texts.append(text)
+            if found.unseen_reasoning:
+                chunk.unseen_reasoning.add(row.place)
         return chunk
 
     def encode_texts(self, texts: ChunkTexts) -> ChunkEncodings:
         """Runs the tokenizer, which releases Python's lock meanwhile."""
+        branched = encode_branched(self.tokenizer, [row for _, row in texts.branched]) if texts.branched else ()
+        return self._encode_plain(texts)._replace(branched=branched)
+
+    def _encode_plain(self, texts: ChunkTexts) -> ChunkEncodings:
+        """Encodes the rows that are one text."""
         if self.tokenizer.byte_lengths is None:
             return ChunkEncodings([], self.tokenizer.encode_spans(texts.texts))
         if self._encodes_separately:
@@ -164,9 +189,13 @@ class Encoder:
                 found[row] = encode_segments(self.tokenizer, pieces, encoding, self.learn)
             except ValueError as error:
                 problems.append((texts.places[row], str(error)))
-        places = [place for place, row in zip(texts.places, found, strict=True) if row is not None]
-        rows = [row for row in found if row is not None]
-        return places, rows if self.chat else [_with_bos_and_eos(row, self.tokenizer) for row in rows]
+        placed = [(place, row) for place, row in zip(texts.places, found, strict=True) if row is not None]
+        if not self.chat:
+            placed = [(place, _with_bos_and_eos(row, self.tokenizer)) for place, row in placed]
+        if texts.unseen_reasoning:
+            placed = [(place, row._replace(unseen_reasoning=place in texts.unseen_reasoning)) for place, row in placed]
+        placed = _with_branched(placed, texts, encodings, problems)
+        return [place for place, _ in placed], [row for _, row in placed]
 
     def _by_bytes(self, texts: ChunkTexts, encodings: ChunkEncodings) -> list[EncodedRow | None]:
         """Returns the rows whose masks follow from the byte lengths of ids; None for each other row."""
@@ -193,7 +222,7 @@ def make_encoder(
       ValueError: the tokenizer lacks a chat template or an eos token that the format needs.
     """
     chat = row_format.messages is not None and tokenizer.chat_template is not None
-    segment_all = _conversations(row_format, tokenizer) if chat else _plain(row_format, tokenizer)
+    segment_all = _conversations(row_format, tokenizer, learn) if chat else _plain(row_format, tokenizer)
     return Encoder(tokenizer=tokenizer, learn=learn, chat=chat, segment_all=_checked(segment_all, learn, one_answer))
 
 
@@ -227,13 +256,30 @@ def encode_rows(path: str, rows: Sequence[Row], row_format: RowFormat, tokenizer
     return encoded
 
 
-def _conversations(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
+def _with_branched(
+    placed: list[tuple[Place, EncodedRow]], texts: ChunkTexts, encodings: ChunkEncodings, problems: list[Problem]
+) -> list[tuple[Place, EncodedRow]]:
+    """Returns the rows with those that have branches, by place. Rows that fail are added to `problems`."""
+    if not texts.branched:
+        return placed
+    branched = []
+    for (place, text), row in zip(texts.branched, encodings.branched, strict=True):
+        if isinstance(row, ValueError):
+            problems.append((place, str(row)))
+        else:
+            branched.append((place, row._replace(unseen_reasoning=text.unseen_reasoning)))
+    return sorted([*placed, *branched], key=operator.itemgetter(0))
+
+
+def _conversations(row_format: RowFormat, tokenizer: Tokenizer, learn: Learn) -> SegmentAll:
     segmenter, messages = make_segmenter(tokenizer), row_format.messages
     assert messages is not None
     has_tools = "tools" in row_format.optional
 
     def search(row: Columns) -> SegmentSearch:
-        return (yield from segmenter(messages(row), read_tools(row) if has_tools else None))
+        chat = messages(row)
+        found = yield from segmenter(chat, read_tools(row) if has_tools else None)
+        return with_unseen(found.learned(learn), chat)
 
     return lambda rows: run_together(map(search, rows), tokenizer.start_rendering)
 
@@ -250,26 +296,26 @@ def _plain(row_format: RowFormat, tokenizer: Tokenizer) -> SegmentAll:
             "Add eos_token to its files."
         )
     plain = row_format.plain
-    return lambda rows: [plain(row) for row in rows]
+    return lambda rows: [RowText(plain(row)) for row in rows]
 
 
 def _checked(segment_all: SegmentAll, learn: Learn, one_answer: bool) -> SegmentAll:
     """Returns `segment_all` with an error for each row that does not fit the settings."""
 
-    def check(segments: list[Segment] | ValueError) -> list[Segment] | ValueError:
-        if isinstance(segments, ValueError):
-            return segments
-        answers = sum([piece.supervised for piece in segments])
-        if learn == "last" and len(segments) == answers:
+    def check(found: RowText | ValueError) -> RowText | ValueError:
+        if isinstance(found, ValueError):
+            return found
+        answers = found.answers
+        if learn == "last" and not found.branches and len(found.segments) == answers:
             return ValueError("one text without turns, so data.learn last has no last turn. Set data.learn to all.")
         if one_answer and answers > 1:
             return ValueError(
                 f"found {answers} answers, expected one: data.source_max_length and data.target_max_length apply to "
                 "rows of one prompt and one answer. Set data.max_length instead."
             )
-        return segments
+        return found
 
-    return lambda rows: [check(segments) for segments in segment_all(rows)]
+    return lambda rows: [check(found) for found in segment_all(rows)]
 
 
 def check_encodable(text: str) -> str:

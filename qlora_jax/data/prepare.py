@@ -23,6 +23,7 @@ from jaxtyping import UInt64
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.bad_rows import all_bad_message, count_reasons, first_rows
 from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.branched_counts import count_branched
 from qlora_jax.data.branches import longest_text
 from qlora_jax.data.encoder import (
     CHUNK,
@@ -179,7 +180,7 @@ def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
         )
         if preparation.use.kind != "text":
             counts += count_texts(preparation.use, encoded, preparation.labels)
-        counts += reader.take_bad()
+        counts += reader.take_bad() + count_branched(fitted.rows, fitted.places)
         whole += counts
         yield RowChunk(rows, counts, checked.hashes, reader.format_name)
     if (last := reader.take_bad()).bad:

@@ -9,7 +9,8 @@ from qlora_jax.data.bad_rows import BadRow, merge_reasons, merge_rows
 
 PERCENTILES = (1, 25, 50, 75, 95, 100)
 _HISTOGRAMS = ("lengths", "new_tokens")  # by numbers
-_NOT_NUMBERS = {*_HISTOGRAMS, "text_lengths", "labels", "lookalikes", "columns", "bad_reasons", "bad_rows"}
+_LISTED = ("bad_rows", "unseen_rows")
+_NOT_NUMBERS = {*_HISTOGRAMS, *_LISTED, "text_lengths", "labels", "lookalikes", "columns", "bad_reasons"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,8 @@ class RowCounts:
       truncated, overlong, unsupervised: see lengths.FittedRows.
       cut: rows in which a token crossed the start or end of an answer, so prompt and answer were encoded separately.
       lossy: rows that do not decode to their own text.
+      unseen_reasoning: kept rows with reasoning that the chat template does not write, so the model does not see it.
+      branched: kept rows with branches.
       special_text: rows whose text contains the text of a special token, which is encoded as that token.
       doubled_bos, without_bos: rows that begin with two bos, and without bos although the tokenizer asks for one.
       tokens, supervised: targets of the kept rows, and those that the loss sees.
@@ -36,6 +39,7 @@ class RowCounts:
       columns: names of columns, in the order of their first occurrence.
       bad_reasons: number of rows that data.bad_rows dropped, by reason. They are not in `rows`.
       bad_rows: the first of these rows.
+      unseen_rows: the first rows of `unseen_reasoning`.
     """
 
     rows: int = 0
@@ -45,6 +49,8 @@ class RowCounts:
     unsupervised: int = 0
     cut: int = 0
     lossy: int = 0
+    unseen_reasoning: int = 0
+    branched: int = 0
     special_text: int = 0
     doubled_bos: int = 0
     without_bos: int = 0
@@ -63,6 +69,7 @@ class RowCounts:
     columns: tuple[str, ...] = ()
     bad_reasons: Mapping[str, int] = dataclasses.field(default_factory=dict)
     bad_rows: tuple[BadRow, ...] = ()
+    unseen_rows: tuple[BadRow, ...] = ()
 
     def __add__(self, other: "RowCounts") -> "RowCounts":
         names = {field.name for field in dataclasses.fields(RowCounts)} - _NOT_NUMBERS
@@ -80,6 +87,7 @@ class RowCounts:
             columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
             bad_reasons=merge_reasons(self.bad_reasons, other.bad_reasons),
             bad_rows=merge_rows(self.bad_rows, other.bad_rows),
+            unseen_rows=merge_rows(self.unseen_rows, other.unseen_rows),
         )
 
     @property
@@ -101,8 +109,8 @@ class RowCounts:
         """Returns the counts of `to_dict`, which JSON has stored: its keys are text and its tuples lists."""
         maps = {name: _by_number(stored[name]) for name in _HISTOGRAMS}
         texts = {name: _by_number(counts) for name, counts in stored["text_lengths"].items()}
-        listed = tuple(BadRow(*row) for row in stored["bad_rows"])
-        return cls(**{**stored, **maps, "text_lengths": texts, "columns": tuple(stored["columns"]), "bad_rows": listed})
+        listed = {name: tuple(BadRow(*row) for row in stored[name]) for name in _LISTED}
+        return cls(**{**stored, **maps, **listed, "text_lengths": texts, "columns": tuple(stored["columns"])})
 
 
 def percentiles(lengths: Mapping[int, int]) -> tuple[int, ...]:

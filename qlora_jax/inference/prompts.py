@@ -8,7 +8,7 @@ from pathlib import Path
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.formats.tool_calls import Tools, read_tools
-from qlora_jax.data.loss_mask.spans import turn_marks
+from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems, read_lines, read_rows
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer

@@ -1,13 +1,15 @@
 """Checks the messages of a conversation, and rewrites OpenAI's other forms of them.
 
-Content may be a list of parts, of which those with text are joined. Before tools existed, a turn called a function with
-`function_call`, the role `function` answered, and the column `functions` had the schemas.
+Content may be a list of parts, of which those with text are joined. Reasoning may have another name than ours. Before
+tools existed, a turn called a function with `function_call`, the role `function` answered, and the column `functions`
+had the schemas.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qlora_jax.data.formats.conversations import role_problems
+from qlora_jax.data.formats.reasoning import has_other_name, reasoning_problems, with_our_name
 from qlora_jax.data.formats.texts import text_problem
 from qlora_jax.data.formats.tool_calls import call_problems
 from qlora_jax.data.readers.json_rows import JSONObject
@@ -18,7 +20,7 @@ TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def current_messages(messages: Sequence[Message]) -> Sequence[Message]:
-    """Returns the messages with text as content, and with tool calls instead of function calls.
+    """Returns the messages with text as content, reasoning under our name, and tool calls for function calls.
 
     Parts are joined without a separator, as templates join them that read parts.
     """
@@ -39,6 +41,11 @@ def message_problems(row: JSONObject) -> list[str]:
         for index, message in other_forms
         for problem in (*_part_problems(message), *_function_call_problems(message))
     ]
+    problems += [
+        f"message {index}: {problem}"
+        for index, message in enumerate(messages)
+        for problem in reasoning_problems(message)
+    ]
     if problems:
         return problems
     current = current_messages(messages) if other_forms else messages
@@ -50,11 +57,11 @@ def message_problems(row: JSONObject) -> list[str]:
 
 
 def _has_other_form(message: Message) -> bool:
-    return isinstance(message.get("content"), list) or bool(message.get("function_call"))
+    return isinstance(message.get("content"), list) or bool(message.get("function_call")) or has_other_name(message)
 
 
 def _current(message: Message, has_function_calls: bool) -> Message:
-    changed: dict[str, Any] = dict(message)
+    changed: dict[str, Any] = dict(with_our_name(message))
     if isinstance(message.get("content"), list):
         changed["content"] = "".join([part["text"] for part in message["content"]])
     if has_function_calls and "function_call" in message:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.loss_mask.row_text import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.data.tokenizer.chat_template import Message

@@ -3,15 +3,18 @@
 Read this file first. Training takes the fast paths next to it. They return the same rows, which
 tests/data/loss_mask/test_reference.py checks:
 
+  spans.py          finds the spans of a conversation, or its branches
   span_cache.py     finds the spans of a conversation from those of another with the same roles
   shared_prefix.py  encodes the beginning that texts share once
   by_bytes.py       computes the mask from the byte length of each id, for many rows at once
   by_offsets.py     computes the mask of one row from its offsets, without a loop over tokens
+  branched_rows.py  encodes the pieces that the texts of rows with branches share once
 """
 
+import array
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import tokenizers
@@ -19,12 +22,11 @@ from jaxtyping import Bool, Float32, Int32
 
 from qlora_jax.data.branches import Branch
 from qlora_jax.data.formats.tool_calls import Tools
-from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.loss_mask.row_text import Learn, RowText, Segment
+from qlora_jax.data.loss_mask.spans import conversation_segments
+from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-
-Learn = Literal["assistant", "last", "all"]
-
 
 SequenceValues = Sequence[float] | Sequence[Sequence[float]] | Float32[np.ndarray, "..."]
 
@@ -40,6 +42,7 @@ class EncodedRow(NamedTuple):
       lossy: the ids decode to another text, because the tokenizer drops or rewrites some characters.
       branches: the branches of a row that is a tree; none if it is one text.
       values: numbers for each of the row's sequences by name, such as `labels`.
+      unseen_reasoning: the row has reasoning that is not in its ids.
     """
 
     ids: Int32[np.ndarray, " T"]
@@ -49,6 +52,20 @@ class EncodedRow(NamedTuple):
     lossy: bool
     branches: tuple[Branch, ...] = ()
     values: Mapping[str, SequenceValues] = MappingProxyType({})
+    unseen_reasoning: bool = False
+
+
+class TokenText(NamedTuple):
+    """The ids of the trunk, or of the trunk as far as a branch continues it and of the branch.
+
+    Fields:
+      spans: [start, stop) of the supervised ids, in order.
+      cut: a token crossed the start or end of the turn.
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int]]
+    cut: bool = False
 
 
 def loss_mask(
@@ -63,8 +80,8 @@ def loss_mask(
     Raises:
       ValueError: the template rejects the conversation or changes its texts, or its spans are not exact.
     """
-    segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages, tools)
-    return mask_segments(tokenizer, segments, learn)
+    row = conversation_segments(tokenizer, turn_marks(tokenizer), messages, tools).learned(learn)
+    return mask_branches(tokenizer, row) if row.branches else mask_segments(tokenizer, row.segments, learn)
 
 
 def mask_segments(tokenizer: Tokenizer, segments: Sequence[Segment], learn: Learn = "assistant") -> EncodedRow:
@@ -100,6 +117,82 @@ def mask_segments(tokenizer: Tokenizer, segments: Sequence[Segment], learn: Lear
         cut=cut,
         lossy=_without_spaces(tokenizer.decode(ids)) != _without_spaces(text),
     )
+
+
+def mask_branches(tokenizer: Tokenizer, row: RowText) -> EncodedRow:
+    """Returns the ids of a row with branches. Each turn's prompt has the ids of the prompt's text alone.
+
+    If that is not so in the whole text, because a token crosses the start or end of the turn, the turn is a branch of
+    the ids of its prompt and then those of its reply.
+    """
+    texts: list[TokenText] = []
+    apart: list[TokenText] = []
+    lossy = False
+    for text, spans in row.texts():
+        ids, inside = tokenizer.encode(text), []
+        for start, stop in spans:
+            prompt, turn = tokenizer.encode(text[:start]), tokenizer.encode(text[:stop])
+            if turn[: len(prompt)] == prompt and ids[: len(turn)] == turn:
+                inside.append((len(prompt), len(turn)))
+            else:
+                apart.append(separate_turn(tokenizer, prompt, text[start:stop], turn))
+        if inside or not texts:
+            texts.append(TokenText(ids, inside))
+        lossy |= _without_spaces(tokenizer.decode(ids)) != _without_spaces(text)
+    return join_texts([*texts, *apart], lossy)
+
+
+def separate_turn(tokenizer: Tokenizer, prompt: list[int], reply: str, whole: list[int]) -> TokenText:
+    """Returns the ids of a turn's prompt, then those of its reply.
+
+    Args:
+      whole: ids of the text of both.
+
+    Raises:
+      ValueError: they decode to another text than those of `whole`.
+    """
+    ids = prompt + tokenizer.encode(reply)
+    if tokenizer.decode(ids) != tokenizer.decode(whole):
+        raise ValueError(
+            "a token crosses the start or end of an answer, and the tokenizer can't encode the two separately"
+        )
+    return TokenText(ids, [(len(prompt), len(ids))], cut=True)
+
+
+def join_texts(texts: Sequence[TokenText], lossy: bool) -> EncodedRow:
+    """Returns the trunk as far as something needs it, and behind it the branches."""
+    trunk, *others = texts
+    depths = [_depth(trunk.ids, other) for other in others]
+    needed = max([*depths, *(stop for _, stop in trunk.spans)])
+    ids, supervised = trunk.ids[:needed], _mask(trunk, needed)
+    branches = []
+    for other, depth in zip(others, depths, strict=True):
+        branches.append(Branch(len(ids), depth))
+        ids = ids + other.ids[depth : other.spans[-1][1]]
+        mask = _mask(other, other.spans[-1][1])[depth:]
+        mask[0] = False  # no position predicts it
+        supervised = np.concatenate([supervised, mask])
+    return EncodedRow(
+        ids=np.frombuffer(array.array("i", ids), np.int32),
+        supervised=supervised,
+        source=int(supervised.argmax()),
+        cut=any(other.cut for other in others),
+        lossy=lossy,
+        branches=tuple(branches),
+    )
+
+
+def _depth(trunk: Sequence[int], branch: TokenText) -> int:
+    """Returns the number of the trunk's ids that a branch continues, fewer than its first turn's prompt has."""
+    common = next((n for n, (a, b) in enumerate(zip(trunk, branch.ids, strict=False)) if a != b), len(trunk))
+    return max(min(common, len(branch.ids), branch.spans[0][0] - 1), 0)
+
+
+def _mask(sequence: TokenText, length: int) -> Bool[np.ndarray, " T"]:
+    mask = np.zeros(length, bool)
+    for start, stop in sequence.spans:
+        mask[start:stop] = True
+    return mask
 
 
 def supervised_segments(segments: Sequence[Segment], learn: Learn) -> list[bool]:

@@ -12,14 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.data.formats.tool_calls import Tools
-from qlora_jax.data.loss_mask.spans import (
-    TEXT_CHANGES,
-    Segment,
-    SegmentSearch,
-    conversation_segments,
-    search_segments,
-    turn_marks,
-)
+from qlora_jax.data.loss_mask.row_text import RowText, Segment
+from qlora_jax.data.loss_mask.spans import SegmentSearch, conversation_segments, search_segments
+from qlora_jax.data.loss_mask.turn_marks import turn_marks
+from qlora_jax.data.loss_mask.turns import TEXT_CHANGES
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -57,10 +53,10 @@ def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
     def template_of(roles: tuple[str, ...]) -> ConversationTemplate | None:
         conversation = [{"role": role, "content": _PLACEHOLDER.format(n)} for n, role in enumerate(roles)]
         try:
-            segments = conversation_segments(tokenizer, marks, conversation)
+            row = conversation_segments(tokenizer, marks, conversation)
         except ValueError:  # conversation_segments reports the reason with the row
             return None
-        return _with_gaps(segments)
+        return None if row.branches else _with_gaps(row.segments)
 
     def search(messages: Sequence[Message], tools: Tools | None) -> SegmentSearch:
         if tools is None and all([len(message) == 2 for message in messages]):
@@ -68,7 +64,7 @@ def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
             if template is not None:
                 (rendered,) = yield [Rendering(messages)]
                 if filled := _fill(template, messages, text_of(rendered)):
-                    return filled
+                    return RowText(filled)
         return (yield from search_segments(tokenizer, marks, messages, tools))
 
     return search

@@ -123,7 +123,8 @@ def report_split(path: str, form: str, counts: RowCounts) -> SplitReport:
     """Returns the report of one split of one file."""
     known = FORMATS[FORMATS[form].example if FORMATS[form].examples else form]
     fields = {field.name: getattr(counts, field.name) for field in dataclasses.fields(RowCounts)}
-    fields["bad_rows"] = tuple(row._replace(path=path) for row in counts.bad_rows)
+    for name in ("bad_rows", "unseen_rows"):
+        fields[name] = tuple(row._replace(path=path) for row in fields[name])
     used = {*known.required, *known.optional, *counts.labels}  # labels may be columns
     ignored = tuple(name for name in counts.columns if name not in used)
     return SplitReport(**fields, path=path, form=form, ignored_columns=ignored)

@@ -97,6 +97,7 @@ def _split_lines(name: str, split: SplitReport, max_length: int) -> list[tuple[s
         *_labels(split),
         *_lookalikes(split),
         *_warning(split.cut, _MOVED if split.text_lengths else _CUT),
+        *_branches(split),
         *_warning(split.lossy, "rows with characters that the tokenizer drops or rewrites"),
         *_warning(split.doubled_bos, "rows that begin with bos twice"),
         *_warning(
@@ -148,6 +149,18 @@ def _labels(split: SplitReport) -> list[tuple[str, str]]:
     listed = ", ".join(f"{_on_one_line(name)} {count:,} ({count / split.rows:.1%})" for name, count in most)
     more = len(split.labels) - len(most)
     return [("labels", f"{listed} and {more:,} more" if more else listed)]
+
+
+def _branches(split: SplitReport) -> list[tuple[str, str]]:
+    """Returns lines on rows with turns that the template writes differently later, and on reasoning that it drops."""
+    lines = _warning(split.branched, "rows with turns that the chat template writes differently in later prompts")
+    if split.unseen_reasoning:
+        what = (
+            "rows with reasoning that the chat template does not write, so the model never sees it. Write it into the "
+            "content as <think>...</think>, or set data.chat_template to one that reads reasoning_content"
+        )
+        lines.append(("note", f"{what}: {split.unseen_reasoning:,}, the first is {split.unseen_rows[0].where}"))
+    return lines
 
 
 def _bad_rows(split: SplitReport) -> list[tuple[str, str]]:

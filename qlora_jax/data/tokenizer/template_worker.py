@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import pickle
+import re
 import resource
 import signal
 import sys
@@ -121,6 +122,18 @@ def _rendered(compiled: jinja2.Template, given: Mapping[str, Any]) -> str:
     return "".join(compiled.root_render_func(context))
 
 
+@functools.lru_cache(maxsize=8)
+def _reasoning_names(template: str) -> tuple[str, ...]:
+    """Returns the other names of `reasoning_content` that the template reads, such as gpt-oss's `thinking`."""
+    return tuple(name for name in ("reasoning", "thinking") if re.search(rf"""[.'"]{name}\b""", template))
+
+
+def _with_reasoning(message: Mapping[str, Any], names: Sequence[str]) -> Mapping[str, Any]:
+    if message.get("reasoning_content") is None:
+        return message
+    return {**{name: message["reasoning_content"] for name in names}, **message}
+
+
 def _with_content(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"content": "", **message} if message.get("tool_calls") else message
 
@@ -138,6 +151,8 @@ def render_conversation(
       ValueError: the template does not parse, rejects these messages or fails on them.
     """
     chat = [{key: value for key, value in message.items() if value is not None} for message in messages]
+    if names := _reasoning_names(template):
+        chat = [_with_reasoning(message, names) for message in chat]
     given = {"tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **variables}
     compiled = _compile(template)
     try:

@@ -4,8 +4,9 @@ import json
 
 from hypothesis import strategies as st
 
+from qlora_jax.data.branches import Branch
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.loss_mask.row_text import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR, sentencepiece_tokenizer
 
@@ -59,5 +60,5 @@ def make_tokenizer(name: str, smollm2_source: dict, smollm2_template: str, templ
     return load_tokenizer({**source, "chat_template": TEMPLATES.get(template, smollm2_template)})
 
 
-def as_lists(row: EncodedRow) -> tuple[list[int], list[bool], int, bool, bool]:
-    return row.ids.tolist(), row.supervised.tolist(), row.source, row.cut, row.lossy
+def as_lists(row: EncodedRow) -> tuple[list[int], list[bool], int, bool, bool, tuple[Branch, ...]]:
+    return row.ids.tolist(), row.supervised.tolist(), row.source, row.cut, row.lossy, row.branches

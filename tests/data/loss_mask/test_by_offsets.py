@@ -9,7 +9,9 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
 from qlora_jax.data.loss_mask.reference import Learn, mask_segments
-from qlora_jax.data.loss_mask.spans import Segment, conversation_segments, turn_marks
+from qlora_jax.data.loss_mask.row_text import Segment
+from qlora_jax.data.loss_mask.spans import conversation_segments
+from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loss_mask.cases import as_lists, make_tokenizer, segment_lists
 
@@ -37,7 +39,7 @@ def test_offsets_return_the_reference_rows(smollm2_source: dict, smollm2_templat
 def test_a_text_that_is_kept_is_not_decoded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):
     """Decoding would take as long as the rest of the mask."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages)
+    segments = conversation_segments(tokenizer, turn_marks(tokenizer), messages).segments
     encoding = tokenizer.encode_spans(["".join(segment.text for segment in segments)])[0]
     mute = dataclasses.replace(tokenizer)
     monkeypatch.setattr(Tokenizer, "decode", lambda *_: pytest.fail("decoded"))

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from qlora_jax.data.encoder import Encoder, encode_rows, make_encoder
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, loss_mask, mask_segments
-from qlora_jax.data.loss_mask.spans import Segment
+from qlora_jax.data.loss_mask.row_text import Segment
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -207,8 +207,10 @@ def test_what_the_template_has_the_model_write_is_supervised(smollm2_source: dic
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "think"}]
     assert supervised_text(tokenizer, loss_mask(tokenizer, messages)) == "<think>\n\n</think>\n\nthink<|im_end|>"
     longer = [*messages, {"role": "user", "content": "r"}, {"role": "assistant", "content": "b"}]
-    both = "think<|im_end|><think>\n\n</think>\n\nb<|im_end|>"
-    assert supervised_text(tokenizer, loss_mask(tokenizer, longer)) == both
+    row = loss_mask(tokenizer, longer)
+    first = "<think>\n\n</think>\n\nthink<|im_end|>"  # a branch: the template writes it differently later
+    assert supervised_text(tokenizer, row) == f"<think>\n\n</think>\n\nb<|im_end|>{first}"
+    assert tokenizer.decode(row.ids[row.branches[0].begin :].tolist()) == f"\n{first}"
 
 
 def test_special_tokens_that_swallow_spaces(smollm2_source: dict):

@@ -3,6 +3,7 @@
 import pytest
 
 from qlora_jax.data.loss_mask import span_cache
+from qlora_jax.data.loss_mask.row_text import RowText
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
@@ -20,7 +21,11 @@ def test_conversations_with_the_same_roles_share_spans(
     )
     for text in ("a", "b"):
         chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": text}]
-        (segments,) = run_together([search(chat, None)], tokenizer.start_rendering)
-        assert isinstance(segments, list)
-        assert "".join(segment.text for segment in segments if segment.supervised).strip().startswith((text, "<think>"))
+        (row,) = run_together([search(chat, None)], tokenizer.start_rendering)
+        assert isinstance(row, RowText)
+        assert (
+            "".join(segment.text for segment in row.segments if segment.supervised)
+            .strip()
+            .startswith((text, "<think>"))
+        )
     assert len(calls) == 1

@@ -2,7 +2,8 @@
 
 import pytest
 
-from qlora_jax.data.loss_mask.spans import conversation_segments, turn_marks
+from qlora_jax.data.loss_mask.spans import conversation_segments
+from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 
 

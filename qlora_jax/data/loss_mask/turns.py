@@ -1,0 +1,154 @@
+"""Finds what the model has to write in a turn of the assistant, from the template's texts before and after it.
+
+The prompt is the messages before the turn, rendered with a generation prompt. The reply is what the same messages with
+the turn have behind that prompt, up to the end of the turn. It ends with a special token. A newline behind that token
+is not a part of it, because generation has stopped by then.
+
+A generation prompt may open a block of reasoning that the template does not write into the turn itself, as
+DeepSeek-R1's does: it drops reasoning even from the last turn. Then the model writes the row's reasoning, closes the
+block and continues with the turn. The block may also be closed already, as an empty one is where thinking is off.
+"""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+
+from qlora_jax.data.formats.reasoning import TAGS, Thought, read_thought
+from qlora_jax.data.formats.tool_calls import called_functions
+from qlora_jax.data.loss_mask.row_text import LearnedTurn
+from qlora_jax.data.loss_mask.turn_marks import TurnMarks
+from qlora_jax.data.tokenizer.chat_template import Message
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+
+# Changes that templates make to an assistant's text.
+TEXT_CHANGES: tuple[Callable[[str], str], ...] = (
+    lambda text: text,
+    str.strip,
+    str.rstrip,
+    str.lstrip,
+    lambda text: text.strip("\n"),
+    lambda text: text.lstrip("\n"),
+)
+_PAIRS = "|".join(f"{re.escape(opening)}(?:\\s*{re.escape(closing)})?" for opening, closing in TAGS)
+# A block of reasoning at the end of a generation prompt, which may be empty and closed.
+_BLOCK = re.compile(rf"(?:{_PAIRS})\s*\Z")
+
+
+def learned_turn(
+    tokenizer: Tokenizer, marks: TurnMarks, index: int, message: Message, prompt: str, whole: str
+) -> LearnedTurn:
+    """Returns the turn `message`, which is at `index` of its conversation.
+
+    Args:
+      prompt: the messages before it, rendered with a generation prompt.
+      whole: the messages up to it, rendered.
+
+    Raises:
+      ValueError: the prompt changes once the turn follows it, or the turn lacks its texts or its end.
+    """
+    start, lead = len(prompt), ""
+    thought = read_thought(message)
+    if not whole.startswith(prompt):
+        start, lead = _behind_block(index, thought, prompt, whole)
+    written = whole[start:]
+    end = _call_end if message.get("tool_calls") else _text_end
+    reply = written[: end(tokenizer, marks, index, message, written)]
+    return LearnedTurn(prompt, _joined(lead, reply))
+
+
+def check_history(messages: Sequence[Message], rendered: str) -> None:
+    """Raises ValueError if the whole conversation lacks an answer of the assistant, or has them in another order."""
+    at = 0
+    for message in messages:
+        if message["role"] != "assistant" or message.get("tool_calls"):
+            continue
+        ends = [place + len(text) for text in _forms(message) if (place := rendered.find(text, at)) >= 0]
+        if not ends:
+            raise ValueError(
+                "the chat template drops, repeats or reorders the assistant's texts. Set data.chat_template to a jinja "
+                "file that writes each once, in order."
+            )
+        at = min(ends)
+
+
+def prompt_changes(turn: int) -> ValueError:
+    """Returns the error for a prompt that the conversation does not continue."""
+    return ValueError(
+        f"the chat template renders the messages before turn {turn} differently once an answer follows, so the model "
+        "would learn from a prompt that it never gets. Set data.chat_template to another jinja file."
+    )
+
+
+def text_rewritten() -> ValueError:
+    """Returns the error for a turn whose text the template changes."""
+    return ValueError(
+        "the chat template rewrites the assistant's texts, so their spans are unknown. Set data.chat_template to a "
+        "jinja file that writes them unchanged."
+    )
+
+
+def other_end(marks: TurnMarks, index: int, found: str) -> ValueError:
+    """Returns the error for a turn whose text is followed by `found`, not by the mark of its end."""
+    return ValueError(
+        f"the chat template ends message {index} with {found[: len(marks.end) + 10]!r}, expected {marks.end!r} as in "
+        "others. Set data.chat_template to a jinja file that ends all turns alike."
+    )
+
+
+def _forms(message: Message) -> Iterator[str]:
+    """Yields the forms that templates give the text of a turn: with its reasoning, and without."""
+    content: str = message.get("content") or ""
+    answer = read_thought(message).answer
+    for text in (content, answer) if answer != content else (content,):
+        yield from (change(text) for change in TEXT_CHANGES)
+
+
+def _behind_block(index: int, thought: Thought, prompt: str, whole: str) -> tuple[int, str]:
+    """Returns the index behind the prompt in `whole`, which lacks the prompt's block, and the text that ends the block.
+
+    An empty text stands for a block that the prompt closes.
+    """
+    block = _BLOCK.search(prompt)
+    if block is None or not whole.startswith(prompt[: block.start()]):
+        raise prompt_changes(index)
+    opening, closing = next(pair for pair in TAGS if block.group().startswith(pair[0]))
+    if closing in block.group():
+        return block.start(), ""
+    if thought.head:  # as it is in the content, without what the prompt has of it
+        written = thought.head.lstrip()
+        return block.start(), written.removeprefix(block.group()) if opening in written else written
+    gap = "\n" if block.group().endswith("\n") else ""
+    return block.start(), f"{thought.reasoning}{gap}{closing}{2 * gap}"
+
+
+def _joined(lead: str, reply: str) -> str:
+    """Returns the end of a block and what follows it; the template may have written the space between them."""
+    return (lead.rstrip() if reply[:1].isspace() else lead) + reply
+
+
+def _text_end(tokenizer: Tokenizer, marks: TurnMarks, index: int, message: Message, written: str) -> int:
+    """Returns where a turn ends that is text."""
+    forms = [*_forms(message)]
+    tail = marks.end + marks.rest
+    if any([written.endswith(text + tail) for text in forms]):
+        return len(written) - len(marks.rest)
+    text = next((text for text in forms if text and text in written), None)
+    if text is None:
+        raise text_rewritten()
+    raise other_end(marks, index, written[written.rindex(text) + len(text) :])
+
+
+def _call_end(tokenizer: Tokenizer, marks: TurnMarks, index: int, message: Message, written: str) -> int:
+    """Returns where a turn ends that calls tools: behind its last special token."""
+    ends = [match.end() for match in tokenizer.special_text.finditer(written)]
+    if not ends or written[ends[-1] :].strip():
+        raise ValueError(
+            f"the chat template ends message {index}, which calls tools, without a special token. "
+            "Set data.chat_template to a jinja file that ends turns with one."
+        )
+    answer = read_thought(message).answer.strip()
+    if missing := [what for what in (*called_functions(message), answer) if what not in written]:
+        raise ValueError(
+            f"the chat template drops {missing[0]!r} of message {index}, which calls tools. Set chat_template "
+            "(data.chat_template in training) to a jinja file that writes calls."
+        )
+    return ends[-1]

@@ -1,0 +1,21 @@
+"""Finds rows whose reasoning the chat template drops, so that the model never sees it."""
+
+from collections.abc import Sequence
+
+from qlora_jax.data.formats.reasoning import read_thought
+from qlora_jax.data.loss_mask.row_text import RowText, join_text
+from qlora_jax.data.tokenizer.chat_template import Message
+
+
+def with_unseen(row: RowText, messages: Sequence[Message]) -> RowText:
+    """Returns the row; it is marked if reasoning of its messages is in none of its texts."""
+    reasoning = [found for message in messages if message["role"] == "assistant" and (found := _reasoning(message))]
+    if not reasoning:
+        return row
+    texts = [join_text(part) for part in (row.segments, *(branch.segments for branch in row.branches))]
+    seen = all(any(one in text for text in texts) for one in reasoning)
+    return row if seen else row._replace(unseen_reasoning=True)
+
+
+def _reasoning(message: Message) -> str:
+    return read_thought(message).reasoning
