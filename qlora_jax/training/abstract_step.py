@@ -10,7 +10,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -25,6 +24,9 @@ from qlora_jax.models.trainable_embeddings import add_tables
 from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
+from qlora_jax.training.batch_shapes import batch_shapes
+from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.step import gradients, update
 
 TOTAL_STEPS = 1000  # the schedule's length: a constant in the compiled update, without effect on its memory
@@ -51,6 +53,7 @@ class AbstractStep:
       remat: a key of REMAT_POLICIES.
       state: the optimizer's state.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
+      packed, trees: the structure of rows; see `batch_shapes`.
       mesh: the devices that share the rows and the model; None: one device.
       compiler_options: XLA's options for the gradients.
     """
@@ -62,19 +65,22 @@ class AbstractStep:
     optimizer: optax.GradientTransformation
     state: optax.OptState
     neftune_noise_alpha: float | None = None
+    objective: Objective = SUPERVISED
+    packed: bool = False
+    trees: bool = False
     mesh: AnyMesh | None = None
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def gradients(self) -> Program:
         """Returns `training.step.gradients`, ready to compile."""
         args = (self.parts, self.batch, self.key)
-        noise = {"neftune_noise_alpha": self.neftune_noise_alpha}
-        return Program(gradients, args, {"remat": self.remat, "mesh": self.mesh, **noise})
+        loss = {"neftune_noise_alpha": self.neftune_noise_alpha, "objective": self.objective}
+        return Program(gradients, args, {"remat": self.remat, "mesh": self.mesh, **loss})
 
     def with_batch(self, batch: tuple[int, int, int]) -> "AbstractStep":
         """Returns the same step for batches (A, B, T)."""
-        packed = "segments" in self.batch
-        return dataclasses.replace(self, batch=abstract_batch(*batch, packed=packed, mesh=self.mesh))
+        form = {"packed": self.packed, "trees": self.trees}
+        return dataclasses.replace(self, batch=abstract_batch(batch, self.objective, mesh=self.mesh, **form))
 
     def update(self) -> Program:
         """Returns `training.step.update`, ready to compile; gradients have the shapes of the LoRA parameters."""
@@ -90,9 +96,11 @@ def abstract_step(
     batch: tuple[int, int, int],
     new_ids: tuple[int, ...] = (),
     packed: bool = False,
+    trees: bool = False,
     remat: str = "names",
     optim: OptimArgs | None = None,
     neftune_noise_alpha: float | None = None,
+    objective: Objective = SUPERVISED,
     mesh: AnyMesh | None = None,
 ) -> AbstractStep:
     """Builds the step of a run with these settings, for the platform `weights.platform`.
@@ -101,9 +109,11 @@ def abstract_step(
       batch: (A, B, T), with the rows of all devices.
       new_ids: ids of the new tokens, whose embedding rows train.
       packed: True if each row of a batch packs several data rows.
+      trees: True if data rows have branches.
       remat: a key of REMAT_POLICIES.
       optim: the optimizer's settings; None: the defaults.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
+      objective: the loss.
       mesh: the devices; None: one device. Those of an AbstractMesh need not be present.
 
     Raises:
@@ -125,12 +135,15 @@ def abstract_step(
         parts, key = placed_shapes(parts, specs, mesh), placed_shapes(key, jax.tree.map(lambda _: P(), key), mesh)
     return AbstractStep(
         parts=parts,
-        batch=abstract_batch(*batch, packed=packed, mesh=mesh),
+        batch=abstract_batch(batch, objective, packed=packed, trees=trees, mesh=mesh),
         key=key,
         remat=remat,
         optimizer=optimizer,
         state=state,
         neftune_noise_alpha=neftune_noise_alpha,
+        objective=objective,
+        packed=packed,
+        trees=trees,
         mesh=mesh,
         compiler_options=GATHER_ONCE if weights.platform == "gpu" and axis_size(mesh, FSDP) > 1 else {},
     )
@@ -144,12 +157,14 @@ def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids
 
 
 def abstract_batch(
-    accumulated: int, rows: int, length: int, *, packed: bool = False, mesh: AnyMesh | None = None
+    batch: tuple[int, int, int],
+    objective: Objective = SUPERVISED,
+    *,
+    packed: bool = False,
+    trees: bool = False,
+    mesh: AnyMesh | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Returns `inputs` and `targets` int32, `weights` f32 and, with packing, `segments` int32, each [A, B, T]."""
+    """Returns the arrays of a batch (A, B, T), with their rows over the devices of the mesh."""
     sharding = None if mesh is None else NamedSharding(mesh, P(None, ROWS))
-    dtypes = {"inputs": jnp.int32, "targets": jnp.int32, "weights": jnp.float32}
-    if packed:
-        dtypes["segments"] = jnp.int32
-    shape = (accumulated, rows, length)
-    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding) for name, dtype in dtypes.items()}
+    shapes = batch_shapes(batch, objective, packed=packed, trees=trees)
+    return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}

@@ -7,11 +7,10 @@ dimension key of qlora_jax.training.cost.flops.
 import math
 from collections.abc import Iterable
 
-import numpy as np
-
 from pallas_kernels.nf4_matmul.costs import dequantized_bytes
 from qlora_jax.optim.state_8bit import BLOCK, MIN_SIZE
 from qlora_jax.sharding import ROWS, axis_size
+from qlora_jax.training.batch_shapes import batch_shapes
 from qlora_jax.training.cost.arrays import (
     Leaf,
     dense_leaf,
@@ -107,8 +106,9 @@ def _moment_bytes(leaf: Leaf, step: StepShape, eight_bit: bool) -> int:
 
 
 def batch_bytes(step: StepShape) -> int:
-    """Returns 12 A B T: inputs and targets in int32, weights in f32; 16 A B T with packing, for segments in int32."""
-    return (3 + step.packed) * F32 * int(np.prod(step.batch))
+    """Returns 12 A B T: inputs and targets in int32, weights in f32; and what `batch_shapes` adds to them."""
+    shapes = batch_shapes(step.batch, step.objective, packed=step.packed, trees=step.trees)
+    return sum(F32 * math.prod(shape) for shape, _ in shapes.values())
 
 
 def dequantized_traffic(step: StepShape) -> int:

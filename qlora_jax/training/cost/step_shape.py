@@ -13,6 +13,8 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
+from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.sft import SUPERVISED
 
 DOWN, OUT = "mlp.down_proj", "self_attn.o_proj"  # the last products of the MLP and of attention
 SAME_INPUT = (  # projections that read the same x
@@ -35,6 +37,8 @@ class StepShape:
       optimizer: a key of memory_use.OPTIMIZER_STATES.
       new_tokens: number of new tokens, whose rows of embedding and head train.
       packed: True if each row of a batch packs several data rows.
+      trees: True if data rows have branches.
+      objective: the loss, which determines further arrays of a batch.
       mesh: the devices that the model is cut over; None: one device.
     """
 
@@ -47,6 +51,8 @@ class StepShape:
     optimizer: str = "adamw_32bit"
     new_tokens: int = 0
     packed: bool = False
+    trees: bool = False
+    objective: Objective = SUPERVISED
     mesh: AnyMesh | None = None
 
     @property

@@ -44,12 +44,11 @@ class ORPO(PairObjective):
     def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> ORPOOutputs:
         """Returns the outputs of a micro-batch; one pass through the head gives all of them."""
         weights_BT, slots = micro["weights"], micro[PRESENT].shape[-1]
-        in_trunk_BT, is_read_BT = in_trunk(micro), in_chosen_text(micro)
-        # A trunk's last position predicts the id with which its branches begin, which follows it in the row.
-        targets_BT = jnp.where(in_trunk_BT, jnp.roll(micro["inputs"], -1, axis=1), micro["targets"])
+        is_read_BT = in_chosen_text(micro)
         with jax.named_scope("head"):
             needed_M = (is_read_BT | (weights_BT > 0)).reshape(-1)
-            nll_BT = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), needed_M).reshape(weights_BT.shape)
+            nll_M = token_nll(hidden_MD, model.head, micro["targets"].reshape(-1), needed_M)
+        nll_BT = nll_M.reshape(weights_BT.shape)
         return ORPOOutputs(
             sum_by_slot(-nll_BT * weights_BT, micro["sequences"], slots),
             sum_by_slot(weights_BT, micro["sequences"], slots),
@@ -81,7 +80,10 @@ def log_odds(log_p: Float[Array, "*B"]) -> Float[Array, "*B"]:
 
 
 def in_trunk(batch: Arrays) -> Bool[Array, "*B T"]:
-    """Returns True for positions of trunks: those of no sequence that precede one; padding follows all sequences."""
+    """Returns True for positions of trunks: those of no sequence that precede one; padding follows all sequences.
+
+    The target of a trunk's last position is the id with which its first branch begins, the last of the prompt.
+    """
     in_sequence = batch["sequences"] < batch[PRESENT].shape[-1]
     sequences_from_here = jax.lax.cumsum(in_sequence.astype(jnp.int32), axis=in_sequence.ndim - 1, reverse=True)
     return ~in_sequence & (sequences_from_here > 0)

@@ -13,6 +13,7 @@ from qlora_jax.config.validate import uses
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
+from qlora_jax.training.objectives.make_objective import make_objective
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features
@@ -39,7 +40,9 @@ def step_configs(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> 
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
-    config = run_step_config(args, model, weights, max(buckets, default=args.data.max_length), ids)
+    sequences = make_objective(args).sequences_per_row
+    length = max(buckets, default=args.data.max_length * max(1, sequences))
+    config = run_step_config(args, model, weights, length, ids, trees=sequences > 1)
     sizes = mesh_choices(args, device_count(args, target)).usable
     mesh = make_mesh if target.card is None else absent_mesh
     return [config if size.devices == 1 else config.replace(mesh=mesh(size.data, size.fsdp)) for size in sizes]
@@ -84,8 +87,10 @@ def run_step_config(
     length: int,
     new_ids: tuple[int, ...],
     mesh: AnyMesh | None = None,
+    *,
+    trees: bool,
 ) -> StepConfig:
-    """Returns the configuration of a run's steps with rows of `length` tokens."""
+    """Returns the configuration of a run's steps with rows of `length` tokens; `trees`: they have branches."""
     train = config.train
     return StepConfig(
         model=model,
@@ -97,7 +102,9 @@ def run_step_config(
         paged=paging_of(config.optim) != "off",
         new_ids=new_ids,
         packed=config.data.packing,
+        trees=trees,
         neftune_noise_alpha=train.neftune_noise_alpha,
+        objective=make_objective(config),
         mesh=mesh,
     )
 

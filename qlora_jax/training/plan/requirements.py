@@ -20,6 +20,8 @@ from qlora_jax.training.abstract_step import AbstractStep, Program, abstract_ste
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
 from qlora_jax.training.cost.step_shape import F32, StepShape
+from qlora_jax.training.objectives.objective import Objective
+from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.optimizer_state import PAGES_PER_BUDGET
 
 STATE, ACTIVATIONS = "optimizer state", "saved activations"
@@ -41,6 +43,7 @@ class StepConfig:
       paged: True if the optimizer's state is in host memory while gradients are computed.
       new_ids: ids of the new tokens, whose embedding rows train.
       packed: True if each row of a batch packs several data rows.
+      trees: True if data rows have branches.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       mesh: the devices that share the rows and the model; None: one device.
     """
@@ -54,7 +57,9 @@ class StepConfig:
     paged: bool = False
     new_ids: tuple[int, ...] = ()
     packed: bool = False
+    trees: bool = False
     neftune_noise_alpha: float | None = None
+    objective: Objective = SUPERVISED
     mesh: AnyMesh | None = None
 
     @property
@@ -77,9 +82,11 @@ class StepConfig:
             batch=self.batch,
             new_ids=self.new_ids,
             packed=self.packed,
+            trees=self.trees,
             remat=self.remat,
             optim=self.optim,
             neftune_noise_alpha=self.neftune_noise_alpha,
+            objective=self.objective,
             mesh=self.mesh,
         )
 
@@ -95,6 +102,8 @@ class StepConfig:
             optimizer=plain_name(self.optim.name),
             new_tokens=len(self.new_ids),
             packed=self.packed,
+            trees=self.trees,
+            objective=self.objective,
             mesh=self.mesh,
         )
 
