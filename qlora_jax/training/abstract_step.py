@@ -53,7 +53,7 @@ class AbstractStep:
       remat: a key of REMAT_POLICIES.
       state: the optimizer's state.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
-      packed, trees: the structure of rows; see `batch_shapes`.
+      packed, branching: the structure of rows; see `batch_shapes`.
       mesh: the devices that share the rows and the model; None: one device.
       compiler_options: XLA's options for the gradients.
     """
@@ -67,7 +67,7 @@ class AbstractStep:
     neftune_noise_alpha: float | None = None
     objective: Objective = SUPERVISED
     packed: bool = False
-    trees: bool = False
+    branching: bool = False
     mesh: AnyMesh | None = None
     compiler_options: dict[str, str] = dataclasses.field(default_factory=dict)
 
@@ -79,7 +79,7 @@ class AbstractStep:
 
     def with_batch(self, batch: tuple[int, int, int]) -> "AbstractStep":
         """Returns the same step for batches (A, B, T)."""
-        form = {"packed": self.packed, "trees": self.trees}
+        form = {"packed": self.packed, "branching": self.branching}
         return dataclasses.replace(self, batch=abstract_batch(batch, self.objective, mesh=self.mesh, **form))
 
     def update(self) -> Program:
@@ -96,7 +96,7 @@ def abstract_step(
     batch: tuple[int, int, int],
     new_ids: tuple[int, ...] = (),
     packed: bool = False,
-    trees: bool = False,
+    branching: bool = False,
     remat: str = "names",
     optim: OptimArgs | None = None,
     neftune_noise_alpha: float | None = None,
@@ -109,7 +109,7 @@ def abstract_step(
       batch: (A, B, T), with the rows of all devices.
       new_ids: ids of the new tokens, whose embedding rows train.
       packed: True if each row of a batch packs several data rows.
-      trees: True if data rows have branches.
+      branching: True if data rows have branches.
       remat: a key of REMAT_POLICIES.
       optim: the optimizer's settings; None: the defaults.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
@@ -135,7 +135,7 @@ def abstract_step(
         parts, key = placed_shapes(parts, specs, mesh), placed_shapes(key, jax.tree.map(lambda _: P(), key), mesh)
     return AbstractStep(
         parts=parts,
-        batch=abstract_batch(batch, objective, packed=packed, trees=trees, mesh=mesh),
+        batch=abstract_batch(batch, objective, packed=packed, branching=branching, mesh=mesh),
         key=key,
         remat=remat,
         optimizer=optimizer,
@@ -143,7 +143,7 @@ def abstract_step(
         neftune_noise_alpha=neftune_noise_alpha,
         objective=objective,
         packed=packed,
-        trees=trees,
+        branching=branching,
         mesh=mesh,
         compiler_options=GATHER_ONCE if weights.platform == "gpu" and axis_size(mesh, FSDP) > 1 else {},
     )
@@ -161,10 +161,10 @@ def abstract_batch(
     objective: Objective = SUPERVISED,
     *,
     packed: bool = False,
-    trees: bool = False,
+    branching: bool = False,
     mesh: AnyMesh | None = None,
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the arrays of a batch (A, B, T), with their rows over the devices of the mesh."""
     sharding = None if mesh is None else NamedSharding(mesh, P(None, ROWS))
-    shapes = batch_shapes(batch, objective, packed=packed, trees=trees)
+    shapes = batch_shapes(batch, objective, packed=packed, branching=branching)
     return {name: jax.ShapeDtypeStruct(*each, sharding=sharding) for name, each in shapes.items()}

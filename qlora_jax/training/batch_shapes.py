@@ -13,18 +13,18 @@ Dtype = Literal["int32", "float32"]
 
 
 def batch_shapes(
-    batch: tuple[int, int, int], objective: Objective, *, packed: bool, trees: bool
+    batch: tuple[int, int, int], objective: Objective, *, packed: bool, branching: bool
 ) -> dict[str, tuple[Shape, Dtype]]:
     """Returns the shape and dtype of each array; all elements have 4 bytes.
 
     Args:
       batch: (A, B, T).
       packed: True if each row of a batch packs several data rows.
-      trees: True if data rows have branches.
+      branching: True if data rows have branches.
     """
     found: dict[str, tuple[Shape, Dtype]] = {name: (batch, "int32") for name in ("inputs", "targets")}
     found["weights"] = batch, "float32"
-    found |= {name: (batch, "int32") for name in _structure(objective, packed=packed, trees=trees)}
+    found |= {name: (batch, "int32") for name in _structure(objective, packed=packed, branching=branching)}
     if not objective.sequences_per_row:
         return found
     slots = slot_count(batch[2], packed=packed, sequences=objective.sequences_per_row)
@@ -32,8 +32,8 @@ def batch_shapes(
     return found | {name: ((*batch[:2], slots, *inner), "float32") for name, inner in per_slot.items()}
 
 
-def _structure(objective: Objective, *, packed: bool, trees: bool) -> list[str]:
+def _structure(objective: Objective, *, packed: bool, branching: bool) -> list[str]:
     """Returns the names of the arrays that divide rows into segments and sequences."""
-    names = ["segments"] if packed or trees else []
-    names += ["parents", "depths"] if trees else []
+    names = ["segments"] if packed or branching else []
+    names += ["parents", "depths"] if branching else []
     return [*names, "sequences"] if objective.sequences_per_row else names

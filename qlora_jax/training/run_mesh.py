@@ -37,17 +37,18 @@ def rows_that_divide(rows: int, mesh: Mesh | None) -> int:
 
 
 def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
-    """Returns the arrays of a batch, [A, B, T] or [B, T], with their rows over all devices; a device gets its own only.
+    """Returns the arrays of a batch, [A, B, ...] or [B, ...], with their rows over all devices.
 
-    Without a mesh the arrays stay as they are.
+    A device gets its own rows only. Without a mesh the arrays stay as they are.
     """
     if mesh is None:
         return dict(arrays)
-    return {name: _place_rows(array, mesh) for name, array in arrays.items()}
+    axis = arrays["inputs"].ndim - 2
+    return {name: _place_rows(array, mesh, axis) for name, array in arrays.items()}
 
 
-def _place_rows(array: np.ndarray, mesh: Mesh) -> jax.Array:
-    sharding = NamedSharding(mesh, P(*[None] * (array.ndim - 2), ROWS))
+def _place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
+    sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 

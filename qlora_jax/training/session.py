@@ -34,6 +34,8 @@ from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.mfu import Utilization, peak_flops, utilization
+from qlora_jax.training.objectives.make_objective import make_objective
+from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
 from qlora_jax.training.questions import Questions, open_questions
 from qlora_jax.training.run_mesh import mesh_size, replicate
@@ -45,6 +47,7 @@ class Session:
     """A model, its optimizer, its data, and its compiled programs, before the first step.
 
     Attributes:
+      objective: the loss.
       gradients: the gradient program, compiled for the longest batches.
       state_manager: the optimizer's update, resident or paged.
       utilization: computes the device's utilization per step.
@@ -59,6 +62,7 @@ class Session:
     model: ModelConfig
     weights: WeightFormat
     dataset: Dataset
+    objective: Objective
     parts: ModelParts
     gradients: CompiledGradients
     state_manager: OptimizerStateManager
@@ -78,6 +82,7 @@ class Inputs:
     """The model's metadata and the data of a run, checked; no weight has been read yet.
 
     Attributes:
+      objective: the loss.
       new_ids: ids of the new tokens.
       start: LoRA parameters to start from.
     """
@@ -85,6 +90,7 @@ class Inputs:
     source: ModelSource
     model: ModelConfig
     dataset: Dataset
+    objective: Objective
     new_ids: tuple[int, ...]
     start: AdapterArrays | None
     samples: Samples | None
@@ -121,12 +127,15 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
             f"positions of {source.path}. Lower it"
         )
     tokenizer = open_tokenizer(source, config.model, model.vocab_size) if prepared is None else prepared.tokenizer
+    objective = make_objective(config)
     dataset = load_dataset(
         config.data,
         tokenizer,
         seed=config.train.seed,
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
+        objective=config.objective,
+        kl_pairs=objective.kl_pairs,
     )
     check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
@@ -136,6 +145,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         source=source,
         model=model,
         dataset=dataset,
+        objective=objective,
         new_ids=ids,
         start=start,
         samples=open_samples(config.train, *reads),
@@ -154,8 +164,10 @@ def compile_gradients(config: Config, inputs: Inputs, mesh: Mesh | None = None) 
         batch=shape,
         new_ids=inputs.new_ids,
         packed=inputs.dataset.packed,
+        branching=inputs.dataset.branching,
         remat=remat,
         neftune_noise_alpha=config.train.neftune_noise_alpha,
+        objective=inputs.objective,
         mesh=mesh,
     )
     gradients = CompiledGradients(step)
@@ -308,6 +320,7 @@ def make_session(
         model=inputs.model,
         weights=weights,
         dataset=dataset,
+        objective=inputs.objective,
         parts=parts if mesh is None else place_parts(parts, mesh),
         gradients=gradients,
         state_manager=state_manager,

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, PyTree
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import lora_specs, parts_specs
 from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, split_leaves
+from qlora_jax.nn.branching import Branching
 from qlora_jax.nn.dropout import fold_in_rows
 from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.clipping import global_norm
@@ -81,12 +82,14 @@ def row_outputs(
       keys_B: the key of each row; None without dropout and noise.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
     """
+    branching = Branching(micro["parents"], micro["depths"]) if "parents" in micro else None
     hidden_MD = model.hidden(
         micro["inputs"],
         remat=remat,
         keys_B=keys_B,
         neftune_noise_alpha=neftune_noise_alpha,
         segments_BT=micro.get("segments"),
+        branching=branching,
     )
     return objective.outputs(model, hidden_MD, micro)
 

@@ -107,7 +107,7 @@ def _moment_bytes(leaf: Leaf, step: StepShape, eight_bit: bool) -> int:
 
 def batch_bytes(step: StepShape) -> int:
     """Returns 12 A B T: inputs and targets in int32, weights in f32; and what `batch_shapes` adds to them."""
-    shapes = batch_shapes(step.batch, step.objective, packed=step.packed, trees=step.trees)
+    shapes = batch_shapes(step.batch, step.objective, packed=step.packed, branching=step.branching)
     return sum(F32 * math.prod(shape) for shape, _ in shapes.values())
 
 

@@ -37,7 +37,7 @@ class StepShape:
       optimizer: a key of memory_use.OPTIMIZER_STATES.
       new_tokens: number of new tokens, whose rows of embedding and head train.
       packed: True if each row of a batch packs several data rows.
-      trees: True if data rows have branches.
+      branching: True if data rows have branches.
       objective: the loss, which determines further arrays of a batch.
       mesh: the devices that the model is cut over; None: one device.
     """
@@ -51,7 +51,7 @@ class StepShape:
     optimizer: str = "adamw_32bit"
     new_tokens: int = 0
     packed: bool = False
-    trees: bool = False
+    branching: bool = False
     objective: Objective = SUPERVISED
     mesh: AnyMesh | None = None
 

@@ -42,7 +42,7 @@ def sum_by_slot(
     values_BT: Float[Array, "B T"], sequences_BT: Int[Array, "B T"], slots: int
 ) -> Float[Array, "B {slots}"]:
     """Sums the positions of each slot. A reduction, not a scatter, whose order of additions is not fixed on a GPU."""
-    is_in_BST = sequences_BT[:, None, :] == jnp.arange(slots, dtype=sequences_BT.dtype)[:, None]
+    is_in_BST = sequences_BT[:, None, :] == jnp.arange(slots, dtype=sequences_BT.dtype)[None, :, None]
     return jnp.sum(jnp.where(is_in_BST, values_BT[:, None, :], 0.0), axis=2)
 
 

@@ -42,7 +42,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> 
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
     sequences = make_objective(args).sequences_per_row
     length = max(buckets, default=args.data.max_length * max(1, sequences))
-    config = run_step_config(args, model, weights, length, ids, trees=sequences > 1)
+    config = run_step_config(args, model, weights, length, ids, branching=sequences > 1)
     sizes = mesh_choices(args, device_count(args, target)).usable
     mesh = make_mesh if target.card is None else absent_mesh
     return [config if size.devices == 1 else config.replace(mesh=mesh(size.data, size.fsdp)) for size in sizes]
@@ -88,9 +88,9 @@ def run_step_config(
     new_ids: tuple[int, ...],
     mesh: AnyMesh | None = None,
     *,
-    trees: bool,
+    branching: bool,
 ) -> StepConfig:
-    """Returns the configuration of a run's steps with rows of `length` tokens; `trees`: they have branches."""
+    """Returns the configuration of a run's steps with rows of `length` tokens; `branching`: they have branches."""
     train = config.train
     return StepConfig(
         model=model,
@@ -102,7 +102,7 @@ def run_step_config(
         paged=paging_of(config.optim) != "off",
         new_ids=new_ids,
         packed=config.data.packing,
-        trees=trees,
+        branching=branching,
         neftune_noise_alpha=train.neftune_noise_alpha,
         objective=make_objective(config),
         mesh=mesh,

@@ -43,7 +43,7 @@ class StepConfig:
       paged: True if the optimizer's state is in host memory while gradients are computed.
       new_ids: ids of the new tokens, whose embedding rows train.
       packed: True if each row of a batch packs several data rows.
-      trees: True if data rows have branches.
+      branching: True if data rows have branches.
       neftune_noise_alpha: scale of the noise on embeddings; None: no noise.
       mesh: the devices that share the rows and the model; None: one device.
     """
@@ -57,7 +57,7 @@ class StepConfig:
     paged: bool = False
     new_ids: tuple[int, ...] = ()
     packed: bool = False
-    trees: bool = False
+    branching: bool = False
     neftune_noise_alpha: float | None = None
     objective: Objective = SUPERVISED
     mesh: AnyMesh | None = None
@@ -82,7 +82,7 @@ class StepConfig:
             batch=self.batch,
             new_ids=self.new_ids,
             packed=self.packed,
-            trees=self.trees,
+            branching=self.branching,
             remat=self.remat,
             optim=self.optim,
             neftune_noise_alpha=self.neftune_noise_alpha,
@@ -102,7 +102,7 @@ class StepConfig:
             optimizer=plain_name(self.optim.name),
             new_tokens=len(self.new_ids),
             packed=self.packed,
-            trees=self.trees,
+            branching=self.branching,
             objective=self.objective,
             mesh=self.mesh,
         )
