@@ -34,7 +34,7 @@ from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.mfu import Utilization, peak_flops, utilization
-from qlora_jax.training.objectives.make_objective import make_objective
+from qlora_jax.training.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
 from qlora_jax.training.questions import Questions, open_questions
@@ -135,8 +135,10 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         micro_batch_size=config.train.micro_batch_size,
         accumulation=config.train.accumulation,
         objective=config.objective,
+        labels=config.head.labels or (),
         kl_pairs=objective.kl_pairs,
     )
+    objective = fit_to_data(objective, labels=len(dataset.labels), sequences=dataset.sequences)
     check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids)

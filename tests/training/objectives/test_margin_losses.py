@@ -29,7 +29,7 @@ def test_losses_are_their_formulas(name: str):
 
 
 def test_robust_is_unbiased_under_flips():
-    """Of preferences flipped with probability e, the mean robust loss is the sigmoid loss of the true ones."""
+    """The mean robust loss of preferences flipped with probability e is the sigmoid loss of the true ones."""
     margins, loss = jnp.asarray(MARGINS), MARGIN_LOSSES["robust"]
     mean = 0.8 * loss(margins, BETA, 0.2) + 0.2 * loss(-margins, BETA, 0.2)
     np.testing.assert_allclose(mean, MARGIN_LOSSES["sigmoid"](margins, BETA, 0.0), rtol=1e-5, atol=1e-6)
