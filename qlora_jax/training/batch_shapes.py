@@ -28,8 +28,9 @@ def batch_shapes(
     if not objective.sequences_per_row:
         return found
     slots = slot_count(batch[2], packed=packed, sequences=objective.sequences_per_row)
-    per_slot = {PRESENT: (), **objective.values}
-    return found | {name: ((*batch[:2], slots, *inner), "float32") for name, inner in per_slot.items()}
+    for name, inner in {PRESENT: (), **objective.values}.items():
+        found[name] = (*batch[:2], slots, *inner), "float32"
+    return found
 
 
 def _structure(objective: Objective, *, packed: bool, branching: bool) -> list[str]:

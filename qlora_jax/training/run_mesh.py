@@ -43,7 +43,7 @@ def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str
     """
     if mesh is None:
         return dict(arrays)
-    axis = arrays["inputs"].ndim - 2
+    axis = min(array.ndim for array in arrays.values()) - 2  # [B, T] and [B, S]; those with C per slot have one more
     return {name: _place_rows(array, mesh, axis) for name, array in arrays.items()}
 
 

@@ -1,4 +1,4 @@
-"""Settings of preferences that an objective does not use, or that contradict each other, are refused by name."""
+"""Settings of preferences that the objective does not use, or that contradict each other, raise an error."""
 
 import dataclasses
 

@@ -143,7 +143,8 @@ def _check(found: dict[str, np.ndarray], name: str, form: str, base: Path) -> No
 )
 def test_objectives_equal_trl(tmp_path: Path, oracle, chosen: list[tuple[str, str]]) -> None:
     config = tiny_config()
-    base = write_folder(tmp_path / "base", config, random_weights(config), **{"tokenizer.json": tokenizer_json()})
+    files = {"tokenizer.json": tokenizer_json()}
+    base = write_folder(tmp_path / "base", config, random_weights(config), 1, **files)
     start, policy = _random_lora(_parts(base), 1), _random_lora(_parts(base), 2)
     found = oracle(
         SCRIPT,
