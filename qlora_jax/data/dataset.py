@@ -37,7 +37,7 @@ from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, sto
 from qlora_jax.data.rows import (
     File,
     TokenRows,
-    Values,
+    ValuesByNumber,
     attach_values,
     check_ids,
     concatenate_rows,
@@ -134,7 +134,7 @@ class Dataset:
         padding = _padding(self.tokenizer)
         return eval_batches(rows, self.eval_buckets, batch_size=batch_size, pad_id=padding, sequences=self.sequences)
 
-    def with_values(self, name: str, train: Values, held_out: Values | None = None) -> "Dataset":
+    def with_values(self, name: str, train: ValuesByNumber, held_out: ValuesByNumber | None = None) -> "Dataset":
         """Returns the data set with one more value per sequence, which batches have under `name`.
 
         The fingerprint stays, because the order of batches does.
@@ -153,7 +153,7 @@ class Dataset:
         return dataclasses.replace(self, train=rows, eval=with_eval)
 
 
-def _check_values(name: str, rows: TokenRows | Mixture | None, values: Values | None, sequences: int) -> None:
+def _check_values(name: str, rows: TokenRows | Mixture | None, values: ValuesByNumber | None, sequences: int) -> None:
     expected = None if rows is None else (rows.number_limit, sequences)
     found = None if values is None else values.shape[:2]
     if found != expected:

@@ -20,6 +20,7 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.readers.files import Place
 
 Values = Float32[np.ndarray, "rows sequences ..."]
+ValuesByNumber = Float32[np.ndarray, "_numbers sequences ..."]
 
 
 class File(NamedTuple):
@@ -222,7 +223,7 @@ def with_branches(rows: TokenRows) -> TokenRows:
     return rows if rows.branching else dataclasses.replace(rows, branches=no_branches(len(rows)))
 
 
-def attach_values(rows: TokenRows, by_number: Mapping[str, Values]) -> TokenRows:
+def attach_values(rows: TokenRows, by_number: Mapping[str, ValuesByNumber]) -> TokenRows:
     """Returns the rows with more values.
 
     Args:

@@ -8,7 +8,14 @@ from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
-def load(tokenizer: Tokenizer, objective: str = "sft", labels: Sequence[str] = (), **settings: Any) -> Dataset:
+def load(
+    tokenizer: Tokenizer,
+    objective: str = "sft",
+    labels: Sequence[str] = (),
+    *,
+    kl_pairs: bool = False,
+    **settings: Any,
+) -> Dataset:
     return load_dataset(
         DataArgs(**settings),
         tokenizer,
@@ -17,6 +24,7 @@ def load(tokenizer: Tokenizer, objective: str = "sft", labels: Sequence[str] = (
         accumulation=2,
         objective=objective,
         labels=labels,
+        kl_pairs=kl_pairs,
     )
 
 

@@ -3,16 +3,20 @@
 import dataclasses
 import gzip
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.batching.batches import NO_ROW, Batch
+from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.readers.files import read_rows
 from qlora_jax.data.report.text import report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -195,3 +199,120 @@ def test_ids_beyond_the_embedding_are_errors(
     ):
         dataset = load(dataclasses.replace(tokenizer, rows=int(ids.max())), train=path, **settings)
         list(zip(range(20), dataset.train_batches(), strict=False))
+
+
+def pair(number: int) -> dict[str, str]:
+    return {"prompt": f"Is {number} odd?" + " Think." * (number % 5), "chosen": " yes" * 9, "rejected": f" no {number}"}
+
+
+def labelled(number: int) -> dict[str, Any]:
+    answer = " no" * (1 + number % 4)
+    return {"prompt": f"Is {number} odd?" + " Think." * (number % 5), "completion": answer, "label": number % 2 == 1}
+
+
+def epoch_of(dataset: Dataset) -> list[Batch]:
+    return list(itertools.islice(dataset.train_batches(), dataset.steps_per_epoch))
+
+
+def sequences_of(batches: Iterable[Batch]) -> dict[int, list[list[int]]]:
+    """The inputs of each sequence of a row with two, by the row's number."""
+    found = {}
+    for batch in batches:
+        for at in np.ndindex(*batch.inputs.shape[:2]):
+            for nth, number in enumerate(batch.rows[at][batch.rows[at] != NO_ROW]):
+                slots = (2 * nth, 2 * nth + 1)
+                found[int(number)] = [batch.inputs[at][batch.sequences[at] == slot].tolist() for slot in slots]
+    return found
+
+
+def test_pairs_become_trees_with_slots(plain_tokenizer: Tokenizer, write_rows: Callable):
+    path = write_rows([pair(number) for number in range(21)])
+    dataset = load(plain_tokenizer, "dpo", train=path, eval_fraction=0.3)
+    assert dataset.sequences == 2 and dataset.branching and dataset.labels == ()
+    found = sequences_of(epoch_of(dataset)) | sequences_of(dataset.eval_batches(4))
+    assert sorted(found) == list(range(21))
+    for number, (chosen, rejected) in found.items():
+        # Both begin with the prompt's last id; the last id is only a target.
+        answers = [plain_tokenizer.decode(ids[1:]) for ids in (chosen, rejected)]
+        assert answers == [" yes" * 9, f" no {number}"]
+        assert chosen[0] == rejected[0]
+
+
+def test_packs_and_buckets_hold_a_tree_that_is_longer_than_max_length(plain_tokenizer: Tokenizer, write_rows: Callable):
+    long = {"prompt": "Q?", "chosen": " yes" * 55, "rejected": " no" * 55}
+    path = write_rows([pair(1), long])
+    for packing in (False, True):
+        dataset = load(plain_tokenizer, "dpo", train=path, max_length=64, packing=packing)
+        assert dataset.train.lengths.max() > 64 and dataset.buckets[-1] == 128
+        assert len(sequences_of(epoch_of(dataset))) == 2
+
+
+def test_kl_pairs_depend_neither_on_packing_nor_on_batches_nor_on_memory(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path
+):
+    path = write_rows([labelled(number) for number in range(30)])
+    common = {"train": path, "max_length": 64}
+    plain = load(tokenizer, "kto", kl_pairs=True, **common)
+    expected = sequences_of(epoch_of(plain))
+    assert len(expected) == 30 and plain.sequences == 2
+    cache = {"cache": str(tmp_path / "cache")}
+    for settings in ({"packing": True}, cache, {**cache, "window": 7}, {**cache, "window": 11, "packing": True}):
+        other = load(tokenizer, "kto", kl_pairs=True, **common, **settings)
+        assert sequences_of(epoch_of(other)) == expected, settings
+        assert sequences_of(other.each_row_once(3)) == expected
+        for batch in other.each_row_once(3):
+            labels = np.where(batch.rows[0] == NO_ROW, 0, batch.rows[0] % 2)
+            np.testing.assert_array_equal(batch.slots["labels"][0], np.repeat(labels, 2, axis=1))
+    # Other seeds give other pairs; apo_zero_unpaired has none.
+    settings = {"micro_batch_size": 1, "accumulation": 1, "objective": "kto"}
+    again = load_dataset(DataArgs(**common), tokenizer, seed=0, kl_pairs=True, **settings)
+    assert sequences_of(epoch_of(again)) == expected
+    seeds = [load_dataset(DataArgs(**common), tokenizer, seed=seed, kl_pairs=True, **settings) for seed in range(3)]
+    assert len({dataset.fingerprint for dataset in seeds}) == 3
+    assert len({str(sequences_of(epoch_of(dataset))) for dataset in seeds}) == 3
+    unpaired = load_dataset(DataArgs(**common), tokenizer, seed=0, **settings)
+    assert unpaired.sequences == 1 and not unpaired.branching
+
+
+def test_a_file_of_one_labelled_row_is_refused(tokenizer: Tokenizer, write_rows: Callable):
+    path = write_rows([labelled(1)])
+    with pytest.raises(ValueError, match=r"found 1 row, expected at least 2.*apo_zero_unpaired"):
+        load(tokenizer, "kto", kl_pairs=True, train=path)
+    assert load(tokenizer, "kto", train=path).sequences == 1
+
+
+@pytest.mark.parametrize("settings", [{}, {"cache": True, "window": 8}])
+def test_attached_values_are_in_the_slots_of_their_rows(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, settings: dict[str, Any]
+):
+    path = write_rows([pair(number) for number in range(20)])
+    if settings:
+        settings = {**settings, "cache": str(tmp_path / "cache")}
+    dataset = load(tokenizer, "dpo", train=path, eval_fraction=0.3, packing=True, **settings)
+    train, held_out = (np.random.default_rng(n).random((20, 2)).astype(np.float32) for n in (0, 1))
+    held_out = held_out[: dataset.eval.number_limit]
+    attached = dataset.with_values("reference", train[: dataset.train.number_limit], held_out)
+    assert attached.fingerprint == dataset.fingerprint
+    seen = 0
+    for batches, values in ((epoch_of(attached), train), (attached.eval_batches(3), held_out)):
+        for batch in batches:
+            for at in np.ndindex(*batch.inputs.shape[:2]):
+                numbers = batch.rows[at][batch.rows[at] != NO_ROW]
+                expected = np.zeros(batch.slots["reference"].shape[2], np.float32)
+                expected[: 2 * len(numbers)] = values[numbers].ravel()
+                np.testing.assert_array_equal(batch.slots["reference"][at], expected)
+                seen += len(numbers)
+    assert seen == 20
+    with pytest.raises(ValueError, match=r"values reference: of other rows \(found shape \(3, 2\), expected"):
+        dataset.with_values("reference", train[:3], held_out)
+    with pytest.raises(ValueError, match=r"values reference: of other rows \(found shape None, expected"):
+        dataset.with_values("reference", train[: dataset.train.number_limit])
+
+
+def test_the_longest_row_is_used_though_only_the_second_epoch_has_it(tokenizer: Tokenizer, write_rows: Callable):
+    """An epoch goes through half of the file."""
+    path = write_rows([question(number, "yes" + " yes" * 200 * (number == 3)) for number in range(8)])
+    for seed in range(4):
+        dataset = load_dataset(DataArgs(train={path: 0.5}), tokenizer, seed=seed, micro_batch_size=1, accumulation=1)
+        batches = itertools.islice(dataset.train_batches(), 8)
+        assert sorted(int(batch.rows[0, 0, 0]) for batch in batches) == list(range(8))

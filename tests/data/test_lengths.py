@@ -3,9 +3,16 @@
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from qlora_jax.data.branches import branch_problem, longest_text
+from qlora_jax.data.lengths import FittedRows, Limits, Overlong, fit_lengths
+from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.readers.files import Place
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.loading import load, rows_of_lengths
+from tests.data.trees import Shape, encode_tree, shapes
 
 
 def test_long_rows_are_cut_and_counted(plain_tokenizer: Tokenizer, write_rows: Callable):
@@ -63,3 +70,65 @@ def test_a_data_set_with_nothing_left_is_an_error(plain_tokenizer: Tokenizer, wr
         load(plain_tokenizer, train=path, max_length=8, overlong="drop")
     with pytest.raises(ValueError, match=r"Of 4 rows, 0 were dropped .* and 4 because their answers start behind it"):
         load(plain_tokenizer, train=path, max_length=8)
+
+
+# Trees whose texts all begin with the trunk's first id.
+sft_trees = st.lists(
+    shapes(st.integers(1, 4)).filter(lambda shape: all(depth for _, depth in shape.branches)), min_size=1, max_size=4
+)
+
+
+def texts_of(row: EncodedRow) -> list[list[int]]:
+    """The trunk of a row, and the text that ends with each branch."""
+    edges = [branch.begin for branch in row.branches] + [len(row.ids)]
+    found = [row.ids[: edges[0]].tolist()]
+    for branch, end in zip(row.branches, edges[1:], strict=True):
+        found.append([*row.ids[: branch.depth].tolist(), *row.ids[branch.begin : end].tolist()])
+    return found
+
+
+def fitted(drawn: list[Shape], overlong: Overlong, limit: int) -> tuple[dict[int, EncodedRow], FittedRows]:
+    """The rows of those shapes by the number of those kept, each with a bos in front."""
+    rows = [encode_tree(shape, seed) for seed, shape in enumerate(drawn)]
+    for row in rows:
+        row.ids[0] = 1
+    places = [Place(n + 1, n) for n in range(len(rows))]
+    kept = fit_lengths(rows, places, Limits(max_length=limit, overlong=overlong, bos_id=1))
+    return dict(enumerate(rows)), kept
+
+
+@given(sft_trees, st.integers(3, 30))
+def test_texts_of_a_tree_lose_their_ends(drawn: list[Shape], limit: int):
+    rows, kept = fitted(drawn, "truncate-right", limit)
+    assert len(kept.rows) + kept.unsupervised == len(drawn) and not kept.overlong
+    for row, place in zip(kept.rows, kept.places, strict=True):
+        whole = rows[place.number]
+        cut = [text[:limit] for text in texts_of(whole)]
+        assert all(text in cut for text in texts_of(row)) and row.supervised[1:].any()
+        assert branch_problem(row.branches, row.supervised) is None
+        # Each target that is within the limit is kept, in its text.
+        assert set(row.ids[row.supervised]) <= set(whole.ids[whole.supervised])
+        edges = [branch.begin for branch in whole.branches] + [len(whole.ids)]
+        for branch, end in zip(whole.branches, edges[1:], strict=True):
+            inside = min(end, branch.begin + limit - branch.depth)
+            targets = [at for at in range(branch.begin + 1, inside) if whole.supervised[at]]
+            assert set(whole.ids[targets]) <= set(row.ids)
+
+
+@given(sft_trees, st.integers(3, 30))
+def test_texts_of_a_tree_lose_their_beginnings_and_keep_bos(drawn: list[Shape], limit: int):
+    rows, kept = fitted(drawn, "truncate-left", limit)
+    for row, place in zip(kept.rows, kept.places, strict=True):
+        whole = texts_of(rows[place.number])
+        assert branch_problem(row.branches, row.supervised) is None and row.ids[0] == 1
+        assert longest_text(len(row.ids), row.branches) <= limit
+        for text in texts_of(row)[bool(row.branches) :]:
+            assert any(text[1:] == one[len(one) - len(text) + 1 :] for one in whole)
+
+
+def test_trees_that_are_too_long_are_dropped_or_reported_by_their_longest_text():
+    drawn = [Shape(6, ((4, 6), (9, 6))), Shape(6, ((4, 6), (4, 6)))]  # texts of up to 15 and 10 ids
+    for limit, dropped in ((9, 2), (10, 1), (14, 1), (15, 0)):
+        assert fitted(drawn, "drop", limit)[1].overlong == dropped
+    (problem,) = fitted(drawn, "error", 10)[1].problems
+    assert problem[1].startswith("found 15 tokens, expected at most 10 (data.max_length).")

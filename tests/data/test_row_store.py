@@ -8,20 +8,28 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from qlora_jax.data import dataset as dataset_module
 from qlora_jax.data import row_store as stored_module
 from qlora_jax.data.dataset import Dataset
-from qlora_jax.data.row_store import store_rows
+from qlora_jax.data.readers.files import Place
+from qlora_jax.data.row_counts import RowCounts
+from qlora_jax.data.row_store import RowChunk, open_stored_rows, store_rows
+from qlora_jax.data.rows import concatenate_rows, token_rows
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import ASSETS
 from tests.data.loading import load
+from tests.data.trees import Shape, encode_tree, shapes
 from tests.marks import first_always, some_in_ci
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +55,69 @@ def test_cached_rows_are_the_same(tokenizer: Tokenizer, write_rows: Callable, tm
             np.testing.assert_array_equal(ours, theirs)
         held = [[b.inputs.tolist() for b in one.eval_batches(4)] for one in (cached, plain)]
         assert held[0] == held[1]
+
+
+def check_stored(chunks: list[list[Shape]], start: int, stop: int) -> None:
+    """Stores rows of those shapes in chunks, and compares rows start to stop - 1 with those that were stored."""
+    rows, at = [], 0
+    for chunk in chunks:
+        encoded = [encode_tree(shape, at + n, labels=[[at + n, 1.0]]) for n, shape in enumerate(chunk)]
+        rows.append(token_rows("rows.jsonl", encoded, [Place(at + n + 1, at + n) for n in range(len(chunk))]))
+        at += len(chunk)
+    whole = concatenate_rows(rows, rows[0].files)
+    with tempfile.TemporaryDirectory() as folder:
+        entry = Path(folder) / "entry"
+        store_rows((RowChunk(part, RowCounts(kept=len(part)), np.zeros(0, np.uint64), "text") for part in rows), entry)
+        stored = open_stored_rows(entry, "rows.jsonl")
+        assert stored is not None and stored.digest == whole.digest
+        assert stored.branching == whole.branching == (entry / "branch_ends").exists()
+        part, lengths = stored.read(start, stop), stored.lengths(start, stop)
+        counts = stored.branch_counts(start, stop)
+    assert lengths.tolist() == part.lengths.tolist() == whole.lengths[start:stop].tolist()
+    assert counts.tolist() == whole.branch_counts[start:stop].tolist()
+    for index in range(start, stop):
+        assert part.branches_of(index - start) == whole.branches_of(index)
+        for ours, theirs in zip(part.row(index - start), whole.row(index), strict=True):
+            assert ours.tolist() == theirs.tolist()
+    assert part.values["labels"].tolist() == whole.values["labels"][start:stop].tolist()
+
+
+tree_chunks = st.lists(st.lists(shapes(st.integers(0, 3)), max_size=4), min_size=1, max_size=4)
+
+
+@hypothesis_settings(max_examples=6)  # each flushes its files to the disk
+@given(tree_chunks.filter(any), st.data())
+def test_trees_and_values_are_read_back_in_any_range(chunks: list[list[Shape]], data: st.DataObject):
+    count = sum(map(len, chunks))
+    start = data.draw(st.integers(0, count - 1))
+    check_stored(chunks, start, data.draw(st.integers(start + 1, count)))
+
+
+@pytest.mark.parametrize("first", [[], [Shape(5, ())] * 2])
+def test_trees_may_follow_rows_that_are_texts(first: list[Shape]):
+    check_stored([first, [Shape(3, ((3, 3), (4, 2)))], [Shape(4, ())]], 0, len(first) + 2)
+
+
+def test_rows_without_branches_and_values_have_the_files_of_earlier_versions(tokenizer: Tokenizer, small_entry):
+    _, cache, _ = small_entry
+    for entry in cache.iterdir():
+        names = {"ids", "supervised", "ends", "numbers", "lines", "hashes"}
+        assert {path.name for path in entry.iterdir()} == {*names, "facts.json"}
+        facts = json.loads((entry / "facts.json").read_text())["facts"]
+        assert {*facts} == {"digest", "form", "tally", "files"} and {*facts["files"]} == names
+
+
+@pytest.mark.parametrize("name", ["branch_ends", "branch_begins", "branch_depths", "values_labels"])
+def test_a_damaged_tree_is_reported_and_deleted(tmp_path: Path, name: str):
+    encoded = [encode_tree(Shape(4, ((3, 4), (3, 4))), seed, labels=[1.0, 0.0]) for seed in range(3)]
+    rows = token_rows("rows.jsonl", encoded, [Place(n + 1, n) for n in range(3)])
+    entry = tmp_path / "entry"
+    store_rows([RowChunk(rows, RowCounts(kept=3), np.zeros(0, np.uint64), "text")], entry)
+    content = (entry / name).read_bytes()
+    (entry / name).write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.warns(UserWarning, match=rf"damaged \({name}: found"):
+        assert open_stored_rows(entry, "rows.jsonl") is None
+    assert not entry.exists()
 
 
 def test_rows_are_made_once_and_again_when_anything_changes(

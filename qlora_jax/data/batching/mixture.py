@@ -22,7 +22,7 @@ from qlora_jax.data.row_store import StoredRows
 from qlora_jax.data.rows import (
     File,
     TokenRows,
-    Values,
+    ValuesByNumber,
     Window,
     attach_values,
     concatenate_rows,
@@ -81,7 +81,7 @@ class Mixture:
     parts: tuple[Part, ...]
     size: int | None
     seed: int
-    attached: Mapping[str, Values] = dataclasses.field(default_factory=dict)
+    attached: Mapping[str, ValuesByNumber] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(part.count for part in self.parts)

@@ -1,6 +1,7 @@
 """Mixtures and windows: how often rows occur, in which order, and that resume is bit-identical."""
 
 import collections
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_jax.data.batching.batches import NO_ROW, START, Batch, train_batches, window_order
-from qlora_jax.data.batching.mixture import Mixture, Part, check_weights
+from qlora_jax.data.batching.mixture import Mixture, Part, check_kinds, check_weights, count_sequences
 from qlora_jax.data.branches import join_branches
+from qlora_jax.data.readers.files import Place
 from qlora_jax.data.row_counts import RowCounts
 from qlora_jax.data.row_store import RowChunk, StoredRows, open_stored_rows, store_rows
-from qlora_jax.data.rows import TokenRows
+from qlora_jax.data.rows import TokenRows, token_rows
 from tests.data.batching.test_batches import PAD, make_rows
+from tests.data.trees import Shape, encode_tree, targets_of_batch, targets_of_row
 
 weights = st.sampled_from([0.3, 0.5, 1.0, 1.5, 2.0])
 counts = st.lists(st.tuples(st.integers(2, 40), weights), min_size=1, max_size=3)
@@ -193,3 +196,61 @@ def test_what_changes_the_order_changes_the_digest(tmp_path: Path):
         mixture([(4, 1.0), (3, 1.0)], 5, tmp_path),
     ]
     assert len({rows.digest for rows in mixtures}) == 4
+
+
+def tree_mixture(folder: Path | None) -> Mixture:
+    """A file of pairs, one of single texts, and one that an epoch uses half of, in memory or in windows."""
+    shapes = [
+        [Shape(n % 7, ((2 + n % 5, n % 7), (3, n % 7))) for n in range(11)],
+        [Shape(5 + n, ()) for n in range(8)],
+        [Shape(3, ((4, 3),)) for _ in range(5)],
+    ]
+    parts = []
+    for which, drawn in enumerate(shapes):
+        encoded = [encode_tree(shape, 100 * which + n) for n, shape in enumerate(drawn)]
+        rows = token_rows(f"{which}.jsonl", encoded, [Place(n + 1, n) for n in range(len(drawn))])
+        held = rows if folder is None else stored(rows, folder / str(which))
+        parts.append(Part(path=rows.files[0].path, rows=held, weight=(1.0, 1.0, 0.4)[which], digest=rows.digest))
+    return Mixture(parts=tuple(parts), size=None if folder is None else 7, seed=3)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_trees_keep_their_targets_in_mixtures_and_windows(tmp_path: Path, windows: bool):
+    rows = tree_mixture(tmp_path if windows else None)
+    assert rows.branching and rows.windows == (3 if windows else 1)
+    whole = tree_mixture(None).window(0, 0).rows
+    expected = sorted(target for index in range(11 + 8) for target in targets_of_row(whole, index))
+    found = [target for batch in epoch_of(rows, 0) for target in targets_of_batch(batch)]  # all have parents and depths
+    assert sorted(target for target in found if target.id < 200_000) == expected
+    for window in range(rows.windows):
+        loaded = rows.window(0, window)
+        np.testing.assert_array_equal(loaded.rows.lengths[loaded.indices], rows.window_lengths(0, window))
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_chunks_have_every_row_once_with_attached_values(tmp_path: Path, windows: bool):
+    rows = tree_mixture(tmp_path if windows else None)
+    assert rows.number_limit == 24
+    values = np.stack([np.arange(24), -np.arange(24)], axis=1).astype(np.float32)
+    attached = dataclasses.replace(rows, attached={"reference": values})
+    assert attached.digest == rows.digest
+    numbers = np.concatenate([chunk.numbers for chunk in attached.chunks()])
+    assert numbers.tolist() == list(range(24))
+    for chunk in (*attached.chunks(), attached.window(0, 0).rows):
+        np.testing.assert_array_equal(chunk.values["reference"], values[chunk.numbers])
+
+
+def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path):
+    def part(name: str, branches: int, folder: Path | None = None, **values: list[float]) -> Part:
+        encoded = [encode_tree(Shape(3, ((3, 3),) * branches), n, **values) for n in range(4)]
+        rows = token_rows(name, encoded, [Place(n + 1, n) for n in range(4)])
+        held = rows if folder is None else stored(rows, folder / name)
+        return Part(path=name, rows=held, weight=1.0, digest=rows.digest)
+
+    pairs, labelled = part("pairs.jsonl", 2), part("kto.jsonl", 2, tmp_path, labels=[1.0, 1.0])
+    with pytest.raises(ValueError, match=r"kto\.jsonl: its rows are of another kind than those of pairs\.jsonl .*"):
+        check_kinds([pairs, labelled])
+    check_kinds([pairs, part("more.jsonl", 2)])
+    assert count_sequences([pairs, labelled]) == 2
+    with pytest.raises(ValueError, match=r"the same number:\n  pairs\.jsonl: 2\n  triplets\.jsonl: 3"):
+        count_sequences([pairs, part("triplets.jsonl", 3, tmp_path)])
