@@ -32,6 +32,14 @@ _NO_LAUNCHER = "remove it: mesh.data and mesh.fsdp choose the devices"
 _SEED = "one seed for initialization, order of rows and dropout"
 _HUB = "remove it: models from the Hub use HF_TOKEN and HF_HOME"
 _LORAPLUS_EMBEDDING = "remove it: no adapter is on the embedding; its trained rows learn at optim.learning_rate"
+_REFERENCE = (
+    "remove it: the reference is the model that the run starts with, and is computed once before the first step"
+)
+_NO_VARIANT = "remove it: this variant of the loss is not supported"
+_ONE_LOSS = "remove it: a run has one loss, preference.loss_type"
+_RL = "dpo, kto, orpo, cpo or simpo; ipo and hinge are preference.loss_type of dpo"
+_STAGE = "sft, dpo, kto, or reward for rm; orpo and simpo are objectives, too"
+_PAIR_LENGTH = "it limits each prompt with its answer"
 _CODE = "remove it: the code of a model is never run"
 
 # Another trainer's name -> the name of our setting, if its values mean the same; else a Replacement.
@@ -186,7 +194,38 @@ REPLACEMENTS: dict[str, str | Replacement] = {
     "do_predict": Replacement(None, "remove it: train.samples has prompts that the model replies to"),
     "do_mmlu_eval": Replacement("questions.letters", "a file of questions in MMLU's form"),
     "mmlu_dataset": Replacement("questions.letters", "a file of questions in MMLU's form"),
-    "stage": Replacement(None, "remove it: sft is the only one here"),
+    "stage": Replacement("objective", _STAGE),
+    # Preferences
+    "rl": Replacement("objective", _RL),
+    "rl_beta": "preference.beta",
+    "dpo_beta": "preference.beta",
+    "pref_beta": "preference.beta",
+    "orpo_alpha": "preference.beta",
+    "pref_loss": Replacement("preference.loss_type", "orpo and simpo are objectives"),
+    "dpo_label_smoothing": "preference.label_smoothing",
+    "pref_ftx": Replacement("preference.cpo_alpha", "for objectives cpo and simpo"),
+    "kto_desirable_weight": "preference.desirable_weight",
+    "kto_undesirable_weight": "preference.undesirable_weight",
+    "kto_chosen_weight": "preference.desirable_weight",
+    "kto_rejected_weight": "preference.undesirable_weight",
+    "loss_weights": Replacement(None, _ONE_LOSS),
+    "reference_free": Replacement("objective", "cpo, orpo and simpo have no reference"),
+    "ref_model": Replacement(None, _REFERENCE),
+    "ref_adapters": Replacement(None, _REFERENCE),
+    "precompute_ref_log_probs": Replacement(None, _REFERENCE),
+    "precompute_ref_batch_size": Replacement(None, _REFERENCE),
+    "sync_ref_model": Replacement(None, _REFERENCE),
+    "f_divergence_type": Replacement(None, _NO_VARIANT),
+    "ld_alpha": Replacement(None, _NO_VARIANT),
+    "rpo_alpha": Replacement(None, _NO_VARIANT),
+    "use_weighting": Replacement(None, _NO_VARIANT),
+    "dpo_use_weighting": Replacement(None, _NO_VARIANT),
+    "disable_dropout": Replacement("lora.dropout", "0, the default, disables it"),
+    "max_prompt_length": Replacement("data.max_length", _PAIR_LENGTH),
+    "max_completion_length": Replacement("data.max_length", _PAIR_LENGTH),
+    "truncation_mode": Replacement("data.overlong", "truncate-right keeps the start, truncate-left the end"),
+    "padding_free": "data.packing",
+    "generate_during_eval": Replacement("train.samples", "a file of prompts"),
     "early_stopping_patience": "train.patience",
     "load_best_model_at_end": "train.keep_best",
     "metric_for_best_model": Replacement(None, "remove it: train.keep_best compares the evaluation loss"),

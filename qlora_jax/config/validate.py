@@ -192,20 +192,15 @@ def _column_problems(data: DataArgs, files: list[str | None]) -> list[str]:
 
 
 def _objective_problems(config: Config) -> list[str]:
-    """Reports settings of preferences and of data that the objective does not use."""
+    """Reports settings of preferences, of heads and of data that the objective does not use."""
     problems = preference_problems(config.preference, config.objective) + _head_problems(config)
     if config.objective == "sft":
         return problems
-    if config.data.learn == "all":
-        problems.append(
-            f"data.learn: found 'all' with objective={config.objective}, which compares answers. Set data.learn to "
-            "assistant or last"
-        )
+    plain = DataArgs(train="")
     return problems + [
-        f"data.{name}: found {value} with objective={config.objective}, whose rows have several answers or none. "
-        "Remove this setting; data.max_length limits each prompt with its answer"
-        for name in ("source_max_length", "target_max_length")
-        if (value := getattr(config.data, name)) is not None
+        f"data.{name}: found {value!r}, but objective={config.objective} does not use it. Remove this setting"
+        for name in ("learn", "source_max_length", "target_max_length")
+        if (value := getattr(config.data, name)) != getattr(plain, name)
     ]
 
 

@@ -77,8 +77,8 @@ def test_values_out_of_bounds_are_refused(name: str, value: float):
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
-        ({"learn": "all"}, "data.learn: found 'all' with objective=dpo"),
-        ({"source_max_length": 8, "target_max_length": 8}, "data.source_max_length: found 8 with objective=dpo"),
+        ({"learn": "last"}, "data.learn: found 'last', but objective=dpo does not use it. Remove this setting"),
+        ({"source_max_length": 8, "target_max_length": 8}, "data.source_max_length: found 8, but objective=dpo"),
     ],
 )
 def test_settings_of_single_answers_are_refused(data: dict[str, object], problem: str):

@@ -65,7 +65,10 @@ def test_the_command_of_the_reference_is_answered_flag_by_flag():
         ("peft_type", "pfeiffer or full)?"),
         ("lora_target", "did you mean lora.target_modules ("),
         ("quantization_bit", "did you mean model.quant_type (nf4, fp4 or int4 for 4 bits"),
-        ("stage", "; remove it: sft is the only one here"),
+        ("stage", "did you mean objective (sft, dpo, kto, or reward for rm"),
+        ("pref_loss", "did you mean preference.loss_type (orpo and simpo are objectives)?"),
+        ("simpo_gamma", "did you mean preference.simpo_gamma?"),
+        ("ref_model", "; remove it: the reference is the model that the run starts with"),
         ("do_train", "; remove it: this command trains"),
         ("warmup_steps", "did you mean optim.warmup_ratio (a fraction of all steps, not a number of steps"),
         ("sample_packing", "did you mean data.packing?"),
@@ -87,14 +90,20 @@ AXOLOTL = """base_model model_type tokenizer_type load_in_8bit load_in_4bit stri
     optimizer lr_scheduler learning_rate train_on_inputs group_by_length bf16 fp16 tf32 gradient_checkpointing
     gradient_checkpointing_kwargs resume_from_checkpoint local_rank logging_steps xformers_attention flash_attention
     warmup_steps warmup_ratio evals_per_epoch saves_per_epoch weight_decay special_tokens deepspeed fsdp chat_template
-    early_stopping_patience roles_to_train save_safetensors"""
+    early_stopping_patience roles_to_train save_safetensors rl rl_beta orpo_alpha simpo_gamma cpo_alpha
+    kto_desirable_weight kto_undesirable_weight dpo_label_smoothing"""
 LLAMA_FACTORY = """model_name_or_path stage do_train finetuning_type lora_rank lora_alpha lora_dropout lora_target
     quantization_bit quantization_method double_quantization dataset dataset_dir template cutoff_len max_samples
     overwrite_cache preprocessing_num_workers dataloader_num_workers output_dir logging_steps save_steps plot_loss
     overwrite_output_dir save_only_model report_to per_device_train_batch_size gradient_accumulation_steps learning_rate
     num_train_epochs lr_scheduler_type warmup_ratio bf16 ddp_timeout resume_from_checkpoint val_size
     per_device_eval_batch_size eval_strategy eval_steps flash_attn train_on_prompt mask_history neat_packing packing
-    use_rslora use_dora pissa_init additional_target adapter_name_or_path trust_remote_code enable_liger_kernel"""
+    use_rslora use_dora pissa_init additional_target adapter_name_or_path trust_remote_code enable_liger_kernel
+    pref_beta pref_loss pref_ftx ref_model ref_adapters kto_chosen_weight kto_rejected_weight simpo_gamma"""
+TRL = """beta loss_type label_smoothing loss_weights reference_free precompute_ref_log_probs precompute_ref_batch_size
+    sync_ref_model f_divergence_type ld_alpha use_weighting disable_dropout max_length max_prompt_length
+    max_completion_length truncation_mode padding_free desirable_weight undesirable_weight cpo_alpha simpo_gamma
+    generate_during_eval"""
 UNSLOTH = """model_name max_seq_length dtype load_in_4bit load_in_8bit full_finetuning token r target_modules lora_alpha
     lora_dropout bias use_gradient_checkpointing random_state use_rslora loftq_config dataset_text_field
     dataset_num_proc packing"""
@@ -109,7 +118,7 @@ TRANSFORMERS = """output_dir overwrite_output_dir do_train do_eval eval_strategy
     neftune_noise_alpha label_smoothing_factor"""
 
 
-@pytest.mark.parametrize("names", [AXOLOTL, LLAMA_FACTORY, UNSLOTH, TRANSFORMERS])
+@pytest.mark.parametrize("names", [AXOLOTL, LLAMA_FACTORY, TRL, UNSLOTH, TRANSFORMERS])
 def test_every_common_name_of_another_trainer_is_answered(names: str):
     last = {key.rpartition(".")[2] for key in KEYS}
     assert [name for name in names.split() if name not in REPLACEMENTS and name not in last] == []
