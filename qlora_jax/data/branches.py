@@ -130,13 +130,15 @@ class Positions(NamedTuple):
 
 def lay_out(ids: Int32[np.ndarray, " T"], supervised: Bool[np.ndarray, " T"], branches: Sequence[Branch]) -> Positions:
     """Returns the positions of a row. One without branches is a single part, branch 0."""
-    trunk = branches[0].begin if branches else 0
-    parts = branches or (Branch(0, 0),)
-    ends = branch_ends(parts, len(ids))
+    if not branches:
+        zeros = np.zeros(len(ids) - 1, np.int32)
+        return Positions(ids[:-1], ids[1:], supervised[1:], zeros, zeros, zeros, zeros)
+    trunk, ends = branches[0].begin, branch_ends(branches, len(ids))
     has_input = np.ones(len(ids) - 1, bool)
     has_input[np.array(ends[:-1], np.int64) - 1] = False
-    sizes = np.array([end - part.begin - 1 for part, end in zip(parts, ends, strict=True)])
-    depths, of_part = np.array([part.depth for part in parts], np.int32), np.arange(len(parts), dtype=np.int32)
+    sizes = np.array([end - branch.begin - 1 for branch, end in zip(branches, ends, strict=True)])
+    depths = np.array([branch.depth for branch in branches], np.int32)
+    of_part = np.arange(len(branches), dtype=np.int32)
     if trunk:
         sizes = np.concatenate([[trunk], sizes])
         depths = np.concatenate([np.zeros(1, np.int32), depths])

@@ -228,8 +228,12 @@ def fill_batch(
     Args:
       sequences: sequences of each row, which have slots in the batch; 0: no slots.
     """
-    slots = slot_count(length, packed=packed, sequences=sequences)
-    filled = _empty_arrays((*chosen.shape[:2], length), pad_id, slots)
+    slots, is_tree = slot_count(length, packed=packed, sequences=sequences), rows.branching
+    filled = _padding((*chosen.shape[:2], length), pad_id)
+    structure = ["segments"] * (packed or is_tree) + ["parents", "depths"] * is_tree
+    filled |= {name: np.zeros_like(filled["inputs"]) for name in structure}
+    if sequences:
+        filled["sequences"] = np.full_like(filled["inputs"], slots)
     ends, lengths = np.zeros(chosen.shape[:2], np.int64), np.zeros(chosen.shape, np.int64)
     for (*place, nth), index in np.ndenumerate(chosen):
         if index != NO_ROW:
@@ -238,40 +242,41 @@ def fill_batch(
             _put_row(filled, at, int(ends[at]), row, nth * sequences)
             lengths[*at, nth] = len(row.inputs)
             ends[at] += len(row.inputs)
-    is_tree = rows.branches is not None
     return Batch(
         inputs=filled["inputs"],
         targets=filled["targets"],
         weights=filled["weights"],
-        segments=filled["segments"] if packed or is_tree else None,
+        segments=filled.get("segments"),
         rows=np.where(chosen == NO_ROW, NO_ROW, rows.numbers[chosen]),
         lengths=lengths,
         position=position,
-        parents=filled["parents"] if is_tree else None,
-        depths=filled["depths"] if is_tree else None,
-        sequences=filled["sequences"] if sequences else None,
+        parents=filled.get("parents"),
+        depths=filled.get("depths"),
+        sequences=filled.get("sequences"),
         slots=_slots(rows, chosen, sequences, slots) if sequences else {},
     )
 
 
-def _empty_arrays(shape: tuple[int, ...], pad_id: int, slots: int) -> dict[str, np.ndarray]:
-    """Returns the arrays of a batch of padding, which has no slot."""
+def _padding(shape: tuple[int, ...], pad_id: int) -> dict[str, np.ndarray]:
     ids = {name: np.full(shape, pad_id, np.int32) for name in ("inputs", "targets")}
-    structure = {name: np.zeros(shape, np.int32) for name in ("segments", "parents", "depths")}
-    return ids | structure | {"weights": np.zeros(shape, np.float32), "sequences": np.full(shape, slots, np.int32)}
+    return ids | {"weights": np.zeros(shape, np.float32)}
 
 
 def _put_row(filled: dict[str, np.ndarray], at: tuple[int, ...], start: int, row: Positions, slot: int) -> None:
     """Writes a row at position `start` of the batch's row `at`. Its first sequence has the slot `slot`."""
     span, rest = slice(start, start + len(row.inputs)), slice(start + len(row.inputs), None)
-    first = int(filled["segments"][at][start])  # the segment of padding, which becomes the row's first
-    for name in ("inputs", "targets", "weights", "depths"):
+    for name in ("inputs", "targets", "weights"):
         filled[name][at][span] = getattr(row, name)
-    for name in ("segments", "parents"):
-        filled[name][at][span] = first + getattr(row, name)
-        filled[name][at][rest] = first + row.segments[-1] + 1
-    in_branch = row.branches >= 0
-    filled["sequences"][at][span][in_branch] = slot + row.branches[in_branch]
+    if "segments" in filled:
+        first = int(filled["segments"][at][start])  # the segment of padding, which becomes the row's first
+        for name in {"segments", "parents"} & filled.keys():
+            filled[name][at][span] = first + getattr(row, name)
+            filled[name][at][rest] = first + row.segments[-1] + 1
+    if "depths" in filled:
+        filled["depths"][at][span] = row.depths
+    if "sequences" in filled:
+        in_branch = row.branches >= 0
+        filled["sequences"][at][span][in_branch] = slot + row.branches[in_branch]
 
 
 def _slots(rows: TokenRows, chosen: Int64[np.ndarray, "A B R"], sequences: int, slots: int) -> dict[str, np.ndarray]:

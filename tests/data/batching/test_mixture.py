@@ -254,3 +254,16 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path):
     assert count_sequences([pairs, labelled]) == 2
     with pytest.raises(ValueError, match=r"the same number:\n  pairs\.jsonl: 2\n  triplets\.jsonl: 3"):
         count_sequences([pairs, part("triplets.jsonl", 3, tmp_path)])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_resume_in_windows_of_trees_is_bit_identical(tmp_path: Path, packed: bool):
+    rows = dataclasses.replace(tree_mixture(tmp_path), attached={"margins": np.ones((24, 2), np.float32)})
+    options = {"packed": packed, "accumulation": 1, "micro_batch_size": 2, "seed": 1, "pad_id": PAD}
+    whole = list(itertools.islice(train_batches(rows, (64,), **options), 30))
+    assert len({(batch.position["epoch"], batch.position["window"]) for batch in whole}) > 3
+    for done in range(0, 28, 5):
+        position = whole[done - 1].position if done else START
+        resumed = next(train_batches(rows, (64,), **options, position=position)).arrays()
+        for name, array in whole[done].arrays().items():
+            np.testing.assert_array_equal(resumed[name], array)
