@@ -18,6 +18,7 @@ from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import sentencepiece_tokenizer
+from tests.data.formats.test_tool_calls import HERMES, WEATHER, called, conversation
 
 ORACLE = Path(__file__).parents[1] / "oracle/trl_datasets.py"
 
@@ -95,6 +96,11 @@ def unpaired(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # (trainer, rows) with and without a chat template. TRL has no form for a prompt of text and answers of messages.
 EXPLICIT, IMPLICIT = CONVERSATIONS[:3], CONVERSATIONS[3:]
+CALL = {"role": "assistant", "tool_calls": [called({"city": "Ulm"})]}
+WITH_TOOLS = [
+    {"prompt": [USER], "chosen": [CALL], "rejected": [BAD], "tools": json.dumps([WEATHER])},
+    {"prompt": conversation({"city": "Ulm"})[:3], "chosen": [GOOD], "rejected": [BAD], "tools": json.dumps([WEATHER])},
+]
 CASES: dict[bool, list[tuple[str, list[dict[str, Any]]]]] = {
     True: [
         ("dpo", EXPLICIT),
@@ -117,6 +123,7 @@ def test_ids_and_masks_equal_those_of_trl(
 ):
     tokenizers = {name: load_tokenizer({**smollm2_source, "chat_template": text}) for name, text in templates.items()}
     tokenizers |= {"plain": load_tokenizer({**smollm2_source, "chat_template": None})}
+    tokenizers |= {"hermes": load_tokenizer({**smollm2_source, "chat_template": HERMES})}
     for prefix in ("never", "first", "every"):
         tokenizers[prefix] = with_bos(sentencepiece_tokenizer(prefix))
         tokenizers[f"{prefix}, plain"] = dataclasses.replace(tokenizers[prefix], chat_template=None)
@@ -128,9 +135,10 @@ def test_ids_and_masks_equal_those_of_trl(
         for trainer, rows in CASES[one.chat_template is not None]:
             if trainer != "dpo" and name not in ("smollm2", "plain", "every"):
                 continue
-            cases.append((one, trainer, rows))
-            common = {"tokenizer": str(path), "special_tokens": named, "template": one.chat_template}
-            sent.append({**common, "trainer": trainer, "rows": rows})
+            for few in ([row] for row in WITH_TOOLS) if name == "hermes" else (rows,):
+                cases.append((one, trainer, few))
+                common = {"tokenizer": str(path), "special_tokens": named, "template": one.chat_template}
+                sent.append({**common, "trainer": trainer, "rows": few})
     results = json.loads(str(oracle(ORACLE, cases=sent)["results"]))
     for (one, trainer, rows), theirs in zip(cases, results, strict=True):
         for row, ours, their in zip(rows, encoded(one, rows, trainer), theirs, strict=True):

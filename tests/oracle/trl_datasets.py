@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 from bridge import inputs, save
-from datasets import Dataset, disable_progress_bars
+from datasets import Dataset, disable_caching, disable_progress_bars
 from transformers import PreTrainedTokenizerFast
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
@@ -13,6 +13,7 @@ from trl.trainer.reward_trainer import RewardTrainer
 
 TRAINERS = {"dpo": DPOTrainer, "kto": KTOTrainer, "reward": RewardTrainer}
 disable_progress_bars()
+disable_caching()  # else each step hashes the tokenizer
 given = inputs()
 arguments = SimpleNamespace(dataset_num_proc=None, max_length=None, truncation_mode="keep_start")
 

@@ -9,6 +9,7 @@ from os.path import commonprefix
 
 from qlora_jax.data.formats import conversations
 from qlora_jax.data.formats.chat_messages import current_messages, message_problems
+from qlora_jax.data.formats.columns import SYNONYMS
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
 from qlora_jax.data.formats.texts import text_problem, text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
@@ -153,6 +154,11 @@ def _is_asked(answer: Text) -> bool:
     return not isinstance(answer, str) and bool(answer) and answer[0].get("role") in ("user", "system", "developer")
 
 
+def _has_no_prompt_column(row: Columns) -> bool:
+    """Returns False for plain answers next to a column that is probably their prompt under another name."""
+    return not isinstance(row["chosen"], str) or not any(name in row for name in SYNONYMS["prompt"])
+
+
 def _implicit_parts(row: Columns) -> tuple[Text, dict[str, Text]]:
     chosen, rejected = row["chosen"], row["rejected"]
     prompt = common_text(chosen, rejected) if isinstance(chosen, str) else common_messages(chosen, rejected)
@@ -264,6 +270,7 @@ FORMS = (
         kind="pair",
         required=("chosen", "rejected"),
         optional=("tools", "margin"),
+        matches=_has_no_prompt_column,
         problems=_with_margin(_implicit_problems),
         texts=_implicit_texts,
     ),

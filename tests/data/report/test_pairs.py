@@ -140,6 +140,11 @@ def test_counts_survive_json():
             {"question": "Q", "winner": "A", "loser": "B"},
             "orca-pairs. Set --data.columns '{chosen: winner, rejected",
         ),
+        (
+            "dpo",
+            {"input": "Q", "chosen": "A", "rejected": "B"},
+            "Nearest: preference. Set --data.columns '{prompt: input}'",
+        ),
         ("dpo", {"a": 1}, "for example with --data.columns '{prompt: COLUMN, chosen: COLUMN, rejected: COLUMN}'"),
     ],
 )
