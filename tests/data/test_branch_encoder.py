@@ -16,7 +16,7 @@ from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.spans import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import ROW_USES
-from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 from tests.data.conftest import sentencepiece_tokenizer
 from tests.data.formats.test_tool_calls import HERMES, WEATHER, called, conversation
 
@@ -182,6 +182,13 @@ def test_each_text_has_the_ids_of_the_text_alone(tokenizer: Tokenizer, name: str
     for row, found in zip(rows, encode_written(one, rows), strict=True):
         alone = one.encode_batch([row.prompt or "", *row.texts])
         assert [found.prompt, *found.texts] == alone, row
+
+
+def test_another_token_may_overlap_the_last_special_token_of_a_prompt(tokenizer: Tokenizer):
+    one = with_new_tokens(tokenizer, ["a<|im"], [])
+    (found,) = encode_written(one, [WrittenRow("b a<|im_end|>", ("b a<|im_end|>)", "b a<|im_end|>="), False)])
+    assert one.special_text.search("a<|im_end|>") and one.encode("a<|im_end|>")[0] == one.new_ids[0]
+    assert [found.prompt, *found.texts] == one.encode_batch(["b a<|im_end|>", "b a<|im_end|>)", "b a<|im_end|>="])
 
 
 def test_a_prompt_is_encoded_once(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch):

@@ -65,11 +65,16 @@ def test_pairs(overlong: str, max_length: int, expected: EncodedRow):
     assert counts == ({} if max_length == 8 else {"truncated": 1})
 
 
+def test_the_longer_answer_decides_how_much_of_the_prompt_is_cut():
+    assert_equal(fitted(pair(PROMPT, SHORT, LONG), "dpo", 6, "truncate-left")[0], pair([BOS, 13], SHORT, LONG))
+
+
 @pytest.mark.parametrize("max_length", [2, 3, 4])
 def test_a_prompt_at_the_limit_leaves_no_answer(max_length: int):
     assert fitted(pair(PROMPT, LONG, SHORT), "dpo", max_length, "truncate-right") == (None, {"empty": 1})
     assert fitted(pair(PROMPT, LONG, branches=False), "kto", max_length, "truncate-right") == (None, {"empty": 1})
-    assert fitted(pair(PROMPT, LONG, SHORT, head=True), "reward", max_length, "truncate-right") == (None, {"empty": 1})
+    row = pair(PROMPT, LONG, SHORT, head=True)  # its filler needs a place too
+    assert fitted(row, "reward", max_length + 1, "truncate-right") == (None, {"empty": 1})
 
 
 def test_answers_that_truncation_makes_equal_are_dropped():
