@@ -20,6 +20,7 @@ from jaxtyping import Int32
 from qlora_jax.data.branches import MIN_BRANCH, Branch
 from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
+from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
 from qlora_jax.data.formats.tool_calls import called_functions, check_template_shows, read_tools
 from qlora_jax.data.labels import ValueReader, Values, value_reader
@@ -41,11 +42,13 @@ class WrittenRow(NamedTuple):
       prompt: the beginning that the texts share as their prompt; None if they have no prompt.
       texts: the whole texts.
       is_plain: True if no chat template wrote them, so that they lack bos.
+      unseen_reasoning: True if the template does not write the reasoning of an answer.
     """
 
     prompt: str | None
     texts: tuple[str, ...]
     is_plain: bool
+    unseen_reasoning: bool = False
 
 
 Writing = Generator[Sequence[Rendering], Sequence[str | ValueError], WrittenRow]
@@ -146,6 +149,7 @@ class BranchEncoder:
             lossy=any(is_lossy(self.tokenizer, *pair) for pair in zip(written.texts, ids.texts, strict=True)),
             branches=tuple(Branch(begin, depth) for begin in begins) if has_branches else (),
             values=values,
+            unseen_reasoning=written.unseen_reasoning,
         )
 
     def _bos(self, written: WrittenRow, ids: Sequence[int]) -> list[int]:
@@ -218,13 +222,14 @@ def _write(
     texts, asked = rendered[: len(wholes)], rendered[len(wholes)] if prompt else None
     for whole, text in zip(wholes, texts, strict=True):
         check_template_shows(whole, text, None if tools is None else rendered[-1] if whole is wholes[0] else "")
-    if asked is not None:
-        starts = [len(asked) if text.startswith(asked) else 0 for text in texts]
-        for answer, text, start in zip(answers, texts, starts, strict=True):
-            _check_answer(answer, text, start)
-        if not use.head:
-            texts = [_through_end(text, start, marks(), tokenizer) for text, start in zip(texts, starts, strict=True)]
-    return WrittenRow(asked, tuple(texts), is_plain=False)
+    if asked is None:
+        return WrittenRow(None, tuple(texts), is_plain=False)
+    starts = [len(asked) if text.startswith(asked) else 0 for text in texts]
+    behind = [text[start:] for text, start in zip(texts, starts, strict=True)]
+    unseen = not all([_shows_reasoning(answer, text) for answer, text in zip(answers, behind, strict=True)])
+    if not use.head:
+        texts = [_through_end(text, start, marks(), tokenizer) for text, start in zip(texts, starts, strict=True)]
+    return WrittenRow(asked, tuple(texts), is_plain=False, unseen_reasoning=unseen)
 
 
 def _plain(found: Texts, use: RowUse, tokenizer: Tokenizer) -> WrittenRow | None:
@@ -246,15 +251,16 @@ def _messages(text: Text) -> Sequence[Message]:
     return text or ()
 
 
-def _check_answer(answer: Sequence[Message], rendered: str, start: int) -> None:
-    """Raises ValueError if the template does not write the answer's texts and calls behind the prompt."""
-    for message in answer:
-        for part in ((message.get("content") or "").strip(), *called_functions(message)):
-            if part not in rendered[start:]:
-                raise ValueError(
-                    "the chat template drops or rewrites a part of an answer (for example, removes reasoning), so the "
-                    "model would learn another one. Set data.chat_template to a jinja file that writes it unchanged."
-                )
+def _shows_reasoning(answer: Sequence[Message], rendered: str) -> bool:
+    """Returns True if the template writes the reasoning of an answer; raises ValueError if it drops the rest of it."""
+    thoughts = [read_thought(message) for message in answer]
+    calls = [name for message in answer for name in called_functions(message)]
+    if not all(part in rendered for part in (*[thought.answer.strip() for thought in thoughts], *calls)):
+        raise ValueError(
+            "the chat template drops or rewrites a part of an answer, so the model would learn another one. Set "
+            "data.chat_template to a jinja file that writes it unchanged."
+        )
+    return all(thought.reasoning in rendered for thought in thoughts)
 
 
 def _through_end(rendered: str, start: int, marks: TurnMarks, tokenizer: Tokenizer) -> str:

@@ -13,7 +13,7 @@ from qlora_jax.data.branch_encoder import WrittenRow, encode_written, make_branc
 from qlora_jax.data.branches import branch_ends
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.spans import turn_marks
+from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
@@ -266,3 +266,13 @@ def test_rows_that_a_template_does_not_write(
         return
     ((place, told),) = problems
     assert place.line == 7 and problem in told and not found
+
+
+def test_reasoning_that_the_template_drops_is_counted(tokenizer: Tokenizer, templates: dict[str, str]):
+    reads = templates["smollm2"].replace("message['content']", "(message.reasoning_content or '') + message['content']")
+    thought = {**GOOD, "reasoning_content": "two and two"}
+    rows = [{"prompt": [USER], "chosen": [thought], "rejected": [BAD]}]
+    rows += [{"prompt": [USER], "chosen": [BAD], "rejected": [turn("assistant", "<think>hm</think>\n\nfour")]}]
+    unseen = [row.unseen_reasoning for row in encoded(tokenizer, rows)]
+    seen = [row.unseen_reasoning for row in encoded(dataclasses.replace(tokenizer, chat_template=reads), rows)]
+    assert (unseen, seen) == ([True, False], [False, False])
