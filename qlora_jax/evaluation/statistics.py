@@ -82,7 +82,7 @@ def paired_bootstrap(
       a, b: each model's sum over the tokens of each row, for instance of -log p.
       tokens: number of tokens of each row.
     """
-    return _interval(np.concatenate([(draws @ (b - a)) / (draws @ tokens) for draws in _resample_counts(len(a))]))
+    return _interval(np.concatenate([(draws @ (b - a)) / (draws @ tokens) for draws in resample_counts(len(a))]))
 
 
 def paired_bootstrap_of(
@@ -97,7 +97,7 @@ def paired_bootstrap_of(
     Args:
       before, after: each row's value and weight; the mean is (sum of values) / (sum of weights).
     """
-    sums = np.concatenate([np.hstack([draws @ before, draws @ after]) for draws in _resample_counts(len(before))])
+    sums = np.concatenate([np.hstack([draws @ before, draws @ after]) for draws in resample_counts(len(before))])
     sums = sums[(sums[:, 1] > 0) & (sums[:, 3] > 0)]
     return _interval(metric_of_mean(sums[:, 2] / sums[:, 3]) - metric_of_mean(sums[:, 0] / sums[:, 1]))
 
@@ -107,7 +107,7 @@ def _interval(samples: Float64[np.ndarray, " samples"]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _resample_counts(rows: int) -> Iterator[Int64[np.ndarray, "some rows"]]:
+def resample_counts(rows: int) -> Iterator[Int64[np.ndarray, "some rows"]]:
     """Yields how often each row occurs in each bootstrap sample, 100 samples at a time to bound memory."""
     rng, shares = np.random.default_rng(0), np.full(rows, 1 / rows)
     for _ in range(SAMPLES // 100):

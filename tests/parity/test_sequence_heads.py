@@ -22,6 +22,7 @@ from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, combine, partition
+from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.training.objectives.classification import Classification, MultiLabel, Regression
 from qlora_jax.training.objectives.embedding import Embedding
 from qlora_jax.training.objectives.reward import Reward
@@ -59,7 +60,7 @@ CASES = {
         {"labels": RNG.integers(0, 3, (ROWS, 1)).astype(np.float32)},
     ),
     "multi_label": Case(
-        MultiLabel(labels=4),
+        MultiLabel(head=HeadSpec(outputs=4)),
         TrainedHead(objective="multi_label", labels=names(4)),
         {"labels": RNG.integers(0, 2, (ROWS, 1, 4)).astype(np.float32)},
     ),

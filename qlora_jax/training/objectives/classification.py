@@ -31,18 +31,12 @@ class Classification(LabelledObjective):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MultiLabel(LabelledObjective):
-    """The mean binary cross-entropy of C labels; labels [B, S, C] are 1 for those that apply, else 0.
-
-    Attributes:
-      labels: C, which the data gives.
-    """
-
-    labels: int = 1
+    """The mean binary cross-entropy of C labels; labels [B, S, C] are 1 for those that apply, else 0."""
 
     @property
     def values(self) -> Mapping[str, tuple[int, ...]]:
         """Returns the labels."""
-        return {LABELS: (self.labels,)}
+        return {LABELS: (self.head.outputs,)}
 
     def sequence_losses(self, outputs: Float[Array, "*B S C"], arrays: Arrays) -> Float[Array, "*B S"]:
         """Returns the mean over labels of -y log s(x) - (1 - y) log s(-x)."""

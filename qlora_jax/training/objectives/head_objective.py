@@ -11,13 +11,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.training.objectives.objective import PRESENT, Arrays, RowKind, Totals
+from qlora_jax.nn.sequence_head import HeadSpec
+from qlora_jax.training.objectives.objective import PRESENT, Arrays, Objective, RowKind, Totals
+
+ONE_OUTPUT = HeadSpec(outputs=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadObjective(abc.ABC):
-    """A loss of the outputs of the sequence head. The language-model head is not computed."""
+    """A loss of the outputs of the sequence head. The language-model head is not computed.
 
+    Attributes:
+      head: the form of the model's sequence head.
+    """
+
+    head: HeadSpec = ONE_OUTPUT
     kl_pairs: bool = dataclasses.field(default=False, init=False)
     is_coupled: bool = dataclasses.field(default=False, init=False)
 
@@ -55,3 +63,8 @@ class LabelledObjective(HeadObjective):
     def count(self, batch: Arrays) -> Float[Array, ""]:
         """Returns the number of sequences."""
         return jnp.sum(batch[PRESENT])
+
+
+def head_spec(objective: Objective) -> HeadSpec | None:
+    """Returns the form of the sequence head that an objective trains; None if it has none."""
+    return objective.head if isinstance(objective, HeadObjective) else None

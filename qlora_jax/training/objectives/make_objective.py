@@ -6,15 +6,20 @@ from typing import cast
 
 from qlora_jax.config import Config, ObjectiveName
 from qlora_jax.config.preference_settings import loss_type_of
+from qlora_jax.io.head_file import TrainedHead, head_of
+from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.training.objectives.classification import Classification, MultiLabel, Regression
 from qlora_jax.training.objectives.cpo import CPO, CPOLoss
 from qlora_jax.training.objectives.dpo import DPO, DPOLoss
 from qlora_jax.training.objectives.embedding import Embedding
+from qlora_jax.training.objectives.head_objective import HeadObjective
 from qlora_jax.training.objectives.kto import KTO, KTOLoss
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.orpo import ORPO
 from qlora_jax.training.objectives.reward import Reward
 from qlora_jax.training.objectives.sft import SUPERVISED
+
+UNKNOWN_LABELS = ("0", "1")
 
 
 def _dpo(config: Config) -> Objective:
@@ -46,6 +51,13 @@ def _kto(config: Config) -> Objective:
     )
 
 
+def _head(config: Config) -> HeadSpec:
+    """Returns the head as the settings describe it; without names in them, labels are taken to be two."""
+    head = head_of(config.objective, tuple(config.head.labels or UNKNOWN_LABELS), config.head.pooling)
+    assert head is not None
+    return head.spec()
+
+
 OBJECTIVES: dict[ObjectiveName, Callable[[Config], Objective]] = {
     "sft": lambda config: SUPERVISED,
     "dpo": _dpo,
@@ -53,11 +65,13 @@ OBJECTIVES: dict[ObjectiveName, Callable[[Config], Objective]] = {
     "orpo": lambda config: ORPO(beta=config.preference.beta),
     "cpo": _cpo,
     "simpo": _simpo,
-    "classification": lambda config: Classification(),
-    "multi_label": lambda config: MultiLabel(),
-    "regression": lambda config: Regression(),
-    "reward": lambda config: Reward(center_rewards_coefficient=config.head.center_rewards_coefficient),
-    "embedding": lambda config: Embedding(temperature=config.head.temperature),
+    "classification": lambda config: Classification(head=_head(config)),
+    "multi_label": lambda config: MultiLabel(head=_head(config)),
+    "regression": lambda config: Regression(head=_head(config)),
+    "reward": lambda config: Reward(
+        head=_head(config), center_rewards_coefficient=config.head.center_rewards_coefficient
+    ),
+    "embedding": lambda config: Embedding(head=_head(config), temperature=config.head.temperature),
 }
 
 
@@ -66,15 +80,14 @@ def make_objective(config: Config) -> Objective:
     return OBJECTIVES[config.objective](config)
 
 
-def fit_to_data(objective: Objective, *, labels: int, sequences: int) -> Objective:
-    """Returns the objective for rows with this many labels and texts.
+def fit_to_data(objective: Objective, head: TrainedHead | None, *, sequences: int, init_std: float) -> Objective:
+    """Returns the objective for the labels and texts of the data; one without a head is unchanged.
 
     Args:
-      labels: number of labels of `multi_label`.
-      sequences: number of texts in each row of `embedding`, 2 or 3.
+      sequences: number of texts in each row, 2 or 3 for `embedding`.
+      init_std: standard deviation of the head's initial values.
     """
-    if isinstance(objective, MultiLabel):
-        return dataclasses.replace(objective, labels=labels)
-    if isinstance(objective, Embedding):
-        return dataclasses.replace(objective, sequences_per_row=sequences)
-    return objective
+    if head is None or not isinstance(objective, HeadObjective):
+        return objective
+    fitted = dataclasses.replace(objective, head=head.spec(init_std))
+    return dataclasses.replace(fitted, sequences_per_row=sequences) if isinstance(fitted, Embedding) else fitted
