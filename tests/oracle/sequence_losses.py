@@ -84,6 +84,15 @@ def pooled(model, pooling, rows):
     return (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
 
+def merged(case):
+    if case["objective"] == "embedding":
+        model = AutoModel.from_pretrained(case["merged"])
+        return torch.cat([pooled(model, case["pooling"], rows) for rows in case["rows"]]), {}
+    model = AutoModelForSequenceClassification.from_pretrained(case["merged"], pad_token_id=PAD)
+    ids, mask = padded(case["rows"])
+    return model(ids, attention_mask=mask).logits, model.config.id2label
+
+
 LOSSES = {"reward": reward, "embedding": embedding}
 found = {}
 for name, case in inputs()["cases"].items():
@@ -91,6 +100,10 @@ for name, case in inputs()["cases"].items():
     outputs, loss = LOSSES.get(case["objective"], labelled)(model, case)
     loss.backward()
     found[f"{name}/outputs"], found[f"{name}/loss"] = outputs.detach().numpy(), loss.detach().numpy()
+    if "merged" in case:
+        with torch.no_grad():
+            outputs, labels = merged(case)
+        found[f"{name}/merged"], found[f"{name}/id2label"] = outputs.numpy(), list(labels.values())
     for parameter, value in model.named_parameters():
         if value.requires_grad and value.grad is not None:
             found[f"{name}/grad/{parameter.replace('.default', '').replace('.modules_to_save', '')}"] = (

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qlora_jax.config import LoraArgs
-from qlora_jax.io.export.peft import in_peft_format
-from qlora_jax.io.head_file import TrainedHead
-from qlora_jax.io.loader import load_model
+from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs, write_config
+from qlora_jax.io.checkpoint import CONFIG_FILE, Checkpoints
+from qlora_jax.io.export.merged import export_merged
+from qlora_jax.io.export.peft import export_peft, in_peft_format
+from qlora_jax.io.head_file import TrainedHead, write_head
+from qlora_jax.io.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import read_adapter
+from qlora_jax.io.peft.reader import read_start_adapter
 from qlora_jax.io.peft.sequence_heads import split_head, with_head
-from qlora_jax.io.peft.writer import write_adapter
+from qlora_jax.io.pretrained import OpenedModel, open_finetuned
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
@@ -88,10 +90,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def body(folder: Path) -> ModelParts:
-    """The model without a head, with adapters that are not zero."""
+def loaded(folder: Path) -> Loaded:
     source = open_model(folder)
-    model = load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32")).model
+    return load_model(source, model_config(source.config), WeightFormat(quant_type=None, dtype="float32"))
+
+
+@pytest.fixture(scope="module")
+def body(loaded: Loaded) -> ModelParts:
+    """The model without a head, with adapters that are not zero."""
+    model = combine(partition(loaded.model))
     add_lora(model, LORA, jax.random.key(0))
     return _random(partition(model))
 
@@ -110,14 +117,16 @@ def parts_of(body: ModelParts, head: TrainedHead) -> ModelParts:
     return partition(model)
 
 
-def export(folder: Path, parts: ModelParts, head: TrainedHead, base: Path) -> Path:
-    model = combine(parts).config
-    bare, score = split_head(parts.lora)
-    config, tensors = in_peft_format(bare, LORA, model, str(base))
-    config, tensors = with_head(config, tensors, score, head, model)
-    folder.mkdir()
-    write_adapter(folder, tensors, config, head=head)
-    return folder
+def write_run(run: Path, folder: Path, fingerprint: str, parts: ModelParts, head: TrainedHead) -> OpenedModel:
+    """A run's folder, as training leaves it."""
+    args = ModelArgs(path=str(folder), quant_type="none", compute_dtype="float32")
+    run.mkdir()
+    config = Config(model=args, lora=LORA, data=DataArgs(train="x"), objective=head.objective, output=str(run))
+    write_config(config, run / CONFIG_FILE)
+    write_head(run, head)
+    with Checkpoints(run, keep=1) as checkpoints:
+        checkpoints.save(1, parts.lora, {"count": np.zeros(1)}, {"fingerprint": fingerprint})
+    return open_finetuned(run)
 
 
 def micro_batch(case: Case, places: Sequence[Sequence[int]], length: int, slots: int) -> dict[str, jax.Array]:
@@ -170,6 +179,7 @@ def computed(case: Case, body: ModelParts, micro: dict[str, jax.Array]) -> tuple
     return outputs[np.asarray(micro["present"]) > 0], loss, backpropagate(body, *texts, by_hidden) | by_score
 
 
+MERGED = ("classification", "pairs of texts")
 LAYOUTS = {
     "one row each": ([[row] for row in range(ROWS)], 24, None),
     "packed": ([[3, 0], [4, 2, 1]], 64, 16),
@@ -177,19 +187,23 @@ LAYOUTS = {
 
 
 @pytest.mark.slow
-def test_losses_outputs_and_gradients_equal_the_oracle(folder: Path, body: ModelParts, tmp_path: Path, oracle) -> None:
+def test_losses_outputs_and_gradients_equal_the_oracle(
+    folder: Path, loaded: Loaded, body: ModelParts, tmp_path: Path, oracle
+) -> None:
     all_parts = {name: parts_of(body, case.head) for name, case in CASES.items()}
-    given = {
-        name: {
-            "objective": case.head.objective,
-            "outputs": case.head.outputs,
-            "folder": str(folder),
-            "adapter": str(export(tmp_path / name, all_parts[name], case.head, folder)),
-            **_data(case),
-        }
-        for name, case in CASES.items()
-    }
+    given: dict[str, dict[str, Any]] = {}
+    for name, case in CASES.items():
+        run = write_run(tmp_path / name, folder, loaded.fingerprint, all_parts[name], case.head)
+        export_peft(run, tmp_path / name / "peft")
+        paths = {"folder": str(folder), "adapter": str(tmp_path / name / "peft")}
+        given[name] = {"objective": case.head.objective, "outputs": case.head.outputs, **paths, **_data(case)}
+        if name in MERGED:
+            export_merged(run, tmp_path / name / "hf", "hf", dtype="float32")
+            given[name]["merged"] = str(tmp_path / name / "hf")
     expected = oracle(SCRIPT, cases=given)
+    assert expected["classification/id2label"].tolist() == list(CASES["classification"].head.labels)
+    for name in MERGED:
+        np.testing.assert_allclose(expected[f"{name}/merged"], expected[f"{name}/outputs"], atol=1e-4)
     for name, case in CASES.items():
         for layout, (places, length, slots) in LAYOUTS.items():
             micro = micro_batch(case, places, length, slots or case.objective.sequences_per_row)
@@ -234,9 +248,17 @@ def _compare(grads: Any, expected: dict[str, np.ndarray], name: str, head: Train
 
 
 @pytest.mark.parametrize("name", ["classification", "hard negatives"])
-def test_an_exported_head_is_read_back(name: str, folder: Path, body: ModelParts, tmp_path: Path) -> None:
+def test_an_exported_head_is_read_back(
+    name: str, folder: Path, loaded: Loaded, body: ModelParts, tmp_path: Path
+) -> None:
     case = CASES[name]
     parts = parts_of(body, case.head)
-    adapter = read_adapter(export(tmp_path / "adapter", parts, case.head, folder), combine(parts).config)
-    assert adapter.head == case.head
+    run = write_run(tmp_path / "run", folder, loaded.fingerprint, parts, case.head)
+    export_peft(run, tmp_path / "adapter")
+    adapter = open_finetuned(tmp_path / "adapter").run
+    assert adapter is not None and adapter.head == case.head
     jax.tree.map(np.testing.assert_array_equal, adapter.lora, jax.tree.map(np.asarray, parts.lora))
+    with pytest.raises(ValueError, match=f"objective={case.head.objective}"):
+        export_merged(run, tmp_path / "gguf", "gguf", dtype="float16")
+    started = read_start_adapter(tmp_path / "adapter", run.features, LORA, ())
+    assert ("score" in started) == (name == "classification")

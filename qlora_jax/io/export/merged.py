@@ -4,6 +4,7 @@ Merged weights are rounded once, to 16 bits, and that rounding may exceed an ada
 model is read back, and its logits are compared with those of base and adapter.
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,6 +19,7 @@ from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
+from qlora_jax.io.export.sequence_heads import load_headed, with_score
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
 from qlora_jax.io.hf.model_writer import Mergeable, dense_tensors, write_dense_folder, write_tokenizer
@@ -27,7 +29,8 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel, apply_adapter, load_base
 from qlora_jax.io.tensor_map import Slot, layer_name, slots_of, with_tables
 from qlora_jax.models.add_adapters import linears, norms
-from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import SCORE, CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.models.precision import weight_format
@@ -84,7 +87,12 @@ def export_merged(
     prompts = _prompts(opened)
     with staged_folder(output) as folder:
         merge = _write_merge(folder, opened, file and file.spec, original, prompts, dtype, progress)
-        logits = prompt_logits(partition(_load_dense(open_model(merge.path), merge.compute_dtype)), prompts)
+        written = open_model(merge.path)
+        if run.head is None:
+            merged = partition(_load_dense(written, merge.compute_dtype))
+        else:
+            merged = load_headed(written, run.head, functools.partial(_load_dense, compute_dtype=merge.compute_dtype))
+        logits = prompt_logits(merged, prompts)
         expected = merge.trained
         if original is not None:
             expected = _adapted_logits(_load_dense(original, merge.compute_dtype), run, prompts)[0]
@@ -145,6 +153,8 @@ def _write_merge(
     names = set(map(opened.features.hugging_face_name, tables))
     originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}
     adapters = _adapters(model)
+    if opened.run.head is not None:
+        slots, config = with_score(slots, config, opened.run.head, opened.run.lora, opened.features)
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
         tensors = dense_tensors(slots, compute_dtype, adapters, originals)
@@ -166,8 +176,10 @@ def _write_merge(
 def _adapted_logits(model: CausalLM, run: Run, prompts: PromptBatch) -> tuple[Logits, CausalLM]:
     """(logits, the model with the run's adapter)."""
     parts = apply_adapter(model, run)
-    # `adapted` put fresh adapters on `model`, which change nothing: its logits are the base's.
-    return Logits(prompt_logits(parts, prompts), prompt_logits(partition(model), prompts)), combine(parts)
+    # `apply_adapter` put fresh adapters on `model`, which change nothing: its logits are the base's.
+    fresh = partition(model)
+    fresh = fresh.with_lora(fresh.lora | {name: parts.lora[name] for name in (SCORE,) if name in parts.lora})
+    return Logits(prompt_logits(parts, prompts), prompt_logits(fresh, prompts)), combine(parts)
 
 
 def _names(slots: Sequence[Slot]) -> list[str]:
@@ -180,7 +192,7 @@ def _adapters(model: CausalLM) -> Mapping[str, Mergeable]:
     return {layer_name(name, 0): module.adapter for name, module in modules if module.adapter}
 
 
-def _load_dense(source: ModelSource, compute_dtype: np.dtype) -> CausalLM:
+def _load_dense(source: ModelSource, compute_dtype: np.dtype, features: ModelConfig | None = None) -> CausalLM:
     name = "bfloat16" if compute_dtype == jnp.bfloat16 else "float32"
     args = ModelArgs(path=str(source.path), quant_type="none", compute_dtype=name)
-    return load_model(source, model_config(source.config, source.config_name), weight_format(args)).model
+    return load_model(source, features or model_config(source.config, source.config_name), weight_format(args)).model

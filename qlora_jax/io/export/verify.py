@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Float, Int32
 
@@ -80,11 +81,18 @@ def compare_logits(
 
 
 def prompt_logits(parts: ModelParts, prompts: PromptBatch) -> Float[np.ndarray, "real V"]:
-    """The f32 logits [real tokens, V] of a batch, without those of padding."""
+    """Returns the f32 logits [real tokens, V] of a batch, without those of padding.
+
+    A model with a sequence head has its outputs for each prompt instead, [B, C].
+    """
 
     @jax.jit
-    def logits(parts: ModelParts, tokens_BT: jax.Array) -> jax.Array:
+    def logits(parts: ModelParts, tokens_BT: jax.Array, real_BT: jax.Array) -> jax.Array:
         model = combine(parts)
-        return model.head.logits(model.hidden(tokens_BT))
+        hidden_MD = model.hidden(tokens_BT)
+        if model.score is not None:
+            return model.score(hidden_MD, (~real_BT).astype(jnp.int32), 1)[:, 0]
+        return model.head.logits(hidden_MD)
 
-    return np.asarray(logits(parts, prompts.tokens_BT))[prompts.real_BT.reshape(-1)]
+    found = np.asarray(logits(parts, prompts.tokens_BT, prompts.real_BT))
+    return found if len(found) == len(prompts.tokens_BT) else found[prompts.real_BT.reshape(-1)]

@@ -1,0 +1,124 @@
+"""The task `embeddings`: texts that mean the same, or pairs of texts with a score, compared by cosine similarity.
+
+Dimension key: R rows, K texts of a row, D embed.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from qlora_jax.data.readers.files import Row
+from qlora_jax.evaluation.head_metrics import bootstrapped, spearman_metric
+from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
+from qlora_jax.evaluation.sequence_outputs import TextIds, lower_outputs, sequence_outputs
+from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.tasks.head_rows import all_texts, encode_head_rows, head_of_task
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.models.partition import ModelParts
+
+SCORED = {"sentence1": "anchor", "sentence2": "positive"}  # columns of pairs with a score
+NEAREST = "positive is nearest"
+
+States = Float64[np.ndarray, "R K D"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EmbeddingsTask:
+    """Retrieval among all texts of the file, or the rank correlation with scores; see `task.Task` for the members.
+
+    Attributes:
+      texts: the ids of the texts of all rows in order, `per_row` of each.
+      scores: the score of each row's two texts; None: rows are anchor, positive and perhaps a negative.
+    """
+
+    title: str
+    texts: Sequence[TextIds]
+    per_row: int
+    scores: Float64[np.ndarray, " R"] | None
+    name: str = "embeddings"
+
+    @property
+    def size(self) -> int:
+        """The number of texts."""
+        return len(self.texts)
+
+    @property
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each text's ids, and all scores."""
+        return [*([ids] for ids in self.texts), [self.scores]]
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> States:
+        """Returns the normalized hidden states of each row's texts."""
+        states = sequence_outputs(parts, self.texts, progress, cache)
+        states /= np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
+        return states.reshape(-1, self.per_row, states.shape[1])
+
+    def metrics(self, scores: States) -> list[Metric]:
+        """Spearman's correlation with the scores; without scores, retrieval among all texts but the anchors."""
+        if self.scores is not None:
+            return [spearman_metric((scores[:, 0] * scores[:, 1]).sum(axis=1), self.scores)]
+        ranks_R = _ranks(scores)
+        reciprocal_R = 1 / ranks_R
+        mean = bootstrapped(
+            "mean reciprocal rank", lambda draws: draws @ reciprocal_R / draws.sum(axis=1), len(ranks_R)
+        )
+        return [share(NEAREST, ranks_R == 1), mean]
+
+    def compare(self, before: States, after: States) -> list[Comparison]:
+        """The change of retrieval accuracy; none with scores."""
+        return [] if self.scores is not None else [share_change(NEAREST, _ranks(before) == 1, _ranks(after) == 1)]
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the program of the largest batch."""
+        return lower_outputs(parts, self.texts)
+
+
+def _ranks(states_RKD: States) -> Float64[np.ndarray, " R"]:
+    """Returns the rank of each anchor's positive among all other rows' positives and all negatives; ties count against.
+
+    Texts equal to the positive are as near, so duplicates in the file lower the figure.
+    """
+    rows, width = len(states_RKD), states_RKD.shape[2]
+    candidates_CD = states_RKD[:, 1:].transpose(1, 0, 2).reshape(-1, width)  # positives first
+    similar_RC = states_RKD[:, 0] @ candidates_CD.T
+    own_R = similar_RC[np.arange(rows), np.arange(rows)]
+    return (similar_RC >= own_R[:, None]).sum(axis=1).astype(np.float64)
+
+
+def build(settings: TaskArgs, context: TaskContext) -> EmbeddingsTask:
+    """Builds the task that the settings describe.
+
+    Raises:
+      ValueError: the model was not trained for embeddings, or rows that cannot be scored; the message lists them.
+    """
+    path = settings.embeddings
+    assert path is not None
+    head_of_task(context, "embeddings", ("embedding",))
+    rows = read_task_rows(path, "embeddings", settings.file_columns, settings.max_rows, KNOWN_COLUMNS)
+    scores = None
+    if any("score" in row.data for row in rows):
+        scores = np.array(read_each(path, rows, _score))
+        rows = [Row(row.place, {SCORED.get(name, name): text for name, text in row.data.items()}) for row in rows]
+    encoded = encode_head_rows(path, rows, settings.file_columns, context)
+    kind = "cosine similarity and scores" if scores is not None else "retrieval by cosine similarity"
+    texts = all_texts(encoded)
+    per_row = len(texts) // len(encoded)
+    return EmbeddingsTask(title=f"{path}: {len(rows)} rows, {kind}", texts=texts, per_row=per_row, scores=scores)
+
+
+KNOWN_COLUMNS = ("anchor", "positive", "negative", "sentence1", "sentence2", "score")
+
+
+def _score(row: Row) -> float:
+    value = values_of(row.data, ["score", *SCORED])[0]
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise wrong_value("score", value, "a number")
+    try:
+        return float(value)
+    except ValueError:
+        raise wrong_value("score", value, "a number") from None

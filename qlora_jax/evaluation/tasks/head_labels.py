@@ -1,0 +1,112 @@
+"""The task `labels` for a run that trained a head: classes, several labels at once, or numbers.
+
+Dimension key: R rows, C outputs of the head.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from qlora_jax.config import QuestionArgs
+from qlora_jax.evaluation.head_metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share_change, share_of_rows
+from qlora_jax.evaluation.sequence_outputs import TextIds, lower_outputs, sequence_outputs
+from qlora_jax.evaluation.tasks.head_rows import all_texts, head_of_task, read_head_rows
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.models.partition import ModelParts
+
+LABELLED = ("classification", "multi_label", "regression")
+
+Outputs = Float64[np.ndarray, "R C"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadLabelsTask:
+    """Metrics of a head's outputs for texts with labels; see `task.Task` for the members.
+
+    Attributes:
+      texts: the ids of each text.
+      answers: the index of each text's class, its number, or 1 for each label that applies, [R, 1] or [R, C].
+    """
+
+    title: str
+    head: TrainedHead
+    texts: Sequence[TextIds]
+    answers: Float64[np.ndarray, "R _"]
+    name: str = "labels"
+
+    @property
+    def size(self) -> int:
+        """The number of texts."""
+        return len(self.texts)
+
+    @property
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each text's ids and its label."""
+        return [[ids, answer] for ids, answer in zip(self.texts, self.answers, strict=True)]
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> Outputs:
+        """Returns the head's outputs for each text."""
+        return sequence_outputs(parts, self.texts, progress, cache)
+
+    def metrics(self, scores: Outputs) -> list[Metric]:
+        """The metrics of the head's objective."""
+        return head_label_metrics(self.head, scores, self.answers)
+
+    def compare(self, before: Outputs, after: Outputs) -> list[Comparison]:
+        """The change of the share of right rows; none for numbers."""
+        right = [self._right(scores) for scores in (before, after)]
+        return [] if self.head.objective == "regression" else [share_change(RIGHT, *right)]
+
+    def row_values(self, scores: Outputs) -> dict[str, RowValues]:
+        """The rows' parts of the measures in measures.py; numbers are neither right nor wrong."""
+        return {} if self.head.objective == "regression" else {RIGHT: share_of_rows(self._right(scores))}
+
+    def details(self, scores: Outputs) -> dict[str, object]:
+        """The confusion matrix and the reliability diagram of classes."""
+        if self.head.objective != "classification":
+            return {}
+        return class_details(scores, self.answers[:, 0].astype(np.int64), self.head.labels)
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the program of the largest batch."""
+        return lower_outputs(parts, self.texts)
+
+    def _right(self, scores: Outputs) -> np.ndarray:
+        if self.head.objective == "multi_label":
+            return ((scores > 0) == (self.answers > 0)).all(axis=1)
+        return scores.argmax(axis=1) == self.answers[:, 0]
+
+
+def head_label_metrics(head: TrainedHead, outputs: Outputs, answers: Float64[np.ndarray, "R _"]) -> list[Metric]:
+    """Returns the metrics of a head's outputs for texts with labels."""
+    if head.objective == "classification":
+        return class_metrics(outputs, answers[:, 0].astype(np.int64), head.labels)
+    if head.objective == "multi_label":
+        return multi_label_metrics(outputs, answers > 0)
+    return number_metrics(outputs[:, 0], answers[:, 0])
+
+
+def build(settings: QuestionArgs, context: TaskContext) -> HeadLabelsTask:
+    """Builds the task that the settings describe.
+
+    Raises:
+      ValueError: the head's outputs are not labels, or settings of scoring by likelihood are given.
+    """
+    assert settings.labels is not None
+    head = head_of_task(context, "labels", LABELLED)
+    if settings.label_prompt is not None or settings.label_texts is not None:
+        raise ValueError(
+            f"label_prompt, label_texts: the run's head scores whole texts (found a head of objective={head.objective}"
+            "). Remove these settings"
+        )
+    rows = read_head_rows(settings.labels, "labels", settings, context)
+    answers = np.array([np.reshape(row.values["labels"], -1) for row in rows], np.float64)
+    outputs = f"{len(head.labels)} labels" if head.labels else "numbers"
+    title = f"{settings.labels}: {len(rows)} rows, {outputs}, by the run's head"
+    return HeadLabelsTask(title=title, head=head, texts=all_texts(rows), answers=answers)

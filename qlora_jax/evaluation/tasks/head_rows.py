@@ -1,0 +1,90 @@
+"""Reads a task's file as training of a sequence head would read it: ids of whole texts, and their labels."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from qlora_jax.config import QuestionArgs
+from qlora_jax.data.branch_encoder import make_branch_encoder
+from qlora_jax.data.encoder import check_rows
+from qlora_jax.data.formats.detect import detect_format
+from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
+from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
+from qlora_jax.data.row_kinds import ROW_USES
+from qlora_jax.evaluation.sequence_outputs import TextIds
+from qlora_jax.evaluation.tasks.task import TaskContext
+from qlora_jax.evaluation.tasks.task_file import read_task_rows
+from qlora_jax.io.head_file import TrainedHead
+
+
+def read_head_rows(path: str, task: str, settings: QuestionArgs, context: TaskContext) -> list[EncodedRow]:
+    """Returns the encoded rows of a task's file.
+
+    Raises:
+      ValueError: rows that do not fit the head's objective, have unknown labels or are too long; the message lists
+        them.
+    """
+    rows = read_task_rows(path, task, settings.file_columns, settings.max_rows, OPTIONAL_COLUMNS)
+    return encode_head_rows(path, rows, settings.file_columns, context)
+
+
+def encode_head_rows(
+    path: str, rows: Sequence[Row], names: Mapping[str, str] | None, context: TaskContext
+) -> list[EncodedRow]:
+    """Returns the ids and the labels of rows.
+
+    Args:
+      names: our names of columns -> their names in the file, for messages.
+    """
+    head = context.head
+    assert head is not None
+    row_format = detect_format(path, rows, names=names, setting="file_columns", objective=head.objective)
+    check_rows(path, rows, row_format)
+    encoder = make_branch_encoder(row_format, context.tokenizer, ROW_USES[head.objective], head.labels)
+    problems: list[Problem] = []
+    places, encoded = encoder.begin(rows, problems)()(problems)
+    problems += _too_long(places, encoded, context.max_positions)
+    raise_problems(path, problems, len(rows))
+    return encoded
+
+
+def _too_long(places: Sequence[Place], rows: Sequence[EncodedRow], max_positions: int) -> list[Problem]:
+    return [
+        (place, f"too long (found {longest} tokens; the model has {max_positions} positions). Shorten it")
+        for place, row in zip(places, rows, strict=True)
+        if (longest := max(map(len, texts_of(row)))) > max_positions
+    ]
+
+
+def texts_of(row: EncodedRow) -> list[TextIds]:
+    """Returns the ids of each text of a row, without the filler at its end."""
+    if not row.branches:
+        return [row.ids[:-1]]
+    ends = [*(branch.begin for branch in row.branches[1:]), len(row.ids)]
+    trunk = row.ids[: row.branches[0].begin]
+    return [
+        np.concatenate([trunk[: branch.depth], row.ids[branch.begin : end - 1]])
+        for branch, end in zip(row.branches, ends, strict=True)
+    ]
+
+
+def all_texts(rows: Sequence[EncodedRow]) -> list[TextIds]:
+    """Returns the texts of all rows in order."""
+    return [*itertools.chain.from_iterable(map(texts_of, rows))]
+
+
+def head_of_task(context: TaskContext, task: str, objectives: Sequence[str]) -> TrainedHead:
+    """Returns the head of the model to score.
+
+    Raises:
+      ValueError: the model has no head of these objectives.
+    """
+    head = context.head
+    if head is None or head.objective not in objectives:
+        found = "a model without a sequence head" if head is None else f"a head of objective={head.objective}"
+        raise ValueError(
+            f"{task}: cannot score the model (found {found}, expected {' or '.join(objectives)}). Remove it"
+        )
+    return head
