@@ -136,17 +136,20 @@ class QuestionArgs:
         return any(getattr(self, kind) is not None for kind in QUESTION_KINDS)
 
 
-def question_problems(args: QuestionArgs, section: str = "", rows_columns: Collection[str] = ()) -> list[str]:
+def question_problems(
+    args: QuestionArgs, section: str = "", rows_columns: Collection[str] = (), *, may_have_head: bool = False
+) -> list[str]:
     """Describes how settings of questions contradict each other, one line each.
 
     Args:
       section: prefix of their names in messages.
       rows_columns: columns that a file other than those of questions may have.
+      may_have_head: True if the model may have a sequence head, which scores labels without a prompt.
     """
     problems = _column_problems(args, section, rows_columns)
     if args.shots is not None and args.letters is None:
         problems.append(f"{section}shots: requires {section}letters; set it too")
-    problems += _label_problems(args, section) + _program_problems(args, section)
+    problems += _label_problems(args, section, may_have_head) + _program_problems(args, section)
     if args.answer_pattern is None:
         return problems
     if args.answers is None:
@@ -155,7 +158,7 @@ def question_problems(args: QuestionArgs, section: str = "", rows_columns: Colle
     return problems + [f"{section}answer_pattern: {problem} (found {args.answer_pattern!r})" for problem in wrong]
 
 
-def _label_problems(args: QuestionArgs, section: str) -> list[str]:
+def _label_problems(args: QuestionArgs, section: str, may_have_head: bool) -> list[str]:
     given = {"label_prompt": args.label_prompt, "label_texts": args.label_texts}
     if args.labels is None:
         return [
@@ -164,6 +167,8 @@ def _label_problems(args: QuestionArgs, section: str) -> list[str]:
             if value is not None
         ]
     missing = [name for name, value in given.items() if value is None]
+    if may_have_head and len(missing) == len(given):
+        return []
     problems = [f"{section}labels: requires {section}{name}; set it too" for name in missing]
     texts = [*(args.label_texts or {}).values()]
     if len(set(texts)) < len(texts) or "" in texts:

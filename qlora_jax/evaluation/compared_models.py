@@ -104,6 +104,7 @@ def _tasks(args: EvaluateArgs, opened: OpenedModel, *, raw: bool) -> list[AnyTas
         tokenizer=_tokenizer(opened, raw=raw),
         max_positions=opened.features.max_positions,
         stop_ids=opened.source.tokenizer["stop_token_ids"],
+        head=None if opened.run is None else opened.run.head,
     )
     return build_tasks(args, context)
 
@@ -118,11 +119,14 @@ def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTa
     compared = {"unquantized": compared_model("none", "unquantized")}
     if quant_type != "none":
         compared["quantized"] = compared_model(quant_type, quant_type)
+    if opened.run is not None and opened.run.head is not None:
+        compared = {}  # the base has no such head
     if opened.run is not None:
         compared["checkpoint"] = compared_model(quant_type, _run_label(args, opened, quant_type), adapted=True)
     missing = set(args.columns or []) - {*compared, "against"}
     if missing:
-        raise ValueError(f"columns: {', '.join(sorted(missing))} does not exist, because the base is not quantized")
+        why = "the base is not quantized" if compared.keys() > {"checkpoint"} else "the base has no sequence head"
+        raise ValueError(f"columns: {', '.join(sorted(missing))} does not exist, because {why}")
     return compared
 
 

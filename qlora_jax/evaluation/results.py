@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
-from qlora_jax.evaluation.tasks.task import RowValuesTask, Task
+from qlora_jax.evaluation.tasks.task import DetailedTask, RowValuesTask, Task
 from qlora_jax.terminal.console import Console
 
 WIDTH = 120  # of tables that are not printed to a terminal
@@ -25,12 +25,14 @@ class TaskResult:
       metrics: each model's metrics by name: {"checkpoint": {"perplexity": Metric(...)}}.
       comparisons: the changes from each model to the next: {("quantized", "checkpoint"): [Comparison(...)]}.
       rows: the rows' parts of each model's metrics, by name; empty for tasks without them (measures.py).
+      details: further results of each model for programs, such as a confusion matrix; empty for most tasks.
     """
 
     title: str
     metrics: dict[str, dict[str, Metric]]
     comparisons: dict[tuple[str, str], list[Comparison]]
     rows: dict[str, dict[str, RowValues]] = dataclasses.field(default_factory=dict)
+    details: dict[str, dict[str, object]] = dataclasses.field(default_factory=dict)
 
     def rows_to_dict(self) -> dict[str, object]:
         """Converts `rows` to plain dicts and lists, as in the file of `--json` with `--json_rows`."""
@@ -41,7 +43,8 @@ class TaskResult:
 
     def to_dict(self) -> dict[str, object]:
         """Converts the metrics to plain dicts, lists, texts and numbers, as in the file of `--json`."""
-        return {
+        further: dict[str, object] = {"details": self.details} if self.details else {}
+        return further | {
             "title": self.title,
             "columns": {
                 model: {name: _given(value=metric.value, interval=metric.interval) for name, metric in metrics.items()}
@@ -96,6 +99,9 @@ def task_result[Scores](task: Task[Scores], scores: Mapping[str, Scores]) -> Tas
             (before, after): task.compare(scores[before], scores[after]) for before, after in itertools.pairwise(scores)
         },
         rows={model: task.row_values(one) for model, one in scores.items()} if isinstance(task, RowValuesTask) else {},
+        details={model: found for model, one in scores.items() if (found := task.details(one))}
+        if isinstance(task, DetailedTask)
+        else {},
     )
 
 

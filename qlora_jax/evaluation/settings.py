@@ -43,6 +43,13 @@ class TaskArgs(QuestionArgs):
         NOT_EMPTY,
         common="file of preference pairs: accuracy by reward and by likelihood",
     )
+    embeddings: str | None = setting(
+        "for a run with objective=embedding: file of texts that mean the same (anchor, positive, and optionally "
+        "negative), scored by retrieval; or of pairs with a score (sentence1, sentence2, label), scored by rank "
+        "correlation",
+        None,
+        NOT_EMPTY,
+    )
     pair_beta: float = setting("pairs: factor of rewards: pair_beta * (log p - log p of the reference)", 0.1, POSITIVE)
     harness: list[str] | None = setting(
         "tasks of lm-evaluation-harness, such as [hellaswag, arc_easy] (pip install 'qlora-jax[lm-eval]')",
@@ -139,7 +146,9 @@ def _task_problems(args: TaskArgs) -> list[str]:
             f"stride: larger than window, which skips tokens (found {args.stride}, expected at most {args.window})"
         )
     has_rows = args.rows is not None or args.pairs is not None
-    problems += question_problems(args, rows_columns=known_columns("rows") if has_rows else ())
+    by_head = args.embeddings is not None or (args.labels is not None and args.label_prompt is None)
+    columns = known_columns("rows") if has_rows or by_head else ()
+    problems += question_problems(args, rows_columns=columns, may_have_head=True)
     if args.answer_start is not None and args.rows is None:
         problems.append("answer_start: requires rows; set it too")
     if args.by is not None and not has_rows:

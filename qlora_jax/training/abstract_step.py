@@ -25,6 +25,7 @@ from qlora_jax.optim import make_optimizer
 from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import FSDP, ROWS, AnyMesh, axis_size, placed_shapes
 from qlora_jax.training.batch_shapes import batch_shapes
+from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sft import SUPERVISED
 from qlora_jax.training.step import gradients, update
@@ -124,7 +125,7 @@ def abstract_step(
             "train.remat=offload: a CPU's arrays are in host memory already, so offloading saves nothing. Set "
             "train.remat=full."
         )
-    parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids)))
+    parts = jax.eval_shape(lambda: partition(_adapted(model, weights, lora, new_ids, objective)))
     optimizer = make_optimizer(optim or OptimArgs(), TOTAL_STEPS)
     state = jax.eval_shape(optimizer.init, parts.trained)
     is_random = lora.dropout > 0 or neftune_noise_alpha is not None
@@ -149,9 +150,13 @@ def abstract_step(
     )
 
 
-def _adapted(config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...]) -> CausalLM:
-    model = CausalLM(config, weights)
+def _adapted(
+    config: ModelConfig, weights: WeightFormat, lora: LoraArgs, new_ids: tuple[int, ...], objective: Objective
+) -> CausalLM:
+    model, head = CausalLM(config, weights), head_spec(objective)
     add_lora(model, lora, jax.random.key(0))
+    if head is not None:
+        model.add_sequence_head(head, jax.random.key(0))
     add_tables(model, new_ids, lora)
     return model
 

@@ -15,6 +15,7 @@ from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
 from qlora_jax.io.export.methods import refusal
+from qlora_jax.io.head_file import write_head
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
 from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
@@ -35,6 +36,7 @@ from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.session import (
     PreparedModel,
     Session,
+    headed_parts,
     load_base,
     make_manager,
     make_session,
@@ -257,6 +259,8 @@ def _first_state(
     state = restore(session, checkpoints) if resume else initial_state(session)
     if writes:
         write_config(session.config, run / CONFIG_FILE)
+    if writes and session.head is not None and not resume:
+        write_head(run, session.head)
     if writes and session.initial is not None and not resume:
         write_initial(run, session.initial)
     print_banner(*(resume_banner(session, state.step, state.best) if resume else start_banner(session)), console)
@@ -332,7 +336,7 @@ def _session(planned: PlannedRun, resumed: Path | None, model: PreparedModel | N
             loaded, _ = load_base(config, inputs, gradients.mesh, progress, model.initial, saved)
         fingerprint = loaded.fingerprint
     found = {"fingerprint": fingerprint, "initial": model.initial}
-    return make_session(config, inputs, gradients, model.parts, state_manager, **found)
+    return make_session(config, inputs, gradients, headed_parts(config, inputs, model.parts), state_manager, **found)
 
 
 def next_commands(config: Config, *, finished: bool) -> dict[str, str]:

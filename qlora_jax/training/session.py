@@ -13,6 +13,7 @@ from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
+from qlora_jax.io.head_file import TrainedHead, head_of
 from qlora_jax.io.loader import Loaded, Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
@@ -24,16 +25,18 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.model_sharding import place_parts
-from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
+from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.lora_fa_state import LoraFAStateManager
 from qlora_jax.training.mfu import Utilization, peak_flops, utilization
+from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.make_objective import fit_to_data, make_objective
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.optimizer_state import OptimizerStateManager, make_state_manager
@@ -48,6 +51,7 @@ class Session:
 
     Attributes:
       objective: the loss.
+      head: the sequence head that the objective trains, if any.
       gradients: the gradient program, compiled for the longest batches.
       state_manager: the optimizer's update, resident or paged.
       utilization: computes the device's utilization per step.
@@ -63,6 +67,7 @@ class Session:
     weights: WeightFormat
     dataset: Dataset
     objective: Objective
+    head: TrainedHead | None
     parts: ModelParts
     gradients: CompiledGradients
     state_manager: OptimizerStateManager
@@ -83,6 +88,7 @@ class Inputs:
 
     Attributes:
       objective: the loss.
+      head: the sequence head that the objective trains, if any.
       new_ids: ids of the new tokens.
       start: LoRA parameters to start from.
     """
@@ -91,6 +97,7 @@ class Inputs:
     model: ModelConfig
     dataset: Dataset
     objective: Objective
+    head: TrainedHead | None
     new_ids: tuple[int, ...]
     start: AdapterArrays | None
     samples: Samples | None
@@ -138,7 +145,8 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         labels=config.head.labels or (),
         kl_pairs=objective.kl_pairs,
     )
-    objective = fit_to_data(objective, labels=len(dataset.labels), sequences=dataset.sequences)
+    head = head_of(config.objective, dataset.labels, config.head.pooling)
+    objective = fit_to_data(objective, head, sequences=dataset.sequences, init_std=_initializer_range(source))
     check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
     start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids)
@@ -148,11 +156,29 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         model=model,
         dataset=dataset,
         objective=objective,
+        head=head,
         new_ids=ids,
         start=start,
         samples=open_samples(config.train, *reads),
         questions=open_questions(config.questions, *reads),
     )
+
+
+def _initializer_range(source: ModelSource) -> float:
+    """Returns the standard deviation with which transformers initializes a new head; 0.02 if the config has none."""
+    found = source.config.get("initializer_range")
+    return float(found) if isinstance(found, int | float) and found > 0 else 0.02
+
+
+def headed_parts(config: Config, inputs: Inputs, parts: ModelParts) -> ModelParts:
+    """Returns the parts of a model in memory with the sequence head that the objective trains, unless it has one."""
+    spec = head_spec(inputs.objective)
+    if spec is None:
+        return parts
+    model = combine(parts)
+    if model.score is None:
+        model.add_sequence_head(spec, _adapter_key(config))
+    return partition(model)
 
 
 def compile_gradients(config: Config, inputs: Inputs, mesh: Mesh | None = None) -> CompiledGradients:
@@ -213,6 +239,7 @@ def prepare(
         new_ids=inputs.new_ids,
         initial=initial,
         start=inputs.start,
+        head=head_spec(inputs.objective),
         mesh=gradients.mesh,
     )
     found = {"fingerprint": loaded.fingerprint, "initial": initial}
@@ -261,6 +288,7 @@ def training_parts(
     new_ids: tuple[int, ...],
     initial: InitialAdapter | None,
     start: AdapterArrays | None,
+    head: HeadSpec | None = None,
     mesh: Mesh | None = None,
 ) -> ModelParts:
     """Adds an adapter to the base, in place, and returns the model's parts.
@@ -270,12 +298,15 @@ def training_parts(
       new_ids: ids of new tokens, whose rows train.
       initial: values to start with, with PiSSA and LoftQ.
       start: LoRA parameters to start from.
+      head: the sequence head to add, if any.
       mesh: the devices that the base is on; None for the default device.
 
     Raises:
       ValueError: the parameters to start from do not fit the model.
     """
     add_lora(model, lora, key, None if initial is None else initial.factors, mesh)
+    if head is not None:
+        model.add_sequence_head(head, key)
     add_tables(model, new_ids, lora)
     parts = partition(model)
     return parts if start is None else parts.with_lora(starting_parameters(start, parts.lora, Path(str(lora.start))))
@@ -323,6 +354,7 @@ def make_session(
         weights=weights,
         dataset=dataset,
         objective=inputs.objective,
+        head=inputs.head,
         parts=parts if mesh is None else place_parts(parts, mesh),
         gradients=gradients,
         state_manager=state_manager,

@@ -101,7 +101,7 @@ def build(settings: TaskArgs, context: TaskContext) -> EmbeddingsTask:
     head_of_task(context, "embeddings", ("embedding",))
     rows = read_task_rows(path, "embeddings", settings.file_columns, settings.max_rows, KNOWN_COLUMNS)
     scores = None
-    if any("score" in row.data for row in rows):
+    if any("label" in row.data for row in rows):
         scores = np.array(read_each(path, rows, _score))
         rows = [Row(row.place, {SCORED.get(name, name): text for name, text in row.data.items()}) for row in rows]
     encoded = encode_head_rows(path, rows, settings.file_columns, context)
@@ -111,14 +111,14 @@ def build(settings: TaskArgs, context: TaskContext) -> EmbeddingsTask:
     return EmbeddingsTask(title=f"{path}: {len(rows)} rows, {kind}", texts=texts, per_row=per_row, scores=scores)
 
 
-KNOWN_COLUMNS = ("anchor", "positive", "negative", "sentence1", "sentence2", "score")
+KNOWN_COLUMNS = ("anchor", "positive", "negative", "sentence1", "sentence2", "label")
 
 
 def _score(row: Row) -> float:
-    value = values_of(row.data, ["score", *SCORED])[0]
+    value = values_of(row.data, ["label", *SCORED])[0]
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise wrong_value("score", value, "a number")
+        raise wrong_value("label", value, "a number")
     try:
         return float(value)
     except ValueError:
-        raise wrong_value("score", value, "a number") from None
+        raise wrong_value("label", value, "a number") from None

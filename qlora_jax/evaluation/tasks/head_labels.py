@@ -105,7 +105,7 @@ def build(settings: QuestionArgs, context: TaskContext) -> HeadLabelsTask:
             f"label_prompt, label_texts: the run's head scores whole texts (found a head of objective={head.objective}"
             "). Remove these settings"
         )
-    rows = read_head_rows(settings.labels, "labels", settings, context)
+    rows = read_head_rows(settings.labels, settings, context)
     answers = np.array([np.reshape(row.values["labels"], -1) for row in rows], np.float64)
     outputs = f"{len(head.labels)} labels" if head.labels else "numbers"
     title = f"{settings.labels}: {len(rows)} rows, {outputs}, by the run's head"

@@ -19,14 +19,14 @@ from qlora_jax.evaluation.tasks.task_file import read_task_rows
 from qlora_jax.io.head_file import TrainedHead
 
 
-def read_head_rows(path: str, task: str, settings: QuestionArgs, context: TaskContext) -> list[EncodedRow]:
+def read_head_rows(path: str, settings: QuestionArgs, context: TaskContext) -> list[EncodedRow]:
     """Returns the encoded rows of a task's file.
 
     Raises:
       ValueError: rows that do not fit the head's objective, have unknown labels or are too long; the message lists
         them.
     """
-    rows = read_task_rows(path, task, settings.file_columns, settings.max_rows, OPTIONAL_COLUMNS)
+    rows = read_task_rows(path, "rows", settings.file_columns, settings.max_rows, OPTIONAL_COLUMNS)
     return encode_head_rows(path, rows, settings.file_columns, context)
 
 

@@ -26,7 +26,9 @@ from qlora_jax.evaluation.classification import (
 )
 from qlora_jax.evaluation.loglikelihood import RowScores, ScoredIds, lower_scoring, score_rows
 from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues, share, share_change, share_of_rows
+from qlora_jax.evaluation.tasks import head_labels
 from qlora_jax.evaluation.tasks.continuations import encode_continuations
+from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
@@ -156,9 +158,19 @@ class LabelsTask:
         return [(f"F1 ({of})", "share", f1), ("Matthews correlation", "number", matthews)]
 
 
-def build(settings: QuestionArgs, context: TaskContext) -> LabelsTask:
-    """Builds the task that the settings describe."""
-    assert settings.labels is not None and settings.label_prompt is not None and settings.label_texts is not None
+def build(settings: QuestionArgs, context: TaskContext) -> LabelsTask | HeadLabelsTask:
+    """Builds the task that the settings describe; a model with a sequence head is scored by the head.
+
+    Raises:
+      ValueError: as `labels_task`; or a model without a head, and no label_prompt and label_texts.
+    """
+    if context.head is not None:
+        return head_labels.build(settings, context)
+    if settings.label_prompt is None or settings.label_texts is None:
+        raise ValueError(
+            "labels: requires label_prompt and label_texts, because the model has no sequence head. Set them too"
+        )
+    assert settings.labels is not None
     return labels_task(
         settings.labels,
         context.tokenizer,

@@ -25,6 +25,8 @@ from qlora_jax.evaluation.measures import MEASURES
 from qlora_jax.evaluation.metrics import Comparison, Metric, MetricKind, RowValues
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.tasks import reward_pairs
+from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.inference.lowering import LoweredProgram
@@ -169,8 +171,10 @@ def _change(before: RowValues, after: RowValues) -> tuple[float, float]:
     return paired_bootstrap(before.values, after.values, after.weights)
 
 
-def build(settings: TaskArgs, context: TaskContext) -> PairsTask:
-    """Builds the task that the settings describe."""
+def build(settings: TaskArgs, context: TaskContext) -> PairsTask | RewardPairsTask:
+    """Builds the task that the settings describe; a model with a sequence head is scored by its rewards."""
+    if context.head is not None:
+        return reward_pairs.build(settings, context)
     assert settings.pairs is not None
     return pairs_task(
         settings.pairs,

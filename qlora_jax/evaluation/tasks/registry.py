@@ -34,6 +34,7 @@ TASKS: dict[str, Builder] = {
     "programs": _lazy("qlora_jax.evaluation.tasks.programs"),
     "rows": _lazy("qlora_jax.evaluation.tasks.rows"),
     "pairs": _lazy("qlora_jax.evaluation.tasks.pairs"),
+    "embeddings": _lazy("qlora_jax.evaluation.tasks.embeddings"),
     "harness": _lazy("qlora_jax.evaluation.lm_eval.task"),
 }
 

@@ -21,6 +21,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.partition import ModelParts
 
 ProgressCallback = Callable[[int], None]  # called with the number of rows done so far
@@ -34,11 +35,13 @@ class TaskContext:
       tokenizer: without a chat template if questions are plain text.
       max_positions: maximum tokens of a row.
       stop_ids: ids that end a reply according to the model's files.
+      head: the model's sequence head, if it has one.
     """
 
     tokenizer: Tokenizer
     max_positions: int
     stop_ids: Collection[int] = ()
+    head: TrainedHead | None = None
 
 
 @runtime_checkable
@@ -122,6 +125,15 @@ class ReferenceTask[Scores](Protocol):
         self, scores: Scores, reference: ModelParts, progress: ProgressCallback, cache: ResultCache
     ) -> Scores:
         """Adds the scores of the reference to those of the run; `cache` is that of the reference."""
+        ...
+
+
+@runtime_checkable
+class DetailedTask[Scores](Protocol):
+    """A task with results for programs beside its metrics, such as a confusion matrix."""
+
+    def details(self, scores: Scores) -> dict[str, object]:
+        """Plain dicts, lists, texts and numbers, for the file of `--json`; empty if there are none."""
         ...
 
 

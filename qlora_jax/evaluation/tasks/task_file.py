@@ -18,7 +18,7 @@ from qlora_jax.data.formats.columns import (
 from qlora_jax.data.readers.files import Problem, Row, raise_problems, read_rows, shorten
 from qlora_jax.evaluation.shared_prefixes import ScoredIds
 
-ROW_TASKS = ("rows", "pairs")  # whose files have the columns of training data
+ROW_TASKS = ("rows", "pairs", "embeddings")  # whose files have the columns of training data
 ALTERNATIVES = {"question": "prompt"}  # another name that a column may have
 
 

@@ -28,6 +28,7 @@ from qlora_jax.io.peft.writer import AdapterArrays, SomeLayers, target_settings,
 from qlora_jax.metadata import shorten, shorten_key
 from qlora_jax.models.add_adapters import ia3_targets, oft_blocks
 from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import SCORE
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.models.target_layers import SOME_LAYERS, target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
@@ -392,7 +393,12 @@ def starting_parameters(start: AdapterArrays, fresh: Lora, path: Path) -> Lora:
     Raises:
       ValueError: the adapter does not fit the model.
     """
-    added = {name: leaves for name, leaves in fresh.items() if name not in start and is_table(name)}
+    added = {name: leaves for name, leaves in fresh.items() if name not in start and (is_table(name) or name == SCORE)}
     started = {**added, **start}
+    if SCORE in start and SCORE not in fresh:
+        raise ValueError(
+            f"lora.start={path}: it has a sequence head, which the objective does not train. Set the objective that "
+            "trained it, or start from another adapter"
+        )
     check_shapes(path, started, fresh)
     return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), started, fresh)

@@ -64,14 +64,14 @@ def dense_leaf(step: StepShape, name: str, shape: tuple[int, int]) -> Leaf:
 def table_leaves(step: StepShape) -> list[Leaf]:
     """Returns the frozen tables, embedding and head, and the head's bias. Tables of which rows train are whole."""
     model = step.model
-    count = (1 if model.tie_embeddings else 2) - len(step.trained_tables)
+    count = len(step.tables) - len(step.trained_tables)
     spec = None if step.new_tokens or step.trained_tables else table_spec
     return count * [Leaf((model.vocab_size, model.embed_dim), step.itemsize, spec)]
 
 
 def head_bias_leaf(step: StepShape) -> Leaf:
     """Returns the head's bias, with a row per new token; its shape is (0,) if the head has none."""
-    rows = step.model.head_bias * step.frozen * (step.model.vocab_size + step.new_tokens)
+    rows = step.model.head_bias * (step.head is None) * step.frozen * (step.model.vocab_size + step.new_tokens)
     return Leaf((rows,), step.itemsize, None if step.new_tokens or step.trained_tables else table_spec)
 
 
@@ -95,6 +95,8 @@ def trained_leaves(step: StepShape, *, fixed: bool = True) -> Iterator[Leaf]:
     for name, size in trained_in_place(step):
         yield Leaf((layers, size), F32, lora_spec) if ".layers." in name else Leaf((1, size), F32)
     yield Leaf((_trained_rows(step), step.model.embed_dim), step.lora_itemsize)
+    if step.head is not None:
+        yield Leaf((step.model.embed_dim, step.head.outputs), F32)
 
 
 def _matrices(step: StepShape, fixed: bool) -> Iterator[tuple[int, int, int]]:
@@ -124,8 +126,7 @@ def _vectors(step: StepShape) -> list[int]:
 
 def _trained_rows(step: StepShape) -> int:
     """Returns the trained rows of embedding and head: new tokens, and all rows of tables that train fully."""
-    tables = 1 if step.model.tie_embeddings else 2
-    return tables * step.new_tokens + len(step.trained_tables) * step.model.vocab_size
+    return len(step.tables) * step.new_tokens + len(step.trained_tables) * step.model.vocab_size
 
 
 def _norm_leaves(step: StepShape) -> int:

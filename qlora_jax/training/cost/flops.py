@@ -167,8 +167,13 @@ def head_tile(step: StepShape) -> lm_head_tiles.Tile:
 
 
 def head_chunks(step: StepShape) -> tuple[int, int]:
-    """Returns (I, C): the number of chunks of supervised tokens, and a chunk's tokens of this device."""
+    """Returns (I, C): the number of chunks of supervised tokens, and a chunk's tokens of this device.
+
+    With a sequence head I is 0: its products, one per sequence, are negligible.
+    """
     chunk = max(1, head_tile(step).tokens // step.table_parts)
+    if step.head is not None:
+        return 0, chunk
     tokens = step.rows if step.supervised is None else step.supervised
     return -(-tokens // chunk), chunk
 

@@ -126,8 +126,11 @@ def dequantized_traffic(step: StepShape) -> int:
 
 
 def logits_bytes(step: StepShape) -> int:
-    """Returns C W (4 + itemsize): one tile's logits in f32 and their exponentials in the compute dtype."""
-    return math.prod(head_tile(step)) * (F32 + step.itemsize)
+    """Returns C W (4 + itemsize): one tile's logits in f32 and their exponentials in the compute dtype.
+
+    With a sequence head it is 0.
+    """
+    return 0 if step.head is not None else math.prod(head_tile(step)) * (F32 + step.itemsize)
 
 
 def argument_bytes(step: StepShape) -> int:

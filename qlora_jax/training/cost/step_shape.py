@@ -12,7 +12,9 @@ from qlora_jax.models.add_adapters import BOTTLENECKS, ia3_targets, oft_blocks, 
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.target_layers import target_layers
 from qlora_jax.models.trainable_embeddings import trainable_table_names
+from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.sharding import FSDP, AnyMesh, axis_size, cut_axis, table_spec
+from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.sft import SUPERVISED
 
@@ -134,7 +136,17 @@ class StepShape:
     @functools.cached_property
     def trained_tables(self) -> list[str]:
         """The names of embedding and head that train fully."""
-        return trainable_table_names(self.model, self.lora)
+        return [name for name in trainable_table_names(self.model, self.lora) if name in self.tables]
+
+    @property
+    def head(self) -> HeadSpec | None:
+        """The sequence head, if the objective trains one in place of the language-model head."""
+        return head_spec(self.objective)
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        """The names of the model's tables: the embedding, and the language-model head if it is a separate one."""
+        return (EMBEDDING,) if self.model.tie_embeddings or self.head is not None else (EMBEDDING, HEAD)
 
     @functools.cached_property
     def _names(self) -> Mapping[str, str]:

@@ -100,9 +100,10 @@ class RunPlan:
 def longest_step(config: Config, inputs: Inputs, mesh: Mesh | None) -> StepConfig:
     """Returns the configuration of the run's step for its longest bucket."""
     weights, length = weights_of(config, inputs), max(inputs.dataset.buckets)
-    return run_step_config(
+    step = run_step_config(
         config, inputs.model, weights, length, inputs.new_ids, mesh, branching=inputs.dataset.branching
     )
+    return step.replace(objective=inputs.objective)
 
 
 def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> RunPlan:

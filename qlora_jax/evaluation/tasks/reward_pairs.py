@@ -1,0 +1,101 @@
+"""The task `pairs` for a reward model: how often its reward of the chosen answer is higher than of the rejected one.
+
+Dimension key: P pairs; 2 answers, the chosen one first.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Float64
+
+from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
+from qlora_jax.evaluation.sequence_outputs import TextIds, lower_outputs, sequence_outputs
+from qlora_jax.evaluation.settings import TaskArgs
+from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
+from qlora_jax.evaluation.tasks.head_rows import all_texts, head_of_task, read_head_rows
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
+from qlora_jax.inference.lowering import LoweredProgram
+from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.models.partition import ModelParts
+
+RIGHT, MARGIN = "right by reward", "reward margin"
+
+Rewards = Float64[np.ndarray, "P 2"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardPairsTask:
+    """Accuracy and margin of rewards; see `task.Task` for the members.
+
+    Attributes:
+      texts: the chosen and the rejected answer of each pair in turn, behind their prompt.
+    """
+
+    title: str
+    texts: Sequence[TextIds]
+    name: str = "pairs"
+
+    @property
+    def size(self) -> int:
+        """The number of answers."""
+        return len(self.texts)
+
+    @property
+    def inputs(self) -> Sequence[Sequence[object]]:
+        """Each answer's ids."""
+        return [[ids] for ids in self.texts]
+
+    def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> Rewards:
+        """Returns the rewards of each pair's answers."""
+        return sequence_outputs(parts, self.texts, progress, cache).reshape(-1, 2)
+
+    def metrics(self, scores: Rewards) -> list[Metric]:
+        """Accuracy, of which a tie counts as half; margin; and the number of ties."""
+        return reward_metrics(scores)
+
+    def compare(self, before: Rewards, after: Rewards) -> list[Comparison]:
+        """The change of the accuracy, with an interval over pairs."""
+        old, new = _right(before), _right(after)
+        return [Comparison(RIGHT, "share", float((new - old).mean()), paired_bootstrap(old, new, np.ones(len(old))))]
+
+    def row_values(self, scores: Rewards) -> dict[str, RowValues]:
+        """The pairs' parts of the measures in measures.py."""
+        one_P = np.ones(len(scores))
+        return {RIGHT: RowValues(_right(scores), one_P), MARGIN: RowValues(_margins(scores), one_P)}
+
+    def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
+        """Lowers the program of the largest batch."""
+        return lower_outputs(parts, self.texts)
+
+
+def reward_metrics(rewards_P2: Rewards) -> list[Metric]:
+    """Returns the accuracy and the mean margin of rewards, with 95 % intervals, and the number of ties."""
+    right_P, margin_P = _right(rewards_P2), _margins(rewards_P2)
+    return [
+        Metric(RIGHT, "share", float(right_P.mean()), wilson_interval(float(right_P.sum()), len(right_P))),
+        Metric(MARGIN, "number", float(margin_P.mean()), bootstrap(margin_P, np.ones(len(margin_P)))),
+        Metric("ties (count as half)", "count", int((margin_P == 0).sum())),
+    ]
+
+
+def _margins(rewards_P2: Rewards) -> Float64[np.ndarray, " P"]:
+    return rewards_P2[:, 0] - rewards_P2[:, 1]
+
+
+def _right(rewards_P2: Rewards) -> Float64[np.ndarray, " P"]:
+    return (np.sign(_margins(rewards_P2)) + 1) / 2
+
+
+def build(settings: TaskArgs, context: TaskContext) -> RewardPairsTask:
+    """Builds the task that the settings describe.
+
+    Raises:
+      ValueError: the head's outputs are not rewards, or a setting that rewards do not use.
+    """
+    assert settings.pairs is not None
+    head_of_task(context, "pairs", ("reward",))
+    if settings.by is not None:
+        raise ValueError("by: a reward model's pairs are not grouped. Remove it")
+    rows = read_head_rows(settings.pairs, settings, context)
+    return RewardPairsTask(title=f"{settings.pairs}: {len(rows)} pairs, by the run's rewards", texts=all_texts(rows))
