@@ -247,6 +247,7 @@ def test_packs_and_buckets_hold_a_tree_that_is_longer_than_max_length(plain_toke
         assert len(sequences_of(epoch_of(dataset))) == 2
 
 
+@pytest.mark.slow
 def test_kl_pairs_depend_neither_on_packing_nor_on_batches_nor_on_memory(
     tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path
 ):

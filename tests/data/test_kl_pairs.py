@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_jax.data.kl_pairs import PairedRows, kl_shift, pair_rows, wrapped_ranges
@@ -47,6 +47,7 @@ def texts(rows: TokenRows, index: int) -> list[tuple[list[int], list[int]]]:
     return found
 
 
+@settings(max_examples=40)
 @given(sizes, st.integers(0, 2**31))
 def test_each_completion_is_behind_its_own_prompt_and_behind_one_other(drawn: list[tuple[int, int]], seed: int):
     rows = labelled_rows(drawn)

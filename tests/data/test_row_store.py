@@ -85,6 +85,7 @@ def check_stored(chunks: list[list[Shape]], start: int, stop: int) -> None:
 tree_chunks = st.lists(st.lists(shapes(st.integers(0, 3)), max_size=4), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @hypothesis_settings(max_examples=6)  # each flushes its files to the disk
 @given(tree_chunks.filter(any), st.data())
 def test_trees_and_values_are_read_back_in_any_range(chunks: list[list[Shape]], data: st.DataObject):

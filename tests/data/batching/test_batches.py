@@ -173,6 +173,7 @@ def one_epoch(rows: TokenRows, shape: tuple[int, int], *, packed: bool, sequence
             return
 
 
+@settings(max_examples=50)
 @given(tree_rows.filter(lambda drawn: any(shape.branches for shape in drawn)), shapes, st.booleans())
 def test_every_target_of_a_tree_occurs_once_behind_its_own_text(drawn, shape: tuple[int, int], packed: bool):
     rows = make_trees(drawn)
@@ -180,6 +181,7 @@ def test_every_target_of_a_tree_occurs_once_behind_its_own_text(drawn, shape: tu
     assert sorted(found) == sorted(target for index in range(len(rows)) for target in targets_of_row(rows, index))
 
 
+@settings(max_examples=40)
 @given(pair_rows, shapes, st.booleans())
 def test_slots_are_those_of_a_rows_sequences(drawn, shape: tuple[int, int], packed: bool):
     values = [[2.0 * n, 2.0 * n + 1] for n in range(len(drawn))]
@@ -212,6 +214,7 @@ def test_slots_are_those_of_a_rows_sequences(drawn, shape: tuple[int, int], pack
     assert sorted(seen) == list(range(len(drawn)))
 
 
+@settings(max_examples=30)
 @given(lengths, shapes)
 def test_a_row_without_branches_is_one_sequence(row_lengths: list[int], shape: tuple[int, int]):
     rows = dataclasses.replace(
@@ -230,6 +233,7 @@ def test_a_row_without_branches_is_one_sequence(row_lengths: list[int], shape: t
         assert batch.slots["labels"][at].tolist() == [expected]
 
 
+@pytest.mark.slow
 @settings(max_examples=30)
 @given(pair_rows, shapes, st.booleans(), st.integers(0, 12))
 def test_resume_in_the_middle_of_trees_gives_the_batches_that_followed(
@@ -246,6 +250,7 @@ def test_resume_in_the_middle_of_trees_gives_the_batches_that_followed(
             np.testing.assert_array_equal(resumed.arrays()[name], array)
 
 
+@settings(max_examples=30)
 @given(pair_rows, st.integers(1, 5))
 def test_evaluation_sees_every_tree_once(drawn, batch_size: int):
     rows = make_trees(drawn)

@@ -256,6 +256,7 @@ def test_files_of_other_kinds_are_refused_by_name(tmp_path: Path):
         count_sequences([pairs, part("triplets.jsonl", 3, tmp_path)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True])
 def test_resume_in_windows_of_trees_is_bit_identical(tmp_path: Path, packed: bool):
     rows = dataclasses.replace(tree_mixture(tmp_path), attached={"margins": np.ones((24, 2), np.float32)})
