@@ -27,7 +27,7 @@ from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, r
 
 pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parent.parent / "oracle/trl_objectives.py"
-LORA = LoraArgs(rank=4, alpha=8.0)
+LORA = LoraArgs(rank=4, alpha=8.0, target_modules=["q_proj", "v_proj", "down_proj"])
 TOLERANCE = 1e-5
 PAIRS, LABELLED = random_pairs(6, vocabulary=32), random_labelled(6, vocabulary=32)
 
@@ -136,7 +136,7 @@ def _check(found: dict[str, np.ndarray], name: str, form: str, base: Path) -> No
 @pytest.mark.parametrize(
     "chosen",
     [
-        [("dpo", "packed"), ("kto", "packed"), ("orpo", "packed"), ("simpo with cross-entropy", "padded")],
+        [("dpo", "packed"), ("kto", "packed")],
         pytest.param([(name, form) for name in CASES for form in FORMS], marks=EXHAUSTIVE),
     ],
     ids=["some", "all"],

@@ -19,7 +19,7 @@ from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
 from tests.training.test_step import relative
 
-pytestmark = EXHAUSTIVE
+pytestmark = [*EXHAUSTIVE]
 ROWS_OF_STEP = 8
 
 
