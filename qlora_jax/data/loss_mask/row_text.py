@@ -74,6 +74,12 @@ class RowText(NamedTuple):
         parts = [self.segments, *(branch.segments for branch in self.branches)]
         return sum([segment.supervised for part in parts for segment in part])
 
+    @property
+    def needed(self) -> int:
+        """Number of the trunk's characters that a turn sees or that are learned, in a row with branches."""
+        learned = [stop for _, stop in _spans(self.segments, 0)]
+        return max([branch.shared for branch in self.branches] + learned)
+
     def texts(self) -> Iterator[tuple[str, list[tuple[int, int]]]]:
         """Yields the trunk and each branch as whole texts, with [start, stop) of their turns.
 

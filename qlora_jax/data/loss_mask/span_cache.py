@@ -11,11 +11,12 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.formats.tool_calls import Tools
 from qlora_jax.data.loss_mask.row_text import RowText, Segment
 from qlora_jax.data.loss_mask.spans import SegmentSearch, conversation_segments, search_segments
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
-from qlora_jax.data.loss_mask.turns import TEXT_CHANGES
+from qlora_jax.data.loss_mask.turns import TEXT_CHANGES, closes_reasoning
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
@@ -48,6 +49,7 @@ def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
       ValueError: the same errors as `turn_marks`. The searches raise those of `conversation_segments`.
     """
     marks = turn_marks(tokenizer)
+    closed = closes_reasoning(marks.prompt)  # then reasoning inside the content is not learned
 
     @functools.lru_cache(_CACHED)
     def template_of(roles: tuple[str, ...]) -> ConversationTemplate | None:
@@ -59,7 +61,8 @@ def make_segmenter(tokenizer: Tokenizer) -> Segmenter:
         return None if row.branches else _with_gaps(row.segments)
 
     def search(messages: Sequence[Message], tools: Tools | None) -> SegmentSearch:
-        if tools is None and all([len(message) == 2 for message in messages]):
+        reasons = closed and any([read_thought(message).reasoning for message in messages])
+        if tools is None and all([len(message) == 2 for message in messages]) and not reasons:
             template = template_of(tuple([message["role"] for message in messages]))
             if template is not None:
                 (rendered,) = yield [Rendering(messages)]

@@ -16,6 +16,7 @@ from qlora_jax.data.loss_mask.turn_marks import PLACEHOLDER, TurnMarks
 from qlora_jax.data.loss_mask.turns import (
     TEXT_CHANGES,
     check_history,
+    closes_reasoning,
     learned_turn,
     other_end,
     prompt_changes,
@@ -60,15 +61,24 @@ def search_segments(
             continue
         whole = rendered if index == len(messages) - 1 else text_of(found["through", index])
         before = prompt = text_of(found["prompt", index])
-        earlier = [without_reasoning(one) for one in messages[:index]]
-        if not whole.startswith(prompt) and earlier != [*messages[:index]]:
-            # The turn changes the prompt's reasoning, as gpt-oss's last answer does. It is the same text without it.
-            alone = yield [Rendering(earlier, True, tools), Rendering([*earlier, message], tools=tools)]
+        other = _without_reasoning(messages[: index + 1], prompt)
+        if other != [*messages[: index + 1]] and (not whole.startswith(prompt) or closes_reasoning(prompt)):
+            alone = yield [Rendering(other[:-1], True, tools), Rendering(other, tools=tools)]
             before, whole = map(text_of, alone)
-        turn = learned_turn(tokenizer, marks, index, message, before, whole)
+        turn = learned_turn(tokenizer, marks, index, other[-1], before, whole)
         turns.append(turn._replace(prompt=prompt))
     check_history(messages, rendered)
     return build_row_text(rendered, turns)
+
+
+def _without_reasoning(messages: Sequence[Message], prompt: str) -> list[Message]:
+    """Returns messages that end with a turn of the same text, if it is not to depend on reasoning in its prompt.
+
+    gpt-oss's template removes reasoning of earlier messages once an answer follows, so the prompt of that answer is not
+    at the beginning of the whole text. The turn loses its own reasoning if the prompt closes the block of reasoning.
+    """
+    *earlier, turn = messages
+    return [*map(without_reasoning, earlier), without_reasoning(turn) if closes_reasoning(prompt) else turn]
 
 
 def _renderings(messages: Sequence[Message], tools: Tools | None) -> Mapping[tuple[str, int], Rendering]:

@@ -6,7 +6,7 @@ is not a part of it, because generation has stopped by then.
 
 A generation prompt may open a block of reasoning that the template does not write into the turn itself, as
 DeepSeek-R1's does: it drops reasoning even from the last turn. Then the model writes the row's reasoning, closes the
-block and continues with the turn. The block may also be closed already, as an empty one is where thinking is off.
+block and continues with the turn. The block may also be closed already, where thinking is off: then it writes none.
 """
 
 import re
@@ -53,6 +53,12 @@ def learned_turn(
     end = _call_end if message.get("tool_calls") else _text_end
     reply = written[: end(tokenizer, marks, index, message, written)]
     return LearnedTurn(prompt, _joined(lead, reply))
+
+
+def closes_reasoning(prompt: str) -> bool:
+    """Returns True if a prompt ends with a closed block of reasoning, so that the model writes none."""
+    block = _BLOCK.search(prompt)
+    return block is not None and any(closing in block.group() for _, closing in TAGS)
 
 
 def check_history(messages: Sequence[Message], rendered: str) -> None:

@@ -12,7 +12,9 @@ def with_unseen(row: RowText, messages: Sequence[Message]) -> RowText:
     reasoning = [found for message in messages if message["role"] == "assistant" and (found := _reasoning(message))]
     if not reasoning:
         return row
-    texts = [join_text(part) for part in (row.segments, *(branch.segments for branch in row.branches))]
+    texts = [join_text(branch.segments) for branch in row.branches]
+    trunk = join_text(row.segments)
+    texts.append(trunk[: row.needed] if row.branches else trunk)
     seen = all(any(one in text for text in texts) for one in reasoning)
     return row if seen else row._replace(unseen_reasoning=True)
 

@@ -4,7 +4,8 @@ They are short forms of the behaviour, not copies of the templates:
 
   qwen3     reasoning is written behind the last user's message only, and an empty block into a last turn without any
   thinking  Qwen3-Thinking: the generation prompt opens the block
-  r1        DeepSeek-R1: the generation prompt opens the block, and the template drops reasoning from every turn
+  r1        DeepSeek-R1: the generation prompt opens the block, and the template drops reasoning from every turn;
+            without thinking, the prompt has an empty block that the template does not write
   smollm3   reasoning stays in the content; without thinking, every turn has an empty block
   harmony   gpt-oss: reasoning of the last answer, or of calls that no answer follows; another end for the last turn
   mistral   the system message stands in the last user's turn, so later turns move it
@@ -51,7 +52,8 @@ R1 = """{%- for message in messages %}
 {%- elif message.role == 'system' %}{{ message.content }}{% else %}
     {{- '<filename>' + message.content.split('</think>')[-1] + '<|im_end|>' }}
 {%- endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '<filename><think>\n' }}{% endif %}"""
+{%- set block = '<think></think>' if enable_thinking is false else '<think>\n' %}
+{%- if add_generation_prompt %}{{ '<filename>' + block }}{% endif %}"""
 SMOLLM3 = f"""{{%- if enable_thinking is not defined %}}{{% set enable_thinking = true %}}{{% endif %}}
 {{%- set block = '' if enable_thinking else '<think>\n\n</think>\n' %}}
 {{%- for message in messages %}}

@@ -17,6 +17,8 @@ from qlora_jax.data.loss_mask.spans import conversation_segments
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_template_kwargs
+from qlora_jax.inference.prompts import prompter
+from qlora_jax.inference.terminal_chat import Conversation
 from tests.data.loss_mask.cases import as_lists
 from tests.data.loss_mask.reasoning_templates import REASONING_TEMPLATES
 
@@ -24,9 +26,14 @@ Chat = list[dict[str, Any]]
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
 OFF = {"enable_thinking": False}
 # (template, its variables): all that a template is tested with.
-CASES = [*((name, {}) for name in REASONING_TEMPLATES), ("qwen3", OFF), ("smollm3", OFF)]
+CASES = [*((name, {}) for name in REASONING_TEMPLATES), ("qwen3", OFF), ("smollm3", OFF), ("r1", OFF)]
+FAST = ("qwen3", {})
 of_templates = pytest.mark.parametrize(
-    ("name", "variables"), CASES, ids=[f"{n}{'-off' if v else ''}" for n, v in CASES]
+    ("name", "variables"),
+    [
+        pytest.param(*case, id=case[0] + "-off" * bool(case[1]), marks=() if case == FAST else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 
 
@@ -217,6 +224,44 @@ def test_reasoning_that_the_template_drops_is_counted(tokenizers: dict):
         for name in ("chatml", "qwen3", "r1", "smollm3")
     }
     assert unseen == {"chatml": [True, False], "qwen3": [False] * 2, "r1": [False] * 2, "smollm3": [True, False]}
+
+
+def content_chat(turns: int) -> Chat:
+    """The questions and answers of `thought_chat`, with the reasoning in the content."""
+    return [
+        {
+            "role": message["role"],
+            "content": f"<think>\n{message['reasoning_content']}\n</think>\n\n{message['content']}",
+        }
+        if message["role"] == "assistant"
+        else message
+        for message in thought_chat(turns)
+    ]
+
+
+@pytest.mark.parametrize("name", ["qwen3", "smollm3", "r1"])
+def test_without_thinking_no_reasoning_is_learned(tokenizers: dict, name: str):
+    """The prompt closes the block of reasoning, so the reply is the answer alone, and the reasoning is counted."""
+    tokenizer = with_template_kwargs(tokenizers[name], OFF, "chat_template_kwargs")
+    row = encode(make_encoder(FORMATS["messages"], tokenizer), content_chat(2))
+    assert sorted(tokenizer.decode(reply) for _, reply in learned_turns(row)) == ["a1<|im_end|>", "a2<|im_end|>"]
+    assert row.unseen_reasoning
+
+
+@pytest.mark.parametrize(
+    ("name", "variables"),
+    [("qwen3", {}), ("thinking", {}), ("r1", {}), ("smollm3", {}), ("chatml", {}), ("qwen3", OFF)],
+)
+def test_a_chat_builds_the_prompts_of_training(tokenizers: dict, name: str, variables: dict):
+    """`generate` gets the replies that the row has, and asks with the ids before each turn of the row."""
+    tokenizer = with_template_kwargs(tokenizers[name], variables, "chat_template_kwargs")
+    row = encode(make_encoder(FORMATS["messages"], tokenizer), content_chat(3))
+    replies = {tuple(prompt): reply for prompt, reply in learned_turns(row)}
+    history = Conversation(prompter(tokenizer, raw=False, system=None))
+    for number in (1, 2, 3):
+        reply = replies.pop(tuple(history.ask(f"q{number}")))
+        history.add(f"q{number}", tokenizer.decode(reply[:-1]))
+    assert not replies
 
 
 @pytest.mark.parametrize("name", ["reasoning", "thinking", "reasoning_content"])

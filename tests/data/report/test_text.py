@@ -55,6 +55,20 @@ def test_report_tells_what_a_person_would_not_see(tokenizer: Tokenizer, write_ro
 
 
 @pytest.mark.parametrize("cached", [False, True])
+def test_reasoning_that_the_template_drops_is_told(
+    tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, cached: bool
+):
+    """SmolLM2's template does not read the field. The report says so, names a row, and gives advice."""
+    asked = {"role": "user", "content": "q"}
+    chats = [[asked, {"role": "assistant", "content": "a", **({"reasoning": "why"} if n else {})}] for n in range(3)]
+    path = write_rows([{"messages": chat} for chat in chats])
+    cache = {"cache": str(tmp_path / "cache")} if cached else {}
+    told = [value for name, value in report_lines(load(tokenizer, train=path, **cache).report) if name == "note"]
+    assert len(told) == 1 and told[0].startswith("rows with reasoning that the chat template does not write")
+    assert "<think>...</think>" in told[0] and told[0].endswith(f": 2, the first is {path}:2")
+
+
+@pytest.mark.parametrize("cached", [False, True])
 def test_new_tokens_that_no_training_row_has_are_told(
     tokenizer: Tokenizer, write_rows: Callable, tmp_path: Path, cached: bool
 ):
