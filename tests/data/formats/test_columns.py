@@ -3,6 +3,7 @@
 import re
 import shlex
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -27,6 +28,8 @@ def asked(number: int) -> dict[str, Any]:
 def test_settings_know_the_formats_and_their_columns():
     assert get_args(FormName) == ("auto", *FORMATS)
     assert set(ROW_COLUMNS) == {name for form in FORMATS.values() for name in (*form.required, *form.optional)}
+    documented = (Path(__file__).parents[3] / "docs/data.md").read_text(encoding="utf-8")
+    assert [name for name in FORMATS if f" {name} |" not in documented and f" {name}, " not in documented] == []
 
 
 @pytest.mark.parametrize("cached", [False, True])
