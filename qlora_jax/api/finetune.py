@@ -19,8 +19,9 @@ from qlora_jax.api.settings import Overrides, training_config
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.dtypes import Dtype, MergedFormat
 from qlora_jax.io.export.result import ExportResult
+from qlora_jax.io.head_file import TrainedHead, read_head
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.models.partition import ModelParts, combine
+from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.training.metrics import read_metrics
 from qlora_jax.training.run import METRICS_FILE, lock_output, run_training
 from qlora_jax.training.session import PreparedModel
@@ -162,13 +163,24 @@ def finetune(
             console=console_for(progress),
             model=_prepared(parts, provenance, tokenizer),
         )
+    head = read_head(folder)
+    parts = _headed(parts, head)
     lora = jax.tree.map(lambda new, old: jax.device_put(new, old.sharding), trained.lora, parts.lora)
     return FinetuneRun(
-        model=attach(combine(parts.with_lora(lora)), provenance),
+        model=attach(combine(parts.with_lora(lora)), dataclasses.replace(provenance, head=head)),
         folder=folder,
         step=trained.step,
         finished=trained.finished,
     )
+
+
+def _headed(parts: ModelParts, head: TrainedHead | None) -> ModelParts:
+    """Returns the parts with the sequence head that a run added, if it added one."""
+    model = combine(parts)
+    if head is None or model.score is not None:
+        return parts
+    model.add_sequence_head(head.spec(), jax.random.key(0))
+    return partition(model)
 
 
 def _prepared(parts: ModelParts, provenance: Provenance, tokenizer: Tokenizer) -> PreparedModel:

@@ -95,5 +95,6 @@ def load_opened(
         fingerprint=loaded.fingerprint,
         lora_args=run.lora_args if run else None,
         initial=run.initial if run else None,
+        head=run.head if run else None,
     )
     return attach(model, provenance)

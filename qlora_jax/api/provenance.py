@@ -9,6 +9,7 @@ from qlora_jax.config import LoraArgs
 from qlora_jax.config.fields import TemplateValue
 from qlora_jax.io.adapter_init import InitialAdapter
 from qlora_jax.io.checkpoint import Run
+from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.partition import ModelParts, combine, partition
@@ -28,6 +29,7 @@ class Provenance:
       fingerprint: of the base, as a run's checkpoint stores it.
       lora_args: settings of the adapter; None for a base.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
+      head: the sequence head that was trained, if any.
     """
 
     opened: OpenedModel
@@ -36,6 +38,7 @@ class Provenance:
     chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
     lora_args: LoraArgs | None = None
     initial: InitialAdapter | None = None
+    head: TrainedHead | None = None
 
     def as_run(self, parts: ModelParts) -> Run:
         """The model's adapter as a run, for the exporters.
@@ -59,6 +62,7 @@ class Provenance:
             initial=self.initial,
             tables={} if loaded is None else loaded.tables,
             projections=None if loaded is None else loaded.projections,
+            head=self.head,
         )
 
 

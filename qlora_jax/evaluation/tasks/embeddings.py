@@ -62,12 +62,7 @@ class EmbeddingsTask:
         """Spearman's correlation with the scores; without scores, retrieval among all texts but the anchors."""
         if self.scores is not None:
             return [spearman_metric((scores[:, 0] * scores[:, 1]).sum(axis=1), self.scores)]
-        ranks_R = _ranks(scores)
-        reciprocal_R = 1 / ranks_R
-        mean = bootstrapped(
-            "mean reciprocal rank", lambda draws: draws @ reciprocal_R / draws.sum(axis=1), len(ranks_R)
-        )
-        return [share(NEAREST, ranks_R == 1), mean]
+        return retrieval_metrics(scores)
 
     def compare(self, before: States, after: States) -> list[Comparison]:
         """The change of retrieval accuracy; none with scores."""
@@ -76,6 +71,15 @@ class EmbeddingsTask:
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the program of the largest batch."""
         return lower_outputs(parts, self.texts)
+
+
+def retrieval_metrics(states_RKD: States) -> list[Metric]:
+    """Returns how often an anchor's positive is nearest to it, and the mean reciprocal rank."""
+    norms = np.maximum(np.linalg.norm(states_RKD, axis=2, keepdims=True), 1e-12)
+    reciprocal_R = 1 / _ranks(states_RKD / norms)
+    count = len(reciprocal_R)
+    mean = bootstrapped("mean reciprocal rank", lambda draws: draws @ reciprocal_R / draws.sum(axis=1), count)
+    return [share(NEAREST, reciprocal_R == 1), mean]
 
 
 def _ranks(states_RKD: States) -> Float64[np.ndarray, " R"]:
