@@ -15,7 +15,7 @@ MEASURES: dict[str, dict[str, Better]] = {
         "right by reward": "higher",
         "reward margin": "higher",
         "right by likelihood": "higher",
-        "right by likelihood a token": "higher",
+        "right by likelihood per token": "higher",
     },
     "answers": {"exactly the answer": "higher"},
     "programs": {"pass@1": "higher"},

@@ -39,11 +39,11 @@ LONGER = "chosen is longer"
 KINDS: dict[str, MetricKind] = {
     RIGHT_BY_REWARD: "share",
     MARGIN: "number",
-    "KL to the reference a token": "number",
+    "KL to the reference per token": "number",
     RIGHT_BY_LIKELIHOOD: "share",
-    f"{RIGHT_BY_LIKELIHOOD} a token": "share",
-    "loss a token, chosen": "number",
-    "loss a token, rejected": "number",
+    f"{RIGHT_BY_LIKELIHOOD} per token": "share",
+    "loss per token, chosen": "number",
+    "loss per token, rejected": "number",
     LONGER: "share",
 }
 
@@ -134,14 +134,14 @@ class PairsTask:
             found = {
                 RIGHT_BY_REWARD: RowValues(_right(margin_P), one_P),
                 MARGIN: RowValues(margin_P, one_P),
-                "KL to the reference a token": RowValues(ratio_P2.sum(axis=1), tokens_P2.sum(axis=1)),
+                "KL to the reference per token": RowValues(ratio_P2.sum(axis=1), tokens_P2.sum(axis=1)),
             }
         mean_P2 = scores.nll_P2 / tokens_P2
         return found | {
             RIGHT_BY_LIKELIHOOD: RowValues(_right(scores.nll_P2[:, 1] - scores.nll_P2[:, 0]), one_P),
-            f"{RIGHT_BY_LIKELIHOOD} a token": RowValues(_right(mean_P2[:, 1] - mean_P2[:, 0]), one_P),
-            "loss a token, chosen": RowValues(scores.nll_P2[:, 0], tokens_P2[:, 0]),
-            "loss a token, rejected": RowValues(scores.nll_P2[:, 1], tokens_P2[:, 1]),
+            f"{RIGHT_BY_LIKELIHOOD} per token": RowValues(_right(mean_P2[:, 1] - mean_P2[:, 0]), one_P),
+            "loss per token, chosen": RowValues(scores.nll_P2[:, 0], tokens_P2[:, 0]),
+            "loss per token, rejected": RowValues(scores.nll_P2[:, 1], tokens_P2[:, 1]),
             LONGER: RowValues(_right(tokens_P2[:, 0] - tokens_P2[:, 1]), one_P),
         }
 

@@ -53,11 +53,11 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
     expected = {
         "right by reward": (margins > 0).mean(),
         "reward margin": margins.mean(),
-        "KL to the reference a token": (before - nll).sum() / tokens.sum(),
+        "KL to the reference per token": (before - nll).sum() / tokens.sum(),
         "right by likelihood": (nll[:, 0] < nll[:, 1]).mean(),
-        "right by likelihood a token": (mean[:, 0] < mean[:, 1]).mean(),
-        "loss a token, chosen": nll[:, 0].sum() / tokens[:, 0].sum(),
-        "loss a token, rejected": nll[:, 1].sum() / tokens[:, 1].sum(),
+        "right by likelihood per token": (mean[:, 0] < mean[:, 1]).mean(),
+        "loss per token, chosen": nll[:, 0].sum() / tokens[:, 0].sum(),
+        "loss per token, rejected": nll[:, 1].sum() / tokens[:, 1].sum(),
         "chosen is longer": 0.75,  # half of two pairs have equal lengths
         "ties by likelihood (count as half)": 0,
     }
