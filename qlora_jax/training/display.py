@@ -11,8 +11,9 @@ from rich.text import Text
 
 from qlora_jax.config import QUESTION_KINDS
 from qlora_jax.config.sizes import format_bytes
-from qlora_jax.training.eval_metrics import loss_interval, task_metrics
+from qlora_jax.training.eval_metrics import HIGH, LOW, loss_interval, task_metrics
 from qlora_jax.training.metrics import Record
+from qlora_jax.training.preference_metrics import ACCURACY, EVAL, MARGIN, PREFERENCE_LABELS
 
 _WINDOW = 20  # steps over which speed and remaining time are averaged
 _SAMPLE_CHARACTERS = 160
@@ -87,6 +88,7 @@ def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
     speed, step_time, mfu = pace.tokens_per_second, pace.seconds_per_step, pace.mfu
     parts = [
         f"loss {record['loss']:.3f}",
+        _reward_text(record),
         "" if speed is None else _speed_text(speed, record.get("devices", 1)),
         "" if mfu is None else f"MFU {mfu:.1%}",
         "" if step_time is None else f"{format_duration(steps_left * step_time)} left",
@@ -96,6 +98,13 @@ def status_line(record: Record, pace: Throughput, steps_left: int) -> str:
         _memory_text(record),
     ]
     return "  ".join(filter(None, parts))
+
+
+def _reward_text(record: Record) -> str:
+    """Formats the rewards of pairs or labelled answers: `right 81.2%, margin 0.413`; empty without rewards."""
+    right = f"right {record[ACCURACY]:.1%}" if ACCURACY in record else ""
+    margin = f"margin {record[MARGIN]:.3f}" if MARGIN in record else ""
+    return ", ".join(filter(None, (right, margin)))
 
 
 def _speed_text(tokens_per_second: float, devices: int) -> str:
@@ -124,7 +133,9 @@ def evaluation_lines(record: Record) -> list[str]:
     lines = []
     if "eval_loss" in record:
         interval = " [{:.3f}, {:.3f}]".format(*ends) if (ends := loss_interval(record)) else ""
-        lines.append(f"held-out loss {record['eval_loss']:.3f}{interval}, perplexity {record['eval_perplexity']:.3f}")
+        perplexity = f", perplexity {record['eval_perplexity']:.3f}" if "eval_perplexity" in record else ""
+        lines.append(f"held-out loss {record['eval_loss']:.3f}{interval}{perplexity}")
+    lines += [", ".join(preferences)] if (preferences := _preference_texts(record)) else []
     for task in QUESTION_KINDS:
         metrics = [
             f"{metric.label} {metric.value:.1%} [{100 * metric.low:.1f}, {100 * metric.high:.1f}]"
@@ -132,6 +143,20 @@ def evaluation_lines(record: Record) -> list[str]:
         ]
         lines += [f"{task}: {', '.join(metrics)}"] if metrics else []
     return lines
+
+
+def _preference_texts(record: Record) -> list[str]:
+    """Formats held-out preferences: `right by reward 81.2% [74.3, 86.5]`, `reward margin 0.413 [0.330, 0.498]`."""
+    texts = []
+    for name, label in PREFERENCE_LABELS.items():
+        if f"{EVAL}{name}" not in record:
+            continue
+        value, low, high = (record[f"{EVAL}{name}{end}"] for end in ("", LOW, HIGH))
+        if name == ACCURACY:
+            texts.append(f"{label} {value:.1%} [{100 * low:.1f}, {100 * high:.1f}]")
+        else:
+            texts.append(f"{label} {value:.3f} [{low:.3f}, {high:.3f}]")
+    return texts
 
 
 class Display:

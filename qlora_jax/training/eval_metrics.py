@@ -14,6 +14,7 @@ from qlora_jax.training.metrics import Record
 
 LOW, HIGH = "_low", "_high"  # suffixes of an interval's ends
 LOSS = "eval_loss"
+OBJECTIVE_ROWS = "eval_rows"  # in records whose loss is a mean over rows, not over tokens
 
 
 class TaskMetric(NamedTuple):
@@ -57,6 +58,14 @@ def eval_loss_metrics(nll: Float64[np.ndarray, " rows"], tokens: Int64[np.ndarra
     found = {LOSS: loss, "eval_perplexity": perplexity(loss), "eval_tokens": int(tokens.sum())}
     if math.isfinite(loss):
         found[LOSS + LOW], found[LOSS + HIGH] = bootstrap(nll, tokens)
+    return found
+
+
+def objective_loss_metrics(losses: Float64[np.ndarray, " rows"]) -> dict[str, float]:
+    """Returns the held-out loss of an objective (the mean over rows), with an interval if the loss is finite."""
+    found = {LOSS: float(losses.mean()), OBJECTIVE_ROWS: len(losses)}
+    if math.isfinite(found[LOSS]):
+        found[LOSS + LOW], found[LOSS + HIGH] = bootstrap(losses, np.ones(len(losses)))
     return found
 
 

@@ -13,20 +13,19 @@ from typing import Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from qlora_jax.data.batching.batches import NO_ROW, START, Batch
+from qlora_jax.data.batching.batches import START, Batch
 from qlora_jax.io.checkpoint import Checkpoints, saved_steps
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.early_stopping import BestEvaluation
-from qlora_jax.training.eval_metrics import eval_loss_metrics
+from qlora_jax.training.held_out import held_out_metrics
 from qlora_jax.training.memory_watch import memory_in_use
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.optimizer_state import OptimizerState
-from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch, rows_that_divide
+from qlora_jax.training.preference_metrics import step_metrics
+from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch
 from qlora_jax.training.session import Session
-from qlora_jax.training.step import evaluation_loss
 
-EVAL_ROWS = 8  # rows per evaluation batch; more on a mesh of devices that 8 rows do not divide over
 EVALUATION_DUE = "evaluation_due"  # a key of a checkpoint's state, there only if it is true
 
 
@@ -186,6 +185,7 @@ def train_step(
             "seconds": seconds,
             "data_seconds": data_seconds,
         }
+        | step_metrics(session.objective, loss.outputs, batch.slots)
         | session.utilization.metrics(batch, tokens, seconds)
         | session.state_manager.metrics(optimizer_state, sent + moved)
         | _speed_of_devices(session, batch.tokens / seconds)
@@ -273,23 +273,10 @@ def _measure(
     parts = session.parts.with_lora(state.lora)
     go_on()
     replies = [] if session.samples is None else session.samples.replies(parts, state.step)
-    found = {} if session.dataset.eval is None else held_out_loss(session, state, go_on)
+    found = {} if session.dataset.eval is None else held_out_metrics(session, state.lora, go_on)
     if session.questions is not None:
         found |= session.questions.metrics(parts, go_on)
     return replies, found
-
-
-def held_out_loss(session: Session, state: TrainState, before_batch: Callable[[], None]) -> dict[str, float]:
-    """Returns the record entries of the held-out loss: the mean over tokens, with a 95 % bootstrap interval."""
-    sums, tokens = [], []
-    for batch in session.dataset.eval_batches(rows_that_divide(EVAL_ROWS, session.mesh)):
-        before_batch()
-        arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.mesh)
-        rows_B = evaluation_loss(session.parts.with_lora(state.lora), arrays, mesh=session.mesh)
-        there = batch.rows[0, :, 0] != NO_ROW
-        sums.append(np.asarray(rows_B, np.float64)[there])
-        tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])
-    return eval_loss_metrics(np.concatenate(sums), np.concatenate(tokens))
 
 
 def save(session: Session, state: TrainState, checkpoints: Checkpoints) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qlora_jax.training.display import Display, Throughput, format_duration, print_banner
+from qlora_jax.training.display import Display, Throughput, evaluation_lines, format_duration, print_banner
 from qlora_jax.training.eval_metrics import eval_loss_metrics
 
 
@@ -54,6 +54,17 @@ def test_questions_have_a_line_for_each_kind():
         display.evaluation_progress("letters: 3 of 4")  # in a terminal alone
         display.evaluation({"step": 0, **right, "letters_ties": 1})
     assert out.getvalue() == "step 0/5  letters: right by letter 25.0% [10.0, 48.2]\n"
+
+
+def test_preferences_have_a_line_of_their_own():
+    record = {"step": 3, "eval_loss": 0.5, "eval_loss_low": 0.4, "eval_loss_high": 0.6, "eval_rows": 7}
+    for name, value in (("rewards_accuracy", 0.9), ("rewards_margin", 1.0), ("logp_chosen", -2.0)):
+        record |= {f"eval_{name}": value, f"eval_{name}_low": value - 0.1, f"eval_{name}_high": value + 0.1}
+    assert evaluation_lines(record) == [
+        "held-out loss 0.500 [0.400, 0.600]",
+        "right by reward 90.0% [80.0, 100.0], reward margin 1.000 [0.900, 1.100], "
+        "log p per token of chosen -2.000 [-2.100, -1.900]",
+    ]
 
 
 def test_what_is_paged_is_shown_and_a_problem_told_once():

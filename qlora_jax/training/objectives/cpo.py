@@ -47,11 +47,16 @@ class CPO(PairObjective):
 
     def pair_losses(self, outputs: SequenceLogps, arrays: Arrays, totals: Totals) -> Float[Array, "*B P"]:
         """Returns the loss of each pair; the cross-entropy is scaled so that their mean is that over tokens."""
-        logps_BS = outputs.logps_BS
-        if self.loss_type in PER_TOKEN:
-            logps_BS = per_token(logps_BS, outputs.tokens_BS)
-        margin_BP = in_pairs(logps_BS).margin
+        margin_BP = in_pairs(self._scores(outputs)).margin
         loss = MARGIN_LOSSES["sigmoid" if self.loss_type == "simpo" else self.loss_type]
         losses_BP = loss(margin_BP - self.gamma / self.beta, self.beta, self.label_smoothing)
         pairs_per_token = totals["pairs"] / totals["chosen_tokens"]
         return losses_BP - self.alpha * pairs_per_token * in_pairs(outputs.logps_BS).chosen
+
+    def rewards(self, outputs: SequenceLogps, arrays: Arrays) -> Float[Array, "*B S"]:
+        """Returns beta log p of each sequence; per token for `ipo` and `simpo`."""
+        return self.beta * self._scores(outputs)
+
+    def _scores(self, outputs: SequenceLogps) -> Float[Array, "*B S"]:
+        is_mean = self.loss_type in PER_TOKEN
+        return per_token(outputs.logps_BS, outputs.tokens_BS) if is_mean else outputs.logps_BS

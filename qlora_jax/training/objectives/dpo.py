@@ -44,3 +44,7 @@ class DPO(PairObjective):
         if self.loss_type == "ipo":
             ratios_BS = per_token(ratios_BS, outputs.tokens_BS)
         return MARGIN_LOSSES[self.loss_type](in_pairs(ratios_BS).margin, self.beta, self.label_smoothing)
+
+    def rewards(self, outputs: SequenceLogps, arrays: Arrays) -> Float[Array, "*B S"]:
+        """Returns beta (log p - log p of the reference) of each sequence."""
+        return self.beta * (outputs.logps_BS - arrays[REFERENCE])

@@ -79,6 +79,10 @@ class KTO:
         losses_BN = kto_losses(ratios_BS[..., answers] - z, arrays[LABELS][..., answers], self)
         return jnp.sum(jnp.where(arrays[PRESENT][..., answers] > 0, losses_BN, 0.0), axis=-1)
 
+    def rewards(self, outputs: SequenceLogps, arrays: Arrays) -> Float[Array, "*B S"]:
+        """Returns beta (log p - log p of the reference) of each sequence."""
+        return self.beta * (outputs.logps_BS - arrays[REFERENCE])
+
     def count(self, batch: Arrays) -> Float[Array, ""]:
         """Returns the number of answers."""
         return jnp.sum(batch[PRESENT][..., :: self.sequences_per_row])

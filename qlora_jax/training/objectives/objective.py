@@ -77,6 +77,14 @@ class Objective(Protocol):
         ...
 
 
+class PreferenceObjective(Objective, Protocol):
+    """An objective whose outputs are the log-probabilities of answers (sequences.SequenceLogps)."""
+
+    def rewards(self, outputs: PyTree, arrays: Arrays) -> Float[Array, "*ABS"]:
+        """Returns the reward of each sequence, as TRL reports it; `arrays` are those of `row_losses`."""
+        ...
+
+
 def needs_reference(objective: Objective) -> bool:
     """Returns True if the objective reads the log-probabilities of the reference, the run's initial model."""
     return REFERENCE in objective.values

@@ -64,6 +64,10 @@ class ORPO(PairObjective):
         log_odds_BP = in_pairs(log_odds(per_token(outputs.logps_BS, outputs.tokens_BS))).margin
         return -self.beta * jax.nn.log_sigmoid(log_odds_BP)
 
+    def rewards(self, outputs: SequenceLogps, arrays: Arrays) -> Float[Array, "*B S"]:
+        """Returns beta times the mean log p of each sequence's tokens."""
+        return self.beta * per_token(outputs.logps_BS, outputs.tokens_BS)
+
     def row_losses(self, outputs: ORPOOutputs, arrays: Arrays, totals: Totals) -> Float[Array, "*B"]:
         """Adds the cross-entropy of the chosen texts, scaled so that the mean over pairs is that over tokens."""
         pairs_per_token = totals["pairs"] / totals["tokens"]

@@ -4,10 +4,12 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from qlora_jax.config import QUESTION_KINDS
-from qlora_jax.training.eval_metrics import TaskMetric, task_metrics
+from qlora_jax.training.eval_metrics import HIGH, LOW, TaskMetric, task_metrics
 from qlora_jax.training.metrics import Record
 
 GIB = 2**30
+ENDS = ("", LOW, HIGH)  # of the keys of a metric and of its interval
+_SMOOTHING_SHARE = 0.05  # share of the steps over which a moving average averages
 
 
 class Line(NamedTuple):
@@ -29,11 +31,16 @@ class Line(NamedTuple):
 
 
 class Chart(NamedTuple):
-    """Curves with a common unit, which is empty if the caption includes it."""
+    """Curves with a common unit, which is empty if the caption includes it.
+
+    Fields:
+      from_zero: True if the vertical axis includes zero.
+    """
 
     caption: str
     unit: str
     lines: Sequence[Line]
+    from_zero: bool = True
 
     @property
     def title(self) -> str:
@@ -52,6 +59,7 @@ def charts(records: Sequence[Record], planned: int) -> list[Chart]:
     steps = [record for record in records if "loss" in record]
     warm = _warm(steps)
     found = [
+        *_preference_charts(records, steps),
         *(Chart(kind.caption, "% right", _question_lines(records, name)) for name, kind in QUESTION_KINDS.items()),
         Chart("Learning rate", "", [_line("", steps, lambda r: r["learning_rate"])]),
         Chart("Speed", "tokens per second, without padding", [_line("", warm, lambda r: r["tokens"] / r["seconds"])]),
@@ -60,6 +68,49 @@ def charts(records: Sequence[Record], planned: int) -> list[Chart]:
     ]
     drawn = [chart._replace(lines=[line for line in chart.lines if line.steps]) for chart in found]
     return [chart for chart in drawn if chart.lines]
+
+
+def smooth(values: Sequence[float], weight: float) -> list[float]:
+    """Returns the moving average m = weight * m + (1 - weight) * value, with Adam's correction for its start at 0."""
+    mean, smoothed = 0.0, []
+    for count, value in enumerate(values, 1):
+        mean = weight * mean + (1 - weight) * value
+        smoothed.append(mean / (1 - weight**count))
+    return smoothed
+
+
+def moving_average(values: Sequence[float]) -> list[float]:
+    """Returns the average over a share of all steps before each step, and the step itself."""
+    return smooth(values, 1 - 1 / max(1.0, _SMOOTHING_SHARE * len(values)))
+
+
+def _preference_charts(records: Sequence[Record], steps: Sequence[Record]) -> list[Chart]:
+    """Returns the charts of preferences: held-out curves are solid, the moving averages of training steps dashed."""
+
+    def lines(name: str, label: str, *, main: bool = True, scale: float = 1.0) -> list[Line]:
+        found = [
+            _metric_line(_with(records, f"eval_{name}"), f"eval_{name}", f"{label}held out", scale)._replace(main=main),
+            _metric_line(_with(steps, name), name, f"{label}training", scale)._replace(main=main, dash="--"),
+        ]
+        return [found[0], found[1]._replace(values=moving_average(found[1].values))]
+
+    rewards, logps = (
+        [*lines(f"{kind}_chosen", "chosen, "), *lines(f"{kind}_rejected", "rejected, ", main=False)]
+        for kind in ("rewards", "logp")
+    )
+    return [
+        Chart("Pairs with a higher reward for the chosen answer", "%", lines("rewards_accuracy", "", scale=100.0)),
+        Chart("Rewards", "", rewards),
+        Chart("KL to the reference", "nats per token", lines("kl", "")),
+        Chart("Log p of answers", "nats per token", logps, from_zero=False),
+    ]
+
+
+def _metric_line(records: Sequence[Record], key: str, label: str, scale: float) -> Line:
+    """Returns a metric, with its intervals if the records have them."""
+    steps = [record["step"] for record in records]
+    values, low, high = ([scale * record[key + end] for record in records if key + end in record] for end in ENDS)
+    return Line(label, steps, values, low=low, high=high)
 
 
 def _question_lines(records: Sequence[Record], kind: str) -> list[Line]:
@@ -98,7 +149,8 @@ def _line(
 
 
 def _with(records: Sequence[Record], key: str) -> list[Record]:
-    return [record for record in records if key in record]
+    """Returns the records with a finite value; others are null in metrics.jsonl."""
+    return [record for record in records if record.get(key) is not None]
 
 
 def _warm(steps: Sequence[Record]) -> list[Record]:

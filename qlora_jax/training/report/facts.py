@@ -10,9 +10,10 @@ from qlora_jax.config import QUESTION_KINDS, Config, to_dict
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.report.examples import ExampleRow, example_rows
 from qlora_jax.data.report.stats import DataReport
-from qlora_jax.training.eval_metrics import loss_interval, perplexity, task_metrics
+from qlora_jax.training.eval_metrics import HIGH, LOW, OBJECTIVE_ROWS, loss_interval, perplexity, task_metrics
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.plan.preflight import RunPlan
+from qlora_jax.training.preference_metrics import EVAL, PREFERENCE_LABELS
 
 ROWS_SHOWN = 32
 
@@ -38,12 +39,12 @@ class RunReport:
 
 
 class EvaluationSummary(TypedDict):
-    """The held-out loss at a step, with its 95 % interval and its perplexity."""
+    """The held-out loss at a step, with its 95 % interval, and its perplexity if it is a mean over tokens."""
 
     step: int
     loss: float
     interval: list[float] | None
-    perplexity: float
+    perplexity: float | None
 
 
 class TrainingSummary(TypedDict):
@@ -65,8 +66,8 @@ class TrainingSummary(TypedDict):
     mfu: float | None
 
 
-class QuestionPoint(TypedDict):
-    """A question metric at a step, with its 95 % interval."""
+class MetricPoint(TypedDict):
+    """A metric at a step, with its 95 % interval."""
 
     step: int
     value: float
@@ -83,8 +84,8 @@ class QuestionSummary(TypedDict):
 
     kind: str
     share: str
-    first: QuestionPoint
-    last: QuestionPoint
+    first: MetricPoint
+    last: MetricPoint
 
 
 class Sample(NamedTuple):
@@ -115,12 +116,14 @@ def report_json(report: RunReport) -> dict[str, object]:
             "device_bytes": report.plan.requirements.device,
             "host_bytes": report.plan.requirements.host,
             "questions_bytes": report.plan.question_bytes or None,
+            "reference": None if report.plan.reference is None else dataclasses.asdict(report.plan.reference),
             "limit_bytes": report.plan.limit,
             "micro_batch": list(report.plan.requirements.config.batch[1:]),
             "peak_bytes": report.peak,
         },
         "training": training_summary(report.records) or {},
         "questions": question_summary(report.records),
+        "preferences": preference_summary(report.records),
         "samples": [sample._asdict() for sample in before_and_after(report.samples)],
     }
 
@@ -163,11 +166,11 @@ def training_summary(records: Sequence[Record]) -> TrainingSummary | None:
 
 def question_summary(records: Sequence[Record]) -> list[QuestionSummary]:
     """Returns each question metric at the first evaluation and at the last."""
-    found: dict[tuple[str, str], list[QuestionPoint]] = {}
+    found: dict[tuple[str, str], list[MetricPoint]] = {}
     for record in records:
         for kind in QUESTION_KINDS:
             for metric in task_metrics(record, kind):
-                point: QuestionPoint = {
+                point: MetricPoint = {
                     "step": record["step"],
                     "value": metric.value,
                     "interval": [metric.low, metric.high],
@@ -177,6 +180,20 @@ def question_summary(records: Sequence[Record]) -> list[QuestionSummary]:
         {"kind": kind, "share": label, "first": points[0], "last": points[-1]}
         for (kind, label), points in found.items()
     ]
+
+
+def preference_summary(records: Sequence[Record]) -> dict[str, list[MetricPoint]]:
+    """Returns each held-out metric of preferences at the first evaluation and at the last, by its name."""
+    found: dict[str, list[MetricPoint]] = {}
+    for name in PREFERENCE_LABELS:
+        key = f"{EVAL}{name}"
+        points = [record for record in records if record.get(key) is not None and key + LOW in record]
+        if points:
+            found[name] = [
+                {"step": one["step"], "value": one[key], "interval": [one[key + LOW], one[key + HIGH]]}
+                for one in (points[0], points[-1])
+            ]
+    return found
 
 
 def before_and_after(samples: Sequence[Record]) -> list[Sample]:
@@ -207,4 +224,5 @@ def _value_as_text(value: object) -> str:
 def _evaluation(record: Record) -> EvaluationSummary:
     loss = record["eval_loss"]
     ends = loss_interval(record)
-    return {"step": record["step"], "loss": loss, "interval": ends and [*ends], "perplexity": perplexity(loss)}
+    found = None if OBJECTIVE_ROWS in record else perplexity(loss)
+    return {"step": record["step"], "loss": loss, "interval": ends and [*ends], "perplexity": found}

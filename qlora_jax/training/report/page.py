@@ -22,11 +22,13 @@ from qlora_jax.training.banner import warm_up_text
 from qlora_jax.training.display import format_duration
 from qlora_jax.training.plan.preflight import BREAKDOWN, RunPlan
 from qlora_jax.training.plan.requirements import KINDS, Requirements
+from qlora_jax.training.preference_metrics import ACCURACY, PREFERENCE_LABELS
 from qlora_jax.training.report.curves import charts
 from qlora_jax.training.report.facts import (
     RunReport,
     TrainingSummary,
     before_and_after,
+    preference_summary,
     question_summary,
     report_json,
     training_summary,
@@ -98,7 +100,9 @@ def _loss(report: RunReport) -> list[_Figure]:
     if not training_summary(report.records):
         return []
     draw = functools.partial(loss_svg, report.records)
-    return _figures([("Nats per supervised token", "loss over optimizer steps", draw)])
+    objective = report.config.objective
+    caption = "Nats per supervised token" if objective == "sft" else f"Loss of {objective}, mean over rows"
+    return _figures([(caption, "loss over optimizer steps", draw)])
 
 
 def _curves(report: RunReport) -> list[_Figure]:
@@ -165,6 +169,7 @@ def _tiles(report: RunReport) -> list[tuple[str, str]]:
     return [
         ("steps", f"{done['steps']:,}"),
         *_held_out(done),
+        *_preferences(report),
         *_questions(report),
         ("last training loss", "not finite" if done["last_loss"] is None else f"{done['last_loss']:.3f}"),
         ("tokens per second", f"{done['tokens_per_second']:,.0f}"),
@@ -182,15 +187,25 @@ def _questions(report: RunReport) -> list[tuple[str, str]]:
     ]
 
 
+def _preferences(report: RunReport) -> list[tuple[str, str]]:
+    """Returns the held-out metrics of preferences before and after, the last with its interval."""
+    found = []
+    for name, (first, last) in preference_summary(report.records).items():
+        form = "{:.1%}" if name == ACCURACY else "{:.3f}"
+        ends = (form.format(value) for value in last["interval"])
+        change = f"{form.format(first['value'])} → {form.format(last['value'])}"
+        found.append((f"held out: {PREFERENCE_LABELS[name]}", f"{change} [{', '.join(ends)}]"))
+    return found
+
+
 def _held_out(done: TrainingSummary) -> list[tuple[str, str]]:
     first, last, best = done["first_eval"], done["last_eval"], done["best_eval"]
     if first is None or last is None or best is None:
         return []
     interval = " [{:.3f}, {:.3f}]".format(*last["interval"]) if last["interval"] else ""
-    tiles = [
-        ("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}{interval}"),
-        ("perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"),
-    ]
+    tiles = [("held-out loss", f"{first['loss']:.3f} → {last['loss']:.3f}{interval}")]
+    if first["perplexity"] is not None and last["perplexity"] is not None:
+        tiles.append(("perplexity", f"{first['perplexity']:.3f} → {last['perplexity']:.3f}"))
     if best["step"] == last["step"]:
         return tiles
     return [*tiles, (f"lowest held-out loss, at step {best['step']:,}", f"{best['loss']:.3f}")]

@@ -10,7 +10,7 @@ import numpy as np
 from qlora_jax.atomic_files import write_bytes
 from qlora_jax.training.eval_metrics import loss_interval
 from qlora_jax.training.metrics import Record
-from qlora_jax.training.report.curves import Chart
+from qlora_jax.training.report.curves import Chart, moving_average
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,16 +26,6 @@ _THOUSAND = 1000
 _FAINT = 0.2
 # Placeholder colours, and the CSS variables that replace them, so that the page can be light or dark.
 _PAGE_COLORS = {"#010101": "--ink", "#020202": "--first", "#030303": "--second"}
-_SMOOTHING_SHARE = 0.05  # share of the steps over which the bold curve averages
-
-
-def smooth(values: Sequence[float], weight: float) -> list[float]:
-    """Returns the moving average m = weight * m + (1 - weight) * value, with Adam's correction for its start at 0."""
-    mean, smoothed = 0.0, []
-    for count, value in enumerate(values, 1):
-        mean = weight * mean + (1 - weight) * value
-        smoothed.append(mean / (1 - weight**count))
-    return smoothed
 
 
 def _curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]:
@@ -64,8 +54,8 @@ def loss_svg(records: Sequence[Record], size: Size) -> str:
 
 
 def chart_svg(chart: Chart, size: Size) -> str:
-    """Returns a chart as an <svg> element, without caption and unit; the vertical axis starts at zero."""
-    return page_svg(lambda axes: _draw_chart(axes, chart), chart.caption, size)
+    """Returns a chart as an <svg> element, without caption and unit."""
+    return page_svg(lambda axes: draw_chart(axes, chart), chart.caption, size)
 
 
 def lengths_svg(lengths: Mapping[int, int], max_length: int, size: Size) -> str:
@@ -75,10 +65,9 @@ def lengths_svg(lengths: Mapping[int, int], max_length: int, size: Size) -> str:
 
 def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
     steps, losses = _curve(records, "loss")
-    weight = 1 - 1 / max(1.0, _SMOOTHING_SHARE * len(losses))
     axes.plot(steps, losses, color="C0", alpha=0.3, linewidth=1, label="loss per step")
     marker = _marker(steps)
-    axes.plot(steps, smooth(losses, weight), color="C0", linewidth=2, marker=marker, label="moving average")
+    axes.plot(steps, moving_average(losses), color="C0", linewidth=2, marker=marker, label="moving average")
     eval_steps, eval_losses = _curve(records, "eval_loss")
     if eval_steps:
         axes.plot(eval_steps, eval_losses, color="C1", marker="o", linewidth=2, label="held-out loss")
@@ -89,7 +78,8 @@ def _draw_loss(axes: "Axes", records: Sequence[Record]) -> None:
     _label_steps(axes)
 
 
-def _draw_chart(axes: "Axes", chart: Chart) -> None:
+def draw_chart(axes: "Axes", chart: Chart) -> None:
+    """Draws the curves of a chart with their intervals."""
     for line in chart.lines:
         color = "C0" if line.main else "C1"
         style = {"color": color, "linestyle": line.dash, "linewidth": 2, "marker": _marker(line.steps)}
@@ -97,7 +87,9 @@ def _draw_chart(axes: "Axes", chart: Chart) -> None:
         if line.low:
             axes.fill_between(line.steps, line.low, line.high, color=color, alpha=0.15, linewidth=0)
     top = max(value for line in chart.lines for value in (*line.values, *line.high))
-    axes.set_ylim(0, 1.1 * top or 1)
+    lowest = min(value for line in chart.lines for value in (*line.values, *line.low))
+    if chart.from_zero:
+        axes.set_ylim(min(0, 1.1 * lowest), 1.1 * top if top > 0 else (0 if lowest < 0 else 1))
     if top >= _THOUSAND:
         axes.yaxis.set_major_formatter("{x:,.0f}")
     else:

@@ -6,13 +6,14 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 
 from qlora_jax.evaluation.metrics import Metric
 from qlora_jax.evaluation.statistics import wilson_interval
 from qlora_jax.training.eval_metrics import flatten_metrics
 from qlora_jax.training.report.curves import GIB, Chart, Line, charts
-from qlora_jax.training.report.facts import before_and_after, question_summary, training_summary
-from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, lengths_svg, loss_svg
+from qlora_jax.training.report.facts import before_and_after, preference_summary, question_summary, training_summary
+from qlora_jax.training.report.plot import NARROW, WIDE, chart_svg, draw_chart, lengths_svg, loss_svg
 
 
 def step(number: int, loss: float | None = 1.0, tokens: int = 100, seconds: float = 1.0) -> dict:
@@ -106,6 +107,40 @@ def test_questions_in_figures_and_charts():
     svg = chart_svg(chart, NARROW)
     assert svg.count("fill-opacity: 0.15") == 2 and "right by letter" in svg
     assert question_summary([step(1)]) == []
+
+
+def preferences(number: int, accuracy: float, prefix: str = "") -> dict:
+    names = ("rewards_chosen", "rewards_rejected", "logp_chosen", "logp_rejected")
+    values = {"rewards_accuracy": accuracy} | {name: -index - accuracy for index, name in enumerate(names)}
+    ends = {"": 0.0} | ({"_low": -0.1, "_high": 0.1} if prefix else {})
+    return {f"{prefix}{name}{end}": value + shift for name, value in values.items() for end, shift in ends.items()}
+
+
+def test_preferences_in_figures_and_charts():
+    loss = {"eval_loss": 0.5, "eval_rows": 9}
+    held = [{"step": n} | loss | preferences(n, right, "eval_") for n, right in ((0, 0.5), (2, 0.9))]
+    known = {"learning_rate": 0.1, "length": 64}
+    records = [held[0], *(step(n) | known | preferences(n, 0.4 * n) for n in (1, 2)), held[1]]
+    assert training_summary(records)["last_eval"]["perplexity"] is None  # the loss is not a mean over tokens
+    found = preference_summary(records)
+    assert found["rewards_accuracy"] == [
+        {"step": 0, "value": 0.5, "interval": [0.4, 0.6]},
+        {"step": 2, "value": 0.9, "interval": [0.8, 1.0]},
+    ]
+    right, rewards, logps, *_ = charts(records, GIB)
+    assert [(line.label, line.values, line.dash) for line in right.lines] == [
+        ("held out", [50.0, 90.0], "-"),
+        ("training", pytest.approx([40.0, 80.0]), "--"),
+    ]
+    assert [line.label for line in rewards.lines] == [
+        f"{kind}, {rows}" for kind in ("chosen", "rejected") for rows in ("held out", "training")
+    ]
+    assert rewards.lines[0].low == pytest.approx([-0.6, -1.0]) and not logps.from_zero
+    for chart, from_zero in ((rewards, True), (logps, False)):
+        axes = Figure().subplots()
+        draw_chart(axes, chart)
+        low, high = axes.get_ylim()
+        assert low <= min(map(min, (line.values for line in chart.lines))) and (high >= 0) == from_zero
 
 
 def test_charts_leave_out_what_is_not_known():

@@ -5,8 +5,8 @@ from xml.sax.saxutils import escape
 
 import pytest
 
-from qlora_jax.training.report.curves import Chart, Line
-from qlora_jax.training.report.plot import NARROW, chart_svg, plot_loss, smooth
+from qlora_jax.training.report.curves import Chart, Line, smooth
+from qlora_jax.training.report.plot import NARROW, chart_svg, plot_loss
 
 
 def test_smooth_is_a_weighted_mean_of_what_came():

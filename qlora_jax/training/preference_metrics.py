@@ -1,0 +1,177 @@
+"""Metrics of preferences: rewards, accuracy, margin, KL to the reference, and log p per token; with intervals held out.
+
+The names mean what TRL's mean; docs/preferences.md compares them. All are ratios of sums over rows.
+
+`kl` is the mean of log p - log p of the reference over the tokens of the data's answers. It estimates the KL divergence
+(k1 of Schulman 2020) as far as the data's answers are like those that the model would write, and it may be negative.
+
+Dimension key: R rows of a step or of the held-out data.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import ArrayLike, Float64, PyTree
+
+from qlora_jax.evaluation.metrics import RowValues
+from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap_of, wilson_interval
+from qlora_jax.training.eval_metrics import HIGH, LOW
+from qlora_jax.training.objectives.objective import LABELS, PRESENT, REFERENCE, Objective, PreferenceObjective
+from qlora_jax.training.objectives.sequences import SequenceLogps
+
+EVAL = "eval_"  # prefix of the held-out metrics
+CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"
+KL, KTO_KL, LOGP_CHOSEN, LOGP_REJECTED = "kl", "kto_kl", "logp_chosen", "logp_rejected"
+PREFERENCE_LABELS = {
+    ACCURACY: "right by reward",
+    MARGIN: "reward margin",
+    CHOSEN: "reward of chosen",
+    REJECTED: "reward of rejected",
+    KL: "KL per token",
+    KTO_KL: "KL of KTO",
+    LOGP_CHOSEN: "log p per token of chosen",
+    LOGP_REJECTED: "log p per token of rejected",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerScores:
+    """Scores of one answer per row.
+
+    Fields:
+      logps: the sum of log p over its tokens.
+      rewards: as the objective defines them.
+      reference: the sum of log p under the reference; None for objectives without one.
+    """
+
+    logps: Float64[np.ndarray, " R"]
+    tokens: Float64[np.ndarray, " R"]
+    rewards: Float64[np.ndarray, " R"]
+    reference: Float64[np.ndarray, " R"] | None
+
+
+def pair_values(chosen: AnswerScores, rejected: AnswerScores) -> dict[str, RowValues]:
+    """Returns each row's part of the metrics of pairs. Equal rewards count as half right."""
+    one_R, margin_R = np.ones(len(chosen.logps)), chosen.rewards - rejected.rewards
+    found = {
+        CHOSEN: RowValues(chosen.rewards, one_R),
+        REJECTED: RowValues(rejected.rewards, one_R),
+        ACCURACY: RowValues((1 + np.sign(margin_R)) / 2, one_R),
+        MARGIN: RowValues(margin_R, one_R),
+        LOGP_CHOSEN: RowValues(chosen.logps, chosen.tokens),
+        LOGP_REJECTED: RowValues(rejected.logps, rejected.tokens),
+    }
+    if chosen.reference is None or rejected.reference is None:
+        return found
+    ratios_R = chosen.logps - chosen.reference + rejected.logps - rejected.reference
+    return found | {KL: RowValues(ratios_R, chosen.tokens + rejected.tokens)}
+
+
+def labelled_values(
+    answers: AnswerScores, desirable: Float64[np.ndarray, " R"], kl_ratios: Float64[np.ndarray, " R"] | None
+) -> dict[str, RowValues]:
+    """Returns each row's part of the metrics of answers with labels (KTO).
+
+    Args:
+      desirable: 1 for a desirable answer, 0 for an undesirable one.
+      kl_ratios: log p - log p of the reference of another row's answer behind the row's prompt; None if the objective
+        does not have them.
+    """
+    undesirable = 1 - desirable
+    found = {
+        CHOSEN: RowValues(answers.rewards * desirable, desirable),
+        REJECTED: RowValues(answers.rewards * undesirable, undesirable),
+        LOGP_CHOSEN: RowValues(answers.logps * desirable, answers.tokens * desirable),
+        LOGP_REJECTED: RowValues(answers.logps * undesirable, answers.tokens * undesirable),
+    }
+    if answers.reference is not None:
+        found[KL] = RowValues(answers.logps - answers.reference, answers.tokens)
+    if kl_ratios is not None:
+        found[KTO_KL] = RowValues(kl_ratios, np.ones(len(kl_ratios)))
+    return found
+
+
+def means(values: Mapping[str, RowValues]) -> dict[str, float]:
+    """Returns the metrics of one step; those that no row contributes to are left out.
+
+    Without pairs, the margin is the difference between the mean rewards of desirable and undesirable answers.
+    """
+    found = {name: float(one.values.sum() / one.weights.sum()) for name, one in values.items() if one.weights.sum() > 0}
+    if MARGIN not in values and CHOSEN in found and REJECTED in found:
+        found[MARGIN] = found[CHOSEN] - found[REJECTED]
+    if KTO_KL in found:
+        found[KTO_KL] = max(0.0, found[KTO_KL])  # as in the loss
+    return found
+
+
+def step_metrics(objective: Objective, outputs: PyTree, arrays: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Returns the metrics of a step; none for an objective whose outputs are not log-probabilities of answers."""
+    if not isinstance(outputs, SequenceLogps):
+        return {}
+    own = jax.tree.map(lambda leaf: jnp.asarray(np.asarray(leaf)), outputs)  # on a mesh they lie on all devices
+    return means(preference_values(cast(PreferenceObjective, objective), own, arrays))
+
+
+def means_with_intervals(values: Mapping[str, RowValues]) -> dict[str, float]:
+    """Returns the held-out metrics, with 95 % intervals over rows: Wilson's for the accuracy, otherwise bootstrap.
+
+    Ties make Wilson's interval a little too wide, because halves vary less than whole answers.
+    """
+    found: dict[str, float] = {}
+    for name, mean in means(values).items():
+        found[EVAL + name] = mean
+        found[EVAL + name + LOW], found[EVAL + name + HIGH] = _interval(name, values)
+    return found
+
+
+def _interval(name: str, values: Mapping[str, RowValues]) -> tuple[float, float]:
+    if name == ACCURACY:
+        return wilson_interval(float(values[name].values.sum()), len(values[name].values))
+    if name not in values:
+        rejected, chosen = (np.stack(values[side], axis=1) for side in (REJECTED, CHOSEN))
+        return paired_bootstrap_of(rejected, chosen, lambda mean: mean)
+    counted = values[name].weights > 0
+    low, high = bootstrap(values[name].values[counted], values[name].weights[counted])
+    return (max(0.0, low), max(0.0, high)) if name == KTO_KL else (low, high)
+
+
+def preference_values(
+    objective: PreferenceObjective, outputs: SequenceLogps, arrays: Mapping[str, np.ndarray]
+) -> dict[str, RowValues]:
+    """Returns the rows' parts of the metrics of an objective, flat over all rows and packs.
+
+    Args:
+      outputs: sums of log p and of tokens, [..., S].
+      arrays: `present` and the objective's values, with the same shapes.
+    """
+    rewards_BS = objective.rewards(outputs, {name: jnp.asarray(array) for name, array in arrays.items()})
+    is_row = _of_rows(arrays[PRESENT], objective.sequences_per_row, 0) > 0
+
+    def flat(array: ArrayLike, place: int) -> Float64[np.ndarray, " R"]:
+        return _of_rows(array, objective.sequences_per_row, place)[is_row].astype(np.float64)
+
+    def scores(place: int) -> AnswerScores:
+        """Returns those of the sequence at a place of each row."""
+        return AnswerScores(
+            logps=flat(outputs.logps_BS, place),
+            tokens=flat(outputs.tokens_BS, place),
+            rewards=flat(rewards_BS, place),
+            reference=flat(arrays[REFERENCE], place) if REFERENCE in arrays else None,
+        )
+
+    if objective.row_kind == "pair":
+        return pair_values(scores(0), scores(1))
+    kl_ratios = None
+    if objective.kl_pairs:
+        others = scores(1)
+        kl_ratios = others.logps - others.reference
+    return labelled_values(scores(0), flat(arrays[LABELS], 0), kl_ratios)
+
+
+def _of_rows(array: ArrayLike, sequences: int, place: int) -> np.ndarray:
+    """Returns the values [..., R] of the sequences at a place of their rows, from those of all slots [..., S]."""
+    return np.asarray(array)[..., place::sequences]
