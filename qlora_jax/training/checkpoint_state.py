@@ -44,6 +44,7 @@ MAY_DIFFER = {
 # They may differ as well, if their product, the rows of an optimizer step, is the same.
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
+INITIAL = "initial_adapter"  # a key of the state of runs with a reference: the digest of the adapter they began with
 # Keys of the state that a resumed run requires.
 RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "config")
 
@@ -58,6 +59,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "fingerprint": session.fingerprint,
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),
+        **({} if session.initial_digest is None else {INITIAL: session.initial_digest}),
         "mesh": mesh_size(session.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
@@ -123,6 +125,11 @@ def check_resumable(session: Session, state: Record) -> None:
         now := session.dataset.window_order(epoch := state["position"]["epoch"])
     ):
         problems.append(f"windows of epoch {epoch}: order {state['window_order']} in the checkpoint, {now} now")
+    if state.get(INITIAL) != session.initial_digest:
+        problems.append(
+            f"lora.start: the initial adapter, whose model is the reference, has other values than at the start of the "
+            f"run (lora.start={session.config.lora.start})"
+        )
     if problems:
         raise ValueError(
             f"{session.config.output}: cannot resume from the checkpoint of step {state['step']}, because these "

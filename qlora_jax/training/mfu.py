@@ -75,33 +75,39 @@ def causal_pairs(lengths: Int64[np.ndarray, "..."], window: int) -> int:
     return int((seen * (seen + 1) // 2 + (lengths - seen) * seen).sum())
 
 
-def utilization(step: StepShape, peak: float | None, devices: int = 1) -> Utilization:
+def utilization(step: StepShape, peak: float | None, devices: int = 1, *, backward: bool = True) -> Utilization:
     """Returns the utilization of a run's steps; the batch, remat and optimizer of `step` are ignored.
 
     Args:
       peak: the peak of one device in FLOP/s.
+      backward: False for forward passes alone, such as that of the reference.
     """
     one = dataclasses.replace(step, batch=(1, 1, 1), supervised=1)
-    model, head = step.model, {name: part(one) for name, part in HEAD_FLOPS.items()}
+
+    def is_counted(name: str) -> bool:
+        return backward or name.endswith(" forward")
+
+    model, head = step.model, {name: part(one) * is_counted(name) for name, part in HEAD_FLOPS.items()}
+    layer = {name: part(one) * is_counted(name) for name, part in LAYER_FLOPS.items()}
     return Utilization(
-        token=sum(layers_of_part(one, name) * LAYER_FLOPS[name](one) for name in PER_TOKEN)
+        token=sum(layers_of_part(one, name) * layer[name] for name in PER_TOKEN)
         + head["new_tokens forward"]
         + head["new_tokens backward"],
         # Half of what a fully trained head adds to the backward pass is recomputed logits.
         target=head["head forward"] + head["head backward"] + head["whole_head backward"] // 2,
         pair=2 * model.num_heads * model.head_dim,
-        micro_batch=model.num_layers * sum(LAYER_FLOPS[name](one) for name in PER_MICRO_BATCH),
-        products=_attention_products(step),
+        micro_batch=model.num_layers * sum(layer[name] for name in PER_MICRO_BATCH),
+        products=_attention_products(step, backward=backward),
         peak=None if peak is None else peak * devices,
     )
 
 
-def _attention_products(step: StepShape) -> Counter[int]:
+def _attention_products(step: StepShape, *, backward: bool) -> Counter[int]:
     """Returns the number of attention's products in all layers, per window."""
     products: Counter[int] = Counter()
     for layer, window in enumerate(step.model.windows or (None,) * step.model.num_layers):
-        backward = ATTENTION_BACKWARD * (layer >= step.first_backward)
-        products[NO_WINDOW if window is None else window] += ATTENTION_FORWARD + backward
+        again = ATTENTION_BACKWARD * (backward and layer >= step.first_backward)
+        products[NO_WINDOW if window is None else window] += ATTENTION_FORWARD + again
     return products
 
 

@@ -23,12 +23,13 @@ from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.banner import resume_banner, start_banner, warm_up_text
 from qlora_jax.training.display import Display, print_banner
-from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, stop_on_signals
+from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, save, stop_on_signals
 from qlora_jax.training.memory_watch import watch_peak
 from qlora_jax.training.metrics import MetricsFile, Record, read_metrics
 from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
+from qlora_jax.training.referenced_session import ReferenceStopped, with_initial, with_reference
 from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
 from qlora_jax.training.report.plot import plot_loss
@@ -233,7 +234,7 @@ def run_training(
     planned = planned._replace(config=config)
     peak = watch_peak(local_devices(planned.gradients.mesh))
     connect_devices(watchdog.group, planned.gradients.mesh, config.hosts.stuck_after)
-    session = _session(planned, run if resume else None, model, console)
+    session = with_initial(_session(planned, run if resume else None, model, console))
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
@@ -290,6 +291,19 @@ def _train_on(
         stop = stop_together(watchdog, asked, session.mesh)
         watchdog.group.meet("the first step", session.config.hosts.stuck_after)
         with watchdog.limited(session.config.hosts.stuck_after):
+            try:
+                session = with_reference(
+                    session,
+                    state,
+                    watchdog.group,
+                    stop,
+                    progress=reporter.evaluation_progress,
+                    message=display.message if is_first else reporter.evaluation_progress,
+                )
+            except ReferenceStopped:
+                if state.step == 0:  # a run can be resumed from a checkpoint alone
+                    save(session, state, checkpoints)
+                return state
             return run_steps(session, state, checkpoints, reporter, stop, before_step)
 
 
@@ -312,7 +326,7 @@ def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None
 
     def write() -> None:
         title = f"{run.name}: {Path(planned.config.model.path).name}"
-        plot_loss(read_metrics(run / METRICS_FILE), run / PLOT_FILE, title=title)
+        plot_loss(_records(run / METRICS_FILE), run / PLOT_FILE, title=title)
         write_report(_report_of(planned, run, peak()), run)
 
     if limited:

@@ -60,6 +60,7 @@ class Session:
       dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
+      initial_digest: of the initial adapter, with an objective that has a reference (referenced_session.py).
     """
 
     config: Config
@@ -80,6 +81,7 @@ class Session:
     samples: Samples | None
     questions: Questions | None
     mesh: Mesh | None
+    initial_digest: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,6 +21,7 @@ from qlora_jax.training.cost import memory_use
 from qlora_jax.training.paging_budget import device_bytes
 from qlora_jax.training.plan.from_config import run_step_config
 from qlora_jax.training.plan.plan import make_plan
+from qlora_jax.training.plan.reference import ReferencePlan, plan_reference
 from qlora_jax.training.plan.requirements import (
     ACTIVATIONS,
     KINDS,
@@ -48,29 +49,39 @@ class RunPlan:
       limit: bytes that the run may use.
       device: the limit as text.
       questions: the memory of questions; None for a run without questions.
+      reference: the reference pass; None for an objective without a reference.
     """
 
     requirements: Requirements
     limit: int
     device: str
     questions: QuestionMemory | None = None
+    reference: ReferencePlan | None = None
 
     @property
     def fits(self) -> bool:
-        """True if the step and the questions fit."""
+        """True if the step, the questions and the reference pass fit."""
         return self.peak_bytes <= self.limit
 
     @property
     def peak_bytes(self) -> int:
         """Bytes on the device at the peak."""
-        return max(self.requirements.total, self.question_bytes)
+        return max(self.requirements.total, self.question_bytes, self.reference_bytes)
 
     @property
     def question_bytes(self) -> int:
         """Bytes on the device during questions, without gradients and saved activations; 0 without questions."""
-        if self.questions is None:
-            return 0
-        return sum(self.requirements.device[kind] for kind in KINDS if kind not in STEP_ONLY) + self.questions.size
+        return 0 if self.questions is None else self._resident + self.questions.size
+
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes on the device during the reference pass; 0 without a reference."""
+        return 0 if self.reference is None else self._resident + self.reference.program
+
+    @property
+    def _resident(self) -> int:
+        """Bytes on the device without gradients and saved activations."""
+        return sum(self.requirements.device[kind] for kind in KINDS if kind not in STEP_ONLY)
 
     def rows(self) -> dict[str, str]:
         """Returns the plan as rows of a banner."""
@@ -83,6 +94,8 @@ class RunPlan:
             rows["received per step"] = f"{format_bytes(received)} by each device"
         if self.questions is not None:
             rows["questions"] = f"{format_bytes(self.question_bytes)}, peak in {self.questions.program}"
+        if self.reference is not None:
+            rows["reference pass"] = f"{self.reference}; {format_bytes(self.reference_bytes)} on the device"
         return rows | ({"host memory": format_bytes(host)} if host else {})
 
     def nearest_fix(self) -> str:
@@ -94,6 +107,9 @@ class RunPlan:
                 f"DOES NOT FIT: {required}, peak in {self.questions.program}. Shorten these questions, or remove them "
                 "and run qlora-jax evaluate after training."
             )
+        if self.reference_bytes > self.limit:
+            required = f"the reference pass needs {format_bytes(self.reference_bytes)} of {format_bytes(self.limit)}"
+            lines.append(f"DOES NOT FIT: {required}. Lower data.max_length, or use an objective without a reference.")
         return "\n  ".join(lines)
 
 
@@ -112,7 +128,8 @@ def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> Ru
     limit, device = device_bytes(memory_of(gradients.mesh))
     requirements = compiled_requirements(setting, _compiled_by(gradients, setting))
     questions = None if inputs.questions is None else inputs.questions.memory(gradients.parts)
-    return RunPlan(requirements=requirements, limit=limit, device=device, questions=questions)
+    reference = plan_reference(config, inputs, gradients)
+    return RunPlan(requirements=requirements, limit=limit, device=device, questions=questions, reference=reference)
 
 
 def _compiled_by(gradients: CompiledGradients, setting: StepConfig) -> CompileStep:

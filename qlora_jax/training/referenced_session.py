@@ -1,0 +1,81 @@
+"""Gives a session the reference log-probabilities that its objective reads, before the first step."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+from qlora_jax.hosts.group import Group
+from qlora_jax.training.display import format_duration
+from qlora_jax.training.loop import TrainState
+from qlora_jax.training.objectives.objective import needs_reference
+from qlora_jax.training.reference_logps import ReferencePass, initial_digest, reference_folder, reference_key
+from qlora_jax.training.session import Session
+from qlora_jax.training.step import evaluation_outputs
+
+
+class ReferenceStopped(Exception):
+    """Raised within the pass when `stop()` returns True."""
+
+
+def with_initial(session: Session) -> Session:
+    """Returns the session with the digest of its initial adapter, if its objective has a reference.
+
+    A resumed run has the initial adapter again: from the seed, from RUN/initial.safetensors or from `lora.start`.
+    """
+    if not needs_reference(session.objective):
+        return session
+    return dataclasses.replace(session, initial_digest=initial_digest(session.parts.lora, session.mesh))
+
+
+def with_reference(
+    session: Session,
+    state: TrainState,
+    group: Group,
+    stop: Callable[[], bool],
+    *,
+    progress: Callable[[str], None],
+    message: Callable[[str], None],
+) -> Session:
+    """Returns the session with reference log-probabilities in its batches, if its objective reads them.
+
+    Args:
+      stop: called before each batch of the pass.
+      progress: receives the progress, for a line that changes.
+      message: receives a line before the pass and one after it.
+
+    Raises:
+      ReferenceStopped: `stop()` returned True. Complete pieces are stored, and a resumed run reads them.
+      OSError: the values cannot be stored.
+    """
+    is_over = state.step >= session.total_steps and not state.evaluation_due
+    if session.initial_digest is None or is_over:
+        return session
+    rows, began = reference_rows(session), time.monotonic()
+    message(f"reference: log p of {rows:,} rows, under the parameters that the run starts with")
+
+    def go_on(done: int) -> None:
+        if stop():
+            raise ReferenceStopped
+        progress(f"reference: {done:,} of {rows:,} rows")
+
+    compute_dtype = session.weights.dtype
+    reference = ReferencePass(
+        parts=session.parts,
+        logps_of_batch=lambda parts, arrays: (
+            evaluation_outputs(parts, arrays, objective=session.objective, mesh=session.mesh).logps_BS
+        ),
+        key=reference_key(session.config, session.fingerprint, session.initial_digest, compute_dtype),
+        folder=reference_folder(session.config),
+        mesh=session.mesh,
+        group=group,
+        go_on=go_on,
+    )
+    dataset = reference.run(session.dataset)
+    message(f"reference: done in {format_duration(time.monotonic() - began)}")
+    return dataclasses.replace(session, dataset=dataset)
+
+
+def reference_rows(session: Session) -> int:
+    """Returns the number of rows of the pass, training and held out."""
+    report = session.dataset.report
+    return report.train.kept + (0 if report.eval is None else report.eval.kept)

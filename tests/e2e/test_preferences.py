@@ -1,0 +1,143 @@
+"""Whole runs on preference pairs: the reference pass, its metrics, and resuming to the bit."""
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from rich.console import Console
+
+from qlora_jax.api.evaluate import evaluate_side_by_side
+from qlora_jax.config import Config
+from qlora_jax.evaluation.settings import EvaluateArgs
+from qlora_jax.training import reference_logps
+from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.run import dry_run, train
+from tests.e2e.project import project, stop_after
+from tests.e2e.run_records import comparable_records
+
+
+def write_pairs(path: Path, count: int = 24) -> Path:
+    words = ["sun", "moon", "rain"]
+    rows = [
+        {"prompt": f"say {words[n % 3]} {n}", "chosen": "yes", "rejected": f"no {words[n % 3]} at all"}
+        for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def pairs_project(folder: Path, **changes) -> Config:
+    folder.mkdir(parents=True, exist_ok=True)
+    data = {"train": str(write_pairs(folder / "pairs.jsonl")), "eval_fraction": 0.3, "max_length": 64, "buckets": 1}
+    steps = {"steps": 6, "micro_batch_size": 2, "save_every": 2, "eval_every": 3}
+    settings = {"lora": {"dropout": 0.0}, "optim": {"learning_rate": 3e-3}, "data": data, "train": steps}
+    merged = {section: values | changes.get(section, {}) for section, values in settings.items()}
+    return dataclasses.replace(project(folder, **merged), objective="dpo")
+
+
+def run(config: Config, resume: bool = False) -> str:
+    out = io.StringIO()
+    train(config, Path(config.output), resume=resume, oversized=False, console=Console(file=out, width=200))
+    return out.getvalue()
+
+
+def lora_at(config: Config, step: int) -> list[np.ndarray]:
+    folder = Path(config.output) / "checkpoints" / str(step)
+    return jax.tree.leaves(ocp.StandardCheckpointer().restore((folder / "lora").absolute()))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Config, str]:
+    """A run of 6 steps, uninterrupted, and its output."""
+    config = pairs_project(tmp_path_factory.mktemp("finished"))
+    return config, run(config)
+
+
+def test_a_run_starts_at_its_reference_and_learns_the_preference(finished):
+    config, output = finished
+    records = read_metrics(Path(config.output) / "metrics.jsonl")
+    held = [record for record in records if "eval_loss" in record]
+    first, last = held[0], held[-1]
+    assert first["eval_loss"] == pytest.approx(np.log(2)) and first["eval_rewards_accuracy"] == 0.5
+    assert first["eval_kl"] == first["eval_rewards_margin"] == 0
+    assert last["eval_rewards_accuracy"] == 1 and last["eval_loss"] < 0.6 < first["eval_loss"]
+    assert last["eval_rewards_margin_low"] < last["eval_rewards_margin"] < last["eval_rewards_margin_high"]
+    (step,) = (record for record in records if record.get("step") == 6 and "loss" in record)
+    assert step["rewards_margin"] == pytest.approx(step["rewards_chosen"] - step["rewards_rejected"], abs=1e-6)
+    assert f"reference: log p of {held[0]['eval_rows'] + rows_of(config)} rows" in output
+    assert "right by reward 100.0%" in output
+    documented = set(re.findall(r"`([\w*]+)`", Path("docs/training.md").read_text()))
+    known = {key for key in documented if not key.endswith("*")}
+    starts = tuple(key.removesuffix("*") for key in documented if key.endswith("*"))
+    keys = {re.sub("_(low|high)$", "", key) for record in records for key in record}
+    assert not [key for key in keys if key not in known and not key.startswith(starts)]
+
+
+def rows_of(config: Config) -> int:
+    return json.loads((Path(config.output) / "report.json").read_text())["data"]["train"]["kept"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_reference_to_the_bit(finished, tmp_path):
+    config, _ = finished
+    parted = pairs_project(tmp_path / "parted")
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, parted, 3)
+        run(parted)
+    shutil.rmtree(Path(parted.output) / "reference")  # computed once more
+    run(parted, resume=True)
+    records = [comparable_records(Path(one.output) / "metrics.jsonl") for one in (config, parted)]
+    assert records[0] == records[1]
+    for one, two in zip(lora_at(config, 6), lora_at(parted, 6), strict=True):
+        np.testing.assert_array_equal(one, two)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_in_its_reference_pass_continues_there(finished, tmp_path, monkeypatch):
+    config, calls = pairs_project(tmp_path / "stopped"), []
+    monkeypatch.setattr(reference_logps, "PIECE", 1)
+    monkeypatch.setattr(reference_logps, "REFERENCE_ROWS", 4)
+
+    def stop() -> bool:
+        calls.append(1)
+        return len(calls) > 2
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qlora_jax.training.run.stop_on_signals", lambda report: contextlib.nullcontext(stop))
+        assert "stopped after step 0" in run(config)
+    stored = {file.name: file.stat().st_mtime_ns for file in (Path(config.output) / "reference").iterdir()}
+    assert len(stored) == 2
+    run(config, resume=True)
+    after = {file.name: file.stat().st_mtime_ns for file in (Path(config.output) / "reference").iterdir()}
+    assert stored.items() <= after.items() and len(after) > 2
+    assert [r["step"] for r in read_metrics(Path(config.output) / "metrics.jsonl") if "loss" in r][-1] == 6
+
+
+@pytest.mark.slow
+def test_the_run_is_right_by_reward_where_training_says_so(finished):
+    config, _ = finished
+    pairs = str(Path(config.data.train))
+    done = evaluate_side_by_side(EvaluateArgs(run=config.output, pairs=pairs, columns=["quantized", "checkpoint"]))
+    found = done.tasks["pairs"].metrics
+    assert found["checkpoint"]["right by reward"].value == 1 and "right by reward" not in found["quantized"]
+    changes = {change.name: change for change in done.tasks["pairs"].comparisons["quantized", "checkpoint"]}
+    assert changes["right by likelihood"].difference >= 0 and "right by reward" not in changes
+
+
+def test_a_dry_run_counts_the_reference_pass(finished, tmp_path):
+    config, _ = finished
+    out = io.StringIO()
+    planned = dataclasses.replace(config, output=str(tmp_path / "planned"))
+    dry_run(planned, tmp_path / "planned", resume=False, oversized=False, console=Console(file=out, width=200))
+    assert "reference pass  24 rows, " in out.getvalue()
+    facts = json.loads((tmp_path / "planned" / "report.json").read_text())["memory_plan"]["reference"]
+    assert facts["rows"] == 24 and facts["values"] == 24 * 2 * 4 and facts["program"] > 0
+    assert 0.2 < facts["epochs"] < 0.6  # a forward pass of all rows, against forward and backward of most

@@ -1,0 +1,132 @@
+"""Reference log-probabilities are computed once, stored in pieces, and given to the rows that they belong to."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
+from qlora_jax.data.dataset import load_dataset
+from qlora_jax.training import reference_logps
+from qlora_jax.training.reference_logps import (
+    ReferencePass,
+    initial_digest,
+    reference_folder,
+    reference_key,
+)
+from tests.inference.tiny import byte_tokenizer, tiny_parts
+
+
+def write(path, count, letter):
+    rows = [
+        {"prompt": f"{letter}{n}", "chosen": "c" * (n % 7 + 1), "rejected": "r" * (n % 5 + 2)} for n in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def dataset_of(folder, **changes):
+    data = DataArgs(
+        train={write(folder / "a.jsonl", 30, "a"): 0.5, write(folder / "b.jsonl", 11, "b"): 2.0},
+        eval=write(folder / "held.jsonl", 9, "h"),
+        max_length=32,
+        **changes,
+    )
+    return load_dataset(data, byte_tokenizer(), objective="dpo", seed=0, micro_batch_size=4, accumulation=1)
+
+
+def sums_of(batch):
+    """A number for each sequence that depends on its ids, [B, S]."""
+    targets_BT, sequences_BT, slots = batch["targets"], batch["sequences"], batch["present"].shape[-1]
+    weighed = targets_BT * (batch["weights"] > 0)
+    return np.stack([(weighed * (sequences_BT == slot)).sum(axis=-1) for slot in range(slots)], axis=-1)
+
+
+class Model:
+    """Stands for the model; counts its batches."""
+
+    def __init__(self, stop_after=10**9):
+        self.batches, self.stop_after = 0, stop_after
+
+    def __call__(self, parts, arrays):
+        self.batches += 1
+        return jnp.asarray(sums_of(arrays), jnp.float32)
+
+    def go_on(self, done):
+        if self.batches == self.stop_after:
+            raise KeyboardInterrupt
+
+
+def pass_of(model, folder, key="key"):
+    return ReferencePass(parts=tiny_parts(), logps_of_batch=model, key=key, folder=folder, go_on=model.go_on)
+
+
+def batches_of(dataset):
+    """The arrays of two epochs of training batches, and of the held-out ones."""
+    training = dataset.train_batches()
+    return [next(training).arrays() for _ in range(2 * dataset.steps_per_epoch)] + [
+        batch.arrays() for batch in dataset.eval_batches(4)
+    ]
+
+
+@pytest.mark.parametrize("changes", [{}, {"packing": True}, {"window": 16}], ids=["plain", "packed", "windows"])
+def test_every_batch_has_the_values_of_its_sequences(tmp_path, changes):
+    cache = {"cache": str(tmp_path / "cache")} if "window" in changes else {}
+    dataset = pass_of(Model(), tmp_path / "kept").run(plain := dataset_of(tmp_path, **changes, **cache))
+    assert dataset.fingerprint == plain.fingerprint
+    for batch in batches_of(dataset):
+        np.testing.assert_array_equal(batch["reference"], sums_of(batch) * batch["present"])
+
+
+def test_values_are_read_again_and_stale_or_damaged_ones_are_not(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_logps, "PIECE", 2)
+    first, again, other = Model(), Model(), Model()
+    folder, dataset = tmp_path / "kept", dataset_of(tmp_path)
+    expected = batches_of(pass_of(first, folder).run(dataset))
+    found = batches_of(pass_of(again, folder).run(dataset))
+    assert first.batches == 8 and again.batches == 0  # 41 training rows in 6 batches, 9 held-out rows in 2
+    for one, two in zip(expected, found, strict=True):
+        np.testing.assert_array_equal(one["reference"], two["reference"])
+    pass_of(other, tmp_path / "others", "another model").run(dataset)
+    pass_of(again, tmp_path / "others", "key").run(dataset)
+    assert other.batches == again.batches == 8
+    damaged = Model()
+    file = sorted(folder.iterdir())[0]
+    file.write_bytes(file.read_bytes()[:-1] + bytes([file.read_bytes()[-1] ^ 1]))
+    with pytest.warns(UserWarning, match="damaged .*computed again"):
+        pass_of(damaged, folder).run(dataset)
+    again = Model()
+    pass_of(again, folder).run(dataset)
+    assert damaged.batches == 2 and again.batches == 0
+
+
+def test_an_interrupted_pass_continues_after_its_last_piece(tmp_path, monkeypatch):
+    monkeypatch.setattr(reference_logps, "PIECE", 2)
+    interrupted, resumed = Model(stop_after=5), Model()
+    with pytest.raises(KeyboardInterrupt):
+        pass_of(interrupted, tmp_path / "kept").run(dataset_of(tmp_path))
+    pass_of(resumed, tmp_path / "kept").run(dataset_of(tmp_path))
+    assert resumed.batches == 8 - 4  # two pieces of two batches were stored
+
+
+def test_an_adapter_that_changes_nothing_has_one_digest():
+    lora = {"q": {"lora_a": jnp.ones((2, 3)), "lora_b": jnp.zeros((3, 2))}}
+    other_seed = {"q": lora["q"] | {"lora_a": jnp.full((2, 3), 7.0)}}
+    trained = {"q": lora["q"] | {"lora_b": jnp.ones((3, 2))}}
+    assert initial_digest(lora, None) == initial_digest(other_seed, None) == initial_digest({}, None)
+    assert len({initial_digest(one, None) for one in (lora, trained, {"v": trained["q"]})}) == 3
+
+
+def test_the_key_has_all_that_values_depend_on(tmp_path):
+    config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output=str(tmp_path))
+    scaled = dataclasses.replace(config, lora=LoraArgs(alpha=2 * config.lora.alpha))
+    off, trained = initial_digest({}, None), "trained"
+    assert reference_key(config, "f", off, "float32") == reference_key(scaled, "f", off, "float32")
+    given = [(config, "f", off, "float32"), (config, "g", off, "float32"), (config, "f", off, "bfloat16")]
+    given += [(config, "f", trained, "float32"), (scaled, "f", trained, "float32")]
+    assert len({reference_key(*one) for one in given}) == len(given)
+    assert reference_folder(config) == tmp_path / "reference"
+    cached = dataclasses.replace(config, data=DataArgs(train="t", cache=str(tmp_path / "cache")))
+    assert reference_folder(cached) == tmp_path / "cache" / "reference"
