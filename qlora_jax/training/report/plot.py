@@ -22,6 +22,7 @@ NARROW: Size = (4.0, 2.9)  # for a phone, or half a page
 WIDE: Size = (8.4, 3.2)  # for a full page
 _BARS = 40
 _FEW = 30  # steps
+_LEGEND_CHARACTERS = 9  # per inch of a legend in one row
 _THOUSAND = 1000
 _FAINT = 0.2
 # Placeholder colours, and the CSS variables that replace them, so that the page can be light or dark.
@@ -100,8 +101,11 @@ def draw_chart(axes: "Axes", chart: Chart) -> None:
 
 
 def _legend_above(axes: "Axes") -> None:
-    """Places the legend above the plot, where no curve crosses it."""
-    legend = axes.figure.legend(loc="outside upper center", frameon=False, ncols=4, handlelength=1.5, columnspacing=1)
+    """Places the legend above the plot, where no curve crosses it; in two columns if it is too long for a row."""
+    characters = sum(len(label) for label in axes.get_legend_handles_labels()[1])
+    columns = 4 if characters <= _LEGEND_CHARACTERS * axes.figure.bbox.width / axes.figure.dpi else 2
+    style = {"frameon": False, "handlelength": 1.5, "columnspacing": 1}
+    legend = axes.figure.legend(loc="outside upper center", ncols=columns, **style)
     for text in legend.get_texts():
         text.set_parse_math(False)
 
