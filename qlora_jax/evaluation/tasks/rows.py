@@ -28,6 +28,11 @@ from qlora_jax.evaluation.tasks.task import TaskContext
 from qlora_jax.evaluation.tasks.task_file import check_lengths, groups_by, read_task_rows
 from qlora_jax.evaluation.tasks.text import TextTask
 
+_TREE = (
+    "the chat template writes a turn differently in later prompts, so the row's turns are in several texts, and only "
+    "one can be scored. Split the row into one per answer, without the reasoning of earlier answers"
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowsTask(TextTask):
@@ -113,7 +118,10 @@ def rows_task(
     row_format = detect_format(path, rows, names=file_columns, setting="file_columns")
     check_rows(path, rows, row_format)
     rows, row_format = expand_examples(rows, row_format)
-    scored = [(row.ids, row.supervised) for row in encode_rows(path, rows, row_format, tokenizer)]
+    encoded = encode_rows(path, rows, row_format, tokenizer)
+    trees = [(row.place, _TREE) for row, one in zip(rows, encoded, strict=True) if one.branches]
+    raise_problems(path, trees, len(rows))
+    scored = [(row.ids, row.supervised) for row in encoded]
     title = f"{path}: answers of {len(rows)} rows"
     if answer_start is not None:
         scored = _after_start(path, rows, scored, tokenizer, answer_start)

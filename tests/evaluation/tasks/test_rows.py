@@ -1,5 +1,6 @@
 """Rows of training data are scored on the tokens that training learns."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -58,3 +59,14 @@ def test_a_row_without_the_column_of_groups_is_reported(tmp_path):
     rows = [{"prompt": "ab", "completion": "c", "lang": "de"}, {"prompt": "ab", "completion": "c", "lang": None}]
     with pytest.raises(ValueError, match=r"rows.jsonl:2: by: found None in column 'lang', expected a text"):
         rows_task(write(tmp_path / "rows.jsonl", rows), TOKENIZER, max_rows=None, max_positions=99, by="lang")
+
+
+def test_a_row_of_several_texts_is_an_error(tmp_path):
+    """The template writes the last answer in another way, so the first is learned in a branch."""
+    template = "{% for m in messages %}{{ '*' if loop.last and m.role == 'assistant' }}{{ m.content }}<end>{% endfor %}"
+    tokenizer = dataclasses.replace(TOKENIZER, chat_template=template)
+    turns = [{"role": role, "content": role[0]} for role in ("user", "assistant")]
+    one, two = {"messages": turns}, {"messages": turns * 2}
+    assert len(rows_task(write(tmp_path / "one.jsonl", [one]), tokenizer, max_rows=None, max_positions=99).rows) == 1
+    with pytest.raises(ValueError, match=r"rows.jsonl:2: the chat template writes a turn differently"):
+        rows_task(write(tmp_path / "rows.jsonl", [one, two]), tokenizer, max_rows=None, max_positions=99)
