@@ -209,3 +209,23 @@ def test_a_split_weight_is_a_delta_and_the_rest(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         add_delta(weight, one), source.tensors["model.layers.1.mlp.up_proj.weight"].read(), atol=1e-6
     )
+
+
+@pytest.mark.parametrize("spec", [PISSA, LOFTQ], ids=["pissa", "loftq"])
+def test_layers_without_an_adapter_keep_their_weights(tmp_path: Path, spec: LoraArgs) -> None:
+    path, spec = _model(tmp_path), dataclasses.replace(spec, layers_to_transform=1)
+    loaded, _, base = _begun(path, spec)
+    source, args = open_model(path), ModelArgs(path=str(path), compute_dtype="float32")
+    config = model_config(source.config)
+    plain = _weights(slots_of(load_model(source, config, weight_format(args)).model))
+    begun, deltas = _weights(base), _deltas(loaded.model, spec)
+    assert {name.split(".layers.")[1][0] for name in deltas} == {"1"} and len(deltas) == 7
+    for name, weight in plain.items():
+        if name not in deltas:
+            np.testing.assert_array_equal(begun[name], weight, err_msg=name)
+            continue
+        exact = source.tensors[name].read()
+        off, before = _rms(begun[name] + deltas[name] - exact), _rms(weight - exact)
+        # The first iteration of LoftQ quantizes the weight itself, and PiSSA what its largest singular values leave.
+        assert np.array_equal(begun[name], weight) == (spec.init == "loftq"), name
+        assert off < before, (name, off, before)

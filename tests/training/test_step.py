@@ -138,6 +138,28 @@ def test_dora_equals_one_device_and_exchanges_no_more_packed_bytes(dtype, remat,
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("lora", "sizes", "cut"),
+    [
+        (LoraArgs(method="oft", oft_block_size=32, target_modules=["q_proj", "down_proj"]), (4, 2), {"down_proj"}),
+        pytest.param(LoraArgs(method="pfeiffer", rank=16), (2, 4), {"mlp"}, marks=pytest.mark.exhaustive),
+    ],
+)
+def test_rotations_and_bottlenecks_that_are_cut_equal_one_device(lora, sizes, cut):
+    config = mesh_config(WHOLE_VOCABULARY, intermediate_size=1024)
+    parts, batch, mesh = mesh_parts(config, lora=lora), mesh_batch(config, SHAPE), make_mesh(*sizes)
+    placed = place_parts(parts, mesh)
+    on_devices = jax.tree.map(lambda leaf: not leaf.is_fully_replicated, placed.lora)
+    assert {name.rpartition(".")[2] for name, leaves in on_devices.items() if any(leaves.values())} == cut
+    expected_grads, expected = gradients(parts, batch, None, remat="names")
+    batch = jax.device_put(batch, named(mesh, jax.sharding.PartitionSpec(None, ROWS)))
+    grads, loss = gradients(placed, batch, None, remat="names", mesh=mesh)
+    np.testing.assert_array_equal(loss.row_losses_AB, expected.row_losses_AB)
+    off = jax.tree.map(relative, grads, expected_grads)
+    assert max(jax.tree.leaves(off)) < 1e-6, off
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("dropout", "alpha"), [(0.3, None), (0.0, 5.0)])
 def test_dropout_and_noise_do_not_depend_on_micro_batches_or_the_mesh(dropout, alpha):
     """1 x 16 rows on one device and 4 x 4 on four; other masks or noise would change each row by more than 1e-5."""

@@ -48,6 +48,34 @@ def test_what_was_written_returns(folder: Path):
             np.testing.assert_array_equal(adapter.lora[name][matrix], values, strict=True)
 
 
+SOME_LAYERS = {
+    "one setting": (
+        {"model.layers.self_attn.q_proj": (1,), "model.layers.mlp.down_proj": (1,)},
+        {"layers_to_transform": [1]},
+    ),
+    "names": (
+        {"model.layers.mlp.down_proj": (0,)},
+        {"target_modules": ["q_proj", "model.layers.0.mlp.down_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("layers", "settings"), SOME_LAYERS.values(), ids=SOME_LAYERS)
+def test_an_adapter_on_some_layers_returns(tmp_path: Path, layers: dict, settings: dict):
+    lora = {
+        name: {leaf: array[list(layers.get(name, range(2)))] for leaf, array in leaves.items()}
+        for name, leaves in random_lora().items()
+    }
+    tensors = adapter_tensors(lora, some_layers=layers)
+    write_adapter(tmp_path, tensors, adapter_config(lora, ARGS, LINEARS, "a/base", some_layers=layers))
+    adapter = read_adapter(tmp_path, MODEL)
+    assert adapter.args == dataclasses.replace(ARGS, **settings)
+    assert adapter.lora.keys() == lora.keys()
+    for name, matrices in lora.items():
+        for matrix, values in matrices.items():
+            np.testing.assert_array_equal(adapter.lora[name][matrix], values, strict=True)
+
+
 def _with(folder: Path, **changes: object) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
