@@ -263,9 +263,18 @@ FULL: dict[str, Formula] = {
 RECOMPUTED: dict[str, dict[str, Formula]] = {"none": {}, "names": {}, "full": FULL, "offload": FULL}
 
 
+# Parts whose formula is the sum over all layers, because layers differ in their windows and adapters.
+SUMMED_OVER_LAYERS = frozenset(
+    {
+        *("lora forward", "lora backward", "lora again"),
+        *("attention forward", "attention backward", "attention again"),
+    }
+)
+
+
 def layers_of_part(step: StepShape, name: str) -> int:
     """Returns the number of layers that a part's formula is multiplied by; 1 if it covers all of them."""
-    if name.startswith(("attention", "lora")):
+    if name in SUMMED_OVER_LAYERS:
         return 1
     return step.model.num_layers if name.endswith("forward") else step.backward_layers
 

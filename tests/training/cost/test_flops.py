@@ -340,3 +340,14 @@ def test_only_whole_chunks_of_supervised_tokens_reach_the_head():
     heads = [flops.head_flops(StepShape(**some, supervised=tokens)) for tokens in (None, 1024, 257, 256, 0)]
     one = 2 * 256 * MODEL.embed_dim * MODEL.vocab_size
     assert heads == [4 * one, 4 * one, 2 * one, one, 0]
+
+
+def test_parts_that_cover_all_layers_are_named_exactly():
+    """Twice the layers need twice the FLOP; a wrong list would count a part once, or L times too often."""
+    assert flops.LAYER_FLOPS.keys() | flops.FULL.keys() >= flops.SUMMED_OVER_LAYERS
+    some = {"weights": WeightFormat(), "lora": LoraArgs(), "batch": (1, 2, 256), "remat": "full"}
+    deeper = dataclasses.replace(MODEL, num_layers=2 * MODEL.num_layers)
+    counts, doubled = (flops.flops(StepShape(**some, model=model)) for model in (MODEL, deeper))
+    forward = [name for name in flops.LAYER_FLOPS if name.endswith("forward") and counts[name]]
+    assert {"lora forward", "attention forward", "frozen forward"} <= {*forward}
+    assert {name: doubled[name] for name in forward} == {name: 2 * counts[name] for name in forward}
