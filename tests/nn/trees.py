@@ -20,7 +20,7 @@ def row_of_trees(length: int, trees: list[tuple[int, list[tuple[int, int]]]]) ->
         of_trunk = segment
         add(segment, 0, trunk)
         for depth, count in branches:
-            add(of_trunk if depth else segment, depth, count)
+            add(of_trunk if trunk else segment, depth, count)
     add(segment, 0, length - sum(len(part[0]) for part in parts))
     return np.concatenate(parts, axis=1).astype(np.int32)
 

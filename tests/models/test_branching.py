@@ -1,0 +1,104 @@
+"""Tests rows with branches in every family: hidden states and gradients equal those of each text in a row alone."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.models.add_adapters import add_lora
+from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families import model_config
+from qlora_jax.models.partition import combine, partition
+from qlora_jax.nn.branching import Branching
+from tests.nn.trees import row_of_trees
+from tests.parity.test_families_transformers import CONFIGS, VOCAB
+
+LENGTH = 88
+# Windows of 9 positions end in the trunk, at its end, and in the branch; two texts without a trunk; padding.
+TREES = (
+    [(20, [(20, 12), (13, 9), (0, 4), (19, 1)]), (0, [(0, 15), (0, 10)]), (3, [])],
+    [(30, [(30, 20), (7, 8), (30, 11)]), (1, [(1, 10)])],
+)
+DEFAULT = ("gemma2",)  # two kinds of layers, windows and soft caps
+IN_CI = ("llama3", "mistral", "gemma3", "smollm3_window")
+
+
+def _mark(name):
+    return (
+        () if name in DEFAULT else (pytest.mark.slow,) if name in IN_CI else (pytest.mark.slow, pytest.mark.exhaustive)
+    )
+
+
+def _parts(config):
+    def build():
+        model = CausalLM(config, WeightFormat(quant_type=None, dtype="float32"))
+        add_lora(model, LoraArgs(rank=2), jax.random.key(0))
+        return model
+
+    graphdef, shapes = nnx.split(nnx.eval_shape(build))
+    rng = np.random.default_rng(0)
+    return partition(nnx.merge(graphdef, jax.tree.map(lambda leaf: _random(rng, leaf.shape), shapes)))
+
+
+def _random(rng, shape):
+    return jnp.asarray(rng.standard_normal(shape) * 0.2, jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnames="remat")
+def _states_and_gradients(parts, tokens_BT, cotangent_BTD, segments_BT=None, branching=None, remat="names"):
+    def weighted(lora):
+        model = combine(parts.with_lora(lora))
+        hidden_MD = model.hidden(tokens_BT, segments_BT=segments_BT, branching=branching, remat=remat)
+        states_BTD = hidden_MD.reshape(cotangent_BTD.shape)
+        return jnp.sum(states_BTD * cotangent_BTD), states_BTD
+
+    return jax.grad(weighted, has_aux=True)(parts.lora)
+
+
+def _texts(row_4T):
+    """Yields, for each trunk and branch, its own positions in the row, and those of the whole text."""
+    segments, parents, depths, _ = row_4T
+    for segment in np.unique(segments):
+        own = np.flatnonzero(segments == segment)
+        before = np.flatnonzero(segments == parents[own[0]])[: depths[own[0]]]
+        yield own, np.concatenate([before, own])
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=_mark(name)) for name in CONFIGS])
+def test_a_branch_is_the_text_alone(name):
+    config = model_config(CONFIGS[name])
+    if config.rotations_depend_on_length:
+        pytest.skip("its rotations depend on the length of the row")
+    parts, rng = _parts(config), np.random.default_rng(1)
+    rows_B4T = np.stack([row_of_trees(LENGTH, trees) for trees in TREES])
+    tokens_BT = rng.integers(0, VOCAB, (2, LENGTH)).astype(np.int32)
+    cotangent_BTD = rng.standard_normal((2, LENGTH, config.embed_dim)).astype(np.float32)
+
+    texts = [(row, own, whole) for row in range(2) for own, whole in _texts(rows_B4T[row])]
+    alone_tokens, alone_cotangent = (
+        np.zeros((len(texts), LENGTH), np.int32),
+        np.zeros((len(texts), *cotangent_BTD.shape[1:])),
+    )
+    for index, (row, own, whole) in enumerate(texts):
+        alone_tokens[index, : len(whole)] = tokens_BT[row, whole]
+        alone_cotangent[index, len(whole) - len(own) : len(whole)] = cotangent_BTD[row, own]
+    expected, alone = _states_and_gradients(parts, alone_tokens, alone_cotangent.astype(np.float32))
+
+    segments, parents, depths, _ = (jnp.asarray(rows_B4T[:, i]) for i in range(4))
+    gradients, states = _states_and_gradients(parts, tokens_BT, cotangent_BTD, segments, Branching(parents, depths))
+    for index, (row, own, whole) in enumerate(texts):
+        of_text = alone[index, len(whole) - len(own) : len(whole)]
+        np.testing.assert_allclose(states[row, own], of_text, atol=2e-5, rtol=2e-5)
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5 * float(jnp.max(jnp.abs(theirs))))
+
+
+def test_branches_are_segments():
+    parts = _parts(model_config(CONFIGS["llama3"]))
+    with pytest.raises(ValueError, match="branching without segments_BT"):
+        combine(parts).hidden(jnp.zeros((1, 4), jnp.int32), branching=Branching(*(jnp.zeros((1, 4), jnp.int32),) * 2))
