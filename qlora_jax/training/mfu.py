@@ -9,9 +9,10 @@ Layers before the first adapter have no backward pass: they count tokens 2 P_fro
 
 P are the weights of a layer's projections. Recomputation in the backward pass does not count, and neither does padding:
 a row of n tokens counts as n tokens, whatever the batch's length. PaLM counts T keys per query; `pairs` counts only the
-(query, key) pairs that causality, windows and row ends allow, over all layers. The head counts for supervised targets
-only, with factor 6 if it trains fully. DoRA, OFT and new tokens add their products, the fixed A of VeRA and LoRA-FA
-takes no gradient, and full finetuning counts 6 P_frozen.
+(query, key) pairs that causality, windows and row ends allow, over all layers. A trunk counts once for all its
+branches, and a branch counts the pairs with its trunk. The head counts for supervised targets only, with factor 6 if it
+trains fully. DoRA, OFT and new tokens add their products, the fixed A of VeRA and LoRA-FA takes no gradient, and full
+finetuning counts 6 P_frozen.
 
 Dimension key: L layers, D embed, N q-heads, H head_dim, V vocab.
 """
@@ -57,16 +58,41 @@ class Utilization:
     products: Mapping[int, int]
     peak: float | None
 
-    def flops(self, lengths: Int64[np.ndarray, "A B R"], targets: int) -> int:
-        """Returns C of a step with rows of these lengths and this number of supervised targets."""
-        pairs = sum(products * causal_pairs(lengths, window) for window, products in self.products.items())
+    def flops(
+        self,
+        lengths: Int64[np.ndarray, "A B R"],
+        targets: int,
+        parts: tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]] | None = None,
+    ) -> int:
+        """Returns C of a step with rows of these lengths and this number of supervised targets.
+
+        Args:
+          parts: the depth and the length of each trunk and branch; None if each row is one text.
+        """
+        depths, counts = (np.zeros(1, np.int64), lengths) if parts is None else parts
+        pairs = sum(
+            products * (causal_pairs(depths + counts, window) - causal_pairs(depths, window))
+            for window, products in self.products.items()
+        )
         micro_batches = len(lengths) * self.micro_batch
         return int(lengths.sum()) * self.token + targets * self.target + pairs * self.pair + micro_batches
 
     def metrics(self, batch: Batch, targets: int, seconds: float) -> dict[str, int | float]:
         """Returns the entries of a step's record: `model_flops`, and `mfu` if the peak is known."""
-        flops = self.flops(batch.lengths, targets)
+        flops = self.flops(batch.lengths, targets, trunks_and_branches(batch))
         return {"model_flops": flops} | ({} if self.peak is None else {"mfu": flops / (seconds * self.peak)})
+
+
+def trunks_and_branches(batch: Batch) -> tuple[Int64[np.ndarray, " P"], Int64[np.ndarray, " P"]] | None:
+    """Returns the depth and the number of positions of each trunk and branch; None for rows without branches."""
+    if batch.segments is None or batch.depths is None:
+        return None
+    length = batch.segments.shape[2]
+    filled = np.arange(length) < batch.lengths.sum(axis=2)[..., None]
+    rows = np.arange(batch.segments[..., 0].size).reshape(*batch.segments.shape[:2], 1)
+    ids = (rows * (length + 1) + batch.segments)[filled]  # a row has at most one segment per position
+    _, first, counts = np.unique(ids, return_index=True, return_counts=True)
+    return batch.depths[filled][first].astype(np.int64), counts.astype(np.int64)
 
 
 def causal_pairs(lengths: Int64[np.ndarray, "..."], window: int) -> int:

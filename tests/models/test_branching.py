@@ -71,7 +71,7 @@ def _texts(row_4T):
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=_mark(name)) for name in CONFIGS])
 def test_a_branch_is_the_text_alone(name):
-    config = model_config(CONFIGS[name])
+    config = model_config(dict(model_type="llama") | CONFIGS[name])
     if config.rotations_depend_on_length:
         pytest.skip("its rotations depend on the length of the row")
     parts, rng = _parts(config), np.random.default_rng(1)
@@ -99,6 +99,6 @@ def test_a_branch_is_the_text_alone(name):
 
 
 def test_branches_are_segments():
-    parts = _parts(model_config(CONFIGS["llama3"]))
+    parts = _parts(model_config(CONFIGS["mistral"]))
     with pytest.raises(ValueError, match="branching without segments_BT"):
         combine(parts).hidden(jnp.zeros((1, 4), jnp.int32), branching=Branching(*(jnp.zeros((1, 4), jnp.int32),) * 2))

@@ -8,11 +8,13 @@ import pytest
 from pallas_kernels.devices import Device
 from pallas_kernels.gpu_specs import CARDS
 from qlora_jax.config import LoraArgs
+from qlora_jax.data.batching.batches import Batch
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.nn.rope import Rope
 from qlora_jax.training.cost import flops
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.mfu import NO_WINDOW, causal_pairs, peak_flops, utilization
+from tests.nn.trees import row_of_trees, visible_keys
 
 L, D, N, K, H, F, V, R = 3, 64, 4, 2, 16, 96, 500, 8
 MODEL = ModelConfig(
@@ -136,3 +138,30 @@ def test_layers_before_the_first_adapter_have_no_backward_products():
 )
 def test_a_peak_is_known_by_the_devices_name_or_not_at_all(kind, dtype, peak):
     assert peak_flops(Device(platform="gpu", kind=kind), WeightFormat(dtype=dtype)) == peak
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_trunk_counts_once_and_branches_see_it(window):
+    trees = [[(6, [(6, 5), (3, 4), (0, 2)]), (0, [(0, 3), (0, 4)])], [(9, [(9, 7)])]]
+    rows_B4T = np.stack([row_of_trees(32, each) for each in trees])
+    segments, parents, depths = (rows_B4T[None, :, i] for i in range(3))
+    zeros, lengths = np.zeros((1, 2, 32), np.int32), np.array([[[17, 7], [16, 0]]])
+    batch = Batch(
+        inputs=zeros,
+        targets=zeros,
+        weights=zeros.astype(np.float32),
+        segments=segments,
+        rows=np.zeros_like(lengths),
+        lengths=lengths,
+        parents=parents,
+        depths=depths,
+    )
+    model = dataclasses.replace(MODEL, windows=() if window is None else (window,) * L)
+    found = utilization(step(model=model), None)
+    filled = np.arange(32) < lengths.sum(axis=2)[0][:, None]
+    pairs = int((visible_keys(rows_B4T, window) & filled[..., None]).sum())
+    without = found.flops(np.zeros((1, 1, 1), np.int64), 0)
+    layers = int(lengths.sum()) * L * (4 * FROZEN + 6 * LORA)
+    assert found.metrics(batch, TARGETS, 1.0)["model_flops"] == (
+        without + layers + 12 * N * H * L * pairs + TARGETS * 4 * D * V
+    )
