@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import aot
 from qlora_jax.nn.attention import causal_attention
 from qlora_jax.nn.attention_tiles import Tiling
 from qlora_jax.nn.branching import Branching, BranchingMask
@@ -14,6 +15,8 @@ from tests.nn.test_attention import SCALE, _inputs, _largest_errors, _plain_valu
 from tests.nn.trees import random_trees, row_of_trees, visible_keys
 
 SLOW = pytest.mark.slow
+CARDS = ("h100", "a100", "a6000", "rtx4090", "l40s")
+needs_compiler = pytest.mark.skipif(aot.problem() is not None, reason=str(aot.problem()))
 pytestmark = pytest.mark.usefixtures("tiles")
 
 
@@ -95,3 +98,23 @@ def test_spans_include_segments():
     rows_B4T = rows_of_trees(0, 2, 8)
     with pytest.raises(ValueError, match="expected one of them"):
         causal_attention(q, k, v, SCALE, spans=spans_of(rows_B4T), segments_BT=jnp.asarray(rows_B4T[:, 0]))
+
+
+@needs_compiler
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("card", ["h100", *(pytest.param(card, marks=pytest.mark.exhaustive) for card in CARDS[1:])])
+@pytest.mark.slow
+def test_absent_cards_visit_chunks_and_store_no_square(card, window):
+    length, heads, kv_heads, head_dim = 4096, 8, 2, 64
+    shapes = [(1, length, count, head_dim) for count in (heads, kv_heads, kv_heads, heads)]
+    arrays = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes]
+    ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+    def gradients(q, k, v, d_out, segments, parents, depths):
+        spans = Branching(parents, depths).spans(segments)
+        attention = functools.partial(causal_attention, scale=SCALE, window=window, spans=spans)
+        return jax.vjp(attention, q, k, v)[1](d_out)
+
+    compiled = aot.compile_for(card, gradients, *arrays, ids, ids, ids)
+    assert not compiled.spilled
+    assert compiled.memory.device.temporaries < heads * length * length  # bytes: a quarter of the scores in f32
