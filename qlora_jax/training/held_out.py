@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float64, PyTree
 from qlora_jax.data.batching.batches import NO_ROW, Batch
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.eval_metrics import eval_loss_metrics, objective_loss_metrics
+from qlora_jax.training.held_out_heads import held_out_head_metrics
 from qlora_jax.training.objectives.objective import PRESENT, Objective, PreferenceObjective, Totals
 from qlora_jax.training.objectives.sequences import SequenceLogps
 from qlora_jax.training.preference_metrics import means_with_intervals, preference_values
@@ -38,6 +39,8 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
     if isinstance(outputs, SequenceLogps):
         objective = cast(PreferenceObjective, session.objective)
         found |= means_with_intervals(preference_values(objective, outputs, arrays))
+    if session.head is not None:
+        found |= held_out_head_metrics(session.head, np.asarray(outputs), arrays)
     return found
 
 
