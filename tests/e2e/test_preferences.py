@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.api.evaluate import evaluate_side_by_side
-from qlora_jax.config import Config
+from qlora_jax.config import Config, MeshArgs
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.training import reference_logps
 from qlora_jax.training.metrics import read_metrics
@@ -119,6 +119,16 @@ def test_a_run_that_is_stopped_in_its_reference_pass_continues_there(finished, t
     after = {file.name: file.stat().st_mtime_ns for file in (Path(config.output) / "reference").iterdir()}
     assert stored.items() <= after.items() and len(after) > 2
     assert [r["step"] for r in read_metrics(Path(config.output) / "metrics.jsonl") if "loss" in r][-1] == 6
+
+
+@pytest.mark.slow
+def test_a_mesh_has_the_same_reference_and_metrics_up_to_rounding(finished, tmp_path):
+    config, _ = finished
+    parted = dataclasses.replace(pairs_project(tmp_path / "mesh"), mesh=MeshArgs(data=2, fsdp=1))
+    run(parted)
+    one, two = (read_metrics(Path(each.output) / "metrics.jsonl")[-1] for each in (config, parted))
+    names = [name for name in one if name.startswith("eval_")]
+    assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-3, abs=1e-4)
 
 
 @pytest.mark.slow
