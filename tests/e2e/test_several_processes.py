@@ -14,7 +14,7 @@ from qlora_jax.config import Config, MeshArgs, read_config, write_config
 from qlora_jax.hosts.watchdog import ENDED
 from qlora_jax.io.checkpoint import open_run, saved_steps
 from qlora_jax.training.metrics import Record, read_metrics
-from qlora_jax.training.run import train
+from qlora_jax.training.run import dry_run, train
 from tests.e2e.run_records import comparable_records
 from tests.e2e.test_mesh import mesh_project
 from tests.e2e.test_questions import write_questions
@@ -25,6 +25,7 @@ MESH = MeshArgs(data=2, fsdp=2)
 STEPS = 5
 TIMES = {"seconds", "data_seconds", "tokens_per_second", "tokens_per_second_per_device", "host_bytes"}
 TRAIN = dict(steps=STEPS, micro_batch_size=8, accumulation=1, save_every=2, eval_every=2)
+QUIETLY = dict(resume=False, oversized=False, console=Console(file=io.StringIO()))
 pytestmark = pytest.mark.slow
 
 
@@ -53,7 +54,7 @@ def start_training(folder: Path, run: Path, processes: int, *words: str, **optio
 def trained(run: Path, config: Config, resume: bool = False) -> Path:
     """Trains to the end in this process."""
     output = dataclasses.replace(config, output=str(run))
-    assert train(output, run, resume=resume, oversized=False, console=Console(file=io.StringIO()))
+    assert train(output, run, **QUIETLY | dict(resume=resume))
     return run
 
 
@@ -135,3 +136,18 @@ def test_four_processes_train_as_one(one: tuple[Path, Config], tmp_path: Path, w
     assert [each.code for each in wait(runs)["other"]] == [0] * 4
     losses = [comparable_records(folder / "metrics.jsonl")[1]["loss"] for folder in (whole, tmp_path / "other")]
     assert losses[0] != losses[1]
+
+
+@pytest.mark.exhaustive
+def test_the_dry_run_of_two_processes_writes_the_report_of_one(tmp_path: Path):
+    """The first process alone writes; the other one prints nothing."""
+    config, run = settings(tmp_path), tmp_path / "two"
+    ended = wait({"two": start_training(tmp_path, run, 2, "--dry_run")})["two"]
+    assert [each.code for each in ended] == [0, 0], ended
+    assert "memory plan" in ended[0].out and "memory plan" not in ended[1].out + ended[1].err
+    assert sorted(path.name for path in run.iterdir()) == ["report.html", "report.json"]
+    dry_run(dataclasses.replace(config, output=str(tmp_path / "one")), tmp_path / "one", **QUIETLY)
+    ours, whole = (json.loads((folder / "report.json").read_text()) for folder in (run, tmp_path / "one"))
+    assert ours["data"] == whole["data"] and ours["rows"] == whole["rows"]
+    for name in ("device_bytes", "micro_batch", "fits"):
+        assert ours["memory_plan"][name] == whole["memory_plan"][name]
