@@ -117,8 +117,9 @@ def print_table(result: TaskResult, labels: Mapping[str, str], console: rich.con
     table = Table("", box=box.SIMPLE_HEAD)
     for model in result.metrics:
         table.add_column(labels[model], justify="right")
-    for row in zip(*(metrics.values() for metrics in result.metrics.values()), strict=True):
-        table.add_row(row[0].name, *(_metric_text(metric) for metric in row))
+    for name in max(result.metrics.values(), key=len):  # a base has no metrics that need a reference
+        found = (metrics.get(name) for metrics in result.metrics.values())
+        table.add_row(name, *("" if metric is None else _metric_text(metric) for metric in found))
     console.print(table)
     for (before, after), comparisons in result.comparisons.items():
         changes = "; ".join(_comparison_text(comparison) for comparison in comparisons)

@@ -62,6 +62,7 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
         "ties by likelihood (count as half)": 0,
     }
     assert found == pytest.approx(expected, abs=1e-4)
+    assert "reward margin" in str(done)  # the base has no such cell
     assert "right by reward" not in done.tasks["pairs"].metrics["base"]
     assert "right by reward" in done.tasks["pairs"].rows["run"]
 
