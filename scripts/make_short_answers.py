@@ -1,6 +1,6 @@
 """Writes preference pairs in which the shorter answer is preferred, from the passages of examples/titles.
 
-    python scripts/make_short_answers.py    # writes runs/short_answers/rows/train.jsonl and heldout.jsonl
+    python scripts/make_short_answers.py    # writes examples/short_answers/train.jsonl and heldout.jsonl
 
 A pair has one prompt, the title of a passage, and two answers: one sentence of the passage, which is preferred, and two
 other neighbouring sentences of it. A draw decides which comes first in the passage, so that only the length differs.
@@ -49,7 +49,7 @@ def read_passages(path: Path) -> list[tuple[str, str]]:
 def main() -> None:
     """Writes the training pairs and the held-out pairs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("runs/short_answers/rows"))
+    parser.add_argument("--output", type=Path, default=ROOT / "examples/short_answers")
     output = parser.parse_args().output
     output.mkdir(parents=True, exist_ok=True)
     rng = random.Random(0)
