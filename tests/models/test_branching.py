@@ -22,7 +22,7 @@ TREES = (
     [(20, [(20, 12), (13, 9), (0, 4), (19, 1)]), (0, [(0, 15), (0, 10)]), (3, [])],
     [(30, [(30, 20), (7, 8), (30, 11)]), (1, [(1, 10)])],
 )
-IN_CI = ("gemma2", "mistral", "smollm3_window")  # windows of some and of all layers, soft caps, layers without rotation
+IN_CI = ("gemma2", "smollm3_window")  # windows of some and of all layers, soft caps, layers without rotation
 
 
 def _marks(name):
