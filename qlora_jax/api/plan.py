@@ -89,8 +89,8 @@ def plan_of(args: PlanArgs) -> MemoryPlan:
       ValueError: as `make_plan`.
     """
     target = plan_target(args.card, args.memory)
-    buckets, unknown_lengths = from_config.data_buckets(args)
-    settings = from_config.step_configs(args, target, buckets)
+    rows, unknown_lengths = from_config.planned_rows(args)
+    settings = from_config.step_configs(args, target, rows)
     compile_step, problem = from_config.compiler_for(target)
     notes = []
     if unknown_lengths:
@@ -105,7 +105,7 @@ def plan_of(args: PlanArgs) -> MemoryPlan:
     setting = plan.first_fitting(settings, usable, lambda step: plan.fits(step, usable(step), compile_step))
     larger = from_config.larger_meshes(setting, target)
     return MemoryPlan(
-        plan=plan.make_plan(setting, usable(setting), compile_step, buckets, larger),
+        plan=plan.make_plan(setting, usable(setting), compile_step, rows.buckets, larger),
         title=from_config.plan_title(args, target, setting),
         notes=tuple(notes),
     )

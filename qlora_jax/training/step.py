@@ -211,10 +211,10 @@ def _all_rows_at_once(
 ) -> tuple[Float[Array, "A B"], PyTree]:
     """Returns the result of `_each_micro_batch` for losses that depend on the outputs of other rows, too.
 
-    A forward pass gives the outputs of the whole step, and with them the derivative of the loss by each output. Then
-    each micro-batch is computed again and backpropagated with its part of this derivative (Gao et al. 2021, GradCache).
+    The outputs of the whole step come first, and with them the derivative of the loss by each output. Then each
+    micro-batch is backpropagated with its part of this derivative.
     """
-    _, own = jax.lax.scan(lambda _, micro: (None, outputs(trained, micro)), None, batch)
+    own, backpropagate = _outputs_first(outputs, trained, batch)
     read = {name: batch[name] for name in (PRESENT, *objective.values)}
     found, arrays = jax.tree.map(lambda leaf: gather_rows(leaf, mesh, axis=1), (own, read))
 
@@ -223,16 +223,40 @@ def _all_rows_at_once(
         return jnp.sum(losses_AB), losses_AB
 
     by_outputs, row_losses_AB = jax.grad(summed, has_aux=True)(found)
-
-    def accumulate(_, micro_and_cotangents):
-        micro, cotangents = micro_and_cotangents
-        _, backward = jax.vjp(lambda trained: outputs(trained, micro), trained)
-        backward.with_refs(total)(cotangents)
-        return None, None
-
-    own_cotangents = jax.tree.map(lambda leaf: own_rows(leaf, mesh, axis=1), by_outputs)
-    jax.lax.scan(accumulate, None, (batch, own_cotangents))
+    backpropagate(total, jax.tree.map(lambda leaf: own_rows(leaf, mesh, axis=1), by_outputs))
     return row_losses_AB, found
+
+
+def _outputs_first(
+    outputs: Callable[[Lora, dict[str, jax.Array]], PyTree], trained: Lora, batch: dict[str, jax.Array]
+) -> tuple[PyTree, Callable[[PyTree, PyTree], None]]:
+    """Returns (outputs of all micro-batches, a function that adds their gradients to references for given cotangents).
+
+    One micro-batch is computed once. Several are computed again, each just before its backward pass, so that the
+    activations of one are in memory at a time (Gao et al. 2021, GradCache).
+    """
+
+    def forward(micro: dict[str, jax.Array]):
+        return jax.vjp(lambda trained: outputs(trained, micro), trained)
+
+    if len(batch["weights"]) == 1:
+        found, backward = forward(jax.tree.map(lambda leaf: leaf[0], batch))
+
+        def backpropagate(total: PyTree, cotangents: PyTree) -> None:
+            backward.with_refs(total)(jax.tree.map(lambda leaf: leaf[0], cotangents))
+
+        return jax.tree.map(lambda leaf: leaf[None], found), backpropagate
+
+    def backpropagate_each(total: PyTree, cotangents: PyTree) -> None:
+        def accumulate(_, micro_and_cotangents):
+            micro, cotangents = micro_and_cotangents
+            forward(micro)[1].with_refs(total)(cotangents)
+            return None, None
+
+        jax.lax.scan(accumulate, None, (batch, cotangents))
+
+    _, found = jax.lax.scan(lambda _, micro: (None, outputs(trained, micro)), None, batch)
+    return found, backpropagate_each
 
 
 def _mean(total: jax.Ref, spec: P, *, count: Float[Array, ""], mesh: AnyMesh | None) -> jax.Array:

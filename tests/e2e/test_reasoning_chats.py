@@ -1,5 +1,6 @@
 """Training on chats whose template drops earlier reasoning: each turn has the loss that it has alone."""
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from qlora_jax.config import Config
+from qlora_jax.config.parse import from_dict
 from qlora_jax.data.batching.batches import fill_batch
 from qlora_jax.data.dataset import Dataset
 from qlora_jax.data.loss_mask.reference import EncodedRow
@@ -18,6 +20,9 @@ from qlora_jax.data.readers.files import Place
 from qlora_jax.data.rows import token_rows
 from qlora_jax.models.partition import ModelParts
 from qlora_jax.training.metrics import read_metrics
+from qlora_jax.training.plan.from_config import planned_rows, step_configs
+from qlora_jax.training.plan.settings import PlanArgs
+from qlora_jax.training.plan.target import plan_target
 from qlora_jax.training.run import train
 from qlora_jax.training.session import Session, compile_gradients, open_inputs, prepare
 from qlora_jax.training.step import evaluation_loss, gradients
@@ -156,3 +161,16 @@ def test_only_the_held_out_rows_are_trees(tmp_path: Path):
     assert set(next(session.dataset.train_batches()).arrays()) == {"inputs", "targets", "weights"}
     assert losses(config, "loss")[0] == pytest.approx(mean_loss_alone(session, ONE_TURN), rel=1e-5)
     assert losses(config, "eval_loss")[0] == pytest.approx(mean_loss_alone(session, TURNS), rel=1e-5)
+
+
+def test_a_plan_has_the_arrays_of_the_trees(tmp_path: Path):
+    config, target = chats_project(tmp_path), plan_target("cpu", None)
+    settings = {name: dataclasses.asdict(getattr(config, name)) for name in ("model", "data", "train")}
+    args = from_dict(PlanArgs, settings)
+    rows, problem = planned_rows(args)
+    step, *_ = step_configs(args, target, rows)  # the others are on meshes
+    batch = next(open_inputs(config).dataset.train_batches()).arrays()
+    assert problem is None and {"parents", "depths"} <= batch.keys()
+    assert {name: leaf.shape for name, leaf in step.abstract_step.batch.items()} == {
+        name: array.shape for name, array in batch.items()
+    }

@@ -8,18 +8,18 @@ from jax.sharding import PartitionSpec as P
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.sharding import ROWS, make_mesh, named
+from qlora_jax.training import step
 from qlora_jax.training.objectives.cpo import CPO
 from qlora_jax.training.objectives.dpo import DPO
 from qlora_jax.training.objectives.kto import KTO
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.orpo import ORPO
 from qlora_jax.training.step import gradients
-from tests.marks import EXHAUSTIVE
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
 from tests.training.test_step import relative
 
-pytestmark = [*EXHAUSTIVE]
+pytestmark = pytest.mark.slow
 ROWS_OF_STEP = 8
 
 
@@ -35,6 +35,7 @@ def batch_of_eight(objective: Objective) -> dict[str, np.ndarray]:
     return batch_of(rows, chosen, 64, packed=False, sequences=objective.sequences_per_row).arrays()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("objective", "remat", "dropout"),
     [
@@ -61,3 +62,17 @@ def test_a_mesh_and_other_micro_batches_change_rounding_alone(objective: Objecti
     np.testing.assert_allclose(loss.total / loss.count, expected.total / expected.count, rtol=2e-6)
     np.testing.assert_allclose(loss.outputs.logps_BS.ravel(), expected.outputs.logps_BS.ravel(), rtol=1e-6, atol=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 1e-5
+
+
+@pytest.mark.parametrize(("micro_batches", "forward_passes"), [(1, 1), (2, 2)])
+def test_one_micro_batch_is_computed_once(monkeypatch, micro_batches: int, forward_passes: int):
+    """A loss that reads the outputs of all rows first computes several micro-batches again for their gradients."""
+    calls, objective = [], KTO(beta=0.07)  # no other test compiles it
+    row_outputs = step.row_outputs
+    monkeypatch.setattr(step, "row_outputs", lambda *args, **how: calls.append(1) or row_outputs(*args, **how))
+    parts = mesh_parts(mesh_config(WHOLE_VOCABULARY), lora=LoraArgs(rank=2, target_modules=["q_proj"]))
+    batch = {
+        name: array.reshape(micro_batches, -1, *array.shape[2:]) for name, array in batch_of_eight(objective).items()
+    }
+    gradients.lower(parts, batch, None, remat="names", objective=objective)
+    assert len(calls) == forward_passes

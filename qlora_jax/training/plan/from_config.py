@@ -1,8 +1,8 @@
 """Builds the inputs of a plan from settings: the step's configuration, the compiler for its device, and the title."""
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -14,19 +14,53 @@ from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
 from qlora_jax.training.objectives.make_objective import make_objective
+from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.plan.requirements import CompileStep, StepConfig, compile_here, compile_on_card
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import CPU, PlanTarget, model_features
-from qlora_jax.training.session import open_inputs
+from qlora_jax.training.session import Inputs, open_inputs
 
 GIB = 2**30
 HOST_CARDS = (2, 4, 8)  # numbers of cards that hosts usually have
 
 
-def step_configs(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> list[StepConfig]:
-    """Returns the longest step on each mesh that the settings allow, the first to try first.
+class PlannedRows(NamedTuple):
+    """The rows of a run's batches.
 
-    Its rows have the length of the longest bucket, or data.max_length without buckets.
+    Fields:
+      buckets: padded lengths of batches, ascending; empty if they are not known.
+      objective: the loss.
+      branching: True if data rows have branches.
+    """
+
+    buckets: tuple[int, ...]
+    objective: Objective
+    branching: bool
+
+
+def planned_rows(args: PlanArgs) -> tuple[PlannedRows, str | None]:
+    """Returns (the rows of data.train, or those of any data if it cannot be read; the reason why not, or None).
+
+    Raises:
+      ValueError: a problem with the data, or with the model's tokenizer.
+    """
+    objective = make_objective(args)
+    unknown = PlannedRows((), objective, branching=objective.sequences_per_row > 1)
+    if args.data.train is None:
+        return unknown, None
+    place = Path(args.model.path).expanduser()
+    if not place.exists() or place.suffix == ".json":
+        return unknown, f"{args.model.path} has no tokenizer to count the tokens of data.train"
+    return rows_of(open_inputs(args)), None
+
+
+def rows_of(inputs: Inputs) -> PlannedRows:
+    """Returns the rows of a run whose data has been read."""
+    return PlannedRows(inputs.dataset.buckets, inputs.objective, inputs.dataset.branching)
+
+
+def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[StepConfig]:
+    """Returns the longest step on each mesh that the settings allow, the first to try first.
 
     Raises:
       ValueError: an unknown model, rows longer than its maximum, or settings that no mesh allows.
@@ -40,9 +74,7 @@ def step_configs(args: PlanArgs, target: PlanTarget, buckets: Sequence[int]) -> 
     weights = weight_format(args.model, CPU if target.card is None else "gpu")
     new = len(args.model.new_tokens) + len(args.model.new_special_tokens)
     ids = tuple(range(model.vocab_size, model.vocab_size + new))  # any ids: only their number matters
-    sequences = make_objective(args).sequences_per_row
-    length = max(buckets, default=args.data.max_length * max(1, sequences))
-    config = run_step_config(args, model, weights, length, ids, branching=sequences > 1)
+    config = run_step_config(args, model, weights, rows, ids)
     sizes = mesh_choices(args, device_count(args, target)).usable
     mesh = make_mesh if target.card is None else absent_mesh
     return [config if size.devices == 1 else config.replace(mesh=mesh(size.data, size.fsdp)) for size in sizes]
@@ -66,32 +98,17 @@ def larger_meshes(config: StepConfig, target: PlanTarget) -> list[AbstractMesh]:
     return [absent_mesh(1, count) for count in counts]
 
 
-def data_buckets(args: PlanArgs) -> tuple[tuple[int, ...], str | None]:
-    """Returns (the batch lengths of data.train, or () if they are not known; the reason why not, or None).
-
-    Raises:
-      ValueError: a problem with the data, or with the model's tokenizer.
-    """
-    if args.data.train is None:
-        return (), None
-    place = Path(args.model.path).expanduser()
-    if not place.exists() or place.suffix == ".json":
-        return (), f"{args.model.path} has no tokenizer to count the tokens of data.train"
-    return open_inputs(args).dataset.buckets, None
-
-
 def run_step_config(
     config: Config,
     model: ModelConfig,
     weights: WeightFormat,
-    length: int,
+    rows: PlannedRows,
     new_ids: tuple[int, ...],
     mesh: AnyMesh | None = None,
-    *,
-    branching: bool,
 ) -> StepConfig:
-    """Returns the configuration of a run's steps with rows of `length` tokens; `branching`: they have branches."""
+    """Returns the configuration of a run's longest step. Without buckets, each text of a row has data.max_length."""
     train = config.train
+    length = max(rows.buckets, default=config.data.max_length * max(1, rows.objective.sequences_per_row))
     return StepConfig(
         model=model,
         weights=weights,
@@ -102,9 +119,9 @@ def run_step_config(
         paged=paging_of(config.optim) != "off",
         new_ids=new_ids,
         packed=config.data.packing,
-        branching=branching,
+        branching=rows.branching,
         neftune_noise_alpha=train.neftune_noise_alpha,
-        objective=make_objective(config),
+        objective=rows.objective,
         mesh=mesh,
     )
 

@@ -19,7 +19,7 @@ from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.paging_budget import device_bytes
-from qlora_jax.training.plan.from_config import run_step_config
+from qlora_jax.training.plan.from_config import rows_of, run_step_config
 from qlora_jax.training.plan.plan import make_plan
 from qlora_jax.training.plan.reference import ReferencePlan, plan_reference
 from qlora_jax.training.plan.requirements import (
@@ -115,11 +115,7 @@ class RunPlan:
 
 def longest_step(config: Config, inputs: Inputs, mesh: Mesh | None) -> StepConfig:
     """Returns the configuration of the run's step for its longest bucket."""
-    weights, length = weights_of(config, inputs), max(inputs.dataset.buckets)
-    step = run_step_config(
-        config, inputs.model, weights, length, inputs.new_ids, mesh, branching=inputs.dataset.branching
-    )
-    return step.replace(objective=inputs.objective)
+    return run_step_config(config, inputs.model, weights_of(config, inputs), rows_of(inputs), inputs.new_ids, mesh)
 
 
 def plan_run(config: Config, inputs: Inputs, gradients: CompiledGradients) -> RunPlan:

@@ -4,7 +4,7 @@ import pytest
 
 from qlora_jax.config.parse import from_dict
 from qlora_jax.training.cost import memory_use
-from qlora_jax.training.plan.from_config import plan_title, step_configs
+from qlora_jax.training.plan.from_config import plan_title, planned_rows, step_configs
 from qlora_jax.training.plan.requirements import StepConfig
 from qlora_jax.training.plan.settings import PlanArgs
 from qlora_jax.training.plan.target import plan_target
@@ -13,7 +13,7 @@ from qlora_jax.training.plan.target import plan_target
 def asked_of_an_h100(**settings) -> tuple[StepConfig, str]:
     """The step that settings ask for, and the title of its plan."""
     args, target = from_dict(PlanArgs, {"model": {"path": "smollm2-135m"}, **settings}), plan_target("h100", None)
-    (setting,) = step_configs(args, target, [512])
+    (setting,) = step_configs(args, target, planned_rows(args)[0])
     return setting, plan_title(args, target, setting)
 
 

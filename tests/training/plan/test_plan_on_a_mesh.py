@@ -15,7 +15,7 @@ from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.cost import communication, memory_use
 from qlora_jax.training.cost.activations import activation_bytes
 from qlora_jax.training.plan import from_config
-from qlora_jax.training.plan.from_config import absent_mesh, larger_meshes, step_configs
+from qlora_jax.training.plan.from_config import absent_mesh, larger_meshes, planned_rows, step_configs
 from qlora_jax.training.plan.plan import first_fitting, fits, make_plan
 from qlora_jax.training.plan.requirements import (
     StepConfig,
@@ -143,8 +143,9 @@ def test_rows_that_the_cards_cannot_share_are_refused(tmp_path, capsys):
 def test_auto_may_use_as_many_cards_as_there_are():
     args = from_dict(PlanArgs, {"model": {"path": "llama-3-8b"}, "cards": 8, "train": {"micro_batch_size": 4}})
     target = plan_target("h100", None)
-    assert [config.devices for config in step_configs(args, target, [512])] == [1, 2, 4]
-    assert [mesh.size for mesh in larger_meshes(step_configs(args, target, [512])[1], target)] == [4, 8]
+    configs = step_configs(args, target, planned_rows(args)[0])
+    assert [config.devices for config in configs] == [1, 2, 4]
+    assert [mesh.size for mesh in larger_meshes(configs[1], target)] == [4, 8]
 
 
 # Compiled for cards
