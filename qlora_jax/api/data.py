@@ -11,6 +11,7 @@ from qlora_jax.atomic_files import write_text
 from qlora_jax.config import ModelArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
+from qlora_jax.training.objectives.make_objective import make_objective
 
 # A path or hf://datasets/org/name; several paths with weights; or rows as they stand in a JSON Lines file.
 Data = str | Path | Mapping[str, float] | Sequence[Mapping[str, object]]
@@ -36,14 +37,22 @@ def prepare_data(
 ) -> Dataset:
     """Reads, checks and tokenizes training data as `finetune` does.
 
-    `dataset.train_batches()` yields batches without end and `dataset.eval_batches(size)` the evaluation data once. A
-    batch holds NumPy arrays [accumulation, micro_batch_size, T]: `inputs` and `targets` (int32 token ids) and `weights`
-    (f32, 1 for tokens in the loss and 0 elsewhere); `batch.arrays()` is a dict of them. `dataset.report` has the counts
-    of rows and tokens, and what was truncated or dropped.
+    `dataset.train_batches()` yields batches without end and `dataset.eval_batches(size)` the evaluation data once.
+    `batch.arrays()` is a dict of NumPy arrays [accumulation, micro_batch_size, T]. `dataset.report` has the counts of
+    rows and tokens, and what was truncated or dropped. A training loop has to give the model all of the arrays that
+    exist (docs/python.md):
+
+      inputs, targets: int32 token ids.
+      weights: f32, 1 for tokens in the loss and 0 elsewhere.
+      segments: int32, with packing or branches: positions see those of their own segment only.
+      parents, depths: int32, if `dataset.branching`, as with pairs and with templates that drop earlier reasoning: the
+        segment that a branch continues, and how many of its positions the branch sees (`q.nn.Branching`).
+
+    Objectives other than sft have `sequences`, `present` and their labels too; see `data.batching.batches.Batch`.
 
     Args:
       data: as for `finetune`. Settings that are None have the defaults of `finetune`.
-      config: more settings by dotted name, such as {"data.format": "sharegpt"}.
+      config: more settings by dotted name, such as {"data.format": "sharegpt"} or {"objective": "dpo"}.
 
     Raises:
       ValueError: a file is missing or rows are malformed; the message lists all of them by line.
@@ -67,6 +76,9 @@ def prepare_data(
             seed=resolved.train.seed,
             micro_batch_size=resolved.train.micro_batch_size,
             accumulation=resolved.train.accumulation,
+            objective=resolved.objective,
+            labels=resolved.head.labels or (),
+            kl_pairs=make_objective(resolved).kl_pairs,
         )
 
 

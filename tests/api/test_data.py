@@ -43,3 +43,17 @@ def test_columns_and_bad_rows_are_arguments(tokenizer):
 def test_malformed_rows_in_memory_are_reported(tokenizer):
     with pytest.raises(ValueError, match=r"train\.jsonl"):
         q.prepare_data([{"neither": "column"}], tokenizer)
+
+
+def test_the_objective_of_the_config_decides_the_rows(tokenizer):
+    pairs = [{"prompt": "say sun", "chosen": "sun", "rejected": "moon" * n} for n in range(1, 5)]
+    dataset = q.prepare_data(pairs, tokenizer, config={"objective": "dpo"})
+    arrays = next(iter(dataset.train_batches())).arrays()
+    assert (dataset.branching, dataset.sequences) == (True, 2) and {"parents", "depths", "sequences"} <= arrays.keys()
+    answers = [{"prompt": f"say {n}", "completion": str(n), "label": n % 2} for n in range(4)]
+    assert q.prepare_data(answers, tokenizer, config={"objective": "kto"}).sequences == 2  # with KL pairs
+    texts = [{"text": f"say {n}", "label": "no"} for n in range(4)]
+    named = q.prepare_data(texts, tokenizer, config={"objective": "classification", "head.labels": ["yes", "no"]})
+    assert named.labels == ("yes", "no")
+    with pytest.raises(ValueError, match="sft trains on texts or conversations with answers"):
+        q.prepare_data(pairs, tokenizer)
