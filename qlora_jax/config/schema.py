@@ -165,7 +165,8 @@ class DataArgs:
         "assistant",
     )
     max_length: int = setting(
-        "maximum tokens per row, special tokens included; of a pair, per prompt with one answer",
+        "maximum tokens per text, special tokens included. The text is a row, a pair's prompt with one answer, or a "
+        "branch with the history that it continues; a head takes one position of it",
         1024,
         AT_LEAST_TWO,
         common="maximum tokens per row",

@@ -22,12 +22,13 @@ from qlora_jax.data.encoder import Finish, check_encodable
 from qlora_jax.data.formats.preference import EQUAL_ANSWERS
 from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
-from qlora_jax.data.formats.tool_calls import called_functions, check_template_shows, read_tools
+from qlora_jax.data.formats.tool_calls import Tools, called_functions, check_template_shows, read_tools
 from qlora_jax.data.labels import ValueReader, Values, value_reader
 from qlora_jax.data.loss_mask.by_offsets import is_lossy
 from qlora_jax.data.loss_mask.reference import EncodedRow
 from qlora_jax.data.loss_mask.shared_prefix import is_always_found
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks, turn_marks
+from qlora_jax.data.loss_mask.turns import closes_reasoning, text_behind, without_other_reasoning
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import TEXT_NAMES, RowUse
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
@@ -179,7 +180,7 @@ def make_branch_encoder(
         use=use,
         chat=tokenizer.chat_template is not None,
         write=lambda row: _write(row, row_format, tokenizer, use, marks),
-        values=value_reader(use.values, labels),
+        values=value_reader(use.values, labels, label_columns="label" not in row_format.required),
     )
 
 
@@ -224,12 +225,37 @@ def _write(
         check_template_shows(whole, text, None if tools is None else rendered[-1] if whole is wholes[0] else "")
     if asked is None:
         return WrittenRow(None, tuple(texts), is_plain=False)
+    if not use.head:
+        texts = yield from _behind_prompt(prompt, answers, asked, texts, tools)
     starts = [len(asked) if text.startswith(asked) else 0 for text in texts]
     behind = [text[start:] for text, start in zip(texts, starts, strict=True)]
     unseen = not all([_shows_reasoning(answer, text) for answer, text in zip(answers, behind, strict=True)])
     if not use.head:
-        texts = [_through_end(text, start, marks(), tokenizer) for text, start in zip(texts, starts, strict=True)]
+        texts = [_through_end(text, len(asked), marks(), tokenizer) for text in texts]
     return WrittenRow(asked, tuple(texts), is_plain=False, unseen_reasoning=unseen)
+
+
+def _behind_prompt(
+    prompt: Sequence[Message],
+    answers: Sequence[Sequence[Message]],
+    asked: str,
+    texts: Sequence[str],
+    tools: Tools | None,
+) -> Generator[Sequence[Rendering], Sequence[str | ValueError], list[str]]:
+    """Yields the conversations that it needs, and returns the texts, each behind the prompt that inference builds.
+
+    Args:
+      asked: the prompt, rendered with a generation prompt.
+      texts: the prompt with each answer, as the template writes it.
+    """
+    found: list[str] = []
+    for answer, whole in zip(answers, texts, strict=True):
+        before, other = asked, without_other_reasoning(prompt, answer, asked)
+        if other != [*prompt, *answer] and (not whole.startswith(asked) or closes_reasoning(asked)):
+            alone = yield [Rendering(other[: len(prompt)], True, tools), Rendering(other, tools=tools)]
+            before, whole = map(text_of, alone)
+        found.append(asked + text_behind(len(prompt), other[len(prompt)], before, whole))
+    return found
 
 
 def _plain(found: Texts, use: RowUse, tokenizer: Tokenizer) -> WrittenRow | None:
@@ -253,7 +279,7 @@ def _messages(text: Text) -> Sequence[Message]:
 
 def _shows_reasoning(answer: Sequence[Message], rendered: str) -> bool:
     """Returns True if the template writes the reasoning of an answer; raises ValueError if it drops the rest of it."""
-    thoughts = [read_thought(message) for message in answer]
+    thoughts = [read_thought(message) for message in answer if message["role"] == "assistant"]
     calls = [name for message in answer for name in called_functions(message)]
     if not all(part in rendered for part in (*[thought.answer.strip() for thought in thoughts], *calls)):
         raise ValueError(

@@ -1,7 +1,10 @@
 """Reads the labels of rows, margins included, and finds the names of classes in training data."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+
+import numpy as np
 
 from qlora_jax.config.schema import DataArgs
 from qlora_jax.data.formats.columns import list_columns, rename_columns
@@ -17,22 +20,27 @@ ValueReader = Callable[[Columns], Values]
 MAX_CLASSES = 1000
 # Files of text, such as CSV, have no other way to write a truth value.
 _TRUTH = {"1": 1.0, "0": 0.0, "true": 1.0, "false": 0.0}
+# A whole number as a column of numbers with gaps has it in text.
+_WHOLE = re.compile(r"(-?\d+)\.0+")
 
 
-def value_reader(kind: ValueKind, labels: Sequence[str]) -> ValueReader:
+def value_reader(kind: ValueKind, labels: Sequence[str], *, label_columns: bool = False) -> ValueReader:
     """Returns a function that reads a row's values. It raises ValueError for a row whose label does not fit.
 
     Args:
       labels: names of the classes, in order.
+      label_columns: True if each class is a column, and False if the column `label` has their names.
     """
-    indices = {name: index for index, name in enumerate(labels)}
+    indices = {_spelling(name): index for index, name in enumerate(labels)}
     readers: dict[ValueKind, ValueReader] = {
         "none": lambda row: {},
         "desirable": lambda row: {"labels": [_truth("label", row["label"])]},
-        "margin": lambda row: {"margins": [float(row.get("margin") or 0)] * 2},
+        "margin": lambda row: {"margins": [_margin(row.get("margin"))] * 2},
         "class": lambda row: {"labels": [float(_index(label_name(row["label"]), indices))]},
-        "classes": lambda row: {"labels": [_marks(row, indices)]},
-        "number": lambda row: {"labels": [_number(row["label"])]},
+        "classes": lambda row: {
+            "labels": [_column_marks(row, labels) if label_columns else _listed_marks(row, indices)]
+        },
+        "number": lambda row: {"labels": [_number("label", row["label"])]},
     }
     return readers[kind]
 
@@ -83,20 +91,32 @@ def _names_in(path: str, names: Mapping[str, str], kind: ValueKind) -> Iterable[
 
 def _order(name: str) -> tuple[bool, float, str]:
     try:
-        return False, float(name), name
+        number = float(name)
     except ValueError:
-        return True, 0.0, name
+        number = math.nan
+    return (False, number, name) if math.isfinite(number) else (True, 0.0, name)
 
 
 def label_name(value: object) -> str:
     """Returns the name of a class; raises ValueError if the value does not name one."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)  # a column of whole numbers with gaps
-    if isinstance(value, int | str) and (name := str(value).strip()):
+    if isinstance(value, int | str) or (isinstance(value, float) and value.is_integer()):
+        name = _spelling(value)
         if name == "-1":
             raise ValueError("label is -1, which means that the row has no label. Remove it")
-        return name
+        if name:
+            return name
     raise ValueError(f"label is {shorten(repr(value))}, expected a name or a whole number")
+
+
+def _spelling(value: float | str) -> str:
+    """Returns the name of a value, which is the same in all kinds of files: 1, 1.0 and "1.0" are one class."""
+    if isinstance(value, bool):
+        return str(value).lower()  # as JSON and YAML write it
+    if isinstance(value, float):
+        return str(int(value))
+    name = str(value).strip()
+    whole = _WHOLE.fullmatch(name)
+    return whole[1] if whole else name
 
 
 def _index(name: str, indices: Mapping[str, int]) -> int:
@@ -115,18 +135,21 @@ def _listed(value: object) -> list[str]:
     return [label_name(one) for one in value]
 
 
-def _marks(row: Columns, indices: Mapping[str, int]) -> list[float]:
-    """Returns 1 for each label that the row has, else 0."""
-    if "label" not in row:
-        missing = [name for name in indices if name not in row]
-        if missing:
-            raise ValueError(
-                f"no column 'label', and none for the labels {list_columns(missing)} of head.labels "
-                f"(found {list_columns(row)})"
-            )
-        return [_truth(name, row[name]) for name in indices]
+def _listed_marks(row: Columns, indices: Mapping[str, int]) -> list[float]:
+    """Returns 1 for each class in the row's list of names, else 0."""
     has = {_index(name, indices) for name in _listed(row["label"])}
     return [float(index in has) for index in range(len(indices))]
+
+
+def _column_marks(row: Columns, labels: Sequence[str]) -> list[float]:
+    """Returns 1 for each class whose column says so, else 0."""
+    missing = [name for name in labels if name not in row]
+    if missing:
+        raise ValueError(
+            f"no column for the labels {list_columns(missing)} of head.labels (found {list_columns(row)}). "
+            "Name in head.labels the columns that are labels, or in data.columns the column that is the label"
+        )
+    return [_truth(name, row[name]) for name in labels]
 
 
 def _truth(name: str, value: object) -> float:
@@ -137,11 +160,17 @@ def _truth(name: str, value: object) -> float:
     raise ValueError(f"{name} is not binary (found {shorten(repr(value))}, expected true, false, 1 or 0)")
 
 
-def _number(value: object) -> float:
+def _margin(value: object) -> float:
+    """Returns the margin of a pair, 0 for one without a margin; text files have an empty text there."""
+    return 0.0 if value is None or value == "" else _number("margin", value)
+
+
+def _number(name: str, value: object) -> float:
+    """Returns a number that f32 can hold, also from text."""
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         number = math.nan
-    if math.isfinite(number):
+    if abs(number) <= float(np.finfo(np.float32).max):
         return number
-    raise ValueError(f"label is not a number (found {shorten(repr(value))})")
+    raise ValueError(f"{name} is not a finite number in f32 (found {shorten(repr(value))})")

@@ -82,7 +82,10 @@ class RowCounts:
                 name: _sum(self.text_lengths.get(name, {}), other.text_lengths.get(name, {}))
                 for name in dict.fromkeys((*self.text_lengths, *other.text_lengths))
             },
-            labels=_sum(self.labels, other.labels),
+            labels={
+                name: self.labels.get(name, 0) + other.labels.get(name, 0)  # also 0, of a column without a positive
+                for name in dict.fromkeys((*self.labels, *other.labels))
+            },
             lookalikes=_sum(self.lookalikes, other.lookalikes),
             columns=tuple(dict.fromkeys((*self.columns, *other.columns))),
             bad_reasons=merge_reasons(self.bad_reasons, other.bad_reasons),

@@ -47,6 +47,6 @@ def _count_labels(use: RowUse, rows: Sequence[EncodedRow], labels: Sequence[str]
         return {}
     found = np.array([row.values["labels"] for row in rows])[:, 0]
     if use.values == "classes":
-        return {name: int(count) for name, count in zip(labels, found.sum(axis=0), strict=True) if count}
+        return {name: int(count) for name, count in zip(labels, found.sum(axis=0), strict=True)}
     names = ("undesirable", "desirable") if use.values == "desirable" else labels
     return Counter([names[int(index)] for index in found])

@@ -12,13 +12,14 @@ import pytest
 from qlora_jax.data.branch_encoder import WrittenRow, encode_written, make_branch_encoder
 from qlora_jax.data.branches import branch_ends
 from qlora_jax.data.formats.detect import detect_format
-from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.loss_mask.reference import EncodedRow, loss_mask
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.readers.files import Place, Problem, Row
 from qlora_jax.data.row_kinds import ROW_USES
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer, with_new_tokens
 from tests.data.conftest import sentencepiece_tokenizer
 from tests.data.formats.test_tool_calls import HERMES, WEATHER, called, conversation
+from tests.data.loss_mask.reasoning_templates import REASONING_TEMPLATES
 
 ORACLE = Path(__file__).parents[1] / "oracle/trl_datasets.py"
 
@@ -242,7 +243,6 @@ def test_bos_comes_first_once():
 @pytest.mark.parametrize(
     ("template", "row", "problem"),
     [
-        ("thinking", {"prompt": [USER], "chosen": [turn("tool", "x"), GOOD], "rejected": [BAD]}, None),
         ("drops", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "drops or rewrites a part of an answer"),
         ("none", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "needs a chat template, and this model has"),
         ("no end", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "expected a special token"),
@@ -261,9 +261,6 @@ def test_rows_that_a_template_does_not_write(
     rows, problems = [Row(Place(7, 6), row)], []
     row_format = detect_format("x.jsonl", rows, objective="dpo")
     _, found = make_branch_encoder(row_format, one, ROW_USES["dpo"]).begin(rows, problems)()(problems)
-    if problem is None:
-        assert (len(found), problems) == (1, [])
-        return
     ((place, told),) = problems
     assert place.line == 7 and problem in told and not found
 
@@ -276,3 +273,38 @@ def test_reasoning_that_the_template_drops_is_counted(tokenizer: Tokenizer, temp
     unseen = [row.unseen_reasoning for row in encoded(tokenizer, rows)]
     seen = [row.unseen_reasoning for row in encoded(dataclasses.replace(tokenizer, chat_template=reads), rows)]
     assert (unseen, seen) == ([True, False], [False, False])
+
+
+THOUGHT = turn("assistant", "<think>\nhm\n</think>\n\nfour")
+ASKED_AGAIN = [turn("user", "Hi"), turn("assistant", "<think>\nso\n</think>\n\nHello"), USER]
+THINKING_OFF = {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("kwargs", [{}, THINKING_OFF], ids=["thinking", "off"])
+@pytest.mark.parametrize("name", REASONING_TEMPLATES)
+def test_answers_are_learned_behind_the_prompt_of_inference_as_in_sft(tokenizer: Tokenizer, name: str, kwargs: dict):
+    one = dataclasses.replace(tokenizer, chat_template=REASONING_TEMPLATES[name], chat_template_kwargs=kwargs)
+    for prompt in ([USER], ASKED_AGAIN):
+        asked = one.encode(one.render(prompt, add_generation_prompt=True))
+        (row,) = encoded(one, [{"prompt": prompt, "chosen": [THOUGHT], "rejected": [BAD]}])
+        for (ids, mask), answer in zip(texts_of(row), (THOUGHT, BAD), strict=True):
+            sft = loss_mask(one, [*prompt, answer], learn="last")
+            assert one.decode(ids) == one.decode(sft.ids[: int(np.flatnonzero(sft.supervised)[-1]) + 1].tolist())
+            if row.cut:  # a token crosses the end of the prompt, so it belongs to the answers
+                assert (name, kwargs) == ("qwen3", THINKING_OFF)
+                continue
+            assert ids[: len(asked)] == asked and mask == [False] * len(asked) + [True] * (len(ids) - len(asked))
+            assert ids == sft.ids.tolist()[: len(ids)] and not sft.supervised[len(ids) :].any()
+        assert row.unseen_reasoning == ("hm" not in one.decode(texts_of(row)[0][0]))
+
+
+def test_a_tools_text_inside_an_answer_may_be_written_as_json(tokenizer: Tokenizer):
+    as_json = "{{ m.content | tojson if m.role == 'tool' else m.content }}"
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n" + as_json + "<|im_end|>\n{% endfor %}"
+    one = dataclasses.replace(
+        tokenizer,
+        chat_template=template + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    )
+    answer = [turn("assistant", "Let me see"), turn("tool", 'the "sum" is 4'), GOOD]
+    (row,) = encoded(one, [{"prompt": [USER], "chosen": answer, "rejected": [BAD]}])
+    assert '\\"sum\\"' in one.decode(texts_of(row)[0][0])

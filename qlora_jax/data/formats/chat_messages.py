@@ -35,10 +35,22 @@ def message_problems(row: JSONObject) -> list[str]:
     messages = row["messages"]
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         return ['messages is not a list of objects like {"role": "user", "content": "..."}']
-    other_forms = [(index, message) for index, message in enumerate(messages) if _has_other_form(message)]
+    if problems := form_problems(messages):
+        return problems
+    current = current_messages(messages)
+    problems = [problem for index, message in enumerate(current) for problem in _problems(index, message)]
+    roles = [message.get("role") for message in current]
+    if not problems and "assistant" not in roles:
+        return [f"no message has the role 'assistant', so the row has nothing to learn (found the roles {roles})"]
+    return problems
+
+
+def form_problems(messages: Sequence[Message]) -> list[str]:
+    """Returns the reasons why `current_messages` cannot rewrite the messages."""
     problems = [
         f"message {index}{problem}"
-        for index, message in other_forms
+        for index, message in enumerate(messages)
+        if _has_other_form(message)
         for problem in (*_part_problems(message), *_function_call_problems(message))
     ]
     problems += [
@@ -46,13 +58,6 @@ def message_problems(row: JSONObject) -> list[str]:
         for index, message in enumerate(messages)
         for problem in reasoning_problems(message)
     ]
-    if problems:
-        return problems
-    current = current_messages(messages) if other_forms else messages
-    problems = [problem for index, message in enumerate(current) for problem in _problems(index, message)]
-    roles = [message.get("role") for message in current]
-    if not problems and "assistant" not in roles:
-        return [f"no message has the role 'assistant', so the row has nothing to learn (found the roles {roles})"]
     return problems
 
 

@@ -6,7 +6,7 @@ from qlora_jax.data.formats.columns import PLACEHOLDER, SYNONYMS, columns_settin
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import RowFormat
 from qlora_jax.data.readers.files import Row
-from qlora_jax.data.row_kinds import DESCRIPTIONS, ROW_USES, RowKind, objectives_of
+from qlora_jax.data.row_kinds import DESCRIPTIONS, ROW_USES, RowKind
 
 # Columns for the advice about a file whose columns resemble none of a format.
 _EXAMPLE_COLUMNS: dict[RowKind, tuple[str, ...]] = {
@@ -29,7 +29,7 @@ def detect_format(
 ) -> RowFormat:
     """Returns the named format, or the first in FORMATS whose required columns exist and that matches a row.
 
-    Only formats of the objective's kind of rows are considered.
+    Only formats that the objective can use are considered.
 
     Args:
       path: file name for errors.
@@ -42,16 +42,15 @@ def detect_format(
       ValueError: no format fits, or only one of another kind. The message has the columns found, the known formats, and
         the setting that may be missing.
     """
-    kind = ROW_USES[objective].kind
     columns = list(dict.fromkeys(name for row in rows for name in row.data))
-    formats = [row_format for row_format in FORMATS.values() if row_format.kind == kind]
-    if named != "auto" and FORMATS[named].kind != kind:
+    formats = [row_format for row_format in FORMATS.values() if objective in row_format.objectives]
+    if named != "auto" and objective not in FORMATS[named].objectives:
         raise ValueError(f"{path}: data.format: {_other_kind(FORMATS[named], objective)}")
     detectable = [row_format for row_format in formats if not row_format.explicit_only]
     for row_format in detectable if named == "auto" else [FORMATS[named]]:
         if set(row_format.required) <= set(columns) and (named != "auto" or _matches_a_row(rows, row_format)):
             return row_format
-    if named == "auto" and (other := _of_other_kind(rows, columns, kind)) is not None:
+    if named == "auto" and (other := _of_other_objectives(rows, columns, formats)) is not None:
         raise ValueError(f"{path}: objective: {_other_kind(other, objective)}")
     wrong = "have no known format" if named == "auto" else f"do not have the format {named!r} that data.format names"
     known = "".join(f"\n  {row_format}" for row_format in formats)
@@ -61,17 +60,23 @@ def detect_format(
     )
 
 
-def _of_other_kind(rows: Sequence[Row], columns: Sequence[str], kind: RowKind) -> RowFormat | None:
-    """Returns the format of another kind that fits, with the most required columns."""
-    others = [form for form in FORMATS.values() if form.kind != kind and not form.explicit_only]
+def _of_other_objectives(rows: Sequence[Row], columns: Sequence[str], formats: Sequence[RowFormat]) -> RowFormat | None:
+    """Returns the format of other objectives that fits, with the most required columns.
+
+    None if one of `formats` has these columns and a label, which is then what the file lacks.
+    """
+    others = [form for form in FORMATS.values() if form not in formats and not form.explicit_only]
     fit = [form for form in others if set(form.required) <= set(columns) and _matches_a_row(rows, form)]
-    return max(fit, key=lambda form: len(form.required), default=None)
+    found = max(fit, key=lambda form: len(form.required), default=None)
+    if found is None or any({*found.required, "label"} == {*form.required} for form in formats):
+        return None
+    return found
 
 
 def _other_kind(found: RowFormat, objective: str) -> str:
     """Returns the problem of rows that another objective needs, and the settings that may be meant."""
-    kind, others = ROW_USES[objective].kind, objectives_of(found.kind)
-    formats = ", ".join(form.name for form in FORMATS.values() if form.kind == kind)
+    kind, others = ROW_USES[objective].kind, found.objectives
+    formats = ", ".join(form.name for form in FORMATS.values() if objective in form.objectives)
     return (
         f"{objective} trains on {DESCRIPTIONS[kind]} (found {DESCRIPTIONS[found.kind]}: format {found.name!r}). Set "
         f"objective to {' or '.join(others)}, or use rows of one of the formats {formats}."

@@ -33,11 +33,12 @@ def _conversation_texts(row: Columns, chat: bool) -> Texts:
     return Texts("", ([with_parsed_arguments(message) for message in current_messages(row["messages"])],))
 
 
-def _labelled(name: str, columns: Sequence[str], required: Sequence[str]) -> RowFormat:
+def _labelled(name: str, columns: Sequence[str], required: Sequence[str], objective: str | None = None) -> RowFormat:
     """Returns the format of texts in these columns, which are never a conversation."""
     return RowFormat(
         name=name,
         kind="class",
+        objective=objective,
         required=tuple(required),
         problems=lambda row: text_problems(row, *columns),
         texts=lambda row, chat: Texts("", ("\n".join([row[column] for column in columns]),)),
@@ -72,7 +73,7 @@ FORMS = (
     ),
     *(_labelled(name, columns, (*columns, "label")) for name, columns in reversed(_COLUMNS.items())),
     # Each label is a column of 0 and 1; head.labels names them.
-    _labelled("text-label-columns", ("text",), ("text",)),
+    _labelled("text-label-columns", ("text",), ("text",), objective="multi_label"),
     _embedding("triplet", ("anchor", "positive", "negative")),
     _embedding("anchor-positive", ("anchor", "positive")),
 )

@@ -4,11 +4,11 @@ The prompt is a separate column, or the beginning that the chosen and the reject
 plain text and as lists of messages.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from os.path import commonprefix
 
 from qlora_jax.data.formats import conversations
-from qlora_jax.data.formats.chat_messages import current_messages, message_problems
+from qlora_jax.data.formats.chat_messages import current_messages, form_problems, message_problems
 from qlora_jax.data.formats.columns import SYNONYMS
 from qlora_jax.data.formats.row_format import Columns, RowFormat, Text, Texts
 from qlora_jax.data.formats.texts import text_problem, text_problems
@@ -43,7 +43,7 @@ def _as_messages(text: Text, role: str) -> list[Message]:
     """Returns messages; text becomes one of that role."""
     if isinstance(text, str):
         return [{"role": role, "content": text}]
-    return [with_parsed_arguments(message) for message in current_messages(text)]
+    return [with_parsed_arguments(message) for message in text]
 
 
 def _texts(prompt: Text, answers: Sequence[Text], chat: bool) -> Texts:
@@ -102,11 +102,25 @@ def _repeated_prompt(row: Columns) -> Sequence[Message]:
     return prompt if repeats and prompt else ()
 
 
+def _shape_problems(row: Columns, *names: str) -> list[str]:
+    """Returns the problems of a row whose columns of these names cannot be compared."""
+    problems = [found for name in names for found in _kind_problem(name, row[name])]
+    return problems or [
+        f"{name}: {problem}" for name in names if not isinstance(row[name], str) for problem in form_problems(row[name])
+    ]
+
+
+def _current(row: Columns) -> Columns:
+    """Returns the row with messages in the current form, in which equal ones can be found."""
+    lists = [name for name in ("prompt", *_ANSWERS, "completion") if isinstance(row.get(name), list)]
+    return {**row, **{name: current_messages(row[name]) for name in lists}}
+
+
 def _explicit_problems(row: Columns) -> list[str]:
-    problems = [found for name in ("prompt", *_ANSWERS) for found in _kind_problem(name, row[name])]
-    problems = problems or tools_problems(row)
+    problems = _shape_problems(row, "prompt", *_ANSWERS) or tools_problems(row)
     if problems:
         return problems
+    row = _current(row)
     if row["chosen"] == row["rejected"]:
         return [EQUAL_ANSWERS]
     if isinstance(row["prompt"], str) and (repeated := _repeated_prompt(row)):
@@ -128,14 +142,15 @@ def _explicit_parts(row: Columns) -> tuple[Text, dict[str, Text]]:
 
 
 def _explicit_texts(row: Columns, chat: bool) -> Texts:
-    prompt, answers = _explicit_parts(row)
+    prompt, answers = _explicit_parts(_current(row))
     return _texts(prompt, [*answers.values()], chat)
 
 
 def _implicit_problems(row: Columns) -> list[str]:
-    problems = [found for name in _ANSWERS for found in _kind_problem(name, row[name])] or tools_problems(row)
+    problems = _shape_problems(row, *_ANSWERS) or tools_problems(row)
     if problems:
         return problems
+    row = _current(row)
     chosen, rejected = row["chosen"], row["rejected"]
     if type(chosen) is not type(rejected):
         return ["one of chosen and rejected is text and the other a list of messages, expected two of a kind"]
@@ -150,8 +165,8 @@ def _implicit_problems(row: Columns) -> list[str]:
 
 
 def _is_asked(answer: Text) -> bool:
-    """Returns True if a list of messages does not begin with an answer."""
-    return not isinstance(answer, str) and bool(answer) and answer[0].get("role") in ("user", "system", "developer")
+    """Returns True if a list of messages begins with one that is a part of the prompt, such as a tool's answer."""
+    return not isinstance(answer, str) and bool(answer) and answer[0].get("role") != "assistant"
 
 
 def _has_no_prompt_column(row: Columns) -> bool:
@@ -167,7 +182,7 @@ def _implicit_parts(row: Columns) -> tuple[Text, dict[str, Text]]:
 
 def _implicit_texts(row: Columns, chat: bool) -> Texts:
     # Text whose prompt is not marked is never a conversation.
-    prompt, answers = _implicit_parts(row)
+    prompt, answers = _implicit_parts(_current(row))
     return _texts(prompt, [*answers.values()], chat=chat and not isinstance(prompt, str))
 
 
@@ -222,21 +237,16 @@ def _orca_texts(row: Columns, chat: bool) -> Texts:
 
 
 def _unpaired_problems(row: Columns) -> list[str]:
-    problems = [found for name in ("prompt", "completion") for found in _kind_problem(name, row[name])]
-    problems = problems or tools_problems(row)
-    return problems or _answer_problems(row["prompt"], {"completion": row["completion"]})
+    problems = _shape_problems(row, "prompt", "completion") or tools_problems(row)
+    if problems:
+        return problems
+    row = _current(row)
+    return _answer_problems(row["prompt"], {"completion": row["completion"]})
 
 
-def _with_margin(problems: Callable[[Columns], list[str]]) -> Callable[[Columns], list[str]]:
-    """Returns the check with that of the optional column `margin`."""
-
-    def check(row: Columns) -> list[str]:
-        margin = row.get("margin")
-        if margin is None or (isinstance(margin, int | float) and not isinstance(margin, bool)):
-            return problems(row)
-        return [f"margin is {type(margin).__name__}, expected a number", *problems(row)]
-
-    return check
+def _unpaired_texts(row: Columns, chat: bool) -> Texts:
+    row = _current(row)
+    return _texts(row["prompt"], (row["completion"],), chat)
 
 
 FORMS = (
@@ -245,7 +255,7 @@ FORMS = (
         kind="pair",
         required=("prompt", "chosen", "rejected"),
         optional=("tools", "margin"),
-        problems=_with_margin(_explicit_problems),
+        problems=_explicit_problems,
         texts=_explicit_texts,
     ),
     RowFormat(
@@ -253,7 +263,7 @@ FORMS = (
         kind="pair",
         required=("question", "chosen", "rejected"),
         optional=("system", "margin"),
-        problems=_with_margin(_orca_problems),
+        problems=_orca_problems,
         texts=_orca_texts,
     ),
     RowFormat(
@@ -262,7 +272,7 @@ FORMS = (
         required=("chosen", "rejected"),
         optional=("margin",),
         matches=_is_tagged,
-        problems=_with_margin(_tagged_problems),
+        problems=_tagged_problems,
         texts=_tagged_texts,
     ),
     RowFormat(
@@ -271,7 +281,7 @@ FORMS = (
         required=("chosen", "rejected"),
         optional=("tools", "margin"),
         matches=_has_no_prompt_column,
-        problems=_with_margin(_implicit_problems),
+        problems=_implicit_problems,
         texts=_implicit_texts,
     ),
     RowFormat(
@@ -280,6 +290,6 @@ FORMS = (
         required=("prompt", "completion", "label"),
         optional=("tools",),
         problems=_unpaired_problems,
-        texts=lambda row, chat: _texts(row["prompt"], (row["completion"],), chat),
+        texts=_unpaired_texts,
     ),
 )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from qlora_jax.data.loss_mask.row_text import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
-from qlora_jax.data.row_kinds import RowKind
+from qlora_jax.data.row_kinds import RowKind, objectives_of
 from qlora_jax.data.tokenizer.chat_template import Message
 
 Columns = JSONObject  # of one row, by name
@@ -32,6 +32,7 @@ class RowFormat:
 
     Fields:
       kind: the kind of its rows, which an objective needs.
+      objective: the only objective of that kind that can use the rows. None: every objective of the kind can.
       required, optional: names of its columns.
       explicit_only: another format has the same columns, so data.format has to name this one.
       problems: returns the problems of a row that has the required columns.
@@ -48,6 +49,7 @@ class RowFormat:
 
     name: str
     kind: RowKind = "text"
+    objective: str | None = None
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()
     explicit_only: bool = False
@@ -63,6 +65,11 @@ class RowFormat:
     def __str__(self) -> str:
         columns = [*self.required, *(f"{name} (optional)" for name in self.optional)]
         return f"{self.name}: {', '.join(columns)}"
+
+    @property
+    def objectives(self) -> list[str]:
+        """The objectives that can use its rows."""
+        return objectives_of(self.kind) if self.objective is None else [self.objective]
 
     def check(self, row: Columns) -> list[str]:
         """Returns the problems of a row, missing columns included."""

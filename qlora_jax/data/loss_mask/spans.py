@@ -9,7 +9,6 @@ A template that rewrites the assistant's texts, or ends a turn without a special
 
 from collections.abc import Generator, Mapping, Sequence
 
-from qlora_jax.data.formats.reasoning import without_reasoning
 from qlora_jax.data.formats.tool_calls import Tools, check_template_shows
 from qlora_jax.data.loss_mask.row_text import LearnedTurn, RowText, build_row_text
 from qlora_jax.data.loss_mask.turn_marks import PLACEHOLDER, TurnMarks
@@ -21,6 +20,7 @@ from qlora_jax.data.loss_mask.turns import (
     other_end,
     prompt_changes,
     text_rewritten,
+    without_other_reasoning,
 )
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of
 from qlora_jax.data.tokenizer.render_batches import run_together
@@ -61,7 +61,7 @@ def search_segments(
             continue
         whole = rendered if index == len(messages) - 1 else text_of(found["through", index])
         before = prompt = text_of(found["prompt", index])
-        other = _without_reasoning(messages[: index + 1], prompt)
+        other = without_other_reasoning(messages[:index], [message], prompt)
         if other != [*messages[: index + 1]] and (not whole.startswith(prompt) or closes_reasoning(prompt)):
             alone = yield [Rendering(other[:-1], True, tools), Rendering(other, tools=tools)]
             before, whole = map(text_of, alone)
@@ -69,16 +69,6 @@ def search_segments(
         turns.append(turn._replace(prompt=prompt))
     check_history(messages, rendered)
     return build_row_text(rendered, turns)
-
-
-def _without_reasoning(messages: Sequence[Message], prompt: str) -> list[Message]:
-    """Returns messages that end with a turn of the same text, if it is not to depend on reasoning in its prompt.
-
-    gpt-oss's template removes reasoning of earlier messages once an answer follows, so the prompt of that answer is not
-    at the beginning of the whole text. The turn loses its own reasoning if the prompt closes the block of reasoning.
-    """
-    *earlier, turn = messages
-    return [*map(without_reasoning, earlier), without_reasoning(turn) if closes_reasoning(prompt) else turn]
 
 
 def _renderings(messages: Sequence[Message], tools: Tools | None) -> Mapping[tuple[str, int], Rendering]:

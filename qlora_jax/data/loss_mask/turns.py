@@ -12,7 +12,7 @@ block and continues with the turn. The block may also be closed already, where t
 import re
 from collections.abc import Callable, Iterator, Sequence
 
-from qlora_jax.data.formats.reasoning import TAGS, Thought, read_thought
+from qlora_jax.data.formats.reasoning import TAGS, Thought, read_thought, without_reasoning
 from qlora_jax.data.formats.tool_calls import called_functions
 from qlora_jax.data.loss_mask.row_text import LearnedTurn
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks
@@ -45,20 +45,41 @@ def learned_turn(
     Raises:
       ValueError: the prompt changes once the turn follows it, or the turn lacks its texts or its end.
     """
-    start, lead = len(prompt), ""
-    thought = read_thought(message)
-    if not whole.startswith(prompt):
-        start, lead = _behind_block(index, thought, prompt, whole)
+    start, lead = _behind_prompt(index, message, prompt, whole)
     written = whole[start:]
     end = _call_end if message.get("tool_calls") else _text_end
     reply = written[: end(tokenizer, marks, index, message, written)]
     return LearnedTurn(prompt, _joined(lead, reply))
 
 
+def text_behind(index: int, message: Message, prompt: str, whole: str) -> str:
+    """Returns what the model has to write behind the prompt, through the end of `whole`.
+
+    Args:
+      index, message: the turn that follows the prompt.
+      whole: rendered messages that begin with those of the prompt.
+
+    Raises:
+      ValueError: the prompt changes once the turn follows it.
+    """
+    start, lead = _behind_prompt(index, message, prompt, whole)
+    return _joined(lead, whole[start:])
+
+
 def closes_reasoning(prompt: str) -> bool:
     """Returns True if a prompt ends with a closed block of reasoning, so that the model writes none."""
     block = _BLOCK.search(prompt)
     return block is not None and any(closing in block.group() for _, closing in TAGS)
+
+
+def without_other_reasoning(earlier: Sequence[Message], turns: Sequence[Message], prompt: str) -> list[Message]:
+    """Returns messages that end with turns of the same text, if they are not to depend on reasoning in their prompt.
+
+    gpt-oss's template removes reasoning of earlier messages once an answer follows, so the prompt of that answer is not
+    at the beginning of the whole text. Turns lose their own reasoning if the prompt closes the block of reasoning.
+    """
+    turns = [*map(without_reasoning, turns)] if closes_reasoning(prompt) else [*turns]
+    return [*map(without_reasoning, earlier), *turns]
 
 
 def check_history(messages: Sequence[Message], rendered: str) -> None:
@@ -106,6 +127,13 @@ def _forms(message: Message) -> Iterator[str]:
     answer = read_thought(message).answer
     for text in (content, answer) if answer != content else (content,):
         yield from (change(text) for change in TEXT_CHANGES)
+
+
+def _behind_prompt(index: int, message: Message, prompt: str, whole: str) -> tuple[int, str]:
+    """Returns the index behind the prompt in `whole`, and what the model writes before the text there."""
+    if whole.startswith(prompt):
+        return len(prompt), ""
+    return _behind_block(index, read_thought(message), prompt, whole)
 
 
 def _behind_block(index: int, thought: Thought, prompt: str, whole: str) -> tuple[int, str]:

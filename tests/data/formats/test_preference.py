@@ -61,6 +61,15 @@ def test_a_row_becomes_a_conversation_with_two_ends(row: dict[str, Any], name: s
     assert (found, list(asked), list(answers[0]), len(answers)) == (name, prompt, chosen, 2)
 
 
+def test_parts_of_text_are_compared_with_text():
+    parts = {"role": "user", "content": [{"type": "text", "text": "Q"}]}
+    for prompt in ("Q", [USER], [parts]):
+        row = {"prompt": prompt, "chosen": [parts, GOOD], "rejected": [USER, BAD]}
+        assert texts(row, chat=True) == ("preference", Texts([USER], ([GOOD], [BAD])))
+    row = {"chosen": [parts, GOOD], "rejected": [USER, BAD]}
+    assert texts(row, chat=True) == ("implicit-prompt", Texts([USER], ([GOOD], [BAD])))
+
+
 @pytest.mark.parametrize(
     ("row", "prompt", "answers"),
     [
@@ -114,7 +123,7 @@ def test_the_prompt_of_two_texts_is_the_one_that_trl_finds(chosen: str, rejected
             f"{DIFFERENT_PROMPTS} from the",
         ),
         ("preference", {"prompt": [OTHER], "chosen": [USER, GOOD], "rejected": [USER, BAD]}, DIFFERENT_PROMPTS),
-        ("preference", {"prompt": "Q", **SAME, "margin": "1"}, "margin is str, expected a number"),
+        ("preference", {"prompt": [USER], "chosen": [turn("tool", "x"), GOOD], "rejected": [BAD]}, DIFFERENT_PROMPTS),
         ("preference", {"prompt": "Q", **SAME, "tools": 3}, "tools is not a list of JSON schemas"),
         ("orca-pairs", {"question": "Q", "system": 3, **SAME}, "system is int, expected text"),
         ("orca-pairs", {"question": "Q", "chosen": "a", "rejected": "a"}, EQUAL_ANSWERS),
