@@ -58,7 +58,12 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
         *("cpo", {"loss_type": "simpo", "label_smoothing": 0.1}),
     ),
 }  # fmt: skip
-FORMS = ("padded", "packed")
+# Micro-batches of rows, by their indices, and of packs with gaps.
+FORMS = {
+    "padded": [[[4], [1]], [[2], [3]], [[0], [5]]],
+    "one micro-batch": [[[4], [1], [2], [3], [0], [5]]],
+    "packed": [[[4, 1], [2, -1]], [[3, 0], [5, -1]]],
+}
 
 
 def _objective(name: str) -> Objective:
@@ -94,16 +99,13 @@ def _write_adapter(folder: Path, base: Path, lora: Lora) -> str:
 
 
 def _batch(form: str, objective: Objective, reference: np.ndarray | None) -> dict[str, np.ndarray]:
-    """All rows: as 3 micro-batches of 2 rows, or packed into 2 micro-batches of 2 packs with a gap."""
+    """All rows in a form of FORMS."""
     if objective.row_kind == "pair":
         rows = pair_rows(PAIRS, reference)
     else:
         rows = labelled_rows(LABELLED, reference, kl=objective.kl_pairs)
     sequences = objective.sequences_per_row
-    if form == "padded":
-        return batch_of(rows, [[[4], [1]], [[2], [3]], [[0], [5]]], 64, packed=False, sequences=sequences).arrays()
-    packs = [[[4, 1], [2, -1]], [[3, 0], [5, -1]]]
-    return batch_of(rows, packs, 64, packed=True, sequences=sequences).arrays()
+    return batch_of(rows, FORMS[form], 64, packed=form == "packed", sequences=sequences).arrays()
 
 
 @functools.cache
@@ -136,7 +138,7 @@ def _check(found: dict[str, np.ndarray], name: str, form: str, base: Path) -> No
 @pytest.mark.parametrize(
     "chosen",
     [
-        [("dpo", "packed"), ("kto", "packed")],
+        [("dpo", "packed"), ("kto", "packed"), ("kto", "one micro-batch")],
         pytest.param([(name, form) for name in CASES for form in FORMS], marks=EXHAUSTIVE),
     ],
     ids=["some", "all"],
