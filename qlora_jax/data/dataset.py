@@ -189,7 +189,7 @@ def load_dataset(
     source = _Source(data, tokenizer, objective, tuple(labels) or find_labels(data, objective))
     train, held_out = _prepare_train(source), _prepare_eval(source)
     if kl_pairs:
-        train, held_out = ([_paired(split, seed, data.max_length) for split in splits] for splits in (train, held_out))
+        train, held_out = ([_paired(split, seed, data) for split in splits] for splits in (train, held_out))
     parts, held_out_parts = _parts(train, _weights(data)), _parts(held_out, {})
     check_weights(parts)
     check_kinds([*parts, *held_out_parts])
@@ -333,9 +333,10 @@ def _in_memory(path: str, chunks: Sequence[RowChunk], id_limit: int | None) -> _
     )
 
 
-def _paired(split: _Prepared, seed: int, max_length: int) -> _Prepared:
+def _paired(split: _Prepared, seed: int, data: DataArgs) -> _Prepared:
     """Returns a split whose rows have the completions of others, too."""
-    rows, shift = split.rows, kl_shift(split.path, len(split.rows), seed)
+    fraction = 0.0 if data.eval is not None else data.eval_fraction
+    rows, shift, max_length = split.rows, kl_shift(split.path, len(split.rows), seed, fraction), data.max_length
     assert not isinstance(rows, PairedRows)
     if isinstance(rows, TokenRows):
         paired = pair_rows(rows, shift, max_length)

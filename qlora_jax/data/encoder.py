@@ -14,14 +14,14 @@ import tokenizers
 from qlora_jax.data.formats.registry import FORMATS
 from qlora_jax.data.formats.row_format import Columns, RowFormat
 from qlora_jax.data.formats.tool_calls import read_tools
-from qlora_jax.data.loss_mask.branched_rows import encode_branched
 from qlora_jax.data.loss_mask.by_bytes import encode_by_bytes
 from qlora_jax.data.loss_mask.by_offsets import encode_segments
+from qlora_jax.data.loss_mask.encode_branches import encode_branched
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.row_text import Learn, RowText, Segment, join_text
 from qlora_jax.data.loss_mask.shared_prefix import shared_prefix
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
 from qlora_jax.data.loss_mask.spans import SegmentSearch
+from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment, join_text
 from qlora_jax.data.loss_mask.unseen import with_unseen
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.tokenizer.render_batches import run_together

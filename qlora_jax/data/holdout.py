@@ -11,7 +11,7 @@ from qlora_jax.data.formats.row_format import Columns, RowFormat
 
 
 def content_hash(row_format: RowFormat, columns: Columns) -> int:
-    """Returns 64 bits of SHA-256 over the columns that the model sees."""
+    """Returns 64 bits of SHA-256 over the columns that the model sees. Labels are not a part of the content."""
     # Half a surrogate pair must not fail here: it is reported later, with its row.
     text = row_format.content(columns).encode(errors="surrogatepass")
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "big")

@@ -23,16 +23,22 @@ from qlora_jax.data.rows import TokenRows, concatenate_rows
 Completion = tuple[Int32[np.ndarray, " n"], Bool[np.ndarray, " n"]]
 
 
-def kl_shift(path: str, rows: int, seed: int) -> int:
+def kl_shift(path: str, rows: int, seed: int, eval_fraction: float = 0.0) -> int:
     """Returns how many rows further on the completion of a row's KL pair is: 1 to rows - 1.
+
+    Args:
+      eval_fraction: data.eval_fraction, if it split the file's rows; 0 otherwise.
 
     Raises:
       ValueError: the file has a single row.
     """
     if rows < 2:
+        split = f" in each split of data.eval_fraction {eval_fraction}" if eval_fraction else ""
+        change = ", choose another fraction" if eval_fraction else ""
         raise ValueError(
             f"{path}: KTO's KL pairs take the completion of another row of the file (found {rows} row, expected at "
-            "least 2). Add rows, or set preference.loss_type to apo_zero_unpaired, which needs no pairs."
+            f"least 2{split}). Add rows{change}, or set preference.loss_type to apo_zero_unpaired, which needs no "
+            "pairs."
         )
     return int(np.random.default_rng([seed, rows]).integers(1, rows))
 

@@ -39,6 +39,7 @@ class FittedRows:
 
     Fields:
       truncated: rows that were truncated and kept.
+      lost_branches: branches that truncated rows lost.
       overlong: rows dropped because they were too long.
       unsupervised: rows dropped because they have no target, after truncation or from the start.
       problems: rows that are too long, if that is an error.
@@ -50,6 +51,7 @@ class FittedRows:
     overlong: int
     unsupervised: int
     problems: list[Problem]
+    lost_branches: int = 0
 
 
 def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Limits) -> FittedRows:
@@ -66,10 +68,11 @@ def fit_lengths(rows: Sequence[EncodedRow], places: Sequence[Place], limits: Lim
     return FittedRows(
         rows=[fits[index] for index in kept],
         places=[places[index] for index in kept],
-        truncated=sum(len(fits[index].ids) < len(rows[index].ids) for index in kept),
+        truncated=sum(is_long[index] or len(fits[index].ids) < len(rows[index].ids) for index in kept),
         overlong=len(rows) - sum(keep),
         unsupervised=sum(keep) - len(kept),
         problems=_too_long(limited, places, limits.max_length) if limits.overlong == "error" else [],
+        lost_branches=sum(len(rows[index].branches) - len(fits[index].branches) for index in kept),
     )
 
 
@@ -113,8 +116,15 @@ def _truncate(row: EncodedRow, limits: Limits) -> EncodedRow:
     positions = np.arange(len(row.ids))
     if limits.overlong != "truncate-left":
         return _take(row, positions[: limits.max_length])
-    first = positions[: int(row.ids[0] == limits.bos_id)]
-    return _take(row, np.concatenate([first, positions[len(positions) - limits.max_length + len(first) :]]))
+    return _take(row, _last(row, positions, limits))
+
+
+def _last(row: EncodedRow, text: Int64[np.ndarray, " ids"], limits: Limits) -> Int64[np.ndarray, " kept"]:
+    """Returns the last `max_length` indices of a text's ids, of which the first one is that of its bos."""
+    if len(text) <= limits.max_length:
+        return text
+    first = text[: int(row.ids[text[0]] == limits.bos_id)]
+    return np.concatenate([first, text[len(text) - limits.max_length + len(first) :]])
 
 
 def _truncate_tree_right(row: EncodedRow, limits: Limits) -> EncodedRow:
@@ -128,20 +138,24 @@ def _truncate_tree_right(row: EncodedRow, limits: Limits) -> EncodedRow:
 
 
 def _truncate_tree_left(row: EncodedRow, limits: Limits) -> EncodedRow:
-    """Returns the row without the first ids of its trunk, and without the branches that continue these.
+    """Returns the row with the last `max_length` ids of its trunk and of each branch's text.
 
-    If no branch is left, the result is the longest text alone, with its last ids.
+    Branches that leave the removed beginning of the trunk are dropped. A branch whose text is too long behind the rest
+    of the trunk has a copy of the ids that it continues instead, and loses the first ones.
     """
-    ends = branch_ends(row.branches, len(row.ids))
-    first = int(row.branches[0].begin > 0 and row.ids[0] == limits.bos_id)
-    removed = _longest(row) - limits.max_length
-    spans = [(np.arange(branch.begin, end), branch.depth) for branch, end in zip(row.branches, ends, strict=True)]
-    left = [(span, depth - removed) for span, depth in spans if depth >= first + removed]
     trunk = np.arange(row.branches[0].begin)
-    if left or _longest(row) == len(trunk):
-        return _take_tree(row, np.concatenate([trunk[:first], trunk[first + removed :]]), left)
-    span, depth = max(spans, key=lambda one: one[1] + len(one[0]))
-    return _truncate(_take(row, np.concatenate([trunk[:depth], span]))._replace(branches=()), limits)
+    removed = max(len(trunk) - limits.max_length, 0)
+    least = int(row.ids[0] == limits.bos_id) if removed else 0
+    spans: list[tuple[Int64[np.ndarray, " _"], int]] = []
+    for branch, end in zip(row.branches, branch_ends(row.branches, len(row.ids)), strict=True):
+        span, depth = np.arange(branch.begin, end), branch.depth - removed
+        if depth + len(span) > limits.max_length:
+            spans.append((_last(row, np.concatenate([trunk[: branch.depth], span]), limits), 0))
+        elif depth >= least:
+            spans.append((span, depth))
+    trunk = _last(row, trunk, limits)
+    is_needed = row.supervised[trunk].any() or any(depth for _, depth in spans)
+    return _take_tree(row, trunk if is_needed else trunk[:0], spans)
 
 
 def _take_tree(
@@ -150,13 +164,19 @@ def _take_tree(
     """Returns the row with the trunk and the branches at these indices. Branches without a target are dropped.
 
     Args:
-      spans: indices and depth of each branch.
+      spans: indices and depth of each branch. The loss does not see the trunk's ids in them.
     """
-    spans = [(span, depth) for span, depth in spans if row.supervised[span[1:]].any()]
+    learned = row.supervised & (np.arange(len(row.ids)) >= row.branches[0].begin)
+    spans = [(span, depth) for span, depth in spans if learned[span[1:]].any()]
     begins = len(trunk) + np.cumsum([0, *(len(span) for span, _ in spans)])[:-1]
-    taken = _take(row, np.concatenate([trunk, *(span for span, _ in spans)]))
-    depths = [depth for _, depth in spans]
-    return taken._replace(branches=tuple(map(Branch, begins.tolist(), depths)))
+    supervised = np.concatenate([row.supervised[trunk], *(learned[span] for span, _ in spans)])
+    supervised[begins] = False  # no position predicts them
+    return row._replace(
+        ids=row.ids[np.concatenate([trunk, *(span for span, _ in spans)])],
+        supervised=supervised,
+        source=int(supervised.argmax()) if len(supervised) else 0,
+        branches=tuple(map(Branch, begins.tolist(), [depth for _, depth in spans])),
+    )
 
 
 def nothing_left_message(path: str, total: int, overlong: int, max_length: int) -> str:

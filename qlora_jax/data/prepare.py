@@ -174,6 +174,7 @@ def row_chunks(preparation: Preparation) -> Iterator[RowChunk]:
             overlong=fitted.overlong,
             unsupervised=fitted.unsupervised,
             truncated_equal=equal,
+            lost_branches=fitted.lost_branches,
         )
         counts = (
             checked.counts + counted + _count_encoded(encoded, fitted.rows) + _count_kept(rows, preparation.tokenizer)
@@ -358,7 +359,7 @@ def _count_kept(rows: TokenRows, tokenizer: Tokenizer) -> RowCounts:
     )
 
 
-def _count(ids: np.ndarray, preparation: Sequence[int]) -> dict[int, int]:
+def _count(ids: np.ndarray, wanted: Sequence[int]) -> dict[int, int]:
     """Returns how often each wanted id occurs in `ids`, if it occurs."""
-    found, counts = np.unique(ids[np.isin(ids, preparation)], return_counts=True) if preparation else ((), ())
+    found, counts = np.unique(ids[np.isin(ids, wanted)], return_counts=True) if wanted else ((), ())
     return {int(token): int(count) for token, count in zip(found, counts, strict=True)}

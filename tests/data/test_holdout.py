@@ -12,6 +12,7 @@ from qlora_jax.data.readers.files import Place, Row
 from qlora_jax.data.report.text import report_lines
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from tests.data.loading import load, question
+from tests.data.sound_rows import SOUND_ROWS
 
 
 def hold_out(rows: list[Row]) -> list[list[Row]]:
@@ -81,3 +82,10 @@ def test_each_file_of_a_mixture_holds_out_its_own_rows(tokenizer: Tokenizer, wri
     assert dataset.eval is not None and len(dataset.eval) + len(dataset.train) == 120
     sources = {dataset.eval.where(int(number)).rpartition(":")[0] for number in dataset.eval.numbers}
     assert sources == set(files)
+
+
+def test_labels_and_margins_are_not_a_part_of_the_content():
+    for name in ("text-label", "messages-label", "unpaired-preference", "preference"):
+        row = SOUND_ROWS[name]
+        hashes = {content_hash(FORMATS[name], {**row, "label": value, "margin": value}) for value in (0, 1)}
+        assert len(hashes) == 1 and hashes != {content_hash(FORMATS[name], {**row, FORMATS[name].required[0]: "R"})}

@@ -72,6 +72,8 @@ def test_the_seed_and_the_number_of_rows_choose_the_shift():
     assert {kl_shift("rows.jsonl", 3, seed) for seed in range(20)} == {1, 2}
     with pytest.raises(ValueError, match=r"rows\.jsonl: KTO's KL pairs .* \(found 1 row, expected at least 2\)"):
         kl_shift("rows.jsonl", 1, 0)
+    with pytest.raises(ValueError, match=r"least 2 in each split of data\.eval_fraction 0\.1\)\. .*another fraction"):
+        kl_shift("rows.jsonl", 1, 0, 0.1)
 
 
 def test_stored_rows_are_paired_like_those_in_memory(tmp_path: Path):

@@ -124,6 +124,23 @@ def test_texts_of_a_tree_lose_their_beginnings_and_keep_bos(drawn: list[Shape], 
         assert longest_text(len(row.ids), row.branches) <= limit
         for text in texts_of(row)[bool(row.branches) :]:
             assert any(text[1:] == one[len(one) - len(text) + 1 :] for one in whole)
+        # Each id is learned once, and all that fit are learned if the trunk fits.
+        learned, tails = row.ids[row.supervised].tolist(), [one[max(len(one) - limit + 1, 1) :] for one in whole]
+        assert len({*learned}) == len(learned)
+        if len(whole[0]) <= limit:
+            first, *others = [{*tail} for tail in tails]
+            targets = {*rows[place.number].ids[1:][rows[place.number].supervised[1:]].tolist()}
+            assert {*learned} - {1} == targets & first.union(*(tail - {*whole[0]} for tail in others))
+
+
+def test_a_long_branch_does_not_take_the_beginning_from_others():
+    """A trunk of 6 ids, and texts of 4 + 6 and 2 + 3 ids. Only the first text is longer than 8."""
+    rows, kept = fitted([Shape(6, ((6, 4), (3, 2)))], "truncate-left", 8)
+    (row,), whole = kept.rows, texts_of(rows[0])
+    assert texts_of(row) == [whole[0], [1, *whole[1][3:]], whole[2]] and kept.lost_branches == 0
+    assert [branch.depth for branch in row.branches] == [0, 2]
+    kept = fitted([Shape(12, ((6, 12), (3, 2)))], "truncate-left", 8)[1]
+    assert (len(kept.rows[0].branches), kept.lost_branches, kept.truncated) == (1, 1, 1)
 
 
 def test_trees_that_are_too_long_are_dropped_or_reported_by_their_longest_text():

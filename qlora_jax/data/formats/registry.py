@@ -9,7 +9,7 @@ from qlora_jax.data.formats.chat_messages import current_messages, message_probl
 from qlora_jax.data.formats.row_format import Columns, RowFormat
 from qlora_jax.data.formats.texts import text_problems
 from qlora_jax.data.formats.tool_calls import tools_problems, with_parsed_arguments
-from qlora_jax.data.loss_mask.row_text import Segment
+from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.chat_template import Message
 
 # Texts of artidoro/qlora's Alpaca format, with its trailing space.

@@ -5,13 +5,16 @@ import json
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from qlora_jax.data.loss_mask.row_text import Segment
+from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.readers.json_rows import JSONObject
 from qlora_jax.data.row_kinds import RowKind, objectives_of
 from qlora_jax.data.tokenizer.chat_template import Message
 
 Columns = JSONObject  # of one row, by name
 Text = str | Sequence[Message]  # plain text, or a conversation or the end of one
+
+
+_LABELS = ("label", "margin")  # columns that objectives read, and the model does not
 
 
 class Texts(NamedTuple):
@@ -79,9 +82,14 @@ class RowFormat:
         return self.problems(row)
 
     def content(self, row: Columns) -> str:
-        """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids."""
+        """Returns the columns that the model sees as canonical text. Rows with equal content have equal ids.
+
+        The same text with two labels, or a pair with two margins, is the same content.
+        """
         row = self.canonical(row)
         columns = {name: row.get(name) or "" for name in (*self.required, *self.optional)}
+        for name in _LABELS if self.kind != "text" else ():
+            columns.pop(name, None)
         for name in ("tools", "functions"):  # keeps the hashes of rows from before these existed
             if not columns.get(name):
                 columns.pop(name, None)

@@ -8,7 +8,7 @@ import tokenizers
 from jaxtyping import Int64
 
 from qlora_jax.data.loss_mask.reference import EncodedRow, Learn, encode_separately, supervised_segments
-from qlora_jax.data.loss_mask.row_text import Segment
+from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 

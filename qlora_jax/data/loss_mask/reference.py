@@ -3,12 +3,12 @@
 Read this file first. Training takes the fast paths next to it. They return the same rows, which
 tests/data/loss_mask/test_reference.py checks:
 
-  spans.py          finds the spans of a conversation, or its branches
-  span_cache.py     finds the spans of a conversation from those of another with the same roles
-  shared_prefix.py  encodes the beginning that texts share once
-  by_bytes.py       computes the mask from the byte length of each id, for many rows at once
-  by_offsets.py     computes the mask of one row from its offsets, without a loop over tokens
-  branched_rows.py  encodes the pieces that the texts of rows with branches share once
+  spans.py            finds the spans of a conversation, or its branches
+  span_cache.py       finds the spans of a conversation from those of another with the same roles
+  shared_prefix.py    encodes the beginning that texts share once
+  by_bytes.py         computes the mask from the byte length of each id, for many rows at once
+  by_offsets.py       computes the mask of one row from its offsets, without a loop over tokens
+  encode_branches.py  encodes the pieces that the texts of rows with branches share once
 """
 
 import array
@@ -22,8 +22,8 @@ from jaxtyping import Bool, Float32, Int32
 
 from qlora_jax.data.branches import Branch
 from qlora_jax.data.formats.tool_calls import Tools
-from qlora_jax.data.loss_mask.row_text import Learn, RowText, Segment
 from qlora_jax.data.loss_mask.spans import conversation_segments
+from qlora_jax.data.loss_mask.turn_branches import Learn, RowText, Segment
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer

@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from qlora_jax.data.formats.reasoning import read_thought
 from qlora_jax.data.formats.tool_calls import Tools
-from qlora_jax.data.loss_mask.row_text import RowText, Segment
 from qlora_jax.data.loss_mask.spans import SegmentSearch, conversation_segments, search_segments
+from qlora_jax.data.loss_mask.turn_branches import RowText, Segment
 from qlora_jax.data.loss_mask.turn_marks import turn_marks
 from qlora_jax.data.loss_mask.turns import TEXT_CHANGES, closes_reasoning
 from qlora_jax.data.tokenizer.chat_template import Message, Rendering, text_of

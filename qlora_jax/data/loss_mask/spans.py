@@ -1,8 +1,8 @@
 """Splits a rendered conversation into what the model has to write and what it reads, exactly and for any chat template.
 
 Few templates mark the assistant's texts, so their spans are derived: turns.py finds each turn behind the prompt that
-inference builds for it, and row_text.py puts the turns into one text, or into a trunk with branches where the template
-writes a turn differently later. Each step is checked.
+inference builds for it, and turn_branches.py puts the turns into one text, or into a trunk with branches where the
+template writes a turn differently later. Each step is checked.
 
 A template that rewrites the assistant's texts, or ends a turn without a special token, raises an error.
 """
@@ -10,7 +10,7 @@ A template that rewrites the assistant's texts, or ends a turn without a special
 from collections.abc import Generator, Mapping, Sequence
 
 from qlora_jax.data.formats.tool_calls import Tools, check_template_shows
-from qlora_jax.data.loss_mask.row_text import LearnedTurn, RowText, build_row_text
+from qlora_jax.data.loss_mask.turn_branches import LearnedTurn, RowText, build_row_text
 from qlora_jax.data.loss_mask.turn_marks import PLACEHOLDER, TurnMarks
 from qlora_jax.data.loss_mask.turns import (
     TEXT_CHANGES,

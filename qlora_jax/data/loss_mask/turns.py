@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from qlora_jax.data.formats.reasoning import TAGS, Thought, read_thought, without_reasoning
 from qlora_jax.data.formats.tool_calls import called_functions
-from qlora_jax.data.loss_mask.row_text import LearnedTurn
+from qlora_jax.data.loss_mask.turn_branches import LearnedTurn
 from qlora_jax.data.loss_mask.turn_marks import TurnMarks
 from qlora_jax.data.tokenizer.chat_template import Message
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from qlora_jax.data.formats.reasoning import read_thought
-from qlora_jax.data.loss_mask.row_text import RowText, join_text
+from qlora_jax.data.loss_mask.turn_branches import RowText, join_text
 from qlora_jax.data.tokenizer.chat_template import Message
 
 

@@ -216,17 +216,20 @@ def report_data(
 def decode_row(rows: TokenRows, index: int, tokenizer: Tokenizer, parts: RowParts) -> tuple[ShownText, ...]:
     """Decodes the row's ids, split where supervision changes and where a text begins.
 
-    The id of the prompt with which several branches begin is shown once. Fillers are not shown.
+    An id of the prompt with which all branches begin is shown once. Fillers are not shown.
     """
     (ids, supervised), branches = rows.row(index), rows.branches_of(index)
     if not branches:
         end = len(ids) - parts.head
         return tuple(_runs(tokenizer, ids[:end], supervised[:end]))
     trunk = branches[0].begin
-    prompt = trunk + (trunk > 0 and all(branch.depth == trunk for branch in branches))
+    is_shared = trunk > 0 and {(branch.depth, int(ids[branch.begin])) for branch in branches} == {
+        (trunk, int(ids[trunk]))
+    }
+    prompt = trunk + is_shared
     shown = [*_runs(tokenizer, ids[:prompt], supervised[:prompt])]
     for number, (branch, end) in enumerate(zip(branches, branch_ends(branches, len(ids)), strict=True)):
-        span = slice(branch.begin + (branch.depth > 0), end - parts.head)
+        span = slice(branch.begin + is_shared, end - parts.head)
         name = parts.names[number] if parts.names else f"branch {number + 1}"
         pieces = _runs(tokenizer, ids[span], supervised[span])
         shown += [piece._replace(name="" if at else name) for at, piece in enumerate(pieces)]

@@ -155,6 +155,7 @@ def _branches(split: SplitReport) -> list[tuple[str, str]]:
     """Returns lines on rows with turns that the template writes differently later, and on reasoning that it drops."""
     turns = 0 if split.text_lengths else split.branched  # the branches of pairs are their answers
     lines = _warning(turns, "rows with turns that the chat template writes differently in later prompts")
+    lines += _warning(split.lost_branches, "such turns that are lost because truncation left no room for them")
     if split.unseen_reasoning:
         what = (
             "rows with reasoning that the chat template does not write, so the model never sees it. Write it into the "

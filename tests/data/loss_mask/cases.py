@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from qlora_jax.data.branches import Branch
 from qlora_jax.data.loss_mask.reference import EncodedRow
-from qlora_jax.data.loss_mask.row_text import Segment
+from qlora_jax.data.loss_mask.turn_branches import Segment
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from tests.data.conftest import LLAMA3, MISTRAL, MODERN, THINKING, ZEPHYR, sentencepiece_tokenizer
 

@@ -3,8 +3,8 @@
 import pytest
 
 from qlora_jax.data.loss_mask import span_cache
-from qlora_jax.data.loss_mask.row_text import RowText
 from qlora_jax.data.loss_mask.span_cache import make_segmenter
+from qlora_jax.data.loss_mask.turn_branches import RowText
 from qlora_jax.data.tokenizer.render_batches import run_together
 from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
 

@@ -5,8 +5,13 @@ import re
 import numpy as np
 
 from qlora_jax.config.schema import DataArgs
+from qlora_jax.data.branches import Branch
 from qlora_jax.data.dataset import load_dataset
+from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.readers.files import Place
 from qlora_jax.data.report.examples import example_rows, split_runs
+from qlora_jax.data.report.stats import ONE_TEXT, decode_row
+from qlora_jax.data.rows import token_rows
 
 ANSWERS = ["<b>4</b>\nand more", "", "漢字 & <script>", " leading <|im_end|> inside", "x" * 300]
 
@@ -48,3 +53,17 @@ def test_fewer_rows_than_asked_for_are_all_shown_once(write_rows, tokenizer):
     dataset = load_dataset(DataArgs(train=path), tokenizer, seed=0, micro_batch_size=1, accumulation=1)
     places = [row.place for row in example_rows(dataset.train, tokenizer, 32)]
     assert places == [dataset.train.where(int(n)) for n in np.arange(3)]
+
+
+def test_the_first_token_of_a_branch_is_shown(plain_tokenizer):
+    first, second, end = plain_tokenizer.encode(" one two three")
+    cases = {
+        (1, second): " one two|branch 1| two three|branch 2| one three",  # it leaves the trunk earlier
+        (2, end): " one two|branch 1| three three|branch 2| one three",
+        (2, first): " one two one|branch 1| three|branch 2| three",  # all branches begin with this id
+    }
+    for (depth, begin), expected in cases.items():
+        ids, supervised = np.array([first, second, begin, end, first, end], np.int32), np.arange(6) % 2 == 1
+        row = EncodedRow(ids, supervised, 1, False, False, (Branch(2, depth), Branch(4, 2)))
+        pieces = decode_row(token_rows("rows.jsonl", [row], [Place(1, 0)]), 0, plain_tokenizer, ONE_TEXT)
+        assert "".join(f"|{piece.name}|{piece.text}" if piece.name else piece.text for piece in pieces) == expected

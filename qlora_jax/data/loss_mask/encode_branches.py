@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 from qlora_jax.data.loss_mask.by_offsets import is_lossy
 from qlora_jax.data.loss_mask.reference import EncodedRow, TokenText, join_texts, separate_turn
-from qlora_jax.data.loss_mask.row_text import RowText
 from qlora_jax.data.loss_mask.shared_prefix import is_always_found
+from qlora_jax.data.loss_mask.turn_branches import RowText
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 
 
