@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from qlora_jax.api.generate import stop_ids
-from qlora_jax.api.provenance import parts_of
+from qlora_jax.api.provenance import head_of_model, parts_of
+from qlora_jax.config import ConfigError
 from qlora_jax.config.parse import from_dict
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.evaluation.compared_models import load_compared, open_compared
@@ -15,6 +16,7 @@ from qlora_jax.evaluation.score import ScoredModel, prepare_tasks, score_models
 from qlora_jax.evaluation.settings import EvaluateArgs, TaskArgs, check_tasks
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, TaskContext
+from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.terminal.console import Console
 
@@ -26,6 +28,7 @@ def evaluate_model(
     text: str | Path | None = None,
     rows: str | Path | None = None,
     pairs: str | Path | None = None,
+    embeddings: str | Path | None = None,
     choices: str | Path | None = None,
     letters: str | Path | None = None,
     labels: str | Path | None = None,
@@ -47,10 +50,11 @@ def evaluate_model(
       model: a model; or several by name, each of which is compared with the next.
       text: text file, scored by the perplexity of its windows.
       rows: file in a format of training data, scored by the loss of the answers.
-      pairs: file of preference pairs, scored by how often the chosen answer is likelier.
+      pairs: file of preference pairs, scored by how often the chosen answer is likelier, or has the higher reward.
+      embeddings: file of texts that mean the same, scored by retrieval, for a model trained with objective=embedding.
       choices: file of multiple-choice questions, scored by the likelihood of each option.
       letters: file of multiple-choice questions, scored by letter, like MMLU.
-      labels: file of texts with a label, scored by the likelihood of each label.
+      labels: file of texts with a label, scored by the likelihood of each label, or by the model's head.
       answers: file of questions, scored by exact match of the greedy reply.
       programs: file of functions to write, scored by running the replies with tests, like HumanEval.
       tasks: more tasks, of your own classes (see qlora_jax/evaluation/tasks/task.py).
@@ -61,13 +65,15 @@ def evaluate_model(
         answer_pattern, file_columns, harness and so on.
 
     Raises:
-      ValueError: no task, an unknown setting, or a file that cannot be used; the message lists all problems.
+      ValueError: no task, an unknown setting, a file that cannot be used, or models with different heads; the message
+        lists all problems.
     """
     models = model if isinstance(model, Mapping) else {"model": model}
     files = {
         "text": text,
         "rows": rows,
         "pairs": pairs,
+        "embeddings": embeddings,
         "choices": choices,
         "letters": letters,
         "labels": labels,
@@ -114,14 +120,29 @@ def _task_args(settings: Mapping[str, object]) -> TaskArgs:
     """The validated settings; raises ConfigError."""
     args = from_dict(TaskArgs, settings)
     check_tasks(args)
+    if args.pair_beta != TaskArgs().pair_beta:
+        raise ConfigError(["pair_beta: models in memory have no reference, and so no rewards. Remove it"])
     return args
 
 
 def _context(models: Mapping[str, CausalLM], tokenizer: Tokenizer) -> TaskContext:
-    """The properties that all models share: the shortest maximum length, and the stop ids of any."""
+    """The properties that all models share: the shortest maximum length, the stop ids of any, and the head."""
     chat = tokenizer.chat_template is not None
     return TaskContext(
         tokenizer=tokenizer,
         max_positions=min(model.config.max_positions for model in models.values()),
         stop_ids=frozenset().union(*(stop_ids(model, tokenizer, chat=chat) for model in models.values())),
+        head=_common_head(models),
     )
+
+
+def _common_head(models: Mapping[str, CausalLM]) -> TrainedHead | None:
+    """Returns the sequence head of the models; raises ValueError if they differ."""
+    heads = {name: head_of_model(model) for name, model in models.items()}
+    first, *others = heads.values()
+    if any(head != first for head in others):
+        found = "; ".join(f"{name}: {head or 'no head'}" for name, head in heads.items())
+        raise ValueError(
+            f"model: the models have different sequence heads (found {found}). Evaluate them one at a time"
+        )
+    return first

@@ -192,6 +192,7 @@ def _prepared(parts: ModelParts, provenance: Provenance, tokenizer: Tokenizer) -
         parts=parts.with_lora(jax.tree.map(jnp.copy, parts.lora)),
         fingerprint=provenance.fingerprint,
         initial=provenance.initial,
+        head=provenance.head,
     )
 
 

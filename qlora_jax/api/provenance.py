@@ -87,6 +87,12 @@ def provenance_of(model: nnx.Module) -> Provenance:
     return found
 
 
+def head_of_model(model: nnx.Module) -> TrainedHead | None:
+    """The sequence head that trained with the model, if any; None for a model made in another way."""
+    found = getattr(model, _ATTRIBUTE, None)
+    return found.head if isinstance(found, Provenance) else None
+
+
 def parts_of(model: nnx.Module) -> ModelParts:
     """The parts of the model without its record, which share the model's arrays.
 

@@ -14,7 +14,7 @@ from qlora_jax.config.parse import find_problems, from_dict, walk_settings
 from qlora_jax.config.suggestions import suggest_key
 from qlora_jax.config.yaml_files import read_yaml
 from qlora_jax.data.readers.files import content_digest
-from qlora_jax.evaluation.measures import MEASURES, Better
+from qlora_jax.evaluation.measures import MEASURES, Better, measures_of
 from qlora_jax.evaluation.settings import EvaluateArgs, check_evaluate
 from qlora_jax.evaluation.tasks.registry import TASKS
 
@@ -303,10 +303,18 @@ def _config_problems(study: Study) -> list[str]:
 
 def _problems_of(study: Study, method: str, task: str) -> list[str]:
     try:
-        study.config(method, task, {**data_settings(study, (method, task), search=True), "output": "run"})
+        config = study.config(method, task, {**data_settings(study, (method, task), search=True), "output": "run"})
     except ConfigError as error:
         return error.problems
-    return []
+    kind, measure = study.tasks[task].kind, study.tasks[task].settings.measure
+    known = measures_of(config.objective)
+    if measure in known.get(kind, ()):
+        return []
+    expected = " or ".join(f"{name!r} of {task}" for task, names in known.items() for name in names)
+    return [
+        f"tasks.{task}.measure: found {measure!r} of {kind}, which objective={config.objective} does not have "
+        f"(expected {expected or 'another objective'})"
+    ]
 
 
 def data_settings(study: Study, pair: Pair, *, search: bool) -> Settings:

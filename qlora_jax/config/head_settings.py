@@ -8,6 +8,14 @@ from qlora_jax.config.fields import NON_NEGATIVE, NOT_EMPTY, POSITIVE, setting
 CLASSES = ("classification", "multi_label")  # objectives whose outputs have names
 HeadObjective = Literal["classification", "multi_label", "regression", "reward", "embedding"]
 HEADS: tuple[HeadObjective, ...] = get_args(HeadObjective)
+# Objective -> the setting of `evaluate` that names the file which its head scores.
+HEAD_TASKS: dict[HeadObjective, str] = {
+    "classification": "labels",
+    "multi_label": "labels",
+    "regression": "labels",
+    "reward": "pairs",
+    "embedding": "embeddings",
+}
 # Settings of section `head` that only some objectives use: setting -> these objectives.
 HEAD_USED_BY: dict[str, tuple[str, ...]] = {
     "labels": CLASSES,

@@ -125,7 +125,8 @@ def _base_and_run(args: EvaluateArgs, opened: OpenedModel, tasks: Sequence[AnyTa
         compared["checkpoint"] = compared_model(quant_type, _run_label(args, opened, quant_type), adapted=True)
     missing = set(args.columns or []) - {*compared, "against"}
     if missing:
-        why = "the base is not quantized" if compared.keys() > {"checkpoint"} else "the base has no sequence head"
+        has_head = opened.run is not None and opened.run.head is not None
+        why = "the base has no sequence head" if has_head else "the base is not quantized"
         raise ValueError(f"columns: {', '.join(sorted(missing))} does not exist, because {why}")
     return compared
 

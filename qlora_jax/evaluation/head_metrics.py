@@ -5,20 +5,17 @@ The functions serve `evaluate` and the held-out metrics of training.
 Dimension key: R rows, C classes or labels, U distinct values, S bootstrap samples.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float64, Int64
 
+from qlora_jax.evaluation.bootstrapped import Draws, bootstrapped
+from qlora_jax.evaluation.calibration import calibration_error, reliability
 from qlora_jax.evaluation.classification import class_interval, count_pairs, f1, matthews
 from qlora_jax.evaluation.metrics import Metric, share
-from qlora_jax.evaluation.statistics import resample_counts
 
-BINS = 15  # of confidence, of equal width, as in Guo et al. 2017
-RIGHT = "right label"
-
-Draws = Float64[np.ndarray, "S R"]  # how often each row occurs in each sample
-Statistic = Callable[[Draws], Float64[np.ndarray, " S"]]
+RIGHT = "right label"  # of several labels at once: all of a row
 
 
 def class_metrics(
@@ -31,50 +28,17 @@ def class_metrics(
         share(RIGHT, logits_RC.argmax(axis=1) == answers_R),
         Metric(f"F1 ({of})", "share", float(f1(counts)), class_interval(f1, counts)),
         Metric("Matthews correlation", "number", float(matthews(counts)), class_interval(matthews, counts)),
-        bootstrapped("calibration error (ECE)", _calibration_error(logits_RC, answers_R), len(answers_R)),
+        bootstrapped("calibration error (ECE)", calibration_error(logits_RC, answers_R), len(answers_R)),
     ]
-
-
-def _calibration_error(logits_RC: Float64[np.ndarray, "R C"], answers_R: Int64[np.ndarray, " R"]) -> Statistic:
-    """Returns the statistic sum over bins of |rows that are right - sum of confidences| / rows."""
-    confidence_R, right_R = confidences(logits_RC), logits_RC.argmax(axis=1) == answers_R
-    gaps_RB = np.zeros((len(answers_R), BINS))
-    gaps_RB[np.arange(len(answers_R)), _bins(confidence_R)] = right_R - confidence_R
-    return lambda draws: np.abs(draws @ gaps_RB).sum(axis=1) / draws.sum(axis=1)
-
-
-def confidences(logits_RC: Float64[np.ndarray, "R C"]) -> Float64[np.ndarray, " R"]:
-    """Returns the probability of the likeliest class of each row."""
-    return 1 / np.exp(logits_RC - logits_RC.max(axis=1, keepdims=True)).sum(axis=1)
-
-
-def _bins(confidence_R: Float64[np.ndarray, " R"]) -> Int64[np.ndarray, " R"]:
-    """Returns the bin of each confidence; bin b is (b / BINS, (b + 1) / BINS]."""
-    return np.clip(np.ceil(confidence_R * BINS).astype(np.int64) - 1, 0, BINS - 1)
 
 
 def class_details(
     logits_RC: Float64[np.ndarray, "R C"], answers_R: Int64[np.ndarray, " R"], labels: Sequence[str]
 ) -> dict[str, object]:
-    """Returns the confusion matrix and the reliability diagram as plain lists.
-
-    Each bin of the diagram has the number of its rows, their mean confidence and their accuracy.
-    """
-    confidence_R, predicted_R = confidences(logits_RC), logits_RC.argmax(axis=1)
-    bins_R, right_R = _bins(confidence_R), predicted_R == answers_R
-    reliability = [
-        {
-            "from": index / BINS,
-            "to": (index + 1) / BINS,
-            "rows": int(there.sum()),
-            "confidence": float(confidence_R[there].mean()),
-            "accuracy": float(right_R[there].mean()),
-        }
-        for index in range(BINS)
-        if (there := bins_R == index).any()
-    ]
+    """Returns the confusion matrix and the reliability diagram as plain lists."""
+    predicted_R = logits_RC.argmax(axis=1)
     confusion = count_pairs(answers_R, predicted_R, len(labels))[:, :-1].tolist()
-    return {"labels": [*labels], "confusion": confusion, "reliability": reliability}
+    return {"labels": [*labels], "confusion": confusion, "reliability": reliability(logits_RC, answers_R)}
 
 
 def multi_label_metrics(logits_RC: Float64[np.ndarray, "R C"], applies_RC: Bool[np.ndarray, "R C"]) -> list[Metric]:
@@ -93,7 +57,7 @@ def multi_label_metrics(logits_RC: Float64[np.ndarray, "R C"], applies_RC: Bool[
         return ratio(draws @ hits_RC, draws @ sums_RC).mean(axis=1)
 
     return [
-        share("all labels right", (predicted_RC == applies_RC).all(axis=1)),
+        share(RIGHT, (predicted_RC == applies_RC).all(axis=1)),
         bootstrapped("F1 (all decisions)", micro, len(logits_RC), "share"),
         bootstrapped(f"F1 by label (mean over {logits_RC.shape[1]} labels)", macro, len(logits_RC), "share"),
     ]
@@ -135,11 +99,3 @@ def _correlation(draws: Draws, x: Float64[np.ndarray, "*S R"], y: Float64[np.nda
     covariance, *variances = ((weights * product).sum(axis=1) for product in (x * y, x * x, y * y))
     scale = np.sqrt(variances[0] * variances[1])
     return np.divide(covariance, scale, out=np.zeros_like(covariance), where=scale > 0)
-
-
-def bootstrapped(name: str, statistic: Statistic, rows: int, kind: str = "number") -> Metric:
-    """Returns a metric with its bootstrap interval."""
-    (value,) = statistic(np.ones((1, rows)))
-    samples = np.concatenate([statistic(draws.astype(np.float64)) for draws in resample_counts(rows)])
-    low, high = np.quantile(samples, (0.025, 0.975))
-    return Metric(name, "share" if kind == "share" else "number", float(value), (float(low), float(high)))

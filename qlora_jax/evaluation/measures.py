@@ -2,6 +2,8 @@
 
 from typing import Literal
 
+from qlora_jax.config.head_settings import HeadObjective
+
 Better = Literal["higher", "lower"]
 
 # By the setting that names a task's file, then by measure. A task with an entry here has `row_values` (tasks/task.py).
@@ -20,3 +22,17 @@ MEASURES: dict[str, dict[str, Better]] = {
     "answers": {"exactly the answer": "higher"},
     "programs": {"pass@1": "higher"},
 }
+# The measures of runs that trained a sequence head, by objective and task.
+HEAD_MEASURES: dict[HeadObjective, dict[str, tuple[str, ...]]] = {
+    "classification": {"labels": ("right label",)},
+    "multi_label": {"labels": ("right label",)},
+    "regression": {},
+    "reward": {"pairs": ("right by reward", "reward margin")},
+    "embedding": {},
+}
+
+
+def measures_of(objective: str) -> dict[str, tuple[str, ...]]:
+    """Returns the measures of a run with this objective, by task."""
+    with_head = {name: measures for name, measures in HEAD_MEASURES.items() if name == objective}
+    return with_head.get(objective, {task: tuple(measures) for task, measures in MEASURES.items()})

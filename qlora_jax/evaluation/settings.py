@@ -50,7 +50,11 @@ class TaskArgs(QuestionArgs):
         None,
         NOT_EMPTY,
     )
-    pair_beta: float = setting("pairs: factor of rewards: pair_beta * (log p - log p of the reference)", 0.1, POSITIVE)
+    pair_beta: float = setting(
+        "pairs: factor of rewards: pair_beta * (log p - log p of the reference); not for runs with objective=reward",
+        0.1,
+        POSITIVE,
+    )
     harness: list[str] | None = setting(
         "tasks of lm-evaluation-harness, such as [hellaswag, arc_easy] (pip install 'qlora-jax[lm-eval]')",
         None,
@@ -125,6 +129,8 @@ def check_evaluate(args: EvaluateArgs) -> None:
     problems = [*model_problems(args), *_given_problems(args), *_task_problems(args), *_column_problems(args)]
     problems += _against_problems(args)
     problems += folder_problems("json", args.json)
+    if args.pair_beta != TaskArgs().pair_beta and args.run is None:
+        problems.append("pair_beta: requires run, because a base has no reference; set run too, or remove it")
     if args.json_rows and args.json is None:
         problems.append("json_rows: requires json; set it too")
     if problems:
@@ -153,6 +159,8 @@ def _task_problems(args: TaskArgs) -> list[str]:
         problems.append("answer_start: requires rows; set it too")
     if args.by is not None and not has_rows:
         problems.append("by: requires rows or pairs; set one too")
+    if args.pair_beta != TaskArgs().pair_beta and args.pairs is None:
+        problems.append("pair_beta: requires pairs; set it too")
     return problems
 
 

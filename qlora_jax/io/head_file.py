@@ -30,11 +30,13 @@ class TrainedHead:
       objective: the objective that trained it.
       labels: names of the outputs, for classification and multi_label; else empty.
       pooling: the hidden state that stands for a sequence.
+      described: False for an adapter of another library, which does not say what its outputs mean.
     """
 
     objective: HeadObjective
     labels: tuple[str, ...] = ()
     pooling: Pooling = "last"
+    described: bool = True
 
     @property
     def outputs(self) -> int:
@@ -43,13 +45,20 @@ class TrainedHead:
             return len(self.labels)
         return 0 if self.objective == "embedding" else 1
 
-    def spec(self, init_std: float = 0.02) -> HeadSpec:
-        """Returns the head's form.
+    def spec(self) -> HeadSpec:
+        """Returns the head's form."""
+        return HeadSpec(outputs=self.outputs, pooling=self.pooling)
 
-        Args:
-          init_std: standard deviation of initial values, `initializer_range` of the model's config.
-        """
-        return HeadSpec(outputs=self.outputs, pooling=self.pooling, init_std=init_std)
+    def fits(self, other: "TrainedHead | None") -> bool:
+        """True if training may continue from this head with the settings of `other`."""
+        if self.described or other is None:
+            return self == other
+        return self.outputs == other.outputs and (self.outputs == 0 or self.pooling == other.pooling)
+
+    def __str__(self) -> str:
+        """The head's settings, for messages."""
+        labels = f", labels={[*self.labels]}" if self.labels else ""
+        return f"objective={self.objective}, pooling={self.pooling}{labels}"
 
 
 def head_of(objective: str, labels: tuple[str, ...], pooling: Pooling) -> TrainedHead | None:
@@ -60,9 +69,28 @@ def head_of(objective: str, labels: tuple[str, ...], pooling: Pooling) -> Traine
     return TrainedHead(objective=named, labels=labels if named in CLASSES else (), pooling=pooling)
 
 
+def check_same_head(place: str, found: TrainedHead | None, expected: TrainedHead | None) -> None:
+    """Checks that training may continue with the sequence head of a model or run; a run adds one to a model without.
+
+    Args:
+      place: the model or file that has the head `found`.
+
+    Raises:
+      ValueError: it is another head than the run's; the message has both.
+    """
+    if found is None or found.fits(expected):
+        return
+    raise ValueError(
+        f"{place}: its sequence head is not that of this run (found {found}; expected {expected or 'none'}). Use the "
+        "objective, head.pooling and labels (head.labels, or those of the data) that trained it"
+    )
+
+
 def write_head(folder: Path, head: TrainedHead) -> None:
-    """Writes head.json into an existing folder."""
-    write_text(folder / HEAD_FILE, json.dumps(dataclasses.asdict(head), indent=2, ensure_ascii=False) + "\n")
+    """Writes head.json into an existing folder, unless the meaning of the outputs is unknown."""
+    if head.described:
+        record: HeadRecord = {"objective": head.objective, "labels": [*head.labels], "pooling": head.pooling}
+        write_text(folder / HEAD_FILE, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_head(folder: Path) -> TrainedHead | None:

@@ -26,14 +26,8 @@ from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.loader import Loaded, Progress, load_model, unchanged
 from qlora_jax.io.model_source import ModelSource, TokenizerData
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import (
-    base_model_of,
-    check_shapes,
-    is_adapter,
-    read_adapter,
-    read_start_adapter,
-    starting_parameters,
-)
+from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
+from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
@@ -306,7 +300,7 @@ def apply_adapter_with_reference(model: CausalLM, run: Run) -> tuple[ModelParts,
     fresh = _with_fresh_adapter(model, run)
     initial = fresh.lora
     if path is not None:
-        start = read_start_adapter(Path(path), config, run.lora_args, run.new_ids)
+        start = read_start_adapter(Path(path), config, run.lora_args, run.new_ids, run.head)
         initial = starting_parameters(start, initial, Path(path))
     reference = None if run.tables else fresh.with_lora(initial)
     return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora)), reference

@@ -31,7 +31,7 @@ from qlora_jax.nn.mlp import apply_activation, gated_activation
 from qlora_jax.nn.neftune import add_noise
 from qlora_jax.nn.new_token_rows import NewTokenRows
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
-from qlora_jax.nn.sequence_head import HeadSpec, SequenceHead
+from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec, SequenceHead
 from qlora_jax.nn.sharded_vocabulary import ShardedHead, look_up
 from qlora_jax.nn.variables import Frozen
 from qlora_jax.sharding import Shard, gathered
@@ -276,9 +276,9 @@ class CausalLM(nnx.Module):
             self.lm_head = Embedding(jnp.zeros((config.vocab_size, config.embed_dim), weights.dtype), bias=bias)
         self.score: SequenceHead | None = nnx.data(None)  # data: it may be set later
 
-    def add_sequence_head(self, spec: HeadSpec, key: Key[Array, ""]) -> None:
+    def add_sequence_head(self, spec: HeadSpec, key: Key[Array, ""], init_std: float = INIT_STD) -> None:
         """Adds a head that scores whole sequences, in place of the language-model head, whose memory is freed."""
-        self.score = SequenceHead.init(named_key(key, SCORE), self.config.embed_dim, spec)
+        self.score = SequenceHead.init(named_key(key, SCORE), self.config.embed_dim, spec, init_std)
         if self.has_lm_head:
             del self.lm_head
 

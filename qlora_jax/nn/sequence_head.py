@@ -12,6 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 Pooling = Literal["last", "mean"]
+INIT_STD = 0.02  # for configs without initializer_range
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,12 +22,10 @@ class HeadSpec:
     Attributes:
       outputs: C; 0: no matrix, so that the result is the pooled hidden state.
       pooling: "last": the hidden state of a sequence's last position; "mean": the mean over its positions.
-      init_std: standard deviation of the matrix's initial values.
     """
 
     outputs: int
     pooling: Pooling = "last"
-    init_std: float = 0.02
 
 
 class ScoreMatrix(nnx.Module):
@@ -44,11 +43,15 @@ class SequenceHead(nnx.Module):
         self.adapter = nnx.data(adapter)
 
     @staticmethod
-    def init(key: jax.Array, embed_dim: int, spec: HeadSpec) -> "SequenceHead":
-        """Returns a new head, with normal initial values as transformers draws them."""
+    def init(key: jax.Array, embed_dim: int, spec: HeadSpec, init_std: float = INIT_STD) -> "SequenceHead":
+        """Returns a new head, with normal initial values as transformers draws them.
+
+        Args:
+          init_std: their standard deviation; `initializer_range` of the model's config.
+        """
         if spec.outputs == 0:
             return SequenceHead(spec, None)
-        weight_DC = spec.init_std * jax.random.normal(key, (embed_dim, spec.outputs), jnp.float32)
+        weight_DC = init_std * jax.random.normal(key, (embed_dim, spec.outputs), jnp.float32)
         return SequenceHead(spec, ScoreMatrix(weight_DC))
 
     def __call__(

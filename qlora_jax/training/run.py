@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -14,10 +13,8 @@ from qlora_jax.hosts.watchdog import Watchdog
 from qlora_jax.io.adapter_init import read_initial, write_initial
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import CHECKPOINT_FOLDER, CONFIG_FILE, Checkpoints, saved_fingerprint, saved_steps
-from qlora_jax.io.export.methods import refusal
-from qlora_jax.io.head_file import write_head
+from qlora_jax.io.head_file import HEAD_FILE, check_same_head, read_head, write_head
 from qlora_jax.io.locked_checkpoints import LockedCheckpoints
-from qlora_jax.io.peft.writer import is_gguf
 from qlora_jax.io.progress import loading
 from qlora_jax.io.run_lock import LOCK_FILE, RunLock, lock_run
 from qlora_jax.models.partition import Lora
@@ -26,6 +23,7 @@ from qlora_jax.training.display import Display, print_banner
 from qlora_jax.training.loop import Reporter, TrainState, initial_state, restore, run_steps, save, stop_on_signals
 from qlora_jax.training.memory_watch import watch_peak
 from qlora_jax.training.metrics import MetricsFile, Record, read_metrics
+from qlora_jax.training.next_commands import next_commands
 from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
@@ -229,6 +227,8 @@ def run_training(
     run, watchdog = lock.folder, watchdog or Watchdog(Group())
     is_first = watchdog.group.is_first
     planned = plan_before_weights(config, console, full=not resume, model=model, group=watchdog.group)
+    if resume:
+        check_same_head(f"{run / HEAD_FILE}", read_head(run), planned.inputs.head)
     planned.refuse_oversized(oversized)
     config = without_place(planned.config)
     planned = planned._replace(config=config)
@@ -351,19 +351,6 @@ def _session(planned: PlannedRun, resumed: Path | None, model: PreparedModel | N
         fingerprint = loaded.fingerprint
     found = {"fingerprint": fingerprint, "initial": model.initial}
     return make_session(config, inputs, gradients, headed_parts(config, inputs, model.parts), state_manager, **found)
-
-
-def next_commands(config: Config, *, finished: bool) -> dict[str, str]:
-    """Commands to type next, quoted for a shell, by their purpose."""
-    run, module = config.output, "python -m qlora_jax."
-    if not finished:
-        return {"resume": f"{module}train --config {shlex.quote(str(Path(run) / CONFIG_FILE))} --resume"}
-    generate = {"try it": f"{module}generate --run {shlex.quote(run)}"}
-    form = next((form for form in ("peft", "hf") if refusal(config.lora.method, form) is None), None)
-    if form is None:
-        return generate
-    with_base = " --with_base" if form == "peft" and is_gguf(config.model.path) else ""  # peft loads no GGUF file
-    return generate | {"export": f"{module}export --run {shlex.quote(run)} --format {form}{with_base}"}
 
 
 def _print_end(

@@ -13,11 +13,11 @@ from qlora_jax.config import Config, LoraArgs, ModelArgs, TrainArgs
 from qlora_jax.data.dataset import Dataset, load_dataset
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
-from qlora_jax.io.head_file import TrainedHead, head_of
+from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
 from qlora_jax.io.loader import Loaded, Progress, load_model, with_dense_layers
 from qlora_jax.io.model_source import ModelSource
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import read_start_adapter, starting_parameters
+from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
 from qlora_jax.io.pretrained import load_for_training, open_tokenizer
 from qlora_jax.models.add_adapters import add_lora, our_names, ranks_and_scalings
@@ -29,7 +29,7 @@ from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, rows_train
 from qlora_jax.nn.linear import named_key
-from qlora_jax.nn.sequence_head import HeadSpec
+from qlora_jax.nn.sequence_head import INIT_STD, HeadSpec
 from qlora_jax.optim import make_schedule
 from qlora_jax.training.abstract_step import abstract_step
 from qlora_jax.training.compiled_step import CompiledGradients
@@ -113,6 +113,7 @@ class PreparedModel:
     Attributes:
       fingerprint: of the base, from io.loader.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
+      head: the sequence head, if the model has one.
     """
 
     source: ModelSource
@@ -120,6 +121,7 @@ class PreparedModel:
     parts: ModelParts
     fingerprint: str
     initial: InitialAdapter | None
+    head: TrainedHead | None = None
 
 
 def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs:
@@ -148,10 +150,12 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
         kl_pairs=objective.kl_pairs,
     )
     head = head_of(config.objective, dataset.labels, config.head.pooling)
-    objective = fit_to_data(objective, head, sequences=dataset.sequences, init_std=_initializer_range(source))
+    if prepared is not None:
+        check_same_head("model", prepared.head, head)
+    objective = fit_to_data(objective, head, sequences=dataset.sequences)
     check_decomposable(source, config.lora)
     path, ids = config.lora.start, tokenizer.new_ids
-    start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids)
+    start = None if path is None else read_start_adapter(Path(path), model, config.lora, ids, head)
     reads = dataset.tokenizer, source, model.max_positions
     return Inputs(
         source=source,
@@ -167,9 +171,9 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
 
 
 def _initializer_range(source: ModelSource) -> float:
-    """Returns the standard deviation with which transformers initializes a new head; 0.02 if the config has none."""
+    """Returns the standard deviation with which transformers initializes a new head."""
     found = source.config.get("initializer_range")
-    return float(found) if isinstance(found, int | float) and found > 0 else 0.02
+    return float(found) if isinstance(found, int | float) and found > 0 else INIT_STD
 
 
 def headed_parts(config: Config, inputs: Inputs, parts: ModelParts) -> ModelParts:
@@ -179,7 +183,7 @@ def headed_parts(config: Config, inputs: Inputs, parts: ModelParts) -> ModelPart
         return parts
     model = combine(parts)
     if model.score is None:
-        model.add_sequence_head(spec, _adapter_key(config))
+        model.add_sequence_head(spec, _adapter_key(config), _initializer_range(inputs.source))
     return partition(model)
 
 
@@ -242,6 +246,7 @@ def prepare(
         initial=initial,
         start=inputs.start,
         head=head_spec(inputs.objective),
+        head_std=_initializer_range(inputs.source),
         mesh=gradients.mesh,
     )
     found = {"fingerprint": loaded.fingerprint, "initial": initial}
@@ -291,6 +296,7 @@ def training_parts(
     initial: InitialAdapter | None,
     start: AdapterArrays | None,
     head: HeadSpec | None = None,
+    head_std: float = INIT_STD,
     mesh: Mesh | None = None,
 ) -> ModelParts:
     """Adds an adapter to the base, in place, and returns the model's parts.
@@ -301,6 +307,7 @@ def training_parts(
       initial: values to start with, with PiSSA and LoftQ.
       start: LoRA parameters to start from.
       head: the sequence head to add, if any.
+      head_std: standard deviation of its initial values.
       mesh: the devices that the base is on; None for the default device.
 
     Raises:
@@ -308,7 +315,7 @@ def training_parts(
     """
     add_lora(model, lora, key, None if initial is None else initial.factors, mesh)
     if head is not None:
-        model.add_sequence_head(head, key)
+        model.add_sequence_head(head, key, head_std)
     add_tables(model, new_ids, lora)
     parts = partition(model)
     return parts if start is None else parts.with_lora(starting_parameters(start, parts.lora, Path(str(lora.start))))

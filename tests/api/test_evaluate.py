@@ -1,15 +1,20 @@
 """`evaluate_model` returns the numbers that the command `evaluate` stores, and prints nothing."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 import qlora_jax as q
 from qlora_jax import evaluate
+from qlora_jax.api.provenance import attach, parts_of, provenance_of
 from qlora_jax.config import ConfigError
+from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.models.partition import combine
 from tests.inference.small_run import write_run
 
 
@@ -74,6 +79,43 @@ def test_plain_text_without_the_chat_template_has_other_scores(folder, models):
         for raw in (False, True)
     )
     assert chat["loss per token"].value != raw["loss per token"].value
+
+
+def headed(model, head: TrainedHead, weight: float | None = None):
+    """The model with a sequence head, as training leaves it; all weights of the head are `weight` if it is given."""
+    copy = combine(parts_of(model))
+    copy.add_sequence_head(head.spec(), jax.random.key(0))
+    if weight is not None:
+        copy.score.adapter.weight[...] = jnp.full_like(copy.score.adapter.weight[...], weight)
+    return attach(copy, dataclasses.replace(provenance_of(model), head=head))
+
+
+NUMBER = TrainedHead(objective="regression", described=False)
+
+
+def test_heads_are_evaluated_also_those_of_other_libraries(models, tmp_path):
+    (_, model), tokenizer = models[0].values(), models[1]
+    rows = [{"prompt": f"say {word}", "chosen": word, "rejected": word[::-1]} for word in ("sun", "moon", "rain")]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = q.evaluate_model(headed(model, NUMBER), tokenizer, pairs=tmp_path / "pairs.jsonl").tasks["pairs"]
+    assert list(found.metrics["model"]) == ["right by reward", "reward margin", "ties (count as half)"]
+    with pytest.raises(ValueError, match=r"(?s)3 of 3 rows can't be used.*pairs.jsonl:1, 2, 3: an output of"):
+        q.evaluate_model(headed(model, NUMBER, np.nan), tokenizer, pairs=tmp_path / "pairs.jsonl")
+    described = headed(model, dataclasses.replace(NUMBER, described=True))
+    with pytest.raises(ValueError, match="found a head of objective=regression, expected reward"):
+        q.evaluate_model(described, tokenizer, pairs=tmp_path / "pairs.jsonl")
+    with pytest.raises(ValueError, match="pair_beta: models in memory have no reference"):
+        q.evaluate_model(model, tokenizer, pairs=tmp_path / "pairs.jsonl", pair_beta=0.2)
+
+
+def test_models_with_different_heads_are_refused(models, tmp_path):
+    (base, tuned), tokenizer = models[0].values(), models[1]
+    (tmp_path / "labels.jsonl").write_text('{"text": "sun", "label": "a"}\n')
+    head = TrainedHead(objective="classification", labels=("a", "b"))
+    with pytest.raises(ValueError, match=r"base: no head; tuned: objective=classification, .*labels=\['a', 'b'\]"):
+        q.evaluate_model({"base": base, "tuned": headed(tuned, head)}, tokenizer, labels=tmp_path / "labels.jsonl")
+    with pytest.raises(ValueError, match="label_score: the run's head scores whole texts"):
+        q.evaluate_model(headed(tuned, head), tokenizer, labels=tmp_path / "labels.jsonl", label_score="mean")
 
 
 @pytest.mark.parametrize(

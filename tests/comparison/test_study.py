@@ -100,6 +100,17 @@ def test_a_wrong_task_is_refused(tmp_path, changes, expected):
     assert any(line.startswith(f"tasks.numbers.{expected}") for line in found), found
 
 
+def test_a_measure_that_the_objective_does_not_have_is_refused(tmp_path):
+    found = problems(tmp_path, methods={"lora": {}, "scores": {"objective": "regression"}})
+    assert found == [
+        "methods.scores: tasks.numbers.measure: found 'loss per token' of rows, which objective=regression does not "
+        "have (expected another objective)"
+    ]
+    changes = {"objective": "reward"}
+    (only,) = problems(tmp_path, settings=changes, **task(tmp_path))
+    assert only.endswith("(expected 'right by reward' of pairs or 'reward margin' of pairs)")
+
+
 def test_rows_of_a_search_without_learning_rates_are_refused(tmp_path):
     assert problems(tmp_path, learning_rates=None) == [
         "tasks.numbers.search: found without learning_rates, which are searched on it. Remove it, or set learning_rates"

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from qlora_jax.api.evaluate import evaluate_side_by_side
+import qlora_jax as q
 from qlora_jax.config import Config, DataArgs
-from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.io.checkpoint import open_run
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.training.run import train
-from tests.e2e.project import project, stop_after
+from tests.e2e.project import project, stop_after, write_model
+from tests.marks import EXHAUSTIVE
 
 WORDS = ["sun", "moon", "star"]
 
@@ -54,34 +54,54 @@ def run(config: Config, resume: bool = False) -> None:
     train(config, Path(config.output), resume=resume, oversized=False, console=Console(file=io.StringIO()))
 
 
-def losses(config: Config) -> list[float]:
-    lines = (Path(config.output) / "metrics.jsonl").read_text().splitlines()
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [record["loss"] for line in lines if "loss" in (record := json.loads(line))]
 
 
 @pytest.mark.slow
-def test_a_classifier_learns_resumes_to_the_bit_and_is_evaluated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = settings(tmp_path / "whole", "classification", steps=24)
-    run(config)
-    found = losses(config)
-    assert np.mean(found[-4:]) < 0.5 * np.mean(found[:4])
-    assert open_run(Path(config.output)).head == TrainedHead(objective="classification", labels=("moon", "star", "sun"))
+def test_a_classifier_learns_continues_in_memory_and_is_evaluated(tmp_path: Path) -> None:
+    train_rows = write(tmp_path / "train.jsonl", rows_of("classification", 30))
     file = write(tmp_path / "test.jsonl", rows_of("classification", 60)[30:])
-    result = evaluate_side_by_side(EvaluateArgs(run=config.output, labels=str(file)))
-    assert list(result.labels) == ["checkpoint"]
-    metrics = result.tasks["labels"].metrics["checkpoint"]
-    assert metrics["right label"].value > 0.9
-    details = result.tasks["labels"].details["checkpoint"]
+    base, tokenizer = q.load(str(write_model(tmp_path / "model", initializer_range=0.05)), compute_dtype="float32")
+    args = {"objective": "classification", "optim.schedule": "constant"}
+    sizes = {"steps": 20, "micro_batch_size": 2, "accumulation": 2, "max_length": 64, "learning_rate": 2e-2}
+    settings = {"config": args, "save_every": 20, **sizes}
+    first = q.finetune(q.add_adapter(base, q.LoRA(rank=4)), tokenizer, train_rows, output=tmp_path / "a", **settings)
+    found = losses(tmp_path / "a")
+    assert np.mean(found[-4:]) < 0.5 * np.mean(found[:4])
+    assert open_run(tmp_path / "a").head == TrainedHead(objective="classification", labels=("moon", "star", "sun"))
+    again = q.finetune(first.model, tokenizer, train_rows, output=tmp_path / "b", **settings | {"steps": 4})
+    assert np.mean(losses(tmp_path / "b")) < 0.5 * np.mean(found[:4])
+    other = {**settings, "config": args | {"head.labels": ["sun", "star", "moon"]}}
+    with pytest.raises(
+        ValueError, match=r"(?s)found .*\['moon', 'star', 'sun'\]; expected .*\['sun', 'star', 'moon'\]"
+    ):
+        q.finetune(first.model, tokenizer, train_rows, output=tmp_path / "c", **other)
+    task = q.evaluate_model(again.model, tokenizer, labels=file).tasks["labels"]
+    assert task.metrics["model"]["right label"].value > 0.9
+    details = task.details["model"]
     assert isinstance(details, dict) and details["labels"] == ["moon", "star", "sun"]
     assert np.sum(np.array(details["confusion"])) == 30
 
-    cut = settings(tmp_path / "cut", "classification", steps=24)
+
+@pytest.mark.parametrize("objective", [pytest.param("classification", marks=EXHAUSTIVE)])
+def test_a_run_resumes_to_the_bit_and_refuses_other_labels(
+    objective: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = settings(tmp_path / "whole", objective, steps=24)
+    run(config)
+    cut = settings(tmp_path / "cut", objective, steps=24)
     with monkeypatch.context() as patch:
         stop_after(patch, cut, 7)
         run(cut)
+    path = tmp_path / "cut" / "train.jsonl"
+    rows = path.read_text()
+    path.write_text(rows.replace('"label": "star"', '"label": "planet"'))
+    with pytest.raises(ValueError, match=r"head.json: .*'moon', 'star', 'sun'.*'moon', 'planet', 'sun'"):
+        run(cut, resume=True)
+    path.write_text(rows)
     run(cut, resume=True)
-    assert losses(cut) == found
+    assert losses(Path(cut.output)) == losses(Path(config.output))
     again = open_run(Path(cut.output)).lora
     jax.tree.map(np.testing.assert_array_equal, again, open_run(Path(config.output)).lora)

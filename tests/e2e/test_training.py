@@ -4,7 +4,6 @@ import dataclasses
 import io
 import os
 import re
-import shlex
 import shutil
 import socket
 import warnings
@@ -17,7 +16,7 @@ import orbax.checkpoint as ocp
 import pytest
 from rich.console import Console
 
-from qlora_jax.config import Config, DataArgs, HostsArgs, LoraArgs, MeshArgs, ModelArgs
+from qlora_jax.config import HostsArgs, MeshArgs
 from qlora_jax.data.batching.batches import window_order
 from qlora_jax.io.base_fingerprint import same_form
 from qlora_jax.io.checkpoint import Checkpoints, open_run
@@ -30,7 +29,7 @@ from qlora_jax.training import loop
 from qlora_jax.training.checkpoint_state import check_resumable, checkpoint_state
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import read_metrics
-from qlora_jax.training.run import dry_run, lock_output, next_commands, train
+from qlora_jax.training.run import dry_run, lock_output, train
 from qlora_jax.training.session import compile_gradients, open_inputs, prepare, weights_of
 from qlora_jax.training.step import evaluation_loss, gradients, update
 from tests.e2e.project import project, stop_after, write_model, write_rows
@@ -476,15 +475,3 @@ def test_a_run_without_a_checkpoint_is_told_so_with_and_without_resume(tmp_path,
     (tmp_path / "config.yaml").write_text("")
     with pytest.raises(ValueError, match=r"before its first checkpoint.*Delete the folder.*without --resume"):
         take(tmp_path, resume=resume)
-
-
-def test_what_to_type_next_passes_a_shell_whatever_the_folder_is_called():
-    config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="it's my runs/1")
-    finished = {name: shlex.split(command)[3:] for name, command in next_commands(config, finished=True).items()}
-    assert finished["try it"] == ["--run", config.output]
-    assert finished["export"] == ["--run", config.output, "--format", "peft"]
-    for method, form in {"bitfit": "hf", "houlsby": None}.items():
-        commands = next_commands(dataclasses.replace(config, lora=LoraArgs(method=method)), finished=True)
-        assert ("export" in commands) == (form is not None) and (form is None or form in commands["export"])
-    go_on = next_commands(config, finished=False)["resume"]
-    assert shlex.split(go_on)[3:] == ["--config", config.output + "/config.yaml", "--resume"]

@@ -4,17 +4,21 @@ import numpy as np
 import pytest
 
 from qlora_jax.evaluation.loglikelihood import RowScores
-from qlora_jax.evaluation.measures import MEASURES
+from qlora_jax.evaluation.measures import MEASURES, measures_of
 from qlora_jax.evaluation.results import Evaluation, task_result
 from qlora_jax.evaluation.tasks.answers import AnswerScores, AnswersTask
 from qlora_jax.evaluation.tasks.choices import ChoiceScores, ChoicesTask
+from qlora_jax.evaluation.tasks.head_labels import HeadLabelsTask
+from qlora_jax.evaluation.tasks.head_rows import HeadRows
 from qlora_jax.evaluation.tasks.labels import LabelsTask
 from qlora_jax.evaluation.tasks.letters import LetterScores, LettersTask
 from qlora_jax.evaluation.tasks.pairs import PairScores, PairsTask
 from qlora_jax.evaluation.tasks.programs import ProgramScores, ProgramsTask
+from qlora_jax.evaluation.tasks.reward_pairs import RewardPairsTask
 from qlora_jax.evaluation.tasks.rows import RowsTask
 from qlora_jax.evaluation.tasks.text import TextTask
 from qlora_jax.inference.sampling import GREEDY
+from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.sandbox.programs import Limits
 from tests.inference.tiny import byte_tokenizer
 
@@ -36,6 +40,10 @@ LABELS = LabelsTask(
     answers=RIGHT[0].astype(np.int64),
     label_score="sum",
 )
+NO_ROWS = HeadRows(path="", places=[], texts=[], values=[])
+CLASSES = TrainedHead(objective="classification", labels=("a", "b"))
+SEVERAL = TrainedHead(objective="multi_label", labels=("a", "b"))
+NUMBERS = TrainedHead(objective="regression")
 PROGRAMS = ProgramsTask(
     title="",
     problems=[],
@@ -84,6 +92,24 @@ def test_the_rows_add_up_to_the_metric(task, scores):
             found["columns"]["checkpoint"][name]["value"]
         )
     assert "rows" not in evaluation.to_dict()["tasks"][task.name]
+
+
+HEADED = [
+    (HeadLabelsTask(title="", head=CLASSES, rows=NO_ROWS, answers=RNG.integers(0, 2, (9, 1)).astype(float)), (9, 2)),
+    (HeadLabelsTask(title="", head=SEVERAL, rows=NO_ROWS, answers=RNG.integers(0, 2, (9, 2)).astype(float)), (9, 2)),
+    (HeadLabelsTask(title="", head=NUMBERS, rows=NO_ROWS, answers=RNG.normal(size=(9, 1))), (9, 1)),
+    (RewardPairsTask(title="", rows=NO_ROWS), (9, 2)),
+]
+
+
+@pytest.mark.parametrize(("task", "shape"), HEADED, ids=["classification", "multi_label", "regression", "reward"])
+def test_the_rows_of_heads_add_up_to_the_metric(task, shape, request):
+    result = task_result(task, {"checkpoint": RNG.normal(size=shape)})
+    known = measures_of(request.node.callspec.id).get(task.name, ())
+    assert set(result.rows["checkpoint"]) == set(known)
+    for name, rows in result.rows["checkpoint"].items():
+        value = result.metrics["checkpoint"][name].value
+        assert rows.values.sum() / rows.weights.sum() == pytest.approx(value)
 
 
 def test_every_measure_is_tested():

@@ -46,7 +46,7 @@ def test_gradients_reach_only_pooled_positions():
 
 
 def test_scores_are_products_with_the_matrix_in_f32():
-    head = SequenceHead.init(jax.random.key(1), 5, HeadSpec(outputs=4, init_std=0.5))
+    head = SequenceHead.init(jax.random.key(1), 5, HeadSpec(outputs=4), 0.5)
     hidden = hidden_states().astype(jnp.bfloat16)
     scores = head(hidden.reshape(-1, 5), jnp.asarray(SEQUENCES), SLOTS)
     assert head.adapter is not None and scores.dtype == jnp.float32
@@ -74,7 +74,7 @@ def test_the_head_trains_in_the_adapters_partition_and_replaces_the_lm_head(tied
 
 
 def test_initial_values_follow_the_seed_and_the_range():
-    draws = [SequenceHead.init(jax.random.key(seed), 64, HeadSpec(outputs=50, init_std=0.1)) for seed in (0, 0, 1)]
+    draws = [SequenceHead.init(jax.random.key(seed), 64, HeadSpec(outputs=50), 0.1) for seed in (0, 0, 1)]
     weights = [np.asarray(head.adapter.weight[...]) for head in draws if head.adapter is not None]
     np.testing.assert_array_equal(weights[0], weights[1])
     assert not np.array_equal(weights[0], weights[2]) and abs(weights[0].std() - 0.1) < 0.005

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from bridge import inputs, save
 from datasets import Dataset
 from peft import PeftModel
-from transformers import AutoModel, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 from trl import RewardConfig, RewardTrainer
 
-PAD = 0
 PROBLEMS = {
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",
@@ -21,9 +20,9 @@ PROBLEMS = {
 }
 
 
-def padded(rows):
+def padded(rows, pad=0):
     longest = max(map(len, rows))
-    ids = torch.tensor([[*row, *[PAD] * (longest - len(row))] for row in rows])
+    ids = torch.tensor([[*row, *[pad] * (longest - len(row))] for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
     return ids, mask
 
@@ -33,13 +32,13 @@ def load(case):
         base = AutoModel.from_pretrained(case["folder"])
     else:
         settings = {"num_labels": case["outputs"], "problem_type": PROBLEMS.get(case["objective"])}
-        base = AutoModelForSequenceClassification.from_pretrained(case["folder"], pad_token_id=PAD, **settings)
+        base = AutoModelForSequenceClassification.from_pretrained(case["folder"], pad_token_id=case["pad"], **settings)
     assert base.dtype == torch.float32
     return PeftModel.from_pretrained(base, case["adapter"], is_trainable=True)
 
 
 def labelled(model, case):
-    ids, mask = padded(case["rows"])
+    ids, mask = padded(case["rows"], case["pad"])
     found = model(ids, attention_mask=mask, labels=torch.tensor(case["labels"]))
     return found.logits, found.loss
 
@@ -88,8 +87,11 @@ def merged(case):
     if case["objective"] == "embedding":
         model = AutoModel.from_pretrained(case["merged"])
         return torch.cat([pooled(model, case["pooling"], rows) for rows in case["rows"]]), {}
-    model = AutoModelForSequenceClassification.from_pretrained(case["merged"], pad_token_id=PAD)
-    ids, mask = padded(case["rows"])
+    model, tokenizer = (
+        each.from_pretrained(case["merged"]) for each in (AutoModelForSequenceClassification, AutoTokenizer)
+    )
+    assert model.config.pad_token_id == tokenizer.pad_token_id == case["pad"]
+    ids, mask = padded(case["rows"], case["pad"])
     return model(ids, attention_mask=mask).logits, model.config.id2label
 
 

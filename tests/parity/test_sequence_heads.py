@@ -1,6 +1,8 @@
 """Objectives of sequence heads against transformers, TRL and torch, over the exported adapters."""
 
 import dataclasses
+import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from qlora_jax.io.export.peft import export_peft, in_peft_format
 from qlora_jax.io.head_file import TrainedHead, write_head
 from qlora_jax.io.loader import Loaded, load_model
 from qlora_jax.io.open_model import open_model
-from qlora_jax.io.peft.reader import read_start_adapter
-from qlora_jax.io.peft.sequence_heads import split_head, with_head
+from qlora_jax.io.peft.head_adapters import split_head, with_head
+from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.pretrained import OpenedModel, open_finetuned
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import WeightFormat
@@ -29,10 +31,12 @@ from qlora_jax.training.objectives.classification import Classification, MultiLa
 from qlora_jax.training.objectives.embedding import Embedding
 from qlora_jax.training.objectives.reward import Reward
 from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
+from tests.marks import EXHAUSTIVE, SLOW
 
 SCRIPT = Path(__file__).parent.parent / "oracle/sequence_losses.py"
 LORA = LoraArgs(rank=4, alpha=8.0)
-ROWS = 5
+ROWS, EOS = 5, 2  # the base pads with EOS, as many do
+SPECIAL = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "unk_token": "<unk>"}
 RNG = np.random.default_rng(3)
 
 
@@ -48,7 +52,8 @@ class Case:
     def texts(self) -> list[list[list[int]]]:
         rng = np.random.default_rng(5)
         count = self.objective.sequences_per_row
-        return [[rng.integers(3, 32, rng.integers(2, 9)).tolist() for _ in range(ROWS)] for _ in range(count)]
+        texts = [[rng.integers(3, 32, rng.integers(2, 9)).tolist() for _ in range(ROWS)] for _ in range(count)]
+        return [[[*ids, EOS] if row % 2 else ids for row, ids in enumerate(each)] for each in texts]
 
 
 def names(count: int) -> tuple[str, ...]:
@@ -83,9 +88,10 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = tiny_config()
+    config = tiny_config(pad_token_id=EOS)
     made = write_folder(tmp_path_factory.mktemp("model"), config, random_weights(config))
     (made / "tokenizer.json").write_text(tokenizer_json())
+    (made / "tokenizer_config.json").write_text(json.dumps(SPECIAL | {"tokenizer_class": "PreTrainedTokenizerFast"}))
     return made
 
 
@@ -113,7 +119,7 @@ def _random(parts: ModelParts) -> ModelParts:
 def parts_of(body: ModelParts, head: TrainedHead) -> ModelParts:
     """The model with a head."""
     model = combine(body)
-    model.add_sequence_head(head.spec(init_std=0.1), jax.random.key(1))
+    model.add_sequence_head(head.spec(), jax.random.key(1), 0.1)
     return partition(model)
 
 
@@ -186,26 +192,44 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.slow
+IN_CI = ("classification", "reward", "pairs of texts")
+
+
+@pytest.mark.parametrize(
+    ("names", "layouts", "merges"),
+    [
+        pytest.param(IN_CI, ["packed"], MERGED[:1], marks=SLOW, id="some"),
+        pytest.param([*CASES], [*LAYOUTS], MERGED, marks=EXHAUSTIVE, id="all"),
+    ],
+)
 def test_losses_outputs_and_gradients_equal_the_oracle(
-    folder: Path, loaded: Loaded, body: ModelParts, tmp_path: Path, oracle
+    names: Sequence[str],
+    layouts: Sequence[str],
+    merges: Sequence[str],
+    folder: Path,
+    loaded: Loaded,
+    body: ModelParts,
+    tmp_path: Path,
+    oracle,
 ) -> None:
-    all_parts = {name: parts_of(body, case.head) for name, case in CASES.items()}
+    cases = {name: CASES[name] for name in names}
+    all_parts = {name: parts_of(body, case.head) for name, case in cases.items()}
     given: dict[str, dict[str, Any]] = {}
-    for name, case in CASES.items():
+    for name, case in cases.items():
         run = write_run(tmp_path / name, folder, loaded.fingerprint, all_parts[name], case.head)
         export_peft(run, tmp_path / name / "peft")
-        paths = {"folder": str(folder), "adapter": str(tmp_path / name / "peft")}
+        paths = {"folder": str(folder), "adapter": str(tmp_path / name / "peft"), **_padding(tmp_path / name / "peft")}
         given[name] = {"objective": case.head.objective, "outputs": case.head.outputs, **paths, **_data(case)}
-        if name in MERGED:
+        if name in merges:
             export_merged(run, tmp_path / name / "hf", "hf", dtype="float32")
             given[name]["merged"] = str(tmp_path / name / "hf")
     expected = oracle(SCRIPT, cases=given)
     assert expected["classification/id2label"].tolist() == list(CASES["classification"].head.labels)
-    for name in MERGED:
+    for name in merges:
         np.testing.assert_allclose(expected[f"{name}/merged"], expected[f"{name}/outputs"], atol=1e-4)
-    for name, case in CASES.items():
-        for layout, (places, length, slots) in LAYOUTS.items():
+    for name, case in cases.items():
+        for layout in layouts:
+            places, length, slots = LAYOUTS[layout]
             micro = micro_batch(case, places, length, slots or case.objective.sequences_per_row)
             outputs, loss, grads = computed(case, body, micro)
             order = [row for packed in places for row in packed]
@@ -216,6 +240,12 @@ def test_losses_outputs_and_gradients_equal_the_oracle(
             )
             np.testing.assert_allclose(loss, expected[f"{name}/loss"], rtol=1e-5, err_msg=f"{name} {layout}")
             _compare(grads, expected, name, case.head, combine(all_parts[name]).config)
+
+
+def _padding(adapter: Path) -> dict[str, int]:
+    """The id of padding that README.md of an adapter sets, if it sets one."""
+    found = re.search(r"pad_token_id=(\d+)", (adapter / "README.md").read_text())
+    return {} if found is None else {"pad": int(found[1])}
 
 
 def _data(case: Case) -> dict[str, Any]:
@@ -260,5 +290,5 @@ def test_an_exported_head_is_read_back(
     jax.tree.map(np.testing.assert_array_equal, adapter.lora, jax.tree.map(np.asarray, parts.lora))
     with pytest.raises(ValueError, match=f"objective={case.head.objective}"):
         export_merged(run, tmp_path / "gguf", "gguf", dtype="float16")
-    started = read_start_adapter(tmp_path / "adapter", run.features, LORA, ())
+    started = read_start_adapter(tmp_path / "adapter", run.features, LORA, (), case.head)
     assert ("score" in started) == (name == "classification")

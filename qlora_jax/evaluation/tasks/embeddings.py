@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.data.readers.files import Row
-from qlora_jax.evaluation.head_metrics import bootstrapped, spearman_metric
+from qlora_jax.evaluation.bootstrapped import bootstrapped
+from qlora_jax.evaluation.head_metrics import spearman_metric
 from qlora_jax.evaluation.metrics import Comparison, Metric, share, share_change
-from qlora_jax.evaluation.sequence_outputs import TextIds, lower_outputs, sequence_outputs
+from qlora_jax.evaluation.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.settings import TaskArgs
-from qlora_jax.evaluation.tasks.head_rows import all_texts, encode_head_rows, head_of_task
+from qlora_jax.evaluation.tasks.head_rows import HeadRows, encode_head_rows, head_of_task
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_each, read_task_rows, values_of, wrong_value
 from qlora_jax.inference.lowering import LoweredProgram
@@ -23,6 +24,7 @@ from qlora_jax.models.partition import ModelParts
 
 SCORED = {"sentence1": "anchor", "sentence2": "positive"}  # columns of pairs with a score
 NEAREST = "positive is nearest"
+ANCHORS = 512  # compared with all candidates at once, which bounds memory
 
 States = Float64[np.ndarray, "R K D"]
 
@@ -32,31 +34,28 @@ class EmbeddingsTask:
     """Retrieval among all texts of the file, or the rank correlation with scores; see `task.Task` for the members.
 
     Attributes:
-      texts: the ids of the texts of all rows in order, `per_row` of each.
+      rows: the texts, equally many of each row.
       scores: the score of each row's two texts; None: rows are anchor, positive and perhaps a negative.
     """
 
     title: str
-    texts: Sequence[TextIds]
-    per_row: int
+    rows: HeadRows
     scores: Float64[np.ndarray, " R"] | None
     name: str = "embeddings"
 
     @property
     def size(self) -> int:
         """The number of texts."""
-        return len(self.texts)
+        return len(self.rows.texts)
 
     @property
     def inputs(self) -> Sequence[Sequence[object]]:
         """Each text's ids, and all scores."""
-        return [*([ids] for ids in self.texts), [self.scores]]
+        return [*([ids] for ids in self.rows.texts), [self.scores]]
 
     def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> States:
-        """Returns the normalized hidden states of each row's texts."""
-        states = sequence_outputs(parts, self.texts, progress, cache)
-        states /= np.maximum(np.linalg.norm(states, axis=1, keepdims=True), 1e-12)
-        return states.reshape(-1, self.per_row, states.shape[1])
+        """Returns the normalized hidden states of each row's texts; raises ValueError if some are not finite."""
+        return _normalized(self.rows.outputs(parts, progress, cache))
 
     def metrics(self, scores: States) -> list[Metric]:
         """Spearman's correlation with the scores; without scores, retrieval among all texts but the anchors."""
@@ -70,13 +69,16 @@ class EmbeddingsTask:
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the program of the largest batch."""
-        return lower_outputs(parts, self.texts)
+        return lower_outputs(parts, self.rows.texts)
+
+
+def _normalized(states_RKD: States) -> States:
+    return states_RKD / np.maximum(np.linalg.norm(states_RKD, axis=2, keepdims=True), 1e-12)
 
 
 def retrieval_metrics(states_RKD: States) -> list[Metric]:
     """Returns how often an anchor's positive is nearest to it, and the mean reciprocal rank."""
-    norms = np.maximum(np.linalg.norm(states_RKD, axis=2, keepdims=True), 1e-12)
-    reciprocal_R = 1 / _ranks(states_RKD / norms)
+    reciprocal_R = 1 / _ranks(_normalized(states_RKD))
     count = len(reciprocal_R)
     mean = bootstrapped("mean reciprocal rank", lambda draws: draws @ reciprocal_R / draws.sum(axis=1), count)
     return [share(NEAREST, reciprocal_R == 1), mean]
@@ -89,9 +91,12 @@ def _ranks(states_RKD: States) -> Float64[np.ndarray, " R"]:
     """
     rows, width = len(states_RKD), states_RKD.shape[2]
     candidates_CD = states_RKD[:, 1:].transpose(1, 0, 2).reshape(-1, width)  # positives first
-    similar_RC = states_RKD[:, 0] @ candidates_CD.T
-    own_R = similar_RC[np.arange(rows), np.arange(rows)]
-    return (similar_RC >= own_R[:, None]).sum(axis=1).astype(np.float64)
+    ranks = []
+    for start in range(0, rows, ANCHORS):
+        similar_BC = states_RKD[start : start + ANCHORS, 0] @ candidates_CD.T
+        own_B = similar_BC[np.arange(len(similar_BC)), start + np.arange(len(similar_BC))]
+        ranks.append((similar_BC >= own_B[:, None]).sum(axis=1))
+    return np.concatenate(ranks).astype(np.float64)
 
 
 def build(settings: TaskArgs, context: TaskContext) -> EmbeddingsTask:
@@ -110,9 +115,7 @@ def build(settings: TaskArgs, context: TaskContext) -> EmbeddingsTask:
         rows = [Row(row.place, {SCORED.get(name, name): text for name, text in row.data.items()}) for row in rows]
     encoded = encode_head_rows(path, rows, settings.file_columns, context)
     kind = "cosine similarity and scores" if scores is not None else "retrieval by cosine similarity"
-    texts = all_texts(encoded)
-    per_row = len(texts) // len(encoded)
-    return EmbeddingsTask(title=f"{path}: {len(rows)} rows, {kind}", texts=texts, per_row=per_row, scores=scores)
+    return EmbeddingsTask(title=f"{path}: {len(rows)} rows, {kind}", rows=encoded, scores=scores)
 
 
 KNOWN_COLUMNS = ("anchor", "positive", "negative", "sentence1", "sentence2", "label")

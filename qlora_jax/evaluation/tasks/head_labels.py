@@ -12,14 +12,15 @@ from jaxtyping import Float64
 from qlora_jax.config import QuestionArgs
 from qlora_jax.evaluation.head_metrics import RIGHT, class_details, class_metrics, multi_label_metrics, number_metrics
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues, share_change, share_of_rows
-from qlora_jax.evaluation.sequence_outputs import TextIds, lower_outputs, sequence_outputs
-from qlora_jax.evaluation.tasks.head_rows import all_texts, head_of_task, read_head_rows
+from qlora_jax.evaluation.sequence_outputs import lower_outputs
+from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.partition import ModelParts
 
+OF_LIKELIHOOD = ("label_prompt", "label_texts", "label_score")  # settings of scoring without a head
 LABELLED = ("classification", "multi_label", "regression")
 
 Outputs = Float64[np.ndarray, "R C"]
@@ -30,29 +31,29 @@ class HeadLabelsTask:
     """Metrics of a head's outputs for texts with labels; see `task.Task` for the members.
 
     Attributes:
-      texts: the ids of each text.
+      rows: the texts, one of each row.
       answers: the index of each text's class, its number, or 1 for each label that applies, [R, 1] or [R, C].
     """
 
     title: str
     head: TrainedHead
-    texts: Sequence[TextIds]
+    rows: HeadRows
     answers: Float64[np.ndarray, "R _"]
     name: str = "labels"
 
     @property
     def size(self) -> int:
         """The number of texts."""
-        return len(self.texts)
+        return len(self.rows.texts)
 
     @property
     def inputs(self) -> Sequence[Sequence[object]]:
         """Each text's ids and its label."""
-        return [[ids, answer] for ids, answer in zip(self.texts, self.answers, strict=True)]
+        return [[ids, answer] for ids, answer in zip(self.rows.texts, self.answers, strict=True)]
 
     def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> Outputs:
-        """Returns the head's outputs for each text."""
-        return sequence_outputs(parts, self.texts, progress, cache)
+        """Returns the head's outputs for each text; raises ValueError if some are not finite."""
+        return self.rows.outputs(parts, progress, cache)[:, 0]
 
     def metrics(self, scores: Outputs) -> list[Metric]:
         """The metrics of the head's objective."""
@@ -75,7 +76,7 @@ class HeadLabelsTask:
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the program of the largest batch."""
-        return lower_outputs(parts, self.texts)
+        return lower_outputs(parts, self.rows.texts)
 
     def _right(self, scores: Outputs) -> np.ndarray:
         if self.head.objective == "multi_label":
@@ -100,13 +101,14 @@ def build(settings: QuestionArgs, context: TaskContext) -> HeadLabelsTask:
     """
     assert settings.labels is not None
     head = head_of_task(context, "labels", LABELLED)
-    if settings.label_prompt is not None or settings.label_texts is not None:
+    plain = QuestionArgs()
+    if given := [name for name in OF_LIKELIHOOD if getattr(settings, name) != getattr(plain, name)]:
         raise ValueError(
-            f"label_prompt, label_texts: the run's head scores whole texts (found a head of objective={head.objective}"
-            "). Remove these settings"
+            f"{', '.join(given)}: the run's head scores whole texts (found a head of objective={head.objective}). "
+            "Remove these settings"
         )
     rows = read_head_rows(settings.labels, settings, context)
-    answers = np.array([np.reshape(row.values["labels"], -1) for row in rows], np.float64)
+    answers = np.array([np.reshape(values["labels"], -1) for values in rows.values], np.float64)
     outputs = f"{len(head.labels)} labels" if head.labels else "numbers"
-    title = f"{settings.labels}: {len(rows)} rows, {outputs}, by the run's head"
-    return HeadLabelsTask(title=title, head=head, texts=all_texts(rows), answers=answers)
+    title = f"{settings.labels}: {len(answers)} rows, {outputs}, by the run's head"
+    return HeadLabelsTask(title=title, head=head, rows=rows, answers=answers)

@@ -1,25 +1,68 @@
-"""Reads a task's file as training of a sequence head would read it: ids of whole texts, and their labels."""
+"""Reads a task's file as training of a sequence head would read it: ids of whole texts, and their labels.
 
+Dimension key: R rows, K texts of a row, C outputs of the head.
+"""
+
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from jaxtyping import Float64
 
 from qlora_jax.config import QuestionArgs
 from qlora_jax.data.branch_encoder import make_branch_encoder
 from qlora_jax.data.encoder import check_rows
 from qlora_jax.data.formats.detect import detect_format
 from qlora_jax.data.formats.registry import OPTIONAL_COLUMNS
-from qlora_jax.data.loss_mask.reference import EncodedRow
+from qlora_jax.data.loss_mask.reference import EncodedRow, SequenceValues
 from qlora_jax.data.readers.files import Place, Problem, Row, raise_problems
 from qlora_jax.data.row_kinds import ROW_USES
-from qlora_jax.evaluation.sequence_outputs import TextIds
-from qlora_jax.evaluation.tasks.task import TaskContext
+from qlora_jax.evaluation.sequence_outputs import TextIds, sequence_outputs
+from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.evaluation.tasks.task_file import read_task_rows
+from qlora_jax.inference.result_cache import ResultCache
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.models.partition import ModelParts
 
 
-def read_head_rows(path: str, settings: QuestionArgs, context: TaskContext) -> list[EncodedRow]:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadRows:
+    """The rows of a task's file.
+
+    Attributes:
+      path, places: the file, and each row's place in it.
+      texts: the ids of the texts of all rows in order, equally many of each row.
+      values: the labels and other numbers of each row, by name.
+    """
+
+    path: str
+    places: Sequence[Place]
+    texts: Sequence[TextIds]
+    values: Sequence[Mapping[str, SequenceValues]]
+
+    def outputs(
+        self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache
+    ) -> Float64[np.ndarray, "R K C"]:
+        """Returns the head's outputs for each text of each row.
+
+        Raises:
+          ValueError: outputs are not finite; the message lists the rows.
+        """
+        outputs = sequence_outputs(parts, self.texts, progress, cache)
+        rows_RKC = outputs.reshape(len(self.places), -1, outputs.shape[1])
+        check_are_finite(self.path, self.places, rows_RKC)
+        return rows_RKC
+
+
+def check_are_finite(path: str, places: Sequence[Place], outputs_RKC: Float64[np.ndarray, "R *_"]) -> None:
+    """Raises one ValueError that lists every row with an output that is infinite or not a number."""
+    problem = "an output of the sequence head is not finite, so it has no score. Check the model's weights"
+    wrong_R = ~np.isfinite(outputs_RKC).reshape(len(places), -1).all(axis=1)
+    raise_problems(path, [(places[row], problem) for row in np.flatnonzero(wrong_R).tolist()], len(places))
+
+
+def read_head_rows(path: str, settings: QuestionArgs, context: TaskContext) -> HeadRows:
     """Returns the encoded rows of a task's file.
 
     Raises:
@@ -30,9 +73,7 @@ def read_head_rows(path: str, settings: QuestionArgs, context: TaskContext) -> l
     return encode_head_rows(path, rows, settings.file_columns, context)
 
 
-def encode_head_rows(
-    path: str, rows: Sequence[Row], names: Mapping[str, str] | None, context: TaskContext
-) -> list[EncodedRow]:
+def encode_head_rows(path: str, rows: Sequence[Row], names: Mapping[str, str] | None, context: TaskContext) -> HeadRows:
     """Returns the ids and the labels of rows.
 
     Args:
@@ -47,7 +88,8 @@ def encode_head_rows(
     places, encoded = encoder.begin(rows, problems)()(problems)
     problems += _too_long(places, encoded, context.max_positions)
     raise_problems(path, problems, len(rows))
-    return encoded
+    texts = [*itertools.chain.from_iterable(map(texts_of, encoded))]
+    return HeadRows(path=path, places=places, texts=texts, values=[row.values for row in encoded])
 
 
 def _too_long(places: Sequence[Place], rows: Sequence[EncodedRow], max_positions: int) -> list[Problem]:
@@ -68,11 +110,6 @@ def texts_of(row: EncodedRow) -> list[TextIds]:
         np.concatenate([trunk[: branch.depth], row.ids[branch.begin : end - 1]])
         for branch, end in zip(row.branches, ends, strict=True)
     ]
-
-
-def all_texts(rows: Sequence[EncodedRow]) -> list[TextIds]:
-    """Returns the texts of all rows in order."""
-    return [*itertools.chain.from_iterable(map(texts_of, rows))]
 
 
 def head_of_task(context: TaskContext, task: str, objectives: Sequence[str]) -> TrainedHead:

@@ -10,15 +10,17 @@ import numpy as np
 from jaxtyping import Float64
 
 from qlora_jax.evaluation.metrics import Comparison, Metric, RowValues
-from qlora_jax.evaluation.sequence_outputs import TextIds, lower_outputs, sequence_outputs
+from qlora_jax.evaluation.sequence_outputs import lower_outputs
 from qlora_jax.evaluation.settings import TaskArgs
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap, wilson_interval
-from qlora_jax.evaluation.tasks.head_rows import all_texts, head_of_task, read_head_rows
+from qlora_jax.evaluation.tasks.head_rows import HeadRows, head_of_task, read_head_rows
 from qlora_jax.evaluation.tasks.task import ProgressCallback, TaskContext
 from qlora_jax.inference.lowering import LoweredProgram
 from qlora_jax.inference.result_cache import ResultCache
+from qlora_jax.io.head_file import TrainedHead
 from qlora_jax.models.partition import ModelParts
 
+OF_LIKELIHOOD = ("by", "pair_beta")  # settings of scoring without a head
 RIGHT, MARGIN = "right by reward", "reward margin"
 
 Rewards = Float64[np.ndarray, "P 2"]
@@ -29,26 +31,26 @@ class RewardPairsTask:
     """Accuracy and margin of rewards; see `task.Task` for the members.
 
     Attributes:
-      texts: the chosen and the rejected answer of each pair in turn, behind their prompt.
+      rows: the chosen and the rejected answer of each pair, behind their prompt.
     """
 
     title: str
-    texts: Sequence[TextIds]
+    rows: HeadRows
     name: str = "pairs"
 
     @property
     def size(self) -> int:
         """The number of answers."""
-        return len(self.texts)
+        return len(self.rows.texts)
 
     @property
     def inputs(self) -> Sequence[Sequence[object]]:
         """Each answer's ids."""
-        return [[ids] for ids in self.texts]
+        return [[ids] for ids in self.rows.texts]
 
     def score(self, parts: ModelParts, progress: ProgressCallback, cache: ResultCache) -> Rewards:
-        """Returns the rewards of each pair's answers."""
-        return sequence_outputs(parts, self.texts, progress, cache).reshape(-1, 2)
+        """Returns the rewards of each pair's answers; raises ValueError if some are not finite."""
+        return self.rows.outputs(parts, progress, cache)[..., 0]
 
     def metrics(self, scores: Rewards) -> list[Metric]:
         """Accuracy, of which a tie counts as half; margin; and the number of ties."""
@@ -66,7 +68,7 @@ class RewardPairsTask:
 
     def lower(self, parts: ModelParts) -> Iterator[LoweredProgram]:
         """Lowers the program of the largest batch."""
-        return lower_outputs(parts, self.texts)
+        return lower_outputs(parts, self.rows.texts)
 
 
 def reward_metrics(rewards_P2: Rewards) -> list[Metric]:
@@ -87,6 +89,13 @@ def _right(rewards_P2: Rewards) -> Float64[np.ndarray, " P"]:
     return (np.sign(_margins(rewards_P2)) + 1) / 2
 
 
+def as_reward(head: TrainedHead | None) -> TrainedHead | None:
+    """Returns the head; one of another library with one output, whose meaning is unknown, as that of rewards."""
+    if head is None or head.described or head.outputs != 1:
+        return head
+    return dataclasses.replace(head, objective="reward")
+
+
 def build(settings: TaskArgs, context: TaskContext) -> RewardPairsTask:
     """Builds the task that the settings describe.
 
@@ -94,8 +103,9 @@ def build(settings: TaskArgs, context: TaskContext) -> RewardPairsTask:
       ValueError: the head's outputs are not rewards, or a setting that rewards do not use.
     """
     assert settings.pairs is not None
+    context = dataclasses.replace(context, head=as_reward(context.head))
     head_of_task(context, "pairs", ("reward",))
-    if settings.by is not None:
-        raise ValueError("by: a reward model's pairs are not grouped. Remove it")
+    if given := [name for name in OF_LIKELIHOOD if getattr(settings, name) != getattr(TaskArgs(), name)]:
+        raise ValueError(f"{', '.join(given)}: a reward model's pairs do not use it. Remove it")
     rows = read_head_rows(settings.pairs, settings, context)
-    return RewardPairsTask(title=f"{settings.pairs}: {len(rows)} pairs, by the run's rewards", texts=all_texts(rows))
+    return RewardPairsTask(title=f"{settings.pairs}: {len(rows.places)} pairs, by the run's rewards", rows=rows)

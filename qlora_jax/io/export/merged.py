@@ -16,12 +16,13 @@ from qlora_jax.atomic_files import staged_folder
 from qlora_jax.config import ModelArgs
 from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.gguf_metadata import ExportSpec, export_spec
+from qlora_jax.io.export.merged_heads import load_headed, with_score
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_base import check_original, open_original
 from qlora_jax.io.export.result import ExportResult
-from qlora_jax.io.export.sequence_heads import load_headed, with_score
 from qlora_jax.io.export.verify import PROMPTS, PromptBatch, compare_logits, prompt_logits, tokenize_prompts
 from qlora_jax.io.gguf.writer import GgufSpec, write_gguf
+from qlora_jax.io.head_padding import head_padding, padded_tokenizer
 from qlora_jax.io.hf.model_writer import Mergeable, dense_tensors, write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress, load_model
 from qlora_jax.io.model_source import ModelSource
@@ -153,8 +154,11 @@ def _write_merge(
     names = set(map(opened.features.hugging_face_name, tables))
     originals = {} if original is None else {n: entry for n, entry in original.tensors.items() if n not in names}
     adapters = _adapters(model)
-    if opened.run.head is not None:
-        slots, config = with_score(slots, config, opened.run.head, opened.run.lora, opened.features)
+    tokenizer, head, stop = opened.tokenizer, opened.run.head, opened.source.tokenizer["stop_token_ids"]
+    if head is not None:
+        padding = head_padding(tokenizer, opened.source.config, stop)
+        slots, config = with_score(slots, config, head, padding, opened.run.lora, opened.features)
+        tokenizer = padded_tokenizer(tokenizer, padding) if head.outputs else tokenizer
     if spec is not None:
         path = folder / f"model-{dtype}.gguf"
         tensors = dense_tensors(slots, compute_dtype, adapters, originals)
@@ -169,7 +173,7 @@ def _write_merge(
         adapters=adapters,
         original=originals,
     )
-    write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
+    write_tokenizer(folder, tokenizer, stop)
     return Merge(folder, compute_dtype, trained)
 
 

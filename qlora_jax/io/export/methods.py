@@ -43,21 +43,28 @@ def check_method(method: MethodName, form: str) -> None:
         raise ValueError(problem)
 
 
+def head_refusal(head: TrainedHead | None, form: str) -> str | None:
+    """Returns why a format cannot hold a run's sequence head, and what to do; None if it can."""
+    if head is None or (head.objective == "embedding" and form not in GGUF_FORMS):
+        return None
+    if form in GGUF_FORMS:
+        return (
+            f"--format {form}: llama.cpp's files cannot hold the head of a run with objective={head.objective}. Use "
+            "--format peft or hf, for transformers"
+        )
+    if head.pooling == "mean":
+        return (
+            f"--format {form}: transformers classifies by the hidden state of the last token (found "
+            "head.pooling=mean). Use the run itself: python -m qlora_jax.evaluate --run RUN"
+        )
+    return None
+
+
 def check_head(head: TrainedHead | None, form: str) -> None:
     """Checks that a format can hold a run's sequence head.
 
     Raises:
       ValueError: it cannot.
     """
-    if head is None or (head.objective == "embedding" and form not in GGUF_FORMS):
-        return
-    if form in GGUF_FORMS:
-        raise ValueError(
-            f"--format {form}: llama.cpp's files cannot hold the head of a run with objective={head.objective}. Use "
-            "--format peft or hf, for transformers"
-        )
-    if head.pooling == "mean":
-        raise ValueError(
-            f"--format {form}: transformers classifies by the hidden state of the last token (found "
-            "head.pooling=mean). Use the run itself: python -m qlora_jax.evaluate --run RUN"
-        )
+    if problem := head_refusal(head, form):
+        raise ValueError(problem)

@@ -12,15 +12,16 @@ from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.export.methods import check_head, check_method
 from qlora_jax.io.export.original_delta import adapter_for_export
 from qlora_jax.io.export.result import ExportResult
+from qlora_jax.io.head_padding import head_padding
 from qlora_jax.io.hf.hub import HubName
 from qlora_jax.io.hf.model_writer import write_dense_folder, write_tokenizer
 from qlora_jax.io.loader import Progress
 from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
+from qlora_jax.io.peft.head_adapters import split_head, with_head
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
 from qlora_jax.io.peft.projections import projection_tensors
-from qlora_jax.io.peft.sequence_heads import split_head, with_head
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
 from qlora_jax.io.pretrained import OpenedModel, load_base
 from qlora_jax.io.rounding import rounding_note
@@ -78,9 +79,11 @@ def export_peft(
     with staged_folder(output) as folder:
         if run.lora_args.method == "vera":
             tensors |= projection_tensors(run.projections or vera_projections(opened.features, run.lora_args))
-        write_adapter(folder, tensors, config, resized_rows, run.head)
+        stop = opened.source.tokenizer["stop_token_ids"]
+        padding = None if run.head is None else head_padding(opened.tokenizer, opened.source.config, stop)
+        write_adapter(folder, tensors, config, resized_rows, run.head, padding)
         if tables:
-            write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
+            write_tokenizer(folder, opened.tokenizer, stop)
         if with_base:
             notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
     lines = _lines(output, run, base, resized_rows, notes)

@@ -1,6 +1,7 @@
 """The README.md of an exported adapter: how transformers and peft load it."""
 
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.model_source import JsonObject
 
 README = """\
@@ -25,9 +26,10 @@ base = AutoModelForCausalLM.from_pretrained({loadable})
 
 CLASSIFY = """\
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-base = AutoModelForSequenceClassification.from_pretrained({loadable}{settings})
+tokenizer = AutoTokenizer.from_pretrained({loadable})
+{padding}base = AutoModelForSequenceClassification.from_pretrained({loadable}{settings})
 {resize}model = PeftModel.from_pretrained(base, "path/to/this/folder")"""
 
 EMBED = """\
@@ -53,7 +55,13 @@ OUTPUTS = {
     "regression": "The only logit is the predicted number.",
     "reward": "The only logit is the reward of a conversation: higher is better.",
 }
-PADDED = "A batch of several texts needs `base.config.pad_token_id`: any id that does not end a text.\n"
+PADDED = """\
+transformers scores the last token of a text that is not padding, so no text may end in the padding token.
+"""
+UNPADDED = """\
+Pass one text at a time: transformers scores the last token that is not padding, and the tokenizer has no special token
+that never ends a text.
+"""
 PROBLEM_TYPES = {
     "classification": "single_label_classification",
     "multi_label": "multi_label_classification",
@@ -70,7 +78,9 @@ NOT_LORA = {
 }
 
 
-def readme(config: JsonObject, loadable: str, rows: int | None, head: TrainedHead | None) -> str:
+def readme(
+    config: JsonObject, loadable: str, rows: int | None, head: TrainedHead | None, padding: Padding | None
+) -> str:
     """Returns the README.
 
     Args:
@@ -78,6 +88,7 @@ def readme(config: JsonObject, loadable: str, rows: int | None, head: TrainedHea
       loadable: the arguments with which transformers loads the base, as Python's source.
       rows: the length to which the base's embedding must be resized, if any.
       head: the sequence head, if the adapter has one.
+      padding: the padding token, if the head has outputs.
     """
     tag, what = _description(config)
     names = {
@@ -89,8 +100,11 @@ def readme(config: JsonObject, loadable: str, rows: int | None, head: TrainedHea
     elif head.outputs == 0:
         code, note = EMBED.format(**names, pooling=POOLINGS[head.pooling]), ""
     else:
-        settings = "".join(f", {name}={value!r}" for name, value in label_settings(head).items())
-        code, note = CLASSIFY.format(**names, settings=settings), f"\n{OUTPUTS[head.objective]}\n{PADDED}"
+        assert padding is not None
+        settings = "".join(f", {name}={value!r}" for name, value in label_settings(head, padding).items())
+        names |= {"settings": settings, "padding": _padding_line(padding)}
+        note = f"\n{OUTPUTS[head.objective]}\n{UNPADDED if padding.id is None else PADDED}"
+        code = CLASSIFY.format(**names)
     return README.format(tag=tag, what=what, base=config["base_model_name_or_path"], code=code, note=note)
 
 
@@ -101,9 +115,13 @@ def _description(config: JsonObject) -> tuple[str, str]:
     return "lora", "A {} adapter (rank {r}, alpha {lora_alpha})".format(kind, **config)
 
 
-def label_settings(head: TrainedHead) -> JsonObject:
-    """Returns the settings of a transformers config that describe a head's outputs."""
-    settings: JsonObject = {"num_labels": head.outputs}
+def _padding_line(padding: Padding) -> str:
+    return f"tokenizer.pad_token = {padding.token!r}\n" if padding.token is not None else ""
+
+
+def label_settings(head: TrainedHead, padding: Padding) -> JsonObject:
+    """Returns the settings of a transformers config that describe a head's outputs, and the padding of its texts."""
+    settings: JsonObject = {"num_labels": head.outputs, "pad_token_id": padding.id}
     if head.labels:
         settings["id2label"] = dict(enumerate(head.labels))
         settings["label2id"] = {label: index for index, label in enumerate(head.labels)}

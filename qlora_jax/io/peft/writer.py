@@ -16,6 +16,7 @@ from safetensors.numpy import save
 from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.head_file import TrainedHead, write_head
+from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.peft.readme import readme
 from qlora_jax.io.tensor_map import layer_name
@@ -216,16 +217,18 @@ def write_adapter(
     config: JsonObject,
     rows: int | None = None,
     head: TrainedHead | None = None,
+    padding: Padding | None = None,
 ) -> None:
     """Writes the adapter's files into an existing folder.
 
     Args:
       rows: the length to which the base's embedding must be resized before PEFT loads the adapter, if any.
       head: the sequence head, if the adapter has one; it is described in head.json.
+      padding: the padding token of its texts, for README.md.
     """
     write_bytes(folder / "adapter_model.safetensors", save(tensors, metadata={"format": "pt"}))
     write_text(folder / "adapter_config.json", json.dumps(config, indent=2) + "\n")
-    write_text(folder / "README.md", readme(config, _loadable(config), rows, head))
+    write_text(folder / "README.md", readme(config, _loadable(config), rows, head, padding))
     if head is not None:
         write_head(folder, head)
 

@@ -80,14 +80,13 @@ def make_objective(config: Config) -> Objective:
     return OBJECTIVES[config.objective](config)
 
 
-def fit_to_data(objective: Objective, head: TrainedHead | None, *, sequences: int, init_std: float) -> Objective:
+def fit_to_data(objective: Objective, head: TrainedHead | None, *, sequences: int) -> Objective:
     """Returns the objective for the labels and texts of the data; one without a head is unchanged.
 
     Args:
       sequences: number of texts in each row, 2 or 3 for `embedding`.
-      init_std: standard deviation of the head's initial values.
     """
     if head is None or not isinstance(objective, HeadObjective):
         return objective
-    fitted = dataclasses.replace(objective, head=head.spec(init_std))
+    fitted = dataclasses.replace(objective, head=head.spec())
     return dataclasses.replace(fitted, sequences_per_row=sequences) if isinstance(fitted, Embedding) else fitted

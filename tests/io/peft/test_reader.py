@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.io.peft.projections import projection_tensors
-from qlora_jax.io.peft.reader import base_model_of, read_adapter, read_start_adapter
+from qlora_jax.io.peft.reader import base_model_of, read_adapter
+from qlora_jax.io.peft.start_adapter import read_start_adapter
 from qlora_jax.io.peft.writer import adapter_config, adapter_tensors, write_adapter
 from qlora_jax.models.add_adapters import vera_projections
 from qlora_jax.models.families import model_config

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from qlora_jax.io.head_file import TrainedHead
+from qlora_jax.io.head_padding import Padding
 from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.io.peft.readme import label_settings
 from qlora_jax.io.tensor_map import Slot
@@ -30,12 +31,14 @@ def with_score(
     slots: Sequence[Slot],
     config: JsonObject,
     head: TrainedHead,
+    padding: Padding,
     lora: Mapping[str, Mapping[str, jax.Array | np.ndarray]],
     model: ModelConfig,
 ) -> tuple[list[Slot], JsonObject]:
     """Returns (slots, config.json) of the model with its sequence head in place of the language-model head.
 
     Args:
+      padding: the padding token of its texts.
       lora: trained parameters; those of the head are {"score": {"weight": [D, C]}}.
     """
     if not head.outputs:
@@ -44,7 +47,7 @@ def with_score(
     kept = [slot for slot in slots if not slot.names[0].startswith(lm_head)]
     weight_CD = jnp.asarray(lora[SCORE]["weight"]).T
     score = Slot(path=(SCORE, "weight"), leaf=weight_CD, names=[TENSOR], stacked=False)
-    return [*kept, score], {**config, "architectures": [class_name(config)], **label_settings(head)}
+    return [*kept, score], {**config, "architectures": [class_name(config)], **label_settings(head, padding)}
 
 
 def class_name(config: JsonObject) -> str:

@@ -7,6 +7,7 @@ Dimension key: D embed, C outputs.
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ MATRIX = f"{PREFIX}{SCORE}.weight"
 # Names of the matrix; the first that exists is used.
 MATRICES = (MATRIX, f"{PREFIX}{SCORE}.modules_to_save.weight")
 FRESH = f"{PREFIX}{SCORE}.original_module.weight"  # the initial matrix, which some versions save too
+PATTERNS = ("rank_pattern", "alpha_pattern")
 MODULES = (SCORE, "classifier")  # PEFT lists both for SEQ_CLS, whichever the model has
 
 
@@ -45,7 +47,12 @@ def with_head(
         start = base_prefix(model)
         names = [name.removeprefix(start) for name in config["target_modules"]]
         bare = {_without_prefix(name, start): tensor for name, tensor in tensors.items()}
-        return {**config, "task_type": FEATURES, "target_modules": names}, bare
+        patterns = {
+            name: {_bare_pattern(pattern, start): value for pattern, value in config[name].items()}
+            for name in PATTERNS
+            if name in config
+        }
+        return {**config, **patterns, "task_type": FEATURES, "target_modules": names}, bare
     saved = [SCORE, *(config.get("modules_to_save") or [])]
     weight_CD = np.ascontiguousarray(np.asarray(score[SCORE]["weight"]).T)
     return {**config, "task_type": SEQ_CLS, "modules_to_save": saved}, {**tensors, MATRIX: weight_CD}
@@ -54,6 +61,12 @@ def with_head(
 def base_prefix(model: ModelConfig) -> str:
     """Returns the prefix of the modules of transformers' base model, such as "model."."""
     return model.hugging_face_name("model.layers").removesuffix("layers")
+
+
+def _bare_pattern(pattern: str, start: str) -> str:
+    """Returns a pattern of modules without the prefix, however its dots are written; PEFT matches whole names."""
+    anchor, body = ("^", pattern[1:]) if pattern.startswith("^") else ("", pattern)
+    return anchor + body.removeprefix(start).removeprefix(re.escape(start))
 
 
 def _without_prefix(name: str, start: str) -> str:
@@ -89,13 +102,13 @@ def read_score(
 ) -> tuple[TrainedHead | None, dict[str, dict[str, np.ndarray]], list[TensorEntry], list[str]]:
     """Reads the sequence head of an adapter: (the head, its LoRA parameters, all other tensors, problems).
 
-    An adapter of another library has no head.json: with one output it is a regression, with more a classification
-    whose labels are "0", "1" and so on.
+    An adapter of another library has no head.json: with one output it is a regression, or a reward model where one is
+    needed; with more it is a classification whose labels are "0", "1" and so on.
     """
     rest = [entry for entry in entries if entry.name not in (*MATRICES, FRESH)]
     task = config.get("task_type")
     if task == FEATURES:
-        return read_head(folder) or TrainedHead(objective="embedding"), {}, rest, []
+        return read_head(folder) or TrainedHead(objective="embedding", described=False), {}, rest, []
     if task != SEQ_CLS:
         return None, {}, [*entries], []
     named = {entry.name: entry for entry in entries}
@@ -113,5 +126,5 @@ def read_score(
 
 def _unnamed(outputs: int) -> TrainedHead:
     if outputs == 1:
-        return TrainedHead(objective="regression")
-    return TrainedHead(objective="classification", labels=tuple(map(str, range(outputs))))
+        return TrainedHead(objective="regression", described=False)
+    return TrainedHead(objective="classification", labels=tuple(map(str, range(outputs))), described=False)

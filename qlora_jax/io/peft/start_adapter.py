@@ -1,0 +1,115 @@
+"""Reads the adapter from which training starts (`lora.start`), and checks that it fits the run's settings."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from qlora_jax.config import LoraArgs
+from qlora_jax.io.head_file import TrainedHead, check_same_head
+from qlora_jax.io.peft.reader import linears_of, read_adapter
+from qlora_jax.io.peft.writer import AdapterArrays
+from qlora_jax.models.add_adapters import ia3_targets
+from qlora_jax.models.config import ModelConfig
+from qlora_jax.models.decoder import SCORE
+from qlora_jax.models.partition import Lora, is_table
+from qlora_jax.models.target_layers import SOME_LAYERS, target_layers
+from qlora_jax.models.trainable_embeddings import trainable_table_names
+
+SCALING = (
+    *("method", "rank", "alpha", "use_rslora", "rank_pattern", "alpha_pattern"),
+    *("oft_block_size", "oft_blocks", "block_share", "use_cayley_neumann", "num_cayley_neumann_terms"),
+    "projection_prng_key",
+)
+
+LIKE = {"lora_fa": "lora"}  # methods whose adapters are those of another method
+
+IA3_SETTINGS = ("target_modules", "feedforward_modules")
+
+
+def read_start_adapter(
+    folder: Path, model: ModelConfig, args: LoraArgs, new_ids: tuple[int, ...], head: TrainedHead | None = None
+) -> AdapterArrays:
+    """Reads the parameters of an adapter from which training starts (lora.start).
+
+    Args:
+      args: the settings of the new run.
+      new_ids: ids of the run's new tokens.
+      head: the run's sequence head, if it has one.
+
+    Raises:
+      ValueError: settings, new tokens or sequence head differ from the adapter's (with both values), or the adapter has
+        whole tables that the run does not train, or frozen matrices that no seed gives.
+    """
+    adapter = read_adapter(folder, model)
+    if adapter.head is not None and (adapter.head.outputs or (head is not None and not head.outputs)):
+        check_same_head(f"lora.start={folder}", adapter.head, head)
+    if missing := adapter.tables.keys() - set(trainable_table_names(model, args)):
+        raise ValueError(
+            f"lora.start={folder}: it contains all of {' and '.join(sorted(missing))}. Add them to "
+            "lora.modules_to_save to train them further; or merge it (python -m qlora_jax.export --run FOLDER --format "
+            "hf) and train that model"
+        )
+    if adapter.new_ids not in ((), new_ids):
+        raise ValueError(
+            f"lora.start={folder}: its new tokens differ from model.new_tokens (found {list(adapter.new_ids)}, "
+            f"expected {list(new_ids) or 'none'}). Set model.new_tokens to the adapter's tokens in order"
+        )
+    if adapter.projections is not None:
+        raise ValueError(
+            f"lora.start={folder}: its vera_A and vera_B are not those of projection_prng_key "
+            f"{adapter.args.projection_prng_key}, which a run would use. Merge it (python -m qlora_jax.export --run "
+            "FOLDER --format hf) and train that model"
+        )
+    like = dataclasses.replace(args, method=LIKE.get(args.method, args.method))
+    wrong = [
+        f"lora.{name}: found {getattr(args, name)!r}, expected {getattr(adapter.args, name)!r}"
+        for name in SCALING
+        if getattr(like, name) != getattr(adapter.args, name)
+    ]
+    if args.method in SOME_LAYERS:
+        wrong += _layer_differences(args, adapter.args, model)
+    if args.method == adapter.args.method == "ia3" and ia3_targets(model, args) != ia3_targets(model, adapter.args):
+        wrong += [f"lora.{name}: expected {getattr(adapter.args, name)!r}" for name in IA3_SETTINGS]
+    if wrong:
+        lines = "\n  ".join(wrong)
+        raise ValueError(
+            f"lora.start={folder}: settings differ from the adapter's. Use those it was trained with:\n  {lines}"
+        )
+    return {**adapter.lora, **{name: {"weight": table} for name, table in adapter.tables.items()}}
+
+
+def _layer_differences(args: LoraArgs, of_adapter: LoraArgs, model: ModelConfig) -> list[str]:
+    """Reports projections whose adapters are on other layers."""
+    ours, theirs = (target_layers(linears_of(model), each, model.num_layers) for each in (args, of_adapter))
+    return [
+        f"layers of {name}: found {list(layers)}, expected {list(theirs[name])}"
+        for name, layers in ours.items()
+        if layers != theirs.get(name, layers)
+    ]
+
+
+def check_shapes(path: Path, lora: AdapterArrays, expected: AdapterArrays) -> None:
+    """Checks that an adapter has the expected projections and shapes.
+
+    Raises:
+      ValueError: names every projection that differs.
+    """
+    found, wanted = (jax.tree.map(lambda leaf: leaf.shape, tree) for tree in (lora, expected))
+    names = sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+    if names:
+        lines = "\n".join(f"  {name}: found {found.get(name)}, expected {wanted.get(name)}" for name in names)
+        raise ValueError(f"{path}: the adapter does not fit the model:\n{lines}")
+
+
+def starting_parameters(start: AdapterArrays, fresh: Lora, path: Path) -> Lora:
+    """Returns the parameters of the adapter in `path`; fresh ones for rows and tables of embeddings that it lacks.
+
+    Raises:
+      ValueError: the adapter does not fit the model.
+    """
+    added = {name: leaves for name, leaves in fresh.items() if name not in start and (is_table(name) or name == SCORE)}
+    started = {**added, **start}
+    check_shapes(path, started, fresh)
+    return jax.tree.map(lambda values, like: jnp.asarray(values, like.dtype), started, fresh)
