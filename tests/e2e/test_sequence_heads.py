@@ -64,14 +64,16 @@ def test_a_classifier_learns_continues_in_memory_and_is_evaluated(tmp_path: Path
     train_rows = write(tmp_path / "train.jsonl", rows_of("classification", 30))
     file = write(tmp_path / "test.jsonl", rows_of("classification", 60)[30:])
     base, tokenizer = q.load(str(write_model(tmp_path / "model", initializer_range=0.05)), compute_dtype="float32")
-    args = {"objective": "classification", "optim.schedule": "constant"}
-    sizes = {"steps": 20, "micro_batch_size": 2, "accumulation": 2, "max_length": 64, "learning_rate": 2e-2}
-    settings = {"config": args, "save_every": 20, **sizes}
+    args = {"objective": "classification", "optim.schedule": "cosine"}
+    sizes = {"steps": 24, "micro_batch_size": 2, "accumulation": 2, "max_length": 64, "learning_rate": 2e-2}
+    settings = {"config": args, "save_every": 24, **sizes}
     first = q.finetune(q.add_adapter(base, q.LoRA(rank=4)), tokenizer, train_rows, output=tmp_path / "a", **settings)
     found = losses(tmp_path / "a")
     assert np.mean(found[-4:]) < 0.5 * np.mean(found[:4])
     assert open_run(tmp_path / "a").head == TrainedHead(objective="classification", labels=("moon", "star", "sun"))
-    again = q.finetune(first.model, tokenizer, train_rows, output=tmp_path / "b", **settings | {"steps": 4})
+    again = q.finetune(
+        first.model, tokenizer, train_rows, output=tmp_path / "b", **settings | {"steps": 4, "learning_rate": 1e-4}
+    )
     assert np.mean(losses(tmp_path / "b")) < 0.5 * np.mean(found[:4])
     other = {**settings, "config": args | {"head.labels": ["sun", "star", "moon"]}}
     with pytest.raises(
