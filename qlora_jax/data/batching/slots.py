@@ -9,7 +9,7 @@ Dimension key: A micro-batches, B rows (or packs) of each, R data rows in the fu
 import numpy as np
 from jaxtyping import Float32, Int64
 
-POSITIONS_PER_SLOT = 4  # a pack has one slot per so many positions, so its shape follows from its length
+POSITIONS_PER_SLOT = 4  # a pack has a slot per so many positions, so its shape follows from its length
 
 
 def slot_count(length: int, *, packed: bool, sequences: int) -> int:
@@ -20,7 +20,7 @@ def slot_count(length: int, *, packed: bool, sequences: int) -> int:
       packed: True if it may hold several data rows.
       sequences: sequences of each data row.
     """
-    return length // POSITIONS_PER_SLOT if packed else sequences
+    return length // (POSITIONS_PER_SLOT * sequences) * sequences if packed else sequences
 
 
 def packed_lengths(lengths: Int64[np.ndarray, " rows"], sequences: int) -> Int64[np.ndarray, " rows"]:

@@ -8,8 +8,9 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import aot
-from qlora_jax.config import Config, LoraArgs, mesh_choices, paging_of
+from qlora_jax.config import Config, DataArgs, LoraArgs, mesh_choices, paging_of
 from qlora_jax.config.validate import uses
+from qlora_jax.data.batching.buckets import UNIT
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.precision import weight_format
 from qlora_jax.sharding import ROWS, AnyMesh, make_mesh
@@ -80,6 +81,12 @@ def step_configs(args: PlanArgs, target: PlanTarget, rows: PlannedRows) -> list[
     return [config if size.devices == 1 else config.replace(mesh=mesh(size.data, size.fsdp)) for size in sizes]
 
 
+def _longest_row(data: DataArgs, sequences: int) -> int:
+    """Returns the length of a batch of the longest rows of so many sequences each."""
+    length = data.max_length * max(1, sequences)
+    return -(-length // UNIT) * UNIT if sequences > 1 else length
+
+
 def device_count(args: PlanArgs, target: PlanTarget) -> int:
     """Returns the number of devices to plan for: this machine's CPU devices, or `cards`, or those of a given mesh."""
     if target.card is None:
@@ -108,7 +115,7 @@ def run_step_config(
 ) -> StepConfig:
     """Returns the configuration of a run's longest step. Without buckets, each text of a row has data.max_length."""
     train = config.train
-    length = max(rows.buckets, default=config.data.max_length * max(1, rows.objective.sequences_per_row))
+    length = max(rows.buckets, default=_longest_row(config.data, rows.objective.sequences_per_row))
     return StepConfig(
         model=model,
         weights=weights,

@@ -236,11 +236,16 @@ def _changes(config: StepConfig, limit: int, compiler: _Compiler) -> Iterator[Ch
     lengths = [each for each in _lengths(config) if each.batch[2] < length]
     if shorter := _count_fitting(lengths, limit, compiler):
         need = compiler.interpolated(lengths[shorter - 1])
-        yield Change("shorter rows", {"data.max_length": need.config.batch[2]}, need)
+        yield Change("shorter rows", {"data.max_length": _max_length(need.config)}, need)
     for remat in () if config.paged else _leaner(config):
         options = {"optim.paging": "auto", "train.remat": remat}
         both = config.replace(paged=True, remat=remat)
         yield Change(f"both {PAGE} and {LEANER[remat]}", options, compiler.interpolated(both))
+
+
+def _max_length(config: StepConfig) -> int:
+    """Returns the limit of one sequence with which a row, of one or more of them, has at most the batch's length."""
+    return config.batch[2] // max(1, config.objective.sequences_per_row)
 
 
 def _batch_options(config: StepConfig) -> dict[str, str | int]:

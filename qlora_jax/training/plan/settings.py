@@ -25,10 +25,10 @@ class PlanModelArgs(ModelArgs):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanDataArgs(DataArgs):
-    """Training data, which determines the lengths of batches; without it, every row has data.max_length tokens."""
+    """Training data, which determines the lengths of batches; without it, every text has data.max_length tokens."""
 
     train: str | dict[str, float] | None = setting(
-        "training data, for the lengths of its batches; null: every row has data.max_length tokens", None
+        "training data, for the lengths of its batches; null: every text has data.max_length tokens", None
     )
 
 

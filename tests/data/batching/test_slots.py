@@ -13,6 +13,7 @@ def test_a_pack_has_a_slot_for_each_sequence(drawn: list[int], sequences: int):
     lengths = np.maximum(np.array(drawn), sequences)  # a sequence has at least one position
     packs = pack(packed_lengths(lengths, sequences), 64, np.arange(len(lengths)))
     assert max(len(rows) for rows in packs) * sequences <= slot_count(64, packed=True, sequences=sequences)
+    assert slot_count(64, packed=True, sequences=sequences) % sequences == 0  # rows have all of their slots
     assert sorted(index for rows in packs for index in rows) == list(range(len(lengths)))
 
 

@@ -28,6 +28,19 @@ def test_the_planned_step_has_the_noise_and_the_segments_of_the_runs():
     assert memory_use.batch_bytes(asked.step_shape()) == sum(4 * leaf.size for leaf in step.batch.values())
 
 
+@pytest.mark.parametrize("max_length", [62, 63, 128])
+@pytest.mark.parametrize(("objective", "sequences"), [("dpo", 2), ("kto", 2), ("embedding", 2), ("sft", 1)])
+def test_packs_without_data_hold_whole_rows_of_the_longest_texts(objective, sequences, max_length):
+    args = {"objective": objective, "data": {"packing": True, "max_length": max_length}}
+    config = from_dict(PlanArgs, {"model": {"path": "smollm2-135m"}, **args})
+    (setting,) = step_configs(config, plan_target("h100", None), planned_rows(config)[0])
+    if objective == "sft":
+        assert setting.batch[2] == max_length
+        return
+    assert 0 <= setting.batch[2] - sequences * max_length < 64 and setting.batch[2] % 64 == 0
+    assert setting.abstract_step.batch["present"].shape[-1] % sequences == 0
+
+
 @pytest.mark.parametrize(
     ("lora", "text"),
     [

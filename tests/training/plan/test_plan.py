@@ -18,6 +18,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
 from qlora_jax.training.cost import memory_use
 from qlora_jax.training.cost.activations import activation_bytes, offloaded_activation_bytes
+from qlora_jax.training.objectives.dpo import DPO
 from qlora_jax.training.plan.plan import MAX_COMPILES, make_plan
 from qlora_jax.training.plan.requirements import (
     ACTIVATIONS,
@@ -199,6 +200,14 @@ def test_coarser_numbers_come_before_shorter_rows(change, options):
     plan = make_plan(asked, total(replace), compiler)
     assert plan.change.options == options and plan.change.requirements.source == "compiled"
     assert len(compiler.asked) <= MAX_COMPILES and total(replace) == plan.change.requirements.total
+
+
+def test_shorter_rows_are_a_limit_of_each_of_their_texts():
+    optim, lora = OptimArgs(name="adamw_8bit"), LoraArgs(rank=4, dtype="bfloat16")
+    asked = TINY.replace(objective=DPO(), branching=True, paged=True, remat="full", batch=(8, 1, 512))
+    asked = asked.replace(optim=optim, lora=lora)
+    plan = make_plan(asked, total(asked.resized(1, 256)), Compiler())
+    assert plan.change.options == {"data.max_length": 128} and plan.change.requirements.config.batch[2] == 256
 
 
 def test_a_change_that_the_compiler_refutes_gives_way_to_the_next():
