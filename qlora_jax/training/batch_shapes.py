@@ -5,8 +5,9 @@ Dimension key: A accumulated micro-batches, B rows per micro-batch, T positions,
 
 from typing import Literal
 
+from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.data.batching.slots import slot_count
-from qlora_jax.training.objectives.objective import PRESENT, Objective
+from qlora_jax.training.objectives.objective import Objective
 
 Shape = tuple[int, ...]
 Dtype = Literal["int32", "float32"]

@@ -10,7 +10,7 @@ class BestEvaluation:
     """The lowest held-out loss of a run.
 
     Attributes:
-      loss: nats per token; None before the first evaluation.
+      loss: the loss of the objective, in nats per token for sft; None before the first evaluation.
       step: the step at which it was measured.
       since: the number of later evaluations.
     """

@@ -1,9 +1,10 @@
-"""Metrics of preferences: rewards, accuracy, margin, KL to the reference, and log p per token; with intervals held out.
+"""Metrics of preferences: rewards, accuracy, margin, log p per token, and its ratio to the reference.
 
-The names mean what TRL's mean; docs/preferences.md compares them. All are ratios of sums over rows.
+Held-out metrics have intervals. The names mean what TRL's mean; docs/preferences.md compares them. All are ratios of
+sums over rows.
 
-`kl` is the mean of log p - log p of the reference over the tokens of the data's answers. It estimates the KL divergence
-(k1 of Schulman 2020) as far as the data's answers are like those that the model would write, and it may be negative.
+`log_ratio_per_token` is the mean of log p - log p of the reference over the tokens of the data's answers. It is not the
+KL divergence, whose answers would be the model's own, and it may be negative.
 
 Dimension key: R rows of a step or of the held-out data.
 """
@@ -17,21 +18,22 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import ArrayLike, Float64, PyTree
 
+from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.evaluation.metrics import RowValues
 from qlora_jax.evaluation.statistics import bootstrap, paired_bootstrap_of, wilson_interval
 from qlora_jax.training.eval_metrics import HIGH, LOW
-from qlora_jax.training.objectives.objective import LABELS, PRESENT, REFERENCE, Objective, PreferenceObjective
+from qlora_jax.training.objectives.objective import LABELS, REFERENCE, Objective, PreferenceObjective
 from qlora_jax.training.objectives.sequences import SequenceLogps
 
 EVAL = "eval_"  # prefix of the held-out metrics
 CHOSEN, REJECTED, MARGIN, ACCURACY = "rewards_chosen", "rewards_rejected", "rewards_margin", "rewards_accuracy"
-KL, KTO_KL, LOGP_CHOSEN, LOGP_REJECTED = "kl", "kto_kl", "logp_chosen", "logp_rejected"
+LOG_RATIO, KTO_KL, LOGP_CHOSEN, LOGP_REJECTED = "log_ratio_per_token", "kto_kl", "logp_chosen", "logp_rejected"
 PREFERENCE_LABELS = {
     ACCURACY: "right by reward",
     MARGIN: "reward margin",
     CHOSEN: "reward of chosen",
     REJECTED: "reward of rejected",
-    KL: "KL per token",
+    LOG_RATIO: "log ratio to the reference per token",
     KTO_KL: "KL of KTO",
     LOGP_CHOSEN: "log p per token of chosen",
     LOGP_REJECTED: "log p per token of rejected",
@@ -68,7 +70,7 @@ def pair_values(chosen: AnswerScores, rejected: AnswerScores) -> dict[str, RowVa
     if chosen.reference is None or rejected.reference is None:
         return found
     ratios_R = chosen.logps - chosen.reference + rejected.logps - rejected.reference
-    return found | {KL: RowValues(ratios_R, chosen.tokens + rejected.tokens)}
+    return found | {LOG_RATIO: RowValues(ratios_R, chosen.tokens + rejected.tokens)}
 
 
 def labelled_values(
@@ -89,7 +91,7 @@ def labelled_values(
         LOGP_REJECTED: RowValues(answers.logps * undesirable, answers.tokens * undesirable),
     }
     if answers.reference is not None:
-        found[KL] = RowValues(answers.logps - answers.reference, answers.tokens)
+        found[LOG_RATIO] = RowValues(answers.logps - answers.reference, answers.tokens)
     if kl_ratios is not None:
         found[KTO_KL] = RowValues(kl_ratios, np.ones(len(kl_ratios)))
     return found

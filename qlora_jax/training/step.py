@@ -17,6 +17,7 @@ import optax
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, PyTree
 
+from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.model_sharding import lora_specs, parts_specs
 from qlora_jax.models.partition import Lora, ModelParts, combine, join_leaves, split_leaves
@@ -26,7 +27,7 @@ from qlora_jax.optim.apply_updates import apply_updates, in_f32
 from qlora_jax.optim.clipping import global_norm
 from qlora_jax.optim.mesh_state import state_specs
 from qlora_jax.sharding import DATA, ROWS, AnyMesh, cut_axis, gather_rows, own_rows, shards_of, sum_over
-from qlora_jax.training.objectives.objective import PRESENT, Objective, Totals
+from qlora_jax.training.objectives.objective import Objective, Totals
 from qlora_jax.training.objectives.sft import SUPERVISED
 
 # Clips each leaf just before its update. The default order on CPUs clips all first, which holds the gradients twice.

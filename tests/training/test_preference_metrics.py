@@ -42,7 +42,7 @@ def test_pairs_of_a_packed_step_are_those_of_a_loop():
         "rewards_rejected": np.mean(rejected),
         "rewards_accuracy": np.mean(right),
         "rewards_margin": np.mean(chosen) - np.mean(rejected),
-        "kl": sum(ratio[at] for at in both) / sum(tokens[at] for at in both),
+        "log_ratio_per_token": sum(ratio[at] for at in both) / sum(tokens[at] for at in both),
         "logp_chosen": sum(logps[at] for at in pairs) / sum(tokens[at] for at in pairs),
         "logp_rejected": sum(logps[a, b, s + 1] for a, b, s in pairs) / sum(tokens[a, b, s + 1] for a, b, s in pairs),
     }
@@ -53,7 +53,7 @@ def test_objectives_without_a_reference_have_rewards_and_no_kl():
     outputs, logps, tokens, _ = outputs_of((5, 2))
     found = means(preference_values(ORPO(beta=BETA), outputs, {"present": np.ones((5, 2), np.float32)}))
     assert found["rewards_chosen"] == pytest.approx(BETA * (logps / tokens)[:, 0].mean(), rel=1e-5)
-    assert "kl" not in found
+    assert "log_ratio_per_token" not in found
 
 
 def test_answers_with_labels_are_counted_by_label():
@@ -70,7 +70,7 @@ def test_answers_with_labels_are_counted_by_label():
     assert found["rewards_chosen"] == pytest.approx(BETA * ratio[good, 0].mean(), rel=1e-5)
     assert found["rewards_margin"] == pytest.approx(BETA * (ratio[good, 0].mean() - ratio[bad, 0].mean()), rel=1e-5)
     assert found["logp_rejected"] == pytest.approx(logps[bad, 0].sum() / tokens[bad, 0].sum(), rel=1e-5)
-    assert found["kl"] == pytest.approx(ratio[:, 0].sum() / tokens[:, 0].sum(), rel=1e-5)
+    assert found["log_ratio_per_token"] == pytest.approx(ratio[:, 0].sum() / tokens[:, 0].sum(), rel=1e-5)
     assert found["kto_kl"] == pytest.approx(max(0.0, ratio[:, 1].mean()), rel=1e-5)
     intervals = means_with_intervals(values)
     assert all(math.isfinite(value) for value in intervals.values())

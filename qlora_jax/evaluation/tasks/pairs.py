@@ -35,11 +35,12 @@ from qlora_jax.models.partition import ModelParts
 
 OBJECTIVE = "dpo"  # whose rows are pairs
 RIGHT_BY_REWARD, RIGHT_BY_LIKELIHOOD, MARGIN = "right by reward", "right by likelihood", "reward margin"
+LOG_RATIO = "log ratio to the reference per token"
 LONGER = "chosen is longer"
 KINDS: dict[str, MetricKind] = {
     RIGHT_BY_REWARD: "share",
     MARGIN: "number",
-    "KL to the reference per token": "number",
+    LOG_RATIO: "number",
     RIGHT_BY_LIKELIHOOD: "share",
     f"{RIGHT_BY_LIKELIHOOD} per token": "share",
     "loss per token, chosen": "number",
@@ -64,7 +65,7 @@ class PairScores:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PairsTask:
-    """Accuracy, margin and KL of preference pairs; see `task.Task` for the members.
+    """Accuracy, margin and log ratio of preference pairs; see `task.Task` for the members.
 
     Attributes:
       sequences: the chosen and the rejected answer of each pair in turn, behind their prompt.
@@ -100,7 +101,7 @@ class PairsTask:
         return dataclasses.replace(scores, reference_P2=self.score(reference, progress, cache).nll_P2)
 
     def metrics(self, scores: PairScores) -> list[Metric]:
-        """Accuracies, margin, KL and losses; the accuracies of each group; and the number of ties."""
+        """Accuracies, margin, log ratio and losses; the accuracies of each group; and the number of ties."""
         found = [_metric(name, one) for name, one in self.pair_values(scores).items()]
         for group, pairs in self.groups.items():
             found += [
@@ -134,7 +135,7 @@ class PairsTask:
             found = {
                 RIGHT_BY_REWARD: RowValues(_right(margin_P), one_P),
                 MARGIN: RowValues(margin_P, one_P),
-                "KL to the reference per token": RowValues(ratio_P2.sum(axis=1), tokens_P2.sum(axis=1)),
+                LOG_RATIO: RowValues(ratio_P2.sum(axis=1), tokens_P2.sum(axis=1)),
             }
         mean_P2 = scores.nll_P2 / tokens_P2
         return found | {

@@ -15,8 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.training.objectives.head_objective import HeadObjective
-from qlora_jax.training.objectives.objective import PRESENT, Arrays, RowKind, Totals
+from qlora_jax.training.objectives.objective import Arrays, Totals
 
 TINY = 1e-12  # the smallest norm by which a state is divided, as torch.nn.functional.normalize has it
 
@@ -36,7 +38,7 @@ class Embedding(HeadObjective):
 
     @property
     def values(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns no arrays: texts have no labels."""
+        """Returns an empty dict: texts have no labels."""
         return {}
 
     def row_losses(self, outputs: Float[Array, "*B S D"], arrays: Arrays, totals: Totals) -> Float[Array, "*B"]:

@@ -10,9 +10,11 @@ from collections.abc import Mapping
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.sequence_head import HeadSpec
-from qlora_jax.training.objectives.objective import PRESENT, Arrays, Objective, RowKind, Totals
+from qlora_jax.training.objectives.objective import Arrays, Objective, Totals
 
 ONE_OUTPUT = HeadSpec(outputs=1)
 
@@ -40,7 +42,7 @@ class HeadObjective(abc.ABC):
         return model.score(hidden_MD, micro["sequences"], micro[PRESENT].shape[-1])
 
     def totals(self, batch: Arrays) -> Totals:
-        """Returns nothing."""
+        """Returns an empty dict: losses need no sums over the step."""
         return {}
 
 

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.training.objectives.objective import LABELS, PRESENT, REFERENCE, Arrays, RowKind, Totals
+from qlora_jax.training.objectives.objective import LABELS, REFERENCE, Arrays, Totals
 from qlora_jax.training.objectives.sequences import SequenceLogps, sequence_logps
 
 KTOLoss = Literal["kto", "apo_zero_unpaired"]
@@ -69,7 +71,7 @@ class KTO:
         return sequence_logps(model, hidden_MD, micro)
 
     def totals(self, batch: Arrays) -> Totals:
-        """Returns nothing."""
+        """Returns an empty dict: losses need no sums over the step."""
         return {}
 
     def row_losses(self, outputs: SequenceLogps, arrays: Arrays, totals: Totals) -> Float[Array, "*B"]:

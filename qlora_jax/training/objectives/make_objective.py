@@ -19,7 +19,7 @@ from qlora_jax.training.objectives.orpo import ORPO
 from qlora_jax.training.objectives.reward import Reward
 from qlora_jax.training.objectives.sft import SUPERVISED
 
-UNKNOWN_LABELS = ("0", "1")
+PLACEHOLDER_LABELS = ("0", "1")
 
 
 def _dpo(config: Config) -> Objective:
@@ -53,7 +53,7 @@ def _kto(config: Config) -> Objective:
 
 def _head(config: Config) -> HeadSpec:
     """Returns the head as the settings describe it; without names in them, labels are taken to be two."""
-    head = head_of(config.objective, tuple(config.head.labels or UNKNOWN_LABELS), config.head.pooling)
+    head = head_of(config.objective, tuple(config.head.labels or PLACEHOLDER_LABELS), config.head.pooling)
     assert head is not None
     return head.spec()
 

@@ -7,19 +7,19 @@ Dimension key: A micro-batches, B rows per micro-batch, S slots for sequences in
 """
 
 from collections.abc import Mapping
-from typing import Literal, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
 
-RowKind = Literal["text", "pair", "labelled", "class", "embedding"]
 Arrays = Mapping[str, jax.Array]
 Totals = dict[str, jax.Array]
 
-# Arrays of a batch, per slot: 1 for a real sequence, 0 for an empty slot; and log p of the reference.
-PRESENT, REFERENCE, LABELS = "present", "reference", "labels"
+# Arrays of a batch per slot, besides PRESENT: log p of the reference, and labels.
+REFERENCE, LABELS = "reference", "labels"
 
 
 @runtime_checkable

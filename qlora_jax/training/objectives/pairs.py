@@ -11,8 +11,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
-from qlora_jax.training.objectives.objective import PRESENT, Arrays, RowKind, Totals
+from qlora_jax.training.objectives.objective import Arrays, Totals
 from qlora_jax.training.objectives.sequences import SequenceLogps, sequence_logps
 
 

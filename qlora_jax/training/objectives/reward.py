@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.batching.batches import PRESENT
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.training.objectives.head_objective import HeadObjective
-from qlora_jax.training.objectives.objective import PRESENT, Arrays, RowKind, Totals
+from qlora_jax.training.objectives.objective import Arrays, Totals
 from qlora_jax.training.objectives.pairs import in_pairs
 
 MARGINS = "margins"

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.row_kinds import RowKind
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.loss import token_nll
-from qlora_jax.training.objectives.objective import Arrays, RowKind, Totals
+from qlora_jax.training.objectives.objective import Arrays, Totals
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,7 @@ class SFT:
 
     @property
     def values(self) -> Mapping[str, tuple[int, ...]]:
-        """Returns no arrays: a row has ids and weights alone."""
+        """Returns an empty dict: a row has ids and weights alone."""
         return {}
 
     def outputs(self, model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Arrays) -> Float[Array, " B"]:
@@ -34,7 +35,7 @@ class SFT:
         return jnp.sum(nll_M.reshape(weights_BT.shape) * weights_BT, axis=1)
 
     def totals(self, batch: Arrays) -> Totals:
-        """Returns nothing."""
+        """Returns an empty dict: losses need no sums over the step."""
         return {}
 
     def row_losses(self, outputs: Float[Array, " B"], arrays: Arrays, totals: Totals) -> Float[Array, " B"]:

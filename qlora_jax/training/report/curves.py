@@ -101,7 +101,7 @@ def _preference_charts(records: Sequence[Record], steps: Sequence[Record]) -> li
     return [
         Chart("Pairs with a higher reward for the chosen answer", "%", lines("rewards_accuracy", "", scale=100.0)),
         Chart("Rewards", "", rewards),
-        Chart("KL to the reference", "nats per token", lines("kl", "")),
+        Chart("Log p of answers minus that of the reference", "nats per token", lines("log_ratio_per_token", "")),
         Chart("Log p of answers", "nats per token", logps, from_zero=False),
     ]
 

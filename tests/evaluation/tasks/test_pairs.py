@@ -53,7 +53,7 @@ def test_rewards_are_relative_to_the_reference(tmp_path):
     expected = {
         "right by reward": (margins > 0).mean(),
         "reward margin": margins.mean(),
-        "KL to the reference per token": (before - nll).sum() / tokens.sum(),
+        "log ratio to the reference per token": (before - nll).sum() / tokens.sum(),
         "right by likelihood": (nll[:, 0] < nll[:, 1]).mean(),
         "right by likelihood per token": (mean[:, 0] < mean[:, 1]).mean(),
         "loss per token, chosen": nll[:, 0].sum() / tokens[:, 0].sum(),
