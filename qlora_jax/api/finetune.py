@@ -16,6 +16,7 @@ from qlora_jax.api.export import merge, save_peft
 from qlora_jax.api.progress import console_for
 from qlora_jax.api.provenance import Provenance, attach, parts_of, provenance_of
 from qlora_jax.api.settings import Overrides, training_config
+from qlora_jax.config.preference_settings import ObjectiveName
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.export.dtypes import Dtype, MergedFormat
 from qlora_jax.io.export.result import ExportResult
@@ -71,6 +72,7 @@ def finetune(
     data: Data,
     *,
     output: str | Path,
+    objective: ObjectiveName | None = None,
     eval_data: Data | None = None,
     eval_fraction: float | None = None,
     columns: Columns | None = None,
@@ -103,6 +105,9 @@ def finetune(
       data: a file of rows or hf://datasets/org/name; several files with weights, {"a.jsonl": 1.0, "b.jsonl": 0.5}; or a
         list of rows such as {"messages": [...]}. A list is written to OUTPUT/train.jsonl, which the run then reads.
       output: a new folder for the run.
+      objective: the loss: "sft" by default, "dpo", "kto" and so on (docs/preferences.md, docs/heads.md). If it
+        has a reference, that is the given model with its adapter. `config` takes the settings of the loss, such as
+        {"preference.beta": 0.2}.
       eval_data: evaluation data, in the same forms; a list is written to OUTPUT/eval.jsonl.
       eval_fraction: without eval_data, the fraction of `data` to hold out.
       columns: the data's names of columns, where they differ from those of the format: {"prompt": "question"}; for
@@ -132,6 +137,7 @@ def finetune(
     """
     provenance = _check_trainable(provenance_of(model), tokenizer)
     settings = {
+        "objective": objective,
         "data.chat_template": provenance.chat_template,
         "data.chat_template_kwargs": dict(provenance.chat_template_kwargs) or None,
         "data.eval_fraction": eval_fraction,

@@ -20,7 +20,7 @@ def training_config(
 
     Args:
       settings: keyword arguments by dotted name; None means not given.
-      overrides: more settings; of a Config, its sections data, optim, train and questions.
+      overrides: more settings; of a Config, all but its sections model and lora, and its output.
 
     Raises:
       ConfigError: an unknown setting, a wrong value, a setting given twice, or settings that contradict each other.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
@@ -13,6 +14,7 @@ from qlora_jax.evaluation.score import ScoredModel
 from qlora_jax.evaluation.settings import EvaluateArgs
 from qlora_jax.evaluation.tasks.registry import build_tasks
 from qlora_jax.evaluation.tasks.task import AnyTask, ReferenceTask, TaskContext
+from qlora_jax.io.checkpoint import Run
 from qlora_jax.io.pretrained import (
     OpenedModel,
     TemplateKwargs,
@@ -23,6 +25,7 @@ from qlora_jax.io.pretrained import (
     parts_before_training,
     weight_settings,
 )
+from qlora_jax.io.start_parameters import FILE as START_FILE
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ def load_compared(
 ) -> Iterator[ScoredModel]:
     """Loads the models one at a time; models of one run and one quant_type share their base.
 
-    A run has its reference if a task compares with it.
+    A run has its reference if a task compares with it. A warning reports a reference that is not known.
     """
     by_base = itertools.groupby(compared, key=lambda name: (id(compared[name].opened), compared[name].quant_type))
     for names in ([*group] for _, group in by_base):
@@ -78,10 +81,20 @@ def load_compared(
             if run is None:
                 yield ScoredModel(name, parts_before_training(model, opened.run))
             elif any(isinstance(task, ReferenceTask) for task in compared[name].tasks):
-                yield ScoredModel(name, *apply_adapter_with_reference(model, run))
+                parts, reference = apply_adapter_with_reference(model, run)
+                if reference is None:
+                    warnings.warn(_without_reference(run), stacklevel=2)
+                yield ScoredModel(name, parts, reference)
             else:
                 yield ScoredModel(name, apply_adapter(model, run))
         del model  # before the next one is loaded
+
+
+def _without_reference(run: Run) -> str:
+    return (
+        f"{run.path}: no rewards are reported, because the parameters that it started with are not known (lora.start="
+        f"{run.lora_args.start}). Restore that adapter, or {START_FILE} in the run's folder, as they were"
+    )
 
 
 class _Template(TypedDict):

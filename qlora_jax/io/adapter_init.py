@@ -165,14 +165,20 @@ def subtract_initial(initial: InitialAdapter, config: ModelConfig, spec: LoraArg
 def write_initial(run: Path, initial: InitialAdapter) -> None:
     """Writes RUN/initial.safetensors with the digests of its tensors, completely or not at all."""
     tensors = {
-        f"{kind}/{name}/{leaf}": np.ascontiguousarray(values)
+        f"{kind}/{name}/{leaf}": values
         for kind, factors in ((FACTORS, initial.factors), (SUBTRACTED, initial.subtracted))
         for name, leaves in factors.items()
         for leaf, values in leaves.items()
         if kind == FACTORS or factors is not initial.factors
     }
-    digests = {name: array_digest(values) for name, values in tensors.items()}
-    write_bytes(run / FILE, save(tensors, {DIGESTS: json.dumps(digests)}))
+    write_tensors(run / FILE, tensors)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, jax.Array | np.ndarray]) -> None:
+    """Writes a safetensors file with the digests of its tensors, completely or not at all."""
+    found = {name: np.ascontiguousarray(np.asarray(values)) for name, values in tensors.items()}
+    digests = {name: array_digest(values) for name, values in found.items()}
+    write_bytes(path, save(found, {DIGESTS: json.dumps(digests)}))
 
 
 def read_initial(run: Path, spec: LoraArgs) -> InitialAdapter | None:
@@ -188,14 +194,24 @@ def read_initial(run: Path, spec: LoraArgs) -> InitialAdapter | None:
         raise ValueError(
             f"{path}: missing, and the base of a run with lora.init={spec.init} cannot be rebuilt without it. {COPY_IT}"
         )
-    tensors, digests = _read_file(path)
-    if digests is None:
-        warn_without_digests(run)
-    elif differences := changes(tree_digests(tensors), digests):
-        raise ValueError("\n  ".join([f"{path}: damaged, these tensors are not as saved. {COPY_IT}:", *differences]))
+    tensors = read_tensors(path)
     found = {FACTORS: _tree(path, tensors, FACTORS), SUBTRACTED: _tree(path, tensors, SUBTRACTED)}
     subtracted = found[FACTORS] if spec.init == "pissa" else found[SUBTRACTED]
     return InitialAdapter(factors=found[FACTORS], subtracted=subtracted)
+
+
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """Reads a file of `write_tensors` in a run's folder.
+
+    Raises:
+      ValueError: the file is damaged.
+    """
+    tensors, digests = _read_file(path)
+    if digests is None:
+        warn_without_digests(path.parent)
+    elif differences := changes(tree_digests(tensors), digests):
+        raise ValueError("\n  ".join([f"{path}: damaged, these tensors are not as saved. {COPY_IT}:", *differences]))
+    return tensors
 
 
 def _read_file(path: Path) -> tuple[dict[str, np.ndarray], dict[str, ArrayDigest] | None]:

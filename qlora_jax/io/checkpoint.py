@@ -2,6 +2,7 @@
 
     RUN/config.yaml                       the resolved configuration
     RUN/initial.safetensors               the initial adapter, if it contains a part of the weights (lora.init)
+    RUN/start.safetensors                 the parameters that a run of a model in memory started with
     RUN/head.json                         the meaning of a sequence head's outputs, if the objective trains one
     RUN/metrics.jsonl                     one line per step or evaluation
     RUN/report.html, report.json          the report of the run, for people and for programs
@@ -49,6 +50,7 @@ from qlora_jax.io.head_file import TrainedHead, read_head
 from qlora_jax.io.model_source import JsonObject
 from qlora_jax.io.orbax_processes import meet, named_processes
 from qlora_jax.io.orbax_threads import silence_threads
+from qlora_jax.io.start_parameters import STATE_KEY, read_start
 from qlora_jax.nn.vera import Projections
 
 CONFIG_FILE, CHECKPOINT_FOLDER = "config.yaml", "checkpoints"
@@ -250,6 +252,8 @@ class Run:
       tables: embedding and head that replace the base's, from a PEFT adapter.
       projections: VeRA's A and B from a PEFT adapter, if they are not those of its settings.
       head: the sequence head that was trained, if any; its matrix is in `lora`.
+      start: the parameters that the run started with, if it stored them.
+      start_digest: their digest, if its objective had a reference (start_parameters.py).
     """
 
     path: Path
@@ -265,6 +269,8 @@ class Run:
     projections: Projections | None = None
     chat_template_kwargs: Mapping[str, TemplateValue] = dataclasses.field(default_factory=dict)
     head: TrainedHead | None = None
+    start: Mapping[str, Mapping[str, jax.Array | np.ndarray]] | None = None
+    start_digest: str | None = None
 
     @property
     def label(self) -> str:
@@ -306,6 +312,8 @@ def open_run(path: Path, step: int | None = None) -> Run:
         fingerprint=state["fingerprint"],
         initial=read_initial(path, config.lora),
         head=read_head(path),
+        start=read_start(path),
+        start_digest=state.get(STATE_KEY),
     )
 
 

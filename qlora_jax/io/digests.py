@@ -54,12 +54,15 @@ def combine(dtype: np.dtype, shape: Iterable[int], digests: Iterable[bytes]) -> 
 
 def array_digest(values: ArrayLike) -> ArrayDigest:
     """Returns the digest of an array; all processes call this together for one that they hold parts of."""
-    array = np.asarray(_whole(values))
+    array = np.asarray(whole(values))
     return combine(array.dtype, array.shape, map(strip_digest, strips(array)))
 
 
-def _whole(values: ArrayLike) -> ArrayLike:
-    """Returns an array whole on this process's devices, or as it is if this process can read all of it."""
+def whole(values: ArrayLike) -> ArrayLike:
+    """Returns an array whole on this process's devices, or as it is if this process can read all of it.
+
+    All processes call this together for an array that they hold parts of.
+    """
     if not isinstance(values, jax.Array) or values.is_fully_addressable or values.is_fully_replicated:
         return values
     return multihost_utils.process_allgather(values, tiled=True)

@@ -28,11 +28,12 @@ from qlora_jax.io.model_source import ModelSource, TokenizerData
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.reader import base_model_of, is_adapter, read_adapter
 from qlora_jax.io.peft.start_adapter import check_shapes, read_start_adapter, starting_parameters
+from qlora_jax.io.start_parameters import FILE, start_digest
 from qlora_jax.models.add_adapters import add_lora
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
-from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.models.partition import Lora, ModelParts, partition
 from qlora_jax.models.precision import weight_format
 from qlora_jax.models.trainable_embeddings import add_tables, add_token_rows, rows_train, set_tables
 
@@ -293,17 +294,29 @@ def apply_adapter(model: CausalLM, run: Run) -> ModelParts:
 def apply_adapter_with_reference(model: CausalLM, run: Run) -> tuple[ModelParts, ModelParts | None]:
     """Puts the run's adapter on the model like `apply_adapter`; returns (the run's model, the one it trained from).
 
-    The latter has the initial adapter, which changes nothing by default, or the adapter of `lora.start`. It is None for
-    a PEFT adapter that replaces embedding tables, because the model has only one set of them.
+    The latter has the parameters that the run started with: those in its folder, those of `lora.start`, or fresh ones,
+    which change nothing by default. It is None if they are not those of the start, by the digest in the checkpoint; or
+    for a PEFT adapter that replaces embedding tables, because the model has only one set of them.
     """
-    config, path = model.config, run.lora_args.start
+    config = model.config
     fresh = _with_fresh_adapter(model, run)
-    initial = fresh.lora
-    if path is not None:
-        start = read_start_adapter(Path(path), config, run.lora_args, run.new_ids, run.head)
-        initial = starting_parameters(start, initial, Path(path))
-    reference = None if run.tables else fresh.with_lora(initial)
-    return fresh.with_lora(jax.tree.map(jnp.asarray, run.lora)), reference
+    trained = fresh.with_lora(jax.tree.map(jnp.asarray, run.lora))
+    if run.tables:
+        return trained, None
+    initial = _start_of(run, config, fresh.lora)
+    known = run.start_digest in (None, start_digest(initial))
+    return trained, fresh.with_lora(initial) if known else None
+
+
+def _start_of(run: Run, config: ModelConfig, fresh: Lora) -> Lora:
+    """Returns the parameters that a run started with."""
+    if run.start is not None:
+        return starting_parameters(run.start, fresh, run.path / FILE)
+    if run.lora_args.start is None:
+        return fresh
+    path = Path(run.lora_args.start)
+    start = read_start_adapter(path, config, run.lora_args, run.new_ids, run.head)
+    return starting_parameters(start, fresh, path)
 
 
 def _with_fresh_adapter(model: CausalLM, run: Run) -> ModelParts:

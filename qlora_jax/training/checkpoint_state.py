@@ -9,6 +9,8 @@ import orbax.checkpoint
 
 from qlora_jax.config import Config, HostsArgs, MeshArgs, QuestionArgs, differences, plain_name, to_dict
 from qlora_jax.config.parse import ConfigError, from_dict
+from qlora_jax.io.start_parameters import FILE as START_FILE
+from qlora_jax.io.start_parameters import STATE_KEY
 from qlora_jax.training.early_stopping import BestEvaluation
 from qlora_jax.training.metrics import Record
 from qlora_jax.training.run_mesh import mesh_size
@@ -44,7 +46,6 @@ MAY_DIFFER = {
 # They may differ as well, if their product, the rows of an optimizer step, is the same.
 SPLIT = {"train.micro_batch_size", "train.accumulation"}
 
-INITIAL = "initial_adapter"  # a key of the state of runs with a reference: the digest of the adapter they began with
 # Keys of the state that a resumed run requires.
 RESUME_KEYS = ("step", "position", "best", "fingerprint", "data_fingerprint", "config")
 
@@ -59,7 +60,7 @@ def checkpoint_state(session: Session, step: int, position: dict[str, int], best
         "fingerprint": session.fingerprint,
         "data_fingerprint": session.dataset.fingerprint,
         "config": to_dict(session.config),
-        **({} if session.initial_digest is None else {INITIAL: session.initial_digest}),
+        **({} if session.initial_digest is None else {STATE_KEY: session.initial_digest}),
         "mesh": mesh_size(session.mesh)._asdict(),
         "versions": {m.__name__: m.__version__ for m in (jax, jaxlib, optax, orbax.checkpoint)},
     }
@@ -125,10 +126,11 @@ def check_resumable(session: Session, state: Record) -> None:
         now := session.dataset.window_order(epoch := state["position"]["epoch"])
     ):
         problems.append(f"windows of epoch {epoch}: order {state['window_order']} in the checkpoint, {now} now")
-    if state.get(INITIAL) != session.initial_digest:
+    if state.get(STATE_KEY) != session.initial_digest:
         problems.append(
-            f"lora.start: the initial adapter, whose model is the reference, has other values than at the start of the "
-            f"run (lora.start={session.config.lora.start})"
+            "the parameters that the run started with, whose model is the reference: other values than at its start. "
+            f"They come from {START_FILE} in the run's folder if it has one, otherwise from lora.start "
+            f"({session.config.lora.start}) or the seed"
         )
     if problems:
         raise ValueError(

@@ -3,26 +3,25 @@
 Dimension key: B rows of a batch, R held-out rows.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float64, PyTree
+from jaxtyping import Float64, PyTree
 
-from qlora_jax.data.batching.batches import NO_ROW, Batch
+from qlora_jax.data.batching.batches import PRESENT, Batch
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.eval_metrics import eval_loss_metrics, objective_loss_metrics
 from qlora_jax.training.held_out_heads import held_out_head_metrics
-from qlora_jax.training.objectives.objective import PRESENT, Objective, PreferenceObjective, Totals
+from qlora_jax.training.objectives.objective import Objective, PreferenceObjective, Totals
 from qlora_jax.training.objectives.sequences import SequenceLogps
 from qlora_jax.training.preference_metrics import means_with_intervals, preference_values
-from qlora_jax.training.run_mesh import place_batch, rows_that_divide
+from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_loss, evaluation_outputs
-
-EVAL_ROWS = 8  # rows per evaluation batch; more on a mesh of devices that 8 rows do not divide over
 
 
 def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:
@@ -31,10 +30,10 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
         return _token_loss(session, lora, before_batch)
     batches, outputs = _outputs(session, lora, before_batch)
     names = (PRESENT, *session.objective.values)
-    arrays = {name: np.concatenate([batch.arrays()[name][0, _is_row(batch)] for batch in batches]) for name in names}
+    arrays = {name: np.concatenate([batch.arrays()[name][0, is_row(batch)] for batch in batches]) for name in names}
     totals = _sum_totals(session.objective, batches)
-    train = session.config.train
-    losses_R = row_losses(session.objective, outputs, arrays, totals, train.micro_batch_size * train.accumulation)
+    rows_per_step = math.ceil(session.dataset.report.train.kept / session.dataset.steps_per_epoch)
+    losses_R = losses_of_rows(session.objective, outputs, arrays, totals, rows_per_step)
     found = objective_loss_metrics(losses_R)
     if isinstance(outputs, SequenceLogps):
         objective = cast(PreferenceObjective, session.objective)
@@ -48,11 +47,11 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
 def _token_loss(session: Session, lora: Lora, before_batch: Callable[[], None]) -> dict[str, float]:
     """Returns the mean over tokens."""
     sums, tokens = [], []
-    for batch in session.dataset.eval_batches(rows_that_divide(EVAL_ROWS, session.mesh)):
+    for batch in session.dataset.eval_batches(rows_that_divide(MAX_ROWS, session.mesh)):
         before_batch()
         arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.mesh)
         rows_B = evaluation_loss(session.parts.with_lora(lora), arrays, mesh=session.mesh)
-        there = batch.rows[0, :, 0] != NO_ROW
+        there = is_row(batch)
         sums.append(np.asarray(rows_B, np.float64)[there])
         tokens.append(batch.weights[0].sum(axis=1, dtype=np.int64)[there])
     return eval_loss_metrics(np.concatenate(sums), np.concatenate(tokens))
@@ -61,22 +60,17 @@ def _token_loss(session: Session, lora: Lora, before_batch: Callable[[], None]) 
 def _outputs(session: Session, lora: Lora, before_batch: Callable[[], None]) -> tuple[list[Batch], PyTree]:
     """Returns (the batches, the model's outputs for their rows, with leaves [R, ...])."""
     batches, outputs = [], []
-    for batch in session.dataset.eval_batches(rows_that_divide(EVAL_ROWS, session.mesh)):
+    for batch in session.dataset.eval_batches(rows_of_batch(session.config, session.mesh)):
         before_batch()
         arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.mesh)
         parts = session.parts.with_lora(lora)
         found = evaluation_outputs(parts, arrays, objective=session.objective, mesh=session.mesh)
         batches.append(batch)
-        outputs.append(jax.tree.map(lambda leaf, batch=batch: jnp.asarray(np.asarray(leaf)[_is_row(batch)]), found))
+        outputs.append(jax.tree.map(lambda leaf, batch=batch: jnp.asarray(np.asarray(leaf)[is_row(batch)]), found))
     return batches, jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *outputs)
 
 
-def _is_row(batch: Batch) -> Bool[np.ndarray, " B"]:
-    """Returns False for the gaps of a batch [1, B, T] without packing."""
-    return batch.rows[0, :, 0] != NO_ROW
-
-
-def row_losses(
+def losses_of_rows(
     objective: Objective, outputs: PyTree, arrays: Mapping[str, np.ndarray], totals: Totals, rows_per_step: int
 ) -> Float64[np.ndarray, " R"]:
     """Returns the loss of each row.

@@ -27,10 +27,10 @@ from qlora_jax.training.next_commands import next_commands
 from qlora_jax.training.plan.preflight import RunPlan, explain_out_of_memory
 from qlora_jax.training.planned_run import PlannedRun, plan_before_weights
 from qlora_jax.training.profiler import traced_steps
-from qlora_jax.training.referenced_session import ReferenceStopped, with_initial, with_reference
+from qlora_jax.training.reference_session import ReferenceStopped, record_start, with_initial, with_reference
 from qlora_jax.training.report.facts import RunReport, report_rows
 from qlora_jax.training.report.page import FACTS_FILE, PAGE_FILE, write_report
-from qlora_jax.training.report.plot import plot_loss
+from qlora_jax.training.report.plot import loss_label, plot_loss
 from qlora_jax.training.run_mesh import local_devices
 from qlora_jax.training.session import (
     PreparedModel,
@@ -234,10 +234,12 @@ def run_training(
     planned = planned._replace(config=config)
     peak = watch_peak(local_devices(planned.gradients.mesh))
     connect_devices(watchdog.group, planned.gradients.mesh, config.hosts.stuck_after)
-    session = with_initial(_session(planned, run if resume else None, model, console))
+    session = with_initial(_session(planned, run if resume else None, model, console), run if resume else None)
     with contextlib.ExitStack() as stack:
         with LockedCheckpoints(lock, config.train.keep) as checkpoints:
             state = _first_state(session, checkpoints, run, resume=resume, console=console, writes=is_first)
+            if model is not None and not resume:
+                record_start(session, run)
             # Closed after the report is written, because a tracker may upload for a long time.
             logs = stack.enter_context(
                 trackers(config.train.track if is_first else (), run, to_dict(config), state.step)
@@ -326,7 +328,8 @@ def _write_reports(planned: PlannedRun, run: Path, peak: Callable[[], int | None
 
     def write() -> None:
         title = f"{run.name}: {Path(planned.config.model.path).name}"
-        plot_loss(_records(run / METRICS_FILE), run / PLOT_FILE, title=title)
+        label = loss_label(planned.config.objective)
+        plot_loss(_records(run / METRICS_FILE), run / PLOT_FILE, title, label)
         write_report(_report_of(planned, run, peak()), run)
 
     if limited:

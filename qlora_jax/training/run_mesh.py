@@ -10,9 +10,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Bool
 
-from qlora_jax.config import MeshSize
+from qlora_jax.config import Config, MeshSize
+from qlora_jax.data.batching.batches import NO_ROW, Batch
 from qlora_jax.sharding import ROWS, Device, axis_size, make_mesh, put
+
+MAX_ROWS = 8  # of a batch without gradients; more on a mesh of devices that they do not divide over
 
 
 def run_mesh(size: MeshSize) -> Mesh | None:
@@ -36,6 +40,11 @@ def rows_that_divide(rows: int, mesh: Mesh | None) -> int:
     return -(-rows // devices) * devices
 
 
+def rows_of_batch(config: Config, mesh: Mesh | None) -> int:
+    """Returns the rows of a forward pass without gradients: not more than those of a micro-batch, whose step fits."""
+    return rows_that_divide(min(MAX_ROWS, config.train.micro_batch_size), mesh)
+
+
 def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str, Any]:
     """Returns the arrays of a batch, [A, B, ...] or [B, ...], with their rows over all devices.
 
@@ -50,6 +59,11 @@ def place_batch(arrays: Mapping[str, np.ndarray], mesh: Mesh | None) -> dict[str
 def _place_rows(array: np.ndarray, mesh: Mesh, axis: int) -> jax.Array:
     sharding = NamedSharding(mesh, P(*[None] * axis, ROWS))
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def is_row(batch: Batch) -> Bool[np.ndarray, " B"]:
+    """Returns False for the gaps of a batch [1, B, T] without packing."""
+    return batch.rows[0, :, 0] != NO_ROW
 
 
 def replicate(leaf: jax.Array, mesh: Mesh | None) -> jax.Array:

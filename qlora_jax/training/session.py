@@ -60,7 +60,7 @@ class Session:
       dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
-      initial_digest: of the initial adapter, with an objective that has a reference (referenced_session.py).
+      initial_digest: of the initial adapter, with an objective that has a reference (reference_session.py).
     """
 
     config: Config

@@ -37,6 +37,7 @@ def test_fifteen_lines_from_a_folder_to_a_peft_adapter(tmp_path, capfd):
     assert isinstance(model, nnx.Module) and isinstance(run.model, nnx.Module) and isinstance(text, str)
     assert run.finished and run.step == 3 and [r["step"] for r in run.metrics if "loss" in r] == [1, 2, 3]
     assert is_adapter(tmp_path / "adapter")
+    assert not (tmp_path / "run" / "start.safetensors").exists()  # a fresh adapter changes nothing
 
 
 def test_the_callers_models_stay_valid_and_unchanged(project):

@@ -67,7 +67,7 @@ def test_a_run_starts_at_its_reference_and_learns_the_preference(finished):
     held = [record for record in records if "eval_loss" in record]
     first, last = held[0], held[-1]
     assert first["eval_loss"] == pytest.approx(np.log(2)) and first["eval_rewards_accuracy"] == 0.5
-    assert first["eval_kl"] == first["eval_rewards_margin"] == 0
+    assert first["eval_log_ratio_per_token"] == first["eval_rewards_margin"] == 0
     assert last["eval_rewards_accuracy"] == 1 and last["eval_loss"] < 0.6 < first["eval_loss"]
     assert last["eval_rewards_margin_low"] < last["eval_rewards_margin"] < last["eval_rewards_margin_high"]
     (step,) = (record for record in records if record.get("step") == 6 and "loss" in record)
@@ -103,8 +103,7 @@ def test_a_resumed_run_has_the_same_reference_to_the_bit(finished, tmp_path):
 @pytest.mark.slow
 def test_a_run_that_is_stopped_in_its_reference_pass_continues_there(finished, tmp_path, monkeypatch):
     config, calls = pairs_project(tmp_path / "stopped"), []
-    monkeypatch.setattr(reference_logps, "PIECE", 1)
-    monkeypatch.setattr(reference_logps, "REFERENCE_ROWS", 4)
+    monkeypatch.setattr(reference_logps, "PIECE_ROWS", 2)
 
     def stop() -> bool:
         calls.append(1)

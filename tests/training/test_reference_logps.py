@@ -9,10 +9,10 @@ import pytest
 
 from qlora_jax.config import Config, DataArgs, LoraArgs, ModelArgs
 from qlora_jax.data.dataset import load_dataset
+from qlora_jax.io.start_parameters import NO_CHANGE
 from qlora_jax.training import reference_logps
 from qlora_jax.training.reference_logps import (
     ReferencePass,
-    initial_digest,
     reference_folder,
     reference_key,
 )
@@ -60,7 +60,7 @@ class Model:
 
 
 def pass_of(model, folder, key="key"):
-    return ReferencePass(parts=tiny_parts(), logps_of_batch=model, key=key, folder=folder, go_on=model.go_on)
+    return ReferencePass(parts=tiny_parts(), logps_of_batch=model, key=key, folder=folder, rows=8, go_on=model.go_on)
 
 
 def batches_of(dataset):
@@ -81,7 +81,7 @@ def test_every_batch_has_the_values_of_its_sequences(tmp_path, changes):
 
 
 def test_values_are_read_again_and_stale_or_damaged_ones_are_not(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference_logps, "PIECE", 2)
+    monkeypatch.setattr(reference_logps, "PIECE_ROWS", 16)
     first, again, other = Model(), Model(), Model()
     folder, dataset = tmp_path / "kept", dataset_of(tmp_path)
     expected = batches_of(pass_of(first, folder).run(dataset))
@@ -103,7 +103,7 @@ def test_values_are_read_again_and_stale_or_damaged_ones_are_not(tmp_path, monke
 
 
 def test_an_interrupted_pass_continues_after_its_last_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(reference_logps, "PIECE", 2)
+    monkeypatch.setattr(reference_logps, "PIECE_ROWS", 16)
     interrupted, resumed = Model(stop_after=5), Model()
     with pytest.raises(KeyboardInterrupt):
         pass_of(interrupted, tmp_path / "kept").run(dataset_of(tmp_path))
@@ -111,22 +111,23 @@ def test_an_interrupted_pass_continues_after_its_last_piece(tmp_path, monkeypatc
     assert resumed.batches == 8 - 4  # two pieces of two batches were stored
 
 
-def test_an_adapter_that_changes_nothing_has_one_digest():
-    lora = {"q": {"lora_a": jnp.ones((2, 3)), "lora_b": jnp.zeros((3, 2))}}
-    other_seed = {"q": lora["q"] | {"lora_a": jnp.full((2, 3), 7.0)}}
-    trained = {"q": lora["q"] | {"lora_b": jnp.ones((3, 2))}}
-    assert initial_digest(lora, None) == initial_digest(other_seed, None) == initial_digest({}, None)
-    assert len({initial_digest(one, None) for one in (lora, trained, {"v": trained["q"]})}) == 3
+def lora_of(config, **changes):
+    return dataclasses.replace(config, lora=LoraArgs(**changes))
 
 
-def test_the_key_has_all_that_values_depend_on(tmp_path):
+def test_the_key_has_all_that_values_depend_on(tmp_path, monkeypatch):
     config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output=str(tmp_path))
-    scaled = dataclasses.replace(config, lora=LoraArgs(alpha=2 * config.lora.alpha))
-    off, trained = initial_digest({}, None), "trained"
+    scaled = lora_of(config, alpha=2 * config.lora.alpha)
+    off, trained = NO_CHANGE, "trained"
     assert reference_key(config, "f", off, "float32") == reference_key(scaled, "f", off, "float32")
     given = [(config, "f", off, "float32"), (config, "g", off, "float32"), (config, "f", off, "bfloat16")]
-    given += [(config, "f", trained, "float32"), (scaled, "f", trained, "float32")]
-    assert len({reference_key(*one) for one in given}) == len(given)
+    changes = [{}, {"alpha": 2 * config.lora.alpha}, {"use_rslora": True}, {"alpha_pattern": {"q_proj": 3}}]
+    given += [(lora_of(config, **change), "f", trained, "float32") for change in changes]
+    keys = {reference_key(*one) for one in given}
+    assert len(keys) == len(given)
+    assert reference_key(lora_of(config, start="elsewhere"), "f", trained, "float32") in keys
+    monkeypatch.setattr(reference_logps, "code_digest", lambda: "another version")
+    assert reference_key(*given[0]) not in keys
     assert reference_folder(config) == tmp_path / "reference"
     cached = dataclasses.replace(config, data=DataArgs(train="t", cache=str(tmp_path / "cache")))
     assert reference_folder(cached) == tmp_path / "cache" / "reference"

@@ -1,11 +1,21 @@
 """Batches on a mesh: each device has its own rows, all of them together the batch."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
-from qlora_jax.config import MeshSize
-from qlora_jax.training.run_mesh import local_devices, mesh_size, place_batch, replicate, rows_that_divide, run_mesh
+from qlora_jax.config import Config, DataArgs, MeshSize, ModelArgs, TrainArgs
+from qlora_jax.training.run_mesh import (
+    local_devices,
+    mesh_size,
+    place_batch,
+    replicate,
+    rows_of_batch,
+    rows_that_divide,
+    run_mesh,
+)
 
 
 @pytest.mark.parametrize("size", [MeshSize(1, 8), MeshSize(2, 4), MeshSize(8, 1), MeshSize(1, 2)])
@@ -40,3 +50,12 @@ def test_a_key_is_whole_on_all_devices_and_folds_to_the_same():
 @pytest.mark.parametrize(("size", "rows"), [((1, 1), 8), ((2, 4), 8), ((1, 3), 9), ((2, 3), 12)])
 def test_rows_of_an_evaluation_divide_over_the_devices(size, rows):
     assert rows_that_divide(8, run_mesh(MeshSize(*size))) == rows
+
+
+def test_a_pass_has_no_more_rows_than_a_micro_batch_but_a_row_per_device():
+    def rows(size, mesh):
+        config = Config(model=ModelArgs(path="m"), data=DataArgs(train="t"), output="o")
+        return rows_of_batch(dataclasses.replace(config, train=TrainArgs(micro_batch_size=size)), mesh)
+
+    assert [rows(size, None) for size in (1, 3, 8, 64)] == [1, 3, 8, 8]
+    assert [rows(size, run_mesh(MeshSize(1, 2))) for size in (1, 3, 64)] == [2, 4, 8]

@@ -109,7 +109,7 @@ class RunPlan:
             )
         if self.reference_bytes > self.limit:
             required = f"the reference pass needs {format_bytes(self.reference_bytes)} of {format_bytes(self.limit)}"
-            lines.append(f"DOES NOT FIT: {required}. Lower data.max_length, or use an objective without a reference.")
+            lines.append(f"DOES NOT FIT: {required}. Lower train.micro_batch_size or data.max_length.")
         return "\n  ".join(lines)
 
 

@@ -18,8 +18,7 @@ from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.mfu import Utilization, utilization
 from qlora_jax.training.objectives.objective import needs_reference
-from qlora_jax.training.reference_logps import REFERENCE_ROWS
-from qlora_jax.training.run_mesh import rows_that_divide
+from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Inputs, weights_of
 from qlora_jax.training.step import evaluation_outputs
 
@@ -76,7 +75,7 @@ def plan_reference(config: Config, inputs: Inputs, gradients: CompiledGradients)
         tokens=sum(split.tokens for split in splits),
         flops=flops,
         epochs=flops / _flops(utilization(step, None), splits[0]),
-        program=_program_bytes(inputs, gradients),
+        program=_program_bytes(config, inputs, gradients),
         values=F32 * rows * inputs.objective.sequences_per_row,
     )
 
@@ -88,17 +87,17 @@ def _flops(counted: Utilization, split: SplitReport) -> int:
     return int(scale * counted.flops(lengths.reshape(1, -1, 1), 0)) + split.supervised * counted.target
 
 
-def _program_bytes(inputs: Inputs, gradients: CompiledGradients) -> int:
-    batch = _batch(inputs, gradients.mesh)
+def _program_bytes(config: Config, inputs: Inputs, gradients: CompiledGradients) -> int:
+    batch = _batch(config, inputs, gradients.mesh)
     lowered = evaluation_outputs.lower(gradients.parts, batch, objective=inputs.objective, mesh=gradients.mesh)
     memory = aot.read_memory(lowered.compile().memory_analysis()).device
     runtime.give_memory_back()
     return part_bytes(batch) + memory.temporaries + memory.outputs - memory.aliases
 
 
-def _batch(inputs: Inputs, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
+def _batch(config: Config, inputs: Inputs, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the arrays of the pass's longest batch, [B, T] and [B, S]."""
-    shape = (1, rows_that_divide(REFERENCE_ROWS, mesh), max(inputs.dataset.eval_buckets))
+    shape = (1, rows_of_batch(config, mesh), max(inputs.dataset.eval_buckets))
     arrays = abstract_batch(shape, inputs.objective, branching=inputs.dataset.branching)
     sharding = None if mesh is None else NamedSharding(mesh, P(ROWS))
     return {

@@ -34,8 +34,17 @@ def _curve(records: Iterable[Record], key: str) -> tuple[list[int], list[float]]
     return [step for step, _ in points], [value for _, value in points]
 
 
-def plot_loss(records: Sequence[Record], path: Path, title: str) -> None:
-    """Draws `loss` (each step faint, its average bold) and `eval_loss` over `step`, as a PNG file."""
+def loss_label(objective: str) -> str:
+    """Returns the label of the axis of losses."""
+    return "loss, nats per supervised token" if objective == "sft" else f"loss of {objective}, mean over rows"
+
+
+def plot_loss(records: Sequence[Record], path: Path, title: str, label: str) -> None:
+    """Draws `loss` (each step faint, its average bold) and `eval_loss` over `step`, as a PNG file.
+
+    Args:
+      label: of the axis of losses.
+    """
     # Imported here because matplotlib adds half a second to the start of every command.
     from matplotlib.figure import Figure
 
@@ -43,7 +52,7 @@ def plot_loss(records: Sequence[Record], path: Path, title: str) -> None:
     axes = figure.subplots()
     _draw_loss(axes, records)
     axes.set_title(title, parse_math=False)  # a name may contain $
-    axes.set_ylabel("loss, nats per supervised token")
+    axes.set_ylabel(label)
     out = io.BytesIO()
     figure.savefig(out, format="png")
     write_bytes(path, out.getvalue())

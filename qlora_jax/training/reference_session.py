@@ -3,12 +3,20 @@
 import dataclasses
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
 
 from qlora_jax.hosts.group import Group
+from qlora_jax.io.peft.writer import AdapterArrays
+from qlora_jax.io.start_parameters import NO_CHANGE, read_start, start_digest, write_start
+from qlora_jax.models.partition import Lora
 from qlora_jax.training.display import format_duration
 from qlora_jax.training.loop import TrainState
 from qlora_jax.training.objectives.objective import needs_reference
-from qlora_jax.training.reference_logps import ReferencePass, initial_digest, reference_folder, reference_key
+from qlora_jax.training.reference_logps import ReferencePass, reference_folder, reference_key
+from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Session
 from qlora_jax.training.step import evaluation_outputs
 
@@ -17,14 +25,45 @@ class ReferenceStopped(Exception):
     """Raised within the pass when `stop()` returns True."""
 
 
-def with_initial(session: Session) -> Session:
-    """Returns the session with the digest of its initial adapter, if its objective has a reference.
+def with_initial(session: Session, resumed: Path | None) -> Session:
+    """Returns the session with its initial parameters and their digest, if its objective has a reference.
 
-    A resumed run has the initial adapter again: from the seed, from RUN/initial.safetensors or from `lora.start`.
+    A resumed run has them again: from RUN/start.safetensors, otherwise from the seed, RUN/initial.safetensors or
+    `lora.start`.
+
+    Args:
+      resumed: the folder of a run that goes on.
+
+    Raises:
+      ValueError: RUN/start.safetensors is damaged.
     """
     if not needs_reference(session.objective):
         return session
-    return dataclasses.replace(session, initial_digest=initial_digest(session.parts.lora, session.mesh))
+    start = None if resumed is None else read_start(resumed)
+    if start is not None:
+        session = dataclasses.replace(session, parts=session.parts.with_lora(_placed(start, session.parts.lora)))
+    return dataclasses.replace(session, initial_digest=start_digest(session.parts.lora))
+
+
+def _placed(start: AdapterArrays, like: Lora) -> Lora:
+    """Returns the parameters on the devices of `like`; `like` if they do not fit, which `check_resumable` reports."""
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), {**tree}) for tree in (start, like)]
+    if shapes[0] != shapes[1]:
+        return like
+
+    def placed(values: np.ndarray, leaf: jax.Array) -> jax.Array:
+        return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: values[index])
+
+    return jax.tree.map(placed, {**start}, like)
+
+
+def record_start(session: Session, run: Path) -> None:
+    """Writes the parameters of a model in memory that a new run starts with, unless they change nothing.
+
+    Only a model in memory needs this: other runs compute them again from their settings.
+    """
+    if start_digest(session.parts.lora) != NO_CHANGE:
+        write_start(run, session.parts.lora)
 
 
 def with_reference(
@@ -66,6 +105,7 @@ def with_reference(
         ),
         key=reference_key(session.config, session.fingerprint, session.initial_digest, compute_dtype),
         folder=reference_folder(session.config),
+        rows=rows_of_batch(session.config, session.mesh),
         mesh=session.mesh,
         group=group,
         go_on=go_on,
