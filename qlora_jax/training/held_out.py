@@ -39,7 +39,7 @@ def held_out_metrics(session: Session, lora: Lora, before_batch: Callable[[], No
         objective = cast(PreferenceObjective, session.objective)
         found |= means_with_intervals(preference_values(objective, outputs, arrays))
     if session.head is not None:
-        numbers = [number for batch in batches for number in batch.rows[0, :, 0][_is_row(batch)].tolist()]
+        numbers = [number for batch in batches for number in batch.rows[0, :, 0][is_row(batch)].tolist()]
         found |= held_out_head_metrics(session.head, np.asarray(outputs), arrays, numbers)
     return found
 
