@@ -196,7 +196,10 @@ def test_one_template_for_both_makes_runs_comparable(folder, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--model MODEL", "text, choices, letters, labels, answers, programs, rows, pairs, harness: found none"),
+        (
+            "--model MODEL",
+            "text, choices, letters, labels, answers, programs, rows, pairs, embeddings, harness: found none",
+        ),
         (
             "--model MODEL --text TEXT --window 9 --stride 10",
             r"stride: larger than window.* \(found 10, expected at most 9\)",
