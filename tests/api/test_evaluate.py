@@ -121,7 +121,7 @@ def test_models_with_different_heads_are_refused(models, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "text, rows, pairs, choices, letters, labels, answers, programs, tasks: found none"),
+        ({}, "text, rows, pairs, embeddings, choices, letters, labels, answers, programs, tasks: found none"),
         ({"windows": 3}, "windows: unknown setting; did you mean window"),
         ({"window": 1}, "window: found 1, expected 2 or more"),
         ({"text": "nowhere.txt", "window": 9, "stride": 10}, "stride: larger than window"),

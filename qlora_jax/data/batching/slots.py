@@ -18,9 +18,11 @@ def slot_count(length: int, *, packed: bool, sequences: int) -> int:
     Args:
       length: its padded length.
       packed: True if it may hold several data rows.
-      sequences: sequences of each data row.
+      sequences: sequences of each data row; 0 without slots.
     """
-    return length // (POSITIONS_PER_SLOT * sequences) * sequences if packed else sequences
+    if not packed or not sequences:
+        return sequences
+    return length // (POSITIONS_PER_SLOT * sequences) * sequences
 
 
 def packed_lengths(lengths: Int64[np.ndarray, " rows"], sequences: int) -> Int64[np.ndarray, " rows"]:
