@@ -16,7 +16,7 @@ from qlora_jax.data.batching.batches import PRESENT, Batch
 from qlora_jax.models.partition import Lora
 from qlora_jax.training.eval_metrics import eval_loss_metrics, objective_loss_metrics
 from qlora_jax.training.held_out_heads import held_out_head_metrics
-from qlora_jax.training.objectives.objective import Objective, PreferenceObjective, Totals
+from qlora_jax.training.objectives.objective import Objective, PreferenceObjective, Totals, read_by_outputs
 from qlora_jax.training.objectives.sequences import SequenceLogps
 from qlora_jax.training.preference_metrics import means_with_intervals, preference_values
 from qlora_jax.training.run_mesh import MAX_ROWS, is_row, place_batch, rows_of_batch, rows_that_divide
@@ -62,7 +62,8 @@ def _outputs(session: Session, lora: Lora, before_batch: Callable[[], None]) -> 
     batches, outputs = [], []
     for batch in session.dataset.eval_batches(rows_of_batch(session.config, session.mesh)):
         before_batch()
-        arrays = place_batch({name: array[0] for name, array in batch.arrays().items()}, session.mesh)
+        read = read_by_outputs(batch.arrays(), session.objective)
+        arrays = place_batch({name: array[0] for name, array in read.items()}, session.mesh)
         parts = session.parts.with_lora(lora)
         found = evaluation_outputs(parts, arrays, objective=session.objective, mesh=session.mesh)
         batches.append(batch)

@@ -32,7 +32,7 @@ def with_initial(session: Session, resumed: Path | None) -> Session:
     `lora.start`.
 
     Args:
-      resumed: the folder of a run that goes on.
+      resumed: the folder of the run to resume; None for a new run.
 
     Raises:
       ValueError: RUN/start.safetensors is damaged.

@@ -16,6 +16,7 @@ from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
 from qlora_jax.models.partition import ModelParts, partition
+from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.quant import quantize
 from tests.io.tiny_models import random_weights, tiny_config
 
@@ -28,7 +29,9 @@ def mesh_config(vocabulary: int, **changes: Any) -> dict[str, Any]:
     return tiny_config(vocab_size=vocabulary, **sizes | changes)
 
 
-def mesh_parts(config: dict[str, Any], *, dtype: str = "float32", lora: LoraArgs | None = None) -> ModelParts:
+def mesh_parts(
+    config: dict[str, Any], *, dtype: str = "float32", lora: LoraArgs | None = None, head: HeadSpec | None = None
+) -> ModelParts:
     """The parts of a model of `config` with random weights on one device; no adapter is zero, no vector as drawn."""
     features, tensors = model_config(config), random_weights(config)
     model = CausalLM(features, WeightFormat(dtype=dtype))
@@ -37,6 +40,8 @@ def mesh_parts(config: dict[str, Any], *, dtype: str = "float32", lora: LoraArgs
         value = jax.tree.map(lambda *leaves: jnp.stack(leaves), *layers) if slot.stacked else layers[0]
         _variable(model, slot.path).set_value(value)
     add_lora(model, lora or LoraArgs(rank=16), jax.random.key(0))
+    if head is not None:
+        model.add_sequence_head(head, jax.random.key(1))
     parts, rng = partition(model), np.random.default_rng(7)
 
     def trained(leaf: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """The step of each objective on four virtual devices and in other micro-batches against one batch on one device."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
@@ -7,13 +9,17 @@ from jax.sharding import PartitionSpec as P
 
 from qlora_jax.config import LoraArgs
 from qlora_jax.models.model_sharding import place_parts
+from qlora_jax.nn.sequence_head import HeadSpec
 from qlora_jax.sharding import ROWS, make_mesh, named
 from qlora_jax.training import step
 from qlora_jax.training.objectives.cpo import CPO
 from qlora_jax.training.objectives.dpo import DPO
+from qlora_jax.training.objectives.embedding import Embedding
+from qlora_jax.training.objectives.head_objective import head_spec
 from qlora_jax.training.objectives.kto import KTO
 from qlora_jax.training.objectives.objective import Objective
 from qlora_jax.training.objectives.orpo import ORPO
+from qlora_jax.training.objectives.reward import MARGINS, Reward
 from qlora_jax.training.step import gradients
 from tests.training.mesh_models import WHOLE_VOCABULARY, mesh_config, mesh_parts
 from tests.training.preference_rows import batch_of, labelled_rows, pair_rows, random_labelled, random_pairs
@@ -27,8 +33,11 @@ def batch_of_eight(objective: Objective) -> dict[str, np.ndarray]:
     """Eight rows in one micro-batch, with a reference for some of which z is positive."""
     vocabulary, rng = WHOLE_VOCABULARY, np.random.default_rng(5)
     reference = -rng.uniform(50, 120, (ROWS_OF_STEP, 2))
-    if objective.row_kind == "pair":
+    if objective.row_kind in ("pair", "embedding"):
         rows = pair_rows(random_pairs(ROWS_OF_STEP, vocabulary=vocabulary), reference)
+        rows = dataclasses.replace(
+            rows, values={MARGINS: rng.uniform(0, 1, (ROWS_OF_STEP, 2)).astype(np.float32), **rows.values}
+        )
     else:
         rows = labelled_rows(random_labelled(ROWS_OF_STEP, vocabulary=vocabulary), reference, kl=objective.kl_pairs)
     chosen = [[[index] for index in range(ROWS_OF_STEP)]]
@@ -45,13 +54,17 @@ def batch_of_eight(objective: Objective) -> dict[str, np.ndarray]:
         (DPO(loss_type="ipo"), "full", 0.0),
         (CPO(loss_type="simpo", beta=2.0, gamma=0.5), "names", 0.0),
         (ORPO(), "full", 0.3),
+        (Reward(center_rewards_coefficient=0.1), "names", 0.0),
+        (Embedding(head=HeadSpec(outputs=0)), "names", 0.3),
+        (Embedding(head=HeadSpec(outputs=0, pooling="mean"), temperature=0.2), "full", 0.0),
     ],
     ids=repr,
 )
 def test_a_mesh_and_other_micro_batches_change_rounding_alone(objective: Objective, remat: str, dropout: float):
     """1 x 8 rows on one device, and 2 x 4 on a mesh of 2 x 2."""
     lora = LoraArgs(rank=16, dropout=dropout, target_modules=["q_proj", "down_proj"])
-    parts, mesh = mesh_parts(mesh_config(WHOLE_VOCABULARY), lora=lora), make_mesh(2, 2)
+    parts = mesh_parts(mesh_config(WHOLE_VOCABULARY), lora=lora, head=head_spec(objective))
+    mesh = make_mesh(2, 2)
     key = jax.random.key(3) if dropout else None
     batch = batch_of_eight(objective)
     expected_grads, expected = gradients(parts, batch, key, remat=remat, objective=objective)
@@ -60,7 +73,10 @@ def test_a_mesh_and_other_micro_batches_change_rounding_alone(objective: Objecti
     grads, loss = gradients(place_parts(parts, mesh), spread, key, remat=remat, mesh=mesh, objective=objective)
     np.testing.assert_allclose(loss.row_losses_AB.ravel(), expected.row_losses_AB.ravel(), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(loss.total / loss.count, expected.total / expected.count, rtol=2e-6)
-    np.testing.assert_allclose(loss.outputs.logps_BS.ravel(), expected.outputs.logps_BS.ravel(), rtol=1e-6, atol=1e-6)
+    outputs, expected_outputs = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(found.outputs)]) for found in (loss, expected)
+    )
+    np.testing.assert_allclose(outputs, expected_outputs, rtol=1e-6, atol=1e-6)
     assert max(jax.tree.leaves(jax.tree.map(relative, grads, expected_grads))) < 1e-5
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.training.objectives.margin_losses import MARGIN_LOSSES
 from qlora_jax.training.objectives.objective import Arrays, Totals
 from qlora_jax.training.objectives.pairs import PairObjective, in_pairs
@@ -41,7 +42,7 @@ class CPO(PairObjective):
 
     def totals(self, batch: Arrays) -> Totals:
         """Returns the numbers of pairs and of chosen tokens."""
-        in_slots = batch["sequences"] < batch["present"].shape[-1]
+        in_slots = batch["sequences"] < batch[PRESENT].shape[-1]
         is_chosen = in_slots & (batch["sequences"] % 2 == 0)
         return {"pairs": self.count(batch), "chosen_tokens": jnp.sum(jnp.where(is_chosen, batch["weights"], 0.0))}
 

@@ -85,6 +85,14 @@ class PreferenceObjective(Objective, Protocol):
         ...
 
 
+def read_by_outputs[A](arrays: Mapping[str, A], objective: Objective) -> dict[str, A]:
+    """Returns the arrays of a batch without the objective's values, which `outputs` does not read.
+
+    So the reference pass, which has no reference yet, and held-out evaluation run the same compiled programs.
+    """
+    return {name: array for name, array in arrays.items() if name not in objective.values}
+
+
 def needs_reference(objective: Objective) -> bool:
     """Returns True if the objective reads the log-probabilities of the reference, the run's initial model."""
     return REFERENCE in objective.values

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from qlora_jax.data.batching.batches import PRESENT
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.nn.loss import token_nll
 from qlora_jax.training.objectives.objective import Arrays
@@ -33,7 +34,7 @@ def sequence_logps(model: CausalLM, hidden_MD: Float[Array, "M D"], micro: Array
     targets_BT, weights_BT = micro["targets"], micro["weights"]
     with jax.named_scope("head"):
         nll_M = token_nll(hidden_MD, model.head, targets_BT.reshape(-1), weights_BT.reshape(-1) > 0)
-    slots = micro["present"].shape[-1]
+    slots = micro[PRESENT].shape[-1]
     logps_BS = sum_by_slot(-nll_M.reshape(weights_BT.shape) * weights_BT, micro["sequences"], slots)
     return SequenceLogps(logps_BS, sum_by_slot(weights_BT, micro["sequences"], slots))
 

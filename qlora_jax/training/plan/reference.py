@@ -17,7 +17,7 @@ from qlora_jax.training.abstract_step import abstract_batch
 from qlora_jax.training.compiled_step import CompiledGradients
 from qlora_jax.training.cost.step_shape import StepShape
 from qlora_jax.training.mfu import Utilization, utilization
-from qlora_jax.training.objectives.objective import needs_reference
+from qlora_jax.training.objectives.objective import needs_reference, read_by_outputs
 from qlora_jax.training.run_mesh import rows_of_batch
 from qlora_jax.training.session import Inputs, weights_of
 from qlora_jax.training.step import evaluation_outputs
@@ -98,7 +98,9 @@ def _program_bytes(config: Config, inputs: Inputs, gradients: CompiledGradients)
 def _batch(config: Config, inputs: Inputs, mesh: Mesh | None) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the arrays of the pass's longest batch, [B, T] and [B, S]."""
     shape = (1, rows_of_batch(config, mesh), max(inputs.dataset.eval_buckets))
-    arrays = abstract_batch(shape, inputs.objective, branching=inputs.dataset.branching)
+    arrays = read_by_outputs(
+        abstract_batch(shape, inputs.objective, branching=inputs.dataset.branching), inputs.objective
+    )
     sharding = None if mesh is None else NamedSharding(mesh, P(ROWS))
     return {
         name: jax.ShapeDtypeStruct(array.shape[1:], array.dtype, sharding=sharding) for name, array in arrays.items()
