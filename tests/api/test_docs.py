@@ -58,7 +58,10 @@ def test_the_training_loop_of_the_page_gives_rows_with_branches_their_mask(tmp_p
     (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     scope: dict[str, Any] = {}
     with jax.numpy_dtype_promotion("standard"):
-        exec(next(example for example in examples(PYTHON_PAGE) if "q.prepare_data" in example), scope)
+        loop = next(example for example in examples(PYTHON_PAGE) if "q.prepare_data" in example)
+        in_f32 = loop.replace('SmolLM2-135M-Instruct")', 'SmolLM2-135M-Instruct", compute_dtype="float32")')
+        assert in_f32 != loop
+        exec(in_f32, scope)
     batch = scope["batch"].arrays()
     assert scope["data"].branching and (batch["parents"] != batch["segments"]).any()
     parts = partition(scope["trained"])
@@ -67,7 +70,7 @@ def test_the_training_loop_of_the_page_gives_rows_with_branches_their_mask(tmp_p
     value, found = jax.jit(jax.value_and_grad(scope["loss"]))(scope["lora"], scope["frozen"], micro)
     np.testing.assert_allclose(value, loss.total / loss.count, rtol=1e-5)
     for ours, theirs in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
-        np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-2 * np.abs(ours).max())  # bf16
+        np.testing.assert_allclose(theirs, ours, rtol=0, atol=1e-4 * np.abs(ours).max())
 
 
 def test_every_public_name_is_on_the_page():
