@@ -3,9 +3,7 @@
 Dimension key: M rows, N out, K in, L layers.
 """
 
-import functools
 import importlib
-import operator
 from collections.abc import Callable, Iterator
 
 import jax
@@ -16,6 +14,7 @@ from pallas_kernels.devices import Device, target_device
 from pallas_kernels.formats.layouts import LAYOUTS, layout_problem
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES
+from pallas_kernels.frozen_product import frozen_product, operand_problems
 from pallas_kernels.native.library import problem as native_problem
 from pallas_kernels.nf4_matmul import cpu, reference
 from pallas_kernels.nf4_matmul.dispatch import (
@@ -29,8 +28,6 @@ from pallas_kernels.nf4_matmul.dispatch import (
 )
 from pallas_kernels.nf4_matmul.mosaic.capabilities import AMPERE, HOPPER, SKINNY
 from pallas_kernels.nf4_matmul.mosaic.installation import problem as mosaic_problem
-
-DTYPES = ("bfloat16", "float16", "float32")
 
 
 def _kernel(module: str, direction: Direction) -> Callable[..., jax.Array]:
@@ -90,7 +87,7 @@ def nf4_matmul(
     if problems := list(call_problems(x, weights, layer, implementation)):
         raise ValueError("nf4_matmul: " + "; ".join(problems))
     x_MK = x.reshape(-1, x.shape[-1])
-    y_MN = _nf4_matmul(x_MK, weights, layer, implementation)
+    y_MN = _PRODUCT.apply(x_MK, weights, layer, implementation)
     return y_MN.reshape(*x.shape[:-1], y_MN.shape[-1])
 
 
@@ -109,27 +106,10 @@ def call_problems(
     x: jax.Array | np.ndarray, weights: QTensor, layer: Layer, implementation: str | None = None
 ) -> Iterator[str]:
     """Yields every reason why nf4_matmul raises ValueError."""
-    if x.ndim == 0:
-        yield "x is a scalar, expected at least one axis, of length K"
-    if str(x.dtype) not in DTYPES:
-        yield f"x has dtype {x.dtype}, expected one of {', '.join(DTYPES)}"
-    if len(weights.shape) != 2:
-        yield f"weights have shape {weights.shape}, expected a matrix (N, K)"
-    elif x.ndim and x.shape[-1] != weights.shape[1]:
-        yield f"x has K={x.shape[-1]} as its last axis, the weight {weights.shape} (N, K) has K={weights.shape[1]}"
-    yield from _layer_problems(weights.stack_shape, layer)
+    yield from operand_problems(x, weights.shape, weights.stack_shape, layer)
     yield from _weights_problems(weights)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
-
-
-def _layer_problems(stack_shape: tuple[int, ...], layer: Layer) -> Iterator[str]:
-    if len(stack_shape) != (layer is not None):
-        wanted = "one leading axis of layers" if layer is not None else "no leading axes"
-        yield f"{layer=} requires weights with {wanted}, found {stack_shape=}"
-    elif layer is not None and not isinstance(layer, jax.Array) and not 0 <= operator.index(layer) < stack_shape[0]:
-        # An index out of range would silently be clamped to another layer's weight.
-        yield f"{layer=} is out of range for a stack of {stack_shape[0]} layers"
 
 
 def _weights_problems(weights: QTensor) -> Iterator[str]:
@@ -153,13 +133,6 @@ def _weights_problems(weights: QTensor) -> Iterator[str]:
             yield f"{name} {list(found)}: layout {weights.layout!r} of {weights.shape} (N, K) has shape {list(wanted)}"
 
 
-def product(
-    direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None = None
-) -> jax.Array:
-    """Computes one direction of the op, unchecked: [M, K] -> [M, N] forward, [M, N] -> [M, K] backward."""
-    return _mappable(direction, implementation)(rows, weights, layer)
-
-
 def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, implementation: str | None):
     device = target_device()
     call = Call.of(direction, rows.shape[0], rows.dtype, weights)
@@ -170,43 +143,5 @@ def _run(direction: Direction, rows: jax.Array, weights: QTensor, layer: Layer, 
     return getattr(IMPLEMENTATIONS[choice.name], direction)(rows, weights, layer)
 
 
-@functools.cache
-def _mappable(direction: Direction, implementation: str | None) -> Callable[..., jax.Array]:
-    """Returns `_run` with a rule for vmap: an axis of only the rows is folded into them; others run in sequence."""
-
-    @jax.custom_batching.custom_vmap
-    def mapped_product(rows, weights, layer):
-        return _run(direction, rows, weights, layer, implementation)
-
-    @mapped_product.def_vmap
-    def _(size, mapped, rows, weights, layer):
-        if any(jax.tree.leaves(mapped[1:])):
-
-            def one(at):
-                return mapped_product(
-                    *jax.tree.map(lambda leaf, is_mapped: leaf[at] if is_mapped else leaf, given, tuple(mapped))
-                )
-
-            given = (rows, weights, layer)
-            return jax.lax.map(one, jax.numpy.arange(size)), True
-        folded = mapped_product(rows.reshape(-1, rows.shape[-1]), weights, layer)
-        return folded.reshape(*rows.shape[:-1], folded.shape[-1]), True
-
-    return mapped_product
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _nf4_matmul(x_MK: jax.Array, weights: QTensor, layer: Layer, implementation: str | None) -> jax.Array:
-    return product("forward", x_MK, weights, layer, implementation)
-
-
-def _forward(x_MK, weights, layer, implementation):
-    return product("forward", x_MK, weights, layer, implementation), (weights, layer)
-
-
-def _backward(implementation, residuals, dy_MN):
-    weights, layer = residuals
-    return product("backward", dy_MN, weights, layer, implementation), None, None
-
-
-_nf4_matmul.defvjp(_forward, _backward)
+_PRODUCT = frozen_product(_run)
+product = _PRODUCT.one_way  # unchecked: (direction, rows, weights, layer)

@@ -6,18 +6,15 @@ N out, K in.
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 from jax.typing import DTypeLike
-from jaxtyping import Array, Int
 
 from pallas_kernels.devices import Device
 from pallas_kernels.formats.qtensor import QTensor
+from pallas_kernels.frozen_product import Direction, Layer
 
-Layer = Int[Array, ""] | int | None
-
-Direction = Literal["forward", "backward"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
 
 

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import frozen_product
 from pallas_kernels.nf4_matmul import api, nf4_matmul, reference
 from pallas_kernels.nf4_matmul.dispatch import Capabilities, Implementation
 from tests.pallas_kernels.nf4_matmul.contract import weight
@@ -26,9 +27,9 @@ def seen(monkeypatch):
 
     spy = Implementation(record(reference.forward), record(reference.backward), Capabilities(rows=(1, 64)))
     monkeypatch.setitem(api.IMPLEMENTATIONS, "spy", spy)
-    api._mappable.cache_clear()
+    frozen_product._mappable.cache_clear()
     yield shapes
-    api._mappable.cache_clear()
+    frozen_product._mappable.cache_clear()
 
 
 def rows(*shape):

@@ -1,0 +1,57 @@
+"""Tests GgmlTensor: every block format equals the gguf package's dequantization, to the bit."""
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from pallas_kernels.formats.ggml_blocks import BLOCK_FORMATS, row_bytes
+from pallas_kernels.formats.ggml_tensor import GgmlTensor, dequantize_ggml, finite_scales
+from tests.ggml_codes import random_ggml
+
+LAYERS, N, K = 2, 6, 512
+
+
+def stack_of(ggml_type: str) -> GgmlTensor:
+    return random_ggml(ggml_type, (LAYERS,), (N, K))
+
+
+@pytest.mark.parametrize("ggml_type", BLOCK_FORMATS)
+def test_equals_gguf_to_the_bit(ggml_type):
+    stack = stack_of(ggml_type)
+    rows = np.asarray(stack.codes).reshape(LAYERS * N, -1)
+    expected = gguf.quants.dequantize(rows, GGMLQuantizationType[ggml_type]).reshape(LAYERS, N, K)
+    found = np.asarray(jax.jit(dequantize_ggml)(stack))
+    np.testing.assert_array_equal(found.view(np.uint32), expected.view(np.uint32))
+    assert len(np.unique(expected)) > 16
+
+
+def test_sizes_are_those_of_gguf():
+    for name, block in BLOCK_FORMATS.items():
+        assert GGML_QUANT_SIZES[GGMLQuantizationType[name]] == (block.weights, block.nbytes)
+
+
+def test_one_layer_and_another_dtype():
+    stack = stack_of("Q4_1")
+    assert (stack.stack_shape, stack.nbytes) == ((LAYERS,), LAYERS * N * row_bytes("Q4_1", K))
+    one = jax.jit(lambda stack, index: dequantize_ggml(stack.layer(index), jnp.bfloat16))(stack, 1)
+    np.testing.assert_array_equal(one, dequantize_ggml(stack)[1].astype(jnp.bfloat16))
+
+
+def test_rows_must_be_whole_blocks():
+    with pytest.raises(ValueError, match="found 576 columns, expected a multiple of 256"):
+        row_bytes("Q4_K", 576)
+
+
+@pytest.mark.parametrize("ggml_type", BLOCK_FORMATS)
+def test_a_scale_that_is_not_finite_is_found(ggml_type):
+    codes = np.array(stack_of(ggml_type).codes)
+    assert finite_scales(codes, ggml_type)
+    block = BLOCK_FORMATS[ggml_type]
+    for offset in block.halves or (0,):
+        damaged = codes.copy()
+        blocks = damaged.reshape(-1, block.nbytes)
+        blocks[3, offset : offset + 2] = (0xFF, 0x7F)
+        assert not finite_scales(damaged, ggml_type)
