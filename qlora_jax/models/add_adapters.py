@@ -125,7 +125,7 @@ def _train_biases(model: CausalLM, spec: LoraArgs, key: jax.Array) -> None:
         if name in chosen:
             make_bias_trainable(linear)
     for name, norm in norms(model):
-        if name in chosen and isinstance(norm, LayerNorm):
+        if name in chosen and isinstance(norm, LayerNorm) and norm.bias is not None:
             norm.make_bias_trainable()
 
 

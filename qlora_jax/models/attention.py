@@ -50,6 +50,7 @@ class Positions:
       segments_BT: id of the text of each token; None if each row is one text, or has `spans`.
       spans: positions that each token sees, if rows have branches.
       cos, sin: rotation of each position, [B, T, J], or [R, B, T, J] if layers differ.
+      query_scale_BT: factor of the queries of each position; None: 1.
     """
 
     index_BT: jax.Array
@@ -57,6 +58,7 @@ class Positions:
     spans: Spans | None
     cos: jax.Array
     sin: jax.Array
+    query_scale_BT: jax.Array | None = None
 
     @classmethod
     def of(
@@ -71,7 +73,8 @@ class Positions:
         kinds = list(dict.fromkeys(config.ropes)) or [config.rope]
         each = [_rotations(rope, config, index_BT, length) for rope in kinds]
         cos, sin = each[0] if len(each) == 1 else (jnp.stack(x) for x in zip(*each, strict=True))
-        return cls(index_BT, segments_BT, spans, cos, sin)
+        growth = config.query_position_scale
+        return cls(index_BT, segments_BT, spans, cos, sin, None if growth is None else growth.factors(index_BT))
 
     def kind_of(self, config: ModelConfig, layer: jax.Array) -> jax.Array | None:
         """Returns the index of a layer's rotation, or None if all layers share one."""
@@ -152,7 +155,10 @@ class Attention(nnx.Module):
             wide = x_BTNH if self.config.qk_norm == "head" else x_BTNH.reshape(*x_BTNH.shape[:2], -1)
             x_BTNH = getattr(self, norm)(wide, layer).reshape(x_BTNH.shape)
         with jax.named_scope("rope"):
-            x_BTNH = rotate(x_BTNH, positions.cos, positions.sin, positions.kind_of(self.config, layer))
+            kind = positions.kind_of(self.config, layer)
+            x_BTNH = rotate(x_BTNH, positions.cos, positions.sin, kind, self.config.rope_interleaved)
+            if norm == "q_norm" and positions.query_scale_BT is not None:
+                x_BTNH *= positions.query_scale_BT[:, :, None, None].astype(x_BTNH.dtype)
         return checkpoint_name(x_BTNH, kept_as) if self.config.qk_norm is None else x_BTNH
 
 

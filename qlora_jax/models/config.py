@@ -3,7 +3,7 @@
 import dataclasses
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
-from qlora_jax.nn.rope import LENGTH_DEPENDENT, Rope
+from qlora_jax.nn.rope import LENGTH_DEPENDENT, QueryPositionScale, Rope
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,18 @@ class ModelConfig:
       qkv_bias, o_bias, mlp_bias: True if these projections add a bias.
       max_positions: longest sequence of pretraining.
       layout: a key of NORM_PLACEMENTS.
-      norm: "rms", or "layer" (with a bias).
+      norm: "rms", "layer" (with a bias), or "layer without bias".
       norm_offset: added to the weight of every norm.
       qk_norm: norm of queries and keys before rotation: of each "head", or over the whole "width"; None: no norm.
       windows: per layer, the number of positions that a query sees; None: all. Empty: no layer has a window.
       ropes: per layer, its rotary embedding; None: no rotation. Empty: all layers have `rope`.
+      rope_interleaved: True if rotary pairs are neighbouring dimensions; False: they are half the rotated ones apart.
       query_scale: factor of the scores; None: H^-1/2.
+      query_position_scale: factor of queries that grows with their position; None: 1.
       attention_softcap, head_softcap: c of c tanh(x / c) on scores and on logits; None: no cap.
       embed_scale: factor of the embedding's result; None: 1.
+      residual_scale: factor of the results of attention and MLP that are added to the residual stream; None: 1.
+      logit_scale: factor of the logits, before their cap; None: 1.
       activation: a key of nn.mlp.ACTIVATIONS.
       gated: True for an MLP down(act(gate(x)) * up(x)), False for down(act(up(x))).
       fused_qkv: order of one fused projection: "parts" (all queries, all keys, all values) or "heads" (query, key and
@@ -104,10 +108,14 @@ class ModelConfig:
     qk_norm: str | None = _feature(None)
     windows: tuple[int | None, ...] = _feature(())
     ropes: tuple[Rope | None, ...] = _feature(())
+    rope_interleaved: bool = _feature(False)
     query_scale: float | None = _feature(None)
+    query_position_scale: QueryPositionScale | None = _feature(None)
     attention_softcap: float | None = _feature(None)
     head_softcap: float | None = _feature(None)
     embed_scale: float | None = _feature(None)
+    residual_scale: float | None = _feature(None)
+    logit_scale: float | None = _feature(None)
     activation: str = _feature("silu")
     gated: bool = _feature(True)
     fused_qkv: str | None = _feature(None)

@@ -64,9 +64,14 @@ AnyHead = Head | ShardedHead | HeadWithRows | TrainableHead
 
 def _norm(config: ModelConfig, shape: tuple[int, ...], dtype: str) -> RMSNorm | LayerNorm:
     ones = jnp.ones(shape, dtype)
-    if config.norm == "layer":
-        return LayerNorm(ones, jnp.zeros_like(ones), config.norm_eps)
-    return RMSNorm(ones, config.norm_eps, config.norm_offset)
+    if config.norm == "rms":
+        return RMSNorm(ones, config.norm_eps, config.norm_offset)
+    return LayerNorm(ones, jnp.zeros_like(ones) if config.norm == "layer" else None, config.norm_eps)
+
+
+def _scaled(x_MD: jax.Array, scale: float | None) -> jax.Array:
+    """Returns scale x, computed in f32."""
+    return x_MD if scale is None else (x_MD.astype(jnp.float32) * scale).astype(x_MD.dtype)
 
 
 class MLP(nnx.Module):
@@ -121,19 +126,20 @@ class Block(nnx.Module):
         self.self_attn = Attention(*attention, config)
         self.mlp = MLP(group("mlp.", shapes, linear), config)
         self.layout = NORM_PLACEMENTS[config.layout]
+        self.residual_scale = config.residual_scale
 
     def __call__(self, x_MD, positions: Positions, layer, keys_B, cache: KVCache | None):
-        layout = self.layout
+        layout, scale = self.layout, self.residual_scale
         to_attention_MD = self._normed(layout.before_attention, x_MD, layer)
         attended_MD, cache = self.self_attn(to_attention_MD, positions, layer, keys_B, cache)
-        attended_MD = self._normed(layout.after_attention, attended_MD, layer, "attention_normed")
+        attended_MD = _scaled(self._normed(layout.after_attention, attended_MD, layer, "attention_normed"), scale)
         if layout.parallel:
             shared = layout.before_mlp == layout.before_attention
             to_mlp_MD = to_attention_MD if shared else self._normed(layout.before_mlp, x_MD, layer)
-            return x_MD + attended_MD + self.mlp(to_mlp_MD, layer, keys_B), cache
+            return x_MD + attended_MD + _scaled(self.mlp(to_mlp_MD, layer, keys_B), scale), cache
         x_MD = checkpoint_name(x_MD + attended_MD, "attention_residual")
         given_MD = self.mlp(self._normed(layout.before_mlp, x_MD, layer), layer, keys_B)
-        return x_MD + self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), cache
+        return x_MD + _scaled(self._normed(layout.after_mlp, given_MD, layer, "mlp_normed"), scale), cache
 
     def _normed(self, norm: str | None, x_MD: jax.Array, layer: jax.Array, kept_as: str | None = None) -> jax.Array:
         """Returns norm(x), or x if `norm` is None; `kept_as` names x for remat policies."""
@@ -190,17 +196,17 @@ class Embedding(nnx.Module):
         ids = () if self.adapter is None else self.adapter.ids
         return max(len(self.weight[...]), *(number + 1 for number in ids), 0)
 
-    def head(self, softcap: float | None) -> AnyHead:
+    def head(self, softcap: float | None, scale: float | None) -> AnyHead:
         """Returns the language model head with this table as its weight."""
         weight_VD, bias_V = self.weight.get_value(), None if self.bias is None else self.bias.get_value()
         if isinstance(weight_VD, Shard):
             assert self.adapter is None, "tables of which rows train are whole on every device"
-            return ShardedHead(weight_VD, bias_V, softcap)
-        frozen = Head(weight_VD, bias_V, softcap)
+            return ShardedHead(weight_VD, bias_V, softcap, scale)
+        frozen = Head(weight_VD, bias_V, softcap, scale=scale)
         if self.adapter is None:
             return frozen
         if isinstance(self.adapter, TrainableTable):
-            return TrainableHead(self.adapter.weight[...], softcap)
+            return TrainableHead(self.adapter.weight[...], softcap, scale)
         bias_N = None if self.adapter.bias is None else self.adapter.bias[...]
         return HeadWithRows.of(frozen, self.adapter.rows[...], bias_N, self.adapter.ids)
 
@@ -301,7 +307,7 @@ class CausalLM(nnx.Module):
                 "generate tokens"
             )
         table = self.model.embed_tokens if self.config.tie_embeddings else self.lm_head
-        return table.head(self.config.head_softcap)
+        return table.head(self.config.head_softcap, self.config.logit_scale)
 
     def hidden(
         self,

@@ -20,19 +20,21 @@ from qlora_jax.nn.new_token_rows import one_hot_ids, row_logits
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Head:
-    """A frozen head: softcap tanh((hidden weight^T + bias) / softcap), where bias and softcap are optional.
+    """A frozen head: softcap tanh(scale (hidden weight^T + bias) / softcap); scale, bias and softcap are optional.
 
     Attributes:
       weight_VD: [V, D]; nn.lm_head_tiles reads it in tiles of rows.
       bias_V: [V], or None.
       softcap: cap of the logits, or None.
       masked_V: bool [V], rows that trainable rows replace, with logits of -inf; None: no row.
+      scale: factor of the logits, or None.
     """
 
     weight_VD: Leaf
     bias_V: Leaf = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
     masked_V: Leaf = None
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Returns the logits in f32."""
@@ -43,14 +45,16 @@ class Head:
         return logits_MV if self.masked_V is None else jnp.where(self.masked_V[None], -jnp.inf, logits_MV)
 
     def capped(self, logits: Float[Array, "..."]) -> Float[Array, "..."]:
-        """Returns softcap tanh(logits / softcap), or the logits unchanged without a softcap."""
+        """Returns softcap tanh(scale logits / softcap), without the scale or the softcap if the head has none."""
+        logits = logits if self.scale is None else logits * self.scale
         return logits if self.softcap is None else self.softcap * jnp.tanh(logits / self.softcap)
 
     def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."] | None:
-        """Returns d capped / d uncapped at these capped logits, or None without a softcap."""
+        """Returns d capped / d uncapped at these capped logits, or None without a scale and a softcap."""
         if self.softcap is None:
-            return None
+            return None if self.scale is None else jnp.full_like(logits, self.scale)
         slope = 1 - jnp.square(logits / self.softcap)
+        slope = slope if self.scale is None else slope * self.scale
         return slope if self.masked_V is None else jnp.where(jnp.isneginf(logits), 0.0, slope)
 
     def token_rows(self, tokens_C: Int[Array, " C"]) -> Float[Array, "C D"]:
@@ -60,7 +64,7 @@ class Head:
     def rows(self, cut: Callable[[jax.Array], jax.Array]) -> "Head":
         """Returns a head with a part of the rows."""
         bias_V, masked_V = (None if x is None else cut(x) for x in (self.bias_V, self.masked_V))
-        return Head(cut(self.weight_VD), bias_V, self.softcap, masked_V)
+        return dataclasses.replace(self, weight_VD=cut(self.weight_VD), bias_V=bias_V, masked_V=masked_V)
 
 
 @jax.tree_util.register_dataclass
@@ -115,10 +119,11 @@ class TrainableHead:
 
     weight_VD: Leaf
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     def cast(self, dtype: DTypeLike) -> Head:
         """Returns the head in the compute dtype, as a frozen head."""
-        return Head(self.weight_VD.astype(dtype), None, self.softcap)
+        return Head(self.weight_VD.astype(dtype), None, self.softcap, scale=self.scale)
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:
         """Returns the logits in f32."""

@@ -5,8 +5,8 @@ multiplied by the tile itself. So one pass gives log-sum-exp and the gradient of
 
   nll = log sum_v exp(l_v) - l_target,    d nll / d hidden = (sum_v exp(l_v) w_v) / (sum_v exp(l_v)) - w_target
 
-A head may add a bias, and cap its logits: l = c tanh(z / c). Each w_v is then multiplied by its slope
-dl_v / dz_v = 1 - (l_v / c)^2.
+A head may add a bias, scale its logits, and cap them: l = c tanh(s z / c). Each w_v is then multiplied by its slope
+dl_v / dz_v = s (1 - (l_v / c)^2).
 
 If the head's rows are cut over devices, nn.sharded_vocabulary adds up the sums of all.
 
@@ -15,6 +15,8 @@ rows. Autodiff adds the few trainable rows to them.
 
 Dimension key: M tokens, D embed, V vocab, N trainable rows, C tokens of a chunk.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -132,7 +134,7 @@ def _whole_backward(residuals, d_nll_M):
     (d_hidden_MD, *_) = _sums_backward((frozen, targets_M, target_M, mean_MD), (d_nll_M, -d_nll_M))
     with jax.named_scope("whole_head"):
         d_VD = _by_head(hidden_MD, frozen, targets_M, lse_M, d_nll_M)
-    return d_hidden_MD, TrainableHead(d_VD.astype(head.weight_VD.dtype), head.softcap), None, None
+    return d_hidden_MD, dataclasses.replace(head, weight_VD=d_VD.astype(head.weight_VD.dtype)), None, None
 
 
 def _by_head(hidden_MD, head: Head, targets_M, lse_M, d_nll_M) -> Float[Array, "V D"]:

@@ -51,12 +51,16 @@ def _rms_backward(eps, offset, residuals, dy):
 rms_norm.defvjp(_rms_forward, _rms_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(
-    x: Float[Array, "... D"], weight_D: Float[Array, " D"], bias_D: Float[Array, " D"], eps: float
+    x: Float[Array, "... D"], weight_D: Float[Array, " D"], bias_D: Float[Array, " D"] | None, eps: float
 ) -> Float[Array, "... D"]:
-    """Returns weight * (x - mean(x)) / sqrt(var(x) + eps) + bias in x's dtype, computed in f32."""
-    return _layer_forward(x, weight_D, bias_D, eps)[0]
+    """Returns weight * (x - mean(x)) / sqrt(var(x) + eps) + bias in x's dtype, computed in f32; None: no bias."""
+    return _layer_norm(x, weight_D, bias_D, eps, bias_D is not None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _layer_norm(x, weight_D, bias_D, eps, has_bias):
+    return _layer_forward(x, weight_D, bias_D, eps, has_bias)[0]
 
 
 def _by_variance(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
@@ -64,13 +68,14 @@ def _by_variance(x: jax.Array, eps: float) -> tuple[jax.Array, jax.Array]:
     return _by_rms(x32 - jnp.mean(x32, axis=-1, keepdims=True), eps)
 
 
-def _layer_forward(x, weight_D, bias_D, eps):
+def _layer_forward(x, weight_D, bias_D, eps, has_bias):
     normalized, _ = _by_variance(x, eps)
-    y = normalized * _scale(weight_D, x.ndim) + _scale(bias_D, x.ndim)
+    y = normalized * _scale(weight_D, x.ndim)
+    y = y + _scale(bias_D, x.ndim) if has_bias else y
     return y.astype(x.dtype), (x, weight_D)
 
 
-def _layer_backward(eps, residuals, dy):
+def _layer_backward(eps, has_bias, residuals, dy):
     x, weight_D = residuals
     normalized, rstd = _by_variance(x, eps)
     dy32 = dy.astype(jnp.float32)
@@ -78,11 +83,12 @@ def _layer_backward(eps, residuals, dy):
     along = normalized * jnp.mean(d_normalized * normalized, axis=-1, keepdims=True)
     dx = rstd * (d_normalized - jnp.mean(d_normalized, axis=-1, keepdims=True) - along)
     leading = tuple(range(x.ndim - 1))
-    d_weight, d_bias = jnp.sum(dy32 * normalized, axis=leading), jnp.sum(dy32, axis=leading)
-    return dx.astype(x.dtype), d_weight.astype(weight_D.dtype), d_bias.astype(weight_D.dtype)
+    d_weight = jnp.sum(dy32 * normalized, axis=leading).astype(weight_D.dtype)
+    d_bias = jnp.sum(dy32, axis=leading).astype(weight_D.dtype) if has_bias else None
+    return dx.astype(x.dtype), d_weight, d_bias
 
 
-layer_norm.defvjp(_layer_forward, _layer_backward)
+_layer_norm.defvjp(_layer_forward, _layer_backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -151,29 +157,33 @@ class RMSNorm(nnx.Module):
 
 
 class LayerNorm(nnx.Module):
-    """`layer_norm` with frozen weight and bias: [D], or [L, D] for stacked layers."""
+    """`layer_norm` with frozen weight and optional bias: [D], or [L, D] for stacked layers."""
 
-    def __init__(self, weight: Float[Array, "*L D"], bias: Float[Array, "*L D"], eps: float):
-        self.weight, self.bias = Frozen(weight), Frozen(bias)
+    def __init__(self, weight: Float[Array, "*L D"], bias: Float[Array, "*L D"] | None, eps: float):
+        self.weight = Frozen(weight)
+        self.bias = None if bias is None else Frozen(bias)
         self.eps = eps
         self.adapter: TrainableNorm | None = nnx.data(None)  # data: it may be set later
 
     def make_trainable(self) -> None:
         """Replaces the frozen weight and bias by trainable copies."""
-        self.adapter = TrainableNorm(*(leaf[...].astype(jnp.float32) for leaf in (self.weight, self.bias)))
-        self.weight, self.bias = (Frozen(leaf[...][:0]) for leaf in (self.weight, self.bias))
+        bias = None if self.bias is None else self.bias[...].astype(jnp.float32)
+        self.adapter = TrainableNorm(self.weight[...].astype(jnp.float32), bias)
+        self.weight = Frozen(self.weight[...][:0])
+        self.bias = None if self.bias is None else Frozen(self.bias[...][:0])
 
     def make_bias_trainable(self) -> None:
         """Replaces the frozen bias by a trainable copy."""
+        assert self.bias is not None
         self.adapter = TrainableNorm(None, self.bias[...].astype(jnp.float32))
         self.bias = Frozen(self.bias[...][:0])
 
     def __call__(self, x: Float[Array, "... D"], layer: jax.Array | None = None) -> Float[Array, "... D"]:
         if self.adapter is None:
-            weight, bias = select_layer(self.weight[...], layer), select_layer(self.bias[...], layer)
+            weight = select_layer(self.weight[...], layer)
+            bias = None if self.bias is None else select_layer(self.bias[...], layer)
         else:
             weight, bias = self.adapter.leaves(x.dtype)
-            assert bias is not None
             if weight is None:  # in f32, because the bias's gradient has the weight's dtype
                 weight = select_layer(self.weight[...], layer).astype(jnp.float32)
         with jax.named_scope("norm"):

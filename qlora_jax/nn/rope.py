@@ -1,9 +1,12 @@
-"""Rotary position embedding (Su et al., 2021) in Hugging Face's half-split convention, and its published scalings.
+"""Rotary position embedding (Su et al., 2021), and its published scalings.
+
+The two dimensions of a rotary pair are half the rotated dimensions apart, as in a Llama, or neighbours.
 
 Dimension key: B batch, T positions, N heads, H head_dim, J = dim / 2 frequencies (H / 2 unless rotation is partial).
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 
@@ -52,6 +55,19 @@ class Rope:
     dim: int
     max_positions: int
     scaling: RopeScaling = RopeScaling()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QueryPositionScale:
+    """A factor of queries that grows with their position p: 1 + beta log(1 + floor(p / period))."""
+
+    beta: float
+    period: int
+
+    def factors(self, positions: Int[Array, "*B T"]) -> Float[Array, "*B T"]:
+        """Returns the factor of each position, in f32."""
+        periods = jnp.floor(positions.astype(jnp.float32) / self.period)
+        return 1 + self.beta * jnp.log(1 + periods)
 
 
 Frequencies = tuple[np.ndarray, float]  # inverse frequencies f32 [H/2], factor on cos and sin
@@ -166,44 +182,52 @@ def rotations(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-@jax.custom_vjp
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def rotate(
     x_BTNH: Float[Array, "B T N H"],
     cos: Float[Array, "*R B T J"],
     sin: Float[Array, "*R B T J"],
     kind: Int[Array, ""] | None = None,
+    interleaved: bool = False,
 ) -> Float[Array, "B T N H"]:
     """Returns (x1 cos - x2 sin, x2 cos + x1 sin, rest) in x's dtype.
 
-    x1 is the first J features of each head, x2 the next J; a partial rotation leaves the rest unchanged. Differentiable
-    in x alone: dx is dy rotated back.
+    x1 is the first J features of each head, x2 the next J. If interleaved, x1 has the even ones of the first 2 J
+    features, x2 the odd ones. A partial rotation leaves the rest unchanged. Differentiable in x alone: dx is dy rotated
+    back.
 
     Args:
       kind: index of the rotation if there are R of them. The backward pass saves the index, not the selected rotation.
+      interleaved: True if rotary pairs are neighbours.
     """
-    return _turn(x_BTNH, cos, sin, kind)
+    return _turn(x_BTNH, cos, sin, kind, interleaved)
 
 
-def _turn(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | None) -> jax.Array:
+def _turn(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array, kind: jax.Array | None, interleaved: bool) -> jax.Array:
     if kind is not None:
         cos, sin = (jax.lax.dynamic_index_in_dim(x, kind, keepdims=False) for x in (cos, sin))
     half = cos.shape[-1]
-    x1, x2 = x_BTNH[..., :half].astype(jnp.float32), x_BTNH[..., half : 2 * half].astype(jnp.float32)
+    halves = slice(0, 2 * half, 2), slice(1, 2 * half, 2)
+    if not interleaved:
+        halves = slice(0, half), slice(half, 2 * half)
+    x1, x2 = (x_BTNH[..., part].astype(jnp.float32) for part in halves)
     cos, sin = cos[:, :, None], sin[:, :, None]
     turned = [x1 * cos - x2 * sin, x2 * cos + x1 * sin]
     # Cast before the concatenation, which XLA does not fuse, so that it copies half as many bytes.
     parts = [part.astype(x_BTNH.dtype) for part in turned]
+    if interleaved:
+        parts = [jnp.stack(parts, axis=-1).reshape(*x_BTNH.shape[:-1], 2 * half)]
     rest = [x_BTNH[..., 2 * half :]] if 2 * half < x_BTNH.shape[-1] else []
     return jnp.concatenate(parts + rest, axis=-1)
 
 
-def _forward(x_BTNH, cos, sin, kind):
-    return _turn(x_BTNH, cos, sin, kind), (cos, sin, kind)
+def _forward(x_BTNH, cos, sin, kind, interleaved):
+    return _turn(x_BTNH, cos, sin, kind, interleaved), (cos, sin, kind)
 
 
-def _backward(residuals, dy_BTNH):
+def _backward(interleaved, residuals, dy_BTNH):
     cos, sin, kind = residuals
-    return _turn(dy_BTNH, cos, -sin, kind), None, None, None
+    return _turn(dy_BTNH, cos, -sin, kind, interleaved), None, None, None
 
 
 rotate.defvjp(_forward, _backward)

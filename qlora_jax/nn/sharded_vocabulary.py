@@ -35,11 +35,13 @@ class ShardedHead:
     weight_VD: Shard
     bias_V: Shard | None = None
     softcap: float | None = dataclasses.field(default=None, metadata={"static": True})
+    scale: float | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def own(self) -> Head:
         """The head that has this device's rows alone."""
-        return Head(self.weight_VD.part, None if self.bias_V is None else self.bias_V.part, self.softcap)
+        bias_V = None if self.bias_V is None else self.bias_V.part
+        return Head(self.weight_VD.part, bias_V, self.softcap, scale=self.scale)
 
     @property
     def shards(self) -> int:
@@ -55,7 +57,7 @@ class ShardedHead:
         return look_up(self.weight_VD, tokens_C)
 
     def slope(self, logits: Float[Array, "..."]) -> Float[Array, "..."] | None:
-        """Returns d capped / d uncapped at these capped logits, or None without a softcap."""
+        """Returns d capped / d uncapped at these capped logits, or None without a scale and a softcap."""
         return self.own.slope(logits)
 
     def logits(self, hidden_MD: Float[Array, "M D"]) -> Float[Array, "M V"]:

@@ -42,6 +42,30 @@ def test_token_nll_with_bias_and_softcap(biased, softcap, monkeypatch):
     check_vjp(lambda hidden: token_nll(hidden, Head(head, bias, softcap), targets, jnp.ones(300, bool)), plain, hidden)
 
 
+def test_token_nll_with_scaled_logits(monkeypatch):
+    """Heads that are frozen, with trainable rows, and trainable; a softcap caps scaled logits."""
+    monkeypatch.setitem(TILES, "cpu", Tile(16, 32))
+    hidden, table, rows = random_array(24, 8), random_array(48, 8), random_array(2, 8)
+    targets, everyone = jnp.arange(0, 48, 2, dtype=jnp.int32), jnp.ones(24, bool)
+
+    def plain(hidden, table, softcap):
+        logits = 0.25 * (hidden @ table.T)
+        logits = logits if softcap is None else softcap * jnp.tanh(logits / softcap)
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], 1)[:, 0]
+
+    def with_rows(hidden, rows):
+        return token_nll(hidden, HeadWithRows.of(Head(table, scale=0.25), rows, None, (2, 40)), targets, everyone)
+
+    frozen = Head(table, scale=0.25)
+    check_vjp(lambda h: token_nll(h, frozen, targets, everyone), lambda h: plain(h, table, None), hidden)
+    check_vjp(
+        lambda h, t: token_nll(h, TrainableHead(t, 1.5, 0.25), targets, everyone),
+        lambda h, t: plain(h, t, 1.5),
+        *(hidden, table),
+    )
+    check_vjp(with_rows, lambda h, r: plain(h, table.at[jnp.asarray([2, 40])].set(r), None), hidden, rows)
+
+
 def test_token_nll_of_logits_beyond_exp(monkeypatch):
     """exp(l) alone would overflow, and the first tile's largest logit is far below the second's."""
     monkeypatch.setitem(TILES, "cpu", Tile(256, 32))

@@ -27,6 +27,16 @@ def test_layer_norm():
 
     args = 3 * random_array(6, 32) + 2, random_array(32), random_array(32, seed=1)
     check_vjp(lambda x, w, b: layer_norm(x, w, b, 1e-5), plain, *args)
+    check_vjp(lambda x, w: layer_norm(x, w, None, 1e-5), lambda x, w: plain(x, w, jnp.zeros(32)), *args[:2])
+
+
+def test_a_layer_norm_without_bias_trains_its_weight():
+    norm, x = LayerNorm(random_array(2, 32), None, 1e-5), random_array(6, 32)
+    expected = norm(x, jnp.int32(1))
+    norm.make_trainable()
+    assert norm.adapter is not None and norm.adapter.bias is None
+    norm.adapter = norm.adapter.select_layer(1)
+    np.testing.assert_array_equal(norm(x), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
