@@ -20,6 +20,7 @@ from qlora_jax.nn.branching import Spans
 from qlora_jax.nn.linear import QLinear, project
 from qlora_jax.nn.norm import LayerNorm, RMSNorm
 from qlora_jax.nn.rope import Rope, rotate, rotations
+from qlora_jax.nn.variables import Frozen, select_layer
 
 
 @jax.tree_util.register_dataclass
@@ -106,9 +107,17 @@ class Attention(nnx.Module):
     qkv_proj: QLinear  # in place of the three above if fused
     o_proj: QLinear
 
-    def __init__(self, linears: dict[str, QLinear], norms: dict[str, RMSNorm | LayerNorm], config: ModelConfig):
+    def __init__(
+        self,
+        linears: dict[str, QLinear],
+        norms: dict[str, RMSNorm | LayerNorm],
+        config: ModelConfig,
+        dtype: DTypeLike,
+    ):
         for name, module in {**linears, **norms}.items():
             setattr(self, name, module)
+        heads = (config.num_layers, config.num_heads)
+        self.sinks = Frozen(jnp.zeros(heads, dtype)) if config.attention_sinks else None
         self.config = config
         self.adapter: Bottleneck | None = nnx.data(None)  # data: an adapter may be set later
 
@@ -117,16 +126,17 @@ class Attention(nnx.Module):
         q, k = self._turned("q_norm", "query", q, positions, layer), self._turned("k_norm", "key", k, positions, layer)
         length = q.shape[1] if cache is None else cache.k.shape[3]
         seen = {"window": _window(self.config, layer, length), "softcap": self.config.attention_softcap}
+        sinks_N = None if self.sinks is None else select_layer(self.sinks.get_value(), layer)
         scale = self.config.query_scale or self.config.head_dim**-0.5
         if cache is None:
             v = checkpoint_name(v, "value")
             with jax.named_scope("attention"):
                 texts = {"segments_BT": positions.segments_BT, "spans": positions.spans}
-                out_BTNH = causal_attention(q, k, v, scale, **texts, **seen)
+                out_BTNH = causal_attention(q, k, v, scale, **texts, **seen, sinks_N=sinks_N)
         else:
             cache = _write(cache, layer, k, v, positions.index_BT)
             k_BKSH, v_BKSH = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (cache.k, cache.v))
-            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen)
+            out_BTNH = cached_attention(q, k_BKSH, v_BKSH, positions.index_BT, scale, **seen, sinks_N=sinks_N)
         out_MD = out_BTNH.reshape(x_MD.shape[0], -1)
         result_MD = self.o_proj(out_MD, layer, keys_B)
         return result_MD if self.adapter is None else self.adapter(result_MD), cache

@@ -3,6 +3,7 @@
 import dataclasses
 
 from pallas_kernels.nf4_matmul.preferred_layout import preferred_layout
+from qlora_jax.nn.mlp import ClampedSwiglu, GateActivation
 from qlora_jax.nn.rope import LENGTH_DEPENDENT, QueryPositionScale, Rope
 
 
@@ -79,7 +80,9 @@ class ModelConfig:
       embed_scale: factor of the embedding's result; None: 1.
       residual_scale: factor of the results of attention and MLP that are added to the residual stream; None: 1.
       logit_scale: factor of the logits, before their cap; None: 1.
-      activation: a key of nn.mlp.ACTIVATIONS.
+      attention_sinks: True if each query head has a logit that takes part in its softmax and has no value.
+      activation: a key of nn.mlp.ACTIVATIONS, or "clamped_swiglu" with `swiglu_alpha` and `swiglu_limit`.
+      swiglu_alpha, swiglu_limit: numbers of nn.mlp.ClampedSwiglu.
       gated: True for an MLP down(act(gate(x)) * up(x)), False for down(act(up(x))).
       fused_qkv: order of one fused projection: "parts" (all queries, all keys, all values) or "heads" (query, key and
         value of the first head, of the second, ...); None: three projections.
@@ -116,7 +119,10 @@ class ModelConfig:
     embed_scale: float | None = _feature(None)
     residual_scale: float | None = _feature(None)
     logit_scale: float | None = _feature(None)
+    attention_sinks: bool = _feature(False)
     activation: str = _feature("silu")
+    swiglu_alpha: float | None = _feature(None)
+    swiglu_limit: float | None = _feature(None)
     gated: bool = _feature(True)
     fused_qkv: str | None = _feature(None)
     fused_gate_up: bool = _feature(False)
@@ -157,6 +163,14 @@ class ModelConfig:
         return self.attention_softcap is None and len(set(self.visible_counts(length))) == 1
 
     @property
+    def gate_activation(self) -> GateActivation:
+        """The activation of a gated MLP, for `nn.mlp.gated_activation`."""
+        if self.activation != "clamped_swiglu":
+            return self.activation
+        assert self.swiglu_alpha is not None and self.swiglu_limit is not None, "clamped_swiglu has both numbers"
+        return ClampedSwiglu(self.swiglu_alpha, self.swiglu_limit)
+
+    @property
     def rotations_depend_on_length(self) -> bool:
         """True if the rotation of a position depends on the length of its row."""
         kinds = {rope.scaling.kind for rope in (self.rope, *self.ropes) if rope is not None}
@@ -165,10 +179,11 @@ class ModelConfig:
     def parameters(self) -> int:
         """Returns the number of parameters of the base."""
         norm_leaves = 2 if self.norm == "layer" else 1
+        sinks = self.num_layers * self.num_heads * self.attention_sinks
         linear = sum(n * k + n * has_bias for (n, k), has_bias in self.linear_shapes().values())
         norms = norm_leaves * (self.num_layers * sum(self.norm_widths().values()) + self.embed_dim)
         tables = (1 if self.tie_embeddings else 2) * self.vocab_size * self.embed_dim
-        return self.num_layers * linear + norms + tables + self.head_bias * self.vocab_size
+        return self.num_layers * linear + sinks + norms + tables + self.head_bias * self.vocab_size
 
     def hugging_face_name(self, name: str) -> str:
         """Returns the Hugging Face name of `model.layers.mlp.up_proj`, with or without the layer's index."""

@@ -103,7 +103,7 @@ class MLP(nnx.Module):
             gate_MF, up_MF = project([self.gate_proj, self.up_proj], x_MD, layer, keys_B)
         gate_MF, up_MF = checkpoint_name(gate_MF, "mlp_gate"), checkpoint_name(up_MF, "mlp_up")
         with jax.named_scope("swiglu"):
-            return gated_activation(gate_MF, up_MF, config.activation)
+            return gated_activation(gate_MF, up_MF, config.gate_activation)
 
 
 class Block(nnx.Module):
@@ -123,7 +123,7 @@ class Block(nnx.Module):
         for name in NORM_PLACEMENTS[config.layout].norms:
             setattr(self, name, norm(name))
         attention = group("self_attn.", shapes, linear), group("self_attn.", widths, norm)
-        self.self_attn = Attention(*attention, config)
+        self.self_attn = Attention(*attention, config, weights.dtype)
         self.mlp = MLP(group("mlp.", shapes, linear), config)
         self.layout = NORM_PLACEMENTS[config.layout]
         self.residual_scale = config.residual_scale

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.devices import target_device
 from qlora_jax.nn import attention_cpu
+from qlora_jax.nn.attention_sinks import add_sinks, sinks_gradient, softmax_with_sinks
 from qlora_jax.nn.attention_tiles import AttentionMask, Tiling
 from qlora_jax.nn.branching import BranchingMask, Spans
 from qlora_jax.nn.matmul import dot_nn, dot_nt, dot_tn
@@ -40,6 +41,7 @@ def causal_attention(
     segments_BT: Int[Array, "B T"] | None = None,
     spans: Spans | None = None,
     softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v in q's dtype; scores and sums are in f32.
 
@@ -56,6 +58,7 @@ def causal_attention(
         before the first one with the queries' ids are then skipped.
       spans: positions that each query sees, for packed rows with branches, in place of `segments_BT`.
       softcap: cap of the scores; None: no cap.
+      sinks_N: logit per head that takes part in each softmax and has no value; None: no sinks.
 
     Raises:
       ValueError: `scale`, `window` or `softcap` is not above zero; or `spans` with `segments_BT`.
@@ -68,8 +71,8 @@ def causal_attention(
     plain = traced is None and softcap is None
     texts = segments_BT if spans is None else spans
     if attention_cpu.unsupported_reason(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain) is None:
-        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, texts, scale, fixed)
-    return _attention(q_BTNH, k_BTKH, v_BTKH, (texts, traced), ScoreScaling(scale, softcap), fixed)
+        return attention_cpu.attention(q_BTNH, k_BTKH, v_BTKH, texts, scale, fixed, sinks_N)
+    return _attention(q_BTNH, k_BTKH, v_BTKH, (texts, traced), ScoreScaling(scale, softcap), fixed, sinks_N)
 
 
 class ScoreScaling(NamedTuple):
@@ -97,8 +100,8 @@ class ScoreScaling(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
-    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)[0]
+def _attention(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N=None):
+    return _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N)[0]
 
 
 def _visibility(tiling: Tiling, limits, window: int | None) -> AttentionMask | BranchingMask:
@@ -109,18 +112,22 @@ def _visibility(tiling: Tiling, limits, window: int | None) -> AttentionMask | B
     return AttentionMask.of(tiling, window, texts)
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
+def _forward(q_BTNH, k_BTKH, v_BTKH, limits, scores, window, sinks_N):
+    tiling = Tiling.of(q_BTNH, k_BTKH)
     plain = limits[1] is None and scores.softcap is None
     if attention_cpu.supports_forward_f32(target_device().platform, q_BTNH.dtype, q_BTNH.shape[3], plain=plain):
         arrays = q_BTNH, k_BTKH, v_BTKH, limits[0]
         out_BTNH, lse_BNT = attention_cpu.forward_f32(*arrays, scores.scale, window)
-        lse_IZM = Tiling.of(q_BTNH, k_BTKH).split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
+        lse_IZM = tiling.split(jnp.swapaxes(lse_BNT, 1, 2)[..., None])[..., 0]
     else:
         out_BTNH, lse_IZM = _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window)
+    if sinks_N is not None:
+        out_BTNH, lse_BTN = add_sinks(out_BTNH, tiling.join(lse_IZM[..., None])[..., 0], sinks_N)
+        lse_IZM = tiling.split(lse_BTN[..., None])[..., 0]
     # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH = checkpoint_name(out_BTNH, "attention_out")
     lse_IZM = checkpoint_name(lse_IZM, "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM, sinks_N)
 
 
 def _forward_in_tiles(q_BTNH, k_BTKH, v_BTKH, limits, scores, window):
@@ -154,7 +161,7 @@ def _forward_chunk(k_JZPH, v_JZPH, visibility, scores, _, chunk):
 
 
 def _backward(scores, window, residuals, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM = residuals
+    q_BTNH, k_BTKH, v_BTKH, limits, out_BTNH, lse_IZM, sinks_N = residuals
     tiling = Tiling.of(q_BTNH, k_BTKH)
     visibility = _visibility(tiling, limits, window)
     # sum over keys of weight x d_weight = sum over features of out x d_out: a pass over [T, H], not over the scores.
@@ -165,7 +172,10 @@ def _backward(scores, window, residuals, do_BTNH):
     by_chunk = (*(tiling.split(x) for x in (q_BTNH, do_BTNH, mean_BTN1)), lse_IZM)
     (dk_JZHP, dv_JZHP), dq_IZMH = tiling.over_chunks(step, sums, by_chunk)
     dk_JZPH, dv_JZPH = (jnp.swapaxes(x, 2, 3).astype(k_BTKH.dtype) for x in (dk_JZHP * scores.scale, dv_JZHP))
-    return tiling.join(dq_IZMH), tiling.key_tiling.join(dk_JZPH), tiling.key_tiling.join(dv_JZPH), None
+    d_sinks_N = None
+    if sinks_N is not None:
+        d_sinks_N = sinks_gradient(sinks_N, mean_BTN1[..., 0], tiling.join(lse_IZM[..., None])[..., 0])
+    return tiling.join(dq_IZMH), tiling.key_tiling.join(dk_JZPH), tiling.key_tiling.join(dv_JZPH), None, d_sinks_N
 
 
 def _backward_chunk(k_JZPH, v_JZPH, visibility, scores, sums, chunk):
@@ -202,12 +212,13 @@ def cached_attention(
     *,
     window: int | Int[Array, ""] | None = None,
     softcap: float | None = None,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible cache slots) v in q's dtype.
 
     Args:
       positions_BT: position of each query in its row; slots up to it are visible, and later ones are not.
-      scale, window, softcap: as in `causal_attention`.
+      scale, window, softcap, sinks_N: as in `causal_attention`.
     """
     batch, length, _, _ = q_BTNH.shape
     _, kv_heads, slots, _ = k_BKSH.shape
@@ -221,7 +232,10 @@ def cached_attention(
     if window is not None:
         visible_BTS &= slots_S[None, None, :] > positions_BT[:, :, None] - window
     visible_ZMS = jnp.tile(jnp.repeat(visible_BTS, kv_heads, axis=0), (1, q_ZMH.shape[1] // length, 1))
-    weights_ZMS = jax.nn.softmax(jnp.where(visible_ZMS, scores_ZMS, MASKED), axis=-1)
+    seen_ZMS = jnp.where(visible_ZMS, scores_ZMS, MASKED)
+    weights_ZMS = (
+        jax.nn.softmax(seen_ZMS, axis=-1) if sinks_N is None else softmax_with_sinks(seen_ZMS, sinks_N, kv_heads)
+    )
     out_ZMH = dot_nn(weights_ZMS.astype(v_BKSH.dtype), v_ZSH).astype(q_BTNH.dtype)
     return queries.join(out_ZMH[None])
 

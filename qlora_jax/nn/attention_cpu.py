@@ -5,7 +5,7 @@ In bf16 both passes run here if the processor has bf16 products; in f32 the forw
 are results of the handlers, so that XLA counts their memory. Per position these are 4 K H bytes forward (8 in f32) and
 8 N H bytes backward.
 
-Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64 positions, P pairs.
+Dimension key: B batch, T positions, N q-heads, K kv-heads, H head_dim, I blocks of 64 positions, P = 64 I.
 """
 
 import functools
@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.native.library import attention_problem
+from qlora_jax.nn.attention_sinks import add_sinks, sinks_gradient
 from qlora_jax.nn.branching import Spans
 
 Texts = Int[Array, "B T"] | Spans | None  # ids of segments; spans if rows have branches; None: each row is one text
@@ -65,12 +66,13 @@ def attention(
     texts: Texts,
     scale: float,
     window: int | None,
+    sinks_N: Float[Array, " N"] | None = None,
 ) -> Float[Array, "B T N H"]:
     """Returns softmax(scale q k^T, over visible keys) v; arguments as in `causal_attention`."""
-    return _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window)[0]
+    return _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window, sinks_N)[0]
 
 
-def _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window):
+def _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window, sinks_N):
     (batch, length, heads, width), kv_heads = q_BTNH.shape, k_BTKH.shape[2]
     blocks = -(-length // BLOCK)
     results = (
@@ -81,13 +83,16 @@ def _forward(q_BTNH, k_BTKH, v_BTKH, texts, scale, window):
     call = jax.ffi.ffi_call("attention_forward", results, vmap_method="sequential")
     ids = _operand(texts)
     out_BTNH, lse_BNT, *_ = call(q_BTNH, k_BTKH, v_BTKH, ids, scale=np.float64(scale), window=np.int64(window or 0))
+    if sinks_N is not None:
+        out_BTNH, lse_BTN = add_sinks(out_BTNH, jnp.swapaxes(lse_BNT, 1, 2), sinks_N)
+        lse_BNT = jnp.swapaxes(lse_BTN, 1, 2)
     # Named here, because a remat policy has to save what the backward pass reads.
     out_BTNH, lse_BNT = checkpoint_name(out_BTNH, "attention_out"), checkpoint_name(lse_BNT, "attention_lse")
-    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, texts, out_BTNH, lse_BNT)
+    return out_BTNH, (q_BTNH, k_BTKH, v_BTKH, texts, out_BTNH, lse_BNT, sinks_N)
 
 
 def _backward(scale, window, residuals, do_BTNH):
-    q_BTNH, k_BTKH, v_BTKH, texts, out_BTNH, lse_BNT = residuals
+    q_BTNH, k_BTKH, v_BTKH, texts, out_BTNH, lse_BNT, sinks_N = residuals
     batch, length, heads, width = q_BTNH.shape
     blocks = -(-length // BLOCK)
     results = (
@@ -98,8 +103,12 @@ def _backward(scale, window, residuals, do_BTNH):
     )
     call = jax.ffi.ffi_call("attention_backward", results, vmap_method="sequential")
     operands = (q_BTNH, k_BTKH, v_BTKH, _operand(texts), out_BTNH, lse_BNT, do_BTNH)
-    dq_BTNH, dk_BTKH, dv_BTKH, *_ = call(*operands, scale=np.float64(scale), window=np.int64(window or 0))
-    return dq_BTNH, dk_BTKH, dv_BTKH, None
+    how = dict(scale=np.float64(scale), window=np.int64(window or 0))
+    dq_BTNH, dk_BTKH, dv_BTKH, mean_BNP, *_ = call(*operands, **how)
+    d_sinks_N = None
+    if sinks_N is not None:
+        d_sinks_N = sinks_gradient(sinks_N, *(jnp.swapaxes(x, 1, 2) for x in (mean_BNP[..., :length], lse_BNT)))
+    return dq_BTNH, dk_BTKH, dv_BTKH, None, d_sinks_N
 
 
 def forward_f32(

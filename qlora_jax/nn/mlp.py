@@ -49,26 +49,58 @@ ACTIVATIONS = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def gated_activation(gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: str) -> Float[Array, "... F"]:
-    """Returns act(gate) * up in gate's dtype, computed in f32.
+class ClampedSwiglu(NamedTuple):
+    """The gate of gpt-oss: (up + 1) gate sigmoid(alpha gate), with gate <= limit and -limit <= up <= limit.
 
-    Args:
-      activation: a key of ACTIVATIONS.
+    A clamped entry has no gradient; one that equals the limit has, as in torch.
     """
+
+    alpha: float
+    limit: float
+
+    def value(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """Returns the result for f32 inputs."""
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        return (up + 1) * (gate * jax.nn.sigmoid(self.alpha * gate))
+
+    def gradients(self, gate: jax.Array, up: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns (d_gate, d_up) for f32 inputs."""
+        gate_passes, up_passes = gate <= self.limit, jnp.abs(up) <= self.limit
+        gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
+        sigmoid = jax.nn.sigmoid(self.alpha * gate)
+        slope = sigmoid * (1 + self.alpha * gate * (1 - sigmoid))
+        return jnp.where(gate_passes, dy * (up + 1) * slope, 0), jnp.where(up_passes, dy * gate * sigmoid, 0)
+
+
+GateActivation = str | ClampedSwiglu  # a key of ACTIVATIONS, or one that takes gate and up together
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def gated_activation(
+    gate: Float[Array, "... F"], up: Float[Array, "... F"], activation: GateActivation
+) -> Float[Array, "... F"]:
+    """Returns act(gate) * up, or a clamped SwiGLU, in gate's dtype, computed in f32."""
     return _gated_forward(gate, up, activation)[0]
 
 
 def _gated_forward(gate, up, activation):
-    out = ACTIVATIONS[activation].value(gate.astype(jnp.float32)) * up.astype(jnp.float32)
+    gate32, up32 = gate.astype(jnp.float32), up.astype(jnp.float32)
+    if isinstance(activation, ClampedSwiglu):
+        out = activation.value(gate32, up32)
+    else:
+        out = ACTIVATIONS[activation].value(gate32) * up32
     return out.astype(gate.dtype), (gate, up)
 
 
 def _gated_backward(activation, residuals, dy):
     gate, up = (r.astype(jnp.float32) for r in residuals)
     dy32 = dy.astype(jnp.float32)
-    value, slope = ACTIVATIONS[activation].with_slope(gate)
-    return (dy32 * up * slope).astype(dy.dtype), (dy32 * value).astype(dy.dtype)
+    if isinstance(activation, ClampedSwiglu):
+        d_gate, d_up = activation.gradients(gate, up, dy32)
+    else:
+        value, slope = ACTIVATIONS[activation].with_slope(gate)
+        d_gate, d_up = dy32 * up * slope, dy32 * value
+    return d_gate.astype(dy.dtype), d_up.astype(dy.dtype)
 
 
 gated_activation.defvjp(_gated_forward, _gated_backward)

@@ -1,0 +1,141 @@
+"""Tests attention sinks against a softmax with one more logit and its autodiff, on every path of attention."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.native.library import attention_problem
+from qlora_jax.nn import attention_cpu
+from qlora_jax.nn.attention import cached_attention, causal_attention
+from tests.nn.test_attention import SCALE, _inputs, _largest_errors, _segments, _visible
+from tests.nn.test_branching import rows_of_trees, spans_of
+from tests.nn.trees import visible_keys
+
+SLOW = pytest.mark.slow
+F32, BF16 = jnp.float32, jnp.bfloat16
+ROUNDINGS = 5 * 2**-9  # as without sinks, and once more when the result is scaled
+
+
+def _plain(q, k, v, sinks_N, visible_BTS, softcap):
+    """Computes transformers' definition: the sink is the last logit of each row, and its weight is dropped."""
+    k, v = (jnp.repeat(x, q.shape[2] // k.shape[2], axis=2) for x in (k, v))
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k) * SCALE
+    scores = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+    scores = jnp.where(visible_BTS[:, None], scores, -jnp.inf)
+    sinks = jnp.broadcast_to(sinks_N[None, :, None, None], (*scores.shape[:3], 1))
+    weights = jax.nn.softmax(jnp.concatenate([scores, sinks], axis=3), axis=3)[..., :-1]
+    return jnp.einsum("bnts,bsnh->btnh", weights, v)
+
+
+@functools.partial(jax.jit, static_argnames="softcap")
+def _plain_results(q, k, v, sinks_N, cotangent, visible_BTS, softcap=None):
+    value, vjp = jax.vjp(lambda *args: _plain(*args, visible_BTS, softcap), q, k, v, sinks_N)
+    return value, *vjp(cotangent)
+
+
+def _drawn(length, heads, dtype=F32, head_dim=16):
+    """Draws q, k, v, sinks that take a twentieth to most of the weight, and a cotangent."""
+    q, k, v, cotangent = _inputs(length, heads, heads // 2, 2, head_dim, dtype)
+    return q, k, v, jnp.linspace(0, 7, heads).astype(dtype), cotangent
+
+
+def _errors(inputs, visible_BTS, softcap=None, **how):
+    """Returns the largest relative errors of value, dq, dk, dv and the gradient of the sinks."""
+
+    @jax.jit
+    def ours(q, k, v, sinks_N, cotangent):
+        attention = functools.partial(causal_attention, scale=SCALE, softcap=softcap, **how)
+        value, vjp = jax.vjp(lambda q, k, v, sinks_N: attention(q, k, v, sinks_N=sinks_N), q, k, v, sinks_N)
+        return value, *vjp(cotangent)
+
+    f32 = [x.astype(F32) for x in inputs]
+    shape = (2, inputs[0].shape[1], inputs[0].shape[1])
+    expected = _plain_results(*f32, np.broadcast_to(visible_BTS, shape), softcap=softcap)
+    found = ours(*inputs)
+    assert {x.dtype for x in found} == {inputs[0].dtype}
+    return _largest_errors(found, expected)
+
+
+@pytest.fixture
+def tiles(monkeypatch):
+    """Disables the C++ handlers."""
+    monkeypatch.setattr(attention_cpu, "supports_forward_f32", lambda *args, **kwargs: False)
+
+
+IDS = ((40, 2, 200), (256, 1, 30))
+
+
+# Unrolled with ragged heads, in a loop of 256, and in a loop of 128 with heads that share keys.
+@pytest.mark.parametrize(
+    ("length", "heads", "window", "softcap", "packed"),
+    [
+        (300, 4, None, None, False),
+        *(
+            pytest.param(*each, marks=SLOW)
+            for each in [(900, 2, 70, None, True), (700, 10, None, None, False), (300, 2, 70, 0.7, True)]
+        ),
+    ],
+)
+def test_tiles(tiles, length, heads, window, softcap, packed):
+    ids = _segments(length, *IDS) if packed else None
+    visible = _visible(length, window, ids)
+    assert max(_errors(_drawn(length, heads), visible, softcap, window=window, segments_BT=ids)) < 5e-6
+
+
+@pytest.mark.slow
+def test_a_window_that_is_traced(tiles):
+    window = jnp.int32(70)
+    assert max(_errors(_drawn(700, 10), _visible(700, 70), window=window)) < 5e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_branches(dtype):
+    rows_B4T = rows_of_trees(3, 2, 300)
+    errors = _errors(_drawn(300, 4, dtype, 64), visible_keys(rows_B4T, 70), spans=spans_of(rows_B4T), window=70)
+    assert max(errors) < (5e-6 if dtype == F32 else 2 * ROUNDINGS)
+
+
+@pytest.mark.skipif(attention_problem("float32") is not None, reason=str(attention_problem("float32")))
+@pytest.mark.parametrize("window", [None, pytest.param(70, marks=SLOW)])
+def test_f32_handler(window):
+    assert attention_cpu.supports_forward_f32("cpu", F32, 16, plain=True)
+    ids = _segments(300, *IDS)
+    assert max(_errors(_drawn(300, 4), _visible(300, window, ids), window=window, segments_BT=ids)) < 5e-6
+
+
+@pytest.mark.skipif(attention_problem() is not None, reason=str(attention_problem()))
+@pytest.mark.parametrize("window", [None, pytest.param(70, marks=SLOW)])
+def test_bf16_handlers(window):
+    ids = _segments(300, *IDS)
+    errors = _errors(_drawn(300, 4, BF16, 64), _visible(300, window, ids), window=window, segments_BT=ids)
+    assert max(errors) < 2 * ROUNDINGS
+
+
+def test_sinks_far_above_and_below_the_scores():
+    q, k, v, _, _ = _drawn(70, 4)
+    out = causal_attention(q, k, v, SCALE, sinks_N=jnp.asarray([-1e4, -200.0, 200.0, 1e4]))
+    np.testing.assert_allclose(out[:, :, :2], causal_attention(q, k, v, SCALE)[:, :, :2], atol=2e-6)
+    np.testing.assert_allclose(out[:, :, 2:], 0.0, atol=1e-30)
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_attention_over_a_cache(window):
+    q, k, v, sinks_N, _ = _drawn(12, 4)
+    at = jnp.broadcast_to(jnp.arange(3, 12), (2, 9))
+    cache = (jnp.swapaxes(x, 1, 2) for x in (k, v))
+    out = cached_attention(q[:, 3:], *cache, at, SCALE, window=window, sinks_N=sinks_N)
+    plain = _plain(q, k, v, sinks_N, np.broadcast_to(_visible(12, window), (2, 12, 12)), None)
+    np.testing.assert_allclose(out, plain[:, 3:], atol=2e-6)
+
+
+@pytest.mark.skipif(attention_problem("float32") is not None, reason=str(attention_problem("float32")))
+def test_a_remat_policy_that_saves_the_named_residuals_computes_attention_once():
+    inputs = _drawn(70, 4)[:4]
+    policy = jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse")
+    loss = jax.checkpoint(lambda *args: jnp.sum(causal_attention(*args[:3], SCALE, sinks_N=args[3])), policy=policy)
+    jaxpr = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 3)))(*inputs))
+    assert jaxpr.count("target_name=attention_forward_f32") == 1
