@@ -45,12 +45,13 @@ def call_problems(
 ) -> Iterator[str]:
     """Yields every reason why ggml_matmul raises ValueError."""
     yield from operand_problems(x, weights.shape, weights.stack_shape, layer)
-    yield from _weights_problems(weights)
+    yield from weights_problems(weights)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
 
 
-def _weights_problems(weights: GgmlTensor) -> Iterator[str]:
+def weights_problems(weights: GgmlTensor) -> Iterator[str]:
+    """Yields every reason why a GgmlTensor is malformed."""
     if weights.ggml_type not in BLOCK_FORMATS:
         yield f"ggml_type {weights.ggml_type!r} is unknown (known: {', '.join(BLOCK_FORMATS)})"
         return

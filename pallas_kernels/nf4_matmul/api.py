@@ -107,12 +107,13 @@ def call_problems(
 ) -> Iterator[str]:
     """Yields every reason why nf4_matmul raises ValueError."""
     yield from operand_problems(x, weights.shape, weights.stack_shape, layer)
-    yield from _weights_problems(weights)
+    yield from weights_problems(weights)
     if implementation is not None and implementation not in IMPLEMENTATIONS:
         yield f"{implementation=} is unknown (known: {', '.join(sorted(IMPLEMENTATIONS))})"
 
 
-def _weights_problems(weights: QTensor) -> Iterator[str]:
+def weights_problems(weights: QTensor) -> Iterator[str]:
+    """Yields every reason why a QTensor is malformed."""
     if weights.quant_type not in CODE_TABLES:
         yield f"quant_type {weights.quant_type!r} is unknown (known: {', '.join(CODE_TABLES)})"
     if weights.codes.dtype != "uint8":

@@ -1,0 +1,143 @@
+"""Groups rows by expert: sorts them, pads each expert's rows to whole tiles, and puts results back in order.
+
+A token and one of its chosen experts are a pair; pair m k + j is choice j of token m. A slot is a row of the grouped
+arrays. Rows move by gathers alone, in both directions and in the gradients, because scatters are slow.
+
+Dimension key: M tokens, k choices per token, E experts, P slots, I tiles, C rows per tile, P = I C, K or N width.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.devices import Device, target_device
+from pallas_kernels.formats.qtensor import Leaf
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Groups:
+    """The slots of the pairs. Tiles of one expert are neighbours, and experts are in ascending order.
+
+    Leaves, of int32:
+      expert_of_tile_I: [I], the expert of each tile; tiles that are not in use have the last expert.
+      tiles: [], number of tiles in use, which come first.
+      pair_of_slot_P: [P], the pair in each slot; M k in padding.
+      slot_of_pair_Mk: [M, k], the slot of each pair.
+    Static:
+      tile: C, the rows per tile.
+    """
+
+    expert_of_tile_I: Leaf
+    tiles: Leaf
+    pair_of_slot_P: Leaf
+    slot_of_pair_Mk: Leaf
+    tile: int = dataclasses.field(metadata={"static": True})
+
+
+def group_rows(experts_Mk: Int[Array, "M k"], num_experts: int, tile: int | None = None) -> Groups:
+    """Sorts pairs by expert, in stable order, and pads each expert's rows to whole tiles.
+
+    Args:
+      experts_Mk: the experts that each token chose, in [0, num_experts).
+      num_experts: E.
+      tile: C; None: chosen from the numbers of pairs and experts, for the target device.
+
+    Raises:
+      ValueError: a size is not positive.
+    """
+    if min(*experts_Mk.shape, num_experts) < 1 or (tile is not None and tile < 1):
+        found = f"experts {list(experts_Mk.shape)}, {num_experts=}, {tile=}"
+        raise ValueError(f"group_rows: a size is not positive (found {found}). Pass tokens, choices and experts.")
+    chosen = choose_tile(target_device(), experts_Mk.size, num_experts) if tile is None else tile
+    return _group_rows(experts_Mk, num_experts, chosen)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _group_rows(experts_Mk: Int[Array, "M k"], num_experts: int, tile: int) -> Groups:
+    pairs, count = experts_Mk.size, most_tiles(experts_Mk.size, num_experts, tile)
+    expert_of_pair = experts_Mk.reshape(-1).astype(jnp.int32)
+    order = jnp.argsort(expert_of_pair, stable=True).astype(jnp.int32)
+    sorted_experts = expert_of_pair[order]
+    start_of_expert = jnp.searchsorted(sorted_experts, jnp.arange(num_experts + 1, dtype=jnp.int32)).astype(jnp.int32)
+    tiles_of_expert = -(-jnp.diff(start_of_expert) // tile)
+    end_tile = jnp.cumsum(tiles_of_expert, dtype=jnp.int32)
+    first_slot = (end_tile - tiles_of_expert) * tile
+    slots = first_slot[sorted_experts] + jnp.arange(pairs, dtype=jnp.int32) - start_of_expert[sorted_experts]
+    expert_of_tile = jnp.searchsorted(end_tile, jnp.arange(count, dtype=jnp.int32), side="right")
+    return Groups(
+        expert_of_tile_I=jnp.minimum(expert_of_tile, num_experts - 1).astype(jnp.int32),
+        tiles=end_tile[-1],
+        pair_of_slot_P=jnp.full(count * tile, pairs, jnp.int32).at[slots].set(order, unique_indices=True),
+        slot_of_pair_Mk=jnp.zeros(pairs, jnp.int32).at[order].set(slots, unique_indices=True).reshape(experts_Mk.shape),
+        tile=tile,
+    )
+
+
+def most_tiles(pairs: int, num_experts: int, tile: int) -> int:
+    """Returns I, the most tiles that any choice of experts needs: below pairs / tile + min(experts, pairs)."""
+    in_use = min(num_experts, pairs)
+    return in_use + (pairs - in_use) // tile
+
+
+# Platform -> the rows per tile that may be chosen, ascending.
+TILES = {"cpu": (1, 2, 4, 8, 16, 32, 64, 128), "gpu": (8, 64, 128)}
+
+
+def choose_tile(device: Device, pairs: int, num_experts: int) -> int:
+    """Returns the largest tile that is at most a quarter of the mean number of rows per expert, else the smallest."""
+    tiles = TILES.get(device.platform, TILES["gpu"])
+    return max((tile for tile in tiles if 4 * tile * num_experts <= pairs), default=tiles[0])
+
+
+@jax.custom_vjp
+def gather_rows(x_MK: Float[Array, "M K"], groups: Groups) -> Float[Array, "P K"]:
+    """Returns the rows of all slots: that of the slot's token, or zeros in padding."""
+    return _rows_of_slots(x_MK, groups)
+
+
+def _rows_of_slots(x_MK: Float[Array, "M K"], groups: Groups) -> Float[Array, "P K"]:
+    tokens, choices = groups.slot_of_pair_Mk.shape
+    token_P = groups.pair_of_slot_P // choices
+    return jnp.where((token_P < tokens)[:, None], x_MK.at[token_P].get(mode="clip"), 0)
+
+
+def _gather_forward(x_MK, groups):
+    return _rows_of_slots(x_MK, groups), groups
+
+
+def _gather_backward(groups, dy_PK):
+    dx_MK = jnp.sum(_rows_of_pairs(dy_PK, groups).astype(jnp.float32), axis=1)
+    return dx_MK.astype(dy_PK.dtype), None
+
+
+gather_rows.defvjp(_gather_forward, _gather_backward)
+
+
+def _rows_of_pairs(y_PN: Float[Array, "P N"], groups: Groups) -> Float[Array, "M k N"]:
+    return y_PN.at[groups.slot_of_pair_Mk].get(mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def combine_rows(y_PN: Float[Array, "P N"], groups: Groups, weights_Mk: Float[Array, "M k"]) -> Float[Array, "M N"]:
+    """Returns each token's sum over its choices, weights_Mk[m, j] y[slot], added in f32 and cast to y's dtype."""
+    weighted = weights_Mk.astype(jnp.float32)[..., None] * _rows_of_pairs(y_PN, groups).astype(jnp.float32)
+    return jnp.sum(weighted, axis=1).astype(y_PN.dtype)
+
+
+def _combine_forward(y_PN, groups, weights_Mk):
+    return combine_rows(y_PN, groups, weights_Mk), (y_PN, groups, weights_Mk)
+
+
+def _combine_backward(residuals, dy_MN):
+    y_PN, groups, weights_Mk = residuals
+    weight_P = weights_Mk.reshape(-1).astype(jnp.float32).at[groups.pair_of_slot_P].get(mode="fill", fill_value=0)
+    dy_PN = _rows_of_slots(dy_MN, groups).astype(jnp.float32) * weight_P[:, None]
+    dweights_Mk = jnp.einsum("mn,mkn->mk", dy_MN.astype(jnp.float32), _rows_of_pairs(y_PN, groups).astype(jnp.float32))
+    return dy_PN.astype(y_PN.dtype), None, dweights_Mk.astype(weights_Mk.dtype)
+
+
+combine_rows.defvjp(_combine_forward, _combine_backward)
