@@ -17,6 +17,11 @@ class QuantizeArgs:
     quant_type: Literal["nf4", "fp4", "none"] = setting("4-bit data type; none: back to 16 bits", "nf4")
     double_quant: bool = setting("quantize the scales too", True)
     dtype: Literal["bfloat16", "float16", "float32"] = setting("dtype of the unquantized tensors", "bfloat16")
+    keep_16bit: str | list[str] = setting(
+        "linear layers that stay in dtype: names such as [down_proj, layers.0.self_attn.v_proj], or one regular "
+        "expression for full names",
+        [],
+    )
 
 
 COMMAND = Command(

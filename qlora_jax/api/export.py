@@ -1,6 +1,7 @@
 """`save_peft`, `merge` and `save_quantized`: models and adapters for other libraries."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,8 @@ from qlora_jax.io.hf.model_writer import write_tokenizer
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.families import model_config
+from qlora_jax.models.keep_16bit import keep_in_16_bits
 
 
 def save_peft(
@@ -93,6 +96,7 @@ def save_quantized(
     quant_type: Literal["nf4", "fp4", "none"] = "nf4",
     double_quant: bool = True,
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+    keep_16bit: str | Sequence[str] = (),
     progress: bool = False,
 ) -> Path:
     """Writes the model at `path` in bitsandbytes' 4-bit format for transformers, or back in 16 bits.
@@ -103,6 +107,7 @@ def save_quantized(
       quant_type: 4-bit data type; "none" for 16 bits.
       double_quant: quantize the scales too.
       dtype: dtype of the unquantized tensors.
+      keep_16bit: linear layers that stay in `dtype`, by name or as one regular expression, as for `load`.
       progress: show a progress bar.
 
     Returns:
@@ -115,6 +120,8 @@ def save_quantized(
     tokenizer = load_tokenizer(source.tokenizer)
     kind = None if quant_type == "none" else quant_type
     weights = WeightFormat(quant_type=kind, double_quant=double_quant, dtype=dtype)
+    if keep_16bit:
+        weights = keep_in_16_bits(weights, keep_16bit, model_config(source.config, source.config_name))
     with staged_folder(Path(folder)) as staged, loading_bar(progress) as report:
         write_quantized_folder(staged, source, weights, report)
         write_tokenizer(staged, tokenizer, source.tokenizer["stop_token_ids"])

@@ -25,6 +25,7 @@ def load(
     block_size: int | None = None,
     double_quant: bool | None = None,
     compute_dtype: ComputeDtype | None = None,
+    keep_16bit: str | list[str] | None = None,
     new_tokens: Sequence[str] = (),
     new_special_tokens: Sequence[str] = (),
     chat_template: str | None = None,
@@ -44,6 +45,8 @@ def load(
       block_size: number of weights that share one scale; None: 64, or that of the training run.
       double_quant: quantize the scales too; None: True, or as in the training run.
       compute_dtype: dtype of the matmuls; None or "auto": bfloat16 where the device is fast at it.
+      keep_16bit: linear layers that stay in 16 bits: names such as ["down_proj", "layers.0.self_attn.v_proj"], or one
+        regular expression for full names; None: none, or those of the training run.
       new_tokens: tokens to add to a base's vocabulary; their rows train with the adapter.
       new_special_tokens: special tokens to add, such as turn markers.
       chat_template: a jinja file to use instead of the model's template.
@@ -71,6 +74,7 @@ def load(
         "block_size": block_size,
         "double_quant": double_quant,
         "compute_dtype": compute_dtype,
+        "keep_16bit": keep_16bit,
     }
     args = dataclasses.replace(opened.args, **{name: value for name, value in changes.items() if value is not None})
     with loading_bar(progress) as report:

@@ -21,10 +21,10 @@ def trainable_parameters(config: Config) -> int:
     Raises:
       ValueError: the model cannot be read, or the settings do not fit it.
     """
-    model = config.model
+    model, features = config.model, model_features(config.model.path)
     step = StepShape(
-        model=model_features(model.path),
-        weights=weight_format(model, "cpu"),  # the number does not depend on the device
+        model=features,
+        weights=weight_format(model, features, "cpu"),  # the number does not depend on the device
         lora=config.lora,
         batch=(1, 1, 1),
         remat=config.train.remat,

@@ -40,6 +40,11 @@ class ModelArgs:
     )
     block_size: int = setting("number of weights that share one scale (absmax)", 64, BLOCK_SIZE)
     double_quant: bool = setting("quantize the scales to 8 bits too; saves 0.37 bits per weight", True)
+    keep_16bit: str | list[str] = setting(
+        "linear layers that stay in 16 bits: a list of names such as [down_proj, layers.0.self_attn.v_proj], or one "
+        "regular expression for full names. qlora-jax quantize --measure finds those that matter most",
+        [],
+    )
     new_tokens: list[str] = setting(
         "tokens to add to the vocabulary (docs/tokens.md). Their rows of embedding and head train too; each starts as "
         "the mean row",

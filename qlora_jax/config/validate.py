@@ -110,6 +110,16 @@ def _loraplus_problems(config: Config) -> list[str]:
     ]
 
 
+def _keep_problems(config: Config) -> list[str]:
+    kept, quant_type = config.model.keep_16bit, config.model.quant_type
+    if not kept or quant_type != "none":
+        return []
+    return [
+        f"model.keep_16bit: found {kept!r} with model.quant_type=none, which leaves all layers in 16 bits. Remove one "
+        "of these settings"
+    ]
+
+
 def _init_problems(config: Config) -> list[str]:
     init, start = config.lora.init, config.lora.start
     problems = []
@@ -122,6 +132,11 @@ def _init_problems(config: Config) -> list[str]:
         problems.append(
             f"lora.init: found {init!r} with lora.start={start}, expected default. Remove lora.init, since "
             "the adapter in lora.start has initial values"
+        )
+    if init == "loftq" and config.model.keep_16bit:
+        problems.append(
+            "lora.init: found 'loftq' with model.keep_16bit, but loftq corrects the quantization error, and these "
+            "layers have none. Set lora.init=pissa or default, or remove model.keep_16bit"
         )
     if init == "loftq" and config.model.quant_type == "none":
         problems.append(
@@ -223,7 +238,7 @@ def _head_problems(config: Config) -> list[str]:
 
 def _relation_problems(config: Config) -> list[str]:
     problems = _pattern_problems(config) + _method_problems(config.lora) + _init_problems(config)
-    problems += _layer_problems(config.lora)
+    problems += _layer_problems(config.lora) + _keep_problems(config)
     problems += _loraplus_problems(config) + _paging_problems(config)
     problems += _token_problems(config) + _objective_problems(config)
     if config.data.eval is not None and config.data.eval_fraction > 0:

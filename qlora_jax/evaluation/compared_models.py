@@ -75,7 +75,8 @@ def load_compared(
     for names in ([*group] for _, group in by_base):
         opened, quant_type = compared[names[0]].opened, compared[names[0]].quant_type
         with reporter.loading() as progress:
-            model = load_base(opened, weight_settings(opened, quant_type, args.compute_dtype), progress)
+            settings = weight_settings(opened, quant_type, args.compute_dtype, args.keep_16bit)
+            model = load_base(opened, settings, progress)
         for name in names:
             run = opened.run if compared[name].adapted else None
             if run is None:

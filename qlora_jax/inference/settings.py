@@ -84,6 +84,11 @@ class GenerateArgs(ModelOrRunArgs):
         "auto",
         common="4-bit code of the base, or none",
     )
+    keep_16bit: str | list[str] | None = setting(
+        "linear layers of the base that stay in 16 bits, as for train --model.keep_16bit (null: as in training, or "
+        "none)",
+        None,
+    )
     compute_dtype: ComputeDtype = setting("auto: bfloat16 if the device computes it fast, else float32", "auto")
 
 

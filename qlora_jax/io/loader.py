@@ -11,7 +11,7 @@ constants, a sixteenth of a byte per weight, and each of them double-quantizes t
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -333,13 +333,26 @@ def with_dense_layers(weights: WeightFormat, source: ModelSource, config: ModelC
     """`weights` with the layers that stay dense because the files quantize only the others.
 
     If the files quantize no layer, every layer is quantized to `weights`.
+
+    Raises:
+      ValueError: `weights` has dense layers that the files store in 4 bits.
     """
     if weights.quant_type is None:
         return weights
     dense = {name: _dense_layers(name, source, config) for name in config.linear_shapes()}
     if all(len(layers) == config.num_layers for layers in dense.values()):
         return weights
+    _check_16_bits_exist(weights, dense, source)
     return dataclasses.replace(weights, dense=tuple((name, layers) for name, layers in dense.items() if layers))
+
+
+def _check_16_bits_exist(weights: WeightFormat, dense: Mapping[str, tuple[int, ...]], source: ModelSource) -> None:
+    lost = {name: sorted(set(layers) - set(dense[name])) for name, layers in weights.dense}
+    if texts := [f"{name} of layers {', '.join(map(str, layers))}" for name, layers in lost.items() if layers]:
+        raise ValueError(
+            f"model.keep_16bit: {source.path} stores {'; '.join(texts)} in 4 bits, so their 16-bit weights are not "
+            "known. Remove these names, or give the 16-bit model"
+        )
 
 
 def _dense_layers(name: str, source: ModelSource, config: ModelConfig) -> tuple[int, ...]:

@@ -214,10 +214,13 @@ def _with_tokenizer_of(folder: Path, source: ModelSource, last: int) -> ModelSou
     return source
 
 
-def weight_settings(opened: OpenedModel, quant_type: str, compute_dtype: str) -> ModelArgs:
-    """The weight format to load the base in; "auto" stands for the format in `opened`."""
-    given = {"quant_type": quant_type, "compute_dtype": compute_dtype}
-    return dataclasses.replace(opened.args, **{name: value for name, value in given.items() if value != "auto"})
+def weight_settings(
+    opened: OpenedModel, quant_type: str, compute_dtype: str, keep_16bit: str | list[str] | None = None
+) -> ModelArgs:
+    """The weight format to load the base in; "auto" and None stand for the format in `opened`."""
+    given = {"quant_type": quant_type, "compute_dtype": compute_dtype, "keep_16bit": keep_16bit}
+    changes = {name: value for name, value in given.items() if value not in ("auto", None)}
+    return dataclasses.replace(opened.args, **changes)
 
 
 def load_base(opened: OpenedModel, args: ModelArgs, progress: Progress | None = None) -> CausalLM:
@@ -237,8 +240,12 @@ def load_checked(opened: OpenedModel, args: ModelArgs, progress: Progress | None
     if run is not None and run.initial is not None:
         transform = subtract_initial(run.initial, opened.features, run.lora_args)
     like = None if run is None else run.fingerprint
-    loaded = load_model(opened.source, opened.features, weight_format(args), progress, transform, fingerprint=like)
-    if run is None or run.fingerprint is None or _quantization(args) != _quantization(run.model):
+    loaded = load_model(
+        opened.source, opened.features, weight_format(args, opened.features), progress, transform, fingerprint=like
+    )
+    if run is None or run.fingerprint is None:
+        return loaded
+    if _quantization(args, opened.features) != _quantization(run.model, opened.features):
         return loaded
     if loaded.fingerprint != run.fingerprint:
         raise ValueError(
@@ -347,8 +354,9 @@ def parts_before_training(model: CausalLM, run: Run | None) -> ModelParts:
     return partition(model)
 
 
-def _quantization(args: ModelArgs) -> tuple[str, int, bool]:
-    return args.quant_type, args.block_size, args.double_quant
+def _quantization(args: ModelArgs, features: ModelConfig) -> WeightFormat:
+    """Returns what determines the codes of the base, and so its fingerprint."""
+    return dataclasses.replace(weight_format(args, features, "cpu"), dtype="float32")
 
 
 def open_tokenizer(source: ModelSource, args: ModelArgs, rows: int) -> Tokenizer:

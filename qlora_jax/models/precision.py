@@ -6,7 +6,8 @@ from pathlib import Path
 import jax
 
 from qlora_jax.config import ModelArgs
-from qlora_jax.models.config import WeightFormat
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.models.keep_16bit import keep_in_16_bits
 
 # Linux names of processor flags for fast bfloat16 products: x86 AVX-512 and AMX, then ARM.
 BF16_FLAGS = re.compile(r"\b(avx512_bf16|amx_bf16|bf16)\b")
@@ -34,12 +35,17 @@ def _cpu_has_bf16() -> bool:
     return cpuinfo.exists() and BF16_FLAGS.search(cpuinfo.read_text(encoding="utf-8", errors="replace")) is not None
 
 
-def weight_format(args: ModelArgs, on: str | None = None) -> WeightFormat:
-    """Returns the configured quantization, with layout and dtype for a platform (None: JAX's default)."""
-    return WeightFormat(
+def weight_format(args: ModelArgs, config: ModelConfig, on: str | None = None) -> WeightFormat:
+    """Returns the configured quantization of a model, with layout and dtype for a platform (None: JAX's default).
+
+    Raises:
+      ValueError: `model.keep_16bit` names a layer that the model does not have.
+    """
+    weights = WeightFormat(
         quant_type=None if args.quant_type == "none" else args.quant_type,
         block_size=args.block_size,
         double_quant=args.double_quant,
         platform=on or platform(),
         dtype=compute_dtype(args.compute_dtype, on),
     )
+    return weights if weights.quant_type is None else keep_in_16_bits(weights, args.keep_16bit, config)

@@ -13,6 +13,7 @@ from qlora_jax.config import Config, OptimArgs, paging_of
 from qlora_jax.config.sizes import format_bytes
 from qlora_jax.config.validate import uses
 from qlora_jax.io.checkpoint import CONFIG_FILE
+from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.models.model_sharding import module_of
 from qlora_jax.models.partition import Lora, is_table
 from qlora_jax.nn import attention_cpu
@@ -58,6 +59,7 @@ def _facts(session: Session) -> Rows:
         "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _base_size(session),
         **_whole_on_each(session),
         "weights": _weight_format(session),
+        **({"in 16 bits": kept} if (kept := kept_text(session.model, session.weights)) else {}),
         "matmuls": _matmuls(session),
         "attention": _attention(session),
         "trained": _trained(session),
@@ -178,7 +180,8 @@ def _device(session: Session) -> str:
 def _weight_format(session: Session) -> str:
     weights, args = session.weights, session.config.model
     dense = sum(len(layers) for _, layers in weights.dense)
-    unquantized = f"{dense} linear layers that the files store in 16 bit, " if dense else ""
+    why = "model.keep_16bit names" if args.keep_16bit else "the files store in 16 bit"
+    unquantized = f"{dense} linear layers that {why}, " if dense else ""
     rest = f"{unquantized}norms, embedding and head in {weights.dtype}"
     if weights.quant_type is None:
         return f"{weights.dtype}, not quantized"

@@ -216,7 +216,7 @@ def weights_of(config: Config, inputs: Inputs) -> WeightFormat:
 
 def weights_for(args: ModelArgs, source: ModelSource, features: ModelConfig) -> WeightFormat:
     """The weight format for `args`; layers that a 4-bit checkpoint leaves in 16 bits stay in 16 bits."""
-    return with_dense_layers(weight_format(args), source, features)
+    return with_dense_layers(weight_format(args, features), source, features)
 
 
 def prepare(

@@ -39,7 +39,8 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=5, help="use one layer in N")
     args = parser.parse_args()
     source = open_model(args.model)
-    config, weights = model_config(source.config), weight_format(ModelArgs(path=str(args.model)))
+    config = model_config(source.config)
+    weights = weight_format(ModelArgs(path=str(args.model)), config)
     for name, settings in INITS.items():
         spec = LoraArgs(rank=args.rank, **settings)
         targets = {k: t for k, t in adapted_tensors(config, spec).items() if t.row % args.every == 0}

@@ -108,7 +108,8 @@ def _bucketed(lengths: np.ndarray, per_step: int, max_buckets: int) -> list[Plan
 def load_parts(model: str) -> ModelParts:
     """Returns the model in NF4 with LoRA on all linear layers."""
     source, adapters = open_model(model), LoraArgs(rank=16)
-    loaded = load_model(source, model_config(source.config), weight_format(ModelArgs(path=model))).model
+    config = model_config(source.config)
+    loaded = load_model(source, config, weight_format(ModelArgs(path=model), config)).model
     add_lora(loaded, adapters, jax.random.key(0))
     return partition(loaded)
 

@@ -257,3 +257,12 @@ def test_settings_of_loraplus_and_of_layers_that_cannot_be(lora, optim, message)
     with pytest.raises(ConfigError) as caught:
         validate(changed)
     assert message in str(caught.value)
+
+
+def test_layers_in_16_bits_need_others_in_4_bits():
+    kept = dataclasses.replace(MINIMAL.model, keep_16bit=["down_proj"])
+    validate(dataclasses.replace(MINIMAL, model=kept))
+    with pytest.raises(ConfigError, match=r"model.keep_16bit: found \['down_proj'\] with model.quant_type=none"):
+        validate(dataclasses.replace(MINIMAL, model=dataclasses.replace(kept, quant_type="none")))
+    with pytest.raises(ConfigError, match=r"lora.init: found 'loftq' with model\.keep_16bit"):
+        validate(dataclasses.replace(MINIMAL, model=kept, lora=LoraArgs(init="loftq")))

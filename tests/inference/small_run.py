@@ -1,5 +1,6 @@
 """A tiny model folder, and a run's folder over it with an adapter that does something; nothing is trained."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -19,17 +20,18 @@ from tests.e2e.project import write_model
 STEPS = (3, 7)
 
 
-def write_run(folder: Path, seed: int = 0) -> Path:
+def write_run(folder: Path, seed: int = 0, keep_16bit: Sequence[str] = ()) -> Path:
     """folder/model and folder/run; the checkpoints of STEPS hold different random adapters."""
     path = write_model(folder / "model", seed)
     config = Config(
-        model=ModelArgs(path=str(path), compute_dtype="float32"),
+        model=ModelArgs(path=str(path), compute_dtype="float32", keep_16bit=[*keep_16bit]),
         lora=LoraArgs(rank=2),
         data=DataArgs(train="rows.jsonl"),
         output=str(folder / "run"),
     )
     source = open_model(path)
-    loaded = load_model(source, model_config(source.config), weight_format(config.model))
+    features = model_config(source.config)
+    loaded = load_model(source, features, weight_format(config.model, features))
     add_lora(loaded.model, config.lora, jax.random.key(0))
     lora = partition(loaded.model).lora
     run = folder / "run"

@@ -17,6 +17,7 @@ from qlora_jax.io.open_model import open_model
 from qlora_jax.models.add_adapters import add_lora, linears
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.families import model_config
+from qlora_jax.models.keep_16bit import keep_in_16_bits
 from qlora_jax.models.partition import combine, partition
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.quant import dequantize
@@ -96,13 +97,21 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     dense = write_folder(tmp_path / "dense", config, random_weights(config))
     skip = ["lm_head", "model.layers.1.mlp.down_proj", "model.layers.2.mlp.down_proj", "v_proj"]
     settings = dict(bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, llm_int8_skip_modules=skip)
-    found = oracle(ORACLE, quantize={"mixed": [str(dense), str(tmp_path / "mixed"), settings]})
+    plain = settings | dict(bnb_4bit_use_double_quant=False)
+    kinds = {"mixed": settings, "plain": plain}
+    found = oracle(ORACLE, quantize={name: [str(dense), str(tmp_path / name), one] for name, one in kinds.items()})
     (tmp_path / "mixed/tokenizer.json").write_text(tokenizer_json())
     loaded = _loaded(tmp_path / "mixed")
     layers = loaded.model.model.layers
     assert isinstance(layers.self_attn.v_proj.weight.get_value(), jax.Array)
     down = layers.mlp.down_proj.weight.get_value()
     assert isinstance(down, MixedStack) and down.dense_layers == (1, 2)
+    # `model.keep_16bit` makes the same base from the 16-bit model, to the bit.
+    source, features = open_model(dense), loaded.model.config
+    kept = keep_in_16_bits(WeightFormat(dtype="float32", double_quant=False), skip[1:], features)
+    stored = _loaded(tmp_path / "plain", double_quant=False)
+    assert load_model(source, features, kept).fingerprint == stored.fingerprint
+    assert _loaded(dense, double_quant=False).fingerprint != stored.fingerprint
     tensors = open_model(tmp_path / "mixed").tensors
     assert _digest(repack(down.quantized.layer(0), "bnb").codes) == _digest(
         found["mixed/codes/model.layers.0.mlp.down_proj"]
@@ -135,6 +144,10 @@ def test_layers_that_were_left_in_16_bit_stay_so(tmp_path: Path, oracle) -> None
     again = ["--output", str(tmp_path / "again"), "--quant_type", "nf4", "--dtype", "float32"]
     quantize.main(["--model", str(tmp_path / "mixed"), *again])
     assert _loaded(tmp_path / "again").fingerprint == loaded.fingerprint
+    (dense / "tokenizer.json").write_text(tokenizer_json())
+    keep = ["--double_quant", "false", "--dtype", "float32", "--keep_16bit", f"[{', '.join(skip[1:])}]"]
+    quantize.main(["--model", str(dense), "--output", str(tmp_path / "kept"), *keep])
+    assert _loaded(tmp_path / "kept", double_quant=False).fingerprint == stored.fingerprint
     theirs = oracle(ORACLE, load={name: str(tmp_path / name) for name in ("mixed", "again")}, tokens=TOKENS)
     assert_close_logits(_loaded(tmp_path / "mixed").model, theirs["mixed/logits"])
     names = {key.partition("/")[2] for key in theirs}

@@ -31,7 +31,7 @@ def _ours(folder: Path, tokens: np.ndarray, cotangent: np.ndarray) -> tuple[np.n
     source = open_model(str(folder))
     config = model_config(source.config)
     args = ModelArgs(path=str(folder), quant_type="none", compute_dtype="float32")
-    model = load_model(source, config, weight_format(args)).model
+    model = load_model(source, config, weight_format(args, config)).model
     add_lora(model, WHOLE, jax.random.key(0))
     add_tables(model, (), WHOLE)
     parts = partition(model)

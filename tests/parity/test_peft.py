@@ -51,7 +51,8 @@ def _write_run(
         output=str(run),
     )
     source = open_model(model)
-    loaded = load_model(source, model_config(source.config), weight_format(config.model))
+    features = model_config(source.config)
+    loaded = load_model(source, features, weight_format(config.model, features))
     base = loaded.model
     add_lora(base, lora_args, jax.random.key(0))
     ids = open_tokenizer(source, config.model, base.config.vocab_size).new_ids if new else ()
@@ -64,7 +65,7 @@ def _write_run(
     write_config(config, run / CONFIG_FILE)
     with Checkpoints(run, keep=1) as checkpoints:
         checkpoints.save(7, lora, {"count": np.zeros(1)}, {"fingerprint": loaded.fingerprint})
-    without = load_model(source, model_config(source.config), weight_format(config.model)).model
+    without = load_model(source, features, weight_format(config.model, features)).model
     add_token_rows(without, ids, "float32")
     return combine(parts.with_lora(lora)), without
 

@@ -45,7 +45,8 @@ def _model(folder: Path, falls: float = 0.95) -> Path:
 def _begun(path: Path, spec: LoraArgs, **held):
     """(model with fresh adapters, its InitialAdapter, fingerprint) as a run begins."""
     source, args = open_model(path), ModelArgs(path=str(path), compute_dtype="float32", **held)
-    config, weights = model_config(source.config), weight_format(args)
+    config = model_config(source.config)
+    weights = weight_format(args, config)
     decomposer = WeightDecomposer(config, weights, spec, jax.random.key(0))
     loaded = load_model(source, config, weights, transform=decomposer)
     base = slots_of(loaded.model)
@@ -217,7 +218,7 @@ def test_layers_without_an_adapter_keep_their_weights(tmp_path: Path, spec: Lora
     loaded, _, base = _begun(path, spec)
     source, args = open_model(path), ModelArgs(path=str(path), compute_dtype="float32")
     config = model_config(source.config)
-    plain = _weights(slots_of(load_model(source, config, weight_format(args)).model))
+    plain = _weights(slots_of(load_model(source, config, weight_format(args, config)).model))
     begun, deltas = _weights(base), _deltas(loaded.model, spec)
     assert {name.split(".layers.")[1][0] for name in deltas} == {"1"} and len(deltas) == 7
     for name, weight in plain.items():

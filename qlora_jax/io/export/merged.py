@@ -199,4 +199,5 @@ def _adapters(model: CausalLM) -> Mapping[str, Mergeable]:
 def _load_dense(source: ModelSource, compute_dtype: np.dtype, features: ModelConfig | None = None) -> CausalLM:
     name = "bfloat16" if compute_dtype == jnp.bfloat16 else "float32"
     args = ModelArgs(path=str(source.path), quant_type="none", compute_dtype=name)
-    return load_model(source, features or model_config(source.config, source.config_name), weight_format(args)).model
+    features = features or model_config(source.config, source.config_name)
+    return load_model(source, features, weight_format(args, features)).model

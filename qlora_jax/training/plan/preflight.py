@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from pallas_kernels import aot
 from qlora_jax.config import Config
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.optim.sharded_page_pool import memory_of
 from qlora_jax.training.abstract_step import AbstractStep
 from qlora_jax.training.compiled_step import CompiledGradients
@@ -90,6 +91,9 @@ class RunPlan:
         total = f"{format_bytes(self.requirements.total)} of {self.device}"
         batch = "{1} x {2} tokens".format(*self.requirements.config.batch)
         rows = {"longest step": batch, "memory": total, BREAKDOWN: ", ".join(parts)}
+        config = self.requirements.config
+        if kept := kept_text(config.model, config.weights):
+            rows["in 16 bits"] = kept
         if received := sum(self.requirements.received.values()):
             rows["received per step"] = f"{format_bytes(received)} by each device"
         if self.questions is not None:

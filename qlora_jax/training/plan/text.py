@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qlora_jax.config.sizes import format_bytes
+from qlora_jax.models.keep_16bit import kept_text
 from qlora_jax.training.plan.plan import MOST_ROWS, Change, Plan
 from qlora_jax.training.plan.requirements import KINDS, STATE, Requirements
 
@@ -37,8 +38,10 @@ def print_plan(plan: Plan, title: str, console: Console) -> None:
 def verdict(plan: Plan) -> list[str]:
     """Returns lines that say whether the plan fits, the nearest change that fits, and the largest sizes that fit."""
     requested = plan.requested
-    relation = "fits" if plan.fits else "DOES NOT FIT"
+    config, relation = requested.config, "fits" if plan.fits else "DOES NOT FIT"
     lines = [f"{relation}: {format_bytes(requested.total)} of the {format_bytes(plan.limit)} that a step may use"]
+    if kept := kept_text(config.model, config.weights):
+        lines.append(f"in 16 bits: {kept}")
     if received := requested.received:
         parts = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in received.items())
         lines.append(f"each device receives {format_bytes(sum(received.values()))} per step: {parts}")
@@ -49,8 +52,8 @@ def verdict(plan: Plan) -> list[str]:
     if plan.more_devices is not None:
         total = _total(plan.more_devices.requirements)
         lines.append(f"fits on more devices: {_change(plan.more_devices)} ({total} on each)")
-    rows, length = requested.config.batch[1:]
-    max_positions = requested.config.model.max_positions
+    rows, length = config.batch[1:]
+    max_positions = config.model.max_positions
     lines.append(f"longest rows that fit, {rows} per micro-batch: {_most(plan.longest, 2, max_positions)}")
     lines.append(f"largest micro-batch that fits, rows of {length} tokens: {_most(plan.largest, 1, MOST_ROWS)}")
     return lines

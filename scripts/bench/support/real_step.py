@@ -49,7 +49,7 @@ def load_step(
     """
     source = open_model(path)
     config, adapters = model_config(source.config), LoraArgs(rank=rank)
-    weights = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype))
+    weights = weight_format(ModelArgs(path=path, compute_dtype=compute_dtype), config)
     gradients = CompiledGradients(abstract_step(config, weights, adapters, batch=batch, remat=remat))
     gradients.compiled(batch)
     compiled()

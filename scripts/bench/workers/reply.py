@@ -36,8 +36,9 @@ def main() -> None:
     args = parser.parse_args()
     runtime.start()
     source = open_model(args.model)
-    weights = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype))
-    parts = partition(load_model(source, model_config(source.config), weights).model)
+    config = model_config(source.config)
+    weights = weight_format(ModelArgs(path=args.model, compute_dtype=args.compute_dtype), config)
+    parts = partition(load_model(source, config, weights).model)
     for _ in sys.stdin:
         ids, seconds, began = [], [], time.perf_counter()
         settings = {"sampling": Sampling(), "max_new_tokens": args.new_tokens, "stop_ids": ()}

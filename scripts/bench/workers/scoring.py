@@ -40,8 +40,9 @@ def main() -> None:
     runtime.start()
     jobs = {name: [scored(*row) for row in rows] for name, rows in json.loads(args.jobs.read_text()).items()}
     source = open_model(args.model)
-    weights = weight_format(ModelArgs(path=args.model, quant_type=args.quant, compute_dtype=args.dtype))
-    parts = partition(load_model(source, model_config(source.config), weights).model)
+    config = model_config(source.config)
+    weights = weight_format(ModelArgs(path=args.model, quant_type=args.quant, compute_dtype=args.dtype), config)
+    parts = partition(load_model(source, config, weights).model)
     for _ in sys.stdin:
         print(json.dumps({name: timed(parts, rows) for name, rows in jobs.items()}), flush=True)
 

@@ -1,0 +1,143 @@
+"""Selects the projections and layers that `model.keep_16bit` leaves in 16 bits, and counts the bytes that they add.
+
+Names are Hugging Face's. A list has the last parts of full names, as `lora.target_modules` has: `down_proj` for all
+layers, `layers.3.mlp.down_proj` for one. A string is one regular expression for full names.
+"""
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from qlora_jax.config.sizes import format_bytes
+from qlora_jax.metadata import shorten
+from qlora_jax.models.abstract_init import frozen_linear_leaves
+from qlora_jax.models.config import ModelConfig, WeightFormat
+from qlora_jax.patterns import matches_end, matches_whole, pattern_problems
+
+SETTING = "model.keep_16bit"
+NEVER_QUANTIZED = ("embed_tokens", "lm_head", "norm")
+
+Layers = tuple[int, ...]
+Kept = tuple[tuple[str, Layers], ...]  # (projection's name within a layer, its layers in 16 bits, ascending)
+
+
+def kept_layers(keep: str | Sequence[str], config: ModelConfig) -> Kept:
+    """Returns the layers of each projection that stay in 16 bits, in the form of `WeightFormat.dense`.
+
+    Raises:
+      ValueError: names or patterns that match no projection; all are listed.
+    """
+    known = {full: place for place, full in full_names(config).items()}
+    entries, matches = ([keep], matches_whole) if isinstance(keep, str) else ([*map(re.escape, keep)], matches_end)
+    given = [keep] if isinstance(keep, str) else keep
+    found: dict[str, set[int]] = {}
+    problems = []
+    for entry, pattern in zip(given, entries, strict=True):
+        if wrong := pattern_problems(pattern):
+            problems.append(f"{SETTING}: {shorten(entry)}: {wrong[0]}")
+            continue
+        places = [place for full, place in known.items() if matches(pattern, full)]
+        if not places:
+            problems.append(_unknown(entry, config))
+        for name, layer in places:
+            found.setdefault(name, set()).add(layer)
+    if problems:
+        raise ValueError("\n".join(problems))
+    return tuple((name, tuple(sorted(found[name]))) for name in config.linear_shapes() if name in found)
+
+
+def keep_in_16_bits(weights: WeightFormat, keep: str | Sequence[str], config: ModelConfig) -> WeightFormat:
+    """Returns the format with the layers of `keep` in 16 bits.
+
+    Raises:
+      ValueError: as `kept_layers`.
+    """
+    return dataclasses.replace(weights, dense=kept_layers(keep, config)) if keep else weights
+
+
+def full_names(config: ModelConfig) -> dict[tuple[str, int], str]:
+    """Returns {(projection's name within a layer, layer): Hugging Face's full name}."""
+    return {
+        (name, layer): config.hugging_face_name(f"model.layers.{layer}.{name}")
+        for name in config.linear_shapes()
+        for layer in range(config.num_layers)
+    }
+
+
+def names_of(kept: Kept, config: ModelConfig) -> list[str]:
+    """Returns a list for `model.keep_16bit` that selects these layers; a projection of all layers has one name."""
+    full, names = full_names(config), []
+    for name, layers in kept:
+        if len(layers) == config.num_layers:
+            names.append(config.hugging_face_name(name))
+        else:
+            names += [full[name, layer] for layer in layers]
+    return names
+
+
+def describe(kept: Kept, config: ModelConfig) -> str:
+    """Returns the layers as text: `self_attn.q_proj of all layers; mlp.down_proj of layers 0-3, 7`."""
+    texts = []
+    for name, layers in kept:
+        some = f"layer{'s' * (len(layers) > 1)} {', '.join(_ranges(layers))}"
+        which = "all layers" if len(layers) == config.num_layers else some
+        texts.append(f"{config.hugging_face_name(name)} of {which}")
+    return "; ".join(texts)
+
+
+def layer_bytes(name: str, config: ModelConfig, weights: WeightFormat) -> tuple[int, int]:
+    """Returns (bytes in 4 bits, bytes in 16 bits) of one layer of a projection, its constants included."""
+    shape, _ = config.linear_shapes()[name]
+
+    def of(weights: WeightFormat) -> int:
+        weight, _ = jax.eval_shape(lambda: frozen_linear_leaves(name, 1, shape, False, weights))
+        return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(weight))
+
+    return of(dataclasses.replace(weights, dense=())), of(dataclasses.replace(weights, dense=((name, (0,)),)))
+
+
+def added_bytes(kept: Kept, config: ModelConfig, weights: WeightFormat) -> int:
+    """Returns the bytes that these layers take in 16 bits beyond those that they take in 4 bits."""
+    sizes = {name: layer_bytes(name, config, weights) for name, _ in kept}
+    return sum(len(layers) * (sizes[name][1] - sizes[name][0]) for name, layers in kept)
+
+
+def kept_text(config: ModelConfig, weights: WeightFormat) -> str:
+    """Returns the layers that stay in 16 bits, and the bytes that they add; empty without any."""
+    if not weights.dense:
+        return ""
+    added = format_bytes(added_bytes(weights.dense, config, weights))
+    return f"{describe(weights.dense, config)} ({added} more than in 4 bits)"
+
+
+def _unknown(entry: str, config: ModelConfig) -> str:
+    """Returns the message for a name or pattern that matches no projection."""
+    names = [config.hugging_face_name(name) for name in config.linear_shapes()]
+    if entry.rpartition(".")[2] in NEVER_QUANTIZED or entry.endswith("norm"):
+        return f"{SETTING}: {entry!r} is never quantized, so it needs no entry. Remove it"
+    number = re.search(r"layers\.(\d+)\.", entry)
+    if number and int(number[1]) >= config.num_layers:
+        return (
+            f"{SETTING}: {entry!r} names layer {number[1]} (expected 0 to {config.num_layers - 1}, the layers of this "
+            "model). Correct the number"
+        )
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    near = difflib.get_close_matches(entry.rpartition(".")[2], by_last, n=1)
+    advice = f"; did you mean {by_last[near[0]]}?" if near else ". Correct the name"
+    return f"{SETTING}: {entry!r} matches none of the linear layers: {', '.join(names)}{advice}"
+
+
+def _ranges(layers: Layers) -> Iterator[str]:
+    """Yields runs of consecutive numbers, such as 0-3 and 7."""
+    start = last = layers[0]
+    for layer in (*layers[1:], None):
+        if layer is not None and layer == last + 1:
+            last = layer
+            continue
+        yield str(start) if start == last else f"{start}-{last}"
+        if layer is not None:
+            start = last = layer
