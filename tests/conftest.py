@@ -133,14 +133,15 @@ def _runner(python_of: Callable[[], Path], folder: Path) -> Oracle:
     return run
 
 
-@pytest.fixture
-def oracle(tmp_path: Path) -> Oracle:
+@pytest.fixture(scope="session")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Oracle:
     """`oracle(script, **inputs) -> arrays`: runs a script of tests/oracle in the oracle's Python (see bridge.py there).
 
     NumPy arrays are passed as arrays, everything else as JSON. Skips if the oracle's Python is absent.
     """
     holds = "torch, transformers, peft, bitsandbytes"
-    return _runner(lambda: _python_of("oracle", "QLORA_ORACLE_PYTHON", holds), tmp_path)
+    folder = tmp_path_factory.mktemp("oracle")
+    return _runner(lambda: _python_of("oracle", "QLORA_ORACLE_PYTHON", holds), folder)
 
 
 @pytest.fixture

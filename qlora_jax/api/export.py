@@ -124,7 +124,7 @@ def save_quantized(
         weights = keep_in_16_bits(weights, keep_16bit, model_config(source.config, source.config_name))
     with staged_folder(Path(folder)) as staged, loading_bar(progress) as report:
         write_quantized_folder(staged, source, weights, report)
-        write_tokenizer(staged, tokenizer, source.tokenizer["stop_token_ids"])
+        write_tokenizer(staged, tokenizer, source)
     return Path(folder)
 
 
@@ -153,7 +153,8 @@ def write_adapter(
         raise ValueError("base_dtype: requires with_base, which writes a base next to the adapter. Add it")
     export = export_peft if format == "peft" else export_gguf_lora
     with loading_bar(progress) as report:
-        return export(opened, folder, with_base=with_base, base_dtype=base_dtype, progress=report)
+        result = export(opened, folder, with_base=with_base, base_dtype=base_dtype, progress=report)
+    return result.with_other_parts(opened.source, format)
 
 
 def write_merged(
@@ -169,7 +170,8 @@ def write_merged(
     _check_dtypes(format, dtype=dtype)
     dtype = dtype or MERGED_DTYPES[format][0]
     with loading_bar(progress) as report:
-        return export_merged(opened, folder, format, dtype=dtype, base=base, progress=report)
+        result = export_merged(opened, folder, format, dtype=dtype, base=base, progress=report)
+    return result.with_other_parts(opened.source, format)
 
 
 def _check_dtypes(

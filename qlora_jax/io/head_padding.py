@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.model_source import JsonObject
+from qlora_jax.models.families.multimodal import text_config
 
 
 class Padding(NamedTuple):
@@ -26,6 +27,7 @@ def head_padding(tokenizer: Tokenizer, config: JsonObject, stop: Collection[int]
       config: config.json of the base.
       stop: ids that end a reply.
     """
+    config = {**text_config(config), **config}
     ends = {*stop, tokenizer.eos_id, tokenizer.unk_id, *_ids(config, "eos_token_id")}
     special = {
         index: token.content

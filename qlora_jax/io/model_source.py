@@ -11,6 +11,7 @@ import numpy as np
 
 from pallas_kernels.formats.parts import Rows
 from pallas_kernels.formats.qtensor import QTensor
+from qlora_jax.config.sizes import format_bytes
 
 JsonObject = dict[str, Any]  # a decoded JSON object whose keys differ between families or versions
 
@@ -103,6 +104,26 @@ class TokenizerData(TypedDict):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class MultimodalParts:
+    """The checkpoint around a text half: everything that a full copy of it needs beside the text half's tensors.
+
+    Attributes:
+      names: name of each tensor of the text half in transformers' class -> its name in the files.
+      others: tensors of vision tower and projector by their names in the files.
+    """
+
+    names: Mapping[str, str]
+    others: Mapping[str, TensorEntry]
+
+    def __str__(self) -> str:
+        groups: dict[str, list[TensorEntry]] = {}
+        for name, entry in self.others.items():
+            groups.setdefault(name.removeprefix("model.").partition(".")[0], []).append(entry)
+        sizes = {part: (len(each), sum(entry.nbytes for entry in each)) for part, each in groups.items()}
+        return ", ".join(f"{part} ({count:,} tensors, {format_bytes(size)})" for part, (count, size) in sizes.items())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class ModelSource:
     """A model on disk whose metadata was read, and whose tensors were not.
 
@@ -112,6 +133,7 @@ class ModelSource:
       tokenizer: the tokenizer's part of the files.
       tensors: the tensors by Hugging Face name.
       hub_name: "org/name@commit" for a model from the Hub, which identifies these files for good.
+      multimodal: the rest of a multimodal checkpoint, if the model is the text half of one.
     """
 
     path: Path
@@ -119,6 +141,7 @@ class ModelSource:
     tokenizer: TokenizerData
     tensors: Mapping[str, TensorEntry]
     hub_name: str | None = None
+    multimodal: MultimodalParts | None = None
 
     @property
     def config_name(self) -> str:

@@ -13,6 +13,7 @@ from pallas_kernels.formats.qtensor import QTensor
 from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
+from qlora_jax.models.families.multimodal import with_text_attributes
 from qlora_jax.nn.mixed_stack import MixedStack
 
 LAYER = re.compile(r"\.layers\.(\d+)\.")
@@ -135,7 +136,7 @@ def with_tables(
     """
     placed = [dataclasses.replace(slot, leaf=tables.get(".".join(map(str, slot.path)), slot.leaf)) for slot in slots]
     rows = {"vocab_size": len(tables[EMBEDDING])} if EMBEDDING in tables else {}
-    return placed, {**config, **rows}
+    return placed, with_text_attributes(config, rows)
 
 
 def tensor_shapes(features: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -3,7 +3,8 @@
 Sources: the papers and model cards of LLaMA (arXiv 2302.13971), Llama 2 (2307.09288), Llama 3 (2407.21783), Mistral 7B
 (2310.06825), Qwen2 (2407.10671), Qwen3 (2505.09388), SmolLM2 (2502.02737), SmolLM3, OLMo 2 (2501.00656), Gemma
 (2403.08295), Gemma 2 (2408.00118), Gemma 3 (2503.19786), Phi-1.5 and 2 (2309.05463), Phi-3 (2404.14219), Phi-4
-(2412.08905), GPT-NeoX-20B (2204.06745) and Pythia (2304.01373), and the config.json of each.
+(2412.08905), GPT-NeoX-20B (2204.06745) and Pythia (2304.01373), and the config.json of each. A model of images and text
+stands for its text half.
 """
 
 import difflib
@@ -75,6 +76,18 @@ def _gemma3(*sizes: int, window: int) -> Config:
     return _of("gemma3_text", sizes, 262144, 32768, 1e6, 1e-6) | {"head_dim": 256, "sliding_window": window}
 
 
+def _with_images(model_type: str, text_config: Config, **others: object) -> Config:
+    """Returns a config whose text half is another config, without those of its vision tower."""
+    return {"model_type": model_type, "text_config": text_config, **others}
+
+
+def _gemma3_with_images(width: int, inner: int, layers: int, **others: object) -> Config:
+    """Returns a config as it is published: `text_config` omits the defaults of transformers."""
+    sizes = {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers}
+    text = {"model_type": "gemma3_text", "sliding_window": 1024, "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    return _with_images("gemma3", text | sizes | others)
+
+
 def _phi3(*sizes: int, vocabulary: int, **others: object) -> Config:
     return _of("phi3", sizes, vocabulary, 4096, 1e4, 1e-5) | others
 
@@ -114,6 +127,11 @@ PUBLISHED: dict[str, Config] = {
     "mistral-7b": _of("mistral", (4096, 14336, 32, 32, 8), 32000, 32768, 1e4, 1e-5) | {"sliding_window": 4096},
     "mistral-nemo-12b": _of("mistral", (5120, 14336, 40, 32, 8), 131072, 131072, 1e6, 1e-5)
     | {"sliding_window": None, "head_dim": 128},
+    "mistral-small-3.1-24b": _with_images(
+        "mistral3",
+        _of("mistral", (5120, 32768, 40, 32, 8), 131072, 131072, 1e9, 1e-5) | {"sliding_window": None, "head_dim": 128},
+        tie_word_embeddings=False,
+    ),
     "qwen2-0.5b": _qwen2(896, 4864, 24, 14, 2, vocabulary=151936, tied=True),
     "qwen2-1.5b": _qwen2(1536, 8960, 28, 12, 2, vocabulary=151936, tied=True),
     "qwen2-7b": _qwen2(3584, 18944, 28, 28, 4, vocabulary=152064),
@@ -142,6 +160,15 @@ PUBLISHED: dict[str, Config] = {
     "gemma-2-27b": _gemma2(4608, 36864, 46, 32, 16, head_dim=128, scalar=144),
     "gemma-3-270m": _gemma3(640, 2048, 18, 4, 1, window=512),
     "gemma-3-1b": _gemma3(1152, 6912, 26, 4, 1, window=512),
+    "gemma-3-4b": _gemma3_with_images(2560, 10240, 34),
+    "gemma-3-12b": _gemma3_with_images(3840, 15360, 48, num_attention_heads=16, num_key_value_heads=8),
+    "gemma-3-27b": _gemma3_with_images(
+        *(5376, 21504, 62),
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+    ),
     "phi-1.5": _phi(2048, 8192, 24, 32, 32, partial=0.5),
     "phi-2": _phi(2560, 10240, 32, 32, 32, partial=0.4),
     "phi-3-mini": _phi3(3072, 8192, 32, 32, 32, vocabulary=32064, sliding_window=2047),

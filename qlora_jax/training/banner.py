@@ -57,6 +57,7 @@ def _facts(session: Session) -> Rows:
         "device": _device(session),
         **_peak(session),
         "base": f"{config.model.path}, {session.model.parameters():,} parameters" + _base_size(session),
+        **({"not loaded": f"{parts}; text does not pass through them"} if (parts := session.other_parts) else {}),
         **_whole_on_each(session),
         "weights": _weight_format(session),
         **({"in 16 bits": kept} if (kept := kept_text(session.model, session.weights)) else {}),

@@ -15,7 +15,7 @@ from qlora_jax.data.tokenizer.tokenizer import Tokenizer
 from qlora_jax.io.adapter_init import InitialAdapter, check_decomposable, subtract_initial
 from qlora_jax.io.head_file import TrainedHead, check_same_head, head_of
 from qlora_jax.io.loader import Loaded, Progress, load_model, with_dense_layers
-from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.model_source import ModelSource, MultimodalParts
 from qlora_jax.io.open_model import open_model
 from qlora_jax.io.peft.start_adapter import read_start_adapter, starting_parameters
 from qlora_jax.io.peft.writer import AdapterArrays
@@ -24,6 +24,7 @@ from qlora_jax.models.add_adapters import add_lora, our_names, ranks_and_scaling
 from qlora_jax.models.config import ModelConfig, WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import text_config
 from qlora_jax.models.model_sharding import place_parts
 from qlora_jax.models.partition import ModelParts, combine, partition
 from qlora_jax.models.precision import weight_format
@@ -60,6 +61,7 @@ class Session:
       dropout_key: folded with step, place of the row in it, layer and name; None without dropout and noise.
       initial: the initial adapter, if it is a part of the weights (PiSSA, LoftQ).
       mesh: the devices that share the model and the rows; None: one device.
+      other_parts: parts of a multimodal model that are not loaded, if the model is the text half of one.
       initial_digest: of the initial adapter, with an objective that has a reference (reference_session.py).
     """
 
@@ -81,6 +83,7 @@ class Session:
     samples: Samples | None
     questions: Questions | None
     mesh: Mesh | None
+    other_parts: MultimodalParts | None
     initial_digest: str | None = None
 
 
@@ -172,7 +175,7 @@ def open_inputs(config: Config, prepared: PreparedModel | None = None) -> Inputs
 
 def _initializer_range(source: ModelSource) -> float:
     """Returns the standard deviation with which transformers initializes a new head."""
-    found = source.config.get("initializer_range")
+    found = text_config(source.config).get("initializer_range")
     return float(found) if isinstance(found, int | float) and found > 0 else INIT_STD
 
 
@@ -376,6 +379,7 @@ def make_session(
         samples=inputs.samples,
         questions=inputs.questions,
         mesh=mesh,
+        other_parts=inputs.source.multimodal,
     )
 
 

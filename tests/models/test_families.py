@@ -76,9 +76,9 @@ def test_a_mixture_of_experts_is_refused_as_such():
             model_config(dict(SMOLLM2, model_type="mixtral", **experts))
 
 
-def test_a_model_of_images_and_text_is_refused_as_such():
-    with pytest.raises(ValueError, match="a model of images and text"):
-        model_config(dict(model_type="gemma3", text_config=dict(SMOLLM2)))
+def test_an_unknown_model_of_images_and_text_is_refused_as_such():
+    with pytest.raises(ValueError, match="'qwen2_vl' is not supported: of models of images and text, known are"):
+        model_config(dict(model_type="qwen2_vl", text_config=dict(SMOLLM2)))
 
 
 GEMMA3 = dict(

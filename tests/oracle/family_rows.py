@@ -35,6 +35,6 @@ for name, overrides in given["configs"].items():
     nll.backward()
     found[f"{name}/nll"] = nll.detach().numpy()
     for module, linear in model.named_modules():
-        if isinstance(linear, torch.nn.Linear) and ".layers." in module:
+        if isinstance(linear, torch.nn.Linear) and ".layers." in module and linear.weight.grad is not None:
             found[f"{name}/gradient/{module}"] = linear.weight.grad.numpy()
 save(**found)

@@ -10,7 +10,8 @@ def random_model(overrides: dict) -> torch.nn.Module:
     Attention is transformers' plain one: its fused ones leave soft caps out.
     """
     config = transformers.AutoConfig.for_model(**({"model_type": "llama"} | overrides))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().float()
+    kind = transformers.AutoModelForImageTextToText if "text_config" in overrides else transformers.AutoModelForCausalLM
+    model = kind.from_config(config, attn_implementation="eager").eval().float()
     with torch.no_grad():
         for key, parameter in model.named_parameters():  # norms start at one and biases at zero: move them too
             around = 1.0 if "norm" in key else 0.0

@@ -152,22 +152,26 @@ def _gradient_errors(model, lora, gradients, expected: dict[str, np.ndarray]) ->
     return errors
 
 
+def errors_of(name: str, model, expected: dict[str, np.ndarray], tokens: np.ndarray) -> dict[str, float]:
+    """The errors of everything that the oracle computed of a model."""
+    wanted = {key.removeprefix(f"{name}/"): v for key, v in expected.items() if key.startswith(f"{name}/")}
+    right, left, packed = _logits(model, *_rows(tokens))
+    errors = {"right": _error(right, wanted["right"]), "left": _error(left[PADDING:], wanted["left"])}
+    if name not in LENGTH_MATTERS:
+        errors["packed"] = _error(packed, wanted["packed"])
+    errors["decoded"] = _error(_decoded(model, tokens[:1])[0], wanted["right"])
+    lora, nll, gradients = _loss_and_gradients(model, tokens)
+    errors["loss"] = _error(nll, wanted["nll"])
+    of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
+    errors["gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
+    return {f"{name}, {kind}": error for kind, error in errors.items()}
+
+
 @pytest.mark.slow
 def test_families(oracle, tmp_path, tokens):
     settings = {"configs": CONFIGS, "folder": str(tmp_path), "padding": PADDING, "cut": CUT}
     expected = oracle(ORACLE, **settings, tokens=tokens)
     errors = {}
     for name in CONFIGS:
-        model = _loaded(tmp_path / name)
-        wanted = {key.removeprefix(f"{name}/"): v for key, v in expected.items() if key.startswith(f"{name}/")}
-        right, left, packed = _logits(model, *_rows(tokens))
-        errors[f"{name}, right"] = _error(right, wanted["right"])
-        errors[f"{name}, left"] = _error(left[PADDING:], wanted["left"])
-        if name not in LENGTH_MATTERS:
-            errors[f"{name}, packed"] = _error(packed, wanted["packed"])
-        errors[f"{name}, decoded"] = _error(_decoded(model, tokens[:1])[0], wanted["right"])
-        lora, nll, gradients = _loss_and_gradients(model, tokens)
-        errors[f"{name}, loss"] = _error(nll, wanted["nll"])
-        of_weights = {k.removeprefix("gradient/"): v for k, v in wanted.items() if k.startswith("gradient/")}
-        errors[f"{name}, gradients"] = max(_gradient_errors(model, lora, gradients, of_weights))
+        errors |= errors_of(name, _loaded(tmp_path / name), expected, tokens)
     assert max(errors.values()) < TOLERANCE, {name: error for name, error in errors.items() if error >= TOLERANCE}

@@ -20,6 +20,7 @@ from qlora_jax.io.pretrained import OpenedModel
 from qlora_jax.io.tensor_map import tensor_shapes
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import alone, name_alone, text_config
 
 WINDOW = "attention.sliding_window"
 WINDOW_UNUSED = {"phi3"}  # llama.cpp reads the window but ignores it: every token attends to all before it
@@ -77,14 +78,14 @@ def spec_from_folder(source: ModelSource, features: ModelConfig, shapes: Mapping
     Raises:
       ValueError: GGUF has no such architecture, or cannot store the features and tensors; all problems are named.
     """
-    model_type = source.config["model_type"]
+    model_type = str(text_config(source.config)["model_type"])
     if model_type not in OF_MODEL_TYPE:
         raise ValueError(
             f"{source.path}: GGUF has no architecture for model_type {model_type!r}. Export with --format hf"
         )
     architecture = OF_MODEL_TYPE[model_type]
-    features = within_windows(features, architecture)
-    gguf_names = {name: architecture.gguf_name(name) for name in shapes}
+    features = alone(within_windows(features, architecture))
+    gguf_names = {name: architecture.gguf_name(name_alone(name)) for name in shapes}
     metadata, tables = config_metadata(features, architecture)
     config = config_from_metadata(source.path, architecture, metadata, frozenset(gguf_names.values()), tables)
     if problems := _problems(architecture, features, model_config(config), gguf_names.values()):

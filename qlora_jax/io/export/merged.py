@@ -172,8 +172,9 @@ def _write_merge(
         dtype=jnp.dtype(dtype),
         adapters=adapters,
         original=originals,
+        multimodal=(original or opened.source).multimodal,
     )
-    write_tokenizer(folder, tokenizer, stop)
+    write_tokenizer(folder, tokenizer, opened.source)
     return Merge(folder, compute_dtype, trained)
 
 

@@ -20,6 +20,7 @@ from qlora_jax.io.model_source import JsonObject, ModelSource
 from qlora_jax.io.peft.compatibility import notes_for_readers
 from qlora_jax.io.peft.embeddings import check_exportable, split_tables, table_config, table_tensors
 from qlora_jax.io.peft.head_adapters import split_head, with_head
+from qlora_jax.io.peft.multimodal import text_half_only
 from qlora_jax.io.peft.norms import norm_config, norm_tensors
 from qlora_jax.io.peft.projections import projection_tensors
 from qlora_jax.io.peft.writer import AdapterArrays, adapter_config, adapter_tensors, is_gguf, write_adapter
@@ -83,7 +84,7 @@ def export_peft(
         padding = None if run.head is None else head_padding(opened.tokenizer, opened.source.config, stop)
         write_adapter(folder, tensors, config, resized_rows, run.head, padding)
         if tables:
-            write_tokenizer(folder, opened.tokenizer, stop)
+            write_tokenizer(folder, opened.tokenizer, opened.source)
         if with_base:
             notes += _write_base(folder / BASE_FOLDER, opened, base_dtype, progress)
     lines = _lines(output, run, base, resized_rows, notes)
@@ -99,12 +100,12 @@ def in_peft_format(
       base: where PEFT finds the base model: a path or a name.
     """
     if args.method == "ln_tuning":
-        return norm_config(lora, model, base), norm_tensors(lora, model)
+        return text_half_only(norm_config(lora, model, base), model), norm_tensors(lora, model)
     linears = [model.hugging_face_name(f"model.layers.{name}") for name in model.linear_shapes()]
     on_inputs = ia3_targets(model, args)[1] if args.method == "ia3" else []
     some_layers = partial_layers(linears, args, model.num_layers)
     config = adapter_config(lora, args, linears, base, on_inputs, some_layers)
-    return config, adapter_tensors(lora, on_inputs, some_layers)
+    return text_half_only(config, model), adapter_tensors(lora, on_inputs, some_layers)
 
 
 def _base_of(source: ModelSource) -> tuple[str, str | None]:
@@ -126,8 +127,9 @@ def _write_base(folder: Path, opened: OpenedModel, dtype: str | None, progress: 
     stored = jnp.dtype(dtype or computed)
     add_token_rows(model, opened.tokenizer.new_ids, computed)
     slots, config = with_tables(slots, opened.source.config, merged_tables(model, ()))
-    write_dense_folder(folder, slots, config, compute_dtype=computed, dtype=stored, adapters={})
-    write_tokenizer(folder, opened.tokenizer, opened.source.tokenizer["stop_token_ids"])
+    multimodal = opened.source.multimodal
+    write_dense_folder(folder, slots, config, compute_dtype=computed, dtype=stored, adapters={}, multimodal=multimodal)
+    write_tokenizer(folder, opened.tokenizer, opened.source)
     return rounding_note(stored.name, computed.name)
 
 

@@ -1,9 +1,18 @@
-"""The result that every exporter returns."""
+"""The result that every exporter returns, and its line about the other parts of a multimodal model."""
 
 import dataclasses
 from pathlib import Path
 
 from qlora_jax.io.export.verify import LogitDifference
+from qlora_jax.io.model_source import ModelSource
+
+NOT_IN_GGUF = "not in the file: {}. llama.cpp reads these parts from a separate file (mmproj)"
+OTHER_PARTS = {
+    "peft": "PEFT loads the adapter on the whole model, and leaves these parts as they are: {}",
+    "gguf-lora": NOT_IN_GGUF,
+    "hf": "parts beside the text half, copied unchanged: {}",
+    "gguf": NOT_IN_GGUF,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,3 +31,13 @@ class ExportResult:
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
+
+    def with_other_parts(self, source: ModelSource, form: str) -> "ExportResult":
+        """Adds what happened to the parts beside the text half, if the base is a multimodal model.
+
+        Args:
+          form: a key of OTHER_PARTS, the format of the export.
+        """
+        if source.multimodal is None:
+            return self
+        return dataclasses.replace(self, lines=(*self.lines, OTHER_PARTS[form].format(source.multimodal)))

@@ -1,8 +1,9 @@
 """Writes a model as a folder for transformers, in 4 bits of bitsandbytes or in 16 bits, one tensor at a time."""
 
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import ml_dtypes
@@ -11,7 +12,7 @@ from flax import nnx
 
 from pallas_kernels.formats.qtensor import QTensor
 from pallas_kernels.formats.tables import CODE_TABLES, dynamic_map
-from qlora_jax.io.hf.model_writer import write_config
+from qlora_jax.io.hf.model_writer import other_tensors, write_config
 from qlora_jax.io.hf.reader import SINGLE
 from qlora_jax.io.hf.shard_writer import TensorSpec, write_safetensors
 from qlora_jax.io.loader import Progress, check_stored_quantization, read_quantized, with_dense_layers
@@ -21,6 +22,7 @@ from qlora_jax.io.tensor_map import Slot, check_tensors, layer_name, slots_of
 from qlora_jax.models.config import WeightFormat
 from qlora_jax.models.decoder import CausalLM
 from qlora_jax.models.families import model_config
+from qlora_jax.models.families.multimodal import ALONE, OTHER_PARTS
 
 BYTES, F32 = np.dtype(np.uint8), np.dtype(np.float32)
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16), "float32": F32}
@@ -30,7 +32,8 @@ STATE_BYTES = 512  # of a quant_state: its JSON is padded with spaces, because t
 def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFormat, progress: Progress) -> None:
     """Writes config.json and model.safetensors with linear layers quantized to `weights`.
 
-    All other tensors, and linear layers that stay dense, are written in `weights.dtype`.
+    All other tensors, and linear layers that stay dense, are written in `weights.dtype`. A multimodal checkpoint keeps
+    its tensors' names, and the tensors of its other parts unchanged.
 
     Raises:
       ValueError: as `load_model`.
@@ -41,17 +44,21 @@ def write_quantized_folder(folder: Path, source: ModelSource, weights: WeightFor
     check_tensors(source, {name: slot.shape for slot in slots for name in slot.names}, features)
     check_stored_quantization(source, slots)
     names = [(slot, index) for slot in slots for index in range(len(slot.names))]
-    specs = [spec for slot, index in names for spec in _tensor_specs(slot, index, weights)]
-    write_safetensors(folder / SINGLE, specs, _values(source, names, weights, progress))
+    in_file = {} if source.multimodal is None else source.multimodal.names
+    text = [spec for slot, index in names for spec in _tensor_specs(slot, index, weights, in_file)]
+    others, unchanged = other_tensors(source.multimodal, DTYPES[weights.dtype])
+    values = itertools.chain(_values(source, names, weights, progress), unchanged)
+    write_safetensors(folder / SINGLE, [*text, *others], values)
     dense = [layer_name(f"model.layers.{name}", layer) for name, layers in weights.dense for layer in layers]
     skipped = [features.hugging_face_name(name) for name in ("lm_head", *dense)]
+    skipped += [f"{ALONE}.{part}" for part in OTHER_PARTS if source.multimodal is not None]
     quantization = _quantization_config(weights, skipped)
     write_config(folder, source.config, {"torch_dtype": weights.dtype, **quantization})
 
 
-def _tensor_specs(slot: Slot, index: int, weights: WeightFormat) -> Iterator[TensorSpec]:
-    """The tensors of one weight, in the order of `_parts`."""
-    name = slot.names[index]
+def _tensor_specs(slot: Slot, index: int, weights: WeightFormat, in_file: Mapping[str, str]) -> Iterator[TensorSpec]:
+    """The tensors of one weight, in the order of `_parts`; `in_file` are names that differ in the files."""
+    name = in_file.get(slot.names[index], slot.names[index])
     if slot.quantization_of(index) is None:
         yield TensorSpec(name, DTYPES[weights.dtype], slot.shape)
         return

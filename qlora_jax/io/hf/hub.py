@@ -14,15 +14,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from qlora_jax.io.hf.reader import INDEX, SINGLE, read_index
+from qlora_jax.io.hf.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES
 from qlora_jax.terminal.visible import without_passwords
 
 # The grammar of hf:// addresses: the revision follows the name; a slash in a revision is written %2F.
 NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9_][\w.-]*)(@(?P<revision>[^/@]+))?(/(?P<file>.+\.gguf))?")
 CONFIG = "config.json"
-DESCRIPTION = (
-    *(CONFIG, "generation_config.json", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "chat_template.jinja", INDEX),
-)
+DESCRIPTION = (CONFIG, INDEX, *TOKENIZER_FILES, *PROCESSOR_FILES)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 

@@ -13,13 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.formats.qtensor import QTensor
-from qlora_jax.atomic_files import write_text
+from qlora_jax.atomic_files import write_bytes, write_text
 from qlora_jax.data.tokenizer.tokenizer import Tokenizer
-from qlora_jax.io.hf.reader import INDEX, SINGLE
+from qlora_jax.io.hf.reader import FLOAT_TYPES, INDEX, SINGLE
 from qlora_jax.io.hf.shard_writer import SHARD, TensorSpec, shard_index, split_into_shards, write_safetensors
-from qlora_jax.io.model_source import JsonObject, TensorEntry
+from qlora_jax.io.hf.tokenizer import PROCESSOR_FILES, TOKENIZER_FILES
+from qlora_jax.io.model_source import JsonObject, ModelSource, MultimodalParts, TensorEntry
 from qlora_jax.io.rounding import rounded
 from qlora_jax.io.tensor_map import Leaf, Slot
+from qlora_jax.models.families.multimodal import TEXT_CONFIG
 from qlora_jax.nn.linear import Adapter
 from qlora_jax.nn.mixed_stack import MixedStack
 from qlora_jax.nn.norm import TrainableNorm
@@ -39,10 +41,12 @@ def write_dense_folder(
     dtype: np.dtype,
     adapters: Mapping[str, Mergeable],
     original: Mapping[str, TensorEntry] = NO_ENTRIES,
+    multimodal: MultimodalParts | None = None,
 ) -> None:
     """Writes config.json and safetensors files: a model for transformers in `dtype`.
 
     A weight or bias with an adapter is dequantized as in training, merged in f32, and rounded once.
+    A multimodal checkpoint keeps its tensors' names, and the tensors of its other parts unchanged.
 
     Args:
       slots: slots of the model without adapters.
@@ -51,10 +55,14 @@ def write_dense_folder(
       dtype: the dtype of the written tensors.
       adapters: adapters by the name of the first layer's module, such as `model.layers.0.self_attn.q_proj`.
       original: tensors that replace the dequantized ones, by Hugging Face's name.
+      multimodal: the rest of the checkpoint, if the model is the text half of one.
     """
-    specs = [TensorSpec(name, dtype, slot.shape) for slot in slots for name in slot.names]
+    names_in_file = {} if multimodal is None else multimodal.names
+    text = [TensorSpec(names_in_file.get(name, name), dtype, slot.shape) for slot in slots for name in slot.names]
     dense = dense_tensors(slots, compute_dtype, adapters, original)
-    values = (rounded(tensor.name, np.asarray(each), dtype) for tensor, each in zip(specs, dense, strict=True))
+    written = (rounded(tensor.name, np.asarray(each), dtype) for tensor, each in zip(text, dense, strict=True))
+    others, unchanged = other_tensors(multimodal, dtype)
+    specs, values = [*text, *others], itertools.chain(written, unchanged)
     shards = split_into_shards(specs)
     names = [SINGLE] if len(shards) == 1 else [SHARD.format(i + 1, len(shards)) for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
@@ -62,6 +70,18 @@ def write_dense_folder(
     if len(shards) > 1:
         _write_json(folder / INDEX, shard_index(dict(zip(names, shards, strict=True))))
     write_config(folder, config, {"torch_dtype": dtype.name})
+
+
+def other_tensors(multimodal: MultimodalParts | None, dtype: np.dtype) -> tuple[list[TensorSpec], Iterator[np.ndarray]]:
+    """Returns the tensors beside the text half (what describes them, their values), equal to those in the files.
+
+    Only a tensor that the files have in 4 bits is dequantized, to `dtype`.
+    """
+    entries = [] if multimodal is None else list(multimodal.others.values())
+    kinds = [FLOAT_TYPES.get(entry.file_type, dtype) for entry in entries]
+    specs = [TensorSpec(entry.name, kind, entry.shape) for entry, kind in zip(entries, kinds, strict=True)]
+    values = (rounded(entry.name, entry.read(), dtype) if entry.read_quantized else entry.read() for entry in entries)
+    return specs, values
 
 
 def dense_tensors(
@@ -81,17 +101,39 @@ def dense_tensors(
 
 def write_config(folder: Path, config: JsonObject, changes: JsonObject) -> None:
     """Writes config.json: `config` without its keys for dtype and quantization, updated by `changes`."""
-    kept = {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
-    _write_json(folder / "config.json", kept | changes)
+    kept = {key: _without_dtype(value) if key == TEXT_CONFIG else value for key, value in config.items()}
+    _write_json(folder / "config.json", _without_dtype(kept) | changes)
 
 
-def write_tokenizer(folder: Path, tokenizer: Tokenizer, stop: list[int]) -> None:
-    """Writes the tokenizer's files and generation_config.json; `stop` are the ids that end a reply."""
+def _without_dtype(config: JsonObject) -> JsonObject:
+    return {key: value for key, value in config.items() if key not in ("dtype", "torch_dtype", "quantization_config")}
+
+
+def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> None:
+    """Writes the tokenizer's files and generation_config.json of a model that `source` became.
+
+    The files of a multimodal model also describe its images, so they are copied. Only new tokens and another chat
+    template change them.
+    """
+    if source.multimodal is not None:
+        _copy_tokenizer(folder, tokenizer, source)
+        return
+    stop = source.tokenizer["stop_token_ids"]
     _write_json(folder / "generation_config.json", {"eos_token_id": stop, "bos_token_id": tokenizer.bos_id})
     write_text(folder / "tokenizer.json", tokenizer.to_json())
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "add_bos_token": tokenizer.add_bos_token}
     _write_json(folder / "tokenizer_config.json", named | dict(tokenizer.special_tokens))
     if tokenizer.chat_template is not None:
+        write_text(folder / "chat_template.jinja", tokenizer.chat_template)
+
+
+def _copy_tokenizer(folder: Path, tokenizer: Tokenizer, source: ModelSource) -> None:
+    for name in (*TOKENIZER_FILES, *PROCESSOR_FILES):
+        if (source.path / name).is_file():
+            write_bytes(folder / name, (source.path / name).read_bytes())
+    if tokenizer.new_ids:
+        write_text(folder / "tokenizer.json", tokenizer.to_json())
+    if tokenizer.chat_template not in (None, source.tokenizer["chat_template"]):
         write_text(folder / "chat_template.jinja", tokenizer.chat_template)
 
 

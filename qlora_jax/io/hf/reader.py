@@ -1,5 +1,6 @@
 """Reads a Hugging Face folder: config.json, one or many safetensors files, and the tokenizer's files."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -12,6 +13,7 @@ import numpy as np
 from pydantic import Field
 
 from qlora_jax.io.hf.bnb_reader import QuantizationConfig, group_quantized, is_bnb_4bit
+from qlora_jax.io.hf.multimodal import split_multimodal
 from qlora_jax.io.hf.tokenizer import read_tokenizer
 from qlora_jax.io.model_source import ByteRange, ModelSource, TensorEntry, map_bytes
 from qlora_jax.metadata import MetadataError, Offset, check_value, decode_json, read_json, shorten
@@ -69,7 +71,10 @@ def open_folder(folder: Path) -> ModelSource:
         )
     tensors = {entry.name: entry for path in _weight_files(folder) for entry in read_header(path)}
     tensors = group_quantized(folder, tensors) if quantization else _check_unquantized(folder, tensors)
-    return ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
+    source = ModelSource(path=folder, config=config, tokenizer=read_tokenizer(folder), tensors=tensors)
+    if (half := split_multimodal(folder, config, tensors)) is None:
+        return source
+    return dataclasses.replace(source, config=half.config, tensors=half.tensors, multimodal=half.rest)
 
 
 def read_config(path: Path) -> dict[str, Any]:

@@ -19,6 +19,16 @@ from qlora_jax.metadata import (
 )
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
+# Files that describe a tokenizer and how replies end; those of multimodal models that describe their images.
+TOKENIZER_FILES = (
+    *("generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, "special_tokens_map.json", "added_tokens.json"),
+    "chat_template.jinja",
+)
+PROCESSOR_TEMPLATE = "chat_template.json"
+PROCESSOR_FILES = (
+    *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json"),
+    PROCESSOR_TEMPLATE,
+)
 SLOW_FILES = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
 MAX_TOKENIZER_BYTES = 64 << 20  # twice the largest published tokenizer.json
 
@@ -52,6 +62,12 @@ class TokenizerConfig(TypedDict, total=False):
     unk_token: Token
     add_bos_token: bool | None
     chat_template: str | list[NamedTemplate] | None
+
+
+class ProcessorTemplate(TypedDict):
+    """The chat template in the file that older versions of transformers wrote for a multimodal model."""
+
+    chat_template: str
 
 
 class GenerationConfig(TypedDict, total=False):
@@ -198,8 +214,16 @@ def _template_file(folder: Path) -> Path:
     return path if path.is_file() else folder / TOKENIZER_CONFIG
 
 
+def _processor_template(folder: Path) -> str | None:
+    path = folder / PROCESSOR_TEMPLATE
+    return read_json(path, ProcessorTemplate)["chat_template"] if path.is_file() else None
+
+
 def _chat_template(folder: Path, config: TokenizerConfig) -> str | None:
-    """Reads chat_template.jinja, or the template in tokenizer_config.json (the one named "default" of several)."""
+    """Reads chat_template.jinja, or the template in tokenizer_config.json (the one named "default" of several).
+
+    A multimodal model may have neither, but chat_template.json.
+    """
     path = _template_file(folder)
     if path.name != TOKENIZER_CONFIG:
         return read_text(path)
@@ -212,7 +236,7 @@ def _chat_template(folder: Path, config: TokenizerConfig) -> str | None:
                 f"{shorten(sorted(by_name))}). Write the one to use to chat_template.jinja in the folder."
             )
         return by_name["default"]
-    return template
+    return _processor_template(folder) if template is None else template
 
 
 def _adds_bos(config: TokenizerConfig, tokenizer: TokenizerJson, bos: str | None) -> bool:

@@ -18,6 +18,7 @@ from qlora_jax.io.model_source import TensorEntry
 from qlora_jax.io.peft.config import AdapterConfig, read_adapter_config
 from qlora_jax.io.peft.embeddings import SETTINGS, read_tables, setting_problems
 from qlora_jax.io.peft.head_adapters import head_modules, named_as_causal, read_score, without_lm_head
+from qlora_jax.io.peft.multimodal import with_current_names
 from qlora_jax.io.peft.norms import PEFT_TYPE, norm_suffixes, our_norm_names, read_norms
 from qlora_jax.io.peft.projections import NAMES, read_projections
 from qlora_jax.io.peft.stacks import LEAVES_OF_METHOD, WEIGHTS, check_fits, stack_layers
@@ -99,7 +100,7 @@ def read_adapter(folder: Path, model: ModelConfig) -> PeftAdapter:
     _check_settings(folder, config, model)
     if not (folder / WEIGHTS).is_file():
         raise ValueError(_no_weights(folder))
-    entries = named_as_causal(config, list(read_header(folder / WEIGHTS)), model)
+    entries = named_as_causal(config, with_current_names(list(read_header(folder / WEIGHTS)), model), model)
     head, score, entries, wrong_head = read_score(folder, config, entries, model)
     tables, tensors, wrong = read_tables(config, entries, without_lm_head(config, model))
     lora, args = READERS[_kind(config)](folder, config, tensors, model, wrong_head + wrong)

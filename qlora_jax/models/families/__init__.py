@@ -6,6 +6,7 @@ from typing import TypedDict
 from qlora_jax.metadata import check_value, shorten
 from qlora_jax.models.config import ModelConfig
 from qlora_jax.models.families import gemma, gpt_neox, llama, mistral, olmo2, phi, phi3, qwen2, qwen3, smollm3
+from qlora_jax.models.families.multimodal import TEXT_CONFIG, WRAPPERS, in_wrapper, text_config, wrapper_of
 
 MODULES = (llama, mistral, qwen2, qwen3, smollm3, olmo2, gemma, phi3, phi, gpt_neox)
 FAMILIES = {model_type: family for family in MODULES for model_type in family.MODEL_TYPES}
@@ -22,12 +23,22 @@ class ModelKind(TypedDict, total=False):
 def model_config(config: Mapping[str, object], name: str = "config.json") -> ModelConfig:
     """Maps a Hugging Face config to features, by the family of its `model_type`.
 
+    The config of a multimodal model gives the features of its text half.
+
     Args:
       name: the file of the config, for messages.
 
     Raises:
       ValueError: an unknown model_type, a mixture of experts, or all attributes that the family does not support.
     """
+    check_value(config, ModelKind, name)
+    if wrapper_of(config) is None:
+        return _text_model(config, name)
+    text = text_config(config, name)
+    return in_wrapper(_text_model(text, f"{name}: {TEXT_CONFIG}"), text["model_type"], name)
+
+
+def _text_model(config: Mapping[str, object], name: str) -> ModelConfig:
     model_type = check_value(config, ModelKind, name).get("model_type")
     if experts := [f"{key}={shorten(config[key])}" for key in EXPERTS if config.get(key)]:
         raise ValueError(
@@ -35,8 +46,8 @@ def model_config(config: Mapping[str, object], name: str = "config.json") -> Mod
             "supported: its experts, most of its weights, would not be quantized. Use a dense model."
         )
     if model_type not in FAMILIES:
-        text = " (a model of images and text; its text model alone, as in GGUF files, is)" * ("text_config" in config)
-        raise ValueError(
-            f"{name}: model_type={shorten(model_type)} is not supported{text}: known are {sorted(FAMILIES)}"
-        )
+        known = f"known are {sorted(FAMILIES)}"
+        if TEXT_CONFIG in config:
+            known = f"of models of images and text, known are {sorted(WRAPPERS)}"
+        raise ValueError(f"{name}: model_type={shorten(model_type)} is not supported: {known}")
     return FAMILIES[model_type].from_hf(config, name)

@@ -1,0 +1,115 @@
+"""Text halves of multimodal checkpoints: names of both generations, parts that are left out, and tied heads."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from qlora_jax.data.tokenizer.tokenizer import load_tokenizer
+from qlora_jax.io.hf.model_writer import write_tokenizer
+from qlora_jax.io.model_source import ModelSource
+from qlora_jax.io.open_model import open_model
+from qlora_jax.io.tensor_map import check_tensors, tensor_shapes
+from qlora_jax.models.families import model_config
+from tests.io.tiny_models import random_weights, tiny_config, tokenizer_json, write_folder
+
+TOWERS = {"vision_tower.patch.weight": np.ones((3, 4), "f4"), "multi_modal_projector.linear.weight": np.ones(2, "f2")}
+OLDER = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}
+NEWER = {"model.": "model.language_model.", "lm_head.": "lm_head."}
+
+
+def _renamed(weights: dict[str, np.ndarray], prefixes: dict[str, str]) -> dict[str, np.ndarray]:
+    starts = [(name, old) for name in weights for old in prefixes if name.startswith(old)]
+    return {prefixes[old] + name.removeprefix(old): weights[name] for name, old in starts}
+
+
+def _write(folder: Path, prefixes=None, text: dict[str, Any] | None = None, towers=TOWERS, **config: Any) -> Path:
+    """A llava folder; `text` changes text_config, `config` the attributes beside it."""
+    text_config = tiny_config(**(text or {}))
+    weights = _renamed(random_weights(tiny_config(tie_word_embeddings=False)), prefixes or OLDER)
+    return write_folder(folder, {"model_type": "llava", "text_config": text_config, **config}, weights | towers)
+
+
+def _checked(source: ModelSource) -> ModelSource:
+    features = model_config(source.config, source.config_name)
+    check_tensors(source, tensor_shapes(features), features)
+    return source
+
+
+def test_both_generations_of_names_are_one_model(tmp_path: Path) -> None:
+    newer_towers = {f"model.{name}": tensor for name, tensor in TOWERS.items()}
+    older, newer = _write(tmp_path / "older"), _write(tmp_path / "newer", NEWER, towers=newer_towers)
+    first, second = _checked(open_model(older)), _checked(open_model(newer))
+    assert first.tensors.keys() == second.tensors.keys() and first.config == second.config
+    assert "model.language_model.layers.1.mlp.up_proj.weight" in first.tensors and "lm_head.weight" in first.tensors
+    for name, entry in first.tensors.items():
+        assert entry.name == name
+        np.testing.assert_array_equal(entry.read(), second.tensors[name].read())
+    for part in ("vision_tower (1 tensors, 48 B)", "multi_modal_projector (1 tensors, 4 B)"):
+        assert part in str(first.multimodal) and part in str(second.multimodal)
+    assert first.multimodal is not None and first.multimodal.others.keys() == TOWERS.keys()
+    assert first.multimodal.names["lm_head.weight"] == "language_model.lm_head.weight"
+
+
+def test_unknown_parts_and_tensors_that_are_there_twice_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path / "audio", towers={"audio_tower.weight": np.ones(3, "f4")})
+    with pytest.raises(ValueError, match=r"unexpected: audio_tower\.weight"):
+        _checked(open_model(tmp_path / "audio"))
+    _write(tmp_path / "twice", towers={"lm_head.weight": np.ones((32, 64), "f4")})
+    with pytest.raises(ValueError, match=r"1 tensors are stored twice.*such as language_model\.lm_head\.weight"):
+        open_model(tmp_path / "twice")
+    config = dict(model_type="llava", text_config=[1])
+    with pytest.raises(ValueError, match=r"text_config: not an object \(found \[1\], expected the config"):
+        model_config(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({}, {}),
+        ({"tie_word_embeddings": True}, {}),
+        ({"model_type": "mistral3", "tie_word_embeddings": True}, {"model_type": "mistral"}),
+        ({"model_type": "mistral3"}, {"model_type": "mistral"}),
+    ],
+)
+def test_another_head_in_the_files_is_not_tied(tmp_path: Path, config, text) -> None:
+    source = _checked(open_model(_write(tmp_path / "model", None, text | {"tie_word_embeddings": None}, **config)))
+    assert source.config["tie_word_embeddings"] is False
+    assert not model_config(source.config).tie_embeddings
+
+
+def test_a_head_that_equals_the_embedding_or_is_absent_is_tied(tmp_path: Path) -> None:
+    config = tiny_config(model_type="mistral", attention_bias=None, mlp_bias=None, tie_word_embeddings=None)
+    weights = random_weights(tiny_config(tie_word_embeddings=True))
+    for name, head in {"equal": {"lm_head.weight": weights["model.embed_tokens.weight"]}, "absent": {}}.items():
+        tensors = _renamed(weights | head, OLDER) | TOWERS
+        source = _checked(
+            open_model(write_folder(tmp_path / name, {"model_type": "mistral3", "text_config": config}, tensors))
+        )
+        assert source.config["tie_word_embeddings"] is True, name
+    with pytest.raises(ValueError, match=r"missing: lm_head\.weight"):
+        config = {"model_type": "mistral3", "text_config": config, "tie_word_embeddings": False}
+        _checked(open_model(write_folder(tmp_path / "missing", config, _renamed(weights, OLDER))))
+
+
+def test_files_of_tokenizer_and_images_are_copied(tmp_path: Path) -> None:
+    folder = _write(tmp_path / "model")
+    files = {"tokenizer.json": tokenizer_json(), "preprocessor_config.json": '{"size": 8}'}
+    files |= {"tokenizer_config.json": '{"image_token": "<s>"}', "chat_template.json": '{"chat_template": "{{ 1 }}"}'}
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    source = open_model(folder)
+    assert source.tokenizer["chat_template"] == "{{ 1 }}"
+    (tmp_path / "copy").mkdir()
+    write_tokenizer(tmp_path / "copy", load_tokenizer(source.tokenizer), source)
+    assert {path.name: path.read_text() for path in (tmp_path / "copy").iterdir()} == files
+
+
+def test_logits_that_wrappers_do_not_change_are_refused() -> None:
+    text = dict(json.loads(json.dumps(tiny_config())), model_type="gemma3_text", final_logit_softcapping=30.0)
+    for attribute in ("hidden_act", "mlp_bias", "rope_scaling"):
+        del text[attribute]
+    with pytest.raises(ValueError, match=r"changes the logits \(head_softcap\), which transformers does in the text"):
+        model_config(dict(model_type="gemma3", text_config=text))
